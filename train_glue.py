@@ -17,6 +17,8 @@ from collections.abc import Sequence
 
 from reslora.common.script import run_script
 from reslora.common.signals import StopRequest
+from reslora.language.arguments import read
+from reslora.options.texts import GlueOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,10 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
-    """Parses the flags and trains; libraries load once a signal would be answered."""
+    """Parses the options, and imports heavy libraries only once these are known to make sense."""
+    asked = read(GlueOptions, "train_glue.py", argv, __doc__)
     from reslora.language import glue
 
-    glue.main(argv, stop, description=__doc__)
+    glue.main(asked, stop)
 
 
 if __name__ == "__main__":

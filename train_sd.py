@@ -1,11 +1,11 @@
 """Fine-tune text-to-image models with LoRA and ResLoRA, and compare the two image by image.
 
     accelerate launch train_sd.py
-    accelerate launch train_sd.py --pretrained_model_name_or_path MODEL --train_data_dir IMAGES
+    accelerate launch train_sd.py --model MODEL --data IMAGES
 
-The first form trains the bundled 64x64 pipeline on the bundled images, in a few minutes on two CPU cores; the second
-any model of the families in reslora/diffusion/model/families. The flags of diffusers' `train_text_to_image_lora.py` are
-all here; docs/migrate.md says which defaults differ.
+The first form trains the bundled 64x64 pipeline on the bundled images, in a few minutes on two CPU cores. The second
+trains any model of the families in reslora/diffusion/model/families. All options of diffusers'
+`train_text_to_image_lora.py` are here; docs/migrate.md says which defaults differ.
 
 On a CPU the processes of a run share all cores; OMP_NUM_THREADS=N gives each of them N threads. `accelerate launch` and
 `torchrun` set it to 1 by themselves, so from them only 2 or more counts. For one thread, leave the launcher out
@@ -20,7 +20,8 @@ from collections.abc import Sequence
 
 from reslora.common.script import run_script
 from reslora.common.signals import StopRequest
-from reslora.diffusion.settings import is_experiment, parse_args
+from reslora.diffusion.settings import parse_args
+from reslora.options.grid import Grid
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,15 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parses the flags, and imports heavy libraries only once these are known to make sense."""
-    flags = parse_args(argv, __doc__)
-    if flags.plan:
-        from reslora.diffusion.run import show_plan as run
-    elif is_experiment(vars(flags)):
-        from reslora.diffusion.experiment.run import run_experiment as run
+    asked = parse_args(argv, __doc__)
+    if (asked.base if isinstance(asked, Grid) else asked).output.plan:
+        from reslora.diffusion.run import show_plan
+
+        show_plan(asked, stop)
+    elif isinstance(asked, Grid):
+        from reslora.diffusion.experiment.run import run_experiment
+
+        run_experiment(asked, stop)
     else:
         from reslora.diffusion.run import run
 
-    run(flags, stop)
+        run(asked, stop)
 
 
 def share_cores_politely() -> None:

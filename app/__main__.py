@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags; refuses to be reachable by others without a password, with one line and exit status 2."""
+    """Options; refuses to be reachable by others without a password, with one line and exit status 2."""
     parser = build_parser()
     args = parser.parse_args(argv)
     user, colon, password = (args.auth or "").partition(":")

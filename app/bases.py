@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.common.assets import ASSETS
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.loading import Model
+from reslora.options.images import Options
 
 from .runs import NO_CONFIG, Run, RunError
 
@@ -17,7 +17,7 @@ BUNDLED = ASSETS / "pipeline"
 PIPELINES = {f"{ASSETS.name}/{path.name}": path for path in (BUNDLED, ASSETS / "pipeline-flow")}
 """The bundled pipelines, by the words that a page may name them with."""
 OF_MODEL = ("pretrained_vae_model_name_or_path", "revision")
-"""Flags that make another model of the one that is named."""
+"""Options that make another model of the one that is named."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Base:
     folder: str = ""
     """The run's, where the trainer keeps what it made of a single file."""
 
-    def flags(self) -> Flags:
-        """The trainer's flags that say the same."""
-        return Flags(
+    def options(self) -> Options:
+        """The options of the trainer that say the same."""
+        return Options.of(
             pretrained_model_name_or_path=self.name, pretrained_vae_model_name_or_path=self.vae,
             revision=self.revision, variant=self.variant, cache_dir=self.cache_dir, output_dir=self.folder,
             prediction_type=self.prediction_type,

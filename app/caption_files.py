@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.common.errors import InvalidArgument, first_line
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.data.caption_files import caption_files, read_caption
 from reslora.diffusion.data.dataset import read_metadata
 from reslora.diffusion.data.listing import TRASH
 from reslora.diffusion.data.tables import ROWS
-from reslora.diffusion.prompts import clean
 from reslora.files import read_object, remove, replacing, write_json
+from reslora.options.images import Options
+from reslora.options.prompts import clean
 
 from .folders import new_place
 from .image_folders import Image, Images, leads_out, names_of, stamp_of
@@ -194,7 +194,7 @@ class Table:
 
     def __init__(self, path: Path, images: Images) -> None:
         self.path, self.images, self.stamp = path, images, stamp_of(path)
-        self.flags: Flags = images.flags.replace(train_data_dir=str(path.parent))
+        self.options: Options = images.options.replace(train_data_dir=str(path.parent))
         content = path.read_bytes()
         self.newline, self.marked = "\r\n" if b"\r\n" in content else "\n", content.startswith(b"\xef\xbb\xbf")
         self.head = self.tail = ""
@@ -208,7 +208,7 @@ class Table:
     def read(cls, path: Path, images: Images) -> Table:
         """The table as it is now; raises `InvalidArgument` as the trainer does."""
         table = cls(path, images)
-        found = read_metadata(path, table.flags)
+        found = read_metadata(path, table.options.data, table.options.training)
         table.names = names_of(found.files, images.folder.path)
         table.captions = [tuple(captions) for captions in found.rows["captions"]]
         table.cut(path.read_text(encoding="utf-8-sig"))
@@ -257,7 +257,7 @@ class Table:
 
     def changed(self, place: int, captions: tuple[str, ...]) -> str:
         """The text of a row with other captions."""
-        row, column = self.values[place], self.flags.caption_column
+        row, column = self.values[place], self.options.data.caption_column
         if not self.is_csv:
             escaped = self.pieces[place].isascii() and "\\u" in self.pieces[place]
             listed = isinstance(row[column], list) and captions
@@ -272,7 +272,7 @@ class Table:
     def new_row(self, name: str, captions: tuple[str, ...]) -> str:
         """The text of a row for an image that has none."""
         path = os.path.relpath(self.images.images[name].path, self.path.parent)
-        column, value = self.flags.caption_column, next(iter(captions), None)
+        column, value = self.options.data.caption_column, next(iter(captions), None)
         values = {"file_name": Path(path).as_posix(), column: value}
         if not self.is_csv:
             return f"{json.dumps(values, ensure_ascii=False)}\n"

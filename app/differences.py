@@ -5,33 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 
+from reslora.options.images import Options
+
 from .runs import Run
 from .verdict import held_out
 from .views import enumerated, escape
 
 MATTERS = {
-    "seed": ("seed",),
-    "base model": (
-        "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "base_precision",
-    ),
-    "prompts": ("validation_prompt",),
-    "how samples are drawn": (
-        "validation_height", "validation_width", "num_inference_steps", "guidance_scale", "validation_prompt_options",
-    ),
-    "resolution": (
-        "resolution", "use_aspect_ratio_buckets", "aspect_ratio_buckets", "bucket_upscale", "center_crop",
-    ),
-    "held-out images": (
-        "train_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column", "caption_prefix",
-        "caption_suffix", "max_train_samples", "class_data_dir", "validation_split", "max_validation_images",
-    ),
-    "how losses are measured": (
-        "prediction_type", "discrete_flow_shift", "guidance_scale_train", "max_sequence_length", "validation_noises",
-        "save_best", "early_stopping_patience",
-    ),
+    label: tuple(name for name, option in Options.table().items() if option.compared_as == label)
+    for label in (
+        "seed", "base model", "prompts", "how samples are generated", "resolution", "held-out images",
+        "how losses are measured",
+    )
 }  # fmt: skip
-"""The flags by which runs may differ in what matters, by what these are called here."""
-IMAGES = ("seed", "base model", "how samples are drawn", "resolution")
+"""The options by which runs may differ in what matters, by what these are called here."""
+IMAGES = ("seed", "base model", "how samples are generated", "resolution")
 """What images of one prompt must have in common to compare."""
 LOSSES = ("seed", "base model", "resolution", "held-out images", "how losses are measured")
 """What losses must: the seed chooses the images to hold out, and their noise."""
@@ -88,13 +76,13 @@ def differences(run: Run) -> str:
     return f'<p class="verdict"><b>{escape(line)}</b> {of_images(run)} {of_losses(run)}</p>'
 
 
-def in_words(run: Run, flags: list[str]) -> str:
+def in_words(run: Run, names: list[str]) -> str:
     """The value of the flag in each run, where they differ by one that can be told in short."""
-    if len(flags) != 1:
+    if len(names) != 1:
         return ""
-    given = [(one.name, one.config, one.config.get(flags[0])) for one in (run, *run.beside)]
+    given = [(one.name, one.config, one.config.get(names[0])) for one in (run, *run.beside)]
     values = [
-        f"{name}: {setting(config, flags[0]) or ('none' if value is None else value)}" for name, config, value in given
+        f"{name}: {setting(config, names[0]) or ('none' if value is None else value)}" for name, config, value in given
     ]
     return f" ({', '.join(values)})" if max(map(len, values)) <= LONGEST else ""
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from reslora.experiment.course import Course
 from reslora.experiment.parts import FEW, LEAST
 from reslora.experiment.statistics import REFERENCE
+from reslora.options.grid import Grid
 from reslora.words import counted
 
 from .activity import duration, why_ended
-from .launcher import Trainings
+from .launcher import ALONE, Trainings
 from .library import Experiment
 from .runs import RunError, number
 from .views import escape, notice, status_line
@@ -28,8 +29,13 @@ def plan(trainings: Trainings, name: str, settings: dict, folder: object = None,
     """
     images = None if trainings.goes_on(name, Experiment) else Path("images")
     try:
-        course = Course(trainings.settled(trainings.command(name, settings, images, Experiment)))
-        advice = [] if images is None else too_few(trainings, course.flags.test_split, folder, uploads)
+        grid = trainings.resolved(trainings.command(name, settings, images, Experiment))
+        if not isinstance(grid, Grid):
+            raise RunError(ALONE)
+        course = Course(grid)
+        advice = (
+            [] if images is None else too_few(trainings, course.grid.base.experiment.test_split or 0, folder, uploads)
+        )
     except RunError as error:
         return notice(str(error))
     except OSError as error:

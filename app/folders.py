@@ -15,9 +15,9 @@ from pathlib import Path
 from reslora.common.assets import ASSETS
 from reslora.diffusion.data.images import is_image
 from reslora.diffusion.data.listing import TRASH
-from reslora.diffusion.prompts import clean
 from reslora.diffusion.settings import BUNDLED_IMAGES
 from reslora.files import all_below
+from reslora.options.prompts import clean
 
 from .bases import bundled
 from .runs import Run, RunError

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import gradio as gr
 
-from reslora.diffusion.prompts import clean
+from reslora.options.prompts import clean
 
 from .runs import RunError
 

@@ -16,7 +16,7 @@ from reslora.words import counted
 from . import trash
 from .caption_files import Edit, unfinished, write
 from .folders import Folder
-from .image_folders import Image, ImageFolders, Images, flags_of
+from .image_folders import Image, ImageFolders, Images, options_of
 from .launcher import Trainings
 from .looks import Looks
 from .runs import RunError
@@ -81,7 +81,7 @@ class ImageEdits:
 
     def look(self, name: object, settings: Sequence = ()) -> Images:
         """What is in a folder; `settings`: resolution, whether there are buckets, caption column."""
-        return self.folders.images(self.folders.find(name), flags_of(*settings))
+        return self.folders.images(self.folders.find(name), options_of(*settings))
 
     def shown(self, images: Images, which: str, words: str = "") -> list[Image]:
         """The images that a filter leaves, and whose name or caption has these words."""

@@ -7,6 +7,7 @@ folder holds is never shown.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -17,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.common.errors import InvalidArgument
-from reslora.diffusion.arguments import Flags, listed
 from reslora.diffusion.data.dataset import METADATA, Found, caption_files, layout_of, read_folder
 from reslora.diffusion.data.folders import kohyas_folders
 from reslora.diffusion.data.images import SUFFIXES, image_size
 from reslora.diffusion.data.listing import files_of
 from reslora.diffusion.data.material import size_of
 from reslora.diffusion.data.size import Size
-from reslora.diffusion.prompts import clean
-from reslora.diffusion.settings import fill_defaults
+from reslora.diffusion.settings import with_defaults
+from reslora.options.images import Options
+from reslora.options.prompts import clean
 
 from .folders import SETS, Folder, Folders
 from .launcher import trainers_parser
@@ -68,7 +69,7 @@ class Images:
     """What is in a folder."""
 
     folder: Folder
-    flags: Flags
+    options: Options
     images: dict[str, Image]
     notes: tuple[str, ...] = ()
     """What the trainer would print."""
@@ -109,39 +110,39 @@ class ImageFolders(Folders):
             store_images(path, uploads, caption)
         return self.find(f"uploads/{name}")
 
-    def images(self, folder: Folder, flags: Flags) -> Images:
+    def images(self, folder: Folder, options: Options) -> Images:
         """What is in a folder now; nothing is read again where no file has changed."""
         with self.lock:
-            now, key = state_of(folder, flags), (folder.path, repr(flags))
+            now, key = state_of(folder, options), (folder.path, repr(options))
             before, found = self.seen.pop(key, (None, None))
             if found is None or before != now:
-                found = read(folder, flags)
+                found = read(folder, options)
             self.seen[key] = now, found
             for old in list(self.seen)[:-KEPT]:
                 del self.seen[old]
             return found
 
 
-def flags_of(resolution: object = "", buckets: object = False, column: object = "") -> Flags:
-    """The trainer's flags; `RunError` with its own line for values that it refuses."""
+def options_of(resolution: object = "", buckets: object = False, column: object = "") -> Options:
+    """The trainer's options; `RunError` with its own line for values that it refuses."""
     return _flags(str(resolution or ""), buckets is True, str(column or ""))
 
 
 @functools.lru_cache(maxsize=64)
-def _flags(resolution: str, buckets: bool, column: str) -> Flags:
+def _flags(resolution: str, buckets: bool, column: str) -> Options:
     sides = resolution.split()
     if not all(side.isdecimal() for side in sides):
         raise RunError("Give the resolution as whole numbers with spaces between them.")
     words = ["--train_data_dir", "images", *(["--resolution", *sides] if sides else [])]
     words += ["--use_aspect_ratio_buckets"] if buckets else []
     words += [f"--caption_column={column}"] if column else []
-    return fill_defaults(trainers_parser().parse_args(words))
+    return Options.of(**with_defaults(vars(trainers_parser().parse_args(words))))
 
 
-def state_of(folder: Folder, flags: Flags) -> int:
+def state_of(folder: Folder, options: Options) -> int:
     """Changes with any file of a folder."""
     try:
-        return hash(tuple((str(path), stamp_of(path)) for path in files_of(folder.path, flags)))
+        return hash(tuple((str(path), stamp_of(path)) for path in files_of(folder.path, options.data, options.output)))
     except OSError:
         raise RunError("This folder cannot be read just now.") from None
 
@@ -158,46 +159,51 @@ def stamp_of(path: Path) -> tuple[int, ...]:
 # -- what the trainer makes of a folder --------------------------------------------------------------------------------
 
 
-def read(folder: Folder, flags: Flags) -> Images:
+def read(folder: Folder, options: Options) -> Images:
     """Every image of a folder as the trainer reads it, and those that it does not read."""
-    flags = flags.replace(train_data_dir=str(folder.path))
+    options = options.replace(train_data_dir=str(folder.path))
     images: dict[str, Image] = {}
     notes: list[str] = []
     refused, fixed, metadata, why = "", "", None, "no caption"
     try:
-        parts, notes = kohyas_folders(folder.path, flags)
+        parts, notes = kohyas_folders(folder.path, options.data, options.output)
         why = "not in one of kohya's folders" if parts else why
         for part, _, text in parts or [(str(folder.path), 1, None)]:
-            found = with_masks(Path(part), flags.replace(train_data_dir=part), text, deep=not parts)
+            found = with_masks(Path(part), options.replace(train_data_dir=part), text, deep=not parts)
             if found is None:
-                return Images(folder, flags, {}, refused=whole_line(folder, flags))
+                return Images(folder, options, {}, refused=whole_line(folder, options))
             notes += found.notes
-            images |= images_of(found, folder, flags, text)
+            images |= images_of(found, folder, options, text)
             if found.metadata and not parts:
                 metadata, why = found.metadata, f"not listed in {found.metadata.name}"
     except (InvalidArgument, OSError) as error:
         images, refused = {}, folder.without_path(str(error))
-        fixed = refused if any(path.name in METADATA for path in files_of(folder.path, flags)) else ""
-    images |= unread(folder, flags, images, why, metadata)
+        fixed = (
+            refused
+            if any(path.name in METADATA for path in files_of(folder.path, options.data, options.output))
+            else ""
+        )
+    images |= unread(folder, options, images, why, metadata)
     if images and not refused and all(image.problem for image in images.values()):
         refused = "no image can be used"
-    return Images(folder, flags, images, tuple(map(folder.without_path, notes)), refused, fixed)
+    return Images(folder, options, images, tuple(map(folder.without_path, notes)), refused, fixed)
 
 
-def with_masks(folder: Path, flags: Flags, caption: str | None, deep: bool) -> Found | None:
+def with_masks(folder: Path, options: Options, caption: str | None, deep: bool) -> Found | None:
     """What the trainer reads with --masked_loss or, where that refuses the masks, without."""
     with contextlib.suppress(InvalidArgument):
-        return read_folder(folder, flags.replace(masked_loss=True), caption, deep)
-    return read_folder(folder, flags, caption, deep)
+        masked = dataclasses.replace(options.training, masked_loss=True)
+        return read_folder(folder, options.data, masked, options.output, caption, deep)
+    return read_folder(folder, options.data, options.training, options.output, caption, deep)
 
 
-def whole_line(folder: Folder, flags: Flags) -> str:
+def whole_line(folder: Folder, options: Options) -> str:
     """Why no image of a folder is shown that the datasets library reads."""
-    layout = layout_of(files_of(folder.path, flags), folder.path) or "metadata in a folder below"
+    layout = layout_of(files_of(folder.path, options.data, options.output), folder.path) or "metadata in a folder below"
     return f"the datasets library reads this folder as a whole ({layout}): it can be trained on, but is not shown here"
 
 
-def images_of(found: Found, folder: Folder, flags: Flags, otherwise: str | None) -> dict[str, Image]:
+def images_of(found: Found, folder: Folder, options: Options, otherwise: str | None) -> dict[str, Image]:
     """The images that the trainer has found, by name; `otherwise` is the caption of those without a file."""
     names, images = names_of(found.files, folder.path), {}
     for index, (name, path, row) in enumerate(zip(names, found.files, found.rows, strict=True)):
@@ -211,19 +217,21 @@ def images_of(found: Found, folder: Folder, flags: Flags, otherwise: str | None)
             captions = None
         if leads_out(folder, path):
             captions, size, problem = None, None, OUTSIDE
-        buckets = buckets_of(size, flags) if size and not problem else ()
+        buckets = buckets_of(size, options) if size and not problem else ()
         images[name] = Image(
             name, path, captions, size, buckets, problem, found.metadata, otherwise, mask and Path(mask["path"])
         )
     return images
 
 
-def unread(folder: Folder, flags: Flags, read: dict[str, Image], why: str, metadata: Path | None) -> dict[str, Image]:
+def unread(
+    folder: Folder, options: Options, read: dict[str, Image], why: str, metadata: Path | None
+) -> dict[str, Image]:
     """The images in a folder that the trainer passes over; masks are none."""
     known = {os.path.normpath(path) for image in read.values() for path in (image.path, image.mask) if path}
     paths = [
         path
-        for path in files_of(folder.path, flags)
+        for path in files_of(folder.path, options.data, options.output)
         if path.suffix.lower() in SUFFIXES and os.path.normpath(path) not in known
     ]
     names = names_of([*(image.path for image in read.values()), *paths], folder.path)[len(read) :]
@@ -246,9 +254,9 @@ def header_of(folder: Folder, path: Path) -> tuple[int, int] | None:
     return None if isinstance(size, str) else size
 
 
-def buckets_of(size: tuple[int, int], flags: Flags) -> tuple[Size, ...]:
+def buckets_of(size: tuple[int, int], options: Options) -> tuple[Size, ...]:
     """What an image is cropped and scaled to, at each resolution."""
-    return tuple(dict.fromkeys(size_of(size, side, MULTIPLE, flags)[0] for side in listed(flags.resolution)))
+    return tuple(dict.fromkeys(size_of(size, side, MULTIPLE, options.data)[0] for side in options.data.resolution))
 
 
 def names_of(paths: Sequence[Path], folder: Path) -> list[str]:

@@ -5,7 +5,6 @@ Closing the page or the application leaves a training alone: its process id is i
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import re
@@ -23,11 +22,14 @@ from accelerate.commands.config.config_args import default_config_file
 
 from reslora.common.errors import InvalidArgument
 from reslora.common.flags import listed
-from reslora.diffusion.arguments import Flags, build_parser, is_experiment
 from reslora.diffusion.data.images import SUFFIXES
 from reslora.diffusion.prompts import SUFFIXES as PROMPT_FILES
-from reslora.diffusion.settings import settled
+from reslora.diffusion.settings import build_parser, given_by, resolve
 from reslora.diffusion.training.stopping import SAMPLE, SAVE
+from reslora.options.grid import Grid
+from reslora.options.images import Options
+from reslora.options.option import Option
+from reslora.options.parser import OptionsParser
 
 from . import form
 from .bases import bundled, model_of
@@ -41,11 +43,11 @@ from .views import enumerated
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
 ADDED_TO = ("method", "learning_rate", "seed")
-"""Flags that an experiment which was begun may be given more values of."""
+"""Options that an experiment which was begun may be given more values of."""
 MAY_GROW = (*ADDED_TO, "experiment_minutes", "arms_at_once")
-"""Flags that need not be as an experiment was begun with."""
+"""Options that need not be as an experiment was begun with."""
 FOLDERS = ("train_data_dir", "class_data_dir", "dataset_name")
-"""Flags that may name a folder of images."""
+"""Options that may name a folder of images."""
 BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
 """What may be in a run's folder before its training begins; what is encoded is kept in `cache`."""
 FEW = 8  # images to look at before a training
@@ -61,45 +63,45 @@ class Busy(RunError):
 
 def default_output() -> Path:
     """Where a trainer without --output_dir writes."""
-    return Path(build_parser().get_default("output_dir"))
+    return Path(Options.of().output.output_dir)
 
 
 def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
     """Command-line words for the settings that differ from the trainer's defaults; refuses what its parser refuses."""
     words = []
-    for name, action in form.actions().items():
+    for name, option in form.known().items():
         value = settings.get(name)
-        if value in (None, "", []) or (str(value) == str(action.default) and not with_defaults):
+        if value in (None, "", []) or (str(value) == str(option.fixed_default) and not with_defaults):
             continue
-        if form.is_switch(action):
+        if option.is_switch:
             words.append(f"--{name}" if value else f"--no-{name}")
-        elif values := words_of(action, value):
+        elif values := words_of(option, value):
             words += [f"--{name}", *values]
     trainers_parser().parse_args(words)
     return words
 
 
-def words_of(action: argparse.Action, value: object) -> list[str]:
+def words_of(option: Option, value: object) -> list[str]:
     """A flag's value, or values, as words of a command line."""
     found = [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in listed(value)]
-    if action.dest == "validation_prompt":
+    if option.name == "validation_prompt":
         found = [line.strip() for line in "\n".join(found).replace("\0", "").splitlines() if line.strip()]
         if len(found) == 1 and found[0].lower().endswith(PROMPT_FILES):
             raise RunError("Files of prompts are read by train_sd.py alone; write the prompts, one a line.")
-    elif action.nargs == "+" and isinstance(value, str):  # with spaces between them; numbers may have commas, too
-        found = (value.replace(",", " ") if action.type else value).split()
+    elif option.takes_several and isinstance(value, str):  # with spaces between them; numbers may have commas, too
+        found = (value.replace(",", " ") if option.parse is not str else value).split()
     if any(re.match(r"-(?!\d)", word) for word in found):  # it would be another flag
-        raise RunError(f"{action.dest} cannot begin with a hyphen.")
-    known = () if action.choices else form.choices(action)  # the trainer imports any optimizer by its path
+        raise RunError(f"{option.name} cannot begin with a hyphen.")
+    known = () if option.choices else form.choices(option)  # the trainer imports any optimizer by its path
     if known and (wrong := [word for word in found if word not in known]):
-        raise RunError(f"{action.dest} {wrong[0][:80]}: choose from {', '.join(known)}.")
+        raise RunError(f"{option.name} {wrong[0][:80]}: choose from {', '.join(known)}.")
     return found
 
 
-def trainers_parser() -> argparse.ArgumentParser:
+def trainers_parser() -> OptionsParser:
     """The trainer's own; where it refuses, its one line is the message."""
     parser = build_parser()
-    parser.error = refuse  # where it would print the line and leave
+    parser.error = refuse  # type: ignore[method-assign] # where it would print the line and leave
     return parser
 
 
@@ -112,14 +114,14 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
     read = [Path(name).resolve() for name in begun.words("train_data_dir")]
     if images is not None and read != [images.resolve()]:
         raise RunError(f"{begun.name} was begun with other images: choose another name, or leave the images out.")
-    known, model = form.actions(), str(settings.get("model") or "").strip()
+    known, model = form.known(), str(settings.get("model") or "").strip()
     given = {flag: value for flag, value in settings.items() if flag in known and flag not in MAY_GROW}
     given = {flag: value for flag, value in given.items() if value not in (None, "", [])}
-    asked, others = build_parser().parse_args(arguments(given, True)), []
+    asked, others = vars(build_parser().parse_args(arguments(given, True))), []
     for flag, value in given.items():
-        was = begun.config.get(flag, known[flag].default)
+        was = begun.config.get(flag, known[flag].fixed_default)
         # The form has no word for some that a command line may have given: it shows them as if they were not there.
-        if listed(getattr(asked, flag)) != listed(was) and value != form.widget_value(known[flag], was):
+        if listed(asked.get(flag, was)) != listed(was) and value != form.widget_value(known[flag], was):
             others.append(form.as_flag(known[flag], was))
     was_model = begun.word("pretrained_model_name_or_path") or ""
     if model and model not in (was_model, bundled(was_model)):
@@ -131,10 +133,10 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
 def with_more(begun: Run, settings: dict) -> dict:
     """What may grow of an experiment, with what a form adds; what is empty there is left out, and stays as it is."""
     more = {flag: settings[flag] for flag in MAY_GROW if settings.get(flag) not in (None, "", [])}
-    asked = build_parser().parse_args(arguments(more, True))
+    asked = vars(build_parser().parse_args(arguments(more, True)))
     for flag in more.keys() & set(ADDED_TO):
         there = listed(begun.config.get(flag))
-        more[flag] = [*there, *(value for value in listed(getattr(asked, flag)) if value not in there)]
+        more[flag] = [*there, *(value for value in listed(asked[flag]) if value not in there)]
     return more
 
 
@@ -173,14 +175,14 @@ class Trainings:
             if model := str(settings.get("model") or "").strip():
                 words += ["--pretrained_model_name_or_path", model_of(model, images)]
             words += arguments(settings)
-        if not is_experiment(vars(self.settled(words))) and kind is Experiment:
+        if not isinstance(self.resolved(words), Grid) and kind is Experiment:
             raise RunError(ALONE)
         return words
 
-    def settled(self, words: list[str]) -> Flags:
+    def resolved(self, words: list[str]) -> Options | Grid[Options]:
         """What the trainer makes of a command, whatever its images are: they may not be stored yet."""
         try:
-            return settled(trainers_parser(), words[1:])
+            return resolve(given_by(trainers_parser(), words[1:]))
         except InvalidArgument as error:
             raise RunError(self.without_folders(str(error))) from None
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from reslora.diffusion.arguments import SEVERAL
-from reslora.diffusion.prompts import clean
 from reslora.experiment.record import EXPERIMENT, UNFINISHED
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from reslora.options.images import Options
+from reslora.options.prompts import clean
 
 from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number
 
+VARYING = tuple(name for name, option in Options.table().items() if option.varies)
 REPORT = "report.html"
 MOST_BESIDE = 3
 """More runs beside one would not be told apart."""
@@ -197,7 +198,7 @@ def kind_of(folder: Path) -> type[Run] | None:
 def kind_by_settings(path: Path, changed: int) -> type[Run]:
     """What the settings in a file are of; `changed` is its time."""
     config = Run(path.parent.name, path.parent).config
-    several = [value for name in SEVERAL if isinstance(value := config.get(name), list) and len(value) > 1]
+    several = [value for name in VARYING if isinstance(value := config.get(name), list) and len(value) > 1]
     if any(all(isinstance(one, int | float | str) for one in value) for value in several):
         return Experiment
     return LanguageRun if script_of(config) else Run

@@ -32,7 +32,7 @@ from reslora.diffusion.model.families.base import Family
 from reslora.diffusion.model.loading import Model, find_model
 from reslora.diffusion.output.calibration_file import read_calibration
 from reslora.diffusion.output.exports import write_lora
-from reslora.diffusion.settings import check_model_name
+from reslora.diffusion.refusals import check_model_name
 from reslora.diffusion.training.state import targets_of
 from reslora.merges import MERGES
 
@@ -305,7 +305,7 @@ class Studio:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             check_model_name(base.name)
-            model = find_model(base.flags(), PartialState())
+            model = find_model(base.options().model, base.options().output, PartialState())
             times = times_of(base, model)  # of what is written while it loads, the next look will tell
             half = torch.bfloat16 if model.family.objective == "flow" else torch.float16
             dtype = half if device.type == "cuda" else torch.float32

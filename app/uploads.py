@@ -12,8 +12,8 @@ from pathlib import Path
 from reslora.diffusion.content import content_mark
 from reslora.diffusion.data.caption_files import CAPTIONS, read_caption
 from reslora.diffusion.data.images import SUFFIXES, image_size
-from reslora.diffusion.prompts import clean
 from reslora.files import remove_leftovers, replacing
+from reslora.options.prompts import clean
 
 from .runs import RunError
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import PIL.Image
 
 from reslora.common.methods import METHODS
-from reslora.diffusion.prompts import clean
+from reslora.options.prompts import clean
 from reslora.words import counted
 
 from .activity import activity, why_ended

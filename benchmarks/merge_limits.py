@@ -15,6 +15,7 @@ import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import paper
@@ -27,7 +28,7 @@ from reslora import regression
 from reslora.common.adapters import load_adapter
 from reslora.common.signals import StopRequest
 from reslora.files import read_object, write_json
-from reslora.language import glue, glue_arguments
+from reslora.language import glue
 from reslora.language.results import unmerged_afterwards
 
 KEPT, SCRATCH = RESULTS / "merge_limits", paper.SCRATCH / "merge_limits"
@@ -79,7 +80,7 @@ def trained(seed: int, args: argparse.Namespace):
     if not (folder / "results.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         paper.launch("train_glue.py", flags, folder.parent / f"seed{seed}.log")
-    arguments = glue_arguments.parse(flags)
+    arguments = glue.parse(flags)
     splits = glue.read_splits(arguments)
     tokenizer, model, classifier = glue.load_model(arguments)
     sets = {name: glue.encode(arguments, tokenizer, columns) for name, columns in splits.items()}
@@ -93,8 +94,8 @@ def trained(seed: int, args: argparse.Namespace):
 
 def calibration_batches(arguments, examples, count: int) -> list[dict]:
     """As the trainer makes them, of so many examples."""
-    arguments.method.calibration_examples = count
-    return glue.calibration_batches(arguments, examples, arguments.training.device)
+    options = arguments.options.replace(calibration_examples=count)
+    return glue.calibration_batches(replace(arguments, options=options), examples, arguments.training.device)
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ RANK = 16
 
 
 def add_arguments(add: Callable) -> None:
-    """Flags of `trainer.py overhead`."""
+    """Options of `trainer.py overhead`."""
     add("--device_ms", type=float, nargs="+", default=[100, 300], help="what a step takes the device")
     add("--batch", type=int, nargs="+", default=[4, 16])
     add("--steps", type=int, default=100)
@@ -134,14 +134,24 @@ def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Context
     flags = parse_args([*flags, "--random_flip", "--method", "lora", "--output_dir", str(folder / "run")])
     family = NoEncoders()
     flags = with_family(flags.replace(validation_steps=steps + 1, checkpointing_steps=steps + 1), family.defaults)
-    context = Context(flags, SimpleNamespace(family=family), start_accelerator(flags), StopRequest())
-    images, size = load_images(flags), Size(flags.resolution, flags.resolution)
-    latents, _ = encode_images(Variants(images, [size] * len(images), flags), "", no_vae(), context)
+    context = Context(
+        flags,
+        SimpleNamespace(family=family),
+        start_accelerator(flags),
+        StopRequest(),
+    )
+    images, size = (
+        load_images(flags.model, flags.data, flags.training, flags.output),
+        Size(*flags.data.resolution * 2),
+    )
+    latents, _ = encode_images(
+        Variants(images, [size] * len(images), flags.data, flags.training), "", no_vae(), context
+    )
     texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)
     source = Source(images, latents, tuple(range(len(images))), (), (size,), (0,) * len(images))
     material = Material((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, flags)
     start_trackers(context)
-    note_settings(schedule_of(material, context), context)
+    note_settings(context.options.flat(), schedule_of(material, context), context.accelerator)
     return material, context
 
 
@@ -154,7 +164,9 @@ def no_vae() -> SimpleNamespace:
 def train_on(device: Device, material: Material, context: Context, folder: Path) -> float:
     """Trains to the end; returns the seconds that the host computed."""
     denoiser, pipeline = NoDenoiser(), SimpleNamespace(vae=no_vae())
-    optimizer = new_optimizer(list(denoiser.parameters()), context.flags, context.accelerator)
+    optimizer = new_optimizer(
+        list(denoiser.parameters()), context.options.training, context.options.optimizer, context.accelerator
+    )
     rates = torch.optim.lr_scheduler.ConstantLR(optimizer)
     trained = Trained({"unet": denoiser}, DenoisingLoss(context, material.objective, pipeline, denoiser.config))
     learner, schedule = (

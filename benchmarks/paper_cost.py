@@ -26,13 +26,11 @@ def model_of(name: str, flags: list[str]) -> torch.nn.Module:
     if not flags:
         return get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from transformers import HfArgumentParser
-
-    from reslora.language.arguments import MethodArguments
+    from reslora.language.arguments import read
     from reslora.language.trainer import attach
+    from reslora.options.texts import LlmOptions
 
-    (arguments,) = HfArgumentParser(MethodArguments).parse_args_into_dataclasses(flags)
-    return attach(base, arguments, STEPS)
+    return attach(base, read(LlmOptions, "paper_cost.py", flags).adapter, STEPS)
 
 
 def main() -> None:

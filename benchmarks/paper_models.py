@@ -18,7 +18,7 @@ from reslora.diffusion.run import load_and_check, settle
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.diffusion.training.state import add_adapter, config_of
-from reslora.language import llm, llm_arguments
+from reslora.language import llm
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import calibration_batches
 from reslora.language.results import merge_table
@@ -32,12 +32,24 @@ def newest_checkpoint(folder: Path) -> Path:
 def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     """Loss on held-out images of a train_sd.py method's last checkpoint, unmerged and merged by every method."""
     flags = parse_args([*flags, "--output_dir", str(method.parent)])
-    context = settle(flags, start_accelerator(flags), StopRequest())
-    flags, accelerator = context.flags, context.accelerator
+    context = settle(
+        flags,
+        start_accelerator(flags),
+        StopRequest(),
+    )
+    flags, accelerator = context.options, context.accelerator
     pipeline, objective = load_and_check(context)
-    material = material_of([load_images(flags)], pipeline, objective, context)
+    material = material_of(
+        [load_images(flags.model, flags.data, flags.training, flags.output)], pipeline, objective, context
+    )
     denoiser = context.model.load_denoiser(context.dtype, accelerator.device)
-    add_adapter(denoiser, method.name, flags, config_of(method.name, flags, flags.max_train_steps))
+    add_adapter(
+        denoiser,
+        method.name,
+        flags.adapter,
+        flags.training,
+        config_of(method.name, flags.adapter, flags.training.max_train_steps),
+    )
     load_adapter(denoiser, newest_checkpoint(method))
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
     validation = Validation(loss, material, None, accelerator, context.stop)
@@ -48,8 +60,9 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
 def calibration_losses(flags: list[str], counts: Sequence[int], other: str, rows: list[dict]) -> dict[str, float]:
     """Test loss of a train_llm.py run's last checkpoint, merged by `lstsq` from so many of its training examples; and
     from the rows of another task, as many as the largest count."""
-    task, method, arguments = llm_arguments.parse(flags)
-    trainer, own = llm.build_trainer(task, method, arguments)
+    parsed = llm.parse(flags)
+    arguments = parsed.training
+    trainer, own = llm.build_trainer(parsed.options)
     load_adapter(trainer.model, newest_checkpoint(Path(arguments.output_dir)))
     trainer.model.eval()
     foreign = [trainer.encoder(example) for example in examples_of(TASKS[other], other, rows)]

@@ -105,7 +105,10 @@ def planned(flags: list[str]) -> dict:
     """Bytes by phase, and the seconds that finding them took."""
     parsed = parse_args(flags)
     accelerator = start_accelerator(parsed)
-    images, context = load_folders(parsed), settle(parsed, accelerator, StopRequest())
+    images, context = (
+        load_folders(parsed.model, parsed.data, parsed.training, parsed.output),
+        settle(parsed, accelerator, StopRequest()),
+    )
     began = time.perf_counter()
     plan = plan_of(images, context, free_memory(CPU))
     return {"seconds": round(time.perf_counter() - began, 2), **{phase.name: phase.total for phase in plan.phases}}

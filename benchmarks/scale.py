@@ -33,7 +33,7 @@ BLOCKS = {
 
 
 def add_arguments(add: Callable) -> None:
-    """Flags of `trainer.py scale`."""
+    """Options of `trainer.py scale`."""
     add("--images", type=int, nargs="*", default=[100, 1000, 10_000])
     add("--captions", type=int, nargs="*", default=[1000, 100_000], help="of T5's width, a thousand an image")
     add("--tokens", type=int, default=16, help="of each caption")

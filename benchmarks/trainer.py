@@ -52,7 +52,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from watched import WARM_UP, Watched
 
 from reslora.common.signals import StopRequest
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.context import Context
 from reslora.diffusion.data.batch import Batch
 from reslora.diffusion.data.dataset import ImageDataset, load_images
@@ -63,6 +62,7 @@ from reslora.diffusion.data.sources import Source
 from reslora.diffusion.model.families.base import Family
 from reslora.diffusion.model.objective import DdpmObjective
 from reslora.diffusion.settings import parse_args
+from reslora.options.images import Options
 
 EXAMPLE = "examples/text_to_image/train_text_to_image_lora.py"
 
@@ -274,7 +274,7 @@ def loader(args: argparse.Namespace) -> dict:
         flags += ["--resolution", "512", "--train_batch_size", str(args.batch), "--max_train_steps", "1000000"]
         flags = parse_args([*flags, "--output_dir", str(Path(folder) / "run")])
         began = time.perf_counter()
-        images = load_images(flags)
+        images = load_images(flags.model, flags.data, flags.training, flags.output)
         found = {"scan_seconds": time.perf_counter() - began, "workers": {}}
         print(f"finding {args.images} images and checking their headers: {found['scan_seconds']:.1f} s", flush=True)
         for workers in args.workers:
@@ -284,14 +284,14 @@ def loader(args: argparse.Namespace) -> dict:
     return found
 
 
-def loading(args: argparse.Namespace, flags: Flags, images: ImageDataset, cache: Path) -> dict[str, float]:
+def loading(args: argparse.Namespace, flags: Options, images: ImageDataset, cache: Path) -> dict[str, float]:
     """Rates of encoding (but for the encoders' own time), and of making samples of what is encoded and what is not."""
-    workers, size = flags.dataloader_num_workers, Size(flags.resolution, flags.resolution)
+    workers, size = flags.data.dataloader_num_workers, Size(*flags.data.resolution * 2)
     flags, model = flags.replace(cache_dir=str(cache)), SimpleNamespace(family=CostlessFamily())
     context = Context(flags, model, Accelerator(cpu=True), StopRequest())
     vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     began = time.perf_counter()
-    latents, _ = encode_images(Variants(images, [size] * len(images), flags), "", vae, context)
+    latents, _ = encode_images(Variants(images, [size] * len(images), flags.data, flags.training), "", vae, context)
     rates = {"encoding, images/s": args.images / (time.perf_counter() - began)}
     print(f"{workers} workers  encoding  {rates['encoding, images/s']:8.1f} images/s", flush=True)
     texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)
@@ -306,7 +306,7 @@ def loading(args: argparse.Namespace, flags: Flags, images: ImageDataset, cache:
 
 def batches_of(material: Material) -> Iterator[Batch]:
     """One pass over the images, as training gets them."""
-    count = len(material.sources[0].train) // material.flags.train_batch_size
+    count = len(material.sources[0].train) // material.options.training.train_batch_size
     return iter(training_loader(material, range(count), processes=1, rank=0, pin=False))
 
 

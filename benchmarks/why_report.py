@@ -13,7 +13,7 @@ from why import EXPERIMENTS, KEPT, Experiment
 
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.loading import Model
-from reslora.diffusion.settings import read_index
+from reslora.diffusion.refusals import read_index
 from reslora.experiment.statistics import rerun, tested, verdicts
 
 SHORTCUTS = ("input", "block(4)", "middle(4)")

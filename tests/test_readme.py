@@ -94,7 +94,7 @@ def test_commands_have_flags_that_exist(script, capsys):
     assert found
     module = importlib.import_module("reslora.convert" if script == "reslora-convert" else script.removesuffix(".py"))
     with pytest.raises(SystemExit):
-        module.main(["--help"])
+        module.main(["--help" if script == "reslora-convert" else "--help-all"])
     known = set(re.findall(r"--[a-z0-9_-]+", capsys.readouterr().out))
     for document, words in found:
         unknown = {word for word in words if word.startswith("--")} - known

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reslora.diffusion.arguments import build_parser
+from reslora.diffusion.settings import build_parser
 from reslora.experiment.statistics import half_width, rerun, spread_of
-from reslora.language import glue_arguments, llm_arguments
+from reslora.language.arguments import read
+from reslora.options.texts import GlueOptions, LlmOptions
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -28,7 +29,7 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setattr(why_report, "KEPT", tmp_path / "kept")
 
 
-READERS = {"train_llm.py": llm_arguments.read, "train_glue.py": glue_arguments.read}
+TEXTS = {"train_llm.py": LlmOptions, "train_glue.py": GlueOptions}
 
 
 FEW_CONTROLS = {
@@ -44,7 +45,9 @@ def test_trainers_take_every_command_with_all_controls_and_enough_seeds_and_rate
     for name, experiment in why.EXPERIMENTS.items():
         command = experiment.command(name, args)[1:]
         images = experiment.script == "train_sd.py"
-        found = vars(build_parser().parse_args(command)) if images else READERS[experiment.script](command)[1]
+        kind = None if images else TEXTS[experiment.script]
+        given = {"pre_num": 4, **vars(build_parser().parse_args(command))}
+        found = given if images else read(kind, experiment.script, command).flat()
         kind, swept = name.partition("-")[0], name.endswith("pre_num")
         controls = ("lora",) if swept else FEW_CONTROLS.get(kind, why.CONTROLS)
         methods = why.BASELINES if name.endswith("baselines") else (*controls, "reslora")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
-from reslora.common.methods import SHORTCUT_FLAGS
 from reslora.diffusion.data.caption_files import CAPTIONS
+from reslora.options.option import Option
 
 from .. import form, launcher, views
 from ..bases import PIPELINES
@@ -61,7 +60,7 @@ class LaunchTab(Tab):
     def all_names(cls) -> tuple[str, ...]:
         """Every flag of the form, in order."""
         folded = form.groups((*cls.names, *cls.left_out)).values()
-        return *cls.names, *(action.dest for group in folded for action in group)
+        return *cls.names, *(option.name for group in folded for option in group)
 
     @classmethod
     def parameters(cls) -> tuple[str, ...]:
@@ -74,7 +73,7 @@ class LaunchTab(Tab):
             self.suggested, label=f"Name of the new {self.what}", max_lines=1, elem_id=self.own("name")
         )
         self.images_part()
-        known = form.actions()
+        known = form.known()
         self.widgets([known[name] for name in self.names])
         for title, group in form.groups((*self.names, *self.left_out)).items():
             with gr.Accordion(title[:1].upper() + title[1:], open=False):
@@ -98,31 +97,31 @@ class LaunchTab(Tab):
             info=f"Empty: {next(iter(PIPELINES))}; or a name on the hub: owner/model",
         )  # fmt: skip
 
-    def widgets(self, actions: Sequence[argparse.Action]) -> None:
+    def widgets(self, options: Sequence[Option]) -> None:
         """A widget for each flag: first what is written or chosen, then what is ticked."""
-        ticked = [action for action in actions if form.is_switch(action)]
-        for part in ([action for action in actions if action not in ticked], ticked):
+        ticked = [option for option in options if option.is_switch]
+        for part in ([option for option in options if option not in ticked], ticked):
             with gr.Row():
-                for action in part:
-                    self.flags[action.dest] = self.widget(action)
+                for option in part:
+                    self.flags[option.name] = self.widget(option)
 
-    def widget(self, action: argparse.Action) -> gr.components.Component:
+    def widget(self, option: Option) -> gr.components.Component:
         """The widget of a flag, with the trainer's help; an empty box means the default, which stands in it in grey."""
-        name, several = action.dest, isinstance(self.filled.get(action.dest), list)
-        value = self.filled[name] if name in self.filled else form.widget_value(action, None)
+        name, several = option.name, isinstance(self.filled.get(option.name), list)
+        value = self.filled[name] if name in self.filled else form.widget_value(option, None)
         wide = {"min_width": 460 if name in WIDE else 220}
-        common = {"label": form.label(action), "info": form.info(action), "elem_id": self.own(f"flag-{name}"), **wide}
+        common = {"label": form.label(option), "info": form.info(option), "elem_id": self.own(f"flag-{name}"), **wide}
         if name == "method":
-            return gr.CheckboxGroup(form.choices(action), value=value, **common)
-        if name in SHORTCUT_FLAGS:
+            return gr.CheckboxGroup(form.choices(option), value=value, **common)
+        if name in form.OF_SHORTCUTS:
             common["visible"] = form.wires(self.filled.get("method", ()))
-        if form.is_switch(action):
+        if option.is_switch:
             return gr.Checkbox(bool(value), **common)
-        if found := form.choices(action):
+        if found := form.choices(option):
             open_choice = [("by the model", "")] if value == "" else []
             return gr.Dropdown([*open_choice, *found], value=value, multiselect=several, **common)
         lines = {"lines": 2} if name == "validation_prompt" else {"max_lines": 1}
-        return gr.Textbox(str(value), placeholder=form.default(action), **lines, **common)
+        return gr.Textbox(str(value), placeholder=form.default(option), **lines, **common)
 
     def buttons_row(self) -> None:
         """What is done with the form, and the command that it makes."""
@@ -173,7 +172,7 @@ class LaunchTab(Tab):
             self.preview, preprocess=False, **QUIET,
         )  # fmt: skip
         looked.failure(lambda: "", None, self.preview, **QUIET)
-        wired = [self.flags[flag] for flag in SHORTCUT_FLAGS]
+        wired = [self.flags[flag] for flag in form.OF_SHORTCUTS]
         told = [self.flags[flag] for flag in self.flags if flag in form.OF_BUNDLED]
         self.model.change(self.show_defaults, self.model, told, preprocess=False, **QUIET)
         self.flags["method"].change(self.show_shortcuts, self.flags["method"], wired, **QUIET)
@@ -198,18 +197,18 @@ class LaunchTab(Tab):
 
     def show_shortcuts(self, methods: list[str]) -> list[dict]:
         """What is set for ResLoRA's shortcuts, where a method reads it."""
-        return [gr.update(visible=form.wires(methods))] * len(SHORTCUT_FLAGS)
+        return [gr.update(visible=form.wires(methods))] * len(form.OF_SHORTCUTS)
 
     def show_defaults(self, model: object) -> list[dict]:
         """What is taken where a box is left empty, where that goes by the bundled pipeline."""
-        shown = [action for flag, action in form.chosen(self.all_names()).items() if flag in form.OF_BUNDLED]
-        return [gr.update(placeholder=form.default(action, str(model or ""))) for action in shown]
+        shown = [option for flag, option in form.chosen(self.all_names()).items() if flag in form.OF_BUNDLED]
+        return [gr.update(placeholder=form.default(option, str(model or ""))) for option in shown]
 
     def settings(self, values: tuple) -> dict:
-        """Flags and their values, of the form's last widgets, but for those that no method reads."""
+        """Options and their values, of the form's last widgets, but for those that no method reads."""
         settings = dict(zip(self.all_names(), values, strict=True))
         methods = settings["method"] if isinstance(settings["method"], list) else []
-        unread = () if form.wires(methods) else SHORTCUT_FLAGS
+        unread = () if form.wires(methods) else form.OF_SHORTCUTS
         return {name: value for name, value in settings.items() if name not in unread}
 
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:

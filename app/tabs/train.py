@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
-from reslora.diffusion.arguments import SEVERAL
 from reslora.diffusion.experiment.checks import OF_EXPERIMENTS
 
 from .. import form, launcher, views
 from ..bases import word_of_model
 from ..handlers import QUIET, readable_errors
+from ..library import VARYING
 from ..runs import Run, RunError
 from .base import Parts
 from .launching import LaunchTab
@@ -95,9 +95,9 @@ class TrainTab(LaunchTab):
         return views.notice(self.trainings.ask(request))
 
     def settings(self, values: tuple) -> dict:
-        """Flags and their values; several of what makes an experiment are refused."""
+        """Options and their values; several of what makes an experiment are refused."""
         settings = super().settings(values)
-        for name in SEVERAL:
+        for name in VARYING:
             value = settings.get(name)
             if isinstance(value, str) and len(value.replace(",", " ").split()) > 1:
                 raise RunError(f"{name} {value}: several values make an experiment; start it under Experiment.")

@@ -1,23 +1,8 @@
-"""The flags of a run as one object."""
+"""Values of options as they are typed."""
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
-
-
-class Flags(argparse.Namespace):
-    """All flags with their values, which do not change any more."""
-
-    def __init__(self, **values: object) -> None:
-        vars(self).update(values)
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"{name} cannot be changed: use replace")
-
-    def replace(self, **changes: object) -> Flags:
-        """A copy in which some flags have other values."""
-        return Flags(**{**vars(self), **changes})
 
 
 def listed(value: Any) -> list:

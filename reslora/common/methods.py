@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ..shortcuts import PLAIN
-from .errors import InvalidArgument, speaks
-from .flags import as_typed
+from .errors import InvalidArgument
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -199,7 +197,7 @@ class Method:
 
     @property
     def reads_shortcut_flags(self) -> bool:
-        """Whether it is another one with other `SHORTCUT_FLAGS`, at least some of them."""
+        """Whether it is another one with another --pre_num or --head."""
         return self.reads_shortcut or bool(self.placebo)
 
     @property
@@ -254,32 +252,8 @@ def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
 
 
 DEFAULT_PRE_NUM = 4
-SHORTCUT_FLAGS = ("shortcut", "pre_num", "head", "merge")
-"""Flags that say which shortcuts there are, and how they are merged."""
-READ_BY: Mapping[str, Callable[[Method], bool]] = {
-    "shortcut": lambda row: row.reads_shortcut,
-    "pre_num": lambda row: row.reads_shortcut_flags,
-    "head": lambda row: row.reads_shortcut_flags,
-    "merge": lambda row: row.shortcuts,
-    "lora_alpha": lambda row: row.alpha,
-}
-"""Flags that not every method reads, and which do."""
 IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
 """For the help of flags."""
-
-
-def tell_unread(names: Sequence[str], values: Mapping[str, object], defaults: Mapping[str, object]) -> None:
-    """Says which flags of adapters no method reads: one command may run one method after another with them.
-
-    Warns of a --pre_num that wires nothing, with methods that are wired otherwise.
-    """
-    for flag, reads in READ_BY.items():
-        unread = values[flag] != defaults[flag] and not any(reads(METHODS[name]) for name in names)
-        if unread and speaks():
-            print(f"--{flag} {as_typed(values[flag])}: nothing reads it with --method {' '.join(names)}", flush=True)
-    unwired = [name for name in names if values["pre_num"] == 0 and READ_BY["pre_num"](METHODS[name])]
-    if unwired and values["shortcut"] != PLAIN and speaks():
-        print(f"warning: --pre_num 0: no block takes part in another, so {' and '.join(unwired)} trains as LoRA does")
 
 
 _UNABLE = {

@@ -1,1 +1,1 @@
-"""Training text-to-image models: flags -> family -> dataset -> encoded dataset -> samples -> training -> results."""
+"""Training text-to-image models: options -> family -> dataset -> encoded dataset -> samples -> training -> results."""

@@ -18,75 +18,90 @@ from ..common.gauge import gauged
 from ..common.links import tell_links
 from ..common.methods import METHODS
 from ..common.targets import check_layers
+from ..options.images import (
+    DEFAULT_RANK,
+    HELD_OUT,
+    AdapterOptions,
+    DataOptions,
+    ModelOptions,
+    Options,
+    TrainingOptions,
+    ValidationOptions,
+)
 from ..tracing import meta_copy
-from .arguments import DEFAULT_RANK, Flags, listed
 from .context import Context
 from .data.buckets import named_buckets
 from .data.dataset import ImageDataset
-from .experiment.checks import STEERING
 from .model.families import FAMILIES, load_family
 from .model.families.base import Family, Part
 from .model.loading import Model
 from .model.quantising import blocks, try_format
 from .prompts import Prompt, prompts_of
-from .settings import untouched
 from .training.state import add_adapter, config_of, shortcuts_of, targets_of
+
+STEERING = [name for name, option in Options.table().items() if HELD_OUT in option.needs]
+"""What a validation loss steers."""
 
 
 def check_held_out(kinds: Sequence[ImageDataset], context: Context) -> None:
     """Refuse to steer by a validation loss where there are too few images to hold one out; warn where none steers."""
-    flags, most = context.flags, max(len(images) for images in kinds if not images.of_class)
-    if not flags.validation_split or most > 1:
+    options, most = context.options, max(len(images) for images in kinds if not images.of_class)
+    split = options.validation.validation_split
+    if not split or most > 1:
         return
     problem = "no image can be held out, since no folder has more than one"
     for name in STEERING:
-        if getattr(flags, name):
+        if options[name]:
             raise InvalidArgument(f"--{name}", problem, "leave it out, or give more images")
-    context.tell_once(f"warning: --validation_split {flags.validation_split:g}: {problem}; there is no validation loss")
+    context.tell_once(f"warning: --validation_split {split:g}: {problem}; there is no validation loss")
 
 
-def check_base_precision(flags: Flags, dtype: torch.dtype, accelerator: Accelerator) -> None:
+def check_base_precision(options: ModelOptions, dtype: torch.dtype, accelerator: Accelerator) -> None:
     """Refuse a --base_precision that the device cannot take, by trying it."""
-    if flags.base_precision == "no":
+    if options.base_precision == "no":
         return
-    argument = f"--base_precision {flags.base_precision}"
+    argument = f"--base_precision {options.base_precision}"
     try:
-        try_format(flags.base_precision, dtype, accelerator.device)
+        try_format(options.base_precision, dtype, accelerator.device)
     except Exception as error:  # the devices' back ends fail in as many ways as there are
         problem = f"does not work on {accelerator.device.type} here ({first_line(error)})"
         raise InvalidArgument(argument, problem, "give another precision, or no") from None
 
 
-def check_blocks_to_swap(flags: Flags, model: Model, accelerator: Accelerator) -> None:
+def check_blocks_to_swap(options: ModelOptions, model: Model, accelerator: Accelerator) -> None:
     """Refuse more --blocks_to_swap than the denoiser has; on a CPU, tell that they are where they would be anyway."""
-    if not flags.blocks_to_swap:
+    if not options.blocks_to_swap:
         return
-    argument, known = f"--blocks_to_swap {flags.blocks_to_swap}", len(blocks(model.empty_denoiser()))
-    if flags.blocks_to_swap > known:
+    argument, known = f"--blocks_to_swap {options.blocks_to_swap}", len(blocks(model.empty_denoiser()))
+    if options.blocks_to_swap > known:
         problem = f"the {model.family.denoiser} of {model.family.name} has {known} blocks"
         raise InvalidArgument(argument, problem, f"give {known} or fewer")
     if accelerator.device.type == "cpu":
         accelerator.print(f"{argument}: there is no GPU, so it saves nothing and changes nothing")
 
 
-def check_pipeline(flags: Flags, pipeline: DiffusionPipeline, family: Family) -> None:
+def check_pipeline(
+    data: DataOptions, validation: ValidationOptions, pipeline: DiffusionPipeline, family: Family
+) -> None:
     """Refuse sizes of images or a number of denoising steps that the pipeline cannot take."""
     known, multiple = pipeline.scheduler.config.num_train_timesteps, family.pixel_multiple(pipeline)
-    if flags.num_inference_steps > known:
-        argument = f"--num_inference_steps {flags.num_inference_steps}"
+    if validation.num_inference_steps > known:
+        argument = f"--num_inference_steps {validation.num_inference_steps}"
         raise InvalidArgument(argument, f"the model knows {known} timesteps", "give fewer")
     told = family.is_told_guidance or bool(pipeline.config.get("is_distilled"))
-    for prompt in prompts_of(flags):
+    for prompt in prompts_of(validation):
         check_prompt(prompt, known, multiple, f"the guidance of {family.name} is told to it" if told else "")
-    for size in named_buckets(flags.aspect_ratio_buckets or ""):
+    for size in named_buckets(data.aspect_ratio_buckets or ""):
         if any(side % multiple or not side for side in (size.height, size.width)):
             argument = f"--aspect_ratio_buckets {size.height},{size.width}"
             raise InvalidArgument(argument, f"the pipeline takes multiples of {multiple}", "give sides that are")
-    for name in ("resolution", "validation_height", "validation_width"):
-        for pixels in listed(getattr(flags, name)):
-            if pixels % multiple:
-                argument, problem = f"--{name} {pixels}", f"the pipeline takes multiples of {multiple}"
-                raise InvalidArgument(argument, problem, f"give {max(1, pixels // multiple) * multiple}")
+    sides = [("resolution", pixels) for pixels in data.resolution]
+    sides += [("validation_height", validation.validation_height or 0)]
+    sides += [("validation_width", validation.validation_width or 0)]
+    for name, pixels in sides:
+        if pixels % multiple:
+            argument, problem = f"--{name} {pixels}", f"the pipeline takes multiples of {multiple}"
+            raise InvalidArgument(argument, problem, f"give {max(1, pixels // multiple) * multiple}")
 
 
 def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> None:
@@ -104,65 +119,79 @@ def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> No
         raise InvalidArgument(where, f"{what}, but {told}", "leave it out, and give --g or guidance_scale")
 
 
-def with_rank(flags: Flags, model: Model, accelerator: Accelerator) -> Flags:
-    """The flags with a rank where none is given: the default, or as much of it as the narrowest layer can have."""
-    if flags.rank is not None:
-        return flags
-    if isinstance(targets := targets_of(flags.target_modules), str):
+def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Options:
+    """The options with a rank where none is given: the default, or as much of it as the narrowest layer can have."""
+    if options.adapter.rank is not None:
+        return options
+    if isinstance(targets := targets_of(options.adapter.target_modules), str):
         matches(targets, "")
-    wanted, denoiser = flags.replace(rank=DEFAULT_RANK, lora_alpha=1), model.empty_denoiser()
-    found = [narrowest_layer(denoiser, config_of(method, wanted, total_steps=1000)) for method in flags.method]
+    wanted, denoiser = options.replace(rank=DEFAULT_RANK, lora_alpha=1), model.empty_denoiser()
+    found = [
+        narrowest_layer(denoiser, config_of(method, wanted.adapter, total_steps=1000))
+        for method in options.adapter.method
+    ]
     name, least = min(found, key=lambda layer: layer[1])
     rank = int(min(DEFAULT_RANK, least))
     if rank < DEFAULT_RANK:
         accelerator.print(f"--rank {rank} and not {DEFAULT_RANK}, since none is given and {name} is no wider")
-    return flags.replace(rank=rank, lora_alpha=flags.lora_alpha or 2 * rank)
+    return options.replace(rank=rank, lora_alpha=options.adapter.lora_alpha or 2 * rank)
 
 
-def check_methods(flags: Flags, context: Context) -> None:
+def check_methods(adapter: AdapterOptions, training: TrainingOptions, context: Context) -> None:
     """Try every method on a denoiser without weights: targets, ranks and shortcuts are refused here.
 
-    An experiment has flags for each rank, shortcut and number of blocks.
+    An experiment has options for each rank, shortcut and number of blocks.
     """
     model = context.model
-    for method in flags.method:
+    for method in adapter.method:
         denoiser = model.empty_denoiser()
-        if method == flags.method[0]:
-            check_targets(denoiser, flags, context.tell_once)
-        config = config_of(method, flags, total_steps=1000, start=context.start)
+        if method == adapter.method[0]:
+            check_targets(denoiser, adapter, context.tell_once)
+        config = config_of(method, adapter, total_steps=1000, start=context.start)
         try:
             check_rank(denoiser, config)
         except ValueError as error:
-            raise InvalidArgument(f"--rank {flags.rank}", *first_line(error).split(": ", 1)) from None
-        argument = f"--method {method}, --target_modules {' '.join(flags.target_modules)}"
+            raise InvalidArgument(f"--rank {adapter.rank}", *first_line(error).split(": ", 1)) from None
+        argument = f"--method {method}, --target_modules {' '.join(adapter.target_modules)}"
         with refused_as(argument, "change the flag it is about", (ValueError, RuntimeError)):
-            try_method(denoiser, method, flags, config)
+            try_method(denoiser, method, adapter, training, config)
         if rank_allocator(denoiser) and (unread := model.family.unread_weights(denoiser)):
             problem = f"nothing reads what {' and '.join(unread)} of the last block return, so AdaLoRA cannot rank them"
             raise InvalidArgument(argument, problem, "give targets without them, or another method")
-        tell_links(denoiser, method, shortcuts_of(flags), context.tell_once)
+        tell_links(denoiser, method, shortcuts_of(adapter), context.tell_once)
 
 
-def try_method(model: nn.Module, method: str, flags: Flags, config: PeftConfig, part: Part | None = None) -> None:
+def try_method(
+    model: nn.Module,
+    method: str,
+    adapter: AdapterOptions,
+    training: TrainingOptions,
+    config: PeftConfig,
+    part: Part | None = None,
+) -> None:
     """Gives a model without weights, the denoiser or a `part`, the method's adapter, and sets out to measure it."""
-    add_adapter(model, method, flags, config, part)
+    add_adapter(model, method, adapter, training, config, part)
     if METHODS[method].measured:
-        with gauged(method, model, shortcuts_of(flags)):
+        with gauged(method, model, shortcuts_of(adapter)):
             pass
 
 
-def check_family(flags: Flags, model: Model) -> None:
+def check_family(adapter: AdapterOptions, training: TrainingOptions, model: Model) -> None:
     """Refuse --train_text_encoder for a family whose encoders are not trained, and what nothing of the model reads."""
-    if flags.train_text_encoder and not model.family.trainable:
+    if adapter.train_text_encoder and not model.family.trainable:
         can = [load_family(name) for name in FAMILIES]
         names = ", ".join(family.name for family in can if family.trainable)
         problem = f"the text encoder of {model.family.name} is not trained"
         raise InvalidArgument("--train_text_encoder", problem, f"leave it out, or give a model of {names}")
-    longest, guidance, name = flags.max_sequence_length, flags.guidance_scale_train, model.family.name
+    longest, guidance, name = (
+        training.max_sequence_length,
+        training.guidance_scale_train,
+        model.family.name,
+    )
     if longest is not None and "max_sequence_length" not in model.family.defaults:
         problem = f"{name} reads as many tokens as its text encoder can"
         raise InvalidArgument(f"--max_sequence_length {longest}", problem, "leave it out")
-    default = untouched().guidance_scale_train
+    default = Options.table()["guidance_scale_train"].default
     if guidance != default and not (model.family.is_told_guidance and model.denoiser_config().get("guidance_embeds")):
         problem = f"the denoiser of this {name} is told no guidance"
         raise InvalidArgument(f"--guidance_scale_train {guidance}", problem, f"leave it at {default}")
@@ -170,13 +199,13 @@ def check_family(flags: Flags, model: Model) -> None:
 
 def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
     """Try every method on the text encoders that train, without weights, and say which do not."""
-    flags, family = context.flags, context.model.family
-    for part, method in itertools.product(context.encoders, flags.method):
+    options, family = context.options, context.model.family
+    for part, method in itertools.product(context.encoders, options.adapter.method):
         encoder = meta_copy(getattr(pipeline, part.name))
-        config = config_of(method, flags, total_steps=1000, targets=part.targets_in(encoder))
+        config = config_of(method, options.adapter, total_steps=1000, targets=part.targets_in(encoder))
         fix = "change the flag it is about, or leave --train_text_encoder out"
         with refused_as(f"--method {method}, {part.name}", fix, (ValueError, RuntimeError)):
-            try_method(encoder, method, flags, config, part)
+            try_method(encoder, method, options.adapter, options.training, config, part)
     if context.encoders:
         stays = [name for name in family.frozen_text_parts if name.startswith("text_encoder")]
         trains = " and ".join(part.name for part in context.encoders)
@@ -184,15 +213,15 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
         context.accelerator.print(f"--train_text_encoder: {trains} beside the {family.denoiser}{left}")
 
 
-def check_targets(denoiser: nn.Module, flags: Flags, tell: Callable[[str], object]) -> None:
+def check_targets(denoiser: nn.Module, options: AdapterOptions, tell: Callable[[str], object]) -> None:
     """Refuse targets none of which is there or that fit no layer alone, and tell of those that are not there."""
     names = [name for name, _ in denoiser.named_modules()]
-    if isinstance(targets := targets_of(flags.target_modules), str):
+    if isinstance(targets := targets_of(options.target_modules), str):
         counts = {targets: sum(matches(targets, name) for name in names)}
     else:
         counts = {target: sum(f".{name}".endswith(f".{target}") for name in names) for target in targets}
     if not any(counts.values()):
-        argument = f"--target_modules {' '.join(flags.target_modules)}"
+        argument = f"--target_modules {' '.join(options.target_modules)}"
         fix = f"try {' '.join(model_targets(denoiser))}"
         raise InvalidArgument(argument, "no layer of the denoiser ends in any of these", fix)
     for target, count in counts.items():

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 
 from ..common.signals import StopRequest
 from ..common.status import Status
-from .arguments import Flags
+from ..options.images import Options
 
 if TYPE_CHECKING:
     from .model.families.base import Part
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """The flags with every default filled in, the model, the processes, and requests to stop.
+    """The options with every default filled in, the model, the processes, and requests to stop.
 
-    An arm of an experiment has one of its own: its flags, its place inside the method's folder, and how many others
+    An arm of an experiment has one of its own: its options, its place inside the method's folder, and how many others
     there are before its method's.
     """
 
-    flags: Flags
+    options: Options
     model: Model
     accelerator: Accelerator
     stop: StopRequest
@@ -43,7 +43,7 @@ class Context:
     @property
     def folder(self) -> Path:
         """Where the run writes."""
-        return Path(self.flags.output_dir)
+        return Path(self.options.output.output_dir)
 
     @functools.cached_property
     def tell_once(self) -> Callable[[str], object]:
@@ -61,12 +61,12 @@ class Context:
     @property
     def writes_merged(self) -> bool:
         """Whether merged weights are exported: of an experiment's arms, which are many, where that is asked for."""
-        return not self.place or self.flags.merged_weights
+        return not self.place or self.options.experiment.merged_weights
 
     @property
     def encoders(self) -> tuple[Part, ...]:
         """The text encoders that train."""
-        return self.model.family.trainable if self.flags.train_text_encoder else ()
+        return self.model.family.trainable if self.options.adapter.train_text_encoder else ()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,9 +20,10 @@ from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.parser import Parser
 from ..common.readers import take_any_file_name
 from ..files import read_object
+from ..options.option import whole
 from ..words import counted, printable
-from .arguments import is_path, whole
 from .model.families import FAMILIES, load_family
+from .refusals import is_path
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts as the flags say and returns the exit status; what the user can mend is one line on stderr."""
+    """Converts as the options say and returns the exit status; what the user can mend is one line on stderr."""
     take_any_file_name()
     try:
         args = build_parser().parse_intermixed_args(argv)
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All flags."""
+    """All options."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="reslora-convert", description=__doc__, formatter_class=raw)
     add = parser.add_argument

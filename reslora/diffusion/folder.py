@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .arguments import Flags
+from ..options.images import ModelOptions, OutputOptions
 
 
-def cache_folder(flags: Flags) -> Path:
-    """Where encoded images and captions are kept, and models unpacked from single files."""
-    return Path(flags.cache_dir) / "encoded" if flags.cache_dir else Path(flags.output_dir) / "cache"
+def cache_folder(model: ModelOptions, output: OutputOptions) -> Path:
+    """Return the folder of encoded images and captions, and of models unpacked from single files."""
+    return Path(model.cache_dir) / "encoded" if model.cache_dir else Path(output.output_dir) / "cache"

@@ -19,26 +19,28 @@ from accelerate.utils import ProjectConfiguration
 
 from ..common.errors import InvalidArgument, refused_as
 from ..common.script import shares_the_cpu
-from .arguments import Flags
+from ..options.images import ModelOptions, Options
 from .settings import is_bundled
 from .training.sharding import share, take_plugin
 from .training.zero import configure, uses_deepspeed
 
 
-def start_accelerator(flags: Flags) -> Accelerator:
+def start_accelerator(options: Options) -> Accelerator:
     """Accelerate with the tracker that is asked for, and this process's share of the cores."""
-    folder = Path(flags.output_dir)
-    plugin = take_plugin(flags)
-    if not flags.mixed_precision and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+    folder = Path(options.output.output_dir)
+    plugin = take_plugin(options.model, options.adapter, options.training, options.output)
+    if not options.model.mixed_precision and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
         problem = "its configuration says fp8, in which nothing is trained here"
         raise InvalidArgument("accelerate launch", problem, "give --mixed_precision bf16, or another configuration")
-    with refused_as(f"--mixed_precision {flags.mixed_precision}", "choose another", (ValueError,)):
+    with refused_as(f"--mixed_precision {options.model.mixed_precision}", "choose another", (ValueError,)):
         accelerator = Accelerator(
             cpu=shares_the_cpu(),
-            gradient_accumulation_steps=flags.gradient_accumulation_steps,
-            mixed_precision=precision_of(flags),
-            log_with=tracker_of(flags.report_to),
-            project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / flags.logging_dir)),
+            gradient_accumulation_steps=options.training.gradient_accumulation_steps,
+            mixed_precision=precision_of(options.model),
+            log_with=tracker_of(options.output.report_to),
+            project_config=ProjectConfiguration(
+                project_dir=str(folder), logging_dir=str(folder / options.output.logging_dir)
+            ),
         )
     started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
     if started != accelerator.num_processes:  # so it is with DeepSpeed on a CPU: each would take itself for all
@@ -51,21 +53,21 @@ def start_accelerator(flags: Flags) -> Accelerator:
         take_cores(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
         keep_freed_memory()
     if uses_deepspeed(accelerator):
-        configure(flags, accelerator)
-    torch.backends.cuda.matmul.allow_tf32 = flags.allow_tf32
+        configure(options.adapter, options.training, options.optimizer, accelerator)
+    torch.backends.cuda.matmul.allow_tf32 = options.model.allow_tf32
     quieten()
     return accelerator
 
 
-def precision_of(flags: Flags) -> str | None:
+def precision_of(options: ModelOptions) -> str | None:
     """`--mixed_precision`; where nothing is asked for, bf16 for the small pipelines on a CPU with its instructions.
 
     bf16 takes them two thirds of the time there, and merges and exports are made in float32 all the same.
     """
     settled = is_initialized()  # by a run before, in a process that makes several
-    asked = settled or flags.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
-    if asked or os.environ.get("ACCELERATE_USE_DEEPSPEED") or not is_bundled(flags.pretrained_model_name_or_path):
-        return flags.mixed_precision
+    asked = settled or options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+    if asked or os.environ.get("ACCELERATE_USE_DEEPSPEED") or not is_bundled(options.pretrained_model_name_or_path):
+        return options.mixed_precision
     if not cpu_has_bf16():
         return None
     if int(os.environ.get("RANK", 0)) == 0:

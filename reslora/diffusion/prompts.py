@@ -1,27 +1,24 @@
-"""Prompts that samples are drawn of, each with options of its own: from flags, from kohya's prompt files, from JSON."""
+"""Prompts of samples, each with options of its own: from the command line, kohya's prompt files, or JSON."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
 from ..common.errors import InvalidArgument, first_line
+from ..options.prompts import as_text
 
 if TYPE_CHECKING:
-    from ..common.flags import Flags
+    from ..options.images import DataOptions, ValidationOptions
     from .model.families.base import Family
 
 UNRELATED = ("a wooden chair in a white room", "a snowy mountain", "a bowl of oranges", "an old man reading a book")
 """What the base model draws should be kept of, whatever is learnt."""
 SUFFIXES = (".txt", ".json")
-LONGEST_SIDE = 65536  # pixels; of larger images not even a plan can be made
 KOHYA = {  # what the letters of kohya's scripts mean, and what stands behind them
     "n": ("negative_prompt", str),
     "w": ("width", int),
@@ -35,7 +32,7 @@ KOHYA = {  # what the letters of kohya's scripts mean, and what stands behind th
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what is its own where the flags say something else for all."""
+    """A prompt, and what is its own where the options say something else for all."""
 
     prompt: str
     negative_prompt: str = ""
@@ -49,58 +46,10 @@ class Prompt:
     """kohya's: guidance by a negative prompt, of which 1 is none. It wins, except where a model is told the other."""
 
 
-def prompts_of(flags: Flags) -> list[Prompt]:
+def prompts_of(options: ValidationOptions) -> list[Prompt]:
     """The prompts of --validation_prompt with their options."""
-    options = flags.validation_prompt_options or ["{}"] * len(flags.validation_prompt)
-    return [Prompt(text, **json.loads(own)) for text, own in zip(flags.validation_prompt, options, strict=True)]
-
-
-def options_text(text: str) -> str:
-    """Type of a flag that takes the options of a prompt, as JSON."""
-    try:
-        return as_text(json.loads(text))
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {first_line(error)}") from None
-
-
-def as_text(options: object) -> str:
-    """Options as a flag has them; raises `ValueError` that names the first which is none."""
-    if not isinstance(options, dict):
-        raise ValueError("no object with options of a prompt")
-    for name, value in options.items():
-        if name not in CHECKS:
-            raise ValueError(f"{name} is no option of a prompt, which are {', '.join(CHECKS)}")
-        fits, words = CHECKS[name]
-        if not fits(value):
-            raise ValueError(f"{name} {value!r} is not {words}")
-    if "negative_prompt" in options:
-        options = options | {"negative_prompt": clean(options["negative_prompt"]).strip()}
-    return json.dumps(options, ensure_ascii=False)
-
-
-def clean(text: str) -> str:
-    """Text that a tokenizer takes: no NUL, and no half of a character."""
-    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
-
-
-def _whole(minimum: int, most: float = math.inf) -> tuple[Callable[[object], bool], str]:
-    return lambda value: is_whole(value, minimum, most), whole_in_words(minimum, most)
-
-
-def _is_scale(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and is_number(value, 0)
-
-
-_SCALE = (_is_scale, number_in_words(0))
-CHECKS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "negative_prompt": (lambda value: isinstance(value, str), "a text"),
-    "width": _whole(8, LONGEST_SIDE),
-    "height": _whole(8, LONGEST_SIDE),
-    "seed": _whole(0, 2**63 - 1),
-    "num_inference_steps": _whole(1),
-    "guidance_scale": _SCALE,
-    "cfg_scale": _SCALE,
-}
+    own_options = options.validation_prompt_options or ["{}"] * len(options.validation_prompt)
+    return [Prompt(text, **json.loads(own)) for text, own in zip(options.validation_prompt, own_options, strict=True)]
 
 
 def from_file(values: Sequence[str]) -> tuple[list[str], list[str]] | None:
@@ -173,14 +122,15 @@ def _checked(options: dict, where: str) -> str:
         raise InvalidArgument(where, first_line(error), "correct it") from None
 
 
-def settled(prompt: Prompt, flags: Flags, family: Family) -> Prompt:
-    """The prompt with every option filled in by the flags, and guidance as the family's pipeline counts it."""
-    side = flags.resolution[0] if isinstance(flags.resolution, list) else flags.resolution
+def settled(prompt: Prompt, data: DataOptions, validation: ValidationOptions, family: Family) -> Prompt:
+    """The prompt with every option filled in by the options, and guidance as the family's pipeline counts it."""
+    side = data.resolution[0]
     guidance = prompt.guidance_scale
     if prompt.cfg_scale is not None and not family.is_told_guidance:
         guidance = max(0.0, prompt.cfg_scale - (1 - family.unguided))
     return dataclasses.replace(
-        prompt, cfg_scale=None, guidance_scale=flags.guidance_scale if guidance is None else guidance,
-        width=prompt.width or flags.validation_width or side, height=prompt.height or flags.validation_height or side,
-        num_inference_steps=prompt.num_inference_steps or flags.num_inference_steps,
+        prompt, cfg_scale=None, guidance_scale=validation.guidance_scale if guidance is None else guidance,
+        width=prompt.width or validation.validation_width or side,
+        height=prompt.height or validation.validation_height or side,
+        num_inference_steps=prompt.num_inference_steps or validation.num_inference_steps,
     )  # fmt: skip

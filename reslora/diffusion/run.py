@@ -1,4 +1,4 @@
-"""A run: flags -> model -> images -> encoded -> samples -> each method trained and exported -> figures."""
+"""A run: options -> model -> images -> encoded -> samples -> each method trained and exported -> figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.status import Status
 from ..common.together import decided, each, gathered
 from ..experiment.record import EXPERIMENT
-from .arguments import Flags
+from ..options.grid import Grid
+from ..options.images import Options
 from .checks import (
     check_base_precision,
     check_blocks_to_swap,
@@ -41,7 +42,6 @@ from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
 from .data.material import material_of, note_images, tell_counts
 from .data.samples import CalibrationSamples, Material
-from .experiment.checks import plain_variants
 from .model.loading import find_model
 from .model.lora_files.combining import in_short
 from .model.objective import Objective, objective_of
@@ -87,22 +87,22 @@ class Setting:
     context: Context
 
 
-def run(flags: Flags, stop: StopRequest) -> None:
-    """Trains, merges and exports every method that the flags name, and shows what came of it."""
+def run(options: Options, stop: StopRequest) -> None:
+    """Trains, merges and exports every method that the options name, and shows what came of it."""
     with stop.at_once():
-        accelerator = start_accelerator(flags)
+        accelerator = start_accelerator(options)
     with contextlib.ExitStack() as stack:
-        decided(lambda: take_folder(flags, stop, stack))
-        kinds, context = find_all(flags, accelerator, stop)
+        decided(lambda: take_folder(options, stop, stack))
+        kinds, context = find_all(options, accelerator, stop)
         identity = identity_of(kinds, context)
-        resume = decided(lambda: plan_resume(context.flags, identity))
+        resume = decided(lambda: plan_resume(context.options, identity))
         for line in resume.notes:
             accelerator.print(line)
-        if resume.finished == context.flags.method and decided((context.folder / FINISHED).is_file):
+        if resume.finished == context.options.adapter.method and decided((context.folder / FINISHED).is_file):
             decided(lambda: show_again(context))
             return
-        if context.flags.push_to_hub:
-            decided(lambda: check_upload(context.flags))
+        if context.options.output.push_to_hub:
+            decided(lambda: check_upload(context.options.output))
         check_before_loading(kinds, context)
         pipeline, objective = each(lambda: load_and_check(context))
         start_trackers(context)
@@ -112,20 +112,20 @@ def run(flags: Flags, stop: StopRequest) -> None:
         tell_counts(material, context)
         forget_encoder(pipeline, context)
         setting = Setting(pipeline, material, schedule_of(material, context), identity, context)
-        decided(lambda: check_length(context.flags, resume, setting.schedule.steps))
-        note_settings(setting.schedule, context)
-        for method in context.flags.method:
+        decided(lambda: check_length(context.options.training, resume, setting.schedule.steps))
+        note_settings(context.options.flat(), setting.schedule, context.accelerator)
+        for method in context.options.adapter.method:
             if method not in resume.finished:
                 train_method(method, resume, setting)
         decided(lambda: show(material, context))
         accelerator.end_training()
 
 
-def find_all(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], Context]:
+def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], Context]:
     """The images to be learnt, and class images where there are any, and all that is settled before they are used."""
-    images = each(lambda: load_folders(flags))
-    context = settle(flags, accelerator, stop)
-    if decided(lambda: missing_class_images(context.flags)):
+    images = each(lambda: load_folders(options.model, options.data, options.training, options.output))
+    context = settle(options, accelerator, stop)
+    if decided(lambda: missing_class_images(context.options.data, context.options.output)):
         # To draw them takes minutes. What is checked is checked again once they are there, and told then.
         told, unheard = io.StringIO(), dataclasses.replace(context)
         try:
@@ -138,36 +138,39 @@ def find_all(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> tuple
     return [*images, *load_class_images(context)], context
 
 
-def settle(flags: Flags, accelerator: Accelerator, stop: StopRequest) -> Context:
-    """The model, and the flags with all that it and accelerate decide; from here on they do not change."""
-    model = find_model(flags, accelerator)
-    check_family(flags, model)
-    start = each(lambda: read_start(flags, model)) if flags.init_lora else None
+def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Context:
+    """The model, and the options with all that it and accelerate decide; from here on they do not change."""
+    model = find_model(options.model, options.output, accelerator)
+    check_family(options.adapter, options.training, model)
+    init_lora = options.adapter.init_lora
+    start = (
+        each(lambda: read_start(init_lora, options.model.pretrained_model_name_or_path, model)) if init_lora else None
+    )
     if start is not None:
-        flags = with_start(flags, start)
-        accelerator.print(f"--init_lora {flags.init_lora}: {in_short({'': start.layers})}")
-    flags = with_family(flags.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
-    status = Status(Path(flags.output_dir), accelerator.device)
-    return Context(with_rank(flags, model, accelerator), model, accelerator, stop, start=start, status=status)
+        options = with_start(options, start)
+        accelerator.print(f"--init_lora {options.adapter.init_lora}: {in_short({'': start.layers})}")
+    options = with_family(options.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
+    status = Status(Path(options.output.output_dir), accelerator.device)
+    return Context(with_rank(options, model, accelerator), model, accelerator, stop, start=start, status=status)
 
 
-def take_folder(flags: Flags, stop: StopRequest, stack: contextlib.ExitStack) -> None:
+def take_folder(options: Options, stop: StopRequest, stack: contextlib.ExitStack) -> None:
     """Locks the run's folder until the stack closes, and refuses at once what its content does not allow."""
     stop.check(NOT_BEGUN)  # what a single process was asked while accelerate started
-    stack.enter_context(locked(Path(flags.output_dir)))
-    Status(Path(flags.output_dir)).say("preparing")
-    if (Path(flags.output_dir) / EXPERIMENT).exists():
+    stack.enter_context(locked(Path(options.output.output_dir)))
+    Status(Path(options.output.output_dir)).say("preparing")
+    if (Path(options.output.output_dir) / EXPERIMENT).exists():
         fix = "give its rates and seeds, or choose another"
-        raise InvalidArgument(f"--output_dir {flags.output_dir}", "holds an experiment", fix)
-    plan_resume(flags)
+        raise InvalidArgument(f"--output_dir {options.output.output_dir}", "holds an experiment", fix)
+    plan_resume(options)
 
 
 def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     """What the run is trained from; refuses other content on another machine."""
-    model, images_flag = context.model, data_flag(context.flags)
+    model, images_flag = context.model, data_flag(context.options.data)
     groups = [[images.fingerprint for images in kinds if images.of_class == kind] for kind in (False, True)]
     content = OF_CLASS.join("; ".join(group) for group in groups if group)
-    start, lora_flag = context.start, f"--init_lora {context.flags.init_lora}"
+    start, lora_flag = context.start, f"--init_lora {context.options.adapter.init_lora}"
     identity = Identity(model.fingerprint(), content, model.flag, images_flag, start.mark if start else "", lora_flag)
     for other in gathered(identity):
         for name, flag in (("model", model.flag), ("images", images_flag), ("lora", lora_flag)):
@@ -176,27 +179,30 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     return identity
 
 
-def show_plan(flags: Flags, stop: StopRequest) -> None:
+def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
     """Tells how much memory the run would hold, and refuses one that does not fit; writes nothing.
 
     Of an experiment, its arm of the highest rank.
     """
-    flags = max(plain_variants(flags), key=lambda one: one.rank or 0)
+    options = asked.run(rank=max(asked.values("rank"))) if isinstance(asked, Grid) else asked
     with stop.at_once():
-        accelerator = start_accelerator(flags)
-    images, context = each(lambda: load_folders(flags)), settle(flags, accelerator, stop)
+        accelerator = start_accelerator(options)
+    images, context = (
+        each(lambda: load_folders(options.model, options.data, options.training, options.output)),
+        settle(options, accelerator, stop),
+    )
     check_before_loading(images, context)
 
 
 def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> None:
     """Refuses what can be refused without weights: methods, optimizers, and a run that takes too much memory."""
-    flags, model, accelerator = context.flags, context.model, context.accelerator
+    options, model, accelerator = context.options, context.model, context.accelerator
 
     def check() -> None:
         check_held_out(kinds, context)
-        check_base_precision(flags, context.dtype, accelerator)
-        check_blocks_to_swap(flags, model, accelerator)
-        check_methods(flags, context)
+        check_base_precision(options.model, context.dtype, accelerator)
+        check_blocks_to_swap(options.model, model, accelerator)
+        check_methods(options.adapter, options.training, context)
         if cuts_base(accelerator):
             units_of(model.empty_denoiser(), accelerator)
         check_optimizer(context)
@@ -207,22 +213,25 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> Non
 
 def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     """The pipeline without its denoiser, and the objective; refuses whatever can be refused before encoding."""
-    flags, model, accelerator = context.flags, context.model, context.accelerator
+    options, model, accelerator = context.options, context.model, context.accelerator
     context.status.say("loading the model")
     pipeline = model.load_pipeline(
-        context.dtype, accelerator.device, encoders=not flags.cache_text_embeddings, trainable=bool(context.encoders)
+        context.dtype,
+        accelerator.device,
+        encoders=not options.data.cache_text_embeddings,
+        trainable=bool(context.encoders),
     )
-    check_pipeline(flags, pipeline, model.family)
-    objective = objective_of(flags, model.family, pipeline)
+    check_pipeline(options.data, options.validation, pipeline, model.family)
+    objective = objective_of(options.model, options.training, model.family, pipeline)
     check_encoders(pipeline, context)
-    if flags.metric_model and accelerator.is_main_process:
-        load_metric(flags.metric_model, str(accelerator.device))
+    if options.validation.metric_model and accelerator.is_main_process:
+        load_metric(options.validation.metric_model, str(accelerator.device))
     return pipeline, objective
 
 
 def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
     """Frees what encodes images, once all are encoded: samples need the decoder alone."""
-    if context.flags.cache_latents:
+    if context.options.data.cache_latents:
         pipeline.vae.encoder = nn.Identity()  # and not None: Qwen-Image's counts its layers even to decode
 
 
@@ -243,9 +252,11 @@ def start_method(method: str, setting: Setting) -> Learner:
     """A method at its start."""
     context = setting.context
     context.status.say("loading the model", context.name_of(method))
-    flags, device = context.flags, context.accelerator.device
+    options, device = context.options, context.accelerator.device
     device = torch.device("cpu") if cuts_base(context.accelerator) else device
-    denoiser = context.model.load_denoiser(context.dtype, device, flags.base_precision, flags.blocks_to_swap)
+    denoiser = context.model.load_denoiser(
+        context.dtype, device, options.model.base_precision, options.model.blocks_to_swap
+    )
     parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, setting.pipeline)
     loss = DenoisingLoss(context, setting.material.objective, setting.pipeline, denoiser.config)
     renew_scaler(context.accelerator)
@@ -254,18 +265,18 @@ def start_method(method: str, setting: Setting) -> Learner:
 
 def put_control_on(learner: Learner, setting: Setting) -> None:
     """What a few training samples say of a control, on what is to be trained; a checkpoint has it as it was."""
-    flags, accelerator, trained = setting.context.flags, setting.context.accelerator, learner.trained
+    options, accelerator, trained = setting.context.options, setting.context.accelerator, learner.trained
     samples = CalibrationSamples(setting.material)
 
     def measured() -> list[Settings]:
         with contextlib.ExitStack() as stack, accelerator.autocast():
             gauges = [
-                stack.enter_context(gauged(learner.method, part, shortcuts_of(flags)))
+                stack.enter_context(gauged(learner.method, part, shortcuts_of(options.adapter)))
                 for part in trained.parts.values()
             ]
-            for batch in samples.batches(flags.merge_calibration_samples, accelerator.num_processes):
+            for batch in samples.batches(options.adapter.merge_calibration_samples, accelerator.num_processes):
                 trained.loss(trained.denoiser, batch)
-            return [gauge.settings(flags.seed) for gauge in gauges]
+            return [gauge.settings(options.training.seed) for gauge in gauges]
 
     for part, settings in zip(trained.parts.values(), decided(measured), strict=True):
         put_on(part, settings)
@@ -273,14 +284,16 @@ def put_control_on(learner: Learner, setting: Setting) -> None:
 
 def go_on(learner: Learner, resume: Resume, context: Context) -> None:
     """Brings the learner to where an earlier run left it, and makes it ready for its steps."""
-    name, flags, candidates = learner.name, context.flags, resume.checkpoints[learner.method]
+    name, options, candidates = learner.name, context.options, resume.checkpoints[learner.method]
     if learner.method in resume.merge_anew:
-        context.accelerator.print(f"{name} is trained: merging and exporting it anew with --merge {flags.merge}")
-    elif flags.resume_from_checkpoint and not candidates:
+        context.accelerator.print(
+            f"{name} is trained: merging and exporting it anew with --merge {options.adapter.merge}"
+        )
+    elif options.output.resume_from_checkpoint and not candidates:
         where = context.folder / name
         context.accelerator.print(f"--resume_from_checkpoint latest: no checkpoint in {where}, {name} starts afresh")
-    restore(learner, candidates, flags, context.accelerator)
-    if flags.save_best:
+    restore(learner, candidates, options.output, context.accelerator)
+    if options.validation.save_best:
         decided(lambda: go_on_from(context.folder / name, learner.step))
     prepare(learner, context)
 
@@ -288,24 +301,32 @@ def go_on(learner: Learner, resume: Resume, context: Context) -> None:
 def train_and_export(learner: Learner, setting: Setting, validation: type[Validation]) -> None:
     """The steps that are left of a method, and its exports."""
     material, schedule, identity, context = setting.material, setting.schedule, setting.identity, setting.context
-    flags, accelerator, folder = context.flags, context.accelerator, context.folder / learner.name
+    options, accelerator, folder = context.options, context.accelerator, context.folder / learner.name
     loss = learner.trained.loss
-    drawer = Drawer(loss.pipeline, context.model.family, material.texts, flags, context.encoders)
+    drawer = Drawer(
+        loss.pipeline,
+        context.model.family,
+        material.texts,
+        options.data,
+        options.training,
+        options.validation,
+        context.encoders,
+    )
 
     def export() -> None:
         differences = export_method(learner, material, drawer, schedule, context)
         check_held()
-        write_exports(folder, flags, identity, schedule, differences)
+        write_exports(folder, options, identity, schedule, differences)
 
     decided(check_held)
     reports = Reports(folder, learner, schedule, accelerator)
     look = validation(loss, material, drawer, accelerator, context.stop)
-    watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, flags, identity, accelerator))
+    watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, options, identity, accelerator))
     try:
         with contextlib.closing(reports), attention_of(accelerator, material):
             train(learner, material, schedule, watch, context)
     except (Diverged, EndedElsewhere) as error:
-        best = flags.save_best and has_diverged(error) and decided(lambda: best_of(folder))
+        best = options.validation.save_best and has_diverged(error) and decided(lambda: best_of(folder))
         if not best:
             raise
         accelerator.free_memory()
@@ -325,15 +346,21 @@ def has_diverged(error: Diverged | EndedElsewhere) -> bool:
 def show(material: Material, context: Context) -> None:
     """Figures, a summary, and an upload where that is asked for."""
     context.status.say("finishing")
-    write_figures(context.flags, len(material.held_out), material.learnt)
-    print_summary(context.flags)
-    if context.flags.push_to_hub:
+    write_figures(
+        context.options.adapter,
+        context.options.validation,
+        context.options.output,
+        len(material.held_out),
+        material.learnt,
+    )
+    print_summary(context.options.adapter, context.options.output)
+    if context.options.output.push_to_hub:
         publish(context)
 
 
 def show_again(context: Context) -> None:
     """What a run that is finished already has made."""
     print(f"{context.folder} holds this run already, finished; nothing to do")
-    print_summary(context.flags)
-    if context.flags.push_to_hub:
+    print_summary(context.options.adapter, context.options.output)
+    if context.options.output.push_to_hub:
         publish(context)

@@ -1,4 +1,4 @@
-"""Which arms an experiment has, and in which order they are trained: functions of flags and results, no disk or model.
+"""Which arms an experiment has, and in which order they are trained: functions of options and results only.
 
 An arm is a label (a method, with its rank or shortcut where several are given) with a learning rate and a seed. The
 order is the same with and without a limit in time, so that a limited experiment goes on as an unlimited one:
@@ -13,15 +13,16 @@ order is the same with and without a limit in time, so that a limited experiment
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..common.errors import InvalidArgument
-from ..common.flags import Flags, listed
+from ..common.flags import as_typed
 from ..common.methods import METHODS
+from ..options.grid import Grid, O
 from ..shortcuts import NAMES, PLAIN
 
 NEAR = 3  # rates around the best one that further seeds are spent on first
@@ -59,39 +60,24 @@ Losses = Mapping[Arm, float]
 """On the select images, at the best checkpoint, of every arm that has ended; infinite where it has diverged."""
 
 
-# -- from flags to arms ------------------------------------------------------------------------------------------------
+# -- from options to arms ----------------------------------------------------------------------------------------------
 
 
-def values_of(flags: Flags, name: str) -> list:
-    """All values of a flag; None where it is still open."""
-    return listed(getattr(flags, name)) or [None]
-
-
-def labels_of(flags: Flags) -> list[Label]:
-    """What is compared: of ResLoRA, and of LoRA that is matched with it, one for each shortcut."""
-    found = []
-    for method in flags.method:
-        wired = METHODS[method].reads_shortcut and isinstance(flags.shortcut, list)
-        for shortcut in flags.shortcut if wired else [None]:
-            kind = shortcut or kind_of(flags, method)
-            for pre_num in pre_nums_of(flags, kind):
-                told = shortcut_in_words(shortcut, flags.pre_num) if pre_num is None else f"{kind}({pre_num})"
+def labels_of(grid: Grid) -> list[Label]:
+    """Return what is compared: of ResLoRA, and of LoRA that is matched with it, one for each shortcut."""
+    found, shared, varied = [], grid.base.adapter, grid.varied
+    for method in grid.methods:
+        row = METHODS[method]
+        for shortcut in varied.get("shortcut", [None]) if row.reads_shortcut else [None]:
+            kind = shortcut or (shared.shortcut if row.reads_shortcut else row.placebo)
+            for pre_num in varied.get("pre_num", [None]) if kind in SEVERAL_BLOCKS else [None]:
+                told = shortcut_in_words(shortcut, shared.pre_num) if pre_num is None else f"{kind}({pre_num})"
                 folder = (f"{shortcut}/" if shortcut else "") + (f"pre_num-{pre_num}/" if pre_num is not None else "")
-                for rank in flags.rank if isinstance(flags.rank, list) else [None]:
+                for rank in varied.get("rank", [None]):
                     name = " ".join(filter(None, [method, told, f"rank {rank}" if rank else ""]))
                     place = folder + (f"rank-{rank}/" if rank else "")
                     found.append(Label(name, method, rank, shortcut, place, pre_num))
     return found
-
-
-def kind_of(flags: Flags, method: str) -> str | None:
-    """The shortcut that a method is wired by, or takes after, where all take the same."""
-    return flags.shortcut if METHODS[method].reads_shortcut else METHODS[method].placebo
-
-
-def pre_nums_of(flags: Flags, kind: str | None) -> list[int] | list[None]:
-    """The numbers of blocks that make a difference: none where one is given, and without shortcuts from several."""
-    return flags.pre_num if isinstance(flags.pre_num, list) and kind in SEVERAL_BLOCKS else [None]
 
 
 def shortcut_in_words(shortcut: str | None, pre_num: int) -> str:
@@ -99,56 +85,50 @@ def shortcut_in_words(shortcut: str | None, pre_num: int) -> str:
     return f"{shortcut}({pre_num})" if shortcut in SEVERAL_BLOCKS else shortcut or ""
 
 
-def flags_of(flags: Flags, label: Label, rate: float, seed: int) -> Flags:
-    """The flags of a plain run of one arm."""
-    rank = label.rank or flags.rank
-    shortcut = label.shortcut or (PLAIN if isinstance(flags.shortcut, list) else flags.shortcut)
-    pre_num = next(filter(None, listed(flags.pre_num)), 0) if label.pre_num is None else label.pre_num
-    own = {"method": [label.method], "learning_rate": rate, "seed": seed, "rank": rank, "shortcut": shortcut}
-    own["pre_num"] = pre_num
-    return flags.replace(**own, lora_alpha=alpha_of(flags, rank))
+def options_of(grid: Grid[O], label: Label, rate: float, seed: int) -> O:
+    """Return the options of a plain run of one arm."""
+    own: dict[str, Any] = {"learning_rate": rate, "seed": seed}
+    if label.rank:
+        own["rank"] = label.rank
+    if label.shortcut or "shortcut" in grid.varied:
+        own["shortcut"] = label.shortcut or PLAIN
+    if label.pre_num is not None or "pre_num" in grid.varied:
+        own["pre_num"] = next(filter(None, grid.values("pre_num")), 0) if label.pre_num is None else label.pre_num
+    return grid.run(label.method, **own)
 
 
-def alpha_of(flags: Flags | argparse.Namespace, rank: int | list[int] | None) -> float | None:
-    """The alpha that is given, or twice the rank; None where that, or a LoRA to go on from, will say it yet."""
-    if flags.lora_alpha is not None:
-        return flags.lora_alpha
-    return 2 * rank if isinstance(rank, int) and not flags.init_lora else None
-
-
-def check_values(flags: Flags, names: Mapping[str, str]) -> None:
-    """Refuse values that are given twice or that nothing reads. `names`: the flags that take several, as typed."""
-    for name, flag in names.items():
-        values = [f"{value:g}" if name == "learning_rate" else str(value) for value in values_of(flags, name)]
+def check_values(grid: Grid) -> None:
+    """Refuse values that are given twice or that nothing reads."""
+    for name, given in grid.varied.items():
+        values = [f"{value:g}" if name == "learning_rate" else str(value) for value in given]
         if len(set(values)) < len(values):
-            raise InvalidArgument(f"--{flag} {' '.join(values)}", "the same one twice", "give each once")
+            raise InvalidArgument(f"{grid.flag(name)} {' '.join(values)}", "the same one twice", "give each once")
+    labels = labels_of(grid)
     for name in ("shortcut", "pre_num"):
-        values = getattr(flags, name)
-        if isinstance(values, list) and all(getattr(label, name) is None for label in labels_of(flags)):
-            problem = f"nothing of --method {' '.join(flags.method)} reads several"
+        if name in grid.varied and all(getattr(label, name) is None for label in labels):
+            problem = f"nothing of --method {' '.join(grid.methods)} reads several"
             fix = "add reslora with --shortcut block or middle, or give one"
-            raise InvalidArgument(f"--{name} {' '.join(map(str, values))}", problem, fix)
-    check_at_once(flags)
-    if flags.extend_rates and not isinstance(flags.learning_rate, list):
+            raise InvalidArgument(f"{grid.flag(name)} {as_typed(grid.varied[name])}", problem, fix)
+    experiment = grid.base.experiment
+    check_at_once(experiment.arms_at_once or 1, len(labels) * len(grid.rates) * len(grid.values("seed")))
+    if experiment.extend_rates and len(grid.rates) == 1:
         raise InvalidArgument("--extend_rates", "one rate says no next one", "give two or more as --learning_rate")
-    if flags.extend_rates:
-        rates = sorted(flags.learning_rate)
+    if experiment.extend_rates:
+        rates = sorted(grid.rates)
         for low, high in (rates[:2], rates[-2:]):
             if high < LEAST_RATIO * low:  # the next ones, rounded, would be the same
                 problem = "too near each other for --extend_rates, which goes on by their ratio"
                 raise InvalidArgument(f"--learning_rate {low:g} {high:g}", problem, "give rates further apart")
 
 
-def check_at_once(flags: Flags) -> None:
+def check_at_once(processes: int, arms: int) -> None:
     """Refuse more processes than there are arms, and any below a launcher that has made this one of a group."""
-    if (flags.arms_at_once or 1) == 1:
-        return
-    arms = len(labels_of(flags)) * len(values_of(flags, "learning_rate")) * len(values_of(flags, "seed"))
-    if arms < flags.arms_at_once:
-        raise InvalidArgument(f"--arms_at_once {flags.arms_at_once}", f"these are {arms} arms", f"give {arms} at most")
-    if "RANK" in os.environ:
+    flag = f"--arms_at_once {processes}"
+    if processes > 1 and arms < processes:
+        raise InvalidArgument(flag, f"these are {arms} arms", f"give {arms} at most")
+    if processes > 1 and "RANK" in os.environ:
         problem = "each arm is trained by all processes that the launcher starts"
-        raise InvalidArgument(f"--arms_at_once {flags.arms_at_once}", problem, "start one by python, or leave it out")
+        raise InvalidArgument(flag, problem, "start one by python, or leave it out")
 
 
 def place_of(label: Label, arm: Arm) -> str:

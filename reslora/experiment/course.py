@@ -10,27 +10,27 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..common.errors import InvalidArgument, refused_as
-from ..common.flags import Flags
 from ..common.folder import check_held
 from ..common.log import of_split, read_log
 from ..common.methods import METHODS
 from ..common.recovery import numbered, step_of
 from ..files import read_object, write_json
+from ..options.grid import Grid
 from . import record
 from .arms import (
     MOST_EXTENSIONS,
     Arm,
     Label,
     continued,
-    flags_of,
     grown,
     in_order,
     labels_of,
+    options_of,
     place_of,
     shortcut_in_words,
-    values_of,
 )
 
 ENDED = "arm.json"  # that an arm has ended, and how; written last
@@ -51,27 +51,27 @@ def reading_adapter(folder: Path) -> contextlib.AbstractContextManager[None]:
 class Course:
     """The arms of an experiment."""
 
-    flags: Flags
-    """Settled, with several values."""
+    grid: Grid
+    """What is trained."""
     began: float = field(default_factory=time.monotonic)
     longest: float = 0.0
     """Seconds of the longest arm that this start has trained."""
     running: set[Arm] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.labels = {label.name: label for label in labels_of(self.flags)}
-        self.seeds: list[int] = values_of(self.flags, "seed")
-        self.given: list[float] = sorted(values_of(self.flags, "learning_rate"))
+        self.labels = {label.name: label for label in labels_of(self.grid)}
+        self.seeds: list[int] = self.grid.values("seed")
+        self.given: list[float] = sorted(self.grid.rates)
         self.grids = {name: continued(self.given, self.rates_there(label)) for name, label in self.labels.items()}
 
     @property
     def folder(self) -> Path:
         """Of the experiment."""
-        return Path(self.flags.output_dir)
+        return Path(self.grid.base["output_dir"])
 
     def rates_there(self, label: Label) -> list[float]:
         """The rates that an earlier start has added, by the names of folders."""
-        if not self.flags.extend_rates:
+        if not self.grid.base.experiment.extend_rates:
             return []
         found = []
         for path in (self.folder / label.method / label.place).glob("lr-*"):
@@ -91,9 +91,9 @@ class Course:
         """Where an arm writes, inside the experiment's folder: `lora/lr-0.0001/seed-0`."""
         return self.folder_of(arm).relative_to(self.folder).as_posix()
 
-    def flags_of(self, arm: Arm) -> Flags:
-        """As a plain run of it would have them."""
-        return flags_of(self.flags, self.labels[arm.label], arm.rate, arm.seed)
+    def options_of(self, arm: Arm) -> Any:
+        """Return the options of a plain run of it."""
+        return options_of(self.grid, self.labels[arm.label], arm.rate, arm.seed)
 
     def arms(self) -> list[Arm]:
         """All arms, by label, rate and seed."""
@@ -143,7 +143,7 @@ class Course:
         """
         losses = self.losses()
         first = [arm for arm in self.arms() if arm.seed == self.seeds[0]]
-        if self.flags.extend_rates and all(arm in losses for arm in first):
+        if self.grid.base.experiment.extend_rates and all(arm in losses for arm in first):
             grids = grown(self.grids, self.seeds, losses)
             if max(map(len, grids.values())) <= len(self.given) + MOST_EXTENSIONS:
                 self.grids = grids
@@ -156,26 +156,28 @@ class Course:
 
         It may take as long as any that has ended: what a start has gone on with took longer than that start has seen.
         """
-        if not self.flags.experiment_minutes or not self.longest:
+        if not self.grid.base.experiment.experiment_minutes or not self.longest:
             return True
         ended = [self.record(arm) for arm in self.arms() if self.ended(arm)]
         longest = max([self.longest, *(max(arm["seconds"], arm["wall_seconds"] or 0) for arm in ended)])
-        return time.monotonic() - self.began + longest <= 60 * self.flags.experiment_minutes
+        return time.monotonic() - self.began + longest <= 60 * self.grid.base.experiment.experiment_minutes
 
     # -- for experiment.json -------------------------------------------------------------------------------------------
 
     def record(self, arm: Arm, test: record.TestLosses | None = None) -> record.Arm:
         """What is known of an arm."""
-        flags, ended, folder = self.flags_of(arm), self.ended(arm), self.folder_of(arm)
-        (method,), rows = flags.method, read_log(folder / "log.jsonl")
+        adapter, ended, folder = self.options_of(arm).adapter, self.ended(arm), self.folder_of(arm)
+        method, rows = self.labels[arm.label].method, read_log(folder / "log.jsonl")
         last: dict = rows[-1] if rows else {"step": 0, "seconds": 0.0}
         return {
             "label": arm.label,
             "method": method,
             "learning_rate": arm.rate,
             "seed": arm.seed,
-            "rank": flags.rank,
-            "shortcut": shortcut_in_words(flags.shortcut, flags.pre_num) if METHODS[method].reads_shortcut else None,
+            "rank": adapter.rank,
+            "shortcut": shortcut_in_words(adapter.shortcut, adapter.pre_num)
+            if METHODS[method].reads_shortcut
+            else None,
             "folder": self.name_of(arm),
             "status": ended.get("status") or ("running" if arm in self.running else "waiting"),
             "reason": ended.get("reason", ""),

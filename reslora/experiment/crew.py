@@ -26,9 +26,9 @@ from accelerate.utils import patch_environment
 from tqdm.auto import tqdm
 
 from ..common.errors import EndedElsewhere, RunFailed, Stopped
-from ..common.flags import Flags
 from ..common.script import run_script
 from ..common.signals import StopRequest
+from ..options.shared import SharedExperimentOptions
 from .arms import Arm
 
 if TYPE_CHECKING:
@@ -178,15 +178,16 @@ class Crew:
             raise RunFailed(f"a process of --arms_at_once was killed by signal {-status}; the same command goes on")
 
 
-def crew_of(flags: Flags, prog: str, work: Work, stop: StopRequest) -> Crew | None:
+def crew_of(options: SharedExperimentOptions, prog: str, work: Work, stop: StopRequest) -> Crew | None:
     """The crew that --arms_at_once asks for; None where the main process trains by itself."""
-    return Crew(flags.arms_at_once, prog, work, stop) if (flags.arms_at_once or 1) > 1 else None
+    processes = options.arms_at_once or 1
+    return Crew(processes, prog, work, stop) if processes > 1 else None
 
 
-def arms_a_device(flags: Flags, device: torch.device) -> int:
+def arms_a_device(options: SharedExperimentOptions, device: torch.device) -> int:
     """How many arms are trained at once on a GPU, or on the CPU."""
     count = torch.cuda.device_count() if device.type == "cuda" else 1
-    return -(-(flags.arms_at_once or 1) // count)
+    return -(-(options.arms_at_once or 1) // count)
 
 
 def share_of(number: int, size: int) -> dict[str, str]:

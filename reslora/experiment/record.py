@@ -161,7 +161,7 @@ class Experiment(Facts):
 
     format: int
     settings: dict[str, Any]
-    """Flags and their values."""
+    """Options and their values."""
     arms: list[Arm]
     chosen: dict[str, Choice]
     """By label."""

@@ -301,7 +301,7 @@ def badge(word: str) -> str:
 
 
 def rate(value: float) -> str:
-    """A learning rate as flags have it: 1e-4, 2.5e-4."""
+    """A learning rate as options have it: 1e-4, 2.5e-4."""
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 

@@ -174,7 +174,7 @@ class Results:
 
     def unfinished(self, ended: int) -> list[str]:
         """That the time was up, if it was."""
-        total, minutes = len(self.course.arms()), self.course.flags.experiment_minutes
+        total, minutes = len(self.course.arms()), self.course.grid.base.experiment.experiment_minutes
         if ended == total:
             return []
         line = f"{record.UNFINISHED}{total - ended} of {total} arms {are(total - ended)} still to be trained"
@@ -199,7 +199,9 @@ class Results:
                 line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}, "
                 line += f"and a {other} one may do better"
                 further = f"--extend_rates, or --learning_rate {choice['next']:g} beside the others"
-                if self.course.flags.extend_rates:  # which has tried all it would, and goes on from what is named
+                if (
+                    self.course.grid.base.experiment.extend_rates
+                ):  # which has tried all it would, and goes on from what is named
                     rates = sorted({*self.course.grids[label], choice["next"]})
                     further = f"--learning_rate {' '.join(f'{rate:g}' for rate in rates)}"
                 found.append(f"{line}; {further}")
@@ -221,7 +223,7 @@ class Results:
         return [line] if self.readings > 1 else []
 
     def others(self) -> list[str]:
-        """That there are arms in the folder that the flags do not name."""
+        """That there are arms in the folder that the options do not name."""
         folder = self.course.folder
         there = {path.parent for method in METHODS for path in (folder / method).glob(f"**/seed-*/{ENDED}")}
         more = len(there - {self.course.folder_of(arm) for arm in self.course.arms()})

@@ -1,11 +1,11 @@
 """Language models: ResLoRA and what it is compared with in transformers' `Trainer`, on the paper's tasks.
 
-arguments = MethodArguments(method="reslora", shortcut="input")
-model = attach(model, arguments, total_steps=1000)              # trainer.py
+adapter = resolve(LlmOptions, {"shortcut": "input"}).adapter    # arguments.py
+model = attach(model, adapter, total_steps=1000)                # trainer.py
 trainer = AdapterTrainer(model, args, train_dataset=..., callbacks=[LogCallback("run/log.jsonl")])
 trainer.train()
 table = merge_table(model, trainer.evaluate, calibration)       # results.py: unmerged and merged by every method
-export(model, "run", arguments, calibration)                    # plain LoRA in run/peft
+export(model, "run", adapter, calibration)                      # plain LoRA in run/peft
 
 The scripts train_llm.py and train_glue.py at the root of the repository are `llm.main` and `glue.main`.
 """

@@ -1,402 +1,226 @@
-"""Flags that the language scripts share: one line for what cannot work, exit status 2."""
+"""From the command line to the options of a language script. transformers is not imported before these make sense."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
-import json
-import math
-import os
-import sys
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from accelerate.utils import parse_flag_from_env
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.hf_argparser import HfArg
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer_pt_utils import AcceleratorConfig
-
-from .. import __version__
-from ..common.checks import check_writable, is_number, is_whole, number_in_words, whole_in_words
-from ..common.errors import InvalidArgument, first_line, refused_as
+from ..common.checks import check_writable
+from ..common.errors import InvalidArgument
 from ..common.flags import listed
-from ..common.methods import DEFAULT_PRE_NUM, IN_WORDS, METHODS, refuse_settings, tell_unread
-from ..common.parser import Parser
-from ..common.patterns import FIELDS, entries
-from ..common.patterns import HELP as PATTERNS
-from ..common.script import shares_the_cpu
-from ..config import HEADS, SHORTCUTS
-from ..merges import AUTO
-from ..merges import NAMES as MERGES
+from ..common.methods import METHODS, refuse_settings, refuse_unable
+from ..common.patterns import entries
+from ..experiment.arms import check_values
+from ..options.grid import Grid, alpha_of
+from ..options.option import SAME, Given
+from ..options.parser import OptionsParser
+from ..options.texts import (
+    GLUE_MODEL,
+    GLUE_TASK,
+    GLUE_TASKS,
+    LLM_TASK,
+    LLM_TASKS,
+    PASSED_ON,
+    AdapterOptions,
+    GlueOptions,
+    LlmOptions,
+    TextOptions,
+)
 from ..shortcuts import PLAIN, shortcut_class
 
+T = TypeVar("T", bound=TextOptions)
+METAMATHQA_SAMPLES = 40_000  # Appendix C
+NOT_IN_EXPERIMENTS = (
+    ("load_best_model_at_end", "leave it out: checkpoints are chosen over seeds together"),
+    ("do_predict", "leave it out, and predict with the arm that you like"),
+    ("save_only_model", "leave it out: an arm that is stopped goes on from its last checkpoint"),
+    ("deepspeed", "leave it out: each arm would need an engine of its own"),
+)
 
-@dataclass
-class MethodArguments:
-    """Which method is trained and how it is merged; for `HfArgumentParser`.
 
-    Raises `InvalidArgument` for a value that means nothing.
+def read(kind: type[T], prog: str, argv: Sequence[str] | None, description: str | None = None) -> T | Grid[T]:
+    """Return the options of a run, or of an experiment where several values of one that varies are given.
+
+    Exits with status 2 and one line for what is no option; raises `InvalidArgument` for what cannot work.
     """
-
-    method: str = HfArg(default="reslora", help=f"what is trained. {IN_WORDS}", metadata={"choices": tuple(METHODS)})
-    shortcut: str = HfArg(
-        default="input",
-        help="ResLoRA and lora_matched: what a block gets from the blocks before it",
-        metadata={"choices": SHORTCUTS},
-    )
-    pre_num: int = HfArg(
-        default=DEFAULT_PRE_NUM,
-        help="ResLoRA, lora_matched and ms_placebo: how many blocks before it, -1 for all; with input any "
-        "number but 0 means one",
-    )
-    head: str = HfArg(
-        default="repeat",
-        help="--shortcut input and is_placebo: what the first block of a chain adds to its input",
-        metadata={"choices": HEADS},
-    )
-    merge: str = HfArg(
-        default=AUTO, help="ResLoRA: how the shortcuts become plain LoRA weights", metadata={"choices": MERGES}
-    )
-    lora_r: int = HfArg(default=4, help="rank")
-    lora_alpha: float = HfArg(default=None, help="scale times rank; default: twice the rank")
-    lora_dropout: float = HfArg(default=0.0, help="dropout of the adapter's input (loha, lokr: of ranks)")
-    rank_pattern: list[str] | None = HfArg(
-        default=None, help=PATTERNS["rank_pattern"], metadata={"nargs": "+", "metavar": "NAME=VALUE"}
-    )
-    alpha_pattern: list[str] | None = HfArg(
-        default=None, help=PATTERNS["alpha_pattern"], metadata={"nargs": "+", "metavar": "NAME=VALUE"}
-    )
-    target_modules: list[str] | None = HfArg(
-        default=None,
-        help="layers that get an adapter, by the end of their name; default: query and value",
-        metadata={"nargs": "+"},
-    )
-    calibration_examples: int = HfArg(
-        default=64,
-        help="training examples that a merge of ResLoRA may read, and that lora_matched and placebos are "
-        "measured on; 0 for none",
-    )
-    merge_and_save: bool = HfArg(default=False, help="write the model with the adapter added, for stock transformers")
-
-    def __post_init__(self) -> None:
-        check_whole("lora_r", self.lora_r, 1)
-        if self.lora_alpha is None:
-            self.lora_alpha = 2 * self.lora_r
-        check_number("lora_alpha", self.lora_alpha, 0, exclusive=True)
-        check_number("lora_dropout", self.lora_dropout, 0, below=1)
-        check_whole("pre_num", self.pre_num, -1)
-        check_whole("calibration_examples", self.calibration_examples, 0)
-        if float(self.lora_alpha).is_integer():
-            self.lora_alpha = int(self.lora_alpha)  # adapter_config.json says 8, as everybody's does
-        refuse_settings([self.method], self.lora_dropout, {name: getattr(self, name) for name in FIELDS})
-        self.patterns()
-        if self.calibration_examples == 0 and METHODS[self.method].measured:
-            raise InvalidArgument(
-                f"--method {self.method}", "needs calibration examples", "give --calibration_examples 64"
-            )
-        if self.calibration_examples == 0 and self._merge_reads_examples():
-            raise InvalidArgument(
-                f"--merge {self.merge}",
-                "needs calibration examples",
-                "give --calibration_examples 64, or another merge",
-            )
-
-    def patterns(self) -> dict[str, Any]:
-        """Ranks and alphas of single layers, as PEFT's configurations have them."""
-        return {name: entries(name, getattr(self, name)) for name in FIELDS}
-
-    def tell_unread(self) -> None:
-        """Says which flags the method does not read."""
-        tell_unread([self.method], vars(self), vars(MethodArguments) | {"lora_alpha": 2 * self.lora_r})
-
-    def carries_activations(self) -> bool:
-        """Whether blocks hand activations to each other."""
-        return self._is_wired() and shortcut_class(self.shortcut).carries
-
-    def _merge_reads_examples(self) -> bool:
-        merge = shortcut_class(self.shortcut).merges.get(self.merge) if self._is_wired() else None
-        return merge is not None and merge.needs_moments
-
-    def _is_wired(self) -> bool:
-        return METHODS[self.method].shortcuts and self.shortcut != PLAIN and self.pre_num != 0
+    given, passed_on = given_by(OptionsParser(prog, kind, description or ""), argv)
+    check_texts(given | passed_on)
+    return resolve(kind, given, passed_on)
 
 
-@dataclass
-class ExperimentArguments:
-    """What several methods, rates and seeds are chosen and compared by; for `HfArgumentParser`."""
+def given_by(parser: OptionsParser, argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the given values of the table's options, and those that are passed on to transformers."""
+    values, unknown = parser.parse_known_args(argv)
+    names = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("--")}
+    if not unknown:
+        return vars(values), {}
+    known = {*PASSED_ON["fixed"], *PASSED_ON["free"]}
+    if not names or not {name.removeprefix("no_") for name in names} <= known:
+        parser.refuse_unknown(unknown)
+    from .training_arguments import parse_passed_on
 
-    select_split: float | None = HfArg(
-        default=None,
-        help="experiments: share of the training examples by which learning rates and checkpoints are chosen, "
-        "where the task has no validation file beside a test file; default 0.1",
-    )
-    test_split: float | None = HfArg(
-        default=None,
-        help="experiments: share of the training examples by which methods are compared in the end, where the "
-        "task has neither a test nor a validation file; default 0.1",
-    )
-    extend_rates: bool = HfArg(
-        default=False,
-        help="experiments: where the best learning rate is the lowest or highest, try the next one, up to three times",
-    )
-    experiment_minutes: float | None = HfArg(
-        default=None,
-        help="experiments: no arm is begun that would not end in so many minutes; the same command goes on",
-    )
-    arms_at_once: int | None = HfArg(
-        default=None,
-        help="experiments: how many arms are trained at once, each by a process of its own; of several GPUs each has "
-        "one; default 1",
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("select_split", "test_split"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), 0, below=1, exclusive=True)
-        if self.experiment_minutes is not None:
-            check_number("experiment_minutes", self.experiment_minutes, 0, exclusive=True)
-        if self.arms_at_once is not None:
-            check_number("arms_at_once", self.arms_at_once, 1)
+    return vars(values), parse_passed_on(parser.prog, unknown)
 
 
-SEVERAL = {
-    "method": "method", "learning_rate": "learning_rate", "seed": "seed", "rank": "lora_r", "shortcut": "shortcut",
-    "pre_num": "pre_num",
-}  # fmt: skip
-"""What is experimented with, and the flag of each: several values of one make a run an experiment."""
+def check_texts(given: Given) -> None:
+    """Raise `InvalidArgument` for options whose value is empty, or no text.
 
-
-@dataclass
-class AdapterTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments`, with TensorBoard and a row of the log per step, and every number checked."""
-
-    output_dir: str = HfArg(default="runs/adapter", help="folder of the run")
-    report_to: list[str] | None = HfArg(
-        default_factory=lambda: ["tensorboard"], help="trackers to report to, or none", metadata={"nargs": "+"}
-    )
-    logging_steps: float = HfArg(default=1, help="steps between rows of log.jsonl")
-    resume_from_checkpoint: str | None = HfArg(
-        default=None, help="go on from a checkpoint folder, or from the latest usable one: latest"
-    )
-
-    def __post_init__(self) -> None:
-        self._check_numbers()
-        check_trackers(self.report_to)
-        for name, package in (("deepspeed", "deepspeed"), ("use_liger_kernel", "liger_kernel")):
-            if getattr(self, name) and importlib.util.find_spec(package) is None:
-                fix = f"pip install {package.replace('_', '-')}, or leave it out"
-                raise InvalidArgument(f"--{name}", f"{package} is not installed", fix)
-        for name in self._VALID_DICT_FIELDS:
-            check_json(name, getattr(self, name))
-        for precision in ("bf16", "fp16"):
-            if getattr(self, f"{precision}_full_eval"):
-                problem = "what is evaluated is exported, and must not be rounded"
-                raise InvalidArgument(f"--{precision}_full_eval", problem, f"leave it out, or train with --{precision}")
-        if self.push_to_hub:
-            raise InvalidArgument(
-                "--push_to_hub", "is not supported", "upload the run's peft/ with `hf upload` instead"
-            )
-        self._settle_device()
-        check_writable(Path(self.output_dir).expanduser(), f"--output_dir {self.output_dir}")
-        if self.deepspeed:
-            _say_that_there_is_one_process()
-        super().__post_init__()
-
-    def _check_numbers(self) -> None:
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            check_whole(name, getattr(self, name), 1)
-        for name in ("learning_rate", "num_train_epochs", "logging_steps", "save_steps", "adam_epsilon"):
-            check_number(name, getattr(self, name), 0, exclusive=True)
-        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay"):
-            check_number(name, getattr(self, name), 0)
-        if self.neftune_noise_alpha is not None:
-            check_number("neftune_noise_alpha", self.neftune_noise_alpha, 0)
-        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
-            check_number(name, getattr(self, name), 0, below=1)
-        if self.eval_steps is not None:
-            check_number("eval_steps", self.eval_steps, 0, exclusive=True)
-        for name in ("save_total_limit", "eval_accumulation_steps"):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), 1)
-        check_whole("dataloader_num_workers", self.dataloader_num_workers, 0)
-        if self.max_steps != -1:
-            check_whole("max_steps", self.max_steps, 1)
-        for name in ("seed", "data_seed") if self.data_seed is not None else ("seed",):
-            check_whole(name, getattr(self, name), 0, 2**32 - 1)
-
-    def _settle_device(self) -> None:
-        # `accelerate launch --cpu` says so in the environment only.
-        self.use_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")  # type: ignore[has-type]
-        gpu = torch.cuda.is_available() and not self.use_cpu
-        if self.fp16 and not gpu:
-            raise InvalidArgument("--fp16", "needs a GPU", "leave it out, or take --bf16 --use_cpu")
-        if self.bf16 and not gpu and not self.use_cpu:
-            raise InvalidArgument("--bf16", "there is no GPU", "add --use_cpu, or leave it out")
-        self.use_cpu = self.use_cpu or (shares_the_cpu() and not self.deepspeed)
-
-
-def _say_that_there_is_one_process() -> None:
-    """What torch's launcher tells its children, where it isn't there: DeepSpeed would look for MPI otherwise."""
-    if not {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        for name, value in alone.items():
-            os.environ.setdefault(name, value)
-
-
-def check_whole(name: str, value: int, least: int, most: float = math.inf) -> None:
-    """Raises `InvalidArgument` unless a flag's value is a whole number of at least `least` and at most `most`."""
-    if not is_whole(value, least, most):
-        raise InvalidArgument(f"--{name} {value}", "out of range", f"give {whole_in_words(least, most)}")
-
-
-def check_texts(given: Collection[str], values: Mapping[str, object]) -> None:
-    """Raises `InvalidArgument` for flags whose value is empty, or no text.
-
-    Nothing can write the latter; without a value a run would have other data, or begin where it should go on.
+    Nothing can write the latter; without a value a run would have other data, or begin where it should resume.
     """
-    for name in sorted({*given} & values.keys()):
-        for text in listed(values[name]):
+    for name in sorted(given):
+        for text in listed(given[name]):
             if text == "":
                 raise InvalidArgument(f"--{name}", "is empty, as a variable is that is not set", "give it a value")
             if isinstance(text, str) and text.encode("utf-8", "replace").decode() != text:
                 raise InvalidArgument(f"--{name} {text}", "is not UTF-8", "rename it, or give another")
 
 
-def check_trackers(names: str | Sequence[str] | None) -> None:
-    """Raises `InvalidArgument` for a --report_to that transformers doesn't know, or that is not installed."""
-    named = [name for name in ([names] if isinstance(names, str) else names or ()) if name not in ("all", "none")]
-    for name in named:
-        known = sorted(INTEGRATION_TO_CALLBACK)
-        if name not in known:
-            raise InvalidArgument(f"--report_to {name}", "unknown", f"choose from none, all, {', '.join(known)}")
-        if name not in get_available_reporting_integrations():
-            raise InvalidArgument(f"--report_to {name}", f"{name} is not installed", "install it, or leave it out")
+def resolve(kind: type[T], given: Given, passed_on: Given = {}) -> T | Grid[T]:  # noqa: B006 - is not changed
+    """Return the options of a run, or of an experiment. Raises `InvalidArgument` for what cannot work."""
+    table, bundled = kind.table(), "model_name_or_path" not in given
+    values, varied = dict(given), dict[str, list]()
+    for name, option in table.items():
+        value = values.setdefault(name, option.bundled if bundled and option.bundled is not SAME else option.default)
+        if option.varies and isinstance(value, list):
+            values[name] = value[0]
+            varied |= {option.attribute: value} if len(value) > 1 else {}
+    values |= steps_asked_for(given, passed_on)
+    options = dataclasses.replace(kind.of(**values), passed_on=passed_on)
+    if float(options.adapter.lora_alpha or 0.5).is_integer():
+        options = options.replace(lora_alpha=int(options.adapter.lora_alpha))  # adapter_config.json has 8, not 8.0
+    if not varied and len(options.adapter.method) == 1:
+        options = options.replace(lora_alpha=alpha_of(options.adapter))
+        check_no_experiment(options)
+        return checked(options)
+    grid = Grid(options, varied)
+    check_experiment(grid)
+    return grid
 
 
-def check_json(name: str, value: object) -> None:
-    """Raises `InvalidArgument` for a flag's text that begins as JSON and is none, or has a key that is unknown."""
-    if isinstance(value, str) and value.startswith("{"):  # anything else is a file's name
-        with refused_as(f"--{name} {value}", "give a JSON object with keys that it knows", (ValueError, TypeError)):
-            content = json.loads(value)
-            if name == "accelerator_config":
-                AcceleratorConfig(**content)
-
-
-def check_compiling(method: MethodArguments, training: TrainingArguments) -> None:
-    """Raises `InvalidArgument` where --torch_compile would meet checkpointing that keeps a shortcut's activations."""
-    if training.torch_compile and training.activation_checkpointing and method.carries_activations():
-        problem = f"with --gradient_checkpointing cannot keep --shortcut {method.shortcut}"
-        raise InvalidArgument("--torch_compile", problem, "leave one of them out, or use --shortcut block")
-
-
-def check_number(name: str, value: float, least: float, below: float = math.inf, exclusive: bool = False) -> None:
-    """Raises `InvalidArgument` unless a flag's value is a finite number in [least, below), or above `least`."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not is_number(number, least, below, exclusive):
-        problem, fix = "out of range", f"give {number_in_words(least, below, exclusive)}"
-        raise InvalidArgument(f"--{name} {value}", problem, fix)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keep the lines of the description, and name each default once."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        named = action.default is None or action.default is False or "default: " in (action.help or "")
-        return action.help if named else super()._get_help_string(action)
-
-
-class FieldsParser(HfArgumentParser, Parser):
-    """Take the options that are the fields of dataclasses, as strictly as the other scripts take theirs."""
-
-
-def build_parser(types: Sequence[type], prog: str, description: str | None = None) -> HfArgumentParser:
-    """A parser of the flags that are the fields of the dataclasses `types`."""
-    usage = argparse.SUPPRESS  # of 150 options it would be a screen before the description
-    options = {"prog": prog, "usage": usage, "description": description, "formatter_class": HelpFormatter}
-    parser = FieldsParser(dataclass_types=[*types, ExperimentArguments], **options)
-    for action in parser._actions:
-        action.nargs = "+" if action.dest in SEVERAL.values() else action.nargs
-    parser.add_argument("--version", action="version", version=f"reslora-sd {__version__}")
-    return parser
-
-
-def parse_values(
-    parser: HfArgumentParser,
-    argv: Sequence[str] | None = None,
-    bundled: Mapping[str, object] | None = None,
-    deepspeed_config: str | None = None,
-) -> dict[str, Any]:
-    """Parses flags into their values by name: lists for those in SEVERAL that several were given of.
-
-    What argparse or transformers refuse ends the program with one line and status 2; what our own classes refuse is
-    `InvalidArgument`.
-
-    `bundled`: defaults that hold while no `--model_name_or_path` is given. `deepspeed_config`: what `--deepspeed` means
-    without a value.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
-    if bundled and "model_name_or_path" not in given:
-        parser.set_defaults(**bundled)
-    if deepspeed_config:
-        action = next(action for action in parser._actions if action.dest == "deepspeed")
-        action.nargs, action.const = "?", deepspeed_config
-    namespace = parser.parse_args(argv)
-    check_texts(given, vars(namespace))
-    values = vars(namespace) | {"output_dir": os.path.expanduser(namespace.output_dir)}  # noqa: PTH111 - as Trainer does
-    for name in SEVERAL.values():
-        if isinstance(values.get(name), list) and len(values[name]) == 1:
-            (values[name],) = values[name]
-    return values | steps_asked_for(given, values)
-
-
-def steps_asked_for(given: Collection[str], values: Mapping[str, object]) -> dict[str, object]:
-    """The strategies that a number of steps alone asks for: by the defaults, nothing would read it."""
+def steps_asked_for(given: Given, passed_on: Given) -> dict[str, object]:
+    """Return the strategies that a number of steps alone asks for: by the defaults, nothing would read it."""
     found = dict[str, object]()
     for what, other in (("eval", "save"), ("save", "eval")):
         if f"{what}_steps" in given and f"{what}_strategy" not in given:
             found[f"{what}_strategy"] = "steps"
-            if values["load_best_model_at_end"] and not {f"{other}_steps", f"{other}_strategy"} & set(given):
+            if passed_on.get("load_best_model_at_end") and not {f"{other}_steps", f"{other}_strategy"} & given.keys():
                 # The best can only be among what is saved and measured.
-                found |= {f"{other}_strategy": "steps", f"{other}_steps": values[f"{what}_steps"]}
+                found |= {f"{other}_strategy": "steps", f"{other}_steps": given[f"{what}_steps"]}
     return found
 
 
-def is_experiment(values: Mapping[str, object]) -> bool:
-    """Whether several values of anything in SEVERAL are given."""
-    return any(isinstance(values[name], list) for name in SEVERAL.values())
+# -- what can be refused at once ---------------------------------------------------------------------------------------
 
 
-def parsed(parser: HfArgumentParser, values: Mapping[str, Any]) -> tuple:
-    """The values of a run that is no experiment as instances of the parser's dataclasses.
-
-    Raises `InvalidArgument` for what cannot work.
-    """
-    try:
-        *found, experiment = parser.parse_dict(dict(values), allow_extra_keys=True)
-        for name, value in dataclasses.asdict(experiment).items():
-            if value:
-                fix = f"give several values of --{', --'.join(SEVERAL.values())}, or leave it out"
-                raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)
-        return tuple(found)
-    except InvalidArgument:
-        raise
-    except (ValueError, ImportError, OSError, RuntimeError) as error:  # what transformers' own classes refuse
-        return parser.error(first_line(error))
+def check_no_experiment(options: TextOptions) -> None:
+    """Refuse options of experiments where no option has several values."""
+    for name, option in options.table().items():
+        if option.group == "experiment" and options[name]:
+            several = ["method", *(other.name for other in options.table().values() if other.varies)]
+            fix = f"give several values of --{', --'.join(several)}, or leave it out"
+            raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)
 
 
-def settings(*arguments: Any) -> dict:
-    """The flags of several dataclasses as one JSON-able dict, the content of a run's `config.json`; no tokens."""
-    merged: dict = {}
-    for instance in arguments:
-        values = instance.to_dict() if hasattr(instance, "to_dict") else dataclasses.asdict(instance)
-        merged |= {name: value for name, value in values.items() if name != "token" and not name.endswith("_token")}
-    return json.loads(json.dumps(merged, default=str))
+def check_experiment(grid: Grid[T]) -> None:
+    """Refuse what an experiment cannot do."""
+    options = grid.base
+    for name, fix in NOT_IN_EXPERIMENTS:
+        if options.passed_on.get(name) or (name == "deepspeed" and options.training.deepspeed):
+            raise InvalidArgument(f"--{name}", "this is an experiment", fix)
+    if options.training.resume_from_checkpoint not in (None, "latest"):
+        argument = f"--resume_from_checkpoint {options.training.resume_from_checkpoint}"
+        raise InvalidArgument(argument, "an experiment goes on as a whole", "give latest")
+    select, test = options.experiment.select_split or 0, options.experiment.test_split or 0
+    if select + test >= 1:
+        problem = f"with --test_split {test:g} nothing is left to train on"
+        raise InvalidArgument(f"--select_split {select:g}", problem, "give smaller shares")
+    check_values(grid)
+
+
+def checked(options: T) -> T:
+    """Return the options of a run with what follows from them; raise `InvalidArgument` for what cannot work."""
+    check_adapter(options.adapter)
+    output = options.training.output_dir
+    check_writable(Path(output), f"--output_dir {output}")
+    if options.training.push_to_hub:
+        raise InvalidArgument("--push_to_hub", "is not supported", "upload the run's peft/ with `hf upload` instead")
+    if options.training.deepspeed and importlib.util.find_spec("deepspeed") is None:
+        raise InvalidArgument("--deepspeed", "deepspeed is not installed", "pip install deepspeed, or leave it out")
+    checkpoints = options.training.gradient_checkpointing or options.passed_on.get("activation_checkpointing")
+    if options.training.torch_compile and checkpoints and carries_activations(options.adapter):
+        problem = f"with --gradient_checkpointing cannot keep --shortcut {options.adapter.shortcut}"
+        raise InvalidArgument("--torch_compile", problem, "leave one of them out, or use --shortcut block")
+    if isinstance(options, LlmOptions):
+        return _checked_llm(options)
+    return _checked_glue(options) if isinstance(options, GlueOptions) else options
+
+
+def check_adapter(adapter: AdapterOptions) -> None:
+    """Refuse what a method cannot do, and a merge or control that lacks its calibration examples."""
+    patterns = {"rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
+    refuse_settings([adapter.name], adapter.lora_dropout, patterns)
+    for name, texts in patterns.items():
+        entries(name, texts)
+    if adapter.merge_calibration_samples:
+        return
+    if METHODS[adapter.name].measured:
+        argument, fix = f"--method {adapter.name}", "give --calibration_examples 64"
+        raise InvalidArgument(argument, "needs calibration examples", fix)
+    merge = shortcut_class(adapter.shortcut).merges.get(adapter.merge) if is_wired(adapter) else None
+    if merge is not None and merge.needs_moments:
+        fix = "give --calibration_examples 64, or another merge"
+        raise InvalidArgument(f"--merge {adapter.merge}", "needs calibration examples", fix)
+
+
+def is_wired(adapter: AdapterOptions) -> bool:
+    """Return whether a shortcut connects blocks."""
+    return METHODS[adapter.name].shortcuts and adapter.shortcut != PLAIN and adapter.pre_num != 0
+
+
+def carries_activations(adapter: AdapterOptions) -> bool:
+    """Return whether blocks pass activations to each other."""
+    return is_wired(adapter) and shortcut_class(adapter.shortcut).carries
+
+
+def check_folder(name: str, form: str) -> None:
+    """Refuse a model's name that can only be a path, and is none of a folder."""
+    path = Path(name)
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not path.is_dir() and (path.exists() or is_path):
+        raise InvalidArgument(f"--model_name_or_path {name}", "no such folder", f"give {form}, or a name on the hub")
+
+
+def _checked_llm(options: LlmOptions) -> Any:
+    task, best = options.task, str(options.passed_on.get("metric_for_best_model") or "").removeprefix("eval_")
+    if task.task not in LLM_TASKS:
+        raise InvalidArgument(f"--task {task.task}", "unknown", f"choose from {', '.join(LLM_TASKS)}")
+    if task.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        fix = "pip install bitsandbytes, or leave it out"
+        raise InvalidArgument("--load_in_4bit", "bitsandbytes is not installed", fix)
+    if task.task != "svamp" and task.data_dir == str(LLM_TASK):
+        fix = "give --data_dir DIR, or --model_name_or_path MODEL"
+        raise InvalidArgument(f"--task {task.task}", "the bundled examples are svamp's", fix)
+    if task.load_in_4bit and options.adapter.merge_and_save:
+        fix = "leave it out, and merge peft/ into the whole model"
+        raise InvalidArgument("--merge_and_save", "a 4-bit model cannot hold the sum", fix)
+    if task.load_in_4bit:
+        refuse_unable([options.adapter.name], "quantised")
+    if best not in ("", "loss", "accuracy"):
+        raise InvalidArgument(f"--metric_for_best_model {best}", "unknown", "choose loss or accuracy")
+    check_folder(task.model_name_or_path, "one in transformers' format")
+    limit = METAMATHQA_SAMPLES if task.task == "metamathqa" else None
+    samples = task.max_train_samples or limit
+    return options.replace(max_train_samples=samples, eval_accuracy=task.eval_accuracy or best == "accuracy")
+
+
+def _checked_glue(options: GlueOptions) -> Any:
+    folder = options.model.model_name_or_path
+    if options.data.task_name is None and options.data.data_dir is None and Path(folder).resolve() == GLUE_MODEL:
+        options = options.replace(task_name="cola", data_dir=str(GLUE_TASK))
+    if options.data.task_name is None:
+        raise InvalidArgument("--task_name", "missing", f"give one of {', '.join(GLUE_TASKS)}")
+    check_folder(folder, "a transformers model")
+    return options

@@ -1,4 +1,4 @@
-"""A plain run with a language model, and an experiment: every arm a plain run of its flags, on parts of the examples.
+"""A plain run with a language model, and an experiment: every arm a plain run of its options, on parts of the examples.
 
 What an arm writes is in a folder of its own, and what is on disk decides what is left to do. Rates and checkpoints are
 chosen by the validation loss, which is that of the select examples; methods are compared by the loss of each test
@@ -15,25 +15,24 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import TrainerCallback
 
 from ..common.adapters import load_adapter, save_adapter
 from ..common.errors import Diverged, InvalidArgument
-from ..common.flags import Flags, as_typed, listed
+from ..common.flags import as_typed
 from ..common.folder import check_held, filling, lent, locked
 from ..common.links import tell_links
-from ..common.methods import tell_unread
 from ..common.recovery import memory_reported
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided, say
-from ..experiment.arms import Arm, check_values
+from ..experiment.arms import Arm
 from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
 from ..experiment.crew import Orders, crew_of, heard
 from ..experiment.parts import too_few
@@ -42,13 +41,17 @@ from ..experiment.report import About
 from ..experiment.run import train, train_and_conclude
 from ..experiment.subject import COMPARING, Subject
 from ..files import remove, remove_leftovers, replacing, write_json
+from ..options.grid import Grid
+from ..options.texts import AdapterOptions, ExperimentOptions, T, TextOptions, TrainingOptions
+from ..options.unused import report_unread_by_methods
 from ..words import counted
-from .arguments import SEVERAL, ExperimentArguments, MethodArguments, check_number, is_experiment
+from .arguments import checked
 from .checkpoints import checkpoints_of, set_unfinished_aside
 from .parts import Parts
 from .results import as_plain, export
-from .resuming import FREE_ON_RESUME, check_data, check_resume, fingerprint, is_same
+from .resuming import check_data, check_resume, fingerprint, free_on_resume, is_same
 from .trainer import AdapterTrainer, shortcuts_of, total_steps
+from .training_arguments import passed_on_defaults, without_tokens
 
 MOST_LOOKS = 10
 LEAST_LOSS = 1e-12  # of a sure example, whose loss rounds to zero: statistics take losses above it
@@ -88,28 +91,16 @@ class Study(ABC):
     tokenizer: Any
     """The model's, from `prepare` on."""
 
-    def __init__(self, parser: HfArgumentParser | None) -> None:
-        self.parser = parser
-
-    @classmethod
     @abstractmethod
-    def anew(cls) -> Study:
-        """With a parser made anew."""
-
-    def __reduce__(self) -> tuple:
-        """So another process has it: parsers cannot be pickled."""
-        return type(self).anew, ()
-
-    @abstractmethod
-    def settled(self, values: Mapping[str, Any]) -> Any:
-        """The arguments of a plain run, with `settings`, `method` and `training`; raises `InvalidArgument`."""
+    def arguments(self, options: Any) -> Any:
+        """The options of a plain run, with `settings`, `method` and `training`; raises `InvalidArgument`."""
 
     @abstractmethod
     def plain(self, arguments: Any, stop: StopRequest) -> tuple[Iterable, MakeTrainer]:
         """The training examples of a plain run, which a continuation must share, and what makes its trainer."""
 
     @abstractmethod
-    def parts(self, arguments: Any, shares: ExperimentArguments) -> Parts:
+    def parts(self, arguments: Any, shares: ExperimentOptions) -> Parts:
         """All examples in three parts."""
 
     @abstractmethod
@@ -124,9 +115,9 @@ class Study(ABC):
         """Inputs to trace the model with; None where it has its own."""
         return None
 
-    def tell_links(self, model: PeftModel, method: MethodArguments, tell: Callable[[str], object]) -> None:
+    def tell_links(self, model: PeftModel, adapter: AdapterOptions, tell: Callable[[str], object]) -> None:
         """Says which layers the shortcuts leave as they are, and where chains are too short."""
-        tell_links(model, method.method, shortcuts_of(method), tell, self.example())
+        tell_links(model, adapter.name, shortcuts_of(adapter), tell, self.example())
 
     @abstractmethod
     def trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
@@ -141,18 +132,18 @@ class Study(ABC):
         """The loss of each test example, in order, and figures over all; asks `check` between batches."""
 
 
-def run(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
-    """A plain run of the flags, or the experiment that they ask for."""
-    if is_experiment(values):
-        run_experiment(study, values, stop)
+def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
+    """Run what is asked for, or the experiment."""
+    if isinstance(asked, Grid):
+        run_experiment(study, asked, stop)
         return
     with stop.at_once():
-        arguments = study.settled(values)
-    arguments.method.tell_unread()
+        arguments = study.arguments(asked)
+    report_unread(asked)
     training, flags = arguments.training, arguments.settings
     with contextlib.ExitStack() as stack:
         decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
-        check_resume(training.output_dir, training.resume_from_checkpoint, flags)
+        check_resume(training.output_dir, training.resume_from_checkpoint, flags, free_on_resume(type(asked)))
         examples, make = study.plain(arguments, stop)
         flags["data"] = fingerprint(examples)
         check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
@@ -166,26 +157,30 @@ def run(study: Study, values: dict[str, Any], stop: StopRequest) -> None:
             finish()
 
 
-def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest, orders: Orders | None = None) -> None:
-    """Trains the arms that the flags name and that have not ended yet, and tells which method does best.
+def report_unread(asked: TextOptions | Grid) -> None:
+    """Print options that no method reads."""
+    options = asked.base if isinstance(asked, Grid) else asked
+    alpha = {"lora_alpha": 2 * options.adapter.rank}
+    report_unread_by_methods(options.table(), asked.flat(), alpha)
+
+
+def run_experiment(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None = None) -> None:
+    """Trains the arms that the options name and that have not ended yet, and tells which method does best.
 
     With orders, it is one of --arms_at_once processes: it trains what it is given, in a folder that the main process
     has locked and checked.
     """
-    began, shares, flags = time.monotonic(), experiment_of(values), flags_of(values)
-    for rate in listed(flags.learning_rate):  # further ones go on from these
-        check_number("learning_rate", rate, 0, exclusive=True)
-    check_values(flags, SEVERAL)
-    tell_unread(flags.method, values, vars(MethodArguments) | {"lora_alpha": None})
-    course = Course(flags, began)
+    began, shares, given = time.monotonic(), grid.base.experiment, grid
+    report_unread(grid)
+    course = Course(grid, began)
     with stop.at_once():
-        plain, *_ = [study.settled(values_of(arm, values, course)) for arm in course.arms()]
+        plain, *_ = [study.arguments(options_of(arm, course)) for arm in course.arms()]
     with contextlib.ExitStack() as stack:
         decided(lambda: stack.enter_context((lent if orders else locked)(course.folder)))
         parts = study.parts(plain, shares)
         trained = study.prepare(plain, parts)
-        values |= looks(values, total_steps(plain.training, trained))
-        bench = Bench(course, study, values, parts, trained, stop)
+        course.grid = grid.replace(**looks(grid.base.training, total_steps(plain.training, trained)))
+        bench = Bench(course, study, parts, trained, stop)
         if orders:
             for arm in orders.arms(course):
                 with heard():
@@ -197,53 +192,22 @@ def run_experiment(study: Study, values: dict[str, Any], stop: StopRequest, orde
             bench.check_label(label, tell)
         if plain.training.should_save:
             print(f"{counted(len(course.arms()), 'arm')}; {parts.in_words(trained)}", flush=True)
-        crew = crew_of(flags, study.prog, functools.partial(run_experiment, study, values), stop)
+        crew = crew_of(grid.base.experiment, study.prog, functools.partial(run_experiment, study, given), stop)
         train_and_conclude(course, bench, crew)
 
 
-def flags_of(values: Mapping[str, Any]) -> Flags:
-    """What an experiment reads, by the names that it knows."""
-    own = {name: values[flag] for name, flag in SEVERAL.items()}
-    own["method"] = listed(values["method"])
-    names = "lora_alpha", "output_dir", "extend_rates", "experiment_minutes", "arms_at_once"
-    return Flags(**own, init_lora=None, **{name: values[name] for name in names})
+def options_of(arm: Arm, course: Course) -> Any:
+    """The options of a plain run of an arm in its folder; one checkpoint is kept unless more are asked for."""
+    options = course.options_of(arm)
+    limit = options.training.save_total_limit or 1
+    own = {"output_dir": str(course.folder_of(arm)), "save_total_limit": limit, "resume_from_checkpoint": None}
+    return checked(options.replace(**own))
 
 
-def values_of(arm: Arm, values: Mapping[str, Any], course: Course) -> dict[str, Any]:
-    """The flags of a plain run of an arm in its folder; one checkpoint is kept unless more are asked for."""
-    flags = course.flags_of(arm)
-    own = {flag: getattr(flags, name) for name, flag in SEVERAL.items()} | {"method": flags.method[0]}
-    own |= {"lora_alpha": flags.lora_alpha, "output_dir": str(course.folder_of(arm))}
-    own |= {"save_total_limit": values["save_total_limit"] or 1, "resume_from_checkpoint": None}
-    return {**values, **dict.fromkeys(field.name for field in dataclasses.fields(ExperimentArguments)), **own}
-
-
-def experiment_of(values: Mapping[str, Any]) -> ExperimentArguments:
-    """The experiment's own flags; refuses those of plain runs that it cannot follow."""
-    for name, fix in (
-        ("load_best_model_at_end", "leave it out: checkpoints are chosen over seeds together"),
-        ("do_predict", "leave it out, and predict with the arm that you like"),
-        ("save_only_model", "leave it out: an arm that is stopped goes on from its last checkpoint"),
-        ("deepspeed", "leave it out: each arm would need an engine of its own"),
-    ):
-        if values.get(name):
-            raise InvalidArgument(f"--{name}", "this is an experiment", fix)
-    if values["resume_from_checkpoint"] not in (None, "latest"):
-        argument = f"--resume_from_checkpoint {values['resume_from_checkpoint']}"
-        raise InvalidArgument(argument, "an experiment goes on as a whole", "give latest")
-    names = [field.name for field in dataclasses.fields(ExperimentArguments)]
-    shares = ExperimentArguments(**{name: values[name] for name in names})
-    if (shares.select_split or 0) + (shares.test_split or 0) >= 1:
-        problem = f"with --test_split {shares.test_split:g} nothing is left to train on"
-        raise InvalidArgument(f"--select_split {shares.select_split:g}", problem, "give smaller shares")
-    return shares
-
-
-def looks(values: Mapping[str, Any], steps: int) -> dict[str, Any]:
+def looks(training: TrainingOptions, steps: int) -> dict[str, Any]:
     """When the select loss is measured where no evaluation is asked for: every --eval_steps, or MOST_LOOKS times."""
-    strategy = getattr(values["eval_strategy"], "value", values["eval_strategy"])
-    every = values["eval_steps"] or math.ceil(steps / MOST_LOOKS)
-    return {"eval_strategy": "steps", "eval_steps": every} if strategy == "no" else {}
+    every = training.eval_steps or math.ceil(steps / MOST_LOOKS)
+    return {"eval_strategy": "steps", "eval_steps": every} if training.eval_strategy == "no" else {}
 
 
 def take_folder(bench: Bench) -> None:
@@ -267,8 +231,7 @@ def take_folder(bench: Bench) -> None:
         remove_leftovers(place)
         remove_leftovers(place / ADAPTERS)
         set_unfinished_aside(place, bench.identity["num_processes"])
-    known = {name: value for name, value in bench.values.items() if not name.endswith("token")}
-    write_json(folder / "config.json", json.loads(json.dumps(known, default=str)))
+    write_json(folder / "config.json", without_tokens(bench.recorded))
 
 
 class KeepAdapters(TrainerCallback):
@@ -299,22 +262,29 @@ class Bench(Subject):
 
     course: Course
     study: Study
-    values: Mapping[str, Any]
     parts: Parts
     trained: int
     """How many examples are trained on: limits and long examples leave some of that part out."""
     stop: StopRequest
     about: About = TEXTS
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """All options by name, of those that vary all values."""
+        return {**passed_on_defaults(), **self.course.grid.flat(), **self.course.grid.base.passed_on}
+
     @functools.cached_property
     def identity(self) -> dict:
         """What an experiment goes on with alone: its settings, and its examples by content."""
         arguments = self.arguments_of(self.course.arms()[0])
         settings = arguments.settings | {"num_processes": arguments.training.world_size}
-        found = {name: value for name, value in settings.items() if name not in FREE_ON_RESUME or name in FIXED}
-        found |= {name: self.values[name] for name in SEVERAL.values()}
-        if isinstance(self.values["lora_r"], list):
-            found["lora_alpha"] = self.values["lora_alpha"]  # None: twice each rank
+        grid = self.course.grid
+        table, flat = grid.base.table(), grid.flat()
+        free = free_on_resume(type(grid.base))
+        found = {name: value for name, value in settings.items() if name not in free or name in FIXED}
+        found |= {name: flat[name] for name, option in table.items() if option.varies or name == "method"}
+        if "rank" in grid.varied:
+            found["lora_alpha"] = flat["lora_alpha"]  # None: twice each rank
         found |= {part: fingerprint(map(repr, getattr(self.parts, part))) for part in ("train", "select", "test")}
         return json.loads(json.dumps({name: value for name, value in found.items() if name not in CHANGING}))
 
@@ -335,7 +305,7 @@ class Bench(Subject):
 
     def arguments_of(self, arm: Arm) -> Any:
         """As a plain run of the arm has them."""
-        return self.study.settled(values_of(arm, self.values, self.course))
+        return self.study.arguments(options_of(arm, self.course))
 
     def facts(self) -> Facts:
         facts = facts_of(self.parts, LIBRARIES)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,18 +24,79 @@ from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from ..common.errors import InvalidArgument, out_of_memory
+from ..common.flags import as_typed
 from ..common.folder import check_held
 from ..common.signals import StopRequest
 from ..common.together import decided
 from ..files import replacing
-from .arguments import ExperimentArguments
+from ..options.grid import Grid
+from ..options.texts import GLUE_MODEL, ExperimentOptions, GlueDataOptions, GlueModelOptions, GlueOptions
+from . import training_arguments
+from .arguments import read
 from .callbacks import LogCallback
 from .experiment import MakeTrainer, Study, run
-from .glue_arguments import BUNDLED_MODEL, PROG, Arguments, read, settled
-from .glue_tasks import Columns, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
+from .glue_tasks import TASKS, Columns, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
 from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results
 from .trainer import AdapterTrainer, attach, put_control_on, total_steps
+
+PROG = "train_glue.py"
+FOR_METRICS = {
+    "prediction_loss_only": False, "batch_eval_metrics": False, "eval_do_concat_batches": True,
+    "label_names": ["labels"],
+}  # fmt: skip
+"""transformers' options, with the only value of each that `Trainer` passes whole predictions and labels on with."""
+
+# -- the options -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arguments(training_arguments.Arguments[GlueOptions]):
+    """The options of a run, and what `Trainer` is given of them."""
+
+    @property
+    def data(self) -> GlueDataOptions:
+        """The task, and where its data are."""
+        return self.options.data
+
+    @property
+    def model(self) -> GlueModelOptions:
+        """The model that is fine-tuned."""
+        return self.options.model
+
+    @property
+    def task(self) -> Task:
+        """The task that is trained on."""
+        return TASKS[self.options.data.task_name or ""]
+
+
+def arguments_of(options: GlueOptions) -> Arguments:
+    """Return the options with what `Trainer` is given; refuse what the metrics cannot do."""
+    training = training_arguments.training_arguments(options, PROG, label_names=FOR_METRICS["label_names"])
+    arguments = Arguments(options, training)
+    for name, value in FOR_METRICS.items():
+        given = getattr(training, name)
+        if given != value:
+            problem = "the metrics are computed from all predictions and labels at once"
+            raise InvalidArgument(f"--{name} {as_typed(given)}", problem, "leave it out")
+    check_metric(arguments)
+    smoothing = training.label_smoothing_factor
+    if smoothing and not arguments.task.labels:
+        problem = f"{options.data.task_name} has scores in place of labels"
+        raise InvalidArgument(f"--label_smoothing_factor {smoothing:g}", problem, "leave it out")
+    return arguments
+
+
+def check_metric(arguments: Arguments) -> None:
+    """Refuse a --metric_for_best_model that the task doesn't have; the hub's name of Matthews' counts as ours."""
+    given, known = arguments.training.metric_for_best_model, ("loss", *arguments.task.metrics)
+    name = str(given or "loss").removeprefix("eval_").replace("matthews_correlation", "matthews")
+    if name not in known:
+        argument = f"--metric_for_best_model {given}"
+        raise InvalidArgument(argument, f"unknown for {arguments.data.task_name}", f"one of {', '.join(known)}")
+    if given:
+        arguments.training.metric_for_best_model = name
+
 
 # -- data --------------------------------------------------------------------------------------------------------------
 
@@ -181,7 +241,7 @@ def build_trainer(
 
 def calibration_batches(arguments: Arguments, examples, device: torch.device) -> list[dict] | None:
     """The first training examples as inputs of the model, one at a time: no padding enters the moments."""
-    count = arguments.method.calibration_examples
+    count = arguments.method.merge_calibration_samples
     rows = (examples[i] for i in range(min(count, len(examples))))
     batches = []
     for row in rows:
@@ -254,7 +314,7 @@ def show_results(arguments: Arguments, results: dict, sets: dict, files: list[st
     for name, use in uses.items():
         if (Path(output) / name).exists():
             print(f"  {name:<{width}}{use}")
-    if Path(arguments.model.model_name_or_path).resolve() == BUNDLED_MODEL:
+    if Path(arguments.model.model_name_or_path).resolve() == GLUE_MODEL:
         print(
             "\nWith a real model and task:\n"
             "  accelerate launch train_glue.py --model_name_or_path FacebookAI/roberta-large --task_name rte \\\n"
@@ -290,12 +350,8 @@ class GlueStudy(Study):
     columns: list[str]
     sets: dict[str, Dataset]
 
-    @classmethod
-    def anew(cls) -> GlueStudy:
-        return cls(read([])[0])
-
-    def settled(self, values: Mapping[str, Any]) -> Arguments:
-        return settled(self.parser, values)
+    def arguments(self, options: GlueOptions) -> Arguments:
+        return arguments_of(options)
 
     def plain(self, arguments: Arguments, stop: StopRequest) -> tuple[Iterable, MakeTrainer]:
         splits = read_splits(arguments)
@@ -309,13 +365,13 @@ class GlueStudy(Study):
 
         return zip(*splits["train"].values(), strict=True), make
 
-    def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
+    def parts(self, arguments: Arguments, shares: ExperimentOptions) -> Parts:
         """All examples in three parts; test examples without labels, as the hub's, are no part."""
         task, data, splits = arguments.task, arguments.data, read_splits(arguments)
         if "label" not in splits.get(f"test{task.parts[0]}", ()) and data.max_eval_samples != data.max_predict_samples:
             # The validation examples are what methods are compared by.
-            limited = replace(data, max_eval_samples=data.max_predict_samples)
-            splits = read_splits(replace(arguments, data=limited))
+            limited = arguments.options.replace(max_eval_samples=data.max_predict_samples)
+            splits = read_splits(replace(arguments, options=limited))
         self.columns = [*task.columns, "label"]
         validation, test = (
             list(zip(*map(splits[name].get, self.columns), strict=True)) if "label" in splits.get(name, ()) else []
@@ -370,7 +426,13 @@ class GlueStudy(Study):
         return losses, scores(task, predicted(task, logits), labels)
 
 
-def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, description: str | None = None) -> None:
-    """Read, check, attach, train, and show what each merge keeps; or an experiment."""
-    parser, values = read(argv, description)
-    run(GlueStudy(parser), values, stop or StopRequest())
+def parse(argv: Sequence[str]) -> Arguments:
+    """Return the options of a plain run, with what `Trainer` is given of them."""
+    options = read(GlueOptions, PROG, argv)
+    assert isinstance(options, GlueOptions)
+    return arguments_of(options)
+
+
+def main(asked: GlueOptions | Grid[GlueOptions], stop: StopRequest) -> None:
+    """Read, attach, train, and show what each merge keeps; or an experiment."""
+    run(GlueStudy(), asked, stop)

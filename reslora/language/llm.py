@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
@@ -19,11 +18,12 @@ from ..common.folder import check_held
 from ..common.seeds import derive
 from ..common.signals import StopRequest
 from ..common.together import decided, say
+from ..options.grid import Grid
+from ..options.texts import LLM_MODEL, AdapterOptions, ExperimentOptions, LlmOptions, LlmTaskOptions
 from ..words import are
-from .arguments import ExperimentArguments, MethodArguments
+from .arguments import read
 from .callbacks import LogCallback
 from .experiment import MakeTrainer, Study, run
-from .llm_arguments import BUNDLED_MODEL, PROG, Arguments, LlmTrainingArguments, TaskArguments, read, settled
 from .llm_tasks import Example, file_form, read_examples
 from .llm_trainer import (
     Encoder,
@@ -37,8 +37,10 @@ from .llm_trainer import (
 from .parts import Parts, parts_of
 from .results import export, merge_table, table_text, write_results
 from .trainer import attach, put_control_on, total_steps
+from .training_arguments import AdapterTrainingArguments, Arguments, training_arguments
 
 CAUSAL_MODEL = "give a folder or a name on the hub of a causal model"
+PROG = "train_llm.py"
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 """What transformers raises for a model that cannot be read."""
 HELD_OUT = 500  # at most, of the training examples where a task has none for validation
@@ -47,7 +49,7 @@ HELD_OUT = 500  # at most, of the training examples where a task has none for va
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
-def load_examples(arguments: TaskArguments, training: LlmTrainingArguments) -> dict[str, list[Example]]:
+def load_examples(arguments: LlmTaskOptions, training: AdapterTrainingArguments) -> dict[str, list[Example]]:
     """Examples for `train`, `validation` and `test`; at least one of the first and the last.
 
     Where a task has no validation examples and the run is to validate, a part of the training examples is held out: a
@@ -70,7 +72,7 @@ def load_examples(arguments: TaskArguments, training: LlmTrainingArguments) -> d
     return found
 
 
-def all_examples(arguments: TaskArguments) -> dict[str, list[Example]]:
+def all_examples(arguments: LlmTaskOptions) -> dict[str, list[Example]]:
     """Of `train`, at least one, `validation` and `test`."""
     source = (arguments.data_dir, arguments.cache_dir)
     found = {split: read_examples(arguments.task, split, *source) for split in ("train", "validation", "test")}
@@ -79,12 +81,12 @@ def all_examples(arguments: TaskArguments) -> dict[str, list[Example]]:
     return found
 
 
-def _lacks(arguments: TaskArguments, problem: str) -> InvalidArgument:
+def _lacks(arguments: LlmTaskOptions, problem: str) -> InvalidArgument:
     given = f"--data_dir {arguments.data_dir}" if arguments.data_dir else f"--task {arguments.task}"
     return InvalidArgument(given, problem, file_form(arguments.task))
 
 
-def found_examples(arguments: TaskArguments) -> dict[str, list[Example]]:
+def found_examples(arguments: LlmTaskOptions) -> dict[str, list[Example]]:
     """The examples of an experiment: `train`, and `select` and `test` where the task has such files."""
     found = all_examples(arguments)
     select, test = (found["validation"], found["test"]) if found["test"] else ([], found["validation"])
@@ -92,7 +94,7 @@ def found_examples(arguments: TaskArguments) -> dict[str, list[Example]]:
     return {"train": found["train"], "select": select, "test": test}
 
 
-def _held_out(arguments: TaskArguments, count: int) -> int:
+def _held_out(arguments: LlmTaskOptions, count: int) -> int:
     """How many training examples are held out for validation: a tenth."""
     if count < 2:
         fix = "add validation.jsonl, or more examples to train.jsonl; or give --eval_strategy no"
@@ -105,7 +107,7 @@ def _held_out(arguments: TaskArguments, count: int) -> int:
 # -- model -------------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(task: TaskArguments) -> Tokenizer:
+def load_tokenizer(task: LlmTaskOptions) -> Tokenizer:
     """The tokenizer; `InvalidArgument` for what is no causal model, before anything large is read."""
     name = task.model_name_or_path
     flag = f"--model_name_or_path {name}"
@@ -122,7 +124,7 @@ def load_tokenizer(task: TaskArguments) -> Tokenizer:
     return tokenizer
 
 
-def load_model(task: TaskArguments, training: LlmTrainingArguments) -> PreTrainedModel:
+def load_model(task: LlmTaskOptions, training: AdapterTrainingArguments) -> PreTrainedModel:
     """The model that will be frozen."""
     with refused_as(f"--model_name_or_path {task.model_name_or_path}", CAUSAL_MODEL, UNREADABLE):
         model = AutoModelForCausalLM.from_pretrained(
@@ -133,12 +135,12 @@ def load_model(task: TaskArguments, training: LlmTrainingArguments) -> PreTraine
     return model
 
 
-def source(task: TaskArguments) -> dict:
+def source(task: LlmTaskOptions) -> dict:
     """Keyword arguments of every `from_pretrained`."""
     return {"revision": task.revision or "main", "cache_dir": task.cache_dir}
 
 
-def precision(task: TaskArguments, training: LlmTrainingArguments) -> dict:
+def precision(task: LlmTaskOptions, training: AdapterTrainingArguments) -> dict:
     """Keyword arguments of `from_pretrained` for dtype and quantisation."""
     automatic = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     dtype = getattr(torch, automatic if task.dtype == "auto" else task.dtype)
@@ -166,12 +168,12 @@ class Data:
     rows: list[dict[str, list[int]]]
 
 
-def encoded(task: TaskArguments, encoder: Encoder, examples: dict[str, list[Example]]) -> Data:
+def encoded(task: LlmTaskOptions, encoder: Encoder, examples: dict[str, list[Example]]) -> Data:
     """The examples with their tokens."""
     return Data(encoder, examples, encode_training(encoder, examples["train"], task.max_length))
 
 
-def within_positions(model: PreTrainedModel, data: Data, task: TaskArguments) -> Data:
+def within_positions(model: PreTrainedModel, data: Data, task: LlmTaskOptions) -> Data:
     """Leave out validation examples of more tokens than the model has positions; a line names the first of them.
 
     Refuse whatever else would be read or generated past them: without a test example, figures compare with no others.
@@ -201,18 +203,18 @@ def within_positions(model: PreTrainedModel, data: Data, task: TaskArguments) ->
 
 
 def build_trainer(
-    task: TaskArguments, method: MethodArguments, training: LlmTrainingArguments
+    options: LlmOptions,
 ) -> tuple[LlmTrainer, list[dict[str, list[int]]]]:
     """The trainer of a plain run, and its training rows."""
-    study = LlmStudy(None)
-    rows, make = study.plain(Arguments(task, method, training), StopRequest())
+    study = LlmStudy()
+    rows, make = study.plain(study.arguments(options), StopRequest())
     return make()[0], rows
 
 
-def finish(trainer: LlmTrainer, rows: list, task: TaskArguments, method: MethodArguments) -> dict:
+def finish(trainer: LlmTrainer, rows: list, task: LlmTaskOptions, method: AdapterOptions) -> dict:
     """The merge table, and the plain files."""
     output, size = Path(trainer.args.output_dir), trainer.args.per_device_eval_batch_size
-    calibration = calibration_batches(rows, method.calibration_examples, size)
+    calibration = calibration_batches(rows, method.merge_calibration_samples, size)
     table = merge_table(trainer.model, lambda: trainer.figures("test"), calibration)
     decided(check_held)
     report = export(trainer.model, output, method, calibration, trainer.encoder.tokenizer)
@@ -225,7 +227,7 @@ def finish(trainer: LlmTrainer, rows: list, task: TaskArguments, method: MethodA
     return write_results(trainer, method, table, report, **facts)
 
 
-def summary(results: dict, training: LlmTrainingArguments, method: MethodArguments, bundled: bool) -> str:
+def summary(results: dict, training: AdapterTrainingArguments, method: AdapterOptions, bundled: bool) -> str:
     """What came of the run, where it is, and how to go on."""
     output = training.output_dir
     lines = [
@@ -254,15 +256,13 @@ class LlmStudy(Study):
     prog = PROG
     data: Data
 
-    @classmethod
-    def anew(cls) -> LlmStudy:
-        return cls(read([])[0])
+    def arguments(self, options: LlmOptions) -> Arguments[LlmOptions]:
+        return Arguments(options, training_arguments(options, PROG))
 
-    def settled(self, values: Mapping[str, Any]) -> Arguments:
-        return settled(self.parser, values)
-
-    def plain(self, arguments: Arguments, stop: StopRequest) -> tuple[list[dict[str, list[int]]], MakeTrainer]:
-        task, method, training = arguments
+    def plain(
+        self, arguments: Arguments[LlmOptions], stop: StopRequest
+    ) -> tuple[list[dict[str, list[int]]], MakeTrainer]:
+        task, method, training = arguments.options.task, arguments.method, arguments.training
         self.tokenizer = load_tokenizer(task)
         self.data = encoded(task, Encoder(self.tokenizer), load_examples(task, training))
 
@@ -273,20 +273,20 @@ class LlmStudy(Study):
 
             def end() -> None:
                 results = finish(trainer, self.data.rows, task, method)
-                say(summary(results, training, method, bundled=task.model_name_or_path == str(BUNDLED_MODEL)))
+                say(summary(results, training, method, bundled=task.model_name_or_path == str(LLM_MODEL)))
 
             return trainer, end
 
         return self.data.rows, make
 
-    def parts(self, arguments: Arguments, shares: ExperimentArguments) -> Parts:
+    def parts(self, arguments: Arguments[LlmOptions], shares: ExperimentOptions) -> Parts:
         """All examples in three parts; near-duplicates are told by their prompts."""
-        task = arguments.task
+        task = arguments.options.task
         parts = parts_of(found_examples(task), lambda example: example.prompt, shares)
         return parts.limited(task.max_eval_samples, task.max_test_samples)
 
-    def prepare(self, arguments: Arguments, parts: Parts) -> int:
-        task, examples = arguments.task, list(parts.train)
+    def prepare(self, arguments: Arguments[LlmOptions], parts: Parts) -> int:
+        task, examples = arguments.options.task, list(parts.train)
         if task.max_train_samples is not None:  # not drawn by the seed: all arms see the same
             examples = sorted(examples, key=lambda example: derive("sample", example))[: task.max_train_samples]
         found = {"train": examples, "validation": list(parts.select), "test": list(parts.test)}
@@ -294,15 +294,15 @@ class LlmStudy(Study):
         self.data = encoded(task, Encoder(self.tokenizer), found)
         return len(self.data.rows)
 
-    def adapted(self, arguments: Arguments) -> PeftModel:
-        task, method, training = arguments
+    def adapted(self, arguments: Arguments[LlmOptions]) -> PeftModel:
+        task, method, training = arguments.options.task, arguments.method, arguments.training
         model = load_model(task, training)
         self.data = within_positions(model, self.data, task)
         torch.manual_seed(training.seed)
         return attach(model, method, total_steps(training, len(self.data.rows)))
 
-    def trainer(self, arguments: Arguments, model: PeftModel, stop: StopRequest) -> LlmTrainer:
-        (task, method, training), data = arguments, self.data
+    def trainer(self, arguments: Arguments[LlmOptions], model: PeftModel, stop: StopRequest) -> LlmTrainer:
+        task, method, training, data = arguments.options.task, arguments.method, arguments.training, self.data
         trainer = LlmTrainer(
             model,
             training,
@@ -318,13 +318,15 @@ class LlmStudy(Study):
         put_control_on(trainer, method, self.calibration(arguments) or [])
         return trainer
 
-    def calibration(self, arguments: Arguments) -> list[dict] | None:
+    def calibration(self, arguments: Arguments[LlmOptions]) -> list[dict] | None:
         size = arguments.training.per_device_eval_batch_size
-        return calibration_batches(self.data.rows, arguments.method.calibration_examples, size)
+        return calibration_batches(self.data.rows, arguments.method.merge_calibration_samples, size)
 
-    def measured(self, arguments: Arguments, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
+    def measured(
+        self, arguments: Arguments[LlmOptions], model: PeftModel, check: Callable[[], None]
+    ) -> tuple[list[float], dict]:
         """The mean loss of each test example's answer tokens, and the share of right answers."""
-        size, new_tokens = arguments.training.per_device_eval_batch_size, arguments.task.max_new_tokens
+        size, new_tokens = arguments.training.per_device_eval_batch_size, arguments.options.task.max_new_tokens
         encoder, examples = self.data.encoder, self.data.examples["test"]
         losses, right = [0.0] * len(examples), 0
         order = sorted(range(len(examples)), key=lambda number: len(encoder(examples[number])["input_ids"]))
@@ -338,7 +340,13 @@ class LlmStudy(Study):
         return losses, {"accuracy": right / len(examples)}
 
 
-def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None, description: str | None = None) -> None:
-    """Check, load, train, compare the merges and export; or an experiment."""
-    parser, values = read(argv, description)
-    run(LlmStudy(parser), values, stop or StopRequest())
+def parse(argv: Sequence[str]) -> Arguments[LlmOptions]:
+    """Return the options of a plain run, with what `Trainer` is given of them."""
+    options = read(LlmOptions, PROG, argv)
+    assert isinstance(options, LlmOptions)
+    return LlmStudy().arguments(options)
+
+
+def main(asked: LlmOptions | Grid[LlmOptions], stop: StopRequest) -> None:
+    """Load, train, compare the merges and export; or an experiment."""
+    run(LlmStudy(), asked, stop)

@@ -15,8 +15,8 @@ from typing import Generic, TypeVar
 from ..common.errors import InvalidArgument
 from ..common.seeds import derive
 from ..experiment.parts import ENOUGH, cut, enough_of
+from ..options.texts import ExperimentOptions
 from ..words import counted
-from .arguments import ExperimentArguments
 
 DEFAULT_SPLIT = 0.1
 
@@ -64,7 +64,7 @@ def _fewer(examples: Sequence[T], limit: int | None) -> Sequence[T]:
     return [example for example in examples if example in kept]
 
 
-def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares: ExperimentArguments) -> Parts[T]:
+def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares: ExperimentOptions) -> Parts[T]:
     """The examples of `train`, and of `select` and `test` where the task has such files, in three parts.
 
     `text`: what near-duplicates are told by. Raises `InvalidArgument` where too few are left, and for a share of what
@@ -101,7 +101,7 @@ def _one_of_each(examples: Sequence[T], keys: Mapping[T, str]) -> list[T]:
     return [example for example in dict.fromkeys(examples) if example in kept]
 
 
-def share_of(name: str, own: Sequence, shares: ExperimentArguments) -> float:
+def share_of(name: str, own: Sequence, shares: ExperimentOptions) -> float:
     """How much of the training examples a part takes: nothing where it has a file."""
     given = getattr(shares, name)
     if own and given:

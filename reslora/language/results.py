@@ -34,7 +34,7 @@ from ..model import (
     enable_gradient_checkpointing,
     merge,
 )
-from .arguments import MethodArguments
+from ..options.texts import AdapterOptions
 from .callbacks import LogCallback
 from .trainer import AdapterTrainer
 
@@ -144,10 +144,10 @@ def _share_norms(connection: Connection) -> None:
         norms.restore(values, count)
 
 
-def as_plain(model: PeftModel, arguments: MethodArguments, calibration: Sequence[Mapping] | None = None) -> None:
+def as_plain(model: PeftModel, adapter: AdapterOptions, calibration: Sequence[Mapping] | None = None) -> None:
     """Merges a model for good as `export` does, in this process alone, and writes nothing."""
     if connection_of(base_model(model)) is not None:
-        _merge(model, arguments.merge, calibration)
+        _merge(model, adapter.merge, calibration)
     merged(model)
 
 
@@ -157,7 +157,7 @@ def as_plain(model: PeftModel, arguments: MethodArguments, calibration: Sequence
 def export(
     model: PeftModel,
     output_dir: str | os.PathLike,
-    arguments: MethodArguments,
+    adapter: AdapterOptions,
     calibration: Sequence[Mapping] | None = None,
     tokenizer=None,
 ) -> MergeReport | None:
@@ -172,7 +172,7 @@ def export(
     if connection is not None:
         _share_norms(connection)
         plan = chains(model).to_dict() if connection.config.wired else connection.chains.to_dict()
-        report = _merge(model, arguments.merge, calibration)
+        report = _merge(model, adapter.merge, calibration)
         if is_main():
             write_json(output / "chains.json", plan)
             write_json(output / "merge.json", report.to_dict())
@@ -180,7 +180,7 @@ def export(
     if is_main():
         remove_leftovers(output / "peft")  # of a process that was killed as it wrote here
         export_peft(model, output / "peft")
-        if arguments.merge_and_save:
+        if adapter.merge_and_save:
             _write_merged(base_model(model), output / "merged", tokenizer)
     return report
 
@@ -201,19 +201,22 @@ def _write_merged(base: PreTrainedModel, directory: Path, tokenizer) -> None:
 
 
 def write_results(
-    trainer: AdapterTrainer, arguments: MethodArguments, table: dict[str, dict], report: MergeReport | None, **facts
+    trainer: AdapterTrainer, adapter: AdapterOptions, table: dict[str, dict], report: MergeReport | None, **facts
 ) -> dict:
     """Writes `results.json` and returns its content.
 
     `facts` (task, model, sizes), the method with its settings, how long was trained, `table` (see `merge_table`), and
     `merge`: the method by which the exported adapter was merged, None where there was nothing to merge.
     """
-    row = METHODS[arguments.method]
+    row = METHODS[adapter.name]
     wired = ("shortcut",) * row.reads_shortcut + ("pre_num", "head") * (row.shortcuts or row.measured)
     timing = [callback.seconds for callback in trainer.callback_handler.callbacks if isinstance(callback, LogCallback)]
     content = {
         **facts,
-        **{name: getattr(arguments, name) for name in ("method", *wired, "lora_r", "lora_alpha")},
+        "method": adapter.name,
+        **{name: getattr(adapter, name) for name in wired},
+        "lora_r": adapter.rank,
+        "lora_alpha": adapter.lora_alpha,
         "trainable_parameters": trainer.trainable_parameters,
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from transformers.utils import logging
@@ -16,42 +16,27 @@ from ..common.recovery import refuse_afresh
 from ..common.together import is_main
 from ..experiment.record import EXPERIMENT
 from ..files import read_object
+from ..options.texts import PASSED_ON, TextOptions
 from .checkpoints import named_checkpoint
 
 logger = logging.get_logger(__name__)
 
-# What may differ between a run and its continuation: how long it trains, what it shows and keeps, where things are, and
-# what makes it faster or smaller. Any other flag, and whatever transformers adds, is fixed.
-FREE_ON_RESUME = {
-    "merge", "calibration_examples", "merge_and_save", "cache_dir", "token",
-    "max_eval_samples", "max_test_samples", "max_predict_samples", "max_new_tokens", "eval_accuracy",
-    "output_dir", "resume_from_checkpoint", "local_rank", "max_steps", "num_train_epochs",
-    "do_train", "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
-    "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "batch_eval_metrics",
-    "per_device_eval_batch_size", "prediction_loss_only", "include_for_metrics", "bf16_full_eval", "fp16_full_eval",
-    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-    "save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "save_only_model", "enable_jit_checkpoint",
-    "logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level",
-    "log_level_replica", "log_on_each_node", "disable_tqdm", "include_num_input_tokens_seen", "skip_memory_metrics",
-    "debug", "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
-    "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
-    "use_cpu", "use_cache", "activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "torch_compile", "torch_compile_backend", "torch_compile_mode",
-    "torch_empty_cache_steps", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
-    "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_backend", "ddp_timeout",
-    "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ddp_static_graph",
-    # The content decides: see `check_data`.
-    "data_dir", "dataset_name", "dataset_config_name",
-}  # fmt: skip
 FOLDERS = ("model_name_or_path", "config_name", "tokenizer_name", "deepspeed")
 """May have moved: then the last part of their paths is compared."""
 
 
-def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Mapping[str, object]) -> None:
+def free_on_resume(kind: type[TextOptions]) -> set[str]:
+    """Return the options that may differ between a run and its continuation; any that transformers adds may not."""
+    return {*PASSED_ON["free"], *(name for name, option in kind.table().items() if option.resumes_freely)}
+
+
+def check_resume(
+    output_dir: str | os.PathLike, resume: str | None, current: Mapping[str, object], free: Collection[str]
+) -> None:
     """Refuses to mix runs.
 
     Raises `InvalidArgument` if the folder holds checkpoints and `resume` (the flag's value) is None, if all of them are
-    gone or were set aside, or if a setting of `current`, but for those in FREE_ON_RESUME, differs when resuming from
+    gone or were set aside, or if a setting of `current`, but for those that are `free`, differs when resuming from
     the `config.json` of the folder, or from that of the run whose checkpoint `resume` names.
     """
     output = Path(output_dir)
@@ -73,7 +58,7 @@ def check_resume(output_dir: str | os.PathLike, resume: str | None, current: Map
         if not earlier and run != output and is_main():
             logger.warning(f"no config.json in {run}: its checkpoint may be of other settings or examples than these")
         for name, value in current.items():
-            if name not in FREE_ON_RESUME and name in earlier and not is_same(name, earlier[name], value):
+            if name not in free and name in earlier and not is_same(name, earlier[name], value):
                 fix = "leave it out" if earlier[name] is None else "use that"
                 raise InvalidArgument(
                     f"--{name} {as_typed(value)}",

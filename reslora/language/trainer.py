@@ -31,7 +31,7 @@ from ..common.errors import Diverged, InvalidArgument, RunFailed, Stopped, refus
 from ..common.folder import check_held
 from ..common.gauge import gauged
 from ..common.methods import METHODS, AdapterSettings, adapter_config, check_steps, refuse_unable
-from ..common.patterns import spell_out
+from ..common.patterns import entries, spell_out
 from ..common.recovery import cannot_be_loaded, discard
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.targets import check_layers
@@ -40,9 +40,9 @@ from ..common.together import decided, is_main
 from ..config import ResLoraConfig
 from ..files import write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
+from ..options.texts import AdapterOptions
 from ..tracing import to_device
 from ..words import are, counted
-from .arguments import MethodArguments
 from .callbacks import AllocateRanks, GoesOnFrom, Progress, SaveValidated, StopWhenAsked
 from .checkpoints import (
     ALLOCATOR_NAME,
@@ -67,7 +67,7 @@ OTHER_CHOICE = "install or give what it needs, or choose another"
 
 def attach(
     model: PreTrainedModel,
-    arguments: MethodArguments,
+    adapter: AdapterOptions,
     total_steps: int,
     example_inputs: dict | None = None,
     modules_to_save: Sequence[str] | None = None,
@@ -78,43 +78,44 @@ def attach(
     task is the model's: to generate, or to classify. Raises `InvalidArgument` for target modules that are unknown or
     match nothing, a rank larger than a layer, or a shortcut without a link.
     """
-    targets = _targets(model, arguments)
+    targets = _targets(model, adapter)
     check_layers(model, targets, modules_to_save or ())
-    check_steps([arguments.method], total_steps, f"--method {arguments.method} with {counted(total_steps, 'step')}")
+    check_steps([adapter.name], total_steps, f"--method {adapter.name} with {counted(total_steps, 'step')}")
     task = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
     settings = AdapterSettings(
-        arguments.lora_r, arguments.lora_alpha, arguments.lora_dropout, targets, total_steps, task, modules_to_save,
-        **arguments.patterns(),
+        adapter.rank, adapter.lora_alpha, adapter.lora_dropout, targets, total_steps, task, modules_to_save,
+        rank_pattern=entries("rank_pattern", adapter.rank_pattern),
+        alpha_pattern=entries("alpha_pattern", adapter.alpha_pattern),
     )  # fmt: skip
-    config = adapter_config(arguments.method, settings)
-    shortcuts = shortcuts_of(arguments) if METHODS[arguments.method].shortcuts else None
-    with refused_as(f"--lora_r {arguments.lora_r}", "give a smaller one, or name other --target_modules", UNFIT):
+    config = adapter_config(adapter.name, settings)
+    shortcuts = shortcuts_of(adapter) if METHODS[adapter.name].shortcuts else None
+    with refused_as(f"--lora_r {adapter.rank}", "give a smaller one, or name other --target_modules", UNFIT):
         check_rank(model, config)
     spell_out(model, config)
     flag = f"--target_modules {' '.join(targets) if isinstance(targets, list) else targets}"
     with refused_as(flag, "name other layers, or another --method", UNFIT):
         adapted = adapters.attach(model, config, shortcuts, example_inputs)
-        if METHODS[arguments.method].measured:
-            with gauged(arguments.method, adapted, shortcuts_of(arguments), example_inputs):
+        if METHODS[adapter.name].measured:
+            with gauged(adapter.name, adapted, shortcuts_of(adapter), example_inputs):
                 pass
-    if arguments.merge_and_save:
+    if adapter.merge_and_save:
         _refuse_tied(base_model(adapted), flag)
     return adapted
 
 
 def put_control_on(
-    trainer: AdapterTrainer, arguments: MethodArguments, batches: Sequence[Mapping], example_inputs: dict | None = None
+    trainer: AdapterTrainer, adapter: AdapterOptions, batches: Sequence[Mapping], example_inputs: dict | None = None
 ) -> None:
     """What a few training examples say of a control, on the model to be trained; a checkpoint has it as it was.
 
     Nothing for other methods. `example_inputs` as in `attach`.
     """
-    if not METHODS[arguments.method].measured:
+    if not METHODS[adapter.name].measured:
         return
     base = base_model(trainer.model)
 
     def measured() -> Settings:
-        with gauged(arguments.method, trainer.model, shortcuts_of(arguments), example_inputs) as gauge:
+        with gauged(adapter.name, trainer.model, shortcuts_of(adapter), example_inputs) as gauge:
             for batch in batches:
                 base(**to_device(dict(batch), trainer.args.device))
         return gauge.settings(trainer.args.seed)
@@ -122,9 +123,9 @@ def put_control_on(
     put_on(trainer.model, decided(measured))
 
 
-def shortcuts_of(arguments: MethodArguments) -> ResLoraConfig:
+def shortcuts_of(adapter: AdapterOptions) -> ResLoraConfig:
     """How ResLoRA wires the adapter."""
-    return ResLoraConfig(arguments.shortcut, arguments.pre_num, arguments.head)
+    return ResLoraConfig(adapter.shortcut, adapter.pre_num, adapter.head)
 
 
 def _refuse_tied(base: PreTrainedModel, flag: str) -> None:
@@ -138,12 +139,12 @@ def _refuse_tied(base: PreTrainedModel, flag: str) -> None:
         )
 
 
-def _targets(model: PreTrainedModel, arguments: MethodArguments) -> list[str] | str:
+def _targets(model: PreTrainedModel, adapter: AdapterOptions) -> list[str] | str:
     linear = {
         name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
     }
     known = ", ".join(sorted(linear))
-    targets = arguments.target_modules or known_targets(model.config.model_type)
+    targets = adapter.target_modules or known_targets(model.config.model_type)
     if not targets:
         raise InvalidArgument(
             "--target_modules",
@@ -221,7 +222,7 @@ class AdapterTrainer(Trainer):
         self.add_callback(SaveValidated())
 
     def _refuse_sharding(self, args: TrainingArguments) -> None:
-        """By the flags, or by the configuration that `accelerate launch` was given, which tells in the environment."""
+        """Asked for by options, or by the configuration of `accelerate launch`, which sets the environment."""
         fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         stage = _zero_stage(args)
         if fsdp or stage == 3:
@@ -430,7 +431,7 @@ class AdapterTrainer(Trainer):
 
 
 def _as_mismatch(error: ValueError) -> InvalidArgument | None:
-    """What transformers says where flags and DeepSpeed's configuration differ, as one line; None for other errors."""
+    """What transformers says where options and DeepSpeed's configuration differ, as one line; None for other errors."""
     lines = str(error).splitlines()
     if "DeepSpeed config values that mismatch" not in str(error):
         return None

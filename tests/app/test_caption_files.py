@@ -3,22 +3,27 @@
 import json
 
 import pytest
+from diffusion.runs import parts
 from pipelines import image_folder
 
 from app.caption_files import Edit, write
 from app.folders import Folder
-from app.image_folders import Images, flags_of, read
+from app.image_folders import Images, options_of, read
 from app.runs import RunError
 from reslora.diffusion.data.dataset import load_images
 
 
 def images_in(folder) -> Images:
-    return read(Folder("set", folder.resolve()), flags_of())
+    return read(Folder("set", folder.resolve()), options_of())
 
 
 def trained_with(folder) -> list[list[str]]:
     """By the trainer's own reading."""
-    return list(load_images(flags_of().replace(train_data_dir=str(folder))).captions)
+    return list(
+        load_images(
+            *parts(options_of().replace(train_data_dir=str(folder)), "model", "data", "training", "output"),
+        ).captions
+    )
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])

@@ -181,7 +181,7 @@ def test_lines_of_several_runs_are_told_apart_and_numbers_are_further_rows(tmp_p
         ({"seed": 0}, "seed (first: 3, other0: 0)", (False, False)),
         ({"pretrained_model_name_or_path": "<b>"}, "base model (first: none, other0: &quot;&lt;b&gt;", (False, False)),
         ({"validation_prompt": ["x", "y"]}, "differ in prompts", (True, True)),
-        ({"num_inference_steps": 3}, "how samples are drawn", (False, True)),
+        ({"num_inference_steps": 3}, "how samples are generated", (False, True)),
         ({"validation_split": 0.2}, "held-out images (first: 0.1, other0: 0.2)", (True, False)),
         ({"train_data_dir": ["a"], "caption_prefix": "b"}, "differ in held-out images.", (True, False)),
         ({"resolution": 64}, "resolution", (False, False)),

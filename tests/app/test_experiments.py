@@ -292,7 +292,7 @@ def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(li
     trainings = Trainings(library, tmp_path / "data")
     queue = Queue(trainings)
     queue.advance = lambda: None
-    untouched = form.widget_value(form.actions()["optimizer"], None)  # which has no word for torch.optim.SGD
+    untouched = form.widget_value(form.known()["optimizer"], None)  # which has no word for torch.optim.SGD
     same = {
         "method": ["lora", "loha"], "learning_rate": "3e-4", "max_train_steps": "400", "resolution": "64", "rank": "",
         "shortcut": ["input"], "random_flip": True, "snr_gamma": "5", "optimizer": untouched, "merge": "",

@@ -8,12 +8,13 @@ import datasets
 import PIL.Image
 import pytest
 from app_runs import HOSTILE, write_run
+from diffusion.runs import parts
 from pipelines import image_folder, random_image
 
 from app import caption_files, cards, image_folders, trash
 from app.folders import BUNDLED
 from app.image_edits import ADD_TAG, AFTER, ALIKE, BEFORE, LEFT_OUT, NO_CAPTION, REMOVE_TAG, REPLACE, ImageEdits
-from app.image_folders import ImageFolders, flags_of
+from app.image_folders import ImageFolders, options_of
 from app.launcher import Trainings
 from app.library import Library
 from app.runs import RunError
@@ -33,14 +34,16 @@ def edits(tmp_path):
 
 def trained(folder, **flags):
     """What the trainer itself reads."""
-    return load_images(flags_of().replace(train_data_dir=str(folder), **flags))
+    return load_images(
+        *parts(options_of().replace(train_data_dir=str(folder), **flags), "model", "data", "training", "output"),
+    )
 
 
 def test_what_the_trainer_says_of_a_folder_names_no_place_of_this_machine(edits, tmp_path):
     """Of one of kohya's it names the folder above."""
     image_folder(tmp_path / "data" / "10_sks", 2, layout="txt")
     image_folder(tmp_path / "data" / "5_none", 2, layout="none")
-    found = [image_folders.read(edits.folders.find(name), flags_of()) for name in ("10_sks", "5_none")]
+    found = [image_folders.read(edits.folders.find(name), options_of()) for name in ("10_sks", "5_none")]
     said = [*found[0].notes, found[1].refused]
     assert all(str(tmp_path) not in line for line in said)
     assert "they do if the folder above is named" in said[0] and "name the folder above, where" in said[-1]
@@ -186,7 +189,11 @@ def test_kohyas_folders_mean_what_they_mean_to_the_trainer(edits, tmp_path):
     shutil.move(folder, tmp_path / "data" / "kohya" / "3_sks fox")
     (tmp_path / "data" / "kohya" / "3_sks fox" / "5.txt").unlink()
     images = edits.look("kohya")
-    (said,) = load_folders(flags_of().replace(train_data_dir=str(tmp_path / "data" / "kohya")))
+    (said,) = load_folders(
+        *parts(
+            options_of().replace(train_data_dir=str(tmp_path / "data" / "kohya")), "model", "data", "training", "output"
+        ),
+    )
     assert [list(image.captions) for image in images.images.values()] == said.captions
     assert said.captions[5] == ["sks fox"]
     edits.change_captions(images, ["3_sks fox/5.png"], AFTER, ", red")

@@ -125,7 +125,7 @@ def test_a_bundled_pipeline_is_trained_by_its_word(trainings, word):
     assert words[3:] == ["--pretrained_model_name_or_path", str(ASSETS.parent / word), "--max_train_steps", "4"]
     assert f" --pretrained_model_name_or_path {word} " in launcher.in_words(words)
     flags = parse_args(words[1:])
-    assert is_bundled(flags.pretrained_model_name_or_path) and flags.train_data_dir == str(BUNDLED_IMAGES)
+    assert is_bundled(flags.model.pretrained_model_name_or_path) and flags.data.train_data_dir == [str(BUNDLED_IMAGES)]
 
 
 def form_of(trainings) -> SimpleNamespace:

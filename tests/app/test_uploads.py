@@ -6,9 +6,10 @@ import shutil
 
 import PIL.Image
 import pytest
+from diffusion.runs import parts
 
 from app.folders import SETS, UPLOADS
-from app.image_folders import ImageFolders, flags_of
+from app.image_folders import ImageFolders, options_of
 from app.launcher import FEW, Trainings
 from app.library import Library
 from app.queue import Entry, Queue
@@ -38,7 +39,15 @@ def test_what_is_uploaded_is_what_the_trainer_reads(sent, tmp_path):
     (sent / "b.txt").write_text(long, encoding="utf-8-sig")
     (sent / "c.caption").write_text("kohya's\r\nsecond line", newline="")
     uploads = [str(path) for path in sorted(sent.iterdir())]
-    found = load_images(flags_of().replace(train_data_dir=str(store_images(tmp_path / "new", uploads, ""))))
+    found = load_images(
+        *parts(
+            options_of().replace(train_data_dir=str(store_images(tmp_path / "new", uploads, ""))),
+            "model",
+            "data",
+            "training",
+            "output",
+        ),
+    )
     captions = [["a café"], [long.strip()], ["kohya's\r\nsecond line"], ["e"], ["red fox 1"]]
     assert found.captions == captions and found.left_out == ()
     shown = Trainings(Library(tmp_path)).first_images(None, uploads)

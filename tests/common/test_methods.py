@@ -53,14 +53,14 @@ def test_too_few_steps_are_refused_where_a_method_needs_more():
 
 
 def test_a_new_baseline_is_a_row(monkeypatch):
-    """Flags of both trainers offer it, and the adapter is what its row makes."""
+    """Options of both trainers offer it, and the adapter is what its row makes."""
     from reslora.common.methods import AdapterSettings, adapter_config
 
     row = METHODS["lora"]
     monkeypatch.setitem(METHODS, "mine", type(row)("mine", "Mine", "made up", "#000000", METHODS["lokr"].config, None))
     config = adapter_config("mine", AdapterSettings(r=2, alpha=4, dropout=0.0, targets=["q_proj"], total_steps=10))
     assert (config.peft_type, config.r, config.alpha) == ("LOKR", 2, 4)
-    from reslora.diffusion.arguments import build_parser
+    from reslora.diffusion.settings import build_parser
 
     assert build_parser().parse_args(["--method", "mine"]).method == ["mine"]
 

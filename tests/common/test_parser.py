@@ -3,8 +3,9 @@
 import pytest
 
 from reslora.common.parser import Parser
-from reslora.diffusion import arguments, conversion
-from reslora.language import glue_arguments, llm_arguments
+from reslora.diffusion import conversion, settings
+from reslora.language.arguments import read
+from reslora.options.texts import GlueOptions, LlmOptions
 
 
 def parser() -> Parser:
@@ -53,9 +54,9 @@ def parse_conversion(words: list[str]) -> object:
 @pytest.mark.parametrize(
     ("parse", "words", "meant"),
     [
-        (lambda words: arguments.build_parser().parse_args(words), ["--leraning_rate", "1e-4"], "--learning_rate"),
-        (llm_arguments.read, ["--leraning_rate", "1e-4"], "--learning_rate"),
-        (glue_arguments.read, ["--tsak_name", "rte"], "--task_name"),
+        (lambda words: settings.build_parser().parse_args(words), ["--leraning_rate", "1e-4"], "--learning_rate"),
+        (lambda words: read(LlmOptions, "train_llm.py", words), ["--leraning_rate", "1e-4"], "--learning_rate"),
+        (lambda words: read(GlueOptions, "train_glue.py", words), ["--tsak_name", "rte"], "--task_name"),
         (parse_conversion, ["--wieght", "0.5"], "--weight"),
     ],
 )

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
+from diffusion.runs import parts
 from reslora.common.script import shares_the_cpu
 from reslora.common.signals import StopRequest
 from reslora.diffusion.context import Context
@@ -53,8 +54,8 @@ def setting(
     family = load_family("StableDiffusionPipeline")
     flags = with_family(parse_args(words), family.defaults)
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    objective = DdpmObjective(pipeline.scheduler, flags.snr_gamma)
-    if flags.train_text_encoder:
+    objective = DdpmObjective(pipeline.scheduler, flags.training.snr_gamma)
+    if flags.adapter.train_text_encoder:
         pipeline.text_encoder.double().requires_grad_(False)
         texts = {caption: {} for caption in CAPTIONS}
     else:
@@ -66,8 +67,8 @@ def setting(
     source = Source(images, RandomLatents(), train, held_out, (SIZE,), (0,) * IMAGES)
     material = Material((source,), texts, objective, {SIZE: (4, 8, 8)}, flags)
     denoiser = pipeline.unet.double().requires_grad_(False)
-    if flags.base_precision != "no":
-        pack(denoiser, flags.base_precision, torch.device("cpu"))
+    if flags.model.base_precision != "no":
+        pack(denoiser, flags.model.base_precision, torch.device("cpu"))
     context = Context(flags, SimpleNamespace(family=family), accelerator or Accelerator(cpu=True), StopRequest())
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
     loss.context, loss.dtype = context, torch.float64
@@ -78,7 +79,7 @@ def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Acce
     """The flags' method in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
     encoders = {part.name: encoder for part, encoder in zip(loss.parts, loss.encoders, strict=True)}
     trained = Trained({"unet": denoiser, **encoders}, loss)
-    made = new_learner(loss.context.flags.method[-1], trained, Schedule(STEPS, STEPS, 0, False), loss.context)
+    made = new_learner(loss.context.options.adapter.method[-1], trained, Schedule(STEPS, STEPS, 0, False), loss.context)
     trained.double()
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -93,7 +94,7 @@ def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Acce
 def trained(folder: Path, batch: int, accumulation: int, *flags: str) -> dict[str, torch.Tensor]:
     """The adapter and the loss after every step."""
     words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation), *flags]
-    plugin = take_plugin(parse_args([]))
+    plugin = take_plugin(*parts(parse_args([]), "model", "adapter", "training", "output"))
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=shares_the_cpu())
     share(plugin, accelerator)
     material, loss, denoiser = setting(folder, accelerator, *words)

@@ -23,6 +23,7 @@ from waiting import default_sigint, ended
 import train_sd
 from reslora.common.log import read_log
 from reslora.files import replacing
+from reslora.options.images import Options
 
 SCRIPT = Path(train_sd.__file__)
 RESUME = ("--resume_from_checkpoint", "latest")
@@ -85,6 +86,11 @@ def without(flags: list[str], name: str) -> list[str]:
     """The flags without `name` and its one value."""
     at = flags.index(name)
     return [*flags[:at], *flags[at + 2 :]]
+
+
+def parts(options: Options, *groups: str) -> list:
+    """The groups of options of these names, as functions take them."""
+    return [getattr(options, group) for group in groups]
 
 
 # -- what is on disk -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Flags of train_sd.py: which there are, and what is refused."""
+"""Options of train_sd.py: which there are, and what is refused."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 from waiting import LIMIT
 
 from diffusion.runs import SCRIPT, refused
-from reslora.diffusion.arguments import build_parser
+from reslora.diffusion.settings import build_parser
 
 
 @pytest.mark.exhaustive
@@ -78,7 +78,7 @@ def test_model_without_data_is_refused(model, capsys):
 
 
 def test_script_itself_exits_with_2_and_answers_help_without_heavy_imports():
-    heavy = "import sys, train_sd; from reslora.diffusion.arguments import build_parser; build_parser(); "
+    heavy = "import sys, train_sd; from reslora.diffusion.settings import build_parser; build_parser(); "
     heavy += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", heavy], cwd=SCRIPT.parent, timeout=LIMIT).returncode == 0
     done = subprocess.run([sys.executable, str(SCRIPT), "--rank", "0"], capture_output=True, text=True, timeout=LIMIT)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from pipelines import image_folder, qwen_image
 
-from diffusion.runs import RESUME, main, only, printed, refused, without
+from diffusion.runs import RESUME, main, only, parts, printed, refused, without
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.checks import check_family, check_held_out
 from reslora.diffusion.context import Context
@@ -82,14 +82,16 @@ def test_what_the_model_does_not_read_is_refused(pipeline, config, words):
     """With its default it may be given."""
     model = SimpleNamespace(family=load_family(pipeline), denoiser_config=lambda: config)
     with pytest.raises(InvalidArgument, match=f"^{words}: .*{model.family.name} .*; leave it"):
-        check_family(parse_args(words.split()), model)
-    check_family(parse_args(["--guidance_scale_train", "1"]), model)
+        check_family(*parts(parse_args(words.split()), "adapter", "training"), model)
+    check_family(*parts(parse_args(["--guidance_scale_train", "1"]), "adapter", "training"), model)
 
 
 def test_what_the_model_reads_is_taken():
     flags = parse_args(["--max_sequence_length", "64", "--guidance_scale_train", "3.5"])
     check_family(
-        flags, SimpleNamespace(family=load_family("FluxPipeline"), denoiser_config=lambda: {"guidance_embeds": 1})
+        flags.adapter,
+        flags.training,
+        SimpleNamespace(family=load_family("FluxPipeline"), denoiser_config=lambda: {"guidance_embeds": 1}),
     )
 
 

@@ -17,15 +17,13 @@ STEERED = ["--save_best", "--validation_split", "0.3", "--max_train_samples", "9
 
 @pytest.fixture
 def begun(model, data, tmp_path):
-    """Flags that name the configuration which a run of some flags leaves."""
+    """Options that name the configuration which a run of some flags leaves."""
 
     def flags(*more: str) -> list[str]:
         images = [] if "--dataset_name" in more else ["--train_data_dir", str(data)]
         own = ["--pretrained_model_name_or_path", str(model), *images, *more]
-        context = SimpleNamespace(
-            flags=parse_args([*own, "--output_dir", str(tmp_path)]), accelerator=Mock(trackers=[])
-        )
-        note_settings(SimpleNamespace(steps=4, validation_steps=2), context)
+        values = parse_args([*own, "--output_dir", str(tmp_path)]).flat()
+        note_settings(values, SimpleNamespace(steps=4, validation_steps=2), Mock(trackers=[]))
         return ["--config", str(tmp_path / "config.json")]
 
     return flags
@@ -35,12 +33,17 @@ def test_the_best_arm_of_an_experiment_is_trained_once_more(begun, capsys):
     several = ["--method", "lora", "reslora", "--learning_rate", "1e-3", "2e-3", "--seed", "0", "1"]
     config = begun(*several, *SPLITS, "--experiment_minutes", "5")
     flags = parse_args([*config, "--method", "lora", "--learning_rate", "2e-3", "--seed", "1"])
-    assert (flags.method, flags.learning_rate, flags.seed) == (["lora"], 2e-3, 1)
-    assert flags.select_split is None and flags.test_split is None and flags.experiment_minutes is None
+    assert (flags.adapter.method, flags.optimizer.learning_rate, flags.training.seed) == (["lora"], 2e-3, 1)
+    assert (
+        flags.experiment.select_split is None
+        and flags.experiment.test_split is None
+        and flags.experiment.experiment_minutes is None
+    )
     line = "without --select_split, --test_split, --experiment_minutes, as this is no experiment"
     assert only(capsys.readouterr().out.splitlines(), line)
     again = parse_args([*config, "--seed", "0", "1", "2"])
-    assert (again.select_split, again.test_split) == (0.2, 0.2) and not capsys.readouterr().out
+    experiment = again.base.experiment
+    assert (experiment.select_split, experiment.test_split) == (0.2, 0.2) and not capsys.readouterr().out
     with pytest.raises(InvalidArgument, match=r"^--select_split: this is no experiment"):
         parse_args([*config, "--learning_rate", "2e-3", "--seed", "1", "--select_split", "0.2"])
 
@@ -48,17 +51,19 @@ def test_the_best_arm_of_an_experiment_is_trained_once_more(begun, capsys):
 def test_a_run_becomes_an_experiment(begun, capsys):
     config = begun(*STEERED)
     flags = parse_args([*config, "--seed", "0", "1"])
-    assert (flags.seed, flags.validation_split, flags.save_best, flags.validation_noises) == ([0, 1], 0, False, None)
-    assert flags.select_split == 0.1 and flags.max_train_samples is None
-    assert "--validation_split, --max_train_samples, --save_best" in capsys.readouterr().out
+    validation = flags.base.validation
+    assert (flags.values("seed"), validation.validation_split, validation.save_best) == ([0, 1], 0, False)
+    assert validation.validation_noises is None
+    assert flags.base.experiment.select_split == 0.1 and flags.base.data.max_train_samples is None
+    assert "--max_train_samples, --validation_split, --save_best" in capsys.readouterr().out
     with pytest.raises(InvalidArgument, match=r"^--validation_split: this is an experiment; leave it out"):
         parse_args([*config, "--seed", "0", "1", "--validation_split", "0.3"])
 
 
 def test_noises_go_with_the_images_that_were_held_out(begun):
     config = begun(*STEERED, "--validation_noises", "2")
-    assert parse_args([*config, "--no-save_best", "--validation_split", "0"]).validation_noises is None
-    assert parse_args([*config, "--no-save_best"]).validation_noises == 2
+    assert parse_args([*config, "--no-save_best", "--validation_split", "0"]).validation.validation_noises is None
+    assert parse_args([*config, "--no-save_best"]).validation.validation_noises == 2
     with pytest.raises(InvalidArgument, match=r"^--save_best: no images are held out"):
         parse_args([*config, "--validation_split", "0"])
 
@@ -74,16 +79,16 @@ def test_noises_go_with_the_images_that_were_held_out(begun):
     ],
 )
 def test_another_optimizer_brings_its_own_rate(begun, before, given, rate):
-    assert parse_args([*begun(*before), *given]).learning_rate == rate
+    assert parse_args([*begun(*before), *given]).optimizer.learning_rate == rate
 
 
 def test_another_optimizer_is_not_contradicted_by_the_one_before(begun, monkeypatch):
-    monkeypatch.setattr("reslora.diffusion.settings.check_installed", lambda *_: None)
+    monkeypatch.setattr("reslora.diffusion.refusals.check_installed", lambda *_: None)
     config = begun("--optimizer", "torch.optim.SGD", "--optimizer_args", "momentum=0.9")
     flags = parse_args([*config, "--use_8bit_adam"])
-    assert (flags.optimizer, flags.optimizer_args) == ("adamw8bit", [])
+    assert (flags.optimizer.optimizer, flags.optimizer.optimizer_args) == ("adamw8bit", [])
     flags = parse_args([*begun("--use_8bit_adam"), "--optimizer", "adamw"])
-    assert (flags.optimizer, flags.use_8bit_adam) == ("adamw", False)
+    assert (flags.optimizer.optimizer, flags.optimizer.use_8bit_adam) == ("adamw", False)
     with pytest.raises(InvalidArgument, match=r"^--use_8bit_adam: --optimizer adamw is given"):
         parse_args([*begun(), "--optimizer", "adamw", "--use_8bit_adam"])
 
@@ -91,18 +96,18 @@ def test_another_optimizer_is_not_contradicted_by_the_one_before(begun, monkeypa
 def test_shortcuts_of_the_run_before_are_left_out_where_no_method_reads_them(begun, capsys):
     """Given on the command line they are told; a run that goes on is compared by them."""
     config = begun("--method", "reslora", "--shortcut", "block", "--merge", "weights")
-    assert parse_args(config).shortcut == "block"
-    assert parse_args([*config, "--method", "lora"]).shortcut == "input"
-    assert parse_args([*config, "--method", "lora", *RESUME]).shortcut == "block"
+    assert parse_args(config).adapter.shortcut == "block"
+    assert parse_args([*config, "--method", "lora"]).adapter.shortcut == "input"
+    assert parse_args([*config, "--method", "lora", *RESUME]).adapter.shortcut == "block"
     parse_args([*begun("--method", "lora"), "--shortcut", "block"])
     assert capsys.readouterr().out.splitlines()[-1] == "--shortcut block: nothing reads it with --method lora"
 
 
 def test_a_folder_of_images_takes_the_place_of_a_dataset_and_its_configuration(begun, data):
     config = begun("--dataset_name", "someone/images", "--dataset_config_name", "large")
-    assert parse_args(config).dataset_config_name == "large"
+    assert parse_args(config).data.dataset_config_name == "large"
     flags = parse_args([*config, "--train_data_dir", str(data)])
-    assert (flags.dataset_name, flags.dataset_config_name) == (None, None)
+    assert (flags.data.dataset_name, flags.data.dataset_config_name) == (None, None)
 
 
 @pytest.mark.parametrize("text", ["[model_arguments]\nrank = 4", "[[datasets]]\nrepeats = 2", "[rank]\nvalue = 4"])

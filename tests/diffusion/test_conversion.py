@@ -417,7 +417,7 @@ try:
     status = main(sys.argv[1:])
 except SystemExit as end:
     status = end.code
-print(status, *sorted({"torch", "safetensors", "transformers", "diffusers", "peft"} & sys.modules.keys()))
+print(status, *sorted({"torch", "transformers", "diffusers", "peft"} & sys.modules.keys()))
 """
 
 

@@ -8,12 +8,13 @@ import pytest
 from diffusion.runs import refused
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion import conversion
-from reslora.diffusion.arguments import build_parser
-from reslora.diffusion.foreign import DEFAULT, DIFFUSERS, FOREIGN, KOHYA
 from reslora.diffusion.settings import parse_args
+from reslora.options.foreign import DEFAULT, foreign_names
+from reslora.options.images import Options
 
 MIGRATE = Path(__file__).resolve().parents[2] / "docs" / "migrate.md"
-OURS = {action.dest for action in build_parser()._actions}
+OURS = Options.table().keys() | {"config"}
+FOREIGN = foreign_names(Options.table())
 
 
 def flags_in(text: str) -> set[str]:
@@ -27,7 +28,8 @@ def rows() -> list[list[str]]:
 
 
 def test_the_table_and_the_messages_agree():
-    for number, known in enumerate((KOHYA, DIFFUSERS)):
+    for number, whose in enumerate(("kohya's", "diffusers'")):
+        known = {name: here for name, (owner, here) in FOREIGN.items() if owner == whose}
         in_table = {name: row[-1] for row in rows() for name in flags_in(row[number]) - OURS}
         assert known.keys() == in_table.keys()
         for name, here in known.items():

@@ -28,27 +28,27 @@ def bf16(monkeypatch):
 @pytest.mark.parametrize("pipeline", ["pipeline", "pipeline-flow"])
 def test_bundled_pipelines_train_in_bf16_where_the_processor_does(bf16, monkeypatch, capsys, pipeline):
     flags = parse_args(["--pretrained_model_name_or_path", str(ASSETS / pipeline)])
-    assert setup.precision_of(flags) == "bf16"
+    assert setup.precision_of(flags.model) == "bf16"
     assert "bf16" in capsys.readouterr().out
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch` says without a wish
-    assert setup.precision_of(flags) == "bf16"
+    assert setup.precision_of(flags.model) == "bf16"
     monkeypatch.setattr(setup, "cpu_has_bf16", lambda: False)
     capsys.readouterr()
-    assert setup.precision_of(flags) is None and not capsys.readouterr().out
+    assert setup.precision_of(flags.model) is None and not capsys.readouterr().out
 
 
 def test_whoever_has_a_wish_about_precision_gets_it(bf16, monkeypatch, model, data):
-    assert setup.precision_of(parse_args(["--mixed_precision", "no"])) == "no"
+    assert setup.precision_of(parse_args(["--mixed_precision", "no"]).model) == "no"
     named = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data)]
-    assert setup.precision_of(parse_args(named)) is None
+    assert setup.precision_of(parse_args(named).model) is None
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    assert setup.precision_of(parse_args([])) is None
+    assert setup.precision_of(parse_args([]).model) is None
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     monkeypatch.setattr(setup, "is_initialized", lambda: True)  # accelerate takes one precision in a process
-    assert setup.precision_of(parse_args([])) is None
+    assert setup.precision_of(parse_args([]).model) is None
     monkeypatch.setattr(setup, "is_initialized", lambda: False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert setup.precision_of(parse_args([])) is None  # accelerate takes its own
+    assert setup.precision_of(parse_args([]).model) is None  # accelerate takes its own
 
 
 def test_accelerates_fp8_is_refused(brief_flags, monkeypatch, capsys, tmp_path):

@@ -1,7 +1,6 @@
 """Prompts from files: kohya's lines, JSON, and what is refused by the line."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 
@@ -10,13 +9,14 @@ from reslora.common.errors import InvalidArgument
 from reslora.diffusion.checks import check_prompt
 from reslora.diffusion.prompts import Prompt, from_file, prompts_of
 from reslora.diffusion.settings import parse_args
+from reslora.options.images import ValidationOptions
 
 ALL = Prompt("a red disc", "blue box, dim", 64, 96, 7, 20, guidance_scale=3.5, cfg_scale=7.0)
 
 
 def read(path) -> list[Prompt]:
     prompts, options = from_file([str(path)])
-    return prompts_of(SimpleNamespace(validation_prompt=prompts, validation_prompt_options=options))
+    return prompts_of(ValidationOptions(validation_prompt=prompts, validation_prompt_options=options))
 
 
 def test_kohyas_lines(tmp_path):
@@ -67,13 +67,13 @@ def test_a_file_beside_other_prompts_is_refused(prompts):
 def test_a_run_repeats_the_options_by_its_own_flags(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a\nb --w 64")
     flags = parse_args(["--validation_prompt", str(tmp_path / "a.txt")])
-    assert prompts_of(flags) == [Prompt("a"), Prompt("b", width=64)]
+    assert prompts_of(flags.validation) == [Prompt("a"), Prompt("b", width=64)]
     names = ("validation_prompt", "validation_prompt_options")
-    (tmp_path / "config.json").write_text(json.dumps({name: getattr(flags, name) for name in names}))
+    (tmp_path / "config.json").write_text(json.dumps({name: flags[name] for name in names}))
     again = parse_args(["--config", str(tmp_path / "config.json")])
-    assert prompts_of(again) == prompts_of(flags)
+    assert prompts_of(again.validation) == prompts_of(flags.validation)
     other = parse_args(["--config", str(tmp_path / "config.json"), "--validation_prompt", "c"])
-    assert prompts_of(other) == [Prompt("c")]
+    assert prompts_of(other.validation) == [Prompt("c")]
     words = ["--validation_prompt", "a", "b", "--validation_prompt_options"]
     assert "1 for 2 prompts" in refused(capsys, *words, "{}")
     assert "width 'x' is not a whole" in refused(capsys, *words, "{}", '{"width": "x"}')

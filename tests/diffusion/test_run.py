@@ -62,15 +62,15 @@ def test_unfinished_run_is_not_overwritten(run, base_flags, capsys, tmp_path):
 @pytest.mark.parametrize("flags", [(), ("--seed", 0, 1)], ids=["run", "experiment"])
 def test_what_was_told_to_stop_while_libraries_were_imported_begins_nothing(tmp_path, capfd, monkeypatch, flags):
     """It does not load a model first, which may take minutes, nor waits for other processes, which may never come."""
-    ask = train_sd.is_experiment
+    parse = train_sd.parse_args
     for module in ("run", "experiment.run"):
         monkeypatch.setattr(f"reslora.diffusion.{module}.start_accelerator", lambda flags: pytest.fail("it waits"))
 
-    def told(values: dict) -> bool:
+    def told(*given) -> object:
         signal.raise_signal(signal.SIGTERM)
-        return ask(values)
+        return parse(*given)
 
-    monkeypatch.setattr(train_sd, "is_experiment", told)
+    monkeypatch.setattr(train_sd, "parse_args", told)
     assert main("--output_dir", tmp_path / "out", "--report_to", "none", *flags) == 128 + signal.SIGTERM
     assert capfd.readouterr().err.splitlines()[-1] == "train_sd.py: stopped before training began"
     assert not (tmp_path / "out").exists()

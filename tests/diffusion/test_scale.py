@@ -11,7 +11,6 @@ from pipelines import image_folder, random_image, stable_diffusion
 import train_sd
 from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.data import encoding
 from reslora.diffusion.data.batch import Batch
 from reslora.diffusion.data.dataset import ImageDataset
@@ -21,6 +20,7 @@ from reslora.diffusion.data.size import Size
 from reslora.diffusion.data.sources import Source
 from reslora.diffusion.model.families.stable_diffusion import StableDiffusion
 from reslora.diffusion.model.loading import Model
+from reslora.options.images import Options
 
 pytestmark = pytest.mark.exhaustive
 
@@ -151,7 +151,9 @@ def test_without_cached_latents_an_image_is_opened_once_before_training_and_when
 
 
 def test_positions_of_a_long_run_are_not_held(folder):
-    flags = Flags(train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0, noise_offset=0.0, seed=0)
+    flags = Options.of(
+        train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0, noise_offset=0.0, seed=0
+    )
     source = Source(None, None, tuple(range(IMAGES)), (), (Size(8, 8),), (0,) * IMAGES)
     material = Material((source,), None, None, {}, flags)
     tracemalloc.start()

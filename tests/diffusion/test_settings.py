@@ -1,4 +1,4 @@
-"""Flags with every default filled in, from the command line, a TOML file or a run's own config.json."""
+"""Options with every default filled in, from the command line, a TOML file or a run's own config.json."""
 
 import json
 import os
@@ -17,12 +17,16 @@ from reslora.diffusion.settings import ASSETS, parse_args
 def test_the_bundled_pipeline_has_defaults_of_its_own(data):
     """What depends on the model's family stays open until that is known."""
     bundled = parse_args([])
-    assert (bundled.method, bundled.resolution, bundled.max_train_steps) == (["lora", "reslora"], 64, 200)
-    assert Path(bundled.train_data_dir).name == "openmoji" and bundled.validation_prompt
-    assert parse_args(["--pretrained_model_name_or_path", bundled.pretrained_model_name_or_path]) == bundled
+    assert (bundled.adapter.method, bundled.data.resolution, bundled.training.max_train_steps) == (
+        ["lora", "reslora"],
+        [64],
+        200,
+    )
+    assert Path(*bundled.data.train_data_dir).name == "openmoji" and bundled.validation.validation_prompt
+    assert parse_args(["--pretrained_model_name_or_path", bundled.model.pretrained_model_name_or_path]) == bundled
     named = parse_args(["--pretrained_model_name_or_path", "somebody/model", "--train_data_dir", str(data)])
-    assert (named.method, named.resolution, named.max_train_steps) == (["lora"], None, None)
-    assert named.num_train_epochs == 100 and named.validation_prompt == []
+    assert (named.adapter.method, named.data.resolution, named.training.max_train_steps) == (["lora"], [], None)
+    assert named.training.num_train_epochs == 100 and named.validation.validation_prompt == []
 
 
 @pytest.mark.parametrize(
@@ -41,17 +45,17 @@ def test_the_bundled_pipeline_has_defaults_of_its_own(data):
 def test_who_sets_up_shortcuts_means_reslora(data, model, tmp_path, more, methods):
     """On the command line or in a file, also where what is given is the default."""
     flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data)]
-    assert parse_args([*flags, *more]).method == methods
+    assert parse_args([*flags, *more]).flat()["method"] == methods
     config = tmp_path / "flags.toml"
     config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in in_pairs(more)))
-    assert parse_args([*flags, "--config", str(config)]).method == methods
+    assert parse_args([*flags, "--config", str(config)]).flat()["method"] == methods
 
 
 def test_a_lora_to_start_from_means_lora_where_no_method_is_given(capsys, tmp_path):
     """With the bundled model, too, whose two methods are not both able to; a missing file is named first."""
     lora = ["--init_lora", str(ASSETS.parent / "app" / "example" / "lora")]
-    assert parse_args(lora).method == ["lora"]
-    assert parse_args([*lora, "--method", "lora_x2"]).method == ["lora_x2"]
+    assert parse_args(lora).adapter.method == ["lora"]
+    assert parse_args([*lora, "--method", "lora_x2"]).adapter.method == ["lora_x2"]
     with pytest.raises(InvalidArgument, match="with --shortcut block"):
         parse_args([*lora, "--shortcut", "block"])
     for more in ([], ["--method", "reslora"]):
@@ -64,7 +68,7 @@ SHARES = {"0.99": True, "0.5": False, "0.1": False}
 
 @pytest.mark.parametrize("share", SHARES)
 def test_a_validation_split_of_most_images_is_warned_of(capsys, share):
-    assert parse_args(["--validation_split", share]).validation_split == float(share)
+    assert parse_args(["--validation_split", share]).validation.validation_split == float(share)
     line = f"warning: --validation_split {share} holds out more images than it trains on\n"
     assert (line in capsys.readouterr().out) is SHARES[share]
 
@@ -104,7 +108,7 @@ def test_a_folder_next_to_a_dataset_is_a_part_of_it(data, capsys, tmp_path):
     (tmp_path / "set" / "part").mkdir(parents=True)
     for dataset, part in (("someone/images", "part"), ("set", "part"), ("set", str(tmp_path / "set" / "part"))):
         flags = parse_args(["--dataset_name", dataset, "--train_data_dir", part])
-        assert (flags.dataset_name, flags.train_data_dir) == (dataset, part)
+        assert (flags.data.dataset_name, flags.data.train_data_dir) == (dataset, [part])
         warning = f"warning: --train_data_dir {part}: the folder of that name in --dataset_name {dataset}\n"
         assert warning in capsys.readouterr().out
 
@@ -118,8 +122,8 @@ def in_pairs(flags: list[str]) -> list[tuple[str, str | list[str]]]:
 def test_settled_flags_do_not_change():
     flags = parse_args(["--rank", "4"])
     with pytest.raises(AttributeError):
-        flags.rank = 8
-    assert flags.replace(rank=8).rank == 8 and flags.rank == 4
+        flags.adapter.rank = 8
+    assert flags.replace(rank=8).adapter.rank == 8 and flags.adapter.rank == 4
 
 
 def test_config_file_gives_flags_and_the_command_line_wins(run, data, model, tmp_path):
@@ -128,12 +132,17 @@ def test_config_file_gives_flags_and_the_command_line_wins(run, data, model, tmp
     lines += ['method = ["lora", "loha"]', "random_flip = true", "cache_latents = false"]
     toml.write_text("\n".join(lines))
     args = parse_args(["--config", str(toml), "--rank", "3"])
-    assert (args.rank, args.lora_alpha, args.method) == (3, 6, ["lora", "loha"])
-    assert (args.random_flip, args.cache_latents) == (True, False)
+    assert (args["rank"], args["lora_alpha"], args["method"]) == (3, 6, ["lora", "loha"])
+    assert (args["random_flip"], args["cache_latents"]) == (True, False)
     more = ["--num_train_epochs", "5", "--validation_epochs", "3", "--rank", "5", "--no-random_flip"]
     args = parse_args(["--config", str(run / "config.json"), *more])
-    assert (args.max_train_steps, args.num_train_epochs, args.lora_alpha, args.random_flip) == (None, 5, 10, False)
-    assert args.validation_epochs == 3 and args.validation_steps is None
+    assert (args["max_train_steps"], args["num_train_epochs"], args["lora_alpha"], args["random_flip"]) == (
+        None,
+        5,
+        10,
+        False,
+    )
+    assert args["validation_epochs"] == 3 and args["validation_steps"] is None
 
 
 def test_the_home_folder_is_meant_where_no_shell_has_said_so(tmp_path, data, monkeypatch):
@@ -142,13 +151,13 @@ def test_the_home_folder_is_meant_where_no_shell_has_said_so(tmp_path, data, mon
     (tmp_path / "own.toml").write_text('output_dir = "~/runs/own"\ncache_dir = "~/cache"\n')
     (tmp_path / "images").symlink_to(data)
     flags = parse_args(["--config=~/own.toml", "--train_data_dir", "~/images", "--caption_prefix=~/images"])
-    assert (flags.output_dir, flags.cache_dir) == (f"{tmp_path}/runs/own", f"{tmp_path}/cache")
-    assert (flags.train_data_dir, flags.caption_prefix) == (f"{tmp_path}/images", "~/images")
-    assert parse_args(["--output_dir=~/other", "--config", "~/own.toml"]).output_dir == f"{tmp_path}/other"
+    assert (flags.output.output_dir, flags.model.cache_dir) == (f"{tmp_path}/runs/own", f"{tmp_path}/cache")
+    assert (flags.data.train_data_dir, flags.data.caption_prefix) == ([f"{tmp_path}/images"], "~/images")
+    assert parse_args(["--output_dir=~/other", "--config", "~/own.toml"]).output.output_dir == f"{tmp_path}/other"
 
 
 def test_a_runs_own_config_gives_the_run_again(run):
-    again = vars(parse_args(["--config", str(run / "config.json")]))
+    again = parse_args(["--config", str(run / "config.json")]).flat()
     config = json.loads((run / "config.json").read_text())
     assert config == {name: again[name] for name in config}
 
@@ -156,19 +165,22 @@ def test_a_runs_own_config_gives_the_run_again(run):
 def test_a_runs_config_does_not_say_where_it_went_on_from(tmp_path, capsys):
     """A repeat would go on from there, and be said to have begun afresh. Earlier versions have written it down."""
     resume, here = "--resume_from_checkpoint", ["--output_dir", str(tmp_path)]
-    context = SimpleNamespace(flags=parse_args([*here, resume, "a/checkpoint-2"]), accelerator=Mock(trackers=[]))
-    note_settings(SimpleNamespace(steps=4, validation_steps=2), context)
+    values = parse_args([*here, resume, "a/checkpoint-2"]).flat()
+    note_settings(values, SimpleNamespace(steps=4, validation_steps=2), Mock(trackers=[]))
     config = tmp_path / "config.json"
     written = json.loads(config.read_text())
     assert "resume_from_checkpoint" not in written and written["max_train_steps"] == 4
     for value, found, line in (("a/checkpoint-2", None, f"--config {config}: {resume} a/c"), ("latest", "latest", "")):
         config.write_text(json.dumps(written | {"resume_from_checkpoint": value}))
-        assert parse_args(["--config", str(config)]).resume_from_checkpoint == found
+        assert parse_args(["--config", str(config)]).output.resume_from_checkpoint == found
         assert capsys.readouterr().out.startswith(line)
-        assert parse_args(["--config", str(config), resume, "checkpoint-3"]).resume_from_checkpoint == "checkpoint-3"
+        assert (
+            parse_args(["--config", str(config), resume, "checkpoint-3"]).output.resume_from_checkpoint
+            == "checkpoint-3"
+        )
         assert not capsys.readouterr().out
     config.with_suffix(".toml").write_text('resume_from_checkpoint = "a/checkpoint-2"')
-    assert parse_args(["--config", str(config.with_suffix(".toml"))]).resume_from_checkpoint == "a/checkpoint-2"
+    assert parse_args(["--config", str(config.with_suffix(".toml"))]).output.resume_from_checkpoint == "a/checkpoint-2"
 
 
 def test_a_config_that_is_no_table_is_refused(tmp_path, capsys):
@@ -179,14 +191,14 @@ def test_a_config_that_is_no_table_is_refused(tmp_path, capsys):
 def test_an_alpha_of_the_config_stays_when_the_rank_is_given(tmp_path, data):
     toml = tmp_path / "run.toml"
     toml.write_text(f"\ufefflora_alpha = 64\ntrain_data_dir = '{data}'\n", encoding="utf-8")
-    assert parse_args(["--config", str(toml), "--rank", "4"]).lora_alpha == 64
+    assert parse_args(["--config", str(toml), "--rank", "4"]).adapter.lora_alpha == 64
 
 
 def test_prompts_that_begin_with_a_dash_come_back(tmp_path, data):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"validation_prompt": ["-foo", "--seed=7"], "train_data_dir": str(data)}))
     args = parse_args(["--config", str(file)])
-    assert args.validation_prompt == ["-foo", "--seed=7"] and args.seed == 0
+    assert args["validation_prompt"] == ["-foo", "--seed=7"] and args["seed"] == 0
 
 
 @pytest.mark.parametrize("content", ["max_train_steps = [4]", "rank = [[4]]", "[rank]\nvalue = 4", "rank = 4 5"])
@@ -199,38 +211,38 @@ def test_the_bundled_transformer_has_a_learning_rate_and_a_guidance_of_its_own()
     """Its pipeline adds guidance to 1, so that 3 is what other pipelines call 4; a flow has no weights by SNR."""
     for name, expected in (("pipeline", (2.5e-4, 1.0, 4.0)), ("pipeline-flow", (1e-3, None, 3.0))):
         flags = parse_args(["--pretrained_model_name_or_path", str(ASSETS / name)])
-        assert (flags.learning_rate, flags.snr_gamma, flags.guidance_scale) == expected
+        assert (flags.optimizer.learning_rate, flags.training.snr_gamma, flags.validation.guidance_scale) == expected
 
 
 def test_the_bundled_unet_can_be_trained_without_weights_by_snr(tmp_path):
     """A run's own configuration says so, too."""
     model = ["--pretrained_model_name_or_path", str(ASSETS / "pipeline")]
     flags = parse_args([*model, "--snr_gamma", "0"])
-    assert flags.snr_gamma == 0
-    (tmp_path / "config.json").write_text(json.dumps({"snr_gamma": flags.snr_gamma}))
-    assert parse_args([*model, "--config", str(tmp_path / "config.json")]).snr_gamma == 0
+    assert flags.training.snr_gamma == 0
+    (tmp_path / "config.json").write_text(json.dumps({"snr_gamma": flags.training.snr_gamma}))
+    assert parse_args([*model, "--config", str(tmp_path / "config.json")]).training.snr_gamma == 0
 
 
 def test_a_validation_that_steers_is_by_fixed_noises():
     """A run that goes on is compared by their number, so that no loss is compared with one of another kind."""
-    assert parse_args([]).validation_noises is None
+    assert parse_args([]).validation.validation_noises is None
     for words in (["--save_best"], ["--early_stopping_patience", "3"]):
-        assert parse_args(words).validation_noises == 4
-        assert parse_args([*words, "--validation_noises", "2"]).validation_noises == 2
+        assert parse_args(words).validation.validation_noises == 4
+        assert parse_args([*words, "--validation_noises", "2"]).validation.validation_noises == 2
 
 
 def test_samples_come_by_epochs_where_these_are_given(run, tmp_path):
     """Of a bundled pipeline they come every 50 steps otherwise, which must not win."""
-    assert (parse_args([]).validation_steps, parse_args([]).validation_epochs) == (50, 1)
+    assert (parse_args([]).validation.validation_steps, parse_args([]).validation.validation_epochs) == (50, 1)
     toml = tmp_path / "run.toml"
     toml.write_text("validation_epochs = 1")
     bundled = str(ASSETS / "pipeline")
     own = ["--config", str(run / "config.json"), "--pretrained_model_name_or_path", bundled]
     for words in (["--validation_epochs", "1"], ["--config", str(toml)], [*own, "--validation_epochs", "1"]):
         flags = parse_args(words)
-        assert (flags.validation_steps, flags.validation_epochs) == (None, 1)
-    assert parse_args(own).validation_steps == 2
-    assert parse_args(["--validation_epochs", "3", "--validation_steps", "7"]).validation_steps == 7
+        assert (flags.validation.validation_steps, flags.validation.validation_epochs) == (None, 1)
+    assert parse_args(own).validation.validation_steps == 2
+    assert parse_args(["--validation_epochs", "3", "--validation_steps", "7"]).validation.validation_steps == 7
 
 
 UNREAD = {  # and with what it is read
@@ -318,7 +330,7 @@ def test_prodigy_takes_one_rate(capsys, tmp_path, name):
     flags = ["--optimizer", name, "--learning_rate", "1", "--train_text_encoder", "--output_dir", str(tmp_path / "out")]
     line = refused(capsys, *flags, "--text_encoder_lr", "0.5")
     assert "--text_encoder_lr 0.5" in line and f"--optimizer {name}" in line
-    assert parse_args([*flags, "--text_encoder_lr", "1"]).text_encoder_lr == 1
+    assert parse_args([*flags, "--text_encoder_lr", "1"]).optimizer.text_encoder_lr == 1
 
 
 @pytest.mark.parametrize("name", ["output_dir", "train_data_dir", "class_prompt"])

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,14 +129,14 @@ def test_one_that_ends_ends_the_others_once_they_have_saved(tmp_path, capfd, wha
 def test_each_has_its_share_of_the_machine(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     assert share_of(1, 3) == {"OMP_NUM_THREADS": "2", "LOCAL_WORLD_SIZE": "3"}
-    flags = parse_args(["--arms_at_once", "3", "--seed", "0", "1"])
+    options = parse_args(["--arms_at_once", "3", "--seed", "0", "1"]).base.experiment
     cpu, gpu = map(torch.device, ("cpu", "cuda"))
-    assert arms_a_device(flags, cpu) == 3 and arms_a_device(flags.replace(arms_at_once=None), cpu) == 1
+    assert arms_a_device(options, cpu) == 3 and arms_a_device(replace(options, arms_at_once=None), cpu) == 1
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert [share_of(number, 3)["CUDA_VISIBLE_DEVICES"] for number in range(3)] == ["5", "7", "5"]
     assert share_of(0, 3)["OMP_NUM_THREADS"] == "2"
-    assert arms_a_device(flags, gpu) == 2 and arms_a_device(flags, cpu) == 3
+    assert arms_a_device(options, gpu) == 2 and arms_a_device(options, cpu) == 3
 
 
 @pytest.mark.exhaustive

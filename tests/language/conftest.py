@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import train_llm
 from reslora.common.script import run_script
-from reslora.language import llm, llm_arguments
 
 from .helpers import VALIDATED, flags, row, write_llama, write_rows
 
@@ -27,5 +27,5 @@ def data(tmp_path_factory) -> Path:
 def alone(tiny, data, tmp_path_factory) -> Path:
     """A run of one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    assert run_script(llm_arguments.PROG, llm.main, flags(tiny, data, folder, *VALIDATED)) == 0
+    assert run_script("train_llm.py", train_llm.start, flags(tiny, data, folder, *VALIDATED)) == 0
     return folder

@@ -8,9 +8,15 @@ from conftest import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from reslora.language.arguments import AdapterTrainingArguments, MethodArguments
+import train_glue
+import train_llm
+from reslora.common.signals import StopRequest
+from reslora.language import llm
+from reslora.language.arguments import resolve
 from reslora.language.callbacks import LogCallback
 from reslora.language.trainer import AdapterTrainer, attach
+from reslora.language.training_arguments import AdapterTrainingArguments
+from reslora.options.texts import AdapterOptions, LlmOptions
 
 METHODS = [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none"), ("adalora", "none")]
 METHODS += [("loha", "none"), ("lokr", "none"), ("lora_x2", "none"), ("dora", "none")]
@@ -28,8 +34,29 @@ def rows(count: int = 16, length: int = 8) -> list[dict[str, torch.Tensor]]:
 def build(method: str = "reslora", shortcut: str = "input", base=None, **flags):
     torch.manual_seed(0)
     base = tiny_llama(layers=3).float() if base is None else base
-    arguments = MethodArguments(method=method, shortcut=shortcut, **flags)
-    return attach(base, arguments, STEPS), arguments
+    adapter = adapter_of(method=method, shortcut=shortcut, **flags)
+    return attach(base, adapter, STEPS), adapter
+
+
+def adapter_of(method: str = "reslora", **options) -> AdapterOptions:
+    """A method with these options, as a run has them."""
+    return resolve(LlmOptions, {"method": [method], **options}).adapter
+
+
+def parsed(argv: list[str]) -> tuple:
+    """The task, the method, and what `Trainer` is given, of a run of train_llm.py."""
+    found = llm.parse(argv)
+    return found.options.task, found.method, found.training
+
+
+def run_llm(argv: list[str], stop: StopRequest | None = None) -> None:
+    """A run of train_llm.py in this process; what ends it is raised."""
+    train_llm.start(argv, stop or StopRequest())
+
+
+def run_glue(argv: list[str], stop: StopRequest | None = None) -> None:
+    """The same of train_glue.py."""
+    train_glue.start(argv, stop or StopRequest())
 
 
 def trainer_for(model, folder, callbacks=True, stop=None, **flags) -> AdapterTrainer:

@@ -2,58 +2,48 @@
 
 import json
 import os
-from dataclasses import dataclass, field
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from conftest import assert_one_line
+from transformers import TrainingArguments
+from waiting import LIMIT
 
 import train_glue
 import train_llm
 from reslora.common.errors import InvalidArgument
 from reslora.common.script import run_script
-from reslora.language import glue_arguments, llm_arguments
-from reslora.language.arguments import (
-    AdapterTrainingArguments,
-    MethodArguments,
-    build_parser,
+from reslora.language.arguments import check_adapter, given_by, read, resolve
+from reslora.language.experiment import report_unread
+from reslora.language.glue import arguments_of
+from reslora.language.training_arguments import (
+    Arguments,
     check_number,
     check_whole,
-    parse_values,
-    parsed,
-    settings,
+    training_arguments,
 )
+from reslora.options.grid import Grid
+from reslora.options.parser import OptionsParser
+from reslora.options.texts import GLUE_TASK, LLM_TASK, PASSED_ON, ZERO2_OFFLOAD, GlueOptions, LlmOptions
+
+SCRIPTS = [(LlmOptions, "train_llm.py"), (GlueOptions, "train_glue.py")]
 
 
-@dataclass
-class ModelArguments:
-    model_name_or_path: str = field(default="bundled")
-    data_dir: str | None = field(default=None)
+def parse(*argv, kind=LlmOptions):
+    """The options of a run, and what `Trainer` is given of them."""
+    options = read(kind, "script.py", [*argv, "--report_to", "none"])
+    return Arguments(options, training_arguments(options, "script.py"))
 
 
-def parse(*argv, **options):
-    types = (ModelArguments, MethodArguments, AdapterTrainingArguments)
-    parser = build_parser(types, "script.py")
-    return parsed(parser, parse_values(parser, [*argv, "--report_to", "none"], **options))
-
-
-@pytest.mark.parametrize(
-    ("flags", "word"),
-    [
-        ({"lora_r": 0}, "--lora_r 0"),
-        ({"lora_r": -3}, "--lora_r -3"),
-        ({"lora_alpha": float("nan")}, "--lora_alpha nan"),
-        ({"lora_alpha": 0.0}, "--lora_alpha 0"),
-        ({"lora_dropout": 1.0}, "--lora_dropout 1.0"),
-        ({"lora_dropout": -0.1}, "--lora_dropout -0.1"),
-        ({"pre_num": -2}, "--pre_num -2"),
-        ({"calibration_examples": -1}, "--calibration_examples -1"),
-        ({"merge": "lstsq", "calibration_examples": 0}, "--merge lstsq"),
-    ],
-)
-def test_values_that_mean_nothing_are_refused(flags, word):
+def test_a_merge_that_reads_examples_has_some():
     with pytest.raises(InvalidArgument) as error:
-        MethodArguments(**flags)
-    assert_one_line(error, word, "give")
+        resolve(LlmOptions, {"merge": "lstsq", "calibration_examples": 0})
+    assert_one_line(error, "--merge lstsq", "give")
+    exact = {"shortcut": "block", "merge": "lstsq", "calibration_examples": 0}
+    check_adapter(resolve(LlmOptions, exact).adapter)  # an exact merge needs none
 
 
 @pytest.mark.parametrize(
@@ -67,113 +57,158 @@ def test_values_that_mean_nothing_are_refused(flags, word):
     ],
 )
 def test_what_the_method_does_not_read_is_told(capsys, flag, value, method, other):
-    MethodArguments(method=other, **{flag: value}).tell_unread()
+    report_unread(resolve(LlmOptions, {"method": [other], flag: value}))
     assert capsys.readouterr().out == f"--{flag} {value}: nothing reads it with --method {other}\n"
-    MethodArguments(method=method, **{flag: value}).tell_unread()
-    MethodArguments(method=other, lora_r=3).tell_unread()
+    report_unread(resolve(LlmOptions, {"method": [method], flag: value}))
+    report_unread(resolve(LlmOptions, {"method": [other], "lora_r": 3}))
     assert capsys.readouterr().out == ""
 
 
 def test_blocks_without_others_are_warned_of(capsys):
-    MethodArguments(pre_num=0).tell_unread()
+    report_unread(resolve(LlmOptions, {"pre_num": [0]}))
     line = "warning: --pre_num 0: no block takes part in another, so reslora trains as LoRA does\n"
     assert capsys.readouterr().out == line
-    MethodArguments(pre_num=0, shortcut="none").tell_unread()
+    report_unread(resolve(LlmOptions, {"pre_num": [0], "shortcut": ["none"]}))
     assert "warning" not in capsys.readouterr().out
 
 
 def test_the_defaults_are_the_papers():
-    arguments = MethodArguments()
-    assert (arguments.method, arguments.lora_r, arguments.lora_alpha, arguments.pre_num) == ("reslora", 4, 8, 4)
-    assert isinstance(arguments.lora_alpha, int)  # adapter_config.json says 8, not 8.0
-    assert MethodArguments(lora_alpha=2.5).lora_alpha == 2.5
-    assert parse("--lora_r", "16")[1].lora_alpha == MethodArguments(lora_r=16).lora_alpha == 32
-    MethodArguments(shortcut="block", merge="lstsq", calibration_examples=0)  # an exact merge needs none
+    adapter = resolve(LlmOptions, {}).adapter
+    assert (adapter.name, adapter.rank, adapter.lora_alpha, adapter.pre_num) == ("reslora", 4, 8, 4)
+    assert isinstance(adapter.lora_alpha, int)  # adapter_config.json says 8, not 8.0
+    assert isinstance(resolve(LlmOptions, {"lora_alpha": 16.0}).adapter.lora_alpha, int)
+    assert resolve(LlmOptions, {"lora_alpha": 2.5}).adapter.lora_alpha == 2.5
+    assert resolve(LlmOptions, {"lora_r": [16]}).adapter.lora_alpha == 32
 
 
 def test_short_texts_are_calibrated_on_more_examples():
     """As many tokens for each input of a layer as where it was measured (`benchmarks/merge_limits.py`), or more."""
-    counts = [module.read([])[1]["calibration_examples"] for module in (glue_arguments, llm_arguments)]
-    assert counts == [256, 64]
-    assert glue_arguments.read(["--calibration_examples", "8"])[1]["calibration_examples"] == 8
+    counts = [resolve(kind, {}).adapter.merge_calibration_samples for kind, _ in SCRIPTS]
+    assert counts == [64, 256]
+    assert read(GlueOptions, "x", ["--calibration_examples", "8"]).adapter.merge_calibration_samples == 8
 
 
-def test_flags_become_dataclasses(tmp_path):
-    model, method, training = parse(
-        "--target_modules", "q_proj", "k_proj", "--lora_alpha=16", "--output_dir", str(tmp_path), "--seed", "7"
-    )
-    assert model == ModelArguments()
-    assert (method.target_modules, method.lora_alpha) == (["q_proj", "k_proj"], 16)
-    assert (training.seed, training.output_dir, training.logging_steps) == (7, str(tmp_path), 1)
+def test_what_is_given_arrives_where_it_is_read(tmp_path):
+    words = ["--target_modules", "q_proj", "k_proj", "--lora_alpha=16", "--output_dir", str(tmp_path), "--seed", "7"]
+    found = parse(*words)
+    assert (found.method.target_modules, found.method.lora_alpha) == (["q_proj", "k_proj"], 16)
+    assert (found.training.seed, found.training.output_dir, found.training.logging_steps) == (7, str(tmp_path), 1)
 
 
 def test_bundled_defaults_hold_until_a_model_is_named():
-    bundled = {"data_dir": "assets", "lora_r": 2}
-    model, method, _ = parse(bundled=bundled)
-    assert (model.data_dir, method.lora_r) == ("assets", 2)
-    assert parse("--lora_r", "3", bundled=bundled)[1].lora_r == 3
-    for named in (["--model_name_or_path", "x"], ["--model_name_or_path=x"], ["--model-name-or-path", "x"]):
-        model, method, _ = parse(*named, bundled=bundled)
-        assert (model.model_name_or_path, model.data_dir, method.lora_r) == ("x", None, 4)
+    bundled = read(LlmOptions, "x", ["--steps", "3"])
+    assert (bundled.task.data_dir, bundled.task.max_new_tokens, bundled.training.learning_rate) == (
+        str(LLM_TASK), 24, 5e-3,
+    )  # fmt: skip
+    assert read(LlmOptions, "x", ["--lr", "1e-3"]).training.learning_rate == 1e-3
+    for named in (["--model_name_or_path", "x"], ["--model=x"], ["--model-name-or-path", "x"]):
+        found = read(LlmOptions, "x", named)
+        assert (found.task.model_name_or_path, found.task.data_dir, found.training.learning_rate) == ("x", None, 1e-4)
+    assert resolve(GlueOptions, {}).data.data_dir == str(GLUE_TASK)
 
 
-@pytest.mark.parametrize("module", [glue_arguments, llm_arguments])
-def test_a_number_of_steps_asks_for_steps(module):
+@pytest.mark.parametrize(("kind", "prog"), SCRIPTS)
+def test_a_number_of_steps_asks_for_steps(kind, prog):
     """The default, that of the bundled models among them, is an epoch, which would leave the number unread."""
 
+    def training(*words):
+        return read(kind, prog, list(words)).training
+
     def strategies(*words):
-        values = module.read(list(words))[1]
-        return values["eval_strategy"], values["save_strategy"]
+        return training(*words).eval_strategy, training(*words).save_strategy
 
     assert strategies() == ("epoch", "epoch")
     assert strategies("--eval_steps", "5") == ("steps", "epoch")
     assert strategies("--save-steps=5") == ("epoch", "steps")
     assert strategies("--save_steps", "5", "--save_strategy", "no", "--eval_steps=5") == ("steps", "no")
-    best = module.read(["--load_best_model_at_end", "--save_steps", "5"])[1]
-    assert [best[f"{what}_{how}"] for what in ("eval", "save") for how in ("strategy", "steps")] == ["steps", 5] * 2
+    best = training("--load_best_model_at_end", "--save_steps", "5")
+    assert (best.eval_strategy, best.eval_steps, best.save_strategy, best.save_steps) == ("steps", 5) * 2
 
 
-@pytest.mark.parametrize("module", [glue_arguments, llm_arguments])
-def test_compiling_and_checkpointing_keep_no_activations_of_a_shortcut(module, tmp_path):
+@pytest.mark.parametrize(("kind", "prog"), SCRIPTS)
+def test_compiling_and_checkpointing_keep_no_activations_of_a_shortcut(kind, prog, tmp_path):
     """By the name that transformers calls deprecated as by the new one."""
 
-    def settled(*words):
-        return module.settled(*module.read(["--use_cpu", "--output_dir", str(tmp_path), *words]))
+    def options(*words):
+        return read(kind, prog, ["--use_cpu", "--output_dir", str(tmp_path), *words])
 
     for flag in ("--gradient_checkpointing", "--activation_checkpointing"):
         for shortcut in ("input", "middle"):
             with pytest.raises(InvalidArgument, match=f"^--torch_compile: .* cannot keep --shortcut {shortcut}; leave"):
-                settled("--torch_compile", flag, "True", "--shortcut", shortcut)
+                options("--torch_compile", flag, "True", "--shortcut", shortcut)
         for others in (["--shortcut", "block"], ["--pre_num", "0"], ["--method", "lora"]):
-            settled("--torch_compile", flag, "True", *others)
-    settled("--torch_compile")
-    settled("--gradient_checkpointing", "True")
+            options("--torch_compile", flag, "True", *others)
+    options("--torch_compile")
+    options("--gradient_checkpointing", "True")
 
 
-def test_deepspeed_alone_means_the_bundled_configuration(monkeypatch):
-    seen = []
-    monkeypatch.setattr(AdapterTrainingArguments, "__post_init__", lambda self: seen.append(self.deepspeed))
-    parse("--deepspeed", deepspeed_config="zero2.json")
-    parse("--deepspeed", "mine.json", deepspeed_config="zero2.json")
-    parse(deepspeed_config="zero2.json")
-    assert seen == ["zero2.json", "mine.json", None]
+def test_deepspeed_alone_means_the_bundled_configuration():
+    parser = OptionsParser("train_llm.py", LlmOptions)
+    assert given_by(parser, ["--deepspeed"]) == ({"deepspeed": str(ZERO2_OFFLOAD)}, {})
+    assert given_by(parser, ["--deepspeed", "mine.json", "--bf16"])[0] == {"deepspeed": "mine.json", "bf16": True}
+    assert given_by(parser, []) == ({}, {})
+
+
+def test_options_that_no_table_has_are_passed_on_as_transformers_reads_them():
+    words = "--label_smoothing_factor 0.1 --lr 1e-3 --dataloader-drop-last --no_dataloader_pin_memory --bf16 False"
+    given, passed_on = given_by(OptionsParser("train_llm.py", LlmOptions), words.split())
+    assert given == {"learning_rate": [1e-3], "bf16": False}
+    assert passed_on == {
+        "label_smoothing_factor": 0.1, "dataloader_drop_last": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [LlmOptions, GlueOptions])
+def test_all_options_of_transformers_are_known_with_its_defaults(kind):
+    """With a new one it has to be said whether a resumed run may change it."""
+    theirs = {part.name: part for part in fields(TrainingArguments) if part.init}
+    table = {name for name, option in kind.table().items() if option.group == "training"}
+    passed_on = {*PASSED_ON["fixed"], *PASSED_ON["free"]}
+    assert table | passed_on == theirs.keys() and not table & passed_on
+    own = {"output_dir", "learning_rate", "num_train_epochs", "eval_strategy", "save_strategy", "save_total_limit"}
+    for name in table - own - {"logging_steps", "report_to"}:
+        assert kind.table()[name].default == theirs[name].default, name
+
+
+def test_nothing_heavy_is_imported_before_the_options_make_sense():
+    code = (
+        "import sys\n"
+        "sys.path.insert(0, {root!r})\n"
+        "import {script}\n"
+        "try:\n"
+        "    print({script}.main({words!r}))\n"
+        "except SystemExit as end:\n"
+        "    print(end.code)\n"
+        "print({{'torch', 'transformers', 'datasets', 'peft'}} & {{*sys.modules}})"
+    )
+    for script in ("train_llm", "train_glue"):
+        for words, status in ((["--help"], 0), (["--lora_rank", "4"], 2), (["--model", "/no/such"], 2)):
+            text = code.format(root=str(Path(train_llm.__file__).parent), script=script, words=words)
+            done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=LIMIT)
+            assert done.stdout.splitlines()[-2:] == [str(status), "set()"], (script, words, done.stdout, done.stderr)
 
 
 @pytest.mark.parametrize(
     ("bad", "word"),
     [
-        (["--lora_r", "0"], "--lora_r 0"),
+        (["--lora_r", "0"], "--lora_r 0: is not"),
+        (["--lora_r", "-3"], "--lora_r -3: is not"),
+        (["--lora_alpha", "nan"], "--lora_alpha nan: is not"),
+        (["--lora_alpha", "0.0"], "--lora_alpha 0.0: is not"),
+        (["--lora_dropout", "1.0"], "--lora_dropout 1.0: is not"),
+        (["--pre_num", "-2"], "--pre_num -2: is not"),
+        (["--calibration_examples", "-1"], "--calibration_examples -1: is not"),
         (["--lora_r", "1.5"], "--lora_r"),
         (["--method", "nothing"], "--method"),
         (["--rank", "4"], "--rank"),
-        (["--weight_decay", "-1"], "--weight_decay -1"),
-        (["--max_grad_norm", "nan"], "--max_grad_norm nan"),
-        (["--num_train_epochs", "0"], "--num_train_epochs 0"),
-        (["--save_total_limit", "0"], "--save_total_limit 0"),
-        (["--eval_steps", "-1"], "--eval_steps -1"),
+        (["--weight_decay", "-1"], "--weight_decay -1: is not"),
+        (["--max_grad_norm", "nan"], "--max_grad_norm nan: is not"),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0: is not"),
+        (["--save_total_limit", "0"], "--save_total_limit 0: is not"),
+        (["--eval_steps", "-1"], "--eval_steps -1: is not"),
         (["--eval_delay", "nan"], "--eval_delay nan"),
         (["--eval_accumulation_steps", "0"], "--eval_accumulation_steps 0"),
-        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers -1"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers -1: is not"),
         (["--data_seed", "99999999999999999999"], "--data_seed 99999999999999999999"),
         (["--neftune_noise_alpha", "inf"], "--neftune_noise_alpha inf"),
         (["--data_dir", ""], "--data_dir: is empty"),
@@ -181,14 +216,14 @@ def test_deepspeed_alone_means_the_bundled_configuration(monkeypatch):
         (["--resume_from_checkpoint", ""], "--resume_from_checkpoint: is empty"),
         (["--target_modules", "q_proj", ""], "--target_modules: is empty"),
         (["--output_dir", os.fsdecode(b"caf\xe9")], "--output_dir caf\\udce9: is not UTF-8"),
-        (["--adam_beta2", "1"], "--adam_beta2 1"),
+        (["--adam_beta2", "1"], "--adam_beta2 1: is not"),
         (["--label_smoothing_factor", "1"], "--label_smoothing_factor 1"),
         (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
         (["--lr_scheduler_kwargs", "{foo"], "--lr_scheduler_kwargs {foo: "),
         (["--accelerator_config", '{"foo": 1}'], '--accelerator_config {"foo": 1}: '),
         (["--bf16_full_eval"], "--bf16_full_eval"),
         (["--fp16_full_eval"], "--fp16_full_eval"),
-        (["--load_best_model_at_end"], "load_best_model_at_end"),
+        (["--load_best_model_at_end", "--eval_strategy", "no"], "load_best_model_at_end"),
     ],
 )
 def test_a_bad_flag_is_one_line_and_status_2(capsys, bad, word):
@@ -202,15 +237,24 @@ def test_a_bad_flag_is_one_line_and_status_2(capsys, bad, word):
     assert word in output.err
 
 
-@pytest.mark.parametrize(("module", "script"), [(glue_arguments, train_glue), (llm_arguments, train_llm)])
-def test_help_keeps_the_examples_and_names_each_default_once(capsys, module, script):
+@pytest.mark.parametrize(("kind", "script"), [(GlueOptions, train_glue), (LlmOptions, train_llm)])
+def test_help_keeps_the_examples_and_names_each_default_once(capsys, kind, script):
     with pytest.raises(SystemExit) as end:
-        module.read(["--help"], script.__doc__)
+        read(kind, "script.py", ["--help-all"], script.__doc__)
     text = capsys.readouterr().out
-    assert end.value.code == 0 and text.startswith(script.__doc__)
+    assert end.value.code == 0 and script.__doc__.strip() in text
     flat = " ".join(text.split())
-    assert "one; default 1 --version" in flat and "--seed SEED [SEED ...]" in flat and "(default: 42)" in flat
+    assert "on one each (default: 1)" in flat and "--seed SEED [SEED ...]" in flat and "(default: 42)" in flat
     assert "(default: None)" not in flat and "(default: False)" not in flat
+
+
+def test_several_values_make_an_experiment():
+    grid = read(LlmOptions, "x", ["--method", "lora", "reslora", "--lora_r", "2", "4", "--lr", "1e-3"])
+    assert isinstance(grid, Grid) and dict(grid.varied) == {"rank": [2, 4]} and grid.methods == ["lora", "reslora"]
+    assert isinstance(read(LlmOptions, "x", ["--method", "lora", "reslora"]), Grid)
+    assert isinstance(read(LlmOptions, "x", ["--method", "lora"]), LlmOptions)
+    with pytest.raises(InvalidArgument, match=r"^--lora_r 4 4: the same one twice"):
+        read(LlmOptions, "x", ["--lora_r", "4", "4"])
 
 
 @pytest.mark.parametrize("value", [0, 1.0, True, "3", None])
@@ -229,7 +273,9 @@ def test_numbers_are_finite_and_within_their_bounds(value):
         check_number("rate", 0, 0, exclusive=True)
 
 
-def test_settings_hold_every_flag_but_no_secret(tmp_path):
-    flags = settings(MethodArguments(), AdapterTrainingArguments(output_dir=str(tmp_path), hub_token="secret"))
-    assert flags["lora_r"] == 4 and flags["learning_rate"] == 5e-5 and flags["output_dir"] == str(tmp_path)
-    assert "secret" not in json.dumps(flags)
+def test_settings_hold_every_option_but_no_secret(tmp_path):
+    options = resolve(GlueOptions, {"output_dir": str(tmp_path), "hub_token": "secret", "token": "secret"})
+    settings = arguments_of(options).settings
+    assert settings["lora_r"] == 4 and settings["learning_rate"] == 3e-3 and settings["output_dir"] == str(tmp_path)
+    assert settings["method"] == "reslora" and settings["calibration_examples"] == 256
+    assert "secret" not in json.dumps(settings) and "select_split" not in settings

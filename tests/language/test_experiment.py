@@ -13,21 +13,24 @@ from launching import forked
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
+import train_glue
+import train_llm
 from reslora.common.assets import ASSETS
 from reslora.common.errors import InvalidArgument, Stopped
 from reslora.common.folder import locked
 from reslora.common.script import run_script
 from reslora.common.signals import StopRequest
 from reslora.experiment.arms import Arm, labels_of, place_of
-from reslora.experiment.arms import flags_of as flags_of_arm
+from reslora.experiment.arms import options_of as options_of_arm
 from reslora.experiment.course import Course
-from reslora.language import experiment, glue, glue_arguments, llm, llm_arguments
-from reslora.language.arguments import ExperimentArguments
-from reslora.language.experiment import flags_of, values_of
+from reslora.language import experiment, glue, llm
+from reslora.language.arguments import read
+from reslora.language.experiment import options_of
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import Encoder
 from reslora.language.parts import Parts, parts_of
 from reslora.language.trainer import AdapterTrainer
+from reslora.options.texts import ExperimentOptions, GlueOptions, LlmOptions, LlmTrainingOptions
 
 from .helpers import SCRIPT, write_rows
 from .test_glue import make_rows, write_model
@@ -54,7 +57,10 @@ def common(tmp_path_factory) -> list[str]:
 
 
 def run(*flags) -> int:
-    return run_script(llm_arguments.PROG, llm.main, list(map(str, flags)))
+    try:
+        return run_script("train_llm.py", train_llm.start, list(map(str, flags)))
+    except SystemExit as end:  # argparse's own
+        return end.code
 
 
 def record(output: Path) -> dict:
@@ -314,7 +320,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
         (("--load_best_model_at_end",), "this is an experiment"),
         (("--save_only_model",), "--save_only_model: this is an experiment"),
         (("--extend_rates", "--learning_rate", "1e-3"), "one rate says no next one"),
-        (("--extend_rates", "--learning_rate", "0", "1e-3"), "--learning_rate 0.0: out of range"),
+        (("--extend_rates", "--learning_rate", "0", "1e-3"), "--learning_rate 0: is not a finite number above 0"),
         (("--extend_rates", "--learning_rate", "1e-3", "1.001e-3"), "give rates further apart"),
         (("--seed", "3", "3"), "the same one twice"),
         (
@@ -386,13 +392,13 @@ def test_what_differs_is_named_before_when_losses_are_measured_which_follows(tmp
         experiment.take_folder(bench)
 
 
-@pytest.mark.parametrize("module", [llm, glue])
-def test_a_plain_run_refuses_other_examples_before_it_loads_the_model(tmp_path, capsys, monkeypatch, module):
+@pytest.mark.parametrize(("module", "script"), [(llm, train_llm), (glue, train_glue)])
+def test_a_plain_run_refuses_other_examples_before_it_loads_the_model(tmp_path, capsys, monkeypatch, module, script):
     monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("loaded"))
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "config.json").write_text('{"data": "others"}')
     resume = ["--resume_from_checkpoint", "checkpoint-1", "--output_dir", str(tmp_path), "--use_cpu"]
-    assert run_script("script", module.main, resume) == 2
+    assert run_script("script", script.start, resume) == 2
     assert f"{tmp_path} was trained on other examples than these" in capsys.readouterr().err
 
 
@@ -420,8 +426,8 @@ def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
     """Where a share decides: a file of the task and a limit take as many as they do."""
 
     def told(files, split=None, limit=None) -> list[str]:
-        parts = parts_of(files, str, ExperimentArguments(test_split=split)).limited(None, limit)
-        return experiment.Bench(None, None, {}, parts, 0, StopRequest()).too_few()
+        parts = parts_of(files, str, ExperimentOptions(test_split=split)).limited(None, limit)
+        return experiment.Bench(None, None, parts, 0, StopRequest()).too_few()
 
     texts = [one + other for one in "abcdef" for other in "ghijk"]
     (line,) = told({"train": texts}, 0.01)
@@ -431,21 +437,20 @@ def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
 
 
 def test_the_select_loss_is_measured_when_it_is_asked_for_or_ten_times():
-    assert experiment.looks({"eval_strategy": "no", "eval_steps": None}, 95)["eval_steps"] == 10
-    assert experiment.looks({"eval_strategy": "no", "eval_steps": 7}, 95)["eval_steps"] == 7
-    assert experiment.looks({"eval_strategy": "steps", "eval_steps": 7}, 95) == {}
+    def looks(strategy: str, every: float | None) -> dict:
+        return experiment.looks(LlmTrainingOptions(eval_strategy=strategy, eval_steps=every), 95)
+
+    assert looks("no", None)["eval_steps"] == 10 and looks("no", 7)["eval_steps"] == 7 and looks("steps", 7) == {}
 
 
-@pytest.mark.parametrize("arguments", [llm_arguments, glue_arguments])
-def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, arguments):
+@pytest.mark.parametrize("kind", [LlmOptions, GlueOptions])
+def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, kind):
     """transformers reads `~` where the shell has not, as in `--output_dir=~/out`."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    parser, values = arguments.read([*EXPERIMENT, "--output_dir=~/out", "--use_cpu"])
-    course = Course(flags_of(values), 0.0)
+    course = Course(read(kind, "x", [*EXPERIMENT, "--output_dir=~/out", "--use_cpu"]), 0.0)
     assert course.folder == tmp_path / "out"
     for arm in course.arms():
-        plain = arguments.settled(parser, values_of(arm, values, course))
-        assert plain.training.output_dir == str(course.folder_of(arm))
+        assert options_of(arm, course).training.output_dir == str(course.folder_of(arm))
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -460,18 +465,16 @@ def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
     monkeypatch.setattr(torch.compiler, "reset", lambda: heard.append("forgotten"))
     monkeypatch.setattr(llm.LlmStudy, "adapted", adapted)
     words = [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu", *["--torch_compile"] * compiled]
-    parser, values = llm_arguments.read(words)
-    course = Course(flags_of(values), 0.0)
-    bench = experiment.Bench(course, llm.LlmStudy(parser), values, None, 0, StopRequest())
+    course = Course(read(LlmOptions, "x", words), 0.0)
+    bench = experiment.Bench(course, llm.LlmStudy(), None, 0, StopRequest())
     with pytest.raises(Stopped):
         bench.train(course.arms()[0])
     assert heard == ["forgotten"] * compiled + ["trained"]
 
 
 def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
-    _, values = llm_arguments.read([*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu"])
-    stop = StopRequest()
-    bench = experiment.Bench(Course(flags_of(values), 0.0), None, values, None, 0, stop)
+    stop, grid = StopRequest(), read(LlmOptions, "x", [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu"])
+    bench = experiment.Bench(Course(grid, 0.0), None, None, 0, stop)
     bench.begins("testing (1 of 4)", ARM)
     stop.signal = signal.SIGTERM
     with pytest.raises(Stopped, match="the same command goes on"):
@@ -509,14 +512,15 @@ def test_numbers_of_blocks_that_mean_the_same_are_told_once(common, tmp_path, ca
 
 def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():
     words = "--method lora reslora ms_placebo --shortcut input block --pre_num 2 -1 --lora_r 2 4"
-    _, values = llm_arguments.read(words.split())
-    assert [label.name for label in labels_of(flags_of(values)) if label.rank == 4] == [
+    grid = read(LlmOptions, "x", words.split())
+    assert [label.name for label in labels_of(grid) if label.rank == 4] == [
         *("lora rank 4", "reslora input rank 4", "reslora block(2) rank 4", "reslora block(-1) rank 4"),
         *("ms_placebo middle(2) rank 4", "ms_placebo middle(-1) rank 4"),
     ]
-    assert values["lora_alpha"] is None
-    flags = flags_of(values)
-    found = {label.name: (place_of(label, ARM), flags_of_arm(flags, label, 1e-3, 0)) for label in labels_of(flags)}
+    assert grid.flat()["lora_alpha"] is None
+    found = {
+        label.name: (place_of(label, ARM), options_of_arm(grid, label, 1e-3, 0).adapter) for label in labels_of(grid)
+    }
     place, own = found["reslora block(-1) rank 4"]
     assert place == "block/pre_num--1/rank-4/lr-0.001/seed-0"
     assert (own.shortcut, own.pre_num, own.rank, own.lora_alpha) == ("block", -1, 4, 8)
@@ -529,9 +533,8 @@ def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():
 def test_what_an_experiment_goes_on_with_has_twice_the_rank_as_alpha(tmp_path, rank, alpha):
     """None stands for twice each of several ranks."""
     words = ["--seed", "0", "1", "--use_cpu", f"--output_dir={tmp_path}", "--lora_r", *rank]
-    parser, values = llm_arguments.read(words)
-    course = Course(flags_of(values), 0.0)
-    bench = experiment.Bench(course, llm.LlmStudy(parser), values, Parts([], [], [], 0, []), 0, StopRequest())
+    course = Course(read(LlmOptions, "x", words), 0.0)
+    bench = experiment.Bench(course, llm.LlmStudy(), Parts([], [], [], 0, []), 0, StopRequest())
     assert bench.identity["lora_alpha"] == alpha
     assert {bench.arguments_of(arm).method.lora_alpha for arm in course.arms()} == (
         {8, 32} if alpha is None else {alpha}
@@ -541,9 +544,9 @@ def test_what_an_experiment_goes_on_with_has_twice_the_rank_as_alpha(tmp_path, r
 @pytest.mark.parametrize("script", ["llm", "glue"])
 def test_limits_hold_for_what_is_cut_out_of_the_training_examples_too(tmp_path, script):
     """The only file beside them is what methods are compared by."""
-    module, study, flags, limit = {
-        "llm": (llm_arguments, llm.LlmStudy, "", "--max_test_samples"),
-        "glue": (glue_arguments, glue.GlueStudy, "--task_name rte", "--max_predict_samples"),
+    kind, study, flags, limit = {
+        "llm": (LlmOptions, llm.LlmStudy, "", "--max_test_samples"),
+        "glue": (GlueOptions, glue.GlueStudy, "--task_name rte", "--max_predict_samples"),
     }[script]
     rest = {"Question": "", "Equation": "1", "Answer": 1, "sentence2": "", "label": 0}
     rows = [{"Body": a + b, "sentence1": a + b} | rest for a in "abcdef" for b in "ghijkl"]
@@ -551,8 +554,8 @@ def test_limits_hold_for_what_is_cut_out_of_the_training_examples_too(tmp_path, 
 
     def parts(*limits):
         words = f"{flags} --data_dir {data} --output_dir {tmp_path / 'out'} --use_cpu".split()
-        parser, values = module.read([*words, *limits])
-        return study(parser).parts(module.settled(parser, values), ExperimentArguments(select_split=0.3))
+        arguments = study().arguments(read(kind, "x", [*words, *limits]))
+        return study().parts(arguments, ExperimentOptions(select_split=0.3))
 
     whole, fewer, tested = parts(), parts("--max_eval_samples", "2"), parts(limit, "2")
     assert len(whole.select) > 2 and len(whole.test) == 6
@@ -573,7 +576,7 @@ def test_glue_arms_equal_plain_runs_and_are_judged_by_its_metrics(tmp_path, caps
     words += " --eval_steps 2 --save_strategy no --use_cpu --report_to none --disable_tqdm true --lora_r 2"
 
     def trained(*more) -> int:
-        return run_script(glue_arguments.PROG, glue.main, [*words.split(), *map(str, more)])
+        return run_script("train_glue.py", train_glue.start, [*words.split(), *map(str, more)])
 
     rates, output = ("--method", "lora", "reslora", "--shortcut", "middle"), tmp_path / "out"
     assert trained(*rates, "--do_predict", "--output_dir", output) == 2

@@ -26,9 +26,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+import train_glue
+from language.helpers import run_glue
 from reslora.common.folder import locked
 from reslora.common.script import run_script
-from reslora.language import glue, glue_arguments
+from reslora.language import glue
 from reslora.language.glue_tasks import TASKS, scores
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,7 +192,7 @@ def test_both_parts_of_mnli_are_scored_each_by_itself():
 @pytest.mark.parametrize("task", list(TASKS))
 def test_every_task_trains_and_is_scored(task, roberta, tmp_path):
     data, output = write_data(tmp_path / "data", task), tmp_path / "run"
-    glue.main(flags(roberta, data, output, task, "--max_steps", "1", "--method", "lora"))
+    run_glue(flags(roberta, data, output, task, "--max_steps", "1", "--method", "lora"))
     expected = ["loss", *TASKS[task].metrics]
     expected += [f"{name}_mm" for name in expected] if task == "mnli" else []
     assert list(results_of(output)["table"]["unmerged"]) == expected
@@ -210,7 +212,7 @@ def test_every_task_trains_and_is_scored(task, roberta, tmp_path):
 )
 def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, tmp_path):
     model = request.getfixturevalue(architecture)
-    glue.main(flags(model, rte, tmp_path, "rte", "--shortcut", shortcut))
+    run_glue(flags(model, rte, tmp_path, "rte", "--shortcut", shortcut))
     results = results_of(tmp_path)
     assert list(results["table"]) == merges
     for name, row in results["table"].items():
@@ -228,7 +230,7 @@ def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, t
 
 def reached(model: Path, data: Path, output: Path) -> tuple:
     """Accuracy and loss on the ten validation examples of the adapter that was exported, by stock PEFT, one by one."""
-    arguments = glue_arguments.parse(flags(model, data, output))
+    arguments = glue.parse(flags(model, data, output))
     tokenizer, base, _ = glue.load_model(arguments)
     stock = PeftModel.from_pretrained(base, output / "peft").eval()
     losses, right = [], 0
@@ -244,7 +246,7 @@ def reached(model: Path, data: Path, output: Path) -> tuple:
 @pytest.mark.exhaustive
 def test_a_model_that_gives_hidden_states_too_is_scored_by_its_logits(rte, tmp_path):
     model = write_model(tmp_path / "bart", "bart")
-    glue.main(flags(model, rte, tmp_path / "run", "rte", "--max_steps", "1", "--eval_steps", "1"))
+    run_glue(flags(model, rte, tmp_path / "run", "rte", "--max_steps", "1", "--eval_steps", "1"))
     row = results_of(tmp_path / "run")["table"]["unmerged"]
     logged = [line for line in log_of(tmp_path / "run") if line["split"] == "validation"]
     assert [(line["accuracy"], line["loss"]) for line in logged] == [(row["accuracy"], pytest.approx(row["loss"]))]
@@ -254,7 +256,7 @@ def test_a_model_that_gives_hidden_states_too_is_scored_by_its_logits(rte, tmp_p
     "method", quick(["lora", "lora_x2", "reslora", "adalora", "loha", "lokr", "lora_matched"], "reslora")
 )
 def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
-    glue.main(flags(roberta, rte, tmp_path, "rte", "--method", method, "--merge_and_save"))
+    run_glue(flags(roberta, rte, tmp_path, "rte", "--method", method, "--merge_and_save"))
     tokens = {"input_ids": torch.tensor([[0, 5, 6, 7, 2, 2, 8, 9, 2]])}
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").double().eval()
     base = AutoModelForSequenceClassification.from_pretrained(roberta)
@@ -272,7 +274,7 @@ def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
 @pytest.mark.exhaustive
 def test_the_exported_adapter_gives_the_reported_metrics(roberta, rte, tmp_path):
     """The row of the merge that was exported is what stock PEFT reaches."""
-    glue.main(flags(roberta, rte, tmp_path, "rte", "--shortcut", "middle", "--merge", "weights"))
+    run_glue(flags(roberta, rte, tmp_path, "rte", "--shortcut", "middle", "--merge", "weights"))
     results = results_of(tmp_path)
     row = results["table"]["weights"]
     assert results["merge"] == "weights"
@@ -282,7 +284,7 @@ def test_the_exported_adapter_gives_the_reported_metrics(roberta, rte, tmp_path)
 @pytest.mark.exhaustive
 def test_regression_is_trained_by_squared_error(roberta, tmp_path):
     data = write_data(tmp_path / "data", "stsb")
-    glue.main(flags(roberta, data, tmp_path / "run", "stsb", "--merge_and_save"))
+    run_glue(flags(roberta, data, tmp_path / "run", "stsb", "--merge_and_save"))
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "merged")
     assert merged.config.problem_type == "regression" and merged.config.num_labels == 1
 
@@ -295,7 +297,7 @@ def test_it_learns(tmp_path):
     write_rows(tmp_path / "data" / "train.jsonl", rows)
     write_rows(tmp_path / "data" / "validation.jsonl", rows)
     more = ("--max_steps", "60", "--per_device_train_batch_size", "16", "--save_strategy", "no", "--shortcut", "block")
-    glue.main(flags(model, tmp_path / "data", tmp_path / "run", "sst2", *more))
+    run_glue(flags(model, tmp_path / "data", tmp_path / "run", "sst2", *more))
     share = np.mean([row["label"] for row in rows])
     assert results_of(tmp_path / "run")["table"]["exact"]["accuracy"] > max(share, 1 - share) + 0.1
 
@@ -304,7 +306,7 @@ def test_it_learns(tmp_path):
 def test_without_a_model_the_bundled_one_is_trained(tmp_path, capsys):
     more = ("--max_steps", "40", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True")
     more += ("--calibration_examples", "16", "--eval_strategy", "no", "--use_cpu")
-    glue.main(["--output_dir", str(tmp_path), *more])
+    run_glue(["--output_dir", str(tmp_path), *more])
     results, shown = results_of(tmp_path), capsys.readouterr().out
     assert results["task"] == "cola" and results["table"]["lstsq"]["matthews"] > 0.4
     assert "results.json" in shown and "--model_name_or_path FacebookAI/roberta-large" in shown
@@ -319,7 +321,7 @@ def test_predictions_for_a_test_split(roberta, tmp_path, capsys):
     write_rows(data / "test_matched.jsonl", make_rows("mnli", 5, labelled=False))
     unlabelled = [{k: v for k, v in row.items() if k != "label"} for row in make_rows("mnli", 3)]
     write_rows(data / "test_mismatched.jsonl", unlabelled)
-    glue.main(flags(roberta, data, tmp_path / "run", "mnli", "--max_steps", "1"))
+    run_glue(flags(roberta, data, tmp_path / "run", "mnli", "--max_steps", "1"))
     for name, count in (("matched", 5), ("mismatched", 3)):
         lines = (tmp_path / "run" / f"predict_results_mnli_{name}.txt").read_text().splitlines()
         assert len(lines) == count + 1
@@ -341,7 +343,7 @@ def test_predictions_for_a_test_split(roberta, tmp_path, capsys):
     ],
 )
 def test_predictions_are_in_the_order_of_the_examples_numbered_from_zero(roberta, tmp_path, task, outputs, rows):
-    arguments = glue_arguments.parse(flags(roberta, tmp_path, tmp_path, task))
+    arguments = glue.parse(flags(roberta, tmp_path, tmp_path, task))
     found = SimpleNamespace(predictions=np.array(outputs))
     trainer = SimpleNamespace(predict=lambda inputs: found, is_world_process_zero=lambda: True)
     examples = Dataset.from_list([{"input_ids": [0]}] * len(rows))
@@ -354,7 +356,7 @@ def test_a_dropped_last_batch_is_one_of_training_alone(roberta, tmp_path):
     """In an evaluation it would be whole examples that are neither counted nor predicted."""
     data, more = write_data(tmp_path / "data", "rte", validation=3), ("--dataloader_drop_last", "True")
     write_rows(data / "test.jsonl", make_rows("rte", 11))
-    glue.main(flags(roberta, data, tmp_path / "run", "rte", "--max_steps", "1", "--method", "lora", *more))
+    run_glue(flags(roberta, data, tmp_path / "run", "rte", "--max_steps", "1", "--method", "lora", *more))
     assert len((tmp_path / "run" / "predict_results_rte.txt").read_text().splitlines()) == 12
 
 
@@ -371,7 +373,7 @@ def test_texts_may_hold_line_separators(roberta, tmp_path):
     text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(text + "\n", encoding="utf-8")
-    splits = glue.read_splits(glue_arguments.parse(flags(roberta, tmp_path, tmp_path / "run")))
+    splits = glue.read_splits(glue.parse(flags(roberta, tmp_path, tmp_path / "run")))
     assert splits["train"]["sentence1"] == ["good\u2028film\x85"] * 4
 
 
@@ -379,7 +381,7 @@ def test_texts_may_hold_line_separators(roberta, tmp_path):
 def test_a_labelled_test_split_is_scored(roberta, tmp_path):
     data = write_data(tmp_path / "data", "mrpc")
     write_rows(data / "test.jsonl", make_rows("mrpc", 6, seed=5))
-    glue.main(flags(roberta, data, tmp_path / "run", "mrpc", "--max_steps", "1"))
+    run_glue(flags(roberta, data, tmp_path / "run", "mrpc", "--max_steps", "1"))
     assert list(results_of(tmp_path / "run")["test"]) == ["loss", "f1", "accuracy"]
 
 
@@ -388,7 +390,7 @@ def test_samples_and_lengths_are_cut(roberta, tmp_path):
     write_rows(data / "test.jsonl", make_rows("rte", 7))
     more = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_predict_samples", "5")
     more += ("--max_seq_length", "12", "--pad_to_max_length")
-    arguments = glue_arguments.parse(flags(roberta, data, tmp_path, "rte", *more))
+    arguments = glue.parse(flags(roberta, data, tmp_path, "rte", *more))
     splits = glue.read_splits(arguments)
     assert {name: len(columns["label"]) for name, columns in splits.items()} == {"train": 8, "validation": 3, "test": 5}
     tokenizer, _, _ = glue.load_model(arguments)
@@ -408,7 +410,7 @@ def test_a_data_set_folder_is_read_like_the_hubs(roberta, tmp_path):
     more = ("--dataset_name", str(tmp_path / "data"), "--dataset_config_name", "default", "--max_steps", "1")
     argv = [word for word in flags(roberta, tmp_path, tmp_path / "run", "rte", *more)]
     at = argv.index("--data_dir")
-    glue.main(argv[:at] + argv[at + 2 :])
+    run_glue(argv[:at] + argv[at + 2 :])
     assert results_of(tmp_path / "run")["train_examples"] == 24
 
 
@@ -416,7 +418,7 @@ def test_a_data_set_folder_is_read_like_the_hubs(roberta, tmp_path):
 
 
 def test_log_and_configuration(roberta, rte, tmp_path):
-    glue.main(flags(roberta, rte, tmp_path, "rte", "--eval_strategy", "steps", "--eval_steps", "2"))
+    run_glue(flags(roberta, rte, tmp_path, "rte", "--eval_strategy", "steps", "--eval_steps", "2"))
     rows = log_of(tmp_path)
     assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if row["split"] == "validation"] == [2, 4]
@@ -432,11 +434,11 @@ def test_log_and_configuration(roberta, rte, tmp_path):
 @pytest.mark.parametrize("method", ["reslora", "adalora"])
 def test_a_resumed_run_equals_an_uninterrupted_one(method, roberta, rte, tmp_path):
     more = ("--save_strategy", "steps", "--save_steps", "2", "--method", method, "--lora_dropout", "0.1")
-    glue.main(flags(roberta, rte, tmp_path / "whole", "rte", *more))
+    run_glue(flags(roberta, rte, tmp_path / "whole", "rte", *more))
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     for name in ("results.json", "checkpoint-4/trainer_state.json"):
         (tmp_path / "broken" / name).unlink()  # as if killed while the last checkpoint was written
-    glue.main(flags(roberta, rte, tmp_path / "broken", "rte", *more, "--resume_from_checkpoint", "latest"))
+    run_glue(flags(roberta, rte, tmp_path / "broken", "rte", *more, "--resume_from_checkpoint", "latest"))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     weights = "peft/adapter_model.safetensors"
     assert (whole / weights).read_bytes() == (broken / weights).read_bytes()
@@ -449,7 +451,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(method, roberta, rte, tmp_pat
 def test_accumulated_batches_equal_one(roberta, rte, tmp_path):
     for name, size, accumulated in (("one", "8", "1"), ("two", "4", "2")):
         batch = ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulated)
-        glue.main(flags(roberta, rte, tmp_path / name, "rte", *batch, "--shortcut", "middle"))
+        run_glue(flags(roberta, rte, tmp_path / name, "rte", *batch, "--shortcut", "middle"))
     for kind in ("loss", "grad_norm"):
         one, two = ([row[kind] for row in log_of(tmp_path / name) if kind in row] for name in ("one", "two"))
         assert one == pytest.approx(two, rel=1e-4)
@@ -463,7 +465,7 @@ def test_two_processes_agree_with_one(roberta, rte, tmp_path):
     """
     two = flags(roberta, rte, tmp_path / "two", "rte", "--per_device_train_batch_size", "2", "--shortcut", "middle")
     forked(ROOT / "train_glue.py", *two, "--per_device_eval_batch_size", "3", folder=tmp_path)
-    glue.main(flags(roberta, rte, tmp_path / "one", "rte", "--shortcut", "middle"))
+    run_glue(flags(roberta, rte, tmp_path / "one", "rte", "--shortcut", "middle"))
     one, both = results_of(tmp_path / "one"), results_of(tmp_path / "two")
     assert list(both["table"]) == list(one["table"])
     for name in ("unmerged", "none", "weights", "lstsq"):  # the norms for `input` are those of rank 0's half
@@ -482,7 +484,7 @@ def refused(capfd, argv: list[str], *words: str) -> None:
     """The script's own error: status 2, one line on stderr that has the words."""
     capfd.readouterr()
     try:
-        status = run_script(glue_arguments.PROG, glue.main, argv)
+        status = run_script("train_glue.py", train_glue.start, argv)
     except SystemExit as exit:
         status = exit.code
     line = capfd.readouterr().err
@@ -565,7 +567,7 @@ def test_a_data_set_that_is_not_there(capfd, roberta, tmp_path):
 def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
     with locked(tmp_path):
         refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "is training in it")
-    glue.main(flags(roberta, rte, tmp_path, "rte", "--max_steps", "1", "--method", "lora"))
+    run_glue(flags(roberta, rte, tmp_path, "rte", "--max_steps", "1", "--method", "lora"))
     refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "holds")
     more = ("--resume_from_checkpoint", "latest", "--method", "loha")
     refused(capfd, flags(roberta, rte, tmp_path, "rte", *more), "--method loha", "lora")
@@ -573,7 +575,7 @@ def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
 
 def test_inputs_are_no_longer_than_the_model_takes(roberta, rte, tmp_path):
     model = write_model(tmp_path / "model", max_position_embeddings=12)
-    arguments = glue_arguments.parse(flags(model, rte, tmp_path / "run", "rte", "--max_seq_length", "500"))
+    arguments = glue.parse(flags(model, rte, tmp_path / "run", "rte", "--max_seq_length", "500"))
     tokenizer, loaded, _ = glue.load_model(arguments)
     encoded = glue.encode(arguments, tokenizer, glue.read_splits(arguments)["train"])
     assert max(len(row["input_ids"]) for row in encoded) == 10
@@ -588,5 +590,5 @@ def test_a_tokenizer_of_another_model(capfd, roberta, rte, tmp_path):
 def test_a_head_of_another_size_needs_a_flag(capfd, rte, tmp_path):
     model = write_model(tmp_path / "model", num_labels=3)
     refused(capfd, flags(model, rte, tmp_path / "run"), "--ignore_mismatched_sizes")
-    glue.main(flags(model, rte, tmp_path / "run", "rte", "--ignore_mismatched_sizes", "--max_steps", "1"))
+    run_glue(flags(model, rte, tmp_path / "run", "rte", "--ignore_mismatched_sizes", "--max_steps", "1"))
     assert "unmerged" in results_of(tmp_path / "run")["table"]

@@ -11,11 +11,11 @@ import pytest
 from launching import FOLDER, configurations, forked, launch, start, told_by
 from waiting import ended, wait_until
 
+from language.helpers import run_glue, run_llm
 from reslora.common.errors import InvalidArgument, Stopped
 from reslora.common.signals import StopRequest
-from reslora.language import glue, llm
-from reslora.language.arguments import AdapterTrainingArguments
 from reslora.language.checkpoints import checkpoints_of, damage
+from reslora.language.training_arguments import AdapterTrainingArguments
 
 from .helpers import SCRIPT, VALIDATED, build, flags, losses, trainer_for
 
@@ -82,7 +82,7 @@ def running(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("more", [(), ("--seed", "0", "1")], ids=["run", "experiment"])
-@pytest.mark.parametrize(("main", "task"), [(llm.main, ()), (glue.main, ("--task_name", "rte"))], ids=["llm", "glue"])
+@pytest.mark.parametrize(("main", "task"), [(run_llm, ()), (run_glue, ("--task_name", "rte"))], ids=["llm", "glue"])
 def test_who_is_asked_to_stop_while_libraries_load_waits_for_no_other_process(main, task, more, tmp_path, monkeypatch):
     def met(self):
         raise AssertionError("the others may never come")

@@ -11,19 +11,23 @@ from peft import PeftModel
 from suites import quick
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train_llm
+from language.helpers import parsed
 from reslora.common.errors import InvalidArgument
 from reslora.common.folder import locked
 from reslora.common.script import run_script
-from reslora.language import llm, llm_arguments, llm_trainer
+from reslora.language import arguments as text_arguments
+from reslora.language import llm, llm_trainer
 from reslora.language.llm_tasks import TASKS, Example, examples_of
 from reslora.language.llm_trainer import Encoder
 from reslora.language.trainer import AdapterTrainer
+from reslora.options.texts import ZERO2_OFFLOAD
 
 from .helpers import bytes_tokenizer, flags, row, write_rows
 
 
 def run(argv: list[str]) -> int:
-    return run_script(llm_arguments.PROG, llm.main, argv)
+    return run_script("train_llm.py", train_llm.start, argv)
 
 
 def test_memory_that_runs_out_leaves_the_checkpoints_and_says_which(tiny, data, tmp_path, capsys, monkeypatch):
@@ -133,14 +137,14 @@ def test_metamathqa_is_tested_on_gsm8k_and_draws_its_examples(tiny, tmp_path):
     common = ["--task", "metamathqa", "--max_train_samples", 5]
 
     def load(*more):
-        arguments, _, training = llm_arguments.parse(flags(tiny, data, tmp_path, *common, *more))
+        arguments, _, training = parsed(flags(tiny, data, tmp_path, *common, *more))
         return llm.load_examples(arguments, training)
 
     examples = load()
     assert examples["test"] == [Example("1 + 1?", "Add.", "2")] and not examples["validation"]
     assert len(examples["train"]) == 5 == len(set(examples["train"]))
     assert examples["train"] == load()["train"] != load("--seed", 1)["train"]
-    arguments, _, _ = llm_arguments.parse(flags(tiny, data, tmp_path, "--task", "metamathqa"))
+    arguments, _, _ = parsed(flags(tiny, data, tmp_path, "--task", "metamathqa"))
     assert arguments.max_train_samples == 40_000
 
 
@@ -154,7 +158,7 @@ def test_a_checkpoint_is_never_chosen_by_what_it_is_tested_on(tiny, tmp_path, ca
     data = write_rows(tmp_path / "data", train=numbered(50), **{split: numbered(10, 50) for split in splits})
 
     def load(*more):
-        arguments, _, training = llm_arguments.parse(flags(tiny, data, tmp_path, "--eval_strategy", "steps", *more))
+        arguments, _, training = parsed(flags(tiny, data, tmp_path, "--eval_strategy", "steps", *more))
         return llm.load_examples(arguments, training)
 
     found = load()
@@ -173,7 +177,7 @@ def test_a_checkpoint_is_never_chosen_by_what_it_is_tested_on(tiny, tmp_path, ca
 
 
 def test_validation_examples_of_their_own_are_taken(tiny, data, tmp_path, capsys):
-    arguments, _, training = llm_arguments.parse(flags(tiny, data, tmp_path, "--eval_strategy", "steps"))
+    arguments, _, training = parsed(flags(tiny, data, tmp_path, "--eval_strategy", "steps"))
     found = llm.load_examples(arguments, training)
     assert [len(found[split]) for split in ("train", "validation", "test")] == [32, 4, 6]
     assert "held out" not in capsys.readouterr().out
@@ -182,7 +186,7 @@ def test_validation_examples_of_their_own_are_taken(tiny, data, tmp_path, capsys
 def test_hellaswags_test_file_without_labels_counts_as_none(tiny, tmp_path, capsys):
     """The hub's has none: what is trained is tested on the validation examples."""
     data = write_rows(tmp_path / "data", train=[swag("0")], validation=[swag("1")], test=[swag("")] * 2)
-    arguments, _, training = llm_arguments.parse(flags(tiny, data, tmp_path, "--task", "hellaswag"))
+    arguments, _, training = parsed(flags(tiny, data, tmp_path, "--task", "hellaswag"))
     found = llm.load_examples(arguments, training)
     assert [example.gold for example in found["test"]] == ["1"]
     assert capsys.readouterr().out.startswith(f"{data / 'test.jsonl'}: all its labels are empty")
@@ -201,7 +205,7 @@ def test_the_best_checkpoint_is_chosen_on_held_out_training_examples(tiny, tmp_p
     data = write_rows(tmp_path / "data", train=numbered(30), test=numbered(6, 30))
     more = ["--eval_strategy", "steps", "--eval_steps", 2, "--load_best_model_at_end", "--method", "lora"]
     assert run(flags(tiny, data, tmp_path / "run", *more)) == 0
-    arguments, _, training = llm_arguments.parse(flags(tiny, data, tmp_path / "other", *more))
+    arguments, _, training = parsed(flags(tiny, data, tmp_path / "other", *more))
     encoder = Encoder(AutoTokenizer.from_pretrained(tiny))
     held_out = llm.load_examples(arguments, training)["validation"]
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "run" / "peft").eval()
@@ -211,7 +215,7 @@ def test_the_best_checkpoint_is_chosen_on_held_out_training_examples(tiny, tmp_p
 
 
 def test_the_bundled_deepspeed_configuration_is_zero_2_with_offloading():
-    configuration = HfDeepSpeedConfig(str(llm_arguments.ZERO2_OFFLOAD))
+    configuration = HfDeepSpeedConfig(str(ZERO2_OFFLOAD))
     assert configuration._stage == 2 and configuration.is_offload()
     assert configuration.get_value("zero_optimization.offload_optimizer.device") == "cpu"
     assert configuration.get_value("zero_force_ds_cpu_optimizer") is False  # the optimizer is the trainer's
@@ -273,7 +277,7 @@ BAD_FLAGS = [
 def test_a_bad_flag_is_one_line_and_status_2(tiny, data, tmp_path, capsys, monkeypatch, bad, words):
     missing = {"deepspeed", "bitsandbytes", "liger_kernel"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    find_spec = llm_arguments.importlib.util.find_spec
+    find_spec = text_arguments.importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *more: None if name in missing else find_spec(name, *more)
     )
@@ -350,7 +354,7 @@ def test_another_task_is_not_read_from_the_bundled_examples(tiny, tmp_path, caps
     words = ["--task gsm8k: the bundled examples are svamp's", "--data_dir DIR", "--model_name_or_path MODEL"]
     one_line(command, capsys, words)
     for named in (["--data_dir", str(tmp_path)], ["--model_name_or_path", str(tiny)]):
-        assert llm_arguments.parse([*command, *named]).task.task == "gsm8k"
+        assert parsed([*command, *named])[0].task == "gsm8k"
 
 
 @pytest.mark.parametrize(
@@ -411,7 +415,7 @@ def test_separators_inside_a_row_do_not_end_its_line(tiny, tmp_path):
     data = write_rows(tmp_path / "data", train=[row(0)], test=[row(0)])
     odd = json.dumps({**row(0), "Body": "One\u2028two\u0085three"}, ensure_ascii=False)
     (data / "train.jsonl").write_text(f"\n{odd}\r\n", encoding="utf-8", newline="")
-    arguments, _, training = llm_arguments.parse(flags(tiny, data, tmp_path))
+    arguments, _, training = parsed(flags(tiny, data, tmp_path))
     assert llm.load_examples(arguments, training)["train"][0].prompt.startswith("One\u2028two\u0085three")
 
 
@@ -443,7 +447,7 @@ def test_rows_from_the_hub_are_read_split_by_split(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     argv = flags(tiny, tmp_path, tmp_path / "run", "--task", "hellaswag")
     at = argv.index("--data_dir")
-    arguments, _, training = llm_arguments.parse(argv[:at] + argv[at + 2 :])
+    arguments, _, training = parsed(argv[:at] + argv[at + 2 :])
     examples = llm.load_examples(arguments, training)
     assert asked == [("Rowan/hellaswag", "train"), ("Rowan/hellaswag", "validation")]
     assert len(examples["test"]) == 1 and not examples["validation"]
@@ -462,7 +466,7 @@ def test_a_model_that_is_no_causal_one_is_refused(tiny, data, tmp_path, capsys):
 def test_a_four_bit_model_cannot_be_written_merged(tiny, data, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: object())
     with pytest.raises(InvalidArgument, match="--merge_and_save"):
-        llm_arguments.parse(flags(tiny, data, tmp_path, "--load_in_4bit", "--merge_and_save"))
+        parsed(flags(tiny, data, tmp_path, "--load_in_4bit", "--merge_and_save"))
 
 
 def test_a_loss_that_is_no_number_is_one_line_and_status_1(tiny, data, tmp_path, capsys):

@@ -7,11 +7,13 @@ import torch
 from conftest import tiny_llama
 from tokenizers import processors
 
-from reslora.language import llm, llm_arguments, llm_trainer
-from reslora.language.arguments import MethodArguments
+from language.helpers import adapter_of
+from reslora.language import llm, llm_trainer
+from reslora.language.arguments import read
 from reslora.language.llm_tasks import Example
 from reslora.language.llm_trainer import Encoder, calibration_batches, count_right, example_losses, generate
 from reslora.language.trainer import attach
+from reslora.options.texts import LlmOptions
 
 from .helpers import bytes_tokenizer, flags
 
@@ -65,7 +67,7 @@ def test_generation_with_cache_equals_the_arg_max_of_whole_forwards(method, shor
     torch.manual_seed(0)
     base = tiny_llama(layers=4, vocab_size=257, max_position_embeddings=128, pad_token_id=None, bos_token_id=None)
     base.generation_config.repetition_penalty = 1.5  # as chat models ship it; the answers must not depend on it
-    model = attach(base, MethodArguments(method=method, shortcut=shortcut), 10).eval()
+    model = attach(base, adapter_of(method=method, shortcut=shortcut), 10).eval()
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
             parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.3)
@@ -99,7 +101,7 @@ def test_right_answers_are_counted_by_hand(tiny, data, tmp_path, monkeypatch):
     said = ["It is 1 + 1. The answer is 02.0.", "3", "The answer is 3. The answer is 4.", "The answer is -5.", ""]
     assert count_right(said, [Example("", "", gold) for gold in ("2", "3", "4", "-5", "2")]) == 3
     assert count_right(said, [Example("", "", gold) for gold in ("3", "3", "3", "5", "")]) == 0
-    trainer, _ = llm.build_trainer(*llm_arguments.parse(flags(tiny, data, tmp_path, "--method", "lora")))
+    trainer, _ = llm.build_trainer(read(LlmOptions, "x", flags(tiny, data, tmp_path, "--method", "lora")))
     trainer.examples["test"] = SUMS
     monkeypatch.setattr(llm_trainer, "generate", answers)
     assert trainer.figures("test")["accuracy"] == 3 / 5
@@ -111,11 +113,10 @@ def test_losses_of_an_experiment_are_in_the_order_of_its_examples(monkeypatch, s
     asked = []
     monkeypatch.setattr(llm, "generate", answers)
     monkeypatch.setattr(llm, "example_losses", lambda model, encoder, batch: [float(each.gold) for each in batch])
-    study, (first, *rest) = llm.LlmStudy(None), SUMS
+    study, (first, *rest) = llm.LlmStudy(), SUMS
     study.data = llm.Data(Encoder(bytes_tokenizer()), {"test": [*reversed(rest), first]}, [])
-    arguments = SimpleNamespace(
-        training=SimpleNamespace(per_device_eval_batch_size=size), task=SimpleNamespace(max_new_tokens=8)
-    )
+    options = LlmOptions.of(max_new_tokens=8)
+    arguments = SimpleNamespace(training=SimpleNamespace(per_device_eval_batch_size=size), options=options)
     losses, figures = study.measured(arguments, None, lambda: asked.append(1))
     assert losses == [5, 4, 3, 2, 1] and figures == {"accuracy": 3 / 5} and len(asked) == -(-5 // size)
 
@@ -132,7 +133,7 @@ def test_the_loss_of_an_example_is_the_mean_over_its_answer_whatever_is_beside_i
 
 def test_a_schedule_free_optimizer_is_measured_by_its_average(tiny, data, tmp_path):
     more = ["--method", "lora", "--optim", "schedule_free_adamw"]
-    trainer, _ = llm.build_trainer(*llm_arguments.parse(flags(tiny, data, tmp_path, *more)))
+    trainer, _ = llm.build_trainer(read(LlmOptions, "x", flags(tiny, data, tmp_path, *more)))
     trainer.train()
     trainer.optimizer.train()
     rows = [trainer.encoder(example) for example in trainer.examples["test"]]

@@ -5,14 +5,14 @@ import random
 import pytest
 
 from reslora.common.errors import InvalidArgument
-from reslora.language.arguments import ExperimentArguments
 from reslora.language.parts import normalised, parts_of
+from reslora.options.texts import ExperimentOptions
 
 WORDS = [f"{a} sees {b}" for a in ("Ida", "Ron", "Eva", "Tom", "Mia") for b in ("a cat", "a dog", "a car", "it", "us")]
 
 
-def parts(shares: ExperimentArguments | None = None, **files: list[str]):
-    return parts_of(files, str, shares or ExperimentArguments())
+def parts(shares: ExperimentOptions | None = None, **files: list[str]):
+    return parts_of(files, str, shares or ExperimentOptions())
 
 
 def test_case_digits_and_white_space_make_no_difference():
@@ -35,12 +35,12 @@ def test_a_tasks_own_files_choose_and_compare_and_what_repeats_them_is_left_out(
 
 def test_what_has_no_file_is_cut_out_by_content():
     """An example that is added or moved moves no other one but its duplicates."""
-    whole = parts(ExperimentArguments(select_split=0.3, test_split=0.3), train=[*WORDS, "IDA sees  a cat"])
+    whole = parts(ExperimentOptions(select_split=0.3, test_split=0.3), train=[*WORDS, "IDA sees  a cat"])
     cut = [set(map(normalised, part)) for part in (whole.train, whole.select, whole.test)]
     assert sum(map(len, cut)) == len(set.union(*cut)) == len(WORDS) and whole.duplicates == 1
     assert [word for word in WORDS if word in whole.train] == [word for word in whole.train if word in WORDS]
     shuffled = random.Random(0).sample(WORDS, len(WORDS) - 3)
-    again = parts(ExperimentArguments(select_split=0.3, test_split=0.3), train=shuffled)
+    again = parts(ExperimentOptions(select_split=0.3, test_split=0.3), train=shuffled)
     for part, before in zip((again.train, again.select, again.test), cut, strict=True):
         assert set(map(normalised, part)) <= before
     tested = parts(train=WORDS, test=WORDS[:2])
@@ -51,7 +51,7 @@ def test_what_has_no_file_is_cut_out_by_content():
 def test_one_of_several_near_duplicates_chooses_or_compares():
     """Also in the task's own files; the same one however they are ordered. All of them are trained on."""
     several = [f"{word}, {number}" for word in WORDS for number in (1, 2, 30)]
-    shares = ExperimentArguments(select_split=0.3, test_split=0.3)
+    shares = ExperimentOptions(select_split=0.3, test_split=0.3)
     found, turned = parts(shares, train=several), parts(shares, train=several[::-1])
     assert (found.select, found.test) == (turned.select[::-1], turned.test[::-1])
     for part in (found.select, found.test):
@@ -62,7 +62,7 @@ def test_one_of_several_near_duplicates_chooses_or_compares():
 
 
 def test_a_limit_takes_the_same_ones_however_the_examples_are_ordered():
-    shares = ExperimentArguments(select_split=0.3, test_split=0.3)
+    shares = ExperimentOptions(select_split=0.3, test_split=0.3)
     whole, turned = parts(shares, train=WORDS), parts(shares, train=WORDS[::-1])
     assert whole.limited(None, None) == whole.limited(100, 100) == whole
     found, again = whole.limited(2, 3), turned.limited(2, 3)
@@ -82,4 +82,4 @@ def test_a_limit_takes_the_same_ones_however_the_examples_are_ordered():
 )
 def test_too_few_and_shares_of_files_are_refused(files, shares, words):
     with pytest.raises(InvalidArgument, match=words):
-        parts(ExperimentArguments(**shares), **files)
+        parts(ExperimentOptions(**shares), **files)

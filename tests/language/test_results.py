@@ -9,11 +9,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import reslora
+from language.helpers import adapter_of
 from reslora.chains import base_model
 from reslora.common.adapters import save_adapter
 from reslora.common.errors import RunFailed
 from reslora.files import this_process
-from reslora.language.arguments import MethodArguments
 from reslora.language.results import export, merge_table, table_text, unmerged_afterwards, write_results
 from reslora.language.trainer import attach
 from reslora.model import connection_of
@@ -175,7 +175,7 @@ def test_what_a_killed_export_has_left_goes(tmp_path):
     left = tmp_path / "peft" / f".adapter_model.safetensors.{process}-{int(started) + 1}-00000000.tmp"
     left.parent.mkdir()
     left.write_bytes(b"half")
-    export(build("lora", "none")[0], tmp_path, MethodArguments("lora"))
+    export(build("lora", "none")[0], tmp_path, adapter_of("lora"))
     assert sorted(path.name for path in left.parent.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
@@ -199,7 +199,7 @@ def test_exports_load_in_stock_peft_and_transformers_with_the_same_logits(tmp_pa
     model.eval()
     unmerged = model(**token_inputs()).logits
     table = {"unmerged": {"loss": 1.0}}
-    report = export(model, tmp_path, MethodArguments(merge_and_save=True), [token_inputs(batch=8, length=16)])
+    report = export(model, tmp_path, adapter_of(merge_and_save=True), [token_inputs(batch=8, length=16)])
     expected = model(**token_inputs()).logits
     assert not torch.allclose(expected, base_logits(tmp_path / "base"), atol=1e-2)
     if shortcut in ("block", "none"):
@@ -232,14 +232,14 @@ def test_a_classifier_head_is_exported_too(tmp_path):
     torch.manual_seed(0)
     tiny_bert().float().save_pretrained(tmp_path / "base")
     base = BertForSequenceClassification.from_pretrained(tmp_path / "base")
-    model = attach(base, MethodArguments(shortcut="block"), STEPS)
+    model = attach(base, adapter_of(shortcut="block"), STEPS)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for value in trained_parameters(model):
             value.add_(torch.randn(value.shape, generator=generator) / 8)
     expected = model.eval()(**token_inputs()).logits
     save_adapter(model, tmp_path / "adapter")
-    export(model, tmp_path, MethodArguments(merge_and_save=True))
+    export(model, tmp_path, adapter_of(merge_and_save=True))
     fresh = BertForSequenceClassification.from_pretrained(tmp_path / "base")
     stock = PeftModel.from_pretrained(fresh, tmp_path / "peft").eval()
     whole = BertForSequenceClassification.from_pretrained(tmp_path / "merged").eval()

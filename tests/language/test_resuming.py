@@ -1,15 +1,21 @@
 """What a run goes on with: the settings and the examples that it was begun with."""
 
 import json
-from dataclasses import fields
 
 import pytest
 from conftest import assert_one_line
 
 from reslora.common.errors import InvalidArgument
-from reslora.language import glue_arguments, llm_arguments
-from reslora.language.arguments import AdapterTrainingArguments, MethodArguments
-from reslora.language.resuming import FREE_ON_RESUME, check_data, check_resume, fingerprint
+from reslora.language import resuming
+from reslora.language.resuming import check_data, fingerprint, free_on_resume
+from reslora.options.texts import GlueOptions, LlmOptions
+
+FREE = free_on_resume(LlmOptions) | free_on_resume(GlueOptions)
+
+
+def check_resume(output_dir, resume, current) -> None:
+    """As for both scripts."""
+    resuming.check_resume(output_dir, resume, current, FREE)
 
 
 def test_runs_are_not_mixed(tmp_path):
@@ -95,17 +101,6 @@ def test_values_are_told_as_they_are_typed(tmp_path):
     with pytest.raises(InvalidArgument) as error:
         check_resume(tmp_path, "latest", {"target_modules": ["q_proj"]})
     assert_one_line(error, "--target_modules q_proj: ", "was trained with q_proj v_proj;")
-
-
-def test_what_is_free_on_resume_are_flags():
-    types = (
-        glue_arguments.DataArguments,
-        glue_arguments.ModelArguments,
-        llm_arguments.TaskArguments,
-        MethodArguments,
-        AdapterTrainingArguments,
-    )
-    assert {field.name for kind in types for field in fields(kind)} >= FREE_ON_RESUME
 
 
 def test_a_folder_that_has_moved_is_the_same_model(tmp_path):

@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,16 +14,17 @@ from safetensors.torch import load_file
 from suites import quick
 from transformers import TrainerCallback
 
+from language.helpers import adapter_of
 from reslora.chains import base_model
 from reslora.common.adapters import load_adapter, rank_allocator, save_adapter
 from reslora.common.errors import EndedElsewhere, InvalidArgument, RunFailed
 from reslora.common.folder import locked
 from reslora.config import ResLoraConfig
-from reslora.language.arguments import AdapterTrainingArguments, MethodArguments, settings
 from reslora.language.checkpoints import checkpoints_of, damage
 from reslora.language.results import export
 from reslora.language.resuming import check_resume
 from reslora.language.trainer import AdapterTrainer, attach, total_steps
+from reslora.language.training_arguments import AdapterTrainingArguments
 from reslora.model import connection_of
 
 from .helpers import METHODS, STEPS, assert_same, build, read_log, rows, trained, trained_parameters, trainer_for
@@ -164,7 +164,7 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, told):
     for path in checkpoints_of(tmp_path):
         shutil.rmtree(path)
     assert list(tmp_path.glob("*-checkpoint-2"))
-    check_resume(tmp_path, "latest", {})
+    check_resume(tmp_path, "latest", {}, ())
 
 
 @pytest.mark.exhaustive
@@ -190,22 +190,11 @@ def test_a_folder_that_is_moved_ends_the_run_before_its_next_checkpoint(tmp_path
 
 def test_tied_embeddings_are_not_adapted_where_they_would_be_merged():
     base = tiny_llama(tie_word_embeddings=True)
-    arguments = MethodArguments(method="lora", target_modules=["q_proj", "lm_head"], merge_and_save=True)
+    arguments = adapter_of(method="lora", target_modules=["q_proj", "lm_head"], merge_and_save=True)
     with pytest.raises(InvalidArgument) as error:
         attach(base, arguments, STEPS)
     assert_one_line(error, "lm_head", "--merge_and_save")
     attach(tiny_llama(tie_word_embeddings=False), arguments, STEPS)
-
-
-def test_settings_hold_no_token():
-    assert settings(AdapterTrainingArguments(output_dir="x", use_cpu=True, hub_token="secret"), Token()) == {
-        **settings(AdapterTrainingArguments(output_dir="x", use_cpu=True))
-    }
-
-
-@dataclass
-class Token:
-    token: str = "secret"
 
 
 def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
@@ -257,7 +246,7 @@ def test_the_best_checkpoint_of_adalora_is_exported_as_it_was_evaluated(tmp_path
     trainer_for(model, tmp_path, greater_is_better=True, **flags).train()
     tokens = torch.stack([row["input_ids"] for row in rows()])
     expected = model.eval()(input_ids=tokens).logits
-    export(model, tmp_path, MethodArguments())
+    export(model, tmp_path, adapter_of())
     torch.manual_seed(0)
     again = PeftModel.from_pretrained(tiny_llama(layers=3).float(), tmp_path / "peft").eval()
     torch.testing.assert_close(again(input_ids=tokens).logits, expected)
@@ -410,7 +399,7 @@ def test_a_schedule_free_optimizer_leaves_its_average_without_a_validation(tmp_p
 def test_targets_are_known_for_llama_and_bert():
     llama, _ = build()
     assert {name.rpartition(".")[2] for name in trained_layers(llama)} == {"q_proj", "v_proj"}
-    bert = attach(tiny_bert(), MethodArguments(shortcut="middle"), STEPS)
+    bert = attach(tiny_bert(), adapter_of(shortcut="middle"), STEPS)
     assert {name.rpartition(".")[2] for name in trained_layers(bert)} == {"query", "value"}
     assert any("classifier" in name for name in trained(bert))
     assert connection_of(base_model(bert)).config.shortcut == "middle"
@@ -457,9 +446,9 @@ def test_a_rank_larger_than_a_layer_is_refused(method):
 
 def test_adalora_needs_steps_to_move_ranks():
     with pytest.raises(InvalidArgument) as error:
-        attach(tiny_llama(layers=3), MethodArguments(method="adalora"), total_steps=2)
+        attach(tiny_llama(layers=3), adapter_of(method="adalora"), total_steps=2)
     assert_one_line(error, "--method adalora with 2 steps", "3 to move ranks")
-    attach(tiny_llama(layers=3), MethodArguments(method="adalora"), total_steps=3)
+    attach(tiny_llama(layers=3), adapter_of(method="adalora"), total_steps=3)
 
 
 def test_a_shortcut_without_a_link_is_refused():

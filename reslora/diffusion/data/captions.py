@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..arguments import Flags
+from ...options.images import DataOptions
 
 WILDCARD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
 SEPARATOR = ","
@@ -90,11 +90,11 @@ class Recipe:
 VERBATIM = Recipe()
 
 
-def recipe_of(flags: Flags) -> Recipe:
-    """What the flags make of captions."""
+def recipe_of(options: DataOptions) -> Recipe:
+    """What the options make of captions."""
     return Recipe(
-        flags.caption_prefix or "", flags.caption_suffix or "", flags.caption_dropout, flags.enable_wildcard,
-        flags.shuffle_caption, flags.keep_tokens, flags.caption_tag_dropout_rate,
+        options.caption_prefix or "", options.caption_suffix or "", options.caption_dropout, options.enable_wildcard,
+        options.shuffle_caption, options.keep_tokens, options.caption_tag_dropout_rate,
     )  # fmt: skip
 
 

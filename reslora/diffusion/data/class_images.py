@@ -24,8 +24,8 @@ from ...common.folder import guarded
 from ...common.signals import NOT_BEGUN
 from ...common.together import LONGEST_WAIT, decided, each
 from ...files import replacing
+from ...options.images import DataOptions, OutputOptions
 from ...words import counted
-from ..arguments import Flags, listed
 from ..context import Context
 from ..seeds import derive
 from .dataset import METADATA, ImageDataset
@@ -41,38 +41,40 @@ PAUSE = timedelta(seconds=1)  # between two looks whether another run has drawn 
 
 def load_class_images(context: Context) -> list[ImageDataset]:
     """The images in --class_data_dir, those that are missing drawn by the model as it is; none without that flag."""
-    flags = context.flags
-    if flags.class_data_dir is None:
+    options = context.options
+    if options.data.class_data_dir is None:
         return []
     decided(lambda: draw_missing(context))
-    here = flags.replace(train_data_dir=flags.class_data_dir, train_data_repeats=1, train_data_weight=1.0)
+    here = options.replace(train_data_dir=options.data.class_data_dir, train_data_repeats=[1], train_data_weight=[1.0])
     here = here.replace(dataset_name=None, max_train_samples=None)
-    found = each(lambda: load_folders(here, caption=flags.class_prompt))
+    found = each(
+        lambda: load_folders(here.model, here.data, here.training, here.output, caption=options.data.class_prompt)
+    )
     return [dataclasses.replace(images, of_class=True) for images in found]
 
 
-def missing_class_images(flags: Flags) -> int:
+def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
     """How many the model has to draw; 0 without --class_data_dir, and where kohya's folders are in it.
 
     Refuses a folder that has the images to be learnt in it, one that cannot be written, and to draw beside a metadata
     file.
     """
-    if flags.class_data_dir is None:
+    if data.class_data_dir is None:
         return 0
-    folder = Path(flags.class_data_dir)
-    for name in () if flags.dataset_name else listed(flags.train_data_dir):
+    folder = Path(data.class_data_dir)
+    for name in () if data.dataset_name else data.train_data_dir:
         if Path(name).resolve().is_relative_to(folder.resolve()):
             problem = f"has what is to be learnt in it, --train_data_dir {name}"
             raise InvalidArgument(f"--class_data_dir {folder}", problem, "give class images a folder of their own")
-    if folder.is_dir() and kohyas_folders(folder, flags)[0]:
+    if folder.is_dir() and kohyas_folders(folder, data, output)[0]:
         return 0
-    everything = files_of(folder, flags) if folder.is_dir() else []
+    everything = files_of(folder, data, output) if folder.is_dir() else []
     there = sum(map(is_image, everything))
-    missing, metadata = flags.num_class_images - there, [path for path in everything if path.name in METADATA]
+    missing, metadata = data.num_class_images - there, [path for path in everything if path.name in METADATA]
     if missing > 0 and metadata:  # what is not in it is not trained on
         problem = f"{missing} more than are there would be drawn, which {metadata[0]} does not list"
         fix = f"give --num_class_images {there}, or take that file away"
-        raise InvalidArgument(f"--num_class_images {flags.num_class_images}", problem, fix)
+        raise InvalidArgument(f"--num_class_images {data.num_class_images}", problem, fix)
     if missing > 0:
         check_writable(folder, f"--class_data_dir {folder}")
     return max(0, missing)
@@ -80,11 +82,13 @@ def missing_class_images(flags: Flags) -> int:
 
 def draw_missing(context: Context) -> None:
     """Draws --class_prompt until --num_class_images are there: image number n is a function of the seed and n."""
-    folder = Path(context.flags.class_data_dir)
-    if missing_class_images(context.flags):
+    folder = Path(context.options.data.class_data_dir or "")
+    if missing_class_images(context.options.data, context.options.output):
         folder.mkdir(parents=True, exist_ok=True)
         with alone_in(folder, context):
-            if missing := missing_class_images(context.flags):  # another run may have drawn them meanwhile
+            if missing := missing_class_images(
+                context.options.data, context.options.output
+            ):  # another run may have drawn them meanwhile
                 draw(folder, missing, context)
 
 
@@ -106,25 +110,25 @@ def alone_in(folder: Path, context: Context) -> contextlib.AbstractContextManage
 
 def draw(folder: Path, missing: int, context: Context) -> None:
     """Draws so many class images into the folder, under names that are free."""
-    flags = context.flags
-    names = (folder / f"class-{number:05d}.png" for number in range(flags.num_class_images))
+    options = context.options
+    names = (folder / f"class-{number:05d}.png" for number in range(options.data.num_class_images))
     todo = [path for path in names if not path.exists()][:missing]
     context.accelerator.print(f"drawing {counted(len(todo), 'class image')} into {folder}")
     model, device = context.model, context.accelerator.device
-    side = max(listed(flags.resolution))  # no smaller than any that it is trained at
+    side = max(options.data.resolution)  # no smaller than any that it is trained at
     pipeline = model.load_pipeline(context.dtype, device, encoders=True)
-    denoiser = model.load_denoiser(context.dtype, device, flags.base_precision, flags.blocks_to_swap)
+    denoiser = model.load_denoiser(context.dtype, device, options.model.base_precision, options.model.blocks_to_swap)
     setattr(pipeline, model.family.denoiser, denoiser.eval())
-    guidance = {model.family.guidance: flags.guidance_scale}
-    for first in range(0, len(todo), flags.train_batch_size):
+    guidance = {model.family.guidance: options.validation.guidance_scale}
+    for first in range(0, len(todo), options.training.train_batch_size):
         context.stop.check(NOT_BEGUN)
-        paths = todo[first : first + flags.train_batch_size]
-        seeds = [derive(flags.seed, "class", path.name) for path in paths]
+        paths = todo[first : first + options.training.train_batch_size]
+        seeds = [derive(options.training.seed, "class", path.name) for path in paths]
         negative = {} if "guidance_scale" in guidance else {"negative_prompt": [""] * len(paths)}
         with torch.no_grad():
             drawn = pipeline(
-                prompt=[flags.class_prompt] * len(paths), height=side, width=side,
-                num_inference_steps=flags.num_inference_steps, **guidance, **negative,
+                prompt=[options.data.class_prompt] * len(paths), height=side, width=side,
+                num_inference_steps=options.validation.num_inference_steps, **guidance, **negative,
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             ).images  # fmt: skip
         for path, image in zip(paths, drawn, strict=True):

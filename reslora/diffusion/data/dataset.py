@@ -13,10 +13,10 @@ import PIL.Image
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ...common.errors import InvalidArgument, RunFailed, first_line
+from ...options.images import DataOptions, ModelOptions, OutputOptions, TrainingOptions
+from ...options.prompts import clean
 from ...words import counted
-from ..arguments import Flags, listed
 from ..content import Content, content_mark
-from ..prompts import clean
 from ..seeds import derive, shuffled
 from .caption_files import CAPTIONS, caption_files, caption_in, read_caption
 from .images import UNREADABLE, image_size, is_image, is_masked, mask_problem, open_image, open_masked
@@ -127,47 +127,60 @@ class Found:
         return mask_problem(_source(row, "mask"), size) or size
 
 
-def load_images(flags: Flags) -> ImageDataset:
-    """The images and captions of the one folder or dataset that the flags name."""
-    return sample([usable(flags)], flags)[0]
+def load_images(
+    model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions
+) -> ImageDataset:
+    """The images and captions of the one folder or dataset that the options name."""
+    return sample([usable(model, data, training, output)], data, training)[0]
 
 
-def usable(flags: Flags, caption: str | None = None, deep: bool = True) -> ImageDataset:
+def usable(
+    model: ModelOptions,
+    data: DataOptions,
+    training: TrainingOptions,
+    output: OutputOptions,
+    caption: str | None = None,
+    deep: bool = True,
+) -> ImageDataset:
     """The images of one folder or dataset without those that cannot be used (refused with --strict), and their sizes.
 
     Raises `RunFailed` for one that cannot be read now. `caption` is that of images in a folder that have none beside
     them; without `deep`, folders in it are left alone.
     """
-    folder = Path(flags.dataset_name or flags.train_data_dir)
-    found = (read_folder(folder, flags, caption, deep) if folder.is_dir() else None) or read_dataset(flags)
+    folder = Path(data.dataset_name or data.train_data_dir[0])
+    found = (read_folder(folder, data, training, output, caption, deep) if folder.is_dir() else None) or read_dataset(
+        model, data, training, output
+    )
     keep, left_out, sizes, masked = [], [], [], []
     for index, row in enumerate(found.rows):
-        check_inside(row, found.places, f"{data_flag(flags)} row {index}")
+        check_inside(row, found.places, f"{data_flag(data)} row {index}")
         source, size = _source(row), found.size(index, row)
         if isinstance(size, str):
             name = source if isinstance(source, str) else f"image {index}"
             if UNREADABLE in size:
                 raise RunFailed(f"{name}: {size}")
-            if flags.strict:
+            if data.strict:
                 raise InvalidArgument(f"--strict {name}", size, "repair or remove it, or leave --strict out")
             left_out.append(f"{name}: {size}")
             continue
         keep.append(index)
         sizes.append(size)
-        masked += [is_masked(source, _source(row, "mask"))] if flags.masked_loss else []
+        masked += [is_masked(source, _source(row, "mask"))] if training.masked_loss else []
     if not keep:
         example = f" (for example {left_out[0]})" if left_out else ""
         fix = "add a metadata.jsonl, or .txt captions beside the images"
-        raise InvalidArgument(data_flag(flags), f"no image with a caption in it{example}", fix)
+        raise InvalidArgument(data_flag(data), f"no image with a caption in it{example}", fix)
     rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
     return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked)
 
 
-def sample(folders: Sequence[ImageDataset], flags: Flags) -> list[ImageDataset]:
+def sample(folders: Sequence[ImageDataset], data: DataOptions, training: TrainingOptions) -> list[ImageDataset]:
     """At most --max_train_samples images of all folders, and what is in these in short."""
     places = [(number, index) for number, images in enumerate(folders) for index in range(len(images))]
-    if flags.max_train_samples and flags.max_train_samples < len(places):
-        places = [places[i] for i in shuffled(len(places), flags.seed, "max_train_samples")[: flags.max_train_samples]]
+    if data.max_train_samples and data.max_train_samples < len(places):
+        places = [
+            places[i] for i in shuffled(len(places), training.seed, "max_train_samples")[: data.max_train_samples]
+        ]
         folders = [images.select([i for of, i in places if of == number]) for number, images in enumerate(folders)]
     marks = [[_mark(row) for row in images.rows] for images in folders]
     return [dataclasses.replace(images, marks=of) for images, of in zip(folders, marks, strict=True)]
@@ -184,44 +197,51 @@ def _mark(row: dict) -> str:
     return "+".join(content_mark(source) for source in (_source(row), _source(row, "mask")) if source)
 
 
-def data_flag(flags: Flags) -> str:
+def data_flag(options: DataOptions) -> str:
     """The flag that names the data, with its value."""
-    folders = " ".join(listed(flags.train_data_dir))
-    return f"--dataset_name {flags.dataset_name}" if flags.dataset_name else f"--train_data_dir {folders}"
+    folders = " ".join(options.train_data_dir)
+    return f"--dataset_name {options.dataset_name}" if options.dataset_name else f"--train_data_dir {folders}"
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
-def read_folder(folder: Path, flags: Flags, caption: str | None = None, deep: bool = True) -> Found | None:
+def read_folder(
+    folder: Path,
+    data: DataOptions,
+    training: TrainingOptions,
+    output: OutputOptions,
+    caption: str | None = None,
+    deep: bool = True,
+) -> Found | None:
     """A folder with metadata.jsonl or .csv, or a caption beside each image; None for what `datasets` reads."""
-    everything = files_of(folder, flags, deep)
+    everything = files_of(folder, data, output, deep)
     files = list(filter(is_image, everything))
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    if metadata is not None and has_file_names(metadata, layout_of(everything, folder) or flags.dataset_name):
-        found = dataclasses.replace(read_metadata(metadata, flags), metadata=metadata)
+    if metadata is not None and has_file_names(metadata, layout_of(everything, folder) or data.dataset_name):
+        found = dataclasses.replace(read_metadata(metadata, data, training), metadata=metadata)
         missing = len(unlisted(found.rows, files))
         found.notes += [f"{counted(missing, 'image')} not listed in {metadata.name}"] if missing else []
-        return _with_folder_notes(found, folder, flags, everything, deep)
+        return _with_folder_notes(found, folder, data, everything, deep)
     if any(path.name in METADATA for path in everything):
         return None
     texts = list(map(caption_files, files))
     if not any(texts) and (caption is None or not files):
-        if layout_of(everything, folder) or flags.dataset_name:
+        if layout_of(everything, folder) or data.dataset_name:
             return None
         what = f"{counted(len(files), 'image')} without captions (class folders are none)" if files else "no images"
-        fix = f"add a metadata.jsonl (file_name, {flags.caption_column}), or .txt captions beside the images"
+        fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions beside the images"
         if above := above_repeated(files):
             fix = f"name {above[0]}, where kohya's folders (10_name) say repeats and captions, or {fix}"
-        raise InvalidArgument(data_flag(flags), what, f"{fix}; other layouts may be what --dataset_name reads")
+        raise InvalidArgument(data_flag(data), what, f"{fix}; other layouts may be what --dataset_name reads")
     otherwise = [] if caption is None else [caption]
     found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
     if twice := sum(len(beside) > 1 for beside in texts):
         found.notes.append(f"{counted(twice, 'image')} with a .txt and a .caption file: the .txt is read")
-    return _with_folder_notes(found, folder, flags, everything, deep)
+    return _with_folder_notes(found, folder, data, everything, deep)
 
 
-def _with_folder_notes(found: Found, folder: Path, flags: Flags, everything: list[Path], deep: bool) -> Found:
+def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everything: list[Path], deep: bool) -> Found:
     found.notes += _hidden_note(found.rows, folder)
     if not deep:
         folders = sum(path.is_dir() for path in everything)
@@ -230,7 +250,7 @@ def _with_folder_notes(found: Found, folder: Path, flags: Flags, everything: lis
     links = sum(path.is_symlink() and path.is_dir() for path in everything)
     repeated = above_repeated(list(filter(is_image, everything)))
     found.notes += [f"not searched: {counted(links, 'symbolic link')} to folders"] if links else []
-    of_class = flags.class_data_dir is not None and folder == Path(flags.class_data_dir)  # repeated as is needed
+    of_class = options.class_data_dir is not None and folder == Path(options.class_data_dir)  # repeated as is needed
     if repeated and not of_class:
         found.notes.append(
             f"{counted(len(repeated), 'image')} in kohya's folders (10_name), whose repeats do not count: they do if "
@@ -274,18 +294,18 @@ def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequ
     return Found(rows, problems, [], files=files)
 
 
-def read_metadata(path: Path, flags: Flags) -> Found:
+def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> Found:
     """Rows of metadata.jsonl or metadata.csv: file_name, a caption, or in JSON a list of captions, and perhaps a mask.
 
     `datasets` reads these layouts too, but it does not say which line is wrong.
     """
-    files, captions, masks, where = [], [], [], f"{data_flag(flags)}, {path.name}"
+    files, captions, masks, where = [], [], [], f"{data_flag(data)}, {path.name}"
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"{where} byte {error.start}", "not UTF-8", "save the file as UTF-8") from None
     for line, row in ROWS[path.suffix](text, where):
-        file, caption, mask = _metadata_row(path.parent, row, f"{where} line {line}", flags)
+        file, caption, mask = _metadata_row(path.parent, row, f"{where} line {line}", data, training)
         files.append(file)
         masks.append(mask)
         captions.append(caption if isinstance(caption, list) else [caption])
@@ -293,14 +313,16 @@ def read_metadata(path: Path, flags: Flags) -> Found:
     return _as_found(files, problems, masks)
 
 
-def _metadata_row(folder: Path, row: object, where: str, flags: Flags) -> tuple[Path, object, Path | None]:
+def _metadata_row(
+    folder: Path, row: object, where: str, data: DataOptions, training: TrainingOptions
+) -> tuple[Path, object, Path | None]:
     row = row if isinstance(row, dict) else {}
     path = file_inside(folder, row.get("file_name"), where, "file_name")
-    if flags.caption_column not in row:
+    if data.caption_column not in row:
         problem = f"{where} has the columns {', '.join(map(repr, sorted(row)))}"
-        raise InvalidArgument(f"--caption_column {flags.caption_column}", problem, "name one of these")
-    named = row.get("mask") if flags.masked_loss else None
-    return path, row[flags.caption_column], file_inside(folder, named, where, "mask") if named else None
+        raise InvalidArgument(f"--caption_column {data.caption_column}", problem, "name one of these")
+    named = row.get("mask") if training.masked_loss else None
+    return path, row[data.caption_column], file_inside(folder, named, where, "mask") if named else None
 
 
 # -- the datasets library ----------------------------------------------------------------------------------------------
@@ -323,23 +345,23 @@ def layout_of(everything: Sequence[Path], folder: Path) -> str | None:
     return "json" if tables and not any(path.with_suffix("") in images for path in tables) else None
 
 
-def read_dataset(flags: Flags) -> Found:
+def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions) -> Found:
     """A dataset of the hub, or a folder in one of the other layouts the datasets library knows."""
-    folder = Path(flags.dataset_name or flags.train_data_dir)
-    everything = files_of(folder, flags) if folder.is_dir() else []
+    folder = Path(data.dataset_name or data.train_data_dir[0])
+    everything = files_of(folder, data, output) if folder.is_dir() else []
     layout = layout_of(everything, folder)
     notes: list[str] = []
-    rows = _load_split(flags, folder, layout, everything, notes)
-    image, caption = _columns(rows, layout, flags, notes)
+    rows = _load_split(model, data, folder, layout, everything, notes)
+    image, caption = _columns(rows, layout, data, notes)
     problems, texts = _sorted_out([_captions(value, layout == "webdataset") for value in rows[caption]])
     if texts and not any(texts):
         fix = "name another column" + (", or write captions into .txt files" if layout == "webdataset" else "")
         raise InvalidArgument(f"--caption_column {caption}", "holds no text", fix)
-    masks = ["mask"] if flags.masked_loss and "mask" in rows.column_names else []
+    masks = ["mask"] if training.masked_loss and "mask" in rows.column_names else []
     if folder.is_dir() and (layout == "json" or names_files(rows, image)):
 
         def file(number: int, column: str) -> Path:
-            return file_inside(folder, rows[number][column], f"{data_flag(flags)} row {number}", column)
+            return file_inside(folder, rows[number][column], f"{data_flag(data)} row {number}", column)
 
         files = [file(number, image) for number in range(len(rows))]
         named = [file(number, "mask") if name else None for number, name in enumerate(rows["mask"] if masks else ())]
@@ -359,9 +381,9 @@ def read_dataset(flags: Flags) -> Found:
         {"captions": texts}, features=datasets.Features({"captions": FEATURES["captions"]})
     )
     rows = datasets.concatenate_datasets([images, column], axis=1)
-    if layout is None and not (flags.dataset_name and flags.train_data_dir):  # that is a part of the folder
-        notes += [*_passed_over(rows, everything, flags), *_hidden_note(rows, folder)]
-    caches = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE, flags.cache_dir] if layout is None else []
+    if layout is None and not (data.dataset_name and data.train_data_dir):  # that is a part of the folder
+        notes += [*_passed_over(rows, everything, data), *_hidden_note(rows, folder)]
+    caches = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE, model.cache_dir] if layout is None else []
     return Found(rows, problems, notes, places=[folder, *(Path(cache) for cache in caches if cache)])
 
 
@@ -381,18 +403,18 @@ def _sorted_out(captions: Sequence[list | str]) -> tuple[dict[int, str], list[li
     return problems, texts
 
 
-def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], flags: Flags) -> list[str]:
+def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: DataOptions) -> list[str]:
     """How many images of a folder are in no row; refuses those with a caption beside them, which are meant to be."""
     missing = unlisted(rows, list(filter(is_image, everything)))
     if captioned := [path for path in missing if caption_files(path)]:
         problem = f"{counted(len(captioned), 'image')} with captions beside, such as {captioned[0]}, but in no metadata"
-        raise InvalidArgument(data_flag(flags), problem, f"put them into a folder of their own, and {ONE_BY_ONE}")
+        raise InvalidArgument(data_flag(options), problem, f"put them into a folder of their own, and {ONE_BY_ONE}")
     return [f"{counted(len(missing), 'image')} not read: not in the metadata, or of another split"] if missing else []
 
 
-def _columns(rows: datasets.Dataset, layout: str | None, flags: Flags, notes: list[str]) -> tuple[str, str]:
+def _columns(rows: datasets.Dataset, layout: str | None, options: DataOptions, notes: list[str]) -> tuple[str, str]:
     """The columns of the images and the captions; in a webdataset, which names them by suffixes, the only ones."""
-    image, caption, known = flags.image_column, flags.caption_column, rows.column_names
+    image, caption, known = options.image_column, options.caption_column, rows.column_names
     if layout == "webdataset":
         images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         image = images[0] if image not in known and len(images) == 1 else image
@@ -408,27 +430,35 @@ def _columns(rows: datasets.Dataset, layout: str | None, flags: Flags, notes: li
 
 
 def _load_split(
-    flags: Flags, folder: Path, layout: str | None, everything: Sequence[Path], notes: list[str]
+    model: ModelOptions,
+    data: DataOptions,
+    folder: Path,
+    layout: str | None,
+    everything: Sequence[Path],
+    notes: list[str],
 ) -> datasets.Dataset:
     datasets.disable_progress_bars()
     try:
         if layout == "webdataset":
-            check_archives([path for path in everything if path.suffix == ".tar"], data_flag(flags), notes)
+            check_archives([path for path in everything if path.suffix == ".tar"], data_flag(data), notes)
         if layout == "saved":
             splits = datasets.load_from_disk(str(folder))
-        elif flags.dataset_name:
+        elif data.dataset_name:
             splits = datasets.load_dataset(
-                flags.dataset_name, flags.dataset_config_name, cache_dir=flags.cache_dir, data_dir=flags.train_data_dir
+                data.dataset_name,
+                data.dataset_config_name,
+                cache_dir=model.cache_dir,
+                data_dir=next(iter(data.train_data_dir), None),
             )
         elif layout in ("webdataset", "json") or (layout == "parquet" and any(map(is_image, everything))):
             suffixes = {"webdataset": (".tar",), "json": (".json", ".jsonl")}.get(layout, (".parquet",))
             shards = training_files([path for path in everything if path.suffix in suffixes], folder, notes)
             splits = datasets.load_dataset(
-                layout, data_files={"train": list(map(str, shards))}, cache_dir=flags.cache_dir
+                layout, data_files={"train": list(map(str, shards))}, cache_dir=model.cache_dir
             )
         else:
             source = {"path": str(folder)} if layout else {"path": "imagefolder", "data_dir": str(folder)}
-            splits = datasets.load_dataset(**source, cache_dir=flags.cache_dir)
+            splits = datasets.load_dataset(**source, cache_dir=model.cache_dir)
     except InvalidArgument:
         raise
     except Exception as error:  # whatever a hub, a network or a parser can raise
@@ -437,7 +467,7 @@ def _load_split(
             problem = f"has the configurations {several[1]}"
             fix = f"give --dataset_name {folder} --dataset_config_name NAME, and no --train_data_dir"
         below = {path.parent for path in everything if path.name in METADATA}
-        raise InvalidArgument(data_flag(flags), problem, ONE_BY_ONE if len(below) > 1 else fix) from None
+        raise InvalidArgument(data_flag(data), problem, ONE_BY_ONE if len(below) > 1 else fix) from None
     if isinstance(splits, datasets.Dataset):
         return splits.with_format(None)
     return training_split(splits, notes).with_format(None)

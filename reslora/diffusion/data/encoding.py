@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from ...common.errors import InvalidArgument, RunFailed
 from ...common.signals import NOT_BEGUN
-from ..arguments import Flags
+from ...options.images import DataOptions, TrainingOptions
 from ..context import Context
 from ..folder import cache_folder
 from ..model.families.base import Family
@@ -85,13 +85,15 @@ def encode_texts(
 
     `key` stands for the encoders' weights and precision. Where some train, what the others make of the captions.
     """
-    family, longest = context.model.family, context.flags.max_sequence_length
+    family, longest = context.model.family, context.options.training.max_sequence_length
     texts = list(dict.fromkeys(texts))
     if context.encoders and not family.frozen_text_parts:
         return Texts(None, {text: place for place, text in enumerate(texts)})
     encode_captions = family.encode_frozen if context.encoders else family.encode_captions
     keys = [derive(key, longest, text) for text in texts]
-    encoded = Encoded(cache_folder(context.flags), f"captions-{derive(key, longest):016x}", keys)
+    encoded = Encoded(
+        cache_folder(context.options.model, context.options.output), f"captions-{derive(key, longest):016x}", keys
+    )
     loaded: list[DiffusionPipeline] = []
 
     def encode(numbers: Sequence[int]) -> Generator[Item]:
@@ -118,9 +120,11 @@ class Variants(TorchDataset):
     With --masked_loss, also its masks (variants x 1 x height x width).
     """
 
-    def __init__(self, images: ImageDataset, sizes: Sequence[Size], flags: Flags) -> None:
-        self.images, self.sizes, self.flags = images, sizes, flags
-        self.flips = (False, True) if flags.random_flip else (False,)
+    def __init__(
+        self, images: ImageDataset, sizes: Sequence[Size], data: DataOptions, training: TrainingOptions
+    ) -> None:
+        self.images, self.sizes, self.data, self.training = images, sizes, data, training
+        self.flips = (False, True) if data.random_flip else (False,)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -135,25 +139,26 @@ class Variants(TorchDataset):
         image, size = self.images.sizes[index], self.sizes[index]
         whole = image[0] * size.height == image[1] * size.width
         # In a bucket that fits there is little room for a crop to move in.
-        fits = self.flags.use_aspect_ratio_buckets and kept(image, size) >= FITS
-        return 1 if whole or fits or self.flags.center_crop else RANDOM_CROPS
+        fits = self.data.use_aspect_ratio_buckets and kept(image, size) >= FITS
+        return 1 if whole or fits or self.data.center_crop else RANDOM_CROPS
 
     def key(self, index: int) -> tuple:
         """All that the pixels of an image depend on."""
-        flags, size, crops = self.flags, self.sizes[index], self.crops(index)
-        seed = flags.seed if crops > 1 else None
-        pixels = (size.height, size.width, flags.image_interpolation_mode, crops, self.flips, seed)
-        return (self.images.marks[index], *pixels, *([MASKED] if flags.masked_loss else []))
+        size, crops = self.sizes[index], self.crops(index)
+        seed = self.training.seed if crops > 1 else None
+        pixels = (size.height, size.width, self.data.image_interpolation_mode, crops, self.flips, seed)
+        return (self.images.marks[index], *pixels, *([MASKED] if self.training.masked_loss else []))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...] | str:
-        found = opened(self.images, index, self.flags)
+        found = opened(self.images, index, self.training.masked_loss)
         if isinstance(found, str):
             return found
         image, mask = found
-        random = generator(self.flags.seed, "crops", self.images.marks[index])  # wherever in the data the image is
+        # Wherever in the data the image is.
+        random = generator(self.training.seed, "crops", self.images.marks[index])
         draws = torch.rand(self.crops(index) - 1, 2, generator=random).tolist()
         how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
-        size, interpolation = self.sizes[index], self.flags.image_interpolation_mode
+        size, interpolation = self.sizes[index], self.data.image_interpolation_mode
         pixels = torch.stack([crop_and_scale(image, crop, flip, size, interpolation) for crop, flip in how])
         sizes = torch.tensor([crop_sizes(image.size, crop, flip, size) for crop, flip in how])
         masks = [] if mask is None else [torch.stack([crop_mask(mask, crop, flip, size) for crop, flip in how])]
@@ -163,21 +168,21 @@ class Variants(TorchDataset):
 class Damages(TorchDataset):
     """Why image `index` cannot be trained, or nothing to be kept of it."""
 
-    def __init__(self, images: ImageDataset, flags: Flags) -> None:
-        self.images, self.flags = images, flags
+    def __init__(self, images: ImageDataset, masked: bool) -> None:
+        self.images, self.masked = images, masked
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Item:
-        found = opened(self.images, index, self.flags)
+        found = opened(self.images, index, self.masked)
         return found if isinstance(found, str) else ()
 
 
-def opened(images: ImageDataset, index: int, flags: Flags) -> tuple[Image, Image | None] | str:
+def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image | None] | str:
     """An image, and its mask with --masked_loss, or why it cannot be trained; `RunFailed` where it may be whole."""
     try:
-        image, mask = images.open_masked(index) if flags.masked_loss else (images.open(index), None)
+        image, mask = images.open_masked(index) if masked else (images.open(index), None)
     except Exception as error:
         if passes(error):
             raise RunFailed(f"{images.name(index)} {damage(error)}") from None
@@ -191,16 +196,16 @@ def encode_images(variants: Variants, key: object, vae: nn.Module, context: Cont
     Only images that are not on disk yet are opened and encoded.
     """
     keys = [derive(key, variants.key(index)) for index in range(len(variants))]
-    found = Encoded(cache_folder(context.flags), f"latents-{derive(key):016x}", keys)
+    found = Encoded(cache_folder(context.options.model, context.options.output), f"latents-{derive(key):016x}", keys)
     _fill(found, variants, lambda item: encoded(context.model.family, vae, *item), "encoding image", context)
     return Latents(found, variants.count, range(len(variants))), found.problems()
 
 
 def damaged_images(images: ImageDataset, context: Context) -> dict[int, str]:
     """Which images cannot be trained, and why, where no latents are kept: each is opened once, for all runs."""
-    keys = [derive(mark, context.flags.masked_loss and MASKED) for mark in images.marks]
-    found = Encoded(cache_folder(context.flags), "opened", keys)
-    _fill(found, Damages(images, context.flags), lambda item: item, "opening image", context)
+    keys = [derive(mark, context.options.training.masked_loss and MASKED) for mark in images.marks]
+    found = Encoded(cache_folder(context.options.model, context.options.output), "opened", keys)
+    _fill(found, Damages(images, context.options.training.masked_loss), lambda item: item, "opening image", context)
     return found.problems()
 
 
@@ -213,8 +218,8 @@ def _fill(found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item]
     number = itertools.count(1)
 
     def items(numbers: Sequence[int]) -> Generator[Item]:
-        options = worker_options(context.flags.dataloader_num_workers)
-        loader = DataLoader(images, batch_size=None, sampler=numbers, **options)
+        arguments = worker_options(context.options.data.dataloader_num_workers)
+        loader = DataLoader(images, batch_size=None, sampler=numbers, **arguments)
         with contextlib.closing(stream(loader)) as loaded:
             for item in loaded:
                 context.stop.check(NOT_BEGUN)
@@ -248,7 +253,7 @@ def encoded(
 
 
 def without_damaged(
-    images: ImageDataset, latents: Latents | None, problems: dict[int, str], flags: Flags
+    images: ImageDataset, latents: Latents | None, problems: dict[int, str], options: DataOptions
 ) -> tuple[ImageDataset, Latents | None, list[int]]:
     """Images and their latents, if kept, that training can use, and their numbers among all.
 
@@ -257,11 +262,11 @@ def without_damaged(
     keep = [index for index in range(len(images)) if index not in problems]
     if not problems:
         return images, latents, keep
-    if flags.strict:
+    if options.strict:
         index, problem = next(iter(problems.items()))
         raise InvalidArgument(f"--strict {images.name(index)}", problem, "repair or remove it, or leave --strict out")
     left_out = [f"{images.name(index)}: {problem}" for index, problem in problems.items()]
     if not keep:
         problem = f"no image can be trained (for example {left_out[0]})"
-        raise InvalidArgument(data_flag(flags), problem, "repair them, or give others")
+        raise InvalidArgument(data_flag(options), problem, "repair them, or give others")
     return images.select(keep, left_out), latents and latents.select(keep), keep

@@ -6,8 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from ...common.errors import InvalidArgument
+from ...common.flags import listed
+from ...options.images import DataOptions, ModelOptions, OutputOptions, TrainingOptions
 from ...words import counted
-from ..arguments import Flags, listed
 from .dataset import METADATA, MOST_REPEATS, REPEATED, SAVED, ImageDataset, sample, usable
 from .images import is_image
 from .listing import files_of, hidden_images, told_of_hidden
@@ -16,27 +17,30 @@ Part = tuple[str, int, str | None]
 """A folder, its repeats, and the caption of images that have none beside them, if any."""
 
 
-def load_folders(flags: Flags, caption: str | None = None) -> list[ImageDataset]:
-    """The images of each folder that the flags name, or of their dataset; each of kohya's folders counts as one.
+def load_folders(
+    model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions, caption: str | None = None
+) -> list[ImageDataset]:
+    """The images of each folder that the options name, or of their dataset; each of kohya's folders counts as one.
 
     `caption` is that of images in a folder that have none beside them.
     """
-    names = listed(flags.train_data_dir) or [None]
-    repeats, weights = (_for_each(names, value) for value in (flags.train_data_repeats, flags.train_data_weight))
+    names = data.train_data_dir or [str(data.dataset_name)]
+    repeats, weights = (_for_each(names, value) for value in (data.train_data_repeats, data.train_data_weight))
     found, labels, lines = [], [], []
     for name, times, weight in zip(names, repeats, weights, strict=True):
-        kohyas, notes = ([], []) if flags.dataset_name else kohyas_folders(Path(name), flags)
+        kohyas, notes = ([], []) if data.dataset_name else kohyas_folders(Path(name), data, output)
         lines += notes
         for path, own, text in kohyas or [(name, 1, caption)]:
-            images = usable(flags.replace(train_data_dir=path), text, deep=not kohyas)
+            own_data = dataclasses.replace(data, train_data_dir=[str(path)] if data.train_data_dir else [])
+            images = usable(model, own_data, training, output, text, deep=not kohyas)
             found.append(dataclasses.replace(images, repeats=times * own, weight=weight))
-            labels.append((path or flags.dataset_name, text if kohyas else None))
-    if flags.masked_loss and caption is None and not any(any(images.masked) for images in found):
+            labels.append((str(path), text if kohyas else None))
+    if training.masked_loss and caption is None and not any(any(images.masked) for images in found):
         fix = "give some, name masks in a column mask of metadata.jsonl, or leave it out"
         raise InvalidArgument("--masked_loss", "no image has an alpha channel or a mask", fix)
-    found = sample(found, flags)
+    found = sample(found, data, training)
     differ = len(found) > 1 or kohyas or found[0].repeats > 1 or found[0].weight != 1
-    if differ or flags.class_data_dir or flags.masked_loss:
+    if differ or data.class_data_dir or training.masked_loss:
         found = [dataclasses.replace(each, label=_label(each, *of)) for each, of in zip(found, labels, strict=True)]
         lines += [f"{images.label}: 0 images" for images in found if not len(images)]
     first, *others = (images for images in found if len(images))
@@ -49,13 +53,13 @@ def _label(images: ImageDataset, name: str, caption: str | None) -> str:
     return f"{name} ({count} of {counted(len(images), 'image')} with its name as caption: {caption})" if count else name
 
 
-def kohyas_folders(folder: Path, flags: Flags) -> tuple[list[Part], list[str]]:
+def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tuple[list[Part], list[str]]:
     """The folders with images that are named `<repeats>_<caption>`, as kohya's DreamBooth method reads them.
 
     Path, repeats and caption of each, and a line about what else there is, which that method passes over. A folder with
     a metadata file has none.
     """
-    content = files_of(folder, flags, deep=False)
+    content = files_of(folder, data, output, deep=False)
     if any(path.name in (*METADATA, *SAVED) for path in content):
         return [], []
     folders = [path for path in content if path.name[:1].isdecimal() and path.is_dir() and _has_images(path)]

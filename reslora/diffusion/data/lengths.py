@@ -23,7 +23,7 @@ def tell_long_captions(material: Material, pipeline: DiffusionPipeline, context:
     if reader is None or not context.accelerator.is_main_process:
         return
     name, tokenizer = reader
-    longest = context.flags.max_sequence_length if name == context.model.family.text_parts[-1] else None
+    longest = context.options.training.max_sequence_length if name == context.model.family.text_parts[-1] else None
     most = longest or tokenizer.model_max_length
     places = places_of(material)
     texts, counts = list(places), dict[str, int]()
@@ -59,10 +59,10 @@ def places_of(material: Material) -> dict[str, Place]:
     """Every caption, with prefix and suffix, and every prompt, with the first place where it is."""
     found: dict[str, Place] = {}
     for source in material.sources:
-        for index, options in enumerate(source.images.captions):
-            for text in options:
+        for index, captions in enumerate(source.images.captions):
+            for text in captions:
                 found.setdefault(source.recipe.plain(text), (source.images, index))
-    for prompt in prompts_of(material.flags):
+    for prompt in prompts_of(material.options.validation):
         for text in filter(None, (prompt.prompt, prompt.negative_prompt)):
             found.setdefault(text, "--validation_prompt")
     return found

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...files import all_below
+from ...options.images import DataOptions, OutputOptions
 from ...words import are, counted
-from ..arguments import Flags
 from .images import is_image
 
 TRASH = ".trash"  # the application's own hidden folder
 
 
-def files_of(folder: Path, flags: Flags, deep: bool = True) -> list[Path]:
+def files_of(folder: Path, data: DataOptions, output: OutputOptions, deep: bool = True) -> list[Path]:
     """All that is in a folder but for what is hidden, the class images, and what this very run writes: its samples.
 
     A folder inside the run's own, or inside that of the class images, was named, and is read. With `deep`, also what is
@@ -23,7 +23,7 @@ def files_of(folder: Path, flags: Flags, deep: bool = True) -> list[Path]:
     there = all_below(folder) if deep else folder.iterdir()
     everything = [path for path in sorted(there) if not path.name.startswith(".")]
     root = folder.resolve()
-    others = [place for name in (flags.output_dir, flags.class_data_dir) if name for place in _places(Path(name))]
+    others = [place for name in (output.output_dir, data.class_data_dir) if name for place in _places(Path(name))]
     inside = [other.relative_to(root) for other in others if root in other.parents]
     return [path for path in everything if not any(path.relative_to(folder).is_relative_to(other) for other in inside)]
 

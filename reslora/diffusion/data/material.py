@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from diffusers import DiffusionPipeline
 
 from ...common.errors import InvalidArgument
+from ...common.flags import listed
 from ...common.together import decided, gathered
 from ...files import read_object, write_json
+from ...options.images import DataOptions
 from ...words import are, counted, printable
-from ..arguments import Flags, listed
 from ..context import Context
 from ..model.loading import wide_enough
 from ..model.objective import Objective
@@ -49,12 +50,12 @@ def material_of(
     for source in sources:
         tell_what_is_left_out(source.images, context)
     if any(images.of_class for images in kinds):
-        per_forward = context.flags.train_batch_size * context.accelerator.num_processes
+        per_forward = context.options.training.train_batch_size * context.accelerator.num_processes
         learnt, of_class = ([s for s in sources if s.images.of_class == kind] for kind in (False, True))
         sources = balanced(learnt, of_class, per_forward)
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
-    material = Material(sources, Texts(None, {}), objective, shapes, context.flags, family.latents_per_token)
+    material = Material(sources, Texts(None, {}), objective, shapes, context.options, family.latents_per_token)
     tell_long_captions(material, pipeline, context)
     return with_texts(material, pipeline, context)
 
@@ -64,18 +65,20 @@ def note_images(material: Material, context: Context, goes_on: bool) -> None:
 
     Refuses to go on with others than those that were used before: other ones would be held out.
     """
-    flags, path = context.flags, context.folder / NOTED
+    options, path = context.options, context.folder / NOTED
     used = "; ".join(source.images.fingerprint for source in material.sources)
     left_out = [line for source in material.sources for line in source.images.left_out]
     if len(set(gathered(used))) > 1:
-        raise InvalidArgument(data_flag(flags), "not the same images are damaged for all processes", "repair them")
+        raise InvalidArgument(
+            data_flag(options.data), "not the same images are damaged for all processes", "repair them"
+        )
 
     def note() -> None:
         there = read_object(path).get("images", used)
         if goes_on and there != used:
             example = f" (left out: {left_out[0]})" if left_out else ""
             problem = f"{context.folder} was trained on {there}, what can be used now is {used}{example}"
-            raise InvalidArgument(data_flag(flags), problem, "bring that back, or choose another --output_dir")
+            raise InvalidArgument(data_flag(options.data), problem, "bring that back, or choose another --output_dir")
         write_json(path, {"images": used, "left_out": left_out})
 
     decided(note)
@@ -86,28 +89,28 @@ def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context
 
     Where these are too many for that, the pipeline becomes one with text encoders, for the steps.
     """
-    flags, model = material.flags, context.model
+    options, model = material.options, context.model
     parts = model.family.frozen_text_parts if context.encoders else model.family.text_parts
     key = (model.family.name, model.fingerprint(*parts), str(context.dtype))
-    wanted = ["", *(flags.validation_prompt or material.sources[0].images.captions[0][:1])]
-    wanted += [prompt.negative_prompt for prompt in prompts_of(flags)]
-    wanted += UNRELATED if flags.metric_model else ()
+    wanted = ["", *(options.validation.validation_prompt or material.sources[0].images.captions[0][:1])]
+    wanted += [prompt.negative_prompt for prompt in prompts_of(options.validation)]
+    wanted += UNRELATED if options.validation.metric_model else ()
 
     def load_encoders() -> DiffusionPipeline:
-        if not flags.cache_text_embeddings:
+        if not options.data.cache_text_embeddings:
             return pipeline
         return model.load_pipeline(context.dtype, context.accelerator.device, encoders=True, vae=False)
 
-    if flags.cache_text_embeddings and parts:
+    if options.data.cache_text_embeddings and parts:
         captions = captions_of(material, context.accelerator.num_processes)
         if captions is None:
             whole = model.load_pipeline(context.dtype, context.accelerator.device, encoders=True)
             vars(pipeline).update(vars(whole))  # parts alone would not do: pipelines read them when they are made
-            flags = flags.replace(cache_text_embeddings=False)
+            options = options.replace(cache_text_embeddings=False)
             line = "captions have too many variants to keep: each step encodes its own, and text encoders stay loaded"
             context.accelerator.print(line)
         wanted += captions or []
-    return dataclasses.replace(material, texts=encode_texts(wanted, key, load_encoders, context), flags=flags)
+    return dataclasses.replace(material, texts=encode_texts(wanted, key, load_encoders, context), options=options)
 
 
 def captions_of(material: Material, processes: int) -> list[str] | None:
@@ -118,13 +121,13 @@ def captions_of(material: Material, processes: int) -> list[str] | None:
     plain = [
         source.recipe.plain(text)
         for source in material.sources
-        for options in source.images.captions
-        for text in options
+        for captions in source.images.captions
+        for text in captions
     ]
     captions = dict.fromkeys(plain)
     if any(source.recipe.rewrites for source in material.sources):
         most, plan = max(FEW_VARIANTS, VARIANTS * len(captions)), material.plan(processes)
-        for forward in range(material.steps(processes) * material.flags.gradient_accumulation_steps):
+        for forward in range(material.steps(processes) * material.options.training.gradient_accumulation_steps):
             drawn = [draw for draw in plan.forward(forward) if material.sources[draw.source].recipe.rewrites]
             captions |= dict.fromkeys(map(material.drawn_caption, drawn))
             if len(captions) > most:
@@ -137,15 +140,15 @@ def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, co
 
     `least`: how many are held out at least, where any are to be.
     """
-    flags, multiple = context.flags, context.model.family.pixel_multiple(pipeline)
-    sides, label = listed(flags.resolution), images.label
+    options, multiple = context.options, context.model.family.pixel_multiple(pipeline)
+    sides, label = options.data.resolution, images.label
     labels = [f"{label} at {side}" if label and len(sides) > 1 else label for side in sides]
-    first = [size for size in sizes_of(images, multiple, flags)[0] if size]
+    first = [size for size in sizes_of(images, multiple, options.data)[0] if size]
     whole = source_of(dataclasses.replace(images, label=labels[0]), first, pipeline, context)
-    share = 0.0 if images.of_class else flags.validation_split
-    train, held_out = split(len(whole.images), share, flags.seed, least)
+    share = 0.0 if images.of_class else options.validation.validation_split
+    train, held_out = split(len(whole.images), share, options.training.seed, least)
     found, images = [dataclasses.replace(whole, train=train, held_out=held_out)], whole.images
-    for label, sizes in zip(labels[1:], sizes_of(images, multiple, flags)[1:], strict=True):
+    for label, sizes in zip(labels[1:], sizes_of(images, multiple, options.data)[1:], strict=True):
         if again := {index: size for index in train if (size := sizes[index])}:
             some = images.select(list(again))
             some = dataclasses.replace(some, label=label, left_out=(), notes=())  # the latter are told once
@@ -155,30 +158,30 @@ def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, co
 
 def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context) -> Source:
     """The images with their latents, without the damaged ones, put into buckets; all are trained on."""
-    flags = context.flags
-    if flags.cache_latents:
+    options = context.options
+    if options.data.cache_latents:
         latents, problems = latents_of(images, sizes, pipeline, context)
     else:
         latents, problems = None, damaged_images(images, context)
-    images, latents, keep = without_damaged(images, latents, problems, flags)
+    images, latents, keep = without_damaged(images, latents, problems, options.data)
     buckets = tuple(dict.fromkeys(sizes))
     bucket = tuple(buckets.index(sizes[index]) for index in keep)
-    weight = images.weight * (flags.prior_loss_weight if images.of_class else 1.0)
-    recipe = VERBATIM if images.of_class else recipe_of(flags)
+    weight = images.weight * (options.data.prior_loss_weight if images.of_class else 1.0)
+    recipe = VERBATIM if images.of_class else recipe_of(options.data)
     train = tuple(range(len(images)))
     return Source(images, latents, train, (), buckets, bucket, weight, images.repeats, recipe)
 
 
-def sizes_of(images: ImageDataset, multiple: int, flags: Flags) -> list[list[Size | None]]:
+def sizes_of(images: ImageDataset, multiple: int, options: DataOptions) -> list[list[Size | None]]:
     """What each image is cropped and scaled to at each resolution; None but at the first where that is nothing new.
 
     An image is trained once at a size, and once at its own where it is smaller than resolutions are.
     """
-    found: list[list[Size | None]] = [[] for _ in listed(flags.resolution)]
+    found: list[list[Size | None]] = [[] for _ in options.resolution]
     for image in images.sizes:
         met: set[Size | str] = set()
-        for sizes, resolution in zip(found, listed(flags.resolution), strict=True):
-            size, own = size_of(image, resolution, multiple, flags)
+        for sizes, resolution in zip(found, options.resolution, strict=True):
+            size, own = size_of(image, resolution, multiple, options)
             new = size not in met and not (own and "own" in met)
             sizes.append(size if new else None)
             if new:
@@ -186,23 +189,23 @@ def sizes_of(images: ImageDataset, multiple: int, flags: Flags) -> list[list[Siz
     return found
 
 
-def size_of(image: tuple[int, int], resolution: int, multiple: int, flags: Flags) -> tuple[Size, bool]:
+def size_of(image: tuple[int, int], resolution: int, multiple: int, options: DataOptions) -> tuple[Size, bool]:
     """What an image (width and height) is cropped and scaled to: a square, or with buckets what keeps most of it.
 
     And whether that is its own size, for it is smaller than all buckets.
     """
-    if not flags.use_aspect_ratio_buckets:
+    if not options.use_aspect_ratio_buckets:
         return square(resolution), False
-    if flags.aspect_ratio_buckets:
-        return bucket_of(image, named_buckets(flags.aspect_ratio_buckets)), False
+    if options.aspect_ratio_buckets:
+        return bucket_of(image, named_buckets(options.aspect_ratio_buckets)), False
     buckets = ladder(resolution, multiple)
-    size = bucket_of(image, buckets) if flags.bucket_upscale else own_bucket(image, resolution, multiple)
+    size = bucket_of(image, buckets) if options.bucket_upscale else own_bucket(image, resolution, multiple)
     return size, size not in buckets
 
 
 def tell_sizes(sources: Sequence[Source], context: Context) -> None:
     """How many images each bucket has."""
-    if context.flags.use_aspect_ratio_buckets or len(listed(context.flags.resolution)) > 1:
+    if context.options.data.use_aspect_ratio_buckets or len(listed(context.options.data.resolution)) > 1:
         found = Counter(source.size(image) for source in sources for image in range(len(source.images)))
         counts = [f"{size.height}x{size.width}: {count}" for size, count in found.items()]
         context.accelerator.print(f"{counted(len(found), 'bucket')} (height x width: images): {', '.join(counts)}")
@@ -219,7 +222,7 @@ def tell_counts(material: Material, context: Context) -> None:
             count = counted(len(source.train), kind)
             line = f"{images.label}: {count}, each {times} an epoch, weight {source.weight:g}"
             line += f"; {len(source.held_out)} more held out" if source.held_out else ""
-            line += f"; {masked} of {len(images)} {are(masked)} masked" if context.flags.masked_loss else ""
+            line += f"; {masked} of {len(images)} {are(masked)} masked" if context.options.training.masked_loss else ""
             context.accelerator.print(printable(line))
 
 
@@ -228,7 +231,7 @@ def tell_uneven(plan: Plan, context: Context) -> None:
     least, most = (choose(plan.met, key=plan.met.__getitem__) for choose in (min, max))
     if plan.met[most] >= UNEVEN * plan.met[least]:
         often, seldom = (f"{size.height}x{size.width} {plan.met[size]:.3g} times" for size in (most, least))
-        smaller = "a smaller --train_batch_size" if context.flags.train_batch_size > 1 else "fewer processes"
+        smaller = "a smaller --train_batch_size" if context.options.training.train_batch_size > 1 else "fewer processes"
         context.accelerator.print(
             f"a bucket's last batch is filled from the same bucket: an epoch meets images of {often} as often as asked "
             f"for, of {seldom}; {smaller} with more --gradient_accumulation_steps evens that out"
@@ -252,7 +255,7 @@ def latents_of(
     vae, model = pipeline.vae, context.model
     key = (model.family.name, model.fingerprint("vae"), str(vae.dtype))
     with wide_enough(model.family, vae):
-        return encode_images(Variants(images, sizes, context.flags), key, vae, context)
+        return encode_images(Variants(images, sizes, context.options.data, context.options.training), key, vae, context)
 
 
 def tell_what_is_left_out(images: ImageDataset, context: Context) -> None:

@@ -35,8 +35,16 @@ def similarities(
 ) -> dict[str, float]:
     """What `MEANINGS` says of the parts as they are, of some of the test images; captions are of CLIP alone."""
     context, sources = setting.context, setting.material.sources
-    metric = load_metric(context.flags.metric_model, str(context.accelerator.device))
-    drawer = Drawer(loss.pipeline, context.model.family, setting.material.texts, context.flags, context.encoders)
+    metric = load_metric(context.options.validation.metric_model, str(context.accelerator.device))
+    drawer = Drawer(
+        loss.pipeline,
+        context.model.family,
+        setting.material.texts,
+        context.options.data,
+        context.options.training,
+        context.options.validation,
+        context.encoders,
+    )
     denoiser = next(iter(parts.values()))
 
     def draw(prompts: Sequence[str], count: int = 1) -> torch.Tensor:

@@ -42,14 +42,14 @@ def measured(step: int, images: Sequence[Image], setting: Setting) -> dict:
             return exact_loss(loss, denoiser, batch)
 
         losses = losses_of(check_and_measure, setting.material, images)
-        found = similarities(parts, loss, images, setting) if setting.context.flags.metric_model else {}
+        found = similarities(parts, loss, images, setting) if setting.context.options.validation.metric_model else {}
     return {"losses": numbers(losses.mean(1)), "by_timestep": numbers(losses.mean(0)), "similarities": found}
 
 
 @contextmanager
 def chosen_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, DenoisingLoss]]:
     """What an arm has trained, the denoiser first, as it was at that step, merged as exports are; and its loss."""
-    context, pipeline, (method,) = setting.context, setting.pipeline, setting.context.flags.method
+    context, pipeline, (method,) = setting.context, setting.pipeline, setting.context.options.adapter.method
     with exact_products(), in_float32(pipeline):
         loss = DenoisingLoss(context, setting.material.objective, pipeline, context.model.empty_denoiser().config)
         folder = context.folder_of(method)
@@ -79,7 +79,7 @@ def export_chosen(step: int, setting: Setting) -> list[str]:
     context, metadata = setting.context, None
     schedule = dataclasses.replace(setting.schedule, steps=step)
     with chosen_parts(step, setting) as (parts, _):
-        if METHODS[context.flags.method[0]].plain_lora:
+        if METHODS[context.options.adapter.method[0]].plain_lora:
             metadata = kohya_metadata(next(iter(parts.values())).config, setting.material, schedule, context)
         check_held()
         return write_adapters(parts, context.folder, context.model.family, metadata)

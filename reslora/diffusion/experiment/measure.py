@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...experiment.course import adapter_folder
-from ..arguments import NOISES
+from ...options.images import NOISES
 from ..output.reports import Reports, Validation
 from ..training.best import keep_adapter
 from ..training.state import Learner

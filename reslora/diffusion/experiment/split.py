@@ -21,8 +21,8 @@ from scipy.sparse.csgraph import connected_components
 from ...common.errors import InvalidArgument, refused_as
 from ...common.seeds import derive
 from ...experiment.parts import cut, enough_of
+from ...options.images import DataOptions, ExperimentOptions, ValidationOptions
 from ...words import counted
-from ..arguments import Flags
 from ..data.class_images import balanced
 from ..data.dataset import ImageDataset, data_flag
 from ..data.samples import Material
@@ -59,7 +59,9 @@ class Parts:
         return f"images: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
 
 
-def parts_of(images: Mapping[int, ImageDataset], flags: Flags) -> Parts:
+def parts_of(
+    images: Mapping[int, ImageDataset], data: DataOptions, validation: ValidationOptions, experiment: ExperimentOptions
+) -> Parts:
     """The images of these sources in three parts, by --select_split and --test_split, with at least one image in each.
 
     Of the second --max_validation_images are taken at most, and the rest of it is used for nothing.
@@ -67,14 +69,14 @@ def parts_of(images: Mapping[int, ImageDataset], flags: Flags) -> Parts:
     """
     flat = [(source, number) for source, found in images.items() for number in range(len(found))]
     marks = [images[source].marks[number] for source, number in flat]
-    groups = groups_of(marks, looks_of(images, flat, data_flag(flags)))
+    groups = groups_of(marks, looks_of(images, flat, data_flag(data)))
     named = ([images[flat[each][0]].name(flat[each][1]) for each in group[:2]] for group in groups if len(group) > 1)
-    check_count(len(groups), flags, next(named, []))
+    check_count(len(groups), data, next(named, []))
     known = [min(marks[image] for image in group) for group in groups]
-    cuts = cut(known, flags.select_split, flags.test_split)
+    cuts = cut(known, experiment.select_split or 0, experiment.test_split or 0)
     train = [image for number in cuts[0] for image in groups[number]]
     select, test = ([min(groups[number], key=marks.__getitem__) for number in part] for part in cuts[1:])
-    select = select[: flags.max_validation_images]
+    select = select[: validation.max_validation_images]
     parts = [tuple(flat[image] for image in part) for part in (train, select, test)]
     trained = len({marks[image] for image in train})
     duplicates = len(set(marks)) - len(groups)
@@ -93,13 +95,13 @@ def learnt(sources: Sequence[Source]) -> dict[int, ImageDataset]:
     return {number: source.images for number, source in enumerate(sources) if not source.images.of_class}
 
 
-def check_count(images: int, flags: Flags, alike: Sequence[str] = ()) -> None:
+def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) -> None:
     """Refuse so few images that some part would be empty. `alike`: names of two that count as one."""
     if images < 3:
         example = f" ({' and '.join(alike)} look alike)" if alike else ""
         number = f"{counted(images, 'image')} but for near-duplicates{example}"
         problem = f"{number}, and training, choosing and comparing take others each"
-        raise InvalidArgument(data_flag(flags), problem, "give at least 3, better 30 or more")
+        raise InvalidArgument(data_flag(options), problem, "give at least 3, better 30 or more")
 
 
 def with_parts(material: Material, parts: Parts, processes: int) -> Material:
@@ -113,7 +115,7 @@ def with_parts(material: Material, parts: Parts, processes: int) -> Material:
             learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1], repeats=repeats))
     of_class = [source for source in material.sources if source.images.of_class]
     of_class = [dataclasses.replace(source, repeats=source.images.repeats) for source in of_class]
-    per_forward = material.flags.train_batch_size * processes
+    per_forward = material.options.training.train_batch_size * processes
     sources = balanced(learnt, of_class, per_forward) if of_class else tuple(learnt)
     return dataclasses.replace(material, sources=sources)
 

@@ -24,11 +24,11 @@ from torch import nn
 from ...common.errors import InvalidArgument, first_line, refused_as
 from ...common.together import each
 from ...files import read_object, replacing
-from ..arguments import Flags
+from ...options.images import ModelOptions, OutputOptions
 from ..content import content_mark, folder_mark
 from ..folder import cache_folder
+from ..refusals import check_pipeline_class, read_index
 from ..seeds import derive
-from ..settings import check_pipeline_class, read_index
 from .families import FAMILIES, load_family
 from .families.base import Family, Part
 from .quantising import pack
@@ -174,19 +174,19 @@ class Model:
         return denoiser
 
 
-def find_model(flags: Flags, accelerator: Accelerator) -> Model:
-    """The model that the flags name, as a local folder: downloaded, or made of a single file, where need be."""
-    name = flags.pretrained_model_name_or_path
+def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: Accelerator) -> Model:
+    """The model that the options name, as a local folder: downloaded, or made of a single file, where need be."""
+    name = model_options.pretrained_model_name_or_path
     flag, path = f"--pretrained_model_name_or_path {name}", Path(name)
     if path.is_file():
         # The first process, then each other machine's, which may find it done or may have another disk.
-        each(lambda: unpacked(path, flags) if accelerator.is_main_process else None)
-        each(lambda: unpacked(path, flags) if accelerator.is_local_main_process else None)
-        folder = unpacked(path, flags)
+        each(lambda: unpacked(path, model_options, output) if accelerator.is_main_process else None)
+        each(lambda: unpacked(path, model_options, output) if accelerator.is_local_main_process else None)
+        folder = unpacked(path, model_options, output)
     elif path.is_dir():
         folder = path
     else:
-        folder = downloaded(flags, flag)
+        folder = downloaded(model_options, flag)
     index = read_index(folder, flag)
     check_pipeline_class(name, index)
     family = load_family(index["_class_name"])
@@ -204,9 +204,11 @@ def find_model(flags: Flags, accelerator: Accelerator) -> Model:
                 raise InvalidArgument(flag, f"{config} cannot be read", "repair the folder")
     if problem := family.unfit(configs):
         raise InvalidArgument(flag, problem, "give a base model's folder")
-    check_prediction(flags, folder)
-    vae = flags.pretrained_vae_model_name_or_path
-    model = Model(folder, family, flag, flags.variant, vae, flags.cache_dir, index, flags.prediction_type)
+    check_prediction(model_options, folder)
+    vae = model_options.pretrained_vae_model_name_or_path
+    model = Model(
+        folder, family, flag, model_options.variant, vae, model_options.cache_dir, index, model_options.prediction_type
+    )
     check_vae(model)
     return model
 
@@ -222,32 +224,32 @@ def check_vae(model: Model) -> None:
         raise InvalidArgument(model.vae_flag, problem, "give an autoencoder of that class, or leave it out")
 
 
-def check_prediction(flags: Flags, folder: Path) -> None:
+def check_prediction(options: ModelOptions, folder: Path) -> None:
     """Refuse to predict the noise on a schedule that ends in nothing but noise: sampling would divide by zero."""
     scheduler = read_object(folder / "scheduler" / SCHEDULER_CONFIG_NAME)
-    if flags.prediction_type == "epsilon" and scheduler.get("rescale_betas_zero_snr"):
+    if options.prediction_type == "epsilon" and scheduler.get("rescale_betas_zero_snr"):
         problem = "the model's scheduler has zero terminal SNR (rescale_betas_zero_snr), and its samples would be NaN"
         raise InvalidArgument("--prediction_type epsilon", problem, "leave it out, or give v_prediction")
 
 
-def downloaded(flags: Flags, flag: str) -> Path:
+def downloaded(options: ModelOptions, flag: str) -> Path:
     """The hub's model in the hub's cache."""
-    check_hub(flags, flag)
+    check_hub(options, flag)
     with refused_as(flag, "check the name and the connection"):
         return Path(
             DiffusionPipeline.download(
-                flags.pretrained_model_name_or_path, revision=flags.revision, variant=flags.variant,
-                cache_dir=flags.cache_dir, use_safetensors=True,
+                options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant,
+                cache_dir=options.cache_dir, use_safetensors=True,
             )
         )  # fmt: skip
 
 
-def check_hub(flags: Flags, flag: str) -> None:
+def check_hub(options: ModelOptions, flag: str) -> None:
     """Refuse a hub's name at once where the hub cannot be reached; its own library tries for most of a minute."""
-    name, file = flags.pretrained_model_name_or_path, "model_index.json"
+    name, file = options.pretrained_model_name_or_path, "model_index.json"
     if constants.HF_HUB_OFFLINE:
         return
-    cached = huggingface_hub.try_to_load_from_cache(name, file, cache_dir=flags.cache_dir, revision=flags.revision)
+    cached = huggingface_hub.try_to_load_from_cache(name, file, cache_dir=options.cache_dir, revision=options.revision)
     if isinstance(cached, str):
         return
     try:
@@ -257,10 +259,10 @@ def check_hub(flags: Flags, flag: str) -> None:
         raise InvalidArgument(flag, problem, "give a folder in diffusers format, or check the connection") from None
 
 
-def unpacked(path: Path, flags: Flags) -> Path:
+def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
     """A single-file checkpoint as a folder in diffusers format, made once, beside the encoded images."""
     flag = f"--pretrained_model_name_or_path {path}"
-    folder = cache_folder(flags) / f"model-{path.stem}-{content_mark(path).replace(':', '-')}"
+    folder = cache_folder(model, output) / f"model-{path.stem}-{content_mark(path).replace(':', '-')}"
     if (folder / "model_index.json").is_file():
         return folder
     with refused_as(flag, "give a checkpoint of Stable Diffusion 1.x, 2.x or SDXL"):
@@ -271,7 +273,7 @@ def unpacked(path: Path, flags: Flags) -> Path:
     family = load_family(known.pop())
     convert = f"{family.pipeline.__name__}.from_single_file({str(path)!r}).save_pretrained('folder')"
     with refused_as(flag, f"make a folder of it where the hub can be reached: {convert}"):
-        pipeline = family.pipeline.from_single_file(str(path), cache_dir=flags.cache_dir)
+        pipeline = family.pipeline.from_single_file(str(path), cache_dir=model.cache_dir)
         with replacing(folder) as temporary:
             pipeline.save_pretrained(temporary)
     return folder

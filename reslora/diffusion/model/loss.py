@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import interpolate
 
-from ..arguments import Flags
+from ...options.images import TrainingOptions
 from .objective import Objective
 
 
@@ -43,11 +43,17 @@ class Huber:
         return c * loss if self.kind == "huber" else loss
 
 
-def huber_of(flags: Flags, objective: Objective) -> Huber | None:
-    """The loss that the flags name; None for the square."""
-    if flags.loss_type == "l2":
+def huber_of(options: TrainingOptions, objective: Objective) -> Huber | None:
+    """The loss that the options name; None for the square."""
+    if options.loss_type == "l2":
         return None
-    return Huber(objective, flags.loss_type, flags.huber_schedule, flags.huber_c, flags.huber_scale)
+    return Huber(
+        objective,
+        options.loss_type,
+        options.huber_schedule,
+        options.huber_c,
+        options.huber_scale,
+    )
 
 
 def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

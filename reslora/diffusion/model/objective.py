@@ -11,8 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from ...common.errors import InvalidArgument, refused_as
-from ..arguments import SAMPLINGS, WEIGHTINGS, Flags
-from ..settings import untouched
+from ...options.images import SAMPLINGS, WEIGHTINGS, ModelOptions, Options, TrainingOptions
 from .families.base import Family
 
 
@@ -161,16 +160,11 @@ class FlowObjective:
 
 
 Objective = DdpmObjective | FlowObjective
-READ_BY = {
-    "logit_mean": ("logit_normal",), "logit_std": ("logit_normal",), "mode_scale": ("mode",),
-    "discrete_flow_shift": ("uniform", "logit_normal", "mode", "shift"),
-}  # fmt: skip
-"""The ways to draw timesteps that a flag is about."""
 
 
-def between_of(flags: Flags, timesteps: int) -> tuple[int, int]:
-    """The timesteps to draw from: from the first up to before the second; refuses what the model does not have."""
-    least, below = flags.min_timestep, timesteps if flags.max_timestep is None else flags.max_timestep
+def between_of(options: TrainingOptions, timesteps: int) -> tuple[int, int]:
+    """Return the timesteps to sample from: from the first up to before the second; refuse what the model has not."""
+    least, below = options.min_timestep, timesteps if options.max_timestep is None else options.max_timestep
     if below > timesteps:
         raise InvalidArgument(f"--max_timestep {below}", f"the model has {timesteps}", f"give {timesteps} or less")
     if least >= below:
@@ -179,34 +173,42 @@ def between_of(flags: Flags, timesteps: int) -> tuple[int, int]:
     return least, below
 
 
-def check_read(flags: Flags, sampling: str) -> None:
-    """Refuse settings that this way to draw timesteps does not read; with its default one may be given."""
-    for name, samplings in READ_BY.items():
-        value, default = getattr(flags, name), getattr(untouched(), name)
-        if sampling not in samplings and value != default:
-            problem = f"timesteps are drawn by {sampling}, which does not read it"
-            stay = "leave it out" if default is None else f"leave it at {default}"
-            raise InvalidArgument(f"--{name} {value}", problem, f"{stay}, or add --timestep_sampling {samplings[-1]}")
+def check_sampling(options: TrainingOptions, sampling: str) -> None:
+    """Refuse options that this way to sample timesteps does not read; their defaults may be given."""
+    for name, option in Options.table().items():
+        if option.samplings and sampling not in option.samplings:
+            value, default = getattr(options, name), option.default
+            if value != default:
+                problem = f"timesteps are sampled by {sampling}, which does not read it"
+                stay = "leave it out" if default is None else f"leave it at {default}"
+                fix = f"{stay}, or add --timestep_sampling {option.samplings[-1]}"
+                raise InvalidArgument(f"--{name} {value}", problem, fix)
 
 
-def objective_of(flags: Flags, family: Family, pipeline: DiffusionPipeline) -> Objective:
-    """What the model's family learns; refuses flags that belong to another objective."""
-    between = between_of(flags, pipeline.scheduler.config.num_train_timesteps)
+def check_objective(model: ModelOptions, training: TrainingOptions, family: Family) -> None:
+    """Refuse options that belong to another objective than the family's; their defaults may be given."""
+    learns_flow = family.objective == "flow"
+    for name, option in Options.table().items():
+        value = getattr({"model": model, "training": training}.get(option.group), name, option.default)
+        # 0 weights all timesteps alike, as a flow does.
+        if option.objective not in ("", family.objective) and (value if learns_flow else value != option.default):
+            problem = f"{family.name} learns a flow, which has none" if learns_flow else f"{family.name} learns no flow"
+            raise InvalidArgument(f"--{name} {value}", problem, "leave it out")
+
+
+def objective_of(
+    model: ModelOptions, training: TrainingOptions, family: Family, pipeline: DiffusionPipeline
+) -> Objective:
+    """Return what the model's family learns; refuse options that belong to another objective."""
+    between = between_of(training, pipeline.scheduler.config.num_train_timesteps)
+    check_objective(model, training, family)
     if family.objective == "flow":
-        for name in ("prediction_type", "snr_gamma"):
-            if getattr(flags, name):
-                problem = f"{family.name} learns a flow, which has none"
-                raise InvalidArgument(f"--{name} {getattr(flags, name)}", problem, "leave it out")
-        density = Density(flags.logit_mean, flags.logit_std, flags.mode_scale, between)
-        objective = FlowObjective(
-            pipeline.scheduler, flags.timestep_sampling, flags.weighting_scheme, flags.discrete_flow_shift, density
-        )
-        check_read(flags, objective.sampling)
+        density = Density(training.logit_mean, training.logit_std, training.mode_scale, between)
+        shift = training.discrete_flow_shift
+        sampled = (training.timestep_sampling, training.weighting_scheme, shift, density)
+        objective = FlowObjective(pipeline.scheduler, *sampled)
+        check_sampling(training, objective.sampling)
         return objective
-    for name in ("timestep_sampling", "weighting_scheme", *READ_BY):
-        value = getattr(flags, name)
-        if value != getattr(untouched(), name):
-            raise InvalidArgument(f"--{name} {value}", f"{family.name} does not learn a flow", "leave it out")
-    argument = f"--pretrained_model_name_or_path {flags.pretrained_model_name_or_path}"
+    argument = f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}"
     with refused_as(argument, "give another model, or --prediction_type", (ValueError,)):
-        return DdpmObjective(pipeline.scheduler, flags.snr_gamma, between)
+        return DdpmObjective(pipeline.scheduler, training.snr_gamma, between)

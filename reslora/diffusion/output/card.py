@@ -8,9 +8,9 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import ModelCard
 
+from ...common.flags import listed
 from ...common.methods import METHODS
 from ...export import DIFFUSERS_FILE
-from ..arguments import listed
 from ..context import Context
 from ..model.lora_files.writing import peft_folder
 
@@ -24,12 +24,12 @@ def card_of(repository: str, pictured: bool, context: Context) -> str:
 
     `pictured`: whether the comparison is uploaded as well.
     """
-    flags = context.flags
-    if huggingface_hub.file_exists(repository, "README.md", token=flags.hub_token):
-        card = ModelCard.load(repository, token=flags.hub_token)
+    options = context.options
+    if huggingface_hub.file_exists(repository, "README.md", token=options.output.hub_token):
+        card = ModelCard.load(repository, token=options.output.hub_token)
     else:
         card = ModelCard(f"---\nlibrary_name: diffusers\n---\n\n# {repository.rpartition('/')[2]}\n")
-    base = flags.pretrained_model_name_or_path
+    base = options.model.pretrained_model_name_or_path
     if not Path(base).exists():  # the hub refuses what is no name of its own
         card.data.base_model = base
     elif BEGIN in card.text:
@@ -44,14 +44,14 @@ def card_of(repository: str, pictured: bool, context: Context) -> str:
 
 def description(repository: str, pictured: bool, context: Context) -> list[str]:
     """Paragraphs on the weights, with an example for each method."""
-    flags = context.flags
-    data = ", ".join(map(name_of, listed(flags.dataset_name or flags.train_data_dir)))
-    found = [f"Weights for {name_of(flags.pretrained_model_name_or_path)}, trained on {data}."]
-    if flags.caption_prefix:
-        found.append(f"Captions began with `{flags.caption_prefix}`: begin prompts with it, too.")
+    options = context.options
+    data = ", ".join(map(name_of, listed(options.data.dataset_name or options.data.train_data_dir)))
+    found = [f"Weights for {name_of(options.model.pretrained_model_name_or_path)}, trained on {data}."]
+    if options.data.caption_prefix:
+        found.append(f"Captions began with `{options.data.caption_prefix}`: begin prompts with it, too.")
     if pictured:
         found.append("![samples](comparison.png)")
-    for method in flags.method:
+    for method in options.adapter.method:
         code = "\n".join(example(method, repository, context))
         found += [f"{METHODS[method].title}, in `{method}/`:", f"```python\n{code}\n```"]
     return found
@@ -64,11 +64,11 @@ def name_of(place: str) -> str:
 
 def example(method: str, repository: str, context: Context) -> list[str]:
     """Lines of Python that load a method's weights from the repository."""
-    flags, family = context.flags, context.model.family
+    options, family = context.options, context.model.family
     lines = loading_base(context)
     if METHODS[method].plain_lora:
         # The file is named: by itself diffusers would look for the first one in the repository.
-        place = "" if len(flags.method) == 1 else f'subfolder="{method}", '
+        place = "" if len(options.adapter.method) == 1 else f'subfolder="{method}", '
         return [*lines, f'pipeline.load_lora_weights("{repository}", {place}weight_name="{DIFFUSERS_FILE}")']
     for part in (family.denoiser, *(encoder.name for encoder in context.encoders)):
         place = f'"{repository}", subfolder="{peft_folder(Path(method, "peft"), part, family).as_posix()}"'
@@ -78,7 +78,7 @@ def example(method: str, repository: str, context: Context) -> list[str]:
 
 def loading_base(context: Context) -> list[str]:
     """Lines of Python that load the base model."""
-    base, pipeline = context.flags.pretrained_model_name_or_path, "DiffusionPipeline"
+    base, pipeline = context.options.model.pretrained_model_name_or_path, "DiffusionPipeline"
     if Path(base).is_file():
         pipeline = context.model.family.pipeline.__name__
     load = "from_single_file" if Path(base).is_file() else "from_pretrained"

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import nn
 
 from ...common.temporarily import temporarily
+from ...options.images import DataOptions, TrainingOptions, ValidationOptions
 from ...tracing import evaluating
-from ..arguments import Flags
 from ..data.batch import changed, stack_texts
 from ..data.encoding import Texts
 from ..model.families.base import Family, Part, Text
@@ -27,9 +27,17 @@ class Drawer:
     """Draws prompts with the pipeline around any denoiser; each image has a seed of its own."""
 
     def __init__(
-        self, pipeline: DiffusionPipeline, family: Family, texts: Texts, flags: Flags, encoders: Sequence[Part] = ()
+        self,
+        pipeline: DiffusionPipeline,
+        family: Family,
+        texts: Texts,
+        data: DataOptions,
+        training: TrainingOptions,
+        validation: ValidationOptions,
+        encoders: Sequence[Part] = (),
     ) -> None:
-        self.pipeline, self.family, self.texts, self.flags = pipeline, family, texts, flags
+        self.pipeline, self.family, self.texts = pipeline, family, texts
+        self.data, self.training, self.validation = data, training, validation
         self.encoders = encoders  # those of the pipeline that train
 
     def draw(
@@ -44,7 +52,7 @@ class Drawer:
         `between_steps` is called between the denoising steps and may raise; denoiser and pipeline stay as they were.
         """
         wanted = self.wanted(prompts, images)
-        drawn, size = [], self.flags.train_batch_size
+        drawn, size = [], self.training.train_batch_size
         encoders = [getattr(self.pipeline, part.name) for part in self.encoders]
         with temporarily(self.pipeline, **{self.family.denoiser: denoiser}), evaluating(denoiser, *encoders):
             for alike in (list(group) for _, group in itertools.groupby(wanted, key=shared)):
@@ -57,9 +65,9 @@ class Drawer:
         found = []
         for number, given in enumerate(prompts):
             prompt = Prompt(given) if isinstance(given, str) else given
-            prompt = settled(prompt, self.flags, self.family)
+            prompt = settled(prompt, self.data, self.validation, self.family)
             for image in range(images):
-                drawn = derive(self.flags.seed, "sample", number, image)
+                drawn = derive(self.training.seed, "sample", number, image)
                 found.append((prompt, drawn if prompt.seed is None else prompt.seed + image))
         return found
 
@@ -98,7 +106,7 @@ class Drawer:
         # Captions are not encoded beforehand, so the encoders are here.
         encode = self.family.encode_frozen if self.encoders else self.family.encode_captions
         with torch.no_grad():
-            states = encode(self.pipeline, [caption], self.flags.max_sequence_length)
+            states = encode(self.pipeline, [caption], self.training.max_sequence_length)
         return {name: value[0] for name, value in states.items()}
 
 

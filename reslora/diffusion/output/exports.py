@@ -28,7 +28,6 @@ from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import Damaged, check_checksums, remove, replacing, write_json
 from ...model import MergeReport, merge
 from ...tracing import evaluating
-from ..arguments import listed
 from ..context import Context
 from ..data.samples import CalibrationSamples, Material
 from ..model.families.base import Family
@@ -75,11 +74,11 @@ def export_method(
     Raises `Diverged`, with nothing exported, if the model has; `RunFailed` if an export does not draw what the merged
     model draws, unless rounding alone moves its images, which a line says: then images tell nothing.
     """
-    flags, method, accelerator = context.flags, learner.method, context.accelerator
+    options, method, accelerator = context.options, learner.method, context.accelerator
     name, folder = learner.name, context.folder_of(method)
     accelerator.print(f"{name}: merging, exporting and comparing")
     context.status.say("merging", name)
-    prompts, images = prompts_of(flags), flags.num_validation_images
+    prompts, images = prompts_of(options.validation), options.validation.num_validation_images
     shown = bool(prompts and images)
     if not shown:
         prompts, images = [Prompt(next((text for text in material.texts.places if text), ""))], 1
@@ -182,11 +181,15 @@ def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[
         except Damaged as error:
             raise RunFailed(f"{first_line(error)}; remove {best.path}, and the one before is exported") from None
         return saved_parts(learner.method, best.path, learner.trained.loss, schedule, context)
-    if context.flags.save_best:
+    if context.options.validation.save_best:
         line = f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)"
         print(line, flush=True)
-    flags = context.flags
-    plain = context.accelerator.mixed_precision == "no" and flags.base_precision == "no" and not flags.blocks_to_swap
+    options = context.options
+    plain = (
+        context.accelerator.mixed_precision == "no"
+        and options.model.base_precision == "no"
+        and not options.model.blocks_to_swap
+    )
     if plain and learner.denoiser.dtype == torch.float32 and not cuts_base(context.accelerator):
         return dict(learner.trained.parts)
     checkpoint = folder / f"checkpoint-{learner.step}"
@@ -195,7 +198,7 @@ def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[
 
 def best_to_export(learner: Learner, context: Context) -> Best | None:
     """The adapter that is exported in the place of the last one, if any is."""
-    return best_of(context.folder_of(learner.method)) if context.flags.save_best else None
+    return best_of(context.folder_of(learner.method)) if context.options.validation.save_best else None
 
 
 def exported(schedule: Schedule, learner: Learner, context: Context) -> Schedule:
@@ -237,7 +240,7 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
     for name, part in parts.items():
         plan = chains(part)
         try:
-            report = merge(part, method=material.flags.merge, calibration=calibration[name] or None)
+            report = merge(part, method=material.options.adapter.merge, calibration=calibration[name] or None)
         except ValueError as error:
             advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
             raise Diverged(f"reslora: it cannot be merged ({first_line(error)})", advice) from None
@@ -248,7 +251,9 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
 @torch.no_grad()
 def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
     """The denoiser's keyword arguments, in float32, for the training samples that a merge may read."""
-    read = CalibrationSamples(material).batches(material.flags.merge_calibration_samples, PartialState().num_processes)
+    read = CalibrationSamples(material).batches(
+        material.options.adapter.merge_calibration_samples, PartialState().num_processes
+    )
     with evaluating(*loss.encoders):
         return [as_float32(loss.inputs(loss.encoded(batch))[0]) for batch in read]
 
@@ -351,23 +356,23 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as sd-scripts write
 
 def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, context: Context) -> dict[str, str]:
     """What model managers and web interfaces recognise a LoRA by (Stability AI's model specification 1.0.0)."""
-    flags, predicted = material.flags, getattr(material.objective, "prediction_type", None)  # none where a flow is
+    options, predicted = material.options, getattr(material.objective, "prediction_type", None)  # none where a flow is
     version, architecture = context.model.family.model_version(config, predicts_v=predicted == "v_prediction")
-    sides = listed(flags.resolution)
+    sides = options.data.resolution
     prediction = {"modelspec.prediction_type": PREDICTIONS[predicted]} if predicted else {}
     return prediction | {
         "ss_v2": str(version.startswith("sd_v2")),  # by which A1111 tells 2.x from 1.x
-        "ss_base_model": Path(flags.pretrained_model_name_or_path).name,
+        "ss_base_model": Path(options.model.pretrained_model_name_or_path).name,
         "ss_base_model_version": version,
-        "ss_learning_rate": str(flags.learning_rate),
-        "ss_seed": str(flags.seed),
+        "ss_learning_rate": str(options.optimizer.learning_rate),
+        "ss_seed": str(options.training.seed),
         "ss_steps": str(schedule.steps),
         "ss_resolution": " ".join(map(str, sides)),
-        "ss_enable_bucket": str(flags.use_aspect_ratio_buckets),
+        "ss_enable_bucket": str(options.data.use_aspect_ratio_buckets),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{architecture}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": f"LoRA for {Path(flags.pretrained_model_name_or_path).name}",
+        "modelspec.title": f"LoRA for {Path(options.model.pretrained_model_name_or_path).name}",
         "modelspec.resolution": f"{sides[0]}x{sides[0]}",
     }
 

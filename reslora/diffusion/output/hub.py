@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from huggingface_hub import CommitOperationAdd
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import read_object
-from ..arguments import Flags
+from ...options.images import AdapterOptions, OutputOptions, ValidationOptions
 from ..context import Context
-from ..settings import repository_of
+from ..refusals import repository_of
 from ..training.checkpoints import EXPORTS
 from .card import card_of
 from .summary import write_comparison
@@ -26,11 +27,11 @@ UPLOADED_OF_METHOD = (
 )
 
 
-def hub_repository(flags: Flags) -> str:
+def hub_repository(options: OutputOptions) -> str:
     """The repository to upload to, which is made if need be."""
-    name = repository_of(flags)
+    name = repository_of(options)
     try:
-        return huggingface_hub.create_repo(name, exist_ok=True, token=flags.hub_token).repo_id
+        return huggingface_hub.create_repo(name, exist_ok=True, token=options.hub_token).repo_id
     except Exception as error:  # requests' or httpx's, by the version of the hub's library
         problem = f"cannot make or reach the repository {name} ({first_line(error)})"
         raise InvalidArgument("--push_to_hub", problem, "log in with `hf auth login`, or leave it out") from None
@@ -42,17 +43,21 @@ def own_card(folder: Path) -> Path | None:
     return path if path.is_file() else None
 
 
-def check_upload(flags: Flags) -> None:
+def check_upload(options: OutputOptions) -> None:
     """Refuses a repository that cannot be had, and says whose model card will be uploaded."""
-    hub_repository(flags)
-    if (own := own_card(Path(flags.output_dir))) is not None:
+    hub_repository(options)
+    if (own := own_card(Path(options.output_dir))) is not None:
         print(f"--push_to_hub: {own} will be uploaded as it is; remove it to have a model card written", flush=True)
 
 
 def publish(context: Context) -> None:
     """Upload a model card with what the methods left: LoRA files, samples, losses and figures."""
-    flags = context.flags
-    name, files, own = hub_repository(flags), files_of(flags), own_card(context.folder)
+    options = context.options
+    name, files, own = (
+        hub_repository(options.output),
+        files_of(options.adapter, options.validation, options.output),
+        own_card(context.folder),
+    )
     try:
         if own is not None:
             print(f"{own} is uploaded as it is; remove it to have a model card written")
@@ -60,37 +65,42 @@ def publish(context: Context) -> None:
         else:
             files["README.md"] = card_of(name, "comparison.png" in files, context).encode()
         added = [CommitOperationAdd(place, content) for place, content in files.items()]
-        huggingface_hub.create_commit(name, added, commit_message="End of training", token=flags.hub_token)
+        huggingface_hub.create_commit(name, added, commit_message="End of training", token=options.output.hub_token)
     except Exception as error:
         problem = f"{name} could not be uploaded ({first_line(error)})"
         raise RunFailed(f"{problem}; the run is complete, the same command tries again") from None
     print(f"uploaded to {name}")
 
 
-def files_of(flags: Flags) -> dict[str, Path | bytes]:
+def files_of(
+    adapter: AdapterOptions, validation: ValidationOptions, output_options: OutputOptions
+) -> dict[str, Path | bytes]:
     """What is uploaded beside the card, by its place in the repository: a single method's weights at its root, too."""
-    output, files = Path(flags.output_dir), dict[str, Path | bytes]()
-    for pattern in ("loss.png", *(f"{method}/{file}" for method in flags.method for file in UPLOADED_OF_METHOD)):
+    output, files = Path(output_options.output_dir), dict[str, Path | bytes]()
+    for pattern in (
+        "loss.png",
+        *(f"{method}/{file}" for method in adapter.method for file in UPLOADED_OF_METHOD),
+    ):
         for path in output.glob(pattern):
             place = path.relative_to(output).as_posix()
             if path.is_file() and "/." not in place:
                 files[place] = path
-    weights = f"{flags.method[0]}/{DIFFUSERS_FILE}"
-    if len(flags.method) == 1 and weights in files:
+    weights = f"{adapter.method[0]}/{DIFFUSERS_FILE}"
+    if len(adapter.method) == 1 and weights in files:
         files[DIFFUSERS_FILE] = files[weights]
-    if picture := comparison_of(flags):
+    if picture := comparison_of(adapter, validation, output_options):
         files["comparison.png"] = picture
     return files
 
 
-def comparison_of(flags: Flags) -> bytes:
+def comparison_of(adapter: AdapterOptions, validation: ValidationOptions, output: OutputOptions) -> bytes:
     """The comparison of what the run has drawn, if anything, whatever prompts are given now.
 
     It is not the run's file, which may show images that were trained on: nobody asked that those be uploaded.
     """
-    shown = read_object(Path(flags.output_dir) / flags.method[-1] / EXPORTS).get("shown", {})
-    prompts = shown.get("validation_prompt", flags.validation_prompt)
+    shown = read_object(Path(output.output_dir) / adapter.method[-1] / EXPORTS).get("shown", {})
+    prompts = shown.get("validation_prompt", validation.validation_prompt)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "comparison.png"
-        write_comparison(flags.replace(validation_prompt=prompts), path)
+        write_comparison(adapter, dataclasses.replace(validation, validation_prompt=prompts), output, path)
         return path.read_bytes() if path.is_file() else b""

@@ -14,41 +14,53 @@ from ...common.log import read_log
 from ...common.methods import METHODS
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import read_object, replacing
-from ..arguments import Flags
+from ...options.images import AdapterOptions, OutputOptions, ValidationOptions
 from .reports import FINISHED
 
 COLUMNS = 9  # at most so many steps are shown beside each other
 
 
-def write_figures(flags: Flags, held_out: int, learnt: Callable[[int], list[Image.Image]] = lambda _: []) -> None:
+def write_figures(
+    adapter: AdapterOptions,
+    validation: ValidationOptions,
+    output_options: OutputOptions,
+    held_out: int,
+    learnt: Callable[[int], list[Image.Image]] = lambda _: [],
+) -> None:
     """`comparison.png`, a single method's weights where diffusers' script leaves them, and `loss.png`.
 
     That comes last: where it is, a run is finished. `learnt`: gives some of the images that were trained on.
     """
-    output, measured = Path(flags.output_dir), min(held_out, flags.max_validation_images)
-    if flags.validation_prompt and flags.num_validation_images:
-        write_comparison(flags, output / "comparison.png", learnt(COLUMNS + 3))
-    if len(flags.method) == 1 and METHODS[flags.method[0]].plain_lora:
+    output, measured = Path(output_options.output_dir), min(held_out, validation.max_validation_images)
+    if validation.validation_prompt and validation.num_validation_images:
+        write_comparison(adapter, validation, output_options, output / "comparison.png", learnt(COLUMNS + 3))
+    if len(adapter.method) == 1 and METHODS[adapter.method[0]].plain_lora:
         with replacing(output / DIFFUSERS_FILE) as temporary:
-            shutil.copyfile(output / flags.method[0] / DIFFUSERS_FILE, temporary)
-    logs = {METHODS[method].title: read_log(output / method / "log.jsonl") for method in flags.method}
+            shutil.copyfile(output / adapter.method[0] / DIFFUSERS_FILE, temporary)
+    logs = {METHODS[method].title: read_log(output / method / "log.jsonl") for method in adapter.method}
     loss_curves(output / FINISHED, logs, measured)
 
 
-def write_comparison(flags: Flags, path: Path, learnt: Sequence[Image.Image] = ()) -> None:
+def write_comparison(
+    adapter: AdapterOptions,
+    validation: ValidationOptions,
+    output_options: OutputOptions,
+    path: Path,
+    learnt: Sequence[Image.Image] = (),
+) -> None:
     """The paper's Figure 3: steps across; prompts down, and the methods under each; what was trained on above it.
 
     Nothing is written where nothing was drawn of these prompts: there may be a comparison of others.
     """
-    output, prompts = Path(flags.output_dir), list(enumerate(flags.validation_prompt))
+    output, prompts = Path(output_options.output_dir), list(enumerate(validation.validation_prompt))
     folders = [found for samples in output.glob("*/samples") for found in by_step(samples).items()]
     found = sorted({step for step, folder in folders if any(shows(folder, *prompt) for prompt in prompts)})
     chosen = sorted({found[round(i * (len(found) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)}) if found else []
     places = [f"samples/step-{step:06d}" for step in chosen] + ["merged"]
     rows = []
     for number, prompt in prompts:
-        drawn = [[_image(output / name / place, number, prompt) for place in places] for name in flags.method]
-        titles = [METHODS[name].title for name in flags.method]
+        drawn = [[_image(output / name / place, number, prompt) for place in places] for name in adapter.method]
+        titles = [METHODS[name].title for name in adapter.method]
         rows.append((f"prompt: {prompt}", list(zip(titles, drawn, strict=True))))
     columns = [f"step {step}" if step else "before\ntraining" for step in chosen] + ["merged into\nthe model"]
     if any(image for _, methods in rows for _, images in methods for image in images):
@@ -66,9 +78,9 @@ def _image(samples: Path, number: int, prompt: str) -> Path | None:
     return path if shows(samples, number, prompt) else None
 
 
-def print_summary(flags: Flags) -> None:
+def print_summary(adapter: AdapterOptions, output_options: OutputOptions) -> None:
     """What was written, and how to look at it."""
-    output = Path(flags.output_dir)
+    output = Path(output_options.output_dir)
     lines = ["", f"{output}/"]
     if (output / "comparison.png").is_file():
         lines.append("  comparison.png   images to learn from; steps across; prompts and methods down")
@@ -83,7 +95,7 @@ def print_summary(flags: Flags) -> None:
         "text_encoder_2": "merged weights: the text encoder's from_pretrained(folder)",
         "transformer": "merged weights: the transformer's from_pretrained(folder)",
     }
-    for method in flags.method:
+    for method in adapter.method:
         record = read_object(output / method / "exports.json")
         best = record.get("best")
         of = f"of step {best['step']}, which has the lowest validation loss, {best['loss']:.5f}" if best else ""

@@ -14,7 +14,6 @@ from torch import nn
 from ...calibration import BUDGET
 from ...common.methods import METHODS
 from ...regression import Gram
-from ..arguments import listed
 from ..data.class_images import missing_class_images
 from ..data.size import Size
 from ..model.families.base import Conditions, Family, Text
@@ -31,13 +30,13 @@ KEPT = (BASE, ADAPTER, OPTIMIZER)  # of what a step holds, beside what draws and
 
 def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
     """Class images before training, by the whole pipeline; None where none is missing."""
-    flags, missing = rehearsal.flags, missing_class_images(rehearsal.flags)
+    options, missing = rehearsal.options, missing_class_images(rehearsal.options.data, rehearsal.options.output)
     if not missing:
         return None
-    base = empty_denoiser(rehearsal.model, rehearsal.dtype, flags.base_precision, flags.blocks_to_swap)
+    base = empty_denoiser(rehearsal.model, rehearsal.dtype, options.model.base_precision, options.model.blocks_to_swap)
     denoiser = rehearsal.stage.place(base).eval()
-    count, side = min(flags.train_batch_size, missing), max(listed(flags.resolution))
-    guided = count * passes(rehearsal.family, flags.guidance_scale)
+    count, side = min(options.training.train_batch_size, missing), max(options.data.resolution)
+    guided = count * passes(rehearsal.family, options.validation.guidance_scale)
     found: Held = {BASE: held(denoiser), ENCODERS: held(*rehearsal.encoders), AUTOENCODER: held(rehearsal.pipeline.vae)}
 
     def draw() -> int:
@@ -50,10 +49,12 @@ def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
 
 def sampling(rehearsal: Rehearsal, step: Phase) -> Phase | None:
     """Samples while training, `step` being what that holds; None where none are drawn."""
-    flags = rehearsal.flags
-    if not (flags.validation_prompt and flags.num_validation_images):
+    options = rehearsal.options
+    if not (options.validation.validation_prompt and options.validation.num_validation_images):
         return None
-    denoiser = rehearsal.stage.place(empty_denoiser(rehearsal.model, rehearsal.dtype, flags.base_precision)).eval()
+    denoiser = rehearsal.stage.place(
+        empty_denoiser(rehearsal.model, rehearsal.dtype, options.model.base_precision)
+    ).eval()
     draw = partial(drawing, rehearsal, denoiser, rehearsal.dtype, rehearsal.autocast)
     activations = rehearsal.known("activations of sampling", draw)
     found = {name: step.held[name] for name in KEPT} | rehearsal.staying
@@ -68,16 +69,16 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
     found = {name: step.held[name] for name in KEPT}
     draw = partial(drawing, rehearsal, exact, torch.float32, contextlib.nullcontext)
     activations = rehearsal.known("activations of drawing in float32", draw)
-    plain = rehearsal.dtype == torch.float32 and rehearsal.flags.base_precision == "no"
-    if not plain or rehearsal.flags.save_best:
+    plain = rehearsal.dtype == torch.float32 and rehearsal.options.model.base_precision == "no"
+    if not plain or rehearsal.options.validation.save_best:
         left = (free - step.total) // 2 if rehearsal.stage.device.type == "cuda" else 0
         if whole > max(IN_MEMORY, left) and shapes:  # its blocks' weights are read one by one
             sizes = [4 * shape.numel() for shape in shapes]
             whole -= sum(sizes) - max(sizes)
         found |= {EXACT: whole, ADAPTER: 2 * step.part(ADAPTER)}
-    if METHODS[method].shortcuts and rehearsal.flags.merge_calibration_samples:
+    if METHODS[method].shortcuts and rehearsal.options.adapter.merge_calibration_samples:
         found[MERGE] = merging(rehearsal, exact)
-        size, count = rehearsal.size, rehearsal.flags.train_batch_size
+        size, count = rehearsal.size, rehearsal.options.training.train_batch_size
         read = partial(denoising, rehearsal, exact, count, size, torch.float32)
         activations = max(activations or 0, rehearsal.known("activations of the merge", read) or 0)
     times = 4 // rehearsal.dtype.itemsize
@@ -87,17 +88,19 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
 
 def merging(rehearsal: Rehearsal, exact: nn.Module) -> int:
     """What a merge reads, and at the most what least squares take for what enters the layers that it is about."""
-    flags = rehearsal.flags
-    batch = rehearsal.batch(flags.train_batch_size)
+    options = rehearsal.options
+    batch = rehearsal.batch(options.training.train_batch_size)
     states = [value for values in (batch.text or {}).values() for value in values]
-    read = 4 * sum(value.numel() for value in [*states, batch.noise]) * flags.merge_calibration_samples
-    ends = tuple(flags.target_modules)
+    read = 4 * sum(value.numel() for value in [*states, batch.noise]) * options.adapter.merge_calibration_samples
+    ends = tuple(options.adapter.target_modules)
     widths = {
         name.rpartition(".")[0]: layer.in_features
         for name, layer in block_layers(exact)
         if name.endswith(ends) or len(ends) == 1
     }
-    return read // flags.train_batch_size + min(BUDGET, sum(Gram.nbytes(width, 4) for width in widths.values()))
+    return read // options.training.train_batch_size + min(
+        BUDGET, sum(Gram.nbytes(width, 4) for width in widths.values())
+    )
 
 
 def drawing(
@@ -107,12 +110,15 @@ def drawing(
     precision: Callable[[], contextlib.AbstractContextManager],
 ) -> int:
     """What is computed with while prompts are drawn, at the most: by the denoiser, or by the decoder after it."""
-    flags, family = rehearsal.flags, rehearsal.family
-    images = flags.num_validation_images if flags.validation_prompt else 1
-    prompts = [settled(prompt, flags, family) for prompt in prompts_of(flags) or [Prompt("")]]
+    options, family = rehearsal.options, rehearsal.family
+    images = options.validation.num_validation_images if options.validation.validation_prompt else 1
+    prompts = [
+        settled(prompt, options.data, options.validation, family)
+        for prompt in prompts_of(options.validation) or [Prompt("")]
+    ]
     most = 0
     for prompt, alike in itertools.groupby([(prompt, 0) for prompt in prompts], key=shared):
-        count = min(flags.train_batch_size, len(list(alike)) * max(1, images))
+        count = min(options.training.train_batch_size, len(list(alike)) * max(1, images))
         size = Size(prompt.height or 0, prompt.width or 0)
         guided = count * passes(family, prompt.guidance_scale)
         with precision():

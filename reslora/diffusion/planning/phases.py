@@ -63,15 +63,15 @@ class Rehearsal:
     """
 
     def __init__(self, kinds: Sequence[ImageDataset], context: Context) -> None:
-        self.kinds, self.context, self.flags, self.model = kinds, context, context.flags, context.model
+        self.kinds, self.context, self.options, self.model = kinds, context, context.options, context.model
         self.family, self.stage = context.model.family, Stage(context.accelerator.device)
-        self.dtype = weight_dtype(self.flags.mixed_precision)
+        self.dtype = weight_dtype(self.options.model.mixed_precision)
         self.pipeline = empty_pipeline(self.model, self.dtype, self.stage)
-        check_pipeline(self.flags, self.pipeline, self.family)
-        self.objective = objective_of(self.flags, self.family, self.pipeline)
+        check_pipeline(self.options.data, self.options.validation, self.pipeline, self.family)
+        self.objective = objective_of(self.options.model, self.options.training, self.family, self.pipeline)
         self.trainable = [part.name for part in context.encoders]
         multiple = self.family.pixel_multiple(self.pipeline)
-        self.sizes = [sizes_of(images, multiple, self.flags) for images in kinds]
+        self.sizes = [sizes_of(images, multiple, self.options.data) for images in kinds]
         found = {size for by_resolution in self.sizes for sizes in by_resolution for size in sizes if size}
         self.size = max(found, key=lambda size: size.height * size.width)
         self.peak_of_encoders = 0
@@ -92,11 +92,11 @@ class Rehearsal:
         """Shapes of the text states of the longest caption and of the shortest."""
         captions = sorted({text for images in self.kinds for texts in images.captions for text in texts}, key=len)
         names = self.family.frozen_text_parts if self.trainable else self.family.text_parts
-        at_once = min(CAPTIONS_AT_ONCE, len(captions) + len(self.flags.validation_prompt) + 1)
-        at_once = at_once if self.flags.cache_text_embeddings else self.flags.train_batch_size
+        at_once = min(CAPTIONS_AT_ONCE, len(captions) + len(self.options.validation.validation_prompt) + 1)
+        at_once = at_once if self.options.data.cache_text_embeddings else self.options.training.train_batch_size
         reader = Reader(self.pipeline, [name for name in names if name.startswith("text_encoder")], self.stage, at_once)
         encode = self.family.encode_frozen if self.trainable else self.family.encode_captions
-        longest = self.flags.max_sequence_length
+        longest = self.options.training.max_sequence_length
         with torch.no_grad():
             found = [shapes_of(encode(self.pipeline, [text], longest)) for text in (captions[-1], captions[0])]
         self.peak_of_encoders = reader.peak
@@ -111,13 +111,13 @@ class Rehearsal:
     @property
     def staying(self) -> Held:
         """Text encoders that stay beside what trains, but for those that train."""
-        stay = [] if self.flags.cache_text_embeddings else self.encoders
+        stay = [] if self.options.data.cache_text_embeddings else self.encoders
         stay = [part for part in stay if not any(part is other for other in self.trained_encoders)]
         return {ENCODERS: held(*stay)} if stay else {}
 
     def encoding_images(self) -> Phase | None:
         """All variants of an image through the autoencoder; None where that is a part of each step."""
-        if not self.flags.cache_latents:
+        if not self.options.data.cache_latents:
             return None
         vae = self._wide_autoencoder()
         activations = self.known("activations of the autoencoder", lambda: self._encode(vae))
@@ -127,7 +127,10 @@ class Rehearsal:
 
     def _encode(self, vae: Any) -> int:
         kinds = zip(self.kinds, self.sizes, strict=True)
-        count = max(Variants(images, [s for s in sizes if s], self.flags).count for images, (sizes, *_) in kinds)
+        count = max(
+            Variants(images, [s for s in sizes if s], self.options.data, self.options.training).count
+            for images, (sizes, *_) in kinds
+        )
         with torch.no_grad(), self.stage(vae) as live:
             pixels = self.stage.empty(count, 3, self.size.height, self.size.width).to(vae.dtype)
             self.family.encode_images(vae, pixels)
@@ -148,7 +151,7 @@ class Rehearsal:
 
     def encoding_captions(self) -> Phase | None:
         """Captions through the text encoders, beside the autoencoder; None where that is a part of each step."""
-        if not self.flags.cache_text_embeddings or not self.peak_of_encoders:
+        if not self.options.data.cache_text_embeddings or not self.peak_of_encoders:
             return None
         found: Held = {ENCODERS: held(*self.encoders), AUTOENCODER: held(self.pipeline.vae)}
         return Phase("encoding captions", found | {ACTIVATIONS: self.peak_of_encoders})
@@ -171,15 +174,15 @@ class Rehearsal:
 
     def batch(self, count: int) -> Batch:
         """As many samples of the largest size, without memory."""
-        flags, size, empty = self.flags, self.size, self.stage.empty
+        options, size, empty = self.options, self.size, self.stage.empty
         shape = self._latents()
         pixels = {"pixels": empty(count, 3, size.height, size.width)}
         moments = {"moments": empty(count, 2, *shape, dtype=self.pipeline.vae.dtype)}
-        mask = {"mask": empty(count, 1, *shape[1:])} if flags.masked_loss else {}
+        mask = {"mask": empty(count, 1, *shape[1:])} if options.training.masked_loss else {}
         return Batch(
             empty(count, dtype=self.objective.at(0.5).dtype), empty(count, *shape), empty(count, *shape),
             sizes=empty(count, 6), weight=empty(count), caption=self.captions(count), text=self.text(count),
-            **(moments if flags.cache_latents else pixels), **mask,
+            **(moments if options.data.cache_latents else pixels), **mask,
         )  # fmt: skip
 
     def captions(self, count: int) -> list[str]:
@@ -203,11 +206,13 @@ class Rehearsal:
     def autoencoder(self, times: int = 1) -> int:
         """Bytes of what is left of the autoencoder once all images are encoded; `times` larger than it is loaded."""
         vae = self.pipeline.vae
-        return times * (held(vae) - (held(vae.encoder) if self.flags.cache_latents else 0))
+        return times * (held(vae) - (held(vae.encoder) if self.options.data.cache_latents else 0))
 
     def trained(self, method: str) -> Trained:
         """What trains, with the method's adapter."""
-        denoiser = empty_denoiser(self.model, self.dtype, self.flags.base_precision, self.flags.blocks_to_swap)
+        denoiser = empty_denoiser(
+            self.model, self.dtype, self.options.model.base_precision, self.options.model.blocks_to_swap
+        )
         parts = {self.family.denoiser: denoiser}
         for name in self.trainable:
             parts[name] = empty_part(self.model, name, self.dtype)
@@ -217,20 +222,20 @@ class Rehearsal:
         trained = Trained(parts, loss)
         add_adapters(trained, method, SimpleNamespace(steps=1000), self.context)  # type: ignore[arg-type] # no more
         self.stage.place(trained)
-        if self.flags.gradient_checkpointing:
+        if self.options.training.gradient_checkpointing:
             for part in parts.values():
                 enable_gradient_checkpointing(part)
         return trained.train()
 
     def _step(self, trained: Trained) -> int:
         """What a forward and a backward have at the most beside weights and their gradients."""
-        material = Material((), Texts(None, {}), self.objective, {self.size: self._latents()}, self.flags)
+        material = Material((), Texts(None, {}), self.objective, {self.size: self._latents()}, self.options)
         with self.stage(trained, self.pipeline.vae, *self.encoders) as live:
             for parameter in trained.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(lambda p: live.forget(p.grad))
             with attention_of(self.context.accelerator, material), self.autocast():
-                losses = trained(self.batch(self.flags.train_batch_size))
+                losses = trained(self.batch(self.options.training.train_batch_size))
             losses.mean().backward()
         return live.peak
 
@@ -248,7 +253,7 @@ class Rehearsal:
         parameters = [nn.Parameter(torch.zeros(shape, device=self.stage.device)) for shape in shapes]
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, 1e-3)
-        optimizer = new_optimizer(parameters, self.flags, self.context.accelerator)
+        optimizer = new_optimizer(parameters, self.options.training, self.options.optimizer, self.context.accelerator)
         optimizer.step()
         kept = 0
         for parameter, count in zip(parameters, shapes.values(), strict=True):

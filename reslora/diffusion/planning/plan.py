@@ -1,4 +1,4 @@
-"""The table of what a run holds, and where the most; what does not fit is refused, with flags that make it fit."""
+"""The table of what a run holds, and where the most; what does not fit is refused, with options that make it fit."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from torch import nn
 from ...common.errors import InvalidArgument, first_line
 from ...common.memory import free_memory
 from ...experiment.crew import arms_a_device
-from ..arguments import listed
 from ..context import Context
 from ..data.buckets import named_buckets
 from ..data.dataset import ImageDataset
 from ..model.quantising import try_format
 from ..prompts import prompts_of, settled
-from ..settings import carries_activations
+from ..refusals import carries_activations
 from ..training.sharding import cuts_base
 from .drawn import drawing_class_images, exporting, sampling
 from .parts import empty_denoiser, empty_part
@@ -74,7 +73,10 @@ def shown(size: int | None, unit: int) -> str:
 
 def where(context: Context) -> str:
     """The device in words."""
-    arms, device = arms_a_device(context.flags, context.accelerator.device), context.accelerator.device.type
+    arms, device = (
+        arms_a_device(context.options.experiment, context.accelerator.device),
+        context.accelerator.device.type,
+    )
     return device if arms == 1 else f"each of {arms} arms on a {device}"
 
 
@@ -84,7 +86,7 @@ def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -
     first = drawing_class_images(rehearsal), rehearsal.encoding_images(), rehearsal.encoding_captions()
     before = [phase for phase in first if phase]
     plans = []
-    for method in context.flags.method:
+    for method in context.options.adapter.method:
         step = rehearsal.training(method)
         after = [phase for phase in (sampling(rehearsal, step), exporting(rehearsal, method, step, free or 0)) if phase]
         phases, unknown = (*before, step, *after), tuple(dict.fromkeys(rehearsal.unknown))
@@ -94,8 +96,8 @@ def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -
 
 def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
     """Tells what the run holds and refuses one that does not fit; neither where it surely fits, or with --no-plan."""
-    asked, free = context.flags.plan, free_memory(context.accelerator.device)
-    free = free and free // arms_a_device(context.flags, context.accelerator.device)
+    asked, free = context.options.output.plan, free_memory(context.accelerator.device)
+    free = free and free // arms_a_device(context.options.experiment, context.accelerator.device)
     if cuts_base(context.accelerator):
         return  # the plan is of a whole base
     if asked is False or (not asked and free and guess(context) <= SURELY * free):
@@ -115,17 +117,17 @@ def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
 
 
 def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
-    """Raises `InvalidArgument` where the device has too little, with flags with which it would have enough."""
+    """Raises `InvalidArgument` where the device has too little, with options with which it would have enough."""
     if plan.fits or plan.free is None:
         return
-    flags = context.flags
-    sides = " ".join(map(str, listed(flags.resolution)))
-    argument = f"--train_batch_size {flags.train_batch_size}, --resolution {sides}"
+    options = context.options
+    sides = " ".join(map(str, options.data.resolution))
+    argument = f"--train_batch_size {options.training.train_batch_size}, --resolution {sides}"
     has = f"{plan.where} has {plan.free / GIBI:.2f} GiB free"
     problem = f"{plan.peak.name} takes {plan.peak.total / GIBI:.2f} GiB, {has}"
-    arms = arms_a_device(flags, context.accelerator.device)
+    arms = arms_a_device(options.experiment, context.accelerator.device)
     if plan.peak.total <= arms * plan.free:
-        raise InvalidArgument(f"--arms_at_once {flags.arms_at_once}", problem, "give a smaller one")
+        raise InvalidArgument(f"--arms_at_once {options.experiment.arms_at_once}", problem, "give a smaller one")
     raise InvalidArgument(argument, problem, advice(kinds, context, plan))
 
 
@@ -133,12 +135,12 @@ def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
 
 
 def advice(kinds: Sequence[ImageDataset], context: Context, plan: Plan) -> str:
-    """The first flags with which the run, planned again, fits: one alone where one is enough, else several."""
+    """The first options with which the run, planned again, fits: one alone where one is enough, else several."""
 
     def planned(change: Change) -> Plan | None:
-        flags = context.flags.replace(**change)
+        options = context.options.replace(**change)
         try:
-            return plan_of(kinds, dataclasses.replace(context, flags=flags), plan.free)
+            return plan_of(kinds, dataclasses.replace(context, options=options), plan.free)
         except (ValueError, RuntimeError):  # what this pipeline does not take
             return None
 
@@ -158,28 +160,31 @@ def advice(kinds: Sequence[ImageDataset], context: Context, plan: Plan) -> str:
 
 
 def in_words(change: Change, plan: Plan) -> str:
-    """Flags as they are given, and what the run would hold with them."""
+    """Options as they are given, and what the run would hold with them."""
     words = [f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items()]
     return f"with {' '.join(words)} it takes {plan.peak.total / GIBI:.2f} GiB"
 
 
 def changes(context: Context) -> Iterator[Change]:
-    """Flags that take less memory, those first that change the least of what is learnt."""
-    flags, device = context.flags, context.accelerator.device
-    if not flags.gradient_checkpointing and not (flags.compile and carries_activations(flags)):
+    """Options that take less memory, those first that change the least of what is learnt."""
+    options, device = context.options, context.accelerator.device
+    if not options.training.gradient_checkpointing and not (
+        options.training.compile and carries_activations(options.adapter)
+    ):
         yield {"gradient_checkpointing": True}
-    if flags.train_batch_size > 1:
-        steps = flags.gradient_accumulation_steps * flags.train_batch_size
+    if options.training.train_batch_size > 1:
+        steps = options.training.gradient_accumulation_steps * options.training.train_batch_size
         yield {"train_batch_size": 1, "gradient_accumulation_steps": steps}
-    if flags.mixed_precision == "no":
+    if options.model.mixed_precision == "no":
         yield {"mixed_precision": "bf16"}
-    if flags.optimizer == "adamw" and importlib.util.find_spec("bitsandbytes"):
+    if options.optimizer.optimizer == "adamw" and importlib.util.find_spec("bitsandbytes"):
         yield {"optimizer": "adamw8bit"}
-    for precision in ("fp8", "nf4") if flags.base_precision == "no" else ():
+    for precision in ("fp8", "nf4") if options.model.base_precision == "no" else ():
         if works(precision, device):
             yield {"base_precision": precision}
-    if not isinstance(flags.resolution, list) and flags.resolution >= 128 and not flags.aspect_ratio_buckets:
-        yield {"resolution": flags.resolution // 2}
+    sides = options.data.resolution
+    if len(sides) == 1 and sides[0] >= 128 and not options.data.aspect_ratio_buckets:
+        yield {"resolution": sides[0] // 2}
 
 
 def works(precision: str, device: torch.device) -> bool:
@@ -200,13 +205,13 @@ def guess(context: Context) -> float:
     Four copies of all weights in float32. Sixteen bytes for each number that enters or leaves a layer, for what is made
     of it between layers counts as well: of all layers of the denoiser, which keeps them; elsewhere of a few.
     """
-    flags, model = context.flags, context.model
+    options, model = context.options, context.model
     names = [name for name in ("vae", *model.family.text_parts) if model.index.get(name, [None])[0]]
     parts = {name: empty_part(model, name, torch.float32) for name in names}
     denoiser = empty_denoiser(model, torch.float32)
     weights = sum(value.nbytes for part in (denoiser, *filter(None, parts.values())) for value in part.parameters())
-    pixels, texts = most_pixels(context), 64 * (flags.max_sequence_length or 77)
-    images = max(flags.train_batch_size, 8)  # the most variants of an image that are encoded at once
+    pixels, texts = most_pixels(context), 64 * (options.training.max_sequence_length or 77)
+    images = max(options.training.train_batch_size, 8)  # the most variants of an image that are encoded at once
     at_work = 16.0 * images * pixels / 16 * sum(widths(denoiser))  # no autoencoder here has more latents than that
     for name, part in parts.items():
         count = images * pixels if name == "vae" else texts
@@ -223,8 +228,11 @@ def widths(module: nn.Module) -> list[int]:
 
 def most_pixels(context: Context) -> int:
     """Pixels of the largest image that is trained on or drawn."""
-    flags = context.flags
-    trained = [side * side for side in listed(flags.resolution)]
-    trained += [size.height * size.width for size in named_buckets(flags.aspect_ratio_buckets or "")]
-    drawn = [settled(prompt, flags, context.model.family) for prompt in prompts_of(flags)]
+    options = context.options
+    trained = [side * side for side in options.data.resolution]
+    trained += [size.height * size.width for size in named_buckets(options.data.aspect_ratio_buckets or "")]
+    drawn = [
+        settled(prompt, options.data, options.validation, context.model.family)
+        for prompt in prompts_of(options.validation)
+    ]
     return max([*trained, *((prompt.height or 0) * (prompt.width or 0) for prompt in drawn)])

@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from ...common.adapters import load_adapter, save_adapter
 from ...common.errors import InvalidArgument, RunFailed, first_line
-from ...common.flags import as_typed
+from ...common.flags import as_typed, listed
 from ...common.folder import check_held
 from ...common.methods import METHODS
 from ...common.recovery import (
@@ -36,7 +38,8 @@ from ...files import (
     write_checksums,
     write_json,
 )
-from ..arguments import NOISES, Flags, in_words, listed
+from ...options.images import NOISES, AdapterOptions, Options, OutputOptions, TrainingOptions, ValidationOptions
+from ...options.option import in_words
 from .best import FOLDER, best_of, forget_beaten
 from .schedule import Schedule
 from .state import Learner
@@ -45,24 +48,9 @@ OF_CLASS = "; class images: "  # between the content of the images that are lear
 STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
 
 TOLD = ("log.jsonl", FOLDER, "samples")  # of the line of training that a method's folder has checkpoints of
-MERGING = ("merge", "merge_calibration_samples")  # another one is merged and exported anew, and not trained again
-# What a finished run shows of its training, and shows no more.
-SHOWN = (
-    "validation_prompt", "validation_prompt_options", "num_validation_images", "validation_height", "validation_width",
-    "validation_steps", "validation_epochs", "num_inference_steps", "guidance_scale", "metric_model",
-)  # fmt: skip
-# What may differ between a run and its continuation: how long it trains, what it shows and keeps, and where things are.
-FREE_ON_RESUME = {
-    *MERGING, *SHOWN, "config", "output_dir", "logging_dir", "cache_dir", "method", "max_train_steps",
-    "num_train_epochs", "local_rank", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
-    "report_to", "push_to_hub", "hub_token", "hub_model_id", "dataloader_num_workers", "gradient_checkpointing",
-    "compile", "train_batch_size", "gradient_accumulation_steps", "strict", "cache_latents", "cache_text_embeddings",
-    "experiment_minutes", "extend_rates", "arms_at_once", "checkpointing_minutes", "early_stopping_patience",
-    "blocks_to_swap", "plan",
-    # The content decides: see `Identity`.
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "train_data_dir",
-    "dataset_name", "dataset_config_name", "image_column", "caption_column", "class_data_dir", "init_lora",
-}  # fmt: skip
+TABLE = Options.table()
+MERGING = [name for name, option in TABLE.items() if option.resume == "merged"]
+SHOWN = [name for name, option in TABLE.items() if option.resume == "shown"]
 
 DESCRIBED = {
     "samples_per_step": "batch size x accumulation x processes =",
@@ -85,21 +73,16 @@ class Identity:
     lora_flag: str = ""
 
 
-def settings_of(flags: Flags) -> dict:
-    """What a continuation must share with the run it continues, but for what its `Identity` says."""
-    settings = {name: value for name, value in vars(flags).items() if name not in FREE_ON_RESUME}
-    samples = flags.train_batch_size * int(os.environ.get("WORLD_SIZE", 1))  # of a forward
-    settings["samples_per_step"] = samples * flags.gradient_accumulation_steps
-    settings["snr_gamma"] = flags.snr_gamma or 0  # both weigh all timesteps alike, and 0 can be given
+def settings_of(values: Mapping[str, Any]) -> dict:
+    """Return what a continuation must share with the run it continues, but for what its `Identity` says."""
+    settings = {name: value for name, value in values.items() if TABLE[name].resume == "fixed"}
+    samples = values["train_batch_size"] * int(os.environ.get("WORLD_SIZE", 1))  # of a forward pass
+    settings["samples_per_step"] = samples * values["gradient_accumulation_steps"]
+    settings["snr_gamma"] = values["snr_gamma"] or 0  # both weigh all timesteps alike, and 0 can be given
     settings["deepspeed"] = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # it keeps another state
-    if has_sizes(flags):
+    if values["use_aspect_ratio_buckets"] or len(listed(values["resolution"])) > 1:
         settings["samples_per_forward"] = samples  # which have one size
     return settings
-
-
-def has_sizes(flags: Flags) -> bool:
-    """Whether images are trained in several sizes."""
-    return bool(flags.use_aspect_ratio_buckets) or len(listed(flags.resolution)) > 1
 
 
 # -- which there are ---------------------------------------------------------------------------------------------------
@@ -137,26 +120,26 @@ class Resume:
     """What differs from how it was before, a line each."""
 
 
-def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "") -> Resume:
-    """Compares the flags with what is in the folder; refuses other settings, and another `identity` once it is known.
+def plan_resume(options: Options, identity: Identity | None = None, place: str = "") -> Resume:
+    """Compares the options with what is in the folder; refuses other settings, and another `identity` once it is known.
 
     `place`: of an arm, inside its method's folder. For the main process alone: the others are told
     (`together.decided`).
     """
-    output, named = Path(flags.output_dir), flags.resume_from_checkpoint
-    folders = {method: output / method / place for method in flags.method}
+    output, named = Path(options.output.output_dir), options.output.resume_from_checkpoint
+    folders = {method: output / method / place for method in options.adapter.method}
     checkpoints = {method: checkpoints_of(folder) for method, folder in folders.items()}
     for checkpoint in (checkpoint for found in checkpoints.values() for checkpoint in found):
-        check_past(flags, checkpoint, read_checkpoint(checkpoint), identity)
-    finished, merge_anew, notes = already_trained(flags, folders, identity)
+        check_past(options.flat(), checkpoint, read_checkpoint(checkpoint), identity)
+    finished, merge_anew, notes = already_trained(options, folders, identity)
     checkpoints |= {method: [path] for method, path in merge_anew.items()}
-    todo = [method for method in flags.method if method not in finished]
+    todo = [method for method in options.adapter.method if method not in finished]
     if named is None and any(checkpoints[method] for method in todo if method not in merge_anew):
         fix = "go on with --resume_from_checkpoint latest, or choose another"
         raise InvalidArgument(f"--output_dir {output}", "holds an unfinished run", fix)
     if named not in (None, "latest"):
-        method, path = _named_checkpoint(flags, named, todo)
-        check_past(flags, path, read_checkpoint(path), identity)
+        method, path = _named_checkpoint(options.adapter, options.output, named, todo)
+        check_past(options.flat(), path, read_checkpoint(path), identity)
         checkpoints[method] = [path]
         if method in finished:
             done, fix = folders[method] / EXPORTS, "to train it from there once more"
@@ -165,55 +148,55 @@ def plan_resume(flags: Flags, identity: Identity | None = None, place: str = "")
         if not checkpoints[method]:
             refuse_afresh(output, folders[method], finished=(folders[method] / EXPORTS).exists())
     resume = Resume(finished, list(merge_anew), checkpoints, notes)
-    if flags.max_train_steps:
-        check_length(flags, resume, flags.max_train_steps)
+    if options.training.max_train_steps:
+        check_length(options.training, resume, options.training.max_train_steps)
     return resume
 
 
 def already_trained(
-    flags: Flags, folders: dict[str, Path], identity: Identity | None
+    options: Options, folders: dict[str, Path], identity: Identity | None
 ) -> tuple[list[str], dict[str, Path], list[str]]:
     """Methods that are finished, the checkpoints of those that are to be merged anew, and lines about the former."""
     finished, merge_anew, notes = [], {}, []
     for method, folder in folders.items():
         record = read_object(folder / EXPORTS)
-        if not record or not is_trained(flags, folder, record):
+        if not record or not is_trained(options.training, options.validation, folder, record):
             continue
-        check_past(flags, folder, record, identity)
+        check_past(options.flat(), folder, record, identity)
         merged = METHODS[method].shortcuts and {name: record[name] for name in MERGING if name in record}
-        if merged and any(getattr(flags, name) != value for name, value in merged.items()):
-            merge_anew[method] = final_checkpoint(flags, folder, record["step"])
+        if merged and any(options[name] != value for name, value in merged.items()):
+            merge_anew[method] = final_checkpoint(options.adapter, folder, record["step"])
         elif is_exported(folder, record):
             finished.append(method)
-            notes += notes_of(flags, folder, record)
+            notes += notes_of(options, folder, record)
     return finished, merge_anew, notes
 
 
-def check_length(flags: Flags, resume: Resume, steps: int) -> None:
+def check_length(options: TrainingOptions, resume: Resume, steps: int) -> None:
     """Refuses to go on with fewer steps than a method was trained for already."""
     for method, found in resume.checkpoints.items():
         if found and method not in resume.finished:
-            refuse_fewer(flags, found[0], read_checkpoint(found[0]), steps)
+            refuse_fewer(options, found[0], read_checkpoint(found[0]), steps)
 
 
-def refuse_fewer(flags: Flags, place: Path, record: dict, steps: int) -> None:
+def refuse_fewer(options: TrainingOptions, place: Path, record: dict, steps: int) -> None:
     """Refuses fewer steps than a checkpoint's or a finished method's record says: more cannot be undone."""
     step = record.get("step")
     if isinstance(step, int) and step > steps:
-        epochs = f"--num_train_epochs {flags.num_train_epochs} ({steps} steps)"
+        epochs = f"--num_train_epochs {options.num_train_epochs} ({steps} steps)"
         fix = "give at least as many, or choose another --output_dir"
-        flag = f"--max_train_steps {steps}" if flags.max_train_steps else epochs
+        flag = f"--max_train_steps {steps}" if options.max_train_steps else epochs
         raise InvalidArgument(flag, f"{place} was trained for {step} already", fix)
 
 
-def is_trained(flags: Flags, folder: Path, record: dict) -> bool:
+def is_trained(training: TrainingOptions, validation: ValidationOptions, folder: Path, record: dict) -> bool:
     """Whether a method was exported after as many steps or epochs as are asked for now."""
-    step, steps = record.get("step"), flags.max_train_steps
+    step, steps = record.get("step"), training.max_train_steps
     if steps:
-        refuse_fewer(flags, folder, record, steps)
+        refuse_fewer(training, folder, record, steps)
     if patience := record.get("early_stopping_patience"):  # which has ended it
-        return patience == flags.early_stopping_patience
-    same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == flags.num_train_epochs
+        return patience == validation.early_stopping_patience
+    same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == training.num_train_epochs
     return step == steps if steps else same_epochs
 
 
@@ -222,43 +205,45 @@ def is_exported(folder: Path, record: dict) -> bool:
     return all((folder / name).exists() for name in record.get("difference_of_255", ["none"]))
 
 
-def final_checkpoint(flags: Flags, folder: Path, step: int) -> Path:
+def final_checkpoint(options: AdapterOptions, folder: Path, step: int) -> Path:
     """The checkpoint that a finished method can be merged from once more."""
     path = folder / f"checkpoint-{step}"
     if not (path / RECORD).is_file():
         problem = f"{folder} was merged otherwise, and {path.name} is gone, which holds what was trained"
-        raise InvalidArgument(f"--merge {flags.merge}", problem, "choose another --output_dir")
+        raise InvalidArgument(f"--merge {options.merge}", problem, "choose another --output_dir")
     return path
 
 
-def notes_of(flags: Flags, folder: Path, record: dict) -> list[str]:
+def notes_of(options: Options, folder: Path, record: dict) -> list[str]:
     """What was shown of a finished method's training, and would be shown otherwise now."""
     shown = record.get("shown", {})
-    names = [name for name in SHOWN if name in shown and getattr(flags, name) not in (None, shown[name])]
+    names = [name for name in SHOWN if name in shown and options[name] not in (None, shown[name])]
     return [f"{folder} is finished, --{name} has no effect any more: it was {in_words(shown[name])}" for name in names]
 
 
-def _named_checkpoint(flags: Flags, named: str, todo: list[str]) -> tuple[str, Path]:
-    output = Path(flags.output_dir)
-    method = (todo or flags.method)[0]
-    path = Path(named) if Path(named).is_dir() or os.sep in named else output / method / named
+def _named_checkpoint(
+    adapter: AdapterOptions, output_options: OutputOptions, named: str, todo: list[str]
+) -> tuple[str, Path]:
+    output = Path(output_options.output_dir)
+    first = (todo or adapter.method)[0]
+    path = Path(named) if Path(named).is_dir() or os.sep in named else output / first / named
     flag = f"--resume_from_checkpoint {named}"
     if not (path / RECORD).is_file():
         raise InvalidArgument(flag, "no complete checkpoint there", "use latest")
     method = read_checkpoint(path).get("method")
     if method is None:
         raise InvalidArgument(flag, f"damaged ({RECORD})", "use latest")
-    if method not in flags.method:
+    if method not in adapter.method:
         raise InvalidArgument(flag, f"it belongs to --method {method}", "add that")
     return method, path
 
 
-def check_past(flags: Flags, place: Path, record: dict, identity: Identity | None) -> None:
+def check_past(values: Mapping[str, Any], place: Path, record: dict, identity: Identity | None) -> None:
     """Refuse to go on with another rank, seed, model, images ... than a checkpoint or a finished method had."""
     there = record.get("settings")
     there = there if isinstance(there, dict) else {}  # damaged
-    refuse_steering(flags, place, there)
-    for name, value in json.loads(json.dumps(settings_of(flags))).items():
+    refuse_steering(values, place, there)
+    for name, value in json.loads(json.dumps(settings_of(values))).items():
         # None: the model's family or accelerate may say it yet, and this is called again then, with the identity.
         settled = value is not None or identity is not None
         if settled and name in there and there[name] != value:
@@ -267,10 +252,10 @@ def check_past(flags: Flags, place: Path, record: dict, identity: Identity | Non
             fix = "leave it out" if there[name] is None else "use that"
             raise InvalidArgument(flag, problem, f"{fix}, or choose another --output_dir")
     if identity and record:
-        refuse_other_content(flags, place, record, identity)
+        refuse_other_content(values, place, record, identity)
 
 
-def refuse_other_content(flags: Flags, place: Path, record: dict, identity: Identity) -> None:
+def refuse_other_content(values: Mapping[str, Any], place: Path, record: dict, identity: Identity) -> None:
     """Refuse to go on from another LoRA, model or images, which are known by their content."""
     if record.get("lora", "") != identity.lora:
         before = "another LoRA" if record.get("lora") else "zero"
@@ -284,18 +269,18 @@ def refuse_other_content(flags: Flags, place: Path, record: dict, identity: Iden
             problem, fix = f"{place} was trained {what}", "bring that back, or choose another --output_dir"
             flag = getattr(identity, f"{name}_flag")
             if name == "images" and here.partition(OF_CLASS)[0] == str(there).partition(OF_CLASS)[0]:
-                flag = f"--class_data_dir {flags.class_data_dir}"
+                flag = f"--class_data_dir {values['class_data_dir']}"
             raise InvalidArgument(flag, problem, fix)
 
 
-def refuse_steering(flags: Flags, place: Path, there: dict) -> None:
+def refuse_steering(values: Mapping[str, Any], place: Path, there: dict) -> None:
     """Refuse to be steered half-way by losses that were measured otherwise before, by the flag that asks for them.
 
     It is what fills in --validation_noises where that is not given.
     """
-    steering = next((name for name in ("save_best", "early_stopping_patience") if getattr(flags, name)), None)
+    steering = next((name for name in ("save_best", "early_stopping_patience") if values[name]), None)
     if steering and there.get("validation_noises", NOISES) is None:
-        flag = f"--{steering}" if steering == "save_best" else f"--{steering} {flags.early_stopping_patience}"
+        flag = f"--{steering}" if steering == "save_best" else f"--{steering} {values[steering]}"
         problem = f"needs --validation_noises from the start, and {place} was trained without"
         raise InvalidArgument(flag, problem, "leave it out, or choose another --output_dir")
 
@@ -303,15 +288,19 @@ def refuse_steering(flags: Flags, place: Path, there: dict) -> None:
 # -- saving and restoring ----------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(learner: Learner, folder: Path, flags: Flags, identity: Identity, accelerator: Accelerator) -> None:
+def save_checkpoint(
+    learner: Learner, folder: Path, options: Options, identity: Identity, accelerator: Accelerator
+) -> None:
     """Writes `checkpoint-<step>`: the adapter and what a resumed run needs to equal an uninterrupted one.
 
     Older ones than --checkpoints_total_limit allows go then. Raises `RunFailed` for weights that are not finite. Every
     process must call it, since DeepSpeed gathers the state from all; the main process alone writes.
     """
     state = learner.state(accelerator)
-    record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(flags, identity)
-    if identity.lora or flags.rank_pattern or flags.alpha_pattern:  # for who draws with it
+    record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(
+        options.flat(), identity
+    )
+    if identity.lora or options.adapter.rank_pattern or options.adapter.alpha_pattern:  # for who draws with it
         config = learner.denoiser.peft_config["default"]
         record |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
 
@@ -319,9 +308,9 @@ def save_checkpoint(learner: Learner, folder: Path, flags: Flags, identity: Iden
         check_held()
         write_checkpoint(learner, folder / f"checkpoint-{learner.step}", state, record)
         forget_beaten(folder)
-        if flags.checkpoints_total_limit:
+        if options.output.checkpoints_total_limit:
             of_this_line = [old for old in checkpoints_of(folder) if step_of(old) <= learner.step]
-            for old in of_this_line[flags.checkpoints_total_limit :]:
+            for old in of_this_line[options.output.checkpoints_total_limit :]:
                 discard(old)
 
     decided(write)
@@ -343,29 +332,33 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
         write_checksums(temporary)
 
 
-def past_of(flags: Flags, identity: Identity) -> dict:
+def past_of(values: Mapping[str, Any], identity: Identity) -> dict:
     """What a continuation is compared with, see `check_past`."""
     lora = {"lora": identity.lora} if identity.lora else {}
     content = {"model": identity.model, "images": identity.images}
-    return content | {"settings": settings_of(flags)} | lora
+    return content | {"settings": settings_of(values)} | lora
 
 
 def write_exports(
-    folder: Path, flags: Flags, identity: Identity, schedule: Schedule, differences: dict[str, int]
+    folder: Path, options: Options, identity: Identity, schedule: Schedule, differences: dict[str, int]
 ) -> None:
     """`exports.json`: that a method is finished, from what and how, and how far its files are from the merged model."""
-    length = {"step": schedule.steps, "num_train_epochs": flags.num_train_epochs, "by_epochs": schedule.by_epochs}
+    length: dict[str, Any] = {
+        "step": schedule.steps,
+        "num_train_epochs": options.training.num_train_epochs,
+        "by_epochs": schedule.by_epochs,
+    }
     if schedule.is_over:
-        length["early_stopping_patience"] = flags.early_stopping_patience
-    if flags.save_best and (best := best_of(folder)):
+        length["early_stopping_patience"] = options.validation.early_stopping_patience
+    if options.validation.save_best and (best := best_of(folder)):
         length["best"] = {"step": best.step, "loss": best.loss}
-    merging = {name: getattr(flags, name) for name in MERGING}
-    shown = {"shown": {name: getattr(flags, name) for name in SHOWN}}
-    record = length | {"difference_of_255": differences} | merging | shown | past_of(flags, identity)
+    merging = {name: options[name] for name in MERGING}
+    shown = {"shown": {name: options[name] for name in SHOWN}}
+    record = length | {"difference_of_255": differences} | merging | shown | past_of(options.flat(), identity)
     write_json(folder / EXPORTS, record)
 
 
-def restore(learner: Learner, candidates: list[Path], flags: Flags, accelerator: Accelerator) -> None:
+def restore(learner: Learner, candidates: list[Path], options: OutputOptions, accelerator: Accelerator) -> None:
     """Brings the learner to the first checkpoint that is whole; damaged ones are passed over with a warning.
 
     The main process chooses. Raises `InvalidArgument` where none is whole, or the one that the user has named is not;
@@ -375,8 +368,8 @@ def restore(learner: Learner, candidates: list[Path], flags: Flags, accelerator:
     """
     if not candidates:
         return
-    folder = Path(flags.output_dir) / learner.name
-    chosen = decided(lambda: newest_whole(candidates, folder, flags))
+    folder = Path(options.output_dir) / learner.name
+    chosen = decided(lambda: newest_whole(candidates, folder, options))
     each(lambda: load_checkpoint(learner, chosen, accelerator))
     place = folder / f"checkpoint-{learner.step}"
 
@@ -387,7 +380,7 @@ def restore(learner: Learner, candidates: list[Path], flags: Flags, accelerator:
     accelerator.print(f"{learner.name}: going on from {chosen}")
 
 
-def newest_whole(candidates: list[Path], folder: Path, flags: Flags) -> Path:
+def newest_whole(candidates: list[Path], folder: Path, options: OutputOptions) -> Path:
     """The first candidate whose files are what was written."""
     for checkpoint in candidates:
         try:
@@ -395,8 +388,8 @@ def newest_whole(candidates: list[Path], folder: Path, flags: Flags) -> Path:
             if missing := [name for name in (STATE, RECORD) if not (checkpoint / name).is_file()]:
                 raise Damaged(f"{missing[0]} is missing")
         except Damaged as error:
-            if flags.resume_from_checkpoint != "latest":
-                flag = f"--resume_from_checkpoint {flags.resume_from_checkpoint or checkpoint}"
+            if options.resume_from_checkpoint != "latest":
+                flag = f"--resume_from_checkpoint {options.resume_from_checkpoint or checkpoint}"
                 raise InvalidArgument(flag, f"damaged ({first_line(error)})", "use latest") from None
             print(f"warning: {checkpoint} is damaged ({first_line(error)}), trying the one before", flush=True)
             continue

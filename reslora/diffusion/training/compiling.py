@@ -40,10 +40,10 @@ def checked(batches: Iterator[Batch], learner: Learner, context: Context) -> Ite
     A compiler draws other dropout masks, and DeepSpeed steps in its backward: nothing is compared there, nor where the
     step that is not compiled does not fit into one GPU. Raises `InvalidArgument` where `ATTEMPTS` batches differ.
     """
-    flags, accelerator = context.flags, context.accelerator
-    if not flags.compile:
+    options, accelerator = context.options, context.accelerator
+    if not options.training.compile:
         return batches
-    if flags.lora_dropout or uses_deepspeed(accelerator):
+    if options.adapter.lora_dropout or uses_deepspeed(accelerator):
         accelerator.print("--compile is not checked against a step without it: with dropout or DeepSpeed both differ")
         return batches
     tolerance = TOLERANCE if accelerator.mixed_precision == "no" else HALF_TOLERANCE

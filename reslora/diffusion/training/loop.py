@@ -46,7 +46,7 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
         watch.validation(learner, reports, parts)
         if stop_requested(context.stop):  # nothing is to be saved, and a later step would leave these samples behind
             raise stopped_at(learner)
-    learner.over = decided(lambda: reports.is_over(context.flags.early_stopping_patience))
+    learner.over = decided(lambda: reports.is_over(context.options.validation.early_stopping_patience))
     steps = range(learner.step, learner.step if learner.over else schedule.steps)
     stopped = not steps and stop_requested(context.stop)  # no step is there to ask after
     pin = accelerator.device.type == "cuda"
@@ -71,7 +71,7 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
     if stopped:  # after the last step as well: its validation may be missing, and an export would end the run
         raise stopped_at(learner)
     if learner.over:
-        patience = f"--early_stopping_patience {context.flags.early_stopping_patience}"
+        patience = f"--early_stopping_patience {context.options.validation.early_stopping_patience}"
         trained = f"trained for {counted(learner.step, 'step')}"
         accelerator.print(f"{learner.name}: the validation loss gets no lower, {trained}; {patience}")
 
@@ -108,20 +108,20 @@ def take_step(learner: Learner, batches: Iterator[Batch], context: Context) -> t
 
     It is on the device still, which may not have come to it yet.
     """
-    flags, accelerator, total = context.flags, context.accelerator, 0.0
+    options, accelerator, total = context.options, context.accelerator, 0.0
     learner.step += 1
-    for forward in range(flags.gradient_accumulation_steps):
+    for forward in range(options.training.gradient_accumulation_steps):
         batch = next(batches)
         # Dropout masks, the only random numbers left: seeding them here makes them a function of the step.
-        torch.manual_seed(derive(flags.seed, "dropout", learner.step, forward, accelerator.process_index))
+        torch.manual_seed(derive(options.training.seed, "dropout", learner.step, forward, accelerator.process_index))
         with accelerator.accumulate(learner.model):
             mean = learner.model(batch).mean()
             total += mean.detach()
             accelerator.backward(mean)
             if learner.allocator:
                 learner.allocator.add_gradient(accelerator)
-            if accelerator.sync_gradients and flags.max_grad_norm:
-                accelerator.clip_grad_norm_(learner.parameters, flags.max_grad_norm)
+            if accelerator.sync_gradients and options.optimizer.max_grad_norm:
+                accelerator.clip_grad_norm_(learner.parameters, options.optimizer.max_grad_norm)
             learner.optimizer.step()
             skipped = accelerator.optimizer_step_was_skipped  # its gradients are not finite
             if learner.allocator and accelerator.sync_gradients and not skipped:
@@ -129,4 +129,4 @@ def take_step(learner: Learner, batches: Iterator[Batch], context: Context) -> t
             learner.optimizer.zero_grad()
     if not accelerator.optimizer_step_was_skipped:
         learner.lr_scheduler.step()
-    return accelerator.reduce(total / flags.gradient_accumulation_steps, "mean")
+    return accelerator.reduce(total / options.training.gradient_accumulation_steps, "mean")

@@ -27,10 +27,10 @@ def renew_scaler(accelerator: Accelerator) -> None:
 
 def prepare(learner: Learner, context: Context) -> None:
     """Makes the learner ready for its steps: attention, checkpointing, processes, compiler."""
-    flags, denoiser = context.flags, learner.denoiser
-    if flags.enable_xformers_memory_efficient_attention:
+    options, denoiser = context.options, learner.denoiser
+    if options.model.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
-    if flags.gradient_checkpointing:
+    if options.training.gradient_checkpointing:
         for part in learner.trained.parts.values():
             enable_gradient_checkpointing(part)
     freeze_unread(learner, context)
@@ -38,7 +38,7 @@ def prepare(learner: Learner, context: Context) -> None:
     if learner.awaited:
         load_full_state(learner.zero_optimizer, learner.trained.named(), learner.awaited)
         learner.awaited = None
-    if flags.compile:
+    if options.training.compile:
         learner.trained.use_compiler()
 
 

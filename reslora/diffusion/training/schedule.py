@@ -33,15 +33,15 @@ class Schedule:
 
 def schedule_of(material: Material, context: Context) -> Schedule:
     """How long each method trains, and when it is looked at; refuses fewer steps than AdaLoRA needs."""
-    flags = context.flags
+    options = context.options
     processes = context.accelerator.num_processes
-    updates = material.plan(processes).updates_per_epoch(flags.gradient_accumulation_steps)
+    updates = material.plan(processes).updates_per_epoch(options.training.gradient_accumulation_steps)
     steps = material.steps(processes)
-    check_steps(flags.method, steps, f"--max_train_steps {steps}")
-    validation_steps = flags.validation_steps or flags.validation_epochs * updates
-    warmup = flags.lr_warmup_steps
+    check_steps(options.adapter.method, steps, f"--max_train_steps {steps}")
+    validation_steps = options.validation.validation_steps or options.validation.validation_epochs * updates
+    warmup = options.optimizer.lr_warmup_steps
     warmup = min(LONGEST_WARMUP, int(WARMUP_SHARE * steps)) if warmup is None else warmup
-    if warmup >= steps and flags.lr_scheduler not in UNWARMED:
+    if warmup >= steps and options.optimizer.lr_scheduler not in UNWARMED:
         ends = f"the run has {counted(steps, 'step')}, and the learning rate only rises"
         context.tell_once(f"warning: --lr_warmup_steps {warmup}: {ends}")
-    return Schedule(steps, validation_steps, warmup, by_epochs=not flags.max_train_steps)
+    return Schedule(steps, validation_steps, warmup, by_epochs=not options.training.max_train_steps)

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ...common.errors import InvalidArgument, refused_as
 from ...common.methods import METHODS
 from ...common.together import decided
-from ..arguments import Flags
+from ...options.images import AdapterOptions, ModelOptions, OutputOptions, TrainingOptions
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -29,10 +29,12 @@ LAUNCHER = "accelerate launch"
 USES_FSDP = "ACCELERATE_USE_FSDP"
 
 
-def take_plugin(flags: Flags) -> FullyShardedDataParallelPlugin | None:
+def take_plugin(
+    model: ModelOptions, adapter: AdapterOptions, training: TrainingOptions, output: OutputOptions
+) -> FullyShardedDataParallelPlugin | None:
     """What `accelerate launch` says of FSDP2, None without; from here on accelerate itself takes the run for DDP's.
 
-    Refuses what cannot be kept: FSDP of before, and settings and flags that do not go with it.
+    Refuses what cannot be kept: FSDP of before, and settings and options that do not go with it.
     """
     if not parse_flag_from_env(USES_FSDP):
         return None
@@ -43,7 +45,7 @@ def take_plugin(flags: Flags) -> FullyShardedDataParallelPlugin | None:
     with refused_as(LAUNCHER, "mend its fsdp_config"):
         plugin = FullyShardedDataParallelPlugin()
     refuse_settings(plugin)
-    refuse_flags(flags)
+    refuse_flags(model, adapter, training, output)
     return plugin
 
 
@@ -65,16 +67,18 @@ def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
         raise InvalidArgument(LAUNCHER, problem, "give false there")
 
 
-def refuse_flags(flags: Flags) -> None:
-    """Raises `InvalidArgument` for flags that do not go with FSDP2."""
-    if flags.compile:
+def refuse_flags(
+    model: ModelOptions, adapter: AdapterOptions, training: TrainingOptions, output: OutputOptions
+) -> None:
+    """Raises `InvalidArgument` for options that do not go with FSDP2."""
+    if training.compile:
         raise InvalidArgument("--compile", "does not go with FSDP2, which gathers weights in hooks", "leave it out")
-    if flags.blocks_to_swap:
+    if model.blocks_to_swap:
         problem = "does not go with FSDP2, which gathers blocks itself"
-        raise InvalidArgument(f"--blocks_to_swap {flags.blocks_to_swap}", problem, "leave it out")
-    if flags.plan:
+        raise InvalidArgument(f"--blocks_to_swap {model.blocks_to_swap}", problem, "leave it out")
+    if output.plan:
         raise InvalidArgument("--plan", "does not know a base that FSDP2 cuts", "leave it out")
-    for name in flags.method:
+    for name in adapter.method:
         if METHODS[name].measured:
             problem = "is measured on the whole base before its first step, and FSDP2 cuts it"
             raise InvalidArgument(f"--method {name}", problem, "train it without FSDP2")

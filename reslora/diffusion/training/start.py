@@ -16,7 +16,7 @@ from ...chains import lora_layers
 from ...common.errors import InvalidArgument
 from ...common.patterns import FIELDS
 from ...export import PEFT_FILE, Factors, lora_config
-from ..arguments import Flags
+from ...options.images import Options
 from ..content import content_mark, folder_mark
 from ..model.loading import Model
 from ..model.lora_files.names import names_of
@@ -49,38 +49,39 @@ class Start:
             layer.lora_B["default"].weight.copy_(up * (scale / layer.scaling["default"]))
 
 
-def read_start(flags: Flags, model: Model) -> Start:
+def read_start(init_lora: str, base: str, model: Model) -> Start:
     """Reads --init_lora, of any tool; refuses one that is for more than the denoiser, or for another."""
-    path, flag = Path(flags.init_lora), f"--init_lora {flags.init_lora}"
+    path, flag = Path(init_lora), f"--init_lora {init_lora}"
     names = names_of(model.family, model.denoiser_config())
     parts = read_parts(read_content(path, flag), names)
     layers = parts.pop(model.family.denoiser, {})
     if parts or not layers:
         problem = f"it has layers of {', '.join(parts)}, and only the denoiser goes on from a LoRA"
-        raise InvalidArgument(flag, problem, _how_to_part(flags, model) if layers else "give a LoRA of the denoiser")
+        raise InvalidArgument(
+            flag, problem, _how_to_part(init_lora, base, model) if layers else "give a LoRA of the denoiser"
+        )
     mark = folder_mark(path) if path.is_dir() else content_mark(path)
     return Start(layers, expression_of(layers, names.modules), f"content {mark}")
 
 
-def _how_to_part(flags: Flags, model: Model) -> str:
+def _how_to_part(init_lora: str, base: str, model: Model) -> str:
     """What makes a file of the denoiser's layers alone of one with more: PEFT has a file for each part."""
-    base = flags.pretrained_model_name_or_path
     whose = f"--family {model.family.name}" if Path(base).is_file() else f"--base {shlex.quote(base)}"
-    command = f"reslora-convert {shlex.quote(flags.init_lora)} FOLDER --to peft {whose}"
+    command = f"reslora-convert {shlex.quote(init_lora)} FOLDER --to peft {whose}"
     return f"run {command}, and give --init_lora FOLDER/{PEFT_FILE}"
 
 
-def with_start(flags: Flags, start: Start) -> Flags:
-    """The flags with the LoRA's layers, and its commonest rank and alpha; refuses others that are given beside it."""
+def with_start(options: Options, start: Start) -> Options:
+    """The options with the LoRA's layers, and its commonest rank and alpha; refuses others that are given beside it."""
     own = lora_config(start.layers)
     found = {"rank": own.r, "lora_alpha": own.lora_alpha, "target_modules": [start.targets]}
     patterns = dict.fromkeys(FIELDS)  # each layer has its own already
     for name, value in (found | patterns).items():
-        if (given := getattr(flags, name)) not in (None, value):
+        if (given := options[name]) not in (None, value):
             shown = " ".join(given) if isinstance(given, list) else given
             what = "its layers are others" if isinstance(value, list) else f"--init_lora has {value or 'its own'}"
             raise InvalidArgument(f"--{name} {shown}", what, "leave it out")
-    return flags.replace(**found)
+    return options.replace(**found)
 
 
 def expression_of(names: Iterable[str], every: Iterable[str]) -> str:

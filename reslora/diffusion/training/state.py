@@ -21,12 +21,12 @@ from torch import nn
 from ...common.adapters import RankAllocator, attach, rank_allocator
 from ...common.errors import refused_as
 from ...common.methods import METHODS, AdapterSettings, adapter_config
-from ...common.patterns import FIELDS, entries, spell_out
+from ...common.patterns import entries, spell_out
 from ...config import ResLoraConfig
-from ..arguments import Flags
+from ...options.images import AdapterOptions, OptimizerOptions, TrainingOptions
+from ...options.optimizers import ADAMS, class_of, named, options_of
 from ..context import Context
 from ..model.families.base import Part
-from ..optimizers import ADAMS, class_of, named, options_of
 from ..seeds import derive
 from .schedule import Schedule
 from .sharding import cuts_base, place_adapter
@@ -146,53 +146,80 @@ class Learner:
 
 def new_learner(method: str, trained: Trained, schedule: Schedule, context: Context) -> Learner:
     """The method at its start, on bare parts."""
-    flags, denoiser = context.flags, trained.denoiser
+    options, denoiser = context.options, trained.denoiser
     add_adapters(trained, method, schedule, context)
     if cuts_base(context.accelerator):
         place_adapter(denoiser, context.accelerator)
     first, *others = [[p for p in part.parameters() if p.requires_grad] for part in trained.parts.values()]
-    optimizer = new_optimizer(first, flags, context.accelerator, of_encoders=list(itertools.chain(*others)))
+    optimizer = new_optimizer(
+        first, options.training, options.optimizer, context.accelerator, of_encoders=list(itertools.chain(*others))
+    )
     lr_scheduler = get_scheduler(
-        flags.lr_scheduler, optimizer, step_rules=flags.lr_step_rules, num_warmup_steps=schedule.warmup_steps,
-        num_training_steps=schedule.steps,
+        options.optimizer.lr_scheduler, optimizer, step_rules=options.optimizer.lr_step_rules,
+        num_warmup_steps=schedule.warmup_steps, num_training_steps=schedule.steps,
     )  # fmt: skip
     return Learner(
         method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained, name=context.name_of(method),
-        before=context.before + flags.method.index(method),
+        before=context.before + options.adapter.method.index(method),
     )  # fmt: skip
 
 
 def add_adapters(trained: Trained, method: str, schedule: Schedule, context: Context) -> None:
     """Gives every part the method's adapter; the denoiser's goes on from a LoRA where the run does."""
-    flags, start = context.flags, context.start
-    add_adapter(trained.denoiser, method, flags, config_of(method, flags, schedule.steps, start=start))
+    options, start = context.options, context.start
+    add_adapter(
+        trained.denoiser,
+        method,
+        options.adapter,
+        options.training,
+        config_of(method, options.adapter, schedule.steps, start=start),
+    )
     if start is not None:
         start.copy_to(trained.denoiser)
     for part in context.encoders:
         encoder = trained.parts[part.name]
-        add_adapter(encoder, method, flags, config_of(method, flags, schedule.steps, part.targets_in(encoder)), part)
+        add_adapter(
+            encoder,
+            method,
+            options.adapter,
+            options.training,
+            config_of(method, options.adapter, schedule.steps, part.targets_in(encoder)),
+            part,
+        )
 
 
-def add_adapter(model: nn.Module, method: str, flags: Flags, config: PeftConfig, part: Part | None = None) -> None:
+def add_adapter(
+    model: nn.Module,
+    method: str,
+    adapter: AdapterOptions,
+    training: TrainingOptions,
+    config: PeftConfig,
+    part: Part | None = None,
+) -> None:
     """Gives the denoiser, or another `part`, the method's adapter, in place, with weights drawn from the seed."""
-    if part is None and (flags.rank_pattern or flags.alpha_pattern):
+    if part is None and (adapter.rank_pattern or adapter.alpha_pattern):
         spell_out(model, config)
-    torch.manual_seed(derive(flags.seed, "adapter", *([part.name] if part else [])))
-    attach(model, config, shortcuts_of(flags) if METHODS[method].shortcuts else None, in_place=True)
+    torch.manual_seed(derive(training.seed, "adapter", *([part.name] if part else [])))
+    attach(model, config, shortcuts_of(adapter) if METHODS[method].shortcuts else None, in_place=True)
     cast_training_params(model, dtype=torch.float32)
 
 
 def config_of(
-    method: str, flags: Flags, total_steps: int, targets: list[str] | str | None = None, start: Start | None = None
+    method: str,
+    options: AdapterOptions,
+    total_steps: int,
+    targets: list[str] | str | None = None,
+    start: Start | None = None,
 ) -> PeftConfig:
     """PEFT's configuration of the method's adapter, on the denoiser's targets or others.
 
-    With `start`, each of its layers has its own rank and alpha. Those that flags name are layers of the denoiser.
+    With `start`, each of its layers has its own rank and alpha. Those that options name are layers of the denoiser.
     """
-    patterns: dict[str, Any] = {} if targets else {name: entries(name, getattr(flags, name)) for name in FIELDS}
+    given = {"rank_pattern": options.rank_pattern, "alpha_pattern": options.alpha_pattern}
+    patterns: dict[str, Any] = {} if targets else {name: entries(name, texts) for name, texts in given.items()}
     settings = AdapterSettings(
-        r=flags.rank, alpha=flags.lora_alpha, dropout=flags.lora_dropout,
-        targets=targets or targets_of(flags.target_modules), total_steps=total_steps,
+        r=options.rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
+        targets=targets or targets_of(options.target_modules), total_steps=total_steps,
         init_lora_weights="gaussian",  # as in diffusers' scripts
         **patterns,
     )  # fmt: skip
@@ -202,9 +229,9 @@ def config_of(
     return config
 
 
-def shortcuts_of(flags: Flags) -> ResLoraConfig:
+def shortcuts_of(options: AdapterOptions) -> ResLoraConfig:
     """How ResLoRA wires the adapter."""
-    return ResLoraConfig(shortcut=flags.shortcut, pre_num=flags.pre_num, head=flags.head)
+    return ResLoraConfig(shortcut=options.shortcut, pre_num=options.pre_num, head=options.head)
 
 
 def targets_of(names: list[str]) -> list[str] | str:
@@ -213,30 +240,34 @@ def targets_of(names: list[str]) -> list[str] | str:
 
 
 def new_optimizer(
-    parameters: list, flags: Flags, accelerator: Accelerator, of_encoders: Sequence[nn.Parameter] = ()
+    parameters: list,
+    training: TrainingOptions,
+    optimizer_options: OptimizerOptions,
+    accelerator: Accelerator,
+    of_encoders: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """The optimizer that the flags name; parameters of text encoders are a group with a rate of its own.
+    """The optimizer that the options name; parameters of text encoders are a group with a rate of its own.
 
     Refuses arguments that it does not take.
     """
-    per_step = flags.gradient_accumulation_steps * flags.train_batch_size * accelerator.num_processes
-    scale = per_step if flags.scale_lr else 1
+    per_step = training.gradient_accumulation_steps * training.train_batch_size * accelerator.num_processes
+    scale = per_step if optimizer_options.scale_lr else 1
     if of_encoders:
-        rate = scale * (flags.text_encoder_lr or flags.learning_rate)
+        rate = scale * (optimizer_options.text_encoder_lr or optimizer_options.learning_rate)
         parameters = [{"params": parameters}, {"params": of_encoders, "lr": rate}]
-    options = {"lr": flags.learning_rate * scale} | dict(named(flags.optimizer).options)
-    if flags.optimizer in ADAMS:
-        options |= {
-            "betas": (flags.adam_beta1, flags.adam_beta2),
-            "weight_decay": flags.adam_weight_decay,
-            "eps": flags.adam_epsilon,
+    arguments = {"lr": optimizer_options.learning_rate * scale} | dict(named(optimizer_options.optimizer).options)
+    if optimizer_options.optimizer in ADAMS:
+        arguments |= {
+            "betas": (optimizer_options.adam_beta1, optimizer_options.adam_beta2),
+            "weight_decay": optimizer_options.adam_weight_decay,
+            "eps": optimizer_options.adam_epsilon,
         }
-    if flags.optimizer == "adamw":
+    if optimizer_options.optimizer == "adamw":
         # A fused step hides from accelerate that the fp16 scaler has skipped it.
-        options["fused"] = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
-    kind = class_of(flags.optimizer)
-    with _refused(flags):
-        optimizer = kind(parameters, **options | options_of(flags.optimizer_args))
+        arguments["fused"] = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
+    kind = class_of(optimizer_options.optimizer)
+    with _refused(optimizer_options):
+        optimizer = kind(parameters, **arguments | options_of(optimizer_options.optimizer_args))
     if hasattr(optimizer, "train"):  # schedule-free ones have two sets of weights, and train one of them
         optimizer.train()
     return optimizer
@@ -246,10 +277,10 @@ def check_optimizer(context: Context) -> None:
     """Refuse an optimizer, or arguments of it, that cannot train, by a step of one."""
     weight = nn.Parameter(torch.zeros(1, 1, device=context.accelerator.device))  # a matrix, as LoRA's are: Muon asks
     weight.grad = torch.ones_like(weight)
-    with _refused(context.flags):
-        new_optimizer([weight], context.flags, context.accelerator).step()
+    with _refused(context.options.optimizer):
+        new_optimizer([weight], context.options.training, context.options.optimizer, context.accelerator).step()
 
 
-def _refused(flags: Flags) -> AbstractContextManager:
-    words = " ".join([f"--optimizer {flags.optimizer}", *flags.optimizer_args])
+def _refused(options: OptimizerOptions) -> AbstractContextManager:
+    words = " ".join([f"--optimizer {options.optimizer}", *options.optimizer_args])
     return refused_as(words, "give arguments that it takes with --optimizer_args, or another optimizer")

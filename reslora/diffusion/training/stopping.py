@@ -23,10 +23,10 @@ class Requests:
     """What is asked for after a step: to stop, of any process; to save or to draw, of the main one alone."""
 
     def __init__(self, context: Context) -> None:
-        self.stop, self.folder, self.status, flags = context.stop, context.folder, context.status, context.flags
-        self.every = flags.checkpointing_steps
-        self.draws = bool(flags.validation_prompt and flags.num_validation_images)
-        self.seconds = 60 * (flags.checkpointing_minutes or float("inf"))
+        self.stop, self.folder, self.status, options = context.stop, context.folder, context.status, context.options
+        self.every = options.output.checkpointing_steps
+        self.draws = bool(options.validation.validation_prompt and options.validation.num_validation_images)
+        self.seconds = 60 * (options.output.checkpointing_minutes or float("inf"))
         self.saved()
 
     def saved(self) -> None:

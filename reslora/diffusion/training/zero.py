@@ -11,7 +11,7 @@ from torch import nn
 
 from ...common.errors import InvalidArgument
 from ...common.methods import refuse_unable
-from ..arguments import Flags
+from ...options.images import AdapterOptions, OptimizerOptions, TrainingOptions
 
 if TYPE_CHECKING:
     from deepspeed.runtime.base_optimizer import ZeROOptimizer  # an optional package
@@ -26,8 +26,10 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def configure(flags: Flags, accelerator: Accelerator) -> None:
-    """Tells DeepSpeed what the flags say; refuses a configuration and flags that do not go together."""
+def configure(
+    adapter: AdapterOptions, training: TrainingOptions, optimizer: OptimizerOptions, accelerator: Accelerator
+) -> None:
+    """Tells DeepSpeed what the options say; refuses a configuration and options that do not go together."""
     plugin = accelerator.state.deepspeed_plugin
     settings, launcher = plugin.deepspeed_config, "accelerate launch"
     if plugin.zero_stage not in (1, 2):
@@ -37,18 +39,18 @@ def configure(flags: Flags, accelerator: Accelerator) -> None:
         if name in settings:
             problem = f"DeepSpeed's configuration has its own {name}"
             raise InvalidArgument(launcher, problem, "leave it out there, and give flags instead")
-    refuse_unable(flags.method, "deepspeed")
-    if flags.optimizer != "adamw":
-        flag = "--use_8bit_adam" if flags.use_8bit_adam else f"--optimizer {flags.optimizer}"
+    refuse_unable(adapter.method, "deepspeed")
+    if optimizer.optimizer != "adamw":
+        flag = "--use_8bit_adam" if optimizer.use_8bit_adam else f"--optimizer {optimizer.optimizer}"
         problem = "ZeRO cuts its state where it cannot be put together again"
         raise InvalidArgument(flag, problem, "leave it out, or train without DeepSpeed")
-    steps = flags.gradient_accumulation_steps
+    steps = training.gradient_accumulation_steps
     # accelerate's launcher passes on what its own file says, and that would win.
     accelerator.gradient_accumulation_steps = settings["gradient_accumulation_steps"] = steps
-    settings["gradient_clipping"] = flags.max_grad_norm
+    settings["gradient_clipping"] = optimizer.max_grad_norm
     # It would ask the data loader, which is not accelerate's.
-    settings["train_micro_batch_size_per_gpu"] = flags.train_batch_size
-    settings["train_batch_size"] = flags.train_batch_size * steps * accelerator.num_processes
+    settings["train_micro_batch_size_per_gpu"] = training.train_batch_size
+    settings["train_batch_size"] = training.train_batch_size * steps * accelerator.num_processes
 
 
 def full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict:

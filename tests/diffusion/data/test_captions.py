@@ -9,7 +9,6 @@ import torch
 from pipelines import flux, image_folder
 
 from diffusion.runs import losses, only, printed, refused
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.context import Context
 from reslora.diffusion.data import material as making
 from reslora.diffusion.data.captions import VERBATIM, Recipe, recipe_of
@@ -21,6 +20,7 @@ from reslora.diffusion.data.sources import Source
 from reslora.diffusion.experiment.run import of_seed
 from reslora.diffusion.seeds import generator
 from reslora.diffusion.settings import parse_args
+from reslora.options.images import Options
 
 
 def outcomes(recipe: Recipe, *captions: str, count: int = 400) -> list[str]:
@@ -96,9 +96,9 @@ def test_dropout_leaves_nothing_of_the_caption_not_even_the_prefix():
 
 def test_each_part_of_the_recipe_is_that_of_its_flag():
     words = "--caption_prefix sks --caption_suffix end --caption_dropout 0.3 --caption_tag_dropout_rate 0.1"
-    found = recipe_of(parse_args([*words.split(), "--shuffle_caption", "--keep_tokens", "2"]))
+    found = recipe_of(parse_args([*words.split(), "--shuffle_caption", "--keep_tokens", "2"]).data)
     assert found == Recipe("sks", "end", dropout=0.3, shuffle=True, keep=2, tag_dropout=0.1)
-    assert recipe_of(parse_args(["--enable_wildcard"])) == Recipe(wildcards=True)
+    assert recipe_of(parse_args(["--enable_wildcard"]).data) == Recipe(wildcards=True)
 
 
 # -- a function of seed and position ---------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ CAPTIONS = [[f"{{red|blue}} {number}, a, b, c", f"other {number}, d"] for number
 
 def material_with(recipe: Recipe, steps: int = 12, batch: int = 4, accumulation: int = 1, seed: int = 3) -> Material:
     """Seven images with two captions each, one of them held out, and three class images."""
-    flags = Flags(
+    flags = Options.of(
         seed=seed, train_batch_size=batch, gradient_accumulation_steps=accumulation, max_train_steps=steps,
         noise_offset=0.0, cache_text_embeddings=False, dataloader_num_workers=0, max_validation_images=64,
     )  # fmt: skip
@@ -194,7 +194,7 @@ def test_each_seed_of_an_experiment_has_variants_of_its_own(monkeypatch):
     material = material_with(EVERYTHING)
     material = dataclasses.replace(
         material,
-        flags=material.flags.replace(
+        options=material.options.replace(
             cache_text_embeddings=True,
             train_text_encoder=False,
             metric_model=None,
@@ -207,7 +207,7 @@ def test_each_seed_of_an_experiment_has_variants_of_its_own(monkeypatch):
     model = SimpleNamespace(family=family, fingerprint=lambda *parts: "")
     accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
     monkeypatch.setattr(making, "encode_texts", lambda wanted, *rest: wanted)
-    context = Context(material.flags, model, accelerator, None)
+    context = Context(material.options, model, accelerator, None)
     for seed in (3, 4):
         found = of_seed(material, seed, None, context)
         assert set(found.texts) == {"", "a", *captions_of(found, 1)}
@@ -219,7 +219,7 @@ def test_class_images_keep_their_prompt(of_class, tmp_path, monkeypatch):
     monkeypatch.setattr(making, "latents_of", lambda *_: (None, {}))
     words = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", image_folder(tmp_path / "images")]
     flags = parse_args([*map(str, words), "--caption_prefix", "sks", "--caption_suffix", "end"])
-    images = dataclasses.replace(load_images(flags), of_class=of_class)
+    images = dataclasses.replace(load_images(flags.model, flags.data, flags.training, flags.output), of_class=of_class)
     source = source_of(images, [Size(16, 16)] * len(images), None, Context(flags, None, None, None))
     assert source.recipe == (VERBATIM if of_class else Recipe(prefix="sks", suffix="end"))
 

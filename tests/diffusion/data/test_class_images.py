@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from pipelines import FAMILIES, image_folder, random_image, same_image
 
-from diffusion.runs import RESUME, assert_same, final_weights, killed_after, losses, main, only, printed, refused
+from diffusion.runs import RESUME, assert_same, final_weights, killed_after, losses, main, only, parts, printed, refused
 from reslora.common.errors import InvalidArgument
 from reslora.common.folder import guard_of
 from reslora.common.signals import StopRequest
@@ -137,10 +137,10 @@ def test_none_are_drawn_that_a_metadata_file_does_not_list(tmp_path):
     folder = image_folder(tmp_path / "class", 2, layout="jsonl")
     flags = parse_args(["--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3"])
     with pytest.raises(InvalidArgument, match=r"class_images 3: 1 more .*metadata.jsonl .*give --num_class_images 2"):
-        missing_class_images(flags)
-    assert missing_class_images(flags.replace(num_class_images=2)) == 0
+        missing_class_images(flags.data, flags.output)
+    assert missing_class_images(*parts(flags.replace(num_class_images=2), "data", "output")) == 0
     (folder / "metadata.jsonl").unlink()
-    assert missing_class_images(flags) == 1
+    assert missing_class_images(flags.data, flags.output) == 1
 
 
 @pytest.mark.parametrize("place", [".", "10_sks disc", "below/10_sks disc"])
@@ -150,8 +150,8 @@ def test_what_is_to_be_learnt_is_no_class_image(tmp_path, place):
     learnt.mkdir(parents=True, exist_ok=True)
     flags = ["--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a disc", "--train_data_dir"]
     with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: has what is to be learnt in it"):
-        missing_class_images(parse_args([*flags, str(learnt)]))
-    assert missing_class_images(parse_args([*flags, str(tmp_path)])) == 100
+        missing_class_images(*parts(parse_args([*flags, str(learnt)]), "data", "output"))
+    assert missing_class_images(*parts(parse_args([*flags, str(tmp_path)]), "data", "output")) == 100
 
 
 def test_none_are_drawn_where_they_cannot_be_kept(tmp_path):
@@ -159,7 +159,7 @@ def test_none_are_drawn_where_they_cannot_be_kept(tmp_path):
     (tmp_path / "class").write_text("")
     flags = parse_args(["--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a disc"])
     with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: .* is not a folder that can be written"):
-        missing_class_images(flags)
+        missing_class_images(flags.data, flags.output)
 
 
 @pytest.mark.exhaustive

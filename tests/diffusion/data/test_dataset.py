@@ -17,7 +17,7 @@ import pytest
 from pipelines import image_folder, random_image, red_or_blue, same_image
 from waiting import join, start_thread
 
-from diffusion.runs import only, printed, refused
+from diffusion.runs import only, parts, printed, refused
 from reslora.common.errors import InvalidArgument, RunFailed
 from reslora.diffusion.data.class_images import missing_class_images
 from reslora.diffusion.data.dataset import load_images
@@ -26,7 +26,9 @@ from reslora.diffusion.settings import parse_args
 
 
 def gather(folder: Path, *flags: str):
-    return load_images(parse_args(["--train_data_dir", str(folder), *flags]))
+    return load_images(
+        *parts(parse_args(["--train_data_dir", str(folder), *flags]), "model", "data", "training", "output"),
+    )
 
 
 # -- layouts ---------------------------------------------------------------------------------------------------------
@@ -70,7 +72,15 @@ def test_parquet_shards_hold_images_too(tmp_path, flag):
     folder = tmp_path / "p" / "data"
     folder.mkdir(parents=True)
     three_images().to_parquet(folder / "train-00000-of-00001.parquet")
-    found = load_images(parse_args([flag, str(folder.parent), "--cache_dir", str(tmp_path / "cache")]))
+    found = load_images(
+        *parts(
+            parse_args([flag, str(folder.parent), "--cache_dir", str(tmp_path / "cache")]),
+            "model",
+            "data",
+            "training",
+            "output",
+        ),
+    )
     assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
     assert all(same_image(found.open(number), random_image(number)) for number in range(3))
 
@@ -113,7 +123,7 @@ def test_rows_name_no_file_outside_the_folder(tmp_path, flag, layout):
         if content:
             outside.write_bytes(content)
         with pytest.raises(InvalidArgument) as refusal:
-            load_images(parse_args(words))
+            load_images(*parts(parse_args(words), "model", "data", "training", "output"))
         lines.add(str(refusal.value))
     named = "../secret.png" if layout == "below" else outside
     assert lines == {f"{flag} {folder} row 0: names {named}, outside the folder; move the image into it"}
@@ -181,7 +191,9 @@ def test_what_save_to_disk_wrote_is_read(tmp_path, flag, splits):
     if splits:
         rows = datasets.DatasetDict({"test": rows.select([2]), "train": rows})
     rows.with_format("numpy").save_to_disk(tmp_path / "p")
-    found = load_images(parse_args([flag, str(tmp_path / "p")]))
+    found = load_images(
+        *parts(parse_args([flag, str(tmp_path / "p")]), "model", "data", "training", "output"),
+    )
     assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
     assert all(same_image(found.open(number), random_image(number)) for number in range(3))
     assert found.notes == (("the split train is trained on, not test",) if splits else ())
@@ -207,7 +219,20 @@ def test_a_folder_of_several_configurations_is_refused_with_their_names(tmp_path
     line = refused(capsys, flag, folder, *cache, quiet=False)
     fix = f"give --dataset_name {folder} --dataset_config_name NAME, and no --train_data_dir"
     assert line.endswith(f"{flag} {folder}: has the configurations 'a', 'b'; {fix}")
-    assert len(load_images(parse_args(["--dataset_name", str(folder), "--dataset_config_name", "b", *cache]))) == 3
+    assert (
+        len(
+            load_images(
+                *parts(
+                    parse_args(["--dataset_name", str(folder), "--dataset_config_name", "b", *cache]),
+                    "model",
+                    "data",
+                    "training",
+                    "output",
+                ),
+            )
+        )
+        == 3
+    )
 
 
 def test_json_tables_name_images_of_the_folder(tmp_path, capsys):
@@ -269,7 +294,7 @@ def test_a_folder_inside_the_runs_own_is_read_where_it_is_named(tmp_path):
     output = ("--output_dir", str(folder.parent))
     assert len(gather(folder, *output)) == 2
     of_class = ("--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3")
-    assert missing_class_images(parse_args([*of_class, *output])) == 1
+    assert missing_class_images(*parts(parse_args([*of_class, *output]), "data", "output")) == 1
 
 
 def test_a_pipe_among_the_images_is_not_opened(tmp_path):

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel
 from waiting import ended, wait_until
 
-from diffusion.runs import cut, final_weights, losses, main, only, printed, refused
+from diffusion.runs import cut, final_weights, losses, main, only, parts, printed, refused
 from reslora.common.errors import InvalidArgument, RunFailed, Stopped
 from reslora.common.signals import StopRequest
 from reslora.diffusion.context import Context
@@ -256,10 +256,15 @@ def setting(tmp_path) -> Context:
 
 def images_encoded(setting: Context, key: object = "vae", size: Size | None = None, **flags) -> list[int]:
     """How many variants of each image that had to be encoded; all are checked."""
-    setting = dataclasses.replace(setting, flags=setting.flags.replace(**flags))
-    family, images = setting.model.family, load_images(setting.flags)
-    side = setting.flags.resolution
-    variants = encoding.Variants(images, [size or Size(side, side)] * len(images), setting.flags)
+    setting = dataclasses.replace(setting, options=setting.options.replace(**flags))
+    family, images = (
+        setting.model.family,
+        load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output),
+    )
+    (side,) = setting.options.data.resolution
+    variants = encoding.Variants(
+        images, [size or Size(side, side)] * len(images), setting.options.data, setting.options.training
+    )
     family.images.clear()
     latents, problems = encoding.encode_images(variants, key, VAE, setting)
     made = {index: variants[index] for index in set(range(len(images))) - problems.keys()}
@@ -274,7 +279,7 @@ def images_encoded(setting: Context, key: object = "vae", size: Size | None = No
 
 def captions_encoded(setting: Context, captions: list[str], key: object = "encoders", **flags) -> list[str]:
     """The captions that had to be encoded; all are checked."""
-    setting = dataclasses.replace(setting, flags=setting.flags.replace(**flags))
+    setting = dataclasses.replace(setting, options=setting.options.replace(**flags))
     family = setting.model.family
     family.captions.clear()
     texts = encoding.encode_texts(captions, key, lambda: None, setting)
@@ -289,7 +294,7 @@ def add_image(folder: Path, number: int) -> None:
 
 def test_one_more_image_is_encoded_alone(setting):
     """The crops of the others are theirs wherever they are, and be it before them."""
-    folder = Path(setting.flags.train_data_dir)
+    folder = Path(*setting.options.data.train_data_dir)
     assert images_encoded(setting) == [1, 4, 4, 1, 4]
     assert images_encoded(setting) == []
     add_image(folder, 5)
@@ -307,7 +312,7 @@ def test_one_more_image_is_encoded_alone(setting):
 
 
 def test_one_image_of_another_shape_leaves_those_that_are_square(setting):
-    folder = Path(setting.flags.train_data_dir)
+    folder = Path(*setting.options.data.train_data_dir)
     for number in (1, 2, 4):
         (folder / f"{number}.png").unlink()
     assert images_encoded(setting) == [1, 1]
@@ -327,18 +332,28 @@ def test_images_are_encoded_anew_when_their_pixels_or_the_autoencoder_are_others
 
 
 def test_all_crops_but_the_centre_are_drawn_by_the_seed(setting):
-    images = load_images(setting.flags)
-    by_seed = [encoding.Variants(images, [Size(16, 16)] * 5, setting.flags.replace(seed=seed))[1][0] for seed in (0, 1)]
+    images = load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output)
+    by_seed = [
+        encoding.Variants(
+            images,
+            [Size(16, 16)] * 5,
+            *parts(setting.options.replace(seed=seed), "data", "training"),
+        )[1][0]
+        for seed in (0, 1)
+    ]
     alike = [torch.equal(one, other) for one, other in zip(*by_seed, strict=True)]
     assert alike == [True, False, False, False]
 
 
 def test_a_bucket_that_cuts_much_off_has_random_crops_too(setting):
     """Of the images, 32 high and 32, 40 or 48 wide, the others would never be seen whole."""
-    images, flags = load_images(setting.flags), setting.flags.replace(use_aspect_ratio_buckets=True)
+    images, flags = (
+        load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output),
+        setting.options.replace(use_aspect_ratio_buckets=True),
+    )
 
     def crops(size: Size) -> list[int]:
-        variants = encoding.Variants(images, [size] * 5, flags)
+        variants = encoding.Variants(images, [size] * 5, flags.data, flags.training)
         return [len(variants[number][0]) for number in range(5)]
 
     assert crops(Size(16, 16)) == [1, 4, 4, 1, 4]
@@ -347,13 +362,13 @@ def test_a_bucket_that_cuts_much_off_has_random_crops_too(setting):
 
 
 def test_damaged_images_are_remembered_by_their_content(setting):
-    folder = Path(setting.flags.train_data_dir)
+    folder = Path(*setting.options.data.train_data_dir)
     cut(folder / "1.png")
     assert len(images_encoded(setting)) == 4
     add_image(folder, 6)
     assert images_encoded(setting) == [1]
-    images = load_images(setting.flags)
-    variants = encoding.Variants(images, [Size(16, 16)] * len(images), setting.flags)
+    images = load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output)
+    variants = encoding.Variants(images, [Size(16, 16)] * len(images), setting.options.data, setting.options.training)
     _, problems = encoding.encode_images(variants, "vae", VAE, setting)
     assert problems.keys() == {1} and "damaged" in problems[1]
     random_image(1).save(folder / "1.png")
@@ -374,14 +389,14 @@ def test_an_image_that_cannot_be_read_just_now_is_not_remembered_as_damaged(sett
 @pytest.mark.parametrize("masked", [False, True])
 def test_where_no_latents_are_kept_damaged_images_are_found_once_before_training(setting, monkeypatch, masked):
     """Else they would end the run when they are drawn, and again whenever it goes on."""
-    folder = Path(setting.flags.train_data_dir)
+    folder = Path(*setting.options.data.train_data_dir)
     random_image(1).convert("RGBA").save(folder / "1.png")
     cut(folder / "1.png")
 
     def found(**flags) -> ImageDataset:
-        flags = setting.flags.replace(cache_latents=False, masked_loss=masked, **flags)
-        images = load_images(flags)
-        context = dataclasses.replace(setting, flags=flags)
+        flags = setting.options.replace(cache_latents=False, masked_loss=masked, **flags)
+        images = load_images(flags.model, flags.data, flags.training, flags.output)
+        context = dataclasses.replace(setting, options=flags)
         return source_of(images, [Size(16, 16)] * len(images), None, context).images
 
     left = found()
@@ -408,7 +423,7 @@ def test_encoding_goes_on_behind_the_last_whole_part(setting, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(setting.model.family, "encode_images", interrupted)
         images_encoded(setting)
-    add_image(Path(setting.flags.train_data_dir), 5)
+    add_image(Path(*setting.options.data.train_data_dir), 5)
     assert images_encoded(setting) == [4, 1, 4, 4]
 
 
@@ -427,7 +442,7 @@ def test_the_bar_counts_what_is_encoded(setting, monkeypatch):
     totals = []
     monkeypatch.setattr(encoding, "tqdm", lambda total, **more: totals.append(total) or tqdm(total=total, **more))
     images_encoded(setting)
-    add_image(Path(setting.flags.train_data_dir), 5)
+    add_image(Path(*setting.options.data.train_data_dir), 5)
     images_encoded(setting)
     images_encoded(setting)
     assert totals == [5, 1, 0]
@@ -444,7 +459,7 @@ def test_a_caption_that_was_edited_is_encoded_alone(setting):
 def test_captions_are_encoded_anew_by_another_encoder_or_up_to_another_length(setting):
     captions = ["red", "blue"]
     for change in ({}, {"key": "other"}, {"max_sequence_length": 78}, {"max_sequence_length": None}):
-        if change != {"max_sequence_length": setting.flags.max_sequence_length}:
+        if change != {"max_sequence_length": setting.options.training.max_sequence_length}:
             assert captions_encoded(setting, captions, **change) == captions
         assert captions_encoded(setting, captions, **change) == []
 

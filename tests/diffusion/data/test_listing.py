@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pipelines import image_folder
 
-from diffusion.runs import only
+from diffusion.runs import only, parts
 from reslora.diffusion.data.class_images import missing_class_images
 from reslora.diffusion.data.dataset import ImageDataset
 from reslora.diffusion.data.folders import load_folders
@@ -26,7 +26,10 @@ def with_hidden(folder: Path, layout: str = "txt") -> Path:
 
 
 def gather(folder: Path, *flags: str, caption: str | None = None) -> list[ImageDataset]:
-    return load_folders(parse_args(["--train_data_dir", str(folder), *flags]), caption)
+    return load_folders(
+        *parts(parse_args(["--train_data_dir", str(folder), *flags]), "model", "data", "training", "output"),
+        caption,
+    )
 
 
 @pytest.mark.parametrize("layout", ["txt", "jsonl", "csv"])
@@ -47,7 +50,7 @@ def test_hidden_class_images_are_none(tmp_path):
     """There the caption is that of all, whether there is one beside an image or not."""
     folder = with_hidden(tmp_path / "p", "none")
     of_class = ["--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3"]
-    assert missing_class_images(parse_args(of_class)) == 1
+    assert missing_class_images(*parts(parse_args(of_class), "data", "output")) == 1
     (found,) = gather(folder, caption="a disc")
     assert found.captions == [["a disc"]] * 2 and only(found.notes, *HIDDEN).startswith("2 ")
 
@@ -59,7 +62,7 @@ def test_hidden_files_are_no_images(tmp_path, layout):
     for path in list(folder.iterdir()):
         path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
     of_class = ["--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3"]
-    assert missing_class_images(parse_args(of_class)) == 1
+    assert missing_class_images(*parts(parse_args(of_class), "data", "output")) == 1
     (found,) = gather(folder, "--strict", caption="a disc")
     assert len(found) == 2 and not found.left_out
     assert only(found.notes, *HIDDEN) == f"2 hidden images are not read (for example {folder}/._0.png)"
@@ -119,7 +122,7 @@ def test_class_images_are_not_refused_for_the_captions_that_they_need_not_have(t
     flags = ["--class_data_dir", str(tmp_path / "p" / "class"), "--class_prompt", "a disc"]
     (found,) = gather(tmp_path / "p", *flags, "--strict")
     assert found.captions == [["red disc"], ["blue box"]] and not found.left_out
-    assert missing_class_images(parse_args([*flags, "--num_class_images", "3"])) == 2
+    assert missing_class_images(*parts(parse_args([*flags, "--num_class_images", "3"]), "data", "output")) == 2
 
 
 @pytest.mark.parametrize("flag", ["--class_data_dir", "--output_dir"])

@@ -12,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from pipelines import image_folder, random_image
 
-from diffusion.runs import losses, main, only, printed, refused
+from diffusion.runs import losses, main, only, parts, printed, refused
 from reslora.diffusion.data.encoding import MASKED, Variants
 from reslora.diffusion.data.folders import load_folders
 from reslora.diffusion.data.images import crop_mask, open_masked
@@ -87,7 +87,15 @@ def red_of(number: int) -> PIL.Image.Image:
 
 
 def found_in(folder: Path, *flags: object) -> list:
-    return load_folders(parse_args([*MODEL, "--train_data_dir", str(folder), *map(str, flags)]))
+    return load_folders(
+        *parts(
+            parse_args([*MODEL, "--train_data_dir", str(folder), *map(str, flags)]),
+            "model",
+            "data",
+            "training",
+            "output",
+        ),
+    )
 
 
 @pytest.fixture
@@ -137,7 +145,7 @@ def test_another_mask_is_other_content_and_without_the_flag_there_is_none(folder
     assert plain.marks[2] == before.marks[2] and plain.marks[0] != before.marks[0]
     flags = parse_args([*MODEL, "--train_data_dir", str(folder)])
     keys = [
-        Variants(images, [Size(16, 16)] * 3, flags.replace(masked_loss=on)).key(1)
+        Variants(images, [Size(16, 16)] * 3, *parts(flags.replace(masked_loss=on), "data", "training")).key(1)
         for images, on in ((before, True), (plain, False))
     ]
     assert keys[0] == (*keys[1], MASKED)  # the colours below an alpha channel are others, too
@@ -168,9 +176,9 @@ def test_masks_are_cropped_scaled_and_mirrored_as_their_images(tmp_path):
     folder = add_masks(image_folder(tmp_path / "images", 3), {number: red_of(number) for number in range(3)})
     words = ["--train_data_dir", str(folder), "--random_flip", "--image_interpolation_mode", "box", "--seed", "4"]
     flags = parse_args([*MODEL, *words, "--no-cache_text_embeddings", "--train_batch_size", "1"])
-    (images,) = load_folders(flags)
+    (images,) = load_folders(flags.model, flags.data, flags.training, flags.output)
     size = Size(16, 24)
-    variants = Variants(images, [size] * 3, flags)
+    variants = Variants(images, [size] * 3, flags.data, flags.training)
     for pixels, _, masks in (variants[number] for number in range(3)):
         assert len(pixels) == len(masks) > 1 and len({tuple(mask.flatten().tolist()) for mask in masks}) > 1
         torch.testing.assert_close(masks, (pixels[:, :1] + 1) / 2)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pipelines import image_folder
 
-from diffusion.runs import refused
+from diffusion.runs import parts, refused
 from reslora.diffusion.data.dataset import load_images
 from reslora.diffusion.data.folders import load_folders
 from reslora.diffusion.settings import parse_args
@@ -30,13 +30,15 @@ def test_captions_beside_images_are_not_lost_to_metadata_below(tmp_path, capsys,
         path.rename(folder / "above" / path.name)
     assert "one by one" in refused(capsys, "--train_data_dir", folder, *cache)
     both = ["--train_data_dir", str(folder / "above"), str(folder / "below")]
-    assert [images.captions for images in load_folders(parse_args(both))] == [[["red disc"], ["blue box"]]] * 2
+    assert [
+        images.captions for images in load_folders(*parts(parse_args(both), "model", "data", "training", "output"))
+    ] == [[["red disc"], ["blue box"]]] * 2
 
 
 def test_images_that_metadata_below_does_not_list_are_counted(tmp_path):
     folder = nested(tmp_path / "p", "none", "jsonl")
     flags = ["--train_data_dir", str(folder), "--cache_dir", str(tmp_path / "cache")]
-    found = load_images(parse_args(flags))
+    found = load_images(*parts(parse_args(flags), "model", "data", "training", "output"))
     assert len(found) == 2 and found.notes[0].startswith("2 images not read")
 
 
@@ -49,4 +51,7 @@ def test_metadata_of_two_kinds_below_is_refused_with_what_helps(tmp_path, capsys
 def test_a_part_of_a_folder_is_read_without_a_word_of_the_rest(tmp_path):
     folder = nested(tmp_path / "p", "txt", "jsonl")
     part = ["--dataset_name", str(folder), "--train_data_dir", "below", "--cache_dir", str(tmp_path / "cache")]
-    assert (len(found := load_images(parse_args(part))), found.notes) == (2, ())
+    assert (
+        len(found := load_images(*parts(parse_args(part), "model", "data", "training", "output"))),
+        found.notes,
+    ) == (2, ())

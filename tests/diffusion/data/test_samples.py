@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from diffusion import exact_steps
 from diffusion.runs import assert_same, digests, losses, main
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.data.batch import Batch
 from reslora.diffusion.data.plan import Draw, Plan
 from reslora.diffusion.data.samples import (
@@ -24,6 +23,7 @@ from reslora.diffusion.data.samples import (
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.data.sources import Source, split
 from reslora.diffusion.output import summary as showing
+from reslora.options.images import Options
 
 
 @pytest.mark.exhaustive
@@ -56,7 +56,7 @@ def test_methods_share_the_samples(run):
 
 @pytest.fixture(scope="module")
 def pure_noise(tmp_path_factory) -> list[str]:
-    """Flags for a model whose only timestep leaves nothing of the image: its noisy latents are the noise."""
+    """Options for a model whose only timestep leaves nothing of the image: its noisy latents are the noise."""
     folder = tmp_path_factory.mktemp("noise")
     scheduler = {
         "num_train_timesteps": 1,
@@ -131,10 +131,10 @@ def test_the_loss_is_weighted_in_training_alone(pure_noise, with_and_without_off
 
 def validation(limit: int, seed: int = 0, count: int = 100) -> list[Batch]:
     """What the validation loss of `count` images, a fifth of them held out, is measured on."""
-    flags = Flags(
+    flags = Options.of(
         seed=seed, validation_split=0.2, max_validation_images=limit, noise_offset=0.0, cache_text_embeddings=False
     )
-    train, held_out = split(count, flags.validation_split, flags.seed)
+    train, held_out = split(count, flags.validation.validation_split, flags.training.seed)
     latents = SimpleNamespace(variants=1, of=lambda index, variant: {"sizes": torch.tensor(index)})
     images = SimpleNamespace(captions=[["box"]] * count)
     objective = SimpleNamespace(at=lambda share: torch.tensor(share))
@@ -192,11 +192,11 @@ def test_images_to_be_looked_at_are_those_trained_on_from_all_over_the_data():
         return Source(SimpleNamespace(open=opened, of_class=of_class), None, tuple(train), (1,), (), ())
 
     sources = source(range(300, 310), of_class=True), source(range(0, 60, 10)), source(range(60, 120, 10))
-    material = Material(sources, {}, None, {}, Flags())
+    material = Material(sources, {}, None, {}, Options.of())
     sizes = [image.size for image in material.learnt(6)]
     assert sizes == [(1, 1), (21, 1), (61, 1), (round(81 * SHOWN / 600), SHOWN), (101, 1)]
     assert len(material.learnt(5)) == 4 and len(material.learnt(99)) == 11
-    assert Material((), {}, None, {}, Flags()).learnt(6) == []
+    assert Material((), {}, None, {}, Options.of()).learnt(6) == []
 
 
 # -- crops and mirror images -------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_images_to_be_looked_at_are_those_trained_on_from_all_over_the_data():
 
 def one_image(latents: SimpleNamespace | None, images: SimpleNamespace) -> list[Batch]:
     """What 200 training samples are made of where there is but one image."""
-    flags = Flags(
+    flags = Options.of(
         seed=0, noise_offset=0.0, cache_text_embeddings=False, masked_loss=False, center_crop=False, random_flip=True,
         image_interpolation_mode="box",
     )  # fmt: skip

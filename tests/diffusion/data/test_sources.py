@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 from pipelines import image_folder
 
-from diffusion.runs import RESUME, assert_same, final_weights, losses, main, only, printed, refused
+from diffusion.runs import RESUME, assert_same, final_weights, losses, main, only, parts, printed, refused
 from reslora.diffusion.context import Context
 from reslora.diffusion.data import material
 from reslora.diffusion.data.class_images import balanced
@@ -24,7 +24,9 @@ from reslora.diffusion.settings import parse_args
 
 
 def gather(*flags: object) -> list[ImageDataset]:
-    return load_folders(parse_args(list(map(str, flags))))
+    return load_folders(
+        *parts(parse_args(list(map(str, flags))), "model", "data", "training", "output"),
+    )
 
 
 @pytest.fixture
@@ -44,9 +46,13 @@ def test_each_folder_has_its_repeats_and_weight_or_all_have_one(folders):
 
 def test_one_folder_is_what_it_was_and_what_counts_is_part_of_what_a_run_goes_on_from(folders):
     flags = parse_args(["--train_data_dir", str(folders[0])])
-    assert flags.train_data_dir == str(folders[0])
-    (alone,) = load_folders(flags)
-    assert alone.fingerprint == load_images(flags).fingerprint and not alone.notes and not alone.label
+    assert flags.data.train_data_dir == [str(folders[0])]
+    (alone,) = load_folders(flags.model, flags.data, flags.training, flags.output)
+    assert (
+        alone.fingerprint == load_images(flags.model, flags.data, flags.training, flags.output).fingerprint
+        and not alone.notes
+        and not alone.label
+    )
     assert alone.fingerprint.startswith("4 images, content ") and alone.fingerprint.count(",") == 1
     others = [("--train_data_repeats", 2), ("--train_data_weight", 2)]
     assert (
@@ -143,7 +149,7 @@ def test_a_year_is_no_number_of_repeats(tmp_path, brief_flags, capsys):
         (["--train_data_weight", 0], "--train_data_weight"),
         (["--dataset_name", "somebody/images"], "--dataset_name somebody/images: reads one folder of it"),
         (["--resolution", 32, 33], "--resolution 33"),
-        (["--resolution", 32, 7], "'7'"),
+        (["--resolution", 32, 7], "--resolution 7: "),
         (
             ["--resolution", 32, 48, "--use_aspect_ratio_buckets", "--aspect_ratio_buckets", "32,32"],
             "--resolution 32 48",
@@ -164,8 +170,8 @@ def test_a_configuration_gives_lists_back(folders, tmp_path):
     lists = {"train_data_dir": list(map(str, folders)), "train_data_repeats": [1, 2], "resolution": [32, 48]}
     (tmp_path / "config.json").write_text(json.dumps(lists | {"train_data_weight": [0.5]}))
     flags = parse_args(["--config", str(tmp_path / "config.json")])
-    assert {name: getattr(flags, name) for name in lists} == lists and flags.train_data_weight == 0.5
-    assert parse_args(["--config", str(tmp_path / "config.json"), "--resolution", "64", "64"]).resolution == 64
+    assert {name: flags[name] for name in lists} == lists and flags.data.train_data_weight == [0.5]
+    assert parse_args(["--config", str(tmp_path / "config.json"), "--resolution", "64", "64"]).data.resolution == [64]
 
 
 # -- what becomes of them ----------------------------------------------------------------------------------------------

@@ -59,9 +59,10 @@ def setting() -> SimpleNamespace:
         SimpleNamespace(images=learnt, train=(2, 3), recipe=Recipe(prefix="a", suffix="{disc|box}", wildcards=True)),
         SimpleNamespace(images=of_class, train=(0,), recipe=VERBATIM),
     )
-    flags = SimpleNamespace(metric_model="any")
+    validation = SimpleNamespace(metric_model="any")
+    options = SimpleNamespace(validation=validation, data=None, training=None)
     accelerator = SimpleNamespace(device="cpu")
-    context = SimpleNamespace(flags=flags, accelerator=accelerator, model=SimpleNamespace(family=None), encoders=())
+    context = SimpleNamespace(options=options, accelerator=accelerator, model=SimpleNamespace(family=None), encoders=())
     return SimpleNamespace(context=context, material=SimpleNamespace(sources=sources, texts=None))
 
 

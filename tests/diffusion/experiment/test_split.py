@@ -4,7 +4,6 @@ import dataclasses
 import io
 import random
 import re
-from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -13,6 +12,7 @@ import PIL.ImageDraw
 import pytest
 from pipelines import image_folder, random_image
 
+from diffusion.runs import parts
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.content import content_mark
 from reslora.diffusion.data.dataset import FEATURES, ImageDataset
@@ -20,10 +20,9 @@ from reslora.diffusion.experiment import split
 from reslora.diffusion.experiment.split import BITS, groups_of, look_of, parts_of
 from reslora.experiment.parts import cut, too_few
 from reslora.experiment.record import facts_of
+from reslora.options.images import Options
 
-SHARES = SimpleNamespace(
-    select_split=0.2, test_split=0.3, max_validation_images=64, dataset_name=None, train_data_dir="images"
-)
+SHARES = Options.of(select_split=0.2, test_split=0.3, max_validation_images=64, train_data_dir="images")
 
 
 def picture(number: int) -> PIL.Image.Image:
@@ -45,19 +44,19 @@ def dataset(contents: list[bytes]) -> ImageDataset:
                         marks=[content_mark(content) for content in contents])  # fmt: skip
 
 
-def parts(contents: list[bytes]) -> dict[bytes, str]:
+def parts_by_content(contents: list[bytes]) -> dict[bytes, str]:
     """Which part each content is in."""
-    found = parts_of({0: dataset(contents)}, SHARES)
+    found = parts_of({0: dataset(contents)}, SHARES.data, SHARES.validation, SHARES.experiment)
     named = {"train": found.train, "select": found.select, "test": found.test}
     return {contents[image]: name for name, part in named.items() for _, image in part}
 
 
 def test_an_image_that_is_added_or_moved_moves_no_other():
     contents = [encoded(picture(number)) for number in range(40)]
-    before = parts(contents[:30])
+    before = parts_by_content(contents[:30])
     assert set(before.values()) == {"train", "select", "test"} and len(before) == 30
     random.Random(0).shuffle(contents)
-    after = parts(contents)
+    after = parts_by_content(contents)
     assert len(after) == 40 and {content: after[content] for content in before} == before
 
 
@@ -89,12 +88,15 @@ def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
     """How many a share takes is luck, of which the advice knows."""
     contents = [encoded(picture(number)) for number in range(40)]
     for tested, fix in ((1, "1 image compares: .*, or with"), (5, "5 images compare: .*, or with")):
-        enough = parts_of({0: dataset(contents)}, SHARES).enough
+        enough = parts_of({0: dataset(contents)}, SHARES.data, SHARES.validation, SHARES.experiment).enough
         (line,) = too_few(tested, "image", enough)
         assert re.search(f"^only {fix} --test_split {enough:g}$", line)
-    found = parts_of({0: dataset(contents)}, SimpleNamespace(**vars(SHARES) | {"test_split": enough}))
+    found = parts_of(
+        {0: dataset(contents)},
+        *parts(SHARES.replace(test_split=enough), "data", "validation", "experiment"),
+    )
     assert 10 <= len(found.test) <= 11 and too_few(6, "image", enough) == []
-    few = parts_of({0: dataset(contents[:10])}, SHARES)
+    few = parts_of({0: dataset(contents[:10])}, SHARES.data, SHARES.validation, SHARES.experiment)
     assert too_few(2, "image", few.enough)[0].endswith("begin anew with more images")
 
 
@@ -105,7 +107,7 @@ def test_near_duplicates_are_together_and_tested_once():
     copies.append(encoded(image.point(lambda value: value * 0.9 + 10)))
     contents = copies + [encoded(picture(number)) for number in range(1, 12)]
     images = dataset(contents)
-    found = parts_of({0: images}, SHARES)
+    found = parts_of({0: images}, SHARES.data, SHARES.validation, SHARES.experiment)
     assert found.duplicates == 3  # and the file itself
     named = {"train": found.train, "select": found.select, "test": found.test}
     of_copies = {name: [number for _, number in part if number < 5] for name, part in named.items()}
@@ -191,7 +193,7 @@ def test_one_of_several_that_look_alike_chooses_or_compares():
     contents = [
         encoded(picture(number), "JPEG", quality=quality) for number in range(30) for quality in (60, 70, 80, 90)
     ]
-    found = parts_of({0: dataset(contents)}, SHARES)
+    found = parts_of({0: dataset(contents)}, SHARES.data, SHARES.validation, SHARES.experiment)
     marks = list(map(content_mark, contents))
     for part in (found.select, found.test):
         assert part and len({image // 4 for _, image in part}) == len(part)
@@ -202,8 +204,13 @@ def test_one_of_several_that_look_alike_chooses_or_compares():
 def test_an_image_at_several_resolutions_is_one_of_those_that_are_trained_on():
     """Each resolution is a source of its own, with what is large enough for it."""
     contents = [encoded(picture(number)) for number in range(20)]
-    once = parts_of({0: dataset(contents)}, SHARES)
-    found = parts_of({0: dataset(contents), 1: dataset(contents), 2: dataset(contents[:10])}, SHARES)
+    once = parts_of({0: dataset(contents)}, SHARES.data, SHARES.validation, SHARES.experiment)
+    found = parts_of(
+        {0: dataset(contents), 1: dataset(contents), 2: dataset(contents[:10])},
+        SHARES.data,
+        SHARES.validation,
+        SHARES.experiment,
+    )
     assert len(found.train) > 2 * len(once.train) and found.trained == once.trained == len(once.train)
     assert found.trained + len(found.select) + len(found.test) == 20
     assert f"images: {once.trained} to train on" in str(found) and facts_of(found, ())["split"]["train"] == once.trained
@@ -212,7 +219,13 @@ def test_an_image_at_several_resolutions_is_one_of_those_that_are_trained_on():
 def test_no_more_images_choose_than_are_measured():
     """By the hash's order; what is told of the part is what is measured of it."""
     images = {0: dataset([encoded(picture(number)) for number in range(40)])}
-    whole, found = (parts_of(images, SimpleNamespace(**vars(SHARES) | {"max_validation_images": n})) for n in (64, 3))
+    whole, found = (
+        parts_of(
+            images,
+            *parts(SHARES.replace(max_validation_images=n), "data", "validation", "experiment"),
+        )
+        for n in (64, 3)
+    )
     assert len(whole.select) > 3 and found == dataclasses.replace(whole, select=whole.select[:3])
     assert "3 to choose by" in str(found) and facts_of(found, ())["split"]["select"] == 3
 
@@ -220,7 +233,7 @@ def test_no_more_images_choose_than_are_measured():
 def test_too_few_images_are_refused_in_one_line():
     image = picture(0)
     with pytest.raises(InvalidArgument, match="--train_data_dir images: 2 images but for near-duplicates") as error:
-        parts([encoded(image), encoded(picture(1)), encoded(image, "JPEG")])
+        parts_by_content([encoded(image), encoded(picture(1)), encoded(image, "JPEG")])
     assert "\n" not in str(error.value) and "(image 0 and image 2 look alike)" in str(error.value)
 
 
@@ -228,4 +241,4 @@ def test_an_image_that_cannot_be_opened_is_named(tmp_path):
     image_folder(tmp_path / "images", count=3)
     contents = [encoded(picture(0)), encoded(picture(1)), encoded(picture(2))[:200]]
     with pytest.raises(InvalidArgument, match=r"--train_data_dir images, image 2: .+; repair or remove it"):
-        parts(contents)
+        parts_by_content(contents)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
+from diffusion.runs import parts
 from reslora.common.errors import InvalidArgument
-from reslora.diffusion.arguments import SAMPLINGS
 from reslora.diffusion.model.objective import Density, FlowObjective, objective_of
 from reslora.diffusion.settings import parse_args
+from reslora.options.images import SAMPLINGS
 
 SHIFTED = FlowMatchEulerDiscreteScheduler(shift=3.0)
 DYNAMIC = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
@@ -106,7 +107,11 @@ def test_draws_are_squeezed_into_the_timesteps_asked_for(sampling):
 
 def objective_for(words: str) -> FlowObjective:
     pipeline = SimpleNamespace(scheduler=SHIFTED)
-    return objective_of(parse_args(words.split()), SimpleNamespace(name="a flow", objective="flow"), pipeline)
+    return of(words.split(), SimpleNamespace(name="a flow", objective="flow"), pipeline)
+
+
+def of(words: list[str], family, pipeline) -> FlowObjective:
+    return objective_of(*parts(parse_args(words), "model", "training"), family, pipeline)
 
 
 @pytest.mark.parametrize(
@@ -152,15 +157,12 @@ def test_unknown_names_are_refused():
 )
 def test_what_the_sampling_does_not_read_is_refused(words, with_which):
     of_flow = ["--snr_gamma", "0", "--weighting_scheme", "none", *words.split()]
-    flags = parse_args(of_flow)
     flow, pipeline = SimpleNamespace(name="a flow", objective="flow"), SimpleNamespace(scheduler=SHIFTED)
     with pytest.raises(InvalidArgument, match=f"^{words.split()[0]} .* by .*, which does not read it"):
-        objective_of(flags, flow, pipeline)
-    objective_of(parse_args([*of_flow, *with_which.split()]), flow, pipeline)
+        of(of_flow, flow, pipeline)
+    of([*of_flow, *with_which.split()], flow, pipeline)
     noise = SimpleNamespace(name="of noise", objective="ddpm")
-    alone = parse_args(words.split()[:2])
-    with pytest.raises(InvalidArgument, match="of noise does not learn a flow"):
-        objective_of(alone, noise, SimpleNamespace(scheduler=DDPMScheduler()))
-    objective_of(
-        parse_args(["--logit_mean", "0", "--logit_std", "1"]), noise, SimpleNamespace(scheduler=DDPMScheduler())
-    )
+    pipeline = SimpleNamespace(scheduler=DDPMScheduler())
+    with pytest.raises(InvalidArgument, match="of noise learns no flow"):
+        of(words.split()[:2], noise, pipeline)
+    of(["--logit_mean", "0", "--logit_std", "1"], noise, pipeline)

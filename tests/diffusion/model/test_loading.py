@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from diffusion.runs import failed, losses, main, refused
 from reslora.common.assets import ASSETS
 from reslora.common.errors import InvalidArgument
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.kinds import refuse_parts
 from reslora.diffusion.model.loading import find_model
+from reslora.options.images import Options
 
 
 def refused_model(capsys, base_flags, folder: Path) -> str:
@@ -64,12 +64,14 @@ def test_damaged_model_configs_are_refused(base_flags, model, capsys, tmp_path, 
 def test_another_autoencoder_is_of_the_class_that_the_pipeline_has(tmp_path):
     other = tiny_qwen_vae({"latents_std": [2.0] * 4})
     other.save_pretrained(tmp_path / "vae")
-    flags = Flags(
+    flags = Options.of(
         pretrained_model_name_or_path=str(qwen_image(tmp_path / "model")), revision=None, variant=None,
         pretrained_vae_model_name_or_path=str(tmp_path / "vae"), cache_dir=None, output_dir="",
         prediction_type=None,
     )  # fmt: skip
-    pipeline = find_model(flags, PartialState()).load_pipeline(torch.float32, torch.device("cpu"), encoders=False)
+    pipeline = find_model(flags.model, flags.output, PartialState()).load_pipeline(
+        torch.float32, torch.device("cpu"), encoders=False
+    )
     assert type(pipeline.vae) is AutoencoderKLQwenImage and pipeline.vae.config.latents_std == [2.0] * 4
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in pipeline.vae.state_dict().items())
 

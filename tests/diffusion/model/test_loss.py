@@ -52,10 +52,10 @@ def test_the_formulas_of_kohyas_scripts(kind, schedule, c, scale):
 def test_kind_schedule_threshold_and_scale_are_those_of_the_flags():
     objective = OBJECTIVES["ddpm"]
     words = "--loss_type smooth_l1 --huber_schedule exponential --huber_c 0.2 --huber_scale 1.5"
-    assert huber_of(parse_args(words.split()), objective) == Huber(
+    assert huber_of(parse_args(words.split()).training, objective) == Huber(
         objective, kind="smooth_l1", schedule="exponential", c=0.2, scale=1.5
     )
-    assert huber_of(parse_args([]), objective) is None
+    assert huber_of(parse_args([]).training, objective) is None
 
 
 def test_where_nothing_of_the_image_is_left_the_threshold_is_c():

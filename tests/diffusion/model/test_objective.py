@@ -8,11 +8,12 @@ import torch
 from conftest import assert_equal
 from diffusers import DDPMScheduler
 
+from diffusion.runs import parts
 from reslora.common.errors import InvalidArgument
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.loss import loss_per_sample, squared_error
 from reslora.diffusion.model.objective import DdpmObjective, between_of, objective_of
 from reslora.diffusion.settings import parse_args
+from reslora.options.images import Options
 
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 BETAS = {
@@ -145,24 +146,24 @@ def test_timesteps_are_drawn_evenly_from_those_asked_for():
     assert drawn.min() < 5 and drawn.max() > 994
 
 
-def flags(*words: str) -> Flags:
+def flags(*words: str) -> Options:
     return parse_args(list(words))
 
 
 def test_all_timesteps_are_trained_where_no_end_is_given():
-    assert between_of(flags(), 1000) == (0, 1000)
-    assert between_of(flags("--min_timestep", "300"), 1000) == (300, 1000)
-    assert between_of(flags("--max_timestep", "10"), 1000) == (0, 10)
+    assert between_of(flags().training, 1000) == (0, 1000)
+    assert between_of(flags("--min_timestep", "300").training, 1000) == (300, 1000)
+    assert between_of(flags("--max_timestep", "10").training, 1000) == (0, 10)
 
 
 def test_gamma_and_the_timesteps_are_those_of_the_flags():
     family, pipeline = SimpleNamespace(name="of noise", objective="ddpm"), SimpleNamespace(scheduler=scheduler())
     words = ("--snr_gamma", "3", "--min_timestep", "200", "--max_timestep", "203")
-    objective = objective_of(flags(*words), family, pipeline)
+    objective = objective_of(*parts(flags(*words), "model", "training"), family, pipeline)
     assert set(drawn_of(objective, 100).tolist()) == {200, 201, 202}
     snr = remaining() / (1 - remaining())
     assert_equal(objective.weight(TIMESTEPS).double(), snr.clamp(max=3) / snr, rtol=1e-3)
-    plain = objective_of(flags("--snr_gamma", "0"), family, pipeline)
+    plain = objective_of(*parts(flags("--snr_gamma", "0"), "model", "training"), family, pipeline)
     assert plain.weight(TIMESTEPS).tolist() == [1] * len(TIMESTEPS) and drawn_of(plain, 100).max() > 203
 
 
@@ -176,5 +177,5 @@ def test_gamma_and_the_timesteps_are_those_of_the_flags():
 )
 def test_timesteps_that_there_are_not_are_refused(words, said):
     with pytest.raises(InvalidArgument) as refusal:
-        between_of(flags(*words), 1000)
+        between_of(flags(*words).training, 1000)
     assert str(refusal.value).startswith(said)

@@ -26,7 +26,7 @@ from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.families.base import Conditions, Family
 from reslora.diffusion.model.loading import Model
 from reslora.diffusion.model.quantising import FORMATS, WHOLE, PackedLinear, blocks, pack, try_format
-from reslora.diffusion.settings import read_index
+from reslora.diffusion.refusals import read_index
 from reslora.export import DIFFUSERS_FILE
 
 HERE = torch.device("cpu")

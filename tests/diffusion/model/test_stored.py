@@ -22,7 +22,7 @@ from reslora.diffusion.model.stored import (
     stays_stored,
     stored_weights,
 )
-from reslora.diffusion.settings import read_index
+from reslora.diffusion.refusals import read_index
 
 HERE = torch.device("cpu")
 

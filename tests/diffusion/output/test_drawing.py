@@ -11,13 +11,13 @@ import pytest
 import torch
 from pipelines import FAMILIES
 
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.output.drawing import Drawer
 from reslora.diffusion.prompts import Prompt, settled
 from reslora.diffusion.seeds import derive
+from reslora.options.images import Options
 
-FLAGS = Flags(
+FLAGS = Options.of(
     seed=0, num_inference_steps=1, guidance_scale=4.0, resolution=32, validation_height=None, validation_width=None
 )
 
@@ -39,7 +39,9 @@ def test_text_states_of_half_precision_are_drawn_in_the_pipelines_at_any_size(tm
     texts = {c: {k: v[0].bfloat16() for k, v in states.items()} for c, states in texts.items()}
     for height, width in ((None, None), (40, 24), (None, 48)):
         flags = FLAGS.replace(train_batch_size=2, validation_height=height, validation_width=width)
-        (drawn,) = Drawer(pipeline, family, texts, flags).draw(getattr(pipeline, family.denoiser), ["red disc"], 1)
+        (drawn,) = Drawer(pipeline, family, texts, flags.data, flags.training, flags.validation).draw(
+            getattr(pipeline, family.denoiser), ["red disc"], 1
+        )
         assert drawn.shape == (height or 32, width or 32, 3) and np.isfinite(drawn).all()
 
 
@@ -55,7 +57,9 @@ def test_samples_are_guided_by_the_scale_that_is_given(tmp_path, name):
 
     def drawn(scale: float) -> np.ndarray:
         flags = FLAGS.replace(train_batch_size=1, guidance_scale=scale, num_inference_steps=2)
-        return Drawer(pipeline, family, texts, flags).draw(denoiser, ["red disc box"], 1)[0]
+        return Drawer(pipeline, family, texts, flags.data, flags.training, flags.validation).draw(
+            denoiser, ["red disc box"], 1
+        )[0]
 
     given = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np", family.guidance: 9.0}
     seed = torch.Generator().manual_seed(derive(0, "sample", 0, 0))
@@ -85,7 +89,9 @@ def family_of(drawing_inputs=lambda *_: {}, told: bool = False) -> SimpleNamespa
 def seeds_of(prompts: list, images: int, seed: int = 0, batch: int = 3) -> list[int]:
     flags = FLAGS.replace(seed=seed, train_batch_size=batch)
     family, texts, pipeline = family_of(), defaultdict(dict), Recorder()
-    drawn = Drawer(pipeline, family, texts, flags).draw(torch.nn.Identity(), prompts, images)
+    drawn = Drawer(pipeline, family, texts, flags.data, flags.training, flags.validation).draw(
+        torch.nn.Identity(), prompts, images
+    )
     assert len(drawn) == len(pipeline.seeds) == len(prompts) * images
     return pipeline.seeds
 
@@ -120,7 +126,9 @@ def test_prompts_are_drawn_by_their_own_options_and_together_where_these_are_ali
     for told, scales in ((False, [4.0, 2.0, 1.0]), (True, [4.0, 9, 4.0])):
         pipeline = Recorder()
         flags = FLAGS.replace(train_batch_size=8)
-        Drawer(pipeline, family_of(drawing_inputs, told), texts, flags).draw(torch.nn.Identity(), prompts, 1)
+        Drawer(pipeline, family_of(drawing_inputs, told), texts, flags.data, flags.training, flags.validation).draw(
+            torch.nn.Identity(), prompts, 1
+        )
         found = [(count, how["width"], how["height"], how["num_inference_steps"]) for count, how in pipeline.batches]
         assert found == [(2, 32, 32, 1), (1, 48, 24, 3), (1, 32, 32, 1)]
         assert [how["guidance_scale"] for _, how in pipeline.batches] == scales
@@ -136,7 +144,7 @@ def test_a_negative_prompt_changes_what_every_family_with_guidance_draws(tmp_pat
     pipeline.set_progress_bar_config(disable=True)
     # Captions that nobody has encoded: the pipeline's own encoders are there.
     flags = FLAGS.replace(train_batch_size=2, max_sequence_length=64)
-    drawer = Drawer(pipeline, family, {}, flags)
+    drawer = Drawer(pipeline, family, {}, flags.data, flags.training, flags.validation)
     prompts = [Prompt("red disc", seed=1), Prompt("red disc", "blue box", seed=1)]
     plain, negative = drawer.draw(getattr(pipeline, family.denoiser), prompts, 1)
     assert np.abs(plain - negative).max() > 1e-4
@@ -148,5 +156,12 @@ def test_a_negative_prompt_changes_what_every_family_with_guidance_draws(tmp_pat
 @pytest.mark.parametrize(("pipeline", "scale"), [("ZImagePipeline", 6.5), ("Krea2Pipeline", 6.5), ("FluxPipeline", 4)])
 def test_kohyas_scale_as_the_pipeline_counts_it(pipeline, scale):
     """`positive + g (positive - negative)` is a scale of 1 + g."""
-    assert settled(Prompt("a", cfg_scale=7.5), FLAGS, load_family(pipeline)).guidance_scale == scale
-    assert settled(Prompt("a", cfg_scale=7.5), FLAGS, load_family("StableDiffusionPipeline")).guidance_scale == 7.5
+    assert (
+        settled(Prompt("a", cfg_scale=7.5), FLAGS.data, FLAGS.validation, load_family(pipeline)).guidance_scale == scale
+    )
+    assert (
+        settled(
+            Prompt("a", cfg_scale=7.5), FLAGS.data, FLAGS.validation, load_family("StableDiffusionPipeline")
+        ).guidance_scale
+        == 7.5
+    )

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from diffusion.runs import failed, final_weights, main, training_state, without
 from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
-from reslora.diffusion.arguments import Flags, build_parser
 from reslora.diffusion.context import Context
 from reslora.diffusion.output import exports as results
 from reslora.diffusion.prompts import Prompt
+from reslora.diffusion.settings import build_parser
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from reslora.options.images import Options
 
 
 def test_run_writes_the_documented_files(run):
@@ -53,6 +54,8 @@ def test_config_holds_every_resolved_flag(run):
     assert config["lora_alpha"] == 8 and config["method"] == ["lora", "reslora"] and config["max_train_steps"] == 4
     assert set(config) == {a.dest for a in build_parser()._actions} - {
         "help",
+        "help_all",
+        "version",
         "config",
         "hub_token",
         "resume_from_checkpoint",
@@ -180,7 +183,7 @@ def compared(folder: Path, monkeypatch, drawn: float, read: float, chaos: int = 
     monkeypatch.setattr(results, "read_back", lambda *_: [("peft", Picture(read))])
     monkeypatch.setattr(results, "kohya_metadata", lambda *_: {})
     shown = {"validation_prompt": ["red disc"], "num_validation_images": 1, "train_text_encoder": False}
-    flags = Flags(**shown, validation_prompt_options=None, save_best=False, output_dir=str(folder.parent))
+    flags = Options.of(**shown, validation_prompt_options=None, save_best=False, output_dir=str(folder.parent))
     told = [] if told is None else told
     trained, accelerator = SimpleNamespace(loss=None), SimpleNamespace(print=told.append)
     learner = SimpleNamespace(method=folder.name, name=folder.name, trained=trained)

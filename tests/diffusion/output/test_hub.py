@@ -16,11 +16,11 @@ from pipelines import image_folder
 from safetensors.torch import load_file
 
 from diffusion.runs import failed, main, without
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.context import Context
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.output.card import TAGS, card_of
 from reslora.diffusion.output.hub import check_upload
+from reslora.options.images import Options
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -166,7 +166,7 @@ def described(hub: Hub, base: str = "owner/base", **more: object) -> str:
     flags = {"train_data_dir": None, "dataset_name": None, "caption_prefix": None, "hub_token": None}
     flags |= {"pretrained_model_name_or_path": base, "method": ["lora"], "train_text_encoder": False}
     model = SimpleNamespace(family=load_family("StableDiffusionPipeline"))
-    return card_of("me/run", False, Context(Flags(**flags | more), model, None, None))
+    return card_of("me/run", False, Context(Options.of(**flags | more), model, None, None))
 
 
 def test_the_card_of_a_second_upload_says_what_is_uploaded_now_and_keeps_other_text(hub):
@@ -208,9 +208,9 @@ def test_a_readme_of_the_users_is_uploaded_as_it_is(run, base_flags, hub, tmp_pa
 
 
 def test_whose_card_will_be_uploaded_is_said_before_the_training(hub, tmp_path, capsys):
-    flags = Flags(output_dir=str(tmp_path), hub_model_id="me/run", hub_token=None)
-    check_upload(flags)
+    flags = Options.of(output_dir=str(tmp_path), hub_model_id="me/run", hub_token=None)
+    check_upload(flags.output)
     assert capsys.readouterr().out == ""
     (tmp_path / "README.md").write_text("# Mine\n")
-    check_upload(flags)
+    check_upload(flags.output)
     assert f"{tmp_path}/README.md will be uploaded as it is" in capsys.readouterr().out

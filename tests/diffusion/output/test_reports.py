@@ -16,13 +16,13 @@ from diffusion.runs import failed, main
 from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
 from reslora.common.signals import StopRequest
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.data.batch import collate
 from reslora.diffusion.data.samples import ValidationSamples
 from reslora.diffusion.output import reports
 from reslora.diffusion.output.reports import Reports, Validation, save_images
 from reslora.diffusion.training import loop as training
 from reslora.diffusion.training.schedule import Schedule
+from reslora.options.images import Options
 
 
 @pytest.fixture
@@ -186,12 +186,12 @@ def test_similarities_by_hand(monkeypatch):
         captions=lambda captions: torch.tensor([{"a": (1.0, 0.0), "b": (0.6, 0.8)}[caption] for caption in captions]),
     )
     monkeypatch.setattr(reports, "load_metric", lambda *_: metric)
-    flags = Flags(
+    flags = Options.of(
         metric_model="any", max_validation_images=64, num_validation_images=2, validation_prompt=["a", "b"],
         validation_prompt_options=None,
     )  # fmt: skip
     source = SimpleNamespace(images=SimpleNamespace(marks=["0", "1"]))
-    material = SimpleNamespace(flags=flags, held_out=[(0, 0), (0, 1)], sources=(source,))
+    material = SimpleNamespace(options=flags, held_out=[(0, 0), (0, 1)], sources=(source,))
     found = {}
     kept = SimpleNamespace(samples=lambda *_: None, similarities=found.update)
     drawn = [np.full((2, 2, 3), number / 255) for number in range(4)]

@@ -148,5 +148,5 @@ def test_the_same_command_has_nothing_to_do_and_more_patience_trains_on(flags, w
 @pytest.mark.parametrize("flag", [("--save_best",), ("--early_stopping_patience", "2"), ("--validation_noises", "2")])
 def test_what_cannot_steer_is_refused(capsys, model, data, flag):
     words = ["--pretrained_model_name_or_path", model, "--train_data_dir", data, *flag]
-    assert f"{flag[0]}: no images are held out" in refused(capsys, *words)
+    assert f"{' '.join(flag)}: no images are held out" in refused(capsys, *words)
     assert f"{flag[0]}: this is an experiment" in refused(capsys, *words, "--learning_rate", "1e-3", "2e-3")

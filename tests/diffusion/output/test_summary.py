@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from diffusion.runs import cut
+from diffusion.runs import cut, parts
 from reslora.common.figures import comparison
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.output import summary
 from reslora.diffusion.output.reports import save_images
+from reslora.options.images import Options
 
 PROMPTS = ["red disc", "blue box"]
 
 
-def flags_of(output: Path, prompts: list[str] | None = None) -> Flags:
+def flags_of(output: Path, prompts: list[str] | None = None) -> Options:
     shown = {"validation_prompt": prompts, "num_validation_images": 1, "max_validation_images": 4}
-    return Flags(output_dir=str(output), method=["lora"], **shown)
+    return Options.of(output_dir=str(output), method=["lora"], **shown)
 
 
 def draw(folder: Path, prompts: list[str]) -> None:
@@ -36,9 +36,9 @@ def test_where_loss_png_is_the_weights_are_in_their_place(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(summary.shutil, "copyfile", full)
         with pytest.raises(OSError, match="No space left"):
-            summary.write_figures(flags_of(tmp_path), 0)
+            summary.write_figures(*parts(flags_of(tmp_path), "adapter", "validation", "output"), 0)
     assert not (tmp_path / "loss.png").exists()
-    summary.write_figures(flags_of(tmp_path), 0)
+    summary.write_figures(*parts(flags_of(tmp_path), "adapter", "validation", "output"), 0)
     assert (tmp_path / "loss.png").is_file() and (tmp_path / weights.name).read_bytes() == b"weights"
 
 
@@ -62,7 +62,7 @@ def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(t
 
     monkeypatch.setattr(summary, "comparison", compare)
     flags, learnt = flags_of(tmp_path, PROMPTS), [Image.new("RGB", (9, 9))]
-    summary.write_comparison(flags, tmp_path / "comparison.png", learnt)
+    summary.write_comparison(flags.adapter, flags.validation, flags.output, tmp_path / "comparison.png", learnt)
     columns = ["before\ntraining", "step 2", "step 4", "step 6", "merged into\nthe model"]
     assert drawn == [(columns, [[False, True, True, False, True], [True, False, True, False, True]])]
     assert above_it == [learnt] and (tmp_path / "comparison.png").is_file()
@@ -72,7 +72,10 @@ def test_the_comparison_shows_what_was_drawn_of_todays_prompts_and_can_be_read(t
 def test_a_comparison_stays_where_nothing_was_drawn_of_todays_prompts(tmp_path, prompts):
     draw(tmp_path / "lora" / "merged", PROMPTS)
     (tmp_path / "comparison.png").write_text("of others")
-    summary.write_comparison(flags_of(tmp_path, prompts), tmp_path / "comparison.png")
+    summary.write_comparison(
+        *parts(flags_of(tmp_path, prompts), "adapter", "validation", "output"),
+        tmp_path / "comparison.png",
+    )
     assert (tmp_path / "comparison.png").read_text() == "of others"
 
 
@@ -80,7 +83,7 @@ def test_images_to_learn_from_are_shown_where_samples_are(tmp_path, monkeypatch)
     found, flags = [], flags_of(tmp_path, PROMPTS)
     draw(tmp_path / "lora" / "samples" / "step-000000", PROMPTS)
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"weights")
-    monkeypatch.setattr(summary, "write_comparison", lambda flags, output, learnt: found.append(learnt))
+    monkeypatch.setattr(summary, "write_comparison", lambda *parts: found.append(parts[-1]))
     for more in (flags, flags.replace(num_validation_images=0)):
-        summary.write_figures(more, 0, lambda most: [most])
+        summary.write_figures(more.adapter, more.validation, more.output, 0, lambda most: [most])
     assert found == [[summary.COLUMNS + 3]]

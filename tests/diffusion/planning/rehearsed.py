@@ -31,7 +31,11 @@ def settled(model: Path, data: Path, output: Path, *flags: str) -> tuple[list[Im
     given = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--output_dir", str(output)]
     given += ["--resolution", "64", "--train_batch_size", "4", "--rank", "4", "--method", "lora", "--report_to", "none"]
     parsed = parse_args([*given, "--num_inference_steps", "2", *flags])
-    return load_folders(parsed), settle(parsed, start_accelerator(parsed), StopRequest())
+    return load_folders(parsed.model, parsed.data, parsed.training, parsed.output), settle(
+        parsed,
+        start_accelerator(parsed),
+        StopRequest(),
+    )
 
 
 def real(batch: Batch) -> Batch:
@@ -59,12 +63,12 @@ def taken(rehearsal: Rehearsal, context: Context) -> Taken:
     """A real step of what is rehearsed."""
     trained = real_parts(context)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    optimizer = new_optimizer(parameters, context.flags, context.accelerator)
+    optimizer = new_optimizer(parameters, context.options.training, context.options.optimizer, context.accelerator)
 
     def step() -> None:
         optimizer.zero_grad()
         with rehearsal.autocast():
-            losses = trained(real(rehearsal.batch(context.flags.train_batch_size)))
+            losses = trained(real(rehearsal.batch(context.options.training.train_batch_size)))
         losses.mean().backward()
 
     step()
@@ -78,14 +82,14 @@ def taken(rehearsal: Rehearsal, context: Context) -> Taken:
 
 def real_parts(context: Context) -> Trained:
     """What trains, with weights."""
-    model, flags, device = context.model, context.flags, torch.device("cpu")
+    model, flags, device = context.model, context.options, torch.device("cpu")
     pipeline = model.load_pipeline(context.dtype, device, encoders=bool(context.encoders))
-    denoiser = model.load_denoiser(context.dtype, device, flags.base_precision)
+    denoiser = model.load_denoiser(context.dtype, device, flags.model.base_precision)
     parts = {model.family.denoiser: denoiser} | model.load_encoders(context.encoders, pipeline)
-    objective = objective_of(flags, model.family, pipeline)
+    objective = objective_of(flags.model, flags.training, model.family, pipeline)
     trained = Trained(parts, DenoisingLoss(context, objective, pipeline, denoiser.config))
-    add_adapters(trained, flags.method[0], SimpleNamespace(steps=1000), context)
-    for part in parts.values() if flags.gradient_checkpointing else ():
+    add_adapters(trained, flags.adapter.method[0], SimpleNamespace(steps=1000), context)
+    for part in parts.values() if flags.training.gradient_checkpointing else ():
         enable_gradient_checkpointing(part)
     return trained.train()
 

@@ -66,8 +66,13 @@ def test_where_one_flag_is_not_enough_several_are_named(large, monkeypatch, tmp_
     images, context = settled(large[1], large[3], tmp_path / "out", *large)
 
     def half(images, context, free) -> Plan:
-        flags = context.flags
-        total = 4 * 2**30 // (1 + flags.gradient_checkpointing) // (2 if flags.train_batch_size == 1 else 1)
+        flags = context.options
+        total = (
+            4
+            * 2**30
+            // (1 + flags.training.gradient_checkpointing)
+            // (2 if flags.training.train_batch_size == 1 else 1)
+        )
         return Plan((Phase("training", {"activations": total}),), free, "cpu")
 
     monkeypatch.setattr(planning, "plan_of", half)
@@ -126,4 +131,4 @@ def test_a_model_that_is_not_gone_through_is_trained_all_the_same(large, capsys,
 
 def with_flags(context, **changes):
     """The context with other flags."""
-    return dataclasses.replace(context, flags=context.flags.replace(**changes))
+    return dataclasses.replace(context, options=context.options.replace(**changes))

@@ -21,6 +21,7 @@ from reslora.diffusion.context import Context
 from reslora.diffusion.training import compiling
 from reslora.diffusion.training.compiling import checked
 from reslora.diffusion.training.trained import Trained, compiled
+from reslora.options.images import Options
 from reslora.wiring import connection_of
 
 COMPILE = torch.compile
@@ -71,7 +72,7 @@ class Checked:
             distributed_type=Accelerator(cpu=True).distributed_type,
             print=print,
         )
-        self.context = Context(SimpleNamespace(compile=True, lora_dropout=dropout), None, accelerator, None)
+        self.context = Context(Options.of(compile=True, lora_dropout=dropout), None, accelerator, None)
 
     def loss(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
         self.forwards += 1

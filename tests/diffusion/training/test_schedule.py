@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.context import Context
 from reslora.diffusion.data.samples import Material
 from reslora.diffusion.data.size import Size
 from reslora.diffusion.data.sources import Source
 from reslora.diffusion.training.schedule import Schedule, schedule_of
+from reslora.options.images import Options
 
 
 def scheduled(processes: int = 1, images: int = 10, **flags) -> Schedule:
@@ -18,7 +18,7 @@ def scheduled(processes: int = 1, images: int = 10, **flags) -> Schedule:
         "train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": None, "num_train_epochs": 4,
         "validation_steps": None, "validation_epochs": 1, "lr_warmup_steps": None, "method": ["lora"],
     }  # fmt: skip
-    made = Flags(**defaults | flags, seed=0)
+    made = Options.of(**defaults | flags, seed=0)
     source = Source(None, None, tuple(range(images)), (), (Size(8, 8),), (0,) * images)
     material = Material((source,), None, None, {}, made)
     return schedule_of(material, Context(made, None, SimpleNamespace(num_processes=processes, print=print), None))

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion import exact_steps
-from diffusion.runs import RESUME, SCRIPT, final_weights, losses
+from diffusion.runs import RESUME, SCRIPT, final_weights, losses, parts
 from reslora.common.errors import InvalidArgument, Stopped
 from reslora.diffusion.output import reports
 from reslora.diffusion.settings import parse_args
@@ -113,14 +113,19 @@ def test_what_fsdp_cannot_do_here_is_refused(fsdp, monkeypatch, said, flags, wor
     for name, value in said.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InvalidArgument) as error:
-        take_plugin(parse_args([]).replace(**flags))
+        take_plugin(
+            *parts(parse_args([]).replace(**flags), "model", "adapter", "training", "output"),
+        )
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
 def test_a_block_that_the_denoiser_has_not_is_refused(fsdp, monkeypatch, model):
     denoiser = UNet2DConditionModel.from_pretrained(model / "unet")
     accelerator = SimpleNamespace(num_processes=2, state=SimpleNamespace())
-    share(take_plugin(parse_args([])), accelerator)
+    share(
+        take_plugin(*parts(parse_args([]), "model", "adapter", "training", "output")),
+        accelerator,
+    )
     assert units_of(denoiser, accelerator) == [
         "BasicTransformerBlock", "ResnetBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
     ]  # fmt: skip
@@ -132,13 +137,16 @@ def test_a_block_that_the_denoiser_has_not_is_refused(fsdp, monkeypatch, model):
 def test_one_process_has_the_whole_base_and_is_told_so(fsdp):
     lines: list[str] = []
     accelerator = SimpleNamespace(num_processes=1, state=SimpleNamespace(), print=lines.append)
-    share(take_plugin(parse_args([])), accelerator)
+    share(
+        take_plugin(*parts(parse_args([]), "model", "adapter", "training", "output")),
+        accelerator,
+    )
     assert not cuts_base(accelerator) and "FSDP2" in lines[0]
 
 
 def test_without_fsdp_nothing_is_cut(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
-    assert take_plugin(parse_args([])) is None
+    assert take_plugin(*parts(parse_args([]), "model", "adapter", "training", "output")) is None
 
 
 def test_where_all_validate_all_leave_once_one_is_asked_to_stop(monkeypatch):

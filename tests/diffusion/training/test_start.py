@@ -14,13 +14,13 @@ from app.weight_files import put_adapter
 from diffusion.model.lora_files.loras import names, random_factors, random_lora, read, tiny, update
 from diffusion.runs import RESUME, assert_same, final_weights, main, refused, without
 from reslora.common.adapters import ADAPTER_NAME
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.conversion import main as convert
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.loading import Model
 from reslora.diffusion.training.start import expression_of, read_start, with_start
 from reslora.diffusion.training.state import add_adapter, config_of, targets_of
 from reslora.export import Factors, write_diffusers, write_kohya, write_peft
+from reslora.options.images import Options
 
 STARTS = [("lora", "kohya.safetensors"), ("lora", "peft"), ("lora", "diffusers.safetensors")]
 STARTS += [("lora_x2", "kohya.safetensors"), ("reslora", "kohya.safetensors")]
@@ -44,16 +44,16 @@ def files(tmp_path_factory):
 
 def started(path, method: str) -> torch.nn.Module:
     """The tiny U-Net, in double precision, with the adapter that a run trains."""
-    flags = Flags(
+    flags = Options.of(
         init_lora=str(path), rank=None, lora_alpha=None, target_modules=None, lora_dropout=0.0, seed=0,
         rank_pattern=None, alpha_pattern=None,
         shortcut="none", pre_num=4, head="repeat",
     )  # fmt: skip
     model = Model(tiny("stable_diffusion"), load_family("StableDiffusionPipeline"), "--model")
-    start = read_start(flags, model)
+    start = read_start(str(path), str(tiny("stable_diffusion")), model)
     unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet")
     flags = with_start(flags, start)
-    add_adapter(unet, method, flags, config_of(method, flags, 4, start=start))
+    add_adapter(unet, method, flags.adapter, flags.training, config_of(method, flags.adapter, 4, start=start))
     start.copy_to(unet)
     return unet.double().eval()
 

@@ -6,16 +6,26 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion.runs import RESUME, assert_same, final_weights, killed_after, losses, main, refused, training_state
+from diffusion.runs import (
+    RESUME,
+    assert_same,
+    final_weights,
+    killed_after,
+    losses,
+    main,
+    parts,
+    refused,
+    training_state,
+)
 from reslora.config import ResLoraConfig
-from reslora.diffusion.arguments import Flags
-from reslora.diffusion.optimizers import OPTIMIZERS, Named, options_of
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.state import Learner, new_optimizer, shortcuts_of
+from reslora.options.images import Options
+from reslora.options.optimizers import OPTIMIZERS, Named, options_of
 
 ACCELERATOR = SimpleNamespace(num_processes=1, device=torch.device("cpu"), scaler=None)
 
-FLAGS = Flags(
+FLAGS = Options.of(
     learning_rate=1e-3, scale_lr=False, train_batch_size=2, gradient_accumulation_steps=3, adam_beta1=0.8,
     adam_beta2=0.95, adam_weight_decay=0.1, adam_epsilon=1e-6, use_8bit_adam=False,
     optimizer="adamw", optimizer_args=[],
@@ -25,7 +35,11 @@ FLAGS = Flags(
 @pytest.mark.parametrize(("scaled", "rate"), [(False, 1e-3), (True, 2 * 3 * 4 * 1e-3)])
 def test_a_scaled_rate_is_times_the_samples_of_a_step_in_all_processes(scaled, rate):
     accelerator = SimpleNamespace(num_processes=4, device=torch.device("cpu"), scaler=None)
-    optimizer = new_optimizer([nn.Parameter(torch.ones(2))], FLAGS.replace(scale_lr=scaled), accelerator)
+    optimizer = new_optimizer(
+        [nn.Parameter(torch.ones(2))],
+        *parts(FLAGS.replace(scale_lr=scaled), "training", "optimizer"),
+        accelerator,
+    )
     (group,) = optimizer.param_groups
     assert group["lr"] == pytest.approx(rate)
     assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.95), 0.1, 1e-6)
@@ -33,7 +47,7 @@ def test_a_scaled_rate_is_times_the_samples_of_a_step_in_all_processes(scaled, r
 
 def test_shortcuts_are_those_of_the_flags():
     flags = FLAGS.replace(shortcut="middle", pre_num=3, head="none")
-    assert shortcuts_of(flags) == ResLoraConfig("middle", pre_num=3, head="none")
+    assert shortcuts_of(flags.adapter) == ResLoraConfig("middle", pre_num=3, head="none")
 
 
 @pytest.mark.exhaustive
@@ -60,7 +74,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_with_any_optimizer(base_flags
 def test_a_schedule_free_optimizer_draws_with_its_average_and_trains_on_as_it_was():
     parameter = nn.Parameter(torch.ones(3))
     flags = FLAGS.replace(optimizer="schedulefree", learning_rate=0.1)
-    optimizer = new_optimizer([parameter], flags, ACCELERATOR)
+    optimizer = new_optimizer([parameter], flags.training, flags.optimizer, ACCELERATOR)
     for step in range(3):
         parameter.grad = torch.tensor([1.0, -2.0, step])
         optimizer.step()
@@ -74,7 +88,11 @@ def test_a_schedule_free_optimizer_draws_with_its_average_and_trains_on_as_it_wa
 
 def test_a_row_says_what_its_authors_do_not():
     for name in ("prodigy", "adafactor", "lion", "schedulefree"):
-        optimizer = new_optimizer([nn.Parameter(torch.ones(2))], FLAGS.replace(optimizer=name), ACCELERATOR)
+        optimizer = new_optimizer(
+            [nn.Parameter(torch.ones(2))],
+            *parts(FLAGS.replace(optimizer=name), "training", "optimizer"),
+            ACCELERATOR,
+        )
         assert type(optimizer).__name__ == OPTIMIZERS[name].path.rpartition(".")[2]
         assert optimizer.param_groups[0]["lr"] == 1e-3 and optimizer.param_groups[0].get("weight_decay", 0) == 0
 
@@ -117,5 +135,5 @@ def test_prodigy_has_a_rate_of_its_own(base_flags, tmp_path):
     if "--learning_rate" in without:
         place = without.index("--learning_rate")
         del without[place : place + 2]
-    assert parse_args([*without, "--optimizer", "prodigy"]).learning_rate == 1.0
-    assert parse_args([*without, "--optimizer", "prodigy", "--learning_rate", "0.5"]).learning_rate == 0.5
+    assert parse_args([*without, "--optimizer", "prodigy"]).optimizer.learning_rate == 1.0
+    assert parse_args([*without, "--optimizer", "prodigy", "--learning_rate", "0.5"]).optimizer.learning_rate == 0.5

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import pytest
 
 from reslora.common.signals import StopRequest
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.training import loop, stopping
 from reslora.diffusion.training.loop import Watch, after_step
 from reslora.diffusion.training.stopping import Requests, taken
+from reslora.options.images import Options
 
 
 def requests(folder, minutes: float | None = None, images: int = 1) -> Requests:
     shown = {"validation_prompt": ["red disc"], "num_validation_images": images}
-    flags = Flags(checkpointing_minutes=minutes, checkpointing_steps=5, **shown)
-    return Requests(SimpleNamespace(stop=StopRequest(), folder=folder, status=None, flags=flags))
+    flags = Options.of(checkpointing_minutes=minutes, checkpointing_steps=5, **shown)
+    return Requests(SimpleNamespace(stop=StopRequest(), folder=folder, status=None, options=flags))
 
 
 def test_files_ask_once_and_go(tmp_path):

@@ -112,7 +112,7 @@ def test_loss_and_gradients_are_those_of_plain_encoders(setting, name):
     by_hand = {part: with_adapter(plain, made[part], leaves, 2.0) for part, plain in stock.items()}
     text = texts_by_hand(name, one.stock, by_hand, batch.caption)
     with torch.no_grad():
-        plain = one.family.encode_captions(one.stock, batch.caption, one.flags.max_sequence_length)
+        plain = one.family.encode_captions(one.stock, batch.caption, one.options.training.max_sequence_length)
     changed = "pooled" if name == "flux" else "states"
     assert (plain[changed] - text[changed]).std() > 1e-2
     told = DenoisingLoss(one.context, one.objective, one.loss.pipeline, one.denoiser.config)
@@ -173,7 +173,9 @@ def test_prompts_are_encoded_by_the_encoder_as_it_is(setting):
             return SimpleNamespace(images=[None])
 
     pipe.__class__ = Recorder
-    Drawer(pipe, one.family, kept, one.flags, one.family.trainable).draw(learner.denoiser, ["red disc"], 1)
+    Drawer(
+        pipe, one.family, kept, one.options.data, one.options.training, one.options.validation, one.family.trainable
+    ).draw(learner.denoiser, ["red disc"], 1)
     assert all(encoder.training for encoder in learner.trained.parts.values())
     with torch.no_grad():
         tokens = one.stock.tokenizer(["red disc"], padding="max_length", max_length=8, return_tensors="pt").input_ids
@@ -273,7 +275,7 @@ def test_without_a_rate_of_their_own_they_have_the_denoisers():
     one, other = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
     for rate, expected in ((None, 1e-3), (1e-5, 1e-5)):
         flags = FLAGS.replace(scale_lr=True, text_encoder_lr=rate)
-        groups = new_optimizer([one], flags, accelerator, of_encoders=[other]).param_groups
+        groups = new_optimizer([one], flags.training, flags.optimizer, accelerator, of_encoders=[other]).param_groups
         assert [group["params"] for group in groups] == [[one], [other]]
         assert [group["lr"] for group in groups] == pytest.approx([12 * 1e-3, 12 * expected])
 

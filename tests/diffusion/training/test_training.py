@@ -34,7 +34,6 @@ from diffusion.runs import (
 )
 from reslora.common.log import of_split, read_log
 from reslora.diffusion import run as running
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.context import Context
 from reslora.diffusion.data.batch import collate
 from reslora.diffusion.data.plan import Plan
@@ -45,6 +44,7 @@ from reslora.diffusion.training.loop import take_step
 from reslora.diffusion.training.schedule import schedule_of
 from reslora.diffusion.training.state import Learner, new_learner
 from reslora.diffusion.training.trained import Trained
+from reslora.options.images import Options
 
 
 @pytest.mark.exhaustive
@@ -172,7 +172,7 @@ def test_every_forward_of_a_run_has_dropout_masks_of_its_own(monkeypatch):
     states, layer = [], nn.Linear(1, 1)
     layer.register_forward_pre_hook(lambda *_: states.append(tuple(torch.get_rng_state().tolist())))
     optimizer = torch.optim.SGD(layer.parameters())
-    flags = Flags(seed=0, gradient_accumulation_steps=2, max_grad_norm=1.0)
+    flags = Options.of(seed=0, gradient_accumulation_steps=2, max_grad_norm=1.0)
     context = Context(flags, None, Accelerator(cpu=True, gradient_accumulation_steps=2), None)
     for process in range(2):
         monkeypatch.setattr(Accelerator, "process_index", process)
@@ -188,7 +188,7 @@ def test_gradients_are_clipped_to_a_norm_and_with_0_not_at_all(longest, moved):
     before = layer.weight.item()
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     learner = Learner("lora", layer, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1), None, layer)
-    flags = Flags(seed=0, gradient_accumulation_steps=1, max_grad_norm=longest)
+    flags = Options.of(seed=0, gradient_accumulation_steps=1, max_grad_norm=longest)
     take_step(learner, itertools.repeat(torch.ones(1, 1)), Context(flags, None, Accelerator(cpu=True), None))
     assert before - layer.weight.item() == pytest.approx(moved, abs=1e-5)
 

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import DeepSpeedPlugin
 from launching import forked, needs_deepspeed, told_by
 
-from diffusion.runs import RESUME, SCRIPT, assert_same, final_weights, losses, main, refused, training_state
+from diffusion.runs import RESUME, SCRIPT, assert_same, final_weights, losses, main, parts, refused, training_state
 from reslora.common.errors import InvalidArgument
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.zero import configure
@@ -119,7 +119,10 @@ def configured(stage: int = 2, settings: dict | None = None, **flags) -> SimpleN
     plugin.deepspeed_config |= settings or {}
     state = SimpleNamespace(deepspeed_plugin=plugin)
     accelerator = SimpleNamespace(state=state, num_processes=2, gradient_accumulation_steps=1)
-    configure(parse_args([]).replace(**flags), accelerator)
+    configure(
+        *parts(parse_args([]).replace(**flags), "adapter", "training", "optimizer"),
+        accelerator,
+    )
     return accelerator
 
 

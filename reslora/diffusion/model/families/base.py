@@ -84,7 +84,7 @@ class Family:
     unread: tuple[str, ...] = ()
     """Parts of the last of `transformer_blocks` whose results nothing reads."""
     defaults: ClassVar[Mapping[str, object]] = {}
-    """Flags' values for this family, where the user gave none."""
+    """Options' values for this family, where the user gave none."""
     original: ClassVar[Mapping[str, str]] = {}
     """Layers' names in the model's own code, by their names in diffusers, with `{}` for the block's number. Several
     that share one are one layer there, with their rows in this order. Empty where ComfyUI and kohya's scripts know

@@ -266,7 +266,7 @@ def read_parts(content: Content, names: Names) -> Parts:
 
 
 def _another(names: Names) -> str:
-    """What mends a layer that the model does not have: where no model was given, the converter's flags give one."""
+    """What mends a layer that the model does not have: where no model was given, the converter's options give one."""
     return "give the model that it was made for" + ("" if names.exact else " with --base or --family")
 
 

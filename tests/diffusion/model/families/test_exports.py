@@ -16,12 +16,12 @@ from suites import quick
 
 import reslora
 import train_sd
-from reslora.diffusion.arguments import Flags
 from reslora.diffusion.context import Context
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.output.calibration_file import read_calibration
 from reslora.diffusion.output.exports import kohya_metadata
 from reslora.diffusion.training.schedule import Schedule
+from reslora.options.images import Options
 
 CAPTIONS = ["red disc", "blue", "red blue disc box"]
 
@@ -173,11 +173,11 @@ def test_model_managers_recognise_the_file(runs, family, file, version):
 )
 def test_what_a_model_predicts_is_in_kohyas_and_stability_ais_names(width, prediction, version, architecture):
     """As sd-scripts writes them; A1111 tells 2.x by `ss_v2`."""
-    flags = Flags(
+    flags = Options.of(
         pretrained_model_name_or_path="a/sd", learning_rate=0.5, seed=3, resolution=[16, 8],
         use_aspect_ratio_buckets=True,
     )  # fmt: skip
-    material = SimpleNamespace(flags=flags, objective=SimpleNamespace(prediction_type=prediction))
+    material = SimpleNamespace(options=flags, objective=SimpleNamespace(prediction_type=prediction))
     context = Context(flags, SimpleNamespace(family=load_family("StableDiffusionPipeline")), None, None)
     config = SimpleNamespace(cross_attention_dim=width)
     metadata = kohya_metadata(config, material, Schedule(7, 1, 0, False), context)

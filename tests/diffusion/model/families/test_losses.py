@@ -34,7 +34,7 @@ class Setting:
         flags = parse_args([*places, "--output_dir", str(folder / "out"), "--resolution", "32", "--rank", "2", *flags])
         accelerator = Accelerator(cpu=True)
         context = settle(flags, accelerator, StopRequest())
-        self.context, model, self.family, self.flags = context, context.model, context.model.family, context.flags
+        self.context, model, self.family, self.options = context, context.model, context.model.family, context.options
         _, self.objective = load_and_check(context)
         lacking = {part: None for part, kind in model.index.items() if kind == [None, None]}
         self.stock = DiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32, **lacking)
@@ -343,7 +343,12 @@ def test_the_validation_loss_is_the_squared_error_within_masks(setting, more, sh
 def test_flux_shift_is_by_as_many_tokens_as_the_denoiser_reads(setting, family, monkeypatch):
     """The latents of klein are in patches already, a token each."""
     one, told, read = setting(family, "--timestep_sampling", "flux_shift"), [], []
-    material = material_of(load_folders(one.flags), one.loss.pipeline, one.objective, one.context)
+    material = material_of(
+        load_folders(one.options.model, one.options.data, one.options.training, one.options.output),
+        one.loss.pipeline,
+        one.objective,
+        one.context,
+    )
     draw = type(one.objective).draw
     monkeypatch.setattr(
         type(one.objective), "draw", lambda self, draws, tokens: told.append(tokens) or draw(self, draws, tokens)

@@ -1,0 +1,175 @@
+"""What transformers' `Trainer` is given: its `TrainingArguments`, made of a run's options."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
+from ..common.errors import InvalidArgument, first_line, refused_as
+from ..common.parser import Parser
+from ..common.script import shares_the_cpu
+from ..options.texts import AdapterOptions, T
+
+
+@dataclass
+class AdapterTrainingArguments(TrainingArguments):
+    """transformers' `TrainingArguments`, with TensorBoard and a row of the log per step."""
+
+    output_dir: str = "runs/adapter"
+    report_to: list[str] | None = field(default_factory=lambda: ["tensorboard"])
+    logging_steps: float = 1
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        check_trackers(self.report_to)
+        if self.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
+            fix = "pip install liger-kernel, or leave it out"
+            raise InvalidArgument("--use_liger_kernel", "liger_kernel is not installed", fix)
+        for name in self._VALID_DICT_FIELDS:
+            check_json(name, getattr(self, name))
+        for precision in ("bf16", "fp16"):
+            if getattr(self, f"{precision}_full_eval"):
+                problem = "what is evaluated is exported, and must not be rounded"
+                raise InvalidArgument(f"--{precision}_full_eval", problem, f"leave it out, or train with --{precision}")
+        self._settle_device()
+        if self.deepspeed:
+            _say_that_there_is_one_process()
+        super().__post_init__()
+
+    def _check_numbers(self) -> None:
+        """Those that are passed on: the table's are checked as they are read."""
+        check_number("eval_delay", self.eval_delay, 0)
+        check_number("label_smoothing_factor", self.label_smoothing_factor, 0, below=1)
+        if self.neftune_noise_alpha is not None:
+            check_number("neftune_noise_alpha", self.neftune_noise_alpha, 0)
+        if self.eval_accumulation_steps is not None:
+            check_whole("eval_accumulation_steps", self.eval_accumulation_steps, 1)
+        if self.data_seed is not None:
+            check_whole("data_seed", self.data_seed, 0, 2**32 - 1)
+
+    def _settle_device(self) -> None:
+        # `accelerate launch --cpu` says so in the environment only.
+        self.use_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")  # type: ignore[has-type]
+        gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.fp16 and not gpu:
+            raise InvalidArgument("--fp16", "needs a GPU", "leave it out, or take --bf16 --use_cpu")
+        if self.bf16 and not gpu and not self.use_cpu:
+            raise InvalidArgument("--bf16", "there is no GPU", "add --use_cpu, or leave it out")
+        self.use_cpu = self.use_cpu or (shares_the_cpu() and not self.deepspeed)
+
+
+def _say_that_there_is_one_process() -> None:
+    """What torch's launcher tells its children, where it isn't there: DeepSpeed would look for MPI otherwise."""
+    if not {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+
+
+class PassedOnParser(HfArgumentParser, Parser):
+    """Read the options of `TrainingArguments`; what it returns are the values of those alone that are given."""
+
+
+def parse_passed_on(prog: str, words: Sequence[str]) -> dict[str, Any]:
+    """Return the values of other options of `TrainingArguments`; exits with status 2 and one line for wrong ones."""
+    parser = PassedOnParser(dataclass_types=[AdapterTrainingArguments], prog=prog)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(list(words)))
+
+
+def passed_on_defaults() -> dict[str, Any]:
+    """Return the defaults of all options of `TrainingArguments`."""
+    parser = PassedOnParser(dataclass_types=[AdapterTrainingArguments])
+    return vars(parser.parse_args([]))
+
+
+@dataclass(frozen=True)
+class Arguments(Generic[T]):
+    """The options of a run, and what `Trainer` is given of them."""
+
+    options: T
+    training: AdapterTrainingArguments
+
+    @property
+    def method(self) -> AdapterOptions:
+        """Which adapter, and how it is merged."""
+        return self.options.adapter
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All options by name, the content of a run's `config.json`; no tokens."""
+        table = self.options.table()
+        own = {name: value for name, value in self.options.flat().items() if table[name].group != "experiment"}
+        return without_tokens(own | self.training.to_dict())
+
+
+def without_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as JSON has them, without the tokens for the hub."""
+    public = {name: value for name, value in values.items() if not name.endswith("token")}
+    return json.loads(json.dumps(public, default=str))
+
+
+def training_arguments(options: T, prog: str, **defaults: Any) -> AdapterTrainingArguments:
+    """Return what `Trainer` is given. Raises `InvalidArgument` for what cannot work on this machine.
+
+    Exits with status 2 and one line for what transformers refuses. `defaults` are those of options that no table has.
+    """
+    table = options.table().values()
+    values = {option.name: options[option.name] for option in table if option.group == "training"}
+    try:
+        return AdapterTrainingArguments(**{**values, **defaults, **options.passed_on})
+    except InvalidArgument:
+        raise
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        return Parser(prog=prog).error(first_line(error))
+
+
+def check_whole(name: str, value: int, least: int, most: float = math.inf) -> None:
+    """Raises `InvalidArgument` unless a flag's value is a whole number of at least `least` and at most `most`."""
+    if not is_whole(value, least, most):
+        raise InvalidArgument(f"--{name} {value}", "out of range", f"give {whole_in_words(least, most)}")
+
+
+def check_number(name: str, value: float, least: float, below: float = math.inf, exclusive: bool = False) -> None:
+    """Raises `InvalidArgument` unless a flag's value is a finite number in [least, below), or above `least`."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not is_number(number, least, below, exclusive):
+        problem, fix = "out of range", f"give {number_in_words(least, below, exclusive)}"
+        raise InvalidArgument(f"--{name} {value}", problem, fix)
+
+
+def check_trackers(names: str | Sequence[str] | None) -> None:
+    """Raises `InvalidArgument` for a --report_to that transformers doesn't know, or that is not installed."""
+    named = [name for name in ([names] if isinstance(names, str) else names or ()) if name not in ("all", "none")]
+    for name in named:
+        known = sorted(INTEGRATION_TO_CALLBACK)
+        if name not in known:
+            raise InvalidArgument(f"--report_to {name}", "unknown", f"choose from none, all, {', '.join(known)}")
+        if name not in get_available_reporting_integrations():
+            raise InvalidArgument(f"--report_to {name}", f"{name} is not installed", "install it, or leave it out")
+
+
+def check_json(name: str, value: object) -> None:
+    """Raises `InvalidArgument` for a flag's text that begins as JSON and is none, or has a key that is unknown."""
+    if isinstance(value, str) and value.startswith("{"):  # anything else is a file's name
+        with refused_as(f"--{name} {value}", "give a JSON object with keys that it knows", (ValueError, TypeError)):
+            content = json.loads(value)
+            if name == "accelerator_config":
+                AcceleratorConfig(**content)
