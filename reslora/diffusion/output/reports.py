@@ -17,7 +17,6 @@ from torch import nn
 
 from ...common.drawn import PROMPTS, by_step
 from ...common.errors import Diverged, Stopped
-from ...common.folder import check_held
 from ...common.log import LogWriter, of_split, read_log
 from ...common.signals import StopRequest
 from ...common.together import decided
@@ -227,7 +226,6 @@ class Validation:
         images = [as_image(image) for image in drawn]
         captions = [prompt.prompt for prompt in prompts for _ in range(options.validation.num_validation_images)]
         found = self._similarities(images, captions) if options.validation.metric_model else {}
-        check_held()
         reports.samples(images, [prompt.prompt for prompt in prompts])
         if found:
             reports.similarities(found)
