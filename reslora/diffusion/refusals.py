@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Collection
 from pathlib import Path
@@ -30,8 +29,7 @@ from ..options.unused import refuse_unused
 from ..shortcuts import PLAIN, shortcut_class
 from ..words import counted
 from .folder import cache_folder
-from .model.families import FAMILIES
-from .model.kinds import refuse_parts
+from .model.kinds import check_pipeline_class, read_index, refuse_parts
 
 PRODIGY = named("prodigy").path
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
@@ -289,22 +287,3 @@ def check_model_name(name: str) -> None:
         check_pipeline_class(name, read_index(path, flag))
     elif is_path(name):
         raise InvalidArgument(flag, "no such folder", "give one in diffusers format or a name on the hub")
-
-
-def read_index(folder: Path, flag: str) -> dict:
-    """The content of a pipeline's model_index.json."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        index.get("_class_name")
-        return index
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise InvalidArgument(flag, "no readable model_index.json", "give a pipeline in diffusers format") from None
-
-
-def check_pipeline_class(name: str, index: dict) -> None:
-    """Refuse a pipeline of no known family."""
-    found = index.get("_class_name")
-    if not isinstance(found, str) or found not in FAMILIES:
-        raise InvalidArgument(
-            f"--pretrained_model_name_or_path {name}", f"a {found}", f"give one of {', '.join(FAMILIES)}"
-        )
