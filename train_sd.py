@@ -38,9 +38,10 @@ def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
 
         show_plan(asked, stop)
     elif isinstance(asked, Grid):
-        from reslora.diffusion.experiment.run import run_experiment
+        from reslora.diffusion.experiment.run import open_study
+        from reslora.experiment.run import run_experiment
 
-        run_experiment(asked, stop)
+        run_experiment(open_study, asked, stop)
     else:
         from reslora.diffusion.run import run
 

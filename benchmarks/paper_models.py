@@ -17,7 +17,7 @@ from reslora.diffusion.processes import start_accelerator
 from reslora.diffusion.run import load_and_check, settle
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.denoising import DenoisingLoss
-from reslora.diffusion.training.state import add_adapter, config_of
+from reslora.diffusion.training.start import add_adapter, config_of
 from reslora.language import llm
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import calibration_batches

@@ -37,7 +37,8 @@ from .model.families.base import Family, Part
 from .model.loading import Model
 from .model.quantising import blocks, try_format
 from .prompts import Prompt, prompts_of
-from .training.state import add_adapter, config_of, shortcuts_of, targets_of
+from .training.start import add_adapter, config_of, targets_of
+from .training.state import shortcuts_of
 
 STEERING = [name for name, option in Options.table().items() if HELD_OUT in option.needs]
 """What a validation loss steers."""

@@ -15,7 +15,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,10 @@ from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided, say
 from ..experiment.arms import Arm
 from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
-from ..experiment.crew import Orders, crew_of, heard
-from ..experiment.parts import too_few
+from ..experiment.crew import Orders
 from ..experiment.record import Facts, facts_of, read_experiment
 from ..experiment.report import About
-from ..experiment.run import train, train_and_conclude
+from ..experiment.run import run_experiment
 from ..experiment.subject import COMPARING, Subject
 from ..files import remove, remove_leftovers, replacing, write_json
 from ..options.grid import Grid
@@ -135,7 +134,7 @@ class Study(ABC):
 def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
     """Run what is asked for, or the experiment."""
     if isinstance(asked, Grid):
-        run_experiment(study, asked, stop)
+        run_experiment(functools.partial(opened, study), asked, stop)
         return
     with stop.at_once():
         arguments = study.arguments(asked)
@@ -164,13 +163,13 @@ def report_unread(asked: TextOptions | Grid) -> None:
     report_unread_by_methods(options.table(), asked.flat(), alpha)
 
 
-def run_experiment(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None = None) -> None:
-    """Trains the arms that the options name and that have not ended yet, and tells which method does best.
+@contextlib.contextmanager
+def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None = None) -> Iterator[Bench]:
+    """Lock the folder, check the options, and encode the examples.
 
-    With orders, it is one of --arms_at_once processes: it trains what it is given, in a folder that the main process
-    has locked and checked.
+    With orders, for one of --arms_at_once processes, in a folder that the main process has locked and checked.
     """
-    began, shares, given = time.monotonic(), grid.base.experiment, grid
+    began, shares = time.monotonic(), grid.base.experiment
     report_unread(grid)
     course = Course(grid, began)
     with stop.at_once():
@@ -181,19 +180,13 @@ def run_experiment(study: Study, grid: Grid[T], stop: StopRequest, orders: Order
         trained = study.prepare(plain, parts)
         course.grid = grid.replace(**looks(grid.base.training, total_steps(plain.training, trained)))
         bench = Bench(course, study, parts, trained, stop)
-        if orders:
-            for arm in orders.arms(course):
-                with heard():
-                    train(arm, course, bench)
-            return
-        decided(lambda: take_folder(bench))
-        tell = functools.cache(say)  # labels may have the same to say
-        for label in course.labels:
-            bench.check_label(label, tell)
-        if plain.training.should_save:
-            print(f"{counted(len(course.arms()), 'arm')}; {parts.in_words(trained)}", flush=True)
-        crew = crew_of(grid.base.experiment, study.prog, functools.partial(run_experiment, study, given), stop)
-        train_and_conclude(course, bench, crew)
+        if not orders:
+            decided(lambda: take_folder(bench))
+            tell = functools.cache(say)  # labels may have the same to say
+            for label in course.labels:
+                bench.check_label(label, tell)
+            say(f"{counted(len(course.arms()), 'arm')}; {parts.in_words(trained)}")
+        yield bench
 
 
 def options_of(arm: Arm, course: Course) -> Any:
@@ -248,7 +241,6 @@ class KeepAdapters(TrainerCallback):
             return
 
         def keep() -> None:
-            check_held()
             with replacing(adapter_folder(self.folder, state.global_step)) as temporary:
                 temporary.mkdir()
                 save_adapter(model, temporary)
@@ -267,6 +259,10 @@ class Bench(Subject):
     """How many examples are trained on: limits and long examples leave some of that part out."""
     stop: StopRequest
     about: About = TEXTS
+
+    @property
+    def prog(self) -> str:  # type: ignore[override]
+        return self.study.prog
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -311,9 +307,6 @@ class Bench(Subject):
         facts = facts_of(self.parts, LIBRARIES)
         return {**facts, "split": {**facts["split"], "train": self.trained}, "identity": self.identity}
 
-    def too_few(self) -> list[str]:
-        return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
-
     def train(self, arm: Arm) -> None:
         arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)
         if arguments.training.torch_compile:
@@ -357,13 +350,6 @@ class Bench(Subject):
             load_adapter(model, adapter_folder(folder, step))
         as_plain(model, arguments.method, self.study.calibration(arguments))
         return model.eval()
-
-    def goes_on(self, ended: int, total: int) -> None:
-        """These runs keep no status to say it in."""
-
-    def begins(self, phase: str, arm: Arm) -> None:
-        """Heeds a stop before what is done with an arm next."""
-        self.stop.check(COMPARING)
 
     def measured(self, arm: Arm, step: int) -> dict:
         model, arguments = self.restored(arm, step), self.arguments_of(arm)

@@ -27,6 +27,7 @@ from reslora.diffusion.training.loop import take_step
 from reslora.diffusion.training.preparing import prepare
 from reslora.diffusion.training.schedule import Schedule
 from reslora.diffusion.training.sharding import share, take_plugin
+from reslora.diffusion.training.start import add_adapters
 from reslora.diffusion.training.state import Learner, new_learner
 from reslora.diffusion.training.trained import Trained
 
@@ -79,7 +80,9 @@ def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Acce
     """The flags' method in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
     encoders = {part.name: encoder for part, encoder in zip(loss.parts, loss.encoders, strict=True)}
     trained = Trained({"unet": denoiser, **encoders}, loss)
-    made = new_learner(loss.context.options.adapter.method[-1], trained, Schedule(STEPS, STEPS, 0, False), loss.context)
+    method, schedule = loss.context.options.adapter.method[-1], Schedule(STEPS, STEPS, 0, False)
+    add_adapters(trained, method, STEPS, loss.context)
+    made = new_learner(method, trained, schedule, loss.context)
     trained.double()
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():

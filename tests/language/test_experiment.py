@@ -20,6 +20,7 @@ from reslora.common.errors import InvalidArgument, Stopped
 from reslora.common.folder import locked
 from reslora.common.script import run_script
 from reslora.common.signals import StopRequest
+from reslora.experiment import run as experiment_run
 from reslora.experiment.arms import Arm, labels_of, place_of
 from reslora.experiment.arms import options_of as options_of_arm
 from reslora.experiment.course import Course
@@ -416,7 +417,7 @@ def test_a_folder_that_is_trained_in_is_refused_before_anything_is_encoded(commo
 def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, monkeypatch):
     """Not those that --max_train_samples leaves out."""
     benches: list[experiment.Bench] = []
-    monkeypatch.setattr(experiment, "train_and_conclude", lambda course, bench, crew: benches.append(bench))
+    monkeypatch.setattr(experiment_run, "train_and_conclude", lambda bench, crew: benches.append(bench))
     assert run(*common, *EXPERIMENT, "--max_train_samples", "5", "--output_dir", tmp_path) == 0
     assert benches[0].facts()["split"] == {"train": 5, "select": 3, "test": 4, "duplicates": 0}
     assert "; examples: 5 to train on, 3 to choose by" in capsys.readouterr().out
@@ -500,7 +501,7 @@ def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monk
 def test_numbers_of_blocks_that_mean_the_same_are_told_once(common, tmp_path, capsys, monkeypatch):
     """The chains have five blocks, one for each layer; a plain run says it too."""
     same = "--pre_num 7: 2 of 2 chains are shorter, down to 5 blocks; the longest has 5: the same as --pre_num 4"
-    monkeypatch.setattr(experiment, "train_and_conclude", lambda *_: None)
+    monkeypatch.setattr(experiment_run, "train_and_conclude", lambda *_: None)
     monkeypatch.setattr(AdapterTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(Stopped("enough is seen")))
     shortcut = ["--shortcut", "block", "--pre_num", "7"]
     several = ["--method", "reslora", "lora_matched", *shortcut, "4", "--output_dir", tmp_path / "several"]

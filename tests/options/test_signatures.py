@@ -21,6 +21,7 @@ SEE_ALL = {
     "reslora/diffusion/run.py": "a run",
     "reslora/diffusion/experiment/run.py": "the runs of an experiment",
     "reslora/experiment/arms.py": "the runs of an experiment",
+    "reslora/experiment/run.py run_experiment": "the runs of an experiment",
     "reslora/experiment/course.py Course": "the runs of an experiment",
     "reslora/language/arguments.py": "resolution, without the model",
     "reslora/language/resuming.py free_on_resume": "a resumed run compares all options",

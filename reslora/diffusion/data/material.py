@@ -127,7 +127,9 @@ def captions_of(material: Material, processes: int) -> list[str] | None:
     captions = dict.fromkeys(plain)
     if any(source.recipe.rewrites for source in material.sources):
         most, plan = max(FEW_VARIANTS, VARIANTS * len(captions)), material.plan(processes)
-        for forward in range(material.steps(processes) * material.options.training.gradient_accumulation_steps):
+        training = material.options.training
+        steps = training.max_train_steps or training.num_train_epochs * material.updates(processes)
+        for forward in range(steps * training.gradient_accumulation_steps):
             drawn = [draw for draw in plan.forward(forward) if material.sources[draw.source].recipe.rewrites]
             captions |= dict.fromkeys(map(material.drawn_caption, drawn))
             if len(captions) > most:

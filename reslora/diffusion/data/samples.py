@@ -47,11 +47,9 @@ class Material:
         """What the forwards of so many processes read."""
         return Plan(self.sources, self.options.training.train_batch_size * processes, self.options.training.seed)
 
-    def steps(self, processes: int) -> int:
-        """How many steps a method trains."""
-        options = self.options
-        updates = self.plan(processes).updates_per_epoch(options.training.gradient_accumulation_steps)
-        return options.training.max_train_steps or options.training.num_train_epochs * updates
+    def updates(self, processes: int) -> int:
+        """How many steps an epoch of so many processes has."""
+        return self.plan(processes).updates_per_epoch(self.options.training.gradient_accumulation_steps)
 
     def drawn_caption(self, draw: Draw) -> str:
         """What a training sample is told where chance has a part in that: its position seeds it, apart from noise."""

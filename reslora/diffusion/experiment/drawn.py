@@ -13,8 +13,8 @@ from ...experiment.subject import COMPARING
 from ..output.drawing import Drawer, as_image
 from ..output.metric import load_metric
 from ..prompts import UNRELATED
-from ..run import Setting
 from ..seeds import derive
+from ..study import ImageStudy as Setting
 from ..training.denoising import DenoisingLoss
 from .split import Image
 

@@ -39,7 +39,8 @@ from ..training.checkpoints import EXPORTS
 from ..training.denoising import DenoisingLoss
 from ..training.schedule import Schedule
 from ..training.sharding import cuts_base
-from ..training.state import Learner, add_adapters
+from ..training.start import add_adapters
+from ..training.state import Learner
 from ..training.trained import Trained
 from .calibration_file import write_calibration
 from .drawing import Drawer, as_bytes, as_image
@@ -214,7 +215,7 @@ def saved_parts(
     parts = {context.model.family.denoiser: context.model.load_exact_denoiser(context.accelerator.device)}
     parts |= context.model.load_encoders(context.encoders, loss.pipeline)
     trained = Trained(parts, loss)
-    add_adapters(trained, method, schedule, context)
+    add_adapters(trained, method, schedule.steps, context)
     for place, part in trained.places(adapters):
         load_adapter(part, place)
     return parts

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from ...common.adapters import load_adapter, save_adapter
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...common.flags import as_typed, listed
-from ...common.folder import check_held
 from ...common.methods import METHODS
 from ...common.recovery import (
     MERGED,
@@ -43,6 +42,9 @@ from ...options.option import in_words
 from .best import FOLDER, best_of, forget_beaten
 from .schedule import Schedule
 from .state import Learner
+
+if TYPE_CHECKING:
+    from .loop import Study
 
 OF_CLASS = "; class images: "  # between the content of the images that are learnt and that of class images
 STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
@@ -288,15 +290,15 @@ def refuse_steering(values: Mapping[str, Any], place: Path, there: dict) -> None
 # -- saving and restoring ----------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    learner: Learner, folder: Path, options: Options, identity: Identity, accelerator: Accelerator
-) -> None:
+def save_checkpoint(learner: Learner, study: Study) -> None:
     """Writes `checkpoint-<step>`: the adapter and what a resumed run needs to equal an uninterrupted one.
 
     Older ones than --checkpoints_total_limit allows go then. Raises `RunFailed` for weights that are not finite. Every
     process must call it, since DeepSpeed gathers the state from all; the main process alone writes.
     """
-    state = learner.state(accelerator)
+    context, identity = study.context, study.identity
+    options, folder = context.options, context.folder_of(learner.method)
+    state = learner.state(context.accelerator)
     record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(
         options.flat(), identity
     )
@@ -305,7 +307,6 @@ def save_checkpoint(
         record |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
 
     def write() -> None:
-        check_held()
         write_checkpoint(learner, folder / f"checkpoint-{learner.step}", state, record)
         forget_beaten(folder)
         if options.output.checkpoints_total_limit:

@@ -5,6 +5,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -475,13 +476,9 @@ def keep(model, tmp_path):
 
     def save(step: int, **flags) -> Path:
         learner.step, learner.seconds = step, 10.0 * step
-        save_checkpoint(
-            learner,
-            tmp_path,
-            material.options.replace(**flags),
-            Identity("model", "images", "--model", "--images"),
-            accelerator,
-        )
+        options, identity = material.options.replace(**flags), Identity("model", "images", "--model", "--images")
+        context = SimpleNamespace(options=options, accelerator=accelerator, folder_of=lambda method: tmp_path)
+        save_checkpoint(learner, SimpleNamespace(context=context, identity=identity))
         return tmp_path / f"checkpoint-{step}"
 
     save.learner, save.options, save.accelerator = learner, material.options, accelerator

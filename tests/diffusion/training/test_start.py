@@ -17,8 +17,7 @@ from reslora.common.adapters import ADAPTER_NAME
 from reslora.diffusion.conversion import main as convert
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.loading import Model
-from reslora.diffusion.training.start import expression_of, read_start, with_start
-from reslora.diffusion.training.state import add_adapter, config_of, targets_of
+from reslora.diffusion.training.start import add_adapter, config_of, expression_of, read_start, targets_of, with_start
 from reslora.export import Factors, write_diffusers, write_kohya, write_peft
 from reslora.options.images import Options
 
