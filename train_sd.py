@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parses the flags, and imports heavy libraries only once these are known to make sense."""
     asked = parse_args(argv, __doc__)
-    if (asked.base if isinstance(asked, Grid) else asked).output.plan:
+    if asked.flat()["plan"]:
         from reslora.diffusion.run import show_plan
 
         show_plan(asked, stop)

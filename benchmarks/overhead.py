@@ -163,6 +163,11 @@ def no_vae() -> SimpleNamespace:
     )
 
 
+class Unmeasured(ImageStudy):
+    def validate(self, *_: object) -> None:
+        """There are no images to measure on."""
+
+
 def train_on(device: Device, material: Material, context: Context, folder: Path) -> float:
     """Trains to the end; returns the seconds that the host computed."""
     denoiser, pipeline = NoDenoiser(), SimpleNamespace(vae=no_vae())
@@ -176,7 +181,7 @@ def train_on(device: Device, material: Material, context: Context, folder: Path)
     schedule = schedule_of(material.updates(1), context)
     reports = Reports(folder / "log", learner, schedule, context.accelerator)
     context = dataclasses.replace(context, accelerator=simulated(context.accelerator, device))
-    study = ImageStudy(schedule, None, context, pipeline, material, validation=lambda *_: lambda *_: None)
+    study = Unmeasured(schedule, None, context, pipeline, material)
     began = time.process_time()
     with temporarily(loop, save_checkpoint=lambda *_: None):
         loop.train(learner, study, reports)

@@ -60,8 +60,6 @@ from .training.sharding import cuts_base, units_of
 from .training.start import read_start, with_start
 from .training.state import check_optimizer
 
-Lock = Callable[[Path], contextlib.AbstractContextManager]
-
 
 def run(options: Options, stop: StopRequest) -> None:
     """Trains, merges and exports every method that the options name, and shows what came of it."""
@@ -71,7 +69,7 @@ def run(options: Options, stop: StopRequest) -> None:
         for line in resume.notes:
             context.accelerator.print(line)
         if resume.finished == context.options.adapter.method and decided((context.folder / FINISHED).is_file):
-            decided(lambda: show_again(context))
+            decided(lambda: show(context))
             return
         if context.options.output.push_to_hub:
             decided(lambda: check_upload(context.options.output))
@@ -87,12 +85,16 @@ def run(options: Options, stop: StopRequest) -> None:
         for method in context.options.adapter.method:
             if method not in resume.finished:
                 train_method(method, resume, study)
-        decided(lambda: show(material, context))
+        decided(lambda: show(context, material))
         context.accelerator.end_training()
 
 
 def begin(
-    options: Options, stop: StopRequest, stack: contextlib.ExitStack, check: Callable[[], object], lock: Lock = locked
+    options: Options,
+    stop: StopRequest,
+    stack: contextlib.ExitStack,
+    check: Callable[[], object],
+    lock: Callable[[Path], contextlib.AbstractContextManager] = locked,
 ) -> tuple[list[ImageDataset], Context, Identity]:
     """The images, the model, and what both are known by; in a folder that is locked until the stack closes.
 
@@ -144,13 +146,11 @@ def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Con
     """The model, and the options with all that it and accelerate decide; from here on they do not change."""
     model = find_model(options.model, options.output, accelerator)
     check_family(options.adapter, options.training, model)
-    init_lora = options.adapter.init_lora
-    start = (
-        each(lambda: read_start(init_lora, options.model.pretrained_model_name_or_path, model)) if init_lora else None
-    )
-    if start is not None:
+    start = None
+    if lora := options.adapter.init_lora:
+        start = each(lambda: read_start(lora, options.model.pretrained_model_name_or_path, model))
         options = with_start(options, start)
-        accelerator.print(f"--init_lora {options.adapter.init_lora}: {in_short({'': start.layers})}")
+        accelerator.print(f"--init_lora {lora}: {in_short({'': start.layers})}")
     options = with_family(options.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
     status = Status(Path(options.output.output_dir), accelerator.device)
     return Context(with_rank(options, model, accelerator), model, accelerator, stop, start=start, status=status)
@@ -173,10 +173,11 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     content = OF_CLASS.join("; ".join(group) for group in groups if group)
     start, lora_flag = context.start, f"--init_lora {context.options.adapter.init_lora}"
     identity = Identity(model.fingerprint(), content, model.flag, images_flag, start.mark if start else "", lora_flag)
-    for other in gathered(identity):
-        for name, flag in (("model", model.flag), ("images", images_flag), ("lora", lora_flag)):
-            if getattr(other, name) != getattr(identity, name):
-                raise InvalidArgument(flag, "its content differs between the processes", "give all the same files")
+    everywhere = gathered(identity)
+    for name in ("model", "images", "lora"):
+        if len({getattr(found, name) for found in everywhere}) > 1:
+            flag = getattr(identity, f"{name}_flag")
+            raise InvalidArgument(flag, "its content differs between the processes", "give all the same files")
     return identity
 
 
@@ -188,11 +189,8 @@ def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
     options = asked.run(rank=max(asked.values("rank"))) if isinstance(asked, Grid) else asked
     with stop.at_once():
         accelerator = start_accelerator(options)
-    images, context = (
-        each(lambda: load_folders(options.model, options.data, options.training, options.output)),
-        settle(options, accelerator, stop),
-    )
-    check_before_loading(images, context)
+    images = each(lambda: load_folders(options.model, options.data, options.training, options.output))
+    check_before_loading(images, settle(options, accelerator, stop))
 
 
 def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> None:
@@ -236,24 +234,14 @@ def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
         pipeline.vae.encoder = nn.Identity()  # and not None: Qwen-Image's counts its layers even to decode
 
 
-def show(material: Material, context: Context) -> None:
-    """Figures, a summary, and an upload where that is asked for."""
-    context.status.say("finishing")
-    write_figures(
-        context.options.adapter,
-        context.options.validation,
-        context.options.output,
-        len(material.held_out),
-        material.learnt,
-    )
-    print_summary(context.options.adapter, context.options.output)
-    if context.options.output.push_to_hub:
-        publish(context)
-
-
-def show_again(context: Context) -> None:
-    """What a run that is finished already has made."""
-    print(f"{context.folder} holds this run already, finished; nothing to do")
-    print_summary(context.options.adapter, context.options.output)
-    if context.options.output.push_to_hub:
+def show(context: Context, material: Material | None = None) -> None:
+    """Figures, a summary, and an upload where that is asked for; without material of a run that was finished before."""
+    options = context.options
+    if material:
+        context.status.say("finishing")
+        write_figures(options.adapter, options.validation, options.output, len(material.held_out), material.learnt)
+    else:
+        print(f"{context.folder} holds this run already, finished; nothing to do")
+    print_summary(options.adapter, options.output)
+    if options.output.push_to_hub:
         publish(context)

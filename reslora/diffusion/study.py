@@ -32,7 +32,6 @@ class ImageStudy(Study):
 
     pipeline: DiffusionPipeline
     material: Material
-    validation: type[Validation] = Validation
 
     @functools.cached_property
     def drawer(self) -> Drawer:
@@ -70,7 +69,7 @@ class ImageStudy(Study):
 
     def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
         context = self.context
-        look = self.validation(learner.trained.loss, self.material, self.drawer, context.accelerator, context.stop)
+        look = Validation(learner.trained.loss, self.material, self.drawer, context.accelerator, context.stop)
         look(learner, reports, parts or VALIDATION_PARTS)
 
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:

@@ -30,12 +30,9 @@ class Subject(ABC):
     """For the report."""
     parts: Parts
     stop: StopRequest
+    device: torch.device
+    """On which arms are trained."""
     status: Status = Status()  # which nobody writes
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """On which arms are trained."""
 
     @property
     @abstractmethod

@@ -179,7 +179,7 @@ def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None
         parts = study.parts(plain, shares)
         trained = study.prepare(plain, parts)
         course.grid = grid.replace(**looks(grid.base.training, total_steps(plain.training, trained)))
-        bench = Bench(course, study, parts, trained, stop)
+        bench = Bench(course, study, parts, trained, stop, plain.training.device)
         if not orders:
             decided(lambda: take_folder(bench))
             tell = functools.cache(say)  # labels may have the same to say
@@ -258,6 +258,7 @@ class Bench(Subject):
     trained: int
     """How many examples are trained on: limits and long examples leave some of that part out."""
     stop: StopRequest
+    device: torch.device
     about: About = TEXTS
 
     @property
@@ -294,10 +295,6 @@ class Bench(Subject):
     @property
     def marks(self) -> list[str]:
         return self.parts.marks
-
-    @property
-    def device(self) -> torch.device:
-        return self.arguments_of(self.course.arms()[0]).training.device
 
     def arguments_of(self, arm: Arm) -> Any:
         """As a plain run of the arm has them."""

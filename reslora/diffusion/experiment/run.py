@@ -34,12 +34,11 @@ from ...experiment.report import About
 from ...experiment.subject import Subject
 from ...files import read_object, remove_leftovers
 from ...options.grid import Grid
-from ...options.images import Options, ValidationOptions
+from ...options.images import NOISES, Options, ValidationOptions
 from ...options.option import in_words
 from ...words import counted
 from ..checks import check_methods
 from ..context import Context
-from ..data.dataset import ImageDataset
 from ..data.material import latents_of, tell_counts, with_texts
 from ..data.samples import Material, measured_at
 from ..folder import cache_folder
@@ -58,7 +57,6 @@ from ..training.checkpoints import (
 from ..training.loop import train_method
 from ..training.schedule import Schedule, schedule_of
 from .judging import export_chosen, measured
-from .measure import SelectLoss
 from .pages import IMAGES
 from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
 
@@ -99,7 +97,8 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         alone, goes_on = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()
         pipeline, material = encode(kinds, context, goes_on, track=bool(orders) or alone)
         parts = decided(lambda: parts_of(learnt(material.sources), plain.data, plain.validation, plain.experiment))
-        decided(lambda: check_parts(asked.base, parts, learnt(material.sources)))
+        content = content_of(parts, learnt(material.sources))
+        decided(lambda: check_same(asked, identity, content))
         processes = context.accelerator.num_processes
         material = with_parts(material, parts, processes)
         tell_counts(material, context)
@@ -107,11 +106,11 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         forget_encoder(pipeline, context)
         schedule = with_few_looks(schedule_of(material.updates(processes), context), plain.validation)
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
-        decided(lambda: check_same(asked, identity))
+        decided(lambda: check_same(asked, identity, content))
         note_settings(asked.flat(), schedule, context.accelerator, write=not orders)
-        course, study = Course(asked, began), ImageStudy(schedule, identity, context, pipeline, material, SelectLoss)
+        course, study = Course(asked, began), ImageStudy(schedule, identity, context, pipeline, material)
         context.accelerator.print(f"{counted(len(course.arms()), 'arm')} of {counted(schedule.steps, 'step')}; {parts}")
-        yield Bench(course, study, materials, parts, stop, context.status)
+        yield Bench(course, study, materials, parts, content, stop, context.status, context.accelerator.device)
         context.accelerator.end_training()
 
 
@@ -142,8 +141,11 @@ def going_on(options: Options) -> Options:
     return options.replace(resume_from_checkpoint="latest")
 
 
-def check_same(grid: Grid[Options], identity: Identity | None = None) -> None:
-    """Refuses to go on with an experiment but with more methods, rates and seeds; and in the folder of a plain run."""
+def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str = "") -> None:
+    """Refuses to go on with an experiment but with more methods, rates and seeds; and in the folder of a plain run.
+
+    `parts`: the content of the split, once it is known.
+    """
     values, folder = grid.flat(), Path(grid.base.output.output_dir)
     there = read_experiment(folder).get("identity")
     if there is None:
@@ -153,24 +155,15 @@ def check_same(grid: Grid[Options], identity: Identity | None = None) -> None:
                 raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
         return
     check_past(values, folder, there, identity)
+    if parts and there.get("parts") != parts:
+        problem = "was begun with another split of these images"
+        raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
     for name in FIXED:
         value, before = values[name], there.get(name)
         settled = value is not None or name == "metric_model"  # of the others the model or the images say it yet
         if settled and before != value:
             problem, fix = f"{folder} was begun with {in_words(before)}", "use that, or choose another --output_dir"
             raise InvalidArgument(f"--{name} {in_words(value)}", problem, fix)
-
-
-def check_parts(options: Options, parts: Parts, images: Mapping[int, ImageDataset]) -> None:
-    """Refuses to go on with another split than the experiment was begun with."""
-    folder = Path(options.output.output_dir)
-    there = read_experiment(folder)
-    if not there:
-        return
-    before = there.get("identity", {}).get("parts")
-    if before != content_of(parts, images):
-        problem = "was begun with another split of these images"
-        raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
 
 
 def identity_record(values: Mapping[str, Any], identity: Identity) -> dict:
@@ -234,14 +227,13 @@ class Bench(Subject):
     materials: Mapping[int, Material]
     """By seed."""
     parts: Parts
+    content: str
+    """Of the parts."""
     stop: StopRequest
     status: Status
+    device: torch.device
     prog: str = "train_sd.py"
     about: About = IMAGES
-
-    @property
-    def device(self) -> torch.device:
-        return self.study.context.accelerator.device
 
     def study_of(self, arm: Arm) -> ImageStudy:
         """As a plain run of the arm has it, but that one checkpoint is kept unless more are asked for."""
@@ -251,7 +243,8 @@ class Bench(Subject):
         place = self.course.place_of(arm)
         context = dataclasses.replace(self.study.context, options=options, place=place, before=before)
         material = self.materials[arm.seed]
-        own = options.replace(cache_text_embeddings=material.options.data.cache_text_embeddings)
+        encoded = material.options.data.cache_text_embeddings
+        own = options.replace(cache_text_embeddings=encoded, validation_noises=NOISES)
         material = dataclasses.replace(material, options=own)
         return dataclasses.replace(self.study, material=material, context=context)
 
@@ -266,11 +259,6 @@ class Bench(Subject):
                 train_method(method, resume, study)
         finally:
             context.accelerator.free_memory()
-
-    @functools.cached_property
-    def content(self) -> str:
-        """What the parts are known by."""
-        return content_of(self.parts, learnt(self.study.material.sources))
 
     @functools.cached_property
     def marks(self) -> list[str]:

@@ -20,12 +20,13 @@ from ...common.errors import Diverged, Stopped
 from ...common.log import LogWriter, of_split, read_log
 from ...common.signals import StopRequest
 from ...common.together import decided
+from ...experiment.course import adapter_folder
 from ...files import remove, replacing, write_json
 from ...tracing import evaluating
 from ..data.batch import Batch
 from ..data.samples import Material, ValidationSamples, losses_of, measured, measured_at
 from ..prompts import prompts_of
-from ..training.best import is_over, keep_if_best
+from ..training.best import is_over, keep_adapter, keep_if_best
 from ..training.checkpoints import EXPORTS, checkpoints_of
 from ..training.denoising import DenoisingLoss
 from ..training.schedule import Schedule
@@ -149,9 +150,6 @@ class Reports:
 class Validation:
     """Validation loss and samples of a denoiser, by the main process; where its base is cut, all compute them."""
 
-    noises: int | None = None
-    """At each of eight timesteps; None: the options say it."""
-
     def __init__(
         self, loss: DenoisingLoss, material: Material, drawer: Drawer, accelerator: Accelerator, stop: StopRequest
     ) -> None:
@@ -186,6 +184,8 @@ class Validation:
         mean = losses.mean().item()
         if self.material.options.validation.save_best and learner.step:
             keep_if_best(learner, reports.folder, mean)
+        if learner.step and learner.name != learner.method:  # an arm of an experiment, which chooses among its steps
+            keep_adapter(learner, adapter_folder(reports.folder, learner.step))
         reports.note("validation", mean, self.by_timestep(losses))
         reports.flush()
 
@@ -194,7 +194,7 @@ class Validation:
 
         Noise and timesteps are the same at every call.
         """
-        noises = self.noises or self.material.options.validation.validation_noises
+        noises = self.material.options.validation.validation_noises
         with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
             if noises:
                 images = measured(self.material)

@@ -70,16 +70,23 @@ class Study(ABC):
 
 def train_method(method: str, resume: Resume, study: Study) -> None:
     """Train a method from where it stands, and export it."""
-    context = study.context
-    folder = context.folder_of(method)
+    context, name, candidates = study.context, study.context.name_of(method), resume.checkpoints[method]
+    options, say, folder = context.options, context.accelerator.print, context.folder_of(method)
     with memory_reported(folder), contextlib.ExitStack() as stack:
         decided(lambda: stack.enter_context(filling(folder)))
-        context.status.say("loading the model", context.name_of(method))
+        context.status.say("loading the model", name)
         renew_scaler(context.accelerator)
         learner = study.learner(method)
-        if METHODS[method].measured and not resume.checkpoints[method]:
+        if METHODS[method].measured and not candidates:
             put_control_on(learner, study)
-        go_on(learner, resume, study)
+        if method in resume.merge_anew:
+            say(f"{name} is trained: merging and exporting it anew with --merge {options.adapter.merge}")
+        elif options.output.resume_from_checkpoint and not candidates and not context.place:
+            say(f"--resume_from_checkpoint latest: no checkpoint in {folder}, {name} starts afresh")
+        restore(learner, candidates, options.output, context.accelerator)
+        if options.validation.save_best:
+            decided(lambda: go_on_from(folder, learner.step))
+        prepare(learner, context)
         train_and_export(learner, study)
 
 
@@ -101,27 +108,10 @@ def put_control_on(learner: Learner, study: Study) -> None:
         put_on(part, settings)
 
 
-def go_on(learner: Learner, resume: Resume, study: Study) -> None:
-    """Bring the learner to where an earlier run left it, and make it ready for its steps."""
-    context = study.context
-    name, options, candidates = learner.name, context.options, resume.checkpoints[learner.method]
-    if learner.method in resume.merge_anew:
-        context.accelerator.print(
-            f"{name} is trained: merging and exporting it anew with --merge {options.adapter.merge}"
-        )
-    elif options.output.resume_from_checkpoint and not candidates and not context.place:
-        where = context.folder / name
-        context.accelerator.print(f"--resume_from_checkpoint latest: no checkpoint in {where}, {name} starts afresh")
-    restore(learner, candidates, options.output, context.accelerator)
-    if options.validation.save_best:
-        decided(lambda: go_on_from(context.folder / name, learner.step))
-    prepare(learner, context)
-
-
 def train_and_export(learner: Learner, study: Study) -> None:
     """Take the steps that are left of a method, and export it."""
     context = study.context
-    options, accelerator, folder = context.options, context.accelerator, context.folder / learner.name
+    options, accelerator, folder = context.options, context.accelerator, context.folder_of(learner.method)
     decided(check_held)
     try:
         with study.reports(learner) as reports:

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from diffusion import exact_steps
 from reslora.common.signals import StopRequest
 from reslora.diffusion.data.samples import NOISES, TIMESTEPS, FixedSamples, losses_of, measured, measured_at
-from reslora.diffusion.experiment.measure import SelectLoss
 from reslora.diffusion.output.reports import Validation
 
 
@@ -71,21 +70,14 @@ def test_losses_are_means_over_noises_by_hand(setting):
         torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_select_loss_is_the_mean_over_held_out_images_in_eval_mode(setting):
-    material, loss, denoiser = setting
-    expected = losses_of(lambda batch: loss(denoiser.eval(), batch, weighted=False), material, material.held_out).mean()
-    denoiser.train()
-    found = SelectLoss(loss, material, None, Accelerator(cpu=True), StopRequest()).losses(denoiser).mean()
-    assert found.item() == pytest.approx(float(expected), rel=1e-6) and denoiser.training
-
-
 @pytest.mark.parametrize("noises", [2, NOISES])
 def test_a_validation_that_steers_is_by_the_same_losses(setting, noises):
     """The mean by timestep is told beside it."""
     material, loss, denoiser = setting
     material = dataclasses.replace(material, options=material.options.replace(validation_noises=noises))
     validation = Validation(loss, material, None, Accelerator(cpu=True), StopRequest())
-    found = validation.losses(denoiser)
+    found = validation.losses(denoiser.train())
+    assert denoiser.training
     expected = losses_of(
         lambda batch: loss(denoiser.eval(), batch, weighted=False), material, material.held_out, noises
     )

@@ -34,6 +34,7 @@ from reslora.diffusion.experiment.judging import export_chosen
 from reslora.diffusion.experiment.split import content_of, parts_of
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.study import ImageStudy
+from reslora.diffusion.training.checkpoints import Identity
 from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.experiment.course import Course
 from reslora.files import read_object
@@ -348,17 +349,19 @@ def test_other_images_are_refused(flags, whole, capsys, tmp_path):
 
 
 def test_another_split_of_the_images_is_refused(images, tmp_path):
-    flags = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path), "--seed", "0", "1"]).base
+    grid = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path), "--seed", "0", "1"])
+    flags = grid.base
     found = {0: load_images(flags.model, flags.data, flags.training, flags.output)}
     parts = parts_of(found, flags.data, flags.validation, flags.experiment)
     fewer, other = dataclasses.replace(parts, train=parts.train[1:]), dataclasses.replace(parts, test=parts.train[:1])
-    run.check_parts(flags, parts, found)  # there is nothing yet
-    record = {"identity": {"parts": content_of(parts, found)}, "arms": []}
+    run.check_same(grid, None, content_of(parts, found))  # there is nothing yet
+    identity = run.identity_record(grid.flat(), Identity("model", "images", "--model", "--images"))
+    record = {"identity": identity | {"parts": content_of(parts, found)}, "arms": []}
     (tmp_path / "experiment.json").write_text(json.dumps(record))
-    run.check_parts(flags, parts, found)
+    run.check_same(grid, None, content_of(parts, found))
     for wrong in (fewer, other):
         with pytest.raises(InvalidArgument, match=r"begun with another split of these images.*; choose another$"):
-            run.check_parts(flags, wrong, found)
+            run.check_same(grid, None, content_of(wrong, found))
 
 
 def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, monkeypatch):
@@ -386,7 +389,7 @@ def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
 def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
     course = Course(parse_args([*SMALL, "--output_dir", str(tmp_path)]))
     context = SimpleNamespace(stop=StopRequest(), status=Status(tmp_path))
-    bench = run.Bench(course, SimpleNamespace(), {}, SimpleNamespace(), context.stop, context.status)
+    bench = run.Bench(course, SimpleNamespace(), {}, SimpleNamespace(), context.stop, context.status, None)
     bench.begins("testing (1 of 2)", course.arms()[0])
     assert activity(read_object(tmp_path / STATUS)) == "lora/lr-0.01/seed-0, testing (1 of 2)"
     context.stop.signal = signal.SIGTERM
