@@ -15,8 +15,8 @@ from ..common.methods import METHODS, check_steps, refuse_settings, refuse_unabl
 from ..common.patterns import entries
 from ..merges import MERGES
 from ..options.images import (
-    AdapterOptions,
     DataOptions,
+    MethodOptions,
     ModelOptions,
     OptimizerOptions,
     Options,
@@ -103,7 +103,7 @@ def check_part(dataset: str, folder: str) -> None:
         raise InvalidArgument(f"--train_data_dir {folder}", problem, "give one of the two")
 
 
-def check_text_encoder(adapter: AdapterOptions, optimizer: OptimizerOptions) -> None:
+def check_text_encoder(adapter: MethodOptions, optimizer: OptimizerOptions) -> None:
     """Refuse a learning rate of text encoders that the optimizer cannot take, and methods of one model only."""
     rate = optimizer.text_encoder_lr
     if rate not in (None, optimizer.learning_rate) and named(optimizer.optimizer).path == PRODIGY:
@@ -121,7 +121,7 @@ def check_prompts(validation: ValidationOptions) -> None:
         raise InvalidArgument("--validation_prompt_options", problem, "give one for each, '{}' where there are none")
 
 
-def check_adapter(adapter: AdapterOptions, training: TrainingOptions) -> None:
+def check_adapter(adapter: MethodOptions, training: TrainingOptions) -> None:
     """Refuse what a method cannot do, and a merge or control that lacks its calibration samples."""
     patterns = {"rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
     refuse_settings(adapter.method, adapter.lora_dropout, patterns)
@@ -140,7 +140,7 @@ def check_adapter(adapter: AdapterOptions, training: TrainingOptions) -> None:
     check_steps(adapter.method, training.max_train_steps, f"--max_train_steps {training.max_train_steps}")
 
 
-def check_start(adapter: AdapterOptions) -> None:
+def check_start(adapter: MethodOptions) -> None:
     """Refuse to start from a LoRA what would not start from the base model plus that LoRA."""
     if adapter.init_lora is None:
         return
@@ -201,7 +201,7 @@ def is_step_rules(text: str) -> bool:
     return all(0 <= factor < math.inf for factor in factors) and all(step > 0 for step in steps)
 
 
-def check_compile(model: ModelOptions, adapter: AdapterOptions, training: TrainingOptions) -> None:
+def check_compile(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions) -> None:
     """Refuse to compile what would lose the shortcuts, or the memory that another option is there to save."""
     if training.gradient_checkpointing:
         if carries_activations(adapter):
@@ -213,7 +213,7 @@ def check_compile(model: ModelOptions, adapter: AdapterOptions, training: Traini
         raise InvalidArgument("--compile", problem, "add --gradient_checkpointing, or leave one of them out")
 
 
-def carries_activations(adapter: AdapterOptions) -> bool:
+def carries_activations(adapter: MethodOptions) -> bool:
     """Return whether blocks of a method pass activations to each other."""
     wired = any(METHODS[name].shortcuts for name in adapter.method) and adapter.shortcut != PLAIN
     return wired and adapter.pre_num != 0 and shortcut_class(adapter.shortcut).carries

@@ -24,9 +24,9 @@ from ..options.texts import (
     LLM_TASK,
     LLM_TASKS,
     PASSED_ON,
-    AdapterOptions,
     GlueOptions,
     LlmOptions,
+    MethodOptions,
     TextOptions,
 )
 from ..shortcuts import PLAIN, shortcut_class
@@ -158,7 +158,7 @@ def checked(options: T) -> T:
     return _checked_glue(options) if isinstance(options, GlueOptions) else options
 
 
-def check_adapter(adapter: AdapterOptions) -> None:
+def check_adapter(adapter: MethodOptions) -> None:
     """Refuse what a method cannot do, and a merge or control that lacks its calibration examples."""
     patterns = {"rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
     refuse_settings([adapter.name], adapter.lora_dropout, patterns)
@@ -175,12 +175,12 @@ def check_adapter(adapter: AdapterOptions) -> None:
         raise InvalidArgument(f"--merge {adapter.merge}", "needs calibration examples", fix)
 
 
-def is_wired(adapter: AdapterOptions) -> bool:
+def is_wired(adapter: MethodOptions) -> bool:
     """Return whether a shortcut connects blocks."""
     return METHODS[adapter.name].shortcuts and adapter.shortcut != PLAIN and adapter.pre_num != 0
 
 
-def carries_activations(adapter: AdapterOptions) -> bool:
+def carries_activations(adapter: MethodOptions) -> bool:
     """Return whether blocks pass activations to each other."""
     return is_wired(adapter) and shortcut_class(adapter.shortcut).carries
 

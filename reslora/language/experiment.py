@@ -42,7 +42,7 @@ from ..experiment.run import train, train_and_conclude
 from ..experiment.subject import COMPARING, Subject
 from ..files import remove, remove_leftovers, replacing, write_json
 from ..options.grid import Grid
-from ..options.texts import AdapterOptions, ExperimentOptions, T, TextOptions, TrainingOptions
+from ..options.texts import ExperimentOptions, MethodOptions, T, TextOptions, TrainingOptions
 from ..options.unused import report_unread_by_methods
 from ..words import counted
 from .arguments import checked
@@ -115,7 +115,7 @@ class Study(ABC):
         """Inputs to trace the model with; None where it has its own."""
         return None
 
-    def tell_links(self, model: PeftModel, adapter: AdapterOptions, tell: Callable[[str], object]) -> None:
+    def tell_links(self, model: PeftModel, adapter: MethodOptions, tell: Callable[[str], object]) -> None:
         """Says which layers the shortcuts leave as they are, and where chains are too short."""
         tell_links(model, adapter.name, shortcuts_of(adapter), tell, self.example())
 

@@ -19,7 +19,7 @@ from ..common.seeds import derive
 from ..common.signals import StopRequest
 from ..common.together import decided, say
 from ..options.grid import Grid
-from ..options.texts import LLM_MODEL, AdapterOptions, ExperimentOptions, LlmOptions, LlmTaskOptions
+from ..options.texts import LLM_MODEL, ExperimentOptions, LlmOptions, LlmTaskOptions, MethodOptions
 from ..words import are
 from .arguments import read
 from .callbacks import LogCallback
@@ -211,7 +211,7 @@ def build_trainer(
     return make()[0], rows
 
 
-def finish(trainer: LlmTrainer, rows: list, task: LlmTaskOptions, method: AdapterOptions) -> dict:
+def finish(trainer: LlmTrainer, rows: list, task: LlmTaskOptions, method: MethodOptions) -> dict:
     """The merge table, and the plain files."""
     output, size = Path(trainer.args.output_dir), trainer.args.per_device_eval_batch_size
     calibration = calibration_batches(rows, method.merge_calibration_samples, size)
@@ -227,7 +227,7 @@ def finish(trainer: LlmTrainer, rows: list, task: LlmTaskOptions, method: Adapte
     return write_results(trainer, method, table, report, **facts)
 
 
-def summary(results: dict, training: AdapterTrainingArguments, method: AdapterOptions, bundled: bool) -> str:
+def summary(results: dict, training: AdapterTrainingArguments, method: MethodOptions, bundled: bool) -> str:
     """What came of the run, where it is, and how to go on."""
     output = training.output_dir
     lines = [

@@ -40,7 +40,7 @@ from ..common.together import decided, is_main
 from ..config import ResLoraConfig
 from ..files import write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
-from ..options.texts import AdapterOptions
+from ..options.texts import MethodOptions
 from ..tracing import to_device
 from ..words import are, counted
 from .callbacks import AllocateRanks, GoesOnFrom, Progress, SaveValidated, StopWhenAsked
@@ -67,7 +67,7 @@ OTHER_CHOICE = "install or give what it needs, or choose another"
 
 def attach(
     model: PreTrainedModel,
-    adapter: AdapterOptions,
+    adapter: MethodOptions,
     total_steps: int,
     example_inputs: dict | None = None,
     modules_to_save: Sequence[str] | None = None,
@@ -104,7 +104,7 @@ def attach(
 
 
 def put_control_on(
-    trainer: AdapterTrainer, adapter: AdapterOptions, batches: Sequence[Mapping], example_inputs: dict | None = None
+    trainer: AdapterTrainer, adapter: MethodOptions, batches: Sequence[Mapping], example_inputs: dict | None = None
 ) -> None:
     """What a few training examples say of a control, on the model to be trained; a checkpoint has it as it was.
 
@@ -123,7 +123,7 @@ def put_control_on(
     put_on(trainer.model, decided(measured))
 
 
-def shortcuts_of(adapter: AdapterOptions) -> ResLoraConfig:
+def shortcuts_of(adapter: MethodOptions) -> ResLoraConfig:
     """How ResLoRA wires the adapter."""
     return ResLoraConfig(adapter.shortcut, adapter.pre_num, adapter.head)
 
@@ -139,7 +139,7 @@ def _refuse_tied(base: PreTrainedModel, flag: str) -> None:
         )
 
 
-def _targets(model: PreTrainedModel, adapter: AdapterOptions) -> list[str] | str:
+def _targets(model: PreTrainedModel, adapter: MethodOptions) -> list[str] | str:
     linear = {
         name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
     }

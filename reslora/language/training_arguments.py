@@ -21,7 +21,7 @@ from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.parser import Parser
 from ..common.script import shares_the_cpu
-from ..options.texts import AdapterOptions, T
+from ..options.texts import MethodOptions, T
 
 
 @dataclass
@@ -105,7 +105,7 @@ class Arguments(Generic[T]):
     training: AdapterTrainingArguments
 
     @property
-    def method(self) -> AdapterOptions:
+    def method(self) -> MethodOptions:
         """Which adapter, and how it is merged."""
         return self.options.adapter
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .shared import RunOptions, SharedAdapterOptions
+from .shared import RunOptions, SharedMethodOptions
 
 O = TypeVar("O", bound=RunOptions)  # noqa: E741
 
@@ -59,7 +59,7 @@ class Grid(Generic[O]):
         return dataclasses.replace(self, base=self.base.replace(**values))
 
 
-def alpha_of(adapter: SharedAdapterOptions) -> float | None:
+def alpha_of(adapter: SharedMethodOptions) -> float | None:
     """Return the alpha that is given, or twice the rank; None where a family's rank or a LoRA decides it yet."""
     if adapter.lora_alpha is not None:
         return adapter.lora_alpha

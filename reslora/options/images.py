@@ -11,7 +11,7 @@ from ..common.patterns import HELP as PATTERNS
 from .optimizers import ADAMS, OPTIMIZERS
 from .option import Need, again, buckets, number, option, whole
 from .prompts import LONGEST_SIDE, options_text
-from .shared import RunOptions, SharedAdapterOptions, SharedExperimentOptions
+from .shared import RunOptions, SharedExperimentOptions, SharedMethodOptions
 
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
@@ -78,23 +78,23 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class AdapterOptions(SharedAdapterOptions):
+class MethodOptions(SharedMethodOptions):
     """Which adapter, and how it is merged."""
 
-    method: list[str] = again(SharedAdapterOptions, "method", default=["lora"],
+    method: list[str] = again(SharedMethodOptions, "method", default=["lora"],
         help=f"one or several, trained one after the other on the same images and noise. {IN_WORDS}. With an option of "
         "the shortcuts or their merge the default is reslora",
         resume="free", bundled=["lora", "reslora"], kohya=("network_module",))  # no other ends lower: RESULTS.md
-    rank: int = again(SharedAdapterOptions, "rank", kohya=("network_dim",),
+    rank: int = again(SharedMethodOptions, "rank", kohya=("network_dim",),
         by_family=f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less")
-    rank_pattern: list[str] | None = again(SharedAdapterOptions, "rank_pattern",
+    rank_pattern: list[str] | None = again(SharedMethodOptions, "rank_pattern",
         help=f"{PATTERNS['rank_pattern']}; for the denoiser alone")
-    alpha_pattern: list[str] | None = again(SharedAdapterOptions, "alpha_pattern",
+    alpha_pattern: list[str] | None = again(SharedMethodOptions, "alpha_pattern",
         help=f"{PATTERNS['alpha_pattern']}; for the denoiser alone")
     init_lora: str | None = option(None,
         "start from this LoRA, of any tool, instead of from zero: its layers, ranks and alphas are trained",
         metavar="FILE", resume="content", path="absolute", kohya=("network_weights",))
-    target_modules: list[str] = again(SharedAdapterOptions, "target_modules",
+    target_modules: list[str] = again(SharedMethodOptions, "target_modules",
         help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
         "their whole names",
         by_family="as in diffusers' script for the model, to_q, to_k, to_v, to_out.0 of U-Nets; but not Z-Image's "
@@ -102,7 +102,7 @@ class AdapterOptions(SharedAdapterOptions):
     train_text_encoder: bool = option(False,
         "train the CLIP text encoders, too: their attention gets the same adapter, with shortcuts between their "
         "own layers; Stable Diffusion, SDXL, SD 3, Flux.1. T5 stays as it is")
-    merge_calibration_samples: int = again(SharedAdapterOptions, "merge_calibration_samples",
+    merge_calibration_samples: int = again(SharedMethodOptions, "merge_calibration_samples",
         help="images for ResLoRA's merge and for measuring controls; with 0, --merge input takes norms of the training")
 
 
@@ -420,7 +420,7 @@ class Options(RunOptions):
     """The values of one run of train_sd.py. A value that the model's family decides is None until it is known."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
-    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    adapter: MethodOptions = field(default_factory=MethodOptions)
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)

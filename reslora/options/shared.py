@@ -17,7 +17,7 @@ HIGHEST_RANK = 65536
 
 # fmt: off
 @dataclass(frozen=True)
-class SharedAdapterOptions:
+class SharedMethodOptions:
     """Which adapter, and how it is merged."""
 
     method: list[str] = option(["reslora"], f"which adapter is trained. {IN_WORDS}", choices=METHODS,
@@ -76,5 +76,5 @@ class SharedExperimentOptions:
 class RunOptions(Groups):
     """The values of one run of any script, as far as an experiment needs them."""
 
-    adapter: SharedAdapterOptions = field(default_factory=SharedAdapterOptions)
+    adapter: SharedMethodOptions = field(default_factory=SharedMethodOptions)
     experiment: SharedExperimentOptions = field(default_factory=SharedExperimentOptions)

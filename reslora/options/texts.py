@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from ..common.assets import ASSETS
 from .option import again, option, real, steps, whole
-from .shared import RunOptions, SharedAdapterOptions, SharedExperimentOptions
+from .shared import RunOptions, SharedExperimentOptions, SharedMethodOptions
 
 LLM_MODEL, LLM_TASK = ASSETS / "tiny-llama", ASSETS / "tiny-llama" / "task"
 GLUE_MODEL, GLUE_TASK = ASSETS / "tiny-roberta", ASSETS / "tiny-roberta" / "task"
@@ -51,15 +51,15 @@ PASSED_ON = {
 
 # fmt: off
 @dataclass(frozen=True)
-class AdapterOptions(SharedAdapterOptions):
+class MethodOptions(SharedMethodOptions):
     """Which adapter, and how it is merged."""
 
-    method: list[str] = again(SharedAdapterOptions, "method", collapses=True)
-    rank: int = again(SharedAdapterOptions, "rank", name="lora_r", default=4, parse=whole(1))
-    lora_alpha: float = again(SharedAdapterOptions, "lora_alpha", parse=real(0, exclusive=True))
-    lora_dropout: float = again(SharedAdapterOptions, "lora_dropout", parse=real(0, below=1))
-    target_modules: list[str] = again(SharedAdapterOptions, "target_modules", or_else="query and value")
-    merge_calibration_samples: int = again(SharedAdapterOptions, "merge_calibration_samples",
+    method: list[str] = again(SharedMethodOptions, "method", collapses=True)
+    rank: int = again(SharedMethodOptions, "rank", name="lora_r", default=4, parse=whole(1))
+    lora_alpha: float = again(SharedMethodOptions, "lora_alpha", parse=real(0, exclusive=True))
+    lora_dropout: float = again(SharedMethodOptions, "lora_dropout", parse=real(0, below=1))
+    target_modules: list[str] = again(SharedMethodOptions, "target_modules", or_else="query and value")
+    merge_calibration_samples: int = again(SharedMethodOptions, "merge_calibration_samples",
         name="calibration_examples",
         help="training examples that a merge of ResLoRA may read, and that lora_matched and placebos are measured on; "
         "0 for none")
@@ -237,11 +237,11 @@ class GlueTrainingOptions(TrainingOptions):
 
 
 @dataclass(frozen=True)
-class GlueAdapterOptions(AdapterOptions):
+class GlueMethodOptions(MethodOptions):
     """Which adapter, and how it is merged."""
 
     # Texts are short: 64 of SST-2 are two tokens for each input of a layer of 384, and a merge loses by that.
-    merge_calibration_samples: int = again(AdapterOptions, "merge_calibration_samples", default=256)
+    merge_calibration_samples: int = again(MethodOptions, "merge_calibration_samples", default=256)
 # fmt: on
 
 
@@ -249,7 +249,7 @@ class GlueAdapterOptions(AdapterOptions):
 class TextOptions(RunOptions):
     """The values of one run of a language script."""
 
-    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    adapter: MethodOptions = field(default_factory=MethodOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     experiment: ExperimentOptions = field(default_factory=ExperimentOptions)
     passed_on: Mapping[str, Any] = field(default_factory=dict)
@@ -276,7 +276,7 @@ class GlueOptions(TextOptions):
 
     data: GlueDataOptions = field(default_factory=GlueDataOptions)
     model: GlueModelOptions = field(default_factory=GlueModelOptions)
-    adapter: GlueAdapterOptions = field(default_factory=GlueAdapterOptions)
+    adapter: GlueMethodOptions = field(default_factory=GlueMethodOptions)
     training: GlueTrainingOptions = field(default_factory=GlueTrainingOptions)
 
     titles: ClassVar[Mapping[str, str]] = {

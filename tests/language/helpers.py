@@ -16,7 +16,7 @@ from reslora.language.arguments import resolve
 from reslora.language.callbacks import LogCallback
 from reslora.language.trainer import AdapterTrainer, attach
 from reslora.language.training_arguments import AdapterTrainingArguments
-from reslora.options.texts import AdapterOptions, LlmOptions
+from reslora.options.texts import LlmOptions, MethodOptions
 
 METHODS = [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none"), ("adalora", "none")]
 METHODS += [("loha", "none"), ("lokr", "none"), ("lora_x2", "none"), ("dora", "none")]
@@ -38,7 +38,7 @@ def build(method: str = "reslora", shortcut: str = "input", base=None, **flags):
     return attach(base, adapter, STEPS), adapter
 
 
-def adapter_of(method: str = "reslora", **options) -> AdapterOptions:
+def adapter_of(method: str = "reslora", **options) -> MethodOptions:
     """A method with these options, as a run has them."""
     return resolve(LlmOptions, {"method": [method], **options}).adapter
 

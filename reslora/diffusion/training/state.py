@@ -23,7 +23,7 @@ from ...common.errors import refused_as
 from ...common.methods import METHODS, AdapterSettings, adapter_config
 from ...common.patterns import entries, spell_out
 from ...config import ResLoraConfig
-from ...options.images import AdapterOptions, OptimizerOptions, TrainingOptions
+from ...options.images import MethodOptions, OptimizerOptions, TrainingOptions
 from ...options.optimizers import ADAMS, class_of, named, options_of
 from ..context import Context
 from ..model.families.base import Part
@@ -191,7 +191,7 @@ def add_adapters(trained: Trained, method: str, schedule: Schedule, context: Con
 def add_adapter(
     model: nn.Module,
     method: str,
-    adapter: AdapterOptions,
+    adapter: MethodOptions,
     training: TrainingOptions,
     config: PeftConfig,
     part: Part | None = None,
@@ -206,7 +206,7 @@ def add_adapter(
 
 def config_of(
     method: str,
-    options: AdapterOptions,
+    options: MethodOptions,
     total_steps: int,
     targets: list[str] | str | None = None,
     start: Start | None = None,
@@ -229,7 +229,7 @@ def config_of(
     return config
 
 
-def shortcuts_of(options: AdapterOptions) -> ResLoraConfig:
+def shortcuts_of(options: MethodOptions) -> ResLoraConfig:
     """How ResLoRA wires the adapter."""
     return ResLoraConfig(shortcut=options.shortcut, pre_num=options.pre_num, head=options.head)
 
