@@ -34,7 +34,6 @@ from reslora import ResLoraConfig
 
 CONFIG = "reslora_config.json"
 WEIGHTS = "reslora_model.safetensors"
-LINEAR = "model.layers.1.self_attn.q_proj"
 PLANS = [("input", 1, "none"), ("block", 2, "repeat"), ("middle", -1, "repeat"), ("none", 1, "repeat")]
 plans = pytest.mark.parametrize("shortcut, pre_num, head", PLANS)
 

@@ -227,7 +227,7 @@ def check_targets(denoiser: nn.Module, options: MethodOptions, tell: Callable[[s
     for target, count in counts.items():
         if not count:
             tell(f"--target_modules: 0 layers of the denoiser end in {target}")
-    check_layers(denoiser, targets, expressions=True)
+    check_layers(denoiser, targets)
 
 
 def matches(expression: str, name: str) -> bool:

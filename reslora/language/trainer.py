@@ -15,6 +15,7 @@ import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -57,6 +58,8 @@ logger = logging.get_logger(__name__)
 
 UNFIT = (ValueError, TypeError, ImportError)
 """What PEFT and transformers raise for a setting that does not fit, or for something that is not installed."""
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+"""What transformers raises for a model that cannot be read."""
 UNWRITTEN = ("inline_container", "PytorchStreamWriter", "iostream error")
 """Words of torch.save where a file cannot be written, the last of small ones."""
 OTHER_CHOICE = "install or give what it needs, or choose another"

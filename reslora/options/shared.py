@@ -10,28 +10,28 @@ from ..config import HEADS, SHORTCUTS
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
 from .groups import Groups
-from .option import number, option, whole
+from .option import COUNT, FRACTION, NATURAL, PART, POSITIVE, group, option, whole
 
 HIGHEST_RANK = 65536
 
 
 # fmt: off
-@dataclass(frozen=True)
+@group
 class SharedMethodOptions:
     """Which adapter, and how it is merged."""
 
     method: list[str] = option(["reslora"], f"which adapter is trained. {IN_WORDS}", choices=METHODS,
         essential="lora, reslora, lora_x2, dora, ...; several are compared")
     rank: int = option(None, "rank of the update matrices", parse=whole(1, HIGHEST_RANK), varies=True,
-        essential="rank of the update matrices")
+        essential=True)
     lora_alpha: float = option(None, "scale times rank", or_else="twice the rank",
-        parse=number(0, exclusive=True), read_by="alpha", yields_to="rank", kohya=("network_alpha",))
+        parse=POSITIVE, read_by="alpha", yields_to="rank", kohya=("network_alpha",))
     rank_pattern: list[str] | None = option(None, PATTERNS["rank_pattern"],
         metavar="NAME=VALUE")
     alpha_pattern: list[str] | None = option(None, PATTERNS["alpha_pattern"],
         metavar="NAME=VALUE")
     lora_dropout: float = option(0.0, "dropout on the adapter's input; of ranks for loha and lokr",
-        parse=number(0, below=1))
+        parse=FRACTION)
     target_modules: list[str] = option(None, "layers that get an adapter, by the end of their name", metavar="NAME")
     shortcut: str = option("input", "ResLoRA and lora_matched: what a block gets from the blocks before it",
         choices=SHORTCUTS, varies=True, essential="ResLoRA: input, block, middle or none", implies="reslora",
@@ -48,27 +48,27 @@ class SharedMethodOptions:
         choices=MERGES, essential="ResLoRA: how shortcuts become plain LoRA weights", resume="merged",
         implies="reslora", read_by="shortcuts")
     merge_calibration_samples: int = option(64, "training samples for ResLoRA's merge and for measuring controls",
-        parse=whole(0), resume="merged", implies="reslora")
+        parse=NATURAL, resume="merged", implies="reslora")
 
 
-@dataclass(frozen=True)
+@group
 class SharedExperimentOptions:
     """How an experiment, which several values of some options make, is measured and scheduled."""
 
     select_split: float | None = option(None,
         "fraction of the training data by which learning rates and checkpoints are chosen", or_else="0.1",
-        parse=number(0, below=1, exclusive=True))
+        parse=PART)
     test_split: float | None = option(None,
         "fraction of the training data by which methods are compared", or_else="0.1",
-        parse=number(0, below=1, exclusive=True))
+        parse=PART)
     extend_rates: bool = option(False,
         "where the best learning rate is the lowest or highest, try the next one, up to three times", resume="free")
     experiment_minutes: float | None = option(None,
         "start no arm that would not end within so many minutes; the same command resumes later",
-        parse=number(0, exclusive=True), resume="free")
+        parse=POSITIVE, resume="free")
     arms_at_once: int | None = option(None,
         "how many arms are trained at once, each in a process of its own; with several GPUs, on one each", or_else="1",
-        parse=whole(1), resume="free")
+        parse=COUNT, resume="free")
 # fmt: on
 
 

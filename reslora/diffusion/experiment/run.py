@@ -242,7 +242,7 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
                 )
             source = dataclasses.replace(source, latents=latents)
         sources.append(source)
-    material = dataclasses.replace(material, sources=tuple(sources), options=options)
+    material = dataclasses.replace(material, sources=tuple(sources), training=options.training)
     return with_texts(material, pipeline, context) if any(source.recipe.rewrites for source in sources) else material
 
 
@@ -269,8 +269,10 @@ class Bench(Subject):
         place = self.course.place_of(arm)
         context = dataclasses.replace(self.setting.context, options=options, place=place, before=before)
         material = self.materials[arm.seed]
-        own = options.replace(cache_text_embeddings=material.options.data.cache_text_embeddings)
-        material = dataclasses.replace(material, options=own)
+        data = dataclasses.replace(options.data, cache_text_embeddings=material.data.cache_text_embeddings)
+        material = dataclasses.replace(
+            material, adapter=options.adapter, data=data, training=options.training, validation=options.validation
+        )
         return dataclasses.replace(self.setting, material=material, context=context)
 
     def train(self, arm: Arm) -> None:

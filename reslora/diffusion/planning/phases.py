@@ -229,7 +229,9 @@ class Rehearsal:
 
     def _step(self, trained: Trained) -> int:
         """What a forward and a backward have at the most beside weights and their gradients."""
-        material = Material((), Texts(None, {}), self.objective, {self.size: self._latents()}, self.options)
+        options, shapes = self.options, {self.size: self._latents()}
+        parts = options.adapter, options.data, options.training, options.validation
+        material = Material((), Texts(None, {}), self.objective, shapes, *parts)
         with self.stage(trained, self.pipeline.vae, *self.encoders) as live:
             for parameter in trained.parameters():
                 if parameter.requires_grad:

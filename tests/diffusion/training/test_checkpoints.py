@@ -31,6 +31,7 @@ from diffusion.runs import (
     losses,
     main,
     only,
+    options_of,
     printed,
     refused,
     training_state,
@@ -478,13 +479,13 @@ def keep(model, tmp_path):
         save_checkpoint(
             learner,
             tmp_path,
-            material.options.replace(**flags),
+            options_of(material).replace(**flags),
             Identity("model", "images", "--model", "--images"),
             accelerator,
         )
         return tmp_path / f"checkpoint-{step}"
 
-    save.learner, save.options, save.accelerator = learner, material.options, accelerator
+    save.learner, save.options, save.accelerator = learner, options_of(material), accelerator
     return save
 
 
