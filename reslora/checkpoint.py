@@ -166,29 +166,20 @@ def _read(directory: Path) -> _Saved:
         plan = _read_plan(content["chains"])
         names, pushed = content["norms"]["names"], int(content["norms"]["pushed"])
         scaling = dict(content["scaling"])
+        return _Saved(config, lora, plan, scaling, content["peft_model"], names, pushed, tensors, norms)
     except Exception as error:  # what is no file of ours fails in as many ways as there are values
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
-    if norms is not None and (norms.shape != (len(names), config.window) or not norms.is_floating_point()):
-        raise ValueError(
-            f"{directory / WEIGHTS_NAME} is damaged: {_NORMS} is {norms.dtype} {tuple(norms.shape)}, not "
-            f"{(len(names), config.window)} as {path} says"
-        )
-    return _Saved(config, lora, plan, scaling, content["peft_model"], names, pushed, tensors, norms)
 
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         folder = str(path.parent)
         problem = f"is a file, no folder with a {path.name}" if path.parent.is_file() else f"has no {path.name}"
         raise ValueError(f"directory={folder!r} {problem}: give a folder that reslora.save wrote") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
-    for key in ("lora", "reslora", "chains", "norms", "peft_model"):
-        if not isinstance(content, dict) or key not in content:
-            raise ValueError(f"{path} has no {key!r}: it is not a file of reslora.save")
-    return content
 
 
 def _read_plan(content: dict) -> Chains:
@@ -282,22 +273,9 @@ def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, 
         here, there = tuple(expected[key].shape), tuple(tensors[key].shape)
         if here != there:
             raise ValueError(f"{key} has shape {there} in {directory / WEIGHTS_NAME}, but {here} in the model")
-    layers = lora_layers(base, adapter_name)
-    if others := saved.scaling.keys() - layers:
-        raise ValueError(f"{directory / CONFIG_NAME} scales {min(others)}, which is no LoRA layer of the model")
-    for block in saved.plan.blocks:
-        if block.name not in layers:
-            raise ValueError(f"{directory / CONFIG_NAME} links {block.name}, which is no LoRA layer of the model")
-        layer = layers[block.name]
-        reason = stays_plain(block.name, layer) or refused(layer, adapter_name)
-        if reason and wirable:
-            raise ValueError(f"{block.name} {reason}")
-        rank, in_features = layer.lora_A[adapter_name].weight.shape
-        out_features = layer.lora_B[adapter_name].weight.shape[0]
-        if (block.in_features, block.out_features, block.rank) != (in_features, out_features, rank):
-            raise ValueError(
-                f"{block.name} is {block.shape} in {directory / CONFIG_NAME}, another shape than its layer"
-            )
+    for name, layer in lora_layers(base, adapter_name).items() if wirable else ():
+        if not stays_plain(name, layer) and (reason := refused(layer, adapter_name)):
+            raise ValueError(f"{name} {reason}")
 
 
 def _wiring(plan: Chains) -> list[list[str]]:

@@ -12,7 +12,7 @@ from ..common.flags import listed
 from ..experiment.arms import check_values
 from ..options.contradictions import check_experiment, check_no_experiment
 from ..options.files import read_file
-from ..options.grid import Grid, alpha_of
+from ..options.grid import Grid, alpha_of, first_of
 from ..options.images import NOISES, Options
 from ..options.optimizers import named
 from ..options.option import SAME, Given
@@ -64,9 +64,7 @@ def resolve(given: Given) -> Options | Grid[Options]:
 
     Raises `InvalidArgument` for what cannot work with any model.
     """
-    values = with_defaults(given)
-    varied = {name: value for name, value in values.items() if Options.table()[name].varies and len(listed(value)) > 1}
-    options = Options.of(**values | {name: value[0] for name, value in varied.items()})
+    options, varied = first_of(Options, with_defaults(given))
     if "rank" not in varied:
         options = options.replace(lora_alpha=alpha_of(options.adapter))
     if not varied:
@@ -109,8 +107,6 @@ def with_defaults(given: Given) -> dict[str, Any]:
     for name, option in table.items():
         own = option.bundled_flow if flow and option.bundled_flow is not SAME else option.bundled
         values.setdefault(name, own if bundled and own is not SAME else option.default)
-        if option.varies and len(listed(values[name])) == 1:
-            values[name] = listed(values[name])[0]
     values["local_rank"] = int(os.environ.get("LOCAL_RANK", values["local_rank"]))
     for name in ("resolution", "method"):
         values[name] = list(dict.fromkeys(listed(values[name])))

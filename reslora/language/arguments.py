@@ -13,7 +13,7 @@ from ..common.flags import listed
 from ..common.methods import refuse_unable
 from ..experiment.arms import check_values
 from ..options import contradictions
-from ..options.grid import Grid, alpha_of
+from ..options.grid import Grid, alpha_of, first_of
 from ..options.option import SAME, Given
 from ..options.parser import OptionsParser
 from ..options.texts import (
@@ -72,15 +72,13 @@ def check_texts(given: Given) -> None:
 
 def resolve(kind: type[T], given: Given, passed_on: Given = {}) -> T | Grid[T]:  # noqa: B006 - is not changed
     """Return the options of a run, or of an experiment. Raises `InvalidArgument` for what cannot work."""
-    table, bundled = kind.table(), "model_name_or_path" not in given
-    values, varied = dict(given), dict[str, list]()
-    for name, option in table.items():
-        value = values.setdefault(name, option.bundled if bundled and option.bundled is not SAME else option.default)
-        if option.varies and isinstance(value, list):
-            values[name] = value[0]
-            varied |= {option.attribute: value} if len(value) > 1 else {}
-    values |= steps_asked_for(given, passed_on)
-    options = dataclasses.replace(kind.of(**values), passed_on=passed_on)
+    bundled = "model_name_or_path" not in given
+    values = {
+        name: option.bundled if bundled and option.bundled is not SAME else option.default
+        for name, option in kind.table().items()
+    }
+    options, varied = first_of(kind, {**values, **given, **steps_asked_for(given, passed_on)})
+    options = dataclasses.replace(options, passed_on=passed_on)
     if not varied and len(options.adapter.method) == 1:
         options = options.replace(lora_alpha=alpha_of(options.adapter))
         contradictions.check_no_experiment(options)

@@ -59,6 +59,16 @@ class Grid(Generic[O]):
         return dataclasses.replace(self, base=self.base.replace(**values))
 
 
+def first_of(kind: type[O], values: dict[str, Any]) -> tuple[O, dict[str, list]]:
+    """Return the options with these values, of those that vary the first, and all of these where there are several."""
+    varied: dict[str, list] = {}
+    for name, option in kind.table().items():
+        if option.varies and isinstance(values[name], list):
+            several, values[name] = values[name], values[name][0]
+            varied |= {option.attribute: several} if len(several) > 1 else {}
+    return kind.of(**values), varied
+
+
 def alpha_of(adapter: SharedMethodOptions) -> float | None:
     """Return the alpha that is given, or twice the rank; None where a family's rank or a LoRA decides it yet."""
     if adapter.lora_alpha is not None:

@@ -120,13 +120,25 @@ class Option:
         return self.varies or any(get_origin(kind) is list for kind in (self.kind, *get_args(self.kind)))
 
 
-def option(default: Any, help: str, *, name: str = "", needs: Need | tuple[Need, ...] = (), **facts: Any) -> Any:
+def option(
+    default: Any,
+    help: str,
+    parse: Callable[[str], Any] = str,
+    *,
+    name: str = "",
+    needs: Need | tuple[Need, ...] = (),
+    **facts: Any,
+) -> Any:
     """Return a dataclass's field for an option with this default; see `Option` for the other facts."""
     needs = needs if isinstance(needs, tuple) else (needs,)
     facts["essential"] = help if facts.get("essential") is True else facts.get("essential", "")
     fill: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    make = functools.partial(Option, default=default, help=help, needs=needs, **facts)
+    make = functools.partial(Option, default=default, help=help, parse=parse, needs=needs, **facts)
     return dataclasses.field(**fill, metadata={"option": make, "name": name})
+
+
+free = functools.partial(option, resume="free")
+"""The same of an option that a resumed run may have another value of."""
 
 
 class Again(dict):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from ..common.assets import ASSETS
-from .option import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, again, group, option, steps, whole
+from .option import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, again, free, group, option, steps, whole
 from .shared import RunOptions, SharedExperimentOptions, SharedMethodOptions
 
 LLM_MODEL, LLM_TASK = ASSETS / "tiny-llama", ASSETS / "tiny-llama" / "task"
@@ -60,8 +60,7 @@ class MethodOptions(SharedMethodOptions):
     merge_calibration_samples: int = again(name="calibration_examples",
         help="training examples that a merge of ResLoRA may read, and that lora_matched and placebos are measured on; "
         "0 for none")
-    merge_and_save: bool = option(False, "write the model with the adapter added, for stock transformers",
-        resume="free")
+    merge_and_save: bool = free(False, "write the model with the adapter added, for stock transformers")
 
     @property
     def name(self) -> str:
@@ -93,21 +92,19 @@ class LlmTaskOptions:
         or_else="the hub's data set", short="data", metavar="FOLDER", resume="content", bundled=str(LLM_TASK),
         essential="folder with train.jsonl, validation.jsonl, test.jsonl")
     revision: str | None = option(None, "revision of the model on the hub")
-    cache_dir: str | None = option(None, "folder for downloads", metavar="FOLDER", resume="free")
+    cache_dir: str | None = free(None, "folder for downloads", metavar="FOLDER")
     dtype: str = option("auto",
         "of the frozen model, the adapter is float32; auto: float32, or that of --bf16 and --fp16",
         choices=("auto", "float32", "bfloat16", "float16"))
     load_in_4bit: bool = option(False, "quantize the frozen model to NF4 (QLoRA)")
     max_train_samples: int | None = option(None, "train on that many examples, chosen at random (metamathqa: 40000)",
-        parse=COUNT)
-    max_eval_samples: int | None = option(None,
-        "validate on the first examples only; experiments: choose by so many", parse=COUNT, resume="free")
-    max_test_samples: int | None = option(None,
-        "test on the first examples only; experiments: compare by so many", parse=COUNT, resume="free")
-    max_length: int = option(512, "training examples of more tokens, prompt and answer, are left out", parse=whole(2))
-    max_new_tokens: int = option(256, "longest answer generated", parse=COUNT, resume="free", bundled=24)
-    eval_accuracy: bool = option(False, "generate answers in validation too, not only in the final test",
-        resume="free")
+        COUNT)
+    max_eval_samples: int | None = free(None, "validate on the first examples only; experiments: choose by so many",
+        COUNT)
+    max_test_samples: int | None = free(None, "test on the first examples only; experiments: compare by so many", COUNT)
+    max_length: int = option(512, "training examples of more tokens, prompt and answer, are left out", whole(2))
+    max_new_tokens: int = free(256, "longest answer generated", COUNT, bundled=24)
+    eval_accuracy: bool = free(False, "generate answers in validation too, not only in the final test")
 
 
 @group
@@ -122,13 +119,11 @@ class GlueDataOptions:
     dataset_name: str = option("nyu-mll/glue", "data set on the hub, or a folder", resume="content")
     dataset_config_name: str | None = option(None, "configuration of that data set", or_else="the task's name",
         resume="content")
-    max_seq_length: int = option(128, "longer inputs are cut to that many tokens", parse=whole(4))
+    max_seq_length: int = option(128, "longer inputs are cut to that many tokens", whole(4))
     pad_to_max_length: bool = option(False, "pad every input to it, instead of each batch to its longest")
-    max_train_samples: int | None = option(None, "train on the first so many examples", parse=COUNT)
-    max_eval_samples: int | None = option(None,
-        "evaluate on the first so many; experiments: choose by so many", parse=COUNT, resume="free")
-    max_predict_samples: int | None = option(None,
-        "predict the first so many; experiments: compare by so many", parse=COUNT, resume="free")
+    max_train_samples: int | None = option(None, "train on the first so many examples", COUNT)
+    max_eval_samples: int | None = free(None, "evaluate on the first so many; experiments: choose by so many", COUNT)
+    max_predict_samples: int | None = free(None, "predict the first so many; experiments: compare by so many", COUNT)
 
 
 @group
@@ -139,67 +134,58 @@ class GlueModelOptions:
         or_else="the bundled one", essential="encoder model, folder or name on the hub", metavar="MODEL")
     config_name: str | None = option(None, "configuration, if it is not the model's")
     tokenizer_name: str | None = option(None, "tokenizer, if it is not the model's")
-    cache_dir: str | None = option(None, "folder for downloaded models and data", metavar="FOLDER", resume="free")
+    cache_dir: str | None = free(None, "folder for downloaded models and data", metavar="FOLDER")
     model_revision: str = option("main", "revision of the model on the hub")
-    token: str | None = option(None, "token for the hub", resume="free", secret=True)
-    ignore_mismatched_sizes: bool = option(False,
-        "replace a classification head that has another number of labels")
+    token: str | None = free(None, "token for the hub", secret=True)
+    ignore_mismatched_sizes: bool = option(False, "replace a classification head that has another number of labels")
 
 
 @group
 class TrainingOptions:
     """How long, how much at once, and what is written: as in transformers' `TrainingArguments`."""
 
-    output_dir: str = option("runs/adapter", "folder of the run", short="output", metavar="FOLDER", path="relative",
-        resume="free", essential=True)
-    seed: int = option(42, "the same seed gives the same bytes", parse=whole(0, 2**32 - 1), varies=True,
+    output_dir: str = free("runs/adapter", "folder of the run", short="output", metavar="FOLDER", path="relative",
         essential=True)
-    max_steps: int = option(-1, "training steps; wins over --num_train_epochs", parse=steps, short="steps",
-        or_else="--num_train_epochs decides", resume="free", essential="training steps")
-    num_train_epochs: float = option(3.0, "passes over the training examples", parse=POSITIVE,
-        resume="free", essential=True)
-    per_device_train_batch_size: int = option(8, "examples per process and forward pass", parse=COUNT,
-        essential=True)
-    per_device_eval_batch_size: int = option(8, "the same of evaluations", parse=COUNT, resume="free")
-    gradient_accumulation_steps: int = option(1, "forward passes per step", parse=COUNT)
-    learning_rate: float = option(5e-5, "highest learning rate", parse=POSITIVE, varies=True,
-        short="lr", essential=True)
-    weight_decay: float = option(0.0, "weight decay", parse=NOT_NEGATIVE)
-    adam_beta1: float = option(0.9, "decay of the mean of the gradient", parse=FRACTION)
-    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", parse=FRACTION)
-    adam_epsilon: float = option(1e-8, "added to the denominator", parse=POSITIVE)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", parse=NOT_NEGATIVE)
+    seed: int = option(42, "the same seed gives the same bytes", whole(0, 2**32 - 1), varies=True, essential=True)
+    max_steps: int = free(-1, "training steps; wins over --num_train_epochs", steps, short="steps",
+        or_else="--num_train_epochs decides", essential="training steps")
+    num_train_epochs: float = free(3.0, "passes over the training examples", POSITIVE, essential=True)
+    per_device_train_batch_size: int = option(8, "examples per process and forward pass", COUNT, essential=True)
+    per_device_eval_batch_size: int = free(8, "the same of evaluations", COUNT)
+    gradient_accumulation_steps: int = option(1, "forward passes per step", COUNT)
+    learning_rate: float = option(5e-5, "highest learning rate", POSITIVE, varies=True, short="lr", essential=True)
+    weight_decay: float = option(0.0, "weight decay", NOT_NEGATIVE)
+    adam_beta1: float = option(0.9, "decay of the mean of the gradient", FRACTION)
+    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", FRACTION)
+    adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", NOT_NEGATIVE)
     lr_scheduler_type: str = option("linear", "how the learning rate changes", choices=SCHEDULES)
     warmup_steps: float = option(0, "steps in which the learning rate rises; below 1: their fraction of all",
-        parse=NOT_NEGATIVE)
+        NOT_NEGATIVE)
     optim: str = option("adamw_torch_fused", "optimizer, by transformers' name")
     bf16: bool = option(False, "train in bfloat16", essential=True)
     fp16: bool = option(False, "train in float16, on a GPU")
     tf32: bool | None = option(None, "allow TF32 matrix products on Ampere and later GPUs")
-    gradient_checkpointing: bool | None = option(None, "less memory, slower", resume="free",
-        essential=True)
-    torch_compile: bool = option(False, "compile the model by torch.compile", resume="free")
-    eval_strategy: str = option("no", "when to evaluate", choices=("no", "steps", "epoch"), resume="free",
+    gradient_checkpointing: bool | None = free(None, "less memory, slower", essential=True)
+    torch_compile: bool = free(False, "compile the model by torch.compile")
+    eval_strategy: str = free("no", "when to evaluate", choices=("no", "steps", "epoch"),
         essential="when to evaluate: no, steps or epoch")
-    eval_steps: float | None = option(None, "steps between evaluations; below 1: their fraction of all",
-        parse=POSITIVE, resume="free")
-    save_strategy: str = option("steps", "when to write a checkpoint", choices=("no", "steps", "epoch", "best"),
-        resume="free")
-    save_steps: float = option(500, "steps between checkpoints; below 1: their fraction of all",
-        parse=POSITIVE, resume="free")
-    save_total_limit: int | None = option(None, "checkpoints to retain", parse=COUNT, resume="free")
-    logging_steps: float = option(1, "steps between rows of log.jsonl", parse=POSITIVE, resume="free")
-    report_to: list[str] = option(["tensorboard"], "trackers to report to, all, or none", resume="free")
-    run_name: str | None = option(None, "name of the run for trackers", resume="free")
-    dataloader_num_workers: int = option(0, "processes that prepare batches", parse=NATURAL, resume="free")
-    use_cpu: bool = option(False, "train on the CPU", resume="free", essential=True)
+    eval_steps: float | None = free(None, "steps between evaluations; below 1: their fraction of all", POSITIVE)
+    save_strategy: str = free("steps", "when to write a checkpoint", choices=("no", "steps", "epoch", "best"))
+    save_steps: float = free(500, "steps between checkpoints; below 1: their fraction of all", POSITIVE)
+    save_total_limit: int | None = free(None, "checkpoints to retain", COUNT)
+    logging_steps: float = free(1, "steps between rows of log.jsonl", POSITIVE)
+    report_to: list[str] = free(["tensorboard"], "trackers to report to, all, or none")
+    run_name: str | None = free(None, "name of the run for trackers")
+    dataloader_num_workers: int = free(0, "processes that prepare batches", NATURAL)
+    use_cpu: bool = free(False, "train on the CPU", essential=True)
     deepspeed: str | None = option(None, "DeepSpeed's configuration, a file or JSON", metavar="JSON",
         in_experiments="leave it out: each arm would need an engine of its own")
-    resume_from_checkpoint: str | None = option(None,
+    resume_from_checkpoint: str | None = free(None,
         "resume from a checkpoint folder, or from the latest usable one: latest", metavar="latest|FOLDER",
-        resume="free", essential="latest resumes the run in --output")
-    push_to_hub: bool = option(False, "refused: upload the run's peft/ with `hf upload`", resume="free")
-    hub_model_id: str | None = option(None, "refused, as --push_to_hub is", resume="free")
+        essential="latest resumes the run in --output")
+    push_to_hub: bool = free(False, "refused: upload the run's peft/ with `hf upload`")
+    hub_model_id: str | None = free(None, "refused, as --push_to_hub is")
     hub_token: str | None = option(None, "refused, as --push_to_hub is", secret=True)
 
 
