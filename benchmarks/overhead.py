@@ -151,7 +151,8 @@ def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Context
     )
     texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)
     source = Source(images, latents, tuple(range(len(images))), (), (size,), (0,) * len(images))
-    material = Material((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, flags)
+    parts = flags.adapter, flags.data, flags.training, flags.validation
+    material = Material((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, *parts)
     start_trackers(context)
     note_settings(context.options.flat(), schedule_of(material.updates(1), context), context.accelerator)
     return material, context

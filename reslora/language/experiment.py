@@ -15,7 +15,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from ..common.adapters import load_adapter, save_adapter
+from ..common.assets import ASSETS
 from ..common.errors import Diverged, InvalidArgument
 from ..common.flags import as_typed
 from ..common.folder import check_held, filling, lent, locked
@@ -41,15 +42,15 @@ from ..experiment.run import run_experiment
 from ..experiment.subject import COMPARING, Subject
 from ..files import remove, remove_leftovers, replacing, write_json
 from ..options.grid import Grid
-from ..options.texts import AdapterOptions, ExperimentOptions, T, TextOptions, TrainingOptions
+from ..options.texts import ExperimentOptions, MethodOptions, T, TextOptions, TrainingOptions
 from ..options.unused import report_unread_by_methods
 from ..words import counted
 from .arguments import checked
 from .checkpoints import checkpoints_of, set_unfinished_aside
 from .parts import Parts
-from .results import as_plain, export
+from .results import as_plain, export, merge_table, table_text, write_results
 from .resuming import check_data, check_resume, fingerprint, free_on_resume, is_same
-from .trainer import AdapterTrainer, shortcuts_of, total_steps
+from .trainer import AdapterTrainer, put_control_on, shortcuts_of, total_steps
 from .training_arguments import passed_on_defaults, without_tokens
 
 MOST_LOOKS = 10
@@ -78,8 +79,13 @@ TEXTS = About(
 )
 
 
-MakeTrainer = Callable[[], tuple[AdapterTrainer, Callable[[], None]]]
-"""Makes the trainer of a plain run; and what follows the training."""
+WRITTEN = {
+    "results.json": "this table, with how each block was merged",
+    "log.jsonl": "losses and metrics by step; TensorBoard shows this folder, too",
+    "peft": "plain adapter: PeftModel.from_pretrained(model, folder)",
+    "merged": "merged model: transformers' from_pretrained(folder)",
+}
+"""What a plain run leaves."""
 
 
 class Study(ABC):
@@ -87,16 +93,18 @@ class Study(ABC):
 
     prog: str
     """The script's name."""
+    real: str
+    """Options of a run with a real model."""
     tokenizer: Any
-    """The model's, from `prepare` on."""
+    """The model's, from `adapted` on."""
 
     @abstractmethod
     def arguments(self, options: Any) -> Any:
         """The options of a plain run, with `settings`, `method` and `training`; raises `InvalidArgument`."""
 
     @abstractmethod
-    def plain(self, arguments: Any, stop: StopRequest) -> tuple[Iterable, MakeTrainer]:
-        """The training examples of a plain run, which a continuation must share, and what makes its trainer."""
+    def read(self, arguments: Any) -> Iterable:
+        """Read the examples of a plain run; return those that are trained on, which a continuation must share."""
 
     @abstractmethod
     def parts(self, arguments: Any, shares: ExperimentOptions) -> Parts:
@@ -104,7 +112,7 @@ class Study(ABC):
 
     @abstractmethod
     def prepare(self, arguments: Any, parts: Parts) -> int:
-        """Encodes the examples for all arms; returns how many are trained on."""
+        """Takes the examples for all arms; returns how many are trained on."""
 
     @abstractmethod
     def adapted(self, arguments: Any) -> PeftModel:
@@ -114,13 +122,19 @@ class Study(ABC):
         """Inputs to trace the model with; None where it has its own."""
         return None
 
-    def tell_links(self, model: PeftModel, adapter: AdapterOptions, tell: Callable[[str], object]) -> None:
+    def tell_links(self, model: PeftModel, adapter: MethodOptions, tell: Callable[[str], object]) -> None:
         """Says which layers the shortcuts leave as they are, and where chains are too short."""
         tell_links(model, adapter.name, shortcuts_of(adapter), tell, self.example())
 
     @abstractmethod
+    def build_trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
+        """Return the trainer, with `log.jsonl`."""
+
     def trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
-        """As a plain run has it."""
+        """Return the trainer; a control has been measured."""
+        trainer = self.build_trainer(arguments, model, stop)
+        put_control_on(trainer, arguments.method, self.calibration(arguments) or [], self.example())
+        return trainer
 
     @abstractmethod
     def calibration(self, arguments: Any) -> list[dict] | None:
@@ -129,6 +143,36 @@ class Study(ABC):
     @abstractmethod
     def measured(self, arguments: Any, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
         """The loss of each test example, in order, and figures over all; asks `check` between batches."""
+
+    @abstractmethod
+    def figures(self, arguments: Any, trainer: AdapterTrainer) -> Mapping[str, float]:
+        """Return what the merges of a plain run are compared by."""
+
+    @abstractmethod
+    def facts(self, arguments: Any, trainer: AdapterTrainer) -> dict[str, Any]:
+        """Return what `results.json` says of task, model and numbers of examples."""
+
+    def predict(self, arguments: Any, trainer: AdapterTrainer) -> list[str]:
+        """Write predictions, and return the names of the files."""
+        return []
+
+    def finish(self, arguments: Any, trainer: AdapterTrainer) -> None:
+        """Evaluate unmerged and merged, export, predict, and write `results.json` last."""
+        method, batches, output = arguments.method, self.calibration(arguments), Path(trainer.args.output_dir)
+        table = merge_table(trainer.model, lambda: self.figures(arguments, trainer), batches)
+        decided(check_held)
+        report = export(trainer.model, output, method, batches, self.tokenizer)
+        uses = WRITTEN | dict.fromkeys(self.predict(arguments, trainer), "predictions for the test split")
+        facts = self.facts(arguments, trainer)
+        results = write_results(trainer, method, table, report, **facts)
+        kind = "test" if "test_examples" in facts else "validation"
+        begin = "\n{task}, {method}, {steps} steps; on {} {} examples:"
+        say(begin.format(facts[f"{kind}_examples"], kind, **results))
+        say(f"{table_text(table)}\n\n{output}/")
+        width = max(map(len, uses)) + 2
+        say("\n".join(f"  {name:<{width}}{use}" for name, use in uses.items() if (output / name).exists()))
+        if Path(facts["model_name_or_path"]).resolve().parent == ASSETS:
+            say(f"\nWith a real model:\n  accelerate launch {self.prog} {self.real}")
 
 
 def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
@@ -143,17 +187,17 @@ def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
     with contextlib.ExitStack() as stack:
         decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
         check_resume(training.output_dir, training.resume_from_checkpoint, flags, free_on_resume(type(asked)))
-        examples, make = study.plain(arguments, stop)
-        flags["data"] = fingerprint(examples)
+        flags["data"] = fingerprint(study.read(arguments))
         check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
-        trainer, finish = make()
+        trainer = study.trainer(arguments, study.adapted(arguments), stop)
         study.tell_links(trainer.model, arguments.method, say)
         if training.should_save:
+            trainer.model.print_trainable_parameters()
             write_json(Path(training.output_dir) / "config.json", flags)
         trainer.stopping.check(NOT_BEGUN)
         with memory_reported(Path(training.output_dir)):
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-            finish()
+            study.finish(arguments, trainer)
 
 
 def report_unread(asked: TextOptions | Grid) -> None:

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from diffusion.runs import parts
+from diffusion.runs import parts, read_by
 from reslora.common.script import shares_the_cpu
 from reslora.common.signals import StopRequest
 from reslora.diffusion.context import Context
@@ -66,7 +66,7 @@ def setting(
     images = SimpleNamespace(captions=[[CAPTIONS[index % 2]] for index in range(IMAGES)])
     train, held_out = tuple(range(IMAGES - 2)), (IMAGES - 2, IMAGES - 1)
     source = Source(images, RandomLatents(), train, held_out, (SIZE,), (0,) * IMAGES)
-    material = Material((source,), texts, objective, {SIZE: (4, 8, 8)}, flags)
+    material = Material((source,), texts, objective, {SIZE: (4, 8, 8)}, **read_by(flags))
     denoiser = pipeline.unet.double().requires_grad_(False)
     if flags.model.base_precision != "no":
         pack(denoiser, flags.model.base_precision, torch.device("cpu"))

@@ -214,7 +214,7 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
                 )
             source = dataclasses.replace(source, latents=latents)
         sources.append(source)
-    material = dataclasses.replace(material, sources=tuple(sources), options=options)
+    material = dataclasses.replace(material, sources=tuple(sources), training=options.training)
     return with_texts(material, pipeline, context) if any(source.recipe.rewrites for source in sources) else material
 
 
@@ -243,9 +243,11 @@ class Bench(Subject):
         place = self.course.place_of(arm)
         context = dataclasses.replace(self.study.context, options=options, place=place, before=before)
         material = self.materials[arm.seed]
-        encoded = material.options.data.cache_text_embeddings
-        own = options.replace(cache_text_embeddings=encoded, validation_noises=NOISES)
-        material = dataclasses.replace(material, options=own)
+        data = dataclasses.replace(options.data, cache_text_embeddings=material.data.cache_text_embeddings)
+        validation = dataclasses.replace(options.validation, validation_noises=NOISES)
+        material = dataclasses.replace(
+            material, adapter=options.adapter, data=data, training=options.training, validation=validation
+        )
         return dataclasses.replace(self.study, material=material, context=context)
 
     def train(self, arm: Arm) -> None:

@@ -241,7 +241,7 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
     for name, part in parts.items():
         plan = chains(part)
         try:
-            report = merge(part, method=material.options.adapter.merge, calibration=calibration[name] or None)
+            report = merge(part, method=material.adapter.merge, calibration=calibration[name] or None)
         except ValueError as error:
             advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
             raise Diverged(f"reslora: it cannot be merged ({first_line(error)})", advice) from None
@@ -253,7 +253,7 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
 def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
     """The denoiser's keyword arguments, in float32, for the training samples that a merge may read."""
     read = CalibrationSamples(material).batches(
-        material.options.adapter.merge_calibration_samples, PartialState().num_processes
+        material.adapter.merge_calibration_samples, PartialState().num_processes
     )
     with evaluating(*loss.encoders):
         return [as_float32(loss.inputs(loss.encoded(batch))[0]) for batch in read]
@@ -357,7 +357,7 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as sd-scripts write
 
 def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, context: Context) -> dict[str, str]:
     """What model managers and web interfaces recognise a LoRA by (Stability AI's model specification 1.0.0)."""
-    options, predicted = material.options, getattr(material.objective, "prediction_type", None)  # none where a flow is
+    options, predicted = context.options, getattr(material.objective, "prediction_type", None)  # none where a flow is
     version, architecture = context.model.family.model_version(config, predicts_v=predicted == "v_prediction")
     sides = options.data.resolution
     prediction = {"modelspec.prediction_type": PREDICTIONS[predicted]} if predicted else {}

@@ -37,7 +37,7 @@ from ...files import (
     write_checksums,
     write_json,
 )
-from ...options.images import NOISES, AdapterOptions, Options, OutputOptions, TrainingOptions, ValidationOptions
+from ...options.images import NOISES, MethodOptions, Options, OutputOptions, TrainingOptions, ValidationOptions
 from ...options.option import in_words
 from .best import FOLDER, best_of, forget_beaten
 from .schedule import Schedule
@@ -207,7 +207,7 @@ def is_exported(folder: Path, record: dict) -> bool:
     return all((folder / name).exists() for name in record.get("difference_of_255", ["none"]))
 
 
-def final_checkpoint(options: AdapterOptions, folder: Path, step: int) -> Path:
+def final_checkpoint(options: MethodOptions, folder: Path, step: int) -> Path:
     """The checkpoint that a finished method can be merged from once more."""
     path = folder / f"checkpoint-{step}"
     if not (path / RECORD).is_file():
@@ -224,7 +224,7 @@ def notes_of(options: Options, folder: Path, record: dict) -> list[str]:
 
 
 def _named_checkpoint(
-    adapter: AdapterOptions, output_options: OutputOptions, named: str, todo: list[str]
+    adapter: MethodOptions, output_options: OutputOptions, named: str, todo: list[str]
 ) -> tuple[str, Path]:
     output = Path(output_options.output_dir)
     first = (todo or adapter.method)[0]

@@ -20,7 +20,7 @@ from ...common.errors import InvalidArgument
 from ...common.methods import METHODS, AdapterSettings, adapter_config
 from ...common.patterns import FIELDS, entries, spell_out
 from ...export import PEFT_FILE, Factors, lora_config
-from ...options.images import AdapterOptions, Options, TrainingOptions
+from ...options.images import MethodOptions, Options, TrainingOptions
 from ..content import content_mark, folder_mark
 from ..context import Context
 from ..model.families.base import Part
@@ -130,7 +130,7 @@ def add_adapters(trained: Trained, method: str, steps: int, context: Context) ->
 def add_adapter(
     model: nn.Module,
     method: str,
-    adapter: AdapterOptions,
+    adapter: MethodOptions,
     training: TrainingOptions,
     config: PeftConfig,
     part: Part | None = None,
@@ -145,7 +145,7 @@ def add_adapter(
 
 def config_of(
     method: str,
-    options: AdapterOptions,
+    options: MethodOptions,
     total_steps: int,
     targets: list[str] | str | None = None,
     start: Start | None = None,

@@ -18,7 +18,7 @@ from torch import nn
 from ...common.adapters import RankAllocator, rank_allocator
 from ...common.errors import refused_as
 from ...config import ResLoraConfig
-from ...options.images import AdapterOptions, OptimizerOptions, TrainingOptions
+from ...options.images import MethodOptions, OptimizerOptions, TrainingOptions
 from ...options.optimizers import ADAMS, class_of, named, options_of
 from ..context import Context
 from .schedule import Schedule
@@ -155,7 +155,7 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
     )  # fmt: skip
 
 
-def shortcuts_of(options: AdapterOptions) -> ResLoraConfig:
+def shortcuts_of(options: MethodOptions) -> ResLoraConfig:
     """How ResLoRA wires the adapter."""
     return ResLoraConfig(shortcut=options.shortcut, pre_num=options.pre_num, head=options.head)
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from app.activity import activity
-from diffusion.runs import SCRIPT, Watcher, assert_same, main, only, printed, refused, without
+from diffusion.runs import SCRIPT, Watcher, assert_same, main, only, printed, read_by, refused, without
 from reslora.common.errors import InvalidArgument, Stopped
 from reslora.common.log import read_log
 from reslora.common.signals import StopRequest
@@ -374,7 +374,7 @@ def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, 
         (Size(32, 32),),
         (0,) * 8,
     )
-    material = Material((source,), Texts(None, {}), None, {}, settled)
+    material = Material((source,), Texts(None, {}), None, {}, **read_by(settled))
     monkeypatch.setattr(run, "latents_of", lambda *_: (object(), {3: "damaged (truncated)"}))
     with pytest.raises(InvalidArgument, match=r"--seed 7, .*/3\.png: damaged"):
         run.of_seed(material, 7, None, Context(settled, None, None, StopRequest()))

@@ -32,6 +32,7 @@ from diffusion.runs import (
     losses,
     main,
     only,
+    options_of,
     printed,
     refused,
     training_state,
@@ -476,12 +477,12 @@ def keep(model, tmp_path):
 
     def save(step: int, **flags) -> Path:
         learner.step, learner.seconds = step, 10.0 * step
-        options, identity = material.options.replace(**flags), Identity("model", "images", "--model", "--images")
+        options, identity = options_of(material).replace(**flags), Identity("model", "images", "--model", "--images")
         context = SimpleNamespace(options=options, accelerator=accelerator, folder_of=lambda method: tmp_path)
         save_checkpoint(learner, SimpleNamespace(context=context, identity=identity))
         return tmp_path / f"checkpoint-{step}"
 
-    save.learner, save.options, save.accelerator = learner, material.options, accelerator
+    save.learner, save.options, save.accelerator = learner, options_of(material), accelerator
     return save
 
 

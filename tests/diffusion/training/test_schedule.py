@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from diffusion.runs import read_by
 from reslora.diffusion.context import Context
 from reslora.diffusion.data.samples import Material
 from reslora.diffusion.data.size import Size
@@ -20,7 +21,7 @@ def scheduled(processes: int = 1, images: int = 10, **flags) -> Schedule:
     }  # fmt: skip
     made = Options.of(**defaults | flags, seed=0)
     source = Source(None, None, tuple(range(images)), (), (Size(8, 8),), (0,) * images)
-    material = Material((source,), None, None, {}, made)
+    material = Material((source,), None, None, {}, **read_by(made))
     return schedule_of(material.updates(processes), Context(made, None, SimpleNamespace(print=print), None))
 
 
