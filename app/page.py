@@ -10,9 +10,8 @@ import gradio as gr
 from . import views
 from .activity import activity
 from .handlers import QUIET, readable_errors
-from .launcher import Trainings
+from .jobs import Jobs
 from .library import Library
-from .queue import Queue
 from .runs import Run
 from .sessions import Blocks
 from .studio import Studio
@@ -36,12 +35,12 @@ EXPLANATION = (
 TITLE = f"<h1>ResLoRA for Stable Diffusion</h1><details><summary>What is this?</summary><p>{EXPLANATION}</p></details>"
 
 
-def create_demo(library: Library, trainings: Trainings, studio: Studio) -> gr.Blocks:
+def create_demo(library: Library, jobs: Jobs, studio: Studio) -> gr.Blocks:
     """The page as Gradio blocks; nothing is loaded or read before somebody looks at it."""
     with Blocks(
         title="ResLoRA for Stable Diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as demo:
-        Page(Parts(library, trainings, Queue(trainings), studio)).events(demo)
+        Page(Parts(library, jobs, studio)).events(demo)
     demo.queue(max_size=32, default_concurrency_limit=4)
     return demo
 
@@ -65,7 +64,7 @@ class Page:
     """The tabs, and what they have in common: the run."""
 
     def __init__(self, parts: Parts) -> None:
-        self.library, self.trainings = parts.library, parts.trainings
+        self.library, self.jobs = parts.library, parts.jobs
         with gr.Row(elem_id="top"):
             gr.HTML(TITLE, elem_id="title")
             # Any value may be sent, so that runs begun meanwhile can be; the library decides whether there is one.
@@ -163,11 +162,11 @@ class Page:
         the names of the runs and, after what is at rest, the run's status and what its trainer says."""
         seen = tuple(tab.seen(run) for tab in self.tabs)
         at_rest = seen, tuple(self.library.runs()), run.fingerprint()
-        return *at_rest, self.trainings.status(run), activity(run.activity), run.log_tail()
+        return *at_rest, self.jobs.status(run), activity(run.activity), run.log_tail()
 
     def told(self, run: Run, status: str) -> dict:
         """Values of what changes from look to look: the line about the run, and what the tabs have of the kind."""
-        values = {self.summary: views.summary(run, status, self.trainings.last_line(run))}
+        values = {self.summary: views.summary(run, status, self.jobs.last_line(run))}
         for tab in self.tabs:
             values |= tab.told(run, status)
         return values

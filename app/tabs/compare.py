@@ -96,7 +96,7 @@ class CompareTab(Tab):
 
     def seen(self, run: Run) -> tuple[int, list[str], bool]:
         """The last step, what there is to take along, and whether the run never began."""
-        return max(run.steps(), default=0), self.list_files(run), self.trainings.status(run) == "failed"
+        return max(run.steps(), default=0), self.list_files(run), self.jobs.status(run) == "failed"
 
     def choice(self, run: Run, chosen: float | None, seen: tuple[int, list[str], bool] | None) -> int:
         """A slider at the end moves on with the run."""
@@ -149,7 +149,7 @@ class CompareTab(Tab):
         """Values of all that is seen at a step."""
         train, validation = (compared.curves(run, split, step) for split in ("train", "validation"))
         said = verdict(run, step) + differences(run)
-        shown = compared.images(run, step, self.trainings.status(run))
+        shown = compared.images(run, step, self.jobs.status(run))
         return shown, train, validation, compared.numbers(run, step), said
 
     def list_files(self, run: Run) -> list[str]:

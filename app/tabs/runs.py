@@ -14,7 +14,7 @@ from ..shelf import Shelf
 from .base import Parts, Tab, answer_line
 from .compare import CompareTab
 from .experiment import ExperimentTab
-from .queue import IN_TURN, SCRIPT
+from .jobs import IN_TURN, SCRIPT
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -28,7 +28,7 @@ class RunsTab(Tab):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.shelf = Shelf(self.queue)
+        self.shelf = Shelf(self.jobs)
 
         def save_notes(edit: dict) -> dict:  # a function, for Gradio marks it
             return self.save_notes(edit)

@@ -31,7 +31,8 @@ from waiting import LIMIT, ended, ignore_sigint, wait_until
 
 from app import __main__ as command_line
 from app import recipe
-from app.launcher import Trainings, search_path
+from app.jobs import Jobs
+from app.launcher import search_path
 from app.library import Library
 from app.page import create_demo
 from app.studio import Studio
@@ -95,7 +96,7 @@ def test_no_two_parts_have_one_id_and_none_is_told_of_progress_that_it_hides(tmp
     """Scripts and styles go by ids; a second part of the same one would be taken for the first, on some visits. Where
     progress is hidden, Gradio's page would still look up each part that is told of it, which takes it seconds."""
     library = Library(tmp_path)
-    demo = create_demo(library, Trainings(library), Studio())
+    demo = create_demo(library, Jobs(library), Studio())
     ids = [part.elem_id for part in demo.blocks.values() if getattr(part, "elem_id", None)]
     assert sorted(ids) == sorted(set(ids))
     hidden = [event for event in demo.fns.values() if event.targets and event.show_progress == "hidden"]
@@ -509,7 +510,7 @@ def move_the_slider(page) -> None:
         page.locator("#download").click()
     with PIL.Image.open(download.value.path()) as image:
         assert image.format == "PNG"
-    assert page.locator("#train-curve polyline").count() == 2
+    assert page.locator('#train-curve [id^="line-"]').count() == 2
 
 
 def take_along(page, runs: Path) -> None:
