@@ -51,13 +51,15 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
 def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
     """A sentence where about so few images compare that the trainer will warn; none where no image is a file.
 
-    About: which images these are goes by their content, and of near-duplicates one compares.
+    How many goes by the content of the images, and of near-duplicates one compares.
     """
     images = jobs.images.count(folder, uploads, math.ceil(FEW / max(share, LEAST_SHARE)))
-    tested = max(min(LEAST, images - 3), 1, round(share * images))
-    if not images or tested >= FEW:
+    least = max(min(LEAST, images - 3), 1)
+    if not images or max(least, round(share * images)) >= FEW:
         return []
-    compare = f"About {tested} of {counted(images, 'image')} compare{'s' * (tested == 1)}"
+    spread = math.sqrt(images * share * (1 - share))  # each image is chosen by its content
+    low, high = (max(least, min(round(share * images + by), images - 2)) for by in (-spread, spread))
+    compare = f"{f'{low} to {high}' if low < high else low} of {counted(images, 'image')} will compare"
     return [f"{compare}: so few seldom show that a difference is real; give more images, or a larger test split."]
 
 

@@ -298,13 +298,13 @@ class Jobs:
         (run,) = found
         number, process = run.process, self.started.get(run.name)
         if number in self.asked:
-            return f"{run.name} was told to stop already; what is trained is kept."
+            return f"{run.name} was asked to stop already; what is trained is saved."
         if number is not None:
             self.asked.add(number)
             os.kill(number, STOP)
             done, total = run.progress
             when = "soon" if total and done == total else "after this step"  # it merges, or compares
-            return f"{run.name} stops {when}; what is trained is kept."
+            return f"{run.name} was asked to stop {when}; what is trained is saved."
         if process is None:  # an earlier application has started it
             return f"{run.name} is starting, or ending; what is at work then can be stopped."
         if run.name in self.began:

@@ -30,6 +30,8 @@ ADDED_TO = ("method", "learning_rate", "seed")
 """Options that an experiment which was begun may be given more values of."""
 MAY_GROW = (*ADDED_TO, "experiment_minutes", "arms_at_once")
 """Options that need not be as an experiment was begun with."""
+LARGEST_RANK = 512
+"""Above it, a warning."""
 ALONE = "Several methods alone are a run: give several learning rates or seeds, or start it under Train."
 
 
@@ -130,6 +132,13 @@ def words_for(folder: Path, settings: dict, images: Path | None = None, begun: R
     if model := str(settings.get("model") or "").strip():
         words += ["--pretrained_model_name_or_path", model_of(model, images)]
     return words + arguments(settings)
+
+
+def warning(settings: dict) -> str:
+    """What is likely a mistake in the settings of a training that starts nevertheless; empty where nothing is."""
+    ranks = [int(word) for value in listed(settings.get("rank")) for word in re.findall(r"\d+", str(value))]
+    large = f"{max(ranks)} is a larger rank than most layers have room for; 4 to 128 are usual"
+    return f" warning: {large}." if max(ranks, default=0) > LARGEST_RANK else ""
 
 
 def launch_words(device: str | None) -> list[str]:

@@ -25,6 +25,10 @@ NOTHING_QUEUED = (
 )
 
 
+SHOWN = {"model": "model", "rank": "rank", "learning_rate": "learning rate", "seed": "seed", "max_train_steps": "steps"}
+"""Settings of a row of the queue, and what they are called there."""
+
+
 def button(what: str, label: str, name: str, enabled: bool = True) -> str:
     """A button of a row; its name for who cannot see it says whose it is."""
     return (
@@ -84,11 +88,11 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
     """What an entry is, and how it stands."""
     methods = entry.settings.get("method")
     names = ", ".join(NAMES[name] for name in methods if name in NAMES) if isinstance(methods, list) else ""
-    steps = entry.settings.get("max_train_steps")
     facts = ["goes on" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
+    given = {name: str(entry.settings[name])[:40] for name in SHOWN if entry.settings.get(name) not in (None, "")}
+    facts += [f"{label} {given[name]}" for name, label in SHOWN.items() if name in given]
     images = entry.folder if entry.folder in (None, BUNDLED) else f"images: {entry.folder}"
-    facts += [f"{str(steps)[:12]} steps" if steps else "", images or ""]
-    facts += [f"GPU {entry.device}" if entry.device is not None else ""]
+    facts += [images or "", f"GPU {entry.device}" if entry.device is not None else ""]
     if entry.state != RUNNING:
         return [*facts, entry.line]
     return [*facts, activity(run.activity) if run.folder.is_dir() else GONE]

@@ -28,6 +28,7 @@ RUNS_SEEN = 1
 AT_REST = STATUS
 """How much of what was seen stays as it is while a trainer merely goes on; the rest is `live`."""
 STYLE, *SCRIPTS = (Path(__file__).with_name(name) for name in ("style.css", "streams.js", "zoom.js"))
+STORE = "run => { sessionStorage.setItem('reslora-%s', %s ?? ''); }"
 EXPLANATION = (
     "ResLoRA trains LoRA blocks with residual shortcuts between neighbouring layers, then merges them away; "
     "what is left is a plain LoRA. All images in a row have the same caption and seed: only the method differs."
@@ -93,7 +94,14 @@ class Page:
         everything = [self.seen, self.run, self.summary]
         everything += [part for tab in self.tabs for part in (*tab.live, *tab.watched, *tab.of_run)]
         on_arrival = [self.run, *(part for tab in self.tabs for part in tab.on_arrival)]
-        demo.load(readable_errors(self.arrive), None, on_arrival, **QUIET)
+        # The browser stores run and tab, for a page that is loaded again, as after a restart of the application.
+        demo.load(
+            readable_errors(self.arrive), [self.run, self.summary], [*on_arrival, self.all_tabs],
+            js="() => ['run', 'tab'].map(name => sessionStorage.getItem(`reslora-${name}`))", preprocess=False, **QUIET,
+        )  # fmt: skip
+        self.run.change(None, self.run, None, js=STORE % ("run", "run"), **QUIET)
+        for tab, frame in self.frames.items():
+            frame.select(None, js=STORE % ("tab", f"'{tab.id}'"), **QUIET)
         self.run.change(readable_errors(self.choose), [self.run, self.beside], everything, **QUIET)
         context = [self.run, self.beside, self.seen, *(tab.chosen for tab in self.choosing)]
         # Not queued: a look that is lost with its queue's stream would be waited for, and the page would stand still.
@@ -108,11 +116,13 @@ class Page:
         """Names of the runs, the newest first."""
         return list(self.library.runs())
 
-    def arrive(self) -> dict:
-        """Somebody opens the page: the run that is training, else the newest."""
+    def arrive(self, run: object = None, tab: object = None) -> dict:
+        """Somebody opens the page: the run and tab that were seen last, else the run that trains, else the newest."""
         runs = self.library.runs()
         first = next((name for name, run in runs.items() if run.process), next(iter(runs), None))
-        values = {self.run: gr.update(choices=list(runs), value=first)}
+        values = {self.run: gr.update(choices=list(runs), value=run if run in list(runs) else first)}
+        if tab in [one.id for one in self.tabs]:
+            values[self.all_tabs] = gr.Tabs(selected=tab)
         for tab in self.tabs:
             values |= tab.arrive()
         return values

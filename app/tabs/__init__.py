@@ -6,7 +6,7 @@ from .compare import CompareTab
 from .dataset import DatasetTab
 from .experiment import ExperimentTab
 from .generate import GenerateTab
-from .jobs import QueueTab
+from .queue import QueueTab
 from .runs import RunsTab
 from .train import TrainTab
 

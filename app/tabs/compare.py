@@ -154,19 +154,19 @@ class CompareTab(Tab):
 
     def list_files(self, run: Run) -> list[str]:
         """What can be taken along."""
-        return [one.label for one in takeaway.takeaways(self.library, run)]
+        return [one.label for one in takeaway.takeaways(run)]
 
     def how_to_use(self, name: str, label: str) -> tuple[str, str]:
         """Where a file is, and how it is loaded; nothing where none is chosen, as of a run that has none."""
         if not label:
             return "", ""
-        one = takeaway.find(self.library, self.library.find(name), label)
+        one = takeaway.find(self.library.find(name), label)
         return one.place, one.use
 
     def take_file(self, name: str, label: str) -> str:
         """A copy of a file that the run has made, to download."""
         run = self.library.find(name)
-        return str(takeaway.packed(run, takeaway.find(self.library, run, label), self.files))
+        return str(takeaway.packed(run, takeaway.find(run, label), self.files))
 
     def toggle(self, label: str) -> tuple:
         playing = "Pause" not in label

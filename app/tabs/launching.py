@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
@@ -221,14 +221,15 @@ class LaunchTab(Tab):
         """The command that the settings make."""
         return launcher.in_words(self.words(*inputs))
 
-    def do_plan(self, *inputs) -> str:
+    def do_plan(self, *inputs) -> Iterator[str]:
         """What memory the training would take, by the trainer's own plan, which trains nothing."""
+        yield views.notice("Estimating memory: this takes some seconds.")
         _, uploads, caption, *_ = inputs
         words, paths = self.words(*inputs), paths_of(uploads)
         if paths and "--train_data_dir" in words:  # what goes on keeps its images
             stored = store_images(self.files.new("images"), paths, str(caption or ""))
             words[words.index("--train_data_dir") + 1] = str(stored)
-        return views.printed(self.jobs.plan(words))
+        yield views.printed(self.jobs.plan(words))
 
     def show_images(self, folder: str, uploads) -> str:
         """The first of the images that are chosen."""
@@ -243,7 +244,7 @@ class LaunchTab(Tab):
         chosen = None if paths else folder or None
         entry = Entry(name, self.what, settings | {"model": str(model or "").strip()}, chosen)
         added = self.jobs.add(entry, paths, str(caption or ""))
-        told = self.told_of(added)
+        told = self.told_of(added) + launcher.warning(settings)
         if paths and added.folder not in (None, f"runs/{name}"):
             told += f" There are others in runs/{name}."
         shown = gr.update() if added.state == WAITING else gr.update(choices=self.list_names(), value=name)

@@ -14,7 +14,7 @@ from ..shelf import Shelf
 from .base import Parts, Tab, answer_line
 from .compare import CompareTab
 from .experiment import ExperimentTab
-from .jobs import IN_TURN, SCRIPT
+from .queue import IN_TURN, SCRIPT
 
 if TYPE_CHECKING:
     from ..page import Page

@@ -129,8 +129,8 @@ def test_one_that_is_stopped_while_methods_are_compared_goes_on_with_that(librar
     monkeypatch.setattr(os, "kill", lambda process, number: None)
     for content, when in ((examples.unfinished(), "after this step"), (examples.experiment(None), "soon")):
         write_experiment(found.folder, content | {"chosen": {}, "verdicts": []})
-        assert trainings.stop("which", Experiment) == f"which stops {when}; what is trained is kept."
-        assert trainings.stop("which", Experiment) == "which was told to stop already; what is trained is kept."
+        assert trainings.stop("which", Experiment) == f"which was asked to stop {when}; what is trained is saved."
+        assert trainings.stop("which", Experiment) == "which was asked to stop already; what is trained is saved."
         trainings.asked.clear()
     assert "60 of 60 arms ended \u00b7 Go on compares them" in experiments.summary(found, "stopped")
 
@@ -185,10 +185,10 @@ def test_a_plan_warns_of_what_keeps_differences_from_being_shown(library, tmp_pa
         (inside / f"{number}.png").touch()
     assert "compare" not in warned()  # of 55 about 6
     (inside / "0.png").unlink()
-    assert "About 5 of 54 images compare:" in warned() and "compare" not in warned(test_split="0.2")
-    assert "About 2 of 5 images compare:" in warned(uploads=[f"{n}.png" for n in range(5)], test_split="0.1")
-    assert "About 1 of 3 images compares:" in warned(uploads=["1.png", "2.jpg", "3.png", "3.txt"], test_split="0.3")
-    assert "About 2 of 54 images compare:" in warned(test_split="1e-320")  # six by that share are more than any number
+    assert "3 to 8 of 54 images will compare:" in warned() and "compare" not in warned(test_split="0.2")
+    assert "2 of 5 images will compare:" in warned(uploads=[f"{n}.png" for n in range(5)], test_split="0.1")
+    assert "1 of 3 images will compare:" in warned(uploads=["1.png", "2.jpg", "3.png", "3.txt"], test_split="0.3")
+    assert "2 of 54 images will compare:" in warned(test_split="1e-320")  # six by that share are more than any number
     assert "compare" not in warned("") and "choose one from the list" in warned("other")
     assert "verdicts need lora among the methods" in warned("", method=["lora_x2", "reslora"])
     goes_on = experiments.plan(Jobs(library, tmp_path / "data"), "which", {"seed": "0 1 2"}, "mine")
@@ -355,7 +355,7 @@ def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(libra
         tab = ExperimentTab(Parts(library, trainings, Studio()))
     values = form.values_of({"seed": [0, 1]}, tab.all_names())
     for name, uploads in (("new", [{"path": str(tmp_path / "red disc.png")}]), ("which", None)):
-        tab.do_plan(name, uploads, "", None, "", *values)
+        list(tab.do_plan(name, uploads, "", None, "", *values))
     stored = Path(planned[0][planned[0].index("--train_data_dir") + 1])
     assert [path.suffix for path in sorted(stored.iterdir())] == [".png", ".txt"]
     assert "--train_data_dir" not in planned[1] and str(library.folder / "which" / "config.json") in planned[1]

@@ -317,7 +317,9 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
     assert trainings.status(run) == "running"
     with pytest.raises(RunError, match="run is training"):
         trainings.start("second", [])
-    assert trainings.stop("run") == "run stops soon; what is trained is kept."  # it has taken all its steps
+    assert (
+        trainings.stop("run") == "run was asked to stop soon; what is trained is saved."
+    )  # it has taken all its steps
     assert trainings.status(run) in ("stopping", "stopped")
     trainings.asked.add(process.pid)
     assert "already" in trainings.stop("run") or ended(process) == 7
@@ -331,7 +333,7 @@ def test_who_is_told_to_stop_by_two_applications_saves(run):
     process = subprocess.Popen([sys.executable, "-c", SAVING, "train_sd.py"], cwd=run.folder, env=environment)
     wait_until(lambda: run.process, "the lock", process)
     for _ in range(2):
-        assert "what is trained is kept" in Jobs(Library(run.folder.parent)).stop("run")
+        assert "what is trained is saved" in Jobs(Library(run.folder.parent)).stop("run")
         wait_until((run.folder / "saving").exists, "the save", process)
     (run.folder / "end").touch()
     assert ended(process) == 128 + signal.SIGTERM and (run.folder / "saved").exists()
@@ -465,7 +467,7 @@ def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, tas
         for request in (SAVE, SAMPLE):
             assert trainings.ask(request) == f"language is of {script}, which cannot be asked for that."
             assert not (run / request).exists()
-        assert "language stops" in trainings.stop("language", Experiment if kind == "experiment" else Run)
+        assert "language was asked to stop" in trainings.stop("language", Experiment if kind == "experiment" else Run)
 
 
 def test_only_trainers_are_stopped():
