@@ -28,7 +28,14 @@ RUNS_SEEN = 1
 AT_REST = STATUS
 """How much of what was seen stays as it is while a trainer merely goes on; the rest is `live`."""
 STYLE, *SCRIPTS = (Path(__file__).with_name(name) for name in ("style.css", "streams.js", "zoom.js"))
-STORE = "run => { sessionStorage.setItem('reslora-%s', %s ?? ''); }"
+# The first tab says that it is selected before anything else has happened, which is no visitor's choice.
+STORE = "run => { if (window.recalled) sessionStorage.setItem('reslora-%s', %s ?? ''); }"
+RECALL = """() => {
+    window.recalled = true;
+    return ['run', 'tab'].map(name => sessionStorage.getItem(`reslora-${name}`));
+}"""
+# Messages are outside of what the style sheet is for: in a corner where they cover no button.
+TOASTS = "<style>@media (min-width: 641px) { .toast-wrap { top: auto !important; bottom: 16px; } }</style>"
 EXPLANATION = (
     "ResLoRA trains LoRA blocks with residual shortcuts between neighbouring layers, then merges them away; "
     "what is left is a plain LoRA. All images in a row have the same caption and seed: only the method differs."
@@ -57,7 +64,7 @@ def look() -> dict:
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
         slider_color="*primary_700", slider_color_dark="*primary_600",
     )  # fmt: skip
-    scripts = "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in SCRIPTS)
+    scripts = TOASTS + "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in SCRIPTS)
     return {"theme": theme, "css_paths": [STYLE], "head": scripts}
 
 
@@ -97,7 +104,7 @@ class Page:
         # The browser stores run and tab, for a page that is loaded again, as after a restart of the application.
         demo.load(
             readable_errors(self.arrive), [self.run, self.summary], [*on_arrival, self.all_tabs],
-            js="() => ['run', 'tab'].map(name => sessionStorage.getItem(`reslora-${name}`))", preprocess=False, **QUIET,
+            js=RECALL, preprocess=False, **QUIET,
         )  # fmt: skip
         self.run.change(None, self.run, None, js=STORE % ("run", "run"), **QUIET)
         for tab, frame in self.frames.items():

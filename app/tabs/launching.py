@@ -13,7 +13,7 @@ from reslora.options.option import Option
 from .. import form, launcher, views
 from ..bases import PIPELINES
 from ..folders import BUNDLED
-from ..handlers import QUIET, named, paths_of, readable_errors
+from ..handlers import NO_PROGRESS, QUIET, named, paths_of, readable_errors
 from ..jobs import RUNNING, WAITING, Entry
 from ..runs import Run
 from ..uploads import store_images
@@ -161,12 +161,13 @@ class LaunchTab(Tab):
         """
         inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
         show, start = (named(readable_errors(do), self.parameters()) for do in (self.do_show, self.do_start))
-        shown = self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", preprocess=False)
+        common = {"preprocess": False, **NO_PROGRESS}  # which would mark each output with an error that a message tells
+        shown = self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", **common)
         shown.failure(lambda: "", None, self.command, **QUIET)  # else it would be that of other settings
         started = [which, self.command, self.start, self.answer]
-        self.start.click(start, inputs, started, api_name=f"{self.id}_start", preprocess=False)
+        self.start.click(start, inputs, started, api_name=f"{self.id}_start", **common)
         plan = named(readable_errors(self.do_plan), self.parameters())
-        self.memory.click(plan, inputs, self.answer, api_name=f"{self.id}_memory", preprocess=False)
+        self.memory.click(plan, inputs, self.answer, api_name=f"{self.id}_memory", **common)
         looked = gr.on(
             [self.folder.change, self.uploads.change], readable_errors(self.show_images), [self.folder, self.uploads],
             self.preview, preprocess=False, **QUIET,
@@ -181,8 +182,12 @@ class LaunchTab(Tab):
         gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % kept, **QUIET)
         # It waits for nothing; what is not queued would show no message of a refusal.
         stop = readable_errors(self.do_stop)
-        self.stop.click(stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None)
-        self.resume.click(readable_errors(self.do_resume), which, self.answer, api_name=f"{self.id}_resume")
+        self.stop.click(
+            stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None, **NO_PROGRESS
+        )
+        self.resume.click(
+            readable_errors(self.do_resume), which, self.answer, api_name=f"{self.id}_resume", **NO_PROGRESS
+        )
 
     def seen(self, run: Run) -> bool:
         """Whether what is started now would wait."""

@@ -12,7 +12,7 @@ from reslora.diffusion.training.stopping import SAMPLE, SAVE
 
 from .. import form, views
 from ..bases import word_of_model
-from ..handlers import QUIET, readable_errors
+from ..handlers import NO_PROGRESS, QUIET, readable_errors
 from ..library import VARYING
 from ..runs import Run, RunError
 from .base import Parts
@@ -74,7 +74,7 @@ class TrainTab(LaunchTab):
         for button, request in ((self.sample_now, SAMPLE), (self.save_now, SAVE)):
             ask = readable_errors(partial(self.ask, request))
             named = f"train_{request.replace('.', '_')}"
-            button.click(ask, None, self.answer, api_name=named, concurrency_limit=None)
+            button.click(ask, None, self.answer, api_name=named, concurrency_limit=None, **NO_PROGRESS)
 
     def fill(self, name: str) -> list:
         """The form with the settings of a preset, or of a run with its images; refuses one whose model has no word."""

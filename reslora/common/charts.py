@@ -23,6 +23,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 Point = tuple[float, float]
 SVG = "http://www.w3.org/2000/svg"
 ElementTree.register_namespace("", SVG)
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")  # by which name alone browsers read it
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "reslora"})  # text stays text; the same every time
 WIDTH, HEIGHT, BOX = 560, 220, (0.1, 0.16, 0.88, 0.8)
 """Of a chart on the page in pixels, and where the axes are in it: left, bottom, width and height as fractions."""

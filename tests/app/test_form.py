@@ -3,7 +3,7 @@
 import pytest
 from app_runs import WRONG, write_run
 
-from app import form
+from app import form, launcher
 from app.jobs import Jobs
 from app.library import Library
 from app.runs import RunError

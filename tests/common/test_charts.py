@@ -32,7 +32,7 @@ def test_points_are_where_their_numbers_say():
 def test_hardly_any_points_are_shown_too(points):
     chart = line_chart("Loss", "step", [Line("a", "#111111", points)])
     ElementTree.fromstring(chart)
-    dots = re.findall(r'<use [^>]*x="([^"]*)" y="([^"]*)"', chart)
+    dots = re.findall(r'<use xlink:href="#[^"]*" x="([^"]*)" y="([^"]*)"', chart)
     assert len(dots) == len(points)
     assert all(0 <= float(x) <= WIDTH and 0 <= float(y) <= HEIGHT for x, y in dots)
 
