@@ -122,7 +122,9 @@ def _svg(title: str, x_title: str, lines: tuple[Line, ...]) -> tuple[str, Point]
     for number, line in enumerate(lines):
         style: dict[str, Any] = {"linestyle": (0, tuple(map(float, line.dash.split())))} if line.dash else {}
         style |= {"marker": "o", "markersize": 5} if len(line.points) <= MOST_DOTS else {}
-        axes.plot(*zip(*line.points, strict=True), color=line.color, linewidth=2, gid=f"line-{number}", **style)
+        axes.plot(
+            *zip(*line.points, strict=True), color=line.color, linewidth=2, clip_on=False, gid=f"line-{number}", **style
+        )
     axes.margins(x=0)
     axes.set_xlabel(x_title, loc="right")
     axes.grid(axis="y", color="gray", alpha=0.35)
