@@ -366,7 +366,7 @@ def speed_rows(found: dict) -> list[list[str]]:
         return [[name, f"{seconds:.2f} s"] for name, seconds in found["seconds"].items()]
     if "cases" in found:
         return [
-            [f"{row['case']}: planned memory", f"{row['ratio']:.3f} of what was allocated"] for row in found["cases"]
+            [f"{row['case']}: planned memory", f"{row['ratio']:.3f} of the allocated memory"] for row in found["cases"]
         ]
     if "scale" in found:
         note = "" if found["quiet"] else " (not a quiet machine)"
