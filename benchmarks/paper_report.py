@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterable
 
 import matplotlib
 import matplotlib.pyplot as plt
+import why_plots
+from matplotlib.figure import Figure
 from measured import RESULTS, ROOT
-from why_report import why_tables
+from why import EXPERIMENTS as OF_WHY
+from why_report import NOT_RUN, alpha_table, records, summary_table, why_tables
 
 from reslora.merges import MERGES as FOR_LINKS
 
@@ -39,10 +42,12 @@ def write(experiments: dict) -> None:
 
 
 def part(name: str, experiments: dict) -> str:
-    """What stands between the marks of that name."""
+    """The content between the marks of that name."""
     special = {
-        "cost": cost_table, "speed": speed_tables, "state": lambda: state(experiments), "why": why_tables,
-        "limits": limits_table,
+        "cost": cost_table, "speed": speed_tables, "not-run": lambda: not_run(experiments), "limits": limits_table,
+        "merging": merging_table, "why": why_tables, "summary": summary_table, "alpha": alpha_table,
+        "forest": lambda: plot_of_all("every comparison with LoRA", why_plots.forest, "why-forest.png"),
+        "rates": lambda: plot_of_all("loss by learning rate and method", why_plots.rates, "why-rates.png"),
     }  # fmt: skip
     return special[name]() if name in special else section(name, experiments)
 
@@ -69,7 +74,7 @@ def section(name: str, experiments: dict) -> str:
     experiment = experiments[name]
     results = results_of(name, experiment.variants)
     if not results:
-        return "*Not run yet.*"
+        return NOT_RUN
     seeds = {len(found) for found in results.values()}
     parts = [f"Seeds per method: {', '.join(map(str, sorted(seeds)))}. Mean ± standard deviation over them."]
     if any(found for found in results.values()):
@@ -83,7 +88,7 @@ def section(name: str, experiments: dict) -> str:
 
 
 def spread(values: list[float], form: str = "{:.4f}") -> str:
-    """Mean and standard deviation; a single value stands alone."""
+    """Mean and standard deviation, or a single value."""
     mean = form.format(statistics.mean(values))
     return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
@@ -107,10 +112,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def limits_table() -> str:
-    """What a merge by least squares keeps and misses, by what it is made from."""
+    """What a merge by least squares retains and misses, by ridge and calibration examples."""
     found = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in (RESULTS / "merge_limits").glob("*.json")]
     if not found:
-        return "*Not run yet.*"
+        return NOT_RUN
     rows = []
     for index, row in enumerate(found[0]):
         if row["merge"] != "lstsq":
@@ -122,8 +127,8 @@ def limits_table() -> str:
             worst.append(max(same["missed"].values()))
         figures = [spread(shares, "{:.1f}") + "%", spread(means, "{:.3f}"), spread(worst, "{:.3f}")]
         rows.append([f"{row['ridge']:g}", str(row["examples"]), f"{row['tokens']:,}", *figures])
-    missed = ["missed, mean block", "missed, worst block"]
-    return table(["ridge", "examples", "tokens", "kept of the loss that none loses", *missed], rows)
+    missed = ["1 - R2, mean block", "1 - R2, worst block"]
+    return table(["ridge", "examples", "tokens", "share of the improvement retained", *missed], rows)
 
 
 # -- convergence (Figure 1, Table 9) -----------------------------------------------------------------------------------
@@ -150,11 +155,11 @@ def convergence(name: str, results: dict[str, list[dict]]) -> str:
         "method",
         "learning rate",
         "validation loss",
-        "minus LoRA's, seed by seed",
+        "paired difference to LoRA",
         *([f"validation {other}"] if other else []),
     ]
     plot = plot_curves(name, results)
-    head.append(f"steps to LoRA's final loss, each at its rate (of {total})")
+    head.append(f"steps to LoRA's final loss, each at its learning rate (of {total})")
     return f"{table(head, rows)}\n\n![validation loss by step]({plot})"
 
 
@@ -242,7 +247,7 @@ def merges(results: dict[str, list[dict]]) -> str:
         parts.append(table([f"final {figure}", "unmerged", *columns], rows))
         shares = [[variant, *(kept(found, figure, merge) for merge in judged)] for variant, found in wired.items()]
         shares = [row for row in shares if set(row[1:]) != {"—"}]
-        parts.append(table([f"kept of the {figure} that none loses", *judged], shares))
+        parts.append(table([f"{figure}: share of the improvement retained", *judged], shares))
     return "\n\n".join(parts)
 
 
@@ -260,6 +265,15 @@ def kept(found: list[dict], figure: str, merge: str) -> str:
             lost = rows["none"][figure] - rows["unmerged"][figure]
             shares.append((rows["none"][figure] - rows[merge][figure]) / lost)
     return spread([100 * share for share in shares], "{:.1f}") + "%" if shares else "—"
+
+
+def merging_table() -> str:
+    """The share that each merge retains, of every task in one table."""
+    rows = []
+    for task in ("svamp", "sst2", "pipeline"):
+        for variant, found in results_of(task, ("is", "ms(4)")).items():
+            rows.append([task, variant, *(kept(found, "loss", merge) for merge in ("input", "weights", "lstsq"))])
+    return table(["task", "shortcut", "`input`", "`weights`", "`lstsq`"], rows) if rows else NOT_RUN
 
 
 def calibration(results: dict[str, list[dict]]) -> str:
@@ -317,7 +331,7 @@ def short(layer: str) -> str:
 def cost_table() -> str:
     path = RESULTS / "cost" / "llm.json"
     if not path.is_file():
-        return "*Not run yet.*"
+        return NOT_RUN
     measured = json.loads(path.read_text(encoding="utf-8"))
     peft = measured.pop("peft")
     rows = []
@@ -339,7 +353,7 @@ def speed_tables() -> str:
         machine = found["machine"]
         where = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
         parts.append(table([f"`{path.parent.name}/{path.stem}`, {where}", ""], speed_rows(found)))
-    return "\n\n".join(parts) or "*Not run yet.*"
+    return "\n\n".join(parts) or NOT_RUN
 
 
 def speed_rows(found: dict) -> list[list[str]]:
@@ -352,7 +366,7 @@ def speed_rows(found: dict) -> list[list[str]]:
         return [[name, f"{seconds:.2f} s"] for name, seconds in found["seconds"].items()]
     if "cases" in found:
         return [
-            [f"{row['case']}: planned memory", f"{row['ratio']:.3f} of what was allocated"] for row in found["cases"]
+            [f"{row['case']}: planned memory", f"{row['ratio']:.3f} of the allocated memory"] for row in found["cases"]
         ]
     if "scale" in found:
         note = "" if found["quiet"] else " (not a quiet machine)"
@@ -404,11 +418,13 @@ def over_rounds(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})" if values else "never"
 
 
-def state(experiments: dict) -> str:
-    """Which experiments have run, in how many trainings."""
-    rows = []
-    for name, experiment in experiments.items():
-        files = list((RESULTS / name).glob("*.json"))
-        done = "measured" if name == "cost" else f"{len(files)} trainings"
-        rows.append([f"`{name}`", experiment.shows, done if files else "not run"])
-    return table(["experiment", "stands beside the paper's", "run"], rows)
+def not_run(experiments: dict) -> str:
+    """Which experiments have a command here and no result, in one sentence."""
+    names = [name for name in experiments if not list((RESULTS / name).glob("*.json"))]
+    names += [name for name in OF_WHY if not (RESULTS / "why" / f"{name}.json").is_file()]
+    return f"Not run: {', '.join(f'`{name}`' for name in names)}."
+
+
+def plot_of_all(shows: str, plot: Callable[[], Figure], name: str) -> str:
+    """A plot of all experiments of `why.py`, as an image."""
+    return f"![{shows}]({saved(plot(), name)})" if records() else NOT_RUN

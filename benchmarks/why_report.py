@@ -1,11 +1,13 @@
-"""Tables of what `why.py run` has found: the labels of each experiment, and the pairs that decide its hypotheses."""
+"""Tables of what `why.py run` has found: a summary, the labels of each experiment, and the pairs of its hypotheses."""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from measured import ROOT
@@ -14,11 +16,14 @@ from why import EXPERIMENTS, KEPT, Experiment
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.loading import Model
 from reslora.diffusion.refusals import read_index
+from reslora.experiment.record import Verdict
 from reslora.experiment.statistics import rerun, tested, verdicts
 
 SHORTCUTS = ("input", "block(4)", "middle(4)")
 WIRED = ("reslora", *(f"reslora {kind}" for kind in SHORTCUTS))  # the first where an experiment has one kind alone
-# Which label stands beside which, by hypothesis: a shortcut beside LoRA at its scale, its placebo, and larger alphas.
+NOT_RUN = "*Not run yet.*"
+ENDED = ("finished", "failed")
+# Which label is compared with which, by hypothesis: a shortcut with LoRA at its scale, its placebo, and larger alphas.
 PAIRS = {
     "scale": {f"reslora {kind}": f"lora_matched {kind}" for kind in SHORTCUTS},
     "information": {"reslora input": "is_placebo", "reslora middle(4)": "ms_placebo"},
@@ -27,23 +32,77 @@ PAIRS = {
 }
 
 
-def why_tables() -> str:
-    """A section of every experiment that has run, at least in part."""
+class Kept(NamedTuple):
+    """An experiment that has run, at least in part."""
+
+    title: str
+    record: dict
+    unit: str
+    """What it is trained on: images or examples."""
+
+
+def records() -> list[Kept]:
+    """All of them in their order; after each the same with a bundled pipeline that has been replaced since."""
     found = []
     for name, experiment in EXPERIMENTS.items():
-        path = KEPT / f"{name}.json"
-        if path.is_file():
-            kind = "images" if experiment.script == "train_sd.py" else "examples"
-            record = json.loads(path.read_text(encoding="utf-8"))
-            found.append(section(experiment.shows + when(experiment, record), record, kind))
-    return "\n\n".join(found) or "*Not run yet.*"
+        unit = "images" if experiment.script == "train_sd.py" else "examples"
+        for path in (KEPT / f"{name}.json", KEPT / f"{name}-before.json"):
+            if path.is_file():
+                record = json.loads(path.read_text(encoding="utf-8"))
+                title = experiment.shows + when(experiment, record)
+                found.append(Kept(title[:1].upper() + title[1:], record, unit))
+    return found
+
+
+def why_tables() -> str:
+    """A section of every experiment that has run."""
+    return "\n\n".join(section(*each) for each in records()) or NOT_RUN
+
+
+def summary_table() -> str:
+    """A row of every experiment: what is significant, and the shortcut with the lowest loss."""
+    rows = []
+    for title, record, _ in records():
+        found = to_lora(tested(record["arms"], record["chosen"]))
+        of_shortcuts = [verdict for verdict in found if verdict["label"].startswith("reslora")]
+        lowest = min(of_shortcuts, key=lambda verdict: verdict["relative"], default=None)
+        ended = [arm for arm in record["arms"] if arm["status"] in ENDED]
+        seeds = sorted({verdict["seeds"] for verdict in found})
+        cells = [title, str(len(ended)), f"{sum(arm['seconds'] for arm in ended) / 3600:.1f}", str(record["readings"])]
+        cells.append(" to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))))
+        for which in ("better", "worse"):
+            cells.append(f"{sum(verdict['conclusion'] == which for verdict in found)} of {len(found)}")
+        difference, interval, _, detectable = compared(lowest)
+        cells += [lowest["label"] if lowest else "", difference, interval, detectable]
+        rows.append("| " + " | ".join(cells) + " |")
+    head = ["experiment", "runs", "hours", "test reads", "seeds", "below LoRA", "above LoRA"]
+    head += ["lowest shortcut", "difference", "95% CI", "MDE"]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows]) if rows else NOT_RUN
+
+
+def alpha_table() -> str:
+    """The learning rates that were chosen with LoRA's alpha, twice and four times it."""
+    labels, rows = ("lora", "lora_x2", "lora_x4"), []
+    for title, record, _ in records():
+        found = [record["chosen"][label]["learning_rate"] for label in labels if label in record["chosen"]]
+        if len(found) > 1:
+            cells = [f"{rate:g}" for rate in found] + [""] * (3 - len(found))
+            half = "yes" if math.isclose(2 * found[1], found[0]) else "no"
+            rows.append("| " + " | ".join([title, *cells, half]) + " |")
+    head = "| experiment | alpha | twice | four times | half the learning rate with twice the alpha |"
+    return "\n".join([head, "|---" * 5 + "|", *rows]) if rows else NOT_RUN
+
+
+def to_lora(tests: Mapping[str, np.ndarray]) -> list[Verdict]:
+    """Every label compared with LoRA, corrected together."""
+    return verdicts(tests, {label: "lora" for label in tests if label != "lora" and "lora" in tests})
 
 
 def when(experiment: Experiment, record: Mapping) -> str:
-    """That it was trained from a pipeline which has been exchanged since, if so."""
+    """Whether it was trained from a bundled pipeline that has been replaced since."""
     used = record.get("identity", {}).get("model", "")
     bundled = [flag for flag in experiment.flags if flag.startswith("assets/pipeline")]
-    return " (as it was bundled before)" if bundled and used and used != content(ROOT / bundled[0]) else ""
+    return " (previous weights)" if bundled and used and used != content(ROOT / bundled[0]) else ""
 
 
 @functools.cache
@@ -53,14 +112,14 @@ def content(pipeline: Path) -> str:
     return Model(pipeline, family, str(pipeline)).fingerprint()
 
 
-def section(what: str, record: dict, kind: str = "images") -> str:
-    """One experiment's labels, then its pairs; `kind`: of what it learns from."""
+def section(title: str, record: dict, unit: str = "images") -> str:
+    """One experiment's labels, then its pairs."""
     arms, split = record["arms"], record["split"]
-    ended = [arm for arm in arms if arm["status"] in ("finished", "failed")]
+    ended = [arm for arm in arms if arm["status"] in ENDED]
     # Earlier records of images have the whole part, of which no more were measured.
     select = min(split["select"], record["settings"].get("max_validation_images") or split["select"])
-    parts = f"{split['train']} {kind} trained on, {select} that choose, {split['test']} that compare"
-    lines = [f"**{what[:1].upper()}{what[1:]}.** {len(ended)} of {len(arms)} arms; {parts}."]
+    parts = f"{split['train']} training {unit}, {select} in the selection split, {split['test']} in the test split"
+    lines = [f"**{title}.** {len(ended)} of {len(arms)} runs; {parts}."]
     tests = tested(arms, record["chosen"])
     if tests:
         lines += [label_table(record, tests), rerun_line(tests), pair_table(tests)]
@@ -68,15 +127,12 @@ def section(what: str, record: dict, kind: str = "images") -> str:
 
 
 def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
-    """Each label's chosen rate and checkpoint, its test loss, and LoRA beside it."""
-    references = {label: "lora" for label in tests if label != "lora" and "lora" in tests}
-    said = {verdict["label"]: verdict for verdict in verdicts(tests, references)}
-    rows = [
-        "| | rate | step | seeds | test loss | one more seed | beside LoRA | 95% | one more seed | could have shown |"
-    ]
+    """Each label's chosen learning rate and checkpoint, its test loss, and its difference to LoRA."""
+    found = {verdict["label"]: verdict for verdict in to_lora(tests)}
+    rows = ["| | learning rate | step | seeds | test loss | 95% PI | to LoRA | 95% CI | 95% PI | MDE |"]
     rows.append("|---" * 10 + "|")
     for label, losses in sorted(tests.items(), key=lambda item: np.nanmean(item[1])):
-        choice, verdict = record["chosen"][label], said.get(label)
+        choice, verdict = record["chosen"][label], found.get(label)
         rate = f"{choice['learning_rate']:g}" + (" (end of the grid)" if choice["at_end"] else "")
         of_seeds = losses[np.isfinite(losses).all(1)].mean(1)
         cells = [label, rate, str(choice["step"]), str(len(of_seeds)), f"{of_seeds.mean():.4f}"]
@@ -86,7 +142,7 @@ def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
 
 
 def rerun_line(tests: dict[str, np.ndarray]) -> str:
-    """How often a seed, as a rerun, falls into what the others state for one more seed, and for the mean of all."""
+    """How often one seed is in the prediction interval of the others, and in the confidence interval of their mean."""
     references = {label: "lora" for label in tests if label != "lora"}
     seeds = min(len(losses) for losses in tests.values())
     if "lora" not in tests or not references or seeds < 3:
@@ -104,9 +160,9 @@ def rerun_line(tests: dict[str, np.ndarray]) -> str:
             if np.isfinite(again) and stated:
                 losses_of_one.append(within(again, stated))
     return (
-        f"Each seed as a rerun: {sum(losses_of_one)} of {len(losses_of_one)} test losses and {sum(of_one)} of "
-        f"{len(of_one)} differences to LoRA lie within what the other seeds state for one more seed (95%); "
-        f"{sum(of_mean)} differences within the interval of the mean."
+        f"Leaving one seed out: {sum(losses_of_one)} of {len(losses_of_one)} test losses and {sum(of_one)} of "
+        f"{len(of_one)} differences to LoRA lie within the prediction interval (PI) of the other seeds, and "
+        f"{sum(of_mean)} differences within the confidence interval (CI) of their mean."
     )
 
 
@@ -121,7 +177,7 @@ def ends(stated: tuple[float, float] | None, form: str) -> str:
 
 
 def compared(verdict: Mapping | None) -> list[str]:
-    """Difference, intervals and detectable size in percent; stars where Holm's correction leaves it standing."""
+    """Difference, intervals and minimum detectable effect in percent; bold if significant after Holm's correction."""
     if verdict is None:
         return [""] * 4
     star = "**" if verdict["conclusion"] in ("better", "worse") else ""
@@ -143,5 +199,5 @@ def pair_table(tests: dict[str, np.ndarray]) -> str:
             )
     if not rows:
         return ""
-    head = "| question | label | beside | difference | 95% | one more seed | could have shown |"
+    head = "| question | label | compared with | difference | 95% CI | 95% PI | MDE |"
     return "\n".join([head, "|---" * 7 + "|", *rows])
