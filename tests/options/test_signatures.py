@@ -29,7 +29,7 @@ SEE_ALL = {
     "reslora/diffusion/experiment/run.py": "open_study take_folder going_on with_varied check_folder check_same "
     "check_variants",
     # the application's form
-    "app/launcher.py": "resolved",
+    "app/jobs.py": "resolved",
     "app/bases.py": "options",
     "app/image_folders.py": "Images options_of _flags images state_of read with_masks whole_line images_of unread "
     "buckets_of",
