@@ -430,6 +430,7 @@ def test_a_base_that_does_not_match_is_refused_and_stays_bare(llama, tmp_path, b
     assert not adapter_layers(target)
 
 
+@pytest.mark.exhaustive
 def test_a_refused_base_takes_the_right_adapter_afterwards(llama, tmp_path):
     saved(llama, tmp_path / "bad", steps=1)
     rewrite(tmp_path / "bad", without_a_key)

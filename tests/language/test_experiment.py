@@ -212,6 +212,7 @@ def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_rem
     assert [arm["test"] for arm in record(output)["arms"]] == [arm["test"] for arm in record(whole[0])["arms"]]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("moment", ["measured", "restored"])
 def test_an_experiment_whose_folder_is_moved_writes_nothing_more(common, whole, tmp_path, monkeypatch, capsys, moment):
     """In the test of an arm, or before the adapter of the best is exported."""

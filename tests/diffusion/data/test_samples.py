@@ -118,6 +118,7 @@ def test_validation_loss_is_without_the_noise_offset(with_and_without_offset):
     assert after[1, "train"] != before[1, "train"]
 
 
+@pytest.mark.exhaustive
 def test_the_loss_is_weighted_in_training_alone(pure_noise, with_and_without_offset, tmp_path):
     """A millionth of the image is left: for v the min-SNR weight is snr / (snr + 1), a millionth too."""
     assert main(*pure_noise, "--snr_gamma", 5, "--output_dir", tmp_path / "out") == 0

@@ -187,6 +187,7 @@ def test_named_checkpoint_that_is_damaged_is_refused(runs, whole, tmp_path, dama
     assert "--resume_from_checkpoint" in runs.last_line() and "damaged" in runs.last_line()
 
 
+@pytest.mark.exhaustive
 def test_where_no_checkpoint_is_whole_nothing_is_trained_over_them(runs, whole, tmp_path):
     """Weeks of training may be in them: to start afresh is for the user to say."""
     output = tmp_path / "out"
@@ -297,6 +298,7 @@ def test_only_the_newest_checkpoints_are_kept(base_flags, tmp_path):
     assert len(list((tmp_path / "out" / "lora").glob("checkpoint-*"))) == 2
 
 
+@pytest.mark.exhaustive
 def test_rotation_keeps_the_newest_and_leaves_the_rest_alone(runs, tmp_path):
     """Neither stray folders nor unfinished checkpoints are counted or removed."""
     method = tmp_path / "out" / "reslora"

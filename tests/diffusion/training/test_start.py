@@ -136,6 +136,7 @@ def test_training_goes_on_from_the_file(run, files):
     assert config["rank"] == 2 and config["init_lora"] == str(files / "kohya.safetensors")
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_run_equals_an_uninterrupted_one(run, flags, files, tmp_path, monkeypatch):
     """By its own configuration, from any folder: it holds the layers, rank and alpha that the file gave, and where."""
     first = [*without(without(flags, "--max_train_steps"), "--init_lora"), "--output_dir", tmp_path / "out"]

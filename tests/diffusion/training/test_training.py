@@ -61,6 +61,7 @@ def test_memory_that_runs_out_leaves_the_checkpoints_and_says_which(brief_flags,
     assert main(*without(brief_flags, "--max_train_steps"), *steps, "--output_dir", output, *RESUME) == 0
 
 
+@pytest.mark.exhaustive
 def test_same_seed_gives_the_same_bytes(run, base_flags, tmp_path):
     output = tmp_path / "again"
     assert main(*base_flags, "--method", "reslora", "--output_dir", output) == 0
@@ -345,6 +346,7 @@ def test_sigterm_to_the_whole_group_saves_too(runs, tmp_path):
     assert len(list((tmp_path / "reslora").glob("checkpoint-*"))) == 1
 
 
+@pytest.mark.exhaustive
 def test_signals_are_heard_even_where_they_were_ignored_at_the_start(runs, tmp_path):
     """`nohup python train_sd.py &` and many build services start their children with SIGINT ignored."""
     process = runs.start(tmp_path, *LONG, first=ignore_sigint)
