@@ -239,10 +239,12 @@ def test_autocast_with_fp32_adapters_is_as_precise_as_the_equation_under_autocas
         assert relative(ours[n], exact[n]) < 2 * relative(theirs[n], exact[n]) + 0.01
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "base, adapter",
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+    quick(
+        [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+        (torch.bfloat16, torch.float32),
+    ),
 )
 @one_each
 def test_mixed_dtypes_without_autocast_keep_the_base_dtype(llama, base, adapter, shortcut, pre_num, head):
