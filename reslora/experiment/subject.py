@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 import torch
 
 from ..common.signals import StopRequest
-from ..common.status import Status
 from ..files import read_object, write_json
 from ..words import counted
 from .arms import Arm
@@ -32,7 +31,6 @@ class Subject(ABC):
     stop: StopRequest
     device: torch.device
     """On which arms are trained."""
-    status: Status = Status()  # which nobody writes
 
     @property
     @abstractmethod
@@ -51,15 +49,18 @@ class Subject(ABC):
         """A line where too few images or examples compare."""
         return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
 
+    def say(self, phase: str, name: str = "") -> None:  # noqa: B027 - not every run has a status
+        """Reports in the run's status what is done now, with the arm that `name` is of."""
+
     def goes_on(self, ended: int, total: int) -> None:
         """Reports in the status how many arms have ended, where they are trained at once."""
-        self.status.say(f"training, {ended} of {counted(total, 'arm')} ended")
+        self.say(f"training, {ended} of {counted(total, 'arm')} ended")
 
     def begins(self, phase: str, arm: Arm) -> None:
         """Reports what is done with an arm next; raises `Stopped` where a stop was asked for. Like what follows, of the
         main process alone."""
         self.stop.check(COMPARING)
-        self.status.say(phase, self.course.name_of(arm))
+        self.say(phase, self.course.name_of(arm))
 
     @abstractmethod
     def measured(self, arm: Arm, step: int) -> dict:

@@ -110,7 +110,7 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         note_settings(asked.flat(), schedule, context.accelerator, write=not orders)
         course, study = Course(asked, began), ImageStudy(schedule, identity, context, pipeline, material)
         context.accelerator.print(f"{counted(len(course.arms()), 'arm')} of {counted(schedule.steps, 'step')}; {parts}")
-        yield Bench(course, study, materials, parts, content, stop, context.status, context.accelerator.device)
+        yield Bench(course, study, materials, parts, content, stop, context.accelerator.device)
         context.accelerator.end_training()
 
 
@@ -230,10 +230,12 @@ class Bench(Subject):
     content: str
     """Of the parts."""
     stop: StopRequest
-    status: Status
     device: torch.device
     prog: str = "train_sd.py"
     about: About = IMAGES
+
+    def say(self, phase: str, name: str = "") -> None:
+        self.study.context.status.say(phase, name)
 
     def study_of(self, arm: Arm) -> ImageStudy:
         """As a plain run of the arm has it, but that one checkpoint is kept unless more are asked for."""

@@ -389,7 +389,7 @@ def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
 def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
     course = Course(parse_args([*SMALL, "--output_dir", str(tmp_path)]))
     context = SimpleNamespace(stop=StopRequest(), status=Status(tmp_path))
-    bench = run.Bench(course, SimpleNamespace(), {}, SimpleNamespace(), context.stop, context.status, None)
+    bench = run.Bench(course, SimpleNamespace(context=context), {}, SimpleNamespace(), "", context.stop, None)
     bench.begins("testing (1 of 2)", course.arms()[0])
     assert activity(read_object(tmp_path / STATUS)) == "lora/lr-0.01/seed-0, testing (1 of 2)"
     context.stop.signal = signal.SIGTERM
