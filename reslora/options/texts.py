@@ -238,6 +238,9 @@ class TextOptions(RunOptions):
     """Other options of `TrainingArguments` that are given."""
 
     switches_take_values: ClassVar[bool] = True
+    shared_titles: ClassVar[Mapping[str, str]] = {
+        "adapter": "method", "training": "training", "experiment": "experiments",
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -247,9 +250,7 @@ class LlmOptions(TextOptions):
     task: LlmTaskOptions = field(default_factory=LlmTaskOptions)
     training: LlmTrainingOptions = field(default_factory=LlmTrainingOptions)
 
-    titles: ClassVar[Mapping[str, str]] = {
-        "task": "model and task", "adapter": "method", "training": "training", "experiment": "experiments",
-    }  # fmt: skip
+    titles: ClassVar[Mapping[str, str]] = {"task": "model and task", **TextOptions.shared_titles}
 
 
 @dataclass(frozen=True)
@@ -261,9 +262,7 @@ class GlueOptions(TextOptions):
     adapter: GlueMethodOptions = field(default_factory=GlueMethodOptions)
     training: GlueTrainingOptions = field(default_factory=GlueTrainingOptions)
 
-    titles: ClassVar[Mapping[str, str]] = {
-        "data": "task", "model": "model", "adapter": "method", "training": "training", "experiment": "experiments",
-    }  # fmt: skip
+    titles: ClassVar[Mapping[str, str]] = {"data": "task", "model": "model", **TextOptions.shared_titles}
 
 
 T = TypeVar("T", bound=TextOptions)
