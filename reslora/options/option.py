@@ -142,8 +142,8 @@ def option(
     return dataclasses.field(**fill, metadata={"option": make, "name": name})
 
 
-free = functools.partial(option, resume="free")
-"""The same of an option that a resumed run may have another value of."""
+free, shown, by_content = (functools.partial(option, resume=resume) for resume in ("free", "shown", "content"))
+"""The same of options that a resumed run may have other values of; see `Resume`."""
 
 
 class Again(dict):
