@@ -239,7 +239,7 @@ def power(experiments: int) -> dict:
         level = level_of(1) / stated.counts[0]  # where nothing is significant
         first = stated.spreads[0]
         sizes = np.array(
-            [detectable(Spread(first.squares[:, i], first.degrees, first.count), level) for i in range(ESTIMATED)]
+            [detectable(Spread(first.squares[:, i], first.degrees, first.number), level) for i in range(ESTIMATED)]
         )
         again = Pairs(losses_of(random, (experiments, seeds, 20), variances, [1] * labels))
         needed = again.halves(level)[0]
@@ -258,12 +258,12 @@ def expectation(experiments: int) -> dict:
         random = np.random.default_rng([labels, seeds])
         pairs = Pairs(losses_of(random, (experiments, seeds, 20), variances, [1] * labels))
         level, first = level_of(1) / pairs.counts[0], pairs.spreads[0]
-        middle = Spread(np.median(first.squares, 1), first.degrees, first.count)
+        middle = Spread(np.median(first.squares, 1), first.degrees, first.number)
         true = times * detectable(middle, level)
         means = pairs.means[0] + true
         claimed = np.flatnonzero(means > pairs.halves(level)[0])[:ESTIMATED]
         given = [
-            expected(means[i], Spread(first.squares[:, i], first.degrees, first.count), level) / true for i in claimed
+            expected(means[i], Spread(first.squares[:, i], first.degrees, first.number), level) / true for i in claimed
         ]
         row = {"labels": labels, "seeds": seeds, "variances": variances, "true_over_detectable": times}
         row["claimed_over_true"] = float(np.mean(means[claimed]) / true)

@@ -110,9 +110,9 @@ def check_values(grid: Grid) -> None:
             fix = "add reslora with --shortcut block or middle, or give one"
             raise InvalidArgument(f"{grid.flag(name)} {as_typed(grid.varied[name])}", problem, fix)
     experiment = grid.base.experiment
-    seeds, rates = grid.values("seed"), len(grid.rates)
-    others = len(seeds) - len(choosing_of(seeds, rates))
-    check_at_once(experiment.arms_at_once or 1, len(labels) * (rates * (len(seeds) - others) + others))
+    seeds = grid.values("seed")
+    choosing = len(choosing_of(seeds, len(grid.rates)))
+    check_at_once(experiment.arms_at_once or 1, len(labels) * (len(grid.rates) * choosing + len(seeds) - choosing))
     if experiment.extend_rates and len(grid.rates) == 1:
         raise InvalidArgument("--extend_rates", "one rate says no next one", "give two or more as --learning_rate")
     if experiment.extend_rates:

@@ -135,7 +135,7 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
     verdicts = experiment["verdicts"]
     rows = []
     for verdict in verdicts:
-        detectable, expected, gain = (verdict.get(name) for name in ("detectable", "expected", "of_gain"))
+        detectable, expected, gain = verdict["detectable"], verdict.get("expected"), verdict.get("of_gain")
         rows.append(
             [
                 escape(verdict["label"]),
@@ -200,7 +200,7 @@ def lead(experiment: Experiment, unit: str) -> str:
     if not best:
         return ""
     what = f"Use {best['label']} at learning rate {rate(best['learning_rate'])}, {best['step']} steps"
-    return f'<p class="lead"><b>{escape(what)}.</b> {escape(certainty(experiment, unit))}</p>'
+    return f'<p class="lead"><b>{escape(what)}.</b> {escape(certainty(experiment, best["label"], unit))}</p>'
 
 
 def what_to_use(experiment: Experiment, about: About) -> str:
@@ -224,9 +224,9 @@ def what_to_use(experiment: Experiment, about: About) -> str:
     return found
 
 
-def certainty(experiment: Experiment, unit: str) -> str:
-    """Return how sure it is that the best run's method is the best one; empty where nothing is compared."""
-    label, ranking = experiment["best"]["label"], experiment.get("ranking")
+def certainty(experiment: Experiment, label: str, unit: str) -> str:
+    """Return how sure it is that a method is the best one; empty where nothing is compared."""
+    ranking = experiment.get("ranking")
     others = [name for name in (ranking or {"best": ()})["best"] if name != label]
     if ranking and others and label in ranking["best"]:
         return f"As far as this experiment can tell {', '.join(others)} {'do' if len(others) > 1 else 'does'} as well."

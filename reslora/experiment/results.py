@@ -59,9 +59,9 @@ class Results:
         labels = {arm.label for arm in judged}
         self.chosen = {label: choice for label, choice in there["chosen"].items() if label in labels}
         self.verdicts = [each for each in there["verdicts"] if {each["label"], each["reference"]} <= labels]
-        ranking = there.get("ranking") or {"best": [None], "worse": []}
-        if {*ranking["best"], *(each["label"] for each in ranking["worse"])} <= labels:
-            self.ranking = ranking
+        ranked = there.get("ranking")
+        if ranked and {*ranked["best"], *(each["label"] for each in ranked["worse"])} <= labels:
+            self.ranking = ranked
         tests = {Arm(arm["label"], arm["learning_rate"], arm["seed"]): arm["test"] for arm in there["arms"]}
         self.tests = {arm: test for arm, test in tests.items() if test and arm in judged}
         self.notes += there["notes"][there.get("beforehand", 0) :]

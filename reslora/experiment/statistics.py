@@ -55,13 +55,13 @@ class Spread(NamedTuple):
     """The three mean squares, 3 x any shape of experiments."""
     degrees: np.ndarray
     """Their degrees of freedom, 3."""
-    count: int
+    number: int
     """How many differences there are: seeds times images."""
 
     @property
     def error(self) -> np.ndarray:
         """The standard error of the mean difference."""
-        return np.sqrt(_sum(*self.squares) / self.count)
+        return np.sqrt(_sum(*self.squares) / self.number)
 
 
 def spread_of(differences: np.ndarray) -> Spread:
@@ -77,7 +77,7 @@ def spread_of(differences: np.ndarray) -> Spread:
     return Spread(np.stack([total / df for total, df in zip(sums, degrees, strict=True)]), degrees, seeds * images)
 
 
-def moderated(spread: Spread, shared: np.ndarray, labels: int) -> Spread:
+def moderated(spread: Spread, shared: np.ndarray | float, labels: int) -> Spread:
     """Return a pair's spread with its mean square of seeds drawn toward `shared`, the mean of all pairs of labels.
 
     Few seeds say little about how much seeds differ, and that is much the same for all methods (limma does so for
@@ -87,7 +87,7 @@ def moderated(spread: Spread, shared: np.ndarray, labels: int) -> Spread:
     own = spread.degrees[0]
     more = min(PRIOR, (labels - 2) * own)
     seeds = (own * spread.squares[0] + more * shared) / (own + more)
-    return Spread(np.stack([seeds, *spread.squares[1:]]), np.array([own + more, *spread.degrees[1:]]), spread.count)
+    return Spread(np.stack([seeds, *spread.squares[1:]]), np.array([own + more, *spread.degrees[1:]]), spread.number)
 
 
 def half_width(spread: Spread, level: float) -> np.ndarray:
@@ -98,7 +98,7 @@ def half_width(spread: Spread, level: float) -> np.ndarray:
     with Satterthwaite's degrees of freedom, claims too much at the levels that a correction asks of few seeds.
     """
     students = np.square(special.stdtrit(spread.degrees, level / 2))
-    return np.sqrt(_sum(*(t * square for t, square in zip(students, spread.squares, strict=True))) / spread.count)
+    return np.sqrt(_sum(*(t * square for t, square in zip(students, spread.squares, strict=True))) / spread.number)
 
 
 def _sum(seeds: np.ndarray, images: np.ndarray, rest: np.ndarray) -> np.ndarray:
@@ -126,10 +126,10 @@ def detectable(spread: Spread, level: float) -> float:
     degrees, random = spread.degrees, np.random.default_rng(0)
     chances, again = random.chisquare(degrees[:, None], (2, 3, SIMULATED)) / degrees[:, None]
     true = spread.squares[:, None] / chances
-    error = np.sqrt(_sum(*true) / spread.count)
+    error = np.sqrt(_sum(*true) / spread.number)
     if not error.any():
         return 0.0
-    needed = half_width(Spread(again * true, degrees, spread.count), level)
+    needed = half_width(Spread(again * true, degrees, spread.number), level)
 
     def lacking(difference: float) -> float:
         return POWER - float(special.ndtr((difference - needed) / error).mean())

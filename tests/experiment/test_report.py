@@ -432,6 +432,6 @@ def test_what_to_use_says_how_sure_it_is_and_how_each_file_is_used(experiment, f
 )
 def test_how_sure_it_is(best, conclusion, words):
     verdicts = [{"label": "a", "reference": "lora", "conclusion": conclusion}] if conclusion else []
-    found = {"best": {"label": "a"}, "ranking": {"best": best} if best else None, "verdicts": verdicts}
-    said = report.certainty(found, "image")
+    found = {"ranking": {"best": best} if best else None, "verdicts": verdicts}
+    said = report.certainty(found, "a", "image")
     assert said.startswith(words) and bool(said) == bool(words)

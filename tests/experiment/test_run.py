@@ -265,11 +265,11 @@ def test_a_stop_is_heeded_between_two_arms_that_are_tested(tmp_path, capsys):
     folder = tmp_path / "out"
     go(folder, stopped="begins")
     (tested,) = folder.glob("**/tested")
-    first, *_ = (line for line in capsys.readouterr().out.splitlines() if "testing" in line)
+    first, *_ = (line for line in capsys.readouterr().out.splitlines() if "testing (" in line)
     assert first == f"{tested.parent.relative_to(folder).as_posix()}: testing (1 of 6)"
     assert Experiment("out", folder).progress == (12, 12)
     go(folder)
-    said = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines() if "testing" in line]
+    said = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines() if "testing (" in line]
     assert said == [f"testing ({number} of 6)" for number in range(2, 7)]
 
 
@@ -293,7 +293,7 @@ def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
     rates = ("--learning_rate", "6.4e-3", "12.8e-3")
     record, _ = go(tmp_path / "other", *rates, "--extend_rates")
     advised = [note for note in record["notes"] if "was tried" in note]
-    assert len(record["arms"]) == 3 * 5 * 2 and len(advised) == 3
+    assert len(record["arms"]) == 3 * (5 + 1) and len(advised) == 3
     tried = ["0.0004", "0.0008", "0.0016", "0.0032", "0.0064", "0.0128"]
     assert all(
         note.endswith(f", 0.0008, and a lower one may do better; --learning_rate {' '.join(tried)}") for note in advised

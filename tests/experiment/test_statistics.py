@@ -103,7 +103,7 @@ def test_mean_squares_by_hand():
     spread = spread_of(FOUR)
     rest = sum((FOUR[s, i] - FOUR[s].mean() - FOUR[:, i].mean() + 4) ** 2 for s in range(2) for i in range(3))
     assert spread.squares == pytest.approx([3 * (1 + 1) / 1, 2 * (4 + 0 + 4) / 2, rest / 2])
-    assert list(spread.degrees) == [1, 2, 2] and spread.count == 6
+    assert list(spread.degrees) == [1, 2, 2] and spread.number == 6
 
 
 def test_half_width_by_hand():
@@ -139,7 +139,7 @@ def test_seeds_of_a_pair_are_moderated_by_hand():
     for labels, more in ((2, 0), (3, 2), (9, PRIOR)):
         found = moderated(spread, 3.0, labels)
         assert found.squares == pytest.approx([(2 * 6 + more * 3) / (2 + more), 2, 1])
-        assert list(found.degrees) == [2 + more, 9, 18] and found.count == 30
+        assert list(found.degrees) == [2 + more, 9, 18] and found.number == 30
 
 
 def test_every_reading_spends_a_part_of_the_level():

@@ -56,14 +56,10 @@ def base_series(experiment: Experiment, measured: Mapping[tuple[str, int], list[
     """Return the base model's difference to the first reference, by timestep, in percent; nothing if not known."""
     base, verdicts = experiment.get("base"), experiment["verdicts"]
     theirs = [losses for (name, _), losses in measured.items() if verdicts and name == verdicts[0]["reference"]]
-    if not base or not theirs or None in base["by_timestep"]:
+    if not base or not theirs:
         return []
-    points = [
-        (timestep, 100 * (loss / statistics.fmean(losses) - 1))
-        for timestep, loss, losses in zip(
-            experiment["timesteps"], base["by_timestep"], zip(*theirs, strict=True), strict=True
-        )
-    ]
+    places = zip(experiment["timesteps"], base["by_timestep"], zip(*theirs, strict=True), strict=True)
+    points = [(timestep, 100 * (loss / statistics.fmean(losses) - 1)) for timestep, loss, losses in places if loss]
     return [Series(BASE, number, points, points)]
 
 
