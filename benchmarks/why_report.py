@@ -185,7 +185,8 @@ def compared(verdict: Mapping | None) -> list[str]:
     if verdict["interval"] is None:
         return [difference, "", ends(verdict["rerun"], "+.2f"), ""]
     stated = (ends(verdict[name], "+.2f") for name in ("interval", "rerun"))
-    return [difference, *stated, f"{verdict['detectable']:.2f}%"]
+    detectable = verdict["detectable"]
+    return [difference, *stated, "" if detectable is None else f"{detectable:.2f}%"]
 
 
 def pair_table(tests: dict[str, np.ndarray]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from reslora.diffusion.settings import build_parser
-from reslora.experiment.statistics import half_width, rerun, spread_of
+from reslora.experiment.statistics import half_width, level_of, rerun, spread_of
 from reslora.language.arguments import read
 from reslora.options.texts import GlueOptions, LlmOptions
 
@@ -97,7 +97,7 @@ def test_a_shortcut_stands_beside_its_placebo_seed_by_seed_and_image_by_image():
     (why.KEPT / "unet.json").write_text(json.dumps(record(arms)))
     ours, theirs = map(np.array, losses.values())
     percent = 100 / theirs.mean()
-    mean, half = (ours - theirs).mean() * percent, half_width(spread_of(ours - theirs), 0.05) * percent
+    mean, half = (ours - theirs).mean() * percent, half_width(spread_of(ours - theirs), level_of(1)) * percent
     row = next(line for line in why_report.why_tables().splitlines() if line.startswith("| information"))
     low, high = rerun(percent * (ours - theirs).mean(1))
     cells = [cell.strip() for cell in row.split("|")][2:-2]
