@@ -391,6 +391,7 @@ def test_damaged_images_and_duplicates_are_marked_once_all_are_opened(edits, tmp
         (folder / f"{name}.txt").write_text(name)
     images = edits.look("set")
     assert edits.looks.alike(images) == {} and not edits.shown(images, LEFT_OUT)
+    assert "opens every image, and finds further damaged ones" in cards.summary(edits, images, 10)
     assert list(edits.check(images)) == [0, 10]
     assert {name: line for name, (_, line) in edits.looks.alike(images).items()} == {
         "copy.png": "the same image as a.png", "near.jpg": "looks like a.png",
