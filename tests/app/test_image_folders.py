@@ -357,6 +357,10 @@ def test_trash_that_cannot_come_back_stays(edits, tmp_path):
     with pytest.raises(RunError, match=r"1\.txt is there again"):
         edits.undo(edits.look("set"))
     assert (folder / "1.txt").read_text() == "another one" and not (folder / "1.png").exists()
+    place = next(changes.changes(edits.look("set").folder)).place
+    (place / "1.png").rename(folder / "1.png")
+    with pytest.raises(RunError, match=r"1\.txt is there again"):  # though a part has been put back by hand
+        edits.undo(edits.look("set"))
     (folder / "1.txt").unlink()
     edits.undo(edits.look("set"))
     assert (folder / "1.png").exists() and (folder / "1.txt").exists() and not (folder / TRASH).exists()
