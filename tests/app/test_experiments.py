@@ -355,7 +355,8 @@ def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(libra
         tab = ExperimentTab(Parts(library, trainings, Studio()))
     values = form.values_of({"seed": [0, 1]}, tab.all_names())
     for name, uploads in (("new", [{"path": str(tmp_path / "red disc.png")}]), ("which", None)):
-        list(tab.do_plan(name, uploads, "", None, "", *values))
+        first, _ = tab.do_plan(name, uploads, "", None, "", *values)
+        assert "some seconds" in first
     stored = Path(planned[0][planned[0].index("--train_data_dir") + 1])
     assert [path.suffix for path in sorted(stored.iterdir())] == [".png", ".txt"]
     assert "--train_data_dir" not in planned[1] and str(library.folder / "which" / "config.json") in planned[1]
