@@ -80,6 +80,29 @@ def summary_table() -> str:
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows]) if rows else NOT_RUN
 
 
+def counted() -> str:
+    """How many comparisons of a shortcut with LoRA are significant, and the minimum detectable effects; a sentence."""
+    found = [
+        (unit, verdict)
+        for _, record, unit in records()
+        for verdict in to_lora(tested(record["arms"], record["chosen"]))
+        if verdict["label"].startswith("reslora")
+    ]
+    if not found:
+        return NOT_RUN
+    below, above = (sum(verdict["conclusion"] == which for _, verdict in found) for which in ("better", "worse"))
+    effects = []
+    for kind in ("images", "examples"):
+        sizes = [verdict["detectable"] for unit, verdict in found if unit == kind and verdict["detectable"] is not None]
+        if sizes:
+            name = "images" if kind == "images" else "text"
+            effects.append(f"{min(sizes):.2f}% to {max(sizes):.2f}% for {name}")
+    return (
+        f"Of {len(found)} comparisons of a shortcut with LoRA, {below} end significantly below it and {above} above. "
+        f"The minimum detectable effect (80% power) is {' and '.join(effects)}."
+    )
+
+
 def alpha_table() -> str:
     """The learning rates that were chosen with LoRA's alpha, twice and four times it."""
     labels, rows = ("lora", "lora_x2", "lora_x4"), []
@@ -182,10 +205,8 @@ def compared(verdict: Mapping | None) -> list[str]:
         return [""] * 4
     star = "**" if verdict["conclusion"] in ("better", "worse") else ""
     difference = f"{star}{verdict['relative']:+.2f}%{star}"
-    if verdict["interval"] is None:
-        return [difference, "", ends(verdict["rerun"], "+.2f"), ""]
     stated = (ends(verdict[name], "+.2f") for name in ("interval", "rerun"))
-    return [difference, *stated, f"{verdict['detectable']:.2f}%"]
+    return [difference, *stated, "" if verdict["detectable"] is None else f"{verdict['detectable']:.2f}%"]
 
 
 def pair_table(tests: dict[str, np.ndarray]) -> str:
