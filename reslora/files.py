@@ -25,6 +25,9 @@ CHECKSUMS_NAME = "checksums.json"
 ABANDONED = 24 * 3600  # seconds after which a temporary of another machine counts as left behind
 LONGEST_NAME = 50  # characters of a name that its temporary repeats; systems allow 255 bytes
 
+before_writing: list[Callable[[], None]] = []
+"""What `replacing` asks before it makes a folder or a file: `folder.check_held`, in a process that trains."""
+
 # What `replacing` writes to before it renames: the name, then machine, process and when that was started, and a random
 # part.
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}(?:\.old)?\.tmp")
@@ -38,10 +41,14 @@ class Damaged(ValueError):
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what the body leaves there, file or folder, becomes `path` afterwards.
 
+    Whatever `before_writing` holds is called first, and may raise.
+
     If the body raises, `path` is as it was and the temporary is removed. An `OSError` then names `path` in place of the
     temporary, or of nothing: a full disk is noticed by a write, which knows no file. Processes of any number of
     machines may write one path: the last one's stays. `remove_leftovers` removes what a killed process has left.
     """
+    for check in before_writing:
+        check()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)

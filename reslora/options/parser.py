@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import textwrap
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -70,11 +69,6 @@ class OptionsParser(Parser):
         """As argparse does; `~` is the home folder where no shell has expanded it: behind an equals sign."""
         values, unknown = super().parse_known_args(args, namespace)
         return argparse.Namespace(**with_home(vars(values), self.table)), unknown
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and one line, which begins with the option, by its longest name, and the value."""
-        message = re.sub(r"^argument (--[\w-]+)(/-[\w-]+)*: ", r"\1: ", message)
-        super().error(re.sub(r"^(--[\w-]+): '([^']*)' is (not|neither) ", r"\1 \2: is \3 ", message))
 
     def refuse_unknown(self, words: list[str]) -> NoReturn:
         """Exit with one line that names the unknown options, and what to give instead."""

@@ -138,7 +138,7 @@ def test_loras_of_a_run_whose_config_is_damaged_are_not_offered(run, tmp_path):
     library = Library(tmp_path)
     whole, damaged = library.find("whole"), library.find("damaged")
     assert set(loras(library, whole)) == {"whole: lora", "whole: reslora"} and not loras(library, damaged)
-    assert damaged.weights() == [BASE] and not takeaways(library, damaged) and takeaways(library, whole)
+    assert damaged.weights() == [BASE] and not takeaways(damaged) and takeaways(whole)
     with pytest.raises(RunError, match=r"damaged: its config\.json cannot be read"):
         stacked(library, damaged, ["whole: lora"], "1")
 

@@ -27,10 +27,10 @@ from ...files import read_object, replacing
 from ...options.images import ModelOptions, OutputOptions
 from ..content import content_mark, folder_mark
 from ..folder import cache_folder
-from ..refusals import check_pipeline_class, read_index
 from ..seeds import derive
 from .families import FAMILIES, load_family
 from .families.base import Family, Part
+from .kinds import check_pipeline_class, read_index
 from .quantising import pack
 from .stored import Stored, empty_model, stays_stored, stored_weights, with_stored_weights
 
