@@ -128,6 +128,9 @@ def test_the_summary_counts_what_is_significant_and_has_the_lowest_shortcut():
     row = why_report.summary_table().splitlines()[-1]
     assert row.startswith("| The bundled U-Net, rank 16 | 7 | 1.8 | 2 | 3 | 0 of 1 | 1 of 1 | reslora input |")
     assert f"| **{100 * 0.909 / 18.8:+.2f}%** |" in row
+    assert why_report.counted().startswith(
+        "Of 1 comparisons of a shortcut with LoRA, 0 end significantly below it and 1 above. The minimum"
+    )
 
 
 def test_plots_show_each_comparison_and_each_learning_rate():
@@ -184,4 +187,5 @@ def test_a_table_says_if_its_pipeline_has_been_exchanged_since():
 
 
 def test_what_has_not_run_says_so():
-    assert why_report.why_tables() == why_report.summary_table() == why_report.alpha_table() == "*Not run yet.*"
+    assert why_report.why_tables() == why_report.summary_table() == "*Not run yet.*"
+    assert why_report.alpha_table() == why_report.counted() == "*Not run yet.*"
