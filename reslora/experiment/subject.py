@@ -60,6 +60,10 @@ class Subject(ABC):
         """The losses on the test part of an arm's checkpoint, and what else is measured of it."""
 
     @abstractmethod
+    def base_losses(self) -> dict:
+        """Return the base model's losses on the test part."""
+
+    @abstractmethod
     def export(self, arm: Arm, step: int) -> list[str]:
         """Writes the files of an arm's checkpoint into the experiment's folder; their names."""
 
@@ -67,6 +71,10 @@ class Subject(ABC):
         """Whether the test losses of an arm's checkpoint are on disk."""
         there = read_object(self.course.folder_of(arm) / TESTED)
         return there.get("step") == step and there.get("images") == self.marks
+
+    def base(self) -> TestLosses:
+        """Return these losses with what they are of."""
+        return {"images": self.marks} | self.base_losses()  # type: ignore[return-value]
 
     def tested(self, arm: Arm, step: int) -> TestLosses:
         """These losses, measured once, and then read from `test.json`."""

@@ -58,7 +58,7 @@ from ..training.checkpoints import (
     plan_resume,
 )
 from ..training.schedule import Schedule, schedule_of
-from .judging import export_chosen, measured
+from .judging import base_losses, export_chosen, measured
 from .measure import SelectLoss
 from .pages import IMAGES
 from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
@@ -319,6 +319,9 @@ class Bench(Subject):
 
     def measured(self, arm: Arm, step: int) -> dict:
         return measured(step, self.parts.test, self.setting_of(arm))
+
+    def base_losses(self) -> dict:
+        return base_losses(self.parts.test, self.setting_of(self.course.arms()[0]))
 
     def export(self, arm: Arm, step: int) -> list[str]:
         return export_chosen(step, self.setting_of(arm))
