@@ -47,7 +47,7 @@ def forest() -> Figure:
             forest_panel(axis, each.title, verdicts, 16 if each.unit == "examples" else 3.6)
     shown = [Patch(color=color, label=kind) for kind, color in KINDS.items()]
     shown += [
-        Line2D([], [], color="black", marker="o", label="significant after Holm's correction"),
+        Line2D([], [], color="black", marker="o", label="significant after correction"),
         Line2D([], [], color="black", marker="o", markerfacecolor="white", label="not significant"),
         Patch(color="#e9ecef", label="below the minimum detectable effect"),
     ]
