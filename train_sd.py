@@ -33,14 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parses the flags, and imports heavy libraries only once these are known to make sense."""
     asked = parse_args(argv, __doc__)
-    if (asked.base if isinstance(asked, Grid) else asked).output.plan:
+    if asked.flat()["plan"]:
         from reslora.diffusion.run import show_plan
 
         show_plan(asked, stop)
     elif isinstance(asked, Grid):
-        from reslora.diffusion.experiment.run import run_experiment
+        from reslora.diffusion.experiment.run import open_study
+        from reslora.experiment.run import run_experiment
 
-        run_experiment(asked, stop)
+        run_experiment(open_study, asked, stop)
     else:
         from reslora.diffusion.run import run
 

@@ -96,29 +96,29 @@ def spin_briefly() -> None:
 
 def serve(args: argparse.Namespace, neutral: Path) -> int:
     """Serves the page from an empty folder of its own."""
-    from .launcher import Trainings, default_output
+    from .jobs import Jobs
+    from .launcher import default_output
     from .library import Library
     from .runs import EXAMPLE
 
     library = Library(args.runs.absolute(), (default_output().absolute(), EXAMPLE))
-    trainings = Trainings(library, args.data.absolute() if args.data else None)
+    jobs = Jobs(library, args.data.absolute() if args.data else None)
     move_to(neutral)
     from . import page  # Gradio, from here on, looks at where it is
-    from .queue import Queue
     from .studio import Studio
 
     # Libraries' notes to programmers are not for whoever starts the page.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    studio, queue = Studio(), Queue(trainings)
-    queue.keep_going()
-    demo = page.create_demo(library, trainings, studio)
+    studio = Studio()
+    jobs.keep_going()
+    demo = page.create_demo(library, jobs, studio)
     try:
         listen(demo, args)
     except OSError as error:
         print(f"python -m app: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     finally:
-        queue.closed.set()
+        jobs.closed.set()
         studio.close()
     return 0
 

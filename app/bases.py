@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.common.assets import ASSETS
+from reslora.diffusion.content import folder_mark
 from reslora.diffusion.model.loading import Model
 from reslora.options.images import Options
 
@@ -43,12 +45,23 @@ class Base:
 
 
 def bundled(named: str, known: Mapping[str, Path] = PIPELINES) -> str | None:
-    """The word for what is bundled that a path names: here, on another machine, or relative as in the example."""
+    """The word for what is bundled that a path names: here, in a copy, on another machine, or as in the example."""
     word = "/".join(Path(named).parts[-2:])
     if word not in known:
         return None
-    there = Path("/", named)
-    return word if not there.is_dir() or there.samefile(known[word]) else None
+    there, here = Path("/", named), known[word]
+    return word if not there.is_dir() or there.samefile(here) or mark_of(there) == mark_of(here) else None
+
+
+def mark_of(folder: Path) -> str:
+    """What is in a folder, in short; read again when a file has changed."""
+    return _mark(folder, max((changed(path) for path in folder.rglob("*")), default=0))
+
+
+@functools.lru_cache(maxsize=16)
+def _mark(folder: Path, last: int) -> str:
+    parts = [path for path in sorted(folder.iterdir()) if path.is_dir()]  # what is written of a model is not the model
+    return " ".join(map(folder_mark, parts or [folder]))
 
 
 def base_of(run: Run | None) -> Base:
@@ -61,8 +74,8 @@ def base_of(run: Run | None) -> Base:
     settings = {name: run.word(name) for name in ("revision", "variant", "cache_dir", "prediction_type")}
     if not named:
         return Base(prediction_type=settings["prediction_type"])
-    if (word := bundled(named)) and not Path("/", named).is_dir():
-        return Base(str(PIPELINES[word]), prediction_type=settings["prediction_type"])
+    if word := bundled(named):
+        named = str(PIPELINES[word])
     is_file = named.endswith(".safetensors")
     vae = run.word("pretrained_vae_model_name_or_path")
     return Base(named, vae, **settings, folder=str(run.folder) if is_file else "")

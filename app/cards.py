@@ -89,7 +89,7 @@ def summary(edits: ImageEdits, images: Images, shown: int) -> str:
     if alike:
         lines.append(f"{counted(alike, 'image')} like another one: see the filter Duplicates")
     elif any(image.size and edits.looks.of(image) is None for image in images.images.values()):
-        lines.append("Damaged images and duplicates are known after <i>Check images</i>")
+        lines.append("<i>Check images</i> opens every image, and finds further damaged ones and duplicates")
     buckets = Counter(size for image in images.images.values() if not image.problem for size in image.buckets)
     if len(buckets) > 1:
         found = (f"{in_words(size)}: {number:,}" for size, number in buckets.most_common())

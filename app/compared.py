@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reslora.common import figures
-from reslora.common.charts import Line, line_chart
+from reslora.common.charts import Line, line_chart, swatch
 from reslora.common.log import of_split
 from reslora.words import counted
 
@@ -177,7 +177,7 @@ def curves(run: Run, split: str, step: int | None) -> str:
         # A page does not get sharper with more points than pixels.
         every = max(1, len(log) // 400)
         kept = [i for i in range(len(log)) if i % every == 0 or i == len(log) - 1]
-        lines.append(Line(name, COLORS[method], [(log[i]["step"], losses[i]) for i in kept], dash))
+        lines.append(Line(name, COLORS[method], tuple((log[i]["step"], losses[i]) for i in kept), dash))
     lines = [line for line in lines if line.points]
     return line_chart(TITLES[split], "step", lines, step) if lines or split == "train" else ""
 
@@ -200,7 +200,7 @@ def numbers(run: Run, step: int) -> str:
             is_best, cell = column in best and value == best[column], figure(value, *form)
             cells += f'<td class="best">{cell}<small>lowest</small></td>' if is_best else f"<td>{cell}</td>"
         behind = f"<small>at step {reached[0]}</small>" if len(at) > 1 and reached[0] is not None else ""
-        rows.append(f"<tr><th>{key(COLORS[method], dash)}{escape(name)}{behind}</th>{cells}</tr>")
+        rows.append(f"<tr><th>{swatch(COLORS[method], dash)}{escape(name)}{behind}</th>{cells}</tr>")
     header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
     damaged = {name: count for one, method, name, _ in shown if (count := one.damaged_rows(method))}
     notes = "".join(
@@ -231,10 +231,3 @@ def lowest(rows: list[tuple]) -> dict[int, float]:
         if len(values) > 1 and min(values) < max(values):
             found[column] = min(values)
     return found
-
-
-def key(color: str, dash: str) -> str:
-    """How a row's line is drawn in the charts."""
-    dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    line = f'<path d="M0 6H28" stroke="{color}" stroke-width="3"{dashed}/>'
-    return f'<svg class="key" viewBox="0 0 28 12" aria-hidden="true">{line}</svg>'

@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 from reslora.options.images import Options
 
+from .bases import PIPELINES, bundled
+from .folders import IMAGES as IMAGES_BUNDLED
 from .runs import Run
 from .verdict import held_out
 from .views import enumerated, escape
@@ -33,6 +35,8 @@ def setting(config: dict, flag: str) -> str:
     """The value of a flag as JSON; empty for one that was not given, or switched off."""
     value = config.get(flag)
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(value, str):  # another copy of what is bundled is the same
+        value = bundled(value, PIPELINES | IMAGES_BUNDLED) or value
     return json.dumps(value) if value else ""
 
 

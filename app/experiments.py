@@ -13,7 +13,8 @@ from reslora.options.grid import Grid
 from reslora.words import counted
 
 from .activity import duration, why_ended
-from .launcher import ALONE, Trainings
+from .jobs import Jobs
+from .launcher import ALONE
 from .library import Experiment
 from .runs import RunError, number
 from .views import escape, notice, status_line
@@ -22,20 +23,18 @@ LEAST_SHARE = 1e-6
 """To compare by, as far as images are counted for it."""
 
 
-def plan(trainings: Trainings, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> str:
+def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> str:
     """How many arms an experiment of that name would have, in a sentence; what is wrong with its settings instead.
 
     Images, of a folder on the list or uploaded, are asked for where it starts; here they are only counted.
     """
-    images = None if trainings.goes_on(name, Experiment) else Path("images")
+    images = None if jobs.goes_on(name, Experiment) else Path("images")
     try:
-        grid = trainings.resolved(trainings.command(name, settings, images, Experiment))
+        grid = jobs.resolved(jobs.command(name, settings, images, Experiment))
         if not isinstance(grid, Grid):
             raise RunError(ALONE)
         course = Course(grid)
-        advice = (
-            [] if images is None else too_few(trainings, course.grid.base.experiment.test_split or 0, folder, uploads)
-        )
+        advice = [] if images is None else too_few(jobs, course.grid.base.experiment.test_split or 0, folder, uploads)
     except RunError as error:
         return notice(str(error))
     except OSError as error:
@@ -49,16 +48,18 @@ def plan(trainings: Trainings, name: str, settings: dict, folder: object = None,
     return notice(" ".join([f"{counted(len(course.arms()), 'arm')}: {', '.join(facts)}.", *advice]))
 
 
-def too_few(trainings: Trainings, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
+def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
     """A sentence where about so few images compare that the trainer will warn; none where no image is a file.
 
-    About: which images these are goes by their content, and of near-duplicates one compares.
+    How many goes by the content of the images, and of near-duplicates one compares.
     """
-    images = trainings.images.count(folder, uploads, math.ceil(FEW / max(share, LEAST_SHARE)))
-    tested = max(min(LEAST, images - 3), 1, round(share * images))
-    if not images or tested >= FEW:
+    images = jobs.images.count(folder, uploads, math.ceil(FEW / max(share, LEAST_SHARE)))
+    least = max(min(LEAST, images - 3), 1)
+    if not images or max(least, round(share * images)) >= FEW:
         return []
-    compare = f"About {tested} of {counted(images, 'image')} compare{'s' * (tested == 1)}"
+    spread = math.sqrt(images * share * (1 - share))  # each image is chosen by its content
+    low, high = (max(least, min(round(share * images + by), images - 2)) for by in (-spread, spread))
+    compare = f"{f'{low} to {high}' if low < high else low} of {counted(images, 'image')} will compare"
     return [f"{compare}: so few seldom show that a difference is real; give more images, or a larger test split."]
 
 

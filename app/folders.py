@@ -93,7 +93,8 @@ class Folders:
 
 def new_place(folder: Path) -> Path:
     """A new place in the trash of a folder, named by the time; nothing is there yet."""
-    return folder / TRASH / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+    seconds, rest = divmod(time.time_ns(), 10**9)
+    return folder / TRASH / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(seconds))}-{rest:09d}"
 
 
 def children(folder: Path | None) -> list[Path]:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-from collections import defaultdict, deque
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+from reslora.diffusion.data.caption_files import caption_files
 from reslora.diffusion.data.captions import SEPARATOR
-from reslora.files import remove
+from reslora.options.prompts import clean
 from reslora.words import counted
 
-from . import trash
-from .caption_files import Edit, unfinished, write
+from .caption_files import Edit, Table, write
+from .changes import Change, changes, changing
 from .folders import Folder
-from .image_folders import Image, ImageFolders, Images, options_of
-from .launcher import Trainings
+from .image_folders import Image, ImageFolders, Images, options_of, stamp_of
+from .jobs import Jobs
 from .looks import Looks
 from .runs import RunError
 
@@ -26,8 +24,6 @@ BETWEEN = "\n\n"
 REPLACE, BEFORE, AFTER, ADD_TAG, REMOVE_TAG = "Replace", "Put before", "Put after", "Add tag", "Remove tag"
 EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE = "All images", "Left out by training", "Without caption", "Duplicates"
 FILTERS = (EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE)
-UNDONE = 50
-"""Changes of a folder that can be taken back."""
 
 
 def replaced(caption: str, find: str, other: str) -> str:
@@ -60,24 +56,13 @@ OPERATIONS: dict[str, Callable[[str, str, str], str]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Change:
-    """Something that can be taken back; one that does the same again is another one."""
-
-    line: str
-    edits: tuple[Edit, ...] = ()
-    trash: Path | None = None
-    noted: Path | None = None
-    """Where the edits are noted that were cut off: some of them are not written."""
-
-
 class ImageEdits:
     """Changes to the folders on the list, and what takes them back."""
 
-    def __init__(self, folders: ImageFolders, trainings: Trainings) -> None:
-        self.folders, self.trainings, self.looks = folders, trainings, Looks()
-        self.history: dict[Path, deque[Change]] = defaultdict(lambda: deque(maxlen=UNDONE))
-        self.lock = threading.Lock()
+    def __init__(self, folders: ImageFolders, jobs: Jobs) -> None:
+        self.folders, self.jobs, self.looks = folders, jobs, Looks()
+        self.refused: set[Path] = set()
+        """Changes that could not be undone: those before them are not kept waiting."""
 
     def look(self, name: object, settings: Sequence = ()) -> Images:
         """What is in a folder; `settings`: resolution, whether there are buckets, caption column."""
@@ -104,13 +89,11 @@ class ImageEdits:
             raise RunError(
                 f"{name} was changed meanwhile, and nothing was written. Its caption is now: {text_of(image)!r}"
             )
-        if image.captions and len(image.captions) > 1:
-            parts = [part.strip() for part in text.split(BETWEEN) if part.strip()]
-            captions = tuple(parts)
-        else:
-            captions = (text.strip(),)
-        (done,) = self._write(images, [Edit(name, image.captions, captions)], f"the caption of {name}")
-        return BETWEEN.join(done.captions or ())
+        several = len(image.captions or ()) > 1
+        captions = tuple(clean(part).strip() for part in (text.split(BETWEEN) if several else [text]))
+        captions = tuple(filter(None, captions)) if several else captions
+        self._write(images, [Edit(name, image.captions, captions)], f"the caption of {name}")
+        return BETWEEN.join(captions)
 
     def change_captions(self, images: Images, names: object, operation: object, text: str, other: str = "") -> str:
         """Changes the captions of some images in the same way; returns a line about it."""
@@ -131,44 +114,38 @@ class ImageEdits:
         self._write(images, edits, line)
         return f"Changed: {line}."
 
-    def _write(self, images: Images, edits: Sequence[Edit], line: str) -> list[Edit]:
+    def _write(self, images: Images, edits: Sequence[Edit], line: str) -> None:
         refuse_bundled(images.folder)
-        done = write(images, edits)
-        self._remember(images.folder, Change(line, tuple(edit.reverse for edit in done)))
-        return done
+        write(images, edits, line)
 
     def throw_away(self, images: Images, names: object) -> str:
-        """Moves images and their captions into the folder's trash; returns a line about it."""
+        """Move images, with captions, masks and rows, into the folder's trash; return a line about it.
+
+        An image that is listed twice goes with both of its rows, a caption file or mask with the last image that
+        reads it.
+        """
         refuse_bundled(images.folder)
-        if (run := self.trainings.reader(images.folder.path)) is not None:
+        if (run := self.jobs.reader(images.folder.path)) is not None:
             raise RunError(f"{run.name} is training, maybe on these images; wait for it, or stop it first.")
-        chosen = images.find(names)
-        place = trash.throw_away(images, chosen)
-        line = f"{counted(len(chosen), 'image')} moved to the trash"
-        self._remember(images.folder, Change(line, trash=place))
+        paths = {os.path.normpath(image.path) for image in images.find(names)}
+        chosen = [image for image in images.images.values() if os.path.normpath(image.path) in paths]
+        line = f"{counted(len(images.find(names)), 'image')} moved to the trash"
+        with changing(images.folder, line) as draft:
+            for metadata in {image.metadata for image in chosen if image.metadata}:
+                table = Table(metadata, images)
+                table.drop({image.name for image in chosen})
+                table.put(draft)  # before the images: no row names one that is gone
+            for path in files_with(chosen, images):
+                draft.put(path, stamp_of(path), None)
         return f"{line[0].upper()}{line[1:]} (.trash in the folder, which training passes over)."
 
-    def _remember(self, folder: Folder, change: Change) -> None:
-        with self.lock:
-            self.history[folder.path].append(change)
-
     def last(self, folder: Folder) -> Change | None:
-        """What undo would take back: the last change of a folder, else what was cut off, else what is in its trash."""
-        with self.lock:
-            for change in reversed(self.history[folder.path]):
-                if change.trash is None or change.trash.is_dir():
-                    return change
-        if (found := unfinished(folder.path)) is not None:
-            noted, edits = found
-            line = f"a change of {counted(len(edits), 'caption')} that was cut off"
-            return Change(line, tuple(edit.reverse for edit in edits), noted=noted)
-        place = next(iter(trash.thrown_away(folder.path)), None)
-        if place is None:
-            return None
-        return Change(f"{counted(trash.count(place), 'file')} moved to the trash {place.name[:8]}", trash=place)
+        """What undo would take back: the last change of a folder."""
+        found = (change for change in changes(folder) if change.place not in self.refused)
+        return next(found, None) or next(changes(folder), None)
 
     def undo(self, images: Images, line: str | None = None) -> str:
-        """Takes the last change of a folder back; what has been changed again since stays, and undo is refused.
+        """Take the last change of a folder back; what has been changed again since stays, and undo is refused.
 
         `line`: of the change that is meant; undo is refused where another one is the last by now.
         """
@@ -178,16 +155,11 @@ class ImageEdits:
             return "There is nothing to undo."
         if line not in (None, change.line):
             raise RunError(f"Nothing was undone: the last change is another one by now ({change.line}).")
-        if change.trash is not None:
-            trash.put_back(images, change.trash)
         try:
-            if edits := change.edits if change.noted is None else written(images, change.edits):
-                write(images, edits)
-            if change.noted is not None:
-                remove(change.noted)
-        finally:  # one that cannot be taken back is not in the way of those before it
-            with self.lock, suppress(ValueError):
-                self.history[images.folder.path].remove(change)
+            change.restore()
+        except RunError:
+            self.refused.add(change.place)
+            raise
         return f"Undone: {change.line}."
 
     def check(self, images: Images) -> Iterator[int]:
@@ -195,10 +167,15 @@ class ImageEdits:
         return self.looks.check(list(images.images.values()))
 
 
-def written(images: Images, edits: Sequence[Edit]) -> list[Edit]:
-    """Those of the edits whose captions are what they are to be taken back from."""
-    known = {name: image.captions for name, image in images.images.items()}
-    return [edit for edit in edits if edit.name in known and known[edit.name] == edit.was]
+def files_with(chosen: Sequence[Image], images: Images) -> list[Path]:
+    """Return the files of images that are there, and the masks and caption files that no other image reads."""
+    paths = dict.fromkeys(image.path for image in chosen)
+    others = [image for image in images.images.values() if image.path not in paths]
+    stems = {image.path.with_suffix("") for image in others}
+    captions = [text for path in paths if path.with_suffix("") not in stems for text in caption_files(path)]
+    used = {path for image in others for path in (image.path, image.mask)}
+    masks = [image.mask for image in chosen if image.mask is not None and image.mask not in used]
+    return [path for path in dict.fromkeys([*paths, *captions, *masks]) if path.is_file()]
 
 
 def text_of(image: Image) -> str:

@@ -12,8 +12,8 @@ from reslora.words import counted
 
 from .activity import activity, why_ended
 from .folders import BUNDLED
+from .jobs import GONE, RUNNING, WAITING, Entry, Jobs
 from .library import Experiment, LanguageRun, language_script, last_change
-from .queue import GONE, RUNNING, WAITING, Entry, Queue
 from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError
 from .shelf import Shelf
 from .views import NAMES, bad, data_uri, escape, notice
@@ -23,6 +23,10 @@ MOST = 48
 NOTHING_QUEUED = (
     "Nothing is lined up. What you start under Train or Experiment while another run trains waits here for its turn."
 )
+
+
+SHOWN = {"model": "model", "rank": "rank", "learning_rate": "learning rate", "seed": "seed", "max_train_steps": "steps"}
+"""Settings of a row of the queue, and what they are called there."""
 
 
 def button(what: str, label: str, name: str, enabled: bool = True) -> str:
@@ -40,10 +44,10 @@ def badge(status: str) -> str:
 # -- the queue ---------------------------------------------------------------------------------------------------------
 
 
-def queue(queue: Queue) -> str:
+def queue(jobs: Jobs) -> str:
     """What trains, what waits and what has ended, each with what can be done about it."""
     try:
-        entries = queue.entries()
+        entries = jobs.entries()
     except RunError as error:
         return bad(str(error))
     if not entries:
@@ -51,15 +55,15 @@ def queue(queue: Queue) -> str:
     now = [entry for entry in entries if entry.state == RUNNING]
     waiting = [entry for entry in entries if entry.state == WAITING]
     ended = [entry for entry in reversed(entries) if entry.ends]
-    rows = [row(queue, entry, "") for entry in now]
+    rows = [row(jobs, entry, "") for entry in now]
     for place, entry in enumerate(waiting, 1):
-        rows.append(row(queue, entry, str(place), place == len(waiting)))
-    rows += [row(queue, entry, "") for entry in ended]
+        rows.append(row(jobs, entry, str(place), place == len(waiting)))
+    rows += [row(jobs, entry, "") for entry in ended]
     clear = button("clear", "Clear what has ended", "Clear what has ended") if ended else ""
     return f'<ol class="queue" aria-label="Queue">{"".join(rows)}</ol><p class="clear" data-name="">{clear}</p>'
 
 
-def row(queue: Queue, entry: Entry, place: str, is_last: bool = False) -> str:
+def row(jobs: Jobs, entry: Entry, place: str, is_last: bool = False) -> str:
     """One entry; `place` is its number among those that wait."""
     name = entry.name
     if entry.state == WAITING:
@@ -70,8 +74,8 @@ def row(queue: Queue, entry: Entry, place: str, is_last: bool = False) -> str:
         buttons = button("stop", "Stop", f"Stop {name} and save")
     else:
         buttons = button("remove", "Remove", f"Remove {name} from the list")
-    run = queue.run_of(entry)
-    state = queue.trainings.status(run) if entry.state == RUNNING else entry.state
+    run = jobs.run_of(entry)
+    state = jobs.status(run) if entry.state == RUNNING else entry.state
     facts = " &middot; ".join(escape(fact) for fact in facts_of(entry, run) if fact)
     return (
         f'<li data-name="{escape(name)}"><span class="place">{place}</span>'
@@ -84,11 +88,11 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
     """What an entry is, and how it stands."""
     methods = entry.settings.get("method")
     names = ", ".join(NAMES[name] for name in methods if name in NAMES) if isinstance(methods, list) else ""
-    steps = entry.settings.get("max_train_steps")
     facts = ["goes on" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
+    given = {name: str(entry.settings[name])[:40] for name in SHOWN if entry.settings.get(name) not in (None, "")}
+    facts += [f"{label} {given[name]}" for name, label in SHOWN.items() if name in given]
     images = entry.folder if entry.folder in (None, BUNDLED) else f"images: {entry.folder}"
-    facts += [f"{str(steps)[:12]} steps" if steps else "", images or ""]
-    facts += [f"GPU {entry.device}" if entry.device is not None else ""]
+    facts += [images or "", f"GPU {entry.device}" if entry.device is not None else ""]
     if entry.state != RUNNING:
         return [*facts, entry.line]
     return [*facts, activity(run.activity) if run.folder.is_dir() else GONE]
@@ -112,11 +116,11 @@ def runs(shelf: Shelf, words: str) -> str:
 
 def card_of(shelf: Shelf, run: Run) -> str:
     """A run's card, made anew where something in its folder has changed."""
-    trainings, changed = shelf.trainings, [last_change(run.folder)]
+    jobs, changed = shelf.jobs, [last_change(run.folder)]
     for path in (run.folder, run.folder / NOTES, *(run.folder / method for method in run.methods)):
         with contextlib.suppress(OSError):
             changed.append(path.stat().st_mtime)
-    return card(shelf, run, trainings.status(run) if trainings.is_active(run) else "", tuple(changed))
+    return card(shelf, run, jobs.status(run) if jobs.is_active(run) else "", tuple(changed))
 
 
 @functools.lru_cache(maxsize=4 * MOST)
@@ -131,7 +135,7 @@ def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str
         f"{done:,} of {counted(total, 'arm' if kind else 'step')}" if total else "",
         NO_CONFIG if run.unreadable else "",
     ]
-    why = why_ended(run, status, shelf.trainings.last_line(run))
+    why = why_ended(run, status, shelf.jobs.last_line(run))
     opens = f"Open {run.name} under {'Experiment' if kind else 'Compare'}"
     buttons = "" if isinstance(run, LanguageRun) else button("open", "Open", opens)
     buttons += button("trash", "Delete", f"Move {run.name} to the trash") if owned else ""

@@ -10,9 +10,8 @@ import gradio as gr
 from . import views
 from .activity import activity
 from .handlers import QUIET, readable_errors
-from .launcher import Trainings
+from .jobs import Jobs
 from .library import Library
-from .queue import Queue
 from .runs import Run
 from .sessions import Blocks
 from .studio import Studio
@@ -29,6 +28,14 @@ RUNS_SEEN = 1
 AT_REST = STATUS
 """How much of what was seen stays as it is while a trainer merely goes on; the rest is `live`."""
 STYLE, *SCRIPTS = (Path(__file__).with_name(name) for name in ("style.css", "streams.js", "zoom.js"))
+# The first tab says that it is selected before anything else has happened, which is no visitor's choice.
+STORE = "run => { if (window.recalled) sessionStorage.setItem('reslora-%s', %s ?? ''); }"
+RECALL = """() => {
+    window.recalled = true;
+    return ['run', 'tab'].map(name => sessionStorage.getItem(`reslora-${name}`));
+}"""
+# Messages are outside of what the style sheet is for: in a corner where they cover no button.
+TOASTS = "<style>@media (min-width: 641px) { .toast-wrap { top: auto !important; bottom: 16px; } }</style>"
 EXPLANATION = (
     "ResLoRA trains LoRA blocks with residual shortcuts between neighbouring layers, then merges them away; "
     "what is left is a plain LoRA. All images in a row have the same caption and seed: only the method differs."
@@ -36,12 +43,12 @@ EXPLANATION = (
 TITLE = f"<h1>ResLoRA for Stable Diffusion</h1><details><summary>What is this?</summary><p>{EXPLANATION}</p></details>"
 
 
-def create_demo(library: Library, trainings: Trainings, studio: Studio) -> gr.Blocks:
+def create_demo(library: Library, jobs: Jobs, studio: Studio) -> gr.Blocks:
     """The page as Gradio blocks; nothing is loaded or read before somebody looks at it."""
     with Blocks(
         title="ResLoRA for Stable Diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as demo:
-        Page(Parts(library, trainings, Queue(trainings), studio)).events(demo)
+        Page(Parts(library, jobs, studio)).events(demo)
     demo.queue(max_size=32, default_concurrency_limit=4)
     return demo
 
@@ -57,7 +64,7 @@ def look() -> dict:
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
         slider_color="*primary_700", slider_color_dark="*primary_600",
     )  # fmt: skip
-    scripts = "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in SCRIPTS)
+    scripts = TOASTS + "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in SCRIPTS)
     return {"theme": theme, "css_paths": [STYLE], "head": scripts}
 
 
@@ -65,7 +72,7 @@ class Page:
     """The tabs, and what they have in common: the run."""
 
     def __init__(self, parts: Parts) -> None:
-        self.library, self.trainings = parts.library, parts.trainings
+        self.library, self.jobs = parts.library, parts.jobs
         with gr.Row(elem_id="top"):
             gr.HTML(TITLE, elem_id="title")
             # Any value may be sent, so that runs begun meanwhile can be; the library decides whether there is one.
@@ -94,7 +101,14 @@ class Page:
         everything = [self.seen, self.run, self.summary]
         everything += [part for tab in self.tabs for part in (*tab.live, *tab.watched, *tab.of_run)]
         on_arrival = [self.run, *(part for tab in self.tabs for part in tab.on_arrival)]
-        demo.load(readable_errors(self.arrive), None, on_arrival, **QUIET)
+        # The browser stores run and tab, for a page that is loaded again, as after a restart of the application.
+        demo.load(
+            readable_errors(self.arrive), [self.run, self.summary], [*on_arrival, self.all_tabs],
+            js=RECALL, preprocess=False, **QUIET,
+        )  # fmt: skip
+        self.run.change(None, self.run, None, js=STORE % ("run", "run"), **QUIET)
+        for tab, frame in self.frames.items():
+            frame.select(None, js=STORE % ("tab", f"'{tab.id}'"), **QUIET)
         self.run.change(readable_errors(self.choose), [self.run, self.beside], everything, **QUIET)
         context = [self.run, self.beside, self.seen, *(tab.chosen for tab in self.choosing)]
         # Not queued: a look that is lost with its queue's stream would be waited for, and the page would stand still.
@@ -109,11 +123,13 @@ class Page:
         """Names of the runs, the newest first."""
         return list(self.library.runs())
 
-    def arrive(self) -> dict:
-        """Somebody opens the page: the run that is training, else the newest."""
+    def arrive(self, run: object = None, tab: object = None) -> dict:
+        """Somebody opens the page: the run and tab that were seen last, else the run that trains, else the newest."""
         runs = self.library.runs()
         first = next((name for name, run in runs.items() if run.process), next(iter(runs), None))
-        values = {self.run: gr.update(choices=list(runs), value=first)}
+        values = {self.run: gr.update(choices=list(runs), value=run if run in list(runs) else first)}
+        if tab in [one.id for one in self.tabs]:
+            values[self.all_tabs] = gr.Tabs(selected=tab)
         for tab in self.tabs:
             values |= tab.arrive()
         return values
@@ -163,11 +179,11 @@ class Page:
         the names of the runs and, after what is at rest, the run's status and what its trainer says."""
         seen = tuple(tab.seen(run) for tab in self.tabs)
         at_rest = seen, tuple(self.library.runs()), run.fingerprint()
-        return *at_rest, self.trainings.status(run), activity(run.activity), run.log_tail()
+        return *at_rest, self.jobs.status(run), activity(run.activity), run.log_tail()
 
     def told(self, run: Run, status: str) -> dict:
         """Values of what changes from look to look: the line about the run, and what the tabs have of the kind."""
-        values = {self.summary: views.summary(run, status, self.trainings.last_line(run))}
+        values = {self.summary: views.summary(run, status, self.jobs.last_line(run))}
         for tab in self.tabs:
             values |= tab.told(run, status)
         return values

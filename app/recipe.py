@@ -14,8 +14,13 @@ from PIL.PngImagePlugin import PngInfo
 from .runs import Run, RunError
 
 SEEDS = 2**32
-LIMITS = {"seed": (0, SEEDS - 1), "steps": (1, 150), "guidance": (0, 30), "strength": (-2, 2)}
+LIMITS = {
+    "seed": (0, SEEDS - 1), "steps": (1, 150), "guidance": (0, 30), "strength": (-2, 2), "width": (32, 1024),
+    "height": (32, 1024), "images": (1, 8),
+}  # fmt: skip
 """Least and greatest values."""
+MULTIPLES = {"guidance": None, "strength": None, "width": 8, "height": 8}
+"""What values are multiples of: 1, but for these."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,16 @@ class Request:
     images: int = 1
     strength: float = 1.0
 
+    def check(self) -> None:
+        """Raise `RunError` for a number that is missing or beyond its limits: nothing else is drawn in its place."""
+        for name, (least, greatest) in LIMITS.items():
+            value, multiple = getattr(self, name), MULTIPLES.get(name, 1)
+            number = bounded(value, -math.inf, math.inf, math.nan, whole=False)
+            if not least <= number <= greatest or (multiple and number % multiple):
+                kind = {None: "a number", 1: "a whole number"}.get(multiple, f"a multiple of {multiple}")
+                written = "nothing" if value in (None, "") else str(value)[:40]
+                raise RunError(f"{name.capitalize()} is {written}: give {kind} from {least} to {greatest}.")
+
     def clamped(self) -> Request:
         """The nearest request within the limits; a negative seed becomes a random one."""
         seed = bounded(self.seed, -1, SEEDS - 1, 0)
@@ -41,9 +56,9 @@ class Request:
             seed=random.SystemRandom().randrange(SEEDS) if seed < 0 else seed,
             steps=bounded(self.steps, *LIMITS["steps"], 20),
             guidance=float(bounded(self.guidance, *LIMITS["guidance"], 4.0, whole=False)),
-            width=bounded(self.width, 32, 1024, 64) // 8 * 8,
-            height=bounded(self.height, 32, 1024, 64) // 8 * 8,
-            images=bounded(self.images, 1, 8, 1),
+            width=bounded(self.width, *LIMITS["width"], 64) // 8 * 8,
+            height=bounded(self.height, *LIMITS["height"], 64) // 8 * 8,
+            images=bounded(self.images, *LIMITS["images"], 1),
             strength=float(bounded(self.strength, *LIMITS["strength"], 1.0, whole=False)),
         )
 

@@ -13,15 +13,15 @@ from reslora.diffusion.data.listing import TRASH
 from reslora.files import replacing
 
 from .folders import new_place
-from .queue import Queue
+from .jobs import Jobs
 from .runs import IN_PLACE, LONGEST_NOTES, NOTES, Run, RunError
 
 
 class Shelf:
     """The runs and experiments of a folder."""
 
-    def __init__(self, queue: Queue) -> None:
-        self.queue, self.trainings, self.library = queue, queue.trainings, queue.trainings.library
+    def __init__(self, jobs: Jobs) -> None:
+        self.jobs, self.library = jobs, jobs.library
 
     def find(self, name: object) -> Run:
         """The run or experiment of that name, if it may be changed."""
@@ -55,10 +55,9 @@ class Shelf:
 
     def throw_away(self, name: object) -> str:
         """Moves a run, which must not be training, into the trash, and says so."""
-        with self.queue.changing() as entries, self.trainings.lock, IN_PLACE:
+        with self.jobs.changing() as entries, self.jobs.lock, IN_PLACE:
             run = self.find(name)
-            if self.trainings.is_active(run):
-                raise RunError(f"{run.name} is training; wait for it, or stop it first.")
+            self.jobs.refuse_active(run)
             if any(entry.name == run.name and not entry.ends for entry in entries):
                 raise RunError(f"{run.name} waits in the queue; remove it there first.")
             trash = self.library.folder / TRASH
@@ -88,7 +87,7 @@ class Shelf:
 
     def restore(self, place: object) -> str:
         """Moves a run from the trash to where it was, and says so."""
-        with self.queue.changing() as entries, self.trainings.lock:
+        with self.jobs.changing() as entries, self.jobs.lock:
             folder = self.trashed().get(place) if isinstance(place, str) else None
             if folder is None:
                 raise RunError("There is no such run in the trash; choose one from the list.")

@@ -33,7 +33,7 @@ from reslora.diffusion.model.loading import Model, find_model
 from reslora.diffusion.output.calibration_file import read_calibration
 from reslora.diffusion.output.exports import write_lora
 from reslora.diffusion.refusals import check_model_name
-from reslora.diffusion.training.state import targets_of
+from reslora.diffusion.training.start import targets_of
 from reslora.merges import MERGES
 
 from . import stacks, weight_files, whole_models

@@ -10,7 +10,6 @@ from pathlib import Path
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 from .launcher import REPOSITORY, safe_name
-from .library import Library
 from .runs import Run, RunError, Weights
 from .working import WorkingFiles
 
@@ -29,26 +28,26 @@ class Takeaway:
     """A file, or the folder that the files are in."""
     files: tuple[Path, ...]
     place: str
-    """Its path, from where the application's folder of runs is."""
+    """Its path, as one would type it in the repository."""
     use: str
     """How it is loaded: lines of Python, or the place in another tool."""
 
 
-def takeaways(library: Library, run: Run) -> list[Takeaway]:
+def takeaways(run: Run) -> list[Takeaway]:
     """Everything that a run has made to be used elsewhere, method by method; what leads out of the run is left out."""
     exported = [weights for weights in run.weights() if weights.kind in ("file", "merged")]
-    found = [one for one in (of_weights(library, run, weights) for weights in exported) if one.files]
+    found = [one for one in (of_weights(run, weights) for weights in exported) if one.files]
     for method in () if run.unreadable else run.methods:
         files = files_below(run, method, "peft")
         if files and (root := run.inside(method, "peft")):
-            place = place_of(library, run, root)
+            place = place_of(root)
             found.append(Takeaway(f"{method}: peft (PEFT)", root, files, place, peft_lines(run, place)))
     return found
 
 
-def find(library: Library, run: Run, label: object) -> Takeaway:
+def find(run: Run, label: object) -> Takeaway:
     """The one of that label; `RunError` if this run has none."""
-    for one in takeaways(library, run):
+    for one in takeaways(run):
         if one.label == label:
             return one
     raise RunError("This run has no such file; choose one from the list.")
@@ -70,9 +69,9 @@ def packed(run: Run, one: Takeaway, working: WorkingFiles) -> Path:
     return path
 
 
-def of_weights(library: Library, run: Run, weights: Weights) -> Takeaway:
+def of_weights(run: Run, weights: Weights) -> Takeaway:
     """A LoRA file, or merged weights."""
-    place = place_of(library, run, weights.path)
+    place = place_of(weights.path)
     if weights.kind == "merged":
         files = files_below(run, weights.method, weights.path.name)
         return Takeaway(weights.label, weights.path, files, place, merged_lines(run, weights, place))
@@ -91,21 +90,16 @@ def files_below(run: Run, *parts: str) -> tuple[Path, ...]:
     return tuple(path for path in found if path.is_file()) if all(found) else ()
 
 
-def place_of(library: Library, run: Run, path: Path) -> str:
-    """A path as one would type it beside the folder of runs."""
-    roots = (library.folder.parent, REPOSITORY, run.folder.parent)
-    root = next((root for root in roots if root != Path("/") and path.is_relative_to(root)), Path("/"))
-    return path.relative_to(root).as_posix()
+def place_of(path: Path) -> str:
+    """A path as one would type it in the repository; absolute where it is elsewhere."""
+    return (path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path).as_posix()
 
 
 # -- how each is loaded ------------------------------------------------------------------------------------------------
 
 
 def pipeline_line(run: Run, more: str = "") -> str:
-    base = run.word("pretrained_model_name_or_path") or "assets/pipeline"
-    path = Path(base)
-    if path.is_relative_to(REPOSITORY):
-        base = path.relative_to(REPOSITORY).as_posix()
+    base = place_of(Path(run.word("pretrained_model_name_or_path") or "assets/pipeline"))
     if base.endswith(".safetensors"):
         return f"pipeline = ...  # made of {base!r}"
     return f"pipeline = DiffusionPipeline.from_pretrained({base!r}{more})"

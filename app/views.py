@@ -23,7 +23,7 @@ from reslora.words import counted
 
 from .activity import activity, why_ended
 from .recipe import Drawn
-from .runs import NO_CONFIG, Run, number
+from .runs import BASE, NO_CONFIG, Run, number
 
 LARGEST_TILE = 320
 NAMES = {name: method.title for name, method in METHODS.items()}
@@ -183,8 +183,8 @@ def settings_table(images: list[Drawn]) -> str:
     for drawn in images:
         request = drawn.request
         cells = [drawn.source["weights"], request.seed, request.steps, f"{request.guidance:g}"]
-        cells += [f"{request.strength:g}", f"{request.width} x {request.height}", request.prompt[:100]]
-        cells.append(request.negative_prompt[:100])
+        cells.append("—" if cells[0] == BASE.label else f"{request.strength:g}")  # no strength changes the base model
+        cells += [f"{request.width} x {request.height}", request.prompt[:100], request.negative_prompt[:100]]
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     return table("made", "Settings of each image", f"<tr>{header}</tr>{''.join(rows)}")
 

@@ -29,7 +29,9 @@ from reslora.common.adapters import load_adapter
 from reslora.common.signals import StopRequest
 from reslora.files import read_object, write_json
 from reslora.language import glue
+from reslora.language.arguments import read
 from reslora.language.results import unmerged_afterwards
+from reslora.options.texts import GlueOptions
 
 KEPT, SCRATCH = RESULTS / "merge_limits", paper.SCRATCH / "merge_limits"
 VARIANT, RATE, SEEDS = "ms(4)", 2e-3, (0, 1, 2)
@@ -80,16 +82,12 @@ def trained(seed: int, args: argparse.Namespace):
     if not (folder / "results.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         paper.launch("train_glue.py", flags, folder.parent / f"seed{seed}.log")
-    arguments = glue.parse(flags)
-    splits = glue.read_splits(arguments)
-    tokenizer, model, classifier = glue.load_model(arguments)
-    sets = {name: glue.encode(arguments, tokenizer, columns) for name, columns in splits.items()}
-    example = glue.example_of(sets)
-    adapted = glue.attach(model, arguments.method, 1, example, modules_to_save=classifier)
-    trainer = glue.build_trainer(arguments, tokenizer, adapted, sets, StopRequest())
+    study, arguments = glue.GlueStudy(), glue.arguments_of(read(GlueOptions, glue.PROG, flags))
+    study.read(arguments)
+    trainer = study.build_trainer(arguments, study.adapted(arguments), StopRequest())
     load_adapter(trainer.model, newest_checkpoint(folder))
     trainer.model.eval()
-    return trainer, arguments, sets
+    return trainer, arguments, study.sets
 
 
 def calibration_batches(arguments, examples, count: int) -> list[dict]:

@@ -25,6 +25,7 @@ from diffusers import DDPMScheduler
 from measured import ROOT
 
 from reslora.common.signals import StopRequest
+from reslora.common.temporarily import temporarily
 from reslora.diffusion.context import Context
 from reslora.diffusion.data.dataset import load_images
 from reslora.diffusion.data.encoding import Variants, encode_images, encode_texts
@@ -37,8 +38,9 @@ from reslora.diffusion.output.reports import Reports
 from reslora.diffusion.output.trackers import note_settings, start_trackers
 from reslora.diffusion.processes import start_accelerator
 from reslora.diffusion.settings import parse_args, with_family
+from reslora.diffusion.study import ImageStudy
+from reslora.diffusion.training import loop
 from reslora.diffusion.training.denoising import DenoisingLoss
-from reslora.diffusion.training.loop import Watch, train
 from reslora.diffusion.training.preparing import prepare
 from reslora.diffusion.training.schedule import schedule_of
 from reslora.diffusion.training.state import Learner, new_optimizer
@@ -149,9 +151,10 @@ def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Context
     )
     texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)
     source = Source(images, latents, tuple(range(len(images))), (), (size,), (0,) * len(images))
-    material = Material((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, flags)
+    parts = flags.adapter, flags.data, flags.training, flags.validation
+    material = Material((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, *parts)
     start_trackers(context)
-    note_settings(context.options.flat(), schedule_of(material, context), context.accelerator)
+    note_settings(context.options.flat(), schedule_of(material.updates(1), context), context.accelerator)
     return material, context
 
 
@@ -159,6 +162,11 @@ def no_vae() -> SimpleNamespace:
     return SimpleNamespace(
         device=torch.device("cpu"), dtype=torch.float32, config=SimpleNamespace(scaling_factor=0.18215)
     )
+
+
+class Unmeasured(ImageStudy):
+    def validate(self, *_: object) -> None:
+        """There are no images to measure on."""
 
 
 def train_on(device: Device, material: Material, context: Context, folder: Path) -> float:
@@ -169,15 +177,15 @@ def train_on(device: Device, material: Material, context: Context, folder: Path)
     )
     rates = torch.optim.lr_scheduler.ConstantLR(optimizer)
     trained = Trained({"unet": denoiser}, DenoisingLoss(context, material.objective, pipeline, denoiser.config))
-    learner, schedule = (
-        Learner("lora", trained, optimizer, rates, None, trained, name="lora"),
-        schedule_of(material, context),
-    )
+    learner = Learner("lora", trained, optimizer, rates, None, trained, name="lora")
     prepare(learner, context)
+    schedule = schedule_of(material.updates(1), context)
     reports = Reports(folder / "log", learner, schedule, context.accelerator)
     context = dataclasses.replace(context, accelerator=simulated(context.accelerator, device))
+    study = Unmeasured(schedule, None, context, pipeline, material)
     began = time.process_time()
-    train(learner, material, schedule, Watch(reports, lambda *_: None, lambda: None), context)
+    with temporarily(loop, save_checkpoint=lambda *_: None):
+        loop.train(learner, study, reports)
     reports.close()
     return time.process_time() - began
 

@@ -17,11 +17,13 @@ from reslora.diffusion.processes import start_accelerator
 from reslora.diffusion.run import load_and_check, settle
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.denoising import DenoisingLoss
-from reslora.diffusion.training.state import add_adapter, config_of
+from reslora.diffusion.training.start import add_adapter, config_of
 from reslora.language import llm
+from reslora.language.arguments import read
 from reslora.language.llm_tasks import TASKS, examples_of
 from reslora.language.llm_trainer import calibration_batches
 from reslora.language.results import merge_table
+from reslora.options.texts import LlmOptions
 
 
 def newest_checkpoint(folder: Path) -> Path:
@@ -60,9 +62,10 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
 def calibration_losses(flags: list[str], counts: Sequence[int], other: str, rows: list[dict]) -> dict[str, float]:
     """Test loss of a train_llm.py run's last checkpoint, merged by `lstsq` from so many of its training examples; and
     from the rows of another task, as many as the largest count."""
-    parsed = llm.parse(flags)
-    arguments = parsed.training
-    trainer, own = llm.build_trainer(parsed.options)
+    study = llm.LlmStudy()
+    parsed = study.arguments(read(LlmOptions, llm.PROG, flags))
+    arguments, own = parsed.training, study.read(parsed)
+    trainer = study.trainer(parsed, study.adapted(parsed), StopRequest())
     load_adapter(trainer.model, newest_checkpoint(Path(arguments.output_dir)))
     trainer.model.eval()
     foreign = [trainer.encoder(example) for example in examples_of(TASKS[other], other, rows)]

@@ -298,7 +298,8 @@ def loading(args: argparse.Namespace, flags: Options, images: ImageDataset, cach
     objective, numbers = DdpmObjective(DDPMScheduler()), tuple(range(len(images)))
     for what, encoded in (("not cached", None), ("cached", latents)):
         source = Source(images, encoded, numbers, (), (size,), (0,) * len(images))
-        material = Material((source,), texts, objective, {size: (4, 64, 64)}, flags)
+        parts = flags.adapter, flags.data, flags.training, flags.validation
+        material = Material((source,), texts, objective, {size: (4, 64, 64)}, *parts)
         rates[f"{what}, samples/s"] = loading_rate(what, batches_of(material), args.images, workers)
         rates[f"{what}, share waited"] = consume(args, workers, what, batches_of(material))
     return rates
@@ -306,7 +307,7 @@ def loading(args: argparse.Namespace, flags: Options, images: ImageDataset, cach
 
 def batches_of(material: Material) -> Iterator[Batch]:
     """One pass over the images, as training gets them."""
-    count = len(material.sources[0].train) // material.options.training.train_batch_size
+    count = len(material.sources[0].train) // material.training.train_batch_size
     return iter(training_loader(material, range(count), processes=1, rank=0, pin=False))
 
 

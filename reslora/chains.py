@@ -157,11 +157,15 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
     unlinked += [(name, "did not run in the traced forward") for name in linkable if name not in seen.runs]
     by_role: dict[str, list[Block]] = {}
     for name, shapes in seen.runs.items():
-        role = places[name][1]
-        by_role.setdefault(role, []).append(_describe(name, role, linkable[name], adapter_name, shapes[0]))
+        layer, role = linkable[name], places[name][1]
+        inputs, outputs = layer.lora_A[adapter_name].weight.shape[-1], layer.lora_B[adapter_name].weight.shape[0]
+        block = Block(name, role, inputs, outputs, layer.r[adapter_name], shapes[0])
+        by_role.setdefault(role, []).append(block)
 
     def difference(before: Block, block: Block) -> str:
-        return _apart(seen, places[before.name][0], places[block.name][0]) or _difference(before, block)
+        one, other = places[before.name][0], places[block.name][0]
+        apart = seen.apart(other, one) if one and other else "one of the two is in no list of equal modules"
+        return apart or _difference(before, block)
 
     found = tuple(chain for role, blocks in by_role.items() for chain in _cut(role, blocks, difference))
     holders = {name: place[0] or name.rpartition(".")[0] for name, place in places.items()}
@@ -212,15 +216,11 @@ def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
             "get_peft_model(model, LoraConfig(...)) or model.add_adapter(LoraConfig(...)) with target_modules that "
             "match first"
         )
-    chosen = {name: layer for name, layer in layers.items() if _holds(layer, adapter_name)}
+    chosen = {name: layer for name, layer in layers.items() if adapter_name in (*layer.lora_A, *layer.lora_embedding_A)}
     if not chosen:
         known = sorted({key for layer in layers.values() for key in (*layer.lora_A, *layer.lora_embedding_A)})
         raise ValueError(f"adapter_name={adapter_name!r} is not on this model; it has {', '.join(map(repr, known))}")
     return chosen
-
-
-def _holds(layer: LoraLayer, adapter_name: str) -> bool:
-    return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
 
 
 def _sort_layers(layers: dict[str, LoraLayer], adapter_name: str) -> tuple[dict, list, list]:
@@ -307,11 +307,6 @@ def _readers(seen: Trace, holders: dict[str, str]) -> Iterator[tuple[str, ...]]:
         yield from (tuple(group) for group in by_holder.values() if len(group) > 1)
 
 
-def _describe(name: str, role: str, layer: LoraLayer, adapter_name: str, tokens: tuple[int, ...]) -> Block:
-    weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    return Block(name, role, weight_a.shape[-1], weight_b.shape[0], layer.r[adapter_name], tokens)
-
-
 def _place(base: nn.Module, name: str) -> tuple[str, str]:
     """The *holder*, the layer's deepest ancestor that is an item of a ModuleList whose items share one class, and the
     path below it, the role.
@@ -346,11 +341,6 @@ def _cut(role: str, blocks: list[Block], difference: Callable[[Block, Block], st
             run = []
         run.append(dataclasses.replace(block, cut=reason))
     yield Chain(role, tuple(run))
-
-
-def _apart(seen: Trace, before: str, holder: str) -> str:
-    """Why two holders are not on one stream; empty if they are."""
-    return seen.apart(holder, before) if before and holder else "one of the two is in no list of equal modules"
 
 
 def _difference(before: Block, block: Block) -> str:

@@ -25,6 +25,9 @@ CHECKSUMS_NAME = "checksums.json"
 ABANDONED = 24 * 3600  # seconds after which a temporary of another machine counts as left behind
 LONGEST_NAME = 50  # characters of a name that its temporary repeats; systems allow 255 bytes
 
+before_writing: list[Callable[[], None]] = []
+"""What `replacing` asks before it makes a folder or a file: `folder.check_held`, in a process that trains."""
+
 # What `replacing` writes to before it renames: the name, then machine, process and when that was started, and a random
 # part.
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}(?:\.old)?\.tmp")
@@ -38,10 +41,14 @@ class Damaged(ValueError):
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`; what the body leaves there, file or folder, becomes `path` afterwards.
 
+    Whatever `before_writing` holds is called first, and may raise.
+
     If the body raises, `path` is as it was and the temporary is removed. An `OSError` then names `path` in place of the
     temporary, or of nothing: a full disk is noticed by a write, which knows no file. Processes of any number of
     machines may write one path: the last one's stays. `remove_leftovers` removes what a killed process has left.
     """
+    for check in before_writing:
+        check()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
@@ -152,12 +159,10 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], met
     from safetensors.torch import save  # imports torch, which scripts that only check their options do not wait for
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    content = save(tensors, metadata=metadata)
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
+    header, content = _in_two(save(tensors, metadata=metadata))
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     with replacing(path) as temporary:
-        temporary.write_bytes(_header(header) + content[start:])
+        temporary.write_bytes(_header(header) + content)
 
 
 def write_one_by_one(
@@ -194,8 +199,13 @@ def _dtype_name(dtype: torch.dtype) -> str:
     import torch
     from safetensors.torch import save
 
-    content = save({"": torch.empty(0, dtype=dtype)})
-    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])[""]["dtype"]
+    return _in_two(save({"": torch.empty(0, dtype=dtype)}))[0][""]["dtype"]
+
+
+def _in_two(content: bytes) -> tuple[dict, bytes]:
+    """Header and tensors of a safetensors file."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), content[start:]
 
 
 def _header(header: dict) -> bytes:

@@ -14,8 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import peft.utils.hotswap
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -46,6 +48,36 @@ _keeps_shortcuts = contextvars.ContextVar("reslora_keeps_shortcuts", default=Fal
 
 
 # -- before connecting -------------------------------------------------------------------------------------------------
+
+
+class _Probe(LoraVariant):
+    """A variant whose output no plain LoRA layer has."""
+
+    def forward(
+        self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """Return a batch without samples."""
+        return result[:0]
+
+
+def refuse_unknown_peft() -> None:
+    """Raise `RuntimeError` if the layers of the installed PEFT do not call their variants, an interface it may change.
+
+    Wired, they would silently train plain LoRA.
+    """
+    try:
+        with torch.device("meta"):
+            model = get_peft_model(nn.Sequential(nn.Linear(1, 1)), LoraConfig(r=1, target_modules=["0"]))
+            layer = model.base_model.model[0]
+            layer.lora_variant["default"] = _Probe()
+            calls_variant = len(layer(torch.empty(1, 1))) == 0
+    except (AttributeError, KeyError, TypeError):
+        calls_variant = False
+    if not calls_variant:
+        raise RuntimeError(
+            f"the LoRA layers of peft {peft.__version__} do not call their variants as ResLoRA needs it: install "
+            "another version (0.21 does)"
+        )
 
 
 def refuse_inner(base: nn.Module, adapter_name: str) -> None:

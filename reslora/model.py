@@ -85,7 +85,8 @@ def connect(
     on `lora_A` and `lora_B` afterwards are not called, as shortcuts read their weights; hooks on layers are.
 
     Raises `ValueError` if the model has no such LoRA adapter, is connected or merged already, has a layer that cannot
-    be wired, or if the shortcut finds no link; the model is unchanged then.
+    be wired, or if the shortcut finds no link; the model is unchanged then. Raises `RuntimeError` if the installed PEFT
+    does not call the variants of its LoRA layers.
     """
     if not isinstance(config, ResLoraConfig):
         raise ValueError(f"config is a {type(config).__name__}; give a reslora.ResLoraConfig")
@@ -97,6 +98,8 @@ def connect(
             "reslora.disconnect first"
         )
     guards.refuse_inner(base, adapter_name)
+    if config.wired:
+        guards.refuse_unknown_peft()
     layers = lora_layers(base, adapter_name)
     guards.refuse_merged(layers)
     guards.refuse_inactive(layers, adapter_name)

@@ -46,6 +46,7 @@ def without_notes(report: reslora.MergeReport) -> list[dict]:
 # --- few tokens, many tokens ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("length", [1, 4, 40])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "unet"])
 @plans

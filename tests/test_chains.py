@@ -30,6 +30,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from peft import LoraConfig, get_peft_model
+from suites import quick
 from torch import nn
 from torch.nn.utils import prune
 
@@ -447,6 +448,7 @@ STREAMS = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("lengths", [(12, 12), (12, 7), (10, 10)])
 @pytest.mark.parametrize("name", STREAMS)
 def test_encoders_and_decoders_and_two_towers_are_two_streams(name, lengths):
@@ -531,7 +533,7 @@ RUNS_AT = {
 }
 
 
-@pytest.mark.parametrize("shortcut", ["input", "middle"])
+@pytest.mark.parametrize("shortcut", quick(["input", "middle"], "middle"))
 @pytest.mark.parametrize("name", RUNS_AT)
 def test_the_plan_holds_for_images_and_captions_of_other_sizes(name, shortcut):
     build, runs = RUNS_AT[name]

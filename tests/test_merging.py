@@ -30,6 +30,7 @@ from conftest import (
     tiny_llama,
 )
 from peft import LoraConfig, PeftModel
+from suites import quick
 from torch import nn
 
 import reslora
@@ -600,7 +601,7 @@ def test_a_zero_weight_norm_merges_with_alpha_one_and_is_named(number):
 # --- auto -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shortcut", ["input", "middle"])
+@pytest.mark.parametrize("shortcut", quick(["input", "middle"], "input"))
 @pytest.mark.parametrize(
     "steps, window, calibrated, chosen",
     [

@@ -55,6 +55,7 @@ def hook_counts(model: nn.Module) -> list[int]:
 # --- the round trip ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("shortcut", [*SHORTCUTS, "none"])
 def test_disconnect_gives_back_plain_lora_bit_for_bit(arch, shortcut):
     model = arch.lora(lora_dropout=0.3)

@@ -25,6 +25,7 @@ from conftest import (
     stack_chain,
     tiny_llama,
 )
+from suites import quick
 from torch.func import functional_call, vmap
 from wired import PLAIN, SOME, WIRED, connected, language, one_each, pair, some, wired
 
@@ -58,6 +59,7 @@ def test_evaluation_without_gradients_follows_the_equation(llama, shortcut, pre_
         assert_equal(run(model, llama.inputs()).clone(), run(oracle, llama.inputs()).clone())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("window", [0, 1, 100])
 @one_each
 def test_recording_norms_changes_nothing(llama, shortcut, pre_num, head, window):
@@ -86,7 +88,7 @@ def test_no_wires_needs_no_links(llama, shortcut, pre_num, head):
     assert reslora.connect(model, ResLoraConfig(shortcut, pre_num, head)).links == 0
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", quick(["llama", "gpt2"], "llama"))
 @wired
 def test_dropout_is_drawn_once_per_block(name, shortcut, pre_num, head):
     """x_{n-k} enters a neighbour with block n-k's mask; `block` uses its own mask for all its terms."""
@@ -237,10 +239,12 @@ def test_autocast_with_fp32_adapters_is_as_precise_as_the_equation_under_autocas
         assert relative(ours[n], exact[n]) < 2 * relative(theirs[n], exact[n]) + 0.01
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "base, adapter",
-    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+    quick(
+        [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)],
+        (torch.bfloat16, torch.float32),
+    ),
 )
 @one_each
 def test_mixed_dtypes_without_autocast_keep_the_base_dtype(llama, base, adapter, shortcut, pre_num, head):

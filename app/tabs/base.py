@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
-from ..launcher import Trainings
+from ..jobs import Jobs
 from ..library import Library
-from ..queue import Queue
 from ..runs import Run
 from ..studio import Studio
 from ..working import WorkingFiles
@@ -32,8 +31,7 @@ class Parts:
     """What the tabs work with."""
 
     library: Library
-    trainings: Trainings
-    queue: Queue
+    jobs: Jobs
     studio: Studio
     files: WorkingFiles = field(default_factory=WorkingFiles)
 
@@ -50,8 +48,8 @@ class Tab:
     """The component in which a visitor chooses what of a run is shown; None where there is nothing to choose."""
 
     def __init__(self, parts: Parts) -> None:
-        self.library, self.trainings, self.studio = parts.library, parts.trainings, parts.studio
-        self.queue, self.files = parts.queue, parts.files
+        self.library, self.jobs = parts.library, parts.jobs
+        self.studio, self.files = parts.studio, parts.files
         self.live: list[gr.components.Component] = []
         """What changes from look to look while a trainer is at work."""
         self.watched: list[gr.components.Component] = []

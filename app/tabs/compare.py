@@ -96,7 +96,7 @@ class CompareTab(Tab):
 
     def seen(self, run: Run) -> tuple[int, list[str], bool]:
         """The last step, what there is to take along, and whether the run never began."""
-        return max(run.steps(), default=0), self.list_files(run), self.trainings.status(run) == "failed"
+        return max(run.steps(), default=0), self.list_files(run), self.jobs.status(run) == "failed"
 
     def choice(self, run: Run, chosen: float | None, seen: tuple[int, list[str], bool] | None) -> int:
         """A slider at the end moves on with the run."""
@@ -149,24 +149,24 @@ class CompareTab(Tab):
         """Values of all that is seen at a step."""
         train, validation = (compared.curves(run, split, step) for split in ("train", "validation"))
         said = verdict(run, step) + differences(run)
-        shown = compared.images(run, step, self.trainings.status(run))
+        shown = compared.images(run, step, self.jobs.status(run))
         return shown, train, validation, compared.numbers(run, step), said
 
     def list_files(self, run: Run) -> list[str]:
         """What can be taken along."""
-        return [one.label for one in takeaway.takeaways(self.library, run)]
+        return [one.label for one in takeaway.takeaways(run)]
 
     def how_to_use(self, name: str, label: str) -> tuple[str, str]:
         """Where a file is, and how it is loaded; nothing where none is chosen, as of a run that has none."""
         if not label:
             return "", ""
-        one = takeaway.find(self.library, self.library.find(name), label)
+        one = takeaway.find(self.library.find(name), label)
         return one.place, one.use
 
     def take_file(self, name: str, label: str) -> str:
         """A copy of a file that the run has made, to download."""
         run = self.library.find(name)
-        return str(takeaway.packed(run, takeaway.find(self.library, run, label), self.files))
+        return str(takeaway.packed(run, takeaway.find(run, label), self.files))
 
     def toggle(self, label: str) -> tuple:
         playing = "Pause" not in label

@@ -36,8 +36,8 @@ class DatasetTab(Tab):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.folders = ImageFolders(self.library.folder, self.trainings.data)
-        self.edits = ImageEdits(self.folders, self.trainings)
+        self.folders = ImageFolders(self.library.folder, self.jobs.data)
+        self.edits = ImageEdits(self.folders, self.jobs)
         self.choosing_rows()
         self.status = gr.HTML(views.notice(CHOOSE), elem_id="dataset-status")
         self.changing_rows()
@@ -219,7 +219,7 @@ class DatasetTab(Tab):
     def do_upload(self, name, uploads, caption) -> tuple:
         """Stores uploaded images as a new folder, and shows it."""
         folder = self.folders.add(name, paths_of(uploads), str(caption or ""))
-        choices = gr.update(choices=self.trainings.folders())
+        choices = gr.update(choices=self.jobs.folders())
         shown = gr.update(choices=list(self.folders.all()), value=folder.name)
         return shown, choices, views.notice(f"{folder.name} is there; it can be trained on as a folder on the server.")
 

@@ -104,7 +104,7 @@ class ExperimentTab(LaunchTab):
     def count(self, name: str, uploads, folder: str, model: str, *values) -> str:
         """How many arms the form makes, with those that are there; what is wrong with it, where it makes none."""
         settings = self.settings(values) | {"model": model}
-        return experiments.plan(self.trainings, name, settings, folder, paths_of(uploads))
+        return experiments.plan(self.jobs, name, settings, folder, paths_of(uploads))
 
     def look(self, name: str, seen: tuple | None = None):
         """What is new of an experiment since the last look: state and log, and the report where there is another."""
@@ -114,14 +114,14 @@ class ExperimentTab(LaunchTab):
             gone = not name or (seen is not None and name == seen[0])
             return {self.which: gr.update(choices=names, value=names[0])} if names and gone else gr.skip()
         found = self.library.find_experiment(name)
-        status = self.trainings.status(found)
+        status = self.jobs.status(found)
         now = (name, tuple(names), found.fingerprint(), status, found.activity, found.log_tail())
         if now == seen:
             return gr.skip()
         updates = {
             self.last_look: now,
-            self.state: experiments.summary(found, status, self.trainings.last_line(found)),
-            self.log: views.log(self.trainings.log(found), status),
+            self.state: experiments.summary(found, status, self.jobs.last_line(found)),
+            self.log: views.log(self.jobs.log(found), status),
         }
         if seen is None or now[:3] != seen[:3]:
             updates[self.which] = gr.update(choices=names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -85,7 +86,7 @@ class GenerateTab(Tab):
             ],
             [self.gallery, self.status, self.seed, self.made],
             api_name="generate", preprocess=False, **NO_PROGRESS, **TURNS,
-        ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
+        ).failure(lambda: "", None, self.status, api_visibility="private")  # fmt: skip
         unqueued = {"queue": False, **NO_PROGRESS}
         self.cancel.click(readable_errors(self.stop), None, self.status, api_visibility="private", **unqueued)
         gr.on([], readable_errors(self.do_cancel), None, self.status, api_name="cancel", **unqueued)
@@ -95,6 +96,8 @@ class GenerateTab(Tab):
         warned = [page.run, self.weights]
         self.weights.change(readable_errors(self.warn), warned, self.warning, preprocess=False, **QUIET)
         gr.api(readable_errors(self.list_weights), api_name="weights")
+        used = [self.adapter, self.stack.loras]
+        gr.on([part.change for part in used], self.show_used, used, self.weights, preprocess=False, **QUIET)
         self.stack.events(page)
         self.grid.events(page)
 
@@ -135,6 +138,11 @@ class GenerateTab(Tab):
         text = warning_for(run, weights) if weights else ""
         return gr.update(value=text, visible=bool(text))
 
+    def show_used(self, adapter: object, loras: object) -> dict:
+        """Whether the run's own weights are used, or a file or a stack in their place."""
+        instead = "the file below" if adapter else "the stack below" if loras else ""
+        return gr.update(label=f"Weights (not used: {instead} is)" if instead else "Weights", interactive=not instead)
+
     def chosen_weights(
         self, run: Run | None, label: str, uploaded: list[str], loras: list[str] | None, strengths: str
     ) -> Weights:
@@ -158,8 +166,10 @@ class GenerateTab(Tab):
         uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
         weights = self.chosen_weights(run, label, uploaded, loras, strengths)
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
-        request = Request(prompt, negative, -1 if random else seed, steps, guidance, width, height, images, strength)
-        request, session = request.clamped(), asked.session_hash or ""
+        request = Request(prompt, negative, 0 if random else seed, steps, guidance, width, height, images, strength)
+        request.check()
+        request = replace(request, seed=-1 if random else seed).clamped()
+        session = asked.session_hash or ""
         done, files, text, wanted = [], [], "Starting", request.images * len(choices)
         yield [], views.progress(text, 0), request.seed, ""
         try:

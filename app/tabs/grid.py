@@ -71,7 +71,7 @@ class GridPart:
             [self.table, self.status, self.sheet, self.cells],
             api_name="grid", preprocess=False, **NO_PROGRESS, **TURNS,
         )  # fmt: skip
-        drawing.failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")
+        drawing.failure(lambda: "", None, self.status, api_visibility="private")
         drawing.success(lambda: gr.update(interactive=True), None, self.sheet, api_visibility="private")
         self.stop.click(readable_errors(self.do_stop), None, self.status, queue=False, **QUIET)
         for name, values in self.axes:
@@ -97,6 +97,7 @@ class GridPart:
         uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
         weights = self.tab.chosen_weights(run, label, uploaded, loras, strengths)
         request = Request(prompt, negative, seed, steps, guidance, width, height, 1, strength)
+        request.check()
         axes = grids.axis("X", x, x_values), grids.axis("Y", y, y_values)
         grid = grids.grid(run, weights, request, *axes)
         drawn, files, shown, text, session = {}, {}, {}, "Starting", asked.session_hash or ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
@@ -13,8 +13,8 @@ from reslora.options.option import Option
 from .. import form, launcher, views
 from ..bases import PIPELINES
 from ..folders import BUNDLED
-from ..handlers import QUIET, named, paths_of, readable_errors
-from ..queue import RUNNING, WAITING, Entry
+from ..handlers import NO_PROGRESS, QUIET, named, paths_of, readable_errors
+from ..jobs import RUNNING, WAITING, Entry
 from ..runs import Run
 from ..uploads import store_images
 from .base import STATUS, Parts, Tab, answer_line
@@ -152,7 +152,7 @@ class LaunchTab(Tab):
 
     def arrive(self) -> dict:
         """The folders of images on the server."""
-        return {self.folder: gr.update(choices=self.trainings.folders())}
+        return {self.folder: gr.update(choices=self.jobs.folders())}
 
     def connect(self, page: Page, which: gr.components.Component, seen: gr.State) -> None:
         """Connects form and buttons; `which` has the name of what is looked at, and gets that of what is started.
@@ -161,12 +161,13 @@ class LaunchTab(Tab):
         """
         inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
         show, start = (named(readable_errors(do), self.parameters()) for do in (self.do_show, self.do_start))
-        shown = self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", preprocess=False)
+        common = {"preprocess": False, **NO_PROGRESS}  # which would mark each output with an error that a message tells
+        shown = self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", **common)
         shown.failure(lambda: "", None, self.command, **QUIET)  # else it would be that of other settings
         started = [which, self.command, self.start, self.answer]
-        self.start.click(start, inputs, started, api_name=f"{self.id}_start", preprocess=False)
+        self.start.click(start, inputs, started, api_name=f"{self.id}_start", **common)
         plan = named(readable_errors(self.do_plan), self.parameters())
-        self.memory.click(plan, inputs, self.answer, api_name=f"{self.id}_memory", preprocess=False)
+        self.memory.click(plan, inputs, self.answer, api_name=f"{self.id}_memory", **common)
         looked = gr.on(
             [self.folder.change, self.uploads.change], readable_errors(self.show_images), [self.folder, self.uploads],
             self.preview, preprocess=False, **QUIET,
@@ -181,19 +182,23 @@ class LaunchTab(Tab):
         gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % kept, **QUIET)
         # It waits for nothing; what is not queued would show no message of a refusal.
         stop = readable_errors(self.do_stop)
-        self.stop.click(stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None)
-        self.resume.click(readable_errors(self.do_resume), which, self.answer, api_name=f"{self.id}_resume")
+        self.stop.click(
+            stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None, **NO_PROGRESS
+        )
+        self.resume.click(
+            readable_errors(self.do_resume), which, self.answer, api_name=f"{self.id}_resume", **NO_PROGRESS
+        )
 
     def seen(self, run: Run) -> bool:
         """Whether what is started now would wait."""
-        return self.queue.would_wait()
+        return self.jobs.would_wait()
 
     def shown(self, run: Run, choice: object) -> dict:
         """What Start does."""
         return {self.start: self.start_label()}
 
     def start_label(self) -> str:
-        return "Add to queue" if self.queue.would_wait() else self.buttons[0]
+        return "Add to queue" if self.jobs.would_wait() else self.buttons[0]
 
     def show_shortcuts(self, methods: list[str]) -> list[dict]:
         """What is set for ResLoRA's shortcuts, where a method reads it."""
@@ -214,25 +219,26 @@ class LaunchTab(Tab):
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
         """Of the trainer's command line."""
         settings = self.settings(values) | {"model": model}
-        images = self.trainings.choose_images(name, folder, paths_of(uploads), str(caption or ""), self.kind)
-        return self.trainings.command(name, settings, images, self.kind)
+        images = self.jobs.choose_images(name, folder, paths_of(uploads), str(caption or ""), self.kind)
+        return self.jobs.command(name, settings, images, self.kind)
 
     def do_show(self, *inputs) -> str:
         """The command that the settings make."""
         return launcher.in_words(self.words(*inputs))
 
-    def do_plan(self, *inputs) -> str:
+    def do_plan(self, *inputs) -> Iterator[str]:
         """What memory the training would take, by the trainer's own plan, which trains nothing."""
+        yield views.notice("Estimating memory: this takes some seconds.")
         _, uploads, caption, *_ = inputs
         words, paths = self.words(*inputs), paths_of(uploads)
         if paths and "--train_data_dir" in words:  # what goes on keeps its images
             stored = store_images(self.files.new("images"), paths, str(caption or ""))
             words[words.index("--train_data_dir") + 1] = str(stored)
-        return views.printed(self.trainings.plan(words))
+        yield views.printed(self.jobs.plan(words))
 
     def show_images(self, folder: str, uploads) -> str:
         """The first of the images that are chosen."""
-        return views.thumbnails(self.trainings.first_images(folder, paths_of(uploads)))
+        return views.thumbnails(self.jobs.first_images(folder, paths_of(uploads)))
 
     def do_start(self, *inputs) -> tuple:
         """Starts a training, or lines it up; shows the run that has begun, and the command."""
@@ -242,8 +248,8 @@ class LaunchTab(Tab):
         paths = paths_of(uploads)
         chosen = None if paths else folder or None
         entry = Entry(name, self.what, settings | {"model": str(model or "").strip()}, chosen)
-        added = self.queue.add(entry, paths, str(caption or ""))
-        told = self.told_of(added)
+        added = self.jobs.add(entry, paths, str(caption or ""))
+        told = self.told_of(added) + launcher.warning(settings)
         if paths and added.folder not in (None, f"runs/{name}"):
             told += f" There are others in runs/{name}."
         shown = gr.update() if added.state == WAITING else gr.update(choices=self.list_names(), value=name)
@@ -266,9 +272,9 @@ class LaunchTab(Tab):
     def do_stop(self, name: str, seen: tuple | None = None) -> str:
         """Stops what trains, whichever is looked at; where that was seen to train, nothing that has begun after it."""
         trained = seen is not None and seen[STATUS] in ACTIVE
-        return views.notice(self.trainings.stop(name, self.kind, only=trained))
+        return views.notice(self.jobs.stop(name, self.kind, only=trained))
 
     def do_resume(self, name: str) -> str:
         """Goes on with what was stopped, or lines it up."""
-        run = self.trainings.find(name, self.kind)
-        return views.notice(self.told_of(self.queue.add(Entry(run.name, self.what, resume=True))))
+        run = self.jobs.find(name, self.kind)
+        return views.notice(self.told_of(self.jobs.add(Entry(run.name, self.what, resume=True))))

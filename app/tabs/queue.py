@@ -48,7 +48,7 @@ class QueueTab(Tab):
 
     def show(self) -> tuple[str, int]:
         """The rows, and what they are known by."""
-        rows = lists.queue(self.queue)
+        rows = lists.queue(self.jobs)
         return rows, hash(rows)
 
     def open(self) -> tuple:
@@ -64,13 +64,13 @@ class QueueTab(Tab):
         """A button of a row."""
         what, name = event._data.get("do"), event._data.get("name")
         if what == "stop":
-            return views.notice(self.queue.stop(name)), *self.show()
+            return views.notice(self.jobs.stop_entry(name)), *self.show()
         if what == "clear":
-            self.queue.clear()
+            self.jobs.clear()
         elif what == "remove":
-            self.queue.remove(name)
+            self.jobs.remove(name)
         else:
-            self.queue.move(name, -1 if what == "up" else 1)
+            self.jobs.move(name, -1 if what == "up" else 1)
         return "", *self.show()
 
     # -- for programs --------------------------------------------------------------------------------------------------
@@ -79,15 +79,15 @@ class QueueTab(Tab):
         """What trains, waits and has ended, in order: name, kind, state, and a line about it."""
         return [
             {"name": entry.name, "kind": entry.kind, "state": entry.state, "line": entry.line}
-            for entry in self.queue.entries()
+            for entry in self.jobs.entries()
         ]
 
     def move(self, name: str, by: int) -> list[dict]:
         """Moves what waits up (-1) or down (1)."""
-        self.queue.move(name, -1 if by == -1 else 1)
+        self.jobs.move(name, -1 if by == -1 else 1)
         return self.list_entries()
 
     def remove(self, name: str) -> list[dict]:
         """Takes out what waits or has ended."""
-        self.queue.remove(name)
+        self.jobs.remove(name)
         return self.list_entries()

@@ -28,7 +28,7 @@ class RunsTab(Tab):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.shelf = Shelf(self.queue)
+        self.shelf = Shelf(self.jobs)
 
         def save_notes(edit: dict) -> dict:  # a function, for Gradio marks it
             return self.save_notes(edit)

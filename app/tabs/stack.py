@@ -58,7 +58,7 @@ class StackPart:
             [page.run, tab.weights, tab.adapter, tab.strength, self.name, tab.adapter_config, *self.inputs],
             [self.status, self.place, self.use, self.found],
             api_name="full_model", preprocess=False, **NO_PROGRESS, **TURNS,
-        ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
+        ).failure(lambda: "", None, self.status, api_visibility="private")  # fmt: skip
         self.stop.click(readable_errors(self.do_stop), None, self.status, queue=False, **QUIET)
         gr.api(readable_errors(self.list_loras), api_name="loras")
 
@@ -96,7 +96,7 @@ class StackPart:
         except Cancelled:
             yield views.notice("Cancelled; nothing was written."), *nothing
             return
-        place = takeaway.place_of(self.library, run, target)
+        place = takeaway.place_of(target)
         said = views.notice(f"{place} is written: {weights.label}.")
         yield said, place, whole_models.lines_for(place), gr.update(visible=True)
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, ClassVar
 import gradio as gr
 
 from reslora.diffusion.experiment.checks import OF_EXPERIMENTS
+from reslora.diffusion.training.stopping import SAMPLE, SAVE
 
-from .. import form, launcher, views
+from .. import form, views
 from ..bases import word_of_model
-from ..handlers import QUIET, readable_errors
+from ..handlers import NO_PROGRESS, QUIET, readable_errors
 from ..library import VARYING
 from ..runs import Run, RunError
 from .base import Parts
@@ -70,16 +71,16 @@ class TrainTab(LaunchTab):
         in_turn = {"trigger_mode": "always_last", "concurrency_id": "begin", "concurrency_limit": 1, **QUIET}
         self.begin.select(readable_errors(self.fill_by_mouse), self.begin, filled, **in_turn)
         self.begin.change(readable_errors(self.fill_once), [self.begin, self.begun], filled, **in_turn)
-        for button, request in ((self.sample_now, launcher.SAMPLE), (self.save_now, launcher.SAVE)):
+        for button, request in ((self.sample_now, SAMPLE), (self.save_now, SAVE)):
             ask = readable_errors(partial(self.ask, request))
             named = f"train_{request.replace('.', '_')}"
-            button.click(ask, None, self.answer, api_name=named, concurrency_limit=None)
+            button.click(ask, None, self.answer, api_name=named, concurrency_limit=None, **NO_PROGRESS)
 
     def fill(self, name: str) -> list:
         """The form with the settings of a preset, or of a run with its images; refuses one whose model has no word."""
         runs = self.library.runs()
         settings = form.settings_of(name, runs)
-        folder = gr.update() if name in form.PRESETS else self.trainings.images.of_run(runs[name])
+        folder = gr.update() if name in form.PRESETS else self.jobs.images.of_run(runs[name])
         return [word_of_model(name, settings), folder, *form.values_of(settings, self.all_names())]
 
     def fill_by_mouse(self, name: str) -> list:
@@ -92,7 +93,7 @@ class TrainTab(LaunchTab):
 
     def ask(self, request: str) -> str:
         """Asks the run that trains for something after this step."""
-        return views.notice(self.trainings.ask(request))
+        return views.notice(self.jobs.ask(request))
 
     def settings(self, values: tuple) -> dict:
         """Options and their values; several of what makes an experiment are refused."""
@@ -105,4 +106,4 @@ class TrainTab(LaunchTab):
 
     def told(self, run: Run, status: str) -> dict:
         """What the trainer has printed."""
-        return {self.log: views.log(self.trainings.log(run), status)}
+        return {self.log: views.log(self.jobs.log(run), status)}

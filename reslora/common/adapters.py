@@ -94,7 +94,9 @@ def attach(
     check_rank(model, config)
     if isinstance(config, (AdaLoraConfig, OFTConfig)):
         _refuse_convolutions(model, config)
-    adapted = _add(model, config, in_place or _takes_adapters(model))
+    # Diffusers' models are given adapters in place; transformers' can be, and are wrapped.
+    in_place = in_place or (hasattr(model, "add_adapter") and not isinstance(model, PreTrainedModel))
+    adapted = _add(model, config, in_place)
     if shortcuts is not None:
         connect(adapted, shortcuts, example_inputs=example_inputs)
     return adapted
@@ -155,11 +157,6 @@ def _refuse_convolutions(model: nn.Module, config: PeftConfig) -> None:
             raise ValueError(
                 f"{name} is a convolution, which {title} cannot adapt: leave it out, or choose another method"
             )
-
-
-def _takes_adapters(model: nn.Module) -> bool:
-    """Whether a model is given adapters in place, as diffusers' are; transformers' can be, and are wrapped."""
-    return hasattr(model, "add_adapter") and not isinstance(model, PreTrainedModel)
 
 
 def _add(model: nn.Module, config: PeftConfig, in_place: bool) -> nn.Module:

@@ -1,20 +1,32 @@
 """Line charts as SVG, without a script: `line_chart` for the application's page, `chart` for an experiment's report.
 
-Both take the colour of the text around them. Lines of the first have colours of their own; those of the second, with a
-dot for each seed, take theirs from the page (`experiment.look.STYLE`).
+Both take the colour of the text around them. Matplotlib draws the first. Lines of the second, with a dot for each seed,
+take their colours from the page (`experiment.look.STYLE`).
 """
 
 from __future__ import annotations
 
+import functools
 import html
+import io
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+from xml.etree import ElementTree
 
-from matplotlib.ticker import MaxNLocator
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 Point = tuple[float, float]
+SVG = "http://www.w3.org/2000/svg"
+ElementTree.register_namespace("", SVG)
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")  # by which name alone browsers read it
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "reslora"})  # text stays text; the same every time
+WIDTH, HEIGHT, BOX = 560, 220, (0.1, 0.16, 0.88, 0.8)
+"""Of a chart on the page in pixels, and where the axes are in it: left, bottom, width and height as fractions."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +41,7 @@ class Frame:
     bottom: int
 
 
-PAGE = Frame(560, 260, 52, 12, 30, 44)
 REPORT = Frame(420, 270, 66, 10, 12, 44)
-LEGEND = 18
-"""Pixels from one row of a legend to the next."""
 LONGEST = 60
 """Letters of a name in a legend."""
 MOST_DOTS = 25
@@ -84,91 +93,69 @@ class Line:
 
     name: str
     color: str
-    points: Sequence[Point]
+    points: tuple[Point, ...]
     dash: str = ""
     """Lengths of dashes and gaps, as SVG takes them; a whole line without."""
 
 
 def line_chart(title: str, x_title: str, lines: Sequence[Line], mark: float | None = None) -> str:
-    """Lines over numbered axes, with a legend; a vertical line stands at `mark`. An empty frame where nothing is given.
+    """Return lines over numbered axes as HTML, with a legend; a vertical line is at `mark`.
 
-    Where there are few points, each says its numbers when it is pointed at.
+    Where there are few points, each has its numbers as a tooltip. Without lines the frame is empty.
     """
-    points, round_numbers = [point for line in lines for point in line.points], MaxNLocator(5, steps=[1, 2, 5, 10])
-    ys, xs = [y for _, y in points], [x for x, _ in points]
-    up, across = _bounds(ys), _bounds(xs)
-    place, bottom = Places(PAGE, across, up), PAGE.height - PAGE.bottom
-    parts = [f'<text class="title" x="{PAGE.width / 2}" y="18" text-anchor="middle">{escape(title)}</text>']
-    if points:
-        parts += [_level(place.y(y), y) for y in _numbers(ys, up, round_numbers)]
-        parts += [
-            f'<text x="{place.x(x):.1f}" y="{bottom + 16}" text-anchor="middle">{x:g}</text>'
-            for x in _numbers(xs, across, round_numbers)
-        ]
-        if mark is not None and across[0] <= mark <= across[1]:
-            x = place.x(mark)
-            parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{PAGE.top}" y2="{bottom}"/>')
-        dotted = max(len(line.points) for line in lines) <= MOST_DOTS
-        parts += [_drawn(line, place, dotted) for line in lines]
-    legend, rows = _legend(lines, x_title)
-    parts.append(legend)
-    name = escape(f"{title}: {', '.join(line.name for line in lines) or 'nothing yet'}")
-    box = f"0 0 {PAGE.width} {PAGE.height + (rows - 1) * LEGEND}"
-    return f'<svg class="chart" viewBox="{box}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    svg, (left, right) = _svg(title, x_title, tuple(lines))
+    if mark is not None and lines and left <= mark <= right:
+        x = WIDTH * (BOX[0] + BOX[2] * (mark - left) / (right - left))
+        top, bottom = HEIGHT * (1 - BOX[1] - BOX[3]), HEIGHT * (1 - BOX[1])
+        svg = svg.replace("</svg>", f'<path class="mark" d="M{x:.1f} {top:.1f}V{bottom:.1f}"/></svg>')
+    legend = "".join(f"<li>{swatch(line.color, line.dash)} {escape(shortened(line.name))}</li>" for line in lines)
+    return (
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{svg}<ul class="legend">{legend}</ul></figure>'
+    )
 
 
-def _bounds(values: Sequence[float]) -> Point:
-    """The least and the greatest; apart, even where there is but one."""
-    low, high = min(values, default=0.0), max(values, default=1.0)
-    margin = 1e-6 * max(1.0, abs(low), abs(high))
-    return (low, high) if high - low > margin else (low - margin, high + margin)
+@functools.lru_cache(maxsize=64)
+def _svg(title: str, x_title: str, lines: tuple[Line, ...]) -> tuple[str, Point]:
+    """The chart without its mark, and the ends of its x axis: a slider moves the mark many times a second."""
+    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+    axes = figure.add_axes(BOX)
+    for number, line in enumerate(lines):
+        style: dict[str, Any] = {"linestyle": (0, tuple(map(float, line.dash.split())))} if line.dash else {}
+        style |= {"marker": "o", "markersize": 5} if len(line.points) <= MOST_DOTS else {}
+        axes.plot(
+            *zip(*line.points, strict=True), color=line.color, linewidth=2, clip_on=False, gid=f"line-{number}", **style
+        )
+    axes.margins(x=0)
+    axes.set_xlabel(x_title, loc="right")
+    axes.grid(axis="y", color="gray", alpha=0.35)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    for axis, place in ((axes.xaxis, 0), (axes.yaxis, 1)):
+        values = {point[place] for line in lines for point in line.points}
+        axis.set_major_locator(FixedLocator([*values]) if len(values) == 1 else MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter("{x:g}")
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    root = ElementTree.fromstring(file.getvalue())
+    for number, line in enumerate(lines):
+        uses = root.iterfind(f".//*[@id='line-{number}']//{{{SVG}}}use")
+        for use, (x, y) in zip(uses, line.points, strict=False):
+            ElementTree.SubElement(use, "title").text = f"{line.name}, {x:g}: {y:.4f}"
+    name = f"{title}: {', '.join(line.name for line in lines) or 'nothing yet'}"
+    root.attrib = {"viewBox": root.get("viewBox", ""), "role": "img", "aria-label": name}
+    return ElementTree.tostring(root, encoding="unicode"), axes.get_xlim()
 
 
-def _numbers(values: Sequence[float], bounds: Point, locator: MaxNLocator) -> list[float]:
-    """What is written along an axis: round numbers, or the one value that there is."""
-    if len({f"{value:.6g}" for value in values}) > 1:
-        return ticks(*bounds, locator)
-    return [values[0] if values[0] == int(values[0]) else float(f"{values[0]:.4g}")]
+def swatch(color: str, dash: str = "") -> str:
+    """Return how a line is drawn in a chart, for a legend."""
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    line = f'<path d="M0 6H28" stroke="{color}" stroke-width="3"{dashed}/>'
+    return f'<svg class="key" viewBox="0 0 28 12" aria-hidden="true">{line}</svg>'
 
 
-def _level(y: float, value: float) -> str:
-    line = f'<line class="level" x1="{PAGE.left}" x2="{PAGE.width - PAGE.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return f'{line}<text x="{PAGE.left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
-
-
-def _drawn(line: Line, place: Places, dotted: bool) -> str:
-    path = " ".join(f"{place.x(x):.1f},{place.y(y):.1f}" for x, y in line.points)
-    drawn = f'<polyline points="{path}" fill="none" stroke="{line.color}" stroke-width="2"{_dashed(line)}/>'
-    for x, y in line.points if dotted else ():
-        told = escape(f"{line.name}, {x:g}: {y:.4f}")
-        at = f'cx="{place.x(x):.1f}" cy="{place.y(y):.1f}"'
-        drawn += f'<circle {at} r="3" fill="{line.color}"><title>{told}</title></circle>'
-    return drawn
-
-
-def _dashed(line: Line) -> str:
-    return f' stroke-dasharray="{line.dash}"' if line.dash else ""
-
-
-def _legend(lines: Sequence[Line], x_title: str) -> tuple[str, int]:
-    """Names below the chart, and how many rows they take."""
-    entries, x, row = [], float(PAGE.left), 0
-    end = PAGE.width - PAGE.right - 7 * len(x_title)
-    wide = 28 if any(line.dash for line in lines) else 12  # room for a few dashes
-    for line in lines:
-        name = line.name if len(line.name) <= LONGEST else f"{line.name[: LONGEST - 1]}…"
-        needed = wide + 20 + 7 * len(name)
-        if x > PAGE.left and x + needed > end:
-            x, row = float(PAGE.left), row + 1
-        y = PAGE.height - 17 + row * LEGEND
-        shape = f'<rect x="{x:.0f}" y="{y}" width="12" height="12" rx="2" fill="{line.color}"/>'
-        if wide > 12:
-            stroke = f'stroke="{line.color}" stroke-width="3"{_dashed(line)}'
-            shape = f'<line x1="{x:.0f}" x2="{x + wide:.0f}" y1="{y + 6}" y2="{y + 6}" {stroke}/>'
-        entries.append(f'{shape}<text x="{x + wide + 5:.0f}" y="{y + 10}">{escape(name)}</text>')
-        x += needed
-    where = f'x="{PAGE.width - PAGE.right}" y="{PAGE.height - 7}" text-anchor="end"'
-    return f"{''.join(entries)}<text {where}>{escape(x_title)}</text>", row + 1
+def shortened(text: str) -> str:
+    """Return a name as a legend has room for it."""
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 # -- in a report -------------------------------------------------------------------------------------------------------

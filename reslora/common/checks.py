@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import sys
@@ -32,6 +33,17 @@ def number_in_words(least: float, below: float = math.inf, exclusive: bool = Fal
         return "a finite number"
     ends = f" and below {below}" if below < math.inf else ""
     return f"a finite number {'above' if exclusive else 'of at least'} {least}{ends}"
+
+
+def require_package(flag: str, package: str, module: str = "") -> None:
+    """Raise `InvalidArgument`, which names `flag`, unless a package with this module is installed."""
+    if importlib.util.find_spec(module or package) is None:
+        raise InvalidArgument(flag, f"{package} is not installed", f"pip install {package}, or leave it out")
+
+
+def is_path(name: str) -> bool:
+    """Return whether a model's name can only be a path: a repository on the hub has at most one slash."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def check_writable(folder: Path, argument: str) -> None:

@@ -27,6 +27,8 @@ class Diverged(RunFailed):
     `advice` is for a plain run: an experiment keeps the problem alone.
     """
 
+    diverged = True
+
     def __init__(self, problem: str, advice: str = "") -> None:
         super().__init__(f"{problem}; {advice}" if advice else problem)
         self.problem = problem

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ..files import is_running, remove_leftovers, this_process
+from ..files import before_writing, is_running, remove_leftovers, this_process
 from .errors import InvalidArgument, RunFailed
 from .methods import METHODS
 from .status import FILE
@@ -91,7 +91,8 @@ def _noted(folder: Path, noted: dict[Path, os.stat_result]) -> Iterator[None]:
 def check_held() -> None:
     """Raises `RunFailed` where a folder that this process has locked is gone, before it is made anew, or another's.
 
-    Or where one in it that is being filled is gone: what is written from then on would be the second half alone.
+    Or where one in it that is being filled is gone: what is written from then on would be the second half alone. What
+    `files.replacing` writes is preceded by it; ask before long work too, and before something is removed.
     """
     for folder in _HELD:
         if problem := _lost(folder):
@@ -102,6 +103,9 @@ def check_held() -> None:
         if numbered and not _is_still(folder, before):
             problem = f"{folder} was moved or removed while it was trained, and nothing more is saved"
             raise RunFailed(f"{problem}; put it back, and go on with --resume_from_checkpoint latest")
+
+
+before_writing.append(check_held)
 
 
 def _is_still(folder: Path, before: os.stat_result) -> bool:

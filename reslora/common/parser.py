@@ -43,7 +43,9 @@ class Parser(argparse.ArgumentParser):
         self.error("; ".join(f"{name}: unknown option{did_you_mean(name, known)}" for name in options))
 
     def error(self, message: str) -> NoReturn:
-        """Print the line and exit with status 2."""
+        """Exit with status 2 and one line, which begins with the option, by its longest name, and the value."""
+        message = re.sub(r"^argument (--[\w-]+)(/-[\w-]+)*: ", r"\1: ", message)
+        message = re.sub(r"^(--[\w-]+): '([^']*)' is (not|neither) ", r"\1 \2: is \3 ", message)
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

@@ -32,6 +32,8 @@ _LAUNCHERS = {
 _TOLD: Any = getattr(signal, "SIGUSR1", None)  # from the kernel when the launcher dies, and from the application
 _HUNG_UP: Any = getattr(signal, "SIGHUP", None)  # what a terminal sends that closes, or whose connection is lost
 _PR_SET_PDEATHSIG = 1
+SIGNALS = {number for number in (signal.SIGINT, signal.SIGTERM, _HUNG_UP, _TOLD) if number is not None}
+"""What a script answers by a request to stop."""
 NOT_BEGUN = "stopped before training began"
 """What `StopRequest.check` says where there is nothing to save yet."""
 
@@ -120,6 +122,17 @@ class StopRequest:
         if self._signal is None:
             self._signal = signal.SIGTERM
             _tell("stopping after this step: it was asked to stop, or its terminal or launcher is gone")
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Inside, `SIGNALS` wait: a process that is started there gets none before it can answer."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if os.name == "posix" else set()
+    try:
+        yield
+    finally:
+        if os.name == "posix":
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _tell(text: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..files import write_json
+from .errors import RunFailed
 from .memory import peak_memory
 from .together import is_main
 
@@ -54,6 +55,6 @@ class Status:
         self.told, (phase, name) = time.monotonic(), self.phase
         memory = peak_memory(self.device) if self.device else None
         content = {"process": os.getpid(), "phase": phase, "name": name, "memory_bytes": memory, **counted}
-        with contextlib.suppress(OSError):  # a full disk ends a run where it loses something
+        with contextlib.suppress(OSError, RunFailed):  # a full disk ends a run where it loses something
             if self.folder.is_dir():  # one that was moved is not made anew
                 write_json(self.folder / FILE, content)

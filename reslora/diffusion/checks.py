@@ -21,8 +21,8 @@ from ..common.targets import check_layers
 from ..options.images import (
     DEFAULT_RANK,
     HELD_OUT,
-    AdapterOptions,
     DataOptions,
+    MethodOptions,
     ModelOptions,
     Options,
     TrainingOptions,
@@ -37,7 +37,8 @@ from .model.families.base import Family, Part
 from .model.loading import Model
 from .model.quantising import blocks, try_format
 from .prompts import Prompt, prompts_of
-from .training.state import add_adapter, config_of, shortcuts_of, targets_of
+from .training.start import add_adapter, config_of, targets_of
+from .training.state import shortcuts_of
 
 STEERING = [name for name, option in Options.table().items() if HELD_OUT in option.needs]
 """What a validation loss steers."""
@@ -137,7 +138,7 @@ def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Optio
     return options.replace(rank=rank, lora_alpha=options.adapter.lora_alpha or 2 * rank)
 
 
-def check_methods(adapter: AdapterOptions, training: TrainingOptions, context: Context) -> None:
+def check_methods(adapter: MethodOptions, training: TrainingOptions, context: Context) -> None:
     """Try every method on a denoiser without weights: targets, ranks and shortcuts are refused here.
 
     An experiment has options for each rank, shortcut and number of blocks.
@@ -164,7 +165,7 @@ def check_methods(adapter: AdapterOptions, training: TrainingOptions, context: C
 def try_method(
     model: nn.Module,
     method: str,
-    adapter: AdapterOptions,
+    adapter: MethodOptions,
     training: TrainingOptions,
     config: PeftConfig,
     part: Part | None = None,
@@ -176,7 +177,7 @@ def try_method(
             pass
 
 
-def check_family(adapter: AdapterOptions, training: TrainingOptions, model: Model) -> None:
+def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model) -> None:
     """Refuse --train_text_encoder for a family whose encoders are not trained, and what nothing of the model reads."""
     if adapter.train_text_encoder and not model.family.trainable:
         can = [load_family(name) for name in FAMILIES]
@@ -213,7 +214,7 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
         context.accelerator.print(f"--train_text_encoder: {trains} beside the {family.denoiser}{left}")
 
 
-def check_targets(denoiser: nn.Module, options: AdapterOptions, tell: Callable[[str], object]) -> None:
+def check_targets(denoiser: nn.Module, options: MethodOptions, tell: Callable[[str], object]) -> None:
     """Refuse targets none of which is there or that fit no layer alone, and tell of those that are not there."""
     names = [name for name, _ in denoiser.named_modules()]
     if isinstance(targets := targets_of(options.target_modules), str):
@@ -227,7 +228,7 @@ def check_targets(denoiser: nn.Module, options: AdapterOptions, tell: Callable[[
     for target, count in counts.items():
         if not count:
             tell(f"--target_modules: 0 layers of the denoiser end in {target}")
-    check_layers(denoiser, targets, expressions=True)
+    check_layers(denoiser, targets)
 
 
 def matches(expression: str, name: str) -> bool:

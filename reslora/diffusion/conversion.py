@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..common.assets import ASSETS
+from ..common.checks import is_path
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.parser import Parser
 from ..common.readers import take_any_file_name
@@ -23,7 +24,6 @@ from ..files import read_object
 from ..options.option import whole
 from ..words import counted, printable
 from .model.families import FAMILIES, load_family
-from .refusals import is_path
 
 if TYPE_CHECKING:
     import torch

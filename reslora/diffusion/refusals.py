@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
-from collections.abc import Collection
 from pathlib import Path
 
-from ..common.checks import check_writable
+from ..common.checks import check_writable, is_path, require_package
 from ..common.errors import InvalidArgument, refused_as, speaks
-from ..common.flags import as_typed, listed
-from ..common.methods import METHODS, check_steps, refuse_settings, refuse_unable
-from ..common.patterns import entries
-from ..merges import MERGES
+from ..common.flags import as_typed
+from ..common.methods import METHODS, check_steps, refuse_unable
+from ..options.contradictions import check_compiled, check_method, check_texts
 from ..options.images import (
-    AdapterOptions,
     DataOptions,
+    MethodOptions,
     ModelOptions,
     OptimizerOptions,
     Options,
@@ -25,13 +21,11 @@ from ..options.images import (
     ValidationOptions,
 )
 from ..options.optimizers import check_installed, named, options_of
-from ..options.prompts import clean
 from ..options.unused import refuse_unused
-from ..shortcuts import PLAIN, shortcut_class
+from ..shortcuts import PLAIN
 from ..words import counted
 from .folder import cache_folder
-from .model.families import FAMILIES
-from .model.kinds import refuse_parts
+from .model.kinds import check_pipeline_class, read_index, refuse_parts
 
 PRODIGY = named("prodigy").path
 POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
@@ -39,28 +33,25 @@ POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
 
 def check_options(options: Options) -> None:
     """Refuse combinations that cannot work."""
-    check_encoding(options)
+    check_texts(options.flat())
     check_folders(options.data)
     refuse_unused(options)
     check_text_encoder(options.adapter, options.optimizer)
     check_prompts(options.validation)
-    check_adapter(options.adapter, options.training)
+    check_method(options.adapter, "merge_calibration_samples")
+    check_start(options.adapter)
+    check_steps(
+        options.adapter.method,
+        options.training.max_train_steps,
+        f"--max_train_steps {options.training.max_train_steps}",
+    )
     check_optimizer(options.optimizer)
     check_schedule(options.optimizer)
     check_hub(options.output)
     if options.training.compile:
         check_compile(options.model, options.adapter, options.training)
-    if options.model.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
-        flag, fix = "--enable_xformers_memory_efficient_attention", "pip install xformers, or leave it out"
-        raise InvalidArgument(flag, "xformers is not installed", fix)
-
-
-def check_encoding(options: Options) -> None:
-    """Refuse names that are no text: safetensors, tokenizers and TensorBoard take them nowhere."""
-    for name, value in options.flat().items():
-        for text in listed(value):
-            if isinstance(text, str) and clean(text) != text:
-                raise InvalidArgument(f"--{name} {text}", "is not UTF-8", "rename it, or give another")
+    if options.model.enable_xformers_memory_efficient_attention:
+        require_package("--enable_xformers_memory_efficient_attention", "xformers")
 
 
 def check_folders(data: DataOptions) -> None:
@@ -103,7 +94,7 @@ def check_part(dataset: str, folder: str) -> None:
         raise InvalidArgument(f"--train_data_dir {folder}", problem, "give one of the two")
 
 
-def check_text_encoder(adapter: AdapterOptions, optimizer: OptimizerOptions) -> None:
+def check_text_encoder(adapter: MethodOptions, optimizer: OptimizerOptions) -> None:
     """Refuse a learning rate of text encoders that the optimizer cannot take, and methods of one model only."""
     rate = optimizer.text_encoder_lr
     if rate not in (None, optimizer.learning_rate) and named(optimizer.optimizer).path == PRODIGY:
@@ -121,26 +112,7 @@ def check_prompts(validation: ValidationOptions) -> None:
         raise InvalidArgument("--validation_prompt_options", problem, "give one for each, '{}' where there are none")
 
 
-def check_adapter(adapter: AdapterOptions, training: TrainingOptions) -> None:
-    """Refuse what a method cannot do, and a merge or control that lacks its calibration samples."""
-    patterns = {"rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
-    refuse_settings(adapter.method, adapter.lora_dropout, patterns)
-    for name, texts in patterns.items():
-        entries(name, texts)
-    check_start(adapter)
-    if adapter.merge_calibration_samples == 0:
-        needs = MERGES.get(adapter.merge, MERGES["none"]).needs_moments
-        if needs and adapter.merge in merges_of(adapter.shortcut):  # last: to have a shortcut's class imports torch
-            fix = "give --merge_calibration_samples 64, or another merge"
-            raise InvalidArgument(f"--merge {adapter.merge}", "needs calibration samples", fix)
-        for name in adapter.method:
-            if METHODS[name].measured:
-                fix = "give --merge_calibration_samples 64, or leave it out"
-                raise InvalidArgument(f"--method {name}", "needs calibration samples", fix)
-    check_steps(adapter.method, training.max_train_steps, f"--max_train_steps {training.max_train_steps}")
-
-
-def check_start(adapter: AdapterOptions) -> None:
+def check_start(adapter: MethodOptions) -> None:
     """Refuse to start from a LoRA what would not start from the base model plus that LoRA."""
     if adapter.init_lora is None:
         return
@@ -160,11 +132,6 @@ def check_start(adapter: AdapterOptions) -> None:
                 "would not start from the base model plus that LoRA"
             )
             raise InvalidArgument(flag, problem, "give --method lora, or --shortcut none")
-
-
-def merges_of(shortcut: str) -> Collection[str]:
-    """Return the merges that a shortcut has; none for plain LoRA."""
-    return () if shortcut == PLAIN else shortcut_class(shortcut).merges
 
 
 def check_optimizer(options: OptimizerOptions) -> None:
@@ -201,22 +168,14 @@ def is_step_rules(text: str) -> bool:
     return all(0 <= factor < math.inf for factor in factors) and all(step > 0 for step in steps)
 
 
-def check_compile(model: ModelOptions, adapter: AdapterOptions, training: TrainingOptions) -> None:
+def check_compile(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions) -> None:
     """Refuse to compile what would lose the shortcuts, or the memory that another option is there to save."""
     if training.gradient_checkpointing:
-        if carries_activations(adapter):
-            problem = f"--compile with --gradient_checkpointing cannot keep --shortcut {adapter.shortcut}"
-            raise InvalidArgument("--compile", problem, "leave one of them out, or use --shortcut block")
+        check_compiled("--compile", adapter)
     elif model.blocks_to_swap or model.base_precision != "no":
         saves = "--blocks_to_swap" if model.blocks_to_swap else f"--base_precision {model.base_precision}"
         problem = f"keeps whole weights for the backward, which {saves} is there to avoid"
         raise InvalidArgument("--compile", problem, "add --gradient_checkpointing, or leave one of them out")
-
-
-def carries_activations(adapter: AdapterOptions) -> bool:
-    """Return whether blocks of a method pass activations to each other."""
-    wired = any(METHODS[name].shortcuts for name in adapter.method) and adapter.shortcut != PLAIN
-    return wired and adapter.pre_num != 0 and shortcut_class(adapter.shortcut).carries
 
 
 def check_hub(options: OutputOptions) -> None:
@@ -271,11 +230,6 @@ def report_doubtful(options: Options) -> None:
         print(f"warning: --validation_split {split:g} holds out more images than it trains on")
 
 
-def is_path(name: str) -> bool:
-    """Return whether a model's name can only be a path: a repository on the hub has at most one slash."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
-
-
 def check_model_name(name: str) -> None:
     """Refuse a path that is neither a pipeline of a known family nor a single safetensors file."""
     path, flag = Path(name), f"--pretrained_model_name_or_path {name}"
@@ -289,22 +243,3 @@ def check_model_name(name: str) -> None:
         check_pipeline_class(name, read_index(path, flag))
     elif is_path(name):
         raise InvalidArgument(flag, "no such folder", "give one in diffusers format or a name on the hub")
-
-
-def read_index(folder: Path, flag: str) -> dict:
-    """The content of a pipeline's model_index.json."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        index.get("_class_name")
-        return index
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise InvalidArgument(flag, "no readable model_index.json", "give a pipeline in diffusers format") from None
-
-
-def check_pipeline_class(name: str, index: dict) -> None:
-    """Refuse a pipeline of no known family."""
-    found = index.get("_class_name")
-    if not isinstance(found, str) or found not in FAMILIES:
-        raise InvalidArgument(
-            f"--pretrained_model_name_or_path {name}", f"a {found}", f"give one of {', '.join(FAMILIES)}"
-        )

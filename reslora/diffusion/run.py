@@ -5,21 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ..common.controls import Settings, put_on
-from ..common.errors import Diverged, EndedElsewhere, InvalidArgument
-from ..common.folder import check_held, filling, locked
-from ..common.gauge import gauged
-from ..common.methods import METHODS
-from ..common.recovery import memory_reported
+from ..common.errors import InvalidArgument
+from ..common.folder import locked
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.status import Status
 from ..common.together import decided, each, gathered
@@ -41,84 +35,94 @@ from .data.class_images import load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
 from .data.material import material_of, note_images, tell_counts
-from .data.samples import CalibrationSamples, Material
+from .data.samples import Material
 from .model.loading import find_model
 from .model.lora_files.combining import in_short
 from .model.objective import Objective, objective_of
-from .output.drawing import Drawer
-from .output.exports import export_method
 from .output.hub import check_upload, publish
 from .output.metric import load_metric
-from .output.reports import FINISHED, Reports, Validation
+from .output.reports import FINISHED
 from .output.summary import print_summary, write_figures
 from .output.trackers import note_settings, start_trackers
 from .planning.plan import check_memory
 from .processes import start_accelerator
 from .settings import with_family
-from .training.best import best_of, go_on_from
+from .study import ImageStudy
 from .training.checkpoints import (
     OF_CLASS,
     Identity,
-    Resume,
     check_length,
     plan_resume,
-    restore,
-    save_checkpoint,
-    write_exports,
 )
-from .training.denoising import DenoisingLoss
-from .training.loop import Watch, train
-from .training.preparing import attention_of, prepare, renew_scaler
-from .training.schedule import Schedule, schedule_of
+from .training.loop import train_method
+from .training.schedule import schedule_of
 from .training.sharding import cuts_base, units_of
 from .training.start import read_start, with_start
-from .training.state import Learner, check_optimizer, new_learner, shortcuts_of
-from .training.trained import Trained
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is trained from: the same for all methods of a run."""
-
-    pipeline: DiffusionPipeline
-    material: Material
-    schedule: Schedule
-    identity: Identity
-    context: Context
+from .training.state import check_optimizer
 
 
 def run(options: Options, stop: StopRequest) -> None:
     """Trains, merges and exports every method that the options name, and shows what came of it."""
-    with stop.at_once():
-        accelerator = start_accelerator(options)
     with contextlib.ExitStack() as stack:
-        decided(lambda: take_folder(options, stop, stack))
-        kinds, context = find_all(options, accelerator, stop)
-        identity = identity_of(kinds, context)
+        kinds, context, identity = begin(options, stop, stack, lambda: check_folder(options))
         resume = decided(lambda: plan_resume(context.options, identity))
         for line in resume.notes:
-            accelerator.print(line)
+            context.accelerator.print(line)
         if resume.finished == context.options.adapter.method and decided((context.folder / FINISHED).is_file):
-            decided(lambda: show_again(context))
+            decided(lambda: show(context))
             return
         if context.options.output.push_to_hub:
             decided(lambda: check_upload(context.options.output))
         check_before_loading(kinds, context)
-        pipeline, objective = each(lambda: load_and_check(context))
-        start_trackers(context)
-        material = material_of(kinds, pipeline, objective, context)
-        decided(check_held)
-        note_images(material, context, goes_on=bool(resume.finished or any(resume.checkpoints.values())))
+        goes_on = bool(resume.finished or any(resume.checkpoints.values()))
+        pipeline, material = encode(kinds, context, goes_on)
         tell_counts(material, context)
         forget_encoder(pipeline, context)
-        setting = Setting(pipeline, material, schedule_of(material, context), identity, context)
-        decided(lambda: check_length(context.options.training, resume, setting.schedule.steps))
-        note_settings(context.options.flat(), setting.schedule, context.accelerator)
+        schedule = schedule_of(material.updates(context.accelerator.num_processes), context)
+        decided(lambda: check_length(context.options.training, resume, schedule.steps))
+        note_settings(context.options.flat(), schedule, context.accelerator)
+        study = ImageStudy(schedule, identity, context, pipeline, material)
         for method in context.options.adapter.method:
             if method not in resume.finished:
-                train_method(method, resume, setting)
-        decided(lambda: show(material, context))
-        accelerator.end_training()
+                train_method(method, resume, study)
+        decided(lambda: show(context, material))
+        context.accelerator.end_training()
+
+
+def begin(
+    options: Options,
+    stop: StopRequest,
+    stack: contextlib.ExitStack,
+    check: Callable[[], object],
+    lock: Callable[[Path], contextlib.AbstractContextManager] = locked,
+) -> tuple[list[ImageDataset], Context, Identity]:
+    """The images, the model, and what both are known by; in a folder that is locked until the stack closes.
+
+    `check` refuses at once what its content does not allow.
+    """
+    with stop.at_once():
+        accelerator = start_accelerator(options)
+
+    def take_folder() -> None:
+        stop.check(NOT_BEGUN)  # what a single process was asked while accelerate started
+        stack.enter_context(lock(Path(options.output.output_dir)))
+        check()
+
+    decided(take_folder)
+    kinds, context = find_all(options, accelerator, stop)
+    return kinds, context, identity_of(kinds, context)
+
+
+def encode(
+    kinds: Sequence[ImageDataset], context: Context, goes_on: bool, track: bool = True
+) -> tuple[DiffusionPipeline, Material]:
+    """The pipeline without its denoiser, and images and captions encoded; noted in the folder."""
+    pipeline, objective = each(lambda: load_and_check(context))
+    if track:
+        start_trackers(context)
+    material = material_of(kinds, pipeline, objective, context)
+    note_images(material, context, goes_on)
+    return pipeline, material
 
 
 def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], Context]:
@@ -142,26 +146,23 @@ def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Con
     """The model, and the options with all that it and accelerate decide; from here on they do not change."""
     model = find_model(options.model, options.output, accelerator)
     check_family(options.adapter, options.training, model)
-    init_lora = options.adapter.init_lora
-    start = (
-        each(lambda: read_start(init_lora, options.model.pretrained_model_name_or_path, model)) if init_lora else None
-    )
-    if start is not None:
+    start = None
+    if lora := options.adapter.init_lora:
+        start = each(lambda: read_start(lora, options.model.pretrained_model_name_or_path, model))
         options = with_start(options, start)
-        accelerator.print(f"--init_lora {options.adapter.init_lora}: {in_short({'': start.layers})}")
+        accelerator.print(f"--init_lora {lora}: {in_short({'': start.layers})}")
     options = with_family(options.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
     status = Status(Path(options.output.output_dir), accelerator.device)
     return Context(with_rank(options, model, accelerator), model, accelerator, stop, start=start, status=status)
 
 
-def take_folder(options: Options, stop: StopRequest, stack: contextlib.ExitStack) -> None:
-    """Locks the run's folder until the stack closes, and refuses at once what its content does not allow."""
-    stop.check(NOT_BEGUN)  # what a single process was asked while accelerate started
-    stack.enter_context(locked(Path(options.output.output_dir)))
-    Status(Path(options.output.output_dir)).say("preparing")
-    if (Path(options.output.output_dir) / EXPERIMENT).exists():
+def check_folder(options: Options) -> None:
+    """Refuses a folder whose content does not allow the run."""
+    folder = Path(options.output.output_dir)
+    Status(folder).say("preparing")
+    if (folder / EXPERIMENT).exists():
         fix = "give its rates and seeds, or choose another"
-        raise InvalidArgument(f"--output_dir {options.output.output_dir}", "holds an experiment", fix)
+        raise InvalidArgument(f"--output_dir {folder}", "holds an experiment", fix)
     plan_resume(options)
 
 
@@ -172,10 +173,11 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     content = OF_CLASS.join("; ".join(group) for group in groups if group)
     start, lora_flag = context.start, f"--init_lora {context.options.adapter.init_lora}"
     identity = Identity(model.fingerprint(), content, model.flag, images_flag, start.mark if start else "", lora_flag)
-    for other in gathered(identity):
-        for name, flag in (("model", model.flag), ("images", images_flag), ("lora", lora_flag)):
-            if getattr(other, name) != getattr(identity, name):
-                raise InvalidArgument(flag, "its content differs between the processes", "give all the same files")
+    everywhere = gathered(identity)
+    for name in ("model", "images", "lora"):
+        if len({getattr(found, name) for found in everywhere}) > 1:
+            flag = getattr(identity, f"{name}_flag")
+            raise InvalidArgument(flag, "its content differs between the processes", "give all the same files")
     return identity
 
 
@@ -187,11 +189,8 @@ def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
     options = asked.run(rank=max(asked.values("rank"))) if isinstance(asked, Grid) else asked
     with stop.at_once():
         accelerator = start_accelerator(options)
-    images, context = (
-        each(lambda: load_folders(options.model, options.data, options.training, options.output)),
-        settle(options, accelerator, stop),
-    )
-    check_before_loading(images, context)
+    images = each(lambda: load_folders(options.model, options.data, options.training, options.output))
+    check_before_loading(images, settle(options, accelerator, stop))
 
 
 def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> None:
@@ -235,132 +234,14 @@ def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
         pipeline.vae.encoder = nn.Identity()  # and not None: Qwen-Image's counts its layers even to decode
 
 
-def train_method(method: str, resume: Resume, setting: Setting, validation: type[Validation] = Validation) -> Learner:
-    """A method from where it stands to its exports; what it was measured by is `validation`."""
-    folder = setting.context.folder_of(method)
-    with memory_reported(folder), contextlib.ExitStack() as stack:
-        decided(lambda: stack.enter_context(filling(folder)))
-        learner = start_method(method, setting)
-        if METHODS[method].measured and not resume.checkpoints[method]:
-            put_control_on(learner, setting)
-        go_on(learner, resume, setting.context)
-        train_and_export(learner, setting, validation)
-    return learner
-
-
-def start_method(method: str, setting: Setting) -> Learner:
-    """A method at its start."""
-    context = setting.context
-    context.status.say("loading the model", context.name_of(method))
-    options, device = context.options, context.accelerator.device
-    device = torch.device("cpu") if cuts_base(context.accelerator) else device
-    denoiser = context.model.load_denoiser(
-        context.dtype, device, options.model.base_precision, options.model.blocks_to_swap
-    )
-    parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, setting.pipeline)
-    loss = DenoisingLoss(context, setting.material.objective, setting.pipeline, denoiser.config)
-    renew_scaler(context.accelerator)
-    return new_learner(method, Trained(parts, loss), setting.schedule, context)
-
-
-def put_control_on(learner: Learner, setting: Setting) -> None:
-    """What a few training samples say of a control, on what is to be trained; a checkpoint has it as it was."""
-    options, accelerator, trained = setting.context.options, setting.context.accelerator, learner.trained
-    samples = CalibrationSamples(setting.material)
-
-    def measured() -> list[Settings]:
-        with contextlib.ExitStack() as stack, accelerator.autocast():
-            gauges = [
-                stack.enter_context(gauged(learner.method, part, shortcuts_of(options.adapter)))
-                for part in trained.parts.values()
-            ]
-            for batch in samples.batches(options.adapter.merge_calibration_samples, accelerator.num_processes):
-                trained.loss(trained.denoiser, batch)
-            return [gauge.settings(options.training.seed) for gauge in gauges]
-
-    for part, settings in zip(trained.parts.values(), decided(measured), strict=True):
-        put_on(part, settings)
-
-
-def go_on(learner: Learner, resume: Resume, context: Context) -> None:
-    """Brings the learner to where an earlier run left it, and makes it ready for its steps."""
-    name, options, candidates = learner.name, context.options, resume.checkpoints[learner.method]
-    if learner.method in resume.merge_anew:
-        context.accelerator.print(
-            f"{name} is trained: merging and exporting it anew with --merge {options.adapter.merge}"
-        )
-    elif options.output.resume_from_checkpoint and not candidates:
-        where = context.folder / name
-        context.accelerator.print(f"--resume_from_checkpoint latest: no checkpoint in {where}, {name} starts afresh")
-    restore(learner, candidates, options.output, context.accelerator)
-    if options.validation.save_best:
-        decided(lambda: go_on_from(context.folder / name, learner.step))
-    prepare(learner, context)
-
-
-def train_and_export(learner: Learner, setting: Setting, validation: type[Validation]) -> None:
-    """The steps that are left of a method, and its exports."""
-    material, schedule, identity, context = setting.material, setting.schedule, setting.identity, setting.context
-    options, accelerator, folder = context.options, context.accelerator, context.folder / learner.name
-    loss = learner.trained.loss
-    drawer = Drawer(
-        loss.pipeline,
-        context.model.family,
-        material.texts,
-        options.data,
-        options.training,
-        options.validation,
-        context.encoders,
-    )
-
-    def export() -> None:
-        differences = export_method(learner, material, drawer, schedule, context)
-        check_held()
-        write_exports(folder, options, identity, schedule, differences)
-
-    decided(check_held)
-    reports = Reports(folder, learner, schedule, accelerator)
-    look = validation(loss, material, drawer, accelerator, context.stop)
-    watch = Watch(reports, look, lambda: save_checkpoint(learner, folder, options, identity, accelerator))
-    try:
-        with contextlib.closing(reports), attention_of(accelerator, material):
-            train(learner, material, schedule, watch, context)
-    except (Diverged, EndedElsewhere) as error:
-        best = options.validation.save_best and has_diverged(error) and decided(lambda: best_of(folder))
-        if not best:
-            raise
-        accelerator.free_memory()
-        accelerator.print(f"{learner.name}: training has diverged; exporting the best adapter, of step {best.step}")
-        decided(lambda: export_method(learner, material, drawer, schedule, context))
-        raise  # and no `exports.json`: the method is not finished
-    schedule = dataclasses.replace(schedule, steps=learner.step, is_over=learner.over)
-    with learner.averaged():
-        decided(export)
-
-
-def has_diverged(error: Diverged | EndedElsewhere) -> bool:
-    """Whether training has diverged, which all processes find together."""
-    return isinstance(error, Diverged) or error.diverged
-
-
-def show(material: Material, context: Context) -> None:
-    """Figures, a summary, and an upload where that is asked for."""
-    context.status.say("finishing")
-    write_figures(
-        context.options.adapter,
-        context.options.validation,
-        context.options.output,
-        len(material.held_out),
-        material.learnt,
-    )
-    print_summary(context.options.adapter, context.options.output)
-    if context.options.output.push_to_hub:
-        publish(context)
-
-
-def show_again(context: Context) -> None:
-    """What a run that is finished already has made."""
-    print(f"{context.folder} holds this run already, finished; nothing to do")
-    print_summary(context.options.adapter, context.options.output)
-    if context.options.output.push_to_hub:
+def show(context: Context, material: Material | None = None) -> None:
+    """Figures, a summary, and an upload where that is asked for; without material of a run that was finished before."""
+    options = context.options
+    if material:
+        context.status.say("finishing")
+        write_figures(options.adapter, options.validation, options.output, len(material.held_out), material.learnt)
+    else:
+        print(f"{context.folder} holds this run already, finished; nothing to do")
+    print_summary(options.adapter, options.output)
+    if options.output.push_to_hub:
         publish(context)

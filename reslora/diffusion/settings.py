@@ -9,8 +9,10 @@ from typing import Any
 
 from ..common.assets import ASSETS
 from ..common.flags import listed
+from ..experiment.arms import check_values
+from ..options.contradictions import check_experiment, check_no_experiment
 from ..options.files import read_file
-from ..options.grid import Grid, alpha_of
+from ..options.grid import Grid, alpha_of, first_of
 from ..options.images import NOISES, Options
 from ..options.optimizers import named
 from ..options.option import SAME, Given
@@ -18,7 +20,7 @@ from ..options.parser import OptionsParser
 from ..options.prompts import clean
 from ..options.unused import report_unread_by_methods, report_unused
 from .config_file import of_this_run
-from .experiment.checks import check_experiment, check_no_experiment
+from .experiment.checks import check_ranks
 from .prompts import from_file
 from .refusals import check_options, check_places, report_doubtful
 
@@ -62,9 +64,7 @@ def resolve(given: Given) -> Options | Grid[Options]:
 
     Raises `InvalidArgument` for what cannot work with any model.
     """
-    values = with_defaults(given)
-    varied = {name: value for name, value in values.items() if Options.table()[name].varies and len(listed(value)) > 1}
-    options = Options.of(**values | {name: value[0] for name, value in varied.items()})
+    options, varied = first_of(Options, with_defaults(given))
     if "rank" not in varied:
         options = options.replace(lora_alpha=alpha_of(options.adapter))
     if not varied:
@@ -75,6 +75,8 @@ def resolve(given: Given) -> Options | Grid[Options]:
     for one in grid.runs("shortcut", "pre_num", "rank", "learning_rate"):
         check_options(one)
     check_experiment(grid)
+    check_values(grid)
+    check_ranks(grid)
     return grid
 
 
@@ -84,7 +86,7 @@ def with_defaults(given: Given) -> dict[str, Any]:
     None where the model's family decides.
     """
     table, values = Options.table(), dict(given)
-    bundled = takes_bundled(given)
+    bundled = is_bundled(given.get("pretrained_model_name_or_path", str(BUNDLED_MODEL)))
     of_shortcuts = any(table[name].implies for name in given)
     if "method" not in given and of_shortcuts and not bundled:
         values["method"] = ["reslora"]
@@ -105,7 +107,6 @@ def with_defaults(given: Given) -> dict[str, Any]:
     for name, option in table.items():
         own = option.bundled_flow if flow and option.bundled_flow is not SAME else option.bundled
         values.setdefault(name, own if bundled and own is not SAME else option.default)
-        values[name] = option.in_run(values[name])
     values["local_rank"] = int(os.environ.get("LOCAL_RANK", values["local_rank"]))
     for name in ("resolution", "method"):
         values[name] = list(dict.fromkeys(listed(values[name])))
@@ -120,11 +121,6 @@ def with_defaults(given: Given) -> dict[str, Any]:
     if values["metric_model"] and Path(values["metric_model"]).exists():
         values["metric_model"] = str(Path(values["metric_model"]).resolve())
     return values
-
-
-def takes_bundled(given: Given) -> bool:
-    """Whether a bundled pipeline is trained: one that is named, or the one that is the default."""
-    return is_bundled(given.get("pretrained_model_name_or_path", str(BUNDLED_MODEL)))
 
 
 def is_bundled(model: str) -> bool:

@@ -23,22 +23,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import patch_environment
-from tqdm.auto import tqdm
 
 from ..common.errors import EndedElsewhere, RunFailed, Stopped
 from ..common.script import run_script
-from ..common.signals import StopRequest
+from ..common.signals import SIGNALS, StopRequest, signals_blocked
 from ..options.shared import SharedExperimentOptions
-from .arms import Arm
+from .arms import Arm, Grids
 
 if TYPE_CHECKING:
     from .course import Course
-    from .results import Results
 
 PATIENCE = 0.2  # seconds between two looks for a request to stop
 STOP = "stop"
 POSIX = os.name == "posix"
-SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)}
 
 
 class Orders:
@@ -83,11 +80,12 @@ def serve(number: int, connection: Connection, prog: str, work: Work) -> None:
         os.setsid()  # a terminal asks the main process alone to stop
 
     def main(_: object, stop: StopRequest) -> None:
-        with contextlib.ExitStack() as stack:
-            nowhere = stack.enter_context(Path(os.devnull).open("w"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-            stack.enter_context(contextlib.suppress(Stopped))  # which the main process tells
+        with (
+            Path(os.devnull).open("w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+            contextlib.suppress(Stopped),  # which the main process tells
+        ):
             if POSIX:
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the request to stop listens by now
             work(stop, Orders(number, connection, stop))
@@ -120,18 +118,18 @@ class Crew:
     members: list[Member] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def working(self, arms: int) -> Iterator[None]:
-        """Starts them, not more than there are arms, and ends them: where something has failed, at once."""
+    def working(self, arms: int) -> Iterator[int]:
+        """Starts them, not more than there are arms, and ends them: where something has failed, at once. How many."""
         context, size = multiprocessing.get_context("spawn"), min(self.size, arms)
         try:
             for number in range(size):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=serve, args=(number, theirs, self.prog, self.work))
-                with patch_environment(**share_of(number, size)), deaf():
+                with patch_environment(**share_of(number, size)), signals_blocked():
                     process.start()
                 theirs.close()  # so that its end is heard here
                 self.members.append(Member(process, ours))
-            yield
+            yield size
             for member in self.members:
                 member.tell(None)
                 member.process.join()
@@ -141,9 +139,11 @@ class Crew:
             for member in self.members:
                 member.process.join()
 
-    def free(self) -> Member | None:
-        """One that trains nothing."""
-        return next((member for member in self.members if member.arm is None), None)
+    def give(self, arm: Arm, grids: Grids) -> None:
+        """Has one that trains nothing train an arm, in the grids as they are by now."""
+        member = next(member for member in self.members if member.arm is None)
+        member.arm = arm
+        member.tell((arm, grids))
 
     def ended(self) -> Arm:
         """Waits for an arm to end, and returns it; raises where a stop is asked for or a member has ended."""
@@ -178,12 +178,6 @@ class Crew:
             raise RunFailed(f"a process of --arms_at_once was killed by signal {-status}; the same command goes on")
 
 
-def crew_of(options: SharedExperimentOptions, prog: str, work: Work, stop: StopRequest) -> Crew | None:
-    """The crew that --arms_at_once asks for; None where the main process trains by itself."""
-    processes = options.arms_at_once or 1
-    return Crew(processes, prog, work, stop) if processes > 1 else None
-
-
 def arms_a_device(options: SharedExperimentOptions, device: torch.device) -> int:
     """How many arms are trained at once on a GPU, or on the CPU."""
     count = torch.cuda.device_count() if device.type == "cuda" else 1
@@ -198,37 +192,3 @@ def share_of(number: int, size: int) -> dict[str, str]:
         return share
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     return share | {"CUDA_VISIBLE_DEVICES": visible[number % count]}
-
-
-@contextlib.contextmanager
-def deaf() -> Iterator[None]:
-    """Inside, signals wait: what is started hears none before it can answer."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if POSIX else set()
-    try:
-        yield
-    finally:
-        if POSIX:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def train_at_once(course: Course, results: Results, crew: Crew) -> None:
-    """Hands out what is next until nothing is, by what is known of the arms that have ended."""
-    ended, total = sum(bool(course.ended(arm)) for arm in course.arms()), len(course.arms())
-    if course.next_arm() is None:
-        return
-    with tqdm(desc="arms", total=total, initial=ended, dynamic_ncols=True) as bar, crew.working(total - ended):
-        while True:
-            while (member := crew.free()) and (arm := course.next_arm()):
-                member.arm = arm
-                course.running.add(arm)
-                member.tell((arm, course.grids))
-            results.write()
-            if not course.running:
-                return
-            results.subject.goes_on(ended, total)
-            arm = crew.ended()
-            course.running.remove(arm)
-            course.longest = max(course.longest, course.ended(arm)["wall_seconds"])
-            ended, total = ended + 1, len(course.arms())  # which --extend_rates adds to
-            bar.total = total
-            bar.update()

@@ -78,7 +78,7 @@ def spread_of(differences: np.ndarray) -> Spread:
 
 
 def moderated(spread: Spread, shared: np.ndarray | float, labels: int) -> Spread:
-    """Return a pair's spread with its mean square of seeds drawn toward `shared`, the mean of all pairs of labels.
+    """Return a pair's spread with its mean square of seeds shrunk toward `shared`, the mean of all pairs of labels.
 
     Few seeds say little about how much seeds differ, and that is much the same for all methods (limma does so for
     genes: Smyth, 2004). The mean of all pairs has (labels - 1) x (seeds - 1) degrees of freedom, of which PRIOR are

@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from ..common.folder import check_held
+from ..common.signals import StopRequest
 from ..files import read_object, write_json
+from ..words import counted
 from .arms import Arm
 from .course import Course
-from .record import Facts, TestLosses
+from .parts import too_few
+from .record import Facts, Parts, TestLosses
 from .report import About
 
 COMPARING = "stopped while comparing; the same command goes on"
@@ -21,13 +23,14 @@ class Subject(ABC):
     """How arms are trained and measured."""
 
     course: Course
+    prog: str
+    """The script's name."""
     about: About
     """For the report."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """On which arms are trained."""
+    parts: Parts
+    stop: StopRequest
+    device: torch.device
+    """On which arms are trained."""
 
     @property
     @abstractmethod
@@ -39,21 +42,25 @@ class Subject(ABC):
         """What `experiment.json` says of the whole."""
 
     @abstractmethod
-    def too_few(self) -> list[str]:
-        """A line where too few images or examples compare."""
-
-    @abstractmethod
     def train(self, arm: Arm) -> None:
         """Trains an arm from where it stands to its exports, in every process; raises `Diverged` where it is lost."""
 
-    @abstractmethod
-    def goes_on(self, ended: int, total: int) -> None:
-        """Says how many arms have ended, where they are trained at once."""
+    def too_few(self) -> list[str]:
+        """A line where too few images or examples compare."""
+        return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
 
-    @abstractmethod
+    def say(self, phase: str, name: str = "") -> None:  # noqa: B027 - not every run has a status
+        """Reports in the run's status what is done now, with the arm that `name` is of."""
+
+    def goes_on(self, ended: int, total: int) -> None:
+        """Reports in the status how many arms have ended, where they are trained at once."""
+        self.say(f"training, {ended} of {counted(total, 'arm')} ended")
+
     def begins(self, phase: str, arm: Arm) -> None:
-        """Says what is done with an arm next; raises `Stopped` where a stop was asked for. Like what follows, of the
+        """Reports what is done with an arm next; raises `Stopped` where a stop was asked for. Like what follows, of the
         main process alone."""
+        self.stop.check(COMPARING)
+        self.say(phase, self.course.name_of(arm))
 
     @abstractmethod
     def measured(self, arm: Arm, step: int) -> dict:
@@ -81,7 +88,6 @@ class Subject(ABC):
         path = self.course.folder_of(arm) / TESTED
         if not self.is_tested(arm, step):
             measured = self.measured(arm, step)
-            check_held()
             write_json(path, {"step": step, "images": self.marks} | measured)
         there = read_object(path)
         del there["step"]

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..common.checks import check_writable
+from ..common.checks import check_writable, is_path, require_package
 from ..common.errors import InvalidArgument
 from ..common.flags import listed
-from ..common.methods import METHODS, refuse_settings, refuse_unable
-from ..common.patterns import entries
+from ..common.methods import refuse_unable
 from ..experiment.arms import check_values
-from ..options.grid import Grid, alpha_of
+from ..options import contradictions
+from ..options.grid import Grid, alpha_of, first_of
 from ..options.option import SAME, Given
 from ..options.parser import OptionsParser
 from ..options.texts import (
@@ -24,21 +23,19 @@ from ..options.texts import (
     LLM_TASK,
     LLM_TASKS,
     PASSED_ON,
-    AdapterOptions,
     GlueOptions,
     LlmOptions,
     TextOptions,
 )
-from ..shortcuts import PLAIN, shortcut_class
 
 T = TypeVar("T", bound=TextOptions)
 METAMATHQA_SAMPLES = 40_000  # Appendix C
-NOT_IN_EXPERIMENTS = (
-    ("load_best_model_at_end", "leave it out: checkpoints are chosen over seeds together"),
-    ("do_predict", "leave it out, and predict with the arm that you like"),
-    ("save_only_model", "leave it out: an arm that is stopped goes on from its last checkpoint"),
-    ("deepspeed", "leave it out: each arm would need an engine of its own"),
-)
+NOT_IN_EXPERIMENTS = {
+    "load_best_model_at_end": "leave it out: checkpoints are chosen over seeds together",
+    "do_predict": "leave it out, and predict with the arm that you like",
+    "save_only_model": "leave it out: an arm that is stopped goes on from its last checkpoint",
+}
+"""Options that are passed on to transformers, and the fix."""
 
 
 def read(kind: type[T], prog: str, argv: Sequence[str] | None, description: str | None = None) -> T | Grid[T]:
@@ -66,34 +63,25 @@ def given_by(parser: OptionsParser, argv: Sequence[str] | None) -> tuple[dict[st
 
 
 def check_texts(given: Given) -> None:
-    """Raise `InvalidArgument` for options whose value is empty, or no text.
-
-    Nothing can write the latter; without a value a run would have other data, or begin where it should resume.
-    """
+    """Refuse options whose value is no text, or empty: a run would have other data, or begin where it should resume."""
+    contradictions.check_texts(given)
     for name in sorted(given):
-        for text in listed(given[name]):
-            if text == "":
-                raise InvalidArgument(f"--{name}", "is empty, as a variable is that is not set", "give it a value")
-            if isinstance(text, str) and text.encode("utf-8", "replace").decode() != text:
-                raise InvalidArgument(f"--{name} {text}", "is not UTF-8", "rename it, or give another")
+        if "" in listed(given[name]):
+            raise InvalidArgument(f"--{name}", "is empty, as a variable is that is not set", "give it a value")
 
 
 def resolve(kind: type[T], given: Given, passed_on: Given = {}) -> T | Grid[T]:  # noqa: B006 - is not changed
     """Return the options of a run, or of an experiment. Raises `InvalidArgument` for what cannot work."""
-    table, bundled = kind.table(), "model_name_or_path" not in given
-    values, varied = dict(given), dict[str, list]()
-    for name, option in table.items():
-        value = values.setdefault(name, option.bundled if bundled and option.bundled is not SAME else option.default)
-        if option.varies and isinstance(value, list):
-            values[name] = value[0]
-            varied |= {option.attribute: value} if len(value) > 1 else {}
-    values |= steps_asked_for(given, passed_on)
-    options = dataclasses.replace(kind.of(**values), passed_on=passed_on)
-    if float(options.adapter.lora_alpha or 0.5).is_integer():
-        options = options.replace(lora_alpha=int(options.adapter.lora_alpha))  # adapter_config.json has 8, not 8.0
+    bundled = "model_name_or_path" not in given
+    values = {
+        name: option.bundled if bundled and option.bundled is not SAME else option.default
+        for name, option in kind.table().items()
+    }
+    options, varied = first_of(kind, {**values, **given, **steps_asked_for(given, passed_on)})
+    options = dataclasses.replace(options, passed_on=passed_on)
     if not varied and len(options.adapter.method) == 1:
         options = options.replace(lora_alpha=alpha_of(options.adapter))
-        check_no_experiment(options)
+        contradictions.check_no_experiment(options)
         return checked(options)
     grid = Grid(options, varied)
     check_experiment(grid)
@@ -115,91 +103,47 @@ def steps_asked_for(given: Given, passed_on: Given) -> dict[str, object]:
 # -- what can be refused at once ---------------------------------------------------------------------------------------
 
 
-def check_no_experiment(options: TextOptions) -> None:
-    """Refuse options of experiments where no option has several values."""
-    for name, option in options.table().items():
-        if option.group == "experiment" and options[name]:
-            several = ["method", *(other.name for other in options.table().values() if other.varies)]
-            fix = f"give several values of --{', --'.join(several)}, or leave it out"
-            raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)
-
-
 def check_experiment(grid: Grid[T]) -> None:
     """Refuse what an experiment cannot do."""
-    options = grid.base
-    for name, fix in NOT_IN_EXPERIMENTS:
-        if options.passed_on.get(name) or (name == "deepspeed" and options.training.deepspeed):
+    for name, fix in NOT_IN_EXPERIMENTS.items():
+        if grid.base.passed_on.get(name):
             raise InvalidArgument(f"--{name}", "this is an experiment", fix)
-    if options.training.resume_from_checkpoint not in (None, "latest"):
-        argument = f"--resume_from_checkpoint {options.training.resume_from_checkpoint}"
-        raise InvalidArgument(argument, "an experiment goes on as a whole", "give latest")
-    select, test = options.experiment.select_split or 0, options.experiment.test_split or 0
-    if select + test >= 1:
-        problem = f"with --test_split {test:g} nothing is left to train on"
-        raise InvalidArgument(f"--select_split {select:g}", problem, "give smaller shares")
+    contradictions.check_experiment(grid)
     check_values(grid)
 
 
 def checked(options: T) -> T:
     """Return the options of a run with what follows from them; raise `InvalidArgument` for what cannot work."""
-    check_adapter(options.adapter)
+    contradictions.check_method(options.adapter, "calibration_examples")
     output = options.training.output_dir
     check_writable(Path(output), f"--output_dir {output}")
     if options.training.push_to_hub:
         raise InvalidArgument("--push_to_hub", "is not supported", "upload the run's peft/ with `hf upload` instead")
-    if options.training.deepspeed and importlib.util.find_spec("deepspeed") is None:
-        raise InvalidArgument("--deepspeed", "deepspeed is not installed", "pip install deepspeed, or leave it out")
+    if options.training.deepspeed:
+        require_package("--deepspeed", "deepspeed")
     checkpoints = options.training.gradient_checkpointing or options.passed_on.get("activation_checkpointing")
-    if options.training.torch_compile and checkpoints and carries_activations(options.adapter):
-        problem = f"with --gradient_checkpointing cannot keep --shortcut {options.adapter.shortcut}"
-        raise InvalidArgument("--torch_compile", problem, "leave one of them out, or use --shortcut block")
+    if options.training.torch_compile and checkpoints:
+        contradictions.check_compiled("--torch_compile", options.adapter)
     if isinstance(options, LlmOptions):
         return _checked_llm(options)
     return _checked_glue(options) if isinstance(options, GlueOptions) else options
 
 
-def check_adapter(adapter: AdapterOptions) -> None:
-    """Refuse what a method cannot do, and a merge or control that lacks its calibration examples."""
-    patterns = {"rank_pattern": adapter.rank_pattern, "alpha_pattern": adapter.alpha_pattern}
-    refuse_settings([adapter.name], adapter.lora_dropout, patterns)
-    for name, texts in patterns.items():
-        entries(name, texts)
-    if adapter.merge_calibration_samples:
-        return
-    if METHODS[adapter.name].measured:
-        argument, fix = f"--method {adapter.name}", "give --calibration_examples 64"
-        raise InvalidArgument(argument, "needs calibration examples", fix)
-    merge = shortcut_class(adapter.shortcut).merges.get(adapter.merge) if is_wired(adapter) else None
-    if merge is not None and merge.needs_moments:
-        fix = "give --calibration_examples 64, or another merge"
-        raise InvalidArgument(f"--merge {adapter.merge}", "needs calibration examples", fix)
-
-
-def is_wired(adapter: AdapterOptions) -> bool:
-    """Return whether a shortcut connects blocks."""
-    return METHODS[adapter.name].shortcuts and adapter.shortcut != PLAIN and adapter.pre_num != 0
-
-
-def carries_activations(adapter: AdapterOptions) -> bool:
-    """Return whether blocks pass activations to each other."""
-    return is_wired(adapter) and shortcut_class(adapter.shortcut).carries
-
-
-def check_folder(name: str, form: str) -> None:
+def check_folder(name: str) -> None:
     """Refuse a model's name that can only be a path, and is none of a folder."""
     path = Path(name)
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if not path.is_dir() and (path.exists() or is_path):
-        raise InvalidArgument(f"--model_name_or_path {name}", "no such folder", f"give {form}, or a name on the hub")
+    if not path.is_dir() and (path.exists() or is_path(name)):
+        raise InvalidArgument(
+            f"--model_name_or_path {name}", "no such folder", "give one in transformers' format, or a name on the hub"
+        )
 
 
 def _checked_llm(options: LlmOptions) -> Any:
     task, best = options.task, str(options.passed_on.get("metric_for_best_model") or "").removeprefix("eval_")
     if task.task not in LLM_TASKS:
         raise InvalidArgument(f"--task {task.task}", "unknown", f"choose from {', '.join(LLM_TASKS)}")
-    if task.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
-        fix = "pip install bitsandbytes, or leave it out"
-        raise InvalidArgument("--load_in_4bit", "bitsandbytes is not installed", fix)
+    if task.load_in_4bit:
+        require_package("--load_in_4bit", "bitsandbytes")
     if task.task != "svamp" and task.data_dir == str(LLM_TASK):
         fix = "give --data_dir DIR, or --model_name_or_path MODEL"
         raise InvalidArgument(f"--task {task.task}", "the bundled examples are svamp's", fix)
@@ -210,7 +154,7 @@ def _checked_llm(options: LlmOptions) -> Any:
         refuse_unable([options.adapter.name], "quantised")
     if best not in ("", "loss", "accuracy"):
         raise InvalidArgument(f"--metric_for_best_model {best}", "unknown", "choose loss or accuracy")
-    check_folder(task.model_name_or_path, "one in transformers' format")
+    check_folder(task.model_name_or_path)
     limit = METAMATHQA_SAMPLES if task.task == "metamathqa" else None
     samples = task.max_train_samples or limit
     return options.replace(max_train_samples=samples, eval_accuracy=task.eval_accuracy or best == "accuracy")
@@ -222,5 +166,5 @@ def _checked_glue(options: GlueOptions) -> Any:
         options = options.replace(task_name="cola", data_dir=str(GLUE_TASK))
     if options.data.task_name is None:
         raise InvalidArgument("--task_name", "missing", f"give one of {', '.join(GLUE_TASKS)}")
-    check_folder(folder, "a transformers model")
+    check_folder(folder)
     return options

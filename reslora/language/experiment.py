@@ -15,7 +15,7 @@ import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from ..common.adapters import load_adapter, save_adapter
+from ..common.assets import ASSETS
 from ..common.errors import Diverged, InvalidArgument
 from ..common.flags import as_typed
 from ..common.folder import check_held, filling, lent, locked
@@ -34,23 +35,22 @@ from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided, say
 from ..experiment.arms import Arm
 from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
-from ..experiment.crew import Orders, crew_of, heard
-from ..experiment.parts import too_few
+from ..experiment.crew import Orders
 from ..experiment.record import Facts, facts_of, read_experiment
 from ..experiment.report import About
-from ..experiment.run import train, train_and_conclude
+from ..experiment.run import run_experiment
 from ..experiment.subject import COMPARING, Subject
 from ..files import remove, remove_leftovers, replacing, write_json
 from ..options.grid import Grid
-from ..options.texts import AdapterOptions, ExperimentOptions, T, TextOptions, TrainingOptions
+from ..options.texts import ExperimentOptions, MethodOptions, T, TextOptions, TrainingOptions
 from ..options.unused import report_unread_by_methods
 from ..words import counted
 from .arguments import checked
 from .checkpoints import checkpoints_of, set_unfinished_aside
 from .parts import Parts
-from .results import as_plain, export
+from .results import as_plain, export, merge_table, table_text, write_results
 from .resuming import check_data, check_resume, fingerprint, free_on_resume, is_same
-from .trainer import AdapterTrainer, shortcuts_of, total_steps
+from .trainer import AdapterTrainer, put_control_on, shortcuts_of, total_steps
 from .training_arguments import passed_on_defaults, without_tokens
 
 MOST_LOOKS = 10
@@ -79,8 +79,13 @@ TEXTS = About(
 )
 
 
-MakeTrainer = Callable[[], tuple[AdapterTrainer, Callable[[], None]]]
-"""Makes the trainer of a plain run; and what follows the training."""
+WRITTEN = {
+    "results.json": "this table, with how each block was merged",
+    "log.jsonl": "losses and metrics by step; TensorBoard shows this folder, too",
+    "peft": "plain adapter: PeftModel.from_pretrained(model, folder)",
+    "merged": "merged model: transformers' from_pretrained(folder)",
+}
+"""What a plain run leaves."""
 
 
 class Study(ABC):
@@ -88,16 +93,18 @@ class Study(ABC):
 
     prog: str
     """The script's name."""
+    real: str
+    """Options of a run with a real model."""
     tokenizer: Any
-    """The model's, from `prepare` on."""
+    """The model's, from `adapted` on."""
 
     @abstractmethod
     def arguments(self, options: Any) -> Any:
         """The options of a plain run, with `settings`, `method` and `training`; raises `InvalidArgument`."""
 
     @abstractmethod
-    def plain(self, arguments: Any, stop: StopRequest) -> tuple[Iterable, MakeTrainer]:
-        """The training examples of a plain run, which a continuation must share, and what makes its trainer."""
+    def read(self, arguments: Any) -> Iterable:
+        """Read the examples of a plain run; return those that are trained on, which a continuation must share."""
 
     @abstractmethod
     def parts(self, arguments: Any, shares: ExperimentOptions) -> Parts:
@@ -105,7 +112,7 @@ class Study(ABC):
 
     @abstractmethod
     def prepare(self, arguments: Any, parts: Parts) -> int:
-        """Encodes the examples for all arms; returns how many are trained on."""
+        """Takes the examples for all arms; returns how many are trained on."""
 
     @abstractmethod
     def adapted(self, arguments: Any) -> PeftModel:
@@ -115,13 +122,19 @@ class Study(ABC):
         """Inputs to trace the model with; None where it has its own."""
         return None
 
-    def tell_links(self, model: PeftModel, adapter: AdapterOptions, tell: Callable[[str], object]) -> None:
+    def tell_links(self, model: PeftModel, adapter: MethodOptions, tell: Callable[[str], object]) -> None:
         """Says which layers the shortcuts leave as they are, and where chains are too short."""
         tell_links(model, adapter.name, shortcuts_of(adapter), tell, self.example())
 
     @abstractmethod
+    def build_trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
+        """Return the trainer, with `log.jsonl`."""
+
     def trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
-        """As a plain run has it."""
+        """Return the trainer; a control has been measured."""
+        trainer = self.build_trainer(arguments, model, stop)
+        put_control_on(trainer, arguments.method, self.calibration(arguments) or [], self.example())
+        return trainer
 
     @abstractmethod
     def calibration(self, arguments: Any) -> list[dict] | None:
@@ -131,11 +144,41 @@ class Study(ABC):
     def measured(self, arguments: Any, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
         """The loss of each test example, in order, and figures over all; asks `check` between batches."""
 
+    @abstractmethod
+    def figures(self, arguments: Any, trainer: AdapterTrainer) -> Mapping[str, float]:
+        """Return what the merges of a plain run are compared by."""
+
+    @abstractmethod
+    def facts(self, arguments: Any, trainer: AdapterTrainer) -> dict[str, Any]:
+        """Return what `results.json` says of task, model and numbers of examples."""
+
+    def predict(self, arguments: Any, trainer: AdapterTrainer) -> list[str]:
+        """Write predictions, and return the names of the files."""
+        return []
+
+    def finish(self, arguments: Any, trainer: AdapterTrainer) -> None:
+        """Evaluate unmerged and merged, export, predict, and write `results.json` last."""
+        method, batches, output = arguments.method, self.calibration(arguments), Path(trainer.args.output_dir)
+        table = merge_table(trainer.model, lambda: self.figures(arguments, trainer), batches)
+        decided(check_held)
+        report = export(trainer.model, output, method, batches, self.tokenizer)
+        uses = WRITTEN | dict.fromkeys(self.predict(arguments, trainer), "predictions for the test split")
+        facts = self.facts(arguments, trainer)
+        results = write_results(trainer, method, table, report, **facts)
+        kind = "test" if "test_examples" in facts else "validation"
+        begin = "\n{task}, {method}, {steps} steps; on {} {} examples:"
+        say(begin.format(facts[f"{kind}_examples"], kind, **results))
+        say(f"{table_text(table)}\n\n{output}/")
+        width = max(map(len, uses)) + 2
+        say("\n".join(f"  {name:<{width}}{use}" for name, use in uses.items() if (output / name).exists()))
+        if Path(facts["model_name_or_path"]).resolve().parent == ASSETS:
+            say(f"\nWith a real model:\n  accelerate launch {self.prog} {self.real}")
+
 
 def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
     """Run what is asked for, or the experiment."""
     if isinstance(asked, Grid):
-        run_experiment(study, asked, stop)
+        run_experiment(functools.partial(opened, study), asked, stop)
         return
     with stop.at_once():
         arguments = study.arguments(asked)
@@ -144,17 +187,17 @@ def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
     with contextlib.ExitStack() as stack:
         decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
         check_resume(training.output_dir, training.resume_from_checkpoint, flags, free_on_resume(type(asked)))
-        examples, make = study.plain(arguments, stop)
-        flags["data"] = fingerprint(examples)
+        flags["data"] = fingerprint(study.read(arguments))
         check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
-        trainer, finish = make()
+        trainer = study.trainer(arguments, study.adapted(arguments), stop)
         study.tell_links(trainer.model, arguments.method, say)
         if training.should_save:
+            trainer.model.print_trainable_parameters()
             write_json(Path(training.output_dir) / "config.json", flags)
         trainer.stopping.check(NOT_BEGUN)
         with memory_reported(Path(training.output_dir)):
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-            finish()
+            study.finish(arguments, trainer)
 
 
 def report_unread(asked: TextOptions | Grid) -> None:
@@ -164,13 +207,13 @@ def report_unread(asked: TextOptions | Grid) -> None:
     report_unread_by_methods(options.table(), asked.flat(), alpha)
 
 
-def run_experiment(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None = None) -> None:
-    """Trains the arms that the options name and that have not ended yet, and tells which method does best.
+@contextlib.contextmanager
+def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None = None) -> Iterator[Bench]:
+    """Lock the folder, check the options, and encode the examples.
 
-    With orders, it is one of --arms_at_once processes: it trains what it is given, in a folder that the main process
-    has locked and checked.
+    With orders, for one of --arms_at_once processes, in a folder that the main process has locked and checked.
     """
-    began, shares, given = time.monotonic(), grid.base.experiment, grid
+    began, shares = time.monotonic(), grid.base.experiment
     report_unread(grid)
     course = Course(grid, began)
     with stop.at_once():
@@ -180,20 +223,14 @@ def run_experiment(study: Study, grid: Grid[T], stop: StopRequest, orders: Order
         parts = study.parts(plain, shares)
         trained = study.prepare(plain, parts)
         course.grid = grid.replace(**looks(grid.base.training, total_steps(plain.training, trained)))
-        bench = Bench(course, study, parts, trained, stop)
-        if orders:
-            for arm in orders.arms(course):
-                with heard():
-                    train(arm, course, bench)
-            return
-        decided(lambda: take_folder(bench))
-        tell = functools.cache(say)  # labels may have the same to say
-        for label in course.labels:
-            bench.check_label(label, tell)
-        if plain.training.should_save:
-            print(f"{counted(len(course.arms()), 'arm')}; {parts.in_words(trained)}", flush=True)
-        crew = crew_of(grid.base.experiment, study.prog, functools.partial(run_experiment, study, given), stop)
-        train_and_conclude(course, bench, crew)
+        bench = Bench(course, study, parts, trained, stop, plain.training.device)
+        if not orders:
+            decided(lambda: take_folder(bench))
+            tell = functools.cache(say)  # labels may have the same to say
+            for label in course.labels:
+                bench.check_label(label, tell)
+            say(f"{counted(len(course.arms()), 'arm')}; {parts.in_words(trained)}")
+        yield bench
 
 
 def options_of(arm: Arm, course: Course) -> Any:
@@ -248,7 +285,6 @@ class KeepAdapters(TrainerCallback):
             return
 
         def keep() -> None:
-            check_held()
             with replacing(adapter_folder(self.folder, state.global_step)) as temporary:
                 temporary.mkdir()
                 save_adapter(model, temporary)
@@ -266,7 +302,12 @@ class Bench(Subject):
     trained: int
     """How many examples are trained on: limits and long examples leave some of that part out."""
     stop: StopRequest
+    device: torch.device
     about: About = TEXTS
+
+    @property
+    def prog(self) -> str:  # type: ignore[override]
+        return self.study.prog
 
     @property
     def recorded(self) -> dict[str, Any]:
@@ -299,10 +340,6 @@ class Bench(Subject):
     def marks(self) -> list[str]:
         return self.parts.marks
 
-    @property
-    def device(self) -> torch.device:
-        return self.arguments_of(self.course.arms()[0]).training.device
-
     def arguments_of(self, arm: Arm) -> Any:
         """As a plain run of the arm has them."""
         return self.study.arguments(options_of(arm, self.course))
@@ -310,9 +347,6 @@ class Bench(Subject):
     def facts(self) -> Facts:
         facts = facts_of(self.parts, LIBRARIES)
         return {**facts, "split": {**facts["split"], "train": self.trained}, "identity": self.identity}
-
-    def too_few(self) -> list[str]:
-        return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
 
     def train(self, arm: Arm) -> None:
         arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)
@@ -357,13 +391,6 @@ class Bench(Subject):
             load_adapter(model, adapter_folder(folder, step))
         as_plain(model, arguments.method, self.study.calibration(arguments))
         return model.eval()
-
-    def goes_on(self, ended: int, total: int) -> None:
-        """These runs keep no status to say it in."""
-
-    def begins(self, phase: str, arm: Arm) -> None:
-        """Heeds a stop before what is done with an arm next."""
-        self.stop.check(COMPARING)
 
     def measured(self, arm: Arm, step: int) -> dict:
         return self.losses_of(self.restored(arm, step), self.arguments_of(arm))

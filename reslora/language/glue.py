@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -23,22 +23,20 @@ from transformers import (
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
-from ..common.errors import InvalidArgument, out_of_memory
+from ..common.errors import InvalidArgument, refused_as
 from ..common.flags import as_typed
 from ..common.folder import check_held
 from ..common.signals import StopRequest
 from ..common.together import decided
 from ..files import replacing
 from ..options.grid import Grid
-from ..options.texts import GLUE_MODEL, ExperimentOptions, GlueDataOptions, GlueModelOptions, GlueOptions
+from ..options.texts import ExperimentOptions, GlueDataOptions, GlueModelOptions, GlueOptions
 from . import training_arguments
-from .arguments import read
 from .callbacks import LogCallback
-from .experiment import MakeTrainer, Study, run
+from .experiment import Study, run
 from .glue_tasks import TASKS, Columns, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
 from .parts import Parts, parts_of
-from .results import export, merge_table, table_text, write_results
-from .trainer import AdapterTrainer, attach, put_control_on, total_steps
+from .trainer import UNREADABLE, AdapterTrainer, attach, total_steps
 
 PROG = "train_glue.py"
 FOR_METRICS = {
@@ -152,36 +150,30 @@ def load_model(arguments: Arguments):
     common = {"cache_dir": given.cache_dir, "revision": given.model_revision, "token": given.token}
     names = dict(enumerate(task.labels)) if task.labels else {0: "score"}
     kind = "single_label_classification" if task.labels else "regression"
+    flag, fix = f"--model_name_or_path {given.model_name_or_path}", "check name and files"
     logging.set_verbosity_error()  # its report that the classifier has no weights yet is no news
     logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(
-            given.config_name or given.model_name_or_path,
-            num_labels=len(names),
-            id2label=names,
-            label2id={name: number for number, name in names.items()},
-            problem_type=kind,
-            finetuning_task=arguments.data.task_name,
-            **common,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(given.tokenizer_name or given.model_name_or_path, **common)
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            given.model_name_or_path,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            ignore_mismatched_sizes=given.ignore_mismatched_sizes,
-            output_loading_info=True,
-            **common,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if out_of_memory(error):
-            raise
-        message = " ".join(str(error).split())
-        fix = "give --ignore_mismatched_sizes" if "ignore_mismatched_sizes" in message else "check name and files"
-        raise InvalidArgument(
-            f"--model_name_or_path {given.model_name_or_path}", f"cannot be loaded ({message[:200]})", fix
-        ) from None
+        with refused_as(flag, f"{fix}, or give --ignore_mismatched_sizes", UNREADABLE):
+            config = AutoConfig.from_pretrained(
+                given.config_name or given.model_name_or_path,
+                num_labels=len(names),
+                id2label=names,
+                label2id={name: number for number, name in names.items()},
+                problem_type=kind,
+                finetuning_task=arguments.data.task_name,
+                **common,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(given.tokenizer_name or given.model_name_or_path, **common)
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                given.model_name_or_path,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                ignore_mismatched_sizes=given.ignore_mismatched_sizes,
+                output_loading_info=True,
+                **common,
+            )
     finally:
         logging.set_verbosity_warning()
         logging.enable_progress_bar()
@@ -211,32 +203,6 @@ def check_fit(arguments: Arguments, tokenizer, model) -> None:
         raise InvalidArgument(flag, f"{len(tokenizer)} tokens, and the model has {rows}", "give the model's own")
     if tokenizer.pad_token_id is None:
         raise InvalidArgument(flag, "it has no padding token", "give an encoder such as RoBERTa or BERT")
-
-
-def example_of(sets: dict[str, Dataset]) -> dict[str, torch.Tensor]:
-    """Inputs to trace the model with."""
-    return {"input_ids": torch.tensor([sets["train"][0]["input_ids"]])}
-
-
-def build_trainer(
-    arguments: Arguments, tokenizer, model, sets: dict[str, Dataset], stop: StopRequest | None = None
-) -> AdapterTrainer:
-    """The trainer, with `log.jsonl`; while training it evaluates on the first validation split."""
-    task, output = arguments.task, Path(arguments.training.output_dir)
-    return AdapterTrainer(
-        model,
-        arguments.training,
-        stop,
-        train_dataset=sets["train"],
-        eval_dataset=sets["validation" + task.parts[0]],
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        # Its loss replaces Trainer's own, which counts some examples twice where processes share the last batch.
-        compute_metrics=lambda result: figures_of(task, result),
-        # Encoder-decoders give their hidden states too.
-        preprocess_logits_for_metrics=lambda found, labels: found[0] if isinstance(found, tuple) else found,
-        callbacks=[LogCallback(output / "log.jsonl")],
-    )
 
 
 def calibration_batches(arguments: Arguments, examples, device: torch.device) -> list[dict] | None:
@@ -296,74 +262,23 @@ def write_predictions(arguments: Arguments, trainer: AdapterTrainer, sets: dict)
     return files
 
 
-def show_results(arguments: Arguments, results: dict, sets: dict, files: list[str]) -> None:
-    """The merge table, what was written, and how to go on."""
-    output, parts = arguments.training.output_dir, arguments.task.parts
-    counts = " and ".join(f"{len(sets['validation' + part])}{part.replace('_', ' ')}" for part in parts)
-    print("\n{task}, {method}, {steps} steps; on {counts} validation examples:".format(**results, counts=counts))
-    print(table_text(results["table"]))
-    uses = {
-        "results.json": "this table, with how each block was merged",
-        "log.jsonl": "losses and metrics by step; TensorBoard: tensorboard --logdir " + output,
-        "peft": "plain adapter: PeftModel.from_pretrained(model, folder)",
-        "merged": "merged model: AutoModelForSequenceClassification.from_pretrained(folder)",
-        **{name: "predictions for the test split" for name in files},
-    }
-    print(f"\n{output}/")
-    width = max(map(len, uses)) + 2
-    for name, use in uses.items():
-        if (Path(output) / name).exists():
-            print(f"  {name:<{width}}{use}")
-    if Path(arguments.model.model_name_or_path).resolve() == GLUE_MODEL:
-        print(
-            "\nWith a real model and task:\n"
-            "  accelerate launch train_glue.py --model_name_or_path FacebookAI/roberta-large --task_name rte \\\n"
-            "      --method reslora --shortcut middle --pre_num 4 --output_dir runs/rte"
-        )
-
-
-def finish(arguments: Arguments, trainer: AdapterTrainer, tokenizer, sets: dict) -> None:
-    """Evaluates unmerged and merged, exports, predicts, and writes `results.json` last."""
-    task, method, output = arguments.task, arguments.method, Path(arguments.training.output_dir)
-    model = trainer.model
-    batches = calibration_batches(arguments, sets["train"], trainer.args.device)
-    table = merge_table(model, lambda: evaluate(trainer, task, sets), batches)
-    decided(check_held)
-    report = export(model, output, method, batches, tokenizer)
-    files = write_predictions(arguments, trainer, sets)
-    facts = {
-        "task": arguments.data.task_name,
-        "model_name_or_path": arguments.model.model_name_or_path,
-        "train_examples": len(sets["train"]),
-        "validation_examples": sum(len(rows) for name, rows in sets.items() if name.startswith("validation")),
-        "test": evaluate(trainer, task, sets, "test") or None,
-    }
-    results = write_results(trainer, method, table, report, **facts)
-    if trainer.is_world_process_zero():
-        show_results(arguments, results, sets, files)
-
-
 class GlueStudy(Study):
     """As this script trains and measures; arms of an experiment with MNLI by its matched examples."""
 
     prog = PROG
+    real = "--model FacebookAI/roberta-large --task_name rte --shortcut middle --pre_num 4 --output runs/rte"
     columns: list[str]
-    sets: dict[str, Dataset]
+    splits: dict[str, Columns]
+
+    def __init__(self) -> None:
+        self.sets: dict[str, Dataset] = {}
 
     def arguments(self, options: GlueOptions) -> Arguments:
         return arguments_of(options)
 
-    def plain(self, arguments: Arguments, stop: StopRequest) -> tuple[Iterable, MakeTrainer]:
-        splits = read_splits(arguments)
-
-        def make() -> tuple[AdapterTrainer, Callable[[], None]]:
-            set_seed(arguments.training.seed)
-            self.tokenizer, model, classifier = load_model(arguments)
-            self.sets = {name: encode(arguments, self.tokenizer, columns) for name, columns in splits.items()}
-            trainer = self.trainer(arguments, self._attached(arguments, model, classifier), stop)
-            return trainer, lambda: finish(arguments, trainer, self.tokenizer, self.sets)
-
-        return zip(*splits["train"].values(), strict=True), make
+    def read(self, arguments: Arguments) -> Iterable:
+        self.splits = read_splits(arguments)
+        return zip(*self.splits["train"].values(), strict=True)
 
     def parts(self, arguments: Arguments, shares: ExperimentOptions) -> Parts:
         """All examples in three parts; test examples without labels, as the hub's, are no part."""
@@ -383,30 +298,41 @@ class GlueStudy(Study):
         return parts.limited(data.max_eval_samples, data.max_predict_samples)
 
     def prepare(self, arguments: Arguments, parts: Parts) -> int:
-        self.tokenizer, _, _ = load_model(arguments)
         split = {"train": parts.train, "validation" + arguments.task.parts[0]: parts.select, "test": parts.test}
-        self.sets = {}
-        for name, rows in split.items():
-            columns = dict(zip(self.columns, map(list, zip(*rows, strict=True)), strict=True))
-            self.sets[name] = encode(arguments, self.tokenizer, columns)
+        self.splits = {
+            name: dict(zip(self.columns, map(list, zip(*rows, strict=True)), strict=True))
+            for name, rows in split.items()
+        }
         return len(parts.train)
 
     def adapted(self, arguments: Arguments) -> PeftModel:
         set_seed(arguments.training.seed)
-        _, model, classifier = load_model(arguments)
-        return self._attached(arguments, model, classifier)
-
-    def example(self) -> dict[str, torch.Tensor]:
-        return example_of(self.sets)
-
-    def _attached(self, arguments: Arguments, model: PreTrainedModel, classifier: list[str]) -> PeftModel:
+        self.tokenizer, model, classifier = load_model(arguments)
+        # Of all arms the first encodes.
+        self.sets = self.sets or {name: encode(arguments, self.tokenizer, self.splits[name]) for name in self.splits}
         steps = total_steps(arguments.training, len(self.sets["train"]))
         return attach(model, arguments.method, steps, self.example(), modules_to_save=classifier)
 
-    def trainer(self, arguments: Arguments, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
-        trainer = build_trainer(arguments, self.tokenizer, model, self.sets, stop)
-        put_control_on(trainer, arguments.method, self.calibration(arguments) or [], self.example())
-        return trainer
+    def example(self) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([self.sets["train"][0]["input_ids"]])}
+
+    def build_trainer(self, arguments: Arguments, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
+        """The trainer, with `log.jsonl`; while training it evaluates on the first validation split."""
+        task = arguments.task
+        return AdapterTrainer(
+            model,
+            arguments.training,
+            stop,
+            train_dataset=self.sets["train"],
+            eval_dataset=self.sets["validation" + task.parts[0]],
+            processing_class=self.tokenizer,
+            data_collator=DataCollatorWithPadding(self.tokenizer),
+            # Its loss replaces Trainer's own, which counts some examples twice where processes share the last batch.
+            compute_metrics=lambda result: figures_of(task, result),
+            # Encoder-decoders give their hidden states too.
+            preprocess_logits_for_metrics=lambda found, labels: found[0] if isinstance(found, tuple) else found,
+            callbacks=[LogCallback(Path(arguments.training.output_dir) / "log.jsonl")],
+        )
 
     def calibration(self, arguments: Arguments) -> list[dict] | None:
         return calibration_batches(arguments, self.sets["train"], arguments.training.device)
@@ -425,12 +351,20 @@ class GlueStudy(Study):
         losses = [loss_of(task, logits[[number]], labels[[number]]) for number in range(len(test))]
         return losses, scores(task, predicted(task, logits), labels)
 
+    def figures(self, arguments: Arguments, trainer: AdapterTrainer) -> dict[str, float]:
+        return evaluate(trainer, arguments.task, self.sets)
 
-def parse(argv: Sequence[str]) -> Arguments:
-    """Return the options of a plain run, with what `Trainer` is given of them."""
-    options = read(GlueOptions, PROG, argv)
-    assert isinstance(options, GlueOptions)
-    return arguments_of(options)
+    def predict(self, arguments: Arguments, trainer: AdapterTrainer) -> list[str]:
+        return write_predictions(arguments, trainer, self.sets)
+
+    def facts(self, arguments: Arguments, trainer: AdapterTrainer) -> dict[str, Any]:
+        return {
+            "task": arguments.data.task_name,
+            "model_name_or_path": arguments.model.model_name_or_path,
+            "train_examples": len(self.sets["train"]),
+            "validation_examples": sum(len(self.sets[name]) for name in self.sets if name.startswith("validation")),
+            "test": evaluate(trainer, arguments.task, self.sets, "test") or None,
+        }
 
 
 def main(asked: GlueOptions | Grid[GlueOptions], stop: StopRequest) -> None:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..common.errors import InvalidArgument, refused_as
-from ..common.folder import check_held
 from ..common.seeds import derive
 from ..common.signals import StopRequest
-from ..common.together import decided, say
+from ..common.together import say
 from ..options.grid import Grid
-from ..options.texts import LLM_MODEL, AdapterOptions, ExperimentOptions, LlmOptions, LlmTaskOptions
+from ..options.texts import ExperimentOptions, LlmOptions, LlmTaskOptions
 from ..words import are
-from .arguments import read
 from .callbacks import LogCallback
-from .experiment import MakeTrainer, Study, run
+from .experiment import Study, run
 from .llm_tasks import Example, file_form, read_examples
 from .llm_trainer import (
     Encoder,
@@ -35,14 +33,12 @@ from .llm_trainer import (
     generate,
 )
 from .parts import Parts, parts_of
-from .results import export, merge_table, table_text, write_results
-from .trainer import attach, put_control_on, total_steps
+from .trainer import UNREADABLE, attach, total_steps
 from .training_arguments import AdapterTrainingArguments, Arguments, training_arguments
 
+LlmArguments = Arguments[LlmOptions]
 CAUSAL_MODEL = "give a folder or a name on the hub of a causal model"
 PROG = "train_llm.py"
-UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-"""What transformers raises for a model that cannot be read."""
 HELD_OUT = 500  # at most, of the training examples where a task has none for validation
 
 
@@ -111,8 +107,6 @@ def load_tokenizer(task: LlmTaskOptions) -> Tokenizer:
     """The tokenizer; `InvalidArgument` for what is no causal model, before anything large is read."""
     name = task.model_name_or_path
     flag = f"--model_name_or_path {name}"
-    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise InvalidArgument(flag, "no such folder", "give one in transformers' format, or a name on the hub")
     with refused_as(flag, CAUSAL_MODEL, UNREADABLE):
         config = AutoConfig.from_pretrained(name, **source(task))
         classes = config.architectures or []
@@ -202,90 +196,32 @@ def within_positions(model: PreTrainedModel, data: Data, task: LlmTaskOptions) -
     return replace(data, examples={**data.examples, "validation": kept})
 
 
-def build_trainer(
-    options: LlmOptions,
-) -> tuple[LlmTrainer, list[dict[str, list[int]]]]:
-    """The trainer of a plain run, and its training rows."""
-    study = LlmStudy()
-    rows, make = study.plain(study.arguments(options), StopRequest())
-    return make()[0], rows
-
-
-def finish(trainer: LlmTrainer, rows: list, task: LlmTaskOptions, method: AdapterOptions) -> dict:
-    """The merge table, and the plain files."""
-    output, size = Path(trainer.args.output_dir), trainer.args.per_device_eval_batch_size
-    calibration = calibration_batches(rows, method.merge_calibration_samples, size)
-    table = merge_table(trainer.model, lambda: trainer.figures("test"), calibration)
-    decided(check_held)
-    report = export(trainer.model, output, method, calibration, trainer.encoder.tokenizer)
-    facts = {
-        "task": task.task,
-        "model_name_or_path": task.model_name_or_path,
-        "train_examples": len(rows),
-        "test_examples": len(trainer.examples["test"]),
-    }
-    return write_results(trainer, method, table, report, **facts)
-
-
-def summary(results: dict, training: AdapterTrainingArguments, method: AdapterOptions, bundled: bool) -> str:
-    """What came of the run, where it is, and how to go on."""
-    output = training.output_dir
-    lines = [
-        "",
-        "{task}, {method}, {steps} steps; on {test_examples} test examples:".format(**results),
-        table_text(results["table"]),
-        "",
-        f"{output}/results.json  these figures, with the merge reports",
-        f"{output}/peft/         plain LoRA: PeftModel.from_pretrained(model, folder)",
-    ]
-    if method.merge_and_save:
-        lines.append(f"{output}/merged/       merged weights: AutoModelForCausalLM.from_pretrained(folder)")
-    if bundled:
-        lines += [
-            "",
-            "That was a tiny bundled model. A real one:",
-            f"  accelerate launch {PROG} --model_name_or_path meta-llama/Llama-2-7b-hf --task svamp --bf16 \\",
-            "      --method reslora --shortcut block --pre_num 4 --num_train_epochs 20 --output_dir runs/llama2-svamp",
-        ]
-    return "\n".join(lines)
-
-
 class LlmStudy(Study):
     """As this script trains and measures."""
 
     prog = PROG
+    real = (
+        "--model meta-llama/Llama-2-7b-hf --task svamp --bf16 --shortcut block --pre_num 4 --num_train_epochs 20 "
+        "--output runs/llama2-svamp"
+    )
     data: Data
 
-    def arguments(self, options: LlmOptions) -> Arguments[LlmOptions]:
+    def arguments(self, options: LlmOptions) -> LlmArguments:
         return Arguments(options, training_arguments(options, PROG))
 
-    def plain(
-        self, arguments: Arguments[LlmOptions], stop: StopRequest
-    ) -> tuple[list[dict[str, list[int]]], MakeTrainer]:
-        task, method, training = arguments.options.task, arguments.method, arguments.training
+    def read(self, arguments: LlmArguments) -> list[dict[str, list[int]]]:
+        task = arguments.options.task
         self.tokenizer = load_tokenizer(task)
-        self.data = encoded(task, Encoder(self.tokenizer), load_examples(task, training))
+        self.data = encoded(task, Encoder(self.tokenizer), load_examples(task, arguments.training))
+        return self.data.rows
 
-        def make() -> tuple[LlmTrainer, Callable[[], None]]:
-            trainer = self.trainer(arguments, self.adapted(arguments), stop)
-            if training.should_save:
-                trainer.model.print_trainable_parameters()
-
-            def end() -> None:
-                results = finish(trainer, self.data.rows, task, method)
-                say(summary(results, training, method, bundled=task.model_name_or_path == str(LLM_MODEL)))
-
-            return trainer, end
-
-        return self.data.rows, make
-
-    def parts(self, arguments: Arguments[LlmOptions], shares: ExperimentOptions) -> Parts:
+    def parts(self, arguments: LlmArguments, shares: ExperimentOptions) -> Parts:
         """All examples in three parts; near-duplicates are told by their prompts."""
         task = arguments.options.task
         parts = parts_of(found_examples(task), lambda example: example.prompt, shares)
         return parts.limited(task.max_eval_samples, task.max_test_samples)
 
-    def prepare(self, arguments: Arguments[LlmOptions], parts: Parts) -> int:
+    def prepare(self, arguments: LlmArguments, parts: Parts) -> int:
         task, examples = arguments.options.task, list(parts.train)
         if task.max_train_samples is not None:  # not drawn by the seed: all arms see the same
             examples = sorted(examples, key=lambda example: derive("sample", example))[: task.max_train_samples]
@@ -294,16 +230,16 @@ class LlmStudy(Study):
         self.data = encoded(task, Encoder(self.tokenizer), found)
         return len(self.data.rows)
 
-    def adapted(self, arguments: Arguments[LlmOptions]) -> PeftModel:
+    def adapted(self, arguments: LlmArguments) -> PeftModel:
         task, method, training = arguments.options.task, arguments.method, arguments.training
         model = load_model(task, training)
         self.data = within_positions(model, self.data, task)
         torch.manual_seed(training.seed)
         return attach(model, method, total_steps(training, len(self.data.rows)))
 
-    def trainer(self, arguments: Arguments[LlmOptions], model: PeftModel, stop: StopRequest) -> LlmTrainer:
-        task, method, training, data = arguments.options.task, arguments.method, arguments.training, self.data
-        trainer = LlmTrainer(
+    def build_trainer(self, arguments: LlmArguments, model: PeftModel, stop: StopRequest) -> LlmTrainer:
+        task, training, data = arguments.options.task, arguments.training, self.data
+        return LlmTrainer(
             model,
             training,
             stop,
@@ -315,15 +251,13 @@ class LlmStudy(Study):
             eval_dataset=[data.encoder(example) for example in data.examples["validation"]] or None,
             callbacks=[LogCallback(Path(training.output_dir) / "log.jsonl")],
         )
-        put_control_on(trainer, method, self.calibration(arguments) or [])
-        return trainer
 
-    def calibration(self, arguments: Arguments[LlmOptions]) -> list[dict] | None:
+    def calibration(self, arguments: LlmArguments) -> list[dict] | None:
         size = arguments.training.per_device_eval_batch_size
         return calibration_batches(self.data.rows, arguments.method.merge_calibration_samples, size)
 
     def measured(
-        self, arguments: Arguments[LlmOptions], model: PeftModel, check: Callable[[], None]
+        self, arguments: LlmArguments, model: PeftModel, check: Callable[[], None]
     ) -> tuple[list[float], dict]:
         """The mean loss of each test example's answer tokens, and the share of right answers."""
         size, new_tokens = arguments.training.per_device_eval_batch_size, arguments.options.task.max_new_tokens
@@ -339,12 +273,13 @@ class LlmStudy(Study):
             right += count_right(generate(model, encoder, batch, new_tokens), batch)
         return losses, {"accuracy": right / len(examples)}
 
+    def figures(self, arguments: LlmArguments, trainer: Any) -> Mapping[str, float]:
+        return trainer.figures("test")
 
-def parse(argv: Sequence[str]) -> Arguments[LlmOptions]:
-    """Return the options of a plain run, with what `Trainer` is given of them."""
-    options = read(LlmOptions, PROG, argv)
-    assert isinstance(options, LlmOptions)
-    return LlmStudy().arguments(options)
+    def facts(self, arguments: LlmArguments, trainer: Any) -> dict[str, Any]:
+        task, numbers = arguments.options.task, {"train": self.data.rows, "test": trainer.examples["test"]}
+        found = {"task": task.task, "model_name_or_path": task.model_name_or_path}
+        return found | {f"{part}_examples": len(examples) for part, examples in numbers.items()}
 
 
 def main(asked: LlmOptions | Grid[LlmOptions], stop: StopRequest) -> None:

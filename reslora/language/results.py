@@ -34,7 +34,7 @@ from ..model import (
     enable_gradient_checkpointing,
     merge,
 )
-from ..options.texts import AdapterOptions
+from ..options.texts import MethodOptions
 from .callbacks import LogCallback
 from .trainer import AdapterTrainer
 
@@ -144,7 +144,7 @@ def _share_norms(connection: Connection) -> None:
         norms.restore(values, count)
 
 
-def as_plain(model: PeftModel, adapter: AdapterOptions, calibration: Sequence[Mapping] | None = None) -> None:
+def as_plain(model: PeftModel, adapter: MethodOptions, calibration: Sequence[Mapping] | None = None) -> None:
     """Merges a model for good as `export` does, in this process alone, and writes nothing."""
     if connection_of(base_model(model)) is not None:
         _merge(model, adapter.merge, calibration)
@@ -157,7 +157,7 @@ def as_plain(model: PeftModel, adapter: AdapterOptions, calibration: Sequence[Ma
 def export(
     model: PeftModel,
     output_dir: str | os.PathLike,
-    adapter: AdapterOptions,
+    adapter: MethodOptions,
     calibration: Sequence[Mapping] | None = None,
     tokenizer=None,
 ) -> MergeReport | None:
@@ -201,7 +201,7 @@ def _write_merged(base: PreTrainedModel, directory: Path, tokenizer) -> None:
 
 
 def write_results(
-    trainer: AdapterTrainer, adapter: AdapterOptions, table: dict[str, dict], report: MergeReport | None, **facts
+    trainer: AdapterTrainer, adapter: MethodOptions, table: dict[str, dict], report: MergeReport | None, **facts
 ) -> dict:
     """Writes `results.json` and returns its content.
 

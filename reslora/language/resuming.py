@@ -27,7 +27,7 @@ FOLDERS = ("model_name_or_path", "config_name", "tokenizer_name", "deepspeed")
 
 def free_on_resume(kind: type[TextOptions]) -> set[str]:
     """Return the options that may differ between a run and its continuation; any that transformers adds may not."""
-    return {*PASSED_ON["free"], *(name for name, option in kind.table().items() if option.resumes_freely)}
+    return {*PASSED_ON["free"], *(name for name, option in kind.table().items() if option.resume != "fixed")}
 
 
 def check_resume(

@@ -15,6 +15,7 @@ import torch
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -40,7 +41,7 @@ from ..common.together import decided, is_main
 from ..config import ResLoraConfig
 from ..files import write_checksums, write_tensors
 from ..model import enable_gradient_checkpointing
-from ..options.texts import AdapterOptions
+from ..options.texts import MethodOptions
 from ..tracing import to_device
 from ..words import are, counted
 from .callbacks import AllocateRanks, GoesOnFrom, Progress, SaveValidated, StopWhenAsked
@@ -57,6 +58,8 @@ logger = logging.get_logger(__name__)
 
 UNFIT = (ValueError, TypeError, ImportError)
 """What PEFT and transformers raise for a setting that does not fit, or for something that is not installed."""
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+"""What transformers raises for a model that cannot be read."""
 UNWRITTEN = ("inline_container", "PytorchStreamWriter", "iostream error")
 """Words of torch.save where a file cannot be written, the last of small ones."""
 OTHER_CHOICE = "install or give what it needs, or choose another"
@@ -67,7 +70,7 @@ OTHER_CHOICE = "install or give what it needs, or choose another"
 
 def attach(
     model: PreTrainedModel,
-    adapter: AdapterOptions,
+    adapter: MethodOptions,
     total_steps: int,
     example_inputs: dict | None = None,
     modules_to_save: Sequence[str] | None = None,
@@ -104,7 +107,7 @@ def attach(
 
 
 def put_control_on(
-    trainer: AdapterTrainer, adapter: AdapterOptions, batches: Sequence[Mapping], example_inputs: dict | None = None
+    trainer: AdapterTrainer, adapter: MethodOptions, batches: Sequence[Mapping], example_inputs: dict | None = None
 ) -> None:
     """What a few training examples say of a control, on the model to be trained; a checkpoint has it as it was.
 
@@ -123,7 +126,7 @@ def put_control_on(
     put_on(trainer.model, decided(measured))
 
 
-def shortcuts_of(adapter: AdapterOptions) -> ResLoraConfig:
+def shortcuts_of(adapter: MethodOptions) -> ResLoraConfig:
     """How ResLoRA wires the adapter."""
     return ResLoraConfig(adapter.shortcut, adapter.pre_num, adapter.head)
 
@@ -139,7 +142,7 @@ def _refuse_tied(base: PreTrainedModel, flag: str) -> None:
         )
 
 
-def _targets(model: PreTrainedModel, adapter: AdapterOptions) -> list[str] | str:
+def _targets(model: PreTrainedModel, adapter: MethodOptions) -> list[str] | str:
     linear = {
         name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
     }

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +15,18 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
+from ..common.checks import require_package
 from ..common.errors import InvalidArgument, first_line, refused_as
 from ..common.parser import Parser
 from ..common.script import shares_the_cpu
-from ..options.texts import AdapterOptions, T
+from ..options.option import number, whole
+from ..options.texts import MethodOptions, T
+
+BOUNDS = {
+    "eval_delay": number(0), "label_smoothing_factor": number(0, below=1), "neftune_noise_alpha": number(0),
+    "eval_accumulation_steps": whole(1), "data_seed": whole(0, 2**32 - 1),
+}  # fmt: skip
+"""What reads those of the options passed on of which transformers takes any number."""
 
 
 @dataclass
@@ -33,11 +38,9 @@ class AdapterTrainingArguments(TrainingArguments):
     logging_steps: float = 1
 
     def __post_init__(self) -> None:
-        self._check_numbers()
         check_trackers(self.report_to)
-        if self.use_liger_kernel and importlib.util.find_spec("liger_kernel") is None:
-            fix = "pip install liger-kernel, or leave it out"
-            raise InvalidArgument("--use_liger_kernel", "liger_kernel is not installed", fix)
+        if self.use_liger_kernel:
+            require_package("--use_liger_kernel", "liger-kernel", "liger_kernel")
         for name in self._VALID_DICT_FIELDS:
             check_json(name, getattr(self, name))
         for precision in ("bf16", "fp16"):
@@ -48,17 +51,6 @@ class AdapterTrainingArguments(TrainingArguments):
         if self.deepspeed:
             _say_that_there_is_one_process()
         super().__post_init__()
-
-    def _check_numbers(self) -> None:
-        """Those that are passed on: the table's are checked as they are read."""
-        check_number("eval_delay", self.eval_delay, 0)
-        check_number("label_smoothing_factor", self.label_smoothing_factor, 0, below=1)
-        if self.neftune_noise_alpha is not None:
-            check_number("neftune_noise_alpha", self.neftune_noise_alpha, 0)
-        if self.eval_accumulation_steps is not None:
-            check_whole("eval_accumulation_steps", self.eval_accumulation_steps, 1)
-        if self.data_seed is not None:
-            check_whole("data_seed", self.data_seed, 0, 2**32 - 1)
 
     def _settle_device(self) -> None:
         # `accelerate launch --cpu` says so in the environment only.
@@ -88,6 +80,7 @@ def parse_passed_on(prog: str, words: Sequence[str]) -> dict[str, Any]:
     parser = PassedOnParser(dataclass_types=[AdapterTrainingArguments], prog=prog)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
+        action.type = BOUNDS.get(action.dest, action.type)
     return vars(parser.parse_args(list(words)))
 
 
@@ -105,7 +98,7 @@ class Arguments(Generic[T]):
     training: AdapterTrainingArguments
 
     @property
-    def method(self) -> AdapterOptions:
+    def method(self) -> MethodOptions:
         """Which adapter, and how it is merged."""
         return self.options.adapter
 
@@ -136,23 +129,6 @@ def training_arguments(options: T, prog: str, **defaults: Any) -> AdapterTrainin
         raise
     except (ValueError, ImportError, OSError, RuntimeError) as error:
         return Parser(prog=prog).error(first_line(error))
-
-
-def check_whole(name: str, value: int, least: int, most: float = math.inf) -> None:
-    """Raises `InvalidArgument` unless a flag's value is a whole number of at least `least` and at most `most`."""
-    if not is_whole(value, least, most):
-        raise InvalidArgument(f"--{name} {value}", "out of range", f"give {whole_in_words(least, most)}")
-
-
-def check_number(name: str, value: float, least: float, below: float = math.inf, exclusive: bool = False) -> None:
-    """Raises `InvalidArgument` unless a flag's value is a finite number in [least, below), or above `least`."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not is_number(number, least, below, exclusive):
-        problem, fix = "out of range", f"give {number_in_words(least, below, exclusive)}"
-        raise InvalidArgument(f"--{name} {value}", problem, fix)
 
 
 def check_trackers(names: str | Sequence[str] | None) -> None:

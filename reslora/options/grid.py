@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from .shared import RunOptions, SharedAdapterOptions
+from .shared import RunOptions, SharedMethodOptions
 
 O = TypeVar("O", bound=RunOptions)  # noqa: E741
 
@@ -59,7 +59,17 @@ class Grid(Generic[O]):
         return dataclasses.replace(self, base=self.base.replace(**values))
 
 
-def alpha_of(adapter: SharedAdapterOptions) -> float | None:
+def first_of(kind: type[O], values: dict[str, Any]) -> tuple[O, dict[str, list]]:
+    """Return the options with these values, of those that vary the first, and all of these where there are several."""
+    varied: dict[str, list] = {}
+    for name, option in kind.table().items():
+        if option.varies and isinstance(values[name], list):
+            several, values[name] = values[name], values[name][0]
+            varied |= {option.attribute: several} if len(several) > 1 else {}
+    return kind.of(**values), varied
+
+
+def alpha_of(adapter: SharedMethodOptions) -> float | None:
     """Return the alpha that is given, or twice the rank; None where a family's rank or a LoRA decides it yet."""
     if adapter.lora_alpha is not None:
         return adapter.lora_alpha

@@ -9,9 +9,25 @@ from typing import ClassVar
 from ..common.methods import IN_WORDS
 from ..common.patterns import HELP as PATTERNS
 from .optimizers import ADAMS, OPTIMIZERS
-from .option import Need, again, buckets, number, option, whole
+from .option import (
+    COUNT,
+    FRACTION,
+    NATURAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Need,
+    again,
+    buckets,
+    by_content,
+    free,
+    group,
+    number,
+    option,
+    shown,
+    whole,
+)  # fmt: skip
 from .prompts import LONGEST_SIDE, options_text
-from .shared import RunOptions, SharedAdapterOptions, SharedExperimentOptions
+from .shared import RunOptions, SharedExperimentOptions, SharedMethodOptions
 
 SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
 WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
@@ -41,24 +57,22 @@ CHOSEN_OVER_SEEDS = "leave it out: experiments choose checkpoints over seeds, by
 
 
 # fmt: off
-@dataclass(frozen=True)
+@group
 class ModelOptions:
     """Which model, and in which precision."""
 
-    pretrained_model_name_or_path: str = option("",
+    pretrained_model_name_or_path: str = by_content("",
         "a model of any family in docs/models.md: diffusers folder or name on the hub; of Stable Diffusion 1, 2 and "
         "SDXL a .safetensors file, too", or_else="the bundled pipeline", metavar="MODEL", short="model",
-        essential="model to fine-tune: a folder, a .safetensors file or a name on the hub",
-        resume="content", path="absolute", compared_as="base model")
-    pretrained_vae_model_name_or_path: str | None = option(None,
-        "another autoencoder: diffusers folder or name on the hub",
-        metavar="VAE", resume="content", path="absolute", compared_as="base model")
-    revision: str | None = option(None, "revision of the model on the hub",
-        resume="content", compared_as="base model")
-    variant: str | None = option(None, "variant of the model's files, such as fp16",
-        resume="content", compared_as="base model")
-    cache_dir: str | None = option(None, "folder for downloads and encoded images and captions",
-        or_else="the hub's own cache, and <output_dir>/cache", metavar="FOLDER", resume="free", path="absolute")
+        essential="model to fine-tune: a folder, a .safetensors file or a name on the hub", path="absolute",
+        compared_as="base model")
+    pretrained_vae_model_name_or_path: str | None = by_content(None,
+        "another autoencoder: diffusers folder or name on the hub", metavar="VAE", path="absolute",
+        compared_as="base model")
+    revision: str | None = by_content(None, "revision of the model on the hub", compared_as="base model")
+    variant: str | None = by_content(None, "variant of the model's files, such as fp16", compared_as="base model")
+    cache_dir: str | None = free(None, "folder for downloads and encoded images and captions",
+        or_else="the hub's own cache, and <output_dir>/cache", metavar="FOLDER", path="absolute")
     prediction_type: str | None = option(None, "what the denoiser predicts", or_else="what the scheduler says",
         choices=("epsilon", "v_prediction"), objective="ddpm", compared_as="how losses are measured")
     mixed_precision: str = option(None, "precision of the frozen parts; the adapter stays fp32",
@@ -66,35 +80,31 @@ class ModelOptions:
         choices=("no", "fp16", "bf16"))
     base_precision: str = option("no",
         "store the weights of the linear layers in the denoiser's blocks in 8 or 4 bits, and compute in "
-        "--mixed_precision: less memory, slower",
-        choices=("no", "fp8", "int8", "nf4"), compared_as="base model", kohya=("fp8_base fp8",),
-        diffusers=("bnb_quantization_config_path",))
-    blocks_to_swap: int = option(0,
+        "--mixed_precision: less memory, slower", choices=("no", "fp8", "int8", "nf4"), compared_as="base model",
+        kohya=("fp8_base fp8",), diffusers=("bnb_quantization_config_path",))
+    blocks_to_swap: int = free(0,
         "hold the weights of the linear layers in this many of the denoiser's blocks in the CPU's memory, and "
-        "copy each to the GPU whenever it is needed: less memory, slower, and the same numbers",
-        parse=whole(0), resume="free")
+        "copy each to the GPU whenever it is needed: less memory, slower, and the same numbers", NATURAL)
     allow_tf32: bool = option(False, "allow TF32 matrix products on Ampere and later GPUs")
     enable_xformers_memory_efficient_attention: bool = option(False, "attention of xformers instead of PyTorch's")
 
 
-@dataclass(frozen=True)
-class AdapterOptions(SharedAdapterOptions):
+@group
+class MethodOptions(SharedMethodOptions):
     """Which adapter, and how it is merged."""
 
-    method: list[str] = again(SharedAdapterOptions, "method", default=["lora"],
+    method: list[str] = again(default=["lora"],
         help=f"one or several, trained one after the other on the same images and noise. {IN_WORDS}. With an option of "
         "the shortcuts or their merge the default is reslora",
         resume="free", bundled=["lora", "reslora"], kohya=("network_module",))  # no other ends lower: RESULTS.md
-    rank: int = again(SharedAdapterOptions, "rank", kohya=("network_dim",),
+    rank: int = again(kohya=("network_dim",),
         by_family=f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less")
-    rank_pattern: list[str] | None = again(SharedAdapterOptions, "rank_pattern",
-        help=f"{PATTERNS['rank_pattern']}; for the denoiser alone")
-    alpha_pattern: list[str] | None = again(SharedAdapterOptions, "alpha_pattern",
-        help=f"{PATTERNS['alpha_pattern']}; for the denoiser alone")
-    init_lora: str | None = option(None,
+    rank_pattern: list[str] | None = again(help=f"{PATTERNS['rank_pattern']}; for the denoiser alone")
+    alpha_pattern: list[str] | None = again(help=f"{PATTERNS['alpha_pattern']}; for the denoiser alone")
+    init_lora: str | None = by_content(None,
         "start from this LoRA, of any tool, instead of from zero: its layers, ranks and alphas are trained",
-        metavar="FILE", resume="content", path="absolute", kohya=("network_weights",))
-    target_modules: list[str] = again(SharedAdapterOptions, "target_modules",
+        metavar="FILE", path="absolute", kohya=("network_weights",))
+    target_modules: list[str] = again(
         help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
         "their whole names",
         by_family="as in diffusers' script for the model, to_q, to_k, to_v, to_out.0 of U-Nets; but not Z-Image's "
@@ -102,125 +112,118 @@ class AdapterOptions(SharedAdapterOptions):
     train_text_encoder: bool = option(False,
         "train the CLIP text encoders, too: their attention gets the same adapter, with shortcuts between their "
         "own layers; Stable Diffusion, SDXL, SD 3, Flux.1. T5 stays as it is")
-    merge_calibration_samples: int = again(SharedAdapterOptions, "merge_calibration_samples",
+    merge_calibration_samples: int = again(
         help="images for ResLoRA's merge and for measuring controls; with 0, --merge input takes norms of the training")
 
 
-@dataclass(frozen=True)
+@group
 class DataOptions:
     """Where images and captions come from, and how they are prepared."""
 
-    dataset_name: str | None = option(None, "dataset on the hub, or a folder",
-        resume="content", path="absolute", yields_to="train_data_dir", compared_as="held-out images")
-    dataset_config_name: str | None = option(None, "configuration of that dataset",
-        resume="content", yields_to="train_data_dir", compared_as="held-out images",
+    dataset_name: str | None = by_content(None, "dataset on the hub, or a folder", path="absolute",
+        yields_to="train_data_dir", compared_as="held-out images")
+    dataset_config_name: str | None = by_content(None, "configuration of that dataset", yields_to="train_data_dir",
+        compared_as="held-out images",
         needs=Need(lambda options: options.data.dataset_name, "add --dataset_name, or leave it out"))
-    train_data_dir: list[str] = option([],
+    train_data_dir: list[str] = by_content([],
         "images with a metadata.jsonl or .csv, or with .txt or .caption files of their names; or Parquet, .tar "
         "(webdataset) or JSON files, or what save_to_disk wrote; or kohya's folders, named <repeats>_<caption>",
         or_else="the bundled images", metavar="FOLDER", collapses=True, short="data",
-        essential="folder of images with captions",
-        resume="content", path="absolute", yields_to="dataset_name", compared_as="held-out images")
+        essential="folder of images with captions", path="absolute", yields_to="dataset_name",
+        compared_as="held-out images")
     train_data_repeats: list[int] = option([1],
         "how often an epoch uses each image: one number for all folders, or one for each; kohya's folders have "
-        "theirs as well, which it multiplies", parse=whole(1), metavar="N", collapses=True,
-        kohya=("dataset_repeats",), diffusers=("repeats",))
+        "theirs as well, which it multiplies", COUNT, metavar="N", collapses=True, kohya=("dataset_repeats",),
+        diffusers=("repeats",))
     train_data_weight: list[float] = option([1.0],
-        "weight of each image's loss: one number for all folders, or one for each",
-        parse=number(0, exclusive=True), metavar="WEIGHT", collapses=True)
-    image_column: str = option("image", "column with the image", resume="content", compared_as="held-out images")
-    caption_column: str = option("text", "column with the caption, or a list of captions to choose from",
-        resume="content", compared_as="held-out images")
+        "weight of each image's loss: one number for all folders, or one for each", POSITIVE, metavar="WEIGHT",
+        collapses=True)
+    image_column: str = by_content("image", "column with the image", compared_as="held-out images")
+    caption_column: str = by_content("text", "column with the caption, or a list of captions to choose from",
+        compared_as="held-out images")
     caption_prefix: str | None = option(None, "trigger word, put before every caption except those of class images",
         metavar="TEXT", compared_as="held-out images")
-    caption_suffix: str | None = option(None, "put after every caption except those of class images",
-        metavar="TEXT", compared_as="held-out images")
+    caption_suffix: str | None = option(None, "put after every caption except those of class images", metavar="TEXT",
+        compared_as="held-out images")
     caption_dropout: float = option(0.0,
-        "fraction of the training samples that get the empty caption; class images keep theirs",
-        parse=number(0, below=1), kohya=("caption_dropout_rate",), diffusers=("proportion_empty_prompts",))
+        "fraction of the training samples that get the empty caption; class images keep theirs", FRACTION,
+        kohya=("caption_dropout_rate",), diffusers=("proportion_empty_prompts",))
     enable_wildcard: bool = option(False,
         "each training sample gets one choice of {red|blue}, and one of a caption's lines; {{ and }} are braces")
     shuffle_caption: bool = option(False, "put the tags of a caption, between commas, into another order each time")
     caption_tag_dropout_rate: float = option(0.0, "fraction of a caption's tags that each training sample is without",
-        parse=number(0, below=1))
-    keep_tokens: int = option(0, "how many tags, the prefix counted, are neither shuffled nor left out",
-        parse=whole(0),
+        FRACTION)
+    keep_tokens: int = option(0, "how many tags, the prefix counted, are neither shuffled nor left out", NATURAL,
         needs=Need(lambda options: options.data.shuffle_caption or options.data.caption_tag_dropout_rate,
-                                   "add --shuffle_caption or --caption_tag_dropout_rate"))
-    class_data_dir: str | None = option(None,
+        "add --shuffle_caption or --caption_tag_dropout_rate"))
+    class_data_dir: str | None = by_content(None,
         "folder of class images, which preserve what the model knows: images of the kind of thing that is learnt; if "
-        "it holds kohya's folders, the model generates none",
-        metavar="FOLDER", resume="content", path="absolute", compared_as="held-out images")
+        "it holds kohya's folders, the model generates none", metavar="FOLDER", path="absolute",
+        compared_as="held-out images")
     class_prompt: str | None = option(None,
         "what class images show: the caption of those without one, and what the model generates if there are too few",
         metavar="PROMPT")
-    num_class_images: int = option(100, "class images; the model generates those that are missing",
-        parse=whole(0), needs=CLASS_IMAGES)
-    prior_loss_weight: float = option(1.0, "weight of the loss of class images", parse=number(0), needs=CLASS_IMAGES)
-    max_train_samples: int | None = option(None, "train on that many images, chosen at random",
-        parse=whole(1), compared_as="held-out images",
-        in_experiments="leave it out: each seed would choose other images")
+    num_class_images: int = option(100, "class images; the model generates those that are missing", NATURAL,
+        needs=CLASS_IMAGES)
+    prior_loss_weight: float = option(1.0, "weight of the loss of class images", NOT_NEGATIVE, needs=CLASS_IMAGES)
+    max_train_samples: int | None = option(None, "train on that many images, chosen at random", COUNT,
+        compared_as="held-out images", in_experiments="leave it out: each seed would choose other images")
     resolution: list[int] = option([],
         "side of the square that images are cropped and scaled to; with several, each image is trained at all of "
-        "them, and samples and the validation loss take the first",
-        parse=whole(8, LONGEST_SIDE), metavar="SIDE", collapses=True, essential="side of the images in pixels",
-        compared_as="resolution",
-        bundled=64,
+        "them, and samples and the validation loss take the first", whole(8, LONGEST_SIDE), metavar="SIDE",
+        collapses=True, essential="side of the images in pixels", compared_as="resolution", bundled=64,
         by_family="Stable Diffusion 1 and 2, Flux.1, FLUX.2 klein, Qwen-Image, Krea 2 512; others 1024")
     use_aspect_ratio_buckets: bool = option(False,
         "train each image near its own shape, at about the area of a --resolution square, without scaling it up",
         compared_as="resolution", kohya=("enable_bucket",))
     aspect_ratio_buckets: str | None = option(None,
-        "the buckets, as heights and widths, instead of a ladder around --resolution; images may be scaled up",
-        parse=buckets, metavar="H,W;H,W", compared_as="resolution", needs=BUCKETS)
-    bucket_upscale: bool = option(False, "scale small images up to a bucket of the ladder",
-        compared_as="resolution",
+        "the buckets, as heights and widths, instead of a ladder around --resolution; images may be scaled up", buckets,
+        metavar="H,W;H,W", compared_as="resolution", needs=BUCKETS)
+    bucket_upscale: bool = option(False, "scale small images up to a bucket of the ladder", compared_as="resolution",
         needs=(BUCKETS, Need(lambda options: not options.data.aspect_ratio_buckets,
-                             "leave it out, --aspect_ratio_buckets scale images up")))
+        "leave it out, --aspect_ratio_buckets scale images up")))
     center_crop: bool = option(False,
         "crop the center instead of a random place; with --cache_latents, images of which a bucket keeps 93% "
         "are always cropped so", compared_as="resolution")
     random_flip: bool = option(False, "mirror images, half of the time", kohya=("flip_aug",))
     image_interpolation_mode: str = option("lanczos", "how images are scaled", choices=INTERPOLATIONS)
-    strict: bool = option(False, "refuse images that cannot be read or have no caption, instead of leaving them out",
-        resume="free")
-    cache_latents: bool = option(True,
-        "encode every image once and store its latents on disk, instead of encoding it in every step", resume="free")
-    cache_text_embeddings: bool = option(True,
+    strict: bool = free(False, "refuse images that cannot be read or have no caption, instead of leaving them out")
+    cache_latents: bool = free(True,
+        "encode every image once and store its latents on disk, instead of encoding it in every step")
+    cache_text_embeddings: bool = free(True,
         "encode every caption once and store it on disk, then free the text encoder; it stays if captions have "
-        "more than 1000 variants in a run, and more than four each", resume="free")
-    dataloader_num_workers: int = option(0, "processes that read images", parse=whole(0), resume="free")
+        "more than 1000 variants in a run, and more than four each")
+    dataloader_num_workers: int = free(0, "processes that read images", NATURAL)
 
 
-@dataclass(frozen=True)
+@group
 class TrainingOptions:
     """How long, how much at once, and on which loss."""
 
-    seed: int = option(0, "the same seed gives the same bytes",
-        parse=whole(0), varies=True, essential="the same seed gives the same bytes", compared_as="seed")
-    train_batch_size: int = option(16, "images per process and forward pass",
-        parse=whole(1, LARGEST_BATCH), essential="images per process and forward pass", resume="free")
-    gradient_accumulation_steps: int = option(1, "forward passes per step", parse=whole(1), resume="free")
-    num_train_epochs: int = option(100,
+    seed: int = option(0, "the same seed gives the same bytes", NATURAL, varies=True, essential=True,
+        compared_as="seed")
+    train_batch_size: int = free(16, "images per process and forward pass", whole(1, LARGEST_BATCH), essential=True)
+    gradient_accumulation_steps: int = free(1, "forward passes per step", COUNT)
+    num_train_epochs: int = free(100,
         "passes over the images; each takes images / (batch x processes) forward passes, rounded up for every bucket. "
-        "A step takes --gradient_accumulation_steps of these; with a bundled pipeline the default is 200 steps",
-        parse=whole(1), counts_if_given=True, resume="free", yields_to="max_train_steps", kohya=("max_train_epochs",))
-    max_train_steps: int | None = option(None, "steps; wins over --num_train_epochs",
-        or_else="200 for bundled models, else --num_train_epochs decides",
-        parse=whole(1), short="steps", essential="training steps", resume="free", yields_to="num_train_epochs")
-    gradient_checkpointing: bool = option(False, "less memory, slower", essential="less memory, slower", resume="free")
-    compile: bool = option(False,
+        "A step takes --gradient_accumulation_steps of these; with a bundled pipeline the default is 200 steps", COUNT,
+        counts_if_given=True, yields_to="max_train_steps", kohya=("max_train_epochs",))
+    max_train_steps: int | None = free(None, "steps; wins over --num_train_epochs", COUNT,
+        or_else="200 for bundled models, else --num_train_epochs decides", short="steps", essential="training steps",
+        yields_to="num_train_epochs")
+    gradient_checkpointing: bool = free(False, "less memory, slower", essential=True)
+    compile: bool = free(False,
         "compile the denoiser by torch.compile: minutes at the start, then faster steps; refused where its first "
-        "gradients are not those of the same step without it", resume="free")
-    noise_offset: float = option(0.0, "scale of the noise added per channel while training", parse=number(0))
+        "gradients are not those of the same step without it")
+    noise_offset: float = option(0.0, "scale of the noise added per channel while training", NOT_NEGATIVE)
     min_timestep: int = option(0,
         "train from this timestep on; 0 is the image, and the last timestep noise. Low ones hold the details, "
-        "which then stay much as they are. The validation loss is measured at all timesteps", parse=whole(0))
+        "which then stay much as they are. The validation loss is measured at all timesteps", NATURAL)
     max_timestep: int | None = option(None,
-        "train below this timestep; high ones hold the composition, which then stays much as it is", or_else="all",
-        parse=whole(1))
+        "train below this timestep; high ones hold the composition, which then stays much as it is", COUNT,
+        or_else="all")
     snr_gamma: float | None = option(None, "min-SNR loss weights; 5.0 is usual, 0 weights all timesteps alike",
-        parse=number(0), objective="ddpm", bundled=1.0, bundled_flow=None,
+        NOT_NEGATIVE, objective="ddpm", bundled=1.0, bundled_flow=None,
         # keeps more of the subjects: assets/README.md
         kohya=("min_snr_gamma",))
     loss_type: str = option("l2",
@@ -231,11 +234,10 @@ class TrainingOptions:
         "is --huber_c; exponential: it falls from 1 without noise to --huber_c in noise; snr: the same, by the "
         "signal-to-noise ratio", choices=("constant", "exponential", "snr"), needs=HUBER)
     huber_c: float = option(0.1, "huber, smooth_l1: the threshold above which errors count less, or what it falls to",
-        parse=number(0, exclusive=True), needs=HUBER)
+        POSITIVE, needs=HUBER)
     huber_scale: float = option(1.0, "huber, smooth_l1: multiplies that threshold; not with --huber_schedule snr",
-        parse=number(0, exclusive=True),
-        needs=(HUBER, Need(lambda options: options.training.huber_schedule != "snr",
-                           "leave it out, or change that", "--huber_schedule snr does not read it")))
+        POSITIVE, needs=(HUBER, Need(lambda options: options.training.huber_schedule != "snr",
+        "leave it out, or change that", "--huber_schedule snr does not read it")))
     masked_loss: bool = option(False,
         "weight the loss of each pixel by how white and opaque the image's mask is there. The mask is a file that "
         "the column mask of metadata.jsonl or .csv names, otherwise the image's alpha channel; images without a "
@@ -249,46 +251,45 @@ class TrainingOptions:
     weighting_scheme: str = option(None,
         "flow matching: how losses are weighted, as in diffusers' scripts; logit_normal and mode sample timesteps",
         choices=WEIGHTINGS, objective="flow", by_family="SD 3 logit_normal, others none")
-    logit_mean: float = option(0.0, "flow matching, logit_normal: mean of the normal number",
-        parse=number(), objective="flow", samplings=("logit_normal",))
-    logit_std: float = option(1.0, "flow matching, logit_normal: its standard deviation",
-        parse=number(0, exclusive=True), objective="flow", samplings=("logit_normal",))
-    mode_scale: float = option(1.29, "flow matching, mode: how far from uniform",
-        parse=number(), objective="flow", samplings=("mode",))
-    discrete_flow_shift: float | None = option(None, "flow matching: shift of the timesteps towards noise",
-        or_else="the scheduler's; 3 with shift", parse=number(0, exclusive=True), objective="flow",
+    logit_mean: float = option(0.0, "flow matching, logit_normal: mean of the normal number", number(),
+        objective="flow", samplings=("logit_normal",))
+    logit_std: float = option(1.0, "flow matching, logit_normal: its standard deviation", POSITIVE, objective="flow",
+        samplings=("logit_normal",))
+    mode_scale: float = option(1.29, "flow matching, mode: how far from uniform", number(), objective="flow",
+        samplings=("mode",))
+    discrete_flow_shift: float | None = option(None, "flow matching: shift of the timesteps towards noise", POSITIVE,
+        or_else="the scheduler's; 3 with shift", objective="flow",
         samplings=("uniform", "logit_normal", "mode", "shift"), compared_as="how losses are measured")
     guidance_scale_train: float = option(1.0,
         "guidance that the denoiser is conditioned on while training: Flux.1 dev alone, for which diffusers' script "
-        "has 3.5", parse=number(0), compared_as="how losses are measured")
-    max_sequence_length: int = option(None, "tokens of a caption that T5 or Qwen reads",
-        parse=whole(1), compared_as="how losses are measured", by_family="SD 3 77, others with T5 or Qwen 512")
-    local_rank: int = option(-1, "set by launchers", parse=int, resume="free")
+        "has 3.5", NOT_NEGATIVE, compared_as="how losses are measured")
+    max_sequence_length: int = option(None, "tokens of a caption that T5 or Qwen reads", COUNT,
+        compared_as="how losses are measured", by_family="SD 3 77, others with T5 or Qwen 512")
+    local_rank: int = free(-1, "set by launchers", int)
 
 
-@dataclass(frozen=True)
+@group
 class OptimizerOptions:
     """The optimizer and its learning rate."""
 
-    learning_rate: float = option(1e-4, "highest learning rate; with --optimizer prodigy the default is 1",
-        parse=number(0, exclusive=True), varies=True, short="lr", essential="highest learning rate",
-        bundled=2.5e-4, bundled_flow=1e-3, kohya=("unet_lr",))
+    learning_rate: float = option(1e-4, "highest learning rate; with --optimizer prodigy the default is 1", POSITIVE,
+        varies=True, short="lr", essential="highest learning rate", bundled=2.5e-4, bundled_flow=1e-3,
+        kohya=("unet_lr",))
     text_encoder_lr: float | None = option(None, "learning rate of the text encoders. The schedule is the same",
-        or_else="--learning_rate", parse=number(0, exclusive=True),
-        needs=Need(lambda options: options.adapter.train_text_encoder,
-                   "add --train_text_encoder", "no text encoder is trained"))
+        POSITIVE, or_else="--learning_rate", needs=Need(lambda options: options.adapter.train_text_encoder,
+        "add --train_text_encoder", "no text encoder is trained"))
     scale_lr: bool = option(False, "multiply learning rates by batch size, accumulation steps and processes")
     lr_scheduler: str = option("constant", "how the learning rate changes", choices=SCHEDULES)
-    lr_warmup_steps: int | None = option(None, "steps in which the learning rate rises (none with constant)",
-        or_else="500, at most a tenth of the run", parse=whole(0),
+    lr_warmup_steps: int | None = option(None, "steps in which the learning rate rises (none with constant)", NATURAL,
+        or_else="500, at most a tenth of the run",
         needs=Need(lambda options: options.optimizer.lr_scheduler not in ("constant", "piecewise_constant")
-                   or not options.optimizer.lr_warmup_steps,
-                   "", "nothing reads it with --lr_scheduler {lr_scheduler}", refuse=False))
+        or not options.optimizer.lr_warmup_steps,
+        "", "nothing reads it with --lr_scheduler {lr_scheduler}", refuse=False))
     lr_step_rules: str | None = option(None,
         "of piecewise_constant: factors and the steps they end at, and the last factor, as 1:100,0.1:200,0.01",
         metavar="RULES", needs=Need(lambda options: options.optimizer.lr_scheduler == "piecewise_constant",
-                                    "add --lr_scheduler piecewise_constant",
-                                    "--lr_scheduler {lr_scheduler} does not read it"))
+        "add --lr_scheduler piecewise_constant",
+        "--lr_scheduler {lr_scheduler} does not read it"))
     optimizer: str = option("adamw",
         f"one of {', '.join(OPTIMIZERS)}, or the path of a class as package.Class; all but both AdamW have their "
         "authors' settings, which --optimizer_args changes", metavar="NAME", counts_if_given=True,
@@ -296,122 +297,106 @@ class OptimizerOptions:
         ))
     optimizer_args: list[str] = option([], "arguments of that class, as beta3=0.98", metavar="KEY=VALUE")
     use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes, as --optimizer adamw8bit")
-    adam_beta1: float = option(0.9, "decay of the mean of the gradient", parse=number(0, below=1), needs=ADAM)
-    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient",
-        parse=number(0, below=1), needs=ADAM)
-    adam_weight_decay: float = option(1e-2, "weight decay", parse=number(0), needs=ADAM)
-    adam_epsilon: float = option(1e-8, "added to the denominator", parse=number(0, exclusive=True), needs=ADAM)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", parse=number(0))
+    adam_beta1: float = option(0.9, "decay of the mean of the gradient", FRACTION, needs=ADAM)
+    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", FRACTION, needs=ADAM)
+    adam_weight_decay: float = option(1e-2, "weight decay", NOT_NEGATIVE, needs=ADAM)
+    adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE, needs=ADAM)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", NOT_NEGATIVE)
 
 
-@dataclass(frozen=True)
+@group
 class ValidationOptions:
     """Which samples are generated and which losses are measured while training."""
 
-    validation_prompt: list[str] = option([],
+    validation_prompt: list[str] = shown([],
         "prompts of samples while training, with fixed seeds; or a .txt file of prompts as kohya's scripts read it (a "
         "line each, with --n --w --h --d --s --l --g), or a .json list of objects with a prompt and its options",
-        metavar="PROMPT", essential="prompts of samples while training, or a file of them", resume="shown",
-        compared_as="prompts", kohya=("sample_prompts FILE",),
-        bundled=["cat face", "tulip", "guitar", "red apple"])
-    validation_prompt_options: list[str] = option([],
+        metavar="PROMPT", essential="prompts of samples while training, or a file of them", compared_as="prompts",
+        kohya=("sample_prompts FILE",), bundled=["cat face", "tulip", "guitar", "red apple"])
+    validation_prompt_options: list[str] = shown([],
         "options of each prompt, as such a file has them: negative_prompt, width, height, seed, "
-        "num_inference_steps, guidance_scale, cfg_scale; {} for none",
-        parse=options_text, metavar="JSON", resume="shown", yields_to="validation_prompt",
-        compared_as="how samples are generated")
-    num_validation_images: int = option(4, "samples per prompt; 0 generates none while training",
-        parse=whole(0), resume="shown", bundled=1)
-    validation_height: int | None = option(None, "height of a sample in pixels", or_else="the first --resolution",
-        parse=whole(8), resume="shown", compared_as="how samples are generated")
-    validation_width: int | None = option(None, "width of a sample in pixels", or_else="the first --resolution",
-        parse=whole(8), resume="shown", compared_as="how samples are generated")
-    validation_steps: int | None = option(None,
-        "steps between samples; if not given, --validation_epochs decides, in experiments ten times at most",
-        parse=whole(1), essential="steps between samples", resume="shown", yields_to="validation_epochs", bundled=50,
-        kohya=("sample_every_n_steps",))
-    validation_epochs: int = option(1,
+        "num_inference_steps, guidance_scale, cfg_scale; {} for none", options_text, metavar="JSON",
+        yields_to="validation_prompt", compared_as="how samples are generated")
+    num_validation_images: int = shown(4, "samples per prompt; 0 generates none while training", NATURAL, bundled=1)
+    validation_height: int | None = shown(None, "height of a sample in pixels", whole(8),
+        or_else="the first --resolution", compared_as="how samples are generated")
+    validation_width: int | None = shown(None, "width of a sample in pixels", whole(8),
+        or_else="the first --resolution", compared_as="how samples are generated")
+    validation_steps: int | None = shown(None,
+        "steps between samples; if not given, --validation_epochs decides, in experiments ten times at most", COUNT,
+        essential="steps between samples", yields_to="validation_epochs", bundled=50, kohya=("sample_every_n_steps",))
+    validation_epochs: int = shown(1,
         "epochs between samples, unless --validation_steps is given; of a bundled pipeline the default is 50 steps",
-        parse=whole(1), counts_if_given=True, resume="shown")
-    validation_split: float = option(0.0, "fraction of the images held out for a validation loss",
-        parse=number(0, below=1), essential="fraction of the images held out for a validation loss",
-        compared_as="held-out images", bundled=0.1,
+        COUNT, counts_if_given=True)
+    validation_split: float = option(0.0, "fraction of the images held out for a validation loss", FRACTION,
+        essential=True, compared_as="held-out images", bundled=0.1,
         in_experiments="leave it out: experiments hold out --select_split and --test_split")
     max_validation_images: int = option(64,
         "how many of the held-out images measure the validation loss, at most: chosen by --seed, or by their "
-        "content where --validation_noises are measured; the others are not trained on either",
-        parse=whole(1), compared_as="held-out images",
+        "content where --validation_noises are measured; the others are not trained on either", COUNT,
+        compared_as="held-out images",
         needs=Need(HELD_OUT.met, "", "nothing reads it without --validation_split", refuse=False))
     save_best: bool = option(False,
         "save the adapter with the lowest validation loss in <method>/best, and export that one in the end",
         needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
-    early_stopping_patience: int | None = option(None,
-        "stop a method after N validations in a row without a lower loss than before",
-        parse=whole(1), metavar="N", resume="free", needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS,
-        compared_as="how losses are measured")
+    early_stopping_patience: int | None = free(None,
+        "stop a method after N validations in a row without a lower loss than before", COUNT, metavar="N",
+        needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
     validation_noises: int | None = option(None,
-        "measure the validation loss at eight timesteps, with N noises each, seeded by the image's content",
+        "measure the validation loss at eight timesteps, with N noises each, seeded by the image's content", COUNT,
         or_else="4 with --save_best or --early_stopping_patience, else one timestep and noise in each quarter",
-        parse=whole(1), metavar="N", needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS,
-        compared_as="how losses are measured")
-    metric_model: str | None = option(None,
+        metavar="N", needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
+    metric_model: str | None = shown(None,
         "DINOv2 or CLIP, a folder or a name on the hub: measure how near samples are to the held-out images and, "
-        "with CLIP, to their prompts; experiments judge each chosen arm by this and more",
-        metavar="MODEL", resume="shown", path="relative",
-        needs=Need(lambda options: options.experiment.select_split
-                   or (options.validation.validation_prompt and options.validation.num_validation_images),
-                   "add --validation_prompt and --num_validation_images 1, or leave it out"))
-    num_inference_steps: int = option(None, "denoising steps of a sample", parse=whole(1), resume="shown",
+        "with CLIP, to their prompts; experiments judge each chosen arm by this and more", metavar="MODEL",
+        path="relative", needs=Need(lambda options: options.experiment.select_split
+        or (options.validation.validation_prompt and options.validation.num_validation_images),
+        "add --validation_prompt and --num_validation_images 1, or leave it out"))
+    num_inference_steps: int = shown(None, "denoising steps of a sample", COUNT,
         compared_as="how samples are generated", bundled=20,
         by_family="Stable Diffusion 1 and 2, SDXL 30; Qwen-Image 50; others 28")
-    guidance_scale: float = option(None, "classifier-free guidance of a sample", parse=number(0), resume="shown",
+    guidance_scale: float = shown(None, "classifier-free guidance of a sample", NOT_NEGATIVE,
         compared_as="how samples are generated", bundled=4.0, bundled_flow=3.0,
         by_family="Stable Diffusion 1 and 2 7.5; SDXL, Z-Image 5; SD 3 7; Flux.1 3.5; FLUX.2 klein, Qwen-Image 4; "
         "Krea 2 4.5")
 
 
-@dataclass(frozen=True)
+@group
 class ExperimentOptions(SharedExperimentOptions):
     """How an experiment, which several values of some options make, is measured and scheduled."""
 
-    select_split: float | None = again(SharedExperimentOptions, "select_split",
-        help="fraction of the images by which learning rates and checkpoints are chosen")
-    test_split: float | None = again(SharedExperimentOptions, "test_split",
-        help="fraction of the images by which methods are compared; if there are few, 0.3")
+    select_split: float | None = again(help="fraction of the images by which learning rates and checkpoints are chosen")
+    test_split: float | None = again(help="fraction of the images by which methods are compared; if there are few, 0.3")
     merged_weights: bool = option(False,
         "write the merged weights of every arm too, as a run with one rate and seed does")
 
 
-@dataclass(frozen=True)
+@group
 class OutputOptions:
     """What is written, and where."""
 
-    output_dir: str = option("runs/sd-model-finetuned-lora", "folder of the run",
-        metavar="FOLDER", short="output", essential="folder of the run", resume="free", path="relative")
-    logging_dir: str = option("logs", "TensorBoard's folder inside --output_dir",
-        metavar="FOLDER", resume="free", path="relative")
-    report_to: str = option("tensorboard", "a tracker that accelerate knows, such as wandb; all, or none",
-        resume="free")
-    checkpointing_steps: int = option(500, "steps between checkpoints", parse=whole(1), resume="free",
-        bundled=100, kohya=("save_every_n_steps",))
-    checkpointing_minutes: float | None = option(None,
-        "save a checkpoint also when so many minutes have passed since the last one",
-        parse=number(0, exclusive=True), resume="free")
-    checkpoints_total_limit: int | None = option(None, "checkpoints to retain per method", or_else="all",
-        parse=whole(1), resume="free")
-    resume_from_checkpoint: str | None = option(None,
+    output_dir: str = free("runs/sd-model-finetuned-lora", "folder of the run", metavar="FOLDER", short="output",
+        essential=True, path="relative")
+    logging_dir: str = free("logs", "TensorBoard's folder inside --output_dir", metavar="FOLDER", path="relative")
+    report_to: str = free("tensorboard", "a tracker that accelerate knows, such as wandb; all, or none")
+    checkpointing_steps: int = free(500, "steps between checkpoints", COUNT, bundled=100, kohya=("save_every_n_steps",))
+    checkpointing_minutes: float | None = free(None,
+        "save a checkpoint also when so many minutes have passed since the last one", POSITIVE)
+    checkpoints_total_limit: int | None = free(None, "checkpoints to retain per method", COUNT, or_else="all")
+    resume_from_checkpoint: str | None = free(None,
         "latest: resume from the newest complete checkpoint; FOLDER: go back to that one; not in a finished run",
-        metavar="latest|FOLDER", essential="latest resumes the run in --output", resume="free", path="relative",
-        secret=True, kohya=("resume",))
-    plan: bool | None = option(None,
+        metavar="latest|FOLDER", essential="latest resumes the run in --output", path="relative", secret=True,
+        kohya=("resume",))
+    plan: bool | None = free(None,
         "print how much memory each phase of the run would hold, and end; status 2, and options that would make it "
         "fit, where it does not. Without it, a run that may not fit prints this first and is refused; --no-plan "
-        "tries it all the same", essential="print how much memory the run would take, and end", resume="free")
-    push_to_hub: bool = option(False,
+        "tries it all the same", essential="print how much memory the run would take, and end")
+    push_to_hub: bool = free(False,
         "upload LoRA files, samples, losses, figures and a model card when done; the card is the README.md in the "
-        "run's folder, where there is one", resume="free",
+        "run's folder, where there is one",
         in_experiments="leave it out, and upload the folder of the arm that you like")
-    hub_token: str | None = option(None, "token for the hub", resume="free", secret=True)
-    hub_model_id: str | None = option(None, "repository on the hub", or_else="the folder's name", resume="free")
+    hub_token: str | None = free(None, "token for the hub", secret=True)
+    hub_model_id: str | None = free(None, "repository on the hub", or_else="the folder's name")
 # fmt: on
 
 
@@ -420,7 +405,7 @@ class Options(RunOptions):
     """The values of one run of train_sd.py. A value that the model's family decides is None until it is known."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
-    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    adapter: MethodOptions = field(default_factory=MethodOptions)
     data: DataOptions = field(default_factory=DataOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..common.checks import require_package
 from ..common.errors import InvalidArgument, first_line
 
 
@@ -65,8 +65,7 @@ def check_installed(optimizer: str, words: Sequence[str], flag: str) -> None:
     row = named(optimizer)
     if "." not in row.path:
         raise InvalidArgument(flag, "no such optimizer", f"give one of {', '.join(OPTIMIZERS)}, or package.Class")
-    if importlib.util.find_spec(row.path.partition(".")[0]) is None:
-        raise InvalidArgument(flag, f"{row.package} is not installed", f"pip install {row.package}, or leave it out")
+    require_package(flag, row.package, row.path.partition(".")[0])
     options_of(words)
 
 

@@ -10,14 +10,14 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
 from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
-from ..common.flags import listed
 
 Resume = Literal["fixed", "content", "free", "shown", "merged"]
 """What a resumed run compares. fixed: the value. content: what the value names. free: nothing. shown: nothing, and a
 finished method's new value is reported to have no effect. merged: nothing, and a finished method is merged anew."""
+K = TypeVar("K")
 SAME: Any = object()
 """Stands for: no value of its own."""
 
@@ -115,33 +115,54 @@ class Option:
         return next(iter(self.default), None) if self.collapses else self.default
 
     @property
+    def otherwise(self) -> str:
+        """Its default in words, where it is no bundled model's own."""
+        return self.by_family or self.or_else or in_words(self.default)
+
+    @property
     def takes_several(self) -> bool:
         """Whether several words may follow its flag."""
         return self.varies or any(get_origin(kind) is list for kind in (self.kind, *get_args(self.kind)))
 
-    @property
-    def resumes_freely(self) -> bool:
-        """Whether a resumed run may have another value."""
-        return self.resume != "fixed"
 
-    def in_run(self, given: Any) -> Any:
-        """A value of the command line as a run has it: one of those that vary has no list."""
-        return given[0] if self.varies and isinstance(given, list) and len(given) == 1 else given
-
-
-def option(default: Any, help: str, *, name: str = "", needs: Need | tuple[Need, ...] = (), **facts: Any) -> Any:
+def option(
+    default: Any,
+    help: str,
+    parse: Callable[[str], Any] = str,
+    *,
+    name: str = "",
+    needs: Need | tuple[Need, ...] = (),
+    **facts: Any,
+) -> Any:
     """Return a dataclass's field for an option with this default; see `Option` for the other facts."""
     needs = needs if isinstance(needs, tuple) else (needs,)
+    facts["essential"] = help if facts.get("essential") is True else facts.get("essential", "")
     fill: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    make = functools.partial(Option, default=default, help=help, needs=needs, **facts)
+    make = functools.partial(Option, default=default, help=help, parse=parse, needs=needs, **facts)
     return dataclasses.field(**fill, metadata={"option": make, "name": name})
 
 
-def again(original: type, attribute: str, **changes: Any) -> Any:
-    """Return a field for an option that a base class has, with some facts changed."""
-    before = original.__dataclass_fields__[attribute].metadata  # type: ignore[attr-defined]
-    facts = {"name": before["name"], **before["option"].keywords, **changes}
-    return option(**facts)
+free, shown, by_content = (functools.partial(option, resume=resume) for resume in ("free", "shown", "content"))
+"""The same of options that a resumed run may have other values of; see `Resume`."""
+
+
+class Again(dict):
+    """Facts of an option that a base class has, where they are others."""
+
+
+def again(**changes: Any) -> Any:
+    """Return a field of a `group` for an option that its base class has, with some facts changed."""
+    return Again(changes)
+
+
+@dataclass_transform(frozen_default=True)
+def group(kind: type[K]) -> type[K]:
+    """Make a class whose fields are options a frozen dataclass."""
+    for name, changes in list(vars(kind).items()):
+        if isinstance(changes, Again):
+            before = kind.__base__.__dataclass_fields__[name].metadata  # type: ignore[union-attr]
+            setattr(kind, name, option(**{"name": before["name"], **before["option"].keywords, **changes}))
+    return dataclass(frozen=True)(kind)
 
 
 # -- what the command line and files may say ---------------------------------------------------------------------------
@@ -172,22 +193,18 @@ def number(minimum: float = -math.inf, below: float = math.inf, exclusive: bool 
     return parse
 
 
+COUNT, NATURAL = whole(1), whole(0)
+"""What read whole numbers from one and from zero on."""
+POSITIVE, NOT_NEGATIVE = number(0, exclusive=True), number(0)
+FRACTION, PART = number(0, below=1), number(0, below=1, exclusive=True)
+"""What read numbers below one; a part is not nothing."""
+
+
 def in_words(value: Any) -> str:
     """Return an option's value as a person would write it."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "none" if value is None else "on" if value is True else str(value)  # 1 is equal to True
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two values of an option are the same, whether in a list or not."""
-    return listed(one) == listed(other)
-
-
-def real(minimum: float = -math.inf, below: float = math.inf, exclusive: bool = False) -> Callable[[str], float]:
-    """Return what reads the same as `number`, and gives a float whatever the text is."""
-    parse = number(minimum, below, exclusive)
-    return lambda text: float(parse(text))
 
 
 def steps(text: str) -> int:

@@ -10,65 +10,58 @@ from ..config import HEADS, SHORTCUTS
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
 from .groups import Groups
-from .option import number, option, whole
+from .option import COUNT, FRACTION, NATURAL, PART, POSITIVE, free, group, option, whole
 
 HIGHEST_RANK = 65536
 
 
 # fmt: off
-@dataclass(frozen=True)
-class SharedAdapterOptions:
+@group
+class SharedMethodOptions:
     """Which adapter, and how it is merged."""
 
     method: list[str] = option(["reslora"], f"which adapter is trained. {IN_WORDS}", choices=METHODS,
         essential="lora, reslora, lora_x2, dora, ...; several are compared")
-    rank: int = option(None, "rank of the update matrices", parse=whole(1, HIGHEST_RANK), varies=True,
-        essential="rank of the update matrices")
-    lora_alpha: float = option(None, "scale times rank", or_else="twice the rank",
-        parse=number(0, exclusive=True), read_by="alpha", yields_to="rank", kohya=("network_alpha",))
-    rank_pattern: list[str] | None = option(None, PATTERNS["rank_pattern"],
-        metavar="NAME=VALUE")
-    alpha_pattern: list[str] | None = option(None, PATTERNS["alpha_pattern"],
-        metavar="NAME=VALUE")
-    lora_dropout: float = option(0.0, "dropout on the adapter's input; of ranks for loha and lokr",
-        parse=number(0, below=1))
+    rank: int = option(None, "rank of the update matrices", whole(1, HIGHEST_RANK), varies=True, essential=True)
+    lora_alpha: float = option(None, "scale times rank", POSITIVE, or_else="twice the rank", read_by="alpha",
+        yields_to="rank", kohya=("network_alpha",))
+    rank_pattern: list[str] | None = option(None, PATTERNS["rank_pattern"], metavar="NAME=VALUE")
+    alpha_pattern: list[str] | None = option(None, PATTERNS["alpha_pattern"], metavar="NAME=VALUE")
+    lora_dropout: float = option(0.0, "dropout on the adapter's input; of ranks for loha and lokr", FRACTION)
     target_modules: list[str] = option(None, "layers that get an adapter, by the end of their name", metavar="NAME")
     shortcut: str = option("input", "ResLoRA and lora_matched: what a block gets from the blocks before it",
         choices=SHORTCUTS, varies=True, essential="ResLoRA: input, block, middle or none", implies="reslora",
         read_by="reads_shortcut")
     pre_num: int = option(DEFAULT_PRE_NUM,
         "ResLoRA, lora_matched and ms_placebo: how many of the blocks before a block take part, -1 for all; with "
-        "--shortcut input any number but 0 means one",
-        parse=whole(-1), varies=True, essential="ResLoRA: how many earlier blocks take part, -1 for all",
-        implies="reslora", read_by="reads_shortcut_flags")
+        "--shortcut input any number but 0 means one", whole(-1), varies=True,
+        essential="ResLoRA: how many earlier blocks take part, -1 for all", implies="reslora",
+        read_by="reads_shortcut_flags")
     head: str = option("repeat",
         "--shortcut input and is_placebo: what the first block of a chain adds to its input, the same input "
         "again or nothing", choices=HEADS, implies="reslora", read_by="reads_shortcut_flags")
-    merge: str = option(AUTO, "ResLoRA: how the shortcuts become plain LoRA weights",
-        choices=MERGES, essential="ResLoRA: how shortcuts become plain LoRA weights", resume="merged",
-        implies="reslora", read_by="shortcuts")
+    merge: str = option(AUTO, "ResLoRA: how the shortcuts become plain LoRA weights", choices=MERGES,
+        essential="ResLoRA: how shortcuts become plain LoRA weights", resume="merged", implies="reslora",
+        read_by="shortcuts")
     merge_calibration_samples: int = option(64, "training samples for ResLoRA's merge and for measuring controls",
-        parse=whole(0), resume="merged", implies="reslora")
+        NATURAL, resume="merged", implies="reslora")
 
 
-@dataclass(frozen=True)
+@group
 class SharedExperimentOptions:
     """How an experiment, which several values of some options make, is measured and scheduled."""
 
     select_split: float | None = option(None,
-        "fraction of the training data by which learning rates and checkpoints are chosen", or_else="0.1",
-        parse=number(0, below=1, exclusive=True))
-    test_split: float | None = option(None,
-        "fraction of the training data by which methods are compared", or_else="0.1",
-        parse=number(0, below=1, exclusive=True))
-    extend_rates: bool = option(False,
-        "where the best learning rate is the lowest or highest, try the next one, up to three times", resume="free")
-    experiment_minutes: float | None = option(None,
-        "start no arm that would not end within so many minutes; the same command resumes later",
-        parse=number(0, exclusive=True), resume="free")
-    arms_at_once: int | None = option(None,
-        "how many arms are trained at once, each in a process of its own; with several GPUs, on one each", or_else="1",
-        parse=whole(1), resume="free")
+        "fraction of the training data by which learning rates and checkpoints are chosen", PART, or_else="0.1")
+    test_split: float | None = option(None, "fraction of the training data by which methods are compared", PART,
+        or_else="0.1")
+    extend_rates: bool = free(False,
+        "where the best learning rate is the lowest or highest, try the next one, up to three times")
+    experiment_minutes: float | None = free(None,
+        "start no arm that would not end within so many minutes; the same command resumes later", POSITIVE)
+    arms_at_once: int | None = free(None,
+        "how many arms are trained at once, each in a process of its own; with several GPUs, on one each", COUNT,
+        or_else="1")
 # fmt: on
 
 
@@ -76,5 +69,5 @@ class SharedExperimentOptions:
 class RunOptions(Groups):
     """The values of one run of any script, as far as an experiment needs them."""
 
-    adapter: SharedAdapterOptions = field(default_factory=SharedAdapterOptions)
+    adapter: SharedMethodOptions = field(default_factory=SharedMethodOptions)
     experiment: SharedExperimentOptions = field(default_factory=SharedExperimentOptions)

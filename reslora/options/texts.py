@@ -11,8 +11,21 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from ..common.assets import ASSETS
-from .option import again, option, real, steps, whole
-from .shared import RunOptions, SharedAdapterOptions, SharedExperimentOptions
+from .option import (
+    COUNT,
+    FRACTION,
+    NATURAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    again,
+    by_content,
+    free,
+    group,
+    option,
+    steps,
+    whole,
+)
+from .shared import RunOptions, SharedExperimentOptions, SharedMethodOptions
 
 LLM_MODEL, LLM_TASK = ASSETS / "tiny-llama", ASSETS / "tiny-llama" / "task"
 GLUE_MODEL, GLUE_TASK = ASSETS / "tiny-roberta", ASSETS / "tiny-roberta" / "task"
@@ -50,21 +63,17 @@ PASSED_ON = {
 
 
 # fmt: off
-@dataclass(frozen=True)
-class AdapterOptions(SharedAdapterOptions):
+@group
+class MethodOptions(SharedMethodOptions):
     """Which adapter, and how it is merged."""
 
-    method: list[str] = again(SharedAdapterOptions, "method", collapses=True)
-    rank: int = again(SharedAdapterOptions, "rank", name="lora_r", default=4, parse=whole(1))
-    lora_alpha: float = again(SharedAdapterOptions, "lora_alpha", parse=real(0, exclusive=True))
-    lora_dropout: float = again(SharedAdapterOptions, "lora_dropout", parse=real(0, below=1))
-    target_modules: list[str] = again(SharedAdapterOptions, "target_modules", or_else="query and value")
-    merge_calibration_samples: int = again(SharedAdapterOptions, "merge_calibration_samples",
-        name="calibration_examples",
+    method: list[str] = again(collapses=True)
+    rank: int = again(name="lora_r", default=4, parse=COUNT)
+    target_modules: list[str] = again(or_else="query and value")
+    merge_calibration_samples: int = again(name="calibration_examples",
         help="training examples that a merge of ResLoRA may read, and that lora_matched and placebos are measured on; "
         "0 for none")
-    merge_and_save: bool = option(False, "write the model with the adapter added, for stock transformers",
-        resume="free")
+    merge_and_save: bool = free(False, "write the model with the adapter added, for stock transformers")
 
     @property
     def name(self) -> str:
@@ -72,71 +81,64 @@ class AdapterOptions(SharedAdapterOptions):
         return self.method[0]
 
 
-@dataclass(frozen=True)
+@group
 class ExperimentOptions(SharedExperimentOptions):
     """How an experiment, which several values of some options make, is measured and scheduled."""
 
-    select_split: float | None = again(SharedExperimentOptions, "select_split",
+    select_split: float | None = again(
         help="fraction of the training examples by which learning rates and checkpoints are chosen, where the task has "
-        "no validation file next to a test file", parse=real(0, below=1, exclusive=True))
-    test_split: float | None = again(SharedExperimentOptions, "test_split",
+        "no validation file next to a test file")
+    test_split: float | None = again(
         help="fraction of the training examples by which methods are compared in the end, where the task has neither a "
-        "test nor a validation file", parse=real(0, below=1, exclusive=True))
-    experiment_minutes: float | None = again(SharedExperimentOptions, "experiment_minutes",
-        parse=real(0, exclusive=True))
+        "test nor a validation file")
 
 
-@dataclass(frozen=True)
+@group
 class LlmTaskOptions:
     """Which model is trained on what."""
 
     model_name_or_path: str = option(str(LLM_MODEL), "causal model, folder or name on the hub", short="model",
-        or_else="the bundled one", essential="causal model, folder or name on the hub", metavar="MODEL")
+        or_else="the bundled one", essential=True, metavar="MODEL")
     task: str = option("svamp", ", ".join(LLM_TASKS), essential="task of the paper: svamp, gsm8k, mathqa, ...")
-    data_dir: str | None = option(None,
+    data_dir: str | None = by_content(None,
         "folder with train.jsonl, validation.jsonl, test.jsonl in the columns of the hub's data set",
-        or_else="the hub's data set", short="data", metavar="FOLDER", resume="content", bundled=str(LLM_TASK),
+        or_else="the hub's data set", short="data", metavar="FOLDER", bundled=str(LLM_TASK),
         essential="folder with train.jsonl, validation.jsonl, test.jsonl")
     revision: str | None = option(None, "revision of the model on the hub")
-    cache_dir: str | None = option(None, "folder for downloads", metavar="FOLDER", resume="free")
+    cache_dir: str | None = free(None, "folder for downloads", metavar="FOLDER")
     dtype: str = option("auto",
         "of the frozen model, the adapter is float32; auto: float32, or that of --bf16 and --fp16",
         choices=("auto", "float32", "bfloat16", "float16"))
     load_in_4bit: bool = option(False, "quantize the frozen model to NF4 (QLoRA)")
     max_train_samples: int | None = option(None, "train on that many examples, chosen at random (metamathqa: 40000)",
-        parse=whole(1))
-    max_eval_samples: int | None = option(None,
-        "validate on the first examples only; experiments: choose by so many", parse=whole(1), resume="free")
-    max_test_samples: int | None = option(None,
-        "test on the first examples only; experiments: compare by so many", parse=whole(1), resume="free")
-    max_length: int = option(512, "training examples of more tokens, prompt and answer, are left out", parse=whole(2))
-    max_new_tokens: int = option(256, "longest answer generated", parse=whole(1), resume="free", bundled=24)
-    eval_accuracy: bool = option(False, "generate answers in validation too, not only in the final test",
-        resume="free")
+        COUNT)
+    max_eval_samples: int | None = free(None, "validate on the first examples only; experiments: choose by so many",
+        COUNT)
+    max_test_samples: int | None = free(None, "test on the first examples only; experiments: compare by so many", COUNT)
+    max_length: int = option(512, "training examples of more tokens, prompt and answer, are left out", whole(2))
+    max_new_tokens: int = free(256, "longest answer generated", COUNT, bundled=24)
+    eval_accuracy: bool = free(False, "generate answers in validation too, not only in the final test")
 
 
-@dataclass(frozen=True)
+@group
 class GlueDataOptions:
     """The task, and where its data are."""
 
-    task_name: str | None = option(None, "task of GLUE", choices=GLUE_TASKS, essential="task of GLUE")
-    data_dir: str | None = option(None,
+    task_name: str | None = option(None, "task of GLUE", choices=GLUE_TASKS, essential=True)
+    data_dir: str | None = by_content(None,
         "folder with train.jsonl, validation.jsonl and maybe test.jsonl (mnli: train.jsonl, and of the two others one "
         "each for _matched and _mismatched, as validation_matched.jsonl)", or_else="the hub's GLUE", short="data",
-        metavar="FOLDER", resume="content", essential="folder with train.jsonl, validation.jsonl and maybe test.jsonl")
-    dataset_name: str = option("nyu-mll/glue", "data set on the hub, or a folder", resume="content")
-    dataset_config_name: str | None = option(None, "configuration of that data set", or_else="the task's name",
-        resume="content")
-    max_seq_length: int = option(128, "longer inputs are cut to that many tokens", parse=whole(4))
+        metavar="FOLDER", essential="folder with train.jsonl, validation.jsonl and maybe test.jsonl")
+    dataset_name: str = by_content("nyu-mll/glue", "data set on the hub, or a folder")
+    dataset_config_name: str | None = by_content(None, "configuration of that data set", or_else="the task's name")
+    max_seq_length: int = option(128, "longer inputs are cut to that many tokens", whole(4))
     pad_to_max_length: bool = option(False, "pad every input to it, instead of each batch to its longest")
-    max_train_samples: int | None = option(None, "train on the first so many examples", parse=whole(1))
-    max_eval_samples: int | None = option(None,
-        "evaluate on the first so many; experiments: choose by so many", parse=whole(1), resume="free")
-    max_predict_samples: int | None = option(None,
-        "predict the first so many; experiments: compare by so many", parse=whole(1), resume="free")
+    max_train_samples: int | None = option(None, "train on the first so many examples", COUNT)
+    max_eval_samples: int | None = free(None, "evaluate on the first so many; experiments: choose by so many", COUNT)
+    max_predict_samples: int | None = free(None, "predict the first so many; experiments: compare by so many", COUNT)
 
 
-@dataclass(frozen=True)
+@group
 class GlueModelOptions:
     """The model that is fine-tuned."""
 
@@ -144,104 +146,96 @@ class GlueModelOptions:
         or_else="the bundled one", essential="encoder model, folder or name on the hub", metavar="MODEL")
     config_name: str | None = option(None, "configuration, if it is not the model's")
     tokenizer_name: str | None = option(None, "tokenizer, if it is not the model's")
-    cache_dir: str | None = option(None, "folder for downloaded models and data", metavar="FOLDER", resume="free")
+    cache_dir: str | None = free(None, "folder for downloaded models and data", metavar="FOLDER")
     model_revision: str = option("main", "revision of the model on the hub")
-    token: str | None = option(None, "token for the hub", resume="free", secret=True)
-    ignore_mismatched_sizes: bool = option(False,
-        "replace a classification head that has another number of labels")
+    token: str | None = free(None, "token for the hub", secret=True)
+    ignore_mismatched_sizes: bool = option(False, "replace a classification head that has another number of labels")
 
 
-@dataclass(frozen=True)
+@group
 class TrainingOptions:
     """How long, how much at once, and what is written: as in transformers' `TrainingArguments`."""
 
-    output_dir: str = option("runs/adapter", "folder of the run", short="output", metavar="FOLDER", path="relative",
-        resume="free", essential="folder of the run")
-    seed: int = option(42, "the same seed gives the same bytes", parse=whole(0, 2**32 - 1), varies=True,
-        essential="the same seed gives the same bytes")
-    max_steps: int = option(-1, "training steps; wins over --num_train_epochs", parse=steps, short="steps",
-        or_else="--num_train_epochs decides", resume="free", essential="training steps")
-    num_train_epochs: float = option(3.0, "passes over the training examples", parse=real(0, exclusive=True),
-        resume="free", essential="passes over the training examples")
-    per_device_train_batch_size: int = option(8, "examples per process and forward pass", parse=whole(1),
-        essential="examples per process and forward pass")
-    per_device_eval_batch_size: int = option(8, "the same of evaluations", parse=whole(1), resume="free")
-    gradient_accumulation_steps: int = option(1, "forward passes per step", parse=whole(1))
-    learning_rate: float = option(5e-5, "highest learning rate", parse=real(0, exclusive=True), varies=True,
-        short="lr", essential="highest learning rate")
-    weight_decay: float = option(0.0, "weight decay", parse=real(0))
-    adam_beta1: float = option(0.9, "decay of the mean of the gradient", parse=real(0, below=1))
-    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", parse=real(0, below=1))
-    adam_epsilon: float = option(1e-8, "added to the denominator", parse=real(0, exclusive=True))
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", parse=real(0))
+    output_dir: str = free("runs/adapter", "folder of the run", short="output", metavar="FOLDER", path="relative",
+        essential=True)
+    seed: int = option(42, "the same seed gives the same bytes", whole(0, 2**32 - 1), varies=True, essential=True)
+    max_steps: int = free(-1, "training steps; wins over --num_train_epochs", steps, short="steps",
+        or_else="--num_train_epochs decides", essential="training steps")
+    num_train_epochs: float = free(3.0, "passes over the training examples", POSITIVE, essential=True)
+    per_device_train_batch_size: int = option(8, "examples per process and forward pass", COUNT, essential=True)
+    per_device_eval_batch_size: int = free(8, "the same of evaluations", COUNT)
+    gradient_accumulation_steps: int = option(1, "forward passes per step", COUNT)
+    learning_rate: float = option(5e-5, "highest learning rate", POSITIVE, varies=True, short="lr", essential=True)
+    weight_decay: float = option(0.0, "weight decay", NOT_NEGATIVE)
+    adam_beta1: float = option(0.9, "decay of the mean of the gradient", FRACTION)
+    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", FRACTION)
+    adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", NOT_NEGATIVE)
     lr_scheduler_type: str = option("linear", "how the learning rate changes", choices=SCHEDULES)
     warmup_steps: float = option(0, "steps in which the learning rate rises; below 1: their fraction of all",
-        parse=real(0))
+        NOT_NEGATIVE)
     optim: str = option("adamw_torch_fused", "optimizer, by transformers' name")
-    bf16: bool = option(False, "train in bfloat16", essential="train in bfloat16")
+    bf16: bool = option(False, "train in bfloat16", essential=True)
     fp16: bool = option(False, "train in float16, on a GPU")
     tf32: bool | None = option(None, "allow TF32 matrix products on Ampere and later GPUs")
-    gradient_checkpointing: bool | None = option(None, "less memory, slower", resume="free",
-        essential="less memory, slower")
-    torch_compile: bool = option(False, "compile the model by torch.compile", resume="free")
-    eval_strategy: str = option("no", "when to evaluate", choices=("no", "steps", "epoch"), resume="free",
+    gradient_checkpointing: bool | None = free(None, "less memory, slower", essential=True)
+    torch_compile: bool = free(False, "compile the model by torch.compile")
+    eval_strategy: str = free("no", "when to evaluate", choices=("no", "steps", "epoch"),
         essential="when to evaluate: no, steps or epoch")
-    eval_steps: float | None = option(None, "steps between evaluations; below 1: their fraction of all",
-        parse=real(0, exclusive=True), resume="free")
-    save_strategy: str = option("steps", "when to write a checkpoint", choices=("no", "steps", "epoch", "best"),
-        resume="free")
-    save_steps: float = option(500, "steps between checkpoints; below 1: their fraction of all",
-        parse=real(0, exclusive=True), resume="free")
-    save_total_limit: int | None = option(None, "checkpoints to retain", parse=whole(1), resume="free")
-    logging_steps: float = option(1, "steps between rows of log.jsonl", parse=real(0, exclusive=True), resume="free")
-    report_to: list[str] = option(["tensorboard"], "trackers to report to, all, or none", resume="free")
-    run_name: str | None = option(None, "name of the run for trackers", resume="free")
-    dataloader_num_workers: int = option(0, "processes that prepare batches", parse=whole(0), resume="free")
-    use_cpu: bool = option(False, "train on the CPU", resume="free", essential="train on the CPU")
-    deepspeed: str | None = option(None, "DeepSpeed's configuration, a file or JSON", metavar="JSON")
-    resume_from_checkpoint: str | None = option(None,
+    eval_steps: float | None = free(None, "steps between evaluations; below 1: their fraction of all", POSITIVE)
+    save_strategy: str = free("steps", "when to write a checkpoint", choices=("no", "steps", "epoch", "best"))
+    save_steps: float = free(500, "steps between checkpoints; below 1: their fraction of all", POSITIVE)
+    save_total_limit: int | None = free(None, "checkpoints to retain", COUNT)
+    logging_steps: float = free(1, "steps between rows of log.jsonl", POSITIVE)
+    report_to: list[str] = free(["tensorboard"], "trackers to report to, all, or none")
+    run_name: str | None = free(None, "name of the run for trackers")
+    dataloader_num_workers: int = free(0, "processes that prepare batches", NATURAL)
+    use_cpu: bool = free(False, "train on the CPU", essential=True)
+    deepspeed: str | None = option(None, "DeepSpeed's configuration, a file or JSON", metavar="JSON",
+        in_experiments="leave it out: each arm would need an engine of its own")
+    resume_from_checkpoint: str | None = free(None,
         "resume from a checkpoint folder, or from the latest usable one: latest", metavar="latest|FOLDER",
-        resume="free", essential="latest resumes the run in --output")
-    push_to_hub: bool = option(False, "refused: upload the run's peft/ with `hf upload`", resume="free")
-    hub_model_id: str | None = option(None, "refused, as --push_to_hub is", resume="free")
+        essential="latest resumes the run in --output")
+    push_to_hub: bool = free(False, "refused: upload the run's peft/ with `hf upload`")
+    hub_model_id: str | None = free(None, "refused, as --push_to_hub is")
     hub_token: str | None = option(None, "refused, as --push_to_hub is", secret=True)
 
 
-@dataclass(frozen=True)
+@group
 class LlmTrainingOptions(TrainingOptions):
     """The same with what is usual for causal models, and for the bundled one."""
 
-    output_dir: str = again(TrainingOptions, "output_dir", default="runs/llm")
-    learning_rate: float = again(TrainingOptions, "learning_rate", default=1e-4, bundled=5e-3)
-    per_device_train_batch_size: int = again(TrainingOptions, "per_device_train_batch_size", bundled=16)
-    per_device_eval_batch_size: int = again(TrainingOptions, "per_device_eval_batch_size", bundled=64)
-    num_train_epochs: float = again(TrainingOptions, "num_train_epochs", bundled=5)
-    eval_strategy: str = again(TrainingOptions, "eval_strategy", bundled="epoch")
-    save_strategy: str = again(TrainingOptions, "save_strategy", bundled="epoch")
-    deepspeed: str | None = again(TrainingOptions, "deepspeed", alone=str(ZERO2_OFFLOAD),
+    output_dir: str = again(default="runs/llm")
+    learning_rate: float = again(default=1e-4, bundled=5e-3)
+    per_device_train_batch_size: int = again(bundled=16)
+    per_device_eval_batch_size: int = again(bundled=64)
+    num_train_epochs: float = again(bundled=5)
+    eval_strategy: str = again(bundled="epoch")
+    save_strategy: str = again(bundled="epoch")
+    deepspeed: str | None = again(alone=str(ZERO2_OFFLOAD),
         help="DeepSpeed's configuration, a file or JSON; without a value ZeRO-2 that keeps its state in the CPU's "
         "memory")
 
 
-@dataclass(frozen=True)
+@group
 class GlueTrainingOptions(TrainingOptions):
     """The same with the learning rate and epochs of LoRA on RoBERTa-large (Hu et al., 2022)."""
 
-    output_dir: str = again(TrainingOptions, "output_dir", default="runs/glue")
-    learning_rate: float = again(TrainingOptions, "learning_rate", default=4e-4, bundled=3e-3)
-    num_train_epochs: float = again(TrainingOptions, "num_train_epochs", default=10.0, bundled=12)
-    per_device_train_batch_size: int = again(TrainingOptions, "per_device_train_batch_size", bundled=16)
-    eval_strategy: str = again(TrainingOptions, "eval_strategy", default="epoch")
-    save_strategy: str = again(TrainingOptions, "save_strategy", default="epoch")
-    save_total_limit: int | None = again(TrainingOptions, "save_total_limit", default=2)
+    output_dir: str = again(default="runs/glue")
+    learning_rate: float = again(default=4e-4, bundled=3e-3)
+    num_train_epochs: float = again(default=10.0, bundled=12)
+    per_device_train_batch_size: int = again(bundled=16)
+    eval_strategy: str = again(default="epoch")
+    save_strategy: str = again(default="epoch")
+    save_total_limit: int | None = again(default=2)
 
 
-@dataclass(frozen=True)
-class GlueAdapterOptions(AdapterOptions):
+@group
+class GlueMethodOptions(MethodOptions):
     """Which adapter, and how it is merged."""
 
     # Texts are short: 64 of SST-2 are two tokens for each input of a layer of 384, and a merge loses by that.
-    merge_calibration_samples: int = again(AdapterOptions, "merge_calibration_samples", default=256)
+    merge_calibration_samples: int = again(default=256)
 # fmt: on
 
 
@@ -249,13 +243,16 @@ class GlueAdapterOptions(AdapterOptions):
 class TextOptions(RunOptions):
     """The values of one run of a language script."""
 
-    adapter: AdapterOptions = field(default_factory=AdapterOptions)
+    adapter: MethodOptions = field(default_factory=MethodOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     experiment: ExperimentOptions = field(default_factory=ExperimentOptions)
     passed_on: Mapping[str, Any] = field(default_factory=dict)
     """Other options of `TrainingArguments` that are given."""
 
     switches_take_values: ClassVar[bool] = True
+    shared_titles: ClassVar[Mapping[str, str]] = {
+        "adapter": "method", "training": "training", "experiment": "experiments",
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -265,9 +262,7 @@ class LlmOptions(TextOptions):
     task: LlmTaskOptions = field(default_factory=LlmTaskOptions)
     training: LlmTrainingOptions = field(default_factory=LlmTrainingOptions)
 
-    titles: ClassVar[Mapping[str, str]] = {
-        "task": "model and task", "adapter": "method", "training": "training", "experiment": "experiments",
-    }  # fmt: skip
+    titles: ClassVar[Mapping[str, str]] = {"task": "model and task", **TextOptions.shared_titles}
 
 
 @dataclass(frozen=True)
@@ -276,12 +271,10 @@ class GlueOptions(TextOptions):
 
     data: GlueDataOptions = field(default_factory=GlueDataOptions)
     model: GlueModelOptions = field(default_factory=GlueModelOptions)
-    adapter: GlueAdapterOptions = field(default_factory=GlueAdapterOptions)
+    adapter: GlueMethodOptions = field(default_factory=GlueMethodOptions)
     training: GlueTrainingOptions = field(default_factory=GlueTrainingOptions)
 
-    titles: ClassVar[Mapping[str, str]] = {
-        "data": "task", "model": "model", "adapter": "method", "training": "training", "experiment": "experiments",
-    }  # fmt: skip
+    titles: ClassVar[Mapping[str, str]] = {"data": "task", "model": "model", **TextOptions.shared_titles}
 
 
 T = TypeVar("T", bound=TextOptions)

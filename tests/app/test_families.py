@@ -20,7 +20,7 @@ from reslora.common.methods import AdapterSettings, adapter_config
 from reslora.config import ResLoraConfig
 from reslora.diffusion.model.loading import find_model
 from reslora.diffusion.output.calibration_file import write_calibration
-from reslora.diffusion.training.state import targets_of
+from reslora.diffusion.training.start import targets_of
 from reslora.options.images import Options
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=40, height=32)

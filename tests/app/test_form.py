@@ -4,6 +4,7 @@ import pytest
 from app_runs import WRONG, write_run
 
 from app import form, launcher
+from app.jobs import Jobs
 from app.library import Library
 from app.runs import RunError
 from app.tabs.experiment import ExperimentTab
@@ -91,7 +92,7 @@ def test_every_schedule_can_be_trained(tmp_path):
     """Of one whose rates are given step by step the form has these."""
     for name in form.choices(form.known()["lr_scheduler"]):
         rules = {"lr_step_rules": "1:100,0.1:200,0.01"} if name == "piecewise_constant" else {}
-        launcher.Trainings(Library(tmp_path)).command("new", {"lr_scheduler": name, **rules})
+        Jobs(Library(tmp_path)).command("new", {"lr_scheduler": name, **rules})
 
 
 @pytest.mark.parametrize("wrong", WRONG)

@@ -174,6 +174,7 @@ def test_a_grid_that_cannot_be_drawn_is_refused_before_anything_is(run, x, y, st
 # -- what is seen of it ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_suggestions_are_values_that_can_be_drawn(run):
     assert suggestion(run, "checkpoint") == "2 4" and suggestion(run, "prompt") == "red disc\nblue box"
     for name in ("checkpoint", "method", "merge", "prompt", "seed", "strength", "steps", "guidance"):

@@ -10,9 +10,8 @@ from diffusion.runs import parts
 
 from app.folders import SETS, UPLOADS
 from app.image_folders import ImageFolders, options_of
-from app.launcher import FEW, Trainings
+from app.jobs import FEW, Entry, Jobs
 from app.library import Library
-from app.queue import Entry, Queue
 from app.runs import RunError
 from app.uploads import store_images
 from reslora.diffusion.data.dataset import load_images
@@ -50,7 +49,7 @@ def test_what_is_uploaded_is_what_the_trainer_reads(sent, tmp_path):
     )
     captions = [["a café"], [long.strip()], ["kohya's\r\nsecond line"], ["e"], ["red fox 1"]]
     assert found.captions == captions and found.left_out == ()
-    shown = Trainings(Library(tmp_path)).first_images(None, uploads)
+    shown = Jobs(Library(tmp_path)).first_images(None, uploads)
     assert len(shown) == 5 <= FEW
 
 
@@ -91,12 +90,12 @@ def test_captions_of_one_name_from_two_folders_are_not_mixed_up(sent, tmp_path):
 def lined(tmp_path):
     """A queue that starts nothing."""
     (tmp_path / "runs").mkdir()
-    queue = Queue(Trainings(Library(tmp_path / "runs")))
+    queue = Jobs(Library(tmp_path / "runs"))
     queue.advance = lambda: None
     return queue
 
 
-def again(queue: Queue, name: str, uploads, caption: str = "words") -> str:
+def again(queue: Jobs, name: str, uploads, caption: str = "words") -> str:
     """The folder of images of a run that is started anew, as it never began."""
     with contextlib.suppress(RunError):
         queue.remove(name)

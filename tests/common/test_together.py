@@ -72,6 +72,7 @@ def test_what_the_main_process_decides_all_know(seen):
     assert all(found["waited"] for found in seen)
 
 
+@pytest.mark.exhaustive
 def test_what_fails_in_one_process_ends_all_with_its_status(seen):
     assert [found["main refuses"] for found in seen] == [["InvalidArgument", None], ["EndedElsewhere", 2]]
     assert [found["main fails"] for found in seen] == [["OSError", None], ["EndedElsewhere", 1]]

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from diffusion.runs import parts
+from diffusion.runs import parts, read_by
 from reslora.common.script import shares_the_cpu
 from reslora.common.signals import StopRequest
 from reslora.diffusion.context import Context
@@ -27,6 +27,7 @@ from reslora.diffusion.training.loop import take_step
 from reslora.diffusion.training.preparing import prepare
 from reslora.diffusion.training.schedule import Schedule
 from reslora.diffusion.training.sharding import share, take_plugin
+from reslora.diffusion.training.start import add_adapters
 from reslora.diffusion.training.state import Learner, new_learner
 from reslora.diffusion.training.trained import Trained
 
@@ -65,7 +66,7 @@ def setting(
     images = SimpleNamespace(captions=[[CAPTIONS[index % 2]] for index in range(IMAGES)])
     train, held_out = tuple(range(IMAGES - 2)), (IMAGES - 2, IMAGES - 1)
     source = Source(images, RandomLatents(), train, held_out, (SIZE,), (0,) * IMAGES)
-    material = Material((source,), texts, objective, {SIZE: (4, 8, 8)}, flags)
+    material = Material((source,), texts, objective, {SIZE: (4, 8, 8)}, **read_by(flags))
     denoiser = pipeline.unet.double().requires_grad_(False)
     if flags.model.base_precision != "no":
         pack(denoiser, flags.model.base_precision, torch.device("cpu"))
@@ -79,7 +80,9 @@ def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Acce
     """The flags' method in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
     encoders = {part.name: encoder for part, encoder in zip(loss.parts, loss.encoders, strict=True)}
     trained = Trained({"unet": denoiser, **encoders}, loss)
-    made = new_learner(loss.context.options.adapter.method[-1], trained, Schedule(STEPS, STEPS, 0, False), loss.context)
+    method, schedule = loss.context.options.adapter.method[-1], Schedule(STEPS, STEPS, 0, False)
+    add_adapters(trained, method, STEPS, loss.context)
+    made = new_learner(method, trained, schedule, loss.context)
     trained.double()
     draws = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """How the tests call train_sd.py, in this process or in one of its own, and what they read of the folder it leaves."""
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import io
@@ -22,6 +23,7 @@ from waiting import default_sigint, ended
 
 import train_sd
 from reslora.common.log import read_log
+from reslora.diffusion.data.samples import Material
 from reslora.files import replacing
 from reslora.options.images import Options
 
@@ -91,6 +93,22 @@ def without(flags: list[str], name: str) -> list[str]:
 def parts(options: Options, *groups: str) -> list:
     """The groups of options of these names, as functions take them."""
     return [getattr(options, group) for group in groups]
+
+
+def read_by(options: Options) -> dict:
+    """The groups that `Material` holds."""
+    groups = "adapter", "data", "training", "validation"
+    return dict(zip(groups, parts(options, *groups), strict=True))
+
+
+def options_of(material: Material) -> Options:
+    """Options with the groups of a material."""
+    return Options(**read_by(material))
+
+
+def with_options(material: Material, **values) -> Material:
+    """The material where some options have other values."""
+    return dataclasses.replace(material, **read_by(options_of(material).replace(**values)))
 
 
 # -- what is on disk -------------------------------------------------------------------------------------------------

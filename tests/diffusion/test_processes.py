@@ -120,7 +120,7 @@ def test_the_number_of_threads_is_the_users_and_how_to_give_it_is_printed(
 def test_plain_attention_is_for_few_tokens_in_bf16_on_a_cpu(device, precision, shape, plain):
     accelerator = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
     before = torch.backends.cuda.flash_sdp_enabled()
-    with attention_of(accelerator, SimpleNamespace(shapes={"one": shape, "smaller": (4, 2, 2)})):
+    with attention_of(accelerator, [shape, (4, 2, 2)]):
         assert torch.backends.cuda.flash_sdp_enabled() is (before and not plain)
     assert torch.backends.cuda.flash_sdp_enabled() is before
 

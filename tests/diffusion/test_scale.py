@@ -9,6 +9,7 @@ import pytest
 from pipelines import image_folder, random_image, stable_diffusion
 
 import train_sd
+from diffusion.runs import read_by
 from reslora.common.errors import RunFailed
 from reslora.common.log import read_log
 from reslora.diffusion.data import encoding
@@ -155,7 +156,7 @@ def test_positions_of_a_long_run_are_not_held(folder):
         train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0, noise_offset=0.0, seed=0
     )
     source = Source(None, None, tuple(range(IMAGES)), (), (Size(8, 8),), (0,) * IMAGES)
-    material = Material((source,), None, None, {}, flags)
+    material = Material((source,), None, None, {}, **read_by(flags))
     tracemalloc.start()
     loader = training_loader(material, range(1, 200_000), processes=3, rank=1, pin=False)
     positions = [draw.position for draw in next(iter(loader.batch_sampler))]

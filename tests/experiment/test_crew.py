@@ -20,7 +20,8 @@ from reslora.common.script import run_script
 from reslora.common.signals import StopRequest
 from reslora.diffusion.settings import parse_args
 from reslora.experiment.course import Course
-from reslora.experiment.crew import Crew, Orders, arms_a_device, heard, share_of, train_at_once
+from reslora.experiment.crew import Crew, Orders, arms_a_device, heard, share_of
+from reslora.experiment.run import train_arms
 from reslora.files import is_running, this_process
 
 from .test_course import leave
@@ -82,9 +83,9 @@ def train(
     """What there is in the end, and what ran whenever the record was written."""
     course, told = Course(parse_args(argv)), []
     subject = SimpleNamespace(goes_on=lambda ended, total: None)
-    results = SimpleNamespace(write=lambda: told.append(set(course.running)), subject=subject)
+    results = SimpleNamespace(course=course, write=lambda: told.append(set(course.running)), subject=subject)
     crew = Crew(size, "train_sd.py", functools.partial(work, argv, what or {}), stop or StopRequest())
-    train_at_once(course, results, crew)
+    train_arms(results, crew)
     return course, told
 
 
@@ -105,7 +106,7 @@ def test_arms_are_handed_out_until_none_is_next(tmp_path, capfd):
     assert len(processes) == 5 and len(set(processes)) == 2 and not any(map(is_running, processes))
     printed = capfd.readouterr().out.split()
     assert sorted(map(float, printed)) == sorted(arm.rate for arm in course.arms())
-    assert train(argv)[1] == []  # nothing is left to do, and nobody is started
+    assert train(argv)[1] == [set()]  # nothing is left to do, and nobody is started
 
 
 @pytest.mark.exhaustive

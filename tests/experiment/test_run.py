@@ -25,15 +25,16 @@ from reslora.experiment.subject import COMPARING
 
 def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
     """Whatever a plain run would go on with."""
-    course, told = SimpleNamespace(next_arm=lambda: "arm", running=set()), []
-    results = SimpleNamespace(write=lambda: told.append(course.running), beforehand=list)
+    course, told = SimpleNamespace(arms=list, next_arm=lambda: "arm", running=set()), []
+    results = SimpleNamespace(course=course, write=lambda: told.append(course.running), beforehand=list)
     monkeypatch.setattr(run, "Results", lambda course, subject: results)
 
     def stopped(_: str) -> None:
         raise Stopped("lora/lr-1 stopped after step 3; go on with --resume_from_checkpoint latest")
 
     with pytest.raises(Stopped, match=r"^lora/lr-1 stopped after step 3; the same command goes on$"):
-        run.train_and_conclude(course, SimpleNamespace(train=stopped, device=torch.device("cpu")))
+        results.subject = SimpleNamespace(course=course, train=stopped, device=torch.device("cpu"))
+        run.train_and_conclude(results.subject)
     assert told == [{"arm"}, set()]
 
 
@@ -107,9 +108,9 @@ def go(
     folder.mkdir(exist_ok=True)
     if stopped:
         with pytest.raises(Stopped):
-            run.train_and_conclude(course, Untrained(course, stopped))
+            run.train_and_conclude(Untrained(course, stopped))
     else:
-        run.train_and_conclude(course, Untrained(course, diverging=diverging))
+        run.train_and_conclude(Untrained(course, diverging=diverging))
     report = (folder / "report.html").read_text(encoding="utf-8")
     return json.loads((folder / "experiment.json").read_text()), re.search("<h1>(.*?)</h1>", report)[1]
 

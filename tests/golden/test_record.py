@@ -10,7 +10,7 @@ from waiting import LIMIT
 from golden.commands import REFUSALS, RUNS
 
 RECORD = Path(__file__).with_name("record.py")
-QUICK = ["killed"]
+QUICK = ["buckets"]
 REST = [name for name in (*REFUSALS, *RUNS) if name not in ("refusals", *QUICK)]
 
 

@@ -11,12 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import train_glue
 import train_llm
 from reslora.common.signals import StopRequest
-from reslora.language import llm
-from reslora.language.arguments import resolve
+from reslora.language import glue, llm
+from reslora.language.arguments import read, resolve
 from reslora.language.callbacks import LogCallback
 from reslora.language.trainer import AdapterTrainer, attach
 from reslora.language.training_arguments import AdapterTrainingArguments
-from reslora.options.texts import AdapterOptions, LlmOptions
+from reslora.options.texts import GlueOptions, LlmOptions, MethodOptions
 
 METHODS = [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none"), ("adalora", "none")]
 METHODS += [("loha", "none"), ("lokr", "none"), ("lora_x2", "none"), ("dora", "none")]
@@ -38,15 +38,28 @@ def build(method: str = "reslora", shortcut: str = "input", base=None, **flags):
     return attach(base, adapter, STEPS), adapter
 
 
-def adapter_of(method: str = "reslora", **options) -> AdapterOptions:
+def adapter_of(method: str = "reslora", **options) -> MethodOptions:
     """A method with these options, as a run has them."""
     return resolve(LlmOptions, {"method": [method], **options}).adapter
 
 
 def parsed(argv: list[str]) -> tuple:
     """The task, the method, and what `Trainer` is given, of a run of train_llm.py."""
-    found = llm.parse(argv)
+    found = llm.LlmStudy().arguments(read(LlmOptions, llm.PROG, argv))
     return found.options.task, found.method, found.training
+
+
+def trainer_of(argv: list[str]) -> AdapterTrainer:
+    """The trainer of a run of train_llm.py."""
+    study = llm.LlmStudy()
+    arguments = study.arguments(read(LlmOptions, llm.PROG, argv))
+    study.read(arguments)
+    return study.trainer(arguments, study.adapted(arguments), StopRequest())
+
+
+def parsed_glue(argv: list[str]) -> glue.Arguments:
+    """The options of a run of train_glue.py, with what `Trainer` is given of them."""
+    return glue.arguments_of(read(GlueOptions, glue.PROG, argv))
 
 
 def run_llm(argv: list[str], stop: StopRequest | None = None) -> None:

@@ -20,6 +20,7 @@ from reslora.common.errors import InvalidArgument, Stopped
 from reslora.common.folder import locked
 from reslora.common.script import run_script
 from reslora.common.signals import StopRequest
+from reslora.experiment import run as experiment_run
 from reslora.experiment.arms import Arm, labels_of, place_of
 from reslora.experiment.arms import options_of as options_of_arm
 from reslora.experiment.course import Course
@@ -214,6 +215,7 @@ def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_rem
     assert [arm["test"] for arm in record(output)["arms"]] == [arm["test"] for arm in record(whole[0])["arms"]]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("moment", ["measured", "restored"])
 def test_an_experiment_whose_folder_is_moved_writes_nothing_more(common, whole, tmp_path, monkeypatch, capsys, moment):
     """In the test of an arm, or before the adapter of the best is exported."""
@@ -419,7 +421,7 @@ def test_a_folder_that_is_trained_in_is_refused_before_anything_is_encoded(commo
 def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, monkeypatch):
     """Not those that --max_train_samples leaves out."""
     benches: list[experiment.Bench] = []
-    monkeypatch.setattr(experiment, "train_and_conclude", lambda course, bench, crew: benches.append(bench))
+    monkeypatch.setattr(experiment_run, "train_and_conclude", lambda bench, crew: benches.append(bench))
     assert run(*common, *EXPERIMENT, "--max_train_samples", "5", "--output_dir", tmp_path) == 0
     assert benches[0].facts()["split"] == {"train": 5, "select": 3, "test": 4, "duplicates": 0}
     assert "; examples: 5 to train on, 3 to choose by" in capsys.readouterr().out
@@ -430,7 +432,7 @@ def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
 
     def told(files, split=None, limit=None) -> list[str]:
         parts = parts_of(files, str, ExperimentOptions(test_split=split)).limited(None, limit)
-        return experiment.Bench(None, None, parts, 0, StopRequest()).too_few()
+        return experiment.Bench(None, None, parts, 0, StopRequest(), None).too_few()
 
     texts = [one + other for one in "abcdef" for other in "ghijk"]
     (line,) = told({"train": texts}, 0.01)
@@ -469,7 +471,7 @@ def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
     monkeypatch.setattr(llm.LlmStudy, "adapted", adapted)
     words = [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu", *["--torch_compile"] * compiled]
     course = Course(read(LlmOptions, "x", words), 0.0)
-    bench = experiment.Bench(course, llm.LlmStudy(), None, 0, StopRequest())
+    bench = experiment.Bench(course, llm.LlmStudy(), None, 0, StopRequest(), None)
     with pytest.raises(Stopped):
         bench.train(course.arms()[0])
     assert heard == ["forgotten"] * compiled + ["trained"]
@@ -477,7 +479,7 @@ def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
 
 def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
     stop, grid = StopRequest(), read(LlmOptions, "x", [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu"])
-    bench = experiment.Bench(Course(grid, 0.0), None, None, 0, stop)
+    bench = experiment.Bench(Course(grid, 0.0), None, None, 0, stop, None)
     bench.begins("testing (1 of 4)", ARM)
     stop.signal = signal.SIGTERM
     with pytest.raises(Stopped, match="the same command goes on"):
@@ -503,7 +505,7 @@ def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monk
 def test_numbers_of_blocks_that_mean_the_same_are_told_once(common, tmp_path, capsys, monkeypatch):
     """The chains have five blocks, one for each layer; a plain run says it too."""
     same = "--pre_num 7: 2 of 2 chains are shorter, down to 5 blocks; the longest has 5: the same as --pre_num 4"
-    monkeypatch.setattr(experiment, "train_and_conclude", lambda *_: None)
+    monkeypatch.setattr(experiment_run, "train_and_conclude", lambda *_: None)
     monkeypatch.setattr(AdapterTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(Stopped("enough is seen")))
     shortcut = ["--shortcut", "block", "--pre_num", "7"]
     several = ["--method", "reslora", "lora_matched", *shortcut, "4", "--output_dir", tmp_path / "several"]
@@ -537,7 +539,7 @@ def test_what_an_experiment_goes_on_with_has_twice_the_rank_as_alpha(tmp_path, r
     """None stands for twice each of several ranks."""
     words = ["--seed", "0", "1", "--use_cpu", f"--output_dir={tmp_path}", "--lora_r", *rank]
     course = Course(read(LlmOptions, "x", words), 0.0)
-    bench = experiment.Bench(course, llm.LlmStudy(), Parts([], [], [], 0, []), 0, StopRequest())
+    bench = experiment.Bench(course, llm.LlmStudy(), Parts([], [], [], 0, []), 0, StopRequest(), None)
     assert bench.identity["lora_alpha"] == alpha
     assert {bench.arguments_of(arm).method.lora_alpha for arm in course.arms()} == (
         {8, 32} if alpha is None else {alpha}

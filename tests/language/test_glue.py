@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import train_glue
-from language.helpers import run_glue
+from language.helpers import parsed_glue, run_glue
 from reslora.common.folder import locked
 from reslora.common.script import run_script
 from reslora.language import glue
@@ -230,7 +230,7 @@ def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, t
 
 def reached(model: Path, data: Path, output: Path) -> tuple:
     """Accuracy and loss on the ten validation examples of the adapter that was exported, by stock PEFT, one by one."""
-    arguments = glue.parse(flags(model, data, output))
+    arguments = parsed_glue(flags(model, data, output))
     tokenizer, base, _ = glue.load_model(arguments)
     stock = PeftModel.from_pretrained(base, output / "peft").eval()
     losses, right = [], 0
@@ -343,7 +343,7 @@ def test_predictions_for_a_test_split(roberta, tmp_path, capsys):
     ],
 )
 def test_predictions_are_in_the_order_of_the_examples_numbered_from_zero(roberta, tmp_path, task, outputs, rows):
-    arguments = glue.parse(flags(roberta, tmp_path, tmp_path, task))
+    arguments = parsed_glue(flags(roberta, tmp_path, tmp_path, task))
     found = SimpleNamespace(predictions=np.array(outputs))
     trainer = SimpleNamespace(predict=lambda inputs: found, is_world_process_zero=lambda: True)
     examples = Dataset.from_list([{"input_ids": [0]}] * len(rows))
@@ -373,7 +373,7 @@ def test_texts_may_hold_line_separators(roberta, tmp_path):
     text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text(text + "\n", encoding="utf-8")
-    splits = glue.read_splits(glue.parse(flags(roberta, tmp_path, tmp_path / "run")))
+    splits = glue.read_splits(parsed_glue(flags(roberta, tmp_path, tmp_path / "run")))
     assert splits["train"]["sentence1"] == ["good\u2028film\x85"] * 4
 
 
@@ -390,7 +390,7 @@ def test_samples_and_lengths_are_cut(roberta, tmp_path):
     write_rows(data / "test.jsonl", make_rows("rte", 7))
     more = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_predict_samples", "5")
     more += ("--max_seq_length", "12", "--pad_to_max_length")
-    arguments = glue.parse(flags(roberta, data, tmp_path, "rte", *more))
+    arguments = parsed_glue(flags(roberta, data, tmp_path, "rte", *more))
     splits = glue.read_splits(arguments)
     assert {name: len(columns["label"]) for name, columns in splits.items()} == {"train": 8, "validation": 3, "test": 5}
     tokenizer, _, _ = glue.load_model(arguments)
@@ -500,7 +500,7 @@ def test_bad_flags(capfd, roberta, rte, tmp_path):
     refused(capfd, flags(roberta, rte, out, "rte", "--max_train_samples", "0"), "--max_train_samples 0")
     refused(capfd, flags(roberta, rte, out, "rte", "--frobnicate"), "--frobnicate")
     refused(capfd, flags(tmp_path / "nowhere", rte, out), "--model_name_or_path", "no such folder")
-    refused(capfd, flags(rte, rte, out), "--model_name_or_path", "cannot be loaded")
+    refused(capfd, flags(rte, rte, out), "--model_name_or_path", "check name and files")
     argv = flags(roberta, rte, out)
     refused(capfd, argv[: argv.index("--task_name")] + argv[argv.index("--task_name") + 2 :], "--task_name", "missing")
     refused(capfd, flags(roberta, rte, out, "rte", "--target_modules", "q_proj"), "q_proj", "query")
@@ -575,7 +575,7 @@ def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
 
 def test_inputs_are_no_longer_than_the_model_takes(roberta, rte, tmp_path):
     model = write_model(tmp_path / "model", max_position_embeddings=12)
-    arguments = glue.parse(flags(model, rte, tmp_path / "run", "rte", "--max_seq_length", "500"))
+    arguments = parsed_glue(flags(model, rte, tmp_path / "run", "rte", "--max_seq_length", "500"))
     tokenizer, loaded, _ = glue.load_model(arguments)
     encoded = glue.encode(arguments, tokenizer, glue.read_splits(arguments)["train"])
     assert max(len(row["input_ids"]) for row in encoded) == 10

@@ -1,5 +1,6 @@
 """train_llm.py: whole runs of a tiny model, its data, and what is refused."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -16,8 +17,7 @@ from language.helpers import parsed
 from reslora.common.errors import InvalidArgument
 from reslora.common.folder import locked
 from reslora.common.script import run_script
-from reslora.language import arguments as text_arguments
-from reslora.language import llm, llm_trainer
+from reslora.language import experiment, llm, llm_trainer
 from reslora.language.llm_tasks import TASKS, Example, examples_of
 from reslora.language.llm_trainer import Encoder
 from reslora.language.trainer import AdapterTrainer
@@ -277,7 +277,7 @@ BAD_FLAGS = [
 def test_a_bad_flag_is_one_line_and_status_2(tiny, data, tmp_path, capsys, monkeypatch, bad, words):
     missing = {"deepspeed", "bitsandbytes", "liger_kernel"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    find_spec = text_arguments.importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *more: None if name in missing else find_spec(name, *more)
     )
@@ -392,13 +392,13 @@ def test_two_runs_do_not_share_a_folder(tiny, data, tmp_path, capsys):
 @pytest.mark.exhaustive
 def test_a_folder_that_is_moved_while_merges_are_measured_is_not_made_anew(tiny, data, tmp_path, capsys, monkeypatch):
     """With --save_strategy no nothing was written before."""
-    output, measure = tmp_path / "run", llm.merge_table
+    output, measure = tmp_path / "run", experiment.merge_table
 
     def moved(*given):
         output.rename(tmp_path / "moved")
         return measure(*given)
 
-    monkeypatch.setattr(llm, "merge_table", moved)
+    monkeypatch.setattr(experiment, "merge_table", moved)
     assert run(flags(tiny, data, output, "--save_strategy", "no")) == 1
     assert f"--output_dir {output} was moved or removed" in capsys.readouterr().err
     assert not output.exists() and not (tmp_path / "moved" / "peft").exists()

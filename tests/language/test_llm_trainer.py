@@ -7,9 +7,8 @@ import torch
 from conftest import tiny_llama
 from tokenizers import processors
 
-from language.helpers import adapter_of
+from language.helpers import adapter_of, trainer_of
 from reslora.language import llm, llm_trainer
-from reslora.language.arguments import read
 from reslora.language.llm_tasks import Example
 from reslora.language.llm_trainer import Encoder, calibration_batches, count_right, example_losses, generate
 from reslora.language.trainer import attach
@@ -101,7 +100,7 @@ def test_right_answers_are_counted_by_hand(tiny, data, tmp_path, monkeypatch):
     said = ["It is 1 + 1. The answer is 02.0.", "3", "The answer is 3. The answer is 4.", "The answer is -5.", ""]
     assert count_right(said, [Example("", "", gold) for gold in ("2", "3", "4", "-5", "2")]) == 3
     assert count_right(said, [Example("", "", gold) for gold in ("3", "3", "3", "5", "")]) == 0
-    trainer, _ = llm.build_trainer(read(LlmOptions, "x", flags(tiny, data, tmp_path, "--method", "lora")))
+    trainer = trainer_of(flags(tiny, data, tmp_path, "--method", "lora"))
     trainer.examples["test"] = SUMS
     monkeypatch.setattr(llm_trainer, "generate", answers)
     assert trainer.figures("test")["accuracy"] == 3 / 5
@@ -133,7 +132,7 @@ def test_the_loss_of_an_example_is_the_mean_over_its_answer_whatever_is_beside_i
 
 def test_a_schedule_free_optimizer_is_measured_by_its_average(tiny, data, tmp_path):
     more = ["--method", "lora", "--optim", "schedule_free_adamw"]
-    trainer, _ = llm.build_trainer(read(LlmOptions, "x", flags(tiny, data, tmp_path, *more)))
+    trainer = trainer_of(flags(tiny, data, tmp_path, *more))
     trainer.train()
     trainer.optimizer.train()
     rows = [trainer.encoder(example) for example in trainer.examples["test"]]

@@ -182,19 +182,18 @@ def sample(folders: Sequence[ImageDataset], data: DataOptions, training: Trainin
             places[i] for i in shuffled(len(places), training.seed, "max_train_samples")[: data.max_train_samples]
         ]
         folders = [images.select([i for of, i in places if of == number]) for number, images in enumerate(folders)]
-    marks = [[_mark(row) for row in images.rows] for images in folders]
-    return [dataclasses.replace(images, marks=of) for images, of in zip(folders, marks, strict=True)]
+    found = []
+    for images in folders:
+        both = [[_source(row), _source(row, "mask")] for row in images.rows]
+        marks = ["+".join(content_mark(source) for source in sources if source) for sources in both]
+        found.append(dataclasses.replace(images, marks=marks))
+    return found
 
 
 def _source(row: dict, column: str = "image") -> Content:
     """The file of a row's image, or its content; empty where there is neither."""
     image = row.get(column)
     return (image and (image["path"] if image["bytes"] is None else image["bytes"])) or b""
-
-
-def _mark(row: dict) -> str:
-    """The content of an image, and of its mask, in short."""
-    return "+".join(content_mark(source) for source in (_source(row), _source(row, "mask")) if source)
 
 
 def data_flag(options: DataOptions) -> str:
@@ -261,13 +260,8 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
 
 def above_repeated(files: Sequence[Path]) -> list[Path]:
     """The folder above that of each image which is in one of kohya's."""
-    return [path.parent.parent for path in files if 0 < repeats_of(path.parent.name) <= MOST_REPEATS]
-
-
-def repeats_of(name: str) -> int:
-    """How often an epoch meets the images of a folder of that name, as kohya's scripts read it; else 0."""
-    match = REPEATED.fullmatch(name)
-    return int(match[1]) if match else 0
+    named = [(path, REPEATED.fullmatch(path.parent.name)) for path in files]
+    return [path.parent.parent for path, match in named if match and 0 < int(match[1]) <= MOST_REPEATS]
 
 
 def _hidden_note(rows: datasets.Dataset, folder: Path) -> list[str]:

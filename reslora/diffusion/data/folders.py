@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 from ...common.errors import InvalidArgument
-from ...common.flags import listed
 from ...options.images import DataOptions, ModelOptions, OutputOptions, TrainingOptions
 from ...words import counted
 from .dataset import METADATA, MOST_REPEATS, REPEATED, SAVED, ImageDataset, sample, usable
@@ -25,7 +24,8 @@ def load_folders(
     `caption` is that of images in a folder that have none beside them.
     """
     names = data.train_data_dir or [str(data.dataset_name)]
-    repeats, weights = (_for_each(names, value) for value in (data.train_data_repeats, data.train_data_weight))
+    repeats, weights = data.train_data_repeats, data.train_data_weight  # one for each, or one for all
+    repeats, weights = repeats * (len(names) // len(repeats)), weights * (len(names) // len(weights))
     found, labels, lines = [], [], []
     for name, times, weight in zip(names, repeats, weights, strict=True):
         kohyas, notes = ([], []) if data.dataset_name else kohyas_folders(Path(name), data, output)
@@ -62,7 +62,8 @@ def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tu
     content = files_of(folder, data, output, deep=False)
     if any(path.name in (*METADATA, *SAVED) for path in content):
         return [], []
-    folders = [path for path in content if path.name[:1].isdecimal() and path.is_dir() and _has_images(path)]
+    folders = [path for path in content if path.name[:1].isdecimal() and path.is_dir()]
+    folders = [path for path in folders if any(map(is_image, path.iterdir()))]
     named = [(path, match) for path in folders if (match := REPEATED.fullmatch(path.name)) and int(match[1])]
     found: list[Part] = [(str(path), int(match[1]), match[2] or None) for path, match in named]
     for path, repeats, text in found:
@@ -84,13 +85,3 @@ def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tu
     more = f" and {len(beside) - 5} more" if len(beside) > 5 else ""
     alone = [f"{folder}: kohya's folders (10_name) alone are read, not {', '.join(beside[:5])}{more}"]
     return found, [*(alone if beside else []), *lines, *told_of_hidden(hidden)]
-
-
-def _has_images(folder: Path) -> bool:
-    return any(map(is_image, folder.iterdir()))
-
-
-def _for_each(names: list, value: object) -> list:
-    """A flag's value for each folder: its own, or the one for all."""
-    values = listed(value)
-    return values if len(values) == len(names) else values * len(names)

@@ -62,7 +62,7 @@ def places_of(material: Material) -> dict[str, Place]:
         for index, captions in enumerate(source.images.captions):
             for text in captions:
                 found.setdefault(source.recipe.plain(text), (source.images, index))
-    for prompt in prompts_of(material.options.validation):
+    for prompt in prompts_of(material.validation):
         for text in filter(None, (prompt.prompt, prompt.negative_prompt)):
             found.setdefault(text, "--validation_prompt")
     return found

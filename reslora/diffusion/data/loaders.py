@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ...common.errors import RunFailed, first_line
+from ...common.signals import SIGNALS
 
 
 def worker_options(count: int) -> dict:
@@ -21,9 +22,8 @@ def worker_options(count: int) -> dict:
 
 
 def _ignore_signals(worker: int) -> None:
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def stream(loader: DataLoader) -> Generator:

@@ -55,7 +55,9 @@ def material_of(
         sources = balanced(learnt, of_class, per_forward)
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
-    material = Material(sources, Texts(None, {}), objective, shapes, context.options, family.latents_per_token)
+    options, none = context.options, Texts(None, {})
+    parts = options.adapter, options.data, options.training, options.validation
+    material = Material(sources, none, objective, shapes, *parts, family.latents_per_token)
     tell_long_captions(material, pipeline, context)
     return with_texts(material, pipeline, context)
 
@@ -89,28 +91,28 @@ def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context
 
     Where these are too many for that, the pipeline becomes one with text encoders, for the steps.
     """
-    options, model = material.options, context.model
+    data, validation, model = material.data, material.validation, context.model
     parts = model.family.frozen_text_parts if context.encoders else model.family.text_parts
     key = (model.family.name, model.fingerprint(*parts), str(context.dtype))
-    wanted = ["", *(options.validation.validation_prompt or material.sources[0].images.captions[0][:1])]
-    wanted += [prompt.negative_prompt for prompt in prompts_of(options.validation)]
-    wanted += UNRELATED if options.validation.metric_model else ()
+    wanted = ["", *(validation.validation_prompt or material.sources[0].images.captions[0][:1])]
+    wanted += [prompt.negative_prompt for prompt in prompts_of(validation)]
+    wanted += UNRELATED if validation.metric_model else ()
 
     def load_encoders() -> DiffusionPipeline:
-        if not options.data.cache_text_embeddings:
+        if not data.cache_text_embeddings:
             return pipeline
         return model.load_pipeline(context.dtype, context.accelerator.device, encoders=True, vae=False)
 
-    if options.data.cache_text_embeddings and parts:
+    if data.cache_text_embeddings and parts:
         captions = captions_of(material, context.accelerator.num_processes)
         if captions is None:
             whole = model.load_pipeline(context.dtype, context.accelerator.device, encoders=True)
             vars(pipeline).update(vars(whole))  # parts alone would not do: pipelines read them when they are made
-            options = options.replace(cache_text_embeddings=False)
+            data = dataclasses.replace(data, cache_text_embeddings=False)
             line = "captions have too many variants to keep: each step encodes its own, and text encoders stay loaded"
             context.accelerator.print(line)
         wanted += captions or []
-    return dataclasses.replace(material, texts=encode_texts(wanted, key, load_encoders, context), options=options)
+    return dataclasses.replace(material, texts=encode_texts(wanted, key, load_encoders, context), data=data)
 
 
 def captions_of(material: Material, processes: int) -> list[str] | None:
@@ -127,7 +129,8 @@ def captions_of(material: Material, processes: int) -> list[str] | None:
     captions = dict.fromkeys(plain)
     if any(source.recipe.rewrites for source in material.sources):
         most, plan = max(FEW_VARIANTS, VARIANTS * len(captions)), material.plan(processes)
-        for forward in range(material.steps(processes) * material.options.training.gradient_accumulation_steps):
+        steps = material.training.max_train_steps or material.training.num_train_epochs * material.updates(processes)
+        for forward in range(steps * material.training.gradient_accumulation_steps):
             drawn = [draw for draw in plan.forward(forward) if material.sources[draw.source].recipe.rewrites]
             captions |= dict.fromkeys(map(material.drawn_caption, drawn))
             if len(captions) > most:

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ...common.errors import RunFailed
-from ...options.images import NOISES, Options
+from ...options.images import NOISES, DataOptions, MethodOptions, TrainingOptions, ValidationOptions
 from ..model.objective import Objective
 from ..seeds import derive, generator, shuffled
 from .batch import Batch, collate
@@ -39,24 +39,25 @@ class Material:
     objective: Objective
     shapes: Mapping[Size, tuple[int, int, int]]
     """Channels, height and width of the latents of images of every size."""
-    options: Options
+    adapter: MethodOptions
+    data: DataOptions
+    training: TrainingOptions
+    validation: ValidationOptions
     latents_per_token: int = 4
     """How many places of the latents are one token of the denoiser."""
 
     def plan(self, processes: int) -> Plan:
         """What the forwards of so many processes read."""
-        return Plan(self.sources, self.options.training.train_batch_size * processes, self.options.training.seed)
+        return Plan(self.sources, self.training.train_batch_size * processes, self.training.seed)
 
-    def steps(self, processes: int) -> int:
-        """How many steps a method trains."""
-        options = self.options
-        updates = self.plan(processes).updates_per_epoch(options.training.gradient_accumulation_steps)
-        return options.training.max_train_steps or options.training.num_train_epochs * updates
+    def updates(self, processes: int) -> int:
+        """How many steps an epoch of so many processes has."""
+        return self.plan(processes).updates_per_epoch(self.training.gradient_accumulation_steps)
 
     def drawn_caption(self, draw: Draw) -> str:
         """What a training sample is told where chance has a part in that: its position seeds it, apart from noise."""
         source = self.sources[draw.source]
-        draws = generator(self.options.training.seed, "caption", draw.position)
+        draws = generator(self.training.seed, "caption", draw.position)
         return source.recipe.drawn(source.images.captions[draw.image], draws)
 
     @property
@@ -90,11 +91,11 @@ class TrainingSamples(Dataset):
 
     def __init__(self, material: Material) -> None:
         self.material = material
-        self.noise_offset = material.options.training.noise_offset
+        self.noise_offset = material.training.noise_offset
 
     def random(self, draw: Draw) -> torch.Generator:
         """Where a sample's random numbers come from."""
-        return generator(self.material.options.training.seed, self.purpose, draw.position)
+        return generator(self.material.training.seed, self.purpose, draw.position)
 
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
         """The timestep of a sample with latents of that shape."""
@@ -115,7 +116,7 @@ class TrainingSamples(Dataset):
         latents = source.latents
         return Batch(
             timestep, noise, posterior_noise, weight=torch.tensor(source.weight), caption=caption,
-            text=material.texts[caption] if material.options.data.cache_text_embeddings else None,
+            text=material.texts[caption] if material.data.cache_text_embeddings else None,
             **(self._fresh(source, draw, draws) if latents is None else self._cached(latents, draw, draws)),
         )  # fmt: skip
 
@@ -123,21 +124,21 @@ class TrainingSamples(Dataset):
         return latents.of(draw.image, choose(latents.variants, draws))
 
     def _fresh(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
-        options = self.material.options
-        found = opened(source.images, draw.image, options.training.masked_loss)
+        data = self.material.data
+        found = opened(source.images, draw.image, self.material.training.masked_loss)
         if isinstance(found, str):
             raise RunFailed(f"{source.images.name(draw.image)}: {found}")
         image, mask = found
-        crop = (0.5, 0.5) if options.data.center_crop else torch.rand(2, generator=draws).tolist()
-        flip = options.data.random_flip and bool(torch.rand((), generator=draws) < 0.5)
+        crop = (0.5, 0.5) if data.center_crop else torch.rand(2, generator=draws).tolist()
+        flip = data.random_flip and bool(torch.rand((), generator=draws) < 0.5)
         sizes = torch.tensor(crop_sizes(image.size, crop, flip, draw.size))
-        pixels = crop_and_scale(image, crop, flip, draw.size, options.data.image_interpolation_mode)
+        pixels = crop_and_scale(image, crop, flip, draw.size, data.image_interpolation_mode)
         masked = {} if mask is None else {"mask": crop_mask(mask, crop, flip, draw.size)}
         return {"pixels": pixels, "sizes": sizes} | masked
 
     def batched(self, draws: Sequence[Draw]) -> Iterator[Batch]:
         """The samples of these draws, which are of one size, in batches."""
-        size = self.material.options.training.train_batch_size
+        size = self.material.training.train_batch_size
         for first in range(0, len(draws), size):
             yield collate([self[draw] for draw in draws[first : first + size]])
 
@@ -150,7 +151,7 @@ class CalibrationSamples(TrainingSamples):
 
     def batches(self, count: int, processes: int = 1) -> Iterator[Batch]:
         """The first `count` samples that so many processes read together, in batches of one of them."""
-        plan, size = self.material.plan(processes), self.material.options.training.train_batch_size
+        plan, size = self.material.plan(processes), self.material.training.train_batch_size
         for first in range(0, count, size):
             forward, rank = divmod(first // size, processes)
             draws = plan.forward(forward)[rank * size : (rank + 1) * size]
@@ -169,12 +170,8 @@ class ValidationSamples(TrainingSamples):
     def __init__(self, material: Material) -> None:
         super().__init__(material)
         self.noise_offset = 0.0
-        options, held_out = material.options, material.held_out
-        measured = sorted(
-            shuffled(len(held_out), options.training.seed, "max_validation_images")[
-                : options.validation.max_validation_images
-            ]
-        )
+        held_out, most = material.held_out, material.validation.max_validation_images
+        measured = sorted(shuffled(len(held_out), material.training.seed, "max_validation_images")[:most])
         self.draws = [
             Draw(source, image, material.sources[source].size(image), place * VALIDATION_DRAWS + noise)
             for place, (source, image) in ((place, held_out[place]) for place in measured)
@@ -205,8 +202,9 @@ class FixedSamples(TrainingSamples):
     varies = False
 
     def __init__(self, material: Material, noises: int = NOISES) -> None:
-        options = material.options.replace(center_crop=True, random_flip=False, noise_offset=0.0)
-        super().__init__(dataclasses.replace(material, options=options))
+        data = dataclasses.replace(material.data, center_crop=True, random_flip=False)
+        super().__init__(dataclasses.replace(material, data=data))
+        self.noise_offset = 0.0
         self.timesteps, self.noises = measured_at(material.objective), noises
 
     def random(self, draw: Draw) -> torch.Generator:
@@ -246,14 +244,14 @@ def measured(material: Material) -> list[tuple[int, int]]:
     """At most --max_validation_images of the held-out images: those first by a hash of content."""
     marks = {image: material.sources[image[0]].images.marks[image[1]] for image in material.held_out}
     order = sorted(marks, key=lambda image: derive("max_validation_images", marks[image]))
-    chosen = set(order[: material.options.validation.max_validation_images])
+    chosen = set(order[: material.validation.max_validation_images])
     return [image for image in material.held_out if image in chosen]
 
 
 def training_loader(material: Material, steps: Sequence[int], processes: int, rank: int, pin: bool) -> DataLoader:
     """This process's batches of these steps, once; N processes share what one process would read."""
-    options, plan = material.options, material.plan(processes)
-    batch, forwards = options.training.train_batch_size, options.training.gradient_accumulation_steps
+    plan, training = material.plan(processes), material.training
+    batch, forwards = training.train_batch_size, training.gradient_accumulation_steps
     draws = (  # made as they are needed, for there are as many as samples in a run
         plan.forward(forward)[rank * batch : (rank + 1) * batch]
         for step in steps
@@ -261,5 +259,5 @@ def training_loader(material: Material, steps: Sequence[int], processes: int, ra
     )
     return DataLoader(
         TrainingSamples(material), batch_sampler=draws, pin_memory=pin, collate_fn=collate,
-        **worker_options(options.data.dataloader_num_workers),
+        **worker_options(material.data.dataloader_num_workers),
     )  # fmt: skip

@@ -22,7 +22,6 @@ import torch
 from accelerate import Accelerator
 
 from ...common.errors import RunFailed, first_line
-from ...common.folder import check_held
 from ...common.together import wait
 from ...files import remove_leftovers, replacing
 from ..seeds import derive
@@ -86,7 +85,6 @@ class Encoded:
         """Writes a file of these items, whole or not at all, holding one in memory at a time."""
         keys = [int(self.keys[self.entry[number]]) for number in numbers]
         counts, problems = [], []
-        check_held()  # of the main process: what it raises ends the others where they wait
         with (
             replacing(self.folder / f"{self.kind}-{derive(*sorted(keys)):016x}.arrow") as temporary,
             pyarrow.OSFile(str(temporary), "wb") as file,

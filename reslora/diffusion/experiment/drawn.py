@@ -10,11 +10,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...experiment.subject import COMPARING
-from ..output.drawing import Drawer, as_image
+from ..output.drawing import as_image
 from ..output.metric import load_metric
 from ..prompts import UNRELATED
-from ..run import Setting
 from ..seeds import derive
+from ..study import ImageStudy as Setting
 from ..training.denoising import DenoisingLoss
 from .split import Image
 
@@ -36,19 +36,10 @@ def similarities(
     """What `MEANINGS` says of the parts as they are, of some of the test images; captions are of CLIP alone."""
     context, sources = setting.context, setting.material.sources
     metric = load_metric(context.options.validation.metric_model, str(context.accelerator.device))
-    drawer = Drawer(
-        loss.pipeline,
-        context.model.family,
-        setting.material.texts,
-        context.options.data,
-        context.options.training,
-        context.options.validation,
-        context.encoders,
-    )
     denoiser = next(iter(parts.values()))
 
     def draw(prompts: Sequence[str], count: int = 1) -> torch.Tensor:
-        drawn = drawer.draw(denoiser, prompts, count, lambda: context.stop.check(COMPARING))
+        drawn = setting.drawer.draw(denoiser, prompts, count, lambda: context.stop.check(COMPARING))
         return metric.images([as_image(image) for image in drawn])
 
     tested = images[:MOST_TEST]

@@ -27,7 +27,7 @@ from ..output.exports import (
     saved_parts,
     write_adapters,
 )
-from ..run import Setting
+from ..study import ImageStudy as Setting
 from ..training.denoising import DenoisingLoss
 from .drawn import similarities
 from .split import Image

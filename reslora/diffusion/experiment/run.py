@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,33 +21,30 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ...common.errors import InvalidArgument
-from ...common.folder import check_held, lent, locked
+from ...common.folder import lent, locked
 from ...common.methods import METHODS
-from ...common.signals import NOT_BEGUN, StopRequest
+from ...common.signals import StopRequest
 from ...common.status import Status
 from ...common.together import decided, each
 from ...experiment.arms import Arm
 from ...experiment.course import ADAPTERS, Course
-from ...experiment.crew import Orders, crew_of, heard
-from ...experiment.parts import too_few
+from ...experiment.crew import Orders
 from ...experiment.record import EXPERIMENT, Facts, facts_of, read_experiment
 from ...experiment.report import About
-from ...experiment.run import train, train_and_conclude
-from ...experiment.subject import COMPARING, Subject
+from ...experiment.subject import Subject
 from ...files import read_object, remove_leftovers
 from ...options.grid import Grid
-from ...options.images import Options, ValidationOptions
+from ...options.images import NOISES, Options, ValidationOptions
 from ...options.option import in_words
 from ...words import counted
 from ..checks import check_methods
 from ..context import Context
-from ..data.dataset import ImageDataset
-from ..data.material import latents_of, material_of, note_images, tell_counts, with_texts
+from ..data.material import latents_of, tell_counts, with_texts
 from ..data.samples import Material, measured_at
 from ..folder import cache_folder
-from ..output.trackers import note_settings, start_trackers
-from ..processes import start_accelerator
-from ..run import Setting, check_before_loading, find_all, forget_encoder, identity_of, load_and_check, train_method
+from ..output.trackers import note_settings
+from ..run import begin, check_before_loading, encode, forget_encoder
+from ..study import ImageStudy
 from ..training.checkpoints import (
     EXPORTS,
     MERGING,
@@ -57,9 +54,9 @@ from ..training.checkpoints import (
     past_of,
     plan_resume,
 )
+from ..training.loop import train_method
 from ..training.schedule import Schedule, schedule_of
 from .judging import base_losses, export_chosen, measured
-from .measure import SelectLoss
 from .pages import IMAGES
 from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
 
@@ -76,24 +73,19 @@ FIXED = (
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
-def run_experiment(asked: Grid[Options], stop: StopRequest, orders: Orders | None = None) -> None:
-    """Trains the arms that the options name and that have not ended yet, and tells which method does best.
+@contextlib.contextmanager
+def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = None) -> Iterator[Bench]:
+    """Lock the folder, check the options, and load and encode what the arms share.
 
-    With orders, it is one of --arms_at_once processes: it trains what it is given, in a folder that the main process
-    has locked, checked and noted the settings in.
+    With orders, for one of --arms_at_once processes, in a folder that the main process has locked, checked and noted
+    the settings in.
     """
     if orders:  # TensorBoard reads one file of a folder at a time
-        asked = asked.replace(logging_dir=f"{asked.base.output.logging_dir}/process-{orders.number}")
-    began, plain, given = time.monotonic(), asked.run(), asked
-    with stop.at_once():
-        accelerator = start_accelerator(plain)
+        given = given.replace(logging_dir=f"{given.base.output.logging_dir}/process-{orders.number}")
+    began, plain, folder = time.monotonic(), given.run(), Path(given.base.output.output_dir)
     with contextlib.ExitStack() as stack:
-        if orders:
-            stack.enter_context(lent(Path(plain.output.output_dir)))
-        else:
-            decided(lambda: take_folder(given, stop, stack))
-        kinds, context = find_all(plain, accelerator, stop)
-        identity = identity_of(kinds, context)
+        check, lock = (lambda: None, lent) if orders else (lambda: take_folder(given), locked)
+        kinds, context, identity = begin(plain, stop, stack, check, lock)
         asked = with_varied(context.options, given)
         if orders:
             context = dataclasses.replace(context, status=Status())
@@ -101,44 +93,30 @@ def run_experiment(asked: Grid[Options], stop: StopRequest, orders: Orders | Non
             decided(lambda: check_folder(asked, identity))
             check_before_loading(kinds, context)
         check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain.data)
-        pipeline, objective = each(lambda: load_and_check(context))
         each(lambda: check_variants(asked, context))
-        if orders or (plain.experiment.arms_at_once or 1) == 1:
-            start_trackers(context)
-        material = material_of(kinds, pipeline, objective, context)
-        decided(check_held)
-        note_images(material, context, goes_on=(context.folder / EXPERIMENT).exists())
+        alone, goes_on = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()
+        pipeline, material = encode(kinds, context, goes_on, track=bool(orders) or alone)
         parts = decided(lambda: parts_of(learnt(material.sources), plain.data, plain.validation, plain.experiment))
-        decided(lambda: check_parts(asked.base, parts, learnt(material.sources)))
-        material = with_parts(material, parts, accelerator.num_processes)
+        content = content_of(parts, learnt(material.sources))
+        decided(lambda: check_same(asked, identity, content))
+        processes = context.accelerator.num_processes
+        material = with_parts(material, parts, processes)
         tell_counts(material, context)
         materials = {seed: of_seed(material, seed, pipeline, context) for seed in asked.values("seed")}
         forget_encoder(pipeline, context)
-        schedule = with_few_looks(schedule_of(material, context), plain.validation)
+        schedule = with_few_looks(schedule_of(material.updates(processes), context), plain.validation)
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
-        decided(lambda: check_same(asked, identity))
-        course, setting = Course(asked, began), Setting(pipeline, material, schedule, identity, context)
-        bench = Bench(course, setting, materials, parts)
-        note_settings(asked.flat(), schedule, accelerator, write=not orders)
-        if orders:
-            for arm in orders.arms(course):
-                with heard():
-                    train(arm, course, bench)
-        else:
-            accelerator.print(f"{counted(len(course.arms()), 'arm')} of {counted(schedule.steps, 'step')}; {parts}")
-            crew = crew_of(plain.experiment, "train_sd.py", functools.partial(run_experiment, given), stop)
-            train_and_conclude(course, bench, crew)
-        accelerator.end_training()
+        decided(lambda: check_same(asked, identity, content))
+        note_settings(asked.flat(), schedule, context.accelerator, write=not orders)
+        course, study = Course(asked, began), ImageStudy(schedule, identity, context, pipeline, material)
+        context.accelerator.print(f"{counted(len(course.arms()), 'arm')} of {counted(schedule.steps, 'step')}; {parts}")
+        yield Bench(course, study, materials, parts, content, stop, context.accelerator.device)
+        context.accelerator.end_training()
 
 
-def take_folder(grid: Grid[Options], stop: StopRequest, stack: contextlib.ExitStack) -> None:
-    """Locks the experiment's folder until the stack closes, and refuses at once what its content does not allow.
-
-    What a killed start has left half-written in it goes away.
-    """
-    stop.check(NOT_BEGUN)  # what a single process was asked while accelerate started
+def take_folder(grid: Grid[Options]) -> None:
+    """Refuses a folder whose content does not allow it; what a killed start has left half-written in it goes away."""
     course = Course(grid)
-    stack.enter_context(locked(course.folder))
     Status(course.folder).say("preparing")
     check_folder(grid)
     for folder in map(course.folder_of, course.arms()):
@@ -163,8 +141,11 @@ def going_on(options: Options) -> Options:
     return options.replace(resume_from_checkpoint="latest")
 
 
-def check_same(grid: Grid[Options], identity: Identity | None = None) -> None:
-    """Refuses to go on with an experiment but with more methods, rates and seeds; and in the folder of a plain run."""
+def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str = "") -> None:
+    """Refuses to go on with an experiment but with more methods, rates and seeds; and in the folder of a plain run.
+
+    `parts`: the content of the split, once it is known.
+    """
     values, folder = grid.flat(), Path(grid.base.output.output_dir)
     there = read_experiment(folder).get("identity")
     if there is None:
@@ -174,24 +155,15 @@ def check_same(grid: Grid[Options], identity: Identity | None = None) -> None:
                 raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
         return
     check_past(values, folder, there, identity)
+    if parts and there.get("parts") != parts:
+        problem = "was begun with another split of these images"
+        raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
     for name in FIXED:
         value, before = values[name], there.get(name)
         settled = value is not None or name == "metric_model"  # of the others the model or the images say it yet
         if settled and before != value:
             problem, fix = f"{folder} was begun with {in_words(before)}", "use that, or choose another --output_dir"
             raise InvalidArgument(f"--{name} {in_words(value)}", problem, fix)
-
-
-def check_parts(options: Options, parts: Parts, images: Mapping[int, ImageDataset]) -> None:
-    """Refuses to go on with another split than the experiment was begun with."""
-    folder = Path(options.output.output_dir)
-    there = read_experiment(folder)
-    if not there:
-        return
-    before = there.get("identity", {}).get("parts")
-    if before != content_of(parts, images):
-        problem = "was begun with another split of these images"
-        raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
 
 
 def identity_record(values: Mapping[str, Any], identity: Identity) -> dict:
@@ -242,7 +214,7 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
                 )
             source = dataclasses.replace(source, latents=latents)
         sources.append(source)
-    material = dataclasses.replace(material, sources=tuple(sources), options=options)
+    material = dataclasses.replace(material, sources=tuple(sources), training=options.training)
     return with_texts(material, pipeline, context) if any(source.recipe.rewrites for source in sources) else material
 
 
@@ -251,77 +223,64 @@ class Bench(Subject):
     """What the arms of an experiment are trained on."""
 
     course: Course
-    setting: Setting
+    study: ImageStudy
     materials: Mapping[int, Material]
     """By seed."""
     parts: Parts
+    content: str
+    """Of the parts."""
+    stop: StopRequest
+    device: torch.device
+    prog: str = "train_sd.py"
     about: About = IMAGES
 
-    @property
-    def device(self) -> torch.device:
-        return self.setting.context.accelerator.device
+    def say(self, phase: str, name: str = "") -> None:
+        self.study.context.status.say(phase, name)
 
-    def setting_of(self, arm: Arm) -> Setting:
+    def study_of(self, arm: Arm) -> ImageStudy:
         """As a plain run of the arm has it, but that one checkpoint is kept unless more are asked for."""
         options = going_on(self.course.options_of(arm))
         options = options.replace(checkpoints_total_limit=options.output.checkpoints_total_limit or 1)
         before = self.course.arms().index(arm) if arm in self.course.arms() else 0
         place = self.course.place_of(arm)
-        context = dataclasses.replace(self.setting.context, options=options, place=place, before=before)
+        context = dataclasses.replace(self.study.context, options=options, place=place, before=before)
         material = self.materials[arm.seed]
-        own = options.replace(cache_text_embeddings=material.options.data.cache_text_embeddings)
-        material = dataclasses.replace(material, options=own)
-        return dataclasses.replace(self.setting, material=material, context=context)
+        data = dataclasses.replace(options.data, cache_text_embeddings=material.data.cache_text_embeddings)
+        validation = dataclasses.replace(options.validation, validation_noises=NOISES)
+        material = dataclasses.replace(
+            material, adapter=options.adapter, data=data, training=options.training, validation=validation
+        )
+        return dataclasses.replace(self.study, material=material, context=context)
 
     def train(self, arm: Arm) -> None:
-        setting = self.setting_of(arm)
-        context, (method,) = setting.context, setting.context.options.adapter.method
-        resume = decided(lambda: plan_resume(context.options, setting.identity, context.place))
-        if not resume.checkpoints[method]:  # of which a plain run would say that it starts afresh
-            options = context.options.replace(resume_from_checkpoint=None)
-            setting = dataclasses.replace(setting, context=dataclasses.replace(context, options=options))
+        study = self.study_of(arm)
+        context, (method,) = study.context, study.context.options.adapter.method
+        resume = decided(lambda: plan_resume(context.options, study.identity, context.place))
         if context.options.training.compile:
             torch.compiler.reset()  # or it gives up after as many models as it remembers
         try:
             if method not in resume.finished:
-                train_method(method, resume, setting, SelectLoss)
+                train_method(method, resume, study)
         finally:
             context.accelerator.free_memory()
 
     @functools.cached_property
-    def content(self) -> str:
-        """What the parts are known by."""
-        return content_of(self.parts, learnt(self.setting.material.sources))
-
-    @functools.cached_property
     def marks(self) -> list[str]:
-        return [self.setting.material.sources[source].images.marks[number] for source, number in self.parts.test]
+        return [self.study.material.sources[source].images.marks[number] for source, number in self.parts.test]
 
     def facts(self) -> Facts:
-        objective = self.setting.material.objective
+        objective = self.study.material.objective
         return {
             **facts_of(self.parts, LIBRARIES),
             "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
-            "identity": identity_record(self.course.grid.flat(), self.setting.identity) | {"parts": self.content},
+            "identity": identity_record(self.course.grid.flat(), self.study.identity) | {"parts": self.content},
         }
 
-    def too_few(self) -> list[str]:
-        return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
-
-    def goes_on(self, ended: int, total: int) -> None:
-        """Says how many arms have ended, in the run's status."""
-        self.setting.context.status.say(f"training, {ended} of {counted(total, 'arm')} ended")
-
-    def begins(self, phase: str, arm: Arm) -> None:
-        """Says what is done with an arm next, in the run's status; a stop is heeded before it."""
-        self.setting.context.stop.check(COMPARING)
-        self.setting.context.status.say(phase, self.course.name_of(arm))
-
     def measured(self, arm: Arm, step: int) -> dict:
-        return measured(step, self.parts.test, self.setting_of(arm))
+        return measured(step, self.parts.test, self.study_of(arm))
 
     def base_losses(self) -> dict:
-        return base_losses(self.parts.test, self.setting_of(self.course.arms()[0]))
+        return base_losses(self.parts.test, self.study_of(self.course.arms()[0]))
 
     def export(self, arm: Arm, step: int) -> list[str]:
-        return export_chosen(step, self.setting_of(arm))
+        return export_chosen(step, self.study_of(arm))

@@ -115,7 +115,7 @@ def with_parts(material: Material, parts: Parts, processes: int) -> Material:
             learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1], repeats=repeats))
     of_class = [source for source in material.sources if source.images.of_class]
     of_class = [dataclasses.replace(source, repeats=source.images.repeats) for source in of_class]
-    per_forward = material.options.training.train_batch_size * processes
+    per_forward = material.training.train_batch_size * processes
     sources = balanced(learnt, of_class, per_forward) if of_class else tuple(learnt)
     return dataclasses.replace(material, sources=sources)
 

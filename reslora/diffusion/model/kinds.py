@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from ...common.errors import InvalidArgument
+from .families import FAMILIES
 
 
 class Kind(NamedTuple):
@@ -57,3 +59,22 @@ def tensor_names(path: Path) -> list[str]:
             return list(file.keys())
     except (SafetensorError, OSError):
         return []
+
+
+def read_index(folder: Path, flag: str) -> dict:
+    """The content of a pipeline's model_index.json."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index.get("_class_name")
+        return index
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise InvalidArgument(flag, "no readable model_index.json", "give a pipeline in diffusers format") from None
+
+
+def check_pipeline_class(name: str, index: dict) -> None:
+    """Refuse a pipeline of no known family."""
+    found = index.get("_class_name")
+    if not isinstance(found, str) or found not in FAMILIES:
+        raise InvalidArgument(
+            f"--pretrained_model_name_or_path {name}", f"a {found}", f"give one of {', '.join(FAMILIES)}"
+        )

@@ -39,7 +39,8 @@ from ..training.checkpoints import EXPORTS
 from ..training.denoising import DenoisingLoss
 from ..training.schedule import Schedule
 from ..training.sharding import cuts_base
-from ..training.state import Learner, add_adapters
+from ..training.start import add_adapters
+from ..training.state import Learner
 from ..training.trained import Trained
 from .calibration_file import write_calibration
 from .drawing import Drawer, as_bytes, as_image
@@ -213,7 +214,7 @@ def saved_parts(
     """The parts that train, by name, in float32, with a method's adapters as they were saved, unmerged."""
     parts = base_parts(loss, context)
     trained = Trained(parts, loss)
-    add_adapters(trained, method, schedule, context)
+    add_adapters(trained, method, schedule.steps, context)
     for place, part in trained.places(adapters):
         load_adapter(part, place)
     return parts
@@ -245,7 +246,7 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
     for name, part in parts.items():
         plan = chains(part)
         try:
-            report = merge(part, method=material.options.adapter.merge, calibration=calibration[name] or None)
+            report = merge(part, method=material.adapter.merge, calibration=calibration[name] or None)
         except ValueError as error:
             advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
             raise Diverged(f"reslora: it cannot be merged ({first_line(error)})", advice) from None
@@ -257,7 +258,7 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
 def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
     """The denoiser's keyword arguments, in float32, for the training samples that a merge may read."""
     read = CalibrationSamples(material).batches(
-        material.options.adapter.merge_calibration_samples, PartialState().num_processes
+        material.adapter.merge_calibration_samples, PartialState().num_processes
     )
     with evaluating(*loss.encoders):
         return [as_float32(loss.inputs(loss.encoded(batch))[0]) for batch in read]
@@ -361,7 +362,7 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as sd-scripts write
 
 def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, context: Context) -> dict[str, str]:
     """What model managers and web interfaces recognise a LoRA by (Stability AI's model specification 1.0.0)."""
-    options, predicted = material.options, getattr(material.objective, "prediction_type", None)  # none where a flow is
+    options, predicted = context.options, getattr(material.objective, "prediction_type", None)  # none where a flow is
     version, architecture = context.model.family.model_version(config, predicts_v=predicted == "v_prediction")
     sides = options.data.resolution
     prediction = {"modelspec.prediction_type": PREDICTIONS[predicted]} if predicted else {}

@@ -12,7 +12,7 @@ from huggingface_hub import CommitOperationAdd
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import read_object
-from ...options.images import AdapterOptions, OutputOptions, ValidationOptions
+from ...options.images import MethodOptions, OutputOptions, ValidationOptions
 from ..context import Context
 from ..refusals import repository_of
 from ..training.checkpoints import EXPORTS
@@ -73,7 +73,7 @@ def publish(context: Context) -> None:
 
 
 def files_of(
-    adapter: AdapterOptions, validation: ValidationOptions, output_options: OutputOptions
+    adapter: MethodOptions, validation: ValidationOptions, output_options: OutputOptions
 ) -> dict[str, Path | bytes]:
     """What is uploaded beside the card, by its place in the repository: a single method's weights at its root, too."""
     output, files = Path(output_options.output_dir), dict[str, Path | bytes]()
@@ -93,7 +93,7 @@ def files_of(
     return files
 
 
-def comparison_of(adapter: AdapterOptions, validation: ValidationOptions, output: OutputOptions) -> bytes:
+def comparison_of(adapter: MethodOptions, validation: ValidationOptions, output: OutputOptions) -> bytes:
     """The comparison of what the run has drawn, if anything, whatever prompts are given now.
 
     It is not the run's file, which may show images that were trained on: nobody asked that those be uploaded.

@@ -17,16 +17,16 @@ from torch import nn
 
 from ...common.drawn import PROMPTS, by_step
 from ...common.errors import Diverged, Stopped
-from ...common.folder import check_held
 from ...common.log import LogWriter, of_split, read_log
 from ...common.signals import StopRequest
 from ...common.together import decided
+from ...experiment.course import adapter_folder
 from ...files import remove, replacing, write_json
 from ...tracing import evaluating
 from ..data.batch import Batch
 from ..data.samples import Material, ValidationSamples, losses_of, measured, measured_at
 from ..prompts import prompts_of
-from ..training.best import is_over, keep_if_best
+from ..training.best import is_over, keep_adapter, keep_if_best
 from ..training.checkpoints import EXPORTS, checkpoints_of
 from ..training.denoising import DenoisingLoss
 from ..training.schedule import Schedule
@@ -150,9 +150,6 @@ class Reports:
 class Validation:
     """Validation loss and samples of a denoiser, by the main process; where its base is cut, all compute them."""
 
-    noises: int | None = None
-    """At each of eight timesteps; None: the options say it."""
-
     def __init__(
         self, loss: DenoisingLoss, material: Material, drawer: Drawer, accelerator: Accelerator, stop: StopRequest
     ) -> None:
@@ -164,13 +161,13 @@ class Validation:
 
         Tells the learner whether it is over with it.
         """
-        options, denoiser = self.material.options, learner.denoiser
+        validation, denoiser = self.material.validation, learner.denoiser
         with learner.averaged():
             if "loss" in parts and self.material.held_out:
                 self._by_main(lambda: self.losses(denoiser), partial(self._keep_losses, learner, reports))
-            if "samples" in parts and options.validation.validation_prompt and options.validation.num_validation_images:
+            if "samples" in parts and validation.validation_prompt and validation.num_validation_images:
                 self._by_main(lambda: self._drawn(denoiser), partial(self._keep_samples, learner, reports))
-        learner.over = decided(lambda: reports.is_over(options.validation.early_stopping_patience))
+        learner.over = decided(lambda: reports.is_over(validation.early_stopping_patience))
 
     def _by_main(self, compute: Callable[[], T], keep: Callable[[T], None]) -> None:
         """As `by_main`; keeps nothing of what a stop cuts short."""
@@ -185,8 +182,10 @@ class Validation:
 
     def _keep_losses(self, learner: Learner, reports: Reports, losses: torch.Tensor) -> None:
         mean = losses.mean().item()
-        if self.material.options.validation.save_best and learner.step:
+        if self.material.validation.save_best and learner.step:
             keep_if_best(learner, reports.folder, mean)
+        if learner.step and learner.name != learner.method:  # an arm of an experiment, which chooses among its steps
+            keep_adapter(learner, adapter_folder(reports.folder, learner.step))
         reports.note("validation", mean, self.by_timestep(losses))
         reports.flush()
 
@@ -195,7 +194,7 @@ class Validation:
 
         Noise and timesteps are the same at every call.
         """
-        noises = self.noises or self.material.options.validation.validation_noises
+        noises = self.material.validation.validation_noises
         with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
             if noises:
                 images = measured(self.material)
@@ -216,25 +215,24 @@ class Validation:
         return dict(zip(names, losses.mean(0).tolist(), strict=True))
 
     def _drawn(self, denoiser: nn.Module) -> list[np.ndarray]:
-        options, prompts = self.material.options, prompts_of(self.material.options.validation)
+        validation, prompts = self.material.validation, prompts_of(self.material.validation)
         with self.accelerator.autocast():
-            return self.drawer.draw(denoiser, prompts, options.validation.num_validation_images, self._leave_if_asked)
+            return self.drawer.draw(denoiser, prompts, validation.num_validation_images, self._leave_if_asked)
 
     def _keep_samples(self, learner: Learner, reports: Reports, drawn: list[np.ndarray]) -> None:
-        options, prompts = self.material.options, prompts_of(self.material.options.validation)
+        validation, prompts = self.material.validation, prompts_of(self.material.validation)
         if not all(np.isfinite(image).all() for image in drawn):
             self.accelerator.print(f"warning: samples of step {learner.step} have pixels that are not finite")
         images = [as_image(image) for image in drawn]
-        captions = [prompt.prompt for prompt in prompts for _ in range(options.validation.num_validation_images)]
-        found = self._similarities(images, captions) if options.validation.metric_model else {}
-        check_held()
+        captions = [prompt.prompt for prompt in prompts for _ in range(validation.num_validation_images)]
+        found = self._similarities(images, captions) if validation.metric_model else {}
         reports.samples(images, [prompt.prompt for prompt in prompts])
         if found:
             reports.similarities(found)
 
     def _similarities(self, images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, float]:
         """How near samples are to the held-out images, each to each, and to their prompts."""
-        metric = load_metric(self.material.options.validation.metric_model, str(self.accelerator.device))
+        metric = load_metric(self.material.validation.metric_model, str(self.accelerator.device))
         found, drawn = {}, metric.images(images)
         if self.material.held_out:
             held_out = metric.of(self.material.sources, measured(self.material))

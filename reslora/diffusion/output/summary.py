@@ -14,14 +14,14 @@ from ...common.log import read_log
 from ...common.methods import METHODS
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...files import read_object, replacing
-from ...options.images import AdapterOptions, OutputOptions, ValidationOptions
+from ...options.images import MethodOptions, OutputOptions, ValidationOptions
 from .reports import FINISHED
 
 COLUMNS = 9  # at most so many steps are shown beside each other
 
 
 def write_figures(
-    adapter: AdapterOptions,
+    adapter: MethodOptions,
     validation: ValidationOptions,
     output_options: OutputOptions,
     held_out: int,
@@ -42,7 +42,7 @@ def write_figures(
 
 
 def write_comparison(
-    adapter: AdapterOptions,
+    adapter: MethodOptions,
     validation: ValidationOptions,
     output_options: OutputOptions,
     path: Path,
@@ -78,7 +78,7 @@ def _image(samples: Path, number: int, prompt: str) -> Path | None:
     return path if shows(samples, number, prompt) else None
 
 
-def print_summary(adapter: AdapterOptions, output_options: OutputOptions) -> None:
+def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None:
     """What was written, and how to look at it."""
     output = Path(output_options.output_dir)
     lines = ["", f"{output}/"]

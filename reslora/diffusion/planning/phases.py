@@ -6,7 +6,6 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,14 +19,14 @@ from ..checks import check_pipeline
 from ..context import Context, weight_dtype
 from ..data.batch import Batch, stack_texts
 from ..data.dataset import ImageDataset
-from ..data.encoding import CAPTIONS_AT_ONCE, Texts, Variants
+from ..data.encoding import CAPTIONS_AT_ONCE, Variants
 from ..data.material import sizes_of
-from ..data.samples import Material
 from ..model.families.base import Text
 from ..model.objective import objective_of
 from ..training.denoising import DenoisingLoss
 from ..training.preparing import attention_of
-from ..training.state import add_adapters, new_optimizer
+from ..training.start import add_adapters
+from ..training.state import new_optimizer
 from ..training.trained import Trained
 from .live import Stage, held
 from .parts import Reader, empty_denoiser, empty_part, empty_pipeline, shapes_of
@@ -208,11 +207,14 @@ class Rehearsal:
         vae = self.pipeline.vae
         return times * (held(vae) - (held(vae.encoder) if self.options.data.cache_latents else 0))
 
+    def base(self) -> nn.Module:
+        """The denoiser as it is trained on."""
+        options = self.options.model
+        return empty_denoiser(self.model, self.dtype, options.base_precision, options.blocks_to_swap)
+
     def trained(self, method: str) -> Trained:
         """What trains, with the method's adapter."""
-        denoiser = empty_denoiser(
-            self.model, self.dtype, self.options.model.base_precision, self.options.model.blocks_to_swap
-        )
+        denoiser = self.base()
         parts = {self.family.denoiser: denoiser}
         for name in self.trainable:
             parts[name] = empty_part(self.model, name, self.dtype)
@@ -220,7 +222,7 @@ class Rehearsal:
         loss = DenoisingLoss(self.context, self.objective, self.pipeline, denoiser.config)
         loss.dtype = self.dtype
         trained = Trained(parts, loss)
-        add_adapters(trained, method, SimpleNamespace(steps=1000), self.context)  # type: ignore[arg-type] # no more
+        add_adapters(trained, method, 1000, self.context)
         self.stage.place(trained)
         if self.options.training.gradient_checkpointing:
             for part in parts.values():
@@ -229,12 +231,11 @@ class Rehearsal:
 
     def _step(self, trained: Trained) -> int:
         """What a forward and a backward have at the most beside weights and their gradients."""
-        material = Material((), Texts(None, {}), self.objective, {self.size: self._latents()}, self.options)
         with self.stage(trained, self.pipeline.vae, *self.encoders) as live:
             for parameter in trained.parameters():
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(lambda p: live.forget(p.grad))
-            with attention_of(self.context.accelerator, material), self.autocast():
+            with attention_of(self.context.accelerator, [self._latents()]), self.autocast():
                 losses = trained(self.batch(self.options.training.train_batch_size))
             losses.mean().backward()
         return live.peak

@@ -13,12 +13,12 @@ from torch import nn
 from ...common.errors import InvalidArgument, first_line
 from ...common.memory import free_memory
 from ...experiment.crew import arms_a_device
+from ...options.contradictions import carries_activations
 from ..context import Context
 from ..data.buckets import named_buckets
 from ..data.dataset import ImageDataset
 from ..model.quantising import try_format
 from ..prompts import prompts_of, settled
-from ..refusals import carries_activations
 from ..training.sharding import cuts_base
 from .drawn import drawing_class_images, exporting, sampling
 from .parts import empty_denoiser, empty_part

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from ...common.adapters import load_adapter, save_adapter
 from ...common.errors import InvalidArgument, RunFailed, first_line
 from ...common.flags import as_typed, listed
-from ...common.folder import check_held
 from ...common.methods import METHODS
 from ...common.recovery import (
     MERGED,
@@ -38,11 +37,14 @@ from ...files import (
     write_checksums,
     write_json,
 )
-from ...options.images import NOISES, AdapterOptions, Options, OutputOptions, TrainingOptions, ValidationOptions
+from ...options.images import NOISES, MethodOptions, Options, OutputOptions, TrainingOptions, ValidationOptions
 from ...options.option import in_words
 from .best import FOLDER, best_of, forget_beaten
 from .schedule import Schedule
 from .state import Learner
+
+if TYPE_CHECKING:
+    from .loop import Study
 
 OF_CLASS = "; class images: "  # between the content of the images that are learnt and that of class images
 STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
@@ -205,7 +207,7 @@ def is_exported(folder: Path, record: dict) -> bool:
     return all((folder / name).exists() for name in record.get("difference_of_255", ["none"]))
 
 
-def final_checkpoint(options: AdapterOptions, folder: Path, step: int) -> Path:
+def final_checkpoint(options: MethodOptions, folder: Path, step: int) -> Path:
     """The checkpoint that a finished method can be merged from once more."""
     path = folder / f"checkpoint-{step}"
     if not (path / RECORD).is_file():
@@ -222,7 +224,7 @@ def notes_of(options: Options, folder: Path, record: dict) -> list[str]:
 
 
 def _named_checkpoint(
-    adapter: AdapterOptions, output_options: OutputOptions, named: str, todo: list[str]
+    adapter: MethodOptions, output_options: OutputOptions, named: str, todo: list[str]
 ) -> tuple[str, Path]:
     output = Path(output_options.output_dir)
     first = (todo or adapter.method)[0]
@@ -288,15 +290,15 @@ def refuse_steering(values: Mapping[str, Any], place: Path, there: dict) -> None
 # -- saving and restoring ----------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(
-    learner: Learner, folder: Path, options: Options, identity: Identity, accelerator: Accelerator
-) -> None:
+def save_checkpoint(learner: Learner, study: Study) -> None:
     """Writes `checkpoint-<step>`: the adapter and what a resumed run needs to equal an uninterrupted one.
 
     Older ones than --checkpoints_total_limit allows go then. Raises `RunFailed` for weights that are not finite. Every
     process must call it, since DeepSpeed gathers the state from all; the main process alone writes.
     """
-    state = learner.state(accelerator)
+    context, identity = study.context, study.identity
+    options, folder = context.options, context.folder_of(learner.method)
+    state = learner.state(context.accelerator)
     record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(
         options.flat(), identity
     )
@@ -305,7 +307,6 @@ def save_checkpoint(
         record |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
 
     def write() -> None:
-        check_held()
         write_checkpoint(learner, folder / f"checkpoint-{learner.step}", state, record)
         forget_beaten(folder)
         if options.output.checkpoints_total_limit:

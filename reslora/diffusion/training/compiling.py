@@ -23,7 +23,6 @@ from ...common.errors import InvalidArgument
 from ...common.together import any_of
 from ...wiring import connection_of
 from ..context import Context
-from ..data.batch import Batch
 from .state import Learner
 from .zero import uses_deepspeed
 
@@ -34,7 +33,7 @@ ATTEMPTS = 5
 SCALE = 1024  # a power of two changes no relative difference, and keeps small gradients of fp16
 
 
-def checked(batches: Iterator[Batch], learner: Learner, context: Context) -> Iterator[Batch]:
+def checked(batches: Iterator, learner: Learner, context: Context) -> Iterator:
     """`batches` as they are; with --compile, after comparing the gradients of one, compiled and not.
 
     A compiler draws other dropout masks, and DeepSpeed steps in its backward: nothing is compared there, nor where the
@@ -63,7 +62,7 @@ def checked(batches: Iterator[Batch], learner: Learner, context: Context) -> Ite
     return chain(seen, batches)
 
 
-def _error(learner: Learner, batch: Batch, accelerator: Accelerator) -> float:
+def _error(learner: Learner, batch: object, accelerator: Accelerator) -> float:
     """How far the compiled gradients of a batch are off the others, relative to these."""
     try:
         with learner.trained.without_compiler():
@@ -80,7 +79,7 @@ def _error(learner: Learner, batch: Batch, accelerator: Accelerator) -> float:
     return (error / size).nan_to_num(torch.inf, torch.inf).item()
 
 
-def _gradients(learner: Learner, batch: Batch) -> list[torch.Tensor]:
+def _gradients(learner: Learner, batch: object) -> list[torch.Tensor]:
     """Gradients of the batch's loss, none of which is left on the parameters."""
     parameters = [p for p in learner.trained.parameters() if p.requires_grad]
     try:

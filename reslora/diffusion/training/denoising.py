@@ -21,9 +21,9 @@ class DenoisingLoss:
 
     def __init__(self, context: Context, objective: Objective, pipeline: DiffusionPipeline, config: dict) -> None:
         self.family, self.objective, self.pipeline = context.model.family, objective, pipeline
-        self.config, self.dtype, self.options = config, context.dtype, context.options
+        self.config, self.dtype, self.training_options = config, context.dtype, context.options.training
         self.parts = context.encoders
-        self.huber = huber_of(context.options.training, objective)
+        self.huber = huber_of(self.training_options, objective)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, weighted: bool = True) -> torch.Tensor:
         """Loss of each sample of a batch; only what trains computes in the precision of autocast.
@@ -48,7 +48,7 @@ class DenoisingLoss:
     def _masked(self, error: torch.Tensor, batch: Batch) -> torch.Tensor:
         mask = batch.mask
         return masked(
-            error, mask if mask is None else mask.to(error.device), self.options.training.masked_loss_normalised
+            error, mask if mask is None else mask.to(error.device), self.training_options.masked_loss_normalised
         )
 
     @property
@@ -64,7 +64,7 @@ class DenoisingLoss:
         if text is None:
             with torch.no_grad(), torch.autocast(self.pipeline.vae.device.type, enabled=False):
                 text = self.family.encode_frozen(
-                    self.pipeline, batch.caption, self.options.training.max_sequence_length
+                    self.pipeline, batch.caption, self.training_options.max_sequence_length
                 )
         return dataclasses.replace(batch, text=self.family.encode_trained(self.pipeline, batch.caption, text))
 
@@ -73,7 +73,7 @@ class DenoisingLoss:
         batch = batch.to(self.pipeline.vae.device)
         latents = self._latents(batch)
         noisy = self.objective.noisy(latents, batch.noise, batch.timesteps).to(self.dtype)
-        conditions = Conditions(self._text(batch), batch.sizes, self.options.training.guidance_scale_train)
+        conditions = Conditions(self._text(batch), batch.sizes, self.training_options.guidance_scale_train)
         inputs = self.family.denoiser_inputs(self.config, noisy, batch.timesteps, conditions)
         return inputs, self.objective.target(latents, batch.noise, batch.timesteps), batch.timesteps
 
@@ -90,6 +90,6 @@ class DenoisingLoss:
         if batch.text is None:
             with torch.no_grad():
                 return self.family.encode_captions(
-                    self.pipeline, batch.caption, self.options.training.max_sequence_length
+                    self.pipeline, batch.caption, self.training_options.max_sequence_length
                 )
         return batch.text

@@ -1,27 +1,33 @@
-"""Training one method, from where it stands to the last step."""
+"""A method from where an earlier run left it to its exports; of what is trained this knows a `Study` alone."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
 
-from ...common.errors import Stopped
-from ...common.folder import check_held
+from ...common.controls import Settings, put_on
+from ...common.errors import Diverged, EndedElsewhere, Stopped
+from ...common.folder import check_held, filling
+from ...common.gauge import gauged
+from ...common.methods import METHODS
+from ...common.recovery import memory_reported
+from ...common.seeds import derive
 from ...common.together import decided
 from ...words import counted
 from ..context import Context
-from ..data.batch import Batch
-from ..data.loaders import stream
-from ..data.samples import Material, training_loader
-from ..seeds import derive
+from .best import best_of, go_on_from
+from .checkpoints import Identity, Resume, restore, save_checkpoint, write_exports
 from .compiling import checked
+from .preparing import prepare, renew_scaler
 from .schedule import Schedule
-from .state import Learner
+from .state import Learner, shortcuts_of
 from .stopping import Requests, stop_requested
 
 if TYPE_CHECKING:
@@ -29,31 +35,115 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Watch:
-    """What is told, measured and kept while a method trains."""
+class Study(ABC):
+    """One run's model and data, with its options. A batch is whatever the learner's model takes."""
 
-    reports: Reports
-    validation: Callable[..., None]
-    """Called with the learner and the reports, and with the parts that are wanted where these are not all."""
-    save: Callable[[], None]
+    schedule: Schedule
+    identity: Identity
+    """The content of model and data: what a resumed run must find again."""
+    context: Context
+
+    @abstractmethod
+    def learner(self, method: str) -> Learner:
+        """Return the model with a fresh adapter, seeded."""
+
+    @abstractmethod
+    def batches(self, steps: range) -> Generator:
+        """Yield this process's batches of these steps, which are a function of the seed and the step."""
+
+    @abstractmethod
+    def calibration(self) -> Iterable:
+        """Return training batches to measure a control on."""
+
+    @abstractmethod
+    def reports(self, learner: Learner) -> contextlib.AbstractContextManager[Reports]:
+        """Open the log and the trackers of a method, for its steps."""
+
+    @abstractmethod
+    def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
+        """Measure the validation loss and generate samples, or `parts` of that; set whether the learner is over."""
+
+    @abstractmethod
+    def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
+        """Write the trained method's files; return how far each file's image is from the merged model's, of 255."""
 
 
-def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch, context: Context) -> None:
+def train_method(method: str, resume: Resume, study: Study) -> None:
+    """Train a method from where it stands, and export it."""
+    context, name, candidates = study.context, study.context.name_of(method), resume.checkpoints[method]
+    options, say, folder = context.options, context.accelerator.print, context.folder_of(method)
+    with memory_reported(folder), contextlib.ExitStack() as stack:
+        decided(lambda: stack.enter_context(filling(folder)))
+        context.status.say("loading the model", name)
+        renew_scaler(context.accelerator)
+        learner = study.learner(method)
+        if METHODS[method].measured and not candidates:
+            put_control_on(learner, study)
+        if method in resume.merge_anew:
+            say(f"{name} is trained: merging and exporting it anew with --merge {options.adapter.merge}")
+        elif options.output.resume_from_checkpoint and not candidates and not context.place:
+            say(f"--resume_from_checkpoint latest: no checkpoint in {folder}, {name} starts afresh")
+        restore(learner, candidates, options.output, context.accelerator)
+        if options.validation.save_best:
+            decided(lambda: go_on_from(folder, learner.step))
+        prepare(learner, context)
+        train_and_export(learner, study)
+
+
+def put_control_on(learner: Learner, study: Study) -> None:
+    """Measure a control on a few training batches, before its first step; a checkpoint has it as it was."""
+    options, parts = study.context.options, learner.trained.parts
+
+    def measured() -> list[Settings]:
+        with contextlib.ExitStack() as stack, study.context.accelerator.autocast():
+            gauges = [
+                stack.enter_context(gauged(learner.method, part, shortcuts_of(options.adapter)))
+                for part in parts.values()
+            ]
+            for batch in study.calibration():
+                learner.trained(batch)
+            return [gauge.settings(options.training.seed) for gauge in gauges]
+
+    for part, settings in zip(parts.values(), decided(measured), strict=True):
+        put_on(part, settings)
+
+
+def train_and_export(learner: Learner, study: Study) -> None:
+    """Take the steps that are left of a method, and export it."""
+    context = study.context
+    options, accelerator, folder = context.options, context.accelerator, context.folder_of(learner.method)
+    decided(check_held)
+    try:
+        with study.reports(learner) as reports:
+            train(learner, study, reports)
+    except (Diverged, EndedElsewhere) as error:
+        best = options.validation.save_best and error.diverged and decided(lambda: best_of(folder))
+        if not best:
+            raise
+        accelerator.free_memory()
+        accelerator.print(f"{learner.name}: training has diverged; exporting the best adapter, of step {best.step}")
+        decided(lambda: study.export(learner, study.schedule))
+        raise  # and no `exports.json`: the method is not finished
+    schedule = dataclasses.replace(study.schedule, steps=learner.step, is_over=learner.over)
+    with learner.averaged():
+        decided(lambda: write_exports(folder, options, study.identity, schedule, study.export(learner, schedule)))
+
+
+def train(learner: Learner, study: Study, reports: Reports) -> None:
     """Takes the steps that are left, saving and validating when it is due; raises `Stopped` once a stop is saved."""
-    accelerator, reports = context.accelerator, watch.reports
+    context, schedule = study.context, study.schedule
+    accelerator = context.accelerator
     if parts := decided(lambda: reports.overdue(schedule)):
         context.status.say(f"sampling at step {learner.step}", learner.name)
-        watch.validation(learner, reports, parts)
+        study.validate(learner, reports, parts)
         if stop_requested(context.stop):  # nothing is to be saved, and a later step would leave these samples behind
             raise stopped_at(learner)
     learner.over = decided(lambda: reports.is_over(context.options.validation.early_stopping_patience))
     steps = range(learner.step, learner.step if learner.over else schedule.steps)
     stopped = not steps and stop_requested(context.stop)  # no step is there to ask after
-    pin = accelerator.device.type == "cuda"
-    loader = training_loader(material, steps, accelerator.num_processes, accelerator.process_index, pin)
     silent, requests = not accelerator.is_main_process, Requests(context)
     bar = tqdm(desc=learner.name, total=schedule.steps, initial=learner.step, disable=silent, dynamic_ncols=True)
-    with contextlib.closing(stream(loader)) as loaded, bar:
+    with contextlib.closing(study.batches(steps)) as loaded, bar:
         batches = checked(loaded, learner, context)
         for _ in steps:
             with learner.timed():
@@ -64,7 +154,7 @@ def train(learner: Learner, material: Material, schedule: Schedule, watch: Watch
                 bar.set_postfix(loss=f"{known:.4f}", refresh=False)
             bar.update()
             context.status.count("step", learner.step, schedule.steps, learner.name)
-            stopped = after_step(learner, schedule, watch, requests)
+            stopped = after_step(learner, study, reports, requests)
             if stopped or learner.over:
                 break
     accelerator.free_memory()
@@ -81,29 +171,29 @@ def stopped_at(learner: Learner) -> Stopped:
     return Stopped(f"{learner.name} stopped after step {learner.step}; go on with --resume_from_checkpoint latest")
 
 
-def after_step(learner: Learner, schedule: Schedule, watch: Watch, requests: Requests) -> bool:
+def after_step(learner: Learner, study: Study, reports: Reports, requests: Requests) -> bool:
     """Saves and validates where it is due or asked for; returns whether a stop was. All processes go the same way."""
     stopped, asked, draw_now = requests.after_step()
-    due, last = schedule.is_due(learner.step), learner.step == schedule.steps
+    due, last = study.schedule.is_due(learner.step), learner.step == study.schedule.steps
     save_now = asked or stopped or last or learner.step % requests.every == 0
     if not (save_now or due or draw_now):
         return False
     decided(check_held)
     with learner.timed():
-        watch.reports.flush()  # a loss that is not finite is not saved
+        reports.flush()  # a loss that is not finite is not saved
     if save_now:
-        watch.save()
+        save_checkpoint(learner, study)
         requests.saved()
     if (due or draw_now) and not stopped:
         requests.status.say(f"sampling at step {learner.step}", learner.name)
-        watch.validation(learner, watch.reports, *([] if due else [["samples"]]))
+        study.validate(learner, reports, None if due else ["samples"])
         stopped = stop_requested(requests.stop)
         if (stopped or learner.over) and not save_now:
-            watch.save()
+            save_checkpoint(learner, study)
     return stopped
 
 
-def take_step(learner: Learner, batches: Iterator[Batch], context: Context) -> torch.Tensor:
+def take_step(learner: Learner, batches: Iterator, context: Context) -> torch.Tensor:
     """One update of the adapter, from --gradient_accumulation_steps batches; returns their mean loss everywhere.
 
     It is on the device still, which may not have come to it yet.

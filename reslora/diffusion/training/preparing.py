@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterable, Sequence
 
 from accelerate import Accelerator
 from accelerate.utils import get_grad_scaler
@@ -11,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...model import enable_gradient_checkpointing
 from ..context import Context
-from ..data.samples import Material
 from .sharding import cut, cuts_base, leave_base_alone
 from .state import Learner
 from .zero import load_full_state, uses_deepspeed
@@ -62,9 +62,12 @@ def prepare_processes(learner: Learner, accelerator: Accelerator) -> None:
     cut(learner.denoiser, accelerator)
 
 
-def attention_of(accelerator: Accelerator, material: Material) -> contextlib.AbstractContextManager:
-    """Plain attention for the few tokens of a small pipeline: PyTorch's fused one crawls on a CPU in bf16."""
-    tokens = max(math.prod(shape[-2:]) for shape in material.shapes.values())
+def attention_of(accelerator: Accelerator, shapes: Iterable[Sequence[int]]) -> contextlib.AbstractContextManager:
+    """Plain attention for the few tokens of a small pipeline: PyTorch's fused one crawls on a CPU in bf16.
+
+    `shapes`: of the latents, height and width last.
+    """
+    tokens = max(math.prod(shape[-2:]) for shape in shapes)
     small = accelerator.device.type == "cpu" and tokens <= FEW_TOKENS
     plain = small and accelerator.mixed_precision == "bf16"
     return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from ...common.methods import check_steps
 from ...words import counted
 from ..context import Context
-from ..data.samples import Material
 
 UNWARMED = ("constant", "piecewise_constant")
 """Values of --lr_scheduler that have no warmup."""
@@ -31,12 +30,13 @@ class Schedule:
         return step % self.validation_steps == 0 or step == self.steps
 
 
-def schedule_of(material: Material, context: Context) -> Schedule:
-    """How long each method trains, and when it is looked at; refuses fewer steps than AdaLoRA needs."""
+def schedule_of(updates: int, context: Context) -> Schedule:
+    """How long each method trains, with so many updates an epoch, and when it is looked at.
+
+    Refuses fewer steps than AdaLoRA needs.
+    """
     options = context.options
-    processes = context.accelerator.num_processes
-    updates = material.plan(processes).updates_per_epoch(options.training.gradient_accumulation_steps)
-    steps = material.steps(processes)
+    steps = options.training.max_train_steps or options.training.num_train_epochs * updates
     check_steps(options.adapter.method, steps, f"--max_train_steps {steps}")
     validation_steps = options.validation.validation_steps or options.validation.validation_epochs * updates
     warmup = options.optimizer.lr_warmup_steps

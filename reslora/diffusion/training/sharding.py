@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ...common.errors import InvalidArgument, refused_as
 from ...common.methods import METHODS
 from ...common.together import decided
-from ...options.images import AdapterOptions, ModelOptions, OutputOptions, TrainingOptions
+from ...options.images import MethodOptions, ModelOptions, OutputOptions, TrainingOptions
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -30,7 +30,7 @@ USES_FSDP = "ACCELERATE_USE_FSDP"
 
 
 def take_plugin(
-    model: ModelOptions, adapter: AdapterOptions, training: TrainingOptions, output: OutputOptions
+    model: ModelOptions, adapter: MethodOptions, training: TrainingOptions, output: OutputOptions
 ) -> FullyShardedDataParallelPlugin | None:
     """What `accelerate launch` says of FSDP2, None without; from here on accelerate itself takes the run for DDP's.
 
@@ -67,9 +67,7 @@ def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
         raise InvalidArgument(LAUNCHER, problem, "give false there")
 
 
-def refuse_flags(
-    model: ModelOptions, adapter: AdapterOptions, training: TrainingOptions, output: OutputOptions
-) -> None:
+def refuse_flags(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions, output: OutputOptions) -> None:
     """Raises `InvalidArgument` for options that do not go with FSDP2."""
     if training.compile:
         raise InvalidArgument("--compile", "does not go with FSDP2, which gathers weights in hooks", "leave it out")

@@ -1,4 +1,4 @@
-"""The LoRA that training goes on from: read, put in the place of an adapter's first weights, known by its content."""
+"""A method's adapters at their start: made from the options, or from a LoRA that training goes on from."""
 
 from __future__ import annotations
 
@@ -7,20 +7,29 @@ import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers.training_utils import cast_training_params
 from peft import PeftConfig
 from torch import nn
 
 from ...chains import lora_layers
+from ...common.adapters import attach
 from ...common.errors import InvalidArgument
-from ...common.patterns import FIELDS
+from ...common.methods import METHODS, AdapterSettings, adapter_config
+from ...common.patterns import FIELDS, entries, spell_out
 from ...export import PEFT_FILE, Factors, lora_config
-from ...options.images import Options
+from ...options.images import MethodOptions, Options, TrainingOptions
 from ..content import content_mark, folder_mark
+from ..context import Context
+from ..model.families.base import Part
 from ..model.loading import Model
 from ..model.lora_files.names import names_of
 from ..model.lora_files.reading import read_content, read_parts
+from ..seeds import derive
+from .state import shortcuts_of
+from .trained import Trained
 
 
 @dataclass(frozen=True)
@@ -92,3 +101,73 @@ def expression_of(names: Iterable[str], every: Iterable[str]) -> str:
         any_number = re.sub(r"\d+", r"\\d+", re.escape(name))
         found.append(re.escape(name) if any(re.fullmatch(any_number, other) for other in others) else any_number)
     return f"(?:{'|'.join(dict.fromkeys(found))})"
+
+
+def add_adapters(trained: Trained, method: str, steps: int, context: Context) -> None:
+    """Gives every part the method's adapter, for so many steps; the denoiser's goes on from a LoRA if the run does."""
+    options, start = context.options, context.start
+    add_adapter(
+        trained.denoiser,
+        method,
+        options.adapter,
+        options.training,
+        config_of(method, options.adapter, steps, start=start),
+    )
+    if start is not None:
+        start.copy_to(trained.denoiser)
+    for part in context.encoders:
+        encoder = trained.parts[part.name]
+        add_adapter(
+            encoder,
+            method,
+            options.adapter,
+            options.training,
+            config_of(method, options.adapter, steps, part.targets_in(encoder)),
+            part,
+        )
+
+
+def add_adapter(
+    model: nn.Module,
+    method: str,
+    adapter: MethodOptions,
+    training: TrainingOptions,
+    config: PeftConfig,
+    part: Part | None = None,
+) -> None:
+    """Gives the denoiser, or another `part`, the method's adapter, in place, with weights drawn from the seed."""
+    if part is None and (adapter.rank_pattern or adapter.alpha_pattern):
+        spell_out(model, config)
+    torch.manual_seed(derive(training.seed, "adapter", *([part.name] if part else [])))
+    attach(model, config, shortcuts_of(adapter) if METHODS[method].shortcuts else None, in_place=True)
+    cast_training_params(model, dtype=torch.float32)
+
+
+def config_of(
+    method: str,
+    options: MethodOptions,
+    total_steps: int,
+    targets: list[str] | str | None = None,
+    start: Start | None = None,
+) -> PeftConfig:
+    """PEFT's configuration of the method's adapter, on the denoiser's targets or others.
+
+    With `start`, each of its layers has its own rank and alpha. Those that options name are layers of the denoiser.
+    """
+    given = {"rank_pattern": options.rank_pattern, "alpha_pattern": options.alpha_pattern}
+    patterns: dict[str, Any] = {} if targets else {name: entries(name, texts) for name, texts in given.items()}
+    settings = AdapterSettings(
+        r=options.rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
+        targets=targets or targets_of(options.target_modules), total_steps=total_steps,
+        init_lora_weights="gaussian",  # as in diffusers' scripts
+        **patterns,
+    )  # fmt: skip
+    config = adapter_config(method, settings)
+    if start is not None:
+        start.configure(config)
+    return config
+
+
+def targets_of(names: list[str]) -> list[str] | str:
+    """Targets as PEFT takes them: ends of names, or one regular expression of whole names."""
+    return names[0] if len(names) == 1 and re.search(r"[\\^$*+?()\[\]{}|]", names[0]) else names

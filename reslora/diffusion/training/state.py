@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,23 +13,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import cast_training_params
-from peft import PeftConfig
 from torch import nn
 
-from ...common.adapters import RankAllocator, attach, rank_allocator
+from ...common.adapters import RankAllocator, rank_allocator
 from ...common.errors import refused_as
-from ...common.methods import METHODS, AdapterSettings, adapter_config
-from ...common.patterns import entries, spell_out
 from ...config import ResLoraConfig
-from ...options.images import AdapterOptions, OptimizerOptions, TrainingOptions
+from ...options.images import MethodOptions, OptimizerOptions, TrainingOptions
 from ...options.optimizers import ADAMS, class_of, named, options_of
 from ..context import Context
-from ..model.families.base import Part
-from ..seeds import derive
 from .schedule import Schedule
 from .sharding import cuts_base, place_adapter
-from .start import Start
 from .trained import Trained
 from .zero import full_state, uses_deepspeed
 
@@ -145,9 +137,8 @@ class Learner:
 
 
 def new_learner(method: str, trained: Trained, schedule: Schedule, context: Context) -> Learner:
-    """The method at its start, on bare parts."""
+    """Return the method at its start, on parts that have their adapters."""
     options, denoiser = context.options, trained.denoiser
-    add_adapters(trained, method, schedule, context)
     if cuts_base(context.accelerator):
         place_adapter(denoiser, context.accelerator)
     first, *others = [[p for p in part.parameters() if p.requires_grad] for part in trained.parts.values()]
@@ -164,79 +155,9 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
     )  # fmt: skip
 
 
-def add_adapters(trained: Trained, method: str, schedule: Schedule, context: Context) -> None:
-    """Gives every part the method's adapter; the denoiser's goes on from a LoRA where the run does."""
-    options, start = context.options, context.start
-    add_adapter(
-        trained.denoiser,
-        method,
-        options.adapter,
-        options.training,
-        config_of(method, options.adapter, schedule.steps, start=start),
-    )
-    if start is not None:
-        start.copy_to(trained.denoiser)
-    for part in context.encoders:
-        encoder = trained.parts[part.name]
-        add_adapter(
-            encoder,
-            method,
-            options.adapter,
-            options.training,
-            config_of(method, options.adapter, schedule.steps, part.targets_in(encoder)),
-            part,
-        )
-
-
-def add_adapter(
-    model: nn.Module,
-    method: str,
-    adapter: AdapterOptions,
-    training: TrainingOptions,
-    config: PeftConfig,
-    part: Part | None = None,
-) -> None:
-    """Gives the denoiser, or another `part`, the method's adapter, in place, with weights drawn from the seed."""
-    if part is None and (adapter.rank_pattern or adapter.alpha_pattern):
-        spell_out(model, config)
-    torch.manual_seed(derive(training.seed, "adapter", *([part.name] if part else [])))
-    attach(model, config, shortcuts_of(adapter) if METHODS[method].shortcuts else None, in_place=True)
-    cast_training_params(model, dtype=torch.float32)
-
-
-def config_of(
-    method: str,
-    options: AdapterOptions,
-    total_steps: int,
-    targets: list[str] | str | None = None,
-    start: Start | None = None,
-) -> PeftConfig:
-    """PEFT's configuration of the method's adapter, on the denoiser's targets or others.
-
-    With `start`, each of its layers has its own rank and alpha. Those that options name are layers of the denoiser.
-    """
-    given = {"rank_pattern": options.rank_pattern, "alpha_pattern": options.alpha_pattern}
-    patterns: dict[str, Any] = {} if targets else {name: entries(name, texts) for name, texts in given.items()}
-    settings = AdapterSettings(
-        r=options.rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
-        targets=targets or targets_of(options.target_modules), total_steps=total_steps,
-        init_lora_weights="gaussian",  # as in diffusers' scripts
-        **patterns,
-    )  # fmt: skip
-    config = adapter_config(method, settings)
-    if start is not None:
-        start.configure(config)
-    return config
-
-
-def shortcuts_of(options: AdapterOptions) -> ResLoraConfig:
+def shortcuts_of(options: MethodOptions) -> ResLoraConfig:
     """How ResLoRA wires the adapter."""
     return ResLoraConfig(shortcut=options.shortcut, pre_num=options.pre_num, head=options.head)
-
-
-def targets_of(names: list[str]) -> list[str] | str:
-    """Targets as PEFT takes them: ends of names, or one regular expression of whole names."""
-    return names[0] if len(names) == 1 and re.search(r"[\\^$*+?()\[\]{}|]", names[0]) else names
 
 
 def new_optimizer(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...common.temporarily import temporarily
-from ..data.batch import Batch
-from .denoising import DenoisingLoss
 
 
 class Trained(nn.Module):
@@ -20,10 +19,10 @@ class Trained(nn.Module):
     accelerate wraps this module, so that the gradients of every part are averaged over the processes.
     """
 
-    def __init__(self, parts: Mapping[str, nn.Module], loss: DenoisingLoss) -> None:
+    def __init__(self, parts: Mapping[str, nn.Module], loss: Callable[[nn.Module, Any], torch.Tensor]) -> None:
         super().__init__()
         self.parts = nn.ModuleDict(parts)
-        self.loss = loss
+        self.loss: Any = loss
         self._compiled: tuple[nn.Module, ...] = ()  # no module of its own: it has the parameters of the denoiser
 
     @property
@@ -41,7 +40,7 @@ class Trained(nn.Module):
         for name, part in self.parts.items():
             yield from part.named_parameters(prefix="" if part is self.denoiser else name)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: object) -> torch.Tensor:
         """Loss of each sample."""
         (denoiser,) = self._compiled or (self.denoiser,)
         return self.loss(denoiser, batch)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...common.errors import InvalidArgument
 from ...common.methods import refuse_unable
-from ...options.images import AdapterOptions, OptimizerOptions, TrainingOptions
+from ...options.images import MethodOptions, OptimizerOptions, TrainingOptions
 
 if TYPE_CHECKING:
     from deepspeed.runtime.base_optimizer import ZeROOptimizer  # an optional package
@@ -27,7 +27,7 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def configure(
-    adapter: AdapterOptions, training: TrainingOptions, optimizer: OptimizerOptions, accelerator: Accelerator
+    adapter: MethodOptions, training: TrainingOptions, optimizer: OptimizerOptions, accelerator: Accelerator
 ) -> None:
     """Tells DeepSpeed what the options say; refuses a configuration and options that do not go together."""
     plugin = accelerator.state.deepspeed_plugin

@@ -8,7 +8,7 @@ import pytest
 import torch
 from pipelines import flux, image_folder
 
-from diffusion.runs import losses, only, printed, refused
+from diffusion.runs import losses, only, options_of, printed, read_by, refused, with_options
 from reslora.diffusion.context import Context
 from reslora.diffusion.data import material as making
 from reslora.diffusion.data.captions import VERBATIM, Recipe, recipe_of
@@ -119,7 +119,7 @@ def material_with(recipe: Recipe, steps: int = 12, batch: int = 4, accumulation:
     learnt = Source(SimpleNamespace(captions=CAPTIONS), latents, tuple(range(6)), (6,), (size,), (0,) * 7)
     of_class = Source(SimpleNamespace(captions=[["a {dog}"]] * 3), latents, (0, 1, 2), (), (size,), (0,) * 3)
     sources = (dataclasses.replace(learnt, recipe=recipe), of_class)
-    return Material(sources, {}, objective, {size: (1, 2, 2)}, flags)
+    return Material(sources, {}, objective, {size: (1, 2, 2)}, **read_by(flags))
 
 
 def told(material: Material, steps: range, processes: int = 1) -> list[str]:
@@ -192,22 +192,14 @@ def test_every_caption_of_a_run_is_known_beforehand(processes, accumulation, mon
 
 def test_each_seed_of_an_experiment_has_variants_of_its_own(monkeypatch):
     material = material_with(EVERYTHING)
-    material = dataclasses.replace(
-        material,
-        options=material.options.replace(
-            cache_text_embeddings=True,
-            train_text_encoder=False,
-            metric_model=None,
-            validation_prompt=["a"],
-            validation_prompt_options=None,
-        ),
-        sources=tuple(dataclasses.replace(source, latents=None) for source in material.sources),
-    )
+    sources = tuple(dataclasses.replace(source, latents=None) for source in material.sources)
+    material = dataclasses.replace(material, sources=sources)
+    material = with_options(material, cache_text_embeddings=True, validation_prompt=["a"])
     family = SimpleNamespace(name="tiny", text_parts=("text_encoder",))
     model = SimpleNamespace(family=family, fingerprint=lambda *parts: "")
     accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
     monkeypatch.setattr(making, "encode_texts", lambda wanted, *rest: wanted)
-    context = Context(material.options, model, accelerator, None)
+    context = Context(options_of(material), model, accelerator, None)
     for seed in (3, 4):
         found = of_seed(material, seed, None, context)
         assert set(found.texts) == {"", "a", *captions_of(found, 1)}

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffusion.runs import cut, main
 from reslora.common.errors import RunFailed
-from reslora.diffusion import run
 from reslora.diffusion.data.loaders import stream, worker_options
+from reslora.diffusion.training import loop
 
 
 class Items(Dataset):
@@ -70,7 +70,7 @@ def test_an_image_that_is_damaged_while_training_ends_the_run_in_one_line(brief_
     """Without cached latents images are read in every step."""
     folder = shutil.copytree(data, tmp_path / "images")
     flags = [*brief_flags, "--train_data_dir", folder, "--no-cache_latents", "--output_dir", tmp_path / "out"]
-    train = run.train
+    train = loop.train
 
     def with_damaged_images(*args):
         for path in folder.glob("*.png"):
@@ -78,7 +78,7 @@ def test_an_image_that_is_damaged_while_training_ends_the_run_in_one_line(brief_
         return train(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "train", with_damaged_images)
+        patch.setattr(loop, "train", with_damaged_images)
         assert main(*flags) == 1
     line = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
     assert line.startswith("train_sd.py: ") and str(folder) in line and "damaged" in line

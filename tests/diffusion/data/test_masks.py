@@ -12,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from pipelines import image_folder, random_image
 
-from diffusion.runs import losses, main, only, parts, printed, refused
+from diffusion.runs import losses, main, only, parts, printed, read_by, refused
 from reslora.diffusion.data.encoding import MASKED, Variants
 from reslora.diffusion.data.folders import load_folders
 from reslora.diffusion.data.images import crop_mask, open_masked
@@ -184,7 +184,7 @@ def test_masks_are_cropped_scaled_and_mirrored_as_their_images(tmp_path):
         torch.testing.assert_close(masks, (pixels[:, :1] + 1) / 2)
     source = Source(images, None, (0, 1, 2), (), (size,), (0,) * 3)
     objective = FlowObjective(FlowMatchEulerDiscreteScheduler())
-    material = Material((source,), {}, objective, {size: (4, 8, 12)}, flags)
+    material = Material((source,), {}, objective, {size: (4, 8, 12)}, **read_by(flags))
     for batch in training_loader(material, range(6), 1, 0, pin=False):
         assert batch.mask.shape == (1, 1, 16, 24)
         torch.testing.assert_close(batch.mask, (batch.pixels[:, :1] + 1) / 2)

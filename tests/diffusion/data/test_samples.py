@@ -9,7 +9,7 @@ from pipelines import image_folder, stable_diffusion
 from safetensors.torch import load_file
 
 from diffusion import exact_steps
-from diffusion.runs import assert_same, digests, losses, main
+from diffusion.runs import assert_same, digests, losses, main, read_by
 from reslora.diffusion.data.batch import Batch
 from reslora.diffusion.data.plan import Draw, Plan
 from reslora.diffusion.data.samples import (
@@ -118,6 +118,7 @@ def test_validation_loss_is_without_the_noise_offset(with_and_without_offset):
     assert after[1, "train"] != before[1, "train"]
 
 
+@pytest.mark.exhaustive
 def test_the_loss_is_weighted_in_training_alone(pure_noise, with_and_without_offset, tmp_path):
     """A millionth of the image is left: for v the min-SNR weight is snr / (snr + 1), a millionth too."""
     assert main(*pure_noise, "--snr_gamma", 5, "--output_dir", tmp_path / "out") == 0
@@ -139,7 +140,7 @@ def validation(limit: int, seed: int = 0, count: int = 100) -> list[Batch]:
     images = SimpleNamespace(captions=[["box"]] * count)
     objective = SimpleNamespace(at=lambda share: torch.tensor(share))
     source = Source(images, latents, train, held_out, (Size(16, 16),), (0,) * count)
-    samples = ValidationSamples(Material((source,), {}, objective, {Size(16, 16): (1, 2, 2)}, flags))
+    samples = ValidationSamples(Material((source,), {}, objective, {Size(16, 16): (1, 2, 2)}, **read_by(flags)))
     return [samples[draw] for draw in samples.draws]
 
 
@@ -192,11 +193,11 @@ def test_images_to_be_looked_at_are_those_trained_on_from_all_over_the_data():
         return Source(SimpleNamespace(open=opened, of_class=of_class), None, tuple(train), (1,), (), ())
 
     sources = source(range(300, 310), of_class=True), source(range(0, 60, 10)), source(range(60, 120, 10))
-    material = Material(sources, {}, None, {}, Options.of())
+    material = Material(sources, {}, None, {}, **read_by(Options.of()))
     sizes = [image.size for image in material.learnt(6)]
     assert sizes == [(1, 1), (21, 1), (61, 1), (round(81 * SHOWN / 600), SHOWN), (101, 1)]
     assert len(material.learnt(5)) == 4 and len(material.learnt(99)) == 11
-    assert Material((), {}, None, {}, Options.of()).learnt(6) == []
+    assert Material((), {}, None, {}, **read_by(Options.of())).learnt(6) == []
 
 
 # -- crops and mirror images -------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def one_image(latents: SimpleNamespace | None, images: SimpleNamespace) -> list[
     )  # fmt: skip
     size, objective = Size(16, 16), SimpleNamespace(draw=lambda draws, tokens: torch.rand((), generator=draws))
     source = Source(images, latents, (0,), (), (size,), (0,))
-    samples = TrainingSamples(Material((source,), {}, objective, {size: (1, 2, 2)}, flags))
+    samples = TrainingSamples(Material((source,), {}, objective, {size: (1, 2, 2)}, **read_by(flags)))
     return [samples[Draw(0, 0, size, position)] for position in range(200)]
 
 

@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 from pipelines import image_folder
 
-from diffusion.runs import RESUME, assert_same, final_weights, losses, main, only, parts, printed, refused
+from diffusion.runs import RESUME, assert_same, final_weights, losses, main, only, parts, printed, read_by, refused
 from reslora.diffusion.context import Context
 from reslora.diffusion.data import material
 from reslora.diffusion.data.class_images import balanced
@@ -249,7 +249,7 @@ def test_repeats_and_weights_are_those_of_the_folder_at_every_resolution():
 def told(sources: list[Source], *words: object) -> list[str]:
     lines: list[str] = []
     flags, accelerator = parse_args(list(map(str, words))), SimpleNamespace(print=lines.append, num_processes=1)
-    tell_counts(Material(tuple(sources), {}, None, {}, flags), Context(flags, None, accelerator, None))
+    tell_counts(Material(tuple(sources), {}, None, {}, **read_by(flags)), Context(flags, None, accelerator, None))
     return lines
 
 

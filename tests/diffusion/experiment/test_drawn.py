@@ -42,9 +42,6 @@ class Metric:
 
 
 class Drawer:
-    def __init__(self, *_) -> None:
-        pass
-
     def draw(self, denoiser, prompts, count, between_steps):
         turned = 0 if denoiser.base_model.model[0].disable_adapters else 20
         angles = [ANGLES[prompt] + turned + 30 * number for prompt in prompts for number in range(count)]
@@ -60,10 +57,8 @@ def setting() -> SimpleNamespace:
         SimpleNamespace(images=of_class, train=(0,), recipe=VERBATIM),
     )
     validation = SimpleNamespace(metric_model="any")
-    options = SimpleNamespace(validation=validation, data=None, training=None)
-    accelerator = SimpleNamespace(device="cpu")
-    context = SimpleNamespace(options=options, accelerator=accelerator, model=SimpleNamespace(family=None), encoders=())
-    return SimpleNamespace(context=context, material=SimpleNamespace(sources=sources, texts=None))
+    context = SimpleNamespace(options=SimpleNamespace(validation=validation), accelerator=SimpleNamespace(device="cpu"))
+    return SimpleNamespace(context=context, material=SimpleNamespace(sources=sources), drawer=Drawer())
 
 
 def cos(*degrees: float) -> float:
@@ -72,7 +67,6 @@ def cos(*degrees: float) -> float:
 
 def test_by_hand(monkeypatch):
     monkeypatch.setattr(drawn, "load_metric", lambda *_: Metric())
-    monkeypatch.setattr(drawn, "Drawer", Drawer)
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LoraConfig(r=1, target_modules=["0"]))
     found = drawn.similarities({"unet": model}, SimpleNamespace(pipeline=None), [(0, 0), (0, 1)], setting())
     assert list(found) == list(MEANINGS)

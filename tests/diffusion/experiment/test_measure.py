@@ -8,9 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from diffusion import exact_steps
+from diffusion.runs import with_options
 from reslora.common.signals import StopRequest
 from reslora.diffusion.data.samples import NOISES, TIMESTEPS, FixedSamples, losses_of, measured, measured_at
-from reslora.diffusion.experiment.measure import SelectLoss
 from reslora.diffusion.output.reports import Validation
 
 
@@ -38,11 +38,11 @@ def test_timesteps_are_in_the_middle_of_their_strata(setting):
 
 def test_noises_depend_on_content_and_number_alone(setting):
     material, *_ = setting
-    other = material.options.replace(seed=5, noise_offset=0.3, random_flip=True, train_batch_size=7)
+    other = {"seed": 5, "noise_offset": 0.3, "random_flip": True, "train_batch_size": 7}
     (source,) = material.sources
     moved = SimpleNamespace(captions=source.images.captions[::-1], marks=source.images.marks[::-1])
     there = dataclasses.replace(source, images=moved, train=(), held_out=(0,))
-    elsewhere = dataclasses.replace(material, sources=(there,), options=other)
+    elsewhere = with_options(dataclasses.replace(material, sources=(there,)), **other)
     here = torch.cat([batch.noise for batch in samples(material, 1)])
     assert here.equal(torch.cat([batch.noise for batch in samples(elsewhere, exact_steps.IMAGES - 2)]))
     assert len({float(noise.sum()) for noise in here}) == TIMESTEPS * NOISES
@@ -56,7 +56,7 @@ def test_losses_are_means_over_noises_by_hand(setting):
     found = losses_of(lambda batch: loss(denoiser, batch, weighted=False), material, images)
     assert found.shape == (2, TIMESTEPS)
     alphas = material.objective.scheduler.alphas_cumprod.double()
-    at_once = dataclasses.replace(material, options=material.options.replace(train_batch_size=TIMESTEPS * NOISES))
+    at_once = with_options(material, train_batch_size=TIMESTEPS * NOISES)
     for row, (_, image) in zip(found, images, strict=True):
         (batch,) = samples(at_once, image)
         mean, std = batch.moments.double().unbind(1)
@@ -71,21 +71,14 @@ def test_losses_are_means_over_noises_by_hand(setting):
         torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_select_loss_is_the_mean_over_held_out_images_in_eval_mode(setting):
-    material, loss, denoiser = setting
-    expected = losses_of(lambda batch: loss(denoiser.eval(), batch, weighted=False), material, material.held_out).mean()
-    denoiser.train()
-    found = SelectLoss(loss, material, None, Accelerator(cpu=True), StopRequest()).losses(denoiser).mean()
-    assert found.item() == pytest.approx(float(expected), rel=1e-6) and denoiser.training
-
-
 @pytest.mark.parametrize("noises", [2, NOISES])
 def test_a_validation_that_steers_is_by_the_same_losses(setting, noises):
     """The mean by timestep is told beside it."""
     material, loss, denoiser = setting
-    material = dataclasses.replace(material, options=material.options.replace(validation_noises=noises))
+    material = with_options(material, validation_noises=noises)
     validation = Validation(loss, material, None, Accelerator(cpu=True), StopRequest())
-    found = validation.losses(denoiser)
+    found = validation.losses(denoiser.train())
+    assert denoiser.training
     expected = losses_of(
         lambda batch: loss(denoiser.eval(), batch, weighted=False), material, material.held_out, noises
     )
@@ -98,13 +91,13 @@ def test_a_validation_that_steers_is_by_the_same_losses(setting, noises):
 def test_which_images_are_measured_their_content_says(setting):
     material, *_ = setting
     (source,) = material.sources
-    few = material.options.replace(max_validation_images=3)
+    few = with_options(material, max_validation_images=3)
 
     def chosen(order: list[int]) -> set[str]:
         marks = [source.images.marks[number] for number in order]
         images = SimpleNamespace(captions=source.images.captions, marks=marks)
         there = dataclasses.replace(source, images=images, train=(), held_out=tuple(range(exact_steps.IMAGES)))
-        found = measured(dataclasses.replace(material, sources=(there,), options=few))
+        found = measured(dataclasses.replace(few, sources=(there,)))
         assert found == sorted(found) and len(found) == 3
         return {marks[image] for _, image in found}
 

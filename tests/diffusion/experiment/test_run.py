@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from app.activity import activity
-from diffusion.runs import SCRIPT, Watcher, assert_same, main, only, printed, refused, without
+from diffusion.runs import SCRIPT, Watcher, assert_same, main, only, printed, read_by, refused, without
 from reslora.common.errors import InvalidArgument, Stopped
 from reslora.common.log import read_log
 from reslora.common.signals import StopRequest
@@ -32,8 +32,9 @@ from reslora.diffusion.data.sources import Source
 from reslora.diffusion.experiment import judging, run
 from reslora.diffusion.experiment.judging import export_chosen
 from reslora.diffusion.experiment.split import content_of, parts_of
-from reslora.diffusion.run import Setting
 from reslora.diffusion.settings import parse_args
+from reslora.diffusion.study import ImageStudy
+from reslora.diffusion.training.checkpoints import Identity
 from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.experiment.course import Course
 from reslora.files import read_object
@@ -74,17 +75,17 @@ def small(flags, tmp_path_factory) -> Path:
     return output
 
 
-EXPORTED: list[tuple[int, Setting]] = []
-"""The step and the setting of the arm that `whole` has exported."""
+EXPORTED: list[tuple[int, ImageStudy]] = []
+"""The step and the study of the arm that `whole` has exported."""
 
 
 @pytest.fixture(scope="module")
 def whole(flags, small, tmp_path_factory) -> tuple[Path, list[str]]:
     """The small one, to which a method and a seed were added, with one of its rates; and what was printed."""
 
-    def export(step: int, setting: Setting) -> list[str]:
-        EXPORTED.append((step, setting))
-        return export_chosen(step, setting)
+    def export(step: int, study: ImageStudy) -> list[str]:
+        EXPORTED.append((step, study))
+        return export_chosen(step, study)
 
     output = shutil.copytree(small, tmp_path_factory.mktemp("whole") / "out", copy_function=shutil.copy2)
     with pytest.MonkeyPatch.context() as patch:
@@ -170,15 +171,15 @@ def test_where_the_best_is_no_plain_lora_no_file_of_an_earlier_choice_stays(flag
 @pytest.mark.exhaustive
 def test_the_test_losses_are_those_of_the_file_in_stock_diffusers(whole, model):
     output, _ = whole
-    ((_, setting),) = EXPORTED
+    ((_, study),) = EXPORTED
     pipeline = StableDiffusionPipeline.from_pretrained(model)
-    loss = DenoisingLoss(setting.context, setting.material.objective, setting.pipeline, pipeline.unet.config)
-    (folder,) = (setting.context.folder_of(method) for method in setting.context.options.adapter.method)
-    record, marks = read_object(folder / "test.json"), list(setting.material.sources[0].images.marks)
+    loss = DenoisingLoss(study.context, study.material.objective, study.pipeline, pipeline.unet.config)
+    (folder,) = (study.context.folder_of(method) for method in study.context.options.adapter.method)
+    record, marks = read_object(folder / "test.json"), list(study.material.sources[0].images.marks)
     images = [(0, marks.index(mark)) for mark in record["images"]]
 
     def measured() -> torch.Tensor:
-        return losses_of(lambda batch: loss(pipeline.unet, batch, weighted=False), setting.material, images)
+        return losses_of(lambda batch: loss(pipeline.unet, batch, weighted=False), study.material, images)
 
     base = measured()
     assert base.mean(1).tolist() == pytest.approx(experiment(output)["base"]["losses"], rel=1e-4)
@@ -350,17 +351,19 @@ def test_other_images_are_refused(flags, whole, capsys, tmp_path):
 
 
 def test_another_split_of_the_images_is_refused(images, tmp_path):
-    flags = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path), "--seed", "0", "1"]).base
+    grid = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path), "--seed", "0", "1"])
+    flags = grid.base
     found = {0: load_images(flags.model, flags.data, flags.training, flags.output)}
     parts = parts_of(found, flags.data, flags.validation, flags.experiment)
     fewer, other = dataclasses.replace(parts, train=parts.train[1:]), dataclasses.replace(parts, test=parts.train[:1])
-    run.check_parts(flags, parts, found)  # there is nothing yet
-    record = {"identity": {"parts": content_of(parts, found)}, "arms": []}
+    run.check_same(grid, None, content_of(parts, found))  # there is nothing yet
+    identity = run.identity_record(grid.flat(), Identity("model", "images", "--model", "--images"))
+    record = {"identity": identity | {"parts": content_of(parts, found)}, "arms": []}
     (tmp_path / "experiment.json").write_text(json.dumps(record))
-    run.check_parts(flags, parts, found)
+    run.check_same(grid, None, content_of(parts, found))
     for wrong in (fewer, other):
         with pytest.raises(InvalidArgument, match=r"begun with another split of these images.*; choose another$"):
-            run.check_parts(flags, wrong, found)
+            run.check_same(grid, None, content_of(wrong, found))
 
 
 def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, monkeypatch):
@@ -373,7 +376,7 @@ def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, 
         (Size(32, 32),),
         (0,) * 8,
     )
-    material = Material((source,), Texts(None, {}), None, {}, settled)
+    material = Material((source,), Texts(None, {}), None, {}, **read_by(settled))
     monkeypatch.setattr(run, "latents_of", lambda *_: (object(), {3: "damaged (truncated)"}))
     with pytest.raises(InvalidArgument, match=r"--seed 7, .*/3\.png: damaged"):
         run.of_seed(material, 7, None, Context(settled, None, None, StopRequest()))
@@ -388,7 +391,7 @@ def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
 def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
     course = Course(parse_args([*SMALL, "--output_dir", str(tmp_path)]))
     context = SimpleNamespace(stop=StopRequest(), status=Status(tmp_path))
-    bench = run.Bench(course, SimpleNamespace(context=context), {}, SimpleNamespace())
+    bench = run.Bench(course, SimpleNamespace(context=context), {}, SimpleNamespace(), "", context.stop, None)
     bench.begins("testing (1 of 2)", course.arms()[0])
     assert activity(read_object(tmp_path / STATUS)) == "lora/lr-0.01/seed-0, testing (1 of 2)"
     context.stop.signal = signal.SIGTERM

@@ -24,9 +24,9 @@ from reslora.common.methods import METHODS, AdapterSettings, adapter_config
 from reslora.diffusion.model import quantising, stored
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.families.base import Conditions, Family
+from reslora.diffusion.model.kinds import read_index
 from reslora.diffusion.model.loading import Model
 from reslora.diffusion.model.quantising import FORMATS, WHOLE, PackedLinear, blocks, pack, try_format
-from reslora.diffusion.refusals import read_index
 from reslora.export import DIFFUSERS_FILE
 
 HERE = torch.device("cpu")

@@ -14,6 +14,7 @@ import reslora
 from reslora.diffusion.model import stored
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.families.base import Conditions, Family
+from reslora.diffusion.model.kinds import read_index
 from reslora.diffusion.model.stored import (
     Stored,
     StoredLinear,
@@ -22,7 +23,6 @@ from reslora.diffusion.model.stored import (
     stays_stored,
     stored_weights,
 )
-from reslora.diffusion.refusals import read_index
 
 HERE = torch.device("cpu")
 

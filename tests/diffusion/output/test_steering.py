@@ -69,6 +69,7 @@ def losses_of(output: Path) -> list[float]:
     return [row["loss"] for row in of_split(read_log(output / "lora" / "log.jsonl"), "validation") if row["step"]]
 
 
+@pytest.mark.exhaustive
 def test_it_ends_when_patience_does_and_exports_the_best(whole):
     output, lines = whole
     losses, record = losses_of(output), read_object(output / "lora" / "exports.json")

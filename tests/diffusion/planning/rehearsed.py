@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -21,7 +20,8 @@ from reslora.diffusion.processes import start_accelerator
 from reslora.diffusion.run import settle
 from reslora.diffusion.settings import parse_args
 from reslora.diffusion.training.denoising import DenoisingLoss
-from reslora.diffusion.training.state import add_adapters, new_optimizer
+from reslora.diffusion.training.start import add_adapters
+from reslora.diffusion.training.state import new_optimizer
 from reslora.diffusion.training.trained import Trained
 from reslora.model import enable_gradient_checkpointing
 
@@ -88,7 +88,7 @@ def real_parts(context: Context) -> Trained:
     parts = {model.family.denoiser: denoiser} | model.load_encoders(context.encoders, pipeline)
     objective = objective_of(flags.model, flags.training, model.family, pipeline)
     trained = Trained(parts, DenoisingLoss(context, objective, pipeline, denoiser.config))
-    add_adapters(trained, flags.adapter.method[0], SimpleNamespace(steps=1000), context)
+    add_adapters(trained, flags.adapter.method[0], 1000, context)
     for part in parts.values() if flags.training.gradient_checkpointing else ():
         enable_gradient_checkpointing(part)
     return trained.train()

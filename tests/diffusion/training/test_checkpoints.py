@@ -5,6 +5,7 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -31,6 +32,7 @@ from diffusion.runs import (
     losses,
     main,
     only,
+    options_of,
     printed,
     refused,
     training_state,
@@ -185,6 +187,7 @@ def test_named_checkpoint_that_is_damaged_is_refused(runs, whole, tmp_path, dama
     assert "--resume_from_checkpoint" in runs.last_line() and "damaged" in runs.last_line()
 
 
+@pytest.mark.exhaustive
 def test_where_no_checkpoint_is_whole_nothing_is_trained_over_them(runs, whole, tmp_path):
     """Weeks of training may be in them: to start afresh is for the user to say."""
     output = tmp_path / "out"
@@ -295,6 +298,7 @@ def test_only_the_newest_checkpoints_are_kept(base_flags, tmp_path):
     assert len(list((tmp_path / "out" / "lora").glob("checkpoint-*"))) == 2
 
 
+@pytest.mark.exhaustive
 def test_rotation_keeps_the_newest_and_leaves_the_rest_alone(runs, tmp_path):
     """Neither stray folders nor unfinished checkpoints are counted or removed."""
     method = tmp_path / "out" / "reslora"
@@ -475,16 +479,12 @@ def keep(model, tmp_path):
 
     def save(step: int, **flags) -> Path:
         learner.step, learner.seconds = step, 10.0 * step
-        save_checkpoint(
-            learner,
-            tmp_path,
-            material.options.replace(**flags),
-            Identity("model", "images", "--model", "--images"),
-            accelerator,
-        )
+        options, identity = options_of(material).replace(**flags), Identity("model", "images", "--model", "--images")
+        context = SimpleNamespace(options=options, accelerator=accelerator, folder_of=lambda method: tmp_path)
+        save_checkpoint(learner, SimpleNamespace(context=context, identity=identity))
         return tmp_path / f"checkpoint-{step}"
 
-    save.learner, save.options, save.accelerator = learner, material.options, accelerator
+    save.learner, save.options, save.accelerator = learner, options_of(material), accelerator
     return save
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from diffusion.runs import read_by
 from reslora.diffusion.context import Context
 from reslora.diffusion.data.samples import Material
 from reslora.diffusion.data.size import Size
@@ -20,8 +21,8 @@ def scheduled(processes: int = 1, images: int = 10, **flags) -> Schedule:
     }  # fmt: skip
     made = Options.of(**defaults | flags, seed=0)
     source = Source(None, None, tuple(range(images)), (), (Size(8, 8),), (0,) * images)
-    material = Material((source,), None, None, {}, made)
-    return schedule_of(material, Context(made, None, SimpleNamespace(num_processes=processes, print=print), None))
+    material = Material((source,), None, None, {}, **read_by(made))
+    return schedule_of(material.updates(processes), Context(made, None, SimpleNamespace(print=print), None))
 
 
 def test_an_epoch_is_as_many_steps_as_its_images_need():

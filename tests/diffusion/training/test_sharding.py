@@ -75,6 +75,7 @@ def test_a_cut_run_resumes_validates_draws_and_saves_as_one_process_does(resumed
     )
 
 
+@pytest.mark.exhaustive
 def test_stock_diffusers_reads_the_exports_of_a_cut_run(resumed, run):
     found, expected = (UNet2DConditionModel.from_pretrained(output / "reslora" / "unet") for output in (resumed, run))
     torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=1e-4)

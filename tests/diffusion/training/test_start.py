@@ -17,8 +17,7 @@ from reslora.common.adapters import ADAPTER_NAME
 from reslora.diffusion.conversion import main as convert
 from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.loading import Model
-from reslora.diffusion.training.start import expression_of, read_start, with_start
-from reslora.diffusion.training.state import add_adapter, config_of, targets_of
+from reslora.diffusion.training.start import add_adapter, config_of, expression_of, read_start, targets_of, with_start
 from reslora.export import Factors, write_diffusers, write_kohya, write_peft
 from reslora.options.images import Options
 
@@ -137,6 +136,7 @@ def test_training_goes_on_from_the_file(run, files):
     assert config["rank"] == 2 and config["init_lora"] == str(files / "kohya.safetensors")
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_run_equals_an_uninterrupted_one(run, flags, files, tmp_path, monkeypatch):
     """By its own configuration, from any folder: it holds the layers, rank and alpha that the file gave, and where."""
     first = [*without(without(flags, "--max_train_steps"), "--init_lora"), "--output_dir", tmp_path / "out"]

@@ -7,7 +7,7 @@ import pytest
 
 from reslora.common.signals import StopRequest
 from reslora.diffusion.training import loop, stopping
-from reslora.diffusion.training.loop import Watch, after_step
+from reslora.diffusion.training.loop import after_step
 from reslora.diffusion.training.stopping import Requests, taken
 from reslora.options.images import Options
 
@@ -84,16 +84,18 @@ def test_what_is_due_or_asked_for_is_done_once(monkeypatch, step, asked, meanwhi
     done, stop = [], StopRequest()
     learner = SimpleNamespace(step=step, name="lora", over=False, timed=nullcontext)
 
-    def validated(learner, reports, parts=("all",)):
-        done.extend(parts)
+    def validated(learner, reports, parts):
+        done.extend(parts or ["all"])
         stop.signal = 15 if meanwhile == "stop" else None
         learner.over = meanwhile == "over"
 
     monkeypatch.setattr(loop, "check_held", lambda: done.append("held"))
-    made = Watch(SimpleNamespace(flush=lambda: done.append("flush")), validated, lambda: done.append("save"))
+    monkeypatch.setattr(loop, "save_checkpoint", lambda learner, study: done.append("save"))
+    reports = SimpleNamespace(flush=lambda: done.append("flush"))
     requests = SimpleNamespace(
         after_step=lambda: tuple(name in asked for name in ("stop", "save", "draw")),
         every=5, saved=lambda: done.append("saved"), status=SimpleNamespace(say=lambda *_: None), stop=stop,
     )  # fmt: skip
     schedule = SimpleNamespace(steps=12, is_due=lambda step: step % 3 == 0)
-    assert (after_step(learner, schedule, made, requests), done) == (stops, expected)
+    study = SimpleNamespace(schedule=schedule, validate=validated)
+    assert (after_step(learner, study, reports, requests), done) == (stops, expected)

@@ -26,6 +26,7 @@ from reslora.diffusion.training.denoising import DenoisingLoss
 from reslora.diffusion.training.loop import take_step
 from reslora.diffusion.training.preparing import prepare
 from reslora.diffusion.training.schedule import Schedule
+from reslora.diffusion.training.start import add_adapters
 from reslora.diffusion.training.state import new_learner, new_optimizer
 from reslora.diffusion.training.trained import Trained
 from reslora.wiring import connection_of
@@ -82,6 +83,7 @@ def learner_of(one: Setting, method: str = "lora"):
     context = one.context
     encoders = context.model.load_encoders(context.encoders, one.loss.pipeline)
     made = Trained({one.family.denoiser: one.denoiser, **encoders}, one.loss)
+    add_adapters(made, method, 4, context)
     learner = new_learner(method, made, Schedule(4, 4, 0, False), context)
     one.loss.pipeline.to(torch.float64)
     made.double().train()

@@ -42,6 +42,7 @@ from reslora.diffusion.output import exports
 from reslora.diffusion.training import loop
 from reslora.diffusion.training.loop import take_step
 from reslora.diffusion.training.schedule import schedule_of
+from reslora.diffusion.training.start import add_adapters
 from reslora.diffusion.training.state import Learner, new_learner
 from reslora.diffusion.training.trained import Trained
 from reslora.options.images import Options
@@ -60,6 +61,7 @@ def test_memory_that_runs_out_leaves_the_checkpoints_and_says_which(brief_flags,
     assert main(*without(brief_flags, "--max_train_steps"), *steps, "--output_dir", output, *RESUME) == 0
 
 
+@pytest.mark.exhaustive
 def test_same_seed_gives_the_same_bytes(run, base_flags, tmp_path):
     output = tmp_path / "again"
     assert main(*base_flags, "--method", "reslora", "--output_dir", output) == 0
@@ -260,8 +262,9 @@ def learning_rates(output: Path) -> list[float]:
 def test_rates_rise_for_a_tenth_of_the_run_and_reach_their_end_with_it(model, schedule, factor):
     words = ("--max_train_steps", "20", "--learning_rate", "1e-3", "--lr_scheduler", schedule)
     material, loss, denoiser = exact_steps.setting(model, None, *words)
-    planned = schedule_of(material, loss.context)
-    learner = new_learner("reslora", Trained({"unet": denoiser}, loss), planned, loss.context)
+    planned, made = schedule_of(material.updates(1), loss.context), Trained({"unet": denoiser}, loss)
+    add_adapters(made, "reslora", 20, loss.context)
+    learner = new_learner("reslora", made, planned, loss.context)
     for step in range(20):
         assert learner.lr_scheduler.get_last_lr() == pytest.approx([1e-3 * (step / 2 if step < 2 else factor(step))])
         learner.optimizer.step()
@@ -343,6 +346,7 @@ def test_sigterm_to_the_whole_group_saves_too(runs, tmp_path):
     assert len(list((tmp_path / "reslora").glob("checkpoint-*"))) == 1
 
 
+@pytest.mark.exhaustive
 def test_signals_are_heard_even_where_they_were_ignored_at_the_start(runs, tmp_path):
     """`nohup python train_sd.py &` and many build services start their children with SIGINT ignored."""
     process = runs.start(tmp_path, *LONG, first=ignore_sigint)
@@ -416,7 +420,7 @@ def test_a_stop_in_the_last_step_or_its_samples_leaves_them_to_the_next_start(
 @pytest.mark.exhaustive
 def test_a_stop_before_a_merge_alone_leaves_a_finished_run_as_it_is(run, base_flags, tmp_path, monkeypatch):
     """There is no step after which it would be heard, and to merge and export a large model takes long."""
-    output, prepare = shutil.copytree(run, tmp_path / "out"), running.prepare
+    output, prepare = shutil.copytree(run, tmp_path / "out"), loop.prepare
     flags = [*base_flags, "--method", "lora", "reslora", "--merge", "none", "--output_dir", output]
 
     def asked_before(*given):
@@ -424,7 +428,7 @@ def test_a_stop_before_a_merge_alone_leaves_a_finished_run_as_it_is(run, base_fl
         prepare(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "prepare", asked_before)
+        patch.setattr(loop, "prepare", asked_before)
         assert main(*flags) == 128 + signal.SIGTERM
     for pattern in ("*.json", "*.safetensors", "merged/*", "unet/*"):
         assert digests(output / "reslora", pattern) == digests(run / "reslora", pattern)

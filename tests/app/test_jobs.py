@@ -1,4 +1,4 @@
-"""app/queue.py: what waits, what starts next, and what a restart finds. Trainers are tiny programs in their place."""
+"""app/jobs.py: what waits, what starts next, and what a restart finds. Trainers are tiny programs in their place."""
 
 import json
 import multiprocessing
@@ -13,10 +13,9 @@ import pytest
 from app_runs import HOSTILE, with_one_wrong, write_run
 from waiting import LIMIT, ended, wait_until
 
-from app import launcher, lists, queue
-from app.launcher import Trainings
+from app import jobs, launcher, lists
+from app.jobs import FAILED, RUNNING, WAITING, Entry, Jobs
 from app.library import Experiment, Library
-from app.queue import FAILED, RUNNING, WAITING, Entry, Queue
 from app.runs import Run, RunError
 from app.shelf import Shelf
 from app.tabs.train import TrainTab
@@ -46,27 +45,27 @@ def lined(tmp_path, monkeypatch):
     (tmp_path / "python").write_text(f'#!/bin/sh\nshift 4\nexec {sys.executable} {tmp_path / "trainer.py"} "$@"\n')
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(launcher.sys, "executable", str(tmp_path / "python"))
-    yield Queue(Trainings(Library(tmp_path / "runs"), tmp_path / "data"))
+    yield Jobs(Library(tmp_path / "runs"), tmp_path / "data")
     for name in "abcdefgh":
         (tmp_path / "runs" / f"end-{name}").touch()
 
 
-def started(lined: Queue) -> list[str]:
+def started(lined: Jobs) -> list[str]:
     path = lined.path.with_name("started")
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
-def states(lined: Queue) -> dict[str, str]:
+def states(lined: Jobs) -> dict[str, str]:
     return {entry.name: entry.state for entry in lined.entries()}
 
 
-def let_end(lined: Queue, name: str) -> None:
+def let_end(lined: Jobs, name: str) -> None:
     """Its trainer ends, and the queue has noticed."""
     lined.path.with_name(f"end-{name}").touch()
     wait_until(lambda: lined.advance() or states(lined)[name] != RUNNING, f"the end of {name}")
 
 
-def add(lined: Queue, name: str, **settings) -> Entry:
+def add(lined: Jobs, name: str, **settings) -> Entry:
     return lined.add(Entry(name, settings=settings))
 
 
@@ -94,7 +93,7 @@ def test_one_after_the_other_and_what_fails_does_not_stop_the_next(lined, tmp_pa
         lined.remove("f")
     for name in "fe":
         let_end(lined, name)
-    assert not Queue(lined.trainings).would_wait()
+    assert not Jobs(lined.library).would_wait()
     lined.clear()
     assert lined.entries() == []
 
@@ -103,15 +102,15 @@ def test_what_has_just_ended_may_be_resumed(lined):
     """Its entry says that it trains until the queue looks again, two seconds later."""
     add(lined, "a")
     write_json(lined.path.with_name("a") / "config.json", {"method": ["lora"]})
-    run = lined.trainings.find("a")
+    run = lined.find("a")
     lined.path.with_name("end-a").touch()
-    wait_until(lambda: not lined.trainings.is_active(run), "the end of a")
+    wait_until(lambda: not lined.is_active(run), "the end of a")
     lined.path.with_name("end-a").unlink()
     assert states(lined) == {"a": RUNNING}
     assert lined.add(Entry("a", resume=True)).state == RUNNING
     wait_until(lambda: started(lined) == ["a -"] * 2, "a to go on")
     lined.path.with_name("end-a").touch()
-    wait_until(lambda: not lined.trainings.is_active(run), "its end")
+    wait_until(lambda: not lined.is_active(run), "its end")
     assert states(lined) == {"a": RUNNING}
     lined.clear()
     assert states(lined) == {"a": "stopped"}  # which nobody has seen yet
@@ -121,9 +120,9 @@ def test_what_has_just_ended_may_be_resumed(lined):
 
 def test_what_has_just_ended_may_be_removed(lined):
     add(lined, "a")
-    run = lined.trainings.library.folder / "a"
+    run = lined.library.folder / "a"
     lined.path.with_name("end-a").touch()
-    wait_until(lambda: not lined.trainings.is_active(Run("a", run)), "its end")
+    wait_until(lambda: not lined.is_active(Run("a", run)), "its end")
     assert states(lined) == {"a": RUNNING}
     lined.remove("a")
     assert states(lined) == {}
@@ -135,10 +134,10 @@ def test_who_stops_what_has_just_ended_does_not_stop_the_next(lined):
     let_end(lined, "a")
     wait_until(lambda: started(lined) == ["a -", "b -"], "the next")
     with pytest.raises(RunError, match="a does not train any more"):
-        lined.stop("a")
-    assert lined.trainings.is_active(lined.trainings.find("b"))
-    assert "b" in lined.stop("b")
-    wait_until(lambda: not lined.trainings.is_active(lined.trainings.find("b")), "the end of b")
+        lined.stop_entry("a")
+    assert lined.is_active(lined.find("b"))
+    assert "b" in lined.stop_entry("b")
+    wait_until(lambda: not lined.is_active(lined.find("b")), "the end of b")
 
 
 def test_what_was_renamed_while_it_trains_is_said_to_be_gone(lined):
@@ -146,11 +145,11 @@ def test_what_was_renamed_while_it_trains_is_said_to_be_gone(lined):
     wait_until(lambda: started(lined) == ["a -"], "a")
     lined.path.with_name("a").rename(lined.path.with_name("moved"))
     lined.advance()
-    assert states(lined) == {"a": RUNNING} and queue.GONE in lists.queue(lined)
+    assert states(lined) == {"a": RUNNING} and jobs.GONE in lists.queue(lined)
     with pytest.raises(RunError, match=r"^a: its folder is gone: it was renamed or removed\. Put it back, and stop"):
-        lined.stop("a")
+        lined.stop_entry("a")
     let_end(lined, "a")
-    assert [(entry.state, entry.line) for entry in lined.entries()] == [(FAILED, queue.GONE)]
+    assert [(entry.state, entry.line) for entry in lined.entries()] == [(FAILED, jobs.GONE)]
 
 
 def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
@@ -194,6 +193,9 @@ def test_which_images_are_trained_on_is_said(lined, tmp_path):
         "starts by itself with the images in the data folder."
     )
     shown = [lists.facts_of(entry, lined.run_of(entry)) for entry in added]
+    settings = {"model": "assets/pipeline-flow", "rank": "8", "seed": "5", "max_train_steps": "40"}
+    facts = lists.facts_of(Entry("e", settings=settings), lined.run_of(added[0]))
+    assert [fact for fact in facts if fact] == ["model assets/pipeline-flow", "rank 8", "seed 5", "steps 40"]
     assert "bundled images" in shown[0] and "images: cats" in shown[1] and "images: runs/c" in shown[2]
 
 
@@ -215,7 +217,7 @@ def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_p
     wait_until(lambda: lined.path.exists() and len(lined.entries()) == 3 and started(lined), "three runs", server)
     server.kill()
     assert ended(server) == -signal.SIGKILL
-    others = [Queue(Trainings(Library(tmp_path / "runs"))) for _ in range(4)]
+    others = [Jobs(Library(tmp_path / "runs")) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda one: one.advance(), others * 5))
         assert states(lined) == {"a": RUNNING, "b": WAITING, "c": WAITING} and started(lined) == ["a -"]
@@ -234,27 +236,27 @@ def test_what_was_started_but_not_noted_is_not_started_again(lined):
     entries = json.loads(lined.path.read_text())
     entries["entries"][0]["state"] = WAITING
     write_json(lined.path, entries)
-    restarted = Queue(Trainings(lined.trainings.library))
+    restarted = Jobs(lined.library)
     restarted.advance()
     assert states(restarted) == {"a": RUNNING}
-    assert restarted.trainings.status(restarted.trainings.find("a")) == "starting"
+    assert restarted.status(restarted.find("a")) == "starting"
     let_end(restarted, "a")
-    assert len(started(lined)) == 1 and restarted.trainings.active() is None
+    assert len(started(lined)) == 1 and list(restarted.all_active()) == []
 
 
 def test_one_on_each_gpu(lined, monkeypatch):
-    monkeypatch.setattr(queue.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
     assert [add(lined, name).state for name in "abc"] == [RUNNING, RUNNING, WAITING]
     wait_until(lambda: len(started(lined)) == 2, "two")
     assert sorted(started(lined)) == ["a 5", "b GPU-7"]
     with pytest.raises(RunError, match="choose the one to stop"):
-        write_run(lined.path.parent / "looked-at") and lined.trainings.stop("looked-at")
+        write_run(lined.path.parent / "looked-at") and lined.stop("looked-at")
     let_end(lined, "b")
     wait_until(lambda: len(started(lined)) == 3, "the third")
     assert started(lined)[2] == "c GPU-7"
     # One that nobody knows the GPU of has them all.
-    lined.trainings.is_active = lambda run: run.name == "looked-at"
+    lined.is_active = lambda run: run.name == "looked-at"
     assert lined.free(lined.entries()) == []
 
 
@@ -297,7 +299,7 @@ def test_resuming_waits_its_turn_and_experiments_too(lined):
     for name in "ab":
         let_end(lined, name)
     assert states(lined) == {"a": FAILED, "b": "stopped", "c": RUNNING}
-    assert [type(run) for run in lined.trainings.all_active()] == [Experiment]
+    assert [type(run) for run in lined.all_active()] == [Experiment]
     assert (lined.path.parent / "c" / Experiment.log_name).is_file()
     assert Run("b", lined.path.parent / "b").status == "stopped"
 
@@ -305,7 +307,7 @@ def test_resuming_waits_its_turn_and_experiments_too(lined):
 def test_of_two_visitors_at_once_one_is_first(lined):
     def attempt(_: int) -> bool:
         try:
-            Queue(Trainings(lined.trainings.library)).add(Entry("a"))
+            Jobs(lined.library).add(Entry("a"))
         except RunError:
             return False
         return True

@@ -1,0 +1,80 @@
+"""What all scripts refuse alike: options of the method that contradict each other, of experiments, and no texts."""
+
+from __future__ import annotations
+
+from ..common.errors import InvalidArgument
+from ..common.flags import listed
+from ..common.methods import METHODS, refuse_settings
+from ..common.patterns import FIELDS, entries
+from ..merges import MERGES
+from ..shortcuts import PLAIN, shortcut_class
+from .grid import Grid
+from .option import Given
+from .prompts import clean
+from .shared import RunOptions, SharedMethodOptions
+
+
+def check_texts(values: Given) -> None:
+    """Refuse names that are no text: safetensors, tokenizers and TensorBoard take them nowhere."""
+    for name, value in values.items():
+        for text in listed(value):
+            if isinstance(text, str) and clean(text) != text:
+                raise InvalidArgument(f"--{name} {text}", "is not UTF-8", "rename it, or give another")
+
+
+def check_method(options: SharedMethodOptions, calibration: str) -> None:
+    """Refuse what a method cannot do, and a merge or control without calibration; that is the name of its option."""
+    patterns = {name: getattr(options, name) for name in FIELDS}
+    refuse_settings(options.method, options.lora_dropout, patterns)
+    for name, texts in patterns.items():
+        entries(name, texts)
+    if options.merge_calibration_samples:
+        return
+    reads = [f"--method {name}" for name in options.method if METHODS[name].measured]
+    moments = options.merge in MERGES and MERGES[options.merge].needs_moments and is_wired(options)
+    if moments and options.merge in shortcut_class(options.shortcut).merges:  # last: to have the class imports torch
+        reads.append(f"--merge {options.merge}")
+    for argument in reads:
+        raise InvalidArgument(argument, "needs calibration samples", f"give --{calibration} 64, or another one")
+
+
+def is_wired(options: SharedMethodOptions) -> bool:
+    """Return whether a method's shortcuts connect blocks."""
+    wired = options.shortcut != PLAIN and options.pre_num != 0
+    return wired and any(METHODS[name].shortcuts for name in options.method)
+
+
+def carries_activations(options: SharedMethodOptions) -> bool:
+    """Return whether blocks of a method pass activations to each other."""
+    return is_wired(options) and shortcut_class(options.shortcut).carries
+
+
+def check_compiled(flag: str, options: SharedMethodOptions) -> None:
+    """Refuse to compile with gradient checkpointing what would lose the shortcuts."""
+    if carries_activations(options):
+        problem = f"with --gradient_checkpointing cannot keep --shortcut {options.shortcut}"
+        raise InvalidArgument(flag, problem, "leave one of them out, or use --shortcut block")
+
+
+def check_no_experiment(options: RunOptions) -> None:
+    """Refuse options of experiments where no option has several values."""
+    for name, option in options.table().items():
+        if option.group == "experiment" and options[name]:
+            several = ", --".join(name for name, option in options.table().items() if option.varies)
+            fix = f"give several values of --{several}, or leave it out"
+            raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)
+
+
+def check_experiment(grid: Grid) -> None:
+    """Refuse what an experiment cannot do."""
+    options = grid.base
+    for name, option in options.table().items():
+        if option.in_experiments and options[name]:
+            raise InvalidArgument(f"--{name}", "this is an experiment", option.in_experiments)
+    select, test = options.experiment.select_split or 0, options.experiment.test_split or 0
+    if select + test >= 1:
+        problem = f"with --test_split {test:g} nothing is left to train on"
+        raise InvalidArgument(f"--select_split {select:g}", problem, "give smaller shares")
+    if (place := options["resume_from_checkpoint"]) not in (None, "latest"):
+        argument = f"--resume_from_checkpoint {place}"
+        raise InvalidArgument(argument, "an experiment goes on as a whole", "give latest")
