@@ -480,10 +480,11 @@ def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
 def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
     stop, grid = StopRequest(), read(LlmOptions, "x", [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu"])
     bench = experiment.Bench(Course(grid, 0.0), None, None, 0, stop, None)
-    bench.begins("testing (1 of 4)", ARM)
+    arm, *_ = bench.course.arms()
+    bench.begins("testing (1 of 4)", arm)
     stop.signal = signal.SIGTERM
     with pytest.raises(Stopped, match="the same command goes on"):
-        bench.begins("testing (2 of 4)", ARM)
+        bench.begins("testing (2 of 4)", arm)
 
 
 def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monkeypatch):
