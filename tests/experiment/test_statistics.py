@@ -91,7 +91,8 @@ def test_a_difference_of_the_stated_size_is_found_in_four_of_five_new_experiment
         new = simulated(*size, variances, labels=2)[1]
         stated = [detectable(spread._replace(squares=spread.squares[:, i]), LEVEL) for i in range(200)]
         lacking = half_width(spread_of(new), LEVEL) - new.mean((1, 2))
-        assert np.mean([(each > lacking).mean() for each in stated]) == pytest.approx(0.8, abs=0.07), variances
+        found = np.mean([(each > lacking).mean() for each in stated])
+        assert 0.75 < found < 0.89, variances  # more where what seeds or images do is near nothing
 
 
 # -- by hand -----------------------------------------------------------------------------------------------------------
