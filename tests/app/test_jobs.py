@@ -8,16 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import sleep
 
+import gradio as gr
 import PIL.Image
 import pytest
 from app_runs import HOSTILE, with_one_wrong, write_run
 from waiting import LIMIT, ended, wait_until
 
-from app import jobs, launcher, lists
+from app import form, jobs, launcher, lists
 from app.jobs import FAILED, RUNNING, WAITING, Entry, Jobs
 from app.library import Experiment, Library
 from app.runs import Run, RunError
 from app.shelf import Shelf
+from app.studio import Studio
+from app.tabs import Parts
 from app.tabs.train import TrainTab
 from reslora.files import write_json
 
@@ -197,6 +200,18 @@ def test_which_images_are_trained_on_is_said(lined, tmp_path):
     facts = lists.facts_of(Entry("e", settings=settings), lined.run_of(added[0]))
     assert [fact for fact in facts if fact] == ["model assets/pipeline-flow", "rank 8", "seed 5", "steps 40"]
     assert "bundled images" in shown[0] and "images: cats" in shown[1] and "images: runs/c" in shown[2]
+
+
+def test_the_form_starts_with_what_stands_in_it_and_warns_of_a_likely_mistake(lined):
+    with gr.Blocks():
+        tab = TrainTab(Parts(lined.library, lined, Studio()))
+    told = []
+    for name, settings in (("a", {}), ("b", {"rank": 9999})):
+        *_, words, label, answer = tab.do_start(name, None, "", "", "", *form.values_of(settings, tab.all_names()))
+        assert f"/{name} " in f"{words} " and label == "Add to queue"
+        told.append(answer)
+    assert "a starts with the bundled images." in told[0] and "warning" not in told[0]
+    assert "b waits in the queue" in told[1] and "warning: 9999 is a larger rank" in told[1]
 
 
 def test_what_goes_on_keeps_its_images_and_none_are_named(lined, tmp_path):
