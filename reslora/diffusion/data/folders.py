@@ -1,4 +1,4 @@
-"""The folders that images come from: how often an epoch meets their images, and how much these count."""
+"""The folders of training images, with repeats per epoch and loss weights."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from .images import is_image
 from .listing import files_of, hidden_images, told_of_hidden
 
 Part = tuple[str, int, str | None]
-"""A folder, its repeats, and the caption of images that have none beside them, if any."""
+"""A folder, its repeats, and the caption of its images without a caption file, if any."""
 
 
 def load_folders(
     model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions, caption: str | None = None
 ) -> list[ImageDataset]:
-    """The images of each folder that the options name, or of their dataset; each of kohya's folders counts as one.
+    """Return the images of each folder, or of the dataset, that the options name; each of kohya's folders is a source.
 
-    `caption` is that of images in a folder that have none beside them.
+    `caption` is the caption of images without a caption file. Raises `InvalidArgument` with --masked_loss if no image
+    has a mask or an alpha channel.
     """
     names = data.train_data_dir or [str(data.dataset_name)]
-    repeats, weights = data.train_data_repeats, data.train_data_weight  # one for each, or one for all
+    repeats, weights = data.train_data_repeats, data.train_data_weight  # one value per folder, or one for all
     repeats, weights = repeats * (len(names) // len(repeats)), weights * (len(names) // len(weights))
     found, labels, lines = [], [], []
     for name, times, weight in zip(names, repeats, weights, strict=True):
@@ -48,16 +49,16 @@ def load_folders(
 
 
 def _label(images: ImageDataset, name: str, caption: str | None) -> str:
-    """What images are called: by their folder, and how many have the caption that its name is."""
+    """Return a source's name for the log: its folder, and how many images have the folder's name as caption."""
     count = sum(texts == [caption] for texts in images.captions)
     return f"{name} ({count} of {counted(len(images), 'image')} with its name as caption: {caption})" if count else name
 
 
 def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tuple[list[Part], list[str]]:
-    """The folders with images that are named `<repeats>_<caption>`, as kohya's DreamBooth method reads them.
+    """Return the subfolders with images named `<repeats>_<caption>`, as kohya's DreamBooth method reads them.
 
-    Path, repeats and caption of each, and a line about what else there is, which that method passes over. A folder with
-    a metadata file has none.
+    The second item has lines about everything else in the folder, which that method ignores. A folder with a metadata
+    file has no such subfolders. Raises `InvalidArgument` if a name asks for more than MOST_REPEATS repeats.
     """
     content = files_of(folder, data, output, deep=False)
     if any(path.name in (*METADATA, *SAVED) for path in content):
@@ -80,7 +81,7 @@ def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tu
     ]
     if not found:
         return [], lines
-    # Those in the folders that are read are told of with these.
+    # Hidden images inside the folders that are read are reported with those folders.
     hidden = [path for path in hidden_images(folder) if not taken & set(map(str, path.parents))]
     more = f" and {len(beside) - 5} more" if len(beside) > 5 else ""
     alone = [f"{folder}: kohya's folders (10_name) alone are read, not {', '.join(beside[:5])}{more}"]
