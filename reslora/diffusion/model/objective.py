@@ -1,4 +1,4 @@
-"""What the denoiser should predict, and how its error counts: a class an objective, functions of tensors."""
+"""Training objectives: what the denoiser predicts, and the weight of its loss."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .families.base import Family
 
 
 class DdpmObjective:
-    """Denoising diffusion (Ho et al., 2020): the noise, or v (Salimans and Ho, 2022), at a timestep drawn evenly.
+    """Denoising diffusion (Ho et al., 2020) with epsilon or v prediction (Salimans and Ho, 2022).
 
-    Timesteps are drawn from the first of `between` up to before the second: from all, if it is None. Raises
-    `ValueError` for a scheduler whose prediction type is neither.
+    Timesteps are uniform from `between[0]` up to, but not including, `between[1]`; over all timesteps if it is None.
+    Raises `ValueError` for another prediction type.
     """
 
     def __init__(
@@ -34,36 +34,37 @@ class DdpmObjective:
 
     @property
     def timesteps(self) -> int:
-        """How many timesteps there are."""
+        """The number of timesteps."""
         return self.scheduler.config.num_train_timesteps
 
     def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
-        """A timestep for a training sample, whatever its number of tokens."""
+        """Sample a training timestep; the number of tokens has no effect."""
         return torch.randint(*self.between, (), generator=generator)
 
     def at(self, fraction: float) -> torch.Tensor:
-        """The timestep at a fraction of the way from the first to the last."""
+        """Return the timestep at a fraction of the way from the first to the last."""
         return torch.tensor(min(self.timesteps - 1, int(fraction * self.timesteps)))
 
     def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """`sqrt(a_t) x + sqrt(1 - a_t) e`, batch first."""
+        """Return `sqrt(a_t) x + sqrt(1 - a_t) e`, batch first."""
         return self.scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The noise e, or `v = sqrt(a_t) e - sqrt(1 - a_t) x`."""
+        """Return the noise e, or `v = sqrt(a_t) e - sqrt(1 - a_t) x`."""
         if self.prediction_type == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
         return noise
 
     def share_of_image(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """`sqrt(a_t) / (sqrt(a_t) + sqrt(1 - a_t))`, or `1 / (1 + SNR^(-1/2))`, of each sample."""
+        """Return `sqrt(a_t) / (sqrt(a_t) + sqrt(1 - a_t))`, which equals `1 / (1 + SNR^(-1/2))`, of each sample."""
         alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         return alphas.sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Weight of each loss: 1, or with gamma min-SNR (Hang et al., 2023): `min(SNR, gamma) / SNR`; v: over SNR + 1.
+        """Return the weight of each sample's loss: 1, or min-SNR (Hang et al., 2023) with gamma.
 
-        Where nothing of the image is left, the SNR is 0 and the weight the limit: 1, for v 0.
+        Min-SNR is `min(SNR, gamma) / SNR` for epsilon, and `min(SNR, gamma) / (SNR + 1)` for v. At zero terminal SNR
+        the weight is the limit: 1 for epsilon, 0 for v.
         """
         if not self.snr_gamma:
             return torch.ones(timesteps.shape, device=timesteps.device)
@@ -76,9 +77,9 @@ class DdpmObjective:
 
 @dataclass(frozen=True)
 class Density:
-    """How timesteps are spread by `logit_normal` (mean and deviation) and `mode` (scale), as in diffusers' scripts.
+    """The timestep densities `logit_normal` (mean and standard deviation) and `mode` (scale) of diffusers' scripts.
 
-    Whatever draws them, they are squeezed evenly from all timesteps into those of `between`, if it is not None.
+    If `between` is not None, timesteps are scaled linearly from the full range into that range.
     """
 
     logit_mean: float = 0.0
@@ -88,13 +89,13 @@ class Density:
 
 
 class FlowObjective:
-    """Rectified flow (Liu et al., 2022; Esser et al., 2024): the velocity `e - x` at `(1 - s) x + s e`.
+    """Rectified flow (Liu et al., 2022; Esser et al., 2024): predict the velocity `e - x` at `(1 - s) x + s e`.
 
-    `sampling` says how s is drawn. As in diffusers' scripts, from the scheduler's table, shifted as the scheduler says
-    (or by `shift`): `uniform`, `logit_normal`, `mode`. As in kohya's: `sigmoid` of a normal number; `shift`, the same
-    shifted by `shift` (3 if it is None); `flux_shift`, by what Flux's pipeline shifts for as many tokens as the sample
-    has. Without `sampling` the weighting scheme says it, as in diffusers' scripts. Raises `ValueError` for names that
-    are unknown.
+    `sampling` names the distribution of s. `uniform`, `logit_normal` and `mode` are those of diffusers' scripts: they
+    sample the scheduler's table, with the scheduler's shift or `shift`. `sigmoid`, `shift` and `flux_shift` are those
+    of kohya's scripts: the sigmoid of a normal variable; the same shifted by `shift` (3 if None); shifted as Flux's
+    pipeline does for the sample's number of tokens. If `sampling` is None, the weighting scheme selects it, as in
+    diffusers' scripts. Raises `ValueError` for unknown names.
     """
 
     def __init__(
@@ -116,11 +117,11 @@ class FlowObjective:
 
     @property
     def timesteps(self) -> int:
-        """How many timesteps there are; they need not be whole numbers."""
+        """The number of timesteps; timesteps need not be integers."""
         return self.scheduler.config.num_train_timesteps
 
     def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
-        """A timestep for a training sample of so many tokens, from 0 to `timesteps`, or in what `between` leaves."""
+        """Sample a training timestep for a sample of `tokens` tokens, from 0 to `timesteps`, scaled into `between`."""
         least, below = self.between
         return least + self._drawn(generator, tokens) * ((below - least) / self.timesteps)
 
@@ -135,24 +136,24 @@ class FlowObjective:
         return shift * s / (1 + (shift - 1) * s) * self.timesteps
 
     def at(self, fraction: float) -> torch.Tensor:
-        """The timestep at a fraction of the way down the scheduler's table, from pure noise."""
+        """Return the timestep at a fraction of the way down the scheduler's table, which starts with pure noise."""
         return self.scheduler.timesteps[min(self.timesteps - 1, int(fraction * self.timesteps))]
 
     def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """`(1 - s) x + s e`, batch first."""
+        """Return `(1 - s) x + s e`, batch first."""
         s = self._sigmas(timesteps).view(-1, *[1] * (latents.dim() - 1))
         return (1 - s) * latents + s * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The velocity `e - x`."""
+        """Return the velocity `e - x`."""
         return noise - latents
 
     def share_of_image(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """`1 - s`, or `1 / (1 + SNR^(-1/2))`, of each sample."""
+        """Return `1 - s`, which equals `1 / (1 + SNR^(-1/2))`, of each sample."""
         return 1 - self._sigmas(timesteps)
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Weight of each loss, as diffusers' scripts have it (Esser et al., 2024, Section 3.1)."""
+        """Return the weight of each sample's loss, as in diffusers' scripts (Esser et al., 2024, Section 3.1)."""
         return compute_loss_weighting_for_sd3(self.weighting, self._sigmas(timesteps))
 
     def _sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
@@ -163,7 +164,8 @@ Objective = DdpmObjective | FlowObjective
 
 
 def between_of(options: TrainingOptions, timesteps: int) -> tuple[int, int]:
-    """Return the timesteps to sample from: from the first up to before the second; refuse what the model has not."""
+    """Return the range of timesteps to sample from, without its end; raises `InvalidArgument` if the model lacks
+    them."""
     least, below = options.min_timestep, timesteps if options.max_timestep is None else options.max_timestep
     if below > timesteps:
         raise InvalidArgument(f"--max_timestep {below}", f"the model has {timesteps}", f"give {timesteps} or less")
@@ -174,7 +176,7 @@ def between_of(options: TrainingOptions, timesteps: int) -> tuple[int, int]:
 
 
 def check_sampling(options: TrainingOptions, sampling: str) -> None:
-    """Refuse options that this way to sample timesteps does not read; their defaults may be given."""
+    """Raise `InvalidArgument` for options, not at their default, that have no effect with this timestep sampling."""
     for name, option in Options.table().items():
         if option.samplings and sampling not in option.samplings:
             value, default = getattr(options, name), option.default
@@ -186,11 +188,11 @@ def check_sampling(options: TrainingOptions, sampling: str) -> None:
 
 
 def check_objective(model: ModelOptions, training: TrainingOptions, family: Family) -> None:
-    """Refuse options that belong to another objective than the family's; their defaults may be given."""
+    """Raise `InvalidArgument` for options, not at their default, of another objective than the family's."""
     learns_flow = family.objective == "flow"
     for name, option in Options.table().items():
         value = getattr({"model": model, "training": training}.get(option.group), name, option.default)
-        # 0 weights all timesteps alike, as a flow does.
+        # snr_gamma 0 gives all timesteps the same weight, as a flow does.
         if option.objective not in ("", family.objective) and (value if learns_flow else value != option.default):
             problem = f"{family.name} learns a flow, which has none" if learns_flow else f"{family.name} learns no flow"
             raise InvalidArgument(f"--{name} {value}", problem, "leave it out")
@@ -199,7 +201,7 @@ def check_objective(model: ModelOptions, training: TrainingOptions, family: Fami
 def objective_of(
     model: ModelOptions, training: TrainingOptions, family: Family, pipeline: DiffusionPipeline
 ) -> Objective:
-    """Return what the model's family learns; refuse options that belong to another objective."""
+    """Return the objective of the model's family; raises `InvalidArgument` for options that have no effect with it."""
     between = between_of(training, pipeline.scheduler.config.num_train_timesteps)
     check_objective(model, training, family)
     if family.objective == "flow":

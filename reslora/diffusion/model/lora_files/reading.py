@@ -1,4 +1,4 @@
-"""LoRA files and PEFT folders as plain factors of each layer; what is no plain LoRA is refused by its name."""
+"""Read LoRA files and PEFT folders as plain factors of each layer; reject everything that is not a plain LoRA."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from ..families.base import Family
 from .names import Names, Parts, names_of
 
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
-# How the two factors are told apart: PEFT and diffusers, kohya, and two of diffusers' older forms.
+# Names of the two factors in PEFT and diffusers, in kohya's scripts, and in two of diffusers' older formats.
 DOWN = re.compile(r"\.(?:lora_A(?:\.default)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight$")
 UP = re.compile(r"\.(?:lora_B(?:\.default)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight$")
 ALPHA = re.compile(r"\.alpha$")
 WITHOUT_PART = re.compile(rf"({re.escape(PEFT_PREFIX)})?(?P<layer>.+)\.lora_A(\.default)?\.weight")
-"""PEFT's names of layers, which have their scale in its configuration."""
+"""PEFT's names of layers; their scale is in its configuration."""
 OLDEST = re.compile(r"_lora\d?\.(?:down|up)\.weight$")
-"""Of diffusers' first LoRA files, which it reads itself."""
+"""Names in diffusers' first LoRA files, which diffusers reads itself."""
 NOT_PLAIN = (
     "use_dora", "lora_bias", "modules_to_save", "use_qalora", "use_bdlora", "kasa_config", "arrow_config",
     "alora_invocation_tokens",
@@ -45,33 +45,34 @@ OF_THE_FORMAT = re.compile(r"format|lora_adapter_metadata|sshs_\w+|ss_network_\w
 
 @dataclass(frozen=True)
 class Content:
-    """What a LoRA file or PEFT folder holds, as it is."""
+    """The unchanged content of a LoRA file or a PEFT folder."""
 
     path: Path
     flag: str
-    """What names it on the command line, with its value, for messages."""
+    """The option or argument that names it, with its value, for messages."""
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
-    """Of the file, but for what is its format's own."""
+    """The file's metadata, without fields that belong to the format."""
     configs: dict[str, dict]
-    """By prefix of layers' names: what diffusers or PEFT says of their scaling."""
+    """diffusers' or PEFT's configuration, by prefix of the names of layers."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of most of its tensors."""
+        """The dtype of most of its tensors."""
         found = [value.dtype for value in self.tensors.values() if value.dim() > 1]
         return max(dict.fromkeys(found), key=found.count, default=torch.float32)
 
 
 def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
-    """Reads a safetensors file, or a folder that PEFT, diffusers or a run has written; refuses pickles.
+    """Read a safetensors file, or a folder that PEFT, diffusers or a run has written.
 
-    `config` is the adapter_config.json of a file that PEFT has written, where it is not beside that.
-    Tensors of 8 bits come in float16, which holds them exactly: torch can hardly compute with them.
+    `config` is the adapter_config.json of a file that PEFT has written, if it is in another folder. 8-bit tensors
+    become float16, which is exact, because torch has few operations for 8 bits. Raises `InvalidArgument` for pickles,
+    and for anything that is not a finished plain LoRA.
     """
     known = (PEFT_FILE, DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
     file = next((path / name for name in known if (path / name).is_file()), path)
-    below = {path: "*", path / PEFT_FILE: "text_encoder*"}.get(file)  # there may be checkpoints beside a denoiser's
+    below = {path: "*", path / PEFT_FILE: "text_encoder*"}.get(file)  # a denoiser's folder may contain checkpoints
     if parts := sorted(path.glob(f"{below}/{PEFT_FILE}")) if below else []:
         return _of_parts(path, flag, [part.parent for part in parts])
     refuse_pickles(file, flag)
@@ -100,7 +101,7 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
 
 
 def refuse_pickles(path: Path, flag: str) -> None:
-    """Refuse a pickle, or a folder that has one and no safetensors file."""
+    """Raise `InvalidArgument` for a pickle, or for a folder with a pickle and without safetensors files."""
     found = sorted(path.iterdir()) if path.is_dir() else [path]
     pickles = [file.name for file in found if file.suffix in PICKLES]
     if pickles and not any(file.suffix == ".safetensors" for file in found):
@@ -108,7 +109,7 @@ def refuse_pickles(path: Path, flag: str) -> None:
 
 
 def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
-    """PEFT's folders of several parts of a pipeline, under the parts' names; a denoiser's may be in `path` itself."""
+    """Read PEFT's folders of several parts of a pipeline; the denoiser's may be `path` itself."""
     tensors: dict[str, torch.Tensor] = {}
     configs: dict[str, dict] = {}
     if (path / PEFT_FILE).is_file():
@@ -122,7 +123,7 @@ def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
 
 
 def _by_part(packed: Mapping[str, object]) -> dict[str, dict]:
-    """By prefix of layers' names, which is empty in what a model has written for itself."""
+    """Group a flat configuration by prefix of layers; the prefix is empty if a model has written its own."""
     parts: dict[str, dict] = {}
     for key, value in packed.items():
         part, dot, name = key.rpartition(".")
@@ -131,7 +132,7 @@ def _by_part(packed: Mapping[str, object]) -> dict[str, dict]:
 
 
 def _refuse_others(flag: str, config: Mapping) -> None:
-    """Refuse what PEFT calls something else than LoRA, LoRA with something added, or LoRA of a base that it changed."""
+    """Raise `InvalidArgument` for PEFT methods other than plain LoRA, and for initializations that change the base."""
     if config.get("peft_type", "LORA") != "LORA":
         raise InvalidArgument(flag, f"{config['peft_type']}, which is no plain LoRA", "give a LoRA")
     if str(init := config.get("init_lora_weights")).startswith(CHANGES_BASE):
@@ -146,7 +147,10 @@ def _refuse_others(flag: str, config: Mapping) -> None:
 
 
 def family_of(content: Content) -> Family:
-    """The family that the file's metadata names, or the only one that has all its layers, in the same proportions."""
+    """Return the family that the metadata names, or the only one that has all layers, in the same proportions.
+
+    Raises `InvalidArgument` if it is ambiguous.
+    """
     said = [content.metadata.get(key, "").lower() for key in ("ss_base_model_version", "modelspec.architecture")]
     families = [load_family(pipeline) for pipeline in FAMILIES]
     marked = [family for family in families if any(text.startswith(family.marks) for text in said if family.marks)]
@@ -163,7 +167,7 @@ def family_of(content: Content) -> Family:
 
 
 def _in_proportion(pairs: Mapping[str, Factors], names: Names) -> bool:
-    """Whether each layer's sides have the ratio that they have in the published model, or if it has one size, those."""
+    """Return whether each layer's shape has the published model's ratio or, if the family has one size, its shape."""
     for name, factors in pairs.items():
         fused = names.known[name]
         part, layer = fused.layers[0]
@@ -180,7 +184,10 @@ def _in_proportion(pairs: Mapping[str, Factors], names: Names) -> bool:
 
 
 def pairs_of(content: Content) -> dict[str, Factors]:
-    """A, B and scale of each layer by its name in the file, in float32 or wider; refuses what is no plain LoRA."""
+    """Return A, B and scale of each layer by its name in the file, in float32 or wider.
+
+    Raises `InvalidArgument` for anything that is not a plain LoRA.
+    """
     if not content.tensors:
         raise InvalidArgument(content.flag, "there is no layer in it", "give a LoRA that was trained")
     down: dict[str, torch.Tensor] = {}
@@ -212,7 +219,7 @@ def pairs_of(content: Content) -> dict[str, Factors]:
         rank = len(down[name])
         try:
             scale = alpha[name].item() / rank if name in alpha else _scale(name, rank, content.configs)
-        except Exception:  # whatever a damaged configuration can raise
+        except Exception:  # a damaged configuration can raise many types
             fix = "repair its alpha, or lora_alpha and alpha_pattern of its configuration"
             raise InvalidArgument(content.flag, f"the scale of {name} is damaged", fix) from None
         if not (all(bool(torch.isfinite(factor).all()) for factor in factors) and math.isfinite(scale)):
@@ -222,12 +229,12 @@ def pairs_of(content: Content) -> dict[str, Factors]:
 
 
 def wide(value: torch.Tensor) -> torch.Tensor:
-    """A tensor in float32, or as it is in float64."""
+    """Return a tensor in float32, or unchanged if it is float64."""
     return value if value.dtype == torch.float64 else value.float()
 
 
 def _scale(name: str, rank: int, configs: Mapping[str, Mapping]) -> float:
-    """What PEFT's configuration says of a layer; 1 where there is none."""
+    """Return a layer's scale from PEFT's configuration, or 1 without one."""
     prefix = next(filter(name.startswith, configs), None)
     if prefix is None:
         return 1.0
@@ -240,9 +247,9 @@ def _scale(name: str, rank: int, configs: Mapping[str, Mapping]) -> float:
 
 
 def read_parts(content: Content, names: Names) -> Parts:
-    """The file's layers by their names in diffusers; refuses, by its name, one that the model does not have.
+    """Return the file's layers by their names in diffusers; raises `InvalidArgument` for layers that the model lacks.
 
-    Names that the family's table does not know go through diffusers' own converters for the family's pipeline.
+    Names that are not in the family's table go through diffusers' converters for the family's pipeline.
     """
     pairs = pairs_of(content)
     _refuse_unscaled(content, names)
@@ -266,14 +273,15 @@ def read_parts(content: Content, names: Names) -> Parts:
 
 
 def _another(names: Names) -> str:
-    """What mends a layer that the model does not have: where no model was given, the converter's options give one."""
+    """Return the fix for a layer that the model lacks: the options of the converter that name a model."""
     return "give the model that it was made for" + ("" if names.exact else " with --base or --family")
 
 
 def _refuse_unscaled(content: Content, names: Names) -> None:
-    """Refuse layers by PEFT's names whose scale is written somewhere else, as that of a checkpoint's weights is.
+    """Raise `InvalidArgument` for layers with PEFT's names whose scale is in another file, as with a checkpoint's
+    weights.
 
-    But for what diffusers reads all the same, with scale 1: files of some other trainers are like that.
+    Files of some other trainers look the same; diffusers reads them with scale 1, and so does this.
     """
     layers = [
         match["layer"]
@@ -291,13 +299,13 @@ def _refuse_unscaled(content: Content, names: Names) -> None:
 def _diffusers_reads(content: Content, names: Names, layers: Sequence[str]) -> bool:
     try:
         found = _converted(content.tensors, names)
-    except Exception:  # a converter that does not know the layers
+    except Exception:  # the converter does not know the layers
         return False
     return all(f"{names.family.denoiser}.{layer}.lora_A.weight" in found for layer in layers)
 
 
 def _shaped(flag: str, layer: str, factors: Factors, names: Names) -> Factors:
-    """Factors as the layer's weight has it: those of a 1 x 1 convolution may be written as a linear layer's."""
+    """Return factors in the shape of the layer's weight: a 1 x 1 convolution may be written as a linear layer."""
     if not names.exact:
         return factors
     (down, up, scale), wanted = factors, names.shapes[layer]
@@ -308,14 +316,15 @@ def _shaped(flag: str, layer: str, factors: Factors, names: Names) -> Factors:
 
 
 def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
-    """The layers as diffusers' own converters name them; refuses one that these leave out."""
+    """Return the layers with the names of diffusers' converters; raises `InvalidArgument` for layers that these
+    drop."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in content.tensors.items():
         ending = next(filter(None, (pattern.search(key) for pattern in (DOWN, UP, ALPHA, OLDEST))))
         layers.setdefault(key[: ending.start()], {})[key] = value
     whole: dict[str, torch.Tensor] = {}
-    with contextlib.suppress(Exception):  # a converter that does not know the layers
-        # One A for several layers is one tensor, which safetensors refuses to write twice.
+    with contextlib.suppress(Exception):  # the converter does not know the layers
+        # An A that several layers share is one tensor, which safetensors refuses to write twice.
         whole = {key: value.clone() for key, value in _converted(content.tensors, names).items()}
     if unread := [name for name, tensors in layers.items() if not _is_in(whole, tensors, names)]:
         problem = f"{min(unread, key=names.known.__contains__)} is no layer of {names.family.name} that diffusers reads"
@@ -326,7 +335,7 @@ def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
 def _is_in(whole: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], names: Names) -> bool:
     try:
         return bool(_converted(tensors, names).keys() & whole.keys())
-    except Exception:  # a converter that does not know the layer
+    except Exception:  # the converter does not know the layer
         return False
 
 
@@ -334,7 +343,7 @@ def _converted(tensors: Mapping[str, torch.Tensor], names: Names) -> dict[str, t
     family = names.family
     found = family.pipeline.lora_state_dict(dict(tensors), unet_config=names.config)
     state, alphas = found[:2] if isinstance(found, tuple) else (found, None)
-    if alphas:  # the names that come with them are known here, or nobody's
+    if alphas:  # the alphas' names are known here, or invalid
         raise ValueError(f"{next(iter(alphas))} is of no layer of {family.name}")
     denoiser = {key: value for key, value in state.items() if key.startswith(f"{family.denoiser}.")}
     text = {key: value for key, value in state.items() if key not in denoiser}
