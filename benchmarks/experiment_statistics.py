@@ -1,11 +1,12 @@
-"""How often an experiment claims a difference: simulated, with none and with one as large as is said to be detectable.
+"""Simulate experiments to measure how often they claim a difference: without any, and with one of the size of the MDE.
 
-Losses are y[label, seed, image] = what a seed, an image and both together do to a label, independent between labels;
-every label but the first is compared with it. `claims` says how many of the experiments without any difference claim
-one, by each way to judge: the experiment's own (Banerjee), one Student's t with Satterthwaite's degrees of freedom for
-the same variance, a t-test over seeds, and a bootstrap over seeds and images. Several comparisons: by Holm, whose
-first step decides whether there is any claim. `found` says how many find a difference of the size that is detectable
-at the true variances, and of the size that is estimated in the middle of experiments.
+Losses are y[label, seed, image]: the sum of effects of the seed, of the image, and of both together, independent
+between labels. Every label but the first is compared with the first. `claims` is the fraction of experiments without
+any difference that claim one, for each test: the experiment's own (Banerjee), a Student's t with Satterthwaite's
+degrees of freedom for the same variance, a t-test over seeds, and a bootstrap over seeds and images. Several
+comparisons are corrected by Holm's method, whose first step decides whether there is any claim. `found` is the fraction
+of experiments that find a difference of the size of the minimum detectable effect (MDE): of the one at the true
+variances, and of the median of the estimated ones.
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ from reslora.experiment.statistics import LEVEL, Spread, detectable, half_width,
 
 SEEDS, IMAGES, COMPARISONS = (2, 3, 5, 8), (10, 40), (1, 4)
 VARIANCES = ((0, 0, 1), (0.01, 0.1, 1), (0.1, 0.1, 1), (1, 0.1, 1), (0.1, 1, 1), (1, 1, 1), (0.3, 0.3, 0.1))
-"""Of a seed, an image, and both together."""
+"""Of a seed, of an image, and of both together."""
 RESAMPLES = 400
 ESTIMATED = 200
-"""Experiments whose estimate of what is detectable is looked at."""
+"""The number of experiments whose estimated MDE is computed."""
 
 
 def normal(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Return standard normal values."""
     return random.standard_normal(shape)
 
 
 def skewed(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """An exponential's, with mean 0 and variance 1: few of the images and seeds stand out."""
+    """Return exponential values, shifted to mean 0; their variance is 1, and a few images and seeds are outliers."""
     return random.exponential(size=shape) - 1
 
 
 def differences(random: np.random.Generator, draw, comparisons: int, sizes: tuple, variances: tuple) -> np.ndarray:
-    """Comparisons x experiments x seeds x images, without any true difference."""
+    """Return differences without any true effect: comparisons x experiments x seeds x images."""
     experiments, seeds, images = sizes
     shapes = (seeds, 1), (1, images), (seeds, images)
     losses = sum(
@@ -47,14 +49,16 @@ def differences(random: np.random.Generator, draw, comparisons: int, sizes: tupl
     return losses[1:] - losses[:1]
 
 
-# -- ways to judge: whether each of ... x seeds x images claims a difference at a level -------------------------------
+# -- tests: whether each of ... x seeds x images claims a difference at a level ----------------------------------------
 
 
 def ours(found: np.ndarray, level: float) -> np.ndarray:
+    """Return whether the experiment's own test claims a difference."""
     return np.abs(found.mean((-2, -1))) > half_width(spread_of(found), level)
 
 
 def satterthwaite(found: np.ndarray, level: float) -> np.ndarray:
+    """Return whether Student's t with Satterthwaite's degrees of freedom claims a difference."""
     (by_seed, by_image, rest), degrees = spread_of(found)
     total, alone = by_seed + by_image - rest, np.maximum(by_seed, by_image)
     parts = [square**2 / df for square, df in zip((by_seed, by_image, rest), degrees, strict=True)]
@@ -65,12 +69,14 @@ def satterthwaite(found: np.ndarray, level: float) -> np.ndarray:
 
 
 def t_over_seeds(found: np.ndarray, level: float) -> np.ndarray:
+    """Return whether a t-test over the seeds' means claims a difference."""
     means = found.mean(-1)
     error = means.std(-1, ddof=1) / np.sqrt(means.shape[-1])
     return np.abs(means.mean(-1)) > error * -special.stdtrit(means.shape[-1] - 1, level / 2)
 
 
 def bootstrap(found: np.ndarray, level: float) -> np.ndarray:
+    """Return whether a bootstrap over seeds and images claims a difference."""
     random, (seeds, images) = np.random.default_rng(0), found.shape[-2:]
     by_seed = random.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
     by_image = random.multinomial(images, np.full(images, 1 / images), RESAMPLES) / images
@@ -86,7 +92,7 @@ WAYS = {"ours": ours, "satterthwaite": satterthwaite, "t over seeds": t_over_see
 
 
 def simulate(experiments: int, draw, comparisons: int) -> list[dict]:
-    """A row for each number of seeds and images and each set of variances."""
+    """Return a row for each number of seeds and images and each set of variances."""
     rows = []
     for number, (seeds, images, variances) in enumerate(product(SEEDS, IMAGES, VARIANCES)):
         random = np.random.default_rng([number, comparisons])
@@ -99,9 +105,9 @@ def simulate(experiments: int, draw, comparisons: int) -> list[dict]:
 
 
 def power(found: np.ndarray, variances: tuple, level: float) -> dict:
-    """The share of experiments that find a difference as large as is said to be detectable."""
+    """Return the fraction of experiments that find a difference of the size of the MDE."""
     seeds, images = found.shape[-2:]
-    of_seeds, of_images, rest = 2 * np.array(variances)  # a difference has its reference's variance as well
+    of_seeds, of_images, rest = 2 * np.array(variances)  # a difference has the variance of both labels
     spread = spread_of(found)
     true = Spread(np.array([rest + images * of_seeds, rest + seeds * of_images, rest]), spread.degrees)
     known = detectable_of(true, level)
@@ -112,11 +118,12 @@ def power(found: np.ndarray, variances: tuple, level: float) -> dict:
 
 
 def detectable_of(true: Spread, level: float) -> float:
-    """`detectable` where the expected mean squares are known: it takes those it is given for medians."""
+    """Return `detectable` for known expected mean squares; it takes its arguments for medians."""
     return detectable(Spread(true.squares * special.chdtri(true.degrees, 0.5) / true.degrees, true.degrees), level)
 
 
 def main() -> None:
+    """Run all simulations, and write benchmarks/results/experiment/statistics.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiments", type=int, default=2000, help="simulated for each row")
     experiments = parser.parse_args().experiments
