@@ -8,9 +8,9 @@ trains any model of the families in reslora/diffusion/model/families. All option
 `train_text_to_image_lora.py` are available; docs/migrate.md lists the defaults that differ.
 
 On a CPU, the processes of a run share all cores; OMP_NUM_THREADS=N gives each process N threads. `accelerate launch`
-and `torchrun` set it to 1 themselves, so with them only 2 or more has an effect. For one thread, start the script
-without a launcher (OMP_NUM_THREADS=1 python train_sd.py), or with one core per process (taskset -c 0 accelerate launch
-...).
+and `torchrun` set it to 1 themselves, so with them only 2 or more has an effect. To train with one thread, start the
+script without a launcher (OMP_NUM_THREADS=1 python train_sd.py), or give it one core per process (taskset -c 0
+accelerate launch ...).
 """
 
 from __future__ import annotations

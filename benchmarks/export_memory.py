@@ -58,8 +58,10 @@ def predicted(denoiser: FluxTransformer2DModel) -> torch.Tensor:
 
 
 def export(way: str, base: Path, out: Path) -> float:
-    """Load, export and read back; return the largest difference of the two predictions, relative to the largest
-    value."""
+    """Load, export and read back a denoiser.
+
+    Returns the largest difference of the predictions before and after, relative to the largest value.
+    """
     if way == "whole":
         stored.IN_MEMORY = 2**62
     denoiser = stored.load_exact(FluxTransformer2DModel, base, HERE)

@@ -359,8 +359,7 @@ def norms(path: Path, scale: float = 1.0) -> dict[str, float]:
 
 
 def calibration_study(flags: list[str], task: str, args: argparse.Namespace) -> dict[str, float]:
-    """Return the test loss after an `lstsq` merge with 8, 32 and 128 training examples, and with 128 of another
-    task."""
+    """Return the test loss after `lstsq` merges with 8, 32 and 128 training examples, and 128 of another task."""
     other, most = "gsm8k" if task != "gsm8k" else "svamp", max(CALIBRATION_SIZES)
     lines = read_lines(args.text / other / "train.jsonl")[:most]
     return paper_models.calibration_losses(flags, CALIBRATION_SIZES, other, [json.loads(line) for line in lines])

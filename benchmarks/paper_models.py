@@ -32,8 +32,7 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def image_table(flags: list[str], method: Path) -> dict[str, dict]:
-    """Return the loss on held-out images of a train_sd.py method's last checkpoint, unmerged and merged by every
-    method."""
+    """Return the loss on held-out images of a method's last checkpoint, unmerged and merged by every method."""
     flags = parse_args([*flags, "--output_dir", str(method.parent)])
     context = settle(
         flags,

@@ -138,8 +138,7 @@ def limits_table() -> str:
 
 
 def convergence(name: str, results: dict[str, list[dict]]) -> str:
-    """Return a table of final validation losses and of the steps until LoRA's final loss of the same seed, and a
-    plot."""
+    """Return a table of final validation losses and of the steps until LoRA's final loss, and a plot."""
     finals = {result["seed"]: curve(result)[-1][1] for result in results.get("lora", [])}
     total = curve(next(iter(results.values()))[0])[-1][0]
     other = next((key for key in ("accuracy", "f1", "matthews", "pearson") if key in last_row(results)), None)

@@ -121,8 +121,10 @@ def seconds(work: Callable, device: str) -> float:
 
 
 def least_squares(width: int, rank: int, device: str) -> dict[str, float]:
-    """Return costs of one tensor that is read, and of one block that reads it; `bytes` exclude the regression
-    itself."""
+    """Return the costs of one tensor that is read, and of one block that reads it.
+
+    `bytes` exclude the regression's own tensors.
+    """
     x, own = torch.randn(ROWS, width, device=device), torch.randn(ROWS, rank, device=device)
     moments, norm = merging.Moments(torch.randn(rank, width, device=device)), torch.ones((), device=device)
     moments.inputs = inputs = Inputs(x)

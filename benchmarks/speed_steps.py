@@ -200,16 +200,14 @@ def bundled(device: str):
 
 
 def sd15(device: str):
-    """Return a U-Net of Stable Diffusion 1.5's size with random weights, batch 4 at 512 x 512 pixels, and its
-    targets."""
+    """Return a random U-Net of Stable Diffusion 1.5's size, batch 4 at 512 x 512 pixels, and its targets."""
     with torch.device(device):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     return unet, unet_batch(unet, 4, 77, device), ATTENTION
 
 
 def sdxl(device: str):
-    """Return a U-Net of Stable Diffusion XL's size with random weights, one image of 1024 x 1024 pixels, and its
-    targets."""
+    """Return a random U-Net of Stable Diffusion XL's size, one image of 1024 x 1024 pixels, and its targets."""
     with torch.device(device):
         unet, targets, inputs = speed_merge.sdxl()
     return unet, {name: fresh(value) for name, value in inputs.items()}, targets

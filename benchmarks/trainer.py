@@ -196,8 +196,7 @@ def downloaded(folder: Path) -> Path:
 
 
 def bundled(folder: Path) -> tuple[Path, Path, int]:
-    """Copy the bundled pipeline, because train_sd.py has its own defaults for the original, which are not
-    comparable."""
+    """Copy the bundled pipeline, because train_sd.py has special defaults for the original."""
     shutil.copytree(ROOT / "assets" / "pipeline", folder / "model")
     return folder / "model", ROOT / "assets" / "openmoji", 64
 

@@ -52,8 +52,7 @@ def default_run(args: argparse.Namespace) -> dict:
 
 
 def buckets(args: argparse.Namespace, bundled: Callable[[Path], tuple[Path, Path, int]], trainer: Path) -> dict:
-    """Compare a step with --use_aspect_ratio_buckets with one without, on square images, where both compute the
-    same."""
+    """Compare a step with buckets with one without, on square images, where both compute the same."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model, data, resolution = bundled(folder)

@@ -36,8 +36,7 @@ SEEDS = ("0", "1", "2", "3", "4")
 CONTROLS = ("lora", "lora_x2", "lora_x4", "lora_matched", "is_placebo", "ms_placebo")
 METHODS = (*CONTROLS, "reslora")
 BASELINES = ("lora", "loha", "lokr", "dora", "oft")
-"""In a separate experiment: their best learning rates are far higher, and every method tries the same number of
-them."""
+"""In a separate experiment, because their best learning rates are far higher, and all methods try equally many."""
 FEWER = ("lora", "lora_x2", "lora_matched", "is_placebo", "ms_placebo")
 """The controls that hypotheses 1 and 2 require; one run of a language model takes minutes."""
 UNDERTRAINED = ("lora", "lora_x2", "lora_x4")

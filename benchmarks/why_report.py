@@ -60,8 +60,7 @@ def why_tables() -> str:
 
 
 def summary_table() -> str:
-    """Return a row for every experiment: the number of significant differences, and the shortcut with the lowest
-    loss."""
+    """Return a row for every experiment: its significant differences, and the shortcut with the lowest loss."""
     rows = []
     for title, record, _ in records():
         found = to_lora(tested(record["arms"], record["chosen"]))
@@ -143,8 +142,7 @@ def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
 
 
 def rerun_line(tests: dict[str, np.ndarray]) -> str:
-    """Return how often a seed lies in the prediction interval of the others, and in the confidence interval of their
-    mean."""
+    """Return how often a seed lies in the intervals that the other seeds predict for a rerun and for the mean."""
     references = {label: "lora" for label in tests if label != "lora"}
     seeds = min(len(losses) for losses in tests.values())
     if "lora" not in tests or not references or seeds < 3:

@@ -32,8 +32,7 @@ class Batch:
     """Mean and standard deviation of the latents; None if the forward pass encodes the pixels."""
     pixels: torch.Tensor | None = None
     mask: torch.Tensor | None = None
-    """Batch x 1 x height x width, at the resolution of the pixels or of the latents: weight of the loss at each
-    position, 0 to 1."""
+    """Batch x 1 x height x width, like pixels or latents: the weight of the loss at each position, 0 to 1."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on `device`, copied without waiting for the device."""

@@ -12,8 +12,7 @@ SMALLEST, LONGEST = 0.88, 2.6  # least area as a fraction of the square's, and h
 
 
 def step_of(resolution: int, multiple: int) -> int:
-    """Return the grid step of bucket edges in pixels: at most a sixteenth of the resolution, if the model allows
-    that."""
+    """Return the step of bucket edges in pixels: a sixteenth of the resolution, rounded to the model's multiple."""
     return max(multiple, resolution // STEPS // multiple * multiple)
 
 
@@ -46,8 +45,7 @@ def named_buckets(text: str) -> list[Size]:
 
 
 def kept(image: tuple[int, int], size: Size) -> float:
-    """Return the fraction of an image (width and height) that is left after cropping it to the aspect ratio of
-    `size`."""
+    """Return the fraction of an image (width and height) that is left after cropping it to a size's aspect ratio."""
     ratio = image[0] / image[1] / (size.width / size.height)
     return min(ratio, 1 / ratio)
 

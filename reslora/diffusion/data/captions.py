@@ -69,16 +69,14 @@ class Recipe:
         return f"{SEPARATOR} ".join(kept + others)
 
     def _lines(self, caption: str) -> list[str]:
-        """Split a caption with wildcards into lines, one of which is chosen; kohya's scripts prefix only the first
-        line."""
+        """Return the lines of a caption with wildcards; one of them is chosen, and kohya prefixes only the first."""
         return ([line for line in caption.splitlines() if line.strip()] if self.wildcards else []) or [caption]
 
     def _with_affixes(self, caption: str) -> str:
         return " ".join(part for part in (self.prefix, caption, self.suffix) if part)
 
     def _resolved(self, caption: str, draws: torch.Generator | None) -> str:
-        """Replace `{red|blue}` by one of its options, the first if `draws` is None, and doubled braces by single
-        ones."""
+        """Replace `{red|blue}` by one option, the first if `draws` is None, and doubled braces by single ones."""
 
         def one(found: re.Match) -> str:
             if found[1] is None:

@@ -40,8 +40,7 @@ PAUSE = timedelta(seconds=1)  # between two attempts to get the lock
 
 
 def load_class_images(context: Context) -> list[ImageDataset]:
-    """Return the images in --class_data_dir after generating the missing ones with the base model; [] without the
-    option."""
+    """Return the images in --class_data_dir, after generating missing ones; [] without the option."""
     options = context.options
     if options.data.class_data_dir is None:
         return []
@@ -82,8 +81,10 @@ def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
 
 
 def draw_missing(context: Context) -> None:
-    """Generate images of --class_prompt until --num_class_images exist; the seed and its file name determine each
-    image."""
+    """Generate images of --class_prompt until --num_class_images exist.
+
+    The base model generates them. The seed and the file name determine each image.
+    """
     folder = Path(context.options.data.class_data_dir or "")
     if missing_class_images(context.options.data, context.options.output):
         folder.mkdir(parents=True, exist_ok=True)

@@ -40,8 +40,7 @@ class ImageDataset:
     """Images and their captions; their order is part of the run's randomness."""
 
     rows: datasets.Dataset
-    """Columns: `image` is `{"bytes", "path"}`; `captions` is a list of strings; `mask`, like `image`, with
-    --masked_loss."""
+    """Columns `image`, `{"bytes", "path"}`; `captions`, a list of strings; with --masked_loss, `mask`, like `image`."""
     captions: Sequence[Sequence[str]]
     """The captions of each image, in memory, because reading a row would read its image too."""
     left_out: tuple[str, ...] = ()
@@ -215,8 +214,7 @@ def read_folder(
     caption: str | None = None,
     deep: bool = True,
 ) -> Found | None:
-    """Read a folder with metadata.jsonl or .csv, or with a caption next to each image; return None for other
-    layouts."""
+    """Read a folder with metadata.jsonl or .csv, or with caption files; return None for other layouts."""
     everything = files_of(folder, data, output, deep)
     files = list(filter(is_image, everything))
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
@@ -385,8 +383,10 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
 
 
 def _captions(value: object, in_files: bool) -> list | str:
-    """Return the captions of a row, or what is wrong with them; `datasets` decodes only some text files of a
-    webdataset."""
+    """Return the captions of a row, or what is wrong with them.
+
+    In a webdataset, `datasets` decodes only some text files.
+    """
     if in_files and isinstance(value, str):
         value = value.encode()
     if isinstance(value, bytes):
@@ -414,8 +414,11 @@ def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: Da
 
 
 def _columns(rows: datasets.Dataset, layout: str | None, options: DataOptions, notes: list[str]) -> tuple[str, str]:
-    """Return the columns of images and captions; a webdataset names columns by suffix, so a single candidate is
-    used."""
+    """Return the columns of images and captions.
+
+    A webdataset names its columns by suffix; there, a single candidate is used. Raises `InvalidArgument` if a column is
+    missing.
+    """
     image, caption, known = options.image_column, options.caption_column, rows.column_names
     if layout == "webdataset":
         images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]

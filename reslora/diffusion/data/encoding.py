@@ -207,8 +207,10 @@ def encode_images(variants: Variants, key: object, vae: nn.Module, context: Cont
 
 
 def damaged_images(images: ImageDataset, context: Context) -> dict[int, str]:
-    """Return why images cannot be trained on, by number, if no latents are stored; the result is cached for later
-    runs."""
+    """Return why images cannot be trained on, by number, if no latents are stored.
+
+    Each image is opened once, and the result is cached for later runs.
+    """
     keys = [derive(mark, context.options.training.masked_loss and MASKED) for mark in images.marks]
     found = Encoded(cache_folder(context.options.model, context.options.output), "opened", keys)
     _fill(found, Damages(images, context.options.training.masked_loss), lambda item: item, "opening image", context)

@@ -186,8 +186,10 @@ def _opened(source: Content) -> PIL.ImageFile.ImageFile:
 
 
 def _orientation(image: PIL.ImageFile.ImageFile) -> object:
-    """Return the EXIF orientation without decoding pixels; PIL decodes a PNG file first, for it may follow the
-    pixels."""
+    """Return the EXIF orientation without decoding pixels.
+
+    In a PNG file it may follow the pixels, and PIL would decode these first.
+    """
     exif = PIL.Image.Image.getexif(image)
     if image.format == "PNG" and ORIENTATION not in exif:
         assert image.fp is not None

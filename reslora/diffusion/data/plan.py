@@ -63,8 +63,7 @@ class Plan:
 
     @functools.cached_property
     def met(self) -> dict[Size, float]:
-        """The ratio of actual to requested uses per epoch, by size: more than 1 if a bucket's last batch is filled
-        up."""
+        """The ratio of actual to requested uses per epoch, by size: above 1 if the last batch is filled up."""
         return {size: self._forwards(size) * self.per_forward / len(items) for size, items in self.buckets.items()}
 
     def updates_per_epoch(self, accumulation: int) -> int:

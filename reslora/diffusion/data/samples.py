@@ -241,8 +241,7 @@ def losses_of(
 
 
 def measured(material: Material) -> list[tuple[int, int]]:
-    """Return the held-out images for comparisons: at most --max_validation_images, the first by a hash of their
-    content."""
+    """Return at most --max_validation_images of the held-out images: the first by a hash of their content."""
     marks = {image: material.sources[image[0]].images.marks[image[1]] for image in material.held_out}
     order = sorted(marks, key=lambda image: derive("max_validation_images", marks[image]))
     chosen = set(order[: material.validation.max_validation_images])

@@ -1,5 +1,4 @@
-"""Rows of metadata.jsonl and metadata.csv with their line numbers for errors, and checks of the files that they
-name."""
+"""Rows of metadata.jsonl and metadata.csv with line numbers for errors, and checks of the named files."""
 
 from __future__ import annotations
 

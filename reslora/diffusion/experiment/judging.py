@@ -74,8 +74,10 @@ def numbers(losses: torch.Tensor) -> list[float | None]:
 
 
 def export_chosen(step: int, setting: Setting) -> list[str]:
-    """Write the LoRA files of an arm's checkpoint to the experiment's folder, replacing an earlier choice; return
-    names."""
+    """Write the LoRA files of an arm's checkpoint to the experiment's folder; return their names.
+
+    They replace the files of an earlier choice.
+    """
     context, metadata = setting.context, None
     schedule = dataclasses.replace(setting.schedule, steps=step)
     with chosen_parts(step, setting) as (parts, _):

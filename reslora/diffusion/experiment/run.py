@@ -115,8 +115,10 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
 
 
 def take_folder(grid: Grid[Options]) -> None:
-    """Check the folder's content, and remove partial files of a killed start; raises `InvalidArgument` if it is in
-    use."""
+    """Check the folder's content, and remove partial files of a killed start.
+
+    Raises `InvalidArgument` if the folder cannot be used for this experiment.
+    """
     course = Course(grid)
     Status(course.folder).say("preparing")
     check_folder(grid)

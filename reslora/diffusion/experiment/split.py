@@ -42,8 +42,10 @@ Image = tuple[int, int]
 
 @dataclass(frozen=True)
 class Parts:
-    """The split, in the order of the hash; the selection and test parts have one image of each group of
-    near-duplicates."""
+    """The split, in the order of the hash.
+
+    The selection and test parts have one image of each group of near-duplicates.
+    """
 
     train: tuple[Image, ...]
     select: tuple[Image, ...]

@@ -64,8 +64,7 @@ class Model:
         return f"--pretrained_vae_model_name_or_path {self.vae}" if self.vae else self.flag
 
     def fingerprint(self, *parts: str) -> str:
-        """Return a hash of the names and contents of these parts' files, wherever they are; without arguments, of
-        all parts."""
+        """Return a hash of names and contents of the files of `parts`, or of all parts without arguments."""
         family, marks = self.family, []
         for part in parts or (family.denoiser, "vae", "scheduler", *family.text_parts):
             other = self.vae if part == "vae" else None
@@ -169,8 +168,7 @@ class Model:
         return {part.name: getattr(pipeline, part.name) for part in parts}
 
     def empty_denoiser(self) -> nn.Module:
-        """Return the denoiser on the meta device, after checking that its files are complete and have the right
-        shapes."""
+        """Return the denoiser on the meta device, after checking that its files are complete."""
         with refused_as(self.flag, "repair the folder"), torch.device("meta"):
             denoiser = self.family.denoiser_class.from_config(self.denoiser_config())
         check_weights(self.denoiser_folder, self.variant, denoiser, self.flag)
@@ -266,8 +264,7 @@ def check_hub(options: ModelOptions, flag: str) -> None:
 
 
 def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
-    """Convert a single-file checkpoint to a folder in diffusers format, once, in the cache folder; return the
-    folder."""
+    """Convert a single-file checkpoint to a diffusers folder in the cache, once; return the folder."""
     flag = f"--pretrained_model_name_or_path {path}"
     folder = cache_folder(model, output) / f"model-{path.stem}-{content_mark(path).replace(':', '-')}"
     if (folder / "model_index.json").is_file():

@@ -164,8 +164,10 @@ Objective = DdpmObjective | FlowObjective
 
 
 def between_of(options: TrainingOptions, timesteps: int) -> tuple[int, int]:
-    """Return the range of timesteps to sample from, without its end; raises `InvalidArgument` if the model lacks
-    them."""
+    """Return the range of timesteps to sample from, without its end.
+
+    Raises `InvalidArgument` if the range is empty, or the model has fewer timesteps.
+    """
     least, below = options.min_timestep, timesteps if options.max_timestep is None else options.max_timestep
     if below > timesteps:
         raise InvalidArgument(f"--max_timestep {below}", f"the model has {timesteps}", f"give {timesteps} or less")

@@ -49,8 +49,7 @@ class Format:
 
 
 def pack_rows(weight: torch.Tensor, *, code: torch.dtype, largest: float) -> Packed:
-    """Quantize a weight (q x p) to codes of dtype `code` with absolute values up to `largest`, and one scale per
-    row."""
+    """Quantize a weight (q x p) to codes of dtype `code`, at most `largest`, and one scale per row."""
     weight = weight.float()
     scales = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * largest) / largest
     scaled = weight / scales

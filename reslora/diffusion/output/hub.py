@@ -47,8 +47,10 @@ def own_card(folder: Path) -> Path | None:
 
 
 def check_upload(options: OutputOptions) -> None:
-    """Raise `InvalidArgument` if the repository cannot be created, and report if the user's model card will be
-    uploaded."""
+    """Create the repository if necessary, and print whether the user's own model card will be uploaded.
+
+    Raises `InvalidArgument` if the repository cannot be created.
+    """
     hub_repository(options)
     if (own := own_card(Path(options.output_dir))) is not None:
         print(f"--push_to_hub: {own} will be uploaded as it is; remove it to have a model card written", flush=True)
@@ -79,8 +81,10 @@ def publish(context: Context) -> None:
 def files_of(
     adapter: MethodOptions, validation: ValidationOptions, output_options: OutputOptions
 ) -> dict[str, Path | bytes]:
-    """Return the uploaded files by path in the repository, without the card; a single method's weights also at the
-    root."""
+    """Return the uploaded files, except the card, by path in the repository.
+
+    The weights of a single method are also at the root.
+    """
     output, files = Path(output_options.output_dir), dict[str, Path | bytes]()
     for pattern in (
         "loss.png",

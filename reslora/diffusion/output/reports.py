@@ -70,8 +70,10 @@ class Reports:
             self.noted["by_timestep"] = dict(by_timestep)
 
     def flush(self) -> float | None:
-        """Write the stored row to the log and the trackers; return its loss, or raise `Diverged` if it is not
-        finite."""
+        """Write the stored row to the log and the trackers, and return its loss.
+
+        Raises `Diverged` if the loss is not finite.
+        """
         row, self.noted = self.noted, None
         if row is None:
             return None
@@ -149,8 +151,10 @@ class Reports:
 
 
 class Validation:
-    """Validation loss and samples of a denoiser, computed by the main process or, for a sharded base, by all
-    processes."""
+    """Validation loss and samples of a denoiser.
+
+    The main process computes them; for a sharded base, all processes do.
+    """
 
     def __init__(
         self, loss: DenoisingLoss, material: Material, drawer: Drawer, accelerator: Accelerator, stop: StopRequest
@@ -159,8 +163,10 @@ class Validation:
         self.accelerator, self.stop = accelerator, stop
 
     def __call__(self, learner: Learner, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
-        """Compute validation loss and samples, and set `learner.over`; a resumed run repeats what a stop
-        interrupted."""
+        """Compute validation loss and samples, and set `learner.over`.
+
+        A resumed run repeats what a stop interrupted.
+        """
         validation, denoiser = self.material.validation, learner.denoiser
         with learner.averaged():
             if "loss" in parts and self.material.held_out:
@@ -208,8 +214,7 @@ class Validation:
         return self.loss(denoiser, batch, weighted=False)
 
     def by_timestep(self, losses: torch.Tensor) -> dict[str, float]:
-        """Return the mean over images at each fixed timestep, from 0 to 1, which is pure noise; empty without fixed
-        ones."""
+        """Return the mean over images at each fixed timestep, from 0 to 1 (pure noise); {} without fixed ones."""
         if losses.dim() == 1:
             return {}
         objective = self.material.objective

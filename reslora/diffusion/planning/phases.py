@@ -78,8 +78,10 @@ class Rehearsal:
         self.unknown: list[str] = []
 
     def known(self, what: str, trace: Callable[[], int]) -> int | None:
-        """Return the result of `trace`, or None, with a line in `unknown`, if the model does not run on fake
-        tensors."""
+        """Return the result of `trace`, or None if the model does not run on fake tensors.
+
+        In that case, `unknown` gets a line with the reason.
+        """
         try:
             return trace()
         except Exception as error:  # data-dependent shapes, kernels without a fake version, third-party code
@@ -150,8 +152,10 @@ class Rehearsal:
         return self.stage.place(part)
 
     def encoding_captions(self) -> Phase | None:
-        """Return the phase that encodes captions with the autoencoder loaded; None if each step encodes its own
-        captions."""
+        """Return the phase that encodes captions, with the autoencoder loaded.
+
+        None if each step encodes its own captions.
+        """
         if not self.options.data.cache_text_embeddings or not self.peak_of_encoders:
             return None
         found: Held = {ENCODERS: held(*self.encoders), AUTOENCODER: held(self.pipeline.vae)}
@@ -165,8 +169,7 @@ class Rehearsal:
     # -- batches -------------------------------------------------------------------------------------------------------
 
     def text(self, count: int, dtype: torch.dtype | None = None) -> Text:
-        """Return text states of `count` captions: the last as long as the shortest caption, the others as the
-        longest."""
+        """Return text states of `count` captions: the longest caption's, except the last, which are the shortest's."""
         longest, shortest = self.texts
         texts = [longest, *[longest] * (count - 2), shortest][:count]
         empty = self.stage.empty
@@ -230,8 +233,10 @@ class Rehearsal:
         return trained.train()
 
     def _step(self, trained: Trained) -> int:
-        """Return the peak of activations, in bytes, of a forward and backward pass, without weights and their
-        gradients."""
+        """Return the peak of activations, in bytes, of a forward and backward pass.
+
+        Weights and their gradients are not counted.
+        """
         with self.stage(trained, self.pipeline.vae, *self.encoders) as live:
             for parameter in trained.parameters():
                 if parameter.requires_grad:

@@ -124,8 +124,7 @@ class Family:
         return tuple(name for name in self.text_parts if name.replace("tokenizer", "text_encoder") not in trainable)
 
     def unread_weights(self, denoiser: nn.Module) -> dict[str, list[nn.Parameter]]:
-        """Return the trainable weights that get no gradient because their output is unused, by part of the last
-        block."""
+        """Return trainable weights without a gradient, because their output is unused, by part of the last block."""
         found: dict[str, list[nn.Parameter]] = {}
         for part in self.unread:
             start = f"transformer_blocks.{denoiser.config.num_layers - 1}.{part}."
@@ -169,8 +168,10 @@ class Family:
         raise NotImplementedError
 
     def encode_images(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-        """Return mean and standard deviation of the latents (batch x 2 x channels x height x width) of pixels in
-        [-1, 1]."""
+        """Return mean and standard deviation of the latents of pixels in [-1, 1].
+
+        The shape is batch x 2 x channels x height x width.
+        """
         posterior = vae.encode(pixels).latent_dist
         return torch.stack([posterior.mean, posterior.std], dim=1)
 

@@ -36,8 +36,7 @@ ORIGINAL = {
 
 
 class Flux2Klein(Family):
-    """FLUX.2 klein, trained as in diffusers' train_dreambooth_lora_flux2_klein.py; the text's attention is trained,
-    too."""
+    """FLUX.2 klein, trained as in diffusers' train_dreambooth_lora_flux2_klein.py, with the text's attention."""
 
     name = "flux2_klein"
     pipeline = Flux2KleinPipeline
@@ -85,8 +84,7 @@ class Flux2Klein(Family):
         return (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Return packed latents, `s`, text states, and position ids of text and image; there is no guidance
-        embedding."""
+        """Return packed latents, `s`, text states, and position ids of text and image, without guidance."""
         states = conditions.text["states"]
         return {
             "hidden_states": self.pipeline._pack_latents(noisy),

@@ -65,8 +65,7 @@ class Krea2(WithQwenAutoencoder):
         return [count + around for count in super().token_counts(pipeline, tokenizer, begun)]
 
     def encode_captions(self, pipeline, captions, longest):
-        """Return `states`: a list of (tokens x layers x width), with the tokens of the caption and of the template's
-        suffix."""
+        """Return `states`: a list of (tokens x layers x width), with the tokens of the caption and the suffix."""
         needed = max(self.token_counts(pipeline, pipeline.tokenizer, captions))  # else `longest` tokens are computed
         states, mask = pipeline.encode_prompt(
             list(captions), device=pipeline.text_encoder.device, max_sequence_length=min(longest, needed)
@@ -88,8 +87,7 @@ class Krea2(WithQwenAutoencoder):
         }  # fmt: skip
 
     def drawing_inputs(self, pipeline, text, negative, empty=True):
-        """Return text states of the captions and of the negative prompt, padded to the same length, as the pipeline
-        requires."""
+        """Return text states of captions and negative prompt, padded to one length, as the pipeline requires."""
         states, count = list(text["states"]), len(text["states"])
         both, mask = side_by_side([*states, *[negative["states"][0]] * count])
         return {

@@ -43,8 +43,7 @@ class QwenImage(WithQwenAutoencoder):
         return {"states": without_padding(states, mask)}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Return packed latents, `s`, text states with their mask, and frames, rows and columns of each image's
-        tokens."""
+        """Return packed latents, `s`, text states with their mask, and (frames, rows, columns) of each image."""
         batch, _, height, width = noisy.shape
         states, mask = padded_inputs(conditions.text["states"])
         return {

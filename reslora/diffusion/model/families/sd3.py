@@ -108,8 +108,10 @@ class StableDiffusion3(Family):
         }
 
     def model_version(self, config, predicts_v=False):
-        """Return the names by model size: 3 medium has 24 blocks, 3.5 large 38, and 3.5 medium has dual attention in
-        some."""
+        """Return the names by model size.
+
+        3 medium has 24 blocks, 3.5 large has 38, and 3.5 medium has dual attention in some blocks.
+        """
         if config.dual_attention_layers:
             return "sd3.5_medium", "stable-diffusion-3.5-medium"
         large = config.num_layers >= 38

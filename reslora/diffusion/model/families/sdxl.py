@@ -47,8 +47,10 @@ class StableDiffusionXL(Family):
     }
 
     def unfit(self, parts):
-        """Return why it cannot be trained, if it is a refiner: that has five size conditions, not six, and one text
-        encoder."""
+        """Return a problem if the U-Net is a refiner's, or if it does not fit the text encoders.
+
+        A refiner has five size conditions instead of six, and one text encoder.
+        """
         try:
             unet, pooled = parts["unet"], parts["text_encoder_2"]["projection_dim"]
             told = unet["projection_class_embeddings_input_dim"] - pooled
@@ -84,8 +86,10 @@ class StableDiffusionXL(Family):
         }
 
     def drawing_inputs(self, pipeline, text, negative, empty=True):
-        """Return states and pooled states; an empty negative prompt becomes zeros if the pipeline's configuration
-        says so."""
+        """Return states and pooled states of prompt and negative prompt.
+
+        An empty negative prompt becomes zeros if the pipeline's configuration has `force_zeros_for_empty_prompt`.
+        """
         negative = {name: value.to(text[name]).expand_as(text[name]) for name, value in negative.items()}
         if empty and pipeline.config.force_zeros_for_empty_prompt:
             negative = {name: torch.zeros_like(value) for name, value in text.items()}
@@ -101,8 +105,7 @@ class StableDiffusionXL(Family):
         return stability_name(config, name)
 
     def kohya_name(self, config, name):
-        """Return the name in Stability AI's code or, for deep U-Nets, in diffusers, which kohya's scripts read as
-        well."""
+        """Return the name in Stability AI's code or, for deep U-Nets, in diffusers; kohya's scripts read both."""
         # With two-digit numbers, diffusers confuses block 1 with block 10.
         deep = len(config.block_out_channels) * (config.layers_per_block + 1) > 10
         return name if deep else self.original_name(config, name)

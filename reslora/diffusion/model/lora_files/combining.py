@@ -43,8 +43,7 @@ def _sum(terms: Sequence[tuple[Factors, float]]) -> Factors:
 
 
 def reduced(parts: Mapping[str, Mapping[str, Factors]], rank: int) -> tuple[Parts, dict[str, float]]:
-    """Return the best approximation at `rank` of every layer of a higher rank, and its relative error (Frobenius
-    norm)."""
+    """Return the best approximation of every layer at `rank` or less, and the relative errors (Frobenius norm)."""
     found: Parts = {}
     errors = {}
     for part, layers in parts.items():

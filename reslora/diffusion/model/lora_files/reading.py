@@ -316,8 +316,10 @@ def _shaped(flag: str, layer: str, factors: Factors, names: Names) -> Factors:
 
 
 def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
-    """Return the layers with the names of diffusers' converters; raises `InvalidArgument` for layers that these
-    drop."""
+    """Return the layers with the names of diffusers' converters.
+
+    Raises `InvalidArgument` for layers that the converters drop.
+    """
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in content.tensors.items():
         ending = next(filter(None, (pattern.search(key) for pattern in (DOWN, UP, ALPHA, OLDEST))))
