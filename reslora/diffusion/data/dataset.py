@@ -169,7 +169,7 @@ def usable(
         masked += [is_masked(source, _source(row, "mask"))] if training.masked_loss else []
     if not keep:
         example = f" (for example {left_out[0]})" if left_out else ""
-        fix = "add a metadata.jsonl, or .txt captions beside the images"
+        fix = "add a metadata.jsonl, or .txt captions next to the images"
         raise InvalidArgument(data_flag(data), f"no image with a caption in it{example}", fix)
     rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
     return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked)
@@ -229,11 +229,11 @@ def read_folder(
     if not any(texts) and (caption is None or not files):
         if layout_of(everything, folder) or data.dataset_name:
             return None
-        what = f"{counted(len(files), 'image')} without captions (class folders are none)" if files else "no images"
-        fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions beside the images"
+        what = f"{counted(len(files), 'image')} without captions (folder names do not count)" if files else "no images"
+        fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions next to the images"
         if above := above_repeated(files):
-            fix = f"name {above[0]}, where kohya's folders (10_name) say repeats and captions, or {fix}"
-        raise InvalidArgument(data_flag(data), what, f"{fix}; other layouts may be what --dataset_name reads")
+            fix = f"name {above[0]}, whose folders have kohya's names (10_name) for repeats and captions, or {fix}"
+        raise InvalidArgument(data_flag(data), what, f"{fix}; --dataset_name reads other layouts")
     otherwise = [] if caption is None else [caption]
     found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
     if twice := sum(len(beside) > 1 for beside in texts):
@@ -253,8 +253,8 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
     of_class = options.class_data_dir is not None and folder == Path(options.class_data_dir)  # computed repeats
     if repeated and not of_class:
         found.notes.append(
-            f"{counted(len(repeated), 'image')} in kohya's folders (10_name), whose repeats do not count: they do if "
-            f"{repeated[0]} is named, as a folder of images without a metadata file"
+            f"{counted(len(repeated), 'image')} in kohya's folders (10_name), whose repeats are ignored: to use them, "
+            f"name {repeated[0]}, as a folder of images without a metadata file"
         )
     return found
 
@@ -408,8 +408,8 @@ def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: Da
     """
     missing = unlisted(rows, list(filter(is_image, everything)))
     if captioned := [path for path in missing if caption_files(path)]:
-        problem = f"{counted(len(captioned), 'image')} with captions beside, such as {captioned[0]}, but in no metadata"
-        raise InvalidArgument(data_flag(options), problem, f"put them into a folder of their own, and {ONE_BY_ONE}")
+        problem = f"{counted(len(captioned), 'image')} with caption files, such as {captioned[0]}, but without metadata"
+        raise InvalidArgument(data_flag(options), problem, f"put them into a separate folder, and {ONE_BY_ONE}")
     return [f"{counted(len(missing), 'image')} not read: not in the metadata, or of another split"] if missing else []
 
 
@@ -425,7 +425,7 @@ def _columns(rows: datasets.Dataset, layout: str | None, options: DataOptions, n
         image = images[0] if image not in known and len(images) == 1 else image
         texts = [suffix[1:] for suffix in CAPTIONS if suffix[1:] in known]
         caption = texts[0] if caption not in known and texts else caption
-        notes.append(f"the images are {image} of the .tar files, the captions {caption}")
+        notes.append(f"columns of the .tar files: images {image}, captions {caption}")
     for flag, column in (("--image_column", image), ("--caption_column", caption)):
         if column not in known:
             more = f" and {len(known) - 20} more" if len(known) > 20 else ""

@@ -58,8 +58,8 @@ class Parts:
     """The smallest --test_split that gives enough images for a comparison."""
 
     def __str__(self) -> str:
-        numbers = f"{self.trained} to train on, {len(self.select)} to choose by, {len(self.test)} to compare by"
-        return f"images: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
+        numbers = f"{self.trained} for training, {len(self.select)} for selection, {len(self.test)} for the test"
+        return f"images: {numbers}; {self.duplicates} near-duplicates, each in the part of its original"
 
 
 def parts_of(
@@ -102,8 +102,8 @@ def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) ->
     """Raise `InvalidArgument` if some part would be empty. `alike`: names of two images that count as one."""
     if images < 3:
         example = f" ({' and '.join(alike)} look alike)" if alike else ""
-        number = f"{counted(images, 'image')} but for near-duplicates{example}"
-        problem = f"{number}, and training, choosing and comparing take others each"
+        number = f"{counted(images, 'image')} without near-duplicates{example}"
+        problem = f"{number}, and training, selection and test need different ones"
         raise InvalidArgument(data_flag(options), problem, "give at least 3, better 30 or more")
 
 
