@@ -72,7 +72,7 @@ def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
     there = sum(map(is_image, everything))
     missing, metadata = data.num_class_images - there, [path for path in everything if path.name in METADATA]
     if missing > 0 and metadata:  # training would not use images that the metadata does not list
-        problem = f"{missing} missing images would be generated, which {metadata[0]} does not list"
+        problem = f"{missing} more would be generated, which {metadata[0]} does not list"
         fix = f"give --num_class_images {there}, or remove that file"
         raise InvalidArgument(f"--num_class_images {data.num_class_images}", problem, fix)
     if missing > 0:
@@ -140,7 +140,7 @@ def draw(folder: Path, missing: int, context: Context) -> None:
         for path, image in zip(paths, drawn, strict=True):
             with replacing(path) as temporary:
                 image.save(temporary, format="PNG")
-        context.status.count("drawing class image", first + len(paths), len(todo))
+        context.status.count("generating class image", first + len(paths), len(todo))
 
 
 def balanced(training: Sequence[Source], of_class: Sequence[Source], per_forward: int) -> tuple[Source, ...]:

@@ -56,11 +56,11 @@ class Plan:
         """Return the table, with phases as columns, and the peak."""
         unit, name = (GIBI, "GiB") if self.peak.total >= GIBI else (2**20, "MiB")
         rows = [row for row in ROWS if any(row in phase.held for phase in self.phases)]
-        lines = [f"{f'planned memory in {name}':<24}" + "".join(f"{phase.name:>20}" for phase in self.phases)]
+        lines = [f"{f'planned memory in {name}':<24}" + "".join(f"{phase.name:>24}" for phase in self.phases)]
         for row in rows:
             cells = [shown(phase.held[row], unit) if row in phase.held else "" for phase in self.phases]
-            lines.append(f"{row:<24}" + "".join(f"{cell:>20}" for cell in cells))
-        lines.append(f"{'total':<24}" + "".join(f"{shown(phase.total, unit):>20}" for phase in self.phases))
+            lines.append(f"{row:<24}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"{'total':<24}" + "".join(f"{shown(phase.total, unit):>24}" for phase in self.phases))
         free = "" if self.free is None else f" of {self.free / unit:.2f} {name} free on {self.where}"
         most = f"peak: {shown(self.peak.total, unit)} {name}{free}, while {self.peak.name}"
         return "\n".join([*lines, *self.unknown, f"{most}; latents and text states are on disk"])
