@@ -5,7 +5,8 @@
         --method reslora --shortcut block --pre_num 4
 
 The first form trains a tiny bundled LLaMA on a small generated task, in a few minutes on two CPU cores; the second any
-causal model. All flags of transformers' `TrainingArguments` are here and mean the same; some defaults are others.
+causal model. All options of transformers' `TrainingArguments` are available with the same meaning; some defaults
+differ.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from reslora.options.texts import LlmOptions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains what the flags say and returns the exit status; what the user can mend is one line on stderr."""
+    """Train as the options say, and return the exit status; user errors are one line on stderr."""
     return run_script("train_llm.py", start, argv)
 
 
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
-    """Parses the options, and imports heavy libraries only once these are known to make sense."""
+    """Parse the options, and import heavy libraries only after they were checked."""
     asked = read(LlmOptions, "train_llm.py", argv, __doc__)
     from reslora.language import llm
 

@@ -5,11 +5,12 @@
 
 The first form trains the bundled 64x64 pipeline on the bundled images, in a few minutes on two CPU cores. The second
 trains any model of the families in reslora/diffusion/model/families. All options of diffusers'
-`train_text_to_image_lora.py` are here; docs/migrate.md says which defaults differ.
+`train_text_to_image_lora.py` are available; docs/migrate.md lists the defaults that differ.
 
-On a CPU the processes of a run share all cores; OMP_NUM_THREADS=N gives each of them N threads. `accelerate launch` and
-`torchrun` set it to 1 by themselves, so from them only 2 or more counts. For one thread, leave the launcher out
-(OMP_NUM_THREADS=1 python train_sd.py), or give it as many cores as processes (taskset -c 0 accelerate launch ...).
+On a CPU, the processes of a run share all cores; OMP_NUM_THREADS=N gives each process N threads. `accelerate launch`
+and `torchrun` set it to 1 themselves, so with them only 2 or more has an effect. To train with one thread, start the
+script without a launcher (OMP_NUM_THREADS=1 python train_sd.py), or give it one core per process (taskset -c 0
+accelerate launch ...).
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from reslora.options.grid import Grid
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains what the flags say and returns the exit status; what the user can mend is one line on stderr."""
+    """Train as the options say, and return the exit status; user errors are one line on stderr."""
     share_cores_politely()
     return run_script("train_sd.py", start, argv)
 
 
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
-    """Parses the flags, and imports heavy libraries only once these are known to make sense."""
+    """Parse the options, and import heavy libraries only after they were checked."""
     asked = parse_args(argv, __doc__)
     if asked.flat()["plan"]:
         from reslora.diffusion.run import show_plan
@@ -49,10 +50,10 @@ def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
 
 
 def share_cores_politely() -> None:
-    """How long an idle thread of GNU OpenMP spins before it sleeps (its default: 300,000 turns).
+    """Limit how long an idle thread of GNU OpenMP spins before it sleeps (its default is 300,000 iterations).
 
-    Spinning that long is ten times slower on cores that others use too; sleeping at once makes a small U-Net's step
-    half as long again.
+    Long spinning is ten times slower on cores that other processes use too. Without spinning, a step of a small U-Net
+    takes half as long again.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")

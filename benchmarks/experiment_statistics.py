@@ -48,11 +48,12 @@ ESTIMATED = 200
 
 
 def normal(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Return standard normal values."""
     return random.standard_normal(shape)
 
 
 def skewed(random: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """An exponential's, with mean 0 and variance 1: few of the images and seeds stand out."""
+    """Return exponential values, shifted to mean 0; their variance is 1, and a few images and seeds are outliers."""
     return random.exponential(size=shape) - 1
 
 
@@ -70,6 +71,7 @@ def losses_of(
 
 
 def ours(found: np.ndarray, level: float) -> np.ndarray:
+    """Return whether the experiment's own test claims a difference."""
     return np.abs(found.mean((-2, -1))) > half_width(spread_of(found), level)
 
 
@@ -84,12 +86,14 @@ def satterthwaite(found: np.ndarray, level: float) -> np.ndarray:
 
 
 def t_over_seeds(found: np.ndarray, level: float) -> np.ndarray:
+    """Return whether a t-test over the seeds' means claims a difference."""
     means = found.mean(-1)
     error = means.std(-1, ddof=1) / np.sqrt(means.shape[-1])
     return np.abs(means.mean(-1)) > error * -special.stdtrit(means.shape[-1] - 1, level / 2)
 
 
 def bootstrap(found: np.ndarray, level: float) -> np.ndarray:
+    """Return whether a bootstrap over seeds and images claims a difference."""
     random, (seeds, images) = np.random.default_rng(0), found.shape[-2:]
     by_seed = random.multinomial(seeds, np.full(seeds, 1 / seeds), RESAMPLES) / seeds
     by_image = random.multinomial(images, np.full(images, 1 / images), RESAMPLES) / images

@@ -1,4 +1,4 @@
-"""What a training of `paper.py` has left, loaded by the project's own modules: merged by every method, and judged."""
+"""Load the trained models of `paper.py` with the project's modules, merge them by every method, and evaluate them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from reslora.options.texts import LlmOptions
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The checkpoint of the most steps."""
+    """Return the checkpoint of the last step."""
     return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def image_table(flags: list[str], method: Path) -> dict[str, dict]:
-    """Loss on held-out images of a train_sd.py method's last checkpoint, unmerged and merged by every method."""
+    """Return the loss on held-out images of a method's last checkpoint, unmerged and merged by every method."""
     flags = parse_args([*flags, "--output_dir", str(method.parent)])
     context = settle(
         flags,
@@ -60,8 +60,10 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
 
 
 def calibration_losses(flags: list[str], counts: Sequence[int], other: str, rows: list[dict]) -> dict[str, float]:
-    """Test loss of a train_llm.py run's last checkpoint, merged by `lstsq` from so many of its training examples; and
-    from the rows of another task, as many as the largest count."""
+    """Return the test loss of a train_llm.py run's last checkpoint after `lstsq` merges.
+
+    The merges read so many of its training examples and, with the largest count, examples of another task.
+    """
     study = llm.LlmStudy()
     parsed = study.arguments(read(LlmOptions, llm.PROG, flags))
     arguments, own = parsed.training, study.read(parsed)

@@ -1,4 +1,4 @@
-"""Plots of what `why.py run` has found: every comparison with LoRA, and loss against learning rate by method."""
+"""Plots of the results of `why.py run`: every comparison with LoRA, and loss by learning rate and method."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ LINES = {
 }  # fmt: skip
 """Labels of the second plot; an experiment without any of its shortcuts shows all of its labels."""
 HIGHEST = 12.0
-"""Percent above LoRA's lowest loss where that plot ends."""
+"""Upper limit of that plot, in percent above LoRA's lowest loss."""
 
 
 def color_of(label: str) -> str:
-    """Of the kind of method that a label is."""
+    """Return the color of a label's kind of method."""
     kinds = (("reslora", SHORTCUT), ("lora_", ALPHA), ("is_placebo", PLACEBO), ("ms_placebo", PLACEBO))
     return next((color for start, color in kinds if label.startswith(start)), OTHER)
 
 
 def forest() -> Figure:
-    """Difference to LoRA, 95% interval and minimum detectable effect of every label of every experiment."""
+    """Plot difference to LoRA, 95% interval and minimum detectable effect of every label of every experiment."""
     columns: list[list[Kept]] = [[], []]
     for each in records():
         columns["transformer" not in each.title].append(each)
@@ -39,7 +39,7 @@ def forest() -> Figure:
     figure = plt.figure(figsize=(12, 0.19 * rows + 1), layout="constrained")
     for part, column, all_verdicts in zip(figure.subfigures(1, 2), columns, found, strict=True):
         heights = [len(verdicts) + 1.2 for verdicts in all_verdicts]
-        spare = rows - sum(heights) - len(heights)  # so that a row is as high in both columns
+        spare = rows - sum(heights) - len(heights)  # so that rows have the same height in both columns
         ratios = {"height_ratios": [*heights, max(spare, 0.01)]}
         axes = part.subplots(len(column) + 1, 1, squeeze=False, gridspec_kw=ratios)[:, 0]
         axes[-1].axis("off")
@@ -57,7 +57,7 @@ def forest() -> Figure:
 
 
 def forest_panel(axis: Axes, title: str, verdicts: Sequence[dict], widest: float) -> None:
-    """One experiment, the lowest loss on top; what is beyond `widest` percent is cut off."""
+    """Plot one experiment, with the lowest loss on top, clipped at `widest` percent."""
     ordered = sorted(verdicts, key=lambda verdict: -verdict["relative"])
     for place, verdict in enumerate(ordered):
         color, (low, high) = color_of(verdict["label"]), verdict["interval"]
@@ -77,7 +77,7 @@ def forest_panel(axis: Axes, title: str, verdicts: Sequence[dict], widest: float
 
 
 def rates() -> Figure:
-    """Loss on the selection split by learning rate, of the first seed at its best checkpoint."""
+    """Plot the loss on the selection split by learning rate, of the first seed at its best checkpoint."""
     experiments = records()
     across = 3
     figure, axes = plt.subplots(-(-len(experiments) // across), across, figsize=(12, 15), layout="constrained")
@@ -94,7 +94,7 @@ def rates() -> Figure:
 
 
 def rates_panel(axis: Axes, each: Kept) -> None:
-    """One experiment's curves; a ring is the rate that was chosen over all seeds."""
+    """Plot one experiment's curves; a ring marks the learning rate that was chosen over all seeds."""
     arms, chosen = each.record["arms"], each.record["chosen"]
     curves = {label: curve_of(arms, label) for label in chosen}
     lowest = min(curves["lora"].values())
@@ -122,7 +122,7 @@ def rates_panel(axis: Axes, each: Kept) -> None:
 
 
 def curve_of(arms: Sequence[dict], label: str) -> dict[float, float]:
-    """The lowest loss on the selection split by learning rate, of the seed that ran at most of them."""
+    """Return the lowest loss on the selection split by learning rate, of the seed with the most learning rates."""
     by_seed: dict[int, dict[float, float]] = {}
     for arm in arms:
         losses = [loss for loss in arm["select_by_step"].values() if loss is not None and np.isfinite(loss)]

@@ -1,4 +1,4 @@
-"""Tables of what `why.py run` has found: a summary, the labels of each experiment, and the pairs of its hypotheses."""
+"""Tables of the results of `why.py run`: a summary, the labels of each experiment, and the pairs of its hypotheses."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from reslora.experiment.record import Verdict
 from reslora.experiment.statistics import arrays_of, judge, rerun, tested, verdict_of, verdicts
 
 SHORTCUTS = ("input", "block(4)", "middle(4)")
-WIRED = ("reslora", *(f"reslora {kind}" for kind in SHORTCUTS))  # the first where an experiment has one kind alone
+WIRED = ("reslora", *(f"reslora {kind}" for kind in SHORTCUTS))  # the first if an experiment has only one kind
 NOT_RUN = "*Not run yet.*"
 ENDED = ("finished", "failed")
-# Which label is compared with which, by hypothesis: a shortcut with LoRA at its scale, its placebo, and larger alphas.
+# The reference of each label, by hypothesis: LoRA at the shortcut's scale, its placebo, and larger alphas.
 PAIRS = {
     "scale": {f"reslora {kind}": f"lora_matched {kind}" for kind in SHORTCUTS},
     "information": {"reslora input": "is_placebo", "reslora middle(4)": "ms_placebo"},
@@ -33,16 +33,16 @@ PAIRS = {
 
 
 class Kept(NamedTuple):
-    """An experiment that has run, at least in part."""
+    """The record of an experiment that has run, at least in part."""
 
     title: str
     record: dict
     unit: str
-    """What it is trained on: images or examples."""
+    """The training data: images or examples."""
 
 
 def records() -> list[Kept]:
-    """All of them in their order; after each the same with a bundled pipeline that has been replaced since."""
+    """Return all records in order, each followed by that of the previous bundled pipeline, if any."""
     found = []
     for name, experiment in EXPERIMENTS.items():
         unit = "images" if experiment.script == "train_sd.py" else "examples"
@@ -55,12 +55,12 @@ def records() -> list[Kept]:
 
 
 def why_tables() -> str:
-    """A section of every experiment that has run."""
+    """Return a section for every experiment that has run."""
     return "\n\n".join(section(*each) for each in records()) or NOT_RUN
 
 
 def summary_table() -> str:
-    """A row of every experiment: what is significant, and the shortcut with the lowest loss."""
+    """Return a row for every experiment: its significant differences, and the shortcut with the lowest loss."""
     rows = []
     for title, record, _ in records():
         found = to_lora(record)
@@ -104,7 +104,7 @@ def counted() -> str:
 
 
 def alpha_table() -> str:
-    """The learning rates that were chosen with LoRA's alpha, twice and four times it."""
+    """Return a table of the learning rates chosen with LoRA's alpha, and with two and four times it."""
     labels, rows = ("lora", "lora_x2", "lora_x4"), []
     for title, record, _ in records():
         found = [record["chosen"][label]["learning_rate"] for label in labels if label in record["chosen"]]
@@ -128,7 +128,7 @@ def compare(record: Mapping, tests: Mapping[str, np.ndarray], references: Mappin
 
 
 def when(experiment: Experiment, record: Mapping) -> str:
-    """Whether it was trained from a bundled pipeline that has been replaced since."""
+    """Return " (previous weights)" if the bundled pipeline has been replaced since the experiment."""
     used = record.get("identity", {}).get("model", "")
     bundled = [flag for flag in experiment.flags if flag.startswith("assets/pipeline")]
     return " (previous weights)" if bundled and used and used != content(ROOT / bundled[0]) else ""
@@ -136,16 +136,16 @@ def when(experiment: Experiment, record: Mapping) -> str:
 
 @functools.cache
 def content(pipeline: Path) -> str:
-    """What an experiment's identity says of a pipeline."""
+    """Return a pipeline's fingerprint, as in an experiment's identity."""
     family = load_family(read_index(pipeline, str(pipeline))["_class_name"])
     return Model(pipeline, family, str(pipeline)).fingerprint()
 
 
 def section(title: str, record: dict, unit: str = "images") -> str:
-    """One experiment's labels, then its pairs."""
+    """Return the tables of one experiment: its labels, then its pairs."""
     arms, split = record["arms"], record["split"]
     ended = [arm for arm in arms if arm["status"] in ENDED]
-    # Earlier records of images have the whole part, of which no more were measured.
+    # Earlier records of images have the full selection part, of which no more than this were measured.
     select = min(split["select"], record["settings"].get("max_validation_images") or split["select"])
     parts = f"{split['train']} training {unit}, {select} in the selection split, {split['test']} in the test split"
     lines = [f"**{title}.** {len(ended)} of {len(arms)} runs; {parts}."]
@@ -171,7 +171,7 @@ def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
 
 
 def rerun_line(tests: dict[str, np.ndarray]) -> str:
-    """How often one seed is in the prediction interval of the others, and in the confidence interval of their mean."""
+    """Return how often a seed lies in the intervals that the other seeds predict for a rerun and for the mean."""
     references = {label: "lora" for label in tests if label != "lora"}
     seeds = min(len(losses) for losses in tests.values())
     if "lora" not in tests or not references or seeds < 3:
@@ -196,17 +196,17 @@ def rerun_line(tests: dict[str, np.ndarray]) -> str:
 
 
 def within(value: float, stated: tuple[float, float]) -> bool:
-    """Whether an interval holds it."""
+    """Return whether an interval contains a value."""
     return bool(stated[0] <= value <= stated[1])
 
 
 def ends(stated: tuple[float, float] | None, form: str) -> str:
-    """An interval, or nothing."""
+    """Format an interval, or return an empty string."""
     return f"{stated[0]:{form}} to {stated[1]:{form}}" if stated else ""
 
 
 def compared(verdict: Mapping | None) -> list[str]:
-    """Difference, intervals and minimum detectable effect in percent; bold if significant after Holm's correction."""
+    """Return difference, intervals and MDE in percent; bold if significant after Holm's correction."""
     if verdict is None:
         return [""] * 4
     star = "**" if verdict["conclusion"] in ("better", "worse") else ""

@@ -1,1 +1,1 @@
-"""Images and captions: found, encoded once, and drawn into samples."""
+"""Find images and captions, encode them once, and turn them into training samples."""

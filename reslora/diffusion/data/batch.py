@@ -1,4 +1,4 @@
-"""A batch: samples of one size, stacked, as the loader hands them over."""
+"""A batch: samples of one size, stacked, as the data loader yields them."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from ..model.families.base import Text
 
 @dataclass
 class Batch:
-    """What a forward is made of, batch first; of a single sample, the same without that axis."""
+    """The inputs of one forward pass; every tensor starts with the batch dimension, which a single sample lacks."""
 
     timesteps: torch.Tensor
     noise: torch.Tensor
-    """Channels x height x width of the latents, as the next one."""
+    """Batch x channels x height x width of the latents, as `posterior_noise`."""
     posterior_noise: torch.Tensor
-    """For drawing latents from their mean and standard deviation."""
+    """The noise that samples latents from their mean and standard deviation."""
     sizes: torch.Tensor
-    """6 numbers, see `images.crop_sizes`."""
+    """6 integers per sample: SDXL's size conditioning, see `images.crop_sizes`."""
     weight: torch.Tensor
-    """Of the sample's loss."""
+    """Factor of each sample's loss."""
     caption: str | list[str]
     text: Text | None = None
-    """Text states; None: the caption is encoded in the forward."""
+    """Text states; None if the forward pass encodes the caption."""
     moments: torch.Tensor | None = None
-    """Mean and standard deviation of the latents; None: pixels are encoded in the forward."""
+    """Mean and standard deviation of the latents; None if the forward pass encodes the pixels."""
     pixels: torch.Tensor | None = None
     mask: torch.Tensor | None = None
-    """1 x height x width, of the pixels or of the latents: how much of the loss of each place counts."""
+    """Batch x 1 x height x width, like pixels or latents: the weight of the loss at each position, 0 to 1."""
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
+        """Return the batch with its tensors on `device`, copied without waiting for the device."""
         return self._with(lambda value: value.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The batch in memory that a GPU reads by itself; torch's loader calls it."""
+        """Return the batch in page-locked memory; torch's `DataLoader` calls this if `pin_memory` is set."""
         return self._with(torch.Tensor.pin_memory)
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
@@ -49,7 +49,7 @@ class Batch:
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
-    """Single samples as one batch: tensors are stacked, but for text states of different lengths, which stay lists."""
+    """Stack single samples into a batch; text states of different lengths stay lists."""
     stacked: dict = {}
     for field in dataclasses.fields(Batch):
         values = [getattr(sample, field.name) for sample in samples]
@@ -59,14 +59,14 @@ def collate(samples: Sequence[Batch]) -> Batch:
 
 
 def stack_texts(texts: Sequence[Mapping[str, torch.Tensor]]) -> Text:
-    """Text states of several captions, by name: a tensor, or a list where their lengths differ."""
+    """Return the text states of several captions by name: a stacked tensor, or a list if their lengths differ."""
     columns = {name: [text[name] for text in texts] for name in texts[0]}
     alike = {name: len({value.shape for value in values}) == 1 for name, values in columns.items()}
     return {name: torch.stack(values) if alike[name] else values for name, values in columns.items()}
 
 
 def changed(text: Text, change: Callable[[torch.Tensor], torch.Tensor]) -> Text:
-    """Text states with every tensor changed."""
+    """Return text states with `change` applied to every tensor."""
     return {
         name: list(map(change, value)) if isinstance(value, list) else change(value) for name, value in text.items()
     }

@@ -1,7 +1,7 @@
-"""Captions as they are trained with: a trigger word before them, tags in another order or left out, wildcards, none.
+"""Caption transforms: prefix and suffix, dropout, wildcards, shuffled tags, tag dropout.
 
-In the order and with the words of kohya's `process_caption`: prefix and suffix, dropout, wildcards, shuffled tags,
-tags left out. All of it is a function of the seed and a sample's position in the run.
+Order and syntax are those of kohya's `process_caption`. The result is a function of the seed and of the sample's
+position in the run.
 
 Nested wildcards differ. Kohya's choice ends at the first `}`: `{a|{b|c} d}` becomes `a d}`, `{b d}` or `c d}`. Here
 only the innermost choice is made: it becomes `{a|b d}` or `{a|c d}`.
@@ -23,35 +23,35 @@ SEPARATOR = ","
 
 @dataclass(frozen=True)
 class Recipe:
-    """What becomes of a caption; as it is by default, the caption itself."""
+    """The caption transform of a data source; the default returns the caption unchanged."""
 
     prefix: str = ""
     suffix: str = ""
     dropout: float = 0.0
-    """Share of the samples that are trained with the empty caption."""
+    """Fraction of the samples that are trained with the empty caption."""
     wildcards: bool = False
     shuffle: bool = False
     keep: int = 0
-    """How many tags stay at the beginning, in their order."""
+    """Number of tags at the beginning that are neither shuffled nor dropped."""
     tag_dropout: float = 0.0
-    """Share of the other tags that are left out."""
+    """Fraction of the other tags that are dropped."""
 
     @property
     def rewrites(self) -> bool:
-        """Whether a caption may become another one at every sample, but for the empty one."""
+        """Whether the transform can make different texts of one caption, apart from the empty one."""
         return self.wildcards or self.shuffle or self.tag_dropout > 0
 
     @property
     def varies(self) -> bool:
-        """Whether chance has a part in it."""
+        """Whether the transform is random."""
         return self.rewrites or self.dropout > 0
 
     def plain(self, caption: str) -> str:
-        """The caption without chance: whole, its tags in order, of every wildcard the first choice."""
+        """Return the caption without randomness: all tags in order, and the first option of every wildcard."""
         return self._resolved(self._with_affixes(self._lines(caption)[0]), None)
 
     def drawn(self, captions: Sequence[str], draws: torch.Generator) -> str:
-        """What a training sample of an image with these captions is told."""
+        """Return one of an image's captions after the random transform; `draws` is the source of randomness."""
         lines = self._lines(captions[choose(len(captions), draws)])
         caption = self._with_affixes(lines[choose(len(lines), draws)])
         if self.dropout and torch.rand((), generator=draws) < self.dropout:
@@ -59,7 +59,7 @@ class Recipe:
         caption = self._resolved(caption, draws)
         if not self.shuffle and not self.tag_dropout:
             return caption
-        tags = [tag.strip() for tag in caption.split(SEPARATOR)]  # empty ones too, as kohya's scripts
+        tags = [tag.strip() for tag in caption.split(SEPARATOR)]  # empty tags count, as in kohya's scripts
         kept, others = tags[: self.keep], tags[self.keep :]
         if self.shuffle:
             others = [others[place] for place in torch.randperm(len(others), generator=draws).tolist()]
@@ -69,14 +69,14 @@ class Recipe:
         return f"{SEPARATOR} ".join(kept + others)
 
     def _lines(self, caption: str) -> list[str]:
-        """With wildcards, a caption is one of its lines; kohya's scripts give the prefix to the first of them alone."""
+        """Return the lines of a caption with wildcards; one of them is chosen, and kohya prefixes only the first."""
         return ([line for line in caption.splitlines() if line.strip()] if self.wildcards else []) or [caption]
 
     def _with_affixes(self, caption: str) -> str:
         return " ".join(part for part in (self.prefix, caption, self.suffix) if part)
 
     def _resolved(self, caption: str, draws: torch.Generator | None) -> str:
-        """Of `{red|blue}` one, the first without `draws`; doubled braces are single ones."""
+        """Replace `{red|blue}` by one option, the first if `draws` is None, and doubled braces by single ones."""
 
         def one(found: re.Match) -> str:
             if found[1] is None:
@@ -91,7 +91,7 @@ VERBATIM = Recipe()
 
 
 def recipe_of(options: DataOptions) -> Recipe:
-    """What the options make of captions."""
+    """Return the caption transform that the options ask for."""
     return Recipe(
         options.caption_prefix or "", options.caption_suffix or "", options.caption_dropout, options.enable_wildcard,
         options.shuffle_caption, options.keep_tokens, options.caption_tag_dropout_rate,
@@ -99,5 +99,5 @@ def recipe_of(options: DataOptions) -> Recipe:
 
 
 def choose(count: int, draws: torch.Generator) -> int:
-    """One of the numbers below `count`."""
+    """Return a random integer from 0 to `count` - 1."""
     return int(torch.randint(count, (), generator=draws))

@@ -1,6 +1,6 @@
-"""Class images: pictures of the kind of thing that is learnt, so that the model keeps what it knows of it.
+"""Class images: images of the class that the training images belong to, for prior preservation.
 
-Prior preservation (Ruiz et al., 2023): beside the training images, the model learns to draw what it draws already.
+With them (DreamBooth, Ruiz et al., 2023), the model continues to generate the class as the base model does.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from .listing import files_of
 from .size import Size
 from .sources import Source
 
-LOCK = "class images"  # in the name of the folder's lock: it may be the one of a run, which has locked that
-PAUSE = timedelta(seconds=1)  # between two looks whether another run has drawn its class images
+LOCK = "class images"  # in the name of the lock, for the folder may be that of a run, which holds its own lock on it
+PAUSE = timedelta(seconds=1)  # between two attempts to get the lock
 
 
 def load_class_images(context: Context) -> list[ImageDataset]:
-    """The images in --class_data_dir, those that are missing drawn by the model as it is; none without that flag."""
+    """Return the images in --class_data_dir, after generating missing ones; [] without the option."""
     options = context.options
     if options.data.class_data_dir is None:
         return []
@@ -54,26 +54,26 @@ def load_class_images(context: Context) -> list[ImageDataset]:
 
 
 def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
-    """How many the model has to draw; 0 without --class_data_dir, and where kohya's folders are in it.
+    """Return the number of class images to generate; 0 without --class_data_dir, or if it holds kohya's folders.
 
-    Refuses a folder that has the images to be learnt in it, one that cannot be written, and to draw beside a metadata
-    file.
+    Raises `InvalidArgument` if the folder contains the training images, if it is not writable, or if images are missing
+    and it has a metadata file, which would not list the generated ones.
     """
     if data.class_data_dir is None:
         return 0
     folder = Path(data.class_data_dir)
     for name in () if data.dataset_name else data.train_data_dir:
         if Path(name).resolve().is_relative_to(folder.resolve()):
-            problem = f"has what is to be learnt in it, --train_data_dir {name}"
-            raise InvalidArgument(f"--class_data_dir {folder}", problem, "give class images a folder of their own")
+            problem = f"contains the training images, --train_data_dir {name}"
+            raise InvalidArgument(f"--class_data_dir {folder}", problem, "give class images a separate folder")
     if folder.is_dir() and kohyas_folders(folder, data, output)[0]:
         return 0
     everything = files_of(folder, data, output) if folder.is_dir() else []
     there = sum(map(is_image, everything))
     missing, metadata = data.num_class_images - there, [path for path in everything if path.name in METADATA]
-    if missing > 0 and metadata:  # what is not in it is not trained on
-        problem = f"{missing} more than are there would be drawn, which {metadata[0]} does not list"
-        fix = f"give --num_class_images {there}, or take that file away"
+    if missing > 0 and metadata:  # training would not use images that the metadata does not list
+        problem = f"{missing} more would be generated, which {metadata[0]} does not list"
+        fix = f"give --num_class_images {there}, or remove that file"
         raise InvalidArgument(f"--num_class_images {data.num_class_images}", problem, fix)
     if missing > 0:
         check_writable(folder, f"--class_data_dir {folder}")
@@ -81,19 +81,25 @@ def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
 
 
 def draw_missing(context: Context) -> None:
-    """Draws --class_prompt until --num_class_images are there: image number n is a function of the seed and n."""
+    """Generate images of --class_prompt until --num_class_images exist.
+
+    The base model generates them. The seed and the file name determine each image.
+    """
     folder = Path(context.options.data.class_data_dir or "")
     if missing_class_images(context.options.data, context.options.output):
         folder.mkdir(parents=True, exist_ok=True)
         with alone_in(folder, context):
             if missing := missing_class_images(
                 context.options.data, context.options.output
-            ):  # another run may have drawn them meanwhile
+            ):  # another run may have generated them in the meantime
                 draw(folder, missing, context)
 
 
 def alone_in(folder: Path, context: Context) -> contextlib.AbstractContextManager[object]:
-    """The lock on a folder, once no other run of this machine draws class images into it; a stop ends the wait."""
+    """Return the lock on a folder, after waiting until no other run on this machine generates class images into it.
+
+    Raises `RunFailed` after LONGEST_WAIT; a request to stop ends the wait.
+    """
     for waited in range(LONGEST_WAIT // PAUSE):
         try:
             with contextlib.ExitStack() as stack:
@@ -101,21 +107,21 @@ def alone_in(folder: Path, context: Context) -> contextlib.AbstractContextManage
                 return stack.pop_all()
         except Timeout:
             if not waited:
-                context.accelerator.print(f"another run draws class images into {folder}: waiting for it")
+                context.accelerator.print(f"another run generates class images in {folder}: waiting for it")
                 context.status.say("waiting for the class images of another run")
         context.stop.check(NOT_BEGUN)
         time.sleep(PAUSE.total_seconds())
-    raise RunFailed(f"--class_data_dir {folder}: another run still draws into it; stop that, or choose another folder")
+    raise RunFailed(f"--class_data_dir {folder}: another run still writes to it; stop that, or choose another folder")
 
 
 def draw(folder: Path, missing: int, context: Context) -> None:
-    """Draws so many class images into the folder, under names that are free."""
+    """Generate `missing` class images into the folder, under unused file names."""
     options = context.options
     names = (folder / f"class-{number:05d}.png" for number in range(options.data.num_class_images))
     todo = [path for path in names if not path.exists()][:missing]
-    context.accelerator.print(f"drawing {counted(len(todo), 'class image')} into {folder}")
+    context.accelerator.print(f"generating {counted(len(todo), 'class image')} in {folder}")
     model, device = context.model, context.accelerator.device
-    side = max(options.data.resolution)  # no smaller than any that it is trained at
+    side = max(options.data.resolution)  # at least as large as every resolution that they are trained at
     pipeline = model.load_pipeline(context.dtype, device, encoders=True)
     denoiser = model.load_denoiser(context.dtype, device, options.model.base_precision, options.model.blocks_to_swap)
     setattr(pipeline, model.family.denoiser, denoiser.eval())
@@ -134,11 +140,14 @@ def draw(folder: Path, missing: int, context: Context) -> None:
         for path, image in zip(paths, drawn, strict=True):
             with replacing(path) as temporary:
                 image.save(temporary, format="PNG")
-        context.status.count("drawing class image", first + len(paths), len(todo))
+        context.status.count("generating class image", first + len(paths), len(todo))
 
 
 def balanced(training: Sequence[Source], of_class: Sequence[Source], per_forward: int) -> tuple[Source, ...]:
-    """Both, the fewer ones repeated: an epoch's forwards meet about as many images of either, each at least once."""
+    """Return all sources, with the smaller kind repeated, so that an epoch uses about as many images of either kind.
+
+    `per_forward` is the batch size of all processes together. Every image is used at least once per epoch.
+    """
     kinds = sizes_of(training), sizes_of(of_class)
     swapped = share_of(*kinds, 1, per_forward) > 1
     fewer, others = reversed(kinds) if swapped else kinds
@@ -146,8 +155,8 @@ def balanced(training: Sequence[Source], of_class: Sequence[Source], per_forward
     def excess(times: int) -> float:
         return round(share_of(fewer, others, times, per_forward) - 1, 9)
 
-    # The first number of repeats that is enough, or the one before if that is nearer; of two as near the even one, as
-    # `round` has it.
+    # The first number of repeats that is enough, or the one before it if that is nearer; on a tie the even number, as
+    # `round` does.
     enough = 1 + bisect.bisect_left(range(1, others.total() * per_forward + 1), 0.0, key=excess)
     times = min(range(max(1, enough - 1), enough + 1), key=lambda times: (abs(excess(times)), times % 2))
     repeats = (1, times) if swapped else (times, 1)
@@ -159,7 +168,7 @@ def balanced(training: Sequence[Source], of_class: Sequence[Source], per_forward
 
 
 def sizes_of(sources: Sequence[Source]) -> Counter[Size]:
-    """How many images an epoch has of each size."""
+    """Return the number of samples per epoch of each size."""
     found: Counter[Size] = Counter()
     for source in sources:
         for image in source.train:
@@ -168,8 +177,10 @@ def sizes_of(sources: Sequence[Source]) -> Counter[Size]:
 
 
 def share_of(fewer: Counter[Size], others: Counter[Size], times: int, per_forward: int) -> float:
-    """How many of the fewer images an epoch meets, each repeated so often, to one of the others: each size fills its
-    last forward with what it has."""
+    """Return the ratio of samples per epoch of two kinds, with the first repeated `times` times.
+
+    Each size fills up its last batch with its own images, which the ratio takes into account.
+    """
     met = [0.0, 0.0]
     for size in fewer | others:
         counts = (fewer[size] * times, others[size])

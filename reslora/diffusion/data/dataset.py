@@ -1,4 +1,4 @@
-"""Any source of images and captions as one `datasets.Dataset`; nothing but file headers is read yet."""
+"""Read any source of images and captions into one `datasets.Dataset`; only file headers are read here."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .shards import check_archives, training_files, training_split
 from .tables import ROWS, check_inside, file_inside, has_file_names, names_files, unlisted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
-REPEATED = re.compile(r"(\d+)_(.*)")  # kohya's folders: how often an epoch meets each image, and the caption
-MOST_REPEATS = 1000  # of a folder's name: what is more is a year or a date
-LEAST_SIDE = 8  # of an image: pixels that an autoencoder makes one latent of
+SAVED = ("dataset_dict.json", "state.json")  # `save_to_disk` writes one of them into the folder
+REPEATED = re.compile(r"(\d+)_(.*)")  # kohya's folder names: repeats per epoch, and the caption
+MOST_REPEATS = 1000  # in a folder's name; a larger number is probably a year or a date
+LEAST_SIDE = 8  # in pixels: an autoencoder encodes 8 x 8 pixels into one latent
 ONE_BY_ONE = "name the folders one by one with --train_data_dir, none inside another"
 FEATURES = datasets.Features(
     {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
@@ -37,43 +37,43 @@ FEATURES = datasets.Features(
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Images and their captions, in an order that is part of the run."""
+    """Images and their captions; their order is part of the run's randomness."""
 
     rows: datasets.Dataset
-    """`image`: `{"bytes", "path"}`; `captions`: a list of strings; `mask`: as `image`, where they are asked for."""
+    """Columns `image`, `{"bytes", "path"}`; `captions`, a list of strings; with --masked_loss, `mask`, like `image`."""
     captions: Sequence[Sequence[str]]
-    """The captions of each image, in memory: reading them from a row would read its image too."""
+    """The captions of each image, in memory, because reading a row would read its image too."""
     left_out: tuple[str, ...] = ()
     """Images that cannot be used, each with the reason."""
     notes: tuple[str, ...] = ()
-    """What was passed over, a line each."""
+    """Lines to print about files that were not read."""
     sizes: Sequence[tuple[int, int]] = ()
-    """Width and height of each image, upright."""
+    """Width and height of each image after its EXIF rotation, in pixels."""
     marks: Sequence[str] = ()
-    """The content of each image in short."""
+    """Hash of each image's content."""
     repeats: int = 1
-    """How often an epoch meets each image."""
+    """How often an epoch uses each image."""
     weight: float = 1.0
-    """Of the loss of its samples."""
+    """Factor of the loss of these samples."""
     of_class: bool = False
-    """Whether they are class images."""
+    """Whether these are class images."""
     masked: Sequence[bool] = ()
-    """Whether each has a mask or an alpha channel, where that is asked for."""
+    """Whether each image has a mask or an alpha channel; empty without --masked_loss."""
     label: str = ""
-    """What they are called where it is told how often an epoch meets them; empty where that goes without saying."""
+    """Name of this source in the log; empty if there is only one source with the default repeats and weight."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def fingerprint(self) -> str:
-        """Captions, images and how much they count, in short."""
+        """The number of images, and hashes of their content, captions, repeats and weight."""
         repeats = f", {self.repeats} times" if self.repeats != 1 else ""
         weight = f", weight {self.weight:g}" if self.weight != 1 else ""
         return f"{len(self)} images, content {derive(self.captions, self.marks):x}{repeats}{weight}"
 
     def select(self, indices: Sequence[int], left_out: Sequence[str] = ()) -> ImageDataset:
-        """Some of the images; `left_out` says why the others are not among them."""
+        """Return some of the images; `left_out` adds reasons why the others are missing."""
         return dataclasses.replace(
             self, rows=self.rows.select(indices), captions=[self.captions[i] for i in indices],
             sizes=[self.sizes[i] for i in indices], left_out=(*self.left_out, *left_out),
@@ -82,40 +82,40 @@ class ImageDataset:
         )  # fmt: skip
 
     def source(self, index: int) -> Content:
-        """The file of an image, or its content."""
+        """Return the path of an image's file, or its encoded bytes."""
         return _source(self.rows[index])
 
     def open(self, index: int) -> PIL.Image.Image:
-        """The image as 8-bit RGB."""
+        """Return the image as 8-bit RGB."""
         return open_image(self.source(index))
 
     def open_masked(self, index: int) -> tuple[PIL.Image.Image, PIL.Image.Image]:
-        """The image as 8-bit RGB, and its mask in 8-bit grey."""
+        """Return the image as 8-bit RGB, and its mask as 8-bit grayscale."""
         row = self.rows[index]
         return open_masked(_source(row), _source(row, "mask"))
 
     def name(self, index: int) -> str:
-        """The file of an image, or its number."""
+        """Return the path of an image's file, or `image N`."""
         return self.rows[index]["image"]["path"] or f"image {index}"
 
 
 @dataclass
 class Found:
-    """What a folder or dataset holds, before it is known which of it can be used."""
+    """The content of a folder or dataset before unusable images are removed."""
 
     rows: datasets.Dataset
     problems: dict[int, str]
-    """What is wrong with the caption of a row."""
+    """What is wrong with the caption of a row, by the row's number."""
     notes: list[str]
     metadata: Path | None = None
-    """The file that names images and captions, a row each in this order; None where captions are beside the images."""
+    """The metadata file, with one row per image in this order; None if the captions are in files next to the images."""
     files: Sequence[Path] = ()
-    """Of a folder: the image of each row, also where the path in the row had to be changed to be text."""
+    """The image file of each row of a folder; a path that is not UTF-8 is changed in the row but not here."""
     places: Sequence[Path] = ()
-    """The folders that images named by a path must be in; empty where that is checked already."""
+    """Folders that must contain every image that is named by a path; empty if that was checked already."""
 
     def size(self, index: int, row: dict) -> tuple[int, int] | str:
-        """Width and height of the image of a row that can be used, or why it cannot."""
+        """Return width and height of a usable row's image, or a string that says why the row cannot be used."""
         source = _source(row)
         size = image_size(source) if source else "no image"
         # A missing caption is a mistake; an empty one is a choice (the image then trains the empty caption).
@@ -130,7 +130,7 @@ class Found:
 def load_images(
     model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions
 ) -> ImageDataset:
-    """The images and captions of the one folder or dataset that the options name."""
+    """Return the images and captions of the one folder or dataset that the options name."""
     return sample([usable(model, data, training, output)], data, training)[0]
 
 
@@ -142,10 +142,11 @@ def usable(
     caption: str | None = None,
     deep: bool = True,
 ) -> ImageDataset:
-    """The images of one folder or dataset without those that cannot be used (refused with --strict), and their sizes.
+    """Return the usable images of one folder or dataset with their sizes.
 
-    Raises `RunFailed` for one that cannot be read now. `caption` is that of images in a folder that have none beside
-    them; without `deep`, folders in it are left alone.
+    `caption` is the caption of images without one next to them. If `deep` is false, subfolders are not read. Raises
+    `RunFailed` if an image cannot be read at present (memory, disk, network), and `InvalidArgument` if no image can be
+    used or, with --strict, if one cannot.
     """
     folder = Path(data.dataset_name or data.train_data_dir[0])
     found = (read_folder(folder, data, training, output, caption, deep) if folder.is_dir() else None) or read_dataset(
@@ -168,14 +169,14 @@ def usable(
         masked += [is_masked(source, _source(row, "mask"))] if training.masked_loss else []
     if not keep:
         example = f" (for example {left_out[0]})" if left_out else ""
-        fix = "add a metadata.jsonl, or .txt captions beside the images"
+        fix = "add a metadata.jsonl, or .txt captions next to the images"
         raise InvalidArgument(data_flag(data), f"no image with a caption in it{example}", fix)
     rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
     return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked)
 
 
 def sample(folders: Sequence[ImageDataset], data: DataOptions, training: TrainingOptions) -> list[ImageDataset]:
-    """At most --max_train_samples images of all folders, and what is in these in short."""
+    """Return at most --max_train_samples images of all folders together, with the hashes of their content."""
     places = [(number, index) for number, images in enumerate(folders) for index in range(len(images))]
     if data.max_train_samples and data.max_train_samples < len(places):
         places = [
@@ -191,13 +192,13 @@ def sample(folders: Sequence[ImageDataset], data: DataOptions, training: Trainin
 
 
 def _source(row: dict, column: str = "image") -> Content:
-    """The file of a row's image, or its content; empty where there is neither."""
+    """Return the path or the bytes of a row's image; empty if the row has neither."""
     image = row.get(column)
     return (image and (image["path"] if image["bytes"] is None else image["bytes"])) or b""
 
 
 def data_flag(options: DataOptions) -> str:
-    """The flag that names the data, with its value."""
+    """Return the option that names the data, with its value."""
     folders = " ".join(options.train_data_dir)
     return f"--dataset_name {options.dataset_name}" if options.dataset_name else f"--train_data_dir {folders}"
 
@@ -213,7 +214,7 @@ def read_folder(
     caption: str | None = None,
     deep: bool = True,
 ) -> Found | None:
-    """A folder with metadata.jsonl or .csv, or a caption beside each image; None for what `datasets` reads."""
+    """Read a folder with metadata.jsonl or .csv, or with caption files; return None for other layouts."""
     everything = files_of(folder, data, output, deep)
     files = list(filter(is_image, everything))
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
@@ -228,11 +229,11 @@ def read_folder(
     if not any(texts) and (caption is None or not files):
         if layout_of(everything, folder) or data.dataset_name:
             return None
-        what = f"{counted(len(files), 'image')} without captions (class folders are none)" if files else "no images"
-        fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions beside the images"
+        what = f"{counted(len(files), 'image')} without captions (folder names do not count)" if files else "no images"
+        fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions next to the images"
         if above := above_repeated(files):
-            fix = f"name {above[0]}, where kohya's folders (10_name) say repeats and captions, or {fix}"
-        raise InvalidArgument(data_flag(data), what, f"{fix}; other layouts may be what --dataset_name reads")
+            fix = f"name {above[0]}, whose folders have kohya's names (10_name) for repeats and captions, or {fix}"
+        raise InvalidArgument(data_flag(data), what, f"{fix}; --dataset_name reads other layouts")
     otherwise = [] if caption is None else [caption]
     found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
     if twice := sum(len(beside) > 1 for beside in texts):
@@ -249,32 +250,32 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
     links = sum(path.is_symlink() and path.is_dir() for path in everything)
     repeated = above_repeated(list(filter(is_image, everything)))
     found.notes += [f"not searched: {counted(links, 'symbolic link')} to folders"] if links else []
-    of_class = options.class_data_dir is not None and folder == Path(options.class_data_dir)  # repeated as is needed
+    of_class = options.class_data_dir is not None and folder == Path(options.class_data_dir)  # computed repeats
     if repeated and not of_class:
         found.notes.append(
-            f"{counted(len(repeated), 'image')} in kohya's folders (10_name), whose repeats do not count: they do if "
-            f"{repeated[0]} is named, as a folder of images without a metadata file"
+            f"{counted(len(repeated), 'image')} in kohya's folders (10_name), whose repeats are ignored: to use them, "
+            f"name {repeated[0]}, as a folder of images without a metadata file"
         )
     return found
 
 
 def above_repeated(files: Sequence[Path]) -> list[Path]:
-    """The folder above that of each image which is in one of kohya's."""
+    """Return the grandparent folder of each image that is in a folder with kohya's naming."""
     named = [(path, REPEATED.fullmatch(path.parent.name)) for path in files]
     return [path.parent.parent for path, match in named if match and 0 < int(match[1]) <= MOST_REPEATS]
 
 
 def _hidden_note(rows: datasets.Dataset, folder: Path) -> list[str]:
-    """How many hidden images no row names."""
+    """Return a line about hidden images that no row names."""
     return told_of_hidden(unlisted(rows, hidden_images(folder)))
 
 
 def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequence[Path | None] = ()) -> Found:
-    """Rows of files; a string in the place of the captions says what is wrong with them."""
+    """Return rows of files; a string in place of a row's captions says what is wrong with them."""
     problems, texts = _sorted_out(captions)
 
     def column(paths: Sequence[Path | None]) -> list[dict | None]:
-        names = [path and clean(str(path)) for path in paths]  # Arrow takes nothing else
+        names = [path and clean(str(path)) for path in paths]  # Arrow needs valid UTF-8
         for index, name in enumerate(names):
             if name and name != str(paths[index]):
                 problems[index] = "its path is not UTF-8"
@@ -289,9 +290,9 @@ def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequ
 
 
 def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> Found:
-    """Rows of metadata.jsonl or metadata.csv: file_name, a caption, or in JSON a list of captions, and perhaps a mask.
+    """Read metadata.jsonl or metadata.csv: `file_name`, a caption (in JSON also a list of captions), optionally a mask.
 
-    `datasets` reads these layouts too, but it does not say which line is wrong.
+    `datasets` reads these layouts too, but its errors do not name the line.
     """
     files, captions, masks, where = [], [], [], f"{data_flag(data)}, {path.name}"
     try:
@@ -323,7 +324,7 @@ def _metadata_row(
 
 
 def layout_of(everything: Sequence[Path], folder: Path) -> str | None:
-    """Which of the layouts that `datasets` reads a folder without captions beside its images has."""
+    """Return which layout known to `datasets` a folder without caption files has; None if none, or `imagefolder`."""
     if any((folder / name).is_file() for name in SAVED):
         return "saved"
     suffixes = {path.suffix for path in everything if path.name not in METADATA}
@@ -335,12 +336,12 @@ def layout_of(everything: Sequence[Path], folder: Path) -> str | None:
     if ".tar" in suffixes and not images:
         return "webdataset"
     tables = [path for path in everything if path.suffix in (".json", ".jsonl")]
-    # What lies beside the images, one for each, is no table.
+    # A JSON file next to each image is not a table.
     return "json" if tables and not any(path.with_suffix("") in images for path in tables) else None
 
 
 def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions) -> Found:
-    """A dataset of the hub, or a folder in one of the other layouts the datasets library knows."""
+    """Read a dataset of the Hub, or a folder in another layout that the datasets library knows."""
     folder = Path(data.dataset_name or data.train_data_dir[0])
     everything = files_of(folder, data, output) if folder.is_dir() else []
     layout = layout_of(everything, folder)
@@ -365,9 +366,9 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
         images = rows.select_columns([image, *masks])
         if image != "image":
             images = images.rename_column(image, "image")
-        for name in images.column_names:  # decoded by open_image, which does it right
+        for name in images.column_names:  # `open_image` decodes them, with rotation, transparency and 16 bits
             images = images.cast_column(name, datasets.Image(decode=False))
-    except Exception as error:  # whatever arrow raises
+    except Exception as error:  # Arrow raises many types
         raise InvalidArgument(
             f"--image_column {image}", f"holds no images ({first_line(error)})", "name another column"
         ) from None
@@ -375,14 +376,17 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
         {"captions": texts}, features=datasets.Features({"captions": FEATURES["captions"]})
     )
     rows = datasets.concatenate_datasets([images, column], axis=1)
-    if layout is None and not (data.dataset_name and data.train_data_dir):  # that is a part of the folder
+    if layout is None and not (data.dataset_name and data.train_data_dir):  # else: part of a folder
         notes += [*_passed_over(rows, everything, data), *_hidden_note(rows, folder)]
     caches = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE, model.cache_dir] if layout is None else []
     return Found(rows, problems, notes, places=[folder, *(Path(cache) for cache in caches if cache)])
 
 
 def _captions(value: object, in_files: bool) -> list | str:
-    """The captions of a row, or what is wrong with them; of a webdataset's files `datasets` decodes some alone."""
+    """Return the captions of a row, or what is wrong with them.
+
+    In a webdataset, `datasets` decodes only some text files.
+    """
     if in_files and isinstance(value, str):
         value = value.encode()
     if isinstance(value, bytes):
@@ -391,30 +395,37 @@ def _captions(value: object, in_files: bool) -> list | str:
 
 
 def _sorted_out(captions: Sequence[list | str]) -> tuple[dict[int, str], list[list[str]]]:
-    """What is wrong with the captions of a row, by its number, and the captions of each."""
+    """Return what is wrong with the captions, by row, and the captions of every row."""
     problems = {index: value for index, value in enumerate(captions) if isinstance(value, str)}
     texts = [[clean(c) for c in value if isinstance(c, str)] if isinstance(value, list) else [] for value in captions]
     return problems, texts
 
 
 def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: DataOptions) -> list[str]:
-    """How many images of a folder are in no row; refuses those with a caption beside them, which are meant to be."""
+    """Return a line about the images of a folder that are in no row.
+
+    Raises `InvalidArgument` if such an image has a caption file, for then it is meant to be trained on.
+    """
     missing = unlisted(rows, list(filter(is_image, everything)))
     if captioned := [path for path in missing if caption_files(path)]:
-        problem = f"{counted(len(captioned), 'image')} with captions beside, such as {captioned[0]}, but in no metadata"
-        raise InvalidArgument(data_flag(options), problem, f"put them into a folder of their own, and {ONE_BY_ONE}")
+        problem = f"{counted(len(captioned), 'image')} with caption files, such as {captioned[0]}, but without metadata"
+        raise InvalidArgument(data_flag(options), problem, f"put them into a separate folder, and {ONE_BY_ONE}")
     return [f"{counted(len(missing), 'image')} not read: not in the metadata, or of another split"] if missing else []
 
 
 def _columns(rows: datasets.Dataset, layout: str | None, options: DataOptions, notes: list[str]) -> tuple[str, str]:
-    """The columns of the images and the captions; in a webdataset, which names them by suffixes, the only ones."""
+    """Return the columns of images and captions.
+
+    A webdataset names its columns by suffix; there, a single candidate is used. Raises `InvalidArgument` if a column is
+    missing.
+    """
     image, caption, known = options.image_column, options.caption_column, rows.column_names
     if layout == "webdataset":
         images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         image = images[0] if image not in known and len(images) == 1 else image
         texts = [suffix[1:] for suffix in CAPTIONS if suffix[1:] in known]
         caption = texts[0] if caption not in known and texts else caption
-        notes.append(f"the images are {image} of the .tar files, the captions {caption}")
+        notes.append(f"columns of the .tar files: images {image}, captions {caption}")
     for flag, column in (("--image_column", image), ("--caption_column", caption)):
         if column not in known:
             more = f" and {len(known) - 20} more" if len(known) > 20 else ""
@@ -455,7 +466,7 @@ def _load_split(
             splits = datasets.load_dataset(**source, cache_dir=model.cache_dir)
     except InvalidArgument:
         raise
-    except Exception as error:  # whatever a hub, a network or a parser can raise
+    except Exception as error:  # the Hub, the network and parsers raise many types
         problem, fix = f"cannot be loaded ({first_line(error)})", "check the name, the connection and the layout"
         if several := re.search(r"available configs: \[(.*)\]", str(error)):
             problem = f"has the configurations {several[1]}"

@@ -1,7 +1,7 @@
-"""Images and captions, encoded once and kept on disk: latents and text states, read when they are asked for.
+"""Encode images and captions once, store latents and text states on disk, and read them on access.
 
-Each is found (see `store`) by all that it depends on, and by nothing else of the dataset: a second run encodes what is
-new or was changed, processes share the work, and an interrupted run encodes no part twice.
+An item's key (see `store`) covers everything that its encoding depends on, and nothing else of the dataset. A second
+run encodes only new or changed items, processes divide the work, and an interrupted run repeats no finished file.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from .size import Size
 from .store import Encoded, Item, fill, share
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
-MASKED = "masked-2"  # part of the cache's keys; another name whenever masks are read in another way
-RANDOM_CROPS = 4  # crops cached for an image of another shape than its size: the centre and three more
-FITS = 0.93  # share of an image that its bucket keeps, from which on the centre alone is cached
+MASKED = "masked-2"  # part of the cache's keys; change it whenever masks are read differently
+RANDOM_CROPS = 4  # cached crops of an image with another aspect ratio than its size: the center, three random
+FITS = 0.93  # if a bucket keeps at least this fraction of an image, only the center crop is cached
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Text states by caption, read from disk when they are asked for."""
+    """Text states by caption, read from disk on access."""
 
     encoded: Encoded | None
-    """None: all text encoders train, and there is nothing to be kept."""
+    """None if all text encoders are trained, so that nothing can be stored."""
     places: dict[str, int]
 
     def __getitem__(self, caption: str) -> dict[str, torch.Tensor]:
@@ -58,20 +58,20 @@ class Texts:
 
 @dataclass(frozen=True)
 class Latents:
-    """The moments of every variant of every image, read from disk when they are asked for."""
+    """Mean and standard deviation of the latents of every variant of every image, read from disk on access."""
 
     encoded: Encoded
     variants: int
-    """Crops and mirror images of each image; number 0 is the upright centre. One crop is kept where all are alike."""
+    """Crops times flips of each image; number 0 is the unflipped center crop. One crop is stored if all are equal."""
     images: Sequence[int]
-    """Which of the encoded images these are."""
+    """Positions of these images among the encoded ones."""
 
     def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
-        """`moments` (2 x channels x height x width), `sizes` (6) and perhaps `mask` of a variant of an image."""
+        """Return a variant: `moments` (2 x channels x height x width), `sizes` (6) and, with --masked_loss, `mask`."""
         return self.encoded.read(self.images[index], variant)
 
     def select(self, indices: Sequence[int]) -> Latents:
-        """The latents of some of the images."""
+        """Return the latents of some of the images."""
         return dataclasses.replace(self, images=[self.images[index] for index in indices])
 
 
@@ -81,9 +81,10 @@ class Latents:
 def encode_texts(
     texts: Sequence[str], key: object, load_encoders: Callable[[], DiffusionPipeline], context: Context
 ) -> Texts:
-    """Text states of each distinct caption; the encoders are loaded only if some are not on disk yet.
+    """Return the text states of each distinct caption; the encoders are loaded only if some are not on disk yet.
 
-    `key` stands for the encoders' weights and precision. Where some train, what the others make of the captions.
+    `key` identifies the encoders' weights and precision. If some encoders are trained, only the output of the frozen
+    ones is stored.
     """
     family, longest = context.model.family, context.options.training.max_sequence_length
     texts = list(dict.fromkeys(texts))
@@ -115,9 +116,10 @@ def encode_texts(
 
 
 class Variants(TorchDataset):
-    """Every variant of image `index`: pixels (variants x 3 x height x width) and sizes, or why it cannot be read.
+    """Dataset of all variants of an image: pixels (variants x 3 x height x width) and sizes (variants x 6).
 
-    With --masked_loss, also its masks (variants x 1 x height x width).
+    With --masked_loss, the masks follow (variants x 1 x height x width). An image that cannot be read yields the
+    reason, a string.
     """
 
     def __init__(
@@ -131,19 +133,19 @@ class Variants(TorchDataset):
 
     @property
     def count(self) -> int:
-        """How many variants an image has at most."""
+        """The highest number of variants of an image."""
         return max(map(self.crops, range(len(self)))) * len(self.flips)
 
     def crops(self, index: int) -> int:
-        """How many crops of an image are made: one where nothing is cut off, or the middle is asked for."""
+        """Return the number of crops of an image: 1 if nothing is cut off, or with --center_crop."""
         image, size = self.images.sizes[index], self.sizes[index]
         whole = image[0] * size.height == image[1] * size.width
-        # In a bucket that fits there is little room for a crop to move in.
+        # In a bucket with nearly the image's aspect ratio, crops would hardly differ.
         fits = self.data.use_aspect_ratio_buckets and kept(image, size) >= FITS
         return 1 if whole or fits or self.data.center_crop else RANDOM_CROPS
 
     def key(self, index: int) -> tuple:
-        """All that the pixels of an image depend on."""
+        """Return everything that the pixels of an image depend on."""
         size, crops = self.sizes[index], self.crops(index)
         seed = self.training.seed if crops > 1 else None
         pixels = (size.height, size.width, self.data.image_interpolation_mode, crops, self.flips, seed)
@@ -154,7 +156,7 @@ class Variants(TorchDataset):
         if isinstance(found, str):
             return found
         image, mask = found
-        # Wherever in the data the image is.
+        # Seeded by content, so that the crops do not depend on the image's position in the data.
         random = generator(self.training.seed, "crops", self.images.marks[index])
         draws = torch.rand(self.crops(index) - 1, 2, generator=random).tolist()
         how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
@@ -166,7 +168,7 @@ class Variants(TorchDataset):
 
 
 class Damages(TorchDataset):
-    """Why image `index` cannot be trained, or nothing to be kept of it."""
+    """Dataset that yields why an image cannot be trained on, or () if it can."""
 
     def __init__(self, images: ImageDataset, masked: bool) -> None:
         self.images, self.masked = images, masked
@@ -180,7 +182,10 @@ class Damages(TorchDataset):
 
 
 def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image | None] | str:
-    """An image, and its mask with --masked_loss, or why it cannot be trained; `RunFailed` where it may be whole."""
+    """Return an image, and its mask with --masked_loss, or a string that says why it cannot be trained on.
+
+    Raises `RunFailed` if the file may be intact but cannot be read at present.
+    """
     try:
         image, mask = images.open_masked(index) if masked else (images.open(index), None)
     except Exception as error:
@@ -191,7 +196,7 @@ def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image
 
 
 def encode_images(variants: Variants, key: object, vae: nn.Module, context: Context) -> tuple[Latents, dict[int, str]]:
-    """The latents' moments of all variants, and which images are damaged; `key` stands for the autoencoder.
+    """Return the latents of all variants, and why images are damaged, by number; `key` identifies the autoencoder.
 
     Only images that are not on disk yet are opened and encoded.
     """
@@ -202,7 +207,10 @@ def encode_images(variants: Variants, key: object, vae: nn.Module, context: Cont
 
 
 def damaged_images(images: ImageDataset, context: Context) -> dict[int, str]:
-    """Which images cannot be trained, and why, where no latents are kept: each is opened once, for all runs."""
+    """Return why images cannot be trained on, by number, if no latents are stored.
+
+    Each image is opened once, and the result is cached for later runs.
+    """
     keys = [derive(mark, context.options.training.masked_loss and MASKED) for mark in images.marks]
     found = Encoded(cache_folder(context.options.model, context.options.output), "opened", keys)
     _fill(found, Damages(images, context.options.training.masked_loss), lambda item: item, "opening image", context)
@@ -210,7 +218,7 @@ def damaged_images(images: ImageDataset, context: Context) -> dict[int, str]:
 
 
 def _fill(found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item], phase: str, context: Context) -> None:
-    """Writes what `make` makes of each image that is missing, or why that cannot be trained."""
+    """Write what `make` returns for each missing image, or the reason why it cannot be trained on."""
     accelerator = context.accelerator
     total = sum(map(len, share(found, PART_OF_IMAGES, accelerator)))
     silent = not accelerator.is_main_process or total == 0
@@ -232,7 +240,7 @@ def _fill(found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item]
 
 
 def _filled(found: Encoded, part: int, make: Callable[[Sequence[int]], Generator[Item]], context: Context) -> None:
-    """`fill`, stopped also where another process, asked to stop as this one, left while this one waited for it."""
+    """Call `fill`; report a stop if another process left because of the same request to stop."""
     try:
         fill(found, part, make, context.accelerator)
     except RunFailed:
@@ -243,7 +251,7 @@ def _filled(found: Encoded, part: int, make: Callable[[Sequence[int]], Generator
 def encoded(
     family: Family, vae: nn.Module, pixels: torch.Tensor, sizes: torch.Tensor, masks: torch.Tensor | None = None
 ) -> list[dict[str, torch.Tensor]]:
-    """What is kept of each of an image's variants."""
+    """Return what is stored of each of an image's variants."""
     with torch.no_grad():
         moments = family.encode_images(vae, pixels.to(vae.device, vae.dtype))
     kept = {"moments": moments, "sizes": sizes}
@@ -255,9 +263,9 @@ def encoded(
 def without_damaged(
     images: ImageDataset, latents: Latents | None, problems: dict[int, str], options: DataOptions
 ) -> tuple[ImageDataset, Latents | None, list[int]]:
-    """Images and their latents, if kept, that training can use, and their numbers among all.
+    """Return the usable images, their latents (None if not stored), and their positions among all images.
 
-    Raises `InvalidArgument` with --strict, or where none is left.
+    Raises `InvalidArgument` if none is usable or, with --strict, if one is not.
     """
     keep = [index for index in range(len(images)) if index not in problems]
     if not problems:

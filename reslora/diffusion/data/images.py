@@ -1,4 +1,4 @@
-"""One image: opened right, cropped and scaled."""
+"""Open, crop and scale one image."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ from .size import Size
 
 ORIENTATION = PIL.ExifTags.Base.Orientation
 UNREADABLE = "cannot be read now"
-NOTHING_COUNTS = "its mask is black or transparent everywhere, so nothing of it would be trained"
+NOTHING_COUNTS = "its mask is black or transparent everywhere, so its loss would always be 0"
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-TEXTS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG file that may say its orientation
+TEXTS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # PNG chunks that may contain the orientation
 
 SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".tga", ".ppm",
     ".heic", ".heif",
 }  # fmt: skip
-HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")  # what such a file says that it is
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")  # brands in the header of a HEIC file
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is called as images are."""
+    """Return whether a file has an image's suffix."""
     return path.suffix.lower() in SUFFIXES
 
 
 def image_size(source: Content) -> tuple[int, int] | str:
-    """Width and height of the upright image, from headers, or why there are none; no pixel is decoded.
+    """Return width and height after the EXIF rotation, or a string with the problem; only headers are read.
 
-    PIL refuses what would decode to gigabytes.
+    PIL rejects images that would decode to gigabytes.
     """
     try:
         if not isinstance(source, bytes) and not Path(source).is_file():
             return "not a file" if Path(source).exists() else "no such file"
         with _opened(source) as image:
             size = image.size
-            if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # PIL has turned this one already
+            if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # PIL has rotated this size already
                 size = image.tag_v2[256], image.tag_v2[257]
             return size[::-1] if _orientation(image) in SIDEWAYS else size
-    except Exception as error:  # each format's reader has exceptions of its own
+    except Exception as error:  # each format's reader raises its own types
         if passes(error):
             return damage(error)
         if type(error).__name__ == "DecompressionBombError":
@@ -63,7 +63,7 @@ def image_size(source: Content) -> tuple[int, int] | str:
 
 
 def _is_heic(source: Content) -> bool:
-    """Whether it begins as photos of iPhones do."""
+    """Return whether the content starts like a HEIC photo of an iPhone."""
     head = source[:12] if isinstance(source, bytes) else b""
     with suppress(OSError):
         if not isinstance(source, bytes):
@@ -73,7 +73,7 @@ def _is_heic(source: Content) -> bool:
 
 
 def open_image(source: Content, ground: str = "white") -> PIL.Image.Image:
-    """The image as 8-bit RGB: upright, transparency on `ground`, 16 bits scaled down, an animation's first frame."""
+    """Return the image as 8-bit RGB: rotated upright, composited on `ground`, 16 bits scaled down, the first frame."""
     image = _upright(source)
     if _has_alpha(image):
         image = image.convert("RGBA")
@@ -82,24 +82,24 @@ def open_image(source: Content, ground: str = "white") -> PIL.Image.Image:
 
 
 def damage(error: Exception) -> str:
-    """Why an image could not be opened; each format's reader has exceptions of its own."""
+    """Return why an image could not be opened."""
     return f"{UNREADABLE if passes(error) else 'damaged'} ({first_line(error)})"
 
 
 def passes(error: Exception) -> bool:
-    """Whether an image may be whole that could not be opened: the memory, the disk or the network was short.
+    """Return whether an error may be temporary: a lack of memory, or an error of the disk or the network.
 
-    PIL's own errors have no number, but for the place in a damaged file that it cannot seek.
+    PIL's own errors have no errno, except EINVAL for an invalid seek in a damaged file.
     """
     lasting = (None, errno.EINVAL, errno.ENAMETOOLONG)
     return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in lasting)
 
 
 def open_masked(source: Content, mask: Content) -> tuple[PIL.Image.Image, PIL.Image.Image]:
-    """The image as 8-bit RGB, and in 8-bit grey how much each pixel counts: white fully, black not at all.
+    """Return the image as 8-bit RGB, and its loss mask as 8-bit grayscale: white counts fully, black not at all.
 
-    That is what its mask says, which is black where it is transparent; of an image without one its alpha channel, and
-    the colours below that are as they are.
+    The mask is the given one, black where it is transparent. Without one it is the alpha channel, and the colors under
+    it are left as they are.
     """
     if mask:
         return open_image(source), open_image(mask, "black").convert("L")
@@ -111,17 +111,17 @@ def open_masked(source: Content, mask: Content) -> tuple[PIL.Image.Image, PIL.Im
 
 
 def is_masked(source: Content, mask: Content) -> bool:
-    """Whether an image has a mask or an alpha channel; no pixel is decoded."""
+    """Return whether an image has a mask or an alpha channel; no pixel is decoded."""
     with _opened(source) as image:
         return bool(mask) or _has_alpha(image)
 
 
 def mask_problem(mask: Content, size: tuple[int, int]) -> str:
-    """Why this cannot be the mask of an image of that width and height; empty where it can, or there is none."""
+    """Return why this cannot be the mask of an image of that width and height; empty if it can, or if there is none."""
     found = image_size(mask) if mask else size
     if isinstance(found, str):
         return f"its mask: {found}"
-    return "" if found == size else f"its mask is {found[0]} x {found[1]}, it is {size[0]} x {size[1]}"
+    return "" if found == size else f"its mask is {found[0]} x {found[1]}, the image is {size[0]} x {size[1]}"
 
 
 def _has_alpha(image: PIL.Image.Image) -> bool:
@@ -129,13 +129,13 @@ def _has_alpha(image: PIL.Image.Image) -> bool:
 
 
 def _upright(source: Content) -> PIL.Image.Image:
-    """The image as it is shown, with 8 bits a channel."""
+    """Return the image rotated upright, with 8 bits per channel."""
     with _opened(source) as opened:
         opened.load()
         image = PIL.ImageOps.exif_transpose(opened)
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these at 255
         values = np.asarray(image, dtype=np.float32)
-        if not np.isfinite(values).all():  # it would be black or white all over
+        if not np.isfinite(values).all():  # it would become all black or all white
             raise ValueError("pixels that are not finite")
         top = 65535 if image.mode != "F" or values.max() > 255 else 255 if values.max() > 1 else 1
         image = PIL.Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
@@ -145,10 +145,10 @@ def _upright(source: Content) -> PIL.Image.Image:
 def crop_and_scale(
     image: PIL.Image.Image, crop: Sequence[float], flip: bool, size: Size, interpolation: str
 ) -> torch.Tensor:
-    """A [3, height, width] tensor in [-1, 1]: the part at `crop` (0 to 1 across and down) of the image, as large as can
-    be, that has the shape of `size`. Of a grey image it has one channel.
+    """Return the crop as a [3, height, width] tensor in [-1, 1]; one channel for a grayscale image.
 
-    Cropping before scaling gives what scaling before cropping gives, and a 1 x 5000 image stays small.
+    The crop is the largest part of the image with the aspect ratio of `size`. `crop` is its position across and down,
+    each from 0 to 1. Cropping before scaling gives the same result as the reverse, and a 1 x 5000 image stays small.
     """
     width, height = image.size
     kept = (min(width, height * size.width / size.height), min(height, width * size.height / size.width))
@@ -161,17 +161,18 @@ def crop_and_scale(
 
 
 def crop_mask(mask: PIL.Image.Image, crop: Sequence[float], flip: bool, size: Size) -> torch.Tensor:
-    """A [1, height, width] tensor in [0, 1]: the same part of a mask; what lies beside a pixel's area adds nothing."""
+    """Return the same crop of a mask as a [1, height, width] tensor in [0, 1], averaged over each pixel's area."""
     return (crop_and_scale(mask, crop, flip, size, "box") + 1) / 2
 
 
 def crop_sizes(original: tuple[int, int], crop: Sequence[float], flip: bool, size: Size) -> list[int]:
-    """Height and width of the image, top and left of the crop once it is scaled, height and width of the result.
+    """Return the image's height and width, the top and left of its scaled crop, and the crop's height and width.
 
-    SDXL is told these (Podell et al., 2023, Section 2.2). A mirrored image was mirrored before it was cropped.
+    SDXL is conditioned on them (Podell et al., 2023, Section 2.2). A flipped image counts as flipped before it was
+    cropped.
     """
     width, height = original
-    by_width = size.width * height >= size.height * width  # whichever side has nothing to spare
+    by_width = size.width * height >= size.height * width  # the dimension in which nothing is cut off
     target, side = (size.width, width) if by_width else (size.height, height)
     spare = (width * target / side - size.width, height * target / side - size.height)
     across, down = (fraction * length for fraction, length in zip(crop, spare, strict=True))
@@ -185,7 +186,10 @@ def _opened(source: Content) -> PIL.ImageFile.ImageFile:
 
 
 def _orientation(image: PIL.ImageFile.ImageFile) -> object:
-    """As `exif_transpose` reads it, which decodes a PNG file first: there it may come after the pixels."""
+    """Return the EXIF orientation without decoding pixels.
+
+    In a PNG file it may follow the pixels, and PIL would decode these first.
+    """
     exif = PIL.Image.Image.getexif(image)
     if image.format == "PNG" and ORIENTATION not in exif:
         assert image.fp is not None
@@ -195,9 +199,9 @@ def _orientation(image: PIL.ImageFile.ImageFile) -> object:
 
 
 def _without_pixels(file: IO[bytes]) -> io.BytesIO:
-    """A PNG file with its texts before the place of its pixels, and no pixels."""
+    """Return a PNG file with its text chunks and without its pixels."""
     file.seek(0)
-    content = file.read(8 + 25)  # the signature and the chunk that says the size
+    content = file.read(8 + 25)  # the signature and the IHDR chunk
     while len(head := file.read(8)) == 8:
         length = int.from_bytes(head[:4], "big")
         if head[4:] in TEXTS:
@@ -209,5 +213,5 @@ def _without_pixels(file: IO[bytes]) -> io.BytesIO:
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:
-    """With the checksum that it should have: PIL checks those after the pixels no more."""
+    """Return a PNG chunk with its correct checksum, for PIL does not check that of chunks after the pixels."""
     return len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")

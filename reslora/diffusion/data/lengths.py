@@ -1,4 +1,4 @@
-"""Captions that are longer than what a text encoder reads: their rest is trained on by nobody."""
+"""Report captions that are longer than the text encoder's limit; their rest has no effect."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..prompts import prompts_of
 from .dataset import ImageDataset
 from .samples import Material
 
-AT_ONCE = 1000  # captions whose tokens are in memory
+AT_ONCE = 1000  # captions that are tokenized at once
 Place = tuple[ImageDataset, int] | str
-"""An image, or the flag of a prompt."""
+"""An image of a dataset, or the option that a prompt comes from."""
 
 
 def tell_long_captions(material: Material, pipeline: DiffusionPipeline, context: Context) -> None:
-    """A line about captions and prompts whose rest is not read, with the longest as an example."""
+    """Print how many captions and prompts are longer than the text encoder's limit, with the longest as an example."""
     reader = reader_of(pipeline, context.model)
     if reader is None or not context.accelerator.is_main_process:
         return
@@ -37,12 +37,12 @@ def tell_long_captions(material: Material, pipeline: DiffusionPipeline, context:
         where = place if isinstance(place, str) else place[0].name(place[1])
         reads = f"the {most} tokens that {encoder_of(name)} reads{' (--max_sequence_length)' if longest else ''}"
         those = f"{len(long)} of {len(texts)} captions and prompts {are(len(long))}"
-        line = f"{those} longer than {reads}: what is beyond them is not read"
+        line = f"{those} longer than {reads}: the rest has no effect"
         context.accelerator.print(f"{line} (for example {printable(where)}: {counts[example]} tokens)")
 
 
 def reader_of(pipeline: DiffusionPipeline, model: Model) -> tuple[str, PreTrainedTokenizerBase] | None:
-    """The tokenizer of the encoder that reads most of a caption, which is the last one that is there, and its name."""
+    """Return name and tokenizer of the text encoder with the highest limit: the last that the pipeline has."""
     for name in reversed(model.family.text_parts):
         tokenizer = getattr(pipeline, name, None) if name.startswith("tokenizer") else None
         if tokenizer is not None and model.index.get(encoder_of(name)) != [None, None]:
@@ -51,12 +51,12 @@ def reader_of(pipeline: DiffusionPipeline, model: Model) -> tuple[str, PreTraine
 
 
 def encoder_of(tokenizer: str) -> str:
-    """The text encoder's name in the pipeline, by its tokenizer's."""
+    """Return the name of a tokenizer's text encoder in the pipeline."""
     return tokenizer.replace("tokenizer", "text_encoder")
 
 
 def places_of(material: Material) -> dict[str, Place]:
-    """Every caption, with prefix and suffix, and every prompt, with the first place where it is."""
+    """Return every caption, with prefix and suffix, and every prompt, each with the first place where it occurs."""
     found: dict[str, Place] = {}
     for source in material.sources:
         for index, captions in enumerate(source.images.captions):

@@ -1,4 +1,4 @@
-"""What is in a folder of images: hidden files and folders, as editors and desktops keep copies in, are not."""
+"""List the files in a folder of images, without the hidden files and folders that editors and desktops create."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ...options.images import DataOptions, OutputOptions
 from ...words import are, counted
 from .images import is_image
 
-TRASH = ".trash"  # the application's own hidden folder
+TRASH = ".trash"  # the hidden folder into which the application moves deleted images
 
 
 def files_of(folder: Path, data: DataOptions, output: OutputOptions, deep: bool = True) -> list[Path]:
-    """All that is in a folder but for what is hidden, the class images, and what this very run writes: its samples.
+    """Return the visible content of a folder, without the class images and this run's own output.
 
-    A folder inside the run's own, or inside that of the class images, was named, and is read. With `deep`, also what is
-    in its folders.
+    A folder that was named explicitly is read even if it lies inside one of these. With `deep`, subfolders are read
+    too.
     """
     there = all_below(folder) if deep else folder.iterdir()
     everything = [path for path in sorted(there) if not path.name.startswith(".")]
@@ -29,12 +29,12 @@ def files_of(folder: Path, data: DataOptions, output: OutputOptions, deep: bool 
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
-    """Where a folder is, however it is written; of one that is a link, also where that is."""
+    """Return the resolved path of a folder and, if it is a symbolic link, also the path of the link."""
     return folder.resolve(), folder.parent.resolve() / folder.name
 
 
 def hidden_images(folder: Path) -> list[Path]:
-    """Hidden images of a folder, and those in its hidden folders but the trash: whoever has filled that knows of it."""
+    """Return hidden images of a folder, and images in its hidden folders, without those in the application's trash."""
     found = []
     for place, _, names in os.walk(folder):
         parts = Path(place).parts[len(folder.parts) :]
@@ -45,6 +45,6 @@ def hidden_images(folder: Path) -> list[Path]:
 
 
 def told_of_hidden(images: Sequence[Path]) -> list[str]:
-    """A line about images that are hidden; none where there are none."""
+    """Return a line about hidden images, or [] if there are none."""
     told = f"{counted(len(images), 'hidden image')} {are(len(images))} not read"
     return [f"{told} (for example {images[0]})"] if images else []

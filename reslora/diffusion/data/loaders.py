@@ -1,4 +1,4 @@
-"""torch's DataLoader as every use of it has it: who answers signals, and what becomes of a process that dies."""
+"""Options and error handling of torch's DataLoader: signals, and loading processes that die."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...common.signals import SIGNALS
 
 
 def worker_options(count: int) -> dict:
-    """Arguments for `count` loading processes, which leave it to the trainer to answer signals."""
+    """Return `DataLoader` arguments for `count` worker processes, which ignore the signals that the trainer handles."""
     if count == 0:
         return {"num_workers": 0}
     fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
@@ -27,9 +27,9 @@ def _ignore_signals(worker: int) -> None:
 
 
 def stream(loader: DataLoader) -> Generator:
-    """What a loader yields; an item that cannot be loaded, or a process that died, is `RunFailed` in one line.
+    """Yield the items of a loader; raises `RunFailed` if an item cannot be loaded or a worker process dies.
 
-    Close it when it is not read to its end: its processes ignore SIGTERM, and leave only when they are told.
+    Close the generator if it is not read to its end: the workers ignore SIGTERM, and exit only when they are shut down.
     """
     iterator = _iterator(loader)
     try:
@@ -43,13 +43,13 @@ def stream(loader: DataLoader) -> Generator:
             yield item
     finally:
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
-            iterator._shutdown_workers()  # as when torch's iterator is collected, which a kept traceback prevents
+            iterator._shutdown_workers()  # torch does so on collection, which a stored traceback prevents
 
 
 def _iterator(loader: DataLoader) -> Iterator:
-    """The loader's own iterator, without torch's handler of dead children: that raises wherever the program is then.
+    """Return the loader's iterator without torch's SIGCHLD handler, which raises at an arbitrary place of the program.
 
-    Without it the next item tells.
+    Without the handler, the next item raises.
     """
     number = getattr(signal, "SIGCHLD", None) if loader.num_workers else None
     if number is None:
@@ -62,8 +62,8 @@ def _iterator(loader: DataLoader) -> Iterator:
 
 def _what_failed(error: Exception, processes: int) -> str:
     intact = "the last checkpoint is intact"
-    if processes and " in DataLoader worker process " not in str(error):  # what a process says that lives on
-        fix = "give fewer, or more memory"
+    if processes and " in DataLoader worker process " not in str(error):  # an error that a living worker raised
+        fix = "use fewer processes, or free memory"
         return f"--dataloader_num_workers {processes}: a process that loads images has died; {fix}; {intact}"
     lines = str(error).strip().splitlines() if processes else []
     return f"a batch cannot be loaded ({lines[-1] if lines else first_line(error)}); {intact}"

@@ -1,4 +1,4 @@
-"""From images and captions to what samples are made of: encoded, or found encoded on disk."""
+"""Prepare the training data: read, encode or find in the cache, assign to buckets, split."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from .samples import Material
 from .size import Size
 from .sources import Source, split
 
-NOTED = "images.json"  # how many images a run uses, their content in short, and which are left out
-UNEVEN = 2  # times as often as another bucket: from there on a line tells of it
-VARIANTS, FEW_VARIANTS = 4, 1000  # of a caption, and in a run: so many at most are encoded beforehand
+NOTED = "images.json"  # the number of images of a run, their content hashes, and the images that are left out
+UNEVEN = 2  # if an epoch uses one bucket this many times as often as another, the trainer prints a line
+VARIANTS, FEW_VARIANTS = 4, 1000  # captions are encoded beforehand up to this factor, and in any case up to this number
 
 
 def material_of(
     kinds: Sequence[ImageDataset], pipeline: DiffusionPipeline, objective: Objective, context: Context
 ) -> Material:
-    """Captions and images encoded, or found encoded on disk.
+    """Return the training data, with captions and images encoded or found in the cache.
 
-    `kinds`: the images to be learnt, and class images where there are any.
+    `kinds` are the training images and the class images, if any.
     """
     family = context.model.family
     largest = max((images for images in kinds if not images.of_class), key=len)
@@ -63,33 +63,34 @@ def material_of(
 
 
 def note_images(material: Material, context: Context, goes_on: bool) -> None:
-    """Notes in the run's folder what images it uses: some are known to be damaged only once they are opened.
+    """Write the images that the run uses to `images.json`; damaged images are known only after all were opened.
 
-    Refuses to go on with others than those that were used before: other ones would be held out.
+    Raises `InvalidArgument` if a resumed run would use other images than before, because its held-out images would
+    change.
     """
     options, path = context.options, context.folder / NOTED
     used = "; ".join(source.images.fingerprint for source in material.sources)
     left_out = [line for source in material.sources for line in source.images.left_out]
     if len(set(gathered(used))) > 1:
         raise InvalidArgument(
-            data_flag(options.data), "not the same images are damaged for all processes", "repair them"
+            data_flag(options.data), "the processes disagree about which images are damaged", "repair them"
         )
 
     def note() -> None:
         there = read_object(path).get("images", used)
         if goes_on and there != used:
             example = f" (left out: {left_out[0]})" if left_out else ""
-            problem = f"{context.folder} was trained on {there}, what can be used now is {used}{example}"
-            raise InvalidArgument(data_flag(options.data), problem, "bring that back, or choose another --output_dir")
+            problem = f"{context.folder} was trained on {there}, but now {used} can be used{example}"
+            raise InvalidArgument(data_flag(options.data), problem, "restore them, or choose another --output_dir")
         write_json(path, {"images": used, "left_out": left_out})
 
     decided(note)
 
 
 def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context) -> Material:
-    """The material with text states of the prompts and, where they are encoded beforehand, of all captions.
+    """Return the training data with the text states of prompts and, if they are encoded beforehand, of all captions.
 
-    Where these are too many for that, the pipeline becomes one with text encoders, for the steps.
+    If there are too many captions to encode, text encoders are loaded into the pipeline, and each step encodes its own.
     """
     data, validation, model = material.data, material.validation, context.model
     parts = model.family.frozen_text_parts if context.encoders else model.family.text_parts
@@ -107,18 +108,18 @@ def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context
         captions = captions_of(material, context.accelerator.num_processes)
         if captions is None:
             whole = model.load_pipeline(context.dtype, context.accelerator.device, encoders=True)
-            vars(pipeline).update(vars(whole))  # parts alone would not do: pipelines read them when they are made
+            vars(pipeline).update(vars(whole))  # setting the encoders is not enough: `__init__` reads them
             data = dataclasses.replace(data, cache_text_embeddings=False)
-            line = "captions have too many variants to keep: each step encodes its own, and text encoders stay loaded"
+            line = "captions have too many variants to cache: each step encodes its own, and text encoders stay loaded"
             context.accelerator.print(line)
         wanted += captions or []
     return dataclasses.replace(material, texts=encode_texts(wanted, key, load_encoders, context), data=data)
 
 
 def captions_of(material: Material, processes: int) -> list[str] | None:
-    """Every caption that a run will read, which is known beforehand; None if chance makes too many variants of them.
+    """Return every caption that a run will read, or None if random transforms make too many of them.
 
-    At most FEW_VARIANTS are not too many, nor are VARIANTS times as many as there are captions.
+    The limit is FEW_VARIANTS, or VARIANTS times the number of captions if that is higher.
     """
     plain = [
         source.recipe.plain(text)
@@ -139,9 +140,9 @@ def captions_of(material: Material, processes: int) -> list[str] | None:
 
 
 def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, context: Context) -> list[Source]:
-    """The images at the first resolution, split but for class images; and those to train at each other resolution.
+    """Return the images at the first resolution, split (except class images), and the training images at the others.
 
-    `least`: how many are held out at least, where any are to be.
+    `least` is the lowest number of held-out images, if any are held out.
     """
     options, multiple = context.options, context.model.family.pixel_multiple(pipeline)
     sides, label = options.data.resolution, images.label
@@ -154,13 +155,13 @@ def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, co
     for label, sizes in zip(labels[1:], sizes_of(images, multiple, options.data)[1:], strict=True):
         if again := {index: size for index in train if (size := sizes[index])}:
             some = images.select(list(again))
-            some = dataclasses.replace(some, label=label, left_out=(), notes=())  # the latter are told once
+            some = dataclasses.replace(some, label=label, left_out=(), notes=())  # its lines are printed once
             found.append(source_of(some, list(again.values()), pipeline, context))
     return found
 
 
 def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context) -> Source:
-    """The images with their latents, without the damaged ones, put into buckets; all are trained on."""
+    """Return the undamaged images with their latents, assigned to buckets; all of them are training images."""
     options = context.options
     if options.data.cache_latents:
         latents, problems = latents_of(images, sizes, pipeline, context)
@@ -176,9 +177,9 @@ def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeli
 
 
 def sizes_of(images: ImageDataset, multiple: int, options: DataOptions) -> list[list[Size | None]]:
-    """What each image is cropped and scaled to at each resolution; None but at the first where that is nothing new.
+    """Return each image's size at each resolution; None if an earlier resolution has the same size.
 
-    An image is trained once at a size, and once at its own where it is smaller than resolutions are.
+    An image that is smaller than several resolutions is trained once at its own size.
     """
     found: list[list[Size | None]] = [[] for _ in options.resolution]
     for image in images.sizes:
@@ -193,9 +194,10 @@ def sizes_of(images: ImageDataset, multiple: int, options: DataOptions) -> list[
 
 
 def size_of(image: tuple[int, int], resolution: int, multiple: int, options: DataOptions) -> tuple[Size, bool]:
-    """What an image (width and height) is cropped and scaled to: a square, or with buckets what keeps most of it.
+    """Return the size that an image (width and height) is cropped and scaled to: a square, or with buckets the best
+    one.
 
-    And whether that is its own size, for it is smaller than all buckets.
+    The second item is whether this is the image's own size, because it is smaller than all buckets.
     """
     if not options.use_aspect_ratio_buckets:
         return square(resolution), False
@@ -207,7 +209,7 @@ def size_of(image: tuple[int, int], resolution: int, multiple: int, options: Dat
 
 
 def tell_sizes(sources: Sequence[Source], context: Context) -> None:
-    """How many images each bucket has."""
+    """Print the number of images in each bucket."""
     if context.options.data.use_aspect_ratio_buckets or len(listed(context.options.data.resolution)) > 1:
         found = Counter(source.size(image) for source in sources for image in range(len(source.images)))
         counts = [f"{size.height}x{size.width}: {count}" for size, count in found.items()]
@@ -215,7 +217,7 @@ def tell_sizes(sources: Sequence[Source], context: Context) -> None:
 
 
 def tell_counts(material: Material, context: Context) -> None:
-    """How often an epoch meets the images of each folder, and how much they count, where that differs or may."""
+    """Print repeats, weight and masks of each source if sources differ or may differ."""
     plan = material.plan(context.accelerator.num_processes)
     tell_uneven(plan, context)
     for source in material.sources:
@@ -230,19 +232,19 @@ def tell_counts(material: Material, context: Context) -> None:
 
 
 def tell_uneven(plan: Plan, context: Context) -> None:
-    """Which bucket an epoch meets most often beside the others, where that is far more often."""
+    """Print a line if an epoch uses the images of one bucket far more often than those of another."""
     least, most = (choose(plan.met, key=plan.met.__getitem__) for choose in (min, max))
     if plan.met[most] >= UNEVEN * plan.met[least]:
         often, seldom = (f"{size.height}x{size.width} {plan.met[size]:.3g} times" for size in (most, least))
         smaller = "a smaller --train_batch_size" if context.options.training.train_batch_size > 1 else "fewer processes"
         context.accelerator.print(
-            f"a bucket's last batch is filled from the same bucket: an epoch meets images of {often} as often as asked "
-            f"for, of {seldom}; {smaller} with more --gradient_accumulation_steps evens that out"
+            f"a bucket's last batch is filled up from the same bucket: an epoch uses images of {often} as often as "
+            f"requested, of {seldom}; {smaller} with more --gradient_accumulation_steps reduces the difference"
         )
 
 
 def times_of(source: Source, plan: Plan) -> str:
-    """How often an epoch meets a source's images, in words; a bucket that is alone meets all alike."""
+    """Format how often an epoch uses a source's images; with a single bucket, all are used equally often."""
     several = len(plan.met) > 1
     met = [source.repeats * plan.met[source.size(image)] for image in source.train if several] or [source.repeats]
     low, high = (f"{round(times, 1):g}" for times in (min(met), max(met)))
@@ -254,7 +256,7 @@ def times_of(source: Source, plan: Plan) -> str:
 def latents_of(
     images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context
 ) -> tuple[Latents, dict[int, str]]:
-    """Latents of all images at their sizes, and which of them are damaged."""
+    """Return the latents of all images at their sizes, and why images are damaged, by number."""
     vae, model = pipeline.vae, context.model
     key = (model.family.name, model.fingerprint("vae"), str(vae.dtype))
     with wide_enough(model.family, vae):
@@ -262,7 +264,7 @@ def latents_of(
 
 
 def tell_what_is_left_out(images: ImageDataset, context: Context) -> None:
-    """A line for each of the first images that cannot be used, and how many there are."""
+    """Print a line about each of the first 20 unusable images, and their number."""
     for line in (*images.notes, *(f"left out: {line}" for line in images.left_out[:20])):
         context.accelerator.print(printable(line))
     if images.left_out:

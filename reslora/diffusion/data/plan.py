@@ -1,7 +1,7 @@
-"""Which images a forward reads: a function of the seed and the forward's number, and of nothing else.
+"""The order of the training images: a function of the seed and the batch's number, and of nothing else.
 
-So all methods read the same, a resumed run equals an uninterrupted one, and N processes share what one process with N
-times the batch would read.
+Therefore all methods use the same images, a resumed run equals an uninterrupted one, and N processes share the batch
+that one process with N times the batch size would read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .sources import Source
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample: an image of a source, at a size. The position seeds its noise, timestep, caption and crop."""
+    """One sample: an image of a source, and its size. The position seeds its noise, timestep, caption and crop."""
 
     source: int
     image: int
@@ -27,12 +27,12 @@ class Draw:
 
 
 class Plan:
-    """The samples of every forward, of all processes together; all samples of a forward have one size.
+    """The samples of every batch of all processes together; all samples of a batch have the same size.
 
-    Each bucket (the images of one size) is an endless stream of rounds, every round a permutation of its own. An epoch
-    is as many forwards of each bucket as hold one round, in a seeded order; what fills a bucket's last forward is the
-    beginning of its next round. A bucket that is alone goes on behind what filled its last forward, so that its images
-    are met equally often.
+    Each bucket (the images of one size) is an endless sequence of rounds, and every round is a new permutation. An
+    epoch has as many batches of each bucket as one round fills, in a seeded order. A bucket's last batch is filled up
+    from the beginning of its next round. A single bucket continues after the images that filled its last batch, so that
+    its images are used equally often.
     """
 
     def __init__(self, sources: Sequence[Source], per_forward: int, seed: int) -> None:
@@ -46,7 +46,7 @@ class Plan:
         self.slots = functools.lru_cache(2)(self._slots)
 
     def forward(self, number: int) -> list[Draw]:
-        """The samples of a forward."""
+        """Return the samples of batch `number`."""
         bucket, first, round_ = self._place(number)
         size = self.sizes[bucket]
         items, draws = self.buckets[size], []
@@ -58,20 +58,20 @@ class Plan:
 
     @functools.cached_property
     def forwards_per_epoch(self) -> int:
-        """How many forwards meet every image."""
+        """The number of batches in which every image is used."""
         return sum(self._forwards(size) for size in self.sizes)
 
     @functools.cached_property
     def met(self) -> dict[Size, float]:
-        """How often an epoch meets the images of each bucket, to how often it should: its last forward is filled up."""
+        """The ratio of actual to requested uses per epoch, by size: above 1 if the last batch is filled up."""
         return {size: self._forwards(size) * self.per_forward / len(items) for size, items in self.buckets.items()}
 
     def updates_per_epoch(self, accumulation: int) -> int:
-        """How many updates, of `accumulation` forwards each, meet every image."""
+        """Return the number of updates per epoch, each of `accumulation` batches."""
         return max(1, math.ceil(self.forwards_per_epoch / accumulation))
 
     def _place(self, number: int) -> tuple[int, int, int]:
-        """The bucket of a forward, its first place in the bucket's round, and the number of that round."""
+        """Return the bucket of a batch, its first place in the bucket's round, and the number of that round."""
         if len(self.sizes) == 1:
             return 0, number * self.per_forward, 0
         epoch, slot = divmod(number, self.forwards_per_epoch)
@@ -79,7 +79,7 @@ class Plan:
         return bucket, ordinal * self.per_forward, epoch
 
     def _slots(self, epoch: int) -> list[tuple[int, int]]:
-        """The bucket of each forward of an epoch, and which of the bucket's forwards it is."""
+        """Return the bucket of each batch of an epoch, and its number among that bucket's batches."""
         buckets = [bucket for bucket, size in enumerate(self.sizes) for _ in range(self._forwards(size))]
         seen, slots = [0] * len(self.sizes), []
         for place in self.order(len(buckets), -1, epoch):
@@ -91,6 +91,6 @@ class Plan:
         return math.ceil(len(self.buckets[size]) / self.per_forward)
 
     def _order(self, length: int, bucket: int, round_: int) -> list[int]:
-        """A permutation of a bucket in a round, or for bucket -1 of the forwards of an epoch."""
+        """Return a permutation of a bucket's images in a round; for bucket -1, of the batches of an epoch."""
         which = () if bucket == 0 else (bucket,)
         return shuffled(length, self.seed, "order", *which, round_)

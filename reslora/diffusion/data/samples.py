@@ -1,4 +1,4 @@
-"""Samples: what a draw of the plan becomes. Noise, timestep, caption and crop are functions of seed and position."""
+"""Samples of the training plan: noise, timestep, caption and crop are functions of the seed and the position."""
 
 from __future__ import annotations
 
@@ -24,58 +24,58 @@ from .plan import Draw, Plan
 from .size import Size
 from .sources import Source
 
-TIMESTEPS = 8  # of an image, at which losses are compared
-SHOWN = 256  # pixels of an image's longer side, in figures
+TIMESTEPS = 8  # per image, at which losses are compared
+SHOWN = 256  # longest edge of an image in figures, in pixels
 VALIDATION_DRAWS = 4  # noises per held-out image, one in each quarter of the timesteps
 
 
 @dataclass(frozen=True)
 class Material:
-    """What samples are made of."""
+    """The training data: sources, text states and options that samples are made from."""
 
     sources: tuple[Source, ...]
     texts: Texts
-    """Text states of the prompts, and of the captions where these are encoded beforehand."""
+    """Text states of the prompts, and of the captions if these are encoded beforehand."""
     objective: Objective
     shapes: Mapping[Size, tuple[int, int, int]]
-    """Channels, height and width of the latents of images of every size."""
+    """Channels, height and width of the latents, by image size."""
     adapter: MethodOptions
     data: DataOptions
     training: TrainingOptions
     validation: ValidationOptions
     latents_per_token: int = 4
-    """How many places of the latents are one token of the denoiser."""
+    """The number of latent positions per token of the denoiser."""
 
     def plan(self, processes: int) -> Plan:
-        """What the forwards of so many processes read."""
+        """Return the training plan of `processes` processes."""
         return Plan(self.sources, self.training.train_batch_size * processes, self.training.seed)
 
     def updates(self, processes: int) -> int:
-        """How many steps an epoch of so many processes has."""
+        """Return the number of updates per epoch with `processes` processes."""
         return self.plan(processes).updates_per_epoch(self.training.gradient_accumulation_steps)
 
     def drawn_caption(self, draw: Draw) -> str:
-        """What a training sample is told where chance has a part in that: its position seeds it, apart from noise."""
+        """Return a sample's caption after the random transform; its position seeds that separately from the noise."""
         source = self.sources[draw.source]
         draws = generator(self.training.seed, "caption", draw.position)
         return source.recipe.drawn(source.images.captions[draw.image], draws)
 
     @property
     def held_out(self) -> list[tuple[int, int]]:
-        """Source and number of every image that is held out."""
+        """Source and number of every held-out image."""
         return [(number, image) for number, source in enumerate(self.sources) for image in source.held_out]
 
     def learnt(self, count: int) -> list[PIL.Image.Image]:
-        """At most so many of the images that are trained on, from all over the data and no larger than SHOWN.
+        """Return at most `count` training images for figures, evenly spaced over the data, no larger than SHOWN pixels.
 
-        Without class images, and without those that cannot be read now: they are only to be looked at.
+        Class images and images that cannot be read at present are left out.
         """
         places = [
             (source.images, image) for source in self.sources if not source.images.of_class for image in source.train
         ]
         found = []
         for images, image in places[:: max(1, len(places) // count)][:count]:
-            with contextlib.suppress(Exception):  # each format's reader has exceptions of its own
+            with contextlib.suppress(Exception):  # they are only shown, and each format's reader raises its own types
                 opened = images.open(image)
                 opened.thumbnail((SHOWN, SHOWN))
                 found.append(opened)
@@ -83,22 +83,22 @@ class Material:
 
 
 class TrainingSamples(Dataset):
-    """The sample of each draw."""
+    """Dataset that maps a `Draw` to its training sample."""
 
     purpose = "training"
     varies = True
-    """Whether chance has a part in captions, where the options say so."""
+    """Whether captions are transformed randomly if the options ask for it."""
 
     def __init__(self, material: Material) -> None:
         self.material = material
         self.noise_offset = material.training.noise_offset
 
     def random(self, draw: Draw) -> torch.Generator:
-        """Where a sample's random numbers come from."""
+        """Return the random generator of a sample."""
         return generator(self.material.training.seed, self.purpose, draw.position)
 
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
-        """The timestep of a sample with latents of that shape."""
+        """Return the timestep of a sample; `shape` is channels, height and width of its latents."""
         return self.material.objective.draw(draws, tokens=shape[1] * shape[2] // self.material.latents_per_token)
 
     def __getitem__(self, draw: Draw) -> Batch:
@@ -137,20 +137,20 @@ class TrainingSamples(Dataset):
         return {"pixels": pixels, "sizes": sizes} | masked
 
     def batched(self, draws: Sequence[Draw]) -> Iterator[Batch]:
-        """The samples of these draws, which are of one size, in batches."""
+        """Yield the samples of `draws`, all of one size, in batches."""
         size = self.material.training.train_batch_size
         for first in range(0, len(draws), size):
             yield collate([self[draw] for draw in draws[first : first + size]])
 
 
 class CalibrationSamples(TrainingSamples):
-    """Training images with noise of their own and captions as they are drawn with, for the merge."""
+    """Training images with separate noise and untransformed captions, for the calibration of the merge."""
 
     purpose = "calibration"
     varies = False
 
     def batches(self, count: int, processes: int = 1) -> Iterator[Batch]:
-        """The first `count` samples that so many processes read together, in batches of one of them."""
+        """Yield the first `count` samples that `processes` processes read together, in batches."""
         plan, size = self.material.plan(processes), self.material.training.train_batch_size
         for first in range(0, count, size):
             forward, rank = divmod(first // size, processes)
@@ -161,7 +161,7 @@ class CalibrationSamples(TrainingSamples):
 class ValidationSamples(TrainingSamples):
     """Held-out images, each with VALIDATION_DRAWS noises spread evenly over the timesteps, without the noise offset.
 
-    At most --max_validation_images of them, drawn once; the noises of an image do not depend on which others are.
+    At most --max_validation_images are used, chosen once. An image's noises do not depend on which others are chosen.
     """
 
     purpose = "validation"
@@ -182,21 +182,21 @@ class ValidationSamples(TrainingSamples):
         return len(self.draws)
 
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
-        """The timestep of a sample, in its quarter."""
+        """Return the timestep of a sample, in its quarter of the timesteps."""
         quarter = position % VALIDATION_DRAWS + float(torch.rand((), generator=draws))
         return self.material.objective.at(quarter / VALIDATION_DRAWS)
 
     def batches(self) -> Iterator[Batch]:
-        """All samples, none of another size beside them."""
+        """Yield all samples; every batch has one size."""
         for size in dict.fromkeys(draw.size for draw in self.draws):
             yield from self.batched([draw for draw in self.draws if draw.size == size])
 
 
 class FixedSamples(TrainingSamples):
-    """TIMESTEPS x `noises` samples of an image: its centre, upright, with noises that its content seeds.
+    """TIMESTEPS x `noises` samples of an image: its unflipped center crop, with noises seeded by its content.
 
-    They are alike in all runs, whatever their seeds and whatever other images there are. Each image is measured on its
-    own, so that no other one changes even the rounding.
+    They are the same in all runs, whatever the seed and the other images. Each image is measured separately, so that
+    others do not change even the rounding.
     """
 
     varies = False
@@ -208,25 +208,25 @@ class FixedSamples(TrainingSamples):
         self.timesteps, self.noises = measured_at(material.objective), noises
 
     def random(self, draw: Draw) -> torch.Generator:
-        """By the image's content and the sample's number."""
+        """Return the generator seeded by the image's content and the sample's number."""
         return generator("experiment", self.material.sources[draw.source].images.marks[draw.image], draw.position)
 
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
-        """Of its stratum."""
+        """Return the timestep of the sample's stratum."""
         return self.timesteps[position // self.noises]
 
     def _cached(self, latents: Latents, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
         return latents.of(draw.image, 0)
 
     def batches(self, image: tuple[int, int]) -> Iterator[Batch]:
-        """All samples of an image, which is a source and a number there."""
+        """Yield all samples of an image, given as source and number in it."""
         source, number = image
         size = self.material.sources[source].size(number)
         return self.batched([Draw(source, number, size, position) for position in range(TIMESTEPS * self.noises)])
 
 
 def measured_at(objective: Objective) -> list[torch.Tensor]:
-    """The timesteps, each in the middle of its stratum."""
+    """Return the timesteps in the middle of each of TIMESTEPS strata."""
     return [objective.at((number + 0.5) / TIMESTEPS) for number in range(TIMESTEPS)]
 
 
@@ -234,14 +234,14 @@ def measured_at(objective: Objective) -> list[torch.Tensor]:
 def losses_of(
     loss: Callable[[Batch], torch.Tensor], material: Material, images: Sequence[tuple[int, int]], noises: int = NOISES
 ) -> torch.Tensor:
-    """Images x TIMESTEPS: the mean of `loss` (of each sample of a batch) over the noises."""
+    """Return the mean of `loss` over the noises, images x TIMESTEPS; `loss` maps a batch to one loss per sample."""
     samples = FixedSamples(material, noises)
     found = [torch.cat([loss(batch) for batch in samples.batches(image)]) for image in images]
     return torch.stack(found).view(len(images), TIMESTEPS, noises).mean(2).cpu()
 
 
 def measured(material: Material) -> list[tuple[int, int]]:
-    """At most --max_validation_images of the held-out images: those first by a hash of content."""
+    """Return at most --max_validation_images of the held-out images: the first by a hash of their content."""
     marks = {image: material.sources[image[0]].images.marks[image[1]] for image in material.held_out}
     order = sorted(marks, key=lambda image: derive("max_validation_images", marks[image]))
     chosen = set(order[: material.validation.max_validation_images])
@@ -249,10 +249,10 @@ def measured(material: Material) -> list[tuple[int, int]]:
 
 
 def training_loader(material: Material, steps: Sequence[int], processes: int, rank: int, pin: bool) -> DataLoader:
-    """This process's batches of these steps, once; N processes share what one process would read."""
+    """Return a loader of this process's batches of these steps; N processes share what one process would read."""
     plan, training = material.plan(processes), material.training
     batch, forwards = training.train_batch_size, training.gradient_accumulation_steps
-    draws = (  # made as they are needed, for there are as many as samples in a run
+    draws = (  # generated lazily, because there are as many as samples in the run
         plan.forward(forward)[rank * batch : (rank + 1) * batch]
         for step in steps
         for forward in range(step * forwards, (step + 1) * forwards)

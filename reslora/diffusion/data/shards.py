@@ -1,4 +1,4 @@
-"""The files of a webdataset or of JSON tables, and splits: which are trained on, and what must not be in them."""
+"""The files and splits of a webdataset or of JSON tables that are trained on, and checks of archives."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ...common.errors import InvalidArgument
 from ...words import are
 
 PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt")
-TEXTS = (".txt", ".text", ".transcript")  # which `datasets` decodes, in capitals as well
+TEXTS = (".txt", ".text", ".transcript")  # `datasets` decodes these, in upper case too
 
 
 def training_files(files: Sequence[Path], folder: Path, notes: list[str]) -> Sequence[Path]:
-    """Those that have "train" in their names or folders' names, where some do."""
+    """Return the files with "train" in their name or their folder's name; all files if none has it."""
     chosen = [path for path in files if "train" in str(path.relative_to(folder)).lower()] or files
     if len(chosen) < len(files):
         others = len(files) - len(chosen)
@@ -25,7 +25,7 @@ def training_files(files: Sequence[Path], folder: Path, notes: list[str]) -> Seq
 
 
 def training_split(splits: Mapping[str, datasets.Dataset], notes: list[str]) -> datasets.Dataset:
-    """The one that is called "train"; where there is none, the first."""
+    """Return the split named "train", or the first if there is none."""
     name = "train" if "train" in splits else next(iter(splits))
     if others := [other for other in splits if other != name]:
         notes.append(f"the split {name} is trained on, not {', '.join(others)}")
@@ -33,26 +33,26 @@ def training_split(splits: Mapping[str, datasets.Dataset], notes: list[str]) -> 
 
 
 def check_archives(files: Sequence[Path], argument: str, notes: list[str]) -> None:
-    """Refuses .tar files with pickle in them, some of which `datasets` would unpickle, if carefully; notes cut ones.
+    """Check .tar files for pickle, which `datasets` may unpickle, and for text that is not UTF-8; note truncated files.
 
-    It would not say which text cannot be read, either.
+    Raises `InvalidArgument` that names the file, which `datasets` does not.
     """
     for path in files:
         with tarfile.open(path) as archive:
             names, whole = archive.getnames(), _is_whole(archive)
             unreadable = next((entry.name for entry in archive if _is_other_text(archive, entry)), None)
         if pickled := [name for name in names if name.lower().endswith(PICKLES)]:
-            problem = f"{path.name} holds {pickled[0]}, which is pickle"
-            raise InvalidArgument(argument, problem, "leave it out: images and captions alone are read")
+            problem = f"{path.name} holds {pickled[0]}, which is a pickle"
+            raise InvalidArgument(argument, problem, "leave it out: only images and captions are read")
         if unreadable:
             problem = f"{path.name} holds {unreadable}, which is not UTF-8"
             raise InvalidArgument(argument, problem, "save its captions as UTF-8")
         if not whole:
-            notes.append(f"{path.name} has no end after {names[-1]}: is it cut off, or damaged there?")
+            notes.append(f"{path.name} has no end mark after {names[-1]}: it may be truncated or damaged there")
 
 
 def _is_other_text(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> bool:
-    """Whether it is a text in another encoding than the one that `datasets` reads."""
+    """Return whether an entry is a text that is not UTF-8, the only encoding that `datasets` reads."""
     if not entry.name.lower().endswith(TEXTS) or (file := archive.extractfile(entry)) is None:
         return False
     try:
@@ -63,7 +63,7 @@ def _is_other_text(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> bool:
 
 
 def _is_whole(archive: tarfile.TarFile) -> bool:
-    """Whether an archive that was read to its end ends as it should: with empty blocks, which tarfile does not ask."""
+    """Return whether an archive that was read to its end has its empty last block, which tarfile does not check."""
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
     return archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)

@@ -1,4 +1,4 @@
-"""Height and width of what is trained on."""
+"""Height and width of training images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where training images come from: one folder or dataset each, split, and put into buckets by size."""
+"""The sources of training images: one folder or dataset each, split, and assigned to buckets by size."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from .size import Size
 
 @dataclass(frozen=True)
 class Source:
-    """Images of one kind: those to be learnt, those that keep what is known, ..."""
+    """Images with common options: the training images of a folder at a resolution, or class images."""
 
     images: ImageDataset
     latents: Latents | None
-    """None: images are encoded as they are drawn."""
+    """None if images are encoded in each step."""
     train: tuple[int, ...]
     held_out: tuple[int, ...]
     """For the validation loss."""
     buckets: tuple[Size, ...]
     bucket: tuple[int, ...]
-    """Of each image, which of the buckets."""
+    """The index in `buckets` of each image."""
     weight: float = 1.0
-    """Of the loss of its samples."""
+    """Factor of the loss of these samples."""
     repeats: int = 1
-    """How often an epoch meets each image."""
+    """How often an epoch uses each image."""
     recipe: Recipe = VERBATIM
-    """What becomes of its captions: those of class images stay as they are."""
+    """The transform of its captions; those of class images are unchanged."""
 
     def size(self, image: int) -> Size:
-        """What an image is cropped and scaled to."""
+        """Return the size that an image is cropped and scaled to."""
         return self.buckets[self.bucket[image]]
 
 
 def split(count: int, share: float, seed: int, least: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The images trained on, at least one, and the `share` of them held out for the validation loss.
+    """Return the training images, at least one, and the fraction `share` that is held out for the validation loss.
 
-    `least`: how many are held out at least.
+    `least` is the lowest number of held-out images.
     """
     order = shuffled(count, seed, "validation_split")
     held_out = min(max(least, round(share * count)), count - 1) if share else 0

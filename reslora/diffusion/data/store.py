@@ -1,9 +1,9 @@
-"""Encoded items, many more than memory holds, in Arrow files that several processes and runs write and share.
+"""Store encoded items, more than fit in memory, in Arrow files that several processes and runs write and share.
 
-An item is one or several safetensors files, which keep any shape and dtype, each a record batch of its own. A file's
-footer finds it: opening a file reads nothing but that, and a batch is read without its neighbours. It is read and not
-mapped, for mapped pages count as memory of the process. The last batch of a file says which items it holds, by keys
-that stand for all that they depend on, and which of them could not be encoded, and why.
+An item is one or several safetensors blobs of any shapes and dtypes, each in its own record batch. The footer of a file
+has the offsets, so a batch is read without its neighbors. Files are read, not memory-mapped, because mapped pages count
+as memory of the process. The last batch of a file is its index: the items' keys, which cover everything that they
+depend on, and the reasons why items could not be encoded.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from ...files import remove_leftovers, replacing
 from ..seeds import derive
 
 Item = Sequence[dict[str, torch.Tensor]] | str
-"""What is written: the variants of an item, or why there are none."""
+"""The variants of an item to write, or the reason why there are none."""
 
 SCHEMA = pyarrow.schema({"content": pyarrow.large_binary()})
-OPEN_FILES = 512  # as many stay open; systems allow 1024 and more
+OPEN_FILES = 512  # file descriptors; systems allow at least 1024
 
 
 class Encoded:
-    """Items by number, found by their keys in the files of a folder; each is read from disk when it is asked for.
+    """Items by number, found by their keys in the files of a folder, and read from disk on access.
 
-    The files are `<kind>-<hash of the keys in them>.arrow`. Items of one key are one.
+    Files are named `<kind>-<hash of their keys>.arrow`. Items with equal keys are stored once.
     """
 
     def __init__(self, folder: Path, kind: str, keys: Sequence[int]) -> None:
@@ -49,22 +49,22 @@ class Encoded:
         self.look()
 
     def read(self, number: int, variant: int = 0) -> dict[str, torch.Tensor]:
-        """A variant of an item; of one that has fewer, the one that this would be if they were repeated."""
+        """Return a variant of an item; the number wraps around if the item has fewer variants."""
         entry = self.entry[number]
         return _opened(self.paths[self.file[entry]]).read(int(self.keys[entry]), variant)
 
     def problems(self) -> dict[int, str]:
-        """Which items could not be encoded, and why."""
+        """Return why items could not be encoded, by number."""
         keys = self.keys[self.entry].tolist() if self.reasons else []
         return {number: self.reasons[key] for number, key in enumerate(keys) if key in self.reasons}
 
     def missing(self) -> list[int]:
-        """Numbers of the items that are in no file, each key once."""
+        """Return the numbers of the items that are in no file, one for each key."""
         _, first = np.unique(self.entry, return_index=True)
         return np.sort(first[self.file < 0]).tolist()
 
     def look(self) -> None:
-        """Finds the items in files that were written since."""
+        """Search the files that were written since the last call."""
         for path in sorted(self.folder.glob(f"{self.kind}-*.arrow")):
             if (self.file >= 0).all():
                 return
@@ -82,7 +82,7 @@ class Encoded:
             self.reasons |= {key: reason for key, reason in file.problems.items() if key in chosen}
 
     def write(self, numbers: Sequence[int], items: Iterable[Item]) -> None:
-        """Writes a file of these items, whole or not at all, holding one in memory at a time."""
+        """Write these items to a file atomically, holding one in memory at a time."""
         keys = [int(self.keys[self.entry[number]]) for number in numbers]
         counts, problems = [], []
         with (
@@ -103,7 +103,7 @@ class Encoded:
 
 
 class File:
-    """A file, opened, with the rows of its items: another run may put one with other rows into its place any time."""
+    """An open file and its index; another run may replace the file on disk at any time."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.reader = path, pyarrow.ipc.open_file(pyarrow.OSFile(str(path)))
@@ -114,15 +114,18 @@ class File:
         self.problems = dict(index["problems"])
 
     def read(self, key: int, variant: int) -> dict[str, torch.Tensor]:
-        """A variant of the item of that key."""
+        """Return a variant of the item with that key.
+
+        Raises `OSError` if the file lacks the item or is damaged.
+        """
         place = int(np.searchsorted(self.keys, key))
         if place == len(self.keys) or self.keys[place] != key or not self.counts[place]:
-            raise OSError(f"{self.path} is not the file that it was when the run began")
+            raise OSError(f"{self.path} has changed since the run began; start the run again")
         row = int(self.rows[place] + variant % self.counts[place])
         try:
             return safetensors.torch.load(self._content(row))
         except (safetensors.SafetensorError, pyarrow.ArrowInvalid) as error:
-            fix = "remove it, and what it holds is encoded anew"
+            fix = "remove it, and its content is encoded again"
             raise OSError(f"{self.path} is damaged ({first_line(error)}): {fix}") from None
 
     def _content(self, row: int) -> bytes:
@@ -132,35 +135,35 @@ class File:
 def fill(
     encoded: Encoded, part: int, make: Callable[[Sequence[int]], Generator[Item]], accelerator: Accelerator
 ) -> None:
-    """Each process writes its share of the items that are missing, at most `part` to a file.
+    """Write this process's share of the missing items, at most `part` to a file.
 
-    Whether machines share the folder is seen, not asked: after the first round each machine's processes write what
-    they still miss, and after the second each process for itself.
+    Processes need not know whether their machines share the folder. After the first round, each machine's processes
+    write what they still miss; after the second, each process does. Raises `RunFailed` if files vanish.
     """
     if accelerator.is_local_main_process:
         remove_leftovers(encoded.folder)
     for round_ in range(len(_rounds(accelerator))):
         encoded.look()
         numbered = share(encoded, part, accelerator, round_)
-        wait()  # until all have looked: who sees a file that another has written since would share differently
+        wait()  # a process that already sees another's new file would compute other shares
         for numbers in numbered:
             with contextlib.closing(make(numbers)) as items:
                 encoded.write(numbers, items)
         wait()
     encoded.look()
     if encoded.missing():
-        raise RunFailed(f"{encoded.folder}: what was written there is gone again; start the run once more")
+        raise RunFailed(f"{encoded.folder}: files that were written there have vanished; start the run again")
 
 
 def share(encoded: Encoded, part: int, accelerator: Accelerator, round_: int = 0) -> list[list[int]]:
-    """The items that this process writes in a round, file by file."""
+    """Return the items that this process writes in a round, by file."""
     (first, distance), missing = _rounds(accelerator)[round_], encoded.missing()
     parts = [missing[start : start + part] for start in range(0, len(missing), part)]
     return parts[first::distance]
 
 
 def _rounds(accelerator: Accelerator) -> list[tuple[int, int]]:
-    """The first file and the distance to the next of this process's share, round by round."""
+    """Return, for each round, the first file of this process's share and the stride to the next."""
     of_all = (accelerator.process_index, accelerator.num_processes)
     of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     return [of_all, (accelerator.local_process_index, of_machine), (0, 1)]
@@ -174,7 +177,7 @@ _opened = functools.lru_cache(OPEN_FILES)(File)
 
 
 def _whole(path: Path) -> File | None:
-    """The file, or None for one that is missing, or was cut short when the machine went down."""
+    """Return the opened file, or None if it is missing or truncated."""
     try:
         return File(path)
     except (OSError, pyarrow.ArrowInvalid, ValueError):

@@ -1,5 +1,4 @@
-"""Rows of metadata.jsonl and metadata.csv, each with its line, so that what is wrong with one can be said; images that
-are in none, and files that no row may name."""
+"""Rows of metadata.jsonl and metadata.csv with line numbers for errors, and checks of the named files."""
 
 from __future__ import annotations
 
@@ -17,10 +16,10 @@ from ...common.jsonl import NOT_JSON, values_of
 
 
 def has_file_names(metadata: Path, layout: str | None) -> bool:
-    """Whether its images are in a column file_name: `datasets` knows other names, and reads Parquet.
+    """Return whether this module reads a metadata file: `datasets` reads Parquet and columns of other names.
 
-    True also of a .csv without file_name where nothing else says how to read the folder: the line then says what is
-    missing.
+    This is also true of a .csv without `file_name` if the folder has no other layout; the error then names the missing
+    column.
     """
     if metadata.suffix != ".csv":
         return metadata.suffix in ROWS
@@ -33,19 +32,19 @@ def has_file_names(metadata: Path, layout: str | None) -> bool:
 
 
 def _has_semicolons(first: Sequence[str]) -> bool:
-    """Whether a first line is Excel's where numbers have commas: read by commas, names are in one cell."""
+    """Return whether a first line has semicolons, as Excel writes in locales with decimal commas."""
     return any("file_name" in cell.split(";") for cell in first if ";" in cell)
 
 
 def _json_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
     for number, row in values_of(text):
         if row is NOT_JSON:
-            raise InvalidArgument(f"{where} line {number}", "is no JSON", "correct it")
+            raise InvalidArgument(f"{where} line {number}", "is not JSON", "correct it")
         yield number, row
 
 
 def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
-    """An empty cell is none, and lines before the columns may be empty."""
+    """Yield the rows of a CSV file; an empty cell becomes None, and empty lines before the header are skipped."""
     rows = csv.DictReader(io.StringIO(text), strict=True)
     try:
         _check_columns(text, where)
@@ -61,7 +60,7 @@ def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
 
 
 def _check_columns(text: str, where: str) -> None:
-    """Refuses a table without file_name; its quotes need not be right, so that semicolons are named first."""
+    """Check that a table has the column file_name; quotes need not match, so that semicolons are reported first."""
     reader = csv.reader(io.StringIO(text))
     columns = next(filter(None, reader), [])
     where_columns = f"{where} line {reader.line_num}"
@@ -79,13 +78,13 @@ ROWS = {".csv": _csv_rows, ".jsonl": _json_rows}
 
 
 def names_files(rows: datasets.Dataset, column: str) -> bool:
-    """Whether a column is of plain text: the names of files."""
+    """Return whether a column holds plain text, that is, file names."""
     feature = rows.features[column]
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
 
 
 def file_inside(folder: Path, name: object, where: str, column: str) -> Path:
-    """The file that a row names; refuses one outside the folder."""
+    """Return the path of the file that a row names; raises `InvalidArgument` if it is outside the folder."""
     nameless = InvalidArgument(where, f"names no image as its {column}", "correct it")
     if not isinstance(name, str):
         raise nameless
@@ -100,7 +99,7 @@ def file_inside(folder: Path, name: object, where: str, column: str) -> Path:
 
 
 def check_inside(row: Mapping, places: Sequence[Path], where: str) -> None:
-    """Refuse an image or mask that a row names by a path to none of these folders, whether or not it is there."""
+    """Raise `InvalidArgument` if a row names an image or mask by a path outside these folders, existing or not."""
     for column in ("image", "mask") if places else ():
         image = row.get(column)
         if image and image["path"] and image["bytes"] is None:
@@ -110,9 +109,9 @@ def check_inside(row: Mapping, places: Sequence[Path], where: str) -> None:
 
 
 def unlisted(rows: datasets.Dataset, files: Sequence[Path]) -> list[Path]:
-    """The images among the files that no row names, as an image or a mask."""
+    """Return the image files that no row names as image or mask."""
     if not files:
-        return []  # before all rows are read
+        return []  # without reading all rows
     named = [image for column in rows.column_names if column != "captions" for image in rows[column]]
     there = {_whole_path(image["path"]) for image in named if image and image["path"]}
     return [path for path in files if _whole_path(path) not in there]

@@ -1,1 +1,1 @@
-"""What is of images in an experiment: which part each is in, losses and drawings, and their place in the report."""
+"""The image side of experiments: the split, losses and samples, and their sections of the report."""

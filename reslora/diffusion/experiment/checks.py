@@ -1,4 +1,4 @@
-"""What an experiment with images cannot do, by its options."""
+"""Check the options of an experiment with images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ...options.grid import Grid
 from ...options.images import Options
 
 OF_EXPERIMENTS = [name for name, option in Options.table().items() if option.group == "experiment"]
-OF_RUNS = [name for name, option in Options.table().items() if option.in_experiments]  # which experiments cannot do
+OF_RUNS = [name for name, option in Options.table().items() if option.in_experiments]  # not in experiments
 
 
 def check_ranks(grid: Grid[Options]) -> None:
-    """Refuse several ranks where a LoRA to start from has its own."""
+    """Raise `InvalidArgument` for several ranks together with --init_lora, whose LoRA has its own rank."""
     if "rank" in grid.varied and grid.base.adapter.init_lora:
         argument = f"--rank {as_typed(grid.varied['rank'])}"
-        raise InvalidArgument(argument, "--init_lora has ranks of its own", "leave it out")
+        raise InvalidArgument(argument, "--init_lora determines the ranks", "leave it out")

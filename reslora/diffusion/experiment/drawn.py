@@ -1,4 +1,4 @@
-"""What a chosen arm draws, by --metric_model: cosine similarities of embeddings, and what they say of it."""
+"""Similarities of a chosen run's samples by --metric_model: cosine similarities of embeddings."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..training.denoising import DenoisingLoss
 from .split import Image
 
 MEANINGS = {
-    "image_similarity": ("To test images", "what it draws of a test image's caption, to that image"),
-    "caption_similarity": ("To captions", "the same, to the caption"),
-    "nearest_training": ("Nearest training image", "the same, to the training image that is nearest; 1 is a copy"),
-    "unrelated_similarity": ("Base kept", "what it draws of unrelated prompts, to what the base model draws"),
-    "diversity": ("Diversity", "mean distance (1 - similarity) between drawings of one prompt"),
+    "image_similarity": ("To test images", "samples of a test image's caption, compared with that image"),
+    "caption_similarity": ("To captions", "the same, compared with the caption"),
+    "nearest_training": ("Nearest training image", "the same, compared with the nearest training image; 1 is a copy"),
+    "unrelated_similarity": ("Base kept", "samples of unrelated prompts, compared with the base model's"),
+    "diversity": ("Diversity", "mean distance (1 - similarity) between samples of one prompt"),
 }
-"""Title in the report, and what it is, of each similarity (cosine of embeddings) by --metric_model."""
+"""Title in the report and description of each similarity."""
 
 MOST_TEST, MOST_TRAINING, DRAWINGS = 16, 512, 4
 
@@ -33,7 +33,7 @@ MOST_TEST, MOST_TRAINING, DRAWINGS = 16, 512, 4
 def similarities(
     parts: Mapping[str, nn.Module], loss: DenoisingLoss, images: Sequence[Image], setting: Setting
 ) -> dict[str, float]:
-    """What `MEANINGS` says of the parts as they are, of some of the test images; captions are of CLIP alone."""
+    """Return the similarities of `MEANINGS` for samples of some of the test images' captions; captions need CLIP."""
     context, sources = setting.context, setting.material.sources
     metric = load_metric(context.options.validation.metric_model, str(context.accelerator.device))
     denoiser = next(iter(parts.values()))
@@ -58,7 +58,7 @@ def similarities(
 
 
 def learnt(setting: Setting) -> list[Image]:
-    """At most MOST_TRAINING of the images that are learnt: those first by a hash of content."""
+    """Return at most MOST_TRAINING of the training images: the first by a hash of their content."""
     sources = setting.material.sources
     marks = {
         (number, image): source.images.marks[image]
@@ -71,7 +71,7 @@ def learnt(setting: Setting) -> list[Image]:
 
 @contextmanager
 def without_adapters(parts: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, the parts are those of the base model."""
+    """Disable the adapters in the body, which leaves the base model."""
     layers = [layer for part in parts.values() for layer in part.modules() if isinstance(layer, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)

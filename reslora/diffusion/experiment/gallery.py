@@ -1,4 +1,4 @@
-"""The samples of the chosen arms side by side: a slider between any two, and a table of all."""
+"""The samples of the chosen runs side by side: a slider between any two, and a table of all."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ...common.errors import first_line
 from ...experiment.record import Arm, Experiment
 
 LARGEST = 512
-"""Pixels of an image's longer side in the page."""
+"""Longer edge of an image in the page, in pixels."""
 MOST_PROMPTS = 12
 BASE = "before training"
 
 
 def gallery(experiment: Experiment, folder: Path) -> str:
-    """Samples of each label's chosen arm at its chosen step, the first image of each prompt; empty without any."""
+    """Return HTML with the first sample of each prompt for each label's chosen run and step; empty without samples."""
     prompts = [str(prompt) for prompt in experiment["settings"].get("validation_prompt") or ()][:MOST_PROMPTS]
     columns = columns_of(experiment, folder, prompts)
     cells = {
@@ -48,9 +48,10 @@ def gallery(experiment: Experiment, folder: Path) -> str:
 
 
 def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> list[tuple[str, str, Path]]:
-    """(label, what of it, folder of samples), the base model first: before its first step an adapter adds nothing.
+    """Return (label, seed and step, folder of samples), the base model first, which equals any adapter before its first
+    step.
 
-    Samples of none of the prompts are passed over: arms that were added may have been given others.
+    Folders without samples of these prompts are skipped: runs that were added later may have other prompts.
     """
     found = []
     for label, choice in experiment["chosen"].items():
@@ -68,19 +69,19 @@ def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> 
 
 
 def samples_of(arm: Arm, folder: Path, prompts: Sequence[str]) -> dict[int, Path]:
-    """An arm's folders of samples that show any of these prompts, by their steps."""
+    """Return a run's folders of samples that show any of these prompts, by step."""
     found = by_step(folder / arm["folder"] / "samples").items()
     return {step: place for step, place in found if any(shows(place, *prompt) for prompt in enumerate(prompts))}
 
 
 def best_of(experiment: Experiment) -> str | None:
-    """The label that does best on the select images; None without any."""
+    """Return the label with the lowest loss on the selection split; None if there is none."""
     chosen = experiment["chosen"]
     return min(chosen, key=lambda label: chosen[label]["loss"], default=None)
 
 
 def slider(columns: list[tuple[str, str, Path]], prompts: list[str], best: str | None) -> str:
-    """Two images over each other; how much of the left one is seen follows the slider, by mouse or by keys."""
+    """Return HTML with two stacked images and a slider that uncovers the left one, by mouse or keyboard."""
     names = [name for name, *_ in columns]
     labels = [(str(number), name) for number, name in enumerate(names)]
     first = 1 if names[0] == BASE and len(names) > 2 else 0
@@ -94,13 +95,13 @@ def slider(columns: list[tuple[str, str, Path]], prompts: list[str], best: str |
         f'<div id="comparing" hidden><div class="choices">{choices}</div>'
         '<div class="pair" style="--at: 50%"><img class="under" alt=""><img class="over" alt="">'
         '<span class="left"></span><span class="right"></span></div>'
-        '<label for="slider">How much of the left image is seen</label>'
+        '<label for="slider">Visible part of the left image</label>'
         '<input type="range" id="slider" min="0" max="100" value="50"></div>'
     )
 
 
 def select(name: str, title: str, options: list[tuple[str, str]], chosen: int) -> str:
-    """A list to choose from, of values and their texts; HTML."""
+    """Return an HTML select element with values and their texts."""
     entries = "".join(
         f'<option value="{value}"{" selected" * (number == chosen)}>{escape(text)}</option>'
         for number, (value, text) in enumerate(options)
@@ -109,7 +110,7 @@ def select(name: str, title: str, options: list[tuple[str, str]], chosen: int) -
 
 
 def tile(path: Path, alt: str, cell: str) -> str:
-    """An image as a data URI, scaled down where it is large; empty where there is none, and words for a damaged one."""
+    """Return an image as a data URI, scaled down to LARGEST; empty if it is missing, and a text if it is damaged."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")

@@ -1,4 +1,4 @@
-"""What a chosen checkpoint does on the test images: merged and in float32, as the file does that is made of it."""
+"""Evaluate a chosen checkpoint on the test split: merged, in float32, as its exported file would perform."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .split import Image
 
 
 def measured(step: int, images: Sequence[Image], setting: Setting) -> dict:
-    """Losses on the test images of an arm's checkpoint, and what `similarities` says."""
+    """Return an arm's losses on the test images at a step and, with --metric_model, its similarities."""
     with chosen_parts(step, setting) as (parts, loss):
         losses = image_losses(parts, loss, images, setting)
         found = similarities(parts, loss, images, setting) if setting.context.options.validation.metric_model else {}
@@ -66,7 +66,7 @@ def image_losses(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], set
 
 @contextmanager
 def chosen_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, DenoisingLoss]]:
-    """What an arm has trained, the denoiser first, as it was at that step, merged as exports are; and its loss."""
+    """Yield an arm's trained modules at a step, the denoiser first, merged as for exports, and the loss function."""
     context, pipeline, (method,) = setting.context, setting.pipeline, setting.context.options.adapter.method
     with exact_products(), in_float32(pipeline):
         loss = DenoisingLoss(context, setting.material.objective, pipeline, context.model.empty_denoiser().config)
@@ -79,7 +79,7 @@ def chosen_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, Denoising
 
 
 def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
-    """The unweighted loss of each sample, all in float32."""
+    """Return the unweighted loss of each sample, in float32."""
     inputs, target, _ = loss.inputs(loss.encoded(batch))
     output = denoiser(**as_float32(inputs), return_dict=False)
     prediction = loss.family.prediction(output, target).float()
@@ -87,13 +87,15 @@ def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.
 
 
 def numbers(losses: torch.Tensor) -> list[float | None]:
-    """As JSON has them: None where they are not finite."""
+    """Return losses for JSON: None if not finite."""
     return [float(value) if value.isfinite() else None for value in losses]
 
 
 def export_chosen(step: int, setting: Setting) -> list[str]:
-    """Writes the files of an arm's checkpoint into the experiment's folder, in the place of an earlier choice's; their
-    names."""
+    """Write the LoRA files of an arm's checkpoint to the experiment's folder; return their names.
+
+    They replace the files of an earlier choice.
+    """
     context, metadata = setting.context, None
     schedule = dataclasses.replace(setting.schedule, steps=step)
     with chosen_parts(step, setting) as (parts, _):

@@ -1,4 +1,4 @@
-"""What the report of an experiment with images has of its own: losses by timestep, samples, and similarities."""
+"""Sections of an experiment's report that only images have: losses by timestep, samples, and similarities."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .gallery import gallery
 
 
 def sections(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
-    """Titles and contents."""
+    """Return titles and HTML contents."""
     return [
         ("Loss on the test images by timestep", timestep_chart(experiment)),
         ("Images", gallery(experiment, folder)),
@@ -26,7 +26,7 @@ def sections(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
 
 
 def timestep_chart(experiment: Experiment) -> str:
-    """Each method's difference to its reference in percent: the losses themselves would lie on each other."""
+    """Return a chart of each method's difference from its reference in percent; the losses themselves would overlap."""
     measured = {
         (arm["label"], arm["seed"]): [math.nan if loss is None else loss for loss in arm["test"]["by_timestep"]]
         for arm in experiment["arms"]

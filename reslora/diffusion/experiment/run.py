@@ -1,8 +1,8 @@
-"""An experiment: every arm trained as a plain run of its options, rates and checkpoints chosen, methods compared.
+"""Run an experiment: train every arm, choose learning rates and checkpoints, and compare the methods.
 
-Arms share the model and what is encoded, and by seed noise and order. They differ from plain runs in the images alone,
-of which the content says what is trained on. What an arm writes is in a folder of its own, and what is on disk decides
-what is left to do.
+An arm is one run: a method with a learning rate and a seed. Arms share the model, the encoded data and, by seed, noise
+and order. They differ from plain runs only in the split, which depends on the images' content. Each arm writes to its
+own folder, and the files on disk determine what is left to do.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ from .pages import IMAGES
 from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
 
 MOST_LOOKS = 10
-ADAPTER = ("rank", "shortcut", "pre_num")  # what an adapter is made of, where several are given
-CHANGING = ("learning_rate", "seed")  # and the methods: of these more may be added
+ADAPTER = ("rank", "shortcut", "pre_num")  # the options of an adapter that an experiment may vary
+CHANGING = ("learning_rate", "seed")  # more of these, and more methods, may be added to an existing experiment
 FIXED = (
     *MERGING,
     "max_train_steps",
     "validation_steps",
     "cache_latents",
     "metric_model",
-)  # which a plain run may change
+)  # a plain run may change these on resuming
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
@@ -78,10 +78,10 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = None) -> Iterator[Bench]:
     """Lock the folder, check the options, and load and encode what the arms share.
 
-    With orders, for one of --arms_at_once processes, in a folder that the main process has locked, checked and noted
-    the settings in.
+    `orders` is set in a worker process of --arms_at_once: there, the main process has locked the folder, checked the
+    options and written the settings.
     """
-    if orders:  # TensorBoard reads one file of a folder at a time
+    if orders:  # TensorBoard reads one file per folder at a time
         given = given.replace(logging_dir=f"{given.base.output.logging_dir}/process-{orders.number}")
     began, plain, folder = time.monotonic(), given.run(), Path(given.base.output.output_dir)
     with contextlib.ExitStack() as stack:
@@ -116,7 +116,10 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
 
 
 def take_folder(grid: Grid[Options]) -> None:
-    """Refuses a folder whose content does not allow it; what a killed start has left half-written in it goes away."""
+    """Check the folder's content, and remove partial files of a killed start.
+
+    Raises `InvalidArgument` if the folder cannot be used for this experiment.
+    """
     course = Course(grid)
     Status(course.folder).say("preparing")
     check_folder(grid)
@@ -126,7 +129,10 @@ def take_folder(grid: Grid[Options]) -> None:
 
 
 def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
-    """Refuses to go on with anything else than more methods, rates or seeds, and plain runs in the folder."""
+    """Raise `InvalidArgument` if the folder holds a plain run, or an experiment with other options.
+
+    More methods, learning rates or seeds may be added.
+    """
     course = Course(grid)
     check_same(grid, identity)
     for arm in course.arms():
@@ -138,44 +144,44 @@ def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
 
 
 def going_on(options: Options) -> Options:
-    """An arm's options: it goes on from its newest checkpoint, and nobody has to ask for that."""
+    """Return an arm's options such that it resumes from its latest checkpoint."""
     return options.replace(resume_from_checkpoint="latest")
 
 
 def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str = "") -> None:
-    """Refuses to go on with an experiment but with more methods, rates and seeds; and in the folder of a plain run.
+    """Raise `InvalidArgument` unless an experiment continues with the same options or more methods, rates and seeds.
 
-    `parts`: the content of the split, once it is known.
+    `parts`: the hash of the split, once it is known. A folder with a plain run is rejected too.
     """
     values, folder = grid.flat(), Path(grid.base.output.output_dir)
     there = read_experiment(folder).get("identity")
     if there is None:
         for method in METHODS:
             if checkpoints_of(folder / method) or (folder / method / EXPORTS).exists():
-                problem = "holds a run that is no experiment"
+                problem = "contains a run that is not an experiment"
                 raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
         return
     check_past(values, folder, there, identity)
     if parts and there.get("parts") != parts:
-        problem = "was begun with another split of these images"
+        problem = "was started with another split of these images"
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
     for name in FIXED:
         value, before = values[name], there.get(name)
-        settled = value is not None or name == "metric_model"  # of the others the model or the images say it yet
+        settled = value is not None or name == "metric_model"  # later: the model's or images' default
         if settled and before != value:
-            problem, fix = f"{folder} was begun with {in_words(before)}", "use that, or choose another --output_dir"
+            problem, fix = f"{folder} was started with {in_words(before)}", "use that, or choose another --output_dir"
             raise InvalidArgument(f"--{name} {in_words(value)}", problem, fix)
 
 
 def identity_record(values: Mapping[str, Any], identity: Identity) -> dict:
-    """Return what `check_same` compares; `values` are flat."""
+    """Return the record that `check_same` compares; `values` are flat."""
     past = past_of(values, identity)
     settings = {name: value for name, value in past["settings"].items() if name not in CHANGING}
     return past | {"settings": settings} | {name: values[name] for name in FIXED}
 
 
 def with_few_looks(schedule: Schedule, options: ValidationOptions) -> Schedule:
-    """At most MOST_LOOKS at the select images where no number of steps is given: an epoch may be one step."""
+    """Limit the default number of validations to MOST_LOOKS, because an epoch may be a single step."""
     if options.validation_steps:
         return schedule
     least = math.ceil(schedule.steps / MOST_LOOKS)
@@ -189,7 +195,7 @@ def with_varied(resolved: Options, given: Grid[Options]) -> Grid[Options]:
 
 
 def check_variants(grid: Grid[Options], context: Context) -> None:
-    """Tries the methods with every further rank, shortcut and number of blocks."""
+    """Try to add the adapters of every further rank, shortcut and number of blocks."""
     tried = [context.options]
     for options in grid.runs(*ADAPTER):
         if all(options.adapter != other.adapter for other in tried):
@@ -198,14 +204,14 @@ def check_variants(grid: Grid[Options], context: Context) -> None:
 
 
 def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context: Context) -> Material:
-    """The material as a run with another seed has it: with its random crops and variants of captions, encoded."""
+    """Return the training data of another seed, with its random crops and caption variants encoded."""
     options = context.options.replace(seed=seed)
     context, sources = dataclasses.replace(context, options=options), []
     for source in material.sources:
         if source.latents is not None:
             sizes = [source.size(image) for image in range(len(source.images))]
             latents, problems = latents_of(source.images, sizes, pipeline, context)
-            for index, problem in problems.items():  # damaged since the other seeds were encoded
+            for index, problem in problems.items():  # damaged after the other seeds were encoded
                 name = source.images.name(index)
                 where = f"--seed {seed}, {name}"
                 raise InvalidArgument(
@@ -221,7 +227,7 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
 
 @dataclass(frozen=True)
 class Bench(Subject):
-    """What the arms of an experiment are trained on."""
+    """The image study: shared training data, models and split, and how one arm is trained and evaluated."""
 
     course: Course
     study: ImageStudy
@@ -229,7 +235,7 @@ class Bench(Subject):
     """By seed."""
     parts: Parts
     content: str
-    """Of the parts."""
+    """The hash of `parts`."""
     stop: StopRequest
     device: torch.device
     prog: str = "train_sd.py"
@@ -239,7 +245,7 @@ class Bench(Subject):
         self.study.context.status.say(phase, name)
 
     def study_of(self, arm: Arm) -> ImageStudy:
-        """As a plain run of the arm has it, but that one checkpoint is kept unless more are asked for."""
+        """Return the study of one arm, as for a plain run, but with one checkpoint unless more are asked for."""
         options = going_on(self.course.options_of(arm))
         options = options.replace(checkpoints_total_limit=options.output.checkpoints_total_limit or 1)
         before = self.course.arms().index(arm) if arm in self.course.arms() else 0
@@ -258,7 +264,7 @@ class Bench(Subject):
         context, (method,) = study.context, study.context.options.adapter.method
         resume = decided(lambda: plan_resume(context.options, study.identity, context.place))
         if context.options.training.compile:
-            torch.compiler.reset()  # or it gives up after as many models as it remembers
+            torch.compiler.reset()  # the compiler falls back to eager mode after a number of recompilations
         try:
             if method not in resume.finished:
                 train_method(method, resume, study)

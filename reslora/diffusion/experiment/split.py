@@ -1,9 +1,9 @@
-"""Which images are trained on, which choose rates and checkpoints, and which compare methods: a function of content.
+"""Split images into training, selection and test parts as a function of their content.
 
-An image and its near-duplicates (re-encoded, scaled, with another caption) are in one part; where they choose or
-compare, one of them does, as several would count as images of their own. Which part, a hash of the
-content says, whatever other images there are: an image that is added moves no other one but its duplicates. Only where
-a part would be empty, or of five images and more the test part one image, it takes the next in the order of the hash.
+An image and its near-duplicates (re-encoded, scaled, with another caption) are in the same part. The selection and test
+parts contain one of them, so that copies do not count as independent images. A hash of the content determines the part,
+whatever other images there are: a new image moves only its near-duplicates. Exceptions: an empty part, or a test part
+of one image out of five or more, takes the next image in the order of the hash.
 """
 
 from __future__ import annotations
@@ -28,44 +28,47 @@ from ..data.dataset import ImageDataset, data_flag
 from ..data.samples import Material
 from ..data.sources import Source
 
-SIDE, MARGIN = 8, 8  # of the perceptual hash: cells across and down, and levels of 255 by which neighbours differ
-BITS, NEAR = 384, 16  # it has so many bits, of which near-duplicates differ in at most so many
-# On a plain ground few bits are set, and unlike drawings differ in few. Squares of differences between near-duplicates'
-# cells, beside those of the cells themselves, are at most so much; a level of 255 is allowed to rounding.
+SIDE, MARGIN = 8, 8  # of the perceptual hash: cells per row and column, and the difference of neighbors, of 255
+BITS, NEAR = 384, 16  # the number of bits, and the highest number in which near-duplicates differ
+# On a plain background few bits are set, and different drawings differ in few. Therefore the squared difference of
+# near-duplicates' cells must also be below this fraction of the cells' own; ROUNDING is a tolerance in levels of 255.
 APART, ROUNDING = 0.15, 1.0
-AT_ONCE = 1024  # rows of distances
+AT_ONCE = 1024  # rows of the distance matrix
 
 
 Image = tuple[int, int]
-"""Its source and its number there."""
+"""A source and an image's number in it."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Images in the order of the hash; one of those that look alike but for those that are trained on."""
+    """The split, in the order of the hash.
+
+    The selection and test parts have one image of each group of near-duplicates.
+    """
 
     train: tuple[Image, ...]
     select: tuple[Image, ...]
     test: tuple[Image, ...]
     trained: int
-    """How many different ones are trained on: copies count once, as does an image at several resolutions."""
+    """The number of distinct training images: copies, and several resolutions of an image, count once."""
     duplicates: int
-    """Contents that are left out, or where they are, because of another one, as which they look."""
+    """The number of near-duplicates, which are left out or moved to the part of their group."""
     enough: float
-    """The --test_split that takes enough to compare by."""
+    """The smallest --test_split that gives enough images for a comparison."""
 
     def __str__(self) -> str:
-        numbers = f"{self.trained} to train on, {len(self.select)} to choose by, {len(self.test)} to compare by"
-        return f"images: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
+        numbers = f"{self.trained} for training, {len(self.select)} for selection, {len(self.test)} for the test"
+        return f"images: {numbers}; {self.duplicates} near-duplicates, each in the part of its original"
 
 
 def parts_of(
     images: Mapping[int, ImageDataset], data: DataOptions, validation: ValidationOptions, experiment: ExperimentOptions
 ) -> Parts:
-    """The images of these sources in three parts, by --select_split and --test_split, with at least one image in each.
+    """Split the images of these sources by --select_split and --test_split, with at least one image in each part.
 
-    Of the second --max_validation_images are taken at most, and the rest of it is used for nothing.
-    Raises `InvalidArgument` where there are fewer than three that are no near-duplicates.
+    At most --max_validation_images of the selection part are used; the rest of it is not used at all. Raises
+    `InvalidArgument` if fewer than three images are not near-duplicates.
     """
     flat = [(source, number) for source, found in images.items() for number in range(len(found))]
     marks = [images[source].marks[number] for source, number in flat]
@@ -84,34 +87,34 @@ def parts_of(
 
 
 def content_of(parts: Parts, images: Mapping[int, ImageDataset]) -> str:
-    """What the parts are known by, whatever the order of their images."""
+    """Return a hash of the parts that does not depend on the order of their images."""
     found = (parts.train, parts.select, parts.test)
     marks = [sorted(images[source].marks[number] for source, number in part) for part in found]
     return f"{derive('parts', marks):016x}"
 
 
 def learnt(sources: Sequence[Source]) -> dict[int, ImageDataset]:
-    """The images of all sources but class images, by their numbers."""
+    """Return the images of all sources except class images, by the sources' numbers."""
     return {number: source.images for number, source in enumerate(sources) if not source.images.of_class}
 
 
 def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) -> None:
-    """Refuse so few images that some part would be empty. `alike`: names of two that count as one."""
+    """Raise `InvalidArgument` if some part would be empty. `alike`: names of two images that count as one."""
     if images < 3:
         example = f" ({' and '.join(alike)} look alike)" if alike else ""
-        number = f"{counted(images, 'image')} but for near-duplicates{example}"
-        problem = f"{number}, and training, choosing and comparing take others each"
+        number = f"{counted(images, 'image')} without near-duplicates{example}"
+        problem = f"{number}, and training, selection and test need different ones"
         raise InvalidArgument(data_flag(options), problem, "give at least 3, better 30 or more")
 
 
 def with_parts(material: Material, parts: Parts, processes: int) -> Material:
-    """The material with the first part to train on, by so many processes, and the second held out."""
+    """Return the training data with the training part as training images and the selection part held out."""
     learnt = []
     for number, source in enumerate(material.sources):
         if not source.images.of_class:
             both = (parts.train, parts.select)
             own = [tuple(sorted(image for where, image in part if where == number)) for part in both]
-            repeats = source.images.repeats  # before those of all images were balanced with class images
+            repeats = source.images.repeats  # before they were balanced with class images
             learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1], repeats=repeats))
     of_class = [source for source in material.sources if source.images.of_class]
     of_class = [dataclasses.replace(source, repeats=source.images.repeats) for source in of_class]
@@ -121,9 +124,9 @@ def with_parts(material: Material, parts: Parts, processes: int) -> Material:
 
 
 def groups_of(marks: Sequence[str], looks: np.ndarray) -> list[list[int]]:
-    """The images, put together with their near-duplicates, and these with theirs.
+    """Return groups of near-duplicates (connected components), as lists of indices.
 
-    `marks`: the content of each; `looks`: images x what `look_of` gives of each.
+    `marks`: hashes of content; `looks`: images x features, from `look_of`.
     """
     (bits, cells), pairs = np.split(looks, [BITS], axis=1), []
     weights, squares = bits.sum(1), np.square(cells).sum(1)
@@ -145,25 +148,25 @@ def groups_of(marks: Sequence[str], looks: np.ndarray) -> list[list[int]]:
 
 
 def looks_of(images: Mapping[int, ImageDataset], flat: Sequence[Image], flag: str) -> np.ndarray:
-    """What each image looks like, for `groups_of`; raises `InvalidArgument` for one that cannot be opened."""
+    """Return the features of images for `groups_of`; raises `InvalidArgument` if one cannot be opened."""
 
     def one(image: Image) -> np.ndarray:
         found, number = images[image[0]], image[1]
         with refused_as(f"{flag}, {found.name(number)}", "repair or remove it"):
             return look_of(found.open(number))
 
-    with ThreadPoolExecutor() as pool:  # PIL decodes beside other threads
+    with ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
         return np.stack(list(pool.map(one, flat)))
 
 
 def look_of(image: PIL.Image.Image) -> np.ndarray:
-    """The bits of its hash, then the levels of 8 x 8 cells in each colour beside their mean: float32, 384 and 192."""
+    """Return the bits of the hash, then 8 x 8 cells in each color minus their mean: float32, 384 and 192 values."""
     cells = np.asarray(image.resize((SIDE, SIDE), PIL.Image.Resampling.BOX), dtype=np.float32)
     return np.concatenate([perceptual_hash(image).astype(np.float32), (cells - cells.mean((0, 1))).ravel()])
 
 
 def perceptual_hash(image: PIL.Image.Image) -> np.ndarray:
-    """Where each of 8 x 8 cells is clearly brighter than the one before it, across and down, in each colour (dHash).
+    """Return where each of 8 x 8 cells is clearly brighter than the one before, across and down, in each color (dHash).
 
     BITS bits. Scaling and JPEG change a few of them; the margin keeps flat areas at zero.
     """

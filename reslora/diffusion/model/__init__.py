@@ -1,1 +1,1 @@
-"""The model: its family, its parts, and weights in fewer bits."""
+"""The diffusion model: its family, its parts, quantized weights, and LoRA files."""

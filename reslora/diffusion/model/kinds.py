@@ -1,4 +1,4 @@
-"""What a file of weights is, by the names of its tensors, where a whole model is wanted."""
+"""Recognize files that are not a complete model (a LoRA, a text encoder, ...) by the names of their tensors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .families import FAMILIES
 
 
 class Kind(NamedTuple):
-    """A kind of file that is no model."""
+    """A kind of weight file."""
 
     names: str
-    """A regular expression that fits the start of some of its tensors' names."""
+    """A regular expression that matches the start of some of its tensors' names."""
     what: str
-    """What to call it; empty for a whole model in one file."""
-    fix: str = "give a whole model, with text encoder and autoencoder"
+    """What the file is; empty for a complete model in one file."""
+    fix: str = "give a complete model, with text encoder and autoencoder"
 
 
 KINDS = (
@@ -32,14 +32,14 @@ KINDS = (
     Kind(r"model\.diffusion_model\.", ""),
     Kind(
         r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|mid|up)",
-        "an autoencoder alone",
-        "give a whole model, and this with --pretrained_vae_model_name_or_path",
+        "only an autoencoder",
+        "give a complete model, and this with --pretrained_vae_model_name_or_path",
     ),
-    Kind(r"(text_model\.)?(encoder\.(layers|block)|embeddings)\.", "a text encoder alone"),
-    Kind(r"(down_blocks|input_blocks)\.\d", "a U-Net alone"),
-    Kind(r"(\w*blocks|layers)\.\d", "a transformer alone"),
+    Kind(r"(text_model\.)?(encoder\.(layers|block)|embeddings)\.", "only a text encoder"),
+    Kind(r"(down_blocks|input_blocks)\.\d", "only a U-Net"),
+    Kind(r"(\w*blocks|layers)\.\d", "only a transformer"),
 )
-"""The first that fits counts."""
+"""The first match counts."""
 
 
 def refuse_parts(path: Path, flag: str) -> None:
@@ -62,7 +62,7 @@ def tensor_names(path: Path) -> list[str]:
 
 
 def read_index(folder: Path, flag: str) -> dict:
-    """The content of a pipeline's model_index.json."""
+    """Return the content of a pipeline's model_index.json; raises `InvalidArgument` if it cannot be read."""
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         index.get("_class_name")
@@ -72,7 +72,7 @@ def read_index(folder: Path, flag: str) -> dict:
 
 
 def check_pipeline_class(name: str, index: dict) -> None:
-    """Refuse a pipeline of no known family."""
+    """Raise `InvalidArgument` if the pipeline's class belongs to no family in `FAMILIES`."""
     found = index.get("_class_name")
     if not isinstance(found, str) or found not in FAMILIES:
         raise InvalidArgument(

@@ -1,4 +1,4 @@
-"""The model as a local folder of a known family, and its parts, loaded where and when they are needed."""
+"""Find the model as a local diffusers folder, and load its parts when they are needed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .kinds import check_pipeline_class, read_index
 from .quantising import pack
 from .stored import Stored, load_exact, stored_weights
 
-# What diffusers calls the models inside single files, and their pipelines; other names are not trained here.
+# diffusers' names of the models in single files, and their pipelines; others cannot be trained from a single file.
 SINGLE_FILES = {
     "v1": "StableDiffusionPipeline",
     "v2": "StableDiffusionPipeline",
@@ -49,22 +49,22 @@ class Model:
     folder: Path
     family: Family
     flag: str
-    """The flag that names it, with its value, for messages."""
+    """The option that names the model, with its value, for messages."""
     variant: str | None = None
     vae: str | None = None
-    """Another autoencoder's folder or hub name."""
+    """Folder or Hub name of another autoencoder."""
     cache_dir: str | None = None
     index: dict = field(default_factory=dict)
     prediction_type: str | None = None
-    """What the denoiser predicts, where the scheduler's configuration says something else."""
+    """The denoiser's prediction type; None for that of the scheduler's configuration."""
 
     @property
     def vae_flag(self) -> str:
-        """The flag that names the autoencoder, with its value, for messages."""
+        """The option that names the autoencoder, with its value, for messages."""
         return f"--pretrained_vae_model_name_or_path {self.vae}" if self.vae else self.flag
 
     def fingerprint(self, *parts: str) -> str:
-        """The files of these parts (all that are loaded) in short, wherever they are: names and contents."""
+        """Return a hash of names and contents of the files of `parts`, or of all parts without arguments."""
         family, marks = self.family, []
         for part in parts or (family.denoiser, "vae", "scheduler", *family.text_parts):
             other = self.vae if part == "vae" else None
@@ -75,17 +75,17 @@ class Model:
     def load_pipeline(
         self, dtype: torch.dtype, device: torch.device, encoders: bool, vae: bool = True, trainable: bool = False
     ) -> DiffusionPipeline:
-        """The pipeline without its denoiser, in `dtype`; with text encoders and autoencoder where they are wanted.
+        """Load the pipeline without its denoiser in `dtype`, with text encoders and autoencoder if wanted.
 
-        `trainable`: with the encoders that can be trained even where the others are not wanted. With all of them,
-        something that has no more than the denoiser's configuration is in its place. Tokenizers are there in any case:
-        captions are counted by them.
+        `trainable` loads the text encoders that can be trained even if `encoders` is false. With `encoders`, an object
+        that has only the denoiser's configuration takes the denoiser's place. Tokenizers are always loaded, to count
+        tokens.
         """
         left_out = [self.family.denoiser, *self.family.unused_parts, *([] if vae else ["vae"])]
         if not encoders:
             parts = self.family.frozen_text_parts if trainable else self.family.text_parts
             left_out += [part for part in parts if not part.startswith("tokenizer")]
-        # Some pipelines, such as Stable Diffusion 3 without T5, say that they lack a part and still ask for it.
+        # Some pipelines, such as Stable Diffusion 3 without T5, list a part as missing and still require the argument.
         left_out += [part for part, kind in self.index.items() if kind == [None, None]]
         given: dict[str, Any] = dict.fromkeys(left_out)
         if "requires_safety_checker" in self.index:
@@ -97,7 +97,8 @@ class Model:
                 self.folder, **given, variant=self.variant, torch_dtype=dtype, use_safetensors=True
             )
         if encoders:
-            # Without T5, Stable Diffusion 3 asks the denoiser how wide the captions' states are.
+            # Without T5, Stable Diffusion 3's pipeline reads the width of the text states from the denoiser's
+            # configuration.
             setattr(pipeline, self.family.denoiser, SimpleNamespace(config=self.denoiser_config()))
         self.correct_scheduler(pipeline)
         pipeline.set_progress_bar_config(disable=True)
@@ -107,26 +108,26 @@ class Model:
         return pipeline.to(device)
 
     def correct_scheduler(self, pipeline: DiffusionPipeline) -> None:
-        """Puts what the denoiser predicts into the scheduler, where that is told."""
+        """Set the scheduler's prediction type if the options give one."""
         if self.prediction_type:
             pipeline.scheduler.register_to_config(prediction_type=self.prediction_type)
 
     def denoiser_config(self) -> FrozenDict:
-        """The denoiser's configuration, as its folder has it."""
+        """Return the configuration in the denoiser's folder."""
         with refused_as(self.flag, "repair the folder"):
             return FrozenDict(self.family.denoiser_class.load_config(self.denoiser_folder))
 
     def _other_vae(self, dtype: torch.dtype) -> ModelMixin:
-        own = getattr(diffusers, self.index["vae"][1])  # FLUX.2 and Qwen-Image have classes of their own
+        own = getattr(diffusers, self.index["vae"][1])  # such as those of FLUX.2 and Qwen-Image
         with refused_as(self.vae_flag, "check the name and the files"):
             return own.from_pretrained(self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True)
 
     def load_denoiser(
         self, dtype: torch.dtype, device: torch.device, base_precision: str = "no", blocks_to_swap: int = 0
     ) -> nn.Module:
-        """The frozen denoiser in `dtype`; with a `base_precision`, the weights of its blocks are packed in that.
+        """Load the frozen denoiser in `dtype`; `base_precision` quantizes the weights of its blocks.
 
-        Those of the first `blocks_to_swap` blocks stay in the CPU's memory.
+        The weights of the first `blocks_to_swap` blocks stay in CPU memory.
         """
         with refused_as(self.flag, "repair the folder"):
             denoiser = self.family.denoiser_class.from_pretrained(
@@ -138,7 +139,7 @@ class Model:
         return denoiser.to(device)
 
     def load_exact_denoiser(self, device: torch.device) -> nn.Module:
-        """The frozen denoiser in float32; of a large one, the weights of its blocks stay in their files."""
+        """Load the frozen denoiser in float32; of a large one, the weights of its blocks stay on disk."""
         with refused_as(self.flag, "repair the folder"):
             denoiser = load_exact(self.family.denoiser_class, self.denoiser_folder, device, self.variant)
             denoiser.register_to_config(_name_or_path=str(self.folder))  # as `from_pretrained` of a pipeline does
@@ -146,15 +147,15 @@ class Model:
 
     @property
     def denoiser_folder(self) -> Path:
-        """Where the denoiser is."""
+        """The denoiser's folder."""
         return self.folder / self.family.denoiser
 
     def stored_denoiser(self) -> dict[str, Stored]:
-        """Where each weight of the denoiser is."""
+        """Return where each weight of the denoiser is on disk."""
         return stored_weights(self.denoiser_folder, self.variant)
 
     def load_encoders(self, parts: Sequence[Part], pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-        """Text encoders by name, frozen and fresh from their files, in the pipeline in the place of those it has."""
+        """Reload frozen text encoders from disk, replace the pipeline's with them, and return them by name."""
         for part in parts:
             before = getattr(pipeline, part.name)
             with refused_as(self.flag, "repair the folder"):
@@ -165,7 +166,7 @@ class Model:
         return {part.name: getattr(pipeline, part.name) for part in parts}
 
     def empty_denoiser(self) -> nn.Module:
-        """The denoiser without weights, after checking that its files are whole and of the shapes it has."""
+        """Return the denoiser on the meta device, after checking that its files are complete."""
         with refused_as(self.flag, "repair the folder"), torch.device("meta"):
             denoiser = self.family.denoiser_class.from_config(self.denoiser_config())
         check_weights(self.denoiser_folder, self.variant, denoiser, self.flag)
@@ -173,11 +174,14 @@ class Model:
 
 
 def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: Accelerator) -> Model:
-    """The model that the options name, as a local folder: downloaded, or made of a single file, where need be."""
+    """Return the model that the options name as a local folder, after downloading it or converting a single file.
+
+    Raises `InvalidArgument` if it cannot be trained.
+    """
     name = model_options.pretrained_model_name_or_path
     flag, path = f"--pretrained_model_name_or_path {name}", Path(name)
     if path.is_file():
-        # The first process, then each other machine's, which may find it done or may have another disk.
+        # The main process converts it, then the first process of each other machine, unless they share a disk.
         each(lambda: unpacked(path, model_options, output) if accelerator.is_main_process else None)
         each(lambda: unpacked(path, model_options, output) if accelerator.is_local_main_process else None)
         folder = unpacked(path, model_options, output)
@@ -190,7 +194,7 @@ def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: 
     family = load_family(index["_class_name"])
     configs = {}
     for part, kind in index.items():
-        # A part is its library and class; other lists are the pipeline's own settings.
+        # A part is a pair of library and class; other lists are settings of the pipeline.
         wanted = isinstance(kind, list) and isinstance(kind[0], str) and part not in family.unused_parts
         if wanted and not (folder / part).is_dir():
             raise InvalidArgument(
@@ -212,7 +216,7 @@ def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: 
 
 
 def check_vae(model: Model) -> None:
-    """Refuse a folder of another class than the pipeline's autoencoder, by its configuration."""
+    """Raise `InvalidArgument` if the given autoencoder's class differs from the pipeline's."""
     if not model.vae or not Path(model.vae).is_dir():
         return
     wanted = model.index["vae"][1]
@@ -223,7 +227,7 @@ def check_vae(model: Model) -> None:
 
 
 def check_prediction(options: ModelOptions, folder: Path) -> None:
-    """Refuse to predict the noise on a schedule that ends in nothing but noise: sampling would divide by zero."""
+    """Raise `InvalidArgument` for epsilon prediction with zero terminal SNR, where sampling would divide by zero."""
     scheduler = read_object(folder / "scheduler" / SCHEDULER_CONFIG_NAME)
     if options.prediction_type == "epsilon" and scheduler.get("rescale_betas_zero_snr"):
         problem = "the model's scheduler has zero terminal SNR (rescale_betas_zero_snr), and its samples would be NaN"
@@ -231,7 +235,7 @@ def check_prediction(options: ModelOptions, folder: Path) -> None:
 
 
 def downloaded(options: ModelOptions, flag: str) -> Path:
-    """The hub's model in the hub's cache."""
+    """Download a model from the Hub, and return its folder in the Hub's cache."""
     check_hub(options, flag)
     with refused_as(flag, "check the name and the connection"):
         return Path(
@@ -243,7 +247,7 @@ def downloaded(options: ModelOptions, flag: str) -> Path:
 
 
 def check_hub(options: ModelOptions, flag: str) -> None:
-    """Refuse a hub's name at once where the hub cannot be reached; its own library tries for most of a minute."""
+    """Raise `InvalidArgument` at once if the Hub cannot be reached; its own library retries for most of a minute."""
     name, file = options.pretrained_model_name_or_path, "model_index.json"
     if constants.HF_HUB_OFFLINE:
         return
@@ -252,13 +256,13 @@ def check_hub(options: ModelOptions, flag: str) -> None:
         return
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=15)
-    except Exception as error:  # requests' or httpx's, by the version of the hub's library
+    except Exception as error:  # requests' or httpx's, depending on the version of huggingface_hub
         problem = f"no such folder, and {constants.ENDPOINT} cannot be reached ({first_line(error)})"
         raise InvalidArgument(flag, problem, "give a folder in diffusers format, or check the connection") from None
 
 
 def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
-    """A single-file checkpoint as a folder in diffusers format, made once, beside the encoded images."""
+    """Convert a single-file checkpoint to a diffusers folder in the cache, once; return the folder."""
     flag = f"--pretrained_model_name_or_path {path}"
     folder = cache_folder(model, output) / f"model-{path.stem}-{content_mark(path).replace(':', '-')}"
     if (folder / "model_index.json").is_file():
@@ -270,7 +274,7 @@ def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
         raise InvalidArgument(flag, f"a single file of kind {kind!r}", "give a pipeline's folder in diffusers format")
     family = load_family(known.pop())
     convert = f"{family.pipeline.__name__}.from_single_file({str(path)!r}).save_pretrained('folder')"
-    with refused_as(flag, f"make a folder of it where the hub can be reached: {convert}"):
+    with refused_as(flag, f"convert it where the Hub can be reached: {convert}"):
         pipeline = family.pipeline.from_single_file(str(path), cache_dir=model.cache_dir)
         with replacing(folder) as temporary:
             pipeline.save_pretrained(temporary)
@@ -278,7 +282,7 @@ def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
 
 
 def check_weights(folder: Path, variant: str | None, denoiser: nn.Module, flag: str) -> None:
-    """Refuse a folder whose weights are missing, cut off, or of other shapes than its configuration says."""
+    """Raise `InvalidArgument` if weights are missing or truncated, or have other shapes than the configuration says."""
     stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
     files = [*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*.safetensors")]
     if not files and not variant:
@@ -298,7 +302,7 @@ def _shapes(path: Path, flag: str) -> list[tuple[str, tuple[int, ...]]]:
 
 @contextmanager
 def wide_enough(family: Family, vae: nn.Module) -> Iterator[None]:
-    """Runs its body with the autoencoder in float32 where it would overflow in half precision."""
+    """Run the body with the autoencoder in float32 if it would overflow in float16."""
     if not (family.encodes_in_float32 and vae.config.force_upcast and vae.dtype == torch.float16):
         yield
         return

@@ -1,4 +1,4 @@
-"""How the error of a prediction counts: its square or a Huber loss, in the whole image or within a mask."""
+"""The loss of a prediction: squared error or pseudo-Huber, over the complete image or under a mask."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .objective import Objective
 
 @dataclass(frozen=True)
 class Huber:
-    """The pseudo-Huber loss with a threshold c that may depend on the timestep, as in kohya's scripts.
+    """The pseudo-Huber loss, as in kohya's scripts; its threshold c may depend on the timestep.
 
-    `huber`: `2 c (sqrt(d^2 + c^2) - c)`, which is `d^2` for small d. `smooth_l1`: without the factor c, which is
-    `2 |d|` for large d. `schedule`: `constant`, c; `exponential`, `c^(t/T)`, from 1 without noise to c in pure noise;
-    `snr`, `(1 - c) / (1 + SNR^(-1/2))^2 + c`, which is about the same for each way to add noise. All but the last are
+    `huber`: `2 c (sqrt(d^2 + c^2) - c)`, about `d^2` for small d. `smooth_l1`: the same without the factor c, about `2
+    |d|` for large d. `schedule`: `constant`, c; `exponential`, `c^(t/T)`, from 1 without noise to c in pure noise;
+    `snr`, `(1 - c) / (1 + SNR^(-1/2))^2 + c`, which is about the same for DDPM and flow models. The first two are
     multiplied by `scale`.
     """
 
@@ -28,7 +28,7 @@ class Huber:
     scale: float = 1.0
 
     def threshold(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """The threshold of each sample."""
+        """Return the threshold of each sample's timestep."""
         if self.schedule == "snr":
             return (1 - self.c) * self.objective.share_of_image(timesteps).square() + self.c
         if self.schedule == "exponential":
@@ -36,35 +36,35 @@ class Huber:
         return torch.full(timesteps.shape, self.scale * self.c, device=timesteps.device)
 
     def __call__(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The loss of each number of the prediction (batch first)."""
+        """Return the loss of each element of the prediction (batch first)."""
         c = self.threshold(timesteps).to(prediction.dtype).view(-1, *[1] * (prediction.dim() - 1))
         square = (prediction - target).square()
-        loss = 2 * square / ((square + c.square()).sqrt() + c)  # where d is far below c, a difference would be rounding
+        loss = 2 * square / ((square + c.square()).sqrt() + c)  # numerically stable for d far below c
         return c * loss if self.kind == "huber" else loss
 
 
 def huber_of(options: TrainingOptions, objective: Objective) -> Huber | None:
-    """The loss that the options name; None for the square."""
+    """Return the Huber loss that the options ask for, or None for the squared error."""
     if options.loss_type == "l2":
         return None
     return Huber(objective, options.loss_type, options.huber_schedule, options.huber_c, options.huber_scale)
 
 
 def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """The square of each difference."""
+    """Return the square of each difference."""
     return (prediction - target).square()
 
 
 def loss_per_sample(error: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted mean of each sample's errors, batch first."""
+    """Return the mean error of each sample times its weight, batch first."""
     return error.flatten(1).mean(dim=1) * weight
 
 
 def masked(error: torch.Tensor, mask: torch.Tensor | None, normalised: bool = False) -> torch.Tensor:
-    """Errors (batch x channels x height x width), each times how much its place counts; where that is 0, no gradient.
+    """Return errors (batch x channels x height x width) multiplied by the mask; a mask of 0 stops the gradient.
 
-    `mask`: batch x 1 x height x width, in [0, 1], of any size; its mean over the area of a place is what counts.
-    `normalised`: the mean of a sample's errors is that over what counts, and not lower the less does.
+    `mask` is batch x 1 x height x width in [0, 1] at any resolution, and is averaged down to that of the errors.
+    `normalised` divides by the mask's mean, so that the loss does not depend on the masked fraction.
     """
     if mask is None:
         return error

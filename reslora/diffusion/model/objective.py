@@ -1,4 +1,4 @@
-"""What the denoiser should predict, and how its error counts: a class an objective, functions of tensors."""
+"""Training objectives: what the denoiser predicts, and the weight of its loss."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .families.base import Family
 
 
 class DdpmObjective:
-    """Denoising diffusion (Ho et al., 2020): the noise, or v (Salimans and Ho, 2022), at a timestep drawn evenly.
+    """Denoising diffusion (Ho et al., 2020) with epsilon or v prediction (Salimans and Ho, 2022).
 
-    Timesteps are drawn from the first of `between` up to before the second: from all, if it is None. Raises
-    `ValueError` for a scheduler whose prediction type is neither.
+    Timesteps are uniform from `between[0]` up to, but not including, `between[1]`; over all timesteps if it is None.
+    Raises `ValueError` for another prediction type.
     """
 
     def __init__(
@@ -34,36 +34,37 @@ class DdpmObjective:
 
     @property
     def timesteps(self) -> int:
-        """How many timesteps there are."""
+        """The number of timesteps."""
         return self.scheduler.config.num_train_timesteps
 
     def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
-        """A timestep for a training sample, whatever its number of tokens."""
+        """Sample a training timestep; the number of tokens has no effect."""
         return torch.randint(*self.between, (), generator=generator)
 
     def at(self, fraction: float) -> torch.Tensor:
-        """The timestep at a fraction of the way from the first to the last."""
+        """Return the timestep at a fraction of the way from the first to the last."""
         return torch.tensor(min(self.timesteps - 1, int(fraction * self.timesteps)))
 
     def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """`sqrt(a_t) x + sqrt(1 - a_t) e`, batch first."""
+        """Return `sqrt(a_t) x + sqrt(1 - a_t) e`, batch first."""
         return self.scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The noise e, or `v = sqrt(a_t) e - sqrt(1 - a_t) x`."""
+        """Return the noise e, or `v = sqrt(a_t) e - sqrt(1 - a_t) x`."""
         if self.prediction_type == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
         return noise
 
     def share_of_image(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """`sqrt(a_t) / (sqrt(a_t) + sqrt(1 - a_t))`, or `1 / (1 + SNR^(-1/2))`, of each sample."""
+        """Return `sqrt(a_t) / (sqrt(a_t) + sqrt(1 - a_t))`, which equals `1 / (1 + SNR^(-1/2))`, of each sample."""
         alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         return alphas.sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Weight of each loss: 1, or with gamma min-SNR (Hang et al., 2023): `min(SNR, gamma) / SNR`; v: over SNR + 1.
+        """Return the weight of each sample's loss: 1, or min-SNR (Hang et al., 2023) with gamma.
 
-        Where nothing of the image is left, the SNR is 0 and the weight the limit: 1, for v 0.
+        Min-SNR is `min(SNR, gamma) / SNR` for epsilon, and `min(SNR, gamma) / (SNR + 1)` for v. At zero terminal SNR
+        the weight is the limit: 1 for epsilon, 0 for v.
         """
         if not self.snr_gamma:
             return torch.ones(timesteps.shape, device=timesteps.device)
@@ -76,9 +77,9 @@ class DdpmObjective:
 
 @dataclass(frozen=True)
 class Density:
-    """How timesteps are spread by `logit_normal` (mean and deviation) and `mode` (scale), as in diffusers' scripts.
+    """The timestep densities `logit_normal` (mean and standard deviation) and `mode` (scale) of diffusers' scripts.
 
-    Whatever draws them, they are squeezed evenly from all timesteps into those of `between`, if it is not None.
+    If `between` is not None, timesteps are scaled linearly from the full range into that range.
     """
 
     logit_mean: float = 0.0
@@ -88,7 +89,7 @@ class Density:
 
 
 class FlowObjective:
-    """Rectified flow (Liu et al., 2022; Esser et al., 2024): the velocity `e - x` at `(1 - s) x + s e`.
+    """Rectified flow (Liu et al., 2022; Esser et al., 2024): predict the velocity `e - x` at `(1 - s) x + s e`.
 
     `sampling` says how s is drawn. As in diffusers' scripts, from the scheduler's table, shifted as the scheduler says
     (or by `shift`): `uniform`, `logit_normal`, `mode`. As in kohya's: `sigmoid` of a normal number; `shift`, the same
@@ -113,11 +114,11 @@ class FlowObjective:
 
     @property
     def timesteps(self) -> int:
-        """How many timesteps there are; they need not be whole numbers."""
+        """The number of timesteps; timesteps need not be integers."""
         return self.scheduler.config.num_train_timesteps
 
     def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
-        """A timestep for a training sample of so many tokens, from 0 to `timesteps`, or in what `between` leaves."""
+        """Sample a training timestep for a sample of `tokens` tokens, from 0 to `timesteps`, scaled into `between`."""
         least, below = self.between
         return least + self._drawn(generator, tokens) * ((below - least) / self.timesteps)
 
@@ -132,24 +133,24 @@ class FlowObjective:
         return shift * s / (1 + (shift - 1) * s) * self.timesteps
 
     def at(self, fraction: float) -> torch.Tensor:
-        """The timestep at a fraction of the way down the scheduler's table, from pure noise."""
+        """Return the timestep at a fraction of the way down the scheduler's table, which starts with pure noise."""
         return self.scheduler.timesteps[min(self.timesteps - 1, int(fraction * self.timesteps))]
 
     def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """`(1 - s) x + s e`, batch first."""
+        """Return `(1 - s) x + s e`, batch first."""
         s = self._sigmas(timesteps).view(-1, *[1] * (latents.dim() - 1))
         return (1 - s) * latents + s * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The velocity `e - x`."""
+        """Return the velocity `e - x`."""
         return noise - latents
 
     def share_of_image(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """`1 - s`, or `1 / (1 + SNR^(-1/2))`, of each sample."""
+        """Return `1 - s`, which equals `1 / (1 + SNR^(-1/2))`, of each sample."""
         return 1 - self._sigmas(timesteps)
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Weight of each loss, as diffusers' scripts have it (Esser et al., 2024, Section 3.1)."""
+        """Return the weight of each sample's loss, as in diffusers' scripts (Esser et al., 2024, Section 3.1)."""
         return compute_loss_weighting_for_sd3(self.weighting, self._sigmas(timesteps))
 
     def _sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
@@ -160,43 +161,46 @@ Objective = DdpmObjective | FlowObjective
 
 
 def between_of(options: TrainingOptions, timesteps: int) -> tuple[int, int]:
-    """Return the timesteps to sample from: from the first up to before the second; refuse what the model has not."""
+    """Return the range of timesteps to sample from, without its end.
+
+    Raises `InvalidArgument` if the range is empty, or the model has fewer timesteps.
+    """
     least, below = options.min_timestep, timesteps if options.max_timestep is None else options.max_timestep
     if below > timesteps:
         raise InvalidArgument(f"--max_timestep {below}", f"the model has {timesteps}", f"give {timesteps} or less")
     if least >= below:
         problem = f"it has to be below --max_timestep, {below}"
-        raise InvalidArgument(f"--min_timestep {least}", problem, "give less of the one, or more of the other")
+        raise InvalidArgument(f"--min_timestep {least}", problem, "lower one, or raise the other")
     return least, below
 
 
 def check_sampling(options: TrainingOptions, sampling: str) -> None:
-    """Refuse options that this way to sample timesteps does not read; their defaults may be given."""
+    """Raise `InvalidArgument` for options, not at their default, that have no effect with this timestep sampling."""
     for name, option in Options.table().items():
         if option.samplings and sampling not in option.samplings:
             value, default = getattr(options, name), option.default
             if value != default:
-                problem = f"timesteps are sampled by {sampling}, which does not read it"
+                problem = f"timestep sampling {sampling} does not use it"
                 stay = "leave it out" if default is None else f"leave it at {default}"
                 fix = f"{stay}, or add --timestep_sampling {option.samplings[-1]}"
                 raise InvalidArgument(f"--{name} {value}", problem, fix)
 
 
 def check_objective(model: ModelOptions, training: TrainingOptions, family: Family) -> None:
-    """Refuse options that belong to another objective than the family's; their defaults may be given."""
+    """Raise `InvalidArgument` for options, not at their default, of another objective than the family's."""
     learns_flow = family.objective == "flow"
     for name, option in Options.table().items():
         value = getattr({"model": model, "training": training}.get(option.group), name, option.default)
-        # 0 weights all timesteps alike, as a flow does.
+        # snr_gamma 0 gives all timesteps the same weight, as a flow does.
         if option.objective not in ("", family.objective) and (value if learns_flow else value != option.default):
-            problem = f"{family.name} learns a flow, which has none" if learns_flow else f"{family.name} learns no flow"
+            problem = f"{family.name} is {'' if learns_flow else 'not '}a flow model"
             raise InvalidArgument(f"--{name} {value}", problem, "leave it out")
 
 
 def objective_of(
     model: ModelOptions, training: TrainingOptions, family: Family, pipeline: DiffusionPipeline
 ) -> Objective:
-    """Return what the model's family learns; refuse options that belong to another objective."""
+    """Return the objective of the model's family; raises `InvalidArgument` for options that have no effect with it."""
     between = between_of(training, pipeline.scheduler.config.num_train_timesteps)
     check_objective(model, training, family)
     if family.objective == "flow":

@@ -1,4 +1,4 @@
-"""A denoiser whose weights stay in its files: read tensor by tensor where they are used, so that a large one fits."""
+"""A denoiser whose weights stay on disk, and are read one by one when they are used, so that a large one fits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...files import read_object
 from .quantising import block_layers
 
 IN_MEMORY = 4 * 2**30
-"""Bytes in float32 up to which a denoiser is loaded whole wherever it runs, for that is faster."""
+"""Bytes in float32; a smaller denoiser is always loaded completely, which is faster."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,17 @@ class Stored:
     name: str
 
     def read(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """A copy of it; numbers of floating point in float32."""
+        """Read a copy of the tensor; floating-point values become float32."""
         with safe_open(self.path, framework="pt") as file:  # opened each time: pages of an open file stay in memory
             value = file.get_tensor(self.name)
             return value.to(device, torch.float32 if value.is_floating_point() else value.dtype, copy=True)
 
 
 def stored_weights(folder: Path, variant: str | None = None) -> dict[str, Stored]:
-    """Where each weight of a model's folder is, one file or several, as `from_pretrained` finds them; else empty."""
+    """Return where each weight of a model's folder is, in one or several files, as `from_pretrained` finds them.
+
+    Returns {} if there are none.
+    """
     index = read_object(folder / _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant))
     if index:
         return {name: Stored(folder / file, name) for name, file in index["weight_map"].items()}
@@ -48,34 +51,35 @@ def stored_weights(folder: Path, variant: str | None = None) -> dict[str, Stored
 
 
 class StoredLinear(nn.Linear):
-    """A frozen linear layer with its weight in a file: what it computes is what one in float32 computes."""
+    """A frozen linear layer whose weight is read from disk in every forward pass, in float32."""
 
     def __init__(self, linear: nn.Linear, stored: Stored, device: torch.device) -> None:
-        nn.Module.__init__(self)  # that of nn.Linear would make a weight
+        nn.Module.__init__(self)  # that of nn.Linear would allocate a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.stored, self.device, self.bias = stored, device, linear.bias
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override] # read only, as the docstring says
-        """The weight (q x p) in float32, read anew; changing it changes nothing."""
+        """The weight (q x p) in float32, a new copy from disk: changing it has no effect."""
         return self.stored.read(self.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`W x + b`."""
+        """Return `W x + b`."""
         shape = (self.out_features, self.in_features)
         return F.linear(x, x.new_empty(shape) if x.is_meta else self.weight, self.bias)
 
 
 def empty_model(kind: type[ModelMixin], folder: Path) -> ModelMixin:
-    """A model of a folder's configuration with its parameters on the meta device, for float32."""
+    """Return a model of a folder's configuration in float32, with its parameters on the meta device."""
     with init_empty_weights():
         return kind.from_config(kind.load_config(folder))
 
 
 def stays_stored(empty: nn.Module, stored: Mapping[str, Stored], device: torch.device) -> bool:
-    """Whether a model is too large to be loaded whole, and its files hold just what it has.
+    """Return whether a model is too large to be loaded completely, and its files have exactly its weights.
 
-    Half of what a GPU has free may be taken: there, reading takes longer than computing. Either way computes the same.
+    The model may take half of a GPU's free memory, because there reading takes longer than computing. The results are
+    the same either way.
     """
     state, free = empty.state_dict(), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     whole = sum(value.nbytes for value in state.values()) <= max(IN_MEMORY, free // 2)
@@ -83,7 +87,7 @@ def stays_stored(empty: nn.Module, stored: Mapping[str, Stored], device: torch.d
 
 
 def with_stored_weights(empty: ModelMixin, stored: Mapping[str, Stored], device: torch.device) -> ModelMixin:
-    """Makes an empty model compute in float32, frozen: the weights of its blocks stay in files, others do not."""
+    """Load an empty model in float32, frozen: the weights of its blocks stay on disk, the others are loaded."""
     held = dict(stored)
     for name, layer in list(block_layers(empty)):
         empty.set_submodule(name, StoredLinear(layer, held.pop(f"{name}.weight"), device))

@@ -1,1 +1,1 @@
-"""What a run shows and leaves: samples, log, exports, figures."""
+"""The output of a run: samples, log, exports, figures, uploads."""

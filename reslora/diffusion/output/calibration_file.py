@@ -1,9 +1,9 @@
-"""The batches that a merge has read, in one file, so that it can be repeated by another method.
+"""Write and read the calibration batches of a merge, so that it can be repeated with another method.
 
-A tensor's name says where it is among the denoiser's arguments: `sample`, `added_cond_kwargs.time_ids` (in a dict),
-`cap_feats.0` (first in a list). Those of all batches follow one another along the first axis, or where their shapes
-differ stand apart, as `cap_feats.0@1` (of the second batch). The metadata `batches` puts them together again: JSON of
-the batches as they were, with `{"tensor": name, "rows": [first, end]}` in the place of every tensor.
+A tensor's name is its path in the denoiser's arguments: `sample`, `added_cond_kwargs.time_ids` (in a dict),
+`cap_feats.0` (first in a list). The tensors of all batches are concatenated along the first dimension. If their shapes
+differ, they are stored separately, as `cap_feats.0@1` (of the second batch). The metadata `batches` has the structure:
+JSON of the original batches with `{"tensor": name, "rows": [first, end]}` in place of every tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...files import write_tensors
 
 
 def write_calibration(path: str | os.PathLike, batches: Sequence[Mapping]) -> None:
-    """Writes batches of the denoiser's arguments: tensors, plain values, and lists and dicts of them."""
+    """Write batches of the denoiser's arguments: tensors, plain values, and lists and dicts of them."""
     parts: dict[str, list[torch.Tensor]] = {}
     trees = [_take_apart(batch, "", number, parts) for number, batch in enumerate(batches)]
     tensors = {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in parts.items()}
@@ -28,14 +28,14 @@ def write_calibration(path: str | os.PathLike, batches: Sequence[Mapping]) -> No
 
 
 def read_calibration(path: str | os.PathLike) -> list[dict]:
-    """The batches of such a file; raises `ValueError` for one that is damaged or of another kind."""
+    """Return the batches of a calibration file; raises `ValueError` if it is damaged or of another kind."""
     try:
         with safe_open(path, "pt") as file:
             trees = json.loads(file.metadata()["batches"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         batches = _put_together(trees, tensors)
         if not isinstance(batches, list) or not all(isinstance(batch, dict) for batch in batches):
-            raise ValueError("they are no list of dicts")
+            raise ValueError("they are not a list of dicts")
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{path} holds no calibration batches ({reason}): train again") from None
@@ -43,7 +43,7 @@ def read_calibration(path: str | os.PathLike) -> list[dict]:
 
 
 def _take_apart(value: object, path: str, batch: int, parts: dict[str, list[torch.Tensor]]) -> object:
-    """`value` as JSON; its tensors go to `parts`, by name."""
+    """Return `value` as JSON, and add its tensors to `parts` by name."""
     if isinstance(value, Mapping):
         return {
             name: _take_apart(item, f"{path}.{name}" if path else name, batch, parts) for name, item in value.items()
@@ -63,9 +63,9 @@ def _take_apart(value: object, path: str, batch: int, parts: dict[str, list[torc
 
 
 def _put_together(tree: object, tensors: Mapping[str, torch.Tensor]) -> object:
-    """The inverse of `_take_apart`.
+    """Return the inverse of `_take_apart`.
 
-    Tensors are copied: in the last digit, what a product gives depends on where in memory its operands begin.
+    Tensors are copied, because the last digit of a product depends on the memory alignment of its operands.
     """
     if isinstance(tree, list):
         return [_put_together(item, tensors) for item in tree]

@@ -1,4 +1,4 @@
-"""The model card of an upload: what was trained on what, and the lines of Python that load it."""
+"""The model card of an upload: base model, training data, and Python code that loads the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TAGS = ("text-to-image", "diffusers", "diffusers-training", "lora", "reslora")
 
 
 def card_of(repository: str, pictured: bool, context: Context) -> str:
-    """The repository's card with what is uploaded now described in it; its other text stays. A new one where none is.
+    """Return the repository's model card with the description of this upload; other text of an existing card is kept.
 
     `pictured`: whether the comparison is uploaded as well.
     """
@@ -30,7 +30,7 @@ def card_of(repository: str, pictured: bool, context: Context) -> str:
     else:
         card = ModelCard(f"---\nlibrary_name: diffusers\n---\n\n# {repository.rpartition('/')[2]}\n")
     base = options.model.pretrained_model_name_or_path
-    if not Path(base).exists():  # the hub refuses what is no name of its own
+    if not Path(base).exists():  # the Hub rejects a base model that is a local path
         card.data.base_model = base
     elif BEGIN in card.text:
         card.data.base_model = None
@@ -43,7 +43,7 @@ def card_of(repository: str, pictured: bool, context: Context) -> str:
 
 
 def description(repository: str, pictured: bool, context: Context) -> list[str]:
-    """Paragraphs on the weights, with an example for each method."""
+    """Return paragraphs about the weights, with code for each method."""
     options = context.options
     data = ", ".join(map(name_of, listed(options.data.dataset_name or options.data.train_data_dir)))
     found = [f"Weights for {name_of(options.model.pretrained_model_name_or_path)}, trained on {data}."]
@@ -58,16 +58,16 @@ def description(repository: str, pictured: bool, context: Context) -> list[str]:
 
 
 def name_of(place: str) -> str:
-    """A name of the hub as it is; of a folder or file here its own name, without the way to it."""
+    """Return a Hub name unchanged, and only the last component of a local path."""
     return Path(place).resolve().name if Path(place).exists() else place
 
 
 def example(method: str, repository: str, context: Context) -> list[str]:
-    """Lines of Python that load a method's weights from the repository."""
+    """Return lines of Python that load a method's weights from the repository."""
     options, family = context.options, context.model.family
     lines = loading_base(context)
     if METHODS[method].plain_lora:
-        # The file is named: by itself diffusers would look for the first one in the repository.
+        # Name the file, because diffusers would otherwise load the first one in the repository.
         place = "" if len(options.adapter.method) == 1 else f'subfolder="{method}", '
         return [*lines, f'pipeline.load_lora_weights("{repository}", {place}weight_name="{DIFFUSERS_FILE}")']
     for part in (family.denoiser, *(encoder.name for encoder in context.encoders)):

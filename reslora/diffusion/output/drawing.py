@@ -1,4 +1,4 @@
-"""Samples: images that the pipeline draws with the denoiser that is being trained."""
+"""Generate samples with the pipeline and the denoiser that is trained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..seeds import derive
 
 
 class Drawer:
-    """Draws prompts with the pipeline around any denoiser; each image has a seed of its own."""
+    """Generates images of prompts with the pipeline and any denoiser; each image has its own seed."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Drawer:
     ) -> None:
         self.pipeline, self.family, self.texts = pipeline, family, texts
         self.data, self.training, self.validation = data, training, validation
-        self.encoders = encoders  # those of the pipeline that train
+        self.encoders = encoders  # the pipeline's text encoders that are trained
 
     def draw(
         self,
@@ -47,9 +47,10 @@ class Drawer:
         images: int,
         between_steps: Callable[[], None] = lambda: None,
     ) -> list[np.ndarray]:
-        """Images (height x width x 3, in [0, 1]), `images` for each prompt, drawn by the denoiser in eval mode.
+        """Generate `images` images of each prompt, in eval mode; each is height x width x 3, in [0, 1].
 
-        `between_steps` is called between the denoising steps and may raise; denoiser and pipeline stay as they were.
+        `between_steps` is called between the denoising steps and may raise. Denoiser and pipeline are restored
+        afterwards.
         """
         wanted = self.wanted(prompts, images)
         drawn, size = [], self.training.train_batch_size
@@ -61,7 +62,7 @@ class Drawer:
         return drawn
 
     def wanted(self, prompts: Sequence[str | Prompt], images: int) -> list[tuple[Prompt, int]]:
-        """The prompt, with all its options, and the seed of each image."""
+        """Return the prompt, with all its options resolved, and the seed of each image."""
         found = []
         for number, given in enumerate(prompts):
             prompt = Prompt(given) if isinstance(given, str) else given
@@ -88,7 +89,7 @@ class Drawer:
         return list(drawn.images)
 
     def _text(self, captions: Sequence[str]) -> Text:
-        # In the pipeline's precision: some make the latents in that of the text states.
+        # The pipeline's dtype, because some pipelines create latents in the dtype of the text states.
         vae = self.pipeline.vae
 
         def ready(text: Text) -> Text:
@@ -103,7 +104,7 @@ class Drawer:
     def _states(self, caption: str) -> Mapping[str, torch.Tensor]:
         with contextlib.suppress(KeyError):
             return self.texts[caption]
-        # Captions are not encoded beforehand, so the encoders are here.
+        # If captions are not encoded beforehand, the text encoders are loaded.
         encode = self.family.encode_frozen if self.encoders else self.family.encode_captions
         with torch.no_grad():
             states = encode(self.pipeline, [caption], self.training.max_sequence_length)
@@ -111,17 +112,20 @@ class Drawer:
 
 
 def shared(wanted: tuple[Prompt, int]) -> Prompt:
-    """What images have in common that the pipeline draws at once."""
+    """Return the options that images generated in one batch have in common."""
     return dataclasses.replace(wanted[0], prompt="", seed=None)
 
 
 def as_bytes(drawn: np.ndarray) -> np.ndarray:
-    """An image in [0, 1] as bytes; raises `ValueError` for pixels that are not finite, which bytes would hide."""
+    """Return an image in [0, 1] as uint8.
+
+    Raises `ValueError` for pixels that are not finite, which uint8 would hide.
+    """
     if not np.isfinite(drawn).all():
         raise ValueError("pixels that are not finite")
     return (drawn * 255).round().astype(np.uint8)
 
 
 def as_image(drawn: np.ndarray) -> Image.Image:
-    """An image in [0, 1] for a file; what is not finite is black."""
+    """Return an image in [0, 1] as a PIL image; NaN becomes black."""
     return Image.fromarray(as_bytes(np.nan_to_num(drawn, nan=0.0, posinf=1.0, neginf=0.0)))

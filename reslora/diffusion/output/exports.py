@@ -1,4 +1,4 @@
-"""What is left of a trained method: merged weights and plain LoRA in every format, each read back and compared."""
+"""Export a trained method: merged weights and plain LoRA in every format, each read back and compared."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ from .drawing import Drawer, as_bytes, as_image
 from .merged_weights import write_merged
 from .reports import FINISHED, MERGED, save_images
 
-TOLERANCE = 2  # of 255: largest difference of any pixel between the merged model and an export read back
+TOLERANCE = 2  # of 255: highest difference of any pixel between the merged model and an export read back
 PEFT_FOLDER = "peft"
 ROUNDING = 1e-6  # relative: a few units in the last place of float32
 
 
 Parts = Mapping[str, nn.Module]
-"""What was trained, by its name in the pipeline, the denoiser first."""
+"""The trained modules by their names in the pipeline, the denoiser first."""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """How the shortcuts of a part of a ResLoRA method were merged away, and what the merge read."""
+    """The merge of one part's ResLoRA shortcuts: chains, report, and the calibration batches that it read."""
 
     plan: Chains
     report: MergeReport
@@ -68,12 +68,13 @@ class Merged:
 def export_method(
     learner: Learner, material: Material, drawer: Drawer, schedule: Schedule, context: Context
 ) -> dict[str, int]:
-    """Merges in float32, writes every format, reads each back, and compares what the pipeline draws with each.
+    """Merge in float32, write every format, read each back, and compare the images that the pipeline generates.
 
-    Returns how far each file's image is from the merged model's: the largest difference of any pixel, of 255.
+    Returns, for each file, the highest difference of any pixel from the merged model's image, of 255.
 
-    Raises `Diverged`, with nothing exported, if the model has; `RunFailed` if an export does not draw what the merged
-    model draws, unless rounding alone moves its images, which a line says: then images tell nothing.
+    Raises `Diverged`, without exporting, if training has diverged. Raises `RunFailed` if the image of an export differs
+    from the merged model's by more than TOLERANCE. If rounding alone changes the image as much, the comparison proves
+    nothing, and a line is printed instead.
     """
     options, method, accelerator = context.options, learner.method, context.accelerator
     name, folder = learner.name, context.folder_of(method)
@@ -91,7 +92,7 @@ def export_method(
         reference, *_ = [finite(image, name) for image in drawn]
         check_held()
         for path in (folder / EXPORTS, context.folder / FINISHED):
-            path.unlink(missing_ok=True)  # until all files are of this merge
+            path.unlink(missing_ok=True)  # until all files are from this merge
         remove(folder / MERGED)
         if merged:
             write_merge(merged, folder)
@@ -113,9 +114,9 @@ def export_method(
 
 
 def compared(what: str, exported: nn.Module, prompt: Prompt, drawer: Drawer, reference: np.ndarray) -> tuple[int, str]:
-    """How far the image of an export is from the merged model's, and a line where images tell nothing of that.
+    """Return the difference of an export's image from the merged model's, and a line if rounding explains it.
 
-    Raises `RunFailed` where it is too far.
+    Raises `RunFailed` if the difference is too large and rounding does not explain it.
     """
     picture = finite(drawer.draw(exported, [prompt], 1)[0], what)
     found = difference(picture, reference)
@@ -125,43 +126,44 @@ def compared(what: str, exported: nn.Module, prompt: Prompt, drawer: Drawer, ref
     moved = difference(picture, finite(drawer.draw(exported, [nudge(prompt, drawer)], 1)[0], what))
     if moved <= TOLERANCE:
         raise RunFailed(f"{problem}; {TOLERANCE}/255 is allowed")
-    doubt = "the training went too far, and images cannot tell whether the file is right; lower --learning_rate"
-    return found, f"{problem}, and rounding alone moves it by {moved}/255: {doubt}"
+    doubt = "the model is unstable, so images cannot show whether the file is right; use a lower --learning_rate"
+    return found, f"warning: {problem}, and rounding changes it by {moved}/255: {doubt}"
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> int:
-    """The largest of any pixel, of 255."""
+    """Return the highest difference of any pixel, of 255."""
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
 def nudge(prompt: Prompt, drawer: Drawer) -> Prompt:
-    """The prompt with the guidance changed in its last digits, as rounding changes every product.
+    """Return the prompt with its guidance scale changed in the last digits, which has the effect of rounding.
 
-    Weights that were trained at far too high a rate make a denoiser chaotic: 1e-7 becomes another image within steps.
+    Weights trained at far too high a learning rate make a denoiser chaotic: 1e-7 becomes another image within a few
+    steps.
     """
     ((settled, seed),) = drawer.wanted([prompt], 1)
     return dataclasses.replace(settled, seed=seed, guidance_scale=(settled.guidance_scale or 0.0) * (1 + ROUNDING))
 
 
 def finite(drawn: np.ndarray, what: str) -> np.ndarray:
-    """An image as bytes; raises `Diverged` where pixels are not finite."""
+    """Return an image as uint8; raises `Diverged` if pixels are not finite."""
     try:
         return as_bytes(drawn)
     except ValueError as error:
-        problem = f"{what}: it draws {error}: training has diverged"
+        problem = f"{what}: its image has {error}: training has diverged"
         raise Diverged(problem, "start again with a lower --learning_rate") from None
 
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """No TF32: it would make images differ by more than exports may."""
+    """Disable TF32, which would change images by more than the tolerance of exports."""
     with temporarily(torch.backends.cuda.matmul, allow_tf32=False), temporarily(torch.backends.cudnn, allow_tf32=False):
         yield
 
 
 @contextlib.contextmanager
 def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """The drawing pipeline in float32, and afterwards as it was."""
+    """Convert the pipeline to float32 for the body, and back afterwards."""
     dtype = pipeline.vae.dtype
     pipeline.to(torch.float32)
     try:
@@ -171,19 +173,19 @@ def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 
 def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[str, nn.Module]:
-    """What was trained, by name, in float32: as it is, or where a base is rounded, packed, swapped or cut, anew.
+    """Return the trained modules by name in float32; with --save_best, those of the best checkpoint.
 
-    With --save_best, what was the best.
+    They are reloaded from disk if the base is in half precision, quantized, swapped or sharded.
     """
     folder = context.folder_of(learner.method)
     if best := best_to_export(learner, context):
         try:
             check_checksums(best.path)
         except Damaged as error:
-            raise RunFailed(f"{first_line(error)}; remove {best.path}, and the one before is exported") from None
+            raise RunFailed(f"{first_line(error)}; remove {best.path} to export the one before") from None
         return saved_parts(learner.method, best.path, learner.trained.loss, schedule, context)
     if context.options.validation.save_best:
-        line = f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)"
+        line = f"warning: --save_best: {learner.name} has no validation loss, so the last adapter is exported"
         print(line, flush=True)
     options = context.options
     plain = (
@@ -198,12 +200,12 @@ def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[
 
 
 def best_to_export(learner: Learner, context: Context) -> Best | None:
-    """The adapter that is exported in the place of the last one, if any is."""
+    """Return the best adapter if it is exported in place of the last one, else None."""
     return best_of(context.folder_of(learner.method)) if context.options.validation.save_best else None
 
 
 def exported(schedule: Schedule, learner: Learner, context: Context) -> Schedule:
-    """The schedule that ends where the exported adapter was trained to."""
+    """Return the schedule up to the step of the exported adapter."""
     best = best_to_export(learner, context)
     return dataclasses.replace(schedule, steps=best.step) if best else schedule
 
@@ -232,14 +234,14 @@ def base_parts(loss: DenoisingLoss, context: Context) -> dict[str, nn.Module]:
 def as_plain_lora(
     parts: Parts, method: str, loss: DenoisingLoss, material: Material
 ) -> tuple[dict[str, nn.Module], dict[str, Merged]]:
-    """The parts with shortcuts merged away and as the plain LoRA that they amount to, as far as the method is; how."""
+    """Return the modules with shortcuts merged, as plain LoRA if the method permits it, and the merges by name."""
     merged = merge_reslora(parts, loss, material) if METHODS[method].shortcuts else {}
     plain_lora = METHODS[method].plain_lora or (lambda part: part)
     return {name: plain_lora(part) for name, part in parts.items()}, merged
 
 
 def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict[str, Merged]:
-    """Folds the shortcuts into plain LoRA weights, part by part; raises `Diverged` where they cannot be."""
+    """Merge the shortcuts into plain LoRA weights, module by module; raises `Diverged` if weights are not finite."""
     merged, denoiser = {}, next(iter(parts))
     with calls_of_encoders(loss) as calibration:
         calibration[denoiser] = calibration_batches(loss, material)
@@ -248,7 +250,7 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
         try:
             report = merge(part, method=material.adapter.merge, calibration=calibration[name] or None)
         except ValueError as error:
-            advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
+            advice = "if numbers are not finite, training has diverged: start again with a lower --learning_rate"
             raise Diverged(f"reslora: it cannot be merged ({first_line(error)})", advice) from None
         merged[name] = Merged(plan, report, calibration[name])
     return merged
@@ -256,7 +258,7 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
 
 @torch.no_grad()
 def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
-    """The denoiser's keyword arguments, in float32, for the training samples that a merge may read."""
+    """Return the denoiser's keyword arguments, in float32, for --merge_calibration_samples training samples."""
     read = CalibrationSamples(material).batches(
         material.adapter.merge_calibration_samples, PartialState().num_processes
     )
@@ -266,7 +268,7 @@ def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
 
 @contextlib.contextmanager
 def calls_of_encoders(loss: DenoisingLoss) -> Iterator[dict[str, list[dict]]]:
-    """The keyword arguments with which each text encoder that trains is called in the body: tokenised captions."""
+    """Record the keyword arguments (tokenized captions) of each call of a trained text encoder in the body."""
     calls: dict[str, list[dict]] = {part.name: [] for part in loss.parts}
 
     def note(found: list[dict], encoder: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -280,7 +282,7 @@ def calls_of_encoders(loss: DenoisingLoss) -> Iterator[dict[str, list[dict]]]:
 
 
 def as_float32(value: Any) -> Any:
-    """Tensors of floating point, at any depth, in float32."""
+    """Convert floating-point tensors, at any depth, to float32."""
     if isinstance(value, dict):
         return {name: as_float32(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -289,7 +291,7 @@ def as_float32(value: Any) -> Any:
 
 
 def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
-    """`chains.json`, `merge.json`, and what the merges read: of the denoiser, and below its name of each encoder."""
+    """Write `chains.json`, `merge.json` and the calibration batches; those of text encoders under their names."""
     denoiser, *encoders = merged
     for file, found in (
         ("chains.json", {name: part.plan.to_dict() for name, part in merged.items()}),
@@ -306,7 +308,7 @@ def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
 
 
 def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: Context) -> None:
-    """Every format that the method can be written in."""
+    """Write every format that the method supports."""
     family, folder = context.model.family, context.folder_of(method)
     for name, part in parts.items() if context.writes_merged else ():
         if name == family.denoiser:
@@ -317,9 +319,10 @@ def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: 
 
 
 def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[str, str] | None) -> list[str]:
-    """PEFT's folder, and with metadata plain LoRA in the family's formats, all parts in each file; their names.
+    """Write PEFT's folder and, with metadata, plain LoRA in the family's formats, all modules in each; return the
+    names.
 
-    What an earlier training has left goes once they are there: a full disk loses none of it.
+    Files of an earlier training are removed last, so that a full disk does not lose them.
     """
     with replacing(folder / PEFT_FOLDER) as temporary:
         for name, part in parts.items():
@@ -334,14 +337,14 @@ def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[st
 
 
 def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, str]) -> None:
-    """Plain LoRA in diffusers' format and the family's others, all parts in each file."""
+    """Write plain LoRA in diffusers' format and the family's others, all modules in each file."""
     export.export_diffusers(parts, folder, metadata=metadata)
     for file in family.lora_files:
         LORA_FILES[file](parts, folder / file, family, metadata)
 
 
 def write_kohya(parts: Parts, path: Path, family: Family, metadata: dict[str, str]) -> None:
-    """kohya's format, with the names that its scripts have for the family's layers."""
+    """Write kohya's format, with the layer names of kohya's scripts."""
     config = parts[family.denoiser].config
     prefixes = {family.denoiser: "lora_unet"} | {name: kohya for name, (kohya, _) in family.text_names.items()}
     named = {prefixes[name]: part for name, part in parts.items()}
@@ -349,7 +352,7 @@ def write_kohya(parts: Parts, path: Path, family: Family, metadata: dict[str, st
 
 
 def write_comfyui(parts: Parts, path: Path, family: Family, metadata: dict[str, str]) -> None:
-    """ComfyUI's format, of families whose text encoders do not train and whose layers are not fused there."""
+    """Write ComfyUI's format, for families without trainable text encoders and without fused layers."""
     denoiser = parts[family.denoiser]
     names = functools.partial(family.original_name, denoiser.config)
     export.export_comfyui(denoiser, path, metadata=metadata, rename=lambda name: names(name) or name)
@@ -357,17 +360,17 @@ def write_comfyui(parts: Parts, path: Path, family: Family, metadata: dict[str, 
 
 LORA_FILES = {KOHYA_FILE: write_kohya, COMFYUI_FILE: write_comfyui}
 
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as sd-scripts writes them
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the values that sd-scripts writes
 
 
 def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, context: Context) -> dict[str, str]:
-    """What model managers and web interfaces recognise a LoRA by (Stability AI's model specification 1.0.0)."""
-    options, predicted = context.options, getattr(material.objective, "prediction_type", None)  # none where a flow is
+    """Return the metadata by which model managers recognize a LoRA (Stability AI's ModelSpec 1.0.0)."""
+    options, predicted = context.options, getattr(material.objective, "prediction_type", None)  # None for a flow
     version, architecture = context.model.family.model_version(config, predicts_v=predicted == "v_prediction")
     sides = options.data.resolution
     prediction = {"modelspec.prediction_type": PREDICTIONS[predicted]} if predicted else {}
     return prediction | {
-        "ss_v2": str(version.startswith("sd_v2")),  # by which A1111 tells 2.x from 1.x
+        "ss_v2": str(version.startswith("sd_v2")),  # A1111 distinguishes 2.x from 1.x by this
         "ss_base_model": Path(options.model.pretrained_model_name_or_path).name,
         "ss_base_model_version": version,
         "ss_learning_rate": str(options.optimizer.learning_rate),
@@ -384,9 +387,9 @@ def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, cont
 
 
 def read_back(parts: Parts, method: str, drawer: Drawer, context: Context) -> Iterator[tuple[str, nn.Module]]:
-    """Each export's name and the denoiser that stock diffusers or PEFT makes of it, one at a time.
+    """Yield each export's name and the denoiser that stock diffusers or PEFT loads from it, one at a time.
 
-    The text encoders that train are in the pipeline, as it makes them.
+    Trained text encoders are replaced in the pipeline in the same way.
     """
     model, folder, device = context.model, context.folder_of(method), context.accelerator.device
     name, pipeline = model.family.denoiser, drawer.pipeline

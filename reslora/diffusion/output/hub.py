@@ -1,4 +1,4 @@
-"""What a finished run uploads to the hub."""
+"""Upload a finished run to the Hub."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..training.checkpoints import EXPORTS
 from .card import card_of
 from .summary import write_comparison
 
-# Beside figures and card nothing else is: there may be settings, latents of the training images, their names, notes,
-# the images themselves.
+# Only these, the figures and the card are uploaded: the folder may hold settings, latents, names of training images,
+# notes, or the images themselves.
 UPLOADED_OF_METHOD = (
     *(DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, "peft/**/*"),
     *("chains.json", "merge.json", "log.jsonl", "samples/step-*/*", "merged/*"),
@@ -28,30 +28,36 @@ UPLOADED_OF_METHOD = (
 
 
 def hub_repository(options: OutputOptions) -> str:
-    """The repository to upload to, which is made if need be."""
+    """Return the repository to upload to, after creating it if necessary.
+
+    Raises `InvalidArgument` if that fails.
+    """
     name = repository_of(options)
     try:
         return huggingface_hub.create_repo(name, exist_ok=True, token=options.hub_token).repo_id
-    except Exception as error:  # requests' or httpx's, by the version of the hub's library
+    except Exception as error:  # requests' or httpx's, depending on the version of huggingface_hub
         problem = f"cannot make or reach the repository {name} ({first_line(error)})"
         raise InvalidArgument("--push_to_hub", problem, "log in with `hf auth login`, or leave it out") from None
 
 
 def own_card(folder: Path) -> Path | None:
-    """The README.md that a user has put into the run's folder."""
+    """Return the README.md that a user has put into the run's folder, if any."""
     path = folder / "README.md"
     return path if path.is_file() else None
 
 
 def check_upload(options: OutputOptions) -> None:
-    """Refuses a repository that cannot be had, and says whose model card will be uploaded."""
+    """Create the repository if necessary, and print whether the user's own model card will be uploaded.
+
+    Raises `InvalidArgument` if the repository cannot be created.
+    """
     hub_repository(options)
     if (own := own_card(Path(options.output_dir))) is not None:
-        print(f"--push_to_hub: {own} will be uploaded as it is; remove it to have a model card written", flush=True)
+        print(f"--push_to_hub: {own} will be uploaded unchanged; remove it to get a generated model card", flush=True)
 
 
 def publish(context: Context) -> None:
-    """Upload a model card with what the methods left: LoRA files, samples, losses and figures."""
+    """Upload a model card and the methods' output: LoRA files, samples, losses and figures."""
     options = context.options
     name, files, own = (
         hub_repository(options.output),
@@ -60,7 +66,7 @@ def publish(context: Context) -> None:
     )
     try:
         if own is not None:
-            print(f"{own} is uploaded as it is; remove it to have a model card written")
+            print(f"{own} is uploaded unchanged; remove it to get a generated model card")
             files["README.md"] = own
         else:
             files["README.md"] = card_of(name, "comparison.png" in files, context).encode()
@@ -75,7 +81,10 @@ def publish(context: Context) -> None:
 def files_of(
     adapter: MethodOptions, validation: ValidationOptions, output_options: OutputOptions
 ) -> dict[str, Path | bytes]:
-    """What is uploaded beside the card, by its place in the repository: a single method's weights at its root, too."""
+    """Return the uploaded files, except the card, by path in the repository.
+
+    The weights of a single method are also at the root.
+    """
     output, files = Path(output_options.output_dir), dict[str, Path | bytes]()
     for pattern in (
         "loss.png",
@@ -94,9 +103,9 @@ def files_of(
 
 
 def comparison_of(adapter: MethodOptions, validation: ValidationOptions, output: OutputOptions) -> bytes:
-    """The comparison of what the run has drawn, if anything, whatever prompts are given now.
+    """Return the comparison figure of the run's samples as PNG, empty if there are none, whatever prompts are set now.
 
-    It is not the run's file, which may show images that were trained on: nobody asked that those be uploaded.
+    The run's own figure is not uploaded, because it may show training images.
     """
     shown = read_object(Path(output.output_dir) / adapter.method[-1] / EXPORTS).get("shown", {})
     prompts = shown.get("validation_prompt", validation.validation_prompt)

@@ -1,4 +1,4 @@
-"""A denoiser's merged weights, written from the files of its base one tensor after the other."""
+"""Write a denoiser's merged weights, reading the base from disk one tensor at a time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from ... import export
 from ...files import replacing, write_json, write_one_by_one
 from ..model.stored import Stored
 
-LARGEST_FILE = "10GB"  # as diffusers has it
+LARGEST_FILE = "10GB"  # diffusers' default
 
 
 def write_merged(denoiser: nn.Module, directory: str | os.PathLike, stored: Mapping[str, Stored]) -> Path:
-    """Writes what `export.export_merged` writes of a denoiser in float32, with the base's weights read from its files.
+    """Write a float32 denoiser as `export.export_merged` does, with the base's weights read from disk; return the
+    folder.
 
-    `stored` is where each weight of the base is; of the model only the adapter is read. In memory is one tensor at a
-    time. A base whose files name their weights otherwise than the model is written from memory. Returns the folder.
+    `stored` maps each weight of the base to its file; of the model in memory, only the adapter is read. One tensor is
+    in memory at a time. If the base's files name their weights differently, it is written from memory.
     """
     base, layers = export.tuned_layers(denoiser)
     with torch.device("meta"):

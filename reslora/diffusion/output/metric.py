@@ -1,4 +1,4 @@
-"""How alike images are, and images and captions, by a model that has seen many: DINOv2, or CLIP."""
+"""Similarity of images, and of images and captions, by DINOv2 or CLIP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AT_ONCE = 16
 
 
 class Metric:
-    """Embeds images and captions as vectors of length 1, whose products are cosine similarities."""
+    """Embeds images and captions as vectors of length 1, so that products are cosine similarities."""
 
     def __init__(self, name: str, device: str) -> None:
         self.model = AutoModel.from_pretrained(name, use_safetensors=True).eval().to(device)
@@ -29,7 +29,7 @@ class Metric:
 
     @torch.no_grad()
     def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Images x features, float32 on the CPU."""
+        """Return the embeddings of images: images x features, float32 on the CPU."""
         found = []
         for start in range(0, len(images), AT_ONCE):
             rgb = [image.convert("RGB") for image in images[start : start + AT_ONCE]]
@@ -39,7 +39,7 @@ class Metric:
         return torch.cat(found)
 
     def of(self, sources: Sequence[Source], images: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """The same of images of sources, by number; each content is opened once."""
+        """Return the embeddings of images of sources, given as (source, number); each is computed once."""
         marks = [sources[source].images.marks[number] for source, number in images]
         new = {mark: image for mark, image in zip(marks, images, strict=True) if mark not in self.seen}
         for start in range(0, len(new), AT_ONCE):
@@ -50,14 +50,14 @@ class Metric:
 
     @torch.no_grad()
     def captions(self, captions: Sequence[str]) -> torch.Tensor:
-        """Captions x features; of a model that reads captions."""
+        """Return the embeddings of captions: captions x features; CLIP only."""
         assert self.tokenizer is not None
         inputs = self.tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt")
         return unit(self.model.get_text_features(**inputs.to(self.model.device)))
 
 
 def unit(output: Any) -> torch.Tensor:
-    """What a model makes of each input, pooled, or its first token's, at length 1."""
+    """Return a model's pooled output, or that of its first token, normalized to length 1."""
     if not isinstance(output, torch.Tensor):
         pooled = getattr(output, "pooler_output", None)
         output = output.last_hidden_state[:, 0] if pooled is None else pooled
@@ -66,7 +66,7 @@ def unit(output: Any) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=1)
 def load_metric(name: str, device: str) -> Metric:
-    """The model, once a process; refuses what transformers cannot load, without pickle or code of its own."""
+    """Load the model, once per process; raises `InvalidArgument` without safetensors, or with custom code."""
     fix = "give a folder or a name on the hub of DINOv2 or CLIP, with safetensors"
     with torch.random.fork_rng(devices=[]), refused_as(f"--metric_model {name}", fix):
         metric = Metric(name, device)

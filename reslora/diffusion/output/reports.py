@@ -1,4 +1,4 @@
-"""What a run tells while it trains: the log, the trackers, samples, validation loss."""
+"""Progress reports of training: the log, the trackers, samples, validation loss."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from .metric import load_metric
 
 T = TypeVar("T")
 VALIDATION_PARTS = ("loss", "samples")
-MERGED = "merged"  # samples of the merged model
-FINISHED = "loss.png"  # written last: where it is, a run is finished
+MERGED = "merged"  # the folder of the merged model's samples
+FINISHED = "loss.png"  # written last: it marks a run as finished
 
 
 class Reports:
@@ -47,21 +47,21 @@ class Reports:
 
     def __init__(self, folder: Path, learner: Learner, schedule: Schedule, accelerator: Accelerator) -> None:
         self.learner, self.folder, self.trackers = learner, folder, accelerator.trackers
-        # TensorBoard alone takes the steps of the next method from 0 again.
+        # Only TensorBoard accepts the next method's steps from 0 again.
         self.before = learner.before * (schedule.steps + 1)
         self.log = LogWriter(folder / "log.jsonl", learner.step) if accelerator.is_main_process else None
         if self.log:
             forget_samples(folder, learner.step)
         self.noted: dict | None = None
         rows = of_split(read_log(folder / "log.jsonl"), "validation") if self.log else []
-        self.validated = [row["loss"] for row in rows if row["step"]]  # on the main process; not that of no training
+        self.validated = [row["loss"] for row in rows if row["step"]]  # main process only; without step 0
 
     def note(
         self, split: str, loss: torch.Tensor | float, by_timestep: Mapping[str, float] = MappingProxyType({})
     ) -> None:
-        """Keeps a row of the log for `flush`: to read a loss at once is to wait for the device at every step.
+        """Store a row of the log until `flush`, because reading a loss at once would wait for the device at every step.
 
-        `by_timestep`: losses by the timestep, of which 1 is pure noise.
+        `by_timestep`: losses by timestep, from 0 to 1, which is pure noise.
         """
         learner = self.learner
         rate, seconds = learner.lr_scheduler.get_last_lr()[0], round(learner.seconds, 3)
@@ -70,7 +70,10 @@ class Reports:
             self.noted["by_timestep"] = dict(by_timestep)
 
     def flush(self) -> float | None:
-        """Writes what is noted, to the log and the trackers; returns its loss, or raises `Diverged` if not finite."""
+        """Write the stored row to the log and the trackers, and return its loss.
+
+        Raises `Diverged` if the loss is not finite.
+        """
         row, self.noted = self.noted, None
         if row is None:
             return None
@@ -87,29 +90,29 @@ class Reports:
         return loss
 
     def similarities(self, values: Mapping[str, float]) -> None:
-        """A row of what a model says of the samples of this step."""
+        """Write the similarities of this step's samples."""
         learner = self.learner
         row = {"step": learner.step, "split": "samples", **values, "seconds": round(learner.seconds, 3)}
         self._write(row, {f"{name}/{learner.name}": value for name, value in values.items()})
 
     def is_over(self, patience: int | None) -> bool:
-        """Whether so many validations in a row brought no lower loss; the main process knows."""
+        """Return whether `patience` validations in a row had no lower loss; valid on the main process."""
         return is_over(self.validated, patience)
 
     def _write(self, row: dict, values: dict[str, float]) -> None:
-        """A row to the log, and numbers by their names to the trackers."""
+        """Write a row to the log, and values by name to the trackers."""
         step = row["step"]
         if self.log:
             self.log.write(row)
         for tracker in self.trackers:
             if tracker.name != "tensorboard":
                 tracker.log(values, step=step + self.before)
-            elif self.log:  # accelerate's own `log` waits for the disk every time
+            elif self.log:  # accelerate's own `log` flushes to disk every time
                 for tag, value in values.items():
                     tracker.writer.add_scalar(tag, value, step)
 
     def samples(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
-        """The samples of this step, as many of each prompt, as files and to trackers that show images."""
+        """Write this step's samples, the same number for each prompt, to files and to trackers that show images."""
         save_images(self.folder / "samples" / f"step-{self.learner.step:06d}", images, prompts)
         name, step = f"samples/{self.learner.name}", self.learner.step
         for tracker in self.trackers:
@@ -122,7 +125,7 @@ class Reports:
                     tracker.writer.add_images(tag, alike, step, dataformats="NHWC")
 
     def close(self) -> None:
-        """Writes what is still noted, and closes the log."""
+        """Write the stored row, and close the log."""
         try:
             self.flush()
         finally:
@@ -133,9 +136,9 @@ class Reports:
                         tracker.writer.flush()
 
     def overdue(self, schedule: Schedule) -> list[str]:
-        """The parts of the validation that are still missing at the step from which training goes on.
+        """Return the parts of the validation that are missing at the step from which training resumes.
 
-        A run may have been stopped before the validation of that step, or within it.
+        A run may have been stopped before or during the validation of that step.
         """
         step = self.learner.step
         rows = read_log(self.folder / "log.jsonl")
@@ -148,7 +151,10 @@ class Reports:
 
 
 class Validation:
-    """Validation loss and samples of a denoiser, by the main process; where its base is cut, all compute them."""
+    """Validation loss and samples of a denoiser.
+
+    The main process computes them; for a sharded base, all processes do.
+    """
 
     def __init__(
         self, loss: DenoisingLoss, material: Material, drawer: Drawer, accelerator: Accelerator, stop: StopRequest
@@ -157,9 +163,9 @@ class Validation:
         self.accelerator, self.stop = accelerator, stop
 
     def __call__(self, learner: Learner, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
-        """Measures and draws; what a stop cuts short is measured or drawn when the run goes on.
+        """Compute validation loss and samples, and set `learner.over`.
 
-        Tells the learner whether it is over with it.
+        A resumed run repeats what a stop interrupted.
         """
         validation, denoiser = self.material.validation, learner.denoiser
         with learner.averaged():
@@ -170,7 +176,7 @@ class Validation:
         learner.over = decided(lambda: reports.is_over(validation.early_stopping_patience))
 
     def _by_main(self, compute: Callable[[], T], keep: Callable[[T], None]) -> None:
-        """As `by_main`; keeps nothing of what a stop cuts short."""
+        """Call `by_main`, but discard the result if a stop interrupted it."""
 
         def unless_stopped() -> T | None:
             try:
@@ -184,15 +190,16 @@ class Validation:
         mean = losses.mean().item()
         if self.material.validation.save_best and learner.step:
             keep_if_best(learner, reports.folder, mean)
-        if learner.step and learner.name != learner.method:  # an arm of an experiment, which chooses among its steps
+        if learner.step and learner.name != learner.method:  # a run of an experiment, which chooses among its steps
             keep_adapter(learner, adapter_folder(reports.folder, learner.step))
         reports.note("validation", mean, self.by_timestep(losses))
         reports.flush()
 
     def losses(self, denoiser: nn.Module) -> torch.Tensor:
-        """Unweighted losses on the held-out images: images x timesteps at fixed timesteps; else of each sample.
+        """Return the unweighted losses on the held-out images.
 
-        Noise and timesteps are the same at every call.
+        With --validation_noises they are images x timesteps at fixed timesteps, otherwise one per sample. Noise and
+        timesteps are the same in every call.
         """
         noises = self.material.validation.validation_noises
         with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
@@ -207,7 +214,7 @@ class Validation:
         return self.loss(denoiser, batch, weighted=False)
 
     def by_timestep(self, losses: torch.Tensor) -> dict[str, float]:
-        """The mean over images at each of the fixed timesteps, of which 1 is pure noise; empty without."""
+        """Return the mean over images at each fixed timestep, from 0 to 1 (pure noise); {} without fixed ones."""
         if losses.dim() == 1:
             return {}
         objective = self.material.objective
@@ -231,7 +238,7 @@ class Validation:
             reports.similarities(found)
 
     def _similarities(self, images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, float]:
-        """How near samples are to the held-out images, each to each, and to their prompts."""
+        """Return the mean similarity of the samples to the held-out images and, with CLIP, to their prompts."""
         metric = load_metric(self.material.validation.metric_model, str(self.accelerator.device))
         found, drawn = {}, metric.images(images)
         if self.material.held_out:
@@ -244,14 +251,14 @@ class Validation:
     def _leave_if_asked(self) -> None:
         if not cuts_base(self.accelerator):
             self.stop.check("stopped while validating")
-        elif stop_requested(self.stop):  # all compute, so all leave
+        elif stop_requested(self.stop):  # all processes compute, so all leave
             raise Stopped("stopped while validating")
 
 
 def forget_samples(folder: Path, step: int) -> None:
-    """What the log forgets from that step on goes: later samples, all where nothing is trained.
+    """Remove samples of later steps than `step`, and all samples if it is 0.
 
-    And merged ones, but for those of what is exported, which stays until something else is.
+    Merged samples are removed too, unless an export exists that they belong to.
     """
     for drawn, path in by_step(folder / "samples").items():
         if not step or drawn > step:
@@ -261,7 +268,7 @@ def forget_samples(folder: Path, step: int) -> None:
 
 
 def save_images(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
-    """`<prompt>-<image>.png`, numbered from zero, and the prompts, in a folder that is whole or not there."""
+    """Write images as `<prompt>-<image>.png`, numbered from 0, and the prompts to a folder, atomically."""
     per_prompt = len(images) // len(prompts)
     with replacing(folder) as temporary:
         temporary.mkdir()

@@ -1,4 +1,4 @@
-"""What a finished run shows: figures and a summary."""
+"""Write the figures and print the summary of a finished run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...files import read_object, replacing
 from ...options.images import MethodOptions, OutputOptions, ValidationOptions
 from .reports import FINISHED
 
-COLUMNS = 9  # at most so many steps are shown beside each other
+COLUMNS = 9  # highest number of steps in the comparison
 
 
 def write_figures(
@@ -27,9 +27,9 @@ def write_figures(
     held_out: int,
     learnt: Callable[[int], list[Image.Image]] = lambda _: [],
 ) -> None:
-    """`comparison.png`, a single method's weights where diffusers' script leaves them, and `loss.png`.
+    """Write `comparison.png`, a single method's weights where diffusers' script writes them, and `loss.png`.
 
-    That comes last: where it is, a run is finished. `learnt`: gives some of the images that were trained on.
+    `loss.png` is written last, because it marks the run as finished. `learnt` returns some of the training images.
     """
     output, measured = Path(output_options.output_dir), min(held_out, validation.max_validation_images)
     if validation.validation_prompt and validation.num_validation_images:
@@ -48,9 +48,9 @@ def write_comparison(
     path: Path,
     learnt: Sequence[Image.Image] = (),
 ) -> None:
-    """The paper's Figure 3: steps across; prompts down, and the methods under each; what was trained on above it.
+    """Write the comparison, like the paper's Figure 3: steps across, prompts and methods down, training images on top.
 
-    Nothing is written where nothing was drawn of these prompts: there may be a comparison of others.
+    Without samples of these prompts nothing is written, so that a comparison of other prompts is kept.
     """
     output, prompts = Path(output_options.output_dir), list(enumerate(validation.validation_prompt))
     folders = [found for samples in output.glob("*/samples") for found in by_step(samples).items()]
@@ -68,7 +68,7 @@ def write_comparison(
 
 
 def _image(samples: Path, number: int, prompt: str) -> Path | None:
-    """The first sample of a prompt; None where there is none, or no image that can be read."""
+    """Return the path of the first sample of a prompt, or None if it cannot be read."""
     path = samples / f"{number}-0.png"
     try:
         with Image.open(path) as image:
@@ -79,11 +79,11 @@ def _image(samples: Path, number: int, prompt: str) -> Path | None:
 
 
 def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None:
-    """What was written, and how to look at it."""
+    """Print the files that were written, and how to load them."""
     output = Path(output_options.output_dir)
     lines = ["", f"{output}/"]
     if (output / "comparison.png").is_file():
-        lines.append("  comparison.png   images to learn from; steps across; prompts and methods down")
+        lines.append("  comparison.png   training images; steps across; prompts and methods down")
     lines += ["  loss.png         training and validation loss", "  config.json      every setting of this run"]
     uses = {
         DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights(folder)",
@@ -105,5 +105,5 @@ def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None
     lines.append(
         "Each was read back by stock diffusers or PEFT; its image may differ from the merged model's by 2/255 (fp32)."
     )
-    lines.append("Look at the run: python -m app")
+    lines.append("View the run: python -m app")
     print("\n".join(lines))

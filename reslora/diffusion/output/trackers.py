@@ -1,4 +1,4 @@
-"""`config.json` and the trackers that accelerate knows."""
+"""Write `config.json`, and start accelerate's trackers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ...options.prompts import clean
 from ..context import Context
 from ..training.schedule import Schedule
 
-TENSORBOARD_SECONDS = 10  # until it shows what is new
+TENSORBOARD_SECONDS = 10  # between flushes to disk
 
 
 def start_trackers(context: Context) -> None:
-    """The trackers; refuses those that cannot start."""
+    """Start the trackers; raises `InvalidArgument` if one cannot start."""
     often = {"tensorboard": {"flush_secs": TENSORBOARD_SECONDS}}
 
     def start() -> None:
@@ -31,7 +31,7 @@ def start_trackers(context: Context) -> None:
 
 
 def note_settings(values: Mapping[str, Any], schedule: Schedule, accelerator: Accelerator, write: bool = True) -> None:
-    """Write every option's value to `config.json`, unless that is written already, and to the trackers."""
+    """Write every option's value to the trackers and, if `write`, to `config.json`."""
     steps = {"max_train_steps": schedule.steps, "validation_steps": schedule.validation_steps}
     public = {name: value for name, value in {**values, **steps}.items() if not Options.table()[name].secret}
     for name, value in public.items():
@@ -45,5 +45,5 @@ def note_settings(values: Mapping[str, Any], schedule: Schedule, accelerator: Ac
 
 
 def absolute(place: str) -> str:
-    """Where a folder is, for whoever reads of it in another one; names that are no path stay."""
+    """Return the absolute path of an existing file or folder; other names are returned unchanged."""
     return str(Path(place).resolve()) if Path(place).exists() else place

@@ -1,1 +1,1 @@
-"""How much memory a run takes, before it has any weights: its phases are gone through on tensors without memory."""
+"""Estimate the memory of a run before loading weights: its phases run on fake tensors, which have no storage."""

@@ -1,4 +1,4 @@
-"""What samples and exports hold: the denoiser at work without gradients, the autoencoder's decoder, and float32."""
+"""Memory of sampling and exporting: the denoiser without gradients, the autoencoder's decoder, and float32 weights."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from .live import held
 from .parts import empty_denoiser
 from .phases import ACTIVATIONS, ADAPTER, AUTOENCODER, BASE, ENCODERS, EXACT, MERGE, OPTIMIZER, Held, Phase, Rehearsal
 
-KEPT = (BASE, ADAPTER, OPTIMIZER)  # of what a step holds, beside what draws and exports
+KEPT = (BASE, ADAPTER, OPTIMIZER)  # what stays in memory after a step, while samples are generated and exported
 
 
 def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
-    """Class images before training, by the whole pipeline; None where none is missing."""
+    """Return the phase that generates class images with the complete pipeline; None if none are missing."""
     options, missing = rehearsal.options, missing_class_images(rehearsal.options.data, rehearsal.options.output)
     if not missing:
         return None
@@ -43,11 +43,11 @@ def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
         drawn = denoising(rehearsal, denoiser, guided, size, dtype), decoding(rehearsal, count, size, dtype)
         return max(*drawn, rehearsal.peak_of_encoders)
 
-    return Phase("drawing class images", found | {ACTIVATIONS: rehearsal.known("activations of class images", draw)})
+    return Phase("generating class images", found | {ACTIVATIONS: rehearsal.known("activations of class images", draw)})
 
 
 def sampling(rehearsal: Rehearsal, step: Phase) -> Phase | None:
-    """Samples while training, `step` being what that holds; None where none are drawn."""
+    """Return the phase that generates samples during training, after the phase `step`; None if there are none."""
     options = rehearsal.options
     if not (options.validation.validation_prompt and options.validation.num_validation_images):
         return None
@@ -61,17 +61,20 @@ def sampling(rehearsal: Rehearsal, step: Phase) -> Phase | None:
 
 
 def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phase:
-    """Merging and drawing in float32, beside what trained; `free`: what the device has before the run."""
+    """Return the phase of merging and sampling in float32, in addition to the trained modules.
+
+    `free`: bytes of the device that are free before the run.
+    """
     exact = empty_denoiser(rehearsal.model, torch.float32)
     whole, shapes = held(exact), [layer.weight.shape for _, layer in block_layers(exact)]
     rehearsal.stage.place(exact.eval())
     found = {name: step.held[name] for name in KEPT}
     draw = partial(drawing, rehearsal, exact, torch.float32, contextlib.nullcontext)
-    activations = rehearsal.known("activations of drawing in float32", draw)
+    activations = rehearsal.known("activations of sampling in float32", draw)
     plain = rehearsal.dtype == torch.float32 and rehearsal.options.model.base_precision == "no"
     if not plain or rehearsal.options.validation.save_best:
         left = (free - step.total) // 2 if rehearsal.stage.device.type == "cuda" else 0
-        if whole > max(IN_MEMORY, left) and shapes:  # its blocks' weights are read one by one
+        if whole > max(IN_MEMORY, left) and shapes:  # the weights of its blocks are read one at a time
             sizes = [4 * shape.numel() for shape in shapes]
             whole -= sum(sizes) - max(sizes)
         found |= {EXACT: whole, ADAPTER: 2 * step.part(ADAPTER)}
@@ -86,7 +89,7 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
 
 
 def merging(rehearsal: Rehearsal, exact: nn.Module) -> int:
-    """What a merge reads, and at the most what least squares take for what enters the layers that it is about."""
+    """Return the bytes of the calibration batches, and at most BUDGET for the Gram matrices of least squares."""
     options = rehearsal.options
     batch = rehearsal.batch(options.training.train_batch_size)
     states = [value for values in (batch.text or {}).values() for value in values]
@@ -108,7 +111,7 @@ def drawing(
     dtype: torch.dtype,
     precision: Callable[[], contextlib.AbstractContextManager],
 ) -> int:
-    """What is computed with while prompts are drawn, at the most: by the denoiser, or by the decoder after it."""
+    """Return the peak of activations, in bytes, of the denoiser and the decoder while prompts are sampled."""
     options, family = rehearsal.options, rehearsal.family
     images = options.validation.num_validation_images if options.validation.validation_prompt else 1
     prompts = [
@@ -127,12 +130,12 @@ def drawing(
 
 
 def passes(family: Family, guidance: float | None) -> int:
-    """How often the denoiser sees an image in a step: guided by a negative prompt, twice."""
+    """Return the number of denoiser passes per image and step: 2 with classifier-free guidance."""
     return 1 if family.is_told_guidance or (guidance or 0) <= family.unguided else 2
 
 
 def denoising(rehearsal: Rehearsal, denoiser: Any, count: int, size: Size, dtype: torch.dtype) -> int:
-    """A denoising step of so many images."""
+    """Return the peak of activations, in bytes, of a denoising step of `count` images."""
     family, stage = rehearsal.family, rehearsal.stage
     shape = family.latent_shape(rehearsal.pipeline, size.height, size.width)
     with torch.no_grad(), stage(denoiser, *rehearsal.encoders) as live:
@@ -143,7 +146,7 @@ def denoising(rehearsal: Rehearsal, denoiser: Any, count: int, size: Size, dtype
 
 
 def states_of(rehearsal: Rehearsal, count: int, dtype: torch.dtype) -> Text:
-    """Text states of so many prompts, with what the encoders that train make of them."""
+    """Return the text states of `count` prompts, including those of trained text encoders."""
     text = rehearsal.text(count, dtype)
     if not rehearsal.trainable:
         return text
@@ -151,7 +154,7 @@ def states_of(rehearsal: Rehearsal, count: int, dtype: torch.dtype) -> Text:
 
 
 def decoding(rehearsal: Rehearsal, count: int, size: Size, dtype: torch.dtype) -> int:
-    """The autoencoder's way from latents to so many images."""
+    """Return the peak of activations, in bytes, of decoding `count` images."""
     stage, vae, shapes = rehearsal.stage, rehearsal.autoencoder_in(dtype), []
 
     def note(module: nn.Module, args: tuple, output: Any) -> None:

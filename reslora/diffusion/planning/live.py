@@ -1,4 +1,4 @@
-"""Tensors without memory: modules stand on them, and what they would take while they run is counted."""
+"""Run modules on fake tensors, which have no storage, and count the memory that they would take."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from torch.utils._pytree import tree_leaves
 from ..model.quantising import nf4_pairs
 
 CONVOLUTION, ITS_BACKWARD = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
-LANES = 16  # floats in a register
+LANES = 16  # float32 values in a vector register
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes that are alive of what is made in its body: `now`, and `peak`, the most at a time.
+    """Counts the bytes of live tensors that are created in its body: `now`, and the highest, `peak`.
 
-    Storages are counted, not tensors: what autograd keeps of one is as large as all of it. Views of what is `known`,
-    such as weights, count nothing. What kernels take for themselves does not show; of convolutions it is added.
+    Storages are counted, not tensors, because autograd keeps a tensor's complete storage alive. Views of `known`
+    tensors, such as weights, count nothing. Temporary memory of kernels is invisible, but that of convolutions is
+    added.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
@@ -34,7 +35,7 @@ class Live(TorchDispatchMode):
         self.watched: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Runs one operation, and counts what it returns."""
+        """Run one operation, and count what it returns."""
         result = function(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
@@ -56,17 +57,17 @@ class Live(TorchDispatchMode):
         del self.watched[key]
 
     def forget(self, tensor: torch.Tensor) -> None:
-        """Counts a tensor no more: it is somebody else's."""
+        """Stop counting a tensor that is counted elsewhere."""
         key = tensor.untyped_storage()._cdata
         self.now -= self.sizes.get(key, 0)
         self.sizes[key] = 0
 
 
 def copied(function: Any, args: tuple, result: Any) -> int:
-    """Bytes that a convolution's kernel takes beside what it returns, by oneDNN on a CPU as measured.
+    """Return the temporary bytes of a convolution, as measured with oneDNN on a CPU.
 
-    It reads and writes in a layout of its own, in which channels come by LANES, unless there are fewer to read; what
-    was read goes before what was written is copied out.
+    Its own layout pads channels to multiples of LANES, except for fewer input channels than that. The inputs' copy is
+    freed before the output is copied back.
     """
     if function is CONVOLUTION and args[1].shape[2:].numel() > 1:
         return _beside(args[0], args[1], result)
@@ -85,34 +86,34 @@ def _beside(read: torch.Tensor, weight: torch.Tensor, written: torch.Tensor) -> 
 
 
 def _in_lanes(tensor: torch.Tensor, dimensions: int) -> int:
-    """Bytes of a tensor whose channels, in one or both of its first two dimensions, are filled up to whole lanes."""
+    """Return the bytes of a tensor whose channels, in one or both of its first two dimensions, are padded to LANES."""
     channels = tensor.shape[1:2] if dimensions == 1 else tensor.shape[:2]
     return int(tensor.nbytes * math.prod(math.ceil(count / LANES) * LANES / count for count in channels))
 
 
 class Stage:
-    """A device on which tensors have shapes, dtypes and no memory."""
+    """A device for fake tensors, which have shapes and dtypes, but no storage."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.mode = device, FakeTensorMode(allow_non_fake_inputs=True)
 
     @contextmanager
     def __call__(self, *modules: nn.Module) -> Iterator[Live]:
-        """What runs in the body runs without memory; what it makes is counted, but for the modules' own tensors."""
+        """Run the body on fake tensors, and count what it creates, without the modules' own tensors."""
         nf4_pairs.cache_clear()
         try:
             with self.mode, Live(tensors_of(*modules)) as live:
                 yield live
         finally:
-            nf4_pairs.cache_clear()  # which holds tensors without memory
+            nf4_pairs.cache_clear()  # the cache holds fake tensors
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """A tensor without memory."""
+        """Return a fake tensor."""
         with self.mode:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
     def place(self, module: nn.Module) -> nn.Module:
-        """Puts a module's tensors, which are on the meta device, here; also those that are mere attributes."""
+        """Replace a module's tensors on the meta device by fake tensors, including plain attributes."""
         placed: dict[torch.Tensor, torch.Tensor] = {}
         for owner in module.modules():
             for named in (owner._parameters, owner._buffers, vars(owner)):
@@ -130,7 +131,7 @@ class Stage:
 
 
 def tensors_of(*modules: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters, buffers, and tensors that are mere attributes."""
+    """Yield parameters, buffers, and tensors that are plain attributes."""
     for module in modules:
         for owner in module.modules():
             for named in (owner._parameters, owner._buffers, vars(owner)):
@@ -138,9 +139,9 @@ def tensors_of(*modules: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def held(*modules: nn.Module, trained: bool | None = None) -> int:
-    """Bytes of the modules' tensors; only of those that train, or do not, where `trained` is given."""
+    """Return the bytes of the modules' tensors; if `trained` is given, only of trainable or of frozen ones."""
     every = (module for part in modules for module in part.modules())
-    swapped = {id(module.codes) for module in every if "codes" in vars(module)}  # in the CPU's memory
+    swapped = {id(module.codes) for module in every if "codes" in vars(module)}  # in CPU memory
     found = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
         for tensor in tensors_of(*modules)

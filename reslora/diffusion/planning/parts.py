@@ -1,4 +1,4 @@
-"""The parts of a pipeline without weights: of the classes, shapes and dtypes that loading them gives."""
+"""Modules of a pipeline without weights, with the classes, shapes and dtypes of loaded ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ META = torch.device("meta")
 
 
 def empty_denoiser(model: Model, dtype: torch.dtype, base_precision: str = "no", blocks_to_swap: int = 0) -> nn.Module:
-    """The frozen denoiser as it is loaded, on the meta device."""
+    """Return the frozen denoiser on the meta device, quantized and swapped as it would be loaded."""
     family = model.family
     with torch.device(META):
         denoiser = family.denoiser_class.from_config(model.denoiser_config())
@@ -33,7 +33,7 @@ def empty_denoiser(model: Model, dtype: torch.dtype, base_precision: str = "no",
 
 
 def empty_part(model: Model, name: str, dtype: torch.dtype) -> nn.Module | None:
-    """Another part of the pipeline, frozen, on the meta device; None for one without weights."""
+    """Return another part of the pipeline, frozen, on the meta device; None if it has no weights."""
     library, kind_name = model.index[name]
     kind = getattr(importlib.import_module(library), kind_name)
     if not issubclass(kind, nn.Module):
@@ -51,7 +51,7 @@ def empty_part(model: Model, name: str, dtype: torch.dtype) -> nn.Module | None:
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module in `dtype`, but for what its class keeps in float32 wherever it is loaded."""
+    """Cast a module to `dtype`, except modules that its class keeps in float32."""
     wide = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
     nn.Module.to(module, dtype)
     for name, owner in module.named_modules():
@@ -61,7 +61,7 @@ def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def empty_pipeline(model: Model, dtype: torch.dtype, stage: Stage) -> DiffusionPipeline:
-    """The pipeline with its tokenizers and its scheduler, and with parts that have no memory; without the denoiser."""
+    """Return the pipeline with tokenizers, scheduler and parts of fake tensors, without the denoiser."""
     family = model.family
     left_out = {family.denoiser, *family.unused_parts}
     left_out |= {name for name, kind in model.index.items() if kind == [None, None]}
@@ -80,9 +80,9 @@ def empty_pipeline(model: Model, dtype: torch.dtype, stage: Stage) -> DiffusionP
 
 
 class Reader:
-    """Text encoders that read captions without memory: what they return has a caption's shapes and is all zeros.
+    """Runs text encoders on fake tensors; they return zeros in the shapes of one caption's text states.
 
-    `peak`: bytes of what is computed with, at the most, where each reads as many captions at once as is asked for.
+    `peak` is the peak of activations in bytes, with `at_once` captions per call.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, names: Sequence[str], stage: Stage, at_once: int) -> None:
@@ -105,14 +105,14 @@ class Reader:
         encoder.forward = read
 
     def _repeated(self, value: Any) -> Any:
-        """A caption's tokens, mask or places as those of many: its first axis of size 1 is that of the captions."""
+        """Return a fake tensor in which one caption's dimension of size 1 is that of `at_once` captions."""
         if not isinstance(value, torch.Tensor) or value.dim() < 2 or 1 not in value.shape[:2]:
             return value
         axis = value.shape.index(1)
         return self.stage.empty(*value.shape[:axis], self.at_once, *value.shape[axis + 1 :], dtype=value.dtype)
 
     def _first(self, value: Any) -> Any:
-        """What was made of the first of them."""
+        """Return zeros in the shape of the first caption's output."""
         if not isinstance(value, torch.Tensor):
             return value
         many = value.dim() > 1 and value.shape[0] == self.at_once
@@ -121,5 +121,5 @@ class Reader:
 
 
 def shapes_of(text: Text) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Of the states of a single caption, by name."""
+    """Return shape and dtype of a single caption's text states, by name."""
     return {name: (value[0].shape, value[0].dtype) for name, value in text.items()}

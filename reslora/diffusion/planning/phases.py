@@ -1,4 +1,4 @@
-"""What a run holds in each of its phases, in bytes: weights by their shapes, activations by going through them."""
+"""The memory of a run in each of its phases, in bytes: weights from their shapes, activations from fake tensors."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ ROWS = (BASE, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, AUTOENCODER, ENCODERS,
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase of a run, and the bytes it holds at the most, by what they are."""
+    """A phase of a run, and its peak memory in bytes, by component."""
 
     name: str
     held: Held
-    """None: it cannot be known."""
+    """None: unknown."""
 
     @property
     def total(self) -> int:
-        """All that is known."""
+        """The sum of all known components."""
         return sum(filter(None, self.held.values()))
 
     def part(self, name: str) -> int:
-        """What is known of one of them."""
+        """Return the bytes of a component, 0 if unknown."""
         return self.held.get(name) or 0
 
 
 class Rehearsal:
-    """A run without memory: its parts, its largest batch, and what each of its phases would hold.
+    """A run on fake tensors: its modules, its largest batch, and the memory of each phase.
 
-    Refuses sizes that the pipeline cannot take.
+    Raises `InvalidArgument` for image sizes that the pipeline does not accept.
     """
 
     def __init__(self, kinds: Sequence[ImageDataset], context: Context) -> None:
@@ -78,17 +78,20 @@ class Rehearsal:
         self.unknown: list[str] = []
 
     def known(self, what: str, trace: Callable[[], int]) -> int | None:
-        """What `trace` finds; where this model cannot be gone through without memory, None, and a line why."""
+        """Return the result of `trace`, or None if the model does not run on fake tensors.
+
+        In that case, `unknown` gets a line with the reason.
+        """
         try:
             return trace()
-        except Exception as error:  # data-dependent shapes, kernels that know real tensors alone, other people's code
+        except Exception as error:  # data-dependent shapes, kernels without a fake version, third-party code
             self.unknown.append(f"{what}: unknown, it needs real tensors ({first_line(error)})")
             return None
 
     # -- encoding ------------------------------------------------------------------------------------------------------
 
     def _read(self) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
-        """Shapes of the text states of the longest caption and of the shortest."""
+        """Return shapes of the text states of the longest caption and of the shortest."""
         captions = sorted({text for images in self.kinds for texts in images.captions for text in texts}, key=len)
         names = self.family.frozen_text_parts if self.trainable else self.family.text_parts
         at_once = min(CAPTIONS_AT_ONCE, len(captions) + len(self.options.validation.validation_prompt) + 1)
@@ -109,13 +112,13 @@ class Rehearsal:
 
     @property
     def staying(self) -> Held:
-        """Text encoders that stay beside what trains, but for those that train."""
+        """Frozen text encoders that stay loaded during training."""
         stay = [] if self.options.data.cache_text_embeddings else self.encoders
         stay = [part for part in stay if not any(part is other for other in self.trained_encoders)]
         return {ENCODERS: held(*stay)} if stay else {}
 
     def encoding_images(self) -> Phase | None:
-        """All variants of an image through the autoencoder; None where that is a part of each step."""
+        """Return the phase that encodes all variants of an image; None if each step encodes its own images."""
         if not self.options.data.cache_latents:
             return None
         vae = self._wide_autoencoder()
@@ -141,7 +144,7 @@ class Rehearsal:
         return self.autoencoder_in(torch.float32) if wide else vae
 
     def autoencoder_in(self, dtype: torch.dtype) -> Any:
-        """The autoencoder in another precision."""
+        """Return the autoencoder in another dtype."""
         if dtype == self.dtype:
             return self.pipeline.vae
         part = empty_part(self.model, "vae", dtype)
@@ -149,7 +152,10 @@ class Rehearsal:
         return self.stage.place(part)
 
     def encoding_captions(self) -> Phase | None:
-        """Captions through the text encoders, beside the autoencoder; None where that is a part of each step."""
+        """Return the phase that encodes captions, with the autoencoder loaded.
+
+        None if each step encodes its own captions.
+        """
         if not self.options.data.cache_text_embeddings or not self.peak_of_encoders:
             return None
         found: Held = {ENCODERS: held(*self.encoders), AUTOENCODER: held(self.pipeline.vae)}
@@ -157,13 +163,13 @@ class Rehearsal:
 
     @property
     def trained_encoders(self) -> list[nn.Module]:
-        """The text encoders that train."""
+        """The text encoders that are trained."""
         return [getattr(self.pipeline, name) for name in self.trainable]
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
     def text(self, count: int, dtype: torch.dtype | None = None) -> Text:
-        """Text states of so many captions: the longest but for one, the shortest. Families without any have none."""
+        """Return text states of `count` captions: the longest caption's, except the last, which are the shortest's."""
         longest, shortest = self.texts
         texts = [longest, *[longest] * (count - 2), shortest][:count]
         empty = self.stage.empty
@@ -172,7 +178,7 @@ class Rehearsal:
         )
 
     def batch(self, count: int) -> Batch:
-        """As many samples of the largest size, without memory."""
+        """Return a batch of `count` samples of the largest size, of fake tensors."""
         options, size, empty = self.options, self.size, self.stage.empty
         shape = self._latents()
         pixels = {"pixels": empty(count, 3, size.height, size.width)}
@@ -185,16 +191,16 @@ class Rehearsal:
         )  # fmt: skip
 
     def captions(self, count: int) -> list[str]:
-        """So many captions, each as long as the longest."""
+        """Return `count` copies of the longest caption."""
         return [max((text for texts in self.kinds[0].captions for text in texts), key=len)] * count
 
     # -- training ------------------------------------------------------------------------------------------------------
 
     def training(self, method: str) -> Phase:
-        """A step: forward, backward, and what the optimizer keeps."""
+        """Return the phase of a training step: forward, backward, and the optimizer's state."""
         trained = self.trained(method)
         adapter = held(trained, trained=True)
-        copies = 2 if self.context.accelerator.num_processes > 1 else 1  # DDP has its own, in buckets
+        copies = 2 if self.context.accelerator.num_processes > 1 else 1  # DDP copies gradients into buckets
         found: Held = {BASE: held(trained, trained=False), ADAPTER: adapter}
         optimizer = self.known("state of the optimizer", lambda: self._state(trained))
         activations = self.known("activations of a step", lambda: self._step(trained))
@@ -203,7 +209,7 @@ class Rehearsal:
         return Phase("training", found | self.staying)
 
     def autoencoder(self, times: int = 1) -> int:
-        """Bytes of what is left of the autoencoder once all images are encoded; `times` larger than it is loaded."""
+        """Return the bytes of the autoencoder that remain after encoding; `times` scales the size of its elements."""
         vae = self.pipeline.vae
         return times * (held(vae) - (held(vae.encoder) if self.options.data.cache_latents else 0))
 
@@ -230,7 +236,10 @@ class Rehearsal:
         return trained.train()
 
     def _step(self, trained: Trained) -> int:
-        """What a forward and a backward have at the most beside weights and their gradients."""
+        """Return the peak of activations, in bytes, of a forward and backward pass.
+
+        Weights and their gradients are not counted.
+        """
         with self.stage(trained, self.pipeline.vae, *self.encoders) as live:
             for parameter in trained.parameters():
                 if parameter.requires_grad:
@@ -244,12 +253,12 @@ class Rehearsal:
         return self.family.latent_shape(self.pipeline, self.size.height, self.size.width)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """As accelerate has it."""
+        """Return the autocast context that accelerate would use."""
         mixed = self.dtype != torch.float32
         return torch.autocast(self.stage.device.type, self.dtype if mixed else None, enabled=mixed)
 
     def _state(self, trained: Trained) -> int:
-        """What the optimizer keeps: it takes a step with a parameter of each shape that there is."""
+        """Return the bytes of the optimizer's state, from one real step with one parameter of each shape."""
         shapes = Counter(parameter.shape for parameter in trained.parameters() if parameter.requires_grad)
         parameters = [nn.Parameter(torch.zeros(shape, device=self.stage.device)) for shape in shapes]
         for parameter in parameters:
@@ -260,5 +269,5 @@ class Rehearsal:
         for parameter, count in zip(parameters, shapes.values(), strict=True):
             state = [value for value in tree_leaves(dict(optimizer.state[parameter])) if torch.is_tensor(value)]
             kept += count * sum(value.nbytes for value in state)
-        # AdaLoRA keeps three averages of each number.
+        # AdaLoRA keeps three averages of each element.
         return kept + (3 * held(trained, trained=True) if rank_allocator(trained.denoiser) else 0)

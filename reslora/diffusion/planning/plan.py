@@ -1,4 +1,4 @@
-"""The table of what a run holds, and where the most; what does not fit is refused, with options that make it fit."""
+"""Print the planned memory of a run by phase, and reject a run that does not fit, with options that make it fit."""
 
 from __future__ import annotations
 
@@ -25,54 +25,54 @@ from .parts import empty_denoiser, empty_part
 from .phases import ROWS, Phase, Rehearsal
 
 GIBI = 2**30
-SURELY = 0.5  # of the free memory: where the roughest guess is below that, nothing is gone through
-FEW = 3  # layers whose inputs and outputs a model without gradients has at a time, at the most
+SURELY = 0.5  # fraction of the free memory; if the upper bound is below, no plan is made
+FEW = 3  # highest number of layers whose inputs and outputs a model without gradients has in memory at a time
 Change = Mapping[str, object]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run holds, phase by phase."""
+    """The planned memory of a run, by phase."""
 
     phases: tuple[Phase, ...]
     free: int | None
-    """Bytes of the device that nobody has before the run; None where it does not say."""
+    """Bytes of the device that are free before the run; None if unknown."""
     where: str
     """The device."""
     unknown: tuple[str, ...] = ()
-    """What could not be found out, a line each."""
+    """Lines about components that are unknown."""
 
     @property
     def peak(self) -> Phase:
-        """The phase that holds the most."""
+        """The phase with the highest memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
     def fits(self) -> bool:
-        """Whether the device has as much; so it is believed of one that does not say."""
+        """Whether the device has enough memory; True if its free memory is unknown."""
         return self.free is None or self.peak.total <= self.free
 
     def __str__(self) -> str:
-        """The table, phases across, and where the most is held."""
+        """Return the table, with phases as columns, and the peak."""
         unit, name = (GIBI, "GiB") if self.peak.total >= GIBI else (2**20, "MiB")
         rows = [row for row in ROWS if any(row in phase.held for phase in self.phases)]
-        lines = [f"{f'planned memory in {name}':<24}" + "".join(f"{phase.name:>20}" for phase in self.phases)]
+        lines = [f"{f'planned memory in {name}':<24}" + "".join(f"{phase.name:>24}" for phase in self.phases)]
         for row in rows:
             cells = [shown(phase.held[row], unit) if row in phase.held else "" for phase in self.phases]
-            lines.append(f"{row:<24}" + "".join(f"{cell:>20}" for cell in cells))
-        lines.append(f"{'together':<24}" + "".join(f"{shown(phase.total, unit):>20}" for phase in self.phases))
-        free = "" if self.free is None else f" of {self.free / unit:.2f} {name} that {self.where} has free"
-        most = f"the most, {shown(self.peak.total, unit)} {name}{free}, while {self.peak.name}"
+            lines.append(f"{row:<24}" + "".join(f"{cell:>24}" for cell in cells))
+        lines.append(f"{'total':<24}" + "".join(f"{shown(phase.total, unit):>24}" for phase in self.phases))
+        free = "" if self.free is None else f" of {self.free / unit:.2f} {name} free on {self.where}"
+        most = f"peak: {shown(self.peak.total, unit)} {name}{free}, while {self.peak.name}"
         return "\n".join([*lines, *self.unknown, f"{most}; latents and text states are on disk"])
 
 
 def shown(size: int | None, unit: int) -> str:
-    """Bytes for the table."""
+    """Format bytes for the table."""
     return "unknown" if size is None else f"{size / unit:.2f}"
 
 
 def where(context: Context) -> str:
-    """The device in words."""
+    """Return the name of the device, or of each run's part of it."""
     arms, device = (
         arms_a_device(context.options.experiment, context.accelerator.device),
         context.accelerator.device.type,
@@ -81,7 +81,7 @@ def where(context: Context) -> str:
 
 
 def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -> Plan:
-    """What a run holds; of several methods, those with the most."""
+    """Return the plan of the run; of several methods, that with the highest peak."""
     rehearsal = Rehearsal(kinds, context)
     first = drawing_class_images(rehearsal), rehearsal.encoding_images(), rehearsal.encoding_captions()
     before = [phase for phase in first if phase]
@@ -95,19 +95,22 @@ def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -
 
 
 def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
-    """Tells what the run holds and refuses one that does not fit; neither where it surely fits, or with --no-plan."""
+    """Print the plan, and raise `InvalidArgument` if the run does not fit.
+
+    Nothing happens with --no-plan or, without --plan, if an upper bound surely fits.
+    """
     asked, free = context.options.output.plan, free_memory(context.accelerator.device)
     free = free and free // arms_a_device(context.options.experiment, context.accelerator.device)
     if cuts_base(context.accelerator):
-        return  # the plan is of a whole base
+        return  # the plan assumes an unsharded base
     if asked is False or (not asked and free and guess(context) <= SURELY * free):
         return
     try:
         plan = plan_of(kinds, context, free)
     except InvalidArgument:
         raise
-    except Exception as error:  # a class or a kernel that works with real tensors alone is no reason not to train
-        reason = f"this model is not gone through without weights ({first_line(error)})"
+    except Exception as error:  # classes and kernels without fake versions can still be trained
+        reason = f"this model does not run without weights ({first_line(error)})"
         if asked:
             raise InvalidArgument("--plan", reason, "leave it out") from None
         print(f"memory is not planned: {reason}", flush=True)
@@ -117,7 +120,7 @@ def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
 
 
 def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
-    """Raises `InvalidArgument` where the device has too little, with options with which it would have enough."""
+    """Raise `InvalidArgument`, with options that would make the run fit, if the device has too little memory."""
     if plan.fits or plan.free is None:
         return
     options = context.options
@@ -135,13 +138,13 @@ def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
 
 
 def advice(kinds: Sequence[ImageDataset], context: Context, plan: Plan) -> str:
-    """The first options with which the run, planned again, fits: one alone where one is enough, else several."""
+    """Return the first options with which the run fits: a single one if that is enough, else several."""
 
     def planned(change: Change) -> Plan | None:
         options = context.options.replace(**change)
         try:
             return plan_of(kinds, dataclasses.replace(context, options=options), plan.free)
-        except (ValueError, RuntimeError):  # what this pipeline does not take
+        except (ValueError, RuntimeError):  # the pipeline does not accept the option
             return None
 
     helpful: list[Change] = []
@@ -156,17 +159,17 @@ def advice(kinds: Sequence[ImageDataset], context: Context, plan: Plan) -> str:
         together |= change
         if len(together) > len(change) and (found := planned(together)) and found.fits:
             return in_words(together, found)
-    return "choose a smaller model, or a device with more; with --no-plan it is tried all the same"
+    return "choose a smaller model, or a device with more; --no-plan tries it anyway"
 
 
 def in_words(change: Change, plan: Plan) -> str:
-    """Options as they are given, and what the run would hold with them."""
+    """Format options as they are typed, and the memory of the run with them."""
     words = [f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items()]
     return f"with {' '.join(words)} it takes {plan.peak.total / GIBI:.2f} GiB"
 
 
 def changes(context: Context) -> Iterator[Change]:
-    """Options that take less memory, those first that change the least of what is learnt."""
+    """Yield options that save memory, in the order of their effect on training, the smallest first."""
     options, device = context.options, context.accelerator.device
     if not options.training.gradient_checkpointing and not (
         options.training.compile and carries_activations(options.adapter)
@@ -188,10 +191,10 @@ def changes(context: Context) -> Iterator[Change]:
 
 
 def works(precision: str, device: torch.device) -> bool:
-    """Whether the device knows such weights."""
+    """Return whether the device supports that quantization."""
     try:
         try_format(precision, torch.float32, device)
-    except Exception:  # the devices' back ends fail in as many ways as there are
+    except Exception:  # back ends raise many types
         return False
     return True
 
@@ -200,10 +203,11 @@ def works(precision: str, device: torch.device) -> bool:
 
 
 def guess(context: Context) -> float:
-    """Bytes that no phase exceeds, from shapes alone: every layer at the latents' full size.
+    """Return an upper bound of the memory of all phases in bytes, from shapes only.
 
-    Four copies of all weights in float32. Sixteen bytes for each number that enters or leaves a layer, for what is made
-    of it between layers counts as well: of all layers of the denoiser, which keeps them; elsewhere of a few.
+    It is four float32 copies of all weights, and 16 bytes for each element that enters or leaves a layer at the
+    latents' full size. That covers intermediate results between layers as well. For the denoiser all layers count,
+    because it keeps their activations; for the other modules a few.
     """
     options, model = context.options, context.model
     names = [name for name in ("vae", *model.family.text_parts) if model.index.get(name, [None])[0]]
@@ -211,8 +215,8 @@ def guess(context: Context) -> float:
     denoiser = empty_denoiser(model, torch.float32)
     weights = sum(value.nbytes for part in (denoiser, *filter(None, parts.values())) for value in part.parameters())
     pixels, texts = most_pixels(context), 64 * (options.training.max_sequence_length or 77)
-    images = max(options.training.train_batch_size, 8)  # the most variants of an image that are encoded at once
-    at_work = 16.0 * images * pixels / 16 * sum(widths(denoiser))  # no autoencoder here has more latents than that
+    images = max(options.training.train_batch_size, 8)  # at most 8 variants of an image are encoded at once
+    at_work = 16.0 * images * pixels / 16 * sum(widths(denoiser))  # no autoencoder here has more latents per pixel
     for name, part in parts.items():
         count = images * pixels if name == "vae" else texts
         own = widths(part) if part else []
@@ -221,13 +225,13 @@ def guess(context: Context) -> float:
 
 
 def widths(module: nn.Module) -> list[int]:
-    """How many numbers enter and leave each layer at each place, if all are as large as what enters the module."""
+    """Return inputs plus outputs of each layer per position, at the module's input resolution."""
     layers = nn.Linear | nn.Conv2d | nn.Conv3d
     return [sum(layer.weight.shape[:2]) for layer in module.modules() if isinstance(layer, layers)]
 
 
 def most_pixels(context: Context) -> int:
-    """Pixels of the largest image that is trained on or drawn."""
+    """Return the number of pixels of the largest training image or sample."""
     options = context.options
     trained = [side * side for side in options.data.resolution]
     trained += [size.height * size.width for size in named_buckets(options.data.aspect_ratio_buckets or "")]

@@ -1,6 +1,6 @@
-"""The families of text-to-image models that can be trained: a row each, and a module of the same name.
+"""The families of text-to-image models that can be trained: one row and one module each.
 
-A family is what differs between models, and nothing else; `base.Family` says what that is.
+A family holds what differs between models, and nothing else; see `base.Family`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .base import Family
 
-# The class in a pipeline's model_index.json, and the module that knows its models.
+# The class in a pipeline's model_index.json, and the module of its family.
 FAMILIES = {
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "sdxl",
@@ -25,5 +25,5 @@ FAMILIES = {
 
 
 def load_family(pipeline_class: str) -> Family:
-    """The family of a pipeline class in `FAMILIES`."""
+    """Return the family of a pipeline class in `FAMILIES`."""
     return importlib.import_module(f".{FAMILIES[pipeline_class]}", __name__).FAMILY

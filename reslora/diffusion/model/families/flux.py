@@ -1,4 +1,4 @@
-"""Flux.1 dev and schnell: packed latents with position ids, two kinds of blocks, a guidance that may be told."""
+"""Flux.1 dev and schnell: packed latents with position ids, two kinds of blocks, and distilled guidance (dev)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_contex
 
 
 class Flux(Family):
-    """As diffusers' train_dreambooth_lora_flux.py trains it, but told a guidance of 1, not 3.5."""
+    """Flux.1, trained as in diffusers' train_dreambooth_lora_flux.py, but with a guidance input of 1, not 3.5."""
 
     name = "flux"
     pipeline = FluxPipeline
@@ -68,17 +68,17 @@ class Flux(Family):
     }
 
     def encode_frozen(self, pipeline, captions, longest):
-        """`states` of T5 (batch x tokens x width)."""
+        """Return `states` of T5 (batch x tokens x width)."""
         device = pipeline.text_encoder_2.device
         return {"states": pipeline._get_t5_prompt_embeds(list(captions), max_sequence_length=longest, device=device)}
 
     def encode_trained(self, pipeline, captions, frozen):
-        """`states` as they are, and `pooled` of CLIP (batch x width)."""
+        """Return `states` unchanged, and `pooled` of CLIP (batch x width)."""
         pooled = pipeline._get_clip_prompt_embeds(list(captions), device=pipeline.text_encoder.device)
         return {"states": frozen["states"], "pooled": pooled}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Packed latents, `s`, text states, pooled states, ids of both kinds of tokens, and the guidance."""
+        """Return packed latents, `s`, text states, pooled states, position ids of text and image, and the guidance."""
         batch, channels, height, width = noisy.shape
         states, device = conditions.text["states"], noisy.device
         guidance = torch.full((batch,), conditions.guidance, device=device) if config.guidance_embeds else None
@@ -93,15 +93,15 @@ class Flux(Family):
         }
 
     def prediction(self, output, noisy):
-        """The velocity, unpacked."""
+        """Return the unpacked velocity."""
         return FluxPipeline._unpack_latents(output[0], *noisy.shape[2:], vae_scale_factor=1)
 
     def drawing_inputs(self, pipeline, text, negative, empty=True):
-        """Text states and pooled states; the guidance is a number that the model is told."""
+        """Return text states and pooled states; a negative prompt has no effect on distilled guidance."""
         return {"prompt_embeds": text["states"], "pooled_prompt_embeds": text["pooled"]}
 
     def model_version(self, config, predicts_v=False):
-        """Schnell is the one that is told no guidance."""
+        """Return dev's or schnell's names; schnell has no guidance embedding."""
         return "flux1", "flux-1-dev" if config.guidance_embeds else "flux-1-schnell"
 
 

@@ -1,4 +1,4 @@
-"""FLUX.2 klein: latents in patches, normalised by the autoencoder's statistics; Qwen3 reads the captions."""
+"""FLUX.2 klein: patched latents, normalized by the autoencoder's statistics, and Qwen3 as text encoder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ORIGINAL = {
 
 
 class Flux2Klein(Family):
-    """As diffusers' train_dreambooth_lora_flux2_klein.py trains it, on images alone; the text's attention, too."""
+    """FLUX.2 klein, trained as in diffusers' train_dreambooth_lora_flux2_klein.py, with the text's attention."""
 
     name = "flux2_klein"
     pipeline = Flux2KleinPipeline
@@ -55,33 +55,33 @@ class Flux2Klein(Family):
     }
 
     def latent_shape(self, pipeline, height, width):
-        """Four times the channels at half the side."""
+        """Return the shape in 2 x 2 patches: four times the channels at half the height and width."""
         channels, height, width = super().latent_shape(pipeline, height, width)
         return (channels * 4, height // 2, width // 2)
 
     def token_counts(self, pipeline, tokenizer, captions):
-        """In the template of a chat."""
+        """Return the number of tokens in the chat template."""
         return super().token_counts(pipeline, tokenizer, in_chat(tokenizer, captions, thinking=False))
 
     def encode_captions(self, pipeline, captions, longest):
-        """`states`: three of Qwen3's layers side by side (batch x tokens x 3 width)."""
+        """Return `states`: three of Qwen3's layers, concatenated (batch x tokens x 3 width)."""
         states, _ = pipeline.encode_prompt(
             list(captions), device=pipeline.text_encoder.device, max_sequence_length=longest
         )
         return {"states": states}
 
     def encode_images(self, vae, pixels):
-        """Mean and standard deviation of the latents, in patches."""
+        """Return mean and standard deviation of the latents in 2 x 2 patches."""
         moments = super().encode_images(vae, pixels)
         return torch.stack([self.pipeline._patchify_latents(moment) for moment in moments.unbind(1)], dim=1)
 
     def scale_latents(self, vae, latents):
-        """Latents normalised by the running statistics of the autoencoder's batch norm."""
+        """Return the latents, normalized by the running statistics of the autoencoder's batch norm."""
         mean, variance = (value.view(1, -1, 1, 1).to(latents) for value in (vae.bn.running_mean, vae.bn.running_var))
         return (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Packed latents, `s`, text states, and ids of both kinds of tokens; there is no guidance to be told."""
+        """Return packed latents, `s`, text states, and position ids of text and image, without guidance."""
         states = conditions.text["states"]
         return {
             "hidden_states": self.pipeline._pack_latents(noisy),
@@ -93,16 +93,16 @@ class Flux2Klein(Family):
         }
 
     def prediction(self, output, noisy):
-        """The velocity, unpacked."""
+        """Return the unpacked velocity."""
         return output[0].transpose(1, 2).reshape(noisy.shape)
 
     def drawing_inputs(self, pipeline, text, negative, empty=True):
-        """Text states of the captions and, for guidance, of the negative prompt."""
+        """Return text states of the captions and, for guidance, of the negative prompt."""
         states = text["states"]
         return {"prompt_embeds": states, "negative_prompt_embeds": negative["states"].expand_as(states)}
 
     def model_version(self, config, predicts_v=False):
-        """Klein comes in two sizes, told apart by the width."""
+        """Return the names by model size, which the width shows."""
         size = "4b" if config.num_attention_heads * config.attention_head_dim <= 3072 else "9b"
         return f"flux2_klein_{size}", f"flux-2-klein-{size}"
 

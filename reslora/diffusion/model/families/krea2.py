@@ -1,4 +1,4 @@
-"""Krea 2: one stream; of each token of a caption several layers of Qwen3-VL, which a transformer of its own fuses."""
+"""Krea 2: a single-stream transformer with a text fusion transformer over several layers of Qwen3-VL."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ ORIGINAL = {f"{ours}.{{}}.{a}": f"{theirs}.{{}}.{b}" for ours, theirs in BLOCKS.
 
 
 class Krea2(WithQwenAutoencoder):
-    """As diffusers' train_dreambooth_lora_krea2.py trains it, but for `text_fusion.projector`: it has one output.
+    """Krea 2, trained as in diffusers' train_dreambooth_lora_krea2.py, without `text_fusion.projector`: it has one
+    output.
 
-    Text is without positions and padding is masked, so that states at the
-    captions' own lengths say what those of the pipeline say, which are as long as they may be.
+    Text has no positions and padding is masked, so text states at the captions' own lengths are equivalent to the
+    pipeline's, which are padded to the maximum length.
     """
 
     name = "krea2"
@@ -56,21 +57,21 @@ class Krea2(WithQwenAutoencoder):
     }
 
     def token_counts(self, pipeline, tokenizer, captions):
-        """In the pipeline's template, whose first tokens are not read, and whose last ones are put in apart."""
+        """Return the number of tokens in the pipeline's template, without the dropped prefix, with the suffix."""
         begun = [pipeline.prompt_template_encode_prefix + caption for caption in captions]
         around = pipeline.prompt_template_encode_num_suffix_tokens - pipeline.prompt_template_encode_start_idx
         return [count + around for count in super().token_counts(pipeline, tokenizer, begun)]
 
     def encode_captions(self, pipeline, captions, longest):
-        """`states`: a list of (tokens x layers x width), as many tokens as the caption and the template's end have."""
-        needed = max(self.token_counts(pipeline, pipeline.tokenizer, captions))  # else it would read `longest` of any
+        """Return `states`: a list of (tokens x layers x width), with the tokens of the caption and the suffix."""
+        needed = max(self.token_counts(pipeline, pipeline.tokenizer, captions))  # else `longest` tokens are computed
         states, mask = pipeline.encode_prompt(
             list(captions), device=pipeline.text_encoder.device, max_sequence_length=min(longest, needed)
         )
         return {"states": without_padding(states, mask)}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Packed latents, `s`, text states with their mask, and the places of both kinds of tokens."""
+        """Return packed latents, `s`, text states with their mask, and position ids of text and image."""
         height, width = noisy.shape[2:]
         states, mask = padded_inputs(conditions.text["states"])
         return {
@@ -84,7 +85,7 @@ class Krea2(WithQwenAutoencoder):
         }  # fmt: skip
 
     def drawing_inputs(self, pipeline, text, negative, empty=True):
-        """Text states of the captions and of the negative prompt, which the pipeline takes at one length only."""
+        """Return text states of captions and negative prompt, padded to one length, as the pipeline requires."""
         states, count = list(text["states"]), len(text["states"])
         both, mask = side_by_side([*states, *[negative["states"][0]] * count])
         return {

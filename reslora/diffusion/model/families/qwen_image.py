@@ -1,4 +1,4 @@
-"""Qwen-Image: two streams, Qwen2.5-VL reads the captions in a template, whose first tokens its pipeline drops."""
+"""Qwen-Image: a two-stream transformer, with Qwen2.5-VL as text encoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .qwen_autoencoder import WithQwenAutoencoder, packed, padded_inputs, side_b
 
 
 class QwenImage(WithQwenAutoencoder):
-    """As diffusers' train_dreambooth_lora_qwen_image.py trains it: the attention of the image's stream."""
+    """Qwen-Image, trained as in diffusers' train_dreambooth_lora_qwen_image.py: the attention of the image stream."""
 
     name = "qwen_image"
     pipeline = QwenImagePipeline
@@ -20,7 +20,7 @@ class QwenImage(WithQwenAutoencoder):
     version = ("qwen_image", "qwen-image")
     marks = ("qwen_image", "qwen-image")
     one_size = True
-    unread = ("attn.to_add_out", "txt_mlp")  # what the text becomes
+    unread = ("attn.to_add_out", "txt_mlp")  # the text stream's last output
     defaults: ClassVar = {
         **FLOW,
         "num_inference_steps": 50,
@@ -29,20 +29,20 @@ class QwenImage(WithQwenAutoencoder):
     }
 
     def token_counts(self, pipeline, tokenizer, captions):
-        """In the pipeline's template, whose first tokens are not read."""
+        """Return the number of tokens in the pipeline's template, without the prefix, which the pipeline drops."""
         whole = [pipeline.prompt_template_encode.format(caption) for caption in captions]
         dropped = pipeline.prompt_template_encode_start_idx
         return [count - dropped for count in super().token_counts(pipeline, tokenizer, whole)]
 
     def encode_captions(self, pipeline, captions, longest):
-        """`states`: a list of (tokens x width), as many tokens as the caption and the template's end have."""
+        """Return `states`: a list of (tokens x width), with the tokens of the caption and of the template's suffix."""
         states, mask = pipeline.encode_prompt(
             list(captions), device=pipeline.text_encoder.device, max_sequence_length=longest
         )
         return {"states": without_padding(states, mask)}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Packed latents, `s`, text states with their mask, and frames, rows and columns of each image's tokens."""
+        """Return packed latents, `s`, text states with their mask, and (frames, rows, columns) of each image."""
         batch, _, height, width = noisy.shape
         states, mask = padded_inputs(conditions.text["states"])
         return {
@@ -54,7 +54,7 @@ class QwenImage(WithQwenAutoencoder):
         }
 
     def drawing_inputs(self, pipeline, text, negative, empty=True):
-        """Text states of the captions and of the negative prompt, without which there is no guidance."""
+        """Return text states of the captions and of the negative prompt, which guidance requires."""
         states, mask = side_by_side(text["states"])
         others, others_mask = side_by_side([negative["states"][0]] * len(states))
         return {
@@ -62,7 +62,7 @@ class QwenImage(WithQwenAutoencoder):
             "prompt_embeds_mask": mask,
             "negative_prompt_embeds": others,
             "negative_prompt_embeds_mask": others_mask,
-            "max_sequence_length": pipeline.tokenizer_max_length,  # where the pipeline would cut them off
+            "max_sequence_length": pipeline.tokenizer_max_length,  # the length at which the pipeline truncates them
         }
 
 

@@ -38,7 +38,7 @@ ORIGINAL = {
 
 
 class StableDiffusion3(Family):
-    """As diffusers' train_dreambooth_lora_sd3.py trains it, but at 1024, and without preconditioned outputs."""
+    """SD3, trained as in diffusers' train_dreambooth_lora_sd3.py, but at 1024 and without preconditioned outputs."""
 
     name = "sd3"
     pipeline = StableDiffusion3Pipeline
@@ -67,17 +67,19 @@ class StableDiffusion3(Family):
     }
 
     def pixel_multiple(self, pipeline):
-        """Patches are some latents wide."""
+        """Return the multiple of pixels: the autoencoder's factor times the patch size."""
         return pipeline.vae_scale_factor * pipeline.patch_size
 
     def encode_frozen(self, pipeline, captions, longest):
-        """`t5`: its states, or zeros in their place."""
+        """Return `t5`: T5's states, or zeros if the pipeline lacks T5."""
         device = pipeline.text_encoder.device
         return {"t5": pipeline._get_t5_prompt_embeds(list(captions), max_sequence_length=longest, device=device)}
 
     def encode_trained(self, pipeline, captions, frozen):
-        """`states` (batch x tokens x width): both CLIPs' side by side, as wide as T5's with zeros, and then those; and
-        `pooled` of both (batch x width)."""
+        """Return `states` (batch x tokens x width) and `pooled` of both CLIPs (batch x width).
+
+        The states are those of both CLIPs, concatenated and zero-padded to T5's width, followed by T5's tokens.
+        """
         device, t5 = pipeline.text_encoder.device, frozen["t5"]
         clips = [
             pipeline._get_clip_prompt_embeds(list(captions), device=device, clip_model_index=number)
@@ -88,7 +90,7 @@ class StableDiffusion3(Family):
         return {"states": torch.cat([clip, t5], dim=-2), "pooled": pooled}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """The latents, the timestep, text states and pooled states."""
+        """Return the latents, the timestep, text states and pooled states."""
         return {
             "hidden_states": noisy,
             "timestep": timesteps,
@@ -97,7 +99,7 @@ class StableDiffusion3(Family):
         }
 
     def drawing_inputs(self, pipeline, text, negative, empty=True):
-        """States and pooled states of the captions and, for guidance, of the negative prompt."""
+        """Return states and pooled states of the captions and, for guidance, of the negative prompt."""
         return {
             "prompt_embeds": text["states"],
             "pooled_prompt_embeds": text["pooled"],
@@ -106,7 +108,10 @@ class StableDiffusion3(Family):
         }
 
     def model_version(self, config, predicts_v=False):
-        """By size: 3 medium has 24 blocks, 3.5 large 38, and 3.5 medium has a second attention in some."""
+        """Return the names by model size.
+
+        3 medium has 24 blocks, 3.5 large has 38, and 3.5 medium has dual attention in some blocks.
+        """
         if config.dual_attention_layers:
             return "sd3.5_medium", "stable-diffusion-3.5-medium"
         large = config.num_layers >= 38

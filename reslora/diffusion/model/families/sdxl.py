@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders, and a U-Net that is told the size and crop of each image."""
+"""Stable Diffusion XL: two text encoders, and a U-Net that is conditioned on the size and crop of each image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .unet import stability_name
 
 
 class StableDiffusionXL(Family):
-    """As diffusers' train_text_to_image_lora_sdxl.py trains it (Podell et al., 2023)."""
+    """SDXL, trained as in diffusers' train_text_to_image_lora_sdxl.py (Podell et al., 2023)."""
 
     name = "sdxl"
     pipeline = StableDiffusionXLPipeline
@@ -47,23 +47,26 @@ class StableDiffusionXL(Family):
     }
 
     def unfit(self, parts):
-        """A refiner's U-Net is told five sizes where the base's is told six, and reads one text encoder."""
+        """Return a problem if the U-Net is a refiner's, or if it does not fit the text encoders.
+
+        A refiner has five size conditions instead of six, and one text encoder.
+        """
         try:
             unet, pooled = parts["unet"], parts["text_encoder_2"]["projection_dim"]
             told = unet["projection_class_embeddings_input_dim"] - pooled
             sizes = told / unet["addition_time_embed_dim"]
             given = sum(parts[name]["hidden_size"] for name in ("text_encoder", "text_encoder_2") if name in parts)
             read = unet["cross_attention_dim"]
-        except (KeyError, TypeError):  # older files leave out what is as it was by default
+        except (KeyError, TypeError):  # older files omit default values
             return None
         if sizes == 5:
-            return "its U-Net is a refiner's, which is told five sizes of an image and not six"
+            return "its U-Net is a refiner's, with five size conditions instead of six"
         if sizes != 6:
-            return f"its U-Net is told {told} numbers beside the pooled states, which are not six sizes of an image"
-        return None if read == given else f"its U-Net reads text states {read} wide, its text encoders give {given}"
+            return f"its U-Net has {told} inputs in addition to the pooled states, which are not six size conditions"
+        return None if read == given else f"its U-Net reads text states of width {read}, its text encoders give {given}"
 
     def encode_trained(self, pipeline, captions, frozen):
-        """`states` (batch x tokens x width of both encoders) and `pooled` (batch x width of the second)."""
+        """Return `states` (batch x tokens x width of both encoders) and `pooled` (batch x width of the second)."""
         device = pipeline.text_encoder_2.device
         states, _, pooled, _ = pipeline.encode_prompt(
             list(captions), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
@@ -71,7 +74,7 @@ class StableDiffusionXL(Family):
         return {"states": states, "pooled": pooled}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """The sample, the timestep, the text states, and the pooled states with the sizes as `time_ids`."""
+        """Return the sample, the timestep, the text states, and the pooled states with the sizes as `time_ids`."""
         return {
             "sample": noisy,
             "timestep": timesteps,
@@ -83,7 +86,10 @@ class StableDiffusionXL(Family):
         }
 
     def drawing_inputs(self, pipeline, text, negative, empty=True):
-        """States and pooled states; without a negative prompt guidance goes away from what the pipeline says."""
+        """Return states and pooled states of prompt and negative prompt.
+
+        An empty negative prompt becomes zeros if the pipeline's configuration has `force_zeros_for_empty_prompt`.
+        """
         negative = {name: value.to(text[name]).expand_as(text[name]) for name, value in negative.items()}
         if empty and pipeline.config.force_zeros_for_empty_prompt:
             negative = {name: torch.zeros_like(value) for name, value in text.items()}
@@ -95,12 +101,12 @@ class StableDiffusionXL(Family):
         }
 
     def original_name(self, config, name):
-        """Stability AI's."""
+        """Return the name in Stability AI's code."""
         return stability_name(config, name)
 
     def kohya_name(self, config, name):
-        """Stability AI's, too; in deep U-Nets diffusers' own, which these scripts take as well."""
-        # With two digits diffusers mistakes block 1 for block 10.
+        """Return the name in Stability AI's code or, for deep U-Nets, in diffusers; kohya's scripts read both."""
+        # With two-digit numbers, diffusers confuses block 1 with block 10.
         deep = len(config.block_out_channels) * (config.layers_per_block + 1) > 10
         return name if deep else self.original_name(config, name)
 

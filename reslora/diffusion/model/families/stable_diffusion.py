@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a U-Net that predicts the noise or v."""
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, and a U-Net that predicts epsilon or v."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .unet import stability_name
 
 
 class StableDiffusion(Family):
-    """As diffusers' train_text_to_image_lora.py trains it."""
+    """Stable Diffusion, trained as in diffusers' train_text_to_image_lora.py."""
 
     name = "stable_diffusion"
     pipeline = StableDiffusionPipeline
@@ -29,29 +29,29 @@ class StableDiffusion(Family):
     }
 
     def encode_trained(self, pipeline, captions, frozen):
-        """`states` (batch x tokens x width)."""
+        """Return `states` (batch x tokens x width)."""
         states, _ = pipeline.encode_prompt(list(captions), pipeline.text_encoder.device, 1, False)
         return {"states": states}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """The sample, the timestep and the text states."""
+        """Return the sample, the timestep and the text states."""
         return {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": conditions.text["states"]}
 
     def drawing_inputs(self, pipeline, text, negative, empty=True):
-        """The captions' states and, for guidance, those of the negative prompt."""
+        """Return the text states of the captions and, for guidance, of the negative prompt."""
         states = text["states"]
         return {"prompt_embeds": states, "negative_prompt_embeds": negative["states"].to(states).expand_as(states)}
 
     def original_name(self, config, name):
-        """Stability AI's."""
+        """Return the name in Stability AI's code."""
         return stability_name(config, name)
 
     def kohya_name(self, config, name):
-        """That in diffusers: other than for SDXL, these scripts train diffusers' U-Net."""
+        """Return the name in diffusers: unlike for SDXL, kohya's scripts train diffusers' U-Net."""
         return name
 
     def model_version(self, config, predicts_v=False):
-        """1.x reads text states 768 wide, 2.x those of a wider encoder; kohya's names say which predict v."""
+        """Return the names by the width of the text states (768 in 1.x, 1024 in 2.x), and by the prediction type."""
         version, mark = 2 if config.cross_attention_dim == 1024 else 1, "_v" if predicts_v else ""
         kind = ("-768-v" if predicts_v else "-512") if version == 2 else ""
         return f"sd_v{version}{mark}", f"stable-diffusion-v{version}{kind}"

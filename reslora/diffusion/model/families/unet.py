@@ -1,11 +1,11 @@
-"""Names of a U-Net's layers in Stability AI's code, which checkpoints in one file, ComfyUI and kohya's SDXL have."""
+"""Names of a U-Net's layers in Stability AI's code, used by single-file checkpoints, ComfyUI and kohya's SDXL."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-# The parts of a residual block, by their names in diffusers.
+# The layers of a residual block, by their names in diffusers.
 RESIDUAL = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
     "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
@@ -17,7 +17,10 @@ OUTSIDE = {
 
 
 def stability_name(config: Mapping, name: str) -> str:
-    """`down_blocks.1.attentions.0.x` is `input_blocks.4.1.x` with two layers a level; unknown names stay."""
+    """Return a layer's name in Stability AI's code; unknown names are returned unchanged.
+
+    For example, with two layers per level, `down_blocks.1.attentions.0.x` becomes `input_blocks.4.1.x`.
+    """
     match = re.fullmatch(r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?([a-z]+)\.(\d+)\.(.+)", name)
     if match is None:
         return OUTSIDE.get(name, name)

@@ -1,4 +1,4 @@
-"""Z-Image: a single stream of text and image tokens, captions of any length, and an output that is negated."""
+"""Z-Image: a single stream of text and image tokens, captions of any length, and a negated output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import FLOW, Family, in_chat
 
 
 class ZImage(Family):
-    """As diffusers' train_dreambooth_lora_z_image.py trains it, but at 1024, and without the refiners."""
+    """Z-Image, trained as in diffusers' train_dreambooth_lora_z_image.py, but at 1024 and without the refiners."""
 
     name = "z_image"
     pipeline = ZImagePipeline
@@ -33,11 +33,11 @@ class ZImage(Family):
     }
 
     def token_counts(self, pipeline, tokenizer, captions):
-        """In the template of a chat."""
+        """Return the number of tokens in the chat template."""
         return super().token_counts(pipeline, tokenizer, in_chat(tokenizer, captions, thinking=True))
 
     def encode_captions(self, pipeline, captions, longest):
-        """`states`: a list of (tokens x width), as many tokens as the caption has."""
+        """Return `states`: a list of (tokens x width), with the caption's tokens."""
         device = pipeline.text_encoder.device
         states, _ = pipeline.encode_prompt(
             list(captions), device, do_classifier_free_guidance=False, max_sequence_length=longest
@@ -45,7 +45,7 @@ class ZImage(Family):
         return {"states": states}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Lists of latents (channels x 1 x height x width) and text states, and `1 - s`."""
+        """Return lists of latents (channels x 1 x height x width) and text states, and `1 - s`."""
         return {
             "x": list(noisy.unsqueeze(2).unbind()),
             "t": (1000 - timesteps) / 1000,
@@ -53,11 +53,11 @@ class ZImage(Family):
         }
 
     def prediction(self, output, noisy):
-        """The velocity: what the model returns points the other way."""
+        """Return the velocity, which is the negated output."""
         return -torch.stack(list(output[0])).squeeze(2)
 
     def drawing_inputs(self, pipeline, text, negative, empty=True):
-        """Lists of text states."""
+        """Return lists of text states of the captions and of the negative prompt."""
         states = list(text["states"])
         return {"prompt_embeds": states, "negative_prompt_embeds": [negative["states"][0]] * len(states)}
 

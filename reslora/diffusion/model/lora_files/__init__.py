@@ -1,1 +1,1 @@
-"""LoRA files of every tool: read into plain factors by layer, summed, reduced, and written in another tool's names."""
+"""LoRA files of all tools: read them as plain factors by layer, sum and reduce them, write them in another format."""

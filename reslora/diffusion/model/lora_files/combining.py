@@ -1,4 +1,4 @@
-"""Sums of LoRAs, exactly, and the best approximation of a LoRA at a smaller rank."""
+"""Sum LoRAs exactly, and approximate a LoRA at a smaller rank."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from .names import Parts
 
 
 def summed(loras: Sequence[Parts], weights: Sequence[float]) -> Parts:
-    """`sum_i w_i s_i B_i A_i` of every layer that any has: [A_1; A_2; ...] and [w_1 s_1 B_1, w_2 s_2 B_2, ...].
+    """Return the weighted sum of LoRAs, `sum_i w_i s_i B_i A_i`, of every layer that any of them has.
 
-    One LoRA keeps its factors, and its scale is multiplied. Raises `ValueError` where shapes of a layer differ.
+    The factors are [A_1; A_2; ...] and [w_1 s_1 B_1, w_2 s_2 B_2, ...]. For a layer in one LoRA only, the factors are
+    kept and the scale is multiplied. Raises `ValueError` if shapes of a layer differ.
     """
     layers = dict.fromkeys((part, layer) for lora in loras for part, named in lora.items() for layer in named)
     found: Parts = {}
@@ -29,7 +30,7 @@ def summed(loras: Sequence[Parts], weights: Sequence[float]) -> Parts:
         try:
             found.setdefault(part, {})[layer] = _sum(terms)
         except RuntimeError:
-            raise ValueError(f"{part}.{layer} has other shapes in one of them") from None
+            raise ValueError(f"{part}.{layer} has different shapes in them") from None
     return found
 
 
@@ -42,7 +43,7 @@ def _sum(terms: Sequence[tuple[Factors, float]]) -> Factors:
 
 
 def reduced(parts: Mapping[str, Mapping[str, Factors]], rank: int) -> tuple[Parts, dict[str, float]]:
-    """The best approximation at that rank of every layer that has more, and the relative error (Frobenius) of each."""
+    """Return the best approximation of every layer at `rank` or less, and the relative errors (Frobenius norm)."""
     found: Parts = {}
     errors = {}
     for part, layers in parts.items():
@@ -61,9 +62,9 @@ def _truncated(factors: Factors, rank: int) -> tuple[Factors, float]:
 
 
 def in_words(errors: Mapping[str, float], rank: int) -> str:
-    """A line on what the smaller rank loses, for all layers together and the worst."""
+    """Return a line with the mean and the highest relative error of the reduction."""
     if not errors:
-        return f"--rank {rank}: no layer has more"
+        return f"--rank {rank}: no layer has a higher rank"
     worst = max(errors, key=errors.__getitem__)
     mean = sum(errors.values()) / len(errors)
     return (
@@ -73,22 +74,22 @@ def in_words(errors: Mapping[str, float], rank: int) -> str:
 
 
 def in_short(parts: Mapping[str, Mapping[str, Factors]]) -> str:
-    """How many layers there are, and of what ranks."""
+    """Return the number of layers and their ranks as text."""
     ranks = [factors.rank for layers in parts.values() for factors in layers.values()]
     least, most = min(ranks), max(ranks)
     return f"{counted(len(ranks), 'layer')}, " + (f"rank {most}" if least == most else f"ranks {least} to {most}")
 
 
 def check_finite(parts: Mapping[str, Mapping[str, Factors]], argument: str, fix: str) -> None:
-    """Raises `InvalidArgument`, which names `argument`, for a layer whose factors or scale have become infinite."""
+    """Raise `InvalidArgument`, naming `argument`, if a layer's factors or scale are not finite."""
     for part, layers in parts.items():
         for layer, (down, up, scale) in layers.items():
             if not all(bool(torch.isfinite(factor).all()) for factor in (down, up * scale)):
-                raise InvalidArgument(argument, f"{part}.{layer} is beyond the largest number", fix)
+                raise InvalidArgument(argument, f"{part}.{layer} overflows", fix)
 
 
 def cast(parts: Mapping[str, Mapping[str, Factors]], dtype: torch.dtype) -> Parts:
-    """The same factors in another dtype."""
+    """Return the factors in another dtype."""
     return {
         part: {layer: Factors(f.down.to(dtype), f.up.to(dtype), f.scale) for layer, f in layers.items()}
         for part, layers in parts.items()

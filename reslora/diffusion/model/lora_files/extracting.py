@@ -1,4 +1,4 @@
-"""A LoRA of what tells two whole models apart, tensor by tensor: never more than one layer's weights in memory."""
+"""Extract a LoRA from the difference of two complete models, with one layer's weights in memory at a time."""
 
 from __future__ import annotations
 
@@ -17,65 +17,71 @@ from .reading import refuse_pickles, wide
 
 PLAIN = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
-"""Of the denoiser's tensors in files that hold it alone, or a whole model."""
+"""Prefixes of the denoiser's tensors, in files of the denoiser only or of a complete model."""
 SCALED = re.compile(r"(.*\.)?(scaled_fp8|comfy_quant|scale_weight|weight_scale|absmax|SCB)")
-"""Tensors of a model in 8 or 4 bits, whose weights mean nothing without them."""
+"""Tensors of a quantized model, whose weights mean nothing without them."""
 
 
 @dataclass
 class Weights:
-    """The tensors of a model's safetensors files, which are read when they are asked for."""
+    """The tensors of a model's safetensors files, read on access."""
 
     flag: str
     files: dict[str, Path]
-    """By the tensor's name."""
+    """The file of each tensor, by the tensor's name."""
 
     @classmethod
     def of(cls, path: Path, denoiser: str, flag: str) -> Weights:
-        """Of a file, a pipeline's folder (its denoiser) or a denoiser's; refuses pickles and scaled weights."""
+        """Open a file, a pipeline's folder (its denoiser) or a denoiser's folder.
+
+        Raises `InvalidArgument` for pickles, and for quantized weights.
+        """
         folder = path / denoiser if (path / denoiser).is_dir() else path
         found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]
-        # A variant's files beside the others hold the same tensors once more.
+        # Files of a variant next to the others have the same tensors again.
         found = [file for file in found if PLAIN.fullmatch(file.name)] or found
         refuse_pickles(folder, flag)
         if not found or not all(file.is_file() for file in found):
             raise InvalidArgument(flag, "no safetensors weights there", "give a file, or a folder in diffusers format")
         files: dict[str, Path] = {}
         for file in found:
-            with refused_as(flag, "give whole files"), safe_open(file, framework="pt") as opened:
+            with refused_as(flag, "give complete files"), safe_open(file, framework="pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
         if scaled := next(filter(SCALED.fullmatch, files), None):
-            problem = f"{scaled}: its weights are in 8 or 4 bits, and to be scaled"
+            problem = f"{scaled}: its weights are quantized to 8 or 4 bits"
             raise InvalidArgument(flag, problem, "give the model in 16 or 32 bits")
         return cls(flag, files)
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
-        """Some rows of a tensor, in float32 or wider."""
+        """Return some rows of a tensor, in float32 or wider."""
         with safe_open(self.files[name], framework="pt") as opened:
             return wide(opened.get_tensor(name) if rows == slice(None) else opened.get_slice(name)[rows])
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor."""
+        """Return a tensor's shape."""
         with safe_open(self.files[name], framework="pt") as opened:
             return tuple(opened.get_slice(name).get_shape())
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer's weight is in a model's files."""
+    """The place of a layer's weight in a model's files."""
 
     name: str
     rows: slice
     swapped: bool = False
 
     def read(self, weights: Weights) -> torch.Tensor:
-        """The weight."""
+        """Return the weight."""
         value = weights.read(self.name, self.rows)
         return torch.cat(value.chunk(2)[::-1]) if self.swapped else value
 
 
 def places_of(weights: Weights, names: Names) -> dict[str, Place]:
-    """Where each of the denoiser's layers is, in files with diffusers' names or the original ones."""
+    """Return where each of the denoiser's layers is, in files with diffusers' or the original names.
+
+    Raises `InvalidArgument` if the files are of another family.
+    """
     tables: list[Mapping[str, Fused]] = [
         {layer: Fused(((names.family.denoiser, layer),)) for layer in names.shapes},
         names.original,
@@ -88,7 +94,7 @@ def places_of(weights: Weights, names: Names) -> dict[str, Place]:
                     places |= _places(key, fused, weights)
             if len(places) > len(names.shapes) // 2:
                 return places
-    fix = "give models of one family, and --base or --family where it is not certain"
+    fix = "give models of one family, and --base or --family if that is ambiguous"
     raise InvalidArgument(weights.flag, f"no weights of a {names.family.name} denoiser", fix)
 
 
@@ -101,9 +107,11 @@ def _places(key: str, fused: Fused, weights: Weights) -> Iterator[tuple[str, Pla
 
 
 def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[Parts, dict[str, float], list[str]]:
-    """The best LoRA of that rank for `tuned - base`: its parts, each layer's relative error, and what it cannot hold.
+    """Return the best LoRA of that rank for `tuned - base`, each layer's relative error, and the tensors it cannot
+    cover.
 
-    The last are tensors that differ and are no weight of a linear layer or a convolution, and what one model alone has.
+    The last are tensors that differ but are not the weight of a linear layer or a convolution, and tensors that only
+    one of the models has.
     """
     in_base, in_tuned = places_of(base, names), places_of(tuned, names)
     layers, errors = {}, {}
@@ -113,7 +121,7 @@ def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[P
             problem = f"{layer} is {tuple(other.shape)} there, and {tuple(one.shape)} in the base"
             raise InvalidArgument(tuned.flag, problem, "give a model of the same kind")
         if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
-            raise InvalidArgument(tuned.flag, f"{layer} is not finite there or in the base", "give whole models")
+            raise InvalidArgument(tuned.flag, f"{layer} is not finite there or in the base", "give complete models")
         if not torch.equal(one, other):
             layers[layer], errors[f"{names.family.denoiser}.{layer}"] = difference(other - one, rank)
     held = {places[layer].name for places in (in_base, in_tuned) for layer in in_base.keys() & in_tuned.keys()}
@@ -121,7 +129,7 @@ def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[P
 
 
 def _others(base: Weights, tuned: Weights, held: set[str]) -> list[str]:
-    """Tensors outside of the layers that differ, and after them those that one file alone has by that name."""
+    """Return tensors outside of the layers that differ, and then those that only one of the models has by that name."""
     found = []
     for name in sorted((base.files.keys() & tuned.files.keys()) - held):
         if base.shape(name) != tuned.shape(name) or not torch.equal(base.read(name), tuned.read(name)):
@@ -130,16 +138,16 @@ def _others(base: Weights, tuned: Weights, held: set[str]) -> list[str]:
 
 
 def difference(delta: torch.Tensor, rank: int) -> tuple[Factors, float]:
-    """The best factors of that rank for a weight's change, and their relative error (Frobenius).
+    """Return the best factors of that rank for a weight's change, and their relative error (Frobenius norm).
 
-    By the eigenvectors of its smaller Gram matrix, in float64.
+    They come from the eigenvectors of the smaller Gram matrix, in float64.
     """
     matrix = delta.flatten(1).double()
     wide = matrix.shape[0] > matrix.shape[1]
     tall = matrix if wide else matrix.t()
     values, vectors = torch.linalg.eigh(tall.t() @ tall)
     kept, basis = values.flip(0).clamp(min=0)[:rank], vectors.flip(1)[:, :rank]
-    root = kept.sqrt().sqrt()  # of the singular values: half of each in either factor
+    root = kept.sqrt().sqrt()  # each factor gets the square root of the singular values
     safe = torch.where(root > 0, root, 1.0)
     one, other = basis * root, (tall @ basis) / safe
     down, up = (one.t(), other) if wide else (other.t(), one)

@@ -1,4 +1,4 @@
-"""What a model's layers are called in diffusers, kohya's scripts, ComfyUI and PEFT, from its family's one table."""
+"""Names of a model's layers in diffusers, kohya's scripts, ComfyUI and PEFT, from the one table of its family."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from ....export import Factors
 from ..families.base import Family, numbered
 
 Parts = dict[str, dict[str, Factors]]
-"""The plain LoRA of each layer, by its name in its part, by the part's name in the pipeline."""
+"""The plain LoRA of each layer: by the part's name in the pipeline, then by the layer's name in the part."""
 Layer = tuple[str, str]
-"""A part and a layer of it."""
+"""A part and one of its layers."""
 
 DEEPEST_TEXT_ENCODER = 64  # layers; CLIP and T5 have 32 at most
 
 
 @dataclass(frozen=True)
 class Fused:
-    """A layer of the model's own code: one or several of diffusers', whose rows follow each other in it."""
+    """A layer of the model's own code: one or several of diffusers' layers, whose rows are concatenated in it."""
 
     layers: tuple[Layer, ...]
     outputs: tuple[int, ...] = (1,)
-    """How many rows each has; only the proportions count."""
+    """The number of rows of each; only the proportions count."""
     swapped: bool = False
-    """Whether the two halves of its rows change places: diffusers' last norms have the scale before the shift."""
+    """Whether the two halves of its rows are swapped: diffusers' last norms have the scale before the shift."""
 
     def split(self, factors: Factors) -> dict[Layer, Factors]:
-        """Each layer's factors: its rows of B, without columns that are zero in them, and the rows of A for these.
+        """Return each layer's factors: its rows of B without zero columns, and the corresponding rows of A.
 
-        What was put together as a block-diagonal B has its ranks again; a layer whose rows are all zero is left out.
-        Raises `ValueError` where the rows are not those of so many layers.
+        A layer that was joined into a block-diagonal B gets its own rank back; a layer whose rows are all zero is left
+        out. Raises `ValueError` if the number of rows does not fit.
         """
         down, up, scale = factors
         if self.swapped:
@@ -48,7 +48,7 @@ class Fused:
             return {self.layers[0]: Factors(down, up, scale)}
         rows = [len(up) * width // sum(self.outputs) for width in self.outputs]
         if sum(rows) != len(up):
-            raise ValueError(f"{len(up)} rows are not those of {len(self.layers)} layers")
+            raise ValueError(f"{len(up)} rows do not fit {len(self.layers)} layers")
         found = {}
         for layer, piece in zip(self.layers, up.split(rows), strict=True):
             if (used := piece.any(0)).any():
@@ -56,9 +56,9 @@ class Fused:
         return found
 
     def join(self, parts: Mapping[Layer, Factors]) -> Factors:
-        """One layer's factors of these: [A; A; ...] and a block-diagonal B, or where all share one A, that.
+        """Return the factors of the fused layer: [A; A; ...] and a block-diagonal B or, if all share one A, that A.
 
-        A layer that is not in `parts` has rows of zeros.
+        A layer that is missing from `parts` gets rows of zeros.
         """
         if len(self.layers) == 1:
             down, up, scale = parts[self.layers[0]]
@@ -78,21 +78,21 @@ class Fused:
 
 @dataclass
 class Names:
-    """The layers of a family's denoiser and text encoders, and what they are called where."""
+    """The layers of a family's denoiser and text encoders, and their names in all formats."""
 
     family: Family
     config: FrozenDict
     shapes: dict[str, torch.Size]
-    """Weights of the denoiser's linear layers and convolutions, by name in diffusers."""
+    """Shapes of the weights of the denoiser's linear layers and convolutions, by name in diffusers."""
     original: dict[str, Fused]
     kohya: dict[str, Fused]
-    """By what they are called there, below a prefix."""
+    """By name in that format, without prefix."""
     modules: frozenset[str]
-    """The names of everything in the denoiser."""
+    """The names of all modules of the denoiser."""
     exact: bool
-    """Whether `shapes` are the model's, not those of another model of its family."""
+    """Whether `shapes` are those of the model itself, not those of the published model of its family."""
     known: dict[str, Fused] = field(default_factory=dict)
-    """All names that a file may have for a layer, with the prefixes."""
+    """All names that a file may have for a layer, with prefixes."""
 
     def __post_init__(self) -> None:
         for prefix in ("lora_unet_", "lycoris_"):
@@ -114,12 +114,12 @@ class Names:
             self.known.setdefault(prefix + (name.replace(".", "_") if prefix.endswith("_") else name), fused)
 
     def to_kohya(self, parts: Parts) -> dict[str, Factors]:
-        """Layers by kohya's names; raises `InvalidArgument` for one that has none."""
+        """Return the layers by kohya's names; raises `InvalidArgument` for a layer without one."""
         joined = self._joined(parts.get(self.family.denoiser, {}), self.kohya)
         return {f"lora_unet_{name.replace('.', '_')}": factors for name, factors in joined.items()} | self._text(parts)
 
     def to_comfyui(self, parts: Parts) -> dict[str, Factors]:
-        """Layers by ComfyUI's names, which are kohya's for text encoders; raises `InvalidArgument` as `to_kohya`."""
+        """Return the layers by ComfyUI's names, which are kohya's for text encoders; raises as `to_kohya`."""
         joined = self._joined(parts.get(self.family.denoiser, {}), self.original)
         return {f"diffusion_model.{name}": factors for name, factors in joined.items()} | self._text(parts)
 
@@ -143,7 +143,7 @@ class Names:
 
 
 def names_of(family: Family, config: Mapping | None = None) -> Names:
-    """The names in a denoiser of this configuration, or where that is not known, in the published one."""
+    """Return the names for a denoiser of this configuration; if it is None, for the published one."""
     return _published(family) if config is None else _names_in(family, config, exact=True)
 
 
@@ -180,7 +180,7 @@ def _names_in(family: Family, config: Mapping, exact: bool) -> Names:
 
 @functools.cache
 def text_layers() -> tuple[str, ...]:
-    """The linear layers of CLIP's and T5's text encoders, as LoRA files call them, deeper than any of these is."""
+    """Return the names of the linear layers of CLIP's and T5's text encoders in LoRA files, for any depth."""
     deep, small = DEEPEST_TEXT_ENCODER, {"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
     clip = CLIPTextConfig(**small, num_hidden_layers=deep, hidden_size=8, intermediate_size=8, num_attention_heads=2)
     t5 = T5Config(**small, num_layers=deep, d_model=8, d_kv=4, d_ff=8, num_heads=2, feed_forward_proj="gated-gelu")

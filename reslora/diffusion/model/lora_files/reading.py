@@ -1,4 +1,4 @@
-"""LoRA files and PEFT folders as plain factors of each layer; what is no plain LoRA is refused by its name."""
+"""Read LoRA files and PEFT folders as plain factors of each layer; reject everything that is not a plain LoRA."""
 
 from __future__ import annotations
 
@@ -26,61 +26,62 @@ from ..families.base import Family
 from .names import Names, Parts, names_of
 
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
-# How the two factors are told apart: PEFT and diffusers, kohya, and two of diffusers' older forms.
+# Names of the two factors in PEFT and diffusers, in kohya's scripts, and in two of diffusers' older formats.
 DOWN = re.compile(r"\.(?:lora_A(?:\.default)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight$")
 UP = re.compile(r"\.(?:lora_B(?:\.default)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight$")
 ALPHA = re.compile(r"\.alpha$")
 WITHOUT_PART = re.compile(rf"({re.escape(PEFT_PREFIX)})?(?P<layer>.+)\.lora_A(\.default)?\.weight")
-"""PEFT's names of layers, which have their scale in its configuration."""
+"""PEFT's names of layers; their scale is in its configuration."""
 OLDEST = re.compile(r"_lora\d?\.(?:down|up)\.weight$")
-"""Of diffusers' first LoRA files, which it reads itself."""
+"""Names in diffusers' first LoRA files, which diffusers reads itself."""
 NOT_PLAIN = (
     "use_dora", "lora_bias", "modules_to_save", "use_qalora", "use_bdlora", "kasa_config", "arrow_config",
     "alora_invocation_tokens",
 )  # fmt: skip
 """Fields of PEFT's configuration with which a layer computes something else than `W x + s B A x`."""
-EXPORTED = f"give what its run has exported, such as {DIFFUSERS_FILE}"
+EXPORTED = f"give the file that its run exported, such as {DIFFUSERS_FILE}"
 OF_THE_FORMAT = re.compile(r"format|lora_adapter_metadata|sshs_\w+|ss_network_\w+|modelspec\.hash_sha256")
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a LoRA file or PEFT folder holds, as it is."""
+    """The unchanged content of a LoRA file or a PEFT folder."""
 
     path: Path
     flag: str
-    """What names it on the command line, with its value, for messages."""
+    """The option or argument that names it, with its value, for messages."""
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
-    """Of the file, but for what is its format's own."""
+    """The file's metadata, without fields that belong to the format."""
     configs: dict[str, dict]
-    """By prefix of layers' names: what diffusers or PEFT says of their scaling."""
+    """diffusers' or PEFT's configuration, by prefix of the names of layers."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of most of its tensors."""
+        """The dtype of most of its tensors."""
         found = [value.dtype for value in self.tensors.values() if value.dim() > 1]
         return max(dict.fromkeys(found), key=found.count, default=torch.float32)
 
 
 def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
-    """Reads a safetensors file, or a folder that PEFT, diffusers or a run has written; refuses pickles.
+    """Read a safetensors file, or a folder that PEFT, diffusers or a run has written.
 
-    `config` is the adapter_config.json of a file that PEFT has written, where it is not beside that.
-    Tensors of 8 bits come in float16, which holds them exactly: torch can hardly compute with them.
+    `config` is the adapter_config.json of a file that PEFT has written, if it is in another folder. 8-bit tensors
+    become float16, which is exact, because torch has few operations for 8 bits. Raises `InvalidArgument` for pickles,
+    and for anything that is not a finished plain LoRA.
     """
     known = (PEFT_FILE, DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
     file = next((path / name for name in known if (path / name).is_file()), path)
-    below = {path: "*", path / PEFT_FILE: "text_encoder*"}.get(file)  # there may be checkpoints beside a denoiser's
+    below = {path: "*", path / PEFT_FILE: "text_encoder*"}.get(file)  # a denoiser's folder may contain checkpoints
     if parts := sorted(path.glob(f"{below}/{PEFT_FILE}")) if below else []:
         return _of_parts(path, flag, [part.parent for part in parts])
     refuse_pickles(file, flag)
     if not file.is_file():
         if any((path / name).is_file() for name in (ADAPTER_NAME, WEIGHTS_NAME)):
-            raise InvalidArgument(flag, "a checkpoint, and no finished LoRA", EXPORTED)
+            raise InvalidArgument(flag, "a checkpoint, not a finished LoRA", EXPORTED)
         wanted = "a .safetensors file, or a folder with one of the names that PEFT and diffusers give it"
         raise InvalidArgument(flag, "no LoRA file there", f"give {wanted}")
-    with refused_as(flag, "give a whole .safetensors file"), safe_open(file, framework="pt") as opened:
+    with refused_as(flag, "give a complete .safetensors file"), safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     for name, value in tensors.items():
@@ -93,22 +94,22 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
         with refused_as(flag, "repair its lora_adapter_metadata"):
             configs |= _by_part(json.loads(metadata["lora_adapter_metadata"]))
     if config and not configs:
-        raise InvalidArgument(flag, f"no readable {PEFT_CONFIG_FILE}, which says its scale", "give that with it")
+        raise InvalidArgument(flag, f"no readable {PEFT_CONFIG_FILE}, which has its scale", "give that file too")
     for said in configs.values():
         _refuse_others(flag, said)
     return Content(path, flag, tensors, {k: v for k, v in metadata.items() if not OF_THE_FORMAT.fullmatch(k)}, configs)
 
 
 def refuse_pickles(path: Path, flag: str) -> None:
-    """Refuse a pickle, or a folder that has one and no safetensors file."""
+    """Raise `InvalidArgument` for a pickle, or for a folder with a pickle and without safetensors files."""
     found = sorted(path.iterdir()) if path.is_dir() else [path]
     pickles = [file.name for file in found if file.suffix in PICKLES]
     if pickles and not any(file.suffix == ".safetensors" for file in found):
-        raise InvalidArgument(flag, f"{pickles[0]} is a pickle, which may run anything", "give safetensors files")
+        raise InvalidArgument(flag, f"{pickles[0]} is a pickle, which can run arbitrary code", "give safetensors files")
 
 
 def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
-    """PEFT's folders of several parts of a pipeline, under the parts' names; a denoiser's may be in `path` itself."""
+    """Read PEFT's folders of several parts of a pipeline; the denoiser's may be `path` itself."""
     tensors: dict[str, torch.Tensor] = {}
     configs: dict[str, dict] = {}
     if (path / PEFT_FILE).is_file():
@@ -122,7 +123,7 @@ def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
 
 
 def _by_part(packed: Mapping[str, object]) -> dict[str, dict]:
-    """By prefix of layers' names, which is empty in what a model has written for itself."""
+    """Group a flat configuration by prefix of layers; the prefix is empty if a model has written its own."""
     parts: dict[str, dict] = {}
     for key, value in packed.items():
         part, dot, name = key.rpartition(".")
@@ -131,22 +132,25 @@ def _by_part(packed: Mapping[str, object]) -> dict[str, dict]:
 
 
 def _refuse_others(flag: str, config: Mapping) -> None:
-    """Refuse what PEFT calls something else than LoRA, LoRA with something added, or LoRA of a base that it changed."""
+    """Raise `InvalidArgument` for PEFT methods other than plain LoRA, and for initializations that change the base."""
     if config.get("peft_type", "LORA") != "LORA":
-        raise InvalidArgument(flag, f"{config['peft_type']}, which is no plain LoRA", "give a LoRA")
+        raise InvalidArgument(flag, f"{config['peft_type']}, which is not a plain LoRA", "give a LoRA")
     if str(init := config.get("init_lora_weights")).startswith(CHANGES_BASE):
         problem = f"its init_lora_weights, {init}, has changed the base model, too"
         raise InvalidArgument(flag, problem, "save it with PEFT's path_initial_model_for_weight_conversion")
     for name in NOT_PLAIN:
         if config.get(name):
-            raise InvalidArgument(flag, f"it has {name}, and is no plain LoRA", "give a LoRA without that")
+            raise InvalidArgument(flag, f"it has {name}, and is not a plain LoRA", "give a LoRA without that")
 
 
 # -- whose it is -------------------------------------------------------------------------------------------------------
 
 
 def family_of(content: Content) -> Family:
-    """The family that the file's metadata names, or the only one that has all its layers, in the same proportions."""
+    """Return the family that the metadata names, or the only one that has all layers, in the same proportions.
+
+    Raises `InvalidArgument` if it is ambiguous.
+    """
     said = [content.metadata.get(key, "").lower() for key in ("ss_base_model_version", "modelspec.architecture")]
     families = [load_family(pipeline) for pipeline in FAMILIES]
     marked = [family for family in families if any(text.startswith(family.marks) for text in said if family.marks)]
@@ -158,12 +162,12 @@ def family_of(content: Content) -> Family:
         fitting = [names for names in fitting if _in_proportion(pairs, names)]
     if len(fitting) == 1:
         return fitting[0].family
-    problem = "its layers are in several families" if fitting else "no single family is certain by its layers' names"
+    problem = "its layers fit several families" if fitting else "the names of its layers identify no single family"
     raise InvalidArgument(content.flag, problem, "add --base MODEL or --family NAME")
 
 
 def _in_proportion(pairs: Mapping[str, Factors], names: Names) -> bool:
-    """Whether each layer's sides have the ratio that they have in the published model, or if it has one size, those."""
+    """Return whether each layer's shape has the published model's ratio or, if the family has one size, its shape."""
     for name, factors in pairs.items():
         fused = names.known[name]
         part, layer = fused.layers[0]
@@ -180,9 +184,12 @@ def _in_proportion(pairs: Mapping[str, Factors], names: Names) -> bool:
 
 
 def pairs_of(content: Content) -> dict[str, Factors]:
-    """A, B and scale of each layer by its name in the file, in float32 or wider; refuses what is no plain LoRA."""
+    """Return A, B and scale of each layer by its name in the file, in float32 or wider.
+
+    Raises `InvalidArgument` for anything that is not a plain LoRA.
+    """
     if not content.tensors:
-        raise InvalidArgument(content.flag, "there is no layer in it", "give a LoRA that was trained")
+        raise InvalidArgument(content.flag, "it has no layers", "give a LoRA that was trained")
     down: dict[str, torch.Tensor] = {}
     up: dict[str, torch.Tensor] = {}
     alpha: dict[str, torch.Tensor] = {}
@@ -195,24 +202,24 @@ def pairs_of(content: Content) -> dict[str, Factors]:
                 break
         else:
             if key.startswith("reslora."):
-                raise InvalidArgument(content.flag, "an unmerged ResLoRA, with shortcuts that no file has", EXPORTED)
+                raise InvalidArgument(content.flag, "an unmerged ResLoRA, whose shortcuts no file can hold", EXPORTED)
             if not OLDEST.search(key):
-                raise InvalidArgument(content.flag, f"{key} is not of plain LoRA", "give a LoRA without that")
+                raise InvalidArgument(content.flag, f"{key} is not part of a plain LoRA", "give a LoRA without that")
     if lonely := [*(down.keys() ^ up.keys()), *(alpha.keys() - down.keys())]:
-        raise InvalidArgument(content.flag, f"{lonely[0]} lacks one of its two factors", "give a whole file")
+        raise InvalidArgument(content.flag, f"{lonely[0]} lacks one of its two factors", "give a complete file")
     found = {}
     for name in down:
         sizes, factors = up[name].shape, (down[name], up[name])
         fit = down[name].dim() in (2, 4) and sizes[1:2] == down[name].shape[:1] and math.prod(sizes[2:]) == 1
         if not fit or not all(map(torch.numel, factors)):
-            raise InvalidArgument(content.flag, f"{name}: shapes of its factors do not fit", "give a whole file")
+            raise InvalidArgument(content.flag, f"{name}: shapes of its factors do not fit", "give a complete file")
         if not all(map(torch.is_floating_point, factors)):
             kinds = " and ".join(str(factor.dtype).removeprefix("torch.") for factor in factors)
             raise InvalidArgument(content.flag, f"{name} is {kinds}", "give a LoRA in floating point")
         rank = len(down[name])
         try:
             scale = alpha[name].item() / rank if name in alpha else _scale(name, rank, content.configs)
-        except Exception:  # whatever a damaged configuration can raise
+        except Exception:  # a damaged configuration can raise many types
             fix = "repair its alpha, or lora_alpha and alpha_pattern of its configuration"
             raise InvalidArgument(content.flag, f"the scale of {name} is damaged", fix) from None
         if not (all(bool(torch.isfinite(factor).all()) for factor in factors) and math.isfinite(scale)):
@@ -222,12 +229,12 @@ def pairs_of(content: Content) -> dict[str, Factors]:
 
 
 def wide(value: torch.Tensor) -> torch.Tensor:
-    """A tensor in float32, or as it is in float64."""
+    """Return a tensor in float32, or unchanged if it is float64."""
     return value if value.dtype == torch.float64 else value.float()
 
 
 def _scale(name: str, rank: int, configs: Mapping[str, Mapping]) -> float:
-    """What PEFT's configuration says of a layer; 1 where there is none."""
+    """Return a layer's scale from PEFT's configuration, or 1 without one."""
     prefix = next(filter(name.startswith, configs), None)
     if prefix is None:
         return 1.0
@@ -240,9 +247,9 @@ def _scale(name: str, rank: int, configs: Mapping[str, Mapping]) -> float:
 
 
 def read_parts(content: Content, names: Names) -> Parts:
-    """The file's layers by their names in diffusers; refuses, by its name, one that the model does not have.
+    """Return the file's layers by their names in diffusers; raises `InvalidArgument` for layers that the model lacks.
 
-    Names that the family's table does not know go through diffusers' own converters for the family's pipeline.
+    Names that are not in the family's table go through diffusers' converters for the family's pipeline.
     """
     pairs = pairs_of(content)
     _refuse_unscaled(content, names)
@@ -251,7 +258,7 @@ def read_parts(content: Content, names: Names) -> Parts:
     parts: Parts = {}
     for name, factors in pairs.items():
         if name not in names.known:
-            raise InvalidArgument(content.flag, f"{name} is no layer of {names.family.name}", _another(names))
+            raise InvalidArgument(content.flag, f"{name} is not a layer of {names.family.name}", _another(names))
         try:
             split = names.known[name].split(factors)
         except ValueError as error:
@@ -261,19 +268,20 @@ def read_parts(content: Content, names: Names) -> Parts:
                 raise InvalidArgument(content.flag, f"{part}.{layer} is in it twice", "remove one of the two")
             parts[part][layer] = _shaped(content.flag, layer, piece, names) if part == names.family.denoiser else piece
     if not parts:
-        raise InvalidArgument(content.flag, "no layer of it changes anything", "give a LoRA that was trained")
+        raise InvalidArgument(content.flag, "all its layers are zero", "give a LoRA that was trained")
     return parts
 
 
 def _another(names: Names) -> str:
-    """What mends a layer that the model does not have: where no model was given, the converter's options give one."""
+    """Return the fix for a layer that the model lacks: the options of the converter that name a model."""
     return "give the model that it was made for" + ("" if names.exact else " with --base or --family")
 
 
 def _refuse_unscaled(content: Content, names: Names) -> None:
-    """Refuse layers by PEFT's names whose scale is written somewhere else, as that of a checkpoint's weights is.
+    """Raise `InvalidArgument` for layers with PEFT's names whose scale is in another file, as with a checkpoint's
+    weights.
 
-    But for what diffusers reads all the same, with scale 1: files of some other trainers are like that.
+    Files of some other trainers look the same; diffusers reads them with scale 1, and so does this.
     """
     layers = [
         match["layer"]
@@ -291,7 +299,7 @@ def _refuse_unscaled(content: Content, names: Names) -> None:
 
 
 def _shaped(flag: str, layer: str, factors: Factors, names: Names) -> Factors:
-    """Factors as the layer's weight has it: those of a 1 x 1 convolution may be written as a linear layer's."""
+    """Return factors in the shape of the layer's weight: a 1 x 1 convolution may be written as a linear layer."""
     if not names.exact:
         return factors
     (down, up, scale), wanted = factors, names.shapes[layer]
@@ -302,7 +310,10 @@ def _shaped(flag: str, layer: str, factors: Factors, names: Names) -> Factors:
 
 
 def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
-    """The layers as diffusers' own converters name them; refuses one that these leave out."""
+    """Return the layers with the names of diffusers' converters.
+
+    Raises `InvalidArgument` for layers that the converters drop.
+    """
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in content.tensors.items():
         ending = next(filter(None, (pattern.search(key) for pattern in (DOWN, UP, ALPHA, OLDEST))))

@@ -1,4 +1,4 @@
-"""A LoRA in the format of one tool."""
+"""Write a LoRA in the format of one tool."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from ..families.base import Family
 from .names import Names, Parts
 
 FILES = {"diffusers": DIFFUSERS_FILE, "kohya": KOHYA_FILE, "comfyui": COMFYUI_FILE, "peft": None}
-"""The formats, and what their files are called in a folder; PEFT's are a folder."""
+"""The formats, and their file names in a folder; PEFT's format is a folder."""
 
 
 def output_of(text: str, to: str) -> Path:
-    """The file to write, or PEFT's folder; refuses one that would be lost."""
+    """Return the file to write, or PEFT's folder; raises `InvalidArgument` if that would replace other files."""
     path, flag = Path(text), f"OUT {text}"
     if (file := FILES[to]) is not None:
         path = path if path.suffix == ".safetensors" else path / file
@@ -44,12 +44,12 @@ def output_of(text: str, to: str) -> Path:
         problem = f"the folder also has {others[0].relative_to(path)}, which would be replaced"
         raise InvalidArgument(flag, problem, "give another")
     if path.name in ("", ".."):
-        raise InvalidArgument(flag, "--to peft replaces a folder, and this is no name of one", "give its name")
+        raise InvalidArgument(flag, "--to peft replaces a folder, and this is not the name of one", "give its name")
     return path
 
 
 def write(parts: Parts, names: Names, to: str, path: Path, metadata: Mapping[str, str]) -> None:
-    """Writes the file, or PEFT's folder, with a folder in it for each text encoder."""
+    """Write the file, or PEFT's folder with a subfolder for each text encoder."""
     if to == "diffusers":
         write_diffusers(path, parts, metadata)
     elif to == "kohya":
@@ -63,12 +63,12 @@ def write(parts: Parts, names: Names, to: str, path: Path, metadata: Mapping[str
 
 
 def peft_folder(folder: Path, part: str, family: Family) -> Path:
-    """Where a part is in PEFT's folder: the denoiser in it, a text encoder in one of its name below."""
+    """Return a part's place in PEFT's folder: the folder for the denoiser, a subfolder for a text encoder."""
     return folder if part == family.denoiser else folder / part
 
 
 def _as_loaded(part: str, layers: Mapping[str, Factors], names: Names) -> dict[str, Factors]:
-    """By the names in the model: in CLIP's text encoder without projection these are shorter than in files."""
+    """Return layers by their names in the model: some CLIP text encoders lack the prefix that files have."""
     kinds = typing.get_type_hints(names.family.pipeline.__init__)
     short = kinds.get(part) is CLIPTextModel
     return {name.removeprefix("text_model.") if short else name: factors for name, factors in layers.items()}
