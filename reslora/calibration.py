@@ -60,7 +60,7 @@ class Calibrator:
         return (several,) if self.passes > 1 else ()
 
     def read(self, base: nn.Module, wires: Wires, calibration: Iterable[Mapping]) -> None:
-        """Reads every batch once; raises `ValueError` for batches that do not fit or give non-finite values."""
+        """Read every batch once; raises `ValueError` for batches that do not fit or give non-finite values."""
         if isinstance(calibration, (int, float)):
             raise ValueError(f"calibration={calibration} is a number; give the batches, dicts of the model's arguments")
         device = next(base.parameters()).device
@@ -135,7 +135,7 @@ class Calibrator:
         return self.inputs.get(leader)
 
     def _finish_pass(self) -> None:
-        """Checks what was collected, fits what is to be fitted and lets go of it."""
+        """Check what was collected, fits what is to be fitted and let go of it."""
         later = {name: None for name in self.waiting if self.leaders.get(name) in self.postponed}
         done = [self.blocks[name] for name in self.waiting if name not in later]
         for block in done:
@@ -163,7 +163,7 @@ class Calibrator:
 
 
 def _has_room(sizes: list[tuple[int, int]]) -> bool:
-    """Whether all can be held, and any one of them solved; a single one always can."""
+    """Return whether all can be held, and any one of them solved; a single one always can."""
     held, solving = zip(*sizes, strict=True)
     return len(sizes) == 1 or sum(held) + max(solving) <= BUDGET
 

@@ -103,11 +103,11 @@ class Chains(Sequence):
         return [block for chain in self.chains for block in chain]
 
     def clipped(self, reach: int | None) -> list[Chain]:
-        """The linked chains in which no block has `reach` blocks before it, as `ResLoraConfig.reach` asks."""
+        """Return the linked chains in which no block has `reach` blocks before it, as `ResLoraConfig.reach` asks."""
         return [] if reach is None else [chain for chain in self.chains if 1 < len(chain) <= reach]
 
     def to_dict(self) -> dict:
-        """The plan as JSON-able data, the content of `chains.json`."""
+        """Return the plan as JSON-able data, the content of `chains.json`."""
         return {
             "links": self.links,
             "chains": [
@@ -130,7 +130,7 @@ def before_each(blocks: int, reach: int | None) -> Before:
 
 
 def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict | None = None) -> Chains:
-    """Returns which LoRA blocks of `model` are neighbours; `print` shows it as a table.
+    """Return which LoRA blocks of `model` are neighbours; `print` shows it as a table.
 
     `example_inputs` are keyword arguments of the base model (default: made from the configuration of a U-Net, Z-Image,
     Flux, Stable Diffusion 3, Qwen-Image or Krea 2 transformer, or the model's own `dummy_inputs`); they only serve to
@@ -173,7 +173,7 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the model below DDP and `torch.compile` wrappers, a `PeftModel` if it is one."""
+    """Return the model below DDP and `torch.compile` wrappers, a `PeftModel` if it is one."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}; give a model (of a pipeline, its unet or transformer)")
     while True:
@@ -191,7 +191,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Returns the model below DDP, `torch.compile` and PEFT wrappers; `ValueError` for `nn.DataParallel`."""
+    """Return the model below DDP, `torch.compile` and PEFT wrappers; `ValueError` for `nn.DataParallel`."""
     outer = unwrap(model)
     while hasattr(type(outer), "get_base_model") or isinstance(outer, BaseTuner):
         outer = unwrap(outer.model if isinstance(outer, BaseTuner) else outer.get_base_model())
@@ -199,7 +199,7 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """Returns the LoRA layers that hold `adapter_name`, by their path in the base model.
+    """Return the LoRA layers that hold `adapter_name`, by their path in the base model.
 
     Raises `ValueError` if there are no LoRA layers, or none of that name. AdaLoRA's layers derive from PEFT's
     `LoraLayer` but hold parameters of another form; they do not count.
@@ -224,7 +224,7 @@ def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
 
 def _sort_layers(layers: dict[str, LoraLayer], adapter_name: str) -> tuple[dict, list, list]:
-    """Splits LoRA layers into those that can be linked, those that stay plain, and those that cannot be wired."""
+    """Split LoRA layers into those that can be linked, those that stay plain, and those that cannot be wired."""
     linkable: dict[str, LoraLayer] = {}
     unlinked, problems = [], []
     for name, layer in layers.items():
@@ -240,7 +240,7 @@ def _sort_layers(layers: dict[str, LoraLayer], adapter_name: str) -> tuple[dict,
 
 
 def stays_plain(name: str, layer: LoraLayer) -> str:
-    """Why a LoRA layer takes no part; empty if it does."""
+    """Return why a LoRA layer takes no part; empty if it does."""
     if isinstance(layer, LoraEmbedding):
         return "embedding"
     if isinstance(layer, LoraConv2d) or isinstance(layer.get_base_layer(), _ConvNd):
@@ -253,12 +253,14 @@ def stays_plain(name: str, layer: LoraLayer) -> str:
 
 
 def merges_itself(module: nn.Module) -> bool:
-    """Whether a module is PEFT's LoRA on `nn.MultiheadAttention`, which merges and unmerges itself in its forward."""
+    """Return whether a module is PEFT's LoRA on `nn.MultiheadAttention`, which merges and unmerges itself in its
+    forward.
+    """
     return isinstance(module, LoraLayer) and type(module).__name__ == "MultiheadAttention"
 
 
 def refused(layer: LoraLayer, adapter_name: str) -> str:
-    """Why a LoRA layer cannot be wired; empty if it can."""
+    """Return why a LoRA layer cannot be wired; empty if it can."""
     owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
     if (owner.__module__, owner.__name__) not in _CALLS_VARIANT:
         return f"is a {type(layer).__module__}.{type(layer).__name__}, which ignores LoRA variants"
@@ -308,8 +310,8 @@ def _readers(seen: Trace, holders: dict[str, str]) -> Iterator[tuple[str, ...]]:
 
 
 def _place(base: nn.Module, name: str) -> tuple[str, str]:
-    """The *holder*, the layer's deepest ancestor that is an item of a ModuleList whose items share one class, and the
-    path below it, the role.
+    """Return the *holder*, the layer's deepest ancestor that is an item of a ModuleList whose items share one class,
+    and the path below it, the role.
 
     Models that repeat their blocks in an `nn.Sequential` (timm's vision transformers), or whose adapted layers are
     themselves the items of such a list, get the natural answer too. No holder: no list holds the layer.
@@ -332,7 +334,7 @@ def _repeats(base: nn.Module, path: list[str], containers: Any) -> bool:
 
 
 def _cut(role: str, blocks: list[Block], difference: Callable[[Block, Block], str]) -> Iterator[Chain]:
-    """Cuts the blocks of one role wherever `difference` has a reason to."""
+    """Cut the blocks of one role wherever `difference` has a reason to."""
     run: list[Block] = []
     for block in blocks:
         reason = difference(run[-1], block) if run else "first of its role"

@@ -43,7 +43,7 @@ PEFT_PREFIX = "base_model.model."
 
 
 def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
-    """Writes the connected adapter of `model` to `directory`: `reslora_config.json` and `reslora_model.safetensors`.
+    """Write the connected adapter of `model` to `directory`: `reslora_config.json` and `reslora_model.safetensors`.
 
     `checksums.json` beside them is written last, by `reslora.files.write_checksums`, which is for whoever adds files to
     call again. Includes `modules_to_save`, the recorded norms, and scales that alpha does not say (`set_scale`). With
@@ -72,7 +72,7 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
 
 
 def _write_both(directory: Path, content: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes both files and their checksums.
+    """Write both files and their checksums.
 
     A failed write leaves the old ones. A killed process leaves the old or the new ones without checksums, or at worst
     weights without a configuration, which `load` refuses.
@@ -86,7 +86,7 @@ def _write_both(directory: Path, content: dict, tensors: dict[str, torch.Tensor]
 
 
 def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
-    """Reads what `save` wrote into `model` and returns the connected model.
+    """Read what `save` wrote into `model` and return the connected model.
 
     `model` is a bare base model (it is given the adapter the way the saved one had it: wrapped by `get_peft_model`, or
     in place by `add_adapter`), or one that has a matching LoRA adapter, connected or not.
@@ -205,7 +205,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _state(outer: nn.Module, base: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by a name that is the same for wrapped and unwrapped models."""
+    """Return the adapter's tensors by a name that is the same for wrapped and unwrapped models."""
     source = outer if isinstance(outer, PeftModel) else base
     with keeping_shortcuts():
         state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
@@ -258,7 +258,7 @@ def _compare(present: LoraConfig, saved: LoraConfig, directory: Path) -> None:
 
 
 def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, wirable: bool = True) -> None:
-    """Raises `ValueError` for the first key or shape in which the model's adapter and the files differ.
+    """Raise `ValueError` for the first key or shape in which the model's adapter and the files differ.
 
     Where wires are still to come, it raises where `connect` would: a layer that ignores its variant would run as plain
     LoRA.
@@ -284,7 +284,9 @@ def _wiring(plan: Chains) -> list[list[str]]:
 
 
 def _uninitialised(lora: LoraConfig) -> LoraConfig:
-    """The configuration without an initialisation: those that read the frozen weight fail where it has no storage."""
+    """Return the configuration without an initialisation: those that read the frozen weight fail where it has no
+    storage.
+    """
     lora = copy.deepcopy(lora)
     lora.init_lora_weights = False
     return lora

@@ -52,7 +52,7 @@ class ResLoraConfig:
         return self.shortcut != PLAIN and self.pre_num != 0
 
     def to_dict(self) -> dict:
-        """The fields as a dict that `json.dumps` takes and `ResLoraConfig(**fields)` reads back."""
+        """Return the fields as a dict that `json.dumps` takes and `ResLoraConfig(**fields)` reads back."""
         return dataclasses.asdict(self)
 
 

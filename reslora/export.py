@@ -68,12 +68,12 @@ class Factors(NamedTuple):
 
 
 def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
-    """Writes any PEFT adapter of `model` (LoRA, AdaLoRA, LoHa, OFT ...) as PEFT itself does, and returns the folder.
+    """Write any PEFT adapter of `model` (LoRA, AdaLoRA, LoHa, OFT ...) as PEFT itself does, and returns the folder.
 
     Works for wrapped models and for those with `add_adapter`, whose files load with `PeftModel.from_pretrained` then.
     Where `set_adapters` or `set_scale` has changed the scale of layers, alpha in the file is what it amounts to. Other
-    files in the folder stay.
-    Raises `ValueError` if the adapter is connected or not there, or has a scale that its configuration cannot hold.
+    files in the folder stay. Raises `ValueError` if the adapter is connected or not there, or has a scale that its
+    configuration cannot hold.
     """
     base, outer = _plain(model, adapter_name), unwrap(model)
     source = outer if isinstance(outer, PeftModel) else base
@@ -96,7 +96,7 @@ def export_diffusers(
     prefix: str = "unet",
     metadata: dict[str, str] | None = None,
 ) -> Path:
-    """Writes `pytorch_lora_weights.safetensors` into `directory` and returns its path.
+    """Write `pytorch_lora_weights.safetensors` into `directory` and returns its path.
 
     `prefix` is the denoiser's name in the pipeline; where text encoders were trained, too, give all models by these
     names instead. `metadata`: further strings for the file's header, which also gets kohya's hash of the tensors. The
@@ -116,7 +116,7 @@ def export_kohya(
     metadata: dict[str, str] | None = None,
     rename: Callable[[str], str] = str,
 ) -> Path:
-    """Writes one file with kohya's keys (`lora_unet_..._to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`).
+    """Write one file with kohya's keys (`lora_unet_..._to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`).
 
     All layers get one alpha a, with up-weights rescaled by s r_n / a, because diffusers applies the commonest alpha to
     every layer. `rename`: from a layer's name in diffusers to its name where kohya's scripts have another. `metadata`:
@@ -140,7 +140,7 @@ def export_comfyui(
     metadata: dict[str, str] | None = None,
     rename: Callable[[str], str] = str,
 ) -> Path:
-    """Writes one file with ComfyUI's keys (`diffusion_model.<layer>.lora_A.weight`, `.lora_B.weight`).
+    """Write one file with ComfyUI's keys (`diffusion_model.<layer>.lora_A.weight`, `.lora_B.weight`).
 
     The scaling is folded into B, so no alpha is needed. `rename`: from a layer's name in diffusers to its name where
     ComfyUI has another. `metadata`: strings for the file's header. Returns the path.
@@ -156,7 +156,7 @@ def export_comfyui(
 def write_diffusers(
     path: str | os.PathLike, parts: Mapping[str, Mapping[str, Factors]], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes diffusers' file for the layers of several parts of a pipeline, as `export_diffusers` does for one.
+    """Write diffusers' file for the layers of several parts of a pipeline, as `export_diffusers` does for one.
 
     A text encoder's names start with `text_model.` in files, and not in every version of transformers.
     """
@@ -189,7 +189,7 @@ def write_folded(
     metadata: Mapping[str, str] | None = None,
     words: tuple[str, str] = ("lora_A", "lora_B"),
 ) -> None:
-    """Writes A and s B of every layer, `<name>.lora_A.weight` and `<name>.lora_B.weight` or in other words."""
+    """Write A and s B of every layer, `<name>.lora_A.weight` and `<name>.lora_B.weight` or in other words."""
     tensors, (down, up) = {}, words
     for name, factors in layers.items():
         tensors[f"{name}.{down}.weight"] = factors.down
@@ -200,7 +200,7 @@ def write_folded(
 def write_kohya(
     path: str | os.PathLike, layers: Mapping[str, Factors], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes kohya's file of layers by their names in it (`lora_unet_...`), as `export_kohya` does."""
+    """Write kohya's file of layers by their names in it (`lora_unet_...`), as `export_kohya` does."""
     scaled = {name: factors.scale * factors.rank for name, factors in layers.items()}
     # float32 whatever the adapter's dtype, and exactly what the up-weights are divided by. These have the sign: some
     # readers hang on a negative alpha.
@@ -223,7 +223,7 @@ def write_kohya(
 
 
 def write_peft(directory: str | os.PathLike, layers: Mapping[str, Factors]) -> None:
-    """Writes a PEFT folder of these layers of a model: A and B as they are, their scale as rank and alpha."""
+    """Write a PEFT folder of these layers of a model: A and B as they are, their scale as rank and alpha."""
     config = lora_config(layers)
     config.inference_mode = True
     config.target_modules = sorted(layers) if all("." in name for name in layers) else config.target_modules
@@ -235,7 +235,7 @@ def write_peft(directory: str | os.PathLike, layers: Mapping[str, Factors]) -> N
 
 
 def _write_both(directory: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes PEFT's two files and leaves all others.
+    """Write PEFT's two files and leave all others.
 
     A failed write leaves the old ones. A killed process leaves at worst weights without a configuration, which no
     reader takes.
@@ -261,7 +261,7 @@ def lora_config(layers: Mapping[str, Factors]) -> LoraConfig:
 
 
 def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
-    """The plain LoRA of every layer that has one, by its name in files; `ValueError` where more has trained."""
+    """Return the plain LoRA of every layer that has one, by its name in files; `ValueError` where more has trained."""
     base = _plain(model, adapter_name)
     config = base.peft_config[adapter_name]
     for setting, without in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
@@ -275,7 +275,7 @@ def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
 
 
 def _in_files(base: nn.Module, name: str) -> str:
-    """A layer's name in files: newer transformers have CLIP's text model flat, its readers know it as it was."""
+    """Return a layer's name in files: newer transformers have CLIP's text model flat, its readers know it as it was."""
     flat = type(base).__name__ == "CLIPTextModel" and not name.startswith("text_model.")
     return f"text_model.{name}" if flat else name
 
@@ -287,11 +287,11 @@ def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
-    """Writes the base model with the adapter's weights added, summed in float32 and cast, as `save_pretrained` does.
+    """Write the base model with the adapter's weights added, summed in float32 and cast, as `save_pretrained` does.
 
-    For diffusers' and transformers' models, with any PEFT adapter that can be merged. `model` itself stays. Returns
-    the folder. Raises `ValueError` if it already has anything but a model, which would be lost, and where PEFT has
-    merged an adapter already.
+    For diffusers' and transformers' models, with any PEFT adapter that can be merged. `model` itself stays. Returns the
+    folder. Raises `ValueError` if it already has anything but a model, which would be lost, and where PEFT has merged
+    an adapter already.
     """
     base = _plain(model, adapter_name)
     _refuse_others(Path(directory))
@@ -320,7 +320,7 @@ def _refuse_others(directory: Path) -> None:
 
 @torch.no_grad()
 def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
-    """The state dict of the bare base model with the adapter's update added to the layers that have it."""
+    """Return the state dict of the bare base model with the adapter's update added to the layers that have it."""
     owners = {f"{name}.": module for name, module in _unmerged(base).items()}
     state = {}
     for key, value in base.state_dict().items():
@@ -342,13 +342,13 @@ def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[st
 
 
 def tuned_layers(model: nn.Module, adapter_name: str = "default") -> tuple[nn.Module, dict[str, BaseTunerLayer]]:
-    """The base model, and its layers that have the adapter, by name; raises as exports do."""
+    """Return the base model, and its layers that have the adapter, by name; raises as exports do."""
     base = _plain(model, adapter_name)
     return base, {name: layer for name, layer in _unmerged(base).items() if adapter_name in _adapters(layer)}
 
 
 def _unmerged(base: nn.Module) -> dict[str, BaseTunerLayer]:
-    """The layers with adapters, by name; `ValueError` where PEFT has merged one: it would be added once more."""
+    """Return the layers with adapters, by name; `ValueError` where PEFT has merged one: it would be added once more."""
     tuned = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     refuse_merged(tuned)
     return tuned
@@ -358,7 +358,8 @@ def _unmerged(base: nn.Module) -> dict[str, BaseTunerLayer]:
 def merged_value(
     layer: BaseTunerLayer, parameter: str, value: torch.Tensor, adapter_name: str = "default"
 ) -> torch.Tensor:
-    """A layer's frozen weight or bias with the adapter in it, computed in at least float32, in the value's dtype.
+    """Return a layer's frozen weight or bias with the adapter in it, computed in at least float32, in the value's
+    dtype.
 
     `value` may come from a file, and the layer's own be somewhere else.
     """
@@ -377,7 +378,10 @@ def merged_value(
 
 
 def _adds(layer: BaseTunerLayer, adapter_name: str) -> bool:
-    """Whether the update of a layer is a sum, of its weight alone: DoRA scales rows, OFT multiplies by rotations."""
+    """Return whether the update of a layer is a sum, of its weight alone:
+
+    DoRA scales rows, OFT multiplies by rotations.
+    """
     if isinstance(layer, LoraLayer):
         return layer.lora_variant.get(adapter_name) is None and not layer.lora_bias.get(adapter_name)
     return isinstance(layer, LycorisLayer)

@@ -39,7 +39,7 @@ class Damaged(ValueError):
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what the body leaves there, file or folder, becomes `path` afterwards.
+    """Yield a temporary path beside `path`; what the body leaves there, file or folder, becomes `path` afterwards.
 
     Whatever `before_writing` holds is called first, and may raise.
 
@@ -80,7 +80,7 @@ def replacing_both(description: Path, weights: Path) -> Iterator[tuple[Path, Pat
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Removes the temporaries in a folder, not below it, of processes that were killed while they were `replacing`.
+    """Remove the temporaries in a folder, not below it, of processes that were killed while they were `replacing`.
 
     One of this machine goes when its process is gone, one of another machine (or container), whose processes are not
     seen from here, when nobody has written to it for `ABANDONED` seconds.
@@ -96,7 +96,7 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
 
 
 def temporary_beside(path: Path, suffix: str = "") -> Path:
-    """A temporary name in the same folder that nobody else uses, and that says whose it is."""
+    """Return a temporary name in the same folder that nobody else uses, and that says whose it is."""
     writer = f"{this_process()}-{secrets.token_hex(4)}"
     return path.with_name(f".{path.name[:LONGEST_NAME]}.{writer}{suffix}.tmp")
 
@@ -107,13 +107,16 @@ def this_process() -> str:
 
 
 def has_ended(process: str) -> bool:
-    """Whether what `this_process` has named is gone; False for a process of another machine, which nobody sees here."""
+    """Return whether what `this_process` has named is gone;
+
+    False for a process of another machine, which nobody sees here.
+    """
     host, number, start = process.split("-")
     return host == _host() and os.name == "posix" and _is_gone(int(number), start)
 
 
 def is_running(process: str) -> bool:
-    """Whether what `this_process` has named runs on this machine and is another; False where nobody can tell."""
+    """Return whether what `this_process` has named runs on this machine and is another; False where nobody can tell."""
     host, _, rest = process.partition("-")
     number, _, start = rest.partition("-")
     seen = host == _host() and number.isdecimal() and start.isdecimal() and start != "0"
@@ -131,7 +134,7 @@ def _host() -> str:
 
 
 def _is_gone(process: int, start: str) -> bool:
-    """Whether a process of this machine has ended; another one may have its id by now."""
+    """Return whether a process of this machine has ended; another one may have its id by now."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -152,7 +155,7 @@ def _start_of(process: int) -> str:
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all: the same tensors and metadata give the same bytes.
+    """Write a safetensors file, whole or not at all: the same tensors and metadata give the same bytes.
 
     safetensors itself writes the metadata in random order, and the file readable by its owner only.
     """
@@ -170,7 +173,7 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], met
 def write_one_by_one(
     path: str | os.PathLike, like: Mapping[str, torch.Tensor], value: Callable[[str], torch.Tensor]
 ) -> None:
-    """Writes the safetensors file that `save_file` writes of all `value(name)`, with one of them in memory at a time.
+    """Write the safetensors file that `save_file` writes of all `value(name)`, with one of them in memory at a time.
 
     `like` has their shapes and dtypes, and may be on the meta device; raises `ValueError` for a value of another. The
     file grows in its place: it belongs into a folder that one is `replacing`.
@@ -197,7 +200,7 @@ def write_one_by_one(
 
 @functools.cache
 def _dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as safetensors' headers have it."""
+    """Return a dtype as safetensors' headers have it."""
     import torch
     from safetensors.torch import save
 
@@ -206,21 +209,24 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _header(header: dict) -> bytes:
-    """The start of a safetensors file: how long the header is, and the header, padded."""
+    """Return the start of a safetensors file: how long the header is, and the header, padded."""
     written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     written += b" " * (-len(written) % 8)
     return len(written).to_bytes(8, "little") + written
 
 
 def write_json(path: str | os.PathLike, content: object) -> None:
-    """Writes JSON that a person can read, whole or not at all; a path that is not UTF-8 is read back as it was."""
+    """Write JSON that a person can read, whole or not at all; a path that is not UTF-8 is read back as it was."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON has the same escapes
 
 
 def read_object(path: str | os.PathLike) -> dict:
-    """The JSON object of a file; empty where it is missing or damaged. Raises `OSError` if it cannot be read now."""
+    """Return the JSON object of a file; empty where it is missing or damaged.
+
+    Raises `OSError` if it cannot be read now.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
@@ -229,7 +235,7 @@ def read_object(path: str | os.PathLike) -> dict:
 
 
 def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
-    """Writes `checksums.json`: the SHA-256 of every file below `folder`, or of `names` beside those already listed.
+    """Write `checksums.json`: the SHA-256 of every file below `folder`, or of `names` beside those already listed.
 
     Call it last, and again after every change: a file that is not listed is not checked.
     """
@@ -242,7 +248,7 @@ def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = Non
 
 
 def forget_checksums(folder: str | os.PathLike, names: Iterable[str]) -> None:
-    """Takes `names` out of `checksums.json`, before they are replaced.
+    """Take `names` out of `checksums.json`, before they are replaced.
 
     Without it a process that ends before it has written the new sums would leave good files that look damaged.
     """
@@ -253,7 +259,7 @@ def forget_checksums(folder: str | os.PathLike, names: Iterable[str]) -> None:
 
 
 def check_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
-    """Compares the files of `folder`, or only `names`, with its `checksums.json`; without that file all is well.
+    """Compare the files of `folder`, or only `names`, with its `checksums.json`; without that file all is well.
 
     Raises `Damaged` naming the first file that is missing or differs, and `OSError` for one that cannot be read now.
     """
@@ -270,7 +276,7 @@ def check_checksums(folder: str | os.PathLike, names: Iterable[str] | None = Non
 
 
 def _listed(folder: Path) -> dict[str, str]:
-    """The checksums that a new list goes on from; a damaged list is replaced."""
+    """Return the checksums that a new list goes on from; a damaged list is replaced."""
     try:
         return _read_checksums(folder)
     except ValueError:
@@ -313,7 +319,7 @@ def all_below(folder: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a folder with all it holds, if it is there."""
+    """Remove a file, a link or a folder with all it holds, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

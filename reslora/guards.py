@@ -81,7 +81,7 @@ def refuse_unknown_peft() -> None:
 
 
 def refuse_inner(base: nn.Module, adapter_name: str) -> None:
-    """Raises `ValueError` where the adapter belongs to a model inside of `base`, whose verbs nothing would guard."""
+    """Raise `ValueError` where the adapter belongs to a model inside of `base`, whose verbs nothing would guard."""
     if adapter_name in getattr(base, "peft_config", ()):
         return
     for name, module in base.named_modules():
@@ -90,7 +90,7 @@ def refuse_inner(base: nn.Module, adapter_name: str) -> None:
 
 
 def refuse_merged(layers: Mapping[str, BaseTunerLayer]) -> None:
-    """Raises `ValueError` where PEFT has merged an adapter into a layer.
+    """Raise `ValueError` where PEFT has merged an adapter into a layer.
 
     Such a layer ignores its variant, and its frozen weight is not the base's.
     """
@@ -103,7 +103,7 @@ def refuse_merged(layers: Mapping[str, BaseTunerLayer]) -> None:
 
 
 def refuse_inactive(layers: dict[str, LoraLayer], adapter_name: str) -> None:
-    """Raises `ValueError` where another adapter is in use: the variant of this one would never be called."""
+    """Raise `ValueError` where another adapter is in use: the variant of this one would never be called."""
     for name, layer in layers.items():
         if adapter_name not in layer.active_adapters:
             active = ", ".join(map(repr, layer.active_adapters)) or "none"
@@ -114,7 +114,7 @@ def refuse_inactive(layers: dict[str, LoraLayer], adapter_name: str) -> None:
 
 
 def refuse_changed_base(config: LoraConfig) -> None:
-    """Raises `ValueError` where a merge that raises ranks would change what readers make of the frozen weights."""
+    """Raise `ValueError` where a merge that raises ranks would change what readers make of the frozen weights."""
     if ranks.changes_base(config):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights, and whoever loads the adapter "
@@ -134,7 +134,7 @@ class _Guard:
         self.previous = vars(module).get(verb)  # what stood on the instance before, if anything
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses the call, or hands it to the method."""
+        """Refuse the call, or hands it to the method."""
         method = self.previous or functools.partial(getattr(type(self.module), self.verb), self.module)
         connection = _connection(self.module)
         if connection is not None and self.verb in _LEAVING:
@@ -147,14 +147,14 @@ class _Guard:
         return method(*args, **kwargs)
 
     def remove(self) -> None:
-        """Puts back what was there before."""
+        """Put back what was there before."""
         del vars(self.module)[self.verb]
         if self.previous is not None:
             vars(self.module)[self.verb] = self.previous
 
 
 def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
-    """Puts guards on `model`, every wrapper around its base model, and, if there are `wired` layers, on its layers."""
+    """Put guards on `model`, every wrapper around its base model, and, if there are `wired` layers, on its layers."""
     base, outer, wired = base_model(model), unwrap(model), list(wired)
     for module in (*_wrappers(model), base):
         for verb in (*_REFUSED, *_LEAVING):
@@ -169,7 +169,7 @@ def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
 
 
 def remove(model: nn.Module) -> None:
-    """Takes the guards of `install` away."""
+    """Take the guards of `install` away."""
     base = base_model(model)
     for module in (*_wrappers(model), base):
         for verb in (*_REFUSED, *_LEAVING):
@@ -192,7 +192,7 @@ def keeping_shortcuts() -> Iterator[None]:
 
 
 def _connection(model: nn.Module) -> Any:
-    """The connection of the base model below `model`, if its adapter is still there."""
+    """Return the connection of the base model below `model`, if its adapter is still there."""
     base = base_model(model)
     connection = vars(base).get("_reslora")
     return connection if connection is not None and connection.alive(base) else None
@@ -215,7 +215,7 @@ def _merged_by_peft(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def _named(arguments: dict) -> list[str]:
-    """The adapters that a call names."""
+    """Return the adapters that a call names."""
     arguments = {**arguments, **arguments.get("kwargs", {})}
     found = [arguments[key] for key in _NAMING if arguments.get(key) is not None]
     return [name for value in found for name in ([value] if isinstance(value, str) else value)]

@@ -24,7 +24,7 @@ class Merge:
     """Merged blocks of a higher rank are cut to this one."""
 
     def __call__(self, chain: list[Factors]) -> list[Merged]:
-        """Merges a chain."""
+        """Merge a chain."""
         merging = importlib.import_module(".merging", __package__)
         results = getattr(merging, self.function)(chain)
         if self.max_rank is None:

@@ -87,7 +87,7 @@ class Moments:
         self.output, self.miss = 0.0, 0.0
 
     def add(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None, norm: torch.Tensor) -> None:
-        """Adds one forward; `norm` is the Frobenius norm that Eqs. 8-9 or 12 take of it."""
+        """Add one forward; `norm` is the Frobenius norm that Eqs. 8-9 or 12 take of it."""
         self.norm_sum = self.norm_sum + norm
         self.forwards += 1
         own = _precise(own)
@@ -106,7 +106,7 @@ class Moments:
                 self.gaps = [*self.gaps, gap] if self.inputs.dual else []
 
     def fit(self) -> None:
-        """Fits the gap, `argmin_D |gap - D x|^2 + ridge |D|^2`, and lets go of x; what is left is the new gap."""
+        """Fit the gap, `argmin_D |gap - D x|^2 + ridge |D|^2`, and let go of x; what is left is the new gap."""
         self.fitted = self.inputs.fit(self.gap_x, self.gaps).to(self.stand_in)
         fitted = _precise(self.fitted)
         cross = self.gap_x.to(fitted) @ fitted.t()
@@ -114,7 +114,7 @@ class Moments:
         self.inputs, self.gap_x, self.gaps = None, 0.0, []
 
     def measure(self, output: torch.Tensor, miss: torch.Tensor) -> None:
-        """Adds one forward's squared norms of the unmerged output and of what a known merge misses of it."""
+        """Add one forward's squared norms of the unmerged output and of what a known merge misses of it."""
         self.output += float(output.double().square().sum())
         self.miss += float(miss.double().square().sum())
 
@@ -124,7 +124,7 @@ class Moments:
         return float(self.norm_sum) / self.forwards
 
     def finite(self) -> bool:
-        """Whether everything seen was finite."""
+        """Return whether everything seen was finite."""
         values = (self.norm_sum, self.own_own, self.own_handed, self.handed_handed, self.gap_gap, self.gap_x)
         return all(bool(torch.isfinite(torch.as_tensor(value)).all()) for value in values)
 
@@ -138,7 +138,7 @@ def _precise(x: torch.Tensor) -> torch.Tensor:
 
 
 def merge_none(chain: list[Factors]) -> list[Merged]:
-    """Keeps A and B, and with them drops the residual paths (Table 3, merge_no)."""
+    """Keep A and B, and with them drops the residual paths (Table 3, merge_no)."""
     return [Merged(block.a, block.b, alpha=0.0) for block in chain]
 
 
@@ -233,7 +233,8 @@ def cut(block: Factors, merged: Merged, rank: int) -> Merged:
 
 
 def truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best rank-`rank` approximation of `B A` as new factors, and the share of its Frobenius norm that is lost.
+    """Return the best rank-`rank` approximation of `B A` as new factors, and the share of its Frobenius norm that is
+    lost.
 
     Through the small cores of two QR decompositions: `B A = Q_b (R_b R_a^T) Q_a^T`.
     """

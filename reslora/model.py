@@ -54,7 +54,7 @@ class MergeReport:
     """Zero norms, blocks that `lstsq` leaves to `none`, what a `max_rank` loses, a calibration in several passes."""
 
     def to_dict(self) -> dict:
-        """The report as JSON-able data."""
+        """Return the report as JSON-able data."""
         return {
             "method": self.method,
             "shortcut": self.shortcut,
@@ -79,7 +79,7 @@ def connect(
     adapter_name: str = "default",
     example_inputs: dict | None = None,
 ) -> Chains:
-    """Wires the LoRA blocks of neighbouring layers of `model` in place (Eqs. 2-4) and returns the plan.
+    """Wire the LoRA blocks of neighbouring layers of `model` in place (Eqs. 2-4) and returns the plan.
 
     `example_inputs` are keyword arguments of the base model that show the order of its layers (see `chains`). Hooks put
     on `lora_A` and `lora_B` afterwards are not called, as shortcuts read their weights; hooks on layers are.
@@ -111,7 +111,7 @@ def connect(
 
 
 def disconnect(model: nn.Module, adapter_name: str = "default") -> None:
-    """Removes the wires and leaves the plain LoRA that `connect` found; `ValueError` if there are none."""
+    """Remove the wires and leave the plain LoRA that `connect` found; `ValueError` if there are none."""
     connected(base_model(model), adapter_name).clear(model)
 
 
@@ -141,11 +141,11 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Turns on non-reentrant gradient checkpointing that keeps the shortcuts of a connected model intact.
+    """Turn on non-reentrant gradient checkpointing that keeps the shortcuts of a connected model intact.
 
     Works for transformers and diffusers models. Leave the trainer's own flag off: it would re-enable checkpointing of
-    the other kind. With the shortcuts `input` and `middle`, `torch.compile` cannot follow it: leave one of the
-    two out, or use `block`. Raises `ValueError` for a model that cannot checkpoint.
+    the other kind. With the shortcuts `input` and `middle`, `torch.compile` cannot follow it: leave one of the two out,
+    or use `block`. Raises `ValueError` for a model that cannot checkpoint.
     """
     base = base_model(model)
     connection = connection_of(base)
@@ -179,7 +179,7 @@ def merge(
     adapter_name: str = "default",
     max_rank: int | None = None,
 ) -> MergeReport:
-    """Folds the residual paths into plain LoRA weights, in place; the model is ordinary PEFT LoRA afterwards.
+    """Fold the residual paths into plain LoRA weights, in place; the model is ordinary PEFT LoRA afterwards.
 
     `method`: `none`, `input` (Eqs. 6-9, 12), `weights` (Eqs. 10-11, 13), `lstsq` (ours), or `auto`: exact for
     block-shortcuts (Eq. 5, rank (m + 1) r, cut to `max_rank` if given), else `lstsq` with calibration, else `input`
@@ -222,7 +222,7 @@ def merge(
 
 
 def _resolve(name: str, connection: Connection, calibration: object, max_rank: int | None) -> str:
-    """The name of the merge that will run, after checking that it can."""
+    """Return the name of the merge that will run, after checking that it can."""
     if name not in merges.NAMES:
         raise ValueError(f"method={name!r} is not one of {', '.join(map(repr, merges.NAMES))}")
     shortcut = connection.shortcut
@@ -292,7 +292,7 @@ def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection)
 
 
 def _base_weight(layer: LoraLayer) -> torch.Tensor:
-    """The frozen weight as q x p (`Conv1D` stores p x q), dequantised."""
+    """Return the frozen weight as q x p (`Conv1D` stores p x q), dequantised."""
     weight = dequantize_module_weight(layer.get_base_layer()).detach()
     return weight.t() if getattr(layer, "fan_in_fan_out", False) else weight
 
@@ -304,7 +304,7 @@ def _merge_chains(
     merge_chain: Merge,
     calibration: Iterable[Mapping] | None,
 ) -> tuple[list[list[Merged]], list[str]]:
-    """Merges every chain; methods that need no statistics first, so that calibration can measure what they lose.
+    """Merge every chain; methods that need no statistics first, so that calibration can measure what they lose.
 
     Returns the results, and notes on how they came about.
     """

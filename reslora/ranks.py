@@ -22,12 +22,12 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def changes_base(config: LoraConfig) -> bool:
-    """Whether the adapter's initialisation has changed the frozen weights by an amount that depends on the rank."""
+    """Return whether the adapter's initialisation has changed the frozen weights by an amount that depends on the rank."""
     return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(CHANGES_BASE)
 
 
 def prepared(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
-    """The new factors with the device and dtype of the old ones: whatever of a merge takes memory is done here."""
+    """Return the new factors with the device and dtype of the old ones: whatever of a merge takes memory is done here."""
     factors = []
     with torch.inference_mode(False):  # tensors made in a caller's inference mode can never be trained
         for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
@@ -38,7 +38,7 @@ def prepared(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
 
 
 def write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:
-    """Puts factors that are `prepared` in place; a changed rank takes new linear layers of the old mode."""
+    """Put factors that are `prepared` in place; a changed rank takes new linear layers of the old mode."""
     for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
         old = modules[adapter_name]
         if old.weight.shape == value.shape:
@@ -78,7 +78,7 @@ def declare(config: LoraConfig, layers: dict[str, LoraLayer], adapter_name: str)
 
 
 def nominal(layer: LoraLayer | LycorisLayer, adapter_name: str) -> float:
-    """The scaling that a layer's rank and alpha say."""
+    """Return the scaling that a layer's rank and alpha say."""
     rank = layer.r[adapter_name]
     alpha = (layer.lora_alpha if isinstance(layer, LoraLayer) else layer.alpha)[adapter_name]
     if hasattr(layer, "lora_E"):  # AdaLoRA, which divides by its rank of the moment in the forward
@@ -87,13 +87,13 @@ def nominal(layer: LoraLayer | LycorisLayer, adapter_name: str) -> float:
 
 
 def rescaled(layers: Mapping[str, LoraLayer | LycorisLayer], adapter_name: str) -> dict[str, float]:
-    """The scaling of the layers where it is not what rank and alpha say."""
+    """Return the scaling of the layers where it is not what rank and alpha say."""
     found = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}
     return {name: scale for name, scale in found.items() if not _close(scale, nominal(layers[name], adapter_name))}
 
 
 def rescale(layers: Mapping[str, LoraLayer], scaling: Mapping[str, float], adapter_name: str) -> None:
-    """Gives layers the scaling that `rescaled` found, and all others what their rank and alpha say."""
+    """Give layers the scaling that `rescaled` found, and all others what their rank and alpha say."""
     for name, layer in layers.items():
         scale = scaling.get(name, nominal(layer, adapter_name))
         if not _close(float(layer.scaling[adapter_name]), scale):
@@ -160,16 +160,18 @@ def _patterns(values: dict[str, float], changed: dict[str, int], default: float,
 
 
 def _alpha(scaling: float, root: float) -> float:
-    """The alpha with `alpha / root == scaling` but for rounding; a whole number, as users write it, where it is one."""
+    """Return the alpha with `alpha / root == scaling` but for rounding; a whole number, as users write it, where it is
+    one.
+    """
     return whole(scaling * root)
 
 
 def commonest(values: Iterable[float]) -> Any:
-    """The value that occurs most often; of several the first."""
+    """Return the value that occurs most often; of several the first."""
     found = list(values)
     return max(dict.fromkeys(found), key=found.count)
 
 
 def whole(value: float) -> float:
-    """A whole number as one."""
+    """Return a whole number as one."""
     return int(value) if float(value).is_integer() else value

@@ -40,16 +40,16 @@ class Gram:
         return sum(itemsize * (size - first) * min(PANEL, size - first) for first in range(0, size, PANEL))
 
     def add(self, x: torch.Tensor) -> None:
-        """Adds the rows of `x` (T x n)."""
+        """Add the rows of `x` (T x n)."""
         for columns, panel in zip(x.split(PANEL, dim=1), self.panels, strict=True):
             panel.addmm_(x[:, -len(panel) :].t(), columns)
 
     def trace(self) -> float:
-        """The sum of the diagonal."""
+        """Return the sum of the diagonal."""
         return sum(float(_double(panel.diagonal()).sum()) for panel in self.panels)
 
     def factorise(self, ridge: float) -> None:
-        """Writes L over the sum S, with `S + ridge I = L L^T`."""
+        """Write L over the sum S, with `S + ridge I = L L^T`."""
         self.ridge = ridge
         for k, panel in enumerate(self.panels):
             panel = self.panels[k] = _double(panel)
@@ -89,7 +89,7 @@ def _double(x: torch.Tensor) -> torch.Tensor:
 
 
 def _parts(panel: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first rows, as many as there are columns unless `count` says so, and the rest."""
+    """Return the first rows, as many as there are columns unless `count` says so, and the rest."""
     count = panel.shape[1] if count is None else count
     return panel[:count], panel[count:]
 
@@ -116,7 +116,7 @@ class Inputs:
         return Gram.nbytes(self.width, self.itemsize), Gram.nbytes(self.width, 8 - self.itemsize)
 
     def add(self, x: torch.Tensor) -> None:
-        """Adds rows (T x p); they are copied, for the model may go on to overwrite them."""
+        """Add rows (T x p); they are copied, for the model may go on to overwrite them."""
         self.count += len(x)
         if self.dual and 2 * self.count > self.width:
             self.dual, self.gram = False, Gram(x, self.width)
@@ -128,7 +128,7 @@ class Inputs:
             self.gram.add(x)
 
     def factorise(self) -> None:
-        """Makes `fit` and `quadratic` possible; no rows can be added any more."""
+        """Make `fit` and `quadratic` possible; no rows can be added any more."""
         if self.dual:
             self.gram = Gram(next(self._columns()), self.count)
             for columns in self._columns():

@@ -36,7 +36,7 @@ class Trace:
     """The layers that read one and the same tensor, in execution order."""
 
     def apart(self, holder: str, before: str) -> str:
-        """Why `holder` does not go on with the stream that `before` returned; empty if it does."""
+        """Return why `holder` does not go on with the stream that `before` returned; empty if it does."""
         if before.startswith(holder + "."):  # a list inside the module, with a layer of the same role after it
             return ""
         if before in self._back_from(self._stream(holder), self._stream):
@@ -46,8 +46,11 @@ class Trace:
         return f"another stream: {holder} does not read what {before} returned"
 
     def _stream(self, holder: str) -> set[str]:
-        """The holders that `holder` goes on with. Where streams meet that had nothing in common, as an image's and a
-        caption's, a new one begins, unless a list of equal modules merely takes something in on its way."""
+        """Return the holders that `holder` goes on with.
+
+        Where streams meet that had nothing in common, as an image's and a caption's, a new one begins, unless a list of
+        equal modules merely takes something in on its way.
+        """
         sources = self.reads[holder]
         if any(sources <= self._back_from({source}, self.reads.__getitem__) for source in sources):
             return sources
@@ -65,7 +68,7 @@ class Trace:
 
 
 def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | None) -> Trace:
-    """Runs one forward, on the meta device where possible, and returns what it showed.
+    """Run one forward, on the meta device where possible, and return what it showed.
 
     `holders` maps the paths of the layers to watch to the paths of the modules that hold them (a layer may hold
     itself); `example_inputs` are keyword arguments of `base` (default: made from its configuration, or its own
@@ -98,7 +101,7 @@ def _untraceable(base: nn.Module, error: Exception) -> str:
 
 
 def meta_copy(base: nn.Module, adapters: bool = True) -> nn.Module:
-    """Returns a copy of `base` without storage, in eval mode, and without hooks: nothing of it reaches the original.
+    """Return a copy of `base` without storage, in eval mode, and without hooks: nothing of it reaches the original.
 
     Its norms only copy what they read. Without `adapters` what PEFT's layers have wrapped stands in their places, and
     linear layers leave out their biases, so it is made and run faster.
@@ -183,7 +186,7 @@ class _Watch:
             ]
 
     def detach(self) -> None:
-        """Removes the hooks."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
@@ -216,7 +219,9 @@ class _Watch:
 
 
 def _hidden_states(module: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """The tensors of the first argument, in the order of the signature, that holds any of real or complex numbers."""
+    """Return the tensors of the first argument, in the order of the signature, that holds any of real or complex
+    numbers.
+    """
     try:
         arguments = list(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.values())
     except (TypeError, ValueError):
@@ -225,7 +230,7 @@ def _hidden_states(module: nn.Module, args: tuple, kwargs: dict) -> list[torch.T
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
-    """The tensors in `value`, at any depth, that can have a gradient."""
+    """Return the tensors in `value`, at any depth, that can have a gradient."""
     return [leaf for leaf in tree_leaves(value) if _differentiable(leaf)]
 
 
@@ -234,7 +239,7 @@ def _differentiable(value: object) -> bool:
 
 
 def _fresh(holder: str, value: Any) -> Any:
-    """The same numbers without their history, which begins at `holder`."""
+    """Return the same numbers without their history, which begins at `holder`."""
     if not _differentiable(value):
         return value
     with torch.enable_grad():
@@ -245,7 +250,7 @@ def _fresh(holder: str, value: Any) -> Any:
 
 
 def _origins(tensors: list[torch.Tensor]) -> set[str]:
-    """The holders whose outputs `tensors` depend on."""
+    """Return the holders whose outputs `tensors` depend on."""
     found: set[str] = set()
     left: list[Any] = [tensor.grad_fn for tensor in tensors]
     seen = {None}
@@ -262,7 +267,7 @@ def _origins(tensors: list[torch.Tensor]) -> set[str]:
 
 @contextmanager
 def _undisturbed(base: nn.Module) -> Iterator[None]:
-    """Runs its body with the model in eval mode, without checkpointing; all is as before afterwards."""
+    """Run its body with the model in eval mode, without checkpointing; all is as before afterwards."""
     checkpointing = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
     with _same_random(base), evaluating(base):
         try:
@@ -282,7 +287,7 @@ def _same_random(base: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Puts every module of the models into eval mode for its body and restores each module's own mode."""
+    """Put every module of the models into eval mode for its body and restore each module's own mode."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:

@@ -45,7 +45,7 @@ class Connection:
         return before_each(len(chain), self.config.reach)
 
     def alive(self, base: nn.Module) -> bool:
-        """Whether the adapter it was made for is still on the model: it can be deleted, unloaded or replaced."""
+        """Return whether the adapter it was made for is still on the model: it can be deleted, unloaded or replaced."""
         layers = _present_layers(base, self.adapter_name).values()
         marks = [
             vars(layer.lora_A[self.adapter_name]).get(_MARK) for layer in layers if self.adapter_name in layer.lora_A
@@ -53,7 +53,7 @@ class Connection:
         return any(mark is self.wires for mark in marks) if marks else bool(layers)
 
     def clear(self, model: nn.Module) -> None:
-        """Takes away all that `attach_wires` has put on the model."""
+        """Take away all that `attach_wires` has put on the model."""
         base = base_model(model)
         guards.remove(model)
         for module in base.modules():
@@ -72,7 +72,7 @@ class Connection:
 
 
 def connection_of(base: nn.Module) -> Connection | None:
-    """The connection of a base model, or None; one whose adapter went away meanwhile counts as none."""
+    """Return the connection of a base model, or None; one whose adapter went away meanwhile counts as none."""
     connection = vars(base).get("_reslora")
     if connection is not None and not connection.alive(base):
         connection.clear(base)
@@ -81,7 +81,7 @@ def connection_of(base: nn.Module) -> Connection | None:
 
 
 def connected(base: nn.Module, adapter_name: str) -> Connection:
-    """The connection of a base model under that name; `ValueError` if it has none, or another."""
+    """Return the connection of a base model under that name; `ValueError` if it has none, or another."""
     connection = connection_of(base)
     if connection is None:
         raise ValueError(
@@ -96,7 +96,7 @@ def connected(base: nn.Module, adapter_name: str) -> Connection:
 
 
 def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, plan: Chains) -> Connection:
-    """Wires the layers of a model as `plan` says; what `connect` does once it has checked everything."""
+    """Wire the layers of a model as `plan` says; what `connect` does once it has checked everything."""
     base = base_model(model)
     layers = lora_layers(base, adapter_name)
     wires = Wires(_recorded(plan, config), config.window)
@@ -116,7 +116,7 @@ def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, pla
 
 
 def _share(plan: Chains, layers: dict[str, LoraLayer], adapter: str) -> bool:
-    """Lets the blocks that read one tensor share one product; returns whether there are any."""
+    """Let the blocks that read one tensor share one product; returns whether there are any."""
     for names in plan.readers:
         factors = {name: (layers[name].lora_variant[adapter], layers[name].lora_A[adapter]) for name in names}
         stacks = {name: [own, *variant.others()] for name, (variant, own) in factors.items()}
@@ -140,7 +140,7 @@ def _hook(base: nn.Module, plan: Chains, wires: Wires) -> list:
 
 
 def _parts(plan: Chains) -> list[str]:
-    """The modules that hold chains and cut none in two: these can run alone, as `generate` runs an encoder."""
+    """Return the modules that hold chains and cut none in two: these can run alone, as `generate` runs an encoder."""
     whole, cut = set(), set()
     for chain in plan:
         above = [set(itertools.accumulate(block.name.split(".")[:-1], "{}.{}".format)) for block in chain]

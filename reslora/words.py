@@ -14,10 +14,10 @@ def counted(number: int, what: str) -> str:
 
 
 def are(number: int) -> str:
-    """The verb for so many: 1 of 3 images is read, 2 of them are."""
+    """Return the verb for so many: 1 of 3 images is read, 2 of them are."""
     return "is" if number == 1 else "are"
 
 
 def printable(text: str) -> str:
-    """The text with its control characters escaped: a file name, or a caption, may hold a terminal's commands."""
+    """Return the text with its control characters escaped: a file name, or a caption, may hold a terminal's commands."""
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in CONTROLS else c for c in text)

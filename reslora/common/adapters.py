@@ -63,7 +63,7 @@ _CONTROL = "control"  # in the file's header
 
 
 def known_targets(model_type: str) -> list[str] | None:
-    """Returns the layers that LoRA adapts in a transformers model type, as PEFT lists them; None for an unknown type.
+    """Return the layers that LoRA adapts in a transformers model type, as PEFT lists them; None for an unknown type.
 
     Query and value projections for the models of the paper: `q_proj`, `v_proj` (LLaMA), `query`, `value` (RoBERTa,
     BERT).
@@ -82,7 +82,7 @@ def attach(
     example_inputs: dict | None = None,
     in_place: bool = False,
 ) -> nn.Module:
-    """Gives a bare `model` the adapter of `config`, connects it as `shortcuts` says, and returns the model to train.
+    """Give a bare `model` the adapter of `config`, connects it as `shortcuts` says, and return the model to train.
 
     transformers' and other models are wrapped (`get_peft_model`) unless `in_place`; diffusers' always get it in place
     (`add_adapter`). Then it is the model itself that is returned. `example_inputs` as in `reslora.connect`. Weights
@@ -103,7 +103,7 @@ def attach(
 
 
 def check_rank(model: nn.Module, config: PeftConfig) -> None:
-    """Raises `ValueError` where the rank exceeds the smaller side of an adapted layer, naming the narrowest layer.
+    """Raise `ValueError` where the rank exceeds the smaller side of an adapted layer, naming the narrowest layer.
 
     What it would add costs memory and cannot change the weight's update. LoKr and OFT take any: theirs is no rank of a
     layer, and a large one means full factors or blocks.
@@ -118,7 +118,7 @@ def check_rank(model: nn.Module, config: PeftConfig) -> None:
 
 
 def narrowest_layer(model: nn.Module, config: PeftConfig) -> tuple[str, float]:
-    """Returns the adapted layer with the smallest side, and that side, which no rank should exceed.
+    """Return the adapted layer with the smallest side, and that side, which no rank should exceed.
 
     The side is infinite where nothing is adapted, for LoKr and for OFT. Layers with a rank of their own do not count.
     """
@@ -187,13 +187,13 @@ class RankAllocator:
         return self.tuner.peft_config[self.tuner.trainable_adapter_name]
 
     def factors(self) -> list[nn.Parameter]:
-        """The matrices that the regularizer wants orthonormal, those of A before those of B in every layer."""
+        """Return the matrices that the regularizer wants orthonormal, those of A before those of B in every layer."""
         name = self.tuner.trainable_adapter_name
         layers = [layer for layer in self.tuner.model.modules() if hasattr(layer, "lora_E") and name in layer.lora_E]
         return [factor for layer in layers for factor in (layer.lora_A[name], layer.lora_B[name])]
 
     def penalty(self) -> torch.Tensor:
-        """The regularizer, a scalar: how far rows of A and columns of B are from orthonormal.
+        """Return the regularizer, a scalar: how far rows of A and columns of B are from orthonormal.
 
         Frobenius norms of `A A^T - I` and `B^T B - I`, averaged over all factors and weighted (Zhang et al., 2023).
         """
@@ -204,10 +204,10 @@ class RankAllocator:
         return self._config.orth_reg_weight * torch.stack(norms).mean()
 
     def add_gradient(self, accelerator: Accelerator) -> None:
-        """Adds the penalty's gradient to those of a step; to be called after every backward, before they are clipped.
+        """Add the penalty's gradient to those of a step; to be called after every backward, before they are clipped.
 
-        Every process adds the same after the gradients are averaged; `torch.autograd.grad` passes DDP's hooks by.
-        Where several forwards make a step, it is added after the last one.
+        Every process adds the same after the gradients are averaged; `torch.autograd.grad` passes DDP's hooks by. Where
+        several forwards make a step, it is added after the last one.
         """
         if not accelerator.sync_gradients:
             return
@@ -221,7 +221,7 @@ class RankAllocator:
         return temporarily(self._config, orth_reg_weight=0.0)
 
     def step(self, global_step: int) -> None:
-        """Moves ranks; to be called after the optimizer's step number `global_step`, before its gradients go."""
+        """Move ranks; to be called after the optimizer's step number `global_step`, before its gradients go."""
         self.tuner.update_and_allocate(global_step)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -235,7 +235,7 @@ class RankAllocator:
         return state | {f"{_RANKS}/{name}": torch.tensor(kept) for name, kept in pattern.items()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes over what `state_dict` returned; `ValueError`, and nothing changed, if it is another model's."""
+        """Take over what `state_dict` returned; `ValueError`, and nothing changed, if it is another model's."""
         parameters = dict(self.tuner.model.named_parameters())
         averages: dict[str, dict] = {kind: {} for kind in _AVERAGES}
         pattern = {}
@@ -262,7 +262,7 @@ def rank_allocator(model: nn.Module) -> RankAllocator | None:
 
 
 def as_plain_lora(model: nn.Module) -> nn.Module:
-    """Turns AdaLoRA into the plain LoRA that it amounts to, `s B diag(E) A`, and returns the model to use from here on.
+    """Turn AdaLoRA into the plain LoRA that it amounts to, `s B diag(E) A`, and return the model to use from here on.
 
     The base model stays the same, with its weights untouched; one with the adapter in place is returned itself. The
     rank is the one AdaLoRA started with, the scaling 1; outputs are equal but for rounding. `ValueError` for a model
@@ -345,7 +345,7 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Writes what training changes, never the base: by `reslora.save` if connected, else as `adapter.safetensors`.
+    """Write what training changes, never the base: by `reslora.save` if connected, else as `adapter.safetensors`.
 
     With a checksum of each file. Raises `Diverged`, and writes nothing, if a weight is not finite. With several
     processes, call it on rank 0.
@@ -364,7 +364,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Reads what `save_adapter` wrote into a model with a matching adapter, connected as the saved one was.
+    """Read what `save_adapter` wrote into a model with a matching adapter, connected as the saved one was.
 
     Raises `ValueError` if files are missing or damaged, or if names or shapes differ; the model is unchanged then.
     """

@@ -116,7 +116,7 @@ def line_chart(title: str, x_title: str, lines: Sequence[Line], mark: float | No
 
 @functools.lru_cache(maxsize=64)
 def _svg(title: str, x_title: str, lines: tuple[Line, ...]) -> tuple[str, Point]:
-    """The chart without its mark, and the ends of its x axis: a slider moves the mark many times a second."""
+    """Return the chart without its mark, and the ends of its x axis: a slider moves the mark many times a second."""
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
     axes = figure.add_axes(BOX)
     for number, line in enumerate(lines):
@@ -189,7 +189,7 @@ class Axes:
 
 
 def chart(series: Sequence[Series], axes: Axes) -> str:
-    """A figure with its legend; empty without a finite point."""
+    """Return a figure with its legend; empty without a finite point."""
     points = [point for each in series for point in (*each.line, *each.dots) if all(map(math.isfinite, point))]
     if not points:
         return ""
@@ -223,7 +223,7 @@ def _places(points: Sequence[Point], axes: Axes) -> Places:
 
 
 def _padded(low: float, high: float, share: float) -> Point:
-    """A range with some room at its ends, and never empty."""
+    """Return a range with some room at its ends, and never empty."""
     room = (high - low) * share or abs(low) * share or 1.0
     return low - room, high + room
 
@@ -251,7 +251,7 @@ def _grid(place: Places, axes: Axes) -> str:
 
 
 def _of_series(series: Series, place: Places) -> str:
-    """The line, which has gaps where values are not finite, the dots, and a ring around what is chosen."""
+    """Return the line, which has gaps where values are not finite, the dots, and a ring around what is chosen."""
     path, pen = "", "M"
     for x, y in series.line:
         path += f"{pen}{place.x(x):.1f} {place.y(y):.1f}" if math.isfinite(y) else ""
@@ -278,7 +278,7 @@ def _dot(x: float, y: float, number: int, hollow: bool = False) -> str:
 
 
 def interval(verdict_interval: Point, mean: float, farthest: float) -> str:
-    """A bar from one end of an interval to the other with its mean and zero, on a scale to `farthest` both ways."""
+    """Return a bar from one end of an interval to the other with its mean and zero, on a scale to `farthest` both ways."""
     low, at, high = (75 + 70 * value / farthest for value in (verdict_interval[0], mean, verdict_interval[1]))
     return (
         '<svg class="interval" viewBox="0 0 150 16" aria-hidden="true"><path class="zero" d="M75 0V16"/>'

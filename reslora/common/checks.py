@@ -12,7 +12,7 @@ from .errors import InvalidArgument
 
 
 def is_whole(value: object, least: int, most: float = math.inf) -> bool:
-    """Whether a value is a whole number of at least `least` and at most `most`."""
+    """Return whether a value is a whole number of at least `least` and at most `most`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
@@ -22,7 +22,7 @@ def whole_in_words(least: int, most: float = math.inf) -> str:
 
 
 def is_number(value: float, least: float, below: float = math.inf, exclusive: bool = False) -> bool:
-    """Whether a number is finite, as a float too, and in [least, below), or above `least` where `exclusive`."""
+    """Return whether a number is finite, as a float too, and in [least, below), or above `least` where `exclusive`."""
     finite = abs(value) <= sys.float_info.max
     return finite and value < below and (value > least if exclusive else value >= least)
 
@@ -47,7 +47,7 @@ def is_path(name: str) -> bool:
 
 
 def check_writable(folder: Path, argument: str) -> None:
-    """Raises `InvalidArgument`, which names `argument`, unless a folder can be written, or made."""
+    """Raise `InvalidArgument`, which names `argument`, unless a folder can be written, or made."""
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InvalidArgument(argument, f"{parent} is not a folder that can be written", "choose another")

@@ -48,7 +48,7 @@ Settings = dict[str, Any]
 
 
 def put_on(model: nn.Module, settings: Settings) -> None:
-    """Gives a model with plain LoRA its alphas or its rotations, in place of earlier ones."""
+    """Give a model with plain LoRA its alphas or its rotations, in place of earlier ones."""
     base = base_model(model)
     layers, config = lora_layers(base, DEFAULT), base.peft_config[DEFAULT]
     _take_off(base, keep=False)
@@ -68,7 +68,7 @@ def settings_of(model: nn.Module) -> Settings | None:
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """Folds rotations into plain LoRA, `A (I + c sum_k R_k)` and B, in place, and returns the model."""
+    """Fold rotations into plain LoRA, `A (I + c sum_k R_k)` and B, in place, and return the model."""
     _take_off(base_model(model), keep=True)
     return model
 

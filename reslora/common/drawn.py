@@ -11,16 +11,16 @@ PROMPTS = "prompts.json"
 
 
 def is_of(record: object, number: int, prompt: str | None) -> bool:
-    """Whether samples with a prompt's number are of that prompt, by that file's content, if there is one."""
+    """Return whether samples with a prompt's number are of that prompt, by that file's content, if there is one."""
     drawn = record.get("prompts") if isinstance(record, dict) else None
     return not isinstance(drawn, list) or drawn[number : number + 1] == [prompt]
 
 
 def shows(samples: Path, number: int, prompt: str) -> bool:
-    """Whether the samples in a folder with a prompt's number are of that prompt."""
+    """Return whether the samples in a folder with a prompt's number are of that prompt."""
     return is_of(read_object(samples / PROMPTS), number, prompt)
 
 
 def by_step(samples: Path) -> dict[int, Path]:
-    """The folders in `samples`, by the step at which they were drawn."""
+    """Return the folders in `samples`, by the step at which they were drawn."""
     return {int(path.name[5:]): path for path in samples.glob("step-*") if path.name[5:].isdigit()}

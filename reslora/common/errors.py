@@ -48,7 +48,7 @@ class EndedElsewhere(Exception):
 
 @contextlib.contextmanager
 def refused_as(argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """Turns what a reader raises inside into an `InvalidArgument` that names `argument` and `fix`.
+    """Turn what a reader raises inside into an `InvalidArgument` that names `argument` and `fix`.
 
     By default whatever it is: damaged files fail in as many ways as there are readers. `InvalidArgument` and
     `RunFailed` pass; memory that ran out is no fault of the files, and becomes a `RunFailed`.
@@ -66,7 +66,7 @@ def refused_as(argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Ex
 
 @contextlib.contextmanager
 def loaded_from_hub(argument: str, fix: str) -> Iterator[None]:
-    """Turns whatever keeps a data set from being loaded inside into an `InvalidArgument`; its code is never run."""
+    """Turn whatever keeps a data set from being loaded inside into an `InvalidArgument`; its code is never run."""
     try:
         yield
     except Exception as error:  # whatever a hub, a network or a parser can raise
@@ -85,7 +85,7 @@ def out_of_memory(error: BaseException | None) -> BaseException | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message without its full stop, or its class where it has none."""
+    """Return the first line of an error's message without its full stop, or its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
@@ -96,5 +96,5 @@ def another_ended(error: BaseException) -> str:
 
 
 def speaks() -> bool:
-    """Whether this process is the one of its machine that reports what all processes of a run find alike."""
+    """Return whether this process is the one of its machine that reports what all processes of a run find alike."""
     return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")

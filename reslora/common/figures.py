@@ -54,13 +54,12 @@ def comparison(
     side: int | None = None,
     above: tuple[str, Sequence[Image]] = ("", ()),
 ) -> None:
-    """Writes images as a grid: columns across; prompts, and under each its methods, down.
+    """Write images as a grid: columns across; prompts, and under each its methods, down.
 
-    `columns` holds the titles, which may have several lines; `rows` a prompt and, for each of its methods, a name
-    and an image for every column. `above`: a line and images that stand above it all, smaller, as many as there is
-    room for. All images are fitted into the size of the first one, whose longer side gets `side` pixels (SMALL or
-    LARGE where that is None); small ones are enlarged without steps, and a prompt too long for the figure is
-    shortened.
+    `columns` holds the titles, which may have several lines; `rows` a prompt and, for each of its methods, a name and
+    an image for every column. `above`: a line and images that stand above it all, smaller, as many as there is room
+    for. All images are fitted into the size of the first one, whose longer side gets `side` pixels (SMALL or LARGE
+    where that is None); small ones are enlarged without steps, and a prompt too long for the figure is shortened.
 
     Raises `OSError` for a file that is no image.
     """
@@ -94,11 +93,11 @@ def comparison(
 
 
 def loss_curves(path: str | os.PathLike, logs: Mapping[str, Sequence[dict]], held_out: int | None) -> None:
-    """Writes the training loss of each method (a running mean over a tenth of the steps) and its held-out loss.
+    """Write the training loss of each method (a running mean over a tenth of the steps) and its held-out loss.
 
-    `logs` holds the rows of each method's log (see `log.read_log`), `held_out` the number of held-out images;
-    without any (None or 0) there is no second plot. A third one has the last held-out loss by timestep, where that is
-    known. Losses that are not finite leave a gap.
+    `logs` holds the rows of each method's log (see `log.read_log`), `held_out` the number of held-out images; without
+    any (None or 0) there is no second plot. A third one has the last held-out loss by timestep, where that is known.
+    Losses that are not finite leave a gap.
     """
     splits = {"train": "training loss (running mean)"}
     if held_out:
@@ -195,12 +194,12 @@ def _pixels(image: Image, size: tuple[int, int]) -> np.ndarray:
 
 
 def _opened(image: Any) -> Any:
-    """A context with the image; what was opened for it is closed."""
+    """Return a context with the image; what was opened for it is closed."""
     return nullcontext(image) if isinstance(image, PIL.Image.Image) else PIL.Image.open(image)
 
 
 def _shortened(text: str, size: int, room: float) -> str:
-    """The text on one line, cut to a width in pixels."""
+    """Return the text on one line, cut to a width in pixels."""
     text = " ".join(text.split())
     if _width(text, size) <= room:
         return text
@@ -216,6 +215,8 @@ def _width(text: str, size: int) -> int:
 
 @functools.cache
 def _font(size: int) -> FontProperties:
-    """The font of a size in pixels, with those of FAMILIES that are installed: matplotlib complains of any other."""
+    """Return the font of a size in pixels, with those of FAMILIES that are installed: matplotlib complains of any
+    other.
+    """
     installed = set(font_manager.get_font_names())
     return FontProperties(family=[name for name in FAMILIES if name in installed], size=size * 72 / DPI)

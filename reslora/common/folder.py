@@ -27,7 +27,7 @@ _FILLED: dict[Path, os.stat_result] = {}
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; raises `InvalidArgument` naming the process that is in it."""
+    """Keep a second run out of the folder; raises `InvalidArgument` naming the process that is in it."""
     made = not folder.exists()
     with contextlib.ExitStack() as stack:
         try:
@@ -89,7 +89,7 @@ def _noted(folder: Path, noted: dict[Path, os.stat_result]) -> Iterator[None]:
 
 
 def check_held() -> None:
-    """Raises `RunFailed` where a folder that this process has locked is gone, before it is made anew, or another's.
+    """Raise `RunFailed` where a folder that this process has locked is gone, before it is made anew, or another's.
 
     Or where one in it that is being filled is gone: what is written from then on would be the second half alone. What
     `files.replacing` writes is preceded by it; ask before long work too, and before something is removed.
@@ -109,7 +109,7 @@ before_writing.append(check_held)
 
 
 def _is_still(folder: Path, before: os.stat_result) -> bool:
-    """Whether a folder is the one that it was."""
+    """Return whether a folder is the one that it was."""
     try:
         return os.path.samestat(folder.stat(), before)
     except (FileNotFoundError, NotADirectoryError):
@@ -119,7 +119,9 @@ def _is_still(folder: Path, before: os.stat_result) -> bool:
 
 
 def _lost(folder: Path) -> str:
-    """Why a folder that was locked is this run's no more, by its lock or, without one, as the disk says; else empty."""
+    """Return why a folder that was locked is this run's no more, by its lock or, without one, as the disk says; else
+    empty.
+    """
     number, process = _owner(folder)
     if process == _LENDERS.get(folder, this_process()):
         return ""

@@ -18,7 +18,7 @@ def read_log(path: str | os.PathLike) -> list[dict]:
 
 
 def count_damaged(path: str | os.PathLike) -> int:
-    """How many lines of a log are no rows."""
+    """Return how many lines of a log are no rows."""
     return sum(row is None for row in _lines(path))
 
 
@@ -41,13 +41,13 @@ class LogWriter:
         self.file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self, row: dict) -> None:
-        """Appends one row; it is in the file when this returns."""
+        """Append one row; it is in the file when this returns."""
         with self._named():
             self.file.write(_line(row))
             self.file.flush()
 
     def close(self) -> None:
-        """Closes the file; a row that did not fit is tried once more, and fails once more."""
+        """Close the file; a row that did not fit is tried once more, and fails once more."""
         with self._named():
             self.file.close()
 
@@ -62,7 +62,7 @@ class LogWriter:
 
 
 def of_split(rows: Iterable[dict], split: str) -> list[dict]:
-    """The rows of one split, `train` or `validation`."""
+    """Return the rows of one split, `train` or `validation`."""
     return [row for row in rows if row.get("split") == split]
 
 

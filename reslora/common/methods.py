@@ -242,7 +242,7 @@ METHODS = {
 
 
 def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
-    """Returns PEFT's configuration of a method, as its row in `METHODS` makes it; ResLoRA's is LoRA's.
+    """Return PEFT's configuration of a method, as its row in `METHODS` makes it; ResLoRA's is LoRA's.
 
     Raises `ValueError` for a method that is not in `METHODS`.
     """
@@ -265,15 +265,16 @@ _UNABLE = {
 
 
 def refuse_unable(names: Iterable[str], ability: str) -> None:
-    """Raises `InvalidArgument` for the first of these methods whose row says that it lacks the ability."""
+    """Raise `InvalidArgument` for the first of these methods whose row says that it lacks the ability."""
     for name in names:
         if not getattr(METHODS[name], ability):
             raise InvalidArgument(f"--method {name}", *_UNABLE[ability])
 
 
 def refuse_settings(names: Iterable[str], dropout: float, patterns: Mapping[str, Sequence[str] | None]) -> None:
-    """Raises `InvalidArgument` for the first of these methods that has no dropout, or no ranks and alphas by layer,
-    where such are given; `patterns` by the names of their flags."""
+    """Raise `InvalidArgument` for the first of these methods that has no dropout, or no ranks and alphas by layer,
+    where such are given; `patterns` by the names of their flags.
+    """
     for method in (METHODS[name] for name in names):
         if dropout and not method.dropout:
             problem = f"PEFT has none for --method {method.name}"
@@ -285,7 +286,7 @@ def refuse_settings(names: Iterable[str], dropout: float, patterns: Mapping[str,
 
 
 def check_steps(names: Iterable[str], steps: int | None, argument: str) -> None:
-    """Raises `InvalidArgument`, which names `argument`, where a method needs more steps than there are to be."""
+    """Raise `InvalidArgument`, which names `argument`, where a method needs more steps than there are to be."""
     for method in (METHODS[name] for name in names):
         if steps and steps < method.least_steps:
             problem = f"{method.title} needs {method.least_steps} to move ranks"

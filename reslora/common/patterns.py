@@ -64,7 +64,7 @@ def _number(field: str, text: str) -> float | None:
 
 
 def spell_out(model: nn.Module, config: PeftConfig) -> None:
-    """Gives the configuration, in place of its entries, one of the whole name of each layer that they fit.
+    """Give the configuration, in place of its entries, one of the whole name of each layer that they fit.
 
     Raises `InvalidArgument` where an entry fits no layer of `model` that is adapted, where two entries of unlike values
     fit one, or for a rank that is larger than the layer's smaller side (LoKr takes any).
@@ -102,5 +102,5 @@ def _of_whole_names(flag: str, given: Mapping[str, Any], layers: Iterable[str]) 
 
 
 def _whole(name: str) -> str:
-    """The pattern that fits this name and no other."""
+    """Return the pattern that fits this name and no other."""
     return "^" + re.escape(name)

@@ -22,12 +22,12 @@ def numbered(folder: Path, kind: str = "checkpoint") -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint, or of what it was merged into."""
+    """Return the step in the name of a checkpoint, or of what it was merged into."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def set_aside(checkpoint: Path, why: str = "is not of this line of training", mark: str = "set-aside") -> Path:
-    """Gives a checkpoint, or what is in its place, another name, and returns that: what is not ours is not removed.
+    """Give a checkpoint, or what is in its place, another name, and return that: what is not ours is not removed.
 
     A name that transformers does not take for a checkpoint's: it removes the older ones of these.
     """
@@ -41,7 +41,7 @@ def set_aside(checkpoint: Path, why: str = "is not of this line of training", ma
 
 
 def discard(old: Path) -> None:
-    """Removes what newer ones have replaced; training goes on where that cannot be done, and a line says so.
+    """Remove what newer ones have replaced; training goes on where that cannot be done, and a line says so.
 
     Under another name first: a kill half-way must not leave half a checkpoint.
     """
@@ -55,7 +55,7 @@ def discard(old: Path) -> None:
 
 
 def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: Iterable[str] = ()) -> None:
-    """Sets aside what training from `chosen` does not descend from: later checkpoints, or all where it is none of them.
+    """Set aside what training from `chosen` does not descend from: later checkpoints, or all where it is none of them.
 
     So those that a limit removes, and those whose places are taken, are always of one line. `found`: those called
     `checkpoint-<step>`, and what they were merged into; `place`: where the folder has the one of this step. `chosen`
@@ -93,7 +93,7 @@ def memory_reported(folder: Path) -> Iterator[None]:
 
 
 def refuse_afresh(output: Path, folder: Path, finished: bool) -> None:
-    """Raises `InvalidArgument` where to start from zero in `folder` would overwrite what was trained there.
+    """Raise `InvalidArgument` where to start from zero in `folder` would overwrite what was trained there.
 
     For who finds no checkpoint to go on from. `folder` is a part of --output_dir, or all.
     """
@@ -106,6 +106,6 @@ def refuse_afresh(output: Path, folder: Path, finished: bool) -> None:
 
 
 def cannot_be_loaded(checkpoint: Path | str, error: Exception) -> str:
-    """The line for a checkpoint that is whole and cannot be loaded all the same."""
+    """Return the line for a checkpoint that is whole and cannot be loaded all the same."""
     problem = f"{checkpoint} is whole, but cannot be loaded ({first_line(error)})"
     return f"{problem}; nothing on disk was changed: the same command tries again"

@@ -30,7 +30,7 @@ _GONE = ("Connection closed by peer", "Connection reset by peer", "remote proces
 def run_script(
     prog: str, main: Callable[[Sequence[str] | None, StopRequest], None], argv: Sequence[str] | None = None
 ) -> int:
-    """Runs `main(argv, stop)` and returns the script's exit status; what the user can mend is one line on stderr.
+    """Run `main(argv, stop)` and return the script's exit status; what the user can mend is one line on stderr.
 
     0; 2 for `InvalidArgument`; 1 for `RunFailed`, for memory that runs out and for files that cannot be read or
     written; 128 + signal after Ctrl-C or SIGTERM, which `stop` notes and `main` answers by raising `Stopped` once it
@@ -73,7 +73,7 @@ def warning_line(message: Warning | str, *where: object, **more: object) -> str:
 
 
 def shares_the_cpu() -> bool:
-    """Whether this is one of several processes on a machine without a GPU or another accelerator.
+    """Return whether this is one of several processes on a machine without a GPU or another accelerator.
 
     accelerate must be told: without a device it finds no backend, and would take each process for the only one. Its
     launcher does not pass `use_cpu` on to several. False with DeepSpeed, which accelerate drops where it is told.

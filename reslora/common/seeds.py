@@ -6,5 +6,5 @@ import hashlib
 
 
 def derive(*key: object) -> int:
-    """A 63-bit seed that depends on the whole key and nothing else, the same on every machine."""
+    """Return a 63-bit seed that depends on the whole key and nothing else, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1

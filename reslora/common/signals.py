@@ -68,13 +68,13 @@ class StopRequest:
         self._signal = number
 
     def shared(self, asked: bool) -> bool:
-        """Whether any process was `asked`, which this one notes as its own SIGTERM if it was not: all end alike."""
+        """Return whether any process was `asked`, which this one notes as its own SIGTERM if it was not: all end alike."""
         if asked and self.signal is None:
             self.signal = signal.SIGTERM
         return asked
 
     def check(self, message: str) -> None:
-        """Raises `Stopped` with the message if a stop was asked for: for long work that has nothing to save."""
+        """Raise `Stopped` with the message if a stop was asked for: for long work that has nothing to save."""
         if self.signal is not None:
             raise Stopped(message)
 
@@ -143,7 +143,7 @@ def _tell(text: str) -> None:
 
 
 def _launcher() -> int | None:
-    """The process id of the parent if that is a launcher; None for a shell, an application or a test."""
+    """Return the process id of the parent if that is a launcher; None for a shell, an application or a test."""
     parent = os.getppid()
     try:
         words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -154,7 +154,7 @@ def _launcher() -> int | None:
 
 
 def is_launcher(command: Sequence[str]) -> bool:
-    """Whether a command line, as words, is one of accelerate's, torch's or DeepSpeed's launchers."""
+    """Return whether a command line, as words, is one of accelerate's, torch's or DeepSpeed's launchers."""
     # The interpreter with its options and `-m` may come first; what follows further behind are the script's own words.
     return any(word in _LAUNCHERS or Path(word).name in _LAUNCHERS for word in command[:4])
 

@@ -16,7 +16,7 @@ MOST_NAMED = 8  # layers of a module, where it is told what to give in its place
 
 
 def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str] = ()) -> None:
-    """Raises `InvalidArgument` for --target_modules that fit a norm or a module made of layers; it names what would do.
+    """Raise `InvalidArgument` for --target_modules that fit a norm or a module made of layers; it names what would do.
 
     `targets` as PEFT takes them, ends of names or an expression; `whole` is its `modules_to_save`.
     """
@@ -41,14 +41,14 @@ def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence
 
 
 def _fitted(model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules that PEFT would adapt, by name."""
+    """Return the modules that PEFT would adapt, by name."""
     asked = targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(target_modules=asked, modules_to_save=list(whole) or None)
     return {name: part for name, part in model.named_modules() if name and check_target_module_exists(config, name)}
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether PEFT adapts it; of other types are quantised layers: a matrix of its own, and not made of others."""
+    """Return whether PEFT adapts it; of other types are quantised layers: a matrix of its own, and not made of others."""
     if isinstance(module, (*LAYERS, nn.MultiheadAttention)):
         return True
     own = chain(module.parameters(recurse=False), module.buffers(recurse=False))

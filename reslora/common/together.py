@@ -24,17 +24,17 @@ _DECIDING = ContextVar("deciding", default=False)
 
 
 def alone() -> bool:
-    """Whether this is the only process of its run."""
+    """Return whether this is the only process of its run."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 def is_main() -> bool:
-    """Whether this is the process that decides, writes and prints."""
+    """Return whether this is the process that decides, writes and prints."""
     return alone() or dist.get_rank() == 0
 
 
 def say(text: str) -> None:
-    """Prints once, however many processes and machines there are."""
+    """Print once, however many processes and machines there are."""
     if is_main():
         print(text, flush=True)
 
@@ -77,7 +77,7 @@ def each(do: Callable[[], T]) -> T:
 
 
 def gathered(value: T) -> list[T]:
-    """The value of each process, which must be picklable, by rank."""
+    """Return the value of each process, which must be picklable, by rank."""
     if alone():
         return [value]
     values: list = [None] * dist.get_world_size()
@@ -86,12 +86,12 @@ def gathered(value: T) -> list[T]:
 
 
 def any_of(condition: bool) -> bool:
-    """Whether the condition holds in any process. It costs no synchronisation with a GPU."""
+    """Return whether the condition holds in any process. It costs no synchronisation with a GPU."""
     return any_of_each([condition])[0]
 
 
 def any_of_each(conditions: Sequence[bool]) -> list[bool]:
-    """Which of the conditions hold in any process, by one exchange."""
+    """Return which of the conditions hold in any process, by one exchange."""
     if alone():
         return list(conditions)
     numbers = torch.tensor(conditions, dtype=torch.float32)
@@ -114,7 +114,7 @@ def _wait() -> None:
 
 
 def leave(everyone: bool) -> None:
-    """Leaves the groups of processes; where not `everyone` does, a GPU's group, which would wait, is left alone."""
+    """Leave the groups of processes; where not `everyone` does, a GPU's group, which would wait, is left alone."""
     patient = list(_PATIENT.values())
     _PATIENT.clear()
     if not (dist.is_available() and dist.is_initialized()):
@@ -131,7 +131,7 @@ _PATIENT: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
 def _patient() -> dist.ProcessGroup:
-    """All processes, by gloo whatever trains, for waits that outlast the ten minutes of a collective on GPUs."""
+    """Return all processes, by gloo whatever trains, for waits that outlast the ten minutes of a collective on GPUs."""
     world = dist.group.WORLD
     if world not in _PATIENT:
         _PATIENT[world] = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)

@@ -121,7 +121,9 @@ def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> No
 
 
 def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Options:
-    """The options with a rank where none is given: the default, or as much of it as the narrowest layer can have."""
+    """Return the options with a rank where none is given: the default, or as much of it as the narrowest layer can
+    have.
+    """
     if options.adapter.rank is not None:
         return options
     if isinstance(targets := targets_of(options.adapter.target_modules), str):
@@ -170,7 +172,7 @@ def try_method(
     config: PeftConfig,
     part: Part | None = None,
 ) -> None:
-    """Gives a model without weights, the denoiser or a `part`, the method's adapter, and sets out to measure it."""
+    """Give a model without weights, the denoiser or a `part`, the method's adapter, and set out to measure it."""
     add_adapter(model, method, adapter, training, config, part)
     if METHODS[method].measured:
         with gauged(method, model, shortcuts_of(adapter)):
@@ -232,7 +234,7 @@ def check_targets(denoiser: nn.Module, options: MethodOptions, tell: Callable[[s
 
 
 def matches(expression: str, name: str) -> bool:
-    """Whether a regular expression fits a whole name."""
+    """Return whether a regular expression fits a whole name."""
     try:
         return re.fullmatch(expression, name) is not None
     except re.error as error:
@@ -241,6 +243,6 @@ def matches(expression: str, name: str) -> bool:
 
 
 def model_targets(denoiser: nn.Module) -> list[str]:
-    """The last parts of the names of the denoiser's linear layers that occur most often."""
+    """Return the last parts of the names of the denoiser's linear layers that occur most often."""
     ends = [name.rpartition(".")[2] for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
     return sorted((end for end in set(ends) if not end.isdigit()), key=ends.count, reverse=True)[:4]

@@ -40,7 +40,7 @@ def content_mark(source: Content) -> str:
 
 
 def folder_mark(folder: Path) -> str:
-    """A hash of all files below a folder, but for weights that are never loaded: their names and contents."""
+    """Return a hash of all files below a folder, but for weights that are never loaded: their names and contents."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in UNREAD):
         digest.update(f"{path.relative_to(folder)} {content_mark(path)}\n".encode())

@@ -75,5 +75,5 @@ class Context:
 
 
 def weight_dtype(mixed_precision: str) -> torch.dtype:
-    """The dtype of the frozen parts."""
+    """Return the dtype of the frozen parts."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)

@@ -37,7 +37,7 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts as the options say and returns the exit status; what the user can mend is one line on stderr."""
+    """Convert as the options say and return the exit status; what the user can mend is one line on stderr."""
     take_any_file_name()
     try:
         args = build_parser().parse_intermixed_args(argv)
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All options."""
+    """Return all options."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="reslora-convert", description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -139,7 +139,7 @@ def check_overwrite(path: Path, args: argparse.Namespace) -> None:
 
 
 def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:
-    """The inputs' weighted sum, the names of its model's layers, what their headers agree on, and the dtype."""
+    """Return the inputs' weighted sum, the names of its model's layers, what their headers agree on, and the dtype."""
     from .model.lora_files.combining import summed
     from .model.lora_files.reading import read_content, read_parts
 
@@ -156,7 +156,7 @@ def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str
 
 
 def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:
-    """The LoRA of what tells two models apart, as `sum_of_inputs` returns it."""
+    """Return the LoRA of what tells two models apart, as `sum_of_inputs` returns it."""
     import torch
 
     from .content import folder_mark
@@ -185,7 +185,7 @@ def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], 
 
 
 def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Names, dict[str, str]]:
-    """The names of the layers of the model that is meant, and what a file's header says of it."""
+    """Return the names of the layers of the model that is meant, and what a file's header says of it."""
     from .model.lora_files.names import names_of
     from .model.lora_files.reading import family_of
 
@@ -202,7 +202,10 @@ def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Na
 
 
 def base_of_run(path: Path) -> str | None:
-    """The model that the run which wrote a file or folder was trained from, by its config.json; None outside a run."""
+    """Return the model that the run which wrote a file or folder was trained from, by its config.json;
+
+    None outside a run.
+    """
     path = path.resolve()
     for folder in (path, *path.parents):
         name = read_object(folder / "config.json").get("pretrained_model_name_or_path")
@@ -214,7 +217,7 @@ def base_of_run(path: Path) -> str | None:
 
 
 def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
-    """The same of a model's folder or its name on the hub."""
+    """Return the same of a model's folder or its name on the hub."""
     flag = f"--base {name}"
     if Path(name).is_file():
         raise InvalidArgument(flag, "a single file says nothing of the model", "give a folder in diffusers format")
@@ -223,7 +226,7 @@ def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
 
 
 def configured(name: str, family: Family | None, flag: str) -> tuple[Names, dict[str, str]]:
-    """The same, from a pipeline's configurations or those of a denoiser's folder."""
+    """Return the same, from a pipeline's configurations or those of a denoiser's folder."""
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     from .model.lora_files.names import names_of
@@ -262,5 +265,5 @@ def configured(name: str, family: Family | None, flag: str) -> tuple[Names, dict
 
 
 def is_sdxls(config: Mapping) -> bool:
-    """Whether a U-Net is told sizes, by its configuration; its class is that of other families too."""
+    """Return whether a U-Net is told sizes, by its configuration; its class is that of other families too."""
     return config.get("addition_embed_type") == "text_time"

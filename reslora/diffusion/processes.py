@@ -76,7 +76,7 @@ def precision_of(options: ModelOptions) -> str | None:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this is a CPU, and one with instructions for bf16."""
+    """Return whether this is a CPU, and one with instructions for bf16."""
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16")) and not torch.accelerator.is_available()
 
@@ -118,7 +118,7 @@ def quieten() -> None:
 
 
 def tracker_of(name: str) -> str | None:
-    """The tracker as accelerate takes it; raises `InvalidArgument` for one it does not know or cannot import."""
+    """Return the tracker as accelerate takes it; raises `InvalidArgument` for one it does not know or cannot import."""
     known, installed = sorted(map(str, LOGGER_TYPE_TO_CLASS)), set(map(str, get_available_trackers()))
     if name == "none" or (name == "tensorboard" and name not in installed):
         return None

@@ -47,13 +47,13 @@ class Prompt:
 
 
 def prompts_of(options: ValidationOptions) -> list[Prompt]:
-    """The prompts of --validation_prompt with their options."""
+    """Return the prompts of --validation_prompt with their options."""
     own_options = options.validation_prompt_options or ["{}"] * len(options.validation_prompt)
     return [Prompt(text, **json.loads(own)) for text, own in zip(options.validation_prompt, own_options, strict=True)]
 
 
 def from_file(values: Sequence[str]) -> tuple[list[str], list[str]] | None:
-    """The prompts and their options of the file that is named in the place of prompts; None where none is."""
+    """Return the prompts and their options of the file that is named in the place of prompts; None where none is."""
     files = [value for value in values if value.lower().endswith((*SUFFIXES, ".toml"))]
     if files and len(values) > 1:
         raise InvalidArgument(f"--validation_prompt {files[0]}", "a file beside other prompts", "give the one or these")
@@ -123,7 +123,7 @@ def _checked(options: dict, where: str) -> str:
 
 
 def settled(prompt: Prompt, data: DataOptions, validation: ValidationOptions, family: Family) -> Prompt:
-    """The prompt with every option filled in by the options, and guidance as the family's pipeline counts it."""
+    """Return the prompt with every option filled in by the options, and guidance as the family's pipeline counts it."""
     side = data.resolution[0]
     guidance = prompt.guidance_scale
     if prompt.cfg_scale is not None and not family.is_told_guidance:

@@ -158,7 +158,7 @@ def check_schedule(options: OptimizerOptions) -> None:
 
 
 def is_step_rules(text: str) -> bool:
-    """Whether diffusers can read the rules: `factor:step` pairs and a last factor."""
+    """Return whether diffusers can read the rules: `factor:step` pairs and a last factor."""
     *pairs, last = text.split(",")
     try:
         factors = [float(last), *(float(factor) for factor, _ in (pair.split(":") for pair in pairs))]

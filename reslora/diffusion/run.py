@@ -96,7 +96,7 @@ def begin(
     check: Callable[[], object],
     lock: Callable[[Path], contextlib.AbstractContextManager] = locked,
 ) -> tuple[list[ImageDataset], Context, Identity]:
-    """The images, the model, and what both are known by; in a folder that is locked until the stack closes.
+    """Return the images, the model, and what both are known by; in a folder that is locked until the stack closes.
 
     `check` refuses at once what its content does not allow.
     """
@@ -116,7 +116,7 @@ def begin(
 def encode(
     kinds: Sequence[ImageDataset], context: Context, goes_on: bool, track: bool = True
 ) -> tuple[DiffusionPipeline, Material]:
-    """The pipeline without its denoiser, and images and captions encoded; noted in the folder."""
+    """Return the pipeline without its denoiser, and images and captions encoded; noted in the folder."""
     pipeline, objective = each(lambda: load_and_check(context))
     if track:
         start_trackers(context)
@@ -126,7 +126,9 @@ def encode(
 
 
 def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], Context]:
-    """The images to be learnt, and class images where there are any, and all that is settled before they are used."""
+    """Return the images to be learnt, and class images where there are any, and all that is settled before they are
+    used.
+    """
     images = each(lambda: load_folders(options.model, options.data, options.training, options.output))
     context = settle(options, accelerator, stop)
     if decided(lambda: missing_class_images(context.options.data, context.options.output)):
@@ -143,7 +145,7 @@ def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> t
 
 
 def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Context:
-    """The model, and the options with all that it and accelerate decide; from here on they do not change."""
+    """Return the model, and the options with all that it and accelerate decide; from here on they do not change."""
     model = find_model(options.model, options.output, accelerator)
     check_family(options.adapter, options.training, model)
     start = None
@@ -157,7 +159,7 @@ def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Con
 
 
 def check_folder(options: Options) -> None:
-    """Refuses a folder whose content does not allow the run."""
+    """Refuse a folder whose content does not allow the run."""
     folder = Path(options.output.output_dir)
     Status(folder).say("preparing")
     if (folder / EXPERIMENT).exists():
@@ -194,7 +196,7 @@ def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
 
 
 def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> None:
-    """Refuses what can be refused without weights: methods, optimizers, and a run that takes too much memory."""
+    """Refuse what can be refused without weights: methods, optimizers, and a run that takes too much memory."""
     options, model, accelerator = context.options, context.model, context.accelerator
 
     def check() -> None:
@@ -211,7 +213,7 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> Non
 
 
 def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
-    """The pipeline without its denoiser, and the objective; refuses whatever can be refused before encoding."""
+    """Return the pipeline without its denoiser, and the objective; refuses whatever can be refused before encoding."""
     options, model, accelerator = context.options, context.model, context.accelerator
     context.status.say("loading the model")
     pipeline = model.load_pipeline(
@@ -229,7 +231,7 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
 
 
 def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
-    """Frees what encodes images, once all are encoded: samples need the decoder alone."""
+    """Free what encodes images, once all are encoded: samples need the decoder alone."""
     if context.options.data.cache_latents:
         pipeline.vae.encoder = nn.Identity()  # and not None: Qwen-Image's counts its layers even to decode
 

@@ -8,10 +8,10 @@ from ..common.seeds import derive
 
 
 def generator(*key: object) -> torch.Generator:
-    """A generator that starts from `derive(*key)`."""
+    """Return a generator that starts from `derive(*key)`."""
     return torch.Generator().manual_seed(derive(*key))
 
 
 def shuffled(length: int, *key: object) -> list[int]:
-    """The numbers below `length` in an order that depends on the key."""
+    """Return the numbers below `length` in an order that depends on the key."""
     return torch.randperm(length, generator=generator(*key)).tolist()

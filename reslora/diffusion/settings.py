@@ -124,7 +124,7 @@ def with_defaults(given: Given) -> dict[str, Any]:
 
 
 def is_bundled(model: str) -> bool:
-    """Whether a model is one of the pipelines in assets/."""
+    """Return whether a model is one of the pipelines in assets/."""
     return Path(model).resolve().parent == ASSETS
 
 

@@ -132,7 +132,7 @@ def check_at_once(processes: int, arms: int) -> None:
 
 
 def place_of(label: Label, arm: Arm) -> str:
-    """The folder of an arm inside that of its method."""
+    """Return the folder of an arm inside that of its method."""
     return f"{label.place}lr-{arm.rate:g}/seed-{arm.seed}"
 
 
@@ -140,7 +140,7 @@ def place_of(label: Label, arm: Arm) -> str:
 
 
 def in_order(grids: Grids, seeds: Sequence[int], losses: Losses) -> list[Arm]:
-    """The arms in the order in which they are trained, as far as the losses say it already.
+    """Return the arms in the order in which they are trained, as far as the losses say it already.
 
     Until all arms of the first seed have ended, these alone.
     """
@@ -155,7 +155,7 @@ def in_order(grids: Grids, seeds: Sequence[int], losses: Losses) -> list[Arm]:
 
 
 def arms_by_rate(rates: Mapping[str, Sequence[float]], seed: int) -> list[Arm]:
-    """The arms of a seed: every label at its first rate, then every label at its second."""
+    """Return the arms of a seed: every label at its first rate, then every label at its second."""
     longest = max(map(len, rates.values()))
     return [
         Arm(label, own[place], seed) for place in range(longest) for label, own in rates.items() if place < len(own)
@@ -163,7 +163,7 @@ def arms_by_rate(rates: Mapping[str, Sequence[float]], seed: int) -> list[Arm]:
 
 
 def coarse_to_fine(rates: Sequence[float]) -> list[float]:
-    """The middle one, then the middles of both halves, and so on."""
+    """Return the middle one, then the middles of both halves, and so on."""
     spans, found = [sorted(rates)], []
     for span in spans:  # which grows meanwhile
         if span:
@@ -174,7 +174,9 @@ def coarse_to_fine(rates: Sequence[float]) -> list[float]:
 
 
 def nearest(losses: Mapping[float, float]) -> list[float]:
-    """The rates by how many steps of the grid they are away from the best one; of two that are as far, the better."""
+    """Return the rates by how many steps of the grid they are away from the best one; of two that are as far, the
+    better.
+    """
     rates = sorted(losses)
     best = rates.index(min(rates, key=lambda rate: losses[rate]))
     return sorted(rates, key=lambda rate: (abs(rates.index(rate) - best), losses[rate]))
@@ -184,7 +186,7 @@ def nearest(losses: Mapping[float, float]) -> list[float]:
 
 
 def grown(grids: Grids, seeds: Sequence[int], losses: Losses) -> dict[str, list[float]]:
-    """The rates with one more of each label, if the best one of any is the lowest or highest that was tried.
+    """Return the rates with one more of each label, if the best one of any is the lowest or highest that was tried.
 
     Labels that have fewer than others catch up first, so that all have equally many. The same grids come back where
     every optimum is inside. `losses`: of all arms of at least the first seed.
@@ -202,13 +204,14 @@ def grown(grids: Grids, seeds: Sequence[int], losses: Losses) -> dict[str, list[
 
 
 def best_rate(label: str, rates: Sequence[float], seeds: Sequence[int], losses: Losses) -> float:
-    """The rate with the lowest mean loss over the seeds that all rates were tried with."""
+    """Return the rate with the lowest mean loss over the seeds that all rates were tried with."""
     common = [seed for seed in seeds if all(Arm(label, rate, seed) in losses for rate in rates)]
     return min(rates, key=lambda rate: sum(losses[Arm(label, rate, seed)] for seed in common))
 
 
 def with_next(rates: Sequence[float], best: float) -> list[float]:
-    """The rates with the next one of their geometric row, at the end that the best one is nearer to; the upper of two.
+    """Return the rates with the next one of their geometric row, at the end that the best one is nearer to; the upper
+    of two.
 
     It is rounded to three digits, so that it can be named.
     """
@@ -224,7 +227,7 @@ def rounded(rate: float) -> float:
 
 
 def continued(rates: Sequence[float], there: Sequence[float]) -> list[float]:
-    """The rates with what earlier extensions have added of their row: those of the next ones that are `there`."""
+    """Return the rates with what earlier extensions have added of their row: those of the next ones that are `there`."""
     found = list(rates)
     for _ in range(MOST_EXTENSIONS if len(rates) > 1 else 0):
         for end in (0, -1):

@@ -69,7 +69,7 @@ class Course:
         return Path(self.grid.base["output_dir"])
 
     def rates_there(self, label: Label) -> list[float]:
-        """The rates that an earlier start has added, by the names of folders."""
+        """Return the rates that an earlier start has added, by the names of folders."""
         if not self.grid.base.experiment.extend_rates:
             return []
         found = []
@@ -95,7 +95,7 @@ class Course:
         return options_of(self.grid, self.labels[arm.label], arm.rate, arm.seed)
 
     def arms(self) -> list[Arm]:
-        """All arms, by label, rate and seed."""
+        """Return all arms, by label, rate and seed."""
         return [Arm(label, rate, seed) for label, rates in self.grids.items() for rate in rates for seed in self.seeds]
 
     # -- what has become of them ---------------------------------------------------------------------------------------
@@ -105,17 +105,17 @@ class Course:
         return read_object(self.folder_of(arm) / ENDED)
 
     def end(self, arm: Arm, reason: str, memory: int | None, seconds: float) -> None:
-        """Notes that an arm has ended: well, or for a reason; after `seconds` of this start."""
+        """Note that an arm has ended: well, or for a reason; after `seconds` of this start."""
         known = {"status": "failed" if reason else "finished", "reason": reason, "memory_bytes": memory}
         write_json(self.folder_of(arm) / ENDED, known | {"wall_seconds": round(seconds, 3)})
 
     def select_losses(self, arm: Arm) -> dict[int, float]:
-        """The loss on the select images at every step that may be chosen."""
+        """Return the loss on the select images at every step that may be chosen."""
         rows = of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation")
         return {row["step"]: row["loss"] for row in rows if row["step"]}
 
     def losses(self) -> dict[Arm, float]:
-        """The lowest loss on the select images of each arm that has ended; infinite where it diverged.
+        """Return the lowest loss on the select images of each arm that has ended; infinite where it diverged.
 
         Raises `InvalidArgument` for one that has ended well and whose losses are gone.
         """
@@ -126,7 +126,7 @@ class Course:
         return found
 
     def lowest_loss(self, arm: Arm) -> float:
-        """The lowest loss on the select images of an arm that has ended well."""
+        """Return the lowest loss on the select images of an arm that has ended well."""
         losses, folder = self.select_losses(arm), self.folder_of(arm)
         lost = [step_of(path) for path in numbered(folder / ADAPTERS, "step") if step_of(path) not in losses]
         if lost or not losses:  # it would be chosen by what is left
@@ -135,7 +135,8 @@ class Course:
         return min(losses.values())
 
     def next_arm(self) -> Arm | None:
-        """The arm to train now; None where all have ended or are running, or none would end in the time that is left.
+        """Return the arm to train now; None where all have ended or are running, or none would end in the time that is
+        left.
 
         Where rates are to be extended, the grids grow first.
         """
@@ -150,7 +151,7 @@ class Course:
         return todo[0] if todo and self.has_time() else None
 
     def has_time(self) -> bool:
-        """Whether another arm may be expected to end within --experiment_minutes; the first one is not asked.
+        """Return whether another arm may be expected to end within --experiment_minutes; the first one is not asked.
 
         It may take as long as any that has ended: what a start has gone on with took longer than that start has seen.
         """

@@ -102,7 +102,7 @@ class Member:
     arm: Arm | None = None
 
     def tell(self, what: object) -> None:
-        """Sends it something; one that has ended is found out by who waits for it."""
+        """Send it something; one that has ended is found out by who waits for it."""
         with contextlib.suppress(OSError):
             self.connection.send(what)
 
@@ -119,7 +119,7 @@ class Crew:
 
     @contextlib.contextmanager
     def working(self, arms: int) -> Iterator[int]:
-        """Starts them, not more than there are arms, and ends them: where something has failed, at once. How many."""
+        """Start them, not more than there are arms, and end them: where something has failed, at once. How many."""
         context, size = multiprocessing.get_context("spawn"), min(self.size, arms)
         try:
             for number in range(size):
@@ -146,7 +146,7 @@ class Crew:
         member.tell((arm, grids))
 
     def ended(self) -> Arm:
-        """Waits for an arm to end, and returns it; raises where a stop is asked for or a member has ended."""
+        """Wait for an arm to end, and return it; raises where a stop is asked for or a member has ended."""
         while self.stop.signal is None:
             ready = wait([member.connection for member in self.members], PATIENCE)
             for member in self.members:
@@ -159,14 +159,14 @@ class Crew:
         raise Stopped("stopped while arms were trained")
 
     def end(self) -> None:
-        """Asks all to save and leave, and waits until they have; a second signal ends this process, and so them."""
+        """Ask all to save and leave, and wait until they have; a second signal ends this process, and so them."""
         for member in self.members:
             member.tell(STOP)
         for member in self.members:
             member.process.join()
 
     def fail(self, member: Member) -> None:
-        """Ends all for one that has ended by itself; it has said why, unless it was killed or asked to stop."""
+        """End all for one that has ended by itself; it has said why, unless it was killed or asked to stop."""
         member.process.join()
         self.end()
         status = member.process.exitcode or 0
@@ -179,13 +179,13 @@ class Crew:
 
 
 def arms_a_device(options: SharedExperimentOptions, device: torch.device) -> int:
-    """How many arms are trained at once on a GPU, or on the CPU."""
+    """Return how many arms are trained at once on a GPU, or on the CPU."""
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     return -(-(options.arms_at_once or 1) // count)
 
 
 def share_of(number: int, size: int) -> dict[str, str]:
-    """The environment of a member: its share of the cores, and one GPU after the other."""
+    """Return the environment of a member: its share of the cores, and one GPU after the other."""
     # Both: below accelerate's launcher one thread counts as none chosen, and cores are shared by local processes.
     share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // size)), "LOCAL_WORLD_SIZE": str(size)}
     if (count := torch.cuda.device_count()) == 0:

@@ -27,13 +27,16 @@ def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], li
 
 
 def enough_of(marks: Sequence[str]) -> float:
-    """The share that takes ENOUGH to test on, in hundredths; 1 where there are no more."""
+    """Return the share that takes ENOUGH to test on, in hundredths; 1 where there are no more."""
     places = sorted(derive("experiment", mark) / SPACE for mark in marks)
     return (math.floor(100 * places[ENOUGH - 1]) + 1) / 100 if len(places) > ENOUGH else 1
 
 
 def too_few(tested: int, unit: str, enough: float = 1) -> list[str]:
-    """A line where so few are tested on that hardly anything is shown, with what to do: `enough` is a share of all."""
+    """Return a line where so few are tested on that hardly anything is shown, with what to do:
+
+    `enough` is a share of all.
+    """
     if tested >= FEW:
         return []
     wider = f", or with --test_split {enough:g}" if enough <= LARGEST else ""

@@ -153,7 +153,7 @@ class Parts(Protocol):
 
 
 def facts_of(parts: Parts, libraries: Sequence[str]) -> Facts:
-    """The versions of these libraries and of this one, and how many are in each part."""
+    """Return the versions of these libraries and of this one, and how many are in each part."""
     split = Split(train=parts.trained, select=len(parts.select), test=len(parts.test), duplicates=parts.duplicates)
     return {"versions": {"reslora-sd": __version__} | {name: version(name) for name in libraries}, "split": split}
 

@@ -45,19 +45,21 @@ class Subject(ABC):
 
     @abstractmethod
     def train(self, arm: Arm) -> None:
-        """Trains an arm from where it stands to its exports, in every process; raises `Diverged` where it is lost."""
+        """Train an arm from where it stands to its exports, in every process; raises `Diverged` where it is lost."""
 
     def too_few(self) -> list[str]:
-        """A line where too few images or examples compare."""
+        """Return a line where too few images or examples compare."""
         return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
 
     def goes_on(self, ended: int, total: int) -> None:
-        """Reports in the status how many arms have ended, where they are trained at once."""
+        """Report in the status how many arms have ended, where they are trained at once."""
         self.status.say(f"training, {ended} of {counted(total, 'arm')} ended")
 
     def begins(self, phase: str, arm: Arm) -> None:
-        """Reports what is done with an arm next; raises `Stopped` where a stop was asked for. Like what follows, of the
-        main process alone."""
+        """Report what is done with an arm next; raises `Stopped` where a stop was asked for.
+
+        Like what follows, of the main process alone.
+        """
         self.stop.check(COMPARING)
         self.status.say(phase, self.course.name_of(arm))
 
@@ -67,10 +69,10 @@ class Subject(ABC):
 
     @abstractmethod
     def export(self, arm: Arm, step: int) -> list[str]:
-        """Writes the files of an arm's checkpoint into the experiment's folder; their names."""
+        """Write the files of an arm's checkpoint into the experiment's folder; their names."""
 
     def is_tested(self, arm: Arm, step: int) -> bool:
-        """Whether the test losses of an arm's checkpoint are on disk."""
+        """Return whether the test losses of an arm's checkpoint are on disk."""
         there = read_object(self.course.folder_of(arm) / TESTED)
         return there.get("step") == step and there.get("images") == self.marks
 

@@ -22,7 +22,7 @@ TIMINGS = ("runtime", "per_second", "jit", "model_preparation")
 
 
 def measured(logs: dict[str, float]) -> dict[str, float]:
-    """The figures of an evaluation by their names, without how long it took."""
+    """Return the figures of an evaluation by their names, without how long it took."""
     found = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
     return {name: value for name, value in found.items() if not any(word in name for word in TIMINGS)}
 
@@ -31,7 +31,7 @@ class Progress(ProgressCallback):
     """Shows the training loss behind the bar, where stock prints a line each time; evaluations get their line."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Shows the loss on the progress bar."""
+        """Show the loss on the progress bar."""
         if self.training_bar is None or not state.is_world_process_zero:
             return
         if "loss" in logs:
@@ -49,7 +49,7 @@ class AllocateRanks(TrainerCallback):
         self.allocator, self.accelerator = allocator, accelerator
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        """Moves ranks, unless the step was skipped."""
+        """Move ranks, unless the step was skipped."""
         if not self.accelerator.optimizer_step_was_skipped:
             self.allocator.step(state.global_step + 1)
 
@@ -73,7 +73,7 @@ class StopWhenAsked(TrainerCallback):
         self.training = False
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Asks for a checkpoint, and for no further step."""
+        """Ask for a checkpoint, and for no further step."""
         if self._asked() and state.global_step < state.max_steps:
             self.leaving = control.should_save = control.should_training_stop = True
             args.save_only_model = False  # who stops wants to go on
@@ -84,16 +84,17 @@ class StopWhenAsked(TrainerCallback):
             control.should_evaluate = control.should_save = control.should_log = False
 
     def on_prediction_step(self, args, state, control, **kwargs) -> None:
-        """Ends an evaluation after the training at once."""
+        """End an evaluation after the training at once."""
         self.check("stopped while evaluating; go on with --resume_from_checkpoint latest")
 
     def check(self, message: str) -> None:
-        """Raises `Stopped` outside the training; with several processes only a second signal ends them."""
+        """Raise `Stopped` outside the training; with several processes only a second signal ends them."""
         if not self.training and self.accelerator.num_processes == 1:
             self.stop.check(message)
 
     def ended_the_compiler(self, error: Exception) -> bool:
-        """Whether a step has failed as a signal to the whole terminal or job has ended the compiler that torch called.
+        """Return whether a step has failed as a signal to the whole terminal or job has ended the compiler that torch
+        called.
 
         Not with several processes, which wait for each other within the step.
         """
@@ -163,15 +164,15 @@ class LogCallback(TrainerCallback):
             self.writer = LogWriter(self.path, state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Stops the clock: evaluation and saving do not count."""
+        """Stop the clock: evaluation and saving do not count."""
         self.seconds += time.perf_counter() - self.started
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Writes a row of training or validation figures."""
+        """Write a row of training or validation figures."""
         if "loss" in logs:
             self.learning_rate = logs.get("learning_rate")
             self._write(state, "train", logs["loss"], {"grad_norm": logs.get("grad_norm")})

@@ -27,18 +27,18 @@ logger = logging.get_logger(__name__)
 
 
 def checkpoints_of(output_dir: str | os.PathLike) -> list[Path]:
-    """The folders `checkpoint-N` of a run, newest first, whatever their state."""
+    """Return the folders `checkpoint-N` of a run, newest first, whatever their state."""
     return numbered(Path(output_dir))
 
 
 def named_checkpoint(output_dir: str | os.PathLike, name: str) -> Path:
-    """The folder that a --resume_from_checkpoint names: one inside the run, or any other."""
+    """Return the folder that a --resume_from_checkpoint names: one inside the run, or any other."""
     inside = Path(output_dir) / name
     return inside if inside.is_dir() else Path(name)
 
 
 def usable_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str | None:
-    """Returns the newest complete `checkpoint-N` of a run, or None; others are left out with a warning."""
+    """Return the newest complete `checkpoint-N` of a run, or None; others are left out with a warning."""
     for path in checkpoints_of(output_dir):
         problem = damage(path, processes)
         if problem is None:
@@ -62,7 +62,7 @@ def damage(folder: Path, processes: int = 1) -> str | None:
 
 
 def set_unfinished_aside(output_dir: str | os.PathLike, processes: int = 1) -> None:
-    """Lets a run whose first checkpoint a kill or a full disk has cut short begin afresh: nothing is lost by it.
+    """Let a run whose first checkpoint a kill or a full disk has cut short begin afresh: nothing is lost by it.
 
     One that is damaged, or of another number of processes, stays, and so does any that is not alone: the run had come
     further then. So does one of a run that has come to its end.
@@ -77,7 +77,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _is_cut_short(folder: Path, processes: int) -> bool:
-    """Whether its writing has not come to an end: the trainer's state is what is written last."""
+    """Return whether its writing has not come to an end: the trainer's state is what is written last."""
     if not (folder / TRAINER_STATE_NAME).exists():
         return True
     begun = (folder / CHECKSUMS_NAME).exists() and not _is_finished(folder)

@@ -112,7 +112,7 @@ class Study(ABC):
 
     @abstractmethod
     def prepare(self, arguments: Any, parts: Parts) -> int:
-        """Takes the examples for all arms; returns how many are trained on."""
+        """Take the examples for all arms; returns how many are trained on."""
 
     @abstractmethod
     def adapted(self, arguments: Any) -> PeftModel:
@@ -234,7 +234,7 @@ def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None
 
 
 def options_of(arm: Arm, course: Course) -> Any:
-    """The options of a plain run of an arm in its folder; one checkpoint is kept unless more are asked for."""
+    """Return the options of a plain run of an arm in its folder; one checkpoint is kept unless more are asked for."""
     options = course.options_of(arm)
     limit = options.training.save_total_limit or 1
     own = {"output_dir": str(course.folder_of(arm)), "save_total_limit": limit, "resume_from_checkpoint": None}
@@ -248,7 +248,7 @@ def looks(training: TrainingOptions, steps: int) -> dict[str, Any]:
 
 
 def take_folder(bench: Bench) -> None:
-    """Refuses the folder of another experiment, or of a plain run; what a killed start has left half-written goes."""
+    """Refuse the folder of another experiment, or of a plain run; what a killed start has left half-written goes."""
     course, folder = bench.course, bench.course.folder
     there = read_experiment(folder).get("identity") or {}
     if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
@@ -278,7 +278,7 @@ class KeepAdapters(TrainerCallback):
         self.folder = folder
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
-        """Writes it, whole or not at all; ends the arm at a loss that is not finite."""
+        """Write it, whole or not at all; ends the arm at a loss that is not finite."""
         if not math.isfinite(loss := metrics["eval_loss"]):
             raise Diverged(f"select loss {loss} at step {state.global_step}")
         if state.global_step == 0:  # by --eval_on_start
@@ -330,7 +330,7 @@ class Bench(Subject):
         return json.loads(json.dumps({name: value for name, value in found.items() if name not in CHANGING}))
 
     def check_label(self, label: str, tell: Callable[[str], object]) -> None:
-        """Refuses what cannot be attached before anything is trained, and tells what is trained otherwise."""
+        """Refuse what cannot be attached before anything is trained, and tells what is trained otherwise."""
         arms = [arm for arm in self.course.arms() if arm.label == label]
         if not decided(lambda: any(self.course.ended(arm) for arm in arms)):
             arguments = self.arguments_of(arms[0])
@@ -378,12 +378,12 @@ class Bench(Subject):
         export(trainer.model, folder, method, self.study.calibration(arguments))
 
     def is_measured(self, arm: Arm, step: int) -> bool:
-        """Whether an arm may be chosen at a step: the loss is written first, and then the adapter."""
+        """Return whether an arm may be chosen at a step: the loss is written first, and then the adapter."""
         kept = adapter_folder(self.course.folder_of(arm), step).is_dir()
         return kept and step in self.course.select_losses(arm)
 
     def restored(self, arm: Arm, step: int) -> PeftModel:
-        """The model with an arm's adapter of that step, merged as exports are."""
+        """Return the model with an arm's adapter of that step, merged as exports are."""
         arguments = self.arguments_of(arm)
         model = self.study.adapted(arguments).to(arguments.training.device)
         folder = self.course.folder_of(arm)
@@ -399,7 +399,7 @@ class Bench(Subject):
         return {"losses": numbers, "figures": figures}
 
     def export(self, arm: Arm, step: int) -> list[str]:
-        """Writes `peft/` of an arm's checkpoint, and with --merge_and_save `merged/`; else an earlier one goes."""
+        """Write `peft/` of an arm's checkpoint, and with --merge_and_save `merged/`; else an earlier one goes."""
         model, method = self.restored(arm, step), self.arguments_of(arm).method
         check_held()
         if not method.merge_and_save:

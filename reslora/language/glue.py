@@ -185,7 +185,9 @@ def load_model(arguments: Arguments):
 
 
 def classifier_of(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
-    """The modules with weights outside of the pretrained part, and its pooler where the weights of that are missing."""
+    """Return the modules with weights outside of the pretrained part, and its pooler where the weights of that are
+    missing.
+    """
     heads = [(name, head) for name, head in model.named_children() if name != model.base_model_prefix]
     pooler = any("pooler" in key.split(".") for key in missing)
     return [name for name, head in heads if any(True for _ in head.parameters())] + ["pooler"] * pooler
@@ -206,7 +208,7 @@ def check_fit(arguments: Arguments, tokenizer, model) -> None:
 
 
 def calibration_batches(arguments: Arguments, examples, device: torch.device) -> list[dict] | None:
-    """The first training examples as inputs of the model, one at a time: no padding enters the moments."""
+    """Return the first training examples as inputs of the model, one at a time: no padding enters the moments."""
     count = arguments.method.merge_calibration_samples
     rows = (examples[i] for i in range(min(count, len(examples))))
     batches = []
@@ -281,7 +283,7 @@ class GlueStudy(Study):
         return zip(*self.splits["train"].values(), strict=True)
 
     def parts(self, arguments: Arguments, shares: ExperimentOptions) -> Parts:
-        """All examples in three parts; test examples without labels, as the hub's, are no part."""
+        """Return all examples in three parts; test examples without labels, as the hub's, are no part."""
         task, data, splits = arguments.task, arguments.data, read_splits(arguments)
         if "label" not in splits.get(f"test{task.parts[0]}", ()) and data.max_eval_samples != data.max_predict_samples:
             # The validation examples are what methods are compared by.
@@ -317,7 +319,7 @@ class GlueStudy(Study):
         return {"input_ids": torch.tensor([self.sets["train"][0]["input_ids"]])}
 
     def build_trainer(self, arguments: Arguments, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
-        """The trainer, with `log.jsonl`; while training it evaluates on the first validation split."""
+        """Return the trainer, with `log.jsonl`; while training it evaluates on the first validation split."""
         task = arguments.task
         return AdapterTrainer(
             model,
@@ -339,7 +341,7 @@ class GlueStudy(Study):
 
     @torch.no_grad()
     def measured(self, arguments: Arguments, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
-        """The loss of each test example, and the task's metrics."""
+        """Return the loss of each test example, and the task's metrics."""
         task, test, size = arguments.task, self.sets["test"], arguments.training.per_device_eval_batch_size
         collate, found = DataCollatorWithPadding(self.tokenizer), []
         for start in range(0, len(test), size):

@@ -49,7 +49,7 @@ TASKS = {
 
 
 def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Returns the task's metrics; a correlation that is not defined (all predictions alike, or only one) counts as 0.
+    """Return the task's metrics; a correlation that is not defined (all predictions alike, or only one) counts as 0.
 
     `predictions`, `labels`: [examples], label numbers, or scores for STS-B.
     """
@@ -131,7 +131,7 @@ def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> Colu
 
 
 def valid_label(task: Task, label: object) -> bool:
-    """Whether the label is the number of a class, or a score from 0 to 5 where a task has no classes."""
+    """Return whether the label is the number of a class, or a score from 0 to 5 where a task has no classes."""
     if isinstance(label, bool) or not isinstance(label, (int, float)):
         return False
     return label in range(len(task.labels)) if task.labels else 0 <= label <= 5

@@ -82,7 +82,7 @@ def _lacks(arguments: LlmTaskOptions, problem: str) -> InvalidArgument:
 
 
 def found_examples(arguments: LlmTaskOptions) -> dict[str, list[Example]]:
-    """The examples of an experiment: `train`, and `select` and `test` where the task has such files."""
+    """Return the examples of an experiment: `train`, and `select` and `test` where the task has such files."""
     found = all_examples(arguments)
     select, test = (found["validation"], found["test"]) if found["test"] else ([], found["validation"])
     select, test = select[: arguments.max_eval_samples], test[: arguments.max_test_samples]
@@ -90,7 +90,7 @@ def found_examples(arguments: LlmTaskOptions) -> dict[str, list[Example]]:
 
 
 def _held_out(arguments: LlmTaskOptions, count: int) -> int:
-    """How many training examples are held out for validation: a tenth."""
+    """Return how many training examples are held out for validation: a tenth."""
     if count < 2:
         fix = "add validation.jsonl, or more examples to train.jsonl; or give --eval_strategy no"
         raise InvalidArgument(f"--eval_strategy with {count} training example", "there is none to validate on", fix)
@@ -103,7 +103,7 @@ def _held_out(arguments: LlmTaskOptions, count: int) -> int:
 
 
 def load_tokenizer(task: LlmTaskOptions) -> Tokenizer:
-    """The tokenizer; `InvalidArgument` for what is no causal model, before anything large is read."""
+    """Return the tokenizer; `InvalidArgument` for what is no causal model, before anything large is read."""
     name = task.model_name_or_path
     flag = f"--model_name_or_path {name}"
     with refused_as(flag, CAUSAL_MODEL, UNREADABLE):
@@ -118,7 +118,7 @@ def load_tokenizer(task: LlmTaskOptions) -> Tokenizer:
 
 
 def load_model(task: LlmTaskOptions, training: AdapterTrainingArguments) -> PreTrainedModel:
-    """The model that will be frozen."""
+    """Return the model that will be frozen."""
     with refused_as(f"--model_name_or_path {task.model_name_or_path}", CAUSAL_MODEL, UNREADABLE):
         model = AutoModelForCausalLM.from_pretrained(
             task.model_name_or_path, **source(task), **precision(task, training)
@@ -162,7 +162,7 @@ class Data:
 
 
 def encoded(task: LlmTaskOptions, encoder: Encoder, examples: dict[str, list[Example]]) -> Data:
-    """The examples with their tokens."""
+    """Return the examples with their tokens."""
     return Data(encoder, examples, encode_training(encoder, examples["train"], task.max_length))
 
 
@@ -215,7 +215,7 @@ class LlmStudy(Study):
         return self.data.rows
 
     def parts(self, arguments: Arguments[LlmOptions], shares: ExperimentOptions) -> Parts:
-        """All examples in three parts; near-duplicates are told by their prompts."""
+        """Return all examples in three parts; near-duplicates are told by their prompts."""
         task = arguments.options.task
         parts = parts_of(found_examples(task), lambda example: example.prompt, shares)
         return parts.limited(task.max_eval_samples, task.max_test_samples)
@@ -258,7 +258,7 @@ class LlmStudy(Study):
     def measured(
         self, arguments: Arguments[LlmOptions], model: PeftModel, check: Callable[[], None]
     ) -> tuple[list[float], dict]:
-        """The mean loss of each test example's answer tokens, and the share of right answers."""
+        """Return the mean loss of each test example's answer tokens, and the share of right answers."""
         size, new_tokens = arguments.training.per_device_eval_batch_size, arguments.options.task.max_new_tokens
         encoder, examples = self.data.encoder, self.data.examples["test"]
         losses, right = [0.0] * len(examples), 0

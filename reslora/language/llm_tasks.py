@@ -52,28 +52,28 @@ class Task:
 
 
 def svamp(row: dict) -> Example:
-    """The equation, then its value."""
+    """Return the equation, then its value."""
     answer = str(row["Answer"]).strip()
     _expect(to_number(answer) is not None, f"Answer {answer!r} is not a number")
     return Example(f"{row['Body'].strip()} {row['Question'].strip()}", f"{row['Equation']}.", answer)
 
 
 def gsm8k(row: dict) -> Example:
-    """The reasoning without its calculator marks, then the number behind `####`."""
+    """Return the reasoning without its calculator marks, then the number behind `####`."""
     reasoning, mark, answer = re.sub(r"<<.*?>>", "", row["answer"]).rpartition("####")
     _expect(mark and to_number(answer) is not None, "answer has no number after '####'")
     return Example(row["question"].strip(), " ".join(reasoning.split()), answer.strip())
 
 
 def metamathqa(row: dict) -> Example:
-    """The reasoning, then what follows the last `The answer is:`."""
+    """Return the reasoning, then what follows the last `The answer is:`."""
     reasoning, mark, answer = row["response"].rpartition(f"{ANSWER}:")
     _expect(bool(mark), f"response has no '{ANSWER}:'")
     return Example(row["query"].strip(), reasoning.strip(), answer.strip())
 
 
 def mathqa(row: dict) -> Example:
-    """The rationale, then the letter of the option."""
+    """Return the rationale, then the letter of the option."""
     options, correct = row["options"], str(row["correct"]).strip()
     letters = sorted(set(re.findall(r"([a-e]) \)", options)))
     _expect(correct in letters, f"correct {correct!r} is not one of the options {', '.join(letters)}")
@@ -83,7 +83,7 @@ def mathqa(row: dict) -> Example:
 
 
 def hellaswag(row: dict) -> Example:
-    """The number of the ending, and no reasoning."""
+    """Return the number of the ending, and no reasoning."""
     endings, label = row["endings"], str(row["label"]).strip()
     allowed = [str(number) for number in range(len(endings))]
     _expect(label in allowed, f"label {label!r} is outside 0 to {len(endings) - 1}")
@@ -133,7 +133,7 @@ _NUMBER = re.compile(
 
 
 def to_number(text: str) -> Fraction | None:
-    """The number that a text is: 1,200.50, $3, -7, 3/4, 1 1/2, 50%, 2e3; None for anything else."""
+    """Return the number that a text is: 1,200.50, $3, -7, 3/4, 1 1/2, 50%, 2e3; None for anything else."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text.strip().lower()).replace("$", "").replace("\u2212", "-").strip()
     found = _NUMBER.fullmatch(text.removeprefix("+"))
     if not found or len(text) > 100:
@@ -146,7 +146,7 @@ def to_number(text: str) -> Fraction | None:
 
 
 def same_answer(given: str | None, expected: str) -> bool:
-    """Whether two answers are equal: as numbers where both are numbers ("1,200" and "1200.0"), else as words."""
+    """Return whether two answers are equal: as numbers where both are numbers ("1,200" and "1200.0"), else as words."""
     if given is None:
         return False
     number, wanted = to_number(given), to_number(expected)
@@ -159,7 +159,7 @@ def same_answer(given: str | None, expected: str) -> bool:
 
 
 def read_examples(name: str, split: str, data_dir: str | None, cache_dir: str | None = None) -> list[Example]:
-    """The examples of a task's split, from `data_dir` or else from the hub; none where there is no such split.
+    """Return the examples of a task's split, from `data_dir` or else from the hub; none where there is no such split.
 
     Validation and test rows may be another task's (`Task.tested_as`). The hub's data sets have no validation split that
     we would use. Raises `InvalidArgument` naming the first row that is no example.
@@ -178,7 +178,7 @@ def read_examples(name: str, split: str, data_dir: str | None, cache_dir: str | 
 
 
 def file_form(name: str) -> str:
-    """How a task's files look, for an error's hint."""
+    """Return how a task's files look, for an error's hint."""
     task = TASKS[name]
     tested = f"; test rows: {', '.join(TASKS[task.tested_as].columns)}" if task.tested_as else ""
     columns = ", ".join(task.columns) + tested
@@ -216,7 +216,7 @@ def _check_columns(task: Task, row: Any) -> None:
 
 
 def _local_rows(name: str, data_dir: str, split: str) -> tuple[str, list]:
-    """The rows of DIR/<split>.jsonl; none where the file is not there."""
+    """Return the rows of DIR/<split>.jsonl; none where the file is not there."""
     folder = Path(data_dir)
     if not folder.is_dir():
         raise InvalidArgument(f"--data_dir {folder}", "no such folder", file_form(name))

@@ -176,7 +176,7 @@ class LlmTrainer(AdapterTrainer):
 
 @torch.no_grad()
 def example_losses(model: PreTrainedModel, encoder: Encoder, examples: list[Example]) -> list[float]:
-    """The mean loss of each example's answer tokens, in one batch."""
+    """Return the mean loss of each example's answer tokens, in one batch."""
     inputs = {name: value.to(model.device) for name, value in encoder.collate([*map(encoder, examples)]).items()}
     labels = inputs.pop("labels")[:, 1:]
     learnt = labels != IGNORED
@@ -187,7 +187,7 @@ def example_losses(model: PreTrainedModel, encoder: Encoder, examples: list[Exam
 
 
 def count_right(answers: list[str], examples: list[Example]) -> int:
-    """How many answers are those of the examples."""
+    """Return how many answers are those of the examples."""
     pairs = zip(answers, examples, strict=True)
     return sum(same_answer(extract_answer(answer), example.gold) for answer, example in pairs)
 

@@ -38,7 +38,7 @@ class Parts(Generic[T]):
     """The --test_split that takes ENOUGH to test on; 1 where none does."""
 
     def in_words(self, trained: int) -> str:
-        """How many are in each part, of the first of them those that are `trained` on."""
+        """Return how many are in each part, of the first of them those that are `trained` on."""
         numbers = f"{trained} to train on, {len(self.select)} to choose by ({self.files[0]})"
         numbers += f", {len(self.test)} to compare by ({self.files[1]})"
         return f"examples: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
@@ -65,7 +65,7 @@ def _fewer(examples: Sequence[T], limit: int | None) -> Sequence[T]:
 
 
 def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares: ExperimentOptions) -> Parts[T]:
-    """The examples of `train`, and of `select` and `test` where the task has such files, in three parts.
+    """Return the examples of `train`, and of `select` and `test` where the task has such files, in three parts.
 
     `text`: what near-duplicates are told by. Raises `InvalidArgument` where too few are left, and for a share of what
     has a file.
@@ -102,7 +102,7 @@ def _one_of_each(examples: Sequence[T], keys: Mapping[T, str]) -> list[T]:
 
 
 def share_of(name: str, own: Sequence, shares: ExperimentOptions) -> float:
-    """How much of the training examples a part takes: nothing where it has a file."""
+    """Return how much of the training examples a part takes: nothing where it has a file."""
     given = getattr(shares, name)
     if own and given:
         raise InvalidArgument(f"--{name} {given:g}", "the task has a file for it", "leave it out")

@@ -47,7 +47,7 @@ def merge_table(
     calibration: Sequence[Mapping] | None = None,
     methods: Sequence[str] | None = None,
 ) -> dict[str, dict]:
-    """Returns figures of a model unmerged and merged by each method: the rows of the paper's Tables 3, 6 and 7.
+    """Return figures of a model unmerged and merged by each method: the rows of the paper's Tables 3, 6 and 7.
 
     `evaluate` returns the figures of the model as it stands; `calibration` as in `reslora.merge`. The result maps
     `unmerged` and each method to its figures, merged ones with their `report`. Default methods: all that apply; for
@@ -145,7 +145,7 @@ def _share_norms(connection: Connection) -> None:
 
 
 def as_plain(model: PeftModel, adapter: MethodOptions, calibration: Sequence[Mapping] | None = None) -> None:
-    """Merges a model for good as `export` does, in this process alone, and writes nothing."""
+    """Merge a model for good as `export` does, in this process alone, and write nothing."""
     if connection_of(base_model(model)) is not None:
         _merge(model, adapter.merge, calibration)
     merged(model)
@@ -161,7 +161,7 @@ def export(
     calibration: Sequence[Mapping] | None = None,
     tokenizer=None,
 ) -> MergeReport | None:
-    """Merges a connected model for good and writes plain files into `output_dir`; returns the merge's report.
+    """Merge a connected model for good and write plain files into `output_dir`; returns the merge's report.
 
     `peft/`: an adapter that stock PEFT loads, with the same logits. `chains.json` and `merge.json` where the model was
     connected. `merged/` with --merge_and_save: the base model with the adapter added, summed in float32, and the
@@ -203,7 +203,7 @@ def _write_merged(base: PreTrainedModel, directory: Path, tokenizer) -> None:
 def write_results(
     trainer: AdapterTrainer, adapter: MethodOptions, table: dict[str, dict], report: MergeReport | None, **facts
 ) -> dict:
-    """Writes `results.json` and returns its content.
+    """Write `results.json` and returns its content.
 
     `facts` (task, model, sizes), the method with its settings, how long was trained, `table` (see `merge_table`), and
     `merge`: the method by which the exported adapter was merged, None where there was nothing to merge.
@@ -231,7 +231,7 @@ def write_results(
 
 
 def table_text(table: Mapping[str, Mapping]) -> str:
-    """A `merge_table` for a terminal: one line per row, figures as columns, and the mean error of each merge."""
+    """Return a `merge_table` for a terminal: one line per row, figures as columns, and the mean error of each merge."""
     names = [name for name in next(iter(table.values())) if name != "report"]
     lines = [f"  {'':<10}" + "".join(f"{name:>14}" for name in names)]
     for row, figures in table.items():

@@ -33,11 +33,11 @@ def free_on_resume(kind: type[TextOptions]) -> set[str]:
 def check_resume(
     output_dir: str | os.PathLike, resume: str | None, current: Mapping[str, object], free: Collection[str]
 ) -> None:
-    """Refuses to mix runs.
+    """Refuse to mix runs.
 
     Raises `InvalidArgument` if the folder holds checkpoints and `resume` (the flag's value) is None, if all of them are
-    gone or were set aside, or if a setting of `current`, but for those that are `free`, differs when resuming from
-    the `config.json` of the folder, or from that of the run whose checkpoint `resume` names.
+    gone or were set aside, or if a setting of `current`, but for those that are `free`, differs when resuming from the
+    `config.json` of the folder, or from that of the run whose checkpoint `resume` names.
     """
     output = Path(output_dir)
     if (output / EXPERIMENT).exists():
@@ -68,7 +68,7 @@ def check_resume(
 
 
 def check_data(output_dir: str | os.PathLike, resume: str | None, data: str) -> None:
-    """Raises `InvalidArgument` when resuming on other training examples than `check_resume`'s runs were trained on.
+    """Raise `InvalidArgument` when resuming on other training examples than `check_resume`'s runs were trained on.
 
     `data` is their `fingerprint`; where they lie does not matter.
     """
@@ -82,7 +82,7 @@ def check_data(output_dir: str | os.PathLike, resume: str | None, data: str) -> 
 
 
 def _earlier(output: Path, resume: str) -> list[tuple[Path, dict]]:
-    """The runs that go on, with their settings: the folder's own, and that of a checkpoint from elsewhere."""
+    """Return the runs that go on, with their settings: the folder's own, and that of a checkpoint from elsewhere."""
     runs, checkpoint = [output], named_checkpoint(output, resume)
     if resume != "latest" and checkpoint.is_dir() and checkpoint.resolve().parent != output.resolve():
         runs.append(checkpoint.resolve().parent)
@@ -98,7 +98,7 @@ def fingerprint(rows: Iterable[object]) -> str:
 
 
 def is_same(name: str, earlier: object, current: object) -> bool:
-    """Whether a setting is that of an earlier run; folders may have moved."""
+    """Return whether a setting is that of an earlier run; folders may have moved."""
     if name in FOLDERS and Path(str(current)).exists():
         return Path(str(earlier)).name == Path(str(current)).name
     return earlier == current

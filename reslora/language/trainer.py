@@ -75,7 +75,7 @@ def attach(
     example_inputs: dict | None = None,
     modules_to_save: Sequence[str] | None = None,
 ) -> PeftModel:
-    """Gives `model` the method's adapter, connects it where the method is ResLoRA, and returns PEFT's model.
+    """Give `model` the method's adapter, connects it where the method is ResLoRA, and return PEFT's model.
 
     `total_steps` is AdaLoRA's schedule; `example_inputs` as in `reslora.connect`; `modules_to_save` is PEFT's, whose
     task is the model's: to generate, or to classify. Raises `InvalidArgument` for target modules that are unknown or
@@ -127,7 +127,7 @@ def put_control_on(
 
 
 def shortcuts_of(adapter: MethodOptions) -> ResLoraConfig:
-    """How ResLoRA wires the adapter."""
+    """Return how ResLoRA wires the adapter."""
     return ResLoraConfig(adapter.shortcut, adapter.pre_num, adapter.head)
 
 
@@ -165,7 +165,7 @@ def _targets(model: PreTrainedModel, adapter: MethodOptions) -> list[str] | str:
 
 
 def total_steps(args: TrainingArguments, examples: int) -> int:
-    """How many steps `Trainer` takes with these arguments on a data set of `examples` rows.
+    """Return how many steps `Trainer` takes with these arguments on a data set of `examples` rows.
 
     Raises `InvalidArgument` where --dataloader_drop_last leaves none.
     """
@@ -292,7 +292,7 @@ class AdapterTrainer(Trainer):
         return None
 
     def _named(self, name: str) -> str:
-        """The checkpoint that --resume_from_checkpoint names."""
+        """Return the checkpoint that --resume_from_checkpoint names."""
         folder = named_checkpoint(self.args.output_dir, name)
         flag, there = f"--resume_from_checkpoint {folder}", checkpoints_of(self.args.output_dir)
         if not folder.is_dir():
@@ -328,7 +328,7 @@ class AdapterTrainer(Trainer):
         return super()._finalize_training(*args, **kwargs)
 
     def take_average(self) -> None:
-        """Puts in the weights to measure and export with, where a schedule-free optimizer trains others."""
+        """Put in the weights to measure and export with, where a schedule-free optimizer trains others."""
         if hasattr(self.optimizer, "eval"):  # accelerate's has, for any optimizer
             self.optimizer.eval()
 
@@ -367,7 +367,7 @@ class AdapterTrainer(Trainer):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter, never the base model."""
+        """Write the adapter, never the base model."""
         folder = output_dir or self.args.output_dir
         decided(lambda: save_adapter(self.model, folder))
         if self.args.should_save and not is_main():  # --save_on_each_node

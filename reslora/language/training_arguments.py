@@ -132,7 +132,7 @@ def training_arguments(options: T, prog: str, **defaults: Any) -> AdapterTrainin
 
 
 def check_trackers(names: str | Sequence[str] | None) -> None:
-    """Raises `InvalidArgument` for a --report_to that transformers doesn't know, or that is not installed."""
+    """Raise `InvalidArgument` for a --report_to that transformers doesn't know, or that is not installed."""
     named = [name for name in ([names] if isinstance(names, str) else names or ()) if name not in ("all", "none")]
     for name in named:
         known = sorted(INTEGRATION_TO_CALLBACK)
@@ -143,7 +143,7 @@ def check_trackers(names: str | Sequence[str] | None) -> None:
 
 
 def check_json(name: str, value: object) -> None:
-    """Raises `InvalidArgument` for a flag's text that begins as JSON and is none, or has a key that is unknown."""
+    """Raise `InvalidArgument` for a flag's text that begins as JSON and is none, or has a key that is unknown."""
     if isinstance(value, str) and value.startswith("{"):  # anything else is a file's name
         with refused_as(f"--{name} {value}", "give a JSON object with keys that it knows", (ValueError, TypeError)):
             content = json.loads(value)

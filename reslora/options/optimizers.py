@@ -42,7 +42,7 @@ ADAMS = ("adamw", "adamw8bit")
 
 
 def named(optimizer: str) -> Named:
-    """The row of a name, or of a class by its path."""
+    """Return the row of a name, or of a class by its path."""
     return OPTIMIZERS.get(optimizer) or Named(optimizer, optimizer.partition(".")[0])
 
 
@@ -70,7 +70,7 @@ def check_installed(optimizer: str, words: Sequence[str], flag: str) -> None:
 
 
 def class_of(optimizer: str) -> type:
-    """The class of the optimizer; refuses what is none."""
+    """Return the class of the optimizer; refuses what is none."""
     module, _, name = named(optimizer).path.rpartition(".")
     flag = f"--optimizer {optimizer}"
     try:

@@ -21,5 +21,5 @@ NAMES = (PLAIN, *_CLASSES)
 
 
 def shortcut_class(name: str) -> type[Shortcut]:
-    """The class of a shortcut, from the file of its name; torch is not imported before somebody asks."""
+    """Return the class of a shortcut, from the file of its name; torch is not imported before somebody asks."""
     return getattr(importlib.import_module(f".{name}", __name__), _CLASSES[name])

@@ -92,18 +92,18 @@ class Shortcut(LoraVariant):
         raise NotImplementedError
 
     def others(self) -> Sequence[nn.Linear]:
-        """The A modules of other blocks of its chain that it multiplies its own input by."""
+        """Return the A modules of other blocks of its chain that it multiplies its own input by."""
         return ()
 
     def widths(self, rank: int) -> Sequence[int]:
-        """How wide the slices are in which it takes the product with its own A and those of `others`."""
+        """Return how wide the slices are in which it takes the product with its own A and those of `others`."""
         return (rank,) * (1 + len(self.others()))
 
     # -- merging: what the methods of `reslora.merging` need to know ---------------------------------------------------
 
     @classmethod
     def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
-        """The name of the merge that `method` (any but `none`) means, given calibration or recorded norms."""
+        """Return the name of the merge that `method` (any but `none`) means, given calibration or recorded norms."""
         if method == AUTO:
             return "lstsq" if calibrated else "input" if recorded else "weights"
         return method
@@ -128,7 +128,7 @@ class Shortcut(LoraVariant):
         return Moments(merged.a - block.a if changed else None)
 
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
-        """Adds one calibration forward: `x` (tokens x p), and what the forward gave `_observe`."""
+        """Add one calibration forward: `x` (tokens x p), and what the forward gave `_observe`."""
         block.moments.add(x, own, handed, torch.linalg.vector_norm(self.normed(x, own)))
 
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -143,7 +143,7 @@ class Shortcut(LoraVariant):
     # -- what PEFT calls -----------------------------------------------------------------------------------------------
 
     def supports_lora_conversion(self) -> bool:
-        """A wired block is no weight update of its own layer."""
+        """Return a wired block is no weight update of its own layer."""
         return False
 
     def merge_safe(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
@@ -161,7 +161,7 @@ class Shortcut(LoraVariant):
     # -- parts of a forward --------------------------------------------------------------------------------------------
 
     def _running(self) -> State:
-        """The state of the running forward; raises rather than computing something wrong."""
+        """Return the state of the running forward; raises rather than computing something wrong."""
         state = self.wires.threads.slot.state
         if state is None:
             raise RuntimeError(
@@ -197,12 +197,12 @@ class Shortcut(LoraVariant):
         return self._multiply(lora_a, rows(dropout(cast(x, lora_a.weight))))
 
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The same by itself: `x` (rows x p) is what its A reads."""
+        """Return the same by itself: `x` (rows x p) is what its A reads."""
         stack = self._stack(lora_a, self.others(), x)
         return F.linear(cast(x, stack), stack).split(self.widths(lora_a.out_features), dim=1)
 
     def _stack(self, own: nn.Linear, others: Sequence[nn.Linear], x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """The A (or B) of several blocks as one, on the device of `x`, in the widest of their dtypes."""
+        """Return the A (or B) of several blocks as one, on the device of `x`, in the widest of their dtypes."""
         shape = own.out_features, own.in_features
         weights = [whole_weight(linear, shape, x, self.name) for linear in (own, *others)]
         return torch.cat(weights, dim) if len(weights) > 1 else weights[0]
@@ -224,7 +224,7 @@ class Shortcut(LoraVariant):
         return handed if handed.device == x.device else handed.to(x.device)
 
     def _record(self, state: State, value: torch.Tensor) -> None:
-        """Keeps the Frobenius norm of `value`, whole batch; layers that read the same tensor share one computation."""
+        """Keep the Frobenius norm of `value`, whole batch; layers that read the same tensor share one computation."""
         if state.norms is None or not self.records:
             return
         seen, norm = state.normed
@@ -298,7 +298,9 @@ def add_scaled(
 
 
 def _unheld(result: torch.Tensor, module: LoraLayer) -> bool:
-    """Whether `result` came fresh from a plain linear layer, whose backward does not need it, and went nowhere else."""
+    """Return whether `result` came fresh from a plain linear layer, whose backward does not need it, and went nowhere
+    else.
+    """
     base = module.base_layer
     if type(base) is not nn.Linear or base._forward_hooks or base._backward_hooks or "forward" in vars(base):
         return False
@@ -310,7 +312,7 @@ def _unheld(result: torch.Tensor, module: LoraLayer) -> bool:
 
 
 def merge_refused(name: str) -> RuntimeError:
-    """The error of PEFT's merge verbs on a connected model."""
+    """Return the error of PEFT's merge verbs on a connected model."""
     return RuntimeError(
         f"{name} is wired by ResLoRA, and PEFT's own merge would drop the residual paths: call reslora.merge first "
         "(or reslora.disconnect)"
@@ -318,7 +320,7 @@ def merge_refused(name: str) -> RuntimeError:
 
 
 def passes(dropout: nn.Module) -> bool:
-    """Whether a dropout module hands its input through unchanged."""
+    """Return whether a dropout module hands its input through unchanged."""
     return isinstance(dropout, nn.Identity) or not dropout.training
 
 

@@ -110,7 +110,7 @@ class BlockShortcut(Shortcut):
         return slot.apart
 
     def others(self) -> Sequence[nn.Linear]:
-        """The A of the blocks before it."""
+        """Return the A of the blocks before it."""
         return [a for a, _ in self.before]
 
     def widths(self, rank: int) -> Sequence[int]:
@@ -150,5 +150,5 @@ def rows_for_a_first(lora_a: nn.Linear, lora_b: nn.Linear, blocks: int) -> float
 
 
 def at_least_float32(weight: torch.Tensor) -> torch.Tensor:
-    """The weight itself in float32 or float64, else a copy in float32."""
+    """Return the weight itself in float32 or float64, else a copy in float32."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -59,7 +59,7 @@ class InputShortcut(Shortcut):
         return add_product(result, hidden, module, active_adapter, scaling)
 
     def others(self) -> Sequence[nn.Linear]:
-        """The A of the block behind it."""
+        """Return the A of the block behind it."""
         return () if self.following is None else (self.following,)
 
     @classmethod

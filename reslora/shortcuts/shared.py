@@ -31,14 +31,17 @@ class SharedProduct:
         self.first, *_, self.last = stacks
 
     def multiply(self, state: State, x: torch.Tensor, rows: torch.Tensor) -> None:
-        """Makes the product, as the first of the blocks; `rows` (batch * tokens x p) are `x` as A reads it."""
+        """Make the product, as the first of the blocks; `rows` (batch * tokens x p) are `x` as A reads it."""
         weights = [linear.weight for linear in self.linears]
         if len(rows) <= self.most_rows and _usable(weights, rows):
             slices = F.linear(rows, torch.cat(weights)).split(self.sizes, dim=1)
             state.shared = self, x, _circumstances(x), slices
 
     def take(self, state: State, name: str, x: torch.Tensor, own: nn.Linear) -> Sequence[torch.Tensor] | None:
-        """The slices of the block whose own A is `own`; None if the product is not of this group, this x and this A."""
+        """Return the slices of the block whose own A is `own`;
+
+        None if the product is not of this group, this x and this A.
+        """
         if state.shared is None:
             return None
         group, read, circumstances, slices = state.shared
@@ -58,7 +61,7 @@ def _circumstances(x: torch.Tensor) -> tuple:
 
 
 def _usable(weights: list[torch.Tensor], rows: torch.Tensor) -> bool:
-    """Whether the weights are here as a whole, neither sharded nor offloaded, and as `rows` need them."""
+    """Return whether the weights are here as a whole, neither sharded nor offloaded, and as `rows` need them."""
     width, device, dtype = rows.shape[1], rows.device, rows.dtype
     any_dtype = autocasts(device)
     for weight in weights:
@@ -70,10 +73,10 @@ def _usable(weights: list[torch.Tensor], rows: torch.Tensor) -> bool:
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for a device; the meta device knows of none."""
+    """Return whether autocast is on for a device; the meta device knows of none."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def sharded(weight: torch.Tensor) -> bool:
-    """Whether a weight of the shape of the whole holds a part of its numbers."""
+    """Return whether a weight of the shape of the whole holds a part of its numbers."""
     return type(weight) is not nn.Parameter and hasattr(weight, "_local_tensor")

@@ -76,7 +76,7 @@ class NormWindow:
         self.pushed: torch.Tensor | None = None
 
     def push(self, norms: dict[str, torch.Tensor]) -> None:
-        """Writes one forward's norms over the oldest ones; a block that did not run gets NaN, which means skip."""
+        """Write one forward's norms over the oldest ones; a block that did not run gets NaN, which means skip."""
         first = next(iter(norms.values()))
         missing = torch.full_like(first, torch.nan)
         column = torch.stack([norms.get(name, missing).to(first) for name in self.names])
@@ -89,7 +89,7 @@ class NormWindow:
         self.pushed += 1
 
     def restore(self, values: torch.Tensor, count: int) -> None:
-        """Starts from `values` (blocks x window), of which `count` forwards were written."""
+        """Start from `values` (blocks x window), of which `count` forwards were written."""
         self.values = values
         self.pushed = torch.tensor(count, device=values.device)
 
@@ -99,14 +99,14 @@ class NormWindow:
         return 0 if self.pushed is None else int(self.pushed)
 
     def means(self) -> dict[str, float]:
-        """Returns f_n by block name, empty where nothing was recorded; forwards that overflowed do not count."""
+        """Return f_n by block name, empty where nothing was recorded; forwards that overflowed do not count."""
         if self.values is None:
             return {}
         finite = self.values.where(self.values.isfinite(), torch.nan)
         return dict(zip(self.names, finite.nanmean(dim=1).tolist(), strict=True))
 
     def clear(self) -> None:
-        """Forgets everything recorded."""
+        """Forget everything recorded."""
         self.values = self.pushed = None
 
 
@@ -171,7 +171,7 @@ class Wires:
 
 @contextmanager
 def _segment(state: State) -> Iterator[None]:
-    """Marks that the layers run inside a checkpointed segment that has our context.
+    """Mark that the layers run inside a checkpointed segment that has our context.
 
     It takes no product from before: the recomputation has to multiply as often as the forward did.
     """
@@ -203,7 +203,7 @@ class _Recompute:
 
 
 def _unfinished(state: State | None) -> State | None:
-    """The innermost state whose forward still runs: Ctrl-C, unlike an error, skips forward hooks."""
+    """Return the innermost state whose forward still runs: Ctrl-C, unlike an error, skips forward hooks."""
     if state is None or torch.compiler.is_compiling():
         return state
     running = {frame for frame, _ in traceback.walk_stack(None)}
@@ -213,7 +213,7 @@ def _unfinished(state: State | None) -> State | None:
 
 
 def refuse_replica(module: nn.Module) -> None:
-    """Raises `RuntimeError` for a copy that nn.DataParallel has made of a module."""
+    """Raise `RuntimeError` for a copy that nn.DataParallel has made of a module."""
     if "_former_parameters" in vars(module):
         raise RuntimeError(
             "nn.DataParallel runs copies of the layers, whose neighbours are not copied: use DistributedDataParallel, "

@@ -37,12 +37,12 @@ def all_best(folder: Path) -> list[Best]:
 
 
 def best_of(folder: Path) -> Best | None:
-    """The best one so far."""
+    """Return the best one so far."""
     return next(iter(all_best(folder)), None)
 
 
 def keep_if_best(learner: Learner, folder: Path, loss: float) -> None:
-    """Keeps the adapters as they are, if no loss before was as low."""
+    """Keep the adapters as they are, if no loss before was as low."""
     before = best_of(folder)
     if loss < (before.loss if before else math.inf):
         path = folder / FOLDER / f"step-{learner.step:06d}"
@@ -50,7 +50,7 @@ def keep_if_best(learner: Learner, folder: Path, loss: float) -> None:
 
 
 def keep_adapter(learner: Learner, path: Path, record: dict | None = None) -> None:
-    """Writes the adapters as they are at this step, as a checkpoint has them."""
+    """Write the adapters as they are at this step, as a checkpoint has them."""
     with replacing(path) as temporary:
         temporary.mkdir()
         for place, part in learner.trained.places(temporary):
@@ -83,7 +83,7 @@ def go_on_from(folder: Path, step: int) -> None:
 
 
 def is_over(losses: Sequence[float], patience: int | None) -> bool:
-    """Whether the last `patience` of the losses are no lower than the lowest before."""
+    """Return whether the last `patience` of the losses are no lower than the lowest before."""
     if patience is None or len(losses) <= patience:
         return False
     return min(losses[-patience:]) >= min(losses[:-patience])

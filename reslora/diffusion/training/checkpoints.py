@@ -123,7 +123,7 @@ class Resume:
 
 
 def plan_resume(options: Options, identity: Identity | None = None, place: str = "") -> Resume:
-    """Compares the options with what is in the folder; refuses other settings, and another `identity` once it is known.
+    """Compare the options with what is in the folder; refuses other settings, and another `identity` once it is known.
 
     `place`: of an arm, inside its method's folder. For the main process alone: the others are told
     (`together.decided`).
@@ -175,14 +175,14 @@ def already_trained(
 
 
 def check_length(options: TrainingOptions, resume: Resume, steps: int) -> None:
-    """Refuses to go on with fewer steps than a method was trained for already."""
+    """Refuse to go on with fewer steps than a method was trained for already."""
     for method, found in resume.checkpoints.items():
         if found and method not in resume.finished:
             refuse_fewer(options, found[0], read_checkpoint(found[0]), steps)
 
 
 def refuse_fewer(options: TrainingOptions, place: Path, record: dict, steps: int) -> None:
-    """Refuses fewer steps than a checkpoint's or a finished method's record says: more cannot be undone."""
+    """Refuse fewer steps than a checkpoint's or a finished method's record says: more cannot be undone."""
     step = record.get("step")
     if isinstance(step, int) and step > steps:
         epochs = f"--num_train_epochs {options.num_train_epochs} ({steps} steps)"
@@ -192,7 +192,7 @@ def refuse_fewer(options: TrainingOptions, place: Path, record: dict, steps: int
 
 
 def is_trained(training: TrainingOptions, validation: ValidationOptions, folder: Path, record: dict) -> bool:
-    """Whether a method was exported after as many steps or epochs as are asked for now."""
+    """Return whether a method was exported after as many steps or epochs as are asked for now."""
     step, steps = record.get("step"), training.max_train_steps
     if steps:
         refuse_fewer(training, folder, record, steps)
@@ -203,12 +203,12 @@ def is_trained(training: TrainingOptions, validation: ValidationOptions, folder:
 
 
 def is_exported(folder: Path, record: dict) -> bool:
-    """Whether all that the record of the exports names is there."""
+    """Return whether all that the record of the exports names is there."""
     return all((folder / name).exists() for name in record.get("difference_of_255", ["none"]))
 
 
 def final_checkpoint(options: MethodOptions, folder: Path, step: int) -> Path:
-    """The checkpoint that a finished method can be merged from once more."""
+    """Return the checkpoint that a finished method can be merged from once more."""
     path = folder / f"checkpoint-{step}"
     if not (path / RECORD).is_file():
         problem = f"{folder} was merged otherwise, and {path.name} is gone, which holds what was trained"
@@ -291,7 +291,7 @@ def refuse_steering(values: Mapping[str, Any], place: Path, there: dict) -> None
 
 
 def save_checkpoint(learner: Learner, study: Study) -> None:
-    """Writes `checkpoint-<step>`: the adapter and what a resumed run needs to equal an uninterrupted one.
+    """Write `checkpoint-<step>`: the adapter and what a resumed run needs to equal an uninterrupted one.
 
     Older ones than --checkpoints_total_limit allows go then. Raises `RunFailed` for weights that are not finite. Every
     process must call it, since DeepSpeed gathers the state from all; the main process alone writes.
@@ -360,11 +360,11 @@ def write_exports(
 
 
 def restore(learner: Learner, candidates: list[Path], options: OutputOptions, accelerator: Accelerator) -> None:
-    """Brings the learner to the first checkpoint that is whole; damaged ones are passed over with a warning.
+    """Bring the learner to the first checkpoint that is whole; damaged ones are passed over with a warning.
 
     The main process chooses. Raises `InvalidArgument` where none is whole, or the one that the user has named is not;
-    `RunFailed` for one that is whole and cannot be loaded all the same. Either leaves everything on disk as it is;
-    else what is not of its line steps aside, and one that was not in its place is copied there; log, best adapters and
+    `RunFailed` for one that is whole and cannot be loaded all the same. Either leaves everything on disk as it is; else
+    what is not of its line steps aside, and one that was not in its place is copied there; log, best adapters and
     samples begin anew then.
     """
     if not candidates:
@@ -382,7 +382,7 @@ def restore(learner: Learner, candidates: list[Path], options: OutputOptions, ac
 
 
 def newest_whole(candidates: list[Path], folder: Path, options: OutputOptions) -> Path:
-    """The first candidate whose files are what was written."""
+    """Return the first candidate whose files are what was written."""
     for checkpoint in candidates:
         try:
             check_checksums(checkpoint)
@@ -400,7 +400,7 @@ def newest_whole(candidates: list[Path], folder: Path, options: OutputOptions) -
 
 
 def load_checkpoint(learner: Learner, checkpoint: Path, accelerator: Accelerator) -> None:
-    """Reads a checkpoint and then loads it; raises `RunFailed` in one line where either fails."""
+    """Read a checkpoint and then load it; raises `RunFailed` in one line where either fails."""
     try:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
         record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))

@@ -63,7 +63,7 @@ def checked(batches: Iterator, learner: Learner, context: Context) -> Iterator:
 
 
 def _error(learner: Learner, batch: object, accelerator: Accelerator) -> float:
-    """How far the compiled gradients of a batch are off the others, relative to these."""
+    """Return how far the compiled gradients of a batch are off the others, relative to these."""
     try:
         with learner.trained.without_compiler():
             expected = _gradients(learner, batch)
@@ -92,7 +92,7 @@ def _gradients(learner: Learner, batch: object) -> list[torch.Tensor]:
 
 @contextmanager
 def _unrecorded(model: nn.Module) -> Iterator[None]:
-    """Leaves the recorded norms of a connected model as they were before its body."""
+    """Leave the recorded norms of a connected model as they were before its body."""
     connection = connection_of(model)
     norms = connection.wires.norms if connection else None
     kept = copy.deepcopy((norms.values, norms.pushed)) if norms else None

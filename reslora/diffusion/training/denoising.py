@@ -57,7 +57,7 @@ class DenoisingLoss:
         return [getattr(self.pipeline, part.name) for part in self.parts]
 
     def encoded(self, batch: Batch) -> Batch:
-        """The batch with the captions encoded by the encoders that train; as it is where there are none."""
+        """Return the batch with the captions encoded by the encoders that train; as it is where there are none."""
         if not self.parts:
             return batch
         text = batch.to(self.pipeline.vae.device).text
@@ -69,7 +69,7 @@ class DenoisingLoss:
         return dataclasses.replace(batch, text=self.family.encode_trained(self.pipeline, batch.caption, text))
 
     def inputs(self, batch: Batch) -> tuple[dict, torch.Tensor, torch.Tensor]:
-        """The denoiser's keyword arguments for a batch, what it should predict, and the timesteps."""
+        """Return the denoiser's keyword arguments for a batch, what it should predict, and the timesteps."""
         batch = batch.to(self.pipeline.vae.device)
         latents = self._latents(batch)
         noisy = self.objective.noisy(latents, batch.noise, batch.timesteps).to(self.dtype)

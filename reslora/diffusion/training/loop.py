@@ -130,7 +130,7 @@ def train_and_export(learner: Learner, study: Study) -> None:
 
 
 def train(learner: Learner, study: Study, reports: Reports) -> None:
-    """Takes the steps that are left, saving and validating when it is due; raises `Stopped` once a stop is saved."""
+    """Take the steps that are left, saving and validating when it is due; raises `Stopped` once a stop is saved."""
     context, schedule = study.context, study.schedule
     accelerator = context.accelerator
     if parts := decided(lambda: reports.overdue(schedule)):
@@ -172,7 +172,7 @@ def stopped_at(learner: Learner) -> Stopped:
 
 
 def after_step(learner: Learner, study: Study, reports: Reports, requests: Requests) -> bool:
-    """Saves and validates where it is due or asked for; returns whether a stop was. All processes go the same way."""
+    """Save and validates where it is due or asked for; returns whether a stop was. All processes go the same way."""
     stopped, asked, draw_now = requests.after_step()
     due, last = study.schedule.is_due(learner.step), learner.step == study.schedule.steps
     save_now = asked or stopped or last or learner.step % requests.every == 0

@@ -20,13 +20,13 @@ FEW_TOKENS = 64
 
 
 def renew_scaler(accelerator: Accelerator) -> None:
-    """Forgets the scale of losses in fp16 that the method before has found: each starts alike."""
+    """Forget the scale of losses in fp16 that the method before has found: each starts alike."""
     if accelerator.scaler is not None:
         accelerator.scaler = get_grad_scaler(accelerator.distributed_type)
 
 
 def prepare(learner: Learner, context: Context) -> None:
-    """Makes the learner ready for its steps: attention, checkpointing, processes, compiler."""
+    """Make the learner ready for its steps: attention, checkpointing, processes, compiler."""
     options, denoiser = context.options, learner.denoiser
     if options.model.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
@@ -43,7 +43,7 @@ def prepare(learner: Learner, context: Context) -> None:
 
 
 def freeze_unread(learner: Learner, context: Context) -> None:
-    """Freezes what nothing reads: no gradient reaches it, and DistributedDataParallel would wait for one."""
+    """Freeze what nothing reads: no gradient reaches it, and DistributedDataParallel would wait for one."""
     for part, weights in context.model.family.unread_weights(learner.denoiser).items():
         for weight in weights:
             weight.requires_grad_(uses_deepspeed(context.accelerator))  # which waits for none

@@ -26,12 +26,12 @@ class Schedule:
     """Whether --early_stopping_patience has ended it after these steps."""
 
     def is_due(self, step: int) -> bool:
-        """Whether there are to be a validation loss and samples after that step."""
+        """Return whether there are to be a validation loss and samples after that step."""
         return step % self.validation_steps == 0 or step == self.steps
 
 
 def schedule_of(updates: int, context: Context) -> Schedule:
-    """How long each method trains, with so many updates an epoch, and when it is looked at.
+    """Return how long each method trains, with so many updates an epoch, and when it is looked at.
 
     Refuses fewer steps than AdaLoRA needs.
     """

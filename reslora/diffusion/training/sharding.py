@@ -50,7 +50,7 @@ def take_plugin(
 
 
 def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Raises `InvalidArgument` for settings of FSDP2 that are not kept."""
+    """Raise `InvalidArgument` for settings of FSDP2 that are not kept."""
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard  # not in torch 2.5
 
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
@@ -68,7 +68,7 @@ def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
 
 
 def refuse_flags(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions, output: OutputOptions) -> None:
-    """Raises `InvalidArgument` for options that do not go with FSDP2."""
+    """Raise `InvalidArgument` for options that do not go with FSDP2."""
     if training.compile:
         raise InvalidArgument("--compile", "does not go with FSDP2, which gathers weights in hooks", "leave it out")
     if model.blocks_to_swap:
@@ -91,12 +91,13 @@ def share(plugin: FullyShardedDataParallelPlugin | None, accelerator: Accelerato
 
 
 def cuts_base(accelerator: Accelerator) -> bool:
-    """Whether each process holds a part of the base only."""
+    """Return whether each process holds a part of the base only."""
     return getattr(accelerator.state, "fsdp_plugin", None) is not None
 
 
 def units_of(denoiser: nn.Module, accelerator: Accelerator) -> list[str]:
-    """The classes of what is gathered at once: blocks that the denoiser names, unless accelerate's configuration does.
+    """Return the classes of what is gathered at once: blocks that the denoiser names, unless accelerate's configuration
+    does.
 
     Refuses names that no module of the denoiser has.
     """
@@ -110,7 +111,7 @@ def units_of(denoiser: nn.Module, accelerator: Accelerator) -> list[str]:
 
 
 def place_adapter(denoiser: nn.Module, accelerator: Accelerator) -> None:
-    """Moves the adapter to the accelerator; the base waits on the host until it is cut."""
+    """Move the adapter to the accelerator; the base waits on the host until it is cut."""
     for module in adapters_of(denoiser):
         module.to(accelerator.device)
 
@@ -123,7 +124,7 @@ def leave_base_alone(trained: nn.Module) -> None:
 
 
 def cut(denoiser: nn.Module, accelerator: Accelerator) -> None:
-    """Leaves each process its part of every weight of the base, gathered block by block where they are used."""
+    """Leave each process its part of every weight of the base, gathered block by block where they are used."""
     from torch.distributed.fsdp import fully_shard
 
     names = units_of(denoiser, accelerator)
@@ -135,7 +136,7 @@ def cut(denoiser: nn.Module, accelerator: Accelerator) -> None:
 
 
 def adapters_of(model: nn.Module) -> list[nn.Module]:
-    """The modules that PEFT has put into the layers of a model."""
+    """Return the modules that PEFT has put into the layers of a model."""
     return [
         module
         for layer in model.modules()

@@ -59,7 +59,7 @@ class Start:
 
 
 def read_start(init_lora: str, base: str, model: Model) -> Start:
-    """Reads --init_lora, of any tool; refuses one that is for more than the denoiser, or for another."""
+    """Read --init_lora, of any tool; refuses one that is for more than the denoiser, or for another."""
     path, flag = Path(init_lora), f"--init_lora {init_lora}"
     names = names_of(model.family, model.denoiser_config())
     parts = read_parts(read_content(path, flag), names)
@@ -81,7 +81,9 @@ def _how_to_part(init_lora: str, base: str, model: Model) -> str:
 
 
 def with_start(options: Options, start: Start) -> Options:
-    """The options with the LoRA's layers, and its commonest rank and alpha; refuses others that are given beside it."""
+    """Return the options with the LoRA's layers, and its commonest rank and alpha; refuses others that are given beside
+    it.
+    """
     own = lora_config(start.layers)
     found = {"rank": own.r, "lora_alpha": own.lora_alpha, "target_modules": [start.targets]}
     patterns = dict.fromkeys(FIELDS)  # each layer has its own already
@@ -104,7 +106,7 @@ def expression_of(names: Iterable[str], every: Iterable[str]) -> str:
 
 
 def add_adapters(trained: Trained, method: str, steps: int, context: Context) -> None:
-    """Gives every part the method's adapter, for so many steps; the denoiser's goes on from a LoRA if the run does."""
+    """Give every part the method's adapter, for so many steps; the denoiser's goes on from a LoRA if the run does."""
     options, start = context.options, context.start
     add_adapter(
         trained.denoiser,
@@ -135,7 +137,7 @@ def add_adapter(
     config: PeftConfig,
     part: Part | None = None,
 ) -> None:
-    """Gives the denoiser, or another `part`, the method's adapter, in place, with weights drawn from the seed."""
+    """Give the denoiser, or another `part`, the method's adapter, in place, with weights drawn from the seed."""
     if part is None and (adapter.rank_pattern or adapter.alpha_pattern):
         spell_out(model, config)
     torch.manual_seed(derive(training.seed, "adapter", *([part.name] if part else [])))

@@ -70,7 +70,7 @@ class Learner:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Counts the time of its body as training."""
+        """Count the time of its body as training."""
         started = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - started
@@ -104,7 +104,9 @@ class Learner:
             parameter.copy_(value)
 
     def state(self, accelerator: Accelerator) -> dict:
-        """All but the adapter that a resumed run needs to equal an uninterrupted one; with DeepSpeed, collective."""
+        """Return all but the adapter that a resumed run needs to equal an uninterrupted one; with DeepSpeed,
+        collective.
+        """
         if uses_deepspeed(accelerator):
             optimizer = full_state(self.zero_optimizer, self.trained.named())
         else:
@@ -118,7 +120,7 @@ class Learner:
         }
 
     def load_state(self, state: dict, step: int, seconds: float, accelerator: Accelerator) -> None:
-        """Takes over what `state` returned, at that step."""
+        """Take over what `state` returned, at that step."""
         deepspeed = uses_deepspeed(accelerator)
         if deepspeed != ("parameters" in state["optimizer"]):
             raise ValueError(f"was saved {'without' if deepspeed else 'with'} DeepSpeed")
@@ -156,7 +158,7 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
 
 
 def shortcuts_of(options: MethodOptions) -> ResLoraConfig:
-    """How ResLoRA wires the adapter."""
+    """Return how ResLoRA wires the adapter."""
     return ResLoraConfig(shortcut=options.shortcut, pre_num=options.pre_num, head=options.head)
 
 
@@ -167,7 +169,7 @@ def new_optimizer(
     accelerator: Accelerator,
     of_encoders: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """The optimizer that the options name; parameters of text encoders are a group with a rate of its own.
+    """Return the optimizer that the options name; parameters of text encoders are a group with a rate of its own.
 
     Refuses arguments that it does not take.
     """

@@ -15,7 +15,7 @@ run's folder, and it goes as it is served."""
 
 
 def stop_requested(stop: StopRequest) -> bool:
-    """Whether any process was asked to stop; all processes must call it together, and go by the answer alone."""
+    """Return whether any process was asked to stop; all processes must call it together, and go by the answer alone."""
     return stop.shared(any_of(stop.signal is not None))
 
 
@@ -34,7 +34,7 @@ class Requests:
         self.last = time.monotonic()
 
     def after_step(self) -> tuple[bool, bool, bool]:
-        """Whether to stop, to save and to draw; all processes must call it together, and go by the answer alone."""
+        """Return whether to stop, to save and to draw; all processes must call it together, and go by the answer alone."""
         main = is_main()
         save = main and (taken(self.folder / SAVE) or time.monotonic() - self.last >= self.seconds)
         sample = main and taken(self.folder / SAMPLE)
@@ -45,7 +45,10 @@ class Requests:
 
 
 def taken(request: Path) -> bool:
-    """Whether the file was there; it is gone then. One that cannot be removed is none: it would be served for ever."""
+    """Return whether the file was there; it is gone then.
+
+    One that cannot be removed is none: it would be served for ever.
+    """
     try:
         request.unlink()
     except OSError:

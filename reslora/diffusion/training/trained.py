@@ -55,7 +55,7 @@ class Trained(nn.Module):
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """The model for training steps only: samples and validation batches have other shapes, and go without."""
+    """Return the model for training steps only: samples and validation batches have other shapes, and go without."""
     reorder = "reorder_for_peak_memory"
     on_cpu = next(model.parameters()).device.type == "cpu"
     known = on_cpu and reorder in torch._inductor.list_options()

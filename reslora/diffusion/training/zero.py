@@ -22,7 +22,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def uses_deepspeed(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed takes the steps."""
+    """Return whether DeepSpeed takes the steps."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
@@ -54,7 +54,7 @@ def configure(
 
 
 def full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict:
-    """The state of DeepSpeed's `optimizer`, whole, on the CPU: no trace of how many processes there are.
+    """Return the state of DeepSpeed's `optimizer`, whole, on the CPU: no trace of how many processes there are.
 
     `named`: parameters of the prepared model by name. Their float32 weights, moments and step come under "parameters",
     moments and step only once a step has been taken. Collective: every process must call it, also if one alone saves.
@@ -82,7 +82,7 @@ def full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter
 
 
 def load_full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter]], state: dict) -> None:
-    """Takes over what `full_state` returned, by any number of processes, before the first step; collective, too."""
+    """Take over what `full_state` returned, by any number of processes, before the first step; collective, too."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     base, parameters = optimizer.optimizer, state["parameters"]
