@@ -39,16 +39,16 @@ from torch.nn.utils import parametrize
 
 from ..chains import base_model, lora_layers
 
-DEFAULT = "default"  # the name of the adapter, as PEFT calls the first one
+DEFAULT = "default"  # name of the adapter, PEFT's default
 ROTATED = ".parametrizations.weight.original"
-"""How the name of an A ends below rotations."""
+"""How the name of a rotated A ends in a state dict."""
 
 Settings = dict[str, Any]
-"""`{"alphas": {layer: alpha}}`, or `{"seed": seed, "rotations": {layer: [m, c]}}`; m is 0 where x_n itself is added."""
+"""`{"alphas": {layer: alpha}}`, or `{"seed": seed, "rotations": {layer: [m, c]}}`; with m = 0, x_n itself is added."""
 
 
 def put_on(model: nn.Module, settings: Settings) -> None:
-    """Give a model with plain LoRA its alphas or its rotations, in place of earlier ones."""
+    """Set alphas or rotations on a model with plain LoRA, replacing earlier ones."""
     base = base_model(model)
     layers, config = lora_layers(base, DEFAULT), base.peft_config[DEFAULT]
     _take_off(base, keep=False)
@@ -63,18 +63,18 @@ def put_on(model: nn.Module, settings: Settings) -> None:
 
 
 def settings_of(model: nn.Module) -> Settings | None:
-    """What was put on a model; None for any other."""
+    """Return the settings that `put_on` applied to a model; None without any."""
     return vars(base_model(model)).get("_control")
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """Fold rotations into plain LoRA, `A (I + c sum_k R_k)` and B, in place, and return the model."""
+    """Fold rotations into plain LoRA in place, as `A (I + c sum_k R_k)` and B, and return the model."""
     _take_off(base_model(model), keep=True)
     return model
 
 
 def _take_off(base: nn.Module, keep: bool) -> None:
-    """Rotations, folded into A or not."""
+    """Remove rotations, after folding them into A if `keep` is set."""
     for module in list(base.modules()):
         if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], Rotations):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=keep)
@@ -82,10 +82,10 @@ def _take_off(base: nn.Module, keep: bool) -> None:
 
 
 class Rotations(nn.Module):
-    """A (r x p) to `A (I + c sum_{k=1..m} R_k)`, with which B A reads `x + c sum_k R_k x`.
+    """Parametrization of A (r x p) as `A (I + c sum_{k=1..m} R_k)`, so that B A reads `x + c sum_k R_k x`.
 
-    Each R_k is a signed permutation, which is orthogonal, costs no more memory than x, and leaves R_k x and x
-    uncorrelated on average over seeds. With m = 0 there is one R, which is I.
+    Each R_k is a signed permutation: orthogonal, with no more memory than x, and R_k x is uncorrelated with x on
+    average over seeds. With m = 0 there is one R, the identity.
     """
 
     def __init__(self, weight: torch.Tensor, count: int, scale: float, key: str) -> None:
@@ -96,7 +96,7 @@ class Rotations(nn.Module):
         signs = (
             torch.randint(0, 2, (len(places), width), generator=draws) * 2.0 - 1.0 if count else torch.ones(1, width)
         )
-        # Not buffers, which a checkpoint would hold: the seed says them.
+        # Not buffers, which checkpoints would contain: the seed determines them.
         self.places, self.signs = torch.stack(places).to(weight.device), signs.to(weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Rotations:
@@ -104,5 +104,5 @@ class Rotations(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """What stands for A."""
+        """Return `A (I + c sum_k R_k)` (r x p)."""
         return weight + self.scale * (weight[:, self.places] * self.signs).sum(1)

@@ -227,7 +227,7 @@ def rounded(rate: float) -> float:
 
 
 def continued(rates: Sequence[float], there: Sequence[float]) -> list[float]:
-    """Return the rates with what earlier extensions have added of their row: those of the next ones that are `there`."""
+    """Return the learning rates and those of their row that are `there`, which earlier extensions have added."""
     found = list(rates)
     for _ in range(MOST_EXTENSIONS if len(rates) > 1 else 0):
         for end in (0, -1):

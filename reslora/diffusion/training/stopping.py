@@ -34,7 +34,7 @@ class Requests:
         self.last = time.monotonic()
 
     def after_step(self) -> tuple[bool, bool, bool]:
-        """Return whether to stop, to save and to draw; all processes must call it together, and go by the answer alone."""
+        """Return whether to stop, to save and to sample; all processes must call it together and use its result."""
         main = is_main()
         save = main and (taken(self.folder / SAVE) or time.monotonic() - self.last >= self.seconds)
         sample = main and taken(self.folder / SAMPLE)
