@@ -31,7 +31,7 @@ WIDTH, HEIGHT, BOX = 560, 220, (0.1, 0.16, 0.88, 0.8)
 
 @dataclass(frozen=True)
 class Frame:
-    """The size of a chart, and what is left beside its lines for numbers, titles and the legend."""
+    """Size of a chart and its margins for numbers, titles and the legend, in pixels."""
 
     width: int
     height: int
@@ -53,7 +53,7 @@ FARTHEST = 12
 
 @dataclass(frozen=True)
 class Places:
-    """Where values are in a chart, of which both ranges are to be seen."""
+    """Ranges of a chart's axes, and conversion of values to pixels."""
 
     frame: Frame
     across: Point

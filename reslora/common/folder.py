@@ -16,7 +16,8 @@ from .errors import InvalidArgument, RunFailed
 from .methods import METHODS
 from .status import FILE
 
-OWNER = ".lock"  # holds the process id and the process's identifier; the lock itself is a file in the system's temporary directory
+# Holds the process id and identifier of the owner. The lock itself is a file in the system's temporary directory.
+OWNER = ".lock"
 _HELD: dict[Path, os.stat_result] = {}
 """Directories locked by this process, or by another process on its behalf, with their status when they were locked."""
 _LENDERS: dict[Path, str] = {}
@@ -35,9 +36,8 @@ def locked(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(guarded(folder))
-            if is_running(
-                _owner(folder)[1]
-            ):  # under another temporary directory, as batch systems create one for each job
+            # Under another temporary directory, as batch systems create one for each job.
+            if is_running(_owner(folder)[1]):
                 raise _busy(folder)
             folder.mkdir(parents=True, exist_ok=True)  # not earlier, or a removed directory would be created again
             (folder / OWNER).write_text(f"{os.getpid()}\n{this_process()}")
@@ -72,7 +72,7 @@ def lent(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """While what is trained writes into a folder inside the locked one, `check_held` looks at that as well."""
+    """Let `check_held` also check a directory inside the locked one while training writes to it."""
     folder.mkdir(parents=True, exist_ok=True)
     with _noted(folder, _FILLED):
         try:
@@ -84,7 +84,7 @@ def filling(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _noted(folder: Path, noted: dict[Path, os.stat_result]) -> Iterator[None]:
-    """Meanwhile it is known which folder this is."""
+    """Record the status of a directory in `noted` inside this context."""
     with contextlib.ExitStack() as stack:
         if os.name == "posix":
             stack.callback(os.close, os.open(folder, os.O_RDONLY))  # while it is open, its inode number is not reused
@@ -124,7 +124,9 @@ def _is_still(folder: Path, before: os.stat_result) -> bool:
 
 
 def _lost(folder: Path) -> str:
-    """Return why a locked directory no longer belongs to this run, from its lock file or the file system; else empty."""
+    """Return why a locked directory no longer belongs to this run, from its lock file or the file
+    system; else empty.
+    """
     number, process = _owner(folder)
     if process == _LENDERS.get(folder, this_process()):
         return ""
@@ -136,16 +138,19 @@ def _lost(folder: Path) -> str:
 
 
 def guard_of(folder: Path) -> FileLock:
-    """Return the file lock of a directory among the runs of this machine; the system releases it when a process ends."""
+    """Return the file lock of a directory among the runs of this machine; the system releases it when a
+    process ends.
+    """
     name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
     return FileLock(Path(tempfile.gettempdir()) / f"reslora-{getattr(os, 'getuid', int)()}-{name}.lock")
 
 
 @contextlib.contextmanager
 def guarded(folder: Path) -> Iterator[None]:
-    """Lock a folder among the runs of this machine; raises `Timeout` at once where another has it.
+    """Lock a directory among the runs of this machine.
 
-    The file is removed while it is still locked. filelock refuses it to who has opened it by then: it has no name.
+    Raises `Timeout` immediately if another run holds the lock. The lock file is removed while it is still locked;
+    filelock refuses it to a process that has opened it by then, because the file has no name.
     """
     guard = guard_of(folder)
     with guard.acquire(timeout=0):

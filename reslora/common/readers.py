@@ -18,7 +18,7 @@ _GONE = (errno.EIO, errno.EPIPE)  # errors of writing to a closed terminal, and 
 
 @contextlib.contextmanager
 def outlived() -> Iterator[None]:
-    """Inside, what nobody can read any more is dropped; to print it would end the script, its last steps unsaved."""
+    """Discard output inside this context once nothing reads it: an error would end training before it has saved."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
     for stream in streams:
         for name in ("write", "flush"):

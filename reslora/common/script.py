@@ -36,9 +36,8 @@ def run_script(
     written; 128 + signal after Ctrl-C or SIGTERM. On a signal, `stop` is set, and `main` raises `Stopped` after it has
     saved; a closed terminal is treated as SIGTERM. Other exceptions are bugs and are raised.
     """
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning
-    )  # warnings of one library about another are not for the user
+    # Warnings of one library about another are not for the user.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     take_any_file_name()
     with outlived(), temporarily(warnings, formatwarning=warning_line), StopRequest() as stop:
         try:
@@ -97,8 +96,7 @@ def _leave_process_group(together: bool) -> None:
     On a busy machine, gloo's threads abort a process that exits with a live group (status -6 after a good run).
     `together`: all processes of the run exit; otherwise groups that wait for the other processes are not destroyed.
     """
-    together_module = sys.modules.get(
-        f"{__package__}.together"
-    )  # imported by scripts, with torch, only after their options are validated
+    # Scripts import it, with torch, only after their options are validated.
+    together_module = sys.modules.get(f"{__package__}.together")
     if together_module is not None:
         together_module.leave(everyone=together)

@@ -127,7 +127,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Inside, `SIGNALS` wait: a process that is started there gets none before it can answer."""
+    """Block `SIGNALS` inside this context, so that a process started there gets none before it has handlers."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if os.name == "posix" else set()
     try:
         yield

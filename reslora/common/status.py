@@ -21,7 +21,7 @@ EVERY = 1.0  # seconds between two updates of a phase's progress
 
 @dataclass
 class Status:
-    """Says what the run is at. The main process writes it; without a folder nobody does.
+    """Current phase and progress of a run, written by the main process; without a directory nothing is written.
 
     The file holds `process`, `phase`, `name` (of what is trained; may be empty), `memory_bytes` (null where unknown)
     and, where things are counted, `done`, `total` and `per_second` (null as long as there was but one).

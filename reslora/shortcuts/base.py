@@ -252,7 +252,9 @@ class Shortcut(LoraVariant):
 
 
 def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return `x` in the adapter's dtype, as PEFT casts it; unchanged under autocast, where products cast their input."""
+    """Return `x` in the adapter's dtype, as PEFT casts it; unchanged under autocast, where products cast
+    their input.
+    """
     if x.dtype == weight.dtype or autocasts(x.device):
         return x
     return x.to(weight.dtype)

@@ -46,7 +46,9 @@ class MiddleShortcut(Shortcut):
     def forward(
         self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """Return the block's output (batch x tokens x q) for `x` (batch x tokens x p) and the frozen layer's `result`."""
+        """Return the block's output (batch x tokens x q) for `x` (batch x tokens x p) and the frozen
+        layer's `result`.
+        """
         state = self._running()
         (own,) = self._products(state, module, active_adapter, x)
         if state.norms is not None:

@@ -15,7 +15,9 @@ from torch import nn
 
 
 class State:
-    """Tensors that the blocks of one forward hand to each other; created by each forward and dropped when it returns."""
+    """Tensors that the blocks of one forward hand to each other; created by each forward and dropped
+    when it returns.
+    """
 
     __slots__ = ("frame", "grad", "handed", "normed", "norms", "outer", "parts", "segments", "shared")
 
@@ -131,7 +133,9 @@ class Wires:
         slot.state = State(recording=recording, outer=_unfinished(slot.state), frame=frame)
 
     def end(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Drop the state of a forward; a forward hook of the base model, also called after an error (`output` is None)."""
+        """Drop the state of a forward; a forward hook of the base model, also called after an error
+        (`output` is None).
+        """
         slot = self.threads.slot
         state = slot.state
         if state is None:
@@ -171,9 +175,9 @@ class Wires:
 
 @contextmanager
 def _segment(state: State) -> Iterator[None]:
-    """Mark that the layers run inside a checkpointed segment that has our context.
+    """Mark that the layers run inside a checkpointed segment with our context.
 
-    It takes no product from before: the recomputation has to multiply as often as the forward did.
+    An earlier shared product is not used inside: the recomputation must compute as many products as the forward did.
     """
     state.shared = None
     state.segments += 1
