@@ -55,16 +55,16 @@ class Change:
     def restore(self) -> None:
         """Put the files back, and forget the change; `RunError` where somebody else has changed one since.
 
-        What was cut off has files that it did not come to: there, the others are put back nevertheless.
+        What was cut off has files that it did not come to: its captions that nobody has changed are put back
+        nevertheless.
         """
         with WRITING, readable():
             states = {name: self.state(name) for name in self.files}
-            others = [name for name, state in states.items() if state == "other"]
-            if others and "before" not in states.values():
-                what = (
-                    "is there again: move it away first" if self.files[others[0]] is None else "was changed meanwhile"
-                )
-                raise RunError(f"{others[0]} {what}. Nothing was put back.")
+            for name in (name for name, state in states.items() if state == "other"):
+                if self.files[name] is None:
+                    raise RunError(f"{name} is there again: move it away first. Nothing was put back.")
+                if "before" not in states.values():
+                    raise RunError(f"{name} was changed meanwhile. Nothing was put back.")
             for name, state in states.items():
                 if state == "after":
                     put_back(self.place / name, self.folder.path / name)

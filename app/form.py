@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from reslora.common.methods import METHODS
+from reslora.diffusion.config_file import OF_SHORTCUTS as OF_SHORTCUTS
 from reslora.options.images import Options
 from reslora.options.optimizers import OPTIMIZERS
 from reslora.options.option import SAME, Option, in_words
@@ -32,8 +33,6 @@ TEXTS = ("caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "
 """Options that take words which name no file, no model and no code."""
 OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
 """Options that nothing reads without a folder of class images, which a page may not name."""
-OF_SHORTCUTS = tuple(name for name, option in Options.table().items() if option.implies and option.read_by)
-"""Options that only methods with shortcuts read, or controls of these."""
 OF_BUNDLED = {name for name, option in Options.table().items() if option.bundled_flow is not SAME}
 """Options of which a bundled pipeline has defaults of its own."""
 NEVER = ("plan", "local_rank", "push_to_hub", "dataloader_num_workers", *OF_CLASS_IMAGES)
@@ -89,7 +88,7 @@ def info(option: Option) -> str:
 
 def default(option: Option, model: str = "") -> str:
     """What is taken where a box is left empty, in words; a bundled model may have its own."""
-    otherwise = (option.by_family or option.or_else or in_words(option.default)).partition(";")[0]
+    otherwise = option.otherwise.partition(";")[0]
     if option.bundled is not SAME:
         is_flow = model in PIPELINES and PIPELINES[model].name == "pipeline-flow"
         bundled = in_words(option.bundled_flow if is_flow and option.bundled_flow is not SAME else option.bundled)

@@ -141,8 +141,8 @@ class ImageEdits:
 
     def last(self, folder: Folder) -> Change | None:
         """What undo would take back: the last change of a folder."""
-        found = list(changes(folder))
-        return next((change for change in found if change.place not in self.refused), next(iter(found), None))
+        found = (change for change in changes(folder) if change.place not in self.refused)
+        return next(found, None) or next(changes(folder), None)
 
     def undo(self, images: Images, line: str | None = None) -> str:
         """Take the last change of a folder back; what has been changed again since stays, and undo is refused.

@@ -137,8 +137,10 @@ def words_for(folder: Path, settings: dict, images: Path | None = None, begun: R
 def warning(settings: dict) -> str:
     """What is likely a mistake in the settings of a training that starts nevertheless; empty where nothing is."""
     ranks = [int(word) for value in listed(settings.get("rank")) for word in re.findall(r"\d+", str(value))]
-    large = f"{max(ranks)} is a larger rank than most layers have room for; 4 to 128 are usual"
-    return f" warning: {large}." if max(ranks, default=0) > LARGEST_RANK else ""
+    largest = max(ranks, default=0)
+    if largest <= LARGEST_RANK:
+        return ""
+    return f" warning: {largest} is a larger rank than most layers have room for; 4 to 128 are usual."
 
 
 def launch_words(device: str | None) -> list[str]:

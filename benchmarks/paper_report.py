@@ -13,7 +13,7 @@ import why_plots
 from matplotlib.figure import Figure
 from measured import RESULTS, ROOT
 from why import EXPERIMENTS as OF_WHY
-from why_report import NOT_RUN, alpha_table, records, summary_table, why_tables
+from why_report import NOT_RUN, alpha_table, counted, records, summary_table, why_tables
 
 from reslora.merges import MERGES as FOR_LINKS
 
@@ -45,7 +45,7 @@ def part(name: str, experiments: dict) -> str:
     """The content between the marks of that name."""
     special = {
         "cost": cost_table, "speed": speed_tables, "not-run": lambda: not_run(experiments), "limits": limits_table,
-        "merging": merging_table, "why": why_tables, "summary": summary_table, "alpha": alpha_table,
+        "merging": merging_table, "why": why_tables, "counted": counted, "summary": summary_table, "alpha": alpha_table,
         "forest": lambda: plot_of_all("every comparison with LoRA", why_plots.forest, "why-forest.png"),
         "rates": lambda: plot_of_all("loss by learning rate and method", why_plots.rates, "why-rates.png"),
     }  # fmt: skip

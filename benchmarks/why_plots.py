@@ -63,8 +63,9 @@ def forest_panel(axis: Axes, title: str, verdicts: Sequence[dict], widest: float
     ordered = sorted(verdicts, key=lambda verdict: -verdict["relative"])
     for place, verdict in enumerate(ordered):
         color, (low, high) = color_of(verdict["label"]), verdict["interval"]
-        detectable = min(verdict["detectable"], 2 * widest)
-        axis.barh(place, 2 * detectable, left=-detectable, height=0.8, color="#e9ecef", zorder=0)
+        if verdict["detectable"] is not None:
+            effect = min(verdict["detectable"], 2 * widest)
+            axis.barh(place, 2 * effect, left=-effect, height=0.8, color="#e9ecef", zorder=0)
         axis.plot([low, high], [place, place], color=color, linewidth=2, solid_capstyle="butt")
         face = "white" if verdict["conclusion"] == "not shown" else color
         axis.plot(verdict["relative"], place, marker="o", color=color, markerfacecolor=face, markersize=5)

@@ -17,7 +17,7 @@ from reslora.diffusion.model.families import load_family
 from reslora.diffusion.model.loading import Model
 from reslora.diffusion.refusals import read_index
 from reslora.experiment.record import Verdict
-from reslora.experiment.statistics import rerun, tested, verdicts
+from reslora.experiment.statistics import arrays_of, judge, rerun, tested, verdict_of, verdicts
 
 SHORTCUTS = ("input", "block(4)", "middle(4)")
 WIRED = ("reslora", *(f"reslora {kind}" for kind in SHORTCUTS))  # the first where an experiment has one kind alone
@@ -63,7 +63,7 @@ def summary_table() -> str:
     """A row of every experiment: what is significant, and the shortcut with the lowest loss."""
     rows = []
     for title, record, _ in records():
-        found = to_lora(tested(record["arms"], record["chosen"]))
+        found = to_lora(record)
         of_shortcuts = [verdict for verdict in found if verdict["label"].startswith("reslora")]
         lowest = min(of_shortcuts, key=lambda verdict: verdict["relative"], default=None)
         ended = [arm for arm in record["arms"] if arm["status"] in ENDED]
@@ -80,6 +80,29 @@ def summary_table() -> str:
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows]) if rows else NOT_RUN
 
 
+def counted() -> str:
+    """How many comparisons of a shortcut with LoRA are significant, and the minimum detectable effects; a sentence."""
+    found = [
+        (unit, verdict)
+        for _, record, unit in records()
+        for verdict in to_lora(record)
+        if verdict["label"].startswith("reslora")
+    ]
+    if not found:
+        return NOT_RUN
+    below, above = (sum(verdict["conclusion"] == which for _, verdict in found) for which in ("better", "worse"))
+    effects = []
+    for kind in ("images", "examples"):
+        sizes = [verdict["detectable"] for unit, verdict in found if unit == kind and verdict["detectable"] is not None]
+        if sizes:
+            name = "images" if kind == "images" else "text"
+            effects.append(f"{min(sizes):.2f}% to {max(sizes):.2f}% for {name}")
+    return (
+        f"Of {len(found)} comparisons of a shortcut with LoRA, {below} end significantly below it and {above} above. "
+        f"The minimum detectable effect (80% power) is {' and '.join(effects)}."
+    )
+
+
 def alpha_table() -> str:
     """The learning rates that were chosen with LoRA's alpha, twice and four times it."""
     labels, rows = ("lora", "lora_x2", "lora_x4"), []
@@ -93,9 +116,15 @@ def alpha_table() -> str:
     return "\n".join([head, "|---" * 5 + "|", *rows]) if rows else NOT_RUN
 
 
-def to_lora(tests: Mapping[str, np.ndarray]) -> list[Verdict]:
-    """Every label compared with LoRA, corrected together."""
-    return verdicts(tests, {label: "lora" for label in tests if label != "lora" and "lora" in tests})
+def to_lora(record: Mapping) -> list[Verdict]:
+    """Every label of an experiment compared with LoRA, corrected together."""
+    tests = tested(record["arms"], record["chosen"])
+    return compare(record, tests, {label: "lora" for label in tests if label != "lora" and "lora" in tests})
+
+
+def compare(record: Mapping, tests: Mapping[str, np.ndarray], references: Mapping[str, str]) -> list[Verdict]:
+    """Labels compared with their references, corrected for these pairs and for the readings of the test split."""
+    return [verdict_of(test) for test in judge(arrays_of(tests), references.items(), record["readings"])]
 
 
 def when(experiment: Experiment, record: Mapping) -> str:
@@ -122,13 +151,13 @@ def section(title: str, record: dict, unit: str = "images") -> str:
     lines = [f"**{title}.** {len(ended)} of {len(arms)} runs; {parts}."]
     tests = tested(arms, record["chosen"])
     if tests:
-        lines += [label_table(record, tests), rerun_line(tests), pair_table(tests)]
+        lines += [label_table(record, tests), rerun_line(tests), pair_table(record, tests)]
     return "\n\n".join(filter(None, lines))
 
 
 def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
     """Each label's chosen learning rate and checkpoint, its test loss, and its difference to LoRA."""
-    found = {verdict["label"]: verdict for verdict in to_lora(tests)}
+    found = {verdict["label"]: verdict for verdict in to_lora(record)}
     rows = ["| | learning rate | step | seeds | test loss | 95% PI | to LoRA | 95% CI | 95% PI | MDE |"]
     rows.append("|---" * 10 + "|")
     for label, losses in sorted(tests.items(), key=lambda item: np.nanmean(item[1])):
@@ -182,18 +211,16 @@ def compared(verdict: Mapping | None) -> list[str]:
         return [""] * 4
     star = "**" if verdict["conclusion"] in ("better", "worse") else ""
     difference = f"{star}{verdict['relative']:+.2f}%{star}"
-    if verdict["interval"] is None:
-        return [difference, "", ends(verdict["rerun"], "+.2f"), ""]
     stated = (ends(verdict[name], "+.2f") for name in ("interval", "rerun"))
-    return [difference, *stated, f"{verdict['detectable']:.2f}%"]
+    return [difference, *stated, "" if verdict["detectable"] is None else f"{verdict['detectable']:.2f}%"]
 
 
-def pair_table(tests: dict[str, np.ndarray]) -> str:
+def pair_table(record: dict, tests: dict[str, np.ndarray]) -> str:
     """The pairs that decide, those of a hypothesis corrected together."""
     rows = []
     for question, references in PAIRS.items():
         there = {ours: theirs for ours, theirs in references.items() if ours in tests and theirs in tests}
-        for verdict in verdicts(tests, there):
+        for verdict in compare(record, tests, there):
             rows.append(
                 "| " + " | ".join([question, verdict["label"], verdict["reference"], *compared(verdict)]) + " |"
             )

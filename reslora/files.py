@@ -159,12 +159,10 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], met
     from safetensors.torch import save  # imports torch, which takes seconds
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    content = save(tensors, metadata=metadata)
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
+    header, content = _in_two(save(tensors, metadata=metadata))
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     with replacing(path) as temporary:
-        temporary.write_bytes(_header(header) + content[start:])
+        temporary.write_bytes(_header(header) + content)
 
 
 def write_one_by_one(
@@ -201,8 +199,13 @@ def _dtype_name(dtype: torch.dtype) -> str:
     import torch
     from safetensors.torch import save
 
-    content = save({"": torch.empty(0, dtype=dtype)})
-    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])[""]["dtype"]
+    return _in_two(save({"": torch.empty(0, dtype=dtype)}))[0][""]["dtype"]
+
+
+def _in_two(content: bytes) -> tuple[dict, bytes]:
+    """Header and tensors of a safetensors file."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), content[start:]
 
 
 def _header(header: dict) -> bytes:

@@ -62,16 +62,19 @@ def test_a_peft_that_does_not_call_variants_is_refused(monkeypatch, gone):
         if gone == "forward":
             changed.setattr(lora.Linear, "forward", lambda self, x: self.base_layer(x))
         else:
-            changed.setattr(lora.layer.LoraLayer, "__setattr__", without_variants)
-        refused(lambda: reslora.connect(model, WIRED[0]), "peft", "variants", "install")
+            changed.setattr(lora.Linear, "__init__", without_variants(lora.Linear.__init__))
+        refused(lambda: reslora.connect(model, WIRED[0], example_inputs=STACK_INPUTS), "peft", "variants", "install")
     assert torch.equal(run(model, STACK_INPUTS), expected)
-    reslora.connect(model, WIRED[0])
+    reslora.connect(model, WIRED[0], example_inputs=STACK_INPUTS)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def without_variants(layer, name, value):
-    if name != "lora_variant":
-        nn.Module.__setattr__(layer, name, value)
+def without_variants(initialize):
+    def changed(layer, *args, **kwargs):
+        initialize(layer, *args, **kwargs)
+        del layer.lora_variant
+
+    return changed
 
 
 def refused(call, *words: str) -> None:

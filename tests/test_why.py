@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from reslora.diffusion.settings import build_parser
-from reslora.experiment.statistics import half_width, rerun, spread_of
+from reslora.experiment.statistics import half_width, level_of, rerun, spread_of
 from reslora.language.arguments import read
 from reslora.options.texts import GlueOptions, LlmOptions
 
@@ -97,7 +97,7 @@ def test_a_shortcut_stands_beside_its_placebo_seed_by_seed_and_image_by_image():
     (why.KEPT / "unet.json").write_text(json.dumps(record(arms)))
     ours, theirs = map(np.array, losses.values())
     percent = 100 / theirs.mean()
-    mean, half = (ours - theirs).mean() * percent, half_width(spread_of(ours - theirs), 0.05) * percent
+    mean, half = (ours - theirs).mean() * percent, half_width(spread_of(ours - theirs), level_of(1)) * percent
     row = next(line for line in why_report.why_tables().splitlines() if line.startswith("| information"))
     low, high = rerun(percent * (ours - theirs).mean(1))
     cells = [cell.strip() for cell in row.split("|")][2:-2]
@@ -128,6 +128,9 @@ def test_the_summary_counts_what_is_significant_and_has_the_lowest_shortcut():
     row = why_report.summary_table().splitlines()[-1]
     assert row.startswith("| The bundled U-Net, rank 16 | 7 | 1.8 | 2 | 3 | 0 of 1 | 1 of 1 | reslora input |")
     assert f"| **{100 * 0.909 / 18.8:+.2f}%** |" in row
+    assert why_report.counted().startswith(
+        "Of 1 comparisons of a shortcut with LoRA, 0 end significantly below it and 1 above. The minimum"
+    )
 
 
 def test_plots_show_each_comparison_and_each_learning_rate():
@@ -184,4 +187,5 @@ def test_a_table_says_if_its_pipeline_has_been_exchanged_since():
 
 
 def test_what_has_not_run_says_so():
-    assert why_report.why_tables() == why_report.summary_table() == why_report.alpha_table() == "*Not run yet.*"
+    assert why_report.why_tables() == why_report.summary_table() == "*Not run yet.*"
+    assert why_report.alpha_table() == why_report.counted() == "*Not run yet.*"

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 EVERY = 3.0
 """Seconds between two looks at the experiment."""
 ABOUT = (
-    "Every method is trained with every learning rate and seed, on the same images and noise. Rates and checkpoints "
-    "are chosen on images that none has learnt, and methods are compared on others, read once at the end. The name of "
-    "an experiment that is there goes on with it: what is new among methods, rates and seeds is added, and all "
-    "else has to be as it was, or empty."
+    "The first seed trains every method with every learning rate, on the same images and noise. Images that are not "
+    "trained on choose each method's learning rate and checkpoint, and the other seeds train at that rate. Methods are "
+    "compared on other images, read once at the end. The name of an experiment that is there resumes it: what is new "
+    "among methods, rates and seeds is added, and all else has to be as it was, or empty."
 )
 
 

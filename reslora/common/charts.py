@@ -217,7 +217,9 @@ def _places(points: Sequence[Point], axes: Axes) -> Places:
     across = [scaled(x) for x in (*(x for x, _ in points), *axes.ticks)]
     up = sorted(y for _, y in points) + [0.0] * axes.zero
     low, high = min(up), max(up)
-    if not axes.zero:
+    if axes.zero:
+        high = min(high, FARTHEST * statistics.median(map(abs, up)) or high)
+    else:
         high = min(high, low + FARTHEST * (statistics.median(up) - low) or high)
     return Places(REPORT, _padded(min(across), max(across), 0.04), _padded(low, high, 0.06), scaled)
 
@@ -277,10 +279,67 @@ def _dot(x: float, y: float, number: int, hollow: bool = False) -> str:
     return f'<path class="{"hollow" if hollow else "dot"}" d="M{x:.1f} {y:.1f}{shapes[number % len(shapes)]}"/>'
 
 
-def interval(verdict_interval: Point, mean: float, farthest: float) -> str:
-    """Return an SVG bar of an interval with its mean and zero, on a scale from -`farthest` to `farthest`."""
-    low, at, high = (75 + 70 * value / farthest for value in (verdict_interval[0], mean, verdict_interval[1]))
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a forest plot: a difference with its interval, both in percent."""
+
+    name: str
+    number: int
+    """Its place among all labels, which is its color and the shape of its dot."""
+    value: float
+    ends: Point | None
+    text: str
+    """The numbers, as they are read."""
+
+
+MINUS = "\N{MINUS SIGN}"
+FOREST_ROW = 46
+FOREST_TOP = 8
+
+
+def forest(title: str, rows: Sequence[Row], axis: str) -> str:
+    """Return a figure of intervals below each other, with zero and a numbered axis; empty without rows.
+
+    A name and its numbers are above its interval, so that both are legible on a narrow screen. A value that is far
+    beyond all intervals is an arrow at the edge.
+    """
+    if not rows:
+        return ""
+    inside = [value for row in rows if row.ends for value in row.ends] or [row.value for row in rows]
+    low, high = _padded(min(0.0, *inside), max(0.0, *inside), 0.05)
+    bottom = FOREST_TOP + FOREST_ROW * len(rows)
+    frame = replace(REPORT, height=bottom + REPORT.bottom, left=10, top=FOREST_TOP)
+    place = Places(frame, (low, high), (0, 1))
+    parts = [
+        f'<path class="{"zero" if abs(x) < 1e-12 else "grid"}" d="M{place.x(x):.1f} {FOREST_TOP}V{bottom + 4}"/>'
+        f'<text x="{place.x(x):.1f}" y="{bottom + 18}" text-anchor="middle">{number}%</text>'
+        for x in ticks(low, high, MaxNLocator(5))
+        for number in [f"{x:+.6g}".replace("-", MINUS) if x else "0"]
+    ]
+    for number, row in enumerate(rows):
+        parts.append(_of_row(row, FOREST_TOP + FOREST_ROW * number, place))
+    middle = (frame.left + frame.width - frame.right) / 2
+    parts.append(f'<text x="{middle}" y="{frame.height - 6}" text-anchor="middle">{escape(axis)}</text>')
     return (
-        '<svg class="interval" viewBox="0 0 150 16" aria-hidden="true"><path class="zero" d="M75 0V16"/>'
-        f'<path class="bar" d="M{low:.1f} 8H{high:.1f}"/><circle class="dot" cx="{at:.1f}" cy="8" r="4"/></svg>'
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<svg class="chart" viewBox="0 0 {frame.width} {frame.height}" role="img" '
+        f'aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
     )
+
+
+def _of_row(row: Row, top: float, place: Places) -> str:
+    frame, y = place.frame, top + 30
+    text = f'<text class="name" x="{frame.left}" y="{top + 16}">{escape(row.name)}</text>'
+    text += f'<text x="{frame.width - frame.right}" y="{top + 16}" text-anchor="end">{escape(row.text)}</text>'
+    low, high = place.across
+    if not low <= row.value <= high:
+        x, back = (place.x(high), -8) if row.value > high else (place.x(low), 8)
+        head = f"M{x + back:.1f} {y - 6}L{x:.1f} {y}L{x + back:.1f} {y + 6}"
+        drawn = f'<path class="line" d="{head}M{x:.1f} {y}h{2.5 * back}"/>'
+    else:
+        bar = f'<path class="bar" d="M{place.x(row.ends[0]):.1f} {y}H{place.x(row.ends[1]):.1f}"/>' if row.ends else ""
+        drawn = bar + _dot(place.x(row.value), y, row.number)
+    return f'<g class="c{row.number % COLORS}">{text}{drawn}</g>'

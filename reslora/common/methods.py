@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .errors import InvalidArgument
@@ -39,16 +40,6 @@ class AdapterSettings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def of_layers(self) -> dict[str, Any]:
-        """Keyword arguments of the PEFT configurations that have ranks and alphas for single layers."""
-        return {"rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern)}
-
-    def scaled(self, times: float) -> AdapterSettings:
-        """Return the settings with every alpha multiplied by `times`."""
-        alphas = {name: times * alpha for name, alpha in self.alpha_pattern.items()}
-        return replace(self, alpha=times * self.alpha, alpha_pattern=alphas)
-
-    @property
     def shared(self) -> dict[str, Any]:
         """Keyword arguments of every PEFT configuration."""
         return {
@@ -58,37 +49,20 @@ class AdapterSettings:
         }
 
 
-def lora(settings: AdapterSettings, **variant: bool) -> PeftConfig:
-    """Return the configuration of LoRA (Hu et al., 2022), or of a variant that is a switch of PEFT's `LoraConfig`."""
+def lora(settings: AdapterSettings, times: float = 1, **variant: bool) -> PeftConfig:
+    """LoRA (Hu et al., 2022) with every alpha multiplied, or a variant that PEFT's configuration has a switch for.
+
+    rsLoRA is rank-stabilized (Kalajdzievski, 2023); DoRA trains `m (W + s B A) / |W + s B A|`, with a magnitude m of
+    each row (Liu et al., 2024).
+    """
     from peft import LoraConfig
 
+    alphas = {name: times * alpha for name, alpha in settings.alpha_pattern.items()}
     return LoraConfig(
-        r=settings.r, lora_alpha=settings.alpha, lora_dropout=settings.dropout,
-        init_lora_weights=settings.init_lora_weights, **settings.of_layers, **settings.shared, **variant,
+        r=settings.r, lora_alpha=times * settings.alpha, lora_dropout=settings.dropout,
+        init_lora_weights=settings.init_lora_weights, rank_pattern=dict(settings.rank_pattern), alpha_pattern=alphas,
+        **settings.shared, **variant,
     )  # fmt: skip
-
-
-def lora_x2(settings: AdapterSettings) -> PeftConfig:
-    """Return the configuration of LoRA with doubled alpha."""
-    return lora(settings.scaled(2))
-
-
-def lora_x4(settings: AdapterSettings) -> PeftConfig:
-    """Return the configuration of LoRA with alpha multiplied by four."""
-    return lora(settings.scaled(4))
-
-
-def rslora(settings: AdapterSettings) -> PeftConfig:
-    """Return the configuration of rank-stabilized LoRA, with the scale alpha / sqrt(r) (Kalajdzievski, 2023)."""
-    return lora(settings, use_rslora=True)
-
-
-def dora(settings: AdapterSettings) -> PeftConfig:
-    """Return the configuration of DoRA:
-
-    `m (W + s B A) / |W + s B A|`, with a trained magnitude m for each row (Liu et al., 2024).
-    """
-    return lora(settings, use_dora=True)
 
 
 def adalora(settings: AdapterSettings) -> PeftConfig:
@@ -106,21 +80,13 @@ def adalora(settings: AdapterSettings) -> PeftConfig:
     )  # fmt: skip
 
 
-def loha(settings: AdapterSettings) -> PeftConfig:
-    """Return the configuration of LoHa, whose dropout is of ranks."""
-    from peft import LoHaConfig
+def lycoris(settings: AdapterSettings, kind: str) -> PeftConfig:
+    """LoHa or LoKr, whose dropout is of ranks."""
+    import peft
 
-    return LoHaConfig(
-        r=settings.r, alpha=settings.alpha, rank_dropout=settings.dropout, **settings.of_layers, **settings.shared
-    )  # fmt: skip
-
-
-def lokr(settings: AdapterSettings) -> PeftConfig:
-    """Return the configuration of LoKr, whose dropout is of ranks."""
-    from peft import LoKrConfig
-
-    return LoKrConfig(
-        r=settings.r, alpha=settings.alpha, rank_dropout=settings.dropout, **settings.of_layers, **settings.shared
+    return getattr(peft, kind)(
+        r=settings.r, alpha=settings.alpha, rank_dropout=settings.dropout, rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern), **settings.shared,
     )  # fmt: skip
 
 
@@ -218,8 +184,11 @@ METHODS = {
     row.name: row
     for row in (
         Method("lora", "LoRA", "plain LoRA", "#8a8f98", lora),
-        Method("lora_x2", "LoRA, doubled alpha", "LoRA with doubled alpha, the control", "#1971c2", lora_x2),
-        Method("lora_x4", "LoRA, fourfold alpha", "LoRA with alpha times four", "#74a9d8", lora_x4),
+        Method(
+            "lora_x2", "LoRA, doubled alpha", "LoRA with doubled alpha, the control", "#1971c2",
+            partial(lora, times=2),
+        ),
+        Method("lora_x4", "LoRA, fourfold alpha", "LoRA with alpha times four", "#74a9d8", partial(lora, times=4)),
         Method(
             "lora_matched", "LoRA, matched alpha", "LoRA with each layer's alpha as the shortcut would scale it",
             "#1098ad", lora, matched=True,
@@ -237,10 +206,19 @@ METHODS = {
             "adalora", "AdaLoRA", "LoRA that moves ranks between layers", "#2f9e44", adalora,
             adalora_as_lora, deepspeed=False, parts=False, of_layers=False, least_steps=3,
         ),
-        Method("rslora", "rsLoRA", "LoRA with the scale alpha / sqrt(rank)", "#5c940d", rslora),
-        Method("dora", "DoRA", "LoRA of directions, with trained magnitudes", "#e64980", dora, None),
-        Method("loha", "LoHa", "Hadamard products of two", "#9c36b5", loha, None, quantised=False),
-        Method("lokr", "LoKr", "Kronecker products", "#0c8599", lokr, None, quantised=False),
+        Method("rslora", "rsLoRA", "LoRA with the scale alpha / sqrt(rank)", "#5c940d", partial(lora, use_rslora=True)),
+        Method(
+            "dora", "DoRA", "LoRA of directions, with trained magnitudes", "#e64980",
+            partial(lora, use_dora=True), None,
+        ),
+        Method(
+            "loha", "LoHa", "Hadamard products of two", "#9c36b5",
+            partial(lycoris, kind="LoHaConfig"), None, quantised=False,
+        ),
+        Method(
+            "lokr", "LoKr", "Kronecker products", "#0c8599",
+            partial(lycoris, kind="LoKrConfig"), None, quantised=False,
+        ),
         Method(
             "oft", "OFT", "rotations of the input, in blocks of 4 x rank", "#862e9c", oft,
             None, of_layers=False, dropout=False, alpha=False,
@@ -250,12 +228,7 @@ METHODS = {
 
 
 def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
-    """Return PEFT's configuration of a method in `METHODS`; ResLoRA uses LoRA's.
-
-    Raises `ValueError` for a method that is not in `METHODS`.
-    """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} is not one of {', '.join(map(repr, METHODS))}")
+    """Return PEFT's configuration of a method, as its row in `METHODS` makes it; ResLoRA's is LoRA's."""
     return METHODS[method].config(settings)
 
 

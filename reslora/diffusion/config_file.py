@@ -15,6 +15,7 @@ from ..options.option import Given
 from .experiment.checks import OF_EXPERIMENTS, OF_RUNS
 
 OF_SHORTCUTS = [name for name, option in Options.table().items() if option.implies and option.read_by]
+"""Options that only methods with shortcuts read, or controls of these."""
 
 
 def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, Any]:

@@ -5,10 +5,9 @@ order is the same with and without a limit in time, so that a limited experiment
 
 1. The first seed, over all rates and labels: rates coarse to fine, from the middle, and every label before the next
    rate, so that wherever it ends the labels had equally many trials, give or take one.
-2. The other seeds, one after the other, at the NEAR rates around each label's optimum by the first seed, the best one
-   first; as many for every label. A rate is then chosen among those that were tried with the most seeds, over these
-   seeds together on the select images: the first seed's luck alone decides only what is tried, and for all alike.
-3. Everything else.
+2. The other seeds that choose rates, one after the other, at the NEAR rates around each label's optimum by the first
+   seed, the best one first; as many for every label. Then these seeds at all other rates.
+3. The seeds that choose nothing, one after the other, at each label's chosen rate.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ NEAR = 3  # rates around the best one that further seeds are spent on first
 SEVERAL_BLOCKS = tuple(name for name in NAMES if name not in (PLAIN, "input"))  # that --pre_num counts
 MOST_EXTENSIONS = 3  # of the rates, by --extend_rates
 LEAST_RATIO = 1.02  # of two rates that it goes on from
+EVERY = 4  # of so many seeds the first one chooses rates, where there are several
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ def check_values(grid: Grid) -> None:
             fix = "add reslora with --shortcut block or middle, or give one"
             raise InvalidArgument(f"{grid.flag(name)} {as_typed(grid.varied[name])}", problem, fix)
     experiment = grid.base.experiment
-    check_at_once(experiment.arms_at_once or 1, len(labels) * len(grid.rates) * len(grid.values("seed")))
+    seeds = grid.values("seed")
+    choosing = len(choosing_of(seeds, len(grid.rates)))
+    check_at_once(experiment.arms_at_once or 1, len(labels) * (len(grid.rates) * choosing + len(seeds) - choosing))
     if experiment.extend_rates and len(grid.rates) == 1:
         raise InvalidArgument("--extend_rates", "one rate says no next one", "give two or more as --learning_rate")
     if experiment.extend_rates:
@@ -134,6 +136,15 @@ def check_at_once(processes: int, arms: int) -> None:
 def place_of(label: Label, arm: Arm) -> str:
     """Return the folder of an arm inside that of its method."""
     return f"{label.place}lr-{arm.rate:g}/seed-{arm.seed}"
+
+
+def choosing_of(seeds: Sequence[int], rates: int) -> list[int]:
+    """Return the seeds that choose among so many learning rates.
+
+    A seed that chooses is lucky at the rate that it chooses. As one of four, and the first, it costs least and hardly
+    favors a method; a seed that is added leaves the others as they are. With one rate there is nothing to choose.
+    """
+    return list(seeds[:: EVERY if rates > 1 else 1])
 
 
 # -- in which order ----------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from .arms import (
     MOST_EXTENSIONS,
     Arm,
     Label,
+    choosing_of,
+    coarse_to_fine,
     continued,
     grown,
     in_order,
@@ -31,6 +33,7 @@ from .arms import (
     place_of,
     shortcut_in_words,
 )
+from .statistics import choose
 
 ENDED = "arm.json"  # that an arm has ended, and how; written last
 ADAPTERS = "adapters"  # of every checkpoint that may be chosen, without what a resumed run needs
@@ -61,6 +64,8 @@ class Course:
         self.labels = {label.name: label for label in labels_of(self.grid)}
         self.seeds: list[int] = self.grid.values("seed")
         self.given: list[float] = sorted(self.grid.rates)
+        self.choosing = choosing_of(self.seeds, len(self.given))
+        self.chosen_rates: dict[tuple, float | None] = {}
         self.grids = {name: continued(self.given, self.rates_there(label)) for name, label in self.labels.items()}
 
     @property
@@ -95,8 +100,41 @@ class Course:
         return options_of(self.grid, self.labels[arm.label], arm.rate, arm.seed)
 
     def arms(self) -> list[Arm]:
-        """Return all arms, by label, rate and seed."""
-        return [Arm(label, rate, seed) for label, rates in self.grids.items() for rate in rates for seed in self.seeds]
+        """Return all arms: those that choose by label, rate and seed, then the others by seed and label."""
+        choosing = [
+            Arm(label, rate, seed) for label, rates in self.grids.items() for rate in rates for seed in self.choosing
+        ]
+        return choosing + self.other_arms()
+
+    @property
+    def others(self) -> list[int]:
+        """The seeds that do not choose."""
+        return [seed for seed in self.seeds if seed not in self.choosing]
+
+    def other_arms(self) -> list[Arm]:
+        """Return the arms of other seeds: at each label's chosen rate, and any that has ended at another one."""
+        rates = {label: self.rate_of(label) for label in self.grids}
+        return [
+            arm
+            for seed in self.others
+            for label in self.grids
+            for arm in (Arm(label, rate, seed) for rate in self.grids[label])
+            if arm.rate == rates[label] or self.ended(arm)
+        ]
+
+    def rate_of(self, label: str) -> float | None:
+        """Return the rate that is chosen, or None if all rates failed; the middle one until all that choose ended."""
+        rates = self.grids[label]
+        failed = [rate for rate in rates for seed in self.others if self.ended(Arm(label, rate, seed)).get("reason")]
+        known = label, *rates, "failed", *failed
+        if known not in self.chosen_rates:
+            arms = [Arm(label, rate, seed) for rate in rates for seed in self.choosing]
+            if not all(map(self.ended, arms)):
+                return coarse_to_fine(rates)[0]
+            arms += [Arm(label, rate, seed) for rate in failed for seed in self.others]
+            found = choose(map(self.record, arms), self.choosing).get(label)
+            self.chosen_rates[known] = found["learning_rate"] if found else None
+        return self.chosen_rates[known]
 
     # -- what has become of them ---------------------------------------------------------------------------------------
 
@@ -113,6 +151,14 @@ class Course:
         """Return the loss on the select images at every step that may be chosen."""
         rows = of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation")
         return {row["step"]: row["loss"] for row in rows if row["step"]}
+
+    def base_select(self) -> float | None:
+        """Return the base model's loss on the select images: that of any arm before its first step."""
+        for arm in self.arms():
+            for row in of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation"):
+                if row["step"] == 0 and math.isfinite(row["loss"]):
+                    return row["loss"]
+        return None
 
     def losses(self) -> dict[Arm, float]:
         """Return the lowest loss on the select images of each arm that has ended; infinite where it diverged.
@@ -143,11 +189,14 @@ class Course:
         losses = self.losses()
         first = [arm for arm in self.arms() if arm.seed == self.seeds[0]]
         if self.grid.base.experiment.extend_rates and all(arm in losses for arm in first):
-            grids = grown(self.grids, self.seeds, losses)
+            grids = grown(self.grids, self.choosing, losses)
             if max(map(len, grids.values())) <= len(self.given) + MOST_EXTENSIONS:
                 self.grids = grids
         begun = losses.keys() | self.running
-        todo = [arm for arm in in_order(self.grids, self.seeds, losses) if arm not in begun]
+        order = in_order(self.grids, self.choosing, losses)
+        if all(arm in losses for arm in order):
+            order = self.other_arms()
+        todo = [arm for arm in order if arm not in begun]
         return todo[0] if todo and self.has_time() else None
 
     def has_time(self) -> bool:

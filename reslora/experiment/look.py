@@ -12,7 +12,7 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--text); font: 16px/1.5 system-ui, "DejaVu Sans", sans-serif; }
 main { max-width: 1180px; margin: 0 auto; padding: 20px 16px 48px; }
-header p { color: var(--soft); margin: 0; }
+header p { color: var(--soft); margin: 0; } header .lead { color: var(--text); font-size: 1.1rem; }
 h1 { font-size: clamp(1.3rem, 1rem + 1.6vw, 2rem); line-height: 1.25; margin: 4px 0 10px; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 36px 0 10px; }
 p { margin: 8px 0; max-width: 75ch; overflow-wrap: anywhere; }
@@ -29,16 +29,22 @@ tbody th { font-weight: 600; white-space: nowrap; }
 .tall thead th { position: sticky; top: 0; background: var(--card); }
 ul { padding-left: 1.2rem; max-width: 75ch; overflow-wrap: anywhere; }
 tr.chosen { background: var(--plain-back); }
-.badge { display: inline-block; padding: 0 9px; border-radius: 10px; background: var(--plain-back); }
+.badge { display: inline-block; padding: 0 9px; border-radius: 10px; background: var(--plain-back);
+  border: 1px solid currentColor; }
 .better { background: var(--good-back); color: var(--good); } .worse, .failed { background: var(--bad-back);
   color: var(--bad); }
-.interval { width: 150px; height: 16px; display: block; margin-top: 4px; }
+.copied { display: flex; gap: 8px; align-items: start; margin: 4px 0; }
+.copied code { flex: 1; padding: 4px 8px; border: 1px solid var(--edge); border-radius: 6px; background: var(--card);
+  font-size: .85rem; overflow-wrap: anywhere; }
+button { font: inherit; font-size: .85rem; padding: 4px 10px; border: 1px solid var(--soft); border-radius: 6px;
+  background: var(--plain-back); color: var(--text); cursor: pointer; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; }
 figure { margin: 0; padding: 12px; border: 1px solid var(--edge); border-radius: 8px; background: var(--card); }
 .charts figure:only-child { max-width: 570px; }
 figcaption { font-weight: 600; margin-bottom: 4px; }
 .chart { width: 100%; max-width: 500px; height: auto; display: block; }
-.chart text { font-size: 13px; fill: var(--soft); }
+.chart text { font-size: 13px; fill: var(--soft); paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
+.chart text.name { fill: var(--text); font-weight: 600; }
 .grid { stroke: var(--edge); fill: none; } .zero { stroke: var(--soft); stroke-dasharray: 4 3; fill: none; }
 .line { stroke: var(--own); stroke-width: 2; fill: none; } .dot { fill: var(--own); }
 .hollow { fill: var(--card); stroke: var(--own); stroke-width: 1.5; }
@@ -68,6 +74,18 @@ summary { cursor: pointer; font-weight: 600; padding: 6px 0; }
 """
 
 SCRIPT = """
+document.addEventListener('click', event => {
+  const button = event.target.closest('button[data-copy]');
+  if (!button) return;
+  const text = document.createElement('textarea');
+  text.value = button.dataset.copy;
+  button.after(text);
+  text.select();
+  const done = document.execCommand('copy');
+  text.remove();
+  if (!done) getSelection().selectAllChildren(button.previousElementSibling);
+  button.textContent = done ? 'Copied' : 'Press Ctrl+C';
+});
 const pair = document.querySelector('.pair');
 if (pair) {
   const [left, right, prompt] = ['left', 'right', 'prompt'].map(id => document.getElementById(id));

@@ -108,8 +108,34 @@ class Verdict(TypedDict):
     """Where the difference of one more seed on the same images is in 19 of 20; None with one seed."""
     p: float | None
     p_holm: float | None
+    """Corrected for all pairs of methods, and for how often the test part was read: significant below 0.05."""
     detectable: float | None
-    """The smallest difference that such an experiment shows in four of five cases."""
+    """The difference that such an experiment finds in four of five cases; None where two seeds do not say it."""
+    expected: float | None
+    """What a significant difference leads to expect of new experiments; None of others."""
+    of_gain: float | None
+    """The difference in percent of what training gains, the reference's loss minus the base model's; None where that
+    is not known."""
+
+
+class Worse(TypedDict):
+    """A label that is not among the best."""
+
+    label: str
+    reference: str
+    """One of the best labels, which it is significantly worse than."""
+    relative: float
+    """By how much, in percent of that one's loss."""
+    interval: tuple[float, float]
+    """At 95%."""
+
+
+class Ranking(TypedDict):
+    """Which labels cannot be told from the best one."""
+
+    best: list[str]
+    worse: list[Worse]
+    sentence: str
 
 
 class Best(TypedDict):
@@ -122,6 +148,8 @@ class Best(TypedDict):
     """As the arm's: there are the files of its last step."""
     step: int
     """The chosen checkpoint, of which the files are."""
+    options: NotRequired[dict[str, Any]]
+    """The method, and the options that vary, with their values."""
     files: list[str]
     """Names, for use as they are: of strength 1, without anything that only training needs."""
 
@@ -168,6 +196,13 @@ class Experiment(Facts):
     chosen: dict[str, Choice]
     """By label."""
     verdicts: list[Verdict]
+    ranking: NotRequired[Ranking | None]
+    base: NotRequired[TestLosses | None]
+    """Losses of the base model; None until the test part is read."""
+    base_select: NotRequired[float | None]
+    """The base model's loss on the select images; None where it is not measured."""
+    choosing: NotRequired[list[int]]
+    """The seeds that choose learning rates; the others are trained at the chosen ones."""
     best: NotRequired[Best | None]
     """None until something is chosen."""
     notes: list[str]

@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.charts import Axes, Series, chart, escape, interval
+import numpy as np
+
+from ..common.charts import MINUS, Axes, Row, Series, chart, escape, forest
 from ..files import replacing
 from ..words import counted
 from .look import SCRIPT, STYLE
 from .record import Arm, Best, Experiment, Verdict, as_of_now
-from .statistics import REFERENCE, is_chosen, percents, rerun, tested
+from .statistics import REFERENCE, is_chosen, mean_of, percents, rerun, tested
 
 NOTHING = "&mdash;"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+BASE = "base model"
 READING = (
     "A difference is a method's loss minus its reference's on {unit}s that neither was trained on nor chosen by, with "
-    "the same seeds and {unit}s for both; lower is better. The mean of new seeds and new {unit}s of this kind is to be "
-    "expected within the 95% interval. A single new seed, with these {unit}s, differs more: in 19 of 20 cases it is "
-    "within what stands under <i>One more seed</i>. A method counts as better or worse if p, corrected by Holm for the "
-    "number of methods, is below 0.05. Where no difference is shown there may still be one within the interval: one "
-    "of the size under <i>Detectable</i> would have been shown in 4 of 5 such experiments. Methods are compared with "
-    "their reference alone, and not with each other."
+    "the same seeds and {unit}s for both; lower is better. The 95% interval holds the mean difference of new seeds and "
+    "new {unit}s of this kind. A single new seed, on these {unit}s, differs more: in 19 of 20 cases it is within the "
+    "range under <i>One more seed</i>. A method is better or worse if p is below 0.05; p is corrected for all pairs "
+    "of methods (Holm, Shaffer) and for how often the test split was read. If a difference is not significant there "
+    "may still be one within the interval: one as large as the minimum detectable effect (MDE) is found in 4 of 5 such "
+    "experiments. What is claimed is on average too large, as only large differences get significant: <i>Expected</i> "
+    "is what new experiments will find. <i>Of the gain</i> is the difference as a part of what training gains over the "
+    "base model."
 )
+UNCERTAIN = {
+    "better": "It is better than {reference}: chance makes such a difference in at most 5 of 100 experiments.",
+    "worse": "It is worse than {reference} on the test {unit}s, although the select {unit}s chose it.",
+    "not shown": "Whether it is better than {reference} this experiment does not show: use either, or add seeds.",
+    "cannot tell": "Whether it is better than {reference} one seed does not say: add seeds.",
+}
+"""What is said of the best run, by the conclusion on its method."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,11 @@ class About:
     """How each file of the best arm is used, by name, the most wanted first; `{folder}` is the experiment's."""
     sections: Callable[[Experiment, Path], Sequence[tuple[str, str]]] = lambda *_: ()
     """Titles and contents of its own, of the record and the experiment's folder."""
+    losses: str = ""
+    """Why the losses here are others than those that the trainer prints."""
+    steps: str = ""
+    """The option with the number of steps of a run that takes --config; empty where no run does."""
+    script: str = ""
 
 
 def write_report(experiment: Experiment, folder: Path, about: About) -> None:
@@ -61,7 +79,7 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
         ("What is missing", missing(experiment)),
         (f"Chosen on the select {unit}s", chosen_table(experiment, unit)),
         ("Arms", arm_table(experiment, about)),
-        (f"Loss on the select {unit}s", select_charts(experiment)),
+        (f"Loss on the select {unit}s", select_charts(experiment, about.losses)),
         *about.sections(experiment, folder),
         ("Settings and versions", settings_of(experiment)),
     )
@@ -74,7 +92,8 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body><main><header><p>Experiment: {arms}, {parts}"
-        f"</p><h1>{headline}</h1></header>{body}</main><script>{SCRIPT}</script></body></html>\n"
+        f"</p><h1>{headline}</h1>{lead(experiment, unit)}</header>{body}</main>"
+        f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -97,66 +116,70 @@ def headline_of(experiment: Experiment, unit: str) -> str:
         return f"{so_far}nothing to compare yet" if so_far else none
     if len(verdicts) == 1:
         return so_far + verdicts[0]["sentence"]
+    if ranking := experiment.get("ranking"):
+        return so_far + ranking["sentence"]
     return so_far + summary_of(verdicts, unit)
 
 
 def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
-    """Of several methods: which are better, else which are worse, else what could have been shown."""
+    """Return what is said of several methods without a ranking: with one seed, or by an earlier version."""
     references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in verdicts))
-    told = [verdict for verdict in verdicts if verdict["detectable"] is not None]
-    if not told:
+    if all(verdict["conclusion"] == "cannot tell" for verdict in verdicts):
         return f"with one seed or one test {unit} no method can be told from {references}"
-    untold = len(verdicts) - len(told)
-    return shown_among(told, references) + (f"; {untold} cannot be told yet" if untold else "")
-
-
-def shown_among(verdicts: Sequence[Verdict], references: str) -> str:
-    """What is shown of the methods that can be told from their reference."""
-    better, worse = ([v for v in verdicts if v["conclusion"] == which] for which in ("better", "worse"))
-    for which, size, towards in ((better, min, "lower"), (worse, max, "higher")):
-        if len(which) == 1:
-            return which[0]["sentence"] if which is better else f"nothing is shown to be better; {which[0]['sentence']}"
-        if which:
-            first = size(which, key=lambda verdict: verdict["relative"])
-            kind = "better" if which is better else "worse"
-            share = f"{len(which)} of {len(verdicts)} methods are {kind} than {references}"
-            share = share if which is better else f"nothing is shown to be better than {references}, and {share}"
-            (relative,) = percents(first["relative"])
-            return f"{share}, most of all {first['label']}: test loss {relative}% {towards}"
-    if len(verdicts) == 1:
-        return verdicts[0]["sentence"]
-    (most,) = percents(max(verdict["detectable"] or 0 for verdict in verdicts))
-    return f"no difference between {len(verdicts)} methods and {references} shown (could have shown {most}% for each)"
+    better = [verdict["label"] for verdict in verdicts if verdict["conclusion"] == "better"]
+    return f"better than {references}: {', '.join(better) or 'no method'}"
 
 
 def verdict_table(experiment: Experiment, unit: str) -> str:
-    """The verdicts as sentences, and in numbers with their intervals drawn; HTML."""
+    """Return the verdicts as sentences, as a forest plot, and in numbers; HTML."""
     verdicts = experiment["verdicts"]
-    ends = [abs(end) for verdict in verdicts for end in verdict["interval"] or (verdict["relative"],)]
-    places = {label: number for number, label in enumerate(labels_of(experiment))}
     rows = []
     for verdict in verdicts:
-        bar = ""
-        if verdict["interval"]:
-            color = f'<div class="c{places.get(verdict["label"], 0) % 8}">'
-            bar = color + interval(verdict["interval"], verdict["relative"], max(ends) or 1) + "</div>"
+        detectable, expected, gain = verdict["detectable"], verdict.get("expected"), verdict.get("of_gain")
         rows.append(
             [
                 escape(verdict["label"]),
                 badge(verdict["conclusion"]),
                 f"{signed(verdict['relative'])}%",
-                between(verdict["interval"]) + bar,
+                between(verdict["interval"]),
+                f"{signed(expected)}%" if expected is not None else NOTHING,
+                f"{signed(gain)}%" if gain is not None else NOTHING,
                 between(verdict["rerun"]),
                 p_in_words(verdict["p_holm"]),
-                f"{percents(verdict['detectable'])[0]}%" if verdict["detectable"] is not None else NOTHING,
+                f"{percents(detectable)[0]}%" if detectable is not None else "not known",
                 f"{verdict['seeds']} &times; {verdict['images']}",
             ]
         )
-    names = ["Method", "Verdict", "Difference", "95% interval", "One more seed", "p (Holm)", "Detectable"]
-    names.append(f"Seeds &times; {unit}s")
+    names = ["Method", "Verdict", "Difference", "95% interval", "Expected", "Of the gain", "One more seed"]
+    names += ["p (corrected)", "MDE", f"Seeds &times; {unit}s"]
     sentences, reading = in_lines(verdict["sentence"] for verdict in verdicts), READING.format(unit=unit)
     explained = f"<details><summary>How to read this</summary><p>{reading}</p></details>" if verdicts else ""
-    return sentences + table("Verdicts", names, rows) + explained
+    return sentences + verdict_plot(experiment) + explained + table("Verdicts", names, rows)
+
+
+def verdict_plot(experiment: Experiment) -> str:
+    """Return each method's difference to its reference with its interval, and the base model's; HTML."""
+    verdicts = experiment["verdicts"]
+    references = list(dict.fromkeys(verdict["reference"] for verdict in verdicts))
+    places = {label: number for number, label in enumerate(labels_of(experiment))}
+    rows = []
+    for verdict in verdicts:
+        value, *ends = with_signs(verdict["relative"], *verdict["interval"] or ())
+        text = f"{value}%" + (f" ({' to '.join(ends)}%)" if ends else "")
+        name = verdict["label"] if len(references) == 1 else f"{verdict['label']} / {verdict['reference']}"
+        rows.append(Row(name, places.get(verdict["label"], 0), verdict["relative"], verdict["interval"], text))
+    losses = {label: np.nanmean(found) for label, found in test_losses_of(experiment).items()}
+    base = mean_of(experiment.get("base"))
+    if rows and base is not None and references[0] in losses:
+        more = 100 * (base / losses[references[0]] - 1)
+        rows.append(Row(f"{BASE}, before training", len(places), more, None, f"{with_signs(more)[0]}%"))
+    title = f"Test loss compared with {' and '.join(references)}, with 95% intervals"
+    return f'<div class="charts">{forest(title, rows, "percent; left of 0 is better")}</div>' if rows else ""
+
+
+def test_losses_of(experiment: Experiment) -> dict[str, np.ndarray]:
+    """Return the test losses of each label at its chosen rate."""
+    return tested(experiment["arms"], experiment["chosen"])
 
 
 def best_in_words(best: Best, about: About) -> str:
@@ -171,32 +194,75 @@ def with_slash(name: str) -> str:
     return name if Path(name).suffix else f"{name}/"
 
 
-def what_to_use(experiment: Experiment, about: About) -> str:
-    """The files of the best arm and how each is used; HTML."""
+def lead(experiment: Experiment, unit: str) -> str:
+    """Return what to use and how sure that is, as a paragraph; empty until there is something."""
     best = experiment.get("best")
     if not best:
         return ""
-    path = Path(experiment["settings"].get("output_dir", "."))
-    place = folder = in_words(path)
-    if Path.cwd() not in path.absolute().parents:  # nothing short leads there, as where the application began it
-        place, folder = f"{path.absolute().name}, this report's folder", f"path/to/{path.absolute().name}"
-    which = f"In {place}: {best_in_words(best, about)}."
-    lines = "".join(
-        f"<li><b>{escape(with_slash(file))}</b>: {escape(use.format(folder=folder))}</li>"
+    what = f"Use {best['label']} at learning rate {rate(best['learning_rate'])}, {best['step']} steps"
+    return f'<p class="lead"><b>{escape(what)}.</b> {escape(certainty(experiment, best["label"], unit))}</p>'
+
+
+def what_to_use(experiment: Experiment, about: About) -> str:
+    """Return the files of the best run and how each is used, and how to train the same on everything; HTML."""
+    best = experiment.get("best")
+    if not best:
+        return ""
+    folder = Path(experiment["settings"].get("output_dir", ".")).absolute()
+    found = f"<p>{escape(best_in_words(best, about))}:</p>"
+    files = (
+        f"<li><b>{escape(with_slash(file))}</b>: {escape(use.format(folder=folder))} {copied(str(folder / file))}</li>"
         for file, use in about.uses.items()
         if file in best["files"]
     )
-    caution = (
-        f"Whether {best['label']} is better than others, and not by luck, only the verdicts say. Where they show no "
-        "difference the others do as well, as far as this experiment can tell."
-    )
-    found = f"<p>{escape(which)}</p><ul>{lines}</ul>"
-    return found + (f"<p>{escape(caution)}</p>" if experiment["verdicts"] else "")
+    found += f"<ul>{''.join(files)}</ul>"
+    if command := command_of(best, folder, about):
+        found += (
+            f"<p>These files have not seen the {about.unit}s that choose and compare. To train the same on all "
+            f"{about.unit}s:</p>{copied(command)}"
+        )
+    return found
+
+
+def certainty(experiment: Experiment, label: str, unit: str) -> str:
+    """Return how sure it is that a method is the best one; empty where nothing is compared."""
+    ranking = experiment.get("ranking")
+    others = [name for name in (ranking or {"best": ()})["best"] if name != label]
+    if ranking and others and label in ranking["best"]:
+        return f"As far as this experiment can tell {', '.join(others)} {'do' if len(others) > 1 else 'does'} as well."
+    for verdict in experiment["verdicts"]:
+        if verdict["label"] == label:
+            said = UNCERTAIN.get(verdict["conclusion"], "")
+            return said.format(reference=verdict["reference"], unit=unit)
+    return "It is better than every other method." if ranking and ranking["best"] == [label] else ""
+
+
+def command_of(best: Best, folder: Path, about: About) -> str:
+    """Return the command that trains the best run on everything; empty where no single command does."""
+    if not about.script or "options" not in best:
+        return ""
+    words = ["accelerate", "launch", about.script, "--config", str(folder / "config.json")]
+    for name, value in best["options"].items():
+        words += [f"--{name}", str(value)]
+    words += [about.steps, str(best["step"]), "--output_dir", f"{folder}-all"]
+    return shlex.join(words)
+
+
+def copied(text: str) -> str:
+    """Return a line to copy, with a button that does; HTML."""
+    button = f'<button type="button" data-copy="{escape(text)}">Copy</button>'
+    return f'<span class="copied"><code>{escape(text)}</code>{button}</span>'
 
 
 def signed(percent: float) -> str:
     """With its sign; HTML."""
     return f"{'&minus;' if percent < 0 else '+'}{percents(percent)[0]}" if percent else "0"
+
+
+def with_signs(*values: float) -> list[str]:
+    """Return numbers with their signs, and with as many places as the smallest one needs."""
+    signs = (MINUS if value < 0 else "+" if value else "" for value in values)
+    return [sign + size for sign, size in zip(signs, percents(*values), strict=True)]
 
 
 def between(ends: tuple[float, float] | None, in_words: Callable[[float], str] = lambda end: f"{signed(end)}%") -> str:
@@ -228,6 +294,10 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
         losses = finite(tests.get(label, ()))
         numbers += [number(statistics.fmean(losses)) if losses else NOTHING, between(rerun(losses, least=0), number)]
         rows.append([escape(label), *numbers, str(arm["rank"]) if arm else NOTHING, wired, at_end])
+    base = mean_of(experiment.get("base"))
+    if rows and base is not None:
+        selected = number(experiment.get("base_select"))
+        rows.append([BASE, NOTHING, "0", selected, number(base), NOTHING, NOTHING, NOTHING, ""])
     names = ["Method", "Learning rate", "Step", "Select loss", "Test loss", "One more seed", "Rank", "Shortcut"]
     names.append("End of the rates")
     note = (
@@ -332,7 +402,7 @@ def labels_of(experiment: Experiment) -> list[str]:
     return list(dict.fromkeys(arm["label"] for arm in experiment["arms"]))
 
 
-def select_charts(experiment: Experiment) -> str:
+def select_charts(experiment: Experiment, losses: str = "") -> str:
     """By learning rate, each at its best step over seeds; and by step at the chosen rate.
 
     A rate at which a seed failed is never chosen, and is in neither: its losses may be lower than what was chosen.
@@ -360,11 +430,17 @@ def select_charts(experiment: Experiment) -> str:
         by_rate.append(tried)
         by_step.append(steps)
     rates = sorted({x for series in by_rate for x, _ in series.line})
+    base, place = experiment.get("base_select"), len(by_rate)
+    if base is not None and rates:
+        line = [(tried, base) for tried in rates]
+        by_rate.append(Series(BASE, place, line, line))
+        by_step += [Series(BASE, place, [(0, base)], [(0, base)])] if any(series.line for series in by_step) else []
     rate_axes = Axes("By learning rate, each at its best step", "learning rate", "loss", rates, rate)
     found = chart(by_rate, rate_axes) + chart(by_step, Axes("By step, at the chosen rate", "step", "loss"))
     note = "A line is the mean over seeds, a dot one seed (hollow: above the edge), a ring what was chosen."
     if any(arm["status"] == "failed" for arm in experiment["arms"]):
         note += " Rates at which a seed failed are left out."
+    note += f" {losses}" * bool(losses)
     return f'<div class="charts">{found}</div><p>{note}</p>' if found else ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,7 @@ from .arms import Arm, Losses
 from .course import ENDED, Course
 from .record import EXPERIMENT, READINGS, read_experiment
 from .report import best_in_words, write_report
-from .statistics import REFERENCE, choose, compare
+from .statistics import REFERENCE, choose, compare, level_of
 from .subject import Subject
 
 REPORT = "report.html"
@@ -31,6 +32,8 @@ class Results:
     tests: dict[Arm, record.TestLosses] = field(default_factory=dict)
     chosen: dict[str, record.Choice] = field(default_factory=dict)
     verdicts: list[record.Verdict] = field(default_factory=list)
+    ranking: record.Ranking | None = None
+    base: record.TestLosses | None = None
     notes: list[str] = field(default_factory=list)
     best: record.Best | None = None
 
@@ -45,6 +48,7 @@ class Results:
         noted = [row for row in rows if isinstance(row, dict)]
         self.readings: int = max(there.get("readings", 0), len(rows), *(row.get("readings", 0) for row in noted))
         self.read: list[list] = there.get("read") or (noted[-1].get("read") if noted else None) or []
+        self.base = there.get("base")
         arms, chosen = set(self.course.arms()), there.get("chosen", {})
         judged = {arm for arm in arms if arm.label in chosen and chosen[arm.label]["learning_rate"] == arm.rate}
         if judged:
@@ -55,6 +59,9 @@ class Results:
         labels = {arm.label for arm in judged}
         self.chosen = {label: choice for label, choice in there["chosen"].items() if label in labels}
         self.verdicts = [each for each in there["verdicts"] if {each["label"], each["reference"]} <= labels]
+        ranked = there.get("ranking")
+        if ranked and {*ranked["best"], *(each["label"] for each in ranked["worse"])} <= labels:
+            self.ranking = ranked
         tests = {Arm(arm["label"], arm["learning_rate"], arm["seed"]): arm["test"] for arm in there["arms"]}
         self.tests = {arm: test for arm, test in tests.items() if test and arm in judged}
         self.notes += there["notes"][there.get("beforehand", 0) :]
@@ -72,6 +79,10 @@ class Results:
             "arms": [self.course.record(arm, self.tests.get(arm)) for arm in self.course.arms()],
             "chosen": self.chosen,
             "verdicts": self.verdicts,
+            "ranking": self.ranking,
+            "base": self.base,
+            "base_select": self.course.base_select(),
+            "choosing": self.course.choosing,
             "best": self.best,
             "notes": self.notes,
             "beforehand": len(self.beforehand()),
@@ -85,34 +96,38 @@ class Results:
         write_report(content, self.course.folder, self.subject.about)
 
     def conclude(self) -> None:
-        """Chooses by the select part, reads the test part once, compares, and tells all.
+        """Choose by the select part, read the test part once, compare, and print all.
 
-        Where arms are still to be trained, the test part is read only for a verdict; what was read already is told.
+        The test part is read only with two seeds or more, and while arms are still to be trained only for a verdict;
+        what was read already is reported all the same.
         """
         course, self.as_of = self.course, None
         losses = course.losses()
-        self.chosen = choose([course.record(arm) for arm in course.arms()])
-        judged = [arm for arm in losses if self.is_chosen(arm)]
-        to_read = judged
-        if len(losses) < len(course.arms()) and not self.can_compare(judged):
-            to_read = [arm for arm in judged if self.subject.is_tested(arm, self.step_of(arm))]
+        self.chosen = choose([course.record(arm) for arm in course.arms()], course.choosing)
+        trained = [arm for arm in losses if self.is_chosen(arm)]
+        to_read = trained
+        if not self.can_compare(trained, complete=len(losses) == len(course.arms())):
+            to_read = [arm for arm in trained if self.subject.is_tested(arm, self.step_of(arm))]
         self.count_reading(to_read)
         self.tests = self.tested(to_read)
         records = [course.record(arm, test) for arm, test in self.tests.items()]
-        self.verdicts = compare(records, self.chosen, self.subject.about.unit)
+        unit = self.subject.about.unit
+        self.verdicts, self.ranking = compare(records, self.chosen, unit, max(1, self.readings), self.base)
         self.notes = [*self.beforehand(), *self.unfinished(len(losses)), *self.others(), *self.failed()]
-        self.notes += [*self.without_choice(losses), *self.at_ends(), *self.no_reference(judged), *self.read_again()]
-        self.best = self.export(judged) if judged else None
+        self.notes += [*self.without_choice(losses), *self.at_ends(), *self.no_reference(trained), *self.read_again()]
+        self.best = self.export(trained) if trained else None
         self.write()
         taken = [best_in_words(self.best, self.subject.about)] if self.best else []
-        for line in (*self.notes, *taken, *(verdict["sentence"] for verdict in self.verdicts)):
+        ranked = [self.ranking["sentence"]] if self.ranking else []
+        for line in (*self.notes, *taken, *(verdict["sentence"] for verdict in self.verdicts), *ranked):
             print(line)
         print(f"{course.folder / REPORT}")
 
-    def can_compare(self, judged: Sequence[Arm]) -> bool:
-        """Whether there are a reference and another label."""
-        labels = {arm.label for arm in judged}
-        return len(labels) > 1 and not labels.isdisjoint(self.references())
+    def can_compare(self, trained: Sequence[Arm], complete: bool) -> bool:
+        """Return whether there are two seeds of the reference and another label; of any once all arms have ended."""
+        seeds = Counter(arm.label for arm in trained)
+        several = {label for label, count in seeds.items() if count > 1}
+        return bool(several) if complete else len(several) > 1 and not several.isdisjoint(self.references())
 
     def references(self) -> set[str]:
         """The labels that others are compared with."""
@@ -138,8 +153,12 @@ class Results:
         write_report(content, self.course.folder, self.subject.about)  # type: ignore[arg-type] # as `write` wrote it
 
     def tested(self, judged: Sequence[Arm]) -> dict[Arm, record.TestLosses]:
-        """What is known of each from the test part; those that a stop leaves untested are tested by the next start."""
+        """Return each arm's test losses; those that a stop leaves untested are tested by the next start."""
         found = {}
+        if judged and (self.base is None or self.base["images"] != self.subject.marks):
+            print("base model: testing", flush=True)
+            self.base = self.subject.base()
+            self.amend(base=self.base)
         for number, arm in enumerate(judged, 1):
             if not self.subject.is_tested(arm, self.step_of(arm)):
                 self.begins(f"testing ({number} of {len(judged)})", arm)
@@ -163,9 +182,9 @@ class Results:
 
     def beforehand(self) -> list[str]:
         """What keeps differences from being shown, whatever comes of the arms."""
-        found = self.subject.too_few()
-        if len(self.course.labels) > 1 and len(self.course.seeds) == 1:
-            seeds = list(dict.fromkeys([*self.course.seeds, 0, 1, 2]))[:3]  # its own first: what is trained counts
+        course, found = self.course, self.subject.too_few()
+        if len(course.labels) > 1 and len(course.seeds) == 1:
+            seeds = list(dict.fromkeys([*course.seeds, 0, 1, 2]))[:3]  # its own first: what is trained counts
             more = f"add two or more, as --seed {' '.join(map(str, seeds))}, now or by a later start"
             found.append(f"one seed cannot tell methods apart: {more}")
         if not self.references():
@@ -215,11 +234,10 @@ class Results:
         return [f"nothing to compare with: no learning rate of {REFERENCE} is chosen"]
 
     def read_again(self) -> list[str]:
-        """That somebody may have looked before deciding to go on, which no interval knows."""
-        read = f"the test {self.subject.about.unit}s were read {self.readings} times"
-        line = (
-            f"{read}, as arms came in: intervals and p are for one time, and more show differences by luck more often"
-        )
+        """Return that somebody may have looked before deciding to extend the experiment, and what that costs."""
+        read = f"the test {self.subject.about.unit}s were read {self.readings} times, as arms came in"
+        level = f"{100 * level_of(max(1, self.readings)):.2g}%"
+        line = f"{read}: this reading is judged at {level}, so that chance claims a difference in 5% at most of all"
         return [line] if self.readings > 1 else []
 
     def others(self) -> list[str]:
@@ -230,15 +248,20 @@ class Results:
         left_out = f"left out: {counted(more, 'arm')} of other methods, rates or seeds, which the folder has as well"
         return [left_out] if more else []
 
-    def export(self, judged: Sequence[Arm]) -> record.Best:
-        """Writes the files of the best arm: of the label that the select part chooses, its best seed."""
-        label = min({arm.label for arm in judged}, key=lambda name: self.chosen[name]["loss"])
-        arms = [arm for arm in judged if arm.label == label]
+    def export(self, trained: Sequence[Arm]) -> record.Best:
+        """Write the files of the best arm: of the best labels the one that the select part chooses, its best seed."""
+        labels = {arm.label for arm in trained}
+        best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()
+        label = min(best_labels or labels, key=lambda name: self.chosen[name]["loss"])
+        arms = [arm for arm in trained if arm.label == label]
         best = min(arms, key=lambda arm: self.course.select_losses(arm)[self.step_of(arm)])
         self.begins("exporting", best)
         self.amend(best=None)  # an end within the export would leave it naming files that are gone
         files = self.subject.export(best, self.step_of(best))
+        options, varied = self.course.options_of(best), self.course.grid.varied
+        names = [name for name, option in options.table().items() if option.attribute in varied]
+        own = {"method": self.course.labels[label].method} | {name: options[name] for name in names}
         return record.Best(
             label=label, learning_rate=best.rate, seed=best.seed, folder=self.course.name_of(best),
-            step=self.step_of(best), files=files,
+            step=self.step_of(best), files=files, options=own,
         )  # fmt: skip

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 import torch
 
 from ..common.signals import StopRequest
-from ..common.status import Status
 from ..files import read_object, write_json
 from ..words import counted
 from .arms import Arm
@@ -32,7 +31,6 @@ class Subject(ABC):
     stop: StopRequest
     device: torch.device
     """On which arms are trained."""
-    status: Status = Status()  # which nobody writes
 
     @property
     @abstractmethod
@@ -51,9 +49,12 @@ class Subject(ABC):
         """Return a line where too few images or examples compare."""
         return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
 
+    def say(self, phase: str, name: str = "") -> None:  # noqa: B027 - not every run has a status
+        """Report in the run's status what is done now, with the arm that `name` is of."""
+
     def goes_on(self, ended: int, total: int) -> None:
         """Report in the status how many arms have ended, where they are trained at once."""
-        self.status.say(f"training, {ended} of {counted(total, 'arm')} ended")
+        self.say(f"training, {ended} of {counted(total, 'arm')} ended")
 
     def begins(self, phase: str, arm: Arm) -> None:
         """Report what is done with an arm next; raises `Stopped` where a stop was asked for.
@@ -61,11 +62,15 @@ class Subject(ABC):
         Like what follows, of the main process alone.
         """
         self.stop.check(COMPARING)
-        self.status.say(phase, self.course.name_of(arm))
+        self.say(phase, self.course.name_of(arm))
 
     @abstractmethod
     def measured(self, arm: Arm, step: int) -> dict:
         """The losses on the test part of an arm's checkpoint, and what else is measured of it."""
+
+    @abstractmethod
+    def base_losses(self) -> dict:
+        """Return the base model's losses on the test part."""
 
     @abstractmethod
     def export(self, arm: Arm, step: int) -> list[str]:
@@ -75,6 +80,10 @@ class Subject(ABC):
         """Return whether the test losses of an arm's checkpoint are on disk."""
         there = read_object(self.course.folder_of(arm) / TESTED)
         return there.get("step") == step and there.get("images") == self.marks
+
+    def base(self) -> TestLosses:
+        """Return these losses with what they are of."""
+        return {"images": self.marks} | self.base_losses()  # type: ignore[return-value]
 
     def tested(self, arm: Arm, step: int) -> TestLosses:
         """These losses, measured once, and then read from `test.json`."""

@@ -393,7 +393,15 @@ class Bench(Subject):
         return model.eval()
 
     def measured(self, arm: Arm, step: int) -> dict:
-        model, arguments = self.restored(arm, step), self.arguments_of(arm)
+        return self.losses_of(self.restored(arm, step), self.arguments_of(arm))
+
+    def base_losses(self) -> dict:
+        arguments = self.arguments_of(self.course.arms()[0])
+        model = self.study.adapted(arguments).to(arguments.training.device)  # before training it is the base model
+        return self.losses_of(model.eval(), arguments)
+
+    def losses_of(self, model: PeftModel, arguments: Any) -> dict:
+        """Return the loss of each test example, and figures over all."""
         losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(COMPARING))
         numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
         return {"losses": numbers, "figures": figures}

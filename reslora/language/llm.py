@@ -36,6 +36,7 @@ from .parts import Parts, parts_of
 from .trainer import UNREADABLE, attach, total_steps
 from .training_arguments import AdapterTrainingArguments, Arguments, training_arguments
 
+LlmArguments = Arguments[LlmOptions]
 CAUSAL_MODEL = "give a folder or a name on the hub of a causal model"
 PROG = "train_llm.py"
 HELD_OUT = 500  # at most, of the training examples where a task has none for validation
@@ -205,22 +206,22 @@ class LlmStudy(Study):
     )
     data: Data
 
-    def arguments(self, options: LlmOptions) -> Arguments[LlmOptions]:
+    def arguments(self, options: LlmOptions) -> LlmArguments:
         return Arguments(options, training_arguments(options, PROG))
 
-    def read(self, arguments: Arguments[LlmOptions]) -> list[dict[str, list[int]]]:
+    def read(self, arguments: LlmArguments) -> list[dict[str, list[int]]]:
         task = arguments.options.task
         self.tokenizer = load_tokenizer(task)
         self.data = encoded(task, Encoder(self.tokenizer), load_examples(task, arguments.training))
         return self.data.rows
 
-    def parts(self, arguments: Arguments[LlmOptions], shares: ExperimentOptions) -> Parts:
+    def parts(self, arguments: LlmArguments, shares: ExperimentOptions) -> Parts:
         """Return all examples in three parts; near-duplicates are told by their prompts."""
         task = arguments.options.task
         parts = parts_of(found_examples(task), lambda example: example.prompt, shares)
         return parts.limited(task.max_eval_samples, task.max_test_samples)
 
-    def prepare(self, arguments: Arguments[LlmOptions], parts: Parts) -> int:
+    def prepare(self, arguments: LlmArguments, parts: Parts) -> int:
         task, examples = arguments.options.task, list(parts.train)
         if task.max_train_samples is not None:  # not drawn by the seed: all arms see the same
             examples = sorted(examples, key=lambda example: derive("sample", example))[: task.max_train_samples]
@@ -229,14 +230,14 @@ class LlmStudy(Study):
         self.data = encoded(task, Encoder(self.tokenizer), found)
         return len(self.data.rows)
 
-    def adapted(self, arguments: Arguments[LlmOptions]) -> PeftModel:
+    def adapted(self, arguments: LlmArguments) -> PeftModel:
         task, method, training = arguments.options.task, arguments.method, arguments.training
         model = load_model(task, training)
         self.data = within_positions(model, self.data, task)
         torch.manual_seed(training.seed)
         return attach(model, method, total_steps(training, len(self.data.rows)))
 
-    def build_trainer(self, arguments: Arguments[LlmOptions], model: PeftModel, stop: StopRequest) -> LlmTrainer:
+    def build_trainer(self, arguments: LlmArguments, model: PeftModel, stop: StopRequest) -> LlmTrainer:
         task, training, data = arguments.options.task, arguments.training, self.data
         return LlmTrainer(
             model,
@@ -251,12 +252,12 @@ class LlmStudy(Study):
             callbacks=[LogCallback(Path(training.output_dir) / "log.jsonl")],
         )
 
-    def calibration(self, arguments: Arguments[LlmOptions]) -> list[dict] | None:
+    def calibration(self, arguments: LlmArguments) -> list[dict] | None:
         size = arguments.training.per_device_eval_batch_size
         return calibration_batches(self.data.rows, arguments.method.merge_calibration_samples, size)
 
     def measured(
-        self, arguments: Arguments[LlmOptions], model: PeftModel, check: Callable[[], None]
+        self, arguments: LlmArguments, model: PeftModel, check: Callable[[], None]
     ) -> tuple[list[float], dict]:
         """Return the mean loss of each test example's answer tokens, and the share of right answers."""
         size, new_tokens = arguments.training.per_device_eval_batch_size, arguments.options.task.max_new_tokens
@@ -272,10 +273,10 @@ class LlmStudy(Study):
             right += count_right(generate(model, encoder, batch, new_tokens), batch)
         return losses, {"accuracy": right / len(examples)}
 
-    def figures(self, arguments: Arguments[LlmOptions], trainer: Any) -> Mapping[str, float]:
+    def figures(self, arguments: LlmArguments, trainer: Any) -> Mapping[str, float]:
         return trainer.figures("test")
 
-    def facts(self, arguments: Arguments[LlmOptions], trainer: Any) -> dict[str, Any]:
+    def facts(self, arguments: LlmArguments, trainer: Any) -> dict[str, Any]:
         task, numbers = arguments.options.task, {"train": self.data.rows, "test": trainer.examples["test"]}
         found = {"task": task.task, "model_name_or_path": task.model_name_or_path}
         return found | {f"{part}_examples": len(examples) for part, examples in numbers.items()}

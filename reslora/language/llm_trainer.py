@@ -137,12 +137,9 @@ class LlmTrainer(AdapterTrainer):
         rows = [self.encoder(example) for example in self._mine(split)]
         total = torch.zeros(2, dtype=torch.float64)
         for batch in self._batches(sorted(rows, key=lambda row: len(row["input_ids"])), f"{split} loss"):
-            inputs = {name: value.to(self.args.device) for name, value in self.encoder.collate(batch).items()}
-            labels = inputs.pop("labels")[:, 1:]
-            logits = self.model(**inputs).logits[:, :-1][labels != IGNORED]
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            losses = torch.nn.functional.cross_entropy(logits.to(wide), labels[labels != IGNORED], reduction="sum")
-            total += torch.tensor([losses.item(), (labels != IGNORED).sum().item()], dtype=torch.float64)
+            logits, labels, _ = learnt_tokens(self.model, self.encoder, batch, self.args.device)
+            summed = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+            total += torch.tensor([summed.item(), len(labels)], dtype=torch.float64)
         loss, tokens = self._summed(total)
         return loss / tokens
 
@@ -177,13 +174,20 @@ class LlmTrainer(AdapterTrainer):
 @torch.no_grad()
 def example_losses(model: PreTrainedModel, encoder: Encoder, examples: list[Example]) -> list[float]:
     """Return the mean loss of each example's answer tokens, in one batch."""
-    inputs = {name: value.to(model.device) for name, value in encoder.collate([*map(encoder, examples)]).items()}
+    logits, labels, counts = learnt_tokens(model, encoder, [*map(encoder, examples)], model.device)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
+    return [float(own.mean()) for own in losses.split(counts)]
+
+
+def learnt_tokens(
+    model: Any, encoder: Encoder, rows: list[dict[str, list[int]]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Logits in float32 or wider and labels of the tokens that are learnt, and how many each row has."""
+    inputs = {name: value.to(device) for name, value in encoder.collate(rows).items()}
     labels = inputs.pop("labels")[:, 1:]
     learnt = labels != IGNORED
     logits = model(**inputs).logits[:, :-1][learnt]
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    losses = torch.nn.functional.cross_entropy(wide, labels[learnt], reduction="none").double()
-    return [float(own.mean()) for own in losses.split(learnt.sum(1).tolist())]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[learnt], learnt.sum(1).tolist()
 
 
 def count_right(answers: list[str], examples: list[Example]) -> int:

@@ -18,10 +18,12 @@ from .option import (
     Need,
     again,
     buckets,
+    by_content,
     free,
     group,
     number,
     option,
+    shown,
     whole,
 )  # fmt: skip
 from .prompts import LONGEST_SIDE, options_text
@@ -59,17 +61,16 @@ CHOSEN_OVER_SEEDS = "leave it out: experiments choose checkpoints over seeds, by
 class ModelOptions:
     """Which model, and in which precision."""
 
-    pretrained_model_name_or_path: str = option("",
+    pretrained_model_name_or_path: str = by_content("",
         "a model of any family in docs/models.md: diffusers folder or name on the hub; of Stable Diffusion 1, 2 and "
         "SDXL a .safetensors file, too", or_else="the bundled pipeline", metavar="MODEL", short="model",
-        essential="model to fine-tune: a folder, a .safetensors file or a name on the hub", resume="content",
-        path="absolute", compared_as="base model")
-    pretrained_vae_model_name_or_path: str | None = option(None,
-        "another autoencoder: diffusers folder or name on the hub", metavar="VAE", resume="content", path="absolute",
+        essential="model to fine-tune: a folder, a .safetensors file or a name on the hub", path="absolute",
         compared_as="base model")
-    revision: str | None = option(None, "revision of the model on the hub", resume="content", compared_as="base model")
-    variant: str | None = option(None, "variant of the model's files, such as fp16", resume="content",
+    pretrained_vae_model_name_or_path: str | None = by_content(None,
+        "another autoencoder: diffusers folder or name on the hub", metavar="VAE", path="absolute",
         compared_as="base model")
+    revision: str | None = by_content(None, "revision of the model on the hub", compared_as="base model")
+    variant: str | None = by_content(None, "variant of the model's files, such as fp16", compared_as="base model")
     cache_dir: str | None = free(None, "folder for downloads and encoded images and captions",
         or_else="the hub's own cache, and <output_dir>/cache", metavar="FOLDER", path="absolute")
     prediction_type: str | None = option(None, "what the denoiser predicts", or_else="what the scheduler says",
@@ -100,9 +101,9 @@ class MethodOptions(SharedMethodOptions):
         by_family=f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less")
     rank_pattern: list[str] | None = again(help=f"{PATTERNS['rank_pattern']}; for the denoiser alone")
     alpha_pattern: list[str] | None = again(help=f"{PATTERNS['alpha_pattern']}; for the denoiser alone")
-    init_lora: str | None = option(None,
+    init_lora: str | None = by_content(None,
         "start from this LoRA, of any tool, instead of from zero: its layers, ranks and alphas are trained",
-        metavar="FILE", resume="content", path="absolute", kohya=("network_weights",))
+        metavar="FILE", path="absolute", kohya=("network_weights",))
     target_modules: list[str] = again(
         help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
         "their whole names",
@@ -119,16 +120,16 @@ class MethodOptions(SharedMethodOptions):
 class DataOptions:
     """Where images and captions come from, and how they are prepared."""
 
-    dataset_name: str | None = option(None, "dataset on the hub, or a folder", resume="content", path="absolute",
+    dataset_name: str | None = by_content(None, "dataset on the hub, or a folder", path="absolute",
         yields_to="train_data_dir", compared_as="held-out images")
-    dataset_config_name: str | None = option(None, "configuration of that dataset", resume="content",
-        yields_to="train_data_dir", compared_as="held-out images",
+    dataset_config_name: str | None = by_content(None, "configuration of that dataset", yields_to="train_data_dir",
+        compared_as="held-out images",
         needs=Need(lambda options: options.data.dataset_name, "add --dataset_name, or leave it out"))
-    train_data_dir: list[str] = option([],
+    train_data_dir: list[str] = by_content([],
         "images with a metadata.jsonl or .csv, or with .txt or .caption files of their names; or Parquet, .tar "
         "(webdataset) or JSON files, or what save_to_disk wrote; or kohya's folders, named <repeats>_<caption>",
         or_else="the bundled images", metavar="FOLDER", collapses=True, short="data",
-        essential="folder of images with captions", resume="content", path="absolute", yields_to="dataset_name",
+        essential="folder of images with captions", path="absolute", yields_to="dataset_name",
         compared_as="held-out images")
     train_data_repeats: list[int] = option([1],
         "how often an epoch uses each image: one number for all folders, or one for each; kohya's folders have "
@@ -137,9 +138,9 @@ class DataOptions:
     train_data_weight: list[float] = option([1.0],
         "weight of each image's loss: one number for all folders, or one for each", POSITIVE, metavar="WEIGHT",
         collapses=True)
-    image_column: str = option("image", "column with the image", resume="content", compared_as="held-out images")
-    caption_column: str = option("text", "column with the caption, or a list of captions to choose from",
-        resume="content", compared_as="held-out images")
+    image_column: str = by_content("image", "column with the image", compared_as="held-out images")
+    caption_column: str = by_content("text", "column with the caption, or a list of captions to choose from",
+        compared_as="held-out images")
     caption_prefix: str | None = option(None, "trigger word, put before every caption except those of class images",
         metavar="TEXT", compared_as="held-out images")
     caption_suffix: str | None = option(None, "put after every caption except those of class images", metavar="TEXT",
@@ -155,9 +156,9 @@ class DataOptions:
     keep_tokens: int = option(0, "how many tags, the prefix counted, are neither shuffled nor left out", NATURAL,
         needs=Need(lambda options: options.data.shuffle_caption or options.data.caption_tag_dropout_rate,
         "add --shuffle_caption or --caption_tag_dropout_rate"))
-    class_data_dir: str | None = option(None,
+    class_data_dir: str | None = by_content(None,
         "folder of class images, which preserve what the model knows: images of the kind of thing that is learnt; if "
-        "it holds kohya's folders, the model generates none", metavar="FOLDER", resume="content", path="absolute",
+        "it holds kohya's folders, the model generates none", metavar="FOLDER", path="absolute",
         compared_as="held-out images")
     class_prompt: str | None = option(None,
         "what class images show: the caption of those without one, and what the model generates if there are too few",
@@ -307,28 +308,26 @@ class OptimizerOptions:
 class ValidationOptions:
     """Which samples are generated and which losses are measured while training."""
 
-    validation_prompt: list[str] = option([],
+    validation_prompt: list[str] = shown([],
         "prompts of samples while training, with fixed seeds; or a .txt file of prompts as kohya's scripts read it (a "
         "line each, with --n --w --h --d --s --l --g), or a .json list of objects with a prompt and its options",
-        metavar="PROMPT", essential="prompts of samples while training, or a file of them", resume="shown",
-        compared_as="prompts", kohya=("sample_prompts FILE",), bundled=["cat face", "tulip", "guitar", "red apple"])
-    validation_prompt_options: list[str] = option([],
+        metavar="PROMPT", essential="prompts of samples while training, or a file of them", compared_as="prompts",
+        kohya=("sample_prompts FILE",), bundled=["cat face", "tulip", "guitar", "red apple"])
+    validation_prompt_options: list[str] = shown([],
         "options of each prompt, as such a file has them: negative_prompt, width, height, seed, "
-        "num_inference_steps, guidance_scale, cfg_scale; {} for none", options_text, metavar="JSON", resume="shown",
+        "num_inference_steps, guidance_scale, cfg_scale; {} for none", options_text, metavar="JSON",
         yields_to="validation_prompt", compared_as="how samples are generated")
-    num_validation_images: int = option(4, "samples per prompt; 0 generates none while training", NATURAL,
-        resume="shown", bundled=1)
-    validation_height: int | None = option(None, "height of a sample in pixels", whole(8),
-        or_else="the first --resolution", resume="shown", compared_as="how samples are generated")
-    validation_width: int | None = option(None, "width of a sample in pixels", whole(8),
-        or_else="the first --resolution", resume="shown", compared_as="how samples are generated")
-    validation_steps: int | None = option(None,
+    num_validation_images: int = shown(4, "samples per prompt; 0 generates none while training", NATURAL, bundled=1)
+    validation_height: int | None = shown(None, "height of a sample in pixels", whole(8),
+        or_else="the first --resolution", compared_as="how samples are generated")
+    validation_width: int | None = shown(None, "width of a sample in pixels", whole(8),
+        or_else="the first --resolution", compared_as="how samples are generated")
+    validation_steps: int | None = shown(None,
         "steps between samples; if not given, --validation_epochs decides, in experiments ten times at most", COUNT,
-        essential="steps between samples", resume="shown", yields_to="validation_epochs", bundled=50,
-        kohya=("sample_every_n_steps",))
-    validation_epochs: int = option(1,
+        essential="steps between samples", yields_to="validation_epochs", bundled=50, kohya=("sample_every_n_steps",))
+    validation_epochs: int = shown(1,
         "epochs between samples, unless --validation_steps is given; of a bundled pipeline the default is 50 steps",
-        COUNT, counts_if_given=True, resume="shown")
+        COUNT, counts_if_given=True)
     validation_split: float = option(0.0, "fraction of the images held out for a validation loss", FRACTION,
         essential=True, compared_as="held-out images", bundled=0.1,
         in_experiments="leave it out: experiments hold out --select_split and --test_split")
@@ -347,16 +346,16 @@ class ValidationOptions:
         "measure the validation loss at eight timesteps, with N noises each, seeded by the image's content", COUNT,
         or_else="4 with --save_best or --early_stopping_patience, else one timestep and noise in each quarter",
         metavar="N", needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
-    metric_model: str | None = option(None,
+    metric_model: str | None = shown(None,
         "DINOv2 or CLIP, a folder or a name on the hub: measure how near samples are to the held-out images and, "
         "with CLIP, to their prompts; experiments judge each chosen arm by this and more", metavar="MODEL",
-        resume="shown", path="relative", needs=Need(lambda options: options.experiment.select_split
+        path="relative", needs=Need(lambda options: options.experiment.select_split
         or (options.validation.validation_prompt and options.validation.num_validation_images),
         "add --validation_prompt and --num_validation_images 1, or leave it out"))
-    num_inference_steps: int = option(None, "denoising steps of a sample", COUNT, resume="shown",
+    num_inference_steps: int = shown(None, "denoising steps of a sample", COUNT,
         compared_as="how samples are generated", bundled=20,
         by_family="Stable Diffusion 1 and 2, SDXL 30; Qwen-Image 50; others 28")
-    guidance_scale: float = option(None, "classifier-free guidance of a sample", NOT_NEGATIVE, resume="shown",
+    guidance_scale: float = shown(None, "classifier-free guidance of a sample", NOT_NEGATIVE,
         compared_as="how samples are generated", bundled=4.0, bundled_flow=3.0,
         by_family="Stable Diffusion 1 and 2 7.5; SDXL, Z-Image 5; SD 3 7; Flux.1 3.5; FLUX.2 klein, Qwen-Image 4; "
         "Krea 2 4.5")

@@ -115,6 +115,11 @@ class Option:
         return next(iter(self.default), None) if self.collapses else self.default
 
     @property
+    def otherwise(self) -> str:
+        """Its default in words, where it is no bundled model's own."""
+        return self.by_family or self.or_else or in_words(self.default)
+
+    @property
     def takes_several(self) -> bool:
         """Whether several words may follow its flag."""
         return self.varies or any(get_origin(kind) is list for kind in (self.kind, *get_args(self.kind)))
@@ -137,8 +142,8 @@ def option(
     return dataclasses.field(**fill, metadata={"option": make, "name": name})
 
 
-free = functools.partial(option, resume="free")
-"""The same of an option that a resumed run may have another value of."""
+free, shown, by_content = (functools.partial(option, resume=resume) for resume in ("free", "shown", "content"))
+"""The same of options that a resumed run may have other values of; see `Resume`."""
 
 
 class Again(dict):

@@ -23,10 +23,10 @@ CONFIG = "options from a TOML file, or from a run's config.json"
 class OptionsParser(Parser):
     """Read the options of a table; what it returns are the values of those alone that are given."""
 
-    def __init__(self, prog: str, kind: type[Groups], description: str = "", epilog: str = "") -> None:
+    def __init__(self, prog: str, kind: type[Groups], description: str = "") -> None:
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(
-            prog=prog, description=description, epilog=epilog, formatter_class=raw, argument_default=argparse.SUPPRESS,
+            prog=prog, description=description, formatter_class=raw, argument_default=argparse.SUPPRESS,
             add_help=False, usage=f"{prog} [options]",
         )  # fmt: skip
         self.kind, self.table = kind, kind.table()
@@ -119,7 +119,7 @@ def full_help(option: Option) -> str:
 
 def default_in_words(option: Option) -> str:
     """Return what an option is by default, as its help says it; empty where it says nothing."""
-    otherwise = option.by_family or option.or_else or in_words(option.default)
+    otherwise = option.otherwise
     if option.bundled is not SAME:
         flow = option.bundled_flow
         others = "" if flow is SAME else f", pipeline-flow: {in_words(flow)}"
@@ -155,9 +155,9 @@ def short_help(parser: OptionsParser) -> str:
 
 def default_in_short(option: Option) -> str:
     """Return what an option is by default, in a few words; empty where that is nothing or off."""
-    otherwise = (option.or_else or in_words(option.default)).partition(";")[0]
-    if option.by_family:
-        otherwise = option.by_family.partition(";")[0] if option.by_family[0].isdigit() else "the model's own"
+    otherwise = option.otherwise.partition(";")[0]
+    if option.by_family and not otherwise[0].isdigit():
+        otherwise = "the model's own"
     if option.bundled is not SAME:
         return f"{bundled_in_words(option)} for bundled models, otherwise {otherwise}"
     return f"default: {otherwise}" if otherwise not in ("", "none", "off", "False") else ""

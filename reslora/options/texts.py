@@ -11,7 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from ..common.assets import ASSETS
-from .option import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, POSITIVE, again, free, group, option, steps, whole
+from .option import (
+    COUNT,
+    FRACTION,
+    NATURAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    again,
+    by_content,
+    free,
+    group,
+    option,
+    steps,
+    whole,
+)
 from .shared import RunOptions, SharedExperimentOptions, SharedMethodOptions
 
 LLM_MODEL, LLM_TASK = ASSETS / "tiny-llama", ASSETS / "tiny-llama" / "task"
@@ -87,9 +100,9 @@ class LlmTaskOptions:
     model_name_or_path: str = option(str(LLM_MODEL), "causal model, folder or name on the hub", short="model",
         or_else="the bundled one", essential=True, metavar="MODEL")
     task: str = option("svamp", ", ".join(LLM_TASKS), essential="task of the paper: svamp, gsm8k, mathqa, ...")
-    data_dir: str | None = option(None,
+    data_dir: str | None = by_content(None,
         "folder with train.jsonl, validation.jsonl, test.jsonl in the columns of the hub's data set",
-        or_else="the hub's data set", short="data", metavar="FOLDER", resume="content", bundled=str(LLM_TASK),
+        or_else="the hub's data set", short="data", metavar="FOLDER", bundled=str(LLM_TASK),
         essential="folder with train.jsonl, validation.jsonl, test.jsonl")
     revision: str | None = option(None, "revision of the model on the hub")
     cache_dir: str | None = free(None, "folder for downloads", metavar="FOLDER")
@@ -112,13 +125,12 @@ class GlueDataOptions:
     """The task, and where its data are."""
 
     task_name: str | None = option(None, "task of GLUE", choices=GLUE_TASKS, essential=True)
-    data_dir: str | None = option(None,
+    data_dir: str | None = by_content(None,
         "folder with train.jsonl, validation.jsonl and maybe test.jsonl (mnli: train.jsonl, and of the two others one "
         "each for _matched and _mismatched, as validation_matched.jsonl)", or_else="the hub's GLUE", short="data",
-        metavar="FOLDER", resume="content", essential="folder with train.jsonl, validation.jsonl and maybe test.jsonl")
-    dataset_name: str = option("nyu-mll/glue", "data set on the hub, or a folder", resume="content")
-    dataset_config_name: str | None = option(None, "configuration of that data set", or_else="the task's name",
-        resume="content")
+        metavar="FOLDER", essential="folder with train.jsonl, validation.jsonl and maybe test.jsonl")
+    dataset_name: str = by_content("nyu-mll/glue", "data set on the hub, or a folder")
+    dataset_config_name: str | None = by_content(None, "configuration of that data set", or_else="the task's name")
     max_seq_length: int = option(128, "longer inputs are cut to that many tokens", whole(4))
     pad_to_max_length: bool = option(False, "pad every input to it, instead of each batch to its longest")
     max_train_samples: int | None = option(None, "train on the first so many examples", COUNT)
@@ -238,6 +250,9 @@ class TextOptions(RunOptions):
     """Other options of `TrainingArguments` that are given."""
 
     switches_take_values: ClassVar[bool] = True
+    shared_titles: ClassVar[Mapping[str, str]] = {
+        "adapter": "method", "training": "training", "experiment": "experiments",
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -247,9 +262,7 @@ class LlmOptions(TextOptions):
     task: LlmTaskOptions = field(default_factory=LlmTaskOptions)
     training: LlmTrainingOptions = field(default_factory=LlmTrainingOptions)
 
-    titles: ClassVar[Mapping[str, str]] = {
-        "task": "model and task", "adapter": "method", "training": "training", "experiment": "experiments",
-    }  # fmt: skip
+    titles: ClassVar[Mapping[str, str]] = {"task": "model and task", **TextOptions.shared_titles}
 
 
 @dataclass(frozen=True)
@@ -261,9 +274,7 @@ class GlueOptions(TextOptions):
     adapter: GlueMethodOptions = field(default_factory=GlueMethodOptions)
     training: GlueTrainingOptions = field(default_factory=GlueTrainingOptions)
 
-    titles: ClassVar[Mapping[str, str]] = {
-        "data": "task", "model": "model", "adapter": "method", "training": "training", "experiment": "experiments",
-    }  # fmt: skip
+    titles: ClassVar[Mapping[str, str]] = {"data": "task", "model": "model", **TextOptions.shared_titles}
 
 
 T = TypeVar("T", bound=TextOptions)

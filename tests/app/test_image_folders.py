@@ -357,6 +357,10 @@ def test_trash_that_cannot_come_back_stays(edits, tmp_path):
     with pytest.raises(RunError, match=r"1\.txt is there again"):
         edits.undo(edits.look("set"))
     assert (folder / "1.txt").read_text() == "another one" and not (folder / "1.png").exists()
+    place = next(changes.changes(edits.look("set").folder)).place
+    (place / "1.png").rename(folder / "1.png")
+    with pytest.raises(RunError, match=r"1\.txt is there again"):  # though a part has been put back by hand
+        edits.undo(edits.look("set"))
     (folder / "1.txt").unlink()
     edits.undo(edits.look("set"))
     assert (folder / "1.png").exists() and (folder / "1.txt").exists() and not (folder / TRASH).exists()
@@ -391,6 +395,7 @@ def test_damaged_images_and_duplicates_are_marked_once_all_are_opened(edits, tmp
         (folder / f"{name}.txt").write_text(name)
     images = edits.look("set")
     assert edits.looks.alike(images) == {} and not edits.shown(images, LEFT_OUT)
+    assert "opens every image, and finds further damaged ones" in cards.summary(edits, images, 10)
     assert list(edits.check(images)) == [0, 10]
     assert {name: line for name, (_, line) in edits.looks.alike(images).items()} == {
         "copy.png": "the same image as a.png", "near.jpg": "looks like a.png",

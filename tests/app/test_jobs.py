@@ -193,6 +193,9 @@ def test_which_images_are_trained_on_is_said(lined, tmp_path):
         "starts by itself with the images in the data folder."
     )
     shown = [lists.facts_of(entry, lined.run_of(entry)) for entry in added]
+    settings = {"model": "assets/pipeline-flow", "rank": "8", "seed": "5", "max_train_steps": "40"}
+    facts = lists.facts_of(Entry("e", settings=settings), lined.run_of(added[0]))
+    assert [fact for fact in facts if fact] == ["model assets/pipeline-flow", "rank 8", "seed 5", "steps 40"]
     assert "bundled images" in shown[0] and "images: cats" in shown[1] and "images: runs/c" in shown[2]
 
 

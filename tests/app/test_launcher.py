@@ -83,6 +83,13 @@ def test_only_flags_that_differ_are_written(trainings):
     )
 
 
+def test_a_rank_that_is_likely_a_mistake_has_a_warning():
+    for rank in ("9999", "4 9999", [9999], 9999):
+        assert launcher.warning({"rank": rank}).startswith(" warning: 9999 is a larger rank")
+    for rank in ("512", "", None, [4, 8]):
+        assert launcher.warning({"rank": rank}) == ""
+
+
 def test_several_resolutions_are_numbers_with_spaces(trainings):
     assert trainings.command("new", {"resolution": "64 96"})[-3:] == ["--resolution", "64", "96"]
 

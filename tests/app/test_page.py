@@ -34,8 +34,10 @@ from app import recipe
 from app.jobs import Jobs
 from app.launcher import search_path
 from app.library import Library
-from app.page import create_demo
+from app.page import Page, create_demo
 from app.studio import Studio
+from app.tabs import Parts
+from app.tabs.generate import GenerateTab
 from app.tabs.train import TrainTab
 from reslora.diffusion.experiment.pages import IMAGES
 from reslora.experiment.report import write_report
@@ -101,6 +103,30 @@ def test_no_two_parts_have_one_id_and_none_is_told_of_progress_that_it_hides(tmp
     assert sorted(ids) == sorted(set(ids))
     hidden = [event for event in demo.fns.values() if event.targets and event.show_progress == "hidden"]
     assert hidden and all(event.show_progress_on == [] for event in hidden)
+
+
+def test_a_page_that_is_loaded_again_keeps_its_run_and_tab_and_shows_an_error_once(tmp_path):
+    """Gradio marks each output of an event whose progress is shown with an error, next to the message that says why."""
+    for name in ("one", "two"):
+        write_run(tmp_path / name)
+    library = Library(tmp_path)
+    with gr.Blocks() as demo:
+        page = Page(Parts(library, Jobs(library), Studio()))
+        page.events(demo)
+    seen = page.arrive("one", "queue")
+    assert seen[page.run]["value"] == "one" and seen[page.all_tabs].selected == "queue"
+    for run, tab in ((None, None), ("gone", "nowhere"), (["one"], 7)):
+        seen = page.arrive(run, tab)
+        assert seen[page.run]["value"] == next(iter(library.runs())) and page.all_tabs not in seen
+    quiet = {event.api_name: event.show_progress for event in demo.fns.values()}
+    actions = ("start", "command", "memory", "stop", "resume")
+    assert {quiet[f"{tab}_{action}"] for tab in ("train", "experiment") for action in actions} == {"hidden"}
+
+
+def test_weights_say_what_is_used_in_their_place():
+    for adapter, loras, label in ((None, [], "Weights"), ({"path": "x"}, [], "file"), (None, ["one: lora"], "stack")):
+        shown = GenerateTab.show_used(None, adapter, loras)
+        assert label in shown["label"] and shown["interactive"] == (label == "Weights")
 
 
 def test_threads_are_told_to_spin_briefly_before_torch_is_there():

@@ -6,7 +6,20 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.ticker import MaxNLocator
 
-from reslora.common.charts import HEIGHT, SVG, WIDTH, Line, interval, line_chart, ticks
+from reslora.common.charts import (
+    HEIGHT,
+    REPORT,
+    SVG,
+    WIDTH,
+    Axes,
+    Line,
+    Row,
+    Series,
+    chart,
+    forest,
+    line_chart,
+    ticks,
+)
 
 
 def lines_of(chart: str) -> list[list[tuple[float, float]]]:
@@ -62,7 +75,30 @@ def test_ticks_are_round_numbers(low, high, expected):
     assert ticks(low, high, MaxNLocator(5, steps=[1, 2, 5, 10])) == expected
 
 
-def test_an_interval_is_drawn_about_its_mean_and_to_scale():
-    """Zero is in the middle, at 75, and the farthest end of all intervals 70 from it."""
-    drawn = interval((-2.0, -1.0), -1.5, 4.0)
-    assert 'd="M75 0V16"' in drawn and 'd="M40.0 8H57.5"' in drawn and 'cx="48.8"' in drawn
+def test_intervals_are_drawn_to_the_scale_of_the_axis():
+    """Twice as far from zero is twice as far in pixels; what is far beyond all intervals is an arrow at the edge."""
+    rows = [
+        Row("a <b>", 0, -1.5, (-2.0, -1.0), "text"),
+        Row("c", 1, 0.5, (0.0, 1.0), ""),
+        Row("base", 2, 30.0, None, ""),
+    ]
+    drawn = forest("Losses", rows, "percent")
+    ElementTree.fromstring(drawn)
+    zero = float(re.search(r'class="zero" d="M([\d.]+) ', drawn)[1])
+    (a_low, a_high), (c_low, c_high) = (
+        map(float, ends) for ends in re.findall(r'class="bar" d="M([\d.]+) \d+H([\d.]+)"', drawn)
+    )
+    assert c_low == zero and zero - a_low == pytest.approx(2 * (zero - a_high), abs=0.2)
+    assert zero - a_high == pytest.approx(c_high - zero, abs=0.2)
+    (arrow,) = (float(x) for x in re.findall(r'class="line" d="M[\d.]+ [\d.]+L([\d.]+) ', drawn))
+    assert c_high < arrow == REPORT.width - REPORT.right and "a &lt;b&gt;" in drawn
+    assert re.search(r">\u2212[\d.]+%<", drawn) and ">0%<" in drawn
+    assert forest("Losses", [], "percent") == ""
+
+
+def test_a_difference_far_above_the_others_does_not_flatten_them():
+    """As the base model's is: it is drawn hollow, at the edge."""
+    near = Series("a", 0, [(0, -1.0), (1, 1.0)], [(0, -1.0), (1, 1.0)])
+    far = Series("base", 1, [(0, 500.0), (1, 1.5)], [(0, 500.0), (1, 1.5)])
+    drawn = chart([near, far], Axes("Difference", "t", "percent", zero=True))
+    assert drawn.count('class="hollow"') == 1 and ">500<" not in drawn and ">400<" not in drawn

@@ -16,7 +16,7 @@ from waiting import ended, wait_until
 
 from reslora.common.errors import InvalidArgument, RunFailed
 from reslora.common.folder import check_held, filling, guarded, locked
-from reslora.files import this_process
+from reslora.files import this_process, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOLDS = f"""
@@ -115,6 +115,17 @@ def test_a_folder_that_is_not_there_any_more_ends_the_run(tmp_path, then):
     assert folder.exists() == (then in ("made anew", "another's"))  # and nobody else's is removed
     if then == "moved":
         take(tmp_path / "moved")  # it goes on there
+
+
+def test_nothing_is_written_into_a_folder_that_was_moved(tmp_path):
+    """Nor is it made anew: who writes need not ask."""
+    folder = tmp_path / "out"
+    with locked(folder):
+        write_json(folder / "config.json", {})
+        folder.rename(tmp_path / "moved")
+        with pytest.raises(RunFailed, match="was moved or removed"):
+            write_json(folder / "config.json", {})
+        assert not folder.exists()
 
 
 def test_a_folder_that_is_removed_and_made_anew_at_once_is_another(tmp_path):

@@ -11,6 +11,7 @@ from reslora.experiment.arms import (
     MOST_EXTENSIONS,
     NEAR,
     Arm,
+    choosing_of,
     coarse_to_fine,
     continued,
     grown,
@@ -221,3 +222,8 @@ def test_a_best_rate_is_of_the_seeds_that_all_rates_have():
     assert grown(grids, [0, 1], losses) == {"lora": [1, 2, 4]}
     losses |= {Arm("lora", rate, 1): 5.0 for rate in (1, 2)}
     assert grown(grids, [0, 1], losses) == {"lora": [1, 2, 4, 8]}
+
+
+def test_every_fourth_seed_chooses_where_there_are_rates_to_choose():
+    assert choosing_of([0, 1, 2], 1) == [0, 1, 2] and choosing_of([5, 0, 1], 3) == [5]
+    assert choosing_of(range(9), 2) == [0, 4, 8]

@@ -46,16 +46,41 @@ def run(course: Course, best: float = 2e-4, most: int = 1000) -> list[Arm]:
 
 def test_a_new_start_goes_on_where_the_last_one_was(course):
     whole = [(arm.label, arm.rate, arm.seed) for arm in run(course("--seed", "0", "1"))]
-    assert len(whole) == len(set(whole)) == 2 * 3 * 2
+    assert len(whole) == len(set(whole)) == 2 * (3 + 1)
+
+
+def test_the_first_seed_chooses_the_rate_and_the_others_are_trained_at_it(course):
+    one = course("--seed", "7", "0", "1")
+    assert one.choosing == [7] and len(one.arms()) == 2 * (3 + 2)
+    assert [arm.rate for arm in one.arms() if arm.seed == 0] == [2e-4, 2e-4]  # the middle one, until one is chosen
+    done = run(one, best=4e-4)
+    assert [(arm.label, arm.rate, arm.seed) for arm in done[6:]] == [
+        (label, 4e-4, seed) for seed in (0, 1) for label in ("lora", "reslora")
+    ]
+    assert {arm.seed for arm in done[:6]} == {7} and set(one.arms()) == set(done)
+    assert course("--seed", "7", "0", "1", "2", "3", "4").choosing == [7, 3]
+    leave(one, Arm("lora", 1e-4, 0))  # of a version that trained every seed at every rate
+    assert Arm("lora", 1e-4, 0) in one.arms() and len(one.arms()) == len(done) + 1
+
+
+def test_where_another_seed_diverges_all_are_trained_at_the_next_best_rate(course):
+    one = course("--seed", "0", "1", "2", "--method", "lora")
+    done = run(one, most=4)
+    one.end(done[-1], "the loss is not finite", 100, 5.0)
+    assert done[-1] == Arm("lora", 2e-4, 1)
+    assert run(course("--seed", "0", "1", "2", "--method", "lora")) == [Arm("lora", 1e-4, 1), Arm("lora", 1e-4, 2)]
+    for arm in (Arm("lora", 1e-4, 2), Arm("lora", 4e-4, 2)):
+        one.end(arm, "the loss is not finite", 100, 5.0)
+    assert one.next_arm() is None and one.rate_of("lora") is None
 
 
 def test_a_killed_start_changes_no_order(course, tmp_path):
     first = run(course("--seed", "0", "1"), most=5)
     rest = run(course("--seed", "0", "1"))
-    assert len(first) == 5 and len(rest) == 7 and not set(first) & set(rest)
+    assert len(first) == 5 and len(rest) == 3 and not set(first) & set(rest)
     assert course("--seed", "0", "1").next_arm() is None
     more = run(course("--seed", "0", "1", "2", "--method", "lora", "reslora", "loha"))
-    assert {arm.seed for arm in more if arm.label != "loha"} == {2} and len(more) == 2 * 3 + 3 * 3
+    assert {arm.seed for arm in more if arm.label != "loha"} == {2} and len(more) == 2 + 3 + 2
 
 
 def test_records_say_what_has_become_of_arms(course):

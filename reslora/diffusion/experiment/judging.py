@@ -20,6 +20,7 @@ from ..output.exports import (
     Parts,
     as_float32,
     as_plain_lora,
+    base_parts,
     exact_products,
     in_float32,
     kohya_metadata,
@@ -35,15 +36,31 @@ from .split import Image
 def measured(step: int, images: Sequence[Image], setting: Setting) -> dict:
     """Losses on the test images of an arm's checkpoint, and what `similarities` says."""
     with chosen_parts(step, setting) as (parts, loss):
-        denoiser = next(iter(parts.values()))
-
-        def check_and_measure(batch: Batch) -> torch.Tensor:
-            setting.context.stop.check(COMPARING)
-            return exact_loss(loss, denoiser, batch)
-
-        losses = losses_of(check_and_measure, setting.material, images)
+        losses = image_losses(parts, loss, images, setting)
         found = similarities(parts, loss, images, setting) if setting.context.options.validation.metric_model else {}
-    return {"losses": numbers(losses.mean(1)), "by_timestep": numbers(losses.mean(0)), "similarities": found}
+        return losses | {"similarities": found}
+
+
+def base_losses(images: Sequence[Image], setting: Setting) -> dict:
+    """Return the base model's losses on the test images."""
+    context, pipeline = setting.context, setting.pipeline
+    with exact_products(), in_float32(pipeline):
+        loss = DenoisingLoss(context, setting.material.objective, pipeline, context.model.empty_denoiser().config)
+        parts = base_parts(loss, context)
+        with evaluating(*parts.values()):
+            return image_losses(parts, loss, images, setting)
+
+
+def image_losses(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], setting: Setting) -> dict:
+    """Return the mean loss of each test image, and over all of them at each timestep."""
+    denoiser = next(iter(parts.values()))
+
+    def check_and_measure(batch: Batch) -> torch.Tensor:
+        setting.context.stop.check(COMPARING)
+        return exact_loss(loss, denoiser, batch)
+
+    losses = losses_of(check_and_measure, setting.material, images)
+    return {"losses": numbers(losses.mean(1)), "by_timestep": numbers(losses.mean(0))}
 
 
 @contextmanager

@@ -56,7 +56,7 @@ from ..training.checkpoints import (
 )
 from ..training.loop import train_method
 from ..training.schedule import Schedule, schedule_of
-from .judging import export_chosen, measured
+from .judging import base_losses, export_chosen, measured
 from .pages import IMAGES
 from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
 
@@ -110,7 +110,7 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         note_settings(asked.flat(), schedule, context.accelerator, write=not orders)
         course, study = Course(asked, began), ImageStudy(schedule, identity, context, pipeline, material)
         context.accelerator.print(f"{counted(len(course.arms()), 'arm')} of {counted(schedule.steps, 'step')}; {parts}")
-        yield Bench(course, study, materials, parts, content, stop, context.status, context.accelerator.device)
+        yield Bench(course, study, materials, parts, content, stop, context.accelerator.device)
         context.accelerator.end_training()
 
 
@@ -230,10 +230,12 @@ class Bench(Subject):
     content: str
     """Of the parts."""
     stop: StopRequest
-    status: Status
     device: torch.device
     prog: str = "train_sd.py"
     about: About = IMAGES
+
+    def say(self, phase: str, name: str = "") -> None:
+        self.study.context.status.say(phase, name)
 
     def study_of(self, arm: Arm) -> ImageStudy:
         """As a plain run of the arm has it, but that one checkpoint is kept unless more are asked for."""
@@ -276,6 +278,9 @@ class Bench(Subject):
 
     def measured(self, arm: Arm, step: int) -> dict:
         return measured(step, self.parts.test, self.study_of(arm))
+
+    def base_losses(self) -> dict:
+        return base_losses(self.parts.test, self.study_of(self.course.arms()[0]))
 
     def export(self, arm: Arm, step: int) -> list[str]:
         return export_chosen(step, self.study_of(arm))

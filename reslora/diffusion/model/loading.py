@@ -32,7 +32,7 @@ from .families import FAMILIES, load_family
 from .families.base import Family, Part
 from .kinds import check_pipeline_class, read_index
 from .quantising import pack
-from .stored import Stored, empty_model, stays_stored, stored_weights, with_stored_weights
+from .stored import Stored, load_exact, stored_weights
 
 # What diffusers calls the models inside single files, and their pipelines; other names are not trained here.
 SINGLE_FILES = {
@@ -140,11 +140,9 @@ class Model:
     def load_exact_denoiser(self, device: torch.device) -> nn.Module:
         """The frozen denoiser in float32; of a large one, the weights of its blocks stay in their files."""
         with refused_as(self.flag, "repair the folder"):
-            stored, empty = self.stored_denoiser(), empty_model(self.family.denoiser_class, self.denoiser_folder)
-            if not stays_stored(empty, stored, device):
-                return self.load_denoiser(torch.float32, device)
-            empty.register_to_config(_name_or_path=str(self.folder))  # as `from_pretrained` does
-            return with_stored_weights(empty, stored, device)
+            denoiser = load_exact(self.family.denoiser_class, self.denoiser_folder, device, self.variant)
+            denoiser.register_to_config(_name_or_path=str(self.folder))  # as `from_pretrained` of a pipeline does
+            return denoiser.requires_grad_(False)
 
     @property
     def denoiser_folder(self) -> Path:

@@ -47,13 +47,7 @@ def huber_of(options: TrainingOptions, objective: Objective) -> Huber | None:
     """The loss that the options name; None for the square."""
     if options.loss_type == "l2":
         return None
-    return Huber(
-        objective,
-        options.loss_type,
-        options.huber_schedule,
-        options.huber_c,
-        options.huber_scale,
-    )
+    return Huber(objective, options.loss_type, options.huber_schedule, options.huber_c, options.huber_scale)
 
 
 def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
 
 from ...common.errors import InvalidArgument, refused_as
-from ...options.images import SAMPLINGS, WEIGHTINGS, ModelOptions, Options, TrainingOptions
+from ...options.images import ModelOptions, Options, TrainingOptions
 from .families.base import Family
 
 
@@ -93,8 +93,7 @@ class FlowObjective:
     `sampling` says how s is drawn. As in diffusers' scripts, from the scheduler's table, shifted as the scheduler says
     (or by `shift`): `uniform`, `logit_normal`, `mode`. As in kohya's: `sigmoid` of a normal number; `shift`, the same
     shifted by `shift` (3 if it is None); `flux_shift`, by what Flux's pipeline shifts for as many tokens as the sample
-    has. Without `sampling` the weighting scheme says it, as in diffusers' scripts. Raises `ValueError` for names that
-    are unknown.
+    has. Without `sampling` the weighting scheme says it, as in diffusers' scripts.
     """
 
     def __init__(
@@ -108,8 +107,6 @@ class FlowObjective:
         own = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **own)
         self.sampling = sampling or (weighting if weighting in ("logit_normal", "mode") else "uniform")
-        if self.sampling not in SAMPLINGS or weighting not in WEIGHTINGS:
-            raise ValueError(f"sampling {self.sampling!r} with weighting {weighting!r} is not known")
         self.weighting, self.shift = weighting, shift or 3.0
         self.density = asdict(density)
         self.between = self.density.pop("between") or (0, self.timesteps)

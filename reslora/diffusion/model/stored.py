@@ -91,9 +91,9 @@ def with_stored_weights(empty: ModelMixin, stored: Mapping[str, Stored], device:
     return empty.requires_grad_(False).eval().to(device)
 
 
-def load_exact(kind: type[ModelMixin], folder: Path, device: torch.device) -> ModelMixin:
+def load_exact(kind: type[ModelMixin], folder: Path, device: torch.device, variant: str | None = None) -> ModelMixin:
     """The model of a folder in float32: whole, or where it is large, with the weights of its blocks in their files."""
-    stored, empty = stored_weights(folder), empty_model(kind, folder)
+    stored, empty = stored_weights(folder, variant), empty_model(kind, folder)
     if stays_stored(empty, stored, device):
         return with_stored_weights(empty, stored, device)
-    return kind.from_pretrained(folder, use_safetensors=True).to(device)
+    return kind.from_pretrained(folder, variant=variant, use_safetensors=True).to(device)

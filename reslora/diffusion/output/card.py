@@ -78,8 +78,8 @@ def example(method: str, repository: str, context: Context) -> list[str]:
 
 def loading_base(context: Context) -> list[str]:
     """Lines of Python that load the base model."""
-    base, pipeline = context.options.model.pretrained_model_name_or_path, "DiffusionPipeline"
+    base = context.options.model.pretrained_model_name_or_path
+    pipeline, load = "DiffusionPipeline", "from_pretrained"
     if Path(base).is_file():
-        pipeline = context.model.family.pipeline.__name__
-    load = "from_single_file" if Path(base).is_file() else "from_pretrained"
+        pipeline, load = context.model.family.pipeline.__name__, "from_single_file"
     return [f"from diffusers import {pipeline}", "", f'pipeline = {pipeline}.{load}("{name_of(base)}")']

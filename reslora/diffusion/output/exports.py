@@ -212,13 +212,18 @@ def saved_parts(
     method: str, adapters: Path, loss: DenoisingLoss, schedule: Schedule, context: Context
 ) -> dict[str, nn.Module]:
     """The parts that train, by name, in float32, with a method's adapters as they were saved, unmerged."""
-    parts = {context.model.family.denoiser: context.model.load_exact_denoiser(context.accelerator.device)}
-    parts |= context.model.load_encoders(context.encoders, loss.pipeline)
+    parts = base_parts(loss, context)
     trained = Trained(parts, loss)
     add_adapters(trained, method, schedule.steps, context)
     for place, part in trained.places(adapters):
         load_adapter(part, place)
     return parts
+
+
+def base_parts(loss: DenoisingLoss, context: Context) -> dict[str, nn.Module]:
+    """Return the base model's parts that train, by name, in float32, the denoiser first."""
+    denoiser = context.model.load_exact_denoiser(context.accelerator.device)
+    return {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, loss.pipeline)
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------

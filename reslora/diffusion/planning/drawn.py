@@ -33,8 +33,7 @@ def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
     options, missing = rehearsal.options, missing_class_images(rehearsal.options.data, rehearsal.options.output)
     if not missing:
         return None
-    base = empty_denoiser(rehearsal.model, rehearsal.dtype, options.model.base_precision, options.model.blocks_to_swap)
-    denoiser = rehearsal.stage.place(base).eval()
+    denoiser = rehearsal.stage.place(rehearsal.base()).eval()
     count, side = min(options.training.train_batch_size, missing), max(options.data.resolution)
     guided = count * passes(rehearsal.family, options.validation.guidance_scale)
     found: Held = {BASE: held(denoiser), ENCODERS: held(*rehearsal.encoders), AUTOENCODER: held(rehearsal.pipeline.vae)}

@@ -207,11 +207,14 @@ class Rehearsal:
         vae = self.pipeline.vae
         return times * (held(vae) - (held(vae.encoder) if self.options.data.cache_latents else 0))
 
+    def base(self) -> nn.Module:
+        """The denoiser as it is trained on."""
+        options = self.options.model
+        return empty_denoiser(self.model, self.dtype, options.base_precision, options.blocks_to_swap)
+
     def trained(self, method: str) -> Trained:
         """What trains, with the method's adapter."""
-        denoiser = empty_denoiser(
-            self.model, self.dtype, self.options.model.base_precision, self.options.model.blocks_to_swap
-        )
+        denoiser = self.base()
         parts = {self.family.denoiser: denoiser}
         for name in self.trainable:
             parts[name] = empty_part(self.model, name, self.dtype)

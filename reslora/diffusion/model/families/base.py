@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ....export import KOHYA_FILE
 
+FLOW = {"resolution": 512, "num_inference_steps": 28, "weighting_scheme": "none", "max_sequence_length": 512}
+"""Options' values that most families of flow matching have."""
 Text = Mapping[str, torch.Tensor | list[torch.Tensor]]
 """What the text encoders make of captions, by name, batch first: a list where captions differ in length."""
 

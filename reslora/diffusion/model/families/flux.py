@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from .base import Family, Part
+from .base import FLOW, Family, Part
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ORIGINAL = {
@@ -62,11 +62,8 @@ class Flux(Family):
         "text_encoder_2": ("lora_te3", "text_encoders.t5xxl.transformer"),
     }
     defaults: ClassVar = {
-        "resolution": 512,
-        "num_inference_steps": 28,
+        **FLOW,
         "guidance_scale": 3.5,
-        "weighting_scheme": "none",
-        "max_sequence_length": 512,
         "target_modules": [*(f"attn.{name}" for name in ATTENTION), *FEED_FORWARD],
     }
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 
-from .base import Family, in_chat
+from .base import FLOW, Family, in_chat
 
 DOUBLE = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 SINGLE = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
@@ -49,11 +49,8 @@ class Flux2Klein(Family):
     latents_per_token = 1
     marks = ("flux2", "flux-2")
     defaults: ClassVar = {
-        "resolution": 512,
-        "num_inference_steps": 28,
+        **FLOW,
         "guidance_scale": 4.0,
-        "weighting_scheme": "none",
-        "max_sequence_length": 512,
         "target_modules": [f"{DOUBLE}|{SINGLE}"],
     }
 

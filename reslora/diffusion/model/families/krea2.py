@@ -7,6 +7,7 @@ from typing import ClassVar
 from diffusers import Krea2Pipeline, Krea2Transformer2DModel
 
 from ....export import COMFYUI_FILE
+from .base import FLOW
 from .qwen_autoencoder import WithQwenAutoencoder, packed, padded_inputs, side_by_side, without_padding
 
 LAYERS = {
@@ -46,11 +47,8 @@ class Krea2(WithQwenAutoencoder):
     version = ("krea2", "krea-2")
     marks = ("krea2", "krea-2")
     defaults: ClassVar = {
-        "resolution": 512,
-        "num_inference_steps": 28,
+        **FLOW,
         "guidance_scale": 4.5,
-        "weighting_scheme": "none",
-        "max_sequence_length": 512,
         "target_modules": [
             *("img_in", "final_layer.linear", "to_q", "to_k", "to_v", "to_out.0", "to_gate", "ff.up", "ff.down"),
             *("txt_in.linear_1", "txt_in.linear_2", "time_embed.linear_1", "time_embed.linear_2", "time_mod_proj"),

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
+from .base import FLOW
 from .qwen_autoencoder import WithQwenAutoencoder, packed, padded_inputs, side_by_side, without_padding
 
 
@@ -21,11 +22,9 @@ class QwenImage(WithQwenAutoencoder):
     one_size = True
     unread = ("attn.to_add_out", "txt_mlp")  # what the text becomes
     defaults: ClassVar = {
-        "resolution": 512,
+        **FLOW,
         "num_inference_steps": 50,
         "guidance_scale": 4.0,
-        "weighting_scheme": "none",
-        "max_sequence_length": 512,
         "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
     }
 

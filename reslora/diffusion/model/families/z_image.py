@@ -8,7 +8,7 @@ import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
 from ....export import COMFYUI_FILE
-from .base import Family, in_chat
+from .base import FLOW, Family, in_chat
 
 
 class ZImage(Family):
@@ -25,11 +25,9 @@ class ZImage(Family):
     version = ("z_image", "z-image")
     marks = ("z_image", "zimage", "z-image")
     defaults: ClassVar = {
+        **FLOW,
         "resolution": 1024,
-        "num_inference_steps": 28,
         "guidance_scale": 5.0,
-        "weighting_scheme": "none",
-        "max_sequence_length": 512,
         # The refiners before the main layers see text or image alone, and are left as they are.
         "target_modules": [r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)"],
     }

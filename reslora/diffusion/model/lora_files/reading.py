@@ -283,17 +283,11 @@ def _refuse_unscaled(content: Content, names: Names) -> None:
     ]
     if not layers:
         return
-    if content.path.name in (ADAPTER_NAME, WEIGHTS_NAME) or not _diffusers_reads(content, names, layers):
+    found = _converted(content.tensors, names)
+    unread = any(f"{names.family.denoiser}.{layer}.lora_A.weight" not in found for layer in layers)
+    if content.path.name in (ADAPTER_NAME, WEIGHTS_NAME) or unread:
         problem = f"nothing in it says the scale of {layers[0]}, as in the weights of a checkpoint"
         raise InvalidArgument(content.flag, problem, f"give a finished LoRA, or PEFT's with its {PEFT_CONFIG_FILE}")
-
-
-def _diffusers_reads(content: Content, names: Names, layers: Sequence[str]) -> bool:
-    try:
-        found = _converted(content.tensors, names)
-    except Exception:  # a converter that does not know the layers
-        return False
-    return all(f"{names.family.denoiser}.{layer}.lora_A.weight" in found for layer in layers)
 
 
 def _shaped(flag: str, layer: str, factors: Factors, names: Names) -> Factors:
@@ -313,31 +307,24 @@ def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
     for key, value in content.tensors.items():
         ending = next(filter(None, (pattern.search(key) for pattern in (DOWN, UP, ALPHA, OLDEST))))
         layers.setdefault(key[: ending.start()], {})[key] = value
-    whole: dict[str, torch.Tensor] = {}
-    with contextlib.suppress(Exception):  # a converter that does not know the layers
-        # One A for several layers is one tensor, which safetensors refuses to write twice.
-        whole = {key: value.clone() for key, value in _converted(content.tensors, names).items()}
-    if unread := [name for name, tensors in layers.items() if not _is_in(whole, tensors, names)]:
+    # One A for several layers is one tensor, which safetensors refuses to write twice.
+    whole = {key: value.clone() for key, value in _converted(content.tensors, names).items()}
+    if unread := [name for name, tensors in layers.items() if not _converted(tensors, names).keys() & whole]:
         problem = f"{min(unread, key=names.known.__contains__)} is no layer of {names.family.name} that diffusers reads"
         raise InvalidArgument(content.flag, problem, _another(names))
     return pairs_of(Content(content.path, content.flag, whole, content.metadata, content.configs))
 
 
-def _is_in(whole: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], names: Names) -> bool:
-    try:
-        return bool(_converted(tensors, names).keys() & whole.keys())
-    except Exception:  # a converter that does not know the layer
-        return False
-
-
 def _converted(tensors: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:
-    family = names.family
-    found = family.pipeline.lora_state_dict(dict(tensors), unet_config=names.config)
-    state, alphas = found[:2] if isinstance(found, tuple) else (found, None)
-    if alphas:  # the names that come with them are known here, or nobody's
-        raise ValueError(f"{next(iter(alphas))} is of no layer of {family.name}")
-    denoiser = {key: value for key, value in state.items() if key.startswith(f"{family.denoiser}.")}
-    text = {key: value for key, value in state.items() if key not in denoiser}
-    if any(OLDEST.search(key) or "lora_linear_layer" in key for key in text):
-        text = convert_state_dict_to_peft(text)
-    return convert_unet_state_dict_to_peft(denoiser) | text
+    """As diffusers' own converters have them; empty where these do not know a layer."""
+    with contextlib.suppress(Exception):  # each converter has its own
+        found = names.family.pipeline.lora_state_dict(dict(tensors), unet_config=names.config)
+        state, alphas = found[:2] if isinstance(found, tuple) else (found, None)
+        if alphas:  # the names that come with them are known here, or nobody's
+            return {}
+        denoiser = {key: value for key, value in state.items() if key.startswith(f"{names.family.denoiser}.")}
+        text = {key: value for key, value in state.items() if key not in denoiser}
+        if any(OLDEST.search(key) or "lora_linear_layer" in key for key in text):
+            text = convert_state_dict_to_peft(text)
+        return convert_unet_state_dict_to_peft(denoiser) | text
+    return {}
