@@ -288,11 +288,11 @@ class Row:
 
     name: str
     number: int
-    """Its place among all labels, which is its color and the shape of its dot."""
+    """Index among all series, which determines its color and the shape of its dot."""
     value: float
     ends: Point | None
     text: str
-    """The numbers, as they are read."""
+    """The values as text."""
 
 
 MINUS = "\N{MINUS SIGN}"
@@ -301,10 +301,10 @@ FOREST_TOP = 8
 
 
 def forest(title: str, rows: Sequence[Row], axis: str) -> str:
-    """Return a figure of intervals below each other, with zero and a numbered axis; empty without rows.
+    """Return a forest plot: intervals below each other, with a line at zero and an axis; empty without rows.
 
-    A name and its numbers are above its interval, so that both are legible on a narrow screen. A value that is far
-    beyond all intervals is an arrow at the edge.
+    The name and values of a row are above its interval, so that both are legible on a narrow screen. A value far beyond
+    all intervals is an arrow at the edge.
     """
     if not rows:
         return ""

@@ -228,7 +228,7 @@ METHODS = {
 
 
 def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
-    """Return PEFT's configuration of a method, as its row in `METHODS` makes it; ResLoRA's is LoRA's."""
+    """Return PEFT's configuration of a method in `METHODS`; ResLoRA uses LoRA's."""
     return METHODS[method].config(settings)
 
 
