@@ -1,4 +1,4 @@
-"""ResLoRA (Shi et al., 2024): residual shortcuts between the LoRA blocks of neighbouring layers, merged for inference.
+"""ResLoRA (Shi et al., 2024): residual shortcuts between the LoRA blocks of neighboring layers, merged for inference.
 
 model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
 reslora.connect(model, reslora.ResLoraConfig(shortcut="block", pre_num=4))

@@ -1,6 +1,6 @@
-"""Find the chains of neighbouring LoRA blocks of a model: roles, execution order and links.
+"""Find the chains of neighboring LoRA blocks of a model: roles, execution order and links.
 
-A *chain* is a run of blocks of one role in execution order, cut wherever neighbours differ in shape or belong to
+A *chain* is a run of blocks of one role in execution order, cut wherever neighbors differ in shape or belong to
 different streams of hidden states. This module only describes a model and changes nothing.
 """
 
@@ -51,7 +51,7 @@ class Block:
     tokens: tuple[int, ...]
     """Shape of the layer's input without its first (batch) and last (feature) axis."""
     cut: str = ""
-    """Why the chain is cut before this block; empty if the previous block of its role is its neighbour."""
+    """Why the chain is cut before this block; empty if the previous block of its role is its neighbor."""
 
     @property
     def shape(self) -> str:
@@ -62,7 +62,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Chain(Sequence):
-    """A run of neighbouring blocks of one role, in execution order; its first block is the *head*."""
+    """A run of neighboring blocks of one role, in execution order; its first block is the *head*."""
 
     role: str
     blocks: tuple[Block, ...]
@@ -94,7 +94,7 @@ class Chains(Sequence):
 
     @property
     def links(self) -> int:
-        """Number of neighbouring pairs."""
+        """Number of neighboring pairs."""
         return sum(len(chain) - 1 for chain in self.chains)
 
     @property
@@ -130,7 +130,7 @@ def before_each(blocks: int, reach: int | None) -> Before:
 
 
 def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict | None = None) -> Chains:
-    """Return the chains of neighbouring LoRA blocks of `model`; `print` shows them as a table.
+    """Return the chains of neighboring LoRA blocks of `model`; `print` shows them as a table.
 
     `example_inputs` are keyword arguments of the base model. The default is made from the configuration of a U-Net, or
     of a Z-Image, Flux, Stable Diffusion 3, Qwen-Image or Krea 2 transformer, or is the model's own `dummy_inputs`. They

@@ -14,7 +14,7 @@ HEADS = ("repeat", "none")
 
 @dataclasses.dataclass(frozen=True)
 class ResLoraConfig:
-    """How the LoRA blocks of neighbouring layers are connected (Shi et al., 2024, Section 3.2).
+    """How the LoRA blocks of neighboring layers are connected (Shi et al., 2024, Section 3.2).
 
     Raises `ValueError` for an invalid value, naming the field, the value and the valid ones.
     """

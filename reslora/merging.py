@@ -25,7 +25,7 @@ class Factors:
     b: torch.Tensor
     scaling: float
     weight: Callable[[], torch.Tensor]
-    """Return the frozen weight (q x p), dequantised."""
+    """Return the frozen weight (q x p), dequantized."""
     norm: float | None = None
     """f_n of Eqs. 8-9 (`input`: of x_n; `middle`: of A_n x_n), averaged over the window."""
     moments: Moments | None = None

@@ -84,7 +84,7 @@ def connect(
     adapter_name: str = "default",
     example_inputs: dict | None = None,
 ) -> Chains:
-    """Connect the LoRA blocks of neighbouring layers of `model` in place (Eqs. 2-4) and return the chains.
+    """Connect the LoRA blocks of neighboring layers of `model` in place (Eqs. 2-4) and return the chains.
 
     `example_inputs` are keyword arguments of the base model, used to trace the order of its layers (see `chains`).
     Later hooks on `lora_A` and `lora_B` are not called, because shortcuts read their weights; hooks on layers are.
@@ -307,7 +307,7 @@ def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection)
 
 
 def _base_weight(layer: LoraLayer) -> torch.Tensor:
-    """Return the frozen weight as q x p, dequantised (`Conv1D` stores p x q)."""
+    """Return the frozen weight as q x p, dequantized (`Conv1D` stores p x q)."""
     weight = dequantize_module_weight(layer.get_base_layer()).detach()
     return weight.t() if getattr(layer, "fan_in_fan_out", False) else weight
 

@@ -84,7 +84,7 @@ def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | No
         with _same_random(base):
             return _run(meta_copy(base, adapters=False), holders, to_device(inputs, "meta"))
     except Exception as error:
-        # Data-dependent control flow, fused kernels and quantised layers do not run on the meta device: use the real
+        # Data-dependent control flow, fused kernels and quantized layers do not run on the meta device: use the real
         # one.
         parameter = next(base.parameters(), None)
         if parameter is None or parameter.is_meta:

@@ -21,7 +21,7 @@ The first gradient of B is `s g h^T`, with g that of the block's output, and of 
 all its B together, about sqrt(m + 1) times LoRA's. So the first step changes the block's output as much as with the
 shortcut. That a shared B of `block` gets the gradients of other blocks too is left out: no scale stands for it.
 
-Placebos: rotations of the block's own input stand in for what its m neighbours contribute. h is
+Placebos: rotations of the block's own input stand in for what its m neighbors contribute. h is
 `A_n (x_n + c sum_{k=1..m} R_k x_n)`, with `c = |what the neighbours add to h| / (sqrt(m) |A_n x_n|)`: as much is added,
 since A at its start makes a rotated input as long as the input. Between blocks of one chain that ratio is anything from
 0.4 to 4 in the bundled U-Net, so it is measured. A head is as the shortcut has it.

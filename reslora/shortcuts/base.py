@@ -292,7 +292,7 @@ def add_product(
     weight = lora_b.weight
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.is_meta != hidden.is_meta:
         return result + lora_b(hidden * scaling).view(result.shape)
-    # `hidden` is wider than B if a neighbour of another dtype handed it on.
+    # `hidden` is wider than B if a neighbor of another dtype handed it on.
     return add_scaled(result, cast(hidden, weight), weight, scaling, module)
 
 
