@@ -5,7 +5,7 @@ reslora.connect(model, reslora.ResLoraConfig(shortcut="block", pre_num=4))
 ...                                     # train as usual
 report = reslora.merge(model, calibration=batches)  # plain LoRA from here on
 
-Names are imported when they are first used: a script that only parses its flags does not wait for torch and PEFT.
+Names are imported on first use: a script that only parses its options does not wait for torch and PEFT.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Plain LoRA in the formats that people's tools read, and merged weights.
+"""Export plain LoRA in the formats of common tools, and merged weights.
 
 | function | writes | read by |
 |---|---|---|
@@ -8,7 +8,7 @@
 | `export_comfyui` | one file with `diffusion_model...` keys | ComfyUI, diffusers |
 | `export_merged` | a diffusers model folder | `UNet2DConditionModel.from_pretrained(dir)` |
 
-A connected model has no plain weights yet: merge it first.
+A connected model is not plain LoRA; merge it first.
 """
 
 from __future__ import annotations

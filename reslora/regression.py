@@ -1,12 +1,12 @@
-"""Ridge regression on what enters a layer, in as little memory as its shape allows.
+"""Ridge regression on a layer's input, in the primal or dual form that needs less memory.
 
-X (T x p) are the rows that entered a layer while calibrating, one for each token, and G (T x r) is to be made of them:
+X (T x p) are the layer's inputs during calibration, one row for each token, and G (T x r) is the target:
 
     D = argmin |G - X D^T|^2 + rho |D|^2      with rho = RIDGE tr(X^T X) / p
-      = G^T X (X^T X + rho I)^-1              the primal form: a p x p matrix, however many rows there are
+      = G^T X (X^T X + rho I)^-1              the primal form: a p x p matrix for any number of rows
       = ((X X^T + rho I)^-1 G)^T X            the dual form: the rows themselves, and a T x T matrix
 
-Both are the same D (r x p); the dual form takes less memory where there are few rows.
+Both are the same D (r x p); the dual form takes less memory if there are few rows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The paper's methods by name: configured, attached, saved and loaded, for transformers' and diffusers' models.
+"""Configure, attach, save and load the adapters of all methods, for models of transformers and diffusers.
 
 settings = AdapterSettings(r=4, alpha=8, dropout=0.0, targets=["to_q", "to_v"], total_steps=1000)
 config = adapter_config("reslora", settings)

@@ -1,15 +1,15 @@
-"""The controls of ResLoRA that are measured before the first step: LoRA at a shortcut's scale, and placebos.
+"""Control methods calibrated before the first step: LoRA at the scale of a shortcut, and placebos.
 
 with gauged("lora_matched", model, ResLoraConfig(shortcut="middle", pre_num=4)) as gauge:      # `model` has plain LoRA
     for batch in batches:
         model(**batch)
-put_on(model, gauge.settings(seed=0))             # kept in the header of what `save_adapter` writes
+put_on(model, gauge.settings(seed=0))             # `save_adapter` stores them in the file header
 merged(model)                                     # plain LoRA, once it is trained
 
-What a block feeds to B is h (rank wide), its update s B h; |.| is the root mean square over all tokens of all batches.
-As B is zero at the start, so is the update.
+The input of a block's B is h (r wide) and its output s B h; |.| is the root mean square over all tokens of all batches.
+B is zero at initialization, and so is the output.
 
-`lora_matched`: a layer's alpha is multiplied by `|h| / |A_n x_n|`, with h as the shortcut has it:
+`lora_matched`: a layer's alpha is multiplied by `|h| / |A_n x_n|`, with the shortcut's h:
 
 | shortcut | h |
 |---|---|
@@ -17,14 +17,15 @@ As B is zero at the start, so is the update.
 | `middle` | `sum_{k=0..m} A_{n-k} x_{n-k}` |
 | `block` | `A_n x_n, ..., A_{n-m} x_n` side by side, which `[B_n, ..., B_{n-m}]` multiplies |
 
-The first gradient of B is `s g h^T`, with g that of the block's output, and of size `s |g| |h|`: for `block` that of
-all its B together, about sqrt(m + 1) times LoRA's. So the first step changes the block's output as much as with the
-shortcut. That a shared B of `block` gets the gradients of other blocks too is left out: no scale stands for it.
+The first gradient of B is `s g h^T`, where g is the gradient of the block's output, and its size is `s |g| |h|`. For
+`block` this is the gradient of all its B together, about sqrt(m + 1) times LoRA's. So the first step changes the
+block's output as much as with the shortcut. A shared B of `block` also receives gradients from other blocks, which no
+scale can reproduce.
 
-Placebos: rotations of the block's own input stand in for what its m neighbors contribute. h is
-`A_n (x_n + c sum_{k=1..m} R_k x_n)`, with `c = |what the neighbours add to h| / (sqrt(m) |A_n x_n|)`: as much is added,
-since A at its start makes a rotated input as long as the input. Between blocks of one chain that ratio is anything from
-0.4 to 4 in the bundled U-Net, so it is measured. A head is as the shortcut has it.
+Placebos: rotations of the block's own input replace the shortcut terms of its m neighbors. h is
+`A_n (x_n + c sum_{k=1..m} R_k x_n)`, with `c = |shortcut terms in h| / (sqrt(m) |A_n x_n|)`. This adds as much as the
+shortcut, because a random A maps a rotated input to the same norm as the input. In the bundled U-Net the ratio varies
+from 0.4 to 4 within a chain, so it is measured. A head is the same as with the shortcut.
 """
 
 from __future__ import annotations

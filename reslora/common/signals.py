@@ -1,14 +1,14 @@
-"""Ctrl-C, SIGTERM, a terminal that closes and the death of the launcher ask a script to save and leave.
+"""Handle Ctrl-C, SIGTERM, a closed terminal and the death of the launcher as requests to save and exit.
 
     with StopRequest() as stop:
         for batch in batches:
             step(batch)
-            if stop.signal is not None:     # with several processes: share it first, all must leave after the same step
+            if stop.signal is not None:     # with several processes, `shared` first: all must exit after the same step
                 save()
                 raise Stopped("stopped after step 7; go on with --resume_from_checkpoint latest")
 
-The exit status of a stopped script is `128 + stop.signal`. `accelerate launch` does not pass SIGTERM on to the one
-process that it starts, and nobody passes on SIGKILL: without `StopRequest` that process would train on, alone.
+The exit status of a stopped script is `128 + stop.signal`. `accelerate launch` does not forward SIGTERM to a
+single process, and SIGKILL cannot be forwarded: without `StopRequest` that process would continue to train.
 """
 
 from __future__ import annotations

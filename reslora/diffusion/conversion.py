@@ -1,4 +1,4 @@
-"""LoRA files from one tool's format to another's, summed, reduced in rank, or made of two models' difference.
+"""Convert LoRA files between formats, add them, reduce their rank, or extract one from two models.
 
 reslora-convert IN OUT --to kohya
 reslora-convert ONE OTHER OUT --to diffusers --weight 0.7 0.5 --rank 16
