@@ -100,8 +100,8 @@ class MethodOptions(SharedMethodOptions):
         resume="free", bundled=["lora", "reslora"], kohya=("network_module",))
     rank: int = again(kohya=("network_dim",),
         by_family=f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less")
-    rank_pattern: list[str] | None = again(help=f"{PATTERNS['rank_pattern']}; for the denoiser alone")
-    alpha_pattern: list[str] | None = again(help=f"{PATTERNS['alpha_pattern']}; for the denoiser alone")
+    rank_pattern: list[str] | None = again(help=f"{PATTERNS['rank_pattern']}; for the denoiser only")
+    alpha_pattern: list[str] | None = again(help=f"{PATTERNS['alpha_pattern']}; for the denoiser only")
     init_lora: str | None = by_content(None,
         "start from this LoRA, of any tool, instead of from zero: its layers, ranks and alphas are trained",
         metavar="FILE", path="absolute", kohya=("network_weights",))
@@ -262,7 +262,7 @@ class TrainingOptions:
         or_else="the scheduler's; 3 with shift", objective="flow",
         samplings=("uniform", "logit_normal", "mode", "shift"), compared_as="how losses are measured")
     guidance_scale_train: float = option(1.0,
-        "guidance that the denoiser is conditioned on while training: Flux.1 dev alone, for which diffusers' script "
+        "guidance that the denoiser is conditioned on while training: only for Flux.1 dev, for which diffusers' script "
         "has 3.5", NOT_NEGATIVE, compared_as="how losses are measured")
     max_sequence_length: int = option(None, "tokens of a caption that T5 or Qwen reads", COUNT,
         compared_as="how losses are measured", by_family="SD 3 77, others with T5 or Qwen 512")
@@ -382,7 +382,7 @@ class OutputOptions:
     report_to: str = free("tensorboard", "a tracker that accelerate knows, such as wandb; all, or none")
     checkpointing_steps: int = free(500, "steps between checkpoints", COUNT, bundled=100, kohya=("save_every_n_steps",))
     checkpointing_minutes: float | None = free(None,
-        "save a checkpoint also when so many minutes have passed since the last one", POSITIVE)
+        "also save a checkpoint this many minutes after the last one", POSITIVE)
     checkpoints_total_limit: int | None = free(None, "checkpoints to retain per method", COUNT, or_else="all")
     resume_from_checkpoint: str | None = free(None,
         "latest: resume from the newest complete checkpoint; FOLDER: go back to that one; not in a finished run",

@@ -56,11 +56,11 @@ class SharedExperimentOptions:
     test_split: float | None = option(None, "fraction of the training data by which methods are compared", PART,
         or_else="0.1")
     extend_rates: bool = free(False,
-        "where the best learning rate is the lowest or highest, try the next one, up to three times")
+        "if the best learning rate is the lowest or highest, try the next one, up to three times")
     experiment_minutes: float | None = free(None,
-        "start no arm that would not end within so many minutes; the same command resumes later", POSITIVE)
+        "start an arm only if it is expected to end within this many minutes; the same command resumes later", POSITIVE)
     arms_at_once: int | None = free(None,
-        "how many arms are trained at once, each in a process of its own; with several GPUs, on one each", COUNT,
+        "number of arms to train at once, each in its own process; several GPUs are used in turn", COUNT,
         or_else="1")
 # fmt: on
 

@@ -112,9 +112,10 @@ class LlmTaskOptions:
     load_in_4bit: bool = option(False, "quantize the frozen model to NF4 (QLoRA)")
     max_train_samples: int | None = option(None, "train on that many examples, chosen at random (metamathqa: 40000)",
         COUNT)
-    max_eval_samples: int | None = free(None, "validate on the first examples only; experiments: choose by so many",
-        COUNT)
-    max_test_samples: int | None = free(None, "test on the first examples only; experiments: compare by so many", COUNT)
+    max_eval_samples: int | None = free(None,
+        "maximum number of validation examples, the first; in experiments: of the selection split", COUNT)
+    max_test_samples: int | None = free(None,
+        "maximum number of test examples, the first; in experiments: of the test split", COUNT)
     max_length: int = option(512, "training examples of more tokens, prompt and answer, are left out", whole(2))
     max_new_tokens: int = free(256, "longest answer generated", COUNT, bundled=24)
     eval_accuracy: bool = free(False, "generate answers in validation too, not only in the final test")
@@ -133,9 +134,11 @@ class GlueDataOptions:
     dataset_config_name: str | None = by_content(None, "configuration of that data set", or_else="the task's name")
     max_seq_length: int = option(128, "longer inputs are cut to that many tokens", whole(4))
     pad_to_max_length: bool = option(False, "pad every input to it, instead of each batch to its longest")
-    max_train_samples: int | None = option(None, "train on the first so many examples", COUNT)
-    max_eval_samples: int | None = free(None, "evaluate on the first so many; experiments: choose by so many", COUNT)
-    max_predict_samples: int | None = free(None, "predict the first so many; experiments: compare by so many", COUNT)
+    max_train_samples: int | None = option(None, "maximum number of training examples, the first", COUNT)
+    max_eval_samples: int | None = free(None,
+        "maximum number of validation examples, the first; in experiments: of the selection split", COUNT)
+    max_predict_samples: int | None = free(None,
+        "maximum number of examples to predict, the first; in experiments: of the test split", COUNT)
 
 
 @group
