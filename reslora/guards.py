@@ -239,7 +239,7 @@ def _refuse_update(name: str, layer: LoraLayer, adapter_name: str, *args: object
     """
     if getattr(layer.lora_variant.get(adapter_name), "wires", None) is not None:
         raise RuntimeError(
-            f"{name} is wired by ResLoRA, and a new A and B would not be: call reslora.disconnect, initialise the "
+            f"{name} is wired by ResLoRA, and a new A and B would not be: call reslora.disconnect, initialize the "
             f"adapter {adapter_name!r} (EVA), and call reslora.connect after that"
         )
     type(layer).update_layer(layer, adapter_name, *args, **kwargs)

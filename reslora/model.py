@@ -139,7 +139,7 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
         shapes = [f"{block.name} {block.shape}" for block in plan.blocks[:8]]
         listed = ", ".join(shapes + [f"{name} ({reason}, stays plain)" for name, reason in plan.unlinked[:8]])
         raise ValueError(
-            f"shortcut={config.shortcut!r} finds no link among the {len(plan.blocks)} LoRA blocks (neighbours must "
+            f"shortcut={config.shortcut!r} finds no link among the {len(plan.blocks)} LoRA blocks (neighbors must "
             f"have one role and one shape): {listed}; adapt layers that repeat, or take shortcut='none'"
         )
     return plan

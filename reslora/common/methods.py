@@ -195,11 +195,11 @@ METHODS = {
         ),
         Method("reslora", "ResLoRA", "LoRA with shortcuts", "#e8590c", lora, shortcuts=True),
         Method(
-            "is_placebo", "Input placebo", "input-shortcuts from rotations in place of neighbours", "#f08c00", lora,
+            "is_placebo", "Input placebo", "input-shortcuts from rotations in place of neighbors", "#f08c00", lora,
             placebo_as_lora, placebo="input",
         ),
         Method(
-            "ms_placebo", "Middle placebo", "middle-shortcuts from rotations in place of neighbours", "#c2255c", lora,
+            "ms_placebo", "Middle placebo", "middle-shortcuts from rotations in place of neighbors", "#c2255c", lora,
             placebo_as_lora, placebo="middle",
         ),
         Method(

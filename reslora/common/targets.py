@@ -30,7 +30,7 @@ def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence
     problem = f"{wrong} cannot be adapted ({type(fitted[wrong]).__name__})"
     if isinstance(targets, str):
         such = f", such as {layers[0]}" if layers else ""
-        raise InvalidArgument(f"--target_modules {targets}", problem, f"let it fit layers alone{such}")
+        raise InvalidArgument(f"--target_modules {targets}", problem, f"let it match only layers{such}")
     target = next(target for target in targets if _ends(wrong, target))
     inside = [f"{target}.{rest}" for rest, part in fitted[wrong].named_modules() if isinstance(part, LAYERS)]
     names = " ".join(inside[:MOST_NAMED]) + (" or the like" if len(inside) > MOST_NAMED else "")

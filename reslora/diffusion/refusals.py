@@ -132,7 +132,7 @@ def check_start(adapter: MethodOptions) -> None:
             raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
         if method.shortcuts and adapter.shortcut != PLAIN and adapter.pre_num != 0:
             problem = (
-                f"with --shortcut {adapter.shortcut} its blocks would also enter their neighbours, and the first step "
+                f"with --shortcut {adapter.shortcut} its blocks would also enter their neighbors, and the first step "
                 "would not start from the base model plus that LoRA"
             )
             raise InvalidArgument(flag, problem, "give --method lora, or --shortcut none")

@@ -222,13 +222,13 @@ class Shortcut(LoraVariant):
         handed, leading = state.handed.get((source, what), (None, None))
         if handed is None:
             raise RuntimeError(
-                f"{self.name} ran before its neighbour {source}, or that one's adapter is switched off: call its "
+                f"{self.name} ran before its neighbor {source}, or that one's adapter is switched off: call its "
                 "enable_adapters(True), or connect again with example_inputs= that run the layers in the order of "
                 'training; if layers are skipped at random (layerdrop), set that to 0 or use shortcut="block"'
             )
         if leading != x.shape[:-1]:
             raise RuntimeError(
-                f"{self.name} has {tuple(x.shape[:-1])} tokens where its neighbour {source} had {tuple(leading)}; "
+                f"{self.name} has {tuple(x.shape[:-1])} tokens where its neighbor {source} had {tuple(leading)}; "
                 "connect again with example_inputs= of the sizes trained on"
             )
         return handed if handed.device == x.device else handed.to(x.device)
@@ -271,7 +271,7 @@ def whole_weight(linear: nn.Linear, shape: tuple[int, int], x: torch.Tensor, nam
         raise RuntimeError(
             f"{name} cannot read a LoRA weight of shape {tuple(weight.shape)} (wanted {tuple(shape)}): it is sharded "
             'or offloaded away; use DDP or ZeRO-2 without offloading the adapter, or shortcut="middle", which needs no '
-            "neighbour's weight"
+            "neighbor's weight"
         )
     return weight if weight.device == x.device else weight.to(x.device)
 

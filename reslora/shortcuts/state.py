@@ -220,6 +220,6 @@ def refuse_replica(module: nn.Module) -> None:
     """Raise `RuntimeError` for a replica that `nn.DataParallel` made of a module."""
     if "_former_parameters" in vars(module):
         raise RuntimeError(
-            "nn.DataParallel runs copies of the layers, whose neighbours are not copied: use DistributedDataParallel, "
+            "nn.DataParallel runs copies of the layers, whose neighbors are not copied: use DistributedDataParallel, "
             "for instance through `accelerate launch`"
         )
