@@ -12,8 +12,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from why_report import Kept, records, to_lora
 
-from reslora.experiment.statistics import tested
-
 SHORTCUT, ALPHA, PLACEBO, OTHER = "#e8590c", "#1971c2", "#868e96", "#2f9e44"
 KINDS = {"shortcut": SHORTCUT, "larger alpha": ALPHA, "placebo": PLACEBO, "other method": OTHER}
 LINES = {
@@ -36,7 +34,7 @@ def forest() -> Figure:
     columns: list[list[Kept]] = [[], []]
     for each in records():
         columns["transformer" not in each.title].append(each)
-    found = [[to_lora(tested(each.record["arms"], each.record["chosen"])) for each in column] for column in columns]
+    found = [[to_lora(each.record) for each in column] for column in columns]
     rows = max(sum(len(verdicts) + 2.2 for verdicts in column) for column in found)
     figure = plt.figure(figsize=(12, 0.19 * rows + 1), layout="constrained")
     for part, column, all_verdicts in zip(figure.subfigures(1, 2), columns, found, strict=True):
@@ -49,7 +47,7 @@ def forest() -> Figure:
             forest_panel(axis, each.title, verdicts, 16 if each.unit == "examples" else 3.6)
     shown = [Patch(color=color, label=kind) for kind, color in KINDS.items()]
     shown += [
-        Line2D([], [], color="black", marker="o", label="significant after Holm's correction"),
+        Line2D([], [], color="black", marker="o", label="significant after correction"),
         Line2D([], [], color="black", marker="o", markerfacecolor="white", label="not significant"),
         Patch(color="#e9ecef", label="below the minimum detectable effect"),
     ]

@@ -361,11 +361,13 @@ def test_each_rule_of_the_statistics_is_simulated_beside_its_absence(results, mo
     found = simulated(results, monkeypatch, name, LABELS=(2, 3))
     if name == "spread":
         assert found["most_claims"]["one spreads 10 times as much"]["pooled"] > 0.1
-        two_seeds = [row["half_width_over_pooled"] for row in found["rows"] if row["seeds"] == 2]
-        assert all(row["own"] > row["moderated"] >= 1 for row in two_seeds)
+        alike = [row["half_width_over_pooled"] for row in found["rows"] if (row["seeds"], row["times"]) == (2, 1)]
+        assert all(row["own"] > 2 * row["moderated"] for row in alike)
+    elif name == "readings":
+        assert found["most_claims"]["ours"] < found["most_claims"]["no correction"]
     else:
-        ours, without = {"readings": ("ours", "no correction"), "choosing": ("ours", "all")}[name]
-        assert found["most_claims"][ours] < found["most_claims"][without]
+        assert all(set(row["claims"]) >= {"all", "ours"} for row in found["rows"])
+        assert found["most_claims"]["ours"] < 0.2
 
 
 @pytest.mark.exhaustive
@@ -373,4 +375,4 @@ def test_sizes_are_simulated(results, monkeypatch):
     rows = simulated(results, monkeypatch, "power", LABELS=(2,))["rows"]
     assert [row["seeds"] for row in rows] == [2, 3] and all(row["stated_high_over_low"] > 1 for row in rows)
     rows = simulated(results, monkeypatch, "expected", LABELS=(2,))["rows"]
-    assert all(row["expected_over_true"] < row["claimed_over_true"] for row in rows)
+    assert all(row["expected_over_true"] < 1.01 * row["claimed_over_true"] for row in rows)

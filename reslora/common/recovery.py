@@ -14,6 +14,14 @@ from .errors import InvalidArgument, RunFailed, first_line, out_of_memory
 MERGED = "merged-by-[a-z]+"
 """Pattern of the names of checkpoints merged by the application, before the step."""
 
+ADAPTERS = "adapters"
+"""Folder of the adapters among which an experiment chooses, without what a resumed run needs."""
+
+
+def adapter_folder(folder: Path, step: int) -> Path:
+    """Where an arm of an experiment keeps the adapter of a step."""
+    return folder / ADAPTERS / f"step-{step:06d}"
+
 
 def numbered(folder: Path, kind: str = "checkpoint") -> list[Path]:
     """Return the paths in a directory named `<kind>-<step>`, newest first; `kind` is a regular expression."""

@@ -96,7 +96,7 @@ def check_pipeline(
         raise InvalidArgument(argument, f"the model knows {known} timesteps", "give fewer")
     told = family.is_told_guidance or bool(pipeline.config.get("is_distilled"))
     for prompt in prompts_of(validation):
-        check_prompt(prompt, known, multiple, f"the guidance of {family.name} is an input of the denoiser" if told else "")
+        check_prompt(prompt, known, multiple, f"{family.name}'s guidance is an input of the denoiser" if told else "")
     for size in named_buckets(data.aspect_ratio_buckets or ""):
         if any(side % multiple or not side for side in (size.height, size.width)):
             argument = f"--aspect_ratio_buckets {size.height},{size.width}"

@@ -15,7 +15,7 @@ from typing import Any
 from ..common.errors import InvalidArgument, refused_as
 from ..common.log import of_split, read_log
 from ..common.methods import METHODS
-from ..common.recovery import numbered, step_of
+from ..common.recovery import ADAPTERS, numbered, step_of
 from ..files import read_object, write_json
 from ..options.grid import Grid
 from . import record
@@ -36,12 +36,6 @@ from .arms import (
 from .statistics import choose
 
 ENDED = "arm.json"  # how an arm has ended; written last
-ADAPTERS = "adapters"  # adapters of every checkpoint that may be chosen, without optimizer states
-
-
-def adapter_folder(folder: Path, step: int) -> Path:
-    """Return the directory in which an arm saves the adapter of a step."""
-    return folder / ADAPTERS / f"step-{step:06d}"
 
 
 def reading_adapter(folder: Path) -> contextlib.AbstractContextManager[None]:

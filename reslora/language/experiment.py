@@ -31,11 +31,11 @@ from ..common.errors import Diverged, InvalidArgument
 from ..common.flags import as_typed
 from ..common.folder import check_held, filling, lent, locked
 from ..common.links import tell_links
-from ..common.recovery import memory_reported
+from ..common.recovery import ADAPTERS, adapter_folder, memory_reported
 from ..common.signals import NOT_BEGUN, StopRequest
 from ..common.together import decided, say
 from ..experiment.arms import Arm
-from ..experiment.course import ADAPTERS, Course, adapter_folder, reading_adapter
+from ..experiment.course import Course, reading_adapter
 from ..experiment.crew import Orders
 from ..experiment.record import Facts, facts_of, read_experiment
 from ..experiment.report import About

@@ -7,9 +7,10 @@ import shutil
 import pytest
 
 from reslora.common.errors import InvalidArgument
+from reslora.common.recovery import adapter_folder
 from reslora.diffusion.settings import parse_args
 from reslora.experiment.arms import Arm
-from reslora.experiment.course import Course, adapter_folder
+from reslora.experiment.course import Course
 
 RATES = ("--learning_rate", "2e-4", "1e-4", "4e-4")
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from ...common.folder import check_held
 from ...common.methods import METHODS
-from ...experiment.course import adapter_folder, reading_adapter
+from ...common.recovery import adapter_folder
+from ...experiment.course import reading_adapter
 from ...experiment.subject import COMPARING
 from ...tracing import evaluating
 from ..data.batch import Batch

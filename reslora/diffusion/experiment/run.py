@@ -23,11 +23,12 @@ from diffusers import DiffusionPipeline
 from ...common.errors import InvalidArgument
 from ...common.folder import lent, locked
 from ...common.methods import METHODS
+from ...common.recovery import ADAPTERS
 from ...common.signals import StopRequest
 from ...common.status import Status
 from ...common.together import decided, each
 from ...experiment.arms import Arm
-from ...experiment.course import ADAPTERS, Course
+from ...experiment.course import Course
 from ...experiment.crew import Orders
 from ...experiment.record import EXPERIMENT, Facts, facts_of, read_experiment
 from ...experiment.report import About

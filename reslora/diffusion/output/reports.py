@@ -18,9 +18,9 @@ from torch import nn
 from ...common.drawn import PROMPTS, by_step
 from ...common.errors import Diverged, Stopped
 from ...common.log import LogWriter, of_split, read_log
+from ...common.recovery import adapter_folder
 from ...common.signals import StopRequest
 from ...common.together import decided
-from ...experiment.course import adapter_folder
 from ...files import remove, replacing, write_json
 from ...tracing import evaluating
 from ..data.batch import Batch

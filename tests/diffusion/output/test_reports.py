@@ -191,7 +191,7 @@ def test_similarities_by_hand(monkeypatch):
         validation_prompt_options=None,
     )  # fmt: skip
     source = SimpleNamespace(images=SimpleNamespace(marks=["0", "1"]))
-    material = SimpleNamespace(options=flags, held_out=[(0, 0), (0, 1)], sources=(source,))
+    material = SimpleNamespace(validation=flags.validation, held_out=[(0, 0), (0, 1)], sources=(source,))
     found = {}
     kept = SimpleNamespace(samples=lambda *_: None, similarities=found.update)
     drawn = [np.full((2, 2, 3), number / 255) for number in range(4)]

@@ -464,7 +464,7 @@ def test_a_folder_that_is_moved_is_not_made_anew(base_flags, tmp_path, monkeypat
 
 
 MOMENTS = {
-    "start": (running, "prepare"), "step": (loop, "take_step"), "save": (torch, "save"),
+    "start": (loop, "prepare"), "step": (loop, "take_step"), "save": (torch, "save"),
     "merge": (exports, "as_plain_lora"),
 }  # fmt: skip
 
