@@ -1,8 +1,8 @@
-"""Save and load an *unmerged* adapter: LoRA weights, wiring and recorded norms, in a form of its own.
+"""Save and load an *unmerged* adapter: LoRA weights, shortcuts and recorded norms.
 
-The files are `reslora_config.json`, `reslora_model.safetensors` and the checksums of both, and no
-`adapter_config.json`: stock PEFT would take it for a plain LoRA and drop the residual paths without a word. Finished
-adapters: `reslora.export`, after a merge.
+The files are `reslora_config.json`, `reslora_model.safetensors` and the checksums of both. There is no
+`adapter_config.json`: stock PEFT would load it as plain LoRA and drop the shortcuts without a warning. To export a
+merged adapter, see `reslora.export`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ PEFT_PREFIX = "base_model.model."
 
 
 def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
-    """Writes the connected adapter of `model` to `directory`: `reslora_config.json` and `reslora_model.safetensors`.
+    """Write the connected adapter of `model` to `directory`: `reslora_config.json` and `reslora_model.safetensors`.
 
-    `checksums.json` beside them is written last, by `reslora.files.write_checksums`, which is for whoever adds files to
-    call again. Includes `modules_to_save`, the recorded norms, and scales that alpha does not say (`set_scale`). With
-    several processes, call it on rank 0.
+    The checkpoint includes `modules_to_save`, the recorded norms, and scales changed by `set_scale`. `checksums.json`
+    is written last; call `reslora.files.write_checksums` again after adding files. With several processes, call this on
+    rank 0 only.
 
     Raises `ValueError` if the model is not connected, or `directory` is a file.
     """
@@ -72,10 +72,10 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
 
 
 def _write_both(directory: Path, content: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes both files and their checksums.
+    """Write both files and their checksums.
 
-    A failed write leaves the old ones. A killed process leaves the old or the new ones without checksums, or at worst
-    weights without a configuration, which `load` refuses.
+    If a write fails, the old files stay. If the process is killed, the old or the new files remain without checksums,
+    or at worst weights without a configuration, which `load` refuses.
     """
     names = [CONFIG_NAME, WEIGHTS_NAME]
     with replacing_both(directory / CONFIG_NAME, directory / WEIGHTS_NAME) as (described, weights):
@@ -86,13 +86,13 @@ def _write_both(directory: Path, content: dict, tensors: dict[str, torch.Tensor]
 
 
 def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
-    """Reads what `save` wrote into `model` and returns the connected model.
+    """Load what `save` wrote into `model` and return the connected model.
 
-    `model` is a bare base model (it is given the adapter the way the saved one had it: wrapped by `get_peft_model`, or
-    in place by `add_adapter`), or one that has a matching LoRA adapter, connected or not.
+    `model` is a bare base model or one with a matching LoRA adapter, connected or not. A bare model gets the adapter as
+    the saved one had it: wrapped by `get_peft_model`, or in place by `add_adapter`.
 
-    Raises `ValueError` if the files are missing or damaged, if layers, ranks or shapes differ, naming the first, or if
-    the model is connected along other chains; it is unchanged then.
+    Raises `ValueError` if the files are missing or damaged, if layers, ranks or shapes differ (naming the first), or if
+    the model is connected along other chains. The model is then unchanged.
     """
     directory = Path(directory)
     saved = _read(directory)
@@ -119,7 +119,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
                 "connects as saved"
             )
     else:
-        # Everything is tried on a copy without storage first: nothing is left half-loaded.
+        # Load into a copy without storage first, so that an error leaves the model unchanged.
         tried = _attach(meta_copy(base), _uninitialised(saved.lora), adapter_name, saved, directory)
         _check(saved, tried, adapter_name, directory)
     check_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
@@ -140,13 +140,13 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
 
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """The content of a folder that `save` wrote."""
+    """The content of a directory that `save` wrote."""
 
     config: ResLoraConfig
     lora: LoraConfig
     plan: Chains
     scaling: dict[str, float]
-    """Of the layers whose scaling is not what rank and alpha say."""
+    """Scaling of the layers where it differs from what rank and alpha give, by name."""
     wrapped: bool
     """Whether the saved model was a `PeftModel`."""
     names: list[str]
@@ -167,7 +167,7 @@ def _read(directory: Path) -> _Saved:
         names, pushed = content["norms"]["names"], int(content["norms"]["pushed"])
         scaling = dict(content["scaling"])
         return _Saved(config, lora, plan, scaling, content["peft_model"], names, pushed, tensors, norms)
-    except Exception as error:  # what is no file of ours fails in as many ways as there are values
+    except Exception as error:  # a file of another format fails with any kind of exception
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
 
 
@@ -196,7 +196,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is missing: give a folder that reslora.save wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
 
@@ -205,7 +205,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _state(outer: nn.Module, base: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by a name that is the same for wrapped and unwrapped models."""
+    """Return the adapter's tensors by names that are the same for wrapped and unwrapped models."""
     source = outer if isinstance(outer, PeftModel) else base
     with keeping_shortcuts():
         state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
@@ -214,7 +214,7 @@ def _state(outer: nn.Module, base: nn.Module, adapter_name: str) -> dict[str, to
 
 def _fill(outer: nn.Module, base: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
     for name, layer in lora_layers(base, adapter_name).items():
-        # PEFT copies into the parameters as they are; a float32 adapter on a half-precision base must stay one.
+        # PEFT copies into the existing parameters. A float32 adapter on a half-precision base must stay float32.
         dtype = tensors[f"{name}.lora_A.weight"].dtype if f"{name}.lora_A.weight" in tensors else None
         for part in (layer.lora_A, layer.lora_B):
             if adapter_name in part and dtype is not None:
@@ -233,11 +233,11 @@ def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, saved: _Saved
             return model
         if saved.wrapped or not hasattr(model, "add_adapter"):
             return get_peft_model(model, lora, adapter_name=adapter_name)
-        if isinstance(model, PreTrainedModel):  # whose `add_adapter` may refuse this PEFT
+        if isinstance(model, PreTrainedModel):  # its `add_adapter` may refuse this version of PEFT
             return inject_adapter_in_model(lora, model, adapter_name)
         model.add_adapter(lora, adapter_name=adapter_name)
         return model
-    except Exception as error:  # PEFT checks little of a configuration before it uses it
+    except Exception as error:  # PEFT validates little of a configuration before using it
         raise ValueError(
             f"the adapter saved in {directory / CONFIG_NAME} does not fit {type(model).__name__}: {first_line(error)}"
         ) from error
@@ -258,9 +258,9 @@ def _compare(present: LoraConfig, saved: LoraConfig, directory: Path) -> None:
 
 
 def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, wirable: bool = True) -> None:
-    """Raises `ValueError` for the first key or shape in which the model's adapter and the files differ.
+    """Raise `ValueError` for the first key or shape in which the model's adapter and the files differ.
 
-    Where wires are still to come, it raises where `connect` would: a layer that ignores its variant would run as plain
+    With `wirable`, also raise for layers that `connect` refuses: a layer that ignores its variant would run as plain
     LoRA.
     """
     base, tensors = base_model(model), saved.tensors
@@ -279,12 +279,12 @@ def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, 
 
 
 def _wiring(plan: Chains) -> list[list[str]]:
-    """What of a plan changes the numbers: which blocks are neighbours."""
+    """Return the block names of each chain, which determine the forward."""
     return [[block.name for block in chain] for chain in plan]
 
 
 def _uninitialised(lora: LoraConfig) -> LoraConfig:
-    """The configuration without an initialisation: those that read the frozen weight fail where it has no storage."""
+    """Return the configuration without its initialization: some read the frozen weight, which has no storage here."""
     lora = copy.deepcopy(lora)
     lora.init_lora_weights = False
     return lora

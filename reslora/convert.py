@@ -1,4 +1,4 @@
-"""LoRA files of one tool for another: `python -m reslora.convert IN... OUT --to diffusers|kohya|comfyui|peft`."""
+"""Convert LoRA files between tools: `python -m reslora.convert IN... OUT --to diffusers|kohya|comfyui|peft`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Outputs appear whole or not at all: they are written beside their place and renamed."""
+"""Write files and directories atomically: under a temporary name next to the target, then renamed."""
 
 from __future__ import annotations
 
@@ -22,30 +22,27 @@ if TYPE_CHECKING:
     import torch
 
 CHECKSUMS_NAME = "checksums.json"
-ABANDONED = 24 * 3600  # seconds after which a temporary of another machine counts as left behind
-LONGEST_NAME = 50  # characters of a name that its temporary repeats; systems allow 255 bytes
+ABANDONED = 24 * 3600  # seconds after which a temporary file of another machine counts as left over
+LONGEST_NAME = 50  # characters of a name that its temporary name repeats; file systems allow 255 bytes
 
 before_writing: list[Callable[[], None]] = []
-"""What `replacing` asks before it makes a folder or a file: `folder.check_held`, in a process that trains."""
+"""Functions that `replacing` calls before it writes; a training process adds `folder.check_held`."""
 
-# What `replacing` writes to before it renames: the name, then machine, process and when that was started, and a random
-# part.
+# Temporary names of `replacing`: the name, then machine, process, the process's start time, and a random part.
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}(?:\.old)?\.tmp")
 
 
 class Damaged(ValueError):
-    """A file is missing, or its content is not what was written; one that cannot be read just now is not damaged."""
+    """Raised if a file is missing or its content is not what was written; not if it cannot be read at the moment."""
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what the body leaves there, file or folder, becomes `path` afterwards.
+    """Yield a temporary path next to `path`; the file or directory created there becomes `path` afterwards.
 
-    Whatever `before_writing` holds is called first, and may raise.
-
-    If the body raises, `path` is as it was and the temporary is removed. An `OSError` then names `path` in place of the
-    temporary, or of nothing: a full disk is noticed by a write, which knows no file. Processes of any number of
-    machines may write one path: the last one's stays. `remove_leftovers` removes what a killed process has left.
+    Calls all functions in `before_writing` first. If the body raises, `path` is unchanged and the temporary is removed;
+    an `OSError` then names `path` instead of the temporary. Several processes, also on several machines, may write the
+    same path: the last one wins. `remove_leftovers` removes the temporaries of killed processes.
     """
     for check in before_writing:
         check()
@@ -55,7 +52,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
-            # A folder cannot be renamed over another one: the old one steps aside first.
+            # A directory cannot be renamed onto another one, so the old one is renamed first.
             aside = temporary_beside(path, ".old")
             path.rename(aside)
             temporary.rename(path)
@@ -73,47 +70,50 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def replacing_both(description: Path, weights: Path) -> Iterator[tuple[Path, Path]]:
-    """As `replacing`, of weights and what describes them: killed in between leaves weights without a description."""
+    """Replace weights and the file that describes them, as `replacing` does.
+
+    A process killed in between leaves weights without a description.
+    """
     with replacing(description) as new_description, replacing(weights) as new_weights:
         yield new_description, new_weights
-        description.unlink(missing_ok=True)  # it describes the old weights, and the new ones are put there first
+        description.unlink(missing_ok=True)  # it describes the old weights; the new weights are renamed first
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Removes the temporaries in a folder, not below it, of processes that were killed while they were `replacing`.
+    """Remove the temporaries that killed processes left directly in a directory.
 
-    One of this machine goes when its process is gone, one of another machine (or container), whose processes are not
-    seen from here, when nobody has written to it for `ABANDONED` seconds.
+    A temporary of this machine is removed once its process has ended. The processes of other machines and containers
+    cannot be checked, so their temporaries are removed if nothing was written to them for `ABANDONED` seconds.
     """
     for path in Path(folder).glob(".*.tmp"):
         if found := _TEMPORARY.fullmatch(path.name):
             host, process, start = found.groups()
-            with suppress(OSError):  # another process removes it too, or it is somebody else's
-                seen = host == _host() and os.name == "posix"  # elsewhere `os.kill` would end the process
+            with suppress(OSError):  # another process removes it too, or another user owns it
+                seen = host == _host() and os.name == "posix"  # on Windows `os.kill` would end the process
                 old = time.time() - path.lstat().st_mtime > ABANDONED
                 if _is_gone(int(process), start) if seen else old:
                     remove(path)
 
 
 def temporary_beside(path: Path, suffix: str = "") -> Path:
-    """A temporary name in the same folder that nobody else uses, and that says whose it is."""
+    """Return a temporary path in the same directory, unique to this process."""
     writer = f"{this_process()}-{secrets.token_hex(4)}"
     return path.with_name(f".{path.name[:LONGEST_NAME]}.{writer}{suffix}.tmp")
 
 
 def this_process() -> str:
-    """This process, as `has_ended` knows it: machine, process and when that was started."""
+    """Return an identifier of this process for `has_ended`: machine, process id and start time."""
     return f"{_host()}-{os.getpid()}-{_start_of(os.getpid())}"
 
 
 def has_ended(process: str) -> bool:
-    """Whether what `this_process` has named is gone; False for a process of another machine, which nobody sees here."""
+    """Return whether a process identified by `this_process` has ended; False for a process of another machine."""
     host, number, start = process.split("-")
     return host == _host() and os.name == "posix" and _is_gone(int(number), start)
 
 
 def is_running(process: str) -> bool:
-    """Whether what `this_process` has named runs on this machine and is another; False where nobody can tell."""
+    """Return whether a process identified by `this_process` is another running process of this machine."""
     host, _, rest = process.partition("-")
     number, _, start = rest.partition("-")
     seen = host == _host() and number.isdecimal() and start.isdecimal() and start != "0"
@@ -122,7 +122,7 @@ def is_running(process: str) -> bool:
 
 @functools.cache
 def _host() -> str:
-    """This machine in short, and the container in it: process ids mean nothing outside."""
+    """Return a short hash of this machine and container, outside of which process ids mean nothing."""
     known: list[str | Path] = [platform.node()]
     for read in (Path("/etc/machine-id").read_text, Path("/proc/self/ns/pid").readlink):
         with suppress(OSError):
@@ -131,19 +131,19 @@ def _host() -> str:
 
 
 def _is_gone(process: int, start: str) -> bool:
-    """Whether a process of this machine has ended; another one may have its id by now."""
+    """Return whether a process of this machine has ended, even if another one has its id now."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:
-        pass  # it is another user's
+        pass  # the process belongs to another user
     now = _start_of(process)
     return "0" not in (start, now) and now != start
 
 
 def _start_of(process: int) -> str:
-    """When a process was started, in its system's ticks; "ended" for one that nobody has waited for, "0" if unknown."""
+    """Return a process's start time in clock ticks; "ended" for a zombie, "0" if unknown."""
     try:
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -152,11 +152,11 @@ def _start_of(process: int) -> str:
 
 
 def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all: the same tensors and metadata give the same bytes.
+    """Write a safetensors file atomically; the same tensors and metadata give the same bytes.
 
-    safetensors itself writes the metadata in random order, and the file readable by its owner only.
+    safetensors itself writes metadata in random order, and makes the file readable by its owner only.
     """
-    from safetensors.torch import save  # imports torch, which scripts that only check their options do not wait for
+    from safetensors.torch import save  # imports torch, which takes seconds
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     header, content = _in_two(save(tensors, metadata=metadata))
@@ -168,10 +168,10 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], met
 def write_one_by_one(
     path: str | os.PathLike, like: Mapping[str, torch.Tensor], value: Callable[[str], torch.Tensor]
 ) -> None:
-    """Writes the safetensors file that `save_file` writes of all `value(name)`, with one of them in memory at a time.
+    """Write a safetensors file of `value(name)` for every name in `like`, with one tensor in memory at a time.
 
-    `like` has their shapes and dtypes, and may be on the meta device; raises `ValueError` for a value of another. The
-    file grows in its place: it belongs into a folder that one is `replacing`.
+    `like` gives shapes and dtypes and may be on the meta device. The file is written in place: use it inside
+    `replacing`. Raises `ValueError` for a tensor of another shape or dtype.
     """
     import torch
 
@@ -195,7 +195,7 @@ def write_one_by_one(
 
 @functools.cache
 def _dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as safetensors' headers have it."""
+    """Return a dtype's name in safetensors' headers."""
     import torch
     from safetensors.torch import save
 
@@ -209,21 +209,24 @@ def _in_two(content: bytes) -> tuple[dict, bytes]:
 
 
 def _header(header: dict) -> bytes:
-    """The start of a safetensors file: how long the header is, and the header, padded."""
+    """Return the header of a safetensors file, padded and preceded by its length."""
     written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     written += b" " * (-len(written) % 8)
     return len(written).to_bytes(8, "little") + written
 
 
 def write_json(path: str | os.PathLike, content: object) -> None:
-    """Writes JSON that a person can read, whole or not at all; a path that is not UTF-8 is read back as it was."""
+    """Write indented JSON atomically; paths that are not UTF-8 survive a round trip."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # JSON has the same escapes
 
 
 def read_object(path: str | os.PathLike) -> dict:
-    """The JSON object of a file; empty where it is missing or damaged. Raises `OSError` if it cannot be read now."""
+    """Return the JSON object of a file; empty if the file is missing or damaged.
+
+    Raises `OSError` if it cannot be read at the moment.
+    """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
@@ -232,7 +235,7 @@ def read_object(path: str | os.PathLike) -> dict:
 
 
 def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
-    """Writes `checksums.json`: the SHA-256 of every file below `folder`, or of `names` beside those already listed.
+    """Write `checksums.json`: the SHA-256 of every file below `folder`, or of `names` in addition to those listed.
 
     Call it last, and again after every change: a file that is not listed is not checked.
     """
@@ -245,9 +248,9 @@ def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = Non
 
 
 def forget_checksums(folder: str | os.PathLike, names: Iterable[str]) -> None:
-    """Takes `names` out of `checksums.json`, before they are replaced.
+    """Remove `names` from `checksums.json` before these files are replaced.
 
-    Without it a process that ends before it has written the new sums would leave good files that look damaged.
+    Otherwise a process killed before it writes the new checksums would leave good files that look damaged.
     """
     path = Path(folder) / CHECKSUMS_NAME
     if path.exists():
@@ -256,9 +259,10 @@ def forget_checksums(folder: str | os.PathLike, names: Iterable[str]) -> None:
 
 
 def check_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
-    """Compares the files of `folder`, or only `names`, with its `checksums.json`; without that file all is well.
+    """Compare the files of `folder`, or only `names`, with `checksums.json`; without that file nothing is checked.
 
-    Raises `Damaged` naming the first file that is missing or differs, and `OSError` for one that cannot be read now.
+    Raises `Damaged` naming the first file that is missing or differs, and `OSError` if one cannot be read at the
+    moment.
     """
     folder = Path(folder)
     sums = _read_checksums(folder)
@@ -273,7 +277,7 @@ def check_checksums(folder: str | os.PathLike, names: Iterable[str] | None = Non
 
 
 def _listed(folder: Path) -> dict[str, str]:
-    """The checksums that a new list goes on from; a damaged list is replaced."""
+    """Return the checksums that a new list starts from; empty if the present list is damaged."""
     try:
         return _read_checksums(folder)
     except ValueError:
@@ -300,10 +304,10 @@ def _sha256(path: Path) -> str:
 
 
 def all_below(folder: Path) -> Iterator[Path]:
-    """Every file and folder in a folder and below it, but for hidden folders and for what links lead to.
+    """Yield every file and directory below a directory, except hidden directories and the targets of links.
 
-    Raises `OSError` for a folder that cannot be listed, where `rglob` passes over it; but for a disk's `lost+found`,
-    which nobody else may list.
+    Raises `OSError` for a directory that cannot be listed, which `rglob` skips; only a file system's `lost+found`,
+    readable by root alone, is skipped.
     """
 
     def fail(error: OSError) -> None:
@@ -316,7 +320,7 @@ def all_below(folder: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a folder with all it holds, if it is there."""
+    """Remove a file, a link or a directory with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,23 +1,23 @@
-"""Numbers and names in sentences."""
+"""Format numbers and names in messages."""
 
 from __future__ import annotations
 
 import unicodedata
 
 CONTROLS = ("Cc", "Cf", "Zl", "Zp")
-"""Unicode's categories of characters that a terminal obeys instead of showing them, or that hide others."""
+"""Unicode categories of control characters, which a terminal interprets or which hide other characters."""
 
 
 def counted(number: int, what: str) -> str:
-    """So many of something: 1 image, 2 images."""
+    """Return a number and a noun, singular or plural: 1 image, 2 images."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def are(number: int) -> str:
-    """The verb for so many: 1 of 3 images is read, 2 of them are."""
+    """Return the verb for a number: 1 of 3 images is read, 2 of them are."""
     return "is" if number == 1 else "are"
 
 
 def printable(text: str) -> str:
-    """The text with its control characters escaped: a file name, or a caption, may hold a terminal's commands."""
+    """Return the text with control characters escaped: file names and captions may contain terminal escape codes."""
     return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in CONTROLS else c for c in text)

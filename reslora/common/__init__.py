@@ -1,1 +1,1 @@
-"""What the scripts and the application share beside the core."""
+"""Code shared by the scripts and the application that is not part of the core."""

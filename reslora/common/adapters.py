@@ -1,4 +1,4 @@
-"""The paper's methods by name: configured, attached, saved and loaded, for transformers' and diffusers' models.
+"""Configure, attach, save and load the adapters of all methods, for models of transformers and diffusers.
 
 settings = AdapterSettings(r=4, alpha=8, dropout=0.0, targets=["to_q", "to_v"], total_steps=1000)
 config = adapter_config("reslora", settings)
@@ -53,20 +53,20 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 ADAPTER_NAME = "adapter.safetensors"
-LAYERS = (nn.Linear, Conv1D, _ConvNd, nn.Embedding)  # what PEFT adapts; quantised layers may be of other types
+LAYERS = (nn.Linear, Conv1D, _ConvNd, nn.Embedding)  # layers that PEFT adapts; quantized layers may have other types
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 _RANKS = "ranks"
-_CONTROL = "control"  # in the file's header
+_CONTROL = "control"  # key in the file's header
 
 
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 
 def known_targets(model_type: str) -> list[str] | None:
-    """Returns the layers that LoRA adapts in a transformers model type, as PEFT lists them; None for an unknown type.
+    """Return PEFT's default target modules for LoRA in a transformers model type; None for an unknown type.
 
-    Query and value projections for the models of the paper: `q_proj`, `v_proj` (LLaMA), `query`, `value` (RoBERTa,
-    BERT).
+    These are the query and value projections for the models of the paper: `q_proj`, `v_proj` (LLaMA) and `query`,
+    `value` (RoBERTa, BERT).
     """
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     return list(known[model_type]) if model_type in known else None
@@ -82,11 +82,11 @@ def attach(
     example_inputs: dict | None = None,
     in_place: bool = False,
 ) -> nn.Module:
-    """Gives a bare `model` the adapter of `config`, connects it as `shortcuts` says, and returns the model to train.
+    """Add the adapter of `config` to a bare `model`, connect it by `shortcuts`, and return the model to train.
 
-    transformers' and other models are wrapped (`get_peft_model`) unless `in_place`; diffusers' always get it in place
-    (`add_adapter`). Then it is the model itself that is returned. `example_inputs` as in `reslora.connect`. Weights
-    come from torch's random state.
+    Models of diffusers get the adapter in place (`add_adapter`); others are wrapped (`get_peft_model`) unless
+    `in_place` is set. With an adapter in place, `model` itself is returned. `example_inputs` as in `reslora.connect`.
+    The adapter's initial weights use torch's global random state.
 
     Raises `ValueError` for targets that match nothing or that the method cannot adapt, for a rank larger than a layer,
     or for a shortcut without a link.
@@ -94,7 +94,7 @@ def attach(
     check_rank(model, config)
     if isinstance(config, (AdaLoraConfig, OFTConfig)):
         _refuse_convolutions(model, config)
-    # Diffusers' models are given adapters in place; transformers' can be, and are wrapped.
+    # Models of transformers have `add_adapter` too, but are wrapped by default.
     in_place = in_place or (hasattr(model, "add_adapter") and not isinstance(model, PreTrainedModel))
     adapted = _add(model, config, in_place)
     if shortcuts is not None:
@@ -103,10 +103,10 @@ def attach(
 
 
 def check_rank(model: nn.Module, config: PeftConfig) -> None:
-    """Raises `ValueError` where the rank exceeds the smaller side of an adapted layer, naming the narrowest layer.
+    """Raise `ValueError` if the rank exceeds the smaller dimension of an adapted layer, naming the narrowest layer.
 
-    What it would add costs memory and cannot change the weight's update. LoKr and OFT take any: theirs is no rank of a
-    layer, and a large one means full factors or blocks.
+    A higher rank costs memory and cannot change the weight's update. LoKr and OFT accept any: their rank is not that of
+    a layer, and a large one means full factors or blocks.
     """
     rank = config.target_r if isinstance(config, AdaLoraConfig) else config.r
     name, least = narrowest_layer(model, config)
@@ -118,9 +118,9 @@ def check_rank(model: nn.Module, config: PeftConfig) -> None:
 
 
 def narrowest_layer(model: nn.Module, config: PeftConfig) -> tuple[str, float]:
-    """Returns the adapted layer with the smallest side, and that side, which no rank should exceed.
+    """Return the adapted layer with the smallest dimension, and that dimension, the maximum useful rank.
 
-    The side is infinite where nothing is adapted, for LoKr and for OFT. Layers with a rank of their own do not count.
+    It is infinite for LoKr and OFT, and if nothing is adapted. Layers with a rank in `rank_pattern` are left out.
     """
     if isinstance(config, (LoKrConfig, OFTConfig)):
         return "", math.inf
@@ -131,14 +131,14 @@ def narrowest_layer(model: nn.Module, config: PeftConfig) -> tuple[str, float]:
 
 
 def smaller_side(module: nn.Module) -> int:
-    """Of the layer's weight as a matrix: a quantised weight has another shape than the layer it stands for."""
+    """Return the smaller dimension of a layer's weight; a quantized weight is stored in another shape."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return min(module.in_features, module.out_features)
     return min(module.weight.shape[0], math.prod(module.weight.shape[1:]))
 
 
 def targeted(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that PEFT will adapt: none that is in `modules_to_save`, which train whole."""
+    """Yield the layers that PEFT will adapt, without those in `modules_to_save`, which are trained in full."""
     whole = [f".{part}." for part in config.modules_to_save or ()]
     for name, module in model.named_modules():
         if any(part in f".{name}." for part in whole):
@@ -150,7 +150,11 @@ def targeted(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Mod
 
 
 def _refuse_convolutions(model: nn.Module, config: PeftConfig) -> None:
-    """AdaLoRA has none; OFT's unfold and add up what overlaps, so that even at its start they change the output."""
+    """Raise `ValueError` if AdaLoRA or OFT would adapt convolutions.
+
+    AdaLoRA does not support them. OFT's implementation sums overlapping patches, so that it changes the output even at
+    initialization.
+    """
     title = "OFT" if isinstance(config, OFTConfig) else "AdaLoRA"
     for name, module in targeted(model, config):
         if isinstance(module, _ConvNd):
@@ -163,7 +167,7 @@ def _add(model: nn.Module, config: PeftConfig, in_place: bool) -> nn.Module:
     if not in_place:
         return get_peft_model(model, config)
     if isinstance(config, AdaLoraConfig):
-        # `add_adapter` would throw away what allocates the ranks. A plain attribute: no `state_dict` sees it.
+        # `add_adapter` would discard the rank allocator. A plain attribute, which no `state_dict` includes.
         model._rank_allocator = RankAllocator(AdaLoraModel(model, config, DEFAULT))
         model._hf_peft_config_loaded = True
     elif isinstance(model, PreTrainedModel):
@@ -177,7 +181,7 @@ def _add(model: nn.Module, config: PeftConfig, in_place: bool) -> nn.Module:
 
 
 class RankAllocator:
-    """AdaLoRA's part in training: the regularizer of its factors, and the ranks it moves between layers."""
+    """AdaLoRA's regularizer and rank allocation for the training loop."""
 
     def __init__(self, tuner: AdaLoraModel) -> None:
         self.tuner = tuner
@@ -187,15 +191,15 @@ class RankAllocator:
         return self.tuner.peft_config[self.tuner.trainable_adapter_name]
 
     def factors(self) -> list[nn.Parameter]:
-        """The matrices that the regularizer wants orthonormal, those of A before those of B in every layer."""
+        """Return the factors that the regularizer keeps orthonormal, A before B in every layer."""
         name = self.tuner.trainable_adapter_name
         layers = [layer for layer in self.tuner.model.modules() if hasattr(layer, "lora_E") and name in layer.lora_E]
         return [factor for layer in layers for factor in (layer.lora_A[name], layer.lora_B[name])]
 
     def penalty(self) -> torch.Tensor:
-        """The regularizer, a scalar: how far rows of A and columns of B are from orthonormal.
+        """Return the orthogonality regularizer, a scalar (Zhang et al., 2023).
 
-        Frobenius norms of `A A^T - I` and `B^T B - I`, averaged over all factors and weighted (Zhang et al., 2023).
+        It is the mean over all factors of the Frobenius norms of `A A^T - I` and `B^T B - I`, times its weight.
         """
         norms = []
         for number, factor in enumerate(self.factors()):
@@ -204,10 +208,9 @@ class RankAllocator:
         return self._config.orth_reg_weight * torch.stack(norms).mean()
 
     def add_gradient(self, accelerator: Accelerator) -> None:
-        """Adds the penalty's gradient to those of a step; to be called after every backward, before they are clipped.
+        """Add the regularizer's gradient; call it after the last backward of a step, before gradients are clipped.
 
-        Every process adds the same after the gradients are averaged; `torch.autograd.grad` passes DDP's hooks by.
-        Where several forwards make a step, it is added after the last one.
+        Every process adds the same gradient after gradients are averaged: `torch.autograd.grad` bypasses DDP's hooks.
         """
         if not accelerator.sync_gradients:
             return
@@ -217,15 +220,17 @@ class RankAllocator:
             factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
 
     def silenced(self) -> AbstractContextManager[None]:
-        """Inside, a wrapped model's forward leaves its loss alone: PEFT would add the penalty in evaluation too."""
+        """Return a context in which a wrapped model's forward omits the penalty, which PEFT would add in evaluation
+        too.
+        """
         return temporarily(self._config, orth_reg_weight=0.0)
 
     def step(self, global_step: int) -> None:
-        """Moves ranks; to be called after the optimizer's step number `global_step`, before its gradients go."""
+        """Reallocate ranks; call it after the optimizer's step `global_step`, before its gradients are cleared."""
         self.tuner.update_and_allocate(global_step)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Running importance of each parameter and the ranks settled on, as tensors by name."""
+        """Return each parameter's running importance and the allocated ranks, as tensors by name."""
         state = {
             f"{kind}/{name}": value
             for kind in _AVERAGES
@@ -235,13 +240,16 @@ class RankAllocator:
         return state | {f"{_RANKS}/{name}": torch.tensor(kept) for name, kept in pattern.items()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes over what `state_dict` returned; `ValueError`, and nothing changed, if it is another model's."""
+        """Restore what `state_dict` returned.
+
+        Raises `ValueError` if it belongs to another model; nothing is changed then.
+        """
         parameters = dict(self.tuner.model.named_parameters())
         averages: dict[str, dict] = {kind: {} for kind in _AVERAGES}
         pattern = {}
         for key, value in state.items():
             kind, _, name = key.partition("/")
-            # PEFT shortens the names of the ranks when it writes an adapter.
+            # PEFT shortens the names in `rank_pattern` when it saves an adapter.
             found = parameters.get(name, parameters.get(f"{name}.{DEFAULT}") if kind == _RANKS else None)
             if kind == _RANKS and found is not None and len(found) == len(value):
                 pattern[name] = value.tolist()
@@ -254,7 +262,7 @@ class RankAllocator:
 
 
 def rank_allocator(model: nn.Module) -> RankAllocator | None:
-    """What moves AdaLoRA's ranks in a model from `attach`; None for another method."""
+    """Return the rank allocator that `attach` put on an AdaLoRA model; None for another method."""
     tuner = getattr(unwrap(model), "base_model", None)
     if isinstance(tuner, AdaLoraModel):
         return RankAllocator(tuner)
@@ -262,11 +270,12 @@ def rank_allocator(model: nn.Module) -> RankAllocator | None:
 
 
 def as_plain_lora(model: nn.Module) -> nn.Module:
-    """Turns AdaLoRA into the plain LoRA that it amounts to, `s B diag(E) A`, and returns the model to use from here on.
+    """Convert AdaLoRA to the equivalent plain LoRA, `s B diag(E) A`, and return the converted model.
 
-    The base model stays the same, with its weights untouched; one with the adapter in place is returned itself. The
-    rank is the one AdaLoRA started with, the scaling 1; outputs are equal but for rounding. `ValueError` for a model
-    without AdaLoRA.
+    The base model's weights are unchanged; a model with its adapter in place is returned itself. The rank is AdaLoRA's
+    initial rank and the scaling 1; outputs are equal up to rounding.
+
+    Raises `ValueError` for a model without AdaLoRA.
     """
     base, in_place = base_model(model), not isinstance(unwrap(model), PeftModel)
     factors = {
@@ -303,7 +312,7 @@ def as_plain_lora(model: nn.Module) -> nn.Module:
 
 
 def remove_adapters(base: nn.Module) -> None:
-    """Every layer that PEFT wraps takes its wrapper's place again."""
+    """Replace every PEFT layer by its base layer."""
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer):
             inner = module.get_base_layer()
@@ -324,10 +333,10 @@ def remove_adapters(base: nn.Module) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything PEFT has added to a model, by its own name: parameters and buffers, never what it wraps.
+    """Return the parameters and buffers that PEFT added to a model, by name, without the frozen base layers.
 
-    The tensors share their storage with the model. Names are those of the model itself (below DDP and `torch.compile`),
-    with or without a placebo's rotations.
+    The tensors share their storage with the model. Names are relative to the model inside DDP and `torch.compile`, and
+    do not depend on a placebo's rotations.
     """
     outer = unwrap(model)
     prefixes = tuple(
@@ -345,10 +354,10 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Writes what training changes, never the base: by `reslora.save` if connected, else as `adapter.safetensors`.
+    """Write the trained tensors without the base model: by `reslora.save` if connected, else `adapter.safetensors`.
 
-    With a checksum of each file. Raises `Diverged`, and writes nothing, if a weight is not finite. With several
-    processes, call it on rank 0.
+    Also writes a checksum of each file. With several processes, call it on rank 0 only. Raises `Diverged`, and writes
+    nothing, if a weight is not finite.
     """
     state = trained_state(model)
     for name, value in state.items():
@@ -364,7 +373,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Reads what `save_adapter` wrote into a model with a matching adapter, connected as the saved one was.
+    """Load what `save_adapter` wrote into a model with a matching adapter, connected like the saved one.
 
     Raises `ValueError` if files are missing or damaged, or if names or shapes differ; the model is unchanged then.
     """
@@ -379,7 +388,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         saved = load_file(path)
         with safe_open(path, "pt") as file:
             control = json.loads((file.metadata() or {}).get(_CONTROL, "{}"))
-    except Exception as error:  # a damaged file fails in as many ways as there are readers
+    except Exception as error:  # a damaged file fails with any kind of exception
         raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
     state = trained_state(model)
     for name in (*state, *saved):

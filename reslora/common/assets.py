@@ -1,4 +1,4 @@
-"""Where the bundled models, data sets and configurations are."""
+"""Location of the bundled models, data sets and configurations."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parents[1]
 
 ASSETS = _PACKAGE / "assets" if (_PACKAGE / "assets").is_dir() else _PACKAGE.parent / "assets"
-"""The folder in the installed package; in a checkout, the repository's `assets/`."""
+"""The directory in the installed package; in a checkout, the repository's `assets/`."""

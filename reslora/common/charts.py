@@ -1,7 +1,7 @@
-"""Line charts as SVG, without a script: `line_chart` for the application's page, `chart` for an experiment's report.
+"""Line charts as static SVG: `line_chart` for the application's page, `chart` for an experiment's report.
 
-Both take the colour of the text around them. Matplotlib draws the first. Lines of the second, with a dot for each seed,
-take their colours from the page (`experiment.look.STYLE`).
+Both use the color of the surrounding text. `line_chart` uses matplotlib. The lines of `chart`, with a dot for each
+seed, take their colors from the page's style sheet (`experiment.look.STYLE`).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 Point = tuple[float, float]
 SVG = "http://www.w3.org/2000/svg"
 ElementTree.register_namespace("", SVG)
-ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")  # by which name alone browsers read it
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "reslora"})  # text stays text; the same every time
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")  # browsers require this prefix
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "reslora"})  # text stays text; deterministic output
 WIDTH, HEIGHT, BOX = 560, 220, (0.1, 0.16, 0.88, 0.8)
-"""Of a chart on the page in pixels, and where the axes are in it: left, bottom, width and height as fractions."""
+"""Size of a chart on the page in pixels, and its axes: left, bottom, width and height as fractions."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """The size of a chart, and what is left beside its lines for numbers, titles and the legend."""
+    """Size of a chart and its margins for numbers, titles and the legend, in pixels."""
 
     width: int
     height: int
@@ -43,44 +43,44 @@ class Frame:
 
 REPORT = Frame(420, 270, 66, 10, 12, 44)
 LONGEST = 60
-"""Letters of a name in a legend."""
+"""Maximum number of characters of a name in a legend."""
 MOST_DOTS = 25
 COLORS = 8
-"""How many the report's style knows."""
+"""Number of colors in the report's style sheet."""
 FARTHEST = 12
-"""Above the lowest by so many times what half of the values are: what is beyond is drawn hollow at the edge."""
+"""Values more than this many interquartile ranges above the minimum are drawn as hollow dots at the edge."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where values are in a chart, of which both ranges are to be seen."""
+    """Ranges of a chart's axes, and conversion of values to pixels."""
 
     frame: Frame
     across: Point
     up: Point
     scaled: Callable[[float], float] = float
-    """Of x: its logarithm, where the axis is logarithmic; `across` is of these."""
+    """Scale of x: its logarithm if the axis is logarithmic; `across` has scaled values."""
 
     def x(self, value: float) -> float:
-        """From the left."""
+        """Return the distance from the left edge in pixels."""
         left, right = self.across
         share = (self.scaled(value) - left) / (right - left)
         return self.frame.left + share * (self.frame.width - self.frame.left - self.frame.right)
 
     def y(self, value: float) -> float:
-        """From the top; of what is beyond, the edge."""
+        """Return the distance from the top edge in pixels; values outside the range are drawn at the edge."""
         low, high = self.up
         share = min(1.0, (value - low) / (high - low))
         return self.frame.height - self.frame.bottom - share * (self.frame.height - self.frame.top - self.frame.bottom)
 
 
 def escape(text: object) -> str:
-    """For HTML, in attributes as well."""
+    """Return text escaped for HTML, including attributes."""
     return html.escape(str(text))
 
 
 def ticks(low: float, high: float, locator: MaxNLocator) -> list[float]:
-    """Round numbers from `low` to `high`."""
+    """Return round numbers from `low` to `high`."""
     return [round(value, 12) for value in locator.tick_values(low, high) if low <= value <= high]
 
 
@@ -89,19 +89,19 @@ def ticks(low: float, high: float, locator: MaxNLocator) -> list[float]:
 
 @dataclass(frozen=True)
 class Line:
-    """A line, its colour, and its points (x, y)."""
+    """A line of a chart: its name, color and points (x, y)."""
 
     name: str
     color: str
     points: tuple[Point, ...]
     dash: str = ""
-    """Lengths of dashes and gaps, as SVG takes them; a whole line without."""
+    """Lengths of dashes and gaps as in SVG's `stroke-dasharray`; empty: a solid line."""
 
 
 def line_chart(title: str, x_title: str, lines: Sequence[Line], mark: float | None = None) -> str:
-    """Return lines over numbered axes as HTML, with a legend; a vertical line is at `mark`.
+    """Return a line chart with axes and a legend as HTML; `mark` adds a vertical line.
 
-    Where there are few points, each has its numbers as a tooltip. Without lines the frame is empty.
+    With few points, each has a tooltip with its values. Without lines the chart is empty.
     """
     svg, (left, right) = _svg(title, x_title, tuple(lines))
     if mark is not None and lines and left <= mark <= right:
@@ -116,7 +116,7 @@ def line_chart(title: str, x_title: str, lines: Sequence[Line], mark: float | No
 
 @functools.lru_cache(maxsize=64)
 def _svg(title: str, x_title: str, lines: tuple[Line, ...]) -> tuple[str, Point]:
-    """The chart without its mark, and the ends of its x axis: a slider moves the mark many times a second."""
+    """Return the chart without its mark, and the limits of its x axis; cached, as a slider moves the mark often."""
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
     axes = figure.add_axes(BOX)
     for number, line in enumerate(lines):
@@ -147,14 +147,14 @@ def _svg(title: str, x_title: str, lines: tuple[Line, ...]) -> tuple[str, Point]
 
 
 def swatch(color: str, dash: str = "") -> str:
-    """Return how a line is drawn in a chart, for a legend."""
+    """Return a line's sample for a legend, as SVG."""
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
     line = f'<path d="M0 6H28" stroke="{color}" stroke-width="3"{dashed}/>'
     return f'<svg class="key" viewBox="0 0 28 12" aria-hidden="true">{line}</svg>'
 
 
 def shortened(text: str) -> str:
-    """Return a name as a legend has room for it."""
+    """Return a name shortened for a legend."""
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
@@ -163,11 +163,11 @@ def shortened(text: str) -> str:
 
 @dataclass
 class Series:
-    """One label of a chart: a line of its means, a dot a seed."""
+    """One line of a chart: its means, with a dot for each seed."""
 
     label: str
     number: int
-    """Its place among all labels, which is its colour and the shape of its dots."""
+    """Index among all series, which determines its color and the shape of its dots."""
     line: list[Point] = field(default_factory=list)
     dots: list[Point] = field(default_factory=list)
     chosen: Point | None = None
@@ -175,26 +175,26 @@ class Series:
 
 @dataclass(frozen=True)
 class Axes:
-    """What a chart is of."""
+    """Titles and scales of a chart's axes."""
 
     title: str
     x: str
     y: str
     ticks: Sequence[float] = ()
-    """Of a logarithmic x axis; without any it is linear."""
+    """Ticks of a logarithmic x axis; empty for a linear one."""
     name: Callable[[float], str] = "{:.6g}".format
-    """How a tick of the x axis reads."""
+    """Format of the ticks of the x axis."""
     zero: bool = False
-    """Whether y is a difference, and 0 in sight."""
+    """Whether y is a difference, so that 0 is within its range."""
 
 
 def chart(series: Sequence[Series], axes: Axes) -> str:
-    """A figure with its legend; empty without a finite point."""
+    """Return a figure with its legend; empty without a finite point."""
     points = [point for each in series for point in (*each.line, *each.dots) if all(map(math.isfinite, point))]
     if not points:
         return ""
     x, *others = {x for x, _ in points}
-    if not others and x > 0:  # round numbers about the one step there is would be no steps
+    if not others and x > 0:  # a single step has no round numbers around it
         axes = replace(axes, ticks=[x])
     place = _places(points, axes)
     body = _grid(place, axes) + "".join(_of_series(each, place) for each in series)
@@ -225,15 +225,15 @@ def _places(points: Sequence[Point], axes: Axes) -> Places:
 
 
 def _padded(low: float, high: float, share: float) -> Point:
-    """A range with some room at its ends, and never empty."""
+    """Return a range with margins, never empty."""
     room = (high - low) * share or abs(low) * share or 1.0
     return low - room, high + room
 
 
 def _grid(place: Places, axes: Axes) -> str:
-    """Lines, ticks and the names of both axes."""
+    """Return grid lines, ticks and the titles of both axes."""
     left, right, bottom = REPORT.left, REPORT.width - REPORT.right, REPORT.height - REPORT.bottom
-    whole = MaxNLocator(6, integer=place.across[1] - place.across[0] > 1.5)  # steps
+    whole = MaxNLocator(6, integer=place.across[1] - place.across[0] > 1.5)  # training steps
     across = axes.ticks or ticks(*place.across, whole)
     parts = [
         f'<path class="{"zero" if axes.zero and abs(y) < 1e-12 else "grid"}" d="M{left} {place.y(y):.1f}H{right}"/>'
@@ -253,7 +253,7 @@ def _grid(place: Places, axes: Axes) -> str:
 
 
 def _of_series(series: Series, place: Places) -> str:
-    """The line, which has gaps where values are not finite, the dots, and a ring around what is chosen."""
+    """Return the line, with gaps at non-finite values, the dots, and a ring around the chosen point."""
     path, pen = "", "M"
     for x, y in series.line:
         path += f"{pen}{place.x(x):.1f} {place.y(y):.1f}" if math.isfinite(y) else ""
@@ -268,7 +268,7 @@ def _of_series(series: Series, place: Places) -> str:
 
 
 def _dot(x: float, y: float, number: int, hollow: bool = False) -> str:
-    """Its shape tells labels apart where colours do not."""
+    """Return a dot; its shape distinguishes series if colors do not."""
     shapes = (
         "m-3.2 0a3.2 3.2 0 1 0 6.4 0a3.2 3.2 0 1 0-6.4 0",
         "m-3-3h6v6h-6z",
@@ -288,11 +288,11 @@ class Row:
 
     name: str
     number: int
-    """Its place among all labels, which is its color and the shape of its dot."""
+    """Index among all series, which determines its color and the shape of its dot."""
     value: float
     ends: Point | None
     text: str
-    """The numbers, as they are read."""
+    """The values as text."""
 
 
 MINUS = "\N{MINUS SIGN}"
@@ -301,10 +301,10 @@ FOREST_TOP = 8
 
 
 def forest(title: str, rows: Sequence[Row], axis: str) -> str:
-    """Return a figure of intervals below each other, with zero and a numbered axis; empty without rows.
+    """Return a forest plot: intervals below each other, with a line at zero and an axis; empty without rows.
 
-    A name and its numbers are above its interval, so that both are legible on a narrow screen. A value that is far
-    beyond all intervals is an arrow at the edge.
+    The name and values of a row are above its interval, so that both are legible on a narrow screen. A value far beyond
+    all intervals is an arrow at the edge.
     """
     if not rows:
         return ""

@@ -1,4 +1,4 @@
-"""What all scripts check of their flags alike: numbers in bounds, and a folder that can be written."""
+"""Validation shared by all scripts: numbers within bounds, installed packages and writable directories."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from .errors import InvalidArgument
 
 
 def is_whole(value: object, least: int, most: float = math.inf) -> bool:
-    """Whether a value is a whole number of at least `least` and at most `most`."""
+    """Return whether a value is a whole number of at least `least` and at most `most`."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def whole_in_words(least: int, most: float = math.inf) -> str:
-    """What `is_whole` wants."""
+    """Return the constraint of `is_whole` as text."""
     return f"a whole number of at least {least}" if most == math.inf else f"a whole number of {least} to {most}"
 
 
 def is_number(value: float, least: float, below: float = math.inf, exclusive: bool = False) -> bool:
-    """Whether a number is finite, as a float too, and in [least, below), or above `least` where `exclusive`."""
+    """Return whether a number is finite as a float and in [least, below); `exclusive` excludes `least`."""
     finite = abs(value) <= sys.float_info.max
     return finite and value < below and (value > least if exclusive else value >= least)
 
 
 def number_in_words(least: float, below: float = math.inf, exclusive: bool = False) -> str:
-    """What `is_number` wants."""
+    """Return the constraint of `is_number` as text."""
     if least == -math.inf:
         return "a finite number"
     ends = f" and below {below}" if below < math.inf else ""
@@ -36,18 +36,18 @@ def number_in_words(least: float, below: float = math.inf, exclusive: bool = Fal
 
 
 def require_package(flag: str, package: str, module: str = "") -> None:
-    """Raise `InvalidArgument`, which names `flag`, unless a package with this module is installed."""
+    """Raise `InvalidArgument` naming `flag` unless a package with this module is installed."""
     if importlib.util.find_spec(module or package) is None:
         raise InvalidArgument(flag, f"{package} is not installed", f"pip install {package}, or leave it out")
 
 
 def is_path(name: str) -> bool:
-    """Return whether a model's name can only be a path: a repository on the hub has at most one slash."""
+    """Return whether a model's name must be a path: a repository on the Hub has at most one slash."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def check_writable(folder: Path, argument: str) -> None:
-    """Raises `InvalidArgument`, which names `argument`, unless a folder can be written, or made."""
+    """Raise `InvalidArgument` naming `argument` unless the directory is writable or can be created."""
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InvalidArgument(argument, f"{parent} is not a folder that can be written", "choose another")

@@ -1,15 +1,15 @@
-"""The controls of ResLoRA that are measured before the first step: LoRA at a shortcut's scale, and placebos.
+"""Control methods calibrated before the first step: LoRA at the scale of a shortcut, and placebos.
 
 with gauged("lora_matched", model, ResLoraConfig(shortcut="middle", pre_num=4)) as gauge:      # `model` has plain LoRA
     for batch in batches:
         model(**batch)
-put_on(model, gauge.settings(seed=0))             # kept in the header of what `save_adapter` writes
+put_on(model, gauge.settings(seed=0))             # `save_adapter` stores them in the file header
 merged(model)                                     # plain LoRA, once it is trained
 
-What a block feeds to B is h (rank wide), its update s B h; |.| is the root mean square over all tokens of all batches.
-As B is zero at the start, so is the update.
+The input of a block's B is h (r wide) and its output s B h; |.| is the root mean square over all tokens of all batches.
+B is zero at initialization, and so is the output.
 
-`lora_matched`: a layer's alpha is multiplied by `|h| / |A_n x_n|`, with h as the shortcut has it:
+`lora_matched`: a layer's alpha is multiplied by `|h| / |A_n x_n|`, with the shortcut's h:
 
 | shortcut | h |
 |---|---|
@@ -17,14 +17,15 @@ As B is zero at the start, so is the update.
 | `middle` | `sum_{k=0..m} A_{n-k} x_{n-k}` |
 | `block` | `A_n x_n, ..., A_{n-m} x_n` side by side, which `[B_n, ..., B_{n-m}]` multiplies |
 
-The first gradient of B is `s g h^T`, with g that of the block's output, and of size `s |g| |h|`: for `block` that of
-all its B together, about sqrt(m + 1) times LoRA's. So the first step changes the block's output as much as with the
-shortcut. That a shared B of `block` gets the gradients of other blocks too is left out: no scale stands for it.
+The first gradient of B is `s g h^T`, where g is the gradient of the block's output, and its size is `s |g| |h|`. For
+`block` this is the gradient of all its B together, about sqrt(m + 1) times LoRA's. So the first step changes the
+block's output as much as with the shortcut. A shared B of `block` also receives gradients from other blocks, which no
+scale can reproduce.
 
-Placebos: rotations of the block's own input stand in for what its m neighbours contribute. h is
-`A_n (x_n + c sum_{k=1..m} R_k x_n)`, with `c = |what the neighbours add to h| / (sqrt(m) |A_n x_n|)`: as much is added,
-since A at its start makes a rotated input as long as the input. Between blocks of one chain that ratio is anything from
-0.4 to 4 in the bundled U-Net, so it is measured. A head is as the shortcut has it.
+Placebos: rotations of the block's own input replace the shortcut terms of its m neighbors. h is
+`A_n (x_n + c sum_{k=1..m} R_k x_n)`, with `c = |shortcut terms in h| / (sqrt(m) |A_n x_n|)`. This adds as much as the
+shortcut, because a random A maps a rotated input to the same norm as the input. In the bundled U-Net the ratio varies
+from 0.4 to 4 within a chain, so it is measured. A head is the same as with the shortcut.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ from torch.nn.utils import parametrize
 
 from ..chains import base_model, lora_layers
 
-DEFAULT = "default"  # the name of the adapter, as PEFT calls the first one
+DEFAULT = "default"  # name of the adapter, PEFT's default
 ROTATED = ".parametrizations.weight.original"
-"""How the name of an A ends below rotations."""
+"""How the name of a rotated A ends in a state dict."""
 
 Settings = dict[str, Any]
-"""`{"alphas": {layer: alpha}}`, or `{"seed": seed, "rotations": {layer: [m, c]}}`; m is 0 where x_n itself is added."""
+"""`{"alphas": {layer: alpha}}`, or `{"seed": seed, "rotations": {layer: [m, c]}}`; with m = 0, x_n itself is added."""
 
 
 def put_on(model: nn.Module, settings: Settings) -> None:
-    """Gives a model with plain LoRA its alphas or its rotations, in place of earlier ones."""
+    """Set alphas or rotations on a model with plain LoRA, replacing earlier ones."""
     base = base_model(model)
     layers, config = lora_layers(base, DEFAULT), base.peft_config[DEFAULT]
     _take_off(base, keep=False)
@@ -63,18 +64,18 @@ def put_on(model: nn.Module, settings: Settings) -> None:
 
 
 def settings_of(model: nn.Module) -> Settings | None:
-    """What was put on a model; None for any other."""
+    """Return the settings that `put_on` applied to a model; None without any."""
     return vars(base_model(model)).get("_control")
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """Folds rotations into plain LoRA, `A (I + c sum_k R_k)` and B, in place, and returns the model."""
+    """Fold rotations into plain LoRA in place, as `A (I + c sum_k R_k)` and B, and return the model."""
     _take_off(base_model(model), keep=True)
     return model
 
 
 def _take_off(base: nn.Module, keep: bool) -> None:
-    """Rotations, folded into A or not."""
+    """Remove rotations, after folding them into A if `keep` is set."""
     for module in list(base.modules()):
         if parametrize.is_parametrized(module, "weight") and isinstance(module.parametrizations.weight[0], Rotations):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=keep)
@@ -82,10 +83,10 @@ def _take_off(base: nn.Module, keep: bool) -> None:
 
 
 class Rotations(nn.Module):
-    """A (r x p) to `A (I + c sum_{k=1..m} R_k)`, with which B A reads `x + c sum_k R_k x`.
+    """Parametrization of A (r x p) as `A (I + c sum_{k=1..m} R_k)`, so that B A reads `x + c sum_k R_k x`.
 
-    Each R_k is a signed permutation, which is orthogonal, costs no more memory than x, and leaves R_k x and x
-    uncorrelated on average over seeds. With m = 0 there is one R, which is I.
+    Each R_k is a signed permutation: orthogonal, with no more memory than x, and R_k x is uncorrelated with x on
+    average over seeds. With m = 0 there is one R, the identity.
     """
 
     def __init__(self, weight: torch.Tensor, count: int, scale: float, key: str) -> None:
@@ -96,7 +97,7 @@ class Rotations(nn.Module):
         signs = (
             torch.randint(0, 2, (len(places), width), generator=draws) * 2.0 - 1.0 if count else torch.ones(1, width)
         )
-        # Not buffers, which a checkpoint would hold: the seed says them.
+        # Not buffers, which checkpoints would contain: the seed determines them.
         self.places, self.signs = torch.stack(places).to(weight.device), signs.to(weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Rotations:
@@ -104,5 +105,5 @@ class Rotations(nn.Module):
         return super()._apply(fn, recurse)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """What stands for A."""
+        """Return `A (I + c sum_k R_k)` (r x p)."""
         return weight + self.scale * (weight[:, self.places] * self.signs).sum(1)

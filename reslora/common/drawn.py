@@ -1,4 +1,4 @@
-"""What a folder of samples says that it was drawn of: prompts may be others when a run goes on."""
+"""Which prompts a directory of samples was generated from: a resumed run may have other prompts."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 from ..files import read_object
 
 PROMPTS = "prompts.json"
-"""The file beside samples that has their prompts, as `{"prompts": [...]}`."""
+"""File next to the samples with their prompts, as `{"prompts": [...]}`."""
 
 
 def is_of(record: object, number: int, prompt: str | None) -> bool:
-    """Whether samples with a prompt's number are of that prompt, by that file's content, if there is one."""
+    """Return whether prompt number `number` in the content of `PROMPTS` is `prompt`; True without a record."""
     drawn = record.get("prompts") if isinstance(record, dict) else None
     return not isinstance(drawn, list) or drawn[number : number + 1] == [prompt]
 
 
 def shows(samples: Path, number: int, prompt: str) -> bool:
-    """Whether the samples in a folder with a prompt's number are of that prompt."""
+    """Return whether the samples of prompt number `number` in a directory were generated from `prompt`."""
     return is_of(read_object(samples / PROMPTS), number, prompt)
 
 
 def by_step(samples: Path) -> dict[int, Path]:
-    """The folders in `samples`, by the step at which they were drawn."""
+    """Return the directories in `samples` by their training step."""
     return {int(path.name[5:]): path for path in samples.glob("step-*") if path.name[5:].isdigit()}

@@ -1,4 +1,4 @@
-"""What can end a run, one class each, for all scripts."""
+"""Exceptions that end a run, shared by all scripts."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import os
 from collections.abc import Iterator
 
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
-"""How torch and systems say that memory ran out."""
+"""Messages of torch and operating systems about exhausted memory."""
 
 
 class InvalidArgument(ValueError):
-    """What the user gave cannot work: one line naming the argument, the problem and the fix; exit status 2."""
+    """Invalid input: one line with the argument, the problem and the fix; exit status 2."""
 
     def __init__(self, argument: str, problem: str, fix: str) -> None:
         super().__init__(f"{argument}: {problem}; {fix}")
 
 
 class RunFailed(RuntimeError):
-    """The run itself went wrong (a loss that is not finite, an export that does not match); exit status 1."""
+    """The run failed, for example by a non-finite loss or an export that does not match; exit status 1."""
 
 
 class Diverged(RunFailed):
-    """Numbers that are not finite: this training is lost, and others may go well.
+    """Training produced non-finite values; other runs of an experiment continue.
 
-    `advice` is for a plain run: an experiment keeps the problem alone.
+    `advice` is for a single run: an experiment stores only the problem.
     """
 
     diverged = True
@@ -39,7 +39,7 @@ class Stopped(Exception):
 
 
 class EndedElsewhere(Exception):
-    """Another process of the run has failed, and says why; this one leaves with the same exit status, silently."""
+    """Another process of the run failed and reports why; this one exits silently with the same status."""
 
     def __init__(self, status: int, diverged: bool = False) -> None:
         super().__init__(f"another process of this run has ended it with status {status}")
@@ -48,10 +48,10 @@ class EndedElsewhere(Exception):
 
 @contextlib.contextmanager
 def refused_as(argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
-    """Turns what a reader raises inside into an `InvalidArgument` that names `argument` and `fix`.
+    """Convert exceptions of the given kinds into an `InvalidArgument` that names `argument` and `fix`.
 
-    By default whatever it is: damaged files fail in as many ways as there are readers. `InvalidArgument` and
-    `RunFailed` pass; memory that ran out is no fault of the files, and becomes a `RunFailed`.
+    The default is all kinds: damaged files fail with any kind of exception. `InvalidArgument` and `RunFailed` pass.
+    Exhausted memory is not the file's fault and becomes a `RunFailed`.
     """
     try:
         yield
@@ -66,17 +66,17 @@ def refused_as(argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Ex
 
 @contextlib.contextmanager
 def loaded_from_hub(argument: str, fix: str) -> Iterator[None]:
-    """Turns whatever keeps a data set from being loaded inside into an `InvalidArgument`; its code is never run."""
+    """Convert every exception of loading a data set from the Hub into an `InvalidArgument`; its code is never run."""
     try:
         yield
-    except Exception as error:  # whatever a hub, a network or a parser can raise
+    except Exception as error:  # anything that a hub, a network or a parser can raise
         code = any(word in str(error) for word in ("script", "remote code", "remote_code"))
         problem = "needs code from the hub, which is never run" if code else f"cannot be loaded ({first_line(error)})"
         raise InvalidArgument(argument, problem, fix) from None
 
 
 def out_of_memory(error: BaseException | None) -> BaseException | None:
-    """Return the error, or that which it replaced, by which a CPU or GPU says that memory ran out; None without one."""
+    """Return the exception in the error's chain that reports exhausted CPU or GPU memory; None without one."""
     while error is not None:
         if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY):
             return error
@@ -85,16 +85,16 @@ def out_of_memory(error: BaseException | None) -> BaseException | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message without its full stop, or its class where it has none."""
+    """Return the first line of an error's message without its final period; the class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
 
 
 def another_ended(error: BaseException) -> str:
-    """What a run of several processes says where one of them is gone, by the error of an exchange with it."""
-    problem, _, _ = first_line(error).partition(". ")  # advice of the library's follows
+    """Return the message of a distributed run that lost a process, from the error of a collective."""
+    problem, _, _ = first_line(error).partition(". ")  # followed by the library's advice
     return f"another process of this run has ended ({problem}); go on with --resume_from_checkpoint latest"
 
 
 def speaks() -> bool:
-    """Whether this process is the one of its machine that reports what all processes of a run find alike."""
+    """Return whether this process has local rank 0, which reports on behalf of all processes of its machine."""
     return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")

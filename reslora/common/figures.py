@@ -1,4 +1,4 @@
-"""The figures a run leaves: `comparison.png` (the paper's Figure 3) and `loss.png`."""
+"""The figures of a run: `comparison.png` (the paper's Figure 3) and `loss.png`."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from ..files import replacing
 from .log import of_split
 
 Image: TypeAlias = PIL.Image.Image | str | os.PathLike | None
-"""A PIL image, a file, or nothing yet."""
+"""A PIL image, a file, or None for an empty cell."""
 
 DPI = 100
 SMALL, LARGE = 128, 192
-"""Pixels of an image's longer side in the comparison: of those up to SMALL, and of all others."""
+"""Longer side of an image in the comparison in pixels: SMALL for images up to that size, LARGE for others."""
 ABOVE = 0.6
-"""The size of images above the comparison, of that of those in it: they belong to no column."""
+"""Size of the images above the grid relative to those in it: they belong to no column."""
 GAP, MARGIN = 6, 12
 """Pixels between images, and around the figure."""
 TITLE, PROMPT = 16, 20
-"""Height of letters in pixels: of columns and methods, and of prompts."""
+"""Font sizes in pixels: of column titles and method names, and of prompts."""
 FAMILIES = (
     *("DejaVu Sans", "Noto Sans", "Arial Unicode MS", "Segoe UI"),
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR", "Source Han Sans SC"),
@@ -44,7 +44,7 @@ FAMILIES = (
     *("Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil"),
     *("Noto Sans Thai", "Noto Emoji", "Noto Sans Symbols", "Noto Sans Symbols 2", "Unifont"),
 )
-"""Matplotlib takes each character from the first of these, where installed, that has it."""
+"""Font families; matplotlib takes each character from the first installed one that has it."""
 
 
 def comparison(
@@ -54,15 +54,14 @@ def comparison(
     side: int | None = None,
     above: tuple[str, Sequence[Image]] = ("", ()),
 ) -> None:
-    """Writes images as a grid: columns across; prompts, and under each its methods, down.
+    """Write images as a grid: columns across; prompts, and the methods of each, down.
 
-    `columns` holds the titles, which may have several lines; `rows` a prompt and, for each of its methods, a name
-    and an image for every column. `above`: a line and images that stand above it all, smaller, as many as there is
-    room for. All images are fitted into the size of the first one, whose longer side gets `side` pixels (SMALL or
-    LARGE where that is None); small ones are enlarged without steps, and a prompt too long for the figure is
-    shortened.
+    `columns` holds the titles, possibly of several lines. `rows` holds each prompt and, for each of its methods, a name
+    and one image for every column. `above` is a title and smaller images above the grid, as many as fit. All images are
+    fitted into the size of the first one, whose longer side becomes `side` pixels (None: SMALL or LARGE). Small images
+    are enlarged by nearest neighbor, and long prompts are shortened.
 
-    Raises `OSError` for a file that is no image.
+    Raises `OSError` for a file that is not an image.
     """
     blocks: Sequence = [block for _, blocks in rows for block in blocks]
     width, height = _tile((image for _, images in blocks for image in images), side)
@@ -94,11 +93,11 @@ def comparison(
 
 
 def loss_curves(path: str | os.PathLike, logs: Mapping[str, Sequence[dict]], held_out: int | None) -> None:
-    """Writes the training loss of each method (a running mean over a tenth of the steps) and its held-out loss.
+    """Write the training loss of each method, as a running mean over a tenth of the steps, and its held-out loss.
 
-    `logs` holds the rows of each method's log (see `log.read_log`), `held_out` the number of held-out images;
-    without any (None or 0) there is no second plot. A third one has the last held-out loss by timestep, where that is
-    known. Losses that are not finite leave a gap.
+    `logs` holds the rows of each method's log (see `log.read_log`), `held_out` the number of held-out images; with none
+    there is no second plot. A third plot shows the last held-out loss by timestep, if known. Non-finite losses leave a
+    gap.
     """
     splits = {"train": "training loss (running mean)"}
     if held_out:
@@ -124,7 +123,9 @@ def loss_curves(path: str | os.PathLike, logs: Mapping[str, Sequence[dict]], hel
 
 
 def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """Mean of the values up to each one, over a window of `share` of them; of finite values only."""
+    """Return the mean of the finite values in a window that ends at each value; the window is a fraction `share` of
+    all.
+    """
     window = max(1, round(len(values) * share))
     finite = np.isfinite(values)
     sums, counts = (np.cumsum([0.0, *kept]) for kept in (np.where(finite, values, 0.0), finite))
@@ -148,24 +149,24 @@ def _number(value: object) -> float:
 
 
 class _Sheet:
-    """A figure on which things are placed by pixels, counted from its upper left corner."""
+    """A figure with elements placed in pixels from its upper left corner."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
 
     def text(self, x: float, y: float, text: str, size: int, **style: Any) -> None:
-        """Text of a size in pixels, centred on y; a `$` or `_` in it is nothing but that."""
+        """Add text with a font size in pixels, centered on y; `$` and `_` are not interpreted as math."""
         place = x / self.width, 1 - y / self.height
         self.figure.text(*place, text, fontproperties=_font(size), va="center", parse_math=False, **style)
 
     def line(self, y: float) -> None:
-        """A rule across the figure."""
+        """Add a horizontal line across the figure."""
         ends, height = (MARGIN / self.width, 1 - MARGIN / self.width), 1 - y / self.height
         self.figure.add_artist(Line2D(ends, (height, height), color="#cccccc", linewidth=0.72))
 
     def images(self, places: Sequence[int], y: int, images: Sequence[Image], size: tuple[int, int]) -> None:
-        """Images fitted into a size, pixel for pixel, with their upper left corners at these places and y."""
+        """Add images fitted into `size`, pixel by pixel, with their upper left corners at `places` and y."""
         for x, image in zip(places, images, strict=False):
             if image is not None:
                 self.figure.figimage(_pixels(image, size), x, self.height - y - size[1], origin="upper")
@@ -173,13 +174,13 @@ class _Sheet:
 
 def _save(figure: Figure, path: str | os.PathLike, dpi: int) -> None:
     with replacing(path) as temporary, warnings.catch_warnings():
-        # A character that no installed font has is drawn as a box; a run needs no lines about it.
+        # A character that no installed font has is drawn as a box, which needs no warning.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 
 
 def _tile(images: Iterable[Image], side: int | None) -> tuple[int, int]:
-    """Width and height at which images are drawn."""
+    """Return the width and height of images in the grid, in pixels."""
     first = next((image for image in images if image is not None), None)
     if first is None:
         return SMALL, SMALL
@@ -195,12 +196,12 @@ def _pixels(image: Image, size: tuple[int, int]) -> np.ndarray:
 
 
 def _opened(image: Any) -> Any:
-    """A context with the image; what was opened for it is closed."""
+    """Return a context manager of the image; a file that it opens is closed."""
     return nullcontext(image) if isinstance(image, PIL.Image.Image) else PIL.Image.open(image)
 
 
 def _shortened(text: str, size: int, room: float) -> str:
-    """The text on one line, cut to a width in pixels."""
+    """Return the text on one line, shortened to a width in pixels."""
     text = " ".join(text.split())
     if _width(text, size) <= room:
         return text
@@ -216,6 +217,6 @@ def _width(text: str, size: int) -> int:
 
 @functools.cache
 def _font(size: int) -> FontProperties:
-    """The font of a size in pixels, with those of FAMILIES that are installed: matplotlib complains of any other."""
+    """Return a font of a size in pixels from the installed ones of FAMILIES: matplotlib warns about missing ones."""
     installed = set(font_manager.get_font_names())
     return FontProperties(family=[name for name in FAMILIES if name in installed], size=size * 72 / DPI)

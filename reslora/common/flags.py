@@ -1,4 +1,4 @@
-"""Values of options as they are typed."""
+"""Format the values of options as on the command line."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def listed(value: Any) -> list:
-    """The values of a flag that takes one or several; a single one may have no list."""
+    """Return the values of an option that takes one or several, as a list."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def as_typed(value: Any) -> str:
-    """A flag's value, or its values, as they are typed; "none" of one that is not given."""
+    """Return the value or values of an option as typed on the command line; "none" if it is not given."""
     return " ".join(map(str, listed(value))) or "none"

@@ -1,4 +1,4 @@
-"""The run's folder belongs to one run at a time, and what a killed run left half-written in it goes away."""
+"""Lock a run's directory, so that one run at a time uses it, and remove the temporary files of killed runs."""
 
 from __future__ import annotations
 
@@ -16,25 +16,30 @@ from .errors import InvalidArgument, RunFailed
 from .methods import METHODS
 from .status import FILE
 
-OWNER = ".lock"  # holds the process id, and what it is known by; locked is a file of the system's temporary folder
+# Holds the process id and identifier of the owner. The lock itself is a file in the system's temporary directory.
+OWNER = ".lock"
 _HELD: dict[Path, os.stat_result] = {}
-"""The folders that this process has locked, or another one for it, as they were."""
+"""Directories locked by this process, or by another process on its behalf, with their status when they were locked."""
 _LENDERS: dict[Path, str] = {}
-"""The other ones, by what they are known by."""
+"""Locked directories of other processes, with those processes' identifiers."""
 _FILLED: dict[Path, os.stat_result] = {}
-"""Those in them that it is writing into."""
+"""Directories inside the locked ones that this process is writing to."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder; raises `InvalidArgument` naming the process that is in it."""
+    """Lock a directory against a second run.
+
+    Raises `InvalidArgument` naming the process that holds the lock.
+    """
     made = not folder.exists()
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(guarded(folder))
-            if is_running(_owner(folder)[1]):  # with another temporary folder, as batch systems give each job its own
+            # Under another temporary directory, as batch systems create one for each job.
+            if is_running(_owner(folder)[1]):
                 raise _busy(folder)
-            folder.mkdir(parents=True, exist_ok=True)  # and not before: a removed one would be there again
+            folder.mkdir(parents=True, exist_ok=True)  # not earlier, or a removed directory would be created again
             (folder / OWNER).write_text(f"{os.getpid()}\n{this_process()}")
             stack.enter_context(_noted(folder, _HELD))
         except Timeout:
@@ -56,7 +61,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def lent(folder: Path) -> Iterator[None]:
-    """In a process that the one which has locked the folder has started: `check_held` looks whether it still has."""
+    """Treat a directory as locked in a process that was started by the owner of the lock; see `check_held`."""
     _LENDERS[folder] = _owner(folder)[1]
     try:
         with _noted(folder, _HELD):
@@ -67,37 +72,37 @@ def lent(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """While what is trained writes into a folder inside the locked one, `check_held` looks at that as well."""
+    """Let `check_held` also check a directory inside the locked one while training writes to it."""
     folder.mkdir(parents=True, exist_ok=True)
     with _noted(folder, _FILLED):
         try:
             yield
-        except (OSError, RuntimeError):  # torch.save raises the latter
-            check_held()  # it may have gone in the midst of a write
+        except (OSError, RuntimeError):  # torch.save raises RuntimeError
+            check_held()  # it may have been removed during the write
             raise
 
 
 @contextlib.contextmanager
 def _noted(folder: Path, noted: dict[Path, os.stat_result]) -> Iterator[None]:
-    """Meanwhile it is known which folder this is."""
+    """Record the status of a directory in `noted` inside this context."""
     with contextlib.ExitStack() as stack:
         if os.name == "posix":
-            stack.callback(os.close, os.open(folder, os.O_RDONLY))  # while open, its number is given to no other
+            stack.callback(os.close, os.open(folder, os.O_RDONLY))  # while it is open, its inode number is not reused
         noted[folder] = folder.stat()
         stack.callback(noted.pop, folder)
         yield
 
 
 def check_held() -> None:
-    """Raises `RunFailed` where a folder that this process has locked is gone, before it is made anew, or another's.
+    """Raise `RunFailed` if a directory locked by this process was removed, replaced or locked by another run.
 
-    Or where one in it that is being filled is gone: what is written from then on would be the second half alone. What
-    `files.replacing` writes is preceded by it; ask before long work too, and before something is removed.
+    The same applies to a directory inside it that training writes to: otherwise only the second half of a file set
+    would be written. `files.replacing` calls it before it writes; call it before long work and before removing files.
     """
     for folder in _HELD:
         if problem := _lost(folder):
             raise RunFailed(f"--output_dir {folder} {problem}")
-    # A disk that gives all folders new numbers, as those of networks may, has given the locked ones theirs, too.
+    # Network file systems may renumber all directories, including the locked ones.
     numbered = all(_is_still(folder, before) for folder, before in _HELD.items())
     for folder, before in _FILLED.items():
         if numbered and not _is_still(folder, before):
@@ -109,45 +114,50 @@ before_writing.append(check_held)
 
 
 def _is_still(folder: Path, before: os.stat_result) -> bool:
-    """Whether a folder is the one that it was."""
+    """Return whether the path is still the same directory."""
     try:
         return os.path.samestat(folder.stat(), before)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError:  # what a disk cannot tell just now ends no run
+    except OSError:  # a temporary error of the file system does not end a run
         return True
 
 
 def _lost(folder: Path) -> str:
-    """Why a folder that was locked is this run's no more, by its lock or, without one, as the disk says; else empty."""
+    """Return why a locked directory no longer belongs to this run, from its lock file or the file
+    system; else empty.
+    """
     number, process = _owner(folder)
     if process == _LENDERS.get(folder, this_process()):
         return ""
     if not _is_still(folder, _HELD[folder]):
         fix = "if it is elsewhere, go on with --output_dir PLACE --resume_from_checkpoint latest"
         return f"was moved or removed while it trained, and nothing more is saved; {fix}"
-    # A process of another machine, or container, is not seen from here, nor this one from there.
+    # A process of another machine or container is not visible here, nor this one there.
     return f"is another run's by now (process {number}), and nothing more is saved; choose another" if process else ""
 
 
 def guard_of(folder: Path) -> FileLock:
-    """What locks a folder among the runs of this machine; the system frees it when a process ends."""
+    """Return the file lock of a directory among the runs of this machine; the system releases it when a
+    process ends.
+    """
     name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
     return FileLock(Path(tempfile.gettempdir()) / f"reslora-{getattr(os, 'getuid', int)()}-{name}.lock")
 
 
 @contextlib.contextmanager
 def guarded(folder: Path) -> Iterator[None]:
-    """Lock a folder among the runs of this machine; raises `Timeout` at once where another has it.
+    """Lock a directory among the runs of this machine.
 
-    The file is removed while it is still locked. filelock refuses it to who has opened it by then: it has no name.
+    Raises `Timeout` immediately if another run holds the lock. The lock file is removed while it is still locked;
+    filelock refuses it to a process that has opened it by then, because the file has no name.
     """
     guard = guard_of(folder)
     with guard.acquire(timeout=0):
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # Windows removes no open file
+            with contextlib.suppress(OSError):  # Windows cannot remove an open file
                 Path(guard.lock_file).unlink()
 
 
@@ -157,7 +167,7 @@ def _busy(folder: Path) -> InvalidArgument:
 
 
 def _owner(folder: Path) -> tuple[str, str]:
-    """Process id of who has the folder or has left its lock behind, and what it is known by; empty where unknown."""
+    """Return the process id and the identifier of the lock's owner; empty if unknown."""
     with contextlib.suppress(OSError, ValueError):
         number, _, process = (folder / OWNER).read_text().partition("\n")
         return number.strip(), process.strip()

@@ -1,4 +1,4 @@
-"""Measuring what shortcuts do at the start, for controls that do the same otherwise; see `controls`."""
+"""Measure the scale of shortcut terms at initialization, for the controls in `controls`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from .methods import METHODS, Method
 def gauged(
     method: str, model: nn.Module, shortcuts: ResLoraConfig, example_inputs: dict | None = None
 ) -> Iterator[Gauge]:
-    """Inside, a model with plain LoRA runs with shortcuts, as in evaluation, and what enters each B is measured.
+    """Run a model with plain LoRA as if connected, in eval mode, and measure the input of each B.
 
-    The shortcuts are these, or those that the method is a placebo of. Raises `ValueError` as `reslora.connect` does.
+    The shortcuts are `shortcuts`, or those of which the method is a placebo. Raises `ValueError` as `reslora.connect`
+    does.
     """
     row = METHODS[method]
     shortcuts = replace(shortcuts, shortcut=row.placebo or shortcuts.shortcut)
@@ -47,16 +48,16 @@ def gauged(
 
 @dataclass
 class Gauge:
-    """Squares of what enters B in each wired block, summed: of h, of what neighbours add to it, and of A_n x_n."""
+    """Sums of squares at the input of each block's B: of h, of the shortcut terms in it, and of A_n x_n."""
 
     method: Method
     base: nn.Module
     neighbours: dict[str, int]
-    """How many there are of each block."""
+    """Number of earlier blocks in each block's sum."""
     squares: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
 
     def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
-        """Called by every wired block, with what its forward computed; `block` gives its stacked A and B for these."""
+        """Record one forward of a block; for the `block` shortcut, `own` and `handed` are the stacked A and B."""
         if variant.carries:
             added = torch.zeros_like(own) if handed is None else handed
             h = own + added
@@ -68,7 +69,7 @@ class Gauge:
             self.squares[variant.name][place] += torch.linalg.vector_norm(value, dtype=dtype).item() ** 2
 
     def settings(self, seed: int) -> Settings:
-        """What `put_on` takes; rotations are drawn from the seed and the block's name."""
+        """Return the settings for `put_on`; rotations depend on the seed and the block's name."""
         layers = lora_layers(self.base, DEFAULT)
         if self.method.matched:
             sizes = {name: _ratio(h, own) for name, (h, _, own) in self.squares.items()}
@@ -82,5 +83,5 @@ class Gauge:
 
 
 def _ratio(square: float, of: float) -> float:
-    """Of the roots; 1 where nothing enters B."""
+    """Return the ratio of the roots; 1 if the denominator is zero."""
     return math.sqrt(square / of) if of else 1.0

@@ -1,4 +1,4 @@
-"""Files with one JSON value a line, as people give them."""
+"""Read JSON Lines files given by the user."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from pathlib import Path
 from .errors import InvalidArgument
 
 NOT_JSON = object()
-"""In place of the value of a line that is none."""
+"""Value of a line that is not valid JSON."""
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """Number, from 1, and value of each line that is not blank; `NOT_JSON` for one that cannot be read."""
+    """Yield the number, from 1, and the value of each line that is not blank; `NOT_JSON` for invalid lines."""
     return values_of(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]:
-    """The same of a file to learn from, in which nothing is replaced or left out: text that is not JSON, not UTF-8, or
-    has half of a character raises `InvalidArgument` naming the line; `fix` is for what is not JSON."""
+    """Yield the same from a training file, without replacing or skipping anything.
+
+    Raises `InvalidArgument` naming the line if it is not JSON (`fix` is the advice), not UTF-8, or has half of a
+    surrogate pair.
+    """
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -38,8 +41,8 @@ def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]
 
 
 def values_of(text: str) -> Iterator[tuple[int, object]]:
-    """As `json_lines`, of a text."""
-    # Not splitlines(): inside a JSON string it would break at U+2028 and its like.
+    """Yield the same from a text; see `json_lines`."""
+    # Not splitlines(), which would split a JSON string at U+2028 and similar characters.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:

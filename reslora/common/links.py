@@ -1,4 +1,4 @@
-"""What a run says of its chains: layers that stay plain, and a --pre_num that reaches beyond them."""
+"""Report layers without shortcuts, and chains shorter than --pre_num."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def tell_links(
     tell: Callable[[str], object],
     example_inputs: dict | None = None,
 ) -> None:
-    """Says which layers stay plain LoRA, and which chains are too short for a --pre_num: others may mean the same.
+    """Report the layers that stay plain LoRA, and the chains too short for --pre_num.
 
-    `model` has the method's adapter. Of methods without chains there is nothing to say. `example_inputs` as in
-    `reslora.chains`.
+    On those chains several values of --pre_num are equivalent. `model` has the method's adapter; a method without
+    chains has nothing to report. `example_inputs` as in `reslora.chains`.
     """
     row = METHODS[method]
     shortcuts = replace(shortcuts, shortcut=row.placebo or shortcuts.shortcut)
@@ -35,7 +35,7 @@ def tell_links(
         tell(f"--shortcut: {counted(len(plan.unlinked), 'layer')} left as plain LoRA, such as {name} ({reason})")
     reach, longest = shortcuts.reach, max(map(len, plan), default=0)
     start = f"--pre_num {shortcuts.pre_num}:"
-    if reach is not None and reach < shortcuts.pre_num:  # a shortcut that takes one, whatever is asked
+    if reach is not None and reach < shortcuts.pre_num:  # a shortcut that always uses one block
         if row.reads_shortcut and shortcuts.pre_num > max(longest - 1, DEFAULT_PRE_NUM):
             most = counted(longest, "block")
             tell(f"{start} the longest chain has {most}, and --shortcut {shortcuts.shortcut} reads one")

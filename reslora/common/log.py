@@ -1,4 +1,4 @@
-"""A run's `log.jsonl`: rows `{"step", "split", "loss", "lr", "seconds"}`, one a line."""
+"""Read and write a run's `log.jsonl`: rows `{"step", "split", "loss", "lr", "seconds"}`, one for each line."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .jsonl import json_lines
 
 
 def read_log(path: str | os.PathLike) -> list[dict]:
-    """Rows of a log without damaged lines (a kill can cut the last one short); empty where there is no file."""
+    """Return the rows of a log without damaged lines (a kill can truncate the last one); empty without a file."""
     return [row for row in _lines(path) if row is not None]
 
 
 def count_damaged(path: str | os.PathLike) -> int:
-    """How many lines of a log are no rows."""
+    """Return the number of lines of a log that are not valid rows."""
     return sum(row is None for row in _lines(path))
 
 
 def _lines(path: str | os.PathLike) -> list[dict | None]:
-    """Each line's row; None for one that cannot be read."""
+    """Return each line's row; None for an invalid line."""
     try:
         values = [value for _, value in json_lines(Path(path))]
     except OSError:
@@ -32,7 +32,7 @@ def _lines(path: str | os.PathLike) -> list[dict | None]:
 
 
 class LogWriter:
-    """Appends rows to a log, after keeping those up to the step that a run goes on from."""
+    """Append rows to a log; rows after the step that a run resumes from are removed first."""
 
     def __init__(self, path: str | os.PathLike, step: int = 0) -> None:
         kept = [row for row in read_log(path) if row["step"] <= step] if step else []
@@ -41,19 +41,19 @@ class LogWriter:
         self.file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self, row: dict) -> None:
-        """Appends one row; it is in the file when this returns."""
+        """Append one row and flush it to the file."""
         with self._named():
             self.file.write(_line(row))
             self.file.flush()
 
     def close(self) -> None:
-        """Closes the file; a row that did not fit is tried once more, and fails once more."""
+        """Close the file; a row that could not be written is tried once more, and may raise again."""
         with self._named():
             self.file.close()
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """A full disk is noticed by a write, which knows no file: the error names the log."""
+        """Name the log in an `OSError` such as a full disk, which does not know its file."""
         try:
             yield
         except OSError as error:
@@ -62,7 +62,7 @@ class LogWriter:
 
 
 def of_split(rows: Iterable[dict], split: str) -> list[dict]:
-    """The rows of one split, `train` or `validation`."""
+    """Return the rows of one split, `train` or `validation`."""
     return [row for row in rows if row.get("split") == split]
 
 

@@ -1,4 +1,4 @@
-"""How much memory a run takes."""
+"""Measure the memory of a run."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 
 def forget_peak(device: torch.device) -> None:
-    """From here on `peak_memory` counts; on a CPU where the system allows it."""
+    """Reset the peak that `peak_memory` returns; on a CPU only if the system supports it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with contextlib.suppress(OSError):  # Linux alone has it
+        with contextlib.suppress(OSError):  # only Linux has it
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes at the most: allocated on a GPU; on a CPU resident, what the process had before included; else None."""
+    """Return the peak memory in bytes: allocated on a GPU, or resident on a CPU; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, IndexError, ValueError):
@@ -30,7 +30,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that a process may still take: of a GPU; on a CPU its share of what the system has; else None."""
+    """Return the free memory in bytes: of a GPU, or a CPU process's share of the system's; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu":

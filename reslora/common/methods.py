@@ -1,6 +1,7 @@
-"""What can be trained, a row each: a new baseline is a function that makes PEFT's configuration, and a row in METHODS.
+"""Registry of the trainable methods: a new one needs a function that returns PEFT's configuration, and a row in
+METHODS.
 
-Flags, checks, exports and the application go by these rows. Nothing heavy is imported before a row is used.
+Options, validation, exports and the application use these rows. Importing it imports no heavy package.
 """
 
 from __future__ import annotations
@@ -20,27 +21,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What an adapter is made of, whatever its method."""
+    """Settings of an adapter that are common to all methods."""
 
     r: int
     alpha: float
     dropout: float
-    """Of the adapter's input; LoHa's and LoKr's is of ranks."""
+    """Dropout of the adapter's input; for LoHa and LoKr of ranks."""
     targets: Sequence[str] | str
-    """As PEFT's `target_modules`."""
+    """PEFT's `target_modules`."""
     total_steps: int
-    """AdaLoRA's schedule."""
+    """Number of training steps, for AdaLoRA's schedule."""
     task_type: str | None = None
     modules_to_save: Sequence[str] | None = None
     init_lora_weights: bool | str = True
-    """LoRA's alone; diffusers' scripts take "gaussian"."""
+    """Only for LoRA; diffusers' scripts use "gaussian"."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """As PEFT's, as `alpha_pattern`: see `patterns`."""
+    """PEFT's `rank_pattern`, like `alpha_pattern`; see `patterns`."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def shared(self) -> dict[str, Any]:
-        """Keyword arguments of every configuration of PEFT's."""
+        """Keyword arguments of every PEFT configuration."""
         return {
             "target_modules": self.targets if isinstance(self.targets, str) else list(self.targets),
             "task_type": self.task_type,
@@ -65,8 +66,10 @@ def lora(settings: AdapterSettings, times: float = 1, **variant: bool) -> PeftCo
 
 
 def adalora(settings: AdapterSettings) -> PeftConfig:
-    """AdaLoRA: half as much rank again, taken away to `r` on average between a tenth and a half of the steps
-    (Zhang et al., 2023)."""
+    """Return the configuration of AdaLoRA (Zhang et al., 2023).
+
+    The initial rank is 1.5 `r`; it is reduced to an average of `r` between a tenth and a half of the steps.
+    """
     from peft import AdaLoraConfig
 
     steps = settings.total_steps
@@ -88,9 +91,9 @@ def lycoris(settings: AdapterSettings, kind: str) -> PeftConfig:
 
 
 def oft(settings: AdapterSettings) -> PeftConfig:
-    """OFT: rotations of blocks of a layer's input (Qiu et al., 2023), in blocks of four times the rank.
+    """Return the configuration of OFT (Qiu et al., 2023): block rotations of a layer's input, with blocks of 4 `r`.
 
-    As many weights as LoRA of that rank then has in a square layer. PEFT takes the nearest divisor of the width.
+    In a square layer this has as many weights as LoRA of rank `r`. PEFT uses the nearest divisor of the width.
     """
     from peft import OFTConfig
 
@@ -98,19 +101,19 @@ def oft(settings: AdapterSettings) -> PeftConfig:
 
 
 def itself(model: nn.Module) -> nn.Module:
-    """What is plain LoRA already."""
+    """Return the model: it is plain LoRA already."""
     return model
 
 
 def adalora_as_lora(model: nn.Module) -> nn.Module:
-    """See `adapters.as_plain_lora`."""
+    """Return AdaLoRA as plain LoRA; see `adapters.as_plain_lora`."""
     from .adapters import as_plain_lora
 
     return as_plain_lora(model)
 
 
 def placebo_as_lora(model: nn.Module) -> nn.Module:
-    """See `controls.merged`."""
+    """Return a placebo as plain LoRA; see `controls.merged`."""
     from .controls import merged
 
     return merged(model)
@@ -118,60 +121,62 @@ def placebo_as_lora(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Method:
-    """What is to be known of a method to train, save, export and show it."""
+    """Properties of a method for training, saving, export and display."""
 
     name: str
-    """As flags and folders have it."""
+    """Name in options and directories."""
     title: str
-    """As a person reads it."""
+    """Name for display."""
     help: str
-    """What it is, in a line."""
+    """Description in one line."""
     color: str
-    """Of its curve on the application's page."""
+    """Color of its curve on the application's page."""
     config: Callable[[AdapterSettings], PeftConfig]
-    """Makes PEFT's configuration."""
+    """Return PEFT's configuration."""
     plain_lora: Callable[[nn.Module], nn.Module] | None = itself
-    """The trained (and merged) model as the plain LoRA that it amounts to, from which diffusers', kohya's and ComfyUI's
-    files are made; None where it amounts to none, and PEFT's form and merged weights are all there is."""
+    """Convert the trained (and merged) model to plain LoRA, for the files of diffusers, kohya and ComfyUI;
+
+    None if there is no equivalent, and only PEFT's format and merged weights can be exported.
+    """
     shortcuts: bool = False
-    """Whether blocks are wired, and merged in the end."""
+    """Whether it connects blocks, which are merged at the end."""
     matched: bool = False
-    """Whether each layer's alpha is what the shortcut would make of it: see `controls`."""
+    """Whether each layer's alpha matches the scale of the shortcut; see `controls`."""
     placebo: str = ""
-    """The shortcut in which rotations of a block's own input take its neighbours' place: see `controls`."""
+    """Shortcut whose earlier blocks are replaced by rotations of the block's own input; see `controls`."""
     deepspeed: bool = True
     """Whether DeepSpeed can train it."""
     quantised: bool = True
-    """Whether PEFT has it for frozen weights in 4 bits."""
+    """Whether PEFT supports it on 4-bit base weights."""
     parts: bool = True
     """Whether it can train several models at once, such as a denoiser and its text encoders."""
     of_layers: bool = True
-    """Whether single layers can have ranks and alphas of their own."""
+    """Whether single layers can have their own rank and alpha."""
     dropout: bool = True
-    """Whether PEFT has a dropout for it."""
+    """Whether PEFT supports dropout for it."""
     alpha: bool = True
-    """Whether its scale goes by an alpha."""
+    """Whether its scale depends on an alpha."""
     least_steps: int = 1
-    """With fewer it cannot move its ranks."""
+    """Minimum number of steps, for methods that reallocate ranks."""
 
     @property
     def trains_lora(self) -> bool:
-        """Whether what trains is LoRA's own A and B: its checkpoints can be drawn with."""
+        """Whether the trained tensors are LoRA's own A and B, so that its checkpoints can generate images."""
         return self.plain_lora is itself
 
     @property
     def reads_shortcut(self) -> bool:
-        """Whether it is another one with another --shortcut."""
+        """Whether it depends on --shortcut."""
         return self.shortcuts or self.matched
 
     @property
     def reads_shortcut_flags(self) -> bool:
-        """Whether it is another one with another --pre_num or --head."""
+        """Whether it depends on --pre_num or --head."""
         return self.reads_shortcut or bool(self.placebo)
 
     @property
     def measured(self) -> bool:
-        """Whether a few batches say what it is, before its first step."""
+        """Whether it is calibrated on a few batches before its first step."""
         return self.matched or bool(self.placebo)
 
 
@@ -190,11 +195,11 @@ METHODS = {
         ),
         Method("reslora", "ResLoRA", "LoRA with shortcuts", "#e8590c", lora, shortcuts=True),
         Method(
-            "is_placebo", "Input placebo", "input-shortcuts from rotations in place of neighbours", "#f08c00", lora,
+            "is_placebo", "Input placebo", "input-shortcuts from rotations in place of neighbors", "#f08c00", lora,
             placebo_as_lora, placebo="input",
         ),
         Method(
-            "ms_placebo", "Middle placebo", "middle-shortcuts from rotations in place of neighbours", "#c2255c", lora,
+            "ms_placebo", "Middle placebo", "middle-shortcuts from rotations in place of neighbors", "#c2255c", lora,
             placebo_as_lora, placebo="middle",
         ),
         Method(
@@ -223,13 +228,13 @@ METHODS = {
 
 
 def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
-    """Returns PEFT's configuration of a method, as its row in `METHODS` makes it; ResLoRA's is LoRA's."""
+    """Return PEFT's configuration of a method in `METHODS`; ResLoRA uses LoRA's."""
     return METHODS[method].config(settings)
 
 
 DEFAULT_PRE_NUM = 4
 IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
-"""For the help of flags."""
+"""Methods and their descriptions, for the help of options."""
 
 
 _UNABLE = {
@@ -237,19 +242,21 @@ _UNABLE = {
     "parts": ("moves ranks within one model, and --train_text_encoder trains several", "leave one out"),
     "quantised": ("PEFT has it for whole weights only", "leave --load_in_4bit out"),
 }
-"""What is said of a method that cannot do what a field of its row says, and the fix."""
+"""Problem and fix for each ability that a method can lack."""
 
 
 def refuse_unable(names: Iterable[str], ability: str) -> None:
-    """Raises `InvalidArgument` for the first of these methods whose row says that it lacks the ability."""
+    """Raise `InvalidArgument` for the first of these methods that lacks the ability."""
     for name in names:
         if not getattr(METHODS[name], ability):
             raise InvalidArgument(f"--method {name}", *_UNABLE[ability])
 
 
 def refuse_settings(names: Iterable[str], dropout: float, patterns: Mapping[str, Sequence[str] | None]) -> None:
-    """Raises `InvalidArgument` for the first of these methods that has no dropout, or no ranks and alphas by layer,
-    where such are given; `patterns` by the names of their flags."""
+    """Raise `InvalidArgument` for the first method that does not support a given dropout or ranks and alphas by layer.
+
+    `patterns` holds the given values by the name of their option.
+    """
     for method in (METHODS[name] for name in names):
         if dropout and not method.dropout:
             problem = f"PEFT has none for --method {method.name}"
@@ -261,7 +268,7 @@ def refuse_settings(names: Iterable[str], dropout: float, patterns: Mapping[str,
 
 
 def check_steps(names: Iterable[str], steps: int | None, argument: str) -> None:
-    """Raises `InvalidArgument`, which names `argument`, where a method needs more steps than there are to be."""
+    """Raise `InvalidArgument` naming `argument` if a method needs more steps than there are."""
     for method in (METHODS[name] for name in names):
         if steps and steps < method.least_steps:
             problem = f"{method.title} needs {method.least_steps} to move ranks"

@@ -1,7 +1,7 @@
-"""Ranks and alphas of single layers, `NAME=VALUE`: which layers a name means is PEFT's to say.
+"""Ranks and alphas of single layers, `NAME=VALUE`, matched to layers as PEFT does.
 
-PEFT takes the first entry that fits a layer and sorts them when it writes a file, so only whole names mean the same to
-every reader: entries are spelled out before an adapter is made.
+PEFT uses the first entry that matches a layer, and sorts entries when it writes a file. Only complete names mean the
+same to every reader, so entries are expanded to complete names before an adapter is created.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FIELDS = ("rank_pattern", "alpha_pattern")
-"""Of PEFT's configurations, and the names of the flags."""
+"""Fields of PEFT's configurations, and the names of the options."""
 HELP = {
     "rank_pattern": "ranks of single layers, such as attn2.to_k=4 or mid_block.*=16; NAME is the end of a layer's name "
     "as a regular expression. Alpha stays as it is, so the scale grows where the rank is lower",
@@ -28,10 +28,10 @@ HELP = {
 
 
 def entries(field: str, texts: Iterable[str] | None) -> dict[str, Any]:
-    """PEFT's `rank_pattern` or `alpha_pattern` of `NAME=VALUE` texts.
+    """Return PEFT's `rank_pattern` or `alpha_pattern` from `NAME=VALUE` texts.
 
-    Raises `InvalidArgument` for a text of another form, a name given twice, a value that is no rank (a whole number
-    above 0) or alpha (a finite number above 0).
+    Raises `InvalidArgument` for another format, for a name given twice, and for a value that is not a rank (a whole
+    number above 0) or an alpha (a finite number above 0).
     """
     found: dict[str, Any] = {}
     for text in texts or ():
@@ -64,10 +64,10 @@ def _number(field: str, text: str) -> float | None:
 
 
 def spell_out(model: nn.Module, config: PeftConfig) -> None:
-    """Gives the configuration, in place of its entries, one of the whole name of each layer that they fit.
+    """Replace the configuration's patterns by one entry for the complete name of each layer that they match.
 
-    Raises `InvalidArgument` where an entry fits no layer of `model` that is adapted, where two entries of unlike values
-    fit one, or for a rank that is larger than the layer's smaller side (LoKr takes any).
+    Raises `InvalidArgument` if a pattern matches no adapted layer of `model`, if two patterns with different values
+    match one, or if a rank is larger than the layer's smaller dimension (LoKr accepts any).
     """
     from .adapters import smaller_side, targeted
 
@@ -102,5 +102,5 @@ def _of_whole_names(flag: str, given: Mapping[str, Any], layers: Iterable[str]) 
 
 
 def _whole(name: str) -> str:
-    """The pattern that fits this name and no other."""
+    """Return a pattern that matches only this name."""
     return "^" + re.escape(name)

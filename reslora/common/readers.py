@@ -1,6 +1,6 @@
-"""Who reads what a script prints may go: a terminal that closes, `tee` that ends. The script goes on.
+"""Ignore EPIPE and EIO on stdout and stderr, so that a closed terminal or pipe does not end training.
 
-Nor does it end at a name that is no text.
+File names that cannot be encoded do not end it either.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-_GONE = (errno.EIO, errno.EPIPE)  # what a write to a terminal says, and to a pipe
+_GONE = (errno.EIO, errno.EPIPE)  # errors of writing to a closed terminal, and to a closed pipe
 
 
 @contextlib.contextmanager
 def outlived() -> Iterator[None]:
-    """Inside, what nobody can read any more is dropped; to print it would end the script, its last steps unsaved."""
+    """Discard output inside this context once nothing reads it: an error would end training before it has saved."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
     for stream in streams:
         for name in ("write", "flush"):
@@ -32,7 +32,7 @@ def outlived() -> Iterator[None]:
 
 
 def take_any_file_name() -> None:
-    """File names need not be text: what cannot be printed is escaped."""
+    """Escape file names that are not valid text when they are printed."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -46,7 +46,7 @@ def _outliving(stream: TextIO, do: Callable) -> Callable:
             if error.errno not in _GONE:
                 raise
             with Path(os.devnull).open("w") as nowhere:
-                os.dup2(nowhere.fileno(), stream.fileno())  # also for what is in its buffer when Python ends
+                os.dup2(nowhere.fileno(), stream.fileno())  # also for data in its buffer when Python exits
             return do(*what)
 
     return done

@@ -1,4 +1,4 @@
-"""What every trainer does with checkpoints that it goes on from, and with those that are none of its own."""
+"""Checkpoints on resume: find, rename and remove them; shared by all trainers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..files import remove, replacing, temporary_beside
 from .errors import InvalidArgument, RunFailed, first_line, out_of_memory
 
 MERGED = "merged-by-[a-z]+"
-"""How what the application merges a checkpoint into is called, before the step."""
+"""Pattern of the names of checkpoints merged by the application, before the step."""
 
 ADAPTERS = "adapters"
 """Folder of the adapters among which an experiment chooses, without what a resumed run needs."""
@@ -24,20 +24,20 @@ def adapter_folder(folder: Path, step: int) -> Path:
 
 
 def numbered(folder: Path, kind: str = "checkpoint") -> list[Path]:
-    """Everything in a folder that is called `<kind>-<step>`, newest first. `kind`: a regular expression."""
+    """Return the paths in a directory named `<kind>-<step>`, newest first; `kind` is a regular expression."""
     found = (path for path in folder.glob("*-*") if re.fullmatch(rf"{kind}-\d+", path.name))
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in the name of a checkpoint, or of what it was merged into."""
+    """Return the step in the name of a checkpoint, or of a merged one."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def set_aside(checkpoint: Path, why: str = "is not of this line of training", mark: str = "set-aside") -> Path:
-    """Gives a checkpoint, or what is in its place, another name, and returns that: what is not ours is not removed.
+    """Rename a checkpoint, or another path in its place, and return the new path: files of the user are not removed.
 
-    A name that transformers does not take for a checkpoint's: it removes the older ones of these.
+    The new name is not that of a checkpoint for transformers, which removes older checkpoints.
     """
     number, there = 1, checkpoint.with_name(f"{mark}-{checkpoint.name}")
     while there.exists():
@@ -49,9 +49,9 @@ def set_aside(checkpoint: Path, why: str = "is not of this line of training", ma
 
 
 def discard(old: Path) -> None:
-    """Removes what newer ones have replaced; training goes on where that cannot be done, and a line says so.
+    """Remove an obsolete path; if that fails, print a line and continue.
 
-    Under another name first: a kill half-way must not leave half a checkpoint.
+    It is renamed first, so that a kill does not leave half a checkpoint.
     """
     there = old
     try:
@@ -63,13 +63,13 @@ def discard(old: Path) -> None:
 
 
 def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: Iterable[str] = ()) -> None:
-    """Sets aside what training from `chosen` does not descend from: later checkpoints, or all where it is none of them.
+    """Rename the checkpoints that training from `chosen` does not continue: later ones, or all if it is not among them.
 
-    So those that a limit removes, and those whose places are taken, are always of one line. `found`: those called
-    `checkpoint-<step>`, and what they were merged into; `place`: where the folder has the one of this step. `chosen`
-    may have any name, in another folder or as one that was set aside itself: it is copied to `place` then, so that
-    after a kill before the next checkpoint the newest one is of this line too. What the folder holds `beside`
-    checkpoints, by name, is of another line then and steps aside with them.
+    Afterwards all checkpoints belong to one training history, so that a limit on their number removes the right ones.
+    `found`: the paths named `checkpoint-<step>`, and merged ones; `place`: the path for a checkpoint of this step.
+    `chosen` may have any name, be in another directory or be a renamed one. It is then copied to `place`, so that the
+    newest checkpoint belongs to this history even if the process is killed before the next one. The files named in
+    `beside` belong to the other history then, and are renamed too.
     """
     if chosen.resolve() == place.resolve():
         for other in found:
@@ -77,7 +77,7 @@ def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: I
                 set_aside(other)
         return
     with replacing(place) as temporary:
-        shutil.copytree(chosen, temporary)  # may fail: before anything else is changed
+        shutil.copytree(chosen, temporary)  # may fail, so it precedes all other changes
         for other in dict.fromkeys([*found, place, *(place.with_name(name) for name in beside)]):
             if other.exists():
                 set_aside(other)
@@ -85,7 +85,7 @@ def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: I
 
 @contextlib.contextmanager
 def memory_reported(folder: Path) -> Iterator[None]:
-    """Turn memory that runs out while `folder` is trained into a `RunFailed` that names the newest checkpoint there."""
+    """Convert exhausted memory during training in `folder` into a `RunFailed` that names the newest checkpoint."""
     try:
         yield
     except RunFailed:
@@ -101,9 +101,9 @@ def memory_reported(folder: Path) -> Iterator[None]:
 
 
 def refuse_afresh(output: Path, folder: Path, finished: bool) -> None:
-    """Raises `InvalidArgument` where to start from zero in `folder` would overwrite what was trained there.
+    """Raise `InvalidArgument` if starting from zero in `folder` would overwrite trained results.
 
-    For who finds no checkpoint to go on from. `folder` is a part of --output_dir, or all.
+    Called if there is no checkpoint to resume from. `folder` is --output_dir or a directory in it.
     """
     flag, fix = f"--output_dir {output}", f"choose another, or remove {folder} to start afresh"
     if aside := sorted(folder.glob("set-aside-checkpoint-*"), key=lambda path: path.stat().st_mtime):
@@ -114,6 +114,6 @@ def refuse_afresh(output: Path, folder: Path, finished: bool) -> None:
 
 
 def cannot_be_loaded(checkpoint: Path | str, error: Exception) -> str:
-    """The line for a checkpoint that is whole and cannot be loaded all the same."""
+    """Return the message for a checkpoint that is complete but cannot be loaded."""
     problem = f"{checkpoint} is whole, but cannot be loaded ({first_line(error)})"
     return f"{problem}; nothing on disk was changed: the same command tries again"

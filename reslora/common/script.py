@@ -1,4 +1,4 @@
-"""What every script does around its `main`: errors become one line and a status, signals a request to stop."""
+"""Common entry code of all scripts: errors become one line and an exit status, signals a request to stop."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from .readers import outlived, take_any_file_name
 from .signals import StopRequest
 from .temporarily import temporarily
 
-# How gloo and NCCL say, where gradients are exchanged, that another process of the run is gone.
+# Messages of gloo and NCCL in a collective if another process of the run has ended.
 _GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
 def run_script(
     prog: str, main: Callable[[Sequence[str] | None, StopRequest], None], argv: Sequence[str] | None = None
 ) -> int:
-    """Runs `main(argv, stop)` and returns the script's exit status; what the user can mend is one line on stderr.
+    """Run `main(argv, stop)` and return the exit status; errors that the user can fix are one line on stderr.
 
-    0; 2 for `InvalidArgument`; 1 for `RunFailed`, for memory that runs out and for files that cannot be read or
-    written; 128 + signal after Ctrl-C or SIGTERM, which `stop` notes and `main` answers by raising `Stopped` once it
-    has saved; a terminal that closes is as SIGTERM. Other exceptions are mistakes of ours, and pass.
+    The status is 0; 2 for `InvalidArgument`; 1 for `RunFailed`, exhausted memory and files that cannot be read or
+    written; 128 + signal after Ctrl-C or SIGTERM. On a signal, `stop` is set, and `main` raises `Stopped` after it has
+    saved; a closed terminal is treated as SIGTERM. Other exceptions are bugs and are raised.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # how one library calls another is not for who trains
+    # Warnings of one library about another are not for the user.
+    warnings.filterwarnings("ignore", category=FutureWarning)
     take_any_file_name()
     with outlived(), temporarily(warnings, formatwarning=warning_line), StopRequest() as stop:
         try:
@@ -46,7 +47,7 @@ def run_script(
             if speaks():
                 _say(f"{prog}: error: {error}")
             status = 2
-        except (RunFailed, OSError) as error:  # a full disk, a folder that went away: the last checkpoint is intact
+        except (RunFailed, OSError) as error:  # a full disk or a removed directory: the last checkpoint is intact
             _say(f"{prog}: {error}")
             status = 1
         except (RuntimeError, MemoryError) as error:
@@ -68,17 +69,18 @@ def run_script(
 
 
 def warning_line(message: Warning | str, *where: object, **more: object) -> str:
-    """Return a warning as one line, without the place in the code that Python names."""
+    """Return a warning as one line, without the code location that Python adds."""
     return f"warning: {' '.join(str(message).split())}\n"
 
 
 def shares_the_cpu() -> bool:
-    """Whether this is one of several processes on a machine without a GPU or another accelerator.
+    """Return whether several processes run on a machine without an accelerator.
 
-    accelerate must be told: without a device it finds no backend, and would take each process for the only one. Its
-    launcher does not pass `use_cpu` on to several. False with DeepSpeed, which accelerate drops where it is told.
+    accelerate must be created with `cpu=True` then: it finds no backend otherwise and treats each process as the only
+    one. Its launcher does not pass `use_cpu` on to several processes. False with DeepSpeed, which `cpu=True` would
+    disable.
     """
-    import torch  # only once the flags make sense
+    import torch  # only after the options are validated
 
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
     return several and not torch.accelerator.is_available()
@@ -89,10 +91,12 @@ def _say(text: str) -> None:
 
 
 def _leave_process_group(together: bool) -> None:
-    """On a busy machine gloo's threads abort a process that exits while its group is alive: status -6 after a good run.
+    """Destroy the process group before exit.
 
-    `together`: all processes of the run leave; where only some do, groups that wait for the others are left alone.
+    On a busy machine, gloo's threads abort a process that exits with a live group (status -6 after a good run).
+    `together`: all processes of the run exit; otherwise groups that wait for the other processes are not destroyed.
     """
-    together_module = sys.modules.get(f"{__package__}.together")  # scripts import it, and torch, after their flags
+    # Scripts import it, with torch, only after their options are validated.
+    together_module = sys.modules.get(f"{__package__}.together")
     if together_module is not None:
         together_module.leave(everyone=together)

@@ -1,4 +1,4 @@
-"""Random numbers as functions of what they are for, without torch."""
+"""Derive random seeds from keys, without torch."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import hashlib
 
 
 def derive(*key: object) -> int:
-    """A 63-bit seed that depends on the whole key and nothing else, the same on every machine."""
+    """Return a 63-bit seed that depends only on the key, and is the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1

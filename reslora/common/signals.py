@@ -1,14 +1,14 @@
-"""Ctrl-C, SIGTERM, a terminal that closes and the death of the launcher ask a script to save and leave.
+"""Handle Ctrl-C, SIGTERM, a closed terminal and the death of the launcher as requests to save and exit.
 
     with StopRequest() as stop:
         for batch in batches:
             step(batch)
-            if stop.signal is not None:     # with several processes: share it first, all must leave after the same step
+            if stop.signal is not None:     # with several processes, `shared` first: all must exit after the same step
                 save()
                 raise Stopped("stopped after step 7; go on with --resume_from_checkpoint latest")
 
-The exit status of a stopped script is `128 + stop.signal`. `accelerate launch` does not pass SIGTERM on to the one
-process that it starts, and nobody passes on SIGKILL: without `StopRequest` that process would train on, alone.
+The exit status of a stopped script is `128 + stop.signal`. `accelerate launch` does not forward SIGTERM to a
+single process, and SIGKILL cannot be forwarded: without `StopRequest` that process would continue to train.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ _LAUNCHERS = {
     "accelerate", "accelerate.commands.accelerate_cli", "accelerate.commands.launch", "torchrun",
     "torch.distributed.run", "torch.distributed.launch", "deepspeed",
 }  # fmt: skip
-_TOLD: Any = getattr(signal, "SIGUSR1", None)  # from the kernel when the launcher dies, and from the application
-_HUNG_UP: Any = getattr(signal, "SIGHUP", None)  # what a terminal sends that closes, or whose connection is lost
+_TOLD: Any = getattr(signal, "SIGUSR1", None)  # sent by the kernel when the launcher dies, and by the application
+_HUNG_UP: Any = getattr(signal, "SIGHUP", None)  # sent by a terminal that closes or loses its connection
 _PR_SET_PDEATHSIG = 1
 SIGNALS = {number for number in (signal.SIGINT, signal.SIGTERM, _HUNG_UP, _TOLD) if number is not None}
-"""What a script answers by a request to stop."""
+"""Signals that a script handles as a request to stop."""
 NOT_BEGUN = "stopped before training began"
-"""What `StopRequest.check` says where there is nothing to save yet."""
+"""Message of `StopRequest.check` before there is anything to save."""
 
 
 class StopRequest:
-    """While it is open, the first SIGINT or SIGTERM is noted in `signal`, and the next one ends the process at once.
+    """While it is open, the first SIGINT or SIGTERM is stored in `signal`, and the next one ends the process at once.
 
-    Handlers are installed whatever the process inherits (`nohup` and background shells leave SIGINT ignored), and the
-    earlier ones come back at the end. `signal` is also SIGTERM once the launcher is gone, after SIGHUP, which `nohup`
-    has ignored, or after SIGUSR1, by which batch systems announce the end and the application asks. However often
-    these come, they never end the process at once, except within `at_once`; a SIGINT or SIGTERM after them counts as
-    the first. torch's launcher repeats what the terminal has sent already, so below it the third one ends the process.
-    Only for the main thread.
+    Handlers are installed even if signals are ignored on entry (`nohup` and background shells ignore SIGINT), and the
+    earlier handlers are restored at the end. `signal` is also SIGTERM once the launcher has ended, after SIGHUP, unless
+    `nohup` ignores it, or after SIGUSR1, which batch systems and the application send. These never end the process at
+    once, however often they come, except within `at_once`; a SIGINT or SIGTERM after them counts as the first. torch's
+    launcher repeats signals that the terminal has already sent, so below it the third one ends the process. Only for
+    the main thread.
     """
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._before_leaving = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
-        self._heard = 0  # SIGINT and SIGTERM alone
+        self._heard = 0  # count of SIGINT and SIGTERM only
         self._launcher: int | None = None
         self._previous: dict[int, Any] = {}
 
     @property
     def signal(self) -> int | None:
-        """The number of the signal that asks to stop, or None; may be set, to share what another process was asked."""
+        """Number of the signal that requests a stop, or None; can be set, to share a request from another process."""
         if self._signal is None and self._launcher is not None and os.getppid() != self._launcher:
             self._signal = signal.SIGTERM
         return self._signal
@@ -68,21 +68,22 @@ class StopRequest:
         self._signal = number
 
     def shared(self, asked: bool) -> bool:
-        """Whether any process was `asked`, which this one notes as its own SIGTERM if it was not: all end alike."""
+        """Return whether any process was `asked` to stop; if so, count it as a SIGTERM here, so that all exit alike."""
         if asked and self.signal is None:
             self.signal = signal.SIGTERM
         return asked
 
     def check(self, message: str) -> None:
-        """Raises `Stopped` with the message if a stop was asked for: for long work that has nothing to save."""
+        """Raise `Stopped` with the message if a stop was requested, for long work that has nothing to save."""
         if self.signal is not None:
             raise Stopped(message)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal or the launcher's death ends one of several processes at once; raises `Stopped` before that.
+        """Let a signal or the launcher's death end this process at once, if it is one of several.
 
-        For where processes meet first: they wait for the launcher inside a library, deaf to Python's handlers.
+        Raises `Stopped` if a stop was requested before. For the start of a distributed run: processes wait for the
+        launcher inside a library, which blocks Python's signal handlers.
         """
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         handlers = {number: signal.signal(number, signal.SIG_DFL) for number in self._previous if several}
@@ -126,7 +127,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Inside, `SIGNALS` wait: a process that is started there gets none before it can answer."""
+    """Block `SIGNALS` inside this context, so that a process started there gets none before it has handlers."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if os.name == "posix" else set()
     try:
         yield
@@ -136,30 +137,30 @@ def signals_blocked() -> Iterator[None]:
 
 
 def _tell(text: str) -> None:
-    """A line on stderr; not by `print`, which a signal may have interrupted."""
+    """Print a line on stderr without `print`, which a signal may have interrupted."""
     if speaks():
         with contextlib.suppress(OSError):
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())
 
 
 def _launcher() -> int | None:
-    """The process id of the parent if that is a launcher; None for a shell, an application or a test."""
+    """Return the process id of the parent if it is a launcher; None for a shell, the application or a test."""
     parent = os.getppid()
     try:
         words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:  # not Linux: accelerate and torch tell their children in the environment
+    except OSError:  # not Linux: accelerate and torch set an environment variable for their child processes
         told = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
         return parent if told and parent != 1 else None
     return parent if is_launcher(words) else None
 
 
 def is_launcher(command: Sequence[str]) -> bool:
-    """Whether a command line, as words, is one of accelerate's, torch's or DeepSpeed's launchers."""
-    # The interpreter with its options and `-m` may come first; what follows further behind are the script's own words.
+    """Return whether a command line is one of the launchers of accelerate, torch or DeepSpeed."""
+    # The interpreter, its options and `-m` may come first; later arguments belong to the script.
     return any(word in _LAUNCHERS or Path(word).name in _LAUNCHERS for word in command[:4])
 
 
 def _signal_on_death_of_parent() -> None:
-    """Linux: the kernel sends SIGUSR1 when the parent dies. Elsewhere `StopRequest.signal` looks for itself."""
+    """Ask the kernel for SIGUSR1 when the parent dies (Linux only). Elsewhere `StopRequest.signal` polls the parent."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(_TOLD), 0, 0, 0)

@@ -1,4 +1,4 @@
-"""What a run is doing now, for who watches it: `.status.json` in its folder, which goes away with the lock."""
+"""Write a run's current phase to `.status.json` in its directory, for the application; it is removed with the lock."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .memory import peak_memory
 from .together import is_main
 
 FILE = ".status.json"
-EVERY = 1.0  # seconds between two tellings of how far a phase is
+EVERY = 1.0  # seconds between two updates of a phase's progress
 
 
 @dataclass
 class Status:
-    """Says what the run is at. The main process writes it; without a folder nobody does.
+    """Current phase and progress of a run, written by the main process; without a directory nothing is written.
 
     The file holds `process`, `phase`, `name` (of what is trained; may be empty), `memory_bytes` (null where unknown)
     and, where things are counted, `done`, `total` and `per_second` (null as long as there was but one).
@@ -32,15 +32,15 @@ class Status:
     phase: tuple[str, str] = ("", "")
     told: float = 0.0
     first: tuple[float, int] = (0.0, 0)
-    """When the first thing of this phase was done, and its number: what came before may have taken longer."""
+    """Time and number of this phase's first item, whose preparation may have taken longer than the others."""
 
     def say(self, phase: str, name: str = "") -> None:
-        """A phase begins: it is written at once, for nothing else may be told for minutes."""
+        """Begin a phase and write it at once: the next update may take minutes."""
         self.phase = (phase, name)
         self._write()
 
     def count(self, phase: str, done: int, total: int, name: str = "") -> None:
-        """So many are done of what a phase consists of; `phase` ends with what one of them is: `encoding image`."""
+        """Report that `done` of `total` items of a phase are done; `phase` ends with the item: `encoding image`."""
         now = time.monotonic()
         if self.phase != (phase, name):
             self.phase, self.first = (phase, name), (now, done)
@@ -55,6 +55,6 @@ class Status:
         self.told, (phase, name) = time.monotonic(), self.phase
         memory = peak_memory(self.device) if self.device else None
         content = {"process": os.getpid(), "phase": phase, "name": name, "memory_bytes": memory, **counted}
-        with contextlib.suppress(OSError, RunFailed):  # a full disk ends a run where it loses something
-            if self.folder.is_dir():  # one that was moved is not made anew
+        with contextlib.suppress(OSError, RunFailed):  # a full disk ends a run only when data would be lost
+            if self.folder.is_dir():  # a directory that was moved is not created again
                 write_json(self.folder / FILE, content)

@@ -1,4 +1,4 @@
-"""Targets that fit what cannot be adapted, as a list of layers: PEFT says neither which they are nor what would do."""
+"""Explain target modules that cannot be adapted, such as a list of layers: PEFT names neither them nor alternatives."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import nn
 from .adapters import LAYERS
 from .errors import InvalidArgument
 
-MOST_NAMED = 8  # layers of a module, where it is told what to give in its place
+MOST_NAMED = 8  # maximum number of layers of a module that a message suggests
 
 
 def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str] = ()) -> None:
-    """Raises `InvalidArgument` for --target_modules that fit a norm or a module made of layers; it names what would do.
+    """Raise `InvalidArgument` for --target_modules that match a norm or a module with submodules, and suggest layers.
 
-    `targets` as PEFT takes them, ends of names or an expression; `whole` is its `modules_to_save`.
+    `targets` as in PEFT: suffixes of names or a regular expression; `whole` is its `modules_to_save`.
     """
     if targets == "all-linear":
         return
@@ -30,7 +30,7 @@ def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence
     problem = f"{wrong} cannot be adapted ({type(fitted[wrong]).__name__})"
     if isinstance(targets, str):
         such = f", such as {layers[0]}" if layers else ""
-        raise InvalidArgument(f"--target_modules {targets}", problem, f"let it fit layers alone{such}")
+        raise InvalidArgument(f"--target_modules {targets}", problem, f"let it match only layers{such}")
     target = next(target for target in targets if _ends(wrong, target))
     inside = [f"{target}.{rest}" for rest, part in fitted[wrong].named_modules() if isinstance(part, LAYERS)]
     names = " ".join(inside[:MOST_NAMED]) + (" or the like" if len(inside) > MOST_NAMED else "")
@@ -41,14 +41,14 @@ def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence
 
 
 def _fitted(model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules that PEFT would adapt, by name."""
+    """Return the modules that PEFT would adapt, by name."""
     asked = targets if isinstance(targets, str) else list(targets)
     config = LoraConfig(target_modules=asked, modules_to_save=list(whole) or None)
     return {name: part for name, part in model.named_modules() if name and check_target_module_exists(config, name)}
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether PEFT adapts it; of other types are quantised layers: a matrix of its own, and not made of others."""
+    """Return whether PEFT can adapt a module; quantized layers of unknown types have a matrix and no submodules."""
     if isinstance(module, (*LAYERS, nn.MultiheadAttention)):
         return True
     own = chain(module.parameters(recurse=False), module.buffers(recurse=False))

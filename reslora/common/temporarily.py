@@ -1,4 +1,4 @@
-"""Attributes that are others for a while."""
+"""Override attributes of an object inside a context."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def temporarily(owner: object, **values: object) -> Iterator[None]:
-    """Inside, attributes of `owner` have these values; afterwards, whatever happens, those of before."""
+    """Set attributes of `owner` to these values inside this context, and restore the earlier values afterwards."""
     before = {name: getattr(owner, name) for name in values}
     try:
         for name, value in values.items():

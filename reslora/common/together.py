@@ -1,7 +1,8 @@
-"""What several processes of one run do together: one decides and tells the others, and they wait for each other.
+"""Coordinate the processes of a distributed run: one decides and broadcasts, and the processes wait for each other.
 
-Whatever leads to a collective must be decided by one process. Each asking its own disk, clock or signal handler would
-have them meet different collectives, and wait for each other for ever. Alone, everything here is a plain call.
+Every decision that leads to a collective must be made by one process. If each process asked its own disk, clock or
+signal handler, they could enter different collectives and wait forever. With a single process, every function is a
+plain call.
 """
 
 from __future__ import annotations
@@ -19,31 +20,31 @@ import torch.distributed as dist
 from .errors import Diverged, EndedElsewhere, InvalidArgument, RunFailed, Stopped, another_ended
 
 T = TypeVar("T")
-LONGEST_WAIT = timedelta(hours=24)  # for the main process to encode, merge, draw and read back
+LONGEST_WAIT = timedelta(hours=24)  # for the main process to encode, merge, sample and read back
 _DECIDING = ContextVar("deciding", default=False)
 
 
 def alone() -> bool:
-    """Whether this is the only process of its run."""
+    """Return whether this is the only process of its run."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 def is_main() -> bool:
-    """Whether this is the process that decides, writes and prints."""
+    """Return whether this is the main process, which decides, writes and prints."""
     return alone() or dist.get_rank() == 0
 
 
 def say(text: str) -> None:
-    """Prints once, however many processes and machines there are."""
+    """Print once in a run of several processes and machines."""
     if is_main():
         print(text, flush=True)
 
 
 def decided(decide: Callable[[], T]) -> T:
-    """What the main process returns from `decide`, in every process; the others wait, however long it takes.
+    """Return what `decide` returns in the main process, in every process; the others wait, however long it takes.
 
-    The value must be picklable. What the main process raises ends the others too, as `EndedElsewhere`. Nothing of this
-    module that meets the others may be called from `decide`, which they do not run.
+    The value must be picklable. An exception in the main process raises `EndedElsewhere` in the others. `decide` must
+    not call functions of this module that involve the other processes, because they do not run it.
     """
     if alone():
         return _by_itself(decide)
@@ -60,9 +61,9 @@ def decided(decide: Callable[[], T]) -> T:
 
 
 def each(do: Callable[[], T]) -> T:
-    """What this process returns from `do`, which every process calls; where it fails for one, it ends all.
+    """Return what `do` returns in this process; all processes call it, and if one fails, all end.
 
-    Every process raises its own error, and `EndedElsewhere` where it has none.
+    Every process raises its own error, or `EndedElsewhere` if it has none.
     """
     if alone():
         return do()
@@ -77,7 +78,7 @@ def each(do: Callable[[], T]) -> T:
 
 
 def gathered(value: T) -> list[T]:
-    """The value of each process, which must be picklable, by rank."""
+    """Return the (picklable) values of all processes, by rank."""
     if alone():
         return [value]
     values: list = [None] * dist.get_world_size()
@@ -86,12 +87,12 @@ def gathered(value: T) -> list[T]:
 
 
 def any_of(condition: bool) -> bool:
-    """Whether the condition holds in any process. It costs no synchronisation with a GPU."""
+    """Return whether the condition holds in any process, without synchronizing a GPU."""
     return any_of_each([condition])[0]
 
 
 def any_of_each(conditions: Sequence[bool]) -> list[bool]:
-    """Which of the conditions hold in any process, by one exchange."""
+    """Return which of the conditions hold in any process, with one exchange."""
     if alone():
         return list(conditions)
     numbers = torch.tensor(conditions, dtype=torch.float32)
@@ -100,7 +101,7 @@ def any_of_each(conditions: Sequence[bool]) -> list[bool]:
 
 
 def wait() -> None:
-    """Until every process is here. Signals are heard meanwhile, which inside a collective they are not."""
+    """Wait for all processes, with signals handled meanwhile, which a collective would block."""
     if not alone():
         _met(_wait)
 
@@ -114,12 +115,12 @@ def _wait() -> None:
 
 
 def leave(everyone: bool) -> None:
-    """Leaves the groups of processes; where not `everyone` does, a GPU's group, which would wait, is left alone."""
+    """Destroy the process groups; unless `everyone` does, a GPU's group is skipped, because it would wait."""
     patient = list(_PATIENT.values())
     _PATIENT.clear()
     if not (dist.is_available() and dist.is_initialized()):
         return
-    gc.collect()  # a wrapped model that an exception's frames still hold would wait for the group as it goes
+    gc.collect()  # otherwise a wrapped model in an exception's frames would wait for the group when it is freed
     if everyone or dist.get_backend() == "gloo":
         dist.destroy_process_group()
     else:
@@ -131,7 +132,7 @@ _PATIENT: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
 def _patient() -> dist.ProcessGroup:
-    """All processes, by gloo whatever trains, for waits that outlast the ten minutes of a collective on GPUs."""
+    """Return a gloo group of all processes, for waits longer than the ten minutes of a collective on GPUs."""
     world = dist.group.WORLD
     if world not in _PATIENT:
         _PATIENT[world] = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
@@ -139,7 +140,7 @@ def _patient() -> dist.ProcessGroup:
 
 
 def _by_itself(decide: Callable[[], T]) -> T:
-    """What `decide` returns; it is found out meanwhile where it would meet the others."""
+    """Return what `decide` returns, and raise an error if it would enter a collective."""
     _refuse_to_meet()
     token = _DECIDING.set(True)
     try:
@@ -155,7 +156,7 @@ def _refuse_to_meet() -> None:
 def _tried(do: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return do(), None
-    except Exception as error:  # raised again once the others know
+    except Exception as error:  # raised again once the other processes know
         return None, error
 
 

@@ -1,1 +1,1 @@
-"""Training text-to-image models: options -> family -> dataset -> encoded dataset -> samples -> training -> results."""
+"""Train text-to-image models: options -> family -> data set -> encoded data set -> samples -> training -> results."""

@@ -1,4 +1,4 @@
-"""What can be refused once the model is known, before anything is encoded."""
+"""Validation that needs the model, before anything is encoded."""
 
 from __future__ import annotations
 
@@ -41,11 +41,14 @@ from .training.start import add_adapter, config_of, targets_of
 from .training.state import shortcuts_of
 
 STEERING = [name for name, option in Options.table().items() if HELD_OUT in option.needs]
-"""What a validation loss steers."""
+"""Options that depend on a validation loss."""
 
 
 def check_held_out(kinds: Sequence[ImageDataset], context: Context) -> None:
-    """Refuse to steer by a validation loss where there are too few images to hold one out; warn where none steers."""
+    """Raise `InvalidArgument` for options that need a validation loss if too few images are given to hold one out.
+
+    Without such options, only warn.
+    """
     options, most = context.options, max(len(images) for images in kinds if not images.of_class)
     split = options.validation.validation_split
     if not split or most > 1:
@@ -58,19 +61,21 @@ def check_held_out(kinds: Sequence[ImageDataset], context: Context) -> None:
 
 
 def check_base_precision(options: ModelOptions, dtype: torch.dtype, accelerator: Accelerator) -> None:
-    """Refuse a --base_precision that the device cannot take, by trying it."""
+    """Try --base_precision on the device; raise `InvalidArgument` if it is not supported."""
     if options.base_precision == "no":
         return
     argument = f"--base_precision {options.base_precision}"
     try:
         try_format(options.base_precision, dtype, accelerator.device)
-    except Exception as error:  # the devices' back ends fail in as many ways as there are
+    except Exception as error:  # every device back end has its own exceptions
         problem = f"does not work on {accelerator.device.type} here ({first_line(error)})"
         raise InvalidArgument(argument, problem, "give another precision, or no") from None
 
 
 def check_blocks_to_swap(options: ModelOptions, model: Model, accelerator: Accelerator) -> None:
-    """Refuse more --blocks_to_swap than the denoiser has; on a CPU, tell that they are where they would be anyway."""
+    """Raise `InvalidArgument` for more --blocks_to_swap than the denoiser has; on a CPU, print that they have no
+    effect.
+    """
     if not options.blocks_to_swap:
         return
     argument, known = f"--blocks_to_swap {options.blocks_to_swap}", len(blocks(model.empty_denoiser()))
@@ -84,14 +89,14 @@ def check_blocks_to_swap(options: ModelOptions, model: Model, accelerator: Accel
 def check_pipeline(
     data: DataOptions, validation: ValidationOptions, pipeline: DiffusionPipeline, family: Family
 ) -> None:
-    """Refuse sizes of images or a number of denoising steps that the pipeline cannot take."""
+    """Raise `InvalidArgument` for image sizes or a number of denoising steps that the pipeline does not support."""
     known, multiple = pipeline.scheduler.config.num_train_timesteps, family.pixel_multiple(pipeline)
     if validation.num_inference_steps > known:
         argument = f"--num_inference_steps {validation.num_inference_steps}"
         raise InvalidArgument(argument, f"the model knows {known} timesteps", "give fewer")
     told = family.is_told_guidance or bool(pipeline.config.get("is_distilled"))
     for prompt in prompts_of(validation):
-        check_prompt(prompt, known, multiple, f"the guidance of {family.name} is told to it" if told else "")
+        check_prompt(prompt, known, multiple, f"{family.name}'s guidance is an input of the denoiser" if told else "")
     for size in named_buckets(data.aspect_ratio_buckets or ""):
         if any(side % multiple or not side for side in (size.height, size.width)):
             argument = f"--aspect_ratio_buckets {size.height},{size.width}"
@@ -106,7 +111,10 @@ def check_pipeline(
 
 
 def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> None:
-    """Refuse options of a prompt that the pipeline cannot take; `told` says why it has no negative prompts, if so."""
+    """Raise `InvalidArgument` for options of a prompt that the pipeline does not support.
+
+    `told` is the reason why the pipeline has no negative prompts, or empty.
+    """
     where = f"--validation_prompt {prompt.prompt!r}"
     if (prompt.num_inference_steps or 0) > timesteps:
         problem = f"{prompt.num_inference_steps} steps, and the model knows {timesteps} timesteps"
@@ -121,7 +129,7 @@ def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> No
 
 
 def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Options:
-    """The options with a rank where none is given: the default, or as much of it as the narrowest layer can have."""
+    """Return the options with a rank; the default is limited to the narrowest layer."""
     if options.adapter.rank is not None:
         return options
     if isinstance(targets := targets_of(options.adapter.target_modules), str):
@@ -139,9 +147,10 @@ def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Optio
 
 
 def check_methods(adapter: MethodOptions, training: TrainingOptions, context: Context) -> None:
-    """Try every method on a denoiser without weights: targets, ranks and shortcuts are refused here.
+    """Add every method's adapter to a denoiser without weights, to validate targets, ranks and shortcuts.
 
-    An experiment has options for each rank, shortcut and number of blocks.
+    An experiment has options for each rank, shortcut and number of blocks. Raises `InvalidArgument` for the first that
+    fails.
     """
     model = context.model
     for method in adapter.method:
@@ -170,7 +179,7 @@ def try_method(
     config: PeftConfig,
     part: Part | None = None,
 ) -> None:
-    """Gives a model without weights, the denoiser or a `part`, the method's adapter, and sets out to measure it."""
+    """Add the method's adapter to a model without weights, the denoiser or a `part`, and begin its calibration."""
     add_adapter(model, method, adapter, training, config, part)
     if METHODS[method].measured:
         with gauged(method, model, shortcuts_of(adapter)):
@@ -178,7 +187,9 @@ def try_method(
 
 
 def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model) -> None:
-    """Refuse --train_text_encoder for a family whose encoders are not trained, and what nothing of the model reads."""
+    """Raise `InvalidArgument` for --train_text_encoder with a family that does not support it, and
+    for unused options.
+    """
     if adapter.train_text_encoder and not model.family.trainable:
         can = [load_family(name) for name in FAMILIES]
         names = ", ".join(family.name for family in can if family.trainable)
@@ -194,12 +205,14 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
         raise InvalidArgument(f"--max_sequence_length {longest}", problem, "leave it out")
     default = Options.table()["guidance_scale_train"].default
     if guidance != default and not (model.family.is_told_guidance and model.denoiser_config().get("guidance_embeds")):
-        problem = f"the denoiser of this {name} is told no guidance"
+        problem = f"the denoiser of this {name} has no guidance input"
         raise InvalidArgument(f"--guidance_scale_train {guidance}", problem, f"leave it at {default}")
 
 
 def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
-    """Try every method on the text encoders that train, without weights, and say which do not."""
+    """Add every method's adapter to the trained text encoders without weights, and print which encoders are not
+    trained.
+    """
     options, family = context.options, context.model.family
     for part, method in itertools.product(context.encoders, options.adapter.method):
         encoder = meta_copy(getattr(pipeline, part.name))
@@ -215,7 +228,9 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
 
 
 def check_targets(denoiser: nn.Module, options: MethodOptions, tell: Callable[[str], object]) -> None:
-    """Refuse targets none of which is there or that fit no layer alone, and tell of those that are not there."""
+    """Raise `InvalidArgument` if no target matches or one matches no single layer; print the
+    targets that do not match.
+    """
     names = [name for name, _ in denoiser.named_modules()]
     if isinstance(targets := targets_of(options.target_modules), str):
         counts = {targets: sum(matches(targets, name) for name in names)}
@@ -232,7 +247,10 @@ def check_targets(denoiser: nn.Module, options: MethodOptions, tell: Callable[[s
 
 
 def matches(expression: str, name: str) -> bool:
-    """Whether a regular expression fits a whole name."""
+    """Return whether a regular expression matches a complete name.
+
+    Raises `InvalidArgument` for an invalid expression.
+    """
     try:
         return re.fullmatch(expression, name) is not None
     except re.error as error:
@@ -241,6 +259,6 @@ def matches(expression: str, name: str) -> bool:
 
 
 def model_targets(denoiser: nn.Module) -> list[str]:
-    """The last parts of the names of the denoiser's linear layers that occur most often."""
+    """Return the four most frequent last components of the names of the denoiser's linear layers."""
     ends = [name.rpartition(".")[2] for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
     return sorted((end for end in set(ends) if not end.isdigit()), key=ends.count, reverse=True)[:4]

@@ -1,4 +1,4 @@
-"""What of a run's own config.json means nothing next to the options that the command line gives."""
+"""Select the values of a run's config.json that still apply next to the options on the command line."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..options.option import Given
 from .experiment.checks import OF_EXPERIMENTS, OF_RUNS
 
 OF_SHORTCUTS = [name for name, option in Options.table().items() if option.implies and option.read_by]
-"""Options that only methods with shortcuts read, or controls of these."""
+"""Options that only methods with shortcuts, or their controls, use."""
 
 
 def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, Any]:
-    """Return a run's settings but for those that mean nothing next to those `given`; print what is of note."""
+    """Return the values that apply next to those `given` on the command line, and print notes about the others."""
     now, where = {**values, **given}, f"--config {path}"
     checkpoint = values.get("resume_from_checkpoint", "latest")
     if checkpoint != "latest":
@@ -39,7 +39,7 @@ def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, A
 
 
 def _of_other_methods(now: Given) -> Iterable[str]:
-    """Return what a new run's methods do not read; one that resumes is compared by it."""
+    """Return the options that a new run's methods do not use; a resumed run compares them."""
     methods = [METHODS[name] for name in now.get("method", ())]
     if not methods or now.get("resume_from_checkpoint") or any(method.reads_shortcut_flags for method in methods):
         return ()
@@ -47,7 +47,7 @@ def _of_other_methods(now: Given) -> Iterable[str]:
 
 
 def _of_other_optimizer(values: Given, given: Given) -> Iterable[str]:
-    """Return what was of the optimizer, where the command line names another; its rate too, where either has one."""
+    """Return the options of another optimizer than the one on the command line; also its learning rate, if specific."""
     if not given.keys() & {"optimizer", "use_8bit_adam"}:
         return ()
     before = named(values.get("optimizer", "adamw"))

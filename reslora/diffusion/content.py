@@ -1,4 +1,4 @@
-"""The content of files in short, wherever they are: another one in the place of an image or a model is noticed."""
+"""Hashes of file contents, to detect that an image or a model was replaced."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import BinaryIO
 
 Content = str | os.PathLike | bytes
-"""A file, or a file's content."""
+"""Path of a file, or its content."""
 
-PIECES, PIECE = 8, 4096  # of a tensor in a safetensors file, as many stretches of so many bytes are read
-LONGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
+PIECES, PIECE = 8, 4096  # parts of a tensor in a safetensors file that are read, and bytes of each
+LONGEST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 UNREAD = {".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pt", ".pth"}  # weights that are never loaded
 
 
 def content_mark(source: Content) -> str:
-    """Size and a hash of a file, given as a path or as its content.
+    """Return the size and a hash of a file, given as a path or as its content.
 
-    All of it is read, but for safetensors files: a model of 24 GB would take half a minute. Of these the header and
-    pieces of every tensor are, from its beginning to its end, so that any tensor that was trained, merged, scaled or
-    exchanged is noticed; a few numbers changed within a large one need not be.
+    The complete file is hashed, except for safetensors files: a model of 24 GB would take half a minute. Of these, the
+    header and parts of every tensor from beginning to end are hashed. That detects every tensor that was trained,
+    merged, scaled or replaced, but not always a few changed numbers within a large tensor.
     """
     if isinstance(source, bytes):
         return f"{len(source)}:{hashlib.blake2b(source, digest_size=8).hexdigest()}"
@@ -40,7 +40,7 @@ def content_mark(source: Content) -> str:
 
 
 def folder_mark(folder: Path) -> str:
-    """A hash of all files below a folder, but for weights that are never loaded: their names and contents."""
+    """Return a hash of the names and contents of all files below a directory, except weights that are never loaded."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in UNREAD):
         digest.update(f"{path.relative_to(folder)} {content_mark(path)}\n".encode())
@@ -48,7 +48,7 @@ def folder_mark(folder: Path) -> str:
 
 
 def _tensors(file: BinaryIO, size: int) -> list[tuple[int, int]] | None:
-    """Where to read a safetensors file: starts and lengths; None for one that is damaged."""
+    """Return the offsets and lengths of the parts of a safetensors file to read; None for a damaged one."""
     length = int.from_bytes(file.read(8), "little")
     if length > min(size - 8, LONGEST_HEADER):
         return None

@@ -1,4 +1,4 @@
-"""What every stage of a run may read, settled once."""
+"""The context of a run: resolved options, model, processes and stop requests."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """The options with every default filled in, the model, the processes, and requests to stop.
+    """Options with all defaults resolved, the model, the processes, and stop requests.
 
-    An arm of an experiment has one of its own: its options, its place inside the method's folder, and how many others
-    there are before its method's.
+    Each arm of an experiment has its own, with its options, its place inside the method's directory, and the number of
+    arms before its method's.
     """
 
     options: Options
@@ -36,44 +36,44 @@ class Context:
     place: str = ""
     before: int = 0
     start: Start | None = None
-    """The LoRA that training goes on from."""
+    """The LoRA file that training starts from."""
     status: Status = field(default_factory=Status)
-    """What is told of where the run is."""
+    """Current phase, for the application."""
 
     @property
     def folder(self) -> Path:
-        """Where the run writes."""
+        """Output directory of the run."""
         return Path(self.options.output.output_dir)
 
     @functools.cached_property
     def tell_once(self) -> Callable[[str], object]:
-        """Prints a line that was not printed yet: what is checked several times may say the same of it."""
+        """Print a line unless it was printed before: several checks can produce the same line."""
         return functools.cache(self.accelerator.print)
 
     def name_of(self, method: str) -> str:
-        """Where a method writes, inside the folder: its name, and that of the arm."""
+        """Return the directory of a method, relative to the run's: its name, and the arm's place."""
         return f"{method}/{self.place}" if self.place else method
 
     def folder_of(self, method: str) -> Path:
-        """Where a method writes."""
+        """Return the directory of a method."""
         return self.folder / self.name_of(method)
 
     @property
     def writes_merged(self) -> bool:
-        """Whether merged weights are exported: of an experiment's arms, which are many, where that is asked for."""
+        """Whether merged weights are exported; for the arms of an experiment only on request."""
         return not self.place or self.options.experiment.merged_weights
 
     @property
     def encoders(self) -> tuple[Part, ...]:
-        """The text encoders that train."""
+        """Text encoders that are trained."""
         return self.model.family.trainable if self.options.adapter.train_text_encoder else ()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the frozen parts."""
+        """Dtype of the frozen weights."""
         return weight_dtype(self.accelerator.mixed_precision)
 
 
 def weight_dtype(mixed_precision: str) -> torch.dtype:
-    """The dtype of the frozen parts."""
+    """Return the dtype of the frozen weights."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)

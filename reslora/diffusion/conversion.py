@@ -1,4 +1,4 @@
-"""LoRA files from one tool's format to another's, summed, reduced in rank, or made of two models' difference.
+"""Convert LoRA files between formats, add them, reduce their rank, or extract one from two models.
 
 reslora-convert IN OUT --to kohya
 reslora-convert ONE OTHER OUT --to diffusers --weight 0.7 0.5 --rank 16
@@ -37,7 +37,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Converts as the options say and returns the exit status; what the user can mend is one line on stderr."""
+    """Convert as the options specify and return the exit status; errors that the user can fix are
+    one line on stderr.
+    """
     take_any_file_name()
     try:
         args = build_parser().parse_intermixed_args(argv)
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """All options."""
+    """Return the parser with all options."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="reslora-convert", description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -77,8 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse what cannot work, before anything heavy is imported."""
-    if args.to is None:  # not argparse's `required`, which would be reported in place of a misspelt option
+    """Raise `InvalidArgument` for invalid options, before heavy libraries are imported."""
+    if args.to is None:  # not argparse's `required`, which would be reported instead of a misspelled option
         raise InvalidArgument("--to", "missing", f"give one of {', '.join(FORMATS)}")
     if args.extract and (args.inputs or args.weight):
         raise InvalidArgument("--extract", "it reads two models, and no IN", "give one or the other")
@@ -88,7 +90,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InvalidArgument("IN", "missing", "give a LoRA file and where to write it")
     named = {"IN": args.inputs, "OUT": [args.output], "--extract": args.extract, "--base": [args.base]}
     for argument, texts in named.items():
-        if "" in (texts or ()):  # which would be the working directory
+        if "" in (texts or ()):  # an empty path is the working directory
             raise InvalidArgument(argument, "is empty", "give the name of a file or a folder")
     for argument, texts in {"IN": args.inputs, "--extract": args.extract}.items():
         for missing in (text for text in texts or () if not Path(text).exists()):
@@ -103,7 +105,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Reads, sums, reduces and writes, and says in a line what came of it."""
+    """Read, add, reduce and write LoRAs, and print a summary line."""
     import torch
 
     from .model.lora_files.combining import cast, check_finite, in_short, in_words, reduced
@@ -125,7 +127,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def check_overwrite(path: Path, args: argparse.Namespace) -> None:
-    """Refuse to replace an input, and without --overwrite any other file, or PEFT's folder."""
+    """Raise `InvalidArgument` before replacing an input, or without --overwrite any other file or PEFT directory."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     flag, place = f"OUT {args.output}", path.resolve()
@@ -139,7 +141,7 @@ def check_overwrite(path: Path, args: argparse.Namespace) -> None:
 
 
 def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:
-    """The inputs' weighted sum, the names of its model's layers, what their headers agree on, and the dtype."""
+    """Return the weighted sum of the inputs, the layer names of their model, their common metadata, and the dtype."""
     from .model.lora_files.combining import summed
     from .model.lora_files.reading import read_content, read_parts
 
@@ -156,7 +158,7 @@ def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str
 
 
 def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:
-    """The LoRA of what tells two models apart, as `sum_of_inputs` returns it."""
+    """Return the difference of two models as a LoRA, in the form of `sum_of_inputs`."""
     import torch
 
     from .content import folder_mark
@@ -185,7 +187,7 @@ def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], 
 
 
 def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Names, dict[str, str]]:
-    """The names of the layers of the model that is meant, and what a file's header says of it."""
+    """Return the layer names of the LoRA's model, and the metadata of a file's header."""
     from .model.lora_files.names import names_of
     from .model.lora_files.reading import family_of
 
@@ -195,26 +197,26 @@ def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Na
         if family is None and not contents:
             raise InvalidArgument("--extract", "whose weights these are is not certain", "add --base or --family")
         if family is None and (name := base_of_run(contents[0].path)):
-            with contextlib.suppress(InvalidArgument):  # it is elsewhere by now
+            with contextlib.suppress(InvalidArgument):  # it was moved
                 return of_base(name, None)
         return names_of(family or family_of(contents[0])), {}
     return of_base(args.base, family)
 
 
 def base_of_run(path: Path) -> str | None:
-    """The model that the run which wrote a file or folder was trained from, by its config.json; None outside a run."""
+    """Return the base model in the config.json of the run that wrote a file or directory; None outside of a run."""
     path = path.resolve()
     for folder in (path, *path.parents):
         name = read_object(folder / "config.json").get("pretrained_model_name_or_path")
         if isinstance(name, str):
-            bundled = ASSETS / Path(name).name  # of another machine, or relative to another folder
+            bundled = ASSETS / Path(name).name  # a path of another machine, or relative to another directory
             moved = not Path(name).exists() and Path(name).parent.name == ASSETS.name and bundled.is_dir()
             return str(bundled) if moved else name
     return None
 
 
 def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
-    """The same of a model's folder or its name on the hub."""
+    """Return the same for a model's directory or its name on the Hub."""
     flag = f"--base {name}"
     if Path(name).is_file():
         raise InvalidArgument(flag, "a single file says nothing of the model", "give a folder in diffusers format")
@@ -223,7 +225,7 @@ def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
 
 
 def configured(name: str, family: Family | None, flag: str) -> tuple[Names, dict[str, str]]:
-    """The same, from a pipeline's configurations or those of a denoiser's folder."""
+    """Return the same from the configurations of a pipeline or of a denoiser's directory."""
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     from .model.lora_files.names import names_of
@@ -262,5 +264,5 @@ def configured(name: str, family: Family | None, flag: str) -> tuple[Names, dict
 
 
 def is_sdxls(config: Mapping) -> bool:
-    """Whether a U-Net is told sizes, by its configuration; its class is that of other families too."""
+    """Return whether a U-Net is SDXL's, by its configuration; its class is shared with other families."""
     return config.get("addition_embed_type") == "text_time"

@@ -1,4 +1,4 @@
-"""What of a run's folder is of images."""
+"""Directories of an image run."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from ..options.images import ModelOptions, OutputOptions
 
 
 def cache_folder(model: ModelOptions, output: OutputOptions) -> Path:
-    """Return the folder of encoded images and captions, and of models unpacked from single files."""
+    """Return the directory of encoded images and captions, and of models unpacked from single files."""
     return Path(model.cache_dir) / "encoded" if model.cache_dir else Path(output.output_dir) / "cache"

@@ -1,4 +1,4 @@
-"""accelerate, its tracker, the precision, and this process's share of the cores."""
+"""Set up accelerate: tracker, precision and CPU threads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .training.zero import configure, uses_deepspeed
 
 
 def start_accelerator(options: Options) -> Accelerator:
-    """Accelerate with the tracker that is asked for, and this process's share of the cores."""
+    """Return accelerate's `Accelerator` with the requested tracker and this process's fraction of the CPU cores."""
     folder = Path(options.output.output_dir)
     plugin = take_plugin(options.model, options.adapter, options.training, options.output)
     if not options.model.mixed_precision and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
@@ -43,7 +43,7 @@ def start_accelerator(options: Options) -> Accelerator:
             ),
         )
     started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
-    if started != accelerator.num_processes:  # so it is with DeepSpeed on a CPU: each would take itself for all
+    if started != accelerator.num_processes:  # with DeepSpeed on a CPU every process would treat itself as the only one
         problem = f"accelerate knows {accelerator.num_processes} of the {started} processes that were started"
         raise InvalidArgument("accelerate launch", problem, "give --num_processes 1, or another configuration")
     share(plugin, accelerator)
@@ -60,11 +60,11 @@ def start_accelerator(options: Options) -> Accelerator:
 
 
 def precision_of(options: ModelOptions) -> str | None:
-    """`--mixed_precision`; where nothing is asked for, bf16 for the small pipelines on a CPU with its instructions.
+    """Return `--mixed_precision`; by default bf16 for small pipelines on a CPU with bf16 instructions.
 
-    bf16 takes them two thirds of the time there, and merges and exports are made in float32 all the same.
+    There a step takes a third less time. Merges and exports are computed in float32 in any case.
     """
-    settled = is_initialized()  # by a run before, in a process that makes several
+    settled = is_initialized()  # initialized by an earlier run in the same process
     asked = settled or options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
     if asked or os.environ.get("ACCELERATE_USE_DEEPSPEED") or not is_bundled(options.pretrained_model_name_or_path):
         return options.mixed_precision
@@ -76,13 +76,13 @@ def precision_of(options: ModelOptions) -> str | None:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this is a CPU, and one with instructions for bf16."""
+    """Return whether this machine has no accelerator and a CPU with bf16 instructions."""
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(known.get("avx512_bf16") or known.get("amx_bf16")) and not torch.accelerator.is_available()
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to use freed memory again rather than return it: a step would fetch all of it anew, page by page."""
+    """Configure glibc to reuse freed memory instead of returning it, which would cost page faults in every step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -90,9 +90,9 @@ def keep_freed_memory() -> None:
 
 
 def take_cores(local_processes: int) -> None:
-    """Use all cores, or as many as OMP_NUM_THREADS says.
+    """Use all CPU cores, or as many as OMP_NUM_THREADS specifies.
 
-    Launchers set it to 1 where nobody has set it, so a 1 from them says nothing; a line tells how to choose.
+    Launchers set it to 1 if it is not set, so a 1 below a launcher is ignored; a line explains how to choose.
     """
     launched = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     chosen = os.environ.get("OMP_NUM_THREADS")
@@ -109,7 +109,7 @@ def take_cores(local_processes: int) -> None:
 
 
 def quieten() -> None:
-    """Warnings that are not for whoever trains."""
+    """Suppress warnings that are not relevant to the user."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -118,7 +118,10 @@ def quieten() -> None:
 
 
 def tracker_of(name: str) -> str | None:
-    """The tracker as accelerate takes it; raises `InvalidArgument` for one it does not know or cannot import."""
+    """Return the tracker's name for accelerate.
+
+    Raises `InvalidArgument` for an unknown one, or one that cannot be imported.
+    """
     known, installed = sorted(map(str, LOGGER_TYPE_TO_CLASS)), set(map(str, get_available_trackers()))
     if name == "none" or (name == "tensorboard" and name not in installed):
         return None

@@ -1,4 +1,4 @@
-"""Prompts of samples, each with options of its own: from the command line, kohya's prompt files, or JSON."""
+"""Prompts of samples with their options, from the command line, kohya's prompt files or JSON."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from .model.families.base import Family
 
 UNRELATED = ("a wooden chair in a white room", "a snowy mountain", "a bowl of oranges", "an old man reading a book")
-"""What the base model draws should be kept of, whatever is learnt."""
+"""Prompts that show how much of the base model's abilities remains after training."""
 SUFFIXES = (".txt", ".json")
-KOHYA = {  # what the letters of kohya's scripts mean, and what stands behind them
+KOHYA = {  # options of kohya's prompt lines by their letters
     "n": ("negative_prompt", str),
     "w": ("width", int),
     "h": ("height", int),
@@ -32,28 +32,31 @@ KOHYA = {  # what the letters of kohya's scripts mean, and what stands behind th
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and what is its own where the options say something else for all."""
+    """A prompt and its own options, which override those of the run."""
 
     prompt: str
     negative_prompt: str = ""
     width: int | None = None
     height: int | None = None
     seed: int | None = None
-    """Of the first image; each further one has the next number."""
+    """Seed of the first image; each further image increments it."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     cfg_scale: float | None = None
-    """kohya's: guidance by a negative prompt, of which 1 is none. It wins, except where a model is told the other."""
+    """kohya's guidance scale for a negative prompt;
+
+    1 is none. It overrides `guidance_scale`, except for models with embedded guidance.
+    """
 
 
 def prompts_of(options: ValidationOptions) -> list[Prompt]:
-    """The prompts of --validation_prompt with their options."""
+    """Return the prompts of --validation_prompt with their options."""
     own_options = options.validation_prompt_options or ["{}"] * len(options.validation_prompt)
     return [Prompt(text, **json.loads(own)) for text, own in zip(options.validation_prompt, own_options, strict=True)]
 
 
 def from_file(values: Sequence[str]) -> tuple[list[str], list[str]] | None:
-    """The prompts and their options of the file that is named in the place of prompts; None where none is."""
+    """Return the prompts and their options from a file given instead of prompts; None if none is given."""
     files = [value for value in values if value.lower().endswith((*SUFFIXES, ".toml"))]
     if files and len(values) > 1:
         raise InvalidArgument(f"--validation_prompt {files[0]}", "a file beside other prompts", "give the one or these")
@@ -61,7 +64,7 @@ def from_file(values: Sequence[str]) -> tuple[list[str], list[str]] | None:
         return None
     path = Path(values[0])
     flag = f"--validation_prompt {path}"
-    if path.suffix.lower() == ".toml":  # kohya's scripts read some
+    if path.suffix.lower() == ".toml":  # a format of kohya's scripts
         fix = "write a .txt file with one a line, or a .json list"
         raise InvalidArgument(flag, "prompts are not read from TOML", fix)
     try:
@@ -76,7 +79,7 @@ def from_file(values: Sequence[str]) -> tuple[list[str], list[str]] | None:
 
 
 def objects_of(text: str, flag: str) -> list[tuple[str, str]]:
-    """Prompts and options of a JSON list of objects."""
+    """Return the prompts and options of a JSON list of objects."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -94,7 +97,10 @@ def objects_of(text: str, flag: str) -> list[tuple[str, str]]:
 
 
 def lines_of(text: str, flag: str) -> list[tuple[str, str]]:
-    """Prompts and options of kohya's lines: `a cat --n dogs --w 512 --h 768 --d 1 --s 20 --l 7.5`; # is a comment."""
+    """Return the prompts and options of kohya's lines:
+
+    `a cat --n dogs --w 512 --h 768 --d 1 --s 20 --l 7.5`; # is a comment.
+    """
     found = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -123,7 +129,7 @@ def _checked(options: dict, where: str) -> str:
 
 
 def settled(prompt: Prompt, data: DataOptions, validation: ValidationOptions, family: Family) -> Prompt:
-    """The prompt with every option filled in by the options, and guidance as the family's pipeline counts it."""
+    """Return the prompt with all options resolved, and guidance in the convention of the family's pipeline."""
     side = data.resolution[0]
     guidance = prompt.guidance_scale
     if prompt.cfg_scale is not None and not family.is_told_guidance:

@@ -1,4 +1,4 @@
-"""What can be refused without a model: options that contradict each other, and paths that cannot work."""
+"""Validation that needs no model: contradicting options, and invalid paths."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from .folder import cache_folder
 from .model.kinds import check_pipeline_class, read_index, refuse_parts
 
 PRODIGY = named("prodigy").path
-POLYNOMIAL_END = 1e-7  # diffusers' learning rate at the end of that schedule
+POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
 
 
 def check_options(options: Options) -> None:
-    """Refuse combinations that cannot work."""
+    """Raise `InvalidArgument` for combinations of options that cannot work."""
     check_texts(options.flat())
     check_folders(options.data)
     refuse_unused(options)
@@ -55,7 +55,9 @@ def check_options(options: Options) -> None:
 
 
 def check_folders(data: DataOptions) -> None:
-    """Refuse a run without images, class images without prompt, and repeats or weights that do not fit the folders."""
+    """Raise `InvalidArgument` for missing images, class images without a prompt, or a wrong number of repeats or
+    weights.
+    """
     folders, dataset = data.train_data_dir, data.dataset_name
     if not dataset and not folders:
         fix = "name a folder of images with captions, or a dataset with --dataset_name"
@@ -86,8 +88,8 @@ def check_folders(data: DataOptions) -> None:
 
 
 def check_part(dataset: str, folder: str) -> None:
-    """Refuse a folder of its own next to a dataset, of which --train_data_dir names a part."""
-    part = (Path(dataset) / folder).resolve()  # an absolute folder stays as it is
+    """Raise `InvalidArgument` for a separate directory next to a data set, of which --train_data_dir names a part."""
+    part = (Path(dataset) / folder).resolve()  # an absolute path stays
     inside = part.is_dir() and part.is_relative_to(Path(dataset).resolve())
     if Path(folder).is_dir() and not inside:
         problem = "with --dataset_name it names a folder in that dataset, and this one is a folder of its own"
@@ -95,7 +97,7 @@ def check_part(dataset: str, folder: str) -> None:
 
 
 def check_text_encoder(adapter: MethodOptions, optimizer: OptimizerOptions) -> None:
-    """Refuse a learning rate of text encoders that the optimizer cannot take, and methods of one model only."""
+    """Raise `InvalidArgument` for a text encoders' learning rate with an unsupported optimizer or method."""
     rate = optimizer.text_encoder_lr
     if rate not in (None, optimizer.learning_rate) and named(optimizer.optimizer).path == PRODIGY:
         problem = f"--optimizer {optimizer.optimizer} takes one rate for all parts, and --learning_rate is another"
@@ -105,7 +107,7 @@ def check_text_encoder(adapter: MethodOptions, optimizer: OptimizerOptions) -> N
 
 
 def check_prompts(validation: ValidationOptions) -> None:
-    """Refuse options of prompts that are not one for each."""
+    """Raise `InvalidArgument` unless there are options for none of the prompts or for each."""
     options, prompts = validation.validation_prompt_options, validation.validation_prompt
     if options and len(options) != len(prompts):
         problem = f"{len(options)} for {counted(len(prompts), 'prompt')}"
@@ -113,7 +115,9 @@ def check_prompts(validation: ValidationOptions) -> None:
 
 
 def check_start(adapter: MethodOptions) -> None:
-    """Refuse to start from a LoRA what would not start from the base model plus that LoRA."""
+    """Raise `InvalidArgument` for --init_lora with a method or shortcut that would not start from the base plus that
+    LoRA.
+    """
     if adapter.init_lora is None:
         return
     flag = f"--init_lora {adapter.init_lora}"
@@ -128,14 +132,14 @@ def check_start(adapter: MethodOptions) -> None:
             raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
         if method.shortcuts and adapter.shortcut != PLAIN and adapter.pre_num != 0:
             problem = (
-                f"with --shortcut {adapter.shortcut} its blocks would also enter their neighbours, and the first step "
+                f"with --shortcut {adapter.shortcut} its blocks would also enter their neighbors, and the first step "
                 "would not start from the base model plus that LoRA"
             )
             raise InvalidArgument(flag, problem, "give --method lora, or --shortcut none")
 
 
 def check_optimizer(options: OptimizerOptions) -> None:
-    """Refuse optimizers that are not installed, and arguments that other options set."""
+    """Raise `InvalidArgument` for optimizers that are not installed, and for arguments that other options set."""
     if options.use_8bit_adam and options.optimizer != "adamw8bit":
         raise InvalidArgument(
             "--use_8bit_adam", f"--optimizer {options.optimizer} is given too", "leave one of them out"
@@ -147,7 +151,7 @@ def check_optimizer(options: OptimizerOptions) -> None:
 
 
 def check_schedule(options: OptimizerOptions) -> None:
-    """Refuse learning rates that their schedule cannot take."""
+    """Raise `InvalidArgument` for options that the learning rate schedule does not support."""
     if options.lr_scheduler == "polynomial" and options.learning_rate <= POLYNOMIAL_END:
         problem, fix = f"--lr_scheduler polynomial ends at {POLYNOMIAL_END:g}", "give a larger one, or another schedule"
         raise InvalidArgument(f"--learning_rate {options.learning_rate:g}", problem, fix)
@@ -158,7 +162,7 @@ def check_schedule(options: OptimizerOptions) -> None:
 
 
 def is_step_rules(text: str) -> bool:
-    """Whether diffusers can read the rules: `factor:step` pairs and a last factor."""
+    """Return whether diffusers can parse the rules: `factor:step` pairs and a last factor."""
     *pairs, last = text.split(",")
     try:
         factors = [float(last), *(float(factor) for factor, _ in (pair.split(":") for pair in pairs))]
@@ -169,7 +173,7 @@ def is_step_rules(text: str) -> bool:
 
 
 def check_compile(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions) -> None:
-    """Refuse to compile what would lose the shortcuts, or the memory that another option is there to save."""
+    """Raise `InvalidArgument` for compiling if it would lose the shortcuts, or the memory that another option saves."""
     if training.gradient_checkpointing:
         check_compiled("--compile", adapter)
     elif model.blocks_to_swap or model.base_precision != "no":
@@ -179,7 +183,7 @@ def check_compile(model: ModelOptions, adapter: MethodOptions, training: Trainin
 
 
 def check_hub(options: OutputOptions) -> None:
-    """Refuse a token that would be published, and a name that no repository can have."""
+    """Raise `InvalidArgument` for a token that would be published, and an invalid repository name."""
     if options.hub_token and options.report_to not in ("tensorboard", "none"):
         problem = f"--report_to {options.report_to} would publish it"
         raise InvalidArgument("--hub_token", problem, "log in with `hf auth login` instead")
@@ -194,15 +198,15 @@ def check_hub(options: OutputOptions) -> None:
 
 
 def repository_of(options: OutputOptions) -> str:
-    """Return the name of the repository on the hub, with or without its owner's."""
+    """Return the name of the repository on the Hub, with or without its owner."""
     return options.hub_model_id or Path(options.output_dir).resolve().name
 
 
-# -- places ------------------------------------------------------------------------------------------------------------
+# -- paths -------------------------------------------------------------------------------------------------------------
 
 
 def check_places(options: Options) -> None:
-    """Refuse paths that cannot work."""
+    """Raise `InvalidArgument` for invalid paths."""
     model, data = options.model, options.data
     check_model_name(model.pretrained_model_name_or_path)
     vae = model.pretrained_vae_model_name_or_path
@@ -214,12 +218,12 @@ def check_places(options: Options) -> None:
             raise InvalidArgument(f"--train_data_dir {folder}", "no such folder", "give one with images and captions")
     check_writable(Path(options.output.output_dir), f"--output_dir {options.output.output_dir}")
     cache = cache_folder(model, options.output)
-    if model.cache_dir and not cache.is_dir():  # one that is may have all, whoever may write there
+    if model.cache_dir and not cache.is_dir():  # an existing directory may contain everything, even if it is read-only
         check_writable(cache, f"--cache_dir {model.cache_dir}")
 
 
 def report_doubtful(options: Options) -> None:
-    """Print warnings of what can be meant, and hardly is."""
+    """Print warnings about values that are valid but probably unintended."""
     if not speaks():
         return
     data, split = options.data, options.validation.validation_split
@@ -231,7 +235,7 @@ def report_doubtful(options: Options) -> None:
 
 
 def check_model_name(name: str) -> None:
-    """Refuse a path that is neither a pipeline of a known family nor a single safetensors file."""
+    """Raise `InvalidArgument` for a path that is neither a pipeline of a known family nor a single safetensors file."""
     path, flag = Path(name), f"--pretrained_model_name_or_path {name}"
     if path.is_file():
         if path.suffix != ".safetensors":

@@ -1,4 +1,4 @@
-"""A run: options -> model -> images -> encoded -> samples -> each method trained and exported -> figures."""
+"""A run: options -> model -> images -> encoded data -> samples -> each method trained and exported -> figures."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ from .training.state import check_optimizer
 
 
 def run(options: Options, stop: StopRequest) -> None:
-    """Trains, merges and exports every method that the options name, and shows what came of it."""
+    """Train, merge and export every method of the options, and write figures and a summary."""
     with contextlib.ExitStack() as stack:
         kinds, context, identity = begin(options, stop, stack, lambda: check_folder(options))
         resume = decided(lambda: plan_resume(context.options, identity))
@@ -96,15 +96,15 @@ def begin(
     check: Callable[[], object],
     lock: Callable[[Path], contextlib.AbstractContextManager] = locked,
 ) -> tuple[list[ImageDataset], Context, Identity]:
-    """The images, the model, and what both are known by; in a folder that is locked until the stack closes.
+    """Return the images, the context, and the identity of both, with the run's directory locked until the stack closes.
 
-    `check` refuses at once what its content does not allow.
+    `check` raises `InvalidArgument` if the directory's content does not allow the run.
     """
     with stop.at_once():
         accelerator = start_accelerator(options)
 
     def take_folder() -> None:
-        stop.check(NOT_BEGUN)  # what a single process was asked while accelerate started
+        stop.check(NOT_BEGUN)  # a signal may have come while accelerate started
         stack.enter_context(lock(Path(options.output.output_dir)))
         check()
 
@@ -116,7 +116,10 @@ def begin(
 def encode(
     kinds: Sequence[ImageDataset], context: Context, goes_on: bool, track: bool = True
 ) -> tuple[DiffusionPipeline, Material]:
-    """The pipeline without its denoiser, and images and captions encoded; noted in the folder."""
+    """Return the pipeline without its denoiser, and the encoded images and captions;
+
+    `goes_on` if the run is resumed.
+    """
     pipeline, objective = each(lambda: load_and_check(context))
     if track:
         start_trackers(context)
@@ -126,24 +129,27 @@ def encode(
 
 
 def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], Context]:
-    """The images to be learnt, and class images where there are any, and all that is settled before they are used."""
+    """Return the training images, class images if there are any, and the context."""
     images = each(lambda: load_folders(options.model, options.data, options.training, options.output))
     context = settle(options, accelerator, stop)
     if decided(lambda: missing_class_images(context.options.data, context.options.output)):
-        # To draw them takes minutes. What is checked is checked again once they are there, and told then.
+        # Generating class images takes minutes. The checks run before, and again with the images, when they print
+        # notes.
         told, unheard = io.StringIO(), dataclasses.replace(context)
         try:
             with contextlib.redirect_stdout(told):
                 check_before_loading(images, unheard)
                 each(lambda: load_and_check(unheard))
         except Exception:
-            print(told.getvalue(), end="", flush=True)  # notes may say why
+            print(told.getvalue(), end="", flush=True)  # the notes may explain the error
             raise
     return [*images, *load_class_images(context)], context
 
 
 def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Context:
-    """The model, and the options with all that it and accelerate decide; from here on they do not change."""
+    """Return the context: the model, and the options with everything that depends on the model and
+    accelerate resolved.
+    """
     model = find_model(options.model, options.output, accelerator)
     check_family(options.adapter, options.training, model)
     start = None
@@ -157,7 +163,7 @@ def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Con
 
 
 def check_folder(options: Options) -> None:
-    """Refuses a folder whose content does not allow the run."""
+    """Raise `InvalidArgument` for a directory whose content does not allow the run."""
     folder = Path(options.output.output_dir)
     Status(folder).say("preparing")
     if (folder / EXPERIMENT).exists():
@@ -167,7 +173,10 @@ def check_folder(options: Options) -> None:
 
 
 def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
-    """What the run is trained from; refuses other content on another machine."""
+    """Return the identity of images, model and LoRA.
+
+    Raises `InvalidArgument` if their content differs between processes.
+    """
     model, images_flag = context.model, data_flag(context.options.data)
     groups = [[images.fingerprint for images in kinds if images.of_class == kind] for kind in (False, True)]
     content = OF_CLASS.join("; ".join(group) for group in groups if group)
@@ -182,9 +191,9 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
 
 
 def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
-    """Tells how much memory the run would hold, and refuses one that does not fit; writes nothing.
+    """Print an estimate of the run's memory without writing anything; raise an error if it does not fit.
 
-    Of an experiment, its arm of the highest rank.
+    For an experiment, this is the arm with the highest rank.
     """
     options = asked.run(rank=max(asked.values("rank"))) if isinstance(asked, Grid) else asked
     with stop.at_once():
@@ -194,7 +203,7 @@ def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
 
 
 def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> None:
-    """Refuses what can be refused without weights: methods, optimizers, and a run that takes too much memory."""
+    """Validate everything that needs no weights: methods, optimizers, and the memory estimate."""
     options, model, accelerator = context.options, context.model, context.accelerator
 
     def check() -> None:
@@ -211,7 +220,7 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> Non
 
 
 def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
-    """The pipeline without its denoiser, and the objective; refuses whatever can be refused before encoding."""
+    """Return the pipeline without its denoiser, and the objective, after all validation that precedes encoding."""
     options, model, accelerator = context.options, context.model, context.accelerator
     context.status.say("loading the model")
     pipeline = model.load_pipeline(
@@ -229,13 +238,17 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
 
 
 def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
-    """Frees what encodes images, once all are encoded: samples need the decoder alone."""
+    """Free the image encoder once all images are encoded: samples need only the decoder."""
     if context.options.data.cache_latents:
-        pipeline.vae.encoder = nn.Identity()  # and not None: Qwen-Image's counts its layers even to decode
+        # not None: Qwen-Image's autoencoder counts the encoder's layers even to decode
+        pipeline.vae.encoder = nn.Identity()
 
 
 def show(context: Context, material: Material | None = None) -> None:
-    """Figures, a summary, and an upload where that is asked for; without material of a run that was finished before."""
+    """Write figures and a summary, and upload them on request;
+
+    `material` is None for a run that was already finished.
+    """
     options = context.options
     if material:
         context.status.say("finishing")

@@ -1,4 +1,4 @@
-"""Random numbers as functions of what they are for: the same on every machine and in a resumed run."""
+"""Random generators derived from keys: the same on every machine and in a resumed run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ..common.seeds import derive
 
 
 def generator(*key: object) -> torch.Generator:
-    """A generator that starts from `derive(*key)`."""
+    """Return a generator seeded with `derive(*key)`."""
     return torch.Generator().manual_seed(derive(*key))
 
 
 def shuffled(length: int, *key: object) -> list[int]:
-    """The numbers below `length` in an order that depends on the key."""
+    """Return a permutation of the numbers below `length` that depends on the key."""
     return torch.randperm(length, generator=generator(*key)).tolist()

@@ -1,4 +1,4 @@
-"""From the command line to the options of a run or an experiment: files, defaults, and what contradicts."""
+"""Resolve the command line to the options of a run or an experiment: files, defaults and validation."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from .refusals import check_options, check_places, report_doubtful
 
 PROG = "train_sd.py"
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
-DEFAULT_SPLIT = 0.1  # of an experiment's images, to choose by and again to compare by
+DEFAULT_SPLIT = 0.1  # fraction of an experiment's images for the selection split, and for the test split
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str = "") -> Options | Grid[Options]:
-    """Return the options of a run or an experiment, but for those that the model's family decides.
+    """Return the options of a run or an experiment, without those that depend on the model's family.
 
-    Exits with status 2 and one line for what is no option; raises `InvalidArgument` for what cannot work.
+    Exits with status 2 and one line for invalid syntax; raises `InvalidArgument` for invalid values.
     """
     asked = resolve(given_by(build_parser(description), argv))
     options = asked.base if isinstance(asked, Grid) else asked
@@ -50,7 +50,7 @@ def build_parser(description: str = "") -> OptionsParser:
 
 
 def given_by(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str, Any]:
-    """Return the values that are given on the command line or in its --config; the command line wins."""
+    """Return the values given on the command line or in its --config; the command line wins."""
     given = vars(parser.parse_args(argv))
     if "config" not in given:
         return given
@@ -60,7 +60,7 @@ def given_by(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str, Any
 
 
 def resolve(given: Given) -> Options | Grid[Options]:
-    """Return the options of a run, or of an experiment where several values of one that varies are given.
+    """Return the options of a run, or of an experiment if an option that can vary has several values.
 
     Raises `InvalidArgument` for what cannot work with any model.
     """
@@ -81,9 +81,9 @@ def resolve(given: Given) -> Options | Grid[Options]:
 
 
 def with_defaults(given: Given) -> dict[str, Any]:
-    """Return all values, with the defaults of a bundled pipeline where no other is named; several of those that vary.
+    """Return all values, with the defaults of a bundled pipeline if no other is given, and lists for options that vary.
 
-    None where the model's family decides.
+    Values that depend on the model's family are None.
     """
     table, values = Options.table(), dict(given)
     bundled = is_bundled(given.get("pretrained_model_name_or_path", str(BUNDLED_MODEL)))
@@ -91,7 +91,7 @@ def with_defaults(given: Given) -> dict[str, Any]:
     if "method" not in given and of_shortcuts and not bundled:
         values["method"] = ["reslora"]
     elif "method" not in given and "init_lora" in given and not of_shortcuts:
-        values["method"] = ["lora"]  # of the bundled model's two, the one that can start from a LoRA
+        values["method"] = ["lora"]  # of the bundled pipeline's two methods, the one that can start from a LoRA
     values["pretrained_model_name_or_path"] = given.get("pretrained_model_name_or_path") or str(BUNDLED_MODEL)
     if bundled and not given.get("dataset_name") and not given.get("train_data_dir"):
         values["train_data_dir"] = [str(BUNDLED_IMAGES)]
@@ -124,11 +124,11 @@ def with_defaults(given: Given) -> dict[str, Any]:
 
 
 def is_bundled(model: str) -> bool:
-    """Whether a model is one of the pipelines in assets/."""
+    """Return whether a model is one of the bundled pipelines."""
     return Path(model).resolve().parent == ASSETS
 
 
 def with_family(options: Options, defaults: Mapping[str, object]) -> Options:
-    """Return the options with what is still open filled in by the family's defaults."""
+    """Return the options with missing values filled in by the family's defaults."""
     values = options.flat()
     return options.replace(**{name: value for name, value in defaults.items() if values[name] is None})

@@ -1,4 +1,4 @@
-"""Images as a study: the model, the encoded images, and what is measured, sampled and exported."""
+"""The study of images: model, encoded images, losses, samples and exports."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from .training.trained import Trained
 
 @dataclass(frozen=True)
 class ImageStudy(Study):
-    """What is trained from, alike for all methods of a run."""
+    """Model and data of an image run, shared by all its methods."""
 
     pipeline: DiffusionPipeline
     material: Material
 
     @functools.cached_property
     def drawer(self) -> Drawer:
-        """What samples are drawn by."""
+        """Generator of samples."""
         context, options = self.context, self.context.options
         return Drawer(
             self.pipeline, context.model.family, self.material.texts, options.data, options.training,

@@ -1,6 +1,6 @@
-"""An experiment on its way: its arms, what has become of each, and which is next. What is on disk is all it knows.
+"""State of an experiment: its arms, their results, and the next arm to train, all read from disk.
 
-Only the main process asks it (`together.decided`).
+Only the main process uses it (`together.decided`).
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from .arms import (
 )
 from .statistics import choose
 
-ENDED = "arm.json"  # that an arm has ended, and how; written last
+ENDED = "arm.json"  # how an arm has ended; written last
 
 
 def reading_adapter(folder: Path) -> contextlib.AbstractContextManager[None]:
-    """While an arm's adapter is read: says how to go on where it is missing or damaged."""
+    """Convert errors of reading an arm's adapter into an `InvalidArgument` with the fix."""
     return refused_as(str(folder), f"remove {folder}, and the arm is trained anew", (ValueError,))
 
 
 @dataclass
 class Course:
-    """The arms of an experiment."""
+    """The arms of an experiment and their results."""
 
     grid: Grid
-    """What is trained."""
+    """Options of the experiment."""
     began: float = field(default_factory=time.monotonic)
     longest: float = 0.0
-    """Seconds of the longest arm that this start has trained."""
+    """Seconds of the longest arm trained in this process."""
     running: set[Arm] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -64,37 +64,37 @@ class Course:
 
     @property
     def folder(self) -> Path:
-        """Of the experiment."""
+        """Directory of the experiment."""
         return Path(self.grid.base["output_dir"])
 
     def rates_there(self, label: Label) -> list[float]:
-        """The rates that an earlier start has added, by the names of folders."""
+        """Return the learning rates that an earlier start has added, from the names of directories."""
         if not self.grid.base.experiment.extend_rates:
             return []
         found = []
         for path in (self.folder / label.method / label.place).glob("lr-*"):
-            with contextlib.suppress(ValueError):  # none of ours
+            with contextlib.suppress(ValueError):  # not a directory of this program
                 found.append(float(path.name.removeprefix("lr-")))
         return found
 
     def place_of(self, arm: Arm) -> str:
-        """Where an arm writes, inside its method's folder."""
+        """Return the directory of an arm, relative to that of its method."""
         return place_of(self.labels[arm.label], arm)
 
     def folder_of(self, arm: Arm) -> Path:
-        """Where an arm writes."""
+        """Return the directory of an arm."""
         return self.folder / self.labels[arm.label].method / self.place_of(arm)
 
     def name_of(self, arm: Arm) -> str:
-        """Where an arm writes, inside the experiment's folder: `lora/lr-0.0001/seed-0`."""
+        """Return the directory of an arm, relative to that of the experiment: `lora/lr-0.0001/seed-0`."""
         return self.folder_of(arm).relative_to(self.folder).as_posix()
 
     def options_of(self, arm: Arm) -> Any:
-        """Return the options of a plain run of it."""
+        """Return the options of a single run of an arm."""
         return options_of(self.grid, self.labels[arm.label], arm.rate, arm.seed)
 
     def arms(self) -> list[Arm]:
-        """Return all arms: those that choose by label, rate and seed, then the others by seed and label."""
+        """Return all arms: those that choose by label, learning rate and seed, then the others by seed and label."""
         choosing = [
             Arm(label, rate, seed) for label, rates in self.grids.items() for rate in rates for seed in self.choosing
         ]
@@ -102,11 +102,11 @@ class Course:
 
     @property
     def others(self) -> list[int]:
-        """The seeds that do not choose."""
+        """The seeds that do not choose learning rates."""
         return [seed for seed in self.seeds if seed not in self.choosing]
 
     def other_arms(self) -> list[Arm]:
-        """Return the arms of other seeds: at each label's chosen rate, and any that has ended at another one."""
+        """Return the arms of these seeds: at each label's chosen learning rate, and any that ended at another one."""
         rates = {label: self.rate_of(label) for label in self.grids}
         return [
             arm
@@ -117,7 +117,10 @@ class Course:
         ]
 
     def rate_of(self, label: str) -> float | None:
-        """Return the rate that is chosen, or None if all rates failed; the middle one until all that choose ended."""
+        """Return a label's chosen learning rate;
+
+        None if all failed, and the middle one until all choosing arms have ended.
+        """
         rates = self.grids[label]
         failed = [rate for rate in rates for seed in self.others if self.ended(Arm(label, rate, seed)).get("reason")]
         known = label, *rates, "failed", *failed
@@ -133,21 +136,21 @@ class Course:
     # -- what has become of them ---------------------------------------------------------------------------------------
 
     def ended(self, arm: Arm) -> dict:
-        """What is known of an arm that has ended: status, reason, memory and time; empty of any other."""
+        """Return the status, reason, memory and time of a finished arm; empty for any other."""
         return read_object(self.folder_of(arm) / ENDED)
 
     def end(self, arm: Arm, reason: str, memory: int | None, seconds: float) -> None:
-        """Notes that an arm has ended: well, or for a reason; after `seconds` of this start."""
+        """Record that an arm has ended, well or for a reason, after `seconds` in this process."""
         known = {"status": "failed" if reason else "finished", "reason": reason, "memory_bytes": memory}
         write_json(self.folder_of(arm) / ENDED, known | {"wall_seconds": round(seconds, 3)})
 
     def select_losses(self, arm: Arm) -> dict[int, float]:
-        """The loss on the select images at every step that may be chosen."""
+        """Return the loss on the selection split at every step that may be chosen."""
         rows = of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation")
         return {row["step"]: row["loss"] for row in rows if row["step"]}
 
     def base_select(self) -> float | None:
-        """Return the base model's loss on the select images: that of any arm before its first step."""
+        """Return the base model's loss on the selection split, from any arm before its first step."""
         for arm in self.arms():
             for row in of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation"):
                 if row["step"] == 0 and math.isfinite(row["loss"]):
@@ -155,9 +158,9 @@ class Course:
         return None
 
     def losses(self) -> dict[Arm, float]:
-        """The lowest loss on the select images of each arm that has ended; infinite where it diverged.
+        """Return the lowest loss on the selection split of each finished arm; infinite if it diverged.
 
-        Raises `InvalidArgument` for one that has ended well and whose losses are gone.
+        Raises `InvalidArgument` for a finished arm whose losses are missing.
         """
         found = {}
         for arm in self.arms():
@@ -166,18 +169,21 @@ class Course:
         return found
 
     def lowest_loss(self, arm: Arm) -> float:
-        """The lowest loss on the select images of an arm that has ended well."""
+        """Return the lowest loss on the selection split of a finished arm.
+
+        Raises `InvalidArgument` if losses are missing.
+        """
         losses, folder = self.select_losses(arm), self.folder_of(arm)
         lost = [step_of(path) for path in numbered(folder / ADAPTERS, "step") if step_of(path) not in losses]
-        if lost or not losses:  # it would be chosen by what is left
+        if lost or not losses:  # it would be chosen by the remaining losses
             problem = "log.jsonl has no validation loss" + (f" of step {lost[0]}" if lost else "")
             raise InvalidArgument(str(folder), problem, f"remove {folder}, and the arm is trained anew")
         return min(losses.values())
 
     def next_arm(self) -> Arm | None:
-        """The arm to train now; None where all have ended or are running, or none would end in the time that is left.
+        """Return the next arm to train; None if all have ended or are running, or if the remaining time is too short.
 
-        Where rates are to be extended, the grids grow first.
+        If learning rates are to be extended, the grids are extended first.
         """
         losses = self.losses()
         first = [arm for arm in self.arms() if arm.seed == self.seeds[0]]
@@ -193,9 +199,9 @@ class Course:
         return todo[0] if todo and self.has_time() else None
 
     def has_time(self) -> bool:
-        """Whether another arm may be expected to end within --experiment_minutes; the first one is not asked.
+        """Return whether another arm is expected to end within --experiment_minutes; always True for the first one.
 
-        It may take as long as any that has ended: what a start has gone on with took longer than that start has seen.
+        An arm may take as long as any finished one: a resumed arm took longer than the present process has measured.
         """
         if not self.grid.base.experiment.experiment_minutes or not self.longest:
             return True
@@ -206,7 +212,7 @@ class Course:
     # -- for experiment.json -------------------------------------------------------------------------------------------
 
     def record(self, arm: Arm, test: record.TestLosses | None = None) -> record.Arm:
-        """What is known of an arm."""
+        """Return what `experiment.json` stores about an arm."""
         adapter, ended, folder = self.options_of(arm).adapter, self.ended(arm), self.folder_of(arm)
         method, rows = self.labels[arm.label].method, read_log(folder / "log.jsonl")
         last: dict = rows[-1] if rows else {"step": 0, "seconds": 0.0}

@@ -1,8 +1,8 @@
-"""Arms that are trained at once, each by a process of its own, a member of the crew.
+"""Train several arms at once, each in a worker process.
 
-The main process trains none then: it has locked the folder, encoded everything, hands out arms and waits for them. A
-member does what it does up to the first arm, without a word and with nothing left to encode, and then trains what it is
-given.
+The main process then trains none: it holds the directory's lock, has encoded the data, assigns arms and waits. A worker
+repeats the preparation up to the first arm, without output and with cached encodings, and then trains the arms that it
+receives.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ from .arms import Arm, Grids
 if TYPE_CHECKING:
     from .course import Course
 
-PATIENCE = 0.2  # seconds between two looks for a request to stop
+PATIENCE = 0.2  # seconds between two polls for a request to stop
 STOP = "stop"
 POSIX = os.name == "posix"
 
 
 class Orders:
-    """What a member is told by the main process. Once that is gone, with its lock, nothing more may be written."""
+    """Receives a worker's arms from the main process.
+
+    Nothing may be written once that process, with its lock, is gone.
+    """
 
     def __init__(self, number: int, connection: Connection, stop: StopRequest) -> None:
         self.number = number
@@ -58,36 +61,38 @@ class Orders:
             self._arms.put(told)
 
     def arms(self, course: Course) -> Iterator[Arm]:
-        """The arms to train, as they come, until a stop; each counts as ended when the next one is asked for."""
+        """Yield the arms to train as they arrive, until a stop; asking for the next one marks the previous one as
+        ended.
+        """
         while (told := self._arms.get()) is not None and self._stop.signal is None:
-            arm, course.grids = told  # which may have grown since the start
+            arm, course.grids = told  # may have been extended since the start
             yield arm
             self._connection.send(arm)
 
 
 def heard() -> contextlib.AbstractContextManager:
-    """Inside, what a member prints is heard."""
+    """Return a context in which a worker prints to the terminal."""
     return contextlib.redirect_stdout(sys.__stdout__)
 
 
 Work = Callable[[StopRequest, Orders], None]
-"""The script as a member has it; must be picklable."""
+"""The script as a worker runs it; must be picklable."""
 
 
 def serve(number: int, connection: Connection, prog: str, work: Work) -> None:
-    """A member's process, whose errors are told and end it as a script's do."""
+    """Run a worker process; its errors are reported and end it like those of a script."""
     if POSIX:
-        os.setsid()  # a terminal asks the main process alone to stop
+        os.setsid()  # a terminal sends Ctrl-C only to the main process
 
     def main(_: object, stop: StopRequest) -> None:
         with (
             Path(os.devnull).open("w") as nowhere,
             contextlib.redirect_stdout(nowhere),
             contextlib.redirect_stderr(nowhere),
-            contextlib.suppress(Stopped),  # which the main process tells
+            contextlib.suppress(Stopped),  # the main process reports it
         ):
             if POSIX:
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the request to stop listens by now
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the handler of stop requests is installed by now
             work(stop, Orders(number, connection, stop))
 
     sys.exit(run_script(prog, main))
@@ -95,21 +100,21 @@ def serve(number: int, connection: Connection, prog: str, work: Work) -> None:
 
 @dataclass
 class Member:
-    """A process, and the arm that it trains."""
+    """A worker process and the arm that it trains."""
 
     process: BaseProcess
     connection: Connection
     arm: Arm | None = None
 
     def tell(self, what: object) -> None:
-        """Sends it something; one that has ended is found out by who waits for it."""
+        """Send an object to the worker; if the worker has ended, the waiting code detects it."""
         with contextlib.suppress(OSError):
             self.connection.send(what)
 
 
 @dataclass
 class Crew:
-    """The processes of `work`, at most `size`, until a stop is asked for."""
+    """The pool of at most `size` worker processes that run `work` until a stop is requested."""
 
     size: int
     prog: str
@@ -119,7 +124,9 @@ class Crew:
 
     @contextlib.contextmanager
     def working(self, arms: int) -> Iterator[int]:
-        """Starts them, not more than there are arms, and ends them: where something has failed, at once. How many."""
+        """Start at most one worker for each of `arms`, and yield their number; end them afterwards, at once after an
+        error.
+        """
         context, size = multiprocessing.get_context("spawn"), min(self.size, arms)
         try:
             for number in range(size):
@@ -127,7 +134,7 @@ class Crew:
                 process = context.Process(target=serve, args=(number, theirs, self.prog, self.work))
                 with patch_environment(**share_of(number, size)), signals_blocked():
                     process.start()
-                theirs.close()  # so that its end is heard here
+                theirs.close()  # so that the main process detects the worker's end
                 self.members.append(Member(process, ours))
             yield size
             for member in self.members:
@@ -140,13 +147,16 @@ class Crew:
                 member.process.join()
 
     def give(self, arm: Arm, grids: Grids) -> None:
-        """Has one that trains nothing train an arm, in the grids as they are by now."""
+        """Assign an arm to an idle worker, together with the present grids."""
         member = next(member for member in self.members if member.arm is None)
         member.arm = arm
         member.tell((arm, grids))
 
     def ended(self) -> Arm:
-        """Waits for an arm to end, and returns it; raises where a stop is asked for or a member has ended."""
+        """Wait for an arm to end, and return it.
+
+        Raises `Stopped` if a stop is requested, and `RunFailed` if a worker has ended.
+        """
         while self.stop.signal is None:
             ready = wait([member.connection for member in self.members], PATIENCE)
             for member in self.members:
@@ -159,14 +169,16 @@ class Crew:
         raise Stopped("stopped while arms were trained")
 
     def end(self) -> None:
-        """Asks all to save and leave, and waits until they have; a second signal ends this process, and so them."""
+        """Ask all workers to save and exit, and wait; a second signal ends this process, and thereby the workers."""
         for member in self.members:
             member.tell(STOP)
         for member in self.members:
             member.process.join()
 
     def fail(self, member: Member) -> None:
-        """Ends all for one that has ended by itself; it has said why, unless it was killed or asked to stop."""
+        """End all workers after one has ended unexpectedly; it has reported why, unless it was
+        killed or asked to stop.
+        """
         member.process.join()
         self.end()
         status = member.process.exitcode or 0
@@ -179,14 +191,14 @@ class Crew:
 
 
 def arms_a_device(options: SharedExperimentOptions, device: torch.device) -> int:
-    """How many arms are trained at once on a GPU, or on the CPU."""
+    """Return the number of arms that are trained at once on each GPU, or on the CPU."""
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     return -(-(options.arms_at_once or 1) // count)
 
 
 def share_of(number: int, size: int) -> dict[str, str]:
-    """The environment of a member: its share of the cores, and one GPU after the other."""
-    # Both: below accelerate's launcher one thread counts as none chosen, and cores are shared by local processes.
+    """Return the environment of a worker: its fraction of the CPU cores, and one GPU in turn."""
+    # Both: in accelerate's launcher one thread counts as not set, and cores are divided by local processes.
     share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // size)), "LOCAL_WORLD_SIZE": str(size)}
     if (count := torch.cuda.device_count()) == 0:
         return share

@@ -1,4 +1,4 @@
-"""How the report looks and what moves in it: all that its one file needs besides its content."""
+"""Style sheet and script of the report, which is a single HTML file."""
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fbfbfa; --card: #ffffff; --text: #1b1d21; --soft: #565b64;

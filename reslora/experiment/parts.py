@@ -1,4 +1,4 @@
-"""What is trained on, what chooses rates and checkpoints, and what compares methods: by a hash of content."""
+"""Split images or examples into training, selection and test parts, by a hash of their content."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Sequence
 
 from ..common.seeds import derive
 
-SPACE = 2**63  # of `derive`
-LEAST = 2  # of one alone nothing tells how much differs from another
-FEW, ENOUGH = 6, 10  # that are tested on
-LARGEST = 0.5  # share that is advised
+SPACE = 2**63  # range of `derive`
+LEAST = 2  # minimum size of a part: a single item has no variance
+FEW, ENOUGH = 6, 10  # few items in the test part, and enough
+LARGEST = 0.5  # largest recommended fraction
 
 
 def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], list[int], list[int]]:
-    """Numbers of what is trained on, chosen by and tested on: a hash of each mark is a place from 0 to 1, and those
-    below `test` are tested on, those above it by less than `select` chosen by. Unless a share is 0 one at least is
-    chosen by and one tested on, and LEAST where two remain to train on."""
+    """Return the indices of the training, selection and test parts.
+
+    A hash of each mark is a number from 0 to 1. Items below `test` are tested on, and the next ones, up to `test` +
+    `select`, are for selection. Unless its fraction is 0, each part has at least one item, or LEAST if two remain to
+    train on.
+    """
     places = [derive("experiment", mark) / SPACE for mark in marks]
     order = sorted(range(len(marks)), key=places.__getitem__)
     least = int(select > 0)
@@ -27,13 +30,13 @@ def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], li
 
 
 def enough_of(marks: Sequence[str]) -> float:
-    """The share that takes ENOUGH to test on, in hundredths; 1 where there are no more."""
+    """Return the fraction, in hundredths, with which the test part has ENOUGH items; 1 if there are not enough."""
     places = sorted(derive("experiment", mark) / SPACE for mark in marks)
     return (math.floor(100 * places[ENOUGH - 1]) + 1) / 100 if len(places) > ENOUGH else 1
 
 
 def too_few(tested: int, unit: str, enough: float = 1) -> list[str]:
-    """A line where so few are tested on that hardly anything is shown, with what to do: `enough` is a share of all."""
+    """Return a warning if the test part is too small to show a difference, with the fix; `enough` is a fraction."""
     if tested >= FEW:
         return []
     wider = f", or with --test_split {enough:g}" if enough <= LARGEST else ""

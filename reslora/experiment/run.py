@@ -1,4 +1,4 @@
-"""An experiment's arms, one after the other or several at once, and what came of them."""
+"""Train an experiment's arms, one after the other or several at once, and write its results."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from .results import Results
 from .subject import Subject
 
 Open = Callable[[Grid, StopRequest, Orders | None], contextlib.AbstractContextManager[Subject]]
-"""Locks the folder, loads and encodes what all arms share; for a member of the crew, in the folder that is locked
-already. Picklable."""
+"""Locks the directory, and loads and encodes what all arms share; in a worker, in the directory that is already locked.
+
+Picklable.
+"""
 
 
 def run_experiment(opened: Open, grid: Grid, stop: StopRequest, orders: Orders | None = None) -> None:
-    """Train the arms that have not ended yet, and report which method does best.
+    """Train the arms that have not ended, and report which method is best.
 
-    With orders, this is one of --arms_at_once processes: it trains the arms that the main process gives it.
+    With orders, this is a worker of --arms_at_once: it trains the arms that the main process assigns.
     """
     with opened(grid, stop, orders) as subject:
         if orders:
@@ -40,7 +42,7 @@ def run_experiment(opened: Open, grid: Grid, stop: StopRequest, orders: Orders |
 
 
 def train_and_conclude(subject: Subject, crew: Crew | None = None) -> None:
-    """Train what is next until nothing is, and report what came of it."""
+    """Train the next arm until there is none, and write the results."""
     course, results = subject.course, Results(subject.course, subject)
     for line in results.beforehand() if is_main() else ():
         print(line, flush=True)
@@ -48,17 +50,17 @@ def train_and_conclude(subject: Subject, crew: Crew | None = None) -> None:
         train_arms(results, crew)
     except Stopped as error:
         course.running = set()
-        if is_main():  # alone: the others may have left otherwise
+        if is_main():  # not a collective: the other processes may have ended in another way
             results.write()
-        what, _, _ = str(error).partition("; ")  # a plain run would go on otherwise
+        what, _, _ = str(error).partition("; ")  # otherwise it would name the option that resumes a single run
         raise Stopped(f"{what}; the same command goes on") from None
     decided(results.conclude)
 
 
 def train_arms(results: Results, crew: Crew | None = None) -> None:
-    """Train the next arms, by what is known of those that have ended, until there is none: here, or by a crew."""
+    """Train the arms in their order until there is none: in this process, or by the workers."""
     course, subject = results.course, results.subject
-    decided(course.next_arm)  # which adds arms by --extend_rates
+    decided(course.next_arm)  # adds arms by --extend_rates
     ended, total = sum(bool(course.ended(arm)) for arm in course.arms()), len(course.arms())
     bar = tqdm(desc="arms", total=total, initial=ended, dynamic_ncols=True, disable=crew is None)
     with bar, crew.working(total - ended) if crew else contextlib.nullcontext(1) as size:
@@ -85,7 +87,7 @@ def train_arms(results: Results, crew: Crew | None = None) -> None:
 
 
 def train(arm: Arm, subject: Subject) -> float:
-    """Train an arm, record that it has ended, and return its seconds; one that diverges has ended too."""
+    """Train an arm, record that it has ended, and return its time in seconds; a diverged arm counts as ended."""
     started, reason = time.monotonic(), ""
     forget_peak(subject.device)
     try:
@@ -93,7 +95,7 @@ def train(arm: Arm, subject: Subject) -> float:
     except (Diverged, EndedElsewhere) as error:
         if not error.diverged:
             raise
-        reason = getattr(error, "problem", "")  # which the main process has
+        reason = getattr(error, "problem", "")  # known only to the main process
     memory, seconds = peak_memory(subject.device), time.monotonic() - started
     decided(lambda: subject.course.end(arm, reason, memory, seconds))
     return seconds

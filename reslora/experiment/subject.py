@@ -1,4 +1,4 @@
-"""What an experiment asks of what it trains: images and texts answer it each in their way."""
+"""The interface of an experiment to its study, implemented for images and for texts."""
 
 from __future__ import annotations
 
@@ -16,75 +16,80 @@ from .record import Facts, Parts, TestLosses
 from .report import About
 
 COMPARING = "stopped while comparing; the same command goes on"
-TESTED = "test.json"  # in an arm's folder: the test losses of the chosen checkpoint
+TESTED = "test.json"  # test losses of the chosen checkpoint, in an arm's directory
 
 
 class Subject(ABC):
-    """How arms are trained and measured."""
+    """Trains and evaluates the arms of an experiment."""
 
     course: Course
     prog: str
-    """The script's name."""
+    """Name of the script."""
     about: About
-    """For the report."""
+    """Texts of the report."""
     parts: Parts
     stop: StopRequest
     device: torch.device
-    """On which arms are trained."""
+    """Device for training."""
 
     @property
     @abstractmethod
     def marks(self) -> list[str]:
-        """What each image or example of the test part is known by."""
+        """Identifier of each image or example in the test split."""
 
     @abstractmethod
     def facts(self) -> Facts:
-        """What `experiment.json` says of the whole."""
+        """Return the properties that `experiment.json` stores about the experiment as a whole."""
 
     @abstractmethod
     def train(self, arm: Arm) -> None:
-        """Trains an arm from where it stands to its exports, in every process; raises `Diverged` where it is lost."""
+        """Train an arm from its present state to its exports, in every process.
+
+        Raises `Diverged` if a loss is not finite.
+        """
 
     def too_few(self) -> list[str]:
-        """A line where too few images or examples compare."""
+        """Return a warning if the test split is too small."""
         return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
 
     def say(self, phase: str, name: str = "") -> None:  # noqa: B027 - not every run has a status
-        """Reports in the run's status what is done now, with the arm that `name` is of."""
+        """Write the current phase to the run's status, with the arm named `name`."""
 
     def goes_on(self, ended: int, total: int) -> None:
-        """Reports in the status how many arms have ended, where they are trained at once."""
+        """Write to the status how many arms have ended, if several are trained at once."""
         self.say(f"training, {ended} of {counted(total, 'arm')} ended")
 
     def begins(self, phase: str, arm: Arm) -> None:
-        """Reports what is done with an arm next; raises `Stopped` where a stop was asked for. Like what follows, of the
-        main process alone."""
+        """Report the next phase of an arm.
+
+        Raises `Stopped` if a stop was requested. Like the following methods, for the main process only.
+        """
         self.stop.check(COMPARING)
         self.say(phase, self.course.name_of(arm))
 
     @abstractmethod
     def measured(self, arm: Arm, step: int) -> dict:
-        """The losses on the test part of an arm's checkpoint, and what else is measured of it."""
+        """Return the losses and other metrics of an arm's checkpoint on the test split."""
 
     @abstractmethod
     def base_losses(self) -> dict:
-        """Return the base model's losses on the test part."""
+        """Return the base model's losses on the test split."""
 
     @abstractmethod
     def export(self, arm: Arm, step: int) -> list[str]:
-        """Writes the files of an arm's checkpoint into the experiment's folder; their names."""
+        """Export an arm's checkpoint into the experiment's directory, and return the names of the files."""
 
     def is_tested(self, arm: Arm, step: int) -> bool:
-        """Whether the test losses of an arm's checkpoint are on disk."""
+        """Return whether the test losses of an arm's checkpoint are on disk."""
         there = read_object(self.course.folder_of(arm) / TESTED)
         return there.get("step") == step and there.get("images") == self.marks
 
     def base(self) -> TestLosses:
-        """Return these losses with what they are of."""
+        """Return the base model's losses with the identifiers of the images or examples."""
         return {"images": self.marks} | self.base_losses()  # type: ignore[return-value]
 
     def tested(self, arm: Arm, step: int) -> TestLosses:
-        """These losses, measured once, and then read from `test.json`."""
+        """Return the test losses of an arm's checkpoint, measured once and then read from `test.json`."""
         path = self.course.folder_of(arm) / TESTED
         if not self.is_tested(arm, step):
             measured = self.measured(arm, step)

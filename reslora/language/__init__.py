@@ -1,4 +1,4 @@
-"""Language models: ResLoRA and what it is compared with in transformers' `Trainer`, on the paper's tasks.
+"""Train language models with ResLoRA and other adapters in transformers' `Trainer`, on the paper's tasks.
 
 adapter = resolve(LlmOptions, {"shortcut": "input"}).adapter    # arguments.py
 model = attach(model, adapter, total_steps=1000)                # trainer.py

@@ -1,4 +1,4 @@
-"""From the command line to the options of a language script. transformers is not imported before these make sense."""
+"""Resolve the command line to the options of a language script. transformers is imported only if they are valid."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ NOT_IN_EXPERIMENTS = {
     "do_predict": "leave it out, and predict with the arm that you like",
     "save_only_model": "leave it out: an arm that is stopped goes on from its last checkpoint",
 }
-"""Options that are passed on to transformers, and the fix."""
+"""Options that must not be passed on to transformers, with the fix."""
 
 
 def read(kind: type[T], prog: str, argv: Sequence[str] | None, description: str | None = None) -> T | Grid[T]:
-    """Return the options of a run, or of an experiment where several values of one that varies are given.
+    """Return the options of a run, or of an experiment if an option that can vary has several values.
 
-    Exits with status 2 and one line for what is no option; raises `InvalidArgument` for what cannot work.
+    Exits with status 2 and one line for invalid syntax; raises `InvalidArgument` for invalid values.
     """
     given, passed_on = given_by(OptionsParser(prog, kind, description or ""), argv)
     check_texts(given | passed_on)
@@ -63,7 +63,10 @@ def given_by(parser: OptionsParser, argv: Sequence[str] | None) -> tuple[dict[st
 
 
 def check_texts(given: Given) -> None:
-    """Refuse options whose value is no text, or empty: a run would have other data, or begin where it should resume."""
+    """Raise `InvalidArgument` for empty values and invalid UTF-8: the run would use other data, or start anew.
+
+    An empty value usually comes from a shell variable that is not set.
+    """
     contradictions.check_texts(given)
     for name in sorted(given):
         if "" in listed(given[name]):
@@ -71,7 +74,10 @@ def check_texts(given: Given) -> None:
 
 
 def resolve(kind: type[T], given: Given, passed_on: Given = {}) -> T | Grid[T]:  # noqa: B006 - is not changed
-    """Return the options of a run, or of an experiment. Raises `InvalidArgument` for what cannot work."""
+    """Return the options of a run, or of an experiment.
+
+    Raises `InvalidArgument` for invalid values.
+    """
     bundled = "model_name_or_path" not in given
     values = {
         name: option.bundled if bundled and option.bundled is not SAME else option.default
@@ -89,22 +95,22 @@ def resolve(kind: type[T], given: Given, passed_on: Given = {}) -> T | Grid[T]: 
 
 
 def steps_asked_for(given: Given, passed_on: Given) -> dict[str, object]:
-    """Return the strategies that a number of steps alone asks for: by the defaults, nothing would read it."""
+    """Return the strategies implied by a number of steps, which would have no effect with the default strategies."""
     found = dict[str, object]()
     for what, other in (("eval", "save"), ("save", "eval")):
         if f"{what}_steps" in given and f"{what}_strategy" not in given:
             found[f"{what}_strategy"] = "steps"
             if passed_on.get("load_best_model_at_end") and not {f"{other}_steps", f"{other}_strategy"} & given.keys():
-                # The best can only be among what is saved and measured.
+                # The best checkpoint must be both saved and evaluated.
                 found |= {f"{other}_strategy": "steps", f"{other}_steps": given[f"{what}_steps"]}
     return found
 
 
-# -- what can be refused at once ---------------------------------------------------------------------------------------
+# -- validation without the model --------------------------------------------------------------------------------------
 
 
 def check_experiment(grid: Grid[T]) -> None:
-    """Refuse what an experiment cannot do."""
+    """Raise `InvalidArgument` for options that an experiment does not support."""
     for name, fix in NOT_IN_EXPERIMENTS.items():
         if grid.base.passed_on.get(name):
             raise InvalidArgument(f"--{name}", "this is an experiment", fix)
@@ -113,7 +119,10 @@ def check_experiment(grid: Grid[T]) -> None:
 
 
 def checked(options: T) -> T:
-    """Return the options of a run with what follows from them; raise `InvalidArgument` for what cannot work."""
+    """Return the options of a run with derived values.
+
+    Raises `InvalidArgument` for invalid ones.
+    """
     contradictions.check_method(options.adapter, "calibration_examples")
     output = options.training.output_dir
     check_writable(Path(output), f"--output_dir {output}")
@@ -130,7 +139,7 @@ def checked(options: T) -> T:
 
 
 def check_folder(name: str) -> None:
-    """Refuse a model's name that can only be a path, and is none of a folder."""
+    """Raise `InvalidArgument` for a model's name that must be a path but is not a directory."""
     path = Path(name)
     if not path.is_dir() and (path.exists() or is_path(name)):
         raise InvalidArgument(

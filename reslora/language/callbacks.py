@@ -1,4 +1,4 @@
-"""What happens between the steps of `AdapterTrainer`: progress, the log, AdaLoRA's ranks, checkpoints, a stop."""
+"""Callbacks of `AdapterTrainer`: progress, log, AdaLoRA's ranks, checkpoints and stop requests."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ TIMINGS = ("runtime", "per_second", "jit", "model_preparation")
 
 
 def measured(logs: dict[str, float]) -> dict[str, float]:
-    """The figures of an evaluation by their names, without how long it took."""
+    """Return the metrics of an evaluation by name, without timings."""
     found = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
     return {name: value for name, value in found.items() if not any(word in name for word in TIMINGS)}
 
 
 class Progress(ProgressCallback):
-    """Shows the training loss behind the bar, where stock prints a line each time; evaluations get their line."""
+    """Shows the training loss next to the progress bar instead of a line for each; evaluations print a line."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Shows the loss on the progress bar."""
+        """Show the loss on the progress bar."""
         if self.training_bar is None or not state.is_world_process_zero:
             return
         if "loss" in logs:
@@ -43,21 +43,21 @@ class Progress(ProgressCallback):
 
 
 class AllocateRanks(TrainerCallback):
-    """Calls AdaLoRA's allocator between the optimizer's step and the zeroing of the gradients it reads."""
+    """Updates AdaLoRA's ranks between the optimizer's step and `zero_grad`, because the update reads the gradients."""
 
     def __init__(self, allocator: RankAllocator, accelerator: Accelerator) -> None:
         self.allocator, self.accelerator = allocator, accelerator
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        """Moves ranks, unless the step was skipped."""
+        """Reallocate ranks, unless the optimizer's step was skipped."""
         if not self.accelerator.optimizer_step_was_skipped:
             self.allocator.step(state.global_step + 1)
 
 
 class StopWhenAsked(TrainerCallback):
-    """After a request to stop, saves and ends the training; all processes of a run leave after the same step.
+    """Saves and ends training after a stop request; all processes exit after the same step.
 
-    A validation that is due after that step is done first, so that the log of a run that goes on has no gap.
+    A validation that is due after that step comes first, so that the log of a resumed run has no gap.
     """
 
     def __init__(self, stop: StopRequest, accelerator: Accelerator) -> None:
@@ -65,37 +65,37 @@ class StopWhenAsked(TrainerCallback):
         self.training = self.leaving = False
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """From here on a stop has something to save."""
+        """Note that a stop has something to save from here on."""
         self.training = True
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """From here on it hasn't."""
+        """Note that a stop has nothing to save from here on."""
         self.training = False
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Asks for a checkpoint, and for no further step."""
+        """Request a checkpoint, and the end of training."""
         if self._asked() and state.global_step < state.max_steps:
             self.leaving = control.should_save = control.should_training_stop = True
-            args.save_only_model = False  # who stops wants to go on
+            args.save_only_model = False  # resuming needs the complete state
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        """The trainer takes a stop for the end of an epoch, whose validation is not due yet."""
+        """Cancel the end-of-epoch evaluation after a stop: the trainer treats a stop as the end of an epoch."""
         if self.leaving and abs(state.epoch - round(state.epoch)) > 1e-9:
             control.should_evaluate = control.should_save = control.should_log = False
 
     def on_prediction_step(self, args, state, control, **kwargs) -> None:
-        """Ends an evaluation after the training at once."""
+        """Raise `Stopped` in an evaluation after training."""
         self.check("stopped while evaluating; go on with --resume_from_checkpoint latest")
 
     def check(self, message: str) -> None:
-        """Raises `Stopped` outside the training; with several processes only a second signal ends them."""
+        """Raise `Stopped` outside of training; with several processes only a second signal ends them."""
         if not self.training and self.accelerator.num_processes == 1:
             self.stop.check(message)
 
     def ended_the_compiler(self, error: Exception) -> bool:
-        """Whether a step has failed as a signal to the whole terminal or job has ended the compiler that torch called.
+        """Return whether a step failed because a signal to the whole terminal or job killed torch's compiler process.
 
-        Not with several processes, which wait for each other within the step.
+        False with several processes, which wait for each other within the step.
         """
         compiling = type(error).__module__.startswith(("torch._inductor.", "torch._dynamo."))
         return compiling and self.stop.signal is not None and self.accelerator.num_processes == 1
@@ -105,35 +105,36 @@ class StopWhenAsked(TrainerCallback):
 
 
 class SaveValidated(TrainerCallback):
-    """Puts off a checkpoint that is due at the end of an epoch until that is validated, where epochs are.
+    """Delays a checkpoint at the end of an epoch until after the epoch's validation, if epochs are validated.
 
-    Who goes on from one of before would not validate that epoch any more.
+    A run resumed from an earlier checkpoint would skip that validation.
     """
 
     due = False
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Of the last step of an epoch, or of all."""
+        """Delay a checkpoint at the last step of an epoch or of training."""
         last = state.epoch == round(state.epoch) or state.global_step >= state.max_steps
         self.due = control.should_save and last and args.eval_strategy == IntervalStrategy.EPOCH
         control.should_save = control.should_save and not self.due
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        """A checkpoint follows the validation, if both are due."""
+        """Save the delayed checkpoint after validation."""
         control.should_save = control.should_save or self.due
 
 
 class GoesOnFrom(TrainerCallback):
-    """Sets aside what does not descend from `checkpoint`, once that has been loaded: not if it cannot be.
+    """Renames the checkpoints that training from `checkpoint` does not continue, once `checkpoint` was loaded.
 
-    The best checkpoint is the one beside it: stock `Trainer` knows where it was, and the folder may have been moved.
+    The best checkpoint is set to the one next to it: `Trainer` stores an absolute path, and the directory may have
+    moved.
     """
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = Path(checkpoint)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Model, optimizer and schedule are loaded by now."""
+        """Rename them: model, optimizer and schedule are loaded by now."""
         best = self.checkpoint.with_name(f"checkpoint-{state.best_global_step}")
         if best.is_dir():
             state.best_model_checkpoint = str(best)
@@ -144,9 +145,9 @@ class GoesOnFrom(TrainerCallback):
 class LogCallback(TrainerCallback):
     """Writes `log.jsonl`: rows {"step", "split": "train"|"validation", "loss", "lr", "seconds", ...metrics}.
 
-    `seconds` counts training alone, over all continuations of a run. Rows after the step that a run resumes at are
-    dropped when it starts; a fresh run starts a fresh file. A loss is the mean since the row before, or since the step
-    that the run resumed at: with --logging_steps above 1 the first row of a continuation is of fewer steps.
+    `seconds` is training time without evaluation, summed over resumed runs. On resume, rows after the resumed step are
+    removed; a new run starts a new file. A loss is the mean since the previous row, or since the resumed step: with
+    --logging_steps above 1, the first row after a resume averages fewer steps.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -156,22 +157,22 @@ class LogCallback(TrainerCallback):
         self.writer: LogWriter | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Goes on from the rows up to the step that the run resumes at."""
+        """Open the log with the rows up to the resumed step."""
         rows = [row for row in read_log(self.path) if row["step"] <= state.global_step] if state.global_step else []
         self.seconds = rows[-1].get("seconds", 0.0) if rows else 0.0
         if state.is_world_process_zero:
             self.writer = LogWriter(self.path, state.global_step)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        """Starts the clock."""
+        """Start the timer."""
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Stops the clock: evaluation and saving do not count."""
+        """Stop the timer: evaluation and saving do not count."""
         self.seconds += time.perf_counter() - self.started
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Writes a row of training or validation figures."""
+        """Write a row of training or validation metrics."""
         if "loss" in logs:
             self.learning_rate = logs.get("learning_rate")
             self._write(state, "train", logs["loss"], {"grad_norm": logs.get("grad_norm")})
@@ -181,7 +182,7 @@ class LogCallback(TrainerCallback):
 
     def _write(self, state, split: str, loss: float, figures: dict) -> None:
         if self.writer is None:
-            return  # another process, or an evaluation before the training
+            return  # another process, or an evaluation before training
         row = {
             "step": state.global_step,
             "split": split,

@@ -1,4 +1,4 @@
-"""The folders `checkpoint-N` that `AdapterTrainer` writes: which there are, and which can be resumed from."""
+"""Find the directories `checkpoint-N` of `AdapterTrainer`, and validate them for resuming."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..common.errors import first_line
 from ..common.recovery import numbered, set_aside
 from ..files import CHECKSUMS_NAME, Damaged, check_checksums, read_object
 
-RESULTS = "results.json"  # of a run that has come to its end
+RESULTS = "results.json"  # written by a finished run
 ALLOCATOR_NAME = "allocator.safetensors"  # AdaLoRA's running importances and ranks
 ADAPTER_ALONE = "it holds the adapter alone, as with --save_only_model"
 
@@ -27,18 +27,21 @@ logger = logging.get_logger(__name__)
 
 
 def checkpoints_of(output_dir: str | os.PathLike) -> list[Path]:
-    """The folders `checkpoint-N` of a run, newest first, whatever their state."""
+    """Return the directories `checkpoint-N` of a run, newest first, complete or not."""
     return numbered(Path(output_dir))
 
 
 def named_checkpoint(output_dir: str | os.PathLike, name: str) -> Path:
-    """The folder that a --resume_from_checkpoint names: one inside the run, or any other."""
+    """Return the directory that --resume_from_checkpoint names, inside the run or anywhere."""
     inside = Path(output_dir) / name
     return inside if inside.is_dir() else Path(name)
 
 
 def usable_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str | None:
-    """Returns the newest complete `checkpoint-N` of a run, or None; others are left out with a warning."""
+    """Return the newest complete `checkpoint-N` of a run;
+
+    None without one. Incomplete ones are skipped with a warning.
+    """
     for path in checkpoints_of(output_dir):
         problem = damage(path, processes)
         if problem is None:
@@ -48,9 +51,9 @@ def usable_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str 
 
 
 def damage(folder: Path, processes: int = 1) -> str | None:
-    """What is missing of a checkpoint, or not as it was written, or None; reads every file for its checksum.
+    """Return what is missing or damaged in a checkpoint, or None; reads every file for its checksum.
 
-    Raises `OSError` for a file that cannot be read now: a checkpoint is not damaged by that.
+    Raises `OSError` for a file that cannot be read at the moment, which does not mean that it is damaged.
     """
     if lacking := _lacks(folder, processes):
         return lacking
@@ -62,22 +65,22 @@ def damage(folder: Path, processes: int = 1) -> str | None:
 
 
 def set_unfinished_aside(output_dir: str | os.PathLike, processes: int = 1) -> None:
-    """Lets a run whose first checkpoint a kill or a full disk has cut short begin afresh: nothing is lost by it.
+    """Rename an incomplete first checkpoint, so that the run can start anew: nothing is lost.
 
-    One that is damaged, or of another number of processes, stays, and so does any that is not alone: the run had come
-    further then. So does one of a run that has come to its end.
+    A damaged checkpoint stays, and so does one of another number of processes, one among several, and one of a finished
+    run.
     """
     found = checkpoints_of(output_dir)
     if len(found) == 1 and not (Path(output_dir) / RESULTS).exists() and _is_cut_short(found[0], processes):
-        set_aside(found[0], "was not finished", "unfinished")  # and is none to go on from
+        set_aside(found[0], "was not finished", "unfinished")  # so that it is not a checkpoint to resume from
 
 
 def _is_finished(folder: Path) -> bool:
-    return TRAINER_STATE_NAME in read_object(folder / CHECKSUMS_NAME)  # before the end it lists the adapter alone
+    return TRAINER_STATE_NAME in read_object(folder / CHECKSUMS_NAME)  # before, checksums list only the adapter
 
 
 def _is_cut_short(folder: Path, processes: int) -> bool:
-    """Whether its writing has not come to an end: the trainer's state is what is written last."""
+    """Return whether a checkpoint was not written to its end: the trainer's state is written last."""
     if not (folder / TRAINER_STATE_NAME).exists():
         return True
     begun = (folder / CHECKSUMS_NAME).exists() and not _is_finished(folder)
@@ -100,7 +103,7 @@ def _lacks(folder: Path, processes: int) -> str | None:
 
 
 def _unreadable(folder: Path, processes: int) -> str | None:
-    """What is wrong with a checkpoint whose checksums are gone or lack files, as far as its readers notice."""
+    """Return what is wrong with a checkpoint without complete checksums, as far as reading its files shows."""
     try:
         TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         for path in folder.glob("*.safetensors"):
@@ -108,7 +111,7 @@ def _unreadable(folder: Path, processes: int) -> str | None:
                 pass
         if (folder / WEIGHTS_NAME).exists():
             json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        # DeepSpeed keeps optimizer and scheduler in a folder of its own, which it reads itself.
+        # DeepSpeed keeps optimizer and scheduler in a directory of its own and reads it itself.
         states = [] if (folder / "latest").exists() else ["optimizer.pt", "scheduler.pt"]
         for name in (*states, *_ranks(processes)):
             with safe_globals():
@@ -117,7 +120,7 @@ def _unreadable(folder: Path, processes: int) -> str | None:
         if not isinstance(error, FileNotFoundError):
             raise
         return first_line(error)
-    except Exception as error:  # a truncated file fails in as many ways as there are readers
+    except Exception as error:  # a truncated file fails with any kind of exception
         return f"{type(error).__name__}: {first_line(error)}"
     return None
 

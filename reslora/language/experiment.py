@@ -1,8 +1,9 @@
-"""A plain run with a language model, and an experiment: every arm a plain run of its options, on parts of the examples.
+"""Single runs and experiments with a language model; every arm of an experiment is a single run on parts of the
+examples.
 
-What an arm writes is in a folder of its own, and what is on disk decides what is left to do. Rates and checkpoints are
-chosen by the validation loss, which is that of the select examples; methods are compared by the loss of each test
-example under the merged adapter.
+Every arm has its own directory, and the files on disk determine the remaining work. Learning rates and checkpoints are
+chosen by the validation loss on the selection split. Methods are compared by the merged adapter's loss on each test
+example.
 """
 
 from __future__ import annotations
@@ -54,15 +55,15 @@ from .trainer import AdapterTrainer, put_control_on, shortcuts_of, total_steps
 from .training_arguments import passed_on_defaults, without_tokens
 
 MOST_LOOKS = 10
-LEAST_LOSS = 1e-12  # of a sure example, whose loss rounds to zero: statistics take losses above it
+LEAST_LOSS = 1e-12  # statistics need losses above zero, which a certain example's loss can round to
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
-CHANGING = ("method", "learning_rate", "seed")  # of these more may be added
+CHANGING = ("method", "learning_rate", "seed")  # options to which an experiment can add values
 LIMITS = ("max_eval_samples", "max_test_samples", "max_predict_samples")
 FIXED = (
     "merge", "calibration_examples", "max_steps", "num_train_epochs", "eval_strategy", "eval_steps", "max_new_tokens",
     "per_device_eval_batch_size", *LIMITS,
 )  # fmt: skip
-"""What a plain run may change when it goes on, and an experiment may not."""
+"""Options that a resumed run may change, but not an experiment."""
 TEXTS = About(
     "example",
     {
@@ -85,72 +86,75 @@ WRITTEN = {
     "peft": "plain adapter: PeftModel.from_pretrained(model, folder)",
     "merged": "merged model: transformers' from_pretrained(folder)",
 }
-"""What a plain run leaves."""
+"""Files of a single run."""
 
 
 class Study(ABC):
-    """What train_llm.py and train_glue.py do each in its way: a plain run, and the arms of an experiment."""
+    """The task-specific part of train_llm.py and train_glue.py, for single runs and experiments."""
 
     prog: str
-    """The script's name."""
+    """Name of the script."""
     real: str
-    """Options of a run with a real model."""
+    """Options of a run with a real model, for messages."""
     tokenizer: Any
-    """The model's, from `adapted` on."""
+    """The model's tokenizer; set by `adapted`."""
 
     @abstractmethod
     def arguments(self, options: Any) -> Any:
-        """The options of a plain run, with `settings`, `method` and `training`; raises `InvalidArgument`."""
+        """Return the arguments of a single run, with `settings`, `method` and `training`.
+
+        Raises `InvalidArgument` for invalid options.
+        """
 
     @abstractmethod
     def read(self, arguments: Any) -> Iterable:
-        """Read the examples of a plain run; return those that are trained on, which a continuation must share."""
+        """Read the examples of a single run; return the training examples, which a resumed run must share."""
 
     @abstractmethod
     def parts(self, arguments: Any, shares: ExperimentOptions) -> Parts:
-        """All examples in three parts."""
+        """Return all examples divided into three parts."""
 
     @abstractmethod
     def prepare(self, arguments: Any, parts: Parts) -> int:
-        """Takes the examples for all arms; returns how many are trained on."""
+        """Set the examples of all arms; return the number of training examples."""
 
     @abstractmethod
     def adapted(self, arguments: Any) -> PeftModel:
-        """The model with the arm's adapter at its start."""
+        """Return the model with the arm's adapter, newly initialized."""
 
     def example(self) -> dict | None:
-        """Inputs to trace the model with; None where it has its own."""
+        """Return inputs to trace the model with; None if it has its own."""
         return None
 
     def tell_links(self, model: PeftModel, adapter: MethodOptions, tell: Callable[[str], object]) -> None:
-        """Says which layers the shortcuts leave as they are, and where chains are too short."""
+        """Report the layers without shortcuts and the chains that are too short."""
         tell_links(model, adapter.name, shortcuts_of(adapter), tell, self.example())
 
     @abstractmethod
     def build_trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
-        """Return the trainer, with `log.jsonl`."""
+        """Return the trainer, which writes `log.jsonl`."""
 
     def trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
-        """Return the trainer; a control has been measured."""
+        """Return the trainer, with a control calibrated."""
         trainer = self.build_trainer(arguments, model, stop)
         put_control_on(trainer, arguments.method, self.calibration(arguments) or [], self.example())
         return trainer
 
     @abstractmethod
     def calibration(self, arguments: Any) -> list[dict] | None:
-        """What a merge may read."""
+        """Return the calibration batches of a merge."""
 
     @abstractmethod
     def measured(self, arguments: Any, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
-        """The loss of each test example, in order, and figures over all; asks `check` between batches."""
+        """Return the loss of each test example, in order, and metrics over all; calls `check` between batches."""
 
     @abstractmethod
     def figures(self, arguments: Any, trainer: AdapterTrainer) -> Mapping[str, float]:
-        """Return what the merges of a plain run are compared by."""
+        """Return the metrics that compare the merges of a single run."""
 
     @abstractmethod
     def facts(self, arguments: Any, trainer: AdapterTrainer) -> dict[str, Any]:
-        """Return what `results.json` says of task, model and numbers of examples."""
+        """Return the task, the model and the numbers of examples for `results.json`."""
 
     def predict(self, arguments: Any, trainer: AdapterTrainer) -> list[str]:
         """Write predictions, and return the names of the files."""
@@ -176,7 +180,7 @@ class Study(ABC):
 
 
 def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
-    """Run what is asked for, or the experiment."""
+    """Start a single run or an experiment."""
     if isinstance(asked, Grid):
         run_experiment(functools.partial(opened, study), asked, stop)
         return
@@ -201,7 +205,7 @@ def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
 
 
 def report_unread(asked: TextOptions | Grid) -> None:
-    """Print options that no method reads."""
+    """Print options that no method uses."""
     options = asked.base if isinstance(asked, Grid) else asked
     alpha = {"lora_alpha": 2 * options.adapter.rank}
     report_unread_by_methods(options.table(), asked.flat(), alpha)
@@ -209,9 +213,9 @@ def report_unread(asked: TextOptions | Grid) -> None:
 
 @contextlib.contextmanager
 def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None = None) -> Iterator[Bench]:
-    """Lock the folder, check the options, and encode the examples.
+    """Lock the directory, validate the options, and encode the examples.
 
-    With orders, for one of --arms_at_once processes, in a folder that the main process has locked and checked.
+    With orders, this is a worker of --arms_at_once in a directory that the main process has locked and validated.
     """
     began, shares = time.monotonic(), grid.base.experiment
     report_unread(grid)
@@ -226,7 +230,7 @@ def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None
         bench = Bench(course, study, parts, trained, stop, plain.training.device)
         if not orders:
             decided(lambda: take_folder(bench))
-            tell = functools.cache(say)  # labels may have the same to say
+            tell = functools.cache(say)  # several labels may print the same line
             for label in course.labels:
                 bench.check_label(label, tell)
             say(f"{counted(len(course.arms()), 'arm')}; {parts.in_words(trained)}")
@@ -234,7 +238,7 @@ def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None
 
 
 def options_of(arm: Arm, course: Course) -> Any:
-    """The options of a plain run of an arm in its folder; one checkpoint is kept unless more are asked for."""
+    """Return the options of a single run of an arm in its directory, with one checkpoint unless more are requested."""
     options = course.options_of(arm)
     limit = options.training.save_total_limit or 1
     own = {"output_dir": str(course.folder_of(arm)), "save_total_limit": limit, "resume_from_checkpoint": None}
@@ -242,18 +246,20 @@ def options_of(arm: Arm, course: Course) -> Any:
 
 
 def looks(training: TrainingOptions, steps: int) -> dict[str, Any]:
-    """When the select loss is measured where no evaluation is asked for: every --eval_steps, or MOST_LOOKS times."""
+    """Return the evaluation steps if none are requested: every --eval_steps, or MOST_LOOKS times."""
     every = training.eval_steps or math.ceil(steps / MOST_LOOKS)
     return {"eval_strategy": "steps", "eval_steps": every} if training.eval_strategy == "no" else {}
 
 
 def take_folder(bench: Bench) -> None:
-    """Refuses the folder of another experiment, or of a plain run; what a killed start has left half-written goes."""
+    """Raise `InvalidArgument` for the directory of another experiment or a single run; remove a killed run's
+    temporaries.
+    """
     course, folder = bench.course, bench.course.folder
     there = read_experiment(folder).get("identity") or {}
     if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
         raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
-    # When losses are measured follows from the other settings, which are what to name.
+    # The evaluation steps follow from other settings, which the message should name first.
     mine = sorted(bench.identity.items(), key=lambda item: item[0].startswith("eval_"))
     for name, value in mine if there else ():
         earlier = there.get(name)
@@ -272,13 +278,16 @@ def take_folder(bench: Bench) -> None:
 
 
 class KeepAdapters(TrainerCallback):
-    """Keeps the adapter of every step at which the select loss is measured, but for the start, which is no choice."""
+    """Saves the adapter at every evaluation on the selection split, except before the first step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
-        """Writes it, whole or not at all; ends the arm at a loss that is not finite."""
+        """Save the adapter atomically.
+
+        Raises `Diverged` for a non-finite loss.
+        """
         if not math.isfinite(loss := metrics["eval_loss"]):
             raise Diverged(f"select loss {loss} at step {state.global_step}")
         if state.global_step == 0:  # by --eval_on_start
@@ -294,13 +303,13 @@ class KeepAdapters(TrainerCallback):
 
 @dataclass(frozen=True)
 class Bench(Subject):
-    """What the arms of an experiment are trained and measured by."""
+    """Trains and evaluates the arms of an experiment with a language model."""
 
     course: Course
     study: Study
     parts: Parts
     trained: int
-    """How many examples are trained on: limits and long examples leave some of that part out."""
+    """Number of training examples, after limits and without examples that are too long."""
     stop: StopRequest
     device: torch.device
     about: About = TEXTS
@@ -311,12 +320,12 @@ class Bench(Subject):
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """All options by name, of those that vary all values."""
+        """All options by name, with all values of those that vary."""
         return {**passed_on_defaults(), **self.course.grid.flat(), **self.course.grid.base.passed_on}
 
     @functools.cached_property
     def identity(self) -> dict:
-        """What an experiment goes on with alone: its settings, and its examples by content."""
+        """Settings and content hash of the examples, which must not change when an experiment is resumed."""
         arguments = self.arguments_of(self.course.arms()[0])
         settings = arguments.settings | {"num_processes": arguments.training.world_size}
         grid = self.course.grid
@@ -330,7 +339,7 @@ class Bench(Subject):
         return json.loads(json.dumps({name: value for name, value in found.items() if name not in CHANGING}))
 
     def check_label(self, label: str, tell: Callable[[str], object]) -> None:
-        """Refuses what cannot be attached before anything is trained, and tells what is trained otherwise."""
+        """Raise `InvalidArgument` for an adapter that cannot be attached, and report layers without shortcuts."""
         arms = [arm for arm in self.course.arms() if arm.label == label]
         if not decided(lambda: any(self.course.ended(arm) for arm in arms)):
             arguments = self.arguments_of(arms[0])
@@ -341,7 +350,7 @@ class Bench(Subject):
         return self.parts.marks
 
     def arguments_of(self, arm: Arm) -> Any:
-        """As a plain run of the arm has them."""
+        """Return the arguments of a single run of the arm."""
         return self.study.arguments(options_of(arm, self.course))
 
     def facts(self) -> Facts:
@@ -351,7 +360,7 @@ class Bench(Subject):
     def train(self, arm: Arm) -> None:
         arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)
         if arguments.training.torch_compile:
-            torch.compiler.reset()  # or it gives up after as many models as it remembers
+            torch.compiler.reset()  # it stops compiling after a limited number of models
         trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
         trainer.add_callback(KeepAdapters(folder))
         trainer.stopping.check("stopped between two arms; the same command goes on")
@@ -363,7 +372,7 @@ class Bench(Subject):
             raise Diverged(f"{self.course.name_of(arm)}: {error.problem}") from error
         finally:
             trainer.accelerator.free_memory()
-            gc.collect()  # a trainer and its callbacks hold each other, and the model
+            gc.collect()  # a trainer, its callbacks and the model refer to each other
 
     def _train(self, trainer: Any, arm: Arm, arguments: Any) -> None:
         folder = self.course.folder_of(arm)
@@ -373,17 +382,17 @@ class Bench(Subject):
         trainer.train(resume_from_checkpoint="latest" if decided(lambda: bool(checkpoints_of(folder))) else None)
         if decided(lambda: not self.is_measured(arm, trainer.state.global_step)):
             trainer.evaluate()
-        method = dataclasses.replace(arguments.method, merge_and_save=False)  # but of the best arm
+        method = dataclasses.replace(arguments.method, merge_and_save=False)  # only for the best arm
         decided(check_held)
         export(trainer.model, folder, method, self.study.calibration(arguments))
 
     def is_measured(self, arm: Arm, step: int) -> bool:
-        """Whether an arm may be chosen at a step: the loss is written first, and then the adapter."""
+        """Return whether an arm's step can be chosen: its loss and then its adapter were written."""
         kept = adapter_folder(self.course.folder_of(arm), step).is_dir()
         return kept and step in self.course.select_losses(arm)
 
     def restored(self, arm: Arm, step: int) -> PeftModel:
-        """The model with an arm's adapter of that step, merged as exports are."""
+        """Return the model with an arm's adapter of that step, merged like an export."""
         arguments = self.arguments_of(arm)
         model = self.study.adapted(arguments).to(arguments.training.device)
         folder = self.course.folder_of(arm)
@@ -397,17 +406,20 @@ class Bench(Subject):
 
     def base_losses(self) -> dict:
         arguments = self.arguments_of(self.course.arms()[0])
-        model = self.study.adapted(arguments).to(arguments.training.device)  # before training it is the base model
+        # with a new adapter it equals the base model
+        model = self.study.adapted(arguments).to(arguments.training.device)
         return self.losses_of(model.eval(), arguments)
 
     def losses_of(self, model: PeftModel, arguments: Any) -> dict:
-        """Return the loss of each test example, and figures over all."""
+        """Return the loss of each test example, and metrics over all."""
         losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(COMPARING))
         numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
         return {"losses": numbers, "figures": figures}
 
     def export(self, arm: Arm, step: int) -> list[str]:
-        """Writes `peft/` of an arm's checkpoint, and with --merge_and_save `merged/`; else an earlier one goes."""
+        """Write `peft/` of an arm's checkpoint, and `merged/` with --merge_and_save; otherwise an earlier one is
+        removed.
+        """
         model, method = self.restored(arm, step), self.arguments_of(arm).method
         check_held()
         if not method.merge_and_save:

@@ -1,4 +1,4 @@
-"""`train_glue.py`: RoBERTa or BERT learns a task of GLUE, and the merges are compared by its metrics."""
+"""`train_glue.py`: fine-tune RoBERTa or BERT on a GLUE task, and compare the merges by its metrics."""
 
 from __future__ import annotations
 
@@ -43,33 +43,36 @@ FOR_METRICS = {
     "prediction_loss_only": False, "batch_eval_metrics": False, "eval_do_concat_batches": True,
     "label_names": ["labels"],
 }  # fmt: skip
-"""transformers' options, with the only value of each that `Trainer` passes whole predictions and labels on with."""
+"""Options of transformers with the only value for which `Trainer` passes complete predictions and labels."""
 
-# -- the options -------------------------------------------------------------------------------------------------------
+# -- options -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Arguments(training_arguments.Arguments[GlueOptions]):
-    """The options of a run, and what `Trainer` is given of them."""
+    """Options of a run, and the `TrainingArguments` made from them."""
 
     @property
     def data(self) -> GlueDataOptions:
-        """The task, and where its data are."""
+        """Task and location of its data."""
         return self.options.data
 
     @property
     def model(self) -> GlueModelOptions:
-        """The model that is fine-tuned."""
+        """Model to fine-tune."""
         return self.options.model
 
     @property
     def task(self) -> Task:
-        """The task that is trained on."""
+        """Task to train on."""
         return TASKS[self.options.data.task_name or ""]
 
 
 def arguments_of(options: GlueOptions) -> Arguments:
-    """Return the options with what `Trainer` is given; refuse what the metrics cannot do."""
+    """Return the arguments of these options.
+
+    Raises `InvalidArgument` for options that the metrics do not support.
+    """
     training = training_arguments.training_arguments(options, PROG, label_names=FOR_METRICS["label_names"])
     arguments = Arguments(options, training)
     for name, value in FOR_METRICS.items():
@@ -86,7 +89,9 @@ def arguments_of(options: GlueOptions) -> Arguments:
 
 
 def check_metric(arguments: Arguments) -> None:
-    """Refuse a --metric_for_best_model that the task doesn't have; the hub's name of Matthews' counts as ours."""
+    """Raise `InvalidArgument` for a --metric_for_best_model that the task does not have; accepts the Hub's metric
+    names.
+    """
     given, known = arguments.training.metric_for_best_model, ("loss", *arguments.task.metrics)
     name = str(given or "loss").removeprefix("eval_").replace("matthews_correlation", "matthews")
     if name not in known:
@@ -100,7 +105,7 @@ def check_metric(arguments: Arguments) -> None:
 
 
 def read_splits(arguments: Arguments) -> dict[str, Columns]:
-    """Texts and labels by split (train, validation..., test... where there is one), every row checked."""
+    """Return texts and labels by split (train, validation..., test... if there is one), with every row validated."""
     data, task = arguments.data, arguments.task
     wanted = arguments.training.do_predict
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
@@ -108,7 +113,7 @@ def read_splits(arguments: Arguments) -> dict[str, Columns]:
     for kind, limit in limits.items():
         for part in task.parts if kind != "train" else ("",):
             if kind == "test" and not (wanted or data.data_dir):
-                continue  # the hub's are long, and their labels are not public
+                continue  # on the Hub they are long, and their labels are not public
             where, rows = _read(arguments, kind + part)
             if rows is None and kind == "test" and not wanted:
                 continue
@@ -131,7 +136,7 @@ def _read(arguments: Arguments, split: str) -> tuple[str, list[dict] | None]:
 
 
 def encode(arguments: Arguments, tokenizer, columns: Columns) -> Dataset:
-    """Token ids and labels as a `datasets.Dataset`."""
+    """Return token ids and labels as a `datasets.Dataset`."""
     task, limit = arguments.task, min(arguments.data.max_seq_length, tokenizer.model_max_length)
     texts = [columns[name] for name in task.columns]
     padding = "max_length" if arguments.data.pad_to_max_length else False
@@ -145,13 +150,16 @@ def encode(arguments: Arguments, tokenizer, columns: Columns) -> Dataset:
 
 
 def load_model(arguments: Arguments):
-    """Tokenizer, float32 model, names of its classifier: modules outside the pretrained part, or without weights."""
+    """Return the tokenizer, the model in float32, and the names of its classifier's modules.
+
+    The classifier consists of the modules outside of the pretrained part, and of those without pretrained weights.
+    """
     given, task = arguments.model, arguments.task
     common = {"cache_dir": given.cache_dir, "revision": given.model_revision, "token": given.token}
     names = dict(enumerate(task.labels)) if task.labels else {0: "score"}
     kind = "single_label_classification" if task.labels else "regression"
     flag, fix = f"--model_name_or_path {given.model_name_or_path}", "check name and files"
-    logging.set_verbosity_error()  # its report that the classifier has no weights yet is no news
+    logging.set_verbosity_error()  # it reports that the classifier has no weights yet, which is expected
     logging.disable_progress_bar()
     try:
         with refused_as(flag, f"{fix}, or give --ignore_mismatched_sizes", UNREADABLE):
@@ -177,25 +185,29 @@ def load_model(arguments: Arguments):
     finally:
         logging.set_verbosity_warning()
         logging.enable_progress_bar()
-    # These models take any keyword argument and average over their own batch. Trainer would take the first for a sign
-    # that they divide by the number it passes, and leave the loss scaled by accumulation steps and processes.
+    # These models accept any keyword argument and average over their own batch. Trainer would conclude that they divide
+    # by the number of items that it passes, and would not scale the loss for accumulation steps and processes.
     model.accepts_loss_kwargs = False
     check_fit(arguments, tokenizer, model)
     return tokenizer, model, classifier_of(model, loaded["missing_keys"])
 
 
 def classifier_of(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
-    """The modules with weights outside of the pretrained part, and its pooler where the weights of that are missing."""
+    """Return the names of the classifier's modules, and the pooler if its weights are missing."""
     heads = [(name, head) for name, head in model.named_children() if name != model.base_model_prefix]
     pooler = any("pooler" in key.split(".") for key in missing)
     return [name for name, head in heads if any(True for _ in head.parameters())] + ["pooler"] * pooler
 
 
 def check_fit(arguments: Arguments, tokenizer, model) -> None:
-    """Tells the tokenizer how many positions the model has, and refuses a tokenizer of another model."""
+    """Set the tokenizer's maximum length to the model's number of positions.
+
+    Raises `InvalidArgument` for a tokenizer of another model.
+    """
     embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     if embeddings is not None:
-        reserved = 0 if embeddings.padding_idx is None else embeddings.padding_idx + 1  # RoBERTa counts from there
+        # RoBERTa's positions start there
+        reserved = 0 if embeddings.padding_idx is None else embeddings.padding_idx + 1
         tokenizer.model_max_length = min(tokenizer.model_max_length, embeddings.num_embeddings - reserved)
     rows = model.get_input_embeddings().num_embeddings
     flag = f"--tokenizer_name {arguments.model.tokenizer_name or arguments.model.model_name_or_path}"
@@ -206,7 +218,7 @@ def check_fit(arguments: Arguments, tokenizer, model) -> None:
 
 
 def calibration_batches(arguments: Arguments, examples, device: torch.device) -> list[dict] | None:
-    """The first training examples as inputs of the model, one at a time: no padding enters the moments."""
+    """Return the first training examples as model inputs, one at a time: padding must not enter the moments."""
     count = arguments.method.merge_calibration_samples
     rows = (examples[i] for i in range(min(count, len(examples))))
     batches = []
@@ -221,7 +233,7 @@ def calibration_batches(arguments: Arguments, examples, device: torch.device) ->
 
 
 def loss_of(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean loss over all examples."""
+    """Return the mean loss over all examples."""
     outputs, targets = torch.tensor(logits, dtype=torch.float64), torch.tensor(labels)
     if task.labels:
         return torch.nn.functional.cross_entropy(outputs, targets).item()
@@ -229,13 +241,13 @@ def loss_of(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def figures_of(task: Task, result: EvalPrediction | PredictionOutput) -> dict[str, float]:
-    """Loss and metrics of what was predicted, each example counted once."""
+    """Return loss and metrics of the predictions, each example counted once."""
     logits, labels = result.predictions, result.label_ids.reshape(-1)
     return {"loss": loss_of(task, logits, labels), **scores(task, predicted(task, logits), labels)}
 
 
 def evaluate(trainer: AdapterTrainer, task: Task, sets: dict, kind: str = "validation") -> dict[str, float]:
-    """Loss and metrics on every labelled split of a kind; those of MNLI's second one end in `_mm`."""
+    """Return loss and metrics on every labeled split of a kind; names of MNLI's second split end in `_mm`."""
     figures: dict[str, float] = {}
     for part, end in zip(task.parts, ("", "_mm"), strict=False):
         if kind + part in sets and "labels" in sets[kind + part].column_names:
@@ -245,7 +257,7 @@ def evaluate(trainer: AdapterTrainer, task: Task, sets: dict, kind: str = "valid
 
 
 def write_predictions(arguments: Arguments, trainer: AdapterTrainer, sets: dict) -> list[str]:
-    """`predict_results_<task>.txt` for each test split, as run_glue.py writes them; returns the file names."""
+    """Write `predict_results_<task>.txt` for each test split, as run_glue.py does; return the file names."""
     task, files = arguments.task, []
     for name, examples in sets.items():
         if not name.startswith("test"):
@@ -263,7 +275,7 @@ def write_predictions(arguments: Arguments, trainer: AdapterTrainer, sets: dict)
 
 
 class GlueStudy(Study):
-    """As this script trains and measures; arms of an experiment with MNLI by its matched examples."""
+    """Training and evaluation on a GLUE task; experiments with MNLI use its matched examples."""
 
     prog = PROG
     real = "--model FacebookAI/roberta-large --task_name rte --shortcut middle --pre_num 4 --output runs/rte"
@@ -281,10 +293,10 @@ class GlueStudy(Study):
         return zip(*self.splits["train"].values(), strict=True)
 
     def parts(self, arguments: Arguments, shares: ExperimentOptions) -> Parts:
-        """All examples in three parts; test examples without labels, as the hub's, are no part."""
+        """Return all examples in three parts; test examples without labels, as on the Hub, are left out."""
         task, data, splits = arguments.task, arguments.data, read_splits(arguments)
         if "label" not in splits.get(f"test{task.parts[0]}", ()) and data.max_eval_samples != data.max_predict_samples:
-            # The validation examples are what methods are compared by.
+            # Methods are compared on the validation examples.
             limited = arguments.options.replace(max_eval_samples=data.max_predict_samples)
             splits = read_splits(replace(arguments, options=limited))
         self.columns = [*task.columns, "label"]
@@ -308,7 +320,7 @@ class GlueStudy(Study):
     def adapted(self, arguments: Arguments) -> PeftModel:
         set_seed(arguments.training.seed)
         self.tokenizer, model, classifier = load_model(arguments)
-        # Of all arms the first encodes.
+        # The first arm encodes for all.
         self.sets = self.sets or {name: encode(arguments, self.tokenizer, self.splits[name]) for name in self.splits}
         steps = total_steps(arguments.training, len(self.sets["train"]))
         return attach(model, arguments.method, steps, self.example(), modules_to_save=classifier)
@@ -317,7 +329,7 @@ class GlueStudy(Study):
         return {"input_ids": torch.tensor([self.sets["train"][0]["input_ids"]])}
 
     def build_trainer(self, arguments: Arguments, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
-        """The trainer, with `log.jsonl`; while training it evaluates on the first validation split."""
+        """Return the trainer, which writes `log.jsonl` and evaluates on the first validation split while training."""
         task = arguments.task
         return AdapterTrainer(
             model,
@@ -327,9 +339,9 @@ class GlueStudy(Study):
             eval_dataset=self.sets["validation" + task.parts[0]],
             processing_class=self.tokenizer,
             data_collator=DataCollatorWithPadding(self.tokenizer),
-            # Its loss replaces Trainer's own, which counts some examples twice where processes share the last batch.
+            # Its loss replaces Trainer's own, which counts some examples twice if processes share the last batch.
             compute_metrics=lambda result: figures_of(task, result),
-            # Encoder-decoders give their hidden states too.
+            # Encoder-decoders return hidden states too.
             preprocess_logits_for_metrics=lambda found, labels: found[0] if isinstance(found, tuple) else found,
             callbacks=[LogCallback(Path(arguments.training.output_dir) / "log.jsonl")],
         )
@@ -339,7 +351,7 @@ class GlueStudy(Study):
 
     @torch.no_grad()
     def measured(self, arguments: Arguments, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
-        """The loss of each test example, and the task's metrics."""
+        """Return the loss of each test example, and the task's metrics."""
         task, test, size = arguments.task, self.sets["test"], arguments.training.per_device_eval_batch_size
         collate, found = DataCollatorWithPadding(self.tokenizer), []
         for start in range(0, len(test), size):
@@ -368,5 +380,5 @@ class GlueStudy(Study):
 
 
 def main(asked: GlueOptions | Grid[GlueOptions], stop: StopRequest) -> None:
-    """Read, attach, train, and show what each merge keeps; or an experiment."""
+    """Train and compare the merges, or run an experiment."""
     run(GlueStudy(), asked, stop)

@@ -1,4 +1,4 @@
-"""The nine tasks of GLUE: their columns, labels and metrics, and their rows, each of them checked."""
+"""The nine GLUE tasks: columns, labels, metrics, and validation of their rows."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Columns = dict[str, list]
 
 @dataclass(frozen=True)
 class Task:
-    """Columns and label names of a task as GLUE on the hub has them, and its metrics, the first being the paper's."""
+    """Columns, label names and metrics of a task, as on the Hub; the first metric is the paper's."""
 
     columns: tuple[str, ...]
     labels: tuple[str, ...]
-    """In the order of their numbers; empty for a score from 0 to 5 (STS-B)."""
+    """Label names by number; empty for a score from 0 to 5 (STS-B)."""
     metrics: tuple[str, ...] = ("accuracy",)
     parts: tuple[str, ...] = ("",)
-    """What is added to the names of the validation and test splits: MNLI has two of each."""
+    """Suffixes of the validation and test splits: MNLI has two of each."""
 
 
 ENTAILMENT = ("entailment", "not_entailment")
@@ -49,7 +49,7 @@ TASKS = {
 
 
 def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Returns the task's metrics; a correlation that is not defined (all predictions alike, or only one) counts as 0.
+    """Return the task's metrics; an undefined correlation (constant predictions, or a single one) is 0.
 
     `predictions`, `labels`: [examples], label numbers, or scores for STS-B.
     """
@@ -61,13 +61,13 @@ def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str,
         "spearmanr": lambda labels, predictions: spearmanr(labels, predictions).statistic,
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # scipy's, about the correlation that is not defined
+        warnings.simplefilter("ignore")  # scipy warns about undefined correlations
         values = {name: float(functions[name](labels, predictions)) for name in task.metrics}
     return {name: value if math.isfinite(value) else 0.0 for name, value in values.items()}
 
 
 def predicted(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Label numbers, or scores for STS-B, [examples], of logits [examples, labels]."""
+    """Return label numbers, or scores for STS-B, [examples] of logits [examples, labels]."""
     return logits.argmax(-1) if task.labels else logits.reshape(-1)
 
 
@@ -75,7 +75,7 @@ def predicted(task: Task, logits: np.ndarray) -> np.ndarray:
 
 
 def read_folder(task: Task, data_dir: str, split: str) -> tuple[str, list[dict] | None]:
-    """Rows of `<data_dir>/<split>.jsonl`, or None if there is no such file; and what to call it in an error."""
+    """Return the name of `<data_dir>/<split>.jsonl` for messages, and its rows; None if it does not exist."""
     folder = Path(data_dir)
     path, where = folder / f"{split}.jsonl", f"--data_dir {folder}"
     if not folder.is_dir():
@@ -91,7 +91,7 @@ def read_folder(task: Task, data_dir: str, split: str) -> tuple[str, list[dict] 
 
 
 def read_hub(task: Task, source: dict[str, str | None], split: str) -> tuple[str, list[dict] | None]:
-    """Rows of a split of a data set on the hub, as `read_folder`; `source` as `load_dataset` takes it."""
+    """Return the same as `read_folder` for a split of a data set on the Hub; `source` as `load_dataset` takes it."""
     where = f"--dataset_name {source['path']}, configuration {source['name']}"
     with loaded_from_hub(where, f"use --data_dir: {file_form(task)}"):
         sets = datasets.load_dataset(**source)
@@ -99,14 +99,17 @@ def read_hub(task: Task, source: dict[str, str | None], split: str) -> tuple[str
 
 
 def file_form(task: Task) -> str:
-    """What a --data_dir must hold, in words."""
+    """Return the required content of a --data_dir, for messages."""
     files = ", ".join(f"validation{part}.jsonl" for part in task.parts)
     columns = ", ".join((*task.columns, "label"))
     return f"give a folder with train.jsonl and {files}, one JSON object a line with {columns}"
 
 
 def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> Columns:
-    """Texts and labels of the rows by column; labels are left out where a test split has none (or -1, as the hub's)."""
+    """Return texts and labels of the rows by column, without labels for an unlabeled test split (-1 on the Hub).
+
+    Raises `InvalidArgument` naming the first invalid row.
+    """
     names = [*task.columns, *(["label"] if labelled or "label" in rows[0] else [])]
     found = list(dict.fromkeys(name for row in rows for name in row))
     missing = [name for name in names if name not in found]
@@ -131,7 +134,7 @@ def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> Colu
 
 
 def valid_label(task: Task, label: object) -> bool:
-    """Whether the label is the number of a class, or a score from 0 to 5 where a task has no classes."""
+    """Return whether the label is the number of a class, or a score from 0 to 5 for a task without classes."""
     if isinstance(label, bool) or not isinstance(label, (int, float)):
         return False
     return label in range(len(task.labels)) if task.labels else 0 <= label <= 5

@@ -1,4 +1,4 @@
-"""`train_llm.py`: a causal model learns a task of the paper, and the merges are compared by its answers."""
+"""`train_llm.py`: fine-tune a causal model on a task of the paper, and compare the merges by its answers."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ from .training_arguments import AdapterTrainingArguments, Arguments, training_ar
 LlmArguments = Arguments[LlmOptions]
 CAUSAL_MODEL = "give a folder or a name on the hub of a causal model"
 PROG = "train_llm.py"
-HELD_OUT = 500  # at most, of the training examples where a task has none for validation
+HELD_OUT = 500  # maximum number of validation examples held out of the training examples
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
 
 
 def load_examples(arguments: LlmTaskOptions, training: AdapterTrainingArguments) -> dict[str, list[Example]]:
-    """Examples for `train`, `validation` and `test`; at least one of the first and the last.
+    """Return examples for `train`, `validation` and `test`, at least one of the first and the last.
 
-    Where a task has no validation examples and the run is to validate, a part of the training examples is held out: a
-    checkpoint is never chosen by what it is tested on.
+    If the run validates and the task has no validation examples, a fraction of the training examples is held out: a
+    checkpoint is never chosen on the test examples.
     """
     found = all_examples(arguments)
     found["test"] = found["test"] or found["validation"]
@@ -69,7 +69,7 @@ def load_examples(arguments: LlmTaskOptions, training: AdapterTrainingArguments)
 
 
 def all_examples(arguments: LlmTaskOptions) -> dict[str, list[Example]]:
-    """Of `train`, at least one, `validation` and `test`."""
+    """Return all examples of `train` (at least one), `validation` and `test`."""
     source = (arguments.data_dir, arguments.cache_dir)
     found = {split: read_examples(arguments.task, split, *source) for split in ("train", "validation", "test")}
     if not found["train"]:
@@ -83,7 +83,7 @@ def _lacks(arguments: LlmTaskOptions, problem: str) -> InvalidArgument:
 
 
 def found_examples(arguments: LlmTaskOptions) -> dict[str, list[Example]]:
-    """The examples of an experiment: `train`, and `select` and `test` where the task has such files."""
+    """Return the examples of an experiment: `train`, and `select` and `test` if the task has such files."""
     found = all_examples(arguments)
     select, test = (found["validation"], found["test"]) if found["test"] else ([], found["validation"])
     select, test = select[: arguments.max_eval_samples], test[: arguments.max_test_samples]
@@ -91,7 +91,7 @@ def found_examples(arguments: LlmTaskOptions) -> dict[str, list[Example]]:
 
 
 def _held_out(arguments: LlmTaskOptions, count: int) -> int:
-    """How many training examples are held out for validation: a tenth."""
+    """Return the number of training examples held out for validation: a tenth."""
     if count < 2:
         fix = "add validation.jsonl, or more examples to train.jsonl; or give --eval_strategy no"
         raise InvalidArgument(f"--eval_strategy with {count} training example", "there is none to validate on", fix)
@@ -104,7 +104,10 @@ def _held_out(arguments: LlmTaskOptions, count: int) -> int:
 
 
 def load_tokenizer(task: LlmTaskOptions) -> Tokenizer:
-    """The tokenizer; `InvalidArgument` for what is no causal model, before anything large is read."""
+    """Return the tokenizer.
+
+    Raises `InvalidArgument` if the model is not a causal language model, before large files are read.
+    """
     name = task.model_name_or_path
     flag = f"--model_name_or_path {name}"
     with refused_as(flag, CAUSAL_MODEL, UNREADABLE):
@@ -119,7 +122,7 @@ def load_tokenizer(task: LlmTaskOptions) -> Tokenizer:
 
 
 def load_model(task: LlmTaskOptions, training: AdapterTrainingArguments) -> PreTrainedModel:
-    """The model that will be frozen."""
+    """Return the base model, which will be frozen."""
     with refused_as(f"--model_name_or_path {task.model_name_or_path}", CAUSAL_MODEL, UNREADABLE):
         model = AutoModelForCausalLM.from_pretrained(
             task.model_name_or_path, **source(task), **precision(task, training)
@@ -130,12 +133,12 @@ def load_model(task: LlmTaskOptions, training: AdapterTrainingArguments) -> PreT
 
 
 def source(task: LlmTaskOptions) -> dict:
-    """Keyword arguments of every `from_pretrained`."""
+    """Return the keyword arguments common to all `from_pretrained` calls."""
     return {"revision": task.revision or "main", "cache_dir": task.cache_dir}
 
 
 def precision(task: LlmTaskOptions, training: AdapterTrainingArguments) -> dict:
-    """Keyword arguments of `from_pretrained` for dtype and quantisation."""
+    """Return the keyword arguments of `from_pretrained` for dtype and quantization."""
     automatic = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     dtype = getattr(torch, automatic if task.dtype == "auto" else task.dtype)
     if not task.load_in_4bit:
@@ -155,7 +158,7 @@ def precision(task: LlmTaskOptions, training: AdapterTrainingArguments) -> dict:
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on and measured: examples by split, and the training examples as tokens."""
+    """Examples by split, and the training examples as tokens."""
 
     encoder: Encoder
     examples: dict[str, list[Example]]
@@ -163,14 +166,14 @@ class Data:
 
 
 def encoded(task: LlmTaskOptions, encoder: Encoder, examples: dict[str, list[Example]]) -> Data:
-    """The examples with their tokens."""
+    """Return the examples with the tokens of the training examples."""
     return Data(encoder, examples, encode_training(encoder, examples["train"], task.max_length))
 
 
 def within_positions(model: PreTrainedModel, data: Data, task: LlmTaskOptions) -> Data:
-    """Leave out validation examples of more tokens than the model has positions; a line names the first of them.
+    """Remove validation examples longer than the model's maximum length, and print the first.
 
-    Refuse whatever else would be read or generated past them: without a test example, figures compare with no others.
+    Raises `InvalidArgument` if anything else would exceed it: without all test examples, metrics are not comparable.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     validation = data.examples["validation"]
@@ -197,7 +200,7 @@ def within_positions(model: PreTrainedModel, data: Data, task: LlmTaskOptions) -
 
 
 class LlmStudy(Study):
-    """As this script trains and measures."""
+    """Training and evaluation on a task of the paper."""
 
     prog = PROG
     real = (
@@ -216,14 +219,14 @@ class LlmStudy(Study):
         return self.data.rows
 
     def parts(self, arguments: LlmArguments, shares: ExperimentOptions) -> Parts:
-        """All examples in three parts; near-duplicates are told by their prompts."""
+        """Return all examples in three parts; near-duplicates are found by their prompts."""
         task = arguments.options.task
         parts = parts_of(found_examples(task), lambda example: example.prompt, shares)
         return parts.limited(task.max_eval_samples, task.max_test_samples)
 
     def prepare(self, arguments: LlmArguments, parts: Parts) -> int:
         task, examples = arguments.options.task, list(parts.train)
-        if task.max_train_samples is not None:  # not drawn by the seed: all arms see the same
+        if task.max_train_samples is not None:  # independent of the seed: all arms train on the same examples
             examples = sorted(examples, key=lambda example: derive("sample", example))[: task.max_train_samples]
         found = {"train": examples, "validation": list(parts.select), "test": list(parts.test)}
         self.tokenizer = load_tokenizer(task)
@@ -259,7 +262,7 @@ class LlmStudy(Study):
     def measured(
         self, arguments: LlmArguments, model: PeftModel, check: Callable[[], None]
     ) -> tuple[list[float], dict]:
-        """The mean loss of each test example's answer tokens, and the share of right answers."""
+        """Return the mean loss of each test example's answer tokens, and the accuracy."""
         size, new_tokens = arguments.training.per_device_eval_batch_size, arguments.options.task.max_new_tokens
         encoder, examples = self.data.encoder, self.data.examples["test"]
         losses, right = [0.0] * len(examples), 0
@@ -283,5 +286,5 @@ class LlmStudy(Study):
 
 
 def main(asked: LlmOptions | Grid[LlmOptions], stop: StopRequest) -> None:
-    """Load, train, compare the merges and export; or an experiment."""
+    """Train, compare the merges and export, or run an experiment."""
     run(LlmStudy(), asked, stop)

@@ -1,6 +1,7 @@
-"""The paper's language tasks: how a row becomes a prompt and an answer, where rows are, and which answers are right.
+"""The paper's language tasks: prompts and answers made from rows, sources of the rows, and comparison of answers.
 
-Rows come from a folder of JSON lines, or from the hub's data set in the same columns; code from the hub is never run.
+Rows come from a directory of JSON Lines files, or from a data set on the Hub with the same columns; code from the Hub
+is never run.
 """
 
 from __future__ import annotations
@@ -24,56 +25,56 @@ ANSWER = "The answer is"
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, and what is to be learnt: some reasoning, and an answer, which alone is compared."""
+    """A prompt and its target: reasoning, and an answer, which is compared in evaluation."""
 
     prompt: str
     reasoning: str
     gold: str
     place: str = field(default="", compare=False, repr=False)
-    """Its file, or the hub's data set, and its row."""
+    """File or data set on the Hub, and row."""
 
     @property
     def answer(self) -> str:
-        """The text that is trained on."""
+        """The training target."""
         return f"{self.reasoning} {ANSWER} {self.gold}.".strip()
 
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task is on the hub, which columns it has, and how a row becomes an example."""
+    """Location of a task on the Hub, its columns, and the conversion of a row to an example."""
 
     hub: tuple[str, ...]
     columns: dict[str, type]
-    """What each must be; `object`: anything, which `example` looks at."""
+    """Type of each column; `object` if `example` validates it."""
     example: Callable[[dict], Example]
     test_split: str = "test"
     tested_as: str | None = None
-    """Another task, whose test rows are used (MetaMathQA is tested on GSM8K)."""
+    """Another task whose test rows are used (MetaMathQA is tested on GSM8K)."""
 
 
 def svamp(row: dict) -> Example:
-    """The equation, then its value."""
+    """Return the equation, then its value."""
     answer = str(row["Answer"]).strip()
     _expect(to_number(answer) is not None, f"Answer {answer!r} is not a number")
     return Example(f"{row['Body'].strip()} {row['Question'].strip()}", f"{row['Equation']}.", answer)
 
 
 def gsm8k(row: dict) -> Example:
-    """The reasoning without its calculator marks, then the number behind `####`."""
+    """Return the reasoning without calculator annotations, then the number after `####`."""
     reasoning, mark, answer = re.sub(r"<<.*?>>", "", row["answer"]).rpartition("####")
     _expect(mark and to_number(answer) is not None, "answer has no number after '####'")
     return Example(row["question"].strip(), " ".join(reasoning.split()), answer.strip())
 
 
 def metamathqa(row: dict) -> Example:
-    """The reasoning, then what follows the last `The answer is:`."""
+    """Return the reasoning, then the text after the last `The answer is:`."""
     reasoning, mark, answer = row["response"].rpartition(f"{ANSWER}:")
     _expect(bool(mark), f"response has no '{ANSWER}:'")
     return Example(row["query"].strip(), reasoning.strip(), answer.strip())
 
 
 def mathqa(row: dict) -> Example:
-    """The rationale, then the letter of the option."""
+    """Return the rationale, then the letter of the option."""
     options, correct = row["options"], str(row["correct"]).strip()
     letters = sorted(set(re.findall(r"([a-e]) \)", options)))
     _expect(correct in letters, f"correct {correct!r} is not one of the options {', '.join(letters)}")
@@ -83,7 +84,7 @@ def mathqa(row: dict) -> Example:
 
 
 def hellaswag(row: dict) -> Example:
-    """The number of the ending, and no reasoning."""
+    """Return the number of the ending, without reasoning."""
     endings, label = row["endings"], str(row["label"]).strip()
     allowed = [str(number) for number in range(len(endings))]
     _expect(label in allowed, f"label {label!r} is outside 0 to {len(endings) - 1}")
@@ -108,7 +109,7 @@ TASKS = {
 
 
 class BadRow(ValueError):
-    """A row that is no example of its task."""
+    """A row that is not an example of its task."""
 
 
 def _expect(condition: object, problem: str) -> None:
@@ -120,7 +121,7 @@ def _expect(condition: object, problem: str) -> None:
 
 
 def extract_answer(text: str) -> str | None:
-    """What follows the last "The answer is", up to the full stop that ends its sentence; None without one."""
+    """Return the text after the last "The answer is" up to the end of its sentence; None without one."""
     _, mark, rest = text.rpartition(ANSWER)
     lines = rest.lstrip(": ").splitlines()
     return re.split(r"\.(?:\s|$)", lines[0])[0].strip() if mark and lines else None
@@ -133,7 +134,7 @@ _NUMBER = re.compile(
 
 
 def to_number(text: str) -> Fraction | None:
-    """The number that a text is: 1,200.50, $3, -7, 3/4, 1 1/2, 50%, 2e3; None for anything else."""
+    """Return the number that a text represents: 1,200.50, $3, -7, 3/4, 1 1/2, 50%, 2e3; None for anything else."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text.strip().lower()).replace("$", "").replace("\u2212", "-").strip()
     found = _NUMBER.fullmatch(text.removeprefix("+"))
     if not found or len(text) > 100:
@@ -146,7 +147,7 @@ def to_number(text: str) -> Fraction | None:
 
 
 def same_answer(given: str | None, expected: str) -> bool:
-    """Whether two answers are equal: as numbers where both are numbers ("1,200" and "1200.0"), else as words."""
+    """Return whether two answers are equal, as numbers if both are numbers ("1,200" and "1200.0"), else as words."""
     if given is None:
         return False
     number, wanted = to_number(given), to_number(expected)
@@ -159,10 +160,10 @@ def same_answer(given: str | None, expected: str) -> bool:
 
 
 def read_examples(name: str, split: str, data_dir: str | None, cache_dir: str | None = None) -> list[Example]:
-    """The examples of a task's split, from `data_dir` or else from the hub; none where there is no such split.
+    """Return the examples of a task's split, from `data_dir` or else from the Hub; empty if the split does not exist.
 
-    Validation and test rows may be another task's (`Task.tested_as`). The hub's data sets have no validation split that
-    we would use. Raises `InvalidArgument` naming the first row that is no example.
+    Validation and test rows may be another task's (`Task.tested_as`). Validation splits on the Hub are not used. Raises
+    `InvalidArgument` naming the first invalid row.
     """
     task = TASKS[name]
     if split != "train" and task.tested_as:
@@ -178,7 +179,7 @@ def read_examples(name: str, split: str, data_dir: str | None, cache_dir: str | 
 
 
 def file_form(name: str) -> str:
-    """How a task's files look, for an error's hint."""
+    """Return the required form of a task's files, for messages."""
     task = TASKS[name]
     tested = f"; test rows: {', '.join(TASKS[task.tested_as].columns)}" if task.tested_as else ""
     columns = ", ".join(task.columns) + tested
@@ -186,7 +187,10 @@ def file_form(name: str) -> str:
 
 
 def examples_of(task: Task, source: str, rows: list) -> list[Example]:
-    """Rows as examples; `InvalidArgument` names the first that is none."""
+    """Return the rows as examples.
+
+    Raises `InvalidArgument` naming the first invalid one.
+    """
     examples = []
     for number, row in enumerate(rows, 1):
         try:
@@ -216,7 +220,7 @@ def _check_columns(task: Task, row: Any) -> None:
 
 
 def _local_rows(name: str, data_dir: str, split: str) -> tuple[str, list]:
-    """The rows of DIR/<split>.jsonl; none where the file is not there."""
+    """Return the name and rows of DIR/<split>.jsonl; no rows if it does not exist."""
     folder = Path(data_dir)
     if not folder.is_dir():
         raise InvalidArgument(f"--data_dir {folder}", "no such folder", file_form(name))

@@ -1,4 +1,4 @@
-"""A causal model's examples as tokens, and its trainer, which also counts right answers."""
+"""Tokenization of a causal model's examples, and a trainer that also evaluates generated answers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..words import are
 from .llm_tasks import Example, extract_answer, same_answer
 from .trainer import AdapterTrainer
 
-IGNORED = -100  # label of the tokens that the loss leaves out
+IGNORED = -100  # label of tokens without loss
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
 class Encoder:
-    """Examples as tokens: the prompt's, then the answer's and an end, which alone have labels.
+    """Tokenizes examples: the prompt, then the answer and an end token; only the latter have labels.
 
-    Prompt and answer are tokenised apart, so that a generated answer starts from the tokens that were trained on.
+    Prompt and answer are tokenized separately, so that generation starts from the same tokens as in training.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -36,19 +36,21 @@ class Encoder:
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end
 
     def prompt(self, example: Example) -> list[int]:
-        """Tokens of the prompt, as the tokenizer begins a text."""
+        """Return the tokens of the prompt, with the tokenizer's initial tokens."""
         ids = self.tokenizer(example.prompt + "\n")["input_ids"]
         return ids[:-1] if ids[-1] == self.end else ids
 
     def __call__(self, example: Example) -> dict[str, list[int]]:
-        """`input_ids` and `labels` of one example."""
+        """Return `input_ids` and `labels` of one example."""
         prompt = self.prompt(example)
         answer = [*self.tokenizer(example.answer, add_special_tokens=False)["input_ids"], self.end]
         return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
 
     def collate(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Batch x tokens, padded on the right. The labels say what counts: the end is a token to learn, even where it
-        pads too."""
+        """Return a batch (batch x tokens), padded on the right.
+
+        The labels determine the loss: the end token is trained even if it is also the padding token.
+        """
         length = max(len(row["input_ids"]) for row in rows)
 
         def padded(name: str, filler: int) -> torch.Tensor:
@@ -62,7 +64,7 @@ class Encoder:
         }
 
     def left_padded(self, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
-        """Batch x tokens, padded on the left, for generation."""
+        """Return a batch (batch x tokens), padded on the left, for generation."""
         length = max(map(len, prompts))
         return {
             "input_ids": torch.tensor([[self.pad] * (length - len(prompt)) + prompt for prompt in prompts]),
@@ -71,7 +73,10 @@ class Encoder:
 
 
 def encode_training(encoder: Encoder, examples: list[Example], max_length: int) -> list[dict[str, list[int]]]:
-    """Training rows of at most `max_length` tokens."""
+    """Return training rows of at most `max_length` tokens.
+
+    Raises `InvalidArgument` if none is left.
+    """
     rows = [encoder(example) for example in examples]
     kept = [row for row in rows if len(row["input_ids"]) <= max_length]
     if not kept:
@@ -86,7 +91,7 @@ def encode_training(encoder: Encoder, examples: list[Example], max_length: int) 
 
 
 def calibration_batches(rows: list[dict], count: int, size: int) -> list[dict[str, torch.Tensor]] | None:
-    """Batches for a merge, without padding: rows of like length together, cut to the shortest."""
+    """Return batches for a merge, without padding: rows of similar length are truncated to the shortest of a batch."""
     chosen = sorted((row["input_ids"] for row in rows[:count]), key=len)
     groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     return [{"input_ids": torch.tensor([ids[: len(group[0])] for ids in group])} for group in groups] or None
@@ -96,9 +101,9 @@ def calibration_batches(rows: list[dict], count: int, size: int) -> list[dict[st
 
 
 class LlmTrainer(AdapterTrainer):
-    """Evaluates by the loss per answer token, and by the answers that the model generates."""
+    """Evaluates the loss per answer token, and the accuracy of generated answers."""
 
-    control: Any  # `Trainer` sets it
+    control: Any  # set by `Trainer`
 
     def __init__(
         self,
@@ -114,7 +119,7 @@ class LlmTrainer(AdapterTrainer):
         self.max_new_tokens, self.eval_accuracy = max_new_tokens, eval_accuracy
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Validation figures, logged: `eval_loss`, and `eval_accuracy` with --eval_accuracy."""
+        """Return and log validation metrics: `eval_loss`, and `eval_accuracy` with --eval_accuracy."""
         figures = self.figures("validation", accuracy=self.eval_accuracy)
         logs = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(dict(logs))
@@ -122,7 +127,7 @@ class LlmTrainer(AdapterTrainer):
         return logs
 
     def figures(self, split: str, accuracy: bool = True) -> dict[str, float]:
-        """Loss per answer token and, if wanted, the share of right answers, over all processes."""
+        """Return the loss per answer token and, on request, the accuracy, over all processes."""
         training = self.model.training
         self.model.eval()
         self.take_average()
@@ -173,7 +178,7 @@ class LlmTrainer(AdapterTrainer):
 
 @torch.no_grad()
 def example_losses(model: PreTrainedModel, encoder: Encoder, examples: list[Example]) -> list[float]:
-    """The mean loss of each example's answer tokens, in one batch."""
+    """Return the mean loss of each example's answer tokens, computed in one batch."""
     logits, labels, counts = learnt_tokens(model, encoder, [*map(encoder, examples)], model.device)
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
     return [float(own.mean()) for own in losses.split(counts)]
@@ -182,7 +187,7 @@ def example_losses(model: PreTrainedModel, encoder: Encoder, examples: list[Exam
 def learnt_tokens(
     model: Any, encoder: Encoder, rows: list[dict[str, list[int]]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Logits in float32 or wider and labels of the tokens that are learnt, and how many each row has."""
+    """Return logits in at least float32 and labels of the tokens with loss, and their number in each row."""
     inputs = {name: value.to(device) for name, value in encoder.collate(rows).items()}
     labels = inputs.pop("labels")[:, 1:]
     learnt = labels != IGNORED
@@ -191,16 +196,16 @@ def learnt_tokens(
 
 
 def count_right(answers: list[str], examples: list[Example]) -> int:
-    """How many answers are those of the examples."""
+    """Return the number of correct answers."""
     pairs = zip(answers, examples, strict=True)
     return sum(same_answer(extract_answer(answer), example.gold) for answer, example in pairs)
 
 
 @torch.no_grad()
 def generate(model: PreTrainedModel, encoder: Encoder, examples: list[Example], max_new_tokens: int) -> list[str]:
-    """Greedy answers to the prompts of `examples`, in one left-padded batch with a KV cache.
+    """Return greedy answers to the prompts of `examples`, generated in one left-padded batch with a KV cache.
 
-    The model's own generation settings (a repetition penalty, say) stay out of it.
+    The model's own generation settings, such as a repetition penalty, are ignored.
     """
     inputs = encoder.left_padded([encoder.prompt(example) for example in examples])
     inputs = {name: value.to(model.device) for name, value in inputs.items()}

@@ -1,8 +1,9 @@
-"""Which examples are trained on, which choose rates and checkpoints, and which compare methods.
+"""Split examples into training, selection and test parts.
 
-A task's own validation and test files choose and compare where it has both, and its only one compares. What is lacking
-is cut out of the training examples by a hash of content. Near-duplicates, equal but for case, digits and white space,
-are never in two parts, and one of them chooses or compares: several would count as examples of their own.
+If a task has validation and test files, they are the selection and the test part; a single one is the test part.
+Missing parts are split off the training examples by a hash of their content. Near-duplicates, which are equal except
+for case, digits and white space, are never in two parts. The selection and test parts contain only one of them, because
+several would count as independent examples.
 """
 
 from __future__ import annotations
@@ -25,36 +26,38 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Parts(Generic[T]):
-    """Examples of one kind; one of those that are near-duplicates but for those that are trained on."""
+    """Examples of the three parts; selection and test contain no near-duplicates."""
 
     train: Sequence[T]
     select: Sequence[T]
     test: Sequence[T]
     duplicates: int
-    """Contents that are left out, or where they are, because of another one that they repeat."""
+    """Number of examples that are left out or moved because they are near-duplicates of another one."""
     files: Sequence[str]
-    """Of the last two: whether it is a file of the task, or cut out of the training examples; in words."""
+    """Origin of the selection and test parts as text: a file of the task, or training examples."""
     enough: float = 1
-    """The --test_split that takes ENOUGH to test on; 1 where none does."""
+    """The --test_split with which the test part has ENOUGH examples; 1 if none does."""
 
     def in_words(self, trained: int) -> str:
-        """How many are in each part, of the first of them those that are `trained` on."""
+        """Return the size of each part as text; `trained` is the number of training examples."""
         numbers = f"{trained} to train on, {len(self.select)} to choose by ({self.files[0]})"
         numbers += f", {len(self.test)} to compare by ({self.files[1]})"
         return f"examples: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
 
     @property
     def trained(self) -> int:
-        """How many examples are trained on."""
+        """Number of training examples."""
         return len(self.train)
 
     @property
     def marks(self) -> list[str]:
-        """What each test example is known by."""
+        """Identifier of each test example."""
         return [f"{derive('example', example):016x}" for example in self.test]
 
     def limited(self, select: int | None, test: int | None) -> Parts[T]:
-        """With at most so many examples to choose and to compare by, taken by content."""
+        """Return the parts with at most this many examples for selection and test, chosen by a hash
+        of their content.
+        """
         enough = self.enough if test is None or test >= ENOUGH else 1
         return replace(self, select=_fewer(self.select, select), test=_fewer(self.test, test), enough=enough)
 
@@ -65,10 +68,10 @@ def _fewer(examples: Sequence[T], limit: int | None) -> Sequence[T]:
 
 
 def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares: ExperimentOptions) -> Parts[T]:
-    """The examples of `train`, and of `select` and `test` where the task has such files, in three parts.
+    """Return the examples of `train`, and of `select` and `test` if the task has such files, in three parts.
 
-    `text`: what near-duplicates are told by. Raises `InvalidArgument` where too few are left, and for a share of what
-    has a file.
+    `text` returns the text by which near-duplicates are found. Raises `InvalidArgument` if too few examples are left,
+    and for a split option of a part that has a file.
     """
     keys = {example: normalised(text(example)) for part in files.values() for example in part}
     select, test = (_one_of_each(files.get(part, ()), keys) for part in ("select", "test"))
@@ -93,7 +96,7 @@ def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares:
 
 
 def _one_of_each(examples: Sequence[T], keys: Mapping[T, str]) -> list[T]:
-    """Of examples with one key the first by a hash of content, in the order given."""
+    """Return, of examples with the same key, the first by a hash of its content, in the given order."""
     first: dict[str, T] = {}
     for example in sorted(set(examples), key=lambda example: derive("example", example)):
         first.setdefault(keys[example], example)
@@ -102,7 +105,7 @@ def _one_of_each(examples: Sequence[T], keys: Mapping[T, str]) -> list[T]:
 
 
 def share_of(name: str, own: Sequence, shares: ExperimentOptions) -> float:
-    """How much of the training examples a part takes: nothing where it has a file."""
+    """Return the fraction of the training examples for a part; 0 if the part has a file."""
     given = getattr(shares, name)
     if own and given:
         raise InvalidArgument(f"--{name} {given:g}", "the task has a file for it", "leave it out")
@@ -110,5 +113,5 @@ def share_of(name: str, own: Sequence, shares: ExperimentOptions) -> float:
 
 
 def normalised(text: str) -> str:
-    """Without case, and with every number and every white space alike."""
+    """Return the text in lower case with all numbers and all white space replaced by one value."""
     return re.sub(r"\s+", " ", re.sub(r"\d+(?:[.,]\d+)*", "0", text.casefold())).strip()

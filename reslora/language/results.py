@@ -1,4 +1,4 @@
-"""What a run is compared by and leaves: the figures of every merge, plain files, and `results.json`."""
+"""Results of a run: metrics of every merge, exported files, and `results.json`."""
 
 from __future__ import annotations
 
@@ -47,14 +47,15 @@ def merge_table(
     calibration: Sequence[Mapping] | None = None,
     methods: Sequence[str] | None = None,
 ) -> dict[str, dict]:
-    """Returns figures of a model unmerged and merged by each method: the rows of the paper's Tables 3, 6 and 7.
+    """Return the metrics of a model unmerged and merged by each method: the rows of the paper's Tables 3, 6 and 7.
 
-    `evaluate` returns the figures of the model as it stands; `calibration` as in `reslora.merge`. The result maps
-    `unmerged` and each method to its figures, merged ones with their `report`. Default methods: all that apply; for
-    block-shortcuts `none` and `exact`. `input` takes the norms recorded in training where there are any (Eqs. 8-9),
-    else the calibration's. The model is connected and unmerged again afterwards; one that never was has a single row.
+    `evaluate` returns the metrics of the model in its present state; `calibration` as in `reslora.merge`. The result
+    maps `unmerged` and each method to its metrics, and for merged ones their `report`. By default all applicable
+    methods are included; for block-shortcuts `none` and `exact`. `input` uses the norms recorded in training if there
+    are any (Eqs. 8-9), else those of the calibration. The model is connected and unmerged again afterwards. A model
+    without shortcuts has a single row.
 
-    Raises `RunFailed` if the figures of the unmerged model are not finite, or if its weights cannot be merged.
+    Raises `RunFailed` if the metrics of the unmerged model are not finite, or if its weights cannot be merged.
     """
     table: dict[str, dict[str, Any]] = {"unmerged": dict(evaluate())}
     for name, value in table["unmerged"].items():
@@ -84,9 +85,9 @@ def _merge(model: nn.Module, method: str, calibration: Sequence[Mapping] | None)
     connection = connection_of(base_model(model))
     merges = connection.shortcut.merges if connection.shortcut is not None else {}
     if connection.wires.norms.count > 0 and method in merges and merges[method].needs_norms:
-        calibration = None  # the norms recorded in training, not those of the examples
+        calibration = None  # use the norms recorded in training
     try:
-        return merge(model, method if method in MERGES else AUTO, calibration)  # exact merges have no name
+        return merge(model, method if method in MERGES else AUTO, calibration)  # exact merges have no method name
     except ValueError as error:
         if "NaN or infinity" not in str(error):
             raise
@@ -95,9 +96,9 @@ def _merge(model: nn.Module, method: str, calibration: Sequence[Mapping] | None)
 
 @contextlib.contextmanager
 def unmerged_afterwards(model: nn.Module, adapter_name: str = "default") -> Iterator[None]:
-    """Whatever happens to the adapter inside, a merge above all, is undone at the end, to the last bit.
+    """Undo every change of the adapter inside this context, such as a merge, exactly.
 
-    Parameters stay the same objects, so an optimizer that holds them goes on working.
+    Parameters remain the same objects, so that an optimizer that refers to them stays valid.
     """
     base = base_model(model)
     connection = connection_of(base)
@@ -137,7 +138,7 @@ def _restore_factors(layer: nn.Module, adapter_name: str, before: tuple) -> None
 
 
 def _share_norms(connection: Connection) -> None:
-    """In a distributed run the window of rank 0 counts, and every process must merge alike."""
+    """Broadcast rank 0's window of norms, so that every process merges identically."""
     norms = connection.wires.norms
     values, count = decided(lambda: (norms.values if norms.values is None else norms.values.cpu(), norms.count))
     if values is not None and not is_main():
@@ -145,13 +146,13 @@ def _share_norms(connection: Connection) -> None:
 
 
 def as_plain(model: PeftModel, adapter: MethodOptions, calibration: Sequence[Mapping] | None = None) -> None:
-    """Merges a model for good as `export` does, in this process alone, and writes nothing."""
+    """Merge a model permanently as `export` does, in this process only, without writing files."""
     if connection_of(base_model(model)) is not None:
         _merge(model, adapter.merge, calibration)
     merged(model)
 
 
-# -- what a run leaves -------------------------------------------------------------------------------------------------
+# -- files of a run ----------------------------------------------------------------------------------------------------
 
 
 def export(
@@ -161,11 +162,11 @@ def export(
     calibration: Sequence[Mapping] | None = None,
     tokenizer=None,
 ) -> MergeReport | None:
-    """Merges a connected model for good and writes plain files into `output_dir`; returns the merge's report.
+    """Merge a connected model permanently, write plain files into `output_dir`, and return the merge's report.
 
-    `peft/`: an adapter that stock PEFT loads, with the same logits. `chains.json` and `merge.json` where the model was
-    connected. `merged/` with --merge_and_save: the base model with the adapter added, summed in float32, and the
-    tokenizer, for stock transformers. With several processes every one must call it; rank 0 writes.
+    `peft/`: an adapter that PEFT loads, with the same logits. `chains.json` and `merge.json` if the model was
+    connected. `merged/` with --merge_and_save: the base model with the adapter merged in float32, and the tokenizer,
+    for transformers. Every process must call it; rank 0 writes.
     """
     output, report = Path(output_dir), None
     connection = connection_of(base_model(model))
@@ -176,9 +177,9 @@ def export(
         if is_main():
             write_json(output / "chains.json", plan)
             write_json(output / "merge.json", report.to_dict())
-    merged(model)  # rotations, of a placebo
+    merged(model)  # rotations of a placebo
     if is_main():
-        remove_leftovers(output / "peft")  # of a process that was killed as it wrote here
+        remove_leftovers(output / "peft")  # of a process that was killed while writing
         export_peft(model, output / "peft")
         if adapter.merge_and_save:
             _write_merged(base_model(model), output / "merged", tokenizer)
@@ -194,7 +195,7 @@ def _write_merged(base: PreTrainedModel, directory: Path, tokenizer) -> None:
     with replacing(directory) as temporary:
         try:
             plain.save_pretrained(str(temporary))
-        except SafetensorError as error:  # a full disk, say
+        except SafetensorError as error:  # a full disk, for example
             raise OSError(f"{directory}: {error}") from error
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temporary))
@@ -203,10 +204,10 @@ def _write_merged(base: PreTrainedModel, directory: Path, tokenizer) -> None:
 def write_results(
     trainer: AdapterTrainer, adapter: MethodOptions, table: dict[str, dict], report: MergeReport | None, **facts
 ) -> dict:
-    """Writes `results.json` and returns its content.
+    """Write `results.json` and return its content.
 
-    `facts` (task, model, sizes), the method with its settings, how long was trained, `table` (see `merge_table`), and
-    `merge`: the method by which the exported adapter was merged, None where there was nothing to merge.
+    It has `facts` (task, model, sizes), the method with its settings, the training time, `table` (see `merge_table`),
+    and `merge`: the merge method of the exported adapter, None if there was nothing to merge.
     """
     row = METHODS[adapter.name]
     wired = ("shortcut",) * row.reads_shortcut + ("pre_num", "head") * (row.shortcuts or row.measured)
@@ -231,7 +232,7 @@ def write_results(
 
 
 def table_text(table: Mapping[str, Mapping]) -> str:
-    """A `merge_table` for a terminal: one line per row, figures as columns, and the mean error of each merge."""
+    """Return a `merge_table` as text: one line for each row, metrics as columns, and the mean error of each merge."""
     names = [name for name in next(iter(table.values())) if name != "report"]
     lines = [f"  {'':<10}" + "".join(f"{name:>14}" for name in names)]
     for row, figures in table.items():

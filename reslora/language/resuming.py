@@ -1,4 +1,4 @@
-"""What a run may go on from: its own checkpoints or another run's, with the settings and examples of then."""
+"""Validation on resume: settings and training examples must equal those of the earlier run."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from .checkpoints import named_checkpoint
 logger = logging.get_logger(__name__)
 
 FOLDERS = ("model_name_or_path", "config_name", "tokenizer_name", "deepspeed")
-"""May have moved: then the last part of their paths is compared."""
+"""Options with paths that may have moved: only the last component is compared."""
 
 
 def free_on_resume(kind: type[TextOptions]) -> set[str]:
-    """Return the options that may differ between a run and its continuation; any that transformers adds may not."""
+    """Return the options that a resumed run may change; options that a newer transformers adds are not among them."""
     return {*PASSED_ON["free"], *(name for name, option in kind.table().items() if option.resume != "fixed")}
 
 
 def check_resume(
     output_dir: str | os.PathLike, resume: str | None, current: Mapping[str, object], free: Collection[str]
 ) -> None:
-    """Refuses to mix runs.
+    """Raise `InvalidArgument` if a run cannot be resumed or would mix with another one.
 
-    Raises `InvalidArgument` if the folder holds checkpoints and `resume` (the flag's value) is None, if all of them are
-    gone or were set aside, or if a setting of `current`, but for those that are `free`, differs when resuming from
-    the `config.json` of the folder, or from that of the run whose checkpoint `resume` names.
+    That is the case if the directory has checkpoints and `resume` (the option's value) is None; if all of them are
+    missing or were renamed; or if a setting of `current` that is not `free` differs from the `config.json` of the
+    directory, or of the run whose checkpoint `resume` names.
     """
     output = Path(output_dir)
     if (output / EXPERIMENT).exists():
@@ -68,9 +68,9 @@ def check_resume(
 
 
 def check_data(output_dir: str | os.PathLike, resume: str | None, data: str) -> None:
-    """Raises `InvalidArgument` when resuming on other training examples than `check_resume`'s runs were trained on.
+    """Raise `InvalidArgument` when resuming on other training examples than the runs of `check_resume`.
 
-    `data` is their `fingerprint`; where they lie does not matter.
+    `data` is their `fingerprint`; their location does not matter.
     """
     for run, earlier in _earlier(Path(output_dir), resume) if resume is not None else ():
         if earlier.get("data", data) != data:
@@ -82,7 +82,7 @@ def check_data(output_dir: str | os.PathLike, resume: str | None, data: str) -> 
 
 
 def _earlier(output: Path, resume: str) -> list[tuple[Path, dict]]:
-    """The runs that go on, with their settings: the folder's own, and that of a checkpoint from elsewhere."""
+    """Return the runs to resume, with their settings: the directory's own, and that of a checkpoint from elsewhere."""
     runs, checkpoint = [output], named_checkpoint(output, resume)
     if resume != "latest" and checkpoint.is_dir() and checkpoint.resolve().parent != output.resolve():
         runs.append(checkpoint.resolve().parent)
@@ -90,7 +90,7 @@ def _earlier(output: Path, resume: str) -> list[tuple[Path, dict]]:
 
 
 def fingerprint(rows: Iterable[object]) -> str:
-    """What a run knows its training examples by: a hash of all of them, in order."""
+    """Return a hash of all training examples, in order."""
     found = hashlib.blake2b(digest_size=16)
     for row in rows:
         found.update(json.dumps(row, sort_keys=True).encode() + b"\n")
@@ -98,7 +98,7 @@ def fingerprint(rows: Iterable[object]) -> str:
 
 
 def is_same(name: str, earlier: object, current: object) -> bool:
-    """Whether a setting is that of an earlier run; folders may have moved."""
+    """Return whether a setting equals that of an earlier run; paths may have moved."""
     if name in FOLDERS and Path(str(current)).exists():
         return Path(str(earlier)).name == Path(str(current)).name
     return earlier == current

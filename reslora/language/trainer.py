@@ -1,4 +1,4 @@
-"""transformers' `Trainer` for models with an adapter: checkpoints hold the adapter only, and resume exactly."""
+"""transformers' `Trainer` for adapters: checkpoints contain only the adapter, and resuming is exact."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ from .checkpoints import (
 logger = logging.get_logger(__name__)
 
 UNFIT = (ValueError, TypeError, ImportError)
-"""What PEFT and transformers raise for a setting that does not fit, or for something that is not installed."""
+"""Exceptions of PEFT and transformers for an invalid setting, or a missing package."""
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
-"""What transformers raises for a model that cannot be read."""
+"""Exceptions of transformers for a model that cannot be read."""
 UNWRITTEN = ("inline_container", "PytorchStreamWriter", "iostream error")
-"""Words of torch.save where a file cannot be written, the last of small ones."""
+"""Text in exceptions of torch.save if a file cannot be written; the last one for small files."""
 OTHER_CHOICE = "install or give what it needs, or choose another"
 
 
-# -- the adapter -------------------------------------------------------------------------------------------------------
+# -- adapter -----------------------------------------------------------------------------------------------------------
 
 
 def attach(
@@ -75,11 +75,13 @@ def attach(
     example_inputs: dict | None = None,
     modules_to_save: Sequence[str] | None = None,
 ) -> PeftModel:
-    """Gives `model` the method's adapter, connects it where the method is ResLoRA, and returns PEFT's model.
+    """Add the method's adapter to `model`, connect it if the method is ResLoRA, and return PEFT's model.
 
-    `total_steps` is AdaLoRA's schedule; `example_inputs` as in `reslora.connect`; `modules_to_save` is PEFT's, whose
-    task is the model's: to generate, or to classify. Raises `InvalidArgument` for target modules that are unknown or
-    match nothing, a rank larger than a layer, or a shortcut without a link.
+    `total_steps` is for AdaLoRA's schedule; `example_inputs` as in `reslora.connect`; `modules_to_save` as in PEFT.
+    PEFT's task type follows from the model: generation or classification.
+
+    Raises `InvalidArgument` for target modules that are unknown or match nothing, a rank larger than a layer, or a
+    shortcut without a link.
     """
     targets = _targets(model, adapter)
     check_layers(model, targets, modules_to_save or ())
@@ -109,9 +111,9 @@ def attach(
 def put_control_on(
     trainer: AdapterTrainer, adapter: MethodOptions, batches: Sequence[Mapping], example_inputs: dict | None = None
 ) -> None:
-    """What a few training examples say of a control, on the model to be trained; a checkpoint has it as it was.
+    """Calibrate a control on a few training batches and apply it to the model; a checkpoint includes it.
 
-    Nothing for other methods. `example_inputs` as in `attach`.
+    Does nothing for other methods. `example_inputs` as in `attach`.
     """
     if not METHODS[adapter.name].measured:
         return
@@ -127,12 +129,12 @@ def put_control_on(
 
 
 def shortcuts_of(adapter: MethodOptions) -> ResLoraConfig:
-    """How ResLoRA wires the adapter."""
+    """Return the configuration of ResLoRA's shortcuts."""
     return ResLoraConfig(adapter.shortcut, adapter.pre_num, adapter.head)
 
 
 def _refuse_tied(base: PreTrainedModel, flag: str) -> None:
-    """A merged model that shares one weight between its embeddings cannot hold an update of only one of them."""
+    """Raise `InvalidArgument` for tied embeddings: a merged model cannot hold an update of only one of them."""
     embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
     embeddings = [module for module in embeddings if module is not None]
     weights = {id(getattr(module, "base_layer", module).weight) for module in embeddings}
@@ -165,9 +167,9 @@ def _targets(model: PreTrainedModel, adapter: MethodOptions) -> list[str] | str:
 
 
 def total_steps(args: TrainingArguments, examples: int) -> int:
-    """How many steps `Trainer` takes with these arguments on a data set of `examples` rows.
+    """Return the number of steps `Trainer` takes with these arguments on a data set of `examples` rows.
 
-    Raises `InvalidArgument` where --dataloader_drop_last leaves none.
+    Raises `InvalidArgument` if --dataloader_drop_last leaves none.
     """
     rounded = math.floor if args.dataloader_drop_last else math.ceil
     batches = rounded(rounded(examples / args.per_device_train_batch_size) / args.world_size)
@@ -182,17 +184,17 @@ def total_steps(args: TrainingArguments, examples: int) -> int:
     return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
 
 
-# -- the trainer -------------------------------------------------------------------------------------------------------
+# -- trainer -----------------------------------------------------------------------------------------------------------
 
 
 class AdapterTrainer(Trainer):
-    """transformers' `Trainer` for a model from `attach`: checkpoints hold the adapter only and resume exactly.
+    """transformers' `Trainer` for a model from `attach`: checkpoints contain only the adapter, and resuming is exact.
 
-    Gradient checkpointing, where the arguments ask for it, is ours (`reslora.enable_gradient_checkpointing`); AdaLoRA's
-    ranks are allocated and its regularizer is kept out of the reported losses; non-finite losses end the run.
+    Gradient checkpointing uses `reslora.enable_gradient_checkpointing`. AdaLoRA's ranks are updated, and its
+    regularizer is excluded from the reported losses. A non-finite loss ends the run.
 
-    `train(resume_from_checkpoint="latest")` goes on from the newest checkpoint that is complete. After a request to
-    `stop` it saves one and raises `Stopped`. Raises `InvalidArgument` for FSDP and ZeRO-3, which shard the weights that
+    `train(resume_from_checkpoint="latest")` resumes from the newest complete checkpoint. After a request to `stop` it
+    saves a checkpoint and raises `Stopped`. Raises `InvalidArgument` for FSDP and ZeRO-3, which shard the weights that
     a shortcut reads.
     """
 
@@ -200,8 +202,8 @@ class AdapterTrainer(Trainer):
         args = copy.copy(args)
         self.allocator = rank_allocator(model)
         self._refuse_sharding(args)
-        args.logging_nan_inf_filter = False  # it would report the mean of earlier losses in place of a NaN
-        args.dataloader_pin_memory &= torch.cuda.is_available()  # it warns in every epoch where it cannot
+        args.logging_nan_inf_filter = False  # it would report the mean of earlier losses instead of NaN
+        args.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it warns in every epoch
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         self.use_cache = getattr(getattr(base_model(model), "config", None), "use_cache", None)
@@ -225,7 +227,9 @@ class AdapterTrainer(Trainer):
         self.add_callback(SaveValidated())
 
     def _refuse_sharding(self, args: TrainingArguments) -> None:
-        """Asked for by options, or by the configuration of `accelerate launch`, which sets the environment."""
+        """Raise `InvalidArgument` for FSDP and ZeRO-3, requested by options or the environment of
+        `accelerate launch`.
+        """
         fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         stage = _zero_stage(args)
         if fsdp or stage == 3:
@@ -238,7 +242,7 @@ class AdapterTrainer(Trainer):
             refuse_unable(["adalora"], "deepspeed")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`; `latest` or True means the newest usable checkpoint, or a fresh start without one."""
+        """Train as `Trainer.train`; `latest` or True resumes from the newest complete checkpoint, if there is one."""
         found = decided(lambda: self._resumed_from(resume_from_checkpoint)) if resume_from_checkpoint else None
         if self.args.save_only_model and is_main():
             logger.warning("--save_only_model: no checkpoint can be resumed but one that a stop saves, which is whole")
@@ -252,21 +256,21 @@ class AdapterTrainer(Trainer):
             if mismatch is None:
                 raise
             raise mismatch from error
-        except Exception as error:  # not one of a validation: what is before that has to be gone on from
+        except Exception as error:  # not an error of a validation, before which a checkpoint must be saved
             if self.control.should_evaluate or not self.stopping.ended_the_compiler(error):
                 raise
             self._stop_within_a_step(error)
         finally:
             if aside is not None:
                 self.remove_callback(aside)
-            if self.use_cache is not None:  # `Trainer` turns it off, and it would be saved with a merged model
+            if self.use_cache is not None:  # `Trainer` turns it off, and a merged model would save that
                 base_model(self.model).config.use_cache = self.use_cache
         if self.stopping.leaving:
             raise Stopped(f"stopped after step {self.state.global_step}; go on with --resume_from_checkpoint latest")
         return result
 
     def _stop_within_a_step(self, error: Exception) -> None:
-        """The steps before are saved, if there are any; random numbers that the failed one has drawn stay drawn."""
+        """Save the completed steps, if any, and raise `Stopped`; the failed step's random numbers stay consumed."""
         if not self.state.global_step:
             raise Stopped(NOT_BEGUN) from error
         self.stopping.leaving, self.args.save_only_model = True, False
@@ -274,7 +278,7 @@ class AdapterTrainer(Trainer):
             self._save_checkpoint(self.model, None)
 
     def _resumed_from(self, named: Any) -> str | None:
-        """For the main process: the checkpoint to go on from."""
+        """Return the checkpoint to resume from; for the main process."""
         processes = self.args.world_size
         if named not in ("latest", True):
             return self._named(named)
@@ -292,7 +296,10 @@ class AdapterTrainer(Trainer):
         return None
 
     def _named(self, name: str) -> str:
-        """The checkpoint that --resume_from_checkpoint names."""
+        """Return the checkpoint that --resume_from_checkpoint names.
+
+        Raises `InvalidArgument` if it is incomplete.
+        """
         folder = named_checkpoint(self.args.output_dir, name)
         flag, there = f"--resume_from_checkpoint {folder}", checkpoints_of(self.args.output_dir)
         if not folder.is_dir():
@@ -305,59 +312,69 @@ class AdapterTrainer(Trainer):
         return str(folder)
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
-        # Stock `Trainer` leaves examples out of evaluations and predictions too.
+        # `Trainer` would drop examples in evaluations and predictions too.
         with temporarily(self.args, dataloader_drop_last=self.args.dataloader_drop_last and is_training):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        # Stock `Trainer` takes one step too many when it resumes from the last step of a run.
+        # `Trainer` takes one step too many if it resumes from the last step of a run.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args, **kwargs):
-        # Who stops now, or in the evaluation after the training, goes on from here. Later the best is loaded.
+        # A run that is stopped now, or in the evaluation after training, resumes from this checkpoint. Afterwards the
+        # best is loaded.
         stopped, unsaved = self.stopping.leaving, self.args.save_strategy == SaveStrategy.NO
         if not stopped:
             self.take_average()
         if (stopped or unsaved) and not decided(self._checkpoint().is_dir):
             self._save_checkpoint(self.model, None)
-        if stopped:  # stock `Trainer` would remove all but the best, and load it
+        if stopped:  # `Trainer` would remove all but the best, and load it
             self.state.best_model_checkpoint = None
         return super()._finalize_training(*args, **kwargs)
 
     def take_average(self) -> None:
-        """Puts in the weights to measure and export with, where a schedule-free optimizer trains others."""
-        if hasattr(self.optimizer, "eval"):  # accelerate's has, for any optimizer
+        """Switch to the weights for evaluation and export, if a schedule-free optimizer trains others."""
+        if hasattr(self.optimizer, "eval"):  # accelerate's wrapper has it for any optimizer
             self.optimizer.eval()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        """As `Trainer.compute_loss`, without AdaLoRA's regularizer, which PEFT adds in evaluation too."""
+        """Return `Trainer.compute_loss` without AdaLoRA's regularizer, which PEFT adds in evaluation too."""
         with self.allocator.silenced() if self.allocator is not None else contextlib.nullcontext():
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """As `Trainer.training_step`; AdaLoRA's regularizer joins the gradients once per step."""
+        """Run `Trainer.training_step`, and add AdaLoRA's regularizer to the gradients once per step."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.allocator is not None:
             self.allocator.add_gradient(self.accelerator)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; raises `Diverged` for a training loss that is not a number."""
+        """Log as `Trainer.log`.
+
+        Raises `Diverged` for a training loss that is not finite.
+        """
         if not math.isfinite(logs.get("loss", 0.0)):
             problem = f"loss {logs['loss']} at step {self.state.global_step}"
             raise Diverged(problem, "lower --learning_rate; what was saved before is intact")
         super().log(logs, start_time)
 
     def create_optimizer(self, *args, **kwargs):
-        """As `Trainer.create_optimizer`; raises `InvalidArgument` for one that cannot be had here."""
+        """Create the optimizer as `Trainer` does.
+
+        Raises `InvalidArgument` for one that is not available.
+        """
         with refused_as(f"--optim {_plain(self.args.optim)}", OTHER_CHOICE, UNFIT):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args, **kwargs):
-        """As `Trainer.create_scheduler`; raises `InvalidArgument` where it lacks something."""
+        """Create the scheduler as `Trainer` does.
+
+        Raises `InvalidArgument` if a required argument is missing.
+        """
         given = f"--lr_scheduler_type {_plain(self.args.lr_scheduler_type)}"
         if self.args.lr_scheduler_kwargs:
             given += f" --lr_scheduler_kwargs {json.dumps(self.args.lr_scheduler_kwargs)}"
@@ -367,7 +384,7 @@ class AdapterTrainer(Trainer):
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the adapter, never the base model."""
+        """Write only the adapter, without the base model."""
         folder = output_dir or self.args.output_dir
         decided(lambda: save_adapter(self.model, folder))
         if self.args.should_save and not is_main():  # --save_on_each_node
@@ -375,14 +392,14 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         decided(check_held)
-        # Stock `Trainer` removes older ones before all processes have written their part of this one.
+        # `Trainer` removes older checkpoints before all processes have written their part of this one.
         try:
             with temporarily(self.args, save_total_limit=None):
                 super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError) as error:
             if getattr(error, "filename", "") is not None and not any(word in str(error) for word in UNWRITTEN):
                 raise
-            # So torch.save says that a file cannot be written, without the cause, and a text's writer without its name.
+            # torch.save reports an unwritable file without the cause, and text files without their name.
             where = f"checkpoint of step {self.state.global_step}"
             raise RunFailed(f"{where} cannot be written; is the disk full? Earlier ones are intact") from error
         self.accelerator.wait_for_everyone()  # each process has written its random state
@@ -391,7 +408,7 @@ class AdapterTrainer(Trainer):
             self._remove_older()
 
     def _remove_older(self) -> None:
-        """Those beyond --save_total_limit go, but never the newest or the best; each is whole or not there."""
+        """Remove checkpoints beyond --save_total_limit, atomically, but never the newest or the best."""
         found, limit = checkpoints_of(self.args.output_dir), self.args.save_total_limit
         best = Path(self.state.best_model_checkpoint or "").name
         others = [path for path in found[1:] if path.name != best]
@@ -415,10 +432,11 @@ class AdapterTrainer(Trainer):
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None:
-                if self.is_deepspeed_enabled:  # which has read the weights, but not the norm windows
+                if self.is_deepspeed_enabled:  # DeepSpeed has loaded the weights, but not the norm windows
                     load_adapter(self.model, checkpoint)
                 self._load_allocator(checkpoint)
-        except Exception as error:  # out of memory, another version's state: each reader and device has its own
+        # out of memory or the state of another version: each reader and device has its own exceptions
+        except Exception as error:
             if checkpoint is None:
                 raise
             raise RunFailed(cannot_be_loaded(checkpoint, error)) from error
@@ -434,7 +452,10 @@ class AdapterTrainer(Trainer):
 
 
 def _as_mismatch(error: ValueError) -> InvalidArgument | None:
-    """What transformers says where options and DeepSpeed's configuration differ, as one line; None for other errors."""
+    """Return transformers' error about options that differ from DeepSpeed's configuration, in one line;
+
+    None for others.
+    """
     lines = str(error).splitlines()
     if "DeepSpeed config values that mismatch" not in str(error):
         return None
@@ -447,7 +468,7 @@ def _plain(choice: object) -> object:
 
 
 def _zero_stage(args: TrainingArguments) -> int | None:
-    """DeepSpeed's stage, None without DeepSpeed."""
+    """Return DeepSpeed's ZeRO stage; None without DeepSpeed."""
     if plugin := getattr(args, "deepspeed_plugin", None):
         return plugin.zero_stage
     return HfDeepSpeedConfig(args.deepspeed).get_value("zero_optimization.stage", 0) if args.deepspeed else None

@@ -1,4 +1,4 @@
-"""What transformers' `Trainer` is given: its `TrainingArguments`, made of a run's options."""
+"""Create transformers' `TrainingArguments` from a run's options."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ BOUNDS = {
     "eval_delay": number(0), "label_smoothing_factor": number(0, below=1), "neftune_noise_alpha": number(0),
     "eval_accumulation_steps": whole(1), "data_seed": whole(0, 2**32 - 1),
 }  # fmt: skip
-"""What reads those of the options passed on of which transformers takes any number."""
+"""Parsers of options passed on for which transformers accepts any number."""
 
 
 @dataclass
 class AdapterTrainingArguments(TrainingArguments):
-    """transformers' `TrainingArguments`, with TensorBoard and a row of the log per step."""
+    """`TrainingArguments` with other defaults: TensorBoard, and a log row for each step."""
 
     output_dir: str = "runs/adapter"
     report_to: list[str] | None = field(default_factory=lambda: ["tensorboard"])
@@ -53,7 +53,7 @@ class AdapterTrainingArguments(TrainingArguments):
         super().__post_init__()
 
     def _settle_device(self) -> None:
-        # `accelerate launch --cpu` says so in the environment only.
+        # `accelerate launch --cpu` only sets the environment.
         self.use_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")  # type: ignore[has-type]
         gpu = torch.cuda.is_available() and not self.use_cpu
         if self.fp16 and not gpu:
@@ -64,7 +64,7 @@ class AdapterTrainingArguments(TrainingArguments):
 
 
 def _say_that_there_is_one_process() -> None:
-    """What torch's launcher tells its children, where it isn't there: DeepSpeed would look for MPI otherwise."""
+    """Set the environment of a single process as torch's launcher does: DeepSpeed would look for MPI otherwise."""
     if not {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         for name, value in alone.items():
@@ -72,11 +72,11 @@ def _say_that_there_is_one_process() -> None:
 
 
 class PassedOnParser(HfArgumentParser, Parser):
-    """Read the options of `TrainingArguments`; what it returns are the values of those alone that are given."""
+    """Parses the options of `TrainingArguments`; the result contains only the options that are given."""
 
 
 def parse_passed_on(prog: str, words: Sequence[str]) -> dict[str, Any]:
-    """Return the values of other options of `TrainingArguments`; exits with status 2 and one line for wrong ones."""
+    """Return the values of other options of `TrainingArguments`; exits with status 2 and one line for invalid ones."""
     parser = PassedOnParser(dataclass_types=[AdapterTrainingArguments], prog=prog)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -92,34 +92,35 @@ def passed_on_defaults() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Arguments(Generic[T]):
-    """The options of a run, and what `Trainer` is given of them."""
+    """Options of a run, and the `TrainingArguments` made from them."""
 
     options: T
     training: AdapterTrainingArguments
 
     @property
     def method(self) -> MethodOptions:
-        """Which adapter, and how it is merged."""
+        """Options of the adapter and its merge."""
         return self.options.adapter
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All options by name, the content of a run's `config.json`; no tokens."""
+        """All options by name, the content of a run's `config.json`, without tokens."""
         table = self.options.table()
         own = {name: value for name, value in self.options.flat().items() if table[name].group != "experiment"}
         return without_tokens(own | self.training.to_dict())
 
 
 def without_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values as JSON has them, without the tokens for the hub."""
+    """Return the values as JSON data, without tokens for the Hub."""
     public = {name: value for name, value in values.items() if not name.endswith("token")}
     return json.loads(json.dumps(public, default=str))
 
 
 def training_arguments(options: T, prog: str, **defaults: Any) -> AdapterTrainingArguments:
-    """Return what `Trainer` is given. Raises `InvalidArgument` for what cannot work on this machine.
+    """Return the `TrainingArguments` of a run.
 
-    Exits with status 2 and one line for what transformers refuses. `defaults` are those of options that no table has.
+    Exits with status 2 and one line for values that transformers rejects. `defaults` are those of options that no table
+    has. Raises `InvalidArgument` for values that cannot work on this machine.
     """
     table = options.table().values()
     values = {option.name: options[option.name] for option in table if option.group == "training"}
@@ -132,7 +133,7 @@ def training_arguments(options: T, prog: str, **defaults: Any) -> AdapterTrainin
 
 
 def check_trackers(names: str | Sequence[str] | None) -> None:
-    """Raises `InvalidArgument` for a --report_to that transformers doesn't know, or that is not installed."""
+    """Raise `InvalidArgument` for a --report_to that transformers does not support, or that is not installed."""
     named = [name for name in ([names] if isinstance(names, str) else names or ()) if name not in ("all", "none")]
     for name in named:
         known = sorted(INTEGRATION_TO_CALLBACK)
@@ -143,8 +144,8 @@ def check_trackers(names: str | Sequence[str] | None) -> None:
 
 
 def check_json(name: str, value: object) -> None:
-    """Raises `InvalidArgument` for a flag's text that begins as JSON and is none, or has a key that is unknown."""
-    if isinstance(value, str) and value.startswith("{"):  # anything else is a file's name
+    """Raise `InvalidArgument` for an option's value that begins like JSON but is invalid, or has an unknown key."""
+    if isinstance(value, str) and value.startswith("{"):  # any other text is a file name
         with refused_as(f"--{name} {value}", "give a JSON object with keys that it knows", (ValueError, TypeError)):
             content = json.loads(value)
             if name == "accelerator_config":

@@ -1,1 +1,1 @@
-"""One typed table of options, and everything that is derived from it. Importing it takes no heavy library."""
+"""The typed table of options and everything derived from it. Importing it imports no heavy library."""

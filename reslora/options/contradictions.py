@@ -1,4 +1,4 @@
-"""What all scripts refuse alike: options of the method that contradict each other, of experiments, and no texts."""
+"""Validation shared by all scripts: options of a method or an experiment that contradict each other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from .shared import RunOptions, SharedMethodOptions
 
 
 def check_texts(values: Given) -> None:
-    """Refuse names that are no text: safetensors, tokenizers and TensorBoard take them nowhere."""
+    """Raise `InvalidArgument` for values that are not valid UTF-8, which safetensors, tokenizers and TensorBoard
+    reject.
+    """
     for name, value in values.items():
         for text in listed(value):
             if isinstance(text, str) and clean(text) != text:
@@ -23,7 +25,10 @@ def check_texts(values: Given) -> None:
 
 
 def check_method(options: SharedMethodOptions, calibration: str) -> None:
-    """Refuse what a method cannot do, and a merge or control without calibration; that is the name of its option."""
+    """Raise `InvalidArgument` for options that a method does not support, or a merge or control without calibration.
+
+    `calibration` is the name of the script's option for the number of calibration samples.
+    """
     patterns = {name: getattr(options, name) for name in FIELDS}
     refuse_settings(options.method, options.lora_dropout, patterns)
     for name, texts in patterns.items():
@@ -32,32 +37,32 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
         return
     reads = [f"--method {name}" for name in options.method if METHODS[name].measured]
     moments = options.merge in MERGES and MERGES[options.merge].needs_moments and is_wired(options)
-    if moments and options.merge in shortcut_class(options.shortcut).merges:  # last: to have the class imports torch
+    if moments and options.merge in shortcut_class(options.shortcut).merges:  # last, because the class imports torch
         reads.append(f"--merge {options.merge}")
     for argument in reads:
         raise InvalidArgument(argument, "needs calibration samples", f"give --{calibration} 64, or another one")
 
 
 def is_wired(options: SharedMethodOptions) -> bool:
-    """Return whether a method's shortcuts connect blocks."""
+    """Return whether a method of the options has shortcuts and they connect blocks."""
     wired = options.shortcut != PLAIN and options.pre_num != 0
     return wired and any(METHODS[name].shortcuts for name in options.method)
 
 
 def carries_activations(options: SharedMethodOptions) -> bool:
-    """Return whether blocks of a method pass activations to each other."""
+    """Return whether the blocks of a method pass activations to each other."""
     return is_wired(options) and shortcut_class(options.shortcut).carries
 
 
 def check_compiled(flag: str, options: SharedMethodOptions) -> None:
-    """Refuse to compile with gradient checkpointing what would lose the shortcuts."""
+    """Raise `InvalidArgument` for compiling with gradient checkpointing if that would lose the shortcuts."""
     if carries_activations(options):
         problem = f"with --gradient_checkpointing cannot keep --shortcut {options.shortcut}"
         raise InvalidArgument(flag, problem, "leave one of them out, or use --shortcut block")
 
 
 def check_no_experiment(options: RunOptions) -> None:
-    """Refuse options of experiments where no option has several values."""
+    """Raise `InvalidArgument` for options of experiments if no option has several values."""
     for name, option in options.table().items():
         if option.group == "experiment" and options[name]:
             several = ", --".join(name for name, option in options.table().items() if option.varies)
@@ -66,7 +71,7 @@ def check_no_experiment(options: RunOptions) -> None:
 
 
 def check_experiment(grid: Grid) -> None:
-    """Refuse what an experiment cannot do."""
+    """Raise `InvalidArgument` for options that an experiment does not support."""
     options = grid.base
     for name, option in options.table().items():
         if option.in_experiments and options[name]:

@@ -1,4 +1,4 @@
-"""Options from a TOML file that somebody wrote, or from a run's own config.json, where defaults are filled in."""
+"""Read options from a TOML file, or from the config.json of an earlier run, which includes defaults."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FORMS = "give a TOML file or a run's config.json"
 
 
 def read_file(path: Path, table: Mapping[str, Option], given: Collection[str], prog: str) -> dict[str, Any]:
-    """Return the values of a file, checked as the command line's are; `given` are the names on the command line.
+    """Return the values of a file, validated like those of the command line.
 
-    Of a run's own configuration, values that such a name replaces are left out.
+    `given` are the names on the command line; values of a config.json that they replace are left out.
     """
     where, names = f"--config {path}", {option.short: name for name, option in table.items() if option.short}
     content = {names.get(name, name): value for name, value in read_table(path).items()}
@@ -32,7 +32,7 @@ def read_file(path: Path, table: Mapping[str, Option], given: Collection[str], p
         if name not in table:
             problem = f"{name} is not a flag of {prog}{did_you_mean(name, table)}"
             raise InvalidArgument(where, problem, "rename or remove it")
-        # In TOML somebody wrote the alpha; a run's own may have come from its rank.
+        # In TOML the user wrote the alpha; in a config.json it may have followed from the rank.
         resolved = path.suffix == ".json" or name != "lora_alpha"
         if value is not None and value != [] and not (resolved and table[name].yields_to in given):
             found[name] = checked(table[name], value, where)
@@ -40,7 +40,10 @@ def read_file(path: Path, table: Mapping[str, Option], given: Collection[str], p
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """Return the content of a file. Raises `InvalidArgument` for what is no flat table."""
+    """Return the content of a TOML or JSON file.
+
+    Raises `InvalidArgument` if it is not a flat table.
+    """
     where = f"--config {path}"
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -56,7 +59,10 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def checked(option: Option, value: object, where: str) -> Any:
-    """Return a file's value as the command line would give it."""
+    """Return a file's value as the command line would parse it.
+
+    Raises `InvalidArgument` for an invalid value.
+    """
     name = option.name
     if isinstance(value, list) and not option.takes_several:
         raise InvalidArgument(where, f"{name} = {value} is a list", "give one value")

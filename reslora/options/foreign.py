@@ -1,4 +1,4 @@
-"""Options of kohya's and diffusers' scripts that have another name here: what to type instead."""
+"""Options of kohya's and diffusers' scripts that have another name here, for error messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from .option import Option
 
 DEFAULT = "the default"
-# What is no other name of one option.
+# Options of kohya's scripts that do not correspond to a single option here.
 KOHYA = {
     "config_file": "--config",
     "dataset_config": "--train_data_dir, --train_data_repeats, --resolution and others",
@@ -21,7 +21,7 @@ KOHYA = {
 
 
 def foreign_names(table: Mapping[str, Option]) -> dict[str, tuple[str, str]]:
-    """Return by name whose it is, and what it is here: an option, maybe with its value."""
+    """Return, by option name, whose option it is and its equivalent here, possibly with a value."""
     found = {name: ("kohya's", here) for name, here in KOHYA.items()}
     for option in table.values():
         for whose, names in (("kohya's", option.kohya), ("diffusers'", option.diffusers)):
@@ -32,7 +32,9 @@ def foreign_names(table: Mapping[str, Option]) -> dict[str, tuple[str, str]]:
 
 
 def foreign_in_words(words: Iterable[str], table: Mapping[str, Option]) -> str:
-    """Return what to type instead of those of the words that are other scripts' alone; empty where none is."""
+    """Return a message with the equivalents of those of the words that are options of other
+    scripts; empty if none is.
+    """
     known = foreign_names(table)
     found = [(flag, *known[flag[2:]]) for flag in words if flag[:2] == "--" and flag[2:] in known]
     return ". ".join(

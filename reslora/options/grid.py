@@ -1,4 +1,4 @@
-"""What varies in an experiment, and the options of its runs."""
+"""The grid of an experiment: the options that vary, and the options of its runs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Grid(Generic[O]):
     """An experiment: the options that all its runs share, and the values of those that vary."""
 
     base: O
-    """Those of the first run; `lora_alpha` is None where it follows from ranks that vary."""
+    """An experiment: the options shared by all runs, and the values of those that vary."""
     varied: Mapping[str, list]
-    """Two or more values of each option that varies, by the name that all scripts have for it."""
+    """Two or more values of each option that varies, by the name common to all scripts."""
 
     def values(self, name: str) -> list:
-        """Return all values of an option; a list with the only one where it does not vary."""
+        """Return all values of an option, one if it does not vary."""
         return self.varied.get(name) or [self.base[name]]
 
     @property
@@ -37,30 +37,32 @@ class Grid(Generic[O]):
         return self.values("learning_rate")
 
     def flag(self, name: str) -> str:
-        """Return how an option is typed."""
+        """Return an option's name on the command line."""
         return self.base.option(name).flag
 
     def runs(self, *names: str) -> list[O]:
-        """Return the options of runs with each combination of the values of `names`, and the first of the others."""
+        """Return the options of runs with every combination of the values of `names`, and the first value of other
+        options.
+        """
         values = [self.values(name) for name in names]
         return [self.run(**dict(zip(names, own, strict=True))) for own in itertools.product(*values)]
 
     def run(self, method: str = "", **values: Any) -> O:
-        """Return the options of a run with these values, and of one method if it is given."""
+        """Return the options of a run with these values, and with one method if it is given."""
         options = self.base.replace(**values, **({"method": [method]} if method else {}))
         return options.replace(lora_alpha=alpha_of(options.adapter))
 
     def flat(self) -> dict[str, Any]:
-        """Return all values by name, as `config.json` records them: lists of those that vary."""
+        """Return all values by name as `config.json` stores them: lists for options that vary."""
         return {**self.base.flat(), **{self.base.option(name).name: values for name, values in self.varied.items()}}
 
     def replace(self, **values: Any) -> Grid[O]:
-        """Return an experiment in which some shared options have other values."""
+        """Return an experiment with other values of shared options."""
         return dataclasses.replace(self, base=self.base.replace(**values))
 
 
 def first_of(kind: type[O], values: dict[str, Any]) -> tuple[O, dict[str, list]]:
-    """Return the options with these values, of those that vary the first, and all of these where there are several."""
+    """Return the options with the first of several values, and all values of the options that have several."""
     varied: dict[str, list] = {}
     for name, option in kind.table().items():
         if option.varies and isinstance(values[name], list):
@@ -70,7 +72,7 @@ def first_of(kind: type[O], values: dict[str, Any]) -> tuple[O, dict[str, list]]
 
 
 def alpha_of(adapter: SharedMethodOptions) -> float | None:
-    """Return the alpha that is given, or twice the rank; None where a family's rank or a LoRA decides it yet."""
+    """Return the given alpha, or twice the rank; None if the rank depends on the model's family or on a LoRA file."""
     if adapter.lora_alpha is not None:
         return adapter.lora_alpha
     return 2 * adapter.rank if adapter.rank and not getattr(adapter, "init_lora", None) else None

@@ -1,4 +1,4 @@
-"""Options in groups: a frozen dataclass a group, and one that holds the groups, which is what a run is made of."""
+"""Groups of options: a frozen dataclass for each group, and one that holds the groups of a run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from .option import Option
 
 
 class Groups:
-    """Base of a dataclass whose fields are groups: the values of one run. Files and messages know flat names."""
+    """Base of a dataclass whose fields are groups of options: the values of one run.
+
+    Files and messages use flat names.
+    """
 
     titles: ClassVar[Mapping[str, str]]
-    """What help calls each group, in its order."""
+    """Title of each group in the help, in order."""
     switches_take_values: ClassVar[bool] = False
-    """Whether a switch is turned off by `--name False` and not by `--no-name`."""
+    """Whether a switch is turned off by `--name False` instead of `--no-name`."""
 
     @classmethod
     @functools.cache
@@ -27,7 +30,7 @@ class Groups:
 
     @classmethod
     def option(cls, name: str) -> Option:
-        """Return an option by its name in this script, or by the name that all scripts have for it."""
+        """Return an option by its name in this script, or by the name common to all scripts."""
         table = cls.table()
         return table[name] if name in table else cls._by_attribute()[name]
 
@@ -42,7 +45,10 @@ class Groups:
         return cls().replace(**values)
 
     def replace(self, **values: Any) -> Self:
-        """Return options in which some have other values. Raises `KeyError` for a name that is none of theirs."""
+        """Return options with some values replaced.
+
+        Raises `KeyError` for an unknown name.
+        """
         changes: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
             option = self.option(name)
@@ -52,12 +58,12 @@ class Groups:
         return dataclasses.replace(self, **parts)  # type: ignore[type-var] # subclasses are dataclasses
 
     def __getitem__(self, name: str) -> Any:
-        """Return a value by its option's name."""
+        """Return the value of an option by its name."""
         option = self.option(name)
         return getattr(getattr(self, option.group), option.attribute)
 
     def flat(self) -> dict[str, Any]:
-        """Return all values by name, as `config.json` records them."""
+        """Return all values by name, as `config.json` stores them."""
         return {name: _recorded(option, self[name]) for name, option in self.table().items()}
 
 

@@ -1,4 +1,4 @@
-"""The table of train_sd.py: every option with its type, default, help and all else that is known of it."""
+"""The options of train_sd.py, with type, default, help and all other properties."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
 )  # fmt: skip
 INTERPOLATIONS = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
-NOISES = 4  # at each timestep at which losses of an image are compared
+NOISES = 4  # number of noises at each timestep at which losses of an image are compared
 DEFAULT_RANK, LARGEST_BATCH = 16, 65536
 
 BUCKETS = Need(lambda options: options.data.use_aspect_ratio_buckets, "add --use_aspect_ratio_buckets")
@@ -59,7 +59,7 @@ CHOSEN_OVER_SEEDS = "leave it out: experiments choose checkpoints over seeds, by
 # fmt: off
 @group
 class ModelOptions:
-    """Which model, and in which precision."""
+    """Model and precision."""
 
     pretrained_model_name_or_path: str = by_content("",
         "a model of any family in docs/models.md: diffusers folder or name on the hub; of Stable Diffusion 1, 2 and "
@@ -91,16 +91,17 @@ class ModelOptions:
 
 @group
 class MethodOptions(SharedMethodOptions):
-    """Which adapter, and how it is merged."""
+    """Adapter method and merge."""
 
     method: list[str] = again(default=["lora"],
         help=f"one or several, trained one after the other on the same images and noise. {IN_WORDS}. With an option of "
         "the shortcuts or their merge the default is reslora",
-        resume="free", bundled=["lora", "reslora"], kohya=("network_module",))  # no other ends lower: RESULTS.md
+        # no other method has a lower final loss: RESULTS.md
+        resume="free", bundled=["lora", "reslora"], kohya=("network_module",))
     rank: int = again(kohya=("network_dim",),
         by_family=f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less")
-    rank_pattern: list[str] | None = again(help=f"{PATTERNS['rank_pattern']}; for the denoiser alone")
-    alpha_pattern: list[str] | None = again(help=f"{PATTERNS['alpha_pattern']}; for the denoiser alone")
+    rank_pattern: list[str] | None = again(help=f"{PATTERNS['rank_pattern']}; for the denoiser only")
+    alpha_pattern: list[str] | None = again(help=f"{PATTERNS['alpha_pattern']}; for the denoiser only")
     init_lora: str | None = by_content(None,
         "start from this LoRA, of any tool, instead of from zero: its layers, ranks and alphas are trained",
         metavar="FILE", path="absolute", kohya=("network_weights",))
@@ -118,7 +119,7 @@ class MethodOptions(SharedMethodOptions):
 
 @group
 class DataOptions:
-    """Where images and captions come from, and how they are prepared."""
+    """Images and captions: sources and preprocessing."""
 
     dataset_name: str | None = by_content(None, "dataset on the hub, or a folder", path="absolute",
         yields_to="train_data_dir", compared_as="held-out images")
@@ -198,7 +199,7 @@ class DataOptions:
 
 @group
 class TrainingOptions:
-    """How long, how much at once, and on which loss."""
+    """Length of training, batch size and loss."""
 
     seed: int = option(0, "the same seed gives the same bytes", NATURAL, varies=True, essential=True,
         compared_as="seed")
@@ -224,7 +225,7 @@ class TrainingOptions:
         or_else="all")
     snr_gamma: float | None = option(None, "min-SNR loss weights; 5.0 is usual, 0 weights all timesteps alike",
         NOT_NEGATIVE, objective="ddpm", bundled=1.0, bundled_flow=None,
-        # keeps more of the subjects: assets/README.md
+        # preserves more of the subjects: assets/README.md
         kohya=("min_snr_gamma",))
     loss_type: str = option("l2",
         "squared error, or kohya's pseudo-Huber losses, which count large errors less; the validation loss is the "
@@ -261,7 +262,7 @@ class TrainingOptions:
         or_else="the scheduler's; 3 with shift", objective="flow",
         samplings=("uniform", "logit_normal", "mode", "shift"), compared_as="how losses are measured")
     guidance_scale_train: float = option(1.0,
-        "guidance that the denoiser is conditioned on while training: Flux.1 dev alone, for which diffusers' script "
+        "guidance that the denoiser is conditioned on while training: only for Flux.1 dev, for which diffusers' script "
         "has 3.5", NOT_NEGATIVE, compared_as="how losses are measured")
     max_sequence_length: int = option(None, "tokens of a caption that T5 or Qwen reads", COUNT,
         compared_as="how losses are measured", by_family="SD 3 77, others with T5 or Qwen 512")
@@ -270,7 +271,7 @@ class TrainingOptions:
 
 @group
 class OptimizerOptions:
-    """The optimizer and its learning rate."""
+    """Optimizer and learning rate."""
 
     learning_rate: float = option(1e-4, "highest learning rate; with --optimizer prodigy the default is 1", POSITIVE,
         varies=True, short="lr", essential="highest learning rate", bundled=2.5e-4, bundled_flow=1e-3,
@@ -306,7 +307,7 @@ class OptimizerOptions:
 
 @group
 class ValidationOptions:
-    """Which samples are generated and which losses are measured while training."""
+    """Samples and losses during training."""
 
     validation_prompt: list[str] = shown([],
         "prompts of samples while training, with fixed seeds; or a .txt file of prompts as kohya's scripts read it (a "
@@ -363,7 +364,7 @@ class ValidationOptions:
 
 @group
 class ExperimentOptions(SharedExperimentOptions):
-    """How an experiment, which several values of some options make, is measured and scheduled."""
+    """Measurement and schedule of an experiment, which is a run with several values of some options."""
 
     select_split: float | None = again(help="fraction of the images by which learning rates and checkpoints are chosen")
     test_split: float | None = again(help="fraction of the images by which methods are compared; if there are few, 0.3")
@@ -373,7 +374,7 @@ class ExperimentOptions(SharedExperimentOptions):
 
 @group
 class OutputOptions:
-    """What is written, and where."""
+    """Outputs and their location."""
 
     output_dir: str = free("runs/sd-model-finetuned-lora", "folder of the run", metavar="FOLDER", short="output",
         essential=True, path="relative")
@@ -381,7 +382,7 @@ class OutputOptions:
     report_to: str = free("tensorboard", "a tracker that accelerate knows, such as wandb; all, or none")
     checkpointing_steps: int = free(500, "steps between checkpoints", COUNT, bundled=100, kohya=("save_every_n_steps",))
     checkpointing_minutes: float | None = free(None,
-        "save a checkpoint also when so many minutes have passed since the last one", POSITIVE)
+        "also save a checkpoint this many minutes after the last one", POSITIVE)
     checkpoints_total_limit: int | None = free(None, "checkpoints to retain per method", COUNT, or_else="all")
     resume_from_checkpoint: str | None = free(None,
         "latest: resume from the newest complete checkpoint; FOLDER: go back to that one; not in a finished run",
@@ -402,7 +403,10 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class Options(RunOptions):
-    """The values of one run of train_sd.py. A value that the model's family decides is None until it is known."""
+    """Values of one run of train_sd.py.
+
+    A value that depends on the model's family is None until the family is known.
+    """
 
     model: ModelOptions = field(default_factory=ModelOptions)
     adapter: MethodOptions = field(default_factory=MethodOptions)

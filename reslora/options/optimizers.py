@@ -1,4 +1,4 @@
-"""Optimizers by name or by the path of their class: a row for what people ask for, and nothing for any other."""
+"""Optimizers by short name or by the path of their class."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ class Named:
     """An optimizer with a short name."""
 
     path: str
-    """Of its class."""
+    """Path of its class."""
     package: str
-    """What is to be installed for it."""
+    """Package to install for it."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Where it is not taken as its authors set it."""
+    """Arguments that differ from the defaults of its authors."""
     learning_rate: float | None = None
-    """What it wants where none is given."""
+    """Learning rate if none is given."""
 
 
 OPTIMIZERS = {
     "adamw": Named("torch.optim.AdamW", "torch"),
     "adamw8bit": Named("bitsandbytes.optim.AdamW8bit", "bitsandbytes"),
-    "prodigy": Named("prodigyopt.Prodigy", "prodigyopt", learning_rate=1.0),  # it finds the rate, and this scales it
-    # By itself it would find a rate of its own and refuse ours.
+    # Prodigy estimates the learning rate and multiplies it by this value
+    "prodigy": Named("prodigyopt.Prodigy", "prodigyopt", learning_rate=1.0),
+    # By default it computes its own learning rate and rejects a given one.
     "adafactor": Named(
         "transformers.optimization.Adafactor", "transformers", {"relative_step": False, "scale_parameter": False}
     ),
@@ -38,16 +39,19 @@ OPTIMIZERS = {
     "schedulefree": Named("schedulefree.AdamWScheduleFree", "schedulefree"),
 }
 ADAMS = ("adamw", "adamw8bit")
-"""Those that the flags --adam_... are for."""
+"""The optimizers to which --adam_... applies."""
 
 
 def named(optimizer: str) -> Named:
-    """The row of a name, or of a class by its path."""
+    """Return the optimizer of a short name, or of a class path."""
     return OPTIMIZERS.get(optimizer) or Named(optimizer, optimizer.partition(".")[0])
 
 
 def options_of(words: Sequence[str]) -> dict[str, Any]:
-    """What `key=value` words say; a value is read as Python reads it, else it is text."""
+    """Return the arguments of `key=value` words; a value is a Python literal, else a string.
+
+    Raises `InvalidArgument` for a word of another form.
+    """
     options: dict[str, Any] = {}
     for word in words:
         key, found, value = word.partition("=")
@@ -61,7 +65,7 @@ def options_of(words: Sequence[str]) -> dict[str, Any]:
 
 
 def check_installed(optimizer: str, words: Sequence[str], flag: str) -> None:
-    """Refuse an optimizer that is not there, by the flag that asks for it, and arguments that are none."""
+    """Raise `InvalidArgument` naming `flag` for an optimizer that is not installed or arguments of a wrong form."""
     row = named(optimizer)
     if "." not in row.path:
         raise InvalidArgument(flag, "no such optimizer", f"give one of {', '.join(OPTIMIZERS)}, or package.Class")
@@ -70,7 +74,10 @@ def check_installed(optimizer: str, words: Sequence[str], flag: str) -> None:
 
 
 def class_of(optimizer: str) -> type:
-    """The class of the optimizer; refuses what is none."""
+    """Return the class of an optimizer.
+
+    Raises `InvalidArgument` if it does not exist or is not an optimizer.
+    """
     module, _, name = named(optimizer).path.rpartition(".")
     flag = f"--optimizer {optimizer}"
     try:

@@ -1,4 +1,4 @@
-"""What an option is: one call of `option` in a dataclass's field says everything about it."""
+"""Definition of an option: one call of `option` in a dataclass field states all its properties."""
 
 from __future__ import annotations
 
@@ -15,91 +15,93 @@ from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_ori
 from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
 
 Resume = Literal["fixed", "content", "free", "shown", "merged"]
-"""What a resumed run compares. fixed: the value. content: what the value names. free: nothing. shown: nothing, and a
-finished method's new value is reported to have no effect. merged: nothing, and a finished method is merged anew."""
+"""What a resumed run compares. fixed: the value. content: the content that the value names. free: nothing. shown:
+nothing, but a new value for a finished method is reported to have no effect. merged: nothing, but a finished method is
+merged again.
+"""
 K = TypeVar("K")
 SAME: Any = object()
-"""Stands for: no value of its own."""
+"""Sentinel: the option has no value of this kind."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """What an option needs to have an effect."""
+    """A condition under which an option has an effect."""
 
     met: Callable[[Any], object]
-    """Of the options of a run: whether it has one."""
+    """Returns whether the options of a run meet the condition."""
     fix: str
     problem: str = "nothing reads it"
-    """What is wrong otherwise, with other options' values in braces."""
+    """The problem otherwise, with other options' values in braces."""
     refuse: bool = True
-    """False: a line says so, as commands for other scripts may have it."""
+    """Raise an error; False: print a line, because commands for other scripts may contain the option."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a script. `name` is that of its flag and of its key in files."""
+    """An option of a script. `name` is its name on the command line and its key in files."""
 
     name: str
     attribute: str
-    """The field of the dataclass."""
+    """Field of its group."""
     group: str
-    """The field of `Options` with that dataclass."""
+    """Field of `Options` that holds its group."""
     kind: Any
-    """The type of its value in one run."""
+    """Type of its value in one run."""
     default: Any
     help: str
     parse: Callable[[str], Any] = str
-    """Reads one word of the command line."""
+    """Parser of one word of the command line."""
     alone: Any = SAME
-    """Its value where its flag has none."""
+    """Value if the option is given without one."""
     choices: Collection[str] = ()
     metavar: str | None = None
     short: str = ""
-    """A shorter name of its flag."""
+    """Shorter name on the command line."""
     essential: str = ""
-    """What the short help says of it; empty where that leaves it out."""
+    """Text in the short help; empty: not included."""
     resume: Resume = "fixed"
     varies: bool = False
     """Whether several values make an experiment."""
     in_experiments: str = ""
-    """Why an experiment refuses it, and the fix; empty where it does not."""
+    """Why an experiment refuses it, with the fix; empty if it does not."""
     bundled: Any = SAME
-    """The default for a bundled model, which must be that of no other."""
+    """Default for a bundled model; no other model may have this value as a default."""
     bundled_flow: Any = SAME
-    """The same for the bundled flow transformer, where that differs."""
+    """The same for the bundled flow transformer, if it differs."""
     by_family: str = ""
-    """The defaults that models' families have, in words; `default` is None then, until the family is known."""
+    """Defaults by family, as text; `default` is None until the family is known."""
     or_else: str = ""
-    """What its help adds on a default that follows from others."""
+    """Addition to its help about a default that depends on other options."""
     path: Literal["", "relative", "absolute"] = ""
-    """Whether it may be a path, which may begin with `~`; and how `config.json` records it."""
+    """Whether it may be a path, possibly with `~`, and how `config.json` stores it."""
     collapses: bool = False
-    """Whether files record a single one of its values without a list."""
+    """Whether files store a single value without a list."""
     secret: bool = False
     """Whether `config.json` leaves it out."""
     implies: str = ""
-    """The method that it makes the default."""
+    """Method that becomes the default if the option is given."""
     read_by: str = ""
-    """The property of a method's row that says whether the method reads it; empty: all do."""
+    """Property of a method's row that states whether the method uses it; empty: all methods do."""
     objective: Literal["", "ddpm", "flow"] = ""
-    """The only objective that reads it."""
+    """The only objective that uses it."""
     samplings: tuple[str, ...] = ()
-    """The only ways to sample timesteps that read it."""
+    """The only timestep samplings that use it."""
     needs: tuple[Need, ...] = ()
     counts_if_given: bool = False
-    """Whether giving its default differs from leaving it out."""
+    """Whether giving its default value differs from leaving it out."""
     yields_to: str = ""
-    """The option that, given on the command line, drops this one of a run's own configuration."""
+    """Option that, given on the command line, removes this one from a run's configuration."""
     compared_as: str = ""
-    """What two runs differ in where they differ in it, if images or losses are then not comparable."""
+    """What differs between two runs with different values, if their images or losses are not comparable then."""
     kohya: tuple[str, ...] = ()
-    """Its names in kohya's scripts."""
+    """Names in kohya's scripts."""
     diffusers: tuple[str, ...] = ()
-    """Its names in diffusers' scripts, where these are others."""
+    """Names in diffusers' scripts, if they differ."""
 
     @property
     def flag(self) -> str:
-        """As it is typed."""
+        """The option's name on the command line."""
         return f"--{self.name}"
 
     @property
@@ -109,19 +111,19 @@ class Option:
 
     @property
     def fixed_default(self) -> Any:
-        """Its default where that is the same for all models, and giving it changes nothing; else None."""
+        """Default if it is the same for all models and giving it has no effect; else None."""
         if self.counts_if_given or self.bundled is not SAME:
             return None
         return next(iter(self.default), None) if self.collapses else self.default
 
     @property
     def otherwise(self) -> str:
-        """Its default in words, where it is no bundled model's own."""
+        """Default as text, for models that are not bundled."""
         return self.by_family or self.or_else or in_words(self.default)
 
     @property
     def takes_several(self) -> bool:
-        """Whether several words may follow its flag."""
+        """Whether several words may follow it."""
         return self.varies or any(get_origin(kind) is list for kind in (self.kind, *get_args(self.kind)))
 
 
@@ -134,7 +136,7 @@ def option(
     needs: Need | tuple[Need, ...] = (),
     **facts: Any,
 ) -> Any:
-    """Return a dataclass's field for an option with this default; see `Option` for the other facts."""
+    """Return a dataclass field for an option with this default; see `Option` for the other properties."""
     needs = needs if isinstance(needs, tuple) else (needs,)
     facts["essential"] = help if facts.get("essential") is True else facts.get("essential", "")
     fill: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
@@ -143,15 +145,15 @@ def option(
 
 
 free, shown, by_content = (functools.partial(option, resume=resume) for resume in ("free", "shown", "content"))
-"""The same of options that a resumed run may have other values of; see `Resume`."""
+"""`option` with other values of `Resume`."""
 
 
 class Again(dict):
-    """Facts of an option that a base class has, where they are others."""
+    """Properties of an inherited option that a subclass changes."""
 
 
 def again(**changes: Any) -> Any:
-    """Return a field of a `group` for an option that its base class has, with some facts changed."""
+    """Return a field of a `group` for an inherited option with some properties changed."""
     return Again(changes)
 
 
@@ -165,11 +167,11 @@ def group(kind: type[K]) -> type[K]:
     return dataclass(frozen=True)(kind)
 
 
-# -- what the command line and files may say ---------------------------------------------------------------------------
+# -- parsers of values -------------------------------------------------------------------------------------------------
 
 
 def whole(minimum: int, most: float = math.inf) -> Callable[[str], int]:
-    """Return what reads a whole number of at least `minimum`, and at most `most`."""
+    """Return a parser of a whole number from `minimum` to `most`."""
 
     def parse(text: str) -> int:
         with contextlib.suppress(ValueError):
@@ -181,7 +183,7 @@ def whole(minimum: int, most: float = math.inf) -> Callable[[str], int]:
 
 
 def number(minimum: float = -math.inf, below: float = math.inf, exclusive: bool = False) -> Callable[[str], float]:
-    """Return what reads a finite number in [minimum, below), or above `minimum` when `exclusive`."""
+    """Return a parser of a finite number in [minimum, below); `exclusive` excludes `minimum`."""
 
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
@@ -194,37 +196,40 @@ def number(minimum: float = -math.inf, below: float = math.inf, exclusive: bool 
 
 
 COUNT, NATURAL = whole(1), whole(0)
-"""What read whole numbers from one and from zero on."""
+"""Parsers of whole numbers from 1, and from 0."""
 POSITIVE, NOT_NEGATIVE = number(0, exclusive=True), number(0)
 FRACTION, PART = number(0, below=1), number(0, below=1, exclusive=True)
-"""What read numbers below one; a part is not nothing."""
+"""Parsers of numbers from 0 to below 1; `PART` excludes 0."""
 
 
 def in_words(value: Any) -> str:
-    """Return an option's value as a person would write it."""
+    """Return an option's value as text."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return "none" if value is None else "on" if value is True else str(value)  # 1 is equal to True
+    return "none" if value is None else "on" if value is True else str(value)  # 1 == True
 
 
 def steps(text: str) -> int:
-    """Read a number of steps; -1 is none."""
+    """Return a number of steps; -1 means none."""
     return -1 if text == "-1" else whole(1)(text)
 
 
 def true_or_false(text: str) -> bool:
-    """Read a switch as transformers' scripts have it."""
+    """Return a switch's value in the notation of transformers' scripts."""
     if text.lower() in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
         return text.lower() in ("yes", "true", "t", "y", "1")
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
 def buckets(text: str) -> str:
-    """Read heights and widths, as diffusers' scripts spell them: `512,512;448,576`."""
+    """Return heights and widths in diffusers' notation, unchanged: `512,512;448,576`.
+
+    Raises `ArgumentTypeError` for another notation.
+    """
     if not re.fullmatch(r"\s*\d{1,5}\s*,\s*\d{1,5}\s*(;\s*\d{1,5}\s*,\s*\d{1,5}\s*)*;?\s*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not height,width;height,width")
     return re.sub(r"\s", "", text).strip(";")
 
 
 Given = Mapping[str, Any]
-"""Values by name, of those options alone that somebody gave."""
+"""Values of the options that the user gave, by name."""

@@ -1,4 +1,4 @@
-"""The command line, derived from a table: what is given on it, and its help."""
+"""Command-line parser and help, derived from a table of options."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .foreign import foreign_in_words
 from .groups import Groups
 from .option import SAME, Option, in_words, true_or_false
 
-WIDTH, COLUMN = 110, 30  # of the short help, and where its second column begins
+WIDTH, COLUMN = 110, 30  # width of the short help, and its second column
 CONFIG = "options from a TOML file, or from a run's config.json"
 
 
 class OptionsParser(Parser):
-    """Read the options of a table; what it returns are the values of those alone that are given."""
+    """Parse the options of a table; the result contains only the options that are given."""
 
     def __init__(self, prog: str, kind: type[Groups], description: str = "") -> None:
         raw = argparse.RawDescriptionHelpFormatter
@@ -49,7 +49,7 @@ class OptionsParser(Parser):
             self.add_option(groups[option.group], option)
 
     def add_option(self, group: argparse._ArgumentGroup, option: Option) -> None:
-        """Add an option of the table to a group of argparse's."""
+        """Add an option of the table to an argparse group."""
         flags = [option.flag, *[f"--{option.short}"] * bool(option.short)]
         own: dict[str, Any] = {"dest": option.name, "help": full_help(option).replace("%", "%%")}
         if option.is_switch and not self.kind.switches_take_values:
@@ -61,23 +61,23 @@ class OptionsParser(Parser):
             own |= {"choices": option.choices} if option.choices else {}
             own |= {"nargs": "+"} if option.takes_several else {}
             own |= {"nargs": "?", "const": option.alone} if option.alone is not SAME else {}
-        if self.kind.switches_take_values and "_" in option.name:  # as transformers' parser has it
+        if self.kind.switches_take_values and "_" in option.name:  # like transformers' parser
             flags.append(option.flag.replace("_", "-"))
         group.add_argument(*flags, **own)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse does; `~` is the home folder where no shell has expanded it: behind an equals sign."""
+        """Parse as argparse does, and expand `~` also after an equals sign, which no shell expands."""
         values, unknown = super().parse_known_args(args, namespace)
         return argparse.Namespace(**with_home(vars(values), self.table)), unknown
 
     def refuse_unknown(self, words: list[str]) -> NoReturn:
-        """Exit with one line that names the unknown options, and what to give instead."""
+        """Exit with one line that names the unknown options and their replacements."""
         if told := foreign_in_words((word.partition("=")[0] for word in words), self.table):
             self.error(told)
         super().refuse_unknown(words)
 
     def page(self, group: str | None) -> str:
-        """Return the help of all options (None), of a group, or of what is most often needed (empty)."""
+        """Return the help of all options (None), of a group, or of the essential options (empty)."""
         if not group:
             return short_help(self) if group == "" else self.format_help()
         if group not in self.kind.titles:
@@ -99,11 +99,11 @@ class Help(argparse.Action):
 
 
 def with_home(values: Mapping[str, Any], table: Mapping[str, Option]) -> dict[str, Any]:
-    """Return values in which `~` at the beginning of a path is the home folder."""
+    """Return the values with `~` at the beginning of paths expanded."""
     found = dict(values)
     for name in found.keys() & {"config", *(name for name, option in table.items() if option.path)}:
         if (value := found[name]) is not None:
-            paths = [os.path.expanduser(path) for path in listed(value)]  # noqa: PTH111 - or a name on the hub
+            paths = [os.path.expanduser(path) for path in listed(value)]  # noqa: PTH111 - or a name on the Hub
             found[name] = paths if isinstance(value, list) else paths[0]
     return found
 
@@ -118,7 +118,7 @@ def full_help(option: Option) -> str:
 
 
 def default_in_words(option: Option) -> str:
-    """Return what an option is by default, as its help says it; empty where it says nothing."""
+    """Return an option's default for its help; empty if the help does not mention it."""
     otherwise = option.otherwise
     if option.bundled is not SAME:
         flow = option.bundled_flow
@@ -131,12 +131,12 @@ def default_in_words(option: Option) -> str:
 
 
 def bundled_in_words(option: Option) -> str:
-    """Return the default for bundled models; what is bundled with them has no name."""
+    """Return the default for bundled models as text; bundled files have no name."""
     return "what is bundled" if str(option.bundled).startswith(str(ASSETS)) else in_words(option.bundled)
 
 
 def short_help(parser: OptionsParser) -> str:
-    """Return one screen: what is most often needed, with defaults, and how to see the rest."""
+    """Return one screen of help: the essential options with defaults, and how to see the rest."""
     lines = [(parser.description or "").strip("\n"), "", "options:"]
     for option in parser.table.values():
         if option.essential:
@@ -154,7 +154,7 @@ def short_help(parser: OptionsParser) -> str:
 
 
 def default_in_short(option: Option) -> str:
-    """Return what an option is by default, in a few words; empty where that is nothing or off."""
+    """Return an option's default in a few words; empty for none or off."""
     otherwise = option.otherwise.partition(";")[0]
     if option.by_family and not otherwise[0].isdigit():
         otherwise = "the model's own"

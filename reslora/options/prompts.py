@@ -1,4 +1,4 @@
-"""The options of a prompt, as JSON."""
+"""Options of a prompt, as JSON."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
 from ..common.errors import first_line
 
-LONGEST_SIDE = 65536  # pixels; of larger images not even a plan can be made
+LONGEST_SIDE = 65536  # pixels; larger images cannot even be planned
 
 
 def options_text(text: str) -> str:
-    """Type of a flag that takes the options of a prompt, as JSON."""
+    """Return a prompt's options as validated JSON; the parser of a command-line option."""
     try:
         return as_text(json.loads(text))
     except (ValueError, RecursionError) as error:
@@ -22,7 +22,10 @@ def options_text(text: str) -> str:
 
 
 def as_text(options: object) -> str:
-    """Options as a flag has them; raises `ValueError` that names the first which is none."""
+    """Return a prompt's options as JSON.
+
+    Raises `ValueError` naming the first invalid one.
+    """
     if not isinstance(options, dict):
         raise ValueError("no object with options of a prompt")
     for name, value in options.items():
@@ -37,7 +40,7 @@ def as_text(options: object) -> str:
 
 
 def clean(text: str) -> str:
-    """Text that a tokenizer takes: no NUL, and no half of a character."""
+    """Return the text without NUL and lone surrogates, which tokenizers reject."""
     return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The reference of all options, derived from the tables: `python -m reslora.options.reference > docs/options.md`."""
+"""Reference of all options, generated from the tables: `python -m reslora.options.reference > docs/options.md`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RESUMES = {
 
 
 def reference() -> str:
-    """Return the page, in Markdown."""
+    """Return the page in Markdown."""
     lines = [
         "# All options", "",
         "`python -m reslora.options.reference > docs/options.md` writes this page. *Resume*: whether a resumed run may "
@@ -44,7 +44,7 @@ def reference() -> str:
 
 
 def rows(kind: type[Groups], group: str) -> Iterator[str]:
-    """Yield a table's row for each option of a group."""
+    """Yield a table row for each option of a group."""
     for option in kind.table().values():
         if option.group == group:
             cells = [names(option), described(option), RESUMES[option.resume]]
@@ -52,17 +52,17 @@ def rows(kind: type[Groups], group: str) -> Iterator[str]:
 
 
 def escaped(text: str) -> str:
-    """Return text that is no markup in a cell."""
+    """Return the text with Markdown and HTML characters of a table cell escaped."""
     return text.replace("|", "&#124;").replace("<", "&lt;")
 
 
 def names(option: Option) -> str:
-    """Return how an option is typed."""
+    """Return the names of an option on the command line."""
     return ", ".join(f"`--{name}`" for name in (option.name, option.short) if name)
 
 
 def described(option: Option) -> str:
-    """Return what an option does, and its default."""
+    """Return an option's help with its default."""
     default, varies = default_in_words(option), " *Varies.*" if option.varies else ""
     return f"{option.help}{f' ({default})' if default else ''}.{varies}"
 

@@ -1,4 +1,4 @@
-"""The options that scripts for images and for texts share: how an adapter is made, and how an experiment is run."""
+"""Options shared by the scripts for images and texts: of the adapter, and of experiments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIGHEST_RANK = 65536
 # fmt: off
 @group
 class SharedMethodOptions:
-    """Which adapter, and how it is merged."""
+    """Adapter method and merge."""
 
     method: list[str] = option(["reslora"], f"which adapter is trained. {IN_WORDS}", choices=METHODS,
         essential="lora, reslora, lora_x2, dora, ...; several are compared")
@@ -49,25 +49,25 @@ class SharedMethodOptions:
 
 @group
 class SharedExperimentOptions:
-    """How an experiment, which several values of some options make, is measured and scheduled."""
+    """Measurement and schedule of an experiment, which is a run with several values of some options."""
 
     select_split: float | None = option(None,
         "fraction of the training data by which learning rates and checkpoints are chosen", PART, or_else="0.1")
     test_split: float | None = option(None, "fraction of the training data by which methods are compared", PART,
         or_else="0.1")
     extend_rates: bool = free(False,
-        "where the best learning rate is the lowest or highest, try the next one, up to three times")
+        "if the best learning rate is the lowest or highest, try the next one, up to three times")
     experiment_minutes: float | None = free(None,
-        "start no arm that would not end within so many minutes; the same command resumes later", POSITIVE)
+        "start an arm only if it is expected to end within this many minutes; the same command resumes later", POSITIVE)
     arms_at_once: int | None = free(None,
-        "how many arms are trained at once, each in a process of its own; with several GPUs, on one each", COUNT,
+        "number of arms to train at once, each in its own process; several GPUs are used in turn", COUNT,
         or_else="1")
 # fmt: on
 
 
 @dataclass(frozen=True)
 class RunOptions(Groups):
-    """The values of one run of any script, as far as an experiment needs them."""
+    """Options of one run of any script, as an experiment needs them."""
 
     adapter: SharedMethodOptions = field(default_factory=SharedMethodOptions)
     experiment: SharedExperimentOptions = field(default_factory=SharedExperimentOptions)

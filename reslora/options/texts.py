@@ -1,7 +1,7 @@
-"""The tables of train_llm.py and train_glue.py.
+"""The options of train_llm.py and train_glue.py.
 
-Options of transformers' `TrainingArguments` have its names, meanings and defaults. Those that no table has are known by
-name and passed on: transformers is imported where one is given.
+Options of transformers' `TrainingArguments` have its names, meanings and defaults. Those that are not in a table are
+recognized by name and passed on, so that transformers is imported only if one is given.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ PASSED_ON = {
         "ddp_timeout", "debug", "skip_memory_metrics", "do_train", "do_eval", "do_predict", "local_rank",
     ),
 }  # fmt: skip
-"""The other options of `TrainingArguments`, by whether a resumed run may have another value."""
+"""Other options of `TrainingArguments`, by whether a resumed run may have another value."""
 
 
 # fmt: off
 @group
 class MethodOptions(SharedMethodOptions):
-    """Which adapter, and how it is merged."""
+    """Adapter method and merge."""
 
     method: list[str] = again(collapses=True)
     rank: int = again(name="lora_r", default=4, parse=COUNT)
@@ -77,13 +77,13 @@ class MethodOptions(SharedMethodOptions):
 
     @property
     def name(self) -> str:
-        """The method of a run."""
+        """Method of a run."""
         return self.method[0]
 
 
 @group
 class ExperimentOptions(SharedExperimentOptions):
-    """How an experiment, which several values of some options make, is measured and scheduled."""
+    """Measurement and schedule of an experiment, which is a run with several values of some options."""
 
     select_split: float | None = again(
         help="fraction of the training examples by which learning rates and checkpoints are chosen, where the task has "
@@ -95,7 +95,7 @@ class ExperimentOptions(SharedExperimentOptions):
 
 @group
 class LlmTaskOptions:
-    """Which model is trained on what."""
+    """Model and training data."""
 
     model_name_or_path: str = option(str(LLM_MODEL), "causal model, folder or name on the hub", short="model",
         or_else="the bundled one", essential=True, metavar="MODEL")
@@ -112,9 +112,10 @@ class LlmTaskOptions:
     load_in_4bit: bool = option(False, "quantize the frozen model to NF4 (QLoRA)")
     max_train_samples: int | None = option(None, "train on that many examples, chosen at random (metamathqa: 40000)",
         COUNT)
-    max_eval_samples: int | None = free(None, "validate on the first examples only; experiments: choose by so many",
-        COUNT)
-    max_test_samples: int | None = free(None, "test on the first examples only; experiments: compare by so many", COUNT)
+    max_eval_samples: int | None = free(None,
+        "maximum number of validation examples, the first; in experiments: of the selection split", COUNT)
+    max_test_samples: int | None = free(None,
+        "maximum number of test examples, the first; in experiments: of the test split", COUNT)
     max_length: int = option(512, "training examples of more tokens, prompt and answer, are left out", whole(2))
     max_new_tokens: int = free(256, "longest answer generated", COUNT, bundled=24)
     eval_accuracy: bool = free(False, "generate answers in validation too, not only in the final test")
@@ -122,7 +123,7 @@ class LlmTaskOptions:
 
 @group
 class GlueDataOptions:
-    """The task, and where its data are."""
+    """Task and location of its data."""
 
     task_name: str | None = option(None, "task of GLUE", choices=GLUE_TASKS, essential=True)
     data_dir: str | None = by_content(None,
@@ -133,14 +134,16 @@ class GlueDataOptions:
     dataset_config_name: str | None = by_content(None, "configuration of that data set", or_else="the task's name")
     max_seq_length: int = option(128, "longer inputs are cut to that many tokens", whole(4))
     pad_to_max_length: bool = option(False, "pad every input to it, instead of each batch to its longest")
-    max_train_samples: int | None = option(None, "train on the first so many examples", COUNT)
-    max_eval_samples: int | None = free(None, "evaluate on the first so many; experiments: choose by so many", COUNT)
-    max_predict_samples: int | None = free(None, "predict the first so many; experiments: compare by so many", COUNT)
+    max_train_samples: int | None = option(None, "maximum number of training examples, the first", COUNT)
+    max_eval_samples: int | None = free(None,
+        "maximum number of validation examples, the first; in experiments: of the selection split", COUNT)
+    max_predict_samples: int | None = free(None,
+        "maximum number of examples to predict, the first; in experiments: of the test split", COUNT)
 
 
 @group
 class GlueModelOptions:
-    """The model that is fine-tuned."""
+    """Model to fine-tune."""
 
     model_name_or_path: str = option(str(GLUE_MODEL), "encoder model: folder or name on the hub", short="model",
         or_else="the bundled one", essential="encoder model, folder or name on the hub", metavar="MODEL")
@@ -154,7 +157,7 @@ class GlueModelOptions:
 
 @group
 class TrainingOptions:
-    """How long, how much at once, and what is written: as in transformers' `TrainingArguments`."""
+    """Length of training, batch size and outputs, as in transformers' `TrainingArguments`."""
 
     output_dir: str = free("runs/adapter", "folder of the run", short="output", metavar="FOLDER", path="relative",
         essential=True)
@@ -203,7 +206,7 @@ class TrainingOptions:
 
 @group
 class LlmTrainingOptions(TrainingOptions):
-    """The same with what is usual for causal models, and for the bundled one."""
+    """The same with usual defaults for causal models, and for the bundled one."""
 
     output_dir: str = again(default="runs/llm")
     learning_rate: float = again(default=1e-4, bundled=5e-3)
@@ -232,22 +235,23 @@ class GlueTrainingOptions(TrainingOptions):
 
 @group
 class GlueMethodOptions(MethodOptions):
-    """Which adapter, and how it is merged."""
+    """Adapter method and merge."""
 
-    # Texts are short: 64 of SST-2 are two tokens for each input of a layer of 384, and a merge loses by that.
+    # Texts are short: 64 texts of SST-2 are two tokens for each input of a layer of width 384, too few for a good
+    # merge.
     merge_calibration_samples: int = again(default=256)
 # fmt: on
 
 
 @dataclass(frozen=True)
 class TextOptions(RunOptions):
-    """The values of one run of a language script."""
+    """Values of one run of a language script."""
 
     adapter: MethodOptions = field(default_factory=MethodOptions)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     experiment: ExperimentOptions = field(default_factory=ExperimentOptions)
     passed_on: Mapping[str, Any] = field(default_factory=dict)
-    """Other options of `TrainingArguments` that are given."""
+    """Other given options of `TrainingArguments`."""
 
     switches_take_values: ClassVar[bool] = True
     shared_titles: ClassVar[Mapping[str, str]] = {
@@ -257,7 +261,7 @@ class TextOptions(RunOptions):
 
 @dataclass(frozen=True)
 class LlmOptions(TextOptions):
-    """The values of one run of train_llm.py."""
+    """Values of one run of train_llm.py."""
 
     task: LlmTaskOptions = field(default_factory=LlmTaskOptions)
     training: LlmTrainingOptions = field(default_factory=LlmTrainingOptions)
@@ -267,7 +271,7 @@ class LlmOptions(TextOptions):
 
 @dataclass(frozen=True)
 class GlueOptions(TextOptions):
-    """The values of one run of train_glue.py."""
+    """Values of one run of train_glue.py."""
 
     data: GlueDataOptions = field(default_factory=GlueDataOptions)
     model: GlueModelOptions = field(default_factory=GlueModelOptions)

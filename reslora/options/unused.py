@@ -1,4 +1,4 @@
-"""Options that have no effect with the others, derived from the table: refused, or reported in a line."""
+"""Options that have no effect in combination with the others: raise an error, or report them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .option import Need, Option
 
 
 def given_as(option: Option, value: Any) -> str:
-    """Return an option and its value as they are typed."""
+    """Return an option and its value as typed on the command line."""
     return option.flag if value is True else f"{option.flag} {as_typed(value)}"
 
 
 def unmet(options: Groups, refuse: bool) -> list[tuple[Option, Need]]:
-    """Return the options with a value of their own that lack what gives them an effect."""
+    """Return the options with a value other than the default whose condition for an effect is not met."""
     return [
         (option, need)
         for name, option in options.table().items()
@@ -30,14 +30,14 @@ def unmet(options: Groups, refuse: bool) -> list[tuple[Option, Need]]:
 
 
 def refuse_unused(options: Groups) -> None:
-    """Raise `InvalidArgument` for an option that nothing reads; its default may be given."""
+    """Raise `InvalidArgument` for an option without effect, unless it has its default value."""
     for option, need in unmet(options, refuse=True):
         values = options.flat()
         raise InvalidArgument(given_as(option, values[option.name]), need.problem.format_map(values), need.fix)
 
 
 def report_unused(options: Groups) -> None:
-    """Print options that nothing reads although commands for other scripts have them."""
+    """Print options without effect that commands for other scripts may contain."""
     values = options.flat()
     for option, need in unmet(options, refuse=False) if speaks() else ():
         problem = ": ".join(filter(None, [need.problem.format_map(values), need.fix]))
@@ -47,9 +47,9 @@ def report_unused(options: Groups) -> None:
 def report_unread_by_methods(
     table: Mapping[str, Option], values: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> None:
-    """Print options that no method reads: one command may run one method after another with them.
+    """Print options that no method uses: one command line may serve several methods in turn.
 
-    Warn of a --pre_num that wires nothing, with methods that are wired otherwise.
+    Warns of a --pre_num of 0 with methods that have shortcuts otherwise.
     """
     names = listed(values["method"])
     methods = [METHODS[name] for name in names]

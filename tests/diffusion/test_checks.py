@@ -24,7 +24,7 @@ def test_a_clipped_pre_num_and_names_that_match_nothing_are_said(brief_flags, tm
 
 
 @pytest.mark.parametrize(
-    ("target", "fix"), [("to_out", "give to_out.0"), (".*attn1.*", "let it fit layers alone, such as down_blocks.0.")]
+    ("target", "fix"), [("to_out", "give to_out.0"), (".*attn1.*", "let it match only layers, such as down_blocks.0.")]
 )
 def test_targets_that_fit_a_list_of_layers_are_refused_by_what_would_do(brief_flags, capsys, tmp_path, target, fix):
     flags = [*brief_flags, "--target_modules", target, "--output_dir", tmp_path / "out"]

@@ -1,1 +1,1 @@
-"""What is trained, on which loss, step by step, and its checkpoints."""
+"""Training: the loop, the loss, and checkpoints."""

@@ -1,7 +1,7 @@
-"""The adapter with the lowest validation loss so far, kept by --save_best, and how long there has been none better.
+"""Save the adapter with the lowest validation loss (--save_best), and detect when the loss stops improving.
 
-`<method>/best/step-<n>` holds the adapters as they were measured, and their loss. One that a later one has beaten stays
-until there is a checkpoint after both: whatever checkpoint a run goes on from, the best up to it is there.
+`<method>/best/step-<n>` holds the adapters and their loss. When a better one is found, the earlier one stays until a
+checkpoint follows both. So for any checkpoint that a run resumes from, the best adapter up to it exists.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FOLDER, RECORD = "best", "loss.json"
 
 @dataclass(frozen=True)
 class Best:
-    """An adapter that was the best one when it was measured."""
+    """An adapter that had the lowest validation loss so far."""
 
     path: Path
     step: int
@@ -30,19 +30,19 @@ class Best:
 
 
 def all_best(folder: Path) -> list[Best]:
-    """Those that a method has kept, the newest first."""
+    """Return the saved best adapters of a method, newest first."""
     found = [(path, read_object(path / RECORD)) for path in (folder / FOLDER).glob("step-*")]
     kept = [Best(path, record["step"], record["loss"]) for path, record in found if record]
     return sorted(kept, key=lambda best: best.step, reverse=True)
 
 
 def best_of(folder: Path) -> Best | None:
-    """The best one so far."""
+    """Return the best adapter so far."""
     return next(iter(all_best(folder)), None)
 
 
 def keep_if_best(learner: Learner, folder: Path, loss: float) -> None:
-    """Keeps the adapters as they are, if no loss before was as low."""
+    """Save the adapters if no earlier loss was as low."""
     before = best_of(folder)
     if loss < (before.loss if before else math.inf):
         path = folder / FOLDER / f"step-{learner.step:06d}"
@@ -50,7 +50,7 @@ def keep_if_best(learner: Learner, folder: Path, loss: float) -> None:
 
 
 def keep_adapter(learner: Learner, path: Path, record: dict | None = None) -> None:
-    """Writes the adapters as they are at this step, as a checkpoint has them."""
+    """Write the adapters of this step, in the format of a checkpoint."""
     with replacing(path) as temporary:
         temporary.mkdir()
         for place, part in learner.trained.places(temporary):
@@ -61,13 +61,13 @@ def keep_adapter(learner: Learner, path: Path, record: dict | None = None) -> No
 
 
 def forget_beaten(folder: Path) -> None:
-    """Once a checkpoint is written, the best one before it is all that is needed."""
+    """Remove all but the best adapter before the latest checkpoint."""
     for best in all_best(folder)[1:]:
         discard(best.path)
 
 
 def go_on_from(folder: Path, step: int) -> None:
-    """Those after the step that a run goes on from go: it will find them again. Says if the best before is gone."""
+    """Remove the best adapters after the step that a run resumes from; warn if an earlier one is missing."""
     for best in all_best(folder):
         if best.step > step:
             remove(best.path.rename(temporary_beside(best.path)))
@@ -83,7 +83,7 @@ def go_on_from(folder: Path, step: int) -> None:
 
 
 def is_over(losses: Sequence[float], patience: int | None) -> bool:
-    """Whether the last `patience` of the losses are no lower than the lowest before."""
+    """Return whether none of the last `patience` losses is lower than the lowest earlier one."""
     if patience is None or len(losses) <= patience:
         return False
     return min(losses[-patience:]) >= min(losses[:-patience])

@@ -1,4 +1,4 @@
-"""Checkpoints: saved whole, checked before they are believed, and what a resumed run must share with its past."""
+"""Checkpoints: written atomically, verified before loading, and compared with the options of a resumed run."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ from .state import Learner
 if TYPE_CHECKING:
     from .loop import Study
 
-OF_CLASS = "; class images: "  # between the content of the images that are learnt and that of class images
+OF_CLASS = "; class images: "  # separates the content hashes of training images and class images
 STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
 
-TOLD = ("log.jsonl", FOLDER, "samples")  # of the line of training that a method's folder has checkpoints of
+# files in a method's directory that belong to the same training history as its checkpoints
+TOLD = ("log.jsonl", FOLDER, "samples")
 TABLE = Options.table()
 MERGING = [name for name, option in TABLE.items() if option.resume == "merged"]
 SHOWN = [name for name, option in TABLE.items() if option.resume == "shown"]
@@ -63,27 +64,27 @@ DESCRIBED = {
 
 @dataclass(frozen=True)
 class Identity:
-    """What a run is trained from, by content: it goes on only with the same."""
+    """Content hashes of the data and model of a run, which a resumed run must match."""
 
     model: str
     images: str
     model_flag: str
-    """The flag that names the model, with its value, for messages."""
+    """Option that names the model, with its value, for messages."""
     images_flag: str
     lora: str = ""
-    """Of the LoRA that training goes on from; empty where it starts from zero."""
+    """Hash of the LoRA that training starts from; empty without one."""
     lora_flag: str = ""
 
 
 def settings_of(values: Mapping[str, Any]) -> dict:
-    """Return what a continuation must share with the run it continues, but for what its `Identity` says."""
+    """Return the settings that a resumed run must share with the earlier run, except its `Identity`."""
     settings = {name: value for name, value in values.items() if TABLE[name].resume == "fixed"}
-    samples = values["train_batch_size"] * int(os.environ.get("WORLD_SIZE", 1))  # of a forward pass
+    samples = values["train_batch_size"] * int(os.environ.get("WORLD_SIZE", 1))  # samples of a forward pass
     settings["samples_per_step"] = samples * values["gradient_accumulation_steps"]
-    settings["snr_gamma"] = values["snr_gamma"] or 0  # both weigh all timesteps alike, and 0 can be given
-    settings["deepspeed"] = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # it keeps another state
+    settings["snr_gamma"] = values["snr_gamma"] or 0  # both weight all timesteps equally, and 0 can be given
+    settings["deepspeed"] = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # its checkpoints have another state
     if values["use_aspect_ratio_buckets"] or len(listed(values["resolution"])) > 1:
-        settings["samples_per_forward"] = samples  # which have one size
+        settings["samples_per_forward"] = samples  # samples of one forward pass have one resolution
     return settings
 
 
@@ -91,13 +92,13 @@ def settings_of(values: Mapping[str, Any]) -> dict:
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """What was saved as checkpoints of one method, newest first; some of their files may be gone."""
-    files = (RECORD, STATE, CHECKSUMS_NAME)  # a folder without any of them is somebody's
+    """Return the checkpoints of one method, newest first; some of their files may be missing."""
+    files = (RECORD, STATE, CHECKSUMS_NAME)  # a directory without any of these is not a checkpoint
     return [path for path in numbered(folder) if any((path / name).is_file() for name in files)]
 
 
 def read_checkpoint(checkpoint: Path) -> dict:
-    """What a checkpoint says of itself; empty where that is missing or damaged."""
+    """Return a checkpoint's record; empty if it is missing or damaged."""
     try:
         check_checksums(checkpoint, [RECORD])
     except Damaged:
@@ -110,23 +111,23 @@ def read_checkpoint(checkpoint: Path) -> dict:
 
 @dataclass(frozen=True)
 class Resume:
-    """What of a run is on disk, and what each method goes on from."""
+    """State of a run on disk, and the checkpoint from which each method resumes."""
 
     finished: list[str]
-    """Methods that are trained, merged and exported as they are asked for."""
+    """Methods that are trained, merged and exported as requested."""
     merge_anew: list[str]
-    """Methods that are trained already, and asked to be merged otherwise."""
+    """Methods that are trained but must be merged again with another merge."""
     checkpoints: dict[str, list[Path]]
-    """What the other methods may start from, best first; empty lists where they start afresh."""
+    """Checkpoints of the other methods, best first; empty lists for methods that start from zero."""
     notes: list[str] = field(default_factory=list)
-    """What differs from how it was before, a line each."""
+    """Differences from the earlier run, one line each."""
 
 
 def plan_resume(options: Options, identity: Identity | None = None, place: str = "") -> Resume:
-    """Compares the options with what is in the folder; refuses other settings, and another `identity` once it is known.
+    """Compare the options with the run's directory and return what to resume.
 
-    `place`: of an arm, inside its method's folder. For the main process alone: the others are told
-    (`together.decided`).
+    Raises `InvalidArgument` for other settings, and for another `identity` once it is known. `place`: the arm's place
+    inside its method's directory. Only for the main process, which broadcasts the result (`together.decided`).
     """
     output, named = Path(options.output.output_dir), options.output.resume_from_checkpoint
     folders = {method: output / method / place for method in options.adapter.method}
@@ -158,7 +159,7 @@ def plan_resume(options: Options, identity: Identity | None = None, place: str =
 def already_trained(
     options: Options, folders: dict[str, Path], identity: Identity | None
 ) -> tuple[list[str], dict[str, Path], list[str]]:
-    """Methods that are finished, the checkpoints of those that are to be merged anew, and lines about the former."""
+    """Return the finished methods, the checkpoints of methods to merge again, and notes about the finished ones."""
     finished, merge_anew, notes = [], {}, []
     for method, folder in folders.items():
         record = read_object(folder / EXPORTS)
@@ -175,14 +176,14 @@ def already_trained(
 
 
 def check_length(options: TrainingOptions, resume: Resume, steps: int) -> None:
-    """Refuses to go on with fewer steps than a method was trained for already."""
+    """Raise `InvalidArgument` if a method was already trained for more steps than are requested."""
     for method, found in resume.checkpoints.items():
         if found and method not in resume.finished:
             refuse_fewer(options, found[0], read_checkpoint(found[0]), steps)
 
 
 def refuse_fewer(options: TrainingOptions, place: Path, record: dict, steps: int) -> None:
-    """Refuses fewer steps than a checkpoint's or a finished method's record says: more cannot be undone."""
+    """Raise `InvalidArgument` if a record has more steps than are requested: training cannot be undone."""
     step = record.get("step")
     if isinstance(step, int) and step > steps:
         epochs = f"--num_train_epochs {options.num_train_epochs} ({steps} steps)"
@@ -192,23 +193,26 @@ def refuse_fewer(options: TrainingOptions, place: Path, record: dict, steps: int
 
 
 def is_trained(training: TrainingOptions, validation: ValidationOptions, folder: Path, record: dict) -> bool:
-    """Whether a method was exported after as many steps or epochs as are asked for now."""
+    """Return whether a method was exported after as many steps or epochs as are requested."""
     step, steps = record.get("step"), training.max_train_steps
     if steps:
         refuse_fewer(training, folder, record, steps)
-    if patience := record.get("early_stopping_patience"):  # which has ended it
+    if patience := record.get("early_stopping_patience"):  # early stopping has ended it
         return patience == validation.early_stopping_patience
     same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == training.num_train_epochs
     return step == steps if steps else same_epochs
 
 
 def is_exported(folder: Path, record: dict) -> bool:
-    """Whether all that the record of the exports names is there."""
+    """Return whether all files of the exports' record exist."""
     return all((folder / name).exists() for name in record.get("difference_of_255", ["none"]))
 
 
 def final_checkpoint(options: MethodOptions, folder: Path, step: int) -> Path:
-    """The checkpoint that a finished method can be merged from once more."""
+    """Return the checkpoint from which a finished method can be merged again.
+
+    Raises `InvalidArgument` if it is missing.
+    """
     path = folder / f"checkpoint-{step}"
     if not (path / RECORD).is_file():
         problem = f"{folder} was merged otherwise, and {path.name} is gone, which holds what was trained"
@@ -217,7 +221,7 @@ def final_checkpoint(options: MethodOptions, folder: Path, step: int) -> Path:
 
 
 def notes_of(options: Options, folder: Path, record: dict) -> list[str]:
-    """What was shown of a finished method's training, and would be shown otherwise now."""
+    """Return notes about options whose change has no effect on a finished method."""
     shown = record.get("shown", {})
     names = [name for name in SHOWN if name in shown and options[name] not in (None, shown[name])]
     return [f"{folder} is finished, --{name} has no effect any more: it was {in_words(shown[name])}" for name in names]
@@ -241,12 +245,12 @@ def _named_checkpoint(
 
 
 def check_past(values: Mapping[str, Any], place: Path, record: dict, identity: Identity | None) -> None:
-    """Refuse to go on with another rank, seed, model, images ... than a checkpoint or a finished method had."""
+    """Raise `InvalidArgument` if a checkpoint or finished method had another rank, seed, model, data set etc."""
     there = record.get("settings")
-    there = there if isinstance(there, dict) else {}  # damaged
+    there = there if isinstance(there, dict) else {}  # a damaged record
     refuse_steering(values, place, there)
     for name, value in json.loads(json.dumps(settings_of(values))).items():
-        # None: the model's family or accelerate may say it yet, and this is called again then, with the identity.
+        # None may still be resolved by the model's family or accelerate; this is called again with the identity then.
         settled = value is not None or identity is not None
         if settled and name in there and there[name] != value:
             flag = f"{DESCRIBED.get(name, f'--{name}')} {as_typed(value)}"
@@ -258,7 +262,7 @@ def check_past(values: Mapping[str, Any], place: Path, record: dict, identity: I
 
 
 def refuse_other_content(values: Mapping[str, Any], place: Path, record: dict, identity: Identity) -> None:
-    """Refuse to go on from another LoRA, model or images, which are known by their content."""
+    """Raise `InvalidArgument` to resume with another LoRA, model or images, compared by content."""
     if record.get("lora", "") != identity.lora:
         before = "another LoRA" if record.get("lora") else "zero"
         problem, fix = f"{place} was started from {before}", "give what it had, or choose another --output_dir"
@@ -276,9 +280,9 @@ def refuse_other_content(values: Mapping[str, Any], place: Path, record: dict, i
 
 
 def refuse_steering(values: Mapping[str, Any], place: Path, there: dict) -> None:
-    """Refuse to be steered half-way by losses that were measured otherwise before, by the flag that asks for them.
+    """Raise `InvalidArgument` if options depend on validation losses that were measured differently before.
 
-    It is what fills in --validation_noises where that is not given.
+    The message names the option that depends on them, because it sets --validation_noises if that is not given.
     """
     steering = next((name for name in ("save_best", "early_stopping_patience") if values[name]), None)
     if steering and there.get("validation_noises", NOISES) is None:
@@ -291,10 +295,10 @@ def refuse_steering(values: Mapping[str, Any], place: Path, there: dict) -> None
 
 
 def save_checkpoint(learner: Learner, study: Study) -> None:
-    """Writes `checkpoint-<step>`: the adapter and what a resumed run needs to equal an uninterrupted one.
+    """Write `checkpoint-<step>`: the adapter, and the state with which a resumed run equals an uninterrupted one.
 
-    Older ones than --checkpoints_total_limit allows go then. Raises `RunFailed` for weights that are not finite. Every
-    process must call it, since DeepSpeed gathers the state from all; the main process alone writes.
+    Removes older checkpoints beyond --checkpoints_total_limit. Raises `RunFailed` for non-finite weights. Collective:
+    every process must call it, since DeepSpeed gathers the state from all; only the main process writes.
     """
     context, identity = study.context, study.identity
     options, folder = context.options, context.folder_of(learner.method)
@@ -302,7 +306,8 @@ def save_checkpoint(learner: Learner, study: Study) -> None:
     record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(
         options.flat(), identity
     )
-    if identity.lora or options.adapter.rank_pattern or options.adapter.alpha_pattern:  # for who draws with it
+    # for tools that generate images with the checkpoint
+    if identity.lora or options.adapter.rank_pattern or options.adapter.alpha_pattern:
         config = learner.denoiser.peft_config["default"]
         record |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
 
@@ -318,7 +323,7 @@ def save_checkpoint(learner: Learner, study: Study) -> None:
 
 
 def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) -> None:
-    """Adapter, state and record in a folder that is whole or not there; what is in its place steps aside."""
+    """Write adapter, state and record atomically; an existing path with this name is renamed."""
     if path.exists():
         set_aside(path)
     with replacing(path) as temporary:
@@ -326,7 +331,7 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
         with learner.averaged():
             for place, part in learner.trained.places(temporary):
                 save_adapter(part, place)
-        buffer = io.BytesIO()  # torch.save's own writing names no cause where a disk is full
+        buffer = io.BytesIO()  # torch.save to a file reports no cause if the disk is full
         torch.save(state, buffer)
         (temporary / STATE).write_bytes(buffer.getbuffer())
         write_json(temporary / RECORD, record)
@@ -334,7 +339,7 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
 
 
 def past_of(values: Mapping[str, Any], identity: Identity) -> dict:
-    """What a continuation is compared with, see `check_past`."""
+    """Return what a resumed run is compared with; see `check_past`."""
     lora = {"lora": identity.lora} if identity.lora else {}
     content = {"model": identity.model, "images": identity.images}
     return content | {"settings": settings_of(values)} | lora
@@ -343,7 +348,9 @@ def past_of(values: Mapping[str, Any], identity: Identity) -> dict:
 def write_exports(
     folder: Path, options: Options, identity: Identity, schedule: Schedule, differences: dict[str, int]
 ) -> None:
-    """`exports.json`: that a method is finished, from what and how, and how far its files are from the merged model."""
+    """Write `exports.json`, which marks a method as finished: settings, and the error of each file against the merged
+    model.
+    """
     length: dict[str, Any] = {
         "step": schedule.steps,
         "num_train_epochs": options.training.num_train_epochs,
@@ -360,12 +367,12 @@ def write_exports(
 
 
 def restore(learner: Learner, candidates: list[Path], options: OutputOptions, accelerator: Accelerator) -> None:
-    """Brings the learner to the first checkpoint that is whole; damaged ones are passed over with a warning.
+    """Load the first complete checkpoint into the learner; skip damaged ones with a warning.
 
-    The main process chooses. Raises `InvalidArgument` where none is whole, or the one that the user has named is not;
-    `RunFailed` for one that is whole and cannot be loaded all the same. Either leaves everything on disk as it is;
-    else what is not of its line steps aside, and one that was not in its place is copied there; log, best adapters and
-    samples begin anew then.
+    The main process chooses. Raises `InvalidArgument` if none is complete, or if the one that the user named is
+    damaged, and `RunFailed` for a complete one that cannot be loaded. In both cases the files on disk are unchanged.
+    Otherwise files of another training history are renamed. A checkpoint from another place is copied here; log, best
+    adapters and samples start anew then.
     """
     if not candidates:
         return
@@ -382,7 +389,7 @@ def restore(learner: Learner, candidates: list[Path], options: OutputOptions, ac
 
 
 def newest_whole(candidates: list[Path], folder: Path, options: OutputOptions) -> Path:
-    """The first candidate whose files are what was written."""
+    """Return the first candidate whose files match their checksums."""
     for checkpoint in candidates:
         try:
             check_checksums(checkpoint)
@@ -400,12 +407,16 @@ def newest_whole(candidates: list[Path], folder: Path, options: OutputOptions) -
 
 
 def load_checkpoint(learner: Learner, checkpoint: Path, accelerator: Accelerator) -> None:
-    """Reads a checkpoint and then loads it; raises `RunFailed` in one line where either fails."""
+    """Read and load a checkpoint.
+
+    Raises `RunFailed` with one line if either fails.
+    """
     try:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
         record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
         for place, part in learner.trained.places(checkpoint):
             load_adapter(part, place)
         learner.load_state(state, record["step"], record["seconds"], accelerator)
-    except Exception as error:  # out of memory, another version's state: every reader and device has errors of its own
+    # out of memory or the state of another version: every reader and device has its own exceptions
+    except Exception as error:
         raise RunFailed(f"{learner.name}: {cannot_be_loaded(checkpoint, error)}") from None

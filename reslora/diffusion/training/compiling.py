@@ -1,9 +1,9 @@
-"""The compiled denoiser, and the check of its first gradients against those that it has without a compiler.
+"""Compile the denoiser, and compare its first gradients with those of the uncompiled model.
 
-PyTorch 2.13's compiler for CPUs loses track of buffers that are written to in place where it fuses loops
-(`SchedulerNode.recompute_size_and_body`). Reordering by memory then moves what reads the gradient of an upsampling to
-before it is computed: on a small U-Net no gradient arrived below an upsampling without attention. Without that
-reordering all gradients are those of the model that is not compiled.
+PyTorch 2.13's CPU compiler loses track of buffers that are written in place when it fuses loops
+(`SchedulerNode.recompute_size_and_body`). Reordering by memory then moves a read of an upsampling's gradient before its
+computation: on a small U-Net no gradient arrived below an upsampling without attention. Without that reordering all
+gradients equal those of the uncompiled model.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from ..context import Context
 from .state import Learner
 from .zero import uses_deepspeed
 
-# Shares of the norm of all gradients. In float32 rounding is 2e-5 of it. In bf16 it is mostly 0.01 to 0.03, but on the
-# bundled pipeline one batch in fifty is 0.2 off or more, without a compiler too: so no single batch condemns one.
+# Relative to the norm of all gradients. The rounding error in float32 is 2e-5. In bf16 it is mostly 0.01 to 0.03, but
+# on the bundled pipeline one batch in fifty has 0.2 or more, also without a compiler; so a single batch does not fail
+# the check.
 TOLERANCE, HALF_TOLERANCE = 0.05, 0.2
 ATTEMPTS = 5
-SCALE = 1024  # a power of two changes no relative difference, and keeps small gradients of fp16
+SCALE = 1024  # a power of two changes no relative difference, and prevents underflow of small gradients in fp16
 
 
 def checked(batches: Iterator, learner: Learner, context: Context) -> Iterator:
-    """`batches` as they are; with --compile, after comparing the gradients of one, compiled and not.
+    """Yield `batches`; with --compile, first compare the compiled and uncompiled gradients of one batch.
 
-    A compiler draws other dropout masks, and DeepSpeed steps in its backward: nothing is compared there, nor where the
-    step that is not compiled does not fit into one GPU. Raises `InvalidArgument` where `ATTEMPTS` batches differ.
+    Nothing is compared with dropout, whose compiled masks differ, with DeepSpeed, which steps in its backward, or if
+    the uncompiled step does not fit into the memory of a single GPU. Raises `InvalidArgument` if `ATTEMPTS` batches
+    differ.
     """
     options, accelerator = context.options, context.accelerator
     if not options.training.compile:
@@ -63,24 +65,24 @@ def checked(batches: Iterator, learner: Learner, context: Context) -> Iterator:
 
 
 def _error(learner: Learner, batch: object, accelerator: Accelerator) -> float:
-    """How far the compiled gradients of a batch are off the others, relative to these."""
+    """Return the relative error of a batch's compiled gradients."""
     try:
         with learner.trained.without_compiler():
             expected = _gradients(learner, batch)
     except torch.OutOfMemoryError:
-        if accelerator.num_processes > 1:  # the others would wait for this one
+        if accelerator.num_processes > 1:  # the other processes would wait for this one
             raise
         accelerator.print("--compile is not checked: a step without it does not fit into this GPU's memory")
         return 0.0
     found = _gradients(learner, batch)
     size, error = get_total_norm(expected), get_total_norm([a - b for a, b in zip(found, expected, strict=True)])
-    if error == 0 or not size.isfinite():  # training itself says what is not finite
+    if error == 0 or not size.isfinite():  # training itself reports non-finite values
         return 0.0
     return (error / size).nan_to_num(torch.inf, torch.inf).item()
 
 
 def _gradients(learner: Learner, batch: object) -> list[torch.Tensor]:
-    """Gradients of the batch's loss, none of which is left on the parameters."""
+    """Return the gradients of a batch's loss; the parameters' own gradients are cleared."""
     parameters = [p for p in learner.trained.parameters() if p.requires_grad]
     try:
         (SCALE * learner.model(batch).mean()).backward()
@@ -92,7 +94,7 @@ def _gradients(learner: Learner, batch: object) -> list[torch.Tensor]:
 
 @contextmanager
 def _unrecorded(model: nn.Module) -> Iterator[None]:
-    """Leaves the recorded norms of a connected model as they were before its body."""
+    """Restore the recorded norms of a connected model afterwards."""
     connection = connection_of(model)
     norms = connection.wires.norms if connection else None
     kept = copy.deepcopy((norms.values, norms.pushed)) if norms else None

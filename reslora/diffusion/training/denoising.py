@@ -1,4 +1,4 @@
-"""A batch of samples, noised, through the denoiser: the loss of training, validation and calibration."""
+"""The denoising loss of a batch, for training, validation and calibration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from ..model.objective import Objective
 
 
 class DenoisingLoss:
-    """Makes the denoiser's inputs and targets of a batch; images and captions that are not encoded yet are here."""
+    """Computes the denoiser's inputs, its prediction and the loss; encodes images and captions that are not encoded
+    yet.
+    """
 
     def __init__(self, context: Context, objective: Objective, pipeline: DiffusionPipeline, config: dict) -> None:
         self.family, self.objective, self.pipeline = context.model.family, objective, pipeline
@@ -26,9 +28,9 @@ class DenoisingLoss:
         self.huber = huber_of(self.training_options, objective)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, weighted: bool = True) -> torch.Tensor:
-        """Loss of each sample of a batch; only what trains computes in the precision of autocast.
+        """Return the loss of each sample (batch); only trained modules run under autocast.
 
-        Without `weighted` it is the squared error, whatever loss is trained on, and within masks all the same.
+        Without `weighted` it is the mean squared error, whatever the training loss, but still within masks.
         """
         batch = self.encoded(batch)
         with torch.autocast(self.pipeline.vae.device.type, enabled=False):
@@ -42,7 +44,7 @@ class DenoisingLoss:
         return loss_per_sample(self._masked(error, batch), weight)
 
     def squared(self, prediction: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Mean squared error of each sample of a batch, within its mask where it has one."""
+        """Return the mean squared error of each sample (batch), within its mask if it has one."""
         return self._masked(squared_error(prediction, target), batch).flatten(1).mean(1)
 
     def _masked(self, error: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -53,11 +55,11 @@ class DenoisingLoss:
 
     @property
     def encoders(self) -> list[nn.Module]:
-        """The text encoders that train."""
+        """The text encoders that are trained."""
         return [getattr(self.pipeline, part.name) for part in self.parts]
 
     def encoded(self, batch: Batch) -> Batch:
-        """The batch with the captions encoded by the encoders that train; as it is where there are none."""
+        """Return the batch with captions encoded by the trained text encoders; unchanged without any."""
         if not self.parts:
             return batch
         text = batch.to(self.pipeline.vae.device).text
@@ -69,7 +71,7 @@ class DenoisingLoss:
         return dataclasses.replace(batch, text=self.family.encode_trained(self.pipeline, batch.caption, text))
 
     def inputs(self, batch: Batch) -> tuple[dict, torch.Tensor, torch.Tensor]:
-        """The denoiser's keyword arguments for a batch, what it should predict, and the timesteps."""
+        """Return the denoiser's keyword arguments for a batch, the target, and the timesteps."""
         batch = batch.to(self.pipeline.vae.device)
         latents = self._latents(batch)
         noisy = self.objective.noisy(latents, batch.noise, batch.timesteps).to(self.dtype)

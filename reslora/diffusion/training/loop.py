@@ -1,4 +1,4 @@
-"""A method from where an earlier run left it to its exports; of what is trained this knows a `Study` alone."""
+"""Train a method from its latest state to its exports; this module depends only on the `Study` interface."""
 
 from __future__ import annotations
 
@@ -36,40 +36,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Study(ABC):
-    """One run's model and data, with its options. A batch is whatever the learner's model takes."""
+    """A run's model and data, with its options. A batch has the type that the learner's model takes."""
 
     schedule: Schedule
     identity: Identity
-    """The content of model and data: what a resumed run must find again."""
+    """Content hashes of model and data, which a resumed run must match."""
     context: Context
 
     @abstractmethod
     def learner(self, method: str) -> Learner:
-        """Return the model with a fresh adapter, seeded."""
+        """Return the model with a new adapter, initialized from the seed."""
 
     @abstractmethod
     def batches(self, steps: range) -> Generator:
-        """Yield this process's batches of these steps, which are a function of the seed and the step."""
+        """Yield this process's batches of these steps, which depend only on the seed and the step."""
 
     @abstractmethod
     def calibration(self) -> Iterable:
-        """Return training batches to measure a control on."""
+        """Return training batches on which a control is calibrated."""
 
     @abstractmethod
     def reports(self, learner: Learner) -> contextlib.AbstractContextManager[Reports]:
-        """Open the log and the trackers of a method, for its steps."""
+        """Return a context manager of the log and the trackers of a method."""
 
     @abstractmethod
     def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
-        """Measure the validation loss and generate samples, or `parts` of that; set whether the learner is over."""
+        """Measure the validation loss and generate samples, or only `parts` of that, and set `learner.over`."""
 
     @abstractmethod
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
-        """Write the trained method's files; return how far each file's image is from the merged model's, of 255."""
+        """Write the trained method's files; return each file's largest pixel difference from the
+        merged model, of 255.
+        """
 
 
 def train_method(method: str, resume: Resume, study: Study) -> None:
-    """Train a method from where it stands, and export it."""
+    """Train a method from its latest checkpoint, and export it."""
     context, name, candidates = study.context, study.context.name_of(method), resume.checkpoints[method]
     options, say, folder = context.options, context.accelerator.print, context.folder_of(method)
     with memory_reported(folder), contextlib.ExitStack() as stack:
@@ -91,7 +93,7 @@ def train_method(method: str, resume: Resume, study: Study) -> None:
 
 
 def put_control_on(learner: Learner, study: Study) -> None:
-    """Measure a control on a few training batches, before its first step; a checkpoint has it as it was."""
+    """Calibrate a control on a few training batches before its first step, and apply it; a checkpoint includes it."""
     options, parts = study.context.options, learner.trained.parts
 
     def measured() -> list[Settings]:
@@ -109,7 +111,7 @@ def put_control_on(learner: Learner, study: Study) -> None:
 
 
 def train_and_export(learner: Learner, study: Study) -> None:
-    """Take the steps that are left of a method, and export it."""
+    """Train the remaining steps of a method, and export it."""
     context = study.context
     options, accelerator, folder = context.options, context.accelerator, context.folder_of(learner.method)
     decided(check_held)
@@ -123,24 +125,28 @@ def train_and_export(learner: Learner, study: Study) -> None:
         accelerator.free_memory()
         accelerator.print(f"{learner.name}: training has diverged; exporting the best adapter, of step {best.step}")
         decided(lambda: study.export(learner, study.schedule))
-        raise  # and no `exports.json`: the method is not finished
+        raise  # without `exports.json`, as the method is not finished
     schedule = dataclasses.replace(study.schedule, steps=learner.step, is_over=learner.over)
     with learner.averaged():
         decided(lambda: write_exports(folder, options, study.identity, schedule, study.export(learner, schedule)))
 
 
 def train(learner: Learner, study: Study, reports: Reports) -> None:
-    """Takes the steps that are left, saving and validating when it is due; raises `Stopped` once a stop is saved."""
+    """Train the remaining steps, with checkpoints and validation when due.
+
+    Raises `Stopped` after a requested stop is saved.
+    """
     context, schedule = study.context, study.schedule
     accelerator = context.accelerator
     if parts := decided(lambda: reports.overdue(schedule)):
         context.status.say(f"sampling at step {learner.step}", learner.name)
         study.validate(learner, reports, parts)
-        if stop_requested(context.stop):  # nothing is to be saved, and a later step would leave these samples behind
+        # nothing to save; these samples would be from an earlier step than the checkpoint
+        if stop_requested(context.stop):
             raise stopped_at(learner)
     learner.over = decided(lambda: reports.is_over(context.options.validation.early_stopping_patience))
     steps = range(learner.step, learner.step if learner.over else schedule.steps)
-    stopped = not steps and stop_requested(context.stop)  # no step is there to ask after
+    stopped = not steps and stop_requested(context.stop)  # no step in which to check
     silent, requests = not accelerator.is_main_process, Requests(context)
     bar = tqdm(desc=learner.name, total=schedule.steps, initial=learner.step, disable=silent, dynamic_ncols=True)
     with contextlib.closing(study.batches(steps)) as loaded, bar:
@@ -148,7 +154,7 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
         for _ in steps:
             with learner.timed():
                 value = take_step(learner, batches, context)
-                known = reports.flush()  # the loss of the step before: the device is busy with this one meanwhile
+                known = reports.flush()  # the loss of the step before, while the device works on this one
             reports.note("train", value)
             if known is not None:
                 bar.set_postfix(loss=f"{known:.4f}", refresh=False)
@@ -158,7 +164,7 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
             if stopped or learner.over:
                 break
     accelerator.free_memory()
-    if stopped:  # after the last step as well: its validation may be missing, and an export would end the run
+    if stopped:  # also after the last step: its validation may be missing, and an export would delay the exit
         raise stopped_at(learner)
     if learner.over:
         patience = f"--early_stopping_patience {context.options.validation.early_stopping_patience}"
@@ -167,12 +173,12 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
 
 
 def stopped_at(learner: Learner) -> Stopped:
-    """What a run that was asked to stop ends with."""
+    """Return the exception of a run that was asked to stop."""
     return Stopped(f"{learner.name} stopped after step {learner.step}; go on with --resume_from_checkpoint latest")
 
 
 def after_step(learner: Learner, study: Study, reports: Reports, requests: Requests) -> bool:
-    """Saves and validates where it is due or asked for; returns whether a stop was. All processes go the same way."""
+    """Save and validate if due or requested; return whether to stop. All processes return the same."""
     stopped, asked, draw_now = requests.after_step()
     due, last = study.schedule.is_due(learner.step), learner.step == study.schedule.steps
     save_now = asked or stopped or last or learner.step % requests.every == 0
@@ -180,7 +186,7 @@ def after_step(learner: Learner, study: Study, reports: Reports, requests: Reque
         return False
     decided(check_held)
     with learner.timed():
-        reports.flush()  # a loss that is not finite is not saved
+        reports.flush()  # raises for a non-finite loss, which must not be saved
     if save_now:
         save_checkpoint(learner, study)
         requests.saved()
@@ -194,15 +200,15 @@ def after_step(learner: Learner, study: Study, reports: Reports, requests: Reque
 
 
 def take_step(learner: Learner, batches: Iterator, context: Context) -> torch.Tensor:
-    """One update of the adapter, from --gradient_accumulation_steps batches; returns their mean loss everywhere.
+    """Update the adapter with --gradient_accumulation_steps batches, and return the mean loss over all processes.
 
-    It is on the device still, which may not have come to it yet.
+    The returned tensor is on the device and not synchronized.
     """
     options, accelerator, total = context.options, context.accelerator, 0.0
     learner.step += 1
     for forward in range(options.training.gradient_accumulation_steps):
         batch = next(batches)
-        # Dropout masks, the only random numbers left: seeding them here makes them a function of the step.
+        # Dropout masks, the only remaining random numbers: seeding here makes them a function of the step.
         torch.manual_seed(derive(options.training.seed, "dropout", learner.step, forward, accelerator.process_index))
         with accelerator.accumulate(learner.model):
             mean = learner.model(batch).mean()

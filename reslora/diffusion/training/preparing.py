@@ -1,4 +1,4 @@
-"""What a method needs once it is restored and before its first step: attention, checkpointing, processes, compiler."""
+"""Prepare a restored learner for its first step: attention, checkpointing, processes and compiler."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ FEW_TOKENS = 64
 
 
 def renew_scaler(accelerator: Accelerator) -> None:
-    """Forgets the scale of losses in fp16 that the method before has found: each starts alike."""
+    """Reset the fp16 loss scale found in the previous method, so that every method starts with the same."""
     if accelerator.scaler is not None:
         accelerator.scaler = get_grad_scaler(accelerator.distributed_type)
 
 
 def prepare(learner: Learner, context: Context) -> None:
-    """Makes the learner ready for its steps: attention, checkpointing, processes, compiler."""
+    """Prepare the learner for training: attention, checkpointing, processes and compiler."""
     options, denoiser = context.options, learner.denoiser
     if options.model.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
@@ -43,16 +43,16 @@ def prepare(learner: Learner, context: Context) -> None:
 
 
 def freeze_unread(learner: Learner, context: Context) -> None:
-    """Freezes what nothing reads: no gradient reaches it, and DistributedDataParallel would wait for one."""
+    """Freeze unused parameters: they get no gradient, for which DistributedDataParallel would wait."""
     for part, weights in context.model.family.unread_weights(learner.denoiser).items():
         for weight in weights:
-            weight.requires_grad_(uses_deepspeed(context.accelerator))  # which waits for none
+            weight.requires_grad_(uses_deepspeed(context.accelerator))  # which does not wait
         line = f"{learner.name}: nothing reads what {part} of the last block returns, so it stays as it is"
         context.accelerator.print(line)
 
 
 def prepare_processes(learner: Learner, accelerator: Accelerator) -> None:
-    """Has accelerate average what the processes learn; where the base is cut, each keeps its part of that."""
+    """Wrap the learner with accelerate to average gradients; with FSDP each process keeps its shard of the base."""
     trained = learner.trained.train()
     if not cuts_base(accelerator):
         learner.model, learner.optimizer = accelerator.prepare(trained, learner.optimizer)
@@ -63,9 +63,9 @@ def prepare_processes(learner: Learner, accelerator: Accelerator) -> None:
 
 
 def attention_of(accelerator: Accelerator, shapes: Iterable[Sequence[int]]) -> contextlib.AbstractContextManager:
-    """Plain attention for the few tokens of a small pipeline: PyTorch's fused one crawls on a CPU in bf16.
+    """Return a context with plain attention for small pipelines on a CPU in bf16, where the fused one is slow.
 
-    `shapes`: of the latents, height and width last.
+    `shapes`: shapes of the latents, with height and width last.
     """
     tokens = max(math.prod(shape[-2:]) for shape in shapes)
     small = accelerator.device.type == "cpu" and tokens <= FEW_TOKENS

@@ -1,4 +1,4 @@
-"""How long a method trains, and when it is looked at."""
+"""Number of training steps of a method, and the steps at which it is validated."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from ...words import counted
 from ..context import Context
 
 UNWARMED = ("constant", "piecewise_constant")
-"""Values of --lr_scheduler that have no warmup."""
+"""Values of --lr_scheduler without warmup."""
 LONGEST_WARMUP, WARMUP_SHARE = 500, 0.1
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a method trains, and when it is looked at."""
+    """Number of training steps, and the steps between validations."""
 
     steps: int
     validation_steps: int
     warmup_steps: int
     by_epochs: bool
-    """Whether the number of steps came from --num_train_epochs."""
+    """Whether the number of steps follows from --num_train_epochs."""
     is_over: bool = False
-    """Whether --early_stopping_patience has ended it after these steps."""
+    """Whether --early_stopping_patience ended training after these steps."""
 
     def is_due(self, step: int) -> bool:
-        """Whether there are to be a validation loss and samples after that step."""
+        """Return whether validation loss and samples are due after that step."""
         return step % self.validation_steps == 0 or step == self.steps
 
 
 def schedule_of(updates: int, context: Context) -> Schedule:
-    """How long each method trains, with so many updates an epoch, and when it is looked at.
+    """Return the schedule of a method, given the number of updates in an epoch.
 
-    Refuses fewer steps than AdaLoRA needs.
+    Raises `InvalidArgument` for fewer steps than AdaLoRA needs.
     """
     options = context.options
     steps = options.training.max_train_steps or options.training.num_train_epochs * updates

@@ -1,7 +1,7 @@
-"""FSDP2: each process holds its part of the frozen denoiser, and the adapter whole.
+"""FSDP2: each process holds a shard of the frozen denoiser, and the complete adapter.
 
-accelerate would cut the adapter too, which shortcuts read in other blocks, or leave each process its own gradients. So
-its settings say how the base is cut, and the adapter is trained as without them: by DistributedDataParallel.
+accelerate would shard the adapter too, which shortcuts read from other blocks, or leave each process with its own
+gradients. Therefore its settings only shard the base, and DistributedDataParallel trains the adapter.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ USES_FSDP = "ACCELERATE_USE_FSDP"
 def take_plugin(
     model: ModelOptions, adapter: MethodOptions, training: TrainingOptions, output: OutputOptions
 ) -> FullyShardedDataParallelPlugin | None:
-    """What `accelerate launch` says of FSDP2, None without; from here on accelerate itself takes the run for DDP's.
+    """Return accelerate's FSDP2 settings, None without them; from here on accelerate itself treats the run as DDP.
 
-    Refuses what cannot be kept: FSDP of before, and settings and options that do not go with it.
+    Raises `InvalidArgument` for FSDP1, and for settings and options that FSDP2 does not support here.
     """
     if not parse_flag_from_env(USES_FSDP):
         return None
-    os.environ[USES_FSDP] = "false"  # transformers, too, would load other weights in each process
+    os.environ[USES_FSDP] = "false"  # transformers would load different weights in each process
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         problem = f"its configuration says FSDP {version}, which cuts the adapter with the base"
         raise InvalidArgument(LAUNCHER, problem, "give fsdp_version: 2, as assets/accelerate/fsdp2.yaml does")
@@ -50,7 +50,7 @@ def take_plugin(
 
 
 def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Raises `InvalidArgument` for settings of FSDP2 that are not kept."""
+    """Raise `InvalidArgument` for FSDP2 settings that have no effect here."""
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard  # not in torch 2.5
 
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
@@ -68,7 +68,7 @@ def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
 
 
 def refuse_flags(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions, output: OutputOptions) -> None:
-    """Raises `InvalidArgument` for options that do not go with FSDP2."""
+    """Raise `InvalidArgument` for options that cannot be combined with FSDP2."""
     if training.compile:
         raise InvalidArgument("--compile", "does not go with FSDP2, which gathers weights in hooks", "leave it out")
     if model.blocks_to_swap:
@@ -83,7 +83,7 @@ def refuse_flags(model: ModelOptions, adapter: MethodOptions, training: Training
 
 
 def share(plugin: FullyShardedDataParallelPlugin | None, accelerator: Accelerator) -> None:
-    """Has the base cut by these settings from here on, where there is more than one process."""
+    """Use these settings to shard the base if there are several processes."""
     if plugin is not None and accelerator.num_processes == 1:
         accelerator.print(f"{LAUNCHER}: FSDP2 cuts nothing for one process, which has the whole base")
     elif plugin is not None:
@@ -91,14 +91,14 @@ def share(plugin: FullyShardedDataParallelPlugin | None, accelerator: Accelerato
 
 
 def cuts_base(accelerator: Accelerator) -> bool:
-    """Whether each process holds a part of the base only."""
+    """Return whether each process holds only a shard of the base."""
     return getattr(accelerator.state, "fsdp_plugin", None) is not None
 
 
 def units_of(denoiser: nn.Module, accelerator: Accelerator) -> list[str]:
-    """The classes of what is gathered at once: blocks that the denoiser names, unless accelerate's configuration does.
+    """Return the classes of modules that are gathered at once: accelerate's configuration, else the denoiser's blocks.
 
-    Refuses names that no module of the denoiser has.
+    Raises `InvalidArgument` for names that no module of the denoiser has.
     """
     classes = {type(module).__name__ for module in denoiser.modules()}
     own = [name for name in getattr(denoiser, "_no_split_modules", None) or [] if name in classes]
@@ -110,32 +110,33 @@ def units_of(denoiser: nn.Module, accelerator: Accelerator) -> list[str]:
 
 
 def place_adapter(denoiser: nn.Module, accelerator: Accelerator) -> None:
-    """Moves the adapter to the accelerator; the base waits on the host until it is cut."""
+    """Move the adapter to the accelerator; the base stays on the CPU until it is sharded."""
     for module in adapters_of(denoiser):
         module.to(accelerator.device)
 
 
 def leave_base_alone(trained: nn.Module) -> None:
-    """Has DistributedDataParallel send around what trains alone: all else each process has from files or the seed."""
+    """Exclude the frozen base from DistributedDataParallel's broadcast: each process loads the same."""
     same = [name for name, parameter in trained.named_parameters() if not parameter.requires_grad]
     same += [name for name, _ in trained.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, same)
 
 
 def cut(denoiser: nn.Module, accelerator: Accelerator) -> None:
-    """Leaves each process its part of every weight of the base, gathered block by block where they are used."""
+    """Shard every weight of the base; the blocks are gathered when they are used."""
     from torch.distributed.fsdp import fully_shard
 
     names = units_of(denoiser, accelerator)
     whole = {parameter for module in adapters_of(denoiser) for parameter in module.parameters()}
     units = [module for module in denoiser.modules() if type(module).__name__ in names]
-    for unit in (*reversed(units), denoiser):  # those inside others first
-        # What no unit has, too: the main process alone saves, which cuts its weights again, and none may be ahead then.
+    for unit in (*reversed(units), denoiser):  # inner modules first
+        # The root too, with all weights outside of units: saving on the main process alone reshards them, so that no
+        # process may have them gathered.
         fully_shard(unit, reshard_after_forward=True, ignored_params=whole)
 
 
 def adapters_of(model: nn.Module) -> list[nn.Module]:
-    """The modules that PEFT has put into the layers of a model."""
+    """Return the modules that PEFT added to the layers of a model."""
     return [
         module
         for layer in model.modules()
@@ -146,9 +147,10 @@ def adapters_of(model: nn.Module) -> list[nn.Module]:
 
 
 def by_main(accelerator: Accelerator, compute: Callable[[], T], keep: Callable[[T], U]) -> U:
-    """`keep` of what `compute` returns, by the main process, in every process; where the base is cut, all compute it.
+    """Return `keep` of what `compute` returns in the main process, in every process; with a sharded base all compute
+    it.
 
-    A forward then gathers the weights from all of them.
+    A forward gathers the weights from all processes then.
     """
     if not cuts_base(accelerator):
         return decided(lambda: keep(compute()))

@@ -1,4 +1,4 @@
-"""A method's adapters at their start: made from the options, or from a LoRA that training goes on from."""
+"""Create a method's adapters, from the options or from a LoRA file."""
 
 from __future__ import annotations
 
@@ -34,24 +34,29 @@ from .trained import Trained
 
 @dataclass(frozen=True)
 class Start:
-    """A LoRA of the denoiser, by layer."""
+    """LoRA factors of the denoiser by layer, from --init_lora."""
 
     layers: Mapping[str, Factors]
     targets: str
-    """A regular expression that fits these layers' whole names and no others."""
+    """Regular expression that matches exactly these layers' complete names."""
     mark: str
-    """Its content in short."""
+    """Hash of its content."""
 
     def configure(self, config: PeftConfig) -> None:
-        """Each layer's own rank and alpha into the configuration of an adapter, whose commonest ones these are."""
+        """Set each layer's rank and alpha in the configuration of an adapter, whose defaults are the most frequent
+        ones.
+        """
         own = lora_config(self.layers)
-        more = config.lora_alpha / own.lora_alpha  # 2 where alpha is doubled
+        more = config.lora_alpha / own.lora_alpha  # 2 if alpha is doubled
         config.rank_pattern = own.rank_pattern
         config.alpha_pattern = {name: alpha * more for name, alpha in own.alpha_pattern.items()}
 
     @torch.no_grad()
     def copy_to(self, denoiser: nn.Module) -> None:
-        """The factors into an adapter; B makes up for another scale, so that the update is the file's."""
+        """Copy the factors into an adapter;
+
+        B is rescaled to the adapter's scaling, so that the update is the file's.
+        """
         for name, layer in lora_layers(denoiser, "default").items():
             down, up, scale = self.layers[name]
             layer.lora_A["default"].weight.copy_(down)
@@ -59,7 +64,10 @@ class Start:
 
 
 def read_start(init_lora: str, base: str, model: Model) -> Start:
-    """Reads --init_lora, of any tool; refuses one that is for more than the denoiser, or for another."""
+    """Read --init_lora in any tool's format.
+
+    Raises `InvalidArgument` if it has layers of other models than the denoiser.
+    """
     path, flag = Path(init_lora), f"--init_lora {init_lora}"
     names = names_of(model.family, model.denoiser_config())
     parts = read_parts(read_content(path, flag), names)
@@ -74,14 +82,17 @@ def read_start(init_lora: str, base: str, model: Model) -> Start:
 
 
 def _how_to_part(init_lora: str, base: str, model: Model) -> str:
-    """What makes a file of the denoiser's layers alone of one with more: PEFT has a file for each part."""
+    """Return advice on extracting the denoiser's layers of a file: PEFT's format has one file for each model."""
     whose = f"--family {model.family.name}" if Path(base).is_file() else f"--base {shlex.quote(base)}"
     command = f"reslora-convert {shlex.quote(init_lora)} FOLDER --to peft {whose}"
     return f"run {command}, and give --init_lora FOLDER/{PEFT_FILE}"
 
 
 def with_start(options: Options, start: Start) -> Options:
-    """The options with the LoRA's layers, and its commonest rank and alpha; refuses others that are given beside it."""
+    """Return the options with the LoRA's layers, and its most frequent rank and alpha.
+
+    Raises `InvalidArgument` if others are given.
+    """
     own = lora_config(start.layers)
     found = {"rank": own.r, "lora_alpha": own.lora_alpha, "target_modules": [start.targets]}
     patterns = dict.fromkeys(FIELDS)  # each layer has its own already
@@ -94,7 +105,7 @@ def with_start(options: Options, start: Start) -> Options:
 
 
 def expression_of(names: Iterable[str], every: Iterable[str]) -> str:
-    """One regular expression that fits these whole names out of `every`, and no others; short where numbers allow."""
+    """Return a regular expression that matches these complete names out of `every`, shortened by numeric ranges."""
     wanted, found = set(names), []
     others = set(every) - wanted
     for name in sorted(wanted):
@@ -104,7 +115,7 @@ def expression_of(names: Iterable[str], every: Iterable[str]) -> str:
 
 
 def add_adapters(trained: Trained, method: str, steps: int, context: Context) -> None:
-    """Gives every part the method's adapter, for so many steps; the denoiser's goes on from a LoRA if the run does."""
+    """Add the method's adapter to every trained model; the denoiser's starts from the LoRA of --init_lora, if given."""
     options, start = context.options, context.start
     add_adapter(
         trained.denoiser,
@@ -135,7 +146,7 @@ def add_adapter(
     config: PeftConfig,
     part: Part | None = None,
 ) -> None:
-    """Gives the denoiser, or another `part`, the method's adapter, in place, with weights drawn from the seed."""
+    """Add the method's adapter to the denoiser or another `part` in place, initialized from the seed."""
     if part is None and (adapter.rank_pattern or adapter.alpha_pattern):
         spell_out(model, config)
     torch.manual_seed(derive(training.seed, "adapter", *([part.name] if part else [])))
@@ -150,16 +161,16 @@ def config_of(
     targets: list[str] | str | None = None,
     start: Start | None = None,
 ) -> PeftConfig:
-    """PEFT's configuration of the method's adapter, on the denoiser's targets or others.
+    """Return PEFT's configuration of the method's adapter, with the denoiser's targets or others.
 
-    With `start`, each of its layers has its own rank and alpha. Those that options name are layers of the denoiser.
+    With `start`, each of its layers has its own rank and alpha. Ranks and alphas in the options apply to the denoiser.
     """
     given = {"rank_pattern": options.rank_pattern, "alpha_pattern": options.alpha_pattern}
     patterns: dict[str, Any] = {} if targets else {name: entries(name, texts) for name, texts in given.items()}
     settings = AdapterSettings(
         r=options.rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
         targets=targets or targets_of(options.target_modules), total_steps=total_steps,
-        init_lora_weights="gaussian",  # as in diffusers' scripts
+        init_lora_weights="gaussian",  # initialization of diffusers' scripts
         **patterns,
     )  # fmt: skip
     config = adapter_config(method, settings)
@@ -169,5 +180,5 @@ def config_of(
 
 
 def targets_of(names: list[str]) -> list[str] | str:
-    """Targets as PEFT takes them: ends of names, or one regular expression of whole names."""
+    """Return PEFT's `target_modules`: suffixes of names, or one regular expression of complete names."""
     return names[0] if len(names) == 1 and re.search(r"[\\^$*+?()\[\]{}|]", names[0]) else names

@@ -1,4 +1,4 @@
-"""One method on its way: the denoiser with its adapter, the optimizer, the schedule, and how far they are."""
+"""The state of one method in training: model with adapter, optimizer, schedule, and progress."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Learner:
-    """What one method trains, and how far it is."""
+    """The model, optimizer and progress of one method."""
 
     method: str
     trained: Trained
@@ -40,17 +40,17 @@ class Learner:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     allocator: RankAllocator | None
     model: nn.Module
-    """What is trained, as accelerate has wrapped it; until then itself."""
+    """The trained modules, wrapped by accelerate once prepared."""
     step: int = 0
     seconds: float = 0.0
     name: str = ""
-    """Where it writes inside the run's folder, and what messages call it: the method, or an arm of an experiment."""
+    """Directory relative to the run's, and name in messages: the method, or an arm of an experiment."""
     before: int = 0
-    """How many are trained before it."""
+    """Number of methods or arms trained before it."""
     over: bool = False
-    """Whether the validation loss has not improved for so long that training ends."""
+    """Whether training ends because the validation loss has stopped improving."""
     awaited: dict | None = None
-    """State of DeepSpeed's optimizer, which is there only once the learner is prepared."""
+    """State of DeepSpeed's optimizer to load once the learner is prepared."""
 
     @property
     def denoiser(self) -> nn.Module:
@@ -59,31 +59,31 @@ class Learner:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained."""
+        """The trained parameters."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     @property
     def zero_optimizer(self) -> ZeROOptimizer:
-        """DeepSpeed's optimizer, which is there once the learner is prepared."""
+        """DeepSpeed's optimizer; available once the learner is prepared."""
         assert isinstance(self.optimizer, AcceleratedOptimizer)
         return self.optimizer.optimizer
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Counts the time of its body as training."""
+        """Add the time spent inside to the training time."""
         started = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - started
 
     @property
     def averaging(self) -> Any:
-        """The optimizer, if it trains other weights than those to use, as a schedule-free one does; else None."""
+        """The optimizer if it trains other weights than those to evaluate, as a schedule-free one does; else None."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if hasattr(optimizer, "eval") else None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside, the weights are those to measure, draw, save and export with."""
+        """Switch to the weights for evaluation, samples, checkpoints and exports inside this context."""
         if (optimizer := self.averaging) is None:
             yield
             return
@@ -93,7 +93,7 @@ class Learner:
             yield
         finally:
             optimizer.train()
-            self._put(trained)  # to the last bit, which its own way back is not
+            self._put(trained)  # exactly, which the optimizer's own way back is not
 
     def _copied(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]
@@ -104,7 +104,9 @@ class Learner:
             parameter.copy_(value)
 
     def state(self, accelerator: Accelerator) -> dict:
-        """All but the adapter that a resumed run needs to equal an uninterrupted one; with DeepSpeed, collective."""
+        """Return the state, without the adapter, with which a resumed run equals an uninterrupted one; collective with
+        DeepSpeed.
+        """
         if uses_deepspeed(accelerator):
             optimizer = full_state(self.zero_optimizer, self.trained.named())
         else:
@@ -118,7 +120,7 @@ class Learner:
         }
 
     def load_state(self, state: dict, step: int, seconds: float, accelerator: Accelerator) -> None:
-        """Takes over what `state` returned, at that step."""
+        """Restore what `state` returned after `step`."""
         deepspeed = uses_deepspeed(accelerator)
         if deepspeed != ("parameters" in state["optimizer"]):
             raise ValueError(f"was saved {'without' if deepspeed else 'with'} DeepSpeed")
@@ -137,7 +139,7 @@ class Learner:
 
 
 def new_learner(method: str, trained: Trained, schedule: Schedule, context: Context) -> Learner:
-    """Return the method at its start, on parts that have their adapters."""
+    """Return the learner of a method at its start, with adapters added to the trained models."""
     options, denoiser = context.options, trained.denoiser
     if cuts_base(context.accelerator):
         place_adapter(denoiser, context.accelerator)
@@ -156,7 +158,7 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
 
 
 def shortcuts_of(options: MethodOptions) -> ResLoraConfig:
-    """How ResLoRA wires the adapter."""
+    """Return the configuration of ResLoRA's shortcuts."""
     return ResLoraConfig(shortcut=options.shortcut, pre_num=options.pre_num, head=options.head)
 
 
@@ -167,9 +169,9 @@ def new_optimizer(
     accelerator: Accelerator,
     of_encoders: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """The optimizer that the options name; parameters of text encoders are a group with a rate of its own.
+    """Return the optimizer of the options; parameters of text encoders are a group with their own learning rate.
 
-    Refuses arguments that it does not take.
+    Raises `InvalidArgument` for arguments that it does not accept.
     """
     per_step = training.gradient_accumulation_steps * training.train_batch_size * accelerator.num_processes
     scale = per_step if optimizer_options.scale_lr else 1
@@ -184,19 +186,19 @@ def new_optimizer(
             "eps": optimizer_options.adam_epsilon,
         }
     if optimizer_options.optimizer == "adamw":
-        # A fused step hides from accelerate that the fp16 scaler has skipped it.
+        # A fused step hides from accelerate that the fp16 scaler skipped it.
         arguments["fused"] = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
     kind = class_of(optimizer_options.optimizer)
     with _refused(optimizer_options):
         optimizer = kind(parameters, **arguments | options_of(optimizer_options.optimizer_args))
-    if hasattr(optimizer, "train"):  # schedule-free ones have two sets of weights, and train one of them
+    if hasattr(optimizer, "train"):  # schedule-free optimizers have two sets of weights and train one of them
         optimizer.train()
     return optimizer
 
 
 def check_optimizer(context: Context) -> None:
-    """Refuse an optimizer, or arguments of it, that cannot train, by a step of one."""
-    weight = nn.Parameter(torch.zeros(1, 1, device=context.accelerator.device))  # a matrix, as LoRA's are: Muon asks
+    """Raise `InvalidArgument` for an optimizer or arguments that cannot train, by taking a step on one parameter."""
+    weight = nn.Parameter(torch.zeros(1, 1, device=context.accelerator.device))  # a matrix, which Muon requires
     weight.grad = torch.ones_like(weight)
     with _refused(context.options.optimizer):
         new_optimizer([weight], context.options.training, context.options.optimizer, context.accelerator).step()

@@ -1,4 +1,4 @@
-"""What a run is asked for while it trains. With several processes all must do the same after the same step."""
+"""Requests to a run in training: stop, save or sample. All processes must act on them after the same step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from ...common.together import any_of, any_of_each, is_main
 from ..context import Context
 
 SAVE, SAMPLE = "save.now", "sample.now"
-"""Files that ask for a checkpoint, and for samples, after the step that is being taken: anybody may write one into the
-run's folder, and it goes as it is served."""
+"""Files that request a checkpoint, or samples, after the present step.
+
+Anybody may create one in the run's directory; it is removed when it is handled.
+"""
 
 
 def stop_requested(stop: StopRequest) -> bool:
-    """Whether any process was asked to stop; all processes must call it together, and go by the answer alone."""
+    """Return whether any process was asked to stop; all processes must call it together and use its result."""
     return stop.shared(any_of(stop.signal is not None))
 
 
 class Requests:
-    """What is asked for after a step: to stop, of any process; to save or to draw, of the main one alone."""
+    """Requests after a step: a stop from any process, saving and sampling from the main process."""
 
     def __init__(self, context: Context) -> None:
         self.stop, self.folder, self.status, options = context.stop, context.folder, context.status, context.options
@@ -30,11 +32,11 @@ class Requests:
         self.saved()
 
     def saved(self) -> None:
-        """From here on --checkpointing_minutes count."""
+        """Restart the interval of --checkpointing_minutes."""
         self.last = time.monotonic()
 
     def after_step(self) -> tuple[bool, bool, bool]:
-        """Whether to stop, to save and to draw; all processes must call it together, and go by the answer alone."""
+        """Return whether to stop, to save and to sample; all processes must call it together and use its result."""
         main = is_main()
         save = main and (taken(self.folder / SAVE) or time.monotonic() - self.last >= self.seconds)
         sample = main and taken(self.folder / SAMPLE)
@@ -45,7 +47,10 @@ class Requests:
 
 
 def taken(request: Path) -> bool:
-    """Whether the file was there; it is gone then. One that cannot be removed is none: it would be served for ever."""
+    """Remove a request file and return whether it existed.
+
+    A file that cannot be removed is ignored: it would be handled after every step.
+    """
     try:
         request.unlink()
     except OSError:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1 and ZeRO-2, where each process has a part of the optimizer's state: settings, and the whole."""
+"""DeepSpeed's ZeRO-1 and ZeRO-2, which shard the optimizer's state: settings, and the complete state."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ if TYPE_CHECKING:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What changes in a loss scaler; one that is fixed has the first alone."""
+"""State of a dynamic loss scaler; a fixed one has only the first."""
 
 
 def uses_deepspeed(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed takes the steps."""
+    """Return whether DeepSpeed takes the optimizer steps."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def configure(
     adapter: MethodOptions, training: TrainingOptions, optimizer: OptimizerOptions, accelerator: Accelerator
 ) -> None:
-    """Tells DeepSpeed what the options say; refuses a configuration and options that do not go together."""
+    """Pass the options to DeepSpeed's configuration.
+
+    Raises `InvalidArgument` for a configuration or options that contradict each other.
+    """
     plugin = accelerator.state.deepspeed_plugin
     settings, launcher = plugin.deepspeed_config, "accelerate launch"
     if plugin.zero_stage not in (1, 2):
@@ -45,24 +48,24 @@ def configure(
         problem = "ZeRO cuts its state where it cannot be put together again"
         raise InvalidArgument(flag, problem, "leave it out, or train without DeepSpeed")
     steps = training.gradient_accumulation_steps
-    # accelerate's launcher passes on what its own file says, and that would win.
+    # accelerate's launcher passes on its file's value, which would win.
     accelerator.gradient_accumulation_steps = settings["gradient_accumulation_steps"] = steps
     settings["gradient_clipping"] = optimizer.max_grad_norm
-    # It would ask the data loader, which is not accelerate's.
+    # Otherwise it would ask the data loader, which is not accelerate's.
     settings["train_micro_batch_size_per_gpu"] = training.train_batch_size
     settings["train_batch_size"] = training.train_batch_size * steps * accelerator.num_processes
 
 
 def full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict:
-    """The state of DeepSpeed's `optimizer`, whole, on the CPU: no trace of how many processes there are.
+    """Return the complete state of DeepSpeed's `optimizer` on the CPU, independent of the number of processes.
 
-    `named`: parameters of the prepared model by name. Their float32 weights, moments and step come under "parameters",
-    moments and step only once a step has been taken. Collective: every process must call it, also if one alone saves.
+    `named`: parameters of the prepared model by name. "parameters" has their float32 weights, and after the first step
+    their moments and step. Collective: every process must call it, even if only one saves.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # an optional package
 
     base, parameters = optimizer.optimizer, {}
-    # Of one flat tensor for each group, all stepped together.
+    # One flat tensor for each group; all groups step together.
     step = max((int(state["step"]) for state in base.state.values() if state), default=0)
     if step:  # DeepSpeed has linked parameters and moments within the first step, before a second group had moments
         optimizer._hp_optimizer_states_linked = False
@@ -82,16 +85,16 @@ def full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter
 
 
 def load_full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter]], state: dict) -> None:
-    """Takes over what `full_state` returned, by any number of processes, before the first step; collective, too."""
+    """Load what `full_state` returned with any number of processes, before the first step; collective."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     base, parameters = optimizer.optimizer, state["parameters"]
     step = max((values.get("step", 0) for values in parameters.values()), default=0)
     for group, rate in zip(base.param_groups, state["lr"], strict=True):
         group["lr"] = rate
-        if step:  # DeepSpeed has places for the moments from its first step on
+        if step:  # DeepSpeed allocates the moments in its first step
             (flat,) = group["params"]
-            # torch counts on the device where its step is fused; DeepSpeed's own Adam counts in Python.
+            # A fused torch optimizer counts steps on the device; DeepSpeed's own Adam counts in Python.
             counter = torch.tensor(float(step), device=flat.device if group.get("fused") else "cpu")
             taken = counter if isinstance(base, torch.optim.Adam) else step
             base.state[flat] = {"step": taken, **{key: torch.zeros_like(flat) for key in MOMENTS}}
