@@ -17,12 +17,12 @@ from .output.drawing import Drawer
 from .output.exports import export_method
 from .output.reports import VALIDATION_PARTS, Reports, Validation
 from .training.denoising import DenoisingLoss
-from .training.loop import Study
 from .training.preparing import attention_of
 from .training.schedule import Schedule
 from .training.sharding import cuts_base
 from .training.start import add_adapters
 from .training.state import Learner, new_learner
+from .training.study import Study
 from .training.trained import Trained
 
 

@@ -309,7 +309,7 @@ def test_without_a_model_the_bundled_one_is_trained(tmp_path, capsys):
     run_glue(["--output_dir", str(tmp_path), *more])
     results, shown = results_of(tmp_path), capsys.readouterr().out
     assert results["task"] == "cola" and results["table"]["lstsq"]["matthews"] > 0.4
-    assert "results.json" in shown and "--model_name_or_path FacebookAI/roberta-large" in shown
+    assert "results.json" in shown and "--model FacebookAI/roberta-large" in shown
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_predictions_for_a_test_split(roberta, tmp_path, capsys):
         assert len(lines) == count + 1
     assert results_of(tmp_path / "run")["test"] is None
     shown = capsys.readouterr().out
-    assert "; on 10 matched and 10 mismatched validation examples:" in shown
+    assert "; on 20 validation examples:" in shown
     assert "  predict_results_mnli_mismatched.txt  predictions for" in shown
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -42,9 +42,7 @@ from ...options.option import in_words
 from .best import FOLDER, best_of, forget_beaten
 from .schedule import Schedule
 from .state import Learner
-
-if TYPE_CHECKING:
-    from .loop import Study
+from .study import Identity, Study
 
 OF_CLASS = "; class images: "  # separates the content hashes of training images and class images
 STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
@@ -60,20 +58,6 @@ DESCRIBED = {
     "samples_per_forward": "with images of several sizes, batch size x processes =",
     "deepspeed": "DeepSpeed:",
 }
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Content hashes of the data and model of a run, which a resumed run must match."""
-
-    model: str
-    images: str
-    model_flag: str
-    """Option that names the model, with its value, for messages."""
-    images_flag: str
-    lora: str = ""
-    """Hash of the LoRA that training starts from; empty without one."""
-    lora_flag: str = ""
 
 
 def settings_of(values: Mapping[str, Any]) -> dict:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,51 +21,15 @@ from ...common.together import decided
 from ...words import counted
 from ..context import Context
 from .best import best_of, go_on_from
-from .checkpoints import Identity, Resume, restore, save_checkpoint, write_exports
+from .checkpoints import Resume, restore, save_checkpoint, write_exports
 from .compiling import checked
 from .preparing import prepare, renew_scaler
-from .schedule import Schedule
 from .state import Learner, shortcuts_of
 from .stopping import Requests, stop_requested
+from .study import Study
 
 if TYPE_CHECKING:
     from ..output.reports import Reports
-
-
-@dataclass(frozen=True)
-class Study(ABC):
-    """A run's model and data, with its options. A batch has the type that the learner's model takes."""
-
-    schedule: Schedule
-    identity: Identity
-    """Content hashes of model and data, which a resumed run must match."""
-    context: Context
-
-    @abstractmethod
-    def learner(self, method: str) -> Learner:
-        """Return the model with a new adapter, initialized from the seed."""
-
-    @abstractmethod
-    def batches(self, steps: range) -> Generator:
-        """Yield this process's batches of these steps, which depend only on the seed and the step."""
-
-    @abstractmethod
-    def calibration(self) -> Iterable:
-        """Return training batches on which a control is calibrated."""
-
-    @abstractmethod
-    def reports(self, learner: Learner) -> contextlib.AbstractContextManager[Reports]:
-        """Return a context manager of the log and the trackers of a method."""
-
-    @abstractmethod
-    def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
-        """Measure the validation loss and generate samples, or only `parts` of that, and set `learner.over`."""
-
-    @abstractmethod
-    def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
-        """Write the trained method's files; return each file's largest pixel difference from the
-        merged model, of 255.
-        """
 
 
 def train_method(method: str, resume: Resume, study: Study) -> None:

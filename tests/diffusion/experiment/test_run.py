@@ -295,7 +295,7 @@ def train_images(output: Path, images: Path, folder: Path) -> Path:
 def held_out_of(output: Path, images: Path) -> set[str]:
     """The files that an experiment does not train on, by the split itself."""
     splits = ("--select_split", "0.2", "--test_split", "0.2")
-    flags = parse_args(["--train_data_dir", str(images), "--seed", "0", "1", *splits])
+    flags = parse_args(["--train_data_dir", str(images), "--seed", "0", "1", *splits]).base
     found = load_images(flags.model, flags.data, flags.training, flags.output)
     parts = parts_of({0: found}, flags.data, flags.validation, flags.experiment)
     return {Path(found.rows[number]["image"]["path"]).name for _, number in (*parts.select, *parts.test)}
@@ -306,7 +306,7 @@ def test_what_is_true_of_several_ranks_and_shortcuts_is_said_once(flags, tmp_pat
     def enough(*_):
         raise InvalidArgument("--rank", "is checked", "look at what was said")
 
-    monkeypatch.setattr(run, "start_trackers", enough)
+    monkeypatch.setattr("reslora.diffusion.run.start_trackers", enough)
     several = ["--method", "reslora", "--rank", "1", "2", "--shortcut", "block", "middle", "--pre_num", "50"]
     assert main(*without(flags, "--rank"), *several, "--output_dir", tmp_path / "out") == 2
     assert capsys.readouterr().out.count("--pre_num 50: ") == 1
