@@ -16,10 +16,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from reslora.common.script import run_script
-from reslora.common.signals import StopRequest
-from reslora.language.arguments import read
 from reslora.options.texts import GlueOptions
+from reslora.runtime.script import run_script
+from reslora.runtime.signals import StopRequest
+from reslora.texts.arguments import read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parse the options, and import heavy libraries only after they were checked."""
     asked = read(GlueOptions, "train_glue.py", argv, __doc__)
-    from reslora.language import glue
+    from reslora.texts import glue
 
     glue.main(asked, stop)
 

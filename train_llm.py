@@ -14,10 +14,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from reslora.common.script import run_script
-from reslora.common.signals import StopRequest
-from reslora.language.arguments import read
 from reslora.options.texts import LlmOptions
+from reslora.runtime.script import run_script
+from reslora.runtime.signals import StopRequest
+from reslora.texts.arguments import read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parse the options, and import heavy libraries only after they were checked."""
     asked = read(LlmOptions, "train_llm.py", argv, __doc__)
-    from reslora.language import llm
+    from reslora.texts import llm
 
     llm.main(asked, stop)
 

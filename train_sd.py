@@ -4,7 +4,7 @@
     accelerate launch train_sd.py --model MODEL --data IMAGES
 
 The first form trains the bundled 64x64 pipeline on the bundled images, in a few minutes on two CPU cores. The second
-trains any model of the families in reslora/diffusion/model/families. All options of diffusers'
+trains any model of the families in reslora/images/model/families. All options of diffusers'
 `train_text_to_image_lora.py` are available; docs/migrate.md lists the defaults that differ.
 
 On a CPU, the processes of a run share all cores; OMP_NUM_THREADS=N gives each process N threads. `accelerate launch`
@@ -19,10 +19,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reslora.common.script import run_script
-from reslora.common.signals import StopRequest
-from reslora.diffusion.settings import parse_args
+from reslora.images.settings import parse_args
 from reslora.options.grid import Grid
+from reslora.runtime.script import run_script
+from reslora.runtime.signals import StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,16 +35,16 @@ def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parse the options, and import heavy libraries only after they were checked."""
     asked = parse_args(argv, __doc__)
     if asked.flat()["plan"]:
-        from reslora.diffusion.run import show_plan
+        from reslora.images.run import show_plan
 
         show_plan(asked, stop)
     elif isinstance(asked, Grid):
-        from reslora.diffusion.experiment.run import open_study
-        from reslora.experiment.run import run_experiment
+        from reslora.experiment.runner import run_experiment
+        from reslora.images.experiment.run import open_study
 
         run_experiment(open_study, asked, stop)
     else:
-        from reslora.diffusion.run import run
+        from reslora.images.run import run
 
         run(asked, stop)
 

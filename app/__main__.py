@@ -14,7 +14,7 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
-from reslora.common.parser import Parser
+from reslora.options.argument_parser import Parser
 
 
 def build_parser() -> argparse.ArgumentParser:

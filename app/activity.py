@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from reslora.common.methods import METHODS
+from reslora.methods.registry import METHODS
 
 from .runs import Run, number
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.common.assets import ASSETS
-from reslora.diffusion.content import folder_mark
-from reslora.diffusion.model.loading import Model
+from reslora.bundled import ASSETS
+from reslora.images.content_hash import folder_mark
+from reslora.images.model.loading import Model
 from reslora.options.images import Options
 
 from .runs import NO_CONFIG, Run, RunError

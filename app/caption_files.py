@@ -14,9 +14,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.diffusion.data.caption_files import caption_files, read_caption
-from reslora.diffusion.data.dataset import read_metadata
-from reslora.diffusion.data.tables import ROWS
+from reslora.images.data.caption_files import caption_files, read_caption
+from reslora.images.data.dataset import read_metadata
+from reslora.images.data.tables import ROWS
 from reslora.options.prompts import clean
 
 from .changes import Draft, changing

@@ -10,8 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from reslora.diffusion.data.size import Size
-from reslora.words import counted
+from reslora.formatting import counted
+from reslora.images.data.size import Size
 
 from .image_edits import ImageEdits, text_of
 from .image_folders import OUTSIDE, Image, Images

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.common.errors import InvalidArgument, first_line
-from reslora.diffusion.content import content_mark
-from reslora.diffusion.data.listing import TRASH
-from reslora.files import read_object, remove, replacing, write_json
+from reslora.errors import InvalidArgument, first_line
+from reslora.images.content_hash import content_mark
+from reslora.images.data.listing import TRASH
+from reslora.io import read_object, remove, replacing, write_json
 
 from .folders import Folder, new_place
 from .image_folders import stamp_of

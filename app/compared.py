@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.common import figures
-from reslora.common.charts import Line, line_chart, swatch
-from reslora.common.log import of_split
-from reslora.words import counted
+from reslora.formatting import counted
+from reslora.plots import figures
+from reslora.plots.charts import Line, line_chart, swatch
+from reslora.runtime.log import of_split
 
 from .differences import LOSSES, differing, drawn_alike
 from .runs import NO_CONFIG, Run, number

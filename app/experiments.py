@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from reslora.experiment.course import Course
-from reslora.experiment.parts import FEW, LEAST
+from reslora.experiment.hashed_split import FEW, LEAST
+from reslora.experiment.schedule import Course
 from reslora.experiment.statistics import REFERENCE
+from reslora.formatting import counted
 from reslora.options.grid import Grid
-from reslora.words import counted
 
 from .activity import duration, why_ended
 from .jobs import Jobs

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.common.assets import ASSETS
-from reslora.diffusion.data.images import is_image
-from reslora.diffusion.data.listing import TRASH
-from reslora.diffusion.settings import BUNDLED_IMAGES
-from reslora.files import all_below
+from reslora.bundled import ASSETS
+from reslora.images.data.images import is_image
+from reslora.images.data.listing import TRASH
+from reslora.images.settings import BUNDLED_IMAGES
+from reslora.io import all_below
 from reslora.options.prompts import clean
 
 from .bases import bundled

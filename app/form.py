@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from reslora.common.methods import METHODS
-from reslora.diffusion.config_file import OF_SHORTCUTS as OF_SHORTCUTS
+from reslora.methods.registry import METHODS
 from reslora.options.images import Options
 from reslora.options.optimizers import OPTIMIZERS
 from reslora.options.option import SAME, Option, in_words

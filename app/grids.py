@@ -9,9 +9,9 @@ from pathlib import Path
 
 import PIL.Image
 
-from reslora.common import figures
+from reslora.formatting import counted
 from reslora.merges import MERGES
-from reslora.words import counted
+from reslora.plots import figures
 
 from . import views
 from .recipe import LIMITS, Drawn, Request

@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from reslora.diffusion.data.caption_files import caption_files
-from reslora.diffusion.data.captions import SEPARATOR
+from reslora.formatting import counted
+from reslora.images.data.caption_files import caption_files
+from reslora.images.data.captions import SEPARATOR
 from reslora.options.prompts import clean
-from reslora.words import counted
 
 from .caption_files import Edit, Table, write
 from .changes import Change, changes, changing

@@ -17,14 +17,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.common.errors import InvalidArgument
-from reslora.diffusion.data.dataset import METADATA, Found, caption_files, layout_of, read_folder
-from reslora.diffusion.data.folders import kohyas_folders
-from reslora.diffusion.data.images import SUFFIXES, image_size
-from reslora.diffusion.data.listing import files_of
-from reslora.diffusion.data.material import size_of
-from reslora.diffusion.data.size import Size
-from reslora.diffusion.settings import with_defaults
+from reslora.errors import InvalidArgument
+from reslora.images.data.dataset import METADATA, Found, caption_files, layout_of, read_folder
+from reslora.images.data.folders import kohyas_folders
+from reslora.images.data.images import SUFFIXES, image_size
+from reslora.images.data.listing import files_of
+from reslora.images.data.size import Size
+from reslora.images.data.training_data import size_of
+from reslora.images.settings import with_defaults
 from reslora.options.images import Options
 from reslora.options.prompts import clean
 

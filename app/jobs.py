@@ -27,13 +27,13 @@ import torch
 from filelock import FileLock, Timeout
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from reslora.common.errors import InvalidArgument
-from reslora.diffusion.data.images import SUFFIXES
-from reslora.diffusion.settings import given_by, resolve
-from reslora.diffusion.training.stopping import SAMPLE, SAVE
-from reslora.files import write_json
+from reslora.errors import InvalidArgument
+from reslora.images.data.images import SUFFIXES
+from reslora.images.settings import given_by, resolve
+from reslora.io import write_json
 from reslora.options.grid import Grid
 from reslora.options.images import Options
+from reslora.training.stopping import SAMPLE, SAVE
 
 from . import launcher
 from .folders import BUNDLED, UPLOADS, Folders

@@ -12,12 +12,12 @@ from typing import NoReturn
 import torch
 from accelerate.commands.config.config_args import default_config_file
 
-from reslora.common.flags import listed
-from reslora.diffusion.prompts import SUFFIXES as PROMPT_FILES
-from reslora.diffusion.settings import build_parser
+from reslora.images.prompts import SUFFIXES as PROMPT_FILES
+from reslora.images.settings import build_parser
 from reslora.options.images import Options
 from reslora.options.option import Option
 from reslora.options.parser import OptionsParser
+from reslora.options.values import listed
 
 from . import form
 from .bases import bundled, model_of

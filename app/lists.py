@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from reslora.words import counted
+from reslora.formatting import counted
 
 from .activity import activity, why_ended
 from .folders import BUNDLED

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from reslora.diffusion.content import content_mark
-from reslora.diffusion.data.images import damage, open_image
-from reslora.diffusion.experiment.split import groups_of, look_of
+from reslora.images.content_hash import content_mark
+from reslora.images.data.images import damage, open_image
+from reslora.images.experiment.split import groups_of, look_of
 
 from .image_folders import Image, Images, stamp_of
 

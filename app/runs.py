@@ -22,13 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from reslora.checkpoint import WEIGHTS_NAME
-from reslora.common.adapters import ADAPTER_NAME
-from reslora.common.drawn import PROMPTS, is_of
-from reslora.common.log import count_damaged, of_split, read_log
-from reslora.common.methods import METHODS
-from reslora.common.status import FILE as STATUS
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from reslora.merges import MERGES
+from reslora.methods.adapters import ADAPTER_NAME
+from reslora.methods.registry import METHODS
+from reslora.runtime.log import count_damaged, of_split, read_log
+from reslora.runtime.sample_folders import PROMPTS, is_of
+from reslora.runtime.status import FILE as STATUS
 
 EXAMPLE = Path(__file__).resolve().parent / "example"
 """A small finished run that comes with the application."""

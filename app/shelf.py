@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from reslora.diffusion.data.listing import TRASH
-from reslora.files import replacing
+from reslora.images.data.listing import TRASH
+from reslora.io import replacing
 
 from .folders import new_place
 from .jobs import Jobs

@@ -11,13 +11,13 @@ from torch import nn
 
 from reslora.chains import lora_layers
 from reslora.checkpoint import PEFT_PREFIX
-from reslora.common.errors import InvalidArgument, RunFailed
-from reslora.diffusion.model.families.base import Family
-from reslora.diffusion.model.lora_files.combining import summed
-from reslora.diffusion.model.lora_files.names import Names, Parts, names_of
-from reslora.diffusion.model.lora_files.reading import read_content, read_parts
+from reslora.errors import InvalidArgument, RunFailed
 from reslora.export import DIFFUSERS_FILE, Factors, lora_config
-from reslora.words import counted
+from reslora.formatting import counted
+from reslora.images.model.families.base import Family
+from reslora.images.model.lora_files.combining import summed
+from reslora.images.model.lora_files.names import Names, Parts, names_of
+from reslora.images.model.lora_files.reading import read_content, read_parts
 
 from .bases import base_of
 from .library import Library

@@ -26,14 +26,14 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 import reslora
-from reslora import files
-from reslora.common.errors import InvalidArgument, RunFailed
-from reslora.diffusion.model.families.base import Family
-from reslora.diffusion.model.loading import Model, find_model
-from reslora.diffusion.output.calibration_file import read_calibration
-from reslora.diffusion.output.exports import write_lora
-from reslora.diffusion.refusals import check_model_name
-from reslora.diffusion.training.start import targets_of
+from reslora import io as files
+from reslora.errors import InvalidArgument, RunFailed
+from reslora.images.initial_lora import targets_of
+from reslora.images.model.families.base import Family
+from reslora.images.model.loading import Model, find_model
+from reslora.images.output.calibration_file import read_calibration
+from reslora.images.output.exports import write_lora
+from reslora.images.refusals import check_model_name
 from reslora.merges import MERGES
 
 from . import stacks, weight_files, whole_models

@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from reslora.diffusion.content import content_mark
-from reslora.diffusion.data.caption_files import CAPTIONS, read_caption
-from reslora.diffusion.data.images import SUFFIXES, image_size
-from reslora.files import remove_leftovers, replacing
+from reslora.images.content_hash import content_mark
+from reslora.images.data.caption_files import CAPTIONS, read_caption
+from reslora.images.data.images import SUFFIXES, image_size
+from reslora.io import remove_leftovers, replacing
 from reslora.options.prompts import clean
 
 from .runs import RunError

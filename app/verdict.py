@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from reslora.common.log import of_split
-from reslora.words import counted
+from reslora.formatting import counted
+from reslora.runtime.log import of_split
 
 from .runs import Run, Weights, number
 from .views import NAMES, escape, notice

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import PIL.Image
 
-from reslora.common.methods import METHODS
+from reslora.formatting import counted
+from reslora.methods.registry import METHODS
 from reslora.options.prompts import clean
-from reslora.words import counted
 
 from .activity import activity, why_ended
 from .recipe import Drawn

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 import reslora
 from reslora.checkpoint import PEFT_PREFIX
-from reslora.common.adapters import attach, load_adapter
-from reslora.common.errors import first_line
-from reslora.common.methods import METHODS, AdapterSettings, adapter_config
-from reslora.diffusion.training.checkpoints import RECORD
+from reslora.errors import first_line
 from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE, Factors
-from reslora.files import read_object
+from reslora.io import read_object
+from reslora.methods.adapters import attach, load_adapter
+from reslora.methods.registry import METHODS, AdapterSettings, adapter_config
+from reslora.training.checkpoints import RECORD
 
 from .bases import changed
 from .runs import Run, RunError, Weights

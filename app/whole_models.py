@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from reslora import export
-from reslora.diffusion.model.loading import Model, check_weights
-from reslora.diffusion.model.lora_files.reading import PICKLES
-from reslora.diffusion.model.stored import Stored
-from reslora.diffusion.output.merged_weights import write_merged
-from reslora.files import remove_leftovers, replacing, write_json
+from reslora.images.model.loading import Model, check_weights
+from reslora.images.model.lora_files.reading import PICKLES
+from reslora.images.model.stored import Stored
+from reslora.images.output.merged_weights import write_merged
+from reslora.io import remove_leftovers, replacing, write_json
 
 from .library import Library
 from .runs import RunError

@@ -24,9 +24,9 @@ from measured import keep
 from peft import LoraConfig
 from watched import PeakAnonymous, anonymous
 
-from reslora.diffusion.model import stored
-from reslora.diffusion.output.merged_weights import write_merged
 from reslora.export import export_merged
+from reslora.images.model import stored
+from reslora.images.output.merged_weights import write_merged
 
 HERE = torch.device("cpu")
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

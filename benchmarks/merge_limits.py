@@ -25,13 +25,13 @@ from paper_models import newest_checkpoint
 
 import reslora
 from reslora import regression
-from reslora.common.adapters import load_adapter
-from reslora.common.signals import StopRequest
-from reslora.files import read_object, write_json
-from reslora.language import glue
-from reslora.language.arguments import read
-from reslora.language.results import unmerged_afterwards
+from reslora.io import read_object, write_json
+from reslora.methods.adapters import load_adapter
 from reslora.options.texts import GlueOptions
+from reslora.runtime.signals import StopRequest
+from reslora.texts import glue
+from reslora.texts.arguments import read
+from reslora.texts.results import unmerged_afterwards
 
 KEPT, SCRATCH = RESULTS / "merge_limits", paper.SCRATCH / "merge_limits"
 VARIANT, RATE, SEEDS = "ms(4)", 2e-3, (0, 1, 2)

@@ -49,14 +49,14 @@ TESTS = {
     "reslora/regression.py": ["test_merging.py", "test_calibration.py"],
     "reslora/tracing.py": ["test_chains.py"],
     "reslora/wiring.py": ["test_shortcuts.py", "test_model.py", "test_guards.py"],
-    "reslora/diffusion/model/objective.py": ["diffusion/model/test_flow_objective.py"],
-    "reslora/diffusion/model/loss.py": ["diffusion/model/test_objective.py", "diffusion/data/test_masks.py"],
-    "reslora/diffusion/data/plan.py": ["diffusion/data/test_sources.py", "diffusion/data/test_samples.py"],
+    "reslora/images/model/objective.py": ["images/model/test_flow_objective.py"],
+    "reslora/images/model/loss.py": ["images/model/test_objective.py", "images/data/test_masks.py"],
+    "reslora/images/data/plan.py": ["images/data/test_sources.py", "images/data/test_samples.py"],
     "reslora/ranks.py": ["test_export.py", "test_merging.py"],
-    "reslora/diffusion/output/exports.py": ["diffusion/output/test_merged_weights.py"],
-    "reslora/diffusion/model/lora_files/": ["diffusion/test_conversion.py"],
+    "reslora/images/output/exports.py": ["images/output/test_merged_weights.py"],
+    "reslora/images/model/lora_files/": ["images/test_conversion.py"],
     "reslora/experiment/statistics.py": ["experiment/test_report.py"],
-    "reslora/diffusion/training/": ["diffusion/training/test_start.py"],
+    "reslora/training/": ["images/test_initial_lora.py"],
 }
 """The tests that map to a file or to a folder, in addition to the file of the same name."""
 

@@ -16,17 +16,17 @@ SUBJECTS = {
     "shortcuts": ["reslora/shortcuts/*.py"],
     "merging": ["reslora/merging.py", "reslora/merges.py", "reslora/regression.py", "reslora/calibration.py"],
     "chains": ["reslora/chains.py", "reslora/tracing.py", "reslora/wiring.py"],
-    "objectives": ["reslora/diffusion/model/objective.py", "reslora/diffusion/model/loss.py"],
-    "captions": ["reslora/diffusion/data/captions.py"],
-    "plan": ["reslora/diffusion/data/plan.py", "reslora/diffusion/data/buckets.py"],
+    "objectives": ["reslora/images/model/objective.py", "reslora/images/model/loss.py"],
+    "captions": ["reslora/images/data/captions.py"],
+    "plan": ["reslora/images/data/plan.py", "reslora/images/data/buckets.py"],
     "exports": [
-        *("reslora/export.py", "reslora/ranks.py", "reslora/diffusion/output/exports.py"),
-        "reslora/diffusion/model/lora_files/writing.py",
+        *("reslora/export.py", "reslora/ranks.py", "reslora/images/output/exports.py"),
+        "reslora/images/model/lora_files/writing.py",
     ],
     "statistics": ["reslora/experiment/statistics.py"],
     "resume": [
-        *("reslora/checkpoint.py", "reslora/diffusion/training/checkpoints.py"),
-        "reslora/diffusion/training/state.py",
+        *("reslora/checkpoint.py", "reslora/training/checkpoints.py"),
+        "reslora/training/state.py",
     ],
 }
 OPERATORS = {

@@ -23,27 +23,27 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from measured import ROOT
 
-from reslora.common.signals import StopRequest
-from reslora.common.temporarily import temporarily
-from reslora.diffusion.context import Context
-from reslora.diffusion.data.dataset import load_images
-from reslora.diffusion.data.encoding import Variants, encode_images, encode_texts
-from reslora.diffusion.data.samples import Material
-from reslora.diffusion.data.size import Size
-from reslora.diffusion.data.sources import Source
-from reslora.diffusion.model.families.stable_diffusion import StableDiffusion
-from reslora.diffusion.model.objective import DdpmObjective
-from reslora.diffusion.output.reports import Reports
-from reslora.diffusion.output.trackers import note_settings, start_trackers
-from reslora.diffusion.processes import start_accelerator
-from reslora.diffusion.settings import parse_args, with_family
-from reslora.diffusion.study import ImageStudy
-from reslora.diffusion.training import loop
-from reslora.diffusion.training.denoising import DenoisingLoss
-from reslora.diffusion.training.preparing import prepare
-from reslora.diffusion.training.schedule import schedule_of
-from reslora.diffusion.training.state import Learner, new_optimizer
-from reslora.diffusion.training.trained import Trained
+from reslora.attributes import temporarily
+from reslora.images.accelerator import start_accelerator
+from reslora.images.data.dataset import load_images
+from reslora.images.data.encoding import Variants, encode_images, encode_texts
+from reslora.images.data.samples import Material
+from reslora.images.data.size import Size
+from reslora.images.data.sources import Source
+from reslora.images.denoising import DenoisingLoss
+from reslora.images.model.families.stable_diffusion import StableDiffusion
+from reslora.images.model.objective import DdpmObjective
+from reslora.images.output.reports import Reports
+from reslora.images.output.trackers import note_settings, start_trackers
+from reslora.images.settings import parse_args, with_family
+from reslora.images.study import ImageStudy
+from reslora.runtime.signals import StopRequest
+from reslora.training import loop
+from reslora.training.context import Context
+from reslora.training.preparing import prepare
+from reslora.training.schedule import schedule_of
+from reslora.training.state import Learner, new_optimizer
+from reslora.training.trained import Trained
 
 sys.path.append(str(ROOT / "tests"))
 from pipelines import image_folder

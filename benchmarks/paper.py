@@ -36,7 +36,7 @@ import paper_report
 import torch
 from measured import RESULTS, ROOT, check_names
 
-from reslora.files import write_json
+from reslora.io import write_json
 
 SCRATCH = ROOT / "runs" / "paper"
 LLM, ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"

@@ -7,23 +7,23 @@ from pathlib import Path
 
 import measured  # noqa: F401 - it puts this checkout before an installed one
 
-from reslora.common.adapters import load_adapter
-from reslora.common.signals import StopRequest
-from reslora.diffusion.data.dataset import load_images
-from reslora.diffusion.data.material import material_of
-from reslora.diffusion.output.exports import calibration_batches as image_batches
-from reslora.diffusion.output.reports import Validation
-from reslora.diffusion.processes import start_accelerator
-from reslora.diffusion.run import load_and_check, settle
-from reslora.diffusion.settings import parse_args
-from reslora.diffusion.training.denoising import DenoisingLoss
-from reslora.diffusion.training.start import add_adapter, config_of
-from reslora.language import llm
-from reslora.language.arguments import read
-from reslora.language.llm_tasks import TASKS, examples_of
-from reslora.language.llm_trainer import calibration_batches
-from reslora.language.results import merge_table
+from reslora.images.accelerator import start_accelerator
+from reslora.images.data.dataset import load_images
+from reslora.images.data.training_data import material_of
+from reslora.images.denoising import DenoisingLoss
+from reslora.images.initial_lora import add_adapter, config_of
+from reslora.images.output.exports import calibration_batches as image_batches
+from reslora.images.output.reports import Validation
+from reslora.images.run import load_and_check, settle
+from reslora.images.settings import parse_args
+from reslora.methods.adapters import load_adapter
 from reslora.options.texts import LlmOptions
+from reslora.runtime.signals import StopRequest
+from reslora.texts import llm
+from reslora.texts.arguments import read
+from reslora.texts.llm_tasks import TASKS, examples_of
+from reslora.texts.llm_trainer import calibration_batches
+from reslora.texts.results import merge_table
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -33,16 +33,16 @@ from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 
 import train_sd
-from reslora.common.memory import free_memory, peak_memory
-from reslora.common.signals import StopRequest
-from reslora.common.status import Status
-from reslora.diffusion.data import encoding
-from reslora.diffusion.data.folders import load_folders
-from reslora.diffusion.planning.plan import plan_of
-from reslora.diffusion.processes import start_accelerator
-from reslora.diffusion.run import settle
-from reslora.diffusion.settings import parse_args
-from reslora.diffusion.training import loop
+from reslora.images.accelerator import start_accelerator
+from reslora.images.data import encoding
+from reslora.images.data.folders import load_folders
+from reslora.images.memory.plan import plan_of
+from reslora.images.run import settle
+from reslora.images.settings import parse_args
+from reslora.runtime.peak_memory import free_memory, peak_memory
+from reslora.runtime.signals import StopRequest
+from reslora.runtime.status import Status
+from reslora.training import loop
 
 CASES = (
     ("stable_diffusion", "128"), ("stable_diffusion", "128", "--gradient_checkpointing"), ("flux", "128"),

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaModel
 import reslora
 from reslora import calibration, merging
 from reslora.chains import before_each
-from reslora.diffusion.model.families.flux import FAMILY
+from reslora.images.model.families.flux import FAMILY
 from reslora.regression import Inputs
 from reslora.shortcuts import shortcut_class
 

@@ -51,18 +51,18 @@ from scale import MEBI, TRAINER
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from watched import WARM_UP, Watched
 
-from reslora.common.signals import StopRequest
-from reslora.diffusion.context import Context
-from reslora.diffusion.data.batch import Batch
-from reslora.diffusion.data.dataset import ImageDataset, load_images
-from reslora.diffusion.data.encoding import Variants, encode_images, encode_texts
-from reslora.diffusion.data.samples import Material, training_loader
-from reslora.diffusion.data.size import Size
-from reslora.diffusion.data.sources import Source
-from reslora.diffusion.model.families.base import Family
-from reslora.diffusion.model.objective import DdpmObjective
-from reslora.diffusion.settings import parse_args
+from reslora.images.data.batch import Batch
+from reslora.images.data.dataset import ImageDataset, load_images
+from reslora.images.data.encoding import Variants, encode_images, encode_texts
+from reslora.images.data.samples import Material, training_loader
+from reslora.images.data.size import Size
+from reslora.images.data.sources import Source
+from reslora.images.model.families.base import Family
+from reslora.images.model.objective import DdpmObjective
+from reslora.images.settings import parse_args
 from reslora.options.images import Options
+from reslora.runtime.signals import StopRequest
+from reslora.training.context import Context
 
 EXAMPLE = "examples/text_to_image/train_text_to_image_lora.py"
 

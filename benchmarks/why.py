@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from measured import RESULTS, ROOT, check_names, machine
 
-from reslora.files import read_object, write_json
+from reslora.io import read_object, write_json
 
 SCRATCH = ROOT / "runs" / "why"
 KEPT = RESULTS / "why"

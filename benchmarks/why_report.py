@@ -13,11 +13,11 @@ import numpy as np
 from measured import ROOT
 from why import EXPERIMENTS, KEPT, Experiment
 
-from reslora.diffusion.model.families import load_family
-from reslora.diffusion.model.loading import Model
-from reslora.diffusion.refusals import read_index
 from reslora.experiment.record import Verdict
 from reslora.experiment.statistics import arrays_of, judge, rerun, tested, verdict_of, verdicts
+from reslora.images.model.families import load_family
+from reslora.images.model.loading import Model
+from reslora.images.refusals import read_index
 
 SHORTCUTS = ("input", "block(4)", "middle(4)")
 WIRED = ("reslora", *(f"reslora {kind}" for kind in SHORTCUTS))  # the first if an experiment has only one kind

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .common.errors import first_line
+from .errors import first_line
 from .merging import Factors, Merged
 from .regression import Inputs
 from .shortcuts.base import Shortcut, rows

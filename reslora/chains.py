@@ -18,8 +18,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from .formatting import counted
 from .tracing import Trace, trace
-from .words import counted
 
 Before = Sequence[Sequence[int]]
 """For each block of a chain, the indices of the earlier blocks in its sum: n-1, n-2, ... n-m."""

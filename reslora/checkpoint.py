@@ -28,10 +28,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
-from .common.errors import first_line
 from .config import ResLoraConfig
-from .files import check_checksums, forget_checksums, replacing_both, write_checksums, write_json, write_tensors
+from .errors import first_line
 from .guards import keeping_shortcuts, refuse_inactive, refuse_inner, refuse_merged
+from .io import check_checksums, forget_checksums, replacing_both, write_checksums, write_json, write_tensors
 from .ranks import rescale, rescaled
 from .tracing import meta_copy
 from .wiring import attach_wires, connected, connection_of
@@ -46,7 +46,7 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     """Write the connected adapter of `model` to `directory`: `reslora_config.json` and `reslora_model.safetensors`.
 
     The checkpoint includes `modules_to_save`, the recorded norms, and scales changed by `set_scale`. `checksums.json`
-    is written last; call `reslora.files.write_checksums` again after adding files. With several processes, call this on
+    is written last; call `reslora.io.write_checksums` again after adding files. With several processes, call this on
     rank 0 only.
 
     Raises `ValueError` if the model is not connected, or `directory` is a file.

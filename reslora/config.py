@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from .common.checks import is_whole
+from .checks import is_whole
 from .shortcuts import NAMES as SHORTCUTS
 from .shortcuts import PLAIN, shortcut_class
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from .diffusion.conversion import main
+from .images.conversion import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -34,8 +34,8 @@ from torch import nn
 
 from .chains import base_model, lora_layers, unwrap
 from .checkpoint import PEFT_PREFIX
-from .files import replacing, replacing_both, write_tensors
 from .guards import refuse_merged
+from .io import replacing, replacing_both, write_tensors
 from .ranks import commonest, declare_scaling, whole
 from .wiring import connection_of
 

@@ -18,13 +18,13 @@ from torch import nn
 from . import guards, merges, ranks
 from .calibration import Calibrator
 from .chains import Chain, Chains, base_model, chains, lora_layers
-from .common.checks import is_whole
+from .checks import is_whole
 from .config import ResLoraConfig
+from .formatting import counted
 from .merges import Merge
 from .merging import Factors, Merged
 from .shortcuts import shortcut_class
 from .wiring import Connection, attach_wires, connected, connection_of
-from .words import counted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from .common.errors import first_line
+from .errors import first_line
 
 _HOLDER = "reslora.holder"
 

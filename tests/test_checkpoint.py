@@ -288,7 +288,7 @@ def test_a_save_over_another_that_ends_while_it_hashes_still_loads(llama, tmp_pa
     model = llama.lora(seed=3)
     reslora.connect(model, ResLoraConfig("block", 2))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(reslora.files, "_sha256", interrupt)
+        patched.setattr(reslora.io, "_sha256", interrupt)
         reslora.save(model, tmp_path)
     loaded = reslora.load(base_of(llama, seed=3), tmp_path)
     assert torch.equal(run(loaded, llama.inputs()), run(model, llama.inputs()))

@@ -7,27 +7,26 @@ PACKAGE = Path(__file__).resolve().parents[1] / "reslora"
 
 # Each may import those before it, and itself. A module is in the layer that has its name or the longest part of it.
 LAYERS = {
-    "io": "files words common.errors common.checks common.temporarily",
+    "io": "io formatting errors checks attributes",
     "core": "config chains tracing wiring guards shortcuts merging merges regression calibration model ranks export "
     "checkpoint",
-    "methods": "common.methods common.controls common.targets common.patterns common.adapters common.links "
-    "common.gauge",
-    "runtime": "common",
+    "methods": "methods",
+    "runtime": "runtime plots bundled json_lines seeds options.argument_parser options.values",
     "options": "options",
-    "training": "diffusion.training diffusion.context",
+    "training": "training",
     "experiment": "experiment",
-    "texts": "language",
-    "images": "diffusion.seeds diffusion.content diffusion.folder diffusion.prompts",
-    "images: models": "diffusion.model",
-    "images: refusals": "diffusion.refusals",
-    "images: data": "diffusion.data",
-    "images: what trains": "diffusion.training.denoising diffusion.training.start",
-    "images: output": "diffusion.output",
-    "images: checks": "diffusion.checks",
-    "images: memory": "diffusion.planning",
-    "images: settings": "diffusion.settings diffusion.config_file diffusion.experiment.checks diffusion.processes",
-    "images: runs": "diffusion.study diffusion.run diffusion.experiment",
-    "entries": "convert diffusion.conversion __init__",
+    "texts": "texts",
+    "images": "images.generators images.content_hash images.cache_folder images.prompts",
+    "images: models": "images.model",
+    "images: refusals": "images.refusals",
+    "images: data": "images.data",
+    "images: what trains": "images.denoising images.initial_lora",
+    "images: output": "images.output",
+    "images: checks": "images.model_checks",
+    "images: memory": "images.memory",
+    "images: settings": "images.settings images.config_file images.experiment.requirements images.accelerator",
+    "images: runs": "images.study images.run images.experiment",
+    "entries": "convert images.conversion __init__",
 }
 ORDER = list(LAYERS)
 EVERYWHERE = {"__init__": "__version__"}

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 import train_llm
 import train_sd
-from reslora.common.signals import StopRequest
-from reslora.diffusion import settings
-from reslora.language import glue, llm
+from reslora.images import settings
 from reslora.options.images import Options
+from reslora.runtime.signals import StopRequest
+from reslora.texts import glue, llm
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reslora.diffusion.settings import build_parser
 from reslora.experiment.statistics import half_width, level_of, rerun, spread_of
-from reslora.language.arguments import read
+from reslora.images.settings import build_parser
 from reslora.options.texts import GlueOptions, LlmOptions
+from reslora.texts.arguments import read
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

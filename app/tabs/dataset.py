@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from reslora.diffusion.data.caption_files import CAPTIONS
-from reslora.words import counted
+from reslora.formatting import counted
+from reslora.images.data.caption_files import CAPTIONS
 
 from .. import cards, image_edits, views
 from ..handlers import QUIET, paths_of, readable_errors, translated

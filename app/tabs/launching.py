@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
-from reslora.diffusion.data.caption_files import CAPTIONS
+from reslora.images.data.caption_files import CAPTIONS
 from reslora.options.option import Option
 
 from .. import form, launcher, views

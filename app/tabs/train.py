@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
-from reslora.diffusion.experiment.checks import OF_EXPERIMENTS
-from reslora.diffusion.training.stopping import SAMPLE, SAVE
+from reslora.images.experiment.requirements import OF_EXPERIMENTS
+from reslora.training.stopping import SAMPLE, SAVE
 
 from .. import form, views
 from ..bases import word_of_model

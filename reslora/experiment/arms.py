@@ -22,10 +22,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..common.errors import InvalidArgument
-from ..common.flags import as_typed
-from ..common.methods import METHODS
+from ..errors import InvalidArgument
+from ..methods.registry import METHODS
 from ..options.grid import Grid, O
+from ..options.values import as_typed
 from ..shortcuts import NAMES, PLAIN
 
 NEAR = 3  # number of learning rates around the best one at which further seeds are trained first

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 from .. import __version__
-from ..common.errors import InvalidArgument
-from ..files import has_ended, read_object, this_process
+from ..errors import InvalidArgument
+from ..io import has_ended, read_object, this_process
 
 FORMAT = 1
 EXPERIMENT = "experiment.json"  # written by an experiment, but not by a single run

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common.charts import MINUS, Axes, Row, Series, chart, escape, forest
-from ..files import replacing
-from ..words import counted
-from .look import SCRIPT, STYLE
+from ..formatting import counted
+from ..io import replacing
+from ..plots.charts import MINUS, Axes, Row, Series, chart, escape, forest
 from .record import Arm, Best, Experiment, Verdict, as_of_now
 from .statistics import REFERENCE, is_chosen, mean_of, percents, rerun, tested
+from .theme import SCRIPT, STYLE
 
 NOTHING = "&mdash;"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

@@ -7,18 +7,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..common.folder import check_held
-from ..common.jsonl import json_lines
-from ..common.methods import METHODS
-from ..files import read_object, this_process, write_json
-from ..words import are, counted
+from ..formatting import are, counted
+from ..io import read_object, this_process, write_json
+from ..json_lines import json_lines
+from ..methods.registry import METHODS
+from ..runtime.folder_lock import check_held
 from . import record
 from .arms import Arm, Losses
-from .course import ENDED, Course
 from .record import EXPERIMENT, READINGS, read_experiment
 from .report import best_in_words, write_report
+from .schedule import ENDED, Course
 from .statistics import REFERENCE, choose, compare, level_of
-from .subject import Subject
+from .study import Subject
 
 REPORT = "report.html"
 

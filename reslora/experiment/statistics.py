@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from scipy import special
 from scipy.optimize import brentq
 
-from ..words import are
+from ..formatting import are
 from .record import Arm, Choice, Ranking, TestLosses, Verdict, Worse
 
 REFERENCE = "lora"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from ..common.errors import InvalidArgument
-from ..common.flags import listed
-from ..common.methods import METHODS, refuse_settings
-from ..common.patterns import FIELDS, entries
+from ..errors import InvalidArgument
 from ..merges import MERGES
+from ..methods.patterns import FIELDS, entries
+from ..methods.registry import METHODS, refuse_settings
 from ..shortcuts import PLAIN, shortcut_class
 from .grid import Grid
 from .option import Given
 from .prompts import clean
 from .shared import RunOptions, SharedMethodOptions
+from .values import listed
 
 
 def check_texts(values: Given) -> None:

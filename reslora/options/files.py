@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import InvalidArgument, first_line, refused_as
-from ..common.parser import did_you_mean
+from ..errors import InvalidArgument, first_line, refused_as
+from .argument_parser import did_you_mean
 from .foreign import foreign_in_words
 from .option import Option
 from .parser import with_home

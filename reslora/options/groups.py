@@ -7,8 +7,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self, get_type_hints
 
-from ..common.flags import listed
 from .option import Option
+from .values import listed
 
 
 class Groups:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ..common.methods import IN_WORDS
-from ..common.patterns import HELP as PATTERNS
+from ..methods.patterns import HELP as PATTERNS
+from ..methods.registry import IN_WORDS
 from .optimizers import ADAMS, OPTIMIZERS
 from .option import (
     COUNT,

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..common.checks import require_package
-from ..common.errors import InvalidArgument, first_line
+from ..checks import require_package
+from ..errors import InvalidArgument, first_line
 
 
 @dataclass(frozen=True)

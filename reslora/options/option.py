@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_origin
 
-from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
+from ..checks import is_number, is_whole, number_in_words, whole_in_words
 
 Resume = Literal["fixed", "content", "free", "shown", "merged"]
 """What a resumed run compares. fixed: the value. content: the content that the value names. free: nothing. shown:

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..common.assets import ASSETS
-from ..common.flags import listed
-from ..common.parser import Parser
+from ..bundled import ASSETS
+from .argument_parser import Parser
 from .foreign import foreign_in_words
 from .groups import Groups
 from .option import SAME, Option, in_words, true_or_false
+from .values import listed
 
 WIDTH, COLUMN = 110, 30  # width of the short help, and its second column
 CONFIG = "options from a TOML file, or from a run's config.json"

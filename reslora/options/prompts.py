@@ -7,8 +7,8 @@ import json
 import math
 from collections.abc import Callable
 
-from ..common.checks import is_number, is_whole, number_in_words, whole_in_words
-from ..common.errors import first_line
+from ..checks import is_number, is_whole, number_in_words, whole_in_words
+from ..errors import first_line
 
 LONGEST_SIDE = 65536  # pixels; larger images cannot even be planned
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..common.methods import DEFAULT_PRE_NUM, IN_WORDS, METHODS
-from ..common.patterns import HELP as PATTERNS
 from ..config import HEADS, SHORTCUTS
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
+from ..methods.patterns import HELP as PATTERNS
+from ..methods.registry import DEFAULT_PRE_NUM, IN_WORDS, METHODS
 from .groups import Groups
 from .option import COUNT, FRACTION, NATURAL, PART, POSITIVE, free, group, option, whole
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from ..common.assets import ASSETS
+from ..bundled import ASSETS
 from .option import (
     COUNT,
     FRACTION,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..common.errors import InvalidArgument, speaks
-from ..common.flags import as_typed, listed
-from ..common.methods import METHODS
+from ..errors import InvalidArgument, speaks
+from ..methods.registry import METHODS
 from ..shortcuts import PLAIN
 from .groups import Groups
 from .option import Need, Option
+from .values import as_typed, listed
 
 
 def given_as(option: Option, value: Any) -> str:

@@ -10,7 +10,7 @@ from app.bases import PIPELINES, Base, base_of, word_of_model
 from app.differences import setting
 from app.library import Library
 from app.runs import Run, RunError
-from reslora.common.assets import ASSETS
+from reslora.bundled import ASSETS
 
 
 def base_with(folder, named: str) -> Base:

@@ -18,10 +18,10 @@ from app.studio import Studio
 from app.tabs import Parts
 from app.tabs.experiment import ExperimentTab
 from app.uploads import keep
-from reslora.diffusion.experiment.pages import IMAGES
-from reslora.diffusion.settings import parse_args
-from reslora.experiment.course import Course
 from reslora.experiment.report import write_report
+from reslora.experiment.schedule import Course
+from reslora.images.experiment.report_sections import IMAGES
+from reslora.images.settings import parse_args
 
 
 @pytest.fixture

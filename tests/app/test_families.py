@@ -15,12 +15,12 @@ from app.recipe import Drawn, Request
 from app.runs import BASE
 from app.stacks import stack
 from app.studio import Studio, calibration_of
-from reslora.common.adapters import attach, save_adapter
-from reslora.common.methods import AdapterSettings, adapter_config
 from reslora.config import ResLoraConfig
-from reslora.diffusion.model.loading import find_model
-from reslora.diffusion.output.calibration_file import write_calibration
-from reslora.diffusion.training.start import targets_of
+from reslora.images.initial_lora import targets_of
+from reslora.images.model.loading import find_model
+from reslora.images.output.calibration_file import write_calibration
+from reslora.methods.adapters import attach, save_adapter
+from reslora.methods.registry import AdapterSettings, adapter_config
 from reslora.options.images import Options
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=40, height=32)

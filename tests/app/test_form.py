@@ -9,7 +9,7 @@ from app.library import Library
 from app.runs import RunError
 from app.tabs.experiment import ExperimentTab
 from app.tabs.train import TrainTab
-from reslora.diffusion.settings import build_parser, parse_args
+from reslora.images.settings import build_parser, parse_args
 from reslora.options.images import Options
 from reslora.options.option import Option
 

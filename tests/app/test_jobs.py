@@ -22,7 +22,7 @@ from app.shelf import Shelf
 from app.studio import Studio
 from app.tabs import Parts
 from app.tabs.train import TrainTab
-from reslora.files import write_json
+from reslora.io import write_json
 
 # In place of `accelerate launch`: notes that it was started and on which GPU, waits for its turn to end, and fails.
 TRAINER = """

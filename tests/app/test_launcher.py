@@ -28,10 +28,10 @@ from app.runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError, is_trainer
 from app.shelf import Shelf
 from app.tabs.train import TrainTab
 from app.uploads import store_images
-from reslora.common.assets import ASSETS
-from reslora.diffusion.data import encoding
-from reslora.diffusion.settings import BUNDLED_IMAGES, is_bundled, parse_args
-from reslora.files import write_json
+from reslora.bundled import ASSETS
+from reslora.images.data import encoding
+from reslora.images.settings import BUNDLED_IMAGES, is_bundled, parse_args
+from reslora.io import write_json
 
 # In place of `accelerate launch`, which passes its stdout on to the trainer, and nothing else; it dies of SIGTERM.
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
@@ -48,7 +48,7 @@ print("train_sd.py: stopped before training began")
 # In place of a trainer that takes its time to save.
 SAVING = """
 import os, pathlib, sys, time
-from reslora.common.signals import StopRequest
+from reslora.runtime.signals import StopRequest
 with StopRequest() as stop:
     pathlib.Path(".lock").write_text(str(os.getpid()))
     while stop.signal is None:

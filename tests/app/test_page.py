@@ -39,8 +39,8 @@ from app.studio import Studio
 from app.tabs import Parts
 from app.tabs.generate import GenerateTab
 from app.tabs.train import TrainTab
-from reslora.diffusion.experiment.pages import IMAGES
 from reslora.experiment.report import write_report
+from reslora.images.experiment.report_sections import IMAGES
 
 # -- command line ------------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ def test_only_the_page_and_the_entry_import_gradio():
             names |= {node.module} if isinstance(node, ast.ImportFrom) and node.level == 0 else set()
         may = path.parent.name == "tabs" or path.name in ("page.py", "handlers.py", "sessions.py")
         assert may or not {name for name in names if name.startswith("gradio")}
-        assert not names & {"train_llm", "train_glue", "reslora.language", "reslora.diffusion"}
+        assert not names & {"train_llm", "train_glue", "reslora.texts", "reslora.images"}
 
 
 def test_no_two_parts_have_one_id_and_none_is_told_of_progress_that_it_hides(tmp_path):

@@ -19,9 +19,9 @@ from app.stacks import MOST, add, factors_of, loras, stack, stacked, to_write
 from app.studio import Studio
 from app.takeaway import takeaways
 from app.weight_files import uploaded
-from reslora.diffusion import conversion
-from reslora.diffusion.model.families import load_family
 from reslora.export import DIFFUSERS_FILE, Factors, export_diffusers, merged_state_dict, write_diffusers
+from reslora.images import conversion
+from reslora.images.model.families import load_family
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)
 NAMES = ["tiny: lora", "tiny: reslora"]

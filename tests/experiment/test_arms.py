@@ -3,9 +3,8 @@
 import math
 
 import pytest
-from diffusion.runs import refused
+from images.runs import refused
 
-from reslora.diffusion.settings import parse_args
 from reslora.experiment.arms import (
     LEAST_RATIO,
     MOST_EXTENSIONS,
@@ -22,6 +21,7 @@ from reslora.experiment.arms import (
     place_of,
     with_next,
 )
+from reslora.images.settings import parse_args
 from reslora.options.grid import Grid
 from reslora.options.images import Options
 

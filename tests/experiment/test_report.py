@@ -18,12 +18,13 @@ from PIL import Image
 from waiting import LIMIT
 
 from experiment import examples
-from reslora.common.charts import Series
-from reslora.diffusion.experiment.pages import IMAGES, timestep_chart
-from reslora.diffusion.settings import parse_args
-from reslora.experiment import look, report
+from reslora.experiment import report
+from reslora.experiment import theme as look
 from reslora.experiment.statistics import rerun
+from reslora.images.experiment.report_sections import IMAGES, timestep_chart
+from reslora.images.settings import parse_args
 from reslora.options.images import Options
+from reslora.plots.charts import Series
 
 headline_of = report.headline_of
 page = partial(report.page, about=IMAGES)
@@ -177,7 +178,7 @@ def test_an_unfinished_experiment_says_what_is_missing(tmp_path):
 
 def test_an_arm_whose_process_was_killed_waits(tmp_path):
     killed = subprocess.Popen(
-        [sys.executable, "-c", "import reslora.files as f; print(f.this_process(), flush=True); input()"],
+        [sys.executable, "-c", "import reslora.io as f; print(f.this_process(), flush=True); input()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

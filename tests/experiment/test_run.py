@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from app.library import Experiment
-from reslora.common.errors import Diverged, InvalidArgument, RunFailed, Stopped
-from reslora.common.folder import locked
-from reslora.diffusion.experiment.pages import IMAGES
-from reslora.diffusion.settings import parse_args
-from reslora.experiment import run
+from reslora.errors import Diverged, InvalidArgument, RunFailed, Stopped
+from reslora.experiment import runner as run
 from reslora.experiment.arms import Arm
-from reslora.experiment.course import Course
-from reslora.experiment.parts import too_few
-from reslora.experiment.subject import COMPARING
+from reslora.experiment.hashed_split import too_few
+from reslora.experiment.schedule import Course
+from reslora.experiment.study import COMPARING
+from reslora.images.experiment.report_sections import IMAGES
+from reslora.images.settings import parse_args
+from reslora.runtime.folder_lock import locked
 
 
 def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):

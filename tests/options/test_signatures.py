@@ -7,26 +7,26 @@ ROOT = Path(__file__).resolve().parents[2]
 WHOLE = {"Options", "Grid", "TextOptions", "LlmOptions", "GlueOptions"}
 SEE_ALL = {
     # resolution: defaults, files, what contradicts
-    "reslora/diffusion/settings.py": "parse_args resolve with_family",
-    "reslora/diffusion/refusals.py": "check_options check_places report_doubtful",
-    "reslora/diffusion/checks.py": "with_rank",
-    "reslora/diffusion/training/start.py": "with_start",
-    "reslora/diffusion/experiment/checks.py": "check_ranks",
-    "reslora/language/arguments.py": "read resolve check_experiment _checked_llm _checked_glue",
-    "reslora/language/glue.py": "arguments_of arguments main",
-    "reslora/language/resuming.py": "free_on_resume",
+    "reslora/images/settings.py": "parse_args resolve with_family",
+    "reslora/images/refusals.py": "check_options check_places report_doubtful",
+    "reslora/images/model_checks.py": "with_rank",
+    "reslora/images/initial_lora.py": "with_start",
+    "reslora/images/experiment/requirements.py": "check_ranks",
+    "reslora/texts/arguments.py": "read resolve check_experiment _checked_llm _checked_glue",
+    "reslora/texts/glue.py": "arguments_of arguments main",
+    "reslora/texts/resuming.py": "free_on_resume",
     # a run, which resumes with the same options or is refused
-    "reslora/diffusion/context.py": "Context",
-    "reslora/diffusion/processes.py": "start_accelerator",
-    "reslora/diffusion/run.py": "run begin find_all settle check_folder show_plan",
-    "reslora/diffusion/training/checkpoints.py": "plan_resume already_trained notes_of write_exports",
-    "reslora/language/llm.py": "arguments main",
-    "reslora/language/experiment.py": "run report_unread opened",
+    "reslora/training/context.py": "Context",
+    "reslora/images/accelerator.py": "start_accelerator",
+    "reslora/images/run.py": "run begin find_all settle check_folder show_plan",
+    "reslora/training/checkpoints.py": "plan_resume already_trained notes_of write_exports",
+    "reslora/texts/llm.py": "arguments main",
+    "reslora/texts/experiment.py": "run report_unread opened",
     # the runs of an experiment
     "reslora/experiment/arms.py": "labels_of options_of check_values",
-    "reslora/experiment/course.py": "Course",
-    "reslora/experiment/run.py": "run_experiment",
-    "reslora/diffusion/experiment/run.py": "open_study take_folder going_on with_varied check_folder check_same "
+    "reslora/experiment/schedule.py": "Course",
+    "reslora/experiment/runner.py": "run_experiment",
+    "reslora/images/experiment/run.py": "open_study take_folder going_on with_varied check_folder check_same "
     "check_variants",
     # the application's form
     "app/jobs.py": "resolved",

@@ -8,8 +8,8 @@ from typing import get_args
 import pytest
 from waiting import LIMIT
 
-from reslora.common.methods import METHODS, Method
-from reslora.diffusion.settings import build_parser, given_by, resolve, with_family
+from reslora.images.settings import build_parser, given_by, resolve, with_family
+from reslora.methods.registry import METHODS, Method
 from reslora.options.grid import Grid
 from reslora.options.images import Options
 from reslora.options.option import Resume
