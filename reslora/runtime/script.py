@@ -97,6 +97,6 @@ def _leave_process_group(together: bool) -> None:
     `together`: all processes of the run exit; otherwise groups that wait for the other processes are not destroyed.
     """
     # Scripts import it, with torch, only after their options are validated.
-    together_module = sys.modules.get(f"{__package__}.together")
-    if together_module is not None:
-        together_module.leave(everyone=together)
+    processes = sys.modules.get(f"{__package__}.processes")
+    if processes is not None:
+        processes.leave(everyone=together)

@@ -15,7 +15,7 @@ SCRIPT = """
 import json, os, pathlib, sys, time
 import accelerate
 from reslora.errors import Diverged, EndedElsewhere, InvalidArgument, RunFailed
-from reslora.runtime import together
+from reslora.runtime import processes as together
 from reslora.runtime.script import shares_the_cpu
 
 accelerator = accelerate.Accelerator(cpu=shares_the_cpu())
@@ -110,7 +110,7 @@ DEAD = """
 import os, sys
 import torch
 import torch.distributed as dist
-from reslora.runtime import together
+from reslora.runtime import processes as together
 from reslora.runtime.script import shares_the_cpu
 from reslora.runtime.script import run_script
 
@@ -153,7 +153,7 @@ import os, sys, time
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-from reslora.runtime import together
+from reslora.runtime import processes as together
 from reslora.runtime.script import shares_the_cpu
 from reslora.runtime.script import run_script
 
