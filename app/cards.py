@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from reslora.formatting import counted
+from reslora.formatting import pluralize
 from reslora.images.data.size import Size
 
 from .image_edits import ImageEdits, text_of
@@ -77,17 +77,17 @@ def summary(edits: ImageEdits, images: Images, shown: int) -> str:
     """How many images there are, what training would leave out and why, and what the trainer would print."""
     problems = Counter(filter(None, map(edits.looks.problem, images.images.values())))
     count, left_out = len(images.images), sum(problems.values())
-    lines = [f"<b>{counted(count, 'image')}</b> in {escape(images.folder.name)}, {shown:,} shown"]
+    lines = [f"<b>{pluralize(count, 'image')}</b> in {escape(images.folder.name)}, {shown:,} shown"]
     if images.refused:
         lines.append(f'<b class="bad">Training would refuse this folder:</b> {escape(images.refused)}')
     if left_out and not images.refused:
         reasons = ", ".join(f"{number:,} {escape(reason)}" for reason, number in problems.most_common(MOST_NOTES))
-        lines.append(f'<b class="bad">Training would leave out {counted(left_out, "image")}:</b> {reasons}')
+        lines.append(f'<b class="bad">Training would leave out {pluralize(left_out, "image")}:</b> {reasons}')
     elif not images.refused:
         lines.append("Training would read all of them")
     alike = len(edits.looks.alike(images))
     if alike:
-        lines.append(f"{counted(alike, 'image')} like another one: see the filter Duplicates")
+        lines.append(f"{pluralize(alike, 'image')} like another one: see the filter Duplicates")
     elif any(image.size and edits.looks.of(image) is None for image in images.images.values()):
         lines.append("<i>Check images</i> opens every image, and finds further damaged ones and duplicates")
     buckets = Counter(size for image in images.images.values() if not image.problem for size in image.buckets)

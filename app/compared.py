@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.formatting import counted
+from reslora.formatting import pluralize
 from reslora.plots import figures
 from reslora.plots.charts import Line, line_chart, swatch
 from reslora.runtime.log import of_split
 
-from .differences import LOSSES, differing, drawn_alike
+from .differences import LOSSES, differing, same_sampling
 from .runs import NO_CONFIG, Run, number
 from .views import COLORS, NAMES, escape, figure, notice, table, tile
 
@@ -78,7 +78,7 @@ def base_columns(run: Run) -> list[Column]:
     """
     alike: dict[tuple, list[Run]] = {}
     for one in shown_runs(run):
-        alike.setdefault(drawn_alike(one) if run.beside else (), []).append(one)
+        alike.setdefault(same_sampling(one) if run.beside else (), []).append(one)
     found = []
     for group in alike.values():
         images: dict[Cell, Path] = {}
@@ -204,7 +204,7 @@ def numbers(run: Run, step: int) -> str:
     header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
     damaged = {name: count for one, method, name, _ in shown if (count := one.damaged_rows(method))}
     notes = "".join(
-        notice(f"{name}: {counted(count, 'damaged line')} of its log left out.") for name, count in damaged.items()
+        notice(f"{name}: {pluralize(count, 'damaged line')} of its log left out.") for name, count in damaged.items()
     )
     return (
         table("numbers several" if run.beside else "numbers", f"Numbers at step {step}", header + "".join(rows)) + notes

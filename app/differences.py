@@ -40,7 +40,7 @@ def setting(config: dict, flag: str) -> str:
     return json.dumps(value) if value else ""
 
 
-def drawn_alike(run: Run) -> tuple[str, ...]:
+def same_sampling(run: Run) -> tuple[str, ...]:
     """Runs in which this is the same draw the same image of a prompt and number before they train."""
     config = run.config
     return tuple(

@@ -9,7 +9,7 @@ from pathlib import Path
 from reslora.experiment.hashed_split import FEW, LEAST
 from reslora.experiment.schedule import Course
 from reslora.experiment.statistics import REFERENCE
-from reslora.formatting import counted
+from reslora.formatting import pluralize
 from reslora.options.grid import Grid
 
 from .activity import duration, why_ended
@@ -39,13 +39,13 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
         return notice(str(error))
     except OSError as error:
         return notice(f"The folder of images cannot be read ({error.strerror}).")
-    facts = [counted(len(course.labels), "method"), counted(len(course.given), "learning rate")]
-    facts.append(counted(len(course.seeds), "seed"))
+    facts = [pluralize(len(course.labels), "method"), pluralize(len(course.given), "learning rate")]
+    facts.append(pluralize(len(course.seeds), "seed"))
     if len(course.seeds) < 3:
         advice.append("With fewer than three seeds little can be shown.")
     if all(label.method != REFERENCE for label in course.labels.values()):
         advice.append(f"Nothing to compare with: verdicts need {REFERENCE} among the methods.")
-    return notice(" ".join([f"{counted(len(course.arms()), 'arm')}: {', '.join(facts)}.", *advice]))
+    return notice(" ".join([f"{pluralize(len(course.arms()), 'arm')}: {', '.join(facts)}.", *advice]))
 
 
 def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
@@ -59,14 +59,14 @@ def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) ->
         return []
     spread = math.sqrt(images * share * (1 - share))  # each image is chosen by its content
     low, high = (max(least, min(round(share * images + by), images - 2)) for by in (-spread, spread))
-    compare = f"{f'{low} to {high}' if low < high else low} of {counted(images, 'image')} will compare"
+    compare = f"{f'{low} to {high}' if low < high else low} of {pluralize(images, 'image')} will compare"
     return [f"{compare}: so few seldom show that a difference is real; give more images, or a larger test split."]
 
 
 def summary(experiment: Experiment, status: str, said: str = "") -> str:
     """How far an experiment is, and what its trainer is doing now; why it ended, where it `said` so."""
     ended, total = experiment.progress
-    facts = [f"{ended} of {counted(total, 'arm')} ended"] if total else []
+    facts = [f"{ended} of {pluralize(total, 'arm')} ended"] if total else []
     each = experiment.seconds_an_arm
     if status == "running" and each is not None and ended < total:
         at_once = max(1.0, number(experiment.config.get("arms_at_once")) or 1.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from reslora.formatting import counted
+from reslora.formatting import pluralize
 from reslora.merges import MERGES
 from reslora.plots import figures
 
@@ -204,7 +204,7 @@ def same_form(run: Run, start: Weights, method: str) -> Weights:
 
 def heading(start: Weights, request: Request, axes: tuple[str, str]) -> str:
     """The settings that are the same in all cells."""
-    parts = {"prompt": request.prompt, "seed": f"seed {request.seed}", "steps": counted(request.steps, "step")}
+    parts = {"prompt": request.prompt, "seed": f"seed {request.seed}", "steps": pluralize(request.steps, "step")}
     parts |= {"guidance": f"guidance {request.guidance:g}", "strength": f"strength {request.strength:g}"}
     parts |= {} if set(axes) & set(OF_WEIGHTS) else {"weights": start.label}
     return " · ".join(text for name, text in parts.items() if name not in axes and text)

@@ -24,7 +24,7 @@ TRIES, PAUSE = 100, 0.01
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[BinaryIO]:
+def locked_file(path: Path) -> Iterator[BinaryIO]:
     """A file to append to, with the lock on it, for a process to inherit; `BlockingIOError` if another one has it."""
     with path.open("ab") as file:  # closed and not unlocked: the lock stays with who has inherited it
         for left in reversed(range(TRIES)):

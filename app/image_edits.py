@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from reslora.formatting import counted
+from reslora.formatting import pluralize
 from reslora.images.data.caption_files import caption_files
 from reslora.images.data.captions import SEPARATOR
 from reslora.options.prompts import clean
@@ -110,7 +110,7 @@ class ImageEdits:
                 edits.append(Edit(image.name, image.captions, captions))
         if not edits:
             return "No caption had to be changed."
-        line = f"{operation.lower()}, {counted(len(edits), 'caption')}"
+        line = f"{operation.lower()}, {pluralize(len(edits), 'caption')}"
         self._write(images, edits, line)
         return f"Changed: {line}."
 
@@ -129,7 +129,7 @@ class ImageEdits:
             raise RunError(f"{run.name} is training, maybe on these images; wait for it, or stop it first.")
         paths = {os.path.normpath(image.path) for image in images.find(names)}
         chosen = [image for image in images.images.values() if os.path.normpath(image.path) in paths]
-        line = f"{counted(len(images.find(names)), 'image')} moved to the trash"
+        line = f"{pluralize(len(images.find(names)), 'image')} moved to the trash"
         with changing(images.folder, line) as draft:
             for metadata in {image.metadata for image in chosen if image.metadata}:
                 table = Table(metadata, images)

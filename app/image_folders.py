@@ -183,7 +183,7 @@ def read(folder: Folder, options: Options) -> Images:
             if any(path.name in METADATA for path in files_of(folder.path, options.data, options.output))
             else ""
         )
-    images |= unread(folder, options, images, why, metadata)
+    images |= skipped_images(folder, options, images, why, metadata)
     if images and not refused and all(image.problem for image in images.values()):
         refused = "no image can be used"
     return Images(folder, options, images, tuple(map(folder.without_path, notes)), refused, fixed)
@@ -224,7 +224,7 @@ def images_of(found: Found, folder: Folder, options: Options, otherwise: str | N
     return images
 
 
-def unread(
+def skipped_images(
     folder: Folder, options: Options, read: dict[str, Image], why: str, metadata: Path | None
 ) -> dict[str, Image]:
     """The images in a folder that the trainer passes over; masks are none."""

@@ -29,7 +29,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 
 from reslora.errors import InvalidArgument
 from reslora.images.data.images import SUFFIXES
-from reslora.images.settings import given_by, resolve
+from reslora.images.settings import parsed_values, resolve
 from reslora.io import write_json
 from reslora.options.grid import Grid
 from reslora.options.images import Options
@@ -37,9 +37,9 @@ from reslora.training.stopping import SAMPLE, SAVE
 
 from . import launcher
 from .folders import BUNDLED, UPLOADS, Folders
-from .held import held, is_held
 from .launcher import ALONE, REPOSITORY, SCRIPT
 from .library import REPORT, Experiment, Library, kind_of, language_script, refuse_language
+from .locked_file import is_held, locked_file
 from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, NOTES, Run, RunError, is_trainer
 from .uploads import contents_of, keep, place_of
 from .views import enumerated
@@ -145,7 +145,7 @@ class Jobs:
     def resolved(self, words: list[str]) -> Options | Grid[Options]:
         """What the trainer makes of a command, whatever its images are: they may not be stored yet."""
         try:
-            return resolve(given_by(launcher.trainers_parser(), words[1:]))
+            return resolve(parsed_values(launcher.trainers_parser(), words[1:]))
         except InvalidArgument as error:
             raise RunError(self.without_folders(str(error))) from None
 
@@ -254,7 +254,7 @@ class Jobs:
         self.began.discard(run.name)
         for request in (SAVE, SAMPLE):  # to which nothing came any more when it trained before
             (run.folder / request).unlink(missing_ok=True)
-        with held(run.folder / run.log_name) as log:
+        with locked_file(run.folder / run.log_name) as log:
             # A session of its own: Ctrl-C in the application's terminal doesn't reach it.
             self.started[run.name] = subprocess.Popen(
                 [*launcher.launch_words(device), *words], stdin=subprocess.DEVNULL, stdout=log,

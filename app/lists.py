@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from reslora.formatting import counted
+from reslora.formatting import pluralize
 
 from .activity import activity, why_ended
 from .folders import BUNDLED
@@ -132,7 +132,7 @@ def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str
     facts = [
         "experiment" if kind else ", ".join(NAMES[method] for method in run.methods),
         f"a language model, by {script}" if script else "",
-        f"{done:,} of {counted(total, 'arm' if kind else 'step')}" if total else "",
+        f"{done:,} of {pluralize(total, 'arm' if kind else 'step')}" if total else "",
         NO_CONFIG if run.unreadable else "",
     ]
     why = why_ended(run, status, shelf.jobs.last_line(run))

@@ -159,7 +159,7 @@ class Page:
         run = self.library.beside(runs[name], beside)
         state = self.state_of(run)
         if seen and state[:AT_REST] == seen[:AT_REST]:
-            return {self.seen: state} | self.told(run, state[AT_REST]) if state != seen else gr.skip()
+            return {self.seen: state} | self.updates(run, state[AT_REST]) if state != seen else gr.skip()
         before = dict(zip(self.tabs, seen[0] if seen else [None] * len(self.tabs), strict=True))
         was = dict(zip(self.choosing, chosen, strict=True))
         choices = {tab: tab.choice(run, was[tab], before[tab]) for tab in self.choosing}
@@ -181,18 +181,18 @@ class Page:
         at_rest = seen, tuple(self.library.runs()), run.fingerprint()
         return *at_rest, self.jobs.status(run), activity(run.activity), run.log_tail()
 
-    def told(self, run: Run, status: str) -> dict:
+    def updates(self, run: Run, status: str) -> dict:
         """Values of what changes from look to look: the line about the run, and what the tabs have of the kind."""
         values = {self.summary: views.summary(run, status, self.jobs.last_line(run))}
         for tab in self.tabs:
-            values |= tab.told(run, status)
+            values |= tab.updates(run, status)
         return values
 
     def shown(self, run: Run, choices: dict[Tab, object]) -> dict:
         """Values of the components that `watch` keeps up to date."""
         state = self.state_of(run)  # before all else: what changes meanwhile is seen by the next look
         values = {self.seen: state, self.run: gr.update(choices=list(self.library.runs()))}
-        values |= self.told(run, state[AT_REST])
+        values |= self.updates(run, state[AT_REST])
         for tab in self.tabs:
             values |= tab.shown(run, choices.get(tab))
         return values

@@ -13,7 +13,7 @@ from reslora.chains import lora_layers
 from reslora.checkpoint import PEFT_PREFIX
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.export import DIFFUSERS_FILE, Factors, lora_config
-from reslora.formatting import counted
+from reslora.formatting import pluralize
 from reslora.images.model.families.base import Family
 from reslora.images.model.lora_files.combining import summed
 from reslora.images.model.lora_files.names import Names, Parts, names_of
@@ -81,7 +81,7 @@ def numbers(text: str, names: list[str]) -> list[float]:
     words = str(text or "").replace(",", " ").split() or ["1"] * len(names)
     if len(words) != len(names):
         raise RunError(
-            f"{counted(len(words), 'strength')} for {counted(len(names), 'LoRA')}: give one for each, as in 1 0.5."
+            f"{pluralize(len(words), 'strength')} for {pluralize(len(names), 'LoRA')}: give one for each, as in 1 0.5."
         )
     found, (least, greatest) = [], LIMITS["strength"]
     for name, word in zip(names, words, strict=True):

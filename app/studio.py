@@ -178,7 +178,7 @@ class Studio:
             one = replace(request, seed=(request.seed + number) % SEEDS, images=1)
             title = f"Image {number + 1} of {request.images}"
             pictures += [Picture(choice, one, f"{title}, {choice.label}") for choice in choices]
-        yield from self._told(lambda visitor: self._draw_all(run, pictures, visitor), session, "images", listening)
+        yield from self._progress(lambda visitor: self._draw_all(run, pictures, visitor), session, "images", listening)
 
     def draw_grid(
         self,
@@ -188,7 +188,7 @@ class Studio:
         listening: Callable[[], bool] = lambda: True,
     ) -> Iterator[Status | Step | Drawn]:
         """Yields what happens, and the images of a grid in their order. Ends as `generate` does."""
-        yield from self._told(lambda visitor: self._draw_all(run, pictures, visitor), session, "grid", listening)
+        yield from self._progress(lambda visitor: self._draw_all(run, pictures, visitor), session, "grid", listening)
 
     def write_whole(
         self, run: Run | None, weights: Weights, target: Path, session: str = "", listening=lambda: True
@@ -197,11 +197,11 @@ class Studio:
 
         Ends as `generate` does, within one tensor, leaving nothing then. Raises `RunError` where it cannot be written.
         """
-        yield from self._told(
+        yield from self._progress(
             lambda visitor: self._write_whole(run, weights, target, visitor), session, "model", listening
         )
 
-    def _told(
+    def _progress(
         self, work: Callable[[Visitor], None], session: str, kind: str, listening: Callable[[], bool]
     ) -> Iterator:
         """Does some work in a thread of its own and yields what is told of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reslora.formatting import counted
+from reslora.formatting import pluralize
 from reslora.runtime.log import of_split
 
 from .runs import Run, Weights, number
@@ -31,7 +31,7 @@ def verdict(run: Run, step: int) -> str:
     order = sorted(losses, key=lambda method: losses[method][at])
     named = ", ".join(f"{NAMES[method]} {losses[method][at]:.4f}" for method in order)
     named = f"{run.name}: {named}" if run.beside else named
-    claim, steps = ONE_SEED if len(order) > 1 else ALONE, counted(at, "step")
+    claim, steps = ONE_SEED if len(order) > 1 else ALONE, pluralize(at, "step")
     return f'<p class="verdict"><b>{escape(named)}</b> on held-out images after {steps}. {claim}</p>'
 
 

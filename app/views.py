@@ -17,7 +17,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from reslora.formatting import counted
+from reslora.formatting import pluralize
 from reslora.methods.registry import METHODS
 from reslora.options.prompts import clean
 
@@ -109,7 +109,7 @@ def summary(run: Run, status: str, said: str = "") -> str:
     config = run.config
     done, total = run.progress
     names = ", ".join(NAMES[method] for method in run.methods)
-    facts = [names, f"{counted(total // len(run.methods), 'step')} each" if total else ""]
+    facts = [names, f"{pluralize(total // len(run.methods), 'step')} each" if total else ""]
     if done < total:
         facts.append(f"{done} of {total} done")
     if run.unreadable:
@@ -243,7 +243,9 @@ def chain_plan(plan: dict | None) -> str:
     notes = "".join(f"<li>✂<sup>{mark}</sup> {escape(reason)}</li>" for reason, mark in reasons.items())
     in_unet = any(block["name"].startswith("down_blocks.") for chain in plan["chains"] for block in chain["blocks"])
     legend = " (d: down, m: middle, u: up)" if in_unet else ""
-    links = f"<p>{counted(int(plan.get('links', 0)), 'link')} in {counted(len(plan['chains']), 'chain')}{legend}</p>"
+    links = (
+        f"<p>{pluralize(int(plan.get('links', 0)), 'link')} in {pluralize(len(plan['chains']), 'chain')}{legend}</p>"
+    )
     return f'{what(LINKS)}{links}{table("chains", "Chains", rows)}<ul class="reasons">{notes}</ul>'
 
 

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from measured import ROOT
 
-from reslora.attributes import temporarily
+from reslora.attributes import override_attributes
 from reslora.images.accelerator import start_accelerator
 from reslora.images.data.dataset import load_images
 from reslora.images.data.encoding import Variants, encode_images, encode_texts
@@ -184,7 +184,7 @@ def train_on(device: Device, material: Material, context: Context, folder: Path)
     context = dataclasses.replace(context, accelerator=simulated(context.accelerator, device))
     study = Unmeasured(schedule, None, context, pipeline, material)
     began = time.process_time()
-    with temporarily(loop, save_checkpoint=lambda *_: None):
+    with override_attributes(loop, save_checkpoint=lambda *_: None):
         loop.train(learner, study, reports)
     reports.close()
     return time.process_time() - began

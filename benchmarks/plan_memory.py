@@ -135,7 +135,7 @@ def phases_noted(said: list[tuple[int, str]]) -> Iterator[None]:
         yield
 
 
-def taken(flags: list[str]) -> dict:
+def consume_request(flags: list[str]) -> dict:
     """Return the run's peak bytes: allocated by phase, and resident in total."""
     said: list[tuple[int, str]] = []
     gc.collect()
@@ -176,7 +176,7 @@ def main() -> None:
         family, side, *more = arguments.case
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             flags = flags_of(family, side, more, Path(folder))
-            result = {"planned": planned(flags), "allocated": taken(flags)}
+            result = {"planned": planned(flags), "allocated": consume_request(flags)}
         print(json.dumps(result))
         return
     rows = []

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def temporarily(owner: object, **values: object) -> Iterator[None]:
+def override_attributes(owner: object, **values: object) -> Iterator[None]:
     """Set attributes of `owner` to these values inside this context, and restore the earlier values afterwards."""
     before = {name: getattr(owner, name) for name in values}
     try:

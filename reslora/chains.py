@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .formatting import counted
+from .formatting import pluralize
 from .tracing import Trace, trace
 
 Before = Sequence[Sequence[int]]
@@ -366,7 +366,7 @@ def _difference(before: Block, block: Block) -> str:
 
 def _table(plan: Chains) -> list[str]:
     count = len(plan.blocks)
-    lines = [f"{counted(count, 'LoRA block')} in {counted(len(plan), 'chain')}, {counted(plan.links, 'link')}"]
+    lines = [f"{pluralize(count, 'LoRA block')} in {pluralize(len(plan), 'chain')}, {pluralize(plan.links, 'link')}"]
     rows = [
         ("" if number else chain.role, "-> " * bool(number) + block.name, block.shape, block.cut)
         for chain in plan

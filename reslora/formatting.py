@@ -8,12 +8,12 @@ CONTROLS = ("Cc", "Cf", "Zl", "Zp")
 """Unicode categories of control characters, which a terminal interprets or which hide other characters."""
 
 
-def counted(number: int, what: str) -> str:
+def pluralize(number: int, what: str) -> str:
     """Return a number and a noun, singular or plural: 1 image, 2 images."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def are(number: int) -> str:
+def is_or_are(number: int) -> str:
     """Return the verb for a number: 1 of 3 images is read, 2 of them are."""
     return "is" if number == 1 else "are"
 

@@ -20,7 +20,7 @@ from .calibration import Calibrator
 from .chains import Chain, Chains, base_model, chains, lora_layers
 from .checks import is_whole
 from .config import ResLoraConfig
-from .formatting import counted
+from .formatting import pluralize
 from .merges import Merge
 from .merging import Factors, Merged
 from .shortcuts import shortcut_class
@@ -72,7 +72,7 @@ class MergeReport:
         error = (
             f", relative error {sum(errors) / len(errors):.2%} on average, {max(errors):.2%} at most" if errors else ""
         )
-        return f"merged {counted(len(self.blocks), 'block')} by {self.method!r}{error}"
+        return f"merged {pluralize(len(self.blocks), 'block')} by {self.method!r}{error}"
 
 
 # -- connect and disconnect ------------------------------------------------------------------------------------------

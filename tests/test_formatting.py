@@ -1,16 +1,16 @@
 """Numbers and names in sentences."""
 
-from reslora.formatting import are, counted, printable
+from reslora.formatting import is_or_are, pluralize, printable
 
 
 def test_one_is_not_several():
-    assert [counted(number, "image") for number in (0, 1, 2, 1234)] == [
+    assert [pluralize(number, "image") for number in (0, 1, 2, 1234)] == [
         "0 images",
         "1 image",
         "2 images",
         "1,234 images",
     ]
-    assert [are(number) for number in (0, 1, 2)] == ["are", "is", "are"]
+    assert [is_or_are(number) for number in (0, 1, 2)] == ["are", "is", "are"]
 
 
 def test_what_a_terminal_would_obey_is_escaped():

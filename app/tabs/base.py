@@ -74,7 +74,7 @@ class Tab:
         """What `chosen` is to be now: it may move on with the run. None, both of them, with the first look at a run."""
         return None
 
-    def told(self, run: Run, status: str) -> dict:
+    def updates(self, run: Run, status: str) -> dict:
         """Values of `live`."""
         return {}
 

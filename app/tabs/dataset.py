@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from reslora.formatting import counted
+from reslora.formatting import pluralize
 from reslora.images.data.caption_files import CAPTIONS
 
 from .. import cards, image_edits, views
@@ -182,7 +182,7 @@ class DatasetTab(Tab):
         except Exception as error:
             return {"error": str(translated(error).message)}
 
-    def tell_refused(self, event: gr.EventData) -> str:
+    def report_refused_caption(self, event: gr.EventData) -> str:
         """A caption was refused after its box had gone from the page."""
         return views.notice(str(event.line))
 
@@ -213,8 +213,8 @@ class DatasetTab(Tab):
         images = self.look(*asked)
         total, name = len(images.images), images.folder.name
         for done in self.edits.check(images):
-            yield views.progress(f"{name}: {done:,} of {counted(total, 'image')} checked", done / max(1, total))
-        yield views.notice(f"{name}: {counted(total, 'image')} checked.")
+            yield views.progress(f"{name}: {done:,} of {pluralize(total, 'image')} checked", done / max(1, total))
+        yield views.notice(f"{name}: {pluralize(total, 'image')} checked.")
 
     def do_upload(self, name, uploads, caption) -> tuple:
         """Stores uploaded images as a new folder, and shows it."""
@@ -274,7 +274,7 @@ class DatasetTab(Tab):
         images = self.edits.look(folder)
         for _ in self.edits.check(images):
             pass
-        return f"{counted(len(images.images), 'image')} checked."
+        return f"{pluralize(len(images.images), 'image')} checked."
 
 
 def refuse_other(shown: object, chosen: object) -> None:

@@ -184,11 +184,11 @@ class GenerateTab(Tab):
                 else:
                     yield gr.skip(), views.progress(text, (len(done) + share) / wanted), gr.skip(), gr.skip()
         except Cancelled:
-            said = views.notice(f"Cancelled after {len(done)} of {views.counted(wanted, 'image')}.")
+            said = views.notice(f"Cancelled after {len(done)} of {views.pluralize(wanted, 'image')}.")
             yield gr.skip(), said, gr.skip(), gr.skip()
             return
         # Everything once more, not `skip`: a program gets what comes last.
-        bar = views.progress(f"{len(done)} of {views.counted(wanted, 'image')} done", 1)
+        bar = views.progress(f"{len(done)} of {views.pluralize(wanted, 'image')} done", 1)
         yield files, bar, request.seed, views.settings_table(done)
 
     def save(self, drawn: Drawn):

@@ -113,13 +113,13 @@ class GridPart:
                     drawn[place], files[place], shown[place] = event, path, self.address(path)
                 bar = views.progress(text, (len(drawn) + share) / len(pictures))
                 yield grids.table(grid, shown) if isinstance(event, Drawn) else gr.skip(), bar, gr.skip(), gr.skip()
-            said = views.progress(f"{len(drawn)} of {views.counted(len(pictures), 'cell')} done", 1)
+            said = views.progress(f"{len(drawn)} of {views.pluralize(len(pictures), 'cell')} done", 1)
         except Cancelled:
-            said = views.notice(f"Stopped after {len(drawn)} of {views.counted(len(pictures), 'cell')}.")
+            said = views.notice(f"Stopped after {len(drawn)} of {views.pluralize(len(pictures), 'cell')}.")
         except RunError as error:
             if not drawn:
                 raise
-            count = f"{len(drawn)} of {views.counted(len(pictures), 'cell')}"
+            count = f"{len(drawn)} of {views.pluralize(len(pictures), 'cell')}"
             said = views.notice(f"{error} That ended the grid after {count}.")
         sheet = None
         if drawn:

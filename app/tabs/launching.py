@@ -249,13 +249,13 @@ class LaunchTab(Tab):
         chosen = None if paths else folder or None
         entry = Entry(name, self.what, settings | {"model": str(model or "").strip()}, chosen)
         added = self.jobs.add(entry, paths, str(caption or ""))
-        told = self.told_of(added) + launcher.warning(settings)
+        told = self.outcome_of(added) + launcher.warning(settings)
         if paths and added.folder not in (None, f"runs/{name}"):
             told += f" There are others in runs/{name}."
         shown = gr.update() if added.state == WAITING else gr.update(choices=self.list_names(), value=name)
         return shown, words, self.start_label(), views.notice(told)
 
-    def told_of(self, entry: Entry) -> str:
+    def outcome_of(self, entry: Entry) -> str:
         """What has become of something that was to start, and with which images where it is new."""
         where = f" on GPU {entry.device}" if entry.device is not None else ""
         named = {BUNDLED: "the bundled images", ".": "the images in the data folder"}
@@ -277,4 +277,4 @@ class LaunchTab(Tab):
     def do_resume(self, name: str) -> str:
         """Goes on with what was stopped, or lines it up."""
         run = self.jobs.find(name, self.kind)
-        return views.notice(self.told_of(self.jobs.add(Entry(run.name, self.what, resume=True))))
+        return views.notice(self.outcome_of(self.jobs.add(Entry(run.name, self.what, resume=True))))

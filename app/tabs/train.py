@@ -104,6 +104,6 @@ class TrainTab(LaunchTab):
                 raise RunError(f"{name} {value}: several values make an experiment; start it under Experiment.")
         return settings
 
-    def told(self, run: Run, status: str) -> dict:
+    def updates(self, run: Run, status: str) -> dict:
         """What the trainer has printed."""
         return {self.log: views.log(self.jobs.log(run), status)}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..formatting import counted
+from ..formatting import pluralize
 from ..io import replacing
 from ..plots.charts import MINUS, Axes, Row, Series, chart, escape, forest
 from .record import Arm, Best, Experiment, Verdict, as_of_now
@@ -75,7 +75,7 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
     sections = (
         ("Verdicts", verdict_table(experiment, unit)),
         ("What to use", what_to_use(experiment, about)),
-        (f"Notes as of {counted(as_of, 'arm')}" if as_of else "Notes", in_lines(experiment["notes"])),
+        (f"Notes as of {pluralize(as_of, 'arm')}" if as_of else "Notes", in_lines(experiment["notes"])),
         ("What is missing", missing(experiment)),
         (f"Chosen on the select {unit}s", chosen_table(experiment, unit)),
         ("Arms", arm_table(experiment, about)),
@@ -85,7 +85,7 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
     )
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
     split = experiment["split"]
-    arms = counted(len(experiment["arms"]), "arm")
+    arms = pluralize(len(experiment["arms"]), "arm")
     parts = f"{split['train']} {unit}s to train on, {split['select']} to select by, {split['test']} to test with"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{headline}</title>'
@@ -106,7 +106,7 @@ def headline_of(experiment: Experiment, unit: str) -> str:
     ended = sum(arm["status"] in ("finished", "failed") for arm in experiment["arms"])
     so_far = f"So far, with {ended} of {total} arms: " if ended < total else ""
     if verdicts and "as_of" in experiment:
-        so_far = f"As of {counted(experiment['as_of'], 'arm')}, with {ended} of {total} ended: "
+        so_far = f"As of {pluralize(experiment['as_of'], 'arm')}, with {ended} of {total} ended: "
     if not verdicts:
         finished = any(arm["status"] == "finished" for arm in experiment["arms"])
         none = "Nothing is compared yet" if finished and not experiment["chosen"] else "There is nothing to compare"

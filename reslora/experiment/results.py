@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..formatting import are, counted
+from ..formatting import is_or_are, pluralize
 from ..io import read_object, this_process, write_json
 from ..json_lines import json_lines
 from ..methods.registry import METHODS
@@ -196,7 +196,7 @@ class Results:
         total, minutes = len(self.course.arms()), self.course.grid.base.experiment.experiment_minutes
         if ended == total:
             return []
-        line = f"{record.UNFINISHED}{total - ended} of {total} arms {are(total - ended)} still to be trained"
+        line = f"{record.UNFINISHED}{total - ended} of {total} arms {is_or_are(total - ended)} still to be trained"
         return [f"{line}, none within --experiment_minutes {minutes:g}; the same command goes on for as long again"]
 
     def failed(self) -> list[str]:
@@ -245,7 +245,7 @@ class Results:
         folder = self.course.folder
         there = {path.parent for method in METHODS for path in (folder / method).glob(f"**/seed-*/{ENDED}")}
         more = len(there - {self.course.folder_of(arm) for arm in self.course.arms()})
-        left_out = f"left out: {counted(more, 'arm')} of other methods, rates or seeds, which the folder has as well"
+        left_out = f"left out: {pluralize(more, 'arm')} of other methods, rates or seeds, which the folder has as well"
         return [left_out] if more else []
 
     def export(self, trained: Sequence[Arm]) -> record.Best:

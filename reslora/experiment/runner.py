@@ -12,12 +12,12 @@ from tqdm.auto import tqdm
 from ..errors import Diverged, EndedElsewhere, Stopped
 from ..options.grid import Grid
 from ..runtime.peak_memory import forget_peak, peak_memory
-from ..runtime.processes import decided, is_main
+from ..runtime.processes import broadcast_from_main, is_main
 from ..runtime.signals import StopRequest
 from .arms import Arm
 from .results import Results
 from .study import Subject
-from .worker_pool import Crew, Orders, heard
+from .worker_pool import Crew, Orders, print_workers
 
 Open = Callable[[Grid, StopRequest, Orders | None], contextlib.AbstractContextManager[Subject]]
 """Locks the directory, and loads and encodes what all arms share; in a worker, in the directory that is already locked.
@@ -34,7 +34,7 @@ def run_experiment(opened: Open, grid: Grid, stop: StopRequest, orders: Orders |
     with opened(grid, stop, orders) as subject:
         if orders:
             for arm in orders.arms(subject.course):
-                with heard():
+                with print_workers():
                     train(arm, subject)
             return
         work, size = functools.partial(run_experiment, opened, grid), grid.base.experiment.arms_at_once or 1
@@ -54,22 +54,22 @@ def train_and_conclude(subject: Subject, crew: Crew | None = None) -> None:
             results.write()
         what, _, _ = str(error).partition("; ")  # otherwise it would name the option that resumes a single run
         raise Stopped(f"{what}; the same command goes on") from None
-    decided(results.conclude)
+    broadcast_from_main(results.conclude)
 
 
 def train_arms(results: Results, crew: Crew | None = None) -> None:
     """Train the arms in their order until there is none: in this process, or by the workers."""
     course, subject = results.course, results.subject
-    decided(course.next_arm)  # adds arms by --extend_rates
+    broadcast_from_main(course.next_arm)  # adds arms by --extend_rates
     ended, total = sum(bool(course.ended(arm)) for arm in course.arms()), len(course.arms())
     bar = tqdm(desc="arms", total=total, initial=ended, dynamic_ncols=True, disable=crew is None)
     with bar, crew.working(total - ended) if crew else contextlib.nullcontext(1) as size:
         while True:
-            while len(course.running) < size and (arm := decided(course.next_arm)):
+            while len(course.running) < size and (arm := broadcast_from_main(course.next_arm)):
                 course.running.add(arm)
                 if crew:
                     crew.give(arm, course.grids)
-            decided(results.write)
+            broadcast_from_main(results.write)
             if not course.running:
                 return
             if crew:
@@ -97,5 +97,5 @@ def train(arm: Arm, subject: Subject) -> float:
             raise
         reason = getattr(error, "problem", "")  # known only to the main process
     memory, seconds = peak_memory(subject.device), time.monotonic() - started
-    decided(lambda: subject.course.end(arm, reason, memory, seconds))
+    broadcast_from_main(lambda: subject.course.end(arm, reason, memory, seconds))
     return seconds

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from scipy import special
 from scipy.optimize import brentq
 
-from ..formatting import are
+from ..formatting import is_or_are
 from .record import Arm, Choice, Ranking, TestLosses, Verdict, Worse
 
 REFERENCE = "lora"
@@ -350,7 +350,7 @@ def sentence_of(verdict: Verdict, pair: Pair, unit: str) -> str:
         )
     if pair.missing:
         missing = pair.missing
-        sentence += f"; {missing} of {missing + verdict['seeds']} seeds {are(missing)} missing"
+        sentence += f"; {missing} of {missing + verdict['seeds']} seeds {is_or_are(missing)} missing"
     return sentence
 
 

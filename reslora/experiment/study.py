@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from ..formatting import counted
+from ..formatting import pluralize
 from ..io import read_object, write_json
 from ..runtime.signals import StopRequest
 from .arms import Arm
@@ -57,7 +57,7 @@ class Subject(ABC):
 
     def goes_on(self, ended: int, total: int) -> None:
         """Write to the status how many arms have ended, if several are trained at once."""
-        self.say(f"training, {ended} of {counted(total, 'arm')} ended")
+        self.say(f"training, {ended} of {pluralize(total, 'arm')} ended")
 
     def begins(self, phase: str, arm: Arm) -> None:
         """Report the next phase of an arm.

@@ -70,7 +70,7 @@ class Orders:
             self._connection.send(arm)
 
 
-def heard() -> contextlib.AbstractContextManager:
+def print_workers() -> contextlib.AbstractContextManager:
     """Return a context in which a worker prints to the terminal."""
     return contextlib.redirect_stdout(sys.__stdout__)
 
@@ -106,7 +106,7 @@ class Member:
     connection: Connection
     arm: Arm | None = None
 
-    def tell(self, what: object) -> None:
+    def send(self, what: object) -> None:
         """Send an object to the worker; if the worker has ended, the waiting code detects it."""
         with contextlib.suppress(OSError):
             self.connection.send(what)
@@ -138,7 +138,7 @@ class Crew:
                 self.members.append(Member(process, ours))
             yield size
             for member in self.members:
-                member.tell(None)
+                member.send(None)
                 member.process.join()
         finally:
             for member in self.members:
@@ -150,7 +150,7 @@ class Crew:
         """Assign an arm to an idle worker, together with the present grids."""
         member = next(member for member in self.members if member.arm is None)
         member.arm = arm
-        member.tell((arm, grids))
+        member.send((arm, grids))
 
     def ended(self) -> Arm:
         """Wait for an arm to end, and return it.
@@ -171,7 +171,7 @@ class Crew:
     def end(self) -> None:
         """Ask all workers to save and exit, and wait; a second signal ends this process, and thereby the workers."""
         for member in self.members:
-            member.tell(STOP)
+            member.send(STOP)
         for member in self.members:
             member.process.join()
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from ..bundled import ASSETS
 from ..checks import is_path
 from ..errors import InvalidArgument, first_line, refused_as
-from ..formatting import counted, printable
+from ..formatting import pluralize, printable
 from ..io import read_object
 from ..options.argument_parser import Parser
 from ..options.option import whole
@@ -98,7 +98,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.base and not Path(args.base).exists() and is_path(args.base):
         raise InvalidArgument(f"--base {args.base}", "no such folder", "give one in diffusers format")
     if args.weight and len(args.weight) != len(args.inputs):
-        problem = f"{counted(len(args.weight), 'weight')} for {counted(len(args.inputs), 'file')}"
+        problem = f"{pluralize(len(args.weight), 'weight')} for {pluralize(len(args.inputs), 'file')}"
         raise InvalidArgument("--weight", problem, "give one for each IN")
     if args.weight and not all(map(math.isfinite, args.weight)):
         raise InvalidArgument(f"--weight {' '.join(map(str, args.weight))}", "not finite", "give numbers")

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import InvalidArgument, first_line, refused_as
 from ..methods.adapters import check_rank, narrowest_layer, rank_allocator
 from ..methods.control_scales import gauged
-from ..methods.links import tell_links
+from ..methods.links import print_links
 from ..methods.registry import METHODS
 from ..methods.targets import check_layers
 from ..options.images import (
@@ -57,7 +57,7 @@ def check_held_out(kinds: Sequence[ImageDataset], context: Context) -> None:
     for name in STEERING:
         if options[name]:
             raise InvalidArgument(f"--{name}", problem, "leave it out, or give more images")
-    context.tell_once(f"warning: --validation_split {split:g}: {problem}; there is no validation loss")
+    context.print_once(f"warning: --validation_split {split:g}: {problem}; there is no validation loss")
 
 
 def check_base_precision(options: ModelOptions, dtype: torch.dtype, accelerator: Accelerator) -> None:
@@ -156,7 +156,7 @@ def check_methods(adapter: MethodOptions, training: TrainingOptions, context: Co
     for method in adapter.method:
         denoiser = model.empty_denoiser()
         if method == adapter.method[0]:
-            check_targets(denoiser, adapter, context.tell_once)
+            check_targets(denoiser, adapter, context.print_once)
         config = config_of(method, adapter, total_steps=1000, start=context.start)
         try:
             check_rank(denoiser, config)
@@ -168,7 +168,7 @@ def check_methods(adapter: MethodOptions, training: TrainingOptions, context: Co
         if rank_allocator(denoiser) and (unread := model.family.unread_weights(denoiser)):
             problem = f"nothing reads what {' and '.join(unread)} of the last block return, so AdaLoRA cannot rank them"
             raise InvalidArgument(argument, problem, "give targets without them, or another method")
-        tell_links(denoiser, method, shortcuts_of(adapter), context.tell_once)
+        print_links(denoiser, method, shortcuts_of(adapter), context.print_once)
 
 
 def try_method(

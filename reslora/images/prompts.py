@@ -128,7 +128,7 @@ def _checked(options: dict, where: str) -> str:
         raise InvalidArgument(where, first_line(error), "correct it") from None
 
 
-def settled(prompt: Prompt, data: DataOptions, validation: ValidationOptions, family: Family) -> Prompt:
+def resolved(prompt: Prompt, data: DataOptions, validation: ValidationOptions, family: Family) -> Prompt:
     """Return the prompt with all options resolved, and guidance in the convention of the family's pipeline."""
     side = data.resolution[0]
     guidance = prompt.guidance_scale

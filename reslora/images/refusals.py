@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checks import check_writable, is_path, require_package
 from ..errors import InvalidArgument, refused_as, speaks
-from ..formatting import counted
+from ..formatting import pluralize
 from ..methods.registry import METHODS, check_steps, refuse_unable
 from ..options.contradictions import check_compiled, check_method, check_texts
 from ..options.images import (
@@ -77,7 +77,7 @@ def check_folders(data: DataOptions) -> None:
         ("train_data_weight", data.train_data_weight),
     ):
         if len(values) not in (1, max(1, len(folders))):
-            problem = f"{counted(len(values), 'value')} for {counted(max(1, len(folders)), 'folder')}"
+            problem = f"{pluralize(len(values), 'value')} for {pluralize(max(1, len(folders)), 'folder')}"
             raise InvalidArgument(f"--{name} {as_typed(values)}", problem, "give one, or one for each")
     if (data.class_data_dir is None) != (data.class_prompt is None):
         missing = "--class_prompt" if data.class_prompt is None else "--class_data_dir"
@@ -110,7 +110,7 @@ def check_prompts(validation: ValidationOptions) -> None:
     """Raise `InvalidArgument` unless there are options for none of the prompts or for each."""
     options, prompts = validation.validation_prompt_options, validation.validation_prompt
     if options and len(options) != len(prompts):
-        problem = f"{len(options)} for {counted(len(prompts), 'prompt')}"
+        problem = f"{len(options)} for {pluralize(len(prompts), 'prompt')}"
         raise InvalidArgument("--validation_prompt_options", problem, "give one for each, '{}' where there are none")
 
 

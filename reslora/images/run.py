@@ -17,7 +17,7 @@ from ..experiment.record import EXPERIMENT
 from ..options.grid import Grid
 from ..options.images import Options
 from ..runtime.folder_lock import locked
-from ..runtime.processes import decided, each, gathered
+from ..runtime.processes import all_gather, broadcast_from_main, on_all
 from ..runtime.signals import NOT_BEGUN, StopRequest
 from ..runtime.status import Status
 from ..training.checkpoints import OF_CLASS, Identity, check_length, plan_resume
@@ -31,7 +31,7 @@ from .data.class_images import load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
 from .data.samples import Material
-from .data.training_data import material_of, note_images, tell_counts
+from .data.training_data import material_of, note_images, print_folder_counts
 from .initial_lora import read_start, with_start
 from .memory.plan import check_memory
 from .model.loading import find_model
@@ -60,27 +60,29 @@ def run(options: Options, stop: StopRequest) -> None:
     """Train, merge and export every method of the options, and write figures and a summary."""
     with contextlib.ExitStack() as stack:
         kinds, context, identity = begin(options, stop, stack, lambda: check_folder(options))
-        resume = decided(lambda: plan_resume(context.options, identity))
+        resume = broadcast_from_main(lambda: plan_resume(context.options, identity))
         for line in resume.notes:
             context.accelerator.print(line)
-        if resume.finished == context.options.adapter.method and decided((context.folder / FINISHED).is_file):
-            decided(lambda: show(context))
+        if resume.finished == context.options.adapter.method and broadcast_from_main(
+            (context.folder / FINISHED).is_file
+        ):
+            broadcast_from_main(lambda: show(context))
             return
         if context.options.output.push_to_hub:
-            decided(lambda: check_upload(context.options.output))
+            broadcast_from_main(lambda: check_upload(context.options.output))
         check_before_loading(kinds, context)
         goes_on = bool(resume.finished or any(resume.checkpoints.values()))
         pipeline, material = encode(kinds, context, goes_on)
-        tell_counts(material, context)
+        print_folder_counts(material, context)
         forget_encoder(pipeline, context)
         schedule = schedule_of(material.updates(context.accelerator.num_processes), context)
-        decided(lambda: check_length(context.options.training, resume, schedule.steps))
+        broadcast_from_main(lambda: check_length(context.options.training, resume, schedule.steps))
         note_settings(context.options.flat(), schedule, context.accelerator)
         study = ImageStudy(schedule, identity, context, pipeline, material)
         for method in context.options.adapter.method:
             if method not in resume.finished:
                 train_method(method, resume, study)
-        decided(lambda: show(context, material))
+        broadcast_from_main(lambda: show(context, material))
         context.accelerator.end_training()
 
 
@@ -103,7 +105,7 @@ def begin(
         stack.enter_context(lock(Path(options.output.output_dir)))
         check()
 
-    decided(take_folder)
+    broadcast_from_main(take_folder)
     kinds, context = find_all(options, accelerator, stop)
     return kinds, context, identity_of(kinds, context)
 
@@ -115,7 +117,7 @@ def encode(
 
     `goes_on` if the run is resumed.
     """
-    pipeline, objective = each(lambda: load_and_check(context))
+    pipeline, objective = on_all(lambda: load_and_check(context))
     if track:
         start_trackers(context)
     material = material_of(kinds, pipeline, objective, context)
@@ -125,16 +127,16 @@ def encode(
 
 def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], Context]:
     """Return the training images, class images if there are any, and the context."""
-    images = each(lambda: load_folders(options.model, options.data, options.training, options.output))
+    images = on_all(lambda: load_folders(options.model, options.data, options.training, options.output))
     context = settle(options, accelerator, stop)
-    if decided(lambda: missing_class_images(context.options.data, context.options.output)):
+    if broadcast_from_main(lambda: missing_class_images(context.options.data, context.options.output)):
         # Generating class images takes minutes. The checks run before, and again with the images, when they print
         # notes.
         told, unheard = io.StringIO(), dataclasses.replace(context)
         try:
             with contextlib.redirect_stdout(told):
                 check_before_loading(images, unheard)
-                each(lambda: load_and_check(unheard))
+                on_all(lambda: load_and_check(unheard))
         except Exception:
             print(told.getvalue(), end="", flush=True)  # the notes may explain the error
             raise
@@ -149,7 +151,7 @@ def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Con
     check_family(options.adapter, options.training, model)
     start = None
     if lora := options.adapter.init_lora:
-        start = each(lambda: read_start(lora, options.model.pretrained_model_name_or_path, model))
+        start = on_all(lambda: read_start(lora, options.model.pretrained_model_name_or_path, model))
         options = with_start(options, start)
         accelerator.print(f"--init_lora {lora}: {in_short({'': start.layers})}")
     options = with_family(options.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
@@ -177,7 +179,7 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     content = OF_CLASS.join("; ".join(group) for group in groups if group)
     start, lora_flag = context.start, f"--init_lora {context.options.adapter.init_lora}"
     identity = Identity(model.fingerprint(), content, model.flag, images_flag, start.mark if start else "", lora_flag)
-    everywhere = gathered(identity)
+    everywhere = all_gather(identity)
     for name in ("model", "images", "lora"):
         if len({getattr(found, name) for found in everywhere}) > 1:
             flag = getattr(identity, f"{name}_flag")
@@ -193,7 +195,7 @@ def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
     options = asked.run(rank=max(asked.values("rank"))) if isinstance(asked, Grid) else asked
     with stop.at_once():
         accelerator = start_accelerator(options)
-    images = each(lambda: load_folders(options.model, options.data, options.training, options.output))
+    images = on_all(lambda: load_folders(options.model, options.data, options.training, options.output))
     check_before_loading(images, settle(options, accelerator, stop))
 
 
@@ -210,8 +212,8 @@ def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> Non
             units_of(model.empty_denoiser(), accelerator)
         check_optimizer(context)
 
-    each(check)
-    decided(lambda: check_memory(kinds, context))
+    on_all(check)
+    broadcast_from_main(lambda: check_memory(kinds, context))
 
 
 def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:

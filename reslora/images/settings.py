@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> Opti
 
     Exits with status 2 and one line for invalid syntax; raises `InvalidArgument` for invalid values.
     """
-    asked = resolve(given_by(build_parser(description), argv))
+    asked = resolve(parsed_values(build_parser(description), argv))
     options = asked.base if isinstance(asked, Grid) else asked
     check_places(options)
     alpha = alpha_of(options.replace(lora_alpha=None).adapter)
@@ -49,7 +49,7 @@ def build_parser(description: str = "") -> OptionsParser:
     return OptionsParser(PROG, Options, description)
 
 
-def given_by(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str, Any]:
+def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str, Any]:
     """Return the values given on the command line or in its --config; the command line wins."""
     given = vars(parser.parse_args(argv))
     if "config" not in given:

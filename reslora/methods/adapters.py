@@ -40,7 +40,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .. import checkpoint
-from ..attributes import temporarily
+from ..attributes import override_attributes
 from ..chains import base_model, unwrap
 from ..config import ResLoraConfig
 from ..errors import Diverged, first_line
@@ -223,7 +223,7 @@ class RankAllocator:
         """Return a context in which a wrapped model's forward omits the penalty, which PEFT would add in evaluation
         too.
         """
-        return temporarily(self._config, orth_reg_weight=0.0)
+        return override_attributes(self._config, orth_reg_weight=0.0)
 
     def step(self, global_step: int) -> None:
         """Reallocate ranks; call it after the optimizer's step `global_step`, before its gradients are cleared."""

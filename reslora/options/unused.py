@@ -13,7 +13,7 @@ from .option import Need, Option
 from .values import as_typed, listed
 
 
-def given_as(option: Option, value: Any) -> str:
+def as_option(option: Option, value: Any) -> str:
     """Return an option and its value as typed on the command line."""
     return option.flag if value is True else f"{option.flag} {as_typed(value)}"
 
@@ -33,7 +33,7 @@ def refuse_unused(options: Groups) -> None:
     """Raise `InvalidArgument` for an option without effect, unless it has its default value."""
     for option, need in unmet(options, refuse=True):
         values = options.flat()
-        raise InvalidArgument(given_as(option, values[option.name]), need.problem.format_map(values), need.fix)
+        raise InvalidArgument(as_option(option, values[option.name]), need.problem.format_map(values), need.fix)
 
 
 def report_unused(options: Groups) -> None:
@@ -41,7 +41,7 @@ def report_unused(options: Groups) -> None:
     values = options.flat()
     for option, need in unmet(options, refuse=False) if speaks() else ():
         problem = ": ".join(filter(None, [need.problem.format_map(values), need.fix]))
-        print(f"{given_as(option, values[option.name])}: {problem}", flush=True)
+        print(f"{as_option(option, values[option.name])}: {problem}", flush=True)
 
 
 def report_unread_by_methods(
@@ -56,7 +56,7 @@ def report_unread_by_methods(
     for name, option in table.items():
         read = not option.read_by or any(getattr(method, option.read_by) for method in methods)
         if not read and values[name] not in (None, defaults.get(name, option.default)) and speaks():
-            print(f"{given_as(option, values[name])}: nothing reads it with --method {' '.join(names)}", flush=True)
+            print(f"{as_option(option, values[name])}: nothing reads it with --method {' '.join(names)}", flush=True)
     unwired = [method.name for method in methods if values["pre_num"] == 0 and method.reads_shortcut_flags]
     if unwired and values["shortcut"] != PLAIN and speaks():
         print(f"warning: --pre_num 0: no block takes part in another, so {' and '.join(unwired)} trains as LoRA does")

@@ -60,7 +60,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lent(folder: Path) -> Iterator[None]:
+def share_lock(folder: Path) -> Iterator[None]:
     """Treat a directory as locked in a process that was started by the owner of the lock; see `check_held`."""
     _LENDERS[folder] = _owner(folder)[1]
     try:
@@ -71,7 +71,7 @@ def lent(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def filling(folder: Path) -> Iterator[None]:
+def writing_into(folder: Path) -> Iterator[None]:
     """Let `check_held` also check a directory inside the locked one while training writes to it."""
     folder.mkdir(parents=True, exist_ok=True)
     with _noted(folder, _FILLED):

@@ -24,14 +24,14 @@ LONGEST_WAIT = timedelta(hours=24)  # for the main process to encode, merge, sam
 _DECIDING = ContextVar("deciding", default=False)
 
 
-def alone() -> bool:
+def is_single_process() -> bool:
     """Return whether this is the only process of its run."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
 
 
 def is_main() -> bool:
     """Return whether this is the main process, which decides, writes and prints."""
-    return alone() or dist.get_rank() == 0
+    return is_single_process() or dist.get_rank() == 0
 
 
 def say(text: str) -> None:
@@ -40,13 +40,13 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
-def decided(decide: Callable[[], T]) -> T:
+def broadcast_from_main(decide: Callable[[], T]) -> T:
     """Return what `decide` returns in the main process, in every process; the others wait, however long it takes.
 
     The value must be picklable. An exception in the main process raises `EndedElsewhere` in the others. `decide` must
     not call functions of this module that involve the other processes, because they do not run it.
     """
-    if alone():
+    if is_single_process():
         return _by_itself(decide)
     value, failure = _tried(lambda: _by_itself(decide)) if is_main() else (None, None)
     told: list = [(value, failure and _status(failure), isinstance(failure, Diverged))]
@@ -60,16 +60,16 @@ def decided(decide: Callable[[], T]) -> T:
     return value
 
 
-def each(do: Callable[[], T]) -> T:
+def on_all(do: Callable[[], T]) -> T:
     """Return what `do` returns in this process; all processes call it, and if one fails, all end.
 
     Every process raises its own error, or `EndedElsewhere` if it has none.
     """
-    if alone():
+    if is_single_process():
         return do()
     value, failure = _tried(do)
     wait()
-    statuses = [status for status in gathered(None if failure is None else _status(failure)) if status is not None]
+    statuses = [status for status in all_gather(None if failure is None else _status(failure)) if status is not None]
     if failure is not None:
         raise failure
     if statuses:
@@ -77,9 +77,9 @@ def each(do: Callable[[], T]) -> T:
     return value
 
 
-def gathered(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Return the (picklable) values of all processes, by rank."""
-    if alone():
+    if is_single_process():
         return [value]
     values: list = [None] * dist.get_world_size()
     _met(lambda: dist.all_gather_object(values, value, group=_patient()))
@@ -93,7 +93,7 @@ def any_of(condition: bool) -> bool:
 
 def any_of_each(conditions: Sequence[bool]) -> list[bool]:
     """Return which of the conditions hold in any process, with one exchange."""
-    if alone():
+    if is_single_process():
         return list(conditions)
     numbers = torch.tensor(conditions, dtype=torch.float32)
     _met(lambda: dist.all_reduce(numbers, group=_patient()))
@@ -102,7 +102,7 @@ def any_of_each(conditions: Sequence[bool]) -> list[bool]:
 
 def wait() -> None:
     """Wait for all processes, with signals handled meanwhile, which a collective would block."""
-    if not alone():
+    if not is_single_process():
         _met(_wait)
 
 

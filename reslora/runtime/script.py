@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from ..attributes import temporarily
+from ..attributes import override_attributes
 from ..errors import (
     EndedElsewhere,
     InvalidArgument,
@@ -21,7 +21,7 @@ from ..errors import (
 )
 from ..formatting import printable
 from .signals import StopRequest
-from .stdio import outlived, take_any_file_name
+from .stdio import ignore_broken_pipes, take_any_file_name
 
 # Messages of gloo and NCCL in a collective if another process of the run has ended.
 _GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
@@ -39,7 +39,7 @@ def run_script(
     # Warnings of one library about another are not for the user.
     warnings.filterwarnings("ignore", category=FutureWarning)
     take_any_file_name()
-    with outlived(), temporarily(warnings, formatwarning=warning_line), StopRequest() as stop:
+    with ignore_broken_pipes(), override_attributes(warnings, formatwarning=warning_line), StopRequest() as stop:
         try:
             main(argv, stop)
             status = 0

@@ -97,9 +97,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         numbers = {signal.SIGINT: self._asked, signal.SIGTERM: self._asked}
         if _TOLD is not None:
-            numbers[_TOLD] = self._told
+            numbers[_TOLD] = self._handle
         if _HUNG_UP is not None and signal.getsignal(_HUNG_UP) != signal.SIG_IGN:
-            numbers[_HUNG_UP] = self._told
+            numbers[_HUNG_UP] = self._handle
         self._previous = {number: signal.signal(number, handler) for number, handler in numbers.items()}
         self._launcher = _launcher()
         if self._launcher is not None:
@@ -114,15 +114,15 @@ class StopRequest:
     def _asked(self, number: int, frame: object) -> None:
         if self._heard == 0:
             self._signal = self._signal or number
-            _tell("stopping after this step; once more to stop at once")
+            _write_line("stopping after this step; once more to stop at once")
         elif self._heard == self._before_leaving:
             os._exit(128 + number)
         self._heard += 1
 
-    def _told(self, number: int, frame: object) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         if self._signal is None:
             self._signal = signal.SIGTERM
-            _tell("stopping after this step: it was asked to stop, or its terminal or launcher is gone")
+            _write_line("stopping after this step: it was asked to stop, or its terminal or launcher is gone")
 
 
 @contextlib.contextmanager
@@ -136,7 +136,7 @@ def signals_blocked() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _tell(text: str) -> None:
+def _write_line(text: str) -> None:
     """Print a line on stderr without `print`, which a signal may have interrupted."""
     if speaks():
         with contextlib.suppress(OSError):

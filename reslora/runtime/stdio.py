@@ -17,7 +17,7 @@ _GONE = (errno.EIO, errno.EPIPE)  # errors of writing to a closed terminal, and 
 
 
 @contextlib.contextmanager
-def outlived() -> Iterator[None]:
+def ignore_broken_pipes() -> Iterator[None]:
     """Discard output inside this context once nothing reads it: an error would end training before it has saved."""
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
     for stream in streams:

@@ -43,12 +43,12 @@ def read(kind: type[T], prog: str, argv: Sequence[str] | None, description: str 
 
     Exits with status 2 and one line for invalid syntax; raises `InvalidArgument` for invalid values.
     """
-    given, passed_on = given_by(OptionsParser(prog, kind, description or ""), argv)
+    given, passed_on = parsed_values(OptionsParser(prog, kind, description or ""), argv)
     check_texts(given | passed_on)
     return resolve(kind, given, passed_on)
 
 
-def given_by(parser: OptionsParser, argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the given values of the table's options, and those that are passed on to transformers."""
     values, unknown = parser.parse_known_args(argv)
     names = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("--")}

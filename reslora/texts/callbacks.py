@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..methods.adapters import RankAllocator
 from ..runtime.checkpoint_folders import set_others_aside
 from ..runtime.log import LogWriter, read_log
-from ..runtime.processes import any_of, decided
+from ..runtime.processes import any_of, broadcast_from_main
 from ..runtime.signals import StopRequest
 from .checkpoints import checkpoints_of
 
@@ -139,7 +139,7 @@ class GoesOnFrom(TrainerCallback):
         if best.is_dir():
             state.best_model_checkpoint = str(best)
         place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        decided(lambda: set_others_aside(self.checkpoint, checkpoints_of(args.output_dir), place))
+        broadcast_from_main(lambda: set_others_aside(self.checkpoint, checkpoints_of(args.output_dir), place))
 
 
 class LogCallback(TrainerCallback):

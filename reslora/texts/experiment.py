@@ -34,17 +34,17 @@ from ..experiment.runner import run_experiment
 from ..experiment.schedule import Course, reading_adapter
 from ..experiment.study import COMPARING, Subject
 from ..experiment.worker_pool import Orders
-from ..formatting import counted
+from ..formatting import pluralize
 from ..io import remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter, save_adapter
-from ..methods.links import tell_links
+from ..methods.links import print_links
 from ..options.grid import Grid
 from ..options.texts import ExperimentOptions, MethodOptions, T, TextOptions, TrainingOptions
 from ..options.unused import report_unread_by_methods
 from ..options.values import as_typed
 from ..runtime.checkpoint_folders import ADAPTERS, adapter_folder, memory_reported
-from ..runtime.folder_lock import check_held, filling, lent, locked
-from ..runtime.processes import decided, say
+from ..runtime.folder_lock import check_held, locked, share_lock, writing_into
+from ..runtime.processes import broadcast_from_main, say
 from ..runtime.signals import NOT_BEGUN, StopRequest
 from .arguments import checked
 from .checkpoints import checkpoints_of, set_unfinished_aside
@@ -126,9 +126,9 @@ class Study(ABC):
         """Return inputs to trace the model with; None if it has its own."""
         return None
 
-    def tell_links(self, model: PeftModel, adapter: MethodOptions, tell: Callable[[str], object]) -> None:
+    def print_links(self, model: PeftModel, adapter: MethodOptions, tell: Callable[[str], object]) -> None:
         """Report the layers without shortcuts and the chains that are too short."""
-        tell_links(model, adapter.name, shortcuts_of(adapter), tell, self.example())
+        print_links(model, adapter.name, shortcuts_of(adapter), tell, self.example())
 
     @abstractmethod
     def build_trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
@@ -164,7 +164,7 @@ class Study(ABC):
         """Evaluate unmerged and merged, export, predict, and write `results.json` last."""
         method, batches, output = arguments.method, self.calibration(arguments), Path(trainer.args.output_dir)
         table = merge_table(trainer.model, lambda: self.figures(arguments, trainer), batches)
-        decided(check_held)
+        broadcast_from_main(check_held)
         report = export(trainer.model, output, method, batches, self.tokenizer)
         uses = WRITTEN | dict.fromkeys(self.predict(arguments, trainer), "predictions for the test split")
         facts = self.facts(arguments, trainer)
@@ -189,12 +189,12 @@ def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
     report_unread(asked)
     training, flags = arguments.training, arguments.settings
     with contextlib.ExitStack() as stack:
-        decided(lambda: stack.enter_context(locked(Path(training.output_dir))))
+        broadcast_from_main(lambda: stack.enter_context(locked(Path(training.output_dir))))
         check_resume(training.output_dir, training.resume_from_checkpoint, flags, free_on_resume(type(asked)))
         flags["data"] = fingerprint(study.read(arguments))
         check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
         trainer = study.trainer(arguments, study.adapted(arguments), stop)
-        study.tell_links(trainer.model, arguments.method, say)
+        study.print_links(trainer.model, arguments.method, say)
         if training.should_save:
             trainer.model.print_trainable_parameters()
             write_json(Path(training.output_dir) / "config.json", flags)
@@ -223,17 +223,17 @@ def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None
     with stop.at_once():
         plain, *_ = [study.arguments(options_of(arm, course)) for arm in course.arms()]
     with contextlib.ExitStack() as stack:
-        decided(lambda: stack.enter_context((lent if orders else locked)(course.folder)))
+        broadcast_from_main(lambda: stack.enter_context((share_lock if orders else locked)(course.folder)))
         parts = study.parts(plain, shares)
         trained = study.prepare(plain, parts)
         course.grid = grid.replace(**looks(grid.base.training, total_steps(plain.training, trained)))
         bench = Bench(course, study, parts, trained, stop, plain.training.device)
         if not orders:
-            decided(lambda: take_folder(bench))
+            broadcast_from_main(lambda: take_folder(bench))
             tell = functools.cache(say)  # several labels may print the same line
             for label in course.labels:
                 bench.check_label(label, tell)
-            say(f"{counted(len(course.arms()), 'arm')}; {parts.in_words(trained)}")
+            say(f"{pluralize(len(course.arms()), 'arm')}; {parts.in_words(trained)}")
         yield bench
 
 
@@ -298,7 +298,7 @@ class KeepAdapters(TrainerCallback):
                 temporary.mkdir()
                 save_adapter(model, temporary)
 
-        decided(keep)
+        broadcast_from_main(keep)
 
 
 @dataclass(frozen=True)
@@ -341,9 +341,9 @@ class Bench(Subject):
     def check_label(self, label: str, tell: Callable[[str], object]) -> None:
         """Raise `InvalidArgument` for an adapter that cannot be attached, and report layers without shortcuts."""
         arms = [arm for arm in self.course.arms() if arm.label == label]
-        if not decided(lambda: any(self.course.ended(arm) for arm in arms)):
+        if not broadcast_from_main(lambda: any(self.course.ended(arm) for arm in arms)):
             arguments = self.arguments_of(arms[0])
-            self.study.tell_links(self.study.adapted(arguments), arguments.method, tell)
+            self.study.print_links(self.study.adapted(arguments), arguments.method, tell)
 
     @property
     def marks(self) -> list[str]:
@@ -366,7 +366,7 @@ class Bench(Subject):
         trainer.stopping.check("stopped between two arms; the same command goes on")
         try:
             with memory_reported(folder), contextlib.ExitStack() as stack:
-                decided(lambda: stack.enter_context(filling(folder)))
+                broadcast_from_main(lambda: stack.enter_context(writing_into(folder)))
                 self._train(trainer, arm, arguments)
         except Diverged as error:
             raise Diverged(f"{self.course.name_of(arm)}: {error.problem}") from error
@@ -379,11 +379,13 @@ class Bench(Subject):
         if arguments.training.should_save:
             print(f"{self.course.name_of(arm)}: training", flush=True)  # the losses that follow have no name
             write_json(folder / "config.json", arguments.settings)
-        trainer.train(resume_from_checkpoint="latest" if decided(lambda: bool(checkpoints_of(folder))) else None)
-        if decided(lambda: not self.is_measured(arm, trainer.state.global_step)):
+        trainer.train(
+            resume_from_checkpoint="latest" if broadcast_from_main(lambda: bool(checkpoints_of(folder))) else None
+        )
+        if broadcast_from_main(lambda: not self.is_measured(arm, trainer.state.global_step)):
             trainer.evaluate()
         method = dataclasses.replace(arguments.method, merge_and_save=False)  # only for the best arm
-        decided(check_held)
+        broadcast_from_main(check_held)
         export(trainer.model, folder, method, self.study.calibration(arguments))
 
     def is_measured(self, arm: Arm, step: int) -> bool:

@@ -29,7 +29,7 @@ from ..options.grid import Grid
 from ..options.texts import ExperimentOptions, GlueDataOptions, GlueModelOptions, GlueOptions
 from ..options.values import as_typed
 from ..runtime.folder_lock import check_held
-from ..runtime.processes import decided
+from ..runtime.processes import broadcast_from_main
 from ..runtime.signals import StopRequest
 from . import training_arguments
 from .callbacks import LogCallback
@@ -267,7 +267,7 @@ def write_predictions(arguments: Arguments, trainer: AdapterTrainer, sets: dict)
         lines = ["index\tprediction"]
         lines += [f"{i}\t{task.labels[p] if task.labels else f'{p:.3f}'}" for i, p in enumerate(predictions)]
         files.append(f"predict_results_{arguments.data.task_name}{name.removeprefix('test')}.txt")
-        decided(check_held)
+        broadcast_from_main(check_held)
         if trainer.is_world_process_zero():
             with replacing(Path(arguments.training.output_dir) / files[-1]) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

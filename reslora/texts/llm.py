@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import InvalidArgument, refused_as
-from ..formatting import are
+from ..formatting import is_or_are
 from ..options.grid import Grid
 from ..options.texts import ExperimentOptions, LlmOptions, LlmTaskOptions
 from ..runtime.processes import say
@@ -58,7 +58,7 @@ def load_examples(arguments: LlmTaskOptions, training: AdapterTrainingArguments)
     order = torch.randperm(len(found["train"]), generator=torch.Generator().manual_seed(training.seed)).tolist()
     if not found["validation"] or found["validation"] is found["test"]:
         validates = training.eval_strategy != "no" or training.eval_on_start
-        held_out = _held_out(arguments, len(order)) if validates else 0
+        held_out = _validation_count(arguments, len(order)) if validates else 0
         found["validation"] = [found["train"][i] for i in sorted(order[len(order) - held_out :])]
         order = order[: len(order) - held_out]
     limit = arguments.max_train_samples
@@ -90,13 +90,15 @@ def found_examples(arguments: LlmTaskOptions) -> dict[str, list[Example]]:
     return {"train": found["train"], "select": select, "test": test}
 
 
-def _held_out(arguments: LlmTaskOptions, count: int) -> int:
+def _validation_count(arguments: LlmTaskOptions, count: int) -> int:
     """Return the number of training examples held out for validation: a tenth."""
     if count < 2:
         fix = "add validation.jsonl, or more examples to train.jsonl; or give --eval_strategy no"
         raise InvalidArgument(f"--eval_strategy with {count} training example", "there is none to validate on", fix)
     held_out = min(max(1, count // 10), HELD_OUT)
-    say(f"{held_out} of {count} training examples {are(held_out)} held out for validation: there are none for it alone")
+    say(
+        f"{held_out} of {count} training examples {is_or_are(held_out)} held out for validation, which has none of its own"
+    )
     return held_out
 
 
@@ -183,7 +185,7 @@ def within_positions(model: PreTrainedModel, data: Data, task: LlmTaskOptions) -
             problem = f"every validation example has more tokens than the model {limit} positions"
             raise InvalidArgument(f"--task {task.task}", problem, "give shorter ones")
         long = [example for example in validation if example not in kept]
-        count = f"{len(long)} of {len(validation)} validation examples {are(len(long))}"
+        count = f"{len(long)} of {len(validation)} validation examples {is_or_are(len(long))}"
         say(f"{count} longer than the model's {limit} positions: left out (for example {long[0].place})")
     measured, new = data.examples["test"] + kept, task.max_new_tokens
     prompt = max(len(data.encoder.prompt(example)) for example in measured)

@@ -10,10 +10,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from ..attributes import temporarily
+from ..attributes import override_attributes
 from ..chains import base_model
 from ..errors import InvalidArgument
-from ..formatting import are
+from ..formatting import is_or_are
 from ..runtime.processes import say
 from .llm_tasks import Example, extract_answer, same_answer
 from .trainer import AdapterTrainer
@@ -86,7 +86,7 @@ def encode_training(encoder: Encoder, examples: list[Example], max_length: int) 
         )
     if len(kept) < len(rows):
         long = len(rows) - len(kept)
-        say(f"{long} of {len(rows)} training examples {are(long)} longer than {max_length} tokens: left out")
+        say(f"{long} of {len(rows)} training examples {is_or_are(long)} longer than {max_length} tokens: left out")
     return kept
 
 
@@ -218,6 +218,6 @@ def generate(model: PreTrainedModel, encoder: Encoder, examples: list[Example], 
         pad_token_id=encoder.pad,
     )
     base = base_model(model)
-    with temporarily(base, generation_config=GenerationConfig()):
+    with override_attributes(base, generation_config=GenerationConfig()):
         tokens = base.generate(**inputs, generation_config=greedy)
     return encoder.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

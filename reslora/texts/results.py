@@ -34,7 +34,7 @@ from ..model import (
 )
 from ..options.texts import MethodOptions
 from ..runtime.folder_lock import check_held
-from ..runtime.processes import decided, is_main
+from ..runtime.processes import broadcast_from_main, is_main
 from .callbacks import LogCallback
 from .trainer import AdapterTrainer
 
@@ -140,7 +140,9 @@ def _restore_factors(layer: nn.Module, adapter_name: str, before: tuple) -> None
 def _share_norms(connection: Connection) -> None:
     """Broadcast rank 0's window of norms, so that every process merges identically."""
     norms = connection.wires.norms
-    values, count = decided(lambda: (norms.values if norms.values is None else norms.values.cpu(), norms.count))
+    values, count = broadcast_from_main(
+        lambda: (norms.values if norms.values is None else norms.values.cpu(), norms.count)
+    )
     if values is not None and not is_main():
         norms.restore(values, count)
 
@@ -225,7 +227,7 @@ def write_results(
         "merge": report.method if report is not None else None,
         "table": table,
     }
-    decided(check_held)  # predictions may have taken hours
+    broadcast_from_main(check_held)  # predictions may have taken hours
     if trainer.args.should_save:
         write_json(Path(trainer.args.output_dir) / "results.json", content)
     return content

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 from ..errors import InvalidArgument
 from ..experiment.hashed_split import ENOUGH, cut, enough_of
-from ..formatting import counted
+from ..formatting import pluralize
 from ..options.texts import ExperimentOptions
 from ..seeds import derive
 
@@ -84,7 +84,7 @@ def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares:
     found = list(dict.fromkeys(keys[example] for example in train))
     least = 1 + sum(share > 0 for share in wanted)
     if len(found) < least or not (select or wanted[0]):
-        trained = f"{counted(len(found), 'example')} to train on"
+        trained = f"{pluralize(len(found), 'example')} to train on"
         problem = f"{trained}, {len(select)} to choose by, but for near-duplicates of others"
         raise InvalidArgument("this experiment", problem, "give more that differ in more than numbers and case")
     learnt, chosen, tested = ({found[number] for number in numbers} for numbers in cut(found, *wanted))

@@ -24,11 +24,11 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
-from ..attributes import temporarily
+from ..attributes import override_attributes
 from ..chains import base_model
 from ..config import ResLoraConfig
 from ..errors import Diverged, InvalidArgument, RunFailed, Stopped, refused_as
-from ..formatting import are, counted
+from ..formatting import is_or_are, pluralize
 from ..io import write_checksums, write_tensors
 from ..methods import adapters
 from ..methods.adapters import check_rank, known_targets, load_adapter, rank_allocator, save_adapter
@@ -41,7 +41,7 @@ from ..model import enable_gradient_checkpointing
 from ..options.texts import MethodOptions
 from ..runtime.checkpoint_folders import cannot_be_loaded, discard
 from ..runtime.folder_lock import check_held
-from ..runtime.processes import decided, is_main
+from ..runtime.processes import broadcast_from_main, is_main
 from ..runtime.signals import NOT_BEGUN, StopRequest
 from ..tracing import to_device
 from .callbacks import AllocateRanks, GoesOnFrom, Progress, SaveValidated, StopWhenAsked
@@ -85,7 +85,7 @@ def attach(
     """
     targets = _targets(model, adapter)
     check_layers(model, targets, modules_to_save or ())
-    check_steps([adapter.name], total_steps, f"--method {adapter.name} with {counted(total_steps, 'step')}")
+    check_steps([adapter.name], total_steps, f"--method {adapter.name} with {pluralize(total_steps, 'step')}")
     task = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
     settings = AdapterSettings(
         adapter.rank, adapter.lora_alpha, adapter.lora_dropout, targets, total_steps, task, modules_to_save,
@@ -125,7 +125,7 @@ def put_control_on(
                 base(**to_device(dict(batch), trainer.args.device))
         return gauge.settings(trainer.args.seed)
 
-    put_on(trainer.model, decided(measured))
+    put_on(trainer.model, broadcast_from_main(measured))
 
 
 def shortcuts_of(adapter: MethodOptions) -> ResLoraConfig:
@@ -175,7 +175,7 @@ def total_steps(args: TrainingArguments, examples: int) -> int:
     batches = rounded(rounded(examples / args.per_device_train_batch_size) / args.world_size)
     if batches == 0:
         size = args.per_device_train_batch_size * args.world_size
-        problem = f"{counted(examples, 'training example')} {are(examples)} less than a batch of {size}"
+        problem = f"{pluralize(examples, 'training example')} {is_or_are(examples)} less than a batch of {size}"
         raise InvalidArgument(
             "--dataloader_drop_last True", problem, "leave it out, or lower --per_device_train_batch_size"
         )
@@ -243,7 +243,9 @@ class AdapterTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train as `Trainer.train`; `latest` or True resumes from the newest complete checkpoint, if there is one."""
-        found = decided(lambda: self._resumed_from(resume_from_checkpoint)) if resume_from_checkpoint else None
+        found = (
+            broadcast_from_main(lambda: self._resumed_from(resume_from_checkpoint)) if resume_from_checkpoint else None
+        )
         if self.args.save_only_model and is_main():
             logger.warning("--save_only_model: no checkpoint can be resumed but one that a stop saves, which is whole")
         aside = GoesOnFrom(found) if found else None
@@ -289,7 +291,7 @@ class AdapterTrainer(Trainer):
             problem, fix = damage(found[0], processes), "remove them to start afresh"
             raise InvalidArgument(
                 "--resume_from_checkpoint latest",
-                f"none of {counted(len(found), 'checkpoint')} can be used, {found[0]} for: {problem}",
+                f"none of {pluralize(len(found), 'checkpoint')} can be used, {found[0]} for: {problem}",
                 f"take as many processes as before, or {fix}" if "number of processes" in str(problem) else fix,
             )
         logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.output_dir}, starting afresh")
@@ -313,7 +315,7 @@ class AdapterTrainer(Trainer):
 
     def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
         # `Trainer` would drop examples in evaluations and predictions too.
-        with temporarily(self.args, dataloader_drop_last=self.args.dataloader_drop_last and is_training):
+        with override_attributes(self.args, dataloader_drop_last=self.args.dataloader_drop_last and is_training):
             return super()._get_dataloader(*args, is_training=is_training, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
@@ -329,7 +331,7 @@ class AdapterTrainer(Trainer):
         stopped, unsaved = self.stopping.leaving, self.args.save_strategy == SaveStrategy.NO
         if not stopped:
             self.take_average()
-        if (stopped or unsaved) and not decided(self._checkpoint().is_dir):
+        if (stopped or unsaved) and not broadcast_from_main(self._checkpoint().is_dir):
             self._save_checkpoint(self.model, None)
         if stopped:  # `Trainer` would remove all but the best, and load it
             self.state.best_model_checkpoint = None
@@ -386,15 +388,15 @@ class AdapterTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write only the adapter, without the base model."""
         folder = output_dir or self.args.output_dir
-        decided(lambda: save_adapter(self.model, folder))
+        broadcast_from_main(lambda: save_adapter(self.model, folder))
         if self.args.should_save and not is_main():  # --save_on_each_node
             save_adapter(self.model, folder)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        decided(check_held)
+        broadcast_from_main(check_held)
         # `Trainer` removes older checkpoints before all processes have written their part of this one.
         try:
-            with temporarily(self.args, save_total_limit=None):
+            with override_attributes(self.args, save_total_limit=None):
                 super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError) as error:
             if getattr(error, "filename", "") is not None and not any(word in str(error) for word in UNWRITTEN):

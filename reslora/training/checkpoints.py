@@ -30,7 +30,7 @@ from ..runtime.checkpoint_folders import (
     set_others_aside,
     step_of,
 )
-from ..runtime.processes import decided, each
+from ..runtime.processes import broadcast_from_main, on_all
 from .best import FOLDER, best_of, forget_beaten
 from .schedule import Schedule
 from .state import Learner
@@ -295,7 +295,7 @@ def save_checkpoint(learner: Learner, study: Study) -> None:
             for old in of_this_line[options.output.checkpoints_total_limit :]:
                 discard(old)
 
-    decided(write)
+    broadcast_from_main(write)
 
 
 def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) -> None:
@@ -353,14 +353,14 @@ def restore(learner: Learner, candidates: list[Path], options: OutputOptions, ac
     if not candidates:
         return
     folder = Path(options.output_dir) / learner.name
-    chosen = decided(lambda: newest_whole(candidates, folder, options))
-    each(lambda: load_checkpoint(learner, chosen, accelerator))
+    chosen = broadcast_from_main(lambda: newest_whole(candidates, folder, options))
+    on_all(lambda: load_checkpoint(learner, chosen, accelerator))
     place = folder / f"checkpoint-{learner.step}"
 
     def of_others() -> None:
         set_others_aside(chosen, [*checkpoints_of(folder), *numbered(folder, MERGED)], place, TOLD)
 
-    decided(of_others)
+    broadcast_from_main(of_others)
     accelerator.print(f"{learner.name}: going on from {chosen}")
 
 

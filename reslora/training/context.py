@@ -46,7 +46,7 @@ class Context:
         return Path(self.options.output.output_dir)
 
     @functools.cached_property
-    def tell_once(self) -> Callable[[str], object]:
+    def print_once(self) -> Callable[[str], object]:
         """Print a line unless it was printed before: several checks can produce the same line."""
         return functools.cache(self.accelerator.print)
 

@@ -11,13 +11,13 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import Diverged, EndedElsewhere, Stopped
-from ..formatting import counted
+from ..formatting import pluralize
 from ..methods.control_scales import gauged
 from ..methods.controls import Settings, put_on
 from ..methods.registry import METHODS
 from ..runtime.checkpoint_folders import memory_reported
-from ..runtime.folder_lock import check_held, filling
-from ..runtime.processes import decided
+from ..runtime.folder_lock import check_held, writing_into
+from ..runtime.processes import broadcast_from_main
 from ..seeds import derive
 from .best import best_of, go_on_from
 from .checkpoints import Resume, restore, save_checkpoint, write_exports
@@ -37,7 +37,7 @@ def train_method(method: str, resume: Resume, study: Study) -> None:
     context, name, candidates = study.context, study.context.name_of(method), resume.checkpoints[method]
     options, say, folder = context.options, context.accelerator.print, context.folder_of(method)
     with memory_reported(folder), contextlib.ExitStack() as stack:
-        decided(lambda: stack.enter_context(filling(folder)))
+        broadcast_from_main(lambda: stack.enter_context(writing_into(folder)))
         context.status.say("loading the model", name)
         renew_scaler(context.accelerator)
         learner = study.learner(method)
@@ -49,7 +49,7 @@ def train_method(method: str, resume: Resume, study: Study) -> None:
             say(f"--resume_from_checkpoint latest: no checkpoint in {folder}, {name} starts afresh")
         restore(learner, candidates, options.output, context.accelerator)
         if options.validation.save_best:
-            decided(lambda: go_on_from(folder, learner.step))
+            broadcast_from_main(lambda: go_on_from(folder, learner.step))
         prepare(learner, context)
         train_and_export(learner, study)
 
@@ -68,7 +68,7 @@ def put_control_on(learner: Learner, study: Study) -> None:
                 learner.trained(batch)
             return [gauge.settings(options.training.seed) for gauge in gauges]
 
-    for part, settings in zip(parts.values(), decided(measured), strict=True):
+    for part, settings in zip(parts.values(), broadcast_from_main(measured), strict=True):
         put_on(part, settings)
 
 
@@ -76,21 +76,23 @@ def train_and_export(learner: Learner, study: Study) -> None:
     """Train the remaining steps of a method, and export it."""
     context = study.context
     options, accelerator, folder = context.options, context.accelerator, context.folder_of(learner.method)
-    decided(check_held)
+    broadcast_from_main(check_held)
     try:
         with study.reports(learner) as reports:
             train(learner, study, reports)
     except (Diverged, EndedElsewhere) as error:
-        best = options.validation.save_best and error.diverged and decided(lambda: best_of(folder))
+        best = options.validation.save_best and error.diverged and broadcast_from_main(lambda: best_of(folder))
         if not best:
             raise
         accelerator.free_memory()
         accelerator.print(f"{learner.name}: training has diverged; exporting the best adapter, of step {best.step}")
-        decided(lambda: study.export(learner, study.schedule))
+        broadcast_from_main(lambda: study.export(learner, study.schedule))
         raise  # without `exports.json`, as the method is not finished
     schedule = dataclasses.replace(study.schedule, steps=learner.step, is_over=learner.over)
     with learner.averaged():
-        decided(lambda: write_exports(folder, options, study.identity, schedule, study.export(learner, schedule)))
+        broadcast_from_main(
+            lambda: write_exports(folder, options, study.identity, schedule, study.export(learner, schedule))
+        )
 
 
 def train(learner: Learner, study: Study, reports: Reports) -> None:
@@ -100,13 +102,13 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
     """
     context, schedule = study.context, study.schedule
     accelerator = context.accelerator
-    if parts := decided(lambda: reports.overdue(schedule)):
+    if parts := broadcast_from_main(lambda: reports.overdue(schedule)):
         context.status.say(f"sampling at step {learner.step}", learner.name)
         study.validate(learner, reports, parts)
         # nothing to save; these samples would be from an earlier step than the checkpoint
         if stop_requested(context.stop):
             raise stopped_at(learner)
-    learner.over = decided(lambda: reports.is_over(context.options.validation.early_stopping_patience))
+    learner.over = broadcast_from_main(lambda: reports.is_over(context.options.validation.early_stopping_patience))
     steps = range(learner.step, learner.step if learner.over else schedule.steps)
     stopped = not steps and stop_requested(context.stop)  # no step in which to check
     silent, requests = not accelerator.is_main_process, Requests(context)
@@ -130,7 +132,7 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
         raise stopped_at(learner)
     if learner.over:
         patience = f"--early_stopping_patience {context.options.validation.early_stopping_patience}"
-        trained = f"trained for {counted(learner.step, 'step')}"
+        trained = f"trained for {pluralize(learner.step, 'step')}"
         accelerator.print(f"{learner.name}: the validation loss gets no lower, {trained}; {patience}")
 
 
@@ -146,7 +148,7 @@ def after_step(learner: Learner, study: Study, reports: Reports, requests: Reque
     save_now = asked or stopped or last or learner.step % requests.every == 0
     if not (save_now or due or draw_now):
         return False
-    decided(check_held)
+    broadcast_from_main(check_held)
     with learner.timed():
         reports.flush()  # raises for a non-finite loss, which must not be saved
     if save_now:

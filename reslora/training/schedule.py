@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..formatting import counted
+from ..formatting import pluralize
 from ..methods.registry import check_steps
 from .context import Context
 
@@ -42,6 +42,6 @@ def schedule_of(updates: int, context: Context) -> Schedule:
     warmup = options.optimizer.lr_warmup_steps
     warmup = min(LONGEST_WARMUP, int(WARMUP_SHARE * steps)) if warmup is None else warmup
     if warmup >= steps and options.optimizer.lr_scheduler not in UNWARMED:
-        ends = f"the run has {counted(steps, 'step')}, and the learning rate only rises"
-        context.tell_once(f"warning: --lr_warmup_steps {warmup}: {ends}")
+        ends = f"the run has {pluralize(steps, 'step')}, and the learning rate only rises"
+        context.print_once(f"warning: --lr_warmup_steps {warmup}: {ends}")
     return Schedule(steps, validation_steps, warmup, by_epochs=not options.training.max_train_steps)

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import InvalidArgument, refused_as
 from ..methods.registry import METHODS
 from ..options.images import MethodOptions, ModelOptions, OutputOptions, TrainingOptions
-from ..runtime.processes import decided
+from ..runtime.processes import broadcast_from_main
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -153,6 +153,6 @@ def by_main(accelerator: Accelerator, compute: Callable[[], T], keep: Callable[[
     A forward gathers the weights from all processes then.
     """
     if not cuts_base(accelerator):
-        return decided(lambda: keep(compute()))
+        return broadcast_from_main(lambda: keep(compute()))
     value = compute()
-    return decided(lambda: keep(value))
+    return broadcast_from_main(lambda: keep(value))

@@ -38,15 +38,15 @@ class Requests:
     def after_step(self) -> tuple[bool, bool, bool]:
         """Return whether to stop, to save and to sample; all processes must call it together and use its result."""
         main = is_main()
-        save = main and (taken(self.folder / SAVE) or time.monotonic() - self.last >= self.seconds)
-        sample = main and taken(self.folder / SAMPLE)
+        save = main and (consume_request(self.folder / SAVE) or time.monotonic() - self.last >= self.seconds)
+        sample = main and consume_request(self.folder / SAMPLE)
         if sample and not self.draws:
             print(f"{SAMPLE}: this run draws no samples; --validation_prompt names what to draw", flush=True)
         asked = any_of_each([self.stop.signal is not None, save, sample and self.draws])
         return self.stop.shared(asked[0]), asked[1], asked[2]
 
 
-def taken(request: Path) -> bool:
+def consume_request(request: Path) -> bool:
     """Remove a request file and return whether it existed.
 
     A file that cannot be removed is ignored: it would be handled after every step.

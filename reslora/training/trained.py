@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attributes import temporarily
+from ..attributes import override_attributes
 
 
 class Trained(nn.Module):
@@ -53,7 +53,7 @@ class Trained(nn.Module):
 
     def without_compiler(self) -> AbstractContextManager[None]:
         """Return a context in which nothing runs compiled."""
-        return temporarily(self, _compiled=())
+        return override_attributes(self, _compiled=())
 
 
 def compiled(model: nn.Module) -> nn.Module:

@@ -7,11 +7,11 @@ from dataclasses import replace
 import gradio as gr
 import PIL.Image
 import pytest
+from app.locked_file import locked_file
 from app_runs import run_by_hand, write_run, write_samples
 
 from app import compared, views
 from app.differences import differences
-from app.held import held
 from app.jobs import Jobs
 from app.library import MOST_BESIDE, Library
 from app.runs import LOG_NAME, Run
@@ -54,7 +54,7 @@ def test_a_run_that_starts_has_not_ended_yet(tmp_path):
     trainings = Jobs(Library(tmp_path / "runs"))
     with gr.Blocks():
         tab = CompareTab(Parts(trainings.library, trainings, Studio()))
-    with held(tmp_path / "runs" / "new" / LOG_NAME):  # as its launcher does, before it has printed anything
+    with locked_file(tmp_path / "runs" / "new" / LOG_NAME):  # as its launcher does, before it has printed anything
         run, (before, *_) = trainings.library.find("new"), tab.compare("new", 0)
         seen = tab.seen(run)
         assert trainings.status(run) == "starting" and "No samples yet" in before

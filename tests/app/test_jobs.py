@@ -187,12 +187,12 @@ def test_which_images_are_trained_on_is_said(lined, tmp_path):
     """Uploads are gone from a page that is loaded anew: the bundled images would be trained on without a word."""
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     added = [add(lined, "a"), lined.add(Entry("b", folder="cats")), lined.add(Entry("c"), [str(tmp_path / "x.png")])]
-    assert [TrainTab.told_of(None, entry) for entry in added] == [
+    assert [TrainTab.outcome_of(None, entry) for entry in added] == [
         "a starts with the bundled images.",
         "b waits in the queue, and starts by itself with the images in cats.",
         "c waits in the queue, and starts by itself with the images in runs/c.",
     ]
-    assert TrainTab.told_of(None, Entry("d", folder=".")).endswith(
+    assert TrainTab.outcome_of(None, Entry("d", folder=".")).endswith(
         "starts by itself with the images in the data folder."
     )
     shown = [lists.facts_of(entry, lined.run_of(entry)) for entry in added]
@@ -219,8 +219,8 @@ def test_what_goes_on_keeps_its_images_and_none_are_named(lined, tmp_path):
     write_run(tmp_path / "runs" / "b", learning_rate=[1e-4, 1e-3])
     added = [lined.add(Entry("a", resume=True)), lined.add(Entry("b", "experiment", {"seed": "0 1"}))]
     assert [entry.folder for entry in added] == [None, None]
-    assert TrainTab.told_of(None, added[0]) == "a goes on from its newest checkpoint."
-    assert TrainTab.told_of(None, added[1]) == "b waits in the queue, and starts by itself."
+    assert TrainTab.outcome_of(None, added[0]) == "a goes on from its newest checkpoint."
+    assert TrainTab.outcome_of(None, added[1]) == "b waits in the queue, and starts by itself."
 
 
 def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_path):

@@ -13,6 +13,7 @@ import gradio as gr
 import PIL.Image
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from app.locked_file import locked_file
 from app_runs import HOSTILE, run_by_hand, write_exports, write_language_run, write_run
 from diffusers import AutoencoderKL
 from pipelines import image_folder, stable_diffusion
@@ -21,7 +22,6 @@ from waiting import LIMIT, ended, wait_until
 import train_sd
 from app import experiments, form, launcher, lists, views
 from app.bases import PIPELINES
-from app.held import held
 from app.jobs import SAMPLE, SAVE, Entry, Jobs
 from app.library import Experiment, Library
 from app.runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError, is_trainer
@@ -276,7 +276,7 @@ def test_the_name_of_what_is_starting_is_said_to_be_that(trainings):
     """An experiment, which can be gone on with as soon as it has written its settings; nobody resumes it meanwhile."""
     folder = trainings.library.folder / "new"
     folder.mkdir()
-    with held(folder / EXPERIMENT_LOG):
+    with locked_file(folder / EXPERIMENT_LOG):
         with pytest.raises(RunError, match=r"^new is starting already: look at that one, or"):
             trainings.folder_of("new", Experiment)
         write_json(folder / "config.json", {"learning_rate": [1e-4, 1e-3]})

@@ -342,11 +342,11 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
     calls |= {"run_notes": ["tiny"], "restore_run": ["x"]}
     places = [(name, place) for name, data in calls.items() for place in range(len(data))]
 
-    def told(name: str, place: int) -> str:
+    def updates(name: str, place: int) -> str:
         return answers(address, name, *calls[name][:place], wrong, *calls[name][place + 1 :])
 
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(told, *zip(*places, strict=True)))
+        found = list(pool.map(updates, *zip(*places, strict=True)))
     for where, answer in zip(places, found, strict=True):
         assert answer and '"error": null' not in answer and "data: null" not in answer.splitlines()[-1], where
 
@@ -1065,7 +1065,7 @@ def put_in_order(page, runs: Path) -> None:
     page.get_by_role("tab", name="Runs").click()
     page.get_by_label("notes on watched").fill("the best so far")
     page.get_by_label("notes on tiny").fill("half a sen")
-    page.locator('.run[data-name="watched"] .told').get_by_text("saved").wait_for()
+    page.locator('.run[data-name="watched"] .updates').get_by_text("saved").wait_for()
     assert (runs / "watched" / "notes.txt").read_text() == "the best so far"
     page.get_by_role("button", name="Move watched to the trash").click()
     page.locator("#runs-answer").get_by_text("watched is in the trash").wait_for()

@@ -18,7 +18,7 @@ from waiting import ended, join, start_thread, wait_until
 from reslora.errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped
 from reslora.experiment.runner import train_arms
 from reslora.experiment.schedule import Course
-from reslora.experiment.worker_pool import Crew, Orders, arms_a_device, heard, share_of
+from reslora.experiment.worker_pool import Crew, Orders, arms_a_device, print_workers, share_of
 from reslora.images.settings import parse_args
 from reslora.io import is_running, this_process
 from reslora.runtime.script import run_script
@@ -40,7 +40,7 @@ def work(argv: list[str], what: dict[float, str], stop: StopRequest, orders: Ord
         folder.mkdir(parents=True)
         (folder / "who").write_text(this_process())
         print("not heard", flush=True)
-        with heard():
+        with print_workers():
             print(arm.rate, flush=True)
         if (name := what.get(arm.rate)) is not None:
             globals()[name](folder, stop)

@@ -22,7 +22,7 @@ def flags(model, data) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def alone(flags, tmp_path_factory) -> list[float]:
+def is_single_process(flags, tmp_path_factory) -> list[float]:
     """The losses of one process with all samples of a step."""
     output = tmp_path_factory.mktemp("alone") / "out"
     assert main(*flags, "--train_batch_size", "4", "--output_dir", output) == 0

@@ -5,7 +5,7 @@ from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
 
 from reslora import ResLoraConfig, connect
-from reslora.methods.links import tell_links
+from reslora.methods.links import print_links
 
 SHORTER = "--pre_num {}: 1 of 1 chain is shorter, down to 3 blocks; the longest has 3: the same as --pre_num 2"
 
@@ -30,11 +30,11 @@ def test_a_number_of_blocks_that_is_more_than_there_are_is_told(method, shortcut
     config, told = ResLoraConfig(shortcut, pre_num), []
     if method == "reslora":
         connect(model, config)
-    tell_links(model, method, config, told.append)
+    print_links(model, method, config, told.append)
     assert told == said
 
 
 def test_layers_that_stay_plain_are_told():
     model, told = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"])), []
-    tell_links(model, "reslora", ResLoraConfig("block", 1), told.append)
+    print_links(model, "reslora", ResLoraConfig("block", 1), told.append)
     assert told == ["--shortcut: 1 layer left as plain LoRA, such as model.embed_tokens (embedding)"]

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 from waiting import LIMIT
 
-from reslora.images.settings import build_parser, given_by, resolve, with_family
+from reslora.images.settings import build_parser, parsed_values, resolve, with_family
 from reslora.methods.registry import METHODS, Method
 from reslora.options.grid import Grid
 from reslora.options.images import Options
@@ -46,9 +46,9 @@ def test_files_have_flat_names_and_no_list_around_one_value():
 
 
 def test_what_is_not_given_is_no_value():
-    assert given_by(build_parser(), []) == {}
+    assert parsed_values(build_parser(), []) == {}
     words = ["--lr", "1e-4", "--steps", "5", "--no-plan", "--num_class_images", "100", "--output", "out"]
-    assert given_by(build_parser(), words) == {
+    assert parsed_values(build_parser(), words) == {
         "learning_rate": [1e-4], "max_train_steps": 5, "plan": False, "num_class_images": 100, "output_dir": "out",
     }  # fmt: skip
 
@@ -56,7 +56,7 @@ def test_what_is_not_given_is_no_value():
 def test_short_names_are_for_files_too(tmp_path):
     file = tmp_path / "run.toml"
     file.write_text("lr = 1e-4\nsteps = 5\nmodel = 'owner/model'\ndata = 'images'\noutput = 'out'")
-    given = given_by(build_parser(), ["--config", str(file), "--steps", "6"])
+    given = parsed_values(build_parser(), ["--config", str(file), "--steps", "6"])
     assert given == {
         "learning_rate": [1e-4], "max_train_steps": 6, "pretrained_model_name_or_path": "owner/model",
         "train_data_dir": ["images"], "output_dir": "out",

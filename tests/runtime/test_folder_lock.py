@@ -16,7 +16,7 @@ from waiting import ended, wait_until
 
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.io import this_process, write_json
-from reslora.runtime.folder_lock import check_held, filling, guarded, locked
+from reslora.runtime.folder_lock import check_held, guarded, locked, writing_into
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HOLDS = f"""
@@ -175,7 +175,7 @@ def test_a_disk_that_cannot_be_asked_just_now_ends_no_run(tmp_path, monkeypatch)
 def test_a_disk_that_gives_its_folders_new_numbers_ends_nothing(tmp_path, monkeypatch):
     """As those of networks may when they are there again; a folder that is moved alone has a new one alone."""
     inner = tmp_path / "run" / "lora"
-    with locked(tmp_path / "run"), filling(inner):
+    with locked(tmp_path / "run"), writing_into(inner):
         with monkeypatch.context() as patch:
             patch.setattr(os.path, "samestat", lambda *_: False)
             check_held()

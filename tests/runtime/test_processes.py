@@ -82,9 +82,9 @@ def test_what_fails_in_one_process_ends_all_with_its_status(seen):
 
 
 def test_alone_everything_is_a_plain_call():
-    assert together.alone() and together.is_main()
-    assert together.decided(lambda: 3) == together.each(lambda: 3) == 3
-    assert together.gathered(3) == [3]
+    assert together.is_single_process() and together.is_main()
+    assert together.broadcast_from_main(lambda: 3) == together.on_all(lambda: 3) == 3
+    assert together.all_gather(3) == [3]
     assert together.any_of(True) is True and together.any_of(False) is False
     nobody_else = together.wait
     nobody_else()
@@ -97,8 +97,8 @@ def test_no_decision_is_made_inside_another_alone_either():
     """Tests of one process find what would keep several waiting for each other."""
     for _ in range(2):
         with pytest.raises(AssertionError, match="a decision meets the other processes"):
-            together.decided(lambda: together.decided(lambda: 1))
-    assert together.decided(lambda: 1) == 1
+            together.broadcast_from_main(lambda: together.broadcast_from_main(lambda: 1))
+    assert together.broadcast_from_main(lambda: 1) == 1
 
 
 def refuse() -> None:

@@ -22,7 +22,7 @@ from reslora.options.option import number, whole
 from reslora.options.parser import OptionsParser
 from reslora.options.texts import GLUE_TASK, LLM_TASK, PASSED_ON, ZERO2_OFFLOAD, GlueOptions, LlmOptions
 from reslora.runtime.script import run_script
-from reslora.texts.arguments import given_by, read, resolve
+from reslora.texts.arguments import parsed_values, read, resolve
 from reslora.texts.experiment import report_unread
 from reslora.texts.glue import arguments_of
 from reslora.texts.training_arguments import Arguments, training_arguments
@@ -142,14 +142,14 @@ def test_compiling_and_checkpointing_keep_no_activations_of_a_shortcut(kind, pro
 
 def test_deepspeed_alone_means_the_bundled_configuration():
     parser = OptionsParser("train_llm.py", LlmOptions)
-    assert given_by(parser, ["--deepspeed"]) == ({"deepspeed": str(ZERO2_OFFLOAD)}, {})
-    assert given_by(parser, ["--deepspeed", "mine.json", "--bf16"])[0] == {"deepspeed": "mine.json", "bf16": True}
-    assert given_by(parser, []) == ({}, {})
+    assert parsed_values(parser, ["--deepspeed"]) == ({"deepspeed": str(ZERO2_OFFLOAD)}, {})
+    assert parsed_values(parser, ["--deepspeed", "mine.json", "--bf16"])[0] == {"deepspeed": "mine.json", "bf16": True}
+    assert parsed_values(parser, []) == ({}, {})
 
 
 def test_options_that_no_table_has_are_passed_on_as_transformers_reads_them():
     words = "--label_smoothing_factor 0.1 --lr 1e-3 --dataloader-drop-last --no_dataloader_pin_memory --bf16 False"
-    given, passed_on = given_by(OptionsParser("train_llm.py", LlmOptions), words.split())
+    given, passed_on = parsed_values(OptionsParser("train_llm.py", LlmOptions), words.split())
     assert given == {"learning_rate": [1e-3], "bf16": False}
     assert passed_on == {
         "label_smoothing_factor": 0.1, "dataloader_drop_last": True, "dataloader_pin_memory": False,

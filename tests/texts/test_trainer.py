@@ -361,7 +361,7 @@ def test_what_the_main_process_cannot_save_ends_the_others_too(tmp_path, monkeyp
     def told(decide):
         raise EndedElsewhere(1, diverged=True)
 
-    monkeypatch.setattr("reslora.texts.trainer.decided", told)
+    monkeypatch.setattr("reslora.texts.trainer.broadcast_from_main", told)
     monkeypatch.setattr(AdapterTrainingArguments, "should_save", False)
     with pytest.raises(EndedElsewhere):
         trainer.save_model(str(tmp_path / "adapter"))

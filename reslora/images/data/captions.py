@@ -50,7 +50,7 @@ class Recipe:
         """Return the caption without randomness: all tags in order, and the first option of every wildcard."""
         return self._resolved(self._with_affixes(self._lines(caption)[0]), None)
 
-    def drawn(self, captions: Sequence[str], draws: torch.Generator) -> str:
+    def sampled(self, captions: Sequence[str], draws: torch.Generator) -> str:
         """Return one of an image's captions after the random transform; `draws` is the source of randomness."""
         lines = self._lines(captions[choose(len(captions), draws)])
         caption = self._with_affixes(lines[choose(len(lines), draws)])

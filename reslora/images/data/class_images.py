@@ -20,11 +20,11 @@ from filelock import Timeout
 
 from ...checks import check_writable
 from ...errors import InvalidArgument, RunFailed
-from ...formatting import counted
+from ...formatting import pluralize
 from ...io import replacing
 from ...options.images import DataOptions, OutputOptions
 from ...runtime.folder_lock import guarded
-from ...runtime.processes import LONGEST_WAIT, decided, each
+from ...runtime.processes import LONGEST_WAIT, broadcast_from_main, on_all
 from ...runtime.signals import NOT_BEGUN
 from ...training.context import Context
 from ..generators import derive
@@ -44,10 +44,10 @@ def load_class_images(context: Context) -> list[ImageDataset]:
     options = context.options
     if options.data.class_data_dir is None:
         return []
-    decided(lambda: draw_missing(context))
+    broadcast_from_main(lambda: draw_missing(context))
     here = options.replace(train_data_dir=options.data.class_data_dir, train_data_repeats=[1], train_data_weight=[1.0])
     here = here.replace(dataset_name=None, max_train_samples=None)
-    found = each(
+    found = on_all(
         lambda: load_folders(here.model, here.data, here.training, here.output, caption=options.data.class_prompt)
     )
     return [dataclasses.replace(images, of_class=True) for images in found]
@@ -88,14 +88,14 @@ def draw_missing(context: Context) -> None:
     folder = Path(context.options.data.class_data_dir or "")
     if missing_class_images(context.options.data, context.options.output):
         folder.mkdir(parents=True, exist_ok=True)
-        with alone_in(folder, context):
+        with exclusive_lock(folder, context):
             if missing := missing_class_images(
                 context.options.data, context.options.output
             ):  # another run may have generated them in the meantime
                 draw(folder, missing, context)
 
 
-def alone_in(folder: Path, context: Context) -> contextlib.AbstractContextManager[object]:
+def exclusive_lock(folder: Path, context: Context) -> contextlib.AbstractContextManager[object]:
     """Return the lock on a folder, after waiting until no other run on this machine generates class images into it.
 
     Raises `RunFailed` after LONGEST_WAIT; a request to stop ends the wait.
@@ -119,7 +119,7 @@ def draw(folder: Path, missing: int, context: Context) -> None:
     options = context.options
     names = (folder / f"class-{number:05d}.png" for number in range(options.data.num_class_images))
     todo = [path for path in names if not path.exists()][:missing]
-    context.accelerator.print(f"generating {counted(len(todo), 'class image')} in {folder}")
+    context.accelerator.print(f"generating {pluralize(len(todo), 'class image')} in {folder}")
     model, device = context.model, context.accelerator.device
     side = max(options.data.resolution)  # at least as large as every resolution that they are trained at
     pipeline = model.load_pipeline(context.dtype, device, encoders=True)
@@ -181,9 +181,9 @@ def share_of(fewer: Counter[Size], others: Counter[Size], times: int, per_forwar
 
     Each size fills up its last batch with its own images, which the ratio takes into account.
     """
-    met = [0.0, 0.0]
+    uses_per_epoch = [0.0, 0.0]
     for size in fewer | others:
         counts = (fewer[size] * times, others[size])
         filled = math.ceil(sum(counts) / per_forward) * per_forward / sum(counts)
-        met = [before + count * filled for before, count in zip(met, counts, strict=True)]
-    return met[0] / met[1]
+        uses_per_epoch = [before + count * filled for before, count in zip(uses_per_epoch, counts, strict=True)]
+    return uses_per_epoch[0] / uses_per_epoch[1]

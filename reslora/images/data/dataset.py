@@ -13,14 +13,14 @@ import PIL.Image
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from ...errors import InvalidArgument, RunFailed, first_line
-from ...formatting import counted
+from ...formatting import pluralize
 from ...options.images import DataOptions, ModelOptions, OutputOptions, TrainingOptions
 from ...options.prompts import clean
 from ..content_hash import Content, content_mark
 from ..generators import derive, shuffled
 from .caption_files import CAPTIONS, caption_files, caption_in, read_caption
 from .images import UNREADABLE, image_size, is_image, is_masked, mask_problem, open_image, open_masked
-from .listing import files_of, hidden_images, told_of_hidden
+from .listing import files_of, hidden_images, hidden_images_line
 from .shards import check_archives, training_files, training_split
 from .tables import ROWS, check_inside, file_inside, has_file_names, names_files, unlisted
 
@@ -221,7 +221,7 @@ def read_folder(
     if metadata is not None and has_file_names(metadata, layout_of(everything, folder) or data.dataset_name):
         found = dataclasses.replace(read_metadata(metadata, data, training), metadata=metadata)
         missing = len(unlisted(found.rows, files))
-        found.notes += [f"{counted(missing, 'image')} not listed in {metadata.name}"] if missing else []
+        found.notes += [f"{pluralize(missing, 'image')} not listed in {metadata.name}"] if missing else []
         return _with_folder_notes(found, folder, data, everything, deep)
     if any(path.name in METADATA for path in everything):
         return None
@@ -229,7 +229,9 @@ def read_folder(
     if not any(texts) and (caption is None or not files):
         if layout_of(everything, folder) or data.dataset_name:
             return None
-        what = f"{counted(len(files), 'image')} without captions (folder names do not count)" if files else "no images"
+        what = (
+            f"{pluralize(len(files), 'image')} without captions (folder names do not count)" if files else "no images"
+        )
         fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions next to the images"
         if above := above_repeated(files):
             fix = f"name {above[0]}, whose folders have kohya's names (10_name) for repeats and captions, or {fix}"
@@ -237,7 +239,7 @@ def read_folder(
     otherwise = [] if caption is None else [caption]
     found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
     if twice := sum(len(beside) > 1 for beside in texts):
-        found.notes.append(f"{counted(twice, 'image')} with a .txt and a .caption file: the .txt is read")
+        found.notes.append(f"{pluralize(twice, 'image')} with a .txt and a .caption file: the .txt is read")
     return _with_folder_notes(found, folder, data, everything, deep)
 
 
@@ -245,16 +247,16 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
     found.notes += _hidden_note(found.rows, folder)
     if not deep:
         folders = sum(path.is_dir() for path in everything)
-        found.notes += [f"{folder}: {counted(folders, 'folder')} in it not read"] if folders else []
+        found.notes += [f"{folder}: {pluralize(folders, 'folder')} in it not read"] if folders else []
         return found
     links = sum(path.is_symlink() and path.is_dir() for path in everything)
     repeated = above_repeated(list(filter(is_image, everything)))
-    found.notes += [f"not searched: {counted(links, 'symbolic link')} to folders"] if links else []
+    found.notes += [f"not searched: {pluralize(links, 'symbolic link')} to folders"] if links else []
     of_class = options.class_data_dir is not None and folder == Path(options.class_data_dir)  # computed repeats
     if repeated and not of_class:
         found.notes.append(
-            f"{counted(len(repeated), 'image')} in kohya's folders (10_name), whose repeats are ignored: to use them, "
-            f"name {repeated[0]}, as a folder of images without a metadata file"
+            f"{pluralize(len(repeated), 'image')} in kohya's folders (10_name), whose repeats are ignored: to "
+            f"use them, name {repeated[0]}, as a folder of images without a metadata file"
         )
     return found
 
@@ -267,7 +269,7 @@ def above_repeated(files: Sequence[Path]) -> list[Path]:
 
 def _hidden_note(rows: datasets.Dataset, folder: Path) -> list[str]:
     """Return a line about hidden images that no row names."""
-    return told_of_hidden(unlisted(rows, hidden_images(folder)))
+    return hidden_images_line(unlisted(rows, hidden_images(folder)))
 
 
 def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequence[Path | None] = ()) -> Found:
@@ -408,9 +410,11 @@ def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: Da
     """
     missing = unlisted(rows, list(filter(is_image, everything)))
     if captioned := [path for path in missing if caption_files(path)]:
-        problem = f"{counted(len(captioned), 'image')} with caption files, such as {captioned[0]}, but without metadata"
+        problem = (
+            f"{pluralize(len(captioned), 'image')} with caption files, such as {captioned[0]}, but without metadata"
+        )
         raise InvalidArgument(data_flag(options), problem, f"put them into a separate folder, and {ONE_BY_ONE}")
-    return [f"{counted(len(missing), 'image')} not read: not in the metadata, or of another split"] if missing else []
+    return [f"{pluralize(len(missing), 'image')} not read: not in the metadata, or of another split"] if missing else []
 
 
 def _columns(rows: datasets.Dataset, layout: str | None, options: DataOptions, notes: list[str]) -> tuple[str, str]:

@@ -6,11 +6,11 @@ import dataclasses
 from pathlib import Path
 
 from ...errors import InvalidArgument
-from ...formatting import counted
+from ...formatting import pluralize
 from ...options.images import DataOptions, ModelOptions, OutputOptions, TrainingOptions
 from .dataset import METADATA, MOST_REPEATS, REPEATED, SAVED, ImageDataset, sample, usable
 from .images import is_image
-from .listing import files_of, hidden_images, told_of_hidden
+from .listing import files_of, hidden_images, hidden_images_line
 
 Part = tuple[str, int, str | None]
 """A folder, its repeats, and the caption of its images without a caption file, if any."""
@@ -51,7 +51,9 @@ def load_folders(
 def _label(images: ImageDataset, name: str, caption: str | None) -> str:
     """Return a source's name for the log: its folder, and how many images have the folder's name as caption."""
     count = sum(texts == [caption] for texts in images.captions)
-    return f"{name} ({count} of {counted(len(images), 'image')} with its name as caption: {caption})" if count else name
+    return (
+        f"{name} ({count} of {pluralize(len(images), 'image')} with its name as caption: {caption})" if count else name
+    )
 
 
 def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tuple[list[Part], list[str]]:
@@ -85,4 +87,4 @@ def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tu
     hidden = [path for path in hidden_images(folder) if not taken & set(map(str, path.parents))]
     more = f" and {len(beside) - 5} more" if len(beside) > 5 else ""
     alone = [f"{folder}: only kohya's folders (10_name) are read, not {', '.join(beside[:5])}{more}"]
-    return found, [*(alone if beside else []), *lines, *told_of_hidden(hidden)]
+    return found, [*(alone if beside else []), *lines, *hidden_images_line(hidden)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
-from ...formatting import are, printable
+from ...formatting import is_or_are, printable
 from ...training.context import Context
 from ..model.loading import Model
 from ..prompts import prompts_of
@@ -17,7 +17,7 @@ Place = tuple[ImageDataset, int] | str
 """An image of a dataset, or the option that a prompt comes from."""
 
 
-def tell_long_captions(material: Material, pipeline: DiffusionPipeline, context: Context) -> None:
+def print_long_captions(material: Material, pipeline: DiffusionPipeline, context: Context) -> None:
     """Print how many captions and prompts are longer than the text encoder's limit, with the longest as an example."""
     reader = reader_of(pipeline, context.model)
     if reader is None or not context.accelerator.is_main_process:
@@ -36,7 +36,7 @@ def tell_long_captions(material: Material, pipeline: DiffusionPipeline, context:
         place = places[example]
         where = place if isinstance(place, str) else place[0].name(place[1])
         reads = f"the {most} tokens that {encoder_of(name)} reads{' (--max_sequence_length)' if longest else ''}"
-        those = f"{len(long)} of {len(texts)} captions and prompts {are(len(long))}"
+        those = f"{len(long)} of {len(texts)} captions and prompts {is_or_are(len(long))}"
         line = f"{those} longer than {reads}: the rest has no effect"
         context.accelerator.print(f"{line} (for example {printable(where)}: {counts[example]} tokens)")
 

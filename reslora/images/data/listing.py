@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...formatting import are, counted
+from ...formatting import is_or_are, pluralize
 from ...io import all_below
 from ...options.images import DataOptions, OutputOptions
 from .images import is_image
@@ -44,7 +44,7 @@ def hidden_images(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def told_of_hidden(images: Sequence[Path]) -> list[str]:
+def hidden_images_line(images: Sequence[Path]) -> list[str]:
     """Return a line about hidden images, or [] if there are none."""
-    told = f"{counted(len(images), 'hidden image')} {are(len(images))} not read"
+    told = f"{pluralize(len(images), 'hidden image')} {is_or_are(len(images))} not read"
     return [f"{told} (for example {images[0]})"] if images else []

@@ -62,7 +62,7 @@ class Plan:
         return sum(self._forwards(size) for size in self.sizes)
 
     @functools.cached_property
-    def met(self) -> dict[Size, float]:
+    def uses_per_epoch(self) -> dict[Size, float]:
         """The ratio of actual to requested uses per epoch, by size: above 1 if the last batch is filled up."""
         return {size: self._forwards(size) * self.per_forward / len(items) for size, items in self.buckets.items()}
 

@@ -54,11 +54,11 @@ class Material:
         """Return the number of updates per epoch with `processes` processes."""
         return self.plan(processes).updates_per_epoch(self.training.gradient_accumulation_steps)
 
-    def drawn_caption(self, draw: Draw) -> str:
+    def sampled_caption(self, draw: Draw) -> str:
         """Return a sample's caption after the random transform; its position seeds that separately from the noise."""
         source = self.sources[draw.source]
         draws = generator(self.training.seed, "caption", draw.position)
-        return source.recipe.drawn(source.images.captions[draw.image], draws)
+        return source.recipe.sampled(source.images.captions[draw.image], draws)
 
     @property
     def held_out(self) -> list[tuple[int, int]]:
@@ -112,7 +112,7 @@ class TrainingSamples(Dataset):
         captions = source.images.captions[draw.image]
         chosen = captions[choose(len(captions), draws)]
         varies = self.varies and source.recipe.varies
-        caption = material.drawn_caption(draw) if varies else source.recipe.plain(chosen)
+        caption = material.sampled_caption(draw) if varies else source.recipe.plain(chosen)
         latents = source.latents
         return Batch(
             timestep, noise, posterior_noise, weight=torch.tensor(source.weight), caption=caption,

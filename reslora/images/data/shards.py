@@ -9,7 +9,7 @@ from pathlib import Path
 import datasets
 
 from ...errors import InvalidArgument
-from ...formatting import are
+from ...formatting import is_or_are
 
 PICKLES = (".pkl", ".pickle", ".pyd", ".pth", ".pt")
 TEXTS = (".txt", ".text", ".transcript")  # `datasets` decodes these, in upper case too
@@ -20,7 +20,7 @@ def training_files(files: Sequence[Path], folder: Path, notes: list[str]) -> Seq
     chosen = [path for path in files if "train" in str(path.relative_to(folder)).lower()] or files
     if len(chosen) < len(files):
         others = len(files) - len(chosen)
-        notes.append(f"{others} of {len(files)} files {are(others)} not of the training split")
+        notes.append(f"{others} of {len(files)} files {is_or_are(others)} not of the training split")
     return chosen
 
 

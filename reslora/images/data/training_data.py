@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from diffusers import DiffusionPipeline
 
 from ...errors import InvalidArgument
-from ...formatting import are, counted, printable
+from ...formatting import is_or_are, pluralize, printable
 from ...io import read_object, write_json
 from ...options.images import DataOptions
 from ...options.values import listed
-from ...runtime.processes import decided, gathered
+from ...runtime.processes import all_gather, broadcast_from_main
 from ...training.context import Context
 from ..model.loading import wide_enough
 from ..model.objective import Objective
@@ -23,7 +23,7 @@ from .captions import VERBATIM, recipe_of
 from .class_images import balanced
 from .dataset import ImageDataset, data_flag
 from .encoding import Latents, Texts, Variants, damaged_images, encode_images, encode_texts, without_damaged
-from .lengths import tell_long_captions
+from .lengths import print_long_captions
 from .plan import Plan
 from .samples import Material
 from .size import Size
@@ -46,9 +46,9 @@ def material_of(
     sources = tuple(
         source for images in kinds for source in sources_of(images, int(images is largest), pipeline, context)
     )
-    tell_sizes(sources, context)
+    print_bucket_sizes(sources, context)
     for source in sources:
-        tell_what_is_left_out(source.images, context)
+        print_skipped_images(source.images, context)
     if any(images.of_class for images in kinds):
         per_forward = context.options.training.train_batch_size * context.accelerator.num_processes
         learnt, of_class = ([s for s in sources if s.images.of_class == kind] for kind in (False, True))
@@ -58,7 +58,7 @@ def material_of(
     options, none = context.options, Texts(None, {})
     parts = options.adapter, options.data, options.training, options.validation
     material = Material(sources, none, objective, shapes, *parts, family.latents_per_token)
-    tell_long_captions(material, pipeline, context)
+    print_long_captions(material, pipeline, context)
     return with_texts(material, pipeline, context)
 
 
@@ -71,7 +71,7 @@ def note_images(material: Material, context: Context, goes_on: bool) -> None:
     options, path = context.options, context.folder / NOTED
     used = "; ".join(source.images.fingerprint for source in material.sources)
     left_out = [line for source in material.sources for line in source.images.left_out]
-    if len(set(gathered(used))) > 1:
+    if len(set(all_gather(used))) > 1:
         raise InvalidArgument(
             data_flag(options.data), "the processes disagree about which images are damaged", "repair them"
         )
@@ -84,7 +84,7 @@ def note_images(material: Material, context: Context, goes_on: bool) -> None:
             raise InvalidArgument(data_flag(options.data), problem, "restore them, or choose another --output_dir")
         write_json(path, {"images": used, "left_out": left_out})
 
-    decided(note)
+    broadcast_from_main(note)
 
 
 def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context) -> Material:
@@ -133,7 +133,7 @@ def captions_of(material: Material, processes: int) -> list[str] | None:
         steps = material.training.max_train_steps or material.training.num_train_epochs * material.updates(processes)
         for forward in range(steps * material.training.gradient_accumulation_steps):
             drawn = [draw for draw in plan.forward(forward) if material.sources[draw.source].recipe.rewrites]
-            captions |= dict.fromkeys(map(material.drawn_caption, drawn))
+            captions |= dict.fromkeys(map(material.sampled_caption, drawn))
             if len(captions) > most:
                 return None
     return list(captions)
@@ -183,13 +183,13 @@ def sizes_of(images: ImageDataset, multiple: int, options: DataOptions) -> list[
     """
     found: list[list[Size | None]] = [[] for _ in options.resolution]
     for image in images.sizes:
-        met: set[Size | str] = set()
+        uses_per_epoch: set[Size | str] = set()
         for sizes, resolution in zip(found, options.resolution, strict=True):
             size, own = size_of(image, resolution, multiple, options)
-            new = size not in met and not (own and "own" in met)
+            new = size not in uses_per_epoch and not (own and "own" in uses_per_epoch)
             sizes.append(size if new else None)
             if new:
-                met |= {size, "own"} if own else {size}
+                uses_per_epoch |= {size, "own"} if own else {size}
     return found
 
 
@@ -208,34 +208,38 @@ def size_of(image: tuple[int, int], resolution: int, multiple: int, options: Dat
     return size, size not in buckets
 
 
-def tell_sizes(sources: Sequence[Source], context: Context) -> None:
+def print_bucket_sizes(sources: Sequence[Source], context: Context) -> None:
     """Print the number of images in each bucket."""
     if context.options.data.use_aspect_ratio_buckets or len(listed(context.options.data.resolution)) > 1:
         found = Counter(source.size(image) for source in sources for image in range(len(source.images)))
         counts = [f"{size.height}x{size.width}: {count}" for size, count in found.items()]
-        context.accelerator.print(f"{counted(len(found), 'bucket')} (height x width: images): {', '.join(counts)}")
+        context.accelerator.print(f"{pluralize(len(found), 'bucket')} (height x width: images): {', '.join(counts)}")
 
 
-def tell_counts(material: Material, context: Context) -> None:
+def print_folder_counts(material: Material, context: Context) -> None:
     """Print repeats, weight and masks of each source if sources differ or may differ."""
     plan = material.plan(context.accelerator.num_processes)
-    tell_uneven(plan, context)
+    print_uneven_buckets(plan, context)
     for source in material.sources:
         images, masked = source.images, sum(source.images.masked)
         if images.label:
             kind, times = "class image" if images.of_class else "image", times_of(source, plan)
-            count = counted(len(source.train), kind)
+            count = pluralize(len(source.train), kind)
             line = f"{images.label}: {count}, each {times} an epoch, weight {source.weight:g}"
             line += f"; {len(source.held_out)} more held out" if source.held_out else ""
-            line += f"; {masked} of {len(images)} {are(masked)} masked" if context.options.training.masked_loss else ""
+            line += (
+                f"; {masked} of {len(images)} {is_or_are(masked)} masked"
+                if context.options.training.masked_loss
+                else ""
+            )
             context.accelerator.print(printable(line))
 
 
-def tell_uneven(plan: Plan, context: Context) -> None:
+def print_uneven_buckets(plan: Plan, context: Context) -> None:
     """Print a line if an epoch uses the images of one bucket far more often than those of another."""
-    least, most = (choose(plan.met, key=plan.met.__getitem__) for choose in (min, max))
-    if plan.met[most] >= UNEVEN * plan.met[least]:
-        often, seldom = (f"{size.height}x{size.width} {plan.met[size]:.3g} times" for size in (most, least))
+    least, most = (choose(plan.uses_per_epoch, key=plan.uses_per_epoch.__getitem__) for choose in (min, max))
+    if plan.uses_per_epoch[most] >= UNEVEN * plan.uses_per_epoch[least]:
+        often, seldom = (f"{size.height}x{size.width} {plan.uses_per_epoch[size]:.3g} times" for size in (most, least))
         smaller = "a smaller --train_batch_size" if context.options.training.train_batch_size > 1 else "fewer processes"
         context.accelerator.print(
             f"a bucket's last batch is filled up from the same bucket: an epoch uses images of {often} as often as "
@@ -245,9 +249,11 @@ def tell_uneven(plan: Plan, context: Context) -> None:
 
 def times_of(source: Source, plan: Plan) -> str:
     """Format how often an epoch uses a source's images; with a single bucket, all are used equally often."""
-    several = len(plan.met) > 1
-    met = [source.repeats * plan.met[source.size(image)] for image in source.train if several] or [source.repeats]
-    low, high = (f"{round(times, 1):g}" for times in (min(met), max(met)))
+    several = len(plan.uses_per_epoch) > 1
+    uses_per_epoch = [
+        source.repeats * plan.uses_per_epoch[source.size(image)] for image in source.train if several
+    ] or [source.repeats]
+    low, high = (f"{round(times, 1):g}" for times in (min(uses_per_epoch), max(uses_per_epoch)))
     if low != high:
         return f"{low} to {high} times"
     return "once" if low == "1" else f"{low} times"
@@ -263,9 +269,9 @@ def latents_of(
         return encode_images(Variants(images, sizes, context.options.data, context.options.training), key, vae, context)
 
 
-def tell_what_is_left_out(images: ImageDataset, context: Context) -> None:
+def print_skipped_images(images: ImageDataset, context: Context) -> None:
     """Print a line about each of the first 20 unusable images, and their number."""
     for line in (*images.notes, *(f"left out: {line}" for line in images.left_out[:20])):
         context.accelerator.print(printable(line))
     if images.left_out:
-        context.accelerator.print(f"left out {counted(len(images.left_out), 'image')}, kept {len(images):,}")
+        context.accelerator.print(f"left out {pluralize(len(images.left_out), 'image')}, kept {len(images):,}")

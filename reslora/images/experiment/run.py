@@ -27,15 +27,15 @@ from ...experiment.report import About
 from ...experiment.schedule import Course
 from ...experiment.study import Subject
 from ...experiment.worker_pool import Orders
-from ...formatting import counted
+from ...formatting import pluralize
 from ...io import read_object, remove_leftovers
 from ...methods.registry import METHODS
 from ...options.grid import Grid
 from ...options.images import NOISES, Options, ValidationOptions
 from ...options.option import in_words
 from ...runtime.checkpoint_folders import ADAPTERS
-from ...runtime.folder_lock import lent, locked
-from ...runtime.processes import decided, each
+from ...runtime.folder_lock import locked, share_lock
+from ...runtime.processes import broadcast_from_main, on_all
 from ...runtime.signals import StopRequest
 from ...runtime.status import Status
 from ...training.checkpoints import EXPORTS, MERGING, Identity, check_past, checkpoints_of, past_of, plan_resume
@@ -44,7 +44,7 @@ from ...training.loop import train_method
 from ...training.schedule import Schedule, schedule_of
 from ..cache_folder import cache_folder
 from ..data.samples import Material, measured_at
-from ..data.training_data import latents_of, tell_counts, with_texts
+from ..data.training_data import latents_of, print_folder_counts, with_texts
 from ..model_checks import check_methods
 from ..output.trackers import note_settings
 from ..run import begin, check_before_loading, encode, forget_encoder
@@ -77,32 +77,36 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         given = given.replace(logging_dir=f"{given.base.output.logging_dir}/process-{orders.number}")
     began, plain, folder = time.monotonic(), given.run(), Path(given.base.output.output_dir)
     with contextlib.ExitStack() as stack:
-        check, lock = (lambda: None, lent) if orders else (lambda: take_folder(given), locked)
+        check, lock = (lambda: None, share_lock) if orders else (lambda: take_folder(given), locked)
         kinds, context, identity = begin(plain, stop, stack, check, lock)
         asked = with_varied(context.options, given)
         if orders:
             context = dataclasses.replace(context, status=Status())
         else:
-            decided(lambda: check_folder(asked, identity))
+            broadcast_from_main(lambda: check_folder(asked, identity))
             check_before_loading(kinds, context)
         check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain.data)
-        each(lambda: check_variants(asked, context))
+        on_all(lambda: check_variants(asked, context))
         alone, goes_on = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()
         pipeline, material = encode(kinds, context, goes_on, track=bool(orders) or alone)
-        parts = decided(lambda: parts_of(learnt(material.sources), plain.data, plain.validation, plain.experiment))
+        parts = broadcast_from_main(
+            lambda: parts_of(learnt(material.sources), plain.data, plain.validation, plain.experiment)
+        )
         content = content_of(parts, learnt(material.sources))
-        decided(lambda: check_same(asked, identity, content))
+        broadcast_from_main(lambda: check_same(asked, identity, content))
         processes = context.accelerator.num_processes
         material = with_parts(material, parts, processes)
-        tell_counts(material, context)
+        print_folder_counts(material, context)
         materials = {seed: of_seed(material, seed, pipeline, context) for seed in asked.values("seed")}
         forget_encoder(pipeline, context)
         schedule = with_few_looks(schedule_of(material.updates(processes), context), plain.validation)
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
-        decided(lambda: check_same(asked, identity, content))
+        broadcast_from_main(lambda: check_same(asked, identity, content))
         note_settings(asked.flat(), schedule, context.accelerator, write=not orders)
         course, study = Course(asked, began), ImageStudy(schedule, identity, context, pipeline, material)
-        context.accelerator.print(f"{counted(len(course.arms()), 'arm')} of {counted(schedule.steps, 'step')}; {parts}")
+        context.accelerator.print(
+            f"{pluralize(len(course.arms()), 'arm')} of {pluralize(schedule.steps, 'step')}; {parts}"
+        )
         yield Bench(course, study, materials, parts, content, stop, context.accelerator.device)
         context.accelerator.end_training()
 
@@ -254,7 +258,7 @@ class Bench(Subject):
     def train(self, arm: Arm) -> None:
         study = self.study_of(arm)
         context, (method,) = study.context, study.context.options.adapter.method
-        resume = decided(lambda: plan_resume(context.options, study.identity, context.place))
+        resume = broadcast_from_main(lambda: plan_resume(context.options, study.identity, context.place))
         if context.options.training.compile:
             torch.compiler.reset()  # the compiler falls back to eager mode after a number of recompilations
         try:

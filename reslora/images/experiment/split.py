@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ...errors import InvalidArgument, refused_as
 from ...experiment.hashed_split import cut, enough_of
-from ...formatting import counted
+from ...formatting import pluralize
 from ...options.images import DataOptions, ExperimentOptions, ValidationOptions
 from ...seeds import derive
 from ..data.class_images import balanced
@@ -102,7 +102,7 @@ def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) ->
     """Raise `InvalidArgument` if some part would be empty. `alike`: names of two images that count as one."""
     if images < 3:
         example = f" ({' and '.join(alike)} look alike)" if alike else ""
-        number = f"{counted(images, 'image')} without near-duplicates{example}"
+        number = f"{pluralize(images, 'image')} without near-duplicates{example}"
         problem = f"{number}, and training, selection and test need different ones"
         raise InvalidArgument(data_flag(options), problem, "give at least 3, better 30 or more")
 

@@ -20,9 +20,9 @@ from ..model.families.base import Conditions, Family, Text
 from ..model.quantising import block_layers
 from ..model.stored import IN_MEMORY
 from ..output.drawing import shared
-from ..prompts import Prompt, prompts_of, settled
+from ..prompts import Prompt, prompts_of, resolved
 from .components import empty_denoiser
-from .meta_tensors import held
+from .meta_tensors import tensor_bytes
 from .phases import ACTIVATIONS, ADAPTER, AUTOENCODER, BASE, ENCODERS, EXACT, MERGE, OPTIMIZER, Held, Phase, Rehearsal
 
 KEPT = (BASE, ADAPTER, OPTIMIZER)  # what stays in memory after a step, while samples are generated and exported
@@ -36,7 +36,11 @@ def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
     denoiser = rehearsal.stage.place(rehearsal.base()).eval()
     count, side = min(options.training.train_batch_size, missing), max(options.data.resolution)
     guided = count * passes(rehearsal.family, options.validation.guidance_scale)
-    found: Held = {BASE: held(denoiser), ENCODERS: held(*rehearsal.encoders), AUTOENCODER: held(rehearsal.pipeline.vae)}
+    found: Held = {
+        BASE: tensor_bytes(denoiser),
+        ENCODERS: tensor_bytes(*rehearsal.encoders),
+        AUTOENCODER: tensor_bytes(rehearsal.pipeline.vae),
+    }
 
     def draw() -> int:
         size, dtype = Size(side, side), rehearsal.dtype
@@ -66,7 +70,7 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
     `free`: bytes of the device that are free before the run.
     """
     exact = empty_denoiser(rehearsal.model, torch.float32)
-    whole, shapes = held(exact), [layer.weight.shape for _, layer in block_layers(exact)]
+    whole, shapes = tensor_bytes(exact), [layer.weight.shape for _, layer in block_layers(exact)]
     rehearsal.stage.place(exact.eval())
     found = {name: step.held[name] for name in KEPT}
     draw = partial(drawing, rehearsal, exact, torch.float32, contextlib.nullcontext)
@@ -115,7 +119,7 @@ def drawing(
     options, family = rehearsal.options, rehearsal.family
     images = options.validation.num_validation_images if options.validation.validation_prompt else 1
     prompts = [
-        settled(prompt, options.data, options.validation, family)
+        resolved(prompt, options.data, options.validation, family)
         for prompt in prompts_of(options.validation) or [Prompt("")]
     ]
     most = 0

@@ -138,7 +138,7 @@ def tensors_of(*modules: nn.Module) -> Iterator[torch.Tensor]:
                 yield from (value for value in named.values() if isinstance(value, torch.Tensor))
 
 
-def held(*modules: nn.Module, trained: bool | None = None) -> int:
+def tensor_bytes(*modules: nn.Module, trained: bool | None = None) -> int:
     """Return the bytes of the modules' tensors; if `trained` is given, only of trainable or of frozen ones."""
     every = (module for part in modules for module in part.modules())
     swapped = {id(module.codes) for module in every if "codes" in vars(module)}  # in CPU memory

@@ -29,7 +29,7 @@ from ..model.families.base import Text
 from ..model.objective import objective_of
 from ..model_checks import check_pipeline
 from .components import Reader, empty_denoiser, empty_part, empty_pipeline, shapes_of
-from .meta_tensors import Stage, held
+from .meta_tensors import Stage, tensor_bytes
 
 BASE, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS = "base", "adapter", "gradients", "optimizer", "activations"
 AUTOENCODER, ENCODERS, EXACT, MERGE = "autoencoder", "text encoders", "base in float32", "merge"
@@ -115,7 +115,7 @@ class Rehearsal:
         """Frozen text encoders that stay loaded during training."""
         stay = [] if self.options.data.cache_text_embeddings else self.encoders
         stay = [part for part in stay if not any(part is other for other in self.trained_encoders)]
-        return {ENCODERS: held(*stay)} if stay else {}
+        return {ENCODERS: tensor_bytes(*stay)} if stay else {}
 
     def encoding_images(self) -> Phase | None:
         """Return the phase that encodes all variants of an image; None if each step encodes its own images."""
@@ -123,8 +123,8 @@ class Rehearsal:
             return None
         vae = self._wide_autoencoder()
         activations = self.known("activations of the autoencoder", lambda: self._encode(vae))
-        found: Held = {AUTOENCODER: held(vae), ACTIVATIONS: activations}
-        trained: Held = {BASE: held(*self.trained_encoders)} if self.trainable else {}
+        found: Held = {AUTOENCODER: tensor_bytes(vae), ACTIVATIONS: activations}
+        trained: Held = {BASE: tensor_bytes(*self.trained_encoders)} if self.trainable else {}
         return Phase("encoding images", found | self.staying | trained)
 
     def _encode(self, vae: Any) -> int:
@@ -158,7 +158,7 @@ class Rehearsal:
         """
         if not self.options.data.cache_text_embeddings or not self.peak_of_encoders:
             return None
-        found: Held = {ENCODERS: held(*self.encoders), AUTOENCODER: held(self.pipeline.vae)}
+        found: Held = {ENCODERS: tensor_bytes(*self.encoders), AUTOENCODER: tensor_bytes(self.pipeline.vae)}
         return Phase("encoding captions", found | {ACTIVATIONS: self.peak_of_encoders})
 
     @property
@@ -199,9 +199,9 @@ class Rehearsal:
     def training(self, method: str) -> Phase:
         """Return the phase of a training step: forward, backward, and the optimizer's state."""
         trained = self.trained(method)
-        adapter = held(trained, trained=True)
+        adapter = tensor_bytes(trained, trained=True)
         copies = 2 if self.context.accelerator.num_processes > 1 else 1  # DDP copies gradients into buckets
-        found: Held = {BASE: held(trained, trained=False), ADAPTER: adapter}
+        found: Held = {BASE: tensor_bytes(trained, trained=False), ADAPTER: adapter}
         optimizer = self.known("state of the optimizer", lambda: self._state(trained))
         activations = self.known("activations of a step", lambda: self._step(trained))
         found |= {GRADIENTS: copies * adapter, OPTIMIZER: optimizer, ACTIVATIONS: activations}
@@ -211,7 +211,7 @@ class Rehearsal:
     def autoencoder(self, times: int = 1) -> int:
         """Return the bytes of the autoencoder that remain after encoding; `times` scales the size of its elements."""
         vae = self.pipeline.vae
-        return times * (held(vae) - (held(vae.encoder) if self.options.data.cache_latents else 0))
+        return times * (tensor_bytes(vae) - (tensor_bytes(vae.encoder) if self.options.data.cache_latents else 0))
 
     def base(self) -> nn.Module:
         """The denoiser as it is trained on."""
@@ -270,4 +270,4 @@ class Rehearsal:
             state = [value for value in tree_leaves(dict(optimizer.state[parameter])) if torch.is_tensor(value)]
             kept += count * sum(value.nbytes for value in state)
         # AdaLoRA keeps three averages of each element.
-        return kept + (3 * held(trained, trained=True) if rank_allocator(trained.denoiser) else 0)
+        return kept + (3 * tensor_bytes(trained, trained=True) if rank_allocator(trained.denoiser) else 0)

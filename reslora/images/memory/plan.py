@@ -19,7 +19,7 @@ from ...training.sharding import cuts_base
 from ..data.buckets import named_buckets
 from ..data.dataset import ImageDataset
 from ..model.quantising import try_format
-from ..prompts import prompts_of, settled
+from ..prompts import prompts_of, resolved
 from .components import empty_denoiser, empty_part
 from .inference import drawing_class_images, exporting, sampling
 from .phases import ROWS, Phase, Rehearsal
@@ -236,7 +236,7 @@ def most_pixels(context: Context) -> int:
     trained = [side * side for side in options.data.resolution]
     trained += [size.height * size.width for size in named_buckets(options.data.aspect_ratio_buckets or "")]
     drawn = [
-        settled(prompt, options.data, options.validation, context.model.family)
+        resolved(prompt, options.data, options.validation, context.model.family)
         for prompt in prompts_of(options.validation)
     ]
     return max([*trained, *((prompt.height or 0) * (prompt.width or 0) for prompt in drawn)])

@@ -24,7 +24,7 @@ from torch import nn
 from ...errors import InvalidArgument, first_line, refused_as
 from ...io import read_object, replacing
 from ...options.images import ModelOptions, OutputOptions
-from ...runtime.processes import each
+from ...runtime.processes import on_all
 from ..cache_folder import cache_folder
 from ..content_hash import content_mark, folder_mark
 from ..generators import derive
@@ -182,8 +182,8 @@ def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: 
     flag, path = f"--pretrained_model_name_or_path {name}", Path(name)
     if path.is_file():
         # The main process converts it, then the first process of each other machine, unless they share a disk.
-        each(lambda: unpacked(path, model_options, output) if accelerator.is_main_process else None)
-        each(lambda: unpacked(path, model_options, output) if accelerator.is_local_main_process else None)
+        on_all(lambda: unpacked(path, model_options, output) if accelerator.is_main_process else None)
+        on_all(lambda: unpacked(path, model_options, output) if accelerator.is_local_main_process else None)
         folder = unpacked(path, model_options, output)
     elif path.is_dir():
         folder = path

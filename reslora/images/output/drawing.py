@@ -13,14 +13,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from ...attributes import temporarily
+from ...attributes import override_attributes
 from ...options.images import DataOptions, TrainingOptions, ValidationOptions
 from ...tracing import evaluating
 from ..data.batch import changed, stack_texts
 from ..data.encoding import Texts
 from ..generators import derive
 from ..model.families.base import Family, Part, Text
-from ..prompts import Prompt, settled
+from ..prompts import Prompt, resolved
 
 
 class Drawer:
@@ -55,7 +55,7 @@ class Drawer:
         wanted = self.wanted(prompts, images)
         drawn, size = [], self.training.train_batch_size
         encoders = [getattr(self.pipeline, part.name) for part in self.encoders]
-        with temporarily(self.pipeline, **{self.family.denoiser: denoiser}), evaluating(denoiser, *encoders):
+        with override_attributes(self.pipeline, **{self.family.denoiser: denoiser}), evaluating(denoiser, *encoders):
             for alike in (list(group) for _, group in itertools.groupby(wanted, key=shared)):
                 for start in range(0, len(alike), size):
                     drawn += self._batch(alike[start : start + size], between_steps)
@@ -66,7 +66,7 @@ class Drawer:
         found = []
         for number, given in enumerate(prompts):
             prompt = Prompt(given) if isinstance(given, str) else given
-            prompt = settled(prompt, self.data, self.validation, self.family)
+            prompt = resolved(prompt, self.data, self.validation, self.family)
             for image in range(images):
                 drawn = derive(self.training.seed, "sample", number, image)
                 found.append((prompt, drawn if prompt.seed is None else prompt.seed + image))

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import nn
 
 from ... import export
-from ...attributes import temporarily
+from ...attributes import override_attributes
 from ...chains import Chains, chains
 from ...errors import Diverged, RunFailed, first_line
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
@@ -157,7 +157,10 @@ def finite(drawn: np.ndarray, what: str) -> np.ndarray:
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
     """Disable TF32, which would change images by more than the tolerance of exports."""
-    with temporarily(torch.backends.cuda.matmul, allow_tf32=False), temporarily(torch.backends.cudnn, allow_tf32=False):
+    with (
+        override_attributes(torch.backends.cuda.matmul, allow_tf32=False),
+        override_attributes(torch.backends.cudnn, allow_tf32=False),
+    ):
         yield
 
 

@@ -19,7 +19,7 @@ from ...errors import Diverged, Stopped
 from ...io import remove, replacing, write_json
 from ...runtime.checkpoint_folders import adapter_folder
 from ...runtime.log import LogWriter, of_split, read_log
-from ...runtime.processes import decided
+from ...runtime.processes import broadcast_from_main
 from ...runtime.sample_folders import PROMPTS, by_step
 from ...runtime.signals import StopRequest
 from ...tracing import evaluating
@@ -173,7 +173,7 @@ class Validation:
                 self._by_main(lambda: self.losses(denoiser), partial(self._keep_losses, learner, reports))
             if "samples" in parts and validation.validation_prompt and validation.num_validation_images:
                 self._by_main(lambda: self._drawn(denoiser), partial(self._keep_samples, learner, reports))
-        learner.over = decided(lambda: reports.is_over(validation.early_stopping_patience))
+        learner.over = broadcast_from_main(lambda: reports.is_over(validation.early_stopping_patience))
 
     def _by_main(self, compute: Callable[[], T], keep: Callable[[T], None]) -> None:
         """Call `by_main`, but discard the result if a stop interrupted it."""

@@ -12,7 +12,7 @@ from ...errors import refused_as
 from ...io import write_json
 from ...options.images import Options
 from ...options.prompts import clean
-from ...runtime.processes import decided, each
+from ...runtime.processes import broadcast_from_main, on_all
 from ...training.context import Context
 from ...training.schedule import Schedule
 
@@ -27,7 +27,7 @@ def start_trackers(context: Context) -> None:
         with refused_as(f"--report_to {context.options.output.report_to}", "log in there, or give --report_to none"):
             context.accelerator.init_trackers("train_sd", init_kwargs=often)
 
-    each(start)
+    on_all(start)
 
 
 def note_settings(values: Mapping[str, Any], schedule: Schedule, accelerator: Accelerator, write: bool = True) -> None:
@@ -38,7 +38,7 @@ def note_settings(values: Mapping[str, Any], schedule: Schedule, accelerator: Ac
         if value and Options.table()[name].path == "absolute":
             public[name] = list(map(absolute, value)) if isinstance(value, list) else absolute(value)
     if write:
-        decided(lambda: write_json(Path(values["output_dir"]) / "config.json", public))
+        broadcast_from_main(lambda: write_json(Path(values["output_dir"]) / "config.json", public))
     plain = {k: v if isinstance(v, (int, float, bool)) else clean(str(v)) for k, v in public.items()}
     for tracker in accelerator.trackers:
         tracker.store_init_configuration(plain)

@@ -24,7 +24,7 @@ from reslora.training.context import Context
 
 
 def outcomes(recipe: Recipe, *captions: str, count: int = 400) -> list[str]:
-    return [recipe.drawn(captions, generator("test", number)) for number in range(count)]
+    return [recipe.sampled(captions, generator("test", number)) for number in range(count)]
 
 
 def joined(*tags: tuple[str, ...]) -> set[str]:

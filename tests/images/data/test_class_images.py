@@ -202,9 +202,11 @@ def test_one_of_the_flags_alone_is_refused(brief_flags, capsys, tmp_path, left_o
 def test_an_epoch_meets_about_as_many_of_either_and_each_at_least_once(images, times):
     made = [Source(None, None, tuple(range(n)), (), (Size(8, 8),), (0,) * n) for n in images]
     plan = Plan(balanced(*([source] for source in made), per_forward=1), 1, seed=0)
-    met = [plan.forward(number)[0] for number in range(plan.forwards_per_epoch)]
-    assert tuple(sum(draw.source == source for draw in met) for source in (0, 1)) == times and len(met) == sum(times)
-    assert len({(draw.source, draw.image) for draw in met}) == sum(images)
+    uses_per_epoch = [plan.forward(number)[0] for number in range(plan.forwards_per_epoch)]
+    assert tuple(sum(draw.source == source for draw in uses_per_epoch) for source in (0, 1)) == times and len(
+        uses_per_epoch
+    ) == sum(times)
+    assert len({(draw.source, draw.image) for draw in uses_per_epoch}) == sum(images)
 
 
 @pytest.mark.parametrize(
@@ -219,8 +221,8 @@ def test_images_are_balanced_with_what_fills_up_small_buckets(shapes):
         made.append(Source(None, None, tuple(range(len(widths))), (), sizes, bucket))
     plan = Plan(balanced(*([source] for source in made), per_forward=16), 16, seed=0)
     epochs = 60  # what a forward is filled up with is drawn
-    met = Counter(draw.source for n in range(epochs * plan.forwards_per_epoch) for draw in plan.forward(n))
-    assert abs(met[0] / met[1] - 1) < 0.1
+    uses_per_epoch = Counter(draw.source for n in range(epochs * plan.forwards_per_epoch) for draw in plan.forward(n))
+    assert abs(uses_per_epoch[0] / uses_per_epoch[1] - 1) < 0.1
 
 
 def test_repeats_count_where_both_are_balanced():
@@ -228,8 +230,8 @@ def test_repeats_count_where_both_are_balanced():
     made = [Source(None, None, tuple(range(n)), (), (Size(8, 8),), (0,) * n, repeats=r) for n, r in ((2, 3), (2, 1))]
     of_class = [dataclasses.replace(made[1], repeats=r) for r in (1, 1)]
     plan = Plan(balanced(made, of_class, 1), 1, seed=0)
-    met = Counter(plan.forward(number)[0].source for number in range(plan.forwards_per_epoch))
-    assert met == {0: 6, 1: 2, 2: 4, 3: 4}
+    uses_per_epoch = Counter(plan.forward(number)[0].source for number in range(plan.forwards_per_epoch))
+    assert uses_per_epoch == {0: 6, 1: 2, 2: 4, 3: 4}
 
 
 def test_what_can_be_refused_is_refused_before_any_is_drawn(model, data, tmp_path, capsys):

@@ -21,7 +21,7 @@ from images.runs import only, parts, printed, refused
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.images.data.class_images import missing_class_images
 from reslora.images.data.dataset import load_images
-from reslora.images.data.training_data import tell_what_is_left_out
+from reslora.images.data.training_data import print_skipped_images
 from reslora.images.settings import parse_args
 
 
@@ -372,7 +372,7 @@ def test_names_that_a_terminal_would_obey_are_printed_escaped(tmp_path):
         file.write("\n" + json.dumps({"file_name": "\x1b[2J.png", "text": "a"}))
     said = []
     context = SimpleNamespace(accelerator=SimpleNamespace(print=said.append))
-    tell_what_is_left_out(dataclasses.replace(gather(folder), notes=("not read: \x1b[1A.png",)), context)
+    print_skipped_images(dataclasses.replace(gather(folder), notes=("not read: \x1b[1A.png",)), context)
     left_out = f"left out: {folder}/\\x1b[2J.png: not an image"
     assert said == ["not read: \\x1b[1A.png", left_out, "left out 1 image, kept 1"]
 

@@ -38,10 +38,10 @@ def test_one_bucket_is_round_after_round(per_forward):
 def test_each_bucket_has_an_order_of_its_own_and_so_have_forwards():
     """The same in every version: a run goes on where one of an earlier version has stopped."""
     plan = Plan([source(*[0] * 8, *[1] * 8)], 1, seed=3)
-    met = [plan.forward(number)[0] for number in range(16)]
-    orders = [[draw.image % 8 for draw in met if draw.size == size] for size in SIZES[:2]]
+    uses_per_epoch = [plan.forward(number)[0] for number in range(16)]
+    orders = [[draw.image % 8 for draw in uses_per_epoch if draw.size == size] for size in SIZES[:2]]
     assert orders == [shuffled(8, 3, "order", 0), shuffled(8, 3, "order", 1, 0)] and orders[0] != orders[1]
-    assert [draw.size for draw in met] == [SIZES[place // 8] for place in shuffled(16, 3, "order", -1, 0)]
+    assert [draw.size for draw in uses_per_epoch] == [SIZES[place // 8] for place in shuffled(16, 3, "order", -1, 0)]
 
 
 @pytest.mark.parametrize("per_forward", [1, 2, 4, 8])
@@ -53,9 +53,9 @@ def test_no_forward_mixes_sizes_and_every_epoch_meets_every_image(per_forward):
         forwards = [plan.forward(number) for number in range(first, first + epoch)]
         assert all(len({draw.size for draw in forward}) == 1 for forward in forwards)
         assert {draw.image for forward in forwards for draw in forward} == set(range(11))
-        met = Counter(image for forward in forwards for image in images(forward))
+        uses_per_epoch = Counter(image for forward in forwards for image in images(forward))
         if per_forward == 1:
-            assert set(met.values()) == {1}
+            assert set(uses_per_epoch.values()) == {1}
     orders = [[plan.forward(e * epoch + n)[0].size for n in range(epoch)] for e in range(4)]
     assert len(set(map(tuple, orders))) > 1 or epoch == 3
 
@@ -65,10 +65,12 @@ def test_several_folders_and_resolutions_are_met_as_often_as_they_repeat_and_nev
     plan = Plan(FOLDERS, per_forward, seed=4)
     forwards = [plan.forward(number) for number in range(plan.forwards_per_epoch)]
     assert all(len({draw.size for draw in forward}) == 1 for forward in forwards)
-    met = Counter((draw.source, draw.image) for forward in forwards for draw in forward)
-    assert met.keys() == {(number, image) for number, count in enumerate((4, 5, 4)) for image in range(count)}
+    uses_per_epoch = Counter((draw.source, draw.image) for forward in forwards for draw in forward)
+    assert uses_per_epoch.keys() == {
+        (number, image) for number, count in enumerate((4, 5, 4)) for image in range(count)
+    }
     if per_forward == 1:
-        assert {source: set(times for (of, _), times in met.items() if of == source) for source in range(3)} == {
+        assert {s: set(times for (of, _), times in uses_per_epoch.items() if of == s) for s in range(3)} == {
             0: {1}, 1: {2}, 2: {1},
         }  # fmt: skip
     assert any(len({draw.source for draw in forward}) > 1 for forward in forwards) or per_forward == 1
@@ -86,8 +88,8 @@ def test_n_processes_read_what_one_reads_with_n_times_the_batch(sources):
 
 def test_held_out_images_are_never_read_and_repeats_are_met_as_often():
     plan = Plan([source(*[0] * 4, held_out=(2,)), source(*[0] * 2, repeats=3)], 3, seed=0)
-    met = Counter((draw.source, draw.image) for number in range(3) for draw in plan.forward(number))
-    assert met == {(0, 0): 1, (0, 1): 1, (0, 3): 1, (1, 0): 3, (1, 1): 3}
+    uses_per_epoch = Counter((draw.source, draw.image) for number in range(3) for draw in plan.forward(number))
+    assert uses_per_epoch == {(0, 0): 1, (0, 1): 1, (0, 3): 1, (1, 0): 3, (1, 1): 3}
 
 
 @pytest.mark.parametrize(("per_forward", "accumulation", "updates"), [(16, 1, 1), (2, 1, 7), (2, 4, 2), (1, 100, 1)])

@@ -217,8 +217,8 @@ def one_image(latents: SimpleNamespace | None, images: SimpleNamespace) -> list[
 
 def test_every_variant_that_is_kept_is_trained():
     latents = SimpleNamespace(variants=4, of=lambda index, variant: {"sizes": torch.tensor(variant)})
-    met = [int(sample.sizes) for sample in one_image(latents, SimpleNamespace(captions=[["box"]]))]
-    assert all(30 < met.count(variant) < 70 for variant in range(4))
+    uses_per_epoch = [int(sample.sizes) for sample in one_image(latents, SimpleNamespace(captions=[["box"]]))]
+    assert all(30 < uses_per_epoch.count(variant) < 70 for variant in range(4))
 
 
 def test_without_kept_latents_every_sample_has_a_crop_of_its_own_and_half_are_mirrored():

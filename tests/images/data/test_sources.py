@@ -18,7 +18,7 @@ from reslora.images.data.plan import Plan
 from reslora.images.data.samples import Material
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source, split
-from reslora.images.data.training_data import sources_of, tell_counts
+from reslora.images.data.training_data import print_folder_counts, sources_of
 from reslora.images.settings import parse_args
 from reslora.training.context import Context
 
@@ -199,8 +199,10 @@ def test_every_image_is_trained_once_at_each_resolution():
     first, second = sources
     assert len(first.train) == len(second.train) == 8 and len(first.held_out) == 2 and not second.held_out
     plan = Plan(sources, 2, seed=0)
-    met = Counter((draw.size, draw.image) for n in range(plan.forwards_per_epoch) for draw in plan.forward(n))
-    assert len(met) == 16 and set(met.values()) == {1}
+    uses_per_epoch = Counter(
+        (draw.size, draw.image) for n in range(plan.forwards_per_epoch) for draw in plan.forward(n)
+    )
+    assert len(uses_per_epoch) == 16 and set(uses_per_epoch.values()) == {1}
 
 
 @pytest.mark.parametrize(
@@ -249,7 +251,9 @@ def test_repeats_and_weights_are_those_of_the_folder_at_every_resolution():
 def told(sources: list[Source], *words: object) -> list[str]:
     lines: list[str] = []
     flags, accelerator = parse_args(list(map(str, words))), SimpleNamespace(print=lines.append, num_processes=1)
-    tell_counts(Material(tuple(sources), {}, None, {}, **read_by(flags)), Context(flags, None, accelerator, None))
+    print_folder_counts(
+        Material(tuple(sources), {}, None, {}, **read_by(flags)), Context(flags, None, accelerator, None)
+    )
     return lines
 
 

@@ -26,7 +26,7 @@ from reslora.training.state import new_optimizer
 from reslora.training.trained import Trained
 
 
-def settled(model: Path, data: Path, output: Path, *flags: str) -> tuple[list[ImageDataset], Context]:
+def resolved(model: Path, data: Path, output: Path, *flags: str) -> tuple[list[ImageDataset], Context]:
     """The images and the context of a run with 64 x 64 images, batch 4 and LoRA of rank 4 where no flag says else."""
     given = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--output_dir", str(output)]
     given += ["--resolution", "64", "--train_batch_size", "4", "--rank", "4", "--method", "lora", "--report_to", "none"]
@@ -59,7 +59,7 @@ class Taken:
     """At the most, beside these: gradients and what is computed with."""
 
 
-def taken(rehearsal: Rehearsal, context: Context) -> Taken:
+def consume_request(rehearsal: Rehearsal, context: Context) -> Taken:
     """A real step of what is rehearsed."""
     trained = real_parts(context)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]

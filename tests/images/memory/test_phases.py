@@ -4,7 +4,7 @@ import pytest
 import torch
 from pipelines import FAMILIES, image_folder
 
-from images.memory.rehearsed import settled, taken
+from images.memory.rehearsed import consume_request, resolved
 from reslora.images.memory import phases
 from reslora.images.memory.inference import drawing_class_images
 from reslora.images.memory.phases import ACTIVATIONS, ADAPTER, BASE, GRADIENTS, OPTIMIZER, Phase, Rehearsal
@@ -29,7 +29,7 @@ FLAGS = {  # of each family's run
 def test_a_step_takes_what_is_planned(family, data, tmp_path):
     """Real weights and tensors, and the bytes that the allocator hands out; and a guess of shapes is never too low."""
     flags = ["--validation_prompt", "red disc", "--num_validation_images", "1", *FLAGS.get(family, [])]
-    images, context = settled(FAMILIES[family](tmp_path / "model"), data, tmp_path / "out", *flags)
+    images, context = resolved(FAMILIES[family](tmp_path / "model"), data, tmp_path / "out", *flags)
     plan = plan_of(images, context, None)
     assert plan.unknown == () and plan.fits
     assert [phase.name for phase in plan.phases] == NAMES
@@ -40,7 +40,7 @@ def test_a_step_takes_what_is_planned(family, data, tmp_path):
 
 @pytest.mark.exhaustive
 def test_text_encoders_that_train_and_images_that_are_encoded_in_the_step_count(model, data, tmp_path):
-    images, context = settled(model, data, tmp_path / "out", "--train_text_encoder", "--no-cache_latents")
+    images, context = resolved(model, data, tmp_path / "out", "--train_text_encoder", "--no-cache_latents")
     rehearsal = Rehearsal(images, context)
     compare(rehearsal.training("lora"), rehearsal, context)
 
@@ -51,7 +51,7 @@ def test_class_images_are_drawn_by_the_whole_pipeline_with_the_base_that_is_trai
     flags += ["--class_data_dir", str(tmp_path / "class"), "--guidance_scale", "5"]
     found = {}
     for precision in ("no", "fp8"):
-        images, context = settled(model, data, tmp_path / "out", *flags, "--base_precision", precision)
+        images, context = resolved(model, data, tmp_path / "out", *flags, "--base_precision", precision)
         rehearsal = Rehearsal(images, context)
         drawing = drawing_class_images(rehearsal)
         assert drawing.part(BASE) == rehearsal.training("lora").part(BASE) and drawing.part(ACTIVATIONS) > 0
@@ -67,7 +67,7 @@ def test_class_images_are_drawn_by_the_whole_pipeline_with_the_base_that_is_trai
 
 def compare(planned: Phase, rehearsal: Rehearsal, context: Context) -> None:
     """A planned step with a real one."""
-    real = taken(rehearsal, context)
+    real = consume_request(rehearsal, context)
     assert [planned.held[name] for name in (BASE, ADAPTER, OPTIMIZER)] == [real.base, real.adapter, real.optimizer]
     both = planned.part(ACTIVATIONS) + planned.part(GRADIENTS)
     assert both == pytest.approx(real.at_work, rel=NEAR)
@@ -76,7 +76,7 @@ def compare(planned: Phase, rehearsal: Rehearsal, context: Context) -> None:
 @pytest.mark.exhaustive
 def test_what_cannot_be_gone_through_is_unknown(model, data, tmp_path, monkeypatch):
     """A forward that asks a tensor for its numbers."""
-    images, context = settled(model, data, tmp_path / "out")
+    images, context = resolved(model, data, tmp_path / "out")
     asking = lambda self, batch: batch.noise * float(batch.noise.sum())  # noqa: E731
     monkeypatch.setattr(phases.Trained, "forward", asking)
     plan = plan_of(images, context, None)
@@ -87,7 +87,7 @@ def test_what_cannot_be_gone_through_is_unknown(model, data, tmp_path, monkeypat
 
 @pytest.mark.exhaustive
 def test_nothing_of_a_rehearsal_takes_memory_or_is_left_behind(model, data, tmp_path):
-    images, context = settled(model, data, tmp_path / "out", "--base_precision", "nf4")
+    images, context = resolved(model, data, tmp_path / "out", "--base_precision", "nf4")
     plan_of(images, context, None)
     denoiser = context.model.load_denoiser(torch.float32, torch.device("cpu"), "nf4")
     layer = next(module for module in denoiser.modules() if type(module).__name__ == "PackedLinear")

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from images.memory.rehearsed import settled
+from images.memory.rehearsed import resolved
 from images.runs import main, only, printed, refused
 from reslora.errors import InvalidArgument
 from reslora.images.memory import plan as planning
@@ -50,7 +50,7 @@ def test_plan_tells_the_table_and_writes_nothing(large, tmp_path):
 
 @pytest.mark.exhaustive
 def test_a_run_that_does_not_fit_is_refused_with_a_flag_that_makes_it_fit(large, capsys, monkeypatch, tmp_path):
-    images, context = settled(large[1], large[3], tmp_path / "out", *large)
+    images, context = resolved(large[1], large[3], tmp_path / "out", *large)
     plan = plan_of(images, context, None)
     checked = plan_of(images, with_flags(context, gradient_checkpointing=True), None)
     assert checked.peak.total < 0.8 * plan.peak.total
@@ -63,7 +63,7 @@ def test_a_run_that_does_not_fit_is_refused_with_a_flag_that_makes_it_fit(large,
 
 def test_where_one_flag_is_not_enough_several_are_named(large, monkeypatch, tmp_path):
     """By what a stand-in says of checkpointing (half), a batch of one (half), and the rest (nothing)."""
-    images, context = settled(large[1], large[3], tmp_path / "out", *large)
+    images, context = resolved(large[1], large[3], tmp_path / "out", *large)
 
     def half(images, context, free) -> Plan:
         flags = context.options
@@ -84,7 +84,7 @@ def test_where_one_flag_is_not_enough_several_are_named(large, monkeypatch, tmp_
 
 @pytest.mark.exhaustive
 def test_arms_at_once_share_what_is_free(large, capsys, monkeypatch, tmp_path):
-    images, context = settled(large[1], large[3], tmp_path / "out", *large)
+    images, context = resolved(large[1], large[3], tmp_path / "out", *large)
     context = with_flags(context, arms_at_once=3)
     total = plan_of(images, context, None).peak.total
     give(monkeypatch, 2.9 * total)
@@ -106,7 +106,7 @@ def said(plan, images, context) -> str:
 
 
 def test_nothing_is_gone_through_where_it_surely_fits_or_is_not_wanted(large, capsys, monkeypatch, tmp_path):
-    images, context = settled(large[1], large[3], tmp_path / "out", *large)
+    images, context = resolved(large[1], large[3], tmp_path / "out", *large)
     monkeypatch.setattr(planning, "plan_of", None)
     give(monkeypatch, 2**40)
     check_memory(images, context)
@@ -116,7 +116,7 @@ def test_nothing_is_gone_through_where_it_surely_fits_or_is_not_wanted(large, ca
 
 
 def test_a_model_that_is_not_gone_through_is_trained_all_the_same(large, capsys, monkeypatch, tmp_path):
-    images, context = settled(large[1], large[3], tmp_path / "out", *large)
+    images, context = resolved(large[1], large[3], tmp_path / "out", *large)
 
     def fail(*_) -> None:
         raise NotImplementedError("no kernel.\nfor shapes alone")

@@ -14,7 +14,7 @@ from pipelines import FAMILIES
 from reslora.images.generators import derive
 from reslora.images.model.families import load_family
 from reslora.images.output.drawing import Drawer
-from reslora.images.prompts import Prompt, settled
+from reslora.images.prompts import Prompt, resolved
 from reslora.options.images import Options
 
 FLAGS = Options.of(
@@ -157,10 +157,11 @@ def test_a_negative_prompt_changes_what_every_family_with_guidance_draws(tmp_pat
 def test_kohyas_scale_as_the_pipeline_counts_it(pipeline, scale):
     """`positive + g (positive - negative)` is a scale of 1 + g."""
     assert (
-        settled(Prompt("a", cfg_scale=7.5), FLAGS.data, FLAGS.validation, load_family(pipeline)).guidance_scale == scale
+        resolved(Prompt("a", cfg_scale=7.5), FLAGS.data, FLAGS.validation, load_family(pipeline)).guidance_scale
+        == scale
     )
     assert (
-        settled(
+        resolved(
             Prompt("a", cfg_scale=7.5), FLAGS.data, FLAGS.validation, load_family("StableDiffusionPipeline")
         ).guidance_scale
         == 7.5

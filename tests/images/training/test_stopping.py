@@ -9,7 +9,7 @@ from reslora.options.images import Options
 from reslora.runtime.signals import StopRequest
 from reslora.training import loop, stopping
 from reslora.training.loop import after_step
-from reslora.training.stopping import Requests, taken
+from reslora.training.stopping import Requests, consume_request
 
 
 def requests(folder, minutes: float | None = None, images: int = 1) -> Requests:
@@ -31,7 +31,7 @@ def test_files_ask_once_and_go(tmp_path):
 
 def test_a_request_that_cannot_be_removed_is_none(tmp_path):
     (tmp_path / "save.now").mkdir()
-    assert not taken(tmp_path / "save.now") and requests(tmp_path).after_step() == (False, False, False)
+    assert not consume_request(tmp_path / "save.now") and requests(tmp_path).after_step() == (False, False, False)
 
 
 def test_a_run_that_draws_nothing_says_so(tmp_path, capsys):

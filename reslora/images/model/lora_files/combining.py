@@ -8,7 +8,7 @@ import torch
 
 from ....errors import InvalidArgument
 from ....export import Factors
-from ....formatting import counted
+from ....formatting import pluralize
 from ....merging import truncate
 from .names import Parts
 
@@ -68,7 +68,7 @@ def in_words(errors: Mapping[str, float], rank: int) -> str:
     worst = max(errors, key=errors.__getitem__)
     mean = sum(errors.values()) / len(errors)
     return (
-        f"--rank {rank}: {counted(len(errors), 'layer')} reduced; the relative error of a layer's update is "
+        f"--rank {rank}: {pluralize(len(errors), 'layer')} reduced; the relative error of a layer's update is "
         f"{mean:.3g} on average, and {errors[worst]:.3g} at most ({worst})"
     )
 
@@ -77,7 +77,7 @@ def in_short(parts: Mapping[str, Mapping[str, Factors]]) -> str:
     """Return the number of layers and their ranks as text."""
     ranks = [factors.rank for layers in parts.values() for factors in layers.values()]
     least, most = min(ranks), max(ranks)
-    return f"{counted(len(ranks), 'layer')}, " + (f"rank {most}" if least == most else f"ranks {least} to {most}")
+    return f"{pluralize(len(ranks), 'layer')}, " + (f"rank {most}" if least == most else f"ranks {least} to {most}")
 
 
 def check_finite(parts: Mapping[str, Mapping[str, Factors]], argument: str, fix: str) -> None:

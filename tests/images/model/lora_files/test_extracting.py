@@ -34,7 +34,7 @@ def test_only_one_layers_weights_are_in_memory(tmp_path, monkeypatch):
         nonlocal most
         value = read(self, *args)
         alive.append(weakref.ref(value))
-        most = max(most, sum(each() is not None for each in alive))
+        most = max(most, sum(reference() is not None for reference in alive))
         return value
 
     monkeypatch.setattr(Weights, "read", counted)
