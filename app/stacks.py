@@ -127,8 +127,7 @@ def put(models: Mapping[str, nn.Module], family: Family, weights: Weights, stren
 
 
 def factors_of(weights: Weights, family: Family, models: Mapping[str, nn.Module]) -> Parts:
-    """Return the factors of a LoRA file or stack, by part and layer. Raises `RunError` if they do not fit the
-    models."""
+    """Return the factors of a LoRA file or stack, by part and layer. Raises `RunError` if they do not fit."""
     names, files = names_of(family, models[family.denoiser].config), weights.parts or ((weights, 1.0),)
     return summed([read(one, names, models) for one, _ in files], [strength for _, strength in files])
 
