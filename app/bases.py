@@ -63,6 +63,7 @@ def mark_of(folder: Path) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _mark(folder: Path, last: int) -> str:
+    """Return the content hash; `last`, the newest modification time, is part of the cache key."""
     parts = [path for path in sorted(folder.iterdir()) if path.is_dir()]  # skip files such as README.md
     return " ".join(map(folder_mark, parts or [folder]))
 

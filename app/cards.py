@@ -29,8 +29,8 @@ def pages(count: int) -> int:
 def cards(edits: ImageEdits, images: Images, shown: Sequence[Image], page: int) -> str:
     """Return one page of image cards as HTML, with the folder's name and the names of all filtered images.
 
-    Each result differs (`data-drawn`): Gradio does not send an unchanged value, and edited caption boxes would keep
-    their text.
+    The attribute `data-drawn` makes each result unique: Gradio does not send an unchanged value, and edited caption
+    boxes would keep their text.
     """
     part = shown[(page - 1) * PER_PAGE : page * PER_PAGE]
     thumbnails = edits.looks.thumbnails(part)

@@ -123,7 +123,7 @@ def write(path: Path, backup: Path, stamp: tuple[int, ...], content: bytes | Non
 
 
 def put_back(backup: Path, path: Path) -> None:
-    """Restore a file from its backup, or remove it if there is no backup."""
+    """Restore a file from its backup; without a backup, remove it."""
     if os.path.lexists(backup):
         path.parent.mkdir(parents=True, exist_ok=True)
         backup.replace(path)

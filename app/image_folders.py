@@ -130,6 +130,7 @@ def options_of(resolution: object = "", buckets: object = False, column: object 
 
 @functools.lru_cache(maxsize=64)
 def _flags(resolution: str, buckets: bool, column: str) -> Options:
+    """Parse the trainer's options from text, cached."""
     sides = resolution.split()
     if not all(side.isdecimal() for side in sides):
         raise RunError("Give the resolution as whole numbers with spaces between them.")

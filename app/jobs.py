@@ -251,6 +251,7 @@ class Jobs:
             self.refuse_active(*self.library.everything(), error=Busy)
 
     def _launch(self, run: Run, words: list[str], device: str | None) -> Run:
+        """Start a trainer that writes to the locked log of the run, and return the run."""
         self.asked = {process for process in self.asked if is_trainer(process)}
         self.began.discard(run.name)
         for request in (SAVE, SAMPLE):  # requests that the last training did not handle
@@ -426,7 +427,7 @@ class Jobs:
     def add(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> Entry:
         """Add an entry to the queue, start what is next, and return the entry as it is then.
 
-        Uploaded images are stored. Raises `RunError` for what the trainer or the launcher would refuse.
+        Uploaded images are stored. Raises `RunError` for settings that the trainer or the launcher would refuse.
         """
         if self.library.is_single and entry.resume:  # a single run's folder has no queue
             self.resume(entry.name, KINDS[entry.kind])
@@ -581,6 +582,7 @@ class Jobs:
         threading.Thread(target=self._look_again, daemon=True).start()
 
     def _look_again(self) -> None:
+        """Poll the queue until `closed` is set."""
         told = ""
         while True:
             problem = ""

@@ -43,7 +43,7 @@ def default_output() -> Path:
 def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
     """Return command-line arguments for the settings that differ from the trainer's defaults.
 
-    Raises `RunError` for what the trainer's parser refuses.
+    Raises `RunError` for a value that the trainer's parser refuses.
     """
     words = []
     for name, option in form.known().items():

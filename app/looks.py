@@ -63,6 +63,10 @@ class Looks:
             return list(pool.map(self._thumbnail, images))
 
     def _thumbnail(self, image: Image) -> str:
+        """Return a thumbnail as a data URI.
+
+        If the image cannot be opened, the damage is cached and the result is an empty string.
+        """
         stamp = stamp_of(image.path)
         if image.size is None or not stamp:
             return ""

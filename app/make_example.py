@@ -1,7 +1,7 @@
 """Make the run that a first visitor sees of what a trainer wrote: `python -m app.make_example RUN`.
 
-Kept: settings, losses, samples, chain plan, merge report, and the LoRA files in half precision. Left out: checkpoints,
-whole U-Nets, and paths and times of the machine it was trained on, which may have been busy with other things.
+Copied: settings, losses, samples, chain plan, merge report, and the LoRA files in half precision. Not copied:
+checkpoints, complete U-Nets, and paths and times, which depend on the machine and its load.
 """
 
 from __future__ import annotations

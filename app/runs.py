@@ -243,6 +243,7 @@ class Run:
         return self._log(method)[1] if self.process is None else 0
 
     def _log(self, method: str) -> tuple[tuple[dict, ...], int]:
+        """Return the rows of a method's log and the number of damaged lines."""
         path = self.inside(method, "log.jsonl")
         if path is None or not path.is_file():
             return (), 0
@@ -399,9 +400,9 @@ class Run:
 
 @functools.lru_cache(maxsize=16)
 def norms_of(path: Path, changed: int) -> dict[str, float]:
-    """Return the Frobenius norms of the products `B A` in a LoRA file in diffusers' format.
+    """Return the Frobenius norms of the products `B A` in a LoRA file in diffusers' format, by block.
 
-    `changed`, the file's modification time, is part of the cache key.
+    A is (rank, in), B is (out, rank). `changed`, the file's modification time, is part of the cache key.
     """
     tensors, norms = load_file(path), {}
     for key, down in tensors.items():
@@ -444,7 +445,7 @@ def is_complete_png(path: Path) -> bool:
 
 
 def is_trainer(pid: int) -> bool:
-    """Return whether a process is alive and, if the system tells, a trainer: process ids are reused."""
+    """Return whether a process is alive and, if its command line is readable, a trainer: process ids are reused."""
     if pid <= 1:
         return False
     try:

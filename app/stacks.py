@@ -150,7 +150,10 @@ def read(file: Weights, names: Names, models: Mapping[str, nn.Module]) -> Parts:
 
 
 def add(model: nn.Module, layers: Mapping[str, Factors], strength: float) -> None:
-    """Inject a plain LoRA into a model's layers, in the model's precision; a sum of several LoRAs may have any rank."""
+    """Inject a plain LoRA into a model's layers, in the model's precision.
+
+    `down` is (rank, in, *kernel) and `up` (out, rank); the sum of several LoRAs has the sum of their ranks.
+    """
     folded = {name: Factors(f.down, f.up * (f.scale * strength), 1.0) for name, f in layers.items()}
     folded = in_names_of(model, folded)
     inject_adapter_in_model(lora_config(folded), model)

@@ -235,6 +235,7 @@ class Studio:
             visitor.stopped.set()
 
     def _work(self, work: Callable[[Visitor], None], visitor: Visitor) -> None:
+        """Do the work of a request in its thread, and send the outcome: None at the end, or an exception."""
         outcome: Exception | None = RunError("This could not be generated.")
         try:
             work(visitor)
@@ -264,6 +265,7 @@ class Studio:
             yield
 
     def _draw_all(self, run: Run | None, pictures: list[Picture], visitor: Visitor) -> None:
+        """Generate the images in order, each in its own turn, and send them."""
         for number, picture in enumerate(pictures):
             with self._turn(run, visitor):
                 if picture.merge is not None and not picture.weights.path.is_file():
@@ -276,6 +278,7 @@ class Studio:
             visitor.put(Drawn(image, picture.request, source))
 
     def _draw(self, picture: Picture, number: int, visitor: Visitor):
+        """Return one image from the loaded pipeline. Raises `RunError` if the latents become infinite or NaN."""
         request = picture.request
 
         def after_step(pipeline, index, timestep, tensors):
@@ -343,7 +346,7 @@ class Studio:
         except (ValueError, RuntimeError) as error:  # our loaders name the layer that does not fit
             refuse_gone(run, weights)
             raise RunError(f"{weights.label}: {without_folders(error, weights.path)}.") from None
-        except Exception as error:  # damaged
+        except Exception as error:  # such as a damaged file
             refuse_gone(run, weights)
             raise RunError(f"{weights.label} does not fit this model or is damaged ({type(error).__name__}).") from None
         for name, part in parts.items():
@@ -403,6 +406,7 @@ class Studio:
             return self._merge(run, checkpoint, method)
 
     def _merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
+        """Merge a checkpoint with the loaded pipeline, converting errors to `RunError`."""
         try:
             return self._write_merged(run, checkpoint, method)
         except OSError as error:
@@ -414,6 +418,7 @@ class Studio:
             raise RunError(f"It cannot be merged: {without_folders(error, run.folder)}.") from None
 
     def _write_merged(self, run: Run, checkpoint: Weights, method: str) -> dict:
+        """Merge in float32, write the LoRA files and the report, and return the report."""
         if not run.allows(method):
             raise RunError(f"{method} needs calibration samples, and this run has kept none; choose another merge")
         made, report, parts = self._encoders(), {}, {}
@@ -433,6 +438,7 @@ class Studio:
         return report
 
     def _write_whole(self, run: Run | None, weights: Weights, target: Path, visitor: Visitor) -> None:
+        """Write a complete model in one turn."""
         with self._turn(run, visitor):
             visitor.put(Status(f"Writing the model {target.name}"))
             check = unless_replaced(run, weights, visitor.check)

@@ -125,7 +125,7 @@ class GridPart:
         sheet = None
         if drawn:
             sheet = str(grids.save_sheet(grid, drawn, self.tab.files.new(f"{safe_name(name or 'base')}-grid.png")))
-        # Everything once more, not `skip`: a program gets what comes last.
+        # Yield all values again instead of `skip`: an API client gets the last ones.
         yield grids.table(grid, shown), said, sheet, [files[place] for place in sorted(files)]
 
     def do_stop(self, asked: gr.Request):
