@@ -178,8 +178,8 @@ class Page:
     def state_of(self, run: Run) -> tuple:
         """Return the state that `watch` compares; if it is unchanged, the page is up to date.
 
-        It has the state of each tab, the run names, the run's fingerprint, its status, and the trainer's activity and
-        log.
+        In order: the state of each tab, the run names, the run's fingerprint; then, from `AT_REST` on, its status and
+        the trainer's activity and log.
         """
         seen = tuple(tab.seen(run) for tab in self.tabs)
         at_rest = seen, tuple(self.library.runs()), run.fingerprint()

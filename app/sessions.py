@@ -40,7 +40,7 @@ event (eight images or a grid) to end; the limit allows for thirty users."""
 def hears(asked: gr.Request) -> bool:
     """Return whether the client reads its messages; those of a client that left are not fetched.
 
-    A client that keeps its stream open without reading looks the same until the connection's buffers are full.
+    A client that keeps its stream open without reading counts as reading until the connection's buffers are full.
     """
     messages = asked.request.app.get_blocks()._queue.pending_messages_per_session.get(asked.session_hash)
     return messages is not None and messages.empty()
