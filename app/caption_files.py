@@ -1,7 +1,6 @@
-"""Captions as the trainer reads them, changed where they are: in a file next to each image, or in rows of a table.
+"""Edit captions where the trainer reads them: in a file next to each image, or in rows of a metadata table.
 
-A file is replaced only if it is what the change was made from: what somebody else has changed since stays, and the
-later change is refused.
+A file is replaced only if it has not changed since it was read; otherwise the edit raises `RunError`.
 """
 
 from __future__ import annotations
@@ -24,29 +23,30 @@ from .image_folders import Image, Images, leads_out, names_of, stamp_of
 from .runs import RunError
 
 Captions = tuple[str, ...] | None
-"""Of an image; empty: its row has none; None: there is neither a row nor a file."""
+"""Captions of an image. Empty: its row has none. None: it has neither a row nor a file."""
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Other captions for an image."""
+    """New captions for an image."""
 
     name: str
     was: Captions
-    """What they were when the change was decided on."""
+    """The captions that the user saw when editing."""
     captions: tuple[str, ...]
 
     def check(self, now: Captions) -> None:
-        """Raise `RunError` unless the captions still are what they were."""
+        """Raise `RunError` unless the captions are unchanged since the user saw them."""
         if now != self.was:
             text = "\n\n".join(now or ())[:200]
             raise RunError(f"{self.name} was changed meanwhile, and nothing was written. Its caption is now: {text!r}")
 
 
 def write(images: Images, edits: Sequence[Edit], line: str = "") -> None:
-    """Write all of the changes or, with `RunError`, none; `line` is for the button Undo.
+    """Write all edits, or none and raise `RunError`.
 
-    Refused where captions are not what they were when the change was decided on.
+    `line` describes the change on the Undo button. An edit is refused if the captions have changed since the user saw
+    them.
     """
     if images.fixed:
         raise RunError(f"Captions cannot be changed here: {images.fixed}.")
@@ -66,14 +66,14 @@ def write(images: Images, edits: Sequence[Edit], line: str = "") -> None:
 
 
 def write_beside(edit: Edit, image: Image, draft: Draft) -> None:
-    """Plan the caption file next to an image."""
+    """Add the caption file next to an image to the draft."""
     path = next(iter(caption_files(image.path)), image.path.with_suffix(".txt"))
     stamp = stamp_of(path)
     read = read_caption(path) if stamp else None
     if isinstance(read, str):
         raise RunError(f"{path.name}: {read}; correct the file first.")
     now = None if read is None else tuple(map(clean, read))
-    # What the visitor saw of an image without a file is what it has otherwise.
+    # An image without a file shows its default caption, so the user saw that one.
     edit.check((image.otherwise,) if now is None and image.otherwise is not None and edit.was else now)
     if len(edit.captions) != 1:
         raise RunError(f"{edit.name} has one caption, in the file beside it.")
@@ -84,7 +84,7 @@ def write_beside(edit: Edit, image: Image, draft: Draft) -> None:
 
 
 class Table:
-    """metadata.jsonl or metadata.csv, a piece of text for each row: what is not changed stays byte for byte.
+    """metadata.jsonl or metadata.csv, split into the text of each row, so that unchanged rows stay byte for byte.
 
     Raises `InvalidArgument` as the trainer does.
     """
@@ -104,11 +104,12 @@ class Table:
 
     @property
     def is_csv(self) -> bool:
+        """Whether the table is a CSV file; otherwise it is JSON lines."""
         return self.path.suffix == ".csv"
 
     def cut(self, text: str) -> None:
-        """Cut the text into pieces, one a row, between a head and a tail."""
-        lines = list(io.StringIO(text))  # cut at \n alone, as the trainer does
+        """Split the text into one piece per row, a head and a tail."""
+        lines = list(io.StringIO(text))  # split at \n only, as the trainer does
         if lines and not lines[-1].endswith("\n"):
             lines[-1] += "\n"
         start = 0
@@ -136,12 +137,12 @@ class Table:
             self.pieces[place] = self.changed(place, captions)
 
     def drop(self, names: Collection[str]) -> None:
-        """Take rows away by the names of their images."""
+        """Remove the rows of these images."""
         for name in names & self.places.keys():
             self.pieces[self.places[name]] = ""
 
     def changed(self, place: int, captions: tuple[str, ...]) -> str:
-        """The text of a row with other captions."""
+        """Return the text of a row with new captions."""
         row, column = self.values[place], self.options.data.caption_column
         if not self.is_csv:
             escaped = self.pieces[place].isascii() and "\\u" in self.pieces[place]
@@ -150,12 +151,12 @@ class Table:
             return f"{json.dumps(row | {column: value}, ensure_ascii=escaped)}\n"
         cells = next(cells for cells in csv.reader(io.StringIO(self.pieces[place])) if cells)
         cells += [""] * (len(self.columns) - len(cells))
-        last = len(self.columns) - 1 - self.columns[::-1].index(column)  # of columns of one name the last is read
+        last = len(self.columns) - 1 - self.columns[::-1].index(column)  # the reader uses the last column of a name
         cells[last] = next(iter(captions), "")
         return csv_line(cells)
 
     def new_row(self, name: str, captions: tuple[str, ...]) -> str:
-        """The text of a row for an image that has none."""
+        """Return the text of a new row for an image."""
         path = os.path.relpath(self.images.images[name].path, self.path.parent)
         column, value = self.options.data.caption_column, next(iter(captions), None)
         values = {"file_name": Path(path).as_posix(), column: value}
@@ -164,14 +165,14 @@ class Table:
         return csv_line([values.get(name) or "" for name in self.columns])
 
     def put(self, draft: Draft) -> None:
-        """Plan the table as it is now."""
+        """Add the table's current text to the draft."""
         text = "".join([self.head, *self.pieces, self.tail])
         content = text.replace("\n", self.newline).encode("utf-8-sig" if self.marked else "utf-8")
         draft.put(self.path, self.stamp, content)
 
 
 def csv_line(cells: Sequence[str]) -> str:
-    """Cells as a line of a CSV file."""
+    """Return cells as a line of a CSV file."""
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerow(cells)
     return file.getvalue()

@@ -1,6 +1,6 @@
-"""Changes to the files of a folder that can be undone, after a restart too: back up, then write.
+"""Write changes to a folder's files so that they can be undone, also after a restart: back up first, then write.
 
-A change has a folder of its own in `.trash`: the files as they were before, and a record of what they are after it.
+Each change has its own folder in `.trash`, with the files before the change and a record of their hashes after it.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from .runs import RunError
 
 RECORD = "change.json"
 MOST = 50
-"""Changes of a folder that are kept; removed images are kept until the user deletes them."""
+"""Changes stored per folder. Removed images stay in the trash until the user deletes them."""
 WRITING = threading.RLock()
-"""One change at a time in this process."""
+"""Serializes changes within this process."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change that was made, or was cut off while it was made."""
+    """A change that was made completely, or was interrupted."""
 
     folder: Folder
     place: Path
     line: str
-    """What it is, for the button Undo."""
+    """Its description on the Undo button."""
     files: dict[str, str | None]
-    """By the names of its files in the folder, the marks of their contents after it; None for a removed file."""
+    """Content hashes after the change, by file name within the folder; None for a removed file."""
 
     def state(self, name: str) -> str:
-        """`after` where a file is as the change left it, `before` where it is as it was, else `other`."""
+        """Return `after` for a file as the change left it, `before` for one as it was before, else `other`."""
         path, backup, after = self.folder.path / name, self.place / name, self.files[name]
         if not self.folder.holds(path):
             raise RunError(f"{name} leads out of the folder, and stays; nothing was undone.")
@@ -53,10 +53,10 @@ class Change:
         return "before" if None in (now, after) else "other"
 
     def restore(self) -> None:
-        """Put the files back, and forget the change; `RunError` where somebody else has changed one since.
+        """Restore the files and forget the change.
 
-        What was cut off has files that it did not come to: its captions that nobody has changed are put back
-        nevertheless.
+        Raises `RunError` if a file was changed since. An interrupted change did not write all of its files; those it
+        wrote, and that are unchanged since, are restored.
         """
         with WRITING, readable():
             states = {name: self.state(name) for name in self.files}
@@ -72,20 +72,20 @@ class Change:
 
 
 class Draft:
-    """What a change is to write."""
+    """The files that a change writes."""
 
     def __init__(self) -> None:
         self.files: dict[Path, tuple[tuple[int, ...], bytes | None]] = {}
 
     def put(self, path: Path, stamp: tuple[int, ...], content: bytes | None) -> None:
-        """Plan the content of a file that had this stamp when it was read; None removes the file."""
+        """Add the content of a file that had this stamp when it was read; None removes the file."""
         if self.files.setdefault(Path(os.path.normpath(path)), (stamp, content))[1] != content:
             raise RunError(f"{path.name} is the caption of several images: give them the same one.")
 
 
 @contextlib.contextmanager
 def changing(folder: Folder, line: str) -> Iterator[Draft]:
-    """Yield a draft, and write all of it afterwards or, with `RunError`, nothing."""
+    """Yield a draft, then write all of it, or nothing and raise `RunError`."""
     with WRITING, readable():
         draft = Draft()
         yield draft
@@ -109,7 +109,7 @@ def changing(folder: Folder, line: str) -> Iterator[Draft]:
 
 
 def write(path: Path, backup: Path, stamp: tuple[int, ...], content: bytes | None) -> None:
-    """Back a file up and replace it, or move it there; `RunError` where it is not what was read."""
+    """Back up a file and replace it, or move it to the backup. Raises `RunError` if it changed since it was read."""
     backup.parent.mkdir(parents=True, exist_ok=True)
     if content is None:
         path.rename(backup)
@@ -123,7 +123,7 @@ def write(path: Path, backup: Path, stamp: tuple[int, ...], content: bytes | Non
 
 
 def put_back(backup: Path, path: Path) -> None:
-    """Make a file what it was; without a backup there was none."""
+    """Restore a file from its backup; without a backup, remove it."""
     if os.path.lexists(backup):
         path.parent.mkdir(parents=True, exist_ok=True)
         backup.replace(path)
@@ -135,11 +135,11 @@ def forget(place: Path) -> None:
     """Remove a change from the trash."""
     with contextlib.suppress(OSError):
         remove(place)
-        place.parent.rmdir()  # unless other changes are there
+        place.parent.rmdir()  # fails if other changes are there
 
 
 def changes(folder: Folder) -> Iterator[Change]:
-    """The changes of a folder, the newest first."""
+    """Yield the changes of a folder, newest first."""
     for record in sorted((folder.path / TRASH).glob(f"*/{RECORD}"), reverse=True):
         with contextlib.suppress(OSError):
             content = read_object(record)
@@ -149,18 +149,18 @@ def changes(folder: Folder) -> Iterator[Change]:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a name is that of a file in the folder."""
+    """Return whether a relative name stays within the folder."""
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def mark_of(path: Path) -> str | None:
-    """The content of a file in short; None where there is none."""
+    """Return the content hash of a file, or None if it does not exist."""
     return content_mark(path) if path.is_file() else None
 
 
 @contextlib.contextmanager
 def readable() -> Iterator[None]:
-    """Report what keeps a file from being read or written in one line without paths."""
+    """Convert errors of reading and writing files to a `RunError` of one line without paths."""
     try:
         yield
     except InvalidArgument as error:

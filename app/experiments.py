@@ -1,4 +1,4 @@
-"""What is seen of an experiment, as HTML: how many arms a form makes, how far they are, and the report."""
+"""Render an experiment as HTML: the number of arms that a form makes, progress, and the report."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .runs import RunError, number
 from .views import escape, notice, status_line
 
 LEAST_SHARE = 1e-6
-"""To compare by, as far as images are counted for it."""
+"""Smallest test fraction used when counting images; it prevents a division by zero."""
 
 
 def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> str:
-    """How many arms an experiment of that name would have, in a sentence; what is wrong with its settings instead.
+    """Return the number of arms of an experiment in a sentence, or what is wrong with its settings.
 
-    Images, of a folder on the list or uploaded, are asked for where it starts; here they are only counted.
+    Images, from a folder on the list or uploaded, are only counted here; they are checked at the start.
     """
     images = None if jobs.goes_on(name, Experiment) else Path("images")
     try:
@@ -49,22 +49,23 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
 
 
 def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
-    """A sentence where about so few images compare that the trainer will warn; none where no image is a file.
+    """Return a warning if the test split would be small, else nothing.
 
-    How many goes by the content of the images, and of near-duplicates one compares.
+    Images are assigned to the split by content, so the count is a range. Near-duplicates count once, which is not known
+    here.
     """
     images = jobs.images.count(folder, uploads, math.ceil(FEW / max(share, LEAST_SHARE)))
     least = max(min(LEAST, images - 3), 1)
     if not images or max(least, round(share * images)) >= FEW:
         return []
-    spread = math.sqrt(images * share * (1 - share))  # each image is chosen by its content
+    spread = math.sqrt(images * share * (1 - share))  # standard deviation: each image is assigned by its content hash
     low, high = (max(least, min(round(share * images + by), images - 2)) for by in (-spread, spread))
     compare = f"{f'{low} to {high}' if low < high else low} of {pluralize(images, 'image')} will compare"
     return [f"{compare}: so few seldom show that a difference is real; give more images, or a larger test split."]
 
 
 def summary(experiment: Experiment, status: str, said: str = "") -> str:
-    """How far an experiment is, and what its trainer is doing now; why it ended, where it `said` so."""
+    """Return progress, current work, and the reason `said` for an early end, as HTML."""
     ended, total = experiment.progress
     facts = [f"{ended} of {pluralize(total, 'arm')} ended"] if total else []
     each = experiment.seconds_an_arm
@@ -81,7 +82,7 @@ def summary(experiment: Experiment, status: str, said: str = "") -> str:
 
 
 def report(experiment: Experiment) -> str:
-    """The report in a frame of its own, which can do nothing to the page."""
+    """Return the report in a sandboxed frame, which cannot change the page."""
     content = experiment.report()
     if not content:
         return notice("The report comes with the first arm.")

@@ -1,4 +1,4 @@
-"""The trainer's flags as a form: which a page may set, how they are called, and what to begin with. No gradio."""
+"""Describe the trainer's options as a form: which ones the page may set, labels, defaults and presets. No Gradio."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ LABELS = {
     "extend_rates": "Try further rates",
     "arms_at_once": "Arms at once",
 }
-"""Where the flag's own words would say less."""
+"""Labels that are clearer than the option's name."""
 TEXTS = ("caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern", "lr_step_rules")
-"""Options that take words which name no file, no model and no code."""
+"""Text options that name no file, model or code."""
 OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
-"""Options that nothing reads without a folder of class images, which a page may not name."""
+"""Options that only apply with a folder of class images, which the page must not name."""
 OF_BUNDLED = {name for name, option in Options.table().items() if option.bundled_flow is not SAME}
-"""Options of which a bundled pipeline has defaults of its own."""
+"""Options for which a bundled pipeline has its own default."""
 NEVER = ("plan", "local_rank", "push_to_hub", "dataloader_num_workers", *OF_CLASS_IMAGES)
 PRESETS: dict[str, dict[str, object]] = {
     "the trainer's defaults": {},
@@ -44,16 +44,19 @@ PRESETS: dict[str, dict[str, object]] = {
         "train_batch_size": 2, "use_aspect_ratio_buckets": True, "caption_dropout": 0.05, "validation_split": 0.1,
     },
 }  # fmt: skip
-"""To begin with; what is not in one is the trainer's default."""
+"""Initial settings of the form; options that are not listed have the trainer's default."""
 
 
 def known() -> dict[str, Option]:
-    """The trainer's options that a page may set."""
+    """Return the options that the page may set, by name."""
     return {option.name: option for group in groups().values() for option in group}
 
 
 def groups(without: Sequence[str] = ()) -> dict[str, list[Option]]:
-    """The options that a page may set, but for some, by --help's groups: a page names no file or code of the server."""
+    """Return the options that the page may set, except `without`, by the groups of `--help`.
+
+    Options that name a file or code of the server are excluded.
+    """
     found: dict[str, list[Option]] = {}
     for name, option in Options.table().items():
         if is_safe(option) and name not in without:
@@ -62,7 +65,7 @@ def groups(without: Sequence[str] = ()) -> dict[str, list[Option]]:
 
 
 def is_safe(option: Option) -> bool:
-    """Whether any value of an option may come from a browser: a switch, a choice, a number, or harmless words."""
+    """Return whether any value from a browser is harmless: a switch, choice, number or safe text."""
     if option.name in NEVER:
         return False
     is_number = option.parse is not str and option.name != "validation_prompt_options"
@@ -71,22 +74,22 @@ def is_safe(option: Option) -> bool:
 
 
 def choices(option: Option) -> list[str]:
-    """What may be chosen; empty where anything may be written."""
+    """Return the allowed values of an option; empty if it takes any text."""
     return list(OPTIMIZERS) if option.name == "optimizer" else list(option.choices)
 
 
 def label(option: Option) -> str:
-    """An option's name for people."""
+    """Return the label of an option."""
     return LABELS.get(option.name) or option.name.replace("_", " ").capitalize()
 
 
 def info(option: Option) -> str:
-    """What an option does, and its name; its default stands in the box."""
+    """Return the help and name of an option; the default is the placeholder of its text box."""
     return f"{option.help[:1].upper()}{option.help[1:]} · {option.flag}"
 
 
 def default(option: Option, model: str = "") -> str:
-    """What is taken where a box is left empty, in words; a bundled model may have its own."""
+    """Return the default that an empty box means, as text; a bundled model may have its own."""
     otherwise = option.otherwise.partition(";")[0]
     if option.bundled is not SAME:
         is_flow = model in PIPELINES and PIPELINES[model].name == "pipeline-flow"
@@ -96,37 +99,37 @@ def default(option: Option, model: str = "") -> str:
 
 
 def in_box(value: object, between: str = " ") -> str:
-    """A value as one would write it."""
+    """Return a value as text for a text box."""
     if value is None:
         return ""
     return between.join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def as_flag(option: Option, value: object) -> str:
-    """An option with its value, as one would write it in a command."""
+    """Return an option with its value as on a command line."""
     if option.is_switch:
         return f"--{'' if value else 'no-'}{option.name}"
     return f"{option.flag} {in_box(value)[:80]}" if in_box(value) else f"no {option.flag}"
 
 
 def wires(methods: Iterable[str]) -> bool:
-    """Whether any of the methods reads what is set for ResLoRA's shortcuts."""
+    """Return whether any of the methods reads the options of ResLoRA's shortcuts."""
     return any(METHODS[name].reads_shortcut_flags for name in methods if name in METHODS)
 
 
 def values_of(settings: Mapping[str, object], names: Sequence[str]) -> list[object]:
-    """The form's values for these settings: of each option its value, else what an untouched form has."""
+    """Return the form's values for these settings; options without a setting have the form's default."""
     return [widget_value(option, settings.get(name)) for name, option in chosen(names).items()]
 
 
 def chosen(names: Sequence[str]) -> dict[str, Option]:
-    """The options of these names, in their order."""
+    """Return the options of these names, in this order."""
     found = known()
     return {name: found[name] for name in names}
 
 
 def widget_value(option: Option, value: object) -> object:
-    """A value as the option's widget has it; what does not fit one is as if it were not given."""
+    """Return the value for the option's widget; an invalid value becomes the default."""
     if option.is_switch:
         return bool(option.default if not isinstance(value, bool) else value)
     if option.name == "method":
@@ -142,7 +145,7 @@ def widget_value(option: Option, value: object) -> object:
 
 
 def settings_of(name: str, runs: Mapping[str, Run]) -> dict:
-    """The settings of a preset or of a run by its name; `RunError` where there is none."""
+    """Return the settings of a preset or run by name. Raises `RunError` if there is none."""
     if name in PRESETS:
         return PRESETS[name]
     if name not in runs:

@@ -1,4 +1,4 @@
-"""What a visitor does with a folder of images: change captions, one or many at once, throw images away, undo."""
+"""Edit a folder of images: change captions, one or many at once, move images to the trash, and undo."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from .looks import Looks
 from .runs import RunError
 
 BETWEEN = "\n\n"
-"""Stands between the captions of an image that has several."""
+"""Separator between the captions of an image with several captions."""
 REPLACE, BEFORE, AFTER, ADD_TAG, REMOVE_TAG = "Replace", "Put before", "Put after", "Add tag", "Remove tag"
 EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE = "All images", "Left out by training", "Without caption", "Duplicates"
 FILTERS = (EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE)
 
 
 def replaced(caption: str, find: str, other: str) -> str:
-    """With other words in the place of some."""
+    """Return the caption with `find` replaced by `other`."""
     return caption.replace(find, other)
 
 
 def with_tag(caption: str, tag: str, _: str) -> str:
-    """With a tag at the end, unless it has it."""
+    """Return the caption with a tag appended, unless it has the tag."""
     return caption if tag.strip() in tags_of(caption) else f"{SEPARATOR} ".join([*filter(None, [caption]), tag.strip()])
 
 
 def without_tag(caption: str, tag: str, _: str) -> str:
-    """Without a tag; a caption that has none of that name stays as it is."""
+    """Return the caption without a tag; a caption without the tag is unchanged."""
     tags = tags_of(caption)
     return f"{SEPARATOR} ".join(one for one in tags if one != tag.strip()) if tag.strip() in tags else caption
 
 
 def tags_of(caption: str) -> list[str]:
-    """The tags of a caption, as the trainer takes them apart."""
+    """Return the tags of a caption, split as the trainer splits them."""
     return [tag.strip() for tag in caption.split(SEPARATOR) if tag.strip()]
 
 
@@ -57,19 +57,19 @@ OPERATIONS: dict[str, Callable[[str, str, str], str]] = {
 
 
 class ImageEdits:
-    """Changes to the folders on the list, and what takes them back."""
+    """Edits of the folders on the list, and undo."""
 
     def __init__(self, folders: ImageFolders, jobs: Jobs) -> None:
         self.folders, self.jobs, self.looks = folders, jobs, Looks()
         self.refused: set[Path] = set()
-        """Changes that could not be undone: those before them are not kept waiting."""
+        """Changes that could not be undone; undo skips them, so that earlier ones can be undone."""
 
     def look(self, name: object, settings: Sequence = ()) -> Images:
-        """What is in a folder; `settings`: resolution, whether there are buckets, caption column."""
+        """Return the images of a folder. `settings`: resolution, whether buckets are used, caption column."""
         return self.folders.images(self.folders.find(name), options_of(*settings))
 
     def shown(self, images: Images, which: str, words: str = "") -> list[Image]:
-        """The images that a filter leaves, and whose name or caption has these words."""
+        """Return the images that a filter selects and whose name or caption contains `words`."""
         alike, found = self.looks.alike(images), list(images.images.values())
         if which == LEFT_OUT:
             found = [image for image in found if self.looks.problem(image)]
@@ -83,7 +83,10 @@ class ImageEdits:
         return [image for image in found if words in image.name.casefold() or words in text_of(image).casefold()]
 
     def save_caption(self, images: Images, name: str, was: str, text: str) -> str:
-        """Writes the caption of one image, which must be what was seen of it; returns it as it is read now."""
+        """Write the caption of one image and return it as stored.
+
+        Raises `RunError` if the caption is not `was`, the one that the user saw.
+        """
         (image,) = images.find([name])
         if in_box(text_of(image)) != in_box(was):
             raise RunError(
@@ -96,7 +99,7 @@ class ImageEdits:
         return BETWEEN.join(captions)
 
     def change_captions(self, images: Images, names: object, operation: object, text: str, other: str = "") -> str:
-        """Changes the captions of some images in the same way; returns a line about it."""
+        """Apply an operation to the captions of several images, and return a line about it."""
         if not isinstance(operation, str) or operation not in OPERATIONS:
             raise RunError(f"Choose one of: {', '.join(OPERATIONS)}.")
         if not str(text).strip():
@@ -115,14 +118,15 @@ class ImageEdits:
         return f"Changed: {line}."
 
     def _write(self, images: Images, edits: Sequence[Edit], line: str) -> None:
+        """Write edits, except to the bundled images."""
         refuse_bundled(images.folder)
         write(images, edits, line)
 
     def throw_away(self, images: Images, names: object) -> str:
-        """Move images, with captions, masks and rows, into the folder's trash; return a line about it.
+        """Move images, with captions, masks and rows, into the folder's trash, and return a line about it.
 
-        An image that is listed twice goes with both of its rows, a caption file or mask with the last image that
-        reads it.
+        An image that is listed twice is removed with both rows; a caption file or mask with the last image that uses
+        it.
         """
         refuse_bundled(images.folder)
         if (run := self.jobs.reader(images.folder.path)) is not None:
@@ -134,20 +138,20 @@ class ImageEdits:
             for metadata in {image.metadata for image in chosen if image.metadata}:
                 table = Table(metadata, images)
                 table.drop({image.name for image in chosen})
-                table.put(draft)  # before the images: no row names one that is gone
+                table.put(draft)  # first, so that no row names a missing image
             for path in files_with(chosen, images):
                 draft.put(path, stamp_of(path), None)
         return f"{line[0].upper()}{line[1:]} (.trash in the folder, which training passes over)."
 
     def last(self, folder: Folder) -> Change | None:
-        """What undo would take back: the last change of a folder."""
+        """Return the change that undo would revert: the last one of the folder."""
         found = (change for change in changes(folder) if change.place not in self.refused)
         return next(found, None) or next(changes(folder), None)
 
     def undo(self, images: Images, line: str | None = None) -> str:
-        """Take the last change of a folder back; what has been changed again since stays, and undo is refused.
+        """Revert the last change of a folder; undo is refused if a file has changed since.
 
-        `line`: of the change that is meant; undo is refused where another one is the last by now.
+        `line`: the change that the user means; undo is refused if another one is the last by now.
         """
         refuse_bundled(images.folder)
         change = self.last(images.folder)
@@ -163,12 +167,12 @@ class ImageEdits:
         return f"Undone: {change.line}."
 
     def check(self, images: Images) -> Iterator[int]:
-        """Opens every image of a folder: damaged ones and duplicates are known after that."""
+        """Open every image of a folder to find damaged ones and duplicates; yield the number done."""
         return self.looks.check(list(images.images.values()))
 
 
 def files_with(chosen: Sequence[Image], images: Images) -> list[Path]:
-    """Return the files of images that are there, and the masks and caption files that no other image reads."""
+    """Return the existing files of images, and the masks and caption files that no other image uses."""
     paths = dict.fromkeys(image.path for image in chosen)
     others = [image for image in images.images.values() if image.path not in paths]
     stems = {image.path.with_suffix("") for image in others}
@@ -179,16 +183,16 @@ def files_with(chosen: Sequence[Image], images: Images) -> list[Path]:
 
 
 def text_of(image: Image) -> str:
-    """The captions of an image as one text."""
+    """Return the captions of an image as one text."""
     return BETWEEN.join(image.captions or ())
 
 
 def in_box(text: str) -> str:
-    """A text as a browser has it in a box: with line ends of one kind."""
+    """Return a text with the line ends of an HTML text box."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def refuse_bundled(folder: Folder) -> None:
-    """The application's own images stay as they are."""
+    """Raise `RunError` for the bundled images, which must not change."""
     if folder.bundled:
         raise RunError("The bundled images stay as they are; upload a folder, or start the application with --data.")

@@ -1,7 +1,7 @@
-"""Folders of images that the page may show, and what the trainer makes of the images in them.
+"""Read the image folders that the page may show, as the trainer reads them.
 
-Which images are left out, and why, the trainer's own code says. What an image or a caption file that leads out of its
-folder holds is never shown.
+The trainer's own code decides which images are left out, and why. Images and caption files that are links to outside of
+their folder are never shown.
 """
 
 from __future__ import annotations
@@ -35,51 +35,51 @@ from .runs import RunError
 from .uploads import store_images
 
 MULTIPLE = 8
-"""What sides are multiples of; models that need multiples of 16 have the same buckets from 256 pixels on."""
+"""Resolutions are multiples of this; models that need multiples of 16 have the same buckets from 256 pixels."""
 OUTSIDE = "leads out of the folder: not shown here"
 KEPT = 8
-"""Folders whose images are remembered until one of their files changes."""
+"""Number of folders whose images are cached."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image as the trainer meets it."""
+    """An image as the trainer reads it."""
 
     name: str
-    """Its path in the folder; where it is listed twice, the second one is `a.png (2)`."""
+    """Its path in the folder; the second row of the same file is named `a.png (2)`."""
     path: Path
     captions: tuple[str, ...] | None
-    """As they are trained with; empty where a row has none, None where there is no row, no file or no text."""
+    """Captions used in training. Empty: its row has none. None: it has no row, no file or no text."""
     size: tuple[int, int] | None
-    """Width and height."""
+    """Width and height in pixels."""
     buckets: tuple[Size, ...] = ()
-    """What it is cropped and scaled to, at each resolution."""
+    """Size after crop and resize, for each resolution."""
     problem: str = ""
-    """Why training leaves it out."""
+    """Why training leaves it out; empty if it does not."""
     metadata: Path | None = None
-    """The file with a row for it; None where the caption is in a file beside it."""
+    """The table with its row; None if the caption is in a file next to it."""
     otherwise: str | None = None
-    """Its caption where it has no file of its own."""
+    """Its caption if it has no caption file."""
     mask: Path | None = None
-    """The file with its mask; None where its row names none."""
+    """Its mask file; None if its row names none."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """What is in a folder."""
+    """The contents of a folder."""
 
     folder: Folder
     options: Options
     images: dict[str, Image]
     notes: tuple[str, ...] = ()
-    """What the trainer would print."""
+    """Lines that the trainer would print."""
     refused: str = ""
-    """Why it would not begin."""
+    """Why training would not start; empty if it would."""
     fixed: str = ""
-    """Why captions cannot be written: there is a table that cannot be read."""
+    """Why captions cannot be edited: a table cannot be read. Empty if they can."""
 
     def find(self, names: object) -> list[Image]:
-        """The images of these names; `RunError` where there are none, or one is gone."""
+        """Return the images of these names. Raises `RunError` for no names, and for an image that no longer exists."""
         names = list(dict.fromkeys(map(str, names))) if isinstance(names, Iterable) else []
         if gone := [name for name in names if name not in self.images]:
             raise RunError(f"{gone[0][:80]} is not in this folder any more; look at it anew.")
@@ -89,7 +89,7 @@ class Images:
 
 
 class ImageFolders(Folders):
-    """The folders on the list, with what is in them."""
+    """The image folders on the list, with cached contents."""
 
     def __init__(self, runs: Path, data: Path | None = None) -> None:
         super().__init__(runs, data)
@@ -97,7 +97,7 @@ class ImageFolders(Folders):
         self.lock, self.adding = threading.Lock(), threading.Lock()
 
     def add(self, name: str, uploads: list[str], caption: str) -> Folder:
-        """A new folder of uploaded images."""
+        """Store uploaded images as a new folder. Raises `RunError` for an invalid or existing name."""
         name = name if isinstance(name, str) else ""
         if kind_of(self.runs) is not None:
             raise RunError("This page shows a single run; start the application on a folder of runs to upload images.")
@@ -111,7 +111,7 @@ class ImageFolders(Folders):
         return self.find(f"uploads/{name}")
 
     def images(self, folder: Folder, options: Options) -> Images:
-        """What is in a folder now; nothing is read again where no file has changed."""
+        """Return the contents of a folder; read them again only if a file changed."""
         with self.lock:
             now, key = state_of(folder, options), (folder.path, repr(options))
             before, found = self.seen.pop(key, (None, None))
@@ -124,12 +124,13 @@ class ImageFolders(Folders):
 
 
 def options_of(resolution: object = "", buckets: object = False, column: object = "") -> Options:
-    """The trainer's options; `RunError` with its own line for values that it refuses."""
+    """Return the trainer's options. Raises `RunError` with the trainer's message for an invalid value."""
     return _flags(str(resolution or ""), buckets is True, str(column or ""))
 
 
 @functools.lru_cache(maxsize=64)
 def _flags(resolution: str, buckets: bool, column: str) -> Options:
+    """Parse the trainer's options from text, cached."""
     sides = resolution.split()
     if not all(side.isdecimal() for side in sides):
         raise RunError("Give the resolution as whole numbers with spaces between them.")
@@ -140,7 +141,7 @@ def _flags(resolution: str, buckets: bool, column: str) -> Options:
 
 
 def state_of(folder: Folder, options: Options) -> int:
-    """Changes with any file of a folder."""
+    """Return a hash that changes with any file of a folder. Raises `RunError` if it cannot be read."""
     try:
         return hash(tuple((str(path), stamp_of(path)) for path in files_of(folder.path, options.data, options.output)))
     except OSError:
@@ -148,7 +149,7 @@ def state_of(folder: Folder, options: Options) -> int:
 
 
 def stamp_of(path: Path) -> tuple[int, ...]:
-    """Changes with a file; empty where there is none."""
+    """Return inode, size in bytes and modification time of a file; empty if it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -156,11 +157,11 @@ def stamp_of(path: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-# -- what the trainer makes of a folder --------------------------------------------------------------------------------
+# -- as the trainer reads a folder -------------------------------------------------------------------------------------
 
 
 def read(folder: Folder, options: Options) -> Images:
-    """Every image of a folder as the trainer reads it, and those that it does not read."""
+    """Return every image of a folder as the trainer reads it, including those that it skips."""
     options = options.replace(train_data_dir=str(folder.path))
     images: dict[str, Image] = {}
     notes: list[str] = []
@@ -190,7 +191,7 @@ def read(folder: Folder, options: Options) -> Images:
 
 
 def with_masks(folder: Path, options: Options, caption: str | None, deep: bool) -> Found | None:
-    """What the trainer reads with --masked_loss or, where that refuses the masks, without."""
+    """Read a folder with --masked_loss or, if the masks are invalid, without."""
     with contextlib.suppress(InvalidArgument):
         masked = dataclasses.replace(options.training, masked_loss=True)
         return read_folder(folder, options.data, masked, options.output, caption, deep)
@@ -198,16 +199,19 @@ def with_masks(folder: Path, options: Options, caption: str | None, deep: bool) 
 
 
 def whole_line(folder: Folder, options: Options) -> str:
-    """Why no image of a folder is shown that the datasets library reads."""
+    """Return why a folder that the datasets library reads is not shown."""
     layout = layout_of(files_of(folder.path, options.data, options.output), folder.path) or "metadata in a folder below"
     return f"the datasets library reads this folder as a whole ({layout}): it can be trained on, but is not shown here"
 
 
 def images_of(found: Found, folder: Folder, options: Options, otherwise: str | None) -> dict[str, Image]:
-    """The images that the trainer has found, by name; `otherwise` is the caption of those without a file."""
+    """Return the images that the trainer found, by name.
+
+    `otherwise` is the caption of images without a caption file.
+    """
     names, images = names_of(found.files, folder.path), {}
     for index, (name, path, row) in enumerate(zip(names, found.files, found.rows, strict=True)):
-        mask = row.pop("mask", None)  # training without --masked_loss does not ask whether it can be used
+        mask = row.pop("mask", None)  # training without --masked_loss does not check the mask
         usable = found.size(index, row)
         problem, size = "", usable if isinstance(usable, tuple) else header_of(folder, path)
         if isinstance(usable, str):
@@ -227,7 +231,7 @@ def images_of(found: Found, folder: Folder, options: Options, otherwise: str | N
 def skipped_images(
     folder: Folder, options: Options, read: dict[str, Image], why: str, metadata: Path | None
 ) -> dict[str, Image]:
-    """The images in a folder that the trainer passes over; masks are none."""
+    """Return the images in a folder that the trainer skips, by name, without masks."""
     known = {os.path.normpath(path) for image in read.values() for path in (image.path, image.mask) if path}
     paths = [
         path
@@ -244,23 +248,23 @@ def skipped_images(
 
 
 def leads_out(folder: Folder, path: Path) -> bool:
-    """Whether an image of a folder, or a caption beside it, is a link to something outside."""
+    """Return whether an image, or a caption file next to it, is a link to outside of the folder."""
     return not all(map(folder.holds, [path, *caption_files(path)]))
 
 
 def header_of(folder: Folder, path: Path) -> tuple[int, int] | None:
-    """Width and height of an image of a folder."""
+    """Return width and height of an image in pixels, or None if its header cannot be read."""
     size = image_size(path) if folder.holds(path) else ""
     return None if isinstance(size, str) else size
 
 
 def buckets_of(size: tuple[int, int], options: Options) -> tuple[Size, ...]:
-    """What an image is cropped and scaled to, at each resolution."""
+    """Return the sizes that an image is cropped and resized to, one per resolution."""
     return tuple(dict.fromkeys(size_of(size, side, MULTIPLE, options.data)[0] for side in options.data.resolution))
 
 
 def names_of(paths: Sequence[Path], folder: Path) -> list[str]:
-    """A name for each of the files in a folder, which can be sent to a browser; another one for each that is again."""
+    """Return a name for each file, safe for a browser; duplicates are numbered."""
     met: Counter[str] = Counter()
     names = []
     for path in paths:

@@ -1,4 +1,4 @@
-"""The command line of a training: what a form's values are as words for `train_sd.py`. The page only starts it."""
+"""Convert the form's values to the command line of `train_sd.py`."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ from .runs import Run, RunError
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
 ADDED_TO = ("method", "learning_rate", "seed")
-"""Options that an experiment which was begun may be given more values of."""
+"""Options to which an existing experiment may get further values."""
 MAY_GROW = (*ADDED_TO, "experiment_minutes", "arms_at_once")
-"""Options that need not be as an experiment was begun with."""
+"""Options that may change in an existing experiment."""
 LARGEST_RANK = 512
-"""Above it, a warning."""
+"""A larger rank gives a warning."""
 ALONE = "Several methods alone are a run: give several learning rates or seeds, or start it under Train."
 
 
 def default_output() -> Path:
-    """Where a trainer without --output_dir writes."""
+    """Return the trainer's default output folder."""
     return Path(Options.of().output.output_dir)
 
 
 def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
-    """Command-line words for the settings that differ from the trainer's defaults; refuses what its parser refuses."""
+    """Return command-line arguments for the settings that differ from the trainer's defaults.
+
+    Raises `RunError` for a value that the trainer's parser refuses.
+    """
     words = []
     for name, option in form.known().items():
         value = settings.get(name)
@@ -56,35 +59,39 @@ def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
 
 
 def words_of(option: Option, value: object) -> list[str]:
-    """A flag's value, or values, as words of a command line."""
+    """Return an option's values as command-line arguments. Raises `RunError` for an invalid value."""
     found = [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in listed(value)]
     if option.name == "validation_prompt":
         found = [line.strip() for line in "\n".join(found).replace("\0", "").splitlines() if line.strip()]
         if len(found) == 1 and found[0].lower().endswith(PROMPT_FILES):
             raise RunError("Files of prompts are read by train_sd.py alone; write the prompts, one a line.")
-    elif option.takes_several and isinstance(value, str):  # with spaces between them; numbers may have commas, too
+    elif option.takes_several and isinstance(value, str):  # separated by spaces; numbers also by commas
         found = (value.replace(",", " ") if option.parse is not str else value).split()
-    if any(re.match(r"-(?!\d)", word) for word in found):  # it would be another flag
+    if any(re.match(r"-(?!\d)", word) for word in found):  # it would be parsed as another option
         raise RunError(f"{option.name} cannot begin with a hyphen.")
-    known = () if option.choices else form.choices(option)  # the trainer imports any optimizer by its path
+    known = () if option.choices else form.choices(option)  # the trainer would import an optimizer by its path
     if known and (wrong := [word for word in found if word not in known]):
         raise RunError(f"{option.name} {wrong[0][:80]}: choose from {', '.join(known)}.")
     return found
 
 
 def trainers_parser() -> OptionsParser:
-    """The trainer's own; where it refuses, its one line is the message."""
+    """Return the trainer's parser; its error message is raised as a `RunError`."""
     parser = build_parser()
     parser.error = refuse  # type: ignore[method-assign] # where it would print the line and leave
     return parser
 
 
 def refuse(message: str) -> NoReturn:
+    """Raise the message as a `RunError`."""
     raise RunError(message)
 
 
 def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
-    """`RunError` for what an experiment was not begun with, but for what may grow; what is not given is as it is."""
+    """Raise `RunError` for settings that differ from an existing experiment's.
+
+    Options in `MAY_GROW` may differ, and empty values mean those of the experiment.
+    """
     read = [Path(name).resolve() for name in begun.words("train_data_dir")]
     if images is not None and read != [images.resolve()]:
         raise RunError(f"{begun.name} was begun with other images: choose another name, or leave the images out.")
@@ -94,7 +101,7 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
     asked, others = vars(build_parser().parse_args(arguments(given, True))), []
     for flag, value in given.items():
         was = begun.config.get(flag, known[flag].fixed_default)
-        # The form has no word for some that a command line may have given: it shows them as if they were not there.
+        # The form cannot show some values of the command line: it shows those options as empty.
         if listed(asked.get(flag, was)) != listed(was) and value != form.widget_value(known[flag], was):
             others.append(form.as_flag(known[flag], was))
     was_model = begun.word("pretrained_model_name_or_path") or ""
@@ -105,7 +112,10 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
 
 
 def with_more(begun: Run, settings: dict) -> dict:
-    """What may grow of an experiment, with what a form adds; what is empty there is left out, and stays as it is."""
+    """Return the options that may change in an existing experiment, with the form's values added.
+
+    Options that are empty in the form are left out, and stay as they are.
+    """
     more = {flag: settings[flag] for flag in MAY_GROW if settings.get(flag) not in (None, "", [])}
     asked = vars(build_parser().parse_args(arguments(more, True)))
     for flag in more.keys() & set(ADDED_TO):
@@ -115,17 +125,17 @@ def with_more(begun: Run, settings: dict) -> dict:
 
 
 def words_for(folder: Path, settings: dict, images: Path | None = None, begun: Run | None = None) -> list[str]:
-    """Return the words after `accelerate launch` for a new run; refuses what the trainer refuses.
+    """Return the arguments after `accelerate launch` for a new run. Raises `RunError` for invalid settings.
 
-    `begun`: an experiment in the folder, which gets the methods, rates and seeds that it has not; all else must be as
-    it was begun.
+    `begun`: an existing experiment in the folder, which gets further methods, learning rates and seeds; all other
+    settings must agree with it.
     """
     words = [str(SCRIPT), "--output_dir", str(folder)]
     if begun is not None:
         refuse_language(begun)
         refuse_others(begun, settings, images)
         return [*words, "--config", str(begun.folder / "config.json"), *arguments(with_more(begun, settings), True)]
-    if settings.get("method") == []:  # the trainer would take its default
+    if settings.get("method") == []:  # the trainer would use its default
         raise RunError("Tick at least one method.")
     if images is not None:
         words += ["--train_data_dir", str(images)]
@@ -135,7 +145,7 @@ def words_for(folder: Path, settings: dict, images: Path | None = None, begun: R
 
 
 def warning(settings: dict) -> str:
-    """What is likely a mistake in the settings of a training that starts nevertheless; empty where nothing is."""
+    """Return a warning about likely mistakes in the settings, or an empty string."""
     ranks = [int(word) for value in listed(settings.get("rank")) for word in re.findall(r"\d+", str(value))]
     largest = max(ranks, default=0)
     if largest <= LARGEST_RANK:
@@ -144,7 +154,10 @@ def warning(settings: dict) -> str:
 
 
 def launch_words(device: str | None) -> list[str]:
-    """`accelerate launch`, told the defaults that it would warn of; what its configuration file says holds."""
+    """Return the `accelerate launch` command with explicit defaults, to avoid its warnings.
+
+    An accelerate config file takes precedence.
+    """
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
     has_file = Path(default_config_file).is_file()
     if not has_file:
@@ -155,23 +168,23 @@ def launch_words(device: str | None) -> list[str]:
 
 
 def environment(device: str | None = None) -> dict[str, str]:
-    """Of a trainer, which gets one GPU where there is one for each."""
+    """Return the environment variables of a trainer; `device` restricts it to one GPU."""
     found = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": search_path()}
     return found if device is None else found | {"CUDA_VISIBLE_DEVICES": device}
 
 
 def search_path() -> str:
-    """PYTHONPATH with which the trainer finds the library although it runs in another folder."""
+    """Return a PYTHONPATH with the repository, because the trainer runs in another folder."""
     return os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def safe_name(name: str) -> str:
-    """A run's name as part of a file's name."""
+    """Return a run's name as part of a file name."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name)[:64] or "run"
 
 
 def in_words(words: list[str]) -> str:
-    """The command as one would type it in the repository."""
+    """Return the command as typed in the repository."""
     shown = []
     for word in words:
         path = Path(word)

@@ -1,4 +1,4 @@
-"""The queue and the runs as HTML: rows and cards with buttons, which `rows.js` listens to. All names are escaped."""
+"""Render the queue and the runs as HTML; `rows.js` handles the buttons. All names are escaped."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .shelf import Shelf
 from .views import NAMES, bad, data_uri, escape, notice
 
 MOST = 48
-"""Cards that are shown; more are found by their names and notes."""
+"""Maximum number of cards; the search field finds the others."""
 NOTHING_QUEUED = (
     "Nothing is lined up. What you start under Train or Experiment while another run trains waits here for its turn."
 )
 
 
 SHOWN = {"model": "model", "rank": "rank", "learning_rate": "learning rate", "seed": "seed", "max_train_steps": "steps"}
-"""Settings of a row of the queue, and what they are called there."""
+"""Settings in a row of the queue, and their labels."""
 
 
 def button(what: str, label: str, name: str, enabled: bool = True) -> str:
-    """A button of a row; its name for who cannot see it says whose it is."""
+    """Return a button of a row; `name` is its accessible label."""
     return (
         f'<button type="button" data-do="{what}" aria-label="{escape(name)}"{"" if enabled else " disabled"}>'
         f"{label}</button>"
@@ -38,6 +38,7 @@ def button(what: str, label: str, name: str, enabled: bool = True) -> str:
 
 
 def badge(status: str) -> str:
+    """Return a status as HTML."""
     return f'<b class="status {status}">{status}</b>'
 
 
@@ -45,7 +46,7 @@ def badge(status: str) -> str:
 
 
 def queue(jobs: Jobs) -> str:
-    """What trains, what waits and what has ended, each with what can be done about it."""
+    """Return the running, waiting and ended entries with their buttons, as HTML."""
     try:
         entries = jobs.entries()
     except RunError as error:
@@ -64,7 +65,7 @@ def queue(jobs: Jobs) -> str:
 
 
 def row(jobs: Jobs, entry: Entry, place: str, is_last: bool = False) -> str:
-    """One entry; `place` is its number among those that wait."""
+    """Return one entry as HTML; `place` is its position among the waiting entries."""
     name = entry.name
     if entry.state == WAITING:
         buttons = button("up", "&uarr;", f"Move {name} up", place != "1")
@@ -85,7 +86,7 @@ def row(jobs: Jobs, entry: Entry, place: str, is_last: bool = False) -> str:
 
 
 def facts_of(entry: Entry, run: Run) -> list[str]:
-    """What an entry is, and how it stands."""
+    """Return an entry's settings and its state, as texts."""
     methods = entry.settings.get("method")
     names = ", ".join(NAMES[name] for name in methods if name in NAMES) if isinstance(methods, list) else ""
     facts = ["goes on" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
@@ -102,7 +103,7 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
 
 
 def runs(shelf: Shelf, words: str) -> str:
-    """The newest runs and experiments whose names or notes have these words, and what is in the trash."""
+    """Return the newest runs and experiments whose name or notes contain `words`, and the trash."""
     words = words.casefold()
     everything = [
         run for run in shelf.library.everything() if words in run.name.casefold() or words in run.notes.casefold()
@@ -115,7 +116,7 @@ def runs(shelf: Shelf, words: str) -> str:
 
 
 def card_of(shelf: Shelf, run: Run) -> str:
-    """A run's card, made anew where something in its folder has changed."""
+    """Return a run's card; it is rendered again if a file in its folder changed."""
     jobs, changed = shelf.jobs, [last_change(run.folder)]
     for path in (run.folder, run.folder / NOTES, *(run.folder / method for method in run.methods)):
         with contextlib.suppress(OSError):
@@ -125,7 +126,10 @@ def card_of(shelf: Shelf, run: Run) -> str:
 
 @functools.lru_cache(maxsize=4 * MOST)
 def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str:
-    """A run or experiment: its newest sample, its status, since when nothing has changed, notes. `changed`: times."""
+    """Return a card: newest sample, status, time of the last change, notes.
+
+    `changed`: modification times, which are the key of the cache.
+    """
     name, status, owned = escape(run.name), status or run.status, shelf.library.owns(run)
     done, total = run.progress
     kind, script = isinstance(run, Experiment), language_script(run)
@@ -153,16 +157,16 @@ def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str
 
 
 def picture(run: Run) -> str:
-    """The newest sample of the last method that has one."""
+    """Return the newest sample of the last method that has one."""
     for path in newest_samples(run):
-        with contextlib.suppress(Exception):  # as of a damaged image
+        with contextlib.suppress(Exception):  # such as a damaged image
             source = data_uri(path, path.stat().st_mtime_ns)
             return f'<img src="{source}" alt="newest sample of {escape(run.name)}">'
     return '<div class="empty">no samples</div>'
 
 
 def newest_samples(run: Run) -> Sequence[Path]:
-    """The first sample of each method, the last method's first."""
+    """Return the first sample of each method, the last method's first."""
     steps = list(reversed(run.steps()))
     found = []
     for method in reversed(run.methods):
@@ -172,7 +176,7 @@ def newest_samples(run: Run) -> Sequence[Path]:
 
 
 def trash(shelf: Shelf) -> str:
-    """What has been thrown away, each to be put back."""
+    """Return the runs in the trash with their restore buttons."""
     found = shelf.trashed()
     if not found:
         return ""
@@ -188,7 +192,7 @@ def trash(shelf: Shelf) -> str:
 
 
 def thrown(place: str) -> str:
-    """When a run was thrown away, as its place in the trash says."""
+    """Return the time at which a run was moved to the trash, from the name of its folder there."""
     try:
         return time.strftime("%Y-%m-%d %H:%M", time.strptime(place[:15], "%Y%m%d-%H%M%S"))
     except ValueError:

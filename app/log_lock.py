@@ -1,8 +1,7 @@
-"""Which trainers are at work, from their first moment: who prints into a run's log holds a lock on it until it is gone.
+"""Detect running trainers by a lock on the log file that a trainer writes to.
 
-Launcher and trainer inherit the lock with the file that they print into, so that it outlives the application, and ends
-with the last of them, however that ends. Where a system has no such locks, a trainer is known by its process id alone,
-once it has written that.
+Launcher and trainer inherit the lock with the file, so it survives the application and is released when the last of
+them exits. On a system without such locks, a trainer is only known by its process id, once it has written that.
 """
 
 from __future__ import annotations
@@ -20,13 +19,13 @@ except ImportError:  # Windows
     fcntl = None
 
 TRIES, PAUSE = 100, 0.01
-"""Whoever looks whether a lock is held, shares it for a moment."""
+"""Retries and seconds between them: `is_held` takes a shared lock for a moment."""
 
 
 @contextlib.contextmanager
 def locked_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to append to, with the lock on it, for a process to inherit; `BlockingIOError` if another one has it."""
-    with path.open("ab") as file:  # closed and not unlocked: the lock stays with who has inherited it
+    """Open a file to append to, locked, for a process to inherit. Raises `BlockingIOError` if it is locked."""
+    with path.open("ab") as file:  # closed, not unlocked: child processes keep the lock
         for left in reversed(range(TRIES)):
             try:
                 lock(file.fileno(), exclusive=True)
@@ -39,9 +38,9 @@ def locked_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the lock on a file."""
+    """Return whether a process holds the lock on a file."""
     try:
-        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe in its place would be waited for
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would block
     except OSError:
         return False
     try:
@@ -54,7 +53,7 @@ def is_held(path: Path) -> bool:
 
 
 def lock(number: int, exclusive: bool) -> None:
-    """Takes the lock, or raises `BlockingIOError`; does nothing on a file system that has none."""
+    """Lock a file descriptor or raise `BlockingIOError`; do nothing on a file system without locks."""
     if fcntl is not None:
         try:
             fcntl.flock(number, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)

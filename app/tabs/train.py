@@ -1,4 +1,4 @@
-"""Train: start, watch, stop and resume a training, which is a process of its own."""
+"""Train: start, watch, stop and resume a training, which runs as a separate process."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 
 class TrainTab(LaunchTab):
+    """The tab that starts runs."""
+
     title, id = "Train", "train"
     suggested = "my-style"
     names = (
@@ -48,6 +50,7 @@ class TrainTab(LaunchTab):
         self.on_arrival += [self.begin]
 
     def process_column(self) -> None:
+        """Make the buttons and the log."""
         self.buttons_row()
         with gr.Row():
             self.sample_now = gr.Button("Sample now", elem_id="sample-now", size="sm")
@@ -60,13 +63,15 @@ class TrainTab(LaunchTab):
         )
 
     def arrive(self) -> dict:
-        """The folders of images, and whose settings there are to begin with."""
+        """Return the image folders, and the presets and runs whose settings can be loaded."""
         return super().arrive() | {self.begin: gr.update(choices=[*form.PRESETS, *self.library.runs()])}
 
     def events(self, page: Page) -> None:
+        """Connect the components."""
         self.connect(page, page.run, page.seen)
-        # Not `input`: it comes with leaving the box as well, and what is typed or kept would be overwritten. `change`
-        # comes with another choice, by mouse or keys; `select`, before it, with any by the mouse: the same again, too.
+        # Not `input`: it is also triggered when the box loses the focus, and would overwrite the form. `change` is
+        # triggered by another selection with mouse or keys; `select`, before it, by any selection with the mouse, also
+        # of the same item.
         filled = [self.begun, self.model, self.folder, *self.flags.values()]
         in_turn = {"trigger_mode": "always_last", "concurrency_id": "begin", "concurrency_limit": 1, **QUIET}
         self.begin.select(readable_errors(self.fill_by_mouse), self.begin, filled, **in_turn)
@@ -77,26 +82,29 @@ class TrainTab(LaunchTab):
             button.click(ask, None, self.answer, api_name=named, concurrency_limit=None, **NO_PROGRESS)
 
     def fill(self, name: str) -> list:
-        """The form with the settings of a preset, or of a run with its images; refuses one whose model has no word."""
+        """Return the form with the settings of a preset, or of a run with its images.
+
+        Raises `RunError` if the page cannot name the run's model.
+        """
         runs = self.library.runs()
         settings = form.settings_of(name, runs)
         folder = gr.update() if name in form.PRESETS else self.jobs.images.of_run(runs[name])
         return [word_of_model(name, settings), folder, *form.values_of(settings, self.all_names())]
 
     def fill_by_mouse(self, name: str) -> list:
-        """The form, and whose settings it has."""
+        """Return the name of the selected preset or run, and the form."""
         return [name, *self.fill(name)]
 
     def fill_once(self, name: str, begun: str | None) -> list | dict:
-        """The form, unless the mouse has filled it in: what has been typed since stays."""
+        """Return the form, unless `select` has already set it: values typed since are not overwritten."""
         return {self.begun: None} if name == begun else [None, *self.fill(name)]
 
     def ask(self, request: str) -> str:
-        """Asks the run that trains for something after this step."""
+        """Request a checkpoint or samples from the active run after this step."""
         return views.notice(self.jobs.ask(request))
 
     def settings(self, values: tuple) -> dict:
-        """Options and their values; several of what makes an experiment are refused."""
+        """Return the options and their values. Raises `RunError` for several values that make an experiment."""
         settings = super().settings(values)
         for name in VARYING:
             value = settings.get(name)
@@ -105,5 +113,5 @@ class TrainTab(LaunchTab):
         return settings
 
     def updates(self, run: Run, status: str) -> dict:
-        """What the trainer has printed."""
+        """Return the trainer's output."""
         return {self.log: views.log(self.jobs.log(run), status)}
