@@ -1,6 +1,6 @@
 """State of an experiment: its arms, their results, and the next arm to train, all read from disk.
 
-Only the main process uses it (`together.decided`).
+Only the main process uses it (`processes.broadcast_from_main`).
 """
 
 from __future__ import annotations
