@@ -203,7 +203,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _in_two(content: bytes) -> tuple[dict, bytes]:
-    """Header and tensors of a safetensors file."""
+    """Return the header of a safetensors file, and the bytes of its tensors."""
     start = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:start]), content[start:]
 

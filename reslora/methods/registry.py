@@ -50,7 +50,9 @@ class AdapterSettings:
 
 
 def lora(settings: AdapterSettings, times: float = 1, **variant: bool) -> PeftConfig:
-    """LoRA (Hu et al., 2022) with every alpha multiplied, or a variant that PEFT's configuration has a switch for.
+    """Return the configuration of LoRA (Hu et al., 2022), every alpha multiplied by `times`, or of a variant.
+
+    `variant`: options of PEFT's `LoraConfig`, such as `use_dora`.
 
     rsLoRA is rank-stabilized (Kalajdzievski, 2023); DoRA trains `m (W + s B A) / |W + s B A|`, with a magnitude m of
     each row (Liu et al., 2024).
@@ -81,7 +83,7 @@ def adalora(settings: AdapterSettings) -> PeftConfig:
 
 
 def lycoris(settings: AdapterSettings, kind: str) -> PeftConfig:
-    """LoHa or LoKr, whose dropout is of ranks."""
+    """Return the configuration of LoHa or LoKr; their dropout drops ranks."""
     import peft
 
     return getattr(peft, kind)(

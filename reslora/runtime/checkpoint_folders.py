@@ -15,11 +15,11 @@ MERGED = "merged-by-[a-z]+"
 """Pattern of the names of checkpoints merged by the application, before the step."""
 
 ADAPTERS = "adapters"
-"""Folder of the adapters among which an experiment chooses, without what a resumed run needs."""
+"""Directory of the adapters among which an experiment chooses, without what a resumed run needs."""
 
 
 def adapter_folder(folder: Path, step: int) -> Path:
-    """Where an arm of an experiment keeps the adapter of a step."""
+    """Return the directory in which an arm of an experiment stores the adapter of a step."""
     return folder / ADAPTERS / f"step-{step:06d}"
 
 

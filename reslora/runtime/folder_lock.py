@@ -97,7 +97,7 @@ def check_held() -> None:
     """Raise `RunFailed` if a directory locked by this process was removed, replaced or locked by another run.
 
     The same applies to a directory inside it that training writes to: otherwise only the second half of a file set
-    would be written. `files.replacing` calls it before it writes; call it before long work and before removing files.
+    would be written. `io.replacing` calls it before it writes; call it before long work and before removing files.
     """
     for folder in _HELD:
         if problem := _lost(folder):

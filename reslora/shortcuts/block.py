@@ -39,9 +39,10 @@ class BlockShortcut(Shortcut):
     def __init__(
         self, wires: Wires, name: str, factors: Sequence[tuple], sum_from: str | None, gives_sum: bool
     ) -> None:
-        """`factors`:
+        """Initialize the variant of one block.
 
-        A and B of this block, then those of earlier ones; `sum_from`: the block whose sum B A it extends.
+        `factors`: A and B of this block, then those of earlier ones; `sum_from`: the block whose sum B A it extends;
+        `gives_sum`: whether the next block extends this one's sum.
         """
         super().__init__(wires, name)
         (lora_a, lora_b), *self.before = factors

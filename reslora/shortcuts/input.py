@@ -22,9 +22,9 @@ class InputShortcut(Shortcut):
     """
 
     def __init__(self, wires: Wires, name: str, source: str | None, following: nn.Linear | None, head: str) -> None:
-        """`source`: name of the previous block, None for a head;
+        """Initialize the variant of one block.
 
-        `following`: A of the next block, which also reads x_n.
+        `source`: name of the previous block, None for a head; `following`: A of the next block, which also reads x_n.
         """
         super().__init__(wires, name)
         self.source = source

@@ -21,7 +21,10 @@ class MiddleShortcut(Shortcut):
     """ResLoRA_ms: `W_n x_n + s_n B_n (sum_{k=0..m} A_{n-k} x_{n-k})` (Eq. 4); only r-wide vectors are added."""
 
     def __init__(self, wires: Wires, name: str, sources: list[str], takes_sum: bool, gives: Sequence[str]) -> None:
-        """`sources`: names of the earlier blocks in the sum; `gives`: what the block hands on, OWN or SUM or both."""
+        """Initialize the variant of one block.
+
+        `sources`: names of the earlier blocks in the sum; `gives`: what the block hands on, OWN or SUM or both.
+        """
         super().__init__(wires, name)
         self.sources = sources
         self.takes_sum = takes_sum

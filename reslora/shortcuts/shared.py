@@ -21,9 +21,9 @@ class SharedProduct:
     """
 
     def __init__(self, stacks: dict[str, list[nn.Linear]], widths: dict[str, Sequence[int]], most_rows: float) -> None:
-        """`stacks`: block -> the A modules for its input, its own first;
+        """Initialize the product of the blocks that read one tensor.
 
-        `widths`: block -> the widths of its slices.
+        `stacks`: block -> the A modules for its input, its own first; `widths`: block -> the widths of its slices.
         """
         self.most_rows = most_rows
         self.linears = [linear for stack in stacks.values() for linear in stack]

@@ -154,7 +154,7 @@ class Wires:
             state.parts += 1
 
     def end_part(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Drop the state of such a part; a forward hook."""
+        """Drop the state of a part from `begin_part`; a forward hook."""
         state = self.threads.slot.state
         if state is not None and state.parts:
             state.parts -= 1

@@ -93,7 +93,7 @@ class Learner:
             yield
         finally:
             optimizer.train()
-            self._put(trained)  # exactly, which the optimizer's own way back is not
+            self._put(trained)  # exact; the optimizer's own conversion back is not
 
     def _copied(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]

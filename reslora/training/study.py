@@ -1,4 +1,4 @@
-"""What the training loop knows of what it trains: the interface of a study, and the content that identifies it."""
+"""The interface of a study to the training loop, and the content hashes that identify its data and model."""
 
 from __future__ import annotations
 

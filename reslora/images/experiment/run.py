@@ -228,20 +228,21 @@ class Bench(Subject):
     course: Course
     study: ImageStudy
     materials: Mapping[int, Material]
-    """By seed."""
+    """Training data by seed."""
     parts: Parts
     content: str
-    """The hash of `parts`."""
+    """Hash of `parts`."""
     stop: StopRequest
     device: torch.device
     prog: str = "train_sd.py"
     about: About = IMAGES
 
     def say(self, phase: str, name: str = "") -> None:
+        """Write the current phase to the run's status."""
         self.study.context.status.say(phase, name)
 
     def study_of(self, arm: Arm) -> ImageStudy:
-        """Return the study of one arm, as for a plain run, but with one checkpoint unless more are asked for."""
+        """Return the study of one arm, as for a single run, but with one checkpoint unless more are requested."""
         options = going_on(self.course.options_of(arm))
         options = options.replace(checkpoints_total_limit=options.output.checkpoints_total_limit or 1)
         before = self.course.arms().index(arm) if arm in self.course.arms() else 0
@@ -256,6 +257,7 @@ class Bench(Subject):
         return dataclasses.replace(self.study, material=material, context=context)
 
     def train(self, arm: Arm) -> None:
+        """Train an arm from its latest checkpoint to its exports, in every process."""
         study = self.study_of(arm)
         context, (method,) = study.context, study.context.options.adapter.method
         resume = broadcast_from_main(lambda: plan_resume(context.options, study.identity, context.place))
@@ -269,9 +271,11 @@ class Bench(Subject):
 
     @functools.cached_property
     def marks(self) -> list[str]:
+        """Content hash of each test image."""
         return [self.study.material.sources[source].images.marks[number] for source, number in self.parts.test]
 
     def facts(self) -> Facts:
+        """Return versions, split sizes, the measured timesteps and the identity of the experiment."""
         objective = self.study.material.objective
         return {
             **facts_of(self.parts, LIBRARIES),
@@ -280,10 +284,13 @@ class Bench(Subject):
         }
 
     def measured(self, arm: Arm, step: int) -> dict:
+        """Return the losses and similarities of an arm's checkpoint on the test split."""
         return measured(step, self.parts.test, self.study_of(arm))
 
     def base_losses(self) -> dict:
+        """Return the base model's losses on the test split."""
         return base_losses(self.parts.test, self.study_of(self.course.arms()[0]))
 
     def export(self, arm: Arm, step: int) -> list[str]:
+        """Export an arm's checkpoint into the experiment's directory, and return the names of the files."""
         return export_chosen(step, self.study_of(arm))

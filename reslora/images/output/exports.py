@@ -216,7 +216,7 @@ def exported(schedule: Schedule, learner: Learner, context: Context) -> Schedule
 def saved_parts(
     method: str, adapters: Path, loss: DenoisingLoss, schedule: Schedule, context: Context
 ) -> dict[str, nn.Module]:
-    """The parts that train, by name, in float32, with a method's adapters as they were saved, unmerged."""
+    """Return the trained models by name, in float32, with a method's saved adapters, unmerged."""
     parts = base_parts(loss, context)
     trained = Trained(parts, loss)
     add_adapters(trained, method, schedule.steps, context)
@@ -226,7 +226,7 @@ def saved_parts(
 
 
 def base_parts(loss: DenoisingLoss, context: Context) -> dict[str, nn.Module]:
-    """Return the base model's parts that train, by name, in float32, the denoiser first."""
+    """Return the base models of the trained ones by name, in float32, the denoiser first."""
     denoiser = context.model.load_exact_denoiser(context.accelerator.device)
     return {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, loss.pipeline)
 

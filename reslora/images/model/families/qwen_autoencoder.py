@@ -39,7 +39,7 @@ class WithQwenAutoencoder(Family):
 
 
 def packed(noisy: torch.Tensor) -> torch.Tensor:
-    """Pack two by two latents into one token: batch x tokens x 4 channels."""
+    """Return the latents with each 2 x 2 patch as one token, of shape (batch, tokens, 4 x channels)."""
     return QwenImagePipeline._pack_latents(noisy, *noisy.shape)
 
 
