@@ -109,7 +109,7 @@ class Calibrator:
                 handle.remove()
 
     def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
-        """Record one forward of a block: its input `x`, its own `A x` and the shortcut terms `handed` (None for a
+        """Record one forward pass of a block: its input `x`, its own `A x` and the shortcut terms `handed` (None for a
         head).
         """
         name, entered, self.entered = variant.name, self.entered, None

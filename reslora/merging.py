@@ -69,7 +69,7 @@ class Moments:
     instead of `handed`: if S is exact, it is exactly zero, however ill-conditioned x is.
     """
 
-    # 0.0, and tensors once a forward was added.
+    # 0.0, and tensors once a forward pass was added.
     norm_sum: Any
     own_own: Any
     own_handed: Any
@@ -89,7 +89,7 @@ class Moments:
         self.output, self.miss = 0.0, 0.0
 
     def add(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None, norm: torch.Tensor) -> None:
-        """Add one forward; `norm` is the Frobenius norm that Eqs. 8-9 or 12 use."""
+        """Add one forward pass; `norm` is the Frobenius norm that Eqs. 8-9 or 12 use."""
         self.norm_sum = self.norm_sum + norm
         self.forwards += 1
         own = _precise(own)
@@ -116,13 +116,13 @@ class Moments:
         self.inputs, self.gap_x, self.gaps = None, 0.0, []
 
     def measure(self, output: torch.Tensor, miss: torch.Tensor) -> None:
-        """Add one forward's squared norms of the unmerged output and of the error of a merge that is already known."""
+        """Add one forward pass's squared norms: of the unmerged output, and of the error of a known merge."""
         self.output += float(output.double().square().sum())
         self.miss += float(miss.double().square().sum())
 
     @property
     def norm(self) -> float:
-        """f_n: the mean norm over the calibration forwards."""
+        """f_n: the mean norm over the calibration forward passes."""
         return float(self.norm_sum) / self.forwards
 
     def finite(self) -> bool:
@@ -190,7 +190,7 @@ def merge_lstsq(chain: list[Factors]) -> list[Merged]:
     """Return `A_n + C`, where C is the least-squares estimate of the shortcut terms from x_n only (not in the paper).
 
     `C = argmin E|t - C x_n|^2 + ridge |C - T|^2`, where t is `A_n x_{n-1}` (`input`) or `sum_{k>=1} A_{n-k} x_{n-k}`
-    (`middle`), and T is A_n or `sum_{k>=1} A_{n-k}`: equal inputs merge exactly. The ridge shrinks towards T, so a
+    (`middle`), and T is A_n or `sum_{k>=1} A_{n-k}`: equal inputs merge exactly. The ridge shrinks toward T, so a
     block whose input is far larger than those of earlier blocks may have a smaller error with `none`. It then keeps A
     and B, and a note reports it.
     """
@@ -266,7 +266,7 @@ def relative_error(block: Factors, merged: Merged) -> float:
     gram = b.t() @ b
     cross = moments.own_handed + moments.own_handed.t()
     output = _trace(moments.own_own + cross + moments.handed_handed, gram)
-    if isinstance(merged.alpha, float):  # A is unchanged, and there is no estimate of the shortcut terms
+    if isinstance(merged.alpha, float):  # A is unchanged, and the shortcut terms are not estimated
         miss = merged.alpha**2 * moments.own_own - merged.alpha * cross + moments.handed_handed
     else:
         miss = moments.gap_gap

@@ -1,4 +1,4 @@
-"""Trace the execution order of a model's layers with one forward on the meta device."""
+"""Trace the execution order of a model's layers with one forward pass on the meta device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HOLDER = "reslora.holder"
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Result of a traced forward. *Holders* are the repeated modules that contain the traced layers."""
+    """Result of a traced forward pass. *Holders* are the repeated modules that contain the traced layers."""
 
     runs: dict[str, list[tuple[int, ...]]]
     """Layer -> token shape of its input for each call, in execution order."""
@@ -68,13 +68,13 @@ class Trace:
 
 
 def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | None) -> Trace:
-    """Run one forward, on the meta device if possible, and return the trace.
+    """Run one forward pass, on the meta device if possible, and return the trace.
 
     `holders` maps the paths of the layers to trace to the paths of the modules that hold them (a layer may be its own
     holder). `example_inputs` are keyword arguments of `base` (default: made from its configuration, or its own
     `dummy_inputs`). Random states, modes and gradients are restored.
 
-    Raises `ValueError` if there are no inputs to trace with, or the model does not run on them.
+    Raises `ValueError` if no inputs to trace with are known, or the model does not run on them.
     """
     inputs = _default_inputs(base) if example_inputs is None else example_inputs
     if not isinstance(inputs, Mapping):

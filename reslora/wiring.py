@@ -41,7 +41,7 @@ class Connection:
         return shortcut_class(self.config.shortcut) if self.config.wired else None
 
     def before(self, chain: Chain) -> Before:
-        """Return, for each block of a chain, the indices of the earlier blocks in its sum, for the forward and the
+        """Return, for each block of a chain, the indices of the earlier blocks in its sum, for the forward pass and the
         merge.
         """
         return before_each(len(chain), self.config.reach)

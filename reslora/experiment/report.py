@@ -47,7 +47,7 @@ class About:
     """The parts of a report that differ between images and texts."""
 
     unit: str
-    """Word for what a loss belongs to: image or example."""
+    """Word for the item that a loss belongs to: image or example."""
     columns: Mapping[str, tuple[str, str]]
     """Title and description of each metric that is measured in addition to the test loss, by name."""
     uses: Mapping[str, str]

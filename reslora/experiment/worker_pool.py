@@ -39,9 +39,9 @@ POSIX = os.name == "posix"
 
 
 class Orders:
-    """Receives a worker's arms from the main process.
+    """Connection of a worker to the main process, which assigns its arms.
 
-    Nothing may be written once that process, with its lock, is gone.
+    The worker must not write once that process has ended, and its lock with it.
     """
 
     def __init__(self, number: int, connection: Connection, stop: StopRequest) -> None:

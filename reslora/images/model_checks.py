@@ -113,7 +113,7 @@ def check_pipeline(
 def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> None:
     """Raise `InvalidArgument` for options of a prompt that the pipeline does not support.
 
-    `told` is the reason why the pipeline has no negative prompts, or empty.
+    `told`: why the pipeline has no negative prompts; empty if it has.
     """
     where = f"--validation_prompt {prompt.prompt!r}"
     if (prompt.num_inference_steps or 0) > timesteps:

@@ -208,7 +208,7 @@ class RankAllocator:
         return self._config.orth_reg_weight * torch.stack(norms).mean()
 
     def add_gradient(self, accelerator: Accelerator) -> None:
-        """Add the regularizer's gradient; call it after the last backward of a step, before gradients are clipped.
+        """Add the regularizer's gradient; call it after the last backward pass of a step, before gradients are clipped.
 
         Every process adds the same gradient after gradients are averaged: `torch.autograd.grad` bypasses DDP's hooks.
         """

@@ -19,7 +19,7 @@ from .shared import autocasts
 from .state import State, Wires, refuse_replica
 
 SUM = "sum of B A"
-"""Key of the sum of B A that a block hands on to a block whose sum also starts at the head."""
+"""Key of the sum of B A that a block passes on to a block whose sum also starts at the head."""
 
 
 class BlockShortcut(Shortcut):
@@ -103,11 +103,11 @@ class BlockShortcut(Shortcut):
         return change
 
     def _sharing(self) -> State | None:
-        """Return the state for shared products: the running forward's, or a state of its own inside a foreign
+        """Return the state for shared products: the running forward pass's, or a separate one inside a foreign
         checkpoint.
 
-        The recomputation of such a checkpoint then shares products as the forward did. In a compiled graph a state must
-        not be written inside a checkpoint, so nothing is shared there.
+        The recomputation of such a checkpoint then shares products as the forward pass did. In a compiled graph a state
+        must not be written inside a checkpoint, so nothing is shared there.
         """
         if torch.compiler.is_compiling():
             return None

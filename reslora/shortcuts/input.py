@@ -17,7 +17,7 @@ from .state import Wires
 class InputShortcut(Shortcut):
     """ResLoRA_is: `W_n x_n + s_n B_n A_n (x_n + x_{n-1})` (Eq. 2).
 
-    x_{n-1} is not stored: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and hands on the r-wide second
+    x_{n-1} is not stored: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and passes on the r-wide second
     half.
     """
 

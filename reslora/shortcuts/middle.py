@@ -14,7 +14,7 @@ from .base import OWN, Shortcut, add_product, cast, passes, rows
 from .state import Wires
 
 SUM = "sum of A x"
-"""Key of the sum of A x that a block hands on to a block whose sum also starts at the head."""
+"""Key of the sum of A x that a block passes on to a block whose sum also starts at the head."""
 
 
 class MiddleShortcut(Shortcut):
@@ -23,7 +23,7 @@ class MiddleShortcut(Shortcut):
     def __init__(self, wires: Wires, name: str, sources: list[str], takes_sum: bool, gives: Sequence[str]) -> None:
         """Initialize the variant of one block.
 
-        `sources`: names of the earlier blocks in the sum; `gives`: what the block hands on, OWN or SUM or both.
+        `sources`: names of the earlier blocks in the sum; `gives`: what the block passes on, OWN or SUM or both.
         """
         super().__init__(wires, name)
         self.sources = sources
@@ -68,7 +68,7 @@ class MiddleShortcut(Shortcut):
         return add_product(result, hidden, module, active_adapter, module.scaling[active_adapter])
 
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return `A x` by calling the module: a sharded weight is complete only inside its own forward."""
+        """Return `A x` by calling the module: a sharded weight is complete only inside its own forward pass."""
         return (lora_a(x),)
 
     def _undropped(self, module: nn.Module, adapter: str, x: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,9 @@ from .state import State
 class SharedProduct:
     """`[A_q; A_k; A_v] x` as one product, of which each block takes its slices.
 
-    One product replaces three, and in the backward one p-wide gradient replaces three and their sum. The trace finds
-    the blocks that read the same tensor. Every forward verifies it, and a block with another input computes its own
-    product.
+    One product replaces three, and in the backward pass one p-wide gradient replaces three and their sum. The trace
+    finds the blocks that read the same tensor. Every forward pass verifies it, and a block with another input computes
+    its own product.
     """
 
     def __init__(self, stacks: dict[str, list[nn.Linear]], widths: dict[str, Sequence[int]], most_rows: float) -> None:

@@ -277,7 +277,7 @@ def take_folder(bench: Bench) -> None:
 
 
 class KeepAdapters(TrainerCallback):
-    """Saves the adapter at every evaluation on the selection split, except before the first step."""
+    """A callback that saves the adapter at every evaluation on the selection split, but not before the first step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -302,7 +302,7 @@ class KeepAdapters(TrainerCallback):
 
 @dataclass(frozen=True)
 class Bench(Subject):
-    """Trains and evaluates the arms of an experiment with a language model."""
+    """The arms of an experiment with a language model: their training and evaluation."""
 
     course: Course
     study: Study

@@ -25,7 +25,7 @@ IGNORED = -100  # label of tokens without loss
 
 
 class Encoder:
-    """Tokenizes examples: the prompt, then the answer and an end token; only the latter have labels.
+    """Tokenizer of examples: the prompt, then the answer and an end token; only the latter have labels.
 
     Prompt and answer are tokenized separately, so that generation starts from the same tokens as in training.
     """
@@ -101,7 +101,7 @@ def calibration_batches(rows: list[dict], count: int, size: int) -> list[dict[st
 
 
 class LlmTrainer(AdapterTrainer):
-    """Evaluates the loss per answer token, and the accuracy of generated answers."""
+    """An `AdapterTrainer` that evaluates the loss per answer token, and the accuracy of generated answers."""
 
     control: Any  # set by `Trainer`
 

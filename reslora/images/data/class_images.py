@@ -35,7 +35,7 @@ from .listing import files_of
 from .size import Size
 from .sources import Source
 
-LOCK = "class images"  # in the name of the lock, for the folder may be that of a run, which holds its own lock on it
+LOCK = "class images"  # last component of the lock's path: a run may hold the lock of the folder itself
 PAUSE = timedelta(seconds=1)  # between two attempts to get the lock
 
 

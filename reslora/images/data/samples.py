@@ -87,7 +87,7 @@ class TrainingSamples(Dataset):
 
     purpose = "training"
     varies = True
-    """Whether captions are transformed randomly if the options ask for it."""
+    """Whether captions are transformed randomly if the options specify it."""
 
     def __init__(self, material: Material) -> None:
         self.material = material

@@ -1,8 +1,8 @@
 """Run an experiment: train every arm, choose learning rates and checkpoints, and compare the methods.
 
 An arm is one run: a method with a learning rate and a seed. Arms share the model, the encoded data and, by seed, noise
-and order. They differ from plain runs only in the split, which depends on the images' content. Each arm writes to its
-own folder, and the files on disk determine what is left to do.
+and order. They differ from single runs only in the split, which depends on the images' content. Each arm writes to its
+own folder, and the files on disk determine the remaining work.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ FIXED = (
     "validation_steps",
     "cache_latents",
     "metric_model",
-)  # a plain run may change these on resuming
+)  # a single run may change these on resuming
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
@@ -125,7 +125,7 @@ def take_folder(grid: Grid[Options]) -> None:
 
 
 def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
-    """Raise `InvalidArgument` if the folder holds a plain run, or an experiment with other options.
+    """Raise `InvalidArgument` if the folder holds a single run, or an experiment with other options.
 
     More methods, learning rates or seeds may be added.
     """
@@ -147,7 +147,7 @@ def going_on(options: Options) -> Options:
 def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str = "") -> None:
     """Raise `InvalidArgument` unless an experiment continues with the same options or more methods, rates and seeds.
 
-    `parts`: the hash of the split, once it is known. A folder with a plain run is rejected too.
+    `parts`: the hash of the split, once it is known. A folder with a single run is rejected too.
     """
     values, folder = grid.flat(), Path(grid.base.output.output_dir)
     there = read_experiment(folder).get("identity")

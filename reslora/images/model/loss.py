@@ -44,7 +44,7 @@ class Huber:
 
 
 def huber_of(options: TrainingOptions, objective: Objective) -> Huber | None:
-    """Return the Huber loss that the options ask for, or None for the squared error."""
+    """Return the Huber loss that the options specify, or None for the squared error."""
     if options.loss_type == "l2":
         return None
     return Huber(objective, options.loss_type, options.huber_schedule, options.huber_c, options.huber_scale)

@@ -91,10 +91,11 @@ class Density:
 class FlowObjective:
     """Rectified flow (Liu et al., 2022; Esser et al., 2024): predict the velocity `e - x` at `(1 - s) x + s e`.
 
-    `sampling` says how s is drawn. As in diffusers' scripts, from the scheduler's table, shifted as the scheduler says
-    (or by `shift`): `uniform`, `logit_normal`, `mode`. As in kohya's: `sigmoid` of a normal number; `shift`, the same
-    shifted by `shift` (3 if it is None); `flux_shift`, by what Flux's pipeline shifts for as many tokens as the sample
-    has. Without `sampling` the weighting scheme says it, as in diffusers' scripts.
+    `sampling` is the distribution of s; by default the weighting scheme determines it, as in diffusers' scripts.
+
+    `uniform`, `logit_normal`, `mode`: as in diffusers' scripts, from the scheduler's table, with the scheduler's shift
+    or `shift`. `sigmoid`: the sigmoid of a normal number, as in kohya's scripts. `shift`: the same, shifted by `shift`
+    (default: 3). `flux_shift`: the same, with the shift of Flux's pipeline for the sample's number of tokens.
     """
 
     def __init__(

@@ -73,8 +73,8 @@ def export_method(
     Returns, for each file, the highest difference of any pixel from the merged model's image, of 255.
 
     Raises `Diverged`, without exporting, if training has diverged. Raises `RunFailed` if the image of an export differs
-    from the merged model's by more than TOLERANCE. If rounding alone changes the image as much, the comparison proves
-    nothing, and a line is printed instead.
+    from the merged model's by more than TOLERANCE. If rounding changes the image as much, the comparison is not
+    conclusive, and a line is printed instead.
     """
     options, method, accelerator = context.options, learner.method, context.accelerator
     name, folder = learner.name, context.folder_of(method)

@@ -328,7 +328,7 @@ def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
 
 def _converted(tensors: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:
     """Return the tensors with the names that diffusers' converters give them; empty if these do not know a layer."""
-    with contextlib.suppress(Exception):  # each converter raises exceptions of its own
+    with contextlib.suppress(Exception):  # each converter raises other exceptions
         found = names.family.pipeline.lora_state_dict(dict(tensors), unet_config=names.config)
         state, alphas = found[:2] if isinstance(found, tuple) else (found, None)
         if alphas:  # names with separate alphas are read elsewhere here, or are unknown to diffusers too
