@@ -196,9 +196,9 @@ def write_folded(
     metadata: Mapping[str, str] | None = None,
     words: tuple[str, str] = ("lora_A", "lora_B"),
 ) -> None:
-    """Write A and s B of every layer as `<name>.lora_A.weight` and `<name>.lora_B.weight`;
+    """Write A and s B of every layer as `<name>.lora_A.weight` and `<name>.lora_B.weight`.
 
-    `words` changes the suffixes.
+    `words` replaces the words `lora_A` and `lora_B`.
     """
     tensors, (down, up) = {}, words
     for name, factors in layers.items():

@@ -33,10 +33,7 @@ class Factors:
     before: Sequence[int] = ()
     """Indices of the earlier blocks of the chain in this block's sum: n-1, n-2, ... n-m; empty for a head."""
     parts: Sequence[torch.Tensor] = ()
-    """Factors (r x p each) of x_{n-1}, x_{n-2}, ... in this block:
-
-    A_n (`input`), or A_{n-1}, A_{n-2}, ... (`middle`).
-    """
+    """Factors (r x p each) of x_{n-1}, x_{n-2}, ...: A_n (`input`), or A_{n-1}, A_{n-2}, ... (`middle`)."""
     alpha_of_head: float = 0.0
     """alpha* of a block without an earlier one: 1 if the head repeats its input (x_{n-1} := x_n), else 0."""
     fold: Callable[[Factors, list[float]], Merged] | None = None
@@ -145,9 +142,9 @@ def merge_none(chain: list[Factors]) -> list[Merged]:
 
 
 def merge_input(chain: list[Factors]) -> list[Merged]:
-    """Return `B_n (1 + alpha*)` with `alpha* = sum_{k=1..m} f_{n-k} / f_n`: merge_bi (Eqs.
+    """Return A and `B_n (1 + alpha*)` with `alpha* = sum_{k=1..m} f_{n-k} / f_n`: merge_bi.
 
-    6-9; Eq. 12 for `middle`).
+    Eqs. 6-9 for `input`, Eq. 12 for `middle`.
     """
     merged = []
     for block in chain:

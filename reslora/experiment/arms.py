@@ -191,8 +191,9 @@ def coarse_to_fine(rates: Sequence[float]) -> list[float]:
 
 
 def nearest(losses: Mapping[float, float]) -> list[float]:
-    """Return the learning rates by their distance in grid steps from the best one; at equal
-    distance, the better first.
+    """Return the learning rates by their distance in grid steps from the best one.
+
+    At equal distance, the one with the lower loss is first.
     """
     rates = sorted(losses)
     best = rates.index(min(rates, key=lambda rate: losses[rate]))

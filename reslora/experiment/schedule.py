@@ -117,7 +117,7 @@ class Course:
         ]
 
     def rate_of(self, label: str) -> float | None:
-        """Return a label's chosen learning rate;
+        """Return a label's chosen learning rate.
 
         None if all failed, and the middle one until all choosing arms have ended.
         """

@@ -17,8 +17,9 @@ from .model.objective import Objective
 
 
 class DenoisingLoss:
-    """Computes the denoiser's inputs, its prediction and the loss; encodes images and captions that are not encoded
-    yet.
+    """The denoising loss of a batch: the denoiser's inputs, its prediction, and the loss.
+
+    Images and captions that are not encoded yet are encoded here.
     """
 
     def __init__(self, context: Context, objective: Objective, pipeline: DiffusionPipeline, config: dict) -> None:

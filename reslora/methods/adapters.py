@@ -220,8 +220,9 @@ class RankAllocator:
             factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
 
     def silenced(self) -> AbstractContextManager[None]:
-        """Return a context in which a wrapped model's forward omits the penalty, which PEFT would add in evaluation
-        too.
+        """Return a context in which a wrapped model's forward pass omits the penalty.
+
+        PEFT would add it in evaluation too.
         """
         return override_attributes(self._config, orth_reg_weight=0.0)
 

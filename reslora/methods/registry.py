@@ -136,7 +136,7 @@ class Method:
     config: Callable[[AdapterSettings], PeftConfig]
     """Return PEFT's configuration."""
     plain_lora: Callable[[nn.Module], nn.Module] | None = itself
-    """Convert the trained (and merged) model to plain LoRA, for the files of diffusers, kohya and ComfyUI;
+    """Convert the trained (and merged) model to plain LoRA, for the files of diffusers, kohya and ComfyUI.
 
     None without an equivalent, so that only PEFT's format and merged weights can be exported.
     """

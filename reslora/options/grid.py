@@ -41,8 +41,9 @@ class Grid(Generic[O]):
         return self.base.option(name).flag
 
     def runs(self, *names: str) -> list[O]:
-        """Return the options of runs with every combination of the values of `names`, and the first value of other
-        options.
+        """Return the options of runs with every combination of the values of `names`.
+
+        Other options have their first value.
         """
         values = [self.values(name) for name in names]
         return [self.run(**dict(zip(names, own, strict=True))) for own in itertools.product(*values)]

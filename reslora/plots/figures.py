@@ -123,8 +123,9 @@ def loss_curves(path: str | os.PathLike, logs: Mapping[str, Sequence[dict]], hel
 
 
 def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """Return the mean of the finite values in a window that ends at each value; the window is a fraction `share` of
-    all.
+    """Return the mean of the finite values in a window that ends at each value.
+
+    The window has the fraction `share` of all values.
     """
     window = max(1, round(len(values) * share))
     finite = np.isfinite(values)

@@ -26,8 +26,9 @@ from .shared import SharedProduct, autocasts, sharded
 from .state import State, Wires
 
 OWN = "A x"
-"""Key of the tensor that a block passes on by default: its own A (`middle`), or that of the next block (`input`), times
-its input.
+"""Key of the tensor that a block passes on by default.
+
+It is A times its input: its own A (`middle`), or that of the next block (`input`).
 """
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -112,8 +113,9 @@ class Shortcut(LoraVariant):
 
     @classmethod
     def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """Set the earlier blocks of every block of a chain and the factors of their inputs (`Factors.before` and
-        `.parts`).
+        """Set the earlier blocks of every block of a chain and the factors of their inputs.
+
+        These are `Factors.before` and `Factors.parts`.
         """
         for block, taken in zip(chain, before, strict=True):
             block.before, block.fold = taken, cls.fold
@@ -234,8 +236,9 @@ class Shortcut(LoraVariant):
         return handed if handed.device == x.device else handed.to(x.device)
 
     def _record(self, state: State, value: torch.Tensor) -> None:
-        """Store the Frobenius norm of `value` over the complete batch; layers that read the same tensor share its
-        computation.
+        """Store the Frobenius norm of `value` over the complete batch.
+
+        Layers that read the same tensor share the computation.
         """
         if state.norms is None or not self.records:
             return
@@ -252,8 +255,9 @@ class Shortcut(LoraVariant):
 
 
 def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return `x` in the adapter's dtype, as PEFT casts it; unchanged under autocast, where products cast
-    their input.
+    """Return `x` in the adapter's dtype, as PEFT casts it.
+
+    It is unchanged under autocast, where products cast their input.
     """
     if x.dtype == weight.dtype or autocasts(x.device):
         return x

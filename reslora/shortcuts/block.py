@@ -61,8 +61,9 @@ class BlockShortcut(Shortcut):
     def forward(
         self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """Return the block's output (batch x tokens x q) for `x` (batch x tokens x p) and the frozen
-        layer's `result`.
+        """Return the block's output (batch x tokens x q).
+
+        `x` is its input (batch x tokens x p), and `result` the output of the frozen layer.
         """
         refuse_replica(module)
         state, scaling = self._sharing(), module.scaling[active_adapter]
@@ -86,8 +87,9 @@ class BlockShortcut(Shortcut):
         return self._stack(lora_b, [b for _, b in self.before], x, dim=1)
 
     def _change(self, state: State | None, lora_a: nn.Linear, lora_b: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """Return `sum_{k=0..m} B_{n-k} A_{n-k}` (q x p), in at least float32 because it is rounded once
-        for each block.
+        """Return `sum_{k=0..m} B_{n-k} A_{n-k}` (q x p).
+
+        The dtype is at least float32, because the sum is rounded once for each block.
         """
         grad = torch.is_grad_enabled()
         given, recorded = (None, None) if state is None else state.handed.pop((self.sum_from, SUM), (None, None))
@@ -152,8 +154,9 @@ class BlockShortcut(Shortcut):
 
 
 def rows_for_a_first(lora_a: nn.Linear, lora_b: nn.Linear, blocks: int) -> float:
-    """Return the number of rows of x up to which `B (A x)` costs no more than `(B A) x`, for this many
-    stacked blocks.
+    """Return the number of rows of x up to which `B (A x)` costs no more than `(B A) x`.
+
+    `blocks`: number of stacked blocks.
     """
     inputs, rank, outputs = lora_a.in_features, blocks * lora_a.out_features, lora_b.out_features
     saved = rank * (inputs + outputs) - inputs * outputs  # multiplications for each row by the second

@@ -38,8 +38,9 @@ class InputShortcut(Shortcut):
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
-        """Return one variant for each block of a chain; each references the name of the previous block
-        and the next A.
+        """Return one variant for each block of a chain.
+
+        Each references the name of the previous block and the next A.
         """
         sources = [names[taken[0]] if taken else None for taken in before]
         following = {k: a for taken, (a, _) in zip(before, factors, strict=True) for k in taken}
@@ -48,8 +49,9 @@ class InputShortcut(Shortcut):
     def forward(
         self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """Return the block's output (batch x tokens x q) for `x` (batch x tokens x p) and the frozen
-        layer's `result`.
+        """Return the block's output (batch x tokens x q).
+
+        `x` is its input (batch x tokens x p), and `result` the output of the frozen layer.
         """
         state = self._running()
         self._record(state, x)

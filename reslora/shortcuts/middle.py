@@ -49,8 +49,9 @@ class MiddleShortcut(Shortcut):
     def forward(
         self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """Return the block's output (batch x tokens x q) for `x` (batch x tokens x p) and the frozen
-        layer's `result`.
+        """Return the block's output (batch x tokens x q).
+
+        `x` is its input (batch x tokens x p), and `result` the output of the frozen layer.
         """
         state = self._running()
         (own,) = self._products(state, module, active_adapter, x)

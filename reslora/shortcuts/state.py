@@ -131,8 +131,9 @@ class Wires:
         slot.state = State(recording=recording, outer=_unfinished(slot.state), frame=frame)
 
     def end(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Drop the state of a forward pass; a forward hook of the base model, also called after an error
-        (`output` is None).
+        """Drop the state of a forward pass; a forward hook of the base model.
+
+        It is also called after an error; `output` is None then.
         """
         slot = self.threads.slot
         state = slot.state

@@ -38,9 +38,9 @@ def named_checkpoint(output_dir: str | os.PathLike, name: str) -> Path:
 
 
 def usable_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str | None:
-    """Return the newest complete `checkpoint-N` of a run;
+    """Return the newest complete `checkpoint-N` of a run; None without one.
 
-    None without one. Incomplete ones are skipped with a warning.
+    Incomplete ones are skipped with a warning.
     """
     for path in checkpoints_of(output_dir):
         problem = damage(path, processes)

@@ -251,8 +251,9 @@ def looks(training: TrainingOptions, steps: int) -> dict[str, Any]:
 
 
 def take_folder(bench: Bench) -> None:
-    """Raise `InvalidArgument` for the directory of another experiment or a single run; remove a killed run's
-    temporaries.
+    """Raise `InvalidArgument` for the directory of another experiment or a single run.
+
+    Otherwise remove the temporary files of a killed run.
     """
     course, folder = bench.course, bench.course.folder
     there = read_experiment(folder).get("identity") or {}
@@ -427,8 +428,9 @@ class Bench(Subject):
         return {"losses": numbers, "figures": figures}
 
     def export(self, arm: Arm, step: int) -> list[str]:
-        """Write `peft/` of an arm's checkpoint, and `merged/` with --merge_and_save; otherwise an earlier one is
-        removed.
+        """Write `peft/` of an arm's checkpoint, and `merged/` with --merge_and_save, and return their names.
+
+        Without --merge_and_save an earlier `merged/` is removed.
         """
         model, method = self.restored(arm, step), self.arguments_of(arm).method
         check_held()

@@ -89,8 +89,9 @@ def arguments_of(options: GlueOptions) -> Arguments:
 
 
 def check_metric(arguments: Arguments) -> None:
-    """Raise `InvalidArgument` for a --metric_for_best_model that the task does not have; accepts the Hub's metric
-    names.
+    """Raise `InvalidArgument` for a --metric_for_best_model that the task does not have.
+
+    The Hub's metric names are accepted too.
     """
     given, known = arguments.training.metric_for_best_model, ("loss", *arguments.task.metrics)
     name = str(given or "loss").removeprefix("eval_").replace("matthews_correlation", "matthews")

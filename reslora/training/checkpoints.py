@@ -324,8 +324,9 @@ def past_of(values: Mapping[str, Any], identity: Identity) -> dict:
 def write_exports(
     folder: Path, options: Options, identity: Identity, schedule: Schedule, differences: dict[str, int]
 ) -> None:
-    """Write `exports.json`, which marks a method as finished: settings, and the error of each file against the merged
-    model.
+    """Write `exports.json`, which marks a method as finished.
+
+    It has the settings, and the error of each file against the merged model.
     """
     length: dict[str, Any] = {
         "step": schedule.steps,

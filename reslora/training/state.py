@@ -104,8 +104,9 @@ class Learner:
             parameter.copy_(value)
 
     def state(self, accelerator: Accelerator) -> dict:
-        """Return the state, without the adapter, with which a resumed run equals an uninterrupted one; collective with
-        DeepSpeed.
+        """Return the state, without the adapter, with which a resumed run equals an uninterrupted one.
+
+        Collective with DeepSpeed.
         """
         if uses_deepspeed(accelerator):
             optimizer = full_state(self.zero_optimizer, self.trained.named())

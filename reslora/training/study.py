@@ -61,6 +61,7 @@ class Study(ABC):
 
     @abstractmethod
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
-        """Write the trained method's files; return each file's largest pixel difference from the
-        merged model, of 255.
+        """Write the trained method's files.
+
+        Returns each file's largest pixel difference from the merged model, of 255.
         """

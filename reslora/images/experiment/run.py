@@ -140,7 +140,7 @@ def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
 
 
 def going_on(options: Options) -> Options:
-    """Return an arm's options such that it resumes from its latest checkpoint."""
+    """Return an arm's options with which it resumes from its latest checkpoint."""
     return options.replace(resume_from_checkpoint="latest")
 
 
