@@ -39,7 +39,7 @@ from . import launcher
 from .folders import BUNDLED, UPLOADS, Folders
 from .launcher import ALONE, REPOSITORY, SCRIPT
 from .library import REPORT, Experiment, Library, kind_of, language_script, refuse_language
-from .locked_file import is_held, locked_file
+from .log_lock import is_held, locked_file
 from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, NOTES, Run, RunError, is_trainer
 from .uploads import contents_of, keep, place_of
 from .views import enumerated

@@ -7,13 +7,13 @@ from dataclasses import replace
 import gradio as gr
 import PIL.Image
 import pytest
-from app.locked_file import locked_file
 from app_runs import run_by_hand, write_run, write_samples
 
 from app import compared, views
 from app.differences import differences
 from app.jobs import Jobs
 from app.library import MOST_BESIDE, Library
+from app.log_lock import locked_file
 from app.runs import LOG_NAME, Run
 from app.studio import Studio
 from app.tabs import Parts

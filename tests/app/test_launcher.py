@@ -13,7 +13,6 @@ import gradio as gr
 import PIL.Image
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from app.locked_file import locked_file
 from app_runs import HOSTILE, run_by_hand, write_exports, write_language_run, write_run
 from diffusers import AutoencoderKL
 from pipelines import image_folder, stable_diffusion
@@ -24,6 +23,7 @@ from app import experiments, form, launcher, lists, views
 from app.bases import PIPELINES
 from app.jobs import SAMPLE, SAVE, Entry, Jobs
 from app.library import Experiment, Library
+from app.log_lock import locked_file
 from app.runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError, is_trainer
 from app.shelf import Shelf
 from app.tabs.train import TrainTab
