@@ -86,7 +86,10 @@ class Moments:
         self.output, self.miss = 0.0, 0.0
 
     def add(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None, norm: torch.Tensor) -> None:
-        """Add one forward pass; `norm` is the Frobenius norm that Eqs. 8-9 or 12 use."""
+        """Add one forward pass: `x` (T x p), `own` and `handed` (T x r).
+
+        `norm` is the Frobenius norm that Eqs. 8-9 or 12 use. `handed` is None for a head.
+        """
         self.norm_sum = self.norm_sum + norm
         self.forwards += 1
         own = _precise(own)
@@ -222,7 +225,7 @@ def merge_exact(chain: list[Factors]) -> list[Merged]:
 
 
 def merged_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> float:
-    """Return f*_j, the Frobenius norm of `W_j + s_j B*_j A*_j`, in at least float32 (Eqs. 10-11)."""
+    """Return f*_j, the Frobenius norm of `W_j + s_j B*_j A*_j` (q x p), in at least float32 (Eqs. 10-11)."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     b, a = b.to(weight.device, dtype), a.to(weight.device, dtype)
     return float(torch.linalg.vector_norm(torch.addmm(weight.to(dtype), b, a, alpha=scaling)))
@@ -238,9 +241,9 @@ def cut(block: Factors, merged: Merged, rank: int) -> Merged:
 
 
 def truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return the best rank-`rank` approximation of `B A` as new factors, and the fraction of its Frobenius norm lost.
+    """Return the best rank-`rank` approximation of `B A` as A and B, and the fraction of the Frobenius norm lost.
 
-    Uses the SVD of the small core of two QR decompositions: `B A = Q_b (R_b R_a^T) Q_a^T`.
+    A is r x p and B is q x r. Uses the SVD of the small core of two QR decompositions: `B A = Q_b (R_b R_a^T) Q_a^T`.
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().t())

@@ -241,9 +241,9 @@ class RankAllocator:
         return state | {f"{_RANKS}/{name}": torch.tensor(kept) for name, kept in pattern.items()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Restore what `state_dict` returned.
+        """Restore the tensors that `state_dict` returned.
 
-        Raises `ValueError` if it belongs to another model; nothing is changed then.
+        Raises `ValueError` if they belong to another model; nothing is changed then.
         """
         parameters = dict(self.tuner.model.named_parameters())
         averages: dict[str, dict] = {kind: {} for kind in _AVERAGES}

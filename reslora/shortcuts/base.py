@@ -288,7 +288,7 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 def add_product(
     result: torch.Tensor, hidden: torch.Tensor, module: LoraLayer, adapter: str, scaling: float
 ) -> torch.Tensor:
-    """Return `result + scaling * hidden B^T`.
+    """Return `result + scaling * hidden B^T` for `result` (… x q) and `hidden` (rows x r).
 
     Calls the B module if its weight is sharded, and so complete only inside its own forward pass.
     """
@@ -320,7 +320,10 @@ def add_scaled(
 
 
 def _unheld(result: torch.Tensor, module: LoraLayer) -> bool:
-    """Return whether `result` is a plain linear layer's new output that neither its backward nor other code needs."""
+    """Return whether `result` is the new output of a plain linear layer, and nothing else needs it.
+
+    Its own backward pass must not need it either.
+    """
     base = module.base_layer
     if type(base) is not nn.Linear or base._forward_hooks or base._backward_hooks or "forward" in vars(base):
         return False

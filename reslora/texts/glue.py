@@ -234,7 +234,10 @@ def calibration_batches(arguments: Arguments, examples, device: torch.device) ->
 
 
 def loss_of(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean loss over all examples."""
+    """Return the mean loss over all examples: cross entropy, or the squared error for STS-B.
+
+    `logits`: examples x labels; `labels`: label number, or score, of each example.
+    """
     outputs, targets = torch.tensor(logits, dtype=torch.float64), torch.tensor(labels)
     if task.labels:
         return torch.nn.functional.cross_entropy(outputs, targets).item()

@@ -148,7 +148,7 @@ def groups_of(marks: Sequence[str], looks: np.ndarray) -> list[list[int]]:
 
 
 def looks_of(images: Mapping[int, ImageDataset], flat: Sequence[Image], flag: str) -> np.ndarray:
-    """Return the features of images for `groups_of`.
+    """Return the features of images for `groups_of`: images x features.
 
     Raises `InvalidArgument` if an image cannot be opened.
     """

@@ -131,7 +131,7 @@ def compared(what: str, exported: nn.Module, prompt: Prompt, drawer: Drawer, ref
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> int:
-    """Return the highest difference of any pixel, of 255."""
+    """Return the largest difference of any pixel of two uint8 images (height x width x 3), of 255."""
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
@@ -146,7 +146,10 @@ def nudge(prompt: Prompt, drawer: Drawer) -> Prompt:
 
 
 def finite(drawn: np.ndarray, what: str) -> np.ndarray:
-    """Return an image as uint8; raises `Diverged` if pixels are not finite."""
+    """Return an image (height x width x 3) as uint8.
+
+    Raises `Diverged` if pixels are not finite.
+    """
     try:
         return as_bytes(drawn)
     except ValueError as error:
