@@ -48,8 +48,8 @@ class Trace:
     def _stream(self, holder: str) -> set[str]:
         """Return the holders whose stream `holder` continues.
 
-        Where independent streams join, such as those of an image and its caption, a new stream begins, unless the
-        holder is within a list of equal modules that only receives another input.
+        A new stream begins at the join of independent ones, such as those of an image and its caption. The exception is
+        a holder within a list of equal modules that only receives another input.
         """
         sources = self.reads[holder]
         if any(sources <= self._back_from({source}, self.reads.__getitem__) for source in sources):

@@ -7,9 +7,9 @@ does not depend on a time limit, so that an experiment without a limit can resum
 every label before the next learning rate. Wherever it ends, all labels had the same number of trials, plus or minus
 one.
 
-2. The other seeds that choose learning rates, one after the other, at the NEAR learning rates around each label's
-optimum by the first seed, the best one first and the same number for every label. Then these seeds at all other
-learning rates.
+2. The other seeds that choose learning rates, one after the other. They are trained at the NEAR learning rates around
+each label's optimum by the first seed, the best one first and the same number for every label. Then these seeds at all
+other learning rates.
 
 3. The seeds that choose nothing, one after the other, at each label's chosen learning rate.
 """

@@ -264,8 +264,8 @@ class Results:
     def export(self, trained: Sequence[Arm]) -> record.Best:
         """Export the best arm and return its record.
 
-        Of the labels that the ranking calls best it is the one with the lowest loss on the selection split, and of that
-        label's arms the seed with the lowest.
+        Of the ranking's best labels, its label has the lowest loss on the selection split; of that label's arms, it has
+        the lowest loss.
         """
         labels = {arm.label for arm in trained}
         best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()

@@ -56,8 +56,8 @@ def load_class_images(context: Context) -> list[ImageDataset]:
 def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
     """Return the number of class images to generate; 0 without --class_data_dir, or if it holds kohya's folders.
 
-    Raises `InvalidArgument` if the folder contains the training images, if it is not writable, or if images are missing
-    and it has a metadata file, which would not list the generated ones.
+    Raises `InvalidArgument` if the folder contains the training images or is not writable. The same applies if images
+    are missing and it has a metadata file, which would not list the generated ones.
     """
     if data.class_data_dir is None:
         return 0
