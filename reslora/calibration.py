@@ -90,9 +90,7 @@ class Calibrator:
 
     @contextmanager
     def _watching(self, base: nn.Module, wires: Wires) -> Iterator[None]:
-        """Register this object as the observer of all connected blocks, and record their inputs before PEFT casts the
-        dtype.
-        """
+        """Observe all connected blocks inside this context, and record their inputs before PEFT casts the dtype."""
 
         def enters(module: nn.Module, args: tuple) -> None:
             self.entered = args[0] if args else None
@@ -109,8 +107,9 @@ class Calibrator:
                 handle.remove()
 
     def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
-        """Record one forward of a block: its input `x`, its own `A x` and the shortcut terms `handed` (None for a
-        head).
+        """Record one forward pass of a block.
+
+        `x` is its input, `own` its own `A x`, and `handed` the shortcut terms (None for a head).
         """
         name, entered, self.entered = variant.name, self.entered, None
         if name not in self.waiting:
@@ -127,9 +126,9 @@ class Calibrator:
             variant.measure(block, self.merged[name], tokens, own, handed)
 
     def _inputs(self, name: str, entered: torch.Tensor, tokens: torch.Tensor) -> Inputs | None:
-        """Return the collector of the rows (T x p) that `name` reads, with `tokens` added;
+        """Return the collector of the rows (T x p) that `name` reads, with `tokens` added.
 
-        None if memory is used up.
+        None if the memory limit is reached.
         """
         leader = next((other for seen, other in self.seen if seen() is entered), None)
         if leader is None:

@@ -135,10 +135,10 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
     `example_inputs` are keyword arguments of the base model. The default is made from the configuration of a U-Net, or
     of a Z-Image, Flux, Stable Diffusion 3, Qwen-Image or Krea 2 transformer, or is the model's own `dummy_inputs`. They
     serve only to trace the execution order, on the meta device if possible. The trace leaves random states, modes and
-    gradients unchanged. Where two independent streams join, such as those of an image and its caption, new chains
-    begin.
+    gradients unchanged. New chains begin at the join of two independent streams, such as those of an image and its
+    caption.
 
-    Raises `ValueError` if the model has no LoRA layer of that adapter, or there are no inputs to trace with.
+    Raises `ValueError` if the model has no LoRA layer of that adapter, or if no inputs to trace with are known.
     """
     base = base_model(model)
     connection = vars(base).get("_reslora")
@@ -208,7 +208,7 @@ def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """Return the LoRA layers that hold `adapter_name`, by their path in the base model.
 
     AdaLoRA's layers are left out: they derive from PEFT's `LoraLayer` but hold other parameters. Raises `ValueError` if
-    there are no LoRA layers, or none with that adapter.
+    the model has no LoRA layers, or none with that adapter.
     """
     layers = {
         name: module
@@ -230,9 +230,7 @@ def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
 
 def _sort_layers(layers: dict[str, LoraLayer], adapter_name: str) -> tuple[dict, list, list]:
-    """Return the LoRA layers that can be linked, (name, reason) of those that stay plain, and of those that are
-    refused.
-    """
+    """Return the LoRA layers that can be linked, and (name, reason) of plain and of refused layers."""
     linkable: dict[str, LoraLayer] = {}
     unlinked, problems = [], []
     for name, layer in layers.items():
@@ -261,7 +259,7 @@ def stays_plain(name: str, layer: LoraLayer) -> str:
 
 
 def merges_itself(module: nn.Module) -> bool:
-    """Return whether a module is PEFT's LoRA on `nn.MultiheadAttention`, which merges weights in its own forward."""
+    """Return whether a module is PEFT's LoRA on `nn.MultiheadAttention`, which merges weights in its `forward`."""
     return isinstance(module, LoraLayer) and type(module).__name__ == "MultiheadAttention"
 
 

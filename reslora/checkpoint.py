@@ -279,7 +279,7 @@ def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, 
 
 
 def _wiring(plan: Chains) -> list[list[str]]:
-    """Return the block names of each chain, which determine the forward."""
+    """Return the block names of each chain, which determine the forward pass."""
     return [[block.name for block in chain] for chain in plan]
 
 

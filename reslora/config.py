@@ -29,7 +29,7 @@ class ResLoraConfig:
     """Head of an `input` chain: `repeat` sets x_{n-1} := x_n (text under Eq. 2), `none` adds nothing (Appendix C)."""
 
     window: int = 100
-    """Number of latest training forwards over which the norms f_n of Eqs. 8-9 are averaged; 0 records none."""
+    """Number of latest training forward passes over which the norms f_n of Eqs. 8-9 are averaged; 0 records none."""
 
     def __post_init__(self) -> None:
         _check_choice("shortcut", self.shortcut, SHORTCUTS)

@@ -196,9 +196,9 @@ def write_folded(
     metadata: Mapping[str, str] | None = None,
     words: tuple[str, str] = ("lora_A", "lora_B"),
 ) -> None:
-    """Write A and s B of every layer as `<name>.lora_A.weight` and `<name>.lora_B.weight`;
+    """Write A and s B of every layer as `<name>.lora_A.weight` and `<name>.lora_B.weight`.
 
-    `words` changes the suffixes.
+    `words` replaces the words `lora_A` and `lora_B`.
     """
     tensors, (down, up) = {}, words
     for name, factors in layers.items():
@@ -376,10 +376,9 @@ def _unmerged(base: nn.Module) -> dict[str, BaseTunerLayer]:
 def merged_value(
     layer: BaseTunerLayer, parameter: str, value: torch.Tensor, adapter_name: str = "default"
 ) -> torch.Tensor:
-    """Return a layer's frozen weight or bias with the adapter merged, computed in at least float32, in the dtype of
-    `value`.
+    """Return a layer's frozen weight or bias with the adapter merged, in the shape and dtype of `value`.
 
-    `value` may come from a file and be on another device than the layer.
+    The sum is computed in at least float32. `value` may come from a file and be on another device than the layer.
     """
     if _adds(layer, adapter_name):
         return _summed(layer, value, adapter_name) if parameter == "weight" else value

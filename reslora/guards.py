@@ -114,7 +114,7 @@ def refuse_inactive(layers: dict[str, LoraLayer], adapter_name: str) -> None:
 
 
 def refuse_changed_base(config: LoraConfig) -> None:
-    """Raise `ValueError` if a merge that raises ranks changes the frozen weights that readers of a file compute."""
+    """Raise `ValueError` if loading the file of a merge with raised ranks would compute other frozen weights."""
     if ranks.changes_base(config):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights, and whoever loads the adapter "
@@ -207,7 +207,7 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _merged_by_peft(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield the layers that PEFT's merge visits, with any adapter, except those that merge in their own forward."""
+    """Yield the layers that PEFT's merge visits, with any adapter, except those that merge in their `forward`."""
     itself = [name for name, module in base.named_modules() if merges_itself(module)]
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer) and not any(f"{name}.".startswith(f"{owner}.") for owner in itself):

@@ -26,7 +26,7 @@ ABANDONED = 24 * 3600  # seconds after which a temporary file of another machine
 LONGEST_NAME = 50  # characters of a name that its temporary name repeats; file systems allow 255 bytes
 
 before_writing: list[Callable[[], None]] = []
-"""Functions that `replacing` calls before it writes; a training process adds `folder.check_held`."""
+"""Functions that `replacing` calls before it writes; a training process adds `folder_lock.check_held`."""
 
 # Temporary names of `replacing`: the name, then machine, process, the process's start time, and a random part.
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}(?:\.old)?\.tmp")
@@ -203,7 +203,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _in_two(content: bytes) -> tuple[dict, bytes]:
-    """Header and tensors of a safetensors file."""
+    """Return the header of a safetensors file, and the bytes of its tensors."""
     start = 8 + int.from_bytes(content[:8], "little")
     return json.loads(content[8:start]), content[start:]
 
@@ -307,7 +307,7 @@ def all_below(folder: Path) -> Iterator[Path]:
     """Yield every file and directory below a directory, except hidden directories and the targets of links.
 
     Raises `OSError` for a directory that cannot be listed, which `rglob` skips; only a file system's `lost+found`,
-    readable by root alone, is skipped.
+    readable only by root, is skipped.
     """
 
     def fail(error: OSError) -> None:

@@ -18,7 +18,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]:
-    """Yield the same from a training file, without replacing or skipping anything.
+    """Yield number and value of each line of a training file, without replacing or skipping anything.
 
     Raises `InvalidArgument` naming the line if it is not JSON (`fix` is the advice), not UTF-8, or has half of a
     surrogate pair.
@@ -41,7 +41,7 @@ def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]
 
 
 def values_of(text: str) -> Iterator[tuple[int, object]]:
-    """Yield the same from a text; see `json_lines`."""
+    """Yield number and value of each line of a text; see `json_lines`."""
     # Not splitlines(), which would split a JSON string at U+2028 and similar characters.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

@@ -33,10 +33,7 @@ class Factors:
     before: Sequence[int] = ()
     """Indices of the earlier blocks of the chain in this block's sum: n-1, n-2, ... n-m; empty for a head."""
     parts: Sequence[torch.Tensor] = ()
-    """Factors (r x p each) of x_{n-1}, x_{n-2}, ... in this block:
-
-    A_n (`input`), or A_{n-1}, A_{n-2}, ... (`middle`).
-    """
+    """Factors (r x p each) of x_{n-1}, x_{n-2}, ...: A_n (`input`), or A_{n-1}, A_{n-2}, ... (`middle`)."""
     alpha_of_head: float = 0.0
     """alpha* of a block without an earlier one: 1 if the head repeats its input (x_{n-1} := x_n), else 0."""
     fold: Callable[[Factors, list[float]], Merged] | None = None
@@ -69,7 +66,7 @@ class Moments:
     instead of `handed`: if S is exact, it is exactly zero, however ill-conditioned x is.
     """
 
-    # 0.0, and tensors once a forward was added.
+    # 0.0, and tensors once a forward pass was added.
     norm_sum: Any
     own_own: Any
     own_handed: Any
@@ -89,7 +86,10 @@ class Moments:
         self.output, self.miss = 0.0, 0.0
 
     def add(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None, norm: torch.Tensor) -> None:
-        """Add one forward; `norm` is the Frobenius norm that Eqs. 8-9 or 12 use."""
+        """Add one forward pass: `x` (T x p), `own` and `handed` (T x r).
+
+        `norm` is the Frobenius norm that Eqs. 8-9 or 12 use. `handed` is None for a head.
+        """
         self.norm_sum = self.norm_sum + norm
         self.forwards += 1
         own = _precise(own)
@@ -116,13 +116,13 @@ class Moments:
         self.inputs, self.gap_x, self.gaps = None, 0.0, []
 
     def measure(self, output: torch.Tensor, miss: torch.Tensor) -> None:
-        """Add one forward's squared norms of the unmerged output and of the error of a merge that is already known."""
+        """Add one forward pass's squared norms: of the unmerged output, and of the error of a known merge."""
         self.output += float(output.double().square().sum())
         self.miss += float(miss.double().square().sum())
 
     @property
     def norm(self) -> float:
-        """f_n: the mean norm over the calibration forwards."""
+        """f_n: the mean norm over the calibration forward passes."""
         return float(self.norm_sum) / self.forwards
 
     def finite(self) -> bool:
@@ -145,9 +145,9 @@ def merge_none(chain: list[Factors]) -> list[Merged]:
 
 
 def merge_input(chain: list[Factors]) -> list[Merged]:
-    """Return `B_n (1 + alpha*)` with `alpha* = sum_{k=1..m} f_{n-k} / f_n`: merge_bi (Eqs.
+    """Return A and `B_n (1 + alpha*)` with `alpha* = sum_{k=1..m} f_{n-k} / f_n`: merge_bi.
 
-    6-9; Eq. 12 for `middle`).
+    Eqs. 6-9 for `input`, Eq. 12 for `middle`.
     """
     merged = []
     for block in chain:
@@ -190,7 +190,7 @@ def merge_lstsq(chain: list[Factors]) -> list[Merged]:
     """Return `A_n + C`, where C is the least-squares estimate of the shortcut terms from x_n only (not in the paper).
 
     `C = argmin E|t - C x_n|^2 + ridge |C - T|^2`, where t is `A_n x_{n-1}` (`input`) or `sum_{k>=1} A_{n-k} x_{n-k}`
-    (`middle`), and T is A_n or `sum_{k>=1} A_{n-k}`: equal inputs merge exactly. The ridge shrinks towards T, so a
+    (`middle`), and T is A_n or `sum_{k>=1} A_{n-k}`: equal inputs merge exactly. The ridge shrinks toward T, so a
     block whose input is far larger than those of earlier blocks may have a smaller error with `none`. It then keeps A
     and B, and a note reports it.
     """
@@ -225,7 +225,7 @@ def merge_exact(chain: list[Factors]) -> list[Merged]:
 
 
 def merged_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> float:
-    """Return f*_j, the Frobenius norm of `W_j + s_j B*_j A*_j`, in at least float32 (Eqs. 10-11)."""
+    """Return f*_j, the Frobenius norm of `W_j + s_j B*_j A*_j` (q x p), in at least float32 (Eqs. 10-11)."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     b, a = b.to(weight.device, dtype), a.to(weight.device, dtype)
     return float(torch.linalg.vector_norm(torch.addmm(weight.to(dtype), b, a, alpha=scaling)))
@@ -241,9 +241,9 @@ def cut(block: Factors, merged: Merged, rank: int) -> Merged:
 
 
 def truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return the best rank-`rank` approximation of `B A` as new factors, and the fraction of its Frobenius norm lost.
+    """Return the best rank-`rank` approximation of `B A` as A and B, and the fraction of the Frobenius norm lost.
 
-    Uses the SVD of the small core of two QR decompositions: `B A = Q_b (R_b R_a^T) Q_a^T`.
+    A is r x p and B is q x r. Uses the SVD of the small core of two QR decompositions: `B A = Q_b (R_b R_a^T) Q_a^T`.
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().t())
@@ -266,7 +266,7 @@ def relative_error(block: Factors, merged: Merged) -> float:
     gram = b.t() @ b
     cross = moments.own_handed + moments.own_handed.t()
     output = _trace(moments.own_own + cross + moments.handed_handed, gram)
-    if isinstance(merged.alpha, float):  # A is unchanged, and there is no estimate of the shortcut terms
+    if isinstance(merged.alpha, float):  # A is unchanged, and the shortcut terms are not estimated
         miss = merged.alpha**2 * moments.own_own - merged.alpha * cross + moments.handed_handed
     else:
         miss = moments.gap_gap

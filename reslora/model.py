@@ -41,10 +41,7 @@ class BlockReport:
     rank: int
     """Rank after the merge."""
     error: float | None
-    """|merged - unmerged| / |unmerged LoRA output| of this block on the calibration batches;
-
-    None without calibration.
-    """
+    """|merged - unmerged| / |unmerged LoRA output| on the calibration batches; None without calibration."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ def nominal(layer: LoraLayer | LycorisLayer, adapter_name: str) -> float:
     """Return the scaling that follows from a layer's rank and alpha."""
     rank = layer.r[adapter_name]
     alpha = (layer.lora_alpha if isinstance(layer, LoraLayer) else layer.alpha)[adapter_name]
-    if hasattr(layer, "lora_E"):  # AdaLoRA divides by its current rank in the forward
+    if hasattr(layer, "lora_E"):  # AdaLoRA divides by its current rank in the forward pass
         return alpha if alpha > 0 else rank
     return alpha / _root(layer, adapter_name)(rank)
 
@@ -122,7 +122,7 @@ def declare_scaling(config: PeftConfig, base: nn.Module, adapter_name: str) -> N
         name: _alpha(scale, _root(layers[name], adapter_name)(layers[name].r[adapter_name]))
         for name, scale in scaled.items()
     }
-    # PEFT's patterns match only the outer one of nested layers, so the inner ones can have no alpha of their own.
+    # PEFT's patterns match only the outer one of nested layers, so an inner layer cannot have another alpha.
     fixed = {
         alpha for name, alpha in alphas.items()
         if "base_layer" in name.split(".") or type(layers[name]).__name__ == "ParamWrapper"

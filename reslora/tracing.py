@@ -1,4 +1,4 @@
-"""Trace the execution order of a model's layers with one forward on the meta device."""
+"""Trace the execution order of a model's layers with one forward pass on the meta device."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HOLDER = "reslora.holder"
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Result of a traced forward. *Holders* are the repeated modules that contain the traced layers."""
+    """Result of a traced forward pass. *Holders* are the repeated modules that contain the traced layers."""
 
     runs: dict[str, list[tuple[int, ...]]]
     """Layer -> token shape of its input for each call, in execution order."""
@@ -48,8 +48,8 @@ class Trace:
     def _stream(self, holder: str) -> set[str]:
         """Return the holders whose stream `holder` continues.
 
-        Where independent streams join, such as those of an image and its caption, a new stream begins, unless the
-        holder is within a list of equal modules that only receives another input.
+        A new stream begins at the join of independent ones, such as those of an image and its caption. The exception is
+        a holder within a list of equal modules that only receives another input.
         """
         sources = self.reads[holder]
         if any(sources <= self._back_from({source}, self.reads.__getitem__) for source in sources):
@@ -68,13 +68,13 @@ class Trace:
 
 
 def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | None) -> Trace:
-    """Run one forward, on the meta device if possible, and return the trace.
+    """Run one forward pass, on the meta device if possible, and return the trace.
 
     `holders` maps the paths of the layers to trace to the paths of the modules that hold them (a layer may be its own
     holder). `example_inputs` are keyword arguments of `base` (default: made from its configuration, or its own
     `dummy_inputs`). Random states, modes and gradients are restored.
 
-    Raises `ValueError` if there are no inputs to trace with, or the model does not run on them.
+    Raises `ValueError` if no inputs to trace with are known, or the model does not run on them.
     """
     inputs = _default_inputs(base) if example_inputs is None else example_inputs
     if not isinstance(inputs, Mapping):

@@ -41,8 +41,9 @@ class Connection:
         return shortcut_class(self.config.shortcut) if self.config.wired else None
 
     def before(self, chain: Chain) -> Before:
-        """Return, for each block of a chain, the indices of the earlier blocks in its sum, for the forward and the
-        merge.
+        """Return, for each block of a chain, the indices of the earlier blocks in its sum.
+
+        The forward pass and the merge use them.
         """
         return before_each(len(chain), self.config.reach)
 

@@ -7,9 +7,9 @@ does not depend on a time limit, so that an experiment without a limit can resum
 every label before the next learning rate. Wherever it ends, all labels had the same number of trials, plus or minus
 one.
 
-2. The other seeds that choose learning rates, one after the other, at the NEAR learning rates around each label's
-optimum by the first seed, the best one first and the same number for every label. Then these seeds at all other
-learning rates.
+2. The other seeds that choose learning rates, one after the other. They are trained at the NEAR learning rates around
+each label's optimum by the first seed, the best one first and the same number for every label. Then these seeds at all
+other learning rates.
 
 3. The seeds that choose nothing, one after the other, at each label's chosen learning rate.
 """
@@ -191,8 +191,9 @@ def coarse_to_fine(rates: Sequence[float]) -> list[float]:
 
 
 def nearest(losses: Mapping[float, float]) -> list[float]:
-    """Return the learning rates by their distance in grid steps from the best one; at equal
-    distance, the better first.
+    """Return the learning rates by their distance in grid steps from the best one.
+
+    At equal distance, the one with the lower loss is first.
     """
     rates = sorted(losses)
     best = rates.index(min(rates, key=lambda rate: losses[rate]))

@@ -79,8 +79,9 @@ class Arm(TypedDict):
 
 
 class Choice(TypedDict):
-    """A label's learning rate and checkpoint with the lowest mean loss on the selection split over
-    all choosing seeds.
+    """The learning rate and checkpoint of a label.
+
+    They have the lowest mean loss on the selection split over all choosing seeds.
     """
 
     learning_rate: float
@@ -108,10 +109,7 @@ class Verdict(TypedDict):
     interval: tuple[float, float] | None
     """95% confidence interval for the mean over new seeds and new images; None with one seed or image."""
     rerun: tuple[float, float] | None
-    """Interval that contains the difference of one more seed on the same images in 19 of 20 cases;
-
-    None with one seed.
-    """
+    """95% prediction interval for the difference of one more seed on the same images; None with one seed."""
     p: float | None
     p_holm: float | None
     """p value corrected for all pairs of methods and all evaluations on the test split; significant below 0.05."""
@@ -120,9 +118,9 @@ class Verdict(TypedDict):
     expected: float | None
     """Expected difference in new experiments after a significant result; None otherwise."""
     of_gain: float | None
-    """Difference in percent of the improvement by training, the reference's loss minus the base model's;
+    """Difference in percent of the improvement by training; None if unknown.
 
-    None if unknown.
+    The improvement is the base model's loss minus the reference's.
     """
 
 
@@ -177,15 +175,29 @@ class Parts(Protocol):
     """Division of images or examples into parts."""
 
     @property
-    def trained(self) -> int: ...
+    def trained(self) -> int:
+        """Number of items in the training part."""
+        ...
+
     @property
-    def select(self) -> Sequence: ...
+    def select(self) -> Sequence:
+        """Items of the selection part."""
+        ...
+
     @property
-    def test(self) -> Sequence: ...
+    def test(self) -> Sequence:
+        """Items of the test part."""
+        ...
+
     @property
-    def duplicates(self) -> int: ...
+    def duplicates(self) -> int:
+        """Number of near-duplicates, which are left out or moved to the part of their duplicate."""
+        ...
+
     @property
-    def enough(self) -> float: ...
+    def enough(self) -> float:
+        """The fraction --test_split with which the test part has enough items; 1 if there are not enough."""
+        ...
 
 
 def facts_of(parts: Parts, libraries: Sequence[str]) -> Facts:

@@ -1,4 +1,4 @@
-"""`report.html`: an experiment in one self-contained file. Every word that comes from a file or a user is escaped."""
+"""Write `report.html`, the self-contained report of an experiment. All text from files and users is escaped."""
 
 from __future__ import annotations
 
@@ -39,36 +39,37 @@ UNCERTAIN = {
     "not shown": "Whether it is better than {reference} this experiment does not show: use either, or add seeds.",
     "cannot tell": "Whether it is better than {reference} one seed does not say: add seeds.",
 }
-"""What is said of the best run, by the conclusion on its method."""
+"""Sentence about the best run, by the conclusion of its method's verdict."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What differs between reports of images and of texts."""
+    """The parts of a report that differ between images and texts."""
 
     unit: str
-    """What losses are of, in words: an image, an example."""
+    """Word for the item that a loss belongs to: image or example."""
     columns: Mapping[str, tuple[str, str]]
-    """Title, and what it is, of what is measured beside the test loss."""
+    """Title and description of each metric that is measured in addition to the test loss, by name."""
     uses: Mapping[str, str]
-    """How each file of the best arm is used, by name, the most wanted first; `{folder}` is the experiment's."""
+    """How to use each file of the best arm, by name, most useful first; `{folder}` is the experiment's directory."""
     sections: Callable[[Experiment, Path], Sequence[tuple[str, str]]] = lambda *_: ()
-    """Titles and contents of its own, of the record and the experiment's folder."""
+    """Return the titles and HTML of additional sections, from the experiment and its directory."""
     losses: str = ""
-    """Why the losses here are others than those that the trainer prints."""
+    """Why these losses differ from those that the trainer prints."""
     steps: str = ""
-    """The option with the number of steps of a run that takes --config; empty where no run does."""
+    """Option for the number of steps of a single run."""
     script: str = ""
+    """Script that accepts --config; empty if there is none."""
 
 
 def write_report(experiment: Experiment, folder: Path, about: About) -> None:
-    """Writes `report.html` into an experiment's folder, whose arms' samples it shows; whole or not at all."""
+    """Write `report.html` into the experiment's directory, atomically; it embeds the arms' samples."""
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page(experiment, folder, about), encoding="utf-8")
 
 
 def page(experiment: Experiment, folder: Path, about: About) -> str:
-    """The whole document."""
+    """Return the complete HTML document."""
     experiment, unit = as_of_now(experiment), about.unit
     as_of = experiment.get("as_of")
     headline = escape(headline_of(experiment, unit))
@@ -101,7 +102,7 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
 
 
 def headline_of(experiment: Experiment, unit: str) -> str:
-    """What was found, in one sentence."""
+    """Return the main result as one sentence."""
     verdicts, total = experiment["verdicts"], len(experiment["arms"])
     ended = sum(arm["status"] in ("finished", "failed") for arm in experiment["arms"])
     so_far = f"So far, with {ended} of {total} arms: " if ended < total else ""
@@ -122,7 +123,7 @@ def headline_of(experiment: Experiment, unit: str) -> str:
 
 
 def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
-    """Return what is said of several methods without a ranking: with one seed, or by an earlier version."""
+    """Return a sentence about several verdicts without a ranking, as with one seed or in an older file."""
     references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in verdicts))
     if all(verdict["conclusion"] == "cannot tell" for verdict in verdicts):
         return f"with one seed or one test {unit} no method can be told from {references}"
@@ -131,7 +132,7 @@ def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
 
 
 def verdict_table(experiment: Experiment, unit: str) -> str:
-    """Return the verdicts as sentences, as a forest plot, and in numbers; HTML."""
+    """Return the verdicts as sentences, a forest plot and a table; HTML."""
     verdicts = experiment["verdicts"]
     rows = []
     for verdict in verdicts:
@@ -158,7 +159,7 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
 
 
 def verdict_plot(experiment: Experiment) -> str:
-    """Return each method's difference to its reference with its interval, and the base model's; HTML."""
+    """Return a forest plot of each method's difference from its reference, and the base model's; HTML."""
     verdicts = experiment["verdicts"]
     references = list(dict.fromkeys(verdict["reference"] for verdict in verdicts))
     places = {label: number for number, label in enumerate(labels_of(experiment))}
@@ -178,24 +179,24 @@ def verdict_plot(experiment: Experiment) -> str:
 
 
 def test_losses_of(experiment: Experiment) -> dict[str, np.ndarray]:
-    """Return the test losses of each label at its chosen rate."""
+    """Return the test losses of each label at its chosen learning rate, of shape (seeds, images)."""
     return tested(experiment["arms"], experiment["chosen"])
 
 
 def best_in_words(best: Best, about: About) -> str:
-    """Which files there are, and of which arm; a line."""
+    """Return a line with the exported files and the arm that they are from."""
     *more, last = map(with_slash, best["files"])
     files = f"{', '.join(more)} and {last} are those" if more else f"{last} is that"
     return f"{files} of {best['folder']} at step {best['step']}, which does best on the select {about.unit}s"
 
 
 def with_slash(name: str) -> str:
-    """What tells a folder from a file."""
+    """Return the name, with a slash if it is a directory, which has no suffix."""
     return name if Path(name).suffix else f"{name}/"
 
 
 def lead(experiment: Experiment, unit: str) -> str:
-    """Return what to use and how sure that is, as a paragraph; empty until there is something."""
+    """Return a paragraph with the best run and how certain it is; empty until there is one; HTML."""
     best = experiment.get("best")
     if not best:
         return ""
@@ -204,7 +205,7 @@ def lead(experiment: Experiment, unit: str) -> str:
 
 
 def what_to_use(experiment: Experiment, about: About) -> str:
-    """Return the files of the best run and how each is used, and how to train the same on everything; HTML."""
+    """Return how to use each file of the best run, and the command that trains it on all data; HTML."""
     best = experiment.get("best")
     if not best:
         return ""
@@ -225,7 +226,7 @@ def what_to_use(experiment: Experiment, about: About) -> str:
 
 
 def certainty(experiment: Experiment, label: str, unit: str) -> str:
-    """Return how sure it is that a method is the best one; empty where nothing is compared."""
+    """Return a sentence about how certain it is that a method is the best; empty if nothing is compared."""
     ranking = experiment.get("ranking")
     others = [name for name in (ranking or {"best": ()})["best"] if name != label]
     if ranking and others and label in ranking["best"]:
@@ -238,7 +239,7 @@ def certainty(experiment: Experiment, label: str, unit: str) -> str:
 
 
 def command_of(best: Best, folder: Path, about: About) -> str:
-    """Return the command that trains the best run on everything; empty where no single command does."""
+    """Return the command that trains the best run on all data; empty if there is none."""
     if not about.script or "options" not in best:
         return ""
     words = ["accelerate", "launch", about.script, "--config", str(folder / "config.json")]
@@ -249,29 +250,29 @@ def command_of(best: Best, folder: Path, about: About) -> str:
 
 
 def copied(text: str) -> str:
-    """Return a line to copy, with a button that does; HTML."""
+    """Return a line of code with a button that copies it; HTML."""
     button = f'<button type="button" data-copy="{escape(text)}">Copy</button>'
     return f'<span class="copied"><code>{escape(text)}</code>{button}</span>'
 
 
 def signed(percent: float) -> str:
-    """With its sign; HTML."""
+    """Return a percentage with its sign; HTML."""
     return f"{'&minus;' if percent < 0 else '+'}{percents(percent)[0]}" if percent else "0"
 
 
 def with_signs(*values: float) -> list[str]:
-    """Return numbers with their signs, and with as many places as the smallest one needs."""
+    """Return numbers with their signs and the decimal places that `percents` gives them."""
     signs = (MINUS if value < 0 else "+" if value else "" for value in values)
     return [sign + size for sign, size in zip(signs, percents(*values), strict=True)]
 
 
 def between(ends: tuple[float, float] | None, in_words: Callable[[float], str] = lambda end: f"{signed(end)}%") -> str:
-    """From one end to the other, in percent where nothing else is said; HTML."""
+    """Return an interval as text, by default in percent; HTML."""
     return " to ".join(map(in_words, ends)) if ends else NOTHING
 
 
 def p_in_words(p: float | None) -> str:
-    """Three places of it; HTML."""
+    """Return a p value with three decimal places; HTML."""
     return NOTHING if p is None else f"{p:.3f}" if p >= 0.001 else "&lt; 0.001"
 
 
@@ -279,7 +280,7 @@ def p_in_words(p: float | None) -> str:
 
 
 def chosen_table(experiment: Experiment, unit: str) -> str:
-    """Each label's rate and checkpoint, what they come to, and whether the rate is at an end of those tried; HTML."""
+    """Return the table of each label's chosen learning rate and checkpoint, with their losses; HTML."""
     arms = {arm["label"]: arm for arm in experiment["arms"]}
     tests = {label: losses.mean(1) for label, losses in tested(experiment["arms"], experiment["chosen"]).items()}
     rows = []
@@ -308,7 +309,7 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
 
 
 def arm_table(experiment: Experiment, about: About) -> str:
-    """Every training with its losses, time and memory; HTML."""
+    """Return the table of all arms with their losses, time and memory; HTML."""
     rows: list[list[str]] = []
     marked = set()
     measured = {name for arm in experiment["arms"] for name in beside_loss(arm)}
@@ -342,13 +343,13 @@ def arm_table(experiment: Experiment, about: About) -> str:
 
 
 def beside_loss(arm: Arm) -> dict[str, float]:
-    """What was measured of an arm's test part beside the loss."""
+    """Return the metrics of an arm on the test split other than the loss."""
     test = arm["test"]
     return test.get("similarities", {}) | test.get("figures", {}) if test else {}
 
 
 def table(title: str, names: Iterable[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> str:
-    """A table that scrolls by itself where it is too wide; the cells are HTML. Empty without rows."""
+    """Return a table that scrolls horizontally if it is too wide; the cells are HTML. Empty without rows."""
     if not rows:
         return ""
     marked = set(marked)
@@ -366,23 +367,23 @@ def table(title: str, names: Iterable[str], rows: Sequence[Sequence[str]], marke
 
 
 def badge(word: str) -> str:
-    """A state or a conclusion in the colour of its kind; HTML."""
+    """Return a status or conclusion as a colored badge; HTML."""
     return f'<span class="badge {escape(word)}">{escape(word)}</span>'
 
 
 def rate(value: float) -> str:
-    """A learning rate as options have it: 1e-4, 2.5e-4."""
+    """Return a learning rate as text, such as 1e-4 or 2.5e-4."""
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def number(loss: float | None) -> str:
-    """A loss as it is printed."""
+    """Return a loss as text; a dash if it is missing or not finite."""
     return f"{loss:.5f}" if loss is not None and math.isfinite(loss) else NOTHING
 
 
 def duration(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds, of which at most two are told."""
+    """Return a duration as text in at most two of hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes > 59:
         return f"{minutes // 60} h {minutes % 60} min"
@@ -390,7 +391,7 @@ def duration(seconds: float) -> str:
 
 
 def finite(values: Iterable[float | None]) -> list[float]:
-    """Those that can be drawn."""
+    """Return the finite values."""
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
@@ -398,14 +399,16 @@ def finite(values: Iterable[float | None]) -> list[float]:
 
 
 def labels_of(experiment: Experiment) -> list[str]:
-    """All labels in the order in which they were given."""
+    """Return all labels in the given order."""
     return list(dict.fromkeys(arm["label"] for arm in experiment["arms"]))
 
 
 def select_charts(experiment: Experiment, losses: str = "") -> str:
-    """By learning rate, each at its best step over seeds; and by step at the chosen rate.
+    """Return charts of the loss on the selection split; HTML.
 
-    A rate at which a seed failed is never chosen, and is in neither: its losses may be lower than what was chosen.
+    One is by learning rate, each at its best step over seeds, and one by step at the chosen learning rate. Learning
+    rates at which a seed failed are left out: they cannot be chosen, although their losses may be lower. `losses`: a
+    sentence that follows the note below the charts.
     """
     by_rate, by_step = [], []
     for place, label in enumerate(labels_of(experiment)):
@@ -445,12 +448,12 @@ def select_charts(experiment: Experiment, losses: str = "") -> str:
 
 
 def curve_of(arm: Arm) -> dict[int, float]:
-    """The select losses by step, NaN where they are not finite."""
+    """Return an arm's loss on the selection split by step, with NaN for non-finite losses."""
     return {int(step): math.nan if loss is None else loss for step, loss in arm["select_by_step"].items()}
 
 
 def mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
-    """Over seeds, at the steps that all have and where all are finite."""
+    """Return the mean over seeds by step, at the steps where every seed has a finite loss."""
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     means = {step: statistics.fmean(curve[step] for curve in curves) for step in steps}
     return {step: mean for step, mean in means.items() if math.isfinite(mean)}
@@ -460,7 +463,7 @@ def mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
 
 
 def settings_of(experiment: Experiment) -> str:
-    """Settings, versions and parts, folded; HTML."""
+    """Return collapsed tables of options, versions and split sizes; HTML."""
     told = experiment["settings"].items()
     settings = {name: value for name, value in told if value is not False and value not in (None, "", [])}
     found = ""
@@ -476,7 +479,7 @@ def settings_of(experiment: Experiment) -> str:
 
 
 def in_words(value: object) -> str:
-    """A flag's value, or its values; of a whole path what is below the working directory, or else its last name."""
+    """Return an option's value as text; of an absolute path outside the working directory only the last component."""
     if isinstance(value, list | tuple):
         return ", ".join(map(in_words, value))
     path = Path(str(value))
@@ -486,7 +489,7 @@ def in_words(value: object) -> str:
 
 
 def missing(experiment: Experiment) -> str:
-    """Arms that have not ended or failed, and methods that cannot be compared."""
+    """Return a list of arms that have failed or not ended, and of methods that are not compared; HTML."""
     lines: list[str] = []
     for status, what in (("running", "in training"), ("waiting", "not trained yet"), ("failed", "failed")):
         counted = Counter(arm["label"] for arm in experiment["arms"] if arm["status"] == status)
@@ -498,6 +501,6 @@ def missing(experiment: Experiment) -> str:
 
 
 def in_lines(lines: Iterable[str]) -> str:
-    """As a list; empty without any."""
+    """Return lines as an HTML list; empty without any."""
     entries = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f"<ul>{entries}</ul>" if entries else ""

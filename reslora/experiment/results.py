@@ -1,4 +1,4 @@
-"""`experiment.json` and the report after every arm, and at the end what is chosen, tested, compared and exported."""
+"""Write `experiment.json` and the report after every arm; at the end choose, test, compare and export."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REPORT = "report.html"
 
 @dataclass
 class Results:
-    """What is known of an experiment, for its files and for whoever watches."""
+    """Results of an experiment, for its files and the terminal."""
 
     course: Course
     subject: Subject
@@ -38,7 +38,7 @@ class Results:
     best: record.Best | None = None
 
     as_of: int | None = None
-    """How many arms the conclusions are of, where they are an earlier start's."""
+    """Number of ended arms in an earlier start's conclusions; None if the conclusions are this start's."""
 
     def __post_init__(self) -> None:
         there = read_experiment(self.course.folder)
@@ -55,7 +55,7 @@ class Results:
             self.keep(there, judged)
 
     def keep(self, there: dict, judged: set[Arm]) -> None:
-        """What an earlier start has concluded of arms that are still there, until it is concluded anew."""
+        """Retain the conclusions of an earlier start about `judged` arms, until there are new ones."""
         labels = {arm.label for arm in judged}
         self.chosen = {label: choice for label, choice in there["chosen"].items() if label in labels}
         self.verdicts = [each for each in there["verdicts"] if {each["label"], each["reference"]} <= labels]
@@ -70,7 +70,7 @@ class Results:
         self.as_of = there.get("as_of", ended)
 
     def write(self) -> None:
-        """`experiment.json` as things stand, and the report of it."""
+        """Write the present state to `experiment.json` and the report."""
         check_held()
         content: record.Experiment = {
             "format": record.FORMAT,
@@ -96,10 +96,10 @@ class Results:
         write_report(content, self.course.folder, self.subject.about)
 
     def conclude(self) -> None:
-        """Choose by the select part, read the test part once, compare, and print all.
+        """Choose on the selection split, evaluate on the test split, compare, export, and print the conclusions.
 
-        The test part is read only with two seeds or more, and while arms are still to be trained only for a verdict;
-        what was read already is reported all the same.
+        The test split is evaluated only with two seeds or more, and before all arms have ended only if a verdict is
+        possible. Results that are already on disk are reported in any case.
         """
         course, self.as_of = self.course, None
         losses = course.losses()
@@ -124,28 +124,35 @@ class Results:
         print(f"{course.folder / REPORT}")
 
     def can_compare(self, trained: Sequence[Arm], complete: bool) -> bool:
-        """Return whether there are two seeds of the reference and another label; of any once all arms have ended."""
+        """Return whether the reference and another label have two seeds each.
+
+        Once all arms have ended (`complete`): whether any label has two.
+        """
         seeds = Counter(arm.label for arm in trained)
         several = {label for label, count in seeds.items() if count > 1}
         return bool(several) if complete else len(several) > 1 and not several.isdisjoint(self.references())
 
     def references(self) -> set[str]:
-        """The labels that others are compared with."""
+        """Return the labels of the reference method, with which others are compared."""
         return {name for name, label in self.course.labels.items() if label.method == REFERENCE}
 
     def count_reading(self, to_read: Sequence[Arm]) -> None:
-        """On disk before anything is tested: who is ended from there on has read what the next start goes on with."""
+        """Count an evaluation on the test split, on disk before it begins.
+
+        If the process is killed during the evaluation, the next start resumes and has already counted it.
+        """
         read = [[arm.label, arm.rate, arm.seed, self.step_of(arm)] for arm in to_read]
         if read != self.read and not all(self.subject.is_tested(arm, self.step_of(arm)) for arm in to_read):
             self.readings, self.read = self.readings + 1, read
             check_held()
             facts = {"readings": self.readings, "read": self.read}
             with (self.course.folder / READINGS).open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(facts)}\n")  # not behind half a line that a killed process has left
+                # starts with a newline, because a killed process may have left an incomplete line
+                file.write(f"\n{json.dumps(facts)}\n")
             self.amend(**facts)
 
     def amend(self, **facts: object) -> None:
-        """Changes these of `experiment.json` alone: what an earlier start has concluded stays."""
+        """Change only these keys of `experiment.json`, and retain the conclusions of an earlier start."""
         check_held()
         path = self.course.folder / EXPERIMENT
         content = read_experiment(self.course.folder) | facts
@@ -153,7 +160,10 @@ class Results:
         write_report(content, self.course.folder, self.subject.about)  # type: ignore[arg-type] # as `write` wrote it
 
     def tested(self, judged: Sequence[Arm]) -> dict[Arm, record.TestLosses]:
-        """Return each arm's test losses; those that a stop leaves untested are tested by the next start."""
+        """Return each arm's test losses, which are measured if they are not on disk.
+
+        Raises `Stopped` if a stop was requested; the next start measures the remaining ones.
+        """
         found = {}
         if judged and (self.base is None or self.base["images"] != self.subject.marks):
             print("base model: testing", flush=True)
@@ -166,25 +176,26 @@ class Results:
         return found
 
     def begins(self, phase: str, arm: Arm) -> None:
-        """Says what is done with an arm next, which may take minutes; a stop is heeded before it."""
+        """Report the next phase of an arm, which may take minutes; raises `Stopped` if a stop was requested."""
         self.subject.begins(phase, arm)
         print(f"{self.course.name_of(arm)}: {phase}", flush=True)
 
     def is_chosen(self, arm: Arm) -> bool:
-        """Whether an arm has ended well at its label's chosen rate."""
+        """Return whether an arm has finished, without diverging, at its label's chosen learning rate."""
         choice = self.chosen.get(arm.label)
         finished = self.course.ended(arm).get("status") == "finished"
         return finished and choice is not None and choice["learning_rate"] == arm.rate
 
     def step_of(self, arm: Arm) -> int:
-        """The chosen checkpoint."""
+        """Return the step of the chosen checkpoint of an arm's label."""
         return self.chosen[arm.label]["step"]
 
     def beforehand(self) -> list[str]:
-        """What keeps differences from being shown, whatever comes of the arms."""
+        """Return warnings that are known before training: why a difference cannot become significant."""
         course, found = self.course, self.subject.too_few()
         if len(course.labels) > 1 and len(course.seeds) == 1:
-            seeds = list(dict.fromkeys([*course.seeds, 0, 1, 2]))[:3]  # its own first: what is trained counts
+            # the given seeds come first, because their arms may be trained already
+            seeds = list(dict.fromkeys([*course.seeds, 0, 1, 2]))[:3]
             more = f"add two or more, as --seed {' '.join(map(str, seeds))}, now or by a later start"
             found.append(f"one seed cannot tell methods apart: {more}")
         if not self.references():
@@ -192,7 +203,7 @@ class Results:
         return found
 
     def unfinished(self, ended: int) -> list[str]:
-        """That the time was up, if it was."""
+        """Return a note if --experiment_minutes has ended the experiment."""
         total, minutes = len(self.course.arms()), self.course.grid.base.experiment.experiment_minutes
         if ended == total:
             return []
@@ -200,17 +211,17 @@ class Results:
         return [f"{line}, none within --experiment_minutes {minutes:g}; the same command goes on for as long again"]
 
     def failed(self) -> list[str]:
-        """The arms that have diverged, each with its reason."""
+        """Return the reason of each arm that has diverged."""
         return [reason for arm in self.course.arms() if (reason := self.course.ended(arm).get("reason"))]
 
     def without_choice(self, losses: Losses) -> list[str]:
-        """The labels whose arms have all ended and of which nothing is chosen, with the reason."""
+        """Return a note for each label whose arms have all ended without a choice, with the fix."""
         waiting = {arm.label for arm in self.course.arms() if arm not in losses}
         problem = "at no learning rate did all seeds end well, so none is chosen; add a lower --learning_rate"
         return [f"{label}: {problem}" for label in self.course.labels if label not in {*waiting, *self.chosen}]
 
     def at_ends(self) -> list[str]:
-        """Which labels might do better at rates that were not tried."""
+        """Return a note for each label whose best learning rate is the lowest or highest that was tried."""
         found = []
         for label, choice in self.chosen.items():
             if choice["at_end"] and choice["next"]:
@@ -218,30 +229,32 @@ class Results:
                 line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}, "
                 line += f"and a {other} one may do better"
                 further = f"--extend_rates, or --learning_rate {choice['next']:g} beside the others"
-                if (
-                    self.course.grid.base.experiment.extend_rates
-                ):  # which has tried all it would, and goes on from what is named
+                # --extend_rates has already tried all its extensions, and starts from the given values
+                if self.course.grid.base.experiment.extend_rates:
                     rates = sorted({*self.course.grids[label], choice["next"]})
                     further = f"--learning_rate {' '.join(f'{rate:g}' for rate in rates)}"
                 found.append(f"{line}; {further}")
         return found
 
     def no_reference(self, judged: Sequence[Arm]) -> list[str]:
-        """That nothing is chosen of what others are compared with."""
+        """Return a note if the reference method has no chosen learning rate."""
         references = self.references()
         if not references or any(arm.label in references for arm in judged):
             return []
         return [f"nothing to compare with: no learning rate of {REFERENCE} is chosen"]
 
     def read_again(self) -> list[str]:
-        """Return that somebody may have looked before deciding to extend the experiment, and what that costs."""
+        """Return a note about the significance level if there were several evaluations on the test split.
+
+        A user may have seen the results of one before extending the experiment.
+        """
         read = f"the test {self.subject.about.unit}s were read {self.readings} times, as arms came in"
         level = f"{100 * level_of(max(1, self.readings)):.2g}%"
         line = f"{read}: this reading is judged at {level}, so that chance claims a difference in 5% at most of all"
         return [line] if self.readings > 1 else []
 
     def others(self) -> list[str]:
-        """That there are arms in the folder that the options do not name."""
+        """Return a note if the directory has arms that the options do not name."""
         folder = self.course.folder
         there = {path.parent for method in METHODS for path in (folder / method).glob(f"**/seed-*/{ENDED}")}
         more = len(there - {self.course.folder_of(arm) for arm in self.course.arms()})
@@ -249,14 +262,18 @@ class Results:
         return [left_out] if more else []
 
     def export(self, trained: Sequence[Arm]) -> record.Best:
-        """Write the files of the best arm: of the best labels the one that the select part chooses, its best seed."""
+        """Export the best arm and return its record.
+
+        Of the ranking's best labels, its label has the lowest loss on the selection split; of that label's arms, it has
+        the lowest loss.
+        """
         labels = {arm.label for arm in trained}
         best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()
         label = min(best_labels or labels, key=lambda name: self.chosen[name]["loss"])
         arms = [arm for arm in trained if arm.label == label]
         best = min(arms, key=lambda arm: self.course.select_losses(arm)[self.step_of(arm)])
         self.begins("exporting", best)
-        self.amend(best=None)  # an end within the export would leave it naming files that are gone
+        self.amend(best=None)  # a stop during the export would leave a record of removed files
         files = self.subject.export(best, self.step_of(best))
         options, varied = self.course.options_of(best), self.course.grid.varied
         names = [name for name, option in options.table().items() if option.attribute in varied]

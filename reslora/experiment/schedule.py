@@ -1,6 +1,6 @@
 """State of an experiment: its arms, their results, and the next arm to train, all read from disk.
 
-Only the main process uses it (`together.decided`).
+Only the main process uses it (`processes.broadcast_from_main`).
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Course:
         ]
 
     def rate_of(self, label: str) -> float | None:
-        """Return a label's chosen learning rate;
+        """Return a label's chosen learning rate.
 
         None if all failed, and the middle one until all choosing arms have ended.
         """

@@ -1,8 +1,9 @@
-"""Whether a difference between methods is real: for new seeds and new images, and for all methods together.
+"""Test whether methods differ significantly, for new seeds and new images, corrected for multiple comparisons.
 
-d[s, i] is a method's loss minus another's for seed s (initialization, order and noise, the same for both) and test
-image i. Both are random and crossed. Lower losses are better. benchmarks/experiment_statistics.py simulates how often
-these verdicts are wrong.
+The data is d[s, i], a method's loss minus another's, for seed s and test image i. A seed determines initialization,
+order and noise, and is the same for both methods. Seeds and images are crossed random effects. A lower loss is better.
+An arm is one training run: a label (a method with its rank or shortcut) with a learning rate and a seed.
+benchmarks/experiment_statistics.py simulates the error rates of these tests.
 """
 
 from __future__ import annotations
@@ -22,25 +23,25 @@ from ..formatting import is_or_are
 from .record import Arm, Choice, Ranking, TestLosses, Verdict, Worse
 
 REFERENCE = "lora"
-"""The method that all are compared with."""
+"""The reference method, with which all others are compared."""
 LEVEL = 0.05
-"""How often an experiment without any difference may claim one, at the most, however often it is extended."""
+"""Maximum probability of any false positive, however often an experiment is extended (family-wise error rate)."""
 PRIOR = 2.5
-"""Degrees of freedom that the spread of all methods adds to that of a pair, at the most."""
+"""Maximum degrees of freedom that the variance pooled over all methods adds to that of one pair."""
 POWER = 0.8
 SIMULATED = 4000
-"""Experiments behind a power."""
+"""Number of simulated experiments for a power."""
 LEAST_P = 1e-12
-"""A p value is not given below."""
+"""Smallest p value that is reported."""
 LARGEST_STEP = 10
-"""From the best rate to the next one where the rate beside it says none."""
+"""Largest ratio from the best learning rate to the next one to try, if the adjacent one has no finite loss."""
 
 
 def level_of(reading: int) -> float:
-    """Return the level at which the k-th reading of the test split is judged: LEVEL x 6 / (pi k)^2.
+    """Return the significance level of the k-th evaluation on the test split: LEVEL x 6 / (pi k)^2.
 
-    Whoever adds seeds until a difference is significant has as many chances as readings, so each spends a part of
-    LEVEL. All of them together, however many, spend LEVEL.
+    Adding seeds until a difference is significant gives chance one more opportunity with each evaluation. So each
+    evaluation spends a part of LEVEL, and the sum over any number of them is at most LEVEL.
     """
     return LEVEL * 6 / (math.pi * reading) ** 2
 
@@ -49,23 +50,23 @@ def level_of(reading: int) -> float:
 
 
 class Spread(NamedTuple):
-    """How differences vary between seeds, between images, and beyond both."""
+    """Variation of differences between seeds, between images, and of the residuals."""
 
     squares: np.ndarray
-    """The three mean squares, 3 x any shape of experiments."""
+    """Mean squares of seeds, images and residuals, of shape (3, ...), with any batch dimensions of experiments."""
     degrees: np.ndarray
-    """Their degrees of freedom, 3."""
+    """Degrees of freedom of the mean squares, of shape (3,)."""
     number: int
-    """How many differences there are: seeds times images."""
+    """Number of differences: seeds times images."""
 
     @property
     def error(self) -> np.ndarray:
-        """The standard error of the mean difference."""
+        """Standard error of the mean difference, of shape (...)."""
         return np.sqrt(_sum(*self.squares) / self.number)
 
 
 def spread_of(differences: np.ndarray) -> Spread:
-    """Return the mean squares of differences ... x seeds x images, of which there are at least two each."""
+    """Return the mean squares of differences of shape (..., seeds, images), with at least two seeds and two images."""
     seeds, images = differences.shape[-2:]
     mean = differences.mean((-2, -1), keepdims=True)
     by_seed = differences.mean(-1, keepdims=True) - mean
@@ -78,11 +79,12 @@ def spread_of(differences: np.ndarray) -> Spread:
 
 
 def moderated(spread: Spread, shared: np.ndarray | float, labels: int) -> Spread:
-    """Return a pair's spread with its mean square of seeds shrunk toward `shared`, the mean of all pairs of labels.
+    """Return a pair's spread with its mean square of seeds shrunk toward `shared`, the mean over all pairs of labels.
 
-    Few seeds say little about how much seeds differ, and that is much the same for all methods (limma does so for
-    genes: Smyth, 2004). The mean of all pairs has (labels - 1) x (seeds - 1) degrees of freedom, of which PRIOR are
-    added at the most: more would claim too much of a method that spreads three times as much as the others.
+    A few seeds estimate the variance between seeds poorly, and it is similar for all methods; limma shrinks the
+    variances of genes for the same reason (Smyth, 2004). The mean over all pairs has (labels - 1) x (seeds - 1) degrees
+    of freedom. At most PRIOR of them are added: with more, a method whose variation is three times that of the others
+    would have too many false positives.
     """
     own = spread.degrees[0]
     more = min(PRIOR, (labels - 2) * own)
@@ -91,11 +93,11 @@ def moderated(spread: Spread, shared: np.ndarray | float, labels: int) -> Spread
 
 
 def half_width(spread: Spread, level: float) -> np.ndarray:
-    """Return half the width of the interval of a mean difference at 1 - level.
+    """Return half the width of the confidence interval of a mean difference with coverage 1 - level, of shape (...).
 
-    Each mean square is multiplied by the square of Student's t of its own degrees of freedom (Banerjee, 1961); they
-    are summed as in the variance of the mean, max(MS_s + MS_i - MS_e, MS_s, MS_i) / (S I). One t for the whole sum,
-    with Satterthwaite's degrees of freedom, claims too much at the levels that a correction asks of few seeds.
+    Each mean square is multiplied by the square of Student's t with its degrees of freedom (Banerjee, 1961). The
+    products are combined as in the variance of the mean, max(MS_s + MS_i - MS_e, MS_s, MS_i) / (S I). A single t with
+    Satterthwaite's degrees of freedom has too many false positives with few seeds at the corrected levels.
     """
     students = np.square(special.stdtrit(spread.degrees, level / 2))
     return np.sqrt(_sum(*(t * square for t, square in zip(students, spread.squares, strict=True))) / spread.number)
@@ -106,7 +108,7 @@ def _sum(seeds: np.ndarray, images: np.ndarray, rest: np.ndarray) -> np.ndarray:
 
 
 def p_value(difference: float, spread: Spread) -> float:
-    """Return the level at which the interval of a mean difference just reaches zero; `LEAST_P` at least."""
+    """Return the p value of a mean difference: the level at which its interval reaches zero; at least `LEAST_P`."""
     if difference == 0:
         return 1.0
 
@@ -118,10 +120,10 @@ def p_value(difference: float, spread: Spread) -> float:
 
 
 def detectable(spread: Spread, level: float) -> float:
-    """Return the true difference that an experiment of this size finds in four of five cases.
+    """Return the minimum detectable effect: the true difference that is significant with a probability of 80%.
 
-    What the true mean squares are is as uncertain as their degrees of freedom say (fiducial draws), so that the power
-    is 80% on average over what experiments report, not only where an experiment happens to know its spread.
+    The true mean squares are sampled from their fiducial distribution. So the power is 80% on average over
+    experiments, although each of them only estimates its mean squares.
     """
     degrees, random = spread.degrees, np.random.default_rng(0)
     chances, again = random.chisquare(degrees[:, None], (2, 3, SIMULATED)) / degrees[:, None]
@@ -138,9 +140,10 @@ def detectable(spread: Spread, level: float) -> float:
 
 
 def expected(difference: float, spread: Spread, level: float) -> float:
-    """Return what a significant difference leads to expect of new experiments: less, as only large ones get claimed.
+    """Return the expected difference in new experiments after a significant result.
 
-    It is the mean of the true difference given this one, and given that it is beyond the half width at `level`.
+    It is smaller than the observed one, because only large differences are significant (winner's curse): the mean of
+    the true difference, given the observed one and that it exceeds the half width at `level`.
     """
     size, error = abs(difference), float(spread.error)
     if error == 0:
@@ -152,10 +155,10 @@ def expected(difference: float, spread: Spread, level: float) -> float:
 
 
 def rerun(values: ArrayLike, least: float = -math.inf) -> tuple[float, float] | None:
-    """Return where one more value is at 95%, by Student's t, if it varies as these do; None of fewer than two.
+    """Return the 95% prediction interval for one more value, by Student's t; None for fewer than two values.
 
-    The values are one a seed: losses, of which the `least` is 0, or differences, on images that stay the same. A mean's
-    interval says where the mean of all seeds is; this one is wider, by what a single seed differs from it.
+    There is one value for each seed, on the same images: a loss, with `least` = 0 as lower bound, or a difference. The
+    interval is wider than the confidence interval of the mean, because it includes the variation of a single seed.
     """
     found = np.asarray(values, float)
     if len(found) < 2:
@@ -168,9 +171,9 @@ def rerun(values: ArrayLike, least: float = -math.inf) -> tuple[float, float] | 
 
 
 def holm(p_values: Sequence[float], counts: Sequence[int] = ()) -> list[float]:
-    """Return Holm's adjusted p values (1979), in the order given.
+    """Return Holm's (1979) adjusted p values, in the order of `p_values`.
 
-    `counts`: how many hypotheses may be true after 0, 1, 2 ... were rejected; without any, all that are left.
+    `counts`: how many hypotheses can be true after 0, 1, 2 ... rejections; by default all that remain.
     """
     counts = counts or range(len(p_values), 0, -1)
     adjusted, largest = [0.0] * len(p_values), 0.0
@@ -182,7 +185,7 @@ def holm(p_values: Sequence[float], counts: Sequence[int] = ()) -> list[float]:
 
 @functools.cache
 def equal_pairs(labels: int) -> frozenset[int]:
-    """Return how many of all pairs of so many labels may be equal at once: with three 0, 1 or 3, but not 2."""
+    """Return the possible numbers of equal pairs among this many labels: 0, 1 or 3 of three labels, but not 2."""
     if not labels:
         return frozenset({0})
     groups = ((math.comb(size, 2), equal_pairs(labels - size)) for size in range(1, labels + 1))
@@ -190,61 +193,61 @@ def equal_pairs(labels: int) -> frozenset[int]:
 
 
 def counts_of(pairs: int, labels: int) -> list[int]:
-    """Return Holm's counts for the pairs of so many labels (Shaffer, 1986); plain ones where a pair is missing."""
+    """Return the counts for `holm` of all pairs of labels (Shaffer, 1986); Holm's own if a pair is missing."""
     if pairs != math.comb(labels, 2):
         return list(range(pairs, 0, -1))
     return [max(count for count in equal_pairs(labels) if count <= left) for left in range(pairs, 0, -1)]
 
 
 class Pair(NamedTuple):
-    """A label and what it is compared with, on the seeds that both have."""
+    """A label and its reference, on the seeds that both have."""
 
     label: str
     reference: str
     differences: np.ndarray
-    """Seeds x images."""
+    """The label's losses minus the reference's, of shape (seeds, images)."""
     base: float
-    """The reference's mean loss."""
+    """Mean loss of the reference."""
     missing: int
-    """Seeds that one of them lacks."""
+    """Number of seeds that only one of them has."""
 
     @property
     def mean(self) -> float:
-        """The mean difference."""
+        """Mean difference."""
         return float(self.differences.mean())
 
     @property
     def known(self) -> bool:
-        """Whether there is anything to estimate a spread from."""
+        """Whether there are enough seeds and images, two each, to estimate a spread."""
         return min(self.differences.shape) > 1
 
 
 class Judged(NamedTuple):
-    """A pair, tested."""
+    """The test result of a pair."""
 
     pair: Pair
     spread: Spread
     p: float
     corrected: float
-    """p for all pairs and all readings: significant below LEVEL."""
+    """p value corrected for all pairs and all evaluations on the test split; significant below LEVEL."""
     level: float
-    """The one at which Holm's procedure tests this pair."""
+    """Significance level at which Holm's procedure tests this pair."""
     reading_level: float
 
     @property
     def significant(self) -> bool:
-        """Whether the difference is."""
+        """Whether the difference is significant."""
         return self.corrected < LEVEL
 
 
 Arrays = Mapping[str, np.ndarray]
-"""Seeds x images for each label."""
+"""Losses of each label, of shape (seeds, images)."""
 
 
 def judge(arrays: Arrays, pairs: Iterable[tuple[str, str]], reading: int = 1) -> list[Judged | Pair]:
-    """Return each pair of labels, tested and corrected for all pairs and for this being the k-th reading.
+    """Return the test result of each pair, corrected for all pairs and for this k-th evaluation on the test split.
 
-    Without a test where both have one seed or one image only; a pair without a common seed is left out.
+    A pair with a single common seed or image is returned untested; a pair without a common seed is left out.
     """
     found = [pair for each in pairs if len((pair := pair_of(*each, arrays)).differences)]
     known = [pair for pair in found if pair.known]
@@ -265,7 +268,7 @@ def judge(arrays: Arrays, pairs: Iterable[tuple[str, str]], reading: int = 1) ->
 
 
 def pair_of(label: str, reference: str, arrays: Arrays) -> Pair:
-    """Return two labels on the seeds that both have."""
+    """Return the differences of two labels on the seeds that both have."""
     ours, theirs = arrays[label], arrays[reference]
     both = np.isfinite(ours).all(1) & np.isfinite(theirs).all(1)
     base = theirs[both].mean() if both.any() else math.nan
@@ -273,7 +276,7 @@ def pair_of(label: str, reference: str, arrays: Arrays) -> Pair:
 
 
 def shared_square(arrays: Arrays, pairs: Sequence[Pair]) -> float:
-    """Return the mean square of seeds over all pairs of the labels of these."""
+    """Return the mean square of seeds, pooled over all pairs of the labels that occur in `pairs`."""
     labels = dict.fromkeys(name for pair in pairs for name in (pair.label, pair.reference))
     every = [pair for two in itertools.combinations(labels, 2) if (pair := pair_of(*two, arrays)).known]
     spreads = [spread_of(pair.differences) for pair in every]
@@ -282,7 +285,10 @@ def shared_square(arrays: Arrays, pairs: Sequence[Pair]) -> float:
 
 
 def arrays_of(losses: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
-    """Return losses as arrays. Raises `ValueError` for other shapes than seeds x images alike, and for losses <= 0."""
+    """Return the losses as arrays of shape (seeds, images).
+
+    Raises `ValueError` if a shape is not that or differs between labels, and for losses <= 0.
+    """
     arrays = {label: np.asarray(values, float) for label, values in losses.items()}
     shape = next(iter(arrays.values())).shape if arrays else ()
     for label, values in arrays.items():
@@ -294,17 +300,18 @@ def arrays_of(losses: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
 
 
 def verdicts(losses: Mapping[str, ArrayLike], references: Mapping[str, str], unit: str = "image") -> list[Verdict]:
-    """Return a verdict on each label of `references`, compared with its reference, corrected for these pairs.
+    """Return the verdict on each label of `references` compared with its reference, corrected for these pairs.
 
-    `losses` holds seeds x images for each label; the same seeds and images in all. A seed that a label lacks is a row
-    that is not finite, and is left out of its comparison; a label without a seed in common with its reference has no
-    verdict. `unit`: what an image is, in words. Raises `ValueError` for what is no table of losses.
+    `losses` has an array of shape (seeds, images) for each label, with the same seeds and images in all. A missing seed
+    is a row of non-finite values and is left out of the comparison. A label without a seed in common with its reference
+    has no verdict. `unit`: the word for an image in the sentences. Raises `ValueError` for losses of other shapes, and
+    for losses <= 0.
     """
     return [verdict_of(test, unit) for test in judge(arrays_of(losses), references.items())]
 
 
 def verdict_of(test: Judged | Pair, unit: str = "image", base: float | None = None) -> Verdict:
-    """Return a pair's verdict. `base`: the base model's test loss, of which training gains a part."""
+    """Return a pair's verdict. `base`: the base model's test loss, to express the difference as a part of the gain."""
     pair = test if isinstance(test, Pair) else test.pair
     mean, percent = pair.mean, 100 / pair.base
     seeds, images = pair.differences.shape
@@ -319,7 +326,7 @@ def verdict_of(test: Judged | Pair, unit: str = "image", base: float | None = No
         found["interval"] = percent * (mean - half), percent * (mean + half)
         found["p"], found["p_holm"] = test.p, test.corrected
         found["conclusion"] = "not shown" if not test.significant else "better" if mean < 0 else "worse"
-        if seeds > 2:  # of two, what is stated would vary by a factor of ten
+        if seeds > 2:  # with two seeds the estimate would vary by a factor of ten
             found["detectable"] = percent * detectable(test.spread, test.level)
         if test.significant:
             found["expected"] = percent * expected(mean, test.spread, test.level)
@@ -355,17 +362,16 @@ def sentence_of(verdict: Verdict, pair: Pair, unit: str) -> str:
 
 
 def mde_of(verdict: Verdict) -> str:
-    """Return the minimum detectable effect in words."""
+    """Return the minimum detectable effect as text."""
     if verdict["detectable"] is None:
         return "minimum detectable effect not known with two seeds"
     return f"minimum detectable effect {percents(verdict['detectable'])[0]}%"
 
 
 def ranking_of(tests: Iterable[Judged | Pair], labels: Iterable[str]) -> Ranking | None:
-    """Return which labels cannot be told from the best one, and by how much the others are worse.
+    """Return the labels that do not differ significantly from the best one, and by how much the others are worse.
 
-    A label is worse if it is significantly worse than any other one, by the tests of all pairs. None where nothing is
-    tested.
+    A label is worse if the test of any of its pairs is significant against it. None if no pair is tested.
     """
     known = [test for test in tests if isinstance(test, Judged)]
     behind: dict[str, list[Judged]] = {}
@@ -384,14 +390,14 @@ def ranking_of(tests: Iterable[Judged | Pair], labels: Iterable[str]) -> Ranking
 
 
 def order_of(label: str, judged: Judged, best: Sequence[str]) -> tuple[bool, bool, float]:
-    """Return what sorts the pairs in which a label is worse: first by one of the best, by its reference, the surest."""
+    """Return the sort key of a pair in which `label` is worse: best labels first, then its reference, then low p."""
     pair = judged.pair
     other = pair.reference if label == pair.label else pair.label
     return other not in best, label != pair.label, judged.p
 
 
 def worse_of(label: str, judged: Judged) -> Worse:
-    """Return by how much a label is worse than the other one of a pair, in percent of that one's loss."""
+    """Return by how much a label is worse than the other label of a pair, in percent of that label's loss."""
     pair, half = judged.pair, float(half_width(judged.spread, judged.reading_level))
     other, base = (pair.reference, pair.base) if label == pair.label else (pair.label, pair.base + pair.mean)
     size, least, most = (100 / base * (abs(pair.mean) + end) for end in (0, -half, half))
@@ -399,7 +405,7 @@ def worse_of(label: str, judged: Judged) -> Worse:
 
 
 def ranking_in_words(best: Sequence[str], worse: Sequence[Worse]) -> str:
-    """Return the ranking as a sentence: best: lora, reslora (cannot be told apart); loha is worse than lora by ..."""
+    """Return the ranking as a sentence: the best labels, then by how much each other label is worse than which."""
     sentence = f"best: {', '.join(best)}" + " (cannot be told apart)" * (len(best) > 1)
     reference = None
     for each in worse:
@@ -411,7 +417,7 @@ def ranking_in_words(best: Sequence[str], worse: Sequence[Worse]) -> str:
 
 
 def percents(*values: float) -> list[str]:
-    """Return sizes with so many places, one to four, that the smallest of them still says something."""
+    """Return absolute values with one to four decimal places, enough for a nonzero digit of the smallest one."""
     smallest = min((abs(value) for value in values if value), default=1)
     places = min(4, max(1, -math.floor(math.log10(smallest))))
     return [f"{abs(value):.{places}f}" for value in values]
@@ -427,11 +433,11 @@ def compare(
     reading: int = 1,
     base: TestLosses | None = None,
 ) -> tuple[list[Verdict], Ranking | None]:
-    """Return a verdict on each label and which ones are best, from the test losses of arms at the chosen rates.
+    """Return the verdict on each label, and the ranking, from the test losses of arms at the chosen learning rates.
 
-    The reference is LoRA: of the same rank where there are several, which are compared with the first of them. Without
-    LoRA nothing is compared. `reading`: how often the test split was read. `base`: losses of the base model. Raises
-    `ValueError` if arms were measured on different images.
+    The reference is LoRA of the same rank, or else the first LoRA; LoRA of other ranks is compared with the first.
+    Without LoRA nothing is compared. `reading`: number of evaluations on the test split. `base`: losses of the base
+    model. Raises `ValueError` if arms were evaluated on different images.
     """
     judged = [arm for arm in arms if arm["test"] and is_chosen(arm, chosen)]
     ranks = {arm["label"]: arm["rank"] for arm in judged}
@@ -450,15 +456,15 @@ def compare(
 
 
 def mean_of(test: TestLosses | None) -> float | None:
-    """Return the mean test loss; None where there is none, or one that is not finite."""
+    """Return the mean test loss; None without losses, or if any of them is not finite."""
     losses = test["losses"] if test else []
     return math.fsum(losses) / len(losses) if losses and None not in losses else None  # type: ignore[arg-type]
 
 
 def tested(arms: Iterable[Arm], chosen: Mapping[str, Choice]) -> dict[str, np.ndarray]:
-    """Judged losses of each label at its chosen rate, seeds x images; NaN where a label lacks a seed that another has.
+    """Return the test losses of each label at its chosen learning rate, of shape (seeds, images).
 
-    Raises `ValueError` if arms were measured on different images.
+    A seed that only other labels have is a row of NaN. Raises `ValueError` if arms were evaluated on different images.
     """
     tests: dict[str, dict[int, TestLosses]] = {}
     for arm in arms:
@@ -468,13 +474,13 @@ def tested(arms: Iterable[Arm], chosen: Mapping[str, Choice]) -> dict[str, np.nd
 
 
 def is_chosen(arm: Arm, chosen: Mapping[str, Choice]) -> bool:
-    """Whether an arm was trained at its label's chosen rate."""
+    """Return whether an arm was trained at its label's chosen learning rate."""
     label = arm["label"]
     return label in chosen and arm["learning_rate"] == chosen[label]["learning_rate"]
 
 
 def _crossed(tests: Mapping[str, Mapping[int, TestLosses]]) -> dict[str, np.ndarray]:
-    """Seeds x images for each label, NaN where there is no loss."""
+    """Return the losses of each label, of shape (seeds, images), with NaN for missing or non-finite losses."""
     all_tests = [test for by_seed in tests.values() for test in by_seed.values()]
     if any(test["images"] != all_tests[0]["images"] for test in all_tests):
         raise ValueError("arms were measured on different test images, which cannot be compared")
@@ -487,11 +493,11 @@ def _crossed(tests: Mapping[str, Mapping[int, TestLosses]]) -> dict[str, np.ndar
 
 
 def choose(arms: Iterable[Arm], seeds: Iterable[int] | None = None) -> dict[str, Choice]:
-    """Return each label's rate and checkpoint: those whose loss on the select images is lowest, over seeds together.
+    """Return each label's learning rate and checkpoint with the lowest mean loss on the selection split over seeds.
 
-    Of the arms that have ended, with these `seeds`, or with all; of other seeds it only counts whether a rate failed.
-    A rate that fewer seeds ended with than with another is left out. Nothing is chosen where a seed failed or its loss
-    is not finite, and a label of which nothing is left has no choice.
+    Only ended arms with these `seeds` (default: all) count, but a learning rate at which any seed failed is not chosen.
+    Learning rates with fewer ended seeds than others are left out, and so are checkpoints with a non-finite loss. A
+    label of which nothing remains has no choice.
     """
     losses: dict[str, dict[float, list[Mapping[str, float | None]]]] = {}
     failed = set()
@@ -511,11 +517,11 @@ def choose(arms: Iterable[Arm], seeds: Iterable[int] | None = None) -> dict[str,
 
 
 def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choice | None:
-    """The choice of one label from `select_by_step` of each seed, for each rate; None where no loss is finite.
+    """Return the choice of one label from the `select_by_step` of each seed at each learning rate.
 
-    Rates with fewer seeds than others are left out. If the best one is at an end of all, whether trained yet or
-    not, and the one beside it was tried, the next rate continues them by the same ratio, or by LARGEST_STEP where that
-    is less and the rate beside it has no loss: it may be far too high.
+    None if no loss is finite. Learning rates with fewer seeds than others are left out. If the best one is the lowest
+    or highest of all, trained or not, and its neighbor was tried, `next` continues the series by the same ratio. The
+    ratio is at most LARGEST_STEP if the neighbor has no finite loss, because it may be far too high.
     """
     most = max(map(len, losses.values()), default=0)
     tried = sorted(rate for rate, seeds in losses.items() if len(seeds) == most > 0)
@@ -536,5 +542,5 @@ def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choi
         ratio = best / neighbour
         if neighbour in tried and all(rate != neighbour for rate, _ in means):
             ratio = min(max(ratio, 1 / LARGEST_STEP), LARGEST_STEP)
-        found["next"] = float(f"{best * ratio:.3g}")  # as folders name it
+        found["next"] = float(f"{best * ratio:.3g}")  # as in the names of directories
     return found

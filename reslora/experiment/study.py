@@ -20,7 +20,7 @@ TESTED = "test.json"  # test losses of the chosen checkpoint, in an arm's direct
 
 
 class Subject(ABC):
-    """Trains and evaluates the arms of an experiment."""
+    """Interface for training and evaluating the arms of an experiment."""
 
     course: Course
     prog: str

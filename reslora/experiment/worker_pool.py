@@ -39,9 +39,9 @@ POSIX = os.name == "posix"
 
 
 class Orders:
-    """Receives a worker's arms from the main process.
+    """Connection of a worker to the main process, which assigns its arms.
 
-    Nothing may be written once that process, with its lock, is gone.
+    The worker must not write once that process has ended, and its lock with it.
     """
 
     def __init__(self, number: int, connection: Connection, stop: StopRequest) -> None:
@@ -61,8 +61,9 @@ class Orders:
             self._arms.put(told)
 
     def arms(self, course: Course) -> Iterator[Arm]:
-        """Yield the arms to train as they arrive, until a stop; asking for the next one marks the previous one as
-        ended.
+        """Yield the arms to train as they arrive, until a stop.
+
+        Asking for the next one marks the previous one as ended.
         """
         while (told := self._arms.get()) is not None and self._stop.signal is None:
             arm, course.grids = told  # may have been extended since the start
@@ -124,8 +125,9 @@ class Crew:
 
     @contextlib.contextmanager
     def working(self, arms: int) -> Iterator[int]:
-        """Start at most one worker for each of `arms`, and yield their number; end them afterwards, at once after an
-        error.
+        """Start at most one worker for each of `arms`, and yield their number.
+
+        The workers are ended afterwards, at once after an error.
         """
         context, size = multiprocessing.get_context("spawn"), min(self.size, arms)
         try:
@@ -176,8 +178,9 @@ class Crew:
             member.process.join()
 
     def fail(self, member: Member) -> None:
-        """End all workers after one has ended unexpectedly; it has reported why, unless it was
-        killed or asked to stop.
+        """End all workers after one has ended unexpectedly.
+
+        That worker has reported why, unless it was killed or asked to stop.
         """
         member.process.join()
         self.end()

@@ -37,8 +37,9 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert as the options specify and return the exit status; errors that the user can fix are
-    one line on stderr.
+    """Convert as the options specify and return the exit status.
+
+    Errors that the user can fix are one line on stderr.
     """
     take_any_file_name()
     try:
@@ -216,7 +217,7 @@ def base_of_run(path: Path) -> str | None:
 
 
 def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
-    """Return the same for a model's directory or its name on the Hub."""
+    """Return the layer names and file metadata for a model's directory or its name on the Hub."""
     flag = f"--base {name}"
     if Path(name).is_file():
         raise InvalidArgument(flag, "a single file says nothing of the model", "give a folder in diffusers format")
@@ -225,7 +226,7 @@ def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
 
 
 def configured(name: str, family: Family | None, flag: str) -> tuple[Names, dict[str, str]]:
-    """Return the same from the configurations of a pipeline or of a denoiser's directory."""
+    """Return the layer names and file metadata from the configurations of a pipeline or a denoiser."""
     from diffusers import DDIMScheduler, DiffusionPipeline
 
     from .model.lora_files.names import names_of

@@ -17,8 +17,9 @@ from .model.objective import Objective
 
 
 class DenoisingLoss:
-    """Computes the denoiser's inputs, its prediction and the loss; encodes images and captions that are not encoded
-    yet.
+    """The denoising loss of a batch: the denoiser's inputs, its prediction, and the loss.
+
+    Images and captions that are not encoded yet are encoded here.
     """
 
     def __init__(self, context: Context, objective: Objective, pipeline: DiffusionPipeline, config: dict) -> None:
@@ -28,7 +29,7 @@ class DenoisingLoss:
         self.huber = huber_of(self.training_options, objective)
 
     def __call__(self, denoiser: nn.Module, batch: Batch, weighted: bool = True) -> torch.Tensor:
-        """Return the loss of each sample (batch); only trained modules run under autocast.
+        """Return the loss of each sample, of shape (batch,); only trained modules run under autocast.
 
         Without `weighted` it is the mean squared error, whatever the training loss, but still within masks.
         """
@@ -44,7 +45,10 @@ class DenoisingLoss:
         return loss_per_sample(self._masked(error, batch), weight)
 
     def squared(self, prediction: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Return the mean squared error of each sample (batch), within its mask if it has one."""
+        """Return the mean squared error of each sample, of shape (batch,), within its mask if it has one.
+
+        `prediction`, `target`: batch x channels x height x width.
+        """
         return self._masked(squared_error(prediction, target), batch).flatten(1).mean(1)
 
     def _masked(self, error: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -71,7 +75,10 @@ class DenoisingLoss:
         return dataclasses.replace(batch, text=self.family.encode_trained(self.pipeline, batch.caption, text))
 
     def inputs(self, batch: Batch) -> tuple[dict, torch.Tensor, torch.Tensor]:
-        """Return the denoiser's keyword arguments for a batch, the target, and the timesteps."""
+        """Return the denoiser's keyword arguments for a batch, the target, and the timesteps (batch).
+
+        The target has the shape of the latents: batch x channels x height x width.
+        """
         batch = batch.to(self.pipeline.vae.device)
         latents = self._latents(batch)
         noisy = self.objective.noisy(latents, batch.noise, batch.timesteps).to(self.dtype)

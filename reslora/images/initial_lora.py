@@ -43,8 +43,9 @@ class Start:
     """Hash of its content."""
 
     def configure(self, config: PeftConfig) -> None:
-        """Set each layer's rank and alpha in the configuration of an adapter, whose defaults are the most frequent
-        ones.
+        """Set each layer's rank and alpha in the configuration of an adapter.
+
+        The defaults of `config` are the most frequent rank and alpha.
         """
         own = lora_config(self.layers)
         more = config.lora_alpha / own.lora_alpha  # 2 if alpha is doubled
@@ -53,7 +54,7 @@ class Start:
 
     @torch.no_grad()
     def copy_to(self, denoiser: nn.Module) -> None:
-        """Copy the factors into an adapter;
+        """Copy the factors into an adapter.
 
         B is rescaled to the adapter's scaling, so that the update is the file's.
         """

@@ -73,8 +73,9 @@ def check_base_precision(options: ModelOptions, dtype: torch.dtype, accelerator:
 
 
 def check_blocks_to_swap(options: ModelOptions, model: Model, accelerator: Accelerator) -> None:
-    """Raise `InvalidArgument` for more --blocks_to_swap than the denoiser has; on a CPU, print that they have no
-    effect.
+    """Raise `InvalidArgument` for more --blocks_to_swap than the denoiser has.
+
+    On a CPU, print that the option has no effect.
     """
     if not options.blocks_to_swap:
         return
@@ -113,7 +114,7 @@ def check_pipeline(
 def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> None:
     """Raise `InvalidArgument` for options of a prompt that the pipeline does not support.
 
-    `told` is the reason why the pipeline has no negative prompts, or empty.
+    `told`: why the pipeline has no negative prompts; empty if it has.
     """
     where = f"--validation_prompt {prompt.prompt!r}"
     if (prompt.num_inference_steps or 0) > timesteps:
@@ -187,8 +188,9 @@ def try_method(
 
 
 def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model) -> None:
-    """Raise `InvalidArgument` for --train_text_encoder with a family that does not support it, and
-    for unused options.
+    """Raise `InvalidArgument` for options that the model's family does not support or use.
+
+    They are --train_text_encoder, --max_sequence_length and --guidance_scale_train.
     """
     if adapter.train_text_encoder and not model.family.trainable:
         can = [load_family(name) for name in FAMILIES]
@@ -210,8 +212,9 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
 
 
 def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
-    """Add every method's adapter to the trained text encoders without weights, and print which encoders are not
-    trained.
+    """Add every method's adapter to the trained text encoders without weights, as a check.
+
+    Prints which text encoders are not trained.
     """
     options, family = context.options, context.model.family
     for part, method in itertools.product(context.encoders, options.adapter.method):
@@ -228,8 +231,9 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
 
 
 def check_targets(denoiser: nn.Module, options: MethodOptions, tell: Callable[[str], object]) -> None:
-    """Raise `InvalidArgument` if no target matches or one matches no single layer; print the
-    targets that do not match.
+    """Raise `InvalidArgument` if no target matches, or if one matches no single layer.
+
+    Prints the targets that do not match.
     """
     names = [name for name, _ in denoiser.named_modules()]
     if isinstance(targets := targets_of(options.target_modules), str):

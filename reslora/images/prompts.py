@@ -43,9 +43,9 @@ class Prompt:
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     cfg_scale: float | None = None
-    """kohya's guidance scale for a negative prompt;
+    """kohya's guidance scale for a negative prompt; 1 disables it.
 
-    1 is none. It overrides `guidance_scale`, except for models with embedded guidance.
+    It overrides `guidance_scale`, except for models with embedded guidance.
     """
 
 
@@ -97,9 +97,9 @@ def objects_of(text: str, flag: str) -> list[tuple[str, str]]:
 
 
 def lines_of(text: str, flag: str) -> list[tuple[str, str]]:
-    """Return the prompts and options of kohya's lines:
+    """Return the prompts and options of kohya's lines.
 
-    `a cat --n dogs --w 512 --h 768 --d 1 --s 20 --l 7.5`; # is a comment.
+    A line is `a cat --n dogs --w 512 --h 768 --d 1 --s 20 --l 7.5`; # begins a comment.
     """
     found = []
     for number, line in enumerate(text.splitlines(), 1):

@@ -55,9 +55,7 @@ def check_options(options: Options) -> None:
 
 
 def check_folders(data: DataOptions) -> None:
-    """Raise `InvalidArgument` for missing images, class images without a prompt, or a wrong number of repeats or
-    weights.
-    """
+    """Raise `InvalidArgument` for image directories that are missing, given twice or contradicted by other options."""
     folders, dataset = data.train_data_dir, data.dataset_name
     if not dataset and not folders:
         fix = "name a folder of images with captions, or a dataset with --dataset_name"
@@ -115,9 +113,7 @@ def check_prompts(validation: ValidationOptions) -> None:
 
 
 def check_start(adapter: MethodOptions) -> None:
-    """Raise `InvalidArgument` for --init_lora with a method or shortcut that would not start from the base plus that
-    LoRA.
-    """
+    """Raise `InvalidArgument` unless each method can start from the base model plus the LoRA of --init_lora."""
     if adapter.init_lora is None:
         return
     flag = f"--init_lora {adapter.init_lora}"

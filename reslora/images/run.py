@@ -113,9 +113,9 @@ def begin(
 def encode(
     kinds: Sequence[ImageDataset], context: Context, goes_on: bool, track: bool = True
 ) -> tuple[DiffusionPipeline, Material]:
-    """Return the pipeline without its denoiser, and the encoded images and captions;
+    """Return the pipeline without its denoiser, and the encoded images and captions.
 
-    `goes_on` if the run is resumed.
+    `goes_on`: whether the run is resumed.
     """
     pipeline, objective = on_all(lambda: load_and_check(context))
     if track:
@@ -144,8 +144,9 @@ def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> t
 
 
 def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Context:
-    """Return the context: the model, and the options with everything that depends on the model and
-    accelerate resolved.
+    """Return the context: the model, and the resolved options.
+
+    Options that depend on the model or on accelerate are resolved here.
     """
     model = find_model(options.model, options.output, accelerator)
     check_family(options.adapter, options.training, model)
@@ -242,7 +243,7 @@ def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
 
 
 def show(context: Context, material: Material | None = None) -> None:
-    """Write figures and a summary, and upload them on request;
+    """Write figures and a summary, and upload them on request.
 
     `material` is None for a run that was already finished.
     """

@@ -62,7 +62,7 @@ def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str
 def resolve(given: Given) -> Options | Grid[Options]:
     """Return the options of a run, or of an experiment if an option that can vary has several values.
 
-    Raises `InvalidArgument` for what cannot work with any model.
+    Raises `InvalidArgument` for options that cannot work with any model.
     """
     options, varied = first_of(Options, with_defaults(given))
     if "rank" not in varied:

@@ -43,6 +43,7 @@ class ImageStudy(Study):
         )  # fmt: skip
 
     def learner(self, method: str) -> Learner:
+        """Return the model with a new adapter, initialized from the seed."""
         context, model = self.context, self.context.options.model
         device = torch.device("cpu") if cuts_base(context.accelerator) else context.accelerator.device
         denoiser = context.model.load_denoiser(context.dtype, device, model.base_precision, model.blocks_to_swap)
@@ -52,25 +53,30 @@ class ImageStudy(Study):
         return new_learner(method, trained, self.schedule, context)
 
     def batches(self, steps: range) -> Generator[Batch, None, None]:
+        """Yield this process's batches of these steps, which depend only on the seed and the step."""
         accelerator = self.context.accelerator
         pin = accelerator.device.type == "cuda"
         return stream(training_loader(self.material, steps, accelerator.num_processes, accelerator.process_index, pin))
 
     def calibration(self) -> Iterator[Batch]:
+        """Return the --merge_calibration_samples samples on which a control is calibrated, in batches."""
         count = self.context.options.adapter.merge_calibration_samples
         return CalibrationSamples(self.material).batches(count, self.context.accelerator.num_processes)
 
     @contextlib.contextmanager
     def reports(self, learner: Learner) -> Iterator[Reports]:
+        """Yield the log and the trackers of a method, with the attention for its shapes in effect."""
         context = self.context
         reports = Reports(context.folder_of(learner.method), learner, self.schedule, context.accelerator)
         with contextlib.closing(reports), attention_of(context.accelerator, self.material.shapes.values()):
             yield reports
 
     def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
+        """Measure the validation loss and generate samples, or only `parts` of that, and set `learner.over`."""
         context = self.context
         look = Validation(learner.trained.loss, self.material, self.drawer, context.accelerator, context.stop)
         look(learner, reports, parts or VALIDATION_PARTS)
 
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
+        """Write the trained method's files; return each file's largest pixel difference to the merged model, of 255."""
         return export_method(learner, self.material, self.drawer, schedule, self.context)

@@ -208,7 +208,7 @@ class RankAllocator:
         return self._config.orth_reg_weight * torch.stack(norms).mean()
 
     def add_gradient(self, accelerator: Accelerator) -> None:
-        """Add the regularizer's gradient; call it after the last backward of a step, before gradients are clipped.
+        """Add the regularizer's gradient; call it after the last backward pass of a step, before gradients are clipped.
 
         Every process adds the same gradient after gradients are averaged: `torch.autograd.grad` bypasses DDP's hooks.
         """
@@ -220,8 +220,9 @@ class RankAllocator:
             factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
 
     def silenced(self) -> AbstractContextManager[None]:
-        """Return a context in which a wrapped model's forward omits the penalty, which PEFT would add in evaluation
-        too.
+        """Return a context in which a wrapped model's forward pass omits the penalty.
+
+        PEFT would add it in evaluation too.
         """
         return override_attributes(self._config, orth_reg_weight=0.0)
 
@@ -240,9 +241,9 @@ class RankAllocator:
         return state | {f"{_RANKS}/{name}": torch.tensor(kept) for name, kept in pattern.items()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Restore what `state_dict` returned.
+        """Restore the tensors that `state_dict` returned.
 
-        Raises `ValueError` if it belongs to another model; nothing is changed then.
+        Raises `ValueError` if they belong to another model; nothing is changed then.
         """
         parameters = dict(self.tuner.model.named_parameters())
         averages: dict[str, dict] = {kind: {} for kind in _AVERAGES}

@@ -57,7 +57,7 @@ class Gauge:
     squares: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
 
     def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
-        """Record one forward of a block; for the `block` shortcut, `own` and `handed` are the stacked A and B."""
+        """Record one forward pass of a block; for the `block` shortcut, `own` and `handed` are the stacked A and B."""
         if variant.carries:
             added = torch.zeros_like(own) if handed is None else handed
             h = own + added

@@ -50,7 +50,9 @@ class AdapterSettings:
 
 
 def lora(settings: AdapterSettings, times: float = 1, **variant: bool) -> PeftConfig:
-    """LoRA (Hu et al., 2022) with every alpha multiplied, or a variant that PEFT's configuration has a switch for.
+    """Return the configuration of LoRA (Hu et al., 2022), every alpha multiplied by `times`, or of a variant.
+
+    `variant`: options of PEFT's `LoraConfig`, such as `use_dora`.
 
     rsLoRA is rank-stabilized (Kalajdzievski, 2023); DoRA trains `m (W + s B A) / |W + s B A|`, with a magnitude m of
     each row (Liu et al., 2024).
@@ -81,7 +83,7 @@ def adalora(settings: AdapterSettings) -> PeftConfig:
 
 
 def lycoris(settings: AdapterSettings, kind: str) -> PeftConfig:
-    """LoHa or LoKr, whose dropout is of ranks."""
+    """Return the configuration of LoHa or LoKr; their dropout drops ranks."""
     import peft
 
     return getattr(peft, kind)(
@@ -134,9 +136,9 @@ class Method:
     config: Callable[[AdapterSettings], PeftConfig]
     """Return PEFT's configuration."""
     plain_lora: Callable[[nn.Module], nn.Module] | None = itself
-    """Convert the trained (and merged) model to plain LoRA, for the files of diffusers, kohya and ComfyUI;
+    """Convert the trained (and merged) model to plain LoRA, for the files of diffusers, kohya and ComfyUI.
 
-    None if there is no equivalent, and only PEFT's format and merged weights can be exported.
+    None without an equivalent, so that only PEFT's format and merged weights can be exported.
     """
     shortcuts: bool = False
     """Whether it connects blocks, which are merged at the end."""

@@ -15,8 +15,9 @@ from .values import listed
 
 
 def check_texts(values: Given) -> None:
-    """Raise `InvalidArgument` for values that are not valid UTF-8, which safetensors, tokenizers and TensorBoard
-    reject.
+    """Raise `InvalidArgument` for values that are not valid UTF-8.
+
+    safetensors, tokenizers and TensorBoard reject them.
     """
     for name, value in values.items():
         for text in listed(value):

@@ -32,9 +32,7 @@ def foreign_names(table: Mapping[str, Option]) -> dict[str, tuple[str, str]]:
 
 
 def foreign_in_words(words: Iterable[str], table: Mapping[str, Option]) -> str:
-    """Return a message with the equivalents of those of the words that are options of other
-    scripts; empty if none is.
-    """
+    """Return a message with the equivalents of the words that are options of other scripts; empty without any."""
     known = foreign_names(table)
     found = [(flag, *known[flag[2:]]) for flag in words if flag[:2] == "--" and flag[2:] in known]
     return ". ".join(

@@ -15,10 +15,10 @@ O = TypeVar("O", bound=RunOptions)  # noqa: E741
 
 @dataclass(frozen=True)
 class Grid(Generic[O]):
-    """An experiment: the options that all its runs share, and the values of those that vary."""
+    """An experiment: the options that all its runs share, and the values of the options that vary."""
 
     base: O
-    """An experiment: the options shared by all runs, and the values of those that vary."""
+    """Options of a run with the first value of each option that varies."""
     varied: Mapping[str, list]
     """Two or more values of each option that varies, by the name common to all scripts."""
 
@@ -41,8 +41,9 @@ class Grid(Generic[O]):
         return self.base.option(name).flag
 
     def runs(self, *names: str) -> list[O]:
-        """Return the options of runs with every combination of the values of `names`, and the first value of other
-        options.
+        """Return the options of runs with every combination of the values of `names`.
+
+        Other options have their first value.
         """
         values = [self.values(name) for name in names]
         return [self.run(**dict(zip(names, own, strict=True))) for own in itertools.product(*values)]

@@ -29,7 +29,7 @@ class Need:
     """A condition under which an option has an effect."""
 
     met: Callable[[Any], object]
-    """Returns whether the options of a run meet the condition."""
+    """Return whether the options of a run satisfy the condition."""
     fix: str
     problem: str = "nothing reads it"
     """The problem otherwise, with other options' values in braces."""

@@ -19,7 +19,7 @@ def as_option(option: Option, value: Any) -> str:
 
 
 def unmet(options: Groups, refuse: bool) -> list[tuple[Option, Need]]:
-    """Return the options with a value other than the default whose condition for an effect is not met."""
+    """Return the options that differ from the default, but have no effect because a condition is not satisfied."""
     return [
         (option, need)
         for name, option in options.table().items()

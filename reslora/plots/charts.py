@@ -1,7 +1,7 @@
 """Line charts as static SVG: `line_chart` for the application's page, `chart` for an experiment's report.
 
 Both use the color of the surrounding text. `line_chart` uses matplotlib. The lines of `chart`, with a dot for each
-seed, take their colors from the page's style sheet (`experiment.look.STYLE`).
+seed, take their colors from the page's style sheet (`experiment.theme.STYLE`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ MOST_DOTS = 25
 COLORS = 8
 """Number of colors in the report's style sheet."""
 FARTHEST = 12
-"""Values more than this many interquartile ranges above the minimum are drawn as hollow dots at the edge."""
+"""Values more than this many interquartile ranges above the minimum become hollow dots at the edge."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Places:
         return self.frame.left + share * (self.frame.width - self.frame.left - self.frame.right)
 
     def y(self, value: float) -> float:
-        """Return the distance from the top edge in pixels; values outside the range are drawn at the edge."""
+        """Return the distance from the top edge in pixels; values outside the range are at the edge."""
         low, high = self.up
         share = min(1.0, (value - low) / (high - low))
         return self.frame.height - self.frame.bottom - share * (self.frame.height - self.frame.top - self.frame.bottom)

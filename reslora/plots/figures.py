@@ -95,9 +95,9 @@ def comparison(
 def loss_curves(path: str | os.PathLike, logs: Mapping[str, Sequence[dict]], held_out: int | None) -> None:
     """Write the training loss of each method, as a running mean over a tenth of the steps, and its held-out loss.
 
-    `logs` holds the rows of each method's log (see `log.read_log`), `held_out` the number of held-out images; with none
-    there is no second plot. A third plot shows the last held-out loss by timestep, if known. Non-finite losses leave a
-    gap.
+    `logs` holds the rows of each method's log (see `log.read_log`), `held_out` the number of held-out images; the loss
+    on them is the second plot. A third plot shows the last held-out loss by timestep, if known. Non-finite losses leave
+    a gap.
     """
     splits = {"train": "training loss (running mean)"}
     if held_out:
@@ -123,8 +123,9 @@ def loss_curves(path: str | os.PathLike, logs: Mapping[str, Sequence[dict]], hel
 
 
 def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """Return the mean of the finite values in a window that ends at each value; the window is a fraction `share` of
-    all.
+    """Return the mean of the finite values in a window that ends at each value.
+
+    The window has the fraction `share` of all values.
     """
     window = max(1, round(len(values) * share))
     finite = np.isfinite(values)
@@ -174,7 +175,7 @@ class _Sheet:
 
 def _save(figure: Figure, path: str | os.PathLike, dpi: int) -> None:
     with replacing(path) as temporary, warnings.catch_warnings():
-        # A character that no installed font has is drawn as a box, which needs no warning.
+        # matplotlib renders a character that no installed font has as a box, and would warn about it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(temporary, format="png", dpi=dpi, metadata={"Software": None})
 

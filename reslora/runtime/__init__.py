@@ -1,1 +1,1 @@
-"""What every entry needs while it runs: the folder lock, signals, processes, status, log, standard streams."""
+"""Runtime support of all scripts: directory lock, signals, processes, status, log and standard streams."""

@@ -15,11 +15,11 @@ MERGED = "merged-by-[a-z]+"
 """Pattern of the names of checkpoints merged by the application, before the step."""
 
 ADAPTERS = "adapters"
-"""Folder of the adapters among which an experiment chooses, without what a resumed run needs."""
+"""Directory of the adapters among which an experiment chooses, without what a resumed run needs."""
 
 
 def adapter_folder(folder: Path, step: int) -> Path:
-    """Where an arm of an experiment keeps the adapter of a step."""
+    """Return the directory in which an arm of an experiment stores the adapter of a step."""
     return folder / ADAPTERS / f"step-{step:06d}"
 
 
@@ -103,7 +103,7 @@ def memory_reported(folder: Path) -> Iterator[None]:
 def refuse_afresh(output: Path, folder: Path, finished: bool) -> None:
     """Raise `InvalidArgument` if starting from zero in `folder` would overwrite trained results.
 
-    Called if there is no checkpoint to resume from. `folder` is --output_dir or a directory in it.
+    Call it if no checkpoint to resume from exists. `folder` is --output_dir or a directory in it.
     """
     flag, fix = f"--output_dir {output}", f"choose another, or remove {folder} to start afresh"
     if aside := sorted(folder.glob("set-aside-checkpoint-*"), key=lambda path: path.stat().st_mtime):

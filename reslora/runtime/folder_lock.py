@@ -97,7 +97,7 @@ def check_held() -> None:
     """Raise `RunFailed` if a directory locked by this process was removed, replaced or locked by another run.
 
     The same applies to a directory inside it that training writes to: otherwise only the second half of a file set
-    would be written. `files.replacing` calls it before it writes; call it before long work and before removing files.
+    would be written. `io.replacing` calls it before it writes; call it before long work and before removing files.
     """
     for folder in _HELD:
         if problem := _lost(folder):
@@ -124,8 +124,9 @@ def _is_still(folder: Path, before: os.stat_result) -> bool:
 
 
 def _lost(folder: Path) -> str:
-    """Return why a locked directory no longer belongs to this run, from its lock file or the file
-    system; else empty.
+    """Return why a locked directory no longer belongs to this run; empty if it still does.
+
+    The reason follows from its lock file or the file system.
     """
     number, process = _owner(folder)
     if process == _LENDERS.get(folder, this_process()):
@@ -138,8 +139,9 @@ def _lost(folder: Path) -> str:
 
 
 def guard_of(folder: Path) -> FileLock:
-    """Return the file lock of a directory among the runs of this machine; the system releases it when a
-    process ends.
+    """Return the file lock of a directory among the runs of this machine.
+
+    The system releases it when the process ends.
     """
     name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
     return FileLock(Path(tempfile.gettempdir()) / f"reslora-{getattr(os, 'getuid', int)()}-{name}.lock")

@@ -23,8 +23,8 @@ EVERY = 1.0  # seconds between two updates of a phase's progress
 class Status:
     """Current phase and progress of a run, written by the main process; without a directory nothing is written.
 
-    The file holds `process`, `phase`, `name` (of what is trained; may be empty), `memory_bytes` (null where unknown)
-    and, where things are counted, `done`, `total` and `per_second` (null as long as there was but one).
+    The file holds `process`, `phase`, `name` (the trained method or arm; may be empty) and `memory_bytes` (null if
+    unknown). A phase with a count also has `done`, `total` and `per_second` (items; null until two are done).
     """
 
     folder: Path | None = None

@@ -26,8 +26,9 @@ from .shared import SharedProduct, autocasts, sharded
 from .state import State, Wires
 
 OWN = "A x"
-"""Key of the tensor that a block hands on by default: its own A (`middle`), or that of the next block (`input`), times
-its input.
+"""Key of the tensor that a block passes on by default.
+
+It is A times its input: its own A (`middle`), or that of the next block (`input`).
 """
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -62,11 +63,11 @@ class Shortcut(LoraVariant):
     """A connected LoRA block; subclasses implement one of the paper's equations, its connections and its merge.
 
     Earlier blocks are referenced by their A and B modules instead of their LoRA layers, so that copying or pickling a
-    model does not recurse along a whole chain.
+    model does not recurse along a complete chain.
     """
 
     carries: ClassVar[bool] = True
-    """Whether blocks pass activations on, which needs a state for each forward, and norms for merges."""
+    """Whether blocks pass activations on, which needs a state for each forward pass, and norms for merges."""
     raises_rank: ClassVar[bool] = False
     """Whether a merge changes ranks."""
     merges: ClassVar[Mapping[str, Merge]] = MERGES
@@ -81,7 +82,7 @@ class Shortcut(LoraVariant):
         self.shared: SharedProduct | None = None
         """Computes the product of this block together with other blocks that read the same tensor."""
 
-    # -- connections: defined by a subclass for a whole chain ----------------------------------------------------------
+    # -- connections: defined by a subclass for a complete chain -------------------------------------------------------
 
     @classmethod
     def reach(cls, pre_num: int) -> int | None:
@@ -112,8 +113,9 @@ class Shortcut(LoraVariant):
 
     @classmethod
     def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """Set the earlier blocks of every block of a chain and the factors of their inputs (`Factors.before` and
-        `.parts`).
+        """Set the earlier blocks of every block of a chain and the factors of their inputs.
+
+        These are `Factors.before` and `Factors.parts`.
         """
         for block, taken in zip(chain, before, strict=True):
             block.before, block.fold = taken, cls.fold
@@ -132,7 +134,7 @@ class Shortcut(LoraVariant):
         return Moments(merged.a - block.a if changed else None)
 
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
-        """Add one calibration forward: `x` (tokens x p), the block's own product, and the shortcut terms `handed`."""
+        """Add one calibration pass: `x` (tokens x p), the block's own product, and the shortcut terms `handed`."""
         block.moments.add(x, own, handed, torch.linalg.vector_norm(self.normed(x, own)))
 
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -147,7 +149,7 @@ class Shortcut(LoraVariant):
     # -- what PEFT calls -----------------------------------------------------------------------------------------------
 
     def supports_lora_conversion(self) -> bool:
-        """Return False: a connected block is not a weight update of its own layer."""
+        """Return False: the output of a connected block depends on other layers too, so it is not a weight update."""
         return False
 
     def merge_safe(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
@@ -162,10 +164,10 @@ class Shortcut(LoraVariant):
         """Raise `RuntimeError`: PEFT cannot have merged a connected block."""
         raise merge_refused(self.name)
 
-    # -- parts of a forward --------------------------------------------------------------------------------------------
+    # -- parts of a forward pass ---------------------------------------------------------------------------------------
 
     def _running(self) -> State:
-        """Return the state of the running forward.
+        """Return the state of the running forward pass.
 
         Raises `RuntimeError` instead of computing a wrong result, for example under reentrant checkpointing.
         """
@@ -215,9 +217,9 @@ class Shortcut(LoraVariant):
         return torch.cat(weights, dim) if len(weights) > 1 else weights[0]
 
     def _take(self, state: State, source: str, x: torch.Tensor, what: str = OWN) -> torch.Tensor:
-        """Return what `source` handed on (batch * tokens x r), on the device of `x` (batch x tokens x p).
+        """Return what `source` passed on (batch * tokens x r), on the device of `x` (batch x tokens x p).
 
-        Raises `RuntimeError` if it did not run in this forward, or on another number of tokens.
+        Raises `RuntimeError` if it did not run in this forward pass, or on another number of tokens.
         """
         handed, leading = state.handed.get((source, what), (None, None))
         if handed is None:
@@ -234,8 +236,9 @@ class Shortcut(LoraVariant):
         return handed if handed.device == x.device else handed.to(x.device)
 
     def _record(self, state: State, value: torch.Tensor) -> None:
-        """Store the Frobenius norm of `value` over the whole batch; layers that read the same tensor share its
-        computation.
+        """Store the Frobenius norm of `value` over the complete batch.
+
+        Layers that read the same tensor share the computation.
         """
         if state.norms is None or not self.records:
             return
@@ -252,8 +255,9 @@ class Shortcut(LoraVariant):
 
 
 def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return `x` in the adapter's dtype, as PEFT casts it; unchanged under autocast, where products cast
-    their input.
+    """Return `x` in the adapter's dtype, as PEFT casts it.
+
+    It is unchanged under autocast, where products cast their input.
     """
     if x.dtype == weight.dtype or autocasts(x.device):
         return x
@@ -284,15 +288,15 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 def add_product(
     result: torch.Tensor, hidden: torch.Tensor, module: LoraLayer, adapter: str, scaling: float
 ) -> torch.Tensor:
-    """Return `result + scaling * hidden B^T`.
+    """Return `result + scaling * hidden B^T` for `result` (… x q) and `hidden` (rows x r).
 
-    Calls the B module if its weight is sharded, and so complete only inside its own forward.
+    Calls the B module if its weight is sharded, and so complete only inside its own forward pass.
     """
     lora_b = module.lora_B[adapter]
     weight = lora_b.weight
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.is_meta != hidden.is_meta:
         return result + lora_b(hidden * scaling).view(result.shape)
-    # `hidden` is wider than B if a neighbor of another dtype handed it on.
+    # `hidden` is wider than B if a neighbor of another dtype passed it on.
     return add_scaled(result, cast(hidden, weight), weight, scaling, module)
 
 
@@ -316,7 +320,10 @@ def add_scaled(
 
 
 def _unheld(result: torch.Tensor, module: LoraLayer) -> bool:
-    """Return whether `result` is a plain linear layer's new output that neither its backward nor other code needs."""
+    """Return whether `result` is the new output of a plain linear layer, and nothing else needs it.
+
+    Its own backward pass must not need it either.
+    """
     base = module.base_layer
     if type(base) is not nn.Linear or base._forward_hooks or base._backward_hooks or "forward" in vars(base):
         return False
@@ -343,7 +350,7 @@ def passes(dropout: nn.Module) -> bool:
 def inside_checkpoint() -> object:
     """Return an object that identifies the innermost non-reentrant checkpoint or its recomputation; None outside.
 
-    Such a checkpoint uses saved-tensor hooks of its own module, and creates new ones each time.
+    Such a checkpoint uses the saved-tensor hooks of torch's checkpoint module, and creates new ones each time.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None

@@ -19,7 +19,7 @@ from .shared import autocasts
 from .state import State, Wires, refuse_replica
 
 SUM = "sum of B A"
-"""Key of the sum of B A that a block hands on to a block whose sum also starts at the head."""
+"""Key of the sum of B A that a block passes on to a block whose sum also starts at the head."""
 
 
 class BlockShortcut(Shortcut):
@@ -39,9 +39,10 @@ class BlockShortcut(Shortcut):
     def __init__(
         self, wires: Wires, name: str, factors: Sequence[tuple], sum_from: str | None, gives_sum: bool
     ) -> None:
-        """`factors`:
+        """Initialize the variant of one block.
 
-        A and B of this block, then those of earlier ones; `sum_from`: the block whose sum B A it extends.
+        `factors`: A and B of this block, then those of earlier ones; `sum_from`: the block whose sum B A it extends;
+        `gives_sum`: whether the next block extends this one's sum.
         """
         super().__init__(wires, name)
         (lora_a, lora_b), *self.before = factors
@@ -60,8 +61,9 @@ class BlockShortcut(Shortcut):
     def forward(
         self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """Return the block's output (batch x tokens x q) for `x` (batch x tokens x p) and the frozen
-        layer's `result`.
+        """Return the block's output (batch x tokens x q).
+
+        `x` is its input (batch x tokens x p), and `result` the output of the frozen layer.
         """
         refuse_replica(module)
         state, scaling = self._sharing(), module.scaling[active_adapter]
@@ -85,8 +87,9 @@ class BlockShortcut(Shortcut):
         return self._stack(lora_b, [b for _, b in self.before], x, dim=1)
 
     def _change(self, state: State | None, lora_a: nn.Linear, lora_b: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """Return `sum_{k=0..m} B_{n-k} A_{n-k}` (q x p), in at least float32 because it is rounded once
-        for each block.
+        """Return `sum_{k=0..m} B_{n-k} A_{n-k}` (q x p).
+
+        The dtype is at least float32, because the sum is rounded once for each block.
         """
         grad = torch.is_grad_enabled()
         given, recorded = (None, None) if state is None else state.handed.pop((self.sum_from, SUM), (None, None))
@@ -102,11 +105,11 @@ class BlockShortcut(Shortcut):
         return change
 
     def _sharing(self) -> State | None:
-        """Return the state for shared products: the running forward's, or a state of its own inside a foreign
+        """Return the state for shared products: the running forward pass's, or a separate one inside a foreign
         checkpoint.
 
-        The recomputation of such a checkpoint then shares products as the forward did. In a compiled graph a state must
-        not be written inside a checkpoint, so nothing is shared there.
+        The recomputation of such a checkpoint then shares products as the forward pass did. In a compiled graph a state
+        must not be written inside a checkpoint, so nothing is shared there.
         """
         if torch.compiler.is_compiling():
             return None
@@ -151,8 +154,9 @@ class BlockShortcut(Shortcut):
 
 
 def rows_for_a_first(lora_a: nn.Linear, lora_b: nn.Linear, blocks: int) -> float:
-    """Return the number of rows of x up to which `B (A x)` costs no more than `(B A) x`, for this many
-    stacked blocks.
+    """Return the number of rows of x up to which `B (A x)` costs no more than `(B A) x`.
+
+    `blocks`: number of stacked blocks.
     """
     inputs, rank, outputs = lora_a.in_features, blocks * lora_a.out_features, lora_b.out_features
     saved = rank * (inputs + outputs) - inputs * outputs  # multiplications for each row by the second

@@ -17,14 +17,14 @@ from .state import Wires
 class InputShortcut(Shortcut):
     """ResLoRA_is: `W_n x_n + s_n B_n A_n (x_n + x_{n-1})` (Eq. 2).
 
-    x_{n-1} is not stored: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and hands on the r-wide second
+    x_{n-1} is not stored: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and passes on the r-wide second
     half.
     """
 
     def __init__(self, wires: Wires, name: str, source: str | None, following: nn.Linear | None, head: str) -> None:
-        """`source`: name of the previous block, None for a head;
+        """Initialize the variant of one block.
 
-        `following`: A of the next block, which also reads x_n.
+        `source`: name of the previous block, None for a head; `following`: A of the next block, which also reads x_n.
         """
         super().__init__(wires, name)
         self.source = source
@@ -38,8 +38,9 @@ class InputShortcut(Shortcut):
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
-        """Return one variant for each block of a chain; each references the name of the previous block
-        and the next A.
+        """Return one variant for each block of a chain.
+
+        Each references the name of the previous block and the next A.
         """
         sources = [names[taken[0]] if taken else None for taken in before]
         following = {k: a for taken, (a, _) in zip(before, factors, strict=True) for k in taken}
@@ -48,8 +49,9 @@ class InputShortcut(Shortcut):
     def forward(
         self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """Return the block's output (batch x tokens x q) for `x` (batch x tokens x p) and the frozen
-        layer's `result`.
+        """Return the block's output (batch x tokens x q).
+
+        `x` is its input (batch x tokens x p), and `result` the output of the frozen layer.
         """
         state = self._running()
         self._record(state, x)

@@ -14,14 +14,17 @@ from .base import OWN, Shortcut, add_product, cast, passes, rows
 from .state import Wires
 
 SUM = "sum of A x"
-"""Key of the sum of A x that a block hands on to a block whose sum also starts at the head."""
+"""Key of the sum of A x that a block passes on to a block whose sum also starts at the head."""
 
 
 class MiddleShortcut(Shortcut):
     """ResLoRA_ms: `W_n x_n + s_n B_n (sum_{k=0..m} A_{n-k} x_{n-k})` (Eq. 4); only r-wide vectors are added."""
 
     def __init__(self, wires: Wires, name: str, sources: list[str], takes_sum: bool, gives: Sequence[str]) -> None:
-        """`sources`: names of the earlier blocks in the sum; `gives`: what the block hands on, OWN or SUM or both."""
+        """Initialize the variant of one block.
+
+        `sources`: names of the earlier blocks in the sum; `gives`: what the block passes on, OWN or SUM or both.
+        """
         super().__init__(wires, name)
         self.sources = sources
         self.takes_sum = takes_sum
@@ -46,8 +49,9 @@ class MiddleShortcut(Shortcut):
     def forward(
         self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """Return the block's output (batch x tokens x q) for `x` (batch x tokens x p) and the frozen
-        layer's `result`.
+        """Return the block's output (batch x tokens x q).
+
+        `x` is its input (batch x tokens x p), and `result` the output of the frozen layer.
         """
         state = self._running()
         (own,) = self._products(state, module, active_adapter, x)
@@ -65,7 +69,7 @@ class MiddleShortcut(Shortcut):
         return add_product(result, hidden, module, active_adapter, module.scaling[active_adapter])
 
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return `A x` by calling the module: a sharded weight is complete only inside its own forward."""
+        """Return `A x` by calling the module: a sharded weight is complete only inside its own forward pass."""
         return (lora_a(x),)
 
     def _undropped(self, module: nn.Module, adapter: str, x: torch.Tensor) -> torch.Tensor:

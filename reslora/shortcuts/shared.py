@@ -15,15 +15,15 @@ from .state import State
 class SharedProduct:
     """`[A_q; A_k; A_v] x` as one product, of which each block takes its slices.
 
-    One product replaces three, and in the backward one p-wide gradient replaces three and their sum. The trace finds
-    the blocks that read the same tensor. Every forward verifies it, and a block with another input computes its own
-    product.
+    One product replaces three, and in the backward pass one p-wide gradient replaces three and their sum. The trace
+    finds the blocks that read the same tensor. Every forward pass verifies it, and a block with another input computes
+    its own product.
     """
 
     def __init__(self, stacks: dict[str, list[nn.Linear]], widths: dict[str, Sequence[int]], most_rows: float) -> None:
-        """`stacks`: block -> the A modules for its input, its own first;
+        """Initialize the product of the blocks that read one tensor.
 
-        `widths`: block -> the widths of its slices.
+        `stacks`: block -> the A modules for its input, its own first; `widths`: block -> the widths of its slices.
         """
         self.most_rows = most_rows
         self.linears = [linear for stack in stacks.values() for linear in stack]

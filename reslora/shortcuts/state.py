@@ -1,4 +1,4 @@
-"""State of one forward, and the window of norms recorded over many forwards."""
+"""State of one forward pass, and the window of norms recorded over many forward passes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from torch import nn
 
 
 class State:
-    """Tensors that the blocks of one forward hand to each other; created by each forward and dropped
-    when it returns.
-    """
+    """Tensors that blocks pass to each other in one forward pass, which creates it, and drops it when it returns."""
 
     __slots__ = ("frame", "grad", "handed", "normed", "norms", "outer", "parts", "segments", "shared")
 
@@ -38,12 +36,12 @@ class State:
         self.grad = torch.is_grad_enabled()
         self.segments = segments  # number of open checkpointed segments with our context
         self.parts = 0  # number of running parts of the model that could also run separately
-        self.outer = outer  # the state of the forward that this one interrupts
+        self.outer = outer  # the state of the forward pass that this one interrupts
         self.frame = frame  # the call this state belongs to; None if it is certain to end
 
 
 class _Slot:
-    """Holds the state of one thread's running forward."""
+    """Holds the state of one thread's running forward pass."""
 
     def __init__(self) -> None:
         self.state: State | None = None
@@ -68,17 +66,17 @@ class _Threads(threading.local):
 
 
 class NormWindow:
-    """Norms f_n of the latest `window` training forwards, in a ring buffer on the device (Eqs. 8-9)."""
+    """Norms f_n of the latest `window` training forward passes, in a ring buffer on the device (Eqs. 8-9)."""
 
     def __init__(self, names: list[str], window: int) -> None:
         self.names = names
         self.window = window
         self.values: torch.Tensor | None = None
-        # Number of recorded forwards, as a tensor because `torch.compile` recompiles for every new value of an int.
+        # Number of recorded passes, as a tensor because `torch.compile` recompiles for every new value of an int.
         self.pushed: torch.Tensor | None = None
 
     def push(self, norms: dict[str, torch.Tensor]) -> None:
-        """Replace the oldest norms by one forward's norms; a block that did not run gets NaN, which `means` skips."""
+        """Replace the oldest norms by those of one pass; a block that did not run gets NaN, which `means` skips."""
         first = next(iter(norms.values()))
         missing = torch.full_like(first, torch.nan)
         column = torch.stack([norms.get(name, missing).to(first) for name in self.names])
@@ -97,7 +95,7 @@ class NormWindow:
 
     @property
     def count(self) -> int:
-        """Number of recorded forwards."""
+        """Number of recorded forward passes."""
         return 0 if self.pushed is None else int(self.pushed)
 
     def means(self) -> dict[str, float]:
@@ -113,7 +111,7 @@ class NormWindow:
 
 
 class Wires:
-    """Shared by the connected blocks of one model: the states of running forwards, and the recorded norms.
+    """Shared by the connected blocks of one model: the states of running forward passes, and the recorded norms.
 
     Every thread has its own state. A checkpointed segment's recomputation restores the state it needs: on CUDA the
     backward, including the recomputation, runs on another thread.
@@ -125,7 +123,7 @@ class Wires:
         self.observer: Any = None  # called as observer(variant, x, own, handed) during calibration
 
     def begin(self, module: nn.Module, args: tuple) -> None:
-        """Create a state for a forward, also for one inside another forward; a forward pre-hook of the base model."""
+        """Create a state for a forward pass, also for one inside another; a forward pre-hook of the base model."""
         refuse_replica(module)
         recording = self.norms.window > 0 and bool(self.norms.names) and module.training and torch.is_grad_enabled()
         frame = None if torch.compiler.is_compiling() else sys._getframe(1)
@@ -133,8 +131,9 @@ class Wires:
         slot.state = State(recording=recording, outer=_unfinished(slot.state), frame=frame)
 
     def end(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Drop the state of a forward; a forward hook of the base model, also called after an error
-        (`output` is None).
+        """Drop the state of a forward pass; a forward hook of the base model.
+
+        It is also called after an error; `output` is None then.
         """
         slot = self.threads.slot
         state = slot.state
@@ -154,7 +153,7 @@ class Wires:
             state.parts += 1
 
     def end_part(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Drop the state of such a part; a forward hook."""
+        """Drop the state of a part from `begin_part`; a forward hook."""
         state = self.threads.slot.state
         if state is not None and state.parts:
             state.parts -= 1
@@ -162,10 +161,10 @@ class Wires:
             self.end(module, args, output)
 
     def contexts(self) -> tuple:
-        """Return the contexts for non-reentrant checkpointing (`context_fn`): a recomputation uses its forward's state.
+        """Return the contexts for non-reentrant checkpointing (`context_fn`), which give a recomputation its state.
 
-        Each segment stores what was handed on *before* it began. Storing the state itself would close a reference cycle
-        through the autograd graph, which is never freed if the backward does not run.
+        Each segment stores what was passed on *before* it began. Storing the state itself would close a reference cycle
+        through the autograd graph, which is never freed if the backward pass does not run.
         """
         state = self.threads.slot.state
         if state is None:
@@ -177,7 +176,8 @@ class Wires:
 def _segment(state: State) -> Iterator[None]:
     """Mark that the layers run inside a checkpointed segment with our context.
 
-    An earlier shared product is not used inside: the recomputation must compute as many products as the forward did.
+    An earlier shared product is not used inside: the recomputation must compute as many products as the forward pass
+    did.
     """
     state.shared = None
     state.segments += 1
@@ -190,7 +190,7 @@ def _segment(state: State) -> Iterator[None]:
 class _Recompute:
     """Install a segment's own state while the segment is recomputed, without recording norms again.
 
-    The thread that recomputes may be in the middle of another forward, whose state is restored afterwards.
+    The thread that recomputes may be in the middle of another forward pass, whose state is restored afterwards.
     """
 
     def __init__(self, threads: _Threads, handed: dict) -> None:

@@ -28,7 +28,7 @@ def measured(logs: dict[str, float]) -> dict[str, float]:
 
 
 class Progress(ProgressCallback):
-    """Shows the training loss next to the progress bar instead of a line for each; evaluations print a line."""
+    """A callback that shows the training loss on the progress bar, and prints a line for each evaluation."""
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Show the loss on the progress bar."""
@@ -43,7 +43,7 @@ class Progress(ProgressCallback):
 
 
 class AllocateRanks(TrainerCallback):
-    """Updates AdaLoRA's ranks between the optimizer's step and `zero_grad`, because the update reads the gradients."""
+    """A callback that updates AdaLoRA's ranks before `zero_grad`, because the update reads the gradients."""
 
     def __init__(self, allocator: RankAllocator, accelerator: Accelerator) -> None:
         self.allocator, self.accelerator = allocator, accelerator
@@ -55,7 +55,7 @@ class AllocateRanks(TrainerCallback):
 
 
 class StopWhenAsked(TrainerCallback):
-    """Saves and ends training after a stop request; all processes exit after the same step.
+    """A callback that saves and ends training after a stop request; all processes exit after the same step.
 
     A validation that is due after that step comes first, so that the log of a resumed run has no gap.
     """
@@ -105,7 +105,7 @@ class StopWhenAsked(TrainerCallback):
 
 
 class SaveValidated(TrainerCallback):
-    """Delays a checkpoint at the end of an epoch until after the epoch's validation, if epochs are validated.
+    """A callback that delays a checkpoint at the end of an epoch until after the epoch's validation.
 
     A run resumed from an earlier checkpoint would skip that validation.
     """
@@ -124,17 +124,17 @@ class SaveValidated(TrainerCallback):
 
 
 class GoesOnFrom(TrainerCallback):
-    """Renames the checkpoints that training from `checkpoint` does not continue, once `checkpoint` was loaded.
+    """A callback that renames the checkpoints that training from `checkpoint` does not continue.
 
-    The best checkpoint is set to the one next to it: `Trainer` stores an absolute path, and the directory may have
-    moved.
+    It does so once `checkpoint` was loaded, so that a failure to load changes nothing. The best checkpoint is set to
+    the one next to it: `Trainer` stores an absolute path, and the directory may have moved.
     """
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = Path(checkpoint)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Rename them: model, optimizer and schedule are loaded by now."""
+        """Rename the checkpoints: model, optimizer and schedule are loaded by now."""
         best = self.checkpoint.with_name(f"checkpoint-{state.best_global_step}")
         if best.is_dir():
             state.best_model_checkpoint = str(best)
@@ -143,10 +143,11 @@ class GoesOnFrom(TrainerCallback):
 
 
 class LogCallback(TrainerCallback):
-    """Writes `log.jsonl`: rows {"step", "split": "train"|"validation", "loss", "lr", "seconds", ...metrics}.
+    """A callback that writes `log.jsonl`.
 
-    `seconds` is training time without evaluation, summed over resumed runs. On resume, rows after the resumed step are
-    removed; a new run starts a new file. A loss is the mean since the previous row, or since the resumed step: with
+    Its rows are {"step", "split": "train"|"validation", "loss", "lr", "seconds", ...metrics}. `seconds` is training
+    time without evaluation, summed over resumed runs. On resume, rows after the resumed step are removed; a new run
+    starts a new file. A loss is the mean since the previous row, or since the resumed step: with
     --logging_steps above 1, the first row after a resume averages fewer steps.
     """
 

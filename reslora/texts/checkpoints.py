@@ -38,9 +38,9 @@ def named_checkpoint(output_dir: str | os.PathLike, name: str) -> Path:
 
 
 def usable_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str | None:
-    """Return the newest complete `checkpoint-N` of a run;
+    """Return the newest complete `checkpoint-N` of a run; None without one.
 
-    None without one. Incomplete ones are skipped with a warning.
+    Incomplete ones are skipped with a warning.
     """
     for path in checkpoints_of(output_dir):
         problem = damage(path, processes)
@@ -111,7 +111,7 @@ def _unreadable(folder: Path, processes: int) -> str | None:
                 pass
         if (folder / WEIGHTS_NAME).exists():
             json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        # DeepSpeed keeps optimizer and scheduler in a directory of its own and reads it itself.
+        # DeepSpeed stores optimizer and scheduler in a separate directory and reads it.
         states = [] if (folder / "latest").exists() else ["optimizer.pt", "scheduler.pt"]
         for name in (*states, *_ranks(processes)):
             with safe_globals():

@@ -1,9 +1,8 @@
-"""Single runs and experiments with a language model; every arm of an experiment is a single run on parts of the
-examples.
+"""Single runs and experiments with a language model.
 
-Every arm has its own directory, and the files on disk determine the remaining work. Learning rates and checkpoints are
-chosen by the validation loss on the selection split. Methods are compared by the merged adapter's loss on each test
-example.
+Every arm of an experiment is a single run on parts of the examples. It has its own directory, and the files on disk
+determine the remaining work. Learning rates and checkpoints are chosen by the loss on the selection split. Methods are
+compared by the merged adapter's loss on each test example.
 """
 
 from __future__ import annotations
@@ -252,8 +251,9 @@ def looks(training: TrainingOptions, steps: int) -> dict[str, Any]:
 
 
 def take_folder(bench: Bench) -> None:
-    """Raise `InvalidArgument` for the directory of another experiment or a single run; remove a killed run's
-    temporaries.
+    """Raise `InvalidArgument` for the directory of another experiment or a single run.
+
+    Otherwise remove the temporary files of a killed run.
     """
     course, folder = bench.course, bench.course.folder
     there = read_experiment(folder).get("identity") or {}
@@ -278,7 +278,7 @@ def take_folder(bench: Bench) -> None:
 
 
 class KeepAdapters(TrainerCallback):
-    """Saves the adapter at every evaluation on the selection split, except before the first step."""
+    """A callback that saves the adapter at every evaluation on the selection split, but not before the first step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -303,7 +303,7 @@ class KeepAdapters(TrainerCallback):
 
 @dataclass(frozen=True)
 class Bench(Subject):
-    """Trains and evaluates the arms of an experiment with a language model."""
+    """The arms of an experiment with a language model: their training and evaluation."""
 
     course: Course
     study: Study
@@ -316,11 +316,12 @@ class Bench(Subject):
 
     @property
     def prog(self) -> str:  # type: ignore[override]
+        """Name of the script."""
         return self.study.prog
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """All options by name, with all values of those that vary."""
+        """All options by name, with every value of the options that vary."""
         return {**passed_on_defaults(), **self.course.grid.flat(), **self.course.grid.base.passed_on}
 
     @functools.cached_property
@@ -347,6 +348,7 @@ class Bench(Subject):
 
     @property
     def marks(self) -> list[str]:
+        """Content hash of each test example."""
         return self.parts.marks
 
     def arguments_of(self, arm: Arm) -> Any:
@@ -354,10 +356,15 @@ class Bench(Subject):
         return self.study.arguments(options_of(arm, self.course))
 
     def facts(self) -> Facts:
+        """Return versions, split sizes and the identity of the experiment."""
         facts = facts_of(self.parts, LIBRARIES)
         return {**facts, "split": {**facts["split"], "train": self.trained}, "identity": self.identity}
 
     def train(self, arm: Arm) -> None:
+        """Train an arm from its latest checkpoint, and export it.
+
+        Raises `Diverged` if a loss is not finite.
+        """
         arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)
         if arguments.training.torch_compile:
             torch.compiler.reset()  # it stops compiling after a limited number of models
@@ -404,9 +411,11 @@ class Bench(Subject):
         return model.eval()
 
     def measured(self, arm: Arm, step: int) -> dict:
+        """Return the losses and metrics of an arm's merged adapter at a step on the test split."""
         return self.losses_of(self.restored(arm, step), self.arguments_of(arm))
 
     def base_losses(self) -> dict:
+        """Return the base model's losses and metrics on the test split."""
         arguments = self.arguments_of(self.course.arms()[0])
         # with a new adapter it equals the base model
         model = self.study.adapted(arguments).to(arguments.training.device)
@@ -419,8 +428,9 @@ class Bench(Subject):
         return {"losses": numbers, "figures": figures}
 
     def export(self, arm: Arm, step: int) -> list[str]:
-        """Write `peft/` of an arm's checkpoint, and `merged/` with --merge_and_save; otherwise an earlier one is
-        removed.
+        """Write `peft/` of an arm's checkpoint, and `merged/` with --merge_and_save, and return their names.
+
+        Without --merge_and_save an earlier `merged/` is removed.
         """
         model, method = self.restored(arm, step), self.arguments_of(arm).method
         check_held()

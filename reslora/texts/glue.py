@@ -89,8 +89,9 @@ def arguments_of(options: GlueOptions) -> Arguments:
 
 
 def check_metric(arguments: Arguments) -> None:
-    """Raise `InvalidArgument` for a --metric_for_best_model that the task does not have; accepts the Hub's metric
-    names.
+    """Raise `InvalidArgument` for a --metric_for_best_model that the task does not have.
+
+    The Hub's metric names are accepted too.
     """
     given, known = arguments.training.metric_for_best_model, ("loss", *arguments.task.metrics)
     name = str(given or "loss").removeprefix("eval_").replace("matthews_correlation", "matthews")
@@ -233,7 +234,10 @@ def calibration_batches(arguments: Arguments, examples, device: torch.device) ->
 
 
 def loss_of(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean loss over all examples."""
+    """Return the mean loss over all examples: cross entropy, or the squared error for STS-B.
+
+    `logits`: examples x labels; `labels`: label number, or score, of each example.
+    """
     outputs, targets = torch.tensor(logits, dtype=torch.float64), torch.tensor(labels)
     if task.labels:
         return torch.nn.functional.cross_entropy(outputs, targets).item()
@@ -286,9 +290,14 @@ class GlueStudy(Study):
         self.sets: dict[str, Dataset] = {}
 
     def arguments(self, options: GlueOptions) -> Arguments:
+        """Return the arguments of these options.
+
+        Raises `InvalidArgument` for options that the metrics do not support.
+        """
         return arguments_of(options)
 
     def read(self, arguments: Arguments) -> Iterable:
+        """Read the examples of a single run; return the rows of the training examples."""
         self.splits = read_splits(arguments)
         return zip(*self.splits["train"].values(), strict=True)
 
@@ -310,6 +319,7 @@ class GlueStudy(Study):
         return parts.limited(data.max_eval_samples, data.max_predict_samples)
 
     def prepare(self, arguments: Arguments, parts: Parts) -> int:
+        """Set the examples of all arms; return the number of training examples."""
         split = {"train": parts.train, "validation" + arguments.task.parts[0]: parts.select, "test": parts.test}
         self.splits = {
             name: dict(zip(self.columns, map(list, zip(*rows, strict=True)), strict=True))
@@ -318,6 +328,7 @@ class GlueStudy(Study):
         return len(parts.train)
 
     def adapted(self, arguments: Arguments) -> PeftModel:
+        """Return the model with a new adapter and classifier, and encode the examples on first use."""
         set_seed(arguments.training.seed)
         self.tokenizer, model, classifier = load_model(arguments)
         # The first arm encodes for all.
@@ -326,6 +337,7 @@ class GlueStudy(Study):
         return attach(model, arguments.method, steps, self.example(), modules_to_save=classifier)
 
     def example(self) -> dict[str, torch.Tensor]:
+        """Return the first training example, `input_ids` of shape (1, tokens), to trace the model with."""
         return {"input_ids": torch.tensor([self.sets["train"][0]["input_ids"]])}
 
     def build_trainer(self, arguments: Arguments, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
@@ -347,6 +359,7 @@ class GlueStudy(Study):
         )
 
     def calibration(self, arguments: Arguments) -> list[dict] | None:
+        """Return the first training examples as calibration batches of one example."""
         return calibration_batches(arguments, self.sets["train"], arguments.training.device)
 
     @torch.no_grad()
@@ -364,12 +377,15 @@ class GlueStudy(Study):
         return losses, scores(task, predicted(task, logits), labels)
 
     def figures(self, arguments: Arguments, trainer: AdapterTrainer) -> dict[str, float]:
+        """Return loss and metrics on the validation examples."""
         return evaluate(trainer, arguments.task, self.sets)
 
     def predict(self, arguments: Arguments, trainer: AdapterTrainer) -> list[str]:
+        """Write the predictions for each test split, and return the names of the files."""
         return write_predictions(arguments, trainer, self.sets)
 
     def facts(self, arguments: Arguments, trainer: AdapterTrainer) -> dict[str, Any]:
+        """Return task, model, numbers of examples and the metrics on labeled test examples."""
         return {
             "task": arguments.data.task_name,
             "model_name_or_path": arguments.model.model_name_or_path,

@@ -91,7 +91,10 @@ def read_folder(task: Task, data_dir: str, split: str) -> tuple[str, list[dict] 
 
 
 def read_hub(task: Task, source: dict[str, str | None], split: str) -> tuple[str, list[dict] | None]:
-    """Return the same as `read_folder` for a split of a data set on the Hub; `source` as `load_dataset` takes it."""
+    """Return name and rows of a split of a data set on the Hub; None if it does not exist.
+
+    `source`: keyword arguments of `load_dataset`.
+    """
     where = f"--dataset_name {source['path']}, configuration {source['name']}"
     with loaded_from_hub(where, f"use --data_dir: {file_form(task)}"):
         sets = datasets.load_dataset(**source)

@@ -210,9 +210,14 @@ class LlmStudy(Study):
     data: Data
 
     def arguments(self, options: LlmOptions) -> LlmArguments:
+        """Return the arguments of these options.
+
+        Raises `InvalidArgument` for invalid values.
+        """
         return Arguments(options, training_arguments(options, PROG))
 
     def read(self, arguments: LlmArguments) -> list[dict[str, list[int]]]:
+        """Read the examples of a single run; return the encoded training examples."""
         task = arguments.options.task
         self.tokenizer = load_tokenizer(task)
         self.data = encoded(task, Encoder(self.tokenizer), load_examples(task, arguments.training))
@@ -225,6 +230,7 @@ class LlmStudy(Study):
         return parts.limited(task.max_eval_samples, task.max_test_samples)
 
     def prepare(self, arguments: LlmArguments, parts: Parts) -> int:
+        """Set the examples of all arms; return the number of training examples."""
         task, examples = arguments.options.task, list(parts.train)
         if task.max_train_samples is not None:  # independent of the seed: all arms train on the same examples
             examples = sorted(examples, key=lambda example: derive("sample", example))[: task.max_train_samples]
@@ -234,6 +240,7 @@ class LlmStudy(Study):
         return len(self.data.rows)
 
     def adapted(self, arguments: LlmArguments) -> PeftModel:
+        """Return the model with a new adapter, without validation examples that exceed its positions."""
         task, method, training = arguments.options.task, arguments.method, arguments.training
         model = load_model(task, training)
         self.data = within_positions(model, self.data, task)
@@ -241,6 +248,7 @@ class LlmStudy(Study):
         return attach(model, method, total_steps(training, len(self.data.rows)))
 
     def build_trainer(self, arguments: LlmArguments, model: PeftModel, stop: StopRequest) -> LlmTrainer:
+        """Return the trainer, which writes `log.jsonl`."""
         task, training, data = arguments.options.task, arguments.training, self.data
         return LlmTrainer(
             model,
@@ -256,6 +264,7 @@ class LlmStudy(Study):
         )
 
     def calibration(self, arguments: LlmArguments) -> list[dict] | None:
+        """Return training examples as calibration batches."""
         size = arguments.training.per_device_eval_batch_size
         return calibration_batches(self.data.rows, arguments.method.merge_calibration_samples, size)
 
@@ -277,9 +286,11 @@ class LlmStudy(Study):
         return losses, {"accuracy": right / len(examples)}
 
     def figures(self, arguments: LlmArguments, trainer: Any) -> Mapping[str, float]:
+        """Return the loss per answer token and the accuracy on the test examples."""
         return trainer.figures("test")
 
     def facts(self, arguments: LlmArguments, trainer: Any) -> dict[str, Any]:
+        """Return the task, the model and the numbers of examples."""
         task, numbers = arguments.options.task, {"train": self.data.rows, "test": trainer.examples["test"]}
         found = {"task": task.task, "model_name_or_path": task.model_name_or_path}
         return found | {f"{part}_examples": len(examples) for part, examples in numbers.items()}

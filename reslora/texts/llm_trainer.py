@@ -25,7 +25,7 @@ IGNORED = -100  # label of tokens without loss
 
 
 class Encoder:
-    """Tokenizes examples: the prompt, then the answer and an end token; only the latter have labels.
+    """Tokenizer of examples: the prompt, then the answer and an end token; only the latter have labels.
 
     Prompt and answer are tokenized separately, so that generation starts from the same tokens as in training.
     """
@@ -101,7 +101,7 @@ def calibration_batches(rows: list[dict], count: int, size: int) -> list[dict[st
 
 
 class LlmTrainer(AdapterTrainer):
-    """Evaluates the loss per answer token, and the accuracy of generated answers."""
+    """An `AdapterTrainer` that evaluates the loss per answer token, and the accuracy of generated answers."""
 
     control: Any  # set by `Trainer`
 
@@ -187,7 +187,10 @@ def example_losses(model: PreTrainedModel, encoder: Encoder, examples: list[Exam
 def learnt_tokens(
     model: Any, encoder: Encoder, rows: list[dict[str, list[int]]], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Return logits in at least float32 and labels of the tokens with loss, and their number in each row."""
+    """Return logits and labels of the tokens with loss, and the number of these tokens in each row.
+
+    Logits are tokens x vocabulary, in at least float32; labels have shape (tokens,).
+    """
     inputs = {name: value.to(device) for name, value in encoder.collate(rows).items()}
     labels = inputs.pop("labels")[:, 1:]
     learnt = labels != IGNORED

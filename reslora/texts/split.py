@@ -55,8 +55,9 @@ class Parts(Generic[T]):
         return [f"{derive('example', example):016x}" for example in self.test]
 
     def limited(self, select: int | None, test: int | None) -> Parts[T]:
-        """Return the parts with at most this many examples for selection and test, chosen by a hash
-        of their content.
+        """Return the parts with at most this many examples for selection and test.
+
+        A hash of their content chooses them.
         """
         enough = self.enough if test is None or test >= ENOUGH else 1
         return replace(self, select=_fewer(self.select, select), test=_fewer(self.test, test), enough=enough)

@@ -227,8 +227,9 @@ class AdapterTrainer(Trainer):
         self.add_callback(SaveValidated())
 
     def _refuse_sharding(self, args: TrainingArguments) -> None:
-        """Raise `InvalidArgument` for FSDP and ZeRO-3, requested by options or the environment of
-        `accelerate launch`.
+        """Raise `InvalidArgument` for FSDP and ZeRO-3.
+
+        They are requested by options or the environment of `accelerate launch`.
         """
         fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         stage = _zero_stage(args)
@@ -454,9 +455,9 @@ class AdapterTrainer(Trainer):
 
 
 def _as_mismatch(error: ValueError) -> InvalidArgument | None:
-    """Return transformers' error about options that differ from DeepSpeed's configuration, in one line;
+    """Return an error about options that differ from DeepSpeed's configuration, in one line.
 
-    None for others.
+    `error` is the one that transformers raised; None if that is about something else.
     """
     lines = str(error).splitlines()
     if "DeepSpeed config values that mismatch" not in str(error):

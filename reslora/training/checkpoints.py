@@ -103,7 +103,7 @@ def plan_resume(options: Options, identity: Identity | None = None, place: str =
     """Compare the options with the run's directory and return what to resume.
 
     Raises `InvalidArgument` for other settings, and for another `identity` once it is known. `place`: the arm's place
-    inside its method's directory. Only for the main process, which broadcasts the result (`together.decided`).
+    inside its method's directory. Only for the main process, which broadcasts the result.
     """
     output, named = Path(options.output.output_dir), options.output.resume_from_checkpoint
     folders = {method: output / method / place for method in options.adapter.method}
@@ -324,8 +324,9 @@ def past_of(values: Mapping[str, Any], identity: Identity) -> dict:
 def write_exports(
     folder: Path, options: Options, identity: Identity, schedule: Schedule, differences: dict[str, int]
 ) -> None:
-    """Write `exports.json`, which marks a method as finished: settings, and the error of each file against the merged
-    model.
+    """Write `exports.json`, which marks a method as finished.
+
+    It has the settings, and the error of each file against the merged model.
     """
     length: dict[str, Any] = {
         "step": schedule.steps,

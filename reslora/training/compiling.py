@@ -37,9 +37,9 @@ SCALE = 1024  # a power of two changes no relative difference, and prevents unde
 def checked(batches: Iterator, learner: Learner, context: Context) -> Iterator:
     """Yield `batches`; with --compile, first compare the compiled and uncompiled gradients of one batch.
 
-    Nothing is compared with dropout, whose compiled masks differ, with DeepSpeed, which steps in its backward, or if
-    the uncompiled step does not fit into the memory of a single GPU. Raises `InvalidArgument` if `ATTEMPTS` batches
-    differ.
+    Nothing is compared with dropout, whose compiled masks differ, or with DeepSpeed, which steps in its backward pass.
+    Neither is it if the uncompiled step does not fit into the memory of a single GPU. Raises `InvalidArgument` if
+    `ATTEMPTS` batches differ.
     """
     options, accelerator = context.options, context.accelerator
     if not options.training.compile:

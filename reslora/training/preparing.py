@@ -43,7 +43,7 @@ def prepare(learner: Learner, context: Context) -> None:
 
 
 def freeze_unread(learner: Learner, context: Context) -> None:
-    """Freeze unused parameters: they get no gradient, for which DistributedDataParallel would wait."""
+    """Freeze unused parameters: DistributedDataParallel would wait for their gradients, which do not exist."""
     for part, weights in context.model.family.unread_weights(learner.denoiser).items():
         for weight in weights:
             weight.requires_grad_(uses_deepspeed(context.accelerator))  # which does not wait

@@ -130,7 +130,7 @@ def cut(denoiser: nn.Module, accelerator: Accelerator) -> None:
     whole = {parameter for module in adapters_of(denoiser) for parameter in module.parameters()}
     units = [module for module in denoiser.modules() if type(module).__name__ in names]
     for unit in (*reversed(units), denoiser):  # inner modules first
-        # The root too, with all weights outside of units: saving on the main process alone reshards them, so that no
+        # The root too, with all weights outside of units: saving only on the main process reshards them, so that no
         # process may have them gathered.
         fully_shard(unit, reshard_after_forward=True, ignored_params=whole)
 
@@ -147,10 +147,9 @@ def adapters_of(model: nn.Module) -> list[nn.Module]:
 
 
 def by_main(accelerator: Accelerator, compute: Callable[[], T], keep: Callable[[T], U]) -> U:
-    """Return `keep` of what `compute` returns in the main process, in every process; with a sharded base all compute
-    it.
+    """Return in every process `keep` of the value that `compute` returns in the main process.
 
-    A forward gathers the weights from all processes then.
+    With a sharded base all processes compute it, because a forward pass gathers the weights from all of them.
     """
     if not cuts_base(accelerator):
         return broadcast_from_main(lambda: keep(compute()))

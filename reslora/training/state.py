@@ -93,7 +93,7 @@ class Learner:
             yield
         finally:
             optimizer.train()
-            self._put(trained)  # exactly, which the optimizer's own way back is not
+            self._put(trained)  # exact; the optimizer's own conversion back is not
 
     def _copied(self) -> list[torch.Tensor]:
         return [parameter.detach().clone() for parameter in self.parameters]
@@ -104,8 +104,9 @@ class Learner:
             parameter.copy_(value)
 
     def state(self, accelerator: Accelerator) -> dict:
-        """Return the state, without the adapter, with which a resumed run equals an uninterrupted one; collective with
-        DeepSpeed.
+        """Return the state, without the adapter, with which a resumed run equals an uninterrupted one.
+
+        Collective with DeepSpeed.
         """
         if uses_deepspeed(accelerator):
             optimizer = full_state(self.zero_optimizer, self.trained.named())

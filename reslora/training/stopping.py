@@ -12,7 +12,7 @@ from .context import Context
 SAVE, SAMPLE = "save.now", "sample.now"
 """Files that request a checkpoint, or samples, after the present step.
 
-Anybody may create one in the run's directory; it is removed when it is handled.
+Any program may create one in the run's directory; it is removed when it is handled.
 """
 
 

@@ -1,4 +1,4 @@
-"""What the training loop knows of what it trains: the interface of a study, and the content that identifies it."""
+"""The interface of a study to the training loop, and the content hashes that identify its data and model."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ class Study(ABC):
 
     @abstractmethod
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
-        """Write the trained method's files; return each file's largest pixel difference from the
-        merged model, of 255.
+        """Write the trained method's files.
+
+        Returns each file's largest pixel difference from the merged model, of 255.
         """

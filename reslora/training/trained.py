@@ -36,8 +36,9 @@ class Trained(nn.Module):
             yield (folder if part is self.denoiser else folder / name), part
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield parameters by name: the denoiser's own names, and those of text encoders with their pipeline names as
-        prefix.
+        """Yield parameters by name: the denoiser's own names, and those of text encoders with a prefix.
+
+        The prefix is the text encoder's name in the pipeline.
         """
         for name, part in self.parts.items():
             yield from part.named_parameters(prefix="" if part is self.denoiser else name)
@@ -57,8 +58,9 @@ class Trained(nn.Module):
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """Return the compiled model for training steps; samples and validation batches have other
-    shapes and do not use it.
+    """Return the compiled model for training steps.
+
+    Samples and validation batches have other shapes and do not use it.
     """
     reorder = "reorder_for_peak_memory"
     on_cpu = next(model.parameters()).device.type == "cpu"

@@ -91,7 +91,7 @@ VERBATIM = Recipe()
 
 
 def recipe_of(options: DataOptions) -> Recipe:
-    """Return the caption transform that the options ask for."""
+    """Return the caption transform that the options specify."""
     return Recipe(
         options.caption_prefix or "", options.caption_suffix or "", options.caption_dropout, options.enable_wildcard,
         options.shuffle_caption, options.keep_tokens, options.caption_tag_dropout_rate,

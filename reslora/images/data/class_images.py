@@ -35,7 +35,7 @@ from .listing import files_of
 from .size import Size
 from .sources import Source
 
-LOCK = "class images"  # in the name of the lock, for the folder may be that of a run, which holds its own lock on it
+LOCK = "class images"  # last component of the lock's path: a run may hold the lock of the folder itself
 PAUSE = timedelta(seconds=1)  # between two attempts to get the lock
 
 
@@ -56,8 +56,8 @@ def load_class_images(context: Context) -> list[ImageDataset]:
 def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
     """Return the number of class images to generate; 0 without --class_data_dir, or if it holds kohya's folders.
 
-    Raises `InvalidArgument` if the folder contains the training images, if it is not writable, or if images are missing
-    and it has a metadata file, which would not list the generated ones.
+    Raises `InvalidArgument` if the folder contains the training images or is not writable. The same applies if images
+    are missing and it has a metadata file, which would not list the generated ones.
     """
     if data.class_data_dir is None:
         return 0

@@ -406,7 +406,7 @@ def _sorted_out(captions: Sequence[list | str]) -> tuple[dict[int, str], list[li
 def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: DataOptions) -> list[str]:
     """Return a line about the images of a folder that are in no row.
 
-    Raises `InvalidArgument` if such an image has a caption file, for then it is meant to be trained on.
+    Raises `InvalidArgument` if such an image has a caption file, because it is meant to be trained on.
     """
     missing = unlisted(rows, list(filter(is_image, everything)))
     if captioned := [path for path in missing if caption_files(path)]:

@@ -213,5 +213,5 @@ def _without_pixels(file: IO[bytes]) -> io.BytesIO:
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:
-    """Return a PNG chunk with its correct checksum, for PIL does not check that of chunks after the pixels."""
+    """Return a PNG chunk with its correct checksum: PIL does not check that of chunks after the pixels."""
     return len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")

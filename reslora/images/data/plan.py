@@ -1,6 +1,6 @@
 """The order of the training images: a function of the seed and the batch's number, and of nothing else.
 
-Therefore all methods use the same images, a resumed run equals an uninterrupted one, and N processes share the batch
+Therefore all methods use the same images, and a resumed run equals an uninterrupted one. N processes share the batch
 that one process with N times the batch size would read.
 """
 

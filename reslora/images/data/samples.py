@@ -87,7 +87,7 @@ class TrainingSamples(Dataset):
 
     purpose = "training"
     varies = True
-    """Whether captions are transformed randomly if the options ask for it."""
+    """Whether captions are transformed randomly if the options specify it."""
 
     def __init__(self, material: Material) -> None:
         self.material = material
@@ -98,7 +98,7 @@ class TrainingSamples(Dataset):
         return generator(self.material.training.seed, self.purpose, draw.position)
 
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
-        """Return the timestep of a sample; `shape` is channels, height and width of its latents."""
+        """Return the timestep of a sample, a scalar; `shape` is channels, height and width of its latents."""
         return self.material.objective.draw(draws, tokens=shape[1] * shape[2] // self.material.latents_per_token)
 
     def __getitem__(self, draw: Draw) -> Batch:
@@ -182,7 +182,7 @@ class ValidationSamples(TrainingSamples):
         return len(self.draws)
 
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
-        """Return the timestep of a sample, in its quarter of the timesteps."""
+        """Return a random timestep in the quarter of the timesteps that the position determines, a scalar."""
         quarter = position % VALIDATION_DRAWS + float(torch.rand((), generator=draws))
         return self.material.objective.at(quarter / VALIDATION_DRAWS)
 
@@ -212,7 +212,7 @@ class FixedSamples(TrainingSamples):
         return generator("experiment", self.material.sources[draw.source].images.marks[draw.image], draw.position)
 
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
-        """Return the timestep of the sample's stratum."""
+        """Return the timestep in the middle of the stratum that the sample's position determines."""
         return self.timesteps[position // self.noises]
 
     def _cached(self, latents: Latents, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
@@ -226,7 +226,7 @@ class FixedSamples(TrainingSamples):
 
 
 def measured_at(objective: Objective) -> list[torch.Tensor]:
-    """Return the timesteps in the middle of each of TIMESTEPS strata."""
+    """Return the timesteps, scalars, in the middle of TIMESTEPS equal strata of the range of timesteps."""
     return [objective.at((number + 0.5) / TIMESTEPS) for number in range(TIMESTEPS)]
 
 

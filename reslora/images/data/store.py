@@ -64,7 +64,7 @@ class Encoded:
         return np.sort(first[self.file < 0]).tolist()
 
     def look(self) -> None:
-        """Search the files that were written since the last call."""
+        """Read the index of each file that was written since the last call."""
         for path in sorted(self.folder.glob(f"{self.kind}-*.arrow")):
             if (self.file >= 0).all():
                 return

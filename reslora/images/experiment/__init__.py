@@ -1,1 +1,1 @@
-"""The image side of experiments: the split, losses and samples, and their sections of the report."""
+"""Experiments with images: the split, losses and samples, and their sections of the report."""

@@ -1,8 +1,8 @@
 """Run an experiment: train every arm, choose learning rates and checkpoints, and compare the methods.
 
 An arm is one run: a method with a learning rate and a seed. Arms share the model, the encoded data and, by seed, noise
-and order. They differ from plain runs only in the split, which depends on the images' content. Each arm writes to its
-own folder, and the files on disk determine what is left to do.
+and order. They differ from single runs only in the split, which depends on the images' content. Each arm writes to its
+own folder, and the files on disk determine the remaining work.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ FIXED = (
     "validation_steps",
     "cache_latents",
     "metric_model",
-)  # a plain run may change these on resuming
+)  # a single run may change these on resuming
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
@@ -125,7 +125,7 @@ def take_folder(grid: Grid[Options]) -> None:
 
 
 def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
-    """Raise `InvalidArgument` if the folder holds a plain run, or an experiment with other options.
+    """Raise `InvalidArgument` if the folder holds a single run, or an experiment with other options.
 
     More methods, learning rates or seeds may be added.
     """
@@ -140,14 +140,14 @@ def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
 
 
 def going_on(options: Options) -> Options:
-    """Return an arm's options such that it resumes from its latest checkpoint."""
+    """Return an arm's options with which it resumes from its latest checkpoint."""
     return options.replace(resume_from_checkpoint="latest")
 
 
 def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str = "") -> None:
     """Raise `InvalidArgument` unless an experiment continues with the same options or more methods, rates and seeds.
 
-    `parts`: the hash of the split, once it is known. A folder with a plain run is rejected too.
+    `parts`: the hash of the split, once it is known. A folder with a single run is rejected too.
     """
     values, folder = grid.flat(), Path(grid.base.output.output_dir)
     there = read_experiment(folder).get("identity")
@@ -228,20 +228,21 @@ class Bench(Subject):
     course: Course
     study: ImageStudy
     materials: Mapping[int, Material]
-    """By seed."""
+    """Training data by seed."""
     parts: Parts
     content: str
-    """The hash of `parts`."""
+    """Hash of `parts`."""
     stop: StopRequest
     device: torch.device
     prog: str = "train_sd.py"
     about: About = IMAGES
 
     def say(self, phase: str, name: str = "") -> None:
+        """Write the current phase to the run's status."""
         self.study.context.status.say(phase, name)
 
     def study_of(self, arm: Arm) -> ImageStudy:
-        """Return the study of one arm, as for a plain run, but with one checkpoint unless more are asked for."""
+        """Return the study of one arm, as for a single run, but with one checkpoint unless more are requested."""
         options = going_on(self.course.options_of(arm))
         options = options.replace(checkpoints_total_limit=options.output.checkpoints_total_limit or 1)
         before = self.course.arms().index(arm) if arm in self.course.arms() else 0
@@ -256,6 +257,7 @@ class Bench(Subject):
         return dataclasses.replace(self.study, material=material, context=context)
 
     def train(self, arm: Arm) -> None:
+        """Train an arm from its latest checkpoint to its exports, in every process."""
         study = self.study_of(arm)
         context, (method,) = study.context, study.context.options.adapter.method
         resume = broadcast_from_main(lambda: plan_resume(context.options, study.identity, context.place))
@@ -269,9 +271,11 @@ class Bench(Subject):
 
     @functools.cached_property
     def marks(self) -> list[str]:
+        """Content hash of each test image."""
         return [self.study.material.sources[source].images.marks[number] for source, number in self.parts.test]
 
     def facts(self) -> Facts:
+        """Return versions, split sizes, the measured timesteps and the identity of the experiment."""
         objective = self.study.material.objective
         return {
             **facts_of(self.parts, LIBRARIES),
@@ -280,10 +284,13 @@ class Bench(Subject):
         }
 
     def measured(self, arm: Arm, step: int) -> dict:
+        """Return the losses and similarities of an arm's checkpoint on the test split."""
         return measured(step, self.parts.test, self.study_of(arm))
 
     def base_losses(self) -> dict:
+        """Return the base model's losses on the test split."""
         return base_losses(self.parts.test, self.study_of(self.course.arms()[0]))
 
     def export(self, arm: Arm, step: int) -> list[str]:
+        """Export an arm's checkpoint into the experiment's directory, and return the names of the files."""
         return export_chosen(step, self.study_of(arm))

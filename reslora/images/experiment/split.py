@@ -51,9 +51,9 @@ class Parts:
     select: tuple[Image, ...]
     test: tuple[Image, ...]
     trained: int
-    """The number of distinct training images: copies, and several resolutions of an image, count once."""
+    """Number of distinct training images: copies, and several resolutions of an image, count once."""
     duplicates: int
-    """The number of near-duplicates, which are left out or moved to the part of their group."""
+    """Number of near-duplicates, which are left out or moved to the part of their group."""
     enough: float
     """The smallest --test_split that gives enough images for a comparison."""
 
@@ -148,7 +148,10 @@ def groups_of(marks: Sequence[str], looks: np.ndarray) -> list[list[int]]:
 
 
 def looks_of(images: Mapping[int, ImageDataset], flat: Sequence[Image], flag: str) -> np.ndarray:
-    """Return the features of images for `groups_of`; raises `InvalidArgument` if one cannot be opened."""
+    """Return the features of images for `groups_of`: images x features.
+
+    Raises `InvalidArgument` if an image cannot be opened.
+    """
 
     def one(image: Image) -> np.ndarray:
         found, number = images[image[0]], image[1]

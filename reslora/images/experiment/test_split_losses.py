@@ -79,7 +79,7 @@ def chosen_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, Denoising
 
 
 def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the unweighted loss of each sample, in float32."""
+    """Return the unweighted loss of each sample, of shape (batch,), in float32."""
     inputs, target, _ = loss.inputs(loss.encoded(batch))
     output = denoiser(**as_float32(inputs), return_dict=False)
     prediction = loss.family.prediction(output, target).float()
@@ -87,7 +87,7 @@ def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.
 
 
 def numbers(losses: torch.Tensor) -> list[float | None]:
-    """Return losses for JSON: None if not finite."""
+    """Return losses of shape (samples,) for JSON: None if not finite."""
     return [float(value) if value.isfinite() else None for value in losses]
 
 

@@ -214,12 +214,12 @@ class Rehearsal:
         return times * (tensor_bytes(vae) - (tensor_bytes(vae.encoder) if self.options.data.cache_latents else 0))
 
     def base(self) -> nn.Module:
-        """The denoiser as it is trained on."""
+        """Return the denoiser that is trained, without data."""
         options = self.options.model
         return empty_denoiser(self.model, self.dtype, options.base_precision, options.blocks_to_swap)
 
     def trained(self, method: str) -> Trained:
-        """What trains, with the method's adapter."""
+        """Return the trained models with the method's adapter."""
         denoiser = self.base()
         parts = {self.family.denoiser: denoiser}
         for name in self.trainable:

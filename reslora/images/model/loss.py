@@ -28,7 +28,7 @@ class Huber:
     scale: float = 1.0
 
     def threshold(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the threshold of each sample's timestep."""
+        """Return the threshold of each sample, of shape (batch,), at its timestep."""
         if self.schedule == "snr":
             return (1 - self.c) * self.objective.share_of_image(timesteps).square() + self.c
         if self.schedule == "exponential":
@@ -36,7 +36,10 @@ class Huber:
         return torch.full(timesteps.shape, self.scale * self.c, device=timesteps.device)
 
     def __call__(self, prediction: torch.Tensor, target: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the loss of each element of the prediction (batch first)."""
+        """Return the loss of each element, in the shape of `prediction`, batch first.
+
+        `timesteps` has shape (batch,).
+        """
         c = self.threshold(timesteps).to(prediction.dtype).view(-1, *[1] * (prediction.dim() - 1))
         square = (prediction - target).square()
         loss = 2 * square / ((square + c.square()).sqrt() + c)  # numerically stable for d far below c
@@ -44,19 +47,19 @@ class Huber:
 
 
 def huber_of(options: TrainingOptions, objective: Objective) -> Huber | None:
-    """Return the Huber loss that the options ask for, or None for the squared error."""
+    """Return the Huber loss that the options specify, or None for the squared error."""
     if options.loss_type == "l2":
         return None
     return Huber(objective, options.loss_type, options.huber_schedule, options.huber_c, options.huber_scale)
 
 
 def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the square of each difference."""
+    """Return the squared difference of each element."""
     return (prediction - target).square()
 
 
 def loss_per_sample(error: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the mean error of each sample times its weight, batch first."""
+    """Return the mean of `error` (batch first) over each sample, times its weight, of shape (batch,)."""
     return error.flatten(1).mean(dim=1) * weight
 
 

@@ -38,30 +38,33 @@ class DdpmObjective:
         return self.scheduler.config.num_train_timesteps
 
     def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
-        """Sample a training timestep; the number of tokens has no effect."""
+        """Return a random training timestep, a scalar integer; the number of tokens has no effect."""
         return torch.randint(*self.between, (), generator=generator)
 
     def at(self, fraction: float) -> torch.Tensor:
-        """Return the timestep at a fraction of the way from the first to the last."""
+        """Return the timestep, a scalar, at a fraction (0 to 1) of the way from the first to the last."""
         return torch.tensor(min(self.timesteps - 1, int(fraction * self.timesteps)))
 
     def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return `sqrt(a_t) x + sqrt(1 - a_t) e`, batch first."""
+        """Return `sqrt(a_t) x + sqrt(1 - a_t) e` for latents x and noise e (batch first), and timesteps t (batch)."""
         return self.scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the noise e, or `v = sqrt(a_t) e - sqrt(1 - a_t) x`."""
+        """Return the noise e, or `v = sqrt(a_t) e - sqrt(1 - a_t) x`, in the shape of the latents."""
         if self.prediction_type == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
         return noise
 
     def share_of_image(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return `sqrt(a_t) / (sqrt(a_t) + sqrt(1 - a_t))`, which equals `1 / (1 + SNR^(-1/2))`, of each sample."""
+        """Return `sqrt(a_t) / (sqrt(a_t) + sqrt(1 - a_t))` of each sample, of shape (batch,).
+
+        It equals `1 / (1 + SNR^(-1/2))`.
+        """
         alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
         return alphas.sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the weight of each sample's loss: 1, or min-SNR (Hang et al., 2023) with gamma.
+        """Return the weight of each sample's loss, of shape (batch,): 1, or min-SNR (Hang et al., 2023) with gamma.
 
         Min-SNR is `min(SNR, gamma) / SNR` for epsilon, and `min(SNR, gamma) / (SNR + 1)` for v. At zero terminal SNR
         the weight is the limit: 1 for epsilon, 0 for v.
@@ -91,10 +94,11 @@ class Density:
 class FlowObjective:
     """Rectified flow (Liu et al., 2022; Esser et al., 2024): predict the velocity `e - x` at `(1 - s) x + s e`.
 
-    `sampling` says how s is drawn. As in diffusers' scripts, from the scheduler's table, shifted as the scheduler says
-    (or by `shift`): `uniform`, `logit_normal`, `mode`. As in kohya's: `sigmoid` of a normal number; `shift`, the same
-    shifted by `shift` (3 if it is None); `flux_shift`, by what Flux's pipeline shifts for as many tokens as the sample
-    has. Without `sampling` the weighting scheme says it, as in diffusers' scripts.
+    `sampling` is the distribution of s; by default the weighting scheme determines it, as in diffusers' scripts.
+
+    `uniform`, `logit_normal`, `mode`: as in diffusers' scripts, from the scheduler's table, with the scheduler's shift
+    or `shift`. `sigmoid`: the sigmoid of a normal number, as in kohya's scripts. `shift`: the same, shifted by `shift`
+    (default: 3). `flux_shift`: the same, with the shift of Flux's pipeline for the sample's number of tokens.
     """
 
     def __init__(
@@ -118,7 +122,10 @@ class FlowObjective:
         return self.scheduler.config.num_train_timesteps
 
     def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
-        """Sample a training timestep for a sample of `tokens` tokens, from 0 to `timesteps`, scaled into `between`."""
+        """Return a random training timestep, a scalar from 0 to `timesteps`, scaled into `between`.
+
+        `tokens`: number of tokens of the sample, on which `flux_shift` depends.
+        """
         least, below = self.between
         return least + self._drawn(generator, tokens) * ((below - least) / self.timesteps)
 
@@ -133,24 +140,27 @@ class FlowObjective:
         return shift * s / (1 + (shift - 1) * s) * self.timesteps
 
     def at(self, fraction: float) -> torch.Tensor:
-        """Return the timestep at a fraction of the way down the scheduler's table, which starts with pure noise."""
+        """Return the timestep, a scalar, at a fraction (0 to 1) of the scheduler's table, from pure noise on."""
         return self.scheduler.timesteps[min(self.timesteps - 1, int(fraction * self.timesteps))]
 
     def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return `(1 - s) x + s e`, batch first."""
+        """Return `(1 - s) x + s e` for latents x and noise e (batch first), and s from timesteps (batch)."""
         s = self._sigmas(timesteps).view(-1, *[1] * (latents.dim() - 1))
         return (1 - s) * latents + s * noise
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the velocity `e - x`."""
+        """Return the velocity `e - x`, in the shape of the latents."""
         return noise - latents
 
     def share_of_image(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return `1 - s`, which equals `1 / (1 + SNR^(-1/2))`, of each sample."""
+        """Return `1 - s` of each sample, of shape (batch,), which equals `1 / (1 + SNR^(-1/2))`."""
         return 1 - self._sigmas(timesteps)
 
     def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the weight of each sample's loss, as in diffusers' scripts (Esser et al., 2024, Section 3.1)."""
+        """Return the weight of each sample's loss, of shape (batch,).
+
+        The weights are those of diffusers' scripts (Esser et al., 2024, Section 3.1).
+        """
         return compute_loss_weighting_for_sd3(self.weighting, self._sigmas(timesteps))
 
     def _sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:

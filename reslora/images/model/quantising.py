@@ -59,12 +59,15 @@ def pack_rows(weight: torch.Tensor, *, code: torch.dtype, largest: float) -> Pac
 def unpack_rows(
     codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size, dtype: torch.dtype, *, code: torch.dtype
 ) -> torch.Tensor:
-    """Dequantize the result of `pack_rows`: `codes * scales`, rounded once to `dtype`."""
+    """Dequantize the result of `pack_rows` to q x p: `codes * scales`, rounded once to `dtype`."""
     return codes.view(code).to(dtype).mul_(scales)
 
 
 def pack_nf4(weight: torch.Tensor) -> Packed:
-    """Quantize a weight to 4-bit NormalFloat, two codes per byte, one scale per 64 weights (Dettmers et al., 2023)."""
+    """Quantize a weight of any shape to 4-bit NormalFloat (Dettmers et al., 2023).
+
+    Codes have two values per byte, and scales one value per block of 64 weights: blocks x 32, and blocks x 1.
+    """
     flat = weight.float().flatten()
     blocks = F.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
     scales = blocks.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

@@ -96,7 +96,10 @@ def with_stored_weights(empty: ModelMixin, stored: Mapping[str, Stored], device:
 
 
 def load_exact(kind: type[ModelMixin], folder: Path, device: torch.device, variant: str | None = None) -> ModelMixin:
-    """The model of a folder in float32: whole, or where it is large, with the weights of its blocks in their files."""
+    """Return a directory's model in float32.
+
+    If the model is too large to be loaded completely (see `stays_stored`), the weights of its blocks stay on disk.
+    """
     stored, empty = stored_weights(folder, variant), empty_model(kind, folder)
     if stays_stored(empty, stored, device):
         return with_stored_weights(empty, stored, device)

@@ -77,7 +77,7 @@ def example(method: str, repository: str, context: Context) -> list[str]:
 
 
 def loading_base(context: Context) -> list[str]:
-    """Lines of Python that load the base model."""
+    """Return the lines of Python code that load the base model."""
     base = context.options.model.pretrained_model_name_or_path
     pipeline, load = "DiffusionPipeline", "from_pretrained"
     if Path(base).is_file():

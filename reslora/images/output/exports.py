@@ -73,8 +73,8 @@ def export_method(
     Returns, for each file, the highest difference of any pixel from the merged model's image, of 255.
 
     Raises `Diverged`, without exporting, if training has diverged. Raises `RunFailed` if the image of an export differs
-    from the merged model's by more than TOLERANCE. If rounding alone changes the image as much, the comparison proves
-    nothing, and a line is printed instead.
+    from the merged model's by more than TOLERANCE. If rounding changes the image as much, the comparison is not
+    conclusive, and a line is printed instead.
     """
     options, method, accelerator = context.options, learner.method, context.accelerator
     name, folder = learner.name, context.folder_of(method)
@@ -131,7 +131,7 @@ def compared(what: str, exported: nn.Module, prompt: Prompt, drawer: Drawer, ref
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> int:
-    """Return the highest difference of any pixel, of 255."""
+    """Return the largest difference of any pixel of two uint8 images (height x width x 3), of 255."""
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
@@ -146,7 +146,10 @@ def nudge(prompt: Prompt, drawer: Drawer) -> Prompt:
 
 
 def finite(drawn: np.ndarray, what: str) -> np.ndarray:
-    """Return an image as uint8; raises `Diverged` if pixels are not finite."""
+    """Return an image (height x width x 3) as uint8.
+
+    Raises `Diverged` if pixels are not finite.
+    """
     try:
         return as_bytes(drawn)
     except ValueError as error:
@@ -216,7 +219,7 @@ def exported(schedule: Schedule, learner: Learner, context: Context) -> Schedule
 def saved_parts(
     method: str, adapters: Path, loss: DenoisingLoss, schedule: Schedule, context: Context
 ) -> dict[str, nn.Module]:
-    """The parts that train, by name, in float32, with a method's adapters as they were saved, unmerged."""
+    """Return the trained models by name, in float32, with a method's saved adapters, unmerged."""
     parts = base_parts(loss, context)
     trained = Trained(parts, loss)
     add_adapters(trained, method, schedule.steps, context)
@@ -226,7 +229,7 @@ def saved_parts(
 
 
 def base_parts(loss: DenoisingLoss, context: Context) -> dict[str, nn.Module]:
-    """Return the base model's parts that train, by name, in float32, the denoiser first."""
+    """Return the base models of the trained ones by name, in float32, the denoiser first."""
     denoiser = context.model.load_exact_denoiser(context.accelerator.device)
     return {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, loss.pipeline)
 

@@ -39,7 +39,7 @@ class Metric:
         return torch.cat(found)
 
     def of(self, sources: Sequence[Source], images: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Return the embeddings of images of sources, given as (source, number); each is computed once."""
+        """Return the embeddings of images, given as (source, number): images x features; each is computed once."""
         marks = [sources[source].images.marks[number] for source, number in images]
         new = {mark: image for mark, image in zip(marks, images, strict=True) if mark not in self.seen}
         for start in range(0, len(new), AT_ONCE):
@@ -57,7 +57,7 @@ class Metric:
 
 
 def unit(output: Any) -> torch.Tensor:
-    """Return a model's pooled output, or that of its first token, normalized to length 1."""
+    """Return a model's pooled output, or that of its first token, normalized to length 1: items x features."""
     if not isinstance(output, torch.Tensor):
         pooled = getattr(output, "pooler_output", None)
         output = output.last_hidden_state[:, 0] if pooled is None else pooled
@@ -66,7 +66,10 @@ def unit(output: Any) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=1)
 def load_metric(name: str, device: str) -> Metric:
-    """Load the model, once per process; raises `InvalidArgument` without safetensors, or with custom code."""
+    """Load the model, once per process.
+
+    Raises `InvalidArgument` for a model without safetensors, or with custom code.
+    """
     fix = "give a folder or a name on the hub of DINOv2 or CLIP, with safetensors"
     with torch.random.fork_rng(devices=[]), refused_as(f"--metric_model {name}", fix):
         metric = Metric(name, device)

@@ -198,8 +198,8 @@ class Validation:
     def losses(self, denoiser: nn.Module) -> torch.Tensor:
         """Return the unweighted losses on the held-out images.
 
-        With --validation_noises they are images x timesteps at fixed timesteps, otherwise one per sample. Noise and
-        timesteps are the same in every call.
+        With --validation_noises they are images x timesteps at fixed timesteps, otherwise of shape (samples,). Noise
+        and timesteps are the same in every call.
         """
         noises = self.material.validation.validation_noises
         with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
@@ -214,7 +214,10 @@ class Validation:
         return self.loss(denoiser, batch, weighted=False)
 
     def by_timestep(self, losses: torch.Tensor) -> dict[str, float]:
-        """Return the mean over images at each fixed timestep, from 0 to 1 (pure noise); {} without fixed ones."""
+        """Return the mean over images at each fixed timestep; empty without fixed ones.
+
+        `losses`: images x timesteps, or (samples,). Keys are timesteps from 0 to 1, which is pure noise.
+        """
         if losses.dim() == 1:
             return {}
         objective = self.material.objective

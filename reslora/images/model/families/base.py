@@ -178,7 +178,10 @@ class Family:
         return torch.stack([posterior.mean, posterior.std], dim=1)
 
     def scale_latents(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
-        """Return the denoiser's input latents: `(x - shift) * scale`, with the autoencoder's shift and scale."""
+        """Return the denoiser's input latents, in the shape of `latents` (batch x channels x height x width).
+
+        They are `(x - shift) * scale`, with the autoencoder's shift and scale.
+        """
         shift = getattr(vae.config, "shift_factor", None) or 0.0
         return (latents - shift) * vae.config.scaling_factor
 

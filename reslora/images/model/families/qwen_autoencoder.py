@@ -39,17 +39,23 @@ class WithQwenAutoencoder(Family):
 
 
 def packed(noisy: torch.Tensor) -> torch.Tensor:
-    """Pack two by two latents into one token: batch x tokens x 4 channels."""
+    """Return the latents with each 2 x 2 patch as one token, of shape (batch, tokens, 4 x channels)."""
     return QwenImagePipeline._pack_latents(noisy, *noisy.shape)
 
 
 def without_padding(states: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
-    """Return each caption's states at its own length; without a mask, all have the same length."""
+    """Return the states of each caption (tokens x width) without padding.
+
+    `states`: batch x tokens x width; `mask`: batch x tokens, or None if nothing is padded.
+    """
     return list(states) if mask is None else [own[valid.bool()] for own, valid in zip(states, mask, strict=True)]
 
 
 def side_by_side(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the states padded with zeros to one tensor, and the mask of the tokens that are not padding."""
+    """Return the states padded with zeros, batch x tokens x width, and the mask, batch x tokens.
+
+    The mask is True for tokens that are not padding.
+    """
     padded = pad_sequence(list(states), batch_first=True)
     lengths = torch.tensor([len(own) for own in states])
     return padded, (torch.arange(padded.shape[1]) < lengths[:, None]).to(padded.device)

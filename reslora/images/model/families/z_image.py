@@ -28,7 +28,7 @@ class ZImage(Family):
         **FLOW,
         "resolution": 1024,
         "guidance_scale": 5.0,
-        # The refiners before the main layers see text or image alone, and are left as they are.
+        # The refiners before the main layers see only text or only the image, and get no adapter.
         "target_modules": [r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)"],
     }
 

@@ -140,7 +140,8 @@ def _others(base: Weights, tuned: Weights, held: set[str]) -> list[str]:
 def difference(delta: torch.Tensor, rank: int) -> tuple[Factors, float]:
     """Return the best factors of that rank for a weight's change, and their relative error (Frobenius norm).
 
-    They come from the eigenvectors of the smaller Gram matrix, in float64.
+    `delta`: outputs x inputs, with kernel height and width for a convolution. The factors come from the eigenvectors of
+    the smaller Gram matrix, in float64.
     """
     matrix = delta.flatten(1).double()
     wide = matrix.shape[0] > matrix.shape[1]

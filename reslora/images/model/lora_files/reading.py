@@ -321,17 +321,19 @@ def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
     # One A for several layers is one tensor, which safetensors refuses to write twice.
     whole = {key: value.clone() for key, value in _converted(content.tensors, names).items()}
     if unread := [name for name, tensors in layers.items() if not _converted(tensors, names).keys() & whole]:
-        problem = f"{min(unread, key=names.known.__contains__)} is not a layer of {names.family.name} that diffusers reads"
+        problem = (
+            f"{min(unread, key=names.known.__contains__)} is not a layer of {names.family.name} that diffusers reads"
+        )
         raise InvalidArgument(content.flag, problem, _another(names))
     return pairs_of(Content(content.path, content.flag, whole, content.metadata, content.configs))
 
 
 def _converted(tensors: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:
-    """As diffusers' own converters have them; empty where these do not know a layer."""
-    with contextlib.suppress(Exception):  # each converter has its own
+    """Return the tensors with the names that diffusers' converters give them; empty if these do not know a layer."""
+    with contextlib.suppress(Exception):  # each converter raises other exceptions
         found = names.family.pipeline.lora_state_dict(dict(tensors), unet_config=names.config)
         state, alphas = found[:2] if isinstance(found, tuple) else (found, None)
-        if alphas:  # the names that come with them are known here, or nobody's
+        if alphas:  # names with separate alphas are read elsewhere here, or are unknown to diffusers too
             return {}
         denoiser = {key: value for key, value in state.items() if key.startswith(f"{names.family.denoiser}.")}
         text = {key: value for key, value in state.items() if key not in denoiser}
