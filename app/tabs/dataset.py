@@ -142,7 +142,12 @@ class DatasetTab(Tab):
             lambda operation: gr.update(visible=operation == image_edits.REPLACE), self.operation, self.other, **QUIET
         )
         self.images.refused(
-            readable_errors(self.report_refused_caption), None, self.answer, queue=False, trigger_mode="always_last", **QUIET
+            readable_errors(self.report_refused_caption),
+            None,
+            self.answer,
+            queue=False,
+            trigger_mode="always_last",
+            **QUIET,
         )
         self.upload.click(
             readable_errors(self.do_upload), [self.name, self.uploads, self.caption],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
+from reslora.images.config_file import OF_SHORTCUTS
 from reslora.images.data.caption_files import CAPTIONS
 from reslora.options.option import Option
 
@@ -113,7 +114,7 @@ class LaunchTab(Tab):
         common = {"label": form.label(option), "info": form.info(option), "elem_id": self.own(f"flag-{name}"), **wide}
         if name == "method":
             return gr.CheckboxGroup(form.choices(option), value=value, **common)
-        if name in form.OF_SHORTCUTS:
+        if name in OF_SHORTCUTS:
             common["visible"] = form.wires(self.filled.get("method", ()))
         if option.is_switch:
             return gr.Checkbox(bool(value), **common)
@@ -173,7 +174,7 @@ class LaunchTab(Tab):
             self.preview, preprocess=False, **QUIET,
         )  # fmt: skip
         looked.failure(lambda: "", None, self.preview, **QUIET)
-        wired = [self.flags[flag] for flag in form.OF_SHORTCUTS]
+        wired = [self.flags[flag] for flag in OF_SHORTCUTS]
         told = [self.flags[flag] for flag in self.flags if flag in form.OF_BUNDLED]
         self.model.change(self.show_defaults, self.model, told, preprocess=False, **QUIET)
         self.flags["method"].change(self.show_shortcuts, self.flags["method"], wired, **QUIET)
@@ -203,7 +204,7 @@ class LaunchTab(Tab):
 
     def show_shortcuts(self, methods: list[str]) -> list[dict]:
         """Return the visibility of the shortcut options: whether a selected method reads them."""
-        return [gr.update(visible=form.wires(methods))] * len(form.OF_SHORTCUTS)
+        return [gr.update(visible=form.wires(methods))] * len(OF_SHORTCUTS)
 
     def show_defaults(self, model: object) -> list[dict]:
         """Return the placeholders of options whose default depends on the bundled pipeline."""
@@ -214,7 +215,7 @@ class LaunchTab(Tab):
         """Return the options and their values, without those that no selected method reads."""
         settings = dict(zip(self.all_names(), values, strict=True))
         methods = settings["method"] if isinstance(settings["method"], list) else []
-        unread = () if form.wires(methods) else form.OF_SHORTCUTS
+        unread = () if form.wires(methods) else OF_SHORTCUTS
         return {name: value for name, value in settings.items() if name not in unread}
 
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
