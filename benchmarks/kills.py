@@ -53,7 +53,7 @@ sys.exit(train_sd.main())
 def main() -> int:
     """Kill runs, print each result, and return 1 if any run did not end as it should."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="number of runs that are killed")
+    parser.add_argument("--kills", type=int, default=20, help="how many runs are killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the signals")
     args = parser.parse_args()
     draw, found = random.Random(args.seed), []
@@ -62,7 +62,7 @@ def main() -> int:
         started = time.monotonic()
         status, printed = finish(start(whole, Path(folder)))
         if status != 0:
-            raise SystemExit(f"the uninterrupted run fails:\n{printed[-3000:]}")
+            raise SystemExit(f"the run that nobody kills fails:\n{printed[-3000:]}")
         seconds = time.monotonic() - started
         expected = contents(whole)
         for number in range(args.kills):

@@ -53,7 +53,7 @@ class Others:
         if self.busy is None:
             return {"others": None, "quiet": False}
         cores = max(0.0, (_busy_elsewhere() - self.busy) / (time.perf_counter() - self.began))
-        print(f"other processes used {cores:.2f} cores{'' if cores < QUIET else ': the seconds are a rough estimate'}")
+        print(f"others kept {cores:.2f} cores busy{'' if cores < QUIET else ': its seconds are no more than an order'}")
         return {"others": round(cores, 3), "quiet": cores < QUIET}
 
 
@@ -78,4 +78,4 @@ def keep(name: str, figures: dict) -> None:
     """Write `figures` and the machine to benchmarks/results/<name>.json."""
     path = RESULTS / f"{name}.json"
     write_json(path, {"machine": machine(), **figures})
-    print(f"written to {path}", flush=True)
+    print(f"kept in {path}", flush=True)

@@ -54,7 +54,7 @@ RANK = 16
 
 def add_arguments(add: Callable) -> None:
     """Add the options of `trainer.py overhead`."""
-    add("--device_ms", type=float, nargs="+", default=[100, 300], help="milliseconds per step on the device")
+    add("--device_ms", type=float, nargs="+", default=[100, 300], help="what a step takes the device")
     add("--batch", type=int, nargs="+", default=[4, 16])
     add("--steps", type=int, default=100)
 

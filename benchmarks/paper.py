@@ -158,7 +158,7 @@ def main() -> None:
     elif args.what == "run":
         for name in chosen:
             cost(args) if name == "cost" else run_experiment(name, args)
-        print("all experiments have run; `report` creates tables and plots")
+        print("all of it has run; `report` draws it")
     else:
         paper_report.write(EXPERIMENTS)
 

@@ -191,7 +191,7 @@ def main() -> None:
         row |= {"resident": real.pop("resident"), "ratio": round(of / most, 3)}
         rows.append(row)
         told = ", ".join(f"{name} {plan[name] / MEBI:.1f}/{real[name] / MEBI:.1f}" for name in names)
-        print(f"{row['case']}: planned/allocated MiB: {told}; ratio of the peaks {row['ratio']:.3f}", flush=True)
+        print(f"{row['case']}: planned/allocated MiB: {told}; of the peaks {row['ratio']:.3f}", flush=True)
         keep("trainer/plan", {"cases": rows})
 
 

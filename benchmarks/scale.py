@@ -35,8 +35,8 @@ BLOCKS = {
 def add_arguments(add: Callable) -> None:
     """Add the options of `trainer.py scale`."""
     add("--images", type=int, nargs="*", default=[100, 1000, 10_000])
-    add("--captions", type=int, nargs="*", default=[1000, 100_000], help="captions of T5's width, a thousand per image")
-    add("--tokens", type=int, default=16, help="tokens of each caption")
+    add("--captions", type=int, nargs="*", default=[1000, 100_000], help="of T5's width, a thousand an image")
+    add("--tokens", type=int, default=16, help="of each caption")
     add("--steps", type=int, default=20)
 
 

@@ -39,8 +39,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--clients", type=int, default=30)
-    parser.add_argument("--silent", type=int, default=2, help="visitors who never read")
-    parser.add_argument("--name", default="app/soak", help="name of the result in benchmarks/results")
+    parser.add_argument("--silent", type=int, default=2, help="of them never read")
+    parser.add_argument("--name", default="app/soak", help="where in benchmarks/results it is kept")
     return parser.parse_args()
 
 

@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("steps", "depth", "merge", "start"))
     parser.add_argument("--model", choices=tuple(speed_steps.MODELS), nargs="+", default=["llama", "bundled"])
-    parser.add_argument("--rounds", type=int, default=21, help="number of rounds over all steps")
+    parser.add_argument("--rounds", type=int, default=21, help="how often every step is taken in turn")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: autocast")
     parser.add_argument("--rank", type=int, default=None, help="default: 4 for llama, 16 for U-Nets")

@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     add = commands.add_parser(
-        "diffusers", help="samples per second and peak memory compared with diffusers' script"
+        "diffusers", help="samples per second and peak memory beside diffusers' script"
     ).add_argument
     add("--script", type=Path, help=f"diffusers' {EXAMPLE}; default: downloaded for the installed version")
     add("--model", choices=("bundled", "sd15"), default="bundled")
@@ -98,22 +98,22 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("loader", help="images per second and worker").add_argument
     add("--images", type=int, default=10_000)
     add("--workers", type=int, nargs="+", default=[1, 2])
-    add("--rate", type=float, default=30, help="samples per second that the simulated GPU takes")
+    add("--rate", type=float, default=30, help="samples per second that a GPU takes, for the consumer")
     add("--batch", type=int, default=4)
-    add = commands.add_parser("memory", help="time and memory after validation samples").add_argument
+    add = commands.add_parser("memory", help="what validation samples leave behind").add_argument
     add("--steps", type=int, default=60)
     add("--every", type=int, default=15, help="steps between samples")
     add("--rounds", type=int, default=3)
     add = commands.add_parser("first_step", help="time until training begins, Stable Diffusion 1.5's size").add_argument
     add("--rounds", type=int, default=2)
-    add = commands.add_parser("default", help="README's first command compared with an earlier commit's").add_argument
+    add = commands.add_parser("default", help="README's first command beside an earlier commit's").add_argument
     add("--before", type=Path, required=True, help="a checkout of that commit")
     add("--rounds", type=int, default=3)
-    add = commands.add_parser("buckets", help="a step with buckets compared with one without").add_argument
+    add = commands.add_parser("buckets", help="a step with buckets beside one without").add_argument
     add("--steps", type=int, default=60)
     add("--rounds", type=int, default=5)
     scale.add_arguments(commands.add_parser("scale", help="memory and time to the first step, by images").add_argument)
-    overhead.add_arguments(commands.add_parser("overhead", help="overhead of a step").add_argument)
+    overhead.add_arguments(commands.add_parser("overhead", help="what is added to a step").add_argument)
     return parser
 
 
@@ -189,7 +189,7 @@ def downloaded(folder: Path) -> Path:
         with urllib.request.urlopen(address, timeout=30) as response:
             content = response.read()
     except (urllib.error.URLError, TimeoutError) as error:
-        sys.exit(f"{address} cannot be downloaded ({error}); give a copy with --script")
+        sys.exit(f"{address} cannot be had ({error}); give a copy with --script")
     path = folder / Path(EXAMPLE).name
     path.write_bytes(content)
     return path
@@ -368,7 +368,7 @@ def memory(args: argparse.Namespace) -> dict:
                 shutil.rmtree(output)
             for what, value in left_behind(runs["with"], runs["without"], args).items():
                 found.setdefault(what, []).append(value)
-    print(f"sampled every {args.every} of {args.steps} steps, over the same run without: median (lowest-highest)")
+    print(f"sampled every {args.every} of {args.steps} steps, beside the same run without: median (lowest-highest)")
     for what, values in found.items():
         print(f"  {what:<62} {spread(values, 3)}")
     return {"rounds": found}

@@ -150,10 +150,10 @@ EXPERIMENTS = {
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["list", "run", "keep"], help="keep: write records without running more")
+    parser.add_argument("what", choices=["list", "run", "keep"], help="keep: of what has run, without running more")
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}")
-    parser.add_argument("--minutes", type=float, help="time limit of each experiment")
-    parser.add_argument("--at_once", type=int, default=1, help="runs at the same time, each in a separate process")
+    parser.add_argument("--minutes", type=float, help="end each experiment after so long")
+    parser.add_argument("--at_once", type=int, default=1, help="arms at a time, each by a process of its own")
     parser.add_argument("--llm", default=LLM, help="causal model, folder or name on the hub")
     parser.add_argument("--encoder", default=ENCODER, help="text encoder for SST-2, folder or name on the hub")
     parser.add_argument(

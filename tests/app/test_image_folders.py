@@ -46,7 +46,7 @@ def test_what_the_trainer_says_of_a_folder_names_no_place_of_this_machine(edits,
     found = [image_folders.read(edits.folders.find(name), options_of()) for name in ("10_sks", "5_none")]
     said = [*found[0].notes, found[1].refused]
     assert all(str(tmp_path) not in line for line in said)
-    assert "to use them, name the folder above, as" in said[0] and "name the folder above, whose" in said[-1]
+    assert "they do if the folder above is named" in said[0] and "name the folder above, where" in said[-1]
 
 
 def test_only_folders_on_the_list_are_shown(edits, tmp_path):
@@ -144,8 +144,8 @@ def test_rows_that_are_wrong_and_images_that_are_not_listed_are_told(edits, tmp_
     assert images.notes == ("1 image not listed in metadata.jsonl",) == trained(folder).notes
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png"')
     images = edits.look("rows")
-    assert "line 1: is not JSON" in images.refused and str(tmp_path) not in images.refused
-    with pytest.raises(RunError, match="line 1: is not JSON"):
+    assert "line 1: is no JSON" in images.refused and str(tmp_path) not in images.refused
+    with pytest.raises(RunError, match="line 1: is no JSON"):
         edits.change_captions(images, ["0.png"], ADD_TAG, "x")
 
 

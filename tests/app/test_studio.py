@@ -469,7 +469,7 @@ def test_a_lora_of_layers_that_the_model_lacks_is_refused_by_name(studio, run, t
         }
 
     path = write_changed(run, tmp_path, rename, name)
-    with pytest.raises(RunError, match=r"changed\.safetensors: .*attn7.to_q is not a layer of stable_diffusion"):
+    with pytest.raises(RunError, match=r"changed\.safetensors: .*attn7.to_q is no layer of stable_diffusion"):
         draw(studio, run, weight_files.uploaded(path))
 
 
@@ -506,7 +506,7 @@ def test_what_peft_wrote_draws_what_diffusers_file_draws(studio, run, tmp_path):
     assert stacked.kind == "stack" and np.abs(draw(studio, run, stacked)[0] - expected).max() <= 2
     moved = shutil.move(config, tmp_path / "adapter_config.json")
     assert np.abs(draw(studio, run, weight_files.uploaded(file, moved))[0] - expected).max() <= 2
-    with pytest.raises(RunError, match=r"adapter_model\.safetensors: no readable adapter_config\.json, which has its"):
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors: no readable adapter_config\.json, which says its"):
         draw(studio, run, weight_files.uploaded(file))
     content = json.loads(moved.read_text())
     other = tmp_path / "other.json"
@@ -533,10 +533,10 @@ PEFT_A = f"base_model.model.{DOWN}.lora_A.weight"
         (
             lambda t: t | {f"base_model.model.{DOWN}.weight": torch.zeros(8, 8)},
             {},
-            f"{DOWN}.weight is not part of a plain LoRA",
+            f"{DOWN}.weight is not of plain LoRA",
         ),
         (lambda t: without(PEFT_A)(without(PEFT_A.replace("_A.", "_B."))(t)), {}, f"unet.{DOWN} is missing"),
-        (dict, {"peft_type": "LOHA"}, "LOHA, which is not a plain LoRA"),
+        (dict, {"peft_type": "LOHA"}, "LOHA, which is no plain LoRA"),
         (dict, {"use_dora": True}, "use_dora"),
         (dict, {"modules_to_save": ["conv_in"]}, "modules_to_save"),
         (dict, {"init_lora_weights": "pissa"}, "pissa"),

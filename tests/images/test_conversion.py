@@ -339,7 +339,7 @@ def test_weights_that_are_to_be_scaled_are_refused(mark, tmp_path, capsys):
         tmp_path / "out.safetensors",
         *flags,
     )
-    assert f"{mark}: its weights are quantized to 8 or 4 bits" in line and "give the model in 16 or 32 bits" in line
+    assert f"{mark}: its weights are in 8 or 4 bits" in line and "give the model in 16 or 32 bits" in line
 
 
 def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path):
@@ -387,7 +387,7 @@ def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path
         (["IN", "OUT", "--to", "kohya", "--base", "./nowhere"], "--base ./nowhere: no such folder"),
         (["IN", "OUT", "--to", "kohya", "--base", "IN"], "a single file says nothing of the model"),
         (["IN", "OUT", "--to", "kohya", "--base", "FLUX", "--family", "sd3"], "--family sd3"),
-        (["IN", "OUT", "--to", "kohya", "--base", "FLUX"], "is not a layer of flux"),
+        (["IN", "OUT", "--to", "kohya", "--base", "FLUX"], "is no layer of flux"),
         (["IN", "OUT.safetensors", "--to", "peft", "--base", "SD"], "--to peft writes a folder"),
         (["IN", ".", "--to", "peft", "--base", "SD"], "would be replaced"),
         (["OUT", "--to", "kohya", "--extract", "SD", "IN", "--rank", "2"], "no weights of a stable_diffusion denoiser"),
@@ -459,10 +459,10 @@ def test_pickles_are_refused_by_name(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("key", "words"),
     [
-        ("unet.conv_in.lora_magnitude_vector.weight", "is not part of a plain LoRA"),
-        ("lora_unet_conv_in.dora_scale", "is not part of a plain LoRA"),
-        ("lora_unet_conv_in.hada_w1_a", "is not part of a plain LoRA"),
-        ("unet.conv_in.lora_mid.weight", "is not part of a plain LoRA"),
+        ("unet.conv_in.lora_magnitude_vector.weight", "is not of plain LoRA"),
+        ("lora_unet_conv_in.dora_scale", "is not of plain LoRA"),
+        ("lora_unet_conv_in.hada_w1_a", "is not of plain LoRA"),
+        ("unet.conv_in.lora_mid.weight", "is not of plain LoRA"),
         ("unet.conv_out.lora_A.weight", "lacks one of its two factors"),
     ],
 )
@@ -475,7 +475,7 @@ def test_what_is_no_plain_lora_is_refused_by_name(key, words, tmp_path, capsys):
 
 def test_a_file_without_a_layer_is_refused_whosever_it_is(tmp_path, capsys):
     save_file({}, tmp_path / "in.safetensors")
-    assert "it has no layers" in refused(capsys, tmp_path / "in.safetensors", tmp_path / "out", "--to", "kohya")
+    assert "there is no layer in it" in refused(capsys, tmp_path / "in.safetensors", tmp_path / "out", "--to", "kohya")
 
 
 def test_a_model_that_is_not_finite_is_no_lora(tmp_path, capsys):

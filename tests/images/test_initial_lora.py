@@ -210,7 +210,7 @@ def test_each_arm_of_an_experiment_starts_from_it(flags, tmp_path, files):
     ("more", "words"),
     [
         (["--rank", "3"], "--rank 3: --init_lora has 2"),
-        (["--rank", "2", "3", "--learning_rate", "1e-3", "2e-3"], "--rank 2 3: --init_lora determines the ranks"),
+        (["--rank", "2", "3", "--learning_rate", "1e-3", "2e-3"], "--rank 2 3: --init_lora has ranks of its own"),
         (["--lora_alpha", "9"], "--lora_alpha 9: --init_lora has"),
         (["--target_modules", "to_q"], "--target_modules to_q: its layers are others"),
         (["--method", "adalora"], "--method adalora has no plain LoRA weights"),
@@ -234,7 +234,7 @@ def test_a_lora_of_text_encoders_or_another_family_is_refused(flags, capsys, tmp
     write_diffusers(tmp_path / "flux.safetensors", random_lora("flux", lambda name: "attn" in name))
     for name, words in (
         ("text", "layers of text_encoder, and only the denoiser goes on from a LoRA"),
-        ("flux", "is not a layer of"),
+        ("flux", "is no layer of"),
     ):
         given = ["--init_lora", tmp_path / f"{name}.safetensors", "--output_dir", tmp_path / "out"]
         assert words in refused(capsys, *flags, *given)

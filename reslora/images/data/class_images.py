@@ -64,15 +64,15 @@ def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
     folder = Path(data.class_data_dir)
     for name in () if data.dataset_name else data.train_data_dir:
         if Path(name).resolve().is_relative_to(folder.resolve()):
-            problem = f"contains the training images, --train_data_dir {name}"
-            raise InvalidArgument(f"--class_data_dir {folder}", problem, "give class images a separate folder")
+            problem = f"has what is to be learnt in it, --train_data_dir {name}"
+            raise InvalidArgument(f"--class_data_dir {folder}", problem, "give class images a folder of their own")
     if folder.is_dir() and kohyas_folders(folder, data, output)[0]:
         return 0
     everything = files_of(folder, data, output) if folder.is_dir() else []
     there = sum(map(is_image, everything))
     missing, metadata = data.num_class_images - there, [path for path in everything if path.name in METADATA]
     if missing > 0 and metadata:  # training would not use images that the metadata does not list
-        problem = f"{missing} more would be generated, which {metadata[0]} does not list"
+        problem = f"{missing} missing images would be generated, which {metadata[0]} does not list"
         fix = f"give --num_class_images {there}, or remove that file"
         raise InvalidArgument(f"--num_class_images {data.num_class_images}", problem, fix)
     if missing > 0:
@@ -107,11 +107,11 @@ def exclusive_lock(folder: Path, context: Context) -> contextlib.AbstractContext
                 return stack.pop_all()
         except Timeout:
             if not waited:
-                context.accelerator.print(f"another run generates class images in {folder}: waiting for it")
+                context.accelerator.print(f"another run draws class images into {folder}: waiting for it")
                 context.status.say("waiting for the class images of another run")
         context.stop.check(NOT_BEGUN)
         time.sleep(PAUSE.total_seconds())
-    raise RunFailed(f"--class_data_dir {folder}: another run still writes to it; stop that, or choose another folder")
+    raise RunFailed(f"--class_data_dir {folder}: another run still draws into it; stop that, or choose another folder")
 
 
 def draw(folder: Path, missing: int, context: Context) -> None:
@@ -140,7 +140,7 @@ def draw(folder: Path, missing: int, context: Context) -> None:
         for path, image in zip(paths, drawn, strict=True):
             with replacing(path) as temporary:
                 image.save(temporary, format="PNG")
-        context.status.count("generating class image", first + len(paths), len(todo))
+        context.status.count("drawing class image", first + len(paths), len(todo))
 
 
 def balanced(training: Sequence[Source], of_class: Sequence[Source], per_forward: int) -> tuple[Source, ...]:

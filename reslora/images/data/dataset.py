@@ -169,7 +169,7 @@ def usable(
         masked += [is_masked(source, _source(row, "mask"))] if training.masked_loss else []
     if not keep:
         example = f" (for example {left_out[0]})" if left_out else ""
-        fix = "add a metadata.jsonl, or .txt captions next to the images"
+        fix = "add a metadata.jsonl, or .txt captions beside the images"
         raise InvalidArgument(data_flag(data), f"no image with a caption in it{example}", fix)
     rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
     return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked)
@@ -234,8 +234,8 @@ def read_folder(
         )
         fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions next to the images"
         if above := above_repeated(files):
-            fix = f"name {above[0]}, whose folders have kohya's names (10_name) for repeats and captions, or {fix}"
-        raise InvalidArgument(data_flag(data), what, f"{fix}; --dataset_name reads other layouts")
+            fix = f"name {above[0]}, where kohya's folders (10_name) say repeats and captions, or {fix}"
+        raise InvalidArgument(data_flag(data), what, f"{fix}; other layouts may be what --dataset_name reads")
     otherwise = [] if caption is None else [caption]
     found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
     if twice := sum(len(beside) > 1 for beside in texts):
@@ -429,7 +429,7 @@ def _columns(rows: datasets.Dataset, layout: str | None, options: DataOptions, n
         image = images[0] if image not in known and len(images) == 1 else image
         texts = [suffix[1:] for suffix in CAPTIONS if suffix[1:] in known]
         caption = texts[0] if caption not in known and texts else caption
-        notes.append(f"columns of the .tar files: images {image}, captions {caption}")
+        notes.append(f"the images are {image} of the .tar files, the captions {caption}")
     for flag, column in (("--image_column", image), ("--caption_column", caption)):
         if column not in known:
             more = f" and {len(known) - 20} more" if len(known) > 20 else ""

@@ -37,7 +37,7 @@ def load_folders(
             found.append(dataclasses.replace(images, repeats=times * own, weight=weight))
             labels.append((str(path), text if kohyas else None))
     if training.masked_loss and caption is None and not any(any(images.masked) for images in found):
-        fix = "add one, name masks in the column mask of metadata.jsonl, or leave it out"
+        fix = "give some, name masks in a column mask of metadata.jsonl, or leave it out"
         raise InvalidArgument("--masked_loss", "no image has an alpha channel or a mask", fix)
     found = sample(found, data, training)
     differ = len(found) > 1 or kohyas or found[0].repeats > 1 or found[0].weight != 1
@@ -71,14 +71,14 @@ def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tu
     found: list[Part] = [(str(path), int(match[1]), match[2] or None) for path, match in named]
     for path, repeats, text in found:
         if repeats > MOST_REPEATS:
-            problem = f"its name means {repeats} repeats per epoch, as in kohya's scripts"
+            problem = f"its name means that an epoch meets each image {repeats} times, as in kohya's scripts"
             raise InvalidArgument(f"folder {path}", problem, f"rename it, for example to 1_{text or ''}")
     taken = {path for path, _, _ in found}
     seen = [path for path in content if path.is_dir() or is_image(path)]
     beside = [path.name for path in seen if str(path) not in taken and not path.name.startswith(".")]
     bare = [path.name for path in folders if path.name.isdecimal() and 0 < int(path.name) <= MOST_REPEATS]
     lines = [
-        f"{folder}: the name {name} sets no repeats; name it {name}_ to use each image {int(name)} times per epoch"
+        f"{folder}: the name {name} says no repeats; name it {name}_ if each image is to be met {int(name)} times"
         for name in bare[:1]
     ]
     if not found:

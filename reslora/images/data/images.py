@@ -25,7 +25,7 @@ from .size import Size
 
 ORIENTATION = PIL.ExifTags.Base.Orientation
 UNREADABLE = "cannot be read now"
-NOTHING_COUNTS = "its mask is black or transparent everywhere, so its loss would always be 0"
+NOTHING_COUNTS = "its mask is black or transparent everywhere, so nothing of it would be trained"
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 TEXTS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # PNG chunks that may contain the orientation
 
@@ -121,7 +121,7 @@ def mask_problem(mask: Content, size: tuple[int, int]) -> str:
     found = image_size(mask) if mask else size
     if isinstance(found, str):
         return f"its mask: {found}"
-    return "" if found == size else f"its mask is {found[0]} x {found[1]}, the image is {size[0]} x {size[1]}"
+    return "" if found == size else f"its mask is {found[0]} x {found[1]}, it is {size[0]} x {size[1]}"
 
 
 def _has_alpha(image: PIL.Image.Image) -> bool:

@@ -63,7 +63,7 @@ def _iterator(loader: DataLoader) -> Iterator:
 def _what_failed(error: Exception, processes: int) -> str:
     intact = "the last checkpoint is intact"
     if processes and " in DataLoader worker process " not in str(error):  # an error that a living worker raised
-        fix = "use fewer processes, or free memory"
+        fix = "give fewer, or more memory"
         return f"--dataloader_num_workers {processes}: a process that loads images has died; {fix}; {intact}"
     lines = str(error).strip().splitlines() if processes else []
     return f"a batch cannot be loaded ({lines[-1] if lines else first_line(error)}); {intact}"

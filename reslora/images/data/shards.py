@@ -42,13 +42,13 @@ def check_archives(files: Sequence[Path], argument: str, notes: list[str]) -> No
             names, whole = archive.getnames(), _is_whole(archive)
             unreadable = next((entry.name for entry in archive if _is_other_text(archive, entry)), None)
         if pickled := [name for name in names if name.lower().endswith(PICKLES)]:
-            problem = f"{path.name} holds {pickled[0]}, which is a pickle"
-            raise InvalidArgument(argument, problem, "leave it out: only images and captions are read")
+            problem = f"{path.name} holds {pickled[0]}, which is pickle"
+            raise InvalidArgument(argument, problem, "leave it out: images and captions alone are read")
         if unreadable:
             problem = f"{path.name} holds {unreadable}, which is not UTF-8"
             raise InvalidArgument(argument, problem, "save its captions as UTF-8")
         if not whole:
-            notes.append(f"{path.name} has no end mark after {names[-1]}: it may be truncated or damaged there")
+            notes.append(f"{path.name} has no end after {names[-1]}: is it cut off, or damaged there?")
 
 
 def _is_other_text(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> bool:

@@ -120,12 +120,12 @@ class File:
         """
         place = int(np.searchsorted(self.keys, key))
         if place == len(self.keys) or self.keys[place] != key or not self.counts[place]:
-            raise OSError(f"{self.path} has changed since the run began; start the run again")
+            raise OSError(f"{self.path} is not the file that it was when the run began")
         row = int(self.rows[place] + variant % self.counts[place])
         try:
             return safetensors.torch.load(self._content(row))
         except (safetensors.SafetensorError, pyarrow.ArrowInvalid) as error:
-            fix = "remove it, and its content is encoded again"
+            fix = "remove it, and what it holds is encoded anew"
             raise OSError(f"{self.path} is damaged ({first_line(error)}): {fix}") from None
 
     def _content(self, row: int) -> bytes:
@@ -152,7 +152,7 @@ def fill(
         wait()
     encoded.look()
     if encoded.missing():
-        raise RunFailed(f"{encoded.folder}: files that were written there have vanished; start the run again")
+        raise RunFailed(f"{encoded.folder}: what was written there is gone again; start the run once more")
 
 
 def share(encoded: Encoded, part: int, accelerator: Accelerator, round_: int = 0) -> list[list[int]]:

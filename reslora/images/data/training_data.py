@@ -73,15 +73,15 @@ def note_images(material: Material, context: Context, goes_on: bool) -> None:
     left_out = [line for source in material.sources for line in source.images.left_out]
     if len(set(all_gather(used))) > 1:
         raise InvalidArgument(
-            data_flag(options.data), "the processes disagree about which images are damaged", "repair them"
+            data_flag(options.data), "not the same images are damaged for all processes", "repair them"
         )
 
     def note() -> None:
         there = read_object(path).get("images", used)
         if goes_on and there != used:
             example = f" (left out: {left_out[0]})" if left_out else ""
-            problem = f"{context.folder} was trained on {there}, but now {used} can be used{example}"
-            raise InvalidArgument(data_flag(options.data), problem, "restore them, or choose another --output_dir")
+            problem = f"{context.folder} was trained on {there}, what can be used now is {used}{example}"
+            raise InvalidArgument(data_flag(options.data), problem, "bring that back, or choose another --output_dir")
         write_json(path, {"images": used, "left_out": left_out})
 
     broadcast_from_main(note)
@@ -110,7 +110,7 @@ def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context
             whole = model.load_pipeline(context.dtype, context.accelerator.device, encoders=True)
             vars(pipeline).update(vars(whole))  # setting the encoders is not enough: `__init__` reads them
             data = dataclasses.replace(data, cache_text_embeddings=False)
-            line = "captions have too many variants to cache: each step encodes its own, and text encoders stay loaded"
+            line = "captions have too many variants to keep: each step encodes its own, and text encoders stay loaded"
             context.accelerator.print(line)
         wanted += captions or []
     return dataclasses.replace(material, texts=encode_texts(wanted, key, load_encoders, context), data=data)
@@ -242,8 +242,8 @@ def print_uneven_buckets(plan: Plan, context: Context) -> None:
         often, seldom = (f"{size.height}x{size.width} {plan.uses_per_epoch[size]:.3g} times" for size in (most, least))
         smaller = "a smaller --train_batch_size" if context.options.training.train_batch_size > 1 else "fewer processes"
         context.accelerator.print(
-            f"a bucket's last batch is filled up from the same bucket: an epoch uses images of {often} as often as "
-            f"requested, of {seldom}; {smaller} with more --gradient_accumulation_steps reduces the difference"
+            f"a bucket's last batch is filled from the same bucket: an epoch meets images of {often} as often as asked "
+            f"for, of {seldom}; {smaller} with more --gradient_accumulation_steps evens that out"
         )
 
 

@@ -95,7 +95,7 @@ def slider(columns: list[tuple[str, str, Path]], prompts: list[str], best: str |
         f'<div id="comparing" hidden><div class="choices">{choices}</div>'
         '<div class="pair" style="--at: 50%"><img class="under" alt=""><img class="over" alt="">'
         '<span class="left"></span><span class="right"></span></div>'
-        '<label for="slider">Visible part of the left image</label>'
+        '<label for="slider">How much of the left image is seen</label>'
         '<input type="range" id="slider" min="0" max="100" value="50"></div>'
     )
 

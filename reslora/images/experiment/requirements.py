@@ -15,4 +15,4 @@ def check_ranks(grid: Grid[Options]) -> None:
     """Raise `InvalidArgument` for several ranks together with --init_lora, whose LoRA has its own rank."""
     if "rank" in grid.varied and grid.base.adapter.init_lora:
         argument = f"--rank {as_typed(grid.varied['rank'])}"
-        raise InvalidArgument(argument, "--init_lora determines the ranks", "leave it out")
+        raise InvalidArgument(argument, "--init_lora has ranks of its own", "leave it out")

@@ -154,18 +154,18 @@ def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str
     if there is None:
         for method in METHODS:
             if checkpoints_of(folder / method) or (folder / method / EXPORTS).exists():
-                problem = "contains a run that is not an experiment"
+                problem = "holds a run that is no experiment"
                 raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
         return
     check_past(values, folder, there, identity)
     if parts and there.get("parts") != parts:
-        problem = "was started with another split of these images"
+        problem = "was begun with another split of these images"
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
     for name in FIXED:
         value, before = values[name], there.get(name)
         settled = value is not None or name == "metric_model"  # later: the model's or images' default
         if settled and before != value:
-            problem, fix = f"{folder} was started with {in_words(before)}", "use that, or choose another --output_dir"
+            problem, fix = f"{folder} was begun with {in_words(before)}", "use that, or choose another --output_dir"
             raise InvalidArgument(f"--{name} {in_words(value)}", problem, fix)
 
 

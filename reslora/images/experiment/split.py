@@ -58,8 +58,8 @@ class Parts:
     """The smallest --test_split that gives enough images for a comparison."""
 
     def __str__(self) -> str:
-        numbers = f"{self.trained} for training, {len(self.select)} for selection, {len(self.test)} for the test"
-        return f"images: {numbers}; {self.duplicates} near-duplicates, each in the part of its original"
+        numbers = f"{self.trained} to train on, {len(self.select)} to choose by, {len(self.test)} to compare by"
+        return f"images: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
 
 
 def parts_of(

@@ -47,7 +47,7 @@ def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
         drawn = denoising(rehearsal, denoiser, guided, size, dtype), decoding(rehearsal, count, size, dtype)
         return max(*drawn, rehearsal.peak_of_encoders)
 
-    return Phase("generating class images", found | {ACTIVATIONS: rehearsal.known("activations of class images", draw)})
+    return Phase("drawing class images", found | {ACTIVATIONS: rehearsal.known("activations of class images", draw)})
 
 
 def sampling(rehearsal: Rehearsal, step: Phase) -> Phase | None:
@@ -74,7 +74,7 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
     rehearsal.stage.place(exact.eval())
     found = {name: step.held[name] for name in KEPT}
     draw = partial(drawing, rehearsal, exact, torch.float32, contextlib.nullcontext)
-    activations = rehearsal.known("activations of sampling in float32", draw)
+    activations = rehearsal.known("activations of drawing in float32", draw)
     plain = rehearsal.dtype == torch.float32 and rehearsal.options.model.base_precision == "no"
     if not plain or rehearsal.options.validation.save_best:
         left = (free - step.total) // 2 if rehearsal.stage.device.type == "cuda" else 0

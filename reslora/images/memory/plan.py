@@ -56,11 +56,11 @@ class Plan:
         """Return the table, with phases as columns, and the peak."""
         unit, name = (GIBI, "GiB") if self.peak.total >= GIBI else (2**20, "MiB")
         rows = [row for row in ROWS if any(row in phase.held for phase in self.phases)]
-        lines = [f"{f'planned memory in {name}':<24}" + "".join(f"{phase.name:>24}" for phase in self.phases)]
+        lines = [f"{f'planned memory in {name}':<24}" + "".join(f"{phase.name:>20}" for phase in self.phases)]
         for row in rows:
             cells = [shown(phase.held[row], unit) if row in phase.held else "" for phase in self.phases]
-            lines.append(f"{row:<24}" + "".join(f"{cell:>24}" for cell in cells))
-        lines.append(f"{'total':<24}" + "".join(f"{shown(phase.total, unit):>24}" for phase in self.phases))
+            lines.append(f"{row:<24}" + "".join(f"{cell:>20}" for cell in cells))
+        lines.append(f"{'total':<24}" + "".join(f"{shown(phase.total, unit):>20}" for phase in self.phases))
         free = "" if self.free is None else f" of {self.free / unit:.2f} {name} free on {self.where}"
         most = f"peak: {shown(self.peak.total, unit)} {name}{free}, while {self.peak.name}"
         return "\n".join([*lines, *self.unknown, f"{most}; latents and text states are on disk"])
@@ -110,7 +110,7 @@ def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
     except InvalidArgument:
         raise
     except Exception as error:  # classes and kernels without fake versions can still be trained
-        reason = f"this model does not run without weights ({first_line(error)})"
+        reason = f"this model is not gone through without weights ({first_line(error)})"
         if asked:
             raise InvalidArgument("--plan", reason, "leave it out") from None
         print(f"memory is not planned: {reason}", flush=True)
@@ -159,7 +159,7 @@ def advice(kinds: Sequence[ImageDataset], context: Context, plan: Plan) -> str:
         together |= change
         if len(together) > len(change) and (found := planned(together)) and found.fits:
             return in_words(together, found)
-    return "choose a smaller model, or a device with more; --no-plan tries it anyway"
+    return "choose a smaller model, or a device with more; with --no-plan it is tried all the same"
 
 
 def in_words(change: Change, plan: Plan) -> str:

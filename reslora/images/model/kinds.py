@@ -20,7 +20,7 @@ class Kind(NamedTuple):
     """A regular expression that matches the start of some of its tensors' names."""
     what: str
     """What the file is; empty for a complete model in one file."""
-    fix: str = "give a complete model, with text encoder and autoencoder"
+    fix: str = "give a whole model, with text encoder and autoencoder"
 
 
 KINDS = (
@@ -32,12 +32,12 @@ KINDS = (
     Kind(r"model\.diffusion_model\.", ""),
     Kind(
         r"(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|mid|up)",
-        "only an autoencoder",
-        "give a complete model, and this with --pretrained_vae_model_name_or_path",
+        "an autoencoder alone",
+        "give a whole model, and this with --pretrained_vae_model_name_or_path",
     ),
-    Kind(r"(text_model\.)?(encoder\.(layers|block)|embeddings)\.", "only a text encoder"),
-    Kind(r"(down_blocks|input_blocks)\.\d", "only a U-Net"),
-    Kind(r"(\w*blocks|layers)\.\d", "only a transformer"),
+    Kind(r"(text_model\.)?(encoder\.(layers|block)|embeddings)\.", "a text encoder alone"),
+    Kind(r"(down_blocks|input_blocks)\.\d", "a U-Net alone"),
+    Kind(r"(\w*blocks|layers)\.\d", "a transformer alone"),
 )
 """The first match counts."""
 

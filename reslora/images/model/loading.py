@@ -274,7 +274,7 @@ def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
         raise InvalidArgument(flag, f"a single file of kind {kind!r}", "give a pipeline's folder in diffusers format")
     family = load_family(known.pop())
     convert = f"{family.pipeline.__name__}.from_single_file({str(path)!r}).save_pretrained('folder')"
-    with refused_as(flag, f"convert it where the Hub can be reached: {convert}"):
+    with refused_as(flag, f"make a folder of it where the hub can be reached: {convert}"):
         pipeline = family.pipeline.from_single_file(str(path), cache_dir=model.cache_dir)
         with replacing(folder) as temporary:
             pipeline.save_pretrained(temporary)

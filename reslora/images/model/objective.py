@@ -180,7 +180,7 @@ def between_of(options: TrainingOptions, timesteps: int) -> tuple[int, int]:
         raise InvalidArgument(f"--max_timestep {below}", f"the model has {timesteps}", f"give {timesteps} or less")
     if least >= below:
         problem = f"it has to be below --max_timestep, {below}"
-        raise InvalidArgument(f"--min_timestep {least}", problem, "lower one, or raise the other")
+        raise InvalidArgument(f"--min_timestep {least}", problem, "give less of the one, or more of the other")
     return least, below
 
 
@@ -190,7 +190,7 @@ def check_sampling(options: TrainingOptions, sampling: str) -> None:
         if option.samplings and sampling not in option.samplings:
             value, default = getattr(options, name), option.default
             if value != default:
-                problem = f"timestep sampling {sampling} does not use it"
+                problem = f"timesteps are sampled by {sampling}, which does not read it"
                 stay = "leave it out" if default is None else f"leave it at {default}"
                 fix = f"{stay}, or add --timestep_sampling {option.samplings[-1]}"
                 raise InvalidArgument(f"--{name} {value}", problem, fix)
@@ -203,7 +203,7 @@ def check_objective(model: ModelOptions, training: TrainingOptions, family: Fami
         value = getattr({"model": model, "training": training}.get(option.group), name, option.default)
         # snr_gamma 0 gives all timesteps the same weight, as a flow does.
         if option.objective not in ("", family.objective) and (value if learns_flow else value != option.default):
-            problem = f"{family.name} is {'' if learns_flow else 'not '}a flow model"
+            problem = f"{family.name} learns a flow, which has none" if learns_flow else f"{family.name} learns no flow"
             raise InvalidArgument(f"--{name} {value}", problem, "leave it out")
 
 

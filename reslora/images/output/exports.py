@@ -126,8 +126,8 @@ def compared(what: str, exported: nn.Module, prompt: Prompt, drawer: Drawer, ref
     moved = difference(picture, finite(drawer.draw(exported, [nudge(prompt, drawer)], 1)[0], what))
     if moved <= TOLERANCE:
         raise RunFailed(f"{problem}; {TOLERANCE}/255 is allowed")
-    doubt = "the model is unstable, so images cannot show whether the file is right; use a lower --learning_rate"
-    return found, f"warning: {problem}, and rounding changes it by {moved}/255: {doubt}"
+    doubt = "the training went too far, and images cannot tell whether the file is right; lower --learning_rate"
+    return found, f"{problem}, and rounding alone moves it by {moved}/255: {doubt}"
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> int:
@@ -153,7 +153,7 @@ def finite(drawn: np.ndarray, what: str) -> np.ndarray:
     try:
         return as_bytes(drawn)
     except ValueError as error:
-        problem = f"{what}: its image has {error}: training has diverged"
+        problem = f"{what}: it draws {error}: training has diverged"
         raise Diverged(problem, "start again with a lower --learning_rate") from None
 
 
@@ -188,10 +188,10 @@ def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[
         try:
             check_checksums(best.path)
         except Damaged as error:
-            raise RunFailed(f"{first_line(error)}; remove {best.path} to export the one before") from None
+            raise RunFailed(f"{first_line(error)}; remove {best.path}, and the one before is exported") from None
         return saved_parts(learner.method, best.path, learner.trained.loss, schedule, context)
     if context.options.validation.save_best:
-        line = f"warning: --save_best: {learner.name} has no validation loss, so the last adapter is exported"
+        line = f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)"
         print(line, flush=True)
     options = context.options
     plain = (
@@ -256,7 +256,7 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
         try:
             report = merge(part, method=material.adapter.merge, calibration=calibration[name] or None)
         except ValueError as error:
-            advice = "if numbers are not finite, training has diverged: start again with a lower --learning_rate"
+            advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
             raise Diverged(f"reslora: it cannot be merged ({first_line(error)})", advice) from None
         merged[name] = Merged(plan, report, calibration[name])
     return merged

@@ -53,7 +53,7 @@ def check_upload(options: OutputOptions) -> None:
     """
     hub_repository(options)
     if (own := own_card(Path(options.output_dir))) is not None:
-        print(f"--push_to_hub: {own} will be uploaded unchanged; remove it to get a generated model card", flush=True)
+        print(f"--push_to_hub: {own} will be uploaded as it is; remove it to have a model card written", flush=True)
 
 
 def publish(context: Context) -> None:
@@ -66,7 +66,7 @@ def publish(context: Context) -> None:
     )
     try:
         if own is not None:
-            print(f"{own} is uploaded unchanged; remove it to get a generated model card")
+            print(f"{own} is uploaded as it is; remove it to have a model card written")
             files["README.md"] = own
         else:
             files["README.md"] = card_of(name, "comparison.png" in files, context).encode()

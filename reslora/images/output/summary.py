@@ -83,7 +83,7 @@ def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None
     output = Path(output_options.output_dir)
     lines = ["", f"{output}/"]
     if (output / "comparison.png").is_file():
-        lines.append("  comparison.png   training images; steps across; prompts and methods down")
+        lines.append("  comparison.png   images to learn from; steps across; prompts and methods down")
     lines += ["  loss.png         training and validation loss", "  config.json      every setting of this run"]
     uses = {
         DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights(folder)",
@@ -105,5 +105,5 @@ def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None
     lines.append(
         "Each was read back by stock diffusers or PEFT; its image may differ from the merged model's by 2/255 (fp32)."
     )
-    lines.append("View the run: python -m app")
+    lines.append("Look at the run: python -m app")
     print("\n".join(lines))

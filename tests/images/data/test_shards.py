@@ -133,7 +133,7 @@ def test_an_archive_that_is_cut_between_its_files_is_noted(tmp_path, damage):
     path.write_bytes(whole[:start] + (b"x" * 512 + whole[start + 512 :] if damage == "header" else b""))
     found = gather(path.parent, *flags)
     assert len(found) == 2
-    assert "0.tar has no end mark after 1.txt: it may be truncated or damaged there" in found.notes
+    assert "0.tar has no end after 1.txt: is it cut off, or damaged there?" in found.notes
 
 
 def contents(number: int) -> list[tuple[str, bytes]]:

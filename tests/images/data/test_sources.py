@@ -90,7 +90,7 @@ def test_kohyas_folders_say_repeats_and_captions(tmp_path):
     cat, letters = gather("--train_data_dir", kohyas(tmp_path / "p"), "--train_data_repeats", 2)
     assert (cat.repeats, cat.captions) == (20, [["sks cat"], ["blue box"]])
     assert (letters.repeats, letters.captions) == (4, [["a_b"]])
-    assert "not 0_none, 3_empty, loose.png, plain" in only(cat.notes, "are read, not ")
+    assert "not 0_none, 3_empty, loose.png, plain" in only(cat.notes, "alone are read")
     only(cat.notes, "10_sks cat: 1 folder in it not read")
     assert cat.label == f"{tmp_path}/p/10_sks cat (1 of 2 images with its name as caption: sks cat)"
     assert letters.label == f"{tmp_path}/p/2_a_b (1 of 1 image with its name as caption: a_b)"
@@ -132,7 +132,7 @@ def test_metadata_says_more_than_kohyas_names(tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "2_a_b/0.png", "text": "red disc"}))
     (found,) = gather("--train_data_dir", folder)
     assert (found.captions, found.repeats) == ([["red disc"]], 1)
-    only(found.notes, f"whose repeats are ignored: to use them, name {folder},")
+    only(found.notes, f"whose repeats do not count: they do if {folder} is named")
 
 
 def test_a_year_is_no_number_of_repeats(tmp_path, brief_flags, capsys):
@@ -274,7 +274,7 @@ def test_what_is_told_of_small_buckets_is_what_an_epoch_meets():
     words = ("--resolution", 64, "--use_aspect_ratio_buckets", "--train_batch_size", 16, "--validation_split", 0)
     sizes = [(64, 64)] * 9 + [(128, 64)]
     uneven, line = told(made(sizes, *words, label="mine"), *words)
-    assert "images of 40x96 16 times as often as requested, of 64x64 1.78 times" in uneven
+    assert "images of 40x96 16 times as often as asked for, of 64x64 1.78 times" in uneven
     assert "--train_batch_size" in uneven and line == "mine: 10 images, each 1.8 to 16 times an epoch, weight 1"
     assert told(made(sizes, *words, label="mine", repeats=3), *words, "--train_batch_size", 1) == [
         "mine: 10 images, each 3 times an epoch, weight 1"

@@ -123,7 +123,7 @@ def test_what_an_experiment_leaves(whole):
     assert len(found["timesteps"]) == 8 and found["settings"]["seed"] == [0, 1]
     split = found["split"]
     assert split["train"] + split["select"] + split["test"] == 8 and split["duplicates"] == 0
-    only(lines, "4 arms", f"{split['train']} for training", f"{split['test']} for the test")
+    only(lines, "4 arms", f"{split['train']} to train on", f"{split['test']} to compare by")
     for one in found["arms"]:
         assert sorted(one["select_by_step"]) == ["1", "2"] and one["memory_bytes"] > 0 and one["seconds"] > 0
         assert len(one["test"]["losses"]) == split["test"] and len(one["test"]["by_timestep"]) == 8
@@ -334,7 +334,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(flags, whole, capsys):
         assert "another --output_dir" in line and (other[0] in line or "batch" in line or "cache_latents" in line)
     begun = flags[flags.index("--metric_model") + 1]
     line = refused(capsys, *without(flags, "--metric_model"), *WHOLE, "--output_dir", output)
-    assert f"--metric_model none: {output} was started with {begun}; use that" in line
+    assert f"--metric_model none: {output} was begun with {begun}; use that" in line
     plain = of_a_plain_run(flags)
     assert "holds an experiment" in refused(capsys, *plain, "--method", "lora", "--output_dir", output)
 
@@ -363,7 +363,7 @@ def test_another_split_of_the_images_is_refused(images, tmp_path):
     (tmp_path / "experiment.json").write_text(json.dumps(record))
     run.check_same(grid, None, content_of(parts, found))
     for wrong in (fewer, other):
-        with pytest.raises(InvalidArgument, match=r"started with another split of these images.*; choose another$"):
+        with pytest.raises(InvalidArgument, match=r"begun with another split of these images.*; choose another$"):
             run.check_same(grid, None, content_of(wrong, found))
 
 
@@ -386,7 +386,7 @@ def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, 
 def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
     (tmp_path / "out" / "lora").mkdir(parents=True)
     (tmp_path / "out" / "lora" / "exports.json").write_text("{}")
-    assert "not an experiment" in refused(capsys, *flags, *SMALL, "--output_dir", tmp_path / "out")
+    assert "no experiment" in refused(capsys, *flags, *SMALL, "--output_dir", tmp_path / "out")
 
 
 def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):

@@ -37,14 +37,14 @@ def test_the_table_has_every_phase_and_the_most():
     assert table[0].split() == ["planned", "memory", "in", "MiB", "encoding", "images", "training"]
     assert only(table, "base").split() == ["base", "1.00"]
     assert table[2].split() == ["activations", "3.00", "unknown"]
-    assert only(table, "total").split() == ["total", "3.00", "1.00"]
-    assert "peak: 3.00 MiB of 4.00 MiB free on cpu, while encoding images" in table[-1]
+    assert only(table, "together").split() == ["together", "3.00", "1.00"]
+    assert "the most, 3.00 MiB of 4.00 MiB that cpu has free, while encoding images" in table[-1]
 
 
 @pytest.mark.exhaustive
 def test_plan_tells_the_table_and_writes_nothing(large, tmp_path):
     lines = printed(*large, "--plan")
-    assert only(lines, "planned memory").count("training") == 1 and only(lines, "peak: ", "while training")
+    assert only(lines, "planned memory").count("training") == 1 and only(lines, "the most", "while training")
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 

@@ -161,9 +161,9 @@ EXAMPLE = ASSETS.parent / "app" / "example" / "lora" / "pytorch_lora_weights.saf
     ("part", "what"),
     [
         (None, "a LoRA; give the model that it was made for, and this with --init_lora"),
-        ("unet", "only a U-Net; give a complete model"),
-        ("vae", "only an autoencoder; give a complete model, and this with --pretrained_vae_model_name_or_path"),
-        ("text_encoder", "only a text encoder; give a complete model"),
+        ("unet", "a U-Net alone; give a whole model"),
+        ("vae", "an autoencoder alone; give a whole model, and this with --pretrained_vae_model_name_or_path"),
+        ("text_encoder", "a text encoder alone; give a whole model"),
     ],
 )
 def test_a_lora_or_a_part_of_a_model_is_refused_by_what_it_is(data, model, capsys, part, what):
@@ -185,9 +185,9 @@ WHOLE = ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.dec
         (KOHYA, "a LoRA"),
         (["diffusion_model.layers.0.attention.qkv.lora_A.weight"], "a LoRA"),
         (["unet.down_blocks.0.resnets.0.conv1.hada_w1_a"], "a LoRA"),
-        (["input_blocks.0.0.weight", "out.0.weight"], "only a U-Net"),
-        (["double_blocks.0.img_attn.qkv.weight"], "only a transformer"),
-        (["first_stage_model.encoder.conv_in.weight"], "only an autoencoder"),
+        (["input_blocks.0.0.weight", "out.0.weight"], "a U-Net"),
+        (["double_blocks.0.img_attn.qkv.weight"], "a transformer"),
+        (["first_stage_model.encoder.conv_in.weight"], "an autoencoder"),
         (WHOLE, None),
         (["weight"], None),
     ],
@@ -207,8 +207,8 @@ REFINER = {"projection_class_embeddings_input_dim": 16 + 5 * 8, "cross_attention
     ("unet", "words"),
     [
         (REFINER, "refiner"),
-        ({"cross_attention_dim": 24}, "width 24, its text encoders give 40"),
-        ({"projection_class_embeddings_input_dim": 16 + 7 * 8}, "not six size conditions"),
+        ({"cross_attention_dim": 24}, "24 wide, its text encoders give 40"),
+        ({"projection_class_embeddings_input_dim": 16 + 7 * 8}, "not six sizes"),
     ],
 )
 def test_a_refiners_unet_among_sdxls_parts_is_refused(data, capsys, tmp_path, unet, words):

@@ -236,7 +236,7 @@ def test_a_model_that_rounding_alone_moves_is_exported_and_a_line_says_so(tmp_pa
     """As LoRA at 6e-3 on the bundled U-Net: what the file draws says nothing then, and the training is not lost."""
     folder, told = folder_of(tmp_path), []
     assert compared(folder, monkeypatch, 100, 150, chaos=3, told=told) == {"peft": 50}
-    assert "rounding changes it by 3/255" in told[-1] and "--learning_rate" in told[-1]
+    assert "rounding alone moves it by 3/255" in told[-1] and "--learning_rate" in told[-1]
     with pytest.raises(RunFailed, match="its image differs by 50/255"):
         compared(folder, monkeypatch, 100, 150, chaos=2)
 

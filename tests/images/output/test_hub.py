@@ -203,7 +203,7 @@ def test_a_readme_of_the_users_is_uploaded_as_it_is(run, base_flags, hub, tmp_pa
     shutil.copytree(run, tmp_path / "out")
     (tmp_path / "out" / "README.md").write_text("# Mine\n")
     flags = [*base_flags, "--method", "lora", "reslora", "--output_dir", tmp_path / "out", "--push_to_hub"]
-    assert main(*flags) == 0 and f"{tmp_path}/out/README.md is uploaded unchanged" in capsys.readouterr().out
+    assert main(*flags) == 0 and f"{tmp_path}/out/README.md is uploaded as it is" in capsys.readouterr().out
     assert (tmp_path / "out" / "README.md").read_text() == hub.card == "# Mine\n"
 
 
@@ -213,4 +213,4 @@ def test_whose_card_will_be_uploaded_is_said_before_the_training(hub, tmp_path, 
     assert capsys.readouterr().out == ""
     (tmp_path / "README.md").write_text("# Mine\n")
     check_upload(flags.output)
-    assert f"{tmp_path}/README.md will be uploaded unchanged" in capsys.readouterr().out
+    assert f"{tmp_path}/README.md will be uploaded as it is" in capsys.readouterr().out

@@ -60,10 +60,10 @@ class StableDiffusionXL(Family):
         except (KeyError, TypeError):  # older files omit default values
             return None
         if sizes == 5:
-            return "its U-Net is a refiner's, with five size conditions instead of six"
+            return "its U-Net is a refiner's, which is told five sizes of an image and not six"
         if sizes != 6:
-            return f"its U-Net has {told} inputs in addition to the pooled states, which are not six size conditions"
-        return None if read == given else f"its U-Net reads text states of width {read}, its text encoders give {given}"
+            return f"its U-Net is told {told} numbers beside the pooled states, which are not six sizes of an image"
+        return None if read == given else f"its U-Net reads text states {read} wide, its text encoders give {given}"
 
     def encode_trained(self, pipeline, captions, frozen):
         """Return `states` (batch x tokens x width of both encoders) and `pooled` (batch x width of the second)."""

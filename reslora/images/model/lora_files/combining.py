@@ -30,7 +30,7 @@ def summed(loras: Sequence[Parts], weights: Sequence[float]) -> Parts:
         try:
             found.setdefault(part, {})[layer] = _sum(terms)
         except RuntimeError:
-            raise ValueError(f"{part}.{layer} has different shapes in them") from None
+            raise ValueError(f"{part}.{layer} has other shapes in one of them") from None
     return found
 
 
@@ -64,7 +64,7 @@ def _truncated(factors: Factors, rank: int) -> tuple[Factors, float]:
 def in_words(errors: Mapping[str, float], rank: int) -> str:
     """Return a line with the mean and the highest relative error of the reduction."""
     if not errors:
-        return f"--rank {rank}: no layer has a higher rank"
+        return f"--rank {rank}: no layer has more"
     worst = max(errors, key=errors.__getitem__)
     mean = sum(errors.values()) / len(errors)
     return (
@@ -85,7 +85,7 @@ def check_finite(parts: Mapping[str, Mapping[str, Factors]], argument: str, fix:
     for part, layers in parts.items():
         for layer, (down, up, scale) in layers.items():
             if not all(bool(torch.isfinite(factor).all()) for factor in (down, up * scale)):
-                raise InvalidArgument(argument, f"{part}.{layer} overflows", fix)
+                raise InvalidArgument(argument, f"{part}.{layer} is beyond the largest number", fix)
 
 
 def cast(parts: Mapping[str, Mapping[str, Factors]], dtype: torch.dtype) -> Parts:

@@ -45,10 +45,10 @@ class Weights:
             raise InvalidArgument(flag, "no safetensors weights there", "give a file, or a folder in diffusers format")
         files: dict[str, Path] = {}
         for file in found:
-            with refused_as(flag, "give complete files"), safe_open(file, framework="pt") as opened:
+            with refused_as(flag, "give whole files"), safe_open(file, framework="pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
         if scaled := next(filter(SCALED.fullmatch, files), None):
-            problem = f"{scaled}: its weights are quantized to 8 or 4 bits"
+            problem = f"{scaled}: its weights are in 8 or 4 bits, and to be scaled"
             raise InvalidArgument(flag, problem, "give the model in 16 or 32 bits")
         return cls(flag, files)
 
@@ -94,7 +94,7 @@ def places_of(weights: Weights, names: Names) -> dict[str, Place]:
                     places |= _places(key, fused, weights)
             if len(places) > len(names.shapes) // 2:
                 return places
-    fix = "give models of one family, and --base or --family if that is ambiguous"
+    fix = "give models of one family, and --base or --family where it is not certain"
     raise InvalidArgument(weights.flag, f"no weights of a {names.family.name} denoiser", fix)
 
 
@@ -121,7 +121,7 @@ def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[P
             problem = f"{layer} is {tuple(other.shape)} there, and {tuple(one.shape)} in the base"
             raise InvalidArgument(tuned.flag, problem, "give a model of the same kind")
         if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
-            raise InvalidArgument(tuned.flag, f"{layer} is not finite there or in the base", "give complete models")
+            raise InvalidArgument(tuned.flag, f"{layer} is not finite there or in the base", "give whole models")
         if not torch.equal(one, other):
             layers[layer], errors[f"{names.family.denoiser}.{layer}"] = difference(other - one, rank)
     held = {places[layer].name for places in (in_base, in_tuned) for layer in in_base.keys() & in_tuned.keys()}

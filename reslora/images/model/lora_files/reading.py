@@ -39,7 +39,7 @@ NOT_PLAIN = (
     "alora_invocation_tokens",
 )  # fmt: skip
 """Fields of PEFT's configuration with which a layer computes something else than `W x + s B A x`."""
-EXPORTED = f"give the file that its run exported, such as {DIFFUSERS_FILE}"
+EXPORTED = f"give what its run has exported, such as {DIFFUSERS_FILE}"
 OF_THE_FORMAT = re.compile(r"format|lora_adapter_metadata|sshs_\w+|ss_network_\w+|modelspec\.hash_sha256")
 
 
@@ -78,10 +78,10 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
     refuse_pickles(file, flag)
     if not file.is_file():
         if any((path / name).is_file() for name in (ADAPTER_NAME, WEIGHTS_NAME)):
-            raise InvalidArgument(flag, "a checkpoint, not a finished LoRA", EXPORTED)
+            raise InvalidArgument(flag, "a checkpoint, and no finished LoRA", EXPORTED)
         wanted = "a .safetensors file, or a folder with one of the names that PEFT and diffusers give it"
         raise InvalidArgument(flag, "no LoRA file there", f"give {wanted}")
-    with refused_as(flag, "give a complete .safetensors file"), safe_open(file, framework="pt") as opened:
+    with refused_as(flag, "give a whole .safetensors file"), safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     for name, value in tensors.items():
@@ -94,7 +94,7 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
         with refused_as(flag, "repair its lora_adapter_metadata"):
             configs |= _by_part(json.loads(metadata["lora_adapter_metadata"]))
     if config and not configs:
-        raise InvalidArgument(flag, f"no readable {PEFT_CONFIG_FILE}, which has its scale", "give that file too")
+        raise InvalidArgument(flag, f"no readable {PEFT_CONFIG_FILE}, which says its scale", "give that with it")
     for said in configs.values():
         _refuse_others(flag, said)
     return Content(path, flag, tensors, {k: v for k, v in metadata.items() if not OF_THE_FORMAT.fullmatch(k)}, configs)
@@ -105,7 +105,7 @@ def refuse_pickles(path: Path, flag: str) -> None:
     found = sorted(path.iterdir()) if path.is_dir() else [path]
     pickles = [file.name for file in found if file.suffix in PICKLES]
     if pickles and not any(file.suffix == ".safetensors" for file in found):
-        raise InvalidArgument(flag, f"{pickles[0]} is a pickle, which can run arbitrary code", "give safetensors files")
+        raise InvalidArgument(flag, f"{pickles[0]} is a pickle, which may run anything", "give safetensors files")
 
 
 def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
@@ -134,13 +134,13 @@ def _by_part(packed: Mapping[str, object]) -> dict[str, dict]:
 def _refuse_others(flag: str, config: Mapping) -> None:
     """Raise `InvalidArgument` for PEFT methods other than plain LoRA, and for initializations that change the base."""
     if config.get("peft_type", "LORA") != "LORA":
-        raise InvalidArgument(flag, f"{config['peft_type']}, which is not a plain LoRA", "give a LoRA")
+        raise InvalidArgument(flag, f"{config['peft_type']}, which is no plain LoRA", "give a LoRA")
     if str(init := config.get("init_lora_weights")).startswith(CHANGES_BASE):
         problem = f"its init_lora_weights, {init}, has changed the base model, too"
         raise InvalidArgument(flag, problem, "save it with PEFT's path_initial_model_for_weight_conversion")
     for name in NOT_PLAIN:
         if config.get(name):
-            raise InvalidArgument(flag, f"it has {name}, and is not a plain LoRA", "give a LoRA without that")
+            raise InvalidArgument(flag, f"it has {name}, and is no plain LoRA", "give a LoRA without that")
 
 
 # -- whose it is -------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def family_of(content: Content) -> Family:
         fitting = [names for names in fitting if _in_proportion(pairs, names)]
     if len(fitting) == 1:
         return fitting[0].family
-    problem = "its layers fit several families" if fitting else "the names of its layers identify no single family"
+    problem = "its layers are in several families" if fitting else "no single family is certain by its layers' names"
     raise InvalidArgument(content.flag, problem, "add --base MODEL or --family NAME")
 
 
@@ -189,7 +189,7 @@ def pairs_of(content: Content) -> dict[str, Factors]:
     Raises `InvalidArgument` for anything that is not a plain LoRA.
     """
     if not content.tensors:
-        raise InvalidArgument(content.flag, "it has no layers", "give a LoRA that was trained")
+        raise InvalidArgument(content.flag, "there is no layer in it", "give a LoRA that was trained")
     down: dict[str, torch.Tensor] = {}
     up: dict[str, torch.Tensor] = {}
     alpha: dict[str, torch.Tensor] = {}
@@ -202,17 +202,17 @@ def pairs_of(content: Content) -> dict[str, Factors]:
                 break
         else:
             if key.startswith("reslora."):
-                raise InvalidArgument(content.flag, "an unmerged ResLoRA, whose shortcuts no file can hold", EXPORTED)
+                raise InvalidArgument(content.flag, "an unmerged ResLoRA, with shortcuts that no file has", EXPORTED)
             if not OLDEST.search(key):
-                raise InvalidArgument(content.flag, f"{key} is not part of a plain LoRA", "give a LoRA without that")
+                raise InvalidArgument(content.flag, f"{key} is not of plain LoRA", "give a LoRA without that")
     if lonely := [*(down.keys() ^ up.keys()), *(alpha.keys() - down.keys())]:
-        raise InvalidArgument(content.flag, f"{lonely[0]} lacks one of its two factors", "give a complete file")
+        raise InvalidArgument(content.flag, f"{lonely[0]} lacks one of its two factors", "give a whole file")
     found = {}
     for name in down:
         sizes, factors = up[name].shape, (down[name], up[name])
         fit = down[name].dim() in (2, 4) and sizes[1:2] == down[name].shape[:1] and math.prod(sizes[2:]) == 1
         if not fit or not all(map(torch.numel, factors)):
-            raise InvalidArgument(content.flag, f"{name}: shapes of its factors do not fit", "give a complete file")
+            raise InvalidArgument(content.flag, f"{name}: shapes of its factors do not fit", "give a whole file")
         if not all(map(torch.is_floating_point, factors)):
             kinds = " and ".join(str(factor.dtype).removeprefix("torch.") for factor in factors)
             raise InvalidArgument(content.flag, f"{name} is {kinds}", "give a LoRA in floating point")
@@ -258,7 +258,7 @@ def read_parts(content: Content, names: Names) -> Parts:
     parts: Parts = {}
     for name, factors in pairs.items():
         if name not in names.known:
-            raise InvalidArgument(content.flag, f"{name} is not a layer of {names.family.name}", _another(names))
+            raise InvalidArgument(content.flag, f"{name} is no layer of {names.family.name}", _another(names))
         try:
             split = names.known[name].split(factors)
         except ValueError as error:
@@ -268,7 +268,7 @@ def read_parts(content: Content, names: Names) -> Parts:
                 raise InvalidArgument(content.flag, f"{part}.{layer} is in it twice", "remove one of the two")
             parts[part][layer] = _shaped(content.flag, layer, piece, names) if part == names.family.denoiser else piece
     if not parts:
-        raise InvalidArgument(content.flag, "all its layers are zero", "give a LoRA that was trained")
+        raise InvalidArgument(content.flag, "no layer of it changes anything", "give a LoRA that was trained")
     return parts
 
 

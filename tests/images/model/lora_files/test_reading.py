@@ -75,7 +75,7 @@ def test_in_doubt_the_family_is_asked_for(tmp_path):
     shape = names("flux").shapes[ALL]
     tensors = {f"transformer.{ALL}.lora_A.weight": torch.ones(1, shape[1])}
     save_file(tensors | {f"transformer.{ALL}.lora_B.weight": torch.ones(shape[0], 1)}, tmp_path / "in.safetensors")
-    with pytest.raises(InvalidArgument, match="its layers fit several families; add --base MODEL or --family NAME"):
+    with pytest.raises(InvalidArgument, match="its layers are in several families; add --base MODEL or --family NAME"):
         guessed(tmp_path / "in.safetensors")
 
 
@@ -143,7 +143,7 @@ def test_a_layer_whose_scale_is_not_in_the_file_is_as_diffusers_reads_it_or_refu
         wanted = {known.family.denoiser: {layer: factors._replace(scale=1.0) for layer, factors in layers.items()}}
         assert_same(read(tmp_path / "in.safetensors", known), updates(wanted))
     else:
-        with pytest.raises(InvalidArgument, match=r"it lacks the scale of .*to_.*; give a finished LoRA"):
+        with pytest.raises(InvalidArgument, match=r"nothing in it says the scale of .*to_.*; give a finished LoRA"):
             read(tmp_path / "in.safetensors", known)
 
 
@@ -161,7 +161,7 @@ def test_trained_in_the_models_own_names_and_written_by_peft(family, tmp_path):
 @pytest.mark.parametrize("name", ["adapter.safetensors", "reslora_model.safetensors"])
 def test_a_checkpoints_weights_are_refused_where_diffusers_would_read_them(name, tmp_path):
     in_pefts_names(random_lora("qwen_image", lambda layer: "to_" in layer)["transformer"], NAMED, tmp_path / name)
-    with pytest.raises(InvalidArgument, match="as the weights of a checkpoint do"):
+    with pytest.raises(InvalidArgument, match="as in the weights of a checkpoint"):
         read(tmp_path / name, names("qwen_image"))
 
 
@@ -169,8 +169,8 @@ def test_a_checkpoints_weights_are_refused_where_diffusers_would_read_them(name,
 def test_a_checkpoint_is_refused_by_what_to_give_in_its_place(name, tmp_path):
     """By what an unmerged ResLoRA has beside its factors, too: without that it would be another adapter."""
     save_file({"reslora.norms": torch.zeros(2, 2), "x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / name)
-    for place, said in ((tmp_path, "a checkpoint, not a finished"), (tmp_path / name, "an unmerged ResLoRA")):
-        with pytest.raises(InvalidArgument, match=f"{said}.*; give the file that its run exported, such as pytorch_"):
+    for place, said in ((tmp_path, "a checkpoint, and no finished"), (tmp_path / name, "an unmerged ResLoRA")):
+        with pytest.raises(InvalidArgument, match=f"{said}.*; give what its run has exported, such as pytorch_lora_we"):
             read(place, names("stable_diffusion"))
     save_file({}, tmp_path / "pytorch_lora_weights.safetensors")  # what may be given is read, whatever is beside it
     assert not read_content(tmp_path, "--init_lora").tensors
@@ -224,7 +224,7 @@ def test_a_layer_that_diffusers_leaves_out_is_refused(tmp_path):
         tensors |= {f"{name}.lora_{word}.weight": torch.randn(width, width) for word in ("down", "up")}
     save_file(tensors, tmp_path / "in.safetensors")
     assert len(names("flux").family.pipeline.lora_state_dict(tensors)) == 2
-    with pytest.raises(InvalidArgument, match=f"{lost} is not a flux layer that diffusers reads"):
+    with pytest.raises(InvalidArgument, match=f"{lost} is no layer of flux that diffusers reads"):
         read(tmp_path / "in.safetensors", names("flux"))
 
 
@@ -240,8 +240,8 @@ def test_a_model_of_another_size_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("field", "words"),
     [
-        *((field, "not a plain LoRA") for field in ({"peft_type": "LOHA"}, {"peft_type": "OFT"}, {"use_dora": True})),
-        *((field, "not a plain LoRA") for field in ({"lora_bias": True}, {"modules_to_save": ["conv_in"]})),
+        *((field, "no plain LoRA") for field in ({"peft_type": "LOHA"}, {"peft_type": "OFT"}, {"use_dora": True})),
+        *((field, "no plain LoRA") for field in ({"lora_bias": True}, {"modules_to_save": ["conv_in"]})),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4, has changed the base model"),
     ],
 )
@@ -258,7 +258,7 @@ def test_weights_of_peft_without_its_configuration_are_refused(tmp_path):
     config = tmp_path / "peft" / "adapter_config.json"
     config.write_text(json.dumps({"prompt": "cat"}))  # any other file
     for _ in range(2):
-        with pytest.raises(InvalidArgument, match=r"no readable adapter_config\.json, which has its scale"):
+        with pytest.raises(InvalidArgument, match=r"no readable adapter_config\.json, which says its scale"):
             read_content(tmp_path / "peft", "IN")
         config.unlink(missing_ok=True)
 
@@ -274,7 +274,7 @@ def test_what_diffusers_cannot_convert_is_refused_by_its_first_layer(tmp_path):
     save_file(
         {f"{layer}_lora.{word}.weight": torch.ones(32, 32) for word in ("down", "up")}, tmp_path / "in.safetensors"
     )
-    with pytest.raises(InvalidArgument, match=r"q_proj is not a \w+ layer that diffusers reads"):
+    with pytest.raises(InvalidArgument, match=r"q_proj is no layer of \w+ that diffusers reads"):
         read(tmp_path / "in.safetensors", names("stable_diffusion"))
 
 
