@@ -21,9 +21,9 @@ from reslora.runtime.script import shares_the_cpu
 accelerator = accelerate.Accelerator(cpu=shares_the_cpu())
 rank, seen = accelerator.process_index, {{}}
 seen["main"] = together.is_main()
-seen["decided"] = together.decided(lambda: [rank, "said"])
-seen["each"] = together.each(lambda: rank)
-seen["gathered"] = together.gathered(rank)
+seen["decided"] = together.broadcast_from_main(lambda: [rank, "said"])
+seen["each"] = together.on_all(lambda: rank)
+seen["gathered"] = together.all_gather(rank)
 seen["any"] = [together.any_of(rank == 1), together.any_of(False)]
 seen["any of each"] = together.any_of_each([rank == 1, False, rank == 0])
 
@@ -33,11 +33,11 @@ def fails(error, at):
     return "well"
 
 for name, do in {{
-    "main refuses": lambda: together.decided(lambda: fails(InvalidArgument("--a", "b", "c"), 0)),
-    "main fails": lambda: together.decided(lambda: fails(OSError("disk"), 0)),
-    "main diverges": lambda: together.decided(lambda: fails(Diverged("loss"), 0)),
-    "main meets": lambda: together.decided(lambda: together.any_of(True)),
-    "other fails": lambda: together.each(lambda: fails(RunFailed("other"), 1)),
+    "main refuses": lambda: together.broadcast_from_main(lambda: fails(InvalidArgument("--a", "b", "c"), 0)),
+    "main fails": lambda: together.broadcast_from_main(lambda: fails(OSError("disk"), 0)),
+    "main diverges": lambda: together.broadcast_from_main(lambda: fails(Diverged("loss"), 0)),
+    "main meets": lambda: together.broadcast_from_main(lambda: together.any_of(True)),
+    "other fails": lambda: together.on_all(lambda: fails(RunFailed("other"), 1)),
 }}.items():
     try:
         do()
@@ -45,7 +45,7 @@ for name, do in {{
         seen[name] = [type(error).__name__, getattr(error, "status", None)]
         seen[name] += [error.diverged] if name == "main diverges" and rank == 1 else []
 done = pathlib.Path("{folder}/done")
-together.decided(lambda: time.sleep(0.1) or done.touch())
+together.broadcast_from_main(lambda: time.sleep(0.1) or done.touch())
 seen["waited"] = done.exists()
 pathlib.Path(f"{folder}/{{rank}}.json").write_text(json.dumps(seen))
 together.wait()
@@ -88,7 +88,7 @@ def test_alone_everything_is_a_plain_call():
     assert together.any_of(True) is True and together.any_of(False) is False
     nobody_else = together.wait
     nobody_else()
-    for collective in (together.decided, together.each):
+    for collective in (together.broadcast_from_main, together.on_all):
         with pytest.raises(InvalidArgument):
             collective(refuse)
 
@@ -125,7 +125,9 @@ sys.exit(run_script("script", main))
 """
 
 
-WAITING = [f"together.{verb}" for verb in ("wait()", "any_of(False)", "decided(lambda: 1)", "each(lambda: 1)")]
+WAITING = [
+    f"together.{verb}" for verb in ("wait()", "any_of(False)", "broadcast_from_main(lambda: 1)", "on_all(lambda: 1)")
+]
 
 
 @pytest.mark.parametrize(
@@ -160,8 +162,8 @@ from reslora.runtime.script import run_script
 def main(argv, stop):
     dist.init_process_group("gloo")
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
-    assert together.decided(lambda: time.sleep({first}) or "merged") == "merged"
-    together.decided(lambda: time.sleep(3) or {then})
+    assert together.broadcast_from_main(lambda: time.sleep({first}) or "merged") == "merged"
+    together.broadcast_from_main(lambda: time.sleep(3) or {then})
     together.wait()
 
 sys.exit(run_script("script", main))

@@ -72,8 +72,8 @@ def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
     there = sum(map(is_image, everything))
     missing, metadata = data.num_class_images - there, [path for path in everything if path.name in METADATA]
     if missing > 0 and metadata:  # training would not use images that the metadata does not list
-        problem = f"{missing} missing images would be generated, which {metadata[0]} does not list"
-        fix = f"give --num_class_images {there}, or remove that file"
+        problem = f"{missing} more than are there would be drawn, which {metadata[0]} does not list"
+        fix = f"give --num_class_images {there}, or take that file away"
         raise InvalidArgument(f"--num_class_images {data.num_class_images}", problem, fix)
     if missing > 0:
         check_writable(folder, f"--class_data_dir {folder}")
@@ -119,7 +119,7 @@ def draw(folder: Path, missing: int, context: Context) -> None:
     options = context.options
     names = (folder / f"class-{number:05d}.png" for number in range(options.data.num_class_images))
     todo = [path for path in names if not path.exists()][:missing]
-    context.accelerator.print(f"generating {pluralize(len(todo), 'class image')} in {folder}")
+    context.accelerator.print(f"drawing {pluralize(len(todo), 'class image')} into {folder}")
     model, device = context.model, context.accelerator.device
     side = max(options.data.resolution)  # at least as large as every resolution that they are trained at
     pipeline = model.load_pipeline(context.dtype, device, encoders=True)

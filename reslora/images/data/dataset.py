@@ -229,10 +229,8 @@ def read_folder(
     if not any(texts) and (caption is None or not files):
         if layout_of(everything, folder) or data.dataset_name:
             return None
-        what = (
-            f"{pluralize(len(files), 'image')} without captions (folder names do not count)" if files else "no images"
-        )
-        fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions next to the images"
+        what = f"{pluralize(len(files), 'image')} without captions (class folders are none)" if files else "no images"
+        fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions beside the images"
         if above := above_repeated(files):
             fix = f"name {above[0]}, where kohya's folders (10_name) say repeats and captions, or {fix}"
         raise InvalidArgument(data_flag(data), what, f"{fix}; other layouts may be what --dataset_name reads")
@@ -255,8 +253,8 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
     of_class = options.class_data_dir is not None and folder == Path(options.class_data_dir)  # computed repeats
     if repeated and not of_class:
         found.notes.append(
-            f"{pluralize(len(repeated), 'image')} in kohya's folders (10_name), whose repeats are ignored: to "
-            f"use them, name {repeated[0]}, as a folder of images without a metadata file"
+            f"{pluralize(len(repeated), 'image')} in kohya's folders (10_name), whose repeats do not count: "
+            f"they do if {repeated[0]} is named, as a folder of images without a metadata file"
         )
     return found
 
@@ -411,9 +409,9 @@ def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: Da
     missing = unlisted(rows, list(filter(is_image, everything)))
     if captioned := [path for path in missing if caption_files(path)]:
         problem = (
-            f"{pluralize(len(captioned), 'image')} with caption files, such as {captioned[0]}, but without metadata"
+            f"{pluralize(len(captioned), 'image')} with captions beside, such as {captioned[0]}, but in no metadata"
         )
-        raise InvalidArgument(data_flag(options), problem, f"put them into a separate folder, and {ONE_BY_ONE}")
+        raise InvalidArgument(data_flag(options), problem, f"put them into a folder of their own, and {ONE_BY_ONE}")
     return [f"{pluralize(len(missing), 'image')} not read: not in the metadata, or of another split"] if missing else []
 
 

@@ -86,5 +86,5 @@ def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tu
     # Hidden images inside the folders that are read are reported with those folders.
     hidden = [path for path in hidden_images(folder) if not taken & set(map(str, path.parents))]
     more = f" and {len(beside) - 5} more" if len(beside) > 5 else ""
-    alone = [f"{folder}: only kohya's folders (10_name) are read, not {', '.join(beside[:5])}{more}"]
+    alone = [f"{folder}: kohya's folders (10_name) alone are read, not {', '.join(beside[:5])}{more}"]
     return found, [*(alone if beside else []), *lines, *hidden_images_line(hidden)]

@@ -37,7 +37,7 @@ def print_long_captions(material: Material, pipeline: DiffusionPipeline, context
         where = place if isinstance(place, str) else place[0].name(place[1])
         reads = f"the {most} tokens that {encoder_of(name)} reads{' (--max_sequence_length)' if longest else ''}"
         those = f"{len(long)} of {len(texts)} captions and prompts {is_or_are(len(long))}"
-        line = f"{those} longer than {reads}: the rest has no effect"
+        line = f"{those} longer than {reads}: what is beyond them is not read"
         context.accelerator.print(f"{line} (for example {printable(where)}: {counts[example]} tokens)")
 
 

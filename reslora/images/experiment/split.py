@@ -102,8 +102,8 @@ def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) ->
     """Raise `InvalidArgument` if some part would be empty. `alike`: names of two images that count as one."""
     if images < 3:
         example = f" ({' and '.join(alike)} look alike)" if alike else ""
-        number = f"{pluralize(images, 'image')} without near-duplicates{example}"
-        problem = f"{number}, and training, selection and test need different ones"
+        number = f"{pluralize(images, 'image')} but for near-duplicates{example}"
+        problem = f"{number}, and training, choosing and comparing take others each"
         raise InvalidArgument(data_flag(options), problem, "give at least 3, better 30 or more")
 
 

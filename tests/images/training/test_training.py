@@ -106,7 +106,7 @@ def script_of_steps(folder: Path) -> Path:
     """A script whose words are the arguments of `exact_steps.main`."""
     script, paths = folder / "script.py", [str(Path(__file__).resolve().parents[level]) for level in (2, 3)]
     script.write_text(
-        f"import sys\nsys.path[:0] = {paths}\nfrom diffusion import exact_steps\nexact_steps.main(*sys.argv[1:])\n"
+        f"import sys\nsys.path[:0] = {paths}\nfrom images import exact_steps\nexact_steps.main(*sys.argv[1:])\n"
     )
     return script
 

@@ -321,9 +321,7 @@ def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
     # One A for several layers is one tensor, which safetensors refuses to write twice.
     whole = {key: value.clone() for key, value in _converted(content.tensors, names).items()}
     if unread := [name for name, tensors in layers.items() if not _converted(tensors, names).keys() & whole]:
-        problem = (
-            f"{min(unread, key=names.known.__contains__)} is not a layer of {names.family.name} that diffusers reads"
-        )
+        problem = f"{min(unread, key=names.known.__contains__)} is no layer of {names.family.name} that diffusers reads"
         raise InvalidArgument(content.flag, problem, _another(names))
     return pairs_of(Content(content.path, content.flag, whole, content.metadata, content.configs))
 
