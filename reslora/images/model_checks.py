@@ -97,7 +97,7 @@ def check_pipeline(
         raise InvalidArgument(argument, f"the model knows {known} timesteps", "give fewer")
     told = family.is_told_guidance or bool(pipeline.config.get("is_distilled"))
     for prompt in prompts_of(validation):
-        check_prompt(prompt, known, multiple, f"{family.name}'s guidance is an input of the denoiser" if told else "")
+        check_prompt(prompt, known, multiple, f"the guidance of {family.name} is told to it" if told else "")
     for size in named_buckets(data.aspect_ratio_buckets or ""):
         if any(side % multiple or not side for side in (size.height, size.width)):
             argument = f"--aspect_ratio_buckets {size.height},{size.width}"
@@ -207,7 +207,7 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
         raise InvalidArgument(f"--max_sequence_length {longest}", problem, "leave it out")
     default = Options.table()["guidance_scale_train"].default
     if guidance != default and not (model.family.is_told_guidance and model.denoiser_config().get("guidance_embeds")):
-        problem = f"the denoiser of this {name} has no guidance input"
+        problem = f"the denoiser of this {name} is told no guidance"
         raise InvalidArgument(f"--guidance_scale_train {guidance}", problem, f"leave it at {default}")
 
 

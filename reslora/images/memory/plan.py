@@ -60,9 +60,9 @@ class Plan:
         for row in rows:
             cells = [shown(phase.held[row], unit) if row in phase.held else "" for phase in self.phases]
             lines.append(f"{row:<24}" + "".join(f"{cell:>20}" for cell in cells))
-        lines.append(f"{'total':<24}" + "".join(f"{shown(phase.total, unit):>20}" for phase in self.phases))
-        free = "" if self.free is None else f" of {self.free / unit:.2f} {name} free on {self.where}"
-        most = f"peak: {shown(self.peak.total, unit)} {name}{free}, while {self.peak.name}"
+        lines.append(f"{'together':<24}" + "".join(f"{shown(phase.total, unit):>20}" for phase in self.phases))
+        free = "" if self.free is None else f" of {self.free / unit:.2f} {name} that {self.where} has free"
+        most = f"the most, {shown(self.peak.total, unit)} {name}{free}, while {self.peak.name}"
         return "\n".join([*lines, *self.unknown, f"{most}; latents and text states are on disk"])
 
 
