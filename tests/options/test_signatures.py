@@ -31,7 +31,8 @@ SEE_ALL = {
     # the application's form
     "app/jobs.py": "resolved",
     "app/bases.py": "options",
-    "app/image_folders.py": "Images options_of _flags images state_of read with_masks whole_line images_of skipped_images "
+    "app/image_folders.py": "Images options_of _flags images state_of read with_masks whole_line images_of "
+    "skipped_images "
     "buckets_of",
 }
 """Who may, by file; of `Arguments[LlmOptions]` and the like the whole is not seen, but a run's arguments."""

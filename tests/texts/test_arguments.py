@@ -242,7 +242,11 @@ def test_help_keeps_the_examples_and_names_each_default_once(capsys, kind, scrip
     text = capsys.readouterr().out
     assert end.value.code == 0 and script.__doc__.strip() in text
     flat = " ".join(text.split())
-    assert "on one each (default: 1)" in flat and "--seed SEED [SEED ...]" in flat and "(default: 42)" in flat
+    assert (
+        "several GPUs are used in turn (default: 1)" in flat
+        and "--seed SEED [SEED ...]" in flat
+        and "(default: 42)" in flat
+    )
     assert "(default: None)" not in flat and "(default: False)" not in flat
 
 
