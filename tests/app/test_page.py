@@ -839,9 +839,8 @@ def test_a_form_survives_a_restart(page):
         localStorage['reslora-train'] = JSON.stringify(Object.fromEntries([['gone', 'x'], ...kept.reverse().slice(1)]));
     }""")
     page.reload(wait_until="domcontentloaded")
-    page.wait_for_selector("#grid img")
+    page.locator("#start").wait_for()  # the tab is kept, too
     page.errors.clear()
-    page.get_by_role("tab", name="Train").click()
     page.wait_for_function("document.querySelector('#name input, #name textarea').value === 'kept'")
     assert page.locator(STEPS).input_value() == "123"
     page.locator("#begin input").focus()
