@@ -212,6 +212,7 @@ def test_half_precision_and_uncached_encoders_train(runs, tmp_path, cached):
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
 
 
+@pytest.mark.exhaustive
 def test_a_killed_loader_process_ends_the_run_in_one_line(runs, tmp_path):
     """As the system kills it where memory is short."""
     log = tmp_path / "out" / "reslora" / "log.jsonl"
