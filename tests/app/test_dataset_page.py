@@ -110,14 +110,14 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         page.keyboard.type("a red “disc”")
         page.keyboard.press("Tab")  # which saves
         wait_until(lambda: caption(0) == "a red “disc”", "the caption to be saved")
-        page.locator('.card[data-name="0.png"] .updates').get_by_text("saved").wait_for()
+        page.locator('.card[data-name="0.png"] .told').get_by_text("saved").wait_for()
 
         theirs = folder / ("1.txt" if (folder / "1.txt").is_file() else "metadata.jsonl")
         tab_to(page, '.card[data-name="1.png"] textarea')
         page.keyboard.type("mine")  # before theirs: the page may still be about to show what the folder holds now
         theirs.write_text(theirs.read_text().replace("blue box", "green box"))
         page.keyboard.press("Control+Enter")
-        page.locator('.card[data-name="1.png"] .updates').get_by_text("changed meanwhile").wait_for()
+        page.locator('.card[data-name="1.png"] .told').get_by_text("changed meanwhile").wait_for()
         assert caption(1) == "green box"
         page.keyboard.press("Escape")
 
@@ -189,7 +189,7 @@ def test_boxes_show_the_captions_of_their_images_after_every_update(browser, fol
         def write(number: int, text: str) -> None:
             card(number).locator("textarea").fill(text)
             card(number).locator("textarea").press("Control+Enter")
-            card(number).locator(".updates").get_by_text("saved", exact=True).wait_for()
+            card(number).locator(".told").get_by_text("saved", exact=True).wait_for()
             assert (folder / f"{number}.txt").read_text() == text.strip()
 
         def shown() -> dict[str, str]:
@@ -231,7 +231,7 @@ def test_boxes_show_the_captions_of_their_images_after_every_update(browser, fol
         meanwhile("1.png", "half", "1.png")  # one place before
         page.keyboard.type(" and whole")
         page.keyboard.press("Tab")
-        card(1).locator(".updates").get_by_text("saved", exact=True).wait_for()
+        card(1).locator(".told").get_by_text("saved", exact=True).wait_for()
         assert (folder / "1.txt").read_text() == "half and whole"
         shows_files()
         meanwhile("2.png", "lost?", "12.png")  # where 1.png is not
@@ -239,11 +239,11 @@ def test_boxes_show_the_captions_of_their_images_after_every_update(browser, fol
         shows_files()
         page.locator(WORDS).fill("1.png")
         page.locator(WORDS).press("Enter")
-        card(1).locator(".updates").get_by_text("not saved yet").wait_for()
+        card(1).locator(".told").get_by_text("not saved yet").wait_for()
         assert card(1).locator("textarea").input_value() == "lost?"
         assert (folder / "1.txt").read_text() == "half and whole"
         card(1).locator("textarea").press("Control+Enter")
-        card(1).locator(".updates").get_by_text("saved", exact=True).wait_for()
+        card(1).locator(".told").get_by_text("saved", exact=True).wait_for()
         assert (folder / "1.txt").read_text() == "lost?"
         shows_files()
 
@@ -267,7 +267,7 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
 
     before, refused = state(), "Nothing was changed: the images are those of set, and another folder is chosen by now."
     with visit(browser, address, 1280, "light") as page:
-        box, told = page.locator('.card[data-name="0.png"] textarea'), page.locator('.card[data-name="0.png"] .updates')
+        box, told = page.locator('.card[data-name="0.png"] textarea'), page.locator('.card[data-name="0.png"] .told')
         with locked_file(page, "two"):
             choose(page, "#folder", "two")
             box.fill("of set")

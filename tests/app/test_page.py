@@ -1064,7 +1064,7 @@ def put_in_order(page, runs: Path) -> None:
     page.get_by_role("tab", name="Runs").click()
     page.get_by_label("notes on watched").fill("the best so far")
     page.get_by_label("notes on tiny").fill("half a sen")
-    page.locator('.run[data-name="watched"] .updates').get_by_text("saved").wait_for()
+    page.locator('.run[data-name="watched"] .told').get_by_text("saved").wait_for()
     assert (runs / "watched" / "notes.txt").read_text() == "the best so far"
     page.get_by_role("button", name="Move watched to the trash").click()
     page.locator("#runs-answer").get_by_text("watched is in the trash").wait_for()
