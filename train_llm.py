@@ -5,7 +5,8 @@
         --method reslora --shortcut block --pre_num 4
 
 The first form trains a tiny bundled LLaMA on a small generated task, in a few minutes on two CPU cores; the second any
-causal model. All flags of transformers' `TrainingArguments` are here and mean the same; some defaults are others.
+causal model. All options of transformers' `TrainingArguments` are available with the same meaning; some defaults
+differ.
 """
 
 from __future__ import annotations
@@ -13,20 +14,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from reslora.common.script import run_script
-from reslora.common.signals import StopRequest
+from reslora.options.texts import LlmOptions
+from reslora.runtime.script import run_script
+from reslora.runtime.signals import StopRequest
+from reslora.texts.arguments import read
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains what the flags say and returns the exit status; what the user can mend is one line on stderr."""
+    """Train as the options say, and return the exit status; user errors are one line on stderr."""
     return run_script("train_llm.py", start, argv)
 
 
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
-    """Parses the flags and trains; libraries load once a signal would be answered."""
-    from reslora.language import llm
+    """Parse the options, and import heavy libraries only after they were checked."""
+    asked = read(LlmOptions, "train_llm.py", argv, __doc__)
+    from reslora.texts import llm
 
-    llm.main(argv, stop, description=__doc__)
+    llm.main(asked, stop)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """Fine-tune text-to-image models with LoRA and ResLoRA, and compare the two image by image.
 
     accelerate launch train_sd.py
-    accelerate launch train_sd.py --pretrained_model_name_or_path MODEL --train_data_dir IMAGES
+    accelerate launch train_sd.py --model MODEL --data IMAGES
 
-The first form trains the bundled 64x64 pipeline on the bundled images, in a few minutes on two CPU cores; the second
-any model of the families in reslora/diffusion/model/families. The flags of diffusers' `train_text_to_image_lora.py` are
-all here; docs/migrate.md says which defaults differ.
+The first form trains the bundled 64x64 pipeline on the bundled images, in a few minutes on two CPU cores. The second
+trains any model of the families in reslora/images/model/families. All options of diffusers'
+`train_text_to_image_lora.py` are available; docs/migrate.md lists the defaults that differ.
 
-On a CPU the processes of a run share all cores; OMP_NUM_THREADS=N gives each of them N threads. `accelerate launch` and
-`torchrun` set it to 1 by themselves, so from them only 2 or more counts. For one thread, leave the launcher out
-(OMP_NUM_THREADS=1 python train_sd.py), or give it as many cores as processes (taskset -c 0 accelerate launch ...).
+On a CPU, the processes of a run share all cores; OMP_NUM_THREADS=N gives each process N threads. `accelerate launch`
+and `torchrun` set it to 1 themselves, so with them only 2 or more has an effect. To train with one thread, start the
+script without a launcher (OMP_NUM_THREADS=1 python train_sd.py), or give it one core per process (taskset -c 0
+accelerate launch ...).
 """
 
 from __future__ import annotations
@@ -18,35 +19,41 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reslora.common.script import run_script
-from reslora.common.signals import StopRequest
-from reslora.diffusion.settings import is_experiment, parse_args
+from reslora.images.settings import parse_args
+from reslora.options.grid import Grid
+from reslora.runtime.script import run_script
+from reslora.runtime.signals import StopRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains what the flags say and returns the exit status; what the user can mend is one line on stderr."""
+    """Train as the options say, and return the exit status; user errors are one line on stderr."""
     share_cores_politely()
     return run_script("train_sd.py", start, argv)
 
 
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
-    """Parses the flags, and imports heavy libraries only once these are known to make sense."""
-    flags = parse_args(argv, __doc__)
-    if flags.plan:
-        from reslora.diffusion.run import show_plan as run
-    elif is_experiment(vars(flags)):
-        from reslora.diffusion.experiment.run import run_experiment as run
-    else:
-        from reslora.diffusion.run import run
+    """Parse the options, and import heavy libraries only after they were checked."""
+    asked = parse_args(argv, __doc__)
+    if asked.flat()["plan"]:
+        from reslora.images.run import show_plan
 
-    run(flags, stop)
+        show_plan(asked, stop)
+    elif isinstance(asked, Grid):
+        from reslora.experiment.runner import run_experiment
+        from reslora.images.experiment.run import open_study
+
+        run_experiment(open_study, asked, stop)
+    else:
+        from reslora.images.run import run
+
+        run(asked, stop)
 
 
 def share_cores_politely() -> None:
-    """How long an idle thread of GNU OpenMP spins before it sleeps (its default: 300,000 turns).
+    """Limit how long an idle thread of GNU OpenMP spins before it sleeps (its default is 300,000 iterations).
 
-    Spinning that long is ten times slower on cores that others use too; sleeping at once makes a small U-Net's step
-    half as long again.
+    Long spinning is ten times slower on cores that other processes use too. Without spinning, a step of a small U-Net
+    takes half as long again.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")

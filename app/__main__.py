@@ -14,10 +14,11 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
-from reslora.common.parser import Parser
+from reslora.options.argument_parser import Parser
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of `python -m app`."""
     parser = Parser(prog="python -m app", description="Watch LoRA and ResLoRA learn, and use the result.")
     add = parser.add_argument
     add("--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of runs, or one run (default: runs)")
@@ -36,7 +37,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Flags; refuses to be reachable by others without a password, with one line and exit status 2."""
+    """Return the parsed options.
+
+    Exits with status 2 and one line on stderr for an invalid value, and for an address that other machines can reach
+    without `--auth`.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
     user, colon, password = (args.auth or "").partition(":")
@@ -56,11 +61,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def refuse(message: str) -> None:
+    """Print an error and exit with status 2."""
     print(f"python -m app: error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
 def is_loopback(host: str) -> bool:
+    """Return whether a host name or IP address is that of this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -68,9 +75,9 @@ def is_loopback(host: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serves the page until Ctrl-C or SIGTERM; returns the exit status."""
+    """Serve the page until Ctrl-C or SIGTERM, and return the exit status."""
     args = parse_args(argv)
-    # Whatever is inherited: started in the background, a process finds Ctrl-C ignored.
+    # A process that a shell starts in the background ignores SIGINT; restore the handler, so that SIGINT ends it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     spin_briefly()
@@ -85,46 +92,46 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def spin_briefly() -> None:
-    """Lets idle threads of GNU OpenMP sleep soon; must be called before torch is imported.
+    """Let idle OpenMP threads sleep early; call this before torch is imported.
 
-    Its default, 300,000 turns, is ten times slower on cores that others use too; sleeping at once makes a small U-Net's
-    step half as long again.
+    GNU OpenMP spins 300,000 turns by default, which is ten times slower on cores that other processes use too. Sleeping
+    at once (0 turns) makes a step of a small U-Net 50% longer.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def serve(args: argparse.Namespace, neutral: Path) -> int:
-    """Serves the page from an empty folder of its own."""
-    from .launcher import Trainings, default_output
+    """Serve the page from the empty folder `neutral`, and return the exit status."""
+    from .jobs import Jobs
+    from .launcher import default_output
     from .library import Library
     from .runs import EXAMPLE
 
     library = Library(args.runs.absolute(), (default_output().absolute(), EXAMPLE))
-    trainings = Trainings(library, args.data.absolute() if args.data else None)
+    jobs = Jobs(library, args.data.absolute() if args.data else None)
     move_to(neutral)
-    from . import page  # Gradio, from here on, looks at where it is
-    from .queue import Queue
+    from . import page  # import Gradio only now: it reads the working directory
     from .studio import Studio
 
-    # Libraries' notes to programmers are not for whoever starts the page.
+    # Future warnings of libraries address programmers, not the user who starts the page.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    studio, queue = Studio(), Queue(trainings)
-    queue.keep_going()
-    demo = page.create_demo(library, trainings, studio)
+    studio = Studio()
+    jobs.keep_going()
+    demo = page.create_demo(library, jobs, studio)
     try:
         listen(demo, args)
     except OSError as error:
         print(f"python -m app: {str(error).splitlines()[0]}", file=sys.stderr)
         return 1
     finally:
-        queue.closed.set()
+        jobs.closed.set()
         studio.close()
     return 0
 
 
 def listen(demo: Any, args: argparse.Namespace) -> None:
-    """Serves the page, Gradio's `Blocks`, until it is closed, however slowly it answers at first."""
+    """Serve the Gradio `Blocks` until they are closed, even if the first answer is slow."""
     from .page import look
     from .sessions import LAUNCH
     from .weight_files import LARGEST_ADAPTER
@@ -136,8 +143,8 @@ def listen(demo: Any, args: argparse.Namespace) -> None:
             **LAUNCH, **look(),
         )  # fmt: skip
     except ValueError:
-        # Gradio gives up where its own page doesn't answer it within three seconds, which a busy machine may need. It
-        # listens all the same.
+        # Gradio raises if its own page does not answer within three seconds, as on a busy machine. The server runs
+        # nevertheless.
         if not demo.is_running:
             raise
         print(f"python -m app: {demo.local_url} is slow to answer; it is served all the same", file=sys.stderr)
@@ -147,11 +154,12 @@ def listen(demo: Any, args: argparse.Namespace) -> None:
 
 
 def move_to(neutral: Path) -> None:
-    """Gradio hands out files of the working directory and of the temp folder: both become empty ones of our own."""
+    """Make empty folders the working directory and the temporary folder, because Gradio serves files from both."""
     (neutral / "tmp").mkdir()
     os.environ["GRADIO_TEMP_DIR"] = str(neutral / "served")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    # Without these, every answer waits for a table of the last 10,000 questions that nobody looks at: 0.02 to 0.1 s.
+    # Otherwise every answer waits 0.02 to 0.1 s for Gradio's table of the last 10,000 requests, which the page does not
+    # use.
     os.environ["GRADIO_ANALYTICS_MAX_EVENTS"], os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = "1", str(2**62)
     tempfile.tempdir = str(neutral / "tmp")
     os.chdir(neutral)

@@ -1,28 +1,30 @@
-"""The model that a run trains. No gradio."""
+"""Find the base model of a run. This module does not import Gradio."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.common.assets import ASSETS
-from reslora.diffusion.arguments import Flags
-from reslora.diffusion.model.loading import Model
+from reslora.bundled import ASSETS
+from reslora.images.content_hash import folder_mark
+from reslora.images.model.loading import Model
+from reslora.options.images import Options
 
 from .runs import NO_CONFIG, Run, RunError
 
 BUNDLED = ASSETS / "pipeline"
 PIPELINES = {f"{ASSETS.name}/{path.name}": path for path in (BUNDLED, ASSETS / "pipeline-flow")}
-"""The bundled pipelines, by the words that a page may name them with."""
+"""The bundled pipelines, by the names that the page offers."""
 OF_MODEL = ("pretrained_vae_model_name_or_path", "revision")
-"""Flags that make another model of the one that is named."""
+"""Options that change the model loaded under a name."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The pipeline that a run trains: path or hub name, and how the trainer loaded it."""
+    """The pipeline that a run trains: its path or hub name, and the options that it was loaded with."""
 
     name: str = str(BUNDLED)
     vae: str | None = None
@@ -31,11 +33,11 @@ class Base:
     cache_dir: str | None = None
     prediction_type: str | None = None
     folder: str = ""
-    """The run's, where the trainer keeps what it made of a single file."""
+    """The run's folder, in which the trainer stores a single-file checkpoint converted to a folder."""
 
-    def flags(self) -> Flags:
-        """The trainer's flags that say the same."""
-        return Flags(
+    def options(self) -> Options:
+        """Return the trainer's options for this pipeline."""
+        return Options.of(
             pretrained_model_name_or_path=self.name, pretrained_vae_model_name_or_path=self.vae,
             revision=self.revision, variant=self.variant, cache_dir=self.cache_dir, output_dir=self.folder,
             prediction_type=self.prediction_type,
@@ -43,16 +45,34 @@ class Base:
 
 
 def bundled(named: str, known: Mapping[str, Path] = PIPELINES) -> str | None:
-    """The word for what is bundled that a path names: here, on another machine, or relative as in the example."""
+    """Return the key in `known` of a path to a bundled asset, or None.
+
+    The path may be from another checkout or another machine; a folder that exists must have the same contents.
+    """
     word = "/".join(Path(named).parts[-2:])
     if word not in known:
         return None
-    there = Path("/", named)
-    return word if not there.is_dir() or there.samefile(known[word]) else None
+    there, here = Path("/", named), known[word]
+    return word if not there.is_dir() or there.samefile(here) or mark_of(there) == mark_of(here) else None
+
+
+def mark_of(folder: Path) -> str:
+    """Return a content hash of a folder, cached until one of its files changes."""
+    return _mark(folder, max((changed(path) for path in folder.rglob("*")), default=0))
+
+
+@functools.lru_cache(maxsize=16)
+def _mark(folder: Path, last: int) -> str:
+    """Return the content hash; `last`, the newest modification time, is part of the cache key."""
+    parts = [path for path in sorted(folder.iterdir()) if path.is_dir()]  # skip files such as README.md
+    return " ".join(map(folder_mark, parts or [folder]))
 
 
 def base_of(run: Run | None) -> Base:
-    """The pipeline of a run; the bundled one without a run. Raises `RunError` where its config.json is damaged."""
+    """Return the pipeline of a run, or the bundled one without a run.
+
+    Raises `RunError` if the run's config.json is damaged.
+    """
     if run is None:
         return Base()
     if run.unreadable:
@@ -61,15 +81,15 @@ def base_of(run: Run | None) -> Base:
     settings = {name: run.word(name) for name in ("revision", "variant", "cache_dir", "prediction_type")}
     if not named:
         return Base(prediction_type=settings["prediction_type"])
-    if (word := bundled(named)) and not Path("/", named).is_dir():
-        return Base(str(PIPELINES[word]), prediction_type=settings["prediction_type"])
+    if word := bundled(named):
+        named = str(PIPELINES[word])
     is_file = named.endswith(".safetensors")
     vae = run.word("pretrained_vae_model_name_or_path")
     return Base(named, vae, **settings, folder=str(run.folder) if is_file else "")
 
 
 def times_of(base: Base, model: Model) -> dict[Path, int]:
-    """When each file changed that a model is loaded from."""
+    """Return the modification times, in nanoseconds, of the files that a model is loaded from."""
     parts = [model.folder / part for part in model.index] + ([Path(base.vae)] if base.vae else [])
     files = [path for part in parts for path in part.glob("*")]
     single = [Path(base.name)] if base.folder else []
@@ -77,7 +97,7 @@ def times_of(base: Base, model: Model) -> dict[Path, int]:
 
 
 def changed(path: Path | None) -> int:
-    """When a file changed; 0 where there is none."""
+    """Return the modification time of a file in nanoseconds, or 0 if it does not exist."""
     try:
         return path.stat().st_mtime_ns if path is not None else 0
     except OSError:
@@ -85,10 +105,13 @@ def changed(path: Path | None) -> int:
 
 
 def model_of(word: str, images: Path | None) -> str:
-    """The model that a page names: a bundled pipeline, or one on the hub, which needs images."""
+    """Return the path or hub name of the model that the page names.
+
+    Raises `RunError` for any other path, and for a hub model without images.
+    """
     if word in PIPELINES:
         return str(PIPELINES[word])
-    # A name on the hub and nothing else: a path would let the page read other folders of this machine.
+    # Accept hub names only: a path would let the page read other folders of this machine.
     if not is_hub_name(word):
         raise RunError(f"Give the model by its name on the hub, such as owner/model, or one of {', '.join(PIPELINES)}.")
     if images is None:
@@ -97,7 +120,10 @@ def model_of(word: str, images: Path | None) -> str:
 
 
 def word_of_model(run: str, settings: dict) -> str:
-    """The word by which a page names the model of a run's settings; `RunError` where it has none."""
+    """Return the name by which the page selects the model of a run's settings.
+
+    Raises `RunError` if the page cannot name it.
+    """
     named = settings.get("pretrained_model_name_or_path") or ""
     word = (bundled(named) or named) if isinstance(named, str) else "/"
     path = [] if word in ("", *PIPELINES) or is_hub_name(word) else ["a model in a folder"]
@@ -111,5 +137,5 @@ def word_of_model(run: str, settings: dict) -> str:
 
 
 def is_hub_name(model: str) -> bool:
-    """Whether it is `owner/name`, which cannot be a path of this machine that the page was not given."""
+    """Return whether `model` has the form `owner/name`, which excludes paths of this machine."""
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model))

@@ -1,4 +1,4 @@
-"""A folder of images as HTML: a page of cards, each with a thumbnail, sizes and captions, and what is said of them all.
+"""Render a folder of images as HTML: cards with thumbnail, sizes and captions, and a summary of the folder.
 
 As in `views`, every name and caption is escaped.
 """
@@ -10,8 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-from reslora.diffusion.data.size import Size
-from reslora.words import counted
+from reslora.formatting import pluralize
+from reslora.images.data.size import Size
 
 from .image_edits import ImageEdits, text_of
 from .image_folders import OUTSIDE, Image, Images
@@ -22,14 +22,15 @@ MOST_NOTES = 8
 
 
 def pages(count: int) -> int:
-    """How many pages so many images have."""
+    """Return how many pages `count` images need, at least 1."""
     return max(1, -(-count // PER_PAGE))
 
 
 def cards(edits: ImageEdits, images: Images, shown: Sequence[Image], page: int) -> str:
-    """A page of images, with their folder and the names of all that are shown.
+    """Return one page of image cards as HTML, with the folder's name and the names of all filtered images.
 
-    No two are equal: what is equal to the last one would not reach boxes in which something else is written.
+    The attribute `data-drawn` makes each result unique: Gradio does not send an unchanged value, and edited caption
+    boxes would keep their text.
     """
     part = shown[(page - 1) * PER_PAGE : page * PER_PAGE]
     thumbnails = edits.looks.thumbnails(part)
@@ -44,7 +45,10 @@ def cards(edits: ImageEdits, images: Images, shown: Sequence[Image], page: int) 
 
 
 def card(image: Image, thumbnail: str, badges: tuple[str, str], fixed: bool) -> str:
-    """One image; its caption may be edited unless it is fixed. `badges`: why it is left out, and what it is like."""
+    """Return one image card; its caption is read-only if `fixed`.
+
+    `badges`: why training leaves the image out, and which image it is similar to; either may be empty.
+    """
     name, text = escape(image.name), escape(text_of(image))
     picture = f'<img src="{thumbnail}" alt="{name}">' if thumbnail else '<div class="empty">cannot be shown</div>'
     kinds = zip(("out", "alike"), badges, strict=True)
@@ -59,7 +63,7 @@ def card(image: Image, thumbnail: str, badges: tuple[str, str], fixed: bool) -> 
 
 
 def sizes(image: Image) -> str:
-    """Width and height, and what becomes of them."""
+    """Return width and height in pixels, and the training resolutions."""
     if image.size is None:
         return "&mdash;"
     width, height = image.size
@@ -69,27 +73,27 @@ def sizes(image: Image) -> str:
 
 
 def in_words(size: Size) -> str:
-    """A size as width and height, as image sizes are written."""
+    """Return a size as width x height."""
     return f"{size.width} &times; {size.height}"
 
 
 def summary(edits: ImageEdits, images: Images, shown: int) -> str:
-    """How many images there are, what training would leave out and why, and what the trainer would print."""
+    """Return the number of images, which ones training leaves out and why, and the trainer's warnings, as HTML."""
     problems = Counter(filter(None, map(edits.looks.problem, images.images.values())))
     count, left_out = len(images.images), sum(problems.values())
-    lines = [f"<b>{counted(count, 'image')}</b> in {escape(images.folder.name)}, {shown:,} shown"]
+    lines = [f"<b>{pluralize(count, 'image')}</b> in {escape(images.folder.name)}, {shown:,} shown"]
     if images.refused:
         lines.append(f'<b class="bad">Training would refuse this folder:</b> {escape(images.refused)}')
     if left_out and not images.refused:
         reasons = ", ".join(f"{number:,} {escape(reason)}" for reason, number in problems.most_common(MOST_NOTES))
-        lines.append(f'<b class="bad">Training would leave out {counted(left_out, "image")}:</b> {reasons}')
+        lines.append(f'<b class="bad">Training would leave out {pluralize(left_out, "image")}:</b> {reasons}')
     elif not images.refused:
         lines.append("Training would read all of them")
     alike = len(edits.looks.alike(images))
     if alike:
-        lines.append(f"{counted(alike, 'image')} like another one: see the filter Duplicates")
+        lines.append(f"{pluralize(alike, 'image')} like another one: see the filter Duplicates")
     elif any(image.size and edits.looks.of(image) is None for image in images.images.values()):
-        lines.append("Damaged images and duplicates are known after <i>Check images</i>")
+        lines.append("<i>Check images</i> opens every image, and finds further damaged ones and duplicates")
     buckets = Counter(size for image in images.images.values() if not image.problem for size in image.buckets)
     if len(buckets) > 1:
         found = (f"{in_words(size)}: {number:,}" for size, number in buckets.most_common())

@@ -1,6 +1,6 @@
-"""What is seen at a step of a run and of those beside it: images, curves and numbers. HTML, as in `views`.
+"""Render a step of one or several runs: images, loss curves and numbers, as HTML like `views`.
 
-Alone, a run's columns and lines are named by their methods; with others beside it, by run and method.
+Columns and lines are named by method, or by run and method if several runs are compared.
 """
 
 from __future__ import annotations
@@ -9,47 +9,47 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.common import figures
-from reslora.common.charts import Line, line_chart
-from reslora.common.log import of_split
-from reslora.words import counted
+from reslora.formatting import pluralize
+from reslora.plots import figures
+from reslora.plots.charts import Line, line_chart, swatch
+from reslora.runtime.log import of_split
 
-from .differences import LOSSES, differing, drawn_alike
+from .differences import LOSSES, differing, same_sampling
 from .runs import NO_CONFIG, Run, number
 from .views import COLORS, NAMES, escape, figure, notice, table, tile
 
 MOST_ROWS = 16
 LONGEST_NAME = 24
-"""Letters of a run's name over a column."""
+"""Letters of a run's name in a column heading."""
 FEW_COLUMNS = 5
-"""As many leave room for curves beside them."""
+"""Up to this many columns leave room for the loss curves at their right."""
 TITLES = {"train": "Training loss (running mean)", "validation": "Loss on held-out images"}
 DASHES = ("", "7 4", "2 3", "10 3 2 3")
-"""Of the lines of a run, and of each beside it: colours are the methods'."""
+"""Line patterns by run; the color shows the method."""
 LARGEST_LOSS = 1e30
 Cell = tuple[int, int, str]
-"""Number of the prompt, of the image, and the prompt: the noise goes by the numbers, so images of one cell compare."""
+"""Prompt index, image index and prompt. The noise depends on the indices, so images of one cell are comparable."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Images of some weights."""
+    """Images of the same weights."""
 
     title: str
     subtitle: str
     run: Run
     images: dict[Cell, Path]
     absent: str = "not yet"
-    """What is said in place of an image that there is not."""
+    """Text shown for a missing image."""
 
 
 def shown_runs(run: Run) -> tuple[Run, ...]:
-    """The run, and those beside it."""
+    """Return the run and those compared with it."""
     return (run, *run.beside)
 
 
 def named(run: Run, one: Run, name: str) -> str:
-    """A name of what belongs to `one` of the runs, which comes first where there are several."""
+    """Return `name`, prefixed with the name of the run `one` if several runs are compared."""
     return f"{one.name}: {name}" if run.beside else name
 
 
@@ -57,7 +57,7 @@ def named(run: Run, one: Run, name: str) -> str:
 
 
 def columns(run: Run, step: int) -> list[Column]:
-    """The base model's, then of each run its methods' at a step, and ResLoRA's merged weights."""
+    """Return the columns: base model, then for each run its methods at a step and ResLoRA's merged weights."""
     found = base_columns(run)
     for one in shown_runs(run):
         absent = "not yet" if one.process or step in one.steps() else "not at this step"
@@ -72,13 +72,13 @@ def columns(run: Run, step: int) -> list[Column]:
 
 
 def base_columns(run: Run) -> list[Column]:
-    """What was drawn before training: runs that draw alike share a column.
+    """Return the columns of images before training; runs with the same sampling options share a column.
 
-    Before its first step an adapter adds nothing, so the samples of step 0 are the base model's.
+    An adapter adds nothing before its first step, so the samples of step 0 are the base model's.
     """
     alike: dict[tuple, list[Run]] = {}
     for one in shown_runs(run):
-        alike.setdefault(drawn_alike(one) if run.beside else (), []).append(one)
+        alike.setdefault(same_sampling(one) if run.beside else (), []).append(one)
     found = []
     for group in alike.values():
         images: dict[Cell, Path] = {}
@@ -92,26 +92,27 @@ def base_columns(run: Run) -> list[Column]:
 
 
 def cells(run: Run, images: dict[tuple[int, int], Path]) -> dict[Cell, Path]:
-    """A run's images by their cell."""
+    """Return a run's images by cell."""
     return {(prompt, image, prompt_of(run, prompt)): path for (prompt, image), path in images.items()}
 
 
 def rows_of(shown: list[Column]) -> list[Cell]:
-    """The cells of which some column has an image: of one number, those of the first run first."""
+    """Return the cells for which any column has an image, sorted by prompt index, then by the order of the runs."""
     found = list(dict.fromkeys(cell for column in shown for cell in column.images))
     first = {cell[2]: place for place, cell in reversed(list(enumerate(found)))}
     return sorted(found, key=lambda cell: (cell[0], first[cell[2]], cell[1]))[:MOST_ROWS]
 
 
 def prompt_of(run: Run, number: int) -> str:
+    """Return the prompt of an index."""
     prompts = run.prompts
     return prompts[number] if number < len(prompts) else f"prompt {number}"
 
 
 def images(run: Run, step: int, status: str = "") -> str:
-    """The grid of samples at a step: a row per prompt (and image), a column per run and method.
+    """Return the grid of samples at a step: a row per prompt and image, a column per run and method.
 
-    `status`: the run's, as far as a trainer that has just been started is known.
+    `status` is the status of the run according to `Jobs`, which also knows a trainer that has just started.
     """
     shown = columns(run, step)
     rows = rows_of(shown)
@@ -131,7 +132,7 @@ def images(run: Run, step: int, status: str = "") -> str:
 
 
 def heading(column: Column) -> str:
-    """The title of a column; of a run and a method on two lines, a long name of the run in short."""
+    """Return a column heading; run and method are on two lines, and a long run name is shortened."""
     run, colon, name = column.title.rpartition(": ")
     run = run if len(run) <= LONGEST_NAME else f"{run[: LONGEST_NAME - 1]}…"
     title = f"{escape(run)}:<br>{escape(name)}" if colon else escape(name)
@@ -139,7 +140,7 @@ def heading(column: Column) -> str:
 
 
 def row_of(shown: list[Column], cell: Cell, row: int) -> str:
-    """A prompt, and the image of each column."""
+    """Return a row: the prompt, and the image of each column."""
     title, tiles = cell[2], ""
     for place, column in enumerate(shown):
         absent = column.absent if prompt_of(column.run, cell[0]) == title else "other prompt"
@@ -148,7 +149,7 @@ def row_of(shown: list[Column], cell: Cell, row: int) -> str:
 
 
 def save_grid(run: Run, step: int, path: Path) -> None:
-    """Writes the comparison as one image to keep."""
+    """Save the comparison as one image."""
     shown = columns(run, step)
     rows = [(cell[2], [("", [column.images.get(cell) for column in shown])]) for cell in rows_of(shown)]
     figures.comparison(path, [f"{column.title}\n{column.subtitle}" for column in shown], rows)
@@ -158,34 +159,35 @@ def save_grid(run: Run, step: int, path: Path) -> None:
 
 
 def arms(run: Run) -> Iterator[tuple[Run, str, str, str]]:
-    """Of each run and method: both, their name, and how the run's lines are dashed."""
+    """Yield run, method, name and line pattern of each curve."""
     for one, dash in zip(shown_runs(run), DASHES, strict=False):
         for method in one.methods:
             yield one, method, named(run, one, NAMES[method]), dash
 
 
 def curves(run: Run, split: str, step: int | None) -> str:
-    """Loss over steps of each method as a chart; a vertical line marks the chosen step.
+    """Return the loss curve of each method as a chart with a vertical line at `step`.
 
-    The training loss is a running mean over a tenth of the steps: of single batches one would see only noise.
+    The training loss is a running mean over a tenth of the steps, because the loss of single batches is mostly noise.
     """
     lines = []
     for one, method, name, dash in arms(run):
         log = of_split(one.log(method), split)
         losses = [max(-LARGEST_LOSS, min(LARGEST_LOSS, row["loss"])) for row in log]
         losses = figures.running_mean(losses) if split == "train" else losses
-        # A page does not get sharper with more points than pixels.
+        # More points than pixels do not improve the chart.
         every = max(1, len(log) // 400)
         kept = [i for i in range(len(log)) if i % every == 0 or i == len(log) - 1]
-        lines.append(Line(name, COLORS[method], [(log[i]["step"], losses[i]) for i in kept], dash))
+        lines.append(Line(name, COLORS[method], tuple((log[i]["step"], losses[i]) for i in kept), dash))
     lines = [line for line in lines if line.points]
     return line_chart(TITLES[split], "step", lines, step) if lines or split == "train" else ""
 
 
 def numbers(run: Run, step: int) -> str:
-    """Loss, validation loss, learning rate and seconds of each method at the chosen step.
+    """Return training loss, validation loss, learning rate and seconds of each method at a step, as a table.
 
-    The lowest losses are marked where they compare: of one run both, of several those on the same held-out images.
+    The lowest loss is marked if the losses are comparable: both columns within a run, the validation loss across runs
+    with the same held-out images.
     """
     shown = list(arms(run))
     known = [numbers_of(one, method, step) for one, method, *_ in shown]
@@ -200,11 +202,11 @@ def numbers(run: Run, step: int) -> str:
             is_best, cell = column in best and value == best[column], figure(value, *form)
             cells += f'<td class="best">{cell}<small>lowest</small></td>' if is_best else f"<td>{cell}</td>"
         behind = f"<small>at step {reached[0]}</small>" if len(at) > 1 and reached[0] is not None else ""
-        rows.append(f"<tr><th>{key(COLORS[method], dash)}{escape(name)}{behind}</th>{cells}</tr>")
+        rows.append(f"<tr><th>{swatch(COLORS[method], dash)}{escape(name)}{behind}</th>{cells}</tr>")
     header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
     damaged = {name: count for one, method, name, _ in shown if (count := one.damaged_rows(method))}
     notes = "".join(
-        notice(f"{name}: {counted(count, 'damaged line')} of its log left out.") for name, count in damaged.items()
+        notice(f"{name}: {pluralize(count, 'damaged line')} of its log left out.") for name, count in damaged.items()
     )
     return (
         table("numbers several" if run.beside else "numbers", f"Numbers at step {step}", header + "".join(rows)) + notes
@@ -212,7 +214,7 @@ def numbers(run: Run, step: int) -> str:
 
 
 def numbers_of(run: Run, method: str, step: int) -> tuple[tuple, tuple]:
-    """The last steps up to this with any loss and with one on held-out images; the numbers there."""
+    """Return the last steps up to `step` with any loss and with a validation loss, and the values there."""
     log = [row for row in run.log(method) if row["step"] <= step]
     recent = [row["loss"] for row in of_split(log, "train")[-20:]]
     held_out = of_split(log, "validation")[-1:]
@@ -224,17 +226,10 @@ def numbers_of(run: Run, method: str, step: int) -> tuple[tuple, tuple]:
 
 
 def lowest(rows: list[tuple]) -> dict[int, float]:
-    """The lowest of each column of losses, where several rows have any: a time is no better for being short."""
+    """Return the lowest loss of each loss column with at least two different values; times are not compared."""
     found = {}
     for column in (0, 1):
         values = [value for row in rows if (value := number(row[column])) is not None]
         if len(values) > 1 and min(values) < max(values):
             found[column] = min(values)
     return found
-
-
-def key(color: str, dash: str) -> str:
-    """How a row's line is drawn in the charts."""
-    dashed = f' stroke-dasharray="{dash}"' if dash else ""
-    line = f'<path d="M0 6H28" stroke="{color}" stroke-width="3"{dashed}/>'
-    return f'<svg class="key" viewBox="0 0 28 12" aria-hidden="true">{line}</svg>'

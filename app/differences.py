@@ -1,55 +1,47 @@
-"""What the settings of runs say of whether their images and losses compare. HTML, as in `views`."""
+"""Report which settings of runs differ, and whether their images and losses are comparable, as HTML like `views`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection
 
+from reslora.options.images import Options
+
+from .bases import PIPELINES, bundled
+from .folders import IMAGES as IMAGES_BUNDLED
 from .runs import Run
 from .verdict import held_out
 from .views import enumerated, escape
 
 MATTERS = {
-    "seed": ("seed",),
-    "base model": (
-        "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "base_precision",
-    ),
-    "prompts": ("validation_prompt",),
-    "how samples are drawn": (
-        "validation_height", "validation_width", "num_inference_steps", "guidance_scale", "validation_prompt_options",
-    ),
-    "resolution": (
-        "resolution", "use_aspect_ratio_buckets", "aspect_ratio_buckets", "bucket_upscale", "center_crop",
-    ),
-    "held-out images": (
-        "train_data_dir", "dataset_name", "dataset_config_name", "image_column", "caption_column", "caption_prefix",
-        "caption_suffix", "max_train_samples", "class_data_dir", "validation_split", "max_validation_images",
-    ),
-    "how losses are measured": (
-        "prediction_type", "discrete_flow_shift", "guidance_scale_train", "max_sequence_length", "validation_noises",
-        "save_best", "early_stopping_patience",
-    ),
+    label: tuple(name for name, option in Options.table().items() if option.compared_as == label)
+    for label in (
+        "seed", "base model", "prompts", "how samples are generated", "resolution", "held-out images",
+        "how losses are measured",
+    )
 }  # fmt: skip
-"""The flags by which runs may differ in what matters, by what these are called here."""
-IMAGES = ("seed", "base model", "how samples are drawn", "resolution")
-"""What images of one prompt must have in common to compare."""
+"""The options behind each property in which runs may differ."""
+IMAGES = ("seed", "base model", "how samples are generated", "resolution")
+"""Properties that must agree for images of one prompt to be comparable."""
 LOSSES = ("seed", "base model", "resolution", "held-out images", "how losses are measured")
-"""What losses must: the seed chooses the images to hold out, and their noise."""
+"""Properties that must agree for losses to be comparable: the seed chooses the held-out images and their noise."""
 FIRST = "losses before training, so that images or model have changed since"
 TOLERANCE = 1e-3
-"""Relative, of losses before training: of the same images and model they differ by rounding alone."""
+"""Relative difference of losses before training: with the same images and model it is rounding error."""
 LONGEST = 48
 
 
 def setting(config: dict, flag: str) -> str:
-    """The value of a flag as JSON; empty for one that was not given, or switched off."""
+    """Return the value of an option as JSON, or an empty string if it was not given or is off."""
     value = config.get(flag)
     value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(value, str):  # a path to another copy of a bundled asset is the same setting
+        value = bundled(value, PIPELINES | IMAGES_BUNDLED) or value
     return json.dumps(value) if value else ""
 
 
-def drawn_alike(run: Run) -> tuple[str, ...]:
-    """Runs in which this is the same draw the same image of a prompt and number before they train."""
+def same_sampling(run: Run) -> tuple[str, ...]:
+    """Return a key that is equal for runs whose samples before training are the same."""
     config = run.config
     return tuple(
         setting(config, flag) for flag in ("init_lora", *(flag for label in IMAGES for flag in MATTERS[label]))
@@ -57,7 +49,7 @@ def drawn_alike(run: Run) -> tuple[str, ...]:
 
 
 def differing(run: Run, labels: Collection[str]) -> dict[str, list[str]]:
-    """In which of these the runs beside a run differ from it or among themselves, and by which flags."""
+    """Return the properties in which the compared runs differ, each with the options that differ."""
     runs, found = (run, *run.beside), {}
     configs = [one.config for one in runs]
     for label in labels:
@@ -69,9 +61,9 @@ def differing(run: Run, labels: Collection[str]) -> dict[str, list[str]]:
 
 
 def begin_alike(runs: Collection[Run]) -> bool:
-    """Whether losses on held-out images were the same before training, as far as that is known.
+    """Return whether the validation losses before training agree, as far as they are known.
 
-    A folder may have got other images between two runs, which no flag tells.
+    The contents of an image folder may change between two runs without any change of the options.
     """
     starting = [run for run in runs if not run.config.get("init_lora")]
     first = [held_out(run, method).get(0) for run in starting for method in run.methods[:1]]
@@ -80,7 +72,7 @@ def begin_alike(runs: Collection[Run]) -> bool:
 
 
 def differences(run: Run) -> str:
-    """In what runs differ that matters, and what follows for their images and losses; empty for a run alone."""
+    """Return which properties differ and what follows for images and losses; empty for a single run."""
     if not run.beside:
         return ""
     found = "; ".join(label + in_words(run, flags) for label, flags in differing(run, MATTERS).items())
@@ -88,26 +80,26 @@ def differences(run: Run) -> str:
     return f'<p class="verdict"><b>{escape(line)}</b> {of_images(run)} {of_losses(run)}</p>'
 
 
-def in_words(run: Run, flags: list[str]) -> str:
-    """The value of the flag in each run, where they differ by one that can be told in short."""
-    if len(flags) != 1:
+def in_words(run: Run, names: list[str]) -> str:
+    """Return the values of a single differing option by run, or an empty string if they are too long."""
+    if len(names) != 1:
         return ""
-    given = [(one.name, one.config, one.config.get(flags[0])) for one in (run, *run.beside)]
+    given = [(one.name, one.config, one.config.get(names[0])) for one in (run, *run.beside)]
     values = [
-        f"{name}: {setting(config, flags[0]) or ('none' if value is None else value)}" for name, config, value in given
+        f"{name}: {setting(config, names[0]) or ('none' if value is None else value)}" for name, config, value in given
     ]
     return f" ({', '.join(values)})" if max(map(len, values)) <= LONGEST else ""
 
 
 def of_images(run: Run) -> str:
-    """Whether images compare."""
+    """Return a sentence on whether images are comparable."""
     if found := differing(run, IMAGES):
         return f"Do not compare their images one to one: {enumerated(found)} would change them without any training."
     return "Images in one row have the same prompt and seed, so they can be compared."
 
 
 def of_losses(run: Run) -> str:
-    """Whether losses on held-out images compare."""
+    """Return a sentence on whether validation losses are comparable."""
     if not any(setting(one.config, "validation_split") for one in (run, *run.beside)):
         return "No image is held out, so no number compares them."
     if differing(run, LOSSES):

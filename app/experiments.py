@@ -1,4 +1,4 @@
-"""What is seen of an experiment, as HTML: how many arms a form makes, how far they are, and the report."""
+"""Render an experiment as HTML: the number of arms that a form makes, progress, and the report."""
 
 from __future__ import annotations
 
@@ -6,60 +6,68 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from reslora.experiment.course import Course
-from reslora.experiment.parts import FEW, LEAST
+from reslora.experiment.hashed_split import FEW, LEAST
+from reslora.experiment.schedule import Course
 from reslora.experiment.statistics import REFERENCE
-from reslora.words import counted
+from reslora.formatting import pluralize
+from reslora.options.grid import Grid
 
 from .activity import duration, why_ended
-from .launcher import Trainings
+from .jobs import Jobs
+from .launcher import ALONE
 from .library import Experiment
 from .runs import RunError, number
 from .views import escape, notice, status_line
 
 LEAST_SHARE = 1e-6
-"""To compare by, as far as images are counted for it."""
+"""Smallest test fraction used when counting images; it prevents a division by zero."""
 
 
-def plan(trainings: Trainings, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> str:
-    """How many arms an experiment of that name would have, in a sentence; what is wrong with its settings instead.
+def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> str:
+    """Return the number of arms of an experiment in a sentence, or what is wrong with its settings.
 
-    Images, of a folder on the list or uploaded, are asked for where it starts; here they are only counted.
+    Images, from a folder on the list or uploaded, are only counted here; they are checked at the start.
     """
-    images = None if trainings.goes_on(name, Experiment) else Path("images")
+    images = None if jobs.goes_on(name, Experiment) else Path("images")
     try:
-        course = Course(trainings.settled(trainings.command(name, settings, images, Experiment)))
-        advice = [] if images is None else too_few(trainings, course.flags.test_split, folder, uploads)
+        grid = jobs.resolved(jobs.command(name, settings, images, Experiment))
+        if not isinstance(grid, Grid):
+            raise RunError(ALONE)
+        course = Course(grid)
+        advice = [] if images is None else too_few(jobs, course.grid.base.experiment.test_split or 0, folder, uploads)
     except RunError as error:
         return notice(str(error))
     except OSError as error:
         return notice(f"The folder of images cannot be read ({error.strerror}).")
-    facts = [counted(len(course.labels), "method"), counted(len(course.given), "learning rate")]
-    facts.append(counted(len(course.seeds), "seed"))
+    facts = [pluralize(len(course.labels), "method"), pluralize(len(course.given), "learning rate")]
+    facts.append(pluralize(len(course.seeds), "seed"))
     if len(course.seeds) < 3:
         advice.append("With fewer than three seeds little can be shown.")
     if all(label.method != REFERENCE for label in course.labels.values()):
         advice.append(f"Nothing to compare with: verdicts need {REFERENCE} among the methods.")
-    return notice(" ".join([f"{counted(len(course.arms()), 'arm')}: {', '.join(facts)}.", *advice]))
+    return notice(" ".join([f"{pluralize(len(course.arms()), 'arm')}: {', '.join(facts)}.", *advice]))
 
 
-def too_few(trainings: Trainings, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
-    """A sentence where about so few images compare that the trainer will warn; none where no image is a file.
+def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
+    """Return a warning if the test split would be small, else nothing.
 
-    About: which images these are goes by their content, and of near-duplicates one compares.
+    Images are assigned to the split by content, so the count is a range. Near-duplicates count once, which is not known
+    here.
     """
-    images = trainings.images.count(folder, uploads, math.ceil(FEW / max(share, LEAST_SHARE)))
-    tested = max(min(LEAST, images - 3), 1, round(share * images))
-    if not images or tested >= FEW:
+    images = jobs.images.count(folder, uploads, math.ceil(FEW / max(share, LEAST_SHARE)))
+    least = max(min(LEAST, images - 3), 1)
+    if not images or max(least, round(share * images)) >= FEW:
         return []
-    compare = f"About {tested} of {counted(images, 'image')} compare{'s' * (tested == 1)}"
+    spread = math.sqrt(images * share * (1 - share))  # standard deviation: each image is assigned by its content hash
+    low, high = (max(least, min(round(share * images + by), images - 2)) for by in (-spread, spread))
+    compare = f"{f'{low} to {high}' if low < high else low} of {pluralize(images, 'image')} will compare"
     return [f"{compare}: so few seldom show that a difference is real; give more images, or a larger test split."]
 
 
 def summary(experiment: Experiment, status: str, said: str = "") -> str:
-    """How far an experiment is, and what its trainer is doing now; why it ended, where it `said` so."""
+    """Return progress, current work, and the reason `said` for an early end, as HTML."""
     ended, total = experiment.progress
-    facts = [f"{ended} of {counted(total, 'arm')} ended"] if total else []
+    facts = [f"{ended} of {pluralize(total, 'arm')} ended"] if total else []
     each = experiment.seconds_an_arm
     if status == "running" and each is not None and ended < total:
         at_once = max(1.0, number(experiment.config.get("arms_at_once")) or 1.0)
@@ -74,7 +82,7 @@ def summary(experiment: Experiment, status: str, said: str = "") -> str:
 
 
 def report(experiment: Experiment) -> str:
-    """The report in a frame of its own, which can do nothing to the page."""
+    """Return the report in a sandboxed frame, which cannot change the page."""
     content = experiment.report()
     if not content:
         return notice("The report comes with the first arm.")

@@ -1,6 +1,6 @@
-"""Which folders of images the page may show and train on: those under the data folder, and uploaded ones.
+"""List the folders of images that the page may show and train on: folders under the data folder, and uploads.
 
-Names come from a browser, so they are only ever compared with what a listing gave.
+Names come from a browser and are only compared with a listing, never used as paths.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.common.assets import ASSETS
-from reslora.diffusion.data.images import is_image
-from reslora.diffusion.data.listing import TRASH
-from reslora.diffusion.prompts import clean
-from reslora.diffusion.settings import BUNDLED_IMAGES
-from reslora.files import all_below
+from reslora.bundled import ASSETS
+from reslora.images.data.images import is_image
+from reslora.images.data.listing import TRASH
+from reslora.images.settings import BUNDLED_IMAGES
+from reslora.io import all_below
+from reslora.options.prompts import clean
 
 from .bases import bundled
 from .runs import Run, RunError
 
 UPLOADS, SETS = ".images", ".datasets"
-"""Where in the folder of runs the images are that a run was started with, and those uploaded by themselves."""
+"""Folders below the runs folder: images uploaded to start a run, and image folders uploaded under Dataset."""
 BUNDLED = "bundled images"
 IMAGES = {f"{ASSETS.name}/{BUNDLED_IMAGES.name}": BUNDLED_IMAGES}
-"""Where they are, by the words that a run names them with."""
+"""The bundled images, by the names that a run's config may give them."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder on the list."""
+    """An image folder on the list."""
 
     name: str
     path: Path
     bundled: bool = False
 
     def holds(self, path: Path) -> bool:
-        """Whether a file is in it, wherever links lead."""
+        """Return whether a path is inside the folder after links are resolved."""
         if path.parent == self.path and not path.is_symlink():
             return True
         try:
@@ -47,20 +47,20 @@ class Folder:
             return False
 
     def without_path(self, text: str) -> str:
-        """A line of the trainer's without this machine's folders."""
+        """Return a line of the trainer's output without this machine's folders."""
         inside = text.replace(f"{self.path}{os.sep}", "").replace(str(self.path), self.name)
         above = self.path.parent
         return inside if above == above.parent else inside.replace(str(above), "the folder above")
 
 
 class Folders:
-    """The list, as it is now."""
+    """The current list of image folders."""
 
     def __init__(self, runs: Path, data: Path | None = None) -> None:
         self.runs, self.data = runs, data.resolve() if data is not None else None
 
     def all(self) -> dict[str, Folder]:
-        """By name; the bundled images come last."""
+        """Return the folders by name; the bundled images are last."""
         found = [(".", self.data)] if self.data else []
         found += [(path.name, path) for path in children(self.data)]
         for prefix, name in (("uploads", SETS), ("runs", UPLOADS)):
@@ -69,20 +69,23 @@ class Folders:
         return folders | {BUNDLED: Folder(BUNDLED, BUNDLED_IMAGES.resolve(), bundled=True)}
 
     def find(self, name: object) -> Folder:
-        """The folder of that name on the list."""
+        """Return the folder of that name. Raises `RunError` if it is not on the list."""
         folder = self.all().get(name) if isinstance(name, str) else None
         if folder is None:
             raise RunError("There is no such folder of images; choose one from the list.")
         return folder
 
     def count(self, name: object, uploads: Sequence[str], most: int) -> int:
-        """How many images were uploaded, else are files in the folder of that name; no more than `most` are counted."""
+        """Return the number of uploaded images, or of image files in the named folder, up to `most`."""
         files = map(Path, uploads) if uploads else all_below(self.find(name).path) if name else ()
         found = (path for path in files if is_image(path) and not path.name.startswith("."))
         return sum(1 for _ in itertools.islice(found, most))
 
     def of_run(self, run: Run) -> str:
-        """The name by which a form chooses a run's images; one that `find` refuses where none on the list are those."""
+        """Return the name of a run's image folder in the form.
+
+        If the images are on no list, the name is one that `find` refuses.
+        """
         named = [*run.words("dataset_name"), *run.words("train_data_dir")]
         if not named or (len(named) == 1 and bundled(named[0], IMAGES)):
             return ""
@@ -92,12 +95,13 @@ class Folders:
 
 
 def new_place(folder: Path) -> Path:
-    """A new place in the trash of a folder, named by the time; nothing is there yet."""
-    return folder / TRASH / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09d}"
+    """Return an unused path in a folder's trash, named by the current time."""
+    seconds, rest = divmod(time.time_ns(), 10**9)
+    return folder / TRASH / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(seconds))}-{rest:09d}"
 
 
 def children(folder: Path | None) -> list[Path]:
-    """The folders in a folder that are neither hidden nor lead elsewhere, and whose names can be sent to a browser."""
+    """Return the visible subfolders that are not links and whose names can be sent to a browser."""
     if folder is None or not folder.is_dir():
         return []
     found = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]

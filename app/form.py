@@ -1,14 +1,13 @@
-"""The trainer's flags as a form: which a page may set, how they are called, and what to begin with. No gradio."""
+"""Describe the trainer's options as a form: which ones the page may set, labels, defaults and presets. No Gradio."""
 
 from __future__ import annotations
 
-import argparse
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from reslora.common.methods import METHODS
-from reslora.diffusion.arguments import BUNDLED_DEFAULTS, BY_FAMILY, DEFAULTS, build_parser, in_words
-from reslora.diffusion.optimizers import OPTIMIZERS
+from reslora.methods.registry import METHODS
+from reslora.options.images import Options
+from reslora.options.optimizers import OPTIMIZERS
+from reslora.options.option import SAME, Option, in_words
 
 from .bases import PIPELINES
 from .runs import NO_CONFIG, Run, RunError
@@ -28,13 +27,13 @@ LABELS = {
     "extend_rates": "Try further rates",
     "arms_at_once": "Arms at once",
 }
-"""Where the flag's own words would say less."""
+"""Labels that are clearer than the option's name."""
 TEXTS = ("caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern", "lr_step_rules")
-"""Flags that take words which name no file, no model and no code."""
+"""Text options that name no file, model or code."""
 OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
-"""Flags that nothing reads without a folder of class images, which a page may not name."""
-OF_BUNDLED = {flag for own in BUNDLED_DEFAULTS.values() for flag in own}
-"""Flags of which a bundled pipeline has defaults of its own."""
+"""Options that only apply with a folder of class images, which the page must not name."""
+OF_BUNDLED = {name for name, option in Options.table().items() if option.bundled_flow is not SAME}
+"""Options for which a bundled pipeline has its own default."""
 NEVER = ("plan", "local_rank", "push_to_hub", "dataloader_num_workers", *OF_CLASS_IMAGES)
 PRESETS: dict[str, dict[str, object]] = {
     "the trainer's defaults": {},
@@ -45,114 +44,108 @@ PRESETS: dict[str, dict[str, object]] = {
         "train_batch_size": 2, "use_aspect_ratio_buckets": True, "caption_dropout": 0.05, "validation_split": 0.1,
     },
 }  # fmt: skip
-"""To begin with; what is not in one is the trainer's default."""
+"""Initial settings of the form; options that are not listed have the trainer's default."""
 
 
-def actions() -> dict[str, argparse.Action]:
-    """The trainer's own definition of each flag that a page may set."""
-    return {action.dest: action for group in groups().values() for action in group}
+def known() -> dict[str, Option]:
+    """Return the options that the page may set, by name."""
+    return {option.name: option for group in groups().values() for option in group}
 
 
-def groups(without: Sequence[str] = ()) -> dict[str, list[argparse.Action]]:
-    """The flags that a page may set, but for some, by --help's groups: a page names no file or code of the server."""
-    found = {}
-    for group in build_parser()._action_groups:
-        safe = [action for action in group._group_actions if is_safe(action) and action.dest not in without]
-        found |= {str(group.title): safe} if safe else {}
+def groups(without: Sequence[str] = ()) -> dict[str, list[Option]]:
+    """Return the options that the page may set, except `without`, by the groups of `--help`.
+
+    Options that name a file or code of the server are excluded.
+    """
+    found: dict[str, list[Option]] = {}
+    for name, option in Options.table().items():
+        if is_safe(option) and name not in without:
+            found.setdefault(Options.titles[option.group], []).append(option)
     return found
 
 
-def is_safe(action: argparse.Action) -> bool:
-    """Whether any value of a flag may come from a browser: a switch, a choice, a number, or harmless words."""
-    if action.dest in NEVER or action.dest == "help":
+def is_safe(option: Option) -> bool:
+    """Return whether any value from a browser is harmless: a switch, choice, number or safe text."""
+    if option.name in NEVER:
         return False
-    is_number = action.type is not None and action.dest != "validation_prompt_options"
-    listed = bool(action.choices) or action.dest in ("optimizer", "validation_prompt", *TEXTS)
-    return listed or is_number or is_switch(action)
+    is_number = option.parse is not str and option.name != "validation_prompt_options"
+    listed = bool(option.choices) or option.name in ("optimizer", "validation_prompt", *TEXTS)
+    return listed or is_number or option.is_switch
 
 
-def is_switch(action: argparse.Action) -> bool:
-    return isinstance(action, argparse.BooleanOptionalAction)
+def choices(option: Option) -> list[str]:
+    """Return the allowed values of an option; empty if it takes any text."""
+    return list(OPTIMIZERS) if option.name == "optimizer" else list(option.choices)
 
 
-def choices(action: argparse.Action) -> list[str]:
-    """What may be chosen; empty where anything may be written."""
-    return list(OPTIMIZERS) if action.dest == "optimizer" else list(action.choices or ())
+def label(option: Option) -> str:
+    """Return the label of an option."""
+    return LABELS.get(option.name) or option.name.replace("_", " ").capitalize()
 
 
-def label(action: argparse.Action) -> str:
-    """A flag's name for people."""
-    return LABELS.get(action.dest) or action.dest.replace("_", " ").capitalize()
+def info(option: Option) -> str:
+    """Return the help and name of an option; the default is the placeholder of its text box."""
+    return f"{option.help[:1].upper()}{option.help[1:]} · {option.flag}"
 
 
-def info(action: argparse.Action) -> str:
-    """What a flag does, and its name; its default stands in the box."""
-    text, _, rest = (action.help or "").replace("%%", "%").partition(" (")
-    text = f"{text} ({rest}" if action.default is None and rest and action.dest not in DEFAULTS else text
-    return f"{text[:1].upper()}{text[1:]} · --{action.dest}"
-
-
-def default(action: argparse.Action, model: str = "") -> str:
-    """What is taken where a box is left empty, in words; a bundled model may have its own."""
-    if action.default is not None:
-        return in_box(action.default)
-    if action.dest in DEFAULTS:
-        first, named = DEFAULTS[action.dest]
-        own = BUNDLED_DEFAULTS.get(PIPELINES[model].name, {}) if model in PIPELINES else {}
-        bundled, other = in_words(own.get(action.dest, first)), in_words(named)
-        return bundled if action.dest in BY_FAMILY else f"{bundled} (another model: {other})"
-    told = re.search(r"\(default: ([^;)]*)", action.help or "")  # what depends on others is in the help alone
-    return told[1] if told else ""
+def default(option: Option, model: str = "") -> str:
+    """Return the default that an empty box means, as text; a bundled model may have its own."""
+    otherwise = option.otherwise.partition(";")[0]
+    if option.bundled is not SAME:
+        is_flow = model in PIPELINES and PIPELINES[model].name == "pipeline-flow"
+        bundled = in_words(option.bundled_flow if is_flow and option.bundled_flow is not SAME else option.bundled)
+        return bundled if option.by_family else f"{bundled} (another model: {otherwise})"
+    return in_box(option.fixed_default) if option.fixed_default is not None else otherwise.removeprefix("none")
 
 
 def in_box(value: object, between: str = " ") -> str:
-    """A value as one would write it."""
+    """Return a value as text for a text box."""
     if value is None:
         return ""
     return between.join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def as_flag(action: argparse.Action, value: object) -> str:
-    """A flag with its value, as one would write it in a command."""
-    if is_switch(action):
-        return f"--{'' if value else 'no-'}{action.dest}"
-    return f"--{action.dest} {in_box(value)[:80]}" if in_box(value) else f"no --{action.dest}"
+def as_flag(option: Option, value: object) -> str:
+    """Return an option with its value as on a command line."""
+    if option.is_switch:
+        return f"--{'' if value else 'no-'}{option.name}"
+    return f"{option.flag} {in_box(value)[:80]}" if in_box(value) else f"no {option.flag}"
 
 
 def wires(methods: Iterable[str]) -> bool:
-    """Whether any of the methods reads what is set for ResLoRA's shortcuts."""
+    """Return whether any of the methods reads the options of ResLoRA's shortcuts."""
     return any(METHODS[name].reads_shortcut_flags for name in methods if name in METHODS)
 
 
 def values_of(settings: Mapping[str, object], names: Sequence[str]) -> list[object]:
-    """The form's values for these settings: of each flag its value, else what an untouched form has."""
-    return [widget_value(action, settings.get(name)) for name, action in chosen(names).items()]
+    """Return the form's values for these settings; options without a setting have the form's default."""
+    return [widget_value(option, settings.get(name)) for name, option in chosen(names).items()]
 
 
-def chosen(names: Sequence[str]) -> dict[str, argparse.Action]:
-    """The flags of these names, in their order."""
-    known = actions()
-    return {name: known[name] for name in names}
+def chosen(names: Sequence[str]) -> dict[str, Option]:
+    """Return the options of these names, in this order."""
+    found = known()
+    return {name: found[name] for name in names}
 
 
-def widget_value(action: argparse.Action, value: object) -> object:
-    """A value as the flag's widget has it; what does not fit one is as if it were not given."""
-    if is_switch(action):
-        return bool(action.default if not isinstance(value, bool) else value)
-    if action.dest == "method":
-        found = [one for one in value if one in choices(action)] if isinstance(value, list) else []
-        return found or ["lora", "reslora"]
-    if choices(action):
-        return value if value in choices(action) else action.default or ""
+def widget_value(option: Option, value: object) -> object:
+    """Return the value for the option's widget; an invalid value becomes the default."""
+    if option.is_switch:
+        return bool(option.default if not isinstance(value, bool) else value)
+    if option.name == "method":
+        found = [one for one in value if one in choices(option)] if isinstance(value, list) else []
+        return found or list(option.bundled)
+    if choices(option):
+        return value if value in choices(option) else option.fixed_default or ""
     if isinstance(value, bool | dict) or value is None:
         return ""
-    if action.dest == "validation_prompt":
+    if option.name == "validation_prompt":
         return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
     return in_box(value)
 
 
 def settings_of(name: str, runs: Mapping[str, Run]) -> dict:
-    """The settings of a preset or of a run by its name; `RunError` where there is none."""
+    """Return the settings of a preset or run by name. Raises `RunError` if there is none."""
     if name in PRESETS:
         return PRESETS[name]
     if name not in runs:

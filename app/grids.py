@@ -1,4 +1,4 @@
-"""X/Y grids: an image for each pair of values of two settings, each drawn as a single image is. No gradio."""
+"""X/Y grids: one image for each pair of values of two settings. This module does not import Gradio."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import PIL.Image
 
-from reslora.common import figures
+from reslora.formatting import pluralize
 from reslora.merges import MERGES
-from reslora.words import counted
+from reslora.plots import figures
 
 from . import views
 from .recipe import LIMITS, Drawn, Request
@@ -24,22 +24,22 @@ OF_WEIGHTS = ("checkpoint", "method", "merge")
 AXES = ("checkpoint", "method", "strength", "seed", "guidance", "steps", "merge", "prompt")
 SUGGESTED = {"strength": "0 0.5 1", "seed": "0 1 2", "guidance": "1 4 8", "steps": "5 10 20"}
 MOST = 64
-"""Cells of a grid."""
+"""Maximum number of cells in a grid."""
 LARGEST_CELL = 512
-"""Pixels of a cell's longer side in the picture of the whole grid."""
+"""Pixels of a cell's longer side in the image of the complete grid."""
 RESLORA = "reslora"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting and the values it takes."""
+    """A setting and its values."""
 
     name: str
     values: tuple[str | int | float, ...]
 
     @property
     def labels(self) -> list[str]:
-        """What stands at the rows or columns."""
+        """Headings of the rows or columns."""
         if self.name in (NONE, "prompt", "method"):
             return [str(value) for value in self.values]
         return [
@@ -49,7 +49,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """A place in the grid, and what is drawn there."""
+    """A cell of the grid and the image generated for it."""
 
     row: int
     column: int
@@ -58,20 +58,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """What to draw, in this order: the same weights are put into the model as rarely as possible."""
+    """The images to generate, ordered so that the weights in the model change as rarely as possible."""
 
     x: Axis
     y: Axis
     cells: tuple[Cell, ...]
     heading: str
-    """What all cells have in common."""
+    """The settings that all cells share."""
 
 
 # -- axes --------------------------------------------------------------------------------------------------------------
 
 
 def suggestion(run: Run | None, name: str) -> str:
-    """Values to begin with, as they would be typed."""
+    """Return suggested values of a setting, as text for the form."""
     if run is None or name in SUGGESTED:
         return SUGGESTED.get(name, "")
     checkpoints = {weights.step for method in run.methods for weights in run.checkpoints(method)}
@@ -81,9 +81,9 @@ def suggestion(run: Run | None, name: str) -> str:
 
 
 def axis(which: str, name: object, text: object) -> Axis:
-    """An axis of its name and of its values as they were typed: prompts a line each, others words.
+    """Return an axis from its setting and its values as typed: prompts one per line, other values separated by spaces.
 
-    Raises `RunError` for a setting that there is not, no values, and numbers that are none or beyond the limits.
+    Raises `RunError` for an unknown setting, missing values, and numbers that are invalid or outside the limits.
     """
     if which == "Y" and name in (NONE, "", None):
         return Axis(NONE, ("",))
@@ -103,7 +103,7 @@ def axis(which: str, name: object, text: object) -> Axis:
 
 
 def number(where: str, name: str, word: str) -> int | float:
-    """A number within the setting's limits."""
+    """Return a typed number. Raises `RunError` outside the setting's limits."""
     kind, (least, greatest) = NUMBERS[name], LIMITS[name]
     try:
         value = kind(word)
@@ -119,9 +119,9 @@ def number(where: str, name: str, word: str) -> int | float:
 
 
 def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) -> Grid:
-    """The cells of two axes around the weights and the request that a single image would be drawn with.
+    """Return the cells of two axes; all other settings are those of `start` and `request`.
 
-    Raises `RunError` for two axes that are one, too many cells, and weights that the run does not have.
+    Raises `RunError` for two equal axes, too many cells, and weights that the run does not have.
     """
     if x.name == y.name:
         raise RunError(f"X and Y are both {x.name}: choose two settings.")
@@ -142,14 +142,14 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
 
 
 def by_weights(cells: list[Cell]) -> tuple[Cell, ...]:
-    """The cells in the order of their weights and strengths, as each of these comes first."""
+    """Return the cells grouped by weights and strength, groups in order of first occurrence."""
     kinds = [(cell.picture.weights.label, cell.picture.request.strength) for cell in cells]
     order = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
     return tuple(cell for _, cell in sorted(zip(kinds, cells, strict=True), key=lambda pair: order[pair[0]]))
 
 
 def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, tuple[Weights, str] | None]:
-    """The weights of a cell; and where they are made by a merge that was not done yet, the checkpoint and the merge."""
+    """Return the weights of a cell, and the checkpoint and merge method that make them if they do not exist yet."""
     named = {name: value for name, value in chosen.items() if name in OF_WEIGHTS}
     if not named:
         return start, None
@@ -172,7 +172,7 @@ def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, 
 
 
 def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None) -> Weights:
-    """A method's checkpoint of the step that was typed; without one, of the step `otherwise`, or the newest."""
+    """Return a method's checkpoint at the typed step, or without one at the step `otherwise`, or the newest."""
     known = {str(weights.step): weights for weights in run.checkpoints(method)}
     if not known:
         raise RunError(f"{method} keeps no checkpoints in this run.")
@@ -184,7 +184,7 @@ def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None
 
 
 def merged(run: Run, checkpoint: Weights, method: str) -> tuple[Weights, tuple[Weights, str] | None]:
-    """A checkpoint merged by a method, and how that is made where it is not there."""
+    """Return a checkpoint merged by a method, and how to make it if it does not exist."""
     if method not in MERGES:
         raise RunError(f"There is no merge {method[:40]}; choose of {', '.join(MERGE_CHOICES)}.")
     made = merged_by(checkpoint, method)
@@ -193,7 +193,7 @@ def merged(run: Run, checkpoint: Weights, method: str) -> tuple[Weights, tuple[W
 
 
 def same_form(run: Run, start: Weights, method: str) -> Weights:
-    """Another method's weights in the form of these: merged, as a file, or the checkpoint of that step."""
+    """Return another method's weights of the same kind: merged, exported file, or checkpoint of the same step."""
     of_method = {weights.label: weights for weights in run.weights() if weights.method == method}
     form = start.label.partition(": ")[2] if start.method else "merged weights"
     if f"{method}: {form}" not in of_method:
@@ -203,18 +203,21 @@ def same_form(run: Run, start: Weights, method: str) -> Weights:
 
 
 def heading(start: Weights, request: Request, axes: tuple[str, str]) -> str:
-    """The settings that are the same in all cells."""
-    parts = {"prompt": request.prompt, "seed": f"seed {request.seed}", "steps": counted(request.steps, "step")}
+    """Return the settings that are the same in all cells, as text."""
+    parts = {"prompt": request.prompt, "seed": f"seed {request.seed}", "steps": pluralize(request.steps, "step")}
     parts |= {"guidance": f"guidance {request.guidance:g}", "strength": f"strength {request.strength:g}"}
     parts |= {} if set(axes) & set(OF_WEIGHTS) else {"weights": start.label}
     return " · ".join(text for name, text in parts.items() if name not in axes and text)
 
 
-# -- what is seen of it ------------------------------------------------------------------------------------------------
+# -- rendering ---------------------------------------------------------------------------------------------------------
 
 
 def table(grid: Grid, sources: dict[tuple[int, int], str]) -> str:
-    """The grid with the images that there are, by row and column; a click enlarges one."""
+    """Return the grid as an HTML table of the images generated so far; a click enlarges an image.
+
+    `sources`: image addresses by row and column.
+    """
     header = "".join(f'<th><div class="prompt">{views.escape(label)}</div></th>' for label in grid.x.labels)
     rows = []
     for row, label in enumerate(grid.y.labels):
@@ -225,6 +228,7 @@ def table(grid: Grid, sources: dict[tuple[int, int], str]) -> str:
 
 
 def tile(grid: Grid, row: int, column: int, sources: dict[tuple[int, int], str]) -> str:
+    """Return the HTML of one cell."""
     source = sources.get((row, column))
     if source is None:
         return '<div class="empty">not yet</div>'
@@ -234,19 +238,19 @@ def tile(grid: Grid, row: int, column: int, sources: dict[tuple[int, int], str])
 
 
 def save_sheet(grid: Grid, drawn: dict[tuple[int, int], Drawn], path: Path) -> Path:
-    """Writes the grid as one labelled picture."""
+    """Save the grid as one image with labels."""
     images = {place: one.image for place, one in drawn.items()}
     columns = [textwrap.fill(label, 24, max_lines=4, placeholder=" ...") for label in grid.x.labels]
     rows = [
         (label, [images.get((row, column)) for column in range(len(columns))])
         for row, label in enumerate(grid.y.labels)
     ]
-    # Prompts have a line to themselves.
+    # A prompt on the Y axis gets a full-width line above its row.
     blocks = [(label, [("", row)]) for label, row in rows] if grid.y.name == "prompt" else [(grid.heading, rows)]
     figures.comparison(path, columns, blocks, side_of(next(iter(images.values()), None)))
     return path
 
 
 def side_of(image: PIL.Image.Image | None) -> int | None:
-    """Pixels of a cell's longer side: as it was drawn, where that is neither tiny nor huge."""
+    """Return the longer side of a cell in pixels: the image's own, within limits; None without an image."""
     return None if image is None else max(figures.SMALL, min(max(image.size), LARGEST_CELL))

@@ -1,4 +1,4 @@
-"""What handlers of the page's events share: errors as sentences for people, and where uploaded files are."""
+"""Helpers for event handlers: errors as sentences, and paths of uploaded files."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from collections.abc import Callable, Sequence
 
 import gradio as gr
 
-from reslora.diffusion.prompts import clean
+from reslora.options.prompts import clean
 
 from .runs import RunError
 
 NO_PROGRESS = {"show_progress": "hidden", "show_progress_on": []}
-"""Of an event. Hidden alone is not enough: whenever any event begins or ends, Gradio's page would still tell each of
-its outputs, and look that up among all parts of the page. It took half of the time until the page was there."""
+"""Event options that disable the progress display. `hidden` is not enough: at the start and end of every event,
+Gradio's page would still update each of the outputs, which took half of the page's loading time."""
 QUIET = {"api_visibility": "private", **NO_PROGRESS}
-"""Of an event that only the page itself causes."""
+"""Options of an event that only the page itself triggers."""
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Why a disk takes no file."""
+"""Error numbers of a disk that accepts no file."""
 
 
 def readable_errors(handler: Callable) -> Callable:
-    """The handler, function or generator, with errors of one sentence: no path, no traceback.
+    """Wrap a handler, function or generator, so that errors are one sentence without paths or traceback.
 
-    Whatever is unexpected goes to the terminal.
+    Unexpected errors are printed to the terminal.
     """
     if inspect.isgeneratorfunction(handler):
 
@@ -52,13 +52,14 @@ def readable_errors(handler: Callable) -> Callable:
 
 
 def named(handler: Callable, parameters: Sequence[str]) -> Callable:
-    """The handler with names for the values it takes, for programs that call it."""
+    """Return the handler with named parameters, for API clients."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     handler.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in parameters])
     return handler
 
 
 def translated(error: Exception) -> gr.Error:
+    """Return the Gradio error that the page shows; an unexpected exception is printed to stderr."""
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, RunError):
@@ -72,9 +73,9 @@ def translated(error: Exception) -> gr.Error:
 
 
 def paths_of(payload) -> list[str]:
-    """Where uploaded files are, of what Gradio hands on for a file component whose event does not preprocess.
+    """Return the paths of uploaded files from the payload of an event with `preprocess=False`.
 
-    Preprocessing would refuse a program's wrong value before the handler could say in words what is wrong with it.
+    Gradio's preprocessing would reject an API client's wrong value before the handler can explain the error.
     """
     files = payload if isinstance(payload, list) else [payload] if payload else []
     return [file["path"] for file in files]

@@ -1,53 +1,49 @@
-"""What a visitor does with a folder of images: change captions, one or many at once, throw images away, undo."""
+"""Edit a folder of images: change captions, one or many at once, move images to the trash, and undo."""
 
 from __future__ import annotations
 
-import threading
-from collections import defaultdict, deque
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.diffusion.data.captions import SEPARATOR
-from reslora.files import remove
-from reslora.words import counted
+from reslora.formatting import pluralize
+from reslora.images.data.caption_files import caption_files
+from reslora.images.data.captions import SEPARATOR
+from reslora.options.prompts import clean
 
-from . import trash
-from .caption_files import Edit, unfinished, write
+from .caption_files import Edit, Table, write
+from .changes import Change, changes, changing
 from .folders import Folder
-from .image_folders import Image, ImageFolders, Images, flags_of
-from .launcher import Trainings
+from .image_folders import Image, ImageFolders, Images, options_of, stamp_of
+from .jobs import Jobs
 from .looks import Looks
 from .runs import RunError
 
 BETWEEN = "\n\n"
-"""Stands between the captions of an image that has several."""
+"""Separator between the captions of an image with several captions."""
 REPLACE, BEFORE, AFTER, ADD_TAG, REMOVE_TAG = "Replace", "Put before", "Put after", "Add tag", "Remove tag"
 EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE = "All images", "Left out by training", "Without caption", "Duplicates"
 FILTERS = (EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE)
-UNDONE = 50
-"""Changes of a folder that can be taken back."""
 
 
 def replaced(caption: str, find: str, other: str) -> str:
-    """With other words in the place of some."""
+    """Return the caption with `find` replaced by `other`."""
     return caption.replace(find, other)
 
 
 def with_tag(caption: str, tag: str, _: str) -> str:
-    """With a tag at the end, unless it has it."""
+    """Return the caption with a tag appended, unless it has the tag."""
     return caption if tag.strip() in tags_of(caption) else f"{SEPARATOR} ".join([*filter(None, [caption]), tag.strip()])
 
 
 def without_tag(caption: str, tag: str, _: str) -> str:
-    """Without a tag; a caption that has none of that name stays as it is."""
+    """Return the caption without a tag; a caption without the tag is unchanged."""
     tags = tags_of(caption)
     return f"{SEPARATOR} ".join(one for one in tags if one != tag.strip()) if tag.strip() in tags else caption
 
 
 def tags_of(caption: str) -> list[str]:
-    """The tags of a caption, as the trainer takes them apart."""
+    """Return the tags of a caption, split as the trainer splits them."""
     return [tag.strip() for tag in caption.split(SEPARATOR) if tag.strip()]
 
 
@@ -60,31 +56,20 @@ OPERATIONS: dict[str, Callable[[str, str, str], str]] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Change:
-    """Something that can be taken back; one that does the same again is another one."""
-
-    line: str
-    edits: tuple[Edit, ...] = ()
-    trash: Path | None = None
-    noted: Path | None = None
-    """Where the edits are noted that were cut off: some of them are not written."""
-
-
 class ImageEdits:
-    """Changes to the folders on the list, and what takes them back."""
+    """Edits of the folders on the list, and undo."""
 
-    def __init__(self, folders: ImageFolders, trainings: Trainings) -> None:
-        self.folders, self.trainings, self.looks = folders, trainings, Looks()
-        self.history: dict[Path, deque[Change]] = defaultdict(lambda: deque(maxlen=UNDONE))
-        self.lock = threading.Lock()
+    def __init__(self, folders: ImageFolders, jobs: Jobs) -> None:
+        self.folders, self.jobs, self.looks = folders, jobs, Looks()
+        self.refused: set[Path] = set()
+        """Changes that could not be undone; undo skips them, so that earlier ones can be undone."""
 
     def look(self, name: object, settings: Sequence = ()) -> Images:
-        """What is in a folder; `settings`: resolution, whether there are buckets, caption column."""
-        return self.folders.images(self.folders.find(name), flags_of(*settings))
+        """Return the images of a folder. `settings`: resolution, whether buckets are used, caption column."""
+        return self.folders.images(self.folders.find(name), options_of(*settings))
 
     def shown(self, images: Images, which: str, words: str = "") -> list[Image]:
-        """The images that a filter leaves, and whose name or caption has these words."""
+        """Return the images that a filter selects and whose name or caption contains `words`."""
         alike, found = self.looks.alike(images), list(images.images.values())
         if which == LEFT_OUT:
             found = [image for image in found if self.looks.problem(image)]
@@ -98,22 +83,23 @@ class ImageEdits:
         return [image for image in found if words in image.name.casefold() or words in text_of(image).casefold()]
 
     def save_caption(self, images: Images, name: str, was: str, text: str) -> str:
-        """Writes the caption of one image, which must be what was seen of it; returns it as it is read now."""
+        """Write the caption of one image and return it as stored.
+
+        Raises `RunError` if the caption is not `was`, the one that the user saw.
+        """
         (image,) = images.find([name])
         if in_box(text_of(image)) != in_box(was):
             raise RunError(
                 f"{name} was changed meanwhile, and nothing was written. Its caption is now: {text_of(image)!r}"
             )
-        if image.captions and len(image.captions) > 1:
-            parts = [part.strip() for part in text.split(BETWEEN) if part.strip()]
-            captions = tuple(parts)
-        else:
-            captions = (text.strip(),)
-        (done,) = self._write(images, [Edit(name, image.captions, captions)], f"the caption of {name}")
-        return BETWEEN.join(done.captions or ())
+        several = len(image.captions or ()) > 1
+        captions = tuple(clean(part).strip() for part in (text.split(BETWEEN) if several else [text]))
+        captions = tuple(filter(None, captions)) if several else captions
+        self._write(images, [Edit(name, image.captions, captions)], f"the caption of {name}")
+        return BETWEEN.join(captions)
 
     def change_captions(self, images: Images, names: object, operation: object, text: str, other: str = "") -> str:
-        """Changes the captions of some images in the same way; returns a line about it."""
+        """Apply an operation to the captions of several images, and return a line about it."""
         if not isinstance(operation, str) or operation not in OPERATIONS:
             raise RunError(f"Choose one of: {', '.join(OPERATIONS)}.")
         if not str(text).strip():
@@ -127,50 +113,45 @@ class ImageEdits:
                 edits.append(Edit(image.name, image.captions, captions))
         if not edits:
             return "No caption had to be changed."
-        line = f"{operation.lower()}, {counted(len(edits), 'caption')}"
+        line = f"{operation.lower()}, {pluralize(len(edits), 'caption')}"
         self._write(images, edits, line)
         return f"Changed: {line}."
 
-    def _write(self, images: Images, edits: Sequence[Edit], line: str) -> list[Edit]:
+    def _write(self, images: Images, edits: Sequence[Edit], line: str) -> None:
+        """Write edits, except to the bundled images."""
         refuse_bundled(images.folder)
-        done = write(images, edits)
-        self._remember(images.folder, Change(line, tuple(edit.reverse for edit in done)))
-        return done
+        write(images, edits, line)
 
     def throw_away(self, images: Images, names: object) -> str:
-        """Moves images and their captions into the folder's trash; returns a line about it."""
+        """Move images, with captions, masks and rows, into the folder's trash, and return a line about it.
+
+        An image that is listed twice is removed with both rows; a caption file or mask with the last image that uses
+        it.
+        """
         refuse_bundled(images.folder)
-        if (run := self.trainings.reader(images.folder.path)) is not None:
+        if (run := self.jobs.reader(images.folder.path)) is not None:
             raise RunError(f"{run.name} is training, maybe on these images; wait for it, or stop it first.")
-        chosen = images.find(names)
-        place = trash.throw_away(images, chosen)
-        line = f"{counted(len(chosen), 'image')} moved to the trash"
-        self._remember(images.folder, Change(line, trash=place))
+        paths = {os.path.normpath(image.path) for image in images.find(names)}
+        chosen = [image for image in images.images.values() if os.path.normpath(image.path) in paths]
+        line = f"{pluralize(len(images.find(names)), 'image')} moved to the trash"
+        with changing(images.folder, line) as draft:
+            for metadata in {image.metadata for image in chosen if image.metadata}:
+                table = Table(metadata, images)
+                table.drop({image.name for image in chosen})
+                table.put(draft)  # first, so that no row names a missing image
+            for path in files_with(chosen, images):
+                draft.put(path, stamp_of(path), None)
         return f"{line[0].upper()}{line[1:]} (.trash in the folder, which training passes over)."
 
-    def _remember(self, folder: Folder, change: Change) -> None:
-        with self.lock:
-            self.history[folder.path].append(change)
-
     def last(self, folder: Folder) -> Change | None:
-        """What undo would take back: the last change of a folder, else what was cut off, else what is in its trash."""
-        with self.lock:
-            for change in reversed(self.history[folder.path]):
-                if change.trash is None or change.trash.is_dir():
-                    return change
-        if (found := unfinished(folder.path)) is not None:
-            noted, edits = found
-            line = f"a change of {counted(len(edits), 'caption')} that was cut off"
-            return Change(line, tuple(edit.reverse for edit in edits), noted=noted)
-        place = next(iter(trash.thrown_away(folder.path)), None)
-        if place is None:
-            return None
-        return Change(f"{counted(trash.count(place), 'file')} moved to the trash {place.name[:8]}", trash=place)
+        """Return the change that undo would revert: the last one of the folder."""
+        found = (change for change in changes(folder) if change.place not in self.refused)
+        return next(found, None) or next(changes(folder), None)
 
     def undo(self, images: Images, line: str | None = None) -> str:
-        """Takes the last change of a folder back; what has been changed again since stays, and undo is refused.
+        """Revert the last change of a folder; undo is refused if a file has changed since.
 
-        `line`: of the change that is meant; undo is refused where another one is the last by now.
+        `line`: the change that the user means; undo is refused if another one is the last by now.
         """
         refuse_bundled(images.folder)
         change = self.last(images.folder)
@@ -178,40 +159,40 @@ class ImageEdits:
             return "There is nothing to undo."
         if line not in (None, change.line):
             raise RunError(f"Nothing was undone: the last change is another one by now ({change.line}).")
-        if change.trash is not None:
-            trash.put_back(images, change.trash)
         try:
-            if edits := change.edits if change.noted is None else written(images, change.edits):
-                write(images, edits)
-            if change.noted is not None:
-                remove(change.noted)
-        finally:  # one that cannot be taken back is not in the way of those before it
-            with self.lock, suppress(ValueError):
-                self.history[images.folder.path].remove(change)
+            change.restore()
+        except RunError:
+            self.refused.add(change.place)
+            raise
         return f"Undone: {change.line}."
 
     def check(self, images: Images) -> Iterator[int]:
-        """Opens every image of a folder: damaged ones and duplicates are known after that."""
+        """Open every image of a folder to find damaged ones and duplicates; yield the number done."""
         return self.looks.check(list(images.images.values()))
 
 
-def written(images: Images, edits: Sequence[Edit]) -> list[Edit]:
-    """Those of the edits whose captions are what they are to be taken back from."""
-    known = {name: image.captions for name, image in images.images.items()}
-    return [edit for edit in edits if edit.name in known and known[edit.name] == edit.was]
+def files_with(chosen: Sequence[Image], images: Images) -> list[Path]:
+    """Return the existing files of images, and the masks and caption files that no other image uses."""
+    paths = dict.fromkeys(image.path for image in chosen)
+    others = [image for image in images.images.values() if image.path not in paths]
+    stems = {image.path.with_suffix("") for image in others}
+    captions = [text for path in paths if path.with_suffix("") not in stems for text in caption_files(path)]
+    used = {path for image in others for path in (image.path, image.mask)}
+    masks = [image.mask for image in chosen if image.mask is not None and image.mask not in used]
+    return [path for path in dict.fromkeys([*paths, *captions, *masks]) if path.is_file()]
 
 
 def text_of(image: Image) -> str:
-    """The captions of an image as one text."""
+    """Return the captions of an image as one text."""
     return BETWEEN.join(image.captions or ())
 
 
 def in_box(text: str) -> str:
-    """A text as a browser has it in a box: with line ends of one kind."""
+    """Return a text with the line ends of an HTML text box."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def refuse_bundled(folder: Folder) -> None:
-    """The application's own images stay as they are."""
+    """Raise `RunError` for the bundled images, which must not change."""
     if folder.bundled:
         raise RunError("The bundled images stay as they are; upload a folder, or start the application with --data.")

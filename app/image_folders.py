@@ -1,12 +1,13 @@
-"""Folders of images that the page may show, and what the trainer makes of the images in them.
+"""Read the image folders that the page may show, as the trainer reads them.
 
-Which images are left out, and why, the trainer's own code says. What an image or a caption file that leads out of its
-folder holds is never shown.
+The trainer's own code decides which images are left out, and why. Images and caption files that are links to outside of
+their folder are never shown.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import re
@@ -16,16 +17,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reslora.common.errors import InvalidArgument
-from reslora.diffusion.arguments import Flags, listed
-from reslora.diffusion.data.dataset import METADATA, Found, caption_files, layout_of, read_folder
-from reslora.diffusion.data.folders import kohyas_folders
-from reslora.diffusion.data.images import SUFFIXES, image_size
-from reslora.diffusion.data.listing import files_of
-from reslora.diffusion.data.material import size_of
-from reslora.diffusion.data.size import Size
-from reslora.diffusion.prompts import clean
-from reslora.diffusion.settings import fill_defaults
+from reslora.errors import InvalidArgument
+from reslora.images.data.dataset import METADATA, Found, caption_files, layout_of, read_folder
+from reslora.images.data.folders import kohyas_folders
+from reslora.images.data.images import SUFFIXES, image_size
+from reslora.images.data.listing import files_of
+from reslora.images.data.size import Size
+from reslora.images.data.training_data import size_of
+from reslora.images.settings import with_defaults
+from reslora.options.images import Options
+from reslora.options.prompts import clean
 
 from .folders import SETS, Folder, Folders
 from .launcher import trainers_parser
@@ -34,51 +35,51 @@ from .runs import RunError
 from .uploads import store_images
 
 MULTIPLE = 8
-"""What sides are multiples of; models that need multiples of 16 have the same buckets from 256 pixels on."""
+"""Resolutions are multiples of this; models that need multiples of 16 have the same buckets from 256 pixels."""
 OUTSIDE = "leads out of the folder: not shown here"
 KEPT = 8
-"""Folders whose images are remembered until one of their files changes."""
+"""Number of folders whose images are cached."""
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image as the trainer meets it."""
+    """An image as the trainer reads it."""
 
     name: str
-    """Its path in the folder; where it is listed twice, the second one is `a.png (2)`."""
+    """Its path in the folder; the second row of the same file is named `a.png (2)`."""
     path: Path
     captions: tuple[str, ...] | None
-    """As they are trained with; empty where a row has none, None where there is no row, no file or no text."""
+    """Captions used in training. Empty: its row has none. None: it has no row, no file or no text."""
     size: tuple[int, int] | None
-    """Width and height."""
+    """Width and height in pixels."""
     buckets: tuple[Size, ...] = ()
-    """What it is cropped and scaled to, at each resolution."""
+    """Size after crop and resize, for each resolution."""
     problem: str = ""
-    """Why training leaves it out."""
+    """Why training leaves it out; empty if it does not."""
     metadata: Path | None = None
-    """The file with a row for it; None where the caption is in a file beside it."""
+    """The table with its row; None if the caption is in a file next to it."""
     otherwise: str | None = None
-    """Its caption where it has no file of its own."""
+    """Its caption if it has no caption file."""
     mask: Path | None = None
-    """The file with its mask; None where its row names none."""
+    """Its mask file; None if its row names none."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """What is in a folder."""
+    """The contents of a folder."""
 
     folder: Folder
-    flags: Flags
+    options: Options
     images: dict[str, Image]
     notes: tuple[str, ...] = ()
-    """What the trainer would print."""
+    """Lines that the trainer would print."""
     refused: str = ""
-    """Why it would not begin."""
+    """Why training would not start; empty if it would."""
     fixed: str = ""
-    """Why captions cannot be written: there is a table that cannot be read."""
+    """Why captions cannot be edited: a table cannot be read. Empty if they can."""
 
     def find(self, names: object) -> list[Image]:
-        """The images of these names; `RunError` where there are none, or one is gone."""
+        """Return the images of these names. Raises `RunError` for no names, and for an image that no longer exists."""
         names = list(dict.fromkeys(map(str, names))) if isinstance(names, Iterable) else []
         if gone := [name for name in names if name not in self.images]:
             raise RunError(f"{gone[0][:80]} is not in this folder any more; look at it anew.")
@@ -88,7 +89,7 @@ class Images:
 
 
 class ImageFolders(Folders):
-    """The folders on the list, with what is in them."""
+    """The image folders on the list, with cached contents."""
 
     def __init__(self, runs: Path, data: Path | None = None) -> None:
         super().__init__(runs, data)
@@ -96,7 +97,7 @@ class ImageFolders(Folders):
         self.lock, self.adding = threading.Lock(), threading.Lock()
 
     def add(self, name: str, uploads: list[str], caption: str) -> Folder:
-        """A new folder of uploaded images."""
+        """Store uploaded images as a new folder. Raises `RunError` for an invalid or existing name."""
         name = name if isinstance(name, str) else ""
         if kind_of(self.runs) is not None:
             raise RunError("This page shows a single run; start the application on a folder of runs to upload images.")
@@ -109,45 +110,46 @@ class ImageFolders(Folders):
             store_images(path, uploads, caption)
         return self.find(f"uploads/{name}")
 
-    def images(self, folder: Folder, flags: Flags) -> Images:
-        """What is in a folder now; nothing is read again where no file has changed."""
+    def images(self, folder: Folder, options: Options) -> Images:
+        """Return the contents of a folder; read them again only if a file changed."""
         with self.lock:
-            now, key = state_of(folder, flags), (folder.path, repr(flags))
+            now, key = state_of(folder, options), (folder.path, repr(options))
             before, found = self.seen.pop(key, (None, None))
             if found is None or before != now:
-                found = read(folder, flags)
+                found = read(folder, options)
             self.seen[key] = now, found
             for old in list(self.seen)[:-KEPT]:
                 del self.seen[old]
             return found
 
 
-def flags_of(resolution: object = "", buckets: object = False, column: object = "") -> Flags:
-    """The trainer's flags; `RunError` with its own line for values that it refuses."""
+def options_of(resolution: object = "", buckets: object = False, column: object = "") -> Options:
+    """Return the trainer's options. Raises `RunError` with the trainer's message for an invalid value."""
     return _flags(str(resolution or ""), buckets is True, str(column or ""))
 
 
 @functools.lru_cache(maxsize=64)
-def _flags(resolution: str, buckets: bool, column: str) -> Flags:
+def _flags(resolution: str, buckets: bool, column: str) -> Options:
+    """Parse the trainer's options from text, cached."""
     sides = resolution.split()
     if not all(side.isdecimal() for side in sides):
         raise RunError("Give the resolution as whole numbers with spaces between them.")
     words = ["--train_data_dir", "images", *(["--resolution", *sides] if sides else [])]
     words += ["--use_aspect_ratio_buckets"] if buckets else []
     words += [f"--caption_column={column}"] if column else []
-    return fill_defaults(trainers_parser().parse_args(words))
+    return Options.of(**with_defaults(vars(trainers_parser().parse_args(words))))
 
 
-def state_of(folder: Folder, flags: Flags) -> int:
-    """Changes with any file of a folder."""
+def state_of(folder: Folder, options: Options) -> int:
+    """Return a hash that changes with any file of a folder. Raises `RunError` if it cannot be read."""
     try:
-        return hash(tuple((str(path), stamp_of(path)) for path in files_of(folder.path, flags)))
+        return hash(tuple((str(path), stamp_of(path)) for path in files_of(folder.path, options.data, options.output)))
     except OSError:
         raise RunError("This folder cannot be read just now.") from None
 
 
 def stamp_of(path: Path) -> tuple[int, ...]:
-    """Changes with a file; empty where there is none."""
+    """Return inode, size in bytes and modification time of a file; empty if it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -155,53 +157,61 @@ def stamp_of(path: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-# -- what the trainer makes of a folder --------------------------------------------------------------------------------
+# -- as the trainer reads a folder -------------------------------------------------------------------------------------
 
 
-def read(folder: Folder, flags: Flags) -> Images:
-    """Every image of a folder as the trainer reads it, and those that it does not read."""
-    flags = flags.replace(train_data_dir=str(folder.path))
+def read(folder: Folder, options: Options) -> Images:
+    """Return every image of a folder as the trainer reads it, including those that it skips."""
+    options = options.replace(train_data_dir=str(folder.path))
     images: dict[str, Image] = {}
     notes: list[str] = []
     refused, fixed, metadata, why = "", "", None, "no caption"
     try:
-        parts, notes = kohyas_folders(folder.path, flags)
+        parts, notes = kohyas_folders(folder.path, options.data, options.output)
         why = "not in one of kohya's folders" if parts else why
         for part, _, text in parts or [(str(folder.path), 1, None)]:
-            found = with_masks(Path(part), flags.replace(train_data_dir=part), text, deep=not parts)
+            found = with_masks(Path(part), options.replace(train_data_dir=part), text, deep=not parts)
             if found is None:
-                return Images(folder, flags, {}, refused=whole_line(folder, flags))
+                return Images(folder, options, {}, refused=whole_line(folder, options))
             notes += found.notes
-            images |= images_of(found, folder, flags, text)
+            images |= images_of(found, folder, options, text)
             if found.metadata and not parts:
                 metadata, why = found.metadata, f"not listed in {found.metadata.name}"
     except (InvalidArgument, OSError) as error:
         images, refused = {}, folder.without_path(str(error))
-        fixed = refused if any(path.name in METADATA for path in files_of(folder.path, flags)) else ""
-    images |= unread(folder, flags, images, why, metadata)
+        fixed = (
+            refused
+            if any(path.name in METADATA for path in files_of(folder.path, options.data, options.output))
+            else ""
+        )
+    images |= skipped_images(folder, options, images, why, metadata)
     if images and not refused and all(image.problem for image in images.values()):
         refused = "no image can be used"
-    return Images(folder, flags, images, tuple(map(folder.without_path, notes)), refused, fixed)
+    return Images(folder, options, images, tuple(map(folder.without_path, notes)), refused, fixed)
 
 
-def with_masks(folder: Path, flags: Flags, caption: str | None, deep: bool) -> Found | None:
-    """What the trainer reads with --masked_loss or, where that refuses the masks, without."""
+def with_masks(folder: Path, options: Options, caption: str | None, deep: bool) -> Found | None:
+    """Read a folder with --masked_loss or, if the masks are invalid, without."""
     with contextlib.suppress(InvalidArgument):
-        return read_folder(folder, flags.replace(masked_loss=True), caption, deep)
-    return read_folder(folder, flags, caption, deep)
+        masked = dataclasses.replace(options.training, masked_loss=True)
+        return read_folder(folder, options.data, masked, options.output, caption, deep)
+    return read_folder(folder, options.data, options.training, options.output, caption, deep)
 
 
-def whole_line(folder: Folder, flags: Flags) -> str:
-    """Why no image of a folder is shown that the datasets library reads."""
-    layout = layout_of(files_of(folder.path, flags), folder.path) or "metadata in a folder below"
+def whole_line(folder: Folder, options: Options) -> str:
+    """Return why a folder that the datasets library reads is not shown."""
+    layout = layout_of(files_of(folder.path, options.data, options.output), folder.path) or "metadata in a folder below"
     return f"the datasets library reads this folder as a whole ({layout}): it can be trained on, but is not shown here"
 
 
-def images_of(found: Found, folder: Folder, flags: Flags, otherwise: str | None) -> dict[str, Image]:
-    """The images that the trainer has found, by name; `otherwise` is the caption of those without a file."""
+def images_of(found: Found, folder: Folder, options: Options, otherwise: str | None) -> dict[str, Image]:
+    """Return the images that the trainer found, by name.
+
+    `otherwise` is the caption of images without a caption file.
+    """
     names, images = names_of(found.files, folder.path), {}
     for index, (name, path, row) in enumerate(zip(names, found.files, found.rows, strict=True)):
-        mask = row.pop("mask", None)  # training without --masked_loss does not ask whether it can be used
+        mask = row.pop("mask", None)  # training without --masked_loss does not check the mask
         usable = found.size(index, row)
         problem, size = "", usable if isinstance(usable, tuple) else header_of(folder, path)
         if isinstance(usable, str):
@@ -211,19 +221,21 @@ def images_of(found: Found, folder: Folder, flags: Flags, otherwise: str | None)
             captions = None
         if leads_out(folder, path):
             captions, size, problem = None, None, OUTSIDE
-        buckets = buckets_of(size, flags) if size and not problem else ()
+        buckets = buckets_of(size, options) if size and not problem else ()
         images[name] = Image(
             name, path, captions, size, buckets, problem, found.metadata, otherwise, mask and Path(mask["path"])
         )
     return images
 
 
-def unread(folder: Folder, flags: Flags, read: dict[str, Image], why: str, metadata: Path | None) -> dict[str, Image]:
-    """The images in a folder that the trainer passes over; masks are none."""
+def skipped_images(
+    folder: Folder, options: Options, read: dict[str, Image], why: str, metadata: Path | None
+) -> dict[str, Image]:
+    """Return the images in a folder that the trainer skips, by name, without masks."""
     known = {os.path.normpath(path) for image in read.values() for path in (image.path, image.mask) if path}
     paths = [
         path
-        for path in files_of(folder.path, flags)
+        for path in files_of(folder.path, options.data, options.output)
         if path.suffix.lower() in SUFFIXES and os.path.normpath(path) not in known
     ]
     names = names_of([*(image.path for image in read.values()), *paths], folder.path)[len(read) :]
@@ -236,23 +248,23 @@ def unread(folder: Folder, flags: Flags, read: dict[str, Image], why: str, metad
 
 
 def leads_out(folder: Folder, path: Path) -> bool:
-    """Whether an image of a folder, or a caption beside it, is a link to something outside."""
+    """Return whether an image, or a caption file next to it, is a link to outside of the folder."""
     return not all(map(folder.holds, [path, *caption_files(path)]))
 
 
 def header_of(folder: Folder, path: Path) -> tuple[int, int] | None:
-    """Width and height of an image of a folder."""
+    """Return width and height of an image in pixels, or None if its header cannot be read."""
     size = image_size(path) if folder.holds(path) else ""
     return None if isinstance(size, str) else size
 
 
-def buckets_of(size: tuple[int, int], flags: Flags) -> tuple[Size, ...]:
-    """What an image is cropped and scaled to, at each resolution."""
-    return tuple(dict.fromkeys(size_of(size, side, MULTIPLE, flags)[0] for side in listed(flags.resolution)))
+def buckets_of(size: tuple[int, int], options: Options) -> tuple[Size, ...]:
+    """Return the sizes that an image is cropped and resized to, one per resolution."""
+    return tuple(dict.fromkeys(size_of(size, side, MULTIPLE, options.data)[0] for side in options.data.resolution))
 
 
 def names_of(paths: Sequence[Path], folder: Path) -> list[str]:
-    """A name for each of the files in a folder, which can be sent to a browser; another one for each that is again."""
+    """Return a name for each file, safe for a browser; duplicates are numbered."""
     met: Counter[str] = Counter()
     names = []
     for path in paths:

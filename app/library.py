@@ -1,6 +1,6 @@
-"""Which runs and experiments there are: those in a folder, and an example.
+"""List runs and experiments in a folder, and the example run.
 
-Names come from a browser, so they are only ever compared with what a listing of the folder gave.
+Names come from a browser and are only compared with a listing of the folder, never used as paths.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from reslora.diffusion.arguments import SEVERAL
-from reslora.diffusion.prompts import clean
 from reslora.experiment.record import EXPERIMENT, UNFINISHED
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from reslora.options.images import Options
+from reslora.options.prompts import clean
 
 from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number
 
+VARYING = tuple(name for name, option in Options.table().items() if option.varies)
 REPORT = "report.html"
 MOST_BESIDE = 3
-"""More runs beside one would not be told apart."""
+"""Maximum number of runs compared with one; more could not be distinguished."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,15 @@ class Experiment(Run):
 
     @property
     def arms(self) -> list[dict]:
-        """What its file says of each arm, whatever that is."""
+        """The records of the arms in the experiment's file; their contents are not validated."""
         content = self.read_json(EXPERIMENT)
         arms = content.get("arms") if isinstance(content, dict) else None
         return [arm for arm in arms if isinstance(arm, dict)] if isinstance(arms, list) else []
 
     @property
     def status(self) -> str:
-        """`running`, `finished`, `stopped` (the same command goes on) or `failed` (all arms, or it never began)."""
+        """`running`, `finished`, `stopped` (the same command resumes it) or `failed` (all arms failed, or it never
+        began)."""
         if self.process is not None:
             return "running"
         if self.arms and all(arm.get("status") == "failed" for arm in self.arms):
@@ -50,13 +52,13 @@ class Experiment(Run):
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Arms that have ended, and all arms."""
+        """Number of ended arms, and of all arms."""
         arms = self.arms
         return sum(arm.get("status") in ("finished", "failed") for arm in arms), len(arms)
 
     @property
     def time_is_over(self) -> str:
-        """That its minutes were over before all arms had ended; empty where that is not how it stands."""
+        """A sentence if the time limit ended the experiment before all arms; otherwise empty."""
         content, minutes = self.read_json(EXPERIMENT), number(self.config.get("experiment_minutes"))
         notes = content.get("notes") if isinstance(content, dict) and "as_of" not in content else None
         told = isinstance(notes, list) and any(str(note).startswith(UNFINISHED) for note in notes)
@@ -64,14 +66,17 @@ class Experiment(Run):
 
     @property
     def seconds_an_arm(self) -> float | None:
-        """Mean time of the arms that have ended well; one that has gone on knows its training alone in full."""
+        """Mean duration of the finished arms in seconds.
+
+        The larger of training and wall time counts: the wall time of a resumed arm covers only its last part.
+        """
         ended = [arm for arm in self.arms if arm.get("status") == "finished"]
         known = [[number(arm.get("seconds")) or 0.0, number(arm.get("wall_seconds")) or 0.0] for arm in ended]
         found = [seconds for seconds in map(max, known) if seconds > 0]
         return sum(found) / len(found) if found else None
 
     def report(self) -> str:
-        """The report as a document of its own; empty until there is one."""
+        """Return the report as an HTML document; empty until it exists."""
         path = self.inside(REPORT)
         with contextlib.suppress(OSError):
             if path is not None and path.is_file() and path.stat().st_size <= LARGEST_JSON:
@@ -79,9 +84,9 @@ class Experiment(Run):
         return ""
 
     def lora(self) -> Path | None:
-        """The best arm's LoRA file, of those there are the one that most tools read; None until there is one.
+        """Return the best arm's LoRA file, preferring the format that most tools read; None until it exists.
 
-        What an earlier choice has left is none of the best arm's.
+        Files that an earlier best arm left behind are ignored.
         """
         names, content = [KOHYA_FILE, COMFYUI_FILE, DIFFUSERS_FILE], self.read_json(EXPERIMENT)
         if isinstance(content, dict) and "best" in content:
@@ -92,13 +97,13 @@ class Experiment(Run):
         return next((path for path in found if path is not None and path.is_file()), None)
 
     def fingerprint(self) -> tuple:
-        """Changes when there is something new to look at."""
+        """Return a value that changes when there is something new to show."""
         path = self.inside(REPORT)
         return self.status, (path.stat().st_mtime_ns, path.stat().st_size) if path is not None else None
 
 
 class LanguageRun(Run):
-    """The output folder of `train_llm.py` or `train_glue.py`, of which the page knows little: it has a card."""
+    """The output folder of `train_llm.py` or `train_glue.py`, which the page only lists."""
 
     @property
     def status(self) -> str:
@@ -107,7 +112,7 @@ class LanguageRun(Run):
 
 
 class Library:
-    """The runs and experiments in a folder, or the one that the folder is; `extra` are further single runs."""
+    """The runs and experiments in a folder, or the folder itself if it is one; `extra` are further single runs."""
 
     def __init__(self, folder: Path, extra: tuple[Path, ...] = ()) -> None:
         self.folder = folder.resolve()
@@ -115,33 +120,33 @@ class Library:
 
     @property
     def is_single(self) -> bool:
-        """Whether the folder is a run or an experiment itself."""
+        """Whether the folder itself is a run or an experiment."""
         return kind_of(self.folder) is not None
 
     def runs(self) -> dict[str, Run]:
-        """Runs of `train_sd.py` by name, the newest first; the extra ones last: an example comes after one's own."""
+        """Return the runs of `train_sd.py` by name, newest first; the extra runs are last."""
         return {run.name: run for run in self.everything() if type(run) is Run}
 
     def language_runs(self) -> dict[str, LanguageRun]:
-        """Runs of the language scripts by name, the newest first."""
+        """Return the runs of the language scripts by name, newest first."""
         return {run.name: run for run in self.everything() if isinstance(run, LanguageRun)}
 
     def experiments(self) -> dict[str, Experiment]:
-        """Experiments by name, the newest first."""
+        """Return the experiments by name, newest first."""
         return {run.name: run for run in self.everything() if isinstance(run, Experiment)}
 
     def everything(self) -> list[Run]:
-        """Runs and experiments in the folder, the newest first, then the extra runs."""
+        """Return the runs and experiments in the folder, newest first, then the extra runs."""
         found = [kind(path.name, path) for path in self._folders() if (kind := kind_of(path)) is not None]
         own = {run.name for run in found if type(run) is Run}
         return found + [Run(path.name, path) for path in self.extra if path.name not in own and kind_of(path) is Run]
 
     def owns(self, run: Run) -> bool:
-        """Whether a run lies in the folder, and is not the folder itself."""
+        """Return whether a run is in the folder and is not the folder itself."""
         return run.folder.parent == self.folder
 
     def find(self, name: str) -> Run:
-        """The run of that name; `RunError` if the listing has none."""
+        """Return the run of that name. Raises `RunError` if it is not listed."""
         run = self.runs().get(name) if isinstance(name, str) else None
         if run is None:
             if isinstance(name, str) and (language := self.language_runs().get(name)) is not None:
@@ -150,23 +155,23 @@ class Library:
         return run
 
     def beside(self, run: Run, names: object) -> Run:
-        """The run with those of these names beside it that there are."""
+        """Return the run with the existing ones of these names as runs to compare."""
         wanted = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
         runs = self.runs() if wanted else {}
         found = [runs[name] for name in dict.fromkeys(wanted) if name in runs and name != run.name]
         return replace(run, beside=tuple(found[:MOST_BESIDE]))
 
     def find_experiment(self, name: str) -> Experiment:
-        """The experiment of that name; `RunError` if the listing has none."""
+        """Return the experiment of that name. Raises `RunError` if it is not listed."""
         experiment = self.experiments().get(name) if isinstance(name, str) else None
         if experiment is None:
             raise RunError("There is no experiment of that name; choose one from the list.")
         return experiment
 
     def _folders(self) -> list[Path]:
-        """The folder itself where it is a run or an experiment, else those in it, the newest first.
+        """Return the folder itself if it is a run or an experiment, else its subfolders, newest first.
 
-        The trainer writes to none whose name is not UTF-8, and none such can be sent to a browser.
+        Names that are not UTF-8 are skipped: they cannot be sent to a browser.
         """
         if self.is_single:
             return [self.folder]
@@ -180,14 +185,14 @@ class Library:
 
 
 def kind_of(folder: Path) -> type[Run] | None:
-    """What a trainer has written there, or was started to; None where there is nothing of the kind.
+    """Return the class of a run's folder, or None if no trainer has written there.
 
-    Until its first arm an experiment is known by its flags, of which one has several values that a run takes once.
+    An experiment without arms yet is recognized by an option with several values of which a run takes one.
     """
     if (folder / EXPERIMENT_LOG).is_file() or (folder / EXPERIMENT).is_file():
         return Experiment
     config = folder / "config.json"
-    if config.exists():  # a folder of that name, too: the page says that it cannot be read
+    if config.exists():  # also a folder of that name; the page reports it as unreadable
         with contextlib.suppress(OSError):
             return kind_by_settings(config, config.stat().st_mtime_ns)
     return Run if (folder / LOG_NAME).is_file() else None
@@ -195,34 +200,34 @@ def kind_of(folder: Path) -> type[Run] | None:
 
 @functools.lru_cache(maxsize=256)
 def kind_by_settings(path: Path, changed: int) -> type[Run]:
-    """What the settings in a file are of; `changed` is its time."""
+    """Return the class of a run by its settings file; `changed` is the file's modification time."""
     config = Run(path.parent.name, path.parent).config
-    several = [value for name in SEVERAL if isinstance(value := config.get(name), list) and len(value) > 1]
+    several = [value for name in VARYING if isinstance(value := config.get(name), list) and len(value) > 1]
     if any(all(isinstance(one, int | float | str) for one in value) for value in several):
         return Experiment
     return LanguageRun if script_of(config) else Run
 
 
 def language_script(run: Run) -> str:
-    """The script that trains a language model there, as its settings tell; empty where it is none's."""
+    """Return the script that trains a language model in this run, or an empty string."""
     return script_of(run.config)
 
 
 def script_of(config: dict) -> str:
-    """The same of settings."""
+    """Return the language script of these settings, or an empty string."""
     if "model_name_or_path" not in config:
         return ""
     return "train_glue.py" if "task_name" in config else "train_llm.py"
 
 
 def refuse_language(begun: Run) -> None:
-    """`RunError` for what the page cannot go on with."""
+    """Raise `RunError` for a run of a language script, which the page cannot resume."""
     if script := language_script(begun):
         raise RunError(f"{begun.name} was begun by {script}: go on with it by that, on the command line.")
 
 
 def last_change(folder: Path) -> float:
-    """When a run was last written to."""
+    """Return when a run was last written to, in seconds since the epoch."""
     times = [0.0]
     files = [folder / name for name in ("config.json", LOG_NAME, EXPERIMENT_LOG, EXPERIMENT)]
     for path in (*files, *folder.glob("*/log.jsonl")):

@@ -1,4 +1,4 @@
-"""The queue and the runs as HTML: rows and cards with buttons, which `rows.js` listens to. All names are escaped."""
+"""Render the queue and the runs as HTML; `rows.js` handles the buttons. All names are escaped."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from reslora.words import counted
+from reslora.formatting import pluralize
 
 from .activity import activity, why_ended
 from .folders import BUNDLED
+from .jobs import GONE, RUNNING, WAITING, Entry, Jobs
 from .library import Experiment, LanguageRun, language_script, last_change
-from .queue import GONE, RUNNING, WAITING, Entry, Queue
 from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError
 from .shelf import Shelf
 from .views import NAMES, bad, data_uri, escape, notice
 
 MOST = 48
-"""Cards that are shown; more are found by their names and notes."""
+"""Maximum number of cards; the search field finds the others."""
 NOTHING_QUEUED = (
     "Nothing is lined up. What you start under Train or Experiment while another run trains waits here for its turn."
 )
 
 
+SHOWN = {"model": "model", "rank": "rank", "learning_rate": "learning rate", "seed": "seed", "max_train_steps": "steps"}
+"""Settings in a row of the queue, and their labels."""
+
+
 def button(what: str, label: str, name: str, enabled: bool = True) -> str:
-    """A button of a row; its name for who cannot see it says whose it is."""
+    """Return a button of a row; `name` is its accessible label."""
     return (
         f'<button type="button" data-do="{what}" aria-label="{escape(name)}"{"" if enabled else " disabled"}>'
         f"{label}</button>"
@@ -34,16 +38,17 @@ def button(what: str, label: str, name: str, enabled: bool = True) -> str:
 
 
 def badge(status: str) -> str:
+    """Return a status as HTML."""
     return f'<b class="status {status}">{status}</b>'
 
 
 # -- the queue ---------------------------------------------------------------------------------------------------------
 
 
-def queue(queue: Queue) -> str:
-    """What trains, what waits and what has ended, each with what can be done about it."""
+def queue(jobs: Jobs) -> str:
+    """Return the running, waiting and ended entries with their buttons, as HTML."""
     try:
-        entries = queue.entries()
+        entries = jobs.entries()
     except RunError as error:
         return bad(str(error))
     if not entries:
@@ -51,16 +56,16 @@ def queue(queue: Queue) -> str:
     now = [entry for entry in entries if entry.state == RUNNING]
     waiting = [entry for entry in entries if entry.state == WAITING]
     ended = [entry for entry in reversed(entries) if entry.ends]
-    rows = [row(queue, entry, "") for entry in now]
+    rows = [row(jobs, entry, "") for entry in now]
     for place, entry in enumerate(waiting, 1):
-        rows.append(row(queue, entry, str(place), place == len(waiting)))
-    rows += [row(queue, entry, "") for entry in ended]
+        rows.append(row(jobs, entry, str(place), place == len(waiting)))
+    rows += [row(jobs, entry, "") for entry in ended]
     clear = button("clear", "Clear what has ended", "Clear what has ended") if ended else ""
     return f'<ol class="queue" aria-label="Queue">{"".join(rows)}</ol><p class="clear" data-name="">{clear}</p>'
 
 
-def row(queue: Queue, entry: Entry, place: str, is_last: bool = False) -> str:
-    """One entry; `place` is its number among those that wait."""
+def row(jobs: Jobs, entry: Entry, place: str, is_last: bool = False) -> str:
+    """Return one entry as HTML; `place` is its position among the waiting entries."""
     name = entry.name
     if entry.state == WAITING:
         buttons = button("up", "&uarr;", f"Move {name} up", place != "1")
@@ -70,8 +75,8 @@ def row(queue: Queue, entry: Entry, place: str, is_last: bool = False) -> str:
         buttons = button("stop", "Stop", f"Stop {name} and save")
     else:
         buttons = button("remove", "Remove", f"Remove {name} from the list")
-    run = queue.run_of(entry)
-    state = queue.trainings.status(run) if entry.state == RUNNING else entry.state
+    run = jobs.run_of(entry)
+    state = jobs.status(run) if entry.state == RUNNING else entry.state
     facts = " &middot; ".join(escape(fact) for fact in facts_of(entry, run) if fact)
     return (
         f'<li data-name="{escape(name)}"><span class="place">{place}</span>'
@@ -81,14 +86,14 @@ def row(queue: Queue, entry: Entry, place: str, is_last: bool = False) -> str:
 
 
 def facts_of(entry: Entry, run: Run) -> list[str]:
-    """What an entry is, and how it stands."""
+    """Return an entry's settings and its state, as texts."""
     methods = entry.settings.get("method")
     names = ", ".join(NAMES[name] for name in methods if name in NAMES) if isinstance(methods, list) else ""
-    steps = entry.settings.get("max_train_steps")
     facts = ["goes on" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
+    given = {name: str(entry.settings[name])[:40] for name in SHOWN if entry.settings.get(name) not in (None, "")}
+    facts += [f"{label} {given[name]}" for name, label in SHOWN.items() if name in given]
     images = entry.folder if entry.folder in (None, BUNDLED) else f"images: {entry.folder}"
-    facts += [f"{str(steps)[:12]} steps" if steps else "", images or ""]
-    facts += [f"GPU {entry.device}" if entry.device is not None else ""]
+    facts += [images or "", f"GPU {entry.device}" if entry.device is not None else ""]
     if entry.state != RUNNING:
         return [*facts, entry.line]
     return [*facts, activity(run.activity) if run.folder.is_dir() else GONE]
@@ -98,7 +103,7 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
 
 
 def runs(shelf: Shelf, words: str) -> str:
-    """The newest runs and experiments whose names or notes have these words, and what is in the trash."""
+    """Return the newest runs and experiments whose name or notes contain `words`, and the trash."""
     words = words.casefold()
     everything = [
         run for run in shelf.library.everything() if words in run.name.casefold() or words in run.notes.casefold()
@@ -111,27 +116,30 @@ def runs(shelf: Shelf, words: str) -> str:
 
 
 def card_of(shelf: Shelf, run: Run) -> str:
-    """A run's card, made anew where something in its folder has changed."""
-    trainings, changed = shelf.trainings, [last_change(run.folder)]
+    """Return a run's card; it is rendered again if a file in its folder changed."""
+    jobs, changed = shelf.jobs, [last_change(run.folder)]
     for path in (run.folder, run.folder / NOTES, *(run.folder / method for method in run.methods)):
         with contextlib.suppress(OSError):
             changed.append(path.stat().st_mtime)
-    return card(shelf, run, trainings.status(run) if trainings.is_active(run) else "", tuple(changed))
+    return card(shelf, run, jobs.status(run) if jobs.is_active(run) else "", tuple(changed))
 
 
 @functools.lru_cache(maxsize=4 * MOST)
 def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str:
-    """A run or experiment: its newest sample, its status, since when nothing has changed, notes. `changed`: times."""
+    """Return a card: newest sample, status, time of the last change, notes.
+
+    `changed`: modification times, which are the key of the cache.
+    """
     name, status, owned = escape(run.name), status or run.status, shelf.library.owns(run)
     done, total = run.progress
     kind, script = isinstance(run, Experiment), language_script(run)
     facts = [
         "experiment" if kind else ", ".join(NAMES[method] for method in run.methods),
         f"a language model, by {script}" if script else "",
-        f"{done:,} of {counted(total, 'arm' if kind else 'step')}" if total else "",
+        f"{done:,} of {pluralize(total, 'arm' if kind else 'step')}" if total else "",
         NO_CONFIG if run.unreadable else "",
     ]
-    why = why_ended(run, status, shelf.trainings.last_line(run))
+    why = why_ended(run, status, shelf.jobs.last_line(run))
     opens = f"Open {run.name} under {'Experiment' if kind else 'Compare'}"
     buttons = "" if isinstance(run, LanguageRun) else button("open", "Open", opens)
     buttons += button("trash", "Delete", f"Move {run.name} to the trash") if owned else ""
@@ -149,16 +157,16 @@ def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str
 
 
 def picture(run: Run) -> str:
-    """The newest sample of the last method that has one."""
+    """Return the newest sample of the last method that has one."""
     for path in newest_samples(run):
-        with contextlib.suppress(Exception):  # as of a damaged image
+        with contextlib.suppress(Exception):  # such as a damaged image
             source = data_uri(path, path.stat().st_mtime_ns)
             return f'<img src="{source}" alt="newest sample of {escape(run.name)}">'
     return '<div class="empty">no samples</div>'
 
 
 def newest_samples(run: Run) -> Sequence[Path]:
-    """The first sample of each method, the last method's first."""
+    """Return the first sample of each method, the last method's first."""
     steps = list(reversed(run.steps()))
     found = []
     for method in reversed(run.methods):
@@ -168,7 +176,7 @@ def newest_samples(run: Run) -> Sequence[Path]:
 
 
 def trash(shelf: Shelf) -> str:
-    """What has been thrown away, each to be put back."""
+    """Return the runs in the trash with their restore buttons."""
     found = shelf.trashed()
     if not found:
         return ""
@@ -184,7 +192,7 @@ def trash(shelf: Shelf) -> str:
 
 
 def thrown(place: str) -> str:
-    """When a run was thrown away, as its place in the trash says."""
+    """Return the time at which a run was moved to the trash, from the name of its folder there."""
     try:
         return time.strftime("%Y-%m-%d %H:%M", time.strptime(place[:15], "%Y%m%d-%H%M%S"))
     except ValueError:

@@ -1,6 +1,6 @@
-"""What can only be said of images once they are opened: thumbnails, which are damaged, which are alike.
+"""Inspect images by opening them: thumbnails, damaged files and duplicates.
 
-Each is opened as the trainer opens it, when somebody looks at it, and not again until its file changes.
+Each image is opened as the trainer opens it, on demand, and the result is cached until its file changes.
 """
 
 from __future__ import annotations
@@ -15,54 +15,58 @@ from pathlib import Path
 
 import numpy as np
 
-from reslora.diffusion.content import content_mark
-from reslora.diffusion.data.images import damage, open_image
-from reslora.diffusion.experiment.split import groups_of, look_of
+from reslora.images.content_hash import content_mark
+from reslora.images.data.images import damage, open_image
+from reslora.images.experiment.split import groups_of, look_of
 
 from .image_folders import Image, Images, stamp_of
 
 SIDE = 256
-"""Pixels across a thumbnail, or down."""
+"""Maximum width and height of a thumbnail in pixels."""
 THREADS = 4
 AT_ONCE = 32
-"""Images that are opened between two words about it."""
+"""Number of images opened between two progress updates."""
 Stamp = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Look:
-    """What an image is once it is opened."""
+    """The result of opening an image."""
 
     problem: str = ""
-    """Why it cannot be."""
+    """Why it cannot be opened; empty if it can."""
     mark: str = ""
-    """Its content in short."""
+    """Hash of its content."""
     seen: bytes = b""
-    """What it looks like to an experiment's split."""
+    """Its features for near-duplicate groups, float32 bytes, as an experiment's split uses them."""
 
 
 class Looks:
-    """What is known of images by their files; what has changed since is not known."""
+    """Cached results by file."""
 
     def __init__(self) -> None:
         self.known: dict[Path, tuple[Stamp, Look]] = {}
 
     def of(self, image: Image) -> Look | None:
-        """What is known of an image."""
+        """Return the cached result of an image, or None if it was not opened or its file changed."""
         stamp, look = self.known.get(image.path, ((), None))
         return look if look is not None and stamp == stamp_of(image.path) else None
 
     def problem(self, image: Image) -> str:
-        """Why training leaves an image out, as far as that is known."""
+        """Return why training leaves an image out, as far as that is known; empty if it does not."""
         look = None if image.problem else self.of(image)
         return image.problem or (look.problem if look is not None else "")
 
     def thumbnails(self, images: Sequence[Image]) -> list[str]:
-        """Data URIs of some images, upright and on white; empty for those that cannot be opened."""
-        with ThreadPoolExecutor(THREADS) as pool:  # PIL decodes beside other threads
+        """Return thumbnails as data URIs, upright and on white; empty for images that cannot be opened."""
+        with ThreadPoolExecutor(THREADS) as pool:  # PIL decodes in parallel
             return list(pool.map(self._thumbnail, images))
 
     def _thumbnail(self, image: Image) -> str:
+        """Return a thumbnail as a data URI.
+
+        If the image cannot be opened, the damage is cached and the result is an empty string.
+        """
         stamp = stamp_of(image.path)
         if image.size is None or not stamp:
             return ""
@@ -73,7 +77,7 @@ class Looks:
             return ""
 
     def check(self, images: Sequence[Image]) -> Iterator[int]:
-        """Opens all images that are not known yet; yields how many have been, from time to time."""
+        """Open all images without a cached result, and yield the number done at intervals."""
         todo = [image for image in images if image.size is not None and self.of(image) is None]
         done = len(images) - len(todo)
         yield done
@@ -85,7 +89,10 @@ class Looks:
                 yield done + start + len(part)
 
     def alike(self, images: Images) -> dict[str, tuple[str, str]]:
-        """Of each image that is like one before it: the first of its group, and a line; once all have been opened."""
+        """Return the first image of its group and a description for each duplicate, by name.
+
+        The result is empty until all images have been opened.
+        """
         found = [(image, self.of(image)) for image in images.images.values() if image.size is not None]
         if any(look is None for _, look in found):
             return {}
@@ -94,7 +101,7 @@ class Looks:
 
 
 def look_at(image: Image) -> tuple[Stamp, Look]:
-    """Opens an image."""
+    """Open an image, and return its file stamp and the result."""
     stamp = stamp_of(image.path)
     try:
         return stamp, Look("", content_mark(image.path), look_of(open_image(image.path)).tobytes())
@@ -104,7 +111,10 @@ def look_at(image: Image) -> tuple[Stamp, Look]:
 
 @functools.lru_cache(maxsize=8)
 def alike(looks: tuple[tuple[str, Look], ...]) -> dict[str, tuple[str, str]]:
-    """Of each image that is like one before it: the first of its group, and a line; groups are an experiment's."""
+    """Return the first image of its group and a description for each duplicate, by name.
+
+    The groups are those of an experiment's split.
+    """
     if not looks:
         return {}
     names, marks = [name for name, _ in looks], [look.mark for _, look in looks]
@@ -120,7 +130,7 @@ def alike(looks: tuple[tuple[str, Look], ...]) -> dict[str, tuple[str, str]]:
 
 @functools.lru_cache(maxsize=2000)
 def thumbnail(path: Path, stamp: Stamp) -> str:
-    """A small image as a data URI; `stamp` changes with the file."""
+    """Return a thumbnail as a data URI; `stamp` is part of the cache key."""
     image, file = open_image(path), io.BytesIO()
     image.thumbnail((SIDE, SIDE))
     image.save(file, "WEBP", quality=80)

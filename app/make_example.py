@@ -1,7 +1,7 @@
 """Make the run that a first visitor sees of what a trainer wrote: `python -m app.make_example RUN`.
 
-Kept: settings, losses, samples, chain plan, merge report, and the LoRA files in half precision. Left out: checkpoints,
-whole U-Nets, and paths and times of the machine it was trained on, which may have been busy with other things.
+Copied: settings, losses, samples, chain plan, merge report, and the LoRA files in half precision. Not copied:
+checkpoints, complete U-Nets, and paths and times, which depend on the machine and its load.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KEPT = ("chains.json", "merge.json", "exports.json", "samples", "merged")
 
 
 def make_example(run: Run, target: Path) -> None:
-    """Write a small copy of a finished run to `target`, replacing what is there."""
+    """Write a small copy of a finished run to `target`, replacing an existing one."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     config = {name: relative(value) for name, value in run.config.items()}
@@ -45,7 +45,7 @@ def make_example(run: Run, target: Path) -> None:
 
 
 def relative(value):
-    """A setting without this machine's folders; what lies in any checkout's `assets/` keeps its place there."""
+    """Return a setting without this machine's folders; a path in any checkout's `assets/` becomes relative to it."""
     if isinstance(value, list):
         return list(map(relative, value))
     if not isinstance(value, str) or not Path(value).is_absolute():
@@ -57,7 +57,7 @@ def relative(value):
 
 
 def halve(source: Path, target: Path) -> None:
-    """A copy of a safetensors file in half precision, with its metadata."""
+    """Copy a safetensors file in half precision, with its metadata."""
     with safe_open(source, framework="pt") as file:
         tensors = {name: file.get_tensor(name).to(torch.float16) for name in file.keys()}  # noqa: SIM118 - no mapping
         save_file(tensors, target, metadata=file.metadata())

@@ -1,4 +1,4 @@
-"""What to draw, whatever a browser sent; and images whose files say how to draw them again."""
+"""Validate image settings from a browser, and store them in image files so that the image can be generated again."""
 
 from __future__ import annotations
 
@@ -14,13 +14,18 @@ from PIL.PngImagePlugin import PngInfo
 from .runs import Run, RunError
 
 SEEDS = 2**32
-LIMITS = {"seed": (0, SEEDS - 1), "steps": (1, 150), "guidance": (0, 30), "strength": (-2, 2)}
-"""Least and greatest values."""
+LIMITS = {
+    "seed": (0, SEEDS - 1), "steps": (1, 150), "guidance": (0, 30), "strength": (-2, 2), "width": (32, 1024),
+    "height": (32, 1024), "images": (1, 8),
+}  # fmt: skip
+"""Minimum and maximum values."""
+MULTIPLES = {"guidance": None, "strength": None, "width": 8, "height": 8}
+"""Required multiples of values other than 1; None for a fraction."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw. Whatever the browser sent, `clamped` makes it something the pipeline can take."""
+    """Settings for generating images. `clamped` makes any values from a browser valid for the pipeline."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -32,8 +37,18 @@ class Request:
     images: int = 1
     strength: float = 1.0
 
+    def check(self) -> None:
+        """Raise `RunError` for a number that is missing, invalid or outside its limits."""
+        for name, (least, greatest) in LIMITS.items():
+            value, multiple = getattr(self, name), MULTIPLES.get(name, 1)
+            number = bounded(value, -math.inf, math.inf, math.nan, whole=False)
+            if not least <= number <= greatest or (multiple and number % multiple):
+                kind = {None: "a number", 1: "a whole number"}.get(multiple, f"a multiple of {multiple}")
+                written = "nothing" if value in (None, "") else str(value)[:40]
+                raise RunError(f"{name.capitalize()} is {written}: give {kind} from {least} to {greatest}.")
+
     def clamped(self) -> Request:
-        """The nearest request within the limits; a negative seed becomes a random one."""
+        """Return the nearest valid request; a negative seed becomes a random one."""
         seed = bounded(self.seed, -1, SEEDS - 1, 0)
         return Request(
             prompt=str(self.prompt or "").replace("\0", "")[:1000],
@@ -41,15 +56,15 @@ class Request:
             seed=random.SystemRandom().randrange(SEEDS) if seed < 0 else seed,
             steps=bounded(self.steps, *LIMITS["steps"], 20),
             guidance=float(bounded(self.guidance, *LIMITS["guidance"], 4.0, whole=False)),
-            width=bounded(self.width, 32, 1024, 64) // 8 * 8,
-            height=bounded(self.height, 32, 1024, 64) // 8 * 8,
-            images=bounded(self.images, 1, 8, 1),
+            width=bounded(self.width, *LIMITS["width"], 64) // 8 * 8,
+            height=bounded(self.height, *LIMITS["height"], 64) // 8 * 8,
+            images=bounded(self.images, *LIMITS["images"], 1),
             strength=float(bounded(self.strength, *LIMITS["strength"], 1.0, whole=False)),
         )
 
 
 def of_samples(run: Run) -> Request:
-    """What the trainer draws a run's samples with, of its first prompt."""
+    """Return the settings of a run's samples, with its first prompt."""
     config = run.config
     height, width = (config.get(f"validation_{side}") or run.first("resolution") for side in ("height", "width"))
     return Request(
@@ -59,7 +74,7 @@ def of_samples(run: Run) -> Request:
 
 
 def bounded(value, low, high, otherwise, whole: bool = True):
-    """`value` as a number in [low, high]; `otherwise` for what is no finite number."""
+    """Return `value` as a number clamped to [low, high], or `otherwise` if it is not a finite number."""
     try:
         value = float(value) if not whole or isinstance(value, float) else int(value)
         if not math.isfinite(value):
@@ -71,7 +86,7 @@ def bounded(value, low, high, otherwise, whole: bool = True):
 
 @dataclass(frozen=True)
 class Drawn:
-    """An image with the settings that make it again: a request for one image, and what it was made with."""
+    """A generated image with the settings that reproduce it."""
 
     image: PIL.Image.Image
     request: Request
@@ -80,7 +95,7 @@ class Drawn:
 
 
 def save_image(drawn: Drawn, path: Path) -> Path:
-    """Writes a PNG whose metadata makes the image again: `reslora` for this page, `parameters` as A1111 has it."""
+    """Save a PNG with its settings in the metadata: `reslora` for this page, `parameters` in the format of A1111."""
     info, request = PngInfo(), drawn.request
     info.add_itxt("reslora", json.dumps(asdict(request) | drawn.source, ensure_ascii=False))
     info.add_itxt(
@@ -93,7 +108,10 @@ def save_image(drawn: Drawn, path: Path) -> Path:
 
 
 def read_image(path: str | Path) -> tuple[Request, dict]:
-    """Request and source (run, weights) from a PNG that `save_image` wrote; `RunError` for any other file."""
+    """Return the request and source (run, weights) of a PNG saved by `save_image`.
+
+    Raises `RunError` for any other file.
+    """
     try:
         with PIL.Image.open(path, formats=["PNG"]) as image:
             settings = json.loads(image.info["reslora"])

@@ -1,7 +1,7 @@
-"""Read the folders that `train_sd.py` writes, while it is still writing them too.
+"""Read the output folders of `train_sd.py`, also while it writes them.
 
-Names come from a browser, so they are only ever compared with what a listing of the folder gave, and every file is
-resolved before it is opened: nothing outside a run's folder is read, whatever a name or a symbolic link says.
+Names come from a browser and are only compared with a listing of the folder. Every file is resolved before it is
+opened, so no name and no symbolic link leads to a file outside of the run's folder.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from reslora.checkpoint import WEIGHTS_NAME
-from reslora.common.adapters import ADAPTER_NAME
-from reslora.common.drawn import PROMPTS, is_of
-from reslora.common.log import count_damaged, of_split, read_log
-from reslora.common.methods import METHODS
-from reslora.common.status import FILE as STATUS
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from reslora.merges import MERGES
+from reslora.methods.adapters import ADAPTER_NAME
+from reslora.methods.registry import METHODS
+from reslora.runtime.log import count_damaged, of_split, read_log
+from reslora.runtime.sample_folders import PROMPTS, is_of
+from reslora.runtime.status import FILE as STATUS
 
 EXAMPLE = Path(__file__).resolve().parent / "example"
-"""A small finished run that comes with the application."""
+"""A small finished run that is part of the application."""
 LOG_NAME, EXPERIMENT_LOG = "app.log", "experiment.log"
-"""What a trainer that the page started has printed: of a run, and of an experiment."""
+"""Log files of a trainer that the page started: for a run, and for an experiment."""
 NOTES = "notes.txt"
-"""What people have written about a run."""
+"""The user's notes on a run."""
 LONGEST_NOTES = 2000
 NO_CONFIG = "its config.json cannot be read"
 LORA_FILES = (DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
@@ -46,19 +46,19 @@ MOST_STEPS = 10**9
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 IN_PLACE = threading.Lock()
-"""Held by whoever writes into a run's folder, or moves that: it stays where it is until then."""
+"""Lock for writing into a run's folder or moving it, so that the folder is not moved while it is written."""
 SCRIPTS = ("train_sd.py", "train_llm.py", "train_glue.py")
-"""The trainers: of diffusion models, which the page starts, and of language models, which it finds at work."""
+"""The trainers: of diffusion models, which the page starts, and of language models, which it only detects."""
 TRAINERS = {word for name in SCRIPTS for word in (name, name[:-3], f"reslora-{name[:-3].replace('_', '-')}")}
-"""How a trainer's own words name it, started as a file, as a module or by the command that is installed."""
+"""Names of a trainer on its command line: as a file, as a module, or as an installed command."""
 
 
 class RunError(ValueError):
-    """What is asked of a run cannot be had: one sentence for whoever looks at the page, without server paths."""
+    """An error for the user of the page: one sentence without server paths."""
 
 
 def number(value) -> float | None:
-    """A finite number, or None for anything else that a file may hold in its place."""
+    """Return a finite number, or None for any other value."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     with contextlib.suppress(OverflowError):
@@ -68,18 +68,19 @@ def number(value) -> float | None:
 
 @dataclass(frozen=True)
 class Weights:
-    """Something that images can be generated with."""
+    """Weights to generate images with."""
 
     label: str
     kind: str
-    """`base`, `merged` (a whole denoiser), `adapter` (an unmerged checkpoint), `file` (an exported LoRA) or `stack`."""
+    """`base`, `merged` (a complete denoiser), `adapter` (an unmerged checkpoint), `file` (an exported LoRA) or
+    `stack`."""
     method: str = ""
     path: Path | None = None
     step: int | None = None
     encoders: tuple[tuple[str, Path], ...] = ()
-    """Names of the text encoders that were trained, too, and where theirs are; files have them in themselves."""
+    """Names and paths of the trained text encoders; a LoRA file contains its own."""
     config: Path | None = None
-    """The adapter_config.json of a file that PEFT wrote."""
+    """The adapter_config.json of a file saved by PEFT."""
     parts: tuple[tuple[Weights, float], ...] = ()
     """The LoRA files of a stack, each with its strength."""
 
@@ -88,7 +89,7 @@ BASE = Weights("base model", "base")
 
 
 def merged_by(checkpoint: Weights, method: str) -> Weights:
-    """What merging an unmerged checkpoint by a method makes, whether or not that was done."""
+    """Return the weights that merging an unmerged checkpoint makes, whether or not they exist."""
     label = f"{checkpoint.method}: step {checkpoint.step} merged by {method}"
     path = checkpoint.path.parent / f"merged-by-{method}-{checkpoint.step}" / DIFFUSERS_FILE
     return Weights(label, "file", checkpoint.method, path, checkpoint.step)
@@ -101,11 +102,14 @@ class Run:
     name: str
     folder: Path
     beside: tuple[Run, ...] = ()
-    """Further runs that somebody looks at beside this one."""
+    """Further runs to compare with this one."""
     log_name: ClassVar[str] = LOG_NAME
 
     def inside(self, *parts: str) -> Path | None:
-        """The resolved path of a file or folder of this run; None if it isn't there or leads out of the run."""
+        """Return the resolved path of a file or folder of this run.
+
+        The result is None if it does not exist or is outside of the run's folder.
+        """
         try:
             path = self.folder.joinpath(*parts).resolve(strict=True)
             mode = path.stat().st_mode
@@ -115,7 +119,7 @@ class Run:
         return path if regular and path.is_relative_to(self.folder.resolve()) else None
 
     def read_json(self, *parts: str):
-        """Content of a JSON file of this run; None if it is missing, damaged or enormous."""
+        """Return the content of a JSON file of this run; None if it is missing, damaged or too large."""
         path = self.inside(*parts)
         if path is None or not path.is_file() or path.stat().st_size > LARGEST_JSON:
             return None
@@ -124,7 +128,7 @@ class Run:
         return None
 
     def entries(self, *parts: str) -> list[str]:
-        """Names in a folder of this run that are neither hidden nor temporary, sorted."""
+        """Return the names of the visible entries of a folder of this run, sorted."""
         path = self.inside(*parts)
         if path is None or not path.is_dir():
             return []
@@ -133,58 +137,59 @@ class Run:
         return []
 
     def sound(self, *parts: str) -> Path | None:
-        """A folder of this run whose entries are all in the run as well, and are files or folders."""
+        """Return a folder of this run if all of its entries are files or folders inside the run, else None."""
         path = self.inside(*parts)
         inside = [self.inside(*parts, name) for name in self.entries(*parts)]
         return path if path and all(entry and (entry.is_file() or entry.is_dir()) for entry in inside) else None
 
-    # -- what the run is -----------------------------------------------------------------------------------------------
+    # -- settings and state --------------------------------------------------------------------------------------------
 
     @property
     def config(self) -> dict:
-        """Every flag of the run as its file has it, whatever that is; empty until the trainer has written it."""
+        """The run's options as stored, not validated; empty until the trainer has written them."""
         config = self.read_json("config.json")
         return config if isinstance(config, dict) else {}
 
     @property
     def unreadable(self) -> bool:
-        """Whether its config.json is damaged: nobody can say then which model it trains, and how."""
+        """Whether config.json is damaged, so that the model and the method are unknown."""
         return not self.config and self.inside("config.json") is not None
 
     def words(self, flag: str) -> list[str]:
-        """The values of a flag that takes words."""
+        """Return the text values of an option."""
         value = self.config.get(flag)
         values = value if isinstance(value, list) else [value]
         return [word for word in values if isinstance(word, str)]
 
     def word(self, flag: str) -> str | None:
-        """The value of a flag that takes one word; None if the run was given none."""
+        """Return the first text value of an option, or None."""
         return next(iter(self.words(flag)), None) or None
 
     def first(self, flag: str) -> object:
-        """The value of a flag, the first one where it has several; None if the run was given none."""
+        """Return the value of an option, or the first of several; None if it was not given."""
         value = self.config.get(flag)
         return next(iter(value), None) if isinstance(value, list) else value
 
     def whole(self, flag: str, otherwise: int) -> int:
-        """The value of a flag that takes a positive whole number."""
+        """Return the value of an option as a positive integer, or `otherwise`."""
         value = number(self.config.get(flag))
         return int(value) if value is not None and 1 <= value <= MOST_STEPS else otherwise
 
     @property
     def methods(self) -> list[str]:
-        """Methods of this run in the order they are trained."""
+        """Methods of this run in the order of training."""
         configured = self.words("method")
         names = dict.fromkeys([*configured, *self.entries()])
         return [name for name in names if name in METHODS and (name in configured or self.inside(name))]
 
     @property
     def prompts(self) -> list[str]:
+        """Prompts of the samples."""
         return self.words("validation_prompt")
 
     @property
     def process(self) -> int | None:
-        """Id of the process that trains in this folder now; None if there is none."""
+        """Process id of the trainer at work in this folder, or None."""
         path = self.inside(".lock")
         with contextlib.suppress(OSError, ValueError, AttributeError):
             number = int(path.read_text().partition("\n")[0][:20])
@@ -193,7 +198,7 @@ class Run:
 
     @property
     def activity(self) -> dict:
-        """What the trainer says that it is doing now; empty where none is at work, or where it has not said yet."""
+        """The trainer's status file; empty if no trainer is at work or it has not written the file yet."""
         told, process = self.read_json(STATUS), self.process
         return told if isinstance(told, dict) and process is not None and told.get("process") == process else {}
 
@@ -210,34 +215,35 @@ class Run:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Steps done and steps to do, of all methods together."""
+        """Steps done and total steps, summed over the methods."""
         steps = [self.steps_of(method) for method in self.methods]
         reached = [max((row["step"] for row in self.log(method)), default=0) for method in self.methods]
         return sum(map(min, steps, reached)), sum(steps)
 
     def steps_of(self, method: str) -> int:
-        """Steps to do of a method: those that were done where early stopping has ended it."""
+        """Return a method's number of steps; after early stopping, the steps that were done."""
         steps, record = self.whole("max_train_steps", 0), self.record(method)
-        patience = record.get("early_stopping_patience")  # which has ended it; with another one it goes on
+        patience = record.get("early_stopping_patience")  # with another patience the training resumes
         ended = number(record.get("step")) if patience and patience == self.config.get("early_stopping_patience") else 0
         return min(steps, int(ended or steps))
 
     def record(self, method: str) -> dict:
-        """What a method's exports say of themselves; empty until they are written."""
+        """Return the record of a method's exports; empty until they are written."""
         record = self.read_json(method, "exports.json")
         return record if isinstance(record, dict) else {}
 
-    # -- what it shows -------------------------------------------------------------------------------------------------
+    # -- samples and logs ----------------------------------------------------------------------------------------------
 
     def log(self, method: str) -> list[dict]:
-        """Rows of `log.jsonl`, those with a loss that is a finite number: step, split, loss, lr, seconds."""
+        """Return the rows of `log.jsonl` whose loss is finite: step, split, loss, lr, seconds."""
         return list(self._log(method)[0])
 
     def damaged_rows(self, method: str) -> int:
-        """How many lines of `log.jsonl` cannot be read; 0 while the trainer may be writing one."""
+        """Return the number of unreadable lines of `log.jsonl`; 0 while the trainer may be writing one."""
         return self._log(method)[1] if self.process is None else 0
 
     def _log(self, method: str) -> tuple[tuple[dict, ...], int]:
+        """Return the rows of a method's log and the number of damaged lines."""
         path = self.inside(method, "log.jsonl")
         if path is None or not path.is_file():
             return (), 0
@@ -245,7 +251,10 @@ class Run:
         return rows_of(path, now.st_mtime_ns, now.st_size)
 
     def steps(self) -> list[int]:
-        """Steps at which any method has samples; without any prompts, those with a validation loss, and the last."""
+        """Return the steps at which any method has samples.
+
+        For a run without prompts, they are the steps with a validation loss, and the last step.
+        """
         found = set()
         for method in self.methods:
             for name in self.entries(method, "samples"):
@@ -258,14 +267,14 @@ class Run:
         return sorted(found)
 
     def nearest(self, step: float | None) -> int:
-        """The step with samples that is nearest to `step`, whatever that is; 0 if there is none."""
+        """Return the step with samples that is nearest to `step`, or 0 if there is none."""
         wanted = number(step) or 0
         return min(self.steps(), key=lambda found: abs(found - wanted), default=0)
 
     def samples(self, method: str, step: int | None) -> dict[tuple[int, int], Path]:
-        """Complete images of a step by (prompt, image); `None` gives those of the merged weights.
+        """Return the complete images of a step by (prompt, image) index; None as step means the merged weights.
 
-        A run may have gone on with other prompts: images of earlier ones are left out.
+        A run may have been resumed with other prompts: images of earlier prompts are left out.
         """
         folder = (method, "merged") if step is None else (method, "samples", f"step-{step:06d}")
         record, prompts, found = self.read_json(*folder, PROMPTS), dict(enumerate(self.prompts)), {}
@@ -279,7 +288,7 @@ class Run:
         return found
 
     def fingerprint(self) -> tuple:
-        """Changes when there is something new to look at."""
+        """Return a value that changes when there is something new to show."""
         state = [self.status, tuple(self.steps())]
         for method in self.methods:
             for name in ("log.jsonl", "merged", "merge.json"):
@@ -288,12 +297,12 @@ class Run:
         return *state, *(run.fingerprint() for run in self.beside)
 
     def results(self) -> tuple:
-        """Changes when chains, merges or exports of a method have."""
+        """Return a value that changes with the chains, merges or exports of any method."""
         paths = [self.inside(method, name) for method in self.methods for name in ("chains.json", *RESULTS)]
         return tuple(path.stat().st_mtime_ns if path else None for path in paths)
 
     def log_tail(self, lines: int = 40) -> str:
-        """The last lines of what the trainer printed, with a progress bar as it stands now."""
+        """Return the last lines of the trainer's output; of a progress bar, its latest state."""
         path = self.inside(self.log_name)
         if path is None or not path.is_file():
             return ""
@@ -305,7 +314,7 @@ class Run:
 
     @property
     def notes(self) -> str:
-        """What people have written about the run; of what is longer than it may be, one character more than that."""
+        """The user's notes on the run; of notes that are too long, one character more than the limit."""
         path = self.inside(NOTES)
         with contextlib.suppress(OSError):
             if path is not None and path.is_file():
@@ -313,17 +322,17 @@ class Run:
                     return file.read(LONGEST_NOTES + 1)
         return ""
 
-    # -- what came of it -----------------------------------------------------------------------------------------------
+    # -- weights -------------------------------------------------------------------------------------------------------
 
     def weights(self) -> list[Weights]:
-        """The base model, then of each method merged weights, LoRA files, unmerged checkpoints (newest first)."""
+        """Return the base model, then for each method: merged weights, LoRA files, checkpoints (newest first)."""
         found = [BASE]
-        for method in () if self.unreadable else self.methods:  # of which model would they be weights?
+        for method in () if self.unreadable else self.methods:  # the base model of the weights is unknown
             found += [*self.merged(method), *self.lora_files(method), *self.checkpoints(method)]
         return found
 
     def merged(self, method: str) -> list[Weights]:
-        """Merged weights of a method, with those of its text encoders: once all are there, and of one merge."""
+        """Return the merged weights of a method with its text encoders, once all of them belong to one merge."""
         if self.config.get("train_text_encoder") and not self.record(method):
             return []
         parts = [part for part in DENOISERS if self.inside(method, part, "config.json")]
@@ -333,7 +342,7 @@ class Run:
         return [Weights(f"{method}: merged weights", "merged", method, path, encoders=encoders) for path in paths]
 
     def lora_files(self, method: str) -> list[Weights]:
-        """The LoRA files that a method was exported to, and those of checkpoints that were merged by other merges."""
+        """Return a method's exported LoRA files, and those of checkpoints merged by another method."""
         found = []
         for name in self.entries(method):
             merged = re.fullmatch(r"merged-by-([a-z]+)-(\d+)", name)
@@ -345,7 +354,7 @@ class Run:
         return found
 
     def checkpoints(self, method: str) -> list[Weights]:
-        """Complete checkpoints of a LoRA or ResLoRA method, newest first."""
+        """Return the complete checkpoints of a LoRA or ResLoRA method, newest first."""
         wanted = WEIGHTS_NAME if METHODS[method].shortcuts else ADAPTER_NAME
         found = []
         for name in self.entries(method) if METHODS[method].trains_lora else ():
@@ -359,30 +368,30 @@ class Run:
         return sorted(found, key=lambda weights: -weights.step)
 
     def encoders(self, *parts: str) -> tuple[tuple[str, Path], ...] | None:
-        """The text encoders in a folder of this run, by name; None where one of them leads out of the run."""
+        """Return the text encoders in a folder of this run, or None if one of them is outside of the run."""
         found = [(name, self.sound(*parts, name)) for name in self.entries(*parts) if name in ENCODERS]
         whole = [(name, path) for name, path in found if path is not None]
         return tuple(whole) if len(whole) == len(found) else None
 
     def allows(self, merge: str) -> bool:
-        """Whether there is what a merge needs: some need the samples that a run keeps at its end."""
+        """Return whether the run has what a merge needs; some merges need the calibration samples."""
         return not MERGES[merge].needs_moments or self.inside("reslora", "calibration.safetensors") is not None
 
     def find_weights(self, label: str) -> Weights:
-        """The weights of that label; `RunError` if this run has none."""
+        """Return the weights of that label. Raises `RunError` if this run has none."""
         for weights in self.weights():
             if weights.label == label:
                 return weights
         raise RunError("This run has no such weights; choose from the list.")
 
     def best_weights(self) -> str:
-        """Label of what a visitor wants to see first: ResLoRA's merged weights, else other merged ones, else any."""
+        """Return the label of the default weights: merged ResLoRA, else other merged weights, else the last ones."""
         labels = [weights.label for weights in self.weights()]
         wanted = ("reslora: merged weights", *(label for label in labels if label.endswith(": merged weights")))
         return next((label for label in wanted if label in labels), labels[-1])
 
     def lora_norms(self, method: str) -> dict[str, float]:
-        """Frobenius norm of the (merged) weight update `s B A` of each block, from the exported LoRA file."""
+        """Return the Frobenius norm of the update `s B A` of each block, from the exported (merged) LoRA file."""
         path = self.inside(method, DIFFUSERS_FILE)
         with contextlib.suppress(OSError, SafetensorError, RuntimeError):
             return dict(norms_of(path, path.stat().st_mtime_ns)) if path is not None else {}
@@ -391,7 +400,10 @@ class Run:
 
 @functools.lru_cache(maxsize=16)
 def norms_of(path: Path, changed: int) -> dict[str, float]:
-    """Norms of the products in a LoRA file in diffusers' form; `changed` is its time of change."""
+    """Return the Frobenius norms of the products `B A` in a LoRA file in diffusers' format, by block.
+
+    A is (rank, in), B is (out, rank). `changed`, the file's modification time, is part of the cache key.
+    """
     tensors, norms = load_file(path), {}
     for key, down in tensors.items():
         name = key.partition(".")[2].removesuffix(".lora_A.weight")
@@ -407,21 +419,21 @@ def norms_of(path: Path, changed: int) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=64)
 def rows_of(path: Path, changed: int, size: int) -> tuple[tuple[dict, ...], int]:
-    """The rows of a log that can be shown, and how many lines are damaged.
+    """Return the rows of a log that can be shown, and the number of damaged lines.
 
-    Pages ask often, so they are read again only when the file has changed.
+    Every open page asks, so the result is cached until the file's modification time or size changes.
     """
     return tuple(row for row in read_log(path) if can_be_drawn(row)), count_damaged(path)
 
 
 def can_be_drawn(row: dict) -> bool:
-    """Whether a row has a step that a run can have, and a loss that is a number."""
+    """Return whether a row has a valid step and a finite loss."""
     step = number(row["step"])
     return step is not None and 0 <= step <= MOST_STEPS and number(row.get("loss")) is not None
 
 
 def is_complete_png(path: Path) -> bool:
-    """Whether the file ends as a PNG does: one that is still being written isn't shown."""
+    """Return whether a file ends as a PNG does, because one that is still being written is not shown."""
     try:
         with path.open("rb") as file:
             if file.read(4) != b"\x89PNG":
@@ -433,7 +445,7 @@ def is_complete_png(path: Path) -> bool:
 
 
 def is_trainer(pid: int) -> bool:
-    """Whether that process is alive and, where the system tells, runs a trainer: ids are used again."""
+    """Return whether a process is alive and, if its command line is readable, a trainer: process ids are reused."""
     if pid <= 1:
         return False
     try:

@@ -1,7 +1,7 @@
-"""What Gradio keeps for a session, a page that is open: what, for how long, and whether anybody reads it.
+"""Adapt Gradio's sessions (open pages): memory, lifetime, and whether the client still reads.
 
-Gradio closes a handler whose stream of answers breaks. A stream that was never opened it does not notice: where two
-images were asked for and nobody came for them, it drew both to their last step while the next visitor waited.
+Gradio closes a handler when its response stream breaks, but does not notice a stream that was never opened. Without
+`hears` such a client's images are generated to the end while other users wait.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from .handlers import UNWRITABLE
 
 
 async def cannot_store(request: Request, error: OSError) -> PlainTextResponse:
-    """What an upload is answered that the disk has no room for; the page shows it."""
+    """Answer an upload with status 507 if the disk is full or read-only; the page shows the message.
+
+    Raises any other error again.
+    """
     if error.errno not in UNWRITABLE:
         raise error
     advice = "make room on the disk that has the system's temporary folder"
@@ -27,18 +30,17 @@ LAUNCH = {
     "state_session_capacity": 100,
     "app_kwargs": {"exception_handlers": {OSError: cannot_store}},
 }
-"""Threads: each event that waits for its turn holds one; there are as many for all else. Sessions: a page is shown
-everything anew that comes back after a hundred others."""
+"""Arguments of `launch`. Threads: an event that waits for its turn holds one, and as many remain for other events.
+Sessions: a page that returns after a hundred others starts anew."""
 TURNS = {"concurrency_id": "turns", "concurrency_limit": 32}
-"""Of events that take turns at the device, an image at a time. Whoever has no place among them waits for a whole event,
-of eight images or of a grid; so there is one for each of thirty visitors."""
+"""Options of events that take turns on the device, one image at a time. An event beyond the limit waits for a complete
+event (eight images or a grid) to end; the limit allows for thirty users."""
 
 
 def hears(asked: gr.Request) -> bool:
-    """Whether a session reads what it is told: who has gone, or never came, leaves messages lying.
+    """Return whether the client reads its messages; those of a client that left are not fetched.
 
-    A client that holds its stream open and never reads is not told from one that reads before the connection's buffers
-    are full.
+    A client that keeps its stream open without reading counts as reading until the connection's buffers are full.
     """
     messages = asked.request.app.get_blocks()._queue.pending_messages_per_session.get(asked.session_hash)
     return messages is not None and messages.empty()
@@ -48,10 +50,10 @@ class Contents(BlocksConfig):
     """The components and events of a page."""
 
     def __copy__(self) -> BlocksConfig:
-        """A session's, which does not describe its components.
+        """Return a session's copy, which does not describe its components.
 
-        Gradio describes them all, and anew with each update, for links that lead to a page as it is now. There are none
-        here, and whoever comes would keep all others waiting for it: 0.03 s, and 0.8 MiB.
+        Gradio describes all components again with each update, for links to the current state of the page. The page has
+        no such links, and describing takes 0.03 s, for which all users wait, and 0.8 MiB.
         """
         contents = super().__copy__()
         contents.config_for_block = lambda *_: {}
@@ -59,17 +61,17 @@ class Contents(BlocksConfig):
 
 
 class Blocks(gr.Blocks):
-    """Gradio's blocks, for pages that stay open."""
+    """Gradio's blocks for pages that stay open for a long time."""
 
     def __init__(self, **settings) -> None:
         super().__init__(**settings)
         self.default_config = Contents(self)
 
     async def postprocess_data(self, block_fn, predictions, state) -> list:
-        """As Gradio does, but nothing is copied for a look that finds nothing new, and copies do not pile up.
+        """Return the outputs of an event without copying unchanged ones and without accumulating copies.
 
-        Gradio keeps an updated component as a copy with an id of its own; the session then gets one more with every
-        event that reads it: five with each look of a page, 30 MiB a minute with thirty visitors.
+        Gradio stores an updated component as a copy with a new id, and the session gets another copy with each event
+        that reads it: five per poll of a page, 30 MiB per minute with thirty users.
         """
         if isinstance(predictions, dict) and predictions == gr.skip():
             return [None if block.stateful else gr.skip() for block in block_fn.outputs]

@@ -1,7 +1,7 @@
-"""Runs and experiments put in order: notes on them, and a trash that they come back from.
+"""Manage runs and experiments: notes, and a trash from which they can be restored.
 
-What is thrown away is moved, as a whole, into a folder of its own in `.trash` of the runs folder. Names come from a
-browser, so they are only ever compared with what a listing gave.
+A deleted run is moved to its own folder in `.trash` of the runs folder. Names come from a browser and are only compared
+with a listing, never used as paths.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from reslora.diffusion.data.listing import TRASH
-from reslora.files import replacing
+from reslora.images.data.listing import TRASH
+from reslora.io import replacing
 
 from .folders import new_place
-from .queue import Queue
+from .jobs import Jobs
 from .runs import IN_PLACE, LONGEST_NOTES, NOTES, Run, RunError
 
 
 class Shelf:
     """The runs and experiments of a folder."""
 
-    def __init__(self, queue: Queue) -> None:
-        self.queue, self.trainings, self.library = queue, queue.trainings, queue.trainings.library
+    def __init__(self, jobs: Jobs) -> None:
+        self.jobs, self.library = jobs, jobs.library
 
     def find(self, name: object) -> Run:
-        """The run or experiment of that name, if it may be changed."""
+        """Return the run or experiment of that name. Raises `RunError` if it must not be changed."""
         found = next((run for run in self.library.everything() if run.name == name), None)
         if found is None:
             raise RunError("There is no run of that name; choose one from the list.")
@@ -33,7 +33,10 @@ class Shelf:
         return found
 
     def write_notes(self, name: object, was: object, text: object) -> str:
-        """Writes what is said of a run, which must be what was seen of it, and returns it."""
+        """Write the notes on a run and return them.
+
+        Raises `RunError` if the stored notes are not `was`, the ones that the user saw.
+        """
         if not isinstance(text, str) or len(text := text.replace("\r\n", "\n").strip()) > LONGEST_NOTES:
             raise RunError(f"Notes are text of at most {LONGEST_NOTES:,} characters; nothing was saved.")
         with IN_PLACE:
@@ -54,11 +57,10 @@ class Shelf:
         return text
 
     def throw_away(self, name: object) -> str:
-        """Moves a run, which must not be training, into the trash, and says so."""
-        with self.queue.changing() as entries, self.trainings.lock, IN_PLACE:
+        """Move a run to the trash and return a sentence about it. Raises `RunError` while it trains or waits."""
+        with self.jobs.changing() as entries, self.jobs.lock, IN_PLACE:
             run = self.find(name)
-            if self.trainings.is_active(run):
-                raise RunError(f"{run.name} is training; wait for it, or stop it first.")
+            self.jobs.refuse_active(run)
             if any(entry.name == run.name and not entry.ends for entry in entries):
                 raise RunError(f"{run.name} waits in the queue; remove it there first.")
             trash = self.library.folder / TRASH
@@ -75,7 +77,7 @@ class Shelf:
         return f"{run.name} is in the trash ({TRASH} in the folder of runs)."
 
     def trashed(self) -> dict[str, Path]:
-        """What is in the trash, by the name of its place there, the newest first."""
+        """Return the runs in the trash by the name of their folder there, newest first."""
         trash, found = self.library.folder / TRASH, {}
         if self.library.is_single or trash.is_symlink() or not trash.is_dir():
             return {}
@@ -87,8 +89,8 @@ class Shelf:
         return found
 
     def restore(self, place: object) -> str:
-        """Moves a run from the trash to where it was, and says so."""
-        with self.queue.changing() as entries, self.trainings.lock:
+        """Move a run from the trash back to the runs folder, and return a sentence about it."""
+        with self.jobs.changing() as entries, self.jobs.lock:
             folder = self.trashed().get(place) if isinstance(place, str) else None
             if folder is None:
                 raise RunError("There is no such run in the trash; choose one from the list.")

@@ -1,4 +1,4 @@
-"""LoRA files as what they add to each layer: of several, with strengths, the sum. No gradio."""
+"""LoRA files as updates of each layer, and stacks of them: weighted sums of the updates. No Gradio."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 
 from reslora.chains import lora_layers
 from reslora.checkpoint import PEFT_PREFIX
-from reslora.common.errors import InvalidArgument, RunFailed
-from reslora.diffusion.model.families.base import Family
-from reslora.diffusion.model.lora_files.combining import summed
-from reslora.diffusion.model.lora_files.names import Names, Parts, names_of
-from reslora.diffusion.model.lora_files.reading import read_content, read_parts
+from reslora.errors import InvalidArgument, RunFailed
 from reslora.export import DIFFUSERS_FILE, Factors, lora_config
-from reslora.words import counted
+from reslora.formatting import pluralize
+from reslora.images.model.families.base import Family
+from reslora.images.model.lora_files.combining import summed
+from reslora.images.model.lora_files.names import Names, Parts, names_of
+from reslora.images.model.lora_files.reading import read_content, read_parts
 
 from .bases import base_of
 from .library import Library
@@ -26,16 +26,16 @@ from .runs import Run, RunError, Weights
 from .weight_files import check_adapter_file, in_names_of, refuse_misfits, without_folders
 
 MOST = 8
-"""LoRAs in a stack."""
+"""Maximum number of LoRAs in a stack."""
 
 
 def loras(library: Library, run: Run | None) -> dict[str, Weights]:
-    """The LoRAs of all runs that train the same model as `run`, by run and method."""
+    """Return the LoRAs of all runs with the same base model as `run`, by run and method."""
     return {name: weights for name, (owner, weights) in _all_loras(library).items() if same_base(owner, run)}
 
 
 def _all_loras(library: Library) -> dict[str, tuple[Run, Weights]]:
-    """The LoRAs of all runs, each in one of the forms that it has."""
+    """Return the LoRAs of all runs in diffusers' format, each with its run."""
     found = {}
     for run in library.runs().values():
         for weights in run.weights():
@@ -45,7 +45,7 @@ def _all_loras(library: Library) -> dict[str, tuple[Run, Weights]]:
 
 
 def same_base(one: Run | None, other: Run | None) -> bool:
-    """Whether two runs train one model."""
+    """Return whether two runs have the same base model."""
     if any(run and run.unreadable for run in (one, other)):
         return False
     mine, theirs = base_of(one), base_of(other)
@@ -53,9 +53,9 @@ def same_base(one: Run | None, other: Run | None) -> bool:
 
 
 def stacked(library: Library, run: Run | None, names: list[str], strengths: str) -> Weights:
-    """LoRAs by their names, with strengths as they were typed, as one thing to draw with.
+    """Return the named LoRAs with the typed strengths as one stack.
 
-    Raises `RunError` for a name that there is not, a LoRA of another model, and strengths that are no numbers.
+    Raises `RunError` for an unknown name, a LoRA of another base model, and an invalid strength.
     """
     if len(names) > MOST:
         raise RunError(f"{len(names)} LoRAs: at most {MOST} can be stacked.")
@@ -72,16 +72,16 @@ def stacked(library: Library, run: Run | None, names: list[str], strengths: str)
 
 
 def stack(parts: list[tuple[Weights, float]]) -> Weights:
-    """LoRA files with their strengths as one thing to draw with."""
+    """Return LoRA files with their strengths as one stack."""
     return Weights(" + ".join(f"{part.label} x {s:g}" for part, s in parts), "stack", parts=tuple(parts))
 
 
 def numbers(text: str, names: list[str]) -> list[float]:
-    """One strength for each LoRA; all 1 where none is given."""
+    """Return one strength per LoRA from the typed text; all are 1 if it is empty."""
     words = str(text or "").replace(",", " ").split() or ["1"] * len(names)
     if len(words) != len(names):
         raise RunError(
-            f"{counted(len(words), 'strength')} for {counted(len(names), 'LoRA')}: give one for each, as in 1 0.5."
+            f"{pluralize(len(words), 'strength')} for {pluralize(len(names), 'LoRA')}: give one for each, as in 1 0.5."
         )
     found, (least, greatest) = [], LIMITS["strength"]
     for name, word in zip(names, words, strict=True):
@@ -96,9 +96,9 @@ def numbers(text: str, names: list[str]) -> list[float]:
 
 
 def to_write(weights: Weights, strength: float) -> Weights:
-    """What can be written as a whole model: one LoRA file or a stack at a strength, or merged weights.
+    """Return the weights to write as a complete model: a stack with `strength` applied, or merged weights.
 
-    Raises `RunError` for what has no plain weights.
+    Raises `RunError` for weights that are not a plain LoRA or merged.
     """
     if weights.kind == "stack":
         return stack([(part, own * strength) for part, own in weights.parts])
@@ -112,13 +112,13 @@ def to_write(weights: Weights, strength: float) -> Weights:
     return stack([(weights, strength)])
 
 
-# -- in a model --------------------------------------------------------------------------------------------------------
+# -- loading into a model ----------------------------------------------------------------------------------------------
 
 
 def put(models: Mapping[str, nn.Module], family: Family, weights: Weights, strength: float) -> list[str]:
-    """Adds `strength * sum_i strength_i s_i B_i A_i` to the layers of the denoiser and text encoders in `models`.
+    """Add `strength * sum_i strength_i s_i B_i A_i` to the layers of the denoiser and text encoders in `models`.
 
-    Returns the names of those that have any. Raises `RunError` for a LoRA that does not fit them.
+    Returns the names of the models that the LoRAs change. Raises `RunError` for a LoRA that does not fit.
     """
     found = factors_of(weights, family, models)
     for name, layers in found.items():
@@ -127,13 +127,13 @@ def put(models: Mapping[str, nn.Module], family: Family, weights: Weights, stren
 
 
 def factors_of(weights: Weights, family: Family, models: Mapping[str, nn.Module]) -> Parts:
-    """What a LoRA file or a stack of them adds, by part and layer; `RunError` for what does not fit the models."""
+    """Return the factors of a LoRA file or stack, by part and layer. Raises `RunError` if they do not fit."""
     names, files = names_of(family, models[family.denoiser].config), weights.parts or ((weights, 1.0),)
     return summed([read(one, names, models) for one, _ in files], [strength for _, strength in files])
 
 
 def read(file: Weights, names: Names, models: Mapping[str, nn.Module]) -> Parts:
-    """What one LoRA file adds, of any tool."""
+    """Return the factors of one LoRA file of any tool. Raises `RunError` if they do not fit the models."""
     try:
         check_adapter_file(file.path, file.label)
         content = read_content(file.path, file.label, file.config)
@@ -150,7 +150,10 @@ def read(file: Weights, names: Names, models: Mapping[str, nn.Module]) -> Parts:
 
 
 def add(model: nn.Module, layers: Mapping[str, Factors], strength: float) -> None:
-    """A plain LoRA to a bare model's layers, in its own precision; the sum of several may have any rank."""
+    """Inject a plain LoRA into a model's layers, in the model's precision.
+
+    `down` is (rank, in, *kernel) and `up` (out, rank); the sum of several LoRAs has the sum of their ranks.
+    """
     folded = {name: Factors(f.down, f.up * (f.scale * strength), 1.0) for name, f in layers.items()}
     folded = in_names_of(model, folded)
     inject_adapter_in_model(lora_config(folded), model)

@@ -1,10 +1,10 @@
-"""The pipeline, the weights that are in it, and images from it; people take turns, an image at a time.
+"""Generate images: load the pipeline, change its weights, and let users take turns, one image at a time.
 
-Gradio's `cancels` would not do for stopping: the handler has no last word then, so that a stopped grid gives no picture
-of its cells; and one that waits for its turn is not reached before it comes.
+Gradio's `cancels` is not enough for stopping: the handler could not return the finished cells of a stopped grid, and a
+handler that waits for its turn would not stop.
 
-The base weights are never changed: other weights go into another denoiser, a *skeleton* that shares the base tensors,
-made on the meta device in a fraction of a second. So switching reloads nothing, and a load that fails changes nothing.
+The base weights never change: other weights go into a *skeleton*, another denoiser that shares the base tensors, made
+on the meta device in a fraction of a second. So changing weights reloads nothing, and a failed load changes nothing.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 
 import reslora
-from reslora import files
-from reslora.common.errors import InvalidArgument, RunFailed
-from reslora.diffusion.model.families.base import Family
-from reslora.diffusion.model.loading import Model, find_model
-from reslora.diffusion.output.calibration_file import read_calibration
-from reslora.diffusion.output.exports import write_lora
-from reslora.diffusion.settings import check_model_name
-from reslora.diffusion.training.state import targets_of
+from reslora import io as files
+from reslora.errors import InvalidArgument, RunFailed
+from reslora.images.initial_lora import targets_of
+from reslora.images.model.families.base import Family
+from reslora.images.model.loading import Model, find_model
+from reslora.images.output.calibration_file import read_calibration
+from reslora.images.output.exports import write_lora
+from reslora.images.refusals import check_model_name
 from reslora.merges import MERGES
 
 from . import stacks, weight_files, whole_models
@@ -48,21 +48,21 @@ __all__ = [
 ]  # fmt: skip
 
 MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
-"""What keeps most comes first."""
+"""Merge methods, those that retain the most first."""
 PATIENCE = 15.0
-"""Seconds without anybody listening after which a generation counts as abandoned."""
+"""Seconds without a reading client after which a generation is abandoned."""
 PAUSE = 0.2
-"""Seconds between two steps that are told: a page may take longer to show one than a small model to make it, and shows
-all that it was told before it hears a click on *Stop*."""
+"""Minimum seconds between two step messages: a page may show them more slowly than a small model makes them, and it
+shows all of its queued messages before it handles a click on *Stop*."""
 
 
 class Cancelled(Exception):
-    """Somebody pressed cancel, or nobody is there any more to see the images."""
+    """Raised if the user cancelled, or no client reads the images any more."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A denoising step of an image is done."""
+    """A denoising step of an image was completed."""
 
     image: int
     done: int
@@ -71,37 +71,37 @@ class Step:
 
 @dataclass(frozen=True)
 class Status:
-    """One line on what is going on."""
+    """A line about the current work."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One image to draw."""
+    """One image to generate."""
 
     weights: Weights
     request: Request
     title: str
-    """What is said while it is drawn."""
+    """Status line while it is generated."""
     merge: tuple[Weights, str] | None = None
-    """The checkpoint and the merge that make the weights, where they are not there yet."""
+    """The checkpoint and the merge method that make the weights if they do not exist yet."""
 
 
 class Visitor:
-    """Who asked for something, and is told what happens until it is cancelled or nobody listens."""
+    """A client's request, which receives messages until it is cancelled or the client stops reading."""
 
     def __init__(self, session: str, kind: str, listening: Callable[[], bool]) -> None:
         self.session, self.kind, self.listening = session, kind, listening
         self.stopped = threading.Event()
         self.unheard: float | None = time.monotonic()
-        """Since when nobody listens. A message that is only about to be read must not count for a whole long step."""
+        """Time at which a check first found the client not reading; None while it reads."""
         self.events: queue.Queue = queue.Queue(maxsize=1)
         self.told = 0.0
-        """When a step was told."""
+        """Time of the last step message."""
 
     def check(self) -> None:
-        """Raises `Cancelled` once nobody wants it any more."""
+        """Raise `Cancelled` if the request was cancelled or its client does not read any more."""
         self.unheard = None if self.listening() else self.unheard or time.monotonic()
         if self.unheard is not None and time.monotonic() - self.unheard > PATIENCE:
             print("Gave up a generation that nobody listened to.", file=sys.stderr, flush=True)
@@ -110,21 +110,21 @@ class Visitor:
             raise Cancelled
 
     def wait(self) -> None:
-        """Returns when somebody listens: what nobody listens to must not keep others waiting."""
+        """Wait until the client reads, so that an abandoned request does not block the others."""
         while not self.listening():
             self.check()
             time.sleep(0.1)
         self.check()
 
     def put(self, event: object) -> None:
-        """Tells it; raises `Cancelled` once nobody wants to know."""
+        """Send a message, waiting until there is room. Raises `Cancelled` as `check` does."""
         while True:
             self.check()
             with contextlib.suppress(queue.Full):
                 return self.events.put(event, timeout=0.1)
 
     def step(self, step: Step) -> None:
-        """Tells a step, where the last one was told a while ago; raises `Cancelled` as `check` does."""
+        """Send a step message if the last one is old enough. Raises `Cancelled` as `check` does."""
         if time.monotonic() - self.told < PAUSE:
             self.check()
         else:
@@ -133,28 +133,28 @@ class Visitor:
 
 
 class Studio:
-    """The pipeline and what is in it. Nothing is loaded before the first use."""
+    """The pipeline and its weights. Nothing is loaded before the first use."""
 
     def __init__(self) -> None:
         self.turns = Turns()
         self.pipeline: DiffusionPipeline | None = None
         self.family: Family | None = None
         self.model: Model | None = None
-        """Where the pipeline's files are."""
+        """The source of the pipeline's files."""
         self.base: Base | None = None
-        """From where the pipeline was loaded."""
+        """The options that the pipeline was loaded with."""
         self.times: dict[Path, int] = {}
-        """When the files that it was loaded from had changed."""
+        """Modification times, in nanoseconds, of the files that the pipeline was loaded from."""
         self.state = {}
         """The base denoiser's tensors, shared by every skeleton."""
         self.encoders: dict[str, torch.nn.Module] = {}
-        """The base text encoders that runs may have trained, by name."""
+        """The base text encoders that a run may have trained, by name."""
         self.current = None
-        """What is in the pipeline's denoiser: path and configuration, their times of change, strength."""
+        """Key of the weights in the pipeline: paths, modification times, strength."""
         self.loads = 0
-        """How many times a pipeline was loaded from its files."""
+        """Number of times that a pipeline was loaded."""
         self.running: set[Visitor] = set()
-        """Who waits for something."""
+        """The active and waiting requests."""
 
     # -- generating ----------------------------------------------------------------------------------------------------
 
@@ -166,19 +166,19 @@ class Studio:
         session: str = "",
         listening: Callable[[], bool] = lambda: True,
     ) -> Iterator[Status | Step | Drawn]:
-        """Yields what happens, and the images: for each number one per choice, with the same seed.
+        """Yield status, steps and images: for each image index one image per choice, with the same seed.
 
-        Each image is drawn on its own with its own seed, so it doesn't depend on how many were asked for.
+        Each image has its own seed, so it does not depend on the number of images.
 
-        Closing the iterator, `cancel(session)`, or a while in which `listening` says no, stops within one denoising
-        step; the latter two raise `Cancelled`. Raises `RunError` for weights that cannot be loaded.
+        Closing the iterator, `cancel(session)`, or a client that is not `listening` stops within one denoising step;
+        the latter two raise `Cancelled`. Raises `RunError` for weights that cannot be loaded.
         """
         request, pictures = request.clamped(), []
         for number in range(request.images):
             one = replace(request, seed=(request.seed + number) % SEEDS, images=1)
             title = f"Image {number + 1} of {request.images}"
             pictures += [Picture(choice, one, f"{title}, {choice.label}") for choice in choices]
-        yield from self._told(lambda visitor: self._draw_all(run, pictures, visitor), session, "images", listening)
+        yield from self._progress(lambda visitor: self._draw_all(run, pictures, visitor), session, "images", listening)
 
     def draw_grid(
         self,
@@ -187,24 +187,25 @@ class Studio:
         session: str = "",
         listening: Callable[[], bool] = lambda: True,
     ) -> Iterator[Status | Step | Drawn]:
-        """Yields what happens, and the images of a grid in their order. Ends as `generate` does."""
-        yield from self._told(lambda visitor: self._draw_all(run, pictures, visitor), session, "grid", listening)
+        """Yield status, steps and the images of a grid in their order. Ends as `generate` does."""
+        yield from self._progress(lambda visitor: self._draw_all(run, pictures, visitor), session, "grid", listening)
 
     def write_whole(
         self, run: Run | None, weights: Weights, target: Path, session: str = "", listening=lambda: True
     ) -> Iterator[Status]:
-        """Writes the run's whole model with LoRA files or merged weights in it as a new folder, `target`.
+        """Write the run's complete model with LoRA files or merged weights to a new folder, `target`.
 
-        Ends as `generate` does, within one tensor, leaving nothing then. Raises `RunError` where it cannot be written.
+        Stops as `generate` does, within one tensor, and removes the folder then. Raises `RunError` if it cannot be
+        written.
         """
-        yield from self._told(
+        yield from self._progress(
             lambda visitor: self._write_whole(run, weights, target, visitor), session, "model", listening
         )
 
-    def _told(
+    def _progress(
         self, work: Callable[[Visitor], None], session: str, kind: str, listening: Callable[[], bool]
     ) -> Iterator:
-        """Does some work in a thread of its own and yields what is told of it."""
+        """Run `work` in a thread and yield its messages."""
         visitor = Visitor(session, kind, listening)
         self.running.add(visitor)
         threading.Thread(target=self._work, args=(work, visitor), daemon=True).start()
@@ -218,7 +219,10 @@ class Studio:
             self.running.remove(visitor)
 
     def cancel(self, session: str, kind: str | None = None) -> bool:
-        """Stops what a session waits for within one step, images, grid, model, or all; False if there is nothing."""
+        """Stop a session's requests of a kind, or all, within one step, and return whether there were any.
+
+        `kind`: `images`, `grid` or `model`.
+        """
         waiting = [visitor for visitor in list(self.running) if visitor.session == session]
         found = [visitor for visitor in waiting if kind in (None, visitor.kind)]
         for visitor in found:
@@ -226,30 +230,31 @@ class Studio:
         return bool(found)
 
     def close(self) -> None:
-        """Stops whatever is being done."""
+        """Stop all requests."""
         for visitor in list(self.running):
             visitor.stopped.set()
 
     def _work(self, work: Callable[[Visitor], None], visitor: Visitor) -> None:
+        """Do the work of a request in its thread, and send the outcome: None at the end, or an exception."""
         outcome: Exception | None = RunError("This could not be generated.")
         try:
             work(visitor)
             outcome = None
         except (Cancelled, RunError) as error:
             outcome = error
-        except Exception as error:  # whatever a model or a device can raise; the page gets one sentence
+        except Exception as error:  # anything that a model or a device raises; the page gets one sentence
             traceback.print_exception(error)
             outcome = RunError(f"This could not be generated ({type(error).__name__}).")
         finally:
             if visitor.stopped.is_set():
                 with contextlib.suppress(queue.Empty):
-                    visitor.events.get_nowait()  # a step that nobody will look at must not keep the outcome out
+                    visitor.events.get_nowait()  # make room: the outcome matters more than an unread step
             with contextlib.suppress(queue.Full):
                 visitor.events.put(outcome, timeout=PATIENCE)
 
     @contextlib.contextmanager
     def _turn(self, run: Run | None, visitor: Visitor) -> Iterator[None]:
-        """Waits for its turn and holds it, with the run's pipeline loaded."""
+        """Wait for a turn and hold it, with the run's pipeline loaded."""
         visitor.wait()
         if self.turns.waiting:
             visitor.put(Status("Waiting for another image to be finished"))
@@ -260,6 +265,7 @@ class Studio:
             yield
 
     def _draw_all(self, run: Run | None, pictures: list[Picture], visitor: Visitor) -> None:
+        """Generate the images in order, each in its own turn, and send them."""
         for number, picture in enumerate(pictures):
             with self._turn(run, visitor):
                 if picture.merge is not None and not picture.weights.path.is_file():
@@ -272,6 +278,7 @@ class Studio:
             visitor.put(Drawn(image, picture.request, source))
 
     def _draw(self, picture: Picture, number: int, visitor: Visitor):
+        """Return one image from the loaded pipeline. Raises `RunError` if the latents become infinite or NaN."""
         request = picture.request
 
         def after_step(pipeline, index, timestep, tensors):
@@ -286,27 +293,27 @@ class Studio:
             self.family.guidance: request.guidance, "height": self._side(request.height),
             "width": self._side(request.width), "callback_on_step_end": after_step,
         }  # fmt: skip
-        taken = inspect.signature(self.pipeline.__call__).parameters  # some models have no negative prompts
+        taken = inspect.signature(self.pipeline.__call__).parameters  # some pipelines take no negative prompt
         return self.pipeline(**{name: value for name, value in wanted.items() if name in taken}).images[0]
 
     def _side(self, pixels: int) -> int:
-        """The side nearest to this one, and not longer, that the model can draw."""
+        """Return the longest side in pixels that the model can generate and that is at most `pixels`."""
         multiple = self.family.pixel_multiple(self.pipeline)
         return max(multiple, pixels // multiple * multiple)
 
-    # -- what is in the pipeline ---------------------------------------------------------------------------------------
+    # -- pipeline and weights ------------------------------------------------------------------------------------------
 
     def _is_loaded(self, base: Base) -> bool:
-        """Whether the pipeline is that model, as its files are now."""
+        """Return whether the pipeline is that model, loaded from the current files."""
         return base == self.base and times_of(base, self.model) == self.times
 
     def _load(self, base: Base) -> None:
-        """Loads the pipeline; the one before stays if that fails."""
+        """Load the pipeline; if that fails, the previous one stays. Raises `RunError`."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             check_model_name(base.name)
-            model = find_model(base.flags(), PartialState())
-            times = times_of(base, model)  # of what is written while it loads, the next look will tell
+            model = find_model(base.options().model, base.options().output, PartialState())
+            times = times_of(base, model)  # read first: a file written during the load is found by the next check
             half = torch.bfloat16 if model.family.objective == "flow" else torch.float16
             dtype = half if device.type == "cuda" else torch.float32
             pipeline, denoiser = model.load_pipeline(dtype, device, encoders=True), model.load_denoiser(dtype, device)
@@ -314,7 +321,7 @@ class Studio:
             raise RunError(
                 f"The model of this run cannot be loaded: {without_folders(error, Path(base.name))}."
             ) from None
-        except Exception as error:  # a hub, a disk or a damaged folder
+        except Exception as error:  # such as an unreachable hub or a damaged folder
             raise RunError(f"The model of this run could not be loaded ({type(error).__name__}).") from None
         setattr(pipeline, model.family.denoiser, denoiser)
         self.loads += 1
@@ -324,7 +331,7 @@ class Studio:
         self.current = None
 
     def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
-        """Puts the weights into the pipeline; `RunError` if they cannot be loaded, which leaves those before."""
+        """Load the weights into the pipeline. Raises `RunError` on failure; the previous weights stay then."""
         wanted = (*files_of(weights), weights.parts, 1.0 if weights.kind == "base" else strength)
         if self.current == wanted:
             return
@@ -336,20 +343,20 @@ class Studio:
             refuse_replaced()
         except RunError:
             raise
-        except (ValueError, RuntimeError) as error:  # ours say in one line which layer does not fit
+        except (ValueError, RuntimeError) as error:  # our loaders name the layer that does not fit
             refuse_gone(run, weights)
             raise RunError(f"{weights.label}: {without_folders(error, weights.path)}.") from None
-        except Exception as error:  # damaged
+        except Exception as error:  # such as a damaged file
             refuse_gone(run, weights)
             raise RunError(f"{weights.label} does not fit this model or is damaged ({type(error).__name__}).") from None
         for name, part in parts.items():
-            # Not `part.to`: diffusers' own warns about every cast.
+            # Not `part.to`: the one of diffusers warns about every cast.
             part = torch.nn.Module.to(part, self.pipeline.device, self.pipeline.dtype).eval()
             setattr(self.pipeline, name, part)
         self.current = wanted
 
     def _put(self, parts: dict[str, torch.nn.Module], run: Run | None, weights: Weights, strength: float) -> None:
-        """Puts the weights into what is to become the pipeline's denoiser and text encoders."""
+        """Load the weights into a new denoiser and new text encoders."""
         if weights.kind in ("file", "stack"):
             stacks.put(parts, self.family, weights, strength)
         for name, path in ((self.family.denoiser, weights.path), *weights.encoders):
@@ -361,24 +368,24 @@ class Studio:
                 weight_files.put_adapter(parts[name], run.config, targets, one, strength)
 
     def _targets(self, name: str) -> list[str] | str:
-        """The layers of a text encoder that the trainer adapts."""
+        """Return the layers of a text encoder that the trainer adapts."""
         (part,) = [part for part in self.family.trainable if part.name == name]
         return part.targets_in(self.encoders[name])
 
     def _encoders(self) -> dict[str, torch.nn.Module]:
-        """Text encoders with the base tensors in them: shared, not copied."""
+        """Return text encoders that share the base tensors instead of copying them."""
         return {
             name: copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
             for name, encoder in self.encoders.items()
         }
 
     def _skeleton(self) -> torch.nn.Module:
-        """A denoiser with the base tensors in it: shared, not copied."""
+        """Return a denoiser that shares the base tensors instead of copying them."""
         present = getattr(self.pipeline, self.family.denoiser)
         with torch.device("meta"):
             denoiser = type(present).from_config(present.config)
         denoiser.load_state_dict(self.state, assign=True)
-        for name, module in denoiser.named_modules():  # what is no parameter or buffer, as Qwen-Image's frequencies
+        for name, module in denoiser.named_modules():  # plain tensor attributes, such as Qwen-Image's frequencies
             own = vars(present.get_submodule(name))
             vars(module).update({key: own[key] for key, value in vars(module).items() if torch.is_tensor(value)})
         return denoiser.requires_grad_(False).eval()
@@ -386,9 +393,10 @@ class Studio:
     # -- merging -------------------------------------------------------------------------------------------------------
 
     def merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
-        """Merges an unmerged ResLoRA checkpoint by another method, with the calibration samples the run has kept.
+        """Merge an unmerged ResLoRA checkpoint by another method, with the run's calibration samples.
 
-        Writes `reslora/merged-by-<method>-<step>/` (plain LoRA files, merge.json) and returns the report.
+        Writes `reslora/merged-by-<method>-<step>/` (plain LoRA files, merge.json) and returns the report. Raises
+        `RunError`.
         """
         if method not in MERGES or checkpoint.kind != "adapter" or checkpoint.method != "reslora":
             raise RunError("Choose one of the run's ResLoRA checkpoints and one of the merge methods.")
@@ -398,6 +406,7 @@ class Studio:
             return self._merge(run, checkpoint, method)
 
     def _merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
+        """Merge a checkpoint with the loaded pipeline, converting errors to `RunError`."""
         try:
             return self._write_merged(run, checkpoint, method)
         except OSError as error:
@@ -409,6 +418,7 @@ class Studio:
             raise RunError(f"It cannot be merged: {without_folders(error, run.folder)}.") from None
 
     def _write_merged(self, run: Run, checkpoint: Weights, method: str) -> dict:
+        """Merge in float32, write the LoRA files and the report, and return the report."""
         if not run.allows(method):
             raise RunError(f"{method} needs calibration samples, and this run has kept none; choose another merge")
         made, report, parts = self._encoders(), {}, {}
@@ -420,7 +430,7 @@ class Studio:
             found = reslora.merge(parts[name], method=method, calibration=calibration_of(run, encoder)).to_dict()
             report |= {encoder: found} if encoder else found
         with IN_PLACE:
-            refuse_gone(run, checkpoint)  # what is written would make the folder of a run that was deleted anew
+            refuse_gone(run, checkpoint)  # otherwise writing would create the folder of a deleted run again
             with files.replacing(merged_by(checkpoint, method).path.parent) as temporary:
                 temporary.mkdir()
                 write_lora(parts, temporary, self.family, {})
@@ -428,6 +438,7 @@ class Studio:
         return report
 
     def _write_whole(self, run: Run | None, weights: Weights, target: Path, visitor: Visitor) -> None:
+        """Write a complete model in one turn."""
         with self._turn(run, visitor):
             visitor.put(Status(f"Writing the model {target.name}"))
             check = unless_replaced(run, weights, visitor.check)
@@ -438,13 +449,13 @@ class Studio:
             try:
                 base = self.pipeline.components | self.encoders | {self.family.denoiser: self._skeleton()}
                 whole_models.write(target, self.model, base, parts, check)
-            except (OSError, ValueError) as error:  # a full disk, a damaged file
+            except (OSError, ValueError) as error:  # such as a full disk or a damaged file
                 why = getattr(error, "strerror", None)
                 reason = why or without_folders(error, weights.path, self.model.folder)
                 raise RunError(f"The model could not be written: {reason}.") from None
 
 
 def calibration_of(run: Run, encoder: str | None = None) -> list[dict] | None:
-    """What the run's own merge of the denoiser, or of a text encoder, has read, in batches; None if it kept none."""
+    """Return the batches of calibration samples of the denoiser or a text encoder; None if the run has none."""
     path = run.inside("reslora", f"calibration{f'-{encoder}' if encoder else ''}.safetensors")
     return None if path is None else read_calibration(path)

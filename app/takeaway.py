@@ -1,4 +1,4 @@
-"""What a run has made to be used elsewhere: each file, where it is, and how it is loaded. No gradio."""
+"""List the files that a run has made for use elsewhere: each file, its path, and how to load it. No Gradio."""
 
 from __future__ import annotations
 
@@ -10,58 +10,57 @@ from pathlib import Path
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 from .launcher import REPOSITORY, safe_name
-from .library import Library
 from .runs import Run, RunError, Weights
 from .working import WorkingFiles
 
 LARGEST = 2**30
-"""Bytes of what is handed out through the browser."""
+"""Maximum size in bytes of a download through the browser."""
 KINDS = {DIFFUSERS_FILE: "diffusers", KOHYA_FILE: "kohya, ComfyUI, A1111", COMFYUI_FILE: "ComfyUI"}
 COMFYUI = 'Put it into ComfyUI/models/loras and choose it in the node "Load LoRA"'
 
 
 @dataclass(frozen=True)
 class Takeaway:
-    """One thing to take along."""
+    """A file or folder to download."""
 
     label: str
     root: Path
-    """A file, or the folder that the files are in."""
+    """A file, or the folder that contains the files."""
     files: tuple[Path, ...]
     place: str
-    """Its path, from where the application's folder of runs is."""
+    """Its path relative to the repository, or absolute outside of it."""
     use: str
-    """How it is loaded: lines of Python, or the place in another tool."""
+    """How to load it: lines of Python, or the folder of another tool."""
 
 
-def takeaways(library: Library, run: Run) -> list[Takeaway]:
-    """Everything that a run has made to be used elsewhere, method by method; what leads out of the run is left out."""
+def takeaways(run: Run) -> list[Takeaway]:
+    """Return all exported files and folders of a run by method; links to outside of the run are left out."""
     exported = [weights for weights in run.weights() if weights.kind in ("file", "merged")]
-    found = [one for one in (of_weights(library, run, weights) for weights in exported) if one.files]
+    found = [one for one in (of_weights(run, weights) for weights in exported) if one.files]
     for method in () if run.unreadable else run.methods:
         files = files_below(run, method, "peft")
         if files and (root := run.inside(method, "peft")):
-            place = place_of(library, run, root)
+            place = place_of(root)
             found.append(Takeaway(f"{method}: peft (PEFT)", root, files, place, peft_lines(run, place)))
     return found
 
 
-def find(library: Library, run: Run, label: object) -> Takeaway:
-    """The one of that label; `RunError` if this run has none."""
-    for one in takeaways(library, run):
+def find(run: Run, label: object) -> Takeaway:
+    """Return the download of that label. Raises `RunError` if this run has none."""
+    for one in takeaways(run):
         if one.label == label:
             return one
     raise RunError("This run has no such file; choose one from the list.")
 
 
 def packed(run: Run, one: Takeaway, working: WorkingFiles) -> Path:
-    """A copy to hand out: the file, or the folder as a zip; `RunError` for what is too large for that."""
+    """Return a copy to download: the file, or the folder as a zip. Raises `RunError` if it is too large."""
     if sum(path.stat().st_size for path in one.files) > LARGEST:
         raise RunError(f"This is larger than {LARGEST // 2**30} GB: copy it from where it is.")
     name = safe_name("-".join(dict.fromkeys([run.name, one.root.parent.name, one.root.name.partition(".")[0]])))
     if one.root.is_dir():
         path = working.new(f"{name}.zip")
-        with zipfile.ZipFile(path, "w") as archive:  # weights do not get smaller
+        with zipfile.ZipFile(path, "w") as archive:  # not compressed: weights would not get smaller
             for file in one.files:
                 archive.write(file, file.relative_to(one.root))
     else:
@@ -70,9 +69,9 @@ def packed(run: Run, one: Takeaway, working: WorkingFiles) -> Path:
     return path
 
 
-def of_weights(library: Library, run: Run, weights: Weights) -> Takeaway:
-    """A LoRA file, or merged weights."""
-    place = place_of(library, run, weights.path)
+def of_weights(run: Run, weights: Weights) -> Takeaway:
+    """Return the download of a LoRA file or of merged weights."""
+    place = place_of(weights.path)
     if weights.kind == "merged":
         files = files_below(run, weights.method, weights.path.name)
         return Takeaway(weights.label, weights.path, files, place, merged_lines(run, weights, place))
@@ -84,46 +83,45 @@ def of_weights(library: Library, run: Run, weights: Weights) -> Takeaway:
 
 
 def files_below(run: Run, *parts: str) -> tuple[Path, ...]:
-    """All files in a folder of the run and in the folders in it; none where anything there leads out of the run."""
+    """Return all files below a folder of the run; none if any of them is outside of the run."""
     root = run.inside(*parts)
     names = [path.relative_to(root) for path in sorted(root.rglob("[!.]*"))] if root else []
     found = [run.inside(*parts, *name.parts) for name in names]
     return tuple(path for path in found if path.is_file()) if all(found) else ()
 
 
-def place_of(library: Library, run: Run, path: Path) -> str:
-    """A path as one would type it beside the folder of runs."""
-    roots = (library.folder.parent, REPOSITORY, run.folder.parent)
-    root = next((root for root in roots if root != Path("/") and path.is_relative_to(root)), Path("/"))
-    return path.relative_to(root).as_posix()
+def place_of(path: Path) -> str:
+    """Return a path relative to the repository, or the absolute path outside of it."""
+    return (path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path).as_posix()
 
 
-# -- how each is loaded ------------------------------------------------------------------------------------------------
+# -- how to load them --------------------------------------------------------------------------------------------------
 
 
 def pipeline_line(run: Run, more: str = "") -> str:
-    base = run.word("pretrained_model_name_or_path") or "assets/pipeline"
-    path = Path(base)
-    if path.is_relative_to(REPOSITORY):
-        base = path.relative_to(REPOSITORY).as_posix()
+    """Return the line of Python that loads the run's pipeline."""
+    base = place_of(Path(run.word("pretrained_model_name_or_path") or "assets/pipeline"))
     if base.endswith(".safetensors"):
         return f"pipeline = ...  # made of {base!r}"
     return f"pipeline = DiffusionPipeline.from_pretrained({base!r}{more})"
 
 
 def lora_lines(run: Run, place: str) -> str:
+    """Return the lines of Python that load a LoRA file."""
     folder, _, name = place.rpartition("/")
     lines = ["from diffusers import DiffusionPipeline", pipeline_line(run)]
     return "\n".join([*lines, f"pipeline.load_lora_weights({folder!r}, weight_name={name!r})"])
 
 
 def peft_lines(run: Run, place: str) -> str:
+    """Return the lines of Python that load a PEFT folder."""
     part = "transformer" if any(run.inside(method, "transformer") for method in run.methods) else "unet"
     lines = ["from diffusers import DiffusionPipeline; from peft import PeftModel", pipeline_line(run)]
     return "\n".join([*lines, f"pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, {place!r})"])
 
 
 def merged_lines(run: Run, weights: Weights, place: str) -> str:
+    """Return the lines of Python that load merged weights."""
     part = weights.path.name
     lines = ["from diffusers import AutoModel, DiffusionPipeline", f"{part} = AutoModel.from_pretrained({place!r})"]
     return "\n".join([*lines, pipeline_line(run, f", {part}={part}")])

@@ -1,7 +1,7 @@
-"""Turns at what only one can have at a time.
+"""Turns at a resource that one thread at a time can use.
 
-Gradio's queue gives them to whole events (`concurrency_limit=1`): an image of half a second that was asked for behind
-eight took 5.5 s there.
+Gradio's queue gives turns to complete events (`concurrency_limit=1`): an image of half a second behind a request for
+eight images took 5.5 s.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 
 class Turns:
-    """One at a time, in the order of asking: who asks for eight images lets others have theirs in between."""
+    """A fair lock in order of arrival: a request for eight images lets other requests run in between."""
 
     def __init__(self) -> None:
         self.waiting: deque[object] = deque()
@@ -21,7 +21,7 @@ class Turns:
 
     @contextlib.contextmanager
     def turn(self, check: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Waits for its turn and holds it; `check` is called meanwhile, and may raise to give up."""
+        """Wait for a turn and hold it; `check` is called while waiting, and may raise to give up."""
         ticket = object()
         with self.moved:
             self.waiting.append(ticket)

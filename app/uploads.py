@@ -1,4 +1,4 @@
-"""Images and captions that a browser sends: which are taken, and the folders that they are copied to."""
+"""Validate images and captions that a browser uploads, and copy them to folders."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from reslora.diffusion.content import content_mark
-from reslora.diffusion.data.caption_files import CAPTIONS, read_caption
-from reslora.diffusion.data.images import SUFFIXES, image_size
-from reslora.diffusion.prompts import clean
-from reslora.files import remove_leftovers, replacing
+from reslora.images.content_hash import content_mark
+from reslora.images.data.caption_files import CAPTIONS, read_caption
+from reslora.images.data.images import SUFFIXES, image_size
+from reslora.io import remove_leftovers, replacing
+from reslora.options.prompts import clean
 
 from .runs import RunError
 
 RECORD = ".uploaded"
-"""In a folder that is kept: the mark of what it was made of."""
+"""File in a stored folder with the hash of its original contents."""
 MOST_IMAGES, MOST_BYTES = 2000, 1024 * 2**20
 Contents = Mapping[str, Path | str]
-"""What a folder holds, by names in it: files that are copied there, and captions that are written."""
+"""Contents of a folder by file name: paths of files to copy, and texts of captions to write."""
 
 
 def store_images(folder: Path, uploads: Sequence[str], caption: str) -> Path:
-    """Copy uploaded images and captions to a new folder, which is returned."""
+    """Copy uploaded images and captions to a new folder, and return it."""
     write(folder, contents_of(uploads, caption))
     return folder
 
 
 def keep(folder: Path, uploads: Sequence[str], caption: str) -> Path:
-    """Copy uploaded images and captions to where they stay, which is returned."""
+    """Copy uploaded images and captions to a permanent folder, and return it."""
     contents = contents_of(uploads, caption)
     place = place_of(folder, contents)
     if not place.exists():
@@ -41,9 +41,9 @@ def keep(folder: Path, uploads: Sequence[str], caption: str) -> Path:
 
 
 def place_of(folder: Path, contents: Contents) -> Path:
-    """Where contents are kept, or would be: `folder` or, where that has others, one beside it; none is ever replaced.
+    """Return the folder for these contents: `folder`, or a numbered one if that has other contents.
 
-    `RunError` where they were kept already and somebody has changed them since.
+    No folder is ever replaced. Raises `RunError` if the contents were stored before and have been changed since.
     """
     mark = mark_of(contents)
     for number in itertools.count(1):
@@ -56,19 +56,19 @@ def place_of(folder: Path, contents: Contents) -> Path:
 
 
 def inside(folder: Path) -> Contents:
-    """What is in a folder of uploads now, its trash included."""
+    """Return the current contents of a folder of uploads, including its trash."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
     return {path.relative_to(folder).as_posix(): path for path in files}
 
 
 def mark_of(contents: Contents) -> str:
-    """Names and contents in short."""
+    """Return a hash of file names and contents."""
     marks = {name: content_mark(one.encode() if isinstance(one, str) else one) for name, one in contents.items()}
     return content_mark(repr(sorted(marks.items())).encode())
 
 
 def contents_of(uploads: Sequence[str], caption: str) -> Contents:
-    """Uploads under names of our own; `RunError` for one that the trainer would pass over or leave out.
+    """Return uploads under new names. Raises `RunError` for a file that the trainer would skip or refuse.
 
     An image's caption is the uploaded text file of the same name, else `caption`, else the words of its file name.
     """
@@ -80,7 +80,7 @@ def contents_of(uploads: Sequence[str], caption: str) -> Contents:
     if len(images) > MOST_IMAGES or sum(path.stat().st_size for path in paths) > MOST_BYTES:
         raise RunError(f"At most {MOST_IMAGES} images and {MOST_BYTES // 2**20} MB, please.")
     stems, beside = {path.stem for path in images}, {path.stem: path for path in texts}
-    names = Counter(path.name for path in paths)  # they come from any number of folders
+    names = Counter(path.name for path in paths)  # files from several folders may have the same name
     for path in paths:
         if problem := problem_of(path, stems):
             raise RunError(f"{path.name[:80]} cannot be used ({problem}): leave it out, or correct it.")
@@ -97,7 +97,10 @@ def contents_of(uploads: Sequence[str], caption: str) -> Contents:
 
 
 def problem_of(path: Path, stems: Collection[str]) -> str:
-    """Why an uploaded file cannot be used beside images of these names; empty where it can."""
+    """Return why an uploaded file cannot be used, or an empty string.
+
+    `stems`: names without suffix of the uploaded images, one of which a caption must have.
+    """
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
         size = image_size(path)
@@ -111,7 +114,7 @@ def problem_of(path: Path, stems: Collection[str]) -> str:
 
 
 def write(folder: Path, contents: Contents) -> None:
-    """Makes a folder of its contents, whole or not at all."""
+    """Write a folder with these contents, completely or not at all. Raises `RunError` on a file error."""
     try:
         with replacing(folder) as temporary:
             temporary.mkdir()

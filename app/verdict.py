@@ -1,9 +1,9 @@
-"""What is to be thought of a run, in a sentence that claims no more than it can show. HTML, as in `views`."""
+"""Summarize a run in a sentence that claims no more than one run can show, as HTML like `views`."""
 
 from __future__ import annotations
 
-from reslora.common.log import of_split
-from reslora.words import counted
+from reslora.formatting import pluralize
+from reslora.runtime.log import of_split
 
 from .runs import Run, Weights, number
 from .views import NAMES, escape, notice
@@ -11,12 +11,12 @@ from .views import NAMES, escape, notice
 ONE_SEED = "One seed: no difference shown. Run an experiment, which can show one: <code>--seed 0 1 2</code>."
 ALONE = "There is nothing to compare it with: <code>--method lora reslora</code> trains both."
 HIGH_ERROR = 0.2
-"""Mean relative error of merged blocks from which on images may well differ."""
+"""Mean relative error of merged blocks above which images are likely to differ."""
 NOTHING_HELD_OUT = "No image is held out, so no number compares the methods; --validation_split 0.1 holds out a tenth."
 
 
 def verdict(run: Run, step: int) -> str:
-    """The loss on held-out images of each method, the lowest first, at the last step up to this that all have."""
+    """Return the validation loss of each method, lowest first, at the last common step up to `step`."""
     losses = {method: held_out(run, method) for method in run.methods}
     without = [NAMES[method] for method, found in losses.items() if not found]
     if len(without) == len(losses):
@@ -31,17 +31,17 @@ def verdict(run: Run, step: int) -> str:
     order = sorted(losses, key=lambda method: losses[method][at])
     named = ", ".join(f"{NAMES[method]} {losses[method][at]:.4f}" for method in order)
     named = f"{run.name}: {named}" if run.beside else named
-    claim, steps = ONE_SEED if len(order) > 1 else ALONE, counted(at, "step")
+    claim, steps = ONE_SEED if len(order) > 1 else ALONE, pluralize(at, "step")
     return f'<p class="verdict"><b>{escape(named)}</b> on held-out images after {steps}. {claim}</p>'
 
 
 def held_out(run: Run, method: str) -> dict[int, float]:
-    """The loss on held-out images by step."""
+    """Return the loss on held-out images by step."""
     return {row["step"]: row["loss"] for row in of_split(run.log(method), "validation")}
 
 
 def merge_warning(report: object) -> str:
-    """A warning where merged blocks are far from what was trained; empty where they are near, or nobody knows."""
+    """Return a warning if the mean error of the merged blocks is high, else an empty string."""
     blocks = report.get("blocks") if isinstance(report, dict) else None
     rows = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
     errors = [error for block in rows if (error := number(block.get("error"))) is not None]
@@ -53,7 +53,7 @@ def merge_warning(report: object) -> str:
 
 
 def warning_for(run: Run, weights: Weights) -> str:
-    """The warning about the merge that these weights come from."""
+    """Return the warning about the merge that made these weights, or an empty string."""
     if weights.kind not in ("merged", "file") or weights.path is None:
         return ""
     return merge_warning(run.read_json(*weights.path.parent.relative_to(run.folder.resolve()).parts, "merge.json"))

@@ -1,7 +1,7 @@
-"""What is seen of a run, as HTML, tables and images. No gradio: everything here can be looked at in a test.
+"""Render a run as HTML, tables and images. This module does not import Gradio, so tests can call it directly.
 
-Every name, caption and number of a run is escaped: a prompt may well be `<script>`. Nor does anything in a run's files
-have to be what it should be: what cannot be shown is left out.
+Every name, caption and number of a run is escaped: a prompt may be `<script>`. The files of a run may have any content;
+what cannot be shown is left out.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 
 import PIL.Image
 
-from reslora.common.methods import METHODS
-from reslora.diffusion.prompts import clean
-from reslora.words import counted
+from reslora.formatting import pluralize
+from reslora.methods.registry import METHODS
+from reslora.options.prompts import clean
 
 from .activity import activity, why_ended
 from .recipe import Drawn
-from .runs import NO_CONFIG, Run, number
+from .runs import BASE, NO_CONFIG, Run, number
 
 LARGEST_TILE = 320
 NAMES = {name: method.title for name, method in METHODS.items()}
@@ -45,11 +45,11 @@ NORMS = (
     "Orange blocks were changed more by ResLoRA than by LoRA, blue ones less; where nearly all are orange, train "
     "lora_x2 too before you credit the shortcuts, for larger steps do the same."
 )
-"""What each picture shows, and what to do about it."""
+"""Explanations of the pictures, with advice."""
 
 
 def escape(text: str) -> str:
-    """For HTML that can be sent, and for templates that fill in `${}` and `{{}}`."""
+    """Escape a text for HTML, and for Gradio's templates, which replace `${}` and `{{}}`."""
     return html.escape(clean(str(text))).replace("{", "&#123;").replace("$", "&#36;")
 
 
@@ -58,10 +58,13 @@ def escape(text: str) -> str:
 
 @functools.lru_cache(maxsize=512)
 def data_uri(path: Path, changed: int) -> str:
-    """An image as a data URI, scaled down to what the page shows; `changed` is its time of change."""
+    """Return an image as a data URI, reduced to the size on the page.
+
+    `changed`, the file's modification time, is part of the cache key.
+    """
     content, kind = path.read_bytes(), "png"
     with PIL.Image.open(io.BytesIO(content)) as image:
-        image.load()  # a browser would leave a blank of what is damaged
+        image.load()  # raise for a damaged file, of which a browser would show nothing
         if max(image.size) > LARGEST_TILE:
             image = image.convert("RGB")
             image.thumbnail((LARGEST_TILE, LARGEST_TILE))
@@ -72,44 +75,44 @@ def data_uri(path: Path, changed: int) -> str:
 
 
 def table(kind: str, name: str, rows: str, mark: str = "") -> str:
-    """A table with a name for who cannot see it, that scrolls by itself where it is too wide."""
+    """Return a table with an accessible name, which scrolls horizontally if it is too wide."""
     name = escape(name)
     return f'<div class="scroll" tabindex="0"><table class="{kind}" aria-label="{name}" {mark}>{rows}</table></div>'
 
 
 def tile(path: Path | None, alt: str, place: tuple[int, int], absent: str = "not yet") -> str:
-    """One image, at a row and column, to be enlarged; an empty place where it is `absent`, or damaged."""
+    """Return an image to enlarge, at a row and column, or a placeholder if it is missing or damaged."""
     if path is None:
         return f'<div class="empty">{absent}</div>'
     try:
         source = data_uri(path, path.stat().st_mtime_ns)
-    except Exception:  # of as many kinds as there are formats
+    except Exception:  # exceptions differ by image format
         return '<div class="empty">damaged</div>'
     image = f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
     return f'<button type="button" class="tile" data-row="{place[0]}" data-column="{place[1]}">{image}</button>'
 
 
-# -- words and numbers -----------------------------------------------------------------------------------------------
+# -- texts and numbers -------------------------------------------------------------------------------------------------
 
 
 def figure(value, form: str, unit: str = "") -> str:
-    """A number as it is shown; a dash where there is none."""
+    """Return a formatted number, or a dash for None."""
     value = number(value)
     return NOTHING if value is None else f"{value:{form}}{unit}"
 
 
 def enumerated(words: Iterable[str]) -> str:
-    """Some words as one says them: one, two and three."""
+    """Return words as an enumeration: one, two and three."""
     *others, last = words
     return f"{', '.join(others)} and {last}" if others else last
 
 
 def summary(run: Run, status: str, said: str = "") -> str:
-    """How far a run is, what its trainer is doing now, and what it trains; why it ended, where it `said` so."""
+    """Return a run's progress, current work and settings, and the reason `said` for an early end, as HTML."""
     config = run.config
     done, total = run.progress
     names = ", ".join(NAMES[method] for method in run.methods)
-    facts = [names, f"{counted(total // len(run.methods), 'step')} each" if total else ""]
+    facts = [names, f"{pluralize(total // len(run.methods), 'step')} each" if total else ""]
     if done < total:
         facts.append(f"{done} of {total} done")
     if run.unreadable:
@@ -122,9 +125,9 @@ def summary(run: Run, status: str, said: str = "") -> str:
 
 
 def status_line(run: Run, status: str, text: str, why: str) -> str:
-    """Status and facts of a run or experiment; what its trainer is doing, and how far, while there is one.
+    """Return status and facts of a run or experiment; while it trains, also its current work and a progress bar.
 
-    `why` it has ended too early, where that is known.
+    `why` is the reason for an early end, or empty.
     """
     done, total = run.progress
     if now := activity(run.activity) or ("The trainer is starting" if status == "starting" else ""):
@@ -135,46 +138,49 @@ def status_line(run: Run, status: str, text: str, why: str) -> str:
 
 
 def bad(text: str) -> str:
-    """What has gone wrong; nothing where nothing has."""
+    """Return an error as HTML, or an empty string for an empty text."""
     return f'<p class="bad">{escape(text)}</p>' if text else ""
 
 
 def log(text: str, status: str) -> str:
-    """What the trainer has printed, scrolled to its end."""
+    """Return the trainer's output, scrolled to its end, as HTML."""
     starting = status in ("starting", "running")
     text = text or ("The trainer is starting." if starting else "Only trainings that were started here have a log.")
     return f'<div class="log"><pre>{escape(text)}</pre></div>'
 
 
 def printed(text: str) -> str:
-    """What a program has printed, as it stands there."""
+    """Return the output of a program as HTML."""
     return f'<div class="printed scroll" tabindex="0"><pre>{escape(text)}</pre></div>'
 
 
 def thumbnails(paths: list[Path]) -> str:
-    """Small images in a row; those that cannot be read are left out."""
+    """Return small images in a row; unreadable ones are left out."""
     found = []
     for path in paths:
-        with contextlib.suppress(Exception):  # a damaged file fails in as many ways as there are formats
+        with contextlib.suppress(Exception):  # exceptions of damaged files differ by image format
             found.append(f'<img src="{data_uri(path, path.stat().st_mtime_ns)}" alt="">')
     return f'<div class="thumbnails">{"".join(found)}</div>' if found else ""
 
 
 def progress(text: str, share: float) -> str:
+    """Return a text with a progress bar; `share` is from 0 to 1."""
     bar = f'<div class="bar"><div style="width:{100 * share:.0f}%"></div></div>'
     return f'<div class="summary">{escape(text)}{bar}</div>'
 
 
 def caption(drawn: Drawn) -> str:
+    """Return the caption of a generated image."""
     return f"{drawn.source['weights']} · seed {drawn.request.seed}"
 
 
 def notice(text: str) -> str:
+    """Return a text in a box."""
     return f'<div class="notice">{escape(text)}</div>'
 
 
 def settings_table(images: list[Drawn]) -> str:
-    """Seed and settings of every generated image; the PNG files carry the same."""
+    """Return seed and settings of every generated image as a table; the PNG files have the same metadata."""
     header = "".join(
         f"<th>{name}</th>"
         for name in ("weights", "seed", "steps", "guidance", "strength", "size", "prompt", "negative")
@@ -183,8 +189,8 @@ def settings_table(images: list[Drawn]) -> str:
     for drawn in images:
         request = drawn.request
         cells = [drawn.source["weights"], request.seed, request.steps, f"{request.guidance:g}"]
-        cells += [f"{request.strength:g}", f"{request.width} x {request.height}", request.prompt[:100]]
-        cells.append(request.negative_prompt[:100])
+        cells.append("—" if cells[0] == BASE.label else f"{request.strength:g}")  # no effect on the base model
+        cells += [f"{request.width} x {request.height}", request.prompt[:100], request.negative_prompt[:100]]
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     return table("made", "Settings of each image", f"<tr>{header}</tr>{''.join(rows)}")
 
@@ -193,7 +199,7 @@ def settings_table(images: list[Drawn]) -> str:
 
 
 def place(name: str) -> str:
-    """Where a block is, in a few letters: `down_blocks.0.attentions.1...` is d0.1, `single_blocks.3...` is s3."""
+    """Return a short form of a block's place: `down_blocks.0.attentions.1...` is d0.1, `single_blocks.3...` is s3."""
     match = re.match(r"(down|up|mid)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)(?:\.transformer_blocks\.(\d+))?", name)
     if match is not None:
         inner = f"/{match[4]}" if match[4] not in (None, "0") else ""
@@ -203,12 +209,12 @@ def place(name: str) -> str:
 
 
 def role_of(name: str) -> str:
-    """A block's name below the repeated module that it is in."""
+    """Return a block's name within the repeated module that contains it."""
     return re.sub(r"^(.*transformer_blocks|\w+)\.\d+\.", "", name)
 
 
 def unless_damaged(view: Callable[[dict | None], str]) -> Callable[[dict | None], str]:
-    """The view of a JSON file, which says so where something else is written there than the trainer would write."""
+    """Wrap a view of a JSON file so that it returns a notice for invalid content."""
 
     @functools.wraps(view)
     def shown(content: dict | None) -> str:
@@ -222,7 +228,7 @@ def unless_damaged(view: Callable[[dict | None], str]) -> Callable[[dict | None]
 
 @unless_damaged
 def chain_plan(plan: dict | None) -> str:
-    """Who is linked to whom: a row per role; an arrow is a link, scissors are a cut with its reason."""
+    """Return the chains of shortcuts: a row per role, an arrow per link, scissors per cut with its reason."""
     if not plan or not plan.get("chains"):
         return notice("This run has no chain plan yet: it is written when ResLoRA has been trained and is merged.")
     roles: dict[str, list[str]] = {}
@@ -243,17 +249,19 @@ def chain_plan(plan: dict | None) -> str:
     notes = "".join(f"<li>✂<sup>{mark}</sup> {escape(reason)}</li>" for reason, mark in reasons.items())
     in_unet = any(block["name"].startswith("down_blocks.") for chain in plan["chains"] for block in chain["blocks"])
     legend = " (d: down, m: middle, u: up)" if in_unet else ""
-    links = f"<p>{counted(int(plan.get('links', 0)), 'link')} in {counted(len(plan['chains']), 'chain')}{legend}</p>"
+    links = (
+        f"<p>{pluralize(int(plan.get('links', 0)), 'link')} in {pluralize(len(plan['chains']), 'chain')}{legend}</p>"
+    )
     return f'{what(LINKS)}{links}{table("chains", "Chains", rows)}<ul class="reasons">{notes}</ul>'
 
 
 def what(sentence: str) -> str:
-    """What a picture shows, and what to do about it."""
+    """Return an explanation of a picture as HTML."""
     return f'<p class="what">{escape(sentence)}</p>'
 
 
 def heat_map(title: str, sentence: str, values: dict[str, float | None], signed: bool = False) -> str:
-    """A table of colours: roles down, places in the network across; `values` by the block's name."""
+    """Return a table of colors: roles as rows, places in the network as columns; `values` by block name."""
     known = [abs(value) for value in values.values() if value is not None]
     if not known:
         return ""
@@ -274,18 +282,18 @@ def heat_map(title: str, sentence: str, values: dict[str, float | None], signed:
 
 
 def in_order(text: str) -> list[tuple[int, str]]:
-    """Sorts texts with numbers in them by these: l2 before l10."""
+    """Return a sort key that orders numbers in texts by value: l2 before l10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.findall(r"\d+|\D+", text)]
 
 
 def order_of(role: str) -> tuple:
-    """Attention by attention, and within one as it computes: q, k, v, out."""
+    """Return a sort key of roles: by attention, then in order of computation (q, k, v, out)."""
     kind = role.rpartition("to_")[2]
     return role.partition(".")[0], "qkvo".find(kind[:1]), role
 
 
 def shade(value: float | None, largest: float, signed: bool) -> str:
-    """Orange for more, blue for less, white for nothing."""
+    """Return a CSS color: orange for positive values, blue for negative ones, white for zero."""
     if value is None:
         return "color:#aaa"
     strength = min(1.0, abs(value) / largest)
@@ -295,7 +303,7 @@ def shade(value: float | None, largest: float, signed: bool) -> str:
 
 @unless_damaged
 def merge_report(report: dict | None) -> str:
-    """What a merge did to each block: alpha*, and its relative error on the calibration samples."""
+    """Return what a merge did to each block: alpha*, and the relative error on the calibration samples."""
     if not report or not report.get("blocks"):
         return notice("This run has no merge report yet: it is written when ResLoRA has been trained.")
     blocks = report["blocks"]
@@ -317,12 +325,12 @@ def merge_report(report: dict | None) -> str:
 
 
 def total(alpha) -> float | None:
-    """One number for a block: the sum where there is an alpha for each neighbour."""
+    """Return one number for a block: the sum if there is an alpha per neighbor."""
     return number(sum(alpha) if isinstance(alpha, list) else alpha)
 
 
 def norm_difference(run: Run) -> str:
-    """How much larger ResLoRA's merged blocks are than LoRA's (the paper's Figures 5 and 7)."""
+    """Return the norms of ResLoRA's merged blocks minus LoRA's (the paper's Figures 5 and 7), as a heat map."""
     ours, theirs = run.lora_norms("reslora"), run.lora_norms("lora")
     difference = {name: ours[name] - theirs[name] for name in ours if name in theirs}
     if not difference:

@@ -1,12 +1,10 @@
-"""Weights from files into a denoiser: checked whole first, so that nothing is drawn with what does not fit.
+"""Load weights from files into a denoiser. All of a file is validated first, so that misfits generate no image.
 
-A refusal names the file and the tensor. Nothing is ever unpickled.
+Error messages name the file and the tensor. No file is unpickled.
 """
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -14,32 +12,33 @@ import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import reslora
 from reslora.checkpoint import PEFT_PREFIX
-from reslora.common.adapters import attach, load_adapter
-from reslora.common.errors import first_line
-from reslora.common.methods import METHODS, AdapterSettings, adapter_config
-from reslora.diffusion.training.checkpoints import RECORD
+from reslora.errors import first_line
 from reslora.export import PEFT_CONFIG_FILE, PEFT_FILE, Factors
-from reslora.files import read_object
+from reslora.io import read_object
+from reslora.methods.adapters import attach, load_adapter
+from reslora.methods.registry import METHODS, AdapterSettings, adapter_config
+from reslora.training.checkpoints import RECORD
 
 from .bases import changed
 from .runs import Run, RunError, Weights
 
 LARGEST_ADAPTER = 2**30
-LARGEST_HEADER = 32 * 2**20
 WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-"""What of PEFT's configuration says which layers have a LoRA."""
+"""Fields of PEFT's configuration that select the layers with a LoRA."""
 
 
 def put_merged(model: nn.Module, weights: Weights, strength: float) -> None:
-    """Whole merged weights of a denoiser or a text encoder.
+    """Load merged weights of a denoiser or a text encoder.
 
-    Another strength lies on the line from the base through them, as with a LoRA's scale.
+    A strength other than 1 interpolates between base and merged weights, or extrapolates, as a LoRA's scale does.
+    Raises `RunError` if names or shapes differ from the model's.
     """
     present, merged = model.state_dict(), {}
     for file in sorted(weights.path.glob("*.safetensors")):
@@ -55,19 +54,19 @@ def put_merged(model: nn.Module, weights: Weights, strength: float) -> None:
 
 
 def in_names_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the names of the model: newer transformers have no `text_model` in CLIP, but its files do."""
+    """Return tensors by the model's names: newer transformers have no `text_model` in CLIP, but its files do."""
     flat = isinstance(model, PreTrainedModel) and not hasattr(model, "text_model")
     return {name.replace("text_model.", "", 1) if flat else name: value for name, value in tensors.items()}
 
 
 def put_adapter(model: nn.Module, config: dict, targets: list[str] | str, weights: Weights, strength: float) -> None:
-    """An unmerged checkpoint of a denoiser or a text encoder: with its shortcuts, as it was trained."""
+    """Load an unmerged checkpoint of a denoiser or a text encoder, with its shortcuts, as in training."""
     if METHODS[weights.method].shortcuts:
         reslora.load(model, weights.path)
     else:
         settings = AdapterSettings(config["rank"], config["lora_alpha"], 0.0, targets, total_steps=0)
         adapter, record = adapter_config(weights.method, settings), read_object(weights.path / RECORD)
-        for name in ("rank_pattern", "alpha_pattern"):  # of a run that went on from a LoRA
+        for name in ("rank_pattern", "alpha_pattern"):  # of a run that was initialized from a LoRA
             if name in record:
                 setattr(adapter, name, record[name])
         attach(model, adapter, in_place=True)
@@ -78,36 +77,33 @@ def put_adapter(model: nn.Module, config: dict, targets: list[str] | str, weight
             module.scaling["default"] *= strength
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- validation --------------------------------------------------------------------------------------------------------
 
 
 def check_adapter_file(path: Path, label: str) -> Iterable[str]:
-    """Refuses what isn't a LoRA in safetensors form, by its content; returns the tensors' names."""
+    """Return the names of the tensors in a LoRA file.
+
+    Raises `RunError` for a file that is too large, that is not in safetensors format, or that has no LoRA weights.
+    """
     if path.stat().st_size > LARGEST_ADAPTER:
         raise RunError(f"{label}: larger than {LARGEST_ADAPTER // 2**20} MB.")
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        content = file.read(length) if 2 <= length <= LARGEST_HEADER else b""
-    if path.suffix.lower() == ".safetensors" and content.startswith(b"{") and len(content) < length:
-        raise RunError(f"{label}: cut short or damaged.")
     try:
-        entries = {name: entry for name, entry in json.loads(content).items() if name != "__metadata__"}
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        complete = end == path.stat().st_size - 8 - length
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
-        raise RunError(f"{label}: not a safetensors file; .bin, .ckpt and .pt files can run code.") from None
-    if not complete:
-        raise RunError(f"{label}: cut short or damaged.")
-    if not any("lora" in name.lower() for name in entries):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+    except SafetensorError:
+        raise RunError(
+            f"{label}: cut short or damaged, or no safetensors file; .bin, .ckpt and .pt files can run code."
+        ) from None
+    if not any("lora" in name.lower() for name in names):
         raise RunError(f"{label}: there are no LoRA weights in it.")
-    return entries
+    return names
 
 
 def uploaded(*paths: str | Path) -> Weights:
-    """An uploaded LoRA file as something to generate with; `RunError` if it isn't one.
+    """Return an uploaded LoRA file as weights. Raises `RunError` if it is not one.
 
-    The adapter_config.json of one that PEFT wrote is among `paths`, or beside it. A folder of PEFT's will do, too.
+    A file saved by PEFT has its adapter_config.json among `paths` or in the same folder. A PEFT folder is accepted,
+    too.
     """
     given = [path / PEFT_FILE if path.is_dir() else path for path in map(Path, paths)]
     configs = [path for path in given if path.suffix.lower() == ".json"]
@@ -125,7 +121,7 @@ def uploaded(*paths: str | Path) -> Weights:
 
 
 def refuse_gone(run: Run | None, weights: Weights) -> None:
-    """Refuses a checkpoint that went while it was read: a trainer keeps few where it is told so, or goes back."""
+    """Raise `RunError` if a checkpoint was deleted while it was read, for example by `--checkpoints_total_limit`."""
     if run is None or weights.kind != "adapter" or weights.path.is_dir():
         return
     if not run.folder.is_dir():
@@ -134,16 +130,16 @@ def refuse_gone(run: Run | None, weights: Weights) -> None:
 
 
 def files_of(weights: Weights) -> tuple[Path | int | None, ...]:
-    """The files and folders that weights are read from, and when each has changed."""
+    """Return the files and folders that weights are read from, and their modification times."""
     files = (weights.path, weights.config, *(path for _, path in weights.encoders))
     files += tuple(part.path for part, _ in weights.parts)
     return *files, *map(changed, files)
 
 
 def unless_replaced(run: Run | None, weights: Weights, check: Callable[[], None] = lambda: None) -> Callable[[], None]:
-    """`check`, which from here on refuses merged weights, too, that a trainer is replacing, or has replaced since.
+    """Return a check that calls `check`, and raises `RunError` if a trainer has replaced merged weights since.
 
-    Some of what is read may be of the one merge and some of the other.
+    Otherwise the tensors could come from two different merges.
     """
     files = files_of(weights)
 
@@ -158,13 +154,14 @@ def unless_replaced(run: Run | None, weights: Weights, check: Callable[[], None]
 
 
 def refuse_not_finite(label: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `RunError` for a tensor with infinite or NaN values."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise RunError(f"{label}: {name} has values that are not finite.")
 
 
 def refuse_others(label: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
-    """Refuses all but exactly the tensors wanted, in their shapes, with finite values."""
+    """Raise `RunError` unless the tensors have exactly the wanted names and shapes, with finite values."""
     for name in sorted(wanted.keys() - tensors.keys()):
         raise RunError(f"{label}: {name} is missing.")
     for name, tensor in tensors.items():
@@ -176,9 +173,10 @@ def refuse_others(label: str, tensors: Mapping[str, Tensor], wanted: Mapping[str
 
 
 def refuse_misfits(label: str, model: nn.Module, layers: Mapping[str, Factors], config: Mapping) -> None:
-    """Refuses a LoRA of layers that the model lacks, or in other shapes, or without one that its configuration names.
+    """Raise `RunError` for a LoRA that does not match the model or its own configuration.
 
-    `label` names the file and the part of the pipeline.
+    That is a layer that the model lacks, another shape, or a missing layer that the configuration names. `label` names
+    the file and the part of the pipeline.
     """
     modules = dict(model.named_modules())
     for name, (down, up, _) in layers.items():
@@ -193,18 +191,19 @@ def refuse_misfits(label: str, model: nn.Module, layers: Mapping[str, Factors], 
     try:
         said = LoraConfig(**{name: config[name] for name in WHERE if config.get(name) is not None})
         named = [name for name in able if check_target_module_exists(said, name)]
-    except Exception:  # whatever a damaged configuration can raise
+    except Exception:  # a damaged configuration may raise anything
         raise RunError(f"{label}: the target_modules of its configuration are damaged.") from None
     if absent := [name for name in named if name not in layers]:
         raise RunError(f"{label}.{absent[0]} is missing.")
 
 
 def shape(of: Tensor | torch.Size) -> str:
+    """Return a shape as text, such as 320 x 4."""
     return " x ".join(map(str, of.shape if isinstance(of, Tensor) else of))
 
 
 def without_folders(error: Exception, *paths: Path | None) -> str:
-    """An error's first line with the names of files, not where they are on this machine."""
+    """Return the first line of an error with file names instead of this machine's paths."""
     line = first_line(error)
     for folder in (path.parent for path in paths if path is not None):
         line = line.replace(f"{folder}/", "").replace(str(folder), folder.name)

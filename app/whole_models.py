@@ -1,6 +1,6 @@
-"""A whole model with other weights in it, as a folder that diffusers loads. No gradio.
+"""Write a complete model with other weights as a folder that diffusers loads. No Gradio.
 
-It is copied part by part from the base model's files, and where a LoRA is added, written tensor by tensor.
+The base model's files are copied part by part; a part with a LoRA is written tensor by tensor.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from reslora import export
-from reslora.diffusion.model.loading import Model, check_weights
-from reslora.diffusion.model.lora_files.reading import PICKLES
-from reslora.diffusion.model.stored import Stored
-from reslora.diffusion.output.merged_weights import write_merged
-from reslora.files import remove_leftovers, replacing, write_json
+from reslora.images.model.loading import Model, check_weights
+from reslora.images.model.lora_files.reading import PICKLES
+from reslora.images.model.stored import Stored
+from reslora.images.output.merged_weights import write_merged
+from reslora.io import remove_leftovers, replacing, write_json
 
 from .library import Library
 from .runs import RunError
@@ -27,11 +27,11 @@ from .runs import RunError
 FOLDER, INDEX = "models", "model_index.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 CHUNK = 2**24
-"""Bytes that are copied at once."""
+"""Bytes per read when copying."""
 
 
 def place_for(library: Library, name: object) -> Path:
-    """Where a whole model of that name goes: below the runs folder; `RunError` where there is one already."""
+    """Return the path of a new model below the runs folder. Raises `RunError` for an invalid or existing name."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise RunError("Give the model a name of at most 64 letters, digits, hyphens, dots and underscores.")
     target = library.folder / FOLDER / name
@@ -41,7 +41,7 @@ def place_for(library: Library, name: object) -> Path:
 
 
 def lines_for(place: str) -> str:
-    """How it is loaded."""
+    """Return the lines of Python that load the model."""
     load = f"pipeline = DiffusionPipeline.from_pretrained({place!r})"
     return "\n".join(["from diffusers import DiffusionPipeline", load, 'image = pipeline("a prompt").images[0]'])
 
@@ -53,12 +53,12 @@ def write(
     parts: Mapping[str, nn.Module | Path],
     check: Callable[[], None],
 ) -> None:
-    """Writes `target`, a new folder: the base model's files, with `parts` in the place of its own.
+    """Write a new folder `target` with the base model's files, replacing its `parts`.
 
-    A part is a model with a plain LoRA, of which nothing else is read, or a folder of weights. `base` has the base's
-    parts as they are loaded, for those that are not as in the files. `check` is called between two tensors and may
-    raise; like any other error that leaves nothing behind. Raises `RunError` where `target` exists, or a part of the
-    base is not in its folder any more, and `OSError`.
+    A part is a model with a plain LoRA, of which only the LoRA is read, or a folder of weights. `base` has the loaded
+    parts of the base model, for those that differ from the files. `check` is called between two tensors and may raise;
+    after any error the folder is removed. Raises `RunError` if `target` exists or a part of the base model is missing,
+    and `OSError`.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent)
@@ -84,7 +84,7 @@ def write(
 
 
 def write_part(folder: Path, model: Model, part: nn.Module | Path, check: Callable[[], None]) -> None:
-    """A denoiser or text encoder: copied, or the base's with its LoRA added, in float32."""
+    """Write a denoiser or text encoder: a copy, or the base weights with the LoRA merged in float32."""
     is_denoiser = folder.name == model.family.denoiser
     if isinstance(part, Path):
         if is_denoiser:
@@ -99,18 +99,18 @@ def write_part(folder: Path, model: Model, part: nn.Module | Path, check: Callab
 
 @dataclass(frozen=True)
 class Watched(Stored):
-    """A tensor in a file, before whose reading `check` is called."""
+    """A tensor in a file that calls `check` before it is read."""
 
     check: Callable[[], None]
 
     def read(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """A copy of it, as of any stored tensor."""
+        """Return a copy of the tensor on a device."""
         self.check()
         return super().read(device)
 
 
 def copy(source: Path, target: Path, check: Callable[[], None]) -> None:
-    """A folder's files but for hidden ones, and for pickles, which diffusers does not need and may run anything."""
+    """Copy a folder without hidden files and pickles; diffusers does not need pickles, and they can run code."""
     for path in sorted(source.rglob("*")):
         place = path.relative_to(source)
         if not path.is_file() or path.suffix in PICKLES or any(part.startswith(".") for part in place.parts):

@@ -1,4 +1,4 @@
-"""Files that are made for a visitor to download."""
+"""Temporary files for downloads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KEPT = 200
 
 
 class WorkingFiles:
-    """New files in a temporary folder; old ones go, for Gradio has copied what it served."""
+    """New files in a temporary folder; the oldest are removed, because Gradio has copied what it served."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="images-"))
@@ -21,7 +21,7 @@ class WorkingFiles:
         self.lock = threading.Lock()
 
     def new(self, name: str) -> Path:
-        """A path of that name to write to, in a folder of its own."""
+        """Return a path with that file name in a new folder."""
         folder = self.folder / uuid.uuid4().hex
         folder.mkdir()
         with self.lock:

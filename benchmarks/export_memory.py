@@ -1,9 +1,9 @@
-"""What exporting a large denoiser takes of memory: a Flux.1 of fewer blocks with random weights in bf16, and its LoRA.
+"""Measure the memory of exporting a large denoiser: a Flux.1 of fewer blocks with random bf16 weights, and its LoRA.
 
-Each way runs in a process of its own: the exact denoiser and its adapter are made, it predicts once, its merged weights
-are written, read back, and predict once. `whole` has the denoiser in float32 in memory; `stored` leaves the weights of
-its blocks in their files. Bytes are the most above what the process had before: `own` without, `resident` with pages
-of mapped files, which the system takes back where memory is short.
+Each way runs in a separate process. It loads the exact denoiser with an adapter, predicts once, writes the merged
+weights, reads them back, and predicts again. `whole` has the float32 denoiser in memory; `stored` leaves the weights of
+its blocks on disk. Bytes are peaks above the memory at the start: `own` without pages of mapped files, `resident` with
+them, which the system reclaims if memory is short.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from measured import keep
 from peft import LoraConfig
 from watched import PeakAnonymous, anonymous
 
-from reslora.diffusion.model import stored
-from reslora.diffusion.output.merged_weights import write_merged
 from reslora.export import export_merged
+from reslora.images.model import stored
+from reslora.images.output.merged_weights import write_merged
 
 HERE = torch.device("cpu")
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def write_base(folder: Path, blocks: int, single: int) -> tuple[int, int]:
-    """Writes the base in shards; returns its bytes and those of its largest weight."""
+    """Write the base in shards; return its bytes and those of its largest weight."""
     with torch.device("meta"):
         base = FluxTransformer2DModel(num_layers=blocks, num_single_layers=single, guidance_embeds=True)
     base = base.bfloat16().to_empty(device=HERE)
@@ -46,7 +46,7 @@ def write_base(folder: Path, blocks: int, single: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def predicted(denoiser: FluxTransformer2DModel) -> torch.Tensor:
-    """What it says to 16 tokens of an image and 8 of a caption."""
+    """Return the prediction for 16 tokens of an image and 8 of a caption."""
     random = torch.Generator().manual_seed(0)
     config = denoiser.config
     return denoiser(
@@ -58,7 +58,10 @@ def predicted(denoiser: FluxTransformer2DModel) -> torch.Tensor:
 
 
 def export(way: str, base: Path, out: Path) -> float:
-    """Makes, writes and reads back; returns the largest difference of the two predictions, of the largest value."""
+    """Load, export and read back a denoiser.
+
+    Returns the largest difference of the predictions before and after, relative to the largest value.
+    """
     if way == "whole":
         stored.IN_MEMORY = 2**62
     denoiser = stored.load_exact(FluxTransformer2DModel, base, HERE)
@@ -75,14 +78,14 @@ def export(way: str, base: Path, out: Path) -> float:
 
 
 def most_resident() -> int:
-    """The most bytes of this process in memory since the last call of `forget`."""
+    """Return the peak resident memory of this process in bytes, since `measure` reset it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def measure(work: Callable[[], float]) -> dict:
-    """The peaks and seconds of some work, and what it returns."""
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    """Return peaks and seconds of `work`, and its result."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     resident, own, began = most_resident(), anonymous(os.getpid()), time.perf_counter()
     watch = PeakAnonymous(os.getpid())
     watch.start()
@@ -92,11 +95,11 @@ def measure(work: Callable[[], float]) -> dict:
 
 
 def main() -> None:
-    """Both ways, and what they took."""
+    """Measure both ways, and write benchmarks/results/export/memory.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, default=2, help="double blocks, of 340 million weights each")
     parser.add_argument("--single", type=int, default=6, help="single blocks, of 142 million each")
-    parser.add_argument("--way", nargs=3, help=argparse.SUPPRESS)  # of the processes that this one starts
+    parser.add_argument("--way", nargs=3, help=argparse.SUPPRESS)  # for the child processes
     arguments = parser.parse_args()
     if arguments.way:
         way, base, out = arguments.way

@@ -1,10 +1,10 @@
-"""Kills two-process runs at random moments, goes on with them, and compares what they end with to an uninterrupted one.
+"""Kill two-process runs at random moments, resume them, and compare their final files with an uninterrupted run.
 
     python benchmarks/kills.py --kills 20
 
-A run is started as the documentation says, on a disk that is slow at random. SIGKILL, SIGTERM or SIGINT goes to the
-launcher, to one process or to all, at a random moment of its life; then the run goes on, is killed once more or comes
-to its end. Every file it ends with must be, byte for byte, that of the run that nobody killed. The result is kept in
+A run is started as in the documentation, on a disk with random delays. SIGKILL, SIGTERM or SIGINT is sent to the
+launcher, to one process or to all, at a random moment. The run is then resumed, and killed once more or finished. Every
+final file must be byte-identical to that of the uninterrupted run. The result is written to
 `benchmarks/results/kills.json`.
 """
 
@@ -29,12 +29,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "kills.json"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TARGETS = ("launcher", "process 0", "process 1", "all")
-LONGEST = 600  # seconds that a run, or its end, may take before it counts as a hang
+LONGEST = 600  # seconds until a run, or its end, counts as a hang
 COMPARED = (
     "*/checkpoint-*/*.safetensors", "*/*.safetensors", "*/peft/*", "*/unet/*", "*/samples/**/*.png", "*/merged/*.png",
     "*/merge.json", "*/chains.json",
 )  # fmt: skip
-# Every file is late before it gets its name, by up to half a second.
+# Every file gets its final name up to half a second late.
 SLOW_SCRIPT = """
 import os, pathlib, random, sys, time
 sys.path.insert(0, {root!r})
@@ -51,7 +51,7 @@ sys.exit(train_sd.main())
 
 
 def main() -> int:
-    """Kills as often as asked, prints each, and returns 1 if any run did not end as it should."""
+    """Kill runs, print each result, and return 1 if any run did not end as it should."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="how many runs are killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the signals")
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 def one(output: Path, folder: Path, draw: random.Random, seconds: float, expected: dict[str, str]) -> dict:
-    """A run that is killed once or twice, and what became of it."""
+    """Kill a run once or twice, resume it to its end, and return the result."""
     deaths = []
     for _ in range(draw.choice((1, 1, 2))):
         number, target, moment = draw.choice(SIGNALS), draw.choice(TARGETS), draw.uniform(0.2, 1.0) * seconds
@@ -91,7 +91,7 @@ def one(output: Path, folder: Path, draw: random.Random, seconds: float, expecte
 
 
 def start(output: Path, folder: Path, resume: bool = False) -> psutil.Popen:
-    """The run of two processes, by the bundled configuration; its output goes to a file beside the folder."""
+    """Start the run with two processes and the bundled configuration; its output goes to a file next to the folder."""
     script = folder / "slow.py"
     script.write_text(SLOW_SCRIPT.format(root=str(ROOT)))
     words = ["--config_file", str(ROOT / "assets" / "accelerate" / "cpu_two_processes.yaml")]
@@ -117,7 +117,7 @@ def start(output: Path, folder: Path, resume: bool = False) -> psutil.Popen:
 
 
 def kill(launcher: psutil.Popen, number: signal.Signals, target: str) -> int:
-    """Sends the signal; returns how many processes were there to get it."""
+    """Send the signal; return the number of processes that received it."""
     try:
         workers = [p for p in launcher.children(recursive=True) if "LOCAL_RANK" in p.environ()]
         workers.sort(key=lambda process: process.environ()["LOCAL_RANK"])
@@ -137,7 +137,7 @@ def kill(launcher: psutil.Popen, number: signal.Signals, target: str) -> int:
 
 
 def finish(launcher: psutil.Popen) -> tuple[int, str]:
-    """Waits until the launcher and its processes are gone; a hang is a failure of its own."""
+    """Wait until the launcher and its processes have exited; raises `SystemExit` after LONGEST seconds."""
     workers = []
     end = time.monotonic() + LONGEST
     while launcher.poll() is None:
@@ -154,7 +154,7 @@ def finish(launcher: psutil.Popen) -> tuple[int, str]:
 
 
 def contents(output: Path) -> dict[str, str]:
-    """The hash of every file that has to be the same."""
+    """Return the hash of every file that must be identical."""
     found = (path for pattern in COMPARED for path in output.glob(pattern) if path.is_file())
     return {str(path.relative_to(output)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 

@@ -1,4 +1,4 @@
-"""Where the measurements of this folder are kept, and on which machine they were made."""
+"""Write the measurements of this folder, with the machine that they were made on."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from reslora.files import write_json  # noqa: E402
+from reslora.io import write_json  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 
-QUIET = 0.1  # cores that other processes may keep busy where seconds mean something
+QUIET = 0.1  # cores that other processes may use in a valid timing
 
 
 def machine() -> dict:
-    """What a time depends on: processors, threads, versions."""
+    """Return what a timing depends on: processors, threads, versions."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     found = {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu}
     return {**found, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def processor() -> str:
-    """The processor's name as Linux gives it, else its architecture."""
+    """Return the processor's name from /proc/cpuinfo, or the architecture on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -40,16 +40,16 @@ def processor() -> str:
 
 
 class Others:
-    """How many cores other processes, and other machines on the same hardware, keep busy from now on.
+    """Measures how many cores other processes, and other virtual machines on the same hardware, use from now on.
 
-    Known on Linux alone; elsewhere no machine counts as quiet.
+    Works on Linux only; on other systems no machine counts as quiet.
     """
 
     def __init__(self) -> None:
         self.began, self.busy = time.perf_counter(), _busy_elsewhere()
 
     def __call__(self) -> dict:
-        """What to keep beside a measurement: the cores, and whether its seconds mean something."""
+        """Return the number of cores, and whether the timing is valid, to store with a measurement."""
         if self.busy is None:
             return {"others": None, "quiet": False}
         cores = max(0.0, (_busy_elsewhere() - self.busy) / (time.perf_counter() - self.began))
@@ -58,7 +58,7 @@ class Others:
 
 
 def _busy_elsewhere() -> float | None:
-    """Seconds of all processors since the start that neither idled nor worked for this process and those it ran."""
+    """Return busy seconds of all processors since boot, without those of this process and its finished children."""
     try:
         ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]]
     except OSError:
@@ -69,13 +69,13 @@ def _busy_elsewhere() -> float | None:
 
 
 def check_names(parser: argparse.ArgumentParser, names: Iterable[str], known: Collection[str]) -> None:
-    """Ends the program where one of the experiments that were named is none."""
+    """Exit with an error if one of `names` is unknown."""
     if unknown := [name for name in names if name not in known]:
         parser.error(f"unknown experiment {unknown[0]}; choose from {', '.join(known)}")
 
 
 def keep(name: str, figures: dict) -> None:
-    """Writes `figures`, and the machine they belong to, to benchmarks/results/<name>.json."""
+    """Write `figures` and the machine to benchmarks/results/<name>.json."""
     path = RESULTS / f"{name}.json"
     write_json(path, {"machine": machine(), **figures})
     print(f"kept in {path}", flush=True)

@@ -1,11 +1,11 @@
-"""How much does the least-squares merge lose, and of what: too few examples, the ridge, or what is not linear?
+"""Measure what limits the least-squares merge: too few examples, the ridge, or nonlinearity.
 
-    python benchmarks/merge_limits.py --encoder FOLDER --text FOLDER    # names on the hub, or local folders
-    python benchmarks/paper.py report                                   # the table of it in RESULTS.md
+    python benchmarks/merge_limits.py --encoder FOLDER --text FOLDER    # names on the Hub, or local folders
+    python benchmarks/paper.py report                                   # its table in RESULTS.md
 
-The middle-shortcut on SST-2, where this merge kept least. Trained as in `paper.py`, then merged from different numbers
-of training examples and with different ridges. For each block, on examples that no merge has read: the share of what
-its neighbours hand it that the merged weights miss, which is 1 - R2 of the fitted map.
+The middle-shortcut on SST-2, where this merge retains least. The model is trained as in `paper.py`, then merged with
+different numbers of training examples and different ridges. For each block, on examples that no merge has read, it
+measures the fraction of the shortcut terms that the merged weights miss, which is 1 - R2 of the fitted map.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import itertools
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import paper
@@ -24,20 +25,23 @@ from paper_models import newest_checkpoint
 
 import reslora
 from reslora import regression
-from reslora.common.adapters import load_adapter
-from reslora.common.signals import StopRequest
-from reslora.files import read_object, write_json
-from reslora.language import glue, glue_arguments
-from reslora.language.results import unmerged_afterwards
+from reslora.io import read_object, write_json
+from reslora.methods.adapters import load_adapter
+from reslora.options.texts import GlueOptions
+from reslora.runtime.signals import StopRequest
+from reslora.texts import glue
+from reslora.texts.arguments import read
+from reslora.texts.results import unmerged_afterwards
 
 KEPT, SCRATCH = RESULTS / "merge_limits", paper.SCRATCH / "merge_limits"
 VARIANT, RATE, SEEDS = "ms(4)", 2e-3, (0, 1, 2)
 COUNTS, RIDGES = (16, 64, 256, 1024, 4096), (1e-4, 1e-2, 1.0)
 UNREAD = 256
-"""Validation examples on which blocks are measured."""
+"""Number of validation examples on which blocks are measured."""
 
 
 def main() -> None:
+    """Measure every seed that has no result yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default=paper.ENCODER, help="folder or name on the hub")
     parser.add_argument("--text", type=Path, required=True, metavar="FOLDER", help="holds sst2/train.jsonl and so on")
@@ -49,7 +53,7 @@ def main() -> None:
 
 
 def rows_of(seed: int, args: argparse.Namespace) -> Iterator[dict]:
-    """Loss, and what blocks miss, unmerged, with `none`, and for each number of examples and each ridge."""
+    """Yield loss and missed fractions: unmerged, with `none`, and for each number of examples and each ridge."""
     trainer, arguments, sets = trained(seed, args)
     batches = calibration_batches(arguments, sets["train"], max(COUNTS))
     unread = calibration_batches(arguments, sets["validation"], UNREAD)
@@ -72,47 +76,47 @@ def rows_of(seed: int, args: argparse.Namespace) -> Iterator[dict]:
 
 
 def trained(seed: int, args: argparse.Namespace):
-    """A trainer with the weights that `train_glue.py` has left, its arguments and its examples."""
+    """Return a trainer with the weights that `train_glue.py` has trained, its arguments and its examples."""
     experiment, folder = paper.EXPERIMENTS["sst2"], SCRATCH / f"seed{seed}"
     flags = [*paper.flags_of(experiment, VARIANT, seed, args, search=False), "--learning_rate", f"{RATE:g}"]
     flags += ["--output_dir", str(folder)]
     if not (folder / "results.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         paper.launch("train_glue.py", flags, folder.parent / f"seed{seed}.log")
-    arguments = glue_arguments.parse(flags)
-    splits = glue.read_splits(arguments)
-    tokenizer, model, classifier = glue.load_model(arguments)
-    sets = {name: glue.encode(arguments, tokenizer, columns) for name, columns in splits.items()}
-    example = glue.example_of(sets)
-    adapted = glue.attach(model, arguments.method, 1, example, modules_to_save=classifier)
-    trainer = glue.build_trainer(arguments, tokenizer, adapted, sets, StopRequest())
+    study, arguments = glue.GlueStudy(), glue.arguments_of(read(GlueOptions, glue.PROG, flags))
+    study.read(arguments)
+    trainer = study.build_trainer(arguments, study.adapted(arguments), StopRequest())
     load_adapter(trainer.model, newest_checkpoint(folder))
     trainer.model.eval()
-    return trainer, arguments, sets
+    return trainer, arguments, study.sets
 
 
 def calibration_batches(arguments, examples, count: int) -> list[dict]:
-    """As the trainer makes them, of so many examples."""
-    arguments.method.calibration_examples = count
-    return glue.calibration_batches(arguments, examples, arguments.training.device)
+    """Return the trainer's calibration batches of `count` examples."""
+    options = arguments.options.replace(calibration_examples=count)
+    return glue.calibration_batches(replace(arguments, options=options), examples, arguments.training.device)
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
 def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the LoRA layers of a model by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def update(layer: torch.nn.Module) -> torch.Tensor:
-    """`s B A` of a layer."""
+    """Return the update `s B A` of a layer."""
     return layer.scaling["default"] * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight)
 
 
 @torch.no_grad()
 def seen(model: torch.nn.Module, batches: Sequence[Mapping]) -> dict[str, tuple]:
-    """Of each block that is handed something in the unmerged model: its input and what it adds to the frozen layer's
-    output, rows of tokens, and the squared norm of the neighbours' part of that."""
+    """Return, for each block with shortcut terms in the unmerged model, its input, its update, and the terms' norm.
+
+    The update is what the block adds to the frozen layer's output. Input and update have one row per token; the norm is
+    squared.
+    """
     inputs, outputs, found = {}, {}, {}
     with watching(model, inputs, outputs):
         for batch in batches:
@@ -128,7 +132,7 @@ def seen(model: torch.nn.Module, batches: Sequence[Mapping]) -> dict[str, tuple]
 
 @contextmanager
 def watching(model: torch.nn.Module, inputs: dict, outputs: dict) -> Iterator[None]:
-    """Rows that enter and leave every block, kept by its name."""
+    """Record the rows that enter and leave every block, by its name."""
 
     def watch(name: str):
         def keep(_module, args, output) -> None:
@@ -145,7 +149,7 @@ def watching(model: torch.nn.Module, inputs: dict, outputs: dict) -> Iterator[No
 
 @torch.no_grad()
 def missed(model: torch.nn.Module, blocks: Mapping[str, tuple]) -> dict[str, float]:
-    """1 - R2 of each block in the merged model: what it misses of what its neighbours handed it, in squared norms."""
+    """Return 1 - R2 of each block in the merged model: the missed fraction of its shortcut terms, in squared norms."""
     layers = layers_of(model)
     return {
         name: float((added - x @ update(layers[name]).t()).square().sum() / handed)

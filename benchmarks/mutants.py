@@ -1,4 +1,4 @@
-"""Measures what the test suite catches: changes one expression or statement at a time, and runs the tests.
+"""Measure what the test suite catches: change one expression or statement at a time, and run the tests.
 
     python benchmarks/mutants.py --jobs 2
 
@@ -49,24 +49,24 @@ TESTS = {
     "reslora/regression.py": ["test_merging.py", "test_calibration.py"],
     "reslora/tracing.py": ["test_chains.py"],
     "reslora/wiring.py": ["test_shortcuts.py", "test_model.py", "test_guards.py"],
-    "reslora/diffusion/model/objective.py": ["diffusion/model/test_flow_objective.py"],
-    "reslora/diffusion/model/loss.py": ["diffusion/model/test_objective.py", "diffusion/data/test_masks.py"],
-    "reslora/diffusion/data/plan.py": ["diffusion/data/test_sources.py", "diffusion/data/test_samples.py"],
+    "reslora/images/model/objective.py": ["images/model/test_flow_objective.py"],
+    "reslora/images/model/loss.py": ["images/model/test_objective.py", "images/data/test_masks.py"],
+    "reslora/images/data/plan.py": ["images/data/test_sources.py", "images/data/test_samples.py"],
     "reslora/ranks.py": ["test_export.py", "test_merging.py"],
-    "reslora/diffusion/output/exports.py": ["diffusion/output/test_merged_weights.py"],
-    "reslora/diffusion/model/lora_files/": ["diffusion/test_conversion.py"],
+    "reslora/images/output/exports.py": ["images/output/test_merged_weights.py"],
+    "reslora/images/model/lora_files/": ["images/test_conversion.py"],
     "reslora/experiment/statistics.py": ["experiment/test_report.py"],
-    "reslora/diffusion/training/": ["diffusion/training/test_start.py"],
+    "reslora/training/": ["images/test_initial_lora.py"],
 }
 """The tests that map to a file or to a folder, in addition to the file of the same name."""
 
 STAGES = ("mapped", "quick", "exhaustive")
 TEST_LIMITS = {"mapped": 300, "quick": 300, "exhaustive": 1500}
-"""Seconds for one test. A mutant that makes a test hang is killed."""
+"""Seconds for one test; a mutant that makes a test hang is killed."""
 RUN_LIMITS = {"mapped": 3600, "quick": 7200, "exhaustive": 6 * 3600}
-"""Seconds for all tests of a stage: pytest cannot end all that hangs."""
+"""Seconds for all tests of a stage, because pytest cannot end everything that hangs."""
 MEMORY = 8 * 2**30
-"""Bytes for each process: a loop without an end may append to a list."""
+"""Bytes for each process, because an endless loop may append to a list."""
 QUICK_TARGET = 0.85
 
 # -- the tests ---------------------------------------------------------------------------------------------------------
@@ -106,10 +106,10 @@ class Progress:
 
 
 def run_pytest(tree: Path, folder: Path, stage: str, words: list[str]) -> tuple[int | None, str]:
-    """Run pytest in a process of its own, in `tree`, until a test fails.
+    """Run pytest in a separate process, in `tree`, until a test fails.
 
-    Return its exit status (negative for a signal, None if it hung), and the last test that ran. `folder`: for all that
-    the tests write.
+    Return its exit status (negative for a signal, None if it hung), and the last test that ran. The tests write only to
+    `folder`.
     """
     folder.mkdir()
     process, ended, end = os.fork(), (0, 0), time.monotonic() + RUN_LIMITS[stage]
@@ -119,7 +119,7 @@ def run_pytest(tree: Path, folder: Path, stage: str, words: list[str]) -> tuple[
     try:
         while not (ended := os.waitpid(process, os.WNOHANG))[0] and time.monotonic() < end:
             time.sleep(0.1)
-    finally:  # whatever it started ends with it
+    finally:  # ends all processes that it started
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process, signal.SIGKILL)
         if not ended[0]:
@@ -142,9 +142,9 @@ def _become_pytest(tree: Path, folder: Path, words: list[str]) -> NoReturn:
         temporary = folder / "tmp"
         temporary.mkdir()
         tempfile.tempdir = None
-        os.environ.update(TMPDIR=str(temporary), PYTHONPATH=str(tree))  # before any other copy that is installed
+        os.environ.update(TMPDIR=str(temporary), PYTHONPATH=str(tree))  # takes precedence over an installed copy
         sys.path[:] = [str(tree), *(path for path in sys.path if Path(path) not in (ROOT, ROOT / "benchmarks"))]
-        sys.modules["__main__"] = types.ModuleType("__main__")  # not this file, which processes would import
+        sys.modules["__main__"] = types.ModuleType("__main__")  # child processes would import this file otherwise
         os.chdir(tree)
         import pytest
 
@@ -169,7 +169,7 @@ def killer(trees: tuple[Path, Path], file: str, stage: str, failing: set[str]) -
     for attempt in itertools.count():
         words = [f"--deselect={test}" for test in sorted(skipped)] + [file for file in files if file not in skipped]
         status, test = run_pytest(mutated, mutated.parent / f"{attempt}", stage, [marker, *words])
-        if status in (0, 5):  # 5: none of these files has such a test
+        if status in (0, 5):  # 5: none of these files has a test of this stage
             return None
         how = {None: " (hangs)", 1: ""}.get(status, f" (status {status})")
         words = [marker, *([test] if "::" in test else ["--collect-only", *([test] if test else files)])]
@@ -188,7 +188,7 @@ def killer(trees: tuple[Path, Path], file: str, stage: str, failing: set[str]) -
 
 
 def main() -> int:
-    """Run what is left to run; return 1 if too many mutants survive or some stages have not run."""
+    """Run all pending stages; return 1 if too many mutants survive or some stages have not run."""
     args = parsed()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
@@ -208,6 +208,7 @@ def main() -> int:
 
 
 def parsed() -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--count", type=int, default=80, help="how many mutants are sampled")
@@ -257,7 +258,7 @@ def opened(tree: Path, commit: str, args: argparse.Namespace) -> dict:
 def load_libraries(folder: Path) -> None:
     """Import what the tests import, once for all processes that are forked later."""
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    os.environ["HF_HOME"] = str(folder / "huggingface")  # a mutant writes nothing where later runs read
+    os.environ["HF_HOME"] = str(folder / "huggingface")  # keeps a mutant's files away from later runs
     for name in LIBRARIES:
         importlib.import_module(name)
     gc.collect()
@@ -265,7 +266,7 @@ def load_libraries(folder: Path) -> None:
 
 
 def run_stage(record: dict, stage: str, clean: Path, jobs: int) -> None:
-    """Run a stage for all mutants that the stages before have not killed, each in a process of its own."""
+    """Run a stage for all mutants that survived the stages before, each in a separate process."""
     failing = record["failing_without_mutant"]
     queue = [mutant for mutant in record["mutants"] if is_due(mutant, stage)]
     running: dict[int, dict] = {}
@@ -297,7 +298,7 @@ def run_stage(record: dict, stage: str, clean: Path, jobs: int) -> None:
 
 
 def is_due(mutant: dict, stage: str) -> bool:
-    """Whether the stages before have run, have not killed the mutant, and this one has not run."""
+    """Return whether the earlier stages have run and have not killed the mutant, and this one has not run."""
     before = STAGES[: STAGES.index(stage)]
     survives = all(name in mutant["stages"] and not mutant["stages"][name]["killed_by"] for name in before)
     return survives and stage not in mutant["stages"] and not mutant["equivalent"]
@@ -322,17 +323,19 @@ def _work(folder: Path, mutant: dict, stage: str, clean: Path, failing: set[str]
 
 
 def heading(mutant: dict) -> str:
+    """Return a mutant's number, subject and line, for the log."""
     return f"mutant {mutant['number']} ({mutant['subject']}, {mutant['file']}:{mutant['line']})"
 
 
 def write(record: dict) -> None:
+    """Write the record atomically."""
     temporary = RESULT.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     temporary.replace(RESULT)
 
 
 def report(record: dict) -> int:
-    """Print how many mutants each suite kills, and those that survive."""
+    """Print how many mutants each suite kills, and the survivors."""
     counted = [mutant for mutant in record["mutants"] if not mutant["equivalent"]]
     survivors = [mutant for mutant in counted if is_survivor(mutant, STAGES)]
     quick = sum(not is_survivor(mutant, STAGES[:2]) for mutant in counted)
@@ -348,6 +351,7 @@ def report(record: dict) -> int:
 
 
 def is_survivor(mutant: dict, stages: tuple[str, ...]) -> bool:
+    """Return whether no stage of `stages` has killed the mutant."""
     return not any(mutant["stages"].get(stage, {}).get("killed_by") for stage in stages)
 
 

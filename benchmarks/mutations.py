@@ -1,6 +1,6 @@
 """Mutants for `mutants.py`: one expression or statement of the source changed.
 
-Left out is what a test should not check: text, annotations, decorators, what is printed, and `__repr__`.
+Text, annotations, decorators, printed output and `__repr__` are left out, because tests should not check them.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ SUBJECTS = {
     "shortcuts": ["reslora/shortcuts/*.py"],
     "merging": ["reslora/merging.py", "reslora/merges.py", "reslora/regression.py", "reslora/calibration.py"],
     "chains": ["reslora/chains.py", "reslora/tracing.py", "reslora/wiring.py"],
-    "objectives": ["reslora/diffusion/model/objective.py", "reslora/diffusion/model/loss.py"],
-    "captions": ["reslora/diffusion/data/captions.py"],
-    "plan": ["reslora/diffusion/data/plan.py", "reslora/diffusion/data/buckets.py"],
+    "objectives": ["reslora/images/model/objective.py", "reslora/images/model/loss.py"],
+    "captions": ["reslora/images/data/captions.py"],
+    "plan": ["reslora/images/data/plan.py", "reslora/images/data/buckets.py"],
     "exports": [
-        *("reslora/export.py", "reslora/ranks.py", "reslora/diffusion/output/exports.py"),
-        "reslora/diffusion/model/lora_files/writing.py",
+        *("reslora/export.py", "reslora/ranks.py", "reslora/images/output/exports.py"),
+        "reslora/images/model/lora_files/writing.py",
     ],
     "statistics": ["reslora/experiment/statistics.py"],
     "resume": [
-        *("reslora/checkpoint.py", "reslora/diffusion/training/checkpoints.py"),
-        "reslora/diffusion/training/state.py",
+        *("reslora/checkpoint.py", "reslora/training/checkpoints.py"),
+        "reslora/training/state.py",
     ],
 }
 OPERATORS = {
@@ -38,14 +38,14 @@ OPERATORS = {
 FUNCTIONS = {"min": "max", "max": "min", "all": "any", "any": "all"}
 PRINTING = {"print", "say", "warn"}
 NOT_SWAPPED = {*FUNCTIONS, "isclose", "equal", "allclose", "isinstance", "issubclass", "getattr", "hasattr", "setattr"}
-"""Functions that are symmetric, or fail wherever they run with swapped arguments."""
+"""Functions that are symmetric, or that always fail with swapped arguments."""
 NOT_TESTED = {"strict", "flush", "indent"}
-"""Keyword arguments that only assert, or that only readers of a file see."""
+"""Keyword arguments that only assert, or that only change the look of a file."""
 OPERATIONS = (ast.BinOp, ast.BoolOp, ast.Compare, ast.UnaryOp)
 
 
 def variants(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield what may replace a node."""
+    """Yield the possible replacements of a node."""
     match node:
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS and not _is_text(node):
             yield ast.BinOp(left, OPERATORS[type(op)](), right)
@@ -81,7 +81,7 @@ def variants(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _is_text(node: ast.AST) -> bool:
-    """Whether an expression is text, or a path that ends with a constant: another operator fails wherever it runs."""
+    """Return whether an expression is text, or a path that ends with a constant; another operator would always fail."""
     match node:
         case ast.BinOp(op=ast.Div(), right=ast.Name(name) | ast.Attribute(attr=name)) if name.isupper():
             return True
@@ -93,7 +93,7 @@ def _is_text(node: ast.AST) -> bool:
 
 
 def _name(node: ast.AST) -> str:
-    """The last word of a name, or nothing."""
+    """Return the last component of a name, or an empty string."""
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
@@ -111,12 +111,12 @@ def replacements(parent: ast.AST) -> Iterator[tuple[str, ast.AST, str]]:
             for kind, variant in found:
                 nested = isinstance(parent, OPERATIONS) and isinstance(variant, (*OPERATIONS, ast.IfExp))
                 yield kind, node, f"({ast.unparse(variant)})" if nested else ast.unparse(variant)
-            if not isinstance(node, ast.Raise):  # what it holds is the message
+            if not isinstance(node, ast.Raise):  # its children are the message
                 yield from replacements(node)
 
 
 def _left_out(node: ast.AST) -> bool:
-    """Whether a node is text, prints something, or is never run."""
+    """Return whether a node is text, prints something, or never runs."""
     match node:
         case ast.JoinedStr() | ast.FunctionDef(name="__repr__" | "__str__") | ast.If(test=ast.Name("TYPE_CHECKING")):
             return True
@@ -128,7 +128,7 @@ def _left_out(node: ast.AST) -> bool:
 
 
 def mutants_of(path: Path, name: str) -> list[dict]:
-    """Return all mutants of the file `path`, which has the name `name` in the repository."""
+    """Return all mutants of the file `path`, which is called `name` in the repository."""
     source = path.read_bytes()
     lines, found = source.splitlines(keepends=True), []
     for kind, node, text in replacements(ast.parse(source)):
@@ -143,7 +143,7 @@ def mutants_of(path: Path, name: str) -> list[dict]:
 
 
 def apply(diff: list[str], line: int, text: str) -> str:
-    """Return `text` with a mutant applied, at the place nearest to `line` (from 1) where its lines are."""
+    """Return `text` with a mutant applied, at the match nearest to `line` (from 1)."""
     lines = text.splitlines()
     old, new = ([changed[1:] for changed in diff if changed[0] == sign] for sign in "-+")
     places = [place for place in range(len(lines)) if lines[place : place + len(old)] == old]
@@ -155,7 +155,7 @@ def apply(diff: list[str], line: int, text: str) -> str:
 
 
 def sample(tree: Path, count: int, seed: int) -> list[dict]:
-    """Return `count` mutants: about equally many for each subject, of many kinds, at most one for a line."""
+    """Return `count` mutants: about equally many per subject, of many kinds, at most one per line."""
     chosen = []
     for number, (subject, patterns) in enumerate(SUBJECTS.items()):
         files = sorted(path for pattern in patterns for path in tree.glob(pattern))

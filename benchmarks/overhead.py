@@ -1,10 +1,9 @@
-"""What train_sd.py adds to its steps, on a device that is simulated: how long it has nothing to do.
+"""Measure the overhead of train_sd.py per step on a simulated device: the fraction of time in which it is idle.
 
 The denoiser has the weights of a LoRA of Stable Diffusion 1.5 and computes nothing. Forward, backward and optimizer
-take the device as long as `--device_ms` says, beginning when they are asked for, and who reads a loss waits until the
-device has come to it. All else is the trainer's own: samples of 4 x 64 x 64 latents and 77 x 768 text states read from
-disk, collation, noise, clipping, the log, TensorBoard. Left out is the time in which a host launches the denoiser's
-kernels.
+together take the device `--device_ms` from their launch, and reading a loss waits until the device has computed it. All
+else is the real trainer: samples of 4 x 64 x 64 latents and 77 x 768 text states read from disk, collation, noise,
+clipping, the log, TensorBoard. The time in which the host launches the denoiser's kernels is not included.
 """
 
 from __future__ import annotations
@@ -24,55 +23,57 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from measured import ROOT
 
-from reslora.common.signals import StopRequest
-from reslora.diffusion.context import Context
-from reslora.diffusion.data.dataset import load_images
-from reslora.diffusion.data.encoding import Variants, encode_images, encode_texts
-from reslora.diffusion.data.samples import Material
-from reslora.diffusion.data.size import Size
-from reslora.diffusion.data.sources import Source
-from reslora.diffusion.model.families.stable_diffusion import StableDiffusion
-from reslora.diffusion.model.objective import DdpmObjective
-from reslora.diffusion.output.reports import Reports
-from reslora.diffusion.output.trackers import note_settings, start_trackers
-from reslora.diffusion.processes import start_accelerator
-from reslora.diffusion.settings import parse_args, with_family
-from reslora.diffusion.training.denoising import DenoisingLoss
-from reslora.diffusion.training.loop import Watch, train
-from reslora.diffusion.training.preparing import prepare
-from reslora.diffusion.training.schedule import schedule_of
-from reslora.diffusion.training.state import Learner, new_optimizer
-from reslora.diffusion.training.trained import Trained
+from reslora.attributes import override_attributes
+from reslora.images.accelerator import start_accelerator
+from reslora.images.data.dataset import load_images
+from reslora.images.data.encoding import Variants, encode_images, encode_texts
+from reslora.images.data.samples import Material
+from reslora.images.data.size import Size
+from reslora.images.data.sources import Source
+from reslora.images.denoising import DenoisingLoss
+from reslora.images.model.families.stable_diffusion import StableDiffusion
+from reslora.images.model.objective import DdpmObjective
+from reslora.images.output.reports import Reports
+from reslora.images.output.trackers import note_settings, start_trackers
+from reslora.images.settings import parse_args, with_family
+from reslora.images.study import ImageStudy
+from reslora.runtime.signals import StopRequest
+from reslora.training import loop
+from reslora.training.context import Context
+from reslora.training.preparing import prepare
+from reslora.training.schedule import schedule_of
+from reslora.training.state import Learner, new_optimizer
+from reslora.training.trained import Trained
 
 sys.path.append(str(ROOT / "tests"))
 from pipelines import image_folder
 
-WIDTHS = [320] * 5 + [640] * 5 + [1280] * 6  # of the layers of attention of SD 1.5
+WIDTHS = [320] * 5 + [640] * 5 + [1280] * 6  # of the attention layers of SD 1.5
 RANK = 16
 
 
 def add_arguments(add: Callable) -> None:
-    """Flags of `trainer.py overhead`."""
+    """Add the options of `trainer.py overhead`."""
     add("--device_ms", type=float, nargs="+", default=[100, 300], help="what a step takes the device")
     add("--batch", type=int, nargs="+", default=[4, 16])
     add("--steps", type=int, default=100)
 
 
 class Device:
-    """Takes the same time for every step, one after the other."""
+    """A simulated device that takes the same time for every step, in sequence."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.free, self.idle = seconds, 0.0, []
 
     def launch(self) -> None:
-        """One more step to do."""
+        """Queue one more step."""
         now = time.perf_counter()
         self.idle.append(max(0.0, now - self.free))
         self.free = max(now, self.free) + self.seconds
 
 
 class Loss:
-    """A loss on the device."""
+    """A loss on the device, which is known when its step has ended."""
 
     def __init__(self, value: torch.Tensor, device: Device) -> None:
         self.value, self.known = value, device.free
@@ -83,7 +84,7 @@ class Loss:
 
 
 class NoDenoiser(torch.nn.Module):
-    """The weights of a LoRA on q, k, v and out of every attention, self and cross; returns what it is given."""
+    """The weights of a LoRA on q, k, v and out of every self- and cross-attention; returns its input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,24 +94,24 @@ class NoDenoiser(torch.nn.Module):
         self.config = {}
 
     def forward(self, sample: torch.Tensor, **_: object) -> tuple[torch.Tensor]:
-        """The sample."""
+        """Return the sample."""
         return (sample * self.one,)
 
 
 class NoEncoders(StableDiffusion):
-    """Text states and latents of noise."""
+    """A family with random text states and latents."""
 
     def encode_captions(self, pipeline, captions, longest):
-        """77 x 768."""
+        """Return random text states of 77 x 768."""
         return {"states": torch.randn(len(captions), 77, 768)}
 
     def encode_images(self, vae, pixels):
-        """4 x 64 x 64."""
+        """Return random moments of 4 x 64 x 64."""
         return torch.randn(len(pixels), 2, 4, 64, 64)
 
 
 def overhead(args: argparse.Namespace) -> dict:
-    """The share of the device's time in which it has nothing to do, by batch and by what a step takes it."""
+    """Return the idle fraction of the device, by batch size and by the duration of a step."""
     found = {}
     for batch in args.batch:
         with tempfile.TemporaryDirectory() as folder:
@@ -127,51 +128,70 @@ def overhead(args: argparse.Namespace) -> dict:
 
 
 def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Context]:
-    """64 images and captions, as train_sd.py would have encoded them."""
+    """Return 64 images and captions, as train_sd.py would have encoded them."""
     flags = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", str(folder / "images")]
     flags += ["--resolution", "64", "--train_batch_size", str(batch), "--max_train_steps", str(steps)]
     image_folder(folder / "images", 64, lambda number: f"caption {number}")
     flags = parse_args([*flags, "--random_flip", "--method", "lora", "--output_dir", str(folder / "run")])
     family = NoEncoders()
     flags = with_family(flags.replace(validation_steps=steps + 1, checkpointing_steps=steps + 1), family.defaults)
-    context = Context(flags, SimpleNamespace(family=family), start_accelerator(flags), StopRequest())
-    images, size = load_images(flags), Size(flags.resolution, flags.resolution)
-    latents, _ = encode_images(Variants(images, [size] * len(images), flags), "", no_vae(), context)
+    context = Context(
+        flags,
+        SimpleNamespace(family=family),
+        start_accelerator(flags),
+        StopRequest(),
+    )
+    images, size = (
+        load_images(flags.model, flags.data, flags.training, flags.output),
+        Size(*flags.data.resolution * 2),
+    )
+    latents, _ = encode_images(
+        Variants(images, [size] * len(images), flags.data, flags.training), "", no_vae(), context
+    )
     texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)
     source = Source(images, latents, tuple(range(len(images))), (), (size,), (0,) * len(images))
-    material = Material((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, flags)
+    parts = flags.adapter, flags.data, flags.training, flags.validation
+    material = Material((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, *parts)
     start_trackers(context)
-    note_settings(schedule_of(material, context), context)
+    note_settings(context.options.flat(), schedule_of(material.updates(1), context), context.accelerator)
     return material, context
 
 
 def no_vae() -> SimpleNamespace:
+    """Return the attributes of an autoencoder that the trainer reads."""
     return SimpleNamespace(
         device=torch.device("cpu"), dtype=torch.float32, config=SimpleNamespace(scaling_factor=0.18215)
     )
 
 
+class Unmeasured(ImageStudy):
+    def validate(self, *_: object) -> None:
+        """Skip validation, because there are no images for it."""
+
+
 def train_on(device: Device, material: Material, context: Context, folder: Path) -> float:
-    """Trains to the end; returns the seconds that the host computed."""
+    """Train to the end; return the processor seconds of the host."""
     denoiser, pipeline = NoDenoiser(), SimpleNamespace(vae=no_vae())
-    optimizer = new_optimizer(list(denoiser.parameters()), context.flags, context.accelerator)
+    optimizer = new_optimizer(
+        list(denoiser.parameters()), context.options.training, context.options.optimizer, context.accelerator
+    )
     rates = torch.optim.lr_scheduler.ConstantLR(optimizer)
     trained = Trained({"unet": denoiser}, DenoisingLoss(context, material.objective, pipeline, denoiser.config))
-    learner, schedule = (
-        Learner("lora", trained, optimizer, rates, None, trained, name="lora"),
-        schedule_of(material, context),
-    )
+    learner = Learner("lora", trained, optimizer, rates, None, trained, name="lora")
     prepare(learner, context)
+    schedule = schedule_of(material.updates(1), context)
     reports = Reports(folder / "log", learner, schedule, context.accelerator)
     context = dataclasses.replace(context, accelerator=simulated(context.accelerator, device))
+    study = Unmeasured(schedule, None, context, pipeline, material)
     began = time.process_time()
-    train(learner, material, schedule, Watch(reports, lambda *_: None, lambda: None), context)
+    with override_attributes(loop, save_checkpoint=lambda *_: None):
+        loop.train(learner, study, reports)
     reports.close()
     return time.process_time() - began
 
 
 def simulated(accelerator: Accelerator, device: Device) -> Accelerator:
-    """The accelerator, with steps and losses on the simulated device."""
+    """Return the accelerator with steps and losses on the simulated device."""
     backward = Accelerator.backward.__get__(accelerator)
     accelerator.backward = lambda loss: (backward(loss), device.launch())
     accelerator.reduce = lambda loss, _: Loss(loss, device)

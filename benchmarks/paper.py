@@ -1,19 +1,20 @@
-"""Measures the paper's claims with the project's own trainers, keeps every figure, and draws tables and plots of them.
+"""Measure the paper's claims with the project's trainers, store all figures, and create tables and plots.
 
-    python benchmarks/paper.py list                 # what there is, what has run, what has not
+    python benchmarks/paper.py list                 # the experiments, and which have run
     python benchmarks/paper.py run                  # the required experiments, the quickest first
-    python benchmarks/paper.py run sst2 svamp       # these
-    python benchmarks/paper.py report               # tables and plots in RESULTS.md from what has run
+    python benchmarks/paper.py run sst2 svamp       # only these
+    python benchmarks/paper.py report               # tables and plots in RESULTS.md from the results
 
-`run` goes on where it was stopped: each finished training is one file in benchmarks/results/<experiment>/. A training
-is one run of a trainer (train_sd.py, train_llm.py, train_glue.py) in a process of its own: all can be had by hand too.
+`run` resumes where it was stopped: each finished training is one file in benchmarks/results/<experiment>/. A training
+is one run of a trainer (train_sd.py, train_llm.py, train_glue.py) in a separate process, and can also be started by
+hand.
 
-The learning rate is chosen for each method alike: the best of at most three on a validation split with seed 0. Then the
-method is trained with three seeds and judged on data that neither the training nor that choice has seen (the bundled
-pipeline: on held-out images). `lora_x2`, LoRA with doubled alpha, is the control throughout; on the pipeline and on
-SVAMP there is `lora_x4` as well.
+The learning rate is chosen for each method in the same way: the best of at most three on a validation split with seed
+0. Then the method is trained with three seeds, and evaluated on data that neither the training nor that choice has seen
+(the bundled pipeline: on held-out images). `lora_x2`, LoRA with doubled alpha, is the control everywhere; the pipeline
+and SVAMP also have `lora_x4`.
 
-Real models and data come from the hub, or from local folders:
+Real models and data come from the Hub, or from local folders:
 
     python benchmarks/paper.py run --llm FOLDER --encoder FOLDER --text FOLDER    # FOLDER/<task>/{train,test,...}.jsonl
 """
@@ -35,7 +36,7 @@ import paper_report
 import torch
 from measured import RESULTS, ROOT, check_names
 
-from reslora.files import write_json
+from reslora.io import write_json
 
 SCRATCH = ROOT / "runs" / "paper"
 LLM, ENCODER = "HuggingFaceTB/SmolLM2-135M-Instruct", "sentence-transformers/all-MiniLM-L6-v2"
@@ -44,7 +45,7 @@ CALIBRATION_SIZES = (8, 32, 128)
 VARIANTS = {
     "lora": ["--method", "lora"],
     "lora_x2": ["--method", "lora_x2"],
-    "lora_x4": ["--method", "lora"],  # and four times the trainers' default alpha
+    "lora_x4": ["--method", "lora"],  # with four times the trainers' default alpha
     "is": ["--method", "reslora", "--shortcut", "input"],
     "bs(4)": ["--method", "reslora", "--shortcut", "block", "--pre_num", "4"],
     "ms(4)": ["--method", "reslora", "--shortcut", "middle", "--pre_num", "4"],
@@ -65,26 +66,27 @@ SWEEP = tuple(f"{name}({number})" for name in ("bs", "ms") for number in (0, 1, 
 
 @dataclass(frozen=True)
 class Experiment:
-    """Methods trained on one task; the fields are what its trainings share."""
+    """Methods trained on one task; the fields are common to its trainings."""
 
     script: str
     task: str
     shows: str
-    """Which of the paper's figures and tables it stands beside."""
+    """The figures and tables of the paper that it reproduces."""
     variants: tuple[str, ...]
     rates: tuple[float, ...]
     flags: tuple[str, ...]
     score: str
-    """The figure of the validation rows that the learning rate is chosen by; a loss is better lower, others higher."""
+    """The figure of validation rows that selects the learning rate; a loss is better lower, all others higher."""
     required: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
     train: int | None = None
-    """Training examples taken, drawn with a seed; all by default."""
+    """The number of training examples, sampled with a seed; all by default."""
     rates_of: str | None = field(default=None)
-    """Another experiment whose chosen rates are taken over (that of `lora` for a variant it doesn't have)."""
+    """Another experiment whose chosen learning rates are used (that of `lora` for a variant it doesn't have)."""
 
 
 def glue(task: str, score: str, steps: int, variants=APPROXIMATE, rates=(1e-3, 3e-3), **more) -> Experiment:
+    """Return an experiment on a task of GLUE."""
     flags = ("--max_steps", steps, "--eval_strategy", "steps", "--eval_steps", steps // 6, "--save_steps", steps)
     flags += ("--per_device_train_batch_size", 16, "--per_device_eval_batch_size", 64)
     flags += ("--max_seq_length", 128, "--bf16")
@@ -92,7 +94,10 @@ def glue(task: str, score: str, steps: int, variants=APPROXIMATE, rates=(1e-3, 3
 
 
 def llm(task: str, steps: int, shows: str, variants=MAIN, longest: int = 256, **more) -> Experiment:
-    """One rate for all: at ten minutes and more on a CPU core for each training, a search would take most of a day."""
+    """Return an experiment on a language task, with one learning rate for all methods.
+
+    At ten minutes and more on a CPU core for each training, a search would take most of a day.
+    """
     flags = ("--max_steps", steps, "--eval_strategy", "steps", "--eval_steps", steps // 4, "--save_steps", steps)
     flags += ("--per_device_train_batch_size", 8, "--per_device_eval_batch_size", 50, "--max_new_tokens", longest)
     flags += ("--max_test_samples", 150, "--bf16", "--dtype", "float32")
@@ -105,7 +110,7 @@ IMAGES = (
 )
 BASELINES = ("lora r=16", "adalora", "loha", "lokr")
 
-# Quickest first: that is the order in which they run.
+# In the order in which they run, the quickest first.
 EXPERIMENTS = {
     "cost": Experiment("", "", "Table 8", MAIN, (), (), ""),
     "pipeline": Experiment(
@@ -116,7 +121,7 @@ EXPERIMENTS = {
     "pre_num": llm(
         "svamp", 60, "Table 4, Figures 4 to 7", SWEEP, 32, required=False, seeds=(0,), rates_of="svamp"
     ),
-    # With this encoder these two stay at what the majority class scores: a larger one is needed.
+    # With this encoder these two stay at the majority class's score; they need a larger one.
     "mrpc": glue("mrpc", "f1", 240, MAIN + BASELINES, required=False),
     "cola": glue("cola", "matthews", 420, MAIN + BASELINES, required=False),
     "stsb": glue("stsb", "pearson", 420, MAIN + BASELINES, required=False),
@@ -131,6 +136,7 @@ EXPERIMENTS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["list", "run", "report"])
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}")
@@ -142,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """List or run the experiments, or write the report."""
     parser = build_parser()
     args = parser.parse_args()
     check_names(parser, args.experiments, EXPERIMENTS)
@@ -157,6 +164,7 @@ def main() -> None:
 
 
 def print_list() -> None:
+    """Print each experiment and its number of results."""
     for name, experiment in EXPERIMENTS.items():
         done = len(list((RESULTS / name).glob("*.json")))
         kind = "required" if experiment.required else "optional"
@@ -167,7 +175,7 @@ def print_list() -> None:
 
 
 def run_experiment(name: str, args: argparse.Namespace) -> None:
-    """Chooses a learning rate for each variant, then trains it with every seed."""
+    """Choose a learning rate for each variant, then train it with every seed."""
     experiment = EXPERIMENTS[name]
     rates = {variant: chosen_rate(name, variant, args) for variant in experiment.variants}
     for seed in experiment.seeds:
@@ -176,7 +184,7 @@ def run_experiment(name: str, args: argparse.Namespace) -> None:
 
 
 def chosen_rate(name: str, variant: str, args: argparse.Namespace) -> float:
-    """The rate with the best score on the validation split, seed 0; the only one, if all methods have that alone."""
+    """Return the learning rate with the best validation score for seed 0, or the only one of the experiment."""
     experiment = EXPERIMENTS[name]
     if len(experiment.rates) == 1:
         return experiment.rates[0]
@@ -194,9 +202,9 @@ def chosen_rate(name: str, variant: str, args: argparse.Namespace) -> float:
 
 
 def training(name: str, variant: str, rate: float, seed: int, args: argparse.Namespace, search: bool = False) -> dict:
-    """What one training has given: from its file, or from the training itself.
+    """Return the result of one training, from its file or by training.
 
-    On the bundled pipeline the search is the same training as the final one; on text tasks it has another test split.
+    On the bundled pipeline, the search uses the same trainings as the final ones; text tasks have another test split.
     """
     experiment = EXPERIMENTS[name]
     search = search and experiment.script != "train_sd.py"
@@ -225,6 +233,7 @@ def training(name: str, variant: str, rate: float, seed: int, args: argparse.Nam
 
 
 def flags_of(experiment: Experiment, variant: str, seed: int, args: argparse.Namespace, search: bool) -> list[str]:
+    """Return the options of one training."""
     flags = [*map(str, experiment.flags), *VARIANTS[variant], "--seed", str(seed)]
     if variant == "lora_x4":
         flags += ["--lora_alpha", str(QUADRUPLE_ALPHA[experiment.script])]
@@ -238,11 +247,12 @@ def flags_of(experiment: Experiment, variant: str, seed: int, args: argparse.Nam
 
 
 def variant_method(variant: str) -> str:
+    """Return the value of --method of a variant."""
     return VARIANTS[variant][1]
 
 
 def launch(script: str, flags: list[str], log: Path) -> None:
-    """Runs a trainer to its end; its output goes to a file, whose last lines are shown if it fails."""
+    """Run a trainer to its end with its output in a file; if it fails, exit with the last lines of it."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     with log.open("w") as output:
@@ -259,10 +269,10 @@ def launch(script: str, flags: list[str], log: Path) -> None:
 
 
 def split_data(experiment: Experiment, args: argparse.Namespace, search: bool) -> Path:
-    """A folder of the task's files, in which a tenth of the training examples is held out to choose by.
+    """Write a folder of the task's files in which a tenth of the training examples is held out for selection.
 
-    For the search it stands as validation (and test) split; for the final trainings, which leave it out as well, the
-    task's own test or validation file does. Both languages' scripts read such folders.
+    In the search, the held-out examples are the validation (and test) split. In the final trainings, which leave them
+    out as well, the task's own test or validation file is the test split. Both text trainers read such folders.
     """
     if args.text is None:
         raise SystemExit("--text: missing; give a folder that holds <task>/train.jsonl and so on")
@@ -284,17 +294,18 @@ def split_data(experiment: Experiment, args: argparse.Namespace, search: bool) -
 
 
 def read_lines(path: Path) -> list[str]:
+    """Return the lines of a file; exits with an error if it is missing."""
     try:
         return path.read_text(encoding="utf-8").splitlines(keepends=True)
     except OSError:
         raise SystemExit(f"--text: no {path.name} in {path.parent}") from None
 
 
-# -- what is kept of a training ----------------------------------------------------------------------------------------
+# -- results of a training ---------------------------------------------------------------------------------------------
 
 
 def read_log(path: Path) -> list[dict]:
-    """The validation rows, and training losses averaged over tens of steps."""
+    """Return the validation rows, and training losses averaged over ten steps."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     kept, recent = [], []
     for row in rows:
@@ -309,13 +320,13 @@ def read_log(path: Path) -> list[dict]:
 
 
 def condensed(results: dict) -> dict:
-    """The figures of results.json."""
+    """Return the figures of results.json."""
     table = condensed_table(results["table"])
     return {"table": table, "seconds": results["train_seconds"], "parameters": results["trainable_parameters"]}
 
 
 def condensed_table(table: dict[str, dict]) -> dict[str, dict]:
-    """A table of merges with, in the place of each report, the mean error of a block."""
+    """Return a table of merges with the mean error of a block in place of each report."""
     return {
         row: {name: value for name, value in figures.items() if name != "report"} | mean_error(figures.get("report"))
         for row, figures in table.items()
@@ -323,17 +334,19 @@ def condensed_table(table: dict[str, dict]) -> dict[str, dict]:
 
 
 def mean_error(report: dict | None) -> dict:
+    """Return the mean error of a merge's blocks, or {} if none is known."""
     errors = [block["error"] for block in (report or {}).get("blocks", ()) if block["error"] is not None]
     return {"block_error": sum(errors) / len(errors)} if errors else {}
 
 
 def scale_of(peft: Path) -> float:
+    """Return alpha / r of a PEFT folder."""
     config = json.loads((peft / "adapter_config.json").read_text(encoding="utf-8"))
     return config["lora_alpha"] / config["r"] if "lora_alpha" in config else 1.0
 
 
 def norms(path: Path, scale: float = 1.0) -> dict[str, float]:
-    """Frobenius norm of each layer's merged update s B A; empty for adapters of other forms."""
+    """Return the Frobenius norm of each layer's merged update s B A; empty for other adapters than LoRA."""
     from safetensors.torch import load_file
 
     found, tensors = {}, load_file(path)
@@ -346,7 +359,7 @@ def norms(path: Path, scale: float = 1.0) -> dict[str, float]:
 
 
 def calibration_study(flags: list[str], task: str, args: argparse.Namespace) -> dict[str, float]:
-    """Test loss merged by `lstsq` from 8, 32 and 128 training examples, and from 128 of another task."""
+    """Return the test loss after `lstsq` merges with 8, 32 and 128 training examples, and 128 of another task."""
     other, most = "gsm8k" if task != "gsm8k" else "svamp", max(CALIBRATION_SIZES)
     lines = read_lines(args.text / other / "train.jsonl")[:most]
     return paper_models.calibration_losses(flags, CALIBRATION_SIZES, other, [json.loads(line) for line in lines])
@@ -356,7 +369,7 @@ def calibration_study(flags: list[str], task: str, args: argparse.Namespace) -> 
 
 
 def cost(args: argparse.Namespace, rounds: int = 3) -> None:
-    """Peak memory and step time of each method and of stock PEFT LoRA on the language model, taken alternately."""
+    """Measure peak memory and step time of each method and of stock PEFT LoRA on the language model, in turn."""
     path = RESULTS / "cost" / "llm.json"
     if path.is_file():
         return

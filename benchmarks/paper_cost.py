@@ -1,6 +1,6 @@
-"""Measures one method's training step on a language model and prints it as JSON; `paper.py run cost` starts it.
+"""Measure one method's training step on a language model, and print it as JSON; `paper.py run cost` starts it.
 
-python benchmarks/paper_cost.py MODEL                                       # stock PEFT LoRA, the library not imported
+python benchmarks/paper_cost.py MODEL                                       # stock PEFT LoRA, without this library
 python benchmarks/paper_cost.py MODEL --method reslora --shortcut block --pre_num 4
 """
 
@@ -21,21 +21,20 @@ BATCH, TOKENS, STEPS, WARM_UP = 8, 128, 8, 2
 
 
 def model_of(name: str, flags: list[str]) -> torch.nn.Module:
-    """The model with its adapter: by PEFT alone without flags, else as the trainers make it."""
+    """Return the model with its adapter: PEFT's own without options, else as the trainers create it."""
     base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     if not flags:
         return get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from transformers import HfArgumentParser
+    from reslora.options.texts import LlmOptions
+    from reslora.texts.arguments import read
+    from reslora.texts.trainer import attach
 
-    from reslora.language.arguments import MethodArguments
-    from reslora.language.trainer import attach
-
-    (arguments,) = HfArgumentParser(MethodArguments).parse_args_into_dataclasses(flags)
-    return attach(base, arguments, STEPS)
+    return attach(base, read(LlmOptions, "paper_cost.py", flags).adapter, STEPS)
 
 
 def main() -> None:
+    """Measure the step, and print seconds and peak memory (MiB)."""
     name, *flags = sys.argv[1:]
     torch.manual_seed(0)
     model = model_of(name, flags).train()

@@ -1,4 +1,4 @@
-"""What a training of `paper.py` has left, loaded by the project's own modules: merged by every method, and judged."""
+"""Load the trained models of `paper.py` with the project's modules, merge them by every method, and evaluate them."""
 
 from __future__ import annotations
 
@@ -7,37 +7,51 @@ from pathlib import Path
 
 import measured  # noqa: F401 - it puts this checkout before an installed one
 
-from reslora.common.adapters import load_adapter
-from reslora.common.signals import StopRequest
-from reslora.diffusion.data.dataset import load_images
-from reslora.diffusion.data.material import material_of
-from reslora.diffusion.output.exports import calibration_batches as image_batches
-from reslora.diffusion.output.reports import Validation
-from reslora.diffusion.processes import start_accelerator
-from reslora.diffusion.run import load_and_check, settle
-from reslora.diffusion.settings import parse_args
-from reslora.diffusion.training.denoising import DenoisingLoss
-from reslora.diffusion.training.state import add_adapter, config_of
-from reslora.language import llm, llm_arguments
-from reslora.language.llm_tasks import TASKS, examples_of
-from reslora.language.llm_trainer import calibration_batches
-from reslora.language.results import merge_table
+from reslora.images.accelerator import start_accelerator
+from reslora.images.data.dataset import load_images
+from reslora.images.data.training_data import material_of
+from reslora.images.denoising import DenoisingLoss
+from reslora.images.initial_lora import add_adapter, config_of
+from reslora.images.output.exports import calibration_batches as image_batches
+from reslora.images.output.reports import Validation
+from reslora.images.run import load_and_check, settle
+from reslora.images.settings import parse_args
+from reslora.methods.adapters import load_adapter
+from reslora.options.texts import LlmOptions
+from reslora.runtime.signals import StopRequest
+from reslora.texts import llm
+from reslora.texts.arguments import read
+from reslora.texts.llm_tasks import TASKS, examples_of
+from reslora.texts.llm_trainer import calibration_batches
+from reslora.texts.results import merge_table
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The checkpoint of the most steps."""
+    """Return the checkpoint of the last step."""
     return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def image_table(flags: list[str], method: Path) -> dict[str, dict]:
-    """Loss on held-out images of a train_sd.py method's last checkpoint, unmerged and merged by every method."""
+    """Return the loss on held-out images of a method's last checkpoint, unmerged and merged by every method."""
     flags = parse_args([*flags, "--output_dir", str(method.parent)])
-    context = settle(flags, start_accelerator(flags), StopRequest())
-    flags, accelerator = context.flags, context.accelerator
+    context = settle(
+        flags,
+        start_accelerator(flags),
+        StopRequest(),
+    )
+    flags, accelerator = context.options, context.accelerator
     pipeline, objective = load_and_check(context)
-    material = material_of([load_images(flags)], pipeline, objective, context)
+    material = material_of(
+        [load_images(flags.model, flags.data, flags.training, flags.output)], pipeline, objective, context
+    )
     denoiser = context.model.load_denoiser(context.dtype, accelerator.device)
-    add_adapter(denoiser, method.name, flags, config_of(method.name, flags, flags.max_train_steps))
+    add_adapter(
+        denoiser,
+        method.name,
+        flags.adapter,
+        flags.training,
+        config_of(method.name, flags.adapter, flags.training.max_train_steps),
+    )
     load_adapter(denoiser, newest_checkpoint(method))
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
     validation = Validation(loss, material, None, accelerator, context.stop)
@@ -46,10 +60,14 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
 
 
 def calibration_losses(flags: list[str], counts: Sequence[int], other: str, rows: list[dict]) -> dict[str, float]:
-    """Test loss of a train_llm.py run's last checkpoint, merged by `lstsq` from so many of its training examples; and
-    from the rows of another task, as many as the largest count."""
-    task, method, arguments = llm_arguments.parse(flags)
-    trainer, own = llm.build_trainer(task, method, arguments)
+    """Return the test loss of a train_llm.py run's last checkpoint after `lstsq` merges.
+
+    The merges read so many of its training examples and, with the largest count, examples of another task.
+    """
+    study = llm.LlmStudy()
+    parsed = study.arguments(read(LlmOptions, llm.PROG, flags))
+    arguments, own = parsed.training, study.read(parsed)
+    trainer = study.trainer(parsed, study.adapted(parsed), StopRequest())
     load_adapter(trainer.model, newest_checkpoint(Path(arguments.output_dir)))
     trainer.model.eval()
     foreign = [trainer.encoder(example) for example in examples_of(TASKS[other], other, rows)]

@@ -1,4 +1,4 @@
-"""Tables and plots of what `paper.py run` has measured, between the marks in RESULTS.md; `paper.py report` does it."""
+"""Tables and plots of the results of `paper.py run`, between the marks in RESULTS.md; used by `paper.py report`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterable
 
 import matplotlib
 import matplotlib.pyplot as plt
+import why_plots
+from matplotlib.figure import Figure
 from measured import RESULTS, ROOT
-from why_report import why_tables
+from why import EXPERIMENTS as OF_WHY
+from why_report import NOT_RUN, alpha_table, counted, records, summary_table, why_tables
 
 from reslora.merges import MERGES as FOR_LINKS
 
@@ -29,7 +32,7 @@ PAPER_COST = {"is": 1.07, "bs(4)": 1.79, "ms(4)": 1.36}
 
 
 def write(experiments: dict) -> None:
-    """Fills every marked part of RESULTS.md: `<!-- name -->` to `<!-- /name -->`; what has not run says so."""
+    """Fill every marked part of RESULTS.md, `<!-- name -->` to `<!-- /name -->`; missing results are reported there."""
     text = REPORT.read_text(encoding="utf-8")
     for name in re.findall(r"<!-- ([a-z0-9_-]+) -->", text):
         content, pattern = part(name, experiments), rf"(<!-- {name} -->).*?(<!-- /{name} -->)"
@@ -39,16 +42,18 @@ def write(experiments: dict) -> None:
 
 
 def part(name: str, experiments: dict) -> str:
-    """What stands between the marks of that name."""
+    """Return the content between the marks of that name."""
     special = {
-        "cost": cost_table, "speed": speed_tables, "state": lambda: state(experiments), "why": why_tables,
-        "limits": limits_table,
+        "cost": cost_table, "speed": speed_tables, "not-run": lambda: not_run(experiments), "limits": limits_table,
+        "merging": merging_table, "why": why_tables, "counted": counted, "summary": summary_table, "alpha": alpha_table,
+        "forest": lambda: plot_of_all("every comparison with LoRA", why_plots.forest, "why-forest.png"),
+        "rates": lambda: plot_of_all("loss by learning rate and method", why_plots.rates, "why-rates.png"),
     }  # fmt: skip
     return special[name]() if name in special else section(name, experiments)
 
 
 def results_of(name: str, variants: Iterable[str]) -> dict[str, list[dict]]:
-    """The final trainings of each variant at its chosen rate, by seed; variants with fewer than all seeds as well."""
+    """Return the final trainings of each variant at its chosen learning rate, by seed, also if seeds are missing."""
     found: dict[str, list[dict]] = {}
     for path in sorted((RESULTS / name).glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -57,7 +62,7 @@ def results_of(name: str, variants: Iterable[str]) -> dict[str, list[dict]]:
     chosen = {}
     for variant in variants:
         rates = {result["rate"] for result in found.get(variant, [])}
-        # On the pipeline the search's trainings lie here too: the chosen rate is the one that has most seeds.
+        # On the pipeline the trainings of the search are here too: the chosen learning rate has the most seeds.
         count = {rate: sum(result["rate"] == rate for result in found[variant]) for rate in rates}
         if count:
             rate = max(count, key=count.get)
@@ -66,10 +71,11 @@ def results_of(name: str, variants: Iterable[str]) -> dict[str, list[dict]]:
 
 
 def section(name: str, experiments: dict) -> str:
+    """Return the tables and plots of one experiment."""
     experiment = experiments[name]
     results = results_of(name, experiment.variants)
     if not results:
-        return "*Not run yet.*"
+        return NOT_RUN
     seeds = {len(found) for found in results.values()}
     parts = [f"Seeds per method: {', '.join(map(str, sorted(seeds)))}. Mean ± standard deviation over them."]
     if any(found for found in results.values()):
@@ -83,17 +89,18 @@ def section(name: str, experiments: dict) -> str:
 
 
 def spread(values: list[float], form: str = "{:.4f}") -> str:
-    """Mean and standard deviation; a single value stands alone."""
+    """Format mean and standard deviation, or a single value."""
     mean = form.format(statistics.mean(values))
     return f"{mean} ± {form.format(statistics.stdev(values))}" if len(values) > 1 else mean
 
 
 def curve(result: dict, figure: str = "loss", split: str = "validation") -> list[tuple[int, float]]:
+    """Return a figure of the log by step."""
     return [(row["step"], row[figure]) for row in result["log"] if row["split"] == split and figure in row]
 
 
 def steps_to(result: dict, level: float) -> float | None:
-    """First step at which the validation loss is as low as `level`, between rows by a straight line; None if never."""
+    """Return the first step at which the validation loss reaches `level`, interpolated between rows; None if never."""
     points = curve(result)
     for (before, high), (after, low) in zip([points[0], *points], points, strict=False):
         if low <= level:
@@ -102,15 +109,16 @@ def steps_to(result: dict, level: float) -> float | None:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *("| " + " | ".join(r) + " |" for r in rows)]
     return "\n".join(lines)
 
 
 def limits_table() -> str:
-    """What a merge by least squares keeps and misses, by what it is made from."""
+    """Return a table of what a least-squares merge retains and misses, by ridge and calibration examples."""
     found = [json.loads(path.read_text(encoding="utf-8"))["rows"] for path in (RESULTS / "merge_limits").glob("*.json")]
     if not found:
-        return "*Not run yet.*"
+        return NOT_RUN
     rows = []
     for index, row in enumerate(found[0]):
         if row["merge"] != "lstsq":
@@ -122,22 +130,22 @@ def limits_table() -> str:
             worst.append(max(same["missed"].values()))
         figures = [spread(shares, "{:.1f}") + "%", spread(means, "{:.3f}"), spread(worst, "{:.3f}")]
         rows.append([f"{row['ridge']:g}", str(row["examples"]), f"{row['tokens']:,}", *figures])
-    missed = ["missed, mean block", "missed, worst block"]
-    return table(["ridge", "examples", "tokens", "kept of the loss that none loses", *missed], rows)
+    missed = ["1 - R2, mean block", "1 - R2, worst block"]
+    return table(["ridge", "examples", "tokens", "share of the improvement retained", *missed], rows)
 
 
 # -- convergence (Figure 1, Table 9) -----------------------------------------------------------------------------------
 
 
 def convergence(name: str, results: dict[str, list[dict]]) -> str:
-    """Final validation loss, and the steps in which each method reaches LoRA's, seed by seed."""
+    """Return a table of final validation losses and of the steps until LoRA's final loss, and a plot."""
     finals = {result["seed"]: curve(result)[-1][1] for result in results.get("lora", [])}
     total = curve(next(iter(results.values()))[0])[-1][0]
     other = next((key for key in ("accuracy", "f1", "matthews", "pearson") if key in last_row(results)), None)
     rows = []
     for variant, found in results.items():
         reached = [steps_to(result, finals[result["seed"]]) for result in found if result["seed"] in finals]
-        # A run that never gets there counts as its whole length: the mean is then a lower bound.
+        # A run that never reaches it counts with all its steps: the mean is then a lower bound.
         never = sum(step is None for step in reached)
         steps = spread([total if step is None else step for step in reached], "{:.0f}") if reached else "—"
         cells = [variant, f"{found[0]['rate']:g}", spread([curve(result)[-1][1] for result in found])]
@@ -150,17 +158,19 @@ def convergence(name: str, results: dict[str, list[dict]]) -> str:
         "method",
         "learning rate",
         "validation loss",
-        "minus LoRA's, seed by seed",
+        "paired difference to LoRA",
         *([f"validation {other}"] if other else []),
     ]
     plot = plot_curves(name, results)
-    head.append(f"steps to LoRA's final loss, each at its rate (of {total})")
+    head.append(f"steps to LoRA's final loss, each at its learning rate (of {total})")
     return f"{table(head, rows)}\n\n![validation loss by step]({plot})"
 
 
 def rates(name: str, experiment) -> str:
-    """Where the search's trainings are final ones too, so that methods can be compared at equal learning rates: the
-    validation loss, and the steps to LoRA's final loss at the same rate and at its chosen one; seed 0."""
+    """Return tables by learning rate for seed 0, if the trainings of the search are final ones too.
+
+    They show the validation loss, and the steps to LoRA's final loss at the same learning rate and at its chosen one.
+    """
     if len(experiment.rates) < 2 or experiment.script != "train_sd.py":
         return ""
     grid = {variant: [at_rate(name, variant, rate) for rate in experiment.rates] for variant in experiment.variants}
@@ -175,12 +185,13 @@ def rates(name: str, experiment) -> str:
 
 
 def at_rate(name: str, variant: str, rate: float) -> dict | None:
+    """Return the result of seed 0 at a learning rate, if it has run."""
     path = RESULTS / name / f"{variant.replace(' ', '-')}-lr{rate:g}-seed0.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def rate_table(title: str, experiment, grid: dict, cell_of: Callable, levels: Iterable[float | None] = ()) -> str:
-    """Methods down, learning rates across; a cell shows a training and what it is measured against."""
+    """Return a table with methods as rows and learning rates as columns; `levels` are passed to `cell_of`."""
     levels = list(levels) or [None] * len(experiment.rates)
     rows = [
         [variant, *(cell_of(r, level) if r else "—" for r, level in zip(results, levels, strict=True))]
@@ -190,17 +201,19 @@ def rate_table(title: str, experiment, grid: dict, cell_of: Callable, levels: It
 
 
 def steps_in_words(result: dict, level: float) -> str:
+    """Return the steps to `level` as text."""
     steps = steps_to(result, level)
     return "never" if steps is None else f"{steps:.0f}"
 
 
 def last_row(results: dict[str, list[dict]]) -> dict:
+    """Return the last validation row of the first result."""
     rows = next(iter(results.values()))[0]["log"]
     return [row for row in rows if row["split"] == "validation"][-1]
 
 
 def plot_curves(name: str, results: dict[str, list[dict]]) -> str:
-    """Mean validation loss by step, and the range of the seeds as a band."""
+    """Plot the mean validation loss by step, with the range of the seeds as a band."""
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for variant, found in results.items():
         runs = [curve(result) for result in found]
@@ -217,6 +230,7 @@ def plot_curves(name: str, results: dict[str, list[dict]]) -> str:
 
 
 def saved(figure, name: str) -> str:
+    """Save a plot, and return its path in the repository."""
     figure.savefig(RESULTS / name, dpi=110, metadata={"Software": None})
     plt.close(figure)
     return f"benchmarks/results/{name}"
@@ -226,7 +240,7 @@ def saved(figure, name: str) -> str:
 
 
 def merges(results: dict[str, list[dict]]) -> str:
-    """Unmerged and merged by every method, on the data the methods are judged by."""
+    """Return tables of results unmerged and merged by every method, on the test split."""
     wired = {variant: found for variant, found in results.items() if len(found[0].get("table", {})) > 1}
     single = {variant: found for variant, found in results.items() if variant not in wired}
     if not wired:
@@ -242,17 +256,18 @@ def merges(results: dict[str, list[dict]]) -> str:
         parts.append(table([f"final {figure}", "unmerged", *columns], rows))
         shares = [[variant, *(kept(found, figure, merge) for merge in judged)] for variant, found in wired.items()]
         shares = [row for row in shares if set(row[1:]) != {"—"}]
-        parts.append(table([f"kept of the {figure} that none loses", *judged], shares))
+        parts.append(table([f"{figure}: share of the improvement retained", *judged], shares))
     return "\n\n".join(parts)
 
 
 def cell(found: list[dict], row: str, figure: str) -> str:
+    """Return one cell of the table of merges: mean and standard deviation over the seeds."""
     values = [result["table"][row][figure] for result in found if row in result.get("table", {})]
     return spread(values) if values else "—"
 
 
 def kept(found: list[dict], figure: str, merge: str) -> str:
-    """Of the change that dropping the shortcuts (`none`) makes, how much `merge` avoids; mean over the seeds."""
+    """Return the fraction of the loss from dropping the shortcuts (`none`) that `merge` avoids, over the seeds."""
     shares = []
     for result in found:
         rows = result["table"]
@@ -262,8 +277,17 @@ def kept(found: list[dict], figure: str, merge: str) -> str:
     return spread([100 * share for share in shares], "{:.1f}") + "%" if shares else "—"
 
 
+def merging_table() -> str:
+    """Return a table of the fraction that each merge retains, for all tasks."""
+    rows = []
+    for task in ("svamp", "sst2", "pipeline"):
+        for variant, found in results_of(task, ("is", "ms(4)")).items():
+            rows.append([task, variant, *(kept(found, "loss", merge) for merge in ("input", "weights", "lstsq"))])
+    return table(["task", "shortcut", "`input`", "`weights`", "`lstsq`"], rows) if rows else NOT_RUN
+
+
 def calibration(results: dict[str, list[dict]]) -> str:
-    """Test loss merged by lstsq from more and fewer examples, and from another task's."""
+    """Return a table of test losses after `lstsq` merges by number and task of the calibration examples."""
     studied = {variant: [r for r in found if "calibration" in r] for variant, found in results.items()}
     studied = {variant: found for variant, found in studied.items() if found}
     if not studied:
@@ -277,14 +301,14 @@ def calibration(results: dict[str, list[dict]]) -> str:
 
 
 def sweep(results: dict[str, list[dict]]) -> str:
-    """Final figures by the number of blocks that take part."""
+    """Return a table of final figures by `pre_num`."""
     figures = list(next(iter(results.values()))[0]["table"]["unmerged"])
     rows = [[v, *(cell(found, "unmerged", figure) for figure in figures)] for v, found in results.items()]
     return table(["method(pre_num)", *(f"unmerged {figure}" for figure in figures)], rows)
 
 
 def heat_maps(name: str, results: dict[str, list[dict]]) -> str:
-    """Frobenius norms of the merged blocks minus LoRA's, block by block down, pre_num across."""
+    """Plot Frobenius norms of the merged updates minus LoRA's, with blocks as rows and pre_num as columns."""
     lora = results_of("svamp", ["lora"]).get("lora")
     if not lora:
         return ""
@@ -307,6 +331,7 @@ def heat_maps(name: str, results: dict[str, list[dict]]) -> str:
 
 
 def short(layer: str) -> str:
+    """Return the number and the last component of a layer's name."""
     number = re.search(r"\.(\d+)\.", layer)
     return f"{number[1] if number else ''} {layer.rpartition('.')[2]}"
 
@@ -315,9 +340,10 @@ def short(layer: str) -> str:
 
 
 def cost_table() -> str:
+    """Return the table of step times and peak memory."""
     path = RESULTS / "cost" / "llm.json"
     if not path.is_file():
-        return "*Not run yet.*"
+        return NOT_RUN
     measured = json.loads(path.read_text(encoding="utf-8"))
     peft = measured.pop("peft")
     rows = []
@@ -332,18 +358,18 @@ def cost_table() -> str:
 
 
 def speed_tables() -> str:
-    """What speed.py and trainer.py have measured, each with the machine it was measured on."""
+    """Return tables of the results of speed.py and trainer.py, each with its machine."""
     parts = []
     for path in sorted([*(RESULTS / "speed").glob("*.json"), *(RESULTS / "trainer").glob("*.json")]):
         found = json.loads(path.read_text(encoding="utf-8"))
         machine = found["machine"]
         where = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
         parts.append(table([f"`{path.parent.name}/{path.stem}`, {where}", ""], speed_rows(found)))
-    return "\n\n".join(parts) or "*Not run yet.*"
+    return "\n\n".join(parts) or NOT_RUN
 
 
 def speed_rows(found: dict) -> list[list[str]]:
-    """Rows of one measurement: step times over PEFT's, seconds, ratios by round, or rates by loading processes."""
+    """Return the rows of one measurement: step times over PEFT's, seconds, ratios by round, or rates by workers."""
     if "shortcuts" in found:
         return [[name, step_figures(figures, found)] for name, figures in found["shortcuts"].items()]
     if "depth" in found:
@@ -352,7 +378,7 @@ def speed_rows(found: dict) -> list[list[str]]:
         return [[name, f"{seconds:.2f} s"] for name, seconds in found["seconds"].items()]
     if "cases" in found:
         return [
-            [f"{row['case']}: planned memory", f"{row['ratio']:.3f} of what was allocated"] for row in found["cases"]
+            [f"{row['case']}: planned memory", f"{row['ratio']:.3f} of the allocated memory"] for row in found["cases"]
         ]
     if "scale" in found:
         note = "" if found["quiet"] else " (not a quiet machine)"
@@ -375,7 +401,7 @@ def speed_rows(found: dict) -> list[list[str]]:
 
 
 def step_figures(figures: dict, found: dict) -> str:
-    """A step's time and memory over stock PEFT's."""
+    """Format a step's time and memory relative to stock PEFT's."""
     low, middle, high = figures["ratio_quartiles"]
     what = "peak memory" if found["device"] == "cuda" else "memory kept for the backward"
     step = f"{middle:.3f} ({low:.3f}-{high:.3f}) of stock PEFT's step, r = {found['rank']}, {found['rounds']} pairs"
@@ -383,13 +409,13 @@ def step_figures(figures: dict, found: dict) -> str:
 
 
 def scale_figures(row: dict) -> str:
-    """Memory until the last step, what is on disk, and the time to the first step."""
+    """Format the memory until the last step, the size on disk, and the time to the first step."""
     own, resident, encoded = (f"{row[key] / 2**20:.0f} MiB" for key in ("anonymous", "resident", "encoded"))
     return f"{own} its own, {resident} resident, {encoded} encoded, {row['until_first_step']:.0f} s to the first step"
 
 
 def merge_figures(figures: dict, found: dict) -> str:
-    """Memory beside the model, passes, and on a quiet machine the time."""
+    """Format the memory of a merge in addition to the model, its passes and, from a quiet machine, its time."""
     said = [f"{figures['bytes'] / 2**20:.0f} MiB"]
     if "passes" in figures:
         whole = f"{figures['bytes_in_one_pass'] / 2**30:.1f} GiB"
@@ -400,15 +426,17 @@ def merge_figures(figures: dict, found: dict) -> str:
 
 
 def over_rounds(values: list[float]) -> str:
-    """Median, lowest and highest; empty where no round has one."""
+    """Format median, lowest and highest value; "never" without values."""
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})" if values else "never"
 
 
-def state(experiments: dict) -> str:
-    """Which experiments have run, in how many trainings."""
-    rows = []
-    for name, experiment in experiments.items():
-        files = list((RESULTS / name).glob("*.json"))
-        done = "measured" if name == "cost" else f"{len(files)} trainings"
-        rows.append([f"`{name}`", experiment.shows, done if files else "not run"])
-    return table(["experiment", "stands beside the paper's", "run"], rows)
+def not_run(experiments: dict) -> str:
+    """Return a sentence that lists the experiments without a result."""
+    names = [name for name in experiments if not list((RESULTS / name).glob("*.json"))]
+    names += [name for name in OF_WHY if not (RESULTS / "why" / f"{name}.json").is_file()]
+    return f"Not run: {', '.join(f'`{name}`' for name in names)}."
+
+
+def plot_of_all(shows: str, plot: Callable[[], Figure], name: str) -> str:
+    """Return a plot of all experiments of `why.py` as a Markdown image."""
+    return f"![{shows}]({saved(plot(), name)})" if records() else NOT_RUN

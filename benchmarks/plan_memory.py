@@ -1,12 +1,12 @@
-"""What `train_sd.py --plan` says of a run's memory beside what the run then takes: small models of the families.
+"""Compare the memory plan of `train_sd.py --plan` with the memory that the run takes: small models of the families.
 
-    python benchmarks/plan_memory.py                        # each case in a process of its own
+    python benchmarks/plan_memory.py                        # each case in a separate process
     python benchmarks/plan_memory.py --sd15                 # README's command for Stable Diffusion, only planned
 
-`allocated` is the most that PyTorch's allocator had handed out on the CPU in each phase since the run began, as the
-profiler notes it: weights that are read from files as they are lie in mapped pages and are no part of it. `resident` is
-how much the process grew, pages of files, kernels' own memory and what the C library keeps included. Images and batches
-are large for these models, so that what is computed with is most of it, as with large ones.
+`allocated` is the peak of PyTorch's CPU allocator in each phase since the run began, as the profiler records it. It
+does not contain weights in mapped files. `resident` is the growth of the process, with pages of files, kernels' own
+memory and the C library's caches. Images and batches are large for these models, so that activations dominate, as they
+do in large models.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 
 import train_sd
-from reslora.common.memory import free_memory, peak_memory
-from reslora.common.signals import StopRequest
-from reslora.common.status import Status
-from reslora.diffusion.data import encoding
-from reslora.diffusion.data.folders import load_folders
-from reslora.diffusion.planning.plan import plan_of
-from reslora.diffusion.processes import start_accelerator
-from reslora.diffusion.run import settle
-from reslora.diffusion.settings import parse_args
-from reslora.diffusion.training import loop
+from reslora.images.accelerator import start_accelerator
+from reslora.images.data import encoding
+from reslora.images.data.folders import load_folders
+from reslora.images.memory.plan import plan_of
+from reslora.images.run import settle
+from reslora.images.settings import parse_args
+from reslora.runtime.peak_memory import free_memory, peak_memory
+from reslora.runtime.signals import StopRequest
+from reslora.runtime.status import Status
+from reslora.training import loop
 
 CASES = (
     ("stable_diffusion", "128"), ("stable_diffusion", "128", "--gradient_checkpointing"), ("flux", "128"),
@@ -54,7 +54,7 @@ SD15_CASES = (
     ("--train_batch_size", "4", "--gradient_checkpointing"), ("--train_batch_size", "4"),
     ("--train_batch_size", "1", "--gradient_checkpointing"),
 )  # fmt: skip
-PHASES = {  # as the status says them, and as the plan does
+PHASES = {  # phases of the run's status, and of the plan
     "encoding image": "encoding images", "encoding captions": "encoding captions", "step": "training",
     "sampling": "sampling", "merging": "exporting", "writing files": "exporting", "reading back": "exporting",
 }  # fmt: skip
@@ -63,7 +63,7 @@ MEBI = 2**20
 
 
 def flags_of(family: str, side: str, more: list[str], folder: Path) -> list[str]:
-    """The flags of a run of two steps with samples."""
+    """Return the options of a run of two steps with samples."""
     model = FAMILIES[family](folder / "model")
     image_folder(folder / "images", 8)
     given = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder / "images"), "--rank", "4"]
@@ -74,7 +74,7 @@ def flags_of(family: str, side: str, more: list[str], folder: Path) -> list[str]
 
 
 def plan_sd15() -> None:
-    """README's command with the shapes of Stable Diffusion 1.5, and with more and less memory for a step."""
+    """Plan README's command with the shapes of Stable Diffusion 1.5, with more and less memory for a step."""
     rows = []
     for case in SD15_CASES:
         with tempfile.TemporaryDirectory() as folder:
@@ -87,14 +87,14 @@ def plan_sd15() -> None:
 
 
 def sd15_flags(folder: Path) -> list[str]:
-    """The flags of a run with a model folder of Stable Diffusion 1.5's shapes: configurations without weights."""
+    """Return the options of a run with Stable Diffusion 1.5's configurations, without weights."""
     pipeline, model = trainer.sd15_pipeline("meta"), folder / "model"
     pipeline.save_config(model)
     for name, part in pipeline.components.items():
         if part is not None:
             save = part.config.save_pretrained if name == "text_encoder" else getattr(part, "save_config", None)
             (save or part.save_pretrained)(model / name)
-    # The trainer asks for a file of weights, and a plan reads only the shapes that are in it.
+    # The trainer requires a file of weights, but a plan reads only its shapes.
     save_file({"conv_in.bias": torch.zeros(320)}, model / "unet" / "diffusion_pytorch_model.safetensors")
     image_folder(folder / "images", 8)
     given = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder / "images")]
@@ -102,10 +102,13 @@ def sd15_flags(folder: Path) -> list[str]:
 
 
 def planned(flags: list[str]) -> dict:
-    """Bytes by phase, and the seconds that finding them took."""
+    """Return the planned bytes by phase, and the seconds of planning."""
     parsed = parse_args(flags)
     accelerator = start_accelerator(parsed)
-    images, context = load_folders(parsed), settle(parsed, accelerator, StopRequest())
+    images, context = (
+        load_folders(parsed.model, parsed.data, parsed.training, parsed.output),
+        settle(parsed, accelerator, StopRequest()),
+    )
     began = time.perf_counter()
     plan = plan_of(images, context, free_memory(CPU))
     return {"seconds": round(time.perf_counter() - began, 2), **{phase.name: phase.total for phase in plan.phases}}
@@ -113,7 +116,7 @@ def planned(flags: list[str]) -> dict:
 
 @contextlib.contextmanager
 def phases_noted(said: list[tuple[int, str]]) -> Iterator[None]:
-    """Notes which phase the run comes to."""
+    """Record the phases that the run enters, with the time in nanoseconds."""
 
     def note(owner: object, name: str, phase: str = "") -> None:
         before = getattr(owner, name)
@@ -127,13 +130,13 @@ def phases_noted(said: list[tuple[int, str]]) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         note(Status, "say")
-        note(loop, "take_step", "step")  # the status counts things that are done
+        note(loop, "take_step", "step")  # the status counts finished steps
         note(encoding, "encoded", "encoding image")
         yield
 
 
-def taken(flags: list[str]) -> dict:
-    """The most bytes that the run has at a time: allocated by phase, and resident in all."""
+def consume_request(flags: list[str]) -> dict:
+    """Return the run's peak bytes: allocated by phase, and resident in total."""
     said: list[tuple[int, str]] = []
     gc.collect()
     before = peak_now()
@@ -154,16 +157,16 @@ def taken(flags: list[str]) -> dict:
 
 
 def peak_now() -> int:
-    """What the process has in memory now, as the peak that `taken` starts from."""
+    """Reset the peak of resident memory, and return it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return peak_memory(CPU) or 0
 
 
 def main() -> None:
-    """Every case, and how near the plan is to it."""
+    """Run every case, and compare it with its plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # of processes that this one starts
+    parser.add_argument("--case", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # for the child processes
     parser.add_argument("--sd15", action="store_true", help="plan README's command for Stable Diffusion 1.5")
     arguments = parser.parse_args()
     if arguments.sd15:
@@ -173,7 +176,7 @@ def main() -> None:
         family, side, *more = arguments.case
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             flags = flags_of(family, side, more, Path(folder))
-            result = {"planned": planned(flags), "allocated": taken(flags)}
+            result = {"planned": planned(flags), "allocated": consume_request(flags)}
         print(json.dumps(result))
         return
     rows = []

@@ -1,10 +1,10 @@
-"""What train_sd.py's time to the first step and its memory do as images and captions become more.
+"""Measure how train_sd.py's time to the first step and memory grow with images and captions.
 
-Each run is a process of its own: the first encodes, the second finds all encoded, the third draws its images afresh.
-The models are tiny, but what is kept of an image is as large as Stable Diffusion's: eight variants of 4 x 64 x 64, and
-of a caption as wide as T5: 4,096. Two peaks are noted until the last step: `anonymous` is memory of the process's own,
-private and written to, which the system can only swap; `resident` also counts the pages of files that it maps, of
-libraries above all, which the system takes back when memory is short.
+Each run is a separate process: the first encodes, the second finds everything encoded, the third encodes in each step.
+The models are tiny, but the stored items have realistic sizes: eight variants of 4 x 64 x 64 per image, as for Stable
+Diffusion, and captions as wide as T5's, 4,096. Two peaks are recorded until the last step. `anonymous` is private
+memory, which the system can only swap. `resident` also counts pages of mapped files, mostly libraries, which the system
+reclaims if memory is short.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BLOCKS = {
 
 
 def add_arguments(add: Callable) -> None:
-    """Flags of `trainer.py scale`."""
+    """Add the options of `trainer.py scale`."""
     add("--images", type=int, nargs="*", default=[100, 1000, 10_000])
     add("--captions", type=int, nargs="*", default=[1000, 100_000], help="of T5's width, a thousand an image")
     add("--tokens", type=int, default=16, help="of each caption")
@@ -41,7 +41,7 @@ def add_arguments(add: Callable) -> None:
 
 
 def scale(args: argparse.Namespace) -> dict:
-    """A row for each size and run."""
+    """Return a row for each size and run."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -57,14 +57,14 @@ def scale(args: argparse.Namespace) -> dict:
 
 
 def images_of(folder: Path, count: int) -> tuple[Path, list[str]]:
-    """Images that are not square, at 64 x 64 latents: where the data is, and the flags."""
+    """Create non-square images for 64 x 64 latents; return the folder and the options."""
     model = stable_diffusion(folder / "model", unet=BLOCKS, vae=ENCODER | DECODER)
     image_folder(folder / "images", count)
     return folder, ["--pretrained_model_name_or_path", str(model), "--resolution", "64", "--random_flip"]
 
 
 def captions_of(folder: Path, count: int, tokens: int) -> tuple[Path, list[str]]:
-    """A thousand captions an image, no two of them alike."""
+    """Create a thousand different captions per image; return the folder and the options."""
     model = flux(folder / "model", text_encoder_2={"d_model": 4096}, transformer={"joint_attention_dim": 4096})
     image_folder(folder / "images", count // 1000, lambda image: [f"box {image} {i}" for i in range(1000)])
     flags = ["--pretrained_model_name_or_path", str(model), "--resolution", "32", "--max_sequence_length", str(tokens)]
@@ -72,7 +72,7 @@ def captions_of(folder: Path, count: int, tokens: int) -> tuple[Path, list[str]]
 
 
 def measure(data: str, folder: Path, flags: list[str], args: argparse.Namespace) -> list[dict]:
-    """The runs of one size, of which the data and what was encoded are then removed."""
+    """Return the rows of one size, and remove its data and encoded files."""
     flags = [*flags, "--train_data_dir", str(folder / "images"), "--cache_dir", str(folder / "cache")]
     flags += ["--method", "lora", "--report_to", "none", "--num_validation_images", "0", "--train_batch_size", "4"]
     flags += ["--max_train_steps", str(args.steps), "--num_inference_steps", "1"]

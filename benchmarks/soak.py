@@ -1,11 +1,11 @@
-"""Thirty visitors of the application at once, two of whom never read what they are sent: how long do the others wait?
+"""Measure waiting times of thirty simultaneous visitors of the application, two of whom never read their responses.
 
-    python benchmarks/soak.py                     # five minutes; kept in benchmarks/results/app/soak.json
+    python benchmarks/soak.py                     # five minutes; written to benchmarks/results/app/soak.json
 
-Each visitor loads the page, looks every two seconds as the page does by itself, and every ten seconds moves the slider
-of Compare to another step. The two who never read have asked for drawings, and hold their streams open. Kept are
-seconds of the requests, the server's memory every quarter of a minute, how much of it the second half of the time added
-(nothing, where nothing leaks), and threads and open files: at the beginning, the most, and when all have gone.
+Each visitor loads the page, polls every two seconds as the page does, and every ten seconds moves the slider of Compare
+to another step. The two who never read have requested images, and keep their streams open. The result has the seconds
+of the requests, the server's memory every 15 seconds, its growth in the second half (none without a leak), and the
+numbers of threads and open files: at the beginning, the highest, and after all have left.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ import psutil
 from measured import ROOT, Others, keep
 
 API, HOST = "/gradio_api", "127.0.0.1"
-LOOK, EVERY, WEIGHED = 2.0, 10.0, 15.0  # seconds between two looks, two comparisons, two measurements of memory
+LOOK, EVERY, WEIGHED = 2.0, 10.0, 15.0  # seconds between two polls, two comparisons, two measurements of memory
 T = TypeVar("T")
 
 
 def parse_args() -> argparse.Namespace:
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--clients", type=int, default=30)
@@ -44,20 +45,21 @@ def parse_args() -> argparse.Namespace:
 
 
 def free_port() -> int:
+    """Return a free TCP port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
 class Visitor:
-    """Somebody who has the page open."""
+    """A visitor who has the page open."""
 
     def __init__(self, number: int, address: str, kept: Kept) -> None:
         self.random, self.session, self.kept = random.Random(number), f"soak{number}", kept
         self.client = httpx.AsyncClient(base_url=address, timeout=120)
 
     async def stay(self, until: float) -> None:
-        """From some moment of the first seconds on."""
+        """Open the page after a random delay, and use it until the time `until`."""
         async with self.client:
             await asyncio.sleep(self.random.uniform(0, EVERY))
             config = (await self.kept.timed("page", self.client.get("/config"))).json()
@@ -74,12 +76,12 @@ class Visitor:
                 await asyncio.sleep(max(0.0, LOOK - (time.monotonic() - began)))
 
     async def look(self, number: int, values: list) -> None:
-        """What the page's timer asks: the event of that number, with what is shown."""
+        """Send the request of the page's timer: the event of that number, with the displayed values."""
         question = {"data": values, "fn_index": number, "session_hash": self.session}
         (await self.client.post(f"{API}/run/predict", json=question)).raise_for_status()
 
     async def call(self, name: str, *values: object) -> list:
-        """A named endpoint's answer; waits in the queue as a click does."""
+        """Return the response of a named endpoint, after waiting in the queue as a click does."""
         question = {"data": values, "session_hash": self.session}
         asked = await self.client.post(f"{API}/call/{name}", json=question)
         answer = await self.client.get(f"{API}/call/{name}/{asked.raise_for_status().json()['event_id']}")
@@ -91,13 +93,13 @@ class Visitor:
 
 @dataclass
 class Kept:
-    """Seconds of every kind of request, and what went wrong."""
+    """Seconds of every kind of request, and errors."""
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     errors: list[str] = field(default_factory=list)
 
     async def timed(self, kind: str, waiting: Awaitable[T]) -> T:
-        """The answer."""
+        """Await a response, and record its duration."""
         began = time.monotonic()
         try:
             return await waiting
@@ -108,7 +110,7 @@ class Kept:
             self.seconds[kind].append(time.monotonic() - began)
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """How many there were of each kind, and median, 95th percentile and longest in seconds."""
+        """Return the number of requests of each kind, and median, 95th percentile and maximum in seconds."""
         return {
             kind: {
                 "requests": len(found), "median": round(float(np.median(found)), 3),
@@ -119,7 +121,7 @@ class Kept:
 
 
 def never_read(host: str, port: int, run: str) -> socket.socket:
-    """A stream of drawings that somebody has asked for and reads nothing of."""
+    """Request a stream of images, and return its socket without reading from it."""
     with httpx.Client(base_url=f"http://{host}:{port}{API}", timeout=120) as client:
         wanted = {"prompt": "red apple", "images": 8, "steps": 100}
         values = []
@@ -135,20 +137,20 @@ def never_read(host: str, port: int, run: str) -> socket.socket:
 
 
 def size(process: psutil.Process) -> dict[str, int]:
-    """What a leak would make grow."""
+    """Return the sizes that a leak would increase."""
     memory = round(process.memory_info().rss / 2**20)
     return {"memory_mib": memory, "threads": process.num_threads(), "files": process.num_fds()}
 
 
 def grown(sizes: list[dict[str, int]]) -> dict:
-    """What becomes of the sizes, the last of which is after all visitors have gone."""
+    """Return how the sizes change; the last ones are from after all visitors have left."""
     memory = [each["memory_mib"] for each in sizes]
     ends = {name: [sizes[0][name], max(each[name] for each in sizes), sizes[-1][name]] for name in ("threads", "files")}
     return {"memory_mib": memory, "second_half_mib": memory[-1] - memory[len(memory) // 2], **ends}
 
 
 async def visits(args: argparse.Namespace, port: int, process: psutil.Process) -> dict:
-    """What all visitors saw."""
+    """Run all visitors, and return their measurements."""
     kept, address = Kept(), f"http://{HOST}:{port}"
     visitors = [Visitor(number, address, kept) for number in range(args.clients - args.silent)]
     run = (await Visitor(-1, address, Kept()).call("runs"))[0][0]
@@ -167,6 +169,7 @@ async def visits(args: argparse.Namespace, port: int, process: psutil.Process) -
 
 
 def main() -> None:
+    """Start the application, run the visitors, and write the result."""
     args = parse_args()
     port, others = free_port(), Others()
     with tempfile.TemporaryDirectory() as runs:
@@ -182,7 +185,7 @@ def main() -> None:
 
 
 def wait_for(port: int, server: subprocess.Popen) -> None:
-    """Until the page is served."""
+    """Wait until the page is served; exits with an error if the application ends."""
     for _ in range(600):
         if server.poll() is not None:
             raise SystemExit(f"the application ended with status {server.returncode}")

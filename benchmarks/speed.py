@@ -1,4 +1,4 @@
-"""Measures what ResLoRA costs as ratios against stock PEFT LoRA, each pair interleaved in one run.
+"""Measure the cost of ResLoRA as ratios to stock PEFT LoRA, with interleaved steps in one process.
 
     python benchmarks/speed.py steps            # training step of each shortcut, toy LLaMA and the bundled U-Net
     python benchmarks/speed.py steps --model sd15 --device cuda --dtype bfloat16
@@ -6,9 +6,9 @@
     python benchmarks/speed.py merge            # a U-Net of Stable Diffusion 1.5's size; SDXL, Flux, LLaMA-7B by layers
     python benchmarks/speed.py start            # import time, and the time to `train_sd.py --help`
 
-A ratio is the median over rounds of (ResLoRA step / PEFT step), the steps taken turn about so that all meet the same
-machine; the quartiles tell how far to trust it. The paper reports 1.07 (input), 1.79 (block, 4) and 1.36 (middle, 4).
-The figures are printed and kept in benchmarks/results/speed/; `paper.py report` draws tables of them.
+A ratio is the median over rounds of (ResLoRA step / PEFT step). Steps alternate, so that the machine's state affects
+both equally; the quartiles show the spread. The paper reports 1.07 (input), 1.79 (block, 4) and 1.36 (middle, 4). The
+figures are printed and written to benchmarks/results/speed/; `paper.py report` creates tables from them.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import reslora
 
 
 def main() -> None:
+    """Run the chosen measurement."""
     args = build_parser().parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -36,6 +37,7 @@ def main() -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("steps", "depth", "merge", "start"))
     parser.add_argument("--model", choices=tuple(speed_steps.MODELS), nargs="+", default=["llama", "bundled"])
@@ -49,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def merge(args: argparse.Namespace) -> None:
+    """Measure the merges of Stable Diffusion 1.5's U-Net, and of full-size models by layers."""
     others, seconds = Others(), {}
     for shortcut, method in (("block", "auto"), ("input", "weights"), ("middle", "weights")):
         unet, _, targets = speed_steps.sd15("cpu")
@@ -63,6 +66,7 @@ def merge(args: argparse.Namespace) -> None:
 
 
 def start(args: argparse.Namespace) -> None:
+    """Measure the time of imports and of `train_sd.py --help`."""
     trainer = [str(ROOT / "train_sd.py"), "--help"]
     commands = {
         "import peft": ["-c", "import peft"],
@@ -78,6 +82,7 @@ def start(args: argparse.Namespace) -> None:
 
 
 def command_time(words: list[str]) -> float:
+    """Return the shortest of three wall times of a Python command, in seconds."""
     times = []
     for _ in range(3):
         began = time.perf_counter()

@@ -1,9 +1,9 @@
-"""What merging costs at full size: every distinct layer is merged with random weights, and the model's layers added up.
+"""Measure the cost of merging at full size: merge every distinct layer with random weights, and add up the layers.
 
-The plan comes from the model itself, on the meta device: how many blocks of which shape, and which of them read one
-tensor. Seconds are the processor's on a CPU; those of `lstsq` leave out the forwards, of which every pass takes one a
-sample. Bytes are those of the tensors that are alive at a time beside the model, its activations and the samples; of
-`exact` merges, the new factors themselves.
+The plan comes from the model on the meta device: how many blocks of each shape, and which of them read the same tensor.
+On a CPU, seconds are processor time. Those of `lstsq` do not contain the forward passes, one per pass and sample. Bytes
+are the peak of live tensors in addition to the model, its activations and the samples; for `exact` merges, those of the
+new factors.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from transformers import LlamaConfig, LlamaModel
 import reslora
 from reslora import calibration, merging
 from reslora.chains import before_each
-from reslora.diffusion.model.families.flux import FAMILY
+from reslora.images.model.families.flux import FAMILY
 from reslora.regression import Inputs
 from reslora.shortcuts import shortcut_class
 
 sys.path.append(str(ROOT / "tests"))
 from live_tensors import LiveTensors
 
-ROWS = 2048  # that are added at a time
+ROWS = 2048  # added at a time
 REACH = 4  # of the block-shortcuts
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A block of the plan that has others before it."""
+    """A block with earlier blocks in its chain."""
 
     width: int
     out: int
     before: int
-    """How many blocks come before it in its chain."""
+    """The number of blocks before it in its chain."""
     rows: int
-    """How many tokens of one sample it reads."""
+    """The number of tokens per sample that it reads."""
     source: int
-    """A number of the tensor that it reads."""
+    """The identity of the tensor that it reads."""
 
 
 # -- models on the meta device ---------------------------------------------------------------------------------------
 
 
 def sdxl():
-    """The U-Net at 1024 x 1024, with the default targets."""
+    """Return the U-Net at 1024 x 1024, the default targets, and inputs."""
     unet = UNet2DConditionModel(
         sample_size=128, cross_attention_dim=2048, attention_head_dim=[5, 10, 20], use_linear_projection=True,
         block_out_channels=(320, 640, 1280), transformer_layers_per_block=[1, 2, 10],
@@ -68,7 +68,7 @@ def sdxl():
 
 
 def flux():
-    """Flux.1 dev at 1024 x 1024, with the default targets: attention, and the feed-forward layers of both streams."""
+    """Return Flux.1 dev at 1024 x 1024, the default targets (attention and both streams' feed-forward), and inputs."""
     inputs = {
         "hidden_states": torch.zeros(1, 4096, 64), "encoder_hidden_states": torch.zeros(1, 512, 4096),
         "pooled_projections": torch.zeros(1, 768), "timestep": torch.zeros(1), "guidance": torch.zeros(1),
@@ -78,7 +78,7 @@ def flux():
 
 
 def llama():
-    """LLaMA-7B on 512 tokens, all its linear layers."""
+    """Return LLaMA-7B, all its linear layers as targets, and 512 tokens as inputs."""
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return LlamaModel(LlamaConfig()), targets, {"input_ids": torch.zeros(1, 512, dtype=torch.long)}
 
@@ -87,7 +87,7 @@ MODELS = {"sdxl": sdxl, "flux": flux, "llama-7b": llama}
 
 
 def layers_of(build: Callable) -> list[Layer]:
-    """The linked blocks of a model, in the order in which they run."""
+    """Return the linked blocks of a model in execution order."""
     with torch.device("meta"):
         model, targets, inputs = build()
         inject_adapter_in_model(LoraConfig(r=1, target_modules=targets), model)
@@ -109,7 +109,7 @@ def layers_of(build: Callable) -> list[Layer]:
 
 
 def seconds(work: Callable, device: str) -> float:
-    """Of the processor on a CPU, where other work on the machine does not count; else by the clock."""
+    """Return the seconds of `work`: processor time on a CPU, so that other processes do not count, else wall time."""
     clock = time.process_time if device == "cpu" else time.perf_counter
     if device == "cuda":
         torch.cuda.synchronize()
@@ -121,7 +121,10 @@ def seconds(work: Callable, device: str) -> float:
 
 
 def least_squares(width: int, rank: int, device: str) -> dict[str, float]:
-    """Of one tensor that is read, and of one block that reads it; `bytes` beside what the tensor's regression takes."""
+    """Return the costs of one tensor that is read, and of one block that reads it.
+
+    `bytes` exclude the regression's own tensors.
+    """
     x, own = torch.randn(ROWS, width, device=device), torch.randn(ROWS, rank, device=device)
     moments, norm = merging.Moments(torch.randn(rank, width, device=device)), torch.ones((), device=device)
     moments.inputs = inputs = Inputs(x)
@@ -139,7 +142,7 @@ def least_squares(width: int, rank: int, device: str) -> dict[str, float]:
 
 
 def closed_form(width: int, out: int, rank: int, device: str) -> dict[str, dict[str, float]]:
-    """Of one block of the input-shortcut by its weights, and of one block of the block-shortcut."""
+    """Return the cost of one block of the input-shortcut merged by weights, and of one block of the block-shortcut."""
     weight = torch.randn(out, width, device=device)
     found = {}
     for method, shortcut in (("weights", "input"), ("exact", "block")):
@@ -162,7 +165,7 @@ def closed_form(width: int, out: int, rank: int, device: str) -> dict[str, dict[
 
 
 def passes(sizes: Iterable[tuple[int, int]], budget: int) -> list[int]:
-    """Bytes of each pass: what does not fit into one waits for the next, as `reslora.calibration` does it."""
+    """Return the bytes of each pass, with the same schedule as `reslora.calibration`."""
     found, sizes = [], list(sizes)
     while sizes:
         held, solving, later = 0, 0, []
@@ -177,12 +180,12 @@ def passes(sizes: Iterable[tuple[int, int]], budget: int) -> list[int]:
 
 
 def regression(layer: Layer, samples: int) -> tuple[int, int]:
-    """Bytes of the least squares on what a layer reads of all samples."""
+    """Return the bytes of the least squares on a layer's input of all samples: accumulated, and while solving."""
     return Inputs(torch.empty(0, layer.width)).nbytes(samples * layer.rows)
 
 
 def add_up(layers: list[Layer], squares: dict, closed: dict, samples: int, rank: int) -> dict:
-    """Seconds and bytes of a whole model by each method; `squares` by width, `closed` by width and output."""
+    """Return seconds and bytes of a complete model by each method; `squares` by width, `closed` by width and output."""
     sources = list({layer.source: layer for layer in layers}.values())
     sizes = [regression(layer, samples) for layer in sources]
     held = passes(sizes, calibration.BUDGET)
@@ -209,7 +212,7 @@ def add_up(layers: list[Layer], squares: dict, closed: dict, samples: int, rank:
 
 
 def at_scale(args: argparse.Namespace) -> None:
-    """Measures, prints and keeps what `speed.py merge` says of full-size models."""
+    """Measure, print and write the part of `speed.py merge` about full-size models."""
     rank, others = args.rank or 16, Others()
     squares: dict[int, dict] = {}
     closed: dict[tuple[int, int], dict] = {}

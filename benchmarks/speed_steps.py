@@ -1,7 +1,7 @@
-"""Training steps, taken turn about: stock PEFT LoRA's, each shortcut's, and the frozen model's alone.
+"""Interleaved training steps: stock PEFT LoRA's, each shortcut's, and the frozen model's only.
 
-The adapter-free step runs the frozen model forward, and backward to the first layer that PEFT would adapt. Nothing that
-trains these layers can be faster, so that the rows tell how much of PEFT's own cost a shortcut can still save.
+The adapter-free step runs the frozen model forward, and backward to the first layer that PEFT would adapt. No method
+that trains these layers can be faster, so the rows show how much of PEFT's own cost a shortcut could still save.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def steps(args: argparse.Namespace) -> None:
-    """All rows of each model, kept in speed/steps-<model>-<device>-<dtype>.json."""
+    """Measure all rows of each model, and write speed/steps-<model>-<device>-<dtype>.json."""
     for name in args.model:
         others = Others()
         base, batch, targets = MODELS[name](args.device)
@@ -46,7 +46,7 @@ def steps(args: argparse.Namespace) -> None:
 
 
 def depth(args: argparse.Namespace) -> None:
-    """Rows by the length of a chain and by `pre_num`, kept in speed/depth-<device>-<dtype>.json."""
+    """Measure rows by the length of a chain and by `pre_num`, and write speed/depth-<device>-<dtype>.json."""
     others, rank, rows = Others(), args.rank or 8, []
     for blocks in DEPTHS:
         base, batch, targets = llama(args.device, layers=blocks, width=256, batch=4)
@@ -60,13 +60,14 @@ def depth(args: argparse.Namespace) -> None:
 
 
 def line(row: str, figures: dict) -> str:
+    """Format the figures of a row."""
     low, middle, high = figures["ratio_quartiles"]
     step = f"step {middle:.3f} of PEFT's (quartiles {low:.3f} {high:.3f}; PEFT {figures['peft_seconds'] * 1e3:.1f} ms)"
     return f"{row:11} {step}, {figures['memory_ratio']:.3f} of its memory"
 
 
 def figures_of(base: nn.Module, batch: dict, targets: list[str], rank: int, wanted: dict, args) -> dict:
-    """By row: quartiles of the step's ratio to PEFT's, PEFT's own seconds, and the ratio of the memory."""
+    """Return, by row, quartiles of the step's ratio to PEFT's, PEFT's own seconds, and the ratio of the memory."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     frozen = twin(base).requires_grad_(False)
     begin_gradients(frozen, targets)
@@ -89,7 +90,7 @@ def figures_of(base: nn.Module, batch: dict, targets: list[str], rank: int, want
 
 
 def turn_about(taken: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step, one after the other, the order turned round each time."""
+    """Return the seconds of all steps, taken in turn, with the order reversed in every other round."""
     times: dict[str, list[float]] = {row: [] for row in taken}
     for number in range(rounds):
         for row in reversed(taken) if number % 2 else taken:
@@ -119,14 +120,14 @@ class Step:
         return time.perf_counter() - began
 
     def loss(self) -> torch.Tensor:
-        """The language model's own loss, or the mean square of what a U-Net returns."""
+        """Return the language model's own loss, or the mean square of a U-Net's output."""
         with torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.dtype == "bfloat16"):
             output = self.model(**self.batch)
         return output.loss if "labels" in self.batch else output.sample.float().square().mean()
 
 
 def measured_memory(step: Step, args: argparse.Namespace) -> int:
-    """Bytes at the peak of a step on CUDA; elsewhere those that the forward keeps for the backward."""
+    """Return the peak bytes of a step on CUDA; on other devices, the bytes saved for the backward pass."""
     step()
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -141,7 +142,7 @@ def measured_memory(step: Step, args: argparse.Namespace) -> int:
 
 @contextmanager
 def saved_storages() -> Iterator[dict[int, int]]:
-    """Bytes of everything that is saved for a backward, by storage."""
+    """Record the bytes of all storages that are saved for the backward pass."""
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,12 +155,12 @@ def saved_storages() -> Iterator[dict[int, int]]:
 
 
 def twin(base: nn.Module) -> nn.Module:
-    """A copy that shares the frozen weights: a large model is there once."""
+    """Return a copy that shares the frozen weights, so that a large model is in memory once."""
     return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
 def begin_gradients(model: nn.Module, targets: list[str]) -> None:
-    """Lets gradients begin where PEFT's would: behind the layers that would be adapted."""
+    """Let gradients begin after the layers that PEFT would adapt."""
 
     def begin(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         return output if output.requires_grad else output.detach().requires_grad_()
@@ -170,6 +171,7 @@ def begin_gradients(model: nn.Module, targets: list[str]) -> None:
 
 
 def synchronize(device: str) -> None:
+    """Wait for the device, if it is CUDA."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -178,7 +180,7 @@ def synchronize(device: str) -> None:
 
 
 def llama(device: str, layers: int = 8, width: int = 512, batch: int = 8):
-    """A toy LLaMA, 8 layers of width 512, batch 8 x 128."""
+    """Return a toy LLaMA, by default 8 layers of width 512, with a batch of 8 x 128 tokens, and its targets."""
     config = LlamaConfig(
         vocab_size=1000,
         hidden_size=width,
@@ -192,33 +194,34 @@ def llama(device: str, layers: int = 8, width: int = 512, batch: int = 8):
 
 
 def bundled(device: str):
-    """The bundled U-Net, batch 16."""
+    """Return the bundled U-Net with a batch of 16, and its targets."""
     unet = UNet2DConditionModel.from_pretrained(ROOT / "assets" / "pipeline", subfolder="unet", dtype=torch.float32)
     return unet.to(device), unet_batch(unet, 16, 12, device), ATTENTION
 
 
 def sd15(device: str):
-    """A U-Net of Stable Diffusion 1.5's size with random weights, batch 4 at 512 x 512 pixels."""
+    """Return a random U-Net of Stable Diffusion 1.5's size, batch 4 at 512 x 512 pixels, and its targets."""
     with torch.device(device):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     return unet, unet_batch(unet, 4, 77, device), ATTENTION
 
 
 def sdxl(device: str):
-    """A U-Net of Stable Diffusion XL's size with random weights, one image of 1024 x 1024 pixels."""
+    """Return a random U-Net of Stable Diffusion XL's size, one image of 1024 x 1024 pixels, and its targets."""
     with torch.device(device):
         unet, targets, inputs = speed_merge.sdxl()
     return unet, {name: fresh(value) for name, value in inputs.items()}, targets
 
 
 def fresh(value: torch.Tensor | dict) -> torch.Tensor | dict:
-    """Random numbers in place of zeros."""
+    """Return random values in place of zeros."""
     if isinstance(value, dict):
         return {name: fresh(inner) for name, inner in value.items()}
     return torch.randn_like(value) if value.is_floating_point() else value
 
 
 def unet_batch(unet, count: int, tokens: int, device: str) -> dict:
+    """Return a random batch for a U-Net."""
     config = unet.config
     return {
         "sample": torch.randn(count, config.in_channels, config.sample_size, config.sample_size, device=device),

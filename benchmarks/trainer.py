@@ -1,4 +1,4 @@
-"""Measures what train_sd.py costs: beside diffusers' own script, when it loads many images, and after it has sampled.
+"""Measure train_sd.py: compared with diffusers' script, loading many images, and after generating samples.
 
     python benchmarks/trainer.py diffusers      # the bundled pipeline, 64 x 64 pixels, batch 16
     python benchmarks/trainer.py diffusers --model sd15 --mixed_precision bf16
@@ -6,19 +6,19 @@
     python benchmarks/trainer.py loader         # 10,000 images through the trainer's two loading paths, no model
     python benchmarks/trainer.py memory         # step time and memory before, between and after validation samples
     python benchmarks/trainer.py scale          # time to the first step and memory by images and captions: scale.py
-    python benchmarks/trainer.py overhead       # what it adds to a step, on a simulated device (overhead.py)
-    python benchmarks/trainer.py first_step     # until training begins, over loading the files (whole_runs.py)
-    python benchmarks/trainer.py default --before CHECKOUT   # README's first command beside an earlier commit's
-    python benchmarks/trainer.py buckets        # a step with buckets beside one without
+    python benchmarks/trainer.py overhead       # overhead per step, on a simulated device (overhead.py)
+    python benchmarks/trainer.py first_step     # time until training begins, over loading the files (whole_runs.py)
+    python benchmarks/trainer.py default --before CHECKOUT   # README's first command compared with an earlier commit
+    python benchmarks/trainer.py buckets        # a step with buckets compared with one without
 
-`diffusers` runs `train_sd.py --method lora` and diffusers' train_text_to_image_lora.py alternately, each as a process
-of its own on the same model, images, batch, resolution, rank and number of steps, with its own defaults otherwise. A
-ratio is the median over the rounds, with the lowest and the highest. Steps are timed from one optimizer step to the
-next, without the first ones; what comes before them (imports, loading, for train_sd.py encoding once) is printed apart,
-and so is the time of the whole process, which for train_sd.py holds merging, exporting and reading back as well.
-The figures are printed and kept in benchmarks/results/trainer/; `paper.py report` draws tables of them.
+`diffusers` runs `train_sd.py --method lora` and diffusers' train_text_to_image_lora.py alternately. Each is a separate
+process with the same model, images, batch size, resolution, rank and number of steps, otherwise with its own defaults.
+A ratio is the median over the rounds, with the lowest and the highest. Steps are timed from one optimizer step to the
+next, without the first ones. The time before them (imports, loading, for train_sd.py encoding once) is printed
+separately, and so is that of the complete process, which for train_sd.py includes merging, exporting and reading back.
+The figures are printed and written to benchmarks/results/trainer/; `paper.py report` creates tables from them.
 
-The sd15 form was never run where this was written: there was no GPU.
+The sd15 form has not been run yet, for lack of a GPU.
 """
 
 from __future__ import annotations
@@ -51,23 +51,24 @@ from scale import MEBI, TRAINER
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from watched import WARM_UP, Watched
 
-from reslora.common.signals import StopRequest
-from reslora.diffusion.arguments import Flags
-from reslora.diffusion.context import Context
-from reslora.diffusion.data.batch import Batch
-from reslora.diffusion.data.dataset import ImageDataset, load_images
-from reslora.diffusion.data.encoding import Variants, encode_images, encode_texts
-from reslora.diffusion.data.samples import Material, training_loader
-from reslora.diffusion.data.size import Size
-from reslora.diffusion.data.sources import Source
-from reslora.diffusion.model.families.base import Family
-from reslora.diffusion.model.objective import DdpmObjective
-from reslora.diffusion.settings import parse_args
+from reslora.images.data.batch import Batch
+from reslora.images.data.dataset import ImageDataset, load_images
+from reslora.images.data.encoding import Variants, encode_images, encode_texts
+from reslora.images.data.samples import Material, training_loader
+from reslora.images.data.size import Size
+from reslora.images.data.sources import Source
+from reslora.images.model.families.base import Family
+from reslora.images.model.objective import DdpmObjective
+from reslora.images.settings import parse_args
+from reslora.options.images import Options
+from reslora.runtime.signals import StopRequest
+from reslora.training.context import Context
 
 EXAMPLE = "examples/text_to_image/train_text_to_image_lora.py"
 
 
 def main() -> None:
+    """Run the chosen measurement, and write its result."""
     args = build_parser().parse_args()
     print(", ".join(f"{name} {value}" for name, value in machine().items() if value is not None), flush=True)
     name = f"diffusers-{args.model}" if args.what == "diffusers" else args.what
@@ -81,6 +82,7 @@ def main() -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     add = commands.add_parser(
@@ -116,13 +118,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def spread(values: list[float], digits: int = 2) -> str:
+    """Format median, lowest and highest value."""
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
-# -- beside diffusers ------------------------------------------------------------------------------------------------
+# -- compared with diffusers -----------------------------------------------------------------------------------------
 
 
 def diffusers(args: argparse.Namespace) -> dict:
+    """Compare train_sd.py with diffusers' script."""
     batch = args.batch or (4 if args.model == "sd15" else 16)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -132,7 +136,7 @@ def diffusers(args: argparse.Namespace) -> dict:
         flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--seed", "0"]
         flags += ["--resolution", str(resolution), "--train_batch_size", str(batch), "--rank", str(args.rank)]
         flags += ["--max_train_steps", str(args.steps), "--mixed_precision", args.mixed_precision]
-        flags += ["--max_train_samples", str(images // batch * batch)]  # diffusers' last batch is a smaller one else
+        flags += ["--max_train_samples", str(images // batch * batch)]  # so that diffusers' last batch is full
         runs: dict[str, list[Watched]] = {"theirs": [], "ours": []}
         for number in range(args.rounds):
             order = list(runs) if number % 2 else list(reversed(runs))
@@ -152,6 +156,7 @@ def diffusers(args: argparse.Namespace) -> dict:
 
 
 def report_round(number: int, runs: dict[str, list[Watched]], batch: int) -> None:
+    """Print the figures of both scripts in one round."""
     for name, title in (("theirs", "diffusers"), ("ours", "train_sd")):
         run = runs[name][-1]
         print(
@@ -163,7 +168,7 @@ def report_round(number: int, runs: dict[str, list[Watched]], batch: int) -> Non
 
 
 def ratios_of(runs: dict[str, list[Watched]]) -> dict[str, list[float]]:
-    """train_sd.py over diffusers' script, round by round."""
+    """Return the ratios of train_sd.py to diffusers' script, by round."""
     pairs = list(zip(runs["theirs"], runs["ours"], strict=True))
     more = [ours.until_first_step - theirs.until_first_step for theirs, ours in pairs]
     saved = [theirs.step - ours.step for theirs, ours in pairs]
@@ -177,7 +182,7 @@ def ratios_of(runs: dict[str, list[Watched]]) -> dict[str, list[float]]:
 
 
 def downloaded(folder: Path) -> Path:
-    """diffusers' example at the installed version, from its repository."""
+    """Download diffusers' example script of the installed version from its repository."""
     address = f"https://raw.githubusercontent.com/huggingface/diffusers/v{version('diffusers')}/{EXAMPLE}"
     print(f"downloading {address}", flush=True)
     try:
@@ -191,19 +196,19 @@ def downloaded(folder: Path) -> Path:
 
 
 def bundled(folder: Path) -> tuple[Path, Path, int]:
-    """The bundled pipeline as if it were anyone's: train_sd.py's defaults for its own are not for comparing."""
+    """Copy the bundled pipeline, because train_sd.py has special defaults for the original."""
     shutil.copytree(ROOT / "assets" / "pipeline", folder / "model")
     return folder / "model", ROOT / "assets" / "openmoji", 64
 
 
 def sd15(folder: Path) -> tuple[Path, Path, int]:
-    """Stable Diffusion 1.5's shapes with random weights, and 64 images of 512 x 512."""
+    """Create a model of Stable Diffusion 1.5's shapes with random weights, and 64 images of 512 x 512."""
     sd15_pipeline("cuda" if torch.cuda.is_available() else "cpu").to("cpu").save_pretrained(folder / "model")
     return folder / "model", photographs(folder / "images", 64), 512
 
 
 def sd15_pipeline(device: str) -> StableDiffusionPipeline:
-    """A pipeline of Stable Diffusion 1.5's shapes with random weights; without weights on the meta device."""
+    """Return a pipeline of Stable Diffusion 1.5's shapes with random weights; on the meta device, without weights."""
     text = CLIPTextConfig(
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         max_position_embeddings=77, projection_dim=768,
@@ -234,7 +239,7 @@ MODELS = {"bundled": bundled, "sd15": sd15}
 
 
 def photographs(folder: Path, count: int, different: int = 64) -> Path:
-    """`count` JPEG files of 512 x 512 with as much detail as a photograph, `different` of them unlike each other."""
+    """Write `count` JPEG files of 512 x 512 pixels with the detail of a photograph, `different` of them distinct."""
     folder.mkdir()
     random = np.random.default_rng(0)
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as metadata:
@@ -247,26 +252,27 @@ def photographs(folder: Path, count: int, different: int = 64) -> Path:
                 PIL.Image.fromarray(pixels).save(path, quality=90)
             else:
                 same = (folder / f"{number % different:05d}.jpg").read_bytes()
-                path.write_bytes(same + str(number).encode())  # what is behind the image makes it one to encode
+                path.write_bytes(same + str(number).encode())  # the appended bytes change its content hash
             metadata.write(json.dumps({"file_name": path.name, "text": f"photograph {number}"}) + "\n")
     return folder
 
 
 class CostlessFamily(Family):
-    """Stable Diffusion 1.5's shapes, from encoders that take no time: what is left is loading."""
+    """Stable Diffusion 1.5's shapes with encoders that take no time, so that only loading is measured."""
 
     name = "costless"
 
     def encode_captions(self, pipeline, captions, longest):
-        """As many text states of zeros."""
+        """Return text states of zeros."""
         return {"states": torch.zeros(len(captions), 77, 768)}
 
     def encode_images(self, vae, pixels):
-        """As many moments of zeros."""
+        """Return moments of zeros."""
         return torch.zeros(len(pixels), 2, 4, 64, 64)
 
 
 def loader(args: argparse.Namespace) -> dict:
+    """Measure loading by number of worker processes."""
     torch.set_num_threads(1)  # as in the worker processes
     with tempfile.TemporaryDirectory() as folder:
         data = photographs(Path(folder) / "images", args.images)
@@ -274,7 +280,7 @@ def loader(args: argparse.Namespace) -> dict:
         flags += ["--resolution", "512", "--train_batch_size", str(args.batch), "--max_train_steps", "1000000"]
         flags = parse_args([*flags, "--output_dir", str(Path(folder) / "run")])
         began = time.perf_counter()
-        images = load_images(flags)
+        images = load_images(flags.model, flags.data, flags.training, flags.output)
         found = {"scan_seconds": time.perf_counter() - began, "workers": {}}
         print(f"finding {args.images} images and checking their headers: {found['scan_seconds']:.1f} s", flush=True)
         for workers in args.workers:
@@ -284,34 +290,35 @@ def loader(args: argparse.Namespace) -> dict:
     return found
 
 
-def loading(args: argparse.Namespace, flags: Flags, images: ImageDataset, cache: Path) -> dict[str, float]:
-    """Rates of encoding (but for the encoders' own time), and of making samples of what is encoded and what is not."""
-    workers, size = flags.dataloader_num_workers, Size(flags.resolution, flags.resolution)
+def loading(args: argparse.Namespace, flags: Options, images: ImageDataset, cache: Path) -> dict[str, float]:
+    """Return rates of encoding (without the encoders' own time), and of loading encoded and unencoded samples."""
+    workers, size = flags.data.dataloader_num_workers, Size(*flags.data.resolution * 2)
     flags, model = flags.replace(cache_dir=str(cache)), SimpleNamespace(family=CostlessFamily())
     context = Context(flags, model, Accelerator(cpu=True), StopRequest())
     vae = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     began = time.perf_counter()
-    latents, _ = encode_images(Variants(images, [size] * len(images), flags), "", vae, context)
+    latents, _ = encode_images(Variants(images, [size] * len(images), flags.data, flags.training), "", vae, context)
     rates = {"encoding, images/s": args.images / (time.perf_counter() - began)}
     print(f"{workers} workers  encoding  {rates['encoding, images/s']:8.1f} images/s", flush=True)
     texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)
     objective, numbers = DdpmObjective(DDPMScheduler()), tuple(range(len(images)))
     for what, encoded in (("not cached", None), ("cached", latents)):
         source = Source(images, encoded, numbers, (), (size,), (0,) * len(images))
-        material = Material((source,), texts, objective, {size: (4, 64, 64)}, flags)
+        parts = flags.adapter, flags.data, flags.training, flags.validation
+        material = Material((source,), texts, objective, {size: (4, 64, 64)}, *parts)
         rates[f"{what}, samples/s"] = loading_rate(what, batches_of(material), args.images, workers)
         rates[f"{what}, share waited"] = consume(args, workers, what, batches_of(material))
     return rates
 
 
 def batches_of(material: Material) -> Iterator[Batch]:
-    """One pass over the images, as training gets them."""
-    count = len(material.sources[0].train) // material.flags.train_batch_size
+    """Return the training batches of one pass over the images."""
+    count = len(material.sources[0].train) // material.training.train_batch_size
     return iter(training_loader(material, range(count), processes=1, rank=0, pin=False))
 
 
 def loading_rate(what: str, stream: Iterator, images: int, workers: int) -> float:
-    """Images per second of a stream that gives `images` of them."""
+    """Return images per second of a stream that yields `images` of them."""
     next(stream)  # the workers start
     began, count = time.perf_counter(), 1
     for _ in stream:
@@ -323,7 +330,7 @@ def loading_rate(what: str, stream: Iterator, images: int, workers: int) -> floa
 
 
 def consume(args: argparse.Namespace, workers: int, what: str, stream: Iterator, seconds: float = 20) -> float:
-    """Takes batches no faster than a GPU would; the share of the time it waited for them."""
+    """Take batches at a GPU's rate; return the fraction of time spent waiting for them."""
     next(stream)
     began, waited, batches = time.perf_counter(), 0.0, 0
     for _ in range(int(seconds * args.rate / args.batch)):
@@ -343,7 +350,7 @@ def consume(args: argparse.Namespace, workers: int, what: str, stream: Iterator,
 
 
 def memory(args: argparse.Namespace) -> dict:
-    """The same run with and without validation samples, alternately."""
+    """Compare the same run with and without validation samples, alternately."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model, data, resolution = bundled(folder)
@@ -368,7 +375,7 @@ def memory(args: argparse.Namespace) -> dict:
 
 
 def left_behind(sampling: Watched, without: Watched, args: argparse.Namespace) -> dict[str, float]:
-    """What sampling changes in time and memory of the steps around it, and what stays in memory afterwards."""
+    """Return how sampling changes time and memory of the steps around it, and what stays in memory afterwards."""
     sampled = tuple(range(0, args.steps + 1, args.every))
     step, plain = statistics.median(sampling.durations(sampled)), statistics.median(without.durations(sampled))
     first, last = sampling.ends[WARM_UP : args.every], sampling.ends[-args.every + 1 :]
@@ -384,6 +391,7 @@ def left_behind(sampling: Watched, without: Watched, args: argparse.Namespace) -
 
 
 def median_step(ends: list[float]) -> float:
+    """Return the median duration between consecutive ends of steps."""
     return statistics.median(b - a for a, b in itertools.pairwise(ends))
 
 

@@ -1,7 +1,7 @@
-"""Runs a training script in a process of its own and notes time and memory after each of its optimizer steps.
+"""Run a training script in a separate process, and record time and memory after each of its optimizer steps.
 
-`Watched(script, flags, folder)` starts this file as `python watched.py RECORD SCRIPT FLAG ...`. It imports nothing that
-the script may want to set something before, torch above all.
+`Watched(script, flags, folder)` starts this file as `python watched.py RECORD SCRIPT FLAG ...`. It imports nothing,
+torch above all, that the script may need to configure before importing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WARM_UP = 5  # steps that are not timed
 
 
 def probe(record: Path, script: str, flags: list[str]) -> None:
-    """Runs a training script in this process and notes time and memory after each optimizer step."""
+    """Run a training script in this process, and record time and memory after each optimizer step."""
     began, marks = time.perf_counter(), []
 
     def note(*_) -> None:
@@ -46,7 +46,7 @@ def probe(record: Path, script: str, flags: list[str]) -> None:
 
 
 def after_import(name: str, action: Callable) -> None:
-    """Calls `action` with a module when the script has imported it: a script may have things to set before."""
+    """Call `action` with a module after the script has imported it, so that this file need not import it."""
 
     class Finder(importlib.abc.MetaPathFinder):
         def find_spec(self, wanted, path, target=None):
@@ -62,7 +62,7 @@ def after_import(name: str, action: Callable) -> None:
 
 
 def anonymous(process: int) -> int:
-    """Bytes of memory that are a process's own and of no file; 0 where the system doesn't tell."""
+    """Return the bytes of a process's private memory; 0 if unknown."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -71,7 +71,7 @@ def anonymous(process: int) -> int:
 
 
 class PeakAnonymous(threading.Thread):
-    """Looks at a process's own memory time and again: the system keeps no peak of it."""
+    """Polls a process's private memory, because the system records no peak of it."""
 
     def __init__(self, process: int, seconds: float = 0.05) -> None:
         super().__init__(daemon=True)
@@ -82,14 +82,14 @@ class PeakAnonymous(threading.Thread):
             self.peak = max(self.peak, anonymous(self.process))
 
     def end(self) -> int:
-        """The peak."""
+        """Stop polling, and return the peak."""
         self.ended.set()
         self.join()
         return self.peak
 
 
 def resident() -> int:
-    """Bytes of this process in memory now; 0 where the system doesn't tell."""
+    """Return this process's resident memory in bytes; 0 if unknown."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -97,7 +97,7 @@ def resident() -> int:
 
 
 class Watched:
-    """What `probe` saw of a script: when each step ended, and the memory then."""
+    """The record of `probe` about a script: the end of each step, and memory at that time."""
 
     def __init__(self, script: Path, flags: list[str], folder: Path):
         record, log = folder / "marks.json", folder / "log.txt"
@@ -114,14 +114,14 @@ class Watched:
         if status:
             process.returncode = os.waitstatus_to_exitcode(status)
             sys.exit(f"{script} failed:\n{log.read_text()[-2000:]}")
-        process.returncode = 0  # waited for already
+        process.returncode = 0  # already waited for
         marks = json.loads(record.read_text())
         self.ends, self.resident, self.peaks = (list(column) for column in zip(*marks, strict=True))
         self.peak_at_last_step = self.peaks[-1]
         self.peak_of_process = usage.ru_maxrss * 1024
 
     def durations(self, skip: tuple[int, ...] = ()) -> list[float]:
-        """Seconds of each step after the warm-up; steps that follow one in `skip` are left out."""
+        """Return the seconds of each step after the warm-up, without steps that follow one in `skip`."""
         pairs = zip(self.ends, self.ends[1:], strict=False)
         return [b - a for step, (a, b) in enumerate(pairs, 1) if step >= WARM_UP and step not in skip]
 
@@ -134,7 +134,7 @@ class Watched:
         return self.ends[0] - self.step
 
     def figures(self) -> dict:
-        """Seconds and bytes, for keeping."""
+        """Return seconds and bytes for the results."""
         names = ("step", "until_first_step", "seconds", "peak_at_last_step", "peak_of_process")
         return {name: getattr(self, name) for name in names}
 

@@ -1,9 +1,9 @@
-"""Whole runs of train_sd.py: README's first command beside another checkout's, the time until training begins, and a
-step with buckets beside one without.
+"""Measure complete runs of train_sd.py: its default run, the time until training begins, and steps with buckets.
 
-A run's time is that of its process, from the launcher to the last line. Until training begins: with everything
-encoded by a run before, the time to the end of the first step without the step itself, over what a process takes that
-imports diffusers and loads the same pipeline with `from_pretrained`.
+README's first command is compared with that of another checkout; a run's time is that of its process, from the launcher
+to the last line. The time until training begins is measured with everything encoded by an earlier run. It is the time
+to the end of the first step, without the step itself, over that of a process that imports diffusers and loads the same
+pipeline with `from_pretrained`. A step with buckets is compared with one without.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOAD = "import sys; from diffusers import StableDiffusionPipeline; StableDiffusi
 
 
 def seconds_of(command: list[str], **environment: str) -> float:
-    """Wall time of a command that has to succeed, in a folder that holds no package by chance."""
+    """Return the wall time of a command that must succeed, run in an empty folder."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
@@ -36,7 +36,7 @@ def seconds_of(command: list[str], **environment: str) -> float:
 
 
 def default_run(args: argparse.Namespace) -> dict:
-    """README's first command in this checkout and in the one of `--before`, turn about."""
+    """Time README's first command in this checkout and in that of `--before`, alternately."""
     checkouts = {"before": args.before.resolve(), "now": ROOT}
     seconds: dict[str, list[float]] = {name: [] for name in checkouts}
     for number in range(args.rounds):
@@ -52,7 +52,7 @@ def default_run(args: argparse.Namespace) -> dict:
 
 
 def buckets(args: argparse.Namespace, bundled: Callable[[Path], tuple[Path, Path, int]], trainer: Path) -> dict:
-    """A step with --use_aspect_ratio_buckets over one without, on square images, whose steps compute the same."""
+    """Compare a step with buckets with one without, on square images, where both compute the same."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model, data, resolution = bundled(folder)
@@ -73,7 +73,7 @@ def buckets(args: argparse.Namespace, bundled: Callable[[Path], tuple[Path, Path
 
 
 def first_step(args: argparse.Namespace, pipeline_of: Callable[[Path], tuple[Path, Path, int]], trainer: Path) -> dict:
-    """Until training begins, over the loading of the same files; the first run, which encodes, is not counted."""
+    """Time until training begins, over loading the same files; the first run, which encodes, is not counted."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model, data, _ = pipeline_of(folder)

@@ -1,15 +1,16 @@
-"""When do shortcuts help, and why? The experiments that decide it, run by the trainers' own experiment command.
+"""When do shortcuts help, and why? The deciding experiments, run by the trainers' own experiment command.
 
-    python benchmarks/why.py list                          # what there is, and how far it has come
-    python benchmarks/why.py run transformer unet          # these, smallest first; all by default
-    python benchmarks/why.py run unet --minutes 60         # so long; the same command goes on
-    python benchmarks/paper.py report                      # tables of it in RESULTS.md
+    python benchmarks/why.py list                          # the experiments and their progress
+    python benchmarks/why.py run transformer unet          # only these, smallest first; all by default
+    python benchmarks/why.py run unet --minutes 60         # stops after an hour; the same command resumes
+    python benchmarks/paper.py report                      # their tables in RESULTS.md
 
-RESULTS.md says what was expected before any of it ran. Each experiment is one command of `train_sd.py` or
-`train_llm.py` with several methods, rates and seeds, and goes on where it was stopped. Its `experiment.json`, without
-what belongs to this machine, is kept as benchmarks/results/why/NAME.json, also of one that is not finished.
+RESULTS.md has the hypotheses, written before any experiment ran. Each experiment is one command of `train_sd.py`,
+`train_llm.py` or `train_glue.py` with several methods, learning rates and seeds, and resumes where it was stopped. Its
+`experiment.json`, without this machine's paths, is written to benchmarks/results/why/NAME.json, even if it is not
+finished.
 
-SVAMP and SST-2 need a model and the data set, from the hub or from local folders: --llm FOLDER, --encoder FOLDER,
+SVAMP and SST-2 need a model and the data set, from the Hub or from local folders: --llm FOLDER, --encoder FOLDER,
 --text FOLDER (it holds svamp/train.jsonl and so on). The transformers of 6 and 24 layers come from
 assets/make/train_flow.py: --depth FOLDER holds 6/pipeline and 24/pipeline.
 """
@@ -26,7 +27,7 @@ from pathlib import Path
 import torch
 from measured import RESULTS, ROOT, check_names, machine
 
-from reslora.files import read_object, write_json
+from reslora.io import read_object, write_json
 
 SCRATCH = ROOT / "runs" / "why"
 KEPT = RESULTS / "why"
@@ -35,17 +36,17 @@ SEEDS = ("0", "1", "2", "3", "4")
 CONTROLS = ("lora", "lora_x2", "lora_x4", "lora_matched", "is_placebo", "ms_placebo")
 METHODS = (*CONTROLS, "reslora")
 BASELINES = ("lora", "loha", "lokr", "dora", "oft")
-"""Apart: their best rates are many times higher, and each method of an experiment is tried at as many."""
+"""In a separate experiment, because their best learning rates are far higher, and all methods try equally many."""
 FEWER = ("lora", "lora_x2", "lora_matched", "is_placebo", "ms_placebo")
-"""What 1 and 2 cannot do without: an arm of a language model takes minutes."""
+"""The controls that hypotheses 1 and 2 require; one run of a language model takes minutes."""
 UNDERTRAINED = ("lora", "lora_x2", "lora_x4")
-"""What 5 cannot do without, beside `ms(4)`, which converges fastest: an arm of SVAMP takes five minutes and more."""
+"""The controls that hypothesis 5 requires; `ms(4)` converges fastest, and one run of SVAMP takes over five minutes."""
 SHORTCUTS = ("input", "block", "middle")
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One command."""
+    """One experiment command."""
 
     script: str
     shows: str
@@ -56,10 +57,10 @@ class Experiment:
     pre_nums: tuple[str, ...] = ("4",)
     seeds: tuple[str, ...] = SEEDS
     needs: str = ""
-    """What of this command line it cannot do without."""
+    """The option of this command line that it requires."""
 
     def command(self, name: str, args: argparse.Namespace) -> list[str]:
-        """What is run; {llm}, {encoder}, {text} and {depth} in its flags are the folders of the command line."""
+        """Return the command; {llm}, {encoder}, {text} and {depth} in its flags are replaced by options."""
         flags = [flag.format(**vars(args)) for flag in self.flags]
         several = ["--method", *self.methods, "--learning_rate", *self.rates, "--seed", *self.seeds]
         several += ["--shortcut", *self.shortcuts, "--pre_num", *self.pre_nums] if "reslora" in self.methods else []
@@ -72,11 +73,11 @@ class Experiment:
         return [str(ROOT / self.script), *flags, *several, "--extend_rates", "--output_dir", str(SCRATCH / name)]
 
 
-# Steps of few images: an arm takes half a minute of one core, and there are hundreds.
+# Steps of few images: a run takes half a minute of one core, and there are hundreds.
 IMAGE_FLAGS = (
     *("--train_batch_size", "4", "--validation_steps", "100", "--max_validation_images", "16", "--test_split", "0.2"),
     *("--num_validation_images", "0", "--report_to", "none"),
-    *("--snr_gamma", "0"),  # trained on what is measured: all timesteps count alike in the held-out loss
+    *("--snr_gamma", "0"),  # train on what is measured: all timesteps have the same weight in the held-out loss
 )
 TEXT_FLAGS = (
     *("--model_name_or_path", "{llm}", "--task", "svamp", "--data_dir", "{text}/svamp", "--report_to", "none"),
@@ -88,13 +89,13 @@ PRE_NUM = {
     "methods": ("lora", "reslora"), "shortcuts": SHORTCUTS[1:], "pre_nums": ("1", "2", "5", "-1"),
     "rates": IMAGE_RATES[1:4], "seeds": SEEDS[:3],
 }  # fmt: skip
-"""4 is in the experiment of all methods, which has LoRA's arms as well and says which rates are worth a trial."""
+"""4 is in the experiment of all methods, which has LoRA's runs as well and shows which learning rates to try."""
 DEPTH = {
     "methods": ("lora", "lora_x2", "lora_matched", "reslora"), "rates": IMAGE_RATES[1:4], "seeds": SEEDS[:3],
     "needs": "depth",
 }  # fmt: skip
-"""What 4 cannot do without: a step of 24 layers takes four times as long as one of 6."""
-# What train_sd.py takes by itself where the pipeline is a bundled one.
+"""The methods that hypothesis 4 requires: a step of 24 layers takes four times as long as one of 6."""
+# The defaults of train_sd.py for the bundled pipelines.
 BUNDLED = ("--train_data_dir", "assets/openmoji", "--resolution", "64", "--max_train_steps", "200")
 GLUE_FLAGS = (
     *("--model_name_or_path", "{encoder}", "--task_name", "sst2", "--data_dir", "{text}/sst2", "--report_to", "none"),
@@ -106,22 +107,24 @@ TEXT_RATES = ("1e-3", "2e-3", "4e-3")
 
 
 def images(pipeline: str, shows: str, *flags: str, rates: tuple[str, ...] = IMAGE_RATES, **more) -> Experiment:
+    """Return an experiment of train_sd.py."""
     flags = ("--pretrained_model_name_or_path", pipeline, *IMAGE_FLAGS, *flags)
     return Experiment("train_sd.py", shows, rates, flags, **more)
 
 
 def svamp(steps: int, rank: int) -> Experiment:
+    """Return an experiment on SVAMP."""
     every = str(steps // 4)
     flags = (*TEXT_FLAGS, "--max_steps", str(steps), "--eval_strategy", "steps", "--eval_steps", every)
     flags += ("--save_steps", every, "--lora_r", str(rank))
-    # Where a processor has no instructions for bf16, that takes longer than float32.
+    # On processors without bf16 instructions, bf16 is slower than float32.
     flags += ("--bf16",) if steps > 60 else ()
     few = {"methods": (*UNDERTRAINED, "reslora"), "shortcuts": SHORTCUTS[2:], "seeds": SEEDS[:3]}
     shows = f"SVAMP, {steps} steps, rank {rank} (reslora is ms(4))"
     return Experiment("train_llm.py", shows, TEXT_RATES, flags, **few, needs="text")
 
 
-# Smallest first: that is the order in which they run.
+# In the order in which they run, the smallest first.
 EXPERIMENTS = {
     "transformer": images("assets/pipeline-flow", "the bundled transformer, rank 16"),
     "unet": images("assets/pipeline", "the bundled U-Net, rank 16"),
@@ -145,6 +148,7 @@ EXPERIMENTS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["list", "run", "keep"], help="keep: of what has run, without running more")
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help=f"of {', '.join(EXPERIMENTS)}")
@@ -160,6 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    """List or run the experiments, or write their records."""
     parser = build_parser()
     args = parser.parse_args()
     check_names(parser, args.experiments, EXPERIMENTS)
@@ -176,14 +181,14 @@ def main() -> None:
 
 
 def progress(record: dict) -> str:
-    """How many of its arms have been trained."""
+    """Format how many of an experiment's runs have ended."""
     arms = record.get("arms", [])
     ended = sum(arm["status"] in ("finished", "failed") for arm in arms)
     return f"{ended} of {len(arms)} arms" if arms else "not run"
 
 
 def run(name: str, command: list[str]) -> None:
-    """One experiment, to its end or as long as it may take; what there is of it is kept either way."""
+    """Run one experiment to its end or its time limit, and write its record in any case."""
     print(f"{name}: {shlex.join(command)}", flush=True)
     try:
         ended = subprocess.run([sys.executable, *command], check=False).returncode
@@ -194,7 +199,7 @@ def run(name: str, command: list[str]) -> None:
 
 
 def keep(name: str) -> None:
-    """Keeps the record of an experiment without folders and process of this machine."""
+    """Write the record of an experiment without this machine's folders and process."""
     record = read_object(SCRATCH / name / "experiment.json")
     if not record:
         return
@@ -204,7 +209,7 @@ def keep(name: str) -> None:
 
 
 def without_folders(value):
-    """What is kept, with the last part alone of a path of this machine."""
+    """Return a value with only the last component of absolute paths."""
     if isinstance(value, dict):
         return {key: without_folders(part) for key, part in value.items()}
     if isinstance(value, list):

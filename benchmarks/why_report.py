@@ -1,24 +1,29 @@
-"""Tables of what `why.py run` has found: the labels of each experiment, and the pairs that decide its hypotheses."""
+"""Tables of the results of `why.py run`: a summary, the labels of each experiment, and the pairs of its hypotheses."""
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from measured import ROOT
 from why import EXPERIMENTS, KEPT, Experiment
 
-from reslora.diffusion.model.families import load_family
-from reslora.diffusion.model.loading import Model
-from reslora.diffusion.settings import read_index
-from reslora.experiment.statistics import rerun, tested, verdicts
+from reslora.experiment.record import Verdict
+from reslora.experiment.statistics import arrays_of, judge, rerun, tested, verdict_of, verdicts
+from reslora.images.model.families import load_family
+from reslora.images.model.loading import Model
+from reslora.images.refusals import read_index
 
 SHORTCUTS = ("input", "block(4)", "middle(4)")
-WIRED = ("reslora", *(f"reslora {kind}" for kind in SHORTCUTS))  # the first where an experiment has one kind alone
-# Which label stands beside which, by hypothesis: a shortcut beside LoRA at its scale, its placebo, and larger alphas.
+WIRED = ("reslora", *(f"reslora {kind}" for kind in SHORTCUTS))  # the first if an experiment has only one kind
+NOT_RUN = "*Not run yet.*"
+ENDED = ("finished", "failed")
+# The reference of each label, by hypothesis: LoRA at the shortcut's scale, its placebo, and larger alphas.
 PAIRS = {
     "scale": {f"reslora {kind}": f"lora_matched {kind}" for kind in SHORTCUTS},
     "information": {"reslora input": "is_placebo", "reslora middle(4)": "ms_placebo"},
@@ -27,56 +32,136 @@ PAIRS = {
 }
 
 
-def why_tables() -> str:
-    """A section of every experiment that has run, at least in part."""
+class Kept(NamedTuple):
+    """The record of an experiment that has run, at least in part."""
+
+    title: str
+    record: dict
+    unit: str
+    """The training data: images or examples."""
+
+
+def records() -> list[Kept]:
+    """Return all records in order, each followed by that of the previous bundled pipeline, if any."""
     found = []
     for name, experiment in EXPERIMENTS.items():
-        path = KEPT / f"{name}.json"
-        if path.is_file():
-            kind = "images" if experiment.script == "train_sd.py" else "examples"
-            record = json.loads(path.read_text(encoding="utf-8"))
-            found.append(section(experiment.shows + when(experiment, record), record, kind))
-    return "\n\n".join(found) or "*Not run yet.*"
+        unit = "images" if experiment.script == "train_sd.py" else "examples"
+        for path in (KEPT / f"{name}.json", KEPT / f"{name}-before.json"):
+            if path.is_file():
+                record = json.loads(path.read_text(encoding="utf-8"))
+                title = experiment.shows + when(experiment, record)
+                found.append(Kept(title[:1].upper() + title[1:], record, unit))
+    return found
+
+
+def why_tables() -> str:
+    """Return a section for every experiment that has run."""
+    return "\n\n".join(section(*each) for each in records()) or NOT_RUN
+
+
+def summary_table() -> str:
+    """Return a row for every experiment: its significant differences, and the shortcut with the lowest loss."""
+    rows = []
+    for title, record, _ in records():
+        found = to_lora(record)
+        of_shortcuts = [verdict for verdict in found if verdict["label"].startswith("reslora")]
+        lowest = min(of_shortcuts, key=lambda verdict: verdict["relative"], default=None)
+        ended = [arm for arm in record["arms"] if arm["status"] in ENDED]
+        seeds = sorted({verdict["seeds"] for verdict in found})
+        cells = [title, str(len(ended)), f"{sum(arm['seconds'] for arm in ended) / 3600:.1f}", str(record["readings"])]
+        cells.append(" to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))))
+        for which in ("better", "worse"):
+            cells.append(f"{sum(verdict['conclusion'] == which for verdict in found)} of {len(found)}")
+        difference, interval, _, detectable = compared(lowest)
+        cells += [lowest["label"] if lowest else "", difference, interval, detectable]
+        rows.append("| " + " | ".join(cells) + " |")
+    head = ["experiment", "runs", "hours", "test reads", "seeds", "below LoRA", "above LoRA"]
+    head += ["lowest shortcut", "difference", "95% CI", "MDE"]
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows]) if rows else NOT_RUN
+
+
+def counted() -> str:
+    """How many comparisons of a shortcut with LoRA are significant, and the minimum detectable effects; a sentence."""
+    found = [
+        (unit, verdict)
+        for _, record, unit in records()
+        for verdict in to_lora(record)
+        if verdict["label"].startswith("reslora")
+    ]
+    if not found:
+        return NOT_RUN
+    below, above = (sum(verdict["conclusion"] == which for _, verdict in found) for which in ("better", "worse"))
+    effects = []
+    for kind in ("images", "examples"):
+        sizes = [verdict["detectable"] for unit, verdict in found if unit == kind and verdict["detectable"] is not None]
+        if sizes:
+            name = "images" if kind == "images" else "text"
+            effects.append(f"{min(sizes):.2f}% to {max(sizes):.2f}% for {name}")
+    return (
+        f"Of {len(found)} comparisons of a shortcut with LoRA, {below} end significantly below it and {above} above. "
+        f"The minimum detectable effect (80% power) is {' and '.join(effects)}."
+    )
+
+
+def alpha_table() -> str:
+    """Return a table of the learning rates chosen with LoRA's alpha, and with two and four times it."""
+    labels, rows = ("lora", "lora_x2", "lora_x4"), []
+    for title, record, _ in records():
+        found = [record["chosen"][label]["learning_rate"] for label in labels if label in record["chosen"]]
+        if len(found) > 1:
+            cells = [f"{rate:g}" for rate in found] + [""] * (3 - len(found))
+            half = "yes" if math.isclose(2 * found[1], found[0]) else "no"
+            rows.append("| " + " | ".join([title, *cells, half]) + " |")
+    head = "| experiment | alpha | twice | four times | half the learning rate with twice the alpha |"
+    return "\n".join([head, "|---" * 5 + "|", *rows]) if rows else NOT_RUN
+
+
+def to_lora(record: Mapping) -> list[Verdict]:
+    """Every label of an experiment compared with LoRA, corrected together."""
+    tests = tested(record["arms"], record["chosen"])
+    return compare(record, tests, {label: "lora" for label in tests if label != "lora" and "lora" in tests})
+
+
+def compare(record: Mapping, tests: Mapping[str, np.ndarray], references: Mapping[str, str]) -> list[Verdict]:
+    """Labels compared with their references, corrected for these pairs and for the readings of the test split."""
+    return [verdict_of(test) for test in judge(arrays_of(tests), references.items(), record["readings"])]
 
 
 def when(experiment: Experiment, record: Mapping) -> str:
-    """That it was trained from a pipeline which has been exchanged since, if so."""
+    """Return " (previous weights)" if the bundled pipeline has been replaced since the experiment."""
     used = record.get("identity", {}).get("model", "")
     bundled = [flag for flag in experiment.flags if flag.startswith("assets/pipeline")]
-    return " (as it was bundled before)" if bundled and used and used != content(ROOT / bundled[0]) else ""
+    return " (previous weights)" if bundled and used and used != content(ROOT / bundled[0]) else ""
 
 
 @functools.cache
 def content(pipeline: Path) -> str:
-    """What an experiment's identity says of a pipeline."""
+    """Return a pipeline's fingerprint, as in an experiment's identity."""
     family = load_family(read_index(pipeline, str(pipeline))["_class_name"])
     return Model(pipeline, family, str(pipeline)).fingerprint()
 
 
-def section(what: str, record: dict, kind: str = "images") -> str:
-    """One experiment's labels, then its pairs; `kind`: of what it learns from."""
+def section(title: str, record: dict, unit: str = "images") -> str:
+    """Return the tables of one experiment: its labels, then its pairs."""
     arms, split = record["arms"], record["split"]
-    ended = [arm for arm in arms if arm["status"] in ("finished", "failed")]
-    # Earlier records of images have the whole part, of which no more were measured.
+    ended = [arm for arm in arms if arm["status"] in ENDED]
+    # Earlier records of images have the full selection part, of which no more than this were measured.
     select = min(split["select"], record["settings"].get("max_validation_images") or split["select"])
-    parts = f"{split['train']} {kind} trained on, {select} that choose, {split['test']} that compare"
-    lines = [f"**{what[:1].upper()}{what[1:]}.** {len(ended)} of {len(arms)} arms; {parts}."]
+    parts = f"{split['train']} training {unit}, {select} in the selection split, {split['test']} in the test split"
+    lines = [f"**{title}.** {len(ended)} of {len(arms)} runs; {parts}."]
     tests = tested(arms, record["chosen"])
     if tests:
-        lines += [label_table(record, tests), rerun_line(tests), pair_table(tests)]
+        lines += [label_table(record, tests), rerun_line(tests), pair_table(record, tests)]
     return "\n\n".join(filter(None, lines))
 
 
 def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
-    """Each label's chosen rate and checkpoint, its test loss, and LoRA beside it."""
-    references = {label: "lora" for label in tests if label != "lora" and "lora" in tests}
-    said = {verdict["label"]: verdict for verdict in verdicts(tests, references)}
-    rows = [
-        "| | rate | step | seeds | test loss | one more seed | beside LoRA | 95% | one more seed | could have shown |"
-    ]
+    """Each label's chosen learning rate and checkpoint, its test loss, and its difference to LoRA."""
+    found = {verdict["label"]: verdict for verdict in to_lora(record)}
+    rows = ["| | learning rate | step | seeds | test loss | 95% PI | to LoRA | 95% CI | 95% PI | MDE |"]
     rows.append("|---" * 10 + "|")
     for label, losses in sorted(tests.items(), key=lambda item: np.nanmean(item[1])):
-        choice, verdict = record["chosen"][label], said.get(label)
+        choice, verdict = record["chosen"][label], found.get(label)
         rate = f"{choice['learning_rate']:g}" + (" (end of the grid)" if choice["at_end"] else "")
         of_seeds = losses[np.isfinite(losses).all(1)].mean(1)
         cells = [label, rate, str(choice["step"]), str(len(of_seeds)), f"{of_seeds.mean():.4f}"]
@@ -86,7 +171,7 @@ def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
 
 
 def rerun_line(tests: dict[str, np.ndarray]) -> str:
-    """How often a seed, as a rerun, falls into what the others state for one more seed, and for the mean of all."""
+    """Return how often a seed lies in the intervals that the other seeds predict for a rerun and for the mean."""
     references = {label: "lora" for label in tests if label != "lora"}
     seeds = min(len(losses) for losses in tests.values())
     if "lora" not in tests or not references or seeds < 3:
@@ -104,44 +189,42 @@ def rerun_line(tests: dict[str, np.ndarray]) -> str:
             if np.isfinite(again) and stated:
                 losses_of_one.append(within(again, stated))
     return (
-        f"Each seed as a rerun: {sum(losses_of_one)} of {len(losses_of_one)} test losses and {sum(of_one)} of "
-        f"{len(of_one)} differences to LoRA lie within what the other seeds state for one more seed (95%); "
-        f"{sum(of_mean)} differences within the interval of the mean."
+        f"Leaving one seed out: {sum(losses_of_one)} of {len(losses_of_one)} test losses and {sum(of_one)} of "
+        f"{len(of_one)} differences to LoRA lie within the prediction interval (PI) of the other seeds, and "
+        f"{sum(of_mean)} differences within the confidence interval (CI) of their mean."
     )
 
 
 def within(value: float, stated: tuple[float, float]) -> bool:
-    """Whether an interval holds it."""
+    """Return whether an interval contains a value."""
     return bool(stated[0] <= value <= stated[1])
 
 
 def ends(stated: tuple[float, float] | None, form: str) -> str:
-    """An interval, or nothing."""
+    """Format an interval, or return an empty string."""
     return f"{stated[0]:{form}} to {stated[1]:{form}}" if stated else ""
 
 
 def compared(verdict: Mapping | None) -> list[str]:
-    """Difference, intervals and detectable size in percent; stars where Holm's correction leaves it standing."""
+    """Return difference, intervals and MDE in percent; bold if significant after Holm's correction."""
     if verdict is None:
         return [""] * 4
     star = "**" if verdict["conclusion"] in ("better", "worse") else ""
     difference = f"{star}{verdict['relative']:+.2f}%{star}"
-    if verdict["interval"] is None:
-        return [difference, "", ends(verdict["rerun"], "+.2f"), ""]
     stated = (ends(verdict[name], "+.2f") for name in ("interval", "rerun"))
-    return [difference, *stated, f"{verdict['detectable']:.2f}%"]
+    return [difference, *stated, "" if verdict["detectable"] is None else f"{verdict['detectable']:.2f}%"]
 
 
-def pair_table(tests: dict[str, np.ndarray]) -> str:
+def pair_table(record: dict, tests: dict[str, np.ndarray]) -> str:
     """The pairs that decide, those of a hypothesis corrected together."""
     rows = []
     for question, references in PAIRS.items():
         there = {ours: theirs for ours, theirs in references.items() if ours in tests and theirs in tests}
-        for verdict in verdicts(tests, there):
+        for verdict in compare(record, tests, there):
             rows.append(
                 "| " + " | ".join([question, verdict["label"], verdict["reference"], *compared(verdict)]) + " |"
             )
     if not rows:
         return ""
-    head = "| question | label | beside | difference | 95% | one more seed | could have shown |"
+    head = "| question | label | compared with | difference | 95% CI | 95% PI | MDE |"
     return "\n".join([head, "|---" * 7 + "|", *rows])

@@ -1,11 +1,11 @@
-"""ResLoRA (Shi et al., 2024): residual shortcuts between the LoRA blocks of neighbouring layers, merged for inference.
+"""ResLoRA (Shi et al., 2024): residual shortcuts between the LoRA blocks of neighboring layers, merged for inference.
 
 model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
 reslora.connect(model, reslora.ResLoraConfig(shortcut="block", pre_num=4))
 ...                                     # train as usual
 report = reslora.merge(model, calibration=batches)  # plain LoRA from here on
 
-Names are imported when they are first used: a script that only parses its flags does not wait for torch and PEFT.
+Names are imported on first use: a script that only parses its options does not wait for torch and PEFT.
 """
 
 import importlib
@@ -13,7 +13,7 @@ import sys
 import types
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Block": "chains",
@@ -30,28 +30,29 @@ _HOMES = {
     "merge": "model",
     "save": "checkpoint",
 }
-_MODULES = ("calibration", "export")  # which are named as a whole
+_MODULES = ("calibration", "export")  # modules that are attributes of the package
 
 __all__ = sorted(_HOMES)
 
 
 class _Package(types.ModuleType):
-    """The package; importing the module `reslora.chains` does not hide the function of that name."""
+    """The type of the package: `reslora.chains` stays the function after the module of the same name was imported."""
 
     @property
     def chains(self) -> Any:
-        """The function of `reslora/chains.py`."""
+        """The function `chains` of `reslora/chains.py`."""
         return importlib.import_module(".chains", __name__).chains
 
     @chains.setter
     def chains(self, module: types.ModuleType) -> None:
-        """What the import system does when it has loaded the module."""
+        """Ignore the assignment with which the import system sets a submodule as an attribute of its package."""
 
 
 sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name or module on first use."""
     if name in _HOMES:
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     if name in _MODULES:
@@ -60,4 +61,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """Return all names, also those that are not imported yet."""
     return sorted({*globals(), *__all__, *_MODULES})

@@ -1,4 +1,4 @@
-"""Calibration: the unmerged model runs on a few batches, and every wired block's moments are collected."""
+"""Run the unmerged model on calibration batches and collect the statistics of every connected block."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .common.errors import first_line
+from .errors import first_line
 from .merging import Factors, Merged
 from .regression import Inputs
 from .shortcuts.base import Shortcut, rows
@@ -17,16 +17,16 @@ from .shortcuts.state import Wires
 from .tracing import evaluating, to_device
 
 BUDGET = 2**30
-"""Bytes that least squares may take at a time for what enters the layers, or as many as the widest layer needs.
+"""Limit in bytes on the layer inputs that the least-squares merge holds at a time; the widest layer may exceed it.
 
-Where all layers together need more, the batches run through the model several times, each time for as many layers as
-there is room for. The widest feed-forward layers of Flux, of 12,288 inputs, need 0.6 GB each. What is only as large as
-the adapter comes on top.
+If all layers together need more, the batches run through the model several times, each time for as many layers as fit.
+The widest feed-forward layers of Flux, with 12,288 inputs, need 0.6 GB each. Memory of the adapter's own size is not
+counted.
 """
 
 
 class Calibrator:
-    """Watches the unmerged model run on the calibration batches and fills in the moments of every block."""
+    """Record the moments of every block while the unmerged model runs on the calibration batches."""
 
     def __init__(
         self,
@@ -35,32 +35,39 @@ class Calibrator:
         shortcut: type[Shortcut],
         needs_moments: bool,
     ) -> None:
-        """`merged` is the outcome of a merge that needs no calibration; one that `needs_moments` needs all of x x^T."""
+        """Prepare the calibration of the blocks in `plan`.
+
+        `merged` holds the results of a merge that needs no calibration, to measure its error. With `needs_moments`, the
+        second moments x x^T of every block's input are collected too.
+        """
         self.blocks = {block.name: block for chain in plan for block in chain}
         results = [None] * len(self.blocks) if merged is None else [result for chain in merged for result in chain]
         self.merged = dict(zip(self.blocks, results, strict=True))
         self.shortcut, self.needs_moments = shortcut, needs_moments
         self.passes = 0
         self.waiting = dict.fromkeys(self.blocks)
-        """The names of the blocks that are still to be measured."""
+        """Names of the blocks that are still to be measured."""
         self.leaders: dict[str, str] = {}
-        """The first block that reads the tensor a block reads, by the block's name."""
+        """Block name -> the first block that reads the same input tensor."""
         self.inputs: dict[str, Inputs] = {}
-        """What is collected in this pass, by leader."""
+        """Inputs collected in this pass, by the name of that first block."""
         self.postponed: set[str] = set()
-        """The leaders there was no room for in this pass."""
-        # Weak references: a calibration forward must not keep every layer's input alive.
+        """First blocks whose inputs do not fit into memory in this pass."""
+        # Weak references, so that the calibration does not keep every layer's input in memory.
         self.seen: list[tuple[weakref.ref, str]] = []
         self.entered: torch.Tensor | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the report should say."""
+        """Notes for the merge report."""
         several = f"calibration took {self.passes} passes through the model, with {BUDGET / 2**30:.3g} GiB for each"
         return (several,) if self.passes > 1 else ()
 
     def read(self, base: nn.Module, wires: Wires, calibration: Iterable[Mapping]) -> None:
-        """Reads every batch once; raises `ValueError` for batches that do not fit or give non-finite values."""
+        """Run every batch through the model, once or, within the memory limit, several times.
+
+        Raises `ValueError` if the batches are empty, do not fit the model or give non-finite values.
+        """
         if isinstance(calibration, (int, float)):
             raise ValueError(f"calibration={calibration} is a number; give the batches, dicts of the model's arguments")
         device = next(base.parameters()).device
@@ -83,7 +90,7 @@ class Calibrator:
 
     @contextmanager
     def _watching(self, base: nn.Module, wires: Wires) -> Iterator[None]:
-        """Has every wired block call this object, and sees what enters it before PEFT casts it to another dtype."""
+        """Observe all connected blocks inside this context, and record their inputs before PEFT casts the dtype."""
 
         def enters(module: nn.Module, args: tuple) -> None:
             self.entered = args[0] if args else None
@@ -100,7 +107,10 @@ class Calibrator:
                 handle.remove()
 
     def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
-        """Called by every wired block, with what its forward computed."""
+        """Record one forward pass of a block.
+
+        `x` is its input, `own` its own `A x`, and `handed` the shortcut terms (None for a head).
+        """
         name, entered, self.entered = variant.name, self.entered, None
         if name not in self.waiting:
             return
@@ -116,7 +126,10 @@ class Calibrator:
             variant.measure(block, self.merged[name], tokens, own, handed)
 
     def _inputs(self, name: str, entered: torch.Tensor, tokens: torch.Tensor) -> Inputs | None:
-        """What collects the rows that `name` reads, with `tokens` in it; None where there is no room in this pass."""
+        """Return the collector of the rows (T x p) that `name` reads, with `tokens` added.
+
+        None if the memory limit is reached.
+        """
         leader = next((other for seen, other in self.seen if seen() is entered), None)
         if leader is None:
             leader = name
@@ -135,7 +148,7 @@ class Calibrator:
         return self.inputs.get(leader)
 
     def _finish_pass(self) -> None:
-        """Checks what was collected, fits what is to be fitted and lets go of it."""
+        """Check the statistics of this pass, solve the regressions and free the collected inputs."""
         later = {name: None for name in self.waiting if self.leaders.get(name) in self.postponed}
         done = [self.blocks[name] for name in self.waiting if name not in later]
         for block in done:
@@ -163,7 +176,7 @@ class Calibrator:
 
 
 def _has_room(sizes: list[tuple[int, int]]) -> bool:
-    """Whether all can be held, and any one of them solved; a single one always can."""
+    """Return whether inputs of these (held, solving) sizes in bytes fit into `BUDGET`; one input always does."""
     held, solving = zip(*sizes, strict=True)
     return len(sizes) == 1 or sum(held) + max(solving) <= BUDGET
 

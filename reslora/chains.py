@@ -1,7 +1,7 @@
-"""Which LoRA blocks are neighbours: roles, execution order, and links.
+"""Find the chains of neighboring LoRA blocks of a model: roles, execution order and links.
 
-A *chain* is a run of blocks of one role in execution order, cut wherever neighbours differ in shape or belong to
-different streams of hidden states. Everything here is plain data about a model; nothing is wired.
+A *chain* is a run of blocks of one role in execution order, cut wherever neighbors differ in shape or belong to
+different streams of hidden states. This module only describes a model and changes nothing.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from .formatting import pluralize
 from .tracing import Trace, trace
-from .words import counted
 
 Before = Sequence[Sequence[int]]
-"""Of each block of a chain, where in the chain the blocks are that take part in it: n-1, n-2, ... n-m."""
+"""For each block of a chain, the indices of the earlier blocks in its sum: n-1, n-2, ... n-m."""
 
-# Classes whose `forward` is known to call `lora_variant[adapter].forward`. Others (AWQ, AQLM, EETQ, TE, tensor
-# parallel) ignore variants: wired, they would silently train plain LoRA.
+# Classes whose `forward` calls `lora_variant[adapter].forward`. Other classes (AWQ, AQLM, EETQ, TE, tensor parallel)
+# ignore variants: connected, they would train plain LoRA without an error.
 _CALLS_VARIANT = {
     ("peft.tuners.lora.layer", "Linear"),
     ("peft.tuners.lora.bnb", "Linear8bitLt"),
@@ -39,7 +39,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One LoRA block: the A and B beside one frozen linear layer."""
+    """One LoRA block: the factors A and B of one adapted linear layer."""
 
     name: str
     """Path of the adapted layer in the base model."""
@@ -51,18 +51,18 @@ class Block:
     tokens: tuple[int, ...]
     """Shape of the layer's input without its first (batch) and last (feature) axis."""
     cut: str = ""
-    """Why the block before it in its role is not its neighbour; empty where it is."""
+    """Why the chain is cut before this block; empty if the previous block of its role is its neighbor."""
 
     @property
     def shape(self) -> str:
-        """In and out features, rank and tokens as one short string."""
+        """Features, rank and token shape as one short string."""
         tokens = "x".join(map(str, self.tokens)) or "-"
         return f"{self.in_features}->{self.out_features} r={self.rank} tokens={tokens}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain(Sequence):
-    """A run of neighbouring blocks of one role, in execution order; its first block is the *head*."""
+    """A run of neighboring blocks of one role, in execution order; its first block is the *head*."""
 
     role: str
     blocks: tuple[Block, ...]
@@ -76,15 +76,15 @@ class Chain(Sequence):
 
 @dataclasses.dataclass(frozen=True)
 class Chains(Sequence):
-    """The plan of a model: its chains, the LoRA layers that stay plain, and what forbids a wiring."""
+    """The chains of a model, the LoRA layers that stay plain, and the layers that cannot be connected."""
 
     chains: tuple[Chain, ...]
     unlinked: tuple[tuple[str, str], ...] = ()
-    """(name, reason) of LoRA layers that take no part and stay plain LoRA."""
+    """(name, reason) of LoRA layers without shortcuts, which stay plain LoRA."""
     problems: tuple[tuple[str, str], ...] = ()
-    """(name, reason) of layers that `connect` refuses."""
+    """(name, reason) of layers for which `connect` raises an error."""
     readers: tuple[tuple[str, ...], ...] = ()
-    """Names of blocks that read one and the same tensor, as q, k and v of an attention do, in execution order."""
+    """Groups of blocks that read the same tensor, such as q, k and v of one attention, in execution order."""
 
     def __getitem__(self, index: Any) -> Any:
         return self.chains[index]
@@ -94,7 +94,7 @@ class Chains(Sequence):
 
     @property
     def links(self) -> int:
-        """Number of neighbouring pairs."""
+        """Number of neighboring pairs."""
         return sum(len(chain) - 1 for chain in self.chains)
 
     @property
@@ -103,11 +103,11 @@ class Chains(Sequence):
         return [block for chain in self.chains for block in chain]
 
     def clipped(self, reach: int | None) -> list[Chain]:
-        """The linked chains in which no block has `reach` blocks before it, as `ResLoraConfig.reach` asks."""
+        """Return the chains with links in which no block has `reach` earlier blocks (see `ResLoraConfig.reach`)."""
         return [] if reach is None else [chain for chain in self.chains if 1 < len(chain) <= reach]
 
     def to_dict(self) -> dict:
-        """The plan as JSON-able data, the content of `chains.json`."""
+        """Return the plan as JSON-able data, the content of `chains.json`."""
         return {
             "links": self.links,
             "chains": [
@@ -122,23 +122,23 @@ class Chains(Sequence):
 
 
 def before_each(blocks: int, reach: int | None) -> Before:
-    """Of each block of a chain of so many, the blocks before it that take part: `m = min(reach, n)` of block n.
+    """Return, for each of `blocks` blocks of a chain, the indices of the earlier blocks in its sum.
 
-    `reach` as `ResLoraConfig.reach` has it; None: all of them.
+    Block n takes `m = min(reach, n)` of them; all of them if `reach` is None (see `ResLoraConfig.reach`).
     """
     return [range(n - 1, -1 if reach is None else max(0, n - reach) - 1, -1) for n in range(blocks)]
 
 
 def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict | None = None) -> Chains:
-    """Returns which LoRA blocks of `model` are neighbours; `print` shows it as a table.
+    """Return the chains of neighboring LoRA blocks of `model`; `print` shows them as a table.
 
-    `example_inputs` are keyword arguments of the base model (default: made from the configuration of a U-Net, Z-Image,
-    Flux, Stable Diffusion 3, Qwen-Image or Krea 2 transformer, or the model's own `dummy_inputs`); they only serve to
-    trace the order in which layers run, on the meta device where possible. The trace leaves random states, modes and
-    gradients as they were. Where two streams meet that had nothing in common, as an image's and a caption's, new chains
-    begin.
+    `example_inputs` are keyword arguments of the base model. The default is made from the configuration of a U-Net, or
+    of a Z-Image, Flux, Stable Diffusion 3, Qwen-Image or Krea 2 transformer, or is the model's own `dummy_inputs`. They
+    serve only to trace the execution order, on the meta device if possible. The trace leaves random states, modes and
+    gradients unchanged. New chains begin at the join of two independent streams, such as those of an image and its
+    caption.
 
-    Raises `ValueError` if the model has no LoRA layer of that adapter, or no inputs to trace with.
+    Raises `ValueError` if the model has no LoRA layer of that adapter, or if no inputs to trace with are known.
     """
     base = base_model(model)
     connection = vars(base).get("_reslora")
@@ -157,11 +157,15 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
     unlinked += [(name, "did not run in the traced forward") for name in linkable if name not in seen.runs]
     by_role: dict[str, list[Block]] = {}
     for name, shapes in seen.runs.items():
-        role = places[name][1]
-        by_role.setdefault(role, []).append(_describe(name, role, linkable[name], adapter_name, shapes[0]))
+        layer, role = linkable[name], places[name][1]
+        inputs, outputs = layer.lora_A[adapter_name].weight.shape[-1], layer.lora_B[adapter_name].weight.shape[0]
+        block = Block(name, role, inputs, outputs, layer.r[adapter_name], shapes[0])
+        by_role.setdefault(role, []).append(block)
 
     def difference(before: Block, block: Block) -> str:
-        return _apart(seen, places[before.name][0], places[block.name][0]) or _difference(before, block)
+        one, other = places[before.name][0], places[block.name][0]
+        apart = seen.apart(other, one) if one and other else "one of the two is in no list of equal modules"
+        return apart or _difference(before, block)
 
     found = tuple(chain for role, blocks in by_role.items() for chain in _cut(role, blocks, difference))
     holders = {name: place[0] or name.rpartition(".")[0] for name, place in places.items()}
@@ -169,7 +173,10 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the model below DDP and `torch.compile` wrappers, a `PeftModel` if it is one."""
+    """Return the model inside DDP and `torch.compile` wrappers; a `PeftModel` is not unwrapped.
+
+    Raises `ValueError` for `nn.DataParallel`, or if `model` is not a module.
+    """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model is a {type(model).__name__}; give a model (of a pipeline, its unet or transformer)")
     while True:
@@ -187,7 +194,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Returns the model below DDP, `torch.compile` and PEFT wrappers; `ValueError` for `nn.DataParallel`."""
+    """Return the model inside DDP, `torch.compile` and PEFT wrappers.
+
+    Raises `ValueError` for `nn.DataParallel`.
+    """
     outer = unwrap(model)
     while hasattr(type(outer), "get_base_model") or isinstance(outer, BaseTuner):
         outer = unwrap(outer.model if isinstance(outer, BaseTuner) else outer.get_base_model())
@@ -195,10 +205,10 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """Returns the LoRA layers that hold `adapter_name`, by their path in the base model.
+    """Return the LoRA layers that hold `adapter_name`, by their path in the base model.
 
-    Raises `ValueError` if there are no LoRA layers, or none of that name. AdaLoRA's layers derive from PEFT's
-    `LoraLayer` but hold parameters of another form; they do not count.
+    AdaLoRA's layers are left out: they derive from PEFT's `LoraLayer` but hold other parameters. Raises `ValueError` if
+    the model has no LoRA layers, or none with that adapter.
     """
     layers = {
         name: module
@@ -212,19 +222,15 @@ def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
             "get_peft_model(model, LoraConfig(...)) or model.add_adapter(LoraConfig(...)) with target_modules that "
             "match first"
         )
-    chosen = {name: layer for name, layer in layers.items() if _holds(layer, adapter_name)}
+    chosen = {name: layer for name, layer in layers.items() if adapter_name in (*layer.lora_A, *layer.lora_embedding_A)}
     if not chosen:
         known = sorted({key for layer in layers.values() for key in (*layer.lora_A, *layer.lora_embedding_A)})
         raise ValueError(f"adapter_name={adapter_name!r} is not on this model; it has {', '.join(map(repr, known))}")
     return chosen
 
 
-def _holds(layer: LoraLayer, adapter_name: str) -> bool:
-    return adapter_name in layer.lora_A or adapter_name in layer.lora_embedding_A
-
-
 def _sort_layers(layers: dict[str, LoraLayer], adapter_name: str) -> tuple[dict, list, list]:
-    """Splits LoRA layers into those that can be linked, those that stay plain, and those that cannot be wired."""
+    """Return the LoRA layers that can be linked, and (name, reason) of plain and of refused layers."""
     linkable: dict[str, LoraLayer] = {}
     unlinked, problems = [], []
     for name, layer in layers.items():
@@ -240,7 +246,7 @@ def _sort_layers(layers: dict[str, LoraLayer], adapter_name: str) -> tuple[dict,
 
 
 def stays_plain(name: str, layer: LoraLayer) -> str:
-    """Why a LoRA layer takes no part; empty if it does."""
+    """Return why a LoRA layer gets no shortcut and stays plain; empty if it can be linked."""
     if isinstance(layer, LoraEmbedding):
         return "embedding"
     if isinstance(layer, LoraConv2d) or isinstance(layer.get_base_layer(), _ConvNd):
@@ -253,12 +259,12 @@ def stays_plain(name: str, layer: LoraLayer) -> str:
 
 
 def merges_itself(module: nn.Module) -> bool:
-    """Whether a module is PEFT's LoRA on `nn.MultiheadAttention`, which merges and unmerges itself in its forward."""
+    """Return whether a module is PEFT's LoRA on `nn.MultiheadAttention`, which merges weights in its `forward`."""
     return isinstance(module, LoraLayer) and type(module).__name__ == "MultiheadAttention"
 
 
 def refused(layer: LoraLayer, adapter_name: str) -> str:
-    """Why a LoRA layer cannot be wired; empty if it can."""
+    """Return why a LoRA layer cannot be connected; empty if it can."""
     owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
     if (owner.__module__, owner.__name__) not in _CALLS_VARIANT:
         return f"is a {type(layer).__module__}.{type(layer).__name__}, which ignores LoRA variants"
@@ -287,7 +293,7 @@ def _tied(layers: dict[str, LoraLayer], adapter_name: str) -> list[tuple[str, st
     owners: dict[int, str] = {}
     problems = []
     for name, layer in layers.items():
-        # Only what is registered: a weight that is made when it is read is another tensor each time.
+        # Only registered parameters: a parametrized weight is a new tensor each time it is read.
         registered = layer.get_base_layer()._parameters.get("weight")
         tensors = (registered, layer.lora_A[adapter_name].weight)
         for tensor in tensors:
@@ -299,7 +305,10 @@ def _tied(layers: dict[str, LoraLayer], adapter_name: str) -> list[tuple[str, st
 
 
 def _readers(seen: Trace, holders: dict[str, str]) -> Iterator[tuple[str, ...]]:
-    """The layers that read one tensor, at least two, all of one holder: a checkpoint may begin between two holders."""
+    """Yield groups of layers that read the same tensor, at least two and all of one holder.
+
+    A gradient checkpoint may begin between two holders, so layers of different holders cannot share a product.
+    """
     for names in seen.readers:
         by_holder: dict[str, list[str]] = {}
         for name in names:
@@ -307,17 +316,12 @@ def _readers(seen: Trace, holders: dict[str, str]) -> Iterator[tuple[str, ...]]:
         yield from (tuple(group) for group in by_holder.values() if len(group) > 1)
 
 
-def _describe(name: str, role: str, layer: LoraLayer, adapter_name: str, tokens: tuple[int, ...]) -> Block:
-    weight_a, weight_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    return Block(name, role, weight_a.shape[-1], weight_b.shape[0], layer.r[adapter_name], tokens)
-
-
 def _place(base: nn.Module, name: str) -> tuple[str, str]:
-    """The *holder*, the layer's deepest ancestor that is an item of a ModuleList whose items share one class, and the
-    path below it, the role.
+    """Return the path of a layer's *holder* and its *role*, the path below the holder.
 
-    Models that repeat their blocks in an `nn.Sequential` (timm's vision transformers), or whose adapted layers are
-    themselves the items of such a list, get the natural answer too. No holder: no list holds the layer.
+    The holder is the layer's deepest ancestor that is an item of a ModuleList whose items share one class. An
+    `nn.Sequential` (timm's vision transformers) counts as such a list too, and so does a list whose items are the
+    adapted layers themselves. Without a holder the first path is empty and the role is the whole path.
     """
     parts = name.split(".")
     for container in (nn.ModuleList, nn.Sequential):
@@ -337,7 +341,7 @@ def _repeats(base: nn.Module, path: list[str], containers: Any) -> bool:
 
 
 def _cut(role: str, blocks: list[Block], difference: Callable[[Block, Block], str]) -> Iterator[Chain]:
-    """Cuts the blocks of one role wherever `difference` has a reason to."""
+    """Yield the chains of one role: its blocks, cut wherever `difference` returns a reason."""
     run: list[Block] = []
     for block in blocks:
         reason = difference(run[-1], block) if run else "first of its role"
@@ -346,11 +350,6 @@ def _cut(role: str, blocks: list[Block], difference: Callable[[Block, Block], st
             run = []
         run.append(dataclasses.replace(block, cut=reason))
     yield Chain(role, tuple(run))
-
-
-def _apart(seen: Trace, before: str, holder: str) -> str:
-    """Why two holders are not on one stream; empty if they are."""
-    return seen.apart(holder, before) if before and holder else "one of the two is in no list of equal modules"
 
 
 def _difference(before: Block, block: Block) -> str:
@@ -365,7 +364,7 @@ def _difference(before: Block, block: Block) -> str:
 
 def _table(plan: Chains) -> list[str]:
     count = len(plan.blocks)
-    lines = [f"{counted(count, 'LoRA block')} in {counted(len(plan), 'chain')}, {counted(plan.links, 'link')}"]
+    lines = [f"{pluralize(count, 'LoRA block')} in {pluralize(len(plan), 'chain')}, {pluralize(plan.links, 'link')}"]
     rows = [
         ("" if number else chain.role, "-> " * bool(number) + block.name, block.shape, block.cut)
         for chain in plan

@@ -1,8 +1,8 @@
-"""Save and load an *unmerged* adapter: LoRA weights, wiring and recorded norms, in a form of its own.
+"""Save and load an *unmerged* adapter: LoRA weights, shortcuts and recorded norms.
 
-The files are `reslora_config.json`, `reslora_model.safetensors` and the checksums of both, and no
-`adapter_config.json`: stock PEFT would take it for a plain LoRA and drop the residual paths without a word. Finished
-adapters: `reslora.export`, after a merge.
+The files are `reslora_config.json`, `reslora_model.safetensors` and the checksums of both. There is no
+`adapter_config.json`: stock PEFT would load it as plain LoRA and drop the shortcuts without a warning. To export a
+merged adapter, see `reslora.export`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +28,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
-from .common.errors import first_line
 from .config import ResLoraConfig
-from .files import check_checksums, forget_checksums, replacing_both, write_checksums, write_json, write_tensors
+from .errors import first_line
 from .guards import keeping_shortcuts, refuse_inactive, refuse_inner, refuse_merged
+from .io import check_checksums, forget_checksums, replacing_both, write_checksums, write_json, write_tensors
 from .ranks import rescale, rescaled
 from .tracing import meta_copy
 from .wiring import attach_wires, connected, connection_of
@@ -45,11 +43,11 @@ PEFT_PREFIX = "base_model.model."
 
 
 def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
-    """Writes the connected adapter of `model` to `directory`: `reslora_config.json` and `reslora_model.safetensors`.
+    """Write the connected adapter of `model` to `directory`: `reslora_config.json` and `reslora_model.safetensors`.
 
-    `checksums.json` beside them is written last, by `reslora.files.write_checksums`, which is for whoever adds files to
-    call again. Includes `modules_to_save`, the recorded norms, and scales that alpha does not say (`set_scale`). With
-    several processes, call it on rank 0.
+    The checkpoint includes `modules_to_save`, the recorded norms, and scales changed by `set_scale`. `checksums.json`
+    is written last; call `reslora.io.write_checksums` again after adding files. With several processes, call this on
+    rank 0 only.
 
     Raises `ValueError` if the model is not connected, or `directory` is a file.
     """
@@ -74,10 +72,10 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
 
 
 def _write_both(directory: Path, content: dict, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes both files and their checksums.
+    """Write both files and their checksums.
 
-    A failed write leaves the old ones. A killed process leaves the old or the new ones without checksums, or at worst
-    weights without a configuration, which `load` refuses.
+    If a write fails, the old files stay. If the process is killed, the old or the new files remain without checksums,
+    or at worst weights without a configuration, which `load` refuses.
     """
     names = [CONFIG_NAME, WEIGHTS_NAME]
     with replacing_both(directory / CONFIG_NAME, directory / WEIGHTS_NAME) as (described, weights):
@@ -88,13 +86,13 @@ def _write_both(directory: Path, content: dict, tensors: dict[str, torch.Tensor]
 
 
 def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
-    """Reads what `save` wrote into `model` and returns the connected model.
+    """Load what `save` wrote into `model` and return the connected model.
 
-    `model` is a bare base model (it is given the adapter the way the saved one had it: wrapped by `get_peft_model`, or
-    in place by `add_adapter`), or one that has a matching LoRA adapter, connected or not.
+    `model` is a bare base model or one with a matching LoRA adapter, connected or not. A bare model gets the adapter as
+    the saved one had it: wrapped by `get_peft_model`, or in place by `add_adapter`.
 
-    Raises `ValueError` if the files are missing or damaged, if layers, ranks or shapes differ, naming the first, or if
-    the model is connected along other chains; it is unchanged then.
+    Raises `ValueError` if the files are missing or damaged, if layers, ranks or shapes differ (naming the first), or if
+    the model is connected along other chains. The model is then unchanged.
     """
     directory = Path(directory)
     saved = _read(directory)
@@ -121,7 +119,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
                 "connects as saved"
             )
     else:
-        # Everything is tried on a copy without storage first: nothing is left half-loaded.
+        # Load into a copy without storage first, so that an error leaves the model unchanged.
         tried = _attach(meta_copy(base), _uninitialised(saved.lora), adapter_name, saved, directory)
         _check(saved, tried, adapter_name, directory)
     check_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
@@ -142,13 +140,13 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
 
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """The content of a folder that `save` wrote."""
+    """The content of a directory that `save` wrote."""
 
     config: ResLoraConfig
     lora: LoraConfig
     plan: Chains
     scaling: dict[str, float]
-    """Of the layers whose scaling is not what rank and alpha say."""
+    """Scaling of the layers where it differs from what rank and alpha give, by name."""
     wrapped: bool
     """Whether the saved model was a `PeftModel`."""
     names: list[str]
@@ -166,76 +164,31 @@ def _read(directory: Path) -> _Saved:
         config = ResLoraConfig(**content["reslora"])
         lora = LoraConfig(**{key: value for key, value in content["lora"].items() if key != "peft_type"})
         plan = _read_plan(content["chains"])
-        names, pushed = content["norms"]["names"], content["norms"]["pushed"]
-        _expect("norms", _texts(_list(names)) and _counts([pushed]))
-        scaling = content["scaling"]
-        _expect("scaling", isinstance(scaling, dict) and _numbers(scaling.values()))
-        _expect("peft_model", isinstance(content["peft_model"], bool))
-    except Exception as error:  # what is no file of ours fails in as many ways as there are values
+        names, pushed = content["norms"]["names"], int(content["norms"]["pushed"])
+        scaling = dict(content["scaling"])
+        return _Saved(config, lora, plan, scaling, content["peft_model"], names, pushed, tensors, norms)
+    except Exception as error:  # a file of another format fails with any kind of exception
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
-    if norms is not None and (norms.shape != (len(names), config.window) or not norms.is_floating_point()):
-        raise ValueError(
-            f"{directory / WEIGHTS_NAME} is damaged: {_NORMS} is {norms.dtype} {tuple(norms.shape)}, not "
-            f"{(len(names), config.window)} as {path} says"
-        )
-    return _Saved(config, lora, plan, scaling, content["peft_model"], names, pushed, tensors, norms)
 
 
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         folder = str(path.parent)
         problem = f"is a file, no folder with a {path.name}" if path.parent.is_file() else f"has no {path.name}"
         raise ValueError(f"directory={folder!r} {problem}: give a folder that reslora.save wrote") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {first_line(error)}") from error
-    for key in ("lora", "reslora", "chains", "norms", "peft_model"):
-        if not isinstance(content, dict) or key not in content:
-            raise ValueError(f"{path} has no {key!r}: it is not a file of reslora.save")
-    return content
 
 
 def _read_plan(content: dict) -> Chains:
     chains = []
-    for chain in _list(content["chains"]):
-        blocks = tuple(Block(**{**block, "tokens": tuple(_list(block["tokens"]))}) for block in _list(chain["blocks"]))
-        for block in blocks:
-            texts, counts = (block.name, block.role, block.cut), (block.in_features, block.out_features, block.rank)
-            _expect("block", _texts(texts) and _counts([*counts, *block.tokens]))
-        _expect("chain", len({(block.in_features, block.out_features, block.rank) for block in blocks}) == 1)
-        chains.append(Chain(chain["role"], blocks))
-    unlinked = tuple((item["name"], item["reason"]) for item in _list(content["unlinked"]))
-    readers = tuple(tuple(_list(names)) for names in _list(content.get("readers", [])))  # not in older files
-    plan = Chains(tuple(chains), unlinked, readers=readers)
-    names = [block.name for block in plan.blocks]
-    _expect("plan", len(set(names)) == len(names) and _texts(chain.role for chain in chains))
-    read = [name for group in readers for name in group]
-    _expect("readers", len(set(read)) == len(read) and all(len(group) > 1 for group in readers) and {*read} <= {*names})
-    _expect("unlinked", _texts(text for pair in unlinked for text in pair))
-    return plan
-
-
-def _expect(what: str, holds: bool) -> None:
-    if not holds:
-        raise ValueError(f"{what} has a value that reslora.save does not write")
-
-
-def _list(value: Any) -> list:
-    _expect("a list", isinstance(value, list))
-    return value
-
-
-def _texts(values: Iterable) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
-def _counts(values: Iterable) -> bool:
-    return all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
-def _numbers(values: Iterable) -> bool:
-    return all(type(value) in (int, float) and math.isfinite(value) for value in values)
+    for chain in content["chains"]:
+        blocks = [Block(**{**block, "tokens": tuple(block["tokens"])}) for block in chain["blocks"]]
+        chains.append(Chain(chain["role"], tuple(blocks)))
+    unlinked = tuple((item["name"], item["reason"]) for item in content["unlinked"])
+    return Chains(tuple(chains), unlinked, readers=tuple(map(tuple, content["readers"])))
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -243,7 +196,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is missing: give a folder that reslora.save wrote")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
 
@@ -252,7 +205,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _state(outer: nn.Module, base: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
-    """The adapter's tensors by a name that is the same for wrapped and unwrapped models."""
+    """Return the adapter's tensors by names that are the same for wrapped and unwrapped models."""
     source = outer if isinstance(outer, PeftModel) else base
     with keeping_shortcuts():
         state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
@@ -261,7 +214,7 @@ def _state(outer: nn.Module, base: nn.Module, adapter_name: str) -> dict[str, to
 
 def _fill(outer: nn.Module, base: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
     for name, layer in lora_layers(base, adapter_name).items():
-        # PEFT copies into the parameters as they are; a float32 adapter on a half-precision base must stay one.
+        # PEFT copies into the existing parameters. A float32 adapter on a half-precision base must stay float32.
         dtype = tensors[f"{name}.lora_A.weight"].dtype if f"{name}.lora_A.weight" in tensors else None
         for part in (layer.lora_A, layer.lora_B):
             if adapter_name in part and dtype is not None:
@@ -280,11 +233,11 @@ def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, saved: _Saved
             return model
         if saved.wrapped or not hasattr(model, "add_adapter"):
             return get_peft_model(model, lora, adapter_name=adapter_name)
-        if isinstance(model, PreTrainedModel):  # whose `add_adapter` may refuse this PEFT
+        if isinstance(model, PreTrainedModel):  # its `add_adapter` may refuse this version of PEFT
             return inject_adapter_in_model(lora, model, adapter_name)
         model.add_adapter(lora, adapter_name=adapter_name)
         return model
-    except Exception as error:  # PEFT checks little of a configuration before it uses it
+    except Exception as error:  # PEFT validates little of a configuration before using it
         raise ValueError(
             f"the adapter saved in {directory / CONFIG_NAME} does not fit {type(model).__name__}: {first_line(error)}"
         ) from error
@@ -305,9 +258,9 @@ def _compare(present: LoraConfig, saved: LoraConfig, directory: Path) -> None:
 
 
 def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, wirable: bool = True) -> None:
-    """Raises `ValueError` for the first key or shape in which the model's adapter and the files differ.
+    """Raise `ValueError` for the first key or shape in which the model's adapter and the files differ.
 
-    Where wires are still to come, it raises where `connect` would: a layer that ignores its variant would run as plain
+    With `wirable`, also raise for layers that `connect` refuses: a layer that ignores its variant would run as plain
     LoRA.
     """
     base, tensors = base_model(model), saved.tensors
@@ -320,31 +273,18 @@ def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, 
         here, there = tuple(expected[key].shape), tuple(tensors[key].shape)
         if here != there:
             raise ValueError(f"{key} has shape {there} in {directory / WEIGHTS_NAME}, but {here} in the model")
-    layers = lora_layers(base, adapter_name)
-    if others := saved.scaling.keys() - layers:
-        raise ValueError(f"{directory / CONFIG_NAME} scales {min(others)}, which is no LoRA layer of the model")
-    for block in saved.plan.blocks:
-        if block.name not in layers:
-            raise ValueError(f"{directory / CONFIG_NAME} links {block.name}, which is no LoRA layer of the model")
-        layer = layers[block.name]
-        reason = stays_plain(block.name, layer) or refused(layer, adapter_name)
-        if reason and wirable:
-            raise ValueError(f"{block.name} {reason}")
-        rank, in_features = layer.lora_A[adapter_name].weight.shape
-        out_features = layer.lora_B[adapter_name].weight.shape[0]
-        if (block.in_features, block.out_features, block.rank) != (in_features, out_features, rank):
-            raise ValueError(
-                f"{block.name} is {block.shape} in {directory / CONFIG_NAME}, another shape than its layer"
-            )
+    for name, layer in lora_layers(base, adapter_name).items() if wirable else ():
+        if not stays_plain(name, layer) and (reason := refused(layer, adapter_name)):
+            raise ValueError(f"{name} {reason}")
 
 
 def _wiring(plan: Chains) -> list[list[str]]:
-    """What of a plan changes the numbers: which blocks are neighbours."""
+    """Return the block names of each chain, which determine the forward pass."""
     return [[block.name for block in chain] for chain in plan]
 
 
 def _uninitialised(lora: LoraConfig) -> LoraConfig:
-    """The configuration without an initialisation: those that read the frozen weight fail where it has no storage."""
+    """Return the configuration without its initialization: some read the frozen weight, which has no storage here."""
     lora = copy.deepcopy(lora)
     lora.init_lora_weights = False
     return lora

@@ -1,36 +1,35 @@
-"""The ResLoRA configuration: which shortcut, how far it reaches, and how the first block of a chain behaves."""
+"""Configuration of ResLoRA: the shortcut, how many earlier blocks it uses, and the head of a chain."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from .common.checks import is_whole
+from .checks import is_whole
 from .shortcuts import NAMES as SHORTCUTS
 from .shortcuts import PLAIN, shortcut_class
 
 HEADS = ("repeat", "none")
-"""What the first block of a chain, its head, may take for the input of the block that is not there."""
+"""What an `input` chain's first block, its head, uses as the input of the missing previous block."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ResLoraConfig:
-    """How the LoRA blocks of neighbouring layers are wired (Shi et al., 2024, Section 3.2).
+    """How the LoRA blocks of neighboring layers are connected (Shi et al., 2024, Section 3.2).
 
-    Raises `ValueError` for a value that means nothing, naming the field, the value and what would fit.
+    Raises `ValueError` for an invalid value, naming the field, the value and the valid ones.
     """
 
     shortcut: str = "input"
     """`input` (Eq. 2, ResLoRA_is), `block` (Eq. 3, ResLoRA_bs), `middle` (Eq. 4, ResLoRA_ms), `none` (Eq. 1, LoRA)."""
 
     pre_num: int = 1
-    """How many blocks before the current one take part; -1 means all of them, 0 wires nothing. `input` uses one."""
+    """Number of earlier blocks in the sum (`m` of Eqs. 3 and 4); -1: all, 0: plain LoRA. `input` always uses one."""
 
     head: str = "repeat"
-    """First block of an `input` chain: `repeat` takes x_{n-1} := x_n (text under Eq. 2), `none` adds nothing
-    (Appendix C)."""
+    """Head of an `input` chain: `repeat` sets x_{n-1} := x_n (text under Eq. 2), `none` adds nothing (Appendix C)."""
 
     window: int = 100
-    """How many of the latest training forwards the norms f_n of Eqs. 8-9 are averaged over; 0 records none."""
+    """Number of latest training forward passes over which the norms f_n of Eqs. 8-9 are averaged; 0 records none."""
 
     def __post_init__(self) -> None:
         _check_choice("shortcut", self.shortcut, SHORTCUTS)
@@ -40,19 +39,19 @@ class ResLoraConfig:
 
     @property
     def reach(self) -> int | None:
-        """At most how many blocks before the current one take part: `pre_num` as the shortcut takes it; None: all.
+        """Maximum number of earlier blocks in the sum, from `pre_num` and the shortcut; None: all.
 
-        The m of Eqs. 3 and 4 is this, or what there is in the chain. Called `reach` wherever it is meant.
+        The m of Eqs. 3 and 4 is the smaller of this and the number of earlier blocks in the chain.
         """
         return shortcut_class(self.shortcut).reach(self.pre_num) if self.wired else 0
 
     @property
     def wired(self) -> bool:
-        """Whether anything is wired at all: `shortcut="none"` and `pre_num=0` are plain LoRA."""
+        """Whether there are shortcuts at all: `shortcut="none"` and `pre_num=0` are plain LoRA."""
         return self.shortcut != PLAIN and self.pre_num != 0
 
     def to_dict(self) -> dict:
-        """The fields as a dict that `json.dumps` takes and `ResLoraConfig(**fields)` reads back."""
+        """Return the fields as a dict that `json.dumps` takes and `ResLoraConfig(**fields)` reads back."""
         return dataclasses.asdict(self)
 
 

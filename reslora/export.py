@@ -1,4 +1,4 @@
-"""Plain LoRA in the formats that people's tools read, and merged weights.
+"""Export plain LoRA in the formats of common tools, and merged weights.
 
 | function | writes | read by |
 |---|---|---|
@@ -8,7 +8,7 @@
 | `export_comfyui` | one file with `diffusion_model...` keys | ComfyUI, diffusers |
 | `export_merged` | a diffusers model folder | `UNet2DConditionModel.from_pretrained(dir)` |
 
-A connected model has no plain weights yet: merge it first.
+A connected model is not plain LoRA; merge it first.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from torch import nn
 
 from .chains import base_model, lora_layers, unwrap
 from .checkpoint import PEFT_PREFIX
-from .files import replacing, replacing_both, write_tensors
 from .guards import refuse_merged
+from .io import replacing, replacing_both, write_tensors
 from .ranks import commonest, declare_scaling, whole
 from .wiring import connection_of
 
@@ -44,36 +44,37 @@ DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE = (
     "kohya.safetensors",
     "comfyui.safetensors",
 )
-"""The names of LoRA files: diffusers reads only its own; the others are as a run calls them."""
+"""Names of LoRA files. diffusers loads only its own name; the others are this project's choice."""
 PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 OF_A_MODEL = re.compile(
     r"(generation_)?config\.json|(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
-"""The files that diffusers' and transformers' `save_pretrained` write of a model."""
+"""Files that `save_pretrained` of diffusers and transformers writes."""
 
 
 class Factors(NamedTuple):
-    """The plain LoRA of a layer: its update is `scale * up @ down`."""
+    """LoRA factors of one layer: its weight update is `scale * up @ down`."""
 
     down: torch.Tensor
-    """rank x inputs, and kernel height and width for a convolution."""
+    """A: rank x inputs, followed by kernel height and width for a convolution."""
     up: torch.Tensor
-    """outputs x rank, and 1 x 1 for a convolution."""
+    """B: outputs x rank, followed by 1 x 1 for a convolution."""
     scale: float
 
     @property
     def rank(self) -> int:
-        """How many rows A has."""
+        """Number of rows of A."""
         return self.down.shape[0]
 
 
 def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
-    """Writes any PEFT adapter of `model` (LoRA, AdaLoRA, LoHa, OFT ...) as PEFT itself does, and returns the folder.
+    """Write any PEFT adapter of `model` (LoRA, AdaLoRA, LoHa, OFT ...) as PEFT does, and return the directory.
 
-    Works for wrapped models and for those with `add_adapter`, whose files load with `PeftModel.from_pretrained` then.
-    Where `set_adapters` or `set_scale` has changed the scale of layers, alpha in the file is what it amounts to. Other
-    files in the folder stay.
-    Raises `ValueError` if the adapter is connected or not there, or has a scale that its configuration cannot hold.
+    Works for wrapped models and for models with `add_adapter`; the files load with `PeftModel.from_pretrained`. If
+    `set_adapters` or `set_scale` changed the scale of layers, alpha in the file includes it. Other files in the
+    directory stay.
+
+    Raises `ValueError` if the adapter is connected or missing, or has a scale that its configuration cannot hold.
     """
     base, outer = _plain(model, adapter_name), unwrap(model)
     source = outer if isinstance(outer, PeftModel) else base
@@ -83,7 +84,7 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
     config.inference_mode = True
     declare_scaling(config, base, adapter_name)
     for field, value in vars(config).items():
-        if isinstance(value, set):  # whose order differs from process to process
+        if isinstance(value, set):  # the order of a set differs from process to process
             setattr(config, field, sorted(value))
     _write_both(Path(directory), config, state)
     return Path(directory)
@@ -96,12 +97,14 @@ def export_diffusers(
     prefix: str = "unet",
     metadata: dict[str, str] | None = None,
 ) -> Path:
-    """Writes `pytorch_lora_weights.safetensors` into `directory` and returns its path.
+    """Write `pytorch_lora_weights.safetensors` into `directory` and return its path.
 
-    `prefix` is the denoiser's name in the pipeline; where text encoders were trained, too, give all models by these
-    names instead. `metadata`: further strings for the file's header, which also gets kohya's hash of the tensors. The
-    scaling is folded into B and the header says alpha = rank for each layer, so that readers which ignore it agree with
-    those that do not. Raises `ValueError` if the adapter is connected or not plain LoRA.
+    `prefix` is the denoiser's name in the pipeline. If text encoders were trained too, pass all models by their names
+    in the pipeline instead. `metadata` holds further strings for the file's header, which also gets kohya's hash of the
+    tensors. The scaling is folded into B and the header has alpha = rank for each layer, so that readers agree whether
+    they use alpha or not.
+
+    Raises `ValueError` if the adapter is connected or not plain LoRA.
     """
     path = Path(directory) / DIFFUSERS_FILE
     named = denoiser if isinstance(denoiser, Mapping) else {prefix: denoiser}
@@ -116,12 +119,14 @@ def export_kohya(
     metadata: dict[str, str] | None = None,
     rename: Callable[[str], str] = str,
 ) -> Path:
-    """Writes one file with kohya's keys (`lora_unet_..._to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`).
+    """Write one file with kohya's keys (`lora_unet_..._to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`).
 
-    All layers get one alpha a, with up-weights rescaled by s r_n / a, because diffusers applies the commonest alpha to
-    every layer. `rename`: from a layer's name in diffusers to its name where kohya's scripts have another. `metadata`:
-    further strings for the file's header (`ss_...`), which also gets kohya's hash of the tensors. Where text encoders
-    were trained, too, give all models by the prefixes of their layers (`lora_unet`, `lora_te`). Returns the path.
+    All layers get one alpha a, and up-weights are multiplied by s r_n / a, because diffusers applies the commonest
+    alpha to every layer. `rename` maps a layer's diffusers name to kohya's name. `metadata` holds further strings for
+    the file's header (`ss_...`), which also gets kohya's hash of the tensors. If text encoders were trained too, pass
+    all models by the prefixes of their layers (`lora_unet`, `lora_te`). Returns the path.
+
+    Raises `ValueError` if the adapter is connected or not plain LoRA.
     """
     named = denoiser if isinstance(denoiser, Mapping) else {"lora_unet": denoiser}
     layers = {
@@ -140,10 +145,12 @@ def export_comfyui(
     metadata: dict[str, str] | None = None,
     rename: Callable[[str], str] = str,
 ) -> Path:
-    """Writes one file with ComfyUI's keys (`diffusion_model.<layer>.lora_A.weight`, `.lora_B.weight`).
+    """Write one file with ComfyUI's keys (`diffusion_model.<layer>.lora_A.weight`, `.lora_B.weight`).
 
-    The scaling is folded into B, so no alpha is needed. `rename`: from a layer's name in diffusers to its name where
-    ComfyUI has another. `metadata`: strings for the file's header. Returns the path.
+    The scaling is folded into B, so no alpha is needed. `rename` maps a layer's diffusers name to ComfyUI's name.
+    `metadata` holds strings for the file's header. Returns the path.
+
+    Raises `ValueError` if the adapter is connected or not plain LoRA.
     """
     layers = _factors_of(denoiser, adapter_name)
     write_folded(path, {f"diffusion_model.{rename(name)}": factors for name, factors in layers.items()}, metadata)
@@ -156,9 +163,9 @@ def export_comfyui(
 def write_diffusers(
     path: str | os.PathLike, parts: Mapping[str, Mapping[str, Factors]], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes diffusers' file for the layers of several parts of a pipeline, as `export_diffusers` does for one.
+    """Write diffusers' LoRA file for several models of a pipeline, as `export_diffusers` does for one.
 
-    A text encoder's names start with `text_model.` in files, and not in every version of transformers.
+    A text encoder's layer names start with `text_model.` in files, but not in every version of transformers.
     """
     layers: dict[str, Factors] = {}
     packed: dict[str, Any] = {}
@@ -189,7 +196,10 @@ def write_folded(
     metadata: Mapping[str, str] | None = None,
     words: tuple[str, str] = ("lora_A", "lora_B"),
 ) -> None:
-    """Writes A and s B of every layer, `<name>.lora_A.weight` and `<name>.lora_B.weight` or in other words."""
+    """Write A and s B of every layer as `<name>.lora_A.weight` and `<name>.lora_B.weight`.
+
+    `words` replaces the words `lora_A` and `lora_B`.
+    """
     tensors, (down, up) = {}, words
     for name, factors in layers.items():
         tensors[f"{name}.{down}.weight"] = factors.down
@@ -200,10 +210,10 @@ def write_folded(
 def write_kohya(
     path: str | os.PathLike, layers: Mapping[str, Factors], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes kohya's file of layers by their names in it (`lora_unet_...`), as `export_kohya` does."""
+    """Write a file in kohya's format; `layers` has kohya's names (`lora_unet_...`). See `export_kohya`."""
     scaled = {name: factors.scale * factors.rank for name, factors in layers.items()}
-    # float32 whatever the adapter's dtype, and exactly what the up-weights are divided by. These have the sign: some
-    # readers hang on a negative alpha.
+    # float32 whatever the adapter's dtype, and exactly the number that the up-weights are divided by. The sign goes
+    # into the up-weights: some readers do not support a negative alpha.
     written = torch.tensor(abs(commonest(scaled.values())) or 1.0, dtype=torch.float32)
     alpha = written.item()
     tensors = {}
@@ -223,7 +233,7 @@ def write_kohya(
 
 
 def write_peft(directory: str | os.PathLike, layers: Mapping[str, Factors]) -> None:
-    """Writes a PEFT folder of these layers of a model: A and B as they are, their scale as rank and alpha."""
+    """Write a PEFT directory of these layers: A and B unchanged, their scale as rank and alpha."""
     config = lora_config(layers)
     config.inference_mode = True
     config.target_modules = sorted(layers) if all("." in name for name in layers) else config.target_modules
@@ -235,10 +245,10 @@ def write_peft(directory: str | os.PathLike, layers: Mapping[str, Factors]) -> N
 
 
 def _write_both(directory: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes PEFT's two files and leaves all others.
+    """Write PEFT's two files and leave all others.
 
-    A failed write leaves the old ones. A killed process leaves at worst weights without a configuration, which no
-    reader takes.
+    If a write fails, the old files stay. If the process is killed, weights may remain without a configuration, which no
+    reader loads.
     """
     with replacing_both(directory / PEFT_CONFIG_FILE, directory / PEFT_FILE) as (described, weights):
         described.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True), encoding="utf-8")
@@ -246,7 +256,7 @@ def _write_both(directory: Path, config: PeftConfig, tensors: dict[str, torch.Te
 
 
 def lora_config(layers: Mapping[str, Factors]) -> LoraConfig:
-    """PEFT's configuration of just these layers, each with its own rank and scale."""
+    """Return the `LoraConfig` of exactly these layers, each with its own rank and scale."""
     ranks = {name: factors.rank for name, factors in layers.items()}
     alphas = {name: whole(factors.scale * factors.rank) for name, factors in layers.items()}
     rank, alpha = commonest(ranks.values()), commonest(alphas.values())
@@ -255,13 +265,16 @@ def lora_config(layers: Mapping[str, Factors]) -> LoraConfig:
         lora_alpha=alpha,
         rank_pattern={"^" + re.escape(name): value for name, value in ranks.items() if value != rank},
         alpha_pattern={"^" + re.escape(name): value for name, value in alphas.items() if value != alpha},
-        # An expression of whole names: the end of another layer's name may be one of these.
+        # One expression of complete names: as a suffix, a name could match another layer.
         target_modules="|".join(re.escape(name) for name in sorted(layers)),
     )
 
 
 def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
-    """The plain LoRA of every layer that has one, by its name in files; `ValueError` where more has trained."""
+    """Return the LoRA factors of every adapted layer, by its name in files.
+
+    Raises `ValueError` if the adapter has more parameters than A and B.
+    """
     base = _plain(model, adapter_name)
     config = base.peft_config[adapter_name]
     for setting, without in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
@@ -275,23 +288,25 @@ def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
 
 
 def _in_files(base: nn.Module, name: str) -> str:
-    """A layer's name in files: newer transformers have CLIP's text model flat, its readers know it as it was."""
+    """Return a layer's name in files: newer transformers drop the prefix of CLIP's text model that files have."""
     flat = type(base).__name__ == "CLIPTextModel" and not name.startswith("text_model.")
     return f"text_model.{name}" if flat else name
 
 
 def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of all of a safetensors file but its header, by which model managers know a LoRA again."""
+    """Return the SHA-256 of a safetensors file without its header, by which model managers identify a LoRA."""
     content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
 def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
-    """Writes the base model with the adapter's weights added, summed in float32 and cast, as `save_pretrained` does.
+    """Write the base model with the adapter merged into its weights, summed in float32 and cast.
 
-    For diffusers' and transformers' models, with any PEFT adapter that can be merged. `model` itself stays. Returns
-    the folder. Raises `ValueError` if it already has anything but a model, which would be lost, and where PEFT has
-    merged an adapter already.
+    For models of diffusers and transformers, with any PEFT adapter that can be merged. `model` itself is unchanged.
+    Returns the directory.
+
+    Raises `ValueError` if the directory has files other than a model's, which would be lost, or if PEFT has merged an
+    adapter already.
     """
     base = _plain(model, adapter_name)
     _refuse_others(Path(directory))
@@ -306,13 +321,13 @@ def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: 
     with replacing(directory) as temporary:
         try:
             save(str(temporary))
-        except SafetensorError as error:  # a full disk, say, which is an OSError to whoever writes files
+        except SafetensorError as error:  # a full disk, for example, which callers expect as an OSError
             raise OSError(f"{directory}: {error}") from error
     return Path(directory)
 
 
 def _refuse_others(directory: Path) -> None:
-    """Refuse a folder that has other files than a model's: writing one replaces the folder."""
+    """Raise `ValueError` if the directory has files other than a model's: writing a model replaces the directory."""
     found = sorted(path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir())
     if others := [str(path) for path in found if not OF_A_MODEL.fullmatch(str(path))]:
         raise ValueError(f"{directory} also has {others[0]}, which a merged model would replace: give another folder")
@@ -320,7 +335,7 @@ def _refuse_others(directory: Path) -> None:
 
 @torch.no_grad()
 def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
-    """The state dict of the bare base model with the adapter's update added to the layers that have it."""
+    """Return the state dict of the base model with the adapter's update added to the adapted layers."""
     owners = {f"{name}.": module for name, module in _unmerged(base).items()}
     state = {}
     for key, value in base.state_dict().items():
@@ -342,13 +357,16 @@ def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[st
 
 
 def tuned_layers(model: nn.Module, adapter_name: str = "default") -> tuple[nn.Module, dict[str, BaseTunerLayer]]:
-    """The base model, and its layers that have the adapter, by name; raises as exports do."""
+    """Return the base model and its layers with the adapter, by name; raises `ValueError` as the exports do."""
     base = _plain(model, adapter_name)
     return base, {name: layer for name, layer in _unmerged(base).items() if adapter_name in _adapters(layer)}
 
 
 def _unmerged(base: nn.Module) -> dict[str, BaseTunerLayer]:
-    """The layers with adapters, by name; `ValueError` where PEFT has merged one: it would be added once more."""
+    """Return the layers with adapters, by name.
+
+    Raises `ValueError` if PEFT has merged an adapter, which an export would then add twice.
+    """
     tuned = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     refuse_merged(tuned)
     return tuned
@@ -358,26 +376,29 @@ def _unmerged(base: nn.Module) -> dict[str, BaseTunerLayer]:
 def merged_value(
     layer: BaseTunerLayer, parameter: str, value: torch.Tensor, adapter_name: str = "default"
 ) -> torch.Tensor:
-    """A layer's frozen weight or bias with the adapter in it, computed in at least float32, in the value's dtype.
+    """Return a layer's frozen weight or bias with the adapter merged, in the shape and dtype of `value`.
 
-    `value` may come from a file, and the layer's own be somewhere else.
+    The sum is computed in at least float32. `value` may come from a file and be on another device than the layer.
     """
     if _adds(layer, adapter_name):
         return _summed(layer, value, adapter_name) if parameter == "weight" else value
     wide = torch.promote_types(value.dtype, torch.float32)
     merged = copy.deepcopy(layer).to(wide)
     base = merged.get_base_layer()
-    if "weight" not in base._parameters:  # it is read from a file each time
+    if "weight" not in base._parameters:  # an offloaded weight is read from a file each time
         plain = nn.Linear(base.in_features, base.out_features, device=value.device, dtype=wide)
         plain.weight.data, plain.bias = base.weight.to(wide), base.bias
         merged.base_layer = base = plain
-    getattr(base, parameter).data = value.to(wide, copy=True)  # which merging changes
+    getattr(base, parameter).data = value.to(wide, copy=True)  # a copy, because merging changes it
     merged.merge(adapter_names=[adapter_name])
     return getattr(base, parameter).detach().to(value.dtype)
 
 
 def _adds(layer: BaseTunerLayer, adapter_name: str) -> bool:
-    """Whether the update of a layer is a sum, of its weight alone: DoRA scales rows, OFT multiplies by rotations."""
+    """Return whether the layer's update is a sum that involves only its weight.
+
+    DoRA scales rows, and OFT multiplies by rotations.
+    """
     if isinstance(layer, LoraLayer):
         return layer.lora_variant.get(adapter_name) is None and not layer.lora_bias.get(adapter_name)
     return isinstance(layer, LycorisLayer)

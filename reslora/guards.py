@@ -1,7 +1,7 @@
-"""What is refused before a model is connected, and while it is: verbs that would silently drop its shortcuts.
+"""Guards against calls that would silently drop the shortcuts of a model, before and while it is connected.
 
-A guard stands on an instance in place of the method it guards, and steps aside for calls that leave the connected
-adapter alone. Nothing is left of it after `disconnect`.
+A guard replaces a method on the instance. It passes calls on if they do not concern the connected adapter. `disconnect`
+removes all guards.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import peft.utils.hotswap
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -28,7 +30,7 @@ _SAVES = "save the plain LoRA weights without the shortcuts"
 _HANDS_OUT = "hand out the plain LoRA weights without the shortcuts"
 _REPLACES = "put plain LoRA weights under the shortcuts"
 
-# Method -> (what it would do, which adapter it means if the call names none; None: the connected one).
+# Method -> (what it would do, which adapter it concerns if the call names none; None: the connected one).
 _REFUSED = {
     "save_pretrained": (_SAVES, None),
     "push_to_hub": (_SAVES, None),
@@ -38,18 +40,48 @@ _REFUSED = {
 }
 _NAMING = ("adapter_name", "selected_adapters", "adapters")
 
-# Methods that take the layers away, wires and all.
+# Methods that remove the adapted layers together with their shortcuts.
 _LEAVING = ("unload", "unload_lora")
 
-# Whether `reslora.checkpoint` asks PEFT for the weights, or hands it some: it keeps the shortcuts beside them.
+# True while `reslora.checkpoint` gets or sets weights through PEFT: it stores the shortcuts itself.
 _keeps_shortcuts = contextvars.ContextVar("reslora_keeps_shortcuts", default=False)
 
 
 # -- before connecting -------------------------------------------------------------------------------------------------
 
 
+class _Probe(LoraVariant):
+    """A variant whose output no plain LoRA layer returns."""
+
+    def forward(
+        self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """Return a batch of size zero."""
+        return result[:0]
+
+
+def refuse_unknown_peft() -> None:
+    """Raise `RuntimeError` if the LoRA layers of the installed PEFT do not call their variants.
+
+    Connected, they would train plain LoRA without an error. PEFT may change this interface.
+    """
+    try:
+        with torch.device("meta"):
+            model = get_peft_model(nn.Sequential(nn.Linear(1, 1)), LoraConfig(r=1, target_modules=["0"]))
+            layer = model.base_model.model[0]
+            layer.lora_variant["default"] = _Probe()
+            calls_variant = len(layer(torch.empty(1, 1))) == 0
+    except (AttributeError, KeyError, TypeError):
+        calls_variant = False
+    if not calls_variant:
+        raise RuntimeError(
+            f"the LoRA layers of peft {peft.__version__} do not call their variants as ResLoRA needs it: install "
+            "another version (0.21 does)"
+        )
+
+
 def refuse_inner(base: nn.Module, adapter_name: str) -> None:
-    """Raises `ValueError` where the adapter belongs to a model inside of `base`, whose verbs nothing would guard."""
+    """Raise `ValueError` if the adapter belongs to a model inside `base`, whose methods would not be guarded."""
     if adapter_name in getattr(base, "peft_config", ()):
         return
     for name, module in base.named_modules():
@@ -58,9 +90,9 @@ def refuse_inner(base: nn.Module, adapter_name: str) -> None:
 
 
 def refuse_merged(layers: Mapping[str, BaseTunerLayer]) -> None:
-    """Raises `ValueError` where PEFT has merged an adapter into a layer.
+    """Raise `ValueError` if PEFT has merged an adapter into a layer.
 
-    Such a layer ignores its variant, and its frozen weight is not the base's.
+    Such a layer ignores its variant, and its frozen weight is not the base model's.
     """
     for name, layer in layers.items():
         if layer.merged:
@@ -71,7 +103,7 @@ def refuse_merged(layers: Mapping[str, BaseTunerLayer]) -> None:
 
 
 def refuse_inactive(layers: dict[str, LoraLayer], adapter_name: str) -> None:
-    """Raises `ValueError` where another adapter is in use: the variant of this one would never be called."""
+    """Raise `ValueError` if another adapter is active: the variant of this one would never be called."""
     for name, layer in layers.items():
         if adapter_name not in layer.active_adapters:
             active = ", ".join(map(repr, layer.active_adapters)) or "none"
@@ -82,7 +114,7 @@ def refuse_inactive(layers: dict[str, LoraLayer], adapter_name: str) -> None:
 
 
 def refuse_changed_base(config: LoraConfig) -> None:
-    """Raises `ValueError` where a merge that raises ranks would change what readers make of the frozen weights."""
+    """Raise `ValueError` if loading the file of a merge with raised ranks would compute other frozen weights."""
     if ranks.changes_base(config):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights, and whoever loads the adapter "
@@ -95,14 +127,14 @@ def refuse_changed_base(config: LoraConfig) -> None:
 
 
 class _Guard:
-    """Stands in for a method of a model that is connected, or of a wrapper around it."""
+    """Replacement of a method of a connected model, or of a wrapper around it."""
 
     def __init__(self, module: nn.Module, verb: str, outer: nn.Module) -> None:
         self.module, self.verb, self.outer = module, verb, outer
-        self.previous = vars(module).get(verb)  # what stood on the instance before, if anything
+        self.previous = vars(module).get(verb)  # what the instance had before, if anything
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses the call, or hands it to the method."""
+        """Raise `RuntimeError` if the call concerns the connected adapter, else call the method."""
         method = self.previous or functools.partial(getattr(type(self.module), self.verb), self.module)
         connection = _connection(self.module)
         if connection is not None and self.verb in _LEAVING:
@@ -115,21 +147,21 @@ class _Guard:
         return method(*args, **kwargs)
 
     def remove(self) -> None:
-        """Puts back what was there before."""
+        """Restore what the instance had before."""
         del vars(self.module)[self.verb]
         if self.previous is not None:
             vars(self.module)[self.verb] = self.previous
 
 
 def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
-    """Puts guards on `model`, every wrapper around its base model, and, if there are `wired` layers, on its layers."""
+    """Install guards on `model`, on every wrapper around its base model, and on its layers if any are `wired`."""
     base, outer, wired = base_model(model), unwrap(model), list(wired)
     for module in (*_wrappers(model), base):
         for verb in (*_REFUSED, *_LEAVING):
             if hasattr(type(module), verb) and not isinstance(vars(module).get(verb), _Guard):
                 vars(module)[verb] = _Guard(module, verb, base if module is base else outer)
     for name, layer in _merged_by_peft(base) if wired else ():
-        # PEFT merges layer by layer: without this, plain layers would be merged before the first wired one refuses.
+        # PEFT merges layer by layer: without this, plain layers would be merged before the first connected one raises.
         layer.merge = layer.unmerge = functools.partial(_refuse_merge, name)
     for name, layer in wired:
         layer.update_layer = functools.partial(_refuse_update, name, layer)
@@ -137,7 +169,7 @@ def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
 
 
 def remove(model: nn.Module) -> None:
-    """Takes the guards of `install` away."""
+    """Remove the guards that `install` installed."""
     base = base_model(model)
     for module in (*_wrappers(model), base):
         for verb in (*_REFUSED, *_LEAVING):
@@ -151,7 +183,7 @@ def remove(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def keeping_shortcuts() -> Iterator[None]:
-    """Inside, PEFT's functions give and take a connected adapter's weights too."""
+    """Let PEFT's functions get and set a connected adapter's weights inside this context."""
     token = _keeps_shortcuts.set(True)
     try:
         yield
@@ -160,14 +192,14 @@ def keeping_shortcuts() -> Iterator[None]:
 
 
 def _connection(model: nn.Module) -> Any:
-    """The connection of the base model below `model`, if its adapter is still there."""
+    """Return the connection of the base model inside `model`, if its adapter still exists."""
     base = base_model(model)
     connection = vars(base).get("_reslora")
     return connection if connection is not None and connection.alive(base) else None
 
 
 def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """PEFT's wrappers around the base model, outermost first."""
+    """Yield PEFT's wrappers around the base model, outermost first."""
     outer = unwrap(model)
     while hasattr(type(outer), "get_base_model") or isinstance(outer, BaseTuner):
         yield outer
@@ -175,7 +207,7 @@ def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _merged_by_peft(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """The layers that PEFT's merge visits, whichever adapter they hold; not those whose forward itself merges them."""
+    """Yield the layers that PEFT's merge visits, with any adapter, except those that merge in their `forward`."""
     itself = [name for name, module in base.named_modules() if merges_itself(module)]
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer) and not any(f"{name}.".startswith(f"{owner}.") for owner in itself):
@@ -183,7 +215,7 @@ def _merged_by_peft(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def _named(arguments: dict) -> list[str]:
-    """The adapters that a call names."""
+    """Return the adapter names among a call's arguments."""
     arguments = {**arguments, **arguments.get("kwargs", {})}
     found = [arguments[key] for key in _NAMING if arguments.get(key) is not None]
     return [name for value in found for name in ([value] if isinstance(value, str) else value)]
@@ -201,21 +233,24 @@ def _refuse_merge(name: str, *args: object, **kwargs: object) -> None:
 
 
 def _refuse_update(name: str, layer: LoraLayer, adapter_name: str, *args: object, **kwargs: object) -> None:
-    """PEFT makes new A and B with it, for another adapter or (EVA) for another rank of this one."""
+    """Raise `RuntimeError` if PEFT would create new A and B for this adapter, as EVA does to change its rank.
+
+    Calls for other adapters pass.
+    """
     if getattr(layer.lora_variant.get(adapter_name), "wires", None) is not None:
         raise RuntimeError(
-            f"{name} is wired by ResLoRA, and a new A and B would not be: call reslora.disconnect, initialise the "
+            f"{name} is wired by ResLoRA, and a new A and B would not be: call reslora.disconnect, initialize the "
             f"adapter {adapter_name!r} (EVA), and call reslora.connect after that"
         )
     type(layer).update_layer(layer, adapter_name, *args, **kwargs)
 
 
 def watch_peft() -> None:
-    """In this process, what goes past the methods of a connected base model asks here first.
+    """Guard, for this process, PEFT's functions and classes that bypass the methods of a connected base model.
 
-    Hot-swapping is a function, and what prepares it begins with another; `add_weighted_adapter` and `load_adapter` are
-    verbs of wrappers, which a base model does not know. The functions for an adapter's weights others have imported by
-    name: what they call for LoRA asks.
+    Hot-swapping is a function, and so is its preparation; `add_weighted_adapter` and `load_adapter` are methods of
+    wrappers. The functions that get and set an adapter's weights are imported by name elsewhere, so the function that
+    they call for LoRA is guarded instead.
     """
     swaps = peft.utils.hotswap
     swaps.hotswap_adapter_from_state_dict = _asking(swaps.hotswap_adapter_from_state_dict, "hotswap_adapter", _REPLACES)
@@ -231,7 +266,7 @@ def watch_peft() -> None:
 
 
 def _asking(original: Any, verb: str, does: str) -> Any:
-    """`original` with a refusal before it where it names a wired adapter of its model, or none at all."""
+    """Return `original` with a check that raises if the call names a connected adapter of its model, or no adapter."""
     if hasattr(original, "asks_reslora"):
         return original
     signature = inspect.signature(original)

@@ -1,4 +1,4 @@
-"""The merges by name: a new one is a function in `merging.py` and a row here; torch is not imported before one runs."""
+"""Registry of the merge methods: a function in `merging.py` and a row here. Importing it does not import torch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """A merge: what it computes, and what it must know before."""
+    """A merge method: its function and the statistics that it needs."""
 
     function: str
-    """Its name in `merging.py`; takes a chain, front to back, and gives one result for each block."""
+    """Name of the function in `merging.py`, which maps a chain, front to back, to one result for each block."""
     needs_norms: bool = False
-    """Whether it needs f_n of every block."""
+    """Whether it needs the norm f_n of every block."""
     needs_moments: bool = False
     """Whether it needs calibration, with the second moments of every block's input."""
     max_rank: int | None = None
-    """Merged blocks of a higher rank are cut to this one."""
+    """Maximum rank of merged blocks; None: no limit."""
 
     def __call__(self, chain: list[Factors]) -> list[Merged]:
-        """Merges a chain."""
+        """Return the merged blocks of a chain, front to back."""
         merging = importlib.import_module(".merging", __package__)
         results = getattr(merging, self.function)(chain)
         if self.max_rank is None:
@@ -38,9 +38,9 @@ MERGES = {
     "weights": Merge("merge_weights"),
     "lstsq": Merge("merge_lstsq", needs_moments=True),
 }
-"""A shortcut may have others (`reslora.shortcuts`)."""
+"""Merge methods by name; a shortcut may define others (`reslora.shortcuts`)."""
 
 AUTO = "auto"
-"""Whichever keeps most of what there is to go by."""
+"""Choose the most accurate method that the available statistics allow."""
 
 NAMES = (AUTO, *MERGES)

@@ -1,7 +1,7 @@
-"""The merges: from a trained chain to plain LoRA factors, as functions of tensors; by name in `merges.py`.
+"""Merge methods: functions from a trained chain to plain LoRA factors; `merges.py` lists them by name.
 
-A chain comes as a list of `Factors`, front to back, and leaves as a list of `Merged`, one for each block. Notation as
-in the paper: A (r x p), B (q x r), the frozen W (q x p), f_n a norm, alpha* the factor with `x_{n-1} ~ alpha* x_n`.
+A chain is a list of `Factors`, front to back, and the result a list of `Merged`, one for each block. Notation of the
+paper: A (r x p), B (q x r), the frozen W (q x p), f_n a norm, alpha* the factor with `x_{n-1} ~ alpha* x_n`.
 """
 
 from __future__ import annotations
@@ -18,34 +18,33 @@ from .regression import Inputs
 
 @dataclasses.dataclass
 class Factors:
-    """What a merge needs to know of one block."""
+    """Factors and statistics of one block, the input of a merge."""
 
     name: str
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
     weight: Callable[[], torch.Tensor]
-    """The frozen weight (q x p), dequantised when called."""
+    """Return the frozen weight (q x p), dequantized."""
     norm: float | None = None
     """f_n of Eqs. 8-9 (`input`: of x_n; `middle`: of A_n x_n), averaged over the window."""
     moments: Moments | None = None
-    """What calibration has seen of the block."""
+    """Second moments collected in calibration."""
     before: Sequence[int] = ()
-    """Where in the chain the blocks are that take part: n-1, n-2, ... n-m; empty for a head."""
+    """Indices of the earlier blocks of the chain in this block's sum: n-1, n-2, ... n-m; empty for a head."""
     parts: Sequence[torch.Tensor] = ()
-    """What multiplies x_{n-1}, x_{n-2}, ... in this block (r x p each): A_n (`input`), A_{n-1}, A_{n-2}, ...
-    (`middle`)."""
+    """Factors (r x p each) of x_{n-1}, x_{n-2}, ...: A_n (`input`), or A_{n-1}, A_{n-2}, ... (`middle`)."""
     alpha_of_head: float = 0.0
-    """alpha* of a block with nothing before it: 1 where x_{n-1} := x_n, else 0."""
+    """alpha* of a block without an earlier one: 1 if the head repeats its input (x_{n-1} := x_n), else 0."""
     fold: Callable[[Factors, list[float]], Merged] | None = None
-    """How the shortcut writes `x_{n-k} ~ alpha_{n-k} x_n` into plain factors."""
+    """How the shortcut folds `x_{n-k} ~ alpha_{n-k} x_n` into A and B."""
 
     def stand_in(self) -> torch.Tensor:
-        """What the blocks before would add if all inputs were equal (r x p)."""
+        """Return the matrix (r x p) of the shortcut terms if all inputs were equal."""
         return sum(part.to(self.a) for part in reversed(self.parts))  # type: ignore[return-value] # of no head
 
     def scaled(self, alpha: float, notes: tuple[str, ...] = ()) -> Merged:
-        """`B_n (1 + alpha*)`."""
+        """Return A and `B_n (1 + alpha*)` (Eq. 7)."""
         return Merged(self.a, self.b * (1 + alpha), alpha, notes)
 
 
@@ -62,12 +61,12 @@ class Merged:
 class Moments:
     """Second moments of one block over the calibration batches, from which fits and errors follow.
 
-    Rows are tokens: `x` (T x p) the block's input, `own` = A_n x (T x r), `handed` (T x r) what its neighbours add to
-    it, and `gap` = handed - S x for a `stand_in` S (r x p) that makes the neighbours' sum from x alone. The gap, not
-    `handed`, is fitted and measured: where S is exact it is zero to the last digit, however x is conditioned.
+    Rows are tokens: `x` (T x p) is the block's input, `own` = A_n x (T x r), and `handed` (T x r) the shortcut terms.
+    `gap` = handed - S x, where `stand_in` S (r x p) estimates the shortcut terms from x. The gap is fitted and measured
+    instead of `handed`: if S is exact, it is exactly zero, however ill-conditioned x is.
     """
 
-    # 0.0, and tensors once a forward was added.
+    # 0.0, and tensors once a forward pass was added.
     norm_sum: Any
     own_own: Any
     own_handed: Any
@@ -78,16 +77,19 @@ class Moments:
     def __init__(self, stand_in: torch.Tensor | None = None) -> None:
         self.stand_in = stand_in
         self.inputs: Inputs | None = None
-        """Where x is collected, of a block whose gap is to be fitted."""
+        """Collector of x, for a block whose gap is to be fitted."""
         self.fitted: torch.Tensor | None = None
-        """C minus the neighbours' A (r x p), once it is fitted."""
+        """C minus the sum of the earlier blocks' A (r x p), after `fit`."""
         self.norm_sum, self.forwards, self.rows = 0.0, 0, 0
         self.own_own = self.own_handed = self.handed_handed = self.gap_gap = self.gap_x = 0.0
         self.gaps: list[torch.Tensor] = []
         self.output, self.miss = 0.0, 0.0
 
     def add(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None, norm: torch.Tensor) -> None:
-        """Adds one forward; `norm` is the Frobenius norm that Eqs. 8-9 or 12 take of it."""
+        """Add one forward pass: `x` (T x p), `own` and `handed` (T x r).
+
+        `norm` is the Frobenius norm that Eqs. 8-9 or 12 use. `handed` is None for a head.
+        """
         self.norm_sum = self.norm_sum + norm
         self.forwards += 1
         own = _precise(own)
@@ -106,7 +108,7 @@ class Moments:
                 self.gaps = [*self.gaps, gap] if self.inputs.dual else []
 
     def fit(self) -> None:
-        """Fits the gap, `argmin_D |gap - D x|^2 + ridge |D|^2`, and lets go of x; what is left is the new gap."""
+        """Fit the gap, `argmin_D |gap - D x|^2 + ridge |D|^2`, and free x; the residual becomes the new gap."""
         self.fitted = self.inputs.fit(self.gap_x, self.gaps).to(self.stand_in)
         fitted = _precise(self.fitted)
         cross = self.gap_x.to(fitted) @ fitted.t()
@@ -114,23 +116,23 @@ class Moments:
         self.inputs, self.gap_x, self.gaps = None, 0.0, []
 
     def measure(self, output: torch.Tensor, miss: torch.Tensor) -> None:
-        """Adds one forward's squared norms of the unmerged output and of what a known merge misses of it."""
+        """Add one forward pass's squared norms: of the unmerged output, and of the error of a known merge."""
         self.output += float(output.double().square().sum())
         self.miss += float(miss.double().square().sum())
 
     @property
     def norm(self) -> float:
-        """f_n: the mean norm over the calibration forwards."""
+        """f_n: the mean norm over the calibration forward passes."""
         return float(self.norm_sum) / self.forwards
 
     def finite(self) -> bool:
-        """Whether everything seen was finite."""
+        """Return whether all collected values are finite."""
         values = (self.norm_sum, self.own_own, self.own_handed, self.handed_handed, self.gap_gap, self.gap_x)
         return all(bool(torch.isfinite(torch.as_tensor(value)).all()) for value in values)
 
 
 def _precise(x: torch.Tensor) -> torch.Tensor:
-    """float64 for the r-wide vectors, whose moments are differences of close numbers; MPS has none."""
+    """Return the r-wide vectors in float64, because their moments are differences of close numbers; float32 on MPS."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
@@ -138,12 +140,15 @@ def _precise(x: torch.Tensor) -> torch.Tensor:
 
 
 def merge_none(chain: list[Factors]) -> list[Merged]:
-    """Keeps A and B, and with them drops the residual paths (Table 3, merge_no)."""
+    """Return A and B unchanged, without the shortcuts (merge_no of Table 3)."""
     return [Merged(block.a, block.b, alpha=0.0) for block in chain]
 
 
 def merge_input(chain: list[Factors]) -> list[Merged]:
-    """merge_bi: `B_n (1 + alpha*)` with `alpha* = sum_{k=1..m} f_{n-k} / f_n` (Eqs. 6-9; Eq. 12 for `middle`)."""
+    """Return A and `B_n (1 + alpha*)` with `alpha* = sum_{k=1..m} f_{n-k} / f_n`: merge_bi.
+
+    Eqs. 6-9 for `input`, Eq. 12 for `middle`.
+    """
     merged = []
     for block in chain:
         before = [chain[k] for k in reversed(block.before)]
@@ -158,11 +163,13 @@ def merge_input(chain: list[Factors]) -> list[Merged]:
 
 
 def merge_weights(chain: list[Factors]) -> list[Merged]:
-    """merge_bw, walking the chain front to back with f*_j, the Frobenius norm of the *merged* weight of block j.
+    """Merge front to back by f*_j, the Frobenius norm of the *merged* weight of block j: merge_bw.
 
-    `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}` stands for `x_{n-k} ~ alpha_{n-k} x_n`: Eqs. 10-11 for `input`, and for
-    `middle` the same carried over index by index, because what is printed under Eq. 13 needs the f*_n that is being
-    computed. Where an index runs off the chain, alpha is 1.
+    `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}` estimates `x_{n-k} ~ alpha_{n-k} x_n`: Eqs. 10-11 for `input`. For `middle`
+    the same is applied index by index, because the formula under Eq. 13 needs the f*_n that is being computed. If an
+    index precedes the chain, alpha is 1.
+
+    Raises `ValueError` for a frozen weight with NaN or infinity.
     """
     merged: list[Merged] = []
     norms: list[float] = []
@@ -180,11 +187,12 @@ def merge_weights(chain: list[Factors]) -> list[Merged]:
 
 
 def merge_lstsq(chain: list[Factors]) -> list[Merged]:
-    """Ours: `A_n + C`, C the least-squares stand-in for what the blocks before add, made from x_n alone.
+    """Return `A_n + C`, where C is the least-squares estimate of the shortcut terms from x_n only (not in the paper).
 
     `C = argmin E|t - C x_n|^2 + ridge |C - T|^2`, where t is `A_n x_{n-1}` (`input`) or `sum_{k>=1} A_{n-k} x_{n-k}`
-    (`middle`) and T is A_n or `sum_{k>=1} A_{n-k}`: equal inputs merge exactly. The ridge shrinks towards T, so a block
-    whose input is far larger than those before it may lose less by `none`: it then keeps A and B, and a note says so.
+    (`middle`), and T is A_n or `sum_{k>=1} A_{n-k}`: equal inputs merge exactly. The ridge shrinks toward T, so a
+    block whose input is far larger than those of earlier blocks may have a smaller error with `none`. It then keeps A
+    and B, and a note reports it.
     """
     merged = []
     for block in chain:
@@ -202,7 +210,7 @@ def merge_lstsq(chain: list[Factors]) -> list[Merged]:
 
 
 def merge_exact(chain: list[Factors]) -> list[Merged]:
-    """`A* = [A_n; ...; A_{n-m}]`, `B* = [B_n, ..., B_{n-m}]` (Eq. 5), of rank (m + 1) r."""
+    """Return `A* = [A_n; ...; A_{n-m}]` and `B* = [B_n, ..., B_{n-m}]`, of rank (m + 1) r (Eq. 5)."""
     merged = []
     for block in chain:
         stacked = [block, *(chain[k] for k in block.before)]
@@ -217,14 +225,14 @@ def merge_exact(chain: list[Factors]) -> list[Merged]:
 
 
 def merged_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> float:
-    """f*_j, the Frobenius norm of `W_j + s_j B*_j A*_j`, in at least float32 (Eqs. 10-11)."""
+    """Return f*_j, the Frobenius norm of `W_j + s_j B*_j A*_j` (q x p), in at least float32 (Eqs. 10-11)."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     b, a = b.to(weight.device, dtype), a.to(weight.device, dtype)
     return float(torch.linalg.vector_norm(torch.addmm(weight.to(dtype), b, a, alpha=scaling)))
 
 
 def cut(block: Factors, merged: Merged, rank: int) -> Merged:
-    """`merged` with at most that rank, and a note of what is lost; factors that the merge has kept stay as they are."""
+    """Return `merged` truncated to `rank`, with a note of the loss; factors that the merge left unchanged stay."""
     if merged.a is block.a or merged.a.shape[0] <= rank:
         return merged
     a, b, loss = truncate(merged.a, merged.b, rank)
@@ -233,9 +241,9 @@ def cut(block: Factors, merged: Merged, rank: int) -> Merged:
 
 
 def truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best rank-`rank` approximation of `B A` as new factors, and the share of its Frobenius norm that is lost.
+    """Return the best rank-`rank` approximation of `B A` as A and B, and the fraction of the Frobenius norm lost.
 
-    Through the small cores of two QR decompositions: `B A = Q_b (R_b R_a^T) Q_a^T`.
+    A is r x p and B is q x r. Uses the SVD of the small core of two QR decompositions: `B A = Q_b (R_b R_a^T) Q_a^T`.
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().t())
@@ -247,18 +255,18 @@ def truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor,
 
 
 def relative_error(block: Factors, merged: Merged) -> float:
-    """`|merged - unmerged| / |unmerged LoRA output|` on the calibration batches, from the block's moments.
+    """Return `|merged - unmerged| / |unmerged LoRA output|` on the calibration batches, from the block's moments.
 
     Both outputs are B times an r-wide vector, so the norms are traces against the Gram matrix of B.
     """
     moments = block.moments
     if isinstance(moments.handed_handed, float):
-        return 0.0  # nothing is handed to this block, or it merges exactly
+        return 0.0  # no shortcut term is added here, or the merge is exact
     b = _precise(block.b)
     gram = b.t() @ b
     cross = moments.own_handed + moments.own_handed.t()
     output = _trace(moments.own_own + cross + moments.handed_handed, gram)
-    if isinstance(merged.alpha, float):  # A is kept, and no stand-in made
+    if isinstance(merged.alpha, float):  # A is unchanged, and the shortcut terms are not estimated
         miss = merged.alpha**2 * moments.own_own - merged.alpha * cross + moments.handed_handed
     else:
         miss = moments.gap_gap
@@ -271,7 +279,7 @@ def _trace(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def _ratio(numerator: float, denominator: float) -> float:
-    """numerator / denominator, and 1 where a zero norm leaves the ratio without meaning."""
+    """Return numerator / denominator, or 1 if one of the norms is zero."""
     return numerator / denominator if numerator > 0 and denominator > 0 else 1.0
 
 

@@ -1,4 +1,4 @@
-"""The verbs over a model: connect, disconnect, merge, enable_gradient_checkpointing."""
+"""Connect, disconnect and merge a model, and enable gradient checkpointing on it."""
 
 from __future__ import annotations
 
@@ -18,43 +18,45 @@ from torch import nn
 from . import guards, merges, ranks
 from .calibration import Calibrator
 from .chains import Chain, Chains, base_model, chains, lora_layers
-from .common.checks import is_whole
+from .checks import is_whole
 from .config import ResLoraConfig
+from .formatting import pluralize
 from .merges import Merge
 from .merging import Factors, Merged
 from .shortcuts import shortcut_class
 from .wiring import Connection, attach_wires, connected, connection_of
-from .words import counted
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockReport:
-    """How one block was merged."""
+    """Result of the merge of one block."""
 
     name: str
     role: str
     alpha: float | list[float] | None
-    """alpha*, or the list of alpha_{n-k} (k = 1..m); None where the method has none (`lstsq`, exact merges). 0 where
-    `lstsq` has merged a block by `none`."""
+    """alpha*, or the list of alpha_{n-k} (k = 1..m).
+
+    None for `lstsq` and exact merges; 0 if `lstsq` merged a block by `none`.
+    """
     rank: int
     """Rank after the merge."""
     error: float | None
-    """|merged - unmerged| / |unmerged LoRA output| of this block on the calibration batches; None without them."""
+    """|merged - unmerged| / |unmerged LoRA output| on the calibration batches; None without calibration."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeReport:
-    """What a merge did: the content of `merge.json`."""
+    """Result of a merge, the content of `merge.json`."""
 
     method: str
     """`none`, `input`, `weights`, `lstsq`, or `exact` (block-shortcuts)."""
     shortcut: str
     blocks: tuple[BlockReport, ...]
     notes: tuple[str, ...] = ()
-    """Zero norms, blocks that `lstsq` leaves to `none`, what a `max_rank` loses, a calibration in several passes."""
+    """Zero norms, blocks that `lstsq` merges by `none`, the loss by `max_rank`, a calibration in several passes."""
 
     def to_dict(self) -> dict:
-        """The report as JSON-able data."""
+        """Return the report as JSON-able data."""
         return {
             "method": self.method,
             "shortcut": self.shortcut,
@@ -67,7 +69,7 @@ class MergeReport:
         error = (
             f", relative error {sum(errors) / len(errors):.2%} on average, {max(errors):.2%} at most" if errors else ""
         )
-        return f"merged {counted(len(self.blocks), 'block')} by {self.method!r}{error}"
+        return f"merged {pluralize(len(self.blocks), 'block')} by {self.method!r}{error}"
 
 
 # -- connect and disconnect ------------------------------------------------------------------------------------------
@@ -79,13 +81,14 @@ def connect(
     adapter_name: str = "default",
     example_inputs: dict | None = None,
 ) -> Chains:
-    """Wires the LoRA blocks of neighbouring layers of `model` in place (Eqs. 2-4) and returns the plan.
+    """Connect the LoRA blocks of neighboring layers of `model` in place (Eqs. 2-4) and return the chains.
 
-    `example_inputs` are keyword arguments of the base model that show the order of its layers (see `chains`). Hooks put
-    on `lora_A` and `lora_B` afterwards are not called, as shortcuts read their weights; hooks on layers are.
+    `example_inputs` are keyword arguments of the base model, used to trace the order of its layers (see `chains`).
+    Later hooks on `lora_A` and `lora_B` are not called, because shortcuts read their weights; hooks on layers are.
 
     Raises `ValueError` if the model has no such LoRA adapter, is connected or merged already, has a layer that cannot
-    be wired, or if the shortcut finds no link; the model is unchanged then.
+    be connected, or has no links for the shortcut. The model is then unchanged. Raises `RuntimeError` if the installed
+    PEFT does not call the variants of its LoRA layers.
     """
     if not isinstance(config, ResLoraConfig):
         raise ValueError(f"config is a {type(config).__name__}; give a reslora.ResLoraConfig")
@@ -97,6 +100,8 @@ def connect(
             "reslora.disconnect first"
         )
     guards.refuse_inner(base, adapter_name)
+    if config.wired:
+        guards.refuse_unknown_peft()
     layers = lora_layers(base, adapter_name)
     guards.refuse_merged(layers)
     guards.refuse_inactive(layers, adapter_name)
@@ -108,7 +113,10 @@ def connect(
 
 
 def disconnect(model: nn.Module, adapter_name: str = "default") -> None:
-    """Removes the wires and leaves the plain LoRA that `connect` found; `ValueError` if there are none."""
+    """Remove the shortcuts and leave the plain LoRA that `connect` found.
+
+    Raises `ValueError` if the model is not connected.
+    """
     connected(base_model(model), adapter_name).clear(model)
 
 
@@ -118,7 +126,7 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
     except ValueError:
         if config.wired:
             raise
-        return Chains(())  # nothing is wired, so nobody asks in which order
+        return Chains(())  # plain LoRA: the execution order does not matter
     if not config.wired:
         return plan
     if plan.problems:
@@ -128,7 +136,7 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
         shapes = [f"{block.name} {block.shape}" for block in plan.blocks[:8]]
         listed = ", ".join(shapes + [f"{name} ({reason}, stays plain)" for name, reason in plan.unlinked[:8]])
         raise ValueError(
-            f"shortcut={config.shortcut!r} finds no link among the {len(plan.blocks)} LoRA blocks (neighbours must "
+            f"shortcut={config.shortcut!r} finds no link among the {len(plan.blocks)} LoRA blocks (neighbors must "
             f"have one role and one shape): {listed}; adapt layers that repeat, or take shortcut='none'"
         )
     return plan
@@ -138,11 +146,13 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Turns on non-reentrant gradient checkpointing that keeps the shortcuts of a connected model intact.
+    """Enable non-reentrant gradient checkpointing that preserves the shortcuts of a connected model.
 
-    Works for transformers and diffusers models. Leave the trainer's own flag off: it would re-enable checkpointing of
-    the other kind. With the shortcuts `input` and `middle`, `torch.compile` cannot follow it: leave one of the
-    two out, or use `block`. Raises `ValueError` for a model that cannot checkpoint.
+    Works for models of transformers and diffusers. Leave the trainer's own flag off: it would re-enable reentrant
+    checkpointing. With the shortcuts `input` and `middle` it cannot be combined with `torch.compile`; use one of the
+    two, or `block`.
+
+    Raises `ValueError` for a model without support for checkpointing.
     """
     base = base_model(model)
     connection = connection_of(base)
@@ -176,18 +186,20 @@ def merge(
     adapter_name: str = "default",
     max_rank: int | None = None,
 ) -> MergeReport:
-    """Folds the residual paths into plain LoRA weights, in place; the model is ordinary PEFT LoRA afterwards.
+    """Fold the shortcuts into plain LoRA weights in place; the model is ordinary PEFT LoRA afterwards.
 
-    `method`: `none`, `input` (Eqs. 6-9, 12), `weights` (Eqs. 10-11, 13), `lstsq` (ours), or `auto`: exact for
-    block-shortcuts (Eq. 5, rank (m + 1) r, cut to `max_rank` if given), else `lstsq` with calibration, else `input`
-    where training recorded norms, else `weights`. `calibration`: dicts of keyword arguments of the base model, read
-    once, run through the unmerged model in eval mode without gradients; where `lstsq` would need more memory than
-    `reslora.calibration.BUDGET`, kept and run several times. dtype, device and requires_grad are kept.
+    `method`: `none`, `input` (Eqs. 6-9, 12), `weights` (Eqs. 10-11, 13), `lstsq` (not in the paper) or `auto`. `auto`
+    is exact for block-shortcuts (Eq. 5, rank (m + 1) r, truncated to `max_rank` if given). Otherwise it is `lstsq` with
+    calibration, else `input` if training recorded norms, else `weights`.
 
-    With several processes, merge on rank 0 (whose norms count) and share the result.
+    `calibration`: dicts of keyword arguments of the base model. They are read once and run through the unmerged model
+    in eval mode without gradients; if `lstsq` needs more memory than `reslora.calibration.BUDGET`, they are stored and
+    run several times. dtype, device and requires_grad of the adapter stay.
 
-    Raises `ValueError` for an unknown method, missing calibration or norms, non-finite values, or parametrized A or B;
-    nothing has changed then, nor where memory runs out.
+    With several processes, merge on rank 0, whose norms are used, and broadcast the result.
+
+    Raises `ValueError` for an unknown method, missing calibration or norms, non-finite values, or parametrized A or B.
+    The model is unchanged then, and also if memory runs out.
     """
     base = base_model(model)
     connection = connected(base, adapter_name)
@@ -209,17 +221,20 @@ def merge(
             for factors, results in zip(plan, merged, strict=True)
             for block, result in zip(factors, results, strict=True)
         }
-        disconnect(model, adapter_name)  # nothing from here on takes memory, so all layers change, or none
+        disconnect(model, adapter_name)  # no allocation from here on, so all layers change or none
         for layer, result in written.items():
             ranks.write(layer, result, adapter_name)
         ranks.declare(described, layers, adapter_name)
-    torch.clear_autocast_cache()  # which keeps casts of the old weights, for as long as its block lasts
+    torch.clear_autocast_cache()  # autocast caches casts of the old weights until its block ends
     notes += [note for results in merged for result in results for note in result.notes]
     return MergeReport(method, connection.config.shortcut, tuple(blocks), tuple(dict.fromkeys(notes)))
 
 
 def _resolve(name: str, connection: Connection, calibration: object, max_rank: int | None) -> str:
-    """The name of the merge that will run, after checking that it can."""
+    """Return the name of the merge method to run.
+
+    Raises `ValueError` if its statistics are missing.
+    """
     if name not in merges.NAMES:
         raise ValueError(f"method={name!r} is not one of {', '.join(map(repr, merges.NAMES))}")
     shortcut = connection.shortcut
@@ -237,7 +252,7 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
     row = shortcut.merges[resolved]
     if name == merges.AUTO and calibration is None and any(each.needs_moments for each in shortcut.merges.values()):
         message = f"without calibration samples blocks are merged by {resolved!r}; 'lstsq', which reads some, is closer"
-        warnings.warn(message, stacklevel=3)  # to the caller of `merge`
+        warnings.warn(message, stacklevel=3)  # attributed to the caller of `merge`
     if row.needs_moments and calibration is None:
         raise ValueError(f"method={name!r} needs calibration=, an iterable of dicts of the base model's arguments")
     if row.needs_norms and calibration is None and not recorded:
@@ -262,7 +277,7 @@ def _refuse_nonfinite(layers: dict[str, LoraLayer], adapter_name: str) -> None:
 
 
 def _refuse_parametrized(layers: dict[str, LoraLayer], connection: Connection) -> None:
-    """Refuse A and B that make their weight when it is read: what is written to it would be lost without a word."""
+    """Raise `ValueError` for parametrized A and B: values written to them would be lost silently."""
     for name in (block.name for block in connection.chains.blocks if connection.shortcut):
         for part in ("lora_A", "lora_B"):
             if "weight" not in getattr(layers[name], part)[connection.adapter_name]._parameters:
@@ -289,7 +304,7 @@ def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection)
 
 
 def _base_weight(layer: LoraLayer) -> torch.Tensor:
-    """The frozen weight as q x p (`Conv1D` stores p x q), dequantised."""
+    """Return the frozen weight as q x p, dequantized (`Conv1D` stores p x q)."""
     weight = dequantize_module_weight(layer.get_base_layer()).detach()
     return weight.t() if getattr(layer, "fan_in_fan_out", False) else weight
 
@@ -301,9 +316,9 @@ def _merge_chains(
     merge_chain: Merge,
     calibration: Iterable[Mapping] | None,
 ) -> tuple[list[list[Merged]], list[str]]:
-    """Merges every chain; methods that need no statistics first, so that calibration can measure what they lose.
+    """Merge every chain; methods without statistics come first, so that calibration can measure their error.
 
-    Returns the results, and notes on how they came about.
+    Returns the results and notes for the report.
     """
     merged = None if merge_chain.needs_norms or merge_chain.needs_moments else [merge_chain(chain) for chain in plan]
     notes: list[str] = []

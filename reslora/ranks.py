@@ -1,4 +1,4 @@
-"""Ranks and scales after a merge: into the layers and PEFT's configuration, so that a saved adapter loads."""
+"""Write ranks and scales after a merge into the layers and PEFT's configuration, so that a saved adapter loads."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from torch import nn
 
 from .merging import Merged
 
-# Initialisations that move a part of the frozen weight into the adapter, as much as the rank says. A reader repeats
-# them to have the same frozen weight; with another rank it would get another one.
+# Initializations that move a part of the frozen weight into the adapter, depending on the rank. PEFT repeats them on
+# loading to restore the frozen weight; with another rank it would get another weight.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def changes_base(config: LoraConfig) -> bool:
-    """Whether the adapter's initialisation has changed the frozen weights by an amount that depends on the rank."""
+    """Return whether the adapter's initialization changed the frozen weights by an amount that depends on the rank."""
     return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(CHANGES_BASE)
 
 
 def prepared(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
-    """The new factors with the device and dtype of the old ones: whatever of a merge takes memory is done here."""
+    """Return the new factors on the device and in the dtype of the old ones; this allocates all memory of a merge."""
     factors = []
-    with torch.inference_mode(False):  # tensors made in a caller's inference mode can never be trained
+    with torch.inference_mode(False):  # tensors created in a caller's inference mode can never be trained
         for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
             weight = modules[adapter_name].weight
             value = value.to(weight.device, weight.dtype).contiguous()
@@ -38,7 +38,7 @@ def prepared(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
 
 
 def write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:
-    """Puts factors that are `prepared` in place; a changed rank takes new linear layers of the old mode."""
+    """Put `prepared` factors in place; a changed rank takes new linear layers in the old training mode."""
     for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
         old = modules[adapter_name]
         if old.weight.shape == value.shape:
@@ -50,10 +50,10 @@ def write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:
 
 
 def declare(config: LoraConfig, layers: dict[str, LoraLayer], adapter_name: str) -> None:
-    """Where ranks changed: writes rank and alpha into the layers and, by full name, into PEFT's configuration.
+    """Write changed ranks and alphas into the layers and, by full name, into PEFT's configuration.
 
-    PEFT takes the first pattern that matches, and sorts them when it writes the file. So where there were patterns each
-    layer gets an entry of its own, and older ones are kept only if they sort behind all of these.
+    PEFT takes the first pattern that matches, and sorts patterns when it writes the file. If the configuration had
+    patterns, each layer gets an entry, and older patterns stay only if they sort after all of these.
     """
     changed = {
         name: layer.lora_A[adapter_name].weight.shape[0]
@@ -72,28 +72,28 @@ def declare(config: LoraConfig, layers: dict[str, LoraLayer], adapter_name: str)
     config.alpha_pattern = _patterns(alphas, changed, config.lora_alpha, config.alpha_pattern)
 
 
-# -- scales that alpha does not say ----------------------------------------------------------------------------------
+# -- scales that differ from alpha ------------------------------------------------------------------------------------
 
-# `set_scale` leaves them, which diffusers' `set_adapters` calls with its weights: it changes a layer's `scaling` alone.
+# `set_scale`, which diffusers' `set_adapters` calls with its weights, changes only a layer's `scaling`, not its alpha.
 
 
 def nominal(layer: LoraLayer | LycorisLayer, adapter_name: str) -> float:
-    """The scaling that a layer's rank and alpha say."""
+    """Return the scaling that follows from a layer's rank and alpha."""
     rank = layer.r[adapter_name]
     alpha = (layer.lora_alpha if isinstance(layer, LoraLayer) else layer.alpha)[adapter_name]
-    if hasattr(layer, "lora_E"):  # AdaLoRA, which divides by its rank of the moment in the forward
+    if hasattr(layer, "lora_E"):  # AdaLoRA divides by its current rank in the forward pass
         return alpha if alpha > 0 else rank
     return alpha / _root(layer, adapter_name)(rank)
 
 
 def rescaled(layers: Mapping[str, LoraLayer | LycorisLayer], adapter_name: str) -> dict[str, float]:
-    """The scaling of the layers where it is not what rank and alpha say."""
+    """Return the scaling of the layers where it differs from what rank and alpha give, by name."""
     found = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}
     return {name: scale for name, scale in found.items() if not _close(scale, nominal(layers[name], adapter_name))}
 
 
 def rescale(layers: Mapping[str, LoraLayer], scaling: Mapping[str, float], adapter_name: str) -> None:
-    """Gives layers the scaling that `rescaled` found, and all others what their rank and alpha say."""
+    """Set the scaling that `rescaled` returned, and on all other layers what rank and alpha give."""
     for name, layer in layers.items():
         scale = scaling.get(name, nominal(layer, adapter_name))
         if not _close(float(layer.scaling[adapter_name]), scale):
@@ -101,9 +101,9 @@ def rescale(layers: Mapping[str, LoraLayer], scaling: Mapping[str, float], adapt
 
 
 def declare_scaling(config: PeftConfig, base: nn.Module, adapter_name: str) -> None:
-    """Where layers are rescaled: writes the alphas that amount to it into a configuration that is to be saved.
+    """Write the alphas of rescaled layers into a configuration that is to be saved.
 
-    Raises `ValueError` where a reader of the configuration would not have the same model.
+    Raises `ValueError` if a reader of the configuration would get another model.
     """
     layers = {
         name: module
@@ -115,14 +115,14 @@ def declare_scaling(config: PeftConfig, base: nn.Module, adapter_name: str) -> N
         return
     if config.peft_type != PeftType.LORA:
         raise _not_in_files(scaled, f"a {config.peft_type.value} configuration")
-    if changes_base(config):  # a reader changes the frozen weights as well, some by as much as alpha says
+    if changes_base(config):  # loading changes the frozen weights too, for some by alpha
         raise _not_in_files(scaled, f"init_lora_weights={config.init_lora_weights!r}")
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     alphas |= {
         name: _alpha(scale, _root(layers[name], adapter_name)(layers[name].r[adapter_name]))
         for name, scale in scaled.items()
     }
-    # PEFT knows the outer one of nested layers alone, so the inner ones can have no alpha of their own.
+    # PEFT's patterns match only the outer one of nested layers, so an inner layer cannot have another alpha.
     fixed = {
         alpha for name, alpha in alphas.items()
         if "base_layer" in name.split(".") or type(layers[name]).__name__ == "ParamWrapper"
@@ -143,7 +143,7 @@ def _not_in_files(scaled: Mapping[str, float], where: str) -> ValueError:
 
 
 def _root(layer: LoraLayer | LycorisLayer, adapter_name: str) -> Callable[[float], float]:
-    """What alpha is divided by, as a function of the rank."""
+    """Return the function of the rank that alpha is divided by."""
     return math.sqrt if getattr(layer, "use_rslora", {}).get(adapter_name) else float
 
 
@@ -160,16 +160,16 @@ def _patterns(values: dict[str, float], changed: dict[str, int], default: float,
 
 
 def _alpha(scaling: float, root: float) -> float:
-    """The alpha with `alpha / root == scaling` but for rounding; a whole number, as users write it, where it is one."""
+    """Return the alpha with `alpha / root == scaling` up to rounding, as an int if it is a whole number."""
     return whole(scaling * root)
 
 
 def commonest(values: Iterable[float]) -> Any:
-    """The value that occurs most often; of several the first."""
+    """Return the most frequent value; of several the first."""
     found = list(values)
     return max(dict.fromkeys(found), key=found.count)
 
 
 def whole(value: float) -> float:
-    """A whole number as one."""
+    """Return a whole number as an int, any other value unchanged."""
     return int(value) if float(value).is_integer() else value

@@ -1,12 +1,12 @@
-"""Ridge regression on what enters a layer, in as little memory as its shape allows.
+"""Ridge regression on a layer's input, in the primal or dual form that needs less memory.
 
-X (T x p) are the rows that entered a layer while calibrating, one for each token, and G (T x r) is to be made of them:
+X (T x p) are the layer's inputs during calibration, one row for each token, and G (T x r) is the target:
 
     D = argmin |G - X D^T|^2 + rho |D|^2      with rho = RIDGE tr(X^T X) / p
-      = G^T X (X^T X + rho I)^-1              the primal form: a p x p matrix, however many rows there are
+      = G^T X (X^T X + rho I)^-1              the primal form: a p x p matrix for any number of rows
       = ((X X^T + rho I)^-1 G)^T X            the dual form: the rows themselves, and a T x T matrix
 
-Both are the same D (r x p); the dual form takes less memory where there are few rows.
+Both are the same D (r x p); the dual form takes less memory if there are few rows.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from collections.abc import Iterator, Sequence
 import torch
 
 RIDGE = 1e-2
-"""Ridge of the least-squares merge, as a share of the mean diagonal of X^T X."""
+"""Ridge of the least-squares merge, as a fraction of the mean diagonal of X^T X."""
 
 PANEL = 256
-"""Columns of a Gram matrix that are computed together."""
+"""Number of columns of a Gram matrix that are computed together."""
 
 
 class Gram:
-    """A sum of x^T x (n x n), then its Cholesky factor: the lower triangle, as panels of PANEL columns.
+    """A sum of x^T x (n x n), then its Cholesky factor: the lower triangle, in panels of PANEL columns.
 
-    A panel begins at the diagonal. The sum is of the dtype of x, the factor of float64: in float32 one takes as much as
-    half the matrix, the other as all of it.
+    A panel begins at the diagonal. The sum has the dtype of x and the factor is float64: in float32 the sum takes half
+    the memory of the full matrix, and the factor as much as the full matrix.
     """
 
     def __init__(self, like: torch.Tensor, size: int) -> None:
-        """Zeros, of the dtype and on the device of `like`."""
+        """Create a zero matrix (`size` x `size`) with the dtype and device of `like`."""
         self.ridge = 0.0
         self.panels = [like.new_zeros(size - first, min(PANEL, size - first)) for first in range(0, size, PANEL)]
 
     @staticmethod
     def nbytes(size: int, itemsize: int) -> int:
-        """What one of `size` x `size` takes."""
+        """Return the memory of a `size` x `size` matrix in bytes."""
         return sum(itemsize * (size - first) * min(PANEL, size - first) for first in range(0, size, PANEL))
 
     def add(self, x: torch.Tensor) -> None:
-        """Adds the rows of `x` (T x n)."""
+        """Add the rows of `x` (T x n)."""
         for columns, panel in zip(x.split(PANEL, dim=1), self.panels, strict=True):
             panel.addmm_(x[:, -len(panel) :].t(), columns)
 
     def trace(self) -> float:
-        """The sum of the diagonal."""
+        """Return the sum of the diagonal."""
         return sum(float(_double(panel.diagonal()).sum()) for panel in self.panels)
 
     def factorise(self, ridge: float) -> None:
-        """Writes L over the sum S, with `S + ridge I = L L^T`."""
+        """Replace the sum S by its Cholesky factor L, with `S + ridge I = L L^T`."""
         self.ridge = ridge
         for k, panel in enumerate(self.panels):
             panel = self.panels[k] = _double(panel)
@@ -62,7 +62,7 @@ class Gram:
             below.copy_(torch.linalg.solve_triangular(top.t(), below, upper=True, left=False))
 
     def solve(self, right: torch.Tensor) -> torch.Tensor:
-        """`(S + ridge I)^-1 right` for (n x m), once S is factorised."""
+        """Return `(S + ridge I)^-1 right` for `right` (n x m); call `factorise` first."""
         right = right.to(self.panels[0], copy=True)
         for panel in self.panels:
             top, below = _parts(panel)
@@ -77,28 +77,28 @@ class Gram:
         return right
 
     def quadratic(self, d: torch.Tensor) -> torch.Tensor:
-        """`D S D^T` (r x r) for D (r x n), once S is factorised: `D L L^T D^T - ridge D D^T`."""
+        """Return `D S D^T` (r x r) for D (r x n) as `D L L^T D^T - ridge D D^T`; call `factorise` first."""
         d = d.to(self.panels[0])
         product = torch.cat([d[:, -len(panel) :] @ panel for panel in self.panels], dim=1)
         return product @ product.t() - self.ridge * (d @ d.t())
 
 
 def _double(x: torch.Tensor) -> torch.Tensor:
-    """float64, which MPS does not have."""
+    """Return x in float64, on the CPU if its device is MPS, which has no float64."""
     return x.to("cpu" if x.device.type == "mps" else x.device, torch.float64)
 
 
 def _parts(panel: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first rows, as many as there are columns unless `count` says so, and the rest."""
+    """Return the first `count` rows (default: as many as there are columns) and the rest."""
     count = panel.shape[1] if count is None else count
     return panel[:count], panel[count:]
 
 
 class Inputs:
-    """X, for the blocks that read one tensor (q, k and v of an attention).
+    """The rows X that a group of blocks reads, such as q, k and v of one attention.
 
-    Rows are kept while they are at most half as many as they are wide, for then they take no more than their sum, and
-    are summed up from then on.
+    The rows themselves are stored while their number is at most half their width, which takes no more memory than their
+    Gram matrix. After that, only the sum x^T x is stored.
     """
 
     def __init__(self, like: torch.Tensor) -> None:
@@ -109,14 +109,14 @@ class Inputs:
         self.dual = True
 
     def nbytes(self, more: int = 0) -> tuple[int, int]:
-        """What is held once `more` rows are added, and what it takes on top to solve it, or to sum up the rows."""
+        """Return the bytes stored after `more` rows, and the additional bytes to solve or to sum the rows."""
         rows = self.count + more
         if self.dual and 2 * rows <= self.width:
             return rows * self.width * self.itemsize, Gram.nbytes(rows, 8)
         return Gram.nbytes(self.width, self.itemsize), Gram.nbytes(self.width, 8 - self.itemsize)
 
     def add(self, x: torch.Tensor) -> None:
-        """Adds rows (T x p); they are copied, for the model may go on to overwrite them."""
+        """Add rows (T x p); they are copied, because the model may overwrite them in place."""
         self.count += len(x)
         if self.dual and 2 * self.count > self.width:
             self.dual, self.gram = False, Gram(x, self.width)
@@ -128,24 +128,24 @@ class Inputs:
             self.gram.add(x)
 
     def factorise(self) -> None:
-        """Makes `fit` and `quadratic` possible; no rows can be added any more."""
+        """Prepare `fit` and `quadratic`; no rows can be added after this."""
         if self.dual:
             self.gram = Gram(next(self._columns()), self.count)
             for columns in self._columns():
                 self.gram.add(columns.t())
         ridge = RIDGE * self.gram.trace() / self.width
-        # Where x is zero throughout there is nothing to fit, and nothing to invert.
+        # If x is zero everywhere, there is nothing to fit and the matrix cannot be inverted.
         self.gram.factorise(ridge if ridge > 0 else 1.0)
 
     def fit(self, gap_x: torch.Tensor, gaps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """D (r x p, float64) from `G^T X` (r x p), or where it is `dual` from G (T x r)."""
+        """Return D (r x p, float64) from `G^T X` (r x p), or from G (T x r) in the dual form."""
         if not self.dual:
             return self.gram.solve(gap_x.t()).t()
         weights = self.gram.solve(torch.cat(list(gaps))).t()
         return torch.cat([weights @ columns for columns in self._columns()], dim=1)
 
     def quadratic(self, d: torch.Tensor) -> torch.Tensor:
-        """`D X^T X D^T` (r x r)."""
+        """Return `D X^T X D^T` (r x r)."""
         if not self.dual:
             return self.gram.quadratic(d)
         d = d.to(self.gram.panels[0])
@@ -153,6 +153,6 @@ class Inputs:
         return product.t() @ product
 
     def _columns(self) -> Iterator[torch.Tensor]:
-        """X in panels of columns (T x PANEL), float64."""
+        """Yield X in panels of columns (T x PANEL), in float64."""
         for parts in zip(*(rows.split(PANEL, dim=1) for rows in self.rows), strict=True):
             yield _double(torch.cat(parts))

@@ -1,4 +1,4 @@
-"""The order in which the layers of a model run: one forward on the meta device, which leaves the model as it was."""
+"""Trace the execution order of a model's layers with one forward pass on the meta device."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from .common.errors import first_line
+from .errors import first_line
 
 _HOLDER = "reslora.holder"
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What one forward showed. *Holders* are the repeated modules that hold the watched layers."""
+    """Result of a traced forward pass. *Holders* are the repeated modules that contain the traced layers."""
 
     runs: dict[str, list[tuple[int, ...]]]
-    """By layer, in execution order: the token shape of its input, each time it ran."""
+    """Layer -> token shape of its input for each call, in execution order."""
     reads: dict[str, set[str]]
-    """By holder: the holders whose outputs its first tensor argument, its hidden states, depends on."""
+    """Holder -> the holders whose outputs its first tensor argument, its hidden states, depends on."""
     inner: dict[str, set[str]]
-    """By holder: the holders inside it whose outputs its own output depends on."""
+    """Holder -> the holders inside it whose outputs its own output depends on."""
     readers: list[list[str]] = dataclasses.field(default_factory=list)
-    """The layers that read one and the same tensor, in execution order."""
+    """Groups of layers that read the same tensor, in execution order."""
 
     def apart(self, holder: str, before: str) -> str:
-        """Why `holder` does not go on with the stream that `before` returned; empty if it does."""
-        if before.startswith(holder + "."):  # a list inside the module, with a layer of the same role after it
+        """Return why `holder` does not continue the stream that `before` returned; empty if it does."""
+        if before.startswith(holder + "."):  # a list inside the module, followed by a layer of the same role
             return ""
         if before in self._back_from(self._stream(holder), self._stream):
             return ""
@@ -46,15 +46,18 @@ class Trace:
         return f"another stream: {holder} does not read what {before} returned"
 
     def _stream(self, holder: str) -> set[str]:
-        """The holders that `holder` goes on with. Where streams meet that had nothing in common, as an image's and a
-        caption's, a new one begins, unless a list of equal modules merely takes something in on its way."""
+        """Return the holders whose stream `holder` continues.
+
+        A new stream begins at the join of independent ones, such as those of an image and its caption. The exception is
+        a holder within a list of equal modules that only receives another input.
+        """
         sources = self.reads[holder]
         if any(sources <= self._back_from({source}, self.reads.__getitem__) for source in sources):
             return sources
         return {source for source in sources if source.rpartition(".")[0] == holder.rpartition(".")[0]}
 
     def _back_from(self, holders: set[str], step: Callable[[str], set[str]]) -> set[str]:
-        """`holders` and everything that `step` by `step` lies before them, or inside them at their ends."""
+        """Return `holders` and all that precede them along `step`, or that their outputs come from inside."""
         found, left = set(holders), list(holders)
         while left:
             holder = left.pop()
@@ -65,13 +68,13 @@ class Trace:
 
 
 def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | None) -> Trace:
-    """Runs one forward, on the meta device where possible, and returns what it showed.
+    """Run one forward pass, on the meta device if possible, and return the trace.
 
-    `holders` maps the paths of the layers to watch to the paths of the modules that hold them (a layer may hold
-    itself); `example_inputs` are keyword arguments of `base` (default: made from its configuration, or its own
-    `dummy_inputs`). Random states, modes and gradients are as before afterwards.
+    `holders` maps the paths of the layers to trace to the paths of the modules that hold them (a layer may be its own
+    holder). `example_inputs` are keyword arguments of `base` (default: made from its configuration, or its own
+    `dummy_inputs`). Random states, modes and gradients are restored.
 
-    Raises `ValueError` if there are no inputs to trace with, or the model does not run on them.
+    Raises `ValueError` if no inputs to trace with are known, or the model does not run on them.
     """
     inputs = _default_inputs(base) if example_inputs is None else example_inputs
     if not isinstance(inputs, Mapping):
@@ -81,7 +84,8 @@ def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | No
         with _same_random(base):
             return _run(meta_copy(base, adapters=False), holders, to_device(inputs, "meta"))
     except Exception as error:
-        # Data-dependent control flow, fused kernels and quantised layers do not run on the meta device: run for real.
+        # Data-dependent control flow, fused kernels and quantized layers do not run on the meta device: use the real
+        # one.
         parameter = next(base.parameters(), None)
         if parameter is None or parameter.is_meta:
             raise ValueError(_untraceable(base, error)) from error
@@ -98,19 +102,19 @@ def _untraceable(base: nn.Module, error: Exception) -> str:
 
 
 def meta_copy(base: nn.Module, adapters: bool = True) -> nn.Module:
-    """Returns a copy of `base` without storage, in eval mode, and without hooks: nothing of it reaches the original.
+    """Return a copy of `base` on the meta device, in eval mode and without hooks; the original is unchanged.
 
-    Its norms only copy what they read. Without `adapters` what PEFT's layers have wrapped stands in their places, and
-    linear layers leave out their biases, so it is made and run faster.
+    Norm layers of the copy return their input. Without `adapters`, PEFT's layers are replaced by their base layers and
+    linear layers have no bias, which makes the copy faster.
     """
     memo: dict[int, object] = {id(hooks): OrderedDict() for module in base.modules() for hooks in _uncopied(module)}
     held = [value for module in base.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
     for tensor in (*base.parameters(), *base.buffers(), *held):
-        # Weights stored as 8-bit floats are computed with in the model's own dtype, by hooks that go below.
+        # Weights stored as 8-bit floats are cast to the model's dtype by hooks, which the copy does not have.
         stored = tensor.is_floating_point() and tensor.dtype.itemsize == 1
         empty = torch.empty(tensor.shape, dtype=_dtype(base) if stored else tensor.dtype, device="meta")
         empty = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-        # PEFT asks bitsandbytes' 4-bit weights how they are quantised.
+        # PEFT reads the quantization attributes of bitsandbytes' 4-bit weights.
         vars(empty).update({key: value for key, value in vars(tensor).items() if isinstance(value, bool | int | str)})
         memo[id(tensor)] = empty
     for layer in () if adapters else base.modules():
@@ -124,7 +128,7 @@ def meta_copy(base: nn.Module, adapters: bool = True) -> nn.Module:
             vars(module).pop(key, None)
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
-        # Without numbers a norm is a copy and a bias adds nothing, but PyTorch takes both apart into many small steps.
+        # On the meta device a norm is a copy and a bias adds nothing, but PyTorch decomposes both into many operations.
         if type(module) in (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm):
             module.__dict__["forward"] = torch.clone
         elif type(module) is nn.Linear and not adapters:
@@ -133,8 +137,11 @@ def meta_copy(base: nn.Module, adapters: bool = True) -> nn.Module:
 
 
 def _uncopied(module: nn.Module) -> Iterator[OrderedDict]:
-    """The hooks of a module that a copy is to be without. Every module has eleven dicts of hooks, nearly all of them
-    empty, and to copy them takes longer than to copy all else."""
+    """Yield the hooks of a module that a copy leaves out.
+
+    Every module has eleven dicts of hooks, nearly all empty, and copying them takes longer than copying everything
+    else.
+    """
     for name, value in vars(module).items():
         if isinstance(value, OrderedDict) and (not value or name in ("_forward_hooks", "_forward_pre_hooks")):
             yield value
@@ -144,7 +151,7 @@ def _run(base: nn.Module, holders: Mapping[str, str], inputs: dict) -> Trace:
     watch = _Watch(holders)
     try:
         watch.attach(base)
-        # Gradients on: the graph from one holder to the next is what tells the streams apart.
+        # Gradients on: the autograd graph between holders distinguishes the streams.
         with torch.inference_mode(False), torch.enable_grad():
             base(**inputs)
     finally:
@@ -153,10 +160,10 @@ def _run(base: nn.Module, holders: Mapping[str, str], inputs: dict) -> Trace:
 
 
 class _Watch:
-    """Hooks that note what runs, and make every holder's output a leaf of the autograd graph.
+    """Hooks that record which modules run, and make every holder's output a leaf of the autograd graph.
 
-    A holder may be a mere container that is never called: then the modules below it are called instead, down to the
-    layer itself, and count as calls of the holder.
+    A holder may be a container that is never called. Then calls of the modules below it, down to the layer, count as
+    calls of the holder.
     """
 
     def __init__(self, holders: Mapping[str, str]) -> None:
@@ -169,12 +176,12 @@ class _Watch:
             for depth in range(holder.count(".") + 1, name.count(".") + 2)
         }
         self.calls: list[tuple[str, str]] = []  # (holder, path of the module that was called), outermost first
-        # By tensor and version: what reads it. The tensors are kept, or another could take the identity of one.
+        # (tensor, version) -> its readers. The tensors are stored, because a freed tensor's id can be reused.
         self.read: dict[tuple[int, int], tuple[torch.Tensor, list[str]]] = {}
         self.handles: list[RemovableHandle] = []
 
     def attach(self, base: nn.Module) -> None:
-        """Hooks every watched module of `base`."""
+        """Register hooks on every traced module of `base`."""
         for path in self.holders:
             module = base.get_submodule(path)
             self.handles += [
@@ -183,7 +190,7 @@ class _Watch:
             ]
 
     def detach(self) -> None:
-        """Removes the hooks."""
+        """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
 
@@ -216,7 +223,7 @@ class _Watch:
 
 
 def _hidden_states(module: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """The tensors of the first argument, in the order of the signature, that holds any of real or complex numbers."""
+    """Return the floating-point and complex tensors of the first argument, in signature order, that has any."""
     try:
         arguments = list(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.values())
     except (TypeError, ValueError):
@@ -225,7 +232,7 @@ def _hidden_states(module: nn.Module, args: tuple, kwargs: dict) -> list[torch.T
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
-    """The tensors in `value`, at any depth, that can have a gradient."""
+    """Return the tensors in `value`, at any depth, that can have a gradient."""
     return [leaf for leaf in tree_leaves(value) if _differentiable(leaf)]
 
 
@@ -234,18 +241,18 @@ def _differentiable(value: object) -> bool:
 
 
 def _fresh(holder: str, value: Any) -> Any:
-    """The same numbers without their history, which begins at `holder`."""
+    """Return the same values without their autograd history, as a leaf that is marked as `holder`'s output."""
     if not _differentiable(value):
         return value
     with torch.enable_grad():
-        # A copy: the model may go on to change it in place, which a leaf forbids.
+        # A clone, because a model may change it in place, which is an error for a leaf.
         fresh = value.detach().requires_grad_().clone()
     fresh.grad_fn.metadata[_HOLDER] = holder
     return fresh
 
 
 def _origins(tensors: list[torch.Tensor]) -> set[str]:
-    """The holders whose outputs `tensors` depend on."""
+    """Return the holders whose outputs `tensors` depend on."""
     found: set[str] = set()
     left: list[Any] = [tensor.grad_fn for tensor in tensors]
     seen = {None}
@@ -262,7 +269,7 @@ def _origins(tensors: list[torch.Tensor]) -> set[str]:
 
 @contextmanager
 def _undisturbed(base: nn.Module) -> Iterator[None]:
-    """Runs its body with the model in eval mode, without checkpointing; all is as before afterwards."""
+    """Put the model into eval mode without gradient checkpointing; restore both afterwards."""
     checkpointing = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
     with _same_random(base), evaluating(base):
         try:
@@ -275,14 +282,14 @@ def _undisturbed(base: nn.Module) -> Iterator[None]:
 
 
 def _same_random(base: nn.Module) -> AbstractContextManager[None]:
-    """Random states are afterwards as before; a model may draw numbers in eval mode too."""
+    """Restore the random states afterwards; a model may use random numbers in eval mode too."""
     devices = sorted({tensor.device.index for tensor in base.parameters() if tensor.device.type == "cuda"})
     return torch.random.fork_rng(devices=devices)
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Puts every module of the models into eval mode for its body and restores each module's own mode."""
+    """Put every module of the models into eval mode, and restore each module's own mode afterwards."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -294,7 +301,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 
 def to_device(inputs: dict, device: torch.device | str) -> dict:
-    """`inputs` with every tensor in it, at any depth, on `device`."""
+    """Return `inputs` with every tensor in it, at any depth, moved to `device`."""
     return tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, inputs)
 
 
@@ -314,16 +321,16 @@ def _default_inputs(base: nn.Module) -> dict:
 
 
 def _dtype(base: nn.Module) -> torch.dtype:
-    """What the model computes in: its own word, where its weights are stored in fewer bits."""
+    """Return the dtype that the model computes in; its `dtype` attribute comes first, as weights may be quantized."""
     return getattr(base, "dtype", None) or next(base.parameters()).dtype
 
 
 def _unet_inputs(config: Any, zeros: Callable) -> dict:
-    """Inputs of a `UNet2DConditionModel` at its own sample size (SD 1.x, 2.x and SDXL)."""
+    """Return inputs of a `UNet2DConditionModel` at its own sample size (SD 1.x, 2.x and SDXL)."""
     size = config.sample_size or 64
     width = config.cross_attention_dim
     width = config.encoder_hid_dim or (width[0] if isinstance(width, (tuple, list)) else width)
-    # Halved from stage to stage, a smaller image would end with stages of equal size.
+    # A smaller image, halved from stage to stage, would end with stages of equal size.
     smallest = 2 ** len(config.down_block_types)
     size = [max(side, smallest) for side in (size if isinstance(size, (tuple, list)) else (size, size))]
     inputs = {
@@ -342,7 +349,8 @@ def _unet_inputs(config: Any, zeros: Callable) -> dict:
     return inputs
 
 
-# In the transformers below a caption must not have as many tokens as an image: both run through layers of one kind.
+# In the transformers below, caption and image must differ in their number of tokens: both run through layers of one
+# class.
 
 
 def _z_image_inputs(config: Any, zeros: Callable) -> dict:
@@ -394,7 +402,7 @@ def _qwen_image_inputs(config: Any, zeros: Callable) -> dict:
 
 def _krea2_inputs(config: Any, zeros: Callable) -> dict:
     layers = config.num_text_layers
-    # Nor as many tokens as a token has layers.
+    # It must also differ from the number of text-encoder layers that each token stacks.
     return {
         "hidden_states": zeros(64, config.in_channels),
         "encoder_hidden_states": zeros(2 * layers, layers, config.text_hidden_dim),

@@ -1,4 +1,4 @@
-"""What `connect` puts on a model, and how it goes away again."""
+"""Install the shortcuts of `connect` on a model, and remove them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .shortcuts.base import CastOthers, Shortcut
 from .shortcuts.shared import SharedProduct
 from .shortcuts.state import Wires
 
-# Attribute of an adapter's A modules: they are new ones where an adapter was deleted and another took its name.
+# Attribute on an adapter's A modules. New modules without it mean that the adapter was deleted and recreated.
 _MARK = "_reslora_wires"
 
 
 @dataclasses.dataclass
 class Connection:
-    """What `connect` leaves on the base model: a plain attribute, which no `state_dict` sees."""
+    """The shortcuts of one adapter, stored on the base model as a plain attribute that no `state_dict` includes."""
 
     config: ResLoraConfig
     adapter_name: str
@@ -31,21 +31,24 @@ class Connection:
     handles: list = dataclasses.field(default_factory=list)
 
     def __setstate__(self, state: dict) -> None:
-        """A process that has never connected a model watches PEFT's functions from here on."""
+        """Guard PEFT's functions also in a process that unpickles a connected model."""
         vars(self).update(state)
         guards.watch_peft()
 
     @property
     def shortcut(self) -> type[Shortcut] | None:
-        """The class of its wired blocks; None if nothing is wired."""
+        """Class of the connected blocks; None if the configuration is plain LoRA."""
         return shortcut_class(self.config.shortcut) if self.config.wired else None
 
     def before(self, chain: Chain) -> Before:
-        """Of each block of a chain, which blocks before it take part: what is wired and what is merged."""
+        """Return, for each block of a chain, the indices of the earlier blocks in its sum.
+
+        The forward pass and the merge use them.
+        """
         return before_each(len(chain), self.config.reach)
 
     def alive(self, base: nn.Module) -> bool:
-        """Whether the adapter it was made for is still on the model: it can be deleted, unloaded or replaced."""
+        """Return whether the connected adapter is still on the model: it can be deleted, unloaded or replaced."""
         layers = _present_layers(base, self.adapter_name).values()
         marks = [
             vars(layer.lora_A[self.adapter_name]).get(_MARK) for layer in layers if self.adapter_name in layer.lora_A
@@ -53,7 +56,7 @@ class Connection:
         return any(mark is self.wires for mark in marks) if marks else bool(layers)
 
     def clear(self, model: nn.Module) -> None:
-        """Takes away all that `attach_wires` has put on the model."""
+        """Remove everything that `attach_wires` installed on the model."""
         base = base_model(model)
         guards.remove(model)
         for module in base.modules():
@@ -72,7 +75,7 @@ class Connection:
 
 
 def connection_of(base: nn.Module) -> Connection | None:
-    """The connection of a base model, or None; one whose adapter went away meanwhile counts as none."""
+    """Return the connection of a base model; None without one, or if its adapter was removed."""
     connection = vars(base).get("_reslora")
     if connection is not None and not connection.alive(base):
         connection.clear(base)
@@ -81,7 +84,10 @@ def connection_of(base: nn.Module) -> Connection | None:
 
 
 def connected(base: nn.Module, adapter_name: str) -> Connection:
-    """The connection of a base model under that name; `ValueError` if it has none, or another."""
+    """Return the connection of a base model for this adapter.
+
+    Raises `ValueError` if the model is not connected, or another adapter is.
+    """
     connection = connection_of(base)
     if connection is None:
         raise ValueError(
@@ -96,7 +102,7 @@ def connected(base: nn.Module, adapter_name: str) -> Connection:
 
 
 def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, plan: Chains) -> Connection:
-    """Wires the layers of a model as `plan` says; what `connect` does once it has checked everything."""
+    """Connect the layers of a model along `plan`, which `connect` has validated, and return the connection."""
     base = base_model(model)
     layers = lora_layers(base, adapter_name)
     wires = Wires(_recorded(plan, config), config.window)
@@ -116,7 +122,7 @@ def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, pla
 
 
 def _share(plan: Chains, layers: dict[str, LoraLayer], adapter: str) -> bool:
-    """Lets the blocks that read one tensor share one product; returns whether there are any."""
+    """Let the blocks that read the same tensor share one product; return whether there are any."""
     for names in plan.readers:
         factors = {name: (layers[name].lora_variant[adapter], layers[name].lora_A[adapter]) for name in names}
         stacks = {name: [own, *variant.others()] for name, (variant, own) in factors.items()}
@@ -140,7 +146,7 @@ def _hook(base: nn.Module, plan: Chains, wires: Wires) -> list:
 
 
 def _parts(plan: Chains) -> list[str]:
-    """The modules that hold chains and cut none in two: these can run alone, as `generate` runs an encoder."""
+    """Return the modules that hold only complete chains: these can run separately, as `generate` runs an encoder."""
     whole, cut = set(), set()
     for chain in plan:
         above = [set(itertools.accumulate(block.name.split(".")[:-1], "{}.{}".format)) for block in chain]
@@ -151,7 +157,7 @@ def _parts(plan: Chains) -> list[str]:
 
 
 def _recorded(plan: Chains, config: ResLoraConfig) -> list[str]:
-    """Names of the blocks whose norms a merge can ask for."""
+    """Return the names of the blocks whose norms a merge can use."""
     if not config.wired or not shortcut_class(config.shortcut).carries:
         return []
     return [block.name for chain in plan if len(chain) > 1 for block in chain]

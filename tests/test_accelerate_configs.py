@@ -76,11 +76,11 @@ def test_the_cpus_configuration_hides_gpus(monkeypatch):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["cpu_two_processes.yaml", "one_node.yaml"])
 def test_two_processes_on_the_cpu_find_each_other(tmp_path, name):
-    """Of the other configurations, see tests/diffusion/test_launching.py."""
+    """Of the other configurations, see tests/images/test_launching.py."""
     script = tmp_path / "script.py"
     script.write_text(
         f"import os, sys, torch, accelerate\nsys.path.insert(0, {str(FOLDER.parent.parent)!r})\n"
-        "from reslora.common.script import shares_the_cpu\n"
+        "from reslora.runtime.script import shares_the_cpu\n"
         "a = accelerate.Accelerator(cpu=shares_the_cpu())\n"
         "total = a.reduce(torch.tensor(a.process_index + 1)).item()\n"
         "os.write(1, f'{a.device.type} {a.num_processes} {total}\\n'.encode())\n"  # at once: two print to one file

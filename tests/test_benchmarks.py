@@ -334,18 +334,45 @@ def test_consumer_waits_for_a_slow_stream_only(monkeypatch):
     assert trainer.consume(args, 1, "cached", stream(0.1)) == pytest.approx(0.5)
 
 
-def test_the_experiments_statistics_are_simulated_beside_other_ways(results, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["experiment_statistics.py", "--experiments", "60"])
-    monkeypatch.setattr(experiment_statistics, "SEEDS", (2, 3))
-    monkeypatch.setattr(experiment_statistics, "IMAGES", (10,))
-    monkeypatch.setattr(experiment_statistics, "VARIANCES", ((1, 0, 0.1),))
-    monkeypatch.setattr(experiment_statistics, "ESTIMATED", 3)
+def simulated(results, monkeypatch, name: str, **settings) -> dict:
+    few = {"SEEDS": (2, 3), "IMAGES": (10,), "VARIANCES": ((1, 0, 0.1),), "FEW_VARIANCES": ((1, 0, 0.1),)}
+    for constant, value in (few | {"ESTIMATED": 3} | settings).items():
+        monkeypatch.setattr(experiment_statistics, constant, value)
+    monkeypatch.setattr(sys, "argv", ["experiment_statistics.py", name, "--experiments", "60"])
     experiment_statistics.main()
-    found = kept(results, "experiment/statistics")
+    found = kept(results, f"experiment/statistics_{name}")
+    assert found["command"] == f"python benchmarks/experiment_statistics.py {name} --experiments 60"
+    return found
+
+
+def test_the_experiments_statistics_are_simulated_beside_other_ways(results, monkeypatch):
+    found = simulated(results, monkeypatch, "claims")
     ways = {"ours", "satterthwaite", "t over seeds", "bootstrap"}
     for draw in ("normal", "skewed"):
         for rows in (found[draw][comparisons] for comparisons in ("1", "4")):
             assert [row["seeds"] for row in rows] == [2, 3] and all(set(row["claims"]) == ways for row in rows)
-            assert all(0.6 < row["found"]["known"] <= 1 for row in rows)
     low, high = found["range_of_claims"]["normal, 1 compared, 3 to 8 seeds"]["bootstrap"]
     assert low == high == found["normal"]["1"][1]["claims"]["bootstrap"] > 0.1  # which knows nothing of few seeds
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["spread", "readings", "choosing"])
+def test_each_rule_of_the_statistics_is_simulated_beside_its_absence(results, monkeypatch, name):
+    found = simulated(results, monkeypatch, name, LABELS=(2, 3))
+    if name == "spread":
+        assert found["most_claims"]["one spreads 10 times as much"]["pooled"] > 0.1
+        alike = [row["half_width_over_pooled"] for row in found["rows"] if (row["seeds"], row["times"]) == (2, 1)]
+        assert all(row["own"] > 2 * row["moderated"] for row in alike)
+    elif name == "readings":
+        assert found["most_claims"]["ours"] < found["most_claims"]["no correction"]
+    else:
+        assert all(set(row["claims"]) >= {"all", "ours"} for row in found["rows"])
+        assert found["most_claims"]["ours"] < 0.2
+
+
+@pytest.mark.exhaustive
+def test_sizes_are_simulated(results, monkeypatch):
+    rows = simulated(results, monkeypatch, "power", LABELS=(2,))["rows"]
+    assert [row["seeds"] for row in rows] == [2, 3] and all(row["stated_high_over_low"] > 1 for row in rows)
+    rows = simulated(results, monkeypatch, "expected", LABELS=(2,))["rows"]
+    assert all(row["expected_over_true"] < 1.01 * row["claimed_over_true"] for row in rows)

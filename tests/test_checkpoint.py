@@ -1,7 +1,6 @@
 """save and load of an unmerged adapter: round trips, files, and what is refused."""
 
 import copy
-import functools
 import itertools
 import json
 import pickle
@@ -35,7 +34,6 @@ from reslora import ResLoraConfig
 
 CONFIG = "reslora_config.json"
 WEIGHTS = "reslora_model.safetensors"
-LINEAR = "model.layers.1.self_attn.q_proj"
 PLANS = [("input", 1, "none"), ("block", 2, "repeat"), ("middle", -1, "repeat"), ("none", 1, "repeat")]
 plans = pytest.mark.parametrize("shortcut, pre_num, head", PLANS)
 
@@ -290,7 +288,7 @@ def test_a_save_over_another_that_ends_while_it_hashes_still_loads(llama, tmp_pa
     model = llama.lora(seed=3)
     reslora.connect(model, ResLoraConfig("block", 2))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(reslora.files, "_sha256", interrupt)
+        patched.setattr(reslora.io, "_sha256", interrupt)
         reslora.save(model, tmp_path)
     loaded = reslora.load(base_of(llama, seed=3), tmp_path)
     assert torch.equal(run(loaded, llama.inputs()), run(model, llama.inputs()))
@@ -474,19 +472,6 @@ def test_a_model_connected_along_other_chains_is_refused_until_it_is_disconnecte
     assert not torch.equal(run(model, inputs), expected) and torch.equal(run(target, inputs), run(model, inputs))
 
 
-@pytest.mark.parametrize("into", ["bare", "adapter"])
-def test_chains_that_name_other_layers_are_refused(llama, tmp_path, into):
-    saved(llama, tmp_path)
-    path = tmp_path / CONFIG
-    path.write_text(path.read_text().replace("layers.2.self_attn.q_proj", "layers.22.self_attn.q_proj"))
-    target = base_of(llama) if into == "bare" else llama.lora(seed=6)
-    before = snapshot(target)
-    with pytest.raises((ValueError, RuntimeError)) as error:
-        reslora.load(target, tmp_path)
-    assert_one_line(error, "layers.22.self_attn.q_proj")
-    assert_same(target, before)
-
-
 class Bomb:
     """Unpickling it creates a file."""
 
@@ -585,49 +570,6 @@ def refuse_to_load(arch, directory, into, *words: str) -> None:
     assert_same(target, before)
 
 
-WRONG = [None, 5, -1, 2.5, "text", True, [], {}, [None], [[5]], {"a": {}}, 10**30]
-
-
-def paths(content, path=()):
-    """Every place of a JSON value, containers first."""
-    yield path
-    if isinstance(content, dict):
-        for key in content:
-            yield from paths(content[key], (*path, key))
-    elif isinstance(content, list) and content:
-        yield from paths(content[0], (*path, 0))
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("into", ["bare", "adapter"])
-@pytest.mark.parametrize("place", ["reslora", "chains", "norms", "peft_model"])
-def test_a_value_of_another_type_in_the_config_file_is_refused(llama, tmp_path, place, into):
-    """Whatever stands in the place of whatever; a value of the same type is refused in one line or read."""
-    saved(llama, tmp_path, window=3, steps=1)
-    (tmp_path / "checksums.json").unlink()  # which would notice anything
-    content = json.loads((tmp_path / CONFIG).read_text())
-    target = base_of(llama) if into == "bare" else llama.lora(seed=6)
-    before, refused = snapshot(target), 0
-    places = [path for path in paths(content[place], (place,)) if path != ("chains", "links")]  # which nobody reads
-    for path in places:
-        for wrong in WRONG:
-            damaged = copy.deepcopy(content)
-            *above, last = path
-            holder = functools.reduce(lambda value, key: value[key], above, damaged)
-            same_type = type(holder[last]) is type(wrong)
-            holder[last] = wrong
-            (tmp_path / CONFIG).write_text(json.dumps(damaged))
-            try:
-                reslora.load(copy.deepcopy(target) if same_type else target, tmp_path)
-            except ValueError as error:
-                assert "reslora_" in str(error) and "\n" not in str(error), path
-                refused += 1
-            else:
-                assert same_type, (path, wrong)
-    assert refused >= 10
-    assert_same(target, before)
-
-
 NO_LORA = [
     *({"unknown": 1}, {"r": "four"}, {"r": []}, {"r": -1}, {"lora_alpha": None}, {"lora_dropout": "much"}),
     *({"target_modules": 5}, {"target_modules": [[]]}, {"rank_pattern": [1]}, {"alpha_pattern": 7}),
@@ -647,14 +589,6 @@ def test_a_wrong_lora_configuration_is_refused(llama, tmp_path, wrong, into):
     refuse_to_load(llama, tmp_path, into)
 
 
-@pytest.mark.parametrize("into", ["bare", "adapter"])
-def test_norms_of_another_shape_are_refused(llama, tmp_path, into):
-    saved(llama, tmp_path, window=3, steps=1)
-    (tmp_path / "checksums.json").unlink()  # which would notice anything
-    rewrite(tmp_path, lambda tensors: {**tensors, "reslora.norms": torch.zeros(2, 3)})
-    refuse_to_load(llama, tmp_path, into, "reslora.norms")
-
-
 def test_norms_of_other_blocks_are_not_taken(llama, tmp_path):
     saved(llama, tmp_path, window=3, steps=1)
     (tmp_path / "checksums.json").unlink()
@@ -662,36 +596,6 @@ def test_norms_of_other_blocks_are_not_taken(llama, tmp_path):
     content["norms"]["names"].reverse()
     (tmp_path / CONFIG).write_text(json.dumps(content))
     assert reslora.merge(reslora.load(base_of(llama), tmp_path)).method == "weights"
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("into", ["bare", "adapter"])
-@pytest.mark.parametrize("wrong", [[], {"layers.0": 0.5}, {LINEAR: "0.5"}, {LINEAR: True}, {LINEAR: float("nan")}])
-def test_wrong_scales_are_refused(llama, tmp_path, wrong, into):
-    saved(llama, tmp_path)
-    (tmp_path / "checksums.json").unlink()  # which would notice anything
-    content = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(content | {"scaling": wrong}))
-    refuse_to_load(llama, tmp_path, into)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("into", ["bare", "adapter"])
-@pytest.mark.parametrize("damage", ["twice", "mixed", "wider"])
-def test_a_plan_that_no_model_has_is_refused(llama, tmp_path, damage, into):
-    saved(llama, tmp_path)
-    (tmp_path / "checksums.json").unlink()  # which would notice anything
-    content = json.loads((tmp_path / CONFIG).read_text())
-    chains = content["chains"]["chains"]
-    if damage == "twice":
-        chains[0]["blocks"][1] = chains[0]["blocks"][0]
-    elif damage == "mixed":
-        chains[0]["blocks"][1]["rank"] += 1
-    else:
-        for block in chains[0]["blocks"]:
-            block["in_features"] += 1
-    (tmp_path / CONFIG).write_text(json.dumps(content))
-    refuse_to_load(llama, tmp_path, into)
 
 
 def test_an_adapter_that_peft_has_merged_is_refused(llama, tmp_path):
@@ -736,7 +640,8 @@ def test_weights_whose_attributes_peft_reads_take_an_adapter(llama, tmp_path, mo
     read = []
 
     def dispatch(target, adapter_name, config, **kwargs):
-        read.append((target.weight.compress_statistics, target.weight.quant_type, target.weight.device.type))
+        if hasattr(target.weight, "quant_type"):  # not of the model on which `connect` tests PEFT
+            read.append((target.weight.compress_statistics, target.weight.quant_type, target.weight.device.type))
         return dispatch_default(target, adapter_name, config, **kwargs)
 
     monkeypatch.setattr("peft.tuners.lora.model.dispatch_default", dispatch)

@@ -24,6 +24,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners import lora
 from peft.tuners.lora import LoraModel
 from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -50,6 +51,30 @@ def injected(config=WIRED[0]):
     model = randomize(inject_adapter_in_model(config_of_peft, tiny_llama()))
     reslora.connect(model, config)
     return model
+
+
+@pytest.mark.parametrize("gone", ["forward", "lora_variant"])
+def test_a_peft_that_does_not_call_variants_is_refused(monkeypatch, gone):
+    """Its layers would train plain LoRA."""
+    model, before = lora_stack(), torch.get_rng_state()
+    expected = run(model, STACK_INPUTS)
+    with monkeypatch.context() as changed:
+        if gone == "forward":
+            changed.setattr(lora.Linear, "forward", lambda self, x: self.base_layer(x))
+        else:
+            changed.setattr(lora.Linear, "__init__", without_variants(lora.Linear.__init__))
+        refused(lambda: reslora.connect(model, WIRED[0], example_inputs=STACK_INPUTS), "peft", "variants", "install")
+    assert torch.equal(run(model, STACK_INPUTS), expected)
+    reslora.connect(model, WIRED[0], example_inputs=STACK_INPUTS)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def without_variants(initialize):
+    def changed(layer, *args, **kwargs):
+        initialize(layer, *args, **kwargs)
+        del layer.lora_variant
+
+    return changed
 
 
 def refused(call, *words: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from waiting import LIMIT
 
 import reslora
-from reslora.common.assets import ASSETS
+from reslora.bundled import ASSETS
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_THE_WHEEL = ("accelerate", "deepspeed", "openmoji", "pipeline", "pipeline-flow", "tiny-llama", "tiny-roberta")
@@ -81,7 +81,10 @@ def test_a_command_trains_the_bundled_pipeline_from_any_folder(target, tmp_path)
 def test_commands_version_and_application_are_those_of_the_wheel(target, tmp_path):
     commands, version, example, script = json.loads(run(target, tmp_path, sys.executable, "-c", COMMANDS))
     wanted = {f"reslora-{name.replace('_', '-')}": name for name in ("train_sd", "train_llm", "train_glue")}
-    assert commands == wanted | {"reslora-app": "reslora_app.__main__", "reslora-convert": "reslora.convert"}
+    assert commands == wanted | {
+        "reslora-app": "reslora_app.__main__",
+        "reslora-convert": "reslora.images.conversion",
+    }
     assert version == reslora.__version__
     assert Path(example) == target / "reslora_app" / "example" and Path(script) == target / "train_sd.py"
 

@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import train_llm
 import train_sd
-from reslora.diffusion import settings
-from reslora.language import glue_arguments, llm, llm_arguments
+from reslora.images import settings
+from reslora.options.images import Options
+from reslora.runtime.signals import StopRequest
+from reslora.texts import glue, llm
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -152,7 +155,7 @@ def test_language_training_is_kept_with_its_merges_and_calibrations(tmp_path, mo
     flags += ("--per_device_train_batch_size", 2, "--max_test_samples", 4, "--learning_rate", "1e-2")
     experiment = paper.Experiment("train_llm.py", "svamp", "", ("ms(4)",), (1e-2,), flags, "loss")
     monkeypatch.setitem(paper.EXPERIMENTS, "svamp", experiment)
-    monkeypatch.setattr(paper, "launch", lambda script, flags, log: llm.main(flags))
+    monkeypatch.setattr(paper, "launch", lambda script, flags, log: train_llm.start(flags, StopRequest()))
     args = argparse.Namespace(llm=str(ROOT / "assets" / "tiny-llama"), text=text_folder(tmp_path / "text"))
     found = paper.training("svamp", "ms(4)", 1e-2, 0, args)
     (path,) = (paper.RESULTS / "svamp").glob("*.json")
@@ -169,13 +172,14 @@ def test_language_training_is_kept_with_its_merges_and_calibrations(tmp_path, mo
 def test_trainers_take_the_flags_of_every_training(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "split_data", lambda experiment, args, search: tmp_path)
     args = argparse.Namespace(llm="someone/model", encoder="someone/encoder", text=tmp_path)
-    parsers = {"train_sd.py": settings.parse_args, "train_llm.py": lambda argv: llm_arguments.parse(argv)[-1]}
-    parsers["train_glue.py"] = lambda argv: glue_arguments.parse(argv).training
+    parsers = {"train_sd.py": settings.parse_args, "train_llm.py": lambda argv: llm.parse(argv).training}
+    parsers["train_glue.py"] = lambda argv: glue.parse(argv).training
     for experiment in (e for e in paper.EXPERIMENTS.values() if e.script):
         for variant in experiment.variants:
             flags = paper.flags_of(experiment, variant, 1, args, search=False)
             found = parsers[experiment.script]([*flags, "--output_dir", str(tmp_path / "run")])
-            assert (found.seed, found.output_dir) == (1, str(tmp_path / "run")), (experiment, variant)
+            own = (found["seed"], found["output_dir"]) if isinstance(found, Options) else (found.seed, found.output_dir)
+            assert own == (1, str(tmp_path / "run")), (experiment, variant)
 
 
 def test_steps_to_a_loss_lie_on_the_line_between_rows():
@@ -200,12 +204,12 @@ def test_report_fills_the_marked_parts_and_nothing_else():
     for seed in range(3):
         kept(result("lora", seed, [1.0, 0.6, 0.5]), result("is", seed, [1.0, 0.5, 0.2], merged))
     parts = ["before", "<!-- svamp -->", "old", "<!-- /svamp -->", "<!-- mrpc --><!-- /mrpc -->"]
-    paper_report.REPORT.write_text("\n".join([*parts, "<!-- state --><!-- /state -->", "after"]))
+    paper_report.REPORT.write_text("\n".join([*parts, "<!-- not-run --><!-- /not-run -->", "after"]))
     paper_report.write(paper.EXPERIMENTS)
     report = paper_report.REPORT.read_text()
     assert report.startswith("before\n") and report.endswith("after") and "old" not in report
     assert "| is | 0.001 | 0.2000 ± 0.0000 | -0.3000 ± 0.0000 | 0.500 ± 0.000 | 10 ± 0 |" in report
-    assert "*Not run yet.*" in report and "| `svamp` |" in report and "6 trainings" in report
+    assert "*Not run yet.*" in report and "Not run: `cost`, `pipeline`," in report and "`svamp`" not in report
     assert (paper_report.RESULTS / "svamp.png").stat().st_size > 1000
 
 

@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reslora.diffusion.arguments import build_parser
-from reslora.experiment.statistics import half_width, rerun, spread_of
-from reslora.language import glue_arguments, llm_arguments
+from reslora.experiment.statistics import half_width, level_of, rerun, spread_of
+from reslora.images.settings import build_parser
+from reslora.options.texts import GlueOptions, LlmOptions
+from reslora.texts.arguments import read
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import why  # noqa: E402
+import why_plots  # noqa: E402
 import why_report  # noqa: E402
 
 pytestmark = pytest.mark.exhaustive
@@ -28,7 +30,7 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setattr(why_report, "KEPT", tmp_path / "kept")
 
 
-READERS = {"train_llm.py": llm_arguments.read, "train_glue.py": glue_arguments.read}
+TEXTS = {"train_llm.py": LlmOptions, "train_glue.py": GlueOptions}
 
 
 FEW_CONTROLS = {
@@ -43,8 +45,10 @@ def test_trainers_take_every_command_with_all_controls_and_enough_seeds_and_rate
     args = why.build_parser().parse_args(["run", "--text", str(tmp_path), "--depth", str(tmp_path)])
     for name, experiment in why.EXPERIMENTS.items():
         command = experiment.command(name, args)[1:]
-        images = experiment.script == "train_sd.py"
-        found = vars(build_parser().parse_args(command)) if images else READERS[experiment.script](command)[1]
+        if experiment.script == "train_sd.py":
+            found = {"pre_num": 4, **vars(build_parser().parse_args(command))}
+        else:
+            found = read(TEXTS[experiment.script], experiment.script, command).flat()
         kind, swept = name.partition("-")[0], name.endswith("pre_num")
         controls = ("lora",) if swept else FEW_CONTROLS.get(kind, why.CONTROLS)
         methods = why.BASELINES if name.endswith("baselines") else (*controls, "reslora")
@@ -59,7 +63,7 @@ def arm(label: str, seed: int, losses: list[float], rate: float = 1e-3) -> dict:
     test = {"images": ["a", "b", "c"], "losses": losses}
     method = label.split()[0]
     return {"label": label, "method": method, "learning_rate": rate, "seed": seed, "rank": 4, "status": "finished"} | {
-        "test": test, "select_by_step": {"50": 1.0}, "steps": 50, "shortcut": None,
+        "test": test, "select_by_step": {"50": sum(losses)}, "steps": 50, "shortcut": None, "seconds": 900.0,
     }  # fmt: skip
 
 
@@ -69,7 +73,7 @@ def record(arms: list[dict]) -> dict:
     settings = {"output_dir": "/somewhere/else/run", "train_data_dir": ["/somewhere/images"], "rank": 4}
     chosen = {each["label"]: choice for each in arms}
     private = {"settings": settings, "identity": {"model_name_or_path": "/somewhere/model"}, "process": "x-1-1"}
-    return {"arms": arms, "split": split, "chosen": chosen, "verdicts": [], **private}
+    return {"arms": arms, "split": split, "chosen": chosen, "verdicts": [], "readings": 1, **private}
 
 
 def test_what_is_kept_names_no_folder_of_the_machine_and_no_process():
@@ -93,12 +97,15 @@ def test_a_shortcut_stands_beside_its_placebo_seed_by_seed_and_image_by_image():
     (why.KEPT / "unet.json").write_text(json.dumps(record(arms)))
     ours, theirs = map(np.array, losses.values())
     percent = 100 / theirs.mean()
-    mean, half = (ours - theirs).mean() * percent, half_width(spread_of(ours - theirs), 0.05) * percent
+    mean, half = (ours - theirs).mean() * percent, half_width(spread_of(ours - theirs), level_of(1)) * percent
     row = next(line for line in why_report.why_tables().splitlines() if line.startswith("| information"))
     low, high = rerun(percent * (ours - theirs).mean(1))
     cells = [cell.strip() for cell in row.split("|")][2:-2]
-    assert cells[:3] == ["reslora input", "is_placebo", f"**{mean:+.2f}%**"]
+    stars = "**" if abs(mean) > half else ""
+    assert cells[:3] == ["reslora input", "is_placebo", f"{stars}{mean:+.2f}%{stars}"]
     assert cells[3:] == [f"{mean - half:+.2f} to {mean + half:+.2f}", f"{low:+.2f} to {high:+.2f}"]
+    (why.KEPT / "unet.json").write_text(json.dumps(record(arms) | {"readings": 2}))
+    assert f"| is_placebo | {mean:+.2f}% |" in why_report.why_tables()  # a second reading is judged more strictly
     low, high = rerun(ours.mean(1))
     assert f"| {ours.mean():.4f} | {low:.4f} to {high:.4f} |" in why_report.why_tables()
 
@@ -110,12 +117,58 @@ def test_the_one_shortcut_of_an_experiment_stands_beside_larger_alphas():
         assert any(line.startswith(f"| alpha x {times} | reslora | lora_x{times} | +0.00% |") for line in lines)
 
 
+def compared() -> list[dict]:
+    """LoRA, and a shortcut that is a twentieth above it, with three seeds; LoRA's first at another rate as well."""
+    lora = [[1.0, 2.0, 3.0], [1.1, 2.3, 2.9], [1.2, 2.2, 3.1]]
+    arms = [arm("lora", seed, row) for seed, row in enumerate(lora)]
+    arms += [arm("reslora input", seed, [loss + 0.1 + 0.001 * seed for loss in row]) for seed, row in enumerate(lora)]
+    return [*arms, arm("lora", 0, [2.0, 3.0, 4.0], rate=2e-3)]
+
+
+def test_the_summary_counts_what_is_significant_and_has_the_lowest_shortcut():
+    why.KEPT.mkdir()
+    (why.KEPT / "unet-before.json").write_text(json.dumps(record(compared())))
+    row = why_report.summary_table().splitlines()[-1]
+    assert row.startswith("| The bundled U-Net, rank 16 | 7 | 1.8 | 1 | 3 | 0 of 1 | 1 of 1 | reslora input |")
+    assert f"| **{100 * 0.909 / 18.8:+.2f}%** |" in row
+    assert why_report.counted().startswith(
+        "Of 1 comparisons of a shortcut with LoRA, 0 end significantly below it and 1 above. The minimum"
+    )
+
+
+def test_plots_show_each_comparison_and_each_learning_rate():
+    why.KEPT.mkdir()
+    (why.KEPT / "unet.json").write_text(json.dumps(record(compared())))
+    ((_, found, _),) = why_report.records()
+    (verdict,) = why_report.to_lora(found)
+    panel = why_plots.forest().subfigs[1].axes[0]
+    interval, point = panel.lines[:2]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["reslora input"]
+    assert tuple(interval.get_xdata()) == verdict["interval"] and point.get_xdata()[0] == verdict["relative"]
+    assert panel.patches[0].get_width() == min(2 * verdict["detectable"], 4 * 3.6)
+    panel = why_plots.rates().axes[0]
+    curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in panel.lines}
+    assert curves["lora"] == ([1e-3, 2e-3], [0.0, pytest.approx(50)])
+    assert curves["reslora input"] == ([1e-3], [pytest.approx(5)])
+
+
+def test_larger_alphas_are_compared_by_the_learning_rate_that_was_chosen():
+    why.KEPT.mkdir()
+    found = record([arm("lora", 0, [1.0, 2.0, 3.0])])
+    for label, rate in (("lora", 1.6e-3), ("lora_x2", 8e-4), ("lora_x4", 8e-4)):
+        found["chosen"][label] = found["chosen"]["lora"] | {"learning_rate": rate}
+    (why.KEPT / "unet.json").write_text(json.dumps(found))
+    assert (
+        why_report.alpha_table().splitlines()[-1] == "| The bundled U-Net, rank 16 | 0.0016 | 0.0008 | 0.0008 | yes |"
+    )
+
+
 def test_no_more_images_choose_than_were_measured():
     """Earlier records have the whole part."""
     found = record([arm("lora", 0, [1.0, 2.0, 3.0])])
-    assert "7 images trained on, 3 that choose, 3 that compare" in why_report.section("it", found)
+    assert "7 training images, 3 in the selection split, 3 in the test split" in why_report.section("it", found)
     found["settings"]["max_validation_images"] = 2
-    assert "7 images trained on, 2 that choose, 3 that compare" in why_report.section("it", found)
+    assert "7 training images, 2 in the selection split, 3 in the test split" in why_report.section("it", found)
 
 
 def test_each_seed_is_a_rerun_of_the_others():
@@ -123,18 +176,19 @@ def test_each_seed_is_a_rerun_of_the_others():
     shift, random = np.array([0.004, 0.006, 0.005, 0.007, 0.1]), np.random.default_rng(0)
     lora = 1 + 0.1 * random.random((5, 40))
     line = why_report.rerun_line({"lora": lora, "reslora": lora * (1 + shift[:, None])})
-    assert line.startswith("Each seed as a rerun: 9 of 10 test losses and 4 of 5 differences")
+    assert line.startswith("Leaving one seed out: 9 of 10 test losses and 4 of 5 differences")
     lacking = why_report.rerun_line({"lora": lora, "reslora": np.where(shift[:, None] > 0.01, np.nan, lora)})
-    assert lacking.startswith("Each seed as a rerun: 9 of 9 test losses and 4 of 4 differences")
+    assert lacking.startswith("Leaving one seed out: 9 of 9 test losses and 4 of 4 differences")
     assert why_report.rerun_line({"lora": lora}) == why_report.rerun_line({"lora": lora[:2], "is": lora[:2]}) == ""
 
 
 def test_a_table_says_if_its_pipeline_has_been_exchanged_since():
     experiment, present = why.EXPERIMENTS["unet"], why_report.content(BENCHMARKS.parent / "assets" / "pipeline")
     assert why_report.when(experiment, {"identity": {"model": present}}) == ""
-    assert why_report.when(experiment, {"identity": {"model": "content 0"}}) == " (as it was bundled before)"
+    assert why_report.when(experiment, {"identity": {"model": "content 0"}}) == " (previous weights)"
     assert why_report.when(why.EXPERIMENTS["sst2"], {"identity": {"model": "content 0"}}) == ""
 
 
 def test_what_has_not_run_says_so():
-    assert why_report.why_tables() == "*Not run yet.*"
+    assert why_report.why_tables() == why_report.summary_table() == "*Not run yet.*"
+    assert why_report.alpha_table() == why_report.counted() == "*Not run yet.*"

@@ -1,4 +1,4 @@
-"""One file a tab: its components, its events, and what answers them. What is shown comes from `views`."""
+"""The tabs of the page, one per file: components, events and handlers. `views` renders what they show."""
 
 from .base import Parts, Tab
 from .chains import ChainsTab
@@ -15,4 +15,4 @@ __all__ = ["TABS", "Parts", "Tab"]
 TABS: tuple[type[Tab], ...] = (
     CompareTab, GenerateTab, DatasetTab, TrainTab, ExperimentTab, QueueTab, RunsTab, ChainsTab,
 )  # fmt: skip
-"""In the order of the page: a new tab is a file and its class here."""
+"""The tabs in the order of the page. A new tab is a file, and its class here."""

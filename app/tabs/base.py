@@ -1,4 +1,4 @@
-"""What a tab of the page is: components, what a look at a run shows in them, and what a visitor chooses."""
+"""Base class of the tabs: components, values for the selected run, and the user's selection."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
-from ..launcher import Trainings
+from ..jobs import Jobs
 from ..library import Library
-from ..queue import Queue
 from ..runs import Run
 from ..studio import Studio
 from ..working import WorkingFiles
@@ -19,75 +18,77 @@ if TYPE_CHECKING:
 
 
 STATUS = 3
-"""Where in what a look has seen of a run its status is."""
+"""Index of the run's status in the polled state."""
 
 
 def answer_line(value: str = "", **settings) -> gr.HTML:
-    """What a button has done, or how far that is: a screen reader says it whenever it changes."""
+    """Return a line for the result or progress of a button; screen readers announce its changes."""
     return gr.HTML(value, js_on_load="element.setAttribute('role', 'status')", **settings)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the tabs work with."""
+    """Objects that all tabs share."""
 
     library: Library
-    trainings: Trainings
-    queue: Queue
+    jobs: Jobs
     studio: Studio
     files: WorkingFiles = field(default_factory=WorkingFiles)
 
 
 class Tab:
-    """A tab makes its components where it is made. The page asks it what to show, and iterates over tabs alone.
+    """A tab, whose constructor makes its components. The page only uses the methods of this class.
 
-    A subclass says what it differs in; all that is here may be left as it is.
+    A subclass overrides what it needs.
     """
 
     title: ClassVar[str]
     id: ClassVar[str]
     chosen: gr.components.Component | None = None
-    """The component in which a visitor chooses what of a run is shown; None where there is nothing to choose."""
+    """The component that selects what is shown of a run, or None."""
 
     def __init__(self, parts: Parts) -> None:
-        self.library, self.trainings, self.studio = parts.library, parts.trainings, parts.studio
-        self.queue, self.files = parts.queue, parts.files
+        self.library, self.jobs = parts.library, parts.jobs
+        self.studio, self.files = parts.studio, parts.files
         self.live: list[gr.components.Component] = []
-        """What changes from look to look while a trainer is at work."""
+        """Components that every poll updates while a trainer is at work."""
         self.watched: list[gr.components.Component] = []
-        """What a look at the run brings up to date that finds something new to see."""
+        """Components that a poll updates if the run has changed."""
         self.of_run: list[gr.components.Component] = []
-        """What is filled in when a run is chosen, and left to the visitor after that."""
+        """Components that are set when a run is selected, and then left to the user."""
         self.on_arrival: list[gr.components.Component] = []
-        """What is filled in when somebody opens the page."""
+        """Components that are set when the page is opened."""
 
     def events(self, page: Page) -> None:
-        """Connects the components; those of other tabs are had from the page."""
+        """Connect the components; those of other tabs are found through the page."""
 
     def arrive(self) -> dict:
-        """Values of `on_arrival`."""
+        """Return the values of `on_arrival`."""
         return {}
 
     def seen(self, run: Run) -> object:
-        """What the tab must know of a look at the run when it is looked at again."""
+        """Return the tab's part of the polled state."""
         return None
 
     def choice(self, run: Run, chosen: object, seen: object) -> object:
-        """What `chosen` is to be now: it may move on with the run. None, both of them, with the first look at a run."""
+        """Return the new value of `chosen`, which may follow the run.
+
+        `chosen` and `seen` are None in the first poll of a run.
+        """
         return None
 
-    def told(self, run: Run, status: str) -> dict:
-        """Values of `live`."""
+    def updates(self, run: Run, status: str) -> dict:
+        """Return the values of `live`."""
         return {}
 
     def shown(self, run: Run, choice: object) -> dict:
-        """Values of `watched`."""
+        """Return the values of `watched`."""
         return {}
 
     def filled_in(self, run: Run) -> dict:
-        """Values of `of_run`."""
+        """Return the values of `of_run`."""
         return {}
 
     def is_outdated(self, run: Run, seen: object) -> bool:
-        """Whether `of_run` is to be filled in anew since a look."""
+        """Return whether `of_run` must be set again since the poll that returned `seen`."""
         return False

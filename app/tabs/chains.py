@@ -1,4 +1,4 @@
-"""Chains and merge: who is linked to whom, what the merge did, and merging a checkpoint by another method."""
+"""Chains and merge: the chain plan, the merge report, and merging a checkpoint by another method."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 
 class ChainsTab(Tab):
+    """The tab of chain plan and merge report."""
+
     title, id = "Chains and merge", "chains"
 
     def __init__(self, parts: Parts) -> None:
@@ -46,46 +48,47 @@ class ChainsTab(Tab):
         self.chosen = self.checkpoint
 
     def events(self, page: Page) -> None:
+        """Connect the merge button and its endpoint."""
         asked, shown = [page.run, self.checkpoint, self.merge_method], [self.report, page.tab(GenerateTab).weights]
         gr.on([], readable_errors(self.do_merge), asked, [self.merged, *shown], api_name="merge", preprocess=False)
         quiet = {"api_visibility": "private", "preprocess": False}
-        # In two steps: another run may have been chosen meanwhile, and the second reads which it is by then.
+        # In two steps: another run may be selected during the merge, and the second step reads the current one.
         self.merge.click(readable_errors(self.keep_merge), asked, [self.merged, self.done], **quiet).success(
             readable_errors(self.show_merge), [page.run, self.done], shown, **NO_PROGRESS, **quiet
         )
 
     def seen(self, run: Run) -> tuple:
-        """The files that the tab shows."""
+        """Return the state of the files that the tab shows."""
         return run.results()
 
     def choice(self, run: Run, chosen: str | None, seen: tuple | None) -> str | None:
-        """The newest checkpoint, unless another one is chosen that is still there."""
+        """Return the newest checkpoint, or the selected one if it still exists."""
         labels = self.list_checkpoints(run)
         return chosen if chosen in labels else next(iter(labels), None)
 
     def list_checkpoints(self, run: Run) -> list[str]:
-        """What can be merged, the newest first."""
+        """Return the labels of the checkpoints that can be merged, newest first."""
         return [weights.label for weights in run.checkpoints("reslora")]
 
     def shown(self, run: Run, label: str | None) -> dict:
-        """Values of all that is watched."""
+        """Return the values of `watched`."""
         labels = self.list_checkpoints(run)
         title = "Checkpoint" if labels else "Checkpoint (this run keeps none; a run of your own does)"
         return {self.checkpoint: gr.update(choices=labels, value=label, label=title)}
 
     def is_outdated(self, run: Run, seen: tuple | None) -> bool:
-        """Once chains, merges or exports are others."""
+        """Return whether chains, merges or exports have changed."""
         return seen != run.results()
 
     def filled_in(self, run: Run) -> dict:
-        """Plan, merge report, and norms beside LoRA's."""
+        """Return the chain plan, the merge report, and the norms compared with LoRA's."""
         plan, report = run.read_json("reslora", "chains.json"), run.read_json("reslora", "merge.json")
         merge = merge_warning(report) + views.merge_report(report)
         values = [views.chain_plan(plan), merge, views.norm_difference(run)]
         return dict(zip(self.of_run, values, strict=True))
 
     def do_merge(self, name: str, label: str, method: str) -> tuple:
-        """Merges a checkpoint; says so, with the report, and offers the result under Generate."""
+        """Merge a checkpoint; return a line about it, the report, and the new weights for Generate."""
         run = self.library.find(name)
         checkpoint = run.find_weights(label)
         report = self.studio.merge(run, checkpoint, method)
@@ -96,11 +99,11 @@ class ChainsTab(Tab):
         return said, shown, gr.update(choices=labels, value=made)
 
     def keep_merge(self, name: str, label: str, method: str) -> tuple:
-        """The same for the page: says so, and keeps the rest with the run's name."""
+        """Merge a checkpoint for the page; return a line about it, and the other results with the run's name."""
         said, *shown = self.do_merge(name, label, method)
         return said, (name, *shown)
 
     def show_merge(self, name: str, done: tuple) -> tuple:
-        """Report and weights of the run that was merged, if that is still the one that is looked at."""
+        """Return report and weights of the merged run if it is still selected."""
         merged, *shown = done
         return tuple(shown) if merged == name else (gr.skip(), gr.skip())

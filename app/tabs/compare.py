@@ -1,4 +1,4 @@
-"""Compare: a slider moves the images of all methods, and of runs beside each other, through the training steps."""
+"""Compare: a slider moves the images of all methods, and of several runs, through the training steps."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 
 class CompareTab(Tab):
+    """The tab that compares methods and runs."""
+
     title, id = "Compare", "compare"
 
     def __init__(self, parts: Parts) -> None:
@@ -47,13 +49,13 @@ class CompareTab(Tab):
         self.numbers = gr.HTML(elem_id="numbers")
         self.files_column()
         self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers, self.verdict]
-        # When there was something new, not what: the slider may have been moved since the page has asked for it.
+        # Time of the last change, not the new step: the user may have moved the slider since the page's request.
         self.new = gr.Textbox(visible="hidden", elem_id="new")
         self.watched, self.of_run = [self.step, self.beside, self.new], [self.file, self.place, self.use]
         self.chosen = self.step
 
     def files_column(self) -> None:
-        """What the run has made, and how to load it elsewhere."""
+        """Make the components for the run's exported files and how to load them."""
         gr.Markdown("### Use it elsewhere")
         with gr.Row(equal_height=True):
             self.file = gr.Dropdown(label="File", allow_custom_value=True, interactive=True, elem_id="file", scale=4)
@@ -64,8 +66,9 @@ class CompareTab(Tab):
         self.use = gr.Textbox(label="How it is loaded", lines=3, max_lines=8, elem_id="use", **common)
 
     def events(self, page: Page) -> None:
+        """Connect the slider, the buttons and the endpoints."""
         run, looked_at = page.run, [page.run, self.step, self.beside]
-        # Not preprocessed: Gradio would refuse a step beyond the end that the slider has meanwhile, or had at first.
+        # Not preprocessed: Gradio would reject a step beyond the slider's previous maximum.
         gr.on(
             [self.step.change, self.beside.input, self.new.change], readable_errors(self.look), looked_at,
             [*self.at_step, self.beside], trigger_mode="always_last", preprocess=False, **QUIET,
@@ -85,7 +88,7 @@ class CompareTab(Tab):
         ).success(None, js="() => document.querySelector('#taken').click()", api_visibility="private")
 
     def for_programs(self, page: Page) -> None:
-        """Endpoints: what takes runs beside a run has a name of its own, so that earlier programs go on as they are."""
+        """Register the endpoints; those with several runs have their own names, so existing clients keep working."""
         inputs = [page.run, self.step]
         for handler, asked, outputs, name in (
             (self.compare, inputs, self.at_step, "compare"),
@@ -95,20 +98,20 @@ class CompareTab(Tab):
             gr.on([], readable_errors(handler), asked, outputs, api_name=name, preprocess=False)
 
     def seen(self, run: Run) -> tuple[int, list[str], bool]:
-        """The last step, what there is to take along, and whether the run never began."""
-        return max(run.steps(), default=0), self.list_files(run), self.trainings.status(run) == "failed"
+        """Return the last step, the labels of the downloads, and whether the run failed."""
+        return max(run.steps(), default=0), self.list_files(run), self.jobs.status(run) == "failed"
 
     def choice(self, run: Run, chosen: float | None, seen: tuple[int, list[str], bool] | None) -> int:
-        """A slider at the end moves on with the run."""
+        """Return the step of the slider; at the end, it follows the run."""
         last = seen[0] if seen else 0
         return max(run.steps(), default=0) if (chosen or 0) >= last else run.nearest(chosen)
 
     def is_outdated(self, run: Run, seen: tuple[int, list[str], bool] | None) -> bool:
-        """Once there are other files."""
+        """Return whether the list of files has changed."""
         return seen is not None and seen[1] != self.list_files(run)
 
     def filled_in(self, run: Run) -> dict:
-        """The files, with the last method's first one chosen."""
+        """Return the list of files, with the last method's first one selected."""
         labels = self.list_files(run)
         mine = [label for label in labels if label.startswith(f"{run.methods[-1]}:")] if labels else []
         chosen = next(iter(mine), next(iter(labels), None))
@@ -117,7 +120,7 @@ class CompareTab(Tab):
         return {self.file: gr.update(choices=labels, value=chosen, label=title), self.place: place, self.use: use}
 
     def shown(self, run: Run, step: int) -> dict:
-        """Values of all that is watched, at a step."""
+        """Return the values of `watched` at a step."""
         steps = run.steps()
         slider = gr.update(
             minimum=0, maximum=max(steps, default=1) or 1, step=max(1, math.gcd(*steps)) if steps else 1, value=step
@@ -127,17 +130,17 @@ class CompareTab(Tab):
         return {self.step: slider, self.beside: beside, self.new: str(time.time_ns())}
 
     def compare(self, name: str, step: float, beside: object = None) -> tuple:
-        """Images, curves and numbers at a step."""
+        """Return images, curves and numbers at a step."""
         run = self.library.beside(self.library.find(name), beside)
         return self.values(run, run.nearest(step))
 
     def look(self, name: str, step: float, beside: object) -> tuple:
-        """The same for the page; what was typed there and is no other run is taken out again."""
+        """Return the same for the page, and the selection of runs without invalid names."""
         found = [run.name for run in self.library.beside(self.library.find(name), beside).beside]
         return *self.compare(name, step, beside), gr.skip() if found == (beside or []) else found
 
     def compare_runs(self, name: str, step: float, beside: list[str]) -> tuple:
-        """The same of several runs; refuses names that there are not, and more than are told apart."""
+        """Return the same for several runs. Raises `RunError` for an unknown name, and for too many runs."""
         names = beside if isinstance(beside, list) else [beside]
         for other in names:
             self.library.find(other)
@@ -146,38 +149,40 @@ class CompareTab(Tab):
         return self.compare(name, step, names)
 
     def values(self, run: Run, step: int) -> tuple:
-        """Values of all that is seen at a step."""
+        """Return the values of all components at a step."""
         train, validation = (compared.curves(run, split, step) for split in ("train", "validation"))
         said = verdict(run, step) + differences(run)
-        shown = compared.images(run, step, self.trainings.status(run))
+        shown = compared.images(run, step, self.jobs.status(run))
         return shown, train, validation, compared.numbers(run, step), said
 
     def list_files(self, run: Run) -> list[str]:
-        """What can be taken along."""
-        return [one.label for one in takeaway.takeaways(self.library, run)]
+        """Return the labels of the downloads."""
+        return [one.label for one in takeaway.takeaways(run)]
 
     def how_to_use(self, name: str, label: str) -> tuple[str, str]:
-        """Where a file is, and how it is loaded; nothing where none is chosen, as of a run that has none."""
+        """Return the path of a file and how to load it; empty if none is selected."""
         if not label:
             return "", ""
-        one = takeaway.find(self.library, self.library.find(name), label)
+        one = takeaway.find(self.library.find(name), label)
         return one.place, one.use
 
     def take_file(self, name: str, label: str) -> str:
-        """A copy of a file that the run has made, to download."""
+        """Return a copy of an exported file, to download."""
         run = self.library.find(name)
-        return str(takeaway.packed(run, takeaway.find(self.library, run, label), self.files))
+        return str(takeaway.packed(run, takeaway.find(run, label), self.files))
 
     def toggle(self, label: str) -> tuple:
+        """Start or pause the animation; return the button's label and the timer."""
         playing = "Pause" not in label
         return "❚❚ Pause" if playing else "▶ Play", gr.Timer(active=playing)
 
     def next_step(self, name: str, step: float) -> int:
+        """Return the next step with samples; after the last one, the first."""
         steps = self.library.find(name).steps()
         return next((s for s in steps if s > step), steps[0] if steps else 0)
 
     def save_grid(self, name: str, step: float, beside: object = None) -> str:
-        """A PNG file of the images at a step."""
+        """Return a PNG file of the images at a step."""
         run = self.library.beside(self.library.find(name), beside)
         step = run.nearest(step)
         path = self.files.new(f"{safe_name(run.name)}-step-{step}.png")

@@ -1,4 +1,4 @@
-"""Dataset: the images of a folder with their captions, to be looked through and put in order before training."""
+"""Dataset: view the images of a folder with their captions, and edit them before training."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from reslora.diffusion.data.caption_files import CAPTIONS
-from reslora.words import counted
+from reslora.formatting import pluralize
+from reslora.images.data.caption_files import CAPTIONS
 
 from .. import cards, image_edits, views
 from ..handlers import QUIET, paths_of, readable_errors, translated
@@ -26,24 +26,26 @@ if TYPE_CHECKING:
 SCRIPT = Path(__file__).resolve().parents[1] / "dataset.js"
 CHOOSE = "Choose a folder of images above, or upload some below."
 HOST = "document.getElementById('dataset-images')"
-# What is ticked is known in the browser alone, and is sent in the place of the last value.
+# Only the browser knows which images are ticked; this script sends them in place of the last value.
 WITH_TICKED = f"(...values) => [...values.slice(0, -1), {HOST}.picked()]"
 UNDO = "Undo"
 
 
 class DatasetTab(Tab):
+    """The tab of image folders."""
+
     title, id = "Dataset", "dataset"
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.folders = ImageFolders(self.library.folder, self.trainings.data)
-        self.edits = ImageEdits(self.folders, self.trainings)
+        self.folders = ImageFolders(self.library.folder, self.jobs.data)
+        self.edits = ImageEdits(self.folders, self.jobs)
         self.choosing_rows()
         self.status = gr.HTML(views.notice(CHOOSE), elem_id="dataset-status")
         self.changing_rows()
         self.answer = answer_line(elem_id="dataset-answer")
 
-        def save_caption(edit: dict) -> dict:  # a function, for Gradio marks it
+        def save_caption(edit: dict) -> dict:  # a function, because Gradio sets an attribute on it
             return self.save_caption(edit)
 
         script = SCRIPT.read_text(encoding="utf-8")
@@ -59,6 +61,7 @@ class DatasetTab(Tab):
         self.shown_parts = [self.status, self.images, self.page, self.undo]
 
     def choosing_rows(self) -> None:
+        """Make the components that select a folder and filter its images."""
         with gr.Row(elem_id="which-images"):
             self.folder = gr.Dropdown(
                 label="Folder", choices=[], allow_custom_value=True, interactive=True, elem_id="folder", min_width=160
@@ -70,6 +73,7 @@ class DatasetTab(Tab):
             self.check = gr.Button("Check images", elem_id="check", min_width=120)
 
     def changing_rows(self) -> None:
+        """Make the components that change the ticked images."""
         with gr.Accordion("Change the captions of ticked images", open=False, elem_id="change"), gr.Row():
             self.operation = gr.Dropdown(
                 list(image_edits.OPERATIONS), value=image_edits.REPLACE, label="How", elem_id="operation",
@@ -88,6 +92,7 @@ class DatasetTab(Tab):
         self.ticked = gr.JSON([], visible="hidden")
 
     def more_rows(self) -> None:
+        """Make the components for uploads and for the resolution settings."""
         with gr.Accordion("Upload a folder", open=False, elem_id="upload"):
             self.name = gr.Textbox(label="Name of the new folder", max_lines=1, elem_id="folder-name")
             self.uploads = gr.File(
@@ -102,11 +107,12 @@ class DatasetTab(Tab):
             self.column = gr.Textbox(label="Column of captions in metadata (empty: text)", max_lines=1)
 
     def events(self, page: Page) -> None:
+        """Connect the components."""
         chosen = [self.folder, *self.settings]
-        # Before what asks the server: Gradio handles the events of a component one after the other.
+        # First, because Gradio handles the events of a component in order.
         choose = f"(...values) => {{ {HOST}.chosen = values; return values; }}"
         gr.on([part.change for part in chosen], None, chosen, None, js=choose, **QUIET)
-        # One event for whatever is shown: answers of several could come in another order than they were asked for.
+        # One event for all triggers: the answers of several events could arrive in another order.
         gr.on(
             [*(part.change for part in (*chosen, self.which)), self.words.submit, self.images.submit],
             readable_errors(self.show), self.asked, self.shown_parts, js=f"(...values) => {HOST}.asks(values)",
@@ -129,14 +135,19 @@ class DatasetTab(Tab):
         place = self.answer.parent
         assert isinstance(place, gr.Tab)
         done.append(place.select(readable_errors(self.open), self.folder, self.folder, **QUIET))
-        for event in done:  # `then` passes over what failed
+        for event in done:  # `then` does not run after a failure
             for outcome in (event.success, event.failure):
                 outcome(None, js=f"() => {HOST}.renew()", api_visibility="private")
         self.operation.change(
             lambda operation: gr.update(visible=operation == image_edits.REPLACE), self.operation, self.other, **QUIET
         )
         self.images.refused(
-            readable_errors(self.tell_refused), None, self.answer, queue=False, trigger_mode="always_last", **QUIET
+            readable_errors(self.report_refused_caption),
+            None,
+            self.answer,
+            queue=False,
+            trigger_mode="always_last",
+            **QUIET,
         )
         self.upload.click(
             readable_errors(self.do_upload), [self.name, self.uploads, self.caption],
@@ -144,20 +155,20 @@ class DatasetTab(Tab):
         )  # fmt: skip
         self.api()
 
-    # -- what is shown -------------------------------------------------------------------------------------------------
+    # -- display -------------------------------------------------------------------------------------------------------
 
     def arrive(self) -> dict:
-        """The folders on the list; their images are read when somebody comes to the tab."""
+        """Return the folders on the list; their images are only read when the tab is opened."""
         return {self.folder: gr.update(choices=list(self.folders.all()))}
 
     def open(self, folder: str | None) -> dict:
-        """Somebody comes to the tab: the folder that was chosen, else the first one in the list."""
+        """Return the selected folder, else the first one, when the tab is opened."""
         names = list(self.folders.all())
         folder = folder if folder in names else next(name for name in names if name != ".")
         return gr.update(choices=names, value=folder)
 
     def show(self, folder, which, words, *rest) -> list:
-        """A page of a folder's images, and what is said of them all; `rest`: the settings, and which page."""
+        """Return a page of a folder's images, and the summary. `rest`: the settings, and the page's number."""
         *settings, page = rest
         if not folder:
             return [views.notice(CHOOSE), "", 1, gr.update()]
@@ -171,10 +182,10 @@ class DatasetTab(Tab):
         undo = gr.update(interactive=change is not None, value=f"{UNDO}: {change.line}" if change else UNDO)
         return [cards.summary(self.edits, images, len(shown)), html, number, undo]
 
-    # -- what is changed -----------------------------------------------------------------------------------------------
+    # -- changes -------------------------------------------------------------------------------------------------------
 
     def save_caption(self, edit: dict) -> dict:
-        """The browser saves one caption; the page stays as it is, for somebody may be typing in the next one."""
+        """Save one caption from the browser, without updating the page: the user may be typing the next one."""
         try:
             refuse_other(edit.get("folder"), edit.get("chosen"))
             images = self.edits.look(edit.get("folder"), tuple(edit.get("settings") or ()))
@@ -182,51 +193,51 @@ class DatasetTab(Tab):
         except Exception as error:
             return {"error": str(translated(error).message)}
 
-    def tell_refused(self, event: gr.EventData) -> str:
-        """A caption was refused after its box had gone from the page."""
+    def report_refused_caption(self, event: gr.EventData) -> str:
+        """Return the error of a caption whose card is not on the page any more."""
         return views.notice(str(event.line))
 
     def look(self, folder, _which, _words, *settings):
-        """The images that were asked for; the page is the last of the settings."""
+        """Return the images of a folder; `settings` ends with the page, which is not used."""
         return self.edits.look(folder, settings[:3])
 
     def do_change(self, *inputs) -> str:
-        """Changes the captions of all ticked images."""
+        """Change the captions of all ticked images."""
         *asked, operation, text, other, ticked = inputs
         refuse_other(ticked["folder"], asked[0])
         return views.notice(self.edits.change_captions(self.look(*asked), ticked["names"], operation, text, other))
 
     def do_throw_away(self, *inputs) -> str:
-        """Moves all ticked images to the trash."""
+        """Move all ticked images to the trash."""
         *asked, ticked = inputs
         refuse_other(ticked["folder"], asked[0])
         return views.notice(self.edits.throw_away(self.look(*asked), ticked["names"]))
 
     def do_undo(self, *inputs) -> str:
-        """Takes the last change of the folder back, which must be the one that the button names."""
+        """Undo the folder's last change, which must be the one that the button names."""
         *asked, label, ticked = inputs
         refuse_other(ticked["folder"], asked[0])
         return views.notice(self.edits.undo(self.look(*asked), str(label).removeprefix(f"{UNDO}: ")))
 
     def do_check(self, *asked) -> Iterator[str]:
-        """Opens all images, and says how far it is."""
+        """Open all images, and yield the progress."""
         images = self.look(*asked)
         total, name = len(images.images), images.folder.name
         for done in self.edits.check(images):
-            yield views.progress(f"{name}: {done:,} of {counted(total, 'image')} checked", done / max(1, total))
-        yield views.notice(f"{name}: {counted(total, 'image')} checked.")
+            yield views.progress(f"{name}: {done:,} of {pluralize(total, 'image')} checked", done / max(1, total))
+        yield views.notice(f"{name}: {pluralize(total, 'image')} checked.")
 
     def do_upload(self, name, uploads, caption) -> tuple:
-        """Stores uploaded images as a new folder, and shows it."""
+        """Store uploaded images as a new folder, and select it."""
         folder = self.folders.add(name, paths_of(uploads), str(caption or ""))
-        choices = gr.update(choices=self.trainings.folders())
+        choices = gr.update(choices=self.jobs.folders())
         shown = gr.update(choices=list(self.folders.all()), value=folder.name)
         return shown, choices, views.notice(f"{folder.name} is there; it can be trained on as a folder on the server.")
 
     # -- for programs --------------------------------------------------------------------------------------------------
 
     def api(self) -> None:
-        """Named endpoints for what the browser does by hidden ones."""
+        """Register endpoints for the actions that the browser triggers by hidden components."""
         for name, handler in (
             ("image_folders", self.list_folders), ("images", self.list_images), ("set_caption", self.set_caption),
             ("change_captions", self.change_captions), ("trash_images", self.trash_images),
@@ -235,11 +246,11 @@ class DatasetTab(Tab):
             gr.api(readable_errors(handler), api_name=name)
 
     def list_folders(self) -> list[str]:
-        """Names of the folders of images."""
+        """Return the names of the image folders."""
         return list(self.folders.all())
 
     def list_images(self, folder: str, which: str = image_edits.EVERYTHING, words: str = "") -> list[dict]:
-        """Names, sizes, buckets and captions of a folder's images, and why training leaves some out."""
+        """Return names, sizes, buckets and captions of a folder's images, and why training leaves some out."""
         images = self.edits.look(folder)
         return [
             {
@@ -254,30 +265,30 @@ class DatasetTab(Tab):
         ]
 
     def set_caption(self, folder: str, name: str, was: str, text: str) -> str:
-        """Writes the caption of one image, if it still is what it was; returns it as it is read now."""
+        """Write the caption of one image if it still is `was`, and return it as stored."""
         return self.edits.save_caption(self.edits.look(folder), name, was, text)
 
     def change_captions(self, folder: str, names: list[str], operation: str, text: str, other: str = "") -> str:
-        """Changes the captions of some images: replace, put before or after, add or remove a tag."""
+        """Change the captions of some images: replace, put before or after, add or remove a tag."""
         return self.edits.change_captions(self.edits.look(folder), names, operation, text, other)
 
     def trash_images(self, folder: str, names: list[str]) -> str:
-        """Moves images and their captions out of the way of training."""
+        """Move images and their captions to the folder's trash."""
         return self.edits.throw_away(self.edits.look(folder), names)
 
     def undo_images(self, folder: str) -> str:
-        """Takes the last change of a folder back."""
+        """Undo the last change of a folder."""
         return self.edits.undo(self.edits.look(folder))
 
     def check_images(self, folder: str) -> str:
-        """Opens all images of a folder, so that damaged ones and duplicates are known."""
+        """Open all images of a folder to find damaged ones and duplicates."""
         images = self.edits.look(folder)
         for _ in self.edits.check(images):
             pass
-        return f"{counted(len(images.images), 'image')} checked."
+        return f"{pluralize(len(images.images), 'image')} checked."
 
 
 def refuse_other(shown: object, chosen: object) -> None:
-    """The images that are shown may be those of the folder before, until the chosen one has been read."""
+    """Raise `RunError` if another folder is selected than the one whose images are shown."""
     if shown not in (None, chosen):
         raise RunError(f"Nothing was changed: the images are those of {shown}, and another folder is chosen by now.")

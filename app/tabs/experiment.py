@@ -1,4 +1,4 @@
-"""Experiment: which method wins on one's own images. Arms come in, and the verdict comes last."""
+"""Experiment: find the method that works best on the user's images. The report grows with each arm."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ if TYPE_CHECKING:
     from ..page import Page
 
 EVERY = 3.0
-"""Seconds between two looks at the experiment."""
+"""Seconds between two polls of the experiment."""
 ABOUT = (
-    "Every method is trained with every learning rate and seed, on the same images and noise. Rates and checkpoints "
-    "are chosen on images that none has learnt, and methods are compared on others, read once at the end. The name of "
-    "an experiment that is there goes on with it: what is new among methods, rates and seeds is added, and all "
-    "else has to be as it was, or empty."
+    "The first seed trains every method with every learning rate, on the same images and noise. Images that are not "
+    "trained on choose each method's learning rate and checkpoint, and the other seeds train at that rate. Methods are "
+    "compared on other images, read once at the end. The name of an experiment that is there resumes it: what is new "
+    "among methods, rates and seeds is added, and all else has to be as it was, or empty."
 )
 
 
 class ExperimentTab(LaunchTab):
+    """The tab that starts experiments and shows their reports."""
+
     title, id = "Experiment", "experiment"
     kind, suggested = Experiment, "which-method"
     names = (
@@ -54,6 +56,7 @@ class ExperimentTab(LaunchTab):
         self.on_arrival += [self.which]
 
     def results_column(self) -> None:
+        """Make the components of plan, progress and report."""
         self.plan = gr.HTML(elem_id="experiment-plan")
         self.buttons_row()
         self.memory_button()
@@ -74,16 +77,17 @@ class ExperimentTab(LaunchTab):
             self.log = gr.HTML(elem_id="experiment-log")
 
     def arrive(self) -> dict:
-        """The folders of images, and the experiments: the one that trains, else the newest."""
+        """Return the image folders and the experiments; the selected one trains, else it is the newest."""
         found = self.library.experiments()
         first = next((name for name, one in found.items() if one.process), next(iter(found), None))
         return super().arrive() | {self.which: gr.update(choices=list(found), value=first)}
 
     def list_names(self) -> list[str]:
-        """What can be looked at."""
+        """Return the names of the experiments, newest first."""
         return list(self.library.experiments())
 
     def events(self, page: Page) -> None:
+        """Connect the components."""
         self.connect(page, self.which, self.last_look)
         planned = [self.name, self.uploads, self.folder, self.model, *self.flags.values()]
         gr.on(
@@ -102,26 +106,26 @@ class ExperimentTab(LaunchTab):
         gr.api(readable_errors(self.list_names), api_name="experiments")
 
     def count(self, name: str, uploads, folder: str, model: str, *values) -> str:
-        """How many arms the form makes, with those that are there; what is wrong with it, where it makes none."""
+        """Return the number of arms of the form, or what is wrong with it."""
         settings = self.settings(values) | {"model": model}
-        return experiments.plan(self.trainings, name, settings, folder, paths_of(uploads))
+        return experiments.plan(self.jobs, name, settings, folder, paths_of(uploads))
 
     def look(self, name: str, seen: tuple | None = None):
-        """What is new of an experiment since the last look: state and log, and the report where there is another."""
+        """Return the values that changed since the last poll: state and log, and the report if it changed."""
         names = self.list_names()
         if name not in names:
-            # Somebody may be typing; where nothing is chosen, or what was is gone, the newest comes into view.
+            # The user may be typing a name; without a selection, or if it was removed, select the newest.
             gone = not name or (seen is not None and name == seen[0])
             return {self.which: gr.update(choices=names, value=names[0])} if names and gone else gr.skip()
         found = self.library.find_experiment(name)
-        status = self.trainings.status(found)
+        status = self.jobs.status(found)
         now = (name, tuple(names), found.fingerprint(), status, found.activity, found.log_tail())
         if now == seen:
             return gr.skip()
         updates = {
             self.last_look: now,
-            self.state: experiments.summary(found, status, self.trainings.last_line(found)),
-            self.log: views.log(self.trainings.log(found), status),
+            self.state: experiments.summary(found, status, self.jobs.last_line(found)),
+            self.log: views.log(self.jobs.log(found), status),
         }
         if seen is None or now[:3] != seen[:3]:
             updates[self.which] = gr.update(choices=names)
@@ -131,7 +135,7 @@ class ExperimentTab(LaunchTab):
         return updates
 
     def copy_of_report(self, experiment: Experiment) -> str | None:
-        """A copy to download; None until there is a report."""
+        """Return a copy of the report to download, or None until there is one."""
         content = experiment.report()
         if not content:
             return None
@@ -140,7 +144,7 @@ class ExperimentTab(LaunchTab):
         return str(path)
 
     def copy_of_best(self, name: str) -> str:
-        """A copy of the best arm's LoRA file, to download."""
+        """Return a copy of the best arm's LoRA file to download. Raises `RunError` until there is one."""
         found = self.library.find_experiment(name)
         path = found.lora()
         if path is None:

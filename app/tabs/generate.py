@@ -1,8 +1,9 @@
-"""Generate: draw with a run's weights, or a LoRA file of one's own, beside the base model."""
+"""Generate: make images with a run's weights or an uploaded LoRA file, and compare them with the base model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 
 class GenerateTab(Tab):
+    """The tab that generates images."""
+
     title, id = "Generate", "generate"
 
     def __init__(self, parts: Parts) -> None:
@@ -46,6 +49,7 @@ class GenerateTab(Tab):
         self.chosen = self.weights
 
     def settings_column(self) -> None:
+        """Make the components of weights and image settings."""
         self.weights = gr.Dropdown(label="Weights", allow_custom_value=True, interactive=True, elem_id="weights")
         self.warning = gr.HTML(elem_id="merge-warning", visible=False)
         self.prompt = gr.Textbox(label="Prompt", elem_id="prompt")
@@ -75,6 +79,7 @@ class GenerateTab(Tab):
             self.recipe = gr.File(label="PNG made here: takes over its settings", file_types=[".png"], height=140)
 
     def events(self, page: Page) -> None:
+        """Connect the components."""
         numbers = [self.seed, self.steps, self.guidance, self.width, self.height, self.images, self.strength]
         settings = [self.prompt, self.negative, *numbers]
         gr.on(
@@ -85,7 +90,7 @@ class GenerateTab(Tab):
             ],
             [self.gallery, self.status, self.seed, self.made],
             api_name="generate", preprocess=False, **NO_PROGRESS, **TURNS,
-        ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
+        ).failure(lambda: "", None, self.status, api_visibility="private")  # fmt: skip
         unqueued = {"queue": False, **NO_PROGRESS}
         self.cancel.click(readable_errors(self.stop), None, self.status, api_visibility="private", **unqueued)
         gr.on([], readable_errors(self.do_cancel), None, self.status, api_name="cancel", **unqueued)
@@ -95,50 +100,63 @@ class GenerateTab(Tab):
         warned = [page.run, self.weights]
         self.weights.change(readable_errors(self.warn), warned, self.warning, preprocess=False, **QUIET)
         gr.api(readable_errors(self.list_weights), api_name="weights")
+        used = [self.adapter, self.stack.loras]
+        gr.on([part.change for part in used], self.show_used, used, self.weights, preprocess=False, **QUIET)
         self.stack.events(page)
         self.grid.events(page)
 
-    # -- what of a run is shown ----------------------------------------------------------------------------------------
+    # -- selected weights ----------------------------------------------------------------------------------------------
 
     def list_weights(self, run: str) -> list[str]:
-        """What images can be generated with, of a run."""
+        """Return the labels of a run's weights."""
         return [weights.label for weights in self.library.find(run).weights()]
 
     def seen(self, run: Run) -> tuple[bool, str]:
-        """Whether there were settings, and the best weights."""
+        """Return whether the run has settings, and its best weights."""
         return bool(run.config), run.best_weights()
 
     def choice(self, run: Run, chosen: str | None, seen: tuple[bool, str] | None) -> str:
-        """Whoever has the best weights gets better ones once there are any."""
+        """Return the selected weights; if the best ones are selected, follow the run's best weights."""
         best = chosen if seen is None else seen[1]
         return chosen if chosen != best and chosen in self.list_weights(run.name) else run.best_weights()
 
     def shown(self, run: Run, label: str) -> dict:
-        """Values of all that is watched, with some weights chosen: the same label is other weights in another run."""
+        """Return the values of `watched` for the selected weights.
+
+        The warning is computed again, because the same label means other weights in another run.
+        """
         weights = gr.update(choices=self.list_weights(run.name), value=label)
         return {self.weights: weights, self.warning: self.warn(run.name, label)}
 
     def is_outdated(self, run: Run, seen: tuple[bool, str] | None) -> bool:
-        """Once there are settings."""
+        """Return whether the run's settings have been written since."""
         return seen is not None and not seen[0] and bool(run.config)
 
     def filled_in(self, run: Run) -> dict:
-        """What the run drew its samples with."""
+        """Return the settings of the run's samples."""
         asked = recipe.of_samples(run)
         values = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height, self.stack.choices(run)]
         return dict(zip(self.of_run, values, strict=True))
 
     def warn(self, name: str, label: str) -> dict:
-        """A warning about chosen weights; none about what is not there."""
+        """Return the warning about the selected weights; empty for unknown ones."""
         run = self.library.runs().get(name) if isinstance(name, str) else None
         weights = next((weights for weights in run.weights() if weights.label == label), None) if run else None
         text = warning_for(run, weights) if weights else ""
         return gr.update(value=text, visible=bool(text))
 
+    def show_used(self, adapter: object, loras: object) -> dict:
+        """Return the label of the weights: whether an uploaded file or a stack replaces them."""
+        instead = "the file below" if adapter else "the stack below" if loras else ""
+        return gr.update(label=f"Weights (not used: {instead} is)" if instead else "Weights", interactive=not instead)
+
     def chosen_weights(
         self, run: Run | None, label: str, uploaded: list[str], loras: list[str] | None, strengths: str
     ) -> Weights:
-        """What to draw with: an uploaded file, a stack, or the run's weights; refuses two of them at once."""
+        """Return the weights to use: an uploaded file, a stack, or the run's weights.
+
+        Raises `RunError` for a file and a stack at once.
+        """
         if uploaded and loras:
             raise RunError("There are a LoRA file of your own and LoRAs to stack: take one of the two away.")
         if uploaded:
@@ -147,19 +165,21 @@ class GenerateTab(Tab):
             return self.stack.stacked(run, loras, strengths)
         return run.find_weights(label) if run else BASE
 
-    # -- drawing -------------------------------------------------------------------------------------------------------
+    # -- generation ----------------------------------------------------------------------------------------------------
 
     def draw(
         self, name, label, adapter, beside, random, prompt, negative, seed, steps, guidance, width, height, images,
         strength, adapter_config=None, loras=None, strengths="", asked: gr.Request = None,
     ) -> Iterator[tuple]:  # fmt: skip
-        """Images one after the other, with the step of the current one; beside each, the base model's."""
+        """Yield the images one by one, with the progress of the current one; `beside` adds the base model's images."""
         run = self.library.find(name) if name else None
         uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
         weights = self.chosen_weights(run, label, uploaded, loras, strengths)
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
-        request = Request(prompt, negative, -1 if random else seed, steps, guidance, width, height, images, strength)
-        request, session = request.clamped(), asked.session_hash or ""
+        request = Request(prompt, negative, 0 if random else seed, steps, guidance, width, height, images, strength)
+        request.check()
+        request = replace(request, seed=-1 if random else seed).clamped()
+        session = asked.session_hash or ""
         done, files, text, wanted = [], [], "Starting", request.images * len(choices)
         yield [], views.progress(text, 0), request.seed, ""
         try:
@@ -174,32 +194,34 @@ class GenerateTab(Tab):
                 else:
                     yield gr.skip(), views.progress(text, (len(done) + share) / wanted), gr.skip(), gr.skip()
         except Cancelled:
-            said = views.notice(f"Cancelled after {len(done)} of {views.counted(wanted, 'image')}.")
+            said = views.notice(f"Cancelled after {len(done)} of {views.pluralize(wanted, 'image')}.")
             yield gr.skip(), said, gr.skip(), gr.skip()
             return
-        # Everything once more, not `skip`: a program gets what comes last.
-        bar = views.progress(f"{len(done)} of {views.counted(wanted, 'image')} done", 1)
+        # Yield all values again instead of `skip`: an API client gets the last ones.
+        bar = views.progress(f"{len(done)} of {views.pluralize(wanted, 'image')} done", 1)
         yield files, bar, request.seed, views.settings_table(done)
 
     def save(self, drawn: Drawn):
+        """Save an image as a PNG file with its settings, and return the path."""
         return recipe.save_image(drawn, self.files.new(f"seed-{drawn.request.seed}.png"))
 
     def do_cancel(self, asked: gr.Request):
-        """Stops all that a program waits for."""
+        """Stop all requests of an API client."""
         return self.stopped(asked)
 
     def stop(self, asked: gr.Request):
-        """Stops the images, and nothing else."""
+        """Stop the images only."""
         return self.stopped(asked, "images")
 
     def stopped(self, asked: gr.Request, kind: str | None = None):
-        """Stops what a session waits for, of a kind or all of it; what it says where there is nothing."""
+        """Stop a session's requests of a kind, or all; return a notice if there are none."""
         found = self.studio.cancel(asked.session_hash or "", kind)
-        # What is being generated says itself that it was cancelled, and must have the last word.
+        # A running request reports its cancellation itself, and must be the last to write.
         nothing = "No model is being written." if kind == "model" else "Nothing is being generated."
         return gr.skip() if found else views.notice(nothing)
 
     def read_recipe(self, path: str) -> list:
+        """Return the settings in an uploaded image."""
         request, _ = recipe.read_image(path)
         return [
             request.prompt, request.negative_prompt, request.seed, request.steps, request.guidance, request.width,
@@ -207,6 +229,6 @@ class GenerateTab(Tab):
         ]  # fmt: skip
 
     def origin(self, path: str) -> str:
-        """With what an uploaded image was made: its settings alone don't make it again."""
+        """Return a notice with the run and weights of an uploaded image; its settings do not select them."""
         _, source = recipe.read_image(path)
         return views.notice(f"Made with {source['weights'] or 'unknown weights'}, run {source['run'] or 'unknown'}.")

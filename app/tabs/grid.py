@@ -1,4 +1,4 @@
-"""A part of Generate: a grid of images over two settings."""
+"""Part of Generate: a grid of images over two settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class GridPart:
-    """Folded, so that a single image stays as simple as it is."""
+    """The X/Y grid, collapsed so that the form for single images stays simple."""
 
     def __init__(self, tab: GenerateTab) -> None:
         self.tab = tab
@@ -46,9 +46,9 @@ class GridPart:
             self.cells = gr.File(file_count="multiple", visible=False)
 
     def axis_row(self, which: str, names: tuple[str, ...], first: str) -> tuple:
-        """A setting to choose, and its values."""
+        """Return the components of an axis: a setting and its values."""
         with gr.Row():
-            # Not preprocessed: a program's wrong name gets a line that says so.
+            # Not preprocessed: an API client's invalid name gets a message that explains it.
             name = gr.Dropdown(
                 list(names), value=first, label=which.upper(), elem_id=f"axis-{which}", min_width=150, scale=1
             )
@@ -60,6 +60,7 @@ class GridPart:
         return name, values
 
     def events(self, page: Page) -> None:
+        """Connect the components."""
         tab = self.tab
         numbers = [tab.seed, tab.steps, tab.guidance, tab.width, tab.height, tab.strength]
         drawing = self.go.click(
@@ -71,32 +72,33 @@ class GridPart:
             [self.table, self.status, self.sheet, self.cells],
             api_name="grid", preprocess=False, **NO_PROGRESS, **TURNS,
         )  # fmt: skip
-        drawing.failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")
+        drawing.failure(lambda: "", None, self.status, api_visibility="private")
         drawing.success(lambda: gr.update(interactive=True), None, self.sheet, api_visibility="private")
         self.stop.click(readable_errors(self.do_stop), None, self.status, queue=False, **QUIET)
         for name, values in self.axes:
-            # Not `input`, as with the settings under Train, nor `select`, whose answer would be a second one: values
-            # that were typed are not to be overwritten.
+            # Not `input` or `select`: as under Train, they would overwrite typed values, and `select` would answer a
+            # second time.
             name.change(readable_errors(self.suggest), [page.run, name], values, preprocess=False, **QUIET)
         gr.api(readable_errors(self.list_values), api_name="grid_values")
 
     def list_values(self, run: str, axis: str) -> str:
-        """Values of an axis to begin with, as they would be typed."""
+        """Return suggested values of an axis, as text for the form."""
         return grids.suggestion(self.tab.library.find(run), axis)
 
     def suggest(self, name: str, axis: str) -> str:
-        """The same, where there may be no run yet."""
+        """Return the same if there may be no run yet."""
         return grids.suggestion(self.tab.library.runs().get(name), axis)
 
     def draw_grid(
         self, name, label, adapter, prompt, negative, seed, steps, guidance, width, height, strength, x, x_values, y,
         y_values, adapter_config=None, loras=None, strengths="", asked: gr.Request = None,
     ) -> Iterator[tuple]:  # fmt: skip
-        """The grid as its images come; at its end, early or not, a labelled picture and all image files."""
+        """Yield the grid as its images are generated; at the end, or when stopped, also the sheet and all files."""
         run = self.tab.library.find(name) if name else None
         uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
         weights = self.tab.chosen_weights(run, label, uploaded, loras, strengths)
         request = Request(prompt, negative, seed, steps, guidance, width, height, 1, strength)
+        request.check()
         axes = grids.axis("X", x, x_values), grids.axis("Y", y, y_values)
         grid = grids.grid(run, weights, request, *axes)
         drawn, files, shown, text, session = {}, {}, {}, "Starting", asked.session_hash or ""
@@ -112,24 +114,24 @@ class GridPart:
                     drawn[place], files[place], shown[place] = event, path, self.address(path)
                 bar = views.progress(text, (len(drawn) + share) / len(pictures))
                 yield grids.table(grid, shown) if isinstance(event, Drawn) else gr.skip(), bar, gr.skip(), gr.skip()
-            said = views.progress(f"{len(drawn)} of {views.counted(len(pictures), 'cell')} done", 1)
+            said = views.progress(f"{len(drawn)} of {views.pluralize(len(pictures), 'cell')} done", 1)
         except Cancelled:
-            said = views.notice(f"Stopped after {len(drawn)} of {views.counted(len(pictures), 'cell')}.")
+            said = views.notice(f"Stopped after {len(drawn)} of {views.pluralize(len(pictures), 'cell')}.")
         except RunError as error:
             if not drawn:
                 raise
-            count = f"{len(drawn)} of {views.counted(len(pictures), 'cell')}"
+            count = f"{len(drawn)} of {views.pluralize(len(pictures), 'cell')}"
             said = views.notice(f"{error} That ended the grid after {count}.")
         sheet = None
         if drawn:
             sheet = str(grids.save_sheet(grid, drawn, self.tab.files.new(f"{safe_name(name or 'base')}-grid.png")))
-        # Everything once more, not `skip`: a program gets what comes last.
+        # Yield all values again instead of `skip`: an API client gets the last ones.
         yield grids.table(grid, shown), said, sheet, [files[place] for place in sorted(files)]
 
     def do_stop(self, asked: gr.Request):
-        """Stops the grid, and nothing else."""
+        """Stop the grid only."""
         return self.tab.stopped(asked, "grid")
 
     def address(self, path: str) -> str:
-        """Where the page finds a file that was made for it, whole: Gradio serves a copy."""
+        """Return the URL of a generated file, of which Gradio serves a copy."""
         return f"gradio_api/file={urllib.parse.quote(self.table.move_resource_to_block_cache(path))}"

@@ -1,21 +1,21 @@
-"""What Train and Experiment share: a form that becomes a command of the trainer, which is a process of its own."""
+"""Base class of Train and Experiment: a form that becomes a trainer command, which runs as a separate process."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
-from reslora.common.methods import SHORTCUT_FLAGS
-from reslora.diffusion.data.caption_files import CAPTIONS
+from reslora.images.config_file import OF_SHORTCUTS
+from reslora.images.data.caption_files import CAPTIONS
+from reslora.options.option import Option
 
 from .. import form, launcher, views
 from ..bases import PIPELINES
 from ..folders import BUNDLED
-from ..handlers import QUIET, named, paths_of, readable_errors
-from ..queue import RUNNING, WAITING, Entry
+from ..handlers import NO_PROGRESS, QUIET, named, paths_of, readable_errors
+from ..jobs import RUNNING, WAITING, Entry
 from ..runs import Run
 from ..uploads import store_images
 from .base import STATUS, Parts, Tab, answer_line
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 WIDE = ("method", "validation_prompt")
 ACTIVE = ("starting", "running", "stopping")
-# The form is kept in the browser, so that it outlives a restart of the server, which may have other flags by then.
+# The browser stores the form, so that it survives a restart of the server, which may have other options by then.
 KEEP = """(...values) => {
     const form = Object.fromEntries(%(names)s.map((name, place) => [name, values[place]]));
     localStorage.setItem('reslora-%(id)s', JSON.stringify(form));
@@ -37,20 +37,20 @@ RECALL = """(...values) => {
 
 
 class LaunchTab(Tab):
-    """A form with its buttons: Start, Stop, Resume, Show command. Endpoints are `<id>_start` and so on.
+    """A form with its buttons: Start, Stop, Resume, Show command. Endpoints are named `<id>_start` and so on.
 
-    What is started while another run trains is lined up, and Start says so beforehand.
+    A run that is started while another one trains is queued; the label of Start says so beforehand.
     """
 
     kind: ClassVar[type[Run]] = Run
     names: ClassVar[tuple[str, ...]]
-    """The flags that are in view; all others that a page may set are folded."""
+    """Options that are always visible; the others are in collapsed groups."""
     left_out: ClassVar[tuple[str, ...]] = ()
-    """The flags that are neither."""
+    """Options that are not in the form."""
     filled: ClassVar[Mapping[str, object]] = {}
-    """What stands in the form where that is not the trainer's default."""
+    """Initial values that differ from the trainer's defaults."""
     suggested: ClassVar[str]
-    """A name for what is new."""
+    """Default name of a new run."""
     buttons: ClassVar[tuple[str, str, str, str]] = ("Start training", "Stop and save", "Resume", "Show command")
 
     def __init__(self, parts: Parts) -> None:
@@ -59,32 +59,32 @@ class LaunchTab(Tab):
 
     @classmethod
     def all_names(cls) -> tuple[str, ...]:
-        """Every flag of the form, in order."""
+        """Return the names of all options of the form, in order."""
         folded = form.groups((*cls.names, *cls.left_out)).values()
-        return *cls.names, *(action.dest for group in folded for action in group)
+        return *cls.names, *(option.name for group in folded for option in group)
 
     @classmethod
     def parameters(cls) -> tuple[str, ...]:
-        """Of the named endpoints, in order."""
+        """Return the parameter names of the endpoints, in order."""
         return "name", "images", "caption", "folder", "model", *cls.all_names()
 
     def settings_column(self) -> None:
-        """The form: what everybody sets, then all else, folded."""
+        """Make the form: the common options, then all others in collapsed groups."""
         self.name = gr.Textbox(
             self.suggested, label=f"Name of the new {self.what}", max_lines=1, elem_id=self.own("name")
         )
         self.images_part()
-        known = form.actions()
+        known = form.known()
         self.widgets([known[name] for name in self.names])
         for title, group in form.groups((*self.names, *self.left_out)).items():
             with gr.Accordion(title[:1].upper() + title[1:], open=False):
                 self.widgets(group)
-        self.flags = {name: self.flags[name] for name in self.all_names()}  # whatever the order in which they are seen
+        self.flags = {name: self.flags[name] for name in self.all_names()}  # independent of their order on the page
         self.form = [self.name, self.caption, self.folder, self.model, *self.flags.values()]
         self.on_arrival = [self.folder]
 
     def images_part(self) -> None:
-        """What is trained, and on which images."""
+        """Make the components for model and training images."""
         self.uploads = gr.File(
             label="Your images, with .txt captions if you like (none: the bundled ones)",
             file_count="multiple", file_types=["image", *CAPTIONS], height=150, elem_id=self.own("uploads"),
@@ -98,34 +98,34 @@ class LaunchTab(Tab):
             info=f"Empty: {next(iter(PIPELINES))}; or a name on the hub: owner/model",
         )  # fmt: skip
 
-    def widgets(self, actions: Sequence[argparse.Action]) -> None:
-        """A widget for each flag: first what is written or chosen, then what is ticked."""
-        ticked = [action for action in actions if form.is_switch(action)]
-        for part in ([action for action in actions if action not in ticked], ticked):
+    def widgets(self, options: Sequence[Option]) -> None:
+        """Make a widget for each option: text boxes and choices first, then checkboxes."""
+        ticked = [option for option in options if option.is_switch]
+        for part in ([option for option in options if option not in ticked], ticked):
             with gr.Row():
-                for action in part:
-                    self.flags[action.dest] = self.widget(action)
+                for option in part:
+                    self.flags[option.name] = self.widget(option)
 
-    def widget(self, action: argparse.Action) -> gr.components.Component:
-        """The widget of a flag, with the trainer's help; an empty box means the default, which stands in it in grey."""
-        name, several = action.dest, isinstance(self.filled.get(action.dest), list)
-        value = self.filled[name] if name in self.filled else form.widget_value(action, None)
+    def widget(self, option: Option) -> gr.components.Component:
+        """Return the widget of an option with the trainer's help; the placeholder is the default."""
+        name, several = option.name, isinstance(self.filled.get(option.name), list)
+        value = self.filled[name] if name in self.filled else form.widget_value(option, None)
         wide = {"min_width": 460 if name in WIDE else 220}
-        common = {"label": form.label(action), "info": form.info(action), "elem_id": self.own(f"flag-{name}"), **wide}
+        common = {"label": form.label(option), "info": form.info(option), "elem_id": self.own(f"flag-{name}"), **wide}
         if name == "method":
-            return gr.CheckboxGroup(form.choices(action), value=value, **common)
-        if name in SHORTCUT_FLAGS:
+            return gr.CheckboxGroup(form.choices(option), value=value, **common)
+        if name in OF_SHORTCUTS:
             common["visible"] = form.wires(self.filled.get("method", ()))
-        if form.is_switch(action):
+        if option.is_switch:
             return gr.Checkbox(bool(value), **common)
-        if found := form.choices(action):
+        if found := form.choices(option):
             open_choice = [("by the model", "")] if value == "" else []
             return gr.Dropdown([*open_choice, *found], value=value, multiselect=several, **common)
         lines = {"lines": 2} if name == "validation_prompt" else {"max_lines": 1}
-        return gr.Textbox(str(value), placeholder=form.default(action), **lines, **common)
+        return gr.Textbox(str(value), placeholder=form.default(option), **lines, **common)
 
     def buttons_row(self) -> None:
-        """What is done with the form, and the command that it makes."""
+        """Make the buttons, the command and the answer line."""
         start, stop, resume, show = self.buttons
         with gr.Row(elem_classes="actions"):
             self.start = gr.Button(start, variant="primary", elem_id=self.own("start"))
@@ -139,119 +139,126 @@ class LaunchTab(Tab):
         self.watched = [self.start]
 
     def memory_button(self) -> None:
-        """What asks how much memory the form's training would take."""
+        """Make the button that estimates the memory of the training."""
         self.memory = gr.Button("Plan memory", elem_id=self.own("memory"), size="sm")
 
     @property
     def what(self) -> str:
-        """What the form makes, in words."""
+        """The kind of the form's result: `run` or `experiment`."""
         return self.kind.__name__.lower()
 
     def own(self, name: str) -> str:
-        """The id of a part of the page that other tabs have as well."""
+        """Return an element id that is unique among the tabs."""
         return name if self.kind is Run else f"{self.id}-{name}"
 
     def arrive(self) -> dict:
-        """The folders of images on the server."""
-        return {self.folder: gr.update(choices=self.trainings.folders())}
+        """Return the folders of images on the server."""
+        return {self.folder: gr.update(choices=self.jobs.folders())}
 
     def connect(self, page: Page, which: gr.components.Component, seen: gr.State) -> None:
-        """Connects form and buttons; `which` has the name of what is looked at, and gets that of what is started.
+        """Connect form and buttons; `which` selects the run, and is set to a started one.
 
-        `seen`: what the last look has seen of it.
+        `seen`: the state of the last poll.
         """
         inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
         show, start = (named(readable_errors(do), self.parameters()) for do in (self.do_show, self.do_start))
-        shown = self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", preprocess=False)
-        shown.failure(lambda: "", None, self.command, **QUIET)  # else it would be that of other settings
+        common = {"preprocess": False, **NO_PROGRESS}  # errors are shown once, as a message
+        shown = self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", **common)
+        shown.failure(lambda: "", None, self.command, **QUIET)  # clear the command of other settings
         started = [which, self.command, self.start, self.answer]
-        self.start.click(start, inputs, started, api_name=f"{self.id}_start", preprocess=False)
+        self.start.click(start, inputs, started, api_name=f"{self.id}_start", **common)
         plan = named(readable_errors(self.do_plan), self.parameters())
-        self.memory.click(plan, inputs, self.answer, api_name=f"{self.id}_memory", preprocess=False)
+        self.memory.click(plan, inputs, self.answer, api_name=f"{self.id}_memory", **common)
         looked = gr.on(
             [self.folder.change, self.uploads.change], readable_errors(self.show_images), [self.folder, self.uploads],
             self.preview, preprocess=False, **QUIET,
         )  # fmt: skip
         looked.failure(lambda: "", None, self.preview, **QUIET)
-        wired = [self.flags[flag] for flag in SHORTCUT_FLAGS]
+        wired = [self.flags[flag] for flag in OF_SHORTCUTS]
         told = [self.flags[flag] for flag in self.flags if flag in form.OF_BUNDLED]
         self.model.change(self.show_defaults, self.model, told, preprocess=False, **QUIET)
         self.flags["method"].change(self.show_shortcuts, self.flags["method"], wired, **QUIET)
         kept = {"id": self.id, "names": [name for name in self.parameters() if name != "images"]}
         page.blocks.load(None, self.form, self.form, js=RECALL % kept, **QUIET)
         gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % kept, **QUIET)
-        # It waits for nothing; what is not queued would show no message of a refusal.
+        # It never waits; but an unqueued event would not show its error.
         stop = readable_errors(self.do_stop)
-        self.stop.click(stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None)
-        self.resume.click(readable_errors(self.do_resume), which, self.answer, api_name=f"{self.id}_resume")
+        self.stop.click(
+            stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None, **NO_PROGRESS
+        )
+        self.resume.click(
+            readable_errors(self.do_resume), which, self.answer, api_name=f"{self.id}_resume", **NO_PROGRESS
+        )
 
     def seen(self, run: Run) -> bool:
-        """Whether what is started now would wait."""
-        return self.queue.would_wait()
+        """Return whether a new run would wait."""
+        return self.jobs.would_wait()
 
     def shown(self, run: Run, choice: object) -> dict:
-        """What Start does."""
+        """Return the label of the start button."""
         return {self.start: self.start_label()}
 
     def start_label(self) -> str:
-        return "Add to queue" if self.queue.would_wait() else self.buttons[0]
+        """Return the label of the start button: start or queue."""
+        return "Add to queue" if self.jobs.would_wait() else self.buttons[0]
 
     def show_shortcuts(self, methods: list[str]) -> list[dict]:
-        """What is set for ResLoRA's shortcuts, where a method reads it."""
-        return [gr.update(visible=form.wires(methods))] * len(SHORTCUT_FLAGS)
+        """Return the visibility of the shortcut options: whether a selected method reads them."""
+        return [gr.update(visible=form.wires(methods))] * len(OF_SHORTCUTS)
 
     def show_defaults(self, model: object) -> list[dict]:
-        """What is taken where a box is left empty, where that goes by the bundled pipeline."""
-        shown = [action for flag, action in form.chosen(self.all_names()).items() if flag in form.OF_BUNDLED]
-        return [gr.update(placeholder=form.default(action, str(model or ""))) for action in shown]
+        """Return the placeholders of options whose default depends on the bundled pipeline."""
+        shown = [option for flag, option in form.chosen(self.all_names()).items() if flag in form.OF_BUNDLED]
+        return [gr.update(placeholder=form.default(option, str(model or ""))) for option in shown]
 
     def settings(self, values: tuple) -> dict:
-        """Flags and their values, of the form's last widgets, but for those that no method reads."""
+        """Return the options and their values, without those that no selected method reads."""
         settings = dict(zip(self.all_names(), values, strict=True))
         methods = settings["method"] if isinstance(settings["method"], list) else []
-        unread = () if form.wires(methods) else SHORTCUT_FLAGS
+        unread = () if form.wires(methods) else OF_SHORTCUTS
         return {name: value for name, value in settings.items() if name not in unread}
 
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
-        """Of the trainer's command line."""
+        """Return the arguments of the trainer's command line."""
         settings = self.settings(values) | {"model": model}
-        images = self.trainings.choose_images(name, folder, paths_of(uploads), str(caption or ""), self.kind)
-        return self.trainings.command(name, settings, images, self.kind)
+        images = self.jobs.choose_images(name, folder, paths_of(uploads), str(caption or ""), self.kind)
+        return self.jobs.command(name, settings, images, self.kind)
 
     def do_show(self, *inputs) -> str:
-        """The command that the settings make."""
+        """Return the command of the form."""
         return launcher.in_words(self.words(*inputs))
 
-    def do_plan(self, *inputs) -> str:
-        """What memory the training would take, by the trainer's own plan, which trains nothing."""
+    def do_plan(self, *inputs) -> Iterator[str]:
+        """Yield the trainer's memory plan; nothing is trained."""
+        yield views.notice("Estimating memory: this takes some seconds.")
         _, uploads, caption, *_ = inputs
         words, paths = self.words(*inputs), paths_of(uploads)
-        if paths and "--train_data_dir" in words:  # what goes on keeps its images
+        if paths and "--train_data_dir" in words:  # a resumed experiment keeps its images
             stored = store_images(self.files.new("images"), paths, str(caption or ""))
             words[words.index("--train_data_dir") + 1] = str(stored)
-        return views.printed(self.trainings.plan(words))
+        yield views.printed(self.jobs.plan(words))
 
     def show_images(self, folder: str, uploads) -> str:
-        """The first of the images that are chosen."""
-        return views.thumbnails(self.trainings.first_images(folder, paths_of(uploads)))
+        """Return thumbnails of the first selected images."""
+        return views.thumbnails(self.jobs.first_images(folder, paths_of(uploads)))
 
     def do_start(self, *inputs) -> tuple:
-        """Starts a training, or lines it up; shows the run that has begun, and the command."""
+        """Start or queue a training; return the new run, the command, the button's label and a line about it."""
         name, uploads, caption, folder, model, *values = inputs
         words = launcher.in_words(self.words(*inputs))
         settings = {flag: value for flag, value in self.settings(values).items() if value not in (None, "", [])}
         paths = paths_of(uploads)
         chosen = None if paths else folder or None
         entry = Entry(name, self.what, settings | {"model": str(model or "").strip()}, chosen)
-        added = self.queue.add(entry, paths, str(caption or ""))
-        told = self.told_of(added)
+        added = self.jobs.add(entry, paths, str(caption or ""))
+        told = self.outcome_of(added) + launcher.warning(settings)
         if paths and added.folder not in (None, f"runs/{name}"):
             told += f" There are others in runs/{name}."
         shown = gr.update() if added.state == WAITING else gr.update(choices=self.list_names(), value=name)
         return shown, words, self.start_label(), views.notice(told)
 
-    def told_of(self, entry: Entry) -> str:
-        """What has become of something that was to start, and with which images where it is new."""
+    def outcome_of(self, entry: Entry) -> str:
+        """Return a sentence on the state of an added entry, with its images if it is new."""
         where = f" on GPU {entry.device}" if entry.device is not None else ""
         named = {BUNDLED: "the bundled images", ".": "the images in the data folder"}
         images = f" with {named.get(entry.folder, f'the images in {entry.folder}')}" if entry.folder else ""
@@ -261,15 +268,18 @@ class LaunchTab(Tab):
         return f"{entry.name} waits in the queue, and starts by itself{images}."
 
     def list_names(self) -> list[str]:
-        """What can be looked at."""
+        """Return the names of the runs, newest first."""
         return list(self.library.runs())
 
     def do_stop(self, name: str, seen: tuple | None = None) -> str:
-        """Stops what trains, whichever is looked at; where that was seen to train, nothing that has begun after it."""
+        """Stop the active training.
+
+        If the selected run was training in the last poll, only that run is stopped, not one that started after it.
+        """
         trained = seen is not None and seen[STATUS] in ACTIVE
-        return views.notice(self.trainings.stop(name, self.kind, only=trained))
+        return views.notice(self.jobs.stop(name, self.kind, only=trained))
 
     def do_resume(self, name: str) -> str:
-        """Goes on with what was stopped, or lines it up."""
-        run = self.trainings.find(name, self.kind)
-        return views.notice(self.told_of(self.queue.add(Entry(run.name, self.what, resume=True))))
+        """Resume a stopped run, or queue it."""
+        run = self.jobs.find(name, self.kind)
+        return views.notice(self.outcome_of(self.jobs.add(Entry(run.name, self.what, resume=True))))

@@ -1,4 +1,4 @@
-"""Queue: what trains, what waits for its turn, and what has become of those before."""
+"""Queue: the running, waiting and ended entries."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 SCRIPT = Path(__file__).resolve().parents[1] / "rows.js"
 EVERY = 3.0
-"""Seconds between two looks at the queue."""
+"""Seconds between two polls of the queue."""
 IN_TURN = {"trigger_mode": "multiple", "concurrency_limit": 1}
-"""For buttons of rows: each press counts, and they are answered in order, so that the last answer is the newest."""
+"""Event options of row buttons: each click counts, and they are handled in order, so that the last answer is
+current."""
 ABOUT = (
     "Runs are trained one at a time, or one on each GPU where there are several. One that fails does not stop the "
     "next, and what waits here goes on after a restart of the application."
@@ -26,6 +27,8 @@ ABOUT = (
 
 
 class QueueTab(Tab):
+    """The tab of the queue."""
+
     title, id = "Queue", "queue"
 
     def __init__(self, parts: Parts) -> None:
@@ -37,6 +40,7 @@ class QueueTab(Tab):
         self.timer = gr.Timer(EVERY, active=False)
 
     def events(self, page: Page) -> None:
+        """Connect the components."""
         shown = [self.rows, self.last_look]
         page.frames[self].select(readable_errors(self.open), None, [*shown, self.timer], **QUIET)
         self.timer.tick(readable_errors(self.look), self.last_look, shown, queue=False, **QUIET)
@@ -47,47 +51,47 @@ class QueueTab(Tab):
             gr.api(readable_errors(handler), api_name=name)
 
     def show(self) -> tuple[str, int]:
-        """The rows, and what they are known by."""
-        rows = lists.queue(self.queue)
+        """Return the rows and their hash."""
+        rows = lists.queue(self.jobs)
         return rows, hash(rows)
 
     def open(self) -> tuple:
-        """Somebody comes to the tab: from here on it is kept up to date."""
+        """Return the rows and start the timer, when the tab is opened."""
         return *self.show(), gr.Timer(active=True)
 
     def look(self, seen: int | None):
-        """The rows, if there is something new."""
+        """Return the rows if they have changed."""
         rows, known = self.show()
         return gr.skip() if known == seen else (rows, known)
 
     def act(self, event: gr.EventData) -> tuple:
-        """A button of a row."""
+        """Handle a button of a row."""
         what, name = event._data.get("do"), event._data.get("name")
         if what == "stop":
-            return views.notice(self.queue.stop(name)), *self.show()
+            return views.notice(self.jobs.stop_entry(name)), *self.show()
         if what == "clear":
-            self.queue.clear()
+            self.jobs.clear()
         elif what == "remove":
-            self.queue.remove(name)
+            self.jobs.remove(name)
         else:
-            self.queue.move(name, -1 if what == "up" else 1)
+            self.jobs.move(name, -1 if what == "up" else 1)
         return "", *self.show()
 
-    # -- for programs --------------------------------------------------------------------------------------------------
+    # -- endpoints -----------------------------------------------------------------------------------------------------
 
     def list_entries(self) -> list[dict]:
-        """What trains, waits and has ended, in order: name, kind, state, and a line about it."""
+        """Return the entries of the queue in order: name, kind, state, and a line about each."""
         return [
             {"name": entry.name, "kind": entry.kind, "state": entry.state, "line": entry.line}
-            for entry in self.queue.entries()
+            for entry in self.jobs.entries()
         ]
 
     def move(self, name: str, by: int) -> list[dict]:
-        """Moves what waits up (-1) or down (1)."""
-        self.queue.move(name, -1 if by == -1 else 1)
+        """Move a waiting entry up (-1) or down (1)."""
+        self.jobs.move(name, -1 if by == -1 else 1)
         return self.list_entries()
 
     def remove(self, name: str) -> list[dict]:
-        """Takes out what waits or has ended."""
-        self.queue.remove(name)
+        """Remove a waiting or ended entry."""
+        self.jobs.remove(name)
         return self.list_entries()

@@ -1,4 +1,4 @@
-"""Runs: all that there are, with notes, and a trash that they come back from."""
+"""Runs: all runs with notes, and a trash from which they can be restored."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ if TYPE_CHECKING:
     from ..page import Page
 
 EVERY = 5.0
-"""Seconds between two looks at the runs."""
+"""Seconds between two polls of the runs."""
 
 
 class RunsTab(Tab):
+    """The tab that lists the runs."""
+
     title, id = "Runs", "runs"
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.shelf = Shelf(self.queue)
+        self.shelf = Shelf(self.jobs)
 
-        def save_notes(edit: dict) -> dict:  # a function, for Gradio marks it
+        def save_notes(edit: dict) -> dict:  # a function, because Gradio sets an attribute on it
             return self.save_notes(edit)
 
         self.words = gr.Textbox(label="Name or notes have", max_lines=1, elem_id="runs-words")
@@ -41,6 +43,7 @@ class RunsTab(Tab):
         self.timer = gr.Timer(EVERY, active=False)
 
     def events(self, page: Page) -> None:
+        """Connect the components."""
         shown = [self.cards, self.last_look]
         page.frames[self].select(readable_errors(self.open), self.words, [*shown, self.timer], **QUIET)
         self.words.change(readable_errors(self.show), self.words, shown, trigger_mode="always_last", **QUIET)
@@ -55,21 +58,21 @@ class RunsTab(Tab):
             gr.api(readable_errors(handler), api_name=name)
 
     def show(self, words: str) -> tuple[str, int]:
-        """The cards, and what they are known by."""
+        """Return the cards and their hash."""
         cards = lists.runs(self.shelf, str(words or ""))
         return cards, hash(cards)
 
     def open(self, words: str) -> tuple:
-        """Somebody comes to the tab: from here on it is kept up to date."""
+        """Return the cards and start the timer, when the tab is opened."""
         return *self.show(words), gr.Timer(active=True)
 
     def look(self, words: str, seen: int | None):
-        """The cards, if there is something new."""
+        """Return the cards if they have changed."""
         cards, known = self.show(words)
         return gr.skip() if known == seen else (cards, known)
 
     def act(self, words: str, event: gr.EventData) -> tuple:
-        """A button of a card, or of what is in the trash."""
+        """Handle a button of a card or of the trash."""
         what, name = event._data.get("do"), event._data.get("name")
         stay = (gr.skip(), gr.skip(), gr.skip())
         if what == "open":
@@ -83,7 +86,7 @@ class RunsTab(Tab):
         return views.notice(line), *self.show(words), *stay
 
     def opened(self, name: str) -> tuple:
-        """The tab in which a run or an experiment is looked at, and what is chosen in each."""
+        """Return the tab of a run or experiment, and the selection in each."""
         found = next((run for run in self.library.everything() if run.name == name), None)
         if found is None:
             raise RunError("There is no run of that name; choose one from the list.")
@@ -92,30 +95,30 @@ class RunsTab(Tab):
         return gr.Tabs(selected=CompareTab.id), self.library.find(name).name, gr.skip()
 
     def save_notes(self, edit: dict) -> dict:
-        """The browser saves the notes on one run; the page stays as it is, for somebody may be typing in another."""
+        """Save notes from the browser, without updating the page: the user may be typing other notes."""
         try:
             return {"notes": self.shelf.write_notes(edit.get("name"), edit.get("was"), edit.get("text"))}
         except Exception as error:
             return {"error": str(translated(error).message)}
 
-    # -- for programs --------------------------------------------------------------------------------------------------
+    # -- endpoints -----------------------------------------------------------------------------------------------------
 
     def read_notes(self, name: str) -> str:
-        """What is said of a run or an experiment."""
+        """Return the notes on a run or an experiment."""
         return self.shelf.find(name).notes
 
     def set_notes(self, name: str, was: str, notes: str) -> str:
-        """Writes what is said of a run or an experiment, if it still is what it was."""
+        """Write the notes on a run or an experiment if they still are `was`."""
         return self.shelf.write_notes(name, was, notes)
 
     def trash_run(self, name: str) -> str:
-        """Moves a run or an experiment into the trash."""
+        """Move a run or an experiment to the trash."""
         return self.shelf.throw_away(name)
 
     def trashed_runs(self) -> dict[str, str]:
-        """Names of what is in the trash, by their places there, the newest first."""
+        """Return the names of the runs in the trash by their folders there, newest first."""
         return {place: folder.name for place, folder in self.shelf.trashed().items()}
 
     def restore_run(self, place: str) -> str:
-        """Moves a run or an experiment from the trash to where it was."""
+        """Move a run or an experiment from the trash back to the runs folder."""
         return self.shelf.restore(place)

@@ -1,4 +1,5 @@
-"""A part of Generate: several LoRAs at once, each with a strength; and a whole model of what is chosen."""
+"""Part of Generate: several LoRAs at once, each with a strength, and writing the selected weights as a complete
+model."""
 
 from __future__ import annotations
 
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
 
 
 class StackPart:
-    """Folded, so that a single image stays as simple as it is."""
+    """The stack of LoRAs, collapsed so that the form for single images stays simple."""
 
     def __init__(self, tab: GenerateTab) -> None:
         self.tab, self.library, self.studio = tab, tab.library, tab.studio
         with gr.Accordion("Several LoRAs at once, or a full model", open=False, elem_id="stack") as self.frame:
-            # Any value may be sent; the library decides whether there is such a LoRA.
+            # Any value may be sent; the library validates the name.
             self.loras = gr.Dropdown(
                 label="LoRAs of runs of this model, used together instead of the weights above", multiselect=True,
                 allow_custom_value=True, interactive=True, elem_id="loras",
@@ -51,6 +52,7 @@ class StackPart:
         self.inputs = [self.loras, self.strengths]
 
     def events(self, page: Page) -> None:
+        """Connect the components."""
         tab = self.tab
         self.frame.expand(readable_errors(self.offer), page.run, self.loras, preprocess=False, **QUIET)
         self.write.click(
@@ -58,24 +60,24 @@ class StackPart:
             [page.run, tab.weights, tab.adapter, tab.strength, self.name, tab.adapter_config, *self.inputs],
             [self.status, self.place, self.use, self.found],
             api_name="full_model", preprocess=False, **NO_PROGRESS, **TURNS,
-        ).failure(lambda: views.notice("That did not work."), None, self.status, api_visibility="private")  # fmt: skip
+        ).failure(lambda: "", None, self.status, api_visibility="private")  # fmt: skip
         self.stop.click(readable_errors(self.do_stop), None, self.status, queue=False, **QUIET)
         gr.api(readable_errors(self.list_loras), api_name="loras")
 
     def list_loras(self, run: str) -> list[str]:
-        """LoRAs of all runs that train the same model as this one."""
+        """Return the LoRAs of all runs with the same base model as this one."""
         return list(stacks.loras(self.library, self.library.find(run)))
 
     def choices(self, run: Run) -> dict:
-        """What can be stacked with a run; what is chosen stays."""
+        """Return the LoRAs that can be stacked for a run; the selection does not change."""
         return gr.update(choices=list(stacks.loras(self.library, run)))
 
     def offer(self, name: str) -> dict:
-        """The same, by the run's name."""
+        """Return the same by the run's name."""
         return self.choices(self.library.find(name)) if name else gr.skip()
 
     def stacked(self, run: Run | None, names: object, strengths: str) -> Weights:
-        """What was chosen, as one thing to draw with."""
+        """Return the selected LoRAs as one stack."""
         if not isinstance(names, list):
             raise RunError("Give the LoRAs as a list of their names.")
         return stacks.stacked(self.library, run, names, strengths)
@@ -84,7 +86,7 @@ class StackPart:
         self, name, label, adapter, strength, model, adapter_config=None, loras=None, strengths="",
         asked: gr.Request = None,
     ) -> Iterator[tuple]:  # fmt: skip
-        """The run's whole model with the chosen weights in it, below the runs folder; where it is, how it is loaded."""
+        """Write the run's complete model with the selected weights; yield progress, path, and how to load it."""
         run, target = self.library.find(name), whole_models.place_for(self.library, model)
         uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
         weights = self.tab.chosen_weights(run, label, uploaded, loras, strengths)
@@ -96,10 +98,10 @@ class StackPart:
         except Cancelled:
             yield views.notice("Cancelled; nothing was written."), *nothing
             return
-        place = takeaway.place_of(self.library, run, target)
+        place = takeaway.place_of(target)
         said = views.notice(f"{place} is written: {weights.label}.")
         yield said, place, whole_models.lines_for(place), gr.update(visible=True)
 
     def do_stop(self, asked: gr.Request):
-        """Stops the writing of the model, and nothing else."""
+        """Stop writing the model only."""
         return self.tab.stopped(asked, "model")

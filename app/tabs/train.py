@@ -1,4 +1,4 @@
-"""Train: start, watch, stop and resume a training, which is a process of its own."""
+"""Train: start, watch, stop and resume a training, which runs as a separate process."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import gradio as gr
 
-from reslora.diffusion.arguments import SEVERAL
-from reslora.diffusion.experiment.checks import OF_EXPERIMENTS
+from reslora.images.experiment.requirements import OF_EXPERIMENTS
+from reslora.training.stopping import SAMPLE, SAVE
 
-from .. import form, launcher, views
+from .. import form, views
 from ..bases import word_of_model
-from ..handlers import QUIET, readable_errors
+from ..handlers import NO_PROGRESS, QUIET, readable_errors
+from ..library import VARYING
 from ..runs import Run, RunError
 from .base import Parts
 from .launching import LaunchTab
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 
 class TrainTab(LaunchTab):
+    """The tab that starts runs."""
+
     title, id = "Train", "train"
     suggested = "my-style"
     names = (
@@ -47,6 +50,7 @@ class TrainTab(LaunchTab):
         self.on_arrival += [self.begin]
 
     def process_column(self) -> None:
+        """Make the buttons and the log."""
         self.buttons_row()
         with gr.Row():
             self.sample_now = gr.Button("Sample now", elem_id="sample-now", size="sm")
@@ -59,50 +63,55 @@ class TrainTab(LaunchTab):
         )
 
     def arrive(self) -> dict:
-        """The folders of images, and whose settings there are to begin with."""
+        """Return the image folders, and the presets and runs whose settings can be loaded."""
         return super().arrive() | {self.begin: gr.update(choices=[*form.PRESETS, *self.library.runs()])}
 
     def events(self, page: Page) -> None:
+        """Connect the components."""
         self.connect(page, page.run, page.seen)
-        # Not `input`: it comes with leaving the box as well, and what is typed or kept would be overwritten. `change`
-        # comes with another choice, by mouse or keys; `select`, before it, with any by the mouse: the same again, too.
+        # Not `input`: it is also triggered when the box loses the focus, and would overwrite the form. `change` is
+        # triggered by another selection with mouse or keys; `select`, before it, by any selection with the mouse, also
+        # of the same item.
         filled = [self.begun, self.model, self.folder, *self.flags.values()]
         in_turn = {"trigger_mode": "always_last", "concurrency_id": "begin", "concurrency_limit": 1, **QUIET}
         self.begin.select(readable_errors(self.fill_by_mouse), self.begin, filled, **in_turn)
         self.begin.change(readable_errors(self.fill_once), [self.begin, self.begun], filled, **in_turn)
-        for button, request in ((self.sample_now, launcher.SAMPLE), (self.save_now, launcher.SAVE)):
+        for button, request in ((self.sample_now, SAMPLE), (self.save_now, SAVE)):
             ask = readable_errors(partial(self.ask, request))
             named = f"train_{request.replace('.', '_')}"
-            button.click(ask, None, self.answer, api_name=named, concurrency_limit=None)
+            button.click(ask, None, self.answer, api_name=named, concurrency_limit=None, **NO_PROGRESS)
 
     def fill(self, name: str) -> list:
-        """The form with the settings of a preset, or of a run with its images; refuses one whose model has no word."""
+        """Return the form with the settings of a preset, or of a run with its images.
+
+        Raises `RunError` if the page cannot name the run's model.
+        """
         runs = self.library.runs()
         settings = form.settings_of(name, runs)
-        folder = gr.update() if name in form.PRESETS else self.trainings.images.of_run(runs[name])
+        folder = gr.update() if name in form.PRESETS else self.jobs.images.of_run(runs[name])
         return [word_of_model(name, settings), folder, *form.values_of(settings, self.all_names())]
 
     def fill_by_mouse(self, name: str) -> list:
-        """The form, and whose settings it has."""
+        """Return the name of the selected preset or run, and the form."""
         return [name, *self.fill(name)]
 
     def fill_once(self, name: str, begun: str | None) -> list | dict:
-        """The form, unless the mouse has filled it in: what has been typed since stays."""
+        """Return the form, unless `select` has already set it: values typed since are not overwritten."""
         return {self.begun: None} if name == begun else [None, *self.fill(name)]
 
     def ask(self, request: str) -> str:
-        """Asks the run that trains for something after this step."""
-        return views.notice(self.trainings.ask(request))
+        """Request a checkpoint or samples from the active run after this step."""
+        return views.notice(self.jobs.ask(request))
 
     def settings(self, values: tuple) -> dict:
-        """Flags and their values; several of what makes an experiment are refused."""
+        """Return the options and their values. Raises `RunError` for several values that make an experiment."""
         settings = super().settings(values)
-        for name in SEVERAL:
+        for name in VARYING:
             value = settings.get(name)
             if isinstance(value, str) and len(value.replace(",", " ").split()) > 1:
                 raise RunError(f"{name} {value}: several values make an experiment; start it under Experiment.")
         return settings
 
-    def told(self, run: Run, status: str) -> dict:
-        """What the trainer has printed."""
-        return {self.log: views.log(self.trainings.log(run), status)}
+    def updates(self, run: Run, status: str) -> dict:
+        """Return the trainer's output."""
+        return {self.log: views.log(self.jobs.log(run), status)}

@@ -1,1 +1,1 @@
-"""Several methods, learning rates and seeds in one run, and whether the difference is real."""
+"""Experiments: several methods, learning rates and seeds in one run, and statistical comparison of the methods."""

@@ -1,6 +1,7 @@
-"""`experiment.json`: what an experiment trained and what it found. Written by the experiment, read by its report.
+"""The content of `experiment.json`: what an experiment trained and its results.
 
-A loss is lower where a method is better. One that is not finite is None, which JSON has and NaN it has not.
+The experiment writes it and the report reads it. A lower loss is better. A non-finite loss is None, because JSON has no
+NaN.
 """
 
 from __future__ import annotations
@@ -12,47 +13,47 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 from .. import __version__
-from ..common.errors import InvalidArgument
-from ..files import has_ended, read_object, this_process
+from ..errors import InvalidArgument
+from ..io import has_ended, read_object, this_process
 
 FORMAT = 1
-EXPERIMENT = "experiment.json"  # what an experiment leaves, and a run does not
-READINGS = "test_readings.jsonl"  # a line for each time that the test part was read; only ever appended to
-UNFINISHED = "not finished: "  # how its note begins that --experiment_minutes have ended it
+EXPERIMENT = "experiment.json"  # written by an experiment, but not by a single run
+READINGS = "test_readings.jsonl"  # one line for each evaluation on the test split; append-only
+UNFINISHED = "not finished: "  # prefix of the note if --experiment_minutes ended the experiment
 
 Status = Literal["finished", "running", "waiting", "failed"]
 
 
 class Split(TypedDict):
-    """How many images, or examples, are in each part."""
+    """Number of images or examples in each part."""
 
     train: int
     select: int
-    """Of which losses are measured."""
+    """Selection split."""
     test: int
     duplicates: int
-    """Those that are left out, or in the part of another one, because they are near-duplicates of it."""
+    """Near-duplicates, which are left out or moved to the part of their duplicate."""
 
 
 class TestLosses(TypedDict):
-    """Losses on the test images (at fixed noises and timesteps) or examples, of the chosen checkpoint."""
+    """Losses of the chosen checkpoint on the test images (at fixed noises and timesteps) or examples."""
 
     images: list[str]
-    """What each is known by, alike in all arms."""
+    """Identifier of each image or example, the same in all arms."""
     losses: list[float | None]
-    """Of each image, the mean over noises and timesteps; of each example."""
+    """Loss of each image (mean over noises and timesteps) or example."""
     by_timestep: NotRequired[list[float | None]]
-    """At each of the experiment's `timesteps`, the mean over images and noises."""
+    """Mean over images and noises at each of the experiment's `timesteps`."""
     similarities: NotRequired[dict[str, float]]
-    """Of images by --metric_model; what is of texts, as accuracy, is in `figures`."""
+    """Similarities of images by --metric_model; metrics of texts, such as accuracy, are in `figures`."""
     figures: NotRequired[dict[str, float]]
 
 
 class Arm(TypedDict):
-    """One training: a label with a learning rate and a seed."""
+    """One training run of the experiment: a label with a learning rate and a seed."""
 
     label: str
-    """What is compared: the method, and rank or shortcut where there are several, as in `reslora block(4)`."""
+    """What is compared: the method, with rank or shortcut if there are several, as in `reslora block(4)`."""
     method: str
     learning_rate: float
     seed: int
@@ -60,38 +61,41 @@ class Arm(TypedDict):
     shortcut: str | None
     """As in `block(4)`; None without shortcuts."""
     folder: str
-    """Relative to the experiment's, with `/`."""
+    """Relative to the experiment's directory, with `/`."""
     status: Status
     reason: str
-    """Why it failed or waits; else empty."""
+    """Why it failed or waits; otherwise empty."""
     steps: int
-    """Trained so far."""
+    """Number of trained steps."""
     seconds: float
-    """Of training."""
+    """Training time."""
     wall_seconds: NotRequired[float | None]
-    """From the arm's start to its end, or where it has gone on, since then; None where it has not ended."""
+    """Time from the arm's last start or resume to its end; None if it has not ended."""
     memory_bytes: int | None
-    """At the most; None where it is not measured."""
+    """Peak memory; None if it is not measured."""
     select_by_step: dict[str, float | None]
-    """The loss on the select images at each checkpoint's step."""
+    """Loss on the selection split at each checkpoint's step."""
     test: TestLosses | None
 
 
 class Choice(TypedDict):
-    """A label's learning rate and checkpoint, whose loss on the select images is lowest over its seeds together."""
+    """The learning rate and checkpoint of a label.
+
+    They have the lowest mean loss on the selection split over all choosing seeds.
+    """
 
     learning_rate: float
     step: int
     loss: float
-    """The mean over seeds."""
+    """Mean over seeds."""
     at_end: Literal["low", "high"] | None
-    """At which end of the rates that were tried the best one is."""
+    """Whether the best learning rate is the lowest or highest one."""
     next: float | None
-    """The rate to try then."""
+    """Learning rate to try next in that case."""
 
 
 class Verdict(TypedDict):
-    """A label beside the reference on the test images. Differences are its loss minus the reference's."""
+    """Comparison of a label with the reference on the test split. Differences are its loss minus the reference's."""
 
     label: str
     reference: str
@@ -101,57 +105,103 @@ class Verdict(TypedDict):
     sentence: str
     difference: float
     relative: float
-    """In percent of the reference's loss, like all that follow."""
+    """Difference in percent of the reference's loss, like all following values."""
     interval: tuple[float, float] | None
-    """At 95%, for the mean of new seeds and new images; None where one seed or image cannot tell."""
+    """95% confidence interval for the mean over new seeds and new images; None with one seed or image."""
     rerun: tuple[float, float] | None
-    """Where the difference of one more seed on the same images is in 19 of 20; None with one seed."""
+    """95% prediction interval for the difference of one more seed on the same images; None with one seed."""
     p: float | None
     p_holm: float | None
+    """p value corrected for all pairs of methods and all evaluations on the test split; significant below 0.05."""
     detectable: float | None
-    """The smallest difference that such an experiment shows in four of five cases."""
+    """Minimum detectable effect with 80% power; None if two seeds do not determine it."""
+    expected: float | None
+    """Expected difference in new experiments after a significant result; None otherwise."""
+    of_gain: float | None
+    """Difference in percent of the improvement by training; None if unknown.
+
+    The improvement is the base model's loss minus the reference's.
+    """
+
+
+class Worse(TypedDict):
+    """A label that is significantly worse than one of the best."""
+
+    label: str
+    reference: str
+    """One of the best labels, compared with which it is significantly worse."""
+    relative: float
+    """Difference in percent of that label's loss."""
+    interval: tuple[float, float]
+    """95% confidence interval."""
+
+
+class Ranking(TypedDict):
+    """The labels that do not differ significantly from the best one."""
+
+    best: list[str]
+    worse: list[Worse]
+    sentence: str
 
 
 class Best(TypedDict):
-    """The arm whose files are in the experiment's folder: of the label and the seed with the lowest select loss."""
+    """The arm whose files are in the experiment's directory: the best label's seed with the lowest selection loss."""
 
     label: str
     learning_rate: float
     seed: int
     folder: str
-    """As the arm's: there are the files of its last step."""
+    """Directory of the arm, which has the files of its last step."""
     step: int
     """The chosen checkpoint, of which the files are."""
+    options: NotRequired[dict[str, Any]]
+    """The method and the values of the options that vary."""
     files: list[str]
-    """Names, for use as they are: of strength 1, without anything that only training needs."""
+    """Names of files to use directly, with strength 1 and without training state."""
 
 
 class Facts(TypedDict):
-    """What is known of an experiment before its first arm."""
+    """Properties of an experiment that are known before its first arm."""
 
     versions: dict[str, str]
     split: Split
     timesteps: NotRequired[list[float]]
-    """At which losses are measured, 1 being pure noise."""
+    """Timesteps of the measured losses; 1 is pure noise."""
     identity: NotRequired[dict[str, Any]]
-    """What it is trained from and by: more methods, rates and seeds may be added, and nothing else changes."""
+    """Model, data and options that stay fixed; only methods, learning rates and seeds can be added."""
 
 
 class Parts(Protocol):
-    """What images or examples are divided into."""
+    """Division of images or examples into parts."""
 
     @property
-    def trained(self) -> int: ...
+    def trained(self) -> int:
+        """Number of items in the training part."""
+        ...
+
     @property
-    def select(self) -> Sequence: ...
+    def select(self) -> Sequence:
+        """Items of the selection part."""
+        ...
+
     @property
-    def test(self) -> Sequence: ...
+    def test(self) -> Sequence:
+        """Items of the test part."""
+        ...
+
     @property
-    def duplicates(self) -> int: ...
+    def duplicates(self) -> int:
+        """Number of near-duplicates, which are left out or moved to the part of their duplicate."""
+        ...
+
+    @property
+    def enough(self) -> float:
+        """The fraction --test_split with which the test part has enough items; 1 if there are not enough."""
+        ...
 
 
 def facts_of(parts: Parts, libraries: Sequence[str]) -> Facts:
-    """The versions of these libraries and of this one, and how many are in each part."""
+    """Return the versions of these libraries and of this one, and the size of each part."""
     split = Split(train=parts.trained, select=len(parts.select), test=len(parts.test), duplicates=parts.duplicates)
     return {"versions": {"reslora-sd": __version__} | {name: version(name) for name in libraries}, "split": split}
 
@@ -161,31 +211,39 @@ class Experiment(Facts):
 
     format: int
     settings: dict[str, Any]
-    """Flags and their values."""
+    """Options and their values."""
     arms: list[Arm]
     chosen: dict[str, Choice]
-    """By label."""
+    """The choice of each label."""
     verdicts: list[Verdict]
+    ranking: NotRequired[Ranking | None]
+    base: NotRequired[TestLosses | None]
+    """Losses of the base model; None until the test split is evaluated."""
+    base_select: NotRequired[float | None]
+    """Loss of the base model on the selection split; None if it is not measured."""
+    choosing: NotRequired[list[int]]
+    """The seeds that choose learning rates; the others are trained at the chosen ones."""
     best: NotRequired[Best | None]
     """None until something is chosen."""
     notes: list[str]
-    """Lines that a reader should know, as they were printed."""
+    """Notes for the reader, as they were printed."""
     beforehand: NotRequired[int]
-    """How many of them, the first, are known before the first arm: those are of the last start."""
+    """Number of the first notes, which are known before the first arm and belong to the last start."""
     readings: NotRequired[int]
-    """How often losses on the test images were measured."""
+    """Number of evaluations on the test split."""
     read: NotRequired[list[list]]
-    """Of which arms they were measured last, each with its step."""
+    """Arms of the last evaluation, each with its step."""
     as_of: NotRequired[int]
-    """Of how many arms an earlier start has concluded what stands here, until it is concluded anew."""
+    """Number of arms in an earlier start's conclusion, which is stored here until there is a new one."""
     process: NotRequired[str]
-    """What has written this: an arm is running only as long as that is (`as_of_now`)."""
+    """Process that has written this; a running arm is running only while that process is (`as_of_now`)."""
 
 
 def read_experiment(folder: Path) -> dict:
-    """Return the content of a folder's `experiment.json`, which is empty where there is none.
+    """Return the content of a directory's `experiment.json`; empty if it does not exist.
 
-    Raise `InvalidArgument` for a damaged one: it says what the experiment was trained from and how often it was tested.
+    Raises `InvalidArgument` for a damaged file, because it stores what the experiment was trained from and how often it
+    was tested.
     """
     found = read_object(folder / EXPERIMENT)
     if not found and (folder / EXPERIMENT).exists():
@@ -195,7 +253,7 @@ def read_experiment(folder: Path) -> dict:
 
 
 def as_of_now(experiment: Experiment) -> Experiment:
-    """For whoever reads the file: what is said to be running waits, if the process that said so was killed."""
+    """Return the experiment with running arms shown as waiting if the process that runs them was killed."""
     if not has_ended(experiment.get("process", this_process())):
         return experiment
     experiment = copy.deepcopy(experiment)

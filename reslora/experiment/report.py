@@ -1,80 +1,100 @@
-"""`report.html`: an experiment in one self-contained file. Every word that comes from a file or a user is escaped."""
+"""Write `report.html`, the self-contained report of an experiment. All text from files and users is escaped."""
 
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..common.charts import Axes, Series, chart, escape, interval
-from ..files import replacing
-from ..words import counted
-from .look import SCRIPT, STYLE
+import numpy as np
+
+from ..formatting import pluralize
+from ..io import replacing
+from ..plots.charts import MINUS, Axes, Row, Series, chart, escape, forest
 from .record import Arm, Best, Experiment, Verdict, as_of_now
-from .statistics import REFERENCE, is_chosen, percents, rerun, tested
+from .statistics import REFERENCE, is_chosen, mean_of, percents, rerun, tested
+from .theme import SCRIPT, STYLE
 
 NOTHING = "&mdash;"
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+BASE = "base model"
 READING = (
     "A difference is a method's loss minus its reference's on {unit}s that neither was trained on nor chosen by, with "
-    "the same seeds and {unit}s for both; lower is better. The mean of new seeds and new {unit}s of this kind is to be "
-    "expected within the 95% interval. A single new seed, with these {unit}s, differs more: in 19 of 20 cases it is "
-    "within what stands under <i>One more seed</i>. A method counts as better or worse if p, corrected by Holm for the "
-    "number of methods, is below 0.05. Where no difference is shown there may still be one within the interval: one "
-    "of the size under <i>Detectable</i> would have been shown in 4 of 5 such experiments. Methods are compared with "
-    "their reference alone, and not with each other."
+    "the same seeds and {unit}s for both; lower is better. The 95% interval holds the mean difference of new seeds and "
+    "new {unit}s of this kind. A single new seed, on these {unit}s, differs more: in 19 of 20 cases it is within the "
+    "range under <i>One more seed</i>. A method is better or worse if p is below 0.05; p is corrected for all pairs "
+    "of methods (Holm, Shaffer) and for how often the test split was read. If a difference is not significant there "
+    "may still be one within the interval: one as large as the minimum detectable effect (MDE) is found in 4 of 5 such "
+    "experiments. What is claimed is on average too large, as only large differences get significant: <i>Expected</i> "
+    "is what new experiments will find. <i>Of the gain</i> is the difference as a part of what training gains over the "
+    "base model."
 )
+UNCERTAIN = {
+    "better": "It is better than {reference}: chance makes such a difference in at most 5 of 100 experiments.",
+    "worse": "It is worse than {reference} on the test {unit}s, although the select {unit}s chose it.",
+    "not shown": "Whether it is better than {reference} this experiment does not show: use either, or add seeds.",
+    "cannot tell": "Whether it is better than {reference} one seed does not say: add seeds.",
+}
+"""Sentence about the best run, by the conclusion of its method's verdict."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What differs between reports of images and of texts."""
+    """The parts of a report that differ between images and texts."""
 
     unit: str
-    """What losses are of, in words: an image, an example."""
+    """Word for the item that a loss belongs to: image or example."""
     columns: Mapping[str, tuple[str, str]]
-    """Title, and what it is, of what is measured beside the test loss."""
+    """Title and description of each metric that is measured in addition to the test loss, by name."""
     uses: Mapping[str, str]
-    """How each file of the best arm is used, by name, the most wanted first; `{folder}` is the experiment's."""
+    """How to use each file of the best arm, by name, most useful first; `{folder}` is the experiment's directory."""
     sections: Callable[[Experiment, Path], Sequence[tuple[str, str]]] = lambda *_: ()
-    """Titles and contents of its own, of the record and the experiment's folder."""
+    """Return the titles and HTML of additional sections, from the experiment and its directory."""
+    losses: str = ""
+    """Why these losses differ from those that the trainer prints."""
+    steps: str = ""
+    """Option for the number of steps of a single run."""
+    script: str = ""
+    """Script that accepts --config; empty if there is none."""
 
 
 def write_report(experiment: Experiment, folder: Path, about: About) -> None:
-    """Writes `report.html` into an experiment's folder, whose arms' samples it shows; whole or not at all."""
+    """Write `report.html` into the experiment's directory, atomically; it embeds the arms' samples."""
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page(experiment, folder, about), encoding="utf-8")
 
 
 def page(experiment: Experiment, folder: Path, about: About) -> str:
-    """The whole document."""
+    """Return the complete HTML document."""
     experiment, unit = as_of_now(experiment), about.unit
     as_of = experiment.get("as_of")
     headline = escape(headline_of(experiment, unit))
     sections = (
         ("Verdicts", verdict_table(experiment, unit)),
         ("What to use", what_to_use(experiment, about)),
-        (f"Notes as of {counted(as_of, 'arm')}" if as_of else "Notes", in_lines(experiment["notes"])),
+        (f"Notes as of {pluralize(as_of, 'arm')}" if as_of else "Notes", in_lines(experiment["notes"])),
         ("What is missing", missing(experiment)),
         (f"Chosen on the select {unit}s", chosen_table(experiment, unit)),
         ("Arms", arm_table(experiment, about)),
-        (f"Loss on the select {unit}s", select_charts(experiment)),
+        (f"Loss on the select {unit}s", select_charts(experiment, about.losses)),
         *about.sections(experiment, folder),
         ("Settings and versions", settings_of(experiment)),
     )
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
     split = experiment["split"]
-    arms = counted(len(experiment["arms"]), "arm")
+    arms = pluralize(len(experiment["arms"]), "arm")
     parts = f"{split['train']} {unit}s to train on, {split['select']} to select by, {split['test']} to test with"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{headline}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body><main><header><p>Experiment: {arms}, {parts}"
-        f"</p><h1>{headline}</h1></header>{body}</main><script>{SCRIPT}</script></body></html>\n"
+        f"</p><h1>{headline}</h1>{lead(experiment, unit)}</header>{body}</main>"
+        f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
@@ -82,12 +102,12 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
 
 
 def headline_of(experiment: Experiment, unit: str) -> str:
-    """What was found, in one sentence."""
+    """Return the main result as one sentence."""
     verdicts, total = experiment["verdicts"], len(experiment["arms"])
     ended = sum(arm["status"] in ("finished", "failed") for arm in experiment["arms"])
     so_far = f"So far, with {ended} of {total} arms: " if ended < total else ""
     if verdicts and "as_of" in experiment:
-        so_far = f"As of {counted(experiment['as_of'], 'arm')}, with {ended} of {total} ended: "
+        so_far = f"As of {pluralize(experiment['as_of'], 'arm')}, with {ended} of {total} ended: "
     if not verdicts:
         finished = any(arm["status"] == "finished" for arm in experiment["arms"])
         none = "Nothing is compared yet" if finished and not experiment["chosen"] else "There is nothing to compare"
@@ -97,115 +117,162 @@ def headline_of(experiment: Experiment, unit: str) -> str:
         return f"{so_far}nothing to compare yet" if so_far else none
     if len(verdicts) == 1:
         return so_far + verdicts[0]["sentence"]
+    if ranking := experiment.get("ranking"):
+        return so_far + ranking["sentence"]
     return so_far + summary_of(verdicts, unit)
 
 
 def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
-    """Of several methods: which are better, else which are worse, else what could have been shown."""
+    """Return a sentence about several verdicts without a ranking, as with one seed or in an older file."""
     references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in verdicts))
-    told = [verdict for verdict in verdicts if verdict["detectable"] is not None]
-    if not told:
+    if all(verdict["conclusion"] == "cannot tell" for verdict in verdicts):
         return f"with one seed or one test {unit} no method can be told from {references}"
-    untold = len(verdicts) - len(told)
-    return shown_among(told, references) + (f"; {untold} cannot be told yet" if untold else "")
-
-
-def shown_among(verdicts: Sequence[Verdict], references: str) -> str:
-    """What is shown of the methods that can be told from their reference."""
-    better, worse = ([v for v in verdicts if v["conclusion"] == which] for which in ("better", "worse"))
-    for which, size, towards in ((better, min, "lower"), (worse, max, "higher")):
-        if len(which) == 1:
-            return which[0]["sentence"] if which is better else f"nothing is shown to be better; {which[0]['sentence']}"
-        if which:
-            first = size(which, key=lambda verdict: verdict["relative"])
-            kind = "better" if which is better else "worse"
-            share = f"{len(which)} of {len(verdicts)} methods are {kind} than {references}"
-            share = share if which is better else f"nothing is shown to be better than {references}, and {share}"
-            (relative,) = percents(first["relative"])
-            return f"{share}, most of all {first['label']}: test loss {relative}% {towards}"
-    if len(verdicts) == 1:
-        return verdicts[0]["sentence"]
-    (most,) = percents(max(verdict["detectable"] or 0 for verdict in verdicts))
-    return f"no difference between {len(verdicts)} methods and {references} shown (could have shown {most}% for each)"
+    better = [verdict["label"] for verdict in verdicts if verdict["conclusion"] == "better"]
+    return f"better than {references}: {', '.join(better) or 'no method'}"
 
 
 def verdict_table(experiment: Experiment, unit: str) -> str:
-    """The verdicts as sentences, and in numbers with their intervals drawn; HTML."""
+    """Return the verdicts as sentences, a forest plot and a table; HTML."""
     verdicts = experiment["verdicts"]
-    ends = [abs(end) for verdict in verdicts for end in verdict["interval"] or (verdict["relative"],)]
-    places = {label: number for number, label in enumerate(labels_of(experiment))}
     rows = []
     for verdict in verdicts:
-        bar = ""
-        if verdict["interval"]:
-            color = f'<div class="c{places.get(verdict["label"], 0) % 8}">'
-            bar = color + interval(verdict["interval"], verdict["relative"], max(ends) or 1) + "</div>"
+        detectable, expected, gain = verdict["detectable"], verdict.get("expected"), verdict.get("of_gain")
         rows.append(
             [
                 escape(verdict["label"]),
                 badge(verdict["conclusion"]),
                 f"{signed(verdict['relative'])}%",
-                between(verdict["interval"]) + bar,
+                between(verdict["interval"]),
+                f"{signed(expected)}%" if expected is not None else NOTHING,
+                f"{signed(gain)}%" if gain is not None else NOTHING,
                 between(verdict["rerun"]),
                 p_in_words(verdict["p_holm"]),
-                f"{percents(verdict['detectable'])[0]}%" if verdict["detectable"] is not None else NOTHING,
+                f"{percents(detectable)[0]}%" if detectable is not None else "not known",
                 f"{verdict['seeds']} &times; {verdict['images']}",
             ]
         )
-    names = ["Method", "Verdict", "Difference", "95% interval", "One more seed", "p (Holm)", "Detectable"]
-    names.append(f"Seeds &times; {unit}s")
+    names = ["Method", "Verdict", "Difference", "95% interval", "Expected", "Of the gain", "One more seed"]
+    names += ["p (corrected)", "MDE", f"Seeds &times; {unit}s"]
     sentences, reading = in_lines(verdict["sentence"] for verdict in verdicts), READING.format(unit=unit)
     explained = f"<details><summary>How to read this</summary><p>{reading}</p></details>" if verdicts else ""
-    return sentences + table("Verdicts", names, rows) + explained
+    return sentences + verdict_plot(experiment) + explained + table("Verdicts", names, rows)
+
+
+def verdict_plot(experiment: Experiment) -> str:
+    """Return a forest plot of each method's difference from its reference, and the base model's; HTML."""
+    verdicts = experiment["verdicts"]
+    references = list(dict.fromkeys(verdict["reference"] for verdict in verdicts))
+    places = {label: number for number, label in enumerate(labels_of(experiment))}
+    rows = []
+    for verdict in verdicts:
+        value, *ends = with_signs(verdict["relative"], *verdict["interval"] or ())
+        text = f"{value}%" + (f" ({' to '.join(ends)}%)" if ends else "")
+        name = verdict["label"] if len(references) == 1 else f"{verdict['label']} / {verdict['reference']}"
+        rows.append(Row(name, places.get(verdict["label"], 0), verdict["relative"], verdict["interval"], text))
+    losses = {label: np.nanmean(found) for label, found in test_losses_of(experiment).items()}
+    base = mean_of(experiment.get("base"))
+    if rows and base is not None and references[0] in losses:
+        more = 100 * (base / losses[references[0]] - 1)
+        rows.append(Row(f"{BASE}, before training", len(places), more, None, f"{with_signs(more)[0]}%"))
+    title = f"Test loss compared with {' and '.join(references)}, with 95% intervals"
+    return f'<div class="charts">{forest(title, rows, "percent; left of 0 is better")}</div>' if rows else ""
+
+
+def test_losses_of(experiment: Experiment) -> dict[str, np.ndarray]:
+    """Return the test losses of each label at its chosen learning rate, of shape (seeds, images)."""
+    return tested(experiment["arms"], experiment["chosen"])
 
 
 def best_in_words(best: Best, about: About) -> str:
-    """Which files there are, and of which arm; a line."""
+    """Return a line with the exported files and the arm that they are from."""
     *more, last = map(with_slash, best["files"])
     files = f"{', '.join(more)} and {last} are those" if more else f"{last} is that"
     return f"{files} of {best['folder']} at step {best['step']}, which does best on the select {about.unit}s"
 
 
 def with_slash(name: str) -> str:
-    """What tells a folder from a file."""
+    """Return the name, with a slash if it is a directory, which has no suffix."""
     return name if Path(name).suffix else f"{name}/"
 
 
-def what_to_use(experiment: Experiment, about: About) -> str:
-    """The files of the best arm and how each is used; HTML."""
+def lead(experiment: Experiment, unit: str) -> str:
+    """Return a paragraph with the best run and how certain it is; empty until there is one; HTML."""
     best = experiment.get("best")
     if not best:
         return ""
-    path = Path(experiment["settings"].get("output_dir", "."))
-    place = folder = in_words(path)
-    if Path.cwd() not in path.absolute().parents:  # nothing short leads there, as where the application began it
-        place, folder = f"{path.absolute().name}, this report's folder", f"path/to/{path.absolute().name}"
-    which = f"In {place}: {best_in_words(best, about)}."
-    lines = "".join(
-        f"<li><b>{escape(with_slash(file))}</b>: {escape(use.format(folder=folder))}</li>"
+    what = f"Use {best['label']} at learning rate {rate(best['learning_rate'])}, {best['step']} steps"
+    return f'<p class="lead"><b>{escape(what)}.</b> {escape(certainty(experiment, best["label"], unit))}</p>'
+
+
+def what_to_use(experiment: Experiment, about: About) -> str:
+    """Return how to use each file of the best run, and the command that trains it on all data; HTML."""
+    best = experiment.get("best")
+    if not best:
+        return ""
+    folder = Path(experiment["settings"].get("output_dir", ".")).absolute()
+    found = f"<p>{escape(best_in_words(best, about))}:</p>"
+    files = (
+        f"<li><b>{escape(with_slash(file))}</b>: {escape(use.format(folder=folder))} {copied(str(folder / file))}</li>"
         for file, use in about.uses.items()
         if file in best["files"]
     )
-    caution = (
-        f"Whether {best['label']} is better than others, and not by luck, only the verdicts say. Where they show no "
-        "difference the others do as well, as far as this experiment can tell."
-    )
-    found = f"<p>{escape(which)}</p><ul>{lines}</ul>"
-    return found + (f"<p>{escape(caution)}</p>" if experiment["verdicts"] else "")
+    found += f"<ul>{''.join(files)}</ul>"
+    if command := command_of(best, folder, about):
+        found += (
+            f"<p>These files have not seen the {about.unit}s that choose and compare. To train the same on all "
+            f"{about.unit}s:</p>{copied(command)}"
+        )
+    return found
+
+
+def certainty(experiment: Experiment, label: str, unit: str) -> str:
+    """Return a sentence about how certain it is that a method is the best; empty if nothing is compared."""
+    ranking = experiment.get("ranking")
+    others = [name for name in (ranking or {"best": ()})["best"] if name != label]
+    if ranking and others and label in ranking["best"]:
+        return f"As far as this experiment can tell {', '.join(others)} {'do' if len(others) > 1 else 'does'} as well."
+    for verdict in experiment["verdicts"]:
+        if verdict["label"] == label:
+            said = UNCERTAIN.get(verdict["conclusion"], "")
+            return said.format(reference=verdict["reference"], unit=unit)
+    return "It is better than every other method." if ranking and ranking["best"] == [label] else ""
+
+
+def command_of(best: Best, folder: Path, about: About) -> str:
+    """Return the command that trains the best run on all data; empty if there is none."""
+    if not about.script or "options" not in best:
+        return ""
+    words = ["accelerate", "launch", about.script, "--config", str(folder / "config.json")]
+    for name, value in best["options"].items():
+        words += [f"--{name}", str(value)]
+    words += [about.steps, str(best["step"]), "--output_dir", f"{folder}-all"]
+    return shlex.join(words)
+
+
+def copied(text: str) -> str:
+    """Return a line of code with a button that copies it; HTML."""
+    button = f'<button type="button" data-copy="{escape(text)}">Copy</button>'
+    return f'<span class="copied"><code>{escape(text)}</code>{button}</span>'
 
 
 def signed(percent: float) -> str:
-    """With its sign; HTML."""
+    """Return a percentage with its sign; HTML."""
     return f"{'&minus;' if percent < 0 else '+'}{percents(percent)[0]}" if percent else "0"
 
 
+def with_signs(*values: float) -> list[str]:
+    """Return numbers with their signs and the decimal places that `percents` gives them."""
+    signs = (MINUS if value < 0 else "+" if value else "" for value in values)
+    return [sign + size for sign, size in zip(signs, percents(*values), strict=True)]
+
+
 def between(ends: tuple[float, float] | None, in_words: Callable[[float], str] = lambda end: f"{signed(end)}%") -> str:
-    """From one end to the other, in percent where nothing else is said; HTML."""
+    """Return an interval as text, by default in percent; HTML."""
     return " to ".join(map(in_words, ends)) if ends else NOTHING
 
 
 def p_in_words(p: float | None) -> str:
-    """Three places of it; HTML."""
+    """Return a p value with three decimal places; HTML."""
     return NOTHING if p is None else f"{p:.3f}" if p >= 0.001 else "&lt; 0.001"
 
 
@@ -213,7 +280,7 @@ def p_in_words(p: float | None) -> str:
 
 
 def chosen_table(experiment: Experiment, unit: str) -> str:
-    """Each label's rate and checkpoint, what they come to, and whether the rate is at an end of those tried; HTML."""
+    """Return the table of each label's chosen learning rate and checkpoint, with their losses; HTML."""
     arms = {arm["label"]: arm for arm in experiment["arms"]}
     tests = {label: losses.mean(1) for label, losses in tested(experiment["arms"], experiment["chosen"]).items()}
     rows = []
@@ -228,6 +295,10 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
         losses = finite(tests.get(label, ()))
         numbers += [number(statistics.fmean(losses)) if losses else NOTHING, between(rerun(losses, least=0), number)]
         rows.append([escape(label), *numbers, str(arm["rank"]) if arm else NOTHING, wired, at_end])
+    base = mean_of(experiment.get("base"))
+    if rows and base is not None:
+        selected = number(experiment.get("base_select"))
+        rows.append([BASE, NOTHING, "0", selected, number(base), NOTHING, NOTHING, NOTHING, ""])
     names = ["Method", "Learning rate", "Step", "Select loss", "Test loss", "One more seed", "Rank", "Shortcut"]
     names.append("End of the rates")
     note = (
@@ -238,7 +309,7 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
 
 
 def arm_table(experiment: Experiment, about: About) -> str:
-    """Every training with its losses, time and memory; HTML."""
+    """Return the table of all arms with their losses, time and memory; HTML."""
     rows: list[list[str]] = []
     marked = set()
     measured = {name for arm in experiment["arms"] for name in beside_loss(arm)}
@@ -272,13 +343,13 @@ def arm_table(experiment: Experiment, about: About) -> str:
 
 
 def beside_loss(arm: Arm) -> dict[str, float]:
-    """What was measured of an arm's test part beside the loss."""
+    """Return the metrics of an arm on the test split other than the loss."""
     test = arm["test"]
     return test.get("similarities", {}) | test.get("figures", {}) if test else {}
 
 
 def table(title: str, names: Iterable[str], rows: Sequence[Sequence[str]], marked: Iterable[int] = ()) -> str:
-    """A table that scrolls by itself where it is too wide; the cells are HTML. Empty without rows."""
+    """Return a table that scrolls horizontally if it is too wide; the cells are HTML. Empty without rows."""
     if not rows:
         return ""
     marked = set(marked)
@@ -296,23 +367,23 @@ def table(title: str, names: Iterable[str], rows: Sequence[Sequence[str]], marke
 
 
 def badge(word: str) -> str:
-    """A state or a conclusion in the colour of its kind; HTML."""
+    """Return a status or conclusion as a colored badge; HTML."""
     return f'<span class="badge {escape(word)}">{escape(word)}</span>'
 
 
 def rate(value: float) -> str:
-    """A learning rate as flags have it: 1e-4, 2.5e-4."""
+    """Return a learning rate as text, such as 1e-4 or 2.5e-4."""
     mantissa, exponent = f"{value:.2e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def number(loss: float | None) -> str:
-    """A loss as it is printed."""
+    """Return a loss as text; a dash if it is missing or not finite."""
     return f"{loss:.5f}" if loss is not None and math.isfinite(loss) else NOTHING
 
 
 def duration(seconds: float) -> str:
-    """Seconds as hours, minutes and seconds, of which at most two are told."""
+    """Return a duration as text in at most two of hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes > 59:
         return f"{minutes // 60} h {minutes % 60} min"
@@ -320,7 +391,7 @@ def duration(seconds: float) -> str:
 
 
 def finite(values: Iterable[float | None]) -> list[float]:
-    """Those that can be drawn."""
+    """Return the finite values."""
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
@@ -328,14 +399,16 @@ def finite(values: Iterable[float | None]) -> list[float]:
 
 
 def labels_of(experiment: Experiment) -> list[str]:
-    """All labels in the order in which they were given."""
+    """Return all labels in the given order."""
     return list(dict.fromkeys(arm["label"] for arm in experiment["arms"]))
 
 
-def select_charts(experiment: Experiment) -> str:
-    """By learning rate, each at its best step over seeds; and by step at the chosen rate.
+def select_charts(experiment: Experiment, losses: str = "") -> str:
+    """Return charts of the loss on the selection split; HTML.
 
-    A rate at which a seed failed is never chosen, and is in neither: its losses may be lower than what was chosen.
+    One is by learning rate, each at its best step over seeds, and one by step at the chosen learning rate. Learning
+    rates at which a seed failed are left out: they cannot be chosen, although their losses may be lower. `losses`: a
+    sentence that follows the note below the charts.
     """
     by_rate, by_step = [], []
     for place, label in enumerate(labels_of(experiment)):
@@ -360,21 +433,27 @@ def select_charts(experiment: Experiment) -> str:
         by_rate.append(tried)
         by_step.append(steps)
     rates = sorted({x for series in by_rate for x, _ in series.line})
+    base, place = experiment.get("base_select"), len(by_rate)
+    if base is not None and rates:
+        line = [(tried, base) for tried in rates]
+        by_rate.append(Series(BASE, place, line, line))
+        by_step += [Series(BASE, place, [(0, base)], [(0, base)])] if any(series.line for series in by_step) else []
     rate_axes = Axes("By learning rate, each at its best step", "learning rate", "loss", rates, rate)
     found = chart(by_rate, rate_axes) + chart(by_step, Axes("By step, at the chosen rate", "step", "loss"))
     note = "A line is the mean over seeds, a dot one seed (hollow: above the edge), a ring what was chosen."
     if any(arm["status"] == "failed" for arm in experiment["arms"]):
         note += " Rates at which a seed failed are left out."
+    note += f" {losses}" * bool(losses)
     return f'<div class="charts">{found}</div><p>{note}</p>' if found else ""
 
 
 def curve_of(arm: Arm) -> dict[int, float]:
-    """The select losses by step, NaN where they are not finite."""
+    """Return an arm's loss on the selection split by step, with NaN for non-finite losses."""
     return {int(step): math.nan if loss is None else loss for step, loss in arm["select_by_step"].items()}
 
 
 def mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
-    """Over seeds, at the steps that all have and where all are finite."""
+    """Return the mean over seeds by step, at the steps where every seed has a finite loss."""
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     means = {step: statistics.fmean(curve[step] for curve in curves) for step in steps}
     return {step: mean for step, mean in means.items() if math.isfinite(mean)}
@@ -384,7 +463,7 @@ def mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
 
 
 def settings_of(experiment: Experiment) -> str:
-    """Settings, versions and parts, folded; HTML."""
+    """Return collapsed tables of options, versions and split sizes; HTML."""
     told = experiment["settings"].items()
     settings = {name: value for name, value in told if value is not False and value not in (None, "", [])}
     found = ""
@@ -400,7 +479,7 @@ def settings_of(experiment: Experiment) -> str:
 
 
 def in_words(value: object) -> str:
-    """A flag's value, or its values; of a whole path what is below the working directory, or else its last name."""
+    """Return an option's value as text; of an absolute path outside the working directory only the last component."""
     if isinstance(value, list | tuple):
         return ", ".join(map(in_words, value))
     path = Path(str(value))
@@ -410,7 +489,7 @@ def in_words(value: object) -> str:
 
 
 def missing(experiment: Experiment) -> str:
-    """Arms that have not ended or failed, and methods that cannot be compared."""
+    """Return a list of arms that have failed or not ended, and of methods that are not compared; HTML."""
     lines: list[str] = []
     for status, what in (("running", "in training"), ("waiting", "not trained yet"), ("failed", "failed")):
         counted = Counter(arm["label"] for arm in experiment["arms"] if arm["status"] == status)
@@ -422,6 +501,6 @@ def missing(experiment: Experiment) -> str:
 
 
 def in_lines(lines: Iterable[str]) -> str:
-    """As a list; empty without any."""
+    """Return lines as an HTML list; empty without any."""
     entries = "".join(f"<li>{escape(line)}</li>" for line in lines)
     return f"<ul>{entries}</ul>" if entries else ""

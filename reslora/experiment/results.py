@@ -1,41 +1,44 @@
-"""`experiment.json` and the report after every arm, and at the end what is chosen, tested, compared and exported."""
+"""Write `experiment.json` and the report after every arm; at the end choose, test, compare and export."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..common.folder import check_held
-from ..common.jsonl import json_lines
-from ..common.methods import METHODS
-from ..files import read_object, this_process, write_json
-from ..words import are, counted
+from ..formatting import is_or_are, pluralize
+from ..io import read_object, this_process, write_json
+from ..json_lines import json_lines
+from ..methods.registry import METHODS
+from ..runtime.folder_lock import check_held
 from . import record
 from .arms import Arm, Losses
-from .course import ENDED, Course
 from .record import EXPERIMENT, READINGS, read_experiment
 from .report import best_in_words, write_report
-from .statistics import REFERENCE, choose, compare
-from .subject import Subject
+from .schedule import ENDED, Course
+from .statistics import REFERENCE, choose, compare, level_of
+from .study import Subject
 
 REPORT = "report.html"
 
 
 @dataclass
 class Results:
-    """What is known of an experiment, for its files and for whoever watches."""
+    """Results of an experiment, for its files and the terminal."""
 
     course: Course
     subject: Subject
     tests: dict[Arm, record.TestLosses] = field(default_factory=dict)
     chosen: dict[str, record.Choice] = field(default_factory=dict)
     verdicts: list[record.Verdict] = field(default_factory=list)
+    ranking: record.Ranking | None = None
+    base: record.TestLosses | None = None
     notes: list[str] = field(default_factory=list)
     best: record.Best | None = None
 
     as_of: int | None = None
-    """How many arms the conclusions are of, where they are an earlier start's."""
+    """Number of ended arms in an earlier start's conclusions; None if the conclusions are this start's."""
 
     def __post_init__(self) -> None:
         there = read_experiment(self.course.folder)
@@ -45,16 +48,20 @@ class Results:
         noted = [row for row in rows if isinstance(row, dict)]
         self.readings: int = max(there.get("readings", 0), len(rows), *(row.get("readings", 0) for row in noted))
         self.read: list[list] = there.get("read") or (noted[-1].get("read") if noted else None) or []
+        self.base = there.get("base")
         arms, chosen = set(self.course.arms()), there.get("chosen", {})
         judged = {arm for arm in arms if arm.label in chosen and chosen[arm.label]["learning_rate"] == arm.rate}
         if judged:
             self.keep(there, judged)
 
     def keep(self, there: dict, judged: set[Arm]) -> None:
-        """What an earlier start has concluded of arms that are still there, until it is concluded anew."""
+        """Retain the conclusions of an earlier start about `judged` arms, until there are new ones."""
         labels = {arm.label for arm in judged}
         self.chosen = {label: choice for label, choice in there["chosen"].items() if label in labels}
         self.verdicts = [each for each in there["verdicts"] if {each["label"], each["reference"]} <= labels]
+        ranked = there.get("ranking")
+        if ranked and {*ranked["best"], *(each["label"] for each in ranked["worse"])} <= labels:
+            self.ranking = ranked
         tests = {Arm(arm["label"], arm["learning_rate"], arm["seed"]): arm["test"] for arm in there["arms"]}
         self.tests = {arm: test for arm, test in tests.items() if test and arm in judged}
         self.notes += there["notes"][there.get("beforehand", 0) :]
@@ -63,7 +70,7 @@ class Results:
         self.as_of = there.get("as_of", ended)
 
     def write(self) -> None:
-        """`experiment.json` as things stand, and the report of it."""
+        """Write the present state to `experiment.json` and the report."""
         check_held()
         content: record.Experiment = {
             "format": record.FORMAT,
@@ -72,6 +79,10 @@ class Results:
             "arms": [self.course.record(arm, self.tests.get(arm)) for arm in self.course.arms()],
             "chosen": self.chosen,
             "verdicts": self.verdicts,
+            "ranking": self.ranking,
+            "base": self.base,
+            "base_select": self.course.base_select(),
+            "choosing": self.course.choosing,
             "best": self.best,
             "notes": self.notes,
             "beforehand": len(self.beforehand()),
@@ -85,52 +96,63 @@ class Results:
         write_report(content, self.course.folder, self.subject.about)
 
     def conclude(self) -> None:
-        """Chooses by the select part, reads the test part once, compares, and tells all.
+        """Choose on the selection split, evaluate on the test split, compare, export, and print the conclusions.
 
-        Where arms are still to be trained, the test part is read only for a verdict; what was read already is told.
+        The test split is evaluated only with two seeds or more, and before all arms have ended only if a verdict is
+        possible. Results that are already on disk are reported in any case.
         """
         course, self.as_of = self.course, None
         losses = course.losses()
-        self.chosen = choose([course.record(arm) for arm in course.arms()])
-        judged = [arm for arm in losses if self.is_chosen(arm)]
-        to_read = judged
-        if len(losses) < len(course.arms()) and not self.can_compare(judged):
-            to_read = [arm for arm in judged if self.subject.is_tested(arm, self.step_of(arm))]
+        self.chosen = choose([course.record(arm) for arm in course.arms()], course.choosing)
+        trained = [arm for arm in losses if self.is_chosen(arm)]
+        to_read = trained
+        if not self.can_compare(trained, complete=len(losses) == len(course.arms())):
+            to_read = [arm for arm in trained if self.subject.is_tested(arm, self.step_of(arm))]
         self.count_reading(to_read)
         self.tests = self.tested(to_read)
         records = [course.record(arm, test) for arm, test in self.tests.items()]
-        self.verdicts = compare(records, self.chosen, self.subject.about.unit)
+        unit = self.subject.about.unit
+        self.verdicts, self.ranking = compare(records, self.chosen, unit, max(1, self.readings), self.base)
         self.notes = [*self.beforehand(), *self.unfinished(len(losses)), *self.others(), *self.failed()]
-        self.notes += [*self.without_choice(losses), *self.at_ends(), *self.no_reference(judged), *self.read_again()]
-        self.best = self.export(judged) if judged else None
+        self.notes += [*self.without_choice(losses), *self.at_ends(), *self.no_reference(trained), *self.read_again()]
+        self.best = self.export(trained) if trained else None
         self.write()
         taken = [best_in_words(self.best, self.subject.about)] if self.best else []
-        for line in (*self.notes, *taken, *(verdict["sentence"] for verdict in self.verdicts)):
+        ranked = [self.ranking["sentence"]] if self.ranking else []
+        for line in (*self.notes, *taken, *(verdict["sentence"] for verdict in self.verdicts), *ranked):
             print(line)
         print(f"{course.folder / REPORT}")
 
-    def can_compare(self, judged: Sequence[Arm]) -> bool:
-        """Whether there are a reference and another label."""
-        labels = {arm.label for arm in judged}
-        return len(labels) > 1 and not labels.isdisjoint(self.references())
+    def can_compare(self, trained: Sequence[Arm], complete: bool) -> bool:
+        """Return whether the reference and another label have two seeds each.
+
+        Once all arms have ended (`complete`): whether any label has two.
+        """
+        seeds = Counter(arm.label for arm in trained)
+        several = {label for label, count in seeds.items() if count > 1}
+        return bool(several) if complete else len(several) > 1 and not several.isdisjoint(self.references())
 
     def references(self) -> set[str]:
-        """The labels that others are compared with."""
+        """Return the labels of the reference method, with which others are compared."""
         return {name for name, label in self.course.labels.items() if label.method == REFERENCE}
 
     def count_reading(self, to_read: Sequence[Arm]) -> None:
-        """On disk before anything is tested: who is ended from there on has read what the next start goes on with."""
+        """Count an evaluation on the test split, on disk before it begins.
+
+        If the process is killed during the evaluation, the next start resumes and has already counted it.
+        """
         read = [[arm.label, arm.rate, arm.seed, self.step_of(arm)] for arm in to_read]
         if read != self.read and not all(self.subject.is_tested(arm, self.step_of(arm)) for arm in to_read):
             self.readings, self.read = self.readings + 1, read
             check_held()
             facts = {"readings": self.readings, "read": self.read}
             with (self.course.folder / READINGS).open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps(facts)}\n")  # not behind half a line that a killed process has left
+                # starts with a newline, because a killed process may have left an incomplete line
+                file.write(f"\n{json.dumps(facts)}\n")
             self.amend(**facts)
 
     def amend(self, **facts: object) -> None:
-        """Changes these of `experiment.json` alone: what an earlier start has concluded stays."""
+        """Change only these keys of `experiment.json`, and retain the conclusions of an earlier start."""
         check_held()
         path = self.course.folder / EXPERIMENT
         content = read_experiment(self.course.folder) | facts
@@ -138,8 +160,15 @@ class Results:
         write_report(content, self.course.folder, self.subject.about)  # type: ignore[arg-type] # as `write` wrote it
 
     def tested(self, judged: Sequence[Arm]) -> dict[Arm, record.TestLosses]:
-        """What is known of each from the test part; those that a stop leaves untested are tested by the next start."""
+        """Return each arm's test losses, which are measured if they are not on disk.
+
+        Raises `Stopped` if a stop was requested; the next start measures the remaining ones.
+        """
         found = {}
+        if judged and (self.base is None or self.base["images"] != self.subject.marks):
+            print("base model: testing", flush=True)
+            self.base = self.subject.base()
+            self.amend(base=self.base)
         for number, arm in enumerate(judged, 1):
             if not self.subject.is_tested(arm, self.step_of(arm)):
                 self.begins(f"testing ({number} of {len(judged)})", arm)
@@ -147,25 +176,26 @@ class Results:
         return found
 
     def begins(self, phase: str, arm: Arm) -> None:
-        """Says what is done with an arm next, which may take minutes; a stop is heeded before it."""
+        """Report the next phase of an arm, which may take minutes; raises `Stopped` if a stop was requested."""
         self.subject.begins(phase, arm)
         print(f"{self.course.name_of(arm)}: {phase}", flush=True)
 
     def is_chosen(self, arm: Arm) -> bool:
-        """Whether an arm has ended well at its label's chosen rate."""
+        """Return whether an arm has finished, without diverging, at its label's chosen learning rate."""
         choice = self.chosen.get(arm.label)
         finished = self.course.ended(arm).get("status") == "finished"
         return finished and choice is not None and choice["learning_rate"] == arm.rate
 
     def step_of(self, arm: Arm) -> int:
-        """The chosen checkpoint."""
+        """Return the step of the chosen checkpoint of an arm's label."""
         return self.chosen[arm.label]["step"]
 
     def beforehand(self) -> list[str]:
-        """What keeps differences from being shown, whatever comes of the arms."""
-        found = self.subject.too_few()
-        if len(self.course.labels) > 1 and len(self.course.seeds) == 1:
-            seeds = list(dict.fromkeys([*self.course.seeds, 0, 1, 2]))[:3]  # its own first: what is trained counts
+        """Return warnings that are known before training: why a difference cannot become significant."""
+        course, found = self.course, self.subject.too_few()
+        if len(course.labels) > 1 and len(course.seeds) == 1:
+            # the given seeds come first, because their arms may be trained already
+            seeds = list(dict.fromkeys([*course.seeds, 0, 1, 2]))[:3]
             more = f"add two or more, as --seed {' '.join(map(str, seeds))}, now or by a later start"
             found.append(f"one seed cannot tell methods apart: {more}")
         if not self.references():
@@ -173,25 +203,25 @@ class Results:
         return found
 
     def unfinished(self, ended: int) -> list[str]:
-        """That the time was up, if it was."""
-        total, minutes = len(self.course.arms()), self.course.flags.experiment_minutes
+        """Return a note if --experiment_minutes has ended the experiment."""
+        total, minutes = len(self.course.arms()), self.course.grid.base.experiment.experiment_minutes
         if ended == total:
             return []
-        line = f"{record.UNFINISHED}{total - ended} of {total} arms {are(total - ended)} still to be trained"
+        line = f"{record.UNFINISHED}{total - ended} of {total} arms {is_or_are(total - ended)} still to be trained"
         return [f"{line}, none within --experiment_minutes {minutes:g}; the same command goes on for as long again"]
 
     def failed(self) -> list[str]:
-        """The arms that have diverged, each with its reason."""
+        """Return the reason of each arm that has diverged."""
         return [reason for arm in self.course.arms() if (reason := self.course.ended(arm).get("reason"))]
 
     def without_choice(self, losses: Losses) -> list[str]:
-        """The labels whose arms have all ended and of which nothing is chosen, with the reason."""
+        """Return a note for each label whose arms have all ended without a choice, with the fix."""
         waiting = {arm.label for arm in self.course.arms() if arm not in losses}
         problem = "at no learning rate did all seeds end well, so none is chosen; add a lower --learning_rate"
         return [f"{label}: {problem}" for label in self.course.labels if label not in {*waiting, *self.chosen}]
 
     def at_ends(self) -> list[str]:
-        """Which labels might do better at rates that were not tried."""
+        """Return a note for each label whose best learning rate is the lowest or highest that was tried."""
         found = []
         for label, choice in self.chosen.items():
             if choice["at_end"] and choice["next"]:
@@ -199,44 +229,56 @@ class Results:
                 line = f"{label}: the best learning rate is the {end} that was tried, {choice['learning_rate']:g}, "
                 line += f"and a {other} one may do better"
                 further = f"--extend_rates, or --learning_rate {choice['next']:g} beside the others"
-                if self.course.flags.extend_rates:  # which has tried all it would, and goes on from what is named
+                # --extend_rates has already tried all its extensions, and starts from the given values
+                if self.course.grid.base.experiment.extend_rates:
                     rates = sorted({*self.course.grids[label], choice["next"]})
                     further = f"--learning_rate {' '.join(f'{rate:g}' for rate in rates)}"
                 found.append(f"{line}; {further}")
         return found
 
     def no_reference(self, judged: Sequence[Arm]) -> list[str]:
-        """That nothing is chosen of what others are compared with."""
+        """Return a note if the reference method has no chosen learning rate."""
         references = self.references()
         if not references or any(arm.label in references for arm in judged):
             return []
         return [f"nothing to compare with: no learning rate of {REFERENCE} is chosen"]
 
     def read_again(self) -> list[str]:
-        """That somebody may have looked before deciding to go on, which no interval knows."""
-        read = f"the test {self.subject.about.unit}s were read {self.readings} times"
-        line = (
-            f"{read}, as arms came in: intervals and p are for one time, and more show differences by luck more often"
-        )
+        """Return a note about the significance level if there were several evaluations on the test split.
+
+        A user may have seen the results of one before extending the experiment.
+        """
+        read = f"the test {self.subject.about.unit}s were read {self.readings} times, as arms came in"
+        level = f"{100 * level_of(max(1, self.readings)):.2g}%"
+        line = f"{read}: this reading is judged at {level}, so that chance claims a difference in 5% at most of all"
         return [line] if self.readings > 1 else []
 
     def others(self) -> list[str]:
-        """That there are arms in the folder that the flags do not name."""
+        """Return a note if the directory has arms that the options do not name."""
         folder = self.course.folder
         there = {path.parent for method in METHODS for path in (folder / method).glob(f"**/seed-*/{ENDED}")}
         more = len(there - {self.course.folder_of(arm) for arm in self.course.arms()})
-        left_out = f"left out: {counted(more, 'arm')} of other methods, rates or seeds, which the folder has as well"
+        left_out = f"left out: {pluralize(more, 'arm')} of other methods, rates or seeds, which the folder has as well"
         return [left_out] if more else []
 
-    def export(self, judged: Sequence[Arm]) -> record.Best:
-        """Writes the files of the best arm: of the label that the select part chooses, its best seed."""
-        label = min({arm.label for arm in judged}, key=lambda name: self.chosen[name]["loss"])
-        arms = [arm for arm in judged if arm.label == label]
+    def export(self, trained: Sequence[Arm]) -> record.Best:
+        """Export the best arm and return its record.
+
+        Of the ranking's best labels, its label has the lowest loss on the selection split; of that label's arms, it has
+        the lowest loss.
+        """
+        labels = {arm.label for arm in trained}
+        best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()
+        label = min(best_labels or labels, key=lambda name: self.chosen[name]["loss"])
+        arms = [arm for arm in trained if arm.label == label]
         best = min(arms, key=lambda arm: self.course.select_losses(arm)[self.step_of(arm)])
         self.begins("exporting", best)
-        self.amend(best=None)  # an end within the export would leave it naming files that are gone
+        self.amend(best=None)  # a stop during the export would leave a record of removed files
         files = self.subject.export(best, self.step_of(best))
+        options, varied = self.course.options_of(best), self.course.grid.varied
+        names = [name for name, option in options.table().items() if option.attribute in varied]
+        own = {"method": self.course.labels[label].method} | {name: options[name] for name in names}
         return record.Best(
             label=label, learning_rate=best.rate, seed=best.seed, folder=self.course.name_of(best),
-            step=self.step_of(best), files=files,
+            step=self.step_of(best), files=files, options=own,
         )  # fmt: skip

@@ -1,11 +1,15 @@
-"""Whether a method's difference to the reference is real: for new seeds and new images, and for all methods together.
+"""Test whether methods differ significantly, for new seeds and new images, corrected for multiple comparisons.
 
-d[s, i] is a method's loss minus the reference's for seed s (initialisation, order and noise, alike for both) and test
-image i. Both are random and crossed. Lower losses are better.
+The data is d[s, i], a method's loss minus another's, for seed s and test image i. A seed determines initialization,
+order and noise, and is the same for both methods. Seeds and images are crossed random effects. A lower loss is better.
+An arm is one training run: a label (a method with its rank or shortcut) with a learning rate and a seed.
+benchmarks/experiment_statistics.py simulates the error rates of these tests.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -15,41 +19,54 @@ from numpy.typing import ArrayLike
 from scipy import special
 from scipy.optimize import brentq
 
-from ..words import are
-from .record import Arm, Choice, TestLosses, Verdict
+from ..formatting import is_or_are
+from .record import Arm, Choice, Ranking, TestLosses, Verdict, Worse
 
 REFERENCE = "lora"
-"""The method that all are compared with."""
+"""The reference method, with which all others are compared."""
 LEVEL = 0.05
-"""How often an experiment without any difference may claim one, at the most."""
+"""Maximum probability of any false positive, however often an experiment is extended (family-wise error rate)."""
+PRIOR = 2.5
+"""Maximum degrees of freedom that the variance pooled over all methods adds to that of one pair."""
 POWER = 0.8
 SIMULATED = 4000
-"""Experiments behind a power."""
+"""Number of simulated experiments for a power."""
 LEAST_P = 1e-12
-"""A p value is not told below."""
+"""Smallest p value that is reported."""
 LARGEST_STEP = 10
-"""From the best rate to the next one where the rate beside it says none."""
+"""Largest ratio from the best learning rate to the next one to try, if the adjacent one has no finite loss."""
 
 
-# -- one method beside the reference -----------------------------------------------------------------------------------
+def level_of(reading: int) -> float:
+    """Return the significance level of the k-th evaluation on the test split: LEVEL x 6 / (pi k)^2.
+
+    Adding seeds until a difference is significant gives chance one more opportunity with each evaluation. So each
+    evaluation spends a part of LEVEL, and the sum over any number of them is at most LEVEL.
+    """
+    return LEVEL * 6 / (math.pi * reading) ** 2
+
+
+# -- two methods -------------------------------------------------------------------------------------------------------
 
 
 class Spread(NamedTuple):
-    """How differences vary between seeds, between images, and beyond both."""
+    """Variation of differences between seeds, between images, and of the residuals."""
 
     squares: np.ndarray
-    """The three mean squares, 3 x any shape of experiments."""
+    """Mean squares of seeds, images and residuals, of shape (3, ...), with any batch dimensions of experiments."""
     degrees: np.ndarray
-    """Their degrees of freedom, 3."""
+    """Degrees of freedom of the mean squares, of shape (3,)."""
+    number: int
+    """Number of differences: seeds times images."""
 
     @property
-    def differences(self) -> float:
-        """How many there are: seeds times images."""
-        return (self.degrees[0] + 1) * (self.degrees[1] + 1)
+    def error(self) -> np.ndarray:
+        """Standard error of the mean difference, of shape (...)."""
+        return np.sqrt(_sum(*self.squares) / self.number)
 
 
 def spread_of(differences: np.ndarray) -> Spread:
-    """The mean squares of differences ... x seeds x images, of which there are at least two each."""
+    """Return the mean squares of differences of shape (..., seeds, images), with at least two seeds and two images."""
     seeds, images = differences.shape[-2:]
     mean = differences.mean((-2, -1), keepdims=True)
     by_seed = differences.mean(-1, keepdims=True) - mean
@@ -58,20 +75,32 @@ def spread_of(differences: np.ndarray) -> Spread:
     degrees = np.array([seeds - 1, images - 1, (seeds - 1) * (images - 1)], float)
     repeats = images, seeds, 1
     sums = [n * np.square(part).sum((-2, -1)) for n, part in zip(repeats, parts, strict=True)]
-    return Spread(np.stack([total / df for total, df in zip(sums, degrees, strict=True)]), degrees)
+    return Spread(np.stack([total / df for total, df in zip(sums, degrees, strict=True)]), degrees, seeds * images)
+
+
+def moderated(spread: Spread, shared: np.ndarray | float, labels: int) -> Spread:
+    """Return a pair's spread with its mean square of seeds shrunk toward `shared`, the mean over all pairs of labels.
+
+    A few seeds estimate the variance between seeds poorly, and it is similar for all methods; limma shrinks the
+    variances of genes for the same reason (Smyth, 2004). The mean over all pairs has (labels - 1) x (seeds - 1) degrees
+    of freedom. At most PRIOR of them are added: with more, a method whose variation is three times that of the others
+    would have too many false positives.
+    """
+    own = spread.degrees[0]
+    more = min(PRIOR, (labels - 2) * own)
+    seeds = (own * spread.squares[0] + more * shared) / (own + more)
+    return Spread(np.stack([seeds, *spread.squares[1:]]), np.array([own + more, *spread.degrees[1:]]), spread.number)
 
 
 def half_width(spread: Spread, level: float) -> np.ndarray:
-    """Half the width of the interval of a mean difference at 1 - level.
+    """Return half the width of the confidence interval of a mean difference with coverage 1 - level, of shape (...).
 
-    Each mean square is multiplied by the square of Student's t of its own degrees of freedom (Banerjee, 1961); they
-    are summed as in the variance of the mean, max(MS_s + MS_i - MS_e, MS_s, MS_i) / (S I). One t for the whole sum,
-    with Satterthwaite's degrees of freedom, claims too much at the levels that Holm's correction asks of few seeds:
-    see benchmarks/experiment_statistics.py.
+    Each mean square is multiplied by the square of Student's t with its degrees of freedom (Banerjee, 1961). The
+    products are combined as in the variance of the mean, max(MS_s + MS_i - MS_e, MS_s, MS_i) / (S I). A single t with
+    Satterthwaite's degrees of freedom has too many false positives with few seeds at the corrected levels.
     """
     students = np.square(special.stdtrit(spread.degrees, level / 2))
-    seeds, images, rest = (t * square for t, square in zip(students, spread.squares, strict=True))
-    return np.sqrt(_sum(seeds, images, rest) / spread.differences)
+    return np.sqrt(_sum(*(t * square for t, square in zip(students, spread.squares, strict=True))) / spread.number)
 
 
 def _sum(seeds: np.ndarray, images: np.ndarray, rest: np.ndarray) -> np.ndarray:
@@ -79,7 +108,7 @@ def _sum(seeds: np.ndarray, images: np.ndarray, rest: np.ndarray) -> np.ndarray:
 
 
 def p_value(difference: float, spread: Spread) -> float:
-    """The level at which the interval of a mean difference just reaches zero; `LEAST_P` at least."""
+    """Return the p value of a mean difference: the level at which its interval reaches zero; at least `LEAST_P`."""
     if difference == 0:
         return 1.0
 
@@ -91,30 +120,45 @@ def p_value(difference: float, spread: Spread) -> float:
 
 
 def detectable(spread: Spread, level: float) -> float:
-    """The smallest true difference that experiments spread like this one show in four of five cases.
+    """Return the minimum detectable effect: the true difference that is significant with a probability of 80%.
 
-    A mean square of few degrees of freedom is more often below the truth than above it: what is taken for true is
-    that of which this one is the median.
+    The true mean squares are sampled from their fiducial distribution. So the power is 80% on average over
+    experiments, although each of them only estimates its mean squares.
     """
-    degrees = spread.degrees
-    true = spread.squares * degrees / special.chdtri(degrees, 0.5)
-    deviation = float(np.sqrt(_sum(*true) / spread.differences))
-    if deviation == 0:
+    degrees, random = spread.degrees, np.random.default_rng(0)
+    chances, again = random.chisquare(degrees[:, None], (2, 3, SIMULATED)) / degrees[:, None]
+    true = spread.squares[:, None] / chances
+    error = np.sqrt(_sum(*true) / spread.number)
+    if not error.any():
         return 0.0
-    drawn = np.random.default_rng(0).chisquare(degrees[:, None], (3, SIMULATED)) / degrees[:, None]
-    needed = half_width(Spread(drawn * true[:, None], degrees), level)
+    needed = half_width(Spread(again * true, degrees, spread.number), level)
 
     def lacking(difference: float) -> float:
-        return POWER - float(special.ndtr((difference - needed) / deviation).mean())
+        return POWER - float(special.ndtr((difference - needed) / error).mean())
 
-    return brentq(lacking, 0, needed.max() + 3 * deviation)
+    return brentq(lacking, 0, float((needed + 3 * error).max()))
+
+
+def expected(difference: float, spread: Spread, level: float) -> float:
+    """Return the expected difference in new experiments after a significant result.
+
+    It is smaller than the observed one, because only large differences are significant (winner's curse): the mean of
+    the true difference, given the observed one and that it exceeds the half width at `level`.
+    """
+    size, error = abs(difference), float(spread.error)
+    if error == 0:
+        return difference
+    true = np.linspace(0, size + 4 * error, 400)
+    claimed = special.ndtr((true - float(half_width(spread, level))) / error)
+    weights = np.exp(-np.square((size - true) / error) / 2) / claimed
+    return math.copysign(float((weights * true).sum() / weights.sum()), difference)
 
 
 def rerun(values: ArrayLike, least: float = -math.inf) -> tuple[float, float] | None:
-    """Where one more value lies at 95%, by Student's t, if it varies as these do; None of fewer than two.
+    """Return the 95% prediction interval for one more value, by Student's t; None for fewer than two values.
 
-    The values are one a seed: losses, of which the `least` is 0, or differences, on images that stay the same. A mean's
-    interval says where the mean of all seeds is; this one is wider, by what a single seed differs from it.
+    There is one value for each seed, on the same images: a loss, with `least` = 0 as lower bound, or a difference. The
+    interval is wider than the confidence interval of the mean, because it includes the variation of a single seed.
     """
     found = np.asarray(values, float)
     if len(found) < 2:
@@ -126,113 +170,254 @@ def rerun(values: ArrayLike, least: float = -math.inf) -> tuple[float, float] | 
 # -- all methods -------------------------------------------------------------------------------------------------------
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p values (1979), in the order given."""
+def holm(p_values: Sequence[float], counts: Sequence[int] = ()) -> list[float]:
+    """Return Holm's (1979) adjusted p values, in the order of `p_values`.
+
+    `counts`: how many hypotheses can be true after 0, 1, 2 ... rejections; by default all that remain.
+    """
+    counts = counts or range(len(p_values), 0, -1)
     adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, number in enumerate(np.argsort(p_values, kind="stable")):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[number]))
+    for count, number in zip(counts, np.argsort(p_values, kind="stable"), strict=True):
+        largest = max(largest, min(1.0, count * p_values[number]))
         adjusted[number] = largest
     return adjusted
 
 
-class Comparison(NamedTuple):
-    """A label beside the reference on the seeds that both have."""
+@functools.cache
+def equal_pairs(labels: int) -> frozenset[int]:
+    """Return the possible numbers of equal pairs among this many labels: 0, 1 or 3 of three labels, but not 2."""
+    if not labels:
+        return frozenset({0})
+    groups = ((math.comb(size, 2), equal_pairs(labels - size)) for size in range(1, labels + 1))
+    return frozenset(own + others for own, rest in groups for others in rest)
+
+
+def counts_of(pairs: int, labels: int) -> list[int]:
+    """Return the counts for `holm` of all pairs of labels (Shaffer, 1986); Holm's own if a pair is missing."""
+    if pairs != math.comb(labels, 2):
+        return list(range(pairs, 0, -1))
+    return [max(count for count in equal_pairs(labels) if count <= left) for left in range(pairs, 0, -1)]
+
+
+class Pair(NamedTuple):
+    """A label and its reference, on the seeds that both have."""
 
     label: str
     reference: str
     differences: np.ndarray
-    """Seeds x images."""
+    """The label's losses minus the reference's, of shape (seeds, images)."""
     base: float
-    """The reference's mean loss."""
+    """Mean loss of the reference."""
     missing: int
-    """Seeds that one of them lacks."""
+    """Number of seeds that only one of them has."""
 
     @property
-    def telling(self) -> bool:
-        """Whether there is anything to estimate a spread from."""
+    def mean(self) -> float:
+        """Mean difference."""
+        return float(self.differences.mean())
+
+    @property
+    def known(self) -> bool:
+        """Whether there are enough seeds and images, two each, to estimate a spread."""
         return min(self.differences.shape) > 1
 
 
-def verdicts(losses: Mapping[str, ArrayLike], references: Mapping[str, str], unit: str = "image") -> list[Verdict]:
-    """What is to be said of each label of `references` beside its reference, by their losses on the test images.
+class Judged(NamedTuple):
+    """The test result of a pair."""
 
-    `losses` holds seeds x images for each label; the same seeds and images in all. A seed that a label lacks is a row
-    that is not finite, and is left out of its comparison; a label without a seed in common with its reference has no
-    verdict. `unit`: what an image is, in words. Raises `ValueError` for arrays of other shapes, and for losses that
-    are not above zero.
+    pair: Pair
+    spread: Spread
+    p: float
+    corrected: float
+    """p value corrected for all pairs and all evaluations on the test split; significant below LEVEL."""
+    level: float
+    """Significance level at which Holm's procedure tests this pair."""
+    reading_level: float
+
+    @property
+    def significant(self) -> bool:
+        """Whether the difference is significant."""
+        return self.corrected < LEVEL
+
+
+Arrays = Mapping[str, np.ndarray]
+"""Losses of each label, of shape (seeds, images)."""
+
+
+def judge(arrays: Arrays, pairs: Iterable[tuple[str, str]], reading: int = 1) -> list[Judged | Pair]:
+    """Return the test result of each pair, corrected for all pairs and for this k-th evaluation on the test split.
+
+    A pair with a single common seed or image is returned untested; a pair without a common seed is left out.
     """
-    arrays = {label: np.asarray(values, float) for label, values in losses.items()}
-    expected = next(iter(arrays.values())).shape if arrays else ()
-    for label, values in arrays.items():
-        if values.shape != expected or values.ndim != 2 or 0 in expected:
-            raise ValueError(
-                f"{label} has losses of shape {values.shape}, not seeds x images alike for all: {expected}"
-            )
-        if (values <= 0).any():
-            raise ValueError(f"{label} has a test loss of {np.nanmin(values):g}, and a loss is above zero")
-    found = [_compared(*pair, arrays) for pair in references.items()]
-    found = [each for each in found if len(each.differences)]
-    telling = [each for each in found if each.telling]
-    p_values = [p_value(float(each.differences.mean()), spread_of(each.differences)) for each in telling]
-    adjusted = dict(zip((each.label for each in telling), zip(p_values, holm(p_values), strict=True), strict=True))
-    return [_verdict(each, adjusted.get(each.label), len(telling), unit) for each in found]
+    found = [pair for each in pairs if len((pair := pair_of(*each, arrays)).differences)]
+    known = [pair for pair in found if pair.known]
+    labels = len({name for pair in known for name in (pair.label, pair.reference)})
+    shared, level = shared_square(arrays, known), level_of(reading)
+    spreads = [moderated(spread_of(pair.differences), shared, labels) for pair in known]
+    p_values = [p_value(pair.mean, spread) for pair, spread in zip(known, spreads, strict=True)]
+    counts = counts_of(len(known), labels)
+    adjusted = holm(p_values, counts)
+    rejected, ranks = sum(p < level for p in adjusted), np.argsort(np.argsort(p_values, kind="stable"))
+    tests = {
+        pair[:2]: Judged(
+            pair, spread, p, min(1.0, corrected * LEVEL / level), level / counts[min(rank, rejected)], level
+        )
+        for pair, spread, p, corrected, rank in zip(known, spreads, p_values, adjusted, ranks, strict=True)
+    }
+    return [tests.get(pair[:2], pair) for pair in found]
 
 
-def _compared(label: str, reference: str, arrays: Mapping[str, np.ndarray]) -> Comparison:
+def pair_of(label: str, reference: str, arrays: Arrays) -> Pair:
+    """Return the differences of two labels on the seeds that both have."""
     ours, theirs = arrays[label], arrays[reference]
     both = np.isfinite(ours).all(1) & np.isfinite(theirs).all(1)
     base = theirs[both].mean() if both.any() else math.nan
-    return Comparison(label, reference, (ours - theirs)[both], float(base), int((~both).sum()))
+    return Pair(label, reference, (ours - theirs)[both], float(base), int((~both).sum()))
 
 
-def _verdict(comparison: Comparison, p: tuple[float, float] | None, methods: int, unit: str) -> Verdict:
-    label, reference, differences, base, _ = comparison
-    mean, percent = float(differences.mean()), 100 / base
-    seeds, images = differences.shape
+def shared_square(arrays: Arrays, pairs: Sequence[Pair]) -> float:
+    """Return the mean square of seeds, pooled over all pairs of the labels that occur in `pairs`."""
+    labels = dict.fromkeys(name for pair in pairs for name in (pair.label, pair.reference))
+    every = [pair for two in itertools.combinations(labels, 2) if (pair := pair_of(*two, arrays)).known]
+    spreads = [spread_of(pair.differences) for pair in every]
+    degrees = sum(spread.degrees[0] for spread in spreads)
+    return sum(spread.degrees[0] * spread.squares[0] for spread in spreads) / (degrees or 1)
+
+
+def arrays_of(losses: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
+    """Return the losses as arrays of shape (seeds, images).
+
+    Raises `ValueError` if a shape is not that or differs between labels, and for losses <= 0.
+    """
+    arrays = {label: np.asarray(values, float) for label, values in losses.items()}
+    shape = next(iter(arrays.values())).shape if arrays else ()
+    for label, values in arrays.items():
+        if values.shape != shape or values.ndim != 2 or 0 in shape:
+            raise ValueError(f"{label} has losses of shape {values.shape}, not seeds x images alike for all: {shape}")
+        if (values <= 0).any():
+            raise ValueError(f"{label} has a test loss of {np.nanmin(values):g}, and a loss is above zero")
+    return arrays
+
+
+def verdicts(losses: Mapping[str, ArrayLike], references: Mapping[str, str], unit: str = "image") -> list[Verdict]:
+    """Return the verdict on each label of `references` compared with its reference, corrected for these pairs.
+
+    `losses` has an array of shape (seeds, images) for each label, with the same seeds and images in all. A missing seed
+    is a row of non-finite values and is left out of the comparison. A label without a seed in common with its reference
+    has no verdict. `unit`: the word for an image in the sentences. Raises `ValueError` for losses of other shapes, and
+    for losses <= 0.
+    """
+    return [verdict_of(test, unit) for test in judge(arrays_of(losses), references.items())]
+
+
+def verdict_of(test: Judged | Pair, unit: str = "image", base: float | None = None) -> Verdict:
+    """Return a pair's verdict. `base`: the base model's test loss, to express the difference as a part of the gain."""
+    pair = test if isinstance(test, Pair) else test.pair
+    mean, percent = pair.mean, 100 / pair.base
+    seeds, images = pair.differences.shape
+    gain = 0 if base is None else base - pair.base
     found = Verdict(
-        label=label, reference=reference, seeds=seeds, images=images, conclusion="cannot tell", sentence="",
-        difference=mean, relative=percent * mean, interval=None, rerun=rerun(percent * differences.mean(1)),
-        p=None, p_holm=None, detectable=None,
+        label=pair.label, reference=pair.reference, seeds=seeds, images=images, conclusion="cannot tell", sentence="",
+        difference=mean, relative=percent * mean, interval=None, rerun=rerun(percent * pair.differences.mean(1)),
+        p=None, p_holm=None, detectable=None, expected=None, of_gain=100 * mean / gain if gain > 0 else None,
     )  # fmt: skip
-    if p is not None:
-        spread = spread_of(differences)
-        half = float(half_width(spread, LEVEL))
+    if isinstance(test, Judged):
+        half = float(half_width(test.spread, test.reading_level))
         found["interval"] = percent * (mean - half), percent * (mean + half)
-        found["p"], found["p_holm"] = p
-        found["detectable"] = percent * detectable(spread, LEVEL / methods)
-        found["conclusion"] = "not shown" if p[1] >= LEVEL else "better" if mean < 0 else "worse"
-    found["sentence"] = _sentence(found, comparison, unit)
+        found["p"], found["p_holm"] = test.p, test.corrected
+        found["conclusion"] = "not shown" if not test.significant else "better" if mean < 0 else "worse"
+        if seeds > 2:  # with two seeds the estimate would vary by a factor of ten
+            found["detectable"] = percent * detectable(test.spread, test.level)
+        if test.significant:
+            found["expected"] = percent * expected(mean, test.spread, test.level)
+    found["sentence"] = sentence_of(found, pair, unit)
     return found
 
 
-def _sentence(verdict: Verdict, comparison: Comparison, unit: str) -> str:
-    """The verdict in plain words."""
+def sentence_of(verdict: Verdict, pair: Pair, unit: str) -> str:
+    """Return the verdict as a sentence."""
     label, reference, relative = verdict["label"], verdict["reference"], verdict["relative"]
     towards = "lower" if relative < 0 else "higher"
-    if verdict["interval"] is None or verdict["detectable"] is None or verdict["p"] is None:
+    if verdict["interval"] is None or verdict["p"] is None:
         few = "one seed" if verdict["seeds"] == 1 else f"one test {unit}"
         (size,) = percents(relative)
-        sentence = f"{few} cannot tell {label} from {reference}: test loss {size}% {towards}, which may be luck"
-    elif not comparison.differences.any():
+        sentence = f"{few} cannot tell {label} from {reference}: test loss {size}% {towards}, which may be seed noise"
+    elif not pair.differences.any():
         sentence = f"{label} and {reference} have the same test losses"
-    elif verdict["conclusion"] == "not shown":
-        among = " when all comparisons are counted" if verdict["p"] < LEVEL else ""
-        (size,) = percents(verdict["detectable"])
-        sentence = f"no difference between {label} and {reference} shown{among} (could have shown {size}%)"
+    elif verdict["expected"] is None:
+        among = " after correction for all comparisons and readings" if verdict["p"] < LEVEL else ""
+        sentence = f"no significant difference between {label} and {reference}{among} ({mde_of(verdict)})"
     else:
         size, least, most = percents(relative, *sorted(map(abs, verdict["interval"])))
+        (further,), gain = percents(verdict["expected"]), verdict["of_gain"]
+        part = f", {percents(gain)[0]}% of what training gains" if gain is not None else ""
         sentence = (
             f"{label} is {verdict['conclusion']} than {reference}: test loss {size}% {towards} "
-            f"(95% interval {least} to {most}%)"
+            f"(95% interval {least} to {most}%){part}; expect about {further}%"
         )
-    if comparison.missing:
-        missing = comparison.missing
-        sentence += f"; {missing} of {missing + verdict['seeds']} seeds {are(missing)} missing"
+    if pair.missing:
+        missing = pair.missing
+        sentence += f"; {missing} of {missing + verdict['seeds']} seeds {is_or_are(missing)} missing"
+    return sentence
+
+
+def mde_of(verdict: Verdict) -> str:
+    """Return the minimum detectable effect as text."""
+    if verdict["detectable"] is None:
+        return "minimum detectable effect not known with two seeds"
+    return f"minimum detectable effect {percents(verdict['detectable'])[0]}%"
+
+
+def ranking_of(tests: Iterable[Judged | Pair], labels: Iterable[str]) -> Ranking | None:
+    """Return the labels that do not differ significantly from the best one, and by how much the others are worse.
+
+    A label is worse if the test of any of its pairs is significant against it. None if no pair is tested.
+    """
+    known = [test for test in tests if isinstance(test, Judged)]
+    behind: dict[str, list[Judged]] = {}
+    for test in known:
+        if test.significant:
+            behind.setdefault(test.pair.label if test.pair.mean > 0 else test.pair.reference, []).append(test)
+    compared = {name for test in known for name in test.pair[:2]}
+    best = [label for label in labels if label in compared and label not in behind]
+    if not best:
+        return None
+    worse = [
+        worse_of(label, min(found, key=lambda each: order_of(label, each, best))) for label, found in behind.items()
+    ]
+    worse.sort(key=lambda each: each["relative"])
+    return Ranking(best=best, worse=worse, sentence=ranking_in_words(best, worse))
+
+
+def order_of(label: str, judged: Judged, best: Sequence[str]) -> tuple[bool, bool, float]:
+    """Return the sort key of a pair in which `label` is worse: best labels first, then its reference, then low p."""
+    pair = judged.pair
+    other = pair.reference if label == pair.label else pair.label
+    return other not in best, label != pair.label, judged.p
+
+
+def worse_of(label: str, judged: Judged) -> Worse:
+    """Return by how much a label is worse than the other label of a pair, in percent of that label's loss."""
+    pair, half = judged.pair, float(half_width(judged.spread, judged.reading_level))
+    other, base = (pair.reference, pair.base) if label == pair.label else (pair.label, pair.base + pair.mean)
+    size, least, most = (100 / base * (abs(pair.mean) + end) for end in (0, -half, half))
+    return Worse(label=label, reference=other, relative=size, interval=(least, most))
+
+
+def ranking_in_words(best: Sequence[str], worse: Sequence[Worse]) -> str:
+    """Return the ranking as a sentence: the best labels, then by how much each other label is worse than which."""
+    sentence = f"best: {', '.join(best)}" + " (cannot be told apart)" * (len(best) > 1)
+    reference = None
+    for each in worse:
+        is_worse = f"; {each['label']} is worse than {each['reference']}"
+        least, most = percents(*each["interval"])
+        sentence += (f", {each['label']}" if each["reference"] == reference else is_worse) + f" by {least} to {most}%"
+        reference = each["reference"]
     return sentence
 
 
 def percents(*values: float) -> list[str]:
-    """Sizes with so many places, one to four, that the smallest of them still says something."""
+    """Return absolute values with one to four decimal places, enough for a nonzero digit of the smallest one."""
     smallest = min((abs(value) for value in values if value), default=1)
     places = min(4, max(1, -math.floor(math.log10(smallest))))
     return [f"{abs(value):.{places}f}" for value in values]
@@ -241,24 +426,45 @@ def percents(*values: float) -> list[str]:
 # -- from the record ---------------------------------------------------------------------------------------------------
 
 
-def compare(arms: Iterable[Arm], chosen: Mapping[str, Choice], unit: str = "image") -> list[Verdict]:
-    """A verdict for each label, from the test losses of its arms at the chosen rate.
+def compare(
+    arms: Iterable[Arm],
+    chosen: Mapping[str, Choice],
+    unit: str = "image",
+    reading: int = 1,
+    base: TestLosses | None = None,
+) -> tuple[list[Verdict], Ranking | None]:
+    """Return the verdict on each label, and the ranking, from the test losses of arms at the chosen learning rates.
 
-    The reference is LoRA: of the same rank where there are several, which are compared with the first of them. Raises
-    `ValueError` if arms were measured on different images.
+    The reference is LoRA of the same rank, or else the first LoRA; LoRA of other ranks is compared with the first.
+    Without LoRA nothing is compared. `reading`: number of evaluations on the test split. `base`: losses of the base
+    model. Raises `ValueError` if arms were evaluated on different images.
     """
     judged = [arm for arm in arms if arm["test"] and is_chosen(arm, chosen)]
     ranks = {arm["label"]: arm["rank"] for arm in judged}
     lora = list(dict.fromkeys(arm["label"] for arm in judged if arm["method"] == REFERENCE))
+    if not lora:
+        return [], None
     same_rank = {label: [each for each in lora if each != label and ranks[each] == ranks[label]] for label in ranks}
-    references = {label: (same_rank[label] + lora)[0] for label in ranks if lora and label != lora[0]}
-    return verdicts(tested(judged, chosen), references, unit)
+    references = {label: (same_rank[label] + lora)[0] for label in ranks if label != lora[0]}
+    others = [(b, a) for a, b in itertools.combinations(ranks, 2) if b != references.get(a) and a != references.get(b)]
+    found = judge(arrays_of(tested(judged, chosen)), [*references.items(), *others], reading)
+    pairs = [(each, each.pair if isinstance(each, Judged) else each) for each in found]
+    said = [
+        verdict_of(each, unit, mean_of(base)) for each, pair in pairs if references.get(pair.label) == pair.reference
+    ]
+    return said, ranking_of(found, ranks)
+
+
+def mean_of(test: TestLosses | None) -> float | None:
+    """Return the mean test loss; None without losses, or if any of them is not finite."""
+    losses = test["losses"] if test else []
+    return math.fsum(losses) / len(losses) if losses and None not in losses else None  # type: ignore[arg-type]
 
 
 def tested(arms: Iterable[Arm], chosen: Mapping[str, Choice]) -> dict[str, np.ndarray]:
-    """Test losses of each label at its chosen rate, seeds x images; NaN where a label lacks a seed that another has.
+    """Return the test losses of each label at its chosen learning rate, of shape (seeds, images).
 
-    Raises `ValueError` if arms were measured on different images.
+    A seed that only other labels have is a row of NaN. Raises `ValueError` if arms were evaluated on different images.
     """
     tests: dict[str, dict[int, TestLosses]] = {}
     for arm in arms:
@@ -268,13 +474,13 @@ def tested(arms: Iterable[Arm], chosen: Mapping[str, Choice]) -> dict[str, np.nd
 
 
 def is_chosen(arm: Arm, chosen: Mapping[str, Choice]) -> bool:
-    """Whether an arm was trained at its label's chosen rate."""
+    """Return whether an arm was trained at its label's chosen learning rate."""
     label = arm["label"]
     return label in chosen and arm["learning_rate"] == chosen[label]["learning_rate"]
 
 
 def _crossed(tests: Mapping[str, Mapping[int, TestLosses]]) -> dict[str, np.ndarray]:
-    """Seeds x images for each label, NaN where there is no loss."""
+    """Return the losses of each label, of shape (seeds, images), with NaN for missing or non-finite losses."""
     all_tests = [test for by_seed in tests.values() for test in by_seed.values()]
     if any(test["images"] != all_tests[0]["images"] for test in all_tests):
         raise ValueError("arms were measured on different test images, which cannot be compared")
@@ -286,27 +492,36 @@ def _crossed(tests: Mapping[str, Mapping[int, TestLosses]]) -> dict[str, np.ndar
     return found
 
 
-def choose(arms: Iterable[Arm]) -> dict[str, Choice]:
-    """Each label's rate and checkpoint: those whose loss on the select images is lowest, over its seeds together.
+def choose(arms: Iterable[Arm], seeds: Iterable[int] | None = None) -> dict[str, Choice]:
+    """Return each label's learning rate and checkpoint with the lowest mean loss on the selection split over seeds.
 
-    Of the arms that have ended. A rate that fewer seeds ended with than with another is left out. Nothing is chosen
-    where a seed failed or its loss is not finite, and a label of which nothing is left has no choice.
+    Only ended arms with these `seeds` (default: all) count, but a learning rate at which any seed failed is not chosen.
+    Learning rates with fewer ended seeds than others are left out, and so are checkpoints with a non-finite loss. A
+    label of which nothing remains has no choice.
     """
     losses: dict[str, dict[float, list[Mapping[str, float | None]]]] = {}
+    failed = set()
     for arm in arms:
-        seeds = losses.setdefault(arm["label"], {}).setdefault(arm["learning_rate"], [])
-        if arm["status"] in ("finished", "failed"):
-            seeds.append(arm["select_by_step"] if arm["status"] == "finished" else {})
+        by_rate = losses.setdefault(arm["label"], {})
+        if arm["status"] == "failed":
+            failed.add((arm["label"], arm["learning_rate"]))
+        if seeds is None or arm["seed"] in seeds:
+            found = by_rate.setdefault(arm["learning_rate"], [])
+            if arm["status"] in ("finished", "failed"):
+                found.append(arm["select_by_step"])
+    for label, rate in failed:
+        if rate in losses[label]:
+            losses[label][rate] = [{}] * len(losses[label][rate])
     choices = {label: choice(by_rate) for label, by_rate in losses.items()}
     return {label: found for label, found in choices.items() if found is not None}
 
 
 def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choice | None:
-    """The choice of one label from `select_by_step` of each seed, for each rate; None where no loss is finite.
+    """Return the choice of one label from the `select_by_step` of each seed at each learning rate.
 
-    Rates with fewer seeds than others are left out. If the best one is at an end of all, whether trained yet or
-    not, and the one beside it was tried, the next rate continues them by the same ratio, or by LARGEST_STEP where that
-    is less and the rate beside it has no loss: it may be far too high.
+    None if no loss is finite. Learning rates with fewer seeds than others are left out. If the best one is the lowest
+    or highest of all, trained or not, and its neighbor was tried, `next` continues the series by the same ratio. The
+    ratio is at most LARGEST_STEP if the neighbor has no finite loss, because it may be far too high.
     """
     most = max(map(len, losses.values()), default=0)
     tried = sorted(rate for rate, seeds in losses.items() if len(seeds) == most > 0)
@@ -327,5 +542,5 @@ def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choi
         ratio = best / neighbour
         if neighbour in tried and all(rate != neighbour for rate, _ in means):
             ratio = min(max(ratio, 1 / LARGEST_STEP), LARGEST_STEP)
-        found["next"] = float(f"{best * ratio:.3g}")  # as folders name it
+        found["next"] = float(f"{best * ratio:.3g}")  # as in the names of directories
     return found

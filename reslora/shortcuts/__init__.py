@@ -1,4 +1,4 @@
-"""The shortcuts by name: a new one is a file that says how it is wired, computed and merged, and a row here."""
+"""Registry of the shortcuts: one file implements each; a new one needs a file and a row here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .base import Shortcut
 
 PLAIN = "none"
-"""No shortcut: plain LoRA (Eq. 1)."""
+"""Plain LoRA without a shortcut (Eq. 1)."""
 
 _CLASSES = {
     "input": "InputShortcut",
@@ -21,5 +21,5 @@ NAMES = (PLAIN, *_CLASSES)
 
 
 def shortcut_class(name: str) -> type[Shortcut]:
-    """The class of a shortcut, from the file of its name; torch is not imported before somebody asks."""
+    """Return the class of a shortcut; its file, and torch, are imported on first use."""
     return getattr(importlib.import_module(f".{name}", __name__), _CLASSES[name])

@@ -1,10 +1,10 @@
-"""The base of the shortcuts, as LoRA variants, and the products that they share.
+"""Base class of the shortcuts, as LoRA variants, and the products that they share.
 
-PEFT computes the frozen layer and asks the layer's *variant* for the rest. The variants add the low-rank product of
-the paper's equations. Notation as in the paper: block n has A_n (r x p), B_n (q x r) and the scaling s_n; x_n (batch x
-tokens x p) is its input.
+PEFT computes the frozen layer and calls the layer's *variant*, which adds the low-rank product of the paper's
+equations. Notation of the paper: block n has A_n (r x p), B_n (q x r) and the scaling s_n; x_n (batch x tokens x p) is
+its input.
 
-The second product carries s and accumulates into the frozen layer's output, so that nothing q-wide is written twice.
+The second product includes s and accumulates into the frozen layer's output, which avoids q-wide temporaries.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from .shared import SharedProduct, autocasts, sharded
 from .state import State, Wires
 
 OWN = "A x"
-"""What a block hands on, unless it says something else: its own A, or that of the block behind it, times its input."""
+"""Key of the tensor that a block passes on by default.
+
+It is A times its input: its own A (`middle`), or that of the next block (`input`).
+"""
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -36,15 +39,15 @@ _CHECKPOINTING = (
 
 
 class CastOthers:
-    """Truth value for PEFT's `cast_input_dtype_enabled`: a wired block converts its input by itself.
+    """Value of PEFT's `cast_input_dtype_enabled` on connected layers: false, as the variant casts the input itself.
 
-    PEFT would convert it for each layer anew, so that no two would read the same tensor. Another adapter of the layer
-    still gets it converted, but under autocast, where the product does so anyway.
+    PEFT would cast it for each layer, so that no two layers would read the same tensor. For another adapter of the
+    layer it is the previous value, except under autocast, where the product casts its input anyway.
     """
 
     def __init__(self, previous: bool, layer: LoraLayer, adapter: str) -> None:
         self.previous, self.adapter = previous, adapter
-        # Weak: the layer holds this object, and a cycle would keep a deleted model in memory.
+        # A weak reference: the layer holds this object, and a cycle would keep a deleted model in memory.
         self.layer = weakref.ref(layer)
 
     def __reduce__(self) -> tuple:
@@ -57,111 +60,117 @@ class CastOthers:
 
 
 class Shortcut(LoraVariant):
-    """A wired block; subclasses compute one of the paper's equations, and say how it is wired and merged.
+    """A connected LoRA block; subclasses implement one of the paper's equations, its connections and its merge.
 
-    Neighbours are held as their A and B modules rather than as LoRA layers: those are leaves, so copying or pickling a
-    model does not walk along a whole chain.
+    Earlier blocks are referenced by their A and B modules instead of their LoRA layers, so that copying or pickling a
+    model does not recurse along a complete chain.
     """
 
     carries: ClassVar[bool] = True
-    """Whether blocks hand activations on, which needs a state for each forward, and norms of them for merges."""
+    """Whether blocks pass activations on, which needs a state for each forward pass, and norms for merges."""
     raises_rank: ClassVar[bool] = False
     """Whether a merge changes ranks."""
     merges: ClassVar[Mapping[str, Merge]] = MERGES
-    """The merges it has, by the name that the report shows."""
+    """The merge methods of this shortcut, by the name that the report shows."""
 
     def __init__(self, wires: Wires, name: str) -> None:
         self.wires = wires
         self.name = name
         self.records = name in wires.norms.names
         self.most_rows = math.inf
-        """How many rows x may have for its product with A to be made."""
+        """Maximum number of rows of x for which the product with A is computed."""
         self.shared: SharedProduct | None = None
-        """What multiplies for this block and for others that read the same tensor."""
+        """Computes the product of this block together with other blocks that read the same tensor."""
 
-    # -- wiring: what a subclass says of a whole chain -----------------------------------------------------------------
+    # -- connections: defined by a subclass for a complete chain -------------------------------------------------------
 
     @classmethod
     def reach(cls, pre_num: int) -> int | None:
-        """Blocks before the current one that take part (the m of the equations before clipping); None: all of them."""
+        """Return the maximum number of earlier blocks in the sum (m of Eqs. 3 and 4); None: all of them."""
         return None if pre_num == -1 else pre_num
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
-        """One variant for each block of a chain, whose A and B modules are `factors`."""
+        """Return one variant for each block of a chain, whose A and B modules are `factors`."""
         raise NotImplementedError
 
     def others(self) -> Sequence[nn.Linear]:
-        """The A modules of other blocks of its chain that it multiplies its own input by."""
+        """Return the A modules of other blocks of the chain that also multiply this block's input."""
         return ()
 
     def widths(self, rank: int) -> Sequence[int]:
-        """How wide the slices are in which it takes the product with its own A and those of `others`."""
+        """Return the widths of the slices of the product with its own A and those of `others`."""
         return (rank,) * (1 + len(self.others()))
 
-    # -- merging: what the methods of `reslora.merging` need to know ---------------------------------------------------
+    # -- merging: used by the methods of `reslora.merging` -------------------------------------------------------------
 
     @classmethod
     def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
-        """The name of the merge that `method` (any but `none`) means, given calibration or recorded norms."""
+        """Return the merge to use for `method` (any but `none`), given calibration or recorded norms."""
         if method == AUTO:
             return "lstsq" if calibrated else "input" if recorded else "weights"
         return method
 
     @classmethod
     def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """Tells every block of a chain which blocks before it take part, and what it multiplies their inputs by."""
+        """Set the earlier blocks of every block of a chain and the factors of their inputs.
+
+        These are `Factors.before` and `Factors.parts`.
+        """
         for block, taken in zip(chain, before, strict=True):
             block.before, block.fold = taken, cls.fold
 
     @classmethod
     def fold(cls, block: Factors, alphas: list[float]) -> Merged:
-        """`block` as plain LoRA where `x_{n-k} ~ alphas[k-1] x_n` (Eqs. 10-11, 13); no alphas for a head."""
+        """Return `block` as plain LoRA, given `x_{n-k} ~ alphas[k-1] x_n` (Eqs. 10-11, 13); a head has no alphas."""
         raise NotImplementedError
 
     @classmethod
     def moments(cls, block: Factors, merged: Merged | None, needs_moments: bool) -> Moments:
-        """Empty moments; `merged` is the block's merge where that needs no calibration."""
+        """Return empty moments; `merged` is the block's merge if that needs no calibration."""
         if needs_moments and block.before:
             return Moments(block.stand_in())
         changed = merged is not None and merged.a is not block.a
         return Moments(merged.a - block.a if changed else None)
 
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
-        """Adds one calibration forward: `x` (tokens x p), and what the forward gave `_observe`."""
+        """Add one calibration pass: `x` (tokens x p), the block's own product, and the shortcut terms `handed`."""
         block.moments.add(x, own, handed, torch.linalg.vector_norm(self.normed(x, own)))
 
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """Of what f_n is the norm: the block's input, or its own `A_n x_n`."""
+        """Return the tensor whose norm is f_n: the block's input, or its own `A_n x_n`."""
         return x
 
     @classmethod
     def error(cls, block: Factors, merged: Merged) -> float:
-        """`|merged - unmerged| / |unmerged LoRA output|` on the calibration batches."""
+        """Return `|merged - unmerged| / |unmerged LoRA output|` on the calibration batches."""
         return relative_error(block, merged)
 
     # -- what PEFT calls -----------------------------------------------------------------------------------------------
 
     def supports_lora_conversion(self) -> bool:
-        """A wired block is no weight update of its own layer."""
+        """Return False: the output of a connected block depends on other layers too, so it is not a weight update."""
         return False
 
     def merge_safe(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        """PEFT's merge would drop the residual paths: raises `RuntimeError`."""
+        """Raise `RuntimeError`: PEFT's merge would drop the shortcuts."""
         raise merge_refused(self.name)
 
     def merge_unsafe(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        """PEFT's merge would drop the residual paths: raises `RuntimeError`."""
+        """Raise `RuntimeError`: PEFT's merge would drop the shortcuts."""
         raise merge_refused(self.name)
 
     def unmerge(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        """There is nothing PEFT could have merged: raises `RuntimeError`."""
+        """Raise `RuntimeError`: PEFT cannot have merged a connected block."""
         raise merge_refused(self.name)
 
-    # -- parts of a forward --------------------------------------------------------------------------------------------
+    # -- parts of a forward pass ---------------------------------------------------------------------------------------
 
     def _running(self) -> State:
-        """The state of the running forward; raises rather than computing something wrong."""
+        """Return the state of the running forward pass.
+
+        Raises `RuntimeError` instead of computing a wrong result, for example under reentrant checkpointing.
+        """
         state = self.wires.threads.slot.state
         if state is None:
             raise RuntimeError(
@@ -183,9 +192,9 @@ class Shortcut(LoraVariant):
     def _products(
         self, state: State | None, module: LoraLayer, adapter: str, x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        """x (batch x tokens x p) by its own A and those of `others`: slices (batch * tokens x r) of one product.
+        """Return x (batch x tokens x p) times its own A and those of `others`, as slices (batch * tokens x r).
 
-        With dropout every block has a mask, and so a product, of its own.
+        One product computes all of them. With dropout every block has its own mask, and therefore its own product.
         """
         lora_a, dropout = module.lora_A[adapter], module.lora_dropout[adapter]
         if self.shared is not None and state is not None and passes(dropout):
@@ -197,34 +206,40 @@ class Shortcut(LoraVariant):
         return self._multiply(lora_a, rows(dropout(cast(x, lora_a.weight))))
 
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The same by itself: `x` (rows x p) is what its A reads."""
+        """Return the slices of this block's product, not shared with other blocks, for `x` (rows x p)."""
         stack = self._stack(lora_a, self.others(), x)
         return F.linear(cast(x, stack), stack).split(self.widths(lora_a.out_features), dim=1)
 
     def _stack(self, own: nn.Linear, others: Sequence[nn.Linear], x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """The A (or B) of several blocks as one, on the device of `x`, in the widest of their dtypes."""
+        """Return the A (or B) of several blocks as one matrix, on the device of `x`, in the widest of their dtypes."""
         shape = own.out_features, own.in_features
         weights = [whole_weight(linear, shape, x, self.name) for linear in (own, *others)]
         return torch.cat(weights, dim) if len(weights) > 1 else weights[0]
 
     def _take(self, state: State, source: str, x: torch.Tensor, what: str = OWN) -> torch.Tensor:
-        """What `source` handed on (batch * tokens x r), on the device of `x` (batch x tokens x p)."""
+        """Return what `source` passed on (batch * tokens x r), on the device of `x` (batch x tokens x p).
+
+        Raises `RuntimeError` if it did not run in this forward pass, or on another number of tokens.
+        """
         handed, leading = state.handed.get((source, what), (None, None))
         if handed is None:
             raise RuntimeError(
-                f"{self.name} ran before its neighbour {source}, or that one's adapter is switched off: call its "
+                f"{self.name} ran before its neighbor {source}, or that one's adapter is switched off: call its "
                 "enable_adapters(True), or connect again with example_inputs= that run the layers in the order of "
                 'training; if layers are skipped at random (layerdrop), set that to 0 or use shortcut="block"'
             )
         if leading != x.shape[:-1]:
             raise RuntimeError(
-                f"{self.name} has {tuple(x.shape[:-1])} tokens where its neighbour {source} had {tuple(leading)}; "
+                f"{self.name} has {tuple(x.shape[:-1])} tokens where its neighbor {source} had {tuple(leading)}; "
                 "connect again with example_inputs= of the sizes trained on"
             )
         return handed if handed.device == x.device else handed.to(x.device)
 
     def _record(self, state: State, value: torch.Tensor) -> None:
-        """Keeps the Frobenius norm of `value`, whole batch; layers that read the same tensor share one computation."""
+        """Store the Frobenius norm of `value` over the complete batch.
+
+        Layers that read the same tensor share the computation.
+        """
         if state.norms is None or not self.records:
             return
         seen, norm = state.normed
@@ -240,77 +255,87 @@ class Shortcut(LoraVariant):
 
 
 def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x` in the adapter's dtype, as PEFT does it; left alone under autocast, where the product converts its input."""
+    """Return `x` in the adapter's dtype, as PEFT casts it.
+
+    It is unchanged under autocast, where products cast their input.
+    """
     if x.dtype == weight.dtype or autocasts(x.device):
         return x
     return x.to(weight.dtype)
 
 
 def whole_weight(linear: nn.Linear, shape: tuple[int, int], x: torch.Tensor, name: str) -> torch.Tensor:
-    """An A or B of `shape` on the device of `x`; `RuntimeError` where it is sharded or offloaded away.
+    """Return an A or B of `shape` on the device of `x`.
 
-    Offloaded weights are on the meta device, and a product with them is garbage rather than an error.
+    Raises `RuntimeError` if it is sharded or offloaded: offloaded weights are on the meta device, where a product
+    returns garbage instead of raising.
     """
     weight = linear.weight
     if weight.shape != shape or weight.is_meta != x.is_meta or sharded(weight):
         raise RuntimeError(
             f"{name} cannot read a LoRA weight of shape {tuple(weight.shape)} (wanted {tuple(shape)}): it is sharded "
             'or offloaded away; use DDP or ZeRO-2 without offloading the adapter, or shortcut="middle", which needs no '
-            "neighbour's weight"
+            "neighbor's weight"
         )
     return weight if weight.device == x.device else weight.to(x.device)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """(… x p) as (rows x p): one view here saves one around every product."""
+    """Return (… x p) as (rows x p): one view here saves a view around every product."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def add_product(
     result: torch.Tensor, hidden: torch.Tensor, module: LoraLayer, adapter: str, scaling: float
 ) -> torch.Tensor:
-    """`result + scaling * hidden B^T`; by way of the module where its weight is only whole inside its own forward."""
+    """Return `result + scaling * hidden B^T` for `result` (… x q) and `hidden` (rows x r).
+
+    Calls the B module if its weight is sharded, and so complete only inside its own forward pass.
+    """
     lora_b = module.lora_B[adapter]
     weight = lora_b.weight
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.is_meta != hidden.is_meta:
         return result + lora_b(hidden * scaling).view(result.shape)
-    # Wider than B is what a neighbour of another dtype has handed on.
+    # `hidden` is wider than B if a neighbor of another dtype passed it on.
     return add_scaled(result, cast(hidden, weight), weight, scaling, module)
 
 
 def add_scaled(
     result: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, scaling: float, module: LoraLayer
 ) -> torch.Tensor:
-    """`result + scaling * hidden weight^T` for (… x q), (rows x r) and (q x r), without a q-wide temporary.
+    """Return `result + scaling * hidden weight^T` for (… x q), (rows x r) and (q x r), without a q-wide temporary.
 
-    Where nobody else can hold `result`, what the frozen layer of `module` returned, it is added to in place.
+    `result` is the output of the frozen layer of `module`. It is changed in place if nothing else can refer to it.
     """
     if result.dtype != hidden.dtype:
-        # A half-precision frozen layer under a float32 adapter, or the reverse: keep the wider one, as PEFT does.
+        # With a half-precision frozen layer and a float32 adapter, or the reverse, use the wider dtype, as PEFT does.
         return result + F.linear(hidden * scaling, weight).view(result.shape)
     if torch.compiler.is_compiling() or not _unheld(result, module):
         return torch.addmm(rows(result), hidden, weight.t(), alpha=scaling).view(result.shape)
     if weight.dtype != hidden.dtype:
-        weight = weight.to(hidden.dtype)  # as autocast does it for all products but those in place
-    # Not `view`: autograd would copy the gradient of what is changed in place through a view.
+        weight = weight.to(hidden.dtype)  # autocast does it for all products except in-place ones
+    # Not `view`: autograd would copy the gradient of a tensor that is changed in place through a view.
     flat = _unsafe_view(result, (-1, result.shape[-1]))
     return flat.addmm_(hidden, weight.t(), alpha=scaling).view(result.shape)
 
 
 def _unheld(result: torch.Tensor, module: LoraLayer) -> bool:
-    """Whether `result` came fresh from a plain linear layer, whose backward does not need it, and went nowhere else."""
+    """Return whether `result` is the new output of a plain linear layer, and nothing else needs it.
+
+    Its own backward pass must not need it either.
+    """
     base = module.base_layer
     if type(base) is not nn.Linear or base._forward_hooks or base._backward_hooks or "forward" in vars(base):
         return False
     if nn.modules.module._global_forward_hooks:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # `vmap` over the weights: the product is wider
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # `vmap` over the weights adds a batch axis
         return False
     return type(result) is torch.Tensor and result.is_contiguous() and len(module.active_adapters) == 1
 
 
 def merge_refused(name: str) -> RuntimeError:
-    """The error of PEFT's merge verbs on a connected model."""
+    """Return the error of PEFT's merge methods on a connected model."""
     return RuntimeError(
         f"{name} is wired by ResLoRA, and PEFT's own merge would drop the residual paths: call reslora.merge first "
         "(or reslora.disconnect)"
@@ -318,14 +343,14 @@ def merge_refused(name: str) -> RuntimeError:
 
 
 def passes(dropout: nn.Module) -> bool:
-    """Whether a dropout module hands its input through unchanged."""
+    """Return whether a dropout module returns its input unchanged."""
     return isinstance(dropout, nn.Identity) or not dropout.training
 
 
 def inside_checkpoint() -> object:
-    """What tells the innermost non-reentrant checkpoint of PyTorch, or its recomputation, from others; None outside.
+    """Return an object that identifies the innermost non-reentrant checkpoint or its recomputation; None outside.
 
-    Such a checkpoint works through saved-tensor hooks of its own module, which it makes anew each time.
+    Such a checkpoint uses the saved-tensor hooks of torch's checkpoint module, and creates new ones each time.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None

@@ -1,4 +1,4 @@
-"""The block-shortcut, ResLoRA_bs: a block also applies the A and B of the blocks before it."""
+"""The block-shortcut, ResLoRA_bs: a block also applies the A and B of earlier blocks to its input."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .shared import autocasts
 from .state import State, Wires, refuse_replica
 
 SUM = "sum of B A"
-"""What a block hands on to one that reaches back to the head as it does itself."""
+"""Key of the sum of B A that a block passes on to a block whose sum also starts at the head."""
 
 
 class BlockShortcut(Shortcut):
     """ResLoRA_bs: `W_n x_n + s_n (sum_{k=0..m} B_{n-k} A_{n-k}) x_n` (Eq. 3).
 
-    Two products whatever m is: `[B_n, ..., B_{n-m}] [A_n; ...; A_{n-m}] x_n`. Needs no state, but uses
-    the one there is, to share the first of them.
+    Computed as two products for any m: `[B_n, ..., B_{n-m}] [A_n; ...; A_{n-m}] x_n`. It needs no state, but uses an
+    existing one to share the first product with other blocks.
 
-    Where many blocks take part, B and A are multiplied first: the product of x with their sum, q x p, then costs the
-    same however many there are. Blocks that all reach back to the head add their own product to the sum before.
+    With many blocks and rows it is cheaper to sum the products B A (q x p) first and multiply x once. Blocks whose sums
+    all start at the head add their own product to the sum of the block before.
     """
 
     carries = False
@@ -39,7 +39,11 @@ class BlockShortcut(Shortcut):
     def __init__(
         self, wires: Wires, name: str, factors: Sequence[tuple], sum_from: str | None, gives_sum: bool
     ) -> None:
-        """`factors`: its A and B, then those before it; `sum_from`: the block whose sum it adds its product to."""
+        """Initialize the variant of one block.
+
+        `factors`: A and B of this block, then those of earlier ones; `sum_from`: the block whose sum B A it extends;
+        `gives_sum`: whether the next block extends this one's sum.
+        """
         super().__init__(wires, name)
         (lora_a, lora_b), *self.before = factors
         self.sum_from = sum_from
@@ -48,7 +52,7 @@ class BlockShortcut(Shortcut):
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
-        """One variant for each block of a chain: each knows the A and B of those before it."""
+        """Return one variant for each block of a chain; each references the A and B of earlier blocks."""
         sums = [names[n - 1] if 0 < len(taken) == n else None for n, taken in enumerate(before)]
         gives_sum = [name is not None for name in (*sums[1:], None)]
         taking = [[factors[k] for k in (n, *taken)] for n, taken in enumerate(before)]
@@ -57,7 +61,10 @@ class BlockShortcut(Shortcut):
     def forward(
         self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
+        """Return the block's output (batch x tokens x q).
+
+        `x` is its input (batch x tokens x p), and `result` the output of the frozen layer.
+        """
         refuse_replica(module)
         state, scaling = self._sharing(), module.scaling[active_adapter]
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
@@ -73,14 +80,17 @@ class BlockShortcut(Shortcut):
         return add_scaled(result, hidden, self._stacked_b(lora_b, x), scaling, module)
 
     def _stacks(self, lora_a: nn.Linear, lora_b: nn.Linear, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[A_n; ...; A_{n-m}]` and `[B_n, ..., B_{n-m}]`."""
+        """Return `[A_n; ...; A_{n-m}]` and `[B_n, ..., B_{n-m}]`."""
         return self._stack(lora_a, self.others(), x), self._stacked_b(lora_b, x)
 
     def _stacked_b(self, lora_b: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return self._stack(lora_b, [b for _, b in self.before], x, dim=1)
 
     def _change(self, state: State | None, lora_a: nn.Linear, lora_b: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        """`sum_{k=0..m} B_{n-k} A_{n-k}` (q x p), in float32 at least, since it is rounded once for each block."""
+        """Return `sum_{k=0..m} B_{n-k} A_{n-k}` (q x p).
+
+        The dtype is at least float32, because the sum is rounded once for each block.
+        """
         grad = torch.is_grad_enabled()
         given, recorded = (None, None) if state is None else state.handed.pop((self.sum_from, SUM), (None, None))
         with torch.autocast(x.device.type, enabled=False) if autocasts(x.device) else nullcontext():
@@ -95,10 +105,11 @@ class BlockShortcut(Shortcut):
         return change
 
     def _sharing(self) -> State | None:
-        """Where products are shared: the running forward's state, or inside a checkpoint that knows of none, its own.
+        """Return the state for shared products: the running forward pass's, or a separate one inside a foreign
+        checkpoint.
 
-        Its recomputation then shares as the forward did. In a compiled graph nothing may be written to a state inside
-        a checkpoint, so there nothing is shared.
+        The recomputation of such a checkpoint then shares products as the forward pass did. In a compiled graph a state
+        must not be written inside a checkpoint, so nothing is shared there.
         """
         if torch.compiler.is_compiling():
             return None
@@ -110,25 +121,25 @@ class BlockShortcut(Shortcut):
         return slot.apart
 
     def others(self) -> Sequence[nn.Linear]:
-        """The A of the blocks before it."""
+        """Return the A modules of the earlier blocks."""
         return [a for a, _ in self.before]
 
     def widths(self, rank: int) -> Sequence[int]:
-        """One slice for all: B of the whole chain multiplies it at once."""
+        """Return one slice of the complete width: all B multiply it at once."""
         return ((1 + len(self.before)) * rank,)
 
     @classmethod
     def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
-        """Exact, whatever the method."""
+        """Return `exact` for any method."""
         return "exact"
 
     @classmethod
     def moments(cls, block: Factors, merged: Merged | None, needs_moments: bool) -> Moments:
-        """There is nothing to fit."""
+        """Return empty moments: there is nothing to fit."""
         return Moments()
 
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
-        """Only a merge cut to a rank misses anything; `own` and `handed` are the stacked A and B."""
+        """Add the error of a merge truncated to a rank; `own` and `handed` are the stacked A and B."""
         block.moments.add(x, x @ own[:1].to(x).t(), None, torch.linalg.vector_norm(x))
         if merged.a.shape != own.shape:
             whole = x @ own.to(x).t() @ handed.to(x).t()
@@ -137,18 +148,21 @@ class BlockShortcut(Shortcut):
 
     @classmethod
     def error(cls, block: Factors, merged: Merged) -> float:
-        """Zero, but for what a cut to a rank loses."""
+        """Return the relative error of a truncation; 0 without one."""
         moments = block.moments
         return (moments.miss / moments.output) ** 0.5 if moments.output > 0 else 0.0
 
 
 def rows_for_a_first(lora_a: nn.Linear, lora_b: nn.Linear, blocks: int) -> float:
-    """Up to how many rows of x `B (A x)` is no more work than `(B A) x`, where so many blocks are stacked."""
+    """Return the number of rows of x up to which `B (A x)` costs no more than `(B A) x`.
+
+    `blocks`: number of stacked blocks.
+    """
     inputs, rank, outputs = lora_a.in_features, blocks * lora_a.out_features, lora_b.out_features
     saved = rank * (inputs + outputs) - inputs * outputs  # multiplications for each row by the second
     return rank * inputs * outputs / saved if saved > 0 else math.inf
 
 
 def at_least_float32(weight: torch.Tensor) -> torch.Tensor:
-    """The weight itself in float32 or float64, else a copy in float32."""
+    """Return the weight itself in float32 or float64, else a copy in float32."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32))

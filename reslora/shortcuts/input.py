@@ -1,4 +1,4 @@
-"""The input-shortcut, ResLoRA_is: a block also takes the input of the block before it."""
+"""The input-shortcut, ResLoRA_is: a block also receives the input of the previous block."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ from .state import Wires
 class InputShortcut(Shortcut):
     """ResLoRA_is: `W_n x_n + s_n B_n A_n (x_n + x_{n-1})` (Eq. 2).
 
-    x_{n-1} is not kept: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and hands on the r-wide half.
+    x_{n-1} is not stored: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and passes on the r-wide second
+    half.
     """
 
     def __init__(self, wires: Wires, name: str, source: str | None, following: nn.Linear | None, head: str) -> None:
-        """`source`: the block before, None for a head; `following`: the A of the block behind, which reads x_n too."""
+        """Initialize the variant of one block.
+
+        `source`: name of the previous block, None for a head; `following`: A of the next block, which also reads x_n.
+        """
         super().__init__(wires, name)
         self.source = source
         self.following = following
@@ -29,12 +33,15 @@ class InputShortcut(Shortcut):
 
     @classmethod
     def reach(cls, pre_num: int) -> int:
-        """One block, whatever `pre_num` says."""
+        """Return 1: one block, whatever `pre_num` is."""
         return 1
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
-        """One variant for each block of a chain: each knows the name before it and the A behind it."""
+        """Return one variant for each block of a chain.
+
+        Each references the name of the previous block and the next A.
+        """
         sources = [names[taken[0]] if taken else None for taken in before]
         following = {k: a for taken, (a, _) in zip(before, factors, strict=True) for k in taken}
         return [cls(wires, name, sources[n], following.get(n), head) for n, name in enumerate(names)]
@@ -42,7 +49,10 @@ class InputShortcut(Shortcut):
     def forward(
         self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
+        """Return the block's output (batch x tokens x q).
+
+        `x` is its input (batch x tokens x p), and `result` the output of the frozen layer.
+        """
         state = self._running()
         self._record(state, x)
         own, *handed_on = self._products(state, module, active_adapter, x)
@@ -59,12 +69,12 @@ class InputShortcut(Shortcut):
         return add_product(result, hidden, module, active_adapter, scaling)
 
     def others(self) -> Sequence[nn.Linear]:
-        """The A of the block behind it."""
+        """Return the A module of the next block."""
         return () if self.following is None else (self.following,)
 
     @classmethod
     def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """A_n multiplies x_{n-1} too; a head that repeats its input merges exactly with alpha* = 1."""
+        """Set A_n as the factor of x_{n-1}; a head that repeats its input merges exactly with alpha* = 1."""
         super().relate(chain, before, head)
         for block in chain:
             block.parts = [block.a for _ in block.before]
@@ -72,5 +82,5 @@ class InputShortcut(Shortcut):
 
     @classmethod
     def fold(cls, block: Factors, alphas: list[float]) -> Merged:
-        """`B_n (1 + alpha*)` (Eqs. 10-11)."""
+        """Return A_n and `B_n (1 + alpha*)` (Eqs. 7, 10-11)."""
         return block.scaled(alphas[0] if alphas else block.alpha_of_head)

@@ -1,4 +1,4 @@
-"""The middle-shortcut, ResLoRA_ms: a block also adds the A x of the blocks before it."""
+"""The middle-shortcut, ResLoRA_ms: a block also adds the A x of earlier blocks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from .base import OWN, Shortcut, add_product, cast, passes, rows
 from .state import Wires
 
 SUM = "sum of A x"
-"""What a block hands on to one that reaches back to the head as it does itself."""
+"""Key of the sum of A x that a block passes on to a block whose sum also starts at the head."""
 
 
 class MiddleShortcut(Shortcut):
-    """ResLoRA_ms: `W_n x_n + s_n B_n (sum_{k=0..m} A_{n-k} x_{n-k})` (Eq. 4): adds r-wide vectors."""
+    """ResLoRA_ms: `W_n x_n + s_n B_n (sum_{k=0..m} A_{n-k} x_{n-k})` (Eq. 4); only r-wide vectors are added."""
 
     def __init__(self, wires: Wires, name: str, sources: list[str], takes_sum: bool, gives: Sequence[str]) -> None:
-        """`sources`: the blocks that it takes from; `gives`: what it hands on itself, OWN or SUM or both."""
+        """Initialize the variant of one block.
+
+        `sources`: names of the earlier blocks in the sum; `gives`: what the block passes on, OWN or SUM or both.
+        """
         super().__init__(wires, name)
         self.sources = sources
         self.takes_sum = takes_sum
@@ -29,10 +32,10 @@ class MiddleShortcut(Shortcut):
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
-        """One variant for each block of a chain: each knows the names of those before it.
+        """Return one variant for each block of a chain; each references the names of earlier blocks.
 
-        A block that reaches back to the head adds the whole sum of the block before it, so that there is one addition
-        however long the chain.
+        A block whose sum starts at the head adds the complete sum of the previous block, which is one addition for a
+        chain of any length.
         """
         whole = [0 < len(taken) == n for n, taken in enumerate(before)]
         sources = [taken[:1] if all_of_them else taken for taken, all_of_them in zip(before, whole, strict=True)]
@@ -46,7 +49,10 @@ class MiddleShortcut(Shortcut):
     def forward(
         self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
-        """`x` (batch x tokens x p) and the frozen layer's `result` (batch x tokens x q) to the block's output."""
+        """Return the block's output (batch x tokens x q).
+
+        `x` is its input (batch x tokens x p), and `result` the output of the frozen layer.
+        """
         state = self._running()
         (own,) = self._products(state, module, active_adapter, x)
         if state.norms is not None:
@@ -63,7 +69,7 @@ class MiddleShortcut(Shortcut):
         return add_product(result, hidden, module, active_adapter, module.scaling[active_adapter])
 
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """By way of the module: its weight may be whole only inside its own forward."""
+        """Return `A x` by calling the module: a sharded weight is complete only inside its own forward pass."""
         return (lora_a(x),)
 
     def _undropped(self, module: nn.Module, adapter: str, x: torch.Tensor) -> torch.Tensor:
@@ -73,19 +79,19 @@ class MiddleShortcut(Shortcut):
 
     @classmethod
     def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """A_{n-k} multiplies x_{n-k}."""
+        """Set A_{n-k} as the factor of x_{n-k}."""
         super().relate(chain, before, head)
         for block in chain:
             block.parts = [chain[k].a for k in block.before]
 
     @classmethod
     def fold(cls, block: Factors, alphas: list[float]) -> Merged:
-        """`A_n + sum_k alpha_{n-k} A_{n-k}` (Eq. 13)."""
+        """Return `A_n + sum_k alpha_{n-k} A_{n-k}` and B_n (Eq. 13)."""
         if not alphas:
             return Merged(block.a, block.b, [])
         total = sum(alpha * part.to(block.a) for alpha, part in zip(alphas, block.parts, strict=True))
         return Merged(block.a + total, block.b, alphas)
 
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        """f_n is the norm of `A_n x_n` (Eq. 12)."""
+        """Return `A_n x_n`, whose norm is f_n (Eq. 12)."""
         return own.to(x)

@@ -1,4 +1,4 @@
-"""One product for the blocks that read the same tensor, as q, k and v of an attention do."""
+"""Share one product among the blocks that read the same tensor, such as q, k and v of an attention."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from .state import State
 
 
 class SharedProduct:
-    """`[A_q; A_k; A_v] x` in one product, of which each block takes its slices.
+    """`[A_q; A_k; A_v] x` as one product, of which each block takes its slices.
 
-    One product in place of three, and in the backward one p-wide gradient in place of three and their sum. The trace
-    says which blocks read one tensor; whether they do is seen again in every forward, and a block that does not
-    multiplies by itself.
+    One product replaces three, and in the backward pass one p-wide gradient replaces three and their sum. The trace
+    finds the blocks that read the same tensor. Every forward pass verifies it, and a block with another input computes
+    its own product.
     """
 
     def __init__(self, stacks: dict[str, list[nn.Linear]], widths: dict[str, Sequence[int]], most_rows: float) -> None:
-        """By block, in execution order: the A modules for its x, its own first, and the widths of its slices."""
+        """Initialize the product of the blocks that read one tensor.
+
+        `stacks`: block -> the A modules for its input, its own first; `widths`: block -> the widths of its slices.
+        """
         self.most_rows = most_rows
         self.linears = [linear for stack in stacks.values() for linear in stack]
         self.own = {name: stack[0] for name, stack in stacks.items()}
@@ -31,34 +34,37 @@ class SharedProduct:
         self.first, *_, self.last = stacks
 
     def multiply(self, state: State, x: torch.Tensor, rows: torch.Tensor) -> None:
-        """Makes the product, as the first of the blocks; `rows` (batch * tokens x p) are `x` as A reads it."""
+        """Compute the product when the first of the blocks runs; `rows` (batch * tokens x p) are `x` as A reads it."""
         weights = [linear.weight for linear in self.linears]
         if len(rows) <= self.most_rows and _usable(weights, rows):
             slices = F.linear(rows, torch.cat(weights)).split(self.sizes, dim=1)
             state.shared = self, x, _circumstances(x), slices
 
     def take(self, state: State, name: str, x: torch.Tensor, own: nn.Linear) -> Sequence[torch.Tensor] | None:
-        """The slices of the block whose own A is `own`; None if the product is not of this group, this x and this A."""
+        """Return the slices of the block whose own A is `own`.
+
+        Returns None if the latest product is of another group, another x or another A.
+        """
         if state.shared is None:
             return None
         group, read, circumstances, slices = state.shared
         if group is not self or read is not x or self.own[name] is not own or circumstances != _circumstances(x):
             return None
         if name == self.last:
-            state.shared = None  # nobody else needs them, nor x
+            state.shared = None  # no other block needs the slices, nor x
         return slices[self.places[name]]
 
 
 def _circumstances(x: torch.Tensor) -> tuple:
-    """What a product depends on beside its factors: how often `x` was changed in place, gradients and autocast."""
-    # In a compiled graph the trace's word is all there is; tensors made for inference alone count no changes.
+    """Return what a product depends on in addition to its factors: the version of `x`, gradients and autocast."""
+    # In a compiled graph only the trace is available. Tensors created in inference mode have no version.
     version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None
     return version, torch.is_grad_enabled(), dtype
 
 
 def _usable(weights: list[torch.Tensor], rows: torch.Tensor) -> bool:
-    """Whether the weights are here as a whole, neither sharded nor offloaded, and as `rows` need them."""
+    """Return whether the weights are neither sharded nor offloaded, and have the device and dtype that `rows` need."""
     width, device, dtype = rows.shape[1], rows.device, rows.dtype
     any_dtype = autocasts(device)
     for weight in weights:
@@ -70,10 +76,10 @@ def _usable(weights: list[torch.Tensor], rows: torch.Tensor) -> bool:
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for a device; the meta device knows of none."""
+    """Return whether autocast is enabled for a device; the meta device has none."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def sharded(weight: torch.Tensor) -> bool:
-    """Whether a weight of the shape of the whole holds a part of its numbers."""
+    """Return whether a weight holds only a shard of its values, although it has the complete shape."""
     return type(weight) is not nn.Parameter and hasattr(weight, "_local_tensor")

@@ -1,4 +1,4 @@
-"""The state that lives for one forward, and the norms that outlive it."""
+"""State of one forward pass, and the window of norms recorded over many forward passes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class State:
-    """What the blocks of one forward hand to each other; a forward makes a new one and drops it when it returns."""
+    """Tensors that blocks pass to each other in one forward pass, which creates it, and drops it when it returns."""
 
     __slots__ = ("frame", "grad", "handed", "normed", "norms", "outer", "parts", "segments", "shared")
 
@@ -27,35 +27,35 @@ class State:
         outer: State | None = None,
         frame: FrameType | None = None,
     ) -> None:
-        # Block name and what it hands on: r-wide rows, and the batch and token axes they were flattened from; or a sum
-        # of B A, and whether it was made with gradients.
+        # (block, key) -> r-wide rows and the batch and token axes they were flattened from; or a sum of B A and whether
+        # it was computed with gradients.
         self.handed: dict[tuple[str, str], tuple[torch.Tensor, Any]] = {} if handed is None else handed
         self.norms: dict[str, torch.Tensor] | None = {} if recording else None
         self.normed: tuple = (None, None)
-        self.shared: tuple | None = None  # the latest product for several blocks: `SharedProduct` knows what it holds
+        self.shared: tuple | None = None  # the latest product for several blocks; see `SharedProduct`
         self.grad = torch.is_grad_enabled()
-        self.segments = segments  # how many checkpointed segments with our context are open
-        self.parts = 0  # how many parts of the model run inside this forward, which could have run alone
-        self.outer = outer  # the state of the forward that this one interrupts
-        self.frame = frame  # the call this state belongs to; None where its end is certain
+        self.segments = segments  # number of open checkpointed segments with our context
+        self.parts = 0  # number of running parts of the model that could also run separately
+        self.outer = outer  # the state of the forward pass that this one interrupts
+        self.frame = frame  # the call this state belongs to; None if it is certain to end
 
 
 class _Slot:
-    """Where one thread keeps the state of its running forward."""
+    """Holds the state of one thread's running forward pass."""
 
     def __init__(self) -> None:
         self.state: State | None = None
-        # What blocks that need no state share within a checkpoint that knows of none, and which one that is: weakly,
-        # since it holds the activations it began with.
+        # The state, and a weak reference to the checkpoint it belongs to, for blocks inside a checkpoint without our
+        # context: a checkpoint holds the activations it began with.
         self.apart: State | None = None
         self.checkpoint: Callable[[], object] = lambda: None
 
 
 class _Threads(threading.local):
-    """Every thread's slot. A copy starts with empty ones.
+    """The slots of all threads; a copy starts with empty ones.
 
-    The state is not an attribute of this object itself, because `torch.compile` loses sight of what is written to a
-    `threading.local` in one place and read in another.
+    The state is an attribute of a slot, not of this object: `torch.compile` misses writes to a `threading.local` in one
+    place when it reads it in another.
     """
 
     def __init__(self) -> None:
@@ -66,17 +66,17 @@ class _Threads(threading.local):
 
 
 class NormWindow:
-    """Norms f_n of the latest `window` training forwards, a ring buffer on the device (the window of Eqs. 8-9)."""
+    """Norms f_n of the latest `window` training forward passes, in a ring buffer on the device (Eqs. 8-9)."""
 
     def __init__(self, names: list[str], window: int) -> None:
         self.names = names
         self.window = window
         self.values: torch.Tensor | None = None
-        # How many forwards were recorded: a tensor, because `torch.compile` recompiles for every new value of an int.
+        # Number of recorded passes, as a tensor because `torch.compile` recompiles for every new value of an int.
         self.pushed: torch.Tensor | None = None
 
     def push(self, norms: dict[str, torch.Tensor]) -> None:
-        """Writes one forward's norms over the oldest ones; a block that did not run gets NaN, which means skip."""
+        """Replace the oldest norms by those of one pass; a block that did not run gets NaN, which `means` skips."""
         first = next(iter(norms.values()))
         missing = torch.full_like(first, torch.nan)
         column = torch.stack([norms.get(name, missing).to(first) for name in self.names])
@@ -89,41 +89,41 @@ class NormWindow:
         self.pushed += 1
 
     def restore(self, values: torch.Tensor, count: int) -> None:
-        """Starts from `values` (blocks x window), of which `count` forwards were written."""
+        """Start from `values` (blocks x window) recorded in `count` forwards."""
         self.values = values
         self.pushed = torch.tensor(count, device=values.device)
 
     @property
     def count(self) -> int:
-        """How many forwards were recorded so far."""
+        """Number of recorded forward passes."""
         return 0 if self.pushed is None else int(self.pushed)
 
     def means(self) -> dict[str, float]:
-        """Returns f_n by block name, empty where nothing was recorded; forwards that overflowed do not count."""
+        """Return the mean norm f_n by block name, without non-finite values; empty if nothing was recorded."""
         if self.values is None:
             return {}
         finite = self.values.where(self.values.isfinite(), torch.nan)
         return dict(zip(self.names, finite.nanmean(dim=1).tolist(), strict=True))
 
     def clear(self) -> None:
-        """Forgets everything recorded."""
+        """Discard all recorded norms."""
         self.values = self.pushed = None
 
 
 class Wires:
-    """What the wired blocks of one model share: the states of the running forwards, and the recorded norms.
+    """Shared by the connected blocks of one model: the states of running forward passes, and the recorded norms.
 
-    A forward runs on one thread, so every thread has a state of its own. The recomputation of a checkpointed segment
-    brings what it needs along: CUDA runs the backward, and the recomputation with it, on a thread of its own.
+    Every thread has its own state. A checkpointed segment's recomputation restores the state it needs: on CUDA the
+    backward, including the recomputation, runs on another thread.
     """
 
     def __init__(self, names: list[str], window: int) -> None:
         self.threads = _Threads()
         self.norms = NormWindow(names, window)
-        self.observer: Any = None  # called as observer(variant, x, own, handed) while merging calibrates
+        self.observer: Any = None  # called as observer(variant, x, own, handed) during calibration
 
     def begin(self, module: nn.Module, args: tuple) -> None:
-        """Forward pre-hook of the base model: a fresh state, inside another forward of the same model too."""
+        """Create a state for a forward pass, also for one inside another; a forward pre-hook of the base model."""
         refuse_replica(module)
         recording = self.norms.window > 0 and bool(self.norms.names) and module.training and torch.is_grad_enabled()
         frame = None if torch.compiler.is_compiling() else sys._getframe(1)
@@ -131,7 +131,10 @@ class Wires:
         slot.state = State(recording=recording, outer=_unfinished(slot.state), frame=frame)
 
     def end(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Forward hook of the base model, called after an exception too (`output` is None then): drops the state."""
+        """Drop the state of a forward pass; a forward hook of the base model.
+
+        It is also called after an error; `output` is None then.
+        """
         slot = self.threads.slot
         state = slot.state
         if state is None:
@@ -141,7 +144,7 @@ class Wires:
             self.norms.push(state.norms)
 
     def begin_part(self, module: nn.Module, args: tuple) -> None:
-        """Forward pre-hook of a part that holds whole chains: a fresh state if it runs alone, as in `generate`."""
+        """Create a state if a part with complete chains runs separately, as in `generate`; a forward pre-hook."""
         slot = self.threads.slot
         state = slot.state = _unfinished(slot.state)
         if state is None:
@@ -150,7 +153,7 @@ class Wires:
             state.parts += 1
 
     def end_part(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Forward hook of such a part."""
+        """Drop the state of a part from `begin_part`; a forward hook."""
         state = self.threads.slot.state
         if state is not None and state.parts:
             state.parts -= 1
@@ -158,10 +161,10 @@ class Wires:
             self.end(module, args, output)
 
     def contexts(self) -> tuple:
-        """`context_fn` for non-reentrant checkpointing: a segment's recomputation sees what its forward saw.
+        """Return the contexts for non-reentrant checkpointing (`context_fn`), which give a recomputation its state.
 
-        Each segment keeps what was handed on *before* it began. Keeping the whole state would close a reference cycle
-        through the autograd graph, which is never collected if the backward does not run.
+        Each segment stores what was passed on *before* it began. Storing the state itself would close a reference cycle
+        through the autograd graph, which is never freed if the backward pass does not run.
         """
         state = self.threads.slot.state
         if state is None:
@@ -171,9 +174,10 @@ class Wires:
 
 @contextmanager
 def _segment(state: State) -> Iterator[None]:
-    """Marks that the layers run inside a checkpointed segment that has our context.
+    """Mark that the layers run inside a checkpointed segment with our context.
 
-    It takes no product from before: the recomputation has to multiply as often as the forward did.
+    An earlier shared product is not used inside: the recomputation must compute as many products as the forward pass
+    did.
     """
     state.shared = None
     state.segments += 1
@@ -184,9 +188,9 @@ def _segment(state: State) -> Iterator[None]:
 
 
 class _Recompute:
-    """Puts a segment's own state in place while the segment is recomputed, without recording norms again.
+    """Install a segment's own state while the segment is recomputed, without recording norms again.
 
-    The thread that recomputes may be in the middle of a forward of its own, which goes on undisturbed.
+    The thread that recomputes may be in the middle of another forward pass, whose state is restored afterwards.
     """
 
     def __init__(self, threads: _Threads, handed: dict) -> None:
@@ -203,7 +207,7 @@ class _Recompute:
 
 
 def _unfinished(state: State | None) -> State | None:
-    """The innermost state whose forward still runs: Ctrl-C, unlike an error, skips forward hooks."""
+    """Return the innermost state whose forward still runs; unlike an error, Ctrl-C skips forward hooks."""
     if state is None or torch.compiler.is_compiling():
         return state
     running = {frame for frame, _ in traceback.walk_stack(None)}
@@ -213,9 +217,9 @@ def _unfinished(state: State | None) -> State | None:
 
 
 def refuse_replica(module: nn.Module) -> None:
-    """Raises `RuntimeError` for a copy that nn.DataParallel has made of a module."""
+    """Raise `RuntimeError` for a replica that `nn.DataParallel` made of a module."""
     if "_former_parameters" in vars(module):
         raise RuntimeError(
-            "nn.DataParallel runs copies of the layers, whose neighbours are not copied: use DistributedDataParallel, "
+            "nn.DataParallel runs copies of the layers, whose neighbors are not copied: use DistributedDataParallel, "
             "for instance through `accelerate launch`"
         )

@@ -1,13 +1,16 @@
 """app/bases.py: the model that a run trains."""
 
 import json
+import shutil
 
 import pytest
+from app_runs import write_run
 
-from app.bases import PIPELINES, Base, base_of
+from app.bases import PIPELINES, Base, base_of, word_of_model
+from app.differences import setting
 from app.library import Library
-from app.runs import RunError
-from reslora.common.assets import ASSETS
+from app.runs import Run, RunError
+from reslora.bundled import ASSETS
 
 
 def base_with(folder, named: str) -> Base:
@@ -23,6 +26,21 @@ def test_without_a_name_it_is_the_bundled_unet(tmp_path):
 def test_a_bundled_pipeline_of_another_machine_is_the_one_here(tmp_path, word):
     for named in (word, f"/elsewhere/{word}", str(ASSETS.parent / word)):
         assert base_with(tmp_path, named) == Base(str(ASSETS.parent / word))
+
+
+def test_a_copy_of_a_bundled_pipeline_is_the_one_here_until_it_differs(tmp_path):
+    """Another clone of the repository has one."""
+    (word, here), there = next(iter(PIPELINES.items())), tmp_path / "clone" / "assets" / "pipeline"
+    shutil.copytree(here, there)
+    (there / "README.md").write_text("another version")
+    run, owner = tmp_path / "run", write_run(tmp_path / "mine", pretrained_model_name_or_path=str(here))
+    run.mkdir()
+    assert base_with(run, str(there)) == Base(str(here)) and word_of_model("run", Run("run", run).config) == word
+    assert setting(Run("run", run).config, "pretrained_model_name_or_path") == setting(
+        Run("mine", owner).config, "pretrained_model_name_or_path"
+    )
+    (there / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert base_with(run, str(there)) == Base(str(there))
 
 
 def test_a_damaged_config_names_no_model(tmp_path):

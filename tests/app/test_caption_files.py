@@ -3,22 +3,34 @@
 import json
 
 import pytest
+from images.runs import parts
 from pipelines import image_folder
 
+from app import caption_files
+from app import changes as folder_changes
 from app.caption_files import Edit, write
+from app.changes import changes
 from app.folders import Folder
-from app.image_folders import Images, flags_of, read
+from app.image_folders import Images, options_of, read
 from app.runs import RunError
-from reslora.diffusion.data.dataset import load_images
+from reslora.images.data.dataset import load_images
 
 
 def images_in(folder) -> Images:
-    return read(Folder("set", folder.resolve()), flags_of())
+    return read(Folder("set", folder.resolve()), options_of())
+
+
+def undo(folder) -> None:
+    next(changes(Folder("set", folder.resolve()))).restore()
 
 
 def trained_with(folder) -> list[list[str]]:
     """By the trainer's own reading."""
-    return list(load_images(flags_of().replace(train_data_dir=str(folder))).captions)
+    return list(
+        load_images(
+            *parts(options_of().replace(train_data_dir=str(folder)), "model", "data", "training", "output"),
+        ).captions
+    )
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])
@@ -28,14 +40,11 @@ def test_what_is_written_is_trained_with_and_can_be_taken_back(tmp_path, layout,
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     captions = trained_with(folder)
     was = images_in(folder).images["1.png"].captions
-    done = write(images_in(folder), [Edit("1.png", was, (text,))])
+    write(images_in(folder), [Edit("1.png", was, (text,))])
     assert trained_with(folder) == [captions[0], [text], *captions[2:]]
-    write(images_in(folder), [edit.reverse for edit in done])
+    undo(folder)
     assert trained_with(folder) == captions
-    after = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert {name: content.strip() for name, content in after.items()} == {
-        name: content.strip() for name, content in before.items()
-    }
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_other_rows_and_columns_of_a_table_stay_byte_for_byte(tmp_path):
@@ -85,16 +94,13 @@ def test_what_somebody_else_has_changed_stays_and_nothing_else_is_written(tmp_pa
 
 def test_a_table_that_is_replaced_while_it_is_rewritten_stays(tmp_path, monkeypatch):
     """Between reading and renaming, too."""
-    from app import caption_files
-
     folder = image_folder(tmp_path / "set", 2)
     images, table = images_in(folder), folder / "metadata.jsonl"
     original = caption_files.Table.edit
 
-    def late(self, edits):
-        done = original(self, edits)
+    def late(self, edit):
+        original(self, edit)
         table.write_text(table.read_text() + "\n")
-        return done
 
     monkeypatch.setattr(caption_files.Table, "edit", late)
     theirs = table.read_text() + "\n"
@@ -104,23 +110,21 @@ def test_a_table_that_is_replaced_while_it_is_rewritten_stays(tmp_path, monkeypa
 
 
 def test_a_disk_that_fails_half_way_leaves_all_captions_as_they_were(tmp_path, monkeypatch):
-    from app import caption_files
-
     folder = image_folder(tmp_path / "set", 4, layout="txt")
     images, captions, written = images_in(folder), trained_with(folder), []
-    original = caption_files._restore
+    original = folder_changes.write
 
-    def failing(path, content):
+    def failing(path, *rest):
         written.append(path)
         if len(written) == 3:
             raise OSError(28, "No space left on device")
-        original(path, content)
+        original(path, *rest)
 
-    monkeypatch.setattr(caption_files, "_restore", failing)
+    monkeypatch.setattr(folder_changes, "write", failing)
     with pytest.raises(RunError, match="Nothing was changed: No space left"):
         write(images, [Edit(name, image.captions, ("new",)) for name, image in images.images.items()])
     monkeypatch.undo()
-    assert trained_with(folder) == captions
+    assert trained_with(folder) == captions and list(folder.glob(".*")) == []
 
 
 def test_an_image_without_a_caption_gets_one_where_the_folder_has_them(tmp_path):
@@ -131,25 +135,23 @@ def test_an_image_without_a_caption_gets_one_where_the_folder_has_them(tmp_path)
             (folder / "1.txt").unlink()
         images = images_in(folder)
         assert images.images["new one.png"].captions is None and images.images["new one.png"].problem
-        done = write(images, [Edit("new one.png", None, ("it, too",))])
+        write(images, [Edit("new one.png", None, ("it, too",))])
         assert ["it, too"] in trained_with(folder)
-        write(images_in(folder), [edit.reverse for edit in done])
+        undo(folder)
         assert ["it, too"] not in trained_with(folder)
 
 
 def test_a_caption_that_is_changed_while_others_are_written_stays_and_so_do_they(tmp_path, monkeypatch):
-    from app import caption_files
-
     folder = image_folder(tmp_path / "set", 3, layout="txt")
     images, captions = images_in(folder), trained_with(folder)
-    original = caption_files._restore
+    original = folder_changes.write
 
-    def meanwhile(path, content):
+    def meanwhile(path, *rest):
         if path.name == "0.txt":
             (folder / "2.txt").write_text("theirs, longer")
-        original(path, content)
+        original(path, *rest)
 
-    monkeypatch.setattr(caption_files, "_restore", meanwhile)
+    monkeypatch.setattr(folder_changes, "write", meanwhile)
     with pytest.raises(RunError, match=r"2\.txt was changed meanwhile"):
         write(images, [Edit(name, image.captions, ("mine",)) for name, image in images.images.items()])
     assert trained_with(folder) == [*captions[:2], ["theirs, longer"]]

@@ -11,10 +11,9 @@ from app_runs import run_by_hand, write_run, write_samples
 
 from app import compared, views
 from app.differences import differences
-from app.held import held
-from app.launcher import Trainings
+from app.jobs import Jobs
 from app.library import MOST_BESIDE, Library
-from app.queue import Queue
+from app.log_lock import locked_file
 from app.runs import LOG_NAME, Run
 from app.studio import Studio
 from app.tabs import Parts
@@ -52,10 +51,10 @@ def test_a_run_with_a_folder_in_place_of_its_config_is_listed_and_says_so(run):
 
 def test_a_run_that_starts_has_not_ended_yet(tmp_path):
     (tmp_path / "runs" / "new").mkdir(parents=True)
-    trainings = Trainings(Library(tmp_path / "runs"))
+    trainings = Jobs(Library(tmp_path / "runs"))
     with gr.Blocks():
-        tab = CompareTab(Parts(trainings.library, trainings, Queue(trainings), Studio()))
-    with held(tmp_path / "runs" / "new" / LOG_NAME):  # as its launcher does, before it has printed anything
+        tab = CompareTab(Parts(trainings.library, trainings, Studio()))
+    with locked_file(tmp_path / "runs" / "new" / LOG_NAME):  # as its launcher does, before it has printed anything
         run, (before, *_) = trainings.library.find("new"), tab.compare("new", 0)
         seen = tab.seen(run)
         assert trainings.status(run) == "starting" and "No samples yet" in before
@@ -88,11 +87,11 @@ def test_a_run_without_prompts_shows_its_losses(tmp_path):
 
 def test_curves_have_a_line_a_method_and_a_mark_at_the_step(run):
     chart = compared.curves(run, "train", 2)
-    assert chart.count("<polyline") == 2 and chart.count('class="mark"') == 1
-    assert ">LoRA</text>" in chart and ">ResLoRA</text>" in chart
-    assert "<polyline" not in compared.curves(run, "validation", 2).replace("<polyline", "", 2)
+    assert chart.count('id="line-') == 2 and chart.count('class="mark"') == 1
+    assert "</svg> LoRA</li>" in chart and "</svg> ResLoRA</li>" in chart
+    assert compared.curves(run, "validation", 2).count('id="line-') == 2
     (run.folder / "reslora" / "log.jsonl").write_text("")
-    assert compared.curves(run, "train", 2).count("<polyline") == 1
+    assert compared.curves(run, "train", 2).count('id="line-') == 1
 
 
 def test_numbers_and_curves_by_hand(run, monkeypatch):
@@ -110,7 +109,9 @@ def test_numbers_and_curves_by_hand(run, monkeypatch):
     monkeypatch.setattr(compared, "line_chart", lambda title, axis, lines, step: drawn.update({title: lines}) or "")
     compared.curves(run, "train", 2)
     compared.curves(run, "validation", 2)
-    train, held_out = (drawn[title][0].points for title in (compared.TITLES["train"], compared.TITLES["validation"]))
+    train, held_out = (
+        list(drawn[title][0].points) for title in (compared.TITLES["train"], compared.TITLES["validation"])
+    )
     assert held_out == [(0, 0.0), (10, 1.25), (30, 3.75)]
     assert [step for step, _ in train] == list(range(1, 31))
     assert [loss for _, loss in train] == pytest.approx([1.0, 1.5, *range(2, 30)])
@@ -161,7 +162,7 @@ def test_lines_of_several_runs_are_told_apart_and_numbers_are_further_rows(tmp_p
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     chart = compared.curves(run, "validation", 4)
     dashes = [part.split('"')[1] for part in chart.split("stroke-dasharray=")[1:]]
-    assert chart.count("<polyline") == 3 and set(dashes) == {"7 4", "2 3"} and ">other1: LoRA</text>" in chart
+    assert chart.count('id="line-') == 3 and set(dashes) == {"7 4", "2 3"} and "</svg> other1: LoRA</li>" in chart
     shown = compared.numbers(run, 4)
     assert shown.count("<tr>") == 4 and shown.count("lowest") == 1  # on held-out images; not of what was trained on
     assert shown.index("other1: LoRA") < shown.index("0.3000<small>lowest")
@@ -181,7 +182,7 @@ def test_lines_of_several_runs_are_told_apart_and_numbers_are_further_rows(tmp_p
         ({"seed": 0}, "seed (first: 3, other0: 0)", (False, False)),
         ({"pretrained_model_name_or_path": "<b>"}, "base model (first: none, other0: &quot;&lt;b&gt;", (False, False)),
         ({"validation_prompt": ["x", "y"]}, "differ in prompts", (True, True)),
-        ({"num_inference_steps": 3}, "how samples are drawn", (False, True)),
+        ({"num_inference_steps": 3}, "how samples are generated", (False, True)),
         ({"validation_split": 0.2}, "held-out images (first: 0.1, other0: 0.2)", (True, False)),
         ({"train_data_dir": ["a"], "caption_prefix": "b"}, "differ in held-out images.", (True, False)),
         ({"resolution": 64}, "resolution", (False, False)),

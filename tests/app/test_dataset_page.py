@@ -160,7 +160,7 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
 
 
 @contextlib.contextmanager
-def held(page, value: str, by: str | None = None):
+def locked_file(page, value: str, by: str | None = None):
     """The first request for images of a folder or with some words, or by a button, is on its way until the end."""
     kept = []
     who = by and page.evaluate("by => gradio_config.components.find(part => part.props.elem_id === by).id", by)
@@ -221,7 +221,7 @@ def test_boxes_show_the_captions_of_their_images_after_every_update(browser, fol
         def meanwhile(words: str, text: str, first: str) -> None:
             """Types in the box of 1.png while other images are on their way, the first of which is awaited."""
             page.locator(WORDS).fill(words)
-            with held(page, words):
+            with locked_file(page, words):
                 page.locator(WORDS).press("Enter")
                 card(1).locator("textarea").focus()
                 page.keyboard.press("Control+A")
@@ -268,7 +268,7 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
     before, refused = state(), "Nothing was changed: the images are those of set, and another folder is chosen by now."
     with visit(browser, address, 1280, "light") as page:
         box, told = page.locator('.card[data-name="0.png"] textarea'), page.locator('.card[data-name="0.png"] .told')
-        with held(page, "two"):
+        with locked_file(page, "two"):
             choose(page, "#folder", "two")
             box.fill("of set")
             box.press("Control+Enter")
@@ -278,7 +278,7 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
             page.get_by_test_id("toast-body").get_by_text(refused).wait_for()
         shows("two")
         assert box.input_value() == "red disc" and page.locator("#picked-count").inner_text() == "0 ticked"
-        with held(page, "set"):
+        with locked_file(page, "set"):
             choose(page, "#folder", "set")
             page.locator("#change button").first.click()
             page.locator("#text textarea, #text input").fill("red")
@@ -292,7 +292,9 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
         told.get_by_text("saved", exact=True).wait_for()
         assert (folder / "0.txt").read_text() == "of set" and (other / "0.txt").read_text() == "red disc"
 
-        with held(page, "set", by="check"):  # and not an update after the caption, for which that of two would wait
+        with locked_file(
+            page, "set", by="check"
+        ):  # and not an update after the caption, for which that of two would wait
             page.locator("#check").click()
             choose(page, "#folder", "two")
             shows("two")

@@ -11,18 +11,17 @@ from app_runs import HOSTILE, write_run
 from experiment import examples
 
 from app import experiments, form, launcher
-from app.launcher import Trainings
+from app.jobs import Entry, Jobs
 from app.library import Experiment, Library
-from app.queue import Entry, Queue
 from app.runs import EXPERIMENT_LOG, RunError
 from app.studio import Studio
 from app.tabs import Parts
 from app.tabs.experiment import ExperimentTab
 from app.uploads import keep
-from reslora.diffusion.experiment.pages import IMAGES
-from reslora.diffusion.settings import parse_args
-from reslora.experiment.course import Course
 from reslora.experiment.report import write_report
+from reslora.experiment.schedule import Course
+from reslora.images.experiment.report_sections import IMAGES
+from reslora.images.settings import parse_args
 
 
 @pytest.fixture
@@ -113,7 +112,7 @@ def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(li
     said = experiments.summary(found, found.status)
     assert "no more arms fit into 0.6 minutes · Go on trains for as long again" in said
     (found.folder / EXPERIMENT_LOG).write_text(f"{note}\n{found.folder}/report.html\n")
-    queue, entry = Queue(Trainings(library)), Entry("which", "experiment", state="running")
+    queue, entry = Jobs(library), Entry("which", "experiment", state="running")
     queue.look_after(entry)
     assert (entry.state, entry.line) == ("stopped", "no more arms fit into 0.6 minutes")
     (found.folder / EXPERIMENT_LOG).write_text("train_sd.py: error: no such folder\n")  # of a second start
@@ -125,13 +124,13 @@ def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(li
 
 def test_one_that_is_stopped_while_methods_are_compared_goes_on_with_that(library, monkeypatch):
     """While an arm trains, it ends after a step."""
-    found, trainings = library.find_experiment("which"), Trainings(library)
+    found, trainings = library.find_experiment("which"), Jobs(library)
     monkeypatch.setattr(Experiment, "process", property(lambda _: 2**22 + 1))
     monkeypatch.setattr(os, "kill", lambda process, number: None)
     for content, when in ((examples.unfinished(), "after this step"), (examples.experiment(None), "soon")):
         write_experiment(found.folder, content | {"chosen": {}, "verdicts": []})
-        assert trainings.stop("which", Experiment) == f"which stops {when}; what is trained is kept."
-        assert trainings.stop("which", Experiment) == "which was told to stop already; what is trained is kept."
+        assert trainings.stop("which", Experiment) == f"which was asked to stop {when}; what is trained is saved."
+        assert trainings.stop("which", Experiment) == "which was asked to stop already; what is trained is saved."
         trainings.asked.clear()
     assert "60 of 60 arms ended \u00b7 Go on compares them" in experiments.summary(found, "stopped")
 
@@ -160,12 +159,12 @@ def test_the_report_can_do_nothing_to_the_page(library):
 
 def test_a_plan_is_counted_by_the_trainers_own_parser(library):
     form = {"method": ["lora", "reslora"], "learning_rate": "1e-4, 3e-4", "seed": "0 1 2"}
-    assert "12 arms: 2 methods, 2 learning rates, 3 seeds." in plan(library, form)
+    assert "8 arms: 2 methods, 2 learning rates, 3 seeds." in plan(library, form)
     assert "fewer than three seeds" in plan(library, form | {"seed": "0"})
     wired = form | {"shortcut": ["input", "middle"], "pre_num": "1 4"}
-    assert "24 arms: 4 methods" in plan(library, wired)
+    assert "16 arms: 4 methods" in plan(library, wired)
     assert "12 arms" in plan(library, form | {"learning_rate": "1e-4", "seed": "0", "rank": "2 4 8 16 32 64"})
-    assert "12 arms" in plan(library, form | {"model": "owner/model"})  # whose images it gets with Start
+    assert "8 arms" in plan(library, form | {"model": "owner/model"})  # whose images it gets with Start
     for wrong in ({"seed": "x"}, {"learning_rate": "-1"}, {"method": ["none"]}, {"blocks_to_swap": "0.5"}):
         assert "argument" in plan(library, form | wrong)
 
@@ -178,7 +177,7 @@ def test_a_plan_warns_of_what_keeps_differences_from_being_shown(library, tmp_pa
     (inside.parent / "metadata.jsonl").touch()
 
     def warned(folder: object = "mine", uploads=(), **settings) -> str:
-        trainings = Trainings(library, tmp_path / "data")
+        trainings = Jobs(library, tmp_path / "data")
         return experiments.plan(trainings, "new", form | settings, folder, uploads)
 
     assert all(word not in warned() for word in ("images", "compare"))  # they may be in tables
@@ -186,13 +185,13 @@ def test_a_plan_warns_of_what_keeps_differences_from_being_shown(library, tmp_pa
         (inside / f"{number}.png").touch()
     assert "compare" not in warned()  # of 55 about 6
     (inside / "0.png").unlink()
-    assert "About 5 of 54 images compare:" in warned() and "compare" not in warned(test_split="0.2")
-    assert "About 2 of 5 images compare:" in warned(uploads=[f"{n}.png" for n in range(5)], test_split="0.1")
-    assert "About 1 of 3 images compares:" in warned(uploads=["1.png", "2.jpg", "3.png", "3.txt"], test_split="0.3")
-    assert "About 2 of 54 images compare:" in warned(test_split="1e-320")  # six by that share are more than any number
+    assert "3 to 8 of 54 images will compare:" in warned() and "compare" not in warned(test_split="0.2")
+    assert "2 of 5 images will compare:" in warned(uploads=[f"{n}.png" for n in range(5)], test_split="0.1")
+    assert "1 of 3 images will compare:" in warned(uploads=["1.png", "2.jpg", "3.png", "3.txt"], test_split="0.3")
+    assert "2 of 54 images will compare:" in warned(test_split="1e-320")  # six by that share are more than any number
     assert "compare" not in warned("") and "choose one from the list" in warned("other")
     assert "verdicts need lora among the methods" in warned("", method=["lora_x2", "reslora"])
-    goes_on = experiments.plan(Trainings(library, tmp_path / "data"), "which", {"seed": "0 1 2"}, "mine")
+    goes_on = experiments.plan(Jobs(library, tmp_path / "data"), "which", {"seed": "0 1 2"}, "mine")
     assert "arms" in goes_on and "compare" not in goes_on  # it has images of its own
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("app.folders.all_below", lambda folder: folder.joinpath("gone").iterdir())
@@ -200,11 +199,11 @@ def test_a_plan_warns_of_what_keeps_differences_from_being_shown(library, tmp_pa
 
 
 def plan(library: Library, form: dict) -> str:
-    return experiments.plan(Trainings(library), "new", form)
+    return experiments.plan(Jobs(library), "new", form)
 
 
 def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(library):
-    trainings = Trainings(library)
+    trainings = Jobs(library)
     form = {"method": ["lora", "loha"], "learning_rate": "1e-4 3e-4", "seed": "0 1", "extend_rates": True, "model": ""}
     words = trainings.command("new", form, kind=Experiment)
     assert words[1:3] == ["--output_dir", str(library.folder / "new")]
@@ -225,12 +224,12 @@ def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(libr
 @pytest.mark.parametrize("given", [{"seed": "3"}, {"learning_rate": "1e-4"}, {"rank": "4,"}])
 def test_methods_alone_are_a_run_and_no_experiment(library, given):
     """The trainer would train a plain run, which no tab shows."""
-    settings, queue = {"method": ["lora", "reslora"], "shortcut": ["input"], **given}, Queue(Trainings(library))
+    settings, queue = {"method": ["lora", "reslora"], "shortcut": ["input"], **given}, Jobs(library)
     assert launcher.ALONE in plan(library, settings)
     with pytest.raises(RunError, match=launcher.ALONE):
         queue.add(Entry("new", "experiment", settings))
     assert queue.entries() == [] and not (library.folder / "new").exists()
-    assert queue.command(Entry("new", "run", settings))
+    assert queue.command_of(Entry("new", "run", settings))
 
 
 OF_SEVERAL = {"learning_rate": "1e-4 1e-3", "seed": "0 1 2"}
@@ -253,8 +252,8 @@ def test_what_the_trainer_refuses_at_once_is_told_beforehand(library, why):
     form = {"method": ["lora", "reslora"], **OF_SEVERAL, **REFUSED[why]}
     assert why in plan(library, form) and "arms" not in plan(library, form)
     with pytest.raises(RunError, match=why.partition(":")[0]):
-        Queue(Trainings(library)).add(Entry("new", "experiment", form))
-    assert "18 arms" in plan(library, {"method": ["lora", "lora_x2", "reslora"], **OF_SEVERAL})
+        Jobs(library).add(Entry("new", "experiment", form))
+    assert "12 arms" in plan(library, {"method": ["lora", "lora_x2", "reslora"], **OF_SEVERAL})
 
 
 def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
@@ -262,11 +261,11 @@ def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
     begun = {"method": ["lora", "reslora"], "learning_rate": [1e-4, 2e-4], "seed": [0, 1]}
     begun["shortcut"] = ["input", "block"]
     (library.folder / "which" / "config.json").write_text(json.dumps(begun))
-    trainings = Trainings(library)
+    trainings = Jobs(library)
     for added, arms, of_each in (
-        ({"method": ["dora"], "learning_rate": "4e-4", "seed": "3"}, 36, "4 methods, 3 learning rates, 3 seeds"),
-        ({"method": ["lora"], "learning_rate": "0.0001", "seed": ""}, 12, "3 methods, 2 learning rates, 2 seeds"),
-        ({"experiment_minutes": "5"}, 12, "3 methods, 2 learning rates, 2 seeds"),
+        ({"method": ["dora"], "learning_rate": "4e-4", "seed": "3"}, 20, "4 methods, 3 learning rates, 3 seeds"),
+        ({"method": ["lora"], "learning_rate": "0.0001", "seed": ""}, 9, "3 methods, 2 learning rates, 2 seeds"),
+        ({"experiment_minutes": "5"}, 9, "3 methods, 2 learning rates, 2 seeds"),
     ):
         form = dict.fromkeys(ExperimentTab.names, "") | added
         assert f"{arms} arms: {of_each}." in experiments.plan(trainings, "which", form)
@@ -289,17 +288,17 @@ def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(li
         "pretrained_model_name_or_path": "owner/model",
     }  # fmt: skip
     begun.write_text(json.dumps(config))
-    trainings = Trainings(library, tmp_path / "data")
-    queue = Queue(trainings)
+    trainings = Jobs(library, tmp_path / "data")
+    queue = trainings
     queue.advance = lambda: None
-    untouched = form.widget_value(form.actions()["optimizer"], None)  # which has no word for torch.optim.SGD
+    untouched = form.widget_value(form.known()["optimizer"], None)  # which has no word for torch.optim.SGD
     same = {
         "method": ["lora", "loha"], "learning_rate": "3e-4", "max_train_steps": "400", "resolution": "64", "rank": "",
         "shortcut": ["input"], "random_flip": True, "snr_gamma": "5", "optimizer": untouched, "merge": "",
         "validation_prompt": "a cat\n a dog", "model": "owner/model",
     }  # fmt: skip
     for settings in (same, {"method": ["loha"]}):
-        words = queue.command(Entry("which", "experiment", settings, "cats"))
+        words = queue.command_of(Entry("which", "experiment", settings, "cats"))
         assert words[3:5] == ["--config", str(begun)] and "--max_train_steps" not in words
     others = {
         "max_train_steps": "200", "resolution": "64 96", "rank": "8", "shortcut": ["middle"], "random_flip": False,
@@ -325,7 +324,7 @@ def test_the_best_arms_lora_is_handed_out(library):
     """The one that most tools read; of methods without any the reason is said."""
     folder = library.folder / "which"
     with gr.Blocks():
-        tab = ExperimentTab(Parts(library, Trainings(library), Queue(Trainings(library)), Studio()))
+        tab = ExperimentTab(Parts(library, Jobs(library), Studio()))
     assert tab.look("which")[tab.take_best] == gr.update(interactive=False)
     with pytest.raises(RunError, match="There is no LoRA file: "):
         tab.copy_of_best("which")
@@ -349,14 +348,15 @@ def test_what_an_earlier_choice_has_left_is_not_handed_out(library, best):
 
 def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(library, tmp_path, monkeypatch):
     """Images that were uploaded are those of a new one; one that is there keeps its own."""
-    trainings, planned = Trainings(library), []
+    trainings, planned = Jobs(library), []
     monkeypatch.setattr(trainings, "plan", lambda words: planned.append(words) or "")
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "red disc.png")
     with gr.Blocks():
-        tab = ExperimentTab(Parts(library, trainings, Queue(trainings), Studio()))
+        tab = ExperimentTab(Parts(library, trainings, Studio()))
     values = form.values_of({"seed": [0, 1]}, tab.all_names())
     for name, uploads in (("new", [{"path": str(tmp_path / "red disc.png")}]), ("which", None)):
-        tab.do_plan(name, uploads, "", None, "", *values)
+        first, _ = tab.do_plan(name, uploads, "", None, "", *values)
+        assert "some seconds" in first
     stored = Path(planned[0][planned[0].index("--train_data_dir") + 1])
     assert [path.suffix for path in sorted(stored.iterdir())] == [".png", ".txt"]
     assert "--train_data_dir" not in planned[1] and str(library.folder / "which" / "config.json") in planned[1]

@@ -15,13 +15,13 @@ from app.recipe import Drawn, Request
 from app.runs import BASE
 from app.stacks import stack
 from app.studio import Studio, calibration_of
-from reslora.common.adapters import attach, save_adapter
-from reslora.common.methods import AdapterSettings, adapter_config
 from reslora.config import ResLoraConfig
-from reslora.diffusion.arguments import Flags
-from reslora.diffusion.model.loading import find_model
-from reslora.diffusion.output.calibration_file import write_calibration
-from reslora.diffusion.training.state import targets_of
+from reslora.images.initial_lora import targets_of
+from reslora.images.model.loading import find_model
+from reslora.images.output.calibration_file import write_calibration
+from reslora.methods.adapters import attach, save_adapter
+from reslora.methods.registry import AdapterSettings, adapter_config
+from reslora.options.images import Options
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=40, height=32)
 
@@ -32,11 +32,11 @@ def run(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     model = FAMILIES[request.param](folder / "model")
     write_run(folder / "runs" / "run", pretrained_model_name_or_path=str(model))
-    flags = Flags(
+    flags = Options.of(
         pretrained_model_name_or_path=str(model), pretrained_vae_model_name_or_path=None, revision=None, variant=None,
         cache_dir=None, output_dir="", prediction_type=None,
     )  # fmt: skip
-    found = find_model(flags, PartialState())
+    found = find_model(flags.model, flags.output, PartialState())
     targets = found.family.defaults.get("target_modules", ["to_q", "to_k", "to_v", "to_out.0"])
     change_config(folder / "runs" / "run", target_modules=targets, lora_alpha=4)
     for method in ("lora", "reslora"):

@@ -1,17 +1,17 @@
 """The trainer's flags as a form: what a page may set, what stands in the boxes, and what a form begins with."""
 
-import argparse
-
 import pytest
 from app_runs import WRONG, write_run
 
 from app import form, launcher
+from app.jobs import Jobs
 from app.library import Library
 from app.runs import RunError
 from app.tabs.experiment import ExperimentTab
 from app.tabs.train import TrainTab
-from reslora.diffusion.arguments import build_parser
-from reslora.diffusion.settings import parse_args
+from reslora.images.settings import build_parser, parse_args
+from reslora.options.images import Options
+from reslora.options.option import Option
 
 
 def test_no_flag_that_names_a_file_a_model_or_code_is_in_the_form():
@@ -20,24 +20,24 @@ def test_no_flag_that_names_a_file_a_model_or_code_is_in_the_form():
         *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "metric_model", "dataset_name"),
         *("resume_from_checkpoint", "hub_token", "hub_model_id", "push_to_hub", "report_to", "optimizer_args"),
     }
-    known = {action.dest for action in build_parser()._actions}
-    assert paths <= known and not paths & set(form.actions())
-    assert "package.Class" not in form.choices(form.actions()["optimizer"])
+    known = Options.table().keys() | {"config"}
+    assert paths <= known and not paths & set(form.known())
+    assert "package.Class" not in form.choices(form.known()["optimizer"])
 
 
 def test_every_safe_flag_is_in_the_form_once():
     for tab in (TrainTab, ExperimentTab):
         names = tab.all_names()
-        assert len(set(names)) == len(names) and {*names, *tab.left_out} == set(form.actions())
+        assert len(set(names)) == len(names) and {*names, *tab.left_out} == set(form.known())
     assert tab.names[0] == "method"
 
 
 def test_a_flag_that_is_added_to_the_trainer_has_to_be_harmless():
     """What takes free words stays out until somebody has thought about it."""
-    free = argparse.Action(["--anything"], "anything")
-    path = argparse.Action(["--where"], "where", nargs="+")
-    number = argparse.Action(["--number"], "number", type=int)
-    assert [form.is_safe(action) for action in (free, path, number)] == [False, False, True]
+    free = Option("anything", "anything", "output", str, None, "free words")
+    path = Option("where", "where", "output", list[str], None, "paths")
+    number = Option("number", "number", "output", int, 0, "a number", parse=int)
+    assert [form.is_safe(option) for option in (free, path, number)] == [False, False, True]
 
 
 def test_an_untouched_form_is_the_trainers_defaults():
@@ -90,20 +90,20 @@ def test_the_settings_of_a_run_make_its_command_again(tmp_path):
 
 def test_every_schedule_can_be_trained(tmp_path):
     """Of one whose rates are given step by step the form has these."""
-    for name in form.choices(form.actions()["lr_scheduler"]):
+    for name in form.choices(form.known()["lr_scheduler"]):
         rules = {"lr_step_rules": "1:100,0.1:200,0.01"} if name == "piecewise_constant" else {}
-        launcher.Trainings(Library(tmp_path)).command("new", {"lr_scheduler": name, **rules})
+        Jobs(Library(tmp_path)).command("new", {"lr_scheduler": name, **rules})
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_damaged_config_fills_in_what_a_form_can_have(wrong):
-    for name, action in form.actions().items():
-        value = form.widget_value(action, wrong)
-        assert isinstance(value, bool) if form.is_switch(action) else isinstance(value, str | list | None), name
+    for name, option in form.known().items():
+        value = form.widget_value(option, wrong)
+        assert isinstance(value, bool) if option.is_switch else isinstance(value, str | list | None), name
 
 
 def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
-    known = form.actions()
+    known = form.known()
     assert form.default(known["learning_rate"]) == "0.00025 (another model: 0.0001)"
     assert form.default(known["snr_gamma"]) == "1.0 (another model: none)"
     assert form.default(known["rank"]) == "16" and form.default(known["train_batch_size"]) == "16"
@@ -111,8 +111,8 @@ def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
     of_flow = {flag: form.default(known[flag], "assets/pipeline-flow") for flag in form.OF_BUNDLED}
     assert of_flow["learning_rate"] == "0.001 (another model: 0.0001)" and of_flow["guidance_scale"] == "3.0"
     assert form.default(known["learning_rate"], "owner/model") == form.default(known["learning_rate"])
-    for name, action in known.items():
-        assert form.info(action).endswith(f"--{name}") and form.label(action)[0].isupper()
+    for name, option in known.items():
+        assert form.info(option).endswith(f"--{name}") and form.label(option)[0].isupper()
     assert "a bucket keeps 93% are" in form.info(known["center_crop"])
 
 

@@ -8,18 +8,19 @@ import datasets
 import PIL.Image
 import pytest
 from app_runs import HOSTILE, write_run
+from images.runs import parts
 from pipelines import image_folder, random_image
 
-from app import caption_files, cards, image_folders, trash
+from app import cards, changes, image_folders
 from app.folders import BUNDLED
 from app.image_edits import ADD_TAG, AFTER, ALIKE, BEFORE, LEFT_OUT, NO_CAPTION, REMOVE_TAG, REPLACE, ImageEdits
-from app.image_folders import ImageFolders, flags_of
-from app.launcher import Trainings
+from app.image_folders import ImageFolders, options_of
+from app.jobs import Jobs
 from app.library import Library
 from app.runs import RunError
-from reslora.diffusion.data.dataset import load_images
-from reslora.diffusion.data.folders import load_folders
-from reslora.diffusion.data.listing import TRASH
+from reslora.images.data.dataset import load_images
+from reslora.images.data.folders import load_folders
+from reslora.images.data.listing import TRASH
 
 
 @pytest.fixture
@@ -28,19 +29,21 @@ def edits(tmp_path):
     (tmp_path / "runs").mkdir()
     image_folder(tmp_path / "data" / "set", layout="txt")
     library = Library(tmp_path / "runs")
-    return ImageEdits(ImageFolders(library.folder, tmp_path / "data"), Trainings(library, tmp_path / "data"))
+    return ImageEdits(ImageFolders(library.folder, tmp_path / "data"), Jobs(library, tmp_path / "data"))
 
 
 def trained(folder, **flags):
     """What the trainer itself reads."""
-    return load_images(flags_of().replace(train_data_dir=str(folder), **flags))
+    return load_images(
+        *parts(options_of().replace(train_data_dir=str(folder), **flags), "model", "data", "training", "output"),
+    )
 
 
 def test_what_the_trainer_says_of_a_folder_names_no_place_of_this_machine(edits, tmp_path):
     """Of one of kohya's it names the folder above."""
     image_folder(tmp_path / "data" / "10_sks", 2, layout="txt")
     image_folder(tmp_path / "data" / "5_none", 2, layout="none")
-    found = [image_folders.read(edits.folders.find(name), flags_of()) for name in ("10_sks", "5_none")]
+    found = [image_folders.read(edits.folders.find(name), options_of()) for name in ("10_sks", "5_none")]
     said = [*found[0].notes, found[1].refused]
     assert all(str(tmp_path) not in line for line in said)
     assert "they do if the folder above is named" in said[0] and "name the folder above, where" in said[-1]
@@ -50,13 +53,13 @@ def test_only_folders_on_the_list_are_shown(edits, tmp_path):
     (tmp_path / "data" / "out").symlink_to("/etc")
     (tmp_path / "data" / ".hidden").mkdir()
     image_folder(tmp_path / "runs" / ".images" / "old")
-    assert edits.trainings.folders() == [".", "set", "runs/old"]
+    assert edits.jobs.folders() == [".", "set", "runs/old"]
     assert list(edits.folders.all()) == [".", "set", "runs/old", BUNDLED]
     for name in (*HOSTILE, "out", ".hidden", "set/..", "runs/../old", "runs/.."):
         if name != ".":
             with pytest.raises(RunError):
                 edits.look(name)
-    assert edits.trainings.choose_images("new", "runs/old", None) == tmp_path / "runs" / ".images" / "old"
+    assert edits.jobs.choose_images("new", "runs/old", None) == tmp_path / "runs" / ".images" / "old"
 
 
 def test_nothing_outside_a_folder_is_shown(edits, tmp_path):
@@ -94,7 +97,7 @@ def test_names_that_are_not_utf8_break_no_page(edits, tmp_path):
     folder, odd = tmp_path / "data" / "set", [os.fsdecode(name) for name in (b"\xe9.png", b"\xea.png")]
     image_folder(tmp_path / "data" / os.fsdecode(b"caf\xe9"))
     write_run(tmp_path / "runs" / os.fsdecode(b"caf\xe9"))
-    assert list(edits.folders.all()) == [".", "set", BUNDLED] and edits.trainings.library.everything() == []
+    assert list(edits.folders.all()) == [".", "set", BUNDLED] and edits.jobs.library.everything() == []
     (folder / "0.png").rename(folder / "?.png")  # a name of its own
     for number, name in enumerate(odd, 1):
         (folder / f"{number}.png").rename(folder / name)
@@ -186,7 +189,11 @@ def test_kohyas_folders_mean_what_they_mean_to_the_trainer(edits, tmp_path):
     shutil.move(folder, tmp_path / "data" / "kohya" / "3_sks fox")
     (tmp_path / "data" / "kohya" / "3_sks fox" / "5.txt").unlink()
     images = edits.look("kohya")
-    (said,) = load_folders(flags_of().replace(train_data_dir=str(tmp_path / "data" / "kohya")))
+    (said,) = load_folders(
+        *parts(
+            options_of().replace(train_data_dir=str(tmp_path / "data" / "kohya")), "model", "data", "training", "output"
+        ),
+    )
     assert [list(image.captions) for image in images.images.values()] == said.captions
     assert said.captions[5] == ["sks fox"]
     edits.change_captions(images, ["3_sks fox/5.png"], AFTER, ", red")
@@ -243,19 +250,18 @@ def test_undo_is_refused_once_and_only_for_what_was_changed_again(edits, tmp_pat
 
 def test_what_a_killed_server_has_written_of_many_captions_can_be_taken_back(edits, tmp_path, monkeypatch):
     """A copy of the folder that is made half way is what it would leave."""
-    folder, killed, write = tmp_path / "data" / "set", tmp_path / "data" / "killed", caption_files._restore
+    folder, killed, write = tmp_path / "data" / "set", tmp_path / "data" / "killed", changes.write
     (folder / "5.txt").unlink()
 
-    def half_way(path, content):
+    def half_way(path, *rest):
         if path.name == "3.txt":
             shutil.copytree(folder, killed)
-            assert edits.last(edits.look("set").folder) is None  # it goes on
-        write(path, content)
+        write(path, *rest)
 
     captions = {name: image.captions for name, image in edits.look("set").images.items()}
-    monkeypatch.setattr(caption_files, "_restore", half_way)
+    monkeypatch.setattr(changes, "write", half_way)
     edits.change_captions(edits.look("set"), list(captions), BEFORE, "sks, ")
-    assert not (folder / TRASH).exists() and all(map(str.__contains__, trained(folder).captions[3], ["sks, "]))
+    assert all(map(str.__contains__, trained(folder).captions[3], ["sks, "]))
     assert [caption.startswith("sks") for (caption,) in trained(killed).captions] == [True] * 3 + [False] * 2
     (killed / "1.txt").write_text("changed since")
     change = edits.last(edits.look("killed").folder)
@@ -279,6 +285,20 @@ def test_undo_takes_back_what_its_button_says_change_by_change(edits, tmp_path):
         edits.undo(edits.look("set"), mine)
         assert trained(folder).captions[:2] == [[caption], ["blue box"]]
     assert edits.last(edits.look("set").folder) is None
+
+
+def test_captions_are_changed_back_after_a_restart_and_only_the_last_changes_are_kept(edits, tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "set"
+    monkeypatch.setattr(changes, "MOST", 2)
+    edits.throw_away(edits.look("set"), ["5.png"])
+    for tag in "abc":
+        edits.change_captions(edits.look("set"), ["0.png", "1.png"], ADD_TAG, tag)
+    restarted = ImageEdits(edits.folders, edits.jobs)
+    for captions in (["red disc, a, b", "blue box, a, b"], ["red disc, a", "blue box, a"]):
+        restarted.undo(restarted.look("set"))
+        assert [caption for (caption,) in trained(folder).captions[:2]] == captions
+    restarted.undo(restarted.look("set"))  # the image that was thrown away is kept
+    assert len(trained(folder)) == 6 and restarted.undo(restarted.look("set")) == "There is nothing to undo."
 
 
 def test_one_caption_is_saved_only_over_what_was_seen(edits, tmp_path):
@@ -315,13 +335,10 @@ def test_trash_is_not_trained_on_and_comes_back(edits, tmp_path, layout):
     assert len(edits.look("other").images) == 4
     assert layout != "txt" or len(trained(tmp_path / "data")) == 10  # read from above, too
     assert not {"1.png", "4.png", "1.txt", "4.txt"} & {path.name for path in folder.iterdir()}
-    edits.history.clear()  # as after a restart
-    edits.undo(edits.look("other"))
-    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != TRASH}
-    assert {name: content.strip() for name, content in after.items()} == {
-        name: content.strip() for name, content in before.items()
-    }
-    assert trash.thrown_away(folder) == [] and edits.last(edits.look("other").folder) is None
+    restarted = ImageEdits(edits.folders, edits.jobs)
+    restarted.undo(restarted.look("other"))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert restarted.last(restarted.look("other").folder) is None
 
 
 def test_the_datasets_library_passes_over_trash_too(tmp_path):
@@ -340,14 +357,20 @@ def test_trash_that_cannot_come_back_stays(edits, tmp_path):
     with pytest.raises(RunError, match=r"1\.txt is there again"):
         edits.undo(edits.look("set"))
     assert (folder / "1.txt").read_text() == "another one" and not (folder / "1.png").exists()
-    assert len(trash.thrown_away(folder)) == 1
+    place = next(changes.changes(edits.look("set").folder)).place
+    (place / "1.png").rename(folder / "1.png")
+    with pytest.raises(RunError, match=r"1\.txt is there again"):  # though a part has been put back by hand
+        edits.undo(edits.look("set"))
+    (folder / "1.txt").unlink()
+    edits.undo(edits.look("set"))
+    assert (folder / "1.png").exists() and (folder / "1.txt").exists() and not (folder / TRASH).exists()
 
 
 def test_images_that_are_trained_on_are_not_thrown_away(edits, tmp_path, monkeypatch):
     run = tmp_path / "runs" / "busy"
     run.mkdir()
     elsewhere, here = str(tmp_path / "elsewhere"), str(tmp_path / "data")
-    monkeypatch.setattr(edits.trainings, "all_active", lambda: iter([Library(tmp_path / "runs").find("busy")]))
+    monkeypatch.setattr(edits.jobs, "all_active", lambda: iter([Library(tmp_path / "runs").find("busy")]))
     for flags in (
         {"train_data_dir": here},
         {"train_data_dir": [elsewhere], "class_data_dir": here},
@@ -372,6 +395,7 @@ def test_damaged_images_and_duplicates_are_marked_once_all_are_opened(edits, tmp
         (folder / f"{name}.txt").write_text(name)
     images = edits.look("set")
     assert edits.looks.alike(images) == {} and not edits.shown(images, LEFT_OUT)
+    assert "opens every image, and finds further damaged ones" in cards.summary(edits, images, 10)
     assert list(edits.check(images)) == [0, 10]
     assert {name: line for name, (_, line) in edits.looks.alike(images).items()} == {
         "copy.png": "the same image as a.png", "near.jpg": "looks like a.png",
@@ -396,8 +420,8 @@ def test_names_and_captions_are_no_markup(edits, tmp_path):
 def test_an_upload_is_a_folder_of_its_own(edits, tmp_path):
     random_image(1).save(tmp_path / "red fox.png")
     folder = edits.folders.add("mine", [str(tmp_path / "red fox.png")], "")
-    assert folder.name == "uploads/mine" in edits.trainings.folders()
-    assert trained(edits.trainings.choose_images("new", "uploads/mine", None)).captions == [["red fox"]]
+    assert folder.name == "uploads/mine" in edits.jobs.folders()
+    assert trained(edits.jobs.choose_images("new", "uploads/mine", None)).captions == [["red fox"]]
     for name in ("mine", "../x", "", None):
         with pytest.raises(RunError):
             edits.folders.add(name, [str(tmp_path / "red fox.png")], "")

@@ -1,4 +1,4 @@
-"""app/launcher.py: commands, uploads, and processes."""
+"""app/launcher.py and app/jobs.py: commands, uploads, and processes."""
 
 import contextlib
 import json
@@ -21,18 +21,17 @@ from waiting import LIMIT, ended, wait_until
 import train_sd
 from app import experiments, form, launcher, lists, views
 from app.bases import PIPELINES
-from app.held import held
-from app.launcher import SAMPLE, SAVE, Trainings
+from app.jobs import SAMPLE, SAVE, Entry, Jobs
 from app.library import Experiment, Library
-from app.queue import Entry, Queue
+from app.log_lock import locked_file
 from app.runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError, is_trainer
 from app.shelf import Shelf
 from app.tabs.train import TrainTab
 from app.uploads import store_images
-from reslora.common.assets import ASSETS
-from reslora.diffusion.data import encoding
-from reslora.diffusion.settings import BUNDLED_IMAGES, is_bundled, parse_args
-from reslora.files import write_json
+from reslora.bundled import ASSETS
+from reslora.images.data import encoding
+from reslora.images.settings import BUNDLED_IMAGES, is_bundled, parse_args
+from reslora.io import write_json
 
 # In place of `accelerate launch`, which passes its stdout on to the trainer, and nothing else; it dies of SIGTERM.
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
@@ -49,7 +48,7 @@ print("train_sd.py: stopped before training began")
 # In place of a trainer that takes its time to save.
 SAVING = """
 import os, pathlib, sys, time
-from reslora.common.signals import StopRequest
+from reslora.runtime.signals import StopRequest
 with StopRequest() as stop:
     pathlib.Path(".lock").write_text(str(os.getpid()))
     while stop.signal is None:
@@ -72,7 +71,7 @@ def run(tmp_path):
 def trainings(tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "data" / "cats").mkdir(parents=True)
-    return Trainings(Library(tmp_path / "runs"), tmp_path / "data")
+    return Jobs(Library(tmp_path / "runs"), tmp_path / "data")
 
 
 def test_only_flags_that_differ_are_written(trainings):
@@ -82,6 +81,13 @@ def test_only_flags_that_differ_are_written(trainings):
         f"accelerate launch train_sd.py --output_dir {trainings.library.folder}/new --method lora reslora "
         "--max_train_steps 8 --validation_prompt 'a cat' 'a dog'"
     )
+
+
+def test_a_rank_that_is_likely_a_mistake_has_a_warning():
+    for rank in ("9999", "4 9999", [9999], 9999):
+        assert launcher.warning({"rank": rank}).startswith(" warning: 9999 is a larger rank")
+    for rank in ("512", "", None, [4, 8]):
+        assert launcher.warning({"rank": rank}) == ""
 
 
 def test_several_resolutions_are_numbers_with_spaces(trainings):
@@ -125,12 +131,12 @@ def test_a_bundled_pipeline_is_trained_by_its_word(trainings, word):
     assert words[3:] == ["--pretrained_model_name_or_path", str(ASSETS.parent / word), "--max_train_steps", "4"]
     assert f" --pretrained_model_name_or_path {word} " in launcher.in_words(words)
     flags = parse_args(words[1:])
-    assert is_bundled(flags.pretrained_model_name_or_path) and flags.train_data_dir == str(BUNDLED_IMAGES)
+    assert is_bundled(flags.model.pretrained_model_name_or_path) and flags.data.train_data_dir == [str(BUNDLED_IMAGES)]
 
 
 def form_of(trainings) -> SimpleNamespace:
     """What fills in the form under Train."""
-    return SimpleNamespace(library=trainings.library, trainings=trainings, all_names=TrainTab.all_names)
+    return SimpleNamespace(library=trainings.library, jobs=trainings, all_names=TrainTab.all_names)
 
 
 def test_a_form_that_begins_with_a_run_has_its_model_or_says_why_not(trainings, tmp_path):
@@ -184,7 +190,7 @@ def test_a_run_that_failed_says_why(trainings):
     folder.mkdir()
     (folder / "app.log").write_text(f"a line before\ntrain_sd.py: error: <b> {folder}\n")
     run, line = trainings.library.find("new"), "train_sd.py: error: &lt;b&gt; runs/new"
-    (said, status), shelf = (trainings.last_line(run), trainings.status(run)), Shelf(Queue(trainings))
+    (said, status), shelf = (trainings.last_line(run), trainings.status(run)), Shelf(trainings)
     shown = (
         views.summary(run, status, said),
         lists.card_of(shelf, run),
@@ -210,9 +216,9 @@ def test_a_run_that_failed_says_why(trainings):
 def test_a_run_that_an_error_has_ended_says_so_and_one_that_was_stopped_does_not(run, line, is_why):
     (run.folder / "config.json").write_text(json.dumps(run.config | {"max_train_steps": 20}))
     (run.folder / LOG_NAME).write_text(f"a line before\n{line}\n")
-    trainings = Trainings(Library(run.folder.parent))
+    trainings = Jobs(Library(run.folder.parent))
     said, status = trainings.last_line(run), trainings.status(run)
-    experiment, shelf = Experiment(run.name, run.folder), Shelf(Queue(trainings))
+    experiment, shelf = Experiment(run.name, run.folder), Shelf(trainings)
     for shown in (
         views.summary(run, status, said),
         lists.card_of(shelf, run),
@@ -230,7 +236,7 @@ def test_names_of_new_runs_are_plain(trainings, name):
 
 def test_a_page_on_a_single_run_starts_no_other(run):
     with pytest.raises(RunError, match="folder of runs"):
-        Trainings(Library(run.folder)).new_folder("other")
+        Jobs(Library(run.folder)).new_folder("other")
 
 
 def test_images_come_from_the_data_folder_or_an_upload(trainings, tmp_path):
@@ -270,7 +276,7 @@ def test_the_name_of_what_is_starting_is_said_to_be_that(trainings):
     """An experiment, which can be gone on with as soon as it has written its settings; nobody resumes it meanwhile."""
     folder = trainings.library.folder / "new"
     folder.mkdir()
-    with held(folder / EXPERIMENT_LOG):
+    with locked_file(folder / EXPERIMENT_LOG):
         with pytest.raises(RunError, match=r"^new is starting already: look at that one, or"):
             trainings.folder_of("new", Experiment)
         write_json(folder / "config.json", {"learning_rate": [1e-4, 1e-3]})
@@ -313,12 +319,14 @@ def test_a_trainer_is_found_by_its_lock_and_stopped(run):
         "pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); [time.sleep(0.01) for _ in range(60_000)]"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(run.folder / ".lock"), "train_sd.py"])
-    trainings = Trainings(Library(run.folder.parent))
+    trainings = Jobs(Library(run.folder.parent))
     wait_until(lambda: run.process, "the lock", process)
     assert trainings.status(run) == "running"
     with pytest.raises(RunError, match="run is training"):
         trainings.start("second", [])
-    assert trainings.stop("run") == "run stops soon; what is trained is kept."  # it has taken all its steps
+    assert (
+        trainings.stop("run") == "run was asked to stop soon; what is trained is saved."
+    )  # it has taken all its steps
     assert trainings.status(run) in ("stopping", "stopped")
     trainings.asked.add(process.pid)
     assert "already" in trainings.stop("run") or ended(process) == 7
@@ -332,7 +340,7 @@ def test_who_is_told_to_stop_by_two_applications_saves(run):
     process = subprocess.Popen([sys.executable, "-c", SAVING, "train_sd.py"], cwd=run.folder, env=environment)
     wait_until(lambda: run.process, "the lock", process)
     for _ in range(2):
-        assert "what is trained is kept" in Trainings(Library(run.folder.parent)).stop("run")
+        assert "what is trained is saved" in Jobs(Library(run.folder.parent)).stop("run")
         wait_until((run.folder / "saving").exists, "the save", process)
     (run.folder / "end").touch()
     assert ended(process) == 128 + signal.SIGTERM and (run.folder / "saved").exists()
@@ -340,7 +348,7 @@ def test_who_is_told_to_stop_by_two_applications_saves(run):
 
 def test_who_asks_for_what_cannot_come_is_told_why(run, monkeypatch):
     """And leaves no request behind, which the run would heed when it goes on."""
-    trainings, config = Trainings(Library(run.folder.parent)), run.folder / "config.json"
+    trainings, config = Jobs(Library(run.folder.parent)), run.folder / "config.json"
     assert trainings.ask(SAMPLE) == "Nothing is training."
     monkeypatch.setattr(trainings, "is_active", lambda run: True)
     assert "run is starting" in trainings.ask(SAMPLE)
@@ -356,7 +364,7 @@ def test_who_asks_for_what_cannot_come_is_told_why(run, monkeypatch):
 
 def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
     write_run(run.folder.parent / "looked-at")
-    trainings = Trainings(Library(run.folder.parent))
+    trainings = Jobs(Library(run.folder.parent))
     assert trainings.stop("looked-at") == "Nothing is training."
     launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True)
     trainings.started["run"] = launcher
@@ -364,7 +372,7 @@ def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
     trainings.began.add("run")  # its trainer was at work and has left; the launcher goes last
     assert trainings.status(run) == "stopping" and trainings.stop("looked-at") == "run is ending."
     trainings.began.clear()
-    tab = SimpleNamespace(trainings=trainings, kind=Run)
+    tab = SimpleNamespace(jobs=trainings, kind=Run)
     for seen in ("starting", "running", "stopping"):  # it has ended since, and the other one has begun
         with pytest.raises(RunError, match="looked-at does not train any more"):
             TrainTab.do_stop(tab, "looked-at", ((), (), (), seen))
@@ -386,11 +394,11 @@ def test_what_is_stopped_as_it_begins_is_at_work_until_its_trainer_is_gone(train
         assert trainings.stop("early") == "early is stopped before its training began."
         assert ended(trainings.started["early"]) == -signal.SIGTERM
         assert trainings.status(run) == "stopping" and trainings.stop("early") == "early is ending."
-        for again in (trainings, Trainings(trainings.library)):
+        for again in (trainings, Jobs(trainings.library)):
             with pytest.raises(RunError, match="early is training"):
                 again.start("second", [])
         with pytest.raises(RunError, match="early is training"):
-            Shelf(Queue(trainings)).throw_away("early")
+            Shelf(trainings).throw_away("early")
     finally:
         (folder / "end").touch()
     wait_until(lambda: not trainings.is_active(run), "its end")
@@ -401,7 +409,7 @@ def test_what_is_stopped_as_it_begins_is_at_work_until_its_trainer_is_gone(train
 def test_a_finished_run_is_not_resumed(run):
     write_exports(run)
     with pytest.raises(RunError, match="finished"):
-        Trainings(Library(run.folder.parent)).resume("run")
+        Jobs(Library(run.folder.parent)).resume("run")
 
 
 @pytest.mark.parametrize(("kind", "rates"), [("run", 1e-3), ("experiment", [1e-3, 3e-3])])
@@ -409,11 +417,11 @@ def test_what_a_language_script_has_begun_goes_on_without_the_page(trainings, ki
     folder = write_language_run(trainings.library.folder / "glue", learning_rate=rates)
     before = sorted(folder.iterdir())
     with pytest.raises(RunError, match="glue was begun by train_glue"):
-        Queue(trainings).add(Entry("glue", kind, resume=True))
+        trainings.add(Entry("glue", kind, resume=True))
     line = "was begun by" if kind == "experiment" else "a run of that name"
     with pytest.raises(RunError, match=line):
         trainings.command("glue", {"learning_rate": "1e-3 3e-3", "seed": "0 1"}, kind=Experiment)
-    assert sorted(folder.iterdir()) == before and Queue(trainings).entries() == []
+    assert sorted(folder.iterdir()) == before and trainings.entries() == []
 
 
 def test_refusals_in_many_threads_leave_stderr_alone(trainings):
@@ -460,13 +468,13 @@ def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, tas
     with started_as(script) as process:
         (run / ".lock").write_text(str(process))
         with pytest.raises(RunError, match="language is training"):
-            Shelf(Queue(trainings)).throw_away("language")
+            Shelf(trainings).throw_away("language")
         with pytest.raises(RunError, match="language is training"):
             trainings.start("second", [])
         for request in (SAVE, SAMPLE):
             assert trainings.ask(request) == f"language is of {script}, which cannot be asked for that."
             assert not (run / request).exists()
-        assert "language stops" in trainings.stop("language", Experiment if kind == "experiment" else Run)
+        assert "language was asked to stop" in trainings.stop("language", Experiment if kind == "experiment" else Run)
 
 
 def test_only_trainers_are_stopped():

@@ -21,6 +21,26 @@ def test_requests_are_clamped():
     assert usual.clamped() == usual
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("seed", -5, "Seed is -5: give a whole number from 0 to 4294967295."),
+        ("seed", None, "Seed is nothing: give a whole number"),
+        ("seed", 10**20, "Seed is 100000000000000000000: give a whole number"),
+        ("seed", 1.5, "Seed is 1.5: give a whole number"),
+        ("width", 70, "Width is 70: give a multiple of 8 from 32 to 1024."),
+        ("height", 2048, "Height is 2048: give a multiple of 8"),
+        ("steps", 0, "Steps is 0: give a whole number from 1 to 150."),
+        ("strength", "many", "Strength is many: give a number from -2 to 2."),
+        ("images", [], r"Images is \[\]: give a whole number from 1 to 8."),
+    ],
+)
+def test_what_is_beyond_the_limits_is_refused(name, value, told):
+    Request().check()
+    with pytest.raises(RunError, match=f"^{told}"):
+        replace(Request(), **{name: value}).check()
+
+
 @pytest.mark.parametrize("seed", ["abc", float("nan"), float("inf"), None, [], {}])
 def test_a_seed_that_is_no_number_is_zero(seed):
     assert Request(seed=seed).clamped().seed == 0

@@ -14,7 +14,7 @@ from app_runs import write_run
 from waiting import LIMIT, wait_until
 
 from app import studio as studios
-from app.launcher import Trainings
+from app.jobs import Jobs
 from app.library import Library
 from app.page import create_demo
 from app.runs import BASE
@@ -34,7 +34,7 @@ class Server:
 
     def __init__(self, runs: Path) -> None:
         self.runs, self.studio, library = runs, Studio(), Library(runs)
-        self.demo = create_demo(library, Trainings(library), self.studio)
+        self.demo = create_demo(library, Jobs(library), self.studio)
         self.app, address, _ = self.demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, **LAUNCH)
         self.api = f"{address}gradio_api"
         self.drawn = []

@@ -8,9 +8,8 @@ from app_runs import HOSTILE, write_language_run, write_run
 from waiting import join, start_thread, wait_until
 
 from app import lists
-from app.launcher import Trainings
+from app.jobs import Entry, Jobs
 from app.library import Library
-from app.queue import Entry, Queue
 from app.runs import EXPERIMENT_LOG, IN_PLACE, LONGEST_NOTES, NO_CONFIG, RunError
 from app.shelf import Shelf
 from app.tabs.runs import RunsTab
@@ -23,7 +22,7 @@ def shelf(tmp_path) -> Shelf:
         write_run(tmp_path / name)
     (tmp_path / "runs" / "which").mkdir()
     (tmp_path / "runs" / "which" / EXPERIMENT_LOG).touch()
-    return Shelf(Queue(Trainings(Library(tmp_path / "runs", (tmp_path / "elsewhere",)))))
+    return Shelf(Jobs(Library(tmp_path / "runs", (tmp_path / "elsewhere",))))
 
 
 def refused(function, *inputs) -> str:
@@ -78,10 +77,10 @@ def test_what_is_thrown_away_comes_back_as_it_was(shelf, tmp_path):
 def test_what_trains_waits_or_is_elsewhere_is_not_thrown_away(shelf, tmp_path):
     for name in (*HOSTILE, "elsewhere"):
         refused(shelf.throw_away, name)
-    with shelf.queue.changing() as entries:
+    with shelf.jobs.changing() as entries:
         entries.append(Entry("one", resume=True))
     assert "waits in the queue" in refused(shelf.throw_away, "one")
-    shelf.trainings.is_active = lambda run: run.name == "two"
+    shelf.jobs.is_active = lambda run: run.name == "two"
     assert "two is training" in refused(shelf.throw_away, "two")
     assert shelf.trashed() == {} and (tmp_path / "runs" / "two" / "config.json").is_file()
 
@@ -91,11 +90,11 @@ def test_nothing_is_restored_in_the_place_of_what_waits(shelf):
     for name in ("one", "which"):
         shelf.throw_away(name)
     which, one = shelf.trashed()
-    with shelf.queue.changing() as entries:
+    with shelf.jobs.changing() as entries:
         entries += [Entry("one"), Entry("which", "experiment", state="failed")]
     assert "Another one is in the queue" in refused(shelf.restore, one)
     assert list(shelf.trashed()) == [which, one] and shelf.restore(which) == "which is back."
-    shelf.queue.remove("one")
+    shelf.jobs.remove("one")
     assert shelf.restore(one) == "one is back."
 
 
@@ -111,7 +110,7 @@ def test_notes_and_a_deletion_come_one_after_the_other(shelf, monkeypatch):
         run = find(name)
         monkeypatch.setattr(shelf, "find", find)
         threads.append(start_thread(delete, name))
-        wait_until(lambda: shelf.trainings.lock.locked() or names, "the deletion to wait", threads[0], pause=0)
+        wait_until(lambda: shelf.jobs.lock.locked() or names, "the deletion to wait", threads[0], pause=0)
         if not IN_PLACE.locked():  # nothing keeps it waiting
             join(threads[0])
         return run
@@ -179,16 +178,16 @@ def test_the_card_of_a_language_run_says_what_it_is_and_opens_nothing(shelf):
 
 
 def test_the_queue_as_it_is_seen(shelf):
-    assert "Nothing is lined up" in lists.queue(shelf.queue)
+    assert "Nothing is lined up" in lists.queue(shelf.jobs)
     states = ("finished", "running", "waiting", "waiting", "failed")
-    with shelf.queue.changing() as entries:
+    with shelf.jobs.changing() as entries:
         entries += [Entry(f"{state}-{n}<", state=state, line="<b>why</b>") for n, state in enumerate(states)]
-    shelf.trainings.is_active = lambda run: run.name.startswith("running")
-    shown = lists.queue(shelf.queue)
+    shelf.jobs.is_active = lambda run: run.name.startswith("running")
+    shown = lists.queue(shelf.jobs)
     assert "<b>why" not in shown and "-0<" not in shown
     order = [shown.index(f'data-name="{name}') for name in ("running", "waiting-2", "waiting-3", "failed", "finished")]
     assert order == sorted(order)
     disabled = [part.split('"')[0] for part in shown.split('aria-label="') if " disabled>" in part]
     assert disabled == ["Move waiting-2&lt; up", "Move waiting-3&lt; down"]
-    shelf.queue.path.write_text(json.dumps({"version": 9}))
-    assert "mend or remove queue.json" in lists.queue(shelf.queue)
+    shelf.jobs.path.write_text(json.dumps({"version": 9}))
+    assert "mend or remove queue.json" in lists.queue(shelf.jobs)

@@ -19,9 +19,9 @@ from app.stacks import MOST, add, factors_of, loras, stack, stacked, to_write
 from app.studio import Studio
 from app.takeaway import takeaways
 from app.weight_files import uploaded
-from reslora.diffusion import conversion
-from reslora.diffusion.model.families import load_family
 from reslora.export import DIFFUSERS_FILE, Factors, export_diffusers, merged_state_dict, write_diffusers
+from reslora.images import conversion
+from reslora.images.model.families import load_family
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)
 NAMES = ["tiny: lora", "tiny: reslora"]
@@ -138,7 +138,7 @@ def test_loras_of_a_run_whose_config_is_damaged_are_not_offered(run, tmp_path):
     library = Library(tmp_path)
     whole, damaged = library.find("whole"), library.find("damaged")
     assert set(loras(library, whole)) == {"whole: lora", "whole: reslora"} and not loras(library, damaged)
-    assert damaged.weights() == [BASE] and not takeaways(library, damaged) and takeaways(library, whole)
+    assert damaged.weights() == [BASE] and not takeaways(damaged) and takeaways(whole)
     with pytest.raises(RunError, match=r"damaged: its config\.json cannot be read"):
         stacked(library, damaged, ["whole: lora"], "1")
 
@@ -167,7 +167,7 @@ def test_a_stack_that_makes_no_sense_is_refused_in_a_line(library, run, names, s
 def test_a_lora_that_was_cut_is_refused_by_name(studio, run, tmp_path, end):
     path = tmp_path / "cut.safetensors"
     path.write_bytes((run.folder / "lora" / DIFFUSERS_FILE).read_bytes()[:end])
-    with pytest.raises(RunError, match=r"^cut: cut short or damaged\.$"):
+    with pytest.raises(RunError, match=r"^cut: cut short or damaged, or no safetensors file"):
         drawn(studio, run, stack([(Weights("cut", "file", "", path), 1.0)]))
 
 

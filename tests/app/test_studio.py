@@ -26,7 +26,7 @@ from app.runs import BASE, Run, RunError, Weights
 from app.stacks import to_write
 from app.studio import MERGE_CHOICES, Cancelled, Step, Studio, Turns
 from reslora import checkpoint as checkpoints
-from reslora.files import replacing
+from reslora.io import replacing
 
 REQUEST = Request(prompt="red disc", steps=3, seed=5, width=64, height=64)
 EXPORTS = ("merged weights", "kohya.safetensors", "pytorch_lora_weights.safetensors")

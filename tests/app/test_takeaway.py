@@ -25,7 +25,7 @@ def library(tmp_path):
 
 def test_each_has_its_path_and_lines_of_python_that_compile(library):
     run = library.find("run")
-    found = {one.label: one for one in takeaway.takeaways(library, run)}
+    found = {one.label: one for one in takeaway.takeaways(run)}
     assert list(found) == [
         "reslora: merged weights",
         "reslora: comfyui.safetensors (ComfyUI)",
@@ -34,29 +34,29 @@ def test_each_has_its_path_and_lines_of_python_that_compile(library):
         "reslora: peft (PEFT)",
     ]
     for one in found.values():
-        assert one.place.startswith("runs/run/reslora/")
+        assert one.place.startswith(f"{run.folder}/reslora/")
         lines = one.use.splitlines()[-3:]
         compile("\n".join(lines), "use", "exec")
         assert "from_pretrained('owner/model'" in one.use and ("models/loras" in one.use) == ("ComfyUI" in one.label)
-    assert "load_lora_weights('runs/run/reslora', weight_name='kohya" in found[list(found)[2]].use
-    assert "PeftModel.from_pretrained(pipeline.unet, 'runs/run/reslora/peft')" in found["reslora: peft (PEFT)"].use
+    assert f"load_lora_weights('{run.folder}/reslora', weight_name='kohya" in found[list(found)[2]].use
+    assert f"PeftModel.from_pretrained(pipeline.unet, '{run.folder}/reslora/peft')" in found["reslora: peft (PEFT)"].use
 
 
 def test_a_copy_is_handed_out_of_what_is_listed_and_of_nothing_else(library, tmp_path, monkeypatch):
     run, working = library.find("run"), WorkingFiles()
-    file = takeaway.packed(run, takeaway.find(library, run, "reslora: comfyui.safetensors (ComfyUI)"), working)
+    file = takeaway.packed(run, takeaway.find(run, "reslora: comfyui.safetensors (ComfyUI)"), working)
     assert file.name == "run-reslora-comfyui.safetensors" and file.read_text() == "comfyui.safetensors"
-    archive = takeaway.packed(run, takeaway.find(library, run, "reslora: peft (PEFT)"), working)
+    archive = takeaway.packed(run, takeaway.find(run, "reslora: peft (PEFT)"), working)
     with zipfile.ZipFile(archive) as content:
         assert set(content.namelist()) == {
             "adapter_config.json", "adapter_model.safetensors", "text_encoder/adapter_config.json",
         }  # fmt: skip
     for label in [*HOSTILE, "reslora: trainer.pt", "../../etc/passwd"]:
         with pytest.raises(RunError):
-            takeaway.find(library, run, label)
+            takeaway.find(run, label)
     monkeypatch.setattr(takeaway, "LARGEST", 3)
     with pytest.raises(RunError, match="larger"):
-        takeaway.packed(run, takeaway.find(library, run, "reslora: peft (PEFT)"), working)
+        takeaway.packed(run, takeaway.find(run, "reslora: peft (PEFT)"), working)
 
 
 def test_what_leads_out_of_the_run_is_not_offered(library, tmp_path):
@@ -65,5 +65,5 @@ def test_what_leads_out_of_the_run_is_not_offered(library, tmp_path):
     for name in ("kohya.safetensors", "peft/text_encoder/adapter_config.json", "unet/config.json"):
         (run.folder / "reslora" / name).unlink()
         (run.folder / "reslora" / name).symlink_to(secret)
-    labels = [one.label for one in takeaway.takeaways(library, run)]
+    labels = [one.label for one in takeaway.takeaways(run)]
     assert [label.split()[1] for label in labels] == ["comfyui.safetensors", "pytorch_lora_weights.safetensors"]

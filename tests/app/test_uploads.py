@@ -6,15 +6,15 @@ import shutil
 
 import PIL.Image
 import pytest
+from images.runs import parts
 
 from app.folders import SETS, UPLOADS
-from app.image_folders import ImageFolders, flags_of
-from app.launcher import FEW, Trainings
+from app.image_folders import ImageFolders, options_of
+from app.jobs import FEW, Entry, Jobs
 from app.library import Library
-from app.queue import Entry, Queue
 from app.runs import RunError
 from app.uploads import store_images
-from reslora.diffusion.data.dataset import load_images
+from reslora.images.data.dataset import load_images
 
 
 @pytest.fixture
@@ -38,10 +38,18 @@ def test_what_is_uploaded_is_what_the_trainer_reads(sent, tmp_path):
     (sent / "b.txt").write_text(long, encoding="utf-8-sig")
     (sent / "c.caption").write_text("kohya's\r\nsecond line", newline="")
     uploads = [str(path) for path in sorted(sent.iterdir())]
-    found = load_images(flags_of().replace(train_data_dir=str(store_images(tmp_path / "new", uploads, ""))))
+    found = load_images(
+        *parts(
+            options_of().replace(train_data_dir=str(store_images(tmp_path / "new", uploads, ""))),
+            "model",
+            "data",
+            "training",
+            "output",
+        ),
+    )
     captions = [["a café"], [long.strip()], ["kohya's\r\nsecond line"], ["e"], ["red fox 1"]]
     assert found.captions == captions and found.left_out == ()
-    shown = Trainings(Library(tmp_path)).first_images(None, uploads)
+    shown = Jobs(Library(tmp_path)).first_images(None, uploads)
     assert len(shown) == 5 <= FEW
 
 
@@ -82,12 +90,12 @@ def test_captions_of_one_name_from_two_folders_are_not_mixed_up(sent, tmp_path):
 def lined(tmp_path):
     """A queue that starts nothing."""
     (tmp_path / "runs").mkdir()
-    queue = Queue(Trainings(Library(tmp_path / "runs")))
+    queue = Jobs(Library(tmp_path / "runs"))
     queue.advance = lambda: None
     return queue
 
 
-def again(queue: Queue, name: str, uploads, caption: str = "words") -> str:
+def again(queue: Jobs, name: str, uploads, caption: str = "words") -> str:
     """The folder of images of a run that is started anew, as it never began."""
     with contextlib.suppress(RunError):
         queue.remove(name)

@@ -7,10 +7,9 @@ import pytest
 from app_runs import with_one_wrong, write_run
 
 from app.compared import numbers
-from app.launcher import Trainings
+from app.jobs import Jobs
 from app.library import Library
 from app.page import Page
-from app.queue import Queue
 from app.runs import BASE, Run, Weights, merged_by
 from app.studio import Studio
 from app.tabs import Parts
@@ -76,9 +75,9 @@ def test_the_page_warns_of_the_weights_of_the_run_that_is_chosen_though_the_labe
         (folder / "kohya.safetensors").touch()
         (folder / "merge.json").write_text(json.dumps(report_of(error)))
     library = Library(tmp_path)
-    trainings = Trainings(library)
+    trainings = Jobs(library)
     with gr.Blocks():
-        page = Page(Parts(library, trainings, Queue(trainings), Studio()))
+        page = Page(Parts(library, trainings, Studio()))
     tab = page.tab(GenerateTab)
     lossy, near = (page.choose(name, []) for name in ("lossy", "near"))
     assert lossy[tab.weights]["value"] == near[tab.weights]["value"] == "reslora: kohya.safetensors"

@@ -9,6 +9,7 @@ from app_runs import WRONG, run_by_hand, with_one_wrong
 from safetensors.numpy import save_file
 
 from app import compared, lists, views
+from app.recipe import Drawn, Request
 from app.studio import base_of, calibration_of
 
 
@@ -162,3 +163,10 @@ def test_whatever_a_log_holds_the_rest_is_shown(run, wrong):
     (run.folder / "lora" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "LoRA" in compared.numbers(run, 2) and len(compared.curves(run, "train", 2))
     views.summary(run, run.status)
+
+
+def test_the_base_model_has_no_strength_in_the_table_of_settings():
+    image = PIL.Image.new("RGB", (8, 8))
+    drawn = [Drawn(image, Request(strength=0.5), {"weights": name}) for name in ("base model", "lora: x.safetensors")]
+    base, other = views.settings_table(drawn).split("<tr>")[2:]
+    assert "<td>0.5</td>" not in base and "<td>0.5</td>" in other

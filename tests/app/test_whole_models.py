@@ -19,7 +19,7 @@ from app.runs import RunError
 from app.stacks import stacked, to_write
 from app.studio import Cancelled, Studio
 from app.whole_models import Watched, lines_for, place_for
-from reslora.diffusion.model.stored import Stored
+from reslora.images.model.stored import Stored
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32)
 

@@ -26,6 +26,10 @@ def experiment(folder: Path | None) -> dict:
             each["test"] = None
         elif folder and each["seed"] == SEEDS[0]:
             draw(folder / each["folder"] / "samples", list(LABELS).index(each["label"]))
+    images = [f"{image:08x}" for image in range(IMAGES)]
+    base = {"images": images, "by_timestep": [0.4 - 0.25 * timestep**2 for timestep in TIMESTEPS]}
+    base["losses"] = (0.34 * np.linspace(0.7, 1.3, IMAGES)).tolist()
+    verdicts, ranking = compare(arms, chosen, base=base)
     return {
         "format": 1,
         "settings": {"method": ["lora", "<b>reslora</b>"], "learning_rate": list(RATES), "validation_prompt": PROMPTS},
@@ -34,10 +38,14 @@ def experiment(folder: Path | None) -> dict:
         "timesteps": TIMESTEPS,
         "arms": arms,
         "chosen": chosen,
-        "verdicts": compare(arms, chosen),
+        "verdicts": verdicts,
+        "ranking": ranking,
+        "base": base,
+        "base_select": 0.34,
         "best": {
             "label": "reslora block(4)", "learning_rate": 1e-4, "seed": 1, "folder": "reslora/lr-0.0001/seed-1",
             "step": 200, "files": ["kohya.safetensors", "pytorch_lora_weights.safetensors", "peft"],
+            "options": {"method": "reslora", "learning_rate": 1e-4, "seed": 1},
         },
         "notes": [],
     }  # fmt: skip
@@ -86,6 +94,8 @@ def unfinished() -> dict:
         each["test"] = None
     return found | {
         "verdicts": [],
+        "ranking": None,
+        "base": None,
         "best": None,
         "chosen": choose(found["arms"]),
         "notes": ["--experiment_minutes 5 are over"],

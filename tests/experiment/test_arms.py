@@ -3,24 +3,27 @@
 import math
 
 import pytest
-from diffusion.runs import refused
+from images.runs import refused
 
-from reslora.diffusion.settings import is_experiment, parse_args
 from reslora.experiment.arms import (
     LEAST_RATIO,
     MOST_EXTENSIONS,
     NEAR,
     Arm,
+    choosing_of,
     coarse_to_fine,
     continued,
-    flags_of,
     grown,
     in_order,
     labels_of,
     nearest,
+    options_of,
     place_of,
     with_next,
 )
+from reslora.images.settings import parse_args
+from reslora.options.grid import Grid
+from reslora.options.images import Options
 
 RATES = [1e-4, 2e-4, 4e-4, 8e-4, 16e-4]
 SEVERAL = ("--learning_rate", "1e-4", "2e-4")
@@ -48,8 +51,13 @@ def trained_in_order(grids: dict, seeds: list[int], loss) -> list[Arm]:
 
 def test_one_value_is_no_list_and_no_experiment():
     flags = parse_args(["--learning_rate", "1e-4", "--seed", "3", "--rank", "4", "--shortcut", "block"])
-    assert (flags.learning_rate, flags.seed, flags.rank, flags.shortcut, flags.lora_alpha) == (1e-4, 3, 4, "block", 8)
-    assert not is_experiment(vars(flags)) and flags.select_split is None and flags.validation_split == 0.1
+    names = ("learning_rate", "seed", "rank", "shortcut", "lora_alpha")
+    assert [flags[name] for name in names] == [1e-4, 3, 4, "block", 8]
+    assert (
+        isinstance(flags, Options)
+        and flags.experiment.select_split is None
+        and flags.validation.validation_split == 0.1
+    )
 
 
 def test_labels_are_methods_with_what_is_given_several_times():
@@ -61,9 +69,10 @@ def test_labels_are_methods_with_what_is_given_several_times():
     ]
     label = found["reslora block(4) rank 8"]
     assert place_of(label, Arm(label.name, 1e-4, 2)) == "block/rank-8/lr-0.0001/seed-2"
-    own = flags_of(flags, label, 1e-4, 2)
-    assert (own.method, own.rank, own.lora_alpha, own.shortcut) == (["reslora"], 8, 16, "block")
-    assert (own.learning_rate, own.seed) == (1e-4, 2) and not is_experiment(vars(own))
+    own = options_of(flags, label, 1e-4, 2)
+    adapter = own.adapter
+    assert (adapter.method, adapter.rank, adapter.lora_alpha, adapter.shortcut) == (["reslora"], 8, 16, "block")
+    assert (own["learning_rate"], own["seed"]) == (1e-4, 2)
     assert [label.name for label in labels_of(parse_args([*SEVERAL]))] == ["lora", "reslora"]
 
 
@@ -75,7 +84,7 @@ def test_all_shortcuts_and_all_controls_are_one_experiment():
         *("lora", "lora_x2", "lora_x4", "lora_matched input", "lora_matched block(4)", "lora_matched middle(4)"),
         *("is_placebo", "ms_placebo", "loha", "lokr", "reslora input", "reslora block(4)", "reslora middle(4)"),
     ]
-    own = {name: flags_of(flags, label, 1e-4, 0) for name, label in found.items()}
+    own = {name: options_of(flags, label, 1e-4, 0).adapter for name, label in found.items()}
     assert (own["lora_matched middle(4)"].shortcut, own["ms_placebo"].shortcut) == ("middle", "none")
     assert {each.pre_num for each in own.values()} == {4}
     matched = parse_args(["--method", "lora", "lora_matched", "--shortcut", "input", "block"])
@@ -87,11 +96,11 @@ def test_several_numbers_of_blocks_are_arms_of_the_shortcuts_that_take_several()
     flags = parse_args(words)
     found = {label.name: label for label in labels_of(flags)}
     assert list(found) == ["lora", "reslora input", "reslora middle(1)", "reslora middle(4)"]
-    own = flags_of(flags, found["reslora middle(1)"], 1e-4, 0)
-    assert (own.shortcut, own.pre_num) == ("middle", 1) and not is_experiment(vars(own))
+    own = options_of(flags, found["reslora middle(1)"], 1e-4, 0)
+    assert (own.adapter.shortcut, own.adapter.pre_num) == ("middle", 1)
     arm = Arm("reslora middle(1)", 1e-4, 1)
     assert place_of(found[arm.label], arm) == "middle/pre_num-1/lr-0.0001/seed-1"
-    assert is_experiment(vars(parse_args(["--shortcut", "block", "--pre_num", "1", "4"])))
+    assert isinstance(parse_args(["--shortcut", "block", "--pre_num", "1", "4"]), Grid)
 
 
 @pytest.mark.parametrize(
@@ -213,3 +222,8 @@ def test_a_best_rate_is_of_the_seeds_that_all_rates_have():
     assert grown(grids, [0, 1], losses) == {"lora": [1, 2, 4]}
     losses |= {Arm("lora", rate, 1): 5.0 for rate in (1, 2)}
     assert grown(grids, [0, 1], losses) == {"lora": [1, 2, 4, 8]}
+
+
+def test_every_fourth_seed_chooses_where_there_are_rates_to_choose():
+    assert choosing_of([0, 1, 2], 1) == [0, 1, 2] and choosing_of([5, 0, 1], 3) == [5]
+    assert choosing_of(range(9), 2) == [0, 4, 8]

@@ -5,6 +5,7 @@ import html
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,13 @@ from PIL import Image
 from waiting import LIMIT
 
 from experiment import examples
-from reslora.common.charts import Series
-from reslora.diffusion.experiment.pages import IMAGES, timestep_chart
-from reslora.experiment import look, report
+from reslora.experiment import report
+from reslora.experiment import theme as look
 from reslora.experiment.statistics import rerun
+from reslora.images.experiment.report_sections import IMAGES, timestep_chart
+from reslora.images.settings import parse_args
+from reslora.options.images import Options
+from reslora.plots.charts import Series
 
 headline_of = report.headline_of
 page = partial(report.page, about=IMAGES)
@@ -67,12 +71,15 @@ def test_all_of_it_in_order(text, experiment):
     ours = [np.mean(arm["test"]["losses"]) for arm in experiment["arms"] if arm["label"] == "lora_x2" and arm["test"]]
     low, high = rerun(ours)
     assert f" {np.mean(ours):.5f} {low:.5f} to {high:.5f} 8 " in words  # a loss, of one more seed, and the rank
+    assert " base model — 0 0.34000 0.34000 — " in words
     low, high = better["rerun"]
     assert f"&minus;{-low:.1f}% to &minus;{-high:.1f}%" in text
     assert "loha: 1 arm failed" in words and "torch 2.9" in words and "duplicates 3" in words
-    assert f"<h1>{better['sentence']}</h1>" in text
-    bars = re.findall(r'class="bar" d="M([\d.]+) 8H([\d.]+)"/><circle class="dot" cx="([\d.]+)"', text)
+    assert f"<h1>{experiment['ranking']['sentence']}</h1>" in text and better["label"] in experiment["ranking"]["best"]
+    bars = re.findall(r'class="bar" d="M([\d.]+) \d+H([\d.]+)"/><path class="dot" d="M([\d.]+) ', text)
     assert len(bars) == 3 and all(float(low) < float(mean) < float(high) for low, high, mean in bars)
+    assert "base model, before training" in words and "percent; left of 0 is better" in words
+    assert "Losses in this report are squared errors without weights" in words
 
 
 def test_a_loss_of_one_more_seed_is_not_below_zero(experiment, folder):
@@ -83,6 +90,28 @@ def test_a_loss_of_one_more_seed_is_not_below_zero(experiment, folder):
         if arm["test"]:
             arm["test"]["losses"] = [0.1 + arm["seed"]] * len(arm["test"]["images"])
     assert " 0.60000 0.00000 to 11.60390 8 " in words_of(page(found, folder))
+
+
+def test_a_command_trains_the_best_run_on_all_images(experiment, folder, tmp_path):
+    """As the trainer reads it: one run, of the experiment's settings but for what varied, and without its splits."""
+    place = tmp_path / "an experiment"
+    place.mkdir()
+    grid = parse_args([
+        "--method", "lora", "reslora", "--learning_rate", "1e-4", "2e-4", "--seed", "0", "1", "--test_split", "0.3",
+        "--shortcut", "input", "block", "--max_train_steps", "400", "--train_batch_size", "3",
+        "--output_dir", str(place),
+    ])  # fmt: skip
+    (place / "config.json").write_text(json.dumps(grid.flat()))
+    best = experiment["best"] | {"options": experiment["best"]["options"] | {"shortcut": "block"}}
+    content = page(experiment | {"best": best, "settings": {"output_dir": str(place)}}, folder)
+    (command,) = (html.unescape(text) for text in re.findall('data-copy="(accelerate[^"]*)"', content))
+    words = shlex.split(command)
+    assert words[:3] == ["accelerate", "launch", "train_sd.py"]
+    options = parse_args(words[3:])
+    assert isinstance(options, Options) and options["method"] == ["reslora"] and options["shortcut"] == "block"
+    assert (options["learning_rate"], options["seed"], options["max_train_steps"]) == (1e-4, 1, 200)
+    assert (options["train_batch_size"], options["output_dir"]) == (3, f"{place}-all")
+    assert not (options["test_split"] or options["select_split"] or options["validation_split"])
 
 
 def test_it_needs_nothing_else(text, folder):
@@ -117,7 +146,10 @@ def test_what_others_wrote_is_text(experiment, folder):
     content = page(hostile, folder)
     assert f'alt="{html.escape(evil)}: {html.escape(evil)}"' in content
     plain = re.sub('="[^"]*"', "", content)
-    assert html.escape(evil) in plain and "onerror=alert" not in plain.replace(html.escape(evil), "")
+    for quoted in (shlex.quote(evil), evil):  # as in the command
+        assert html.escape(quoted) in plain
+        plain = plain.replace(html.escape(quoted), "")
+    assert "onerror=alert" not in plain
     assert plain.count("<script>") == plain.count("</title>") == 1
 
 
@@ -146,7 +178,7 @@ def test_an_unfinished_experiment_says_what_is_missing(tmp_path):
 
 def test_an_arm_whose_process_was_killed_waits(tmp_path):
     killed = subprocess.Popen(
-        [sys.executable, "-c", "import reslora.files as f; print(f.this_process(), flush=True); input()"],
+        [sys.executable, "-c", "import reslora.io as f; print(f.this_process(), flush=True); input()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -188,38 +220,18 @@ def test_a_damaged_image_and_a_missing_one(experiment, tmp_path):
 @pytest.mark.parametrize(
     ("conclusions", "words"),
     [
-        (("better", "worse", "not shown"), "a: sentence"),
-        (("better", "better", "worse"), "2 of 3 methods are better than lora, most of all b: test loss 2.0% lower"),
-        (("worse", "not shown", "not shown"), "nothing is shown to be better; a: sentence"),
-        (
-            ("worse", "not shown", "worse"),
-            "nothing is shown to be better than lora, and 2 of 3 methods are worse than lora, most of all c: ",
-        ),
-        (
-            ("not shown", "not shown"),
-            "no difference between 2 methods and lora shown (could have shown 1.2% for each)",
-        ),
-        (
-            ("not shown", "not shown", "cannot tell"),
-            "no difference between 2 methods and lora shown (could have shown 1.2% for each); 1 cannot be told yet",
-        ),
-        (("cannot tell", "not shown", "cannot tell"), "b: sentence; 2 cannot be told yet"),
-        (("worse", "cannot tell"), "nothing is shown to be better; a: sentence; 1 cannot be told yet"),
-        (
-            ("better", "better", "cannot tell"),
-            "2 of 2 methods are better than lora, most of all b: test loss 2.0% lower; 1 cannot be told yet",
-        ),
-        (("cannot tell", "cannot tell"), "with one seed or one test image no method can be told from lora"),
+        (("better",), "a: sentence"),
         (("cannot tell",), "a: sentence"),
+        (("cannot tell", "cannot tell"), "with one seed or one test image no method can be told from lora"),
+        (("better", "worse", "better"), "better than lora: a, c"),
+        (("worse", "not shown"), "better than lora: no method"),
         ((), "There is nothing to compare"),
     ],
 )
-def test_the_headline(conclusions, words):
+def test_the_headline_without_a_ranking(conclusions, words):
     verdicts = [
         {"label": label, "reference": "lora", "conclusion": conclusion, "sentence": f"{label}: sentence"}
-        | {"relative": {"better": -1.0, "worse": 1.0}.get(conclusion, 0.1) * (place + 1)}
-        | {"detectable": None if conclusion == "cannot tell" else 0.8 + 0.4 * place}
-        for place, (label, conclusion) in enumerate(zip("abc", conclusions, strict=False))
+        for label, conclusion in zip("abc", conclusions, strict=False)
     ]
     arms = [{"status": "finished", "label": "lora"}, {"status": "finished", "label": "a"}]
     found = {"verdicts": verdicts, "arms": arms, "chosen": {"lora": {}}}
@@ -227,6 +239,13 @@ def test_the_headline(conclusions, words):
     if verdicts:
         unfinished = {"verdicts": verdicts, "arms": [*arms, {"status": "waiting"}]}
         assert headline_of(unfinished, "image").startswith(f"So far, with 2 of 3 arms: {words}")
+
+
+def test_the_headline_of_several_methods_is_the_ranking(experiment):
+    assert headline_of(experiment, "image") == experiment["ranking"]["sentence"]
+    assert re.match(
+        r"best: reslora block\(4\); lora.* is worse than reslora block\(4\) by", headline_of(experiment, "image")
+    )
 
 
 def test_the_headline_of_one_method_is_its_best_rate():
@@ -264,7 +283,7 @@ def test_contrast_is_enough_for_text_and_for_lines(scheme):
 
 def test_the_one_step_that_there_is_is_the_tick(experiment):
     arms = [arm | {"select_by_step": {"8": arm["select_by_step"]["50"]}} for arm in experiment["arms"]]
-    by_step = report.select_charts(experiment | {"arms": arms}).partition("By step")[2]
+    by_step = report.select_charts(experiment | {"arms": arms, "base_select": None}).partition("By step")[2]
     assert re.findall(r'text-anchor="middle">([\d.]+)<', by_step) == ["8"]
 
 
@@ -364,6 +383,17 @@ def test_in_a_browser(browser, text, folder, width):
     shown.close()
 
 
+def test_a_button_copies_what_is_next_to_it(browser, text, folder):
+    with browser.new_context(permissions=["clipboard-read"], viewport={"width": 420, "height": 900}) as context:
+        shown = context.new_page()
+        shown.set_default_timeout(LIMIT * 1000)
+        shown.goto((folder / "report.html").as_uri())
+        button = shown.locator("button[data-copy]").first
+        button.click()
+        assert button.inner_text() == "Copied"
+        assert shown.evaluate("navigator.clipboard.readText()") == button.get_attribute("data-copy")
+
+
 @pytest.mark.exhaustive
 def test_without_samples_there_is_no_slider(experiment, tmp_path):
     content = page(experiment, tmp_path)
@@ -374,32 +404,35 @@ def test_without_samples_there_is_no_slider(experiment, tmp_path):
     assert 'id="slider"' in page(experiment, tmp_path)
 
 
-@pytest.mark.exhaustive
-def test_what_to_use_is_named_wherever_the_trainer_runs(experiment, folder, tmp_path, monkeypatch):
-    """The application begins trainers in the folder itself."""
-    output = tmp_path / "runs" / "mine"
-    output.mkdir(parents=True)
-    for working, place, code in ((tmp_path, "runs/mine", "runs/mine"), (output, "mine", "path/to/mine")):
-        monkeypatch.chdir(working)
-        words = words_of(page(experiment | {"settings": {"output_dir": str(output)}}, folder))
-        where = f"{place}, this report's folder" if working == output else place
-        assert f"What to use In {where}: kohya.safetensors, " in words and f"load_lora_weights('{code}')" in words
-        assert str(tmp_path) not in words and f"output_dir {place} " in words
-
-
-@pytest.mark.exhaustive
-def test_what_to_use_says_how_of_each_file_that_is_there(experiment, folder):
+def test_what_to_use_says_how_sure_it_is_and_how_each_file_is_used(experiment, folder):
     best = experiment["best"]
-    own = {"settings": {"output_dir": "runs/{mine}"}}
-    words = words_of(page(experiment | own, folder))
+    own = {"settings": {"output_dir": str(folder / "{mine}")}}
+    content = page(experiment | own, folder)
+    words, place = words_of(content), folder / "{mine}"
+    assert "Use reslora block(4) at learning rate 1e-4, 200 steps. It is better than lora: chance makes" in words
     line = "kohya.safetensors, pytorch_lora_weights.safetensors and peft/ are those of reslora/lr-0.0001/seed-1"
-    assert f"What to use In runs/{{mine}}: {line} at step 200, which does best on the select images." in words
-    assert (
-        "kohya.safetensors : ComfyUI: put it into models/loras" in words and "load_lora_weights('runs/{mine}')" in words
-    )
+    assert f"{line} at step 200, which does best on the select images:" in words
+    assert "kohya.safetensors : ComfyUI: put it into models/loras" in words
+    assert f"load_lora_weights('{place}')" in words and f'data-copy="{place / "kohya.safetensors"}"' in content
     words = words_of(page(experiment | {"best": best | {"files": ["peft"]}}, folder))
     assert "peft/ is that of reslora" in words and "peft/ : PEFT: PeftModel" in words and "ComfyUI" not in words
     assert "with --train_text_encoder, its text encoders too" in words and "peft/text_encoder*'" in words
-    assert "only the verdicts say" in words
-    assert "only the verdicts say" not in words_of(page(experiment | {"verdicts": []}, folder))
     assert "What to use" not in page({name: experiment[name] for name in experiment if name != "best"}, folder)
+
+
+@pytest.mark.parametrize(
+    ("best", "conclusion", "words"),
+    [
+        (["a", "b", "c"], "not shown", "As far as this experiment can tell b, c do as well."),
+        (["b"], "worse", "It is worse than lora on the test images"),
+        (["a"], "not shown", "Whether it is better than lora this experiment does not show"),
+        ([], "cannot tell", "Whether it is better than lora one seed does not say"),
+        (["a"], "", "It is better than every other method."),
+        ([], "", ""),
+    ],
+)
+def test_how_sure_it_is(best, conclusion, words):
+    verdicts = [{"label": "a", "reference": "lora", "conclusion": conclusion}] if conclusion else []
+    found = {"ranking": {"best": best} if best else None, "verdicts": verdicts}
+    said = report.certainty(found, "a", "image")
+    assert said.startswith(words) and bool(said) == bool(words)

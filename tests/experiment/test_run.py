@@ -12,28 +12,29 @@ import pytest
 import torch
 
 from app.library import Experiment
-from reslora.common.errors import Diverged, InvalidArgument, RunFailed, Stopped
-from reslora.common.folder import locked
-from reslora.diffusion.experiment.pages import IMAGES
-from reslora.diffusion.settings import parse_args
-from reslora.experiment import run
+from reslora.errors import Diverged, InvalidArgument, RunFailed, Stopped
+from reslora.experiment import runner as run
 from reslora.experiment.arms import Arm
-from reslora.experiment.course import Course
-from reslora.experiment.parts import too_few
-from reslora.experiment.subject import COMPARING
+from reslora.experiment.hashed_split import too_few
+from reslora.experiment.schedule import Course
+from reslora.experiment.study import COMPARING
+from reslora.images.experiment.report_sections import IMAGES
+from reslora.images.settings import parse_args
+from reslora.runtime.folder_lock import locked
 
 
 def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
     """Whatever a plain run would go on with."""
-    course, told = SimpleNamespace(next_arm=lambda: "arm", running=set()), []
-    results = SimpleNamespace(write=lambda: told.append(course.running), beforehand=list)
+    course, told = SimpleNamespace(arms=list, next_arm=lambda: "arm", running=set()), []
+    results = SimpleNamespace(course=course, write=lambda: told.append(course.running), beforehand=list)
     monkeypatch.setattr(run, "Results", lambda course, subject: results)
 
     def stopped(_: str) -> None:
         raise Stopped("lora/lr-1 stopped after step 3; go on with --resume_from_checkpoint latest")
 
     with pytest.raises(Stopped, match=r"^lora/lr-1 stopped after step 3; the same command goes on$"):
-        run.train_and_conclude(course, SimpleNamespace(train=stopped, device=torch.device("cpu")))
+        results.subject = SimpleNamespace(course=course, train=stopped, device=torch.device("cpu"))
+        run.train_and_conclude(results.subject)
     assert told == [{"arm"}, set()]
 
 
@@ -43,7 +44,7 @@ class Untrained:
     `stopped`: in which of its verbs; `diverging`: labels and seeds whose arms do.
     """
 
-    about, device = IMAGES, torch.device("cpu")
+    about, device, marks = IMAGES, torch.device("cpu"), list("abcd")
 
     def __init__(self, course: Course, stopped: str = "", diverging: Collection[tuple[str, int]] = ()) -> None:
         self.course, self.stopped, self.diverging = course, stopped, diverging
@@ -63,8 +64,10 @@ class Untrained:
             raise Diverged(f"{arm.label} diverged", "start in another --output_dir")
         folder, loss = self.course.folder_of(arm), 1 + abs(math.log(arm.rate / 2e-4)) + 0.01 * arm.seed
         folder.mkdir(parents=True, exist_ok=True)
-        row = {"step": 1, "split": "validation", "loss": loss, "seconds": 1.0}
-        (folder / "log.jsonl").write_text(json.dumps(row))
+        rows = [
+            {"step": at, "split": "validation", "loss": found, "seconds": 1.0} for at, found in enumerate((2, loss))
+        ]
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def is_tested(self, arm: Arm, step: int) -> bool:
         return (self.course.folder_of(arm) / "tested").exists()
@@ -81,6 +84,9 @@ class Untrained:
         luck = np.random.default_rng([arm.seed, len(arm.label)]).normal(size=4)
         losses = 1 + 0.1 * (arm.label != "lora") + 0.001 * luck
         return {"images": list("abcd"), "losses": losses.tolist(), "by_timestep": [1.0]}
+
+    def base(self) -> dict:
+        return {"images": self.marks, "losses": [2.0, 2.1, 1.9, 2.0], "by_timestep": [2.0]}
 
     def export(self, arm: Arm, step: int) -> list[str]:
         if self.stopped == "export":
@@ -102,9 +108,9 @@ def go(
     folder.mkdir(exist_ok=True)
     if stopped:
         with pytest.raises(Stopped):
-            run.train_and_conclude(course, Untrained(course, stopped))
+            run.train_and_conclude(Untrained(course, stopped))
     else:
-        run.train_and_conclude(course, Untrained(course, diverging=diverging))
+        run.train_and_conclude(Untrained(course, diverging=diverging))
     report = (folder / "report.html").read_text(encoding="utf-8")
     return json.loads((folder / "experiment.json").read_text()), re.search("<h1>(.*?)</h1>", report)[1]
 
@@ -157,17 +163,17 @@ def test_what_was_concluded_stays_until_it_is_concluded_anew(tmp_path):
     """A seed is added, and a stop in its first arm, or in the comparison, loses nothing of what was found."""
     folder = tmp_path / "out"
     before, headline = go(folder)
-    assert len(before["verdicts"]) == 2 and headline.startswith("nothing is shown to be better than lora, and 2 of 2")
+    assert len(before["verdicts"]) == 2 and headline.startswith("best: lora; lora_x2 is worse than lora by")
     (folder / "config.json").write_text('{"seed": [0, 1]}')
-    for stopped, ended in (("train", 18), ("tested", 27)):
+    for stopped, ended in (("train", 12), ("tested", 15)):
         kept, told = go(folder, "--seed", "0", "1", "2", stopped=stopped)
-        for name in ("chosen", "verdicts", "best", "notes"):
+        for name in ("chosen", "verdicts", "ranking", "base", "best", "notes"):
             assert kept[name] == before[name]
-        assert read_of(kept) == read_of(before) and kept["as_of"] == 18
-        assert told == f"As of 18 arms, with {ended} of 27 ended: {headline}"
+        assert read_of(kept) == read_of(before) and kept["as_of"] == 12
+        assert told == f"As of 12 arms, with {ended} of 15 ended: {headline}"
         assert Experiment("out", folder).status == "stopped"
     after, headline = go(folder, "--seed", "0", "1", "2")
-    assert after["verdicts"][0]["seeds"] == 3 and "as_of" not in after and headline.startswith("nothing is shown")
+    assert after["verdicts"][0]["seeds"] == 3 and "as_of" not in after and headline.startswith("best: lora; ")
     assert Experiment("out", folder).status == "finished"
 
 
@@ -205,16 +211,17 @@ def test_a_reading_of_the_test_images_counts_once_wherever_it_is_cut_off(tmp_pat
 
 @pytest.mark.parametrize(("methods", "verdicts"), [("lora", 0), ("lora lora_x2", 1), ("lora_x2 lora_x4", 0)])
 def test_while_arms_are_missing_the_test_images_are_read_for_verdicts_alone(tmp_path, methods, verdicts):
-    """The time is up after every arm: of the middle rate that of each label comes first."""
-    for _ in methods.split():
-        record, _ = go(tmp_path / "out", "--experiment_minutes", "1e-9", methods=methods)
-    assert len(record["chosen"]) == len(methods.split()) and len(record["verdicts"]) == verdicts
+    """The time is up after every arm: two seeds of every label come before the third."""
+    labels = methods.split()
+    for _ in range(4 * len(labels)):
+        record, _ = go(tmp_path / "out", "--seed", "0", "1", "2", "--experiment_minutes", "1e-9", methods=methods)
+    assert len(record["chosen"]) == len(labels) and len(record["verdicts"]) == verdicts
     assert record["readings"] == verdicts and bool(read_of(record)) == bool(verdicts)
-    record, _ = go(tmp_path / "out", methods=methods)
+    record, _ = go(tmp_path / "out", "--seed", "0", "1", "2", methods=methods)
     assert record["readings"] == 1 + verdicts and read_of(record)
     read = [
-        f"the test images were read {1 + verdicts} times, as arms came in: intervals and p are for one time, and "
-        "more show differences by luck more often"
+        "the test images were read 2 times, as arms came in: this reading is judged at 0.76%, so that chance claims a "
+        "difference in 5% at most of all"
     ]
     assert [note for note in record["notes"] if "were read" in note] == read * verdicts
 
@@ -222,8 +229,36 @@ def test_while_arms_are_missing_the_test_images_are_read_for_verdicts_alone(tmp_
 def test_what_was_read_of_the_test_images_is_told_where_arms_are_missing(tmp_path):
     """One label alone is no verdict, but to tell what is on disk costs no reading."""
     before, _ = go(tmp_path / "out", methods="lora")
-    record, _ = go(tmp_path / "out", "--seed", "0", "1", "--experiment_minutes", "1e-9", methods="lora")
+    more = ("--seed", "0", "1", "2", "3", "--experiment_minutes", "1e-9")
+    record, _ = go(tmp_path / "out", *more, methods="lora")
     assert record["readings"] == before["readings"] == 1 and read_of(record) == read_of(before) != []
+
+
+def test_with_one_seed_the_test_images_are_not_read(tmp_path):
+    """They could tell nothing, and a later start reads them for the first time."""
+    record, headline = go(tmp_path / "out", "--seed", "0")
+    assert (record["readings"], record["verdicts"], record["base"], read_of(record)) == (0, [], None, [])
+    assert not list((tmp_path / "out").glob("**/tested")) and headline == "There is nothing to compare"
+    assert record["best"]["label"] and len(record["chosen"]) == 3
+    record, _ = go(tmp_path / "out")
+    assert record["readings"] == 1 and len(record["verdicts"]) == 2
+
+
+def test_the_base_model_is_measured_once_and_says_what_training_gains(tmp_path):
+    record, _ = go(tmp_path / "out")
+    assert np.mean(record["base"]["losses"]) == pytest.approx(2.0) and record["base_select"] == 2
+    assert record["verdicts"][0]["of_gain"] == pytest.approx(10, abs=0.1)
+    (tmp_path / "out" / "experiment.json").write_text(
+        json.dumps(record | {"base": record["base"] | {"losses": [9.0] * 4}})
+    )
+    assert go(tmp_path / "out", "--seed", "0", "1", "2")[0]["base"]["losses"] == [9.0] * 4
+
+
+def test_the_best_run_is_one_of_the_best_methods_and_says_what_it_was_trained_with(tmp_path):
+    """By the select images all methods are alike, and lora_x2 comes first; on the test images it is worse than LoRA."""
+    record, _ = go(tmp_path / "out", methods="lora_x2 lora lora_x4")
+    assert record["ranking"]["best"] == ["lora"] and record["best"]["label"] == "lora"
+    assert record["best"]["options"] == {"method": "lora", "learning_rate": 2e-4, "seed": 0}
 
 
 def test_a_stop_is_heeded_between_two_arms_that_are_tested(tmp_path, capsys):
@@ -231,11 +266,11 @@ def test_a_stop_is_heeded_between_two_arms_that_are_tested(tmp_path, capsys):
     folder = tmp_path / "out"
     go(folder, stopped="begins")
     (tested,) = folder.glob("**/tested")
-    first, *_ = (line for line in capsys.readouterr().out.splitlines() if "testing" in line)
+    first, *_ = (line for line in capsys.readouterr().out.splitlines() if "testing (" in line)
     assert first == f"{tested.parent.relative_to(folder).as_posix()}: testing (1 of 6)"
-    assert Experiment("out", folder).progress == (18, 18)
+    assert Experiment("out", folder).progress == (12, 12)
     go(folder)
-    said = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines() if "testing" in line]
+    said = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines() if "testing (" in line]
     assert said == [f"testing ({number} of 6)" for number in range(2, 7)]
 
 
@@ -243,7 +278,7 @@ def test_of_what_was_concluded_only_labels_that_are_still_there_stay(tmp_path):
     go(tmp_path / "out")
     kept, told = go(tmp_path / "out", stopped="train", methods="lora lora_x2 rslora")
     assert set(kept["chosen"]) == {"lora", "lora_x2"} and [each["label"] for each in kept["verdicts"]] == ["lora_x2"]
-    assert told.startswith("As of 18 arms, with 12 of 18 ended: lora_x2 is worse than lora")
+    assert told.startswith("As of 12 arms, with 8 of 12 ended: lora_x2 is worse than lora")
     kept, told = go(tmp_path / "out", "--method", "lora_x4", "--learning_rate", "1e-4", "4e-4", stopped="tested")
     assert (kept["chosen"], kept["verdicts"], read_of(kept)) == ({}, [], []) and "as_of" not in kept
 
@@ -259,7 +294,7 @@ def test_extended_rates_are_advised_where_none_were_tried(tmp_path):
     rates = ("--learning_rate", "6.4e-3", "12.8e-3")
     record, _ = go(tmp_path / "other", *rates, "--extend_rates")
     advised = [note for note in record["notes"] if "was tried" in note]
-    assert len(record["arms"]) == 3 * 5 * 2 and len(advised) == 3
+    assert len(record["arms"]) == 3 * (5 + 1) and len(advised) == 3
     tried = ["0.0004", "0.0008", "0.0016", "0.0032", "0.0064", "0.0128"]
     assert all(
         note.endswith(f", 0.0008, and a lower one may do better; --learning_rate {' '.join(tried)}") for note in advised

@@ -10,15 +10,13 @@ from waiting import LIMIT
 from golden.commands import REFUSALS, RUNS
 
 RECORD = Path(__file__).with_name("record.py")
-QUICK = ["killed"]
-REST = [name for name in (*REFUSALS, *RUNS) if name not in ("refusals", *QUICK)]
+REST = [name for name in (*REFUSALS, *RUNS) if name != "refusals"]
 
 
 @pytest.mark.parametrize(
     "names",
     [
         pytest.param(["refusals"], id="refusals"),
-        pytest.param(QUICK, id="runs"),
         pytest.param(REST, id="rest", marks=pytest.mark.exhaustive),
     ],
 )

@@ -1,0 +1,171 @@
+"""Write changes to a folder's files so that they can be undone, also after a restart: back up first, then write.
+
+Each change has its own folder in `.trash`, with the files before the change and a record of their hashes after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from reslora.errors import InvalidArgument, first_line
+from reslora.images.content_hash import content_mark
+from reslora.images.data.listing import TRASH
+from reslora.io import read_object, remove, replacing, write_json
+
+from .folders import Folder, new_place
+from .image_folders import stamp_of
+from .runs import RunError
+
+RECORD = "change.json"
+MOST = 50
+"""Changes stored per folder. Removed images stay in the trash until the user deletes them."""
+WRITING = threading.RLock()
+"""Serializes changes within this process."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change that was made completely, or was interrupted."""
+
+    folder: Folder
+    place: Path
+    line: str
+    """Its description on the Undo button."""
+    files: dict[str, str | None]
+    """Content hashes after the change, by file name within the folder; None for a removed file."""
+
+    def state(self, name: str) -> str:
+        """Return `after` for a file as the change left it, `before` for one as it was before, else `other`."""
+        path, backup, after = self.folder.path / name, self.place / name, self.files[name]
+        if not self.folder.holds(path):
+            raise RunError(f"{name} leads out of the folder, and stays; nothing was undone.")
+        now = mark_of(path)
+        if now == after:
+            return "after"
+        if backup.exists():
+            return "before" if after is not None and now == mark_of(backup) else "other"
+        return "before" if None in (now, after) else "other"
+
+    def restore(self) -> None:
+        """Restore the files and forget the change.
+
+        Raises `RunError` if a file was changed since. An interrupted change did not write all of its files; those it
+        wrote, and that are unchanged since, are restored.
+        """
+        with WRITING, readable():
+            states = {name: self.state(name) for name in self.files}
+            for name in (name for name, state in states.items() if state == "other"):
+                if self.files[name] is None:
+                    raise RunError(f"{name} is there again: move it away first. Nothing was put back.")
+                if "before" not in states.values():
+                    raise RunError(f"{name} was changed meanwhile. Nothing was put back.")
+            for name, state in states.items():
+                if state == "after":
+                    put_back(self.place / name, self.folder.path / name)
+            forget(self.place)
+
+
+class Draft:
+    """The files that a change writes."""
+
+    def __init__(self) -> None:
+        self.files: dict[Path, tuple[tuple[int, ...], bytes | None]] = {}
+
+    def put(self, path: Path, stamp: tuple[int, ...], content: bytes | None) -> None:
+        """Add the content of a file that had this stamp when it was read; None removes the file."""
+        if self.files.setdefault(Path(os.path.normpath(path)), (stamp, content))[1] != content:
+            raise RunError(f"{path.name} is the caption of several images: give them the same one.")
+
+
+@contextlib.contextmanager
+def changing(folder: Folder, line: str) -> Iterator[Draft]:
+    """Yield a draft, then write all of it, or nothing and raise `RunError`."""
+    with WRITING, readable():
+        draft = Draft()
+        yield draft
+        place, done = new_place(folder.path), []
+        names = {path.relative_to(folder.path).as_posix(): path for path in draft.files}
+        contents = {name: draft.files[path][1] for name, path in names.items()}
+        marks = {name: None if content is None else content_mark(content) for name, content in contents.items()}
+        write_json(place / RECORD, {"line": line, "files": marks})
+        try:
+            for name, path in names.items():
+                write(path, place / name, *draft.files[path])
+                done.append(name)
+        except BaseException:
+            for name in done:
+                put_back(place / name, names[name])
+            forget(place)
+            raise
+        for old in list(changes(folder))[MOST:]:
+            if None not in old.files.values():
+                forget(old.place)
+
+
+def write(path: Path, backup: Path, stamp: tuple[int, ...], content: bytes | None) -> None:
+    """Back up a file and replace it, or move it to the backup. Raises `RunError` if it changed since it was read."""
+    backup.parent.mkdir(parents=True, exist_ok=True)
+    if content is None:
+        path.rename(backup)
+        return
+    if path.is_file():
+        shutil.copy2(path, backup)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+        if stamp_of(path) != stamp:
+            raise RunError(f"{path.name} was changed meanwhile, and nothing was written; look at it anew.")
+
+
+def put_back(backup: Path, path: Path) -> None:
+    """Restore a file from its backup; without a backup, remove it."""
+    if os.path.lexists(backup):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        backup.replace(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def forget(place: Path) -> None:
+    """Remove a change from the trash."""
+    with contextlib.suppress(OSError):
+        remove(place)
+        place.parent.rmdir()  # fails if other changes are there
+
+
+def changes(folder: Folder) -> Iterator[Change]:
+    """Yield the changes of a folder, newest first."""
+    for record in sorted((folder.path / TRASH).glob(f"*/{RECORD}"), reverse=True):
+        with contextlib.suppress(OSError):
+            content = read_object(record)
+            files = content.get("files")
+            if isinstance(files, dict) and all(map(is_inside, files)):
+                yield Change(folder, record.parent, str(content.get("line"))[:200], files)
+
+
+def is_inside(name: str) -> bool:
+    """Return whether a relative name stays within the folder."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def mark_of(path: Path) -> str | None:
+    """Return the content hash of a file, or None if it does not exist."""
+    return content_mark(path) if path.is_file() else None
+
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """Convert errors of reading and writing files to a `RunError` of one line without paths."""
+    try:
+        yield
+    except InvalidArgument as error:
+        text = str(error)
+        text = text.split(", ", 1)[1] if text.startswith("--") and ", " in text else text
+        raise RunError(f"The captions cannot be changed: {text}.") from None
+    except OSError as error:
+        raise RunError(f"Nothing was changed: {error.strerror or first_line(error)}.") from None

@@ -1,0 +1,627 @@
+"""Run trainings and experiments as processes: start, queue, stop and resume them.
+
+A training continues when the page or the application is closed; its process id is in the run's folder. The queue is a
+file in the runs folder. Each change of it is made under a lock, so threads and several applications on one folder agree
+on what is next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import torch
+from filelock import FileLock, Timeout
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from reslora.errors import InvalidArgument
+from reslora.images.data.images import SUFFIXES
+from reslora.images.settings import parsed_values, resolve
+from reslora.io import write_json
+from reslora.options.grid import Grid
+from reslora.options.images import Options
+from reslora.training.stopping import SAMPLE, SAVE
+
+from . import launcher
+from .folders import BUNDLED, UPLOADS, Folders
+from .launcher import ALONE, REPOSITORY, SCRIPT
+from .library import REPORT, Experiment, Library, kind_of, language_script, refuse_language
+from .log_lock import is_held, locked_file
+from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, NOTES, Run, RunError, is_trainer
+from .uploads import contents_of, keep, place_of
+from .views import enumerated
+
+FILE, LOCK = "queue.json", ".queue.lock"
+VERSION = 1
+KINDS: dict[str, type[Run]] = {"run": Run, "experiment": Experiment}
+WAITING, RUNNING, FAILED = "waiting", "running", "failed"
+EVERY, FRESH = 2.0, 1.0
+"""Seconds between two polls of the queue, and for which `would_wait` is cached."""
+MOST, MOST_ENDED = 100, 20
+LONGEST = 100_000  # characters of one entry in the file
+GONE = "its folder is gone: it was renamed or removed"
+PATIENCE = 120.0  # seconds to wait for another change, which may copy a thousand images
+FOLDERS = ("train_data_dir", "class_data_dir", "dataset_name")
+"""Options that may name a folder of images."""
+BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
+"""Files that may be in a run's folder before training begins; `cache` has encoded images."""
+FEW = 8  # images in the preview
+PLAN_SECONDS = 180
+STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)
+"""Signal that asks a trainer to save and exit. Not SIGTERM: a second one, from another application, would end the
+trainer without saving."""
+
+
+class Busy(RunError):
+    """Raised if another run is training."""
+
+
+def folder_name(name: str) -> str:
+    """Return the name if it is that of a visible folder in the runs folder. Raises `ValueError` otherwise."""
+    if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
+        raise ValueError("the name of an entry is none of a run")
+    return name
+
+
+@dataclass
+class Entry:
+    """A run or an experiment in the queue; its command is made from the form's settings when it starts."""
+
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid")
+
+    name: Annotated[str, AfterValidator(folder_name)]
+    kind: Annotated[str, Field(pattern="^(run|experiment)$")] = "run"
+    settings: dict = field(default_factory=dict)
+    folder: str | None = None
+    """Name of the image folder on the list; None means the bundled images, or those of the run that is resumed."""
+    resume: bool = False
+    """Resume from the newest checkpoint with the settings of the run."""
+    state: Annotated[str, Field(pattern="^(waiting|running|failed|finished|stopped)$")] = WAITING
+    line: str = ""
+    """Why it failed, or the trainer's last line."""
+    device: str | None = None
+    """The GPU assigned to it, if there are several."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether it has ended."""
+        return self.state not in (WAITING, RUNNING)
+
+
+@dataclass
+class Content:
+    """The content of the queue file."""
+
+    __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid")
+
+    version: Annotated[int, Field(ge=VERSION, le=VERSION)]
+    entries: list[Entry]
+
+
+ENTRY, CONTENT = TypeAdapter(Entry), TypeAdapter(Content)
+
+
+class Jobs:
+    """The trainings of a runs folder: running, queued and ended."""
+
+    def __init__(self, library: Library, data: Path | None = None) -> None:
+        self.library = library
+        self.images = Folders(library.folder, data)
+        self.data = self.images.data
+        self.path = library.folder / FILE
+        self.started: dict[str, subprocess.Popen] = {}
+        self.asked: set[int] = set()  # processes that were asked to stop
+        self.began: set[str] = set()  # runs seen running, or asked to stop, since they were started here
+        self.lock = threading.Lock()
+        self.closed = threading.Event()
+        self.busy, self.looked = False, -math.inf
+
+    # -- what may start, and by which command --------------------------------------------------------------------------
+
+    def folders(self) -> list[str]:
+        """Return the names of the image folders without the bundled images, which are the default."""
+        return [name for name, folder in self.images.all().items() if not folder.bundled]
+
+    def command(self, name: str, settings: dict, images: Path | None = None, kind: type[Run] = Run) -> list[str]:
+        """Return the arguments after `accelerate launch` for a new run, or for more arms of an existing experiment."""
+        begun = self.find(name, kind) if self.goes_on(name, kind) else None
+        words = launcher.words_for(self.folder_of(name, kind), settings, images, begun)
+        if not isinstance(self.resolved(words), Grid) and kind is Experiment:
+            raise RunError(ALONE)
+        return words
+
+    def resolved(self, words: list[str]) -> Options | Grid[Options]:
+        """Return the resolved options of a command. The images may not exist yet. Raises `RunError`."""
+        try:
+            return resolve(parsed_values(launcher.trainers_parser(), words[1:]))
+        except InvalidArgument as error:
+            raise RunError(self.without_folders(str(error))) from None
+
+    def goes_on(self, name: str, kind: type[Run]) -> bool:
+        """Return whether there is an experiment of that name with stored settings."""
+        found = self.library.experiments() if kind is Experiment else {}
+        return isinstance(name, str) and name in found and bool(found[name].config)
+
+    def folder_of(self, name: str, kind: type[Run]) -> Path:
+        """Return the output folder of the trainer."""
+        return self.library.folder / name if self.goes_on(name, kind) else self.new_folder(name)
+
+    def new_folder(self, name: str) -> Path:
+        """Return the folder of a new run. Raises `RunError` for an invalid or existing name."""
+        if self.library.is_single:
+            raise RunError("This page shows a single run; start the application on a folder of runs to train here.")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
+            raise RunError("A run's name has letters, digits, hyphens and underscores, at most 64 of them.")
+        folder = self.library.folder / name
+        run = (kind_of(folder) or Run)(name, folder)
+        began = not folder.is_dir() or not BEFORE.issuperset(run.entries())  # a folder without training can be reused
+        if folder.is_symlink() or (folder.exists() and began):
+            raise RunError("There is a run of that name already; choose another name, or resume it.")
+        if folder.exists() and self.is_active(run):
+            raise RunError(f"{name} is starting already: look at that one, or choose another name.")
+        return folder
+
+    def choose_images(
+        self, name: str, folder: str | None, uploads: Sequence[str] | None, caption: str = "", kind: type[Run] = Run
+    ) -> Path | None:
+        """Return the folder to train on: of the uploads, on the list, or None for the default."""
+        if uploads:
+            of_run = self.library.folder / UPLOADS / self.folder_of(name, kind).name
+            return place_of(of_run, contents_of(uploads, caption))
+        return self.images.find(folder).path if folder else None
+
+    def first_images(self, folder: str | None, uploads: list[str]) -> list[Path]:
+        """Return the first images of a folder on the list, or of the uploads, for the preview."""
+        found = list(map(Path, uploads))
+        if not uploads and folder:
+            chosen = self.images.find(folder)
+            found = [path for path in sorted(chosen.path.glob("[!.]*")) if chosen.holds(path)]
+        return [path for path in found if path.suffix.lower() in SUFFIXES][:FEW]
+
+    def resumable(self, name: str, kind: type[Run] = Run) -> Run:
+        """Return the run or experiment of that name. Raises `RunError` if it cannot be resumed."""
+        run = self.find(name, kind)
+        refuse_language(run)
+        if not run.config:
+            raise RunError("This run never got as far as to be resumed; start it anew.")
+        if not run.folder.is_relative_to(self.library.folder):
+            raise RunError("The example run cannot be resumed; start a new one.")
+        if run.status == "finished":
+            raise RunError(f"{run.name} is finished: there is nothing to resume.")
+        self.refuse_active(run)
+        return run
+
+    def plan(self, words: list[str]) -> str:
+        """Return the trainer's memory plan for a command; nothing is trained."""
+        try:
+            done = subprocess.run(
+                [sys.executable, *words, "--plan"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                env=launcher.environment(), timeout=PLAN_SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise RunError(f"No plan was made within {PLAN_SECONDS} seconds.") from None
+        said = done.stdout if done.returncode == 0 else done.stdout + done.stderr[-2000:]
+        return self.without_folders(said.strip())
+
+    # -- processes -----------------------------------------------------------------------------------------------------
+
+    def start(self, name: str, words: list[str], kind: type[Run] = Run, device: str | None = None) -> Run:
+        """Start the trainer for a new run or experiment, and return that.
+
+        `device` is a GPU that is free; without one, `Busy` is raised while another run trains.
+        """
+        with self.lock:
+            self.refuse_second(device)
+            folder = self.folder_of(name, kind)
+            folder.mkdir(parents=True, exist_ok=True)
+            for log in {LOG_NAME, EXPERIMENT_LOG} - {kind.log_name}:  # left by a failed start of the other kind
+                (folder / log).unlink(missing_ok=True)
+            return self._launch(kind(name, folder), words, device)
+
+    def resume(self, name: str, kind: type[Run] = Run, device: str | None = None) -> Run:
+        """Resume a stopped run or experiment with its own settings."""
+        with self.lock:
+            self.refuse_second(device)
+            run = self.resumable(name, kind)
+            config = ["--config", str(run.folder / "config.json")]
+            rest = ["--output_dir", str(run.folder), "--resume_from_checkpoint", "latest"]
+            return self._launch(run, [str(SCRIPT), *config, *rest], device)
+
+    def refuse_active(self, *runs: Run, error: type[RunError] = RunError) -> None:
+        """Raise `error` for the first of the runs that is training."""
+        for run in filter(self.is_active, runs):
+            raise error(f"{run.name} is training; wait for it, or stop it first.")
+
+    def refuse_second(self, device: str | None = None) -> None:
+        """Raise `Busy` while another run trains, unless each has its own GPU."""
+        if device is None:
+            self.refuse_active(*self.library.everything(), error=Busy)
+
+    def _launch(self, run: Run, words: list[str], device: str | None) -> Run:
+        """Start a trainer that writes to the locked log of the run, and return the run."""
+        self.asked = {process for process in self.asked if is_trainer(process)}
+        self.began.discard(run.name)
+        for request in (SAVE, SAMPLE):  # requests that the last training did not handle
+            (run.folder / request).unlink(missing_ok=True)
+        with locked_file(run.folder / run.log_name) as log:
+            # In a new session Ctrl-C in the application's terminal does not reach the trainer.
+            self.started[run.name] = subprocess.Popen(
+                [*launcher.launch_words(device), *words], stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, cwd=run.folder, env=launcher.environment(device), start_new_session=True,
+            )  # fmt: skip
+        return run
+
+    def all_active(self) -> Iterator[Run]:
+        """Return the runs and experiments that are training or starting; several only with several GPUs."""
+        return (run for run in self.library.everything() if self.is_active(run))
+
+    def is_active(self, run: Run) -> bool:
+        """Return whether the run is training or starting."""
+        process = self.started.get(run.name)
+        ours = process is not None and process.poll() is None
+        return ours or is_held(run.folder / run.log_name) or run.process is not None
+
+    def find(self, name: str, kind: type[Run] = Run) -> Run:
+        """Return the run (of any script) or experiment of that name. Raises `RunError` if there is none."""
+        if kind is Experiment:
+            return self.library.find_experiment(name)
+        language = self.library.language_runs().get(name) if isinstance(name, str) else None
+        return language or self.library.find(name)
+
+    def stop(self, name: str, kind: type[Run] = Run, only: bool = False) -> str:
+        """Ask a trainer to save and exit, and return a sentence about it.
+
+        It is the trainer of the named run or, if that is not training, the only active one. With `only`, no other run
+        is stopped: one that started after the named run ended continues.
+        """
+        looked_at = self.find(name, kind)
+        is_active = self.is_active(looked_at)
+        if only and not is_active:
+            raise RunError(f"{name} does not train any more; nothing was stopped.")
+        found = [looked_at] if is_active else list(self.all_active())
+        if not found:
+            return "Nothing is training."
+        if len(found) > 1:
+            names = enumerated(run.name for run in found)
+            raise RunError(f"{names} are training; choose the one to stop.")
+        (run,) = found
+        number, process = run.process, self.started.get(run.name)
+        if number in self.asked:
+            return f"{run.name} was asked to stop already; what is trained is saved."
+        if number is not None:
+            self.asked.add(number)
+            os.kill(number, STOP)
+            done, total = run.progress
+            when = "soon" if total and done == total else "after this step"  # it is merging or comparing
+            return f"{run.name} was asked to stop {when}; what is trained is saved."
+        if process is None:  # started by an earlier application
+            return f"{run.name} is starting, or ending; what is at work then can be stopped."
+        if run.name in self.began:
+            return f"{run.name} is ending."
+        # Training has not begun, so there is nothing to save: end the complete process group.
+        self.began.add(run.name)
+        with contextlib.suppress(OSError), (run.folder / run.log_name).open("a") as log:
+            log.write("\nstopped before its training began\n")  # the trainer may exit without a message
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        return f"{run.name} is stopped before its training began."
+
+    def reader(self, folder: Path) -> Run | None:
+        """Return an active run that trains on images in the folder, above or below it, else None.
+
+        A run without a config yet counts, because its images are not known.
+        """
+        for run in self.all_active():
+            read = [Path(name).resolve() for flag in FOLDERS for name in run.words(flag)]
+            if not run.config or any(path.is_relative_to(folder) or folder.is_relative_to(path) for path in read):
+                return run
+        return None
+
+    def ask(self, request: str) -> str:
+        """Request a checkpoint or samples after this step from all active trainers, and return a sentence."""
+        why_not = {run: self.why_not_asked(run, request) for run in self.all_active()}
+        asked = [run for run, why in why_not.items() if not why]
+        for run in asked:
+            (run.folder / request).touch()
+        if not asked:
+            return " ".join(why_not.values()) or "Nothing is training."
+        what = {SAVE: "a checkpoint is saved", SAMPLE: "samples are drawn"}[request]
+        return f"{enumerated(run.name for run in asked)}: {what} after this step."
+
+    def why_not_asked(self, run: Run, request: str) -> str:
+        """Return why a run cannot handle the request now; empty if it can."""
+        done, total = run.progress
+        if run.process is None:
+            return f"{run.name} is starting, or ending; ask once it trains."
+        if script := language_script(run):
+            return f"{run.name} is of {script}, which cannot be asked for that."
+        if total and done == total:
+            return f"{run.name} has no step to take now."
+        if request == SAMPLE and run.config and not run.prompts:
+            return f"{run.name} draws no samples: it has no prompts."
+        return ""
+
+    def status(self, run: Run) -> str:
+        """Return a run's status, including `starting` and `stopping`, which its folder does not show."""
+        status = run.status
+        if status == "running":
+            self.began.add(run.name)
+            return "stopping" if run.process in {None, *self.asked} else "running"  # it may have just exited
+        return ("stopping" if run.name in self.began else "starting") if self.is_active(run) else status
+
+    def log(self, run: Run) -> str:
+        """Return the end of a run's log without this machine's folders."""
+        return self.without_folders(run.log_tail())
+
+    def last_line(self, run: Run) -> str:
+        """Return the last line of a run's log, which gives the reason if it failed."""
+        return self.without_folders(run.log_tail(1))[:300]
+
+    def without_folders(self, text: str) -> str:
+        """Return text in which this machine's folders are replaced by short names."""
+        names = {self.library.folder: "runs", self.data: "data", REPOSITORY: ".", Path.home(): "~"}
+        names |= {Path(prefix): "python" for prefix in (sys.prefix, sys.base_prefix)}
+        for path in sorted(filter(None, names), key=lambda path: -len(str(path))):
+            if len(path.parts) > 1:  # skip the root folder
+                text = text.replace(str(path), names[path])
+        return text
+
+    # -- the queue: its file -------------------------------------------------------------------------------------------
+
+    def entries(self) -> list[Entry]:
+        """Return all entries of the queue in order.
+
+        Raises `RunError` if the file cannot be read; the file is not changed then.
+        """
+        try:
+            if not self.path.is_file():
+                return []
+            if self.path.stat().st_size > LARGEST_JSON:
+                raise ValueError("it is too large")
+            return CONTENT.validate_json(self.path.read_bytes()).entries
+        except ValidationError as error:
+            why = error.errors()[0]["msg"][:100]
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+        raise RunError(
+            f"The queue cannot be read ({why}): mend or remove {FILE} in the folder of runs. It was left as it is."
+        )
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[list[Entry]]:
+        """Yield the current entries to change; they are written afterwards unless an exception is raised."""
+        try:
+            with writable():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(self.path.with_name(LOCK), timeout=PATIENCE).acquire()
+        except Timeout:
+            raise RunError("The queue is being changed by somebody else for long; try again.") from None
+        with lock:
+            self.looked = -math.inf
+            entries = self.entries()
+            before = list(map(asdict, entries))
+            for entry in entries:  # an entry that has just ended may be resumed or removed
+                self.look_after(entry)
+            yield entries
+            old = list(map(id, [entry for entry in entries if entry.ends][:-MOST_ENDED]))
+            after = [asdict(entry) for entry in entries if id(entry) not in old]
+            if after != before:
+                with writable():
+                    write_json(self.path, {"version": VERSION, "entries": after})
+
+    # -- the queue: actions --------------------------------------------------------------------------------------------
+
+    def add(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> Entry:
+        """Add an entry to the queue, start what is next, and return the entry as it is then.
+
+        Uploaded images are stored. Raises `RunError` for settings that the trainer or the launcher would refuse.
+        """
+        if self.library.is_single and entry.resume:  # a single run's folder has no queue
+            self.resume(entry.name, KINDS[entry.kind])
+            entry.state = RUNNING
+            return entry
+        self.check(entry, uploads, caption)
+        with self.changing() as entries:
+            self.check(entry, uploads, caption)
+            live = [one.name for one in entries if not one.ends]
+            if entry.name in live:
+                raise RunError(f"{entry.name} is in the queue already; choose another name, or remove that one.")
+            if len(live) >= MOST:
+                raise RunError(f"At most {MOST} runs can be lined up.")
+            is_new = not (entry.resume or self.goes_on(entry.name, KINDS[entry.kind]))
+            if is_new and uploads:
+                kept = keep(self.library.folder / UPLOADS / entry.name, uploads, caption)
+                entry.folder = f"runs/{kept.name}"
+            elif is_new:
+                entry.folder = entry.folder or BUNDLED  # so that the queue shows which images are used
+            entries[:] = [one for one in entries if one.name != entry.name] + [entry]
+        self.advance()
+        added = next((one for one in self.entries() if one.name == entry.name), entry)
+        if added.state == FAILED:
+            raise RunError(added.line)
+        return added
+
+    def check(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> None:
+        """Raise `RunError` for an entry that could not start even if nothing else trained."""
+        try:
+            written = json.dumps(asdict(entry), ensure_ascii=False).encode()
+            ENTRY.validate_json(written)
+        except (TypeError, ValueError, RecursionError):
+            raise RunError("The settings have something that cannot be written down.") from None
+        if len(written) > LONGEST:
+            raise RunError("These settings are too long to be lined up.")
+        self.command_of(entry, uploads, caption)
+        self.refuse_active(self.run_of(entry))
+
+    def move(self, name: str, by: int) -> None:
+        """Move a waiting entry up (-1) or down (1) among the waiting ones."""
+        with self.changing() as entries:
+            waiting = [entry for entry in entries if entry.state == WAITING]
+            here = next((place for place, entry in enumerate(waiting) if entry.name == name), None)
+            if here is None:
+                raise RunError("Nothing of that name waits in the queue.")
+            there = here + (1 if by > 0 else -1)
+            if 0 <= there < len(waiting):
+                first, second = (entries.index(waiting[place]) for place in (here, there))
+                entries[first], entries[second] = entries[second], entries[first]
+
+    def remove(self, name: str) -> None:
+        """Remove a waiting or ended entry. Raises `RunError` for a running one."""
+        with self.changing() as entries:
+            found = one_of(entries, name)
+            if found.state == RUNNING:
+                raise RunError(f"{name} is training; stop it instead.")
+            entries.remove(found)
+
+    def stop_entry(self, name: str) -> str:
+        """Stop a running entry and return a sentence; a run that started after it ended is not stopped."""
+        entry = one_of(self.entries(), name)
+        if entry.state == RUNNING and not self.run_of(entry).folder.is_dir():
+            raise RunError(f"{name}: {GONE}. Put it back, and stop it then: else it ends before its next checkpoint.")
+        return self.stop(name, KINDS[entry.kind], only=True)
+
+    def clear(self) -> None:
+        """Remove all ended entries."""
+        ended = {entry.name for entry in self.entries() if entry.ends}  # only those that the user saw as ended
+        with self.changing() as entries:
+            entries[:] = [entry for entry in entries if not (entry.ends and entry.name in ended)]
+
+    # -- the queue: automatic start ------------------------------------------------------------------------------------
+
+    def would_wait(self) -> bool:
+        """Return whether a new entry would wait; cached for a second, because every open page asks."""
+        if time.monotonic() - self.looked > FRESH:
+            try:
+                entries = self.entries()
+                self.busy = any(entry.state == WAITING for entry in entries) or not self.free(entries)
+            except RunError:
+                self.busy = True  # the file cannot be read
+            self.looked = time.monotonic()
+        return self.busy
+
+    def advance(self) -> None:
+        """Update the entries that have ended, and start those that may; a failed start does not block the next one."""
+        if all(entry.ends for entry in self.entries()):
+            return
+        with self.changing() as entries:
+            for entry in entries:
+                if entry.state == WAITING:
+                    if not (free := self.free(entries)):
+                        break
+                    self.begin(entry, free[0])
+
+    def look_after(self, entry: Entry) -> None:
+        """Update the state of an entry from its trainer."""
+        run = self.run_of(entry)
+        if entry.ends:
+            return
+        if self.is_active(run):
+            entry.state = RUNNING  # also if the application ended before it stored the state
+        elif entry.state == RUNNING:
+            entry.state = run.status
+            line = self.last_line(run) if run.folder.is_dir() else GONE
+            if isinstance(run, Experiment) and line.endswith(REPORT):  # the last line of a normal end
+                line = run.time_is_over or line
+            entry.line = "" if entry.state == "finished" else line
+
+    def begin(self, entry: Entry, device: str | None) -> None:
+        """Check and start an entry, or store why it failed."""
+        kind = KINDS[entry.kind]
+        try:
+            # The state is stored after the start: if this process ends in between, the locked log shows the trainer.
+            if entry.resume:
+                self.resume(entry.name, kind, device)
+            else:
+                self.start(entry.name, self.command_of(entry), kind, device)
+            entry.state, entry.device, entry.line = RUNNING, device, ""
+        except Busy:
+            pass  # another training was started in the meantime
+        except RunError as error:
+            entry.state, entry.line = FAILED, str(error)
+        except Exception as error:
+            traceback.print_exception(error, file=sys.stderr)
+            entry.state, entry.line = FAILED, "It could not be started; the terminal says more."
+
+    def command_of(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> list[str]:
+        """Return the arguments of an entry's command after all checks; empty for a resumed run."""
+        kind = KINDS[entry.kind]
+        if entry.resume:
+            self.resumable(entry.name, kind)
+            return []
+        images = self.choose_images(entry.name, entry.folder, uploads, caption, kind)
+        return self.command(entry.name, entry.settings, images, kind)
+
+    def run_of(self, entry: Entry) -> Run:
+        """Return the run or experiment of an entry."""
+        return KINDS[entry.kind](entry.name, self.library.folder / entry.name)
+
+    def free(self, entries: Sequence[Entry]) -> list[str | None]:
+        """Return the free devices; a training on an unknown device counts as using all of them."""
+        given = {entry.name: entry.device for entry in entries if entry.state == RUNNING}
+        taken = {given.get(run.name) for run in self.all_active()}
+        return [] if None in taken else [device for device in devices() if device not in taken]
+
+    def keep_going(self) -> None:
+        """Start the thread that polls the queue until `closed` is set, and print how many entries wait."""
+        with contextlib.suppress(RunError):
+            if waiting := sum(entry.state == WAITING for entry in self.entries()):
+                print(f"python -m app: {waiting} in the queue, which start by themselves", file=sys.stderr)
+        threading.Thread(target=self._look_again, daemon=True).start()
+
+    def _look_again(self) -> None:
+        """Poll the queue until `closed` is set."""
+        told = ""
+        while True:
+            problem = ""
+            try:
+                self.advance()
+            except RunError as error:
+                problem = str(error)
+            except Exception as error:
+                problem = f"The queue stands still: {error!r}"
+            if problem not in ("", told):  # print each problem once
+                print(f"python -m app: {problem}", file=sys.stderr)
+            told = problem
+            if self.closed.wait(EVERY):
+                return
+
+
+def one_of(entries: Sequence[Entry], name: str) -> Entry:
+    """Return the entry of that name. Raises `RunError` if there is none."""
+    found = next((entry for entry in entries if entry.name == name), None)
+    if found is None:
+        raise RunError("There is nothing of that name in the queue.")
+    return found
+
+
+@contextlib.contextmanager
+def writable() -> Iterator[None]:
+    """Convert errors of the file system to a `RunError` for the page."""
+    try:
+        yield
+    except Timeout:  # a subclass of OSError
+        raise
+    except OSError as error:
+        raise RunError(f"The queue cannot be written ({error.strerror}); nothing has been changed.") from None
+
+
+def devices() -> list[str | None]:
+    """Return the devices for trainings that run at the same time: one GPU each, or [None] for a single training."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return [None]
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return [name.strip() for name in names.split(",")][:count]

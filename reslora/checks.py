@@ -1,0 +1,53 @@
+"""Validation shared by all scripts: numbers within bounds, installed packages and writable directories."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import sys
+from pathlib import Path
+
+from .errors import InvalidArgument
+
+
+def is_whole(value: object, least: int, most: float = math.inf) -> bool:
+    """Return whether a value is a whole number of at least `least` and at most `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def whole_in_words(least: int, most: float = math.inf) -> str:
+    """Return the constraint of `is_whole` as text."""
+    return f"a whole number of at least {least}" if most == math.inf else f"a whole number of {least} to {most}"
+
+
+def is_number(value: float, least: float, below: float = math.inf, exclusive: bool = False) -> bool:
+    """Return whether a number is finite as a float and in [least, below); `exclusive` excludes `least`."""
+    finite = abs(value) <= sys.float_info.max
+    return finite and value < below and (value > least if exclusive else value >= least)
+
+
+def number_in_words(least: float, below: float = math.inf, exclusive: bool = False) -> str:
+    """Return the constraint of `is_number` as text."""
+    if least == -math.inf:
+        return "a finite number"
+    ends = f" and below {below}" if below < math.inf else ""
+    return f"a finite number {'above' if exclusive else 'of at least'} {least}{ends}"
+
+
+def require_package(flag: str, package: str, module: str = "") -> None:
+    """Raise `InvalidArgument` naming `flag` unless a package with this module is installed."""
+    if importlib.util.find_spec(module or package) is None:
+        raise InvalidArgument(flag, f"{package} is not installed", f"pip install {package}, or leave it out")
+
+
+def is_path(name: str) -> bool:
+    """Return whether a model's name must be a path: a repository on the Hub has at most one slash."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def check_writable(folder: Path, argument: str) -> None:
+    """Raise `InvalidArgument` naming `argument` unless the directory is writable or can be created."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InvalidArgument(argument, f"{parent} is not a folder that can be written", "choose another")

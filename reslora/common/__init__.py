@@ -1,1 +1,0 @@
-"""What the scripts and the application share beside the core."""

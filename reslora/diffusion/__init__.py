@@ -1,1 +1,0 @@
-"""Training text-to-image models: flags -> family -> dataset -> encoded dataset -> samples -> training -> results."""

@@ -1,1 +1,0 @@
-"""Images and captions: found, encoded once, and drawn into samples."""

@@ -1,1 +1,0 @@
-"""The model: its family, its parts, and weights in fewer bits."""

@@ -1,1 +1,0 @@
-"""What a run shows and leaves: samples, log, exports, figures."""

@@ -1,1 +1,0 @@
-"""What is trained, on which loss, step by step, and its checkpoints."""

@@ -1,0 +1,100 @@
+"""Exceptions that end a run, shared by all scripts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+"""Messages of torch and operating systems about exhausted memory."""
+
+
+class InvalidArgument(ValueError):
+    """Invalid input: one line with the argument, the problem and the fix; exit status 2."""
+
+    def __init__(self, argument: str, problem: str, fix: str) -> None:
+        super().__init__(f"{argument}: {problem}; {fix}")
+
+
+class RunFailed(RuntimeError):
+    """The run failed, for example by a non-finite loss or an export that does not match; exit status 1."""
+
+
+class Diverged(RunFailed):
+    """Training produced non-finite values; other runs of an experiment continue.
+
+    `advice` is for a single run: an experiment stores only the problem.
+    """
+
+    diverged = True
+
+    def __init__(self, problem: str, advice: str = "") -> None:
+        super().__init__(f"{problem}; {advice}" if advice else problem)
+        self.problem = problem
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM ended the run after it was saved."""
+
+
+class EndedElsewhere(Exception):
+    """Another process of the run failed and reports why; this one exits silently with the same status."""
+
+    def __init__(self, status: int, diverged: bool = False) -> None:
+        super().__init__(f"another process of this run has ended it with status {status}")
+        self.status, self.diverged = status, diverged
+
+
+@contextlib.contextmanager
+def refused_as(argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Convert exceptions of the given kinds into an `InvalidArgument` that names `argument` and `fix`.
+
+    The default is all kinds: damaged files fail with any kind of exception. `InvalidArgument` and `RunFailed` pass.
+    Exhausted memory is not the file's fault and becomes a `RunFailed`.
+    """
+    try:
+        yield
+    except (InvalidArgument, RunFailed):
+        raise
+    except kinds as error:
+        if cause := out_of_memory(error):
+            advice = "free some, or take something smaller"
+            raise RunFailed(f"{argument}: memory ran out ({first_line(cause)}); {advice}") from error
+        raise InvalidArgument(argument, first_line(error), fix) from error
+
+
+@contextlib.contextmanager
+def loaded_from_hub(argument: str, fix: str) -> Iterator[None]:
+    """Convert every exception of loading a data set from the Hub into an `InvalidArgument`; its code is never run."""
+    try:
+        yield
+    except Exception as error:  # anything that a hub, a network or a parser can raise
+        code = any(word in str(error) for word in ("script", "remote code", "remote_code"))
+        problem = "needs code from the hub, which is never run" if code else f"cannot be loaded ({first_line(error)})"
+        raise InvalidArgument(argument, problem, fix) from None
+
+
+def out_of_memory(error: BaseException | None) -> BaseException | None:
+    """Return the exception in the error's chain that reports exhausted CPU or GPU memory; None without one."""
+    while error is not None:
+        if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without its final period; the class name if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
+def another_ended(error: BaseException) -> str:
+    """Return the message of a distributed run that lost a process, from the error of a collective."""
+    problem, _, _ = first_line(error).partition(". ")  # followed by the library's advice
+    return f"another process of this run has ended ({problem}); go on with --resume_from_checkpoint latest"
+
+
+def speaks() -> bool:
+    """Return whether this process has local rank 0, which reports on behalf of all processes of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")

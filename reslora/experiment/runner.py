@@ -1,0 +1,101 @@
+"""Train an experiment's arms, one after the other or several at once, and write its results."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable
+
+from tqdm.auto import tqdm
+
+from ..errors import Diverged, EndedElsewhere, Stopped
+from ..options.grid import Grid
+from ..runtime.peak_memory import forget_peak, peak_memory
+from ..runtime.processes import broadcast_from_main, is_main
+from ..runtime.signals import StopRequest
+from .arms import Arm
+from .results import Results
+from .study import Subject
+from .worker_pool import Crew, Orders, print_workers
+
+Open = Callable[[Grid, StopRequest, Orders | None], contextlib.AbstractContextManager[Subject]]
+"""Locks the directory, and loads and encodes what all arms share; in a worker, in the directory that is already locked.
+
+Picklable.
+"""
+
+
+def run_experiment(opened: Open, grid: Grid, stop: StopRequest, orders: Orders | None = None) -> None:
+    """Train the arms that have not ended, and report which method is best.
+
+    With orders, this is a worker of --arms_at_once: it trains the arms that the main process assigns.
+    """
+    with opened(grid, stop, orders) as subject:
+        if orders:
+            for arm in orders.arms(subject.course):
+                with print_workers():
+                    train(arm, subject)
+            return
+        work, size = functools.partial(run_experiment, opened, grid), grid.base.experiment.arms_at_once or 1
+        train_and_conclude(subject, Crew(size, subject.prog, work, stop) if size > 1 else None)
+
+
+def train_and_conclude(subject: Subject, crew: Crew | None = None) -> None:
+    """Train the next arm until there is none, and write the results."""
+    course, results = subject.course, Results(subject.course, subject)
+    for line in results.beforehand() if is_main() else ():
+        print(line, flush=True)
+    try:
+        train_arms(results, crew)
+    except Stopped as error:
+        course.running = set()
+        if is_main():  # not a collective: the other processes may have ended in another way
+            results.write()
+        what, _, _ = str(error).partition("; ")  # otherwise it would name the option that resumes a single run
+        raise Stopped(f"{what}; the same command goes on") from None
+    broadcast_from_main(results.conclude)
+
+
+def train_arms(results: Results, crew: Crew | None = None) -> None:
+    """Train the arms in their order until there is none: in this process, or by the workers."""
+    course, subject = results.course, results.subject
+    broadcast_from_main(course.next_arm)  # adds arms by --extend_rates
+    ended, total = sum(bool(course.ended(arm)) for arm in course.arms()), len(course.arms())
+    bar = tqdm(desc="arms", total=total, initial=ended, dynamic_ncols=True, disable=crew is None)
+    with bar, crew.working(total - ended) if crew else contextlib.nullcontext(1) as size:
+        while True:
+            while len(course.running) < size and (arm := broadcast_from_main(course.next_arm)):
+                course.running.add(arm)
+                if crew:
+                    crew.give(arm, course.grids)
+            broadcast_from_main(results.write)
+            if not course.running:
+                return
+            if crew:
+                subject.goes_on(ended, total)
+                arm = crew.ended()
+                seconds = course.ended(arm)["wall_seconds"]
+            else:
+                (arm,) = course.running
+                seconds = train(arm, subject)
+            course.running.remove(arm)
+            course.longest = max(course.longest, seconds)
+            ended, total = ended + 1, len(course.arms())
+            bar.total = total
+            bar.update()
+
+
+def train(arm: Arm, subject: Subject) -> float:
+    """Train an arm, record that it has ended, and return its time in seconds; a diverged arm counts as ended."""
+    started, reason = time.monotonic(), ""
+    forget_peak(subject.device)
+    try:
+        subject.train(arm)
+    except (Diverged, EndedElsewhere) as error:
+        if not error.diverged:
+            raise
+        reason = getattr(error, "problem", "")  # known only to the main process
+    memory, seconds = peak_memory(subject.device), time.monotonic() - started
+    broadcast_from_main(lambda: subject.course.end(arm, reason, memory, seconds))
+    return seconds

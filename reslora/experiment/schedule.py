@@ -1,0 +1,239 @@
+"""State of an experiment: its arms, their results, and the next arm to train, all read from disk.
+
+Only the main process uses it (`processes.broadcast_from_main`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import InvalidArgument, refused_as
+from ..io import read_object, write_json
+from ..methods.registry import METHODS
+from ..options.grid import Grid
+from ..runtime.checkpoint_folders import ADAPTERS, numbered, step_of
+from ..runtime.log import of_split, read_log
+from . import record
+from .arms import (
+    MOST_EXTENSIONS,
+    Arm,
+    Label,
+    choosing_of,
+    coarse_to_fine,
+    continued,
+    grown,
+    in_order,
+    labels_of,
+    options_of,
+    place_of,
+    shortcut_in_words,
+)
+from .statistics import choose
+
+ENDED = "arm.json"  # how an arm has ended; written last
+
+
+def reading_adapter(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Convert errors of reading an arm's adapter into an `InvalidArgument` with the fix."""
+    return refused_as(str(folder), f"remove {folder}, and the arm is trained anew", (ValueError,))
+
+
+@dataclass
+class Course:
+    """The arms of an experiment and their results."""
+
+    grid: Grid
+    """Options of the experiment."""
+    began: float = field(default_factory=time.monotonic)
+    longest: float = 0.0
+    """Seconds of the longest arm trained in this process."""
+    running: set[Arm] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.labels = {label.name: label for label in labels_of(self.grid)}
+        self.seeds: list[int] = self.grid.values("seed")
+        self.given: list[float] = sorted(self.grid.rates)
+        self.choosing = choosing_of(self.seeds, len(self.given))
+        self.chosen_rates: dict[tuple, float | None] = {}
+        self.grids = {name: continued(self.given, self.rates_there(label)) for name, label in self.labels.items()}
+
+    @property
+    def folder(self) -> Path:
+        """Directory of the experiment."""
+        return Path(self.grid.base["output_dir"])
+
+    def rates_there(self, label: Label) -> list[float]:
+        """Return the learning rates that an earlier start has added, from the names of directories."""
+        if not self.grid.base.experiment.extend_rates:
+            return []
+        found = []
+        for path in (self.folder / label.method / label.place).glob("lr-*"):
+            with contextlib.suppress(ValueError):  # not a directory of this program
+                found.append(float(path.name.removeprefix("lr-")))
+        return found
+
+    def place_of(self, arm: Arm) -> str:
+        """Return the directory of an arm, relative to that of its method."""
+        return place_of(self.labels[arm.label], arm)
+
+    def folder_of(self, arm: Arm) -> Path:
+        """Return the directory of an arm."""
+        return self.folder / self.labels[arm.label].method / self.place_of(arm)
+
+    def name_of(self, arm: Arm) -> str:
+        """Return the directory of an arm, relative to that of the experiment: `lora/lr-0.0001/seed-0`."""
+        return self.folder_of(arm).relative_to(self.folder).as_posix()
+
+    def options_of(self, arm: Arm) -> Any:
+        """Return the options of a single run of an arm."""
+        return options_of(self.grid, self.labels[arm.label], arm.rate, arm.seed)
+
+    def arms(self) -> list[Arm]:
+        """Return all arms: those that choose by label, learning rate and seed, then the others by seed and label."""
+        choosing = [
+            Arm(label, rate, seed) for label, rates in self.grids.items() for rate in rates for seed in self.choosing
+        ]
+        return choosing + self.other_arms()
+
+    @property
+    def others(self) -> list[int]:
+        """The seeds that do not choose learning rates."""
+        return [seed for seed in self.seeds if seed not in self.choosing]
+
+    def other_arms(self) -> list[Arm]:
+        """Return the arms of these seeds: at each label's chosen learning rate, and any that ended at another one."""
+        rates = {label: self.rate_of(label) for label in self.grids}
+        return [
+            arm
+            for seed in self.others
+            for label in self.grids
+            for arm in (Arm(label, rate, seed) for rate in self.grids[label])
+            if arm.rate == rates[label] or self.ended(arm)
+        ]
+
+    def rate_of(self, label: str) -> float | None:
+        """Return a label's chosen learning rate.
+
+        None if all failed, and the middle one until all choosing arms have ended.
+        """
+        rates = self.grids[label]
+        failed = [rate for rate in rates for seed in self.others if self.ended(Arm(label, rate, seed)).get("reason")]
+        known = label, *rates, "failed", *failed
+        if known not in self.chosen_rates:
+            arms = [Arm(label, rate, seed) for rate in rates for seed in self.choosing]
+            if not all(map(self.ended, arms)):
+                return coarse_to_fine(rates)[0]
+            arms += [Arm(label, rate, seed) for rate in failed for seed in self.others]
+            found = choose(map(self.record, arms), self.choosing).get(label)
+            self.chosen_rates[known] = found["learning_rate"] if found else None
+        return self.chosen_rates[known]
+
+    # -- what has become of them ---------------------------------------------------------------------------------------
+
+    def ended(self, arm: Arm) -> dict:
+        """Return the status, reason, memory and time of a finished arm; empty for any other."""
+        return read_object(self.folder_of(arm) / ENDED)
+
+    def end(self, arm: Arm, reason: str, memory: int | None, seconds: float) -> None:
+        """Record that an arm has ended, well or for a reason, after `seconds` in this process."""
+        known = {"status": "failed" if reason else "finished", "reason": reason, "memory_bytes": memory}
+        write_json(self.folder_of(arm) / ENDED, known | {"wall_seconds": round(seconds, 3)})
+
+    def select_losses(self, arm: Arm) -> dict[int, float]:
+        """Return the loss on the selection split at every step that may be chosen."""
+        rows = of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation")
+        return {row["step"]: row["loss"] for row in rows if row["step"]}
+
+    def base_select(self) -> float | None:
+        """Return the base model's loss on the selection split, from any arm before its first step."""
+        for arm in self.arms():
+            for row in of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation"):
+                if row["step"] == 0 and math.isfinite(row["loss"]):
+                    return row["loss"]
+        return None
+
+    def losses(self) -> dict[Arm, float]:
+        """Return the lowest loss on the selection split of each finished arm; infinite if it diverged.
+
+        Raises `InvalidArgument` for a finished arm whose losses are missing.
+        """
+        found = {}
+        for arm in self.arms():
+            if status := self.ended(arm).get("status"):
+                found[arm] = self.lowest_loss(arm) if status == "finished" else math.inf
+        return found
+
+    def lowest_loss(self, arm: Arm) -> float:
+        """Return the lowest loss on the selection split of a finished arm.
+
+        Raises `InvalidArgument` if losses are missing.
+        """
+        losses, folder = self.select_losses(arm), self.folder_of(arm)
+        lost = [step_of(path) for path in numbered(folder / ADAPTERS, "step") if step_of(path) not in losses]
+        if lost or not losses:  # it would be chosen by the remaining losses
+            problem = "log.jsonl has no validation loss" + (f" of step {lost[0]}" if lost else "")
+            raise InvalidArgument(str(folder), problem, f"remove {folder}, and the arm is trained anew")
+        return min(losses.values())
+
+    def next_arm(self) -> Arm | None:
+        """Return the next arm to train; None if all have ended or are running, or if the remaining time is too short.
+
+        If learning rates are to be extended, the grids are extended first.
+        """
+        losses = self.losses()
+        first = [arm for arm in self.arms() if arm.seed == self.seeds[0]]
+        if self.grid.base.experiment.extend_rates and all(arm in losses for arm in first):
+            grids = grown(self.grids, self.choosing, losses)
+            if max(map(len, grids.values())) <= len(self.given) + MOST_EXTENSIONS:
+                self.grids = grids
+        begun = losses.keys() | self.running
+        order = in_order(self.grids, self.choosing, losses)
+        if all(arm in losses for arm in order):
+            order = self.other_arms()
+        todo = [arm for arm in order if arm not in begun]
+        return todo[0] if todo and self.has_time() else None
+
+    def has_time(self) -> bool:
+        """Return whether another arm is expected to end within --experiment_minutes; always True for the first one.
+
+        An arm may take as long as any finished one: a resumed arm took longer than the present process has measured.
+        """
+        if not self.grid.base.experiment.experiment_minutes or not self.longest:
+            return True
+        ended = [self.record(arm) for arm in self.arms() if self.ended(arm)]
+        longest = max([self.longest, *(max(arm["seconds"], arm["wall_seconds"] or 0) for arm in ended)])
+        return time.monotonic() - self.began + longest <= 60 * self.grid.base.experiment.experiment_minutes
+
+    # -- for experiment.json -------------------------------------------------------------------------------------------
+
+    def record(self, arm: Arm, test: record.TestLosses | None = None) -> record.Arm:
+        """Return what `experiment.json` stores about an arm."""
+        adapter, ended, folder = self.options_of(arm).adapter, self.ended(arm), self.folder_of(arm)
+        method, rows = self.labels[arm.label].method, read_log(folder / "log.jsonl")
+        last: dict = rows[-1] if rows else {"step": 0, "seconds": 0.0}
+        return {
+            "label": arm.label,
+            "method": method,
+            "learning_rate": arm.rate,
+            "seed": arm.seed,
+            "rank": adapter.rank,
+            "shortcut": shortcut_in_words(adapter.shortcut, adapter.pre_num)
+            if METHODS[method].reads_shortcut
+            else None,
+            "folder": self.name_of(arm),
+            "status": ended.get("status") or ("running" if arm in self.running else "waiting"),
+            "reason": ended.get("reason", ""),
+            "steps": last["step"],
+            "seconds": last["seconds"],
+            "wall_seconds": ended.get("wall_seconds"),
+            "memory_bytes": ended.get("memory_bytes"),
+            "select_by_step": {
+                str(step): loss if math.isfinite(loss) else None for step, loss in self.select_losses(arm).items()
+            },
+            "test": test,
+        }

@@ -1,0 +1,99 @@
+"""The interface of an experiment to its study, implemented for images and for texts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from ..formatting import pluralize
+from ..io import read_object, write_json
+from ..runtime.signals import StopRequest
+from .arms import Arm
+from .hashed_split import too_few
+from .record import Facts, Parts, TestLosses
+from .report import About
+from .schedule import Course
+
+COMPARING = "stopped while comparing; the same command goes on"
+TESTED = "test.json"  # test losses of the chosen checkpoint, in an arm's directory
+
+
+class Subject(ABC):
+    """Interface for training and evaluating the arms of an experiment."""
+
+    course: Course
+    prog: str
+    """Name of the script."""
+    about: About
+    """Texts of the report."""
+    parts: Parts
+    stop: StopRequest
+    device: torch.device
+    """Device for training."""
+
+    @property
+    @abstractmethod
+    def marks(self) -> list[str]:
+        """Identifier of each image or example in the test split."""
+
+    @abstractmethod
+    def facts(self) -> Facts:
+        """Return the properties that `experiment.json` stores about the experiment as a whole."""
+
+    @abstractmethod
+    def train(self, arm: Arm) -> None:
+        """Train an arm from its present state to its exports, in every process.
+
+        Raises `Diverged` if a loss is not finite.
+        """
+
+    def too_few(self) -> list[str]:
+        """Return a warning if the test split is too small."""
+        return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
+
+    def say(self, phase: str, name: str = "") -> None:  # noqa: B027 - not every run has a status
+        """Write the current phase to the run's status, with the arm named `name`."""
+
+    def goes_on(self, ended: int, total: int) -> None:
+        """Write to the status how many arms have ended, if several are trained at once."""
+        self.say(f"training, {ended} of {pluralize(total, 'arm')} ended")
+
+    def begins(self, phase: str, arm: Arm) -> None:
+        """Report the next phase of an arm.
+
+        Raises `Stopped` if a stop was requested. Like the following methods, for the main process only.
+        """
+        self.stop.check(COMPARING)
+        self.say(phase, self.course.name_of(arm))
+
+    @abstractmethod
+    def measured(self, arm: Arm, step: int) -> dict:
+        """Return the losses and other metrics of an arm's checkpoint on the test split."""
+
+    @abstractmethod
+    def base_losses(self) -> dict:
+        """Return the base model's losses on the test split."""
+
+    @abstractmethod
+    def export(self, arm: Arm, step: int) -> list[str]:
+        """Export an arm's checkpoint into the experiment's directory, and return the names of the files."""
+
+    def is_tested(self, arm: Arm, step: int) -> bool:
+        """Return whether the test losses of an arm's checkpoint are on disk."""
+        there = read_object(self.course.folder_of(arm) / TESTED)
+        return there.get("step") == step and there.get("images") == self.marks
+
+    def base(self) -> TestLosses:
+        """Return the base model's losses with the identifiers of the images or examples."""
+        return {"images": self.marks} | self.base_losses()  # type: ignore[return-value]
+
+    def tested(self, arm: Arm, step: int) -> TestLosses:
+        """Return the test losses of an arm's checkpoint, measured once and then read from `test.json`."""
+        path = self.course.folder_of(arm) / TESTED
+        if not self.is_tested(arm, step):
+            measured = self.measured(arm, step)
+            write_json(path, {"step": step, "images": self.marks} | measured)
+        there = read_object(path)
+        del there["step"]
+        return there  # type: ignore[return-value] # as it was written

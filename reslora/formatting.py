@@ -1,0 +1,23 @@
+"""Format numbers and names in messages."""
+
+from __future__ import annotations
+
+import unicodedata
+
+CONTROLS = ("Cc", "Cf", "Zl", "Zp")
+"""Unicode categories of control characters, which a terminal interprets or which hide other characters."""
+
+
+def pluralize(number: int, what: str) -> str:
+    """Return a number and a noun, singular or plural: 1 image, 2 images."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def is_or_are(number: int) -> str:
+    """Return the verb for a number: 1 of 3 images is read, 2 of them are."""
+    return "is" if number == 1 else "are"
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters escaped: file names and captions may contain terminal escape codes."""
+    return "".join(c.encode("unicode_escape").decode() if unicodedata.category(c) in CONTROLS else c for c in text)

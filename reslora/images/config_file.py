@@ -1,0 +1,57 @@
+"""Select the values of a run's config.json that still apply next to the options on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import speaks
+from ..methods.registry import METHODS
+from ..options.images import Options
+from ..options.optimizers import named
+from ..options.option import Given
+from ..options.values import listed
+from .experiment.requirements import OF_EXPERIMENTS, OF_RUNS
+
+OF_SHORTCUTS = [name for name, option in Options.table().items() if option.implies and option.read_by]
+"""Options that only methods with shortcuts, or their controls, use."""
+
+
+def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, Any]:
+    """Return the values that apply next to those `given` on the command line, and print notes about the others."""
+    now, where = {**values, **given}, f"--config {path}"
+    checkpoint = values.get("resume_from_checkpoint", "latest")
+    if checkpoint != "latest":
+        values.pop("resume_from_checkpoint")
+        if "resume_from_checkpoint" not in given and speaks():
+            left_out = "is left out: that run went on from there, and another one starts afresh unless it is given"
+            print(f"{where}: --resume_from_checkpoint {checkpoint} {left_out}", flush=True)
+    several = any(option.varies and len(listed(now.get(name))) > 1 for name, option in Options.table().items())
+    of_others = OF_RUNS if several else OF_EXPERIMENTS
+    if (told := [name for name in of_others if values.get(name) and name not in given]) and speaks():
+        kind = "an experiment" if several else "no experiment"
+        print(f"{where}: without --{', --'.join(told)}, as this is {kind}", flush=True)
+    gone = {*of_others, *_of_other_methods(now), *_of_other_optimizer(values, given)}
+    if now.get("validation_split") == 0:
+        gone.add("validation_noises")
+    return {name: value for name, value in values.items() if name not in gone}
+
+
+def _of_other_methods(now: Given) -> Iterable[str]:
+    """Return the options that a new run's methods do not use; a resumed run compares them."""
+    methods = [METHODS[name] for name in now.get("method", ())]
+    if not methods or now.get("resume_from_checkpoint") or any(method.reads_shortcut_flags for method in methods):
+        return ()
+    return OF_SHORTCUTS
+
+
+def _of_other_optimizer(values: Given, given: Given) -> Iterable[str]:
+    """Return the options of another optimizer than the one on the command line; also its learning rate, if specific."""
+    if not given.keys() & {"optimizer", "use_8bit_adam"}:
+        return ()
+    before = named(values.get("optimizer", "adamw"))
+    now = named(given.get("optimizer") or ("adamw8bit" if given.get("use_8bit_adam") else "adamw"))
+    gone = ["optimizer", "use_8bit_adam"] + ["optimizer_args"] * (now.path != before.path)
+    other_rate = now.path != before.path and now.learning_rate != before.learning_rate
+    return [*gone, "learning_rate", "text_encoder_lr"] if other_rate else gone

@@ -1,0 +1,1 @@
+"""Find images and captions, encode them once, and turn them into training samples."""

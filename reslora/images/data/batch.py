@@ -1,0 +1,72 @@
+"""A batch: samples of one size, stacked, as the data loader yields them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import default_collate
+
+from ..model.families.base import Text
+
+
+@dataclass
+class Batch:
+    """The inputs of one forward pass; every tensor starts with the batch dimension, which a single sample lacks."""
+
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+    """Batch x channels x height x width of the latents, as `posterior_noise`."""
+    posterior_noise: torch.Tensor
+    """The noise that samples latents from their mean and standard deviation."""
+    sizes: torch.Tensor
+    """6 integers per sample: SDXL's size conditioning, see `images.crop_sizes`."""
+    weight: torch.Tensor
+    """Factor of each sample's loss."""
+    caption: str | list[str]
+    text: Text | None = None
+    """Text states; None if the forward pass encodes the caption."""
+    moments: torch.Tensor | None = None
+    """Mean and standard deviation of the latents; None if the forward pass encodes the pixels."""
+    pixels: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    """Batch x 1 x height x width, like pixels or latents: the weight of the loss at each position, 0 to 1."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch with its tensors on `device`, copied without waiting for the device."""
+        return self._with(lambda value: value.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory; torch's `DataLoader` calls this if `pin_memory` is set."""
+        return self._with(torch.Tensor.pin_memory)
+
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        tensors: dict = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **tensors, text=self.text and changed(self.text, change))
+
+
+def collate(samples: Sequence[Batch]) -> Batch:
+    """Stack single samples into a batch; text states of different lengths stay lists."""
+    stacked: dict = {}
+    for field in dataclasses.fields(Batch):
+        values = [getattr(sample, field.name) for sample in samples]
+        if values[0] is not None:
+            stacked[field.name] = stack_texts(values) if field.name == "text" else default_collate(values)
+    return Batch(**stacked)
+
+
+def stack_texts(texts: Sequence[Mapping[str, torch.Tensor]]) -> Text:
+    """Return the text states of several captions by name: a stacked tensor, or a list if their lengths differ."""
+    columns = {name: [text[name] for text in texts] for name in texts[0]}
+    alike = {name: len({value.shape for value in values}) == 1 for name, values in columns.items()}
+    return {name: torch.stack(values) if alike[name] else values for name, values in columns.items()}
+
+
+def changed(text: Text, change: Callable[[torch.Tensor], torch.Tensor]) -> Text:
+    """Return text states with `change` applied to every tensor."""
+    return {
+        name: list(map(change, value)) if isinstance(value, list) else change(value) for name, value in text.items()
+    }

@@ -1,0 +1,189 @@
+"""Class images: images of the class that the training images belong to, for prior preservation.
+
+With them (DreamBooth, Ruiz et al., 2023), the model continues to generate the class as the base model does.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from filelock import Timeout
+
+from ...checks import check_writable
+from ...errors import InvalidArgument, RunFailed
+from ...formatting import pluralize
+from ...io import replacing
+from ...options.images import DataOptions, OutputOptions
+from ...runtime.folder_lock import guarded
+from ...runtime.processes import LONGEST_WAIT, broadcast_from_main, on_all
+from ...runtime.signals import NOT_BEGUN
+from ...training.context import Context
+from ..generators import derive
+from .dataset import METADATA, ImageDataset
+from .folders import kohyas_folders, load_folders
+from .images import is_image
+from .listing import files_of
+from .size import Size
+from .sources import Source
+
+LOCK = "class images"  # last component of the lock's path: a run may hold the lock of the folder itself
+PAUSE = timedelta(seconds=1)  # between two attempts to get the lock
+
+
+def load_class_images(context: Context) -> list[ImageDataset]:
+    """Return the images in --class_data_dir, after generating missing ones; [] without the option."""
+    options = context.options
+    if options.data.class_data_dir is None:
+        return []
+    broadcast_from_main(lambda: draw_missing(context))
+    here = options.replace(train_data_dir=options.data.class_data_dir, train_data_repeats=[1], train_data_weight=[1.0])
+    here = here.replace(dataset_name=None, max_train_samples=None)
+    found = on_all(
+        lambda: load_folders(here.model, here.data, here.training, here.output, caption=options.data.class_prompt)
+    )
+    return [dataclasses.replace(images, of_class=True) for images in found]
+
+
+def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
+    """Return the number of class images to generate; 0 without --class_data_dir, or if it holds kohya's folders.
+
+    Raises `InvalidArgument` if the folder contains the training images or is not writable. The same applies if images
+    are missing and it has a metadata file, which would not list the generated ones.
+    """
+    if data.class_data_dir is None:
+        return 0
+    folder = Path(data.class_data_dir)
+    for name in () if data.dataset_name else data.train_data_dir:
+        if Path(name).resolve().is_relative_to(folder.resolve()):
+            problem = f"has what is to be learnt in it, --train_data_dir {name}"
+            raise InvalidArgument(f"--class_data_dir {folder}", problem, "give class images a folder of their own")
+    if folder.is_dir() and kohyas_folders(folder, data, output)[0]:
+        return 0
+    everything = files_of(folder, data, output) if folder.is_dir() else []
+    there = sum(map(is_image, everything))
+    missing, metadata = data.num_class_images - there, [path for path in everything if path.name in METADATA]
+    if missing > 0 and metadata:  # training would not use images that the metadata does not list
+        problem = f"{missing} more than are there would be drawn, which {metadata[0]} does not list"
+        fix = f"give --num_class_images {there}, or take that file away"
+        raise InvalidArgument(f"--num_class_images {data.num_class_images}", problem, fix)
+    if missing > 0:
+        check_writable(folder, f"--class_data_dir {folder}")
+    return max(0, missing)
+
+
+def draw_missing(context: Context) -> None:
+    """Generate images of --class_prompt until --num_class_images exist.
+
+    The base model generates them. The seed and the file name determine each image.
+    """
+    folder = Path(context.options.data.class_data_dir or "")
+    if missing_class_images(context.options.data, context.options.output):
+        folder.mkdir(parents=True, exist_ok=True)
+        with exclusive_lock(folder, context):
+            if missing := missing_class_images(
+                context.options.data, context.options.output
+            ):  # another run may have generated them in the meantime
+                draw(folder, missing, context)
+
+
+def exclusive_lock(folder: Path, context: Context) -> contextlib.AbstractContextManager[object]:
+    """Return the lock on a folder, after waiting until no other run on this machine generates class images into it.
+
+    Raises `RunFailed` after LONGEST_WAIT; a request to stop ends the wait.
+    """
+    for waited in range(LONGEST_WAIT // PAUSE):
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(guarded(folder / LOCK))
+                return stack.pop_all()
+        except Timeout:
+            if not waited:
+                context.accelerator.print(f"another run draws class images into {folder}: waiting for it")
+                context.status.say("waiting for the class images of another run")
+        context.stop.check(NOT_BEGUN)
+        time.sleep(PAUSE.total_seconds())
+    raise RunFailed(f"--class_data_dir {folder}: another run still draws into it; stop that, or choose another folder")
+
+
+def draw(folder: Path, missing: int, context: Context) -> None:
+    """Generate `missing` class images into the folder, under unused file names."""
+    options = context.options
+    names = (folder / f"class-{number:05d}.png" for number in range(options.data.num_class_images))
+    todo = [path for path in names if not path.exists()][:missing]
+    context.accelerator.print(f"drawing {pluralize(len(todo), 'class image')} into {folder}")
+    model, device = context.model, context.accelerator.device
+    side = max(options.data.resolution)  # at least as large as every resolution that they are trained at
+    pipeline = model.load_pipeline(context.dtype, device, encoders=True)
+    denoiser = model.load_denoiser(context.dtype, device, options.model.base_precision, options.model.blocks_to_swap)
+    setattr(pipeline, model.family.denoiser, denoiser.eval())
+    guidance = {model.family.guidance: options.validation.guidance_scale}
+    for first in range(0, len(todo), options.training.train_batch_size):
+        context.stop.check(NOT_BEGUN)
+        paths = todo[first : first + options.training.train_batch_size]
+        seeds = [derive(options.training.seed, "class", path.name) for path in paths]
+        negative = {} if "guidance_scale" in guidance else {"negative_prompt": [""] * len(paths)}
+        with torch.no_grad():
+            drawn = pipeline(
+                prompt=[options.data.class_prompt] * len(paths), height=side, width=side,
+                num_inference_steps=options.validation.num_inference_steps, **guidance, **negative,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            ).images  # fmt: skip
+        for path, image in zip(paths, drawn, strict=True):
+            with replacing(path) as temporary:
+                image.save(temporary, format="PNG")
+        context.status.count("drawing class image", first + len(paths), len(todo))
+
+
+def balanced(training: Sequence[Source], of_class: Sequence[Source], per_forward: int) -> tuple[Source, ...]:
+    """Return all sources, with the smaller kind repeated, so that an epoch uses about as many images of either kind.
+
+    `per_forward` is the batch size of all processes together. Every image is used at least once per epoch.
+    """
+    kinds = sizes_of(training), sizes_of(of_class)
+    swapped = share_of(*kinds, 1, per_forward) > 1
+    fewer, others = reversed(kinds) if swapped else kinds
+
+    def excess(times: int) -> float:
+        return round(share_of(fewer, others, times, per_forward) - 1, 9)
+
+    # The first number of repeats that is enough, or the one before it if that is nearer; on a tie the even number, as
+    # `round` does.
+    enough = 1 + bisect.bisect_left(range(1, others.total() * per_forward + 1), 0.0, key=excess)
+    times = min(range(max(1, enough - 1), enough + 1), key=lambda times: (abs(excess(times)), times % 2))
+    repeats = (1, times) if swapped else (times, 1)
+    return tuple(
+        dataclasses.replace(source, repeats=source.repeats * more)
+        for sources, more in zip((training, of_class), repeats, strict=True)
+        for source in sources
+    )
+
+
+def sizes_of(sources: Sequence[Source]) -> Counter[Size]:
+    """Return the number of samples per epoch of each size."""
+    found: Counter[Size] = Counter()
+    for source in sources:
+        for image in source.train:
+            found[source.size(image)] += source.repeats
+    return found
+
+
+def share_of(fewer: Counter[Size], others: Counter[Size], times: int, per_forward: int) -> float:
+    """Return the ratio of samples per epoch of two kinds, with the first repeated `times` times.
+
+    Each size fills up its last batch with its own images, which the ratio takes into account.
+    """
+    uses_per_epoch = [0.0, 0.0]
+    for size in fewer | others:
+        counts = (fewer[size] * times, others[size])
+        filled = math.ceil(sum(counts) / per_forward) * per_forward / sum(counts)
+        uses_per_epoch = [before + count * filled for before, count in zip(uses_per_epoch, counts, strict=True)]
+    return uses_per_epoch[0] / uses_per_epoch[1]

@@ -1,0 +1,480 @@
+"""Read any source of images and captions into one `datasets.Dataset`; only file headers are read here."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import PIL.Image
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from ...errors import InvalidArgument, RunFailed, first_line
+from ...formatting import pluralize
+from ...options.images import DataOptions, ModelOptions, OutputOptions, TrainingOptions
+from ...options.prompts import clean
+from ..content_hash import Content, content_mark
+from ..generators import derive, shuffled
+from .caption_files import CAPTIONS, caption_files, caption_in, read_caption
+from .images import UNREADABLE, image_size, is_image, is_masked, mask_problem, open_image, open_masked
+from .listing import files_of, hidden_images, hidden_images_line
+from .shards import check_archives, training_files, training_split
+from .tables import ROWS, check_inside, file_inside, has_file_names, names_files, unlisted
+
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SAVED = ("dataset_dict.json", "state.json")  # `save_to_disk` writes one of them into the folder
+REPEATED = re.compile(r"(\d+)_(.*)")  # kohya's folder names: repeats per epoch, and the caption
+MOST_REPEATS = 1000  # in a folder's name; a larger number is probably a year or a date
+LEAST_SIDE = 8  # in pixels: an autoencoder encodes 8 x 8 pixels into one latent
+ONE_BY_ONE = "name the folders one by one with --train_data_dir, none inside another"
+FEATURES = datasets.Features(
+    {"image": datasets.Image(decode=False), "captions": datasets.List(datasets.Value("string"))}
+)
+
+
+@dataclass(frozen=True)
+class ImageDataset:
+    """Images and their captions; their order is part of the run's randomness."""
+
+    rows: datasets.Dataset
+    """Columns `image`, `{"bytes", "path"}`; `captions`, a list of strings; with --masked_loss, `mask`, like `image`."""
+    captions: Sequence[Sequence[str]]
+    """The captions of each image, in memory, because reading a row would read its image too."""
+    left_out: tuple[str, ...] = ()
+    """Images that cannot be used, each with the reason."""
+    notes: tuple[str, ...] = ()
+    """Lines to print about files that were not read."""
+    sizes: Sequence[tuple[int, int]] = ()
+    """Width and height of each image after its EXIF rotation, in pixels."""
+    marks: Sequence[str] = ()
+    """Hash of each image's content."""
+    repeats: int = 1
+    """How often an epoch uses each image."""
+    weight: float = 1.0
+    """Factor of the loss of these samples."""
+    of_class: bool = False
+    """Whether these are class images."""
+    masked: Sequence[bool] = ()
+    """Whether each image has a mask or an alpha channel; empty without --masked_loss."""
+    label: str = ""
+    """Name of this source in the log; empty if there is only one source with the default repeats and weight."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """The number of images, and hashes of their content, captions, repeats and weight."""
+        repeats = f", {self.repeats} times" if self.repeats != 1 else ""
+        weight = f", weight {self.weight:g}" if self.weight != 1 else ""
+        return f"{len(self)} images, content {derive(self.captions, self.marks):x}{repeats}{weight}"
+
+    def select(self, indices: Sequence[int], left_out: Sequence[str] = ()) -> ImageDataset:
+        """Return some of the images; `left_out` adds reasons why the others are missing."""
+        return dataclasses.replace(
+            self, rows=self.rows.select(indices), captions=[self.captions[i] for i in indices],
+            sizes=[self.sizes[i] for i in indices], left_out=(*self.left_out, *left_out),
+            marks=[self.marks[i] for i in indices] if self.marks else (),
+            masked=[self.masked[i] for i in indices] if self.masked else (),
+        )  # fmt: skip
+
+    def source(self, index: int) -> Content:
+        """Return the path of an image's file, or its encoded bytes."""
+        return _source(self.rows[index])
+
+    def open(self, index: int) -> PIL.Image.Image:
+        """Return the image as 8-bit RGB."""
+        return open_image(self.source(index))
+
+    def open_masked(self, index: int) -> tuple[PIL.Image.Image, PIL.Image.Image]:
+        """Return the image as 8-bit RGB, and its mask as 8-bit grayscale."""
+        row = self.rows[index]
+        return open_masked(_source(row), _source(row, "mask"))
+
+    def name(self, index: int) -> str:
+        """Return the path of an image's file, or `image N`."""
+        return self.rows[index]["image"]["path"] or f"image {index}"
+
+
+@dataclass
+class Found:
+    """The content of a folder or dataset before unusable images are removed."""
+
+    rows: datasets.Dataset
+    problems: dict[int, str]
+    """What is wrong with the caption of a row, by the row's number."""
+    notes: list[str]
+    metadata: Path | None = None
+    """The metadata file, with one row per image in this order; None if the captions are in files next to the images."""
+    files: Sequence[Path] = ()
+    """The image file of each row of a folder; a path that is not UTF-8 is changed in the row but not here."""
+    places: Sequence[Path] = ()
+    """Folders that must contain every image that is named by a path; empty if that was checked already."""
+
+    def size(self, index: int, row: dict) -> tuple[int, int] | str:
+        """Return width and height of a usable row's image, or a string that says why the row cannot be used."""
+        source = _source(row)
+        size = image_size(source) if source else "no image"
+        # A missing caption is a mistake; an empty one is a choice (the image then trains the empty caption).
+        problem = self.problems.get(index) or ("" if row["captions"] else "no caption")
+        if problem or isinstance(size, str):
+            return problem or size
+        if min(size) < LEAST_SIDE:
+            return f"{size[0]} x {size[1]} pixels, less than a latent ({LEAST_SIDE} x {LEAST_SIDE})"
+        return mask_problem(_source(row, "mask"), size) or size
+
+
+def load_images(
+    model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions
+) -> ImageDataset:
+    """Return the images and captions of the one folder or dataset that the options name."""
+    return sample([usable(model, data, training, output)], data, training)[0]
+
+
+def usable(
+    model: ModelOptions,
+    data: DataOptions,
+    training: TrainingOptions,
+    output: OutputOptions,
+    caption: str | None = None,
+    deep: bool = True,
+) -> ImageDataset:
+    """Return the usable images of one folder or dataset with their sizes.
+
+    `caption` is the caption of images without one next to them. If `deep` is false, subfolders are not read. Raises
+    `RunFailed` if an image cannot be read at present (memory, disk, network), and `InvalidArgument` if no image can be
+    used or, with --strict, if one cannot.
+    """
+    folder = Path(data.dataset_name or data.train_data_dir[0])
+    found = (read_folder(folder, data, training, output, caption, deep) if folder.is_dir() else None) or read_dataset(
+        model, data, training, output
+    )
+    keep, left_out, sizes, masked = [], [], [], []
+    for index, row in enumerate(found.rows):
+        check_inside(row, found.places, f"{data_flag(data)} row {index}")
+        source, size = _source(row), found.size(index, row)
+        if isinstance(size, str):
+            name = source if isinstance(source, str) else f"image {index}"
+            if UNREADABLE in size:
+                raise RunFailed(f"{name}: {size}")
+            if data.strict:
+                raise InvalidArgument(f"--strict {name}", size, "repair or remove it, or leave --strict out")
+            left_out.append(f"{name}: {size}")
+            continue
+        keep.append(index)
+        sizes.append(size)
+        masked += [is_masked(source, _source(row, "mask"))] if training.masked_loss else []
+    if not keep:
+        example = f" (for example {left_out[0]})" if left_out else ""
+        fix = "add a metadata.jsonl, or .txt captions beside the images"
+        raise InvalidArgument(data_flag(data), f"no image with a caption in it{example}", fix)
+    rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
+    return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked)
+
+
+def sample(folders: Sequence[ImageDataset], data: DataOptions, training: TrainingOptions) -> list[ImageDataset]:
+    """Return at most --max_train_samples images of all folders together, with the hashes of their content."""
+    places = [(number, index) for number, images in enumerate(folders) for index in range(len(images))]
+    if data.max_train_samples and data.max_train_samples < len(places):
+        places = [
+            places[i] for i in shuffled(len(places), training.seed, "max_train_samples")[: data.max_train_samples]
+        ]
+        folders = [images.select([i for of, i in places if of == number]) for number, images in enumerate(folders)]
+    found = []
+    for images in folders:
+        both = [[_source(row), _source(row, "mask")] for row in images.rows]
+        marks = ["+".join(content_mark(source) for source in sources if source) for sources in both]
+        found.append(dataclasses.replace(images, marks=marks))
+    return found
+
+
+def _source(row: dict, column: str = "image") -> Content:
+    """Return the path or the bytes of a row's image; empty if the row has neither."""
+    image = row.get(column)
+    return (image and (image["path"] if image["bytes"] is None else image["bytes"])) or b""
+
+
+def data_flag(options: DataOptions) -> str:
+    """Return the option that names the data, with its value."""
+    folders = " ".join(options.train_data_dir)
+    return f"--dataset_name {options.dataset_name}" if options.dataset_name else f"--train_data_dir {folders}"
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def read_folder(
+    folder: Path,
+    data: DataOptions,
+    training: TrainingOptions,
+    output: OutputOptions,
+    caption: str | None = None,
+    deep: bool = True,
+) -> Found | None:
+    """Read a folder with metadata.jsonl or .csv, or with caption files; return None for other layouts."""
+    everything = files_of(folder, data, output, deep)
+    files = list(filter(is_image, everything))
+    metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
+    if metadata is not None and has_file_names(metadata, layout_of(everything, folder) or data.dataset_name):
+        found = dataclasses.replace(read_metadata(metadata, data, training), metadata=metadata)
+        missing = len(unlisted(found.rows, files))
+        found.notes += [f"{pluralize(missing, 'image')} not listed in {metadata.name}"] if missing else []
+        return _with_folder_notes(found, folder, data, everything, deep)
+    if any(path.name in METADATA for path in everything):
+        return None
+    texts = list(map(caption_files, files))
+    if not any(texts) and (caption is None or not files):
+        if layout_of(everything, folder) or data.dataset_name:
+            return None
+        what = f"{pluralize(len(files), 'image')} without captions (class folders are none)" if files else "no images"
+        fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions beside the images"
+        if above := above_repeated(files):
+            fix = f"name {above[0]}, where kohya's folders (10_name) say repeats and captions, or {fix}"
+        raise InvalidArgument(data_flag(data), what, f"{fix}; other layouts may be what --dataset_name reads")
+    otherwise = [] if caption is None else [caption]
+    found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
+    if twice := sum(len(beside) > 1 for beside in texts):
+        found.notes.append(f"{pluralize(twice, 'image')} with a .txt and a .caption file: the .txt is read")
+    return _with_folder_notes(found, folder, data, everything, deep)
+
+
+def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everything: list[Path], deep: bool) -> Found:
+    found.notes += _hidden_note(found.rows, folder)
+    if not deep:
+        folders = sum(path.is_dir() for path in everything)
+        found.notes += [f"{folder}: {pluralize(folders, 'folder')} in it not read"] if folders else []
+        return found
+    links = sum(path.is_symlink() and path.is_dir() for path in everything)
+    repeated = above_repeated(list(filter(is_image, everything)))
+    found.notes += [f"not searched: {pluralize(links, 'symbolic link')} to folders"] if links else []
+    of_class = options.class_data_dir is not None and folder == Path(options.class_data_dir)  # computed repeats
+    if repeated and not of_class:
+        found.notes.append(
+            f"{pluralize(len(repeated), 'image')} in kohya's folders (10_name), whose repeats do not count: "
+            f"they do if {repeated[0]} is named, as a folder of images without a metadata file"
+        )
+    return found
+
+
+def above_repeated(files: Sequence[Path]) -> list[Path]:
+    """Return the grandparent folder of each image that is in a folder with kohya's naming."""
+    named = [(path, REPEATED.fullmatch(path.parent.name)) for path in files]
+    return [path.parent.parent for path, match in named if match and 0 < int(match[1]) <= MOST_REPEATS]
+
+
+def _hidden_note(rows: datasets.Dataset, folder: Path) -> list[str]:
+    """Return a line about hidden images that no row names."""
+    return hidden_images_line(unlisted(rows, hidden_images(folder)))
+
+
+def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequence[Path | None] = ()) -> Found:
+    """Return rows of files; a string in place of a row's captions says what is wrong with them."""
+    problems, texts = _sorted_out(captions)
+
+    def column(paths: Sequence[Path | None]) -> list[dict | None]:
+        names = [path and clean(str(path)) for path in paths]  # Arrow needs valid UTF-8
+        for index, name in enumerate(names):
+            if name and name != str(paths[index]):
+                problems[index] = "its path is not UTF-8"
+        return [{"path": name, "bytes": None} if name else None for name in names]
+
+    columns: dict[str, list] = {"image": column(files), "captions": texts}
+    if any(masks):
+        columns["mask"] = column(masks)
+    features = FEATURES | ({"mask": FEATURES["image"]} if any(masks) else {})
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return Found(rows, problems, [], files=files)
+
+
+def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> Found:
+    """Read metadata.jsonl or metadata.csv: `file_name`, a caption (in JSON also a list of captions), optionally a mask.
+
+    `datasets` reads these layouts too, but its errors do not name the line.
+    """
+    files, captions, masks, where = [], [], [], f"{data_flag(data)}, {path.name}"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"{where} byte {error.start}", "not UTF-8", "save the file as UTF-8") from None
+    for line, row in ROWS[path.suffix](text, where):
+        file, caption, mask = _metadata_row(path.parent, row, f"{where} line {line}", data, training)
+        files.append(file)
+        masks.append(mask)
+        captions.append(caption if isinstance(caption, list) else [caption])
+    problems = [value if all(isinstance(c, str) for c in value) else [] for value in captions]
+    return _as_found(files, problems, masks)
+
+
+def _metadata_row(
+    folder: Path, row: object, where: str, data: DataOptions, training: TrainingOptions
+) -> tuple[Path, object, Path | None]:
+    row = row if isinstance(row, dict) else {}
+    path = file_inside(folder, row.get("file_name"), where, "file_name")
+    if data.caption_column not in row:
+        problem = f"{where} has the columns {', '.join(map(repr, sorted(row)))}"
+        raise InvalidArgument(f"--caption_column {data.caption_column}", problem, "name one of these")
+    named = row.get("mask") if training.masked_loss else None
+    return path, row[data.caption_column], file_inside(folder, named, where, "mask") if named else None
+
+
+# -- the datasets library ----------------------------------------------------------------------------------------------
+
+
+def layout_of(everything: Sequence[Path], folder: Path) -> str | None:
+    """Return which layout known to `datasets` a folder without caption files has; None if none, or `imagefolder`."""
+    if any((folder / name).is_file() for name in SAVED):
+        return "saved"
+    suffixes = {path.suffix for path in everything if path.name not in METADATA}
+    images = {path.with_suffix("") for path in everything if is_image(path)}
+    if ".parquet" in suffixes:
+        return "parquet"
+    if any(path.name in METADATA for path in everything):
+        return None
+    if ".tar" in suffixes and not images:
+        return "webdataset"
+    tables = [path for path in everything if path.suffix in (".json", ".jsonl")]
+    # A JSON file next to each image is not a table.
+    return "json" if tables and not any(path.with_suffix("") in images for path in tables) else None
+
+
+def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions) -> Found:
+    """Read a dataset of the Hub, or a folder in another layout that the datasets library knows."""
+    folder = Path(data.dataset_name or data.train_data_dir[0])
+    everything = files_of(folder, data, output) if folder.is_dir() else []
+    layout = layout_of(everything, folder)
+    notes: list[str] = []
+    rows = _load_split(model, data, folder, layout, everything, notes)
+    image, caption = _columns(rows, layout, data, notes)
+    problems, texts = _sorted_out([_captions(value, layout == "webdataset") for value in rows[caption]])
+    if texts and not any(texts):
+        fix = "name another column" + (", or write captions into .txt files" if layout == "webdataset" else "")
+        raise InvalidArgument(f"--caption_column {caption}", "holds no text", fix)
+    masks = ["mask"] if training.masked_loss and "mask" in rows.column_names else []
+    if folder.is_dir() and (layout == "json" or names_files(rows, image)):
+
+        def file(number: int, column: str) -> Path:
+            return file_inside(folder, rows[number][column], f"{data_flag(data)} row {number}", column)
+
+        files = [file(number, image) for number in range(len(rows))]
+        named = [file(number, "mask") if name else None for number, name in enumerate(rows["mask"] if masks else ())]
+        found = _as_found(files, texts, named)
+        return dataclasses.replace(found, notes=notes)
+    try:
+        images = rows.select_columns([image, *masks])
+        if image != "image":
+            images = images.rename_column(image, "image")
+        for name in images.column_names:  # `open_image` decodes them, with rotation, transparency and 16 bits
+            images = images.cast_column(name, datasets.Image(decode=False))
+    except Exception as error:  # Arrow raises many types
+        raise InvalidArgument(
+            f"--image_column {image}", f"holds no images ({first_line(error)})", "name another column"
+        ) from None
+    column = datasets.Dataset.from_dict(
+        {"captions": texts}, features=datasets.Features({"captions": FEATURES["captions"]})
+    )
+    rows = datasets.concatenate_datasets([images, column], axis=1)
+    if layout is None and not (data.dataset_name and data.train_data_dir):  # else: part of a folder
+        notes += [*_passed_over(rows, everything, data), *_hidden_note(rows, folder)]
+    caches = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE, model.cache_dir] if layout is None else []
+    return Found(rows, problems, notes, places=[folder, *(Path(cache) for cache in caches if cache)])
+
+
+def _captions(value: object, in_files: bool) -> list | str:
+    """Return the captions of a row, or what is wrong with them.
+
+    In a webdataset, `datasets` decodes only some text files.
+    """
+    if in_files and isinstance(value, str):
+        value = value.encode()
+    if isinstance(value, bytes):
+        return caption_in(value)
+    return value if isinstance(value, list) else [value]
+
+
+def _sorted_out(captions: Sequence[list | str]) -> tuple[dict[int, str], list[list[str]]]:
+    """Return what is wrong with the captions, by row, and the captions of every row."""
+    problems = {index: value for index, value in enumerate(captions) if isinstance(value, str)}
+    texts = [[clean(c) for c in value if isinstance(c, str)] if isinstance(value, list) else [] for value in captions]
+    return problems, texts
+
+
+def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: DataOptions) -> list[str]:
+    """Return a line about the images of a folder that are in no row.
+
+    Raises `InvalidArgument` if such an image has a caption file, because it is meant to be trained on.
+    """
+    missing = unlisted(rows, list(filter(is_image, everything)))
+    if captioned := [path for path in missing if caption_files(path)]:
+        problem = (
+            f"{pluralize(len(captioned), 'image')} with captions beside, such as {captioned[0]}, but in no metadata"
+        )
+        raise InvalidArgument(data_flag(options), problem, f"put them into a folder of their own, and {ONE_BY_ONE}")
+    return [f"{pluralize(len(missing), 'image')} not read: not in the metadata, or of another split"] if missing else []
+
+
+def _columns(rows: datasets.Dataset, layout: str | None, options: DataOptions, notes: list[str]) -> tuple[str, str]:
+    """Return the columns of images and captions.
+
+    A webdataset names its columns by suffix; there, a single candidate is used. Raises `InvalidArgument` if a column is
+    missing.
+    """
+    image, caption, known = options.image_column, options.caption_column, rows.column_names
+    if layout == "webdataset":
+        images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        image = images[0] if image not in known and len(images) == 1 else image
+        texts = [suffix[1:] for suffix in CAPTIONS if suffix[1:] in known]
+        caption = texts[0] if caption not in known and texts else caption
+        notes.append(f"the images are {image} of the .tar files, the captions {caption}")
+    for flag, column in (("--image_column", image), ("--caption_column", caption)):
+        if column not in known:
+            more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+            problem = f"the columns are {', '.join(known[:20])}{more}"
+            raise InvalidArgument(f"{flag} {column}", problem, "name one of these")
+    return image, caption
+
+
+def _load_split(
+    model: ModelOptions,
+    data: DataOptions,
+    folder: Path,
+    layout: str | None,
+    everything: Sequence[Path],
+    notes: list[str],
+) -> datasets.Dataset:
+    datasets.disable_progress_bars()
+    try:
+        if layout == "webdataset":
+            check_archives([path for path in everything if path.suffix == ".tar"], data_flag(data), notes)
+        if layout == "saved":
+            splits = datasets.load_from_disk(str(folder))
+        elif data.dataset_name:
+            splits = datasets.load_dataset(
+                data.dataset_name,
+                data.dataset_config_name,
+                cache_dir=model.cache_dir,
+                data_dir=next(iter(data.train_data_dir), None),
+            )
+        elif layout in ("webdataset", "json") or (layout == "parquet" and any(map(is_image, everything))):
+            suffixes = {"webdataset": (".tar",), "json": (".json", ".jsonl")}.get(layout, (".parquet",))
+            shards = training_files([path for path in everything if path.suffix in suffixes], folder, notes)
+            splits = datasets.load_dataset(
+                layout, data_files={"train": list(map(str, shards))}, cache_dir=model.cache_dir
+            )
+        else:
+            source = {"path": str(folder)} if layout else {"path": "imagefolder", "data_dir": str(folder)}
+            splits = datasets.load_dataset(**source, cache_dir=model.cache_dir)
+    except InvalidArgument:
+        raise
+    except Exception as error:  # the Hub, the network and parsers raise many types
+        problem, fix = f"cannot be loaded ({first_line(error)})", "check the name, the connection and the layout"
+        if several := re.search(r"available configs: \[(.*)\]", str(error)):
+            problem = f"has the configurations {several[1]}"
+            fix = f"give --dataset_name {folder} --dataset_config_name NAME, and no --train_data_dir"
+        below = {path.parent for path in everything if path.name in METADATA}
+        raise InvalidArgument(data_flag(data), problem, ONE_BY_ONE if len(below) > 1 else fix) from None
+    if isinstance(splits, datasets.Dataset):
+        return splits.with_format(None)
+    return training_split(splits, notes).with_format(None)

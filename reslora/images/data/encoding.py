@@ -1,0 +1,280 @@
+"""Encode images and captions once, store latents and text states on disk, and read them on access.
+
+An item's key (see `store`) covers everything that its encoding depends on, and nothing else of the dataset. A second
+run encodes only new or changed items, processes divide the work, and an interrupted run repeats no finished file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL.Image import Image
+from torch import nn
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from tqdm.auto import tqdm
+
+from ...errors import InvalidArgument, RunFailed
+from ...options.images import DataOptions, TrainingOptions
+from ...runtime.signals import NOT_BEGUN
+from ...training.context import Context
+from ..cache_folder import cache_folder
+from ..generators import derive, generator
+from ..model.families.base import Family
+from .buckets import kept
+from .dataset import ImageDataset, data_flag
+from .images import NOTHING_COUNTS, crop_and_scale, crop_mask, crop_sizes, damage, passes
+from .loaders import stream, worker_options
+from .size import Size
+from .store import Encoded, Item, fill, share
+
+PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
+MASKED = "masked-2"  # part of the cache's keys; change it whenever masks are read differently
+RANDOM_CROPS = 4  # cached crops of an image with another aspect ratio than its size: the center, three random
+FITS = 0.93  # if a bucket keeps at least this fraction of an image, only the center crop is cached
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Text states by caption, read from disk on access."""
+
+    encoded: Encoded | None
+    """None if all text encoders are trained, so that nothing can be stored."""
+    places: dict[str, int]
+
+    def __getitem__(self, caption: str) -> dict[str, torch.Tensor]:
+        return self.encoded.read(self.places[caption]) if self.encoded else {}
+
+    def __contains__(self, caption: str) -> bool:
+        return caption in self.places
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Mean and standard deviation of the latents of every variant of every image, read from disk on access."""
+
+    encoded: Encoded
+    variants: int
+    """Crops times flips of each image; number 0 is the unflipped center crop. One crop is stored if all are equal."""
+    images: Sequence[int]
+    """Positions of these images among the encoded ones."""
+
+    def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
+        """Return a variant: `moments` (2 x channels x height x width), `sizes` (6) and, with --masked_loss, `mask`."""
+        return self.encoded.read(self.images[index], variant)
+
+    def select(self, indices: Sequence[int]) -> Latents:
+        """Return the latents of some of the images."""
+        return dataclasses.replace(self, images=[self.images[index] for index in indices])
+
+
+# -- captions ----------------------------------------------------------------------------------------------------------
+
+
+def encode_texts(
+    texts: Sequence[str], key: object, load_encoders: Callable[[], DiffusionPipeline], context: Context
+) -> Texts:
+    """Return the text states of each distinct caption; the encoders are loaded only if some are not on disk yet.
+
+    `key` identifies the encoders' weights and precision. If some encoders are trained, only the output of the frozen
+    ones is stored.
+    """
+    family, longest = context.model.family, context.options.training.max_sequence_length
+    texts = list(dict.fromkeys(texts))
+    if context.encoders and not family.frozen_text_parts:
+        return Texts(None, {text: place for place, text in enumerate(texts)})
+    encode_captions = family.encode_frozen if context.encoders else family.encode_captions
+    keys = [derive(key, longest, text) for text in texts]
+    encoded = Encoded(
+        cache_folder(context.options.model, context.options.output), f"captions-{derive(key, longest):016x}", keys
+    )
+    loaded: list[DiffusionPipeline] = []
+
+    def encode(numbers: Sequence[int]) -> Generator[Item]:
+        context.status.say("encoding captions")
+        loaded[:] = loaded or [load_encoders()]
+        for start in range(0, len(numbers), CAPTIONS_AT_ONCE):
+            context.stop.check(NOT_BEGUN)
+            captions = [texts[number] for number in numbers[start : start + CAPTIONS_AT_ONCE]]
+            with torch.no_grad():
+                states = encode_captions(loaded[0], captions, longest)
+            for position in range(len(captions)):
+                yield [{name: value[position] for name, value in states.items()}]
+
+    _filled(encoded, PART_OF_CAPTIONS, encode, context)
+    return Texts(encoded, {text: place for place, text in enumerate(texts)})
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+class Variants(TorchDataset):
+    """Dataset of all variants of an image: pixels (variants x 3 x height x width) and sizes (variants x 6).
+
+    With --masked_loss, the masks follow (variants x 1 x height x width). An image that cannot be read yields the
+    reason, a string.
+    """
+
+    def __init__(
+        self, images: ImageDataset, sizes: Sequence[Size], data: DataOptions, training: TrainingOptions
+    ) -> None:
+        self.images, self.sizes, self.data, self.training = images, sizes, data, training
+        self.flips = (False, True) if data.random_flip else (False,)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def count(self) -> int:
+        """The highest number of variants of an image."""
+        return max(map(self.crops, range(len(self)))) * len(self.flips)
+
+    def crops(self, index: int) -> int:
+        """Return the number of crops of an image: 1 if nothing is cut off, or with --center_crop."""
+        image, size = self.images.sizes[index], self.sizes[index]
+        whole = image[0] * size.height == image[1] * size.width
+        # In a bucket with nearly the image's aspect ratio, crops would hardly differ.
+        fits = self.data.use_aspect_ratio_buckets and kept(image, size) >= FITS
+        return 1 if whole or fits or self.data.center_crop else RANDOM_CROPS
+
+    def key(self, index: int) -> tuple:
+        """Return everything that the pixels of an image depend on."""
+        size, crops = self.sizes[index], self.crops(index)
+        seed = self.training.seed if crops > 1 else None
+        pixels = (size.height, size.width, self.data.image_interpolation_mode, crops, self.flips, seed)
+        return (self.images.marks[index], *pixels, *([MASKED] if self.training.masked_loss else []))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...] | str:
+        found = opened(self.images, index, self.training.masked_loss)
+        if isinstance(found, str):
+            return found
+        image, mask = found
+        # Seeded by content, so that the crops do not depend on the image's position in the data.
+        random = generator(self.training.seed, "crops", self.images.marks[index])
+        draws = torch.rand(self.crops(index) - 1, 2, generator=random).tolist()
+        how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
+        size, interpolation = self.sizes[index], self.data.image_interpolation_mode
+        pixels = torch.stack([crop_and_scale(image, crop, flip, size, interpolation) for crop, flip in how])
+        sizes = torch.tensor([crop_sizes(image.size, crop, flip, size) for crop, flip in how])
+        masks = [] if mask is None else [torch.stack([crop_mask(mask, crop, flip, size) for crop, flip in how])]
+        return pixels, sizes, *masks
+
+
+class Damages(TorchDataset):
+    """Dataset that yields why an image cannot be trained on, or () if it can."""
+
+    def __init__(self, images: ImageDataset, masked: bool) -> None:
+        self.images, self.masked = images, masked
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Item:
+        found = opened(self.images, index, self.masked)
+        return found if isinstance(found, str) else ()
+
+
+def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image | None] | str:
+    """Return an image, and its mask with --masked_loss, or a string that says why it cannot be trained on.
+
+    Raises `RunFailed` if the file may be intact but cannot be read at present.
+    """
+    try:
+        image, mask = images.open_masked(index) if masked else (images.open(index), None)
+    except Exception as error:
+        if passes(error):
+            raise RunFailed(f"{images.name(index)} {damage(error)}") from None
+        return damage(error)
+    return NOTHING_COUNTS if mask is not None and mask.getbbox() is None else (image, mask)
+
+
+def encode_images(variants: Variants, key: object, vae: nn.Module, context: Context) -> tuple[Latents, dict[int, str]]:
+    """Return the latents of all variants, and why images are damaged, by number; `key` identifies the autoencoder.
+
+    Only images that are not on disk yet are opened and encoded.
+    """
+    keys = [derive(key, variants.key(index)) for index in range(len(variants))]
+    found = Encoded(cache_folder(context.options.model, context.options.output), f"latents-{derive(key):016x}", keys)
+    _fill(found, variants, lambda item: encoded(context.model.family, vae, *item), "encoding image", context)
+    return Latents(found, variants.count, range(len(variants))), found.problems()
+
+
+def damaged_images(images: ImageDataset, context: Context) -> dict[int, str]:
+    """Return why images cannot be trained on, by number, if no latents are stored.
+
+    Each image is opened once, and the result is cached for later runs.
+    """
+    keys = [derive(mark, context.options.training.masked_loss and MASKED) for mark in images.marks]
+    found = Encoded(cache_folder(context.options.model, context.options.output), "opened", keys)
+    _fill(found, Damages(images, context.options.training.masked_loss), lambda item: item, "opening image", context)
+    return found.problems()
+
+
+def _fill(found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item], phase: str, context: Context) -> None:
+    """Write what `make` returns for each missing image, or the reason why it cannot be trained on."""
+    accelerator = context.accelerator
+    total = sum(map(len, share(found, PART_OF_IMAGES, accelerator)))
+    silent = not accelerator.is_main_process or total == 0
+    bar = tqdm(desc=f"{phase}s", total=total, disable=silent, dynamic_ncols=True)
+    number = itertools.count(1)
+
+    def items(numbers: Sequence[int]) -> Generator[Item]:
+        arguments = worker_options(context.options.data.dataloader_num_workers)
+        loader = DataLoader(images, batch_size=None, sampler=numbers, **arguments)
+        with contextlib.closing(stream(loader)) as loaded:
+            for item in loaded:
+                context.stop.check(NOT_BEGUN)
+                yield item if isinstance(item, str) else make(item)
+                bar.update()
+                context.status.count(phase, next(number), total)
+
+    with bar:
+        _filled(found, PART_OF_IMAGES, items, context)
+
+
+def _filled(found: Encoded, part: int, make: Callable[[Sequence[int]], Generator[Item]], context: Context) -> None:
+    """Call `fill`; report a stop if another process left because of the same request to stop."""
+    try:
+        fill(found, part, make, context.accelerator)
+    except RunFailed:
+        context.stop.check(NOT_BEGUN)
+        raise
+
+
+def encoded(
+    family: Family, vae: nn.Module, pixels: torch.Tensor, sizes: torch.Tensor, masks: torch.Tensor | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """Return what is stored of each of an image's variants."""
+    with torch.no_grad():
+        moments = family.encode_images(vae, pixels.to(vae.device, vae.dtype))
+    kept = {"moments": moments, "sizes": sizes}
+    if masks is not None:
+        kept["mask"] = interpolate(masks, moments.shape[-2:], mode="area")
+    return [dict(zip(kept, values, strict=True)) for values in zip(*kept.values(), strict=True)]
+
+
+def without_damaged(
+    images: ImageDataset, latents: Latents | None, problems: dict[int, str], options: DataOptions
+) -> tuple[ImageDataset, Latents | None, list[int]]:
+    """Return the usable images, their latents (None if not stored), and their positions among all images.
+
+    Raises `InvalidArgument` if none is usable or, with --strict, if one is not.
+    """
+    keep = [index for index in range(len(images)) if index not in problems]
+    if not problems:
+        return images, latents, keep
+    if options.strict:
+        index, problem = next(iter(problems.items()))
+        raise InvalidArgument(f"--strict {images.name(index)}", problem, "repair or remove it, or leave --strict out")
+    left_out = [f"{images.name(index)}: {problem}" for index, problem in problems.items()]
+    if not keep:
+        problem = f"no image can be trained (for example {left_out[0]})"
+        raise InvalidArgument(data_flag(options), problem, "repair them, or give others")
+    return images.select(keep, left_out), latents and latents.select(keep), keep

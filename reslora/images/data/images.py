@@ -1,0 +1,217 @@
+"""Open, crop and scale one image."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import PIL.ExifTags
+import PIL.Image
+import PIL.ImageFile
+import PIL.ImageOps
+import PIL.TiffImagePlugin
+import torch
+
+from ...errors import first_line
+from ..content_hash import Content
+from .size import Size
+
+ORIENTATION = PIL.ExifTags.Base.Orientation
+UNREADABLE = "cannot be read now"
+NOTHING_COUNTS = "its mask is black or transparent everywhere, so nothing of it would be trained"
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+TEXTS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # PNG chunks that may contain the orientation
+
+SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".tga", ".ppm",
+    ".heic", ".heif",
+}  # fmt: skip
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")  # brands in the header of a HEIC file
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file has an image's suffix."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def image_size(source: Content) -> tuple[int, int] | str:
+    """Return width and height after the EXIF rotation, or a string with the problem; only headers are read.
+
+    PIL rejects images that would decode to gigabytes.
+    """
+    try:
+        if not isinstance(source, bytes) and not Path(source).is_file():
+            return "not a file" if Path(source).exists() else "no such file"
+        with _opened(source) as image:
+            size = image.size
+            if isinstance(image, PIL.TiffImagePlugin.TiffImageFile):  # PIL has rotated this size already
+                size = image.tag_v2[256], image.tag_v2[257]
+            return size[::-1] if _orientation(image) in SIDEWAYS else size
+    except Exception as error:  # each format's reader raises its own types
+        if passes(error):
+            return damage(error)
+        if type(error).__name__ == "DecompressionBombError":
+            return "too many pixels"
+        return "HEIC, which Pillow does not read: convert it to JPEG" if _is_heic(source) else "not an image"
+
+
+def _is_heic(source: Content) -> bool:
+    """Return whether the content starts like a HEIC photo of an iPhone."""
+    head = source[:12] if isinstance(source, bytes) else b""
+    with suppress(OSError):
+        if not isinstance(source, bytes):
+            with Path(source).open("rb") as file:
+                head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in HEIC
+
+
+def open_image(source: Content, ground: str = "white") -> PIL.Image.Image:
+    """Return the image as 8-bit RGB: rotated upright, composited on `ground`, 16 bits scaled down, the first frame."""
+    image = _upright(source)
+    if _has_alpha(image):
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, ground), image)
+    return image.convert("RGB")
+
+
+def damage(error: Exception) -> str:
+    """Return why an image could not be opened."""
+    return f"{UNREADABLE if passes(error) else 'damaged'} ({first_line(error)})"
+
+
+def passes(error: Exception) -> bool:
+    """Return whether an error may be temporary: a lack of memory, or an error of the disk or the network.
+
+    PIL's own errors have no errno, except EINVAL for an invalid seek in a damaged file.
+    """
+    lasting = (None, errno.EINVAL, errno.ENAMETOOLONG)
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in lasting)
+
+
+def open_masked(source: Content, mask: Content) -> tuple[PIL.Image.Image, PIL.Image.Image]:
+    """Return the image as 8-bit RGB, and its loss mask as 8-bit grayscale: white counts fully, black not at all.
+
+    The mask is the given one, black where it is transparent. Without one it is the alpha channel, and the colors under
+    it are left as they are.
+    """
+    if mask:
+        return open_image(source), open_image(mask, "black").convert("L")
+    image = _upright(source)
+    if not _has_alpha(image):
+        return image.convert("RGB"), PIL.Image.new("L", image.size, "white")
+    image = image.convert("RGBA")
+    return image.convert("RGB"), image.getchannel("A")
+
+
+def is_masked(source: Content, mask: Content) -> bool:
+    """Return whether an image has a mask or an alpha channel; no pixel is decoded."""
+    with _opened(source) as image:
+        return bool(mask) or _has_alpha(image)
+
+
+def mask_problem(mask: Content, size: tuple[int, int]) -> str:
+    """Return why this cannot be the mask of an image of that width and height; empty if it can, or if there is none."""
+    found = image_size(mask) if mask else size
+    if isinstance(found, str):
+        return f"its mask: {found}"
+    return "" if found == size else f"its mask is {found[0]} x {found[1]}, it is {size[0]} x {size[1]}"
+
+
+def _has_alpha(image: PIL.Image.Image) -> bool:
+    return "transparency" in image.info or "A" in image.getbands() or "a" in image.getbands()
+
+
+def _upright(source: Content) -> PIL.Image.Image:
+    """Return the image rotated upright, with 8 bits per channel."""
+    with _opened(source) as opened:
+        opened.load()
+        image = PIL.ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these at 255
+        values = np.asarray(image, dtype=np.float32)
+        if not np.isfinite(values).all():  # it would become all black or all white
+            raise ValueError("pixels that are not finite")
+        top = 65535 if image.mode != "F" or values.max() > 255 else 255 if values.max() > 1 else 1
+        image = PIL.Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
+    return image
+
+
+def crop_and_scale(
+    image: PIL.Image.Image, crop: Sequence[float], flip: bool, size: Size, interpolation: str
+) -> torch.Tensor:
+    """Return the crop as a [3, height, width] tensor in [-1, 1]; one channel for a grayscale image.
+
+    The crop is the largest part of the image with the aspect ratio of `size`. `crop` is its position across and down,
+    each from 0 to 1. Cropping before scaling gives the same result as the reverse, and a 1 x 5000 image stays small.
+    """
+    width, height = image.size
+    kept = (min(width, height * size.width / size.height), min(height, width * size.height / size.width))
+    left, top = (fraction * (length - part) for fraction, length, part in zip(crop, image.size, kept, strict=True))
+    name = interpolation.upper().replace("NEAREST_EXACT", "NEAREST")
+    box = (left, top, left + kept[0], top + kept[1])
+    image = image.resize((size.width, size.height), PIL.Image.Resampling[name], box=box)
+    pixels = torch.from_numpy(np.array(image)).view(size.height, size.width, -1).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels.flip(2) if flip else pixels
+
+
+def crop_mask(mask: PIL.Image.Image, crop: Sequence[float], flip: bool, size: Size) -> torch.Tensor:
+    """Return the same crop of a mask as a [1, height, width] tensor in [0, 1], averaged over each pixel's area."""
+    return (crop_and_scale(mask, crop, flip, size, "box") + 1) / 2
+
+
+def crop_sizes(original: tuple[int, int], crop: Sequence[float], flip: bool, size: Size) -> list[int]:
+    """Return the image's height and width, the top and left of its scaled crop, and the crop's height and width.
+
+    SDXL is conditioned on them (Podell et al., 2023, Section 2.2). A flipped image counts as flipped before it was
+    cropped.
+    """
+    width, height = original
+    by_width = size.width * height >= size.height * width  # the dimension in which nothing is cut off
+    target, side = (size.width, width) if by_width else (size.height, height)
+    spare = (width * target / side - size.width, height * target / side - size.height)
+    across, down = (fraction * length for fraction, length in zip(crop, spare, strict=True))
+    if flip:
+        across = spare[0] - across
+    return [height, width, round(down), round(across), size.height, size.width]
+
+
+def _opened(source: Content) -> PIL.ImageFile.ImageFile:
+    return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _orientation(image: PIL.ImageFile.ImageFile) -> object:
+    """Return the EXIF orientation without decoding pixels.
+
+    In a PNG file it may follow the pixels, and PIL would decode these first.
+    """
+    exif = PIL.Image.Image.getexif(image)
+    if image.format == "PNG" and ORIENTATION not in exif:
+        assert image.fp is not None
+        with PIL.Image.open(_without_pixels(image.fp)) as bare:
+            exif = PIL.Image.Image.getexif(bare)
+    return exif.get(ORIENTATION)
+
+
+def _without_pixels(file: IO[bytes]) -> io.BytesIO:
+    """Return a PNG file with its text chunks and without its pixels."""
+    file.seek(0)
+    content = file.read(8 + 25)  # the signature and the IHDR chunk
+    while len(head := file.read(8)) == 8:
+        length = int.from_bytes(head[:4], "big")
+        if head[4:] in TEXTS:
+            content += _chunk(head[4:], file.read(length))
+            file.seek(4, os.SEEK_CUR)
+        else:
+            file.seek(length + 4, os.SEEK_CUR)
+    return io.BytesIO(content + _chunk(b"IDAT", b""))
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    """Return a PNG chunk with its correct checksum: PIL does not check that of chunks after the pixels."""
+    return len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")

@@ -1,0 +1,69 @@
+"""Options and error handling of torch's DataLoader: signals, and loading processes that die."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Generator, Iterator
+
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from ...errors import RunFailed, first_line
+from ...runtime.signals import SIGNALS
+
+
+def worker_options(count: int) -> dict:
+    """Return `DataLoader` arguments for `count` worker processes, which ignore the signals that the trainer handles."""
+    if count == 0:
+        return {"num_workers": 0}
+    fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    return {"num_workers": count, "worker_init_fn": _ignore_signals, "multiprocessing_context": fork}
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def stream(loader: DataLoader) -> Generator:
+    """Yield the items of a loader; raises `RunFailed` if an item cannot be loaded or a worker process dies.
+
+    Close the generator if it is not read to its end: the workers ignore SIGTERM, and exit only when they are shut down.
+    """
+    iterator = _iterator(loader)
+    try:
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            except (OSError, EOFError, RuntimeError, SyntaxError, ValueError) as error:
+                raise RunFailed(_what_failed(error, loader.num_workers)) from None
+            yield item
+    finally:
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()  # torch does so on collection, which a stored traceback prevents
+
+
+def _iterator(loader: DataLoader) -> Iterator:
+    """Return the loader's iterator without torch's SIGCHLD handler, which raises at an arbitrary place of the program.
+
+    Without the handler, the next item raises.
+    """
+    number = getattr(signal, "SIGCHLD", None) if loader.num_workers else None
+    if number is None:
+        return iter(loader)
+    handler = signal.getsignal(number)
+    iterator = iter(loader)
+    signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    return iterator
+
+
+def _what_failed(error: Exception, processes: int) -> str:
+    intact = "the last checkpoint is intact"
+    if processes and " in DataLoader worker process " not in str(error):  # an error that a living worker raised
+        fix = "give fewer, or more memory"
+        return f"--dataloader_num_workers {processes}: a process that loads images has died; {fix}; {intact}"
+    lines = str(error).strip().splitlines() if processes else []
+    return f"a batch cannot be loaded ({lines[-1] if lines else first_line(error)}); {intact}"

@@ -1,0 +1,263 @@
+"""Samples of the training plan: noise, timestep, caption and crop are functions of the seed and the position."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import PIL.Image
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ...errors import RunFailed
+from ...options.images import NOISES, DataOptions, MethodOptions, TrainingOptions, ValidationOptions
+from ..generators import derive, generator, shuffled
+from ..model.objective import Objective
+from .batch import Batch, collate
+from .captions import choose
+from .encoding import Latents, Texts, opened
+from .images import crop_and_scale, crop_mask, crop_sizes
+from .loaders import worker_options
+from .plan import Draw, Plan
+from .size import Size
+from .sources import Source
+
+TIMESTEPS = 8  # per image, at which losses are compared
+SHOWN = 256  # longest edge of an image in figures, in pixels
+VALIDATION_DRAWS = 4  # noises per held-out image, one in each quarter of the timesteps
+
+
+@dataclass(frozen=True)
+class Material:
+    """The training data: sources, text states and options that samples are made from."""
+
+    sources: tuple[Source, ...]
+    texts: Texts
+    """Text states of the prompts, and of the captions if these are encoded beforehand."""
+    objective: Objective
+    shapes: Mapping[Size, tuple[int, int, int]]
+    """Channels, height and width of the latents, by image size."""
+    adapter: MethodOptions
+    data: DataOptions
+    training: TrainingOptions
+    validation: ValidationOptions
+    latents_per_token: int = 4
+    """The number of latent positions per token of the denoiser."""
+
+    def plan(self, processes: int) -> Plan:
+        """Return the training plan of `processes` processes."""
+        return Plan(self.sources, self.training.train_batch_size * processes, self.training.seed)
+
+    def updates(self, processes: int) -> int:
+        """Return the number of updates per epoch with `processes` processes."""
+        return self.plan(processes).updates_per_epoch(self.training.gradient_accumulation_steps)
+
+    def sampled_caption(self, draw: Draw) -> str:
+        """Return a sample's caption after the random transform; its position seeds that separately from the noise."""
+        source = self.sources[draw.source]
+        draws = generator(self.training.seed, "caption", draw.position)
+        return source.recipe.sampled(source.images.captions[draw.image], draws)
+
+    @property
+    def held_out(self) -> list[tuple[int, int]]:
+        """Source and number of every held-out image."""
+        return [(number, image) for number, source in enumerate(self.sources) for image in source.held_out]
+
+    def learnt(self, count: int) -> list[PIL.Image.Image]:
+        """Return at most `count` training images for figures, evenly spaced over the data, no larger than SHOWN pixels.
+
+        Class images and images that cannot be read at present are left out.
+        """
+        places = [
+            (source.images, image) for source in self.sources if not source.images.of_class for image in source.train
+        ]
+        found = []
+        for images, image in places[:: max(1, len(places) // count)][:count]:
+            with contextlib.suppress(Exception):  # they are only shown, and each format's reader raises its own types
+                opened = images.open(image)
+                opened.thumbnail((SHOWN, SHOWN))
+                found.append(opened)
+        return found
+
+
+class TrainingSamples(Dataset):
+    """Dataset that maps a `Draw` to its training sample."""
+
+    purpose = "training"
+    varies = True
+    """Whether captions are transformed randomly if the options specify it."""
+
+    def __init__(self, material: Material) -> None:
+        self.material = material
+        self.noise_offset = material.training.noise_offset
+
+    def random(self, draw: Draw) -> torch.Generator:
+        """Return the random generator of a sample."""
+        return generator(self.material.training.seed, self.purpose, draw.position)
+
+    def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
+        """Return the timestep of a sample, a scalar; `shape` is channels, height and width of its latents."""
+        return self.material.objective.draw(draws, tokens=shape[1] * shape[2] // self.material.latents_per_token)
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        material, source = self.material, self.material.sources[draw.source]
+        draws = self.random(draw)
+        shape = material.shapes[draw.size]
+        timestep, noise = self.timestep(draw.position, shape, draws), torch.randn(shape, generator=draws)
+        if self.noise_offset:
+            noise += self.noise_offset * torch.randn(shape[0], 1, 1, generator=draws)
+        posterior_noise = torch.randn(shape, generator=draws)
+        captions = source.images.captions[draw.image]
+        chosen = captions[choose(len(captions), draws)]
+        varies = self.varies and source.recipe.varies
+        caption = material.sampled_caption(draw) if varies else source.recipe.plain(chosen)
+        latents = source.latents
+        return Batch(
+            timestep, noise, posterior_noise, weight=torch.tensor(source.weight), caption=caption,
+            text=material.texts[caption] if material.data.cache_text_embeddings else None,
+            **(self._fresh(source, draw, draws) if latents is None else self._cached(latents, draw, draws)),
+        )  # fmt: skip
+
+    def _cached(self, latents: Latents, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
+        return latents.of(draw.image, choose(latents.variants, draws))
+
+    def _fresh(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
+        data = self.material.data
+        found = opened(source.images, draw.image, self.material.training.masked_loss)
+        if isinstance(found, str):
+            raise RunFailed(f"{source.images.name(draw.image)}: {found}")
+        image, mask = found
+        crop = (0.5, 0.5) if data.center_crop else torch.rand(2, generator=draws).tolist()
+        flip = data.random_flip and bool(torch.rand((), generator=draws) < 0.5)
+        sizes = torch.tensor(crop_sizes(image.size, crop, flip, draw.size))
+        pixels = crop_and_scale(image, crop, flip, draw.size, data.image_interpolation_mode)
+        masked = {} if mask is None else {"mask": crop_mask(mask, crop, flip, draw.size)}
+        return {"pixels": pixels, "sizes": sizes} | masked
+
+    def batched(self, draws: Sequence[Draw]) -> Iterator[Batch]:
+        """Yield the samples of `draws`, all of one size, in batches."""
+        size = self.material.training.train_batch_size
+        for first in range(0, len(draws), size):
+            yield collate([self[draw] for draw in draws[first : first + size]])
+
+
+class CalibrationSamples(TrainingSamples):
+    """Training images with separate noise and untransformed captions, for the calibration of the merge."""
+
+    purpose = "calibration"
+    varies = False
+
+    def batches(self, count: int, processes: int = 1) -> Iterator[Batch]:
+        """Yield the first `count` samples that `processes` processes read together, in batches."""
+        plan, size = self.material.plan(processes), self.material.training.train_batch_size
+        for first in range(0, count, size):
+            forward, rank = divmod(first // size, processes)
+            draws = plan.forward(forward)[rank * size : (rank + 1) * size]
+            yield collate([self[draw] for draw in draws[: count - first]])
+
+
+class ValidationSamples(TrainingSamples):
+    """Held-out images, each with VALIDATION_DRAWS noises spread evenly over the timesteps, without the noise offset.
+
+    At most --max_validation_images are used, chosen once. An image's noises do not depend on which others are chosen.
+    """
+
+    purpose = "validation"
+    varies = False
+
+    def __init__(self, material: Material) -> None:
+        super().__init__(material)
+        self.noise_offset = 0.0
+        held_out, most = material.held_out, material.validation.max_validation_images
+        measured = sorted(shuffled(len(held_out), material.training.seed, "max_validation_images")[:most])
+        self.draws = [
+            Draw(source, image, material.sources[source].size(image), place * VALIDATION_DRAWS + noise)
+            for place, (source, image) in ((place, held_out[place]) for place in measured)
+            for noise in range(VALIDATION_DRAWS)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
+        """Return a random timestep in the quarter of the timesteps that the position determines, a scalar."""
+        quarter = position % VALIDATION_DRAWS + float(torch.rand((), generator=draws))
+        return self.material.objective.at(quarter / VALIDATION_DRAWS)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield all samples; every batch has one size."""
+        for size in dict.fromkeys(draw.size for draw in self.draws):
+            yield from self.batched([draw for draw in self.draws if draw.size == size])
+
+
+class FixedSamples(TrainingSamples):
+    """TIMESTEPS x `noises` samples of an image: its unflipped center crop, with noises seeded by its content.
+
+    They are the same in all runs, whatever the seed and the other images. Each image is measured separately, so that
+    others do not change even the rounding.
+    """
+
+    varies = False
+
+    def __init__(self, material: Material, noises: int = NOISES) -> None:
+        data = dataclasses.replace(material.data, center_crop=True, random_flip=False)
+        super().__init__(dataclasses.replace(material, data=data))
+        self.noise_offset = 0.0
+        self.timesteps, self.noises = measured_at(material.objective), noises
+
+    def random(self, draw: Draw) -> torch.Generator:
+        """Return the generator seeded by the image's content and the sample's number."""
+        return generator("experiment", self.material.sources[draw.source].images.marks[draw.image], draw.position)
+
+    def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
+        """Return the timestep in the middle of the stratum that the sample's position determines."""
+        return self.timesteps[position // self.noises]
+
+    def _cached(self, latents: Latents, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
+        return latents.of(draw.image, 0)
+
+    def batches(self, image: tuple[int, int]) -> Iterator[Batch]:
+        """Yield all samples of an image, given as source and number in it."""
+        source, number = image
+        size = self.material.sources[source].size(number)
+        return self.batched([Draw(source, number, size, position) for position in range(TIMESTEPS * self.noises)])
+
+
+def measured_at(objective: Objective) -> list[torch.Tensor]:
+    """Return the timesteps, scalars, in the middle of TIMESTEPS equal strata of the range of timesteps."""
+    return [objective.at((number + 0.5) / TIMESTEPS) for number in range(TIMESTEPS)]
+
+
+@torch.no_grad()
+def losses_of(
+    loss: Callable[[Batch], torch.Tensor], material: Material, images: Sequence[tuple[int, int]], noises: int = NOISES
+) -> torch.Tensor:
+    """Return the mean of `loss` over the noises, images x TIMESTEPS; `loss` maps a batch to one loss per sample."""
+    samples = FixedSamples(material, noises)
+    found = [torch.cat([loss(batch) for batch in samples.batches(image)]) for image in images]
+    return torch.stack(found).view(len(images), TIMESTEPS, noises).mean(2).cpu()
+
+
+def measured(material: Material) -> list[tuple[int, int]]:
+    """Return at most --max_validation_images of the held-out images: the first by a hash of their content."""
+    marks = {image: material.sources[image[0]].images.marks[image[1]] for image in material.held_out}
+    order = sorted(marks, key=lambda image: derive("max_validation_images", marks[image]))
+    chosen = set(order[: material.validation.max_validation_images])
+    return [image for image in material.held_out if image in chosen]
+
+
+def training_loader(material: Material, steps: Sequence[int], processes: int, rank: int, pin: bool) -> DataLoader:
+    """Return a loader of this process's batches of these steps; N processes share what one process would read."""
+    plan, training = material.plan(processes), material.training
+    batch, forwards = training.train_batch_size, training.gradient_accumulation_steps
+    draws = (  # generated lazily, because there are as many as samples in the run
+        plan.forward(forward)[rank * batch : (rank + 1) * batch]
+        for step in steps
+        for forward in range(step * forwards, (step + 1) * forwards)
+    )
+    return DataLoader(
+        TrainingSamples(material), batch_sampler=draws, pin_memory=pin, collate_fn=collate,
+        **worker_options(material.data.dataloader_num_workers),
+    )  # fmt: skip

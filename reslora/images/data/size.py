@@ -1,0 +1,13 @@
+"""Height and width of training images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Size:
+    """Height and width in pixels."""
+
+    height: int
+    width: int

@@ -1,0 +1,121 @@
+"""Rows of metadata.jsonl and metadata.csv with line numbers for errors, and checks of the named files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import datasets
+
+from ...errors import InvalidArgument
+from ...json_lines import NOT_JSON, values_of
+
+
+def has_file_names(metadata: Path, layout: str | None) -> bool:
+    """Return whether this module reads a metadata file: `datasets` reads Parquet and columns of other names.
+
+    This is also true of a .csv without `file_name` if the folder has no other layout; the error then names the missing
+    column.
+    """
+    if metadata.suffix != ".csv":
+        return metadata.suffix in ROWS
+    first: list[str] = []
+    with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file, suppress(csv.Error):
+        first = next(filter(None, csv.reader(file)), [])
+    if "file_name" in first or _has_semicolons(first):
+        return True
+    return layout is None and not any(column.endswith(("_file_name", "file_names")) for column in first)
+
+
+def _has_semicolons(first: Sequence[str]) -> bool:
+    """Return whether a first line has semicolons, as Excel writes in locales with decimal commas."""
+    return any("file_name" in cell.split(";") for cell in first if ";" in cell)
+
+
+def _json_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
+    for number, row in values_of(text):
+        if row is NOT_JSON:
+            raise InvalidArgument(f"{where} line {number}", "is no JSON", "correct it")
+        yield number, row
+
+
+def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
+    """Yield the rows of a CSV file; an empty cell becomes None, and empty lines before the header are skipped."""
+    rows = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        _check_columns(text, where)
+        rows.fieldnames = next(filter(None, rows.reader))
+        for row in rows:
+            if any(row.pop(None, ())):
+                fix = "put captions with commas into double quotes"
+                raise InvalidArgument(f"{where} line {rows.line_num}", "has more cells than the first line", fix)
+            yield rows.line_num, {column: cell or None for column, cell in row.items()}
+    except csv.Error as error:
+        line = rows.reader.line_num
+        raise InvalidArgument(f"{where} line {line}", f"cannot be read ({error})", "correct it") from None
+
+
+def _check_columns(text: str, where: str) -> None:
+    """Check that a table has the column file_name; quotes need not match, so that semicolons are reported first."""
+    reader = csv.reader(io.StringIO(text))
+    columns = next(filter(None, reader), [])
+    where_columns = f"{where} line {reader.line_num}"
+    if not columns:
+        raise InvalidArgument(where, "is empty", "write file_name,text there, and below it a row for each image")
+    if _has_semicolons(columns):
+        fix = "separate them with commas, and put captions into double quotes"
+        raise InvalidArgument(where_columns, "semicolons between the columns", fix)
+    if "file_name" not in columns:
+        problem = f"the columns are {', '.join(map(repr, columns))[:200]}, without file_name"
+        raise InvalidArgument(where_columns, problem, "write file_name,text there, with a comma between them")
+
+
+ROWS = {".csv": _csv_rows, ".jsonl": _json_rows}
+
+
+def names_files(rows: datasets.Dataset, column: str) -> bool:
+    """Return whether a column holds plain text, that is, file names."""
+    feature = rows.features[column]
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def file_inside(folder: Path, name: object, where: str, column: str) -> Path:
+    """Return the path of the file that a row names; raises `InvalidArgument` if it is outside the folder."""
+    nameless = InvalidArgument(where, f"names no image as its {column}", "correct it")
+    if not isinstance(name, str):
+        raise nameless
+    path = folder / name
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (ValueError, OSError, RuntimeError):
+        raise nameless from None
+    if not inside:
+        raise InvalidArgument(where, f"names {name}, outside the folder", "move the image into it")
+    return path
+
+
+def check_inside(row: Mapping, places: Sequence[Path], where: str) -> None:
+    """Raise `InvalidArgument` if a row names an image or mask by a path outside these folders, existing or not."""
+    for column in ("image", "mask") if places else ():
+        image = row.get(column)
+        if image and image["path"] and image["bytes"] is None:
+            path = Path(image["path"]).resolve()
+            if not any(path.is_relative_to(place.resolve()) for place in places):
+                raise InvalidArgument(where, f"names {image['path']}, outside the folder", "move the image into it")
+
+
+def unlisted(rows: datasets.Dataset, files: Sequence[Path]) -> list[Path]:
+    """Return the image files that no row names as image or mask."""
+    if not files:
+        return []  # without reading all rows
+    named = [image for column in rows.column_names if column != "captions" for image in rows[column]]
+    there = {_whole_path(image["path"]) for image in named if image and image["path"]}
+    return [path for path in files if _whole_path(path) not in there]
+
+
+def _whole_path(path: str | Path) -> str:
+    return os.path.normpath(Path(path).absolute())

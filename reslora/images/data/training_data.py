@@ -1,0 +1,277 @@
+"""Prepare the training data: read, encode or find in the cache, assign to buckets, split."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+from diffusers import DiffusionPipeline
+
+from ...errors import InvalidArgument
+from ...formatting import is_or_are, pluralize, printable
+from ...io import read_object, write_json
+from ...options.images import DataOptions
+from ...options.values import listed
+from ...runtime.processes import all_gather, broadcast_from_main
+from ...training.context import Context
+from ..model.loading import wide_enough
+from ..model.objective import Objective
+from ..prompts import UNRELATED, prompts_of
+from .buckets import bucket_of, ladder, named_buckets, own_bucket, square
+from .captions import VERBATIM, recipe_of
+from .class_images import balanced
+from .dataset import ImageDataset, data_flag
+from .encoding import Latents, Texts, Variants, damaged_images, encode_images, encode_texts, without_damaged
+from .lengths import print_long_captions
+from .plan import Plan
+from .samples import Material
+from .size import Size
+from .sources import Source, split
+
+NOTED = "images.json"  # the number of images of a run, their content hashes, and the images that are left out
+UNEVEN = 2  # if an epoch uses one bucket this many times as often as another, the trainer prints a line
+VARIANTS, FEW_VARIANTS = 4, 1000  # captions are encoded beforehand up to this factor, and in any case up to this number
+
+
+def material_of(
+    kinds: Sequence[ImageDataset], pipeline: DiffusionPipeline, objective: Objective, context: Context
+) -> Material:
+    """Return the training data, with captions and images encoded or found in the cache.
+
+    `kinds` are the training images and the class images, if any.
+    """
+    family = context.model.family
+    largest = max((images for images in kinds if not images.of_class), key=len)
+    sources = tuple(
+        source for images in kinds for source in sources_of(images, int(images is largest), pipeline, context)
+    )
+    print_bucket_sizes(sources, context)
+    for source in sources:
+        print_skipped_images(source.images, context)
+    if any(images.of_class for images in kinds):
+        per_forward = context.options.training.train_batch_size * context.accelerator.num_processes
+        learnt, of_class = ([s for s in sources if s.images.of_class == kind] for kind in (False, True))
+        sources = balanced(learnt, of_class, per_forward)
+    sizes = {size for source in sources for size in source.buckets}
+    shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
+    options, none = context.options, Texts(None, {})
+    parts = options.adapter, options.data, options.training, options.validation
+    material = Material(sources, none, objective, shapes, *parts, family.latents_per_token)
+    print_long_captions(material, pipeline, context)
+    return with_texts(material, pipeline, context)
+
+
+def note_images(material: Material, context: Context, goes_on: bool) -> None:
+    """Write the images that the run uses to `images.json`; damaged images are known only after all were opened.
+
+    Raises `InvalidArgument` if a resumed run would use other images than before, because its held-out images would
+    change.
+    """
+    options, path = context.options, context.folder / NOTED
+    used = "; ".join(source.images.fingerprint for source in material.sources)
+    left_out = [line for source in material.sources for line in source.images.left_out]
+    if len(set(all_gather(used))) > 1:
+        raise InvalidArgument(
+            data_flag(options.data), "not the same images are damaged for all processes", "repair them"
+        )
+
+    def note() -> None:
+        there = read_object(path).get("images", used)
+        if goes_on and there != used:
+            example = f" (left out: {left_out[0]})" if left_out else ""
+            problem = f"{context.folder} was trained on {there}, what can be used now is {used}{example}"
+            raise InvalidArgument(data_flag(options.data), problem, "bring that back, or choose another --output_dir")
+        write_json(path, {"images": used, "left_out": left_out})
+
+    broadcast_from_main(note)
+
+
+def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context) -> Material:
+    """Return the training data with the text states of prompts and, if they are encoded beforehand, of all captions.
+
+    If there are too many captions to encode, text encoders are loaded into the pipeline, and each step encodes its own.
+    """
+    data, validation, model = material.data, material.validation, context.model
+    parts = model.family.frozen_text_parts if context.encoders else model.family.text_parts
+    key = (model.family.name, model.fingerprint(*parts), str(context.dtype))
+    wanted = ["", *(validation.validation_prompt or material.sources[0].images.captions[0][:1])]
+    wanted += [prompt.negative_prompt for prompt in prompts_of(validation)]
+    wanted += UNRELATED if validation.metric_model else ()
+
+    def load_encoders() -> DiffusionPipeline:
+        if not data.cache_text_embeddings:
+            return pipeline
+        return model.load_pipeline(context.dtype, context.accelerator.device, encoders=True, vae=False)
+
+    if data.cache_text_embeddings and parts:
+        captions = captions_of(material, context.accelerator.num_processes)
+        if captions is None:
+            whole = model.load_pipeline(context.dtype, context.accelerator.device, encoders=True)
+            vars(pipeline).update(vars(whole))  # setting the encoders is not enough: `__init__` reads them
+            data = dataclasses.replace(data, cache_text_embeddings=False)
+            line = "captions have too many variants to keep: each step encodes its own, and text encoders stay loaded"
+            context.accelerator.print(line)
+        wanted += captions or []
+    return dataclasses.replace(material, texts=encode_texts(wanted, key, load_encoders, context), data=data)
+
+
+def captions_of(material: Material, processes: int) -> list[str] | None:
+    """Return every caption that a run will read, or None if random transforms make too many of them.
+
+    The limit is FEW_VARIANTS, or VARIANTS times the number of captions if that is higher.
+    """
+    plain = [
+        source.recipe.plain(text)
+        for source in material.sources
+        for captions in source.images.captions
+        for text in captions
+    ]
+    captions = dict.fromkeys(plain)
+    if any(source.recipe.rewrites for source in material.sources):
+        most, plan = max(FEW_VARIANTS, VARIANTS * len(captions)), material.plan(processes)
+        steps = material.training.max_train_steps or material.training.num_train_epochs * material.updates(processes)
+        for forward in range(steps * material.training.gradient_accumulation_steps):
+            drawn = [draw for draw in plan.forward(forward) if material.sources[draw.source].recipe.rewrites]
+            captions |= dict.fromkeys(map(material.sampled_caption, drawn))
+            if len(captions) > most:
+                return None
+    return list(captions)
+
+
+def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, context: Context) -> list[Source]:
+    """Return the images at the first resolution, split (except class images), and the training images at the others.
+
+    `least` is the lowest number of held-out images, if any are held out.
+    """
+    options, multiple = context.options, context.model.family.pixel_multiple(pipeline)
+    sides, label = options.data.resolution, images.label
+    labels = [f"{label} at {side}" if label and len(sides) > 1 else label for side in sides]
+    first = [size for size in sizes_of(images, multiple, options.data)[0] if size]
+    whole = source_of(dataclasses.replace(images, label=labels[0]), first, pipeline, context)
+    share = 0.0 if images.of_class else options.validation.validation_split
+    train, held_out = split(len(whole.images), share, options.training.seed, least)
+    found, images = [dataclasses.replace(whole, train=train, held_out=held_out)], whole.images
+    for label, sizes in zip(labels[1:], sizes_of(images, multiple, options.data)[1:], strict=True):
+        if again := {index: size for index in train if (size := sizes[index])}:
+            some = images.select(list(again))
+            some = dataclasses.replace(some, label=label, left_out=(), notes=())  # its lines are printed once
+            found.append(source_of(some, list(again.values()), pipeline, context))
+    return found
+
+
+def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context) -> Source:
+    """Return the undamaged images with their latents, assigned to buckets; all of them are training images."""
+    options = context.options
+    if options.data.cache_latents:
+        latents, problems = latents_of(images, sizes, pipeline, context)
+    else:
+        latents, problems = None, damaged_images(images, context)
+    images, latents, keep = without_damaged(images, latents, problems, options.data)
+    buckets = tuple(dict.fromkeys(sizes))
+    bucket = tuple(buckets.index(sizes[index]) for index in keep)
+    weight = images.weight * (options.data.prior_loss_weight if images.of_class else 1.0)
+    recipe = VERBATIM if images.of_class else recipe_of(options.data)
+    train = tuple(range(len(images)))
+    return Source(images, latents, train, (), buckets, bucket, weight, images.repeats, recipe)
+
+
+def sizes_of(images: ImageDataset, multiple: int, options: DataOptions) -> list[list[Size | None]]:
+    """Return each image's size at each resolution; None if an earlier resolution has the same size.
+
+    An image that is smaller than several resolutions is trained once at its own size.
+    """
+    found: list[list[Size | None]] = [[] for _ in options.resolution]
+    for image in images.sizes:
+        uses_per_epoch: set[Size | str] = set()
+        for sizes, resolution in zip(found, options.resolution, strict=True):
+            size, own = size_of(image, resolution, multiple, options)
+            new = size not in uses_per_epoch and not (own and "own" in uses_per_epoch)
+            sizes.append(size if new else None)
+            if new:
+                uses_per_epoch |= {size, "own"} if own else {size}
+    return found
+
+
+def size_of(image: tuple[int, int], resolution: int, multiple: int, options: DataOptions) -> tuple[Size, bool]:
+    """Return the size that an image (width and height) is cropped and scaled to: a square, or with buckets the best
+    one.
+
+    The second item is whether this is the image's own size, because it is smaller than all buckets.
+    """
+    if not options.use_aspect_ratio_buckets:
+        return square(resolution), False
+    if options.aspect_ratio_buckets:
+        return bucket_of(image, named_buckets(options.aspect_ratio_buckets)), False
+    buckets = ladder(resolution, multiple)
+    size = bucket_of(image, buckets) if options.bucket_upscale else own_bucket(image, resolution, multiple)
+    return size, size not in buckets
+
+
+def print_bucket_sizes(sources: Sequence[Source], context: Context) -> None:
+    """Print the number of images in each bucket."""
+    if context.options.data.use_aspect_ratio_buckets or len(listed(context.options.data.resolution)) > 1:
+        found = Counter(source.size(image) for source in sources for image in range(len(source.images)))
+        counts = [f"{size.height}x{size.width}: {count}" for size, count in found.items()]
+        context.accelerator.print(f"{pluralize(len(found), 'bucket')} (height x width: images): {', '.join(counts)}")
+
+
+def print_folder_counts(material: Material, context: Context) -> None:
+    """Print repeats, weight and masks of each source if sources differ or may differ."""
+    plan = material.plan(context.accelerator.num_processes)
+    print_uneven_buckets(plan, context)
+    for source in material.sources:
+        images, masked = source.images, sum(source.images.masked)
+        if images.label:
+            kind, times = "class image" if images.of_class else "image", times_of(source, plan)
+            count = pluralize(len(source.train), kind)
+            line = f"{images.label}: {count}, each {times} an epoch, weight {source.weight:g}"
+            line += f"; {len(source.held_out)} more held out" if source.held_out else ""
+            line += (
+                f"; {masked} of {len(images)} {is_or_are(masked)} masked"
+                if context.options.training.masked_loss
+                else ""
+            )
+            context.accelerator.print(printable(line))
+
+
+def print_uneven_buckets(plan: Plan, context: Context) -> None:
+    """Print a line if an epoch uses the images of one bucket far more often than those of another."""
+    least, most = (choose(plan.uses_per_epoch, key=plan.uses_per_epoch.__getitem__) for choose in (min, max))
+    if plan.uses_per_epoch[most] >= UNEVEN * plan.uses_per_epoch[least]:
+        often, seldom = (f"{size.height}x{size.width} {plan.uses_per_epoch[size]:.3g} times" for size in (most, least))
+        smaller = "a smaller --train_batch_size" if context.options.training.train_batch_size > 1 else "fewer processes"
+        context.accelerator.print(
+            f"a bucket's last batch is filled from the same bucket: an epoch meets images of {often} as often as asked "
+            f"for, of {seldom}; {smaller} with more --gradient_accumulation_steps evens that out"
+        )
+
+
+def times_of(source: Source, plan: Plan) -> str:
+    """Format how often an epoch uses a source's images; with a single bucket, all are used equally often."""
+    several = len(plan.uses_per_epoch) > 1
+    uses_per_epoch = [
+        source.repeats * plan.uses_per_epoch[source.size(image)] for image in source.train if several
+    ] or [source.repeats]
+    low, high = (f"{round(times, 1):g}" for times in (min(uses_per_epoch), max(uses_per_epoch)))
+    if low != high:
+        return f"{low} to {high} times"
+    return "once" if low == "1" else f"{low} times"
+
+
+def latents_of(
+    images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context
+) -> tuple[Latents, dict[int, str]]:
+    """Return the latents of all images at their sizes, and why images are damaged, by number."""
+    vae, model = pipeline.vae, context.model
+    key = (model.family.name, model.fingerprint("vae"), str(vae.dtype))
+    with wide_enough(model.family, vae):
+        return encode_images(Variants(images, sizes, context.options.data, context.options.training), key, vae, context)
+
+
+def print_skipped_images(images: ImageDataset, context: Context) -> None:
+    """Print a line about each of the first 20 unusable images, and their number."""
+    for line in (*images.notes, *(f"left out: {line}" for line in images.left_out[:20])):
+        context.accelerator.print(printable(line))
+    if images.left_out:
+        context.accelerator.print(f"left out {pluralize(len(images.left_out), 'image')}, kept {len(images):,}")

@@ -1,0 +1,104 @@
+"""The denoising loss of a batch, for training, validation and calibration."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ..training.context import Context
+from .data.batch import Batch
+from .model.families.base import Conditions, Text
+from .model.loading import wide_enough
+from .model.loss import huber_of, loss_per_sample, masked, squared_error
+from .model.objective import Objective
+
+
+class DenoisingLoss:
+    """The denoising loss of a batch: the denoiser's inputs, its prediction, and the loss.
+
+    Images and captions that are not encoded yet are encoded here.
+    """
+
+    def __init__(self, context: Context, objective: Objective, pipeline: DiffusionPipeline, config: dict) -> None:
+        self.family, self.objective, self.pipeline = context.model.family, objective, pipeline
+        self.config, self.dtype, self.training_options = config, context.dtype, context.options.training
+        self.parts = context.encoders
+        self.huber = huber_of(self.training_options, objective)
+
+    def __call__(self, denoiser: nn.Module, batch: Batch, weighted: bool = True) -> torch.Tensor:
+        """Return the loss of each sample, of shape (batch,); only trained modules run under autocast.
+
+        Without `weighted` it is the mean squared error, whatever the training loss, but still within masks.
+        """
+        batch = self.encoded(batch)
+        with torch.autocast(self.pipeline.vae.device.type, enabled=False):
+            inputs, target, timesteps = self.inputs(batch)
+        prediction = self.family.prediction(denoiser(**inputs, return_dict=False), target).float()
+        target = target.float()
+        if not weighted:
+            return self.squared(prediction, target, batch)
+        error = self.huber(prediction, target, timesteps) if self.huber else squared_error(prediction, target)
+        weight = self.objective.weight(timesteps) * batch.weight.to(timesteps.device)
+        return loss_per_sample(self._masked(error, batch), weight)
+
+    def squared(self, prediction: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return the mean squared error of each sample, of shape (batch,), within its mask if it has one.
+
+        `prediction`, `target`: batch x channels x height x width.
+        """
+        return self._masked(squared_error(prediction, target), batch).flatten(1).mean(1)
+
+    def _masked(self, error: torch.Tensor, batch: Batch) -> torch.Tensor:
+        mask = batch.mask
+        return masked(
+            error, mask if mask is None else mask.to(error.device), self.training_options.masked_loss_normalised
+        )
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """The text encoders that are trained."""
+        return [getattr(self.pipeline, part.name) for part in self.parts]
+
+    def encoded(self, batch: Batch) -> Batch:
+        """Return the batch with captions encoded by the trained text encoders; unchanged without any."""
+        if not self.parts:
+            return batch
+        text = batch.to(self.pipeline.vae.device).text
+        if text is None:
+            with torch.no_grad(), torch.autocast(self.pipeline.vae.device.type, enabled=False):
+                text = self.family.encode_frozen(
+                    self.pipeline, batch.caption, self.training_options.max_sequence_length
+                )
+        return dataclasses.replace(batch, text=self.family.encode_trained(self.pipeline, batch.caption, text))
+
+    def inputs(self, batch: Batch) -> tuple[dict, torch.Tensor, torch.Tensor]:
+        """Return the denoiser's keyword arguments for a batch, the target, and the timesteps (batch).
+
+        The target has the shape of the latents: batch x channels x height x width.
+        """
+        batch = batch.to(self.pipeline.vae.device)
+        latents = self._latents(batch)
+        noisy = self.objective.noisy(latents, batch.noise, batch.timesteps).to(self.dtype)
+        conditions = Conditions(self._text(batch), batch.sizes, self.training_options.guidance_scale_train)
+        inputs = self.family.denoiser_inputs(self.config, noisy, batch.timesteps, conditions)
+        return inputs, self.objective.target(latents, batch.noise, batch.timesteps), batch.timesteps
+
+    def _latents(self, batch: Batch) -> torch.Tensor:
+        vae, moments = self.pipeline.vae, batch.moments
+        if moments is None:
+            assert batch.pixels is not None
+            with torch.no_grad(), wide_enough(self.family, vae):
+                moments = self.family.encode_images(vae, batch.pixels.to(vae.dtype))
+        mean, std = moments.float().unbind(1)
+        return self.family.scale_latents(vae, mean + std * batch.posterior_noise)
+
+    def _text(self, batch: Batch) -> Text:
+        if batch.text is None:
+            with torch.no_grad():
+                return self.family.encode_captions(
+                    self.pipeline, batch.caption, self.training_options.max_sequence_length
+                )
+        return batch.text

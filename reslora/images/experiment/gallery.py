@@ -1,0 +1,125 @@
+"""The samples of the chosen runs side by side: a slider between any two, and a table of all."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ...errors import first_line
+from ...experiment.record import Arm, Experiment
+from ...plots.charts import escape
+from ...runtime.sample_folders import by_step, shows
+
+LARGEST = 512
+"""Longer edge of an image in the page, in pixels."""
+MOST_PROMPTS = 12
+BASE = "before training"
+
+
+def gallery(experiment: Experiment, folder: Path) -> str:
+    """Return HTML with the first sample of each prompt for each label's chosen run and step; empty without samples."""
+    prompts = [str(prompt) for prompt in experiment["settings"].get("validation_prompt") or ()][:MOST_PROMPTS]
+    columns = columns_of(experiment, folder, prompts)
+    cells = {
+        (row, column): tile(place / f"{row}-0.png", f"{prompt}: {name}", f"{row}-{column}")
+        if shows(place, row, prompt)
+        else ""
+        for row, prompt in enumerate(prompts)
+        for column, (name, _, place) in enumerate(columns)
+    }
+    if not any(cells.values()):
+        return ""
+    head = "".join(f'<th scope="col">{escape(name)}<br>{escape(what)}</th>' for name, what, _ in columns)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(prompt)}</th>'
+        + "".join(f"<td>{cells[row, column] or 'no image'}</td>" for column in range(len(columns)))
+        + "</tr>"
+        for row, prompt in enumerate(prompts)
+    )
+    return (
+        f"{slider(columns, prompts, best_of(experiment))}<details><summary>All images</summary>"
+        '<div class="scroll" role="region" aria-label="All images" tabindex="0"><table class="gallery">'
+        f"<thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
+    )
+
+
+def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> list[tuple[str, str, Path]]:
+    """Return (label, seed and step, folder of samples), the base model first, which equals any adapter before its first
+    step.
+
+    Folders without samples of these prompts are skipped: runs that were added later may have other prompts.
+    """
+    found = []
+    for label, choice in experiment["chosen"].items():
+        arms = [arm for arm in experiment["arms"] if arm["label"] == label and arm["status"] == "finished"]
+        arms = [arm for arm in arms if arm["learning_rate"] == choice["learning_rate"]]
+        for arm in sorted(arms, key=lambda arm: arm["seed"]):
+            places = samples_of(arm, folder, prompts)
+            if later := [step for step in places if step]:
+                step = min(later, key=lambda step: (abs(step - choice["step"]), step))
+                found.append((label, f"seed {arm['seed']}, step {step}", places[step]))
+                break
+    bases = (samples_of(arm, folder, prompts).get(0) for arm in experiment["arms"])
+    base = next(filter(None, bases), None)
+    return [*([(BASE, "base model", base)] if base else []), *found]
+
+
+def samples_of(arm: Arm, folder: Path, prompts: Sequence[str]) -> dict[int, Path]:
+    """Return a run's folders of samples that show any of these prompts, by step."""
+    found = by_step(folder / arm["folder"] / "samples").items()
+    return {step: place for step, place in found if any(shows(place, *prompt) for prompt in enumerate(prompts))}
+
+
+def best_of(experiment: Experiment) -> str | None:
+    """Return the label with the lowest loss on the selection split; None if there is none."""
+    chosen = experiment["chosen"]
+    return min(chosen, key=lambda label: chosen[label]["loss"], default=None)
+
+
+def slider(columns: list[tuple[str, str, Path]], prompts: list[str], best: str | None) -> str:
+    """Return HTML with two stacked images and a slider that uncovers the left one, by mouse or keyboard."""
+    names = [name for name, *_ in columns]
+    labels = [(str(number), name) for number, name in enumerate(names)]
+    first = 1 if names[0] == BASE and len(names) > 2 else 0
+    second = names.index(best) if best in names and best != names[first] else min(first + 1, len(names) - 1)
+    choices = (
+        select("left", "Left", labels, first)
+        + select("right", "Right", labels, second)
+        + select("prompt", "Prompt", [(str(number), prompt) for number, prompt in enumerate(prompts)], 0)
+    )
+    return (
+        f'<div id="comparing" hidden><div class="choices">{choices}</div>'
+        '<div class="pair" style="--at: 50%"><img class="under" alt=""><img class="over" alt="">'
+        '<span class="left"></span><span class="right"></span></div>'
+        '<label for="slider">How much of the left image is seen</label>'
+        '<input type="range" id="slider" min="0" max="100" value="50"></div>'
+    )
+
+
+def select(name: str, title: str, options: list[tuple[str, str]], chosen: int) -> str:
+    """Return an HTML select element with values and their texts."""
+    entries = "".join(
+        f'<option value="{value}"{" selected" * (number == chosen)}>{escape(text)}</option>'
+        for number, (value, text) in enumerate(options)
+    )
+    return f'<label>{title}<select id="{name}" autocomplete="off">{entries}</select></label>'
+
+
+def tile(path: Path, alt: str, cell: str) -> str:
+    """Return an image as a data URI, scaled down to LARGEST; empty if it is missing, and a text if it is damaged."""
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except FileNotFoundError:
+        return ""
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return escape(f"damaged: {first_line(error)}")
+    image.thumbnail((LARGEST, LARGEST))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=88)
+    source = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f'<img src="{source}" alt="{escape(alt)}" data-cell="{cell}" width="{image.width}" height="{image.height}">'

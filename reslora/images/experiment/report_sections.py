@@ -1,0 +1,79 @@
+"""Sections of an experiment's report that only images have: losses by timestep, samples, and similarities."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from ...experiment.record import Experiment
+from ...experiment.report import BASE, About, labels_of
+from ...experiment.statistics import is_chosen
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from ...plots.charts import Axes, Series, chart
+from ..output.exports import PEFT_FOLDER
+from .gallery import gallery
+from .similarity import MEANINGS
+
+
+def sections(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
+    """Return titles and HTML contents."""
+    return [
+        ("Loss on the test images by timestep", timestep_chart(experiment)),
+        ("Images", gallery(experiment, folder)),
+    ]
+
+
+def timestep_chart(experiment: Experiment) -> str:
+    """Return a chart of each method's difference from its reference in percent; the losses themselves would overlap."""
+    measured = {
+        (arm["label"], arm["seed"]): [math.nan if loss is None else loss for loss in arm["test"]["by_timestep"]]
+        for arm in experiment["arms"]
+        if arm["test"] and is_chosen(arm, experiment["chosen"])
+    }
+    places = {label: place for place, label in enumerate(labels_of(experiment))}
+    found = []
+    for verdict in experiment["verdicts"]:
+        label, reference = verdict["label"], verdict["reference"]
+        both = [seed for name, seed in measured if name == label and (reference, seed) in measured]
+        series = Series(label, places[label])
+        for place, timestep in enumerate(experiment["timesteps"]):
+            pairs = [(measured[label, seed][place], measured[reference, seed][place]) for seed in both]
+            percent = [100 * (ours / theirs - 1) for ours, theirs in pairs if theirs]
+            series.dots += [(timestep, value) for value in percent]
+            series.line += [(timestep, statistics.fmean(percent))] if percent else []
+        found.append(series)
+    found += base_series(experiment, measured, len(places))
+    references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in experiment["verdicts"]))
+    axes = Axes(f"Difference to {references}, in percent", "timestep (1 is pure noise)", "percent", zero=True)
+    figure = chart(found, axes)
+    note = "<p>Below zero the method is better. A line is the mean over seeds, a dot is one seed.</p>"
+    return f'<div class="charts">{figure}</div>{note}' if figure else ""
+
+
+def base_series(experiment: Experiment, measured: Mapping[tuple[str, int], list[float]], number: int) -> list[Series]:
+    """Return the base model's difference to the first reference, by timestep, in percent; nothing if not known."""
+    base, verdicts = experiment.get("base"), experiment["verdicts"]
+    theirs = [losses for (name, _), losses in measured.items() if verdicts and name == verdicts[0]["reference"]]
+    if not base or not theirs:
+        return []
+    places = zip(experiment["timesteps"], base["by_timestep"], zip(*theirs, strict=True), strict=True)
+    points = [(timestep, 100 * (loss / statistics.fmean(losses) - 1)) for timestep, loss, losses in places if loss]
+    return [Series(BASE, number, points, points)]
+
+
+COMFYUI = 'ComfyUI: put it into models/loras, and choose it in the node "Load LoRA", at strength 1 as it was compared.'
+USES = {
+    KOHYA_FILE: f"{COMFYUI} A1111 and Forge: models/Lora, at weight 1.",
+    COMFYUI_FILE: COMFYUI,
+    DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights('{folder}')",
+    PEFT_FOLDER: "PEFT: PeftModel.from_pretrained(DENOISER, '{folder}/peft'), with the pipeline's denoiser; "
+    "with --train_text_encoder, its text encoders too, each from '{folder}/peft/text_encoder*'",
+}
+LOSSES = (
+    "Losses in this report are squared errors without weights, at eight fixed timesteps, of images that were not "
+    "trained on. The trainer prints losses of the training images at random timesteps, with the weights of "
+    "--snr_gamma: other numbers, and often much lower ones."
+)
+IMAGES = About("image", MEANINGS, USES, sections, LOSSES, "--max_train_steps", "train_sd.py")

@@ -1,0 +1,296 @@
+"""Run an experiment: train every arm, choose learning rates and checkpoints, and compare the methods.
+
+An arm is one run: a method with a learning rate and a seed. Arms share the model, the encoded data and, by seed, noise
+and order. They differ from single runs only in the split, which depends on the images' content. Each arm writes to its
+own folder, and the files on disk determine the remaining work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ...errors import InvalidArgument
+from ...experiment.arms import Arm
+from ...experiment.record import EXPERIMENT, Facts, facts_of, read_experiment
+from ...experiment.report import About
+from ...experiment.schedule import Course
+from ...experiment.study import Subject
+from ...experiment.worker_pool import Orders
+from ...formatting import pluralize
+from ...io import read_object, remove_leftovers
+from ...methods.registry import METHODS
+from ...options.grid import Grid
+from ...options.images import NOISES, Options, ValidationOptions
+from ...options.option import in_words
+from ...runtime.checkpoint_folders import ADAPTERS
+from ...runtime.folder_lock import locked, share_lock
+from ...runtime.processes import broadcast_from_main, on_all
+from ...runtime.signals import StopRequest
+from ...runtime.status import Status
+from ...training.checkpoints import EXPORTS, MERGING, Identity, check_past, checkpoints_of, past_of, plan_resume
+from ...training.context import Context
+from ...training.loop import train_method
+from ...training.schedule import Schedule, schedule_of
+from ..cache_folder import cache_folder
+from ..data.samples import Material, measured_at
+from ..data.training_data import latents_of, print_folder_counts, with_texts
+from ..model_checks import check_methods
+from ..output.trackers import note_settings
+from ..run import begin, check_before_loading, encode, forget_encoder
+from ..study import ImageStudy
+from .report_sections import IMAGES
+from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
+from .test_split_losses import base_losses, export_chosen, measured
+
+MOST_LOOKS = 10
+ADAPTER = ("rank", "shortcut", "pre_num")  # the options of an adapter that an experiment may vary
+CHANGING = ("learning_rate", "seed")  # more of these, and more methods, may be added to an existing experiment
+FIXED = (
+    *MERGING,
+    "max_train_steps",
+    "validation_steps",
+    "cache_latents",
+    "metric_model",
+)  # a single run may change these on resuming
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+@contextlib.contextmanager
+def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = None) -> Iterator[Bench]:
+    """Lock the folder, check the options, and load and encode what the arms share.
+
+    `orders` is set in a worker process of --arms_at_once: there, the main process has locked the folder, checked the
+    options and written the settings.
+    """
+    if orders:  # TensorBoard reads one file per folder at a time
+        given = given.replace(logging_dir=f"{given.base.output.logging_dir}/process-{orders.number}")
+    began, plain, folder = time.monotonic(), given.run(), Path(given.base.output.output_dir)
+    with contextlib.ExitStack() as stack:
+        check, lock = (lambda: None, share_lock) if orders else (lambda: take_folder(given), locked)
+        kinds, context, identity = begin(plain, stop, stack, check, lock)
+        asked = with_varied(context.options, given)
+        if orders:
+            context = dataclasses.replace(context, status=Status())
+        else:
+            broadcast_from_main(lambda: check_folder(asked, identity))
+            check_before_loading(kinds, context)
+        check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain.data)
+        on_all(lambda: check_variants(asked, context))
+        alone, goes_on = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()
+        pipeline, material = encode(kinds, context, goes_on, track=bool(orders) or alone)
+        parts = broadcast_from_main(
+            lambda: parts_of(learnt(material.sources), plain.data, plain.validation, plain.experiment)
+        )
+        content = content_of(parts, learnt(material.sources))
+        broadcast_from_main(lambda: check_same(asked, identity, content))
+        processes = context.accelerator.num_processes
+        material = with_parts(material, parts, processes)
+        print_folder_counts(material, context)
+        materials = {seed: of_seed(material, seed, pipeline, context) for seed in asked.values("seed")}
+        forget_encoder(pipeline, context)
+        schedule = with_few_looks(schedule_of(material.updates(processes), context), plain.validation)
+        asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
+        broadcast_from_main(lambda: check_same(asked, identity, content))
+        note_settings(asked.flat(), schedule, context.accelerator, write=not orders)
+        course, study = Course(asked, began), ImageStudy(schedule, identity, context, pipeline, material)
+        context.accelerator.print(
+            f"{pluralize(len(course.arms()), 'arm')} of {pluralize(schedule.steps, 'step')}; {parts}"
+        )
+        yield Bench(course, study, materials, parts, content, stop, context.accelerator.device)
+        context.accelerator.end_training()
+
+
+def take_folder(grid: Grid[Options]) -> None:
+    """Check the folder's content, and remove partial files of a killed start.
+
+    Raises `InvalidArgument` if the folder cannot be used for this experiment.
+    """
+    course = Course(grid)
+    Status(course.folder).say("preparing")
+    check_folder(grid)
+    for folder in map(course.folder_of, course.arms()):
+        for place in (folder, folder / "samples", folder / ADAPTERS):
+            remove_leftovers(place)
+
+
+def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
+    """Raise `InvalidArgument` if the folder holds a single run, or an experiment with other options.
+
+    More methods, learning rates or seeds may be added.
+    """
+    course = Course(grid)
+    check_same(grid, identity)
+    for arm in course.arms():
+        own, folder = going_on(course.options_of(arm)), course.folder_of(arm)
+        if course.ended(arm):
+            check_past(own.flat(), folder, read_object(folder / EXPORTS), identity)
+        else:
+            plan_resume(own, identity, course.place_of(arm))
+
+
+def going_on(options: Options) -> Options:
+    """Return an arm's options with which it resumes from its latest checkpoint."""
+    return options.replace(resume_from_checkpoint="latest")
+
+
+def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str = "") -> None:
+    """Raise `InvalidArgument` unless an experiment continues with the same options or more methods, rates and seeds.
+
+    `parts`: the hash of the split, once it is known. A folder with a single run is rejected too.
+    """
+    values, folder = grid.flat(), Path(grid.base.output.output_dir)
+    there = read_experiment(folder).get("identity")
+    if there is None:
+        for method in METHODS:
+            if checkpoints_of(folder / method) or (folder / method / EXPORTS).exists():
+                problem = "holds a run that is no experiment"
+                raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
+        return
+    check_past(values, folder, there, identity)
+    if parts and there.get("parts") != parts:
+        problem = "was begun with another split of these images"
+        raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
+    for name in FIXED:
+        value, before = values[name], there.get(name)
+        settled = value is not None or name == "metric_model"  # later: the model's or images' default
+        if settled and before != value:
+            problem, fix = f"{folder} was begun with {in_words(before)}", "use that, or choose another --output_dir"
+            raise InvalidArgument(f"--{name} {in_words(value)}", problem, fix)
+
+
+def identity_record(values: Mapping[str, Any], identity: Identity) -> dict:
+    """Return the record that `check_same` compares; `values` are flat."""
+    past = past_of(values, identity)
+    settings = {name: value for name, value in past["settings"].items() if name not in CHANGING}
+    return past | {"settings": settings} | {name: values[name] for name in FIXED}
+
+
+def with_few_looks(schedule: Schedule, options: ValidationOptions) -> Schedule:
+    """Limit the default number of validations to MOST_LOOKS, because an epoch may be a single step."""
+    if options.validation_steps:
+        return schedule
+    least = math.ceil(schedule.steps / MOST_LOOKS)
+    return dataclasses.replace(schedule, validation_steps=max(schedule.validation_steps, least))
+
+
+def with_varied(resolved: Options, given: Grid[Options]) -> Grid[Options]:
+    """Return the experiment with the resolved options of its first run."""
+    alpha = given.base.adapter.lora_alpha if "rank" in given.varied else resolved.adapter.lora_alpha
+    return Grid(resolved.replace(lora_alpha=alpha), given.varied)
+
+
+def check_variants(grid: Grid[Options], context: Context) -> None:
+    """Try to add the adapters of every further rank, shortcut and number of blocks."""
+    tried = [context.options]
+    for options in grid.runs(*ADAPTER):
+        if all(options.adapter != other.adapter for other in tried):
+            check_methods(options.adapter, options.training, context)
+            tried.append(options)
+
+
+def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context: Context) -> Material:
+    """Return the training data of another seed, with its random crops and caption variants encoded."""
+    options = context.options.replace(seed=seed)
+    context, sources = dataclasses.replace(context, options=options), []
+    for source in material.sources:
+        if source.latents is not None:
+            sizes = [source.size(image) for image in range(len(source.images))]
+            latents, problems = latents_of(source.images, sizes, pipeline, context)
+            for index, problem in problems.items():  # damaged after the other seeds were encoded
+                name = source.images.name(index)
+                where = f"--seed {seed}, {name}"
+                raise InvalidArgument(
+                    where,
+                    f"{problem}, and not with other seeds",
+                    f"remove {cache_folder(options.model, options.output)}",
+                )
+            source = dataclasses.replace(source, latents=latents)
+        sources.append(source)
+    material = dataclasses.replace(material, sources=tuple(sources), training=options.training)
+    return with_texts(material, pipeline, context) if any(source.recipe.rewrites for source in sources) else material
+
+
+@dataclass(frozen=True)
+class Bench(Subject):
+    """The image study: shared training data, models and split, and how one arm is trained and evaluated."""
+
+    course: Course
+    study: ImageStudy
+    materials: Mapping[int, Material]
+    """Training data by seed."""
+    parts: Parts
+    content: str
+    """Hash of `parts`."""
+    stop: StopRequest
+    device: torch.device
+    prog: str = "train_sd.py"
+    about: About = IMAGES
+
+    def say(self, phase: str, name: str = "") -> None:
+        """Write the current phase to the run's status."""
+        self.study.context.status.say(phase, name)
+
+    def study_of(self, arm: Arm) -> ImageStudy:
+        """Return the study of one arm, as for a single run, but with one checkpoint unless more are requested."""
+        options = going_on(self.course.options_of(arm))
+        options = options.replace(checkpoints_total_limit=options.output.checkpoints_total_limit or 1)
+        before = self.course.arms().index(arm) if arm in self.course.arms() else 0
+        place = self.course.place_of(arm)
+        context = dataclasses.replace(self.study.context, options=options, place=place, before=before)
+        material = self.materials[arm.seed]
+        data = dataclasses.replace(options.data, cache_text_embeddings=material.data.cache_text_embeddings)
+        validation = dataclasses.replace(options.validation, validation_noises=NOISES)
+        material = dataclasses.replace(
+            material, adapter=options.adapter, data=data, training=options.training, validation=validation
+        )
+        return dataclasses.replace(self.study, material=material, context=context)
+
+    def train(self, arm: Arm) -> None:
+        """Train an arm from its latest checkpoint to its exports, in every process."""
+        study = self.study_of(arm)
+        context, (method,) = study.context, study.context.options.adapter.method
+        resume = broadcast_from_main(lambda: plan_resume(context.options, study.identity, context.place))
+        if context.options.training.compile:
+            torch.compiler.reset()  # the compiler falls back to eager mode after a number of recompilations
+        try:
+            if method not in resume.finished:
+                train_method(method, resume, study)
+        finally:
+            context.accelerator.free_memory()
+
+    @functools.cached_property
+    def marks(self) -> list[str]:
+        """Content hash of each test image."""
+        return [self.study.material.sources[source].images.marks[number] for source, number in self.parts.test]
+
+    def facts(self) -> Facts:
+        """Return versions, split sizes, the measured timesteps and the identity of the experiment."""
+        objective = self.study.material.objective
+        return {
+            **facts_of(self.parts, LIBRARIES),
+            "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
+            "identity": identity_record(self.course.grid.flat(), self.study.identity) | {"parts": self.content},
+        }
+
+    def measured(self, arm: Arm, step: int) -> dict:
+        """Return the losses and similarities of an arm's checkpoint on the test split."""
+        return measured(step, self.parts.test, self.study_of(arm))
+
+    def base_losses(self) -> dict:
+        """Return the base model's losses on the test split."""
+        return base_losses(self.parts.test, self.study_of(self.course.arms()[0]))
+
+    def export(self, arm: Arm, step: int) -> list[str]:
+        """Export an arm's checkpoint into the experiment's directory, and return the names of the files."""
+        return export_chosen(step, self.study_of(arm))

@@ -1,0 +1,82 @@
+"""Similarities of a chosen run's samples by --metric_model: cosine similarities of embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ...experiment.study import COMPARING
+from ..denoising import DenoisingLoss
+from ..generators import derive
+from ..output.drawing import as_image
+from ..output.metric import load_metric
+from ..prompts import UNRELATED
+from ..study import ImageStudy as Setting
+from .split import Image
+
+MEANINGS = {
+    "image_similarity": ("To test images", "what it draws of a test image's caption, to that image"),
+    "caption_similarity": ("To captions", "the same, to the caption"),
+    "nearest_training": ("Nearest training image", "the same, to the training image that is nearest; 1 is a copy"),
+    "unrelated_similarity": ("Base kept", "what it draws of unrelated prompts, to what the base model draws"),
+    "diversity": ("Diversity", "mean distance (1 - similarity) between drawings of one prompt"),
+}
+"""Title in the report and description of each similarity."""
+
+MOST_TEST, MOST_TRAINING, DRAWINGS = 16, 512, 4
+
+
+def similarities(
+    parts: Mapping[str, nn.Module], loss: DenoisingLoss, images: Sequence[Image], setting: Setting
+) -> dict[str, float]:
+    """Return the similarities of `MEANINGS` for samples of some of the test images' captions; captions need CLIP."""
+    context, sources = setting.context, setting.material.sources
+    metric = load_metric(context.options.validation.metric_model, str(context.accelerator.device))
+    denoiser = next(iter(parts.values()))
+
+    def draw(prompts: Sequence[str], count: int = 1) -> torch.Tensor:
+        drawn = setting.drawer.draw(denoiser, prompts, count, lambda: context.stop.check(COMPARING))
+        return metric.images([as_image(image) for image in drawn])
+
+    tested = images[:MOST_TEST]
+    captions = [sources[source].recipe.plain(sources[source].images.captions[number][0]) for source, number in tested]
+    drawn, again, kept = draw(captions), draw(captions[:1], DRAWINGS), draw(UNRELATED)
+    with without_adapters(parts):
+        base = draw(UNRELATED)
+    apart = 1 - again @ again.T
+    found = {"image_similarity": (drawn * metric.of(sources, tested)).sum(1).mean()}
+    if metric.reads_captions:
+        found["caption_similarity"] = (drawn * metric.captions(captions)).sum(1).mean()
+    found["nearest_training"] = (drawn @ metric.of(sources, learnt(setting)).T).amax(1).mean()
+    found["unrelated_similarity"] = (kept * base).sum(1).mean()
+    found["diversity"] = apart.sum() / (DRAWINGS * (DRAWINGS - 1))
+    return {name: float(value) for name, value in found.items()}
+
+
+def learnt(setting: Setting) -> list[Image]:
+    """Return at most MOST_TRAINING of the training images: the first by a hash of their content."""
+    sources = setting.material.sources
+    marks = {
+        (number, image): source.images.marks[image]
+        for number, source in enumerate(sources)
+        if not source.images.of_class
+        for image in source.train
+    }
+    return sorted(marks, key=lambda image: derive("nearest", marks[image]))[:MOST_TRAINING]
+
+
+@contextmanager
+def without_adapters(parts: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Disable the adapters in the body, which leaves the base model."""
+    layers = [layer for part in parts.values() for layer in part.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)

@@ -1,0 +1,180 @@
+"""Split images into training, selection and test parts as a function of their content.
+
+An image and its near-duplicates (re-encoded, scaled, with another caption) are in the same part. The selection and test
+parts contain one of them, so that copies do not count as independent images. A hash of the content determines the part,
+whatever other images there are: a new image moves only its near-duplicates. Exceptions: an empty part, or a test part
+of one image out of five or more, takes the next image in the order of the hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from ...errors import InvalidArgument, refused_as
+from ...experiment.hashed_split import cut, enough_of
+from ...formatting import pluralize
+from ...options.images import DataOptions, ExperimentOptions, ValidationOptions
+from ...seeds import derive
+from ..data.class_images import balanced
+from ..data.dataset import ImageDataset, data_flag
+from ..data.samples import Material
+from ..data.sources import Source
+
+SIDE, MARGIN = 8, 8  # of the perceptual hash: cells per row and column, and the difference of neighbors, of 255
+BITS, NEAR = 384, 16  # the number of bits, and the highest number in which near-duplicates differ
+# On a plain background few bits are set, and different drawings differ in few. Therefore the squared difference of
+# near-duplicates' cells must also be below this fraction of the cells' own; ROUNDING is a tolerance in levels of 255.
+APART, ROUNDING = 0.15, 1.0
+AT_ONCE = 1024  # rows of the distance matrix
+
+
+Image = tuple[int, int]
+"""A source and an image's number in it."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The split, in the order of the hash.
+
+    The selection and test parts have one image of each group of near-duplicates.
+    """
+
+    train: tuple[Image, ...]
+    select: tuple[Image, ...]
+    test: tuple[Image, ...]
+    trained: int
+    """Number of distinct training images: copies, and several resolutions of an image, count once."""
+    duplicates: int
+    """Number of near-duplicates, which are left out or moved to the part of their group."""
+    enough: float
+    """The smallest --test_split that gives enough images for a comparison."""
+
+    def __str__(self) -> str:
+        numbers = f"{self.trained} to train on, {len(self.select)} to choose by, {len(self.test)} to compare by"
+        return f"images: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
+
+
+def parts_of(
+    images: Mapping[int, ImageDataset], data: DataOptions, validation: ValidationOptions, experiment: ExperimentOptions
+) -> Parts:
+    """Split the images of these sources by --select_split and --test_split, with at least one image in each part.
+
+    At most --max_validation_images of the selection part are used; the rest of it is not used at all. Raises
+    `InvalidArgument` if fewer than three images are not near-duplicates.
+    """
+    flat = [(source, number) for source, found in images.items() for number in range(len(found))]
+    marks = [images[source].marks[number] for source, number in flat]
+    groups = groups_of(marks, looks_of(images, flat, data_flag(data)))
+    named = ([images[flat[each][0]].name(flat[each][1]) for each in group[:2]] for group in groups if len(group) > 1)
+    check_count(len(groups), data, next(named, []))
+    known = [min(marks[image] for image in group) for group in groups]
+    cuts = cut(known, experiment.select_split or 0, experiment.test_split or 0)
+    train = [image for number in cuts[0] for image in groups[number]]
+    select, test = ([min(groups[number], key=marks.__getitem__) for number in part] for part in cuts[1:])
+    select = select[: validation.max_validation_images]
+    parts = [tuple(flat[image] for image in part) for part in (train, select, test)]
+    trained = len({marks[image] for image in train})
+    duplicates = len(set(marks)) - len(groups)
+    return Parts(parts[0], parts[1], parts[2], trained, duplicates, enough=enough_of(known))
+
+
+def content_of(parts: Parts, images: Mapping[int, ImageDataset]) -> str:
+    """Return a hash of the parts that does not depend on the order of their images."""
+    found = (parts.train, parts.select, parts.test)
+    marks = [sorted(images[source].marks[number] for source, number in part) for part in found]
+    return f"{derive('parts', marks):016x}"
+
+
+def learnt(sources: Sequence[Source]) -> dict[int, ImageDataset]:
+    """Return the images of all sources except class images, by the sources' numbers."""
+    return {number: source.images for number, source in enumerate(sources) if not source.images.of_class}
+
+
+def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) -> None:
+    """Raise `InvalidArgument` if some part would be empty. `alike`: names of two images that count as one."""
+    if images < 3:
+        example = f" ({' and '.join(alike)} look alike)" if alike else ""
+        number = f"{pluralize(images, 'image')} but for near-duplicates{example}"
+        problem = f"{number}, and training, choosing and comparing take others each"
+        raise InvalidArgument(data_flag(options), problem, "give at least 3, better 30 or more")
+
+
+def with_parts(material: Material, parts: Parts, processes: int) -> Material:
+    """Return the training data with the training part as training images and the selection part held out."""
+    learnt = []
+    for number, source in enumerate(material.sources):
+        if not source.images.of_class:
+            both = (parts.train, parts.select)
+            own = [tuple(sorted(image for where, image in part if where == number)) for part in both]
+            repeats = source.images.repeats  # before they were balanced with class images
+            learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1], repeats=repeats))
+    of_class = [source for source in material.sources if source.images.of_class]
+    of_class = [dataclasses.replace(source, repeats=source.images.repeats) for source in of_class]
+    per_forward = material.training.train_batch_size * processes
+    sources = balanced(learnt, of_class, per_forward) if of_class else tuple(learnt)
+    return dataclasses.replace(material, sources=sources)
+
+
+def groups_of(marks: Sequence[str], looks: np.ndarray) -> list[list[int]]:
+    """Return groups of near-duplicates (connected components), as lists of indices.
+
+    `marks`: hashes of content; `looks`: images x features, from `look_of`.
+    """
+    (bits, cells), pairs = np.split(looks, [BITS], axis=1), []
+    weights, squares = bits.sum(1), np.square(cells).sum(1)
+    sizes = np.sqrt(squares)
+    for start in range(0, len(bits), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        distances = weights[some, None] + weights - 2 * bits[some] @ bits.T
+        apart = squares[some, None] + squares - 2 * cells[some] @ cells.T
+        allowed = APART * (sizes[some, None] * sizes + ROUNDING**2 * cells.shape[1])
+        found = np.argwhere((distances <= NEAR) & (apart <= allowed))
+        found[:, 0] += start
+        pairs.append(found)
+    first = {mark: number for number, mark in reversed(list(enumerate(marks)))}
+    same = [(number, first[mark]) for number, mark in enumerate(marks)]
+    rows, columns = np.concatenate([*pairs, same]).T
+    links = coo_array((np.ones(len(rows)), (rows, columns)), shape=(len(bits), len(bits)))
+    count, group = connected_components(links, directed=False)
+    return [np.flatnonzero(group == number).tolist() for number in range(count)]
+
+
+def looks_of(images: Mapping[int, ImageDataset], flat: Sequence[Image], flag: str) -> np.ndarray:
+    """Return the features of images for `groups_of`: images x features.
+
+    Raises `InvalidArgument` if an image cannot be opened.
+    """
+
+    def one(image: Image) -> np.ndarray:
+        found, number = images[image[0]], image[1]
+        with refused_as(f"{flag}, {found.name(number)}", "repair or remove it"):
+            return look_of(found.open(number))
+
+    with ThreadPoolExecutor() as pool:  # PIL decodes without the GIL
+        return np.stack(list(pool.map(one, flat)))
+
+
+def look_of(image: PIL.Image.Image) -> np.ndarray:
+    """Return the bits of the hash, then 8 x 8 cells in each color minus their mean: float32, 384 and 192 values."""
+    cells = np.asarray(image.resize((SIDE, SIDE), PIL.Image.Resampling.BOX), dtype=np.float32)
+    return np.concatenate([perceptual_hash(image).astype(np.float32), (cells - cells.mean((0, 1))).ravel()])
+
+
+def perceptual_hash(image: PIL.Image.Image) -> np.ndarray:
+    """Return where each of 8 x 8 cells is clearly brighter than the one before, across and down, in each color (dHash).
+
+    BITS bits. Scaling and JPEG change a few of them; the margin keeps flat areas at zero.
+    """
+    bits = []
+    for axis, size in ((1, (SIDE + 1, SIDE)), (0, (SIDE, SIDE + 1))):
+        cells = np.asarray(image.resize(size, PIL.Image.Resampling.BOX), dtype=np.int16)
+        bits.append((np.diff(cells, axis=axis) > MARGIN).ravel())
+    return np.concatenate(bits)

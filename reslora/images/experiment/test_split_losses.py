@@ -1,0 +1,105 @@
+"""Evaluate a chosen checkpoint on the test split: merged, in float32, as its exported file would perform."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ...experiment.schedule import reading_adapter
+from ...experiment.study import COMPARING
+from ...methods.registry import METHODS
+from ...runtime.checkpoint_folders import adapter_folder
+from ...runtime.folder_lock import check_held
+from ...tracing import evaluating
+from ..data.batch import Batch
+from ..data.samples import losses_of
+from ..denoising import DenoisingLoss
+from ..output.exports import (
+    Parts,
+    as_float32,
+    as_plain_lora,
+    base_parts,
+    exact_products,
+    in_float32,
+    kohya_metadata,
+    saved_parts,
+    write_adapters,
+)
+from ..study import ImageStudy as Setting
+from .similarity import similarities
+from .split import Image
+
+
+def measured(step: int, images: Sequence[Image], setting: Setting) -> dict:
+    """Return an arm's losses on the test images at a step and, with --metric_model, its similarities."""
+    with chosen_parts(step, setting) as (parts, loss):
+        losses = image_losses(parts, loss, images, setting)
+        found = similarities(parts, loss, images, setting) if setting.context.options.validation.metric_model else {}
+        return losses | {"similarities": found}
+
+
+def base_losses(images: Sequence[Image], setting: Setting) -> dict:
+    """Return the base model's losses on the test images."""
+    context, pipeline = setting.context, setting.pipeline
+    with exact_products(), in_float32(pipeline):
+        loss = DenoisingLoss(context, setting.material.objective, pipeline, context.model.empty_denoiser().config)
+        parts = base_parts(loss, context)
+        with evaluating(*parts.values()):
+            return image_losses(parts, loss, images, setting)
+
+
+def image_losses(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], setting: Setting) -> dict:
+    """Return the mean loss of each test image, and over all of them at each timestep."""
+    denoiser = next(iter(parts.values()))
+
+    def check_and_measure(batch: Batch) -> torch.Tensor:
+        setting.context.stop.check(COMPARING)
+        return exact_loss(loss, denoiser, batch)
+
+    losses = losses_of(check_and_measure, setting.material, images)
+    return {"losses": numbers(losses.mean(1)), "by_timestep": numbers(losses.mean(0))}
+
+
+@contextmanager
+def chosen_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, DenoisingLoss]]:
+    """Yield an arm's trained modules at a step, the denoiser first, merged as for exports, and the loss function."""
+    context, pipeline, (method,) = setting.context, setting.pipeline, setting.context.options.adapter.method
+    with exact_products(), in_float32(pipeline):
+        loss = DenoisingLoss(context, setting.material.objective, pipeline, context.model.empty_denoiser().config)
+        folder = context.folder_of(method)
+        with reading_adapter(folder):
+            parts = saved_parts(method, adapter_folder(folder, step), loss, setting.schedule, context)
+        parts, _ = as_plain_lora(parts, method, loss, setting.material)
+        with evaluating(*parts.values()):
+            yield parts, loss
+
+
+def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the unweighted loss of each sample, of shape (batch,), in float32."""
+    inputs, target, _ = loss.inputs(loss.encoded(batch))
+    output = denoiser(**as_float32(inputs), return_dict=False)
+    prediction = loss.family.prediction(output, target).float()
+    return loss.squared(prediction, target.float(), batch)
+
+
+def numbers(losses: torch.Tensor) -> list[float | None]:
+    """Return losses of shape (samples,) for JSON: None if not finite."""
+    return [float(value) if value.isfinite() else None for value in losses]
+
+
+def export_chosen(step: int, setting: Setting) -> list[str]:
+    """Write the LoRA files of an arm's checkpoint to the experiment's folder; return their names.
+
+    They replace the files of an earlier choice.
+    """
+    context, metadata = setting.context, None
+    schedule = dataclasses.replace(setting.schedule, steps=step)
+    with chosen_parts(step, setting) as (parts, _):
+        if METHODS[context.options.adapter.method[0]].plain_lora:
+            metadata = kohya_metadata(next(iter(parts.values())).config, setting.material, schedule, context)
+        check_held()
+        return write_adapters(parts, context.folder, context.model.family, metadata)

@@ -1,0 +1,185 @@
+"""Create a method's adapters, from the options or from a LoRA file."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import PeftConfig
+from torch import nn
+
+from ..chains import lora_layers
+from ..errors import InvalidArgument
+from ..export import PEFT_FILE, Factors, lora_config
+from ..methods.adapters import attach
+from ..methods.patterns import FIELDS, entries, spell_out
+from ..methods.registry import METHODS, AdapterSettings, adapter_config
+from ..options.images import MethodOptions, Options, TrainingOptions
+from ..training.context import Context
+from ..training.state import shortcuts_of
+from ..training.trained import Trained
+from .content_hash import content_mark, folder_mark
+from .generators import derive
+from .model.families.base import Part
+from .model.loading import Model
+from .model.lora_files.names import names_of
+from .model.lora_files.reading import read_content, read_parts
+
+
+@dataclass(frozen=True)
+class Start:
+    """LoRA factors of the denoiser by layer, from --init_lora."""
+
+    layers: Mapping[str, Factors]
+    targets: str
+    """Regular expression that matches exactly these layers' complete names."""
+    mark: str
+    """Hash of its content."""
+
+    def configure(self, config: PeftConfig) -> None:
+        """Set each layer's rank and alpha in the configuration of an adapter.
+
+        The defaults of `config` are the most frequent rank and alpha.
+        """
+        own = lora_config(self.layers)
+        more = config.lora_alpha / own.lora_alpha  # 2 if alpha is doubled
+        config.rank_pattern = own.rank_pattern
+        config.alpha_pattern = {name: alpha * more for name, alpha in own.alpha_pattern.items()}
+
+    @torch.no_grad()
+    def copy_to(self, denoiser: nn.Module) -> None:
+        """Copy the factors into an adapter.
+
+        B is rescaled to the adapter's scaling, so that the update is the file's.
+        """
+        for name, layer in lora_layers(denoiser, "default").items():
+            down, up, scale = self.layers[name]
+            layer.lora_A["default"].weight.copy_(down)
+            layer.lora_B["default"].weight.copy_(up * (scale / layer.scaling["default"]))
+
+
+def read_start(init_lora: str, base: str, model: Model) -> Start:
+    """Read --init_lora in any tool's format.
+
+    Raises `InvalidArgument` if it has layers of other models than the denoiser.
+    """
+    path, flag = Path(init_lora), f"--init_lora {init_lora}"
+    names = names_of(model.family, model.denoiser_config())
+    parts = read_parts(read_content(path, flag), names)
+    layers = parts.pop(model.family.denoiser, {})
+    if parts or not layers:
+        problem = f"it has layers of {', '.join(parts)}, and only the denoiser goes on from a LoRA"
+        raise InvalidArgument(
+            flag, problem, _how_to_part(init_lora, base, model) if layers else "give a LoRA of the denoiser"
+        )
+    mark = folder_mark(path) if path.is_dir() else content_mark(path)
+    return Start(layers, expression_of(layers, names.modules), f"content {mark}")
+
+
+def _how_to_part(init_lora: str, base: str, model: Model) -> str:
+    """Return advice on extracting the denoiser's layers of a file: PEFT's format has one file for each model."""
+    whose = f"--family {model.family.name}" if Path(base).is_file() else f"--base {shlex.quote(base)}"
+    command = f"reslora-convert {shlex.quote(init_lora)} FOLDER --to peft {whose}"
+    return f"run {command}, and give --init_lora FOLDER/{PEFT_FILE}"
+
+
+def with_start(options: Options, start: Start) -> Options:
+    """Return the options with the LoRA's layers, and its most frequent rank and alpha.
+
+    Raises `InvalidArgument` if others are given.
+    """
+    own = lora_config(start.layers)
+    found = {"rank": own.r, "lora_alpha": own.lora_alpha, "target_modules": [start.targets]}
+    patterns = dict.fromkeys(FIELDS)  # each layer has its own already
+    for name, value in (found | patterns).items():
+        if (given := options[name]) not in (None, value):
+            shown = " ".join(given) if isinstance(given, list) else given
+            what = "its layers are others" if isinstance(value, list) else f"--init_lora has {value or 'its own'}"
+            raise InvalidArgument(f"--{name} {shown}", what, "leave it out")
+    return options.replace(**found)
+
+
+def expression_of(names: Iterable[str], every: Iterable[str]) -> str:
+    """Return a regular expression that matches these complete names out of `every`, shortened by numeric ranges."""
+    wanted, found = set(names), []
+    others = set(every) - wanted
+    for name in sorted(wanted):
+        any_number = re.sub(r"\d+", r"\\d+", re.escape(name))
+        found.append(re.escape(name) if any(re.fullmatch(any_number, other) for other in others) else any_number)
+    return f"(?:{'|'.join(dict.fromkeys(found))})"
+
+
+def add_adapters(trained: Trained, method: str, steps: int, context: Context) -> None:
+    """Add the method's adapter to every trained model; the denoiser's starts from the LoRA of --init_lora, if given."""
+    options, start = context.options, context.start
+    add_adapter(
+        trained.denoiser,
+        method,
+        options.adapter,
+        options.training,
+        config_of(method, options.adapter, steps, start=start),
+    )
+    if start is not None:
+        start.copy_to(trained.denoiser)
+    for part in context.encoders:
+        encoder = trained.parts[part.name]
+        add_adapter(
+            encoder,
+            method,
+            options.adapter,
+            options.training,
+            config_of(method, options.adapter, steps, part.targets_in(encoder)),
+            part,
+        )
+
+
+def add_adapter(
+    model: nn.Module,
+    method: str,
+    adapter: MethodOptions,
+    training: TrainingOptions,
+    config: PeftConfig,
+    part: Part | None = None,
+) -> None:
+    """Add the method's adapter to the denoiser or another `part` in place, initialized from the seed."""
+    if part is None and (adapter.rank_pattern or adapter.alpha_pattern):
+        spell_out(model, config)
+    torch.manual_seed(derive(training.seed, "adapter", *([part.name] if part else [])))
+    attach(model, config, shortcuts_of(adapter) if METHODS[method].shortcuts else None, in_place=True)
+    cast_training_params(model, dtype=torch.float32)
+
+
+def config_of(
+    method: str,
+    options: MethodOptions,
+    total_steps: int,
+    targets: list[str] | str | None = None,
+    start: Start | None = None,
+) -> PeftConfig:
+    """Return PEFT's configuration of the method's adapter, with the denoiser's targets or others.
+
+    With `start`, each of its layers has its own rank and alpha. Ranks and alphas in the options apply to the denoiser.
+    """
+    given = {"rank_pattern": options.rank_pattern, "alpha_pattern": options.alpha_pattern}
+    patterns: dict[str, Any] = {} if targets else {name: entries(name, texts) for name, texts in given.items()}
+    settings = AdapterSettings(
+        r=options.rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
+        targets=targets or targets_of(options.target_modules), total_steps=total_steps,
+        init_lora_weights="gaussian",  # initialization of diffusers' scripts
+        **patterns,
+    )  # fmt: skip
+    config = adapter_config(method, settings)
+    if start is not None:
+        start.configure(config)
+    return config
+
+
+def targets_of(names: list[str]) -> list[str] | str:
+    """Return PEFT's `target_modules`: suffixes of names, or one regular expression of complete names."""
+    return names[0] if len(names) == 1 and re.search(r"[\\^$*+?()\[\]{}|]", names[0]) else names

@@ -1,0 +1,125 @@
+"""Modules of a pipeline without weights, with the classes, shapes and dtypes of loaded ones."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from ...errors import refused_as
+from ..model.families.base import Text
+from ..model.loading import Model
+from ..model.quantising import pack
+from .meta_tensors import Live, Stage, tensors_of
+
+META = torch.device("meta")
+
+
+def empty_denoiser(model: Model, dtype: torch.dtype, base_precision: str = "no", blocks_to_swap: int = 0) -> nn.Module:
+    """Return the frozen denoiser on the meta device, quantized and swapped as it would be loaded."""
+    family = model.family
+    with torch.device(META):
+        denoiser = family.denoiser_class.from_config(model.denoiser_config())
+    denoiser = cast(denoiser, dtype).requires_grad_(False)
+    pack(denoiser, base_precision, META, blocks_to_swap)
+    return denoiser
+
+
+def empty_part(model: Model, name: str, dtype: torch.dtype) -> nn.Module | None:
+    """Return another part of the pipeline, frozen, on the meta device; None if it has no weights."""
+    library, kind_name = model.index[name]
+    kind = getattr(importlib.import_module(library), kind_name)
+    if not issubclass(kind, nn.Module):
+        return None
+    folder: Path | str = model.folder / name
+    flag, fix = model.flag, "repair the folder"
+    if name == "vae" and model.vae:
+        folder, flag, fix = model.vae, model.vae_flag, "check the name and the files"
+    with refused_as(flag, fix), torch.device(META):
+        if hasattr(kind, "config_class"):
+            part = kind(kind.config_class.from_pretrained(folder))
+        else:
+            part = kind.from_config(kind.load_config(folder, cache_dir=model.cache_dir))
+    return cast(part, dtype).requires_grad_(False).eval()
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast a module to `dtype`, except modules that its class keeps in float32."""
+    wide = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    nn.Module.to(module, dtype)
+    for name, owner in module.named_modules():
+        if wide and any(part in wide for part in name.split(".")):
+            nn.Module.to(owner, torch.float32)
+    return module
+
+
+def empty_pipeline(model: Model, dtype: torch.dtype, stage: Stage) -> DiffusionPipeline:
+    """Return the pipeline with tokenizers, scheduler and parts of fake tensors, without the denoiser."""
+    family = model.family
+    left_out = {family.denoiser, *family.unused_parts}
+    left_out |= {name for name, kind in model.index.items() if kind == [None, None]}
+    given: dict[str, Any] = dict.fromkeys(left_out)
+    if "requires_safety_checker" in model.index:
+        given["requires_safety_checker"] = False
+    for name, kind in model.index.items():
+        if name not in left_out and isinstance(kind, list) and isinstance(kind[0], str):
+            part = empty_part(model, name, dtype)
+            given |= {} if part is None else {name: stage.place(part)}
+    with refused_as(model.flag, "repair the folder"):
+        pipeline = family.pipeline.from_pretrained(model.folder, **given)
+    setattr(pipeline, family.denoiser, SimpleNamespace(config=model.denoiser_config()))
+    model.correct_scheduler(pipeline)
+    return pipeline
+
+
+class Reader:
+    """Runs text encoders on fake tensors; they return zeros in the shapes of one caption's text states.
+
+    `peak` is the peak of activations in bytes, with `at_once` captions per call.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, names: Sequence[str], stage: Stage, at_once: int) -> None:
+        self.stage, self.at_once, self.peak = stage, at_once, 0
+        for name in names:
+            encoder = getattr(pipeline, name, None)
+            if isinstance(encoder, nn.Module):
+                self._watch(encoder)
+
+    def _watch(self, encoder: nn.Module) -> None:
+        forward = encoder.forward
+
+        def read(*args: object, **kwargs: object) -> object:
+            with torch.no_grad(), self.stage.mode, Live(tensors_of(encoder)) as live:
+                many, named = tree_map(self._repeated, (args, kwargs))
+                result = forward(*many, **named)
+                self.peak = max(self.peak, live.peak)
+            return tree_map(self._first, result)
+
+        encoder.forward = read
+
+    def _repeated(self, value: Any) -> Any:
+        """Return a fake tensor in which one caption's dimension of size 1 is that of `at_once` captions."""
+        if not isinstance(value, torch.Tensor) or value.dim() < 2 or 1 not in value.shape[:2]:
+            return value
+        axis = value.shape.index(1)
+        return self.stage.empty(*value.shape[:axis], self.at_once, *value.shape[axis + 1 :], dtype=value.dtype)
+
+    def _first(self, value: Any) -> Any:
+        """Return zeros in the shape of the first caption's output."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        many = value.dim() > 1 and value.shape[0] == self.at_once
+        shape = (1, *value.shape[1:]) if many else value.shape
+        return torch.zeros((), dtype=value.dtype, device=self.stage.device).expand(shape)
+
+
+def shapes_of(text: Text) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Return shape and dtype of a single caption's text states, by name."""
+    return {name: (value[0].shape, value[0].dtype) for name, value in text.items()}

@@ -1,0 +1,174 @@
+"""Memory of sampling and exporting: the denoiser without gradients, the autoencoder's decoder, and float32 weights."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...calibration import BUDGET
+from ...methods.registry import METHODS
+from ...regression import Gram
+from ..data.class_images import missing_class_images
+from ..data.size import Size
+from ..model.families.base import Conditions, Family, Text
+from ..model.quantising import block_layers
+from ..model.stored import IN_MEMORY
+from ..output.drawing import shared
+from ..prompts import Prompt, prompts_of, resolved
+from .components import empty_denoiser
+from .meta_tensors import tensor_bytes
+from .phases import ACTIVATIONS, ADAPTER, AUTOENCODER, BASE, ENCODERS, EXACT, MERGE, OPTIMIZER, Held, Phase, Rehearsal
+
+KEPT = (BASE, ADAPTER, OPTIMIZER)  # what stays in memory after a step, while samples are generated and exported
+
+
+def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
+    """Return the phase that generates class images with the complete pipeline; None if none are missing."""
+    options, missing = rehearsal.options, missing_class_images(rehearsal.options.data, rehearsal.options.output)
+    if not missing:
+        return None
+    denoiser = rehearsal.stage.place(rehearsal.base()).eval()
+    count, side = min(options.training.train_batch_size, missing), max(options.data.resolution)
+    guided = count * passes(rehearsal.family, options.validation.guidance_scale)
+    found: Held = {
+        BASE: tensor_bytes(denoiser),
+        ENCODERS: tensor_bytes(*rehearsal.encoders),
+        AUTOENCODER: tensor_bytes(rehearsal.pipeline.vae),
+    }
+
+    def draw() -> int:
+        size, dtype = Size(side, side), rehearsal.dtype
+        drawn = denoising(rehearsal, denoiser, guided, size, dtype), decoding(rehearsal, count, size, dtype)
+        return max(*drawn, rehearsal.peak_of_encoders)
+
+    return Phase("drawing class images", found | {ACTIVATIONS: rehearsal.known("activations of class images", draw)})
+
+
+def sampling(rehearsal: Rehearsal, step: Phase) -> Phase | None:
+    """Return the phase that generates samples during training, after the phase `step`; None if there are none."""
+    options = rehearsal.options
+    if not (options.validation.validation_prompt and options.validation.num_validation_images):
+        return None
+    denoiser = rehearsal.stage.place(
+        empty_denoiser(rehearsal.model, rehearsal.dtype, options.model.base_precision)
+    ).eval()
+    draw = partial(drawing, rehearsal, denoiser, rehearsal.dtype, rehearsal.autocast)
+    activations = rehearsal.known("activations of sampling", draw)
+    found = {name: step.held[name] for name in KEPT} | rehearsal.staying
+    return Phase("sampling", found | {ACTIVATIONS: activations, AUTOENCODER: rehearsal.autoencoder()})
+
+
+def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phase:
+    """Return the phase of merging and sampling in float32, in addition to the trained modules.
+
+    `free`: bytes of the device that are free before the run.
+    """
+    exact = empty_denoiser(rehearsal.model, torch.float32)
+    whole, shapes = tensor_bytes(exact), [layer.weight.shape for _, layer in block_layers(exact)]
+    rehearsal.stage.place(exact.eval())
+    found = {name: step.held[name] for name in KEPT}
+    draw = partial(drawing, rehearsal, exact, torch.float32, contextlib.nullcontext)
+    activations = rehearsal.known("activations of drawing in float32", draw)
+    plain = rehearsal.dtype == torch.float32 and rehearsal.options.model.base_precision == "no"
+    if not plain or rehearsal.options.validation.save_best:
+        left = (free - step.total) // 2 if rehearsal.stage.device.type == "cuda" else 0
+        if whole > max(IN_MEMORY, left) and shapes:  # the weights of its blocks are read one at a time
+            sizes = [4 * shape.numel() for shape in shapes]
+            whole -= sum(sizes) - max(sizes)
+        found |= {EXACT: whole, ADAPTER: 2 * step.part(ADAPTER)}
+    if METHODS[method].shortcuts and rehearsal.options.adapter.merge_calibration_samples:
+        found[MERGE] = merging(rehearsal, exact)
+        size, count = rehearsal.size, rehearsal.options.training.train_batch_size
+        read = partial(denoising, rehearsal, exact, count, size, torch.float32)
+        activations = max(activations or 0, rehearsal.known("activations of the merge", read) or 0)
+    times = 4 // rehearsal.dtype.itemsize
+    stay: Held = {name: times * (size or 0) for name, size in rehearsal.staying.items()}
+    return Phase("exporting", found | {ACTIVATIONS: activations, AUTOENCODER: rehearsal.autoencoder(times)} | stay)
+
+
+def merging(rehearsal: Rehearsal, exact: nn.Module) -> int:
+    """Return the bytes of the calibration batches, and at most BUDGET for the Gram matrices of least squares."""
+    options = rehearsal.options
+    batch = rehearsal.batch(options.training.train_batch_size)
+    states = [value for values in (batch.text or {}).values() for value in values]
+    read = 4 * sum(value.numel() for value in [*states, batch.noise]) * options.adapter.merge_calibration_samples
+    ends = tuple(options.adapter.target_modules)
+    widths = {
+        name.rpartition(".")[0]: layer.in_features
+        for name, layer in block_layers(exact)
+        if name.endswith(ends) or len(ends) == 1
+    }
+    return read // options.training.train_batch_size + min(
+        BUDGET, sum(Gram.nbytes(width, 4) for width in widths.values())
+    )
+
+
+def drawing(
+    rehearsal: Rehearsal,
+    denoiser: nn.Module,
+    dtype: torch.dtype,
+    precision: Callable[[], contextlib.AbstractContextManager],
+) -> int:
+    """Return the peak of activations, in bytes, of the denoiser and the decoder while prompts are sampled."""
+    options, family = rehearsal.options, rehearsal.family
+    images = options.validation.num_validation_images if options.validation.validation_prompt else 1
+    prompts = [
+        resolved(prompt, options.data, options.validation, family)
+        for prompt in prompts_of(options.validation) or [Prompt("")]
+    ]
+    most = 0
+    for prompt, alike in itertools.groupby([(prompt, 0) for prompt in prompts], key=shared):
+        count = min(options.training.train_batch_size, len(list(alike)) * max(1, images))
+        size = Size(prompt.height or 0, prompt.width or 0)
+        guided = count * passes(family, prompt.guidance_scale)
+        with precision():
+            found = denoising(rehearsal, denoiser, guided, size, dtype), decoding(rehearsal, count, size, dtype)
+        most = max(most, *found)
+    return most
+
+
+def passes(family: Family, guidance: float | None) -> int:
+    """Return the number of denoiser passes per image and step: 2 with classifier-free guidance."""
+    return 1 if family.is_told_guidance or (guidance or 0) <= family.unguided else 2
+
+
+def denoising(rehearsal: Rehearsal, denoiser: Any, count: int, size: Size, dtype: torch.dtype) -> int:
+    """Return the peak of activations, in bytes, of a denoising step of `count` images."""
+    family, stage = rehearsal.family, rehearsal.stage
+    shape = family.latent_shape(rehearsal.pipeline, size.height, size.width)
+    with torch.no_grad(), stage(denoiser, *rehearsal.encoders) as live:
+        noisy, timesteps = stage.empty(count, *shape, dtype=dtype), stage.empty(count)
+        conditions = Conditions(states_of(rehearsal, count, dtype), stage.empty(count, 6))
+        denoiser(**family.denoiser_inputs(denoiser.config, noisy, timesteps, conditions), return_dict=False)
+    return live.peak
+
+
+def states_of(rehearsal: Rehearsal, count: int, dtype: torch.dtype) -> Text:
+    """Return the text states of `count` prompts, including those of trained text encoders."""
+    text = rehearsal.text(count, dtype)
+    if not rehearsal.trainable:
+        return text
+    return rehearsal.family.encode_trained(rehearsal.pipeline, rehearsal.captions(count), text)
+
+
+def decoding(rehearsal: Rehearsal, count: int, size: Size, dtype: torch.dtype) -> int:
+    """Return the peak of activations, in bytes, of decoding `count` images."""
+    stage, vae, shapes = rehearsal.stage, rehearsal.autoencoder_in(dtype), []
+
+    def note(module: nn.Module, args: tuple, output: Any) -> None:
+        shapes.append(output.shape)
+
+    hook = vae.encoder.register_forward_hook(note)
+    with torch.no_grad(), stage(vae):
+        rehearsal.family.encode_images(vae, stage.empty(1, 3, size.height, size.width, dtype=dtype))
+    hook.remove()
+    _, moments, *rest = shapes[0]
+    with torch.no_grad(), stage(vae) as live:
+        vae.decode(stage.empty(count, moments // 2, *rest, dtype=dtype), return_dict=False)
+    return live.peak

@@ -1,0 +1,273 @@
+"""The memory of a run in each of its phases, in bytes: weights from their shapes, activations from fake tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ...errors import first_line
+from ...methods.adapters import rank_allocator
+from ...model import enable_gradient_checkpointing
+from ...training.context import Context, weight_dtype
+from ...training.preparing import attention_of
+from ...training.state import new_optimizer
+from ...training.trained import Trained
+from ..data.batch import Batch, stack_texts
+from ..data.dataset import ImageDataset
+from ..data.encoding import CAPTIONS_AT_ONCE, Variants
+from ..data.training_data import sizes_of
+from ..denoising import DenoisingLoss
+from ..initial_lora import add_adapters
+from ..model.families.base import Text
+from ..model.objective import objective_of
+from ..model_checks import check_pipeline
+from .components import Reader, empty_denoiser, empty_part, empty_pipeline, shapes_of
+from .meta_tensors import Stage, tensor_bytes
+
+BASE, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS = "base", "adapter", "gradients", "optimizer", "activations"
+AUTOENCODER, ENCODERS, EXACT, MERGE = "autoencoder", "text encoders", "base in float32", "merge"
+Held = dict[str, int | None]
+ROWS = (BASE, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, AUTOENCODER, ENCODERS, EXACT, MERGE)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a run, and its peak memory in bytes, by component."""
+
+    name: str
+    held: Held
+    """None: unknown."""
+
+    @property
+    def total(self) -> int:
+        """The sum of all known components."""
+        return sum(filter(None, self.held.values()))
+
+    def part(self, name: str) -> int:
+        """Return the bytes of a component, 0 if unknown."""
+        return self.held.get(name) or 0
+
+
+class Rehearsal:
+    """A run on fake tensors: its modules, its largest batch, and the memory of each phase.
+
+    Raises `InvalidArgument` for image sizes that the pipeline does not accept.
+    """
+
+    def __init__(self, kinds: Sequence[ImageDataset], context: Context) -> None:
+        self.kinds, self.context, self.options, self.model = kinds, context, context.options, context.model
+        self.family, self.stage = context.model.family, Stage(context.accelerator.device)
+        self.dtype = weight_dtype(self.options.model.mixed_precision)
+        self.pipeline = empty_pipeline(self.model, self.dtype, self.stage)
+        check_pipeline(self.options.data, self.options.validation, self.pipeline, self.family)
+        self.objective = objective_of(self.options.model, self.options.training, self.family, self.pipeline)
+        self.trainable = [part.name for part in context.encoders]
+        multiple = self.family.pixel_multiple(self.pipeline)
+        self.sizes = [sizes_of(images, multiple, self.options.data) for images in kinds]
+        found = {size for by_resolution in self.sizes for sizes in by_resolution for size in sizes if size}
+        self.size = max(found, key=lambda size: size.height * size.width)
+        self.peak_of_encoders = 0
+        self.texts = self._read()
+        self.unknown: list[str] = []
+
+    def known(self, what: str, trace: Callable[[], int]) -> int | None:
+        """Return the result of `trace`, or None if the model does not run on fake tensors.
+
+        In that case, `unknown` gets a line with the reason.
+        """
+        try:
+            return trace()
+        except Exception as error:  # data-dependent shapes, kernels without a fake version, third-party code
+            self.unknown.append(f"{what}: unknown, it needs real tensors ({first_line(error)})")
+            return None
+
+    # -- encoding ------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
+        """Return shapes of the text states of the longest caption and of the shortest."""
+        captions = sorted({text for images in self.kinds for texts in images.captions for text in texts}, key=len)
+        names = self.family.frozen_text_parts if self.trainable else self.family.text_parts
+        at_once = min(CAPTIONS_AT_ONCE, len(captions) + len(self.options.validation.validation_prompt) + 1)
+        at_once = at_once if self.options.data.cache_text_embeddings else self.options.training.train_batch_size
+        reader = Reader(self.pipeline, [name for name in names if name.startswith("text_encoder")], self.stage, at_once)
+        encode = self.family.encode_frozen if self.trainable else self.family.encode_captions
+        longest = self.options.training.max_sequence_length
+        with torch.no_grad():
+            found = [shapes_of(encode(self.pipeline, [text], longest)) for text in (captions[-1], captions[0])]
+        self.peak_of_encoders = reader.peak
+        return found
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """All text encoders."""
+        parts = [getattr(self.pipeline, name, None) for name in self.family.text_parts]
+        return [part for part in parts if isinstance(part, nn.Module)]
+
+    @property
+    def staying(self) -> Held:
+        """Frozen text encoders that stay loaded during training."""
+        stay = [] if self.options.data.cache_text_embeddings else self.encoders
+        stay = [part for part in stay if not any(part is other for other in self.trained_encoders)]
+        return {ENCODERS: tensor_bytes(*stay)} if stay else {}
+
+    def encoding_images(self) -> Phase | None:
+        """Return the phase that encodes all variants of an image; None if each step encodes its own images."""
+        if not self.options.data.cache_latents:
+            return None
+        vae = self._wide_autoencoder()
+        activations = self.known("activations of the autoencoder", lambda: self._encode(vae))
+        found: Held = {AUTOENCODER: tensor_bytes(vae), ACTIVATIONS: activations}
+        trained: Held = {BASE: tensor_bytes(*self.trained_encoders)} if self.trainable else {}
+        return Phase("encoding images", found | self.staying | trained)
+
+    def _encode(self, vae: Any) -> int:
+        kinds = zip(self.kinds, self.sizes, strict=True)
+        count = max(
+            Variants(images, [s for s in sizes if s], self.options.data, self.options.training).count
+            for images, (sizes, *_) in kinds
+        )
+        with torch.no_grad(), self.stage(vae) as live:
+            pixels = self.stage.empty(count, 3, self.size.height, self.size.width).to(vae.dtype)
+            self.family.encode_images(vae, pixels)
+        return live.peak
+
+    def _wide_autoencoder(self) -> nn.Module:
+        vae = self.pipeline.vae
+        wide = self.family.encodes_in_float32 and vae.config.force_upcast and vae.dtype == torch.float16
+        return self.autoencoder_in(torch.float32) if wide else vae
+
+    def autoencoder_in(self, dtype: torch.dtype) -> Any:
+        """Return the autoencoder in another dtype."""
+        if dtype == self.dtype:
+            return self.pipeline.vae
+        part = empty_part(self.model, "vae", dtype)
+        assert part is not None
+        return self.stage.place(part)
+
+    def encoding_captions(self) -> Phase | None:
+        """Return the phase that encodes captions, with the autoencoder loaded.
+
+        None if each step encodes its own captions.
+        """
+        if not self.options.data.cache_text_embeddings or not self.peak_of_encoders:
+            return None
+        found: Held = {ENCODERS: tensor_bytes(*self.encoders), AUTOENCODER: tensor_bytes(self.pipeline.vae)}
+        return Phase("encoding captions", found | {ACTIVATIONS: self.peak_of_encoders})
+
+    @property
+    def trained_encoders(self) -> list[nn.Module]:
+        """The text encoders that are trained."""
+        return [getattr(self.pipeline, name) for name in self.trainable]
+
+    # -- batches -------------------------------------------------------------------------------------------------------
+
+    def text(self, count: int, dtype: torch.dtype | None = None) -> Text:
+        """Return text states of `count` captions: the longest caption's, except the last, which are the shortest's."""
+        longest, shortest = self.texts
+        texts = [longest, *[longest] * (count - 2), shortest][:count]
+        empty = self.stage.empty
+        return stack_texts(
+            [{name: empty(*shape, dtype=dtype or own) for name, (shape, own) in text.items()} for text in texts]
+        )
+
+    def batch(self, count: int) -> Batch:
+        """Return a batch of `count` samples of the largest size, of fake tensors."""
+        options, size, empty = self.options, self.size, self.stage.empty
+        shape = self._latents()
+        pixels = {"pixels": empty(count, 3, size.height, size.width)}
+        moments = {"moments": empty(count, 2, *shape, dtype=self.pipeline.vae.dtype)}
+        mask = {"mask": empty(count, 1, *shape[1:])} if options.training.masked_loss else {}
+        return Batch(
+            empty(count, dtype=self.objective.at(0.5).dtype), empty(count, *shape), empty(count, *shape),
+            sizes=empty(count, 6), weight=empty(count), caption=self.captions(count), text=self.text(count),
+            **(moments if options.data.cache_latents else pixels), **mask,
+        )  # fmt: skip
+
+    def captions(self, count: int) -> list[str]:
+        """Return `count` copies of the longest caption."""
+        return [max((text for texts in self.kinds[0].captions for text in texts), key=len)] * count
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def training(self, method: str) -> Phase:
+        """Return the phase of a training step: forward, backward, and the optimizer's state."""
+        trained = self.trained(method)
+        adapter = tensor_bytes(trained, trained=True)
+        copies = 2 if self.context.accelerator.num_processes > 1 else 1  # DDP copies gradients into buckets
+        found: Held = {BASE: tensor_bytes(trained, trained=False), ADAPTER: adapter}
+        optimizer = self.known("state of the optimizer", lambda: self._state(trained))
+        activations = self.known("activations of a step", lambda: self._step(trained))
+        found |= {GRADIENTS: copies * adapter, OPTIMIZER: optimizer, ACTIVATIONS: activations}
+        found |= {AUTOENCODER: self.autoencoder()}
+        return Phase("training", found | self.staying)
+
+    def autoencoder(self, times: int = 1) -> int:
+        """Return the bytes of the autoencoder that remain after encoding; `times` scales the size of its elements."""
+        vae = self.pipeline.vae
+        return times * (tensor_bytes(vae) - (tensor_bytes(vae.encoder) if self.options.data.cache_latents else 0))
+
+    def base(self) -> nn.Module:
+        """Return the denoiser that is trained, without data."""
+        options = self.options.model
+        return empty_denoiser(self.model, self.dtype, options.base_precision, options.blocks_to_swap)
+
+    def trained(self, method: str) -> Trained:
+        """Return the trained models with the method's adapter."""
+        denoiser = self.base()
+        parts = {self.family.denoiser: denoiser}
+        for name in self.trainable:
+            parts[name] = empty_part(self.model, name, self.dtype)
+            setattr(self.pipeline, name, parts[name])
+        loss = DenoisingLoss(self.context, self.objective, self.pipeline, denoiser.config)
+        loss.dtype = self.dtype
+        trained = Trained(parts, loss)
+        add_adapters(trained, method, 1000, self.context)
+        self.stage.place(trained)
+        if self.options.training.gradient_checkpointing:
+            for part in parts.values():
+                enable_gradient_checkpointing(part)
+        return trained.train()
+
+    def _step(self, trained: Trained) -> int:
+        """Return the peak of activations, in bytes, of a forward and backward pass.
+
+        Weights and their gradients are not counted.
+        """
+        with self.stage(trained, self.pipeline.vae, *self.encoders) as live:
+            for parameter in trained.parameters():
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(lambda p: live.forget(p.grad))
+            with attention_of(self.context.accelerator, [self._latents()]), self.autocast():
+                losses = trained(self.batch(self.options.training.train_batch_size))
+            losses.mean().backward()
+        return live.peak
+
+    def _latents(self) -> tuple[int, int, int]:
+        return self.family.latent_shape(self.pipeline, self.size.height, self.size.width)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Return the autocast context that accelerate would use."""
+        mixed = self.dtype != torch.float32
+        return torch.autocast(self.stage.device.type, self.dtype if mixed else None, enabled=mixed)
+
+    def _state(self, trained: Trained) -> int:
+        """Return the bytes of the optimizer's state, from one real step with one parameter of each shape."""
+        shapes = Counter(parameter.shape for parameter in trained.parameters() if parameter.requires_grad)
+        parameters = [nn.Parameter(torch.zeros(shape, device=self.stage.device)) for shape in shapes]
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        optimizer = new_optimizer(parameters, self.options.training, self.options.optimizer, self.context.accelerator)
+        optimizer.step()
+        kept = 0
+        for parameter, count in zip(parameters, shapes.values(), strict=True):
+            state = [value for value in tree_leaves(dict(optimizer.state[parameter])) if torch.is_tensor(value)]
+            kept += count * sum(value.nbytes for value in state)
+        # AdaLoRA keeps three averages of each element.
+        return kept + (3 * tensor_bytes(trained, trained=True) if rank_allocator(trained.denoiser) else 0)

@@ -1,0 +1,242 @@
+"""Print the planned memory of a run by phase, and reject a run that does not fit, with options that make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...errors import InvalidArgument, first_line
+from ...experiment.worker_pool import arms_a_device
+from ...options.contradictions import carries_activations
+from ...runtime.peak_memory import free_memory
+from ...training.context import Context
+from ...training.sharding import cuts_base
+from ..data.buckets import named_buckets
+from ..data.dataset import ImageDataset
+from ..model.quantising import try_format
+from ..prompts import prompts_of, resolved
+from .components import empty_denoiser, empty_part
+from .inference import drawing_class_images, exporting, sampling
+from .phases import ROWS, Phase, Rehearsal
+
+GIBI = 2**30
+SURELY = 0.5  # fraction of the free memory; if the upper bound is below, no plan is made
+FEW = 3  # highest number of layers whose inputs and outputs a model without gradients has in memory at a time
+Change = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The planned memory of a run, by phase."""
+
+    phases: tuple[Phase, ...]
+    free: int | None
+    """Bytes of the device that are free before the run; None if unknown."""
+    where: str
+    """The device."""
+    unknown: tuple[str, ...] = ()
+    """Lines about components that are unknown."""
+
+    @property
+    def peak(self) -> Phase:
+        """The phase with the highest memory."""
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has enough memory; True if its free memory is unknown."""
+        return self.free is None or self.peak.total <= self.free
+
+    def __str__(self) -> str:
+        """Return the table, with phases as columns, and the peak."""
+        unit, name = (GIBI, "GiB") if self.peak.total >= GIBI else (2**20, "MiB")
+        rows = [row for row in ROWS if any(row in phase.held for phase in self.phases)]
+        lines = [f"{f'planned memory in {name}':<24}" + "".join(f"{phase.name:>20}" for phase in self.phases)]
+        for row in rows:
+            cells = [shown(phase.held[row], unit) if row in phase.held else "" for phase in self.phases]
+            lines.append(f"{row:<24}" + "".join(f"{cell:>20}" for cell in cells))
+        lines.append(f"{'together':<24}" + "".join(f"{shown(phase.total, unit):>20}" for phase in self.phases))
+        free = "" if self.free is None else f" of {self.free / unit:.2f} {name} that {self.where} has free"
+        most = f"the most, {shown(self.peak.total, unit)} {name}{free}, while {self.peak.name}"
+        return "\n".join([*lines, *self.unknown, f"{most}; latents and text states are on disk"])
+
+
+def shown(size: int | None, unit: int) -> str:
+    """Format bytes for the table."""
+    return "unknown" if size is None else f"{size / unit:.2f}"
+
+
+def where(context: Context) -> str:
+    """Return the name of the device, or of each run's part of it."""
+    arms, device = (
+        arms_a_device(context.options.experiment, context.accelerator.device),
+        context.accelerator.device.type,
+    )
+    return device if arms == 1 else f"each of {arms} arms on a {device}"
+
+
+def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -> Plan:
+    """Return the plan of the run; of several methods, that with the highest peak."""
+    rehearsal = Rehearsal(kinds, context)
+    first = drawing_class_images(rehearsal), rehearsal.encoding_images(), rehearsal.encoding_captions()
+    before = [phase for phase in first if phase]
+    plans = []
+    for method in context.options.adapter.method:
+        step = rehearsal.training(method)
+        after = [phase for phase in (sampling(rehearsal, step), exporting(rehearsal, method, step, free or 0)) if phase]
+        phases, unknown = (*before, step, *after), tuple(dict.fromkeys(rehearsal.unknown))
+        plans.append(Plan(phases, free, where(context), unknown))
+    return max(plans, key=lambda plan: plan.peak.total)
+
+
+def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
+    """Print the plan, and raise `InvalidArgument` if the run does not fit.
+
+    Nothing happens with --no-plan or, without --plan, if an upper bound surely fits.
+    """
+    asked, free = context.options.output.plan, free_memory(context.accelerator.device)
+    free = free and free // arms_a_device(context.options.experiment, context.accelerator.device)
+    if cuts_base(context.accelerator):
+        return  # the plan assumes an unsharded base
+    if asked is False or (not asked and free and guess(context) <= SURELY * free):
+        return
+    try:
+        plan = plan_of(kinds, context, free)
+    except InvalidArgument:
+        raise
+    except Exception as error:  # classes and kernels without fake versions can still be trained
+        reason = f"this model is not gone through without weights ({first_line(error)})"
+        if asked:
+            raise InvalidArgument("--plan", reason, "leave it out") from None
+        print(f"memory is not planned: {reason}", flush=True)
+        return
+    print(plan, flush=True)
+    refuse(plan, kinds, context)
+
+
+def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
+    """Raise `InvalidArgument`, with options that would make the run fit, if the device has too little memory."""
+    if plan.fits or plan.free is None:
+        return
+    options = context.options
+    sides = " ".join(map(str, options.data.resolution))
+    argument = f"--train_batch_size {options.training.train_batch_size}, --resolution {sides}"
+    has = f"{plan.where} has {plan.free / GIBI:.2f} GiB free"
+    problem = f"{plan.peak.name} takes {plan.peak.total / GIBI:.2f} GiB, {has}"
+    arms = arms_a_device(options.experiment, context.accelerator.device)
+    if plan.peak.total <= arms * plan.free:
+        raise InvalidArgument(f"--arms_at_once {options.experiment.arms_at_once}", problem, "give a smaller one")
+    raise InvalidArgument(argument, problem, advice(kinds, context, plan))
+
+
+# -- what would make it fit --------------------------------------------------------------------------------------------
+
+
+def advice(kinds: Sequence[ImageDataset], context: Context, plan: Plan) -> str:
+    """Return the first options with which the run fits: a single one if that is enough, else several."""
+
+    def planned(change: Change) -> Plan | None:
+        options = context.options.replace(**change)
+        try:
+            return plan_of(kinds, dataclasses.replace(context, options=options), plan.free)
+        except (ValueError, RuntimeError):  # the pipeline does not accept the option
+            return None
+
+    helpful: list[Change] = []
+    for change in changes(context):
+        found = planned(change)
+        if found and found.fits:
+            return in_words(change, found)
+        if found and found.peak.total < 0.99 * plan.peak.total:
+            helpful.append(change)
+    together: dict[str, object] = {}
+    for change in helpful:
+        together |= change
+        if len(together) > len(change) and (found := planned(together)) and found.fits:
+            return in_words(together, found)
+    return "choose a smaller model, or a device with more; with --no-plan it is tried all the same"
+
+
+def in_words(change: Change, plan: Plan) -> str:
+    """Format options as they are typed, and the memory of the run with them."""
+    words = [f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items()]
+    return f"with {' '.join(words)} it takes {plan.peak.total / GIBI:.2f} GiB"
+
+
+def changes(context: Context) -> Iterator[Change]:
+    """Yield options that save memory, in the order of their effect on training, the smallest first."""
+    options, device = context.options, context.accelerator.device
+    if not options.training.gradient_checkpointing and not (
+        options.training.compile and carries_activations(options.adapter)
+    ):
+        yield {"gradient_checkpointing": True}
+    if options.training.train_batch_size > 1:
+        steps = options.training.gradient_accumulation_steps * options.training.train_batch_size
+        yield {"train_batch_size": 1, "gradient_accumulation_steps": steps}
+    if options.model.mixed_precision == "no":
+        yield {"mixed_precision": "bf16"}
+    if options.optimizer.optimizer == "adamw" and importlib.util.find_spec("bitsandbytes"):
+        yield {"optimizer": "adamw8bit"}
+    for precision in ("fp8", "nf4") if options.model.base_precision == "no" else ():
+        if works(precision, device):
+            yield {"base_precision": precision}
+    sides = options.data.resolution
+    if len(sides) == 1 and sides[0] >= 128 and not options.data.aspect_ratio_buckets:
+        yield {"resolution": sides[0] // 2}
+
+
+def works(precision: str, device: torch.device) -> bool:
+    """Return whether the device supports that quantization."""
+    try:
+        try_format(precision, torch.float32, device)
+    except Exception:  # back ends raise many types
+        return False
+    return True
+
+
+# -- without going through it ------------------------------------------------------------------------------------------
+
+
+def guess(context: Context) -> float:
+    """Return an upper bound of the memory of all phases in bytes, from shapes only.
+
+    It is four float32 copies of all weights, and 16 bytes for each element that enters or leaves a layer at the
+    latents' full size. That covers intermediate results between layers as well. For the denoiser all layers count,
+    because it keeps their activations; for the other modules a few.
+    """
+    options, model = context.options, context.model
+    names = [name for name in ("vae", *model.family.text_parts) if model.index.get(name, [None])[0]]
+    parts = {name: empty_part(model, name, torch.float32) for name in names}
+    denoiser = empty_denoiser(model, torch.float32)
+    weights = sum(value.nbytes for part in (denoiser, *filter(None, parts.values())) for value in part.parameters())
+    pixels, texts = most_pixels(context), 64 * (options.training.max_sequence_length or 77)
+    images = max(options.training.train_batch_size, 8)  # at most 8 variants of an image are encoded at once
+    at_work = 16.0 * images * pixels / 16 * sum(widths(denoiser))  # no autoencoder here has more latents per pixel
+    for name, part in parts.items():
+        count = images * pixels if name == "vae" else texts
+        own = widths(part) if part else []
+        at_work = max(at_work, 16.0 * count * min(sum(own), FEW * max(own, default=0)))
+    return 4.0 * weights + at_work
+
+
+def widths(module: nn.Module) -> list[int]:
+    """Return inputs plus outputs of each layer per position, at the module's input resolution."""
+    layers = nn.Linear | nn.Conv2d | nn.Conv3d
+    return [sum(layer.weight.shape[:2]) for layer in module.modules() if isinstance(layer, layers)]
+
+
+def most_pixels(context: Context) -> int:
+    """Return the number of pixels of the largest training image or sample."""
+    options = context.options
+    trained = [side * side for side in options.data.resolution]
+    trained += [size.height * size.width for size in named_buckets(options.data.aspect_ratio_buckets or "")]
+    drawn = [
+        resolved(prompt, options.data, options.validation, context.model.family)
+        for prompt in prompts_of(options.validation)
+    ]
+    return max([*trained, *((prompt.height or 0) * (prompt.width or 0) for prompt in drawn)])

@@ -1,0 +1,1 @@
+"""The diffusion model: its family, its parts, quantized weights, and LoRA files."""

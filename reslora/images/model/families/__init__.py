@@ -1,0 +1,29 @@
+"""The families of text-to-image models that can be trained: one row and one module each.
+
+A family holds what differs between models, and nothing else; see `base.Family`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .base import Family
+
+# The class in a pipeline's model_index.json, and the module of its family.
+FAMILIES = {
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "sdxl",
+    "ZImagePipeline": "z_image",
+    "FluxPipeline": "flux",
+    "StableDiffusion3Pipeline": "sd3",
+    "Flux2KleinPipeline": "flux2_klein",
+    "QwenImagePipeline": "qwen_image",
+    "Krea2Pipeline": "krea2",
+}
+
+
+def load_family(pipeline_class: str) -> Family:
+    """Return the family of a pipeline class in `FAMILIES`."""
+    return importlib.import_module(f".{FAMILIES[pipeline_class]}", __name__).FAMILY

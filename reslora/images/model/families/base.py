@@ -1,0 +1,222 @@
+"""The interface of model families: what differs between text-to-image models; no optimizer, option or folder."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ....export import KOHYA_FILE
+
+FLOW = {"resolution": 512, "num_inference_steps": 28, "weighting_scheme": "none", "max_sequence_length": 512}
+"""Options' values that most families of flow matching have."""
+Text = Mapping[str, torch.Tensor | list[torch.Tensor]]
+"""Text states by name, batch first: a tensor, or a list if captions differ in length."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A text encoder that can be trained together with the denoiser."""
+
+    name: str
+    """Its attribute in the pipeline, its folder, and the prefix of its layers in diffusers' files."""
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    """Suffixes of the names of the layers that get an adapter, as in diffusers' scripts."""
+    reads_last: bool = True
+    """Whether the denoiser uses the output of the last layer; if not, an adapter there would get no gradient."""
+
+    def targets_in(self, encoder: nn.Module) -> list[str] | str:
+        """Return the layers of the encoder that get an adapter, as PEFT's `target_modules`."""
+        if self.reads_last:
+            return list(self.targets)
+        last = encoder.config.num_hidden_layers - 1
+        return rf".*\.layers\.(?!{last}\.)\d+\..*\.({'|'.join(self.targets)})"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The conditioning of the denoiser, in addition to the noisy latents and the timesteps."""
+
+    text: Text
+    sizes: torch.Tensor
+    """Batch x 6: height and width of the original image, top and left of the crop, height and width of the crop."""
+    guidance: float = 1.0
+    """For models with distilled guidance, which is an input."""
+
+
+def in_chat(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], thinking: bool) -> list[str]:
+    """Return the captions in a language model's chat template, as messages of the user."""
+    how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+    return [tokenizer.apply_chat_template([{"role": "user", "content": caption}], **how) for caption in captions]
+
+
+def numbered(name: str) -> tuple[str, list[str]]:
+    """Return a layer's name with `{}` in place of its block's number, and a list with that number, if it has one."""
+    number = re.search(r"(?<=\.)\d+(?=\.)", name)
+    if number is None:
+        return name, []
+    return f"{name[: number.start()]}{{}}{name[number.end() :]}", [number[0]]
+
+
+class Family:
+    """A family of models: attributes, and the few functions that a model's formulas need. Subclasses override them."""
+
+    name: str
+    pipeline: type[DiffusionPipeline]
+    denoiser: str = "unet"
+    """The denoiser's attribute in the pipeline, its folder, and the prefix of its layers in exported files."""
+    denoiser_class: type[ModelMixin]
+    objective: str = "ddpm"
+    """`ddpm` (epsilon or v) or `flow` (velocity)."""
+    text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")
+    """Parts of the pipeline that are used only to encode captions."""
+    trainable: tuple[Part, ...] = ()
+    """The text encoders that can be trained."""
+    lora_files: tuple[str, ...] = (KOHYA_FILE,)
+    """Plain LoRA files that are exported in addition to diffusers', keys of `exports.LORA_FILES`."""
+    unused_parts: tuple[str, ...] = ()
+    """Parts of the pipeline that are never loaded."""
+    unread: tuple[str, ...] = ()
+    """Parts of the last of `transformer_blocks` whose output is unused."""
+    defaults: ClassVar[Mapping[str, object]] = {}
+    """Defaults of options for this family."""
+    original: ClassVar[Mapping[str, str]] = {}
+    """Names of layers in the model's own code, by their names in diffusers, with `{}` for the block's number. Layers
+    that share a name are one layer there, with their rows in this order. Empty if ComfyUI and kohya's scripts know
+    diffusers' names."""
+    published: ClassVar[Mapping[str, object]] = {}
+    """The published denoiser's configuration (of several, the deepest one's) where it differs from the class's
+    defaults, as far as names of layers depend on it."""
+    version: tuple[str, str]
+    """The base model in kohya's metadata, and its architecture in Stability AI's ModelSpec. Families with several
+    override `model_version` instead."""
+    marks: tuple[str, ...] = ()
+    """Prefixes of the base model's names that kohya's scripts and ModelSpec write into LoRA files."""
+    comfyui_words: tuple[str, str] = ("lora_A", "lora_B")
+    """The names of A and B in ComfyUI's files; such that diffusers reads them too, if it can."""
+    text_names: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    """Text encoders that LoRA files may contain, trainable here or not: the prefixes of kohya's and ComfyUI's names."""
+    is_told_guidance: bool = False
+    """Whether guidance is an input of the denoiser, so that a negative prompt has no effect."""
+    patch: int = 0
+    """The patch size in latents, if image sizes must be multiples of it."""
+    latents_per_token: int = 4
+    """The number of latent positions per token of the denoiser."""
+    one_size: bool = False
+    """Whether all its denoisers have the published size, so that layers of another size belong to another family."""
+    unguided: float = 1.0
+    """The pipeline's guidance scale for no guidance: 1 if it computes `negative + g (positive - negative)`, 0 if
+    `positive + g (positive - negative)`."""
+    guidance: str = "guidance_scale"
+    """The pipeline's argument for classifier-free guidance; any other name needs a negative prompt as well."""
+    encodes_in_float32: bool = False
+    """Whether the autoencoder overflows in half precision if its configuration has `force_upcast`."""
+
+    @property
+    def frozen_text_parts(self) -> tuple[str, ...]:
+        """The members of `text_parts` that cannot be trained."""
+        trainable = {part.name for part in self.trainable}
+        return tuple(name for name in self.text_parts if name.replace("tokenizer", "text_encoder") not in trainable)
+
+    def unread_weights(self, denoiser: nn.Module) -> dict[str, list[nn.Parameter]]:
+        """Return trainable weights without a gradient, because their output is unused, by part of the last block."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for part in self.unread:
+            start = f"transformer_blocks.{denoiser.config.num_layers - 1}.{part}."
+            weights = [p for name, p in denoiser.named_parameters() if p.requires_grad and name.startswith(start)]
+            found |= {part: weights} if weights else {}
+        return found
+
+    def unfit(self, parts: Mapping[str, Mapping]) -> str | None:
+        """Return why this pipeline cannot be trained, from the configurations of its parts by name; None if it can."""
+        return None
+
+    def pixel_multiple(self, pipeline: DiffusionPipeline) -> int:
+        """Return the number of pixels that image height and width must be multiples of."""
+        factor = pipeline.vae_scale_factor
+        return factor * self.patch if self.patch else math.lcm(factor, 8)
+
+    def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
+        """Return channels, height and width of the latents of an image of that height and width in pixels."""
+        factor = pipeline.vae_scale_factor
+        return (pipeline.vae.config.latent_channels, height // factor, width // factor)
+
+    def token_counts(
+        self, pipeline: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]
+    ) -> list[int]:
+        """Return the untruncated token counts of captions, with the tokens of the template that are read."""
+        return list(map(len, tokenizer(list(captions)).input_ids))
+
+    def encode_captions(self, pipeline: DiffusionPipeline, captions: Sequence[str], longest: int | None) -> Text:
+        """Return the text states of the captions; families without a trainable text encoder override this.
+
+        `longest` is the highest number of tokens of a caption, if the pipeline needs it.
+        """
+        return self.encode_trained(pipeline, captions, self.encode_frozen(pipeline, captions, longest))
+
+    def encode_frozen(self, pipeline: DiffusionPipeline, captions: Sequence[str], longest: int | None) -> Text:
+        """Return the output of the text encoders that cannot be trained."""
+        return {}
+
+    def encode_trained(self, pipeline: DiffusionPipeline, captions: Sequence[str], frozen: Text) -> Text:
+        """Return what `encode_captions` returns, given the result of `encode_frozen` for the same captions."""
+        raise NotImplementedError
+
+    def encode_images(self, vae: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        """Return mean and standard deviation of the latents of pixels in [-1, 1].
+
+        The shape is batch x 2 x channels x height x width.
+        """
+        posterior = vae.encode(pixels).latent_dist
+        return torch.stack([posterior.mean, posterior.std], dim=1)
+
+    def scale_latents(self, vae: nn.Module, latents: torch.Tensor) -> torch.Tensor:
+        """Return the denoiser's input latents, in the shape of `latents` (batch x channels x height x width).
+
+        They are `(x - shift) * scale`, with the autoencoder's shift and scale.
+        """
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * vae.config.scaling_factor
+
+    def denoiser_inputs(
+        self, config: Mapping, noisy: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+    ) -> dict:
+        """Return the denoiser's keyword arguments for noisy latents (batch x channels x height x width)."""
+        raise NotImplementedError
+
+    def prediction(self, output: tuple, noisy: torch.Tensor) -> torch.Tensor:
+        """Return the denoiser's prediction in the shape of `noisy`, for the objective."""
+        return output[0]
+
+    def original_name(self, config: Mapping, name: str) -> str | None:
+        """Return a denoiser layer's name in the model's own code, which ComfyUI uses; None if it has none."""
+        if not self.original:
+            return name
+        template, numbers = numbered(name)
+        found = self.original.get(template)
+        return found.format(*numbers) if found else None
+
+    def kohya_name(self, config: Mapping, name: str) -> str | None:
+        """Return a denoiser layer's name in kohya's scripts; None if it has none."""
+        return self.original_name(config, name)
+
+    def model_version(self, config: Mapping, predicts_v: bool = False) -> tuple[str, str]:
+        """Return `version` for a base model with this denoiser configuration.
+
+        `predicts_v`: whether it predicts v, in a family that also has models that predict epsilon.
+        """
+        return self.version
+
+    def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, negative: Text, empty: bool = True) -> dict:
+        """Return the pipeline's keyword arguments for the prompt and the negative prompt.
+
+        `negative` is the negative prompt's text states, batch 1; `empty` is whether it is the empty caption.
+        """
+        raise NotImplementedError

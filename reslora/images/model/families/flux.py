@@ -1,0 +1,108 @@
+"""Flux.1 dev and schnell: packed latents with position ids, two kinds of blocks, and distilled guidance (dev)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+from .base import FLOW, Family, Part
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ORIGINAL = {
+    **{f"transformer_blocks.{{}}.attn.{name}": "double_blocks.{}.img_attn.qkv" for name in ATTENTION[:3]},
+    **{f"transformer_blocks.{{}}.attn.{name}": "double_blocks.{}.txt_attn.qkv" for name in ATTENTION[4:7]},
+    "transformer_blocks.{}.attn.to_out.0": "double_blocks.{}.img_attn.proj",
+    "transformer_blocks.{}.attn.to_add_out": "double_blocks.{}.txt_attn.proj",
+    "transformer_blocks.{}.ff.net.0.proj": "double_blocks.{}.img_mlp.0",
+    "transformer_blocks.{}.ff.net.2": "double_blocks.{}.img_mlp.2",
+    "transformer_blocks.{}.ff_context.net.0.proj": "double_blocks.{}.txt_mlp.0",
+    "transformer_blocks.{}.ff_context.net.2": "double_blocks.{}.txt_mlp.2",
+    "transformer_blocks.{}.norm1.linear": "double_blocks.{}.img_mod.lin",
+    "transformer_blocks.{}.norm1_context.linear": "double_blocks.{}.txt_mod.lin",
+    **{f"single_transformer_blocks.{{}}.attn.{name}": "single_blocks.{}.linear1" for name in ATTENTION[:3]},
+    "single_transformer_blocks.{}.proj_mlp": "single_blocks.{}.linear1",
+    "single_transformer_blocks.{}.proj_out": "single_blocks.{}.linear2",
+    "single_transformer_blocks.{}.norm.linear": "single_blocks.{}.modulation.lin",
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_text_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
+    "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
+    "time_text_embed.guidance_embedder.linear_1": "guidance_in.in_layer",
+    "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+
+class Flux(Family):
+    """Flux.1, trained as in diffusers' train_dreambooth_lora_flux.py, but with a guidance input of 1, not 3.5."""
+
+    name = "flux"
+    pipeline = FluxPipeline
+    denoiser = "transformer"
+    denoiser_class = FluxTransformer2DModel
+    objective = "flow"
+    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    trainable = (Part("text_encoder"),)
+    unused_parts = ("image_encoder", "feature_extractor")
+    lora_files = ()
+    is_told_guidance = True
+    patch = 2
+    original = ORIGINAL
+    published: ClassVar = {"guidance_embeds": True}
+    marks = ("flux1", "flux-1")
+    comfyui_words = ("lora_down", "lora_up")
+    text_names: ClassVar = {
+        "text_encoder": ("lora_te1", "text_encoders.clip_l.transformer"),
+        "text_encoder_2": ("lora_te3", "text_encoders.t5xxl.transformer"),
+    }
+    defaults: ClassVar = {
+        **FLOW,
+        "guidance_scale": 3.5,
+        "target_modules": [*(f"attn.{name}" for name in ATTENTION), *FEED_FORWARD],
+    }
+
+    def encode_frozen(self, pipeline, captions, longest):
+        """Return `states` of T5 (batch x tokens x width)."""
+        device = pipeline.text_encoder_2.device
+        return {"states": pipeline._get_t5_prompt_embeds(list(captions), max_sequence_length=longest, device=device)}
+
+    def encode_trained(self, pipeline, captions, frozen):
+        """Return `states` unchanged, and `pooled` of CLIP (batch x width)."""
+        pooled = pipeline._get_clip_prompt_embeds(list(captions), device=pipeline.text_encoder.device)
+        return {"states": frozen["states"], "pooled": pooled}
+
+    def denoiser_inputs(self, config, noisy, timesteps, conditions):
+        """Return packed latents, `s`, text states, pooled states, position ids of text and image, and the guidance."""
+        batch, channels, height, width = noisy.shape
+        states, device = conditions.text["states"], noisy.device
+        guidance = torch.full((batch,), conditions.guidance, device=device) if config.guidance_embeds else None
+        return {
+            "hidden_states": FluxPipeline._pack_latents(noisy, batch, channels, height, width),
+            "timestep": timesteps / 1000,
+            "guidance": guidance,
+            "pooled_projections": conditions.text["pooled"],
+            "encoder_hidden_states": states,
+            "txt_ids": torch.zeros(states.shape[1], 3, device=device, dtype=noisy.dtype),
+            "img_ids": FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, device, noisy.dtype),
+        }
+
+    def prediction(self, output, noisy):
+        """Return the unpacked velocity."""
+        return FluxPipeline._unpack_latents(output[0], *noisy.shape[2:], vae_scale_factor=1)
+
+    def drawing_inputs(self, pipeline, text, negative, empty=True):
+        """Return text states and pooled states; a negative prompt has no effect on distilled guidance."""
+        return {"prompt_embeds": text["states"], "pooled_prompt_embeds": text["pooled"]}
+
+    def model_version(self, config, predicts_v=False):
+        """Return dev's or schnell's names; schnell has no guidance embedding."""
+        return "flux1", "flux-1-dev" if config.guidance_embeds else "flux-1-schnell"
+
+
+FAMILY = Flux()

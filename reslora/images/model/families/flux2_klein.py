@@ -1,0 +1,110 @@
+"""FLUX.2 klein: patched latents, normalized by the autoencoder's statistics, and Qwen3 as text encoder."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+
+from .base import FLOW, Family, in_chat
+
+DOUBLE = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+SINGLE = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+
+
+ORIGINAL = {
+    **{f"transformer_blocks.{{}}.attn.to_{name}": "double_blocks.{}.img_attn.qkv" for name in "qkv"},
+    **{f"transformer_blocks.{{}}.attn.add_{name}_proj": "double_blocks.{}.txt_attn.qkv" for name in "qkv"},
+    "transformer_blocks.{}.attn.to_out.0": "double_blocks.{}.img_attn.proj",
+    "transformer_blocks.{}.attn.to_add_out": "double_blocks.{}.txt_attn.proj",
+    "transformer_blocks.{}.ff.linear_in": "double_blocks.{}.img_mlp.0",
+    "transformer_blocks.{}.ff.linear_out": "double_blocks.{}.img_mlp.2",
+    "transformer_blocks.{}.ff_context.linear_in": "double_blocks.{}.txt_mlp.0",
+    "transformer_blocks.{}.ff_context.linear_out": "double_blocks.{}.txt_mlp.2",
+    "single_transformer_blocks.{}.attn.to_qkv_mlp_proj": "single_blocks.{}.linear1",
+    "single_transformer_blocks.{}.attn.to_out": "single_blocks.{}.linear2",
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "proj_out": "final_layer.linear",
+}
+
+
+class Flux2Klein(Family):
+    """FLUX.2 klein, trained as in diffusers' train_dreambooth_lora_flux2_klein.py, with the text's attention."""
+
+    name = "flux2_klein"
+    pipeline = Flux2KleinPipeline
+    denoiser = "transformer"
+    denoiser_class = Flux2Transformer2DModel
+    objective = "flow"
+    lora_files = ()
+    original = ORIGINAL
+    patch = 2
+    latents_per_token = 1
+    marks = ("flux2", "flux-2")
+    defaults: ClassVar = {
+        **FLOW,
+        "guidance_scale": 4.0,
+        "target_modules": [f"{DOUBLE}|{SINGLE}"],
+    }
+
+    def latent_shape(self, pipeline, height, width):
+        """Return the shape in 2 x 2 patches: four times the channels at half the height and width."""
+        channels, height, width = super().latent_shape(pipeline, height, width)
+        return (channels * 4, height // 2, width // 2)
+
+    def token_counts(self, pipeline, tokenizer, captions):
+        """Return the number of tokens in the chat template."""
+        return super().token_counts(pipeline, tokenizer, in_chat(tokenizer, captions, thinking=False))
+
+    def encode_captions(self, pipeline, captions, longest):
+        """Return `states`: three of Qwen3's layers, concatenated (batch x tokens x 3 width)."""
+        states, _ = pipeline.encode_prompt(
+            list(captions), device=pipeline.text_encoder.device, max_sequence_length=longest
+        )
+        return {"states": states}
+
+    def encode_images(self, vae, pixels):
+        """Return mean and standard deviation of the latents in 2 x 2 patches."""
+        moments = super().encode_images(vae, pixels)
+        return torch.stack([self.pipeline._patchify_latents(moment) for moment in moments.unbind(1)], dim=1)
+
+    def scale_latents(self, vae, latents):
+        """Return the latents, normalized by the running statistics of the autoencoder's batch norm."""
+        mean, variance = (value.view(1, -1, 1, 1).to(latents) for value in (vae.bn.running_mean, vae.bn.running_var))
+        return (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
+
+    def denoiser_inputs(self, config, noisy, timesteps, conditions):
+        """Return packed latents, `s`, text states, and position ids of text and image, without guidance."""
+        states = conditions.text["states"]
+        return {
+            "hidden_states": self.pipeline._pack_latents(noisy),
+            "timestep": timesteps / 1000,
+            "guidance": None,
+            "encoder_hidden_states": states,
+            "txt_ids": self.pipeline._prepare_text_ids(states).to(noisy.device),
+            "img_ids": self.pipeline._prepare_latent_ids(noisy).to(noisy.device),
+        }
+
+    def prediction(self, output, noisy):
+        """Return the unpacked velocity."""
+        return output[0].transpose(1, 2).reshape(noisy.shape)
+
+    def drawing_inputs(self, pipeline, text, negative, empty=True):
+        """Return text states of the captions and, for guidance, of the negative prompt."""
+        states = text["states"]
+        return {"prompt_embeds": states, "negative_prompt_embeds": negative["states"].expand_as(states)}
+
+    def model_version(self, config, predicts_v=False):
+        """Return the names by model size, which the width shows."""
+        size = "4b" if config.num_attention_heads * config.attention_head_dim <= 3072 else "9b"
+        return f"flux2_klein_{size}", f"flux-2-klein-{size}"
+
+
+FAMILY = Flux2Klein()

@@ -1,0 +1,65 @@
+"""Z-Image: a single stream of text and image tokens, captions of any length, and a negated output."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
+
+from ....export import COMFYUI_FILE
+from .base import FLOW, Family, in_chat
+
+
+class ZImage(Family):
+    """Z-Image, trained as in diffusers' train_dreambooth_lora_z_image.py, but at 1024 and without the refiners."""
+
+    name = "z_image"
+    pipeline = ZImagePipeline
+    denoiser = "transformer"
+    denoiser_class = ZImageTransformer2DModel
+    objective = "flow"
+    lora_files = (COMFYUI_FILE,)
+    unguided = 0.0
+    patch = 2
+    version = ("z_image", "z-image")
+    marks = ("z_image", "zimage", "z-image")
+    defaults: ClassVar = {
+        **FLOW,
+        "resolution": 1024,
+        "guidance_scale": 5.0,
+        # The refiners before the main layers see only text or only the image, and get no adapter.
+        "target_modules": [r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)"],
+    }
+
+    def token_counts(self, pipeline, tokenizer, captions):
+        """Return the number of tokens in the chat template."""
+        return super().token_counts(pipeline, tokenizer, in_chat(tokenizer, captions, thinking=True))
+
+    def encode_captions(self, pipeline, captions, longest):
+        """Return `states`: a list of (tokens x width), with the caption's tokens."""
+        device = pipeline.text_encoder.device
+        states, _ = pipeline.encode_prompt(
+            list(captions), device, do_classifier_free_guidance=False, max_sequence_length=longest
+        )
+        return {"states": states}
+
+    def denoiser_inputs(self, config, noisy, timesteps, conditions):
+        """Return lists of latents (channels x 1 x height x width) and text states, and `1 - s`."""
+        return {
+            "x": list(noisy.unsqueeze(2).unbind()),
+            "t": (1000 - timesteps) / 1000,
+            "cap_feats": list(conditions.text["states"]),
+        }
+
+    def prediction(self, output, noisy):
+        """Return the velocity, which is the negated output."""
+        return -torch.stack(list(output[0])).squeeze(2)
+
+    def drawing_inputs(self, pipeline, text, negative, empty=True):
+        """Return lists of text states of the captions and of the negative prompt."""
+        states = list(text["states"])
+        return {"prompt_embeds": states, "negative_prompt_embeds": [negative["states"][0]] * len(states)}
+
+
+FAMILY = ZImage()

@@ -1,0 +1,312 @@
+"""Find the model as a local diffusers folder, and load its parts when they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import huggingface_hub
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import FrozenDict
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
+from huggingface_hub import constants
+from safetensors import safe_open
+from torch import nn
+
+from ...errors import InvalidArgument, first_line, refused_as
+from ...io import read_object, replacing
+from ...options.images import ModelOptions, OutputOptions
+from ...runtime.processes import on_all
+from ..cache_folder import cache_folder
+from ..content_hash import content_mark, folder_mark
+from ..generators import derive
+from .families import FAMILIES, load_family
+from .families.base import Family, Part
+from .kinds import check_pipeline_class, read_index
+from .quantising import pack
+from .stored import Stored, load_exact, stored_weights
+
+# diffusers' names of the models in single files, and their pipelines; others cannot be trained from a single file.
+SINGLE_FILES = {
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl_base": "StableDiffusionXLPipeline",
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline in a local folder, and how its parts are loaded."""
+
+    folder: Path
+    family: Family
+    flag: str
+    """The option that names the model, with its value, for messages."""
+    variant: str | None = None
+    vae: str | None = None
+    """Folder or Hub name of another autoencoder."""
+    cache_dir: str | None = None
+    index: dict = field(default_factory=dict)
+    prediction_type: str | None = None
+    """The denoiser's prediction type; None for that of the scheduler's configuration."""
+
+    @property
+    def vae_flag(self) -> str:
+        """The option that names the autoencoder, with its value, for messages."""
+        return f"--pretrained_vae_model_name_or_path {self.vae}" if self.vae else self.flag
+
+    def fingerprint(self, *parts: str) -> str:
+        """Return a hash of names and contents of the files of `parts`, or of all parts without arguments."""
+        family, marks = self.family, []
+        for part in parts or (family.denoiser, "vae", "scheduler", *family.text_parts):
+            other = self.vae if part == "vae" else None
+            folder = Path(other) if other else self.folder / part
+            marks.append((part, folder_mark(folder) if folder.is_dir() else other))
+        return f"content {derive(*marks):x}"
+
+    def load_pipeline(
+        self, dtype: torch.dtype, device: torch.device, encoders: bool, vae: bool = True, trainable: bool = False
+    ) -> DiffusionPipeline:
+        """Load the pipeline without its denoiser in `dtype`, with text encoders and autoencoder if wanted.
+
+        `trainable` loads the text encoders that can be trained even if `encoders` is false. With `encoders`, an object
+        that has only the denoiser's configuration takes the denoiser's place. Tokenizers are always loaded, to count
+        tokens.
+        """
+        left_out = [self.family.denoiser, *self.family.unused_parts, *([] if vae else ["vae"])]
+        if not encoders:
+            parts = self.family.frozen_text_parts if trainable else self.family.text_parts
+            left_out += [part for part in parts if not part.startswith("tokenizer")]
+        # Some pipelines, such as Stable Diffusion 3 without T5, list a part as missing and still require the argument.
+        left_out += [part for part, kind in self.index.items() if kind == [None, None]]
+        given: dict[str, Any] = dict.fromkeys(left_out)
+        if "requires_safety_checker" in self.index:
+            given["requires_safety_checker"] = False
+        if vae and self.vae:
+            given["vae"] = self._other_vae(dtype)
+        with refused_as(self.flag, "repair the folder"):
+            pipeline = self.family.pipeline.from_pretrained(
+                self.folder, **given, variant=self.variant, torch_dtype=dtype, use_safetensors=True
+            )
+        if encoders:
+            # Without T5, Stable Diffusion 3's pipeline reads the width of the text states from the denoiser's
+            # configuration.
+            setattr(pipeline, self.family.denoiser, SimpleNamespace(config=self.denoiser_config()))
+        self.correct_scheduler(pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        for module in pipeline.components.values():
+            if isinstance(module, nn.Module):
+                module.requires_grad_(False).eval()
+        return pipeline.to(device)
+
+    def correct_scheduler(self, pipeline: DiffusionPipeline) -> None:
+        """Set the scheduler's prediction type if the options give one."""
+        if self.prediction_type:
+            pipeline.scheduler.register_to_config(prediction_type=self.prediction_type)
+
+    def denoiser_config(self) -> FrozenDict:
+        """Return the configuration in the denoiser's folder."""
+        with refused_as(self.flag, "repair the folder"):
+            return FrozenDict(self.family.denoiser_class.load_config(self.denoiser_folder))
+
+    def _other_vae(self, dtype: torch.dtype) -> ModelMixin:
+        own = getattr(diffusers, self.index["vae"][1])  # such as those of FLUX.2 and Qwen-Image
+        with refused_as(self.vae_flag, "check the name and the files"):
+            return own.from_pretrained(self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True)
+
+    def load_denoiser(
+        self, dtype: torch.dtype, device: torch.device, base_precision: str = "no", blocks_to_swap: int = 0
+    ) -> nn.Module:
+        """Load the frozen denoiser in `dtype`; `base_precision` quantizes the weights of its blocks.
+
+        The weights of the first `blocks_to_swap` blocks stay in CPU memory.
+        """
+        with refused_as(self.flag, "repair the folder"):
+            denoiser = self.family.denoiser_class.from_pretrained(
+                self.folder, subfolder=self.family.denoiser, variant=self.variant, torch_dtype=dtype,
+                use_safetensors=True,
+            )  # fmt: skip
+        denoiser.requires_grad_(False)
+        pack(denoiser, base_precision, device, blocks_to_swap)
+        return denoiser.to(device)
+
+    def load_exact_denoiser(self, device: torch.device) -> nn.Module:
+        """Load the frozen denoiser in float32; of a large one, the weights of its blocks stay on disk."""
+        with refused_as(self.flag, "repair the folder"):
+            denoiser = load_exact(self.family.denoiser_class, self.denoiser_folder, device, self.variant)
+            denoiser.register_to_config(_name_or_path=str(self.folder))  # as `from_pretrained` of a pipeline does
+            return denoiser.requires_grad_(False)
+
+    @property
+    def denoiser_folder(self) -> Path:
+        """The denoiser's folder."""
+        return self.folder / self.family.denoiser
+
+    def stored_denoiser(self) -> dict[str, Stored]:
+        """Return where each weight of the denoiser is on disk."""
+        return stored_weights(self.denoiser_folder, self.variant)
+
+    def load_encoders(self, parts: Sequence[Part], pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+        """Reload frozen text encoders from disk, replace the pipeline's with them, and return them by name."""
+        for part in parts:
+            before = getattr(pipeline, part.name)
+            with refused_as(self.flag, "repair the folder"):
+                encoder = type(before).from_pretrained(
+                    self.folder / part.name, variant=self.variant, dtype=before.dtype, use_safetensors=True
+                )
+            setattr(pipeline, part.name, encoder.requires_grad_(False).to(before.device))
+        return {part.name: getattr(pipeline, part.name) for part in parts}
+
+    def empty_denoiser(self) -> nn.Module:
+        """Return the denoiser on the meta device, after checking that its files are complete."""
+        with refused_as(self.flag, "repair the folder"), torch.device("meta"):
+            denoiser = self.family.denoiser_class.from_config(self.denoiser_config())
+        check_weights(self.denoiser_folder, self.variant, denoiser, self.flag)
+        return denoiser
+
+
+def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: Accelerator) -> Model:
+    """Return the model that the options name as a local folder, after downloading it or converting a single file.
+
+    Raises `InvalidArgument` if it cannot be trained.
+    """
+    name = model_options.pretrained_model_name_or_path
+    flag, path = f"--pretrained_model_name_or_path {name}", Path(name)
+    if path.is_file():
+        # The main process converts it, then the first process of each other machine, unless they share a disk.
+        on_all(lambda: unpacked(path, model_options, output) if accelerator.is_main_process else None)
+        on_all(lambda: unpacked(path, model_options, output) if accelerator.is_local_main_process else None)
+        folder = unpacked(path, model_options, output)
+    elif path.is_dir():
+        folder = path
+    else:
+        folder = downloaded(model_options, flag)
+    index = read_index(folder, flag)
+    check_pipeline_class(name, index)
+    family = load_family(index["_class_name"])
+    configs = {}
+    for part, kind in index.items():
+        # A part is a pair of library and class; other lists are settings of the pipeline.
+        wanted = isinstance(kind, list) and isinstance(kind[0], str) and part not in family.unused_parts
+        if wanted and not (folder / part).is_dir():
+            raise InvalidArgument(
+                flag, f"no {part} folder in {folder}, which model_index.json lists", "repair the folder"
+            )
+        if wanted and (config := folder / part / "config.json").is_file():
+            configs[part] = read_object(config)
+            if not configs[part]:
+                raise InvalidArgument(flag, f"{config} cannot be read", "repair the folder")
+    if problem := family.unfit(configs):
+        raise InvalidArgument(flag, problem, "give a base model's folder")
+    check_prediction(model_options, folder)
+    vae = model_options.pretrained_vae_model_name_or_path
+    model = Model(
+        folder, family, flag, model_options.variant, vae, model_options.cache_dir, index, model_options.prediction_type
+    )
+    check_vae(model)
+    return model
+
+
+def check_vae(model: Model) -> None:
+    """Raise `InvalidArgument` if the given autoencoder's class differs from the pipeline's."""
+    if not model.vae or not Path(model.vae).is_dir():
+        return
+    wanted = model.index["vae"][1]
+    found = read_object(Path(model.vae) / "config.json").get("_class_name", wanted)
+    if found != wanted:
+        problem = f"its class is {found}, and the pipeline has {wanted}"
+        raise InvalidArgument(model.vae_flag, problem, "give an autoencoder of that class, or leave it out")
+
+
+def check_prediction(options: ModelOptions, folder: Path) -> None:
+    """Raise `InvalidArgument` for epsilon prediction with zero terminal SNR, where sampling would divide by zero."""
+    scheduler = read_object(folder / "scheduler" / SCHEDULER_CONFIG_NAME)
+    if options.prediction_type == "epsilon" and scheduler.get("rescale_betas_zero_snr"):
+        problem = "the model's scheduler has zero terminal SNR (rescale_betas_zero_snr), and its samples would be NaN"
+        raise InvalidArgument("--prediction_type epsilon", problem, "leave it out, or give v_prediction")
+
+
+def downloaded(options: ModelOptions, flag: str) -> Path:
+    """Download a model from the Hub, and return its folder in the Hub's cache."""
+    check_hub(options, flag)
+    with refused_as(flag, "check the name and the connection"):
+        return Path(
+            DiffusionPipeline.download(
+                options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant,
+                cache_dir=options.cache_dir, use_safetensors=True,
+            )
+        )  # fmt: skip
+
+
+def check_hub(options: ModelOptions, flag: str) -> None:
+    """Raise `InvalidArgument` at once if the Hub cannot be reached; its own library retries for most of a minute."""
+    name, file = options.pretrained_model_name_or_path, "model_index.json"
+    if constants.HF_HUB_OFFLINE:
+        return
+    cached = huggingface_hub.try_to_load_from_cache(name, file, cache_dir=options.cache_dir, revision=options.revision)
+    if isinstance(cached, str):
+        return
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=15)
+    except Exception as error:  # requests' or httpx's, depending on the version of huggingface_hub
+        problem = f"no such folder, and {constants.ENDPOINT} cannot be reached ({first_line(error)})"
+        raise InvalidArgument(flag, problem, "give a folder in diffusers format, or check the connection") from None
+
+
+def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
+    """Convert a single-file checkpoint to a diffusers folder in the cache, once; return the folder."""
+    flag = f"--pretrained_model_name_or_path {path}"
+    folder = cache_folder(model, output) / f"model-{path.stem}-{content_mark(path).replace(':', '-')}"
+    if (folder / "model_index.json").is_file():
+        return folder
+    with refused_as(flag, "give a checkpoint of Stable Diffusion 1.x, 2.x or SDXL"):
+        kind = infer_diffusers_model_type(load_single_file_checkpoint(str(path), disable_mmap=False))
+    known = FAMILIES.keys() & {SINGLE_FILES.get(kind)}
+    if not known:
+        raise InvalidArgument(flag, f"a single file of kind {kind!r}", "give a pipeline's folder in diffusers format")
+    family = load_family(known.pop())
+    convert = f"{family.pipeline.__name__}.from_single_file({str(path)!r}).save_pretrained('folder')"
+    with refused_as(flag, f"make a folder of it where the hub can be reached: {convert}"):
+        pipeline = family.pipeline.from_single_file(str(path), cache_dir=model.cache_dir)
+        with replacing(folder) as temporary:
+            pipeline.save_pretrained(temporary)
+    return folder
+
+
+def check_weights(folder: Path, variant: str | None, denoiser: nn.Module, flag: str) -> None:
+    """Raise `InvalidArgument` if weights are missing or truncated, or have other shapes than the configuration says."""
+    stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
+    files = [*folder.glob(f"{stem}.safetensors"), *folder.glob(f"{stem}-*.safetensors")]
+    if not files and not variant:
+        raise InvalidArgument(flag, f"no {stem}.safetensors in {folder}", "give a pipeline with safetensors weights")
+    shapes = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    for path in files:
+        for name, found in _shapes(path, flag):
+            if shapes.get(name, found) != found:
+                problem = f"{name} is {found} in {path}, {shapes[name]} by its config.json"
+                raise InvalidArgument(flag, problem, "repair the folder")
+
+
+def _shapes(path: Path, flag: str) -> list[tuple[str, tuple[int, ...]]]:
+    with refused_as(f"{flag}, {path}", "repair the folder"), safe_open(path, framework="pt") as file:
+        return [(name, tuple(file.get_slice(name).get_shape())) for name in file.keys()]  # noqa: SIM118 - no mapping
+
+
+@contextmanager
+def wide_enough(family: Family, vae: nn.Module) -> Iterator[None]:
+    """Run the body with the autoencoder in float32 if it would overflow in float16."""
+    if not (family.encodes_in_float32 and vae.config.force_upcast and vae.dtype == torch.float16):
+        yield
+        return
+    try:
+        yield vae.to(torch.float32)
+    finally:
+        vae.to(torch.float16)

@@ -1,0 +1,96 @@
+"""Sum LoRAs exactly, and approximate a LoRA at a smaller rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ....errors import InvalidArgument
+from ....export import Factors
+from ....formatting import pluralize
+from ....merging import truncate
+from .names import Parts
+
+
+def summed(loras: Sequence[Parts], weights: Sequence[float]) -> Parts:
+    """Return the weighted sum of LoRAs, `sum_i w_i s_i B_i A_i`, of every layer that any of them has.
+
+    The factors are [A_1; A_2; ...] and [w_1 s_1 B_1, w_2 s_2 B_2, ...]. For a layer in one LoRA only, the factors are
+    kept and the scale is multiplied. Raises `ValueError` if shapes of a layer differ.
+    """
+    layers = dict.fromkeys((part, layer) for lora in loras for part, named in lora.items() for layer in named)
+    found: Parts = {}
+    for part, layer in layers:
+        terms = [
+            (lora[part][layer], weight)
+            for lora, weight in zip(loras, weights, strict=True)
+            if layer in lora.get(part, {})
+        ]
+        try:
+            found.setdefault(part, {})[layer] = _sum(terms)
+        except RuntimeError:
+            raise ValueError(f"{part}.{layer} has other shapes in one of them") from None
+    return found
+
+
+def _sum(terms: Sequence[tuple[Factors, float]]) -> Factors:
+    if len(terms) == 1:
+        factors, weight = terms[0]
+        return factors._replace(scale=factors.scale * weight)
+    down = torch.cat([factors.down for factors, _ in terms])
+    return Factors(down, torch.cat([factors.up * (factors.scale * weight) for factors, weight in terms], dim=1), 1.0)
+
+
+def reduced(parts: Mapping[str, Mapping[str, Factors]], rank: int) -> tuple[Parts, dict[str, float]]:
+    """Return the best approximation of every layer at `rank` or less, and the relative errors (Frobenius norm)."""
+    found: Parts = {}
+    errors = {}
+    for part, layers in parts.items():
+        for layer, factors in layers.items():
+            if factors.rank > rank:
+                factors, errors[f"{part}.{layer}"] = _truncated(factors, rank)
+            found.setdefault(part, {})[layer] = factors
+    return found, errors
+
+
+def _truncated(factors: Factors, rank: int) -> tuple[Factors, float]:
+    down, up = factors.down.flatten(1), factors.up.flatten(1) * factors.scale
+    a, b, error = truncate(down, up, rank)
+    shape = factors.down.shape[1:]
+    return Factors(a.reshape(-1, *shape), b.reshape(*b.shape, *[1] * (len(shape) - 1)), 1.0), error
+
+
+def in_words(errors: Mapping[str, float], rank: int) -> str:
+    """Return a line with the mean and the highest relative error of the reduction."""
+    if not errors:
+        return f"--rank {rank}: no layer has more"
+    worst = max(errors, key=errors.__getitem__)
+    mean = sum(errors.values()) / len(errors)
+    return (
+        f"--rank {rank}: {pluralize(len(errors), 'layer')} reduced; the relative error of a layer's update is "
+        f"{mean:.3g} on average, and {errors[worst]:.3g} at most ({worst})"
+    )
+
+
+def in_short(parts: Mapping[str, Mapping[str, Factors]]) -> str:
+    """Return the number of layers and their ranks as text."""
+    ranks = [factors.rank for layers in parts.values() for factors in layers.values()]
+    least, most = min(ranks), max(ranks)
+    return f"{pluralize(len(ranks), 'layer')}, " + (f"rank {most}" if least == most else f"ranks {least} to {most}")
+
+
+def check_finite(parts: Mapping[str, Mapping[str, Factors]], argument: str, fix: str) -> None:
+    """Raise `InvalidArgument`, naming `argument`, if a layer's factors or scale are not finite."""
+    for part, layers in parts.items():
+        for layer, (down, up, scale) in layers.items():
+            if not all(bool(torch.isfinite(factor).all()) for factor in (down, up * scale)):
+                raise InvalidArgument(argument, f"{part}.{layer} is beyond the largest number", fix)
+
+
+def cast(parts: Mapping[str, Mapping[str, Factors]], dtype: torch.dtype) -> Parts:
+    """Return the factors in another dtype."""
+    return {
+        part: {layer: Factors(f.down.to(dtype), f.up.to(dtype), f.scale) for layer, f in layers.items()}
+        for part, layers in parts.items()
+    }

@@ -1,0 +1,189 @@
+"""Names of a model's layers in diffusers, kohya's scripts, ComfyUI and PEFT, from the one table of its family."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.normalization import AdaLayerNormContinuous
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from ....checkpoint import PEFT_PREFIX
+from ....errors import InvalidArgument
+from ....export import Factors
+from ..families.base import Family, numbered
+
+Parts = dict[str, dict[str, Factors]]
+"""The plain LoRA of each layer: by the part's name in the pipeline, then by the layer's name in the part."""
+Layer = tuple[str, str]
+"""A part and one of its layers."""
+
+DEEPEST_TEXT_ENCODER = 64  # layers; CLIP and T5 have 32 at most
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A layer of the model's own code: one or several of diffusers' layers, whose rows are concatenated in it."""
+
+    layers: tuple[Layer, ...]
+    outputs: tuple[int, ...] = (1,)
+    """The number of rows of each; only the proportions count."""
+    swapped: bool = False
+    """Whether the two halves of its rows are swapped: diffusers' last norms have the scale before the shift."""
+
+    def split(self, factors: Factors) -> dict[Layer, Factors]:
+        """Return each layer's factors: its rows of B without zero columns, and the corresponding rows of A.
+
+        A layer that was joined into a block-diagonal B gets its own rank back; a layer whose rows are all zero is left
+        out. Raises `ValueError` if the number of rows does not fit.
+        """
+        down, up, scale = factors
+        if self.swapped:
+            up = torch.cat(up.chunk(2)[::-1])
+        if len(self.layers) == 1:
+            return {self.layers[0]: Factors(down, up, scale)}
+        rows = [len(up) * width // sum(self.outputs) for width in self.outputs]
+        if sum(rows) != len(up):
+            raise ValueError(f"{len(up)} rows are not those of {len(self.layers)} layers")
+        found = {}
+        for layer, piece in zip(self.layers, up.split(rows), strict=True):
+            if (used := piece.any(0)).any():
+                found[layer] = Factors(down[used], piece[:, used], scale)
+        return found
+
+    def join(self, parts: Mapping[Layer, Factors]) -> Factors:
+        """Return the factors of the fused layer: [A; A; ...] and a block-diagonal B or, if all share one A, that A.
+
+        A layer that is missing from `parts` gets rows of zeros.
+        """
+        if len(self.layers) == 1:
+            down, up, scale = parts[self.layers[0]]
+            return Factors(down, torch.cat(up.chunk(2)[::-1]) if self.swapped else up, scale)
+        given = [parts.get(layer) for layer in self.layers]
+        first = next(factors for factors in given if factors)
+        share = next(len(f.up) / width for f, width in zip(given, self.outputs, strict=True) if f)
+        heights = [round(width * share) for width in self.outputs]
+        scaled = [
+            first.up.new_zeros(height, 0) if factors is None else factors.up * factors.scale
+            for factors, height in zip(given, heights, strict=True)
+        ]
+        if all(factors is not None and torch.equal(factors.down, first.down) for factors in given):
+            return Factors(first.down, torch.cat(scaled), 1.0)
+        return Factors(torch.cat([f.down for f in given if f]), torch.block_diag(*scaled), 1.0)
+
+
+@dataclass
+class Names:
+    """The layers of a family's denoiser and text encoders, and their names in all formats."""
+
+    family: Family
+    config: FrozenDict
+    shapes: dict[str, torch.Size]
+    """Shapes of the weights of the denoiser's linear layers and convolutions, by name in diffusers."""
+    original: dict[str, Fused]
+    kohya: dict[str, Fused]
+    """By name in that format, without prefix."""
+    modules: frozenset[str]
+    """The names of all modules of the denoiser."""
+    exact: bool
+    """Whether `shapes` are those of the model itself, not those of the published model of its family."""
+    known: dict[str, Fused] = field(default_factory=dict)
+    """All names that a file may have for a layer, with prefixes."""
+
+    def __post_init__(self) -> None:
+        for prefix in ("lora_unet_", "lycoris_"):
+            self._know((prefix, name, fused) for name, fused in self.kohya.items())
+        for prefix in ("diffusion_model.", "lora_unet_", PEFT_PREFIX, ""):
+            self._know((prefix, name, fused) for name, fused in self.original.items())
+        part = self.family.denoiser
+        own = {name: Fused(((part, name),)) for name in self.shapes}
+        for prefix in (f"{part}.", PEFT_PREFIX, "diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_", ""):
+            self._know((prefix, name, fused) for name, fused in own.items())
+        for part, (kohya, comfyui) in self.family.text_names.items():
+            text = {name: Fused(((part, name),)) for name in text_layers()}
+            for prefix in (f"{part}.", f"{kohya}_", f"{comfyui}."):
+                self._know((prefix, name, fused) for name, fused in text.items())
+                self._know((prefix, name.removeprefix("text_model."), fused) for name, fused in text.items())
+
+    def _know(self, found: Iterable[tuple[str, str, Fused]]) -> None:
+        for prefix, name, fused in found:
+            self.known.setdefault(prefix + (name.replace(".", "_") if prefix.endswith("_") else name), fused)
+
+    def to_kohya(self, parts: Parts) -> dict[str, Factors]:
+        """Return the layers by kohya's names; raises `InvalidArgument` for a layer without one."""
+        joined = self._joined(parts.get(self.family.denoiser, {}), self.kohya)
+        return {f"lora_unet_{name.replace('.', '_')}": factors for name, factors in joined.items()} | self._text(parts)
+
+    def to_comfyui(self, parts: Parts) -> dict[str, Factors]:
+        """Return the layers by ComfyUI's names, which are kohya's for text encoders; raises as `to_kohya`."""
+        joined = self._joined(parts.get(self.family.denoiser, {}), self.original)
+        return {f"diffusion_model.{name}": factors for name, factors in joined.items()} | self._text(parts)
+
+    def _joined(self, layers: Mapping[str, Factors], table: Mapping[str, Fused]) -> dict[str, Factors]:
+        part, joined, left = self.family.denoiser, {}, dict.fromkeys(layers)
+        for name, fused in table.items():
+            if given := {layer: layers[layer[1]] for layer in fused.layers if layer[1] in layers}:
+                joined[name] = fused.join(given)
+                left = {key: None for key in left if (part, key) not in given}
+        if left:
+            fix = "write it with --to diffusers or peft"
+            raise InvalidArgument(f"{part}.{next(iter(left))}", "that format has no name for this layer", fix)
+        return joined
+
+    def _text(self, parts: Parts) -> dict[str, Factors]:
+        return {
+            f"{kohya}_{name.replace('.', '_')}": factors
+            for part, (kohya, _) in self.family.text_names.items()
+            for name, factors in parts.get(part, {}).items()
+        }
+
+
+def names_of(family: Family, config: Mapping | None = None) -> Names:
+    """Return the names for a denoiser of this configuration; if it is None, for the published one."""
+    return _published(family) if config is None else _names_in(family, config, exact=True)
+
+
+@functools.cache
+def _published(family: Family) -> Names:
+    return _names_in(family, family.published, exact=False)
+
+
+def _names_in(family: Family, config: Mapping, exact: bool) -> Names:
+    with torch.device("meta"):
+        denoiser = family.denoiser_class.from_config(dict(config))
+    modules = dict(denoiser.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    order = {template: number for number, template in enumerate(family.original)}
+    swapped = {name for name in layers if isinstance(modules[name.rpartition(".")[0]], AdaLayerNormContinuous)}
+
+    def grouped(call: Callable[[FrozenDict, str], str | None]) -> dict[str, Fused]:
+        groups: dict[str, list[str]] = {}
+        for name in layers:
+            if (given := call(denoiser.config, name)) is not None:
+                groups.setdefault(given, []).append(name)
+        return {given: fused(given, members) for given, members in groups.items()}
+
+    def fused(given: str, members: list[str]) -> Fused:
+        members = sorted(members, key=lambda name: order.get(numbered(name)[0], 0))
+        outputs = tuple(layers[name].weight.shape[0] for name in members)
+        turned = given != members[0] and members[0] in swapped
+        return Fused(tuple((family.denoiser, name) for name in members), outputs, turned)
+
+    shapes = {name: layer.weight.shape for name, layer in layers.items()}
+    original, kohya = grouped(family.original_name), grouped(family.kohya_name)
+    return Names(family, denoiser.config, shapes, original, kohya, frozenset(modules), exact)
+
+
+@functools.cache
+def text_layers() -> tuple[str, ...]:
+    """Return the names of the linear layers of CLIP's and T5's text encoders in LoRA files, for any depth."""
+    deep, small = DEEPEST_TEXT_ENCODER, {"vocab_size": 8, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    clip = CLIPTextConfig(**small, num_hidden_layers=deep, hidden_size=8, intermediate_size=8, num_attention_heads=2)
+    t5 = T5Config(**small, num_layers=deep, d_model=8, d_kv=4, d_ff=8, num_heads=2, feed_forward_proj="gated-gelu")
+    with torch.device("meta"):
+        encoders = CLIPTextModelWithProjection(clip), T5EncoderModel(t5)
+    return tuple(name for model in encoders for name, module in model.named_modules() if isinstance(module, nn.Linear))

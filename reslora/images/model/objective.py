@@ -1,0 +1,225 @@
+"""Training objectives: what the denoiser predicts, and the weight of its loss."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+
+from ...errors import InvalidArgument, refused_as
+from ...options.images import ModelOptions, Options, TrainingOptions
+from .families.base import Family
+
+
+class DdpmObjective:
+    """Denoising diffusion (Ho et al., 2020) with epsilon or v prediction (Salimans and Ho, 2022).
+
+    Timesteps are uniform from `between[0]` up to, but not including, `between[1]`; over all timesteps if it is None.
+    Raises `ValueError` for another prediction type.
+    """
+
+    def __init__(
+        self, scheduler: SchedulerMixin, snr_gamma: float | None = None, between: tuple[int, int] | None = None
+    ) -> None:
+        self.scheduler = DDPMScheduler.from_config(scheduler.config)
+        self.snr_gamma = snr_gamma
+        self.between = between or (0, self.timesteps)
+        self.prediction_type = self.scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction type {self.prediction_type!r}: only epsilon and v_prediction can be trained")
+
+    @property
+    def timesteps(self) -> int:
+        """The number of timesteps."""
+        return self.scheduler.config.num_train_timesteps
+
+    def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
+        """Return a random training timestep, a scalar integer; the number of tokens has no effect."""
+        return torch.randint(*self.between, (), generator=generator)
+
+    def at(self, fraction: float) -> torch.Tensor:
+        """Return the timestep, a scalar, at a fraction (0 to 1) of the way from the first to the last."""
+        return torch.tensor(min(self.timesteps - 1, int(fraction * self.timesteps)))
+
+    def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return `sqrt(a_t) x + sqrt(1 - a_t) e` for latents x and noise e (batch first), and timesteps t (batch)."""
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the noise e, or `v = sqrt(a_t) e - sqrt(1 - a_t) x`, in the shape of the latents."""
+        if self.prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(latents, noise, timesteps)
+        return noise
+
+    def share_of_image(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return `sqrt(a_t) / (sqrt(a_t) + sqrt(1 - a_t))` of each sample, of shape (batch,).
+
+        It equals `1 / (1 + SNR^(-1/2))`.
+        """
+        alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        return alphas.sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())
+
+    def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the weight of each sample's loss, of shape (batch,): 1, or min-SNR (Hang et al., 2023) with gamma.
+
+        Min-SNR is `min(SNR, gamma) / SNR` for epsilon, and `min(SNR, gamma) / (SNR + 1)` for v. At zero terminal SNR
+        the weight is the limit: 1 for epsilon, 0 for v.
+        """
+        if not self.snr_gamma:
+            return torch.ones(timesteps.shape, device=timesteps.device)
+        alphas = self.scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        snr = alphas / (1 - alphas)
+        if self.prediction_type == "v_prediction":
+            return snr.clamp(max=self.snr_gamma) / (snr + 1)
+        return (self.snr_gamma / snr).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class Density:
+    """The timestep densities `logit_normal` (mean and standard deviation) and `mode` (scale) of diffusers' scripts.
+
+    If `between` is not None, timesteps are scaled linearly from the full range into that range.
+    """
+
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    between: tuple[int, int] | None = None
+
+
+class FlowObjective:
+    """Rectified flow (Liu et al., 2022; Esser et al., 2024): predict the velocity `e - x` at `(1 - s) x + s e`.
+
+    `sampling` is the distribution of s; by default the weighting scheme determines it, as in diffusers' scripts.
+
+    `uniform`, `logit_normal`, `mode`: as in diffusers' scripts, from the scheduler's table, with the scheduler's shift
+    or `shift`. `sigmoid`: the sigmoid of a normal number, as in kohya's scripts. `shift`: the same, shifted by `shift`
+    (default: 3). `flux_shift`: the same, with the shift of Flux's pipeline for the sample's number of tokens.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        sampling: str | None = None,
+        weighting: str = "none",
+        shift: float | None = None,
+        density: Density = Density(),
+    ) -> None:
+        own = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
+        self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **own)
+        self.sampling = sampling or (weighting if weighting in ("logit_normal", "mode") else "uniform")
+        self.weighting, self.shift = weighting, shift or 3.0
+        self.density = asdict(density)
+        self.between = self.density.pop("between") or (0, self.timesteps)
+
+    @property
+    def timesteps(self) -> int:
+        """The number of timesteps; timesteps need not be integers."""
+        return self.scheduler.config.num_train_timesteps
+
+    def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
+        """Return a random training timestep, a scalar from 0 to `timesteps`, scaled into `between`.
+
+        `tokens`: number of tokens of the sample, on which `flux_shift` depends.
+        """
+        least, below = self.between
+        return least + self._drawn(generator, tokens) * ((below - least) / self.timesteps)
+
+    def _drawn(self, generator: torch.Generator, tokens: int) -> torch.Tensor:
+        if self.sampling in ("uniform", "logit_normal", "mode"):
+            drawn = compute_density_for_timestep_sampling(self.sampling, 1, generator=generator, **self.density)
+            return self.at(float(drawn))
+        s = torch.sigmoid(torch.randn((), generator=generator))
+        if self.sampling == "sigmoid":
+            return s * self.timesteps
+        shift = self.shift if self.sampling == "shift" else math.exp(calculate_shift(tokens))
+        return shift * s / (1 + (shift - 1) * s) * self.timesteps
+
+    def at(self, fraction: float) -> torch.Tensor:
+        """Return the timestep, a scalar, at a fraction (0 to 1) of the scheduler's table, from pure noise on."""
+        return self.scheduler.timesteps[min(self.timesteps - 1, int(fraction * self.timesteps))]
+
+    def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return `(1 - s) x + s e` for latents x and noise e (batch first), and s from timesteps (batch)."""
+        s = self._sigmas(timesteps).view(-1, *[1] * (latents.dim() - 1))
+        return (1 - s) * latents + s * noise
+
+    def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the velocity `e - x`, in the shape of the latents."""
+        return noise - latents
+
+    def share_of_image(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return `1 - s` of each sample, of shape (batch,), which equals `1 / (1 + SNR^(-1/2))`."""
+        return 1 - self._sigmas(timesteps)
+
+    def weight(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Return the weight of each sample's loss, of shape (batch,).
+
+        The weights are those of diffusers' scripts (Esser et al., 2024, Section 3.1).
+        """
+        return compute_loss_weighting_for_sd3(self.weighting, self._sigmas(timesteps))
+
+    def _sigmas(self, timesteps: torch.Tensor) -> torch.Tensor:
+        return timesteps / self.timesteps
+
+
+Objective = DdpmObjective | FlowObjective
+
+
+def between_of(options: TrainingOptions, timesteps: int) -> tuple[int, int]:
+    """Return the range of timesteps to sample from, without its end.
+
+    Raises `InvalidArgument` if the range is empty, or the model has fewer timesteps.
+    """
+    least, below = options.min_timestep, timesteps if options.max_timestep is None else options.max_timestep
+    if below > timesteps:
+        raise InvalidArgument(f"--max_timestep {below}", f"the model has {timesteps}", f"give {timesteps} or less")
+    if least >= below:
+        problem = f"it has to be below --max_timestep, {below}"
+        raise InvalidArgument(f"--min_timestep {least}", problem, "give less of the one, or more of the other")
+    return least, below
+
+
+def check_sampling(options: TrainingOptions, sampling: str) -> None:
+    """Raise `InvalidArgument` for options, not at their default, that have no effect with this timestep sampling."""
+    for name, option in Options.table().items():
+        if option.samplings and sampling not in option.samplings:
+            value, default = getattr(options, name), option.default
+            if value != default:
+                problem = f"timesteps are sampled by {sampling}, which does not read it"
+                stay = "leave it out" if default is None else f"leave it at {default}"
+                fix = f"{stay}, or add --timestep_sampling {option.samplings[-1]}"
+                raise InvalidArgument(f"--{name} {value}", problem, fix)
+
+
+def check_objective(model: ModelOptions, training: TrainingOptions, family: Family) -> None:
+    """Raise `InvalidArgument` for options, not at their default, of another objective than the family's."""
+    learns_flow = family.objective == "flow"
+    for name, option in Options.table().items():
+        value = getattr({"model": model, "training": training}.get(option.group), name, option.default)
+        # snr_gamma 0 gives all timesteps the same weight, as a flow does.
+        if option.objective not in ("", family.objective) and (value if learns_flow else value != option.default):
+            problem = f"{family.name} learns a flow, which has none" if learns_flow else f"{family.name} learns no flow"
+            raise InvalidArgument(f"--{name} {value}", problem, "leave it out")
+
+
+def objective_of(
+    model: ModelOptions, training: TrainingOptions, family: Family, pipeline: DiffusionPipeline
+) -> Objective:
+    """Return the objective of the model's family; raises `InvalidArgument` for options that have no effect with it."""
+    between = between_of(training, pipeline.scheduler.config.num_train_timesteps)
+    check_objective(model, training, family)
+    if family.objective == "flow":
+        density = Density(training.logit_mean, training.logit_std, training.mode_scale, between)
+        shift = training.discrete_flow_shift
+        sampled = (training.timestep_sampling, training.weighting_scheme, shift, density)
+        objective = FlowObjective(pipeline.scheduler, *sampled)
+        check_sampling(training, objective.sampling)
+        return objective
+    argument = f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}"
+    with refused_as(argument, "give another model, or --prediction_type", (ValueError,)):
+        return DdpmObjective(pipeline.scheduler, training.snr_gamma, between)

@@ -1,0 +1,221 @@
+"""Quantize a denoiser's frozen weights to 8 or 4 bits, keep them in CPU memory, or both.
+
+The weight is dequantized for each product, forward and backward, and freed afterwards. Weights of swapped blocks are
+copied to the device for each product. Any adapter works on top, because PEFT finds an `nn.Linear` whose weight has the
+original shape and dtype.
+
+Why not another library's layers? A weight of 1024 x 768 takes 1,572,864 bytes in bf16. diffusers' layerwise casting
+(0.42) and torchao's int8 and fp8 weights (0.18) save as many bytes for the backward pass, in addition to the quantized
+weight, so such a base takes more memory than a plain one. torchao's NF4 and bitsandbytes' 4 and 8 bits (0.50) save no
+dequantized weight, as here. But torchao's NF4 rounds the scales, bitsandbytes' int8 on a GPU rounds activations, and
+neither has fp8. bitsandbytes' NF4 has the same codes and scales, in a layer whose weight has another shape and cannot
+be swapped; the other formats would still need this module.
+
+Why not diffusers' group offloading? It is made for inference. In a U-Net, and in any denoiser without checkpointing,
+gradients were wrong: the backward pass finds weights that were offloaded again. With streams, each offload restores the
+adapter's initial values (`ModuleGroup._offload_to_memory`). Only a transformer's blocks under checkpointing trained
+correctly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# The values of NormalFloat codes: quantiles of the normal distribution, and zero (Dettmers et al., 2023).
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+NF4_BLOCK = 64
+Packed = tuple[torch.Tensor, torch.Tensor]
+"""Codes (uint8) and their scales (float32)."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A quantization format: how a weight is quantized and dequantized."""
+
+    pack: Callable[[torch.Tensor], Packed]
+    unpack: Callable[[torch.Tensor, torch.Tensor, torch.Size, torch.dtype], torch.Tensor]
+    """Maps codes, scales, shape and dtype to a weight."""
+
+
+def pack_rows(weight: torch.Tensor, *, code: torch.dtype, largest: float) -> Packed:
+    """Quantize a weight (q x p) to codes of dtype `code`, at most `largest`, and one scale per row."""
+    weight = weight.float()
+    scales = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * largest) / largest
+    scaled = weight / scales
+    return (scaled if code.is_floating_point else scaled.round()).to(code).view(torch.uint8), scales
+
+
+def unpack_rows(
+    codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size, dtype: torch.dtype, *, code: torch.dtype
+) -> torch.Tensor:
+    """Dequantize the result of `pack_rows` to q x p: `codes * scales`, rounded once to `dtype`."""
+    return codes.view(code).to(dtype).mul_(scales)
+
+
+def pack_nf4(weight: torch.Tensor) -> Packed:
+    """Quantize a weight of any shape to 4-bit NormalFloat (Dettmers et al., 2023).
+
+    Codes have two values per byte, and scales one value per block of 64 weights: blocks x 32, and blocks x 1.
+    """
+    flat = weight.float().flatten()
+    blocks = F.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
+    scales = blocks.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    levels = torch.tensor(NF4, device=weight.device)
+    codes = torch.bucketize(blocks / scales, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    return (codes[:, ::2] << 4) | codes[:, 1::2], scales
+
+
+def unpack_nf4(codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Dequantize the result of `pack_nf4` to a weight of `shape`."""
+    blocks = F.embedding(codes.int(), nf4_pairs(dtype, codes.device)).flatten(1).mul_(scales)
+    return blocks.flatten()[: shape.numel()].view(shape)
+
+
+@cache
+def nf4_pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the two values of each byte (256 x 2)."""
+    levels = torch.tensor(NF4, dtype=dtype)
+    return torch.cartesian_prod(levels, levels).to(device)
+
+
+def by_rows(code: torch.dtype, largest: float) -> Format:
+    """Return the format with one scale per row."""
+    return Format(partial(pack_rows, code=code, largest=largest), partial(unpack_rows, code=code))
+
+
+FORMATS = {
+    "fp8": by_rows(torch.float8_e4m3fn, torch.finfo(torch.float8_e4m3fn).max),
+    "int8": by_rows(torch.int8, 127.0),
+    "nf4": Format(pack_nf4, unpack_nf4),
+}
+WHOLE = Format(lambda weight: (weight, torch.ones(1)), lambda codes, scales, shape, dtype: codes.to(dtype))
+"""An unquantized weight that is swapped."""
+
+
+class PackedLinear(nn.Linear):
+    """A frozen linear layer with a quantized weight, made from an unquantized one."""
+
+    codes: torch.Tensor
+
+    def __init__(self, linear: nn.Linear, form: Format, device: torch.device) -> None:
+        nn.Module.__init__(self)  # that of nn.Linear would allocate a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.form, self.dtype = form, linear.weight.dtype
+        codes, scales = form.pack(linear.weight.detach().to(device))
+        # Parameters, because DDP broadcasts buffers in every forward pass; bytes, because dtype casts leave them
+        # unchanged.
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scales = nn.Parameter(scales.view(torch.uint8), requires_grad=False)
+        self.bias = linear.bias
+
+    def swap(self, device: torch.device) -> None:
+        """Move the codes to CPU memory; each product copies them to `device`."""
+        codes = self.codes.detach().cpu()
+        del self.codes  # parameters move with the model, and DDP requires them on the device
+        self.codes = codes.pin_memory() if device.type == "cuda" else codes
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override] # as the docstring says
+        """The dequantized weight (q x p) in its original dtype; read-only."""
+        return self.unpacked(self.dtype)
+
+    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the dequantized weight (q x p) in `dtype`."""
+        scales, shape = self.scales.view(torch.float32), torch.Size((self.out_features, self.in_features))
+        return self.form.unpack(on_device(self.codes, scales.device), scales, shape, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `W x + b`, in the dtype of `x`, or in that of autocast."""
+        weight = self.unpacked(autocast_dtype(x))
+        x = x.to(weight.dtype)
+        if torch.compiler.is_compiling():  # the compiler selects what to save, and checkpointing recomputes
+            return F.linear(x, weight, self.bias)
+        with weight_let_go(weight, self.unpacked):
+            return F.linear(x, weight, self.bias)
+
+
+def weight_let_go(
+    weight: torch.Tensor, unpacked: Callable[[torch.dtype], torch.Tensor]
+) -> AbstractContextManager[None]:
+    """Run the body such that autograd saves only the view of `weight`, and the backward pass dequantizes it again."""
+    storage, dtype = weight.untyped_storage()._cdata, weight.dtype
+
+    def kept(value: torch.Tensor) -> torch.Tensor | tuple:
+        is_weight = value.untyped_storage()._cdata == storage
+        return (value.shape, value.stride(), value.storage_offset()) if is_weight else value
+
+    def again(value: torch.Tensor | tuple) -> torch.Tensor:
+        return unpacked(dtype).as_strided(*value) if isinstance(value, tuple) else value
+
+    return torch.autograd.graph.saved_tensors_hooks(kept, again)
+
+
+def on_device(codes: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return the codes on `device`; a copy from page-locked memory does not block the CPU."""
+    return codes.to(device, non_blocking=True)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which a product with `x` is computed; the meta device has no autocast."""
+    kind = x.device.type
+    automatic = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if automatic else x.dtype
+
+
+def pack(denoiser: nn.Module, precision: str, device: torch.device, blocks_to_swap: int = 0) -> None:
+    """Quantize the linear layers of the denoiser's blocks on `device`, one by one, and leave them there.
+
+    Layers of the first `blocks_to_swap` blocks go to CPU memory; with the precision "no", unquantized. Everything
+    outside the blocks (embeddings, the last projection), norms and convolutions are unchanged.
+    """
+    swapped = tuple(f"{block}." for block in blocks(denoiser)[:blocks_to_swap])
+    for name, layer in list(block_layers(denoiser)):
+        if precision == "no" and not name.startswith(swapped):
+            continue
+        packed = PackedLinear(
+            layer, FORMATS.get(precision, WHOLE), layer.weight.device if precision == "no" else device
+        )
+        if name.startswith(swapped):
+            packed.swap(device)
+        denoiser.set_submodule(name, packed)
+
+
+def try_format(precision: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Quantize a small layer, and run it forward and backward; raises what the device, or a package, raises."""
+    with torch.random.fork_rng(devices=[]):
+        linear = nn.Linear(64, 64, dtype=dtype)
+    layer = PackedLinear(linear.requires_grad_(False), FORMATS[precision], device).to(device)
+    layer(torch.ones(1, 64, dtype=dtype, device=device, requires_grad=True)).sum().backward()
+
+
+def block_layers(denoiser: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield names and modules of the linear layers inside an `nn.ModuleList`."""
+    lists = block_lists(denoiser)
+    for name, module in denoiser.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith(lists):
+            yield name, module
+
+
+def blocks(denoiser: nn.Module) -> list[str]:
+    """Return the names of the denoiser's blocks: items of an outermost `nn.ModuleList` that have linear layers."""
+    lists, found = block_lists(denoiser), {}
+    for name, _ in block_layers(denoiser):
+        start = min((one for one in lists if name.startswith(one)), key=len)
+        found[start + name.removeprefix(start).partition(".")[0]] = True
+    return list(found)
+
+
+def block_lists(denoiser: nn.Module) -> tuple[str, ...]:
+    """Return the name prefixes of everything inside an `nn.ModuleList`."""
+    return tuple(f"{name}." for name, module in denoiser.named_modules() if isinstance(module, nn.ModuleList))

@@ -1,0 +1,106 @@
+"""A denoiser whose weights stay on disk, and are read one by one when they are used, so that a large one fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, _add_variant
+from safetensors import safe_open
+from torch import nn
+
+from ...io import read_object
+from .quantising import block_layers
+
+IN_MEMORY = 4 * 2**30
+"""Bytes in float32; a smaller denoiser is always loaded completely, which is faster."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file."""
+
+    path: Path
+    name: str
+
+    def read(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Read a copy of the tensor; floating-point values become float32."""
+        with safe_open(self.path, framework="pt") as file:  # opened each time: pages of an open file stay in memory
+            value = file.get_tensor(self.name)
+            return value.to(device, torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+
+
+def stored_weights(folder: Path, variant: str | None = None) -> dict[str, Stored]:
+    """Return where each weight of a model's folder is, in one or several files, as `from_pretrained` finds them.
+
+    Returns {} if there are none.
+    """
+    index = read_object(folder / _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant))
+    if index:
+        return {name: Stored(folder / file, name) for name, file in index["weight_map"].items()}
+    path = folder / _add_variant(SAFETENSORS_WEIGHTS_NAME, variant)
+    if not path.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        return {name: Stored(path, name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+class StoredLinear(nn.Linear):
+    """A frozen linear layer whose weight is read from disk in every forward pass, in float32."""
+
+    def __init__(self, linear: nn.Linear, stored: Stored, device: torch.device) -> None:
+        nn.Module.__init__(self)  # that of nn.Linear would allocate a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.stored, self.device, self.bias = stored, device, linear.bias
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override] # read only, as the docstring says
+        """The weight (q x p) in float32, a new copy from disk: changing it has no effect."""
+        return self.stored.read(self.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `W x + b`."""
+        shape = (self.out_features, self.in_features)
+        return F.linear(x, x.new_empty(shape) if x.is_meta else self.weight, self.bias)
+
+
+def empty_model(kind: type[ModelMixin], folder: Path) -> ModelMixin:
+    """Return a model of a folder's configuration in float32, with its parameters on the meta device."""
+    with init_empty_weights():
+        return kind.from_config(kind.load_config(folder))
+
+
+def stays_stored(empty: nn.Module, stored: Mapping[str, Stored], device: torch.device) -> bool:
+    """Return whether a model is too large to be loaded completely, and its files have exactly its weights.
+
+    The model may take half of a GPU's free memory, because there reading takes longer than computing. The results are
+    the same either way.
+    """
+    state, free = empty.state_dict(), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    whole = sum(value.nbytes for value in state.values()) <= max(IN_MEMORY, free // 2)
+    return not whole and state.keys() == stored.keys()
+
+
+def with_stored_weights(empty: ModelMixin, stored: Mapping[str, Stored], device: torch.device) -> ModelMixin:
+    """Load an empty model in float32, frozen: the weights of its blocks stay on disk, the others are loaded."""
+    held = dict(stored)
+    for name, layer in list(block_layers(empty)):
+        empty.set_submodule(name, StoredLinear(layer, held.pop(f"{name}.weight"), device))
+    empty.load_state_dict({name: where.read(device) for name, where in held.items()}, assign=True)
+    return empty.requires_grad_(False).eval().to(device)
+
+
+def load_exact(kind: type[ModelMixin], folder: Path, device: torch.device, variant: str | None = None) -> ModelMixin:
+    """Return a directory's model in float32.
+
+    If the model is too large to be loaded completely (see `stays_stored`), the weights of its blocks stay on disk.
+    """
+    stored, empty = stored_weights(folder, variant), empty_model(kind, folder)
+    if stays_stored(empty, stored, device):
+        return with_stored_weights(empty, stored, device)
+    return kind.from_pretrained(folder, variant=variant, use_safetensors=True).to(device)

@@ -1,0 +1,268 @@
+"""Validation that needs the model, before anything is encoded."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from peft import PeftConfig
+from torch import nn
+
+from ..errors import InvalidArgument, first_line, refused_as
+from ..methods.adapters import check_rank, narrowest_layer, rank_allocator
+from ..methods.control_scales import gauged
+from ..methods.links import print_links
+from ..methods.registry import METHODS
+from ..methods.targets import check_layers
+from ..options.images import (
+    DEFAULT_RANK,
+    HELD_OUT,
+    DataOptions,
+    MethodOptions,
+    ModelOptions,
+    Options,
+    TrainingOptions,
+    ValidationOptions,
+)
+from ..tracing import meta_copy
+from ..training.context import Context
+from ..training.state import shortcuts_of
+from .data.buckets import named_buckets
+from .data.dataset import ImageDataset
+from .initial_lora import add_adapter, config_of, targets_of
+from .model.families import FAMILIES, load_family
+from .model.families.base import Family, Part
+from .model.loading import Model
+from .model.quantising import blocks, try_format
+from .prompts import Prompt, prompts_of
+
+STEERING = [name for name, option in Options.table().items() if HELD_OUT in option.needs]
+"""Options that depend on a validation loss."""
+
+
+def check_held_out(kinds: Sequence[ImageDataset], context: Context) -> None:
+    """Raise `InvalidArgument` for options that need a validation loss if too few images are given to hold one out.
+
+    Without such options, only warn.
+    """
+    options, most = context.options, max(len(images) for images in kinds if not images.of_class)
+    split = options.validation.validation_split
+    if not split or most > 1:
+        return
+    problem = "no image can be held out, since no folder has more than one"
+    for name in STEERING:
+        if options[name]:
+            raise InvalidArgument(f"--{name}", problem, "leave it out, or give more images")
+    context.print_once(f"warning: --validation_split {split:g}: {problem}; there is no validation loss")
+
+
+def check_base_precision(options: ModelOptions, dtype: torch.dtype, accelerator: Accelerator) -> None:
+    """Try --base_precision on the device; raise `InvalidArgument` if it is not supported."""
+    if options.base_precision == "no":
+        return
+    argument = f"--base_precision {options.base_precision}"
+    try:
+        try_format(options.base_precision, dtype, accelerator.device)
+    except Exception as error:  # every device back end has its own exceptions
+        problem = f"does not work on {accelerator.device.type} here ({first_line(error)})"
+        raise InvalidArgument(argument, problem, "give another precision, or no") from None
+
+
+def check_blocks_to_swap(options: ModelOptions, model: Model, accelerator: Accelerator) -> None:
+    """Raise `InvalidArgument` for more --blocks_to_swap than the denoiser has.
+
+    On a CPU, print that the option has no effect.
+    """
+    if not options.blocks_to_swap:
+        return
+    argument, known = f"--blocks_to_swap {options.blocks_to_swap}", len(blocks(model.empty_denoiser()))
+    if options.blocks_to_swap > known:
+        problem = f"the {model.family.denoiser} of {model.family.name} has {known} blocks"
+        raise InvalidArgument(argument, problem, f"give {known} or fewer")
+    if accelerator.device.type == "cpu":
+        accelerator.print(f"{argument}: there is no GPU, so it saves nothing and changes nothing")
+
+
+def check_pipeline(
+    data: DataOptions, validation: ValidationOptions, pipeline: DiffusionPipeline, family: Family
+) -> None:
+    """Raise `InvalidArgument` for image sizes or a number of denoising steps that the pipeline does not support."""
+    known, multiple = pipeline.scheduler.config.num_train_timesteps, family.pixel_multiple(pipeline)
+    if validation.num_inference_steps > known:
+        argument = f"--num_inference_steps {validation.num_inference_steps}"
+        raise InvalidArgument(argument, f"the model knows {known} timesteps", "give fewer")
+    told = family.is_told_guidance or bool(pipeline.config.get("is_distilled"))
+    for prompt in prompts_of(validation):
+        check_prompt(prompt, known, multiple, f"the guidance of {family.name} is told to it" if told else "")
+    for size in named_buckets(data.aspect_ratio_buckets or ""):
+        if any(side % multiple or not side for side in (size.height, size.width)):
+            argument = f"--aspect_ratio_buckets {size.height},{size.width}"
+            raise InvalidArgument(argument, f"the pipeline takes multiples of {multiple}", "give sides that are")
+    sides = [("resolution", pixels) for pixels in data.resolution]
+    sides += [("validation_height", validation.validation_height or 0)]
+    sides += [("validation_width", validation.validation_width or 0)]
+    for name, pixels in sides:
+        if pixels % multiple:
+            argument, problem = f"--{name} {pixels}", f"the pipeline takes multiples of {multiple}"
+            raise InvalidArgument(argument, problem, f"give {max(1, pixels // multiple) * multiple}")
+
+
+def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> None:
+    """Raise `InvalidArgument` for options of a prompt that the pipeline does not support.
+
+    `told`: why the pipeline has no negative prompts; empty if it has.
+    """
+    where = f"--validation_prompt {prompt.prompt!r}"
+    if (prompt.num_inference_steps or 0) > timesteps:
+        problem = f"{prompt.num_inference_steps} steps, and the model knows {timesteps} timesteps"
+        raise InvalidArgument(where, problem, "give fewer")
+    for side in (prompt.width or multiple, prompt.height or multiple):
+        if side % multiple:
+            problem = f"{side} pixels, and the pipeline takes multiples of {multiple}"
+            raise InvalidArgument(where, problem, f"give {max(1, side // multiple) * multiple}")
+    if told and (prompt.negative_prompt or prompt.cfg_scale not in (None, 1)):
+        what = "a negative prompt (--n)" if prompt.negative_prompt else "guidance by one (--l, cfg_scale)"
+        raise InvalidArgument(where, f"{what}, but {told}", "leave it out, and give --g or guidance_scale")
+
+
+def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Options:
+    """Return the options with a rank; the default is limited to the narrowest layer."""
+    if options.adapter.rank is not None:
+        return options
+    if isinstance(targets := targets_of(options.adapter.target_modules), str):
+        matches(targets, "")
+    wanted, denoiser = options.replace(rank=DEFAULT_RANK, lora_alpha=1), model.empty_denoiser()
+    found = [
+        narrowest_layer(denoiser, config_of(method, wanted.adapter, total_steps=1000))
+        for method in options.adapter.method
+    ]
+    name, least = min(found, key=lambda layer: layer[1])
+    rank = int(min(DEFAULT_RANK, least))
+    if rank < DEFAULT_RANK:
+        accelerator.print(f"--rank {rank} and not {DEFAULT_RANK}, since none is given and {name} is no wider")
+    return options.replace(rank=rank, lora_alpha=options.adapter.lora_alpha or 2 * rank)
+
+
+def check_methods(adapter: MethodOptions, training: TrainingOptions, context: Context) -> None:
+    """Add every method's adapter to a denoiser without weights, to validate targets, ranks and shortcuts.
+
+    An experiment has options for each rank, shortcut and number of blocks. Raises `InvalidArgument` for the first that
+    fails.
+    """
+    model = context.model
+    for method in adapter.method:
+        denoiser = model.empty_denoiser()
+        if method == adapter.method[0]:
+            check_targets(denoiser, adapter, context.print_once)
+        config = config_of(method, adapter, total_steps=1000, start=context.start)
+        try:
+            check_rank(denoiser, config)
+        except ValueError as error:
+            raise InvalidArgument(f"--rank {adapter.rank}", *first_line(error).split(": ", 1)) from None
+        argument = f"--method {method}, --target_modules {' '.join(adapter.target_modules)}"
+        with refused_as(argument, "change the flag it is about", (ValueError, RuntimeError)):
+            try_method(denoiser, method, adapter, training, config)
+        if rank_allocator(denoiser) and (unread := model.family.unread_weights(denoiser)):
+            problem = f"nothing reads what {' and '.join(unread)} of the last block return, so AdaLoRA cannot rank them"
+            raise InvalidArgument(argument, problem, "give targets without them, or another method")
+        print_links(denoiser, method, shortcuts_of(adapter), context.print_once)
+
+
+def try_method(
+    model: nn.Module,
+    method: str,
+    adapter: MethodOptions,
+    training: TrainingOptions,
+    config: PeftConfig,
+    part: Part | None = None,
+) -> None:
+    """Add the method's adapter to a model without weights, the denoiser or a `part`, and begin its calibration."""
+    add_adapter(model, method, adapter, training, config, part)
+    if METHODS[method].measured:
+        with gauged(method, model, shortcuts_of(adapter)):
+            pass
+
+
+def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model) -> None:
+    """Raise `InvalidArgument` for options that the model's family does not support or use.
+
+    They are --train_text_encoder, --max_sequence_length and --guidance_scale_train.
+    """
+    if adapter.train_text_encoder and not model.family.trainable:
+        can = [load_family(name) for name in FAMILIES]
+        names = ", ".join(family.name for family in can if family.trainable)
+        problem = f"the text encoder of {model.family.name} is not trained"
+        raise InvalidArgument("--train_text_encoder", problem, f"leave it out, or give a model of {names}")
+    longest, guidance, name = (
+        training.max_sequence_length,
+        training.guidance_scale_train,
+        model.family.name,
+    )
+    if longest is not None and "max_sequence_length" not in model.family.defaults:
+        problem = f"{name} reads as many tokens as its text encoder can"
+        raise InvalidArgument(f"--max_sequence_length {longest}", problem, "leave it out")
+    default = Options.table()["guidance_scale_train"].default
+    if guidance != default and not (model.family.is_told_guidance and model.denoiser_config().get("guidance_embeds")):
+        problem = f"the denoiser of this {name} is told no guidance"
+        raise InvalidArgument(f"--guidance_scale_train {guidance}", problem, f"leave it at {default}")
+
+
+def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
+    """Add every method's adapter to the trained text encoders without weights, as a check.
+
+    Prints which text encoders are not trained.
+    """
+    options, family = context.options, context.model.family
+    for part, method in itertools.product(context.encoders, options.adapter.method):
+        encoder = meta_copy(getattr(pipeline, part.name))
+        config = config_of(method, options.adapter, total_steps=1000, targets=part.targets_in(encoder))
+        fix = "change the flag it is about, or leave --train_text_encoder out"
+        with refused_as(f"--method {method}, {part.name}", fix, (ValueError, RuntimeError)):
+            try_method(encoder, method, options.adapter, options.training, config, part)
+    if context.encoders:
+        stays = [name for name in family.frozen_text_parts if name.startswith("text_encoder")]
+        trains = " and ".join(part.name for part in context.encoders)
+        left = f"; {', '.join(stays)} stays as it is" if stays else ""
+        context.accelerator.print(f"--train_text_encoder: {trains} beside the {family.denoiser}{left}")
+
+
+def check_targets(denoiser: nn.Module, options: MethodOptions, tell: Callable[[str], object]) -> None:
+    """Raise `InvalidArgument` if no target matches, or if one matches no single layer.
+
+    Prints the targets that do not match.
+    """
+    names = [name for name, _ in denoiser.named_modules()]
+    if isinstance(targets := targets_of(options.target_modules), str):
+        counts = {targets: sum(matches(targets, name) for name in names)}
+    else:
+        counts = {target: sum(f".{name}".endswith(f".{target}") for name in names) for target in targets}
+    if not any(counts.values()):
+        argument = f"--target_modules {' '.join(options.target_modules)}"
+        fix = f"try {' '.join(model_targets(denoiser))}"
+        raise InvalidArgument(argument, "no layer of the denoiser ends in any of these", fix)
+    for target, count in counts.items():
+        if not count:
+            tell(f"--target_modules: 0 layers of the denoiser end in {target}")
+    check_layers(denoiser, targets)
+
+
+def matches(expression: str, name: str) -> bool:
+    """Return whether a regular expression matches a complete name.
+
+    Raises `InvalidArgument` for an invalid expression.
+    """
+    try:
+        return re.fullmatch(expression, name) is not None
+    except re.error as error:
+        problem = f"not a regular expression ({first_line(error)})"
+        raise InvalidArgument(f"--target_modules {expression}", problem, "give the ends of names, or mend it") from None
+
+
+def model_targets(denoiser: nn.Module) -> list[str]:
+    """Return the four most frequent last components of the names of the denoiser's linear layers."""
+    ends = [name.rpartition(".")[2] for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+    return sorted((end for end in set(ends) if not end.isdigit()), key=ends.count, reverse=True)[:4]

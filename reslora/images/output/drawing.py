@@ -1,0 +1,131 @@
+"""Generate samples with the pipeline and the denoiser that is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+
+from ...attributes import override_attributes
+from ...options.images import DataOptions, TrainingOptions, ValidationOptions
+from ...tracing import evaluating
+from ..data.batch import changed, stack_texts
+from ..data.encoding import Texts
+from ..generators import derive
+from ..model.families.base import Family, Part, Text
+from ..prompts import Prompt, resolved
+
+
+class Drawer:
+    """Generates images of prompts with the pipeline and any denoiser; each image has its own seed."""
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        family: Family,
+        texts: Texts,
+        data: DataOptions,
+        training: TrainingOptions,
+        validation: ValidationOptions,
+        encoders: Sequence[Part] = (),
+    ) -> None:
+        self.pipeline, self.family, self.texts = pipeline, family, texts
+        self.data, self.training, self.validation = data, training, validation
+        self.encoders = encoders  # the pipeline's text encoders that are trained
+
+    def draw(
+        self,
+        denoiser: nn.Module,
+        prompts: Sequence[str | Prompt],
+        images: int,
+        between_steps: Callable[[], None] = lambda: None,
+    ) -> list[np.ndarray]:
+        """Generate `images` images of each prompt, in eval mode; each is height x width x 3, in [0, 1].
+
+        `between_steps` is called between the denoising steps and may raise. Denoiser and pipeline are restored
+        afterwards.
+        """
+        wanted = self.wanted(prompts, images)
+        drawn, size = [], self.training.train_batch_size
+        encoders = [getattr(self.pipeline, part.name) for part in self.encoders]
+        with override_attributes(self.pipeline, **{self.family.denoiser: denoiser}), evaluating(denoiser, *encoders):
+            for alike in (list(group) for _, group in itertools.groupby(wanted, key=shared)):
+                for start in range(0, len(alike), size):
+                    drawn += self._batch(alike[start : start + size], between_steps)
+        return drawn
+
+    def wanted(self, prompts: Sequence[str | Prompt], images: int) -> list[tuple[Prompt, int]]:
+        """Return the prompt, with all its options resolved, and the seed of each image."""
+        found = []
+        for number, given in enumerate(prompts):
+            prompt = Prompt(given) if isinstance(given, str) else given
+            prompt = resolved(prompt, self.data, self.validation, self.family)
+            for image in range(images):
+                drawn = derive(self.training.seed, "sample", number, image)
+                found.append((prompt, drawn if prompt.seed is None else prompt.seed + image))
+        return found
+
+    def _batch(self, wanted: Sequence[tuple[Prompt, int]], between_steps: Callable[[], None]) -> list[np.ndarray]:
+        def callback(pipeline: DiffusionPipeline, index: int, timestep: int, tensors: dict) -> dict:
+            between_steps()
+            return tensors
+
+        first, _ = wanted[0]
+        text, negative = self._text([one.prompt for one, _ in wanted]), self._text([first.negative_prompt])
+        drawn = self.pipeline(
+            **self.family.drawing_inputs(self.pipeline, text, negative, not first.negative_prompt),
+            generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
+            num_inference_steps=first.num_inference_steps, **{self.family.guidance: first.guidance_scale},
+            height=first.height, width=first.width,
+            callback_on_step_end=callback, output_type="np",
+        )  # fmt: skip
+        return list(drawn.images)
+
+    def _text(self, captions: Sequence[str]) -> Text:
+        # The pipeline's dtype, because some pipelines create latents in the dtype of the text states.
+        vae = self.pipeline.vae
+
+        def ready(text: Text) -> Text:
+            return changed(text, lambda value: value.to(vae.device, vae.dtype, non_blocking=True))
+
+        states = ready(stack_texts([self._states(caption) for caption in captions]))
+        if not self.encoders:
+            return states
+        with torch.no_grad():
+            return ready(self.family.encode_trained(self.pipeline, captions, states))
+
+    def _states(self, caption: str) -> Mapping[str, torch.Tensor]:
+        with contextlib.suppress(KeyError):
+            return self.texts[caption]
+        # If captions are not encoded beforehand, the text encoders are loaded.
+        encode = self.family.encode_frozen if self.encoders else self.family.encode_captions
+        with torch.no_grad():
+            states = encode(self.pipeline, [caption], self.training.max_sequence_length)
+        return {name: value[0] for name, value in states.items()}
+
+
+def shared(wanted: tuple[Prompt, int]) -> Prompt:
+    """Return the options that images generated in one batch have in common."""
+    return dataclasses.replace(wanted[0], prompt="", seed=None)
+
+
+def as_bytes(drawn: np.ndarray) -> np.ndarray:
+    """Return an image in [0, 1] as uint8.
+
+    Raises `ValueError` for pixels that are not finite, which uint8 would hide.
+    """
+    if not np.isfinite(drawn).all():
+        raise ValueError("pixels that are not finite")
+    return (drawn * 255).round().astype(np.uint8)
+
+
+def as_image(drawn: np.ndarray) -> Image.Image:
+    """Return an image in [0, 1] as a PIL image; NaN becomes black."""
+    return Image.fromarray(as_bytes(np.nan_to_num(drawn, nan=0.0, posinf=1.0, neginf=0.0)))

@@ -1,0 +1,421 @@
+"""Export a trained method: merged weights and plain LoRA in every format, each read back and compared."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from peft import PeftModel
+from torch import nn
+
+from ... import export
+from ...attributes import override_attributes
+from ...chains import Chains, chains
+from ...errors import Diverged, RunFailed, first_line
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from ...io import Damaged, check_checksums, remove, replacing, write_json
+from ...methods.adapters import load_adapter, remove_adapters
+from ...methods.registry import METHODS
+from ...model import MergeReport, merge
+from ...runtime.folder_lock import check_held
+from ...tracing import evaluating
+from ...training.best import Best, best_of
+from ...training.checkpoints import EXPORTS
+from ...training.context import Context
+from ...training.schedule import Schedule
+from ...training.sharding import cuts_base
+from ...training.state import Learner
+from ...training.trained import Trained
+from ..data.samples import CalibrationSamples, Material
+from ..denoising import DenoisingLoss
+from ..initial_lora import add_adapters
+from ..model.families.base import Family
+from ..model.lora_files.writing import peft_folder
+from ..model.stored import load_exact
+from ..prompts import Prompt, prompts_of
+from .calibration_file import write_calibration
+from .drawing import Drawer, as_bytes, as_image
+from .merged_weights import write_merged
+from .reports import FINISHED, MERGED, save_images
+
+TOLERANCE = 2  # of 255: highest difference of any pixel between the merged model and an export read back
+PEFT_FOLDER = "peft"
+ROUNDING = 1e-6  # relative: a few units in the last place of float32
+
+
+Parts = Mapping[str, nn.Module]
+"""The trained modules by their names in the pipeline, the denoiser first."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The merge of one part's ResLoRA shortcuts: chains, report, and the calibration batches that it read."""
+
+    plan: Chains
+    report: MergeReport
+    calibration: list[dict]
+
+
+def export_method(
+    learner: Learner, material: Material, drawer: Drawer, schedule: Schedule, context: Context
+) -> dict[str, int]:
+    """Merge in float32, write every format, read each back, and compare the images that the pipeline generates.
+
+    Returns, for each file, the highest difference of any pixel from the merged model's image, of 255.
+
+    Raises `Diverged`, without exporting, if training has diverged. Raises `RunFailed` if the image of an export differs
+    from the merged model's by more than TOLERANCE. If rounding changes the image as much, the comparison is not
+    conclusive, and a line is printed instead.
+    """
+    options, method, accelerator = context.options, learner.method, context.accelerator
+    name, folder = learner.name, context.folder_of(method)
+    accelerator.print(f"{name}: merging, exporting and comparing")
+    context.status.say("merging", name)
+    prompts, images = prompts_of(options.validation), options.validation.num_validation_images
+    shown = bool(prompts and images)
+    if not shown:
+        prompts, images = [Prompt(next((text for text in material.texts.places if text), ""))], 1
+    with exact_products(), in_float32(drawer.pipeline):
+        parts = exact_parts(learner, schedule, context)
+        parts, merged = as_plain_lora(parts, method, learner.trained.loss, material)
+        denoiser = next(iter(parts.values()))
+        drawn = drawer.draw(denoiser.eval(), prompts, images)
+        reference, *_ = [finite(image, name) for image in drawn]
+        check_held()
+        for path in (folder / EXPORTS, context.folder / FINISHED):
+            path.unlink(missing_ok=True)  # until all files are from this merge
+        remove(folder / MERGED)
+        if merged:
+            write_merge(merged, folder)
+        for number, (part, found) in enumerate(merged.items()):
+            accelerator.print(f"{name}: {f'{part} ' if number else ''}{found.report}")
+        context.status.say("writing files", name)
+        metadata = kohya_metadata(denoiser.config, material, exported(schedule, learner, context), context)
+        write_formats(parts, method, metadata, context)
+        if shown:
+            save_images(folder / MERGED, [as_image(image) for image in drawn], [prompt.prompt for prompt in prompts])
+        context.status.say("reading back what was written", name)
+        differences = {}
+        for file, other in read_back(parts, method, drawer, context):
+            differences[file], doubt = compared(f"{name}/{file}", other, prompts[0], drawer, reference)
+            if doubt:
+                accelerator.print(doubt)
+    of_encoders = [part.name for part in context.encoders if context.writes_merged]
+    return differences | {name: differences[context.model.family.denoiser] for name in of_encoders}
+
+
+def compared(what: str, exported: nn.Module, prompt: Prompt, drawer: Drawer, reference: np.ndarray) -> tuple[int, str]:
+    """Return the difference of an export's image from the merged model's, and a line if rounding explains it.
+
+    Raises `RunFailed` if the difference is too large and rounding does not explain it.
+    """
+    picture = finite(drawer.draw(exported, [prompt], 1)[0], what)
+    found = difference(picture, reference)
+    if found <= TOLERANCE:
+        return found, ""
+    problem = f"{what}: its image differs by {found}/255 from the merged model's"
+    moved = difference(picture, finite(drawer.draw(exported, [nudge(prompt, drawer)], 1)[0], what))
+    if moved <= TOLERANCE:
+        raise RunFailed(f"{problem}; {TOLERANCE}/255 is allowed")
+    doubt = "the training went too far, and images cannot tell whether the file is right; lower --learning_rate"
+    return found, f"{problem}, and rounding alone moves it by {moved}/255: {doubt}"
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> int:
+    """Return the largest difference of any pixel of two uint8 images (height x width x 3), of 255."""
+    return int(np.abs(one.astype(int) - other.astype(int)).max())
+
+
+def nudge(prompt: Prompt, drawer: Drawer) -> Prompt:
+    """Return the prompt with its guidance scale changed in the last digits, which has the effect of rounding.
+
+    Weights trained at far too high a learning rate make a denoiser chaotic: 1e-7 becomes another image within a few
+    steps.
+    """
+    ((settled, seed),) = drawer.wanted([prompt], 1)
+    return dataclasses.replace(settled, seed=seed, guidance_scale=(settled.guidance_scale or 0.0) * (1 + ROUNDING))
+
+
+def finite(drawn: np.ndarray, what: str) -> np.ndarray:
+    """Return an image (height x width x 3) as uint8.
+
+    Raises `Diverged` if pixels are not finite.
+    """
+    try:
+        return as_bytes(drawn)
+    except ValueError as error:
+        problem = f"{what}: it draws {error}: training has diverged"
+        raise Diverged(problem, "start again with a lower --learning_rate") from None
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Disable TF32, which would change images by more than the tolerance of exports."""
+    with (
+        override_attributes(torch.backends.cuda.matmul, allow_tf32=False),
+        override_attributes(torch.backends.cudnn, allow_tf32=False),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Convert the pipeline to float32 for the body, and back afterwards."""
+    dtype = pipeline.vae.dtype
+    pipeline.to(torch.float32)
+    try:
+        yield
+    finally:
+        pipeline.to(dtype)
+
+
+def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[str, nn.Module]:
+    """Return the trained modules by name in float32; with --save_best, those of the best checkpoint.
+
+    They are reloaded from disk if the base is in half precision, quantized, swapped or sharded.
+    """
+    folder = context.folder_of(learner.method)
+    if best := best_to_export(learner, context):
+        try:
+            check_checksums(best.path)
+        except Damaged as error:
+            raise RunFailed(f"{first_line(error)}; remove {best.path}, and the one before is exported") from None
+        return saved_parts(learner.method, best.path, learner.trained.loss, schedule, context)
+    if context.options.validation.save_best:
+        line = f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)"
+        print(line, flush=True)
+    options = context.options
+    plain = (
+        context.accelerator.mixed_precision == "no"
+        and options.model.base_precision == "no"
+        and not options.model.blocks_to_swap
+    )
+    if plain and learner.denoiser.dtype == torch.float32 and not cuts_base(context.accelerator):
+        return dict(learner.trained.parts)
+    checkpoint = folder / f"checkpoint-{learner.step}"
+    return saved_parts(learner.method, checkpoint, learner.trained.loss, schedule, context)
+
+
+def best_to_export(learner: Learner, context: Context) -> Best | None:
+    """Return the best adapter if it is exported in place of the last one, else None."""
+    return best_of(context.folder_of(learner.method)) if context.options.validation.save_best else None
+
+
+def exported(schedule: Schedule, learner: Learner, context: Context) -> Schedule:
+    """Return the schedule up to the step of the exported adapter."""
+    best = best_to_export(learner, context)
+    return dataclasses.replace(schedule, steps=best.step) if best else schedule
+
+
+def saved_parts(
+    method: str, adapters: Path, loss: DenoisingLoss, schedule: Schedule, context: Context
+) -> dict[str, nn.Module]:
+    """Return the trained models by name, in float32, with a method's saved adapters, unmerged."""
+    parts = base_parts(loss, context)
+    trained = Trained(parts, loss)
+    add_adapters(trained, method, schedule.steps, context)
+    for place, part in trained.places(adapters):
+        load_adapter(part, place)
+    return parts
+
+
+def base_parts(loss: DenoisingLoss, context: Context) -> dict[str, nn.Module]:
+    """Return the base models of the trained ones by name, in float32, the denoiser first."""
+    denoiser = context.model.load_exact_denoiser(context.accelerator.device)
+    return {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, loss.pipeline)
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def as_plain_lora(
+    parts: Parts, method: str, loss: DenoisingLoss, material: Material
+) -> tuple[dict[str, nn.Module], dict[str, Merged]]:
+    """Return the modules with shortcuts merged, as plain LoRA if the method permits it, and the merges by name."""
+    merged = merge_reslora(parts, loss, material) if METHODS[method].shortcuts else {}
+    plain_lora = METHODS[method].plain_lora or (lambda part: part)
+    return {name: plain_lora(part) for name, part in parts.items()}, merged
+
+
+def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict[str, Merged]:
+    """Merge the shortcuts into plain LoRA weights, module by module; raises `Diverged` if weights are not finite."""
+    merged, denoiser = {}, next(iter(parts))
+    with calls_of_encoders(loss) as calibration:
+        calibration[denoiser] = calibration_batches(loss, material)
+    for name, part in parts.items():
+        plan = chains(part)
+        try:
+            report = merge(part, method=material.adapter.merge, calibration=calibration[name] or None)
+        except ValueError as error:
+            advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
+            raise Diverged(f"reslora: it cannot be merged ({first_line(error)})", advice) from None
+        merged[name] = Merged(plan, report, calibration[name])
+    return merged
+
+
+@torch.no_grad()
+def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
+    """Return the denoiser's keyword arguments, in float32, for --merge_calibration_samples training samples."""
+    read = CalibrationSamples(material).batches(
+        material.adapter.merge_calibration_samples, PartialState().num_processes
+    )
+    with evaluating(*loss.encoders):
+        return [as_float32(loss.inputs(loss.encoded(batch))[0]) for batch in read]
+
+
+@contextlib.contextmanager
+def calls_of_encoders(loss: DenoisingLoss) -> Iterator[dict[str, list[dict]]]:
+    """Record the keyword arguments (tokenized captions) of each call of a trained text encoder in the body."""
+    calls: dict[str, list[dict]] = {part.name: [] for part in loss.parts}
+
+    def note(found: list[dict], encoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        found.append({"input_ids": args[0]} | kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for found, encoder in zip(calls.values(), loss.encoders, strict=True):
+            hook = encoder.register_forward_pre_hook(functools.partial(note, found), with_kwargs=True)
+            stack.callback(hook.remove)
+        yield calls
+
+
+def as_float32(value: Any) -> Any:
+    """Convert floating-point tensors, at any depth, to float32."""
+    if isinstance(value, dict):
+        return {name: as_float32(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [as_float32(item) for item in value]
+    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
+    """Write `chains.json`, `merge.json` and the calibration batches; those of text encoders under their names."""
+    denoiser, *encoders = merged
+    for file, found in (
+        ("chains.json", {name: part.plan.to_dict() for name, part in merged.items()}),
+        ("merge.json", {name: part.report.to_dict() for name, part in merged.items()}),
+    ):
+        write_json(folder / file, found[denoiser] | {name: found[name] for name in encoders})
+    for name, part in merged.items():
+        if part.calibration:
+            mark = "" if name == denoiser else f"-{name}"
+            write_calibration(folder / f"calibration{mark}.safetensors", part.calibration)
+
+
+# -- exporting ---------------------------------------------------------------------------------------------------------
+
+
+def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: Context) -> None:
+    """Write every format that the method supports."""
+    family, folder = context.model.family, context.folder_of(method)
+    for name, part in parts.items() if context.writes_merged else ():
+        if name == family.denoiser:
+            write_merged(part, folder / name, context.model.stored_denoiser())
+        else:
+            export.export_merged(part, folder / name)
+    write_adapters(parts, folder, family, metadata if METHODS[method].plain_lora else None)
+
+
+def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[str, str] | None) -> list[str]:
+    """Write PEFT's folder and, with metadata, plain LoRA in the family's formats, all modules in each; return the
+    names.
+
+    Files of an earlier training are removed last, so that a full disk does not lose them.
+    """
+    with replacing(folder / PEFT_FOLDER) as temporary:
+        for name, part in parts.items():
+            export.export_peft(part, peft_folder(temporary, name, family))
+    written = [PEFT_FOLDER]
+    if metadata is not None:
+        write_lora(parts, folder, family, metadata)
+        written = [*family.lora_files, DIFFUSERS_FILE, PEFT_FOLDER]
+    for file in {DIFFUSERS_FILE, *LORA_FILES} - set(written):
+        (folder / file).unlink(missing_ok=True)
+    return written
+
+
+def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, str]) -> None:
+    """Write plain LoRA in diffusers' format and the family's others, all modules in each file."""
+    export.export_diffusers(parts, folder, metadata=metadata)
+    for file in family.lora_files:
+        LORA_FILES[file](parts, folder / file, family, metadata)
+
+
+def write_kohya(parts: Parts, path: Path, family: Family, metadata: dict[str, str]) -> None:
+    """Write kohya's format, with the layer names of kohya's scripts."""
+    config = parts[family.denoiser].config
+    prefixes = {family.denoiser: "lora_unet"} | {name: kohya for name, (kohya, _) in family.text_names.items()}
+    named = {prefixes[name]: part for name, part in parts.items()}
+    export.export_kohya(named, path, metadata=metadata, rename=lambda name: family.kohya_name(config, name) or name)
+
+
+def write_comfyui(parts: Parts, path: Path, family: Family, metadata: dict[str, str]) -> None:
+    """Write ComfyUI's format, for families without trainable text encoders and without fused layers."""
+    denoiser = parts[family.denoiser]
+    names = functools.partial(family.original_name, denoiser.config)
+    export.export_comfyui(denoiser, path, metadata=metadata, rename=lambda name: names(name) or name)
+
+
+LORA_FILES = {KOHYA_FILE: write_kohya, COMFYUI_FILE: write_comfyui}
+
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the values that sd-scripts writes
+
+
+def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, context: Context) -> dict[str, str]:
+    """Return the metadata by which model managers recognize a LoRA (Stability AI's ModelSpec 1.0.0)."""
+    options, predicted = context.options, getattr(material.objective, "prediction_type", None)  # None for a flow
+    version, architecture = context.model.family.model_version(config, predicts_v=predicted == "v_prediction")
+    sides = options.data.resolution
+    prediction = {"modelspec.prediction_type": PREDICTIONS[predicted]} if predicted else {}
+    return prediction | {
+        "ss_v2": str(version.startswith("sd_v2")),  # A1111 distinguishes 2.x from 1.x by this
+        "ss_base_model": Path(options.model.pretrained_model_name_or_path).name,
+        "ss_base_model_version": version,
+        "ss_learning_rate": str(options.optimizer.learning_rate),
+        "ss_seed": str(options.training.seed),
+        "ss_steps": str(schedule.steps),
+        "ss_resolution": " ".join(map(str, sides)),
+        "ss_enable_bucket": str(options.data.use_aspect_ratio_buckets),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": f"LoRA for {Path(options.model.pretrained_model_name_or_path).name}",
+        "modelspec.resolution": f"{sides[0]}x{sides[0]}",
+    }
+
+
+def read_back(parts: Parts, method: str, drawer: Drawer, context: Context) -> Iterator[tuple[str, nn.Module]]:
+    """Yield each export's name and the denoiser that stock diffusers or PEFT loads from it, one at a time.
+
+    Trained text encoders are replaced in the pipeline in the same way.
+    """
+    model, folder, device = context.model, context.folder_of(method), context.accelerator.device
+    name, pipeline = model.family.denoiser, drawer.pipeline
+    before, denoiser = getattr(pipeline, name), parts[name]
+    for part in parts.values():
+        remove_adapters(part)
+    for file in (DIFFUSERS_FILE, *model.family.lora_files) if METHODS[method].plain_lora else ():
+        setattr(pipeline, name, denoiser)
+        pipeline.load_lora_weights(folder, weight_name=file)
+        yield file, denoiser
+        setattr(pipeline, name, denoiser)
+        pipeline.unload_lora_weights()
+        setattr(pipeline, name, before)
+    for part in parts:
+        PeftModel.from_pretrained(parts[part], peft_folder(folder / PEFT_FOLDER, part, model.family))  # in place
+    yield PEFT_FOLDER, denoiser
+    if not context.writes_merged:
+        return
+    remove_adapters(denoiser)
+    denoiser.to("meta")
+    for part in context.encoders:
+        setattr(pipeline, part.name, type(parts[part.name]).from_pretrained(folder / part.name).to(device))
+    yield name, load_exact(model.family.denoiser_class, folder / name, device)

@@ -1,0 +1,280 @@
+"""Progress reports of training: the log, the trackers, samples, validation loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+
+from ...errors import Diverged, Stopped
+from ...io import remove, replacing, write_json
+from ...runtime.checkpoint_folders import adapter_folder
+from ...runtime.log import LogWriter, of_split, read_log
+from ...runtime.processes import broadcast_from_main
+from ...runtime.sample_folders import PROMPTS, by_step
+from ...runtime.signals import StopRequest
+from ...tracing import evaluating
+from ...training.best import is_over, keep_adapter, keep_if_best
+from ...training.checkpoints import EXPORTS, checkpoints_of
+from ...training.schedule import Schedule
+from ...training.sharding import by_main, cuts_base
+from ...training.state import Learner
+from ...training.stopping import stop_requested
+from ..data.batch import Batch
+from ..data.samples import Material, ValidationSamples, losses_of, measured, measured_at
+from ..denoising import DenoisingLoss
+from ..prompts import prompts_of
+from .drawing import Drawer, as_image
+from .metric import load_metric
+
+T = TypeVar("T")
+VALIDATION_PARTS = ("loss", "samples")
+MERGED = "merged"  # the folder of the merged model's samples
+FINISHED = "loss.png"  # written last: it marks a run as finished
+
+
+class Reports:
+    """The log and the trackers of one method."""
+
+    def __init__(self, folder: Path, learner: Learner, schedule: Schedule, accelerator: Accelerator) -> None:
+        self.learner, self.folder, self.trackers = learner, folder, accelerator.trackers
+        # Only TensorBoard accepts the next method's steps from 0 again.
+        self.before = learner.before * (schedule.steps + 1)
+        self.log = LogWriter(folder / "log.jsonl", learner.step) if accelerator.is_main_process else None
+        if self.log:
+            forget_samples(folder, learner.step)
+        self.noted: dict | None = None
+        rows = of_split(read_log(folder / "log.jsonl"), "validation") if self.log else []
+        self.validated = [row["loss"] for row in rows if row["step"]]  # main process only; without step 0
+
+    def note(
+        self, split: str, loss: torch.Tensor | float, by_timestep: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """Store a row of the log until `flush`, because reading a loss at once would wait for the device at every step.
+
+        `by_timestep`: losses by timestep, from 0 to 1, which is pure noise.
+        """
+        learner = self.learner
+        rate, seconds = learner.lr_scheduler.get_last_lr()[0], round(learner.seconds, 3)
+        self.noted = {"step": learner.step, "split": split, "loss": loss, "lr": rate, "seconds": seconds}
+        if by_timestep:
+            self.noted["by_timestep"] = dict(by_timestep)
+
+    def flush(self) -> float | None:
+        """Write the stored row to the log and the trackers, and return its loss.
+
+        Raises `Diverged` if the loss is not finite.
+        """
+        row, self.noted = self.noted, None
+        if row is None:
+            return None
+        row["loss"] = float(row["loss"])
+        name, split, step, loss = self.learner.name, row["split"], row["step"], row["loss"]
+        if not math.isfinite(loss):
+            saved = "; checkpoints before it are intact" if checkpoints_of(self.folder) else ""
+            advice = f"start in another --output_dir with a lower --learning_rate{saved}"
+            raise Diverged(f"{name}: {split} loss {loss} at step {step}", advice)
+        if split == "validation" and step:
+            self.validated.append(loss)
+        at = {f"{split}_loss_at_{timestep}/{name}": value for timestep, value in row.get("by_timestep", {}).items()}
+        self._write(row, {f"{split}_loss/{name}": loss, f"lr/{name}": row["lr"]} | at)
+        return loss
+
+    def similarities(self, values: Mapping[str, float]) -> None:
+        """Write the similarities of this step's samples."""
+        learner = self.learner
+        row = {"step": learner.step, "split": "samples", **values, "seconds": round(learner.seconds, 3)}
+        self._write(row, {f"{name}/{learner.name}": value for name, value in values.items()})
+
+    def is_over(self, patience: int | None) -> bool:
+        """Return whether `patience` validations in a row had no lower loss; valid on the main process."""
+        return is_over(self.validated, patience)
+
+    def _write(self, row: dict, values: dict[str, float]) -> None:
+        """Write a row to the log, and values by name to the trackers."""
+        step = row["step"]
+        if self.log:
+            self.log.write(row)
+        for tracker in self.trackers:
+            if tracker.name != "tensorboard":
+                tracker.log(values, step=step + self.before)
+            elif self.log:  # accelerate's own `log` flushes to disk every time
+                for tag, value in values.items():
+                    tracker.writer.add_scalar(tag, value, step)
+
+    def samples(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+        """Write this step's samples, the same number for each prompt, to files and to trackers that show images."""
+        save_images(self.folder / "samples" / f"step-{self.learner.step:06d}", images, prompts)
+        name, step = f"samples/{self.learner.name}", self.learner.step
+        for tracker in self.trackers:
+            if tracker.name == "wandb":
+                tracker.log_images({name: images}, step=step + self.before)
+            if tracker.name == "tensorboard":
+                for size in dict.fromkeys(image.size for image in images):
+                    alike = np.stack([np.asarray(image) for image in images if image.size == size])
+                    tag = name if size == images[0].size else f"{name}/{size[0]}x{size[1]}"
+                    tracker.writer.add_images(tag, alike, step, dataformats="NHWC")
+
+    def close(self) -> None:
+        """Write the stored row, and close the log."""
+        try:
+            self.flush()
+        finally:
+            if self.log:
+                self.log.close()
+                for tracker in self.trackers:
+                    if tracker.name == "tensorboard":
+                        tracker.writer.flush()
+
+    def overdue(self, schedule: Schedule) -> list[str]:
+        """Return the parts of the validation that are missing at the step from which training resumes.
+
+        A run may have been stopped before or during the validation of that step.
+        """
+        step = self.learner.step
+        rows = read_log(self.folder / "log.jsonl")
+        done = {
+            "loss": any(row["step"] == step and row["split"] == "validation" for row in rows),
+            "samples": (self.folder / "samples" / f"step-{step:06d}").is_dir(),
+        }
+        due = step == 0 or schedule.is_due(step)
+        return [part for part in VALIDATION_PARTS if step == 0 or not done[part]] if due else []
+
+
+class Validation:
+    """Validation loss and samples of a denoiser.
+
+    The main process computes them; for a sharded base, all processes do.
+    """
+
+    def __init__(
+        self, loss: DenoisingLoss, material: Material, drawer: Drawer, accelerator: Accelerator, stop: StopRequest
+    ) -> None:
+        self.loss, self.material, self.drawer = loss, material, drawer
+        self.accelerator, self.stop = accelerator, stop
+
+    def __call__(self, learner: Learner, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
+        """Compute validation loss and samples, and set `learner.over`.
+
+        A resumed run repeats what a stop interrupted.
+        """
+        validation, denoiser = self.material.validation, learner.denoiser
+        with learner.averaged():
+            if "loss" in parts and self.material.held_out:
+                self._by_main(lambda: self.losses(denoiser), partial(self._keep_losses, learner, reports))
+            if "samples" in parts and validation.validation_prompt and validation.num_validation_images:
+                self._by_main(lambda: self._drawn(denoiser), partial(self._keep_samples, learner, reports))
+        learner.over = broadcast_from_main(lambda: reports.is_over(validation.early_stopping_patience))
+
+    def _by_main(self, compute: Callable[[], T], keep: Callable[[T], None]) -> None:
+        """Call `by_main`, but discard the result if a stop interrupted it."""
+
+        def unless_stopped() -> T | None:
+            try:
+                return compute()
+            except Stopped:
+                return None
+
+        by_main(self.accelerator, unless_stopped, lambda found: None if found is None else keep(found))
+
+    def _keep_losses(self, learner: Learner, reports: Reports, losses: torch.Tensor) -> None:
+        mean = losses.mean().item()
+        if self.material.validation.save_best and learner.step:
+            keep_if_best(learner, reports.folder, mean)
+        if learner.step and learner.name != learner.method:  # a run of an experiment, which chooses among its steps
+            keep_adapter(learner, adapter_folder(reports.folder, learner.step))
+        reports.note("validation", mean, self.by_timestep(losses))
+        reports.flush()
+
+    def losses(self, denoiser: nn.Module) -> torch.Tensor:
+        """Return the unweighted losses on the held-out images.
+
+        With --validation_noises they are images x timesteps at fixed timesteps, otherwise of shape (samples,). Noise
+        and timesteps are the same in every call.
+        """
+        noises = self.material.validation.validation_noises
+        with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
+            if noises:
+                images = measured(self.material)
+                return losses_of(partial(self._loss, denoiser), self.material, images, noises)
+            samples = ValidationSamples(self.material)
+            return torch.cat([self._loss(denoiser, batch) for batch in samples.batches()])
+
+    def _loss(self, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
+        self._leave_if_asked()
+        return self.loss(denoiser, batch, weighted=False)
+
+    def by_timestep(self, losses: torch.Tensor) -> dict[str, float]:
+        """Return the mean over images at each fixed timestep; empty without fixed ones.
+
+        `losses`: images x timesteps, or (samples,). Keys are timesteps from 0 to 1, which is pure noise.
+        """
+        if losses.dim() == 1:
+            return {}
+        objective = self.material.objective
+        names = [f"{float(timestep) / objective.timesteps:.3f}" for timestep in measured_at(objective)]
+        return dict(zip(names, losses.mean(0).tolist(), strict=True))
+
+    def _drawn(self, denoiser: nn.Module) -> list[np.ndarray]:
+        validation, prompts = self.material.validation, prompts_of(self.material.validation)
+        with self.accelerator.autocast():
+            return self.drawer.draw(denoiser, prompts, validation.num_validation_images, self._leave_if_asked)
+
+    def _keep_samples(self, learner: Learner, reports: Reports, drawn: list[np.ndarray]) -> None:
+        validation, prompts = self.material.validation, prompts_of(self.material.validation)
+        if not all(np.isfinite(image).all() for image in drawn):
+            self.accelerator.print(f"warning: samples of step {learner.step} have pixels that are not finite")
+        images = [as_image(image) for image in drawn]
+        captions = [prompt.prompt for prompt in prompts for _ in range(validation.num_validation_images)]
+        found = self._similarities(images, captions) if validation.metric_model else {}
+        reports.samples(images, [prompt.prompt for prompt in prompts])
+        if found:
+            reports.similarities(found)
+
+    def _similarities(self, images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, float]:
+        """Return the mean similarity of the samples to the held-out images and, with CLIP, to their prompts."""
+        metric = load_metric(self.material.validation.metric_model, str(self.accelerator.device))
+        found, drawn = {}, metric.images(images)
+        if self.material.held_out:
+            held_out = metric.of(self.material.sources, measured(self.material))
+            found["image_similarity"] = float((drawn @ held_out.T).mean())
+        if metric.reads_captions:
+            found["caption_similarity"] = float((drawn * metric.captions(captions)).sum(1).mean())
+        return found
+
+    def _leave_if_asked(self) -> None:
+        if not cuts_base(self.accelerator):
+            self.stop.check("stopped while validating")
+        elif stop_requested(self.stop):  # all processes compute, so all leave
+            raise Stopped("stopped while validating")
+
+
+def forget_samples(folder: Path, step: int) -> None:
+    """Remove samples of later steps than `step`, and all samples if it is 0.
+
+    Merged samples are removed too, unless an export exists that they belong to.
+    """
+    for drawn, path in by_step(folder / "samples").items():
+        if not step or drawn > step:
+            remove(path)
+    if not (folder / EXPORTS).exists():
+        remove(folder / MERGED)
+
+
+def save_images(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+    """Write images as `<prompt>-<image>.png`, numbered from 0, and the prompts to a folder, atomically."""
+    per_prompt = len(images) // len(prompts)
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        write_json(temporary / PROMPTS, {"prompts": list(prompts)})
+        for number, image in enumerate(images):
+            image.save(temporary / f"{number // per_prompt}-{number % per_prompt}.png")

@@ -1,0 +1,109 @@
+"""Write the figures and print the summary of a finished run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from ...io import read_object, replacing
+from ...methods.registry import METHODS
+from ...options.images import MethodOptions, OutputOptions, ValidationOptions
+from ...plots.figures import comparison, loss_curves
+from ...runtime.log import read_log
+from ...runtime.sample_folders import by_step, shows
+from .reports import FINISHED
+
+COLUMNS = 9  # highest number of steps in the comparison
+
+
+def write_figures(
+    adapter: MethodOptions,
+    validation: ValidationOptions,
+    output_options: OutputOptions,
+    held_out: int,
+    learnt: Callable[[int], list[Image.Image]] = lambda _: [],
+) -> None:
+    """Write `comparison.png`, a single method's weights where diffusers' script writes them, and `loss.png`.
+
+    `loss.png` is written last, because it marks the run as finished. `learnt` returns some of the training images.
+    """
+    output, measured = Path(output_options.output_dir), min(held_out, validation.max_validation_images)
+    if validation.validation_prompt and validation.num_validation_images:
+        write_comparison(adapter, validation, output_options, output / "comparison.png", learnt(COLUMNS + 3))
+    if len(adapter.method) == 1 and METHODS[adapter.method[0]].plain_lora:
+        with replacing(output / DIFFUSERS_FILE) as temporary:
+            shutil.copyfile(output / adapter.method[0] / DIFFUSERS_FILE, temporary)
+    logs = {METHODS[method].title: read_log(output / method / "log.jsonl") for method in adapter.method}
+    loss_curves(output / FINISHED, logs, measured)
+
+
+def write_comparison(
+    adapter: MethodOptions,
+    validation: ValidationOptions,
+    output_options: OutputOptions,
+    path: Path,
+    learnt: Sequence[Image.Image] = (),
+) -> None:
+    """Write the comparison, like the paper's Figure 3: steps across, prompts and methods down, training images on top.
+
+    Without samples of these prompts nothing is written, so that a comparison of other prompts is kept.
+    """
+    output, prompts = Path(output_options.output_dir), list(enumerate(validation.validation_prompt))
+    folders = [found for samples in output.glob("*/samples") for found in by_step(samples).items()]
+    found = sorted({step for step, folder in folders if any(shows(folder, *prompt) for prompt in prompts)})
+    chosen = sorted({found[round(i * (len(found) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)}) if found else []
+    places = [f"samples/step-{step:06d}" for step in chosen] + ["merged"]
+    rows = []
+    for number, prompt in prompts:
+        drawn = [[_image(output / name / place, number, prompt) for place in places] for name in adapter.method]
+        titles = [METHODS[name].title for name in adapter.method]
+        rows.append((f"prompt: {prompt}", list(zip(titles, drawn, strict=True))))
+    columns = [f"step {step}" if step else "before\ntraining" for step in chosen] + ["merged into\nthe model"]
+    if any(image for _, methods in rows for _, images in methods for image in images):
+        comparison(path, columns, rows, above=("some of the training images", learnt))
+
+
+def _image(samples: Path, number: int, prompt: str) -> Path | None:
+    """Return the path of the first sample of a prompt, or None if it cannot be read."""
+    path = samples / f"{number}-0.png"
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+    return path if shows(samples, number, prompt) else None
+
+
+def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None:
+    """Print the files that were written, and how to load them."""
+    output = Path(output_options.output_dir)
+    lines = ["", f"{output}/"]
+    if (output / "comparison.png").is_file():
+        lines.append("  comparison.png   images to learn from; steps across; prompts and methods down")
+    lines += ["  loss.png         training and validation loss", "  config.json      every setting of this run"]
+    uses = {
+        DIFFUSERS_FILE: "diffusers: pipeline.load_lora_weights(folder)",
+        KOHYA_FILE: "ComfyUI, A1111/Forge, kohya",
+        COMFYUI_FILE: "ComfyUI",
+        "peft": "PeftModel.from_pretrained(denoiser, folder)",
+        "unet": "merged weights: UNet2DConditionModel.from_pretrained(folder)",
+        "text_encoder": "merged weights: the text encoder's from_pretrained(folder)",
+        "text_encoder_2": "merged weights: the text encoder's from_pretrained(folder)",
+        "transformer": "merged weights: the transformer's from_pretrained(folder)",
+    }
+    for method in adapter.method:
+        record = read_object(output / method / "exports.json")
+        best = record.get("best")
+        of = f"of step {best['step']}, which has the lowest validation loss, {best['loss']:.5f}" if best else ""
+        lines.append(f"  {method + '/':<36}{of}".rstrip())
+        for name, difference in record["difference_of_255"].items():
+            lines.append(f"    {name:<34}{uses.get(name, ''):<62}read back: {difference}/255")
+    lines.append(
+        "Each was read back by stock diffusers or PEFT; its image may differ from the merged model's by 2/255 (fp32)."
+    )
+    lines.append("Look at the run: python -m app")
+    print("\n".join(lines))

@@ -1,0 +1,49 @@
+"""Write `config.json`, and start accelerate's trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from ...errors import refused_as
+from ...io import write_json
+from ...options.images import Options
+from ...options.prompts import clean
+from ...runtime.processes import broadcast_from_main, on_all
+from ...training.context import Context
+from ...training.schedule import Schedule
+
+TENSORBOARD_SECONDS = 10  # between flushes to disk
+
+
+def start_trackers(context: Context) -> None:
+    """Start the trackers; raises `InvalidArgument` if one cannot start."""
+    often = {"tensorboard": {"flush_secs": TENSORBOARD_SECONDS}}
+
+    def start() -> None:
+        with refused_as(f"--report_to {context.options.output.report_to}", "log in there, or give --report_to none"):
+            context.accelerator.init_trackers("train_sd", init_kwargs=often)
+
+    on_all(start)
+
+
+def note_settings(values: Mapping[str, Any], schedule: Schedule, accelerator: Accelerator, write: bool = True) -> None:
+    """Write every option's value to the trackers and, if `write`, to `config.json`."""
+    steps = {"max_train_steps": schedule.steps, "validation_steps": schedule.validation_steps}
+    public = {name: value for name, value in {**values, **steps}.items() if not Options.table()[name].secret}
+    for name, value in public.items():
+        if value and Options.table()[name].path == "absolute":
+            public[name] = list(map(absolute, value)) if isinstance(value, list) else absolute(value)
+    if write:
+        broadcast_from_main(lambda: write_json(Path(values["output_dir"]) / "config.json", public))
+    plain = {k: v if isinstance(v, (int, float, bool)) else clean(str(v)) for k, v in public.items()}
+    for tracker in accelerator.trackers:
+        tracker.store_init_configuration(plain)
+
+
+def absolute(place: str) -> str:
+    """Return the absolute path of an existing file or folder; other names are returned unchanged."""
+    return str(Path(place).resolve()) if Path(place).exists() else place

@@ -1,0 +1,245 @@
+"""Validation that needs no model: contradicting options, and invalid paths."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from ..checks import check_writable, is_path, require_package
+from ..errors import InvalidArgument, refused_as, speaks
+from ..formatting import pluralize
+from ..methods.registry import METHODS, check_steps, refuse_unable
+from ..options.contradictions import check_compiled, check_method, check_texts
+from ..options.images import (
+    DataOptions,
+    MethodOptions,
+    ModelOptions,
+    OptimizerOptions,
+    Options,
+    OutputOptions,
+    TrainingOptions,
+    ValidationOptions,
+)
+from ..options.optimizers import check_installed, named, options_of
+from ..options.unused import refuse_unused
+from ..options.values import as_typed
+from ..shortcuts import PLAIN
+from .cache_folder import cache_folder
+from .model.kinds import check_pipeline_class, read_index, refuse_parts
+
+PRODIGY = named("prodigy").path
+POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
+
+
+def check_options(options: Options) -> None:
+    """Raise `InvalidArgument` for combinations of options that cannot work."""
+    check_texts(options.flat())
+    check_folders(options.data)
+    refuse_unused(options)
+    check_text_encoder(options.adapter, options.optimizer)
+    check_prompts(options.validation)
+    check_method(options.adapter, "merge_calibration_samples")
+    check_start(options.adapter)
+    check_steps(
+        options.adapter.method,
+        options.training.max_train_steps,
+        f"--max_train_steps {options.training.max_train_steps}",
+    )
+    check_optimizer(options.optimizer)
+    check_schedule(options.optimizer)
+    check_hub(options.output)
+    if options.training.compile:
+        check_compile(options.model, options.adapter, options.training)
+    if options.model.enable_xformers_memory_efficient_attention:
+        require_package("--enable_xformers_memory_efficient_attention", "xformers")
+
+
+def check_folders(data: DataOptions) -> None:
+    """Raise `InvalidArgument` for image directories that are missing, given twice or contradicted by other options."""
+    folders, dataset = data.train_data_dir, data.dataset_name
+    if not dataset and not folders:
+        fix = "name a folder of images with captions, or a dataset with --dataset_name"
+        raise InvalidArgument("--train_data_dir", "missing", fix)
+    places = [Path(folder).resolve() for folder in folders]
+    twice = next((folder for folder, place in zip(folders, places, strict=True) if places.count(place) > 1), None)
+    if twice:
+        argument = f"--train_data_dir {as_typed(folders)}"
+        raise InvalidArgument(argument, f"{twice} is given twice", "give it once, with --train_data_repeats")
+    if dataset and len(folders) > 1:
+        problem = f"reads one folder of it, --train_data_dir names {len(folders)}"
+        raise InvalidArgument(f"--dataset_name {dataset}", problem, "give folders alone, or the dataset alone")
+    if dataset and folders:
+        check_part(dataset, folders[0])
+    for name, values in (
+        ("train_data_repeats", data.train_data_repeats),
+        ("train_data_weight", data.train_data_weight),
+    ):
+        if len(values) not in (1, max(1, len(folders))):
+            problem = f"{pluralize(len(values), 'value')} for {pluralize(max(1, len(folders)), 'folder')}"
+            raise InvalidArgument(f"--{name} {as_typed(values)}", problem, "give one, or one for each")
+    if (data.class_data_dir is None) != (data.class_prompt is None):
+        missing = "--class_prompt" if data.class_prompt is None else "--class_data_dir"
+        raise InvalidArgument(missing, "missing", "give --class_data_dir and --class_prompt together, or neither")
+    if data.aspect_ratio_buckets and len(data.resolution) > 1:
+        argument = f"--resolution {as_typed(data.resolution)}"
+        raise InvalidArgument(argument, "--aspect_ratio_buckets names all sizes", "give one side")
+
+
+def check_part(dataset: str, folder: str) -> None:
+    """Raise `InvalidArgument` for a separate directory next to a data set, of which --train_data_dir names a part."""
+    part = (Path(dataset) / folder).resolve()  # an absolute path stays
+    inside = part.is_dir() and part.is_relative_to(Path(dataset).resolve())
+    if Path(folder).is_dir() and not inside:
+        problem = "with --dataset_name it names a folder in that dataset, and this one is a folder of its own"
+        raise InvalidArgument(f"--train_data_dir {folder}", problem, "give one of the two")
+
+
+def check_text_encoder(adapter: MethodOptions, optimizer: OptimizerOptions) -> None:
+    """Raise `InvalidArgument` for a text encoders' learning rate with an unsupported optimizer or method."""
+    rate = optimizer.text_encoder_lr
+    if rate not in (None, optimizer.learning_rate) and named(optimizer.optimizer).path == PRODIGY:
+        problem = f"--optimizer {optimizer.optimizer} takes one rate for all parts, and --learning_rate is another"
+        raise InvalidArgument(f"--text_encoder_lr {rate:g}", problem, "leave it out")
+    if adapter.train_text_encoder:
+        refuse_unable(adapter.method, "parts")
+
+
+def check_prompts(validation: ValidationOptions) -> None:
+    """Raise `InvalidArgument` unless there are options for none of the prompts or for each."""
+    options, prompts = validation.validation_prompt_options, validation.validation_prompt
+    if options and len(options) != len(prompts):
+        problem = f"{len(options)} for {pluralize(len(prompts), 'prompt')}"
+        raise InvalidArgument("--validation_prompt_options", problem, "give one for each, '{}' where there are none")
+
+
+def check_start(adapter: MethodOptions) -> None:
+    """Raise `InvalidArgument` unless each method can start from the base model plus the LoRA of --init_lora."""
+    if adapter.init_lora is None:
+        return
+    flag = f"--init_lora {adapter.init_lora}"
+    if not Path(adapter.init_lora).exists():
+        raise InvalidArgument(flag, "no such file or folder", "give a LoRA file, or a folder with one")
+    for method in (METHODS[name] for name in adapter.method):
+        if not method.trains_lora:
+            problem = f"--method {method.name} has no plain LoRA weights that could start from it"
+            raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
+        if method.measured:
+            problem = f"--method {method.name} is measured at a start from zero"
+            raise InvalidArgument(flag, problem, "give --method lora or lora_x2")
+        if method.shortcuts and adapter.shortcut != PLAIN and adapter.pre_num != 0:
+            problem = (
+                f"with --shortcut {adapter.shortcut} its blocks would also enter their neighbors, and the first step "
+                "would not start from the base model plus that LoRA"
+            )
+            raise InvalidArgument(flag, problem, "give --method lora, or --shortcut none")
+
+
+def check_optimizer(options: OptimizerOptions) -> None:
+    """Raise `InvalidArgument` for optimizers that are not installed, and for arguments that other options set."""
+    if options.use_8bit_adam and options.optimizer != "adamw8bit":
+        raise InvalidArgument(
+            "--use_8bit_adam", f"--optimizer {options.optimizer} is given too", "leave one of them out"
+        )
+    flag = "--use_8bit_adam" if options.use_8bit_adam else f"--optimizer {options.optimizer}"
+    check_installed(options.optimizer, options.optimizer_args, flag)
+    if (own := options_of(options.optimizer_args)).keys() & {"lr"}:
+        raise InvalidArgument(f"--optimizer_args lr={own['lr']}", "--learning_rate sets it", "leave it out")
+
+
+def check_schedule(options: OptimizerOptions) -> None:
+    """Raise `InvalidArgument` for options that the learning rate schedule does not support."""
+    if options.lr_scheduler == "polynomial" and options.learning_rate <= POLYNOMIAL_END:
+        problem, fix = f"--lr_scheduler polynomial ends at {POLYNOMIAL_END:g}", "give a larger one, or another schedule"
+        raise InvalidArgument(f"--learning_rate {options.learning_rate:g}", problem, fix)
+    rules = options.lr_step_rules or ""
+    if options.lr_scheduler == "piecewise_constant" and not is_step_rules(rules):
+        problem = "--lr_scheduler piecewise_constant needs factor:step pairs and a last factor"
+        raise InvalidArgument(f"--lr_step_rules {rules}".strip(), problem, "give some, as 1:100,0.1:200,0.01")
+
+
+def is_step_rules(text: str) -> bool:
+    """Return whether diffusers can parse the rules: `factor:step` pairs and a last factor."""
+    *pairs, last = text.split(",")
+    try:
+        factors = [float(last), *(float(factor) for factor, _ in (pair.split(":") for pair in pairs))]
+        steps = [int(pair.split(":")[1]) for pair in pairs]
+    except ValueError:
+        return False
+    return all(0 <= factor < math.inf for factor in factors) and all(step > 0 for step in steps)
+
+
+def check_compile(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions) -> None:
+    """Raise `InvalidArgument` for compiling if it would lose the shortcuts, or the memory that another option saves."""
+    if training.gradient_checkpointing:
+        check_compiled("--compile", adapter)
+    elif model.blocks_to_swap or model.base_precision != "no":
+        saves = "--blocks_to_swap" if model.blocks_to_swap else f"--base_precision {model.base_precision}"
+        problem = f"keeps whole weights for the backward, which {saves} is there to avoid"
+        raise InvalidArgument("--compile", problem, "add --gradient_checkpointing, or leave one of them out")
+
+
+def check_hub(options: OutputOptions) -> None:
+    """Raise `InvalidArgument` for a token that would be published, and an invalid repository name."""
+    if options.hub_token and options.report_to not in ("tensorboard", "none"):
+        problem = f"--report_to {options.report_to} would publish it"
+        raise InvalidArgument("--hub_token", problem, "log in with `hf auth login` instead")
+    if options.push_to_hub:
+        from huggingface_hub.utils import validate_repo_id
+
+        given = (
+            f"--hub_model_id {options.hub_model_id}" if options.hub_model_id else f"--output_dir {options.output_dir}"
+        )
+        with refused_as(given, "give --hub_model_id you/my-style"):
+            validate_repo_id(repository_of(options))
+
+
+def repository_of(options: OutputOptions) -> str:
+    """Return the name of the repository on the Hub, with or without its owner."""
+    return options.hub_model_id or Path(options.output_dir).resolve().name
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+
+def check_places(options: Options) -> None:
+    """Raise `InvalidArgument` for invalid paths."""
+    model, data = options.model, options.data
+    check_model_name(model.pretrained_model_name_or_path)
+    vae = model.pretrained_vae_model_name_or_path
+    if vae and (Path(vae).exists() or is_path(vae)) and not (Path(vae) / "config.json").is_file():
+        fix = "give an autoencoder's folder in diffusers format, or its name on the hub"
+        raise InvalidArgument(f"--pretrained_vae_model_name_or_path {vae}", "no folder with a config.json", fix)
+    for folder in () if data.dataset_name else data.train_data_dir:
+        if not Path(folder).is_dir():
+            raise InvalidArgument(f"--train_data_dir {folder}", "no such folder", "give one with images and captions")
+    check_writable(Path(options.output.output_dir), f"--output_dir {options.output.output_dir}")
+    cache = cache_folder(model, options.output)
+    if model.cache_dir and not cache.is_dir():  # an existing directory may contain everything, even if it is read-only
+        check_writable(cache, f"--cache_dir {model.cache_dir}")
+
+
+def report_doubtful(options: Options) -> None:
+    """Print warnings about values that are valid but probably unintended."""
+    if not speaks():
+        return
+    data, split = options.data, options.validation.validation_split
+    if data.dataset_name and data.train_data_dir:
+        where = f"the folder of that name in --dataset_name {data.dataset_name}"
+        print(f"warning: --train_data_dir {as_typed(data.train_data_dir)}: {where}", flush=True)
+    if split > 0.5:
+        print(f"warning: --validation_split {split:g} holds out more images than it trains on")
+
+
+def check_model_name(name: str) -> None:
+    """Raise `InvalidArgument` for a path that is neither a pipeline of a known family nor a single safetensors file."""
+    path, flag = Path(name), f"--pretrained_model_name_or_path {name}"
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise InvalidArgument(flag, "not a .safetensors file", "give a folder in diffusers format, or such a file")
+        refuse_parts(path, flag)
+    elif path.is_dir():
+        if not (path / "model_index.json").exists():
+            refuse_parts(path, flag)
+        check_pipeline_class(name, read_index(path, flag))
+    elif is_path(name):
+        raise InvalidArgument(flag, "no such folder", "give one in diffusers format or a name on the hub")

@@ -1,0 +1,258 @@
+"""A run: options -> model -> images -> encoded data -> samples -> each method trained and exported -> figures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ..errors import InvalidArgument
+from ..experiment.record import EXPERIMENT
+from ..options.grid import Grid
+from ..options.images import Options
+from ..runtime.folder_lock import locked
+from ..runtime.processes import all_gather, broadcast_from_main, on_all
+from ..runtime.signals import NOT_BEGUN, StopRequest
+from ..runtime.status import Status
+from ..training.checkpoints import OF_CLASS, Identity, check_length, plan_resume
+from ..training.context import Context
+from ..training.loop import train_method
+from ..training.schedule import schedule_of
+from ..training.sharding import cuts_base, units_of
+from ..training.state import check_optimizer
+from .accelerator import start_accelerator
+from .data.class_images import load_class_images, missing_class_images
+from .data.dataset import ImageDataset, data_flag
+from .data.folders import load_folders
+from .data.samples import Material
+from .data.training_data import material_of, note_images, print_folder_counts
+from .initial_lora import read_start, with_start
+from .memory.plan import check_memory
+from .model.loading import find_model
+from .model.lora_files.combining import in_short
+from .model.objective import Objective, objective_of
+from .model_checks import (
+    check_base_precision,
+    check_blocks_to_swap,
+    check_encoders,
+    check_family,
+    check_held_out,
+    check_methods,
+    check_pipeline,
+    with_rank,
+)
+from .output.hub import check_upload, publish
+from .output.metric import load_metric
+from .output.reports import FINISHED
+from .output.summary import print_summary, write_figures
+from .output.trackers import note_settings, start_trackers
+from .settings import with_family
+from .study import ImageStudy
+
+
+def run(options: Options, stop: StopRequest) -> None:
+    """Train, merge and export every method of the options, and write figures and a summary."""
+    with contextlib.ExitStack() as stack:
+        kinds, context, identity = begin(options, stop, stack, lambda: check_folder(options))
+        resume = broadcast_from_main(lambda: plan_resume(context.options, identity))
+        for line in resume.notes:
+            context.accelerator.print(line)
+        if resume.finished == context.options.adapter.method and broadcast_from_main(
+            (context.folder / FINISHED).is_file
+        ):
+            broadcast_from_main(lambda: show(context))
+            return
+        if context.options.output.push_to_hub:
+            broadcast_from_main(lambda: check_upload(context.options.output))
+        check_before_loading(kinds, context)
+        goes_on = bool(resume.finished or any(resume.checkpoints.values()))
+        pipeline, material = encode(kinds, context, goes_on)
+        print_folder_counts(material, context)
+        forget_encoder(pipeline, context)
+        schedule = schedule_of(material.updates(context.accelerator.num_processes), context)
+        broadcast_from_main(lambda: check_length(context.options.training, resume, schedule.steps))
+        note_settings(context.options.flat(), schedule, context.accelerator)
+        study = ImageStudy(schedule, identity, context, pipeline, material)
+        for method in context.options.adapter.method:
+            if method not in resume.finished:
+                train_method(method, resume, study)
+        broadcast_from_main(lambda: show(context, material))
+        context.accelerator.end_training()
+
+
+def begin(
+    options: Options,
+    stop: StopRequest,
+    stack: contextlib.ExitStack,
+    check: Callable[[], object],
+    lock: Callable[[Path], contextlib.AbstractContextManager] = locked,
+) -> tuple[list[ImageDataset], Context, Identity]:
+    """Return the images, the context, and the identity of both, with the run's directory locked until the stack closes.
+
+    `check` raises `InvalidArgument` if the directory's content does not allow the run.
+    """
+    with stop.at_once():
+        accelerator = start_accelerator(options)
+
+    def take_folder() -> None:
+        stop.check(NOT_BEGUN)  # a signal may have come while accelerate started
+        stack.enter_context(lock(Path(options.output.output_dir)))
+        check()
+
+    broadcast_from_main(take_folder)
+    kinds, context = find_all(options, accelerator, stop)
+    return kinds, context, identity_of(kinds, context)
+
+
+def encode(
+    kinds: Sequence[ImageDataset], context: Context, goes_on: bool, track: bool = True
+) -> tuple[DiffusionPipeline, Material]:
+    """Return the pipeline without its denoiser, and the encoded images and captions.
+
+    `goes_on`: whether the run is resumed.
+    """
+    pipeline, objective = on_all(lambda: load_and_check(context))
+    if track:
+        start_trackers(context)
+    material = material_of(kinds, pipeline, objective, context)
+    note_images(material, context, goes_on)
+    return pipeline, material
+
+
+def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], Context]:
+    """Return the training images, class images if there are any, and the context."""
+    images = on_all(lambda: load_folders(options.model, options.data, options.training, options.output))
+    context = settle(options, accelerator, stop)
+    if broadcast_from_main(lambda: missing_class_images(context.options.data, context.options.output)):
+        # Generating class images takes minutes. The checks run before, and again with the images, when they print
+        # notes.
+        told, unheard = io.StringIO(), dataclasses.replace(context)
+        try:
+            with contextlib.redirect_stdout(told):
+                check_before_loading(images, unheard)
+                on_all(lambda: load_and_check(unheard))
+        except Exception:
+            print(told.getvalue(), end="", flush=True)  # the notes may explain the error
+            raise
+    return [*images, *load_class_images(context)], context
+
+
+def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Context:
+    """Return the context: the model, and the resolved options.
+
+    Options that depend on the model or on accelerate are resolved here.
+    """
+    model = find_model(options.model, options.output, accelerator)
+    check_family(options.adapter, options.training, model)
+    start = None
+    if lora := options.adapter.init_lora:
+        start = on_all(lambda: read_start(lora, options.model.pretrained_model_name_or_path, model))
+        options = with_start(options, start)
+        accelerator.print(f"--init_lora {lora}: {in_short({'': start.layers})}")
+    options = with_family(options.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
+    status = Status(Path(options.output.output_dir), accelerator.device)
+    return Context(with_rank(options, model, accelerator), model, accelerator, stop, start=start, status=status)
+
+
+def check_folder(options: Options) -> None:
+    """Raise `InvalidArgument` for a directory whose content does not allow the run."""
+    folder = Path(options.output.output_dir)
+    Status(folder).say("preparing")
+    if (folder / EXPERIMENT).exists():
+        fix = "give its rates and seeds, or choose another"
+        raise InvalidArgument(f"--output_dir {folder}", "holds an experiment", fix)
+    plan_resume(options)
+
+
+def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
+    """Return the identity of images, model and LoRA.
+
+    Raises `InvalidArgument` if their content differs between processes.
+    """
+    model, images_flag = context.model, data_flag(context.options.data)
+    groups = [[images.fingerprint for images in kinds if images.of_class == kind] for kind in (False, True)]
+    content = OF_CLASS.join("; ".join(group) for group in groups if group)
+    start, lora_flag = context.start, f"--init_lora {context.options.adapter.init_lora}"
+    identity = Identity(model.fingerprint(), content, model.flag, images_flag, start.mark if start else "", lora_flag)
+    everywhere = all_gather(identity)
+    for name in ("model", "images", "lora"):
+        if len({getattr(found, name) for found in everywhere}) > 1:
+            flag = getattr(identity, f"{name}_flag")
+            raise InvalidArgument(flag, "its content differs between the processes", "give all the same files")
+    return identity
+
+
+def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
+    """Print an estimate of the run's memory without writing anything; raise an error if it does not fit.
+
+    For an experiment, this is the arm with the highest rank.
+    """
+    options = asked.run(rank=max(asked.values("rank"))) if isinstance(asked, Grid) else asked
+    with stop.at_once():
+        accelerator = start_accelerator(options)
+    images = on_all(lambda: load_folders(options.model, options.data, options.training, options.output))
+    check_before_loading(images, settle(options, accelerator, stop))
+
+
+def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> None:
+    """Validate everything that needs no weights: methods, optimizers, and the memory estimate."""
+    options, model, accelerator = context.options, context.model, context.accelerator
+
+    def check() -> None:
+        check_held_out(kinds, context)
+        check_base_precision(options.model, context.dtype, accelerator)
+        check_blocks_to_swap(options.model, model, accelerator)
+        check_methods(options.adapter, options.training, context)
+        if cuts_base(accelerator):
+            units_of(model.empty_denoiser(), accelerator)
+        check_optimizer(context)
+
+    on_all(check)
+    broadcast_from_main(lambda: check_memory(kinds, context))
+
+
+def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
+    """Return the pipeline without its denoiser, and the objective, after all validation that precedes encoding."""
+    options, model, accelerator = context.options, context.model, context.accelerator
+    context.status.say("loading the model")
+    pipeline = model.load_pipeline(
+        context.dtype,
+        accelerator.device,
+        encoders=not options.data.cache_text_embeddings,
+        trainable=bool(context.encoders),
+    )
+    check_pipeline(options.data, options.validation, pipeline, model.family)
+    objective = objective_of(options.model, options.training, model.family, pipeline)
+    check_encoders(pipeline, context)
+    if options.validation.metric_model and accelerator.is_main_process:
+        load_metric(options.validation.metric_model, str(accelerator.device))
+    return pipeline, objective
+
+
+def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
+    """Free the image encoder once all images are encoded: samples need only the decoder."""
+    if context.options.data.cache_latents:
+        # not None: Qwen-Image's autoencoder counts the encoder's layers even to decode
+        pipeline.vae.encoder = nn.Identity()
+
+
+def show(context: Context, material: Material | None = None) -> None:
+    """Write figures and a summary, and upload them on request.
+
+    `material` is None for a run that was already finished.
+    """
+    options = context.options
+    if material:
+        context.status.say("finishing")
+        write_figures(options.adapter, options.validation, options.output, len(material.held_out), material.learnt)
+    else:
+        print(f"{context.folder} holds this run already, finished; nothing to do")
+    print_summary(options.adapter, options.output)
+    if options.output.push_to_hub:
+        publish(context)

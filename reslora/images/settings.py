@@ -1,0 +1,134 @@
+"""Resolve the command line to the options of a run or an experiment: files, defaults and validation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bundled import ASSETS
+from ..experiment.arms import check_values
+from ..options.contradictions import check_experiment, check_no_experiment
+from ..options.files import read_file
+from ..options.grid import Grid, alpha_of, first_of
+from ..options.images import NOISES, Options
+from ..options.optimizers import named
+from ..options.option import SAME, Given
+from ..options.parser import OptionsParser
+from ..options.prompts import clean
+from ..options.unused import report_unread_by_methods, report_unused
+from ..options.values import listed
+from .config_file import of_this_run
+from .experiment.requirements import check_ranks
+from .prompts import from_file
+from .refusals import check_options, check_places, report_doubtful
+
+PROG = "train_sd.py"
+BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
+DEFAULT_SPLIT = 0.1  # fraction of an experiment's images for the selection split, and for the test split
+
+
+def parse_args(argv: Sequence[str] | None = None, description: str = "") -> Options | Grid[Options]:
+    """Return the options of a run or an experiment, without those that depend on the model's family.
+
+    Exits with status 2 and one line for invalid syntax; raises `InvalidArgument` for invalid values.
+    """
+    asked = resolve(parsed_values(build_parser(description), argv))
+    options = asked.base if isinstance(asked, Grid) else asked
+    check_places(options)
+    alpha = alpha_of(options.replace(lora_alpha=None).adapter)
+    report_unread_by_methods(Options.table(), asked.flat(), {"lora_alpha": alpha})
+    report_unused(options)
+    report_doubtful(options)
+    return asked
+
+
+def build_parser(description: str = "") -> OptionsParser:
+    """Return the parser of train_sd.py."""
+    return OptionsParser(PROG, Options, description)
+
+
+def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the values given on the command line or in its --config; the command line wins."""
+    given = vars(parser.parse_args(argv))
+    if "config" not in given:
+        return given
+    path = Path(given.pop("config"))
+    values = read_file(path, Options.table(), given, PROG)
+    return (of_this_run(values, given, path) if path.suffix == ".json" else values) | given
+
+
+def resolve(given: Given) -> Options | Grid[Options]:
+    """Return the options of a run, or of an experiment if an option that can vary has several values.
+
+    Raises `InvalidArgument` for options that cannot work with any model.
+    """
+    options, varied = first_of(Options, with_defaults(given))
+    if "rank" not in varied:
+        options = options.replace(lora_alpha=alpha_of(options.adapter))
+    if not varied:
+        check_options(options)
+        check_no_experiment(options)
+        return options
+    grid = Grid(options, varied)
+    for one in grid.runs("shortcut", "pre_num", "rank", "learning_rate"):
+        check_options(one)
+    check_experiment(grid)
+    check_values(grid)
+    check_ranks(grid)
+    return grid
+
+
+def with_defaults(given: Given) -> dict[str, Any]:
+    """Return all values, with the defaults of a bundled pipeline if no other is given, and lists for options that vary.
+
+    Values that depend on the model's family are None.
+    """
+    table, values = Options.table(), dict(given)
+    bundled = is_bundled(given.get("pretrained_model_name_or_path", str(BUNDLED_MODEL)))
+    of_shortcuts = any(table[name].implies for name in given)
+    if "method" not in given and of_shortcuts and not bundled:
+        values["method"] = ["reslora"]
+    elif "method" not in given and "init_lora" in given and not of_shortcuts:
+        values["method"] = ["lora"]  # of the bundled pipeline's two methods, the one that can start from a LoRA
+    values["pretrained_model_name_or_path"] = given.get("pretrained_model_name_or_path") or str(BUNDLED_MODEL)
+    if bundled and not given.get("dataset_name") and not given.get("train_data_dir"):
+        values["train_data_dir"] = [str(BUNDLED_IMAGES)]
+    if bundled and not {"max_train_steps", "num_train_epochs"} & given.keys():
+        values["max_train_steps"] = BUNDLED_STEPS
+    if given.get("use_8bit_adam"):
+        values.setdefault("optimizer", "adamw8bit")
+    if (rate := named(values.get("optimizer", "adamw")).learning_rate) is not None:
+        values.setdefault("learning_rate", rate)
+    if "validation_epochs" in given:
+        values.setdefault("validation_steps", None)
+    flow = Path(values["pretrained_model_name_or_path"]).name == "pipeline-flow"
+    for name, option in table.items():
+        own = option.bundled_flow if flow and option.bundled_flow is not SAME else option.bundled
+        values.setdefault(name, own if bundled and own is not SAME else option.default)
+    values["local_rank"] = int(os.environ.get("LOCAL_RANK", values["local_rank"]))
+    for name in ("resolution", "method"):
+        values[name] = list(dict.fromkeys(listed(values[name])))
+    if any(table[name].varies and len(listed(value)) > 1 for name, value in values.items()):
+        values |= {name: DEFAULT_SPLIT for name in ("select_split", "test_split") if values[name] is None}
+        values["validation_split"] = given.get("validation_split", 0.0)
+    if (found := from_file(values["validation_prompt"])) is not None:
+        values["validation_prompt"], values["validation_prompt_options"] = found
+    values["validation_prompt"] = [clean(prompt).strip() for prompt in values["validation_prompt"]]
+    if values["save_best"] or values["early_stopping_patience"]:
+        values["validation_noises"] = values["validation_noises"] or NOISES
+    if values["metric_model"] and Path(values["metric_model"]).exists():
+        values["metric_model"] = str(Path(values["metric_model"]).resolve())
+    return values
+
+
+def is_bundled(model: str) -> bool:
+    """Return whether a model is one of the bundled pipelines."""
+    return Path(model).resolve().parent == ASSETS
+
+
+def with_family(options: Options, defaults: Mapping[str, object]) -> Options:
+    """Return the options with missing values filled in by the family's defaults."""
+    values = options.flat()
+    return options.replace(**{name: value for name, value in defaults.items() if values[name] is None})

@@ -1,0 +1,82 @@
+"""The study of images: model, encoded images, losses, samples and exports."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..training.preparing import attention_of
+from ..training.schedule import Schedule
+from ..training.sharding import cuts_base
+from ..training.state import Learner, new_learner
+from ..training.study import Study
+from ..training.trained import Trained
+from .data.batch import Batch
+from .data.loaders import stream
+from .data.samples import CalibrationSamples, Material, training_loader
+from .denoising import DenoisingLoss
+from .initial_lora import add_adapters
+from .output.drawing import Drawer
+from .output.exports import export_method
+from .output.reports import VALIDATION_PARTS, Reports, Validation
+
+
+@dataclass(frozen=True)
+class ImageStudy(Study):
+    """Model and data of an image run, shared by all its methods."""
+
+    pipeline: DiffusionPipeline
+    material: Material
+
+    @functools.cached_property
+    def drawer(self) -> Drawer:
+        """Generator of samples."""
+        context, options = self.context, self.context.options
+        return Drawer(
+            self.pipeline, context.model.family, self.material.texts, options.data, options.training,
+            options.validation, context.encoders,
+        )  # fmt: skip
+
+    def learner(self, method: str) -> Learner:
+        """Return the model with a new adapter, initialized from the seed."""
+        context, model = self.context, self.context.options.model
+        device = torch.device("cpu") if cuts_base(context.accelerator) else context.accelerator.device
+        denoiser = context.model.load_denoiser(context.dtype, device, model.base_precision, model.blocks_to_swap)
+        parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, self.pipeline)
+        trained = Trained(parts, DenoisingLoss(context, self.material.objective, self.pipeline, denoiser.config))
+        add_adapters(trained, method, self.schedule.steps, context)
+        return new_learner(method, trained, self.schedule, context)
+
+    def batches(self, steps: range) -> Generator[Batch, None, None]:
+        """Yield this process's batches of these steps, which depend only on the seed and the step."""
+        accelerator = self.context.accelerator
+        pin = accelerator.device.type == "cuda"
+        return stream(training_loader(self.material, steps, accelerator.num_processes, accelerator.process_index, pin))
+
+    def calibration(self) -> Iterator[Batch]:
+        """Return the --merge_calibration_samples samples on which a control is calibrated, in batches."""
+        count = self.context.options.adapter.merge_calibration_samples
+        return CalibrationSamples(self.material).batches(count, self.context.accelerator.num_processes)
+
+    @contextlib.contextmanager
+    def reports(self, learner: Learner) -> Iterator[Reports]:
+        """Yield the log and the trackers of a method, with the attention for its shapes in effect."""
+        context = self.context
+        reports = Reports(context.folder_of(learner.method), learner, self.schedule, context.accelerator)
+        with contextlib.closing(reports), attention_of(context.accelerator, self.material.shapes.values()):
+            yield reports
+
+    def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
+        """Measure the validation loss and generate samples, or only `parts` of that, and set `learner.over`."""
+        context = self.context
+        look = Validation(learner.trained.loss, self.material, self.drawer, context.accelerator, context.stop)
+        look(learner, reports, parts or VALIDATION_PARTS)
+
+    def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
+        """Write the trained method's files; return each file's largest pixel difference to the merged model, of 255."""
+        return export_method(learner, self.material, self.drawer, schedule, self.context)

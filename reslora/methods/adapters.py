@@ -1,0 +1,402 @@
+"""Configure, attach, save and load the adapters of all methods, for models of transformers and diffusers.
+
+settings = AdapterSettings(r=4, alpha=8, dropout=0.0, targets=["to_q", "to_v"], total_steps=1000)
+config = adapter_config("reslora", settings)
+model = attach(unet, config, ResLoraConfig(shortcut="input"))     # ResLoRA is LoRA's configuration with shortcuts
+save_adapter(model, "checkpoint"), load_adapter(model, "checkpoint")
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import (
+    AdaLoraConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from peft.tuners.adalora import AdaLoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .. import checkpoint
+from ..attributes import override_attributes
+from ..chains import base_model, unwrap
+from ..config import ResLoraConfig
+from ..errors import Diverged, first_line
+from ..io import check_checksums, write_checksums, write_tensors
+from ..model import connect, connection_of
+from . import controls
+from .controls import DEFAULT
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+ADAPTER_NAME = "adapter.safetensors"
+LAYERS = (nn.Linear, Conv1D, _ConvNd, nn.Embedding)  # layers that PEFT adapts; quantized layers may have other types
+_AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+_RANKS = "ranks"
+_CONTROL = "control"  # key in the file's header
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+def known_targets(model_type: str) -> list[str] | None:
+    """Return PEFT's default target modules for LoRA in a transformers model type; None for an unknown type.
+
+    These are the query and value projections for the models of the paper: `q_proj`, `v_proj` (LLaMA) and `query`,
+    `value` (RoBERTa, BERT).
+    """
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return list(known[model_type]) if model_type in known else None
+
+
+# -- attaching ---------------------------------------------------------------------------------------------------------
+
+
+def attach(
+    model: nn.Module,
+    config: PeftConfig,
+    shortcuts: ResLoraConfig | None = None,
+    example_inputs: dict | None = None,
+    in_place: bool = False,
+) -> nn.Module:
+    """Add the adapter of `config` to a bare `model`, connect it by `shortcuts`, and return the model to train.
+
+    Models of diffusers get the adapter in place (`add_adapter`); others are wrapped (`get_peft_model`) unless
+    `in_place` is set. With an adapter in place, `model` itself is returned. `example_inputs` as in `reslora.connect`.
+    The adapter's initial weights use torch's global random state.
+
+    Raises `ValueError` for targets that match nothing or that the method cannot adapt, for a rank larger than a layer,
+    or for a shortcut without a link.
+    """
+    check_rank(model, config)
+    if isinstance(config, (AdaLoraConfig, OFTConfig)):
+        _refuse_convolutions(model, config)
+    # Models of transformers have `add_adapter` too, but are wrapped by default.
+    in_place = in_place or (hasattr(model, "add_adapter") and not isinstance(model, PreTrainedModel))
+    adapted = _add(model, config, in_place)
+    if shortcuts is not None:
+        connect(adapted, shortcuts, example_inputs=example_inputs)
+    return adapted
+
+
+def check_rank(model: nn.Module, config: PeftConfig) -> None:
+    """Raise `ValueError` if the rank exceeds the smaller dimension of an adapted layer, naming the narrowest layer.
+
+    A higher rank costs memory and cannot change the weight's update. LoKr and OFT accept any: their rank is not that of
+    a layer, and a large one means full factors or blocks.
+    """
+    rank = config.target_r if isinstance(config, AdaLoraConfig) else config.r
+    name, least = narrowest_layer(model, config)
+    if rank > least:
+        raise ValueError(
+            f"rank {rank} is larger than {name} allows, whose smaller side is {least}: give a rank of at most "
+            f"{least}, or leave that layer out"
+        )
+
+
+def narrowest_layer(model: nn.Module, config: PeftConfig) -> tuple[str, float]:
+    """Return the adapted layer with the smallest dimension, and that dimension, the maximum useful rank.
+
+    It is infinite for LoKr and OFT, and if nothing is adapted. Layers with a rank in `rank_pattern` are left out.
+    """
+    if isinstance(config, (LoKrConfig, OFTConfig)):
+        return "", math.inf
+    own = getattr(config, "rank_pattern", None) or {}
+    layers = (layer for layer in targeted(model, config) if get_pattern_key(own.keys(), layer[0]) not in own)
+    sides = ((name, smaller_side(module)) for name, module in layers)
+    return min(sides, key=lambda found: found[1], default=("", math.inf))
+
+
+def smaller_side(module: nn.Module) -> int:
+    """Return the smaller dimension of a layer's weight; a quantized weight is stored in another shape."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return min(module.in_features, module.out_features)
+    return min(module.weight.shape[0], math.prod(module.weight.shape[1:]))
+
+
+def targeted(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the layers that PEFT will adapt, without those in `modules_to_save`, which are trained in full."""
+    whole = [f".{part}." for part in config.modules_to_save or ()]
+    for name, module in model.named_modules():
+        if any(part in f".{name}." for part in whole):
+            continue
+        every = config.target_modules == "all-linear"
+        kinds = (nn.Linear, Conv1D) if every else LAYERS
+        if isinstance(module, kinds) and (every or check_target_module_exists(config, name)):
+            yield name, module
+
+
+def _refuse_convolutions(model: nn.Module, config: PeftConfig) -> None:
+    """Raise `ValueError` if AdaLoRA or OFT would adapt convolutions.
+
+    AdaLoRA does not support them. OFT's implementation sums overlapping patches, so that it changes the output even at
+    initialization.
+    """
+    title = "OFT" if isinstance(config, OFTConfig) else "AdaLoRA"
+    for name, module in targeted(model, config):
+        if isinstance(module, _ConvNd):
+            raise ValueError(
+                f"{name} is a convolution, which {title} cannot adapt: leave it out, or choose another method"
+            )
+
+
+def _add(model: nn.Module, config: PeftConfig, in_place: bool) -> nn.Module:
+    if not in_place:
+        return get_peft_model(model, config)
+    if isinstance(config, AdaLoraConfig):
+        # `add_adapter` would discard the rank allocator. A plain attribute, which no `state_dict` includes.
+        model._rank_allocator = RankAllocator(AdaLoraModel(model, config, DEFAULT))
+        model._hf_peft_config_loaded = True
+    elif isinstance(model, PreTrainedModel):
+        inject_adapter_in_model(config, model)  # `add_adapter` of newer transformers refuses this PEFT
+    else:
+        model.add_adapter(config)
+    return model
+
+
+# -- AdaLoRA -----------------------------------------------------------------------------------------------------------
+
+
+class RankAllocator:
+    """AdaLoRA's regularizer and rank allocation for the training loop."""
+
+    def __init__(self, tuner: AdaLoraModel) -> None:
+        self.tuner = tuner
+
+    @property
+    def _config(self) -> AdaLoraConfig:
+        return self.tuner.peft_config[self.tuner.trainable_adapter_name]
+
+    def factors(self) -> list[nn.Parameter]:
+        """Return the factors that the regularizer keeps orthonormal, A before B in every layer."""
+        name = self.tuner.trainable_adapter_name
+        layers = [layer for layer in self.tuner.model.modules() if hasattr(layer, "lora_E") and name in layer.lora_E]
+        return [factor for layer in layers for factor in (layer.lora_A[name], layer.lora_B[name])]
+
+    def penalty(self) -> torch.Tensor:
+        """Return the orthogonality regularizer, a scalar (Zhang et al., 2023).
+
+        It is the mean over all factors of the Frobenius norms of `A A^T - I` and `B^T B - I`, times its weight.
+        """
+        norms = []
+        for number, factor in enumerate(self.factors()):
+            gram = factor.T @ factor if number % 2 else factor @ factor.T
+            norms.append(torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)))
+        return self._config.orth_reg_weight * torch.stack(norms).mean()
+
+    def add_gradient(self, accelerator: Accelerator) -> None:
+        """Add the regularizer's gradient; call it after the last backward pass of a step, before gradients are clipped.
+
+        Every process adds the same gradient after gradients are averaged: `torch.autograd.grad` bypasses DDP's hooks.
+        """
+        if not accelerator.sync_gradients:
+            return
+        scale, factors = accelerator.scaler.get_scale() if accelerator.scaler else 1.0, self.factors()
+        gradients = torch.autograd.grad(scale * self.penalty(), factors)
+        for factor, gradient in zip(factors, gradients, strict=True):
+            factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
+
+    def silenced(self) -> AbstractContextManager[None]:
+        """Return a context in which a wrapped model's forward pass omits the penalty.
+
+        PEFT would add it in evaluation too.
+        """
+        return override_attributes(self._config, orth_reg_weight=0.0)
+
+    def step(self, global_step: int) -> None:
+        """Reallocate ranks; call it after the optimizer's step `global_step`, before its gradients are cleared."""
+        self.tuner.update_and_allocate(global_step)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return each parameter's running importance and the allocated ranks, as tensors by name."""
+        state = {
+            f"{kind}/{name}": value
+            for kind in _AVERAGES
+            for name, value in getattr(self.tuner.rankallocator, kind).items()
+        }
+        pattern = self._config.rank_pattern or {}
+        return state | {f"{_RANKS}/{name}": torch.tensor(kept) for name, kept in pattern.items()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Restore the tensors that `state_dict` returned.
+
+        Raises `ValueError` if they belong to another model; nothing is changed then.
+        """
+        parameters = dict(self.tuner.model.named_parameters())
+        averages: dict[str, dict] = {kind: {} for kind in _AVERAGES}
+        pattern = {}
+        for key, value in state.items():
+            kind, _, name = key.partition("/")
+            # PEFT shortens the names in `rank_pattern` when it saves an adapter.
+            found = parameters.get(name, parameters.get(f"{name}.{DEFAULT}") if kind == _RANKS else None)
+            if kind == _RANKS and found is not None and len(found) == len(value):
+                pattern[name] = value.tolist()
+            elif kind in averages and found is not None and found.shape == value.shape:
+                averages[kind][name] = value.to(found.device)
+            else:
+                raise ValueError(f"AdaLoRA's state does not fit the model, first at {key}")
+        vars(self.tuner.rankallocator).update(averages)
+        self._config.rank_pattern = pattern or None
+
+
+def rank_allocator(model: nn.Module) -> RankAllocator | None:
+    """Return the rank allocator that `attach` put on an AdaLoRA model; None for another method."""
+    tuner = getattr(unwrap(model), "base_model", None)
+    if isinstance(tuner, AdaLoraModel):
+        return RankAllocator(tuner)
+    return vars(base_model(model)).get("_rank_allocator")
+
+
+def as_plain_lora(model: nn.Module) -> nn.Module:
+    """Convert AdaLoRA to the equivalent plain LoRA, `s B diag(E) A`, and return the converted model.
+
+    The base model's weights are unchanged; a model with its adapter in place is returned itself. The rank is AdaLoRA's
+    initial rank and the scaling 1; outputs are equal up to rounding.
+
+    Raises `ValueError` for a model without AdaLoRA.
+    """
+    base, in_place = base_model(model), not isinstance(unwrap(model), PeftModel)
+    factors = {
+        name: (
+            (layer.lora_E[DEFAULT] * layer.lora_A[DEFAULT]).detach(),
+            (layer.lora_B[DEFAULT] * (layer.scaling[DEFAULT] / (layer.ranknum[DEFAULT] + 1e-5))).detach(),
+        )
+        for name, layer in base.named_modules()
+        if hasattr(layer, "lora_E")
+    }
+    if not factors:
+        raise ValueError(f"{type(base).__name__} has no AdaLoRA to turn into plain LoRA")
+    ada, training = base.peft_config[DEFAULT], base.training
+    saved = {name: value for name, value in trained_state(base).items() if ".modules_to_save." in name}
+    config = LoraConfig(
+        r=ada.init_r,
+        lora_alpha=ada.init_r,
+        lora_dropout=ada.lora_dropout,
+        fan_in_fan_out=ada.fan_in_fan_out,
+        target_modules=ada.target_modules,
+        modules_to_save=ada.modules_to_save,
+        task_type=ada.task_type,
+    )
+    remove_adapters(base)
+    plain = _add(base, config, in_place).train(training)
+    for name, (down, up) in factors.items():
+        layer = base.get_submodule(name)
+        layer.lora_A[DEFAULT].weight.data, layer.lora_B[DEFAULT].weight.data = down, up
+    with torch.no_grad():
+        state = trained_state(base)
+        for name, value in saved.items():
+            state[name].copy_(value)
+    return plain
+
+
+def remove_adapters(base: nn.Module) -> None:
+    """Replace every PEFT layer by its base layer."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            inner = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            inner = module.original_module
+        else:
+            continue
+        parent, _, last = name.rpartition(".")
+        setattr(base.get_submodule(parent), last, inner)
+    del base.peft_config
+    for name in ("_rank_allocator", "_control"):
+        vars(base).pop(name, None)
+    if hasattr(base, "_hf_peft_config_loaded"):
+        base._hf_peft_config_loaded = False
+
+
+# -- saving and loading ------------------------------------------------------------------------------------------------
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers that PEFT added to a model, by name, without the frozen base layers.
+
+    The tensors share their storage with the model. Names are relative to the model inside DDP and `torch.compile`, and
+    do not depend on a placebo's rotations.
+    """
+    outer = unwrap(model)
+    prefixes = tuple(
+        f"{name}.{part}."
+        for name, module in outer.named_modules()
+        if isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
+        for part in (*module.adapter_layer_names, *module.other_param_names)
+    )
+    tensors = chain(outer.named_parameters(), outer.named_buffers())
+    return {
+        name.replace(controls.ROTATED, ".weight"): value.detach()
+        for name, value in tensors
+        if name.startswith(prefixes)
+    }
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Write the trained tensors without the base model: by `reslora.save` if connected, else `adapter.safetensors`.
+
+    Also writes a checksum of each file. With several processes, call it on rank 0 only. Raises `Diverged`, and writes
+    nothing, if a weight is not finite.
+    """
+    state = trained_state(model)
+    for name, value in state.items():
+        if not bool(torch.isfinite(value).all()):
+            raise Diverged(f"{name} is not finite", "lower --learning_rate; what was saved before is intact")
+    if connection_of(base_model(model)) is not None:
+        checkpoint.save(model, directory)
+    else:
+        control = controls.settings_of(model)
+        header = {"format": "pt"} | ({_CONTROL: json.dumps(control)} if control else {})
+        write_tensors(Path(directory) / ADAPTER_NAME, state, header)
+        write_checksums(directory, [ADAPTER_NAME])
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Load what `save_adapter` wrote into a model with a matching adapter, connected like the saved one.
+
+    Raises `ValueError` if files are missing or damaged, or if names or shapes differ; the model is unchanged then.
+    """
+    if connection_of(base_model(model)) is not None:
+        checkpoint.load(model, directory)
+        return
+    path = Path(directory) / ADAPTER_NAME
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the checkpoint is of another method, or incomplete")
+    check_checksums(directory, [ADAPTER_NAME])
+    try:
+        saved = load_file(path)
+        with safe_open(path, "pt") as file:
+            control = json.loads((file.metadata() or {}).get(_CONTROL, "{}"))
+    except Exception as error:  # a damaged file fails with any kind of exception
+        raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
+    state = trained_state(model)
+    for name in (*state, *saved):
+        if name not in saved or name not in state or saved[name].shape != state[name].shape:
+            raise ValueError(f"{path} does not fit the model's adapter, first at {name}")
+    if control:
+        controls.put_on(model, control)
+    with torch.no_grad():
+        for name, value in state.items():
+            value.copy_(saved[name])

@@ -1,0 +1,46 @@
+"""Report layers without shortcuts, and chains shorter than --pre_num."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import nn
+
+from ..chains import chains
+from ..config import ResLoraConfig
+from ..formatting import is_or_are, pluralize
+from .registry import DEFAULT_PRE_NUM, METHODS
+
+
+def print_links(
+    model: nn.Module,
+    method: str,
+    shortcuts: ResLoraConfig,
+    tell: Callable[[str], object],
+    example_inputs: dict | None = None,
+) -> None:
+    """Report the layers that stay plain LoRA, and the chains too short for --pre_num.
+
+    On those chains several values of --pre_num are equivalent. `model` has the method's adapter; a method without
+    chains has nothing to report. `example_inputs` as in `reslora.chains`.
+    """
+    row = METHODS[method]
+    shortcuts = replace(shortcuts, shortcut=row.placebo or shortcuts.shortcut)
+    if not row.reads_shortcut_flags or not shortcuts.wired:
+        return
+    plan = chains(model, example_inputs=example_inputs)
+    if plan.unlinked:
+        name, reason = plan.unlinked[0]
+        tell(f"--shortcut: {pluralize(len(plan.unlinked), 'layer')} left as plain LoRA, such as {name} ({reason})")
+    reach, longest = shortcuts.reach, max(map(len, plan), default=0)
+    start = f"--pre_num {shortcuts.pre_num}:"
+    if reach is not None and reach < shortcuts.pre_num:  # a shortcut that always uses one block
+        if row.reads_shortcut and shortcuts.pre_num > max(longest - 1, DEFAULT_PRE_NUM):
+            most = pluralize(longest, "block")
+            tell(f"{start} the longest chain has {most}, and --shortcut {shortcuts.shortcut} reads one")
+    elif reach is not None and (short := [len(chain) for chain in plan.clipped(reach)]):
+        linked = sum(len(chain) > 1 for chain in plan)
+        most = f"; the longest has {longest}: the same as --pre_num {longest - 1}" if longest <= reach else ""
+        shorter = f"{len(short)} of {pluralize(linked, 'chain')} {is_or_are(len(short))} shorter"
+        tell(f"{start} {shorter}, down to {pluralize(min(short), 'block')}{most}")

@@ -1,0 +1,277 @@
+"""Registry of the trainable methods: a new one needs a function that returns PEFT's configuration, and a row in
+METHODS.
+
+Options, validation, exports and the application use these rows. Importing it imports no heavy package.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """Settings of an adapter that are common to all methods."""
+
+    r: int
+    alpha: float
+    dropout: float
+    """Dropout of the adapter's input; for LoHa and LoKr of ranks."""
+    targets: Sequence[str] | str
+    """PEFT's `target_modules`."""
+    total_steps: int
+    """Number of training steps, for AdaLoRA's schedule."""
+    task_type: str | None = None
+    modules_to_save: Sequence[str] | None = None
+    init_lora_weights: bool | str = True
+    """Only for LoRA; diffusers' scripts use "gaussian"."""
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """PEFT's `rank_pattern`, like `alpha_pattern`; see `patterns`."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Keyword arguments of every PEFT configuration."""
+        return {
+            "target_modules": self.targets if isinstance(self.targets, str) else list(self.targets),
+            "task_type": self.task_type,
+            "modules_to_save": list(self.modules_to_save) if self.modules_to_save else None,
+        }
+
+
+def lora(settings: AdapterSettings, times: float = 1, **variant: bool) -> PeftConfig:
+    """Return the configuration of LoRA (Hu et al., 2022), every alpha multiplied by `times`, or of a variant.
+
+    `variant`: options of PEFT's `LoraConfig`, such as `use_dora`.
+
+    rsLoRA is rank-stabilized (Kalajdzievski, 2023); DoRA trains `m (W + s B A) / |W + s B A|`, with a magnitude m of
+    each row (Liu et al., 2024).
+    """
+    from peft import LoraConfig
+
+    alphas = {name: times * alpha for name, alpha in settings.alpha_pattern.items()}
+    return LoraConfig(
+        r=settings.r, lora_alpha=times * settings.alpha, lora_dropout=settings.dropout,
+        init_lora_weights=settings.init_lora_weights, rank_pattern=dict(settings.rank_pattern), alpha_pattern=alphas,
+        **settings.shared, **variant,
+    )  # fmt: skip
+
+
+def adalora(settings: AdapterSettings) -> PeftConfig:
+    """Return the configuration of AdaLoRA (Zhang et al., 2023).
+
+    The initial rank is 1.5 `r`; it is reduced to an average of `r` between a tenth and a half of the steps.
+    """
+    from peft import AdaLoraConfig
+
+    steps = settings.total_steps
+    return AdaLoraConfig(
+        init_r=math.ceil(1.5 * settings.r), target_r=settings.r, lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout, total_step=steps, tinit=steps // 10, tfinal=steps // 2,
+        deltaT=max(1, steps // 100), **settings.shared,
+    )  # fmt: skip
+
+
+def lycoris(settings: AdapterSettings, kind: str) -> PeftConfig:
+    """Return the configuration of LoHa or LoKr; their dropout drops ranks."""
+    import peft
+
+    return getattr(peft, kind)(
+        r=settings.r, alpha=settings.alpha, rank_dropout=settings.dropout, rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern), **settings.shared,
+    )  # fmt: skip
+
+
+def oft(settings: AdapterSettings) -> PeftConfig:
+    """Return the configuration of OFT (Qiu et al., 2023): block rotations of a layer's input, with blocks of 4 `r`.
+
+    In a square layer this has as many weights as LoRA of rank `r`. PEFT uses the nearest divisor of the width.
+    """
+    from peft import OFTConfig
+
+    return OFTConfig(oft_block_size=4 * settings.r, **settings.shared)
+
+
+def itself(model: nn.Module) -> nn.Module:
+    """Return the model: it is plain LoRA already."""
+    return model
+
+
+def adalora_as_lora(model: nn.Module) -> nn.Module:
+    """Return AdaLoRA as plain LoRA; see `adapters.as_plain_lora`."""
+    from .adapters import as_plain_lora
+
+    return as_plain_lora(model)
+
+
+def placebo_as_lora(model: nn.Module) -> nn.Module:
+    """Return a placebo as plain LoRA; see `controls.merged`."""
+    from .controls import merged
+
+    return merged(model)
+
+
+@dataclass(frozen=True)
+class Method:
+    """Properties of a method for training, saving, export and display."""
+
+    name: str
+    """Name in options and directories."""
+    title: str
+    """Name for display."""
+    help: str
+    """Description in one line."""
+    color: str
+    """Color of its curve on the application's page."""
+    config: Callable[[AdapterSettings], PeftConfig]
+    """Return PEFT's configuration."""
+    plain_lora: Callable[[nn.Module], nn.Module] | None = itself
+    """Convert the trained (and merged) model to plain LoRA, for the files of diffusers, kohya and ComfyUI.
+
+    None without an equivalent, so that only PEFT's format and merged weights can be exported.
+    """
+    shortcuts: bool = False
+    """Whether it connects blocks, which are merged at the end."""
+    matched: bool = False
+    """Whether each layer's alpha matches the scale of the shortcut; see `controls`."""
+    placebo: str = ""
+    """Shortcut whose earlier blocks are replaced by rotations of the block's own input; see `controls`."""
+    deepspeed: bool = True
+    """Whether DeepSpeed can train it."""
+    quantised: bool = True
+    """Whether PEFT supports it on 4-bit base weights."""
+    parts: bool = True
+    """Whether it can train several models at once, such as a denoiser and its text encoders."""
+    of_layers: bool = True
+    """Whether single layers can have their own rank and alpha."""
+    dropout: bool = True
+    """Whether PEFT supports dropout for it."""
+    alpha: bool = True
+    """Whether its scale depends on an alpha."""
+    least_steps: int = 1
+    """Minimum number of steps, for methods that reallocate ranks."""
+
+    @property
+    def trains_lora(self) -> bool:
+        """Whether the trained tensors are LoRA's own A and B, so that its checkpoints can generate images."""
+        return self.plain_lora is itself
+
+    @property
+    def reads_shortcut(self) -> bool:
+        """Whether it depends on --shortcut."""
+        return self.shortcuts or self.matched
+
+    @property
+    def reads_shortcut_flags(self) -> bool:
+        """Whether it depends on --pre_num or --head."""
+        return self.reads_shortcut or bool(self.placebo)
+
+    @property
+    def measured(self) -> bool:
+        """Whether it is calibrated on a few batches before its first step."""
+        return self.matched or bool(self.placebo)
+
+
+METHODS = {
+    row.name: row
+    for row in (
+        Method("lora", "LoRA", "plain LoRA", "#8a8f98", lora),
+        Method(
+            "lora_x2", "LoRA, doubled alpha", "LoRA with doubled alpha, the control", "#1971c2",
+            partial(lora, times=2),
+        ),
+        Method("lora_x4", "LoRA, fourfold alpha", "LoRA with alpha times four", "#74a9d8", partial(lora, times=4)),
+        Method(
+            "lora_matched", "LoRA, matched alpha", "LoRA with each layer's alpha as the shortcut would scale it",
+            "#1098ad", lora, matched=True,
+        ),
+        Method("reslora", "ResLoRA", "LoRA with shortcuts", "#e8590c", lora, shortcuts=True),
+        Method(
+            "is_placebo", "Input placebo", "input-shortcuts from rotations in place of neighbors", "#f08c00", lora,
+            placebo_as_lora, placebo="input",
+        ),
+        Method(
+            "ms_placebo", "Middle placebo", "middle-shortcuts from rotations in place of neighbors", "#c2255c", lora,
+            placebo_as_lora, placebo="middle",
+        ),
+        Method(
+            "adalora", "AdaLoRA", "LoRA that moves ranks between layers", "#2f9e44", adalora,
+            adalora_as_lora, deepspeed=False, parts=False, of_layers=False, least_steps=3,
+        ),
+        Method("rslora", "rsLoRA", "LoRA with the scale alpha / sqrt(rank)", "#5c940d", partial(lora, use_rslora=True)),
+        Method(
+            "dora", "DoRA", "LoRA of directions, with trained magnitudes", "#e64980",
+            partial(lora, use_dora=True), None,
+        ),
+        Method(
+            "loha", "LoHa", "Hadamard products of two", "#9c36b5",
+            partial(lycoris, kind="LoHaConfig"), None, quantised=False,
+        ),
+        Method(
+            "lokr", "LoKr", "Kronecker products", "#0c8599",
+            partial(lycoris, kind="LoKrConfig"), None, quantised=False,
+        ),
+        Method(
+            "oft", "OFT", "rotations of the input, in blocks of 4 x rank", "#862e9c", oft,
+            None, of_layers=False, dropout=False, alpha=False,
+        ),
+    )
+}  # fmt: skip
+
+
+def adapter_config(method: str, settings: AdapterSettings) -> PeftConfig:
+    """Return PEFT's configuration of a method in `METHODS`; ResLoRA uses LoRA's."""
+    return METHODS[method].config(settings)
+
+
+DEFAULT_PRE_NUM = 4
+IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
+"""Methods and their descriptions, for the help of options."""
+
+
+_UNABLE = {
+    "deepspeed": ("reads gradients that DeepSpeed keeps to itself", "train it without DeepSpeed"),
+    "parts": ("moves ranks within one model, and --train_text_encoder trains several", "leave one out"),
+    "quantised": ("PEFT has it for whole weights only", "leave --load_in_4bit out"),
+}
+"""Problem and fix for each ability that a method can lack."""
+
+
+def refuse_unable(names: Iterable[str], ability: str) -> None:
+    """Raise `InvalidArgument` for the first of these methods that lacks the ability."""
+    for name in names:
+        if not getattr(METHODS[name], ability):
+            raise InvalidArgument(f"--method {name}", *_UNABLE[ability])
+
+
+def refuse_settings(names: Iterable[str], dropout: float, patterns: Mapping[str, Sequence[str] | None]) -> None:
+    """Raise `InvalidArgument` for the first method that does not support a given dropout or ranks and alphas by layer.
+
+    `patterns` holds the given values by the name of their option.
+    """
+    for method in (METHODS[name] for name in names):
+        if dropout and not method.dropout:
+            problem = f"PEFT has none for --method {method.name}"
+            raise InvalidArgument(f"--lora_dropout {dropout:g}", problem, "leave one of the two out")
+        for flag, given in patterns.items():
+            if given and not method.of_layers:
+                problem = f"--method {method.name} has none of single layers"
+                raise InvalidArgument(f"--{flag} {' '.join(given)}", problem, "leave one of the two out")
+
+
+def check_steps(names: Iterable[str], steps: int | None, argument: str) -> None:
+    """Raise `InvalidArgument` naming `argument` if a method needs more steps than there are."""
+    for method in (METHODS[name] for name in names):
+        if steps and steps < method.least_steps:
+            problem = f"{method.title} needs {method.least_steps} to move ranks"
+            raise InvalidArgument(argument, problem, "give more steps or epochs, or another method")

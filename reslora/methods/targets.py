@@ -1,0 +1,59 @@
+"""Explain target modules that cannot be adapted, such as a list of layers: PEFT names neither them nor alternatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+
+from ..errors import InvalidArgument
+from .adapters import LAYERS
+
+MOST_NAMED = 8  # maximum number of layers of a module that a message suggests
+
+
+def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str] = ()) -> None:
+    """Raise `InvalidArgument` for --target_modules that match a norm or a module with submodules, and suggest layers.
+
+    `targets` as in PEFT: suffixes of names or a regular expression; `whole` is its `modules_to_save`.
+    """
+    if targets == "all-linear":
+        return
+    fitted = _fitted(model, targets, whole)
+    layers = [name for name, module in fitted.items() if _is_layer(module)]
+    wrong = next((name for name in fitted if name not in layers), None)
+    if wrong is None:
+        return
+    problem = f"{wrong} cannot be adapted ({type(fitted[wrong]).__name__})"
+    if isinstance(targets, str):
+        such = f", such as {layers[0]}" if layers else ""
+        raise InvalidArgument(f"--target_modules {targets}", problem, f"let it match only layers{such}")
+    target = next(target for target in targets if _ends(wrong, target))
+    inside = [f"{target}.{rest}" for rest, part in fitted[wrong].named_modules() if isinstance(part, LAYERS)]
+    names = " ".join(inside[:MOST_NAMED]) + (" or the like" if len(inside) > MOST_NAMED else "")
+    if alone := next((name for name in layers if _ends(name, target)), None):
+        problem += f", and {alone} can"
+        names = ", and ".join(filter(None, [names, f"{alone} and the like by their whole names"]))
+    raise InvalidArgument(f"--target_modules {target}", problem, f"give {names}" if names else "leave it out")
+
+
+def _fitted(model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the modules that PEFT would adapt, by name."""
+    asked = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(target_modules=asked, modules_to_save=list(whole) or None)
+    return {name: part for name, part in model.named_modules() if name and check_target_module_exists(config, name)}
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Return whether PEFT can adapt a module; quantized layers of unknown types have a matrix and no submodules."""
+    if isinstance(module, (*LAYERS, nn.MultiheadAttention)):
+        return True
+    own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    return next(module.children(), None) is None and any(tensor.ndim > 1 for tensor in own)
+
+
+def _ends(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")

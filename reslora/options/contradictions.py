@@ -1,0 +1,86 @@
+"""Validation shared by all scripts: options of a method or an experiment that contradict each other."""
+
+from __future__ import annotations
+
+from ..errors import InvalidArgument
+from ..merges import MERGES
+from ..methods.patterns import FIELDS, entries
+from ..methods.registry import METHODS, refuse_settings
+from ..shortcuts import PLAIN, shortcut_class
+from .grid import Grid
+from .option import Given
+from .prompts import clean
+from .shared import RunOptions, SharedMethodOptions
+from .values import listed
+
+
+def check_texts(values: Given) -> None:
+    """Raise `InvalidArgument` for values that are not valid UTF-8.
+
+    safetensors, tokenizers and TensorBoard reject them.
+    """
+    for name, value in values.items():
+        for text in listed(value):
+            if isinstance(text, str) and clean(text) != text:
+                raise InvalidArgument(f"--{name} {text}", "is not UTF-8", "rename it, or give another")
+
+
+def check_method(options: SharedMethodOptions, calibration: str) -> None:
+    """Raise `InvalidArgument` for options that a method does not support, or a merge or control without calibration.
+
+    `calibration` is the name of the script's option for the number of calibration samples.
+    """
+    patterns = {name: getattr(options, name) for name in FIELDS}
+    refuse_settings(options.method, options.lora_dropout, patterns)
+    for name, texts in patterns.items():
+        entries(name, texts)
+    if options.merge_calibration_samples:
+        return
+    reads = [f"--method {name}" for name in options.method if METHODS[name].measured]
+    moments = options.merge in MERGES and MERGES[options.merge].needs_moments and is_wired(options)
+    if moments and options.merge in shortcut_class(options.shortcut).merges:  # last, because the class imports torch
+        reads.append(f"--merge {options.merge}")
+    for argument in reads:
+        raise InvalidArgument(argument, "needs calibration samples", f"give --{calibration} 64, or another one")
+
+
+def is_wired(options: SharedMethodOptions) -> bool:
+    """Return whether a method of the options has shortcuts and they connect blocks."""
+    wired = options.shortcut != PLAIN and options.pre_num != 0
+    return wired and any(METHODS[name].shortcuts for name in options.method)
+
+
+def carries_activations(options: SharedMethodOptions) -> bool:
+    """Return whether the blocks of a method pass activations to each other."""
+    return is_wired(options) and shortcut_class(options.shortcut).carries
+
+
+def check_compiled(flag: str, options: SharedMethodOptions) -> None:
+    """Raise `InvalidArgument` for compiling with gradient checkpointing if that would lose the shortcuts."""
+    if carries_activations(options):
+        problem = f"with --gradient_checkpointing cannot keep --shortcut {options.shortcut}"
+        raise InvalidArgument(flag, problem, "leave one of them out, or use --shortcut block")
+
+
+def check_no_experiment(options: RunOptions) -> None:
+    """Raise `InvalidArgument` for options of experiments if no option has several values."""
+    for name, option in options.table().items():
+        if option.group == "experiment" and options[name]:
+            several = ", --".join(name for name, option in options.table().items() if option.varies)
+            fix = f"give several values of --{several}, or leave it out"
+            raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)
+
+
+def check_experiment(grid: Grid) -> None:
+    """Raise `InvalidArgument` for options that an experiment does not support."""
+    options = grid.base
+    for name, option in options.table().items():
+        if option.in_experiments and options[name]:
+            raise InvalidArgument(f"--{name}", "this is an experiment", option.in_experiments)
+    select, test = options.experiment.select_split or 0, options.experiment.test_split or 0
+    if select + test >= 1:
+        problem = f"with --test_split {test:g} nothing is left to train on"
+        raise InvalidArgument(f"--select_split {select:g}", problem, "give smaller shares")
+    if (place := options["resume_from_checkpoint"]) not in (None, "latest"):
+        argument = f"--resume_from_checkpoint {place}"
+        raise InvalidArgument(argument, "an experiment goes on as a whole", "give latest")

@@ -1,0 +1,79 @@
+"""The grid of an experiment: the options that vary, and the options of its runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from .shared import RunOptions, SharedMethodOptions
+
+O = TypeVar("O", bound=RunOptions)  # noqa: E741
+
+
+@dataclass(frozen=True)
+class Grid(Generic[O]):
+    """An experiment: the options that all its runs share, and the values of the options that vary."""
+
+    base: O
+    """Options of a run with the first value of each option that varies."""
+    varied: Mapping[str, list]
+    """Two or more values of each option that varies, by the name common to all scripts."""
+
+    def values(self, name: str) -> list:
+        """Return all values of an option, one if it does not vary."""
+        return self.varied.get(name) or [self.base[name]]
+
+    @property
+    def methods(self) -> list[str]:
+        """All methods."""
+        return self.base.adapter.method
+
+    @property
+    def rates(self) -> list[float]:
+        """All learning rates."""
+        return self.values("learning_rate")
+
+    def flag(self, name: str) -> str:
+        """Return an option's name on the command line."""
+        return self.base.option(name).flag
+
+    def runs(self, *names: str) -> list[O]:
+        """Return the options of runs with every combination of the values of `names`.
+
+        Other options have their first value.
+        """
+        values = [self.values(name) for name in names]
+        return [self.run(**dict(zip(names, own, strict=True))) for own in itertools.product(*values)]
+
+    def run(self, method: str = "", **values: Any) -> O:
+        """Return the options of a run with these values, and with one method if it is given."""
+        options = self.base.replace(**values, **({"method": [method]} if method else {}))
+        return options.replace(lora_alpha=alpha_of(options.adapter))
+
+    def flat(self) -> dict[str, Any]:
+        """Return all values by name as `config.json` stores them: lists for options that vary."""
+        return {**self.base.flat(), **{self.base.option(name).name: values for name, values in self.varied.items()}}
+
+    def replace(self, **values: Any) -> Grid[O]:
+        """Return an experiment with other values of shared options."""
+        return dataclasses.replace(self, base=self.base.replace(**values))
+
+
+def first_of(kind: type[O], values: dict[str, Any]) -> tuple[O, dict[str, list]]:
+    """Return the options with the first of several values, and all values of the options that have several."""
+    varied: dict[str, list] = {}
+    for name, option in kind.table().items():
+        if option.varies and isinstance(values[name], list):
+            several, values[name] = values[name], values[name][0]
+            varied |= {option.attribute: several} if len(several) > 1 else {}
+    return kind.of(**values), varied
+
+
+def alpha_of(adapter: SharedMethodOptions) -> float | None:
+    """Return the given alpha, or twice the rank; None if the rank depends on the model's family or on a LoRA file."""
+    if adapter.lora_alpha is not None:
+        return adapter.lora_alpha
+    return 2 * adapter.rank if adapter.rank and not getattr(adapter, "init_lora", None) else None

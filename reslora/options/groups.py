@@ -1,0 +1,86 @@
+"""Groups of options: a frozen dataclass for each group, and one that holds the groups of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self, get_type_hints
+
+from .option import Option
+from .values import listed
+
+
+class Groups:
+    """Base of a dataclass whose fields are groups of options: the values of one run.
+
+    Files and messages use flat names.
+    """
+
+    titles: ClassVar[Mapping[str, str]]
+    """Title of each group in the help, in order."""
+    switches_take_values: ClassVar[bool] = False
+    """Whether a switch is turned off by `--name False` instead of `--no-name`."""
+
+    @classmethod
+    @functools.cache
+    def table(cls) -> dict[str, Option]:
+        """Return all options by name, in order."""
+        return _table(cls)
+
+    @classmethod
+    def option(cls, name: str) -> Option:
+        """Return an option by its name in this script, or by the name common to all scripts."""
+        table = cls.table()
+        return table[name] if name in table else cls._by_attribute()[name]
+
+    @classmethod
+    @functools.cache
+    def _by_attribute(cls) -> dict[str, Option]:
+        return {option.attribute: option for option in cls.table().values()}
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Return options with these values, and the defaults of all others."""
+        return cls().replace(**values)
+
+    def replace(self, **values: Any) -> Self:
+        """Return options with some values replaced.
+
+        Raises `KeyError` for an unknown name.
+        """
+        changes: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            option = self.option(name)
+            own = list(listed(value)) if option.collapses else value
+            changes.setdefault(option.group, {})[option.attribute] = own
+        parts: Any = {group: dataclasses.replace(getattr(self, group), **own) for group, own in changes.items()}
+        return dataclasses.replace(self, **parts)  # type: ignore[type-var] # subclasses are dataclasses
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the value of an option by its name."""
+        option = self.option(name)
+        return getattr(getattr(self, option.group), option.attribute)
+
+    def flat(self) -> dict[str, Any]:
+        """Return all values by name, as `config.json` stores them."""
+        return {name: _recorded(option, self[name]) for name, option in self.table().items()}
+
+
+def _table(kind: type[Groups]) -> dict[str, Option]:
+    found: dict[str, Option] = {}
+    parts = get_type_hints(kind)
+    for group in kind.titles:
+        part = parts[group]
+        kinds = get_type_hints(part)
+        for field in dataclasses.fields(part):
+            name = field.metadata["name"] or field.name
+            facts = {"name": name, "attribute": field.name, "group": group, "kind": kinds[field.name]}
+            found[name] = field.metadata["option"](**facts)
+    return found
+
+
+def _recorded(option: Option, value: Any) -> Any:
+    if not option.collapses or len(value) > 1:
+        return value
+    return value[0] if value else None

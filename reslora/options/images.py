@@ -1,0 +1,424 @@
+"""The options of train_sd.py, with type, default, help and all other properties."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..methods.patterns import HELP as PATTERNS
+from ..methods.registry import IN_WORDS
+from .optimizers import ADAMS, OPTIMIZERS
+from .option import (
+    COUNT,
+    FRACTION,
+    NATURAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Need,
+    again,
+    buckets,
+    by_content,
+    free,
+    group,
+    number,
+    option,
+    shown,
+    whole,
+)  # fmt: skip
+from .prompts import LONGEST_SIDE, options_text
+from .shared import RunOptions, SharedExperimentOptions, SharedMethodOptions
+
+SAMPLINGS = ("uniform", "logit_normal", "mode", "sigmoid", "shift", "flux_shift")
+WEIGHTINGS = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
+)  # fmt: skip
+INTERPOLATIONS = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+NOISES = 4  # number of noises at each timestep at which losses of an image are compared
+DEFAULT_RANK, LARGEST_BATCH = 16, 65536
+
+BUCKETS = Need(lambda options: options.data.use_aspect_ratio_buckets, "add --use_aspect_ratio_buckets")
+CLASS_IMAGES = Need(lambda options: options.data.class_data_dir, "add --class_data_dir and --class_prompt")
+HELD_OUT = Need(
+    lambda options: options.validation.validation_split or options.experiment.select_split,
+    "add --validation_split 0.1", "no images are held out",
+)  # fmt: skip
+HUBER = Need(
+    lambda options: options.training.loss_type != "l2",
+    "leave it out, or change that",
+    "--loss_type l2 does not read it",
+)
+ADAM = Need(
+    lambda options: options.optimizer.optimizer in ADAMS,
+    "--optimizer_args sets its own", "nothing reads it with --optimizer {optimizer}", refuse=False,
+)  # fmt: skip
+CHOSEN_OVER_SEEDS = "leave it out: experiments choose checkpoints over seeds, by eight timesteps of four noises each"
+
+
+# fmt: off
+@group
+class ModelOptions:
+    """Model and precision."""
+
+    pretrained_model_name_or_path: str = by_content("",
+        "a model of any family in docs/models.md: diffusers folder or name on the hub; of Stable Diffusion 1, 2 and "
+        "SDXL a .safetensors file, too", or_else="the bundled pipeline", metavar="MODEL", short="model",
+        essential="model to fine-tune: a folder, a .safetensors file or a name on the hub", path="absolute",
+        compared_as="base model")
+    pretrained_vae_model_name_or_path: str | None = by_content(None,
+        "another autoencoder: diffusers folder or name on the hub", metavar="VAE", path="absolute",
+        compared_as="base model")
+    revision: str | None = by_content(None, "revision of the model on the hub", compared_as="base model")
+    variant: str | None = by_content(None, "variant of the model's files, such as fp16", compared_as="base model")
+    cache_dir: str | None = free(None, "folder for downloads and encoded images and captions",
+        or_else="the hub's own cache, and <output_dir>/cache", metavar="FOLDER", path="absolute")
+    prediction_type: str | None = option(None, "what the denoiser predicts", or_else="what the scheduler says",
+        choices=("epsilon", "v_prediction"), objective="ddpm", compared_as="how losses are measured")
+    mixed_precision: str = option(None, "precision of the frozen parts; the adapter stays fp32",
+        or_else="what accelerate was started with; bf16 for a bundled pipeline on a CPU that has instructions for it",
+        choices=("no", "fp16", "bf16"))
+    base_precision: str = option("no",
+        "store the weights of the linear layers in the denoiser's blocks in 8 or 4 bits, and compute in "
+        "--mixed_precision: less memory, slower", choices=("no", "fp8", "int8", "nf4"), compared_as="base model",
+        kohya=("fp8_base fp8",), diffusers=("bnb_quantization_config_path",))
+    blocks_to_swap: int = free(0,
+        "hold the weights of the linear layers in this many of the denoiser's blocks in the CPU's memory, and "
+        "copy each to the GPU whenever it is needed: less memory, slower, and the same numbers", NATURAL)
+    allow_tf32: bool = option(False, "allow TF32 matrix products on Ampere and later GPUs")
+    enable_xformers_memory_efficient_attention: bool = option(False, "attention of xformers instead of PyTorch's")
+
+
+@group
+class MethodOptions(SharedMethodOptions):
+    """Adapter method and merge."""
+
+    method: list[str] = again(default=["lora"],
+        help=f"one or several, trained one after the other on the same images and noise. {IN_WORDS}. With an option of "
+        "the shortcuts or their merge the default is reslora",
+        # no other method has a lower final loss: RESULTS.md
+        resume="free", bundled=["lora", "reslora"], kohya=("network_module",))
+    rank: int = again(kohya=("network_dim",),
+        by_family=f"{DEFAULT_RANK}; the width of the narrowest adapted layer where that is less")
+    rank_pattern: list[str] | None = again(help=f"{PATTERNS['rank_pattern']}; for the denoiser only")
+    alpha_pattern: list[str] | None = again(help=f"{PATTERNS['alpha_pattern']}; for the denoiser only")
+    init_lora: str | None = by_content(None,
+        "start from this LoRA, of any tool, instead of from zero: its layers, ranks and alphas are trained",
+        metavar="FILE", path="absolute", kohya=("network_weights",))
+    target_modules: list[str] = again(
+        help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
+        "their whole names",
+        by_family="as in diffusers' script for the model, to_q, to_k, to_v, to_out.0 of U-Nets; but not Z-Image's "
+        "refiners and Krea 2's text_fusion.projector, and FLUX.2 klein's add_*_proj and to_add_out as well")
+    train_text_encoder: bool = option(False,
+        "train the CLIP text encoders, too: their attention gets the same adapter, with shortcuts between their "
+        "own layers; Stable Diffusion, SDXL, SD 3, Flux.1. T5 stays as it is")
+    merge_calibration_samples: int = again(
+        help="images for ResLoRA's merge and for measuring controls; with 0, --merge input takes norms of the training")
+
+
+@group
+class DataOptions:
+    """Images and captions: sources and preprocessing."""
+
+    dataset_name: str | None = by_content(None, "dataset on the hub, or a folder", path="absolute",
+        yields_to="train_data_dir", compared_as="held-out images")
+    dataset_config_name: str | None = by_content(None, "configuration of that dataset", yields_to="train_data_dir",
+        compared_as="held-out images",
+        needs=Need(lambda options: options.data.dataset_name, "add --dataset_name, or leave it out"))
+    train_data_dir: list[str] = by_content([],
+        "images with a metadata.jsonl or .csv, or with .txt or .caption files of their names; or Parquet, .tar "
+        "(webdataset) or JSON files, or what save_to_disk wrote; or kohya's folders, named <repeats>_<caption>",
+        or_else="the bundled images", metavar="FOLDER", collapses=True, short="data",
+        essential="folder of images with captions", path="absolute", yields_to="dataset_name",
+        compared_as="held-out images")
+    train_data_repeats: list[int] = option([1],
+        "how often an epoch uses each image: one number for all folders, or one for each; kohya's folders have "
+        "theirs as well, which it multiplies", COUNT, metavar="N", collapses=True, kohya=("dataset_repeats",),
+        diffusers=("repeats",))
+    train_data_weight: list[float] = option([1.0],
+        "weight of each image's loss: one number for all folders, or one for each", POSITIVE, metavar="WEIGHT",
+        collapses=True)
+    image_column: str = by_content("image", "column with the image", compared_as="held-out images")
+    caption_column: str = by_content("text", "column with the caption, or a list of captions to choose from",
+        compared_as="held-out images")
+    caption_prefix: str | None = option(None, "trigger word, put before every caption except those of class images",
+        metavar="TEXT", compared_as="held-out images")
+    caption_suffix: str | None = option(None, "put after every caption except those of class images", metavar="TEXT",
+        compared_as="held-out images")
+    caption_dropout: float = option(0.0,
+        "fraction of the training samples that get the empty caption; class images keep theirs", FRACTION,
+        kohya=("caption_dropout_rate",), diffusers=("proportion_empty_prompts",))
+    enable_wildcard: bool = option(False,
+        "each training sample gets one choice of {red|blue}, and one of a caption's lines; {{ and }} are braces")
+    shuffle_caption: bool = option(False, "put the tags of a caption, between commas, into another order each time")
+    caption_tag_dropout_rate: float = option(0.0, "fraction of a caption's tags that each training sample is without",
+        FRACTION)
+    keep_tokens: int = option(0, "how many tags, the prefix counted, are neither shuffled nor left out", NATURAL,
+        needs=Need(lambda options: options.data.shuffle_caption or options.data.caption_tag_dropout_rate,
+        "add --shuffle_caption or --caption_tag_dropout_rate"))
+    class_data_dir: str | None = by_content(None,
+        "folder of class images, which preserve what the model knows: images of the kind of thing that is learnt; if "
+        "it holds kohya's folders, the model generates none", metavar="FOLDER", path="absolute",
+        compared_as="held-out images")
+    class_prompt: str | None = option(None,
+        "what class images show: the caption of those without one, and what the model generates if there are too few",
+        metavar="PROMPT")
+    num_class_images: int = option(100, "class images; the model generates those that are missing", NATURAL,
+        needs=CLASS_IMAGES)
+    prior_loss_weight: float = option(1.0, "weight of the loss of class images", NOT_NEGATIVE, needs=CLASS_IMAGES)
+    max_train_samples: int | None = option(None, "train on that many images, chosen at random", COUNT,
+        compared_as="held-out images", in_experiments="leave it out: each seed would choose other images")
+    resolution: list[int] = option([],
+        "side of the square that images are cropped and scaled to; with several, each image is trained at all of "
+        "them, and samples and the validation loss take the first", whole(8, LONGEST_SIDE), metavar="SIDE",
+        collapses=True, essential="side of the images in pixels", compared_as="resolution", bundled=64,
+        by_family="Stable Diffusion 1 and 2, Flux.1, FLUX.2 klein, Qwen-Image, Krea 2 512; others 1024")
+    use_aspect_ratio_buckets: bool = option(False,
+        "train each image near its own shape, at about the area of a --resolution square, without scaling it up",
+        compared_as="resolution", kohya=("enable_bucket",))
+    aspect_ratio_buckets: str | None = option(None,
+        "the buckets, as heights and widths, instead of a ladder around --resolution; images may be scaled up", buckets,
+        metavar="H,W;H,W", compared_as="resolution", needs=BUCKETS)
+    bucket_upscale: bool = option(False, "scale small images up to a bucket of the ladder", compared_as="resolution",
+        needs=(BUCKETS, Need(lambda options: not options.data.aspect_ratio_buckets,
+        "leave it out, --aspect_ratio_buckets scale images up")))
+    center_crop: bool = option(False,
+        "crop the center instead of a random place; with --cache_latents, images of which a bucket keeps 93% "
+        "are always cropped so", compared_as="resolution")
+    random_flip: bool = option(False, "mirror images, half of the time", kohya=("flip_aug",))
+    image_interpolation_mode: str = option("lanczos", "how images are scaled", choices=INTERPOLATIONS)
+    strict: bool = free(False, "refuse images that cannot be read or have no caption, instead of leaving them out")
+    cache_latents: bool = free(True,
+        "encode every image once and store its latents on disk, instead of encoding it in every step")
+    cache_text_embeddings: bool = free(True,
+        "encode every caption once and store it on disk, then free the text encoder; it stays if captions have "
+        "more than 1000 variants in a run, and more than four each")
+    dataloader_num_workers: int = free(0, "processes that read images", NATURAL)
+
+
+@group
+class TrainingOptions:
+    """Length of training, batch size and loss."""
+
+    seed: int = option(0, "the same seed gives the same bytes", NATURAL, varies=True, essential=True,
+        compared_as="seed")
+    train_batch_size: int = free(16, "images per process and forward pass", whole(1, LARGEST_BATCH), essential=True)
+    gradient_accumulation_steps: int = free(1, "forward passes per step", COUNT)
+    num_train_epochs: int = free(100,
+        "passes over the images; each takes images / (batch x processes) forward passes, rounded up for every bucket. "
+        "A step takes --gradient_accumulation_steps of these; with a bundled pipeline the default is 200 steps", COUNT,
+        counts_if_given=True, yields_to="max_train_steps", kohya=("max_train_epochs",))
+    max_train_steps: int | None = free(None, "steps; wins over --num_train_epochs", COUNT,
+        or_else="200 for bundled models, else --num_train_epochs decides", short="steps", essential="training steps",
+        yields_to="num_train_epochs")
+    gradient_checkpointing: bool = free(False, "less memory, slower", essential=True)
+    compile: bool = free(False,
+        "compile the denoiser by torch.compile: minutes at the start, then faster steps; refused where its first "
+        "gradients are not those of the same step without it")
+    noise_offset: float = option(0.0, "scale of the noise added per channel while training", NOT_NEGATIVE)
+    min_timestep: int = option(0,
+        "train from this timestep on; 0 is the image, and the last timestep noise. Low ones hold the details, "
+        "which then stay much as they are. The validation loss is measured at all timesteps", NATURAL)
+    max_timestep: int | None = option(None,
+        "train below this timestep; high ones hold the composition, which then stays much as it is", COUNT,
+        or_else="all")
+    snr_gamma: float | None = option(None, "min-SNR loss weights; 5.0 is usual, 0 weights all timesteps alike",
+        NOT_NEGATIVE, objective="ddpm", bundled=1.0, bundled_flow=None,
+        # preserves more of the subjects: assets/README.md
+        kohya=("min_snr_gamma",))
+    loss_type: str = option("l2",
+        "squared error, or kohya's pseudo-Huber losses, which count large errors less; the validation loss is the "
+        "squared error all the same", choices=("l2", "huber", "smooth_l1"))
+    huber_schedule: str = option("snr",
+        "huber, smooth_l1: how the threshold above which errors count less depends on the timestep. constant: it "
+        "is --huber_c; exponential: it falls from 1 without noise to --huber_c in noise; snr: the same, by the "
+        "signal-to-noise ratio", choices=("constant", "exponential", "snr"), needs=HUBER)
+    huber_c: float = option(0.1, "huber, smooth_l1: the threshold above which errors count less, or what it falls to",
+        POSITIVE, needs=HUBER)
+    huber_scale: float = option(1.0, "huber, smooth_l1: multiplies that threshold; not with --huber_schedule snr",
+        POSITIVE, needs=(HUBER, Need(lambda options: options.training.huber_schedule != "snr",
+        "leave it out, or change that", "--huber_schedule snr does not read it")))
+    masked_loss: bool = option(False,
+        "weight the loss of each pixel by how white and opaque the image's mask is there. The mask is a file that "
+        "the column mask of metadata.jsonl or .csv names, otherwise the image's alpha channel; images without a "
+        "mask count completely. The validation loss is masked, too", kohya=("alpha_mask",))
+    masked_loss_normalised: bool = option(False, "mean of the loss over the part that counts, not the whole image",
+        needs=Need(lambda options: options.training.masked_loss, "add --masked_loss"))
+    timestep_sampling: str | None = option(None,
+        "flow matching: how timesteps are sampled. uniform, logit_normal and mode: as in diffusers' scripts, from "
+        "the scheduler's table; sigmoid, shift, flux_shift: as in kohya's", or_else="by --weighting_scheme",
+        choices=SAMPLINGS, objective="flow")
+    weighting_scheme: str = option(None,
+        "flow matching: how losses are weighted, as in diffusers' scripts; logit_normal and mode sample timesteps",
+        choices=WEIGHTINGS, objective="flow", by_family="SD 3 logit_normal, others none")
+    logit_mean: float = option(0.0, "flow matching, logit_normal: mean of the normal number", number(),
+        objective="flow", samplings=("logit_normal",))
+    logit_std: float = option(1.0, "flow matching, logit_normal: its standard deviation", POSITIVE, objective="flow",
+        samplings=("logit_normal",))
+    mode_scale: float = option(1.29, "flow matching, mode: how far from uniform", number(), objective="flow",
+        samplings=("mode",))
+    discrete_flow_shift: float | None = option(None, "flow matching: shift of the timesteps towards noise", POSITIVE,
+        or_else="the scheduler's; 3 with shift", objective="flow",
+        samplings=("uniform", "logit_normal", "mode", "shift"), compared_as="how losses are measured")
+    guidance_scale_train: float = option(1.0,
+        "guidance that the denoiser is conditioned on while training: only for Flux.1 dev, for which diffusers' script "
+        "has 3.5", NOT_NEGATIVE, compared_as="how losses are measured")
+    max_sequence_length: int = option(None, "tokens of a caption that T5 or Qwen reads", COUNT,
+        compared_as="how losses are measured", by_family="SD 3 77, others with T5 or Qwen 512")
+    local_rank: int = free(-1, "set by launchers", int)
+
+
+@group
+class OptimizerOptions:
+    """Optimizer and learning rate."""
+
+    learning_rate: float = option(1e-4, "highest learning rate; with --optimizer prodigy the default is 1", POSITIVE,
+        varies=True, short="lr", essential="highest learning rate", bundled=2.5e-4, bundled_flow=1e-3,
+        kohya=("unet_lr",))
+    text_encoder_lr: float | None = option(None, "learning rate of the text encoders. The schedule is the same",
+        POSITIVE, or_else="--learning_rate", needs=Need(lambda options: options.adapter.train_text_encoder,
+        "add --train_text_encoder", "no text encoder is trained"))
+    scale_lr: bool = option(False, "multiply learning rates by batch size, accumulation steps and processes")
+    lr_scheduler: str = option("constant", "how the learning rate changes", choices=SCHEDULES)
+    lr_warmup_steps: int | None = option(None, "steps in which the learning rate rises (none with constant)", NATURAL,
+        or_else="500, at most a tenth of the run",
+        needs=Need(lambda options: options.optimizer.lr_scheduler not in ("constant", "piecewise_constant")
+        or not options.optimizer.lr_warmup_steps,
+        "", "nothing reads it with --lr_scheduler {lr_scheduler}", refuse=False))
+    lr_step_rules: str | None = option(None,
+        "of piecewise_constant: factors and the steps they end at, and the last factor, as 1:100,0.1:200,0.01",
+        metavar="RULES", needs=Need(lambda options: options.optimizer.lr_scheduler == "piecewise_constant",
+        "add --lr_scheduler piecewise_constant",
+        "--lr_scheduler {lr_scheduler} does not read it"))
+    optimizer: str = option("adamw",
+        f"one of {', '.join(OPTIMIZERS)}, or the path of a class as package.Class; all but both AdamW have their "
+        "authors' settings, which --optimizer_args changes", metavar="NAME", counts_if_given=True,
+        essential="adamw, adamw8bit, prodigy, adafactor, lion, schedulefree, or package.Class", kohya=("optimizer_type",
+        ))
+    optimizer_args: list[str] = option([], "arguments of that class, as beta3=0.98", metavar="KEY=VALUE")
+    use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes, as --optimizer adamw8bit")
+    adam_beta1: float = option(0.9, "decay of the mean of the gradient", FRACTION, needs=ADAM)
+    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", FRACTION, needs=ADAM)
+    adam_weight_decay: float = option(1e-2, "weight decay", NOT_NEGATIVE, needs=ADAM)
+    adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE, needs=ADAM)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", NOT_NEGATIVE)
+
+
+@group
+class ValidationOptions:
+    """Samples and losses during training."""
+
+    validation_prompt: list[str] = shown([],
+        "prompts of samples while training, with fixed seeds; or a .txt file of prompts as kohya's scripts read it (a "
+        "line each, with --n --w --h --d --s --l --g), or a .json list of objects with a prompt and its options",
+        metavar="PROMPT", essential="prompts of samples while training, or a file of them", compared_as="prompts",
+        kohya=("sample_prompts FILE",), bundled=["cat face", "tulip", "guitar", "red apple"])
+    validation_prompt_options: list[str] = shown([],
+        "options of each prompt, as such a file has them: negative_prompt, width, height, seed, "
+        "num_inference_steps, guidance_scale, cfg_scale; {} for none", options_text, metavar="JSON",
+        yields_to="validation_prompt", compared_as="how samples are generated")
+    num_validation_images: int = shown(4, "samples per prompt; 0 generates none while training", NATURAL, bundled=1)
+    validation_height: int | None = shown(None, "height of a sample in pixels", whole(8),
+        or_else="the first --resolution", compared_as="how samples are generated")
+    validation_width: int | None = shown(None, "width of a sample in pixels", whole(8),
+        or_else="the first --resolution", compared_as="how samples are generated")
+    validation_steps: int | None = shown(None,
+        "steps between samples; if not given, --validation_epochs decides, in experiments ten times at most", COUNT,
+        essential="steps between samples", yields_to="validation_epochs", bundled=50, kohya=("sample_every_n_steps",))
+    validation_epochs: int = shown(1,
+        "epochs between samples, unless --validation_steps is given; of a bundled pipeline the default is 50 steps",
+        COUNT, counts_if_given=True)
+    validation_split: float = option(0.0, "fraction of the images held out for a validation loss", FRACTION,
+        essential=True, compared_as="held-out images", bundled=0.1,
+        in_experiments="leave it out: experiments hold out --select_split and --test_split")
+    max_validation_images: int = option(64,
+        "how many of the held-out images measure the validation loss, at most: chosen by --seed, or by their "
+        "content where --validation_noises are measured; the others are not trained on either", COUNT,
+        compared_as="held-out images",
+        needs=Need(HELD_OUT.met, "", "nothing reads it without --validation_split", refuse=False))
+    save_best: bool = option(False,
+        "save the adapter with the lowest validation loss in <method>/best, and export that one in the end",
+        needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
+    early_stopping_patience: int | None = free(None,
+        "stop a method after N validations in a row without a lower loss than before", COUNT, metavar="N",
+        needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
+    validation_noises: int | None = option(None,
+        "measure the validation loss at eight timesteps, with N noises each, seeded by the image's content", COUNT,
+        or_else="4 with --save_best or --early_stopping_patience, else one timestep and noise in each quarter",
+        metavar="N", needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
+    metric_model: str | None = shown(None,
+        "DINOv2 or CLIP, a folder or a name on the hub: measure how near samples are to the held-out images and, "
+        "with CLIP, to their prompts; experiments judge each chosen arm by this and more", metavar="MODEL",
+        path="relative", needs=Need(lambda options: options.experiment.select_split
+        or (options.validation.validation_prompt and options.validation.num_validation_images),
+        "add --validation_prompt and --num_validation_images 1, or leave it out"))
+    num_inference_steps: int = shown(None, "denoising steps of a sample", COUNT,
+        compared_as="how samples are generated", bundled=20,
+        by_family="Stable Diffusion 1 and 2, SDXL 30; Qwen-Image 50; others 28")
+    guidance_scale: float = shown(None, "classifier-free guidance of a sample", NOT_NEGATIVE,
+        compared_as="how samples are generated", bundled=4.0, bundled_flow=3.0,
+        by_family="Stable Diffusion 1 and 2 7.5; SDXL, Z-Image 5; SD 3 7; Flux.1 3.5; FLUX.2 klein, Qwen-Image 4; "
+        "Krea 2 4.5")
+
+
+@group
+class ExperimentOptions(SharedExperimentOptions):
+    """Measurement and schedule of an experiment, which is a run with several values of some options."""
+
+    select_split: float | None = again(help="fraction of the images by which learning rates and checkpoints are chosen")
+    test_split: float | None = again(help="fraction of the images by which methods are compared; if there are few, 0.3")
+    merged_weights: bool = option(False,
+        "write the merged weights of every arm too, as a run with one rate and seed does")
+
+
+@group
+class OutputOptions:
+    """Outputs and their location."""
+
+    output_dir: str = free("runs/sd-model-finetuned-lora", "folder of the run", metavar="FOLDER", short="output",
+        essential=True, path="relative")
+    logging_dir: str = free("logs", "TensorBoard's folder inside --output_dir", metavar="FOLDER", path="relative")
+    report_to: str = free("tensorboard", "a tracker that accelerate knows, such as wandb; all, or none")
+    checkpointing_steps: int = free(500, "steps between checkpoints", COUNT, bundled=100, kohya=("save_every_n_steps",))
+    checkpointing_minutes: float | None = free(None,
+        "also save a checkpoint this many minutes after the last one", POSITIVE)
+    checkpoints_total_limit: int | None = free(None, "checkpoints to retain per method", COUNT, or_else="all")
+    resume_from_checkpoint: str | None = free(None,
+        "latest: resume from the newest complete checkpoint; FOLDER: go back to that one; not in a finished run",
+        metavar="latest|FOLDER", essential="latest resumes the run in --output", path="relative", secret=True,
+        kohya=("resume",))
+    plan: bool | None = free(None,
+        "print how much memory each phase of the run would hold, and end; status 2, and options that would make it "
+        "fit, where it does not. Without it, a run that may not fit prints this first and is refused; --no-plan "
+        "tries it all the same", essential="print how much memory the run would take, and end")
+    push_to_hub: bool = free(False,
+        "upload LoRA files, samples, losses, figures and a model card when done; the card is the README.md in the "
+        "run's folder, where there is one",
+        in_experiments="leave it out, and upload the folder of the arm that you like")
+    hub_token: str | None = free(None, "token for the hub", secret=True)
+    hub_model_id: str | None = free(None, "repository on the hub", or_else="the folder's name")
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Options(RunOptions):
+    """Values of one run of train_sd.py.
+
+    A value that depends on the model's family is None until the family is known.
+    """
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    adapter: MethodOptions = field(default_factory=MethodOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    validation: ValidationOptions = field(default_factory=ValidationOptions)
+    experiment: ExperimentOptions = field(default_factory=ExperimentOptions)
+    output: OutputOptions = field(default_factory=OutputOptions)
+
+    titles: ClassVar[Mapping[str, str]] = {
+        "model": "model", "adapter": "method", "data": "images and captions", "training": "training",
+        "optimizer": "optimizer", "validation": "samples and validation loss", "experiment": "experiments",
+        "output": "output, checkpoints and reports",
+    }  # fmt: skip

@@ -1,0 +1,71 @@
+"""Reference of all options, generated from the tables: `python -m reslora.options.reference > docs/options.md`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .groups import Groups
+from .images import Options
+from .option import Option
+from .parser import default_in_words
+from .texts import GlueOptions, LlmOptions
+
+SCRIPTS: dict[str, type[Groups]] = {
+    "train_sd.py": Options, "train_llm.py": LlmOptions, "train_glue.py": GlueOptions,
+}  # fmt: skip
+RESUMES = {
+    "fixed": "no",
+    "content": "the same content",
+    "free": "yes",
+    "shown": "yes, but not of a finished method",
+    "merged": "yes, merges anew",
+}
+
+
+def reference() -> str:
+    """Return the page in Markdown."""
+    lines = [
+        "# All options", "",
+        "`python -m reslora.options.reference > docs/options.md` writes this page. *Resume*: whether a resumed run may "
+        "have another value. *Varies*: several values make an experiment.",
+    ]  # fmt: skip
+    for script, kind in SCRIPTS.items():
+        lines += ["", f"## {script}"]
+        for group, title in kind.titles.items():
+            lines += [
+                "",
+                f"### {title[0].upper()}{title[1:]}",
+                "",
+                "| option | what it does | resume |",
+                "|---|---|---|",
+            ]
+            lines += rows(kind, group)
+    return "\n".join(lines) + "\n"
+
+
+def rows(kind: type[Groups], group: str) -> Iterator[str]:
+    """Yield a table row for each option of a group."""
+    for option in kind.table().values():
+        if option.group == group:
+            cells = [names(option), described(option), RESUMES[option.resume]]
+            yield f"| {' | '.join(escaped(cell) for cell in cells)} |"
+
+
+def escaped(text: str) -> str:
+    """Return the text with Markdown and HTML characters of a table cell escaped."""
+    return text.replace("|", "&#124;").replace("<", "&lt;")
+
+
+def names(option: Option) -> str:
+    """Return the names of an option on the command line."""
+    return ", ".join(f"`--{name}`" for name in (option.name, option.short) if name)
+
+
+def described(option: Option) -> str:
+    """Return an option's help with its default."""
+    default, varies = default_in_words(option), " *Varies.*" if option.varies else ""
+    return f"{option.help}{f' ({default})' if default else ''}.{varies}"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

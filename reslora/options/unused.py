@@ -1,0 +1,62 @@
+"""Options that have no effect in combination with the others: raise an error, or report them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import InvalidArgument, speaks
+from ..methods.registry import METHODS
+from ..shortcuts import PLAIN
+from .groups import Groups
+from .option import Need, Option
+from .values import as_typed, listed
+
+
+def as_option(option: Option, value: Any) -> str:
+    """Return an option and its value as typed on the command line."""
+    return option.flag if value is True else f"{option.flag} {as_typed(value)}"
+
+
+def unmet(options: Groups, refuse: bool) -> list[tuple[Option, Need]]:
+    """Return the options that differ from the default, but have no effect because a condition is not satisfied."""
+    return [
+        (option, need)
+        for name, option in options.table().items()
+        if options[name] != option.default
+        for need in option.needs
+        if need.refuse is refuse and not need.met(options)
+    ]
+
+
+def refuse_unused(options: Groups) -> None:
+    """Raise `InvalidArgument` for an option without effect, unless it has its default value."""
+    for option, need in unmet(options, refuse=True):
+        values = options.flat()
+        raise InvalidArgument(as_option(option, values[option.name]), need.problem.format_map(values), need.fix)
+
+
+def report_unused(options: Groups) -> None:
+    """Print options without effect that commands for other scripts may contain."""
+    values = options.flat()
+    for option, need in unmet(options, refuse=False) if speaks() else ():
+        problem = ": ".join(filter(None, [need.problem.format_map(values), need.fix]))
+        print(f"{as_option(option, values[option.name])}: {problem}", flush=True)
+
+
+def report_unread_by_methods(
+    table: Mapping[str, Option], values: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> None:
+    """Print options that no method uses: one command line may serve several methods in turn.
+
+    Warns of a --pre_num of 0 with methods that have shortcuts otherwise.
+    """
+    names = listed(values["method"])
+    methods = [METHODS[name] for name in names]
+    for name, option in table.items():
+        read = not option.read_by or any(getattr(method, option.read_by) for method in methods)
+        if not read and values[name] not in (None, defaults.get(name, option.default)) and speaks():
+            print(f"{as_option(option, values[name])}: nothing reads it with --method {' '.join(names)}", flush=True)
+    unwired = [method.name for method in methods if values["pre_num"] == 0 and method.reads_shortcut_flags]
+    if unwired and values["shortcut"] != PLAIN and speaks():
+        print(f"warning: --pre_num 0: no block takes part in another, so {' and '.join(unwired)} trains as LoRA does")

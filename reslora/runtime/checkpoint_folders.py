@@ -1,0 +1,119 @@
+"""Checkpoints on resume: find, rename and remove them; shared by all trainers."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ..errors import InvalidArgument, RunFailed, first_line, out_of_memory
+from ..io import remove, replacing, temporary_beside
+
+MERGED = "merged-by-[a-z]+"
+"""Pattern of the names of checkpoints merged by the application, before the step."""
+
+ADAPTERS = "adapters"
+"""Directory of the adapters among which an experiment chooses, without what a resumed run needs."""
+
+
+def adapter_folder(folder: Path, step: int) -> Path:
+    """Return the directory in which an arm of an experiment stores the adapter of a step."""
+    return folder / ADAPTERS / f"step-{step:06d}"
+
+
+def numbered(folder: Path, kind: str = "checkpoint") -> list[Path]:
+    """Return the paths in a directory named `<kind>-<step>`, newest first; `kind` is a regular expression."""
+    found = (path for path in folder.glob("*-*") if re.fullmatch(rf"{kind}-\d+", path.name))
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in the name of a checkpoint, or of a merged one."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def set_aside(checkpoint: Path, why: str = "is not of this line of training", mark: str = "set-aside") -> Path:
+    """Rename a checkpoint, or another path in its place, and return the new path: files of the user are not removed.
+
+    The new name is not that of a checkpoint for transformers, which removes older checkpoints.
+    """
+    number, there = 1, checkpoint.with_name(f"{mark}-{checkpoint.name}")
+    while there.exists():
+        number += 1
+        there = checkpoint.with_name(f"{mark}-{checkpoint.name}-{number}")
+    checkpoint.rename(there)
+    print(f"{checkpoint} {why}: it is {there.name} now", flush=True)
+    return there
+
+
+def discard(old: Path) -> None:
+    """Remove an obsolete path; if that fails, print a line and continue.
+
+    It is renamed first, so that a kill does not leave half a checkpoint.
+    """
+    there = old
+    try:
+        there = old.rename(temporary_beside(old))
+        remove(there)
+    except OSError as error:
+        name = "" if there == old else f" (it was {old.name})"
+        print(f"{there}{name} cannot be removed, and nothing needs it: {first_line(error)}", flush=True)
+
+
+def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: Iterable[str] = ()) -> None:
+    """Rename the checkpoints that training from `chosen` does not continue: later ones, or all if it is not among them.
+
+    Afterwards all checkpoints belong to one training history, so that a limit on their number removes the right ones.
+    `found`: the paths named `checkpoint-<step>`, and merged ones; `place`: the path for a checkpoint of this step.
+    `chosen` may have any name, be in another directory or be a renamed one. It is then copied to `place`, so that the
+    newest checkpoint belongs to this history even if the process is killed before the next one. The files named in
+    `beside` belong to the other history then, and are renamed too.
+    """
+    if chosen.resolve() == place.resolve():
+        for other in found:
+            if step_of(other) > step_of(place):
+                set_aside(other)
+        return
+    with replacing(place) as temporary:
+        shutil.copytree(chosen, temporary)  # may fail, so it precedes all other changes
+        for other in dict.fromkeys([*found, place, *(place.with_name(name) for name in beside)]):
+            if other.exists():
+                set_aside(other)
+
+
+@contextlib.contextmanager
+def memory_reported(folder: Path) -> Iterator[None]:
+    """Convert exhausted memory during training in `folder` into a `RunFailed` that names the newest checkpoint."""
+    try:
+        yield
+    except RunFailed:
+        raise
+    except Exception as error:
+        if (cause := out_of_memory(error)) is None:
+            raise
+        there = f"{folder} has no checkpoint yet: start again"
+        if newest := next(iter(numbered(folder)), None):
+            there = f"the newest checkpoint is {newest}: go on with --resume_from_checkpoint latest"
+        problem = f"memory ran out ({first_line(cause)}), and nothing on disk is lost"
+        raise RunFailed(f"{problem}; {there} once some is free, or with a smaller batch") from error
+
+
+def refuse_afresh(output: Path, folder: Path, finished: bool) -> None:
+    """Raise `InvalidArgument` if starting from zero in `folder` would overwrite trained results.
+
+    Call it if no checkpoint to resume from exists. `folder` is --output_dir or a directory in it.
+    """
+    flag, fix = f"--output_dir {output}", f"choose another, or remove {folder} to start afresh"
+    if aside := sorted(folder.glob("set-aside-checkpoint-*"), key=lambda path: path.stat().st_mtime):
+        problem = f"{folder} has no checkpoint but {', '.join(path.name for path in aside)}"
+        raise InvalidArgument(flag, problem, f"go on with --resume_from_checkpoint {aside[-1]}, {fix}")
+    if finished:
+        raise InvalidArgument(flag, f"{folder} was trained, and the checkpoint to go on from is gone", fix)
+
+
+def cannot_be_loaded(checkpoint: Path | str, error: Exception) -> str:
+    """Return the message for a checkpoint that is complete but cannot be loaded."""
+    problem = f"{checkpoint} is whole, but cannot be loaded ({first_line(error)})"
+    return f"{problem}; nothing on disk was changed: the same command tries again"

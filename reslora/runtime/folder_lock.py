@@ -1,0 +1,185 @@
+"""Lock a run's directory, so that one run at a time uses it, and remove the temporary files of killed runs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ..errors import InvalidArgument, RunFailed
+from ..io import before_writing, is_running, remove_leftovers, this_process
+from ..methods.registry import METHODS
+from .status import FILE
+
+# Holds the process id and identifier of the owner. The lock itself is a file in the system's temporary directory.
+OWNER = ".lock"
+_HELD: dict[Path, os.stat_result] = {}
+"""Directories locked by this process, or by another process on its behalf, with their status when they were locked."""
+_LENDERS: dict[Path, str] = {}
+"""Locked directories of other processes, with those processes' identifiers."""
+_FILLED: dict[Path, os.stat_result] = {}
+"""Directories inside the locked ones that this process is writing to."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a directory against a second run.
+
+    Raises `InvalidArgument` naming the process that holds the lock.
+    """
+    made = not folder.exists()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(guarded(folder))
+            # Under another temporary directory, as batch systems create one for each job.
+            if is_running(_owner(folder)[1]):
+                raise _busy(folder)
+            folder.mkdir(parents=True, exist_ok=True)  # not earlier, or a removed directory would be created again
+            (folder / OWNER).write_text(f"{os.getpid()}\n{this_process()}")
+            stack.enter_context(_noted(folder, _HELD))
+        except Timeout:
+            raise _busy(folder) from None
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror})"
+            raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder") from None
+        try:
+            _clear_leftovers(folder)
+            yield
+        finally:
+            if not _lost(folder):
+                (folder / FILE).unlink(missing_ok=True)
+                (folder / OWNER).unlink(missing_ok=True)
+                if made:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()  # a run that was refused before it wrote anything leaves nothing
+
+
+@contextlib.contextmanager
+def share_lock(folder: Path) -> Iterator[None]:
+    """Treat a directory as locked in a process that was started by the owner of the lock; see `check_held`."""
+    _LENDERS[folder] = _owner(folder)[1]
+    try:
+        with _noted(folder, _HELD):
+            yield
+    finally:
+        del _LENDERS[folder]
+
+
+@contextlib.contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """Let `check_held` also check a directory inside the locked one while training writes to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _noted(folder, _FILLED):
+        try:
+            yield
+        except (OSError, RuntimeError):  # torch.save raises RuntimeError
+            check_held()  # it may have been removed during the write
+            raise
+
+
+@contextlib.contextmanager
+def _noted(folder: Path, noted: dict[Path, os.stat_result]) -> Iterator[None]:
+    """Record the status of a directory in `noted` inside this context."""
+    with contextlib.ExitStack() as stack:
+        if os.name == "posix":
+            stack.callback(os.close, os.open(folder, os.O_RDONLY))  # while it is open, its inode number is not reused
+        noted[folder] = folder.stat()
+        stack.callback(noted.pop, folder)
+        yield
+
+
+def check_held() -> None:
+    """Raise `RunFailed` if a directory locked by this process was removed, replaced or locked by another run.
+
+    The same applies to a directory inside it that training writes to: otherwise only the second half of a file set
+    would be written. `io.replacing` calls it before it writes; call it before long work and before removing files.
+    """
+    for folder in _HELD:
+        if problem := _lost(folder):
+            raise RunFailed(f"--output_dir {folder} {problem}")
+    # Network file systems may renumber all directories, including the locked ones.
+    numbered = all(_is_still(folder, before) for folder, before in _HELD.items())
+    for folder, before in _FILLED.items():
+        if numbered and not _is_still(folder, before):
+            problem = f"{folder} was moved or removed while it was trained, and nothing more is saved"
+            raise RunFailed(f"{problem}; put it back, and go on with --resume_from_checkpoint latest")
+
+
+before_writing.append(check_held)
+
+
+def _is_still(folder: Path, before: os.stat_result) -> bool:
+    """Return whether the path is still the same directory."""
+    try:
+        return os.path.samestat(folder.stat(), before)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # a temporary error of the file system does not end a run
+        return True
+
+
+def _lost(folder: Path) -> str:
+    """Return why a locked directory no longer belongs to this run; empty if it still does.
+
+    The reason follows from its lock file or the file system.
+    """
+    number, process = _owner(folder)
+    if process == _LENDERS.get(folder, this_process()):
+        return ""
+    if not _is_still(folder, _HELD[folder]):
+        fix = "if it is elsewhere, go on with --output_dir PLACE --resume_from_checkpoint latest"
+        return f"was moved or removed while it trained, and nothing more is saved; {fix}"
+    # A process of another machine or container is not visible here, nor this one there.
+    return f"is another run's by now (process {number}), and nothing more is saved; choose another" if process else ""
+
+
+def guard_of(folder: Path) -> FileLock:
+    """Return the file lock of a directory among the runs of this machine.
+
+    The system releases it when the process ends.
+    """
+    name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
+    return FileLock(Path(tempfile.gettempdir()) / f"reslora-{getattr(os, 'getuid', int)()}-{name}.lock")
+
+
+@contextlib.contextmanager
+def guarded(folder: Path) -> Iterator[None]:
+    """Lock a directory among the runs of this machine.
+
+    Raises `Timeout` immediately if another run holds the lock. The lock file is removed while it is still locked;
+    filelock refuses it to a process that has opened it by then, because the file has no name.
+    """
+    guard = guard_of(folder)
+    with guard.acquire(timeout=0):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows cannot remove an open file
+                Path(guard.lock_file).unlink()
+
+
+def _busy(folder: Path) -> InvalidArgument:
+    problem = f"process {_owner(folder)[0] or '?'} is training in it"
+    return InvalidArgument(f"--output_dir {folder}", problem, "wait for it, or choose another folder")
+
+
+def _owner(folder: Path) -> tuple[str, str]:
+    """Return the process id and the identifier of the lock's owner; empty if unknown."""
+    with contextlib.suppress(OSError, ValueError):
+        number, _, process = (folder / OWNER).read_text().partition("\n")
+        return number.strip(), process.strip()
+    return "", ""
+
+
+def _clear_leftovers(folder: Path) -> None:
+    for place in (
+        folder,
+        folder / "cache",
+        *(folder / method / part for method in METHODS for part in (".", "samples", "best")),
+    ):
+        remove_leftovers(place)

@@ -1,0 +1,38 @@
+"""Measure the memory of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import psutil
+import torch
+
+
+def forget_peak(device: torch.device) -> None:
+    """Reset the peak that `peak_memory` returns; on a CPU only if the system supports it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):  # only Linux has it
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Return the peak memory in bytes: allocated on a GPU, or resident on a CPU; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        if device.type == "cpu":
+            return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return None
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the free memory in bytes: of a GPU, or a CPU process's share of the system's; None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu":
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return None

@@ -1,0 +1,174 @@
+"""Coordinate the processes of a distributed run: one decides and broadcasts, and the processes wait for each other.
+
+Every decision that leads to a collective must be made by one process. If each process asked its own disk, clock or
+signal handler, they could enter different collectives and wait forever. With a single process, every function is a
+plain call.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..errors import Diverged, EndedElsewhere, InvalidArgument, RunFailed, Stopped, another_ended
+
+T = TypeVar("T")
+LONGEST_WAIT = timedelta(hours=24)  # for the main process to encode, merge, sample and read back
+_DECIDING = ContextVar("deciding", default=False)
+
+
+def is_single_process() -> bool:
+    """Return whether this is the only process of its run."""
+    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+
+def is_main() -> bool:
+    """Return whether this is the main process, which decides, writes and prints."""
+    return is_single_process() or dist.get_rank() == 0
+
+
+def say(text: str) -> None:
+    """Print once in a run of several processes and machines."""
+    if is_main():
+        print(text, flush=True)
+
+
+def broadcast_from_main(decide: Callable[[], T]) -> T:
+    """Return what `decide` returns in the main process, in every process; the others wait, however long it takes.
+
+    The value must be picklable. An exception in the main process raises `EndedElsewhere` in the others. `decide` must
+    not call functions of this module that involve the other processes, because they do not run it.
+    """
+    if is_single_process():
+        return _by_itself(decide)
+    value, failure = _tried(lambda: _by_itself(decide)) if is_main() else (None, None)
+    told: list = [(value, failure and _status(failure), isinstance(failure, Diverged))]
+    wait()
+    _met(lambda: dist.broadcast_object_list(told, src=0, group=_patient()))
+    if failure is not None:
+        raise failure
+    value, status, diverged = told[0]
+    if status is not None:
+        raise EndedElsewhere(status, diverged)
+    return value
+
+
+def on_all(do: Callable[[], T]) -> T:
+    """Return what `do` returns in this process; all processes call it, and if one fails, all end.
+
+    Every process raises its own error, or `EndedElsewhere` if it has none.
+    """
+    if is_single_process():
+        return do()
+    value, failure = _tried(do)
+    wait()
+    statuses = [status for status in all_gather(None if failure is None else _status(failure)) if status is not None]
+    if failure is not None:
+        raise failure
+    if statuses:
+        raise EndedElsewhere(statuses[0])
+    return value
+
+
+def all_gather(value: T) -> list[T]:
+    """Return the (picklable) values of all processes, by rank."""
+    if is_single_process():
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    _met(lambda: dist.all_gather_object(values, value, group=_patient()))
+    return values
+
+
+def any_of(condition: bool) -> bool:
+    """Return whether the condition holds in any process, without synchronizing a GPU."""
+    return any_of_each([condition])[0]
+
+
+def any_of_each(conditions: Sequence[bool]) -> list[bool]:
+    """Return which of the conditions hold in any process, with one exchange."""
+    if is_single_process():
+        return list(conditions)
+    numbers = torch.tensor(conditions, dtype=torch.float32)
+    _met(lambda: dist.all_reduce(numbers, group=_patient()))
+    return (numbers > 0).tolist()
+
+
+def wait() -> None:
+    """Wait for all processes, with signals handled meanwhile, which a collective would block."""
+    if not is_single_process():
+        _met(_wait)
+
+
+def _wait() -> None:
+    work, pause = dist.barrier(group=_patient(), async_op=True), 0.001
+    while not work.is_completed():
+        time.sleep(pause)
+        pause = min(0.1, 1.5 * pause)
+    work.wait()
+
+
+def leave(everyone: bool) -> None:
+    """Destroy the process groups; unless `everyone` does, a GPU's group is skipped, because it would wait."""
+    patient = list(_PATIENT.values())
+    _PATIENT.clear()
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    gc.collect()  # otherwise a wrapped model in an exception's frames would wait for the group when it is freed
+    if everyone or dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+    else:
+        for group in patient:
+            dist.destroy_process_group(group)
+
+
+_PATIENT: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
+
+
+def _patient() -> dist.ProcessGroup:
+    """Return a gloo group of all processes, for waits longer than the ten minutes of a collective on GPUs."""
+    world = dist.group.WORLD
+    if world not in _PATIENT:
+        _PATIENT[world] = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    return _PATIENT[world]
+
+
+def _by_itself(decide: Callable[[], T]) -> T:
+    """Return what `decide` returns, and raise an error if it would enter a collective."""
+    _refuse_to_meet()
+    token = _DECIDING.set(True)
+    try:
+        return decide()
+    finally:
+        _DECIDING.reset(token)
+
+
+def _refuse_to_meet() -> None:
+    assert not _DECIDING.get(), "a decision meets the other processes, which wait for its end"
+
+
+def _tried(do: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return do(), None
+    except Exception as error:  # raised again once the other processes know
+        return None, error
+
+
+def _status(error: Exception) -> int:
+    if isinstance(error, InvalidArgument):
+        return 2
+    return 143 if isinstance(error, Stopped) else 1
+
+
+def _met(meet: Callable[[], object]) -> None:
+    _refuse_to_meet()
+    try:
+        meet()
+    except RuntimeError as error:
+        raise RunFailed(another_ended(error)) from None

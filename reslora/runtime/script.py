@@ -1,0 +1,102 @@
+"""Common entry code of all scripts: errors become one line and an exit status, signals a request to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from ..attributes import override_attributes
+from ..errors import (
+    EndedElsewhere,
+    InvalidArgument,
+    RunFailed,
+    Stopped,
+    another_ended,
+    first_line,
+    out_of_memory,
+    speaks,
+)
+from ..formatting import printable
+from .signals import StopRequest
+from .stdio import ignore_broken_pipes, take_any_file_name
+
+# Messages of gloo and NCCL in a collective if another process of the run has ended.
+_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+
+
+def run_script(
+    prog: str, main: Callable[[Sequence[str] | None, StopRequest], None], argv: Sequence[str] | None = None
+) -> int:
+    """Run `main(argv, stop)` and return the exit status; errors that the user can fix are one line on stderr.
+
+    The status is 0; 2 for `InvalidArgument`; 1 for `RunFailed`, exhausted memory and files that cannot be read or
+    written; 128 + signal after Ctrl-C or SIGTERM. On a signal, `stop` is set, and `main` raises `Stopped` after it has
+    saved; a closed terminal is treated as SIGTERM. Other exceptions are bugs and are raised.
+    """
+    # Warnings of one library about another are not for the user.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    take_any_file_name()
+    with ignore_broken_pipes(), override_attributes(warnings, formatwarning=warning_line), StopRequest() as stop:
+        try:
+            main(argv, stop)
+            status = 0
+        except InvalidArgument as error:
+            if speaks():
+                _say(f"{prog}: error: {error}")
+            status = 2
+        except (RunFailed, OSError) as error:  # a full disk or a removed directory: the last checkpoint is intact
+            _say(f"{prog}: {error}")
+            status = 1
+        except (RuntimeError, MemoryError) as error:
+            if cause := out_of_memory(error):
+                _say(f"{prog}: memory ran out ({first_line(cause)}); free some, or take a smaller model or batch")
+            elif any(words in str(error) for words in _GONE):
+                _say(f"{prog}: {another_ended(error)}")
+            else:
+                raise
+            status = 1
+        except Stopped as error:
+            if speaks():
+                _say(f"{prog}: {error}")
+            status = 128 + (stop.signal or signal.SIGINT)
+        except EndedElsewhere as error:
+            status = error.status
+        _leave_process_group(together=status not in (1, 2))
+        return status
+
+
+def warning_line(message: Warning | str, *where: object, **more: object) -> str:
+    """Return a warning as one line, without the code location that Python adds."""
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
+def shares_the_cpu() -> bool:
+    """Return whether several processes run on a machine without an accelerator.
+
+    accelerate must be created with `cpu=True` then: it finds no backend otherwise and treats each process as the only
+    one. Its launcher does not pass `use_cpu` on to several processes. False with DeepSpeed, which `cpu=True` would
+    disable.
+    """
+    import torch  # only after the options are validated
+
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
+    return several and not torch.accelerator.is_available()
+
+
+def _say(text: str) -> None:
+    print(printable(" ".join(text.split())), file=sys.stderr)
+
+
+def _leave_process_group(together: bool) -> None:
+    """Destroy the process group before exit.
+
+    On a busy machine, gloo's threads abort a process that exits with a live group (status -6 after a good run).
+    `together`: all processes of the run exit; otherwise groups that wait for the other processes are not destroyed.
+    """
+    # Scripts import it, with torch, only after their options are validated.
+    processes = sys.modules.get(f"{__package__}.processes")
+    if processes is not None:
+        processes.leave(everyone=together)

@@ -1,0 +1,166 @@
+"""Handle Ctrl-C, SIGTERM, a closed terminal and the death of the launcher as requests to save and exit.
+
+    with StopRequest() as stop:
+        for batch in batches:
+            step(batch)
+            if stop.signal is not None:     # with several processes, `shared` first: all must exit after the same step
+                save()
+                raise Stopped("stopped after step 7; go on with --resume_from_checkpoint latest")
+
+The exit status of a stopped script is `128 + stop.signal`. `accelerate launch` does not forward SIGTERM to a
+single process, and SIGKILL cannot be forwarded: without `StopRequest` that process would continue to train.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import Stopped, speaks
+
+# Programs that start training processes and wait for them, by the name of their file or module.
+_LAUNCHERS = {
+    "accelerate", "accelerate.commands.accelerate_cli", "accelerate.commands.launch", "torchrun",
+    "torch.distributed.run", "torch.distributed.launch", "deepspeed",
+}  # fmt: skip
+_TOLD: Any = getattr(signal, "SIGUSR1", None)  # sent by the kernel when the launcher dies, and by the application
+_HUNG_UP: Any = getattr(signal, "SIGHUP", None)  # sent by a terminal that closes or loses its connection
+_PR_SET_PDEATHSIG = 1
+SIGNALS = {number for number in (signal.SIGINT, signal.SIGTERM, _HUNG_UP, _TOLD) if number is not None}
+"""Signals that a script handles as a request to stop."""
+NOT_BEGUN = "stopped before training began"
+"""Message of `StopRequest.check` before there is anything to save."""
+
+
+class StopRequest:
+    """While it is open, the first SIGINT or SIGTERM is stored in `signal`, and the next one ends the process at once.
+
+    Handlers are installed even if signals are ignored on entry (`nohup` and background shells ignore SIGINT), and the
+    earlier handlers are restored at the end. `signal` is also SIGTERM once the launcher has ended, after SIGHUP, unless
+    `nohup` ignores it, or after SIGUSR1, which batch systems and the application send. These never end the process at
+    once, however often they come, except within `at_once`; a SIGINT or SIGTERM after them counts as the first. torch's
+    launcher repeats signals that the terminal has already sent, so below it the third one ends the process. Only for
+    the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._before_leaving = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        self._heard = 0  # count of SIGINT and SIGTERM only
+        self._launcher: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def signal(self) -> int | None:
+        """Number of the signal that requests a stop, or None; can be set, to share a request from another process."""
+        if self._signal is None and self._launcher is not None and os.getppid() != self._launcher:
+            self._signal = signal.SIGTERM
+        return self._signal
+
+    @signal.setter
+    def signal(self, number: int | None) -> None:
+        self._signal = number
+
+    def shared(self, asked: bool) -> bool:
+        """Return whether any process was `asked` to stop; if so, count it as a SIGTERM here, so that all exit alike."""
+        if asked and self.signal is None:
+            self.signal = signal.SIGTERM
+        return asked
+
+    def check(self, message: str) -> None:
+        """Raise `Stopped` with the message if a stop was requested, for long work that has nothing to save."""
+        if self.signal is not None:
+            raise Stopped(message)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Let a signal or the launcher's death end this process at once, if it is one of several.
+
+        Raises `Stopped` if a stop was requested before. For the start of a distributed run: processes wait for the
+        launcher inside a library, which blocks Python's signal handlers.
+        """
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        handlers = {number: signal.signal(number, signal.SIG_DFL) for number in self._previous if several}
+        try:
+            self.check(NOT_BEGUN)
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def __enter__(self) -> StopRequest:
+        numbers = {signal.SIGINT: self._asked, signal.SIGTERM: self._asked}
+        if _TOLD is not None:
+            numbers[_TOLD] = self._handle
+        if _HUNG_UP is not None and signal.getsignal(_HUNG_UP) != signal.SIG_IGN:
+            numbers[_HUNG_UP] = self._handle
+        self._previous = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+        self._launcher = _launcher()
+        if self._launcher is not None:
+            _signal_on_death_of_parent()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous, self._launcher = {}, None
+
+    def _asked(self, number: int, frame: object) -> None:
+        if self._heard == 0:
+            self._signal = self._signal or number
+            _write_line("stopping after this step; once more to stop at once")
+        elif self._heard == self._before_leaving:
+            os._exit(128 + number)
+        self._heard += 1
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._signal is None:
+            self._signal = signal.SIGTERM
+            _write_line("stopping after this step: it was asked to stop, or its terminal or launcher is gone")
+
+
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Block `SIGNALS` inside this context, so that a process started there gets none before it has handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if os.name == "posix" else set()
+    try:
+        yield
+    finally:
+        if os.name == "posix":
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _write_line(text: str) -> None:
+    """Print a line on stderr without `print`, which a signal may have interrupted."""
+    if speaks():
+        with contextlib.suppress(OSError):
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())
+
+
+def _launcher() -> int | None:
+    """Return the process id of the parent if it is a launcher; None for a shell, the application or a test."""
+    parent = os.getppid()
+    try:
+        words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:  # not Linux: accelerate and torch set an environment variable for their child processes
+        told = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+        return parent if told and parent != 1 else None
+    return parent if is_launcher(words) else None
+
+
+def is_launcher(command: Sequence[str]) -> bool:
+    """Return whether a command line is one of the launchers of accelerate, torch or DeepSpeed."""
+    # The interpreter, its options and `-m` may come first; later arguments belong to the script.
+    return any(word in _LAUNCHERS or Path(word).name in _LAUNCHERS for word in command[:4])
+
+
+def _signal_on_death_of_parent() -> None:
+    """Ask the kernel for SIGUSR1 when the parent dies (Linux only). Elsewhere `StopRequest.signal` polls the parent."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(_TOLD), 0, 0, 0)

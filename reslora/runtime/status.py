@@ -1,0 +1,60 @@
+"""Write a run's current phase to `.status.json` in its directory, for the application; it is removed with the lock."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import RunFailed
+from ..io import write_json
+from .peak_memory import peak_memory
+from .processes import is_main
+
+FILE = ".status.json"
+EVERY = 1.0  # seconds between two updates of a phase's progress
+
+
+@dataclass
+class Status:
+    """Current phase and progress of a run, written by the main process; without a directory nothing is written.
+
+    The file holds `process`, `phase`, `name` (the trained method or arm; may be empty) and `memory_bytes` (null if
+    unknown). A phase with a count also has `done`, `total` and `per_second` (items; null until two are done).
+    """
+
+    folder: Path | None = None
+    device: torch.device | None = None
+    phase: tuple[str, str] = ("", "")
+    told: float = 0.0
+    first: tuple[float, int] = (0.0, 0)
+    """Time and number of this phase's first item, whose preparation may have taken longer than the others."""
+
+    def say(self, phase: str, name: str = "") -> None:
+        """Begin a phase and write it at once: the next update may take minutes."""
+        self.phase = (phase, name)
+        self._write()
+
+    def count(self, phase: str, done: int, total: int, name: str = "") -> None:
+        """Report that `done` of `total` items of a phase are done; `phase` ends with the item: `encoding image`."""
+        now = time.monotonic()
+        if self.phase != (phase, name):
+            self.phase, self.first = (phase, name), (now, done)
+        if now - self.told >= EVERY:
+            began, before = self.first
+            rate = (done - before) / (now - began) if done > before else None
+            self._write(done=done, total=total, per_second=rate)
+
+    def _write(self, **counted: float | None) -> None:
+        if self.folder is None or not is_main():
+            return
+        self.told, (phase, name) = time.monotonic(), self.phase
+        memory = peak_memory(self.device) if self.device else None
+        content = {"process": os.getpid(), "phase": phase, "name": name, "memory_bytes": memory, **counted}
+        with contextlib.suppress(OSError, RunFailed):  # a full disk ends a run only when data would be lost
+            if self.folder.is_dir():  # a directory that was moved is not created again
+                write_json(self.folder / FILE, content)

@@ -1,0 +1,52 @@
+"""Ignore EPIPE and EIO on stdout and stderr, so that a closed terminal or pipe does not end training.
+
+File names that cannot be encoded do not end it either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+_GONE = (errno.EIO, errno.EPIPE)  # errors of writing to a closed terminal, and to a closed pipe
+
+
+@contextlib.contextmanager
+def ignore_broken_pipes() -> Iterator[None]:
+    """Discard output inside this context once nothing reads it: an error would end training before it has saved."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+    for stream in streams:
+        for name in ("write", "flush"):
+            setattr(stream, name, _outliving(stream, getattr(stream, name)))
+    try:
+        yield
+    finally:
+        for stream in streams:
+            for name in ("write", "flush"):
+                vars(stream).pop(name, None)
+
+
+def take_any_file_name() -> None:
+    """Escape file names that are not valid text when they are printed."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _outliving(stream: TextIO, do: Callable) -> Callable:
+    def done(*what: Any) -> Any:
+        try:
+            return do(*what)
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            with Path(os.devnull).open("w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())  # also for data in its buffer when Python exits
+            return do(*what)
+
+    return done

@@ -1,0 +1,194 @@
+"""Callbacks of `AdapterTrainer`: progress, log, AdaLoRA's ranks, checkpoints and stop requests."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from accelerate import Accelerator
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from ..methods.adapters import RankAllocator
+from ..runtime.checkpoint_folders import set_others_aside
+from ..runtime.log import LogWriter, read_log
+from ..runtime.processes import any_of, broadcast_from_main
+from ..runtime.signals import StopRequest
+from .checkpoints import checkpoints_of
+
+TIMINGS = ("runtime", "per_second", "jit", "model_preparation")
+
+
+def measured(logs: dict[str, float]) -> dict[str, float]:
+    """Return the metrics of an evaluation by name, without timings."""
+    found = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+    return {name: value for name, value in found.items() if not any(word in name for word in TIMINGS)}
+
+
+class Progress(ProgressCallback):
+    """A callback that shows the training loss on the progress bar, and prints a line for each evaluation."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Show the loss on the progress bar."""
+        if self.training_bar is None or not state.is_world_process_zero:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
+        elif "eval_loss" in logs:
+            found = measured(logs).items()
+            words = ", ".join(f"{name} {value:.4f}" for name, value in found if isinstance(value, float))
+            self.training_bar.write(f"step {state.global_step}: validation {words}")
+
+
+class AllocateRanks(TrainerCallback):
+    """A callback that updates AdaLoRA's ranks before `zero_grad`, because the update reads the gradients."""
+
+    def __init__(self, allocator: RankAllocator, accelerator: Accelerator) -> None:
+        self.allocator, self.accelerator = allocator, accelerator
+
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        """Reallocate ranks, unless the optimizer's step was skipped."""
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.allocator.step(state.global_step + 1)
+
+
+class StopWhenAsked(TrainerCallback):
+    """A callback that saves and ends training after a stop request; all processes exit after the same step.
+
+    A validation that is due after that step comes first, so that the log of a resumed run has no gap.
+    """
+
+    def __init__(self, stop: StopRequest, accelerator: Accelerator) -> None:
+        self.stop, self.accelerator = stop, accelerator
+        self.training = self.leaving = False
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Note that a stop has something to save from here on."""
+        self.training = True
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Note that a stop has nothing to save from here on."""
+        self.training = False
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Request a checkpoint, and the end of training."""
+        if self._asked() and state.global_step < state.max_steps:
+            self.leaving = control.should_save = control.should_training_stop = True
+            args.save_only_model = False  # resuming needs the complete state
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        """Cancel the end-of-epoch evaluation after a stop: the trainer treats a stop as the end of an epoch."""
+        if self.leaving and abs(state.epoch - round(state.epoch)) > 1e-9:
+            control.should_evaluate = control.should_save = control.should_log = False
+
+    def on_prediction_step(self, args, state, control, **kwargs) -> None:
+        """Raise `Stopped` in an evaluation after training."""
+        self.check("stopped while evaluating; go on with --resume_from_checkpoint latest")
+
+    def check(self, message: str) -> None:
+        """Raise `Stopped` outside of training; with several processes only a second signal ends them."""
+        if not self.training and self.accelerator.num_processes == 1:
+            self.stop.check(message)
+
+    def ended_the_compiler(self, error: Exception) -> bool:
+        """Return whether a step failed because a signal to the whole terminal or job killed torch's compiler process.
+
+        False with several processes, which wait for each other within the step.
+        """
+        compiling = type(error).__module__.startswith(("torch._inductor.", "torch._dynamo."))
+        return compiling and self.stop.signal is not None and self.accelerator.num_processes == 1
+
+    def _asked(self) -> bool:
+        return self.stop.shared(any_of(self.stop.signal is not None))
+
+
+class SaveValidated(TrainerCallback):
+    """A callback that delays a checkpoint at the end of an epoch until after the epoch's validation.
+
+    A run resumed from an earlier checkpoint would skip that validation.
+    """
+
+    due = False
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Delay a checkpoint at the last step of an epoch or of training."""
+        last = state.epoch == round(state.epoch) or state.global_step >= state.max_steps
+        self.due = control.should_save and last and args.eval_strategy == IntervalStrategy.EPOCH
+        control.should_save = control.should_save and not self.due
+
+    def on_epoch_end(self, args, state, control, **kwargs) -> None:
+        """Save the delayed checkpoint after validation."""
+        control.should_save = control.should_save or self.due
+
+
+class GoesOnFrom(TrainerCallback):
+    """A callback that renames the checkpoints that training from `checkpoint` does not continue.
+
+    It does so once `checkpoint` was loaded, so that a failure to load changes nothing. The best checkpoint is set to
+    the one next to it: `Trainer` stores an absolute path, and the directory may have moved.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        self.checkpoint = Path(checkpoint)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Rename the checkpoints: model, optimizer and schedule are loaded by now."""
+        best = self.checkpoint.with_name(f"checkpoint-{state.best_global_step}")
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+        place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        broadcast_from_main(lambda: set_others_aside(self.checkpoint, checkpoints_of(args.output_dir), place))
+
+
+class LogCallback(TrainerCallback):
+    """A callback that writes `log.jsonl`.
+
+    Its rows are {"step", "split": "train"|"validation", "loss", "lr", "seconds", ...metrics}. `seconds` is training
+    time without evaluation, summed over resumed runs. On resume, rows after the resumed step are removed; a new run
+    starts a new file. A loss is the mean since the previous row, or since the resumed step: with
+    --logging_steps above 1, the first row after a resume averages fewer steps.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self.seconds = self.started = 0.0
+        self.learning_rate: float | None = None
+        self.writer: LogWriter | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Open the log with the rows up to the resumed step."""
+        rows = [row for row in read_log(self.path) if row["step"] <= state.global_step] if state.global_step else []
+        self.seconds = rows[-1].get("seconds", 0.0) if rows else 0.0
+        if state.is_world_process_zero:
+            self.writer = LogWriter(self.path, state.global_step)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Start the timer."""
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Stop the timer: evaluation and saving do not count."""
+        self.seconds += time.perf_counter() - self.started
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        """Write a row of training or validation metrics."""
+        if "loss" in logs:
+            self.learning_rate = logs.get("learning_rate")
+            self._write(state, "train", logs["loss"], {"grad_norm": logs.get("grad_norm")})
+        elif "eval_loss" in logs:
+            figures = measured(logs)
+            self._write(state, "validation", figures.pop("loss"), figures)
+
+    def _write(self, state, split: str, loss: float, figures: dict) -> None:
+        if self.writer is None:
+            return  # another process, or an evaluation before training
+        row = {
+            "step": state.global_step,
+            "split": split,
+            "loss": loss,
+            "lr": self.learning_rate,
+            "seconds": round(self.seconds, 3),
+        }
+        self.writer.write(row | {key: value for key, value in figures.items() if value is not None})

@@ -1,0 +1,129 @@
+"""Find the directories `checkpoint-N` of `AdapterTrainer`, and validate them for resuming."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import safe_globals
+from transformers.utils import logging
+
+from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME
+from ..errors import first_line
+from ..io import CHECKSUMS_NAME, Damaged, check_checksums, read_object
+from ..methods.adapters import ADAPTER_NAME
+from ..runtime.checkpoint_folders import numbered, set_aside
+
+RESULTS = "results.json"  # written by a finished run
+ALLOCATOR_NAME = "allocator.safetensors"  # AdaLoRA's running importances and ranks
+ADAPTER_ALONE = "it holds the adapter alone, as with --save_only_model"
+
+logger = logging.get_logger(__name__)
+
+
+def checkpoints_of(output_dir: str | os.PathLike) -> list[Path]:
+    """Return the directories `checkpoint-N` of a run, newest first, complete or not."""
+    return numbered(Path(output_dir))
+
+
+def named_checkpoint(output_dir: str | os.PathLike, name: str) -> Path:
+    """Return the directory that --resume_from_checkpoint names, inside the run or anywhere."""
+    inside = Path(output_dir) / name
+    return inside if inside.is_dir() else Path(name)
+
+
+def usable_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str | None:
+    """Return the newest complete `checkpoint-N` of a run; None without one.
+
+    Incomplete ones are skipped with a warning.
+    """
+    for path in checkpoints_of(output_dir):
+        problem = damage(path, processes)
+        if problem is None:
+            return str(path)
+        logger.warning(f"{path} cannot be resumed ({problem}), trying the one before")
+    return None
+
+
+def damage(folder: Path, processes: int = 1) -> str | None:
+    """Return what is missing or damaged in a checkpoint, or None; reads every file for its checksum.
+
+    Raises `OSError` for a file that cannot be read at the moment, which does not mean that it is damaged.
+    """
+    if lacking := _lacks(folder, processes):
+        return lacking
+    try:
+        check_checksums(folder)
+    except Damaged as error:
+        return first_line(error)
+    return None if _is_finished(folder) else _unreadable(folder, processes)
+
+
+def set_unfinished_aside(output_dir: str | os.PathLike, processes: int = 1) -> None:
+    """Rename an incomplete first checkpoint, so that the run can start anew: nothing is lost.
+
+    A damaged checkpoint stays, and so does one of another number of processes, one among several, and one of a finished
+    run.
+    """
+    found = checkpoints_of(output_dir)
+    if len(found) == 1 and not (Path(output_dir) / RESULTS).exists() and _is_cut_short(found[0], processes):
+        set_aside(found[0], "was not finished", "unfinished")  # so that it is not a checkpoint to resume from
+
+
+def _is_finished(folder: Path) -> bool:
+    return TRAINER_STATE_NAME in read_object(folder / CHECKSUMS_NAME)  # before, checksums list only the adapter
+
+
+def _is_cut_short(folder: Path, processes: int) -> bool:
+    """Return whether a checkpoint was not written to its end: the trainer's state is written last."""
+    if not (folder / TRAINER_STATE_NAME).exists():
+        return True
+    begun = (folder / CHECKSUMS_NAME).exists() and not _is_finished(folder)
+    return begun and damage(folder, processes) is not None
+
+
+def _lacks(folder: Path, processes: int) -> str | None:
+    if not any((folder / name).exists() for name in (WEIGHTS_NAME, ADAPTER_NAME)):
+        return f"no {WEIGHTS_NAME} or {ADAPTER_NAME}"
+    if not (folder / TRAINER_STATE_NAME).exists():
+        return f"no {TRAINER_STATE_NAME}"
+    last, states = _ranks(processes)[-1], {path.name for path in folder.glob("rng_state*.pth")}
+    if not states and not any((folder / name).exists() for name in ("optimizer.pt", "latest")):  # latest: DeepSpeed's
+        return ADAPTER_ALONE
+    if last not in states:
+        return f"no {last}: incomplete, or made by another number of processes"
+    if len(states) > processes:
+        return f"{len(states)} random states: made by another number of processes"
+    return None
+
+
+def _unreadable(folder: Path, processes: int) -> str | None:
+    """Return what is wrong with a checkpoint without complete checksums, as far as reading its files shows."""
+    try:
+        TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+        if (folder / WEIGHTS_NAME).exists():
+            json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        # DeepSpeed stores optimizer and scheduler in a separate directory and reads it.
+        states = [] if (folder / "latest").exists() else ["optimizer.pt", "scheduler.pt"]
+        for name in (*states, *_ranks(processes)):
+            with safe_globals():
+                torch.load(folder / name, map_location="cpu", weights_only=True)
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise
+        return first_line(error)
+    except Exception as error:  # a truncated file fails with any kind of exception
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
+
+
+def _ranks(processes: int) -> list[str]:
+    return ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]

@@ -1,0 +1,440 @@
+"""Single runs and experiments with a language model.
+
+Every arm of an experiment is a single run on parts of the examples. It has its own directory, and the files on disk
+determine the remaining work. Learning rates and checkpoints are chosen by the loss on the selection split. Methods are
+compared by the merged adapter's loss on each test example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from ..bundled import ASSETS
+from ..errors import Diverged, InvalidArgument
+from ..experiment.arms import Arm
+from ..experiment.record import Facts, facts_of, read_experiment
+from ..experiment.report import About
+from ..experiment.runner import run_experiment
+from ..experiment.schedule import Course, reading_adapter
+from ..experiment.study import COMPARING, Subject
+from ..experiment.worker_pool import Orders
+from ..formatting import pluralize
+from ..io import remove, remove_leftovers, replacing, write_json
+from ..methods.adapters import load_adapter, save_adapter
+from ..methods.links import print_links
+from ..options.grid import Grid
+from ..options.texts import ExperimentOptions, MethodOptions, T, TextOptions, TrainingOptions
+from ..options.unused import report_unread_by_methods
+from ..options.values import as_typed
+from ..runtime.checkpoint_folders import ADAPTERS, adapter_folder, memory_reported
+from ..runtime.folder_lock import check_held, locked, share_lock, writing_into
+from ..runtime.processes import broadcast_from_main, say
+from ..runtime.signals import NOT_BEGUN, StopRequest
+from .arguments import checked
+from .checkpoints import checkpoints_of, set_unfinished_aside
+from .results import as_plain, export, merge_table, table_text, write_results
+from .resuming import check_data, check_resume, fingerprint, free_on_resume, is_same
+from .split import Parts
+from .trainer import AdapterTrainer, put_control_on, shortcuts_of, total_steps
+from .training_arguments import passed_on_defaults, without_tokens
+
+MOST_LOOKS = 10
+LEAST_LOSS = 1e-12  # statistics need losses above zero, which a certain example's loss can round to
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
+CHANGING = ("method", "learning_rate", "seed")  # options to which an experiment can add values
+LIMITS = ("max_eval_samples", "max_test_samples", "max_predict_samples")
+FIXED = (
+    "merge", "calibration_examples", "max_steps", "num_train_epochs", "eval_strategy", "eval_steps", "max_new_tokens",
+    "per_device_eval_batch_size", *LIMITS,
+)  # fmt: skip
+"""Options that a resumed run may change, but not an experiment."""
+TEXTS = About(
+    "example",
+    {
+        "accuracy": ("Accuracy", "share of the test examples that are answered right"),
+        "f1": ("F1", "of the test examples"),
+        "matthews": ("Matthews", "Matthews' correlation of labels on the test examples"),
+        "pearson": ("Pearson", "correlation of scores on the test examples"),
+        "spearmanr": ("Spearman", "correlation of the order of scores on the test examples"),
+    },
+    {
+        "peft": "PEFT: PeftModel.from_pretrained(MODEL, '{folder}/peft'), with the base model",
+        "merged": "transformers: from_pretrained('{folder}/merged'), the whole model",
+    },
+)
+
+
+WRITTEN = {
+    "results.json": "this table, with how each block was merged",
+    "log.jsonl": "losses and metrics by step; TensorBoard shows this folder, too",
+    "peft": "plain adapter: PeftModel.from_pretrained(model, folder)",
+    "merged": "merged model: transformers' from_pretrained(folder)",
+}
+"""Files of a single run."""
+
+
+class Study(ABC):
+    """The task-specific part of train_llm.py and train_glue.py, for single runs and experiments."""
+
+    prog: str
+    """Name of the script."""
+    real: str
+    """Options of a run with a real model, for messages."""
+    tokenizer: Any
+    """The model's tokenizer; set by `adapted`."""
+
+    @abstractmethod
+    def arguments(self, options: Any) -> Any:
+        """Return the arguments of a single run, with `settings`, `method` and `training`.
+
+        Raises `InvalidArgument` for invalid options.
+        """
+
+    @abstractmethod
+    def read(self, arguments: Any) -> Iterable:
+        """Read the examples of a single run; return the training examples, which a resumed run must share."""
+
+    @abstractmethod
+    def parts(self, arguments: Any, shares: ExperimentOptions) -> Parts:
+        """Return all examples divided into three parts."""
+
+    @abstractmethod
+    def prepare(self, arguments: Any, parts: Parts) -> int:
+        """Set the examples of all arms; return the number of training examples."""
+
+    @abstractmethod
+    def adapted(self, arguments: Any) -> PeftModel:
+        """Return the model with the arm's adapter, newly initialized."""
+
+    def example(self) -> dict | None:
+        """Return inputs to trace the model with; None if it has its own."""
+        return None
+
+    def print_links(self, model: PeftModel, adapter: MethodOptions, tell: Callable[[str], object]) -> None:
+        """Report the layers without shortcuts and the chains that are too short."""
+        print_links(model, adapter.name, shortcuts_of(adapter), tell, self.example())
+
+    @abstractmethod
+    def build_trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
+        """Return the trainer, which writes `log.jsonl`."""
+
+    def trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
+        """Return the trainer, with a control calibrated."""
+        trainer = self.build_trainer(arguments, model, stop)
+        put_control_on(trainer, arguments.method, self.calibration(arguments) or [], self.example())
+        return trainer
+
+    @abstractmethod
+    def calibration(self, arguments: Any) -> list[dict] | None:
+        """Return the calibration batches of a merge."""
+
+    @abstractmethod
+    def measured(self, arguments: Any, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
+        """Return the loss of each test example, in order, and metrics over all; calls `check` between batches."""
+
+    @abstractmethod
+    def figures(self, arguments: Any, trainer: AdapterTrainer) -> Mapping[str, float]:
+        """Return the metrics that compare the merges of a single run."""
+
+    @abstractmethod
+    def facts(self, arguments: Any, trainer: AdapterTrainer) -> dict[str, Any]:
+        """Return the task, the model and the numbers of examples for `results.json`."""
+
+    def predict(self, arguments: Any, trainer: AdapterTrainer) -> list[str]:
+        """Write predictions, and return the names of the files."""
+        return []
+
+    def finish(self, arguments: Any, trainer: AdapterTrainer) -> None:
+        """Evaluate unmerged and merged, export, predict, and write `results.json` last."""
+        method, batches, output = arguments.method, self.calibration(arguments), Path(trainer.args.output_dir)
+        table = merge_table(trainer.model, lambda: self.figures(arguments, trainer), batches)
+        broadcast_from_main(check_held)
+        report = export(trainer.model, output, method, batches, self.tokenizer)
+        uses = WRITTEN | dict.fromkeys(self.predict(arguments, trainer), "predictions for the test split")
+        facts = self.facts(arguments, trainer)
+        results = write_results(trainer, method, table, report, **facts)
+        kind = "test" if "test_examples" in facts else "validation"
+        begin = "\n{task}, {method}, {steps} steps; on {} {} examples:"
+        say(begin.format(facts[f"{kind}_examples"], kind, **results))
+        say(f"{table_text(table)}\n\n{output}/")
+        width = max(map(len, uses)) + 2
+        say("\n".join(f"  {name:<{width}}{use}" for name, use in uses.items() if (output / name).exists()))
+        if Path(facts["model_name_or_path"]).resolve().parent == ASSETS:
+            say(f"\nWith a real model:\n  accelerate launch {self.prog} {self.real}")
+
+
+def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
+    """Start a single run or an experiment."""
+    if isinstance(asked, Grid):
+        run_experiment(functools.partial(opened, study), asked, stop)
+        return
+    with stop.at_once():
+        arguments = study.arguments(asked)
+    report_unread(asked)
+    training, flags = arguments.training, arguments.settings
+    with contextlib.ExitStack() as stack:
+        broadcast_from_main(lambda: stack.enter_context(locked(Path(training.output_dir))))
+        check_resume(training.output_dir, training.resume_from_checkpoint, flags, free_on_resume(type(asked)))
+        flags["data"] = fingerprint(study.read(arguments))
+        check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
+        trainer = study.trainer(arguments, study.adapted(arguments), stop)
+        study.print_links(trainer.model, arguments.method, say)
+        if training.should_save:
+            trainer.model.print_trainable_parameters()
+            write_json(Path(training.output_dir) / "config.json", flags)
+        trainer.stopping.check(NOT_BEGUN)
+        with memory_reported(Path(training.output_dir)):
+            trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+            study.finish(arguments, trainer)
+
+
+def report_unread(asked: TextOptions | Grid) -> None:
+    """Print options that no method uses."""
+    options = asked.base if isinstance(asked, Grid) else asked
+    alpha = {"lora_alpha": 2 * options.adapter.rank}
+    report_unread_by_methods(options.table(), asked.flat(), alpha)
+
+
+@contextlib.contextmanager
+def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None = None) -> Iterator[Bench]:
+    """Lock the directory, validate the options, and encode the examples.
+
+    With orders, this is a worker of --arms_at_once in a directory that the main process has locked and validated.
+    """
+    began, shares = time.monotonic(), grid.base.experiment
+    report_unread(grid)
+    course = Course(grid, began)
+    with stop.at_once():
+        plain, *_ = [study.arguments(options_of(arm, course)) for arm in course.arms()]
+    with contextlib.ExitStack() as stack:
+        broadcast_from_main(lambda: stack.enter_context((share_lock if orders else locked)(course.folder)))
+        parts = study.parts(plain, shares)
+        trained = study.prepare(plain, parts)
+        course.grid = grid.replace(**looks(grid.base.training, total_steps(plain.training, trained)))
+        bench = Bench(course, study, parts, trained, stop, plain.training.device)
+        if not orders:
+            broadcast_from_main(lambda: take_folder(bench))
+            tell = functools.cache(say)  # several labels may print the same line
+            for label in course.labels:
+                bench.check_label(label, tell)
+            say(f"{pluralize(len(course.arms()), 'arm')}; {parts.in_words(trained)}")
+        yield bench
+
+
+def options_of(arm: Arm, course: Course) -> Any:
+    """Return the options of a single run of an arm in its directory, with one checkpoint unless more are requested."""
+    options = course.options_of(arm)
+    limit = options.training.save_total_limit or 1
+    own = {"output_dir": str(course.folder_of(arm)), "save_total_limit": limit, "resume_from_checkpoint": None}
+    return checked(options.replace(**own))
+
+
+def looks(training: TrainingOptions, steps: int) -> dict[str, Any]:
+    """Return the evaluation steps if none are requested: every --eval_steps, or MOST_LOOKS times."""
+    every = training.eval_steps or math.ceil(steps / MOST_LOOKS)
+    return {"eval_strategy": "steps", "eval_steps": every} if training.eval_strategy == "no" else {}
+
+
+def take_folder(bench: Bench) -> None:
+    """Raise `InvalidArgument` for the directory of another experiment or a single run.
+
+    Otherwise remove the temporary files of a killed run.
+    """
+    course, folder = bench.course, bench.course.folder
+    there = read_experiment(folder).get("identity") or {}
+    if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
+        raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
+    # The evaluation steps follow from other settings, which the message should name first.
+    mine = sorted(bench.identity.items(), key=lambda item: item[0].startswith("eval_"))
+    for name, value in mine if there else ():
+        earlier = there.get(name)
+        if not is_same(name, earlier, value):
+            if name in ("train", "select", "test"):
+                problem = f"was begun with other {name} examples"
+                raise InvalidArgument(f"--output_dir {folder}", problem, "bring those back, or choose another")
+            fix = "leave it out" if earlier is None else "use that"
+            problem = f"{folder} was begun with {as_typed(earlier)}"
+            raise InvalidArgument(f"--{name} {as_typed(value)}", problem, f"{fix}, or choose another --output_dir")
+    for place in map(course.folder_of, course.arms()):
+        remove_leftovers(place)
+        remove_leftovers(place / ADAPTERS)
+        set_unfinished_aside(place, bench.identity["num_processes"])
+    write_json(folder / "config.json", without_tokens(bench.recorded))
+
+
+class KeepAdapters(TrainerCallback):
+    """A callback that saves the adapter at every evaluation on the selection split, but not before the first step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
+        """Save the adapter atomically.
+
+        Raises `Diverged` for a non-finite loss.
+        """
+        if not math.isfinite(loss := metrics["eval_loss"]):
+            raise Diverged(f"select loss {loss} at step {state.global_step}")
+        if state.global_step == 0:  # by --eval_on_start
+            return
+
+        def keep() -> None:
+            with replacing(adapter_folder(self.folder, state.global_step)) as temporary:
+                temporary.mkdir()
+                save_adapter(model, temporary)
+
+        broadcast_from_main(keep)
+
+
+@dataclass(frozen=True)
+class Bench(Subject):
+    """The arms of an experiment with a language model: their training and evaluation."""
+
+    course: Course
+    study: Study
+    parts: Parts
+    trained: int
+    """Number of training examples, after limits and without examples that are too long."""
+    stop: StopRequest
+    device: torch.device
+    about: About = TEXTS
+
+    @property
+    def prog(self) -> str:  # type: ignore[override]
+        """Name of the script."""
+        return self.study.prog
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """All options by name, with every value of the options that vary."""
+        return {**passed_on_defaults(), **self.course.grid.flat(), **self.course.grid.base.passed_on}
+
+    @functools.cached_property
+    def identity(self) -> dict:
+        """Settings and content hash of the examples, which must not change when an experiment is resumed."""
+        arguments = self.arguments_of(self.course.arms()[0])
+        settings = arguments.settings | {"num_processes": arguments.training.world_size}
+        grid = self.course.grid
+        table, flat = grid.base.table(), grid.flat()
+        free = free_on_resume(type(grid.base))
+        found = {name: value for name, value in settings.items() if name not in free or name in FIXED}
+        found |= {name: flat[name] for name, option in table.items() if option.varies or name == "method"}
+        if "rank" in grid.varied:
+            found["lora_alpha"] = flat["lora_alpha"]  # None: twice each rank
+        found |= {part: fingerprint(map(repr, getattr(self.parts, part))) for part in ("train", "select", "test")}
+        return json.loads(json.dumps({name: value for name, value in found.items() if name not in CHANGING}))
+
+    def check_label(self, label: str, tell: Callable[[str], object]) -> None:
+        """Raise `InvalidArgument` for an adapter that cannot be attached, and report layers without shortcuts."""
+        arms = [arm for arm in self.course.arms() if arm.label == label]
+        if not broadcast_from_main(lambda: any(self.course.ended(arm) for arm in arms)):
+            arguments = self.arguments_of(arms[0])
+            self.study.print_links(self.study.adapted(arguments), arguments.method, tell)
+
+    @property
+    def marks(self) -> list[str]:
+        """Content hash of each test example."""
+        return self.parts.marks
+
+    def arguments_of(self, arm: Arm) -> Any:
+        """Return the arguments of a single run of the arm."""
+        return self.study.arguments(options_of(arm, self.course))
+
+    def facts(self) -> Facts:
+        """Return versions, split sizes and the identity of the experiment."""
+        facts = facts_of(self.parts, LIBRARIES)
+        return {**facts, "split": {**facts["split"], "train": self.trained}, "identity": self.identity}
+
+    def train(self, arm: Arm) -> None:
+        """Train an arm from its latest checkpoint, and export it.
+
+        Raises `Diverged` if a loss is not finite.
+        """
+        arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)
+        if arguments.training.torch_compile:
+            torch.compiler.reset()  # it stops compiling after a limited number of models
+        trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
+        trainer.add_callback(KeepAdapters(folder))
+        trainer.stopping.check("stopped between two arms; the same command goes on")
+        try:
+            with memory_reported(folder), contextlib.ExitStack() as stack:
+                broadcast_from_main(lambda: stack.enter_context(writing_into(folder)))
+                self._train(trainer, arm, arguments)
+        except Diverged as error:
+            raise Diverged(f"{self.course.name_of(arm)}: {error.problem}") from error
+        finally:
+            trainer.accelerator.free_memory()
+            gc.collect()  # a trainer, its callbacks and the model refer to each other
+
+    def _train(self, trainer: Any, arm: Arm, arguments: Any) -> None:
+        folder = self.course.folder_of(arm)
+        if arguments.training.should_save:
+            print(f"{self.course.name_of(arm)}: training", flush=True)  # the losses that follow have no name
+            write_json(folder / "config.json", arguments.settings)
+        trainer.train(
+            resume_from_checkpoint="latest" if broadcast_from_main(lambda: bool(checkpoints_of(folder))) else None
+        )
+        if broadcast_from_main(lambda: not self.is_measured(arm, trainer.state.global_step)):
+            trainer.evaluate()
+        method = dataclasses.replace(arguments.method, merge_and_save=False)  # only for the best arm
+        broadcast_from_main(check_held)
+        export(trainer.model, folder, method, self.study.calibration(arguments))
+
+    def is_measured(self, arm: Arm, step: int) -> bool:
+        """Return whether an arm's step can be chosen: its loss and then its adapter were written."""
+        kept = adapter_folder(self.course.folder_of(arm), step).is_dir()
+        return kept and step in self.course.select_losses(arm)
+
+    def restored(self, arm: Arm, step: int) -> PeftModel:
+        """Return the model with an arm's adapter of that step, merged like an export."""
+        arguments = self.arguments_of(arm)
+        model = self.study.adapted(arguments).to(arguments.training.device)
+        folder = self.course.folder_of(arm)
+        with reading_adapter(folder):
+            load_adapter(model, adapter_folder(folder, step))
+        as_plain(model, arguments.method, self.study.calibration(arguments))
+        return model.eval()
+
+    def measured(self, arm: Arm, step: int) -> dict:
+        """Return the losses and metrics of an arm's merged adapter at a step on the test split."""
+        return self.losses_of(self.restored(arm, step), self.arguments_of(arm))
+
+    def base_losses(self) -> dict:
+        """Return the base model's losses and metrics on the test split."""
+        arguments = self.arguments_of(self.course.arms()[0])
+        # with a new adapter it equals the base model
+        model = self.study.adapted(arguments).to(arguments.training.device)
+        return self.losses_of(model.eval(), arguments)
+
+    def losses_of(self, model: PeftModel, arguments: Any) -> dict:
+        """Return the loss of each test example, and metrics over all."""
+        losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(COMPARING))
+        numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
+        return {"losses": numbers, "figures": figures}
+
+    def export(self, arm: Arm, step: int) -> list[str]:
+        """Write `peft/` of an arm's checkpoint, and `merged/` with --merge_and_save, and return their names.
+
+        Without --merge_and_save an earlier `merged/` is removed.
+        """
+        model, method = self.restored(arm, step), self.arguments_of(arm).method
+        check_held()
+        if not method.merge_and_save:
+            remove(self.course.folder / "merged")
+        export(model, self.course.folder, method, tokenizer=self.study.tokenizer)
+        return ["peft", *["merged"] * method.merge_and_save]

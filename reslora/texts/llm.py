@@ -1,0 +1,301 @@
+"""`train_llm.py`: fine-tune a causal model on a task of the paper, and compare the merges by its answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, prepare_model_for_kbit_training
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from ..errors import InvalidArgument, refused_as
+from ..formatting import is_or_are
+from ..options.grid import Grid
+from ..options.texts import ExperimentOptions, LlmOptions, LlmTaskOptions
+from ..runtime.processes import say
+from ..runtime.signals import StopRequest
+from ..seeds import derive
+from .callbacks import LogCallback
+from .experiment import Study, run
+from .llm_tasks import Example, file_form, read_examples
+from .llm_trainer import (
+    Encoder,
+    LlmTrainer,
+    calibration_batches,
+    count_right,
+    encode_training,
+    example_losses,
+    generate,
+)
+from .split import Parts, parts_of
+from .trainer import UNREADABLE, attach, total_steps
+from .training_arguments import AdapterTrainingArguments, Arguments, training_arguments
+
+LlmArguments = Arguments[LlmOptions]
+CAUSAL_MODEL = "give a folder or a name on the hub of a causal model"
+PROG = "train_llm.py"
+HELD_OUT = 500  # maximum number of validation examples held out of the training examples
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def load_examples(arguments: LlmTaskOptions, training: AdapterTrainingArguments) -> dict[str, list[Example]]:
+    """Return examples for `train`, `validation` and `test`, at least one of the first and the last.
+
+    If the run validates and the task has no validation examples, a fraction of the training examples is held out: a
+    checkpoint is never chosen on the test examples.
+    """
+    found = all_examples(arguments)
+    found["test"] = found["test"] or found["validation"]
+    if not found["test"]:
+        raise _lacks(arguments, "no test examples and no validation examples")
+    order = torch.randperm(len(found["train"]), generator=torch.Generator().manual_seed(training.seed)).tolist()
+    if not found["validation"] or found["validation"] is found["test"]:
+        validates = training.eval_strategy != "no" or training.eval_on_start
+        held_out = _validation_count(arguments, len(order)) if validates else 0
+        found["validation"] = [found["train"][i] for i in sorted(order[len(order) - held_out :])]
+        order = order[: len(order) - held_out]
+    limit = arguments.max_train_samples
+    found["train"] = [found["train"][i] for i in (sorted(order) if limit is None else order[:limit])]
+    found["validation"] = found["validation"][: arguments.max_eval_samples]
+    found["test"] = found["test"][: arguments.max_test_samples]
+    return found
+
+
+def all_examples(arguments: LlmTaskOptions) -> dict[str, list[Example]]:
+    """Return all examples of `train` (at least one), `validation` and `test`."""
+    source = (arguments.data_dir, arguments.cache_dir)
+    found = {split: read_examples(arguments.task, split, *source) for split in ("train", "validation", "test")}
+    if not found["train"]:
+        raise _lacks(arguments, "no train examples")
+    return found
+
+
+def _lacks(arguments: LlmTaskOptions, problem: str) -> InvalidArgument:
+    given = f"--data_dir {arguments.data_dir}" if arguments.data_dir else f"--task {arguments.task}"
+    return InvalidArgument(given, problem, file_form(arguments.task))
+
+
+def found_examples(arguments: LlmTaskOptions) -> dict[str, list[Example]]:
+    """Return the examples of an experiment: `train`, and `select` and `test` if the task has such files."""
+    found = all_examples(arguments)
+    select, test = (found["validation"], found["test"]) if found["test"] else ([], found["validation"])
+    select, test = select[: arguments.max_eval_samples], test[: arguments.max_test_samples]
+    return {"train": found["train"], "select": select, "test": test}
+
+
+def _validation_count(arguments: LlmTaskOptions, count: int) -> int:
+    """Return the number of training examples held out for validation: a tenth."""
+    if count < 2:
+        fix = "add validation.jsonl, or more examples to train.jsonl; or give --eval_strategy no"
+        raise InvalidArgument(f"--eval_strategy with {count} training example", "there is none to validate on", fix)
+    held_out = min(max(1, count // 10), HELD_OUT)
+    say(f"{held_out} of {count} training examples {is_or_are(held_out)} held out for validation: there are no others")
+    return held_out
+
+
+# -- model -------------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(task: LlmTaskOptions) -> Tokenizer:
+    """Return the tokenizer.
+
+    Raises `InvalidArgument` if the model is not a causal language model, before large files are read.
+    """
+    name = task.model_name_or_path
+    flag = f"--model_name_or_path {name}"
+    with refused_as(flag, CAUSAL_MODEL, UNREADABLE):
+        config = AutoConfig.from_pretrained(name, **source(task))
+        classes = config.architectures or []
+        if config.is_encoder_decoder or not any(c.endswith(("ForCausalLM", "LMHeadModel")) for c in classes):
+            raise ValueError(f"a {', '.join(classes) or config.model_type}, no causal language model")
+        tokenizer = AutoTokenizer.from_pretrained(name, **source(task))
+    if tokenizer.eos_token_id is None:
+        raise InvalidArgument(flag, "its tokenizer has no end-of-sequence token", "set eos_token in its configuration")
+    return tokenizer
+
+
+def load_model(task: LlmTaskOptions, training: AdapterTrainingArguments) -> PreTrainedModel:
+    """Return the base model, which will be frozen."""
+    with refused_as(f"--model_name_or_path {task.model_name_or_path}", CAUSAL_MODEL, UNREADABLE):
+        model = AutoModelForCausalLM.from_pretrained(
+            task.model_name_or_path, **source(task), **precision(task, training)
+        )
+    if task.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return model
+
+
+def source(task: LlmTaskOptions) -> dict:
+    """Return the keyword arguments common to all `from_pretrained` calls."""
+    return {"revision": task.revision or "main", "cache_dir": task.cache_dir}
+
+
+def precision(task: LlmTaskOptions, training: AdapterTrainingArguments) -> dict:
+    """Return the keyword arguments of `from_pretrained` for dtype and quantization."""
+    automatic = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+    dtype = getattr(torch, automatic if task.dtype == "auto" else task.dtype)
+    if not task.load_in_4bit:
+        return {"dtype": dtype}
+    compute = dtype if dtype != torch.float32 else torch.bfloat16
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    return {"dtype": compute, "quantization_config": quantisation, "device_map": {"": training.device}}
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """Examples by split, and the training examples as tokens."""
+
+    encoder: Encoder
+    examples: dict[str, list[Example]]
+    rows: list[dict[str, list[int]]]
+
+
+def encoded(task: LlmTaskOptions, encoder: Encoder, examples: dict[str, list[Example]]) -> Data:
+    """Return the examples with the tokens of the training examples."""
+    return Data(encoder, examples, encode_training(encoder, examples["train"], task.max_length))
+
+
+def within_positions(model: PreTrainedModel, data: Data, task: LlmTaskOptions) -> Data:
+    """Remove validation examples longer than the model's maximum length, and print the first.
+
+    Raises `InvalidArgument` if anything else would exceed it: without all test examples, metrics are not comparable.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+    validation = data.examples["validation"]
+    kept = [example for example in validation if len(data.encoder(example)["input_ids"]) <= limit]
+    if len(kept) < len(validation):
+        if not kept:
+            problem = f"every validation example has more tokens than the model {limit} positions"
+            raise InvalidArgument(f"--task {task.task}", problem, "give shorter ones")
+        long = [example for example in validation if example not in kept]
+        count = f"{len(long)} of {len(validation)} validation examples {is_or_are(len(long))}"
+        say(f"{count} longer than the model's {limit} positions: left out (for example {long[0].place})")
+    measured, new = data.examples["test"] + kept, task.max_new_tokens
+    prompt = max(len(data.encoder.prompt(example)) for example in measured)
+    trained = max(len(row["input_ids"]) for row in data.rows)
+    whole, place = max((len(data.encoder(each)["input_ids"]), each.place) for each in measured)
+    for needed, argument, what, fix in (
+        (trained, f"--max_length {task.max_length}", f"a training example has {trained}", f"give at most {limit}"),
+        (whole, place or f"--task {task.task}", f"this example has {whole}", "leave it out, or cut it"),
+        (prompt + new, f"--max_new_tokens {new}", f"the longest prompt has {prompt}", f"give at most {limit - prompt}"),
+    ):
+        if needed > limit:
+            raise InvalidArgument(argument, f"{what} tokens and the model {limit} positions", fix)
+    return replace(data, examples={**data.examples, "validation": kept})
+
+
+class LlmStudy(Study):
+    """Training and evaluation on a task of the paper."""
+
+    prog = PROG
+    real = (
+        "--model meta-llama/Llama-2-7b-hf --task svamp --bf16 --shortcut block --pre_num 4 --num_train_epochs 20 "
+        "--output runs/llama2-svamp"
+    )
+    data: Data
+
+    def arguments(self, options: LlmOptions) -> LlmArguments:
+        """Return the arguments of these options.
+
+        Raises `InvalidArgument` for invalid values.
+        """
+        return Arguments(options, training_arguments(options, PROG))
+
+    def read(self, arguments: LlmArguments) -> list[dict[str, list[int]]]:
+        """Read the examples of a single run; return the encoded training examples."""
+        task = arguments.options.task
+        self.tokenizer = load_tokenizer(task)
+        self.data = encoded(task, Encoder(self.tokenizer), load_examples(task, arguments.training))
+        return self.data.rows
+
+    def parts(self, arguments: LlmArguments, shares: ExperimentOptions) -> Parts:
+        """Return all examples in three parts; near-duplicates are found by their prompts."""
+        task = arguments.options.task
+        parts = parts_of(found_examples(task), lambda example: example.prompt, shares)
+        return parts.limited(task.max_eval_samples, task.max_test_samples)
+
+    def prepare(self, arguments: LlmArguments, parts: Parts) -> int:
+        """Set the examples of all arms; return the number of training examples."""
+        task, examples = arguments.options.task, list(parts.train)
+        if task.max_train_samples is not None:  # independent of the seed: all arms train on the same examples
+            examples = sorted(examples, key=lambda example: derive("sample", example))[: task.max_train_samples]
+        found = {"train": examples, "validation": list(parts.select), "test": list(parts.test)}
+        self.tokenizer = load_tokenizer(task)
+        self.data = encoded(task, Encoder(self.tokenizer), found)
+        return len(self.data.rows)
+
+    def adapted(self, arguments: LlmArguments) -> PeftModel:
+        """Return the model with a new adapter, without validation examples that exceed its positions."""
+        task, method, training = arguments.options.task, arguments.method, arguments.training
+        model = load_model(task, training)
+        self.data = within_positions(model, self.data, task)
+        torch.manual_seed(training.seed)
+        return attach(model, method, total_steps(training, len(self.data.rows)))
+
+    def build_trainer(self, arguments: LlmArguments, model: PeftModel, stop: StopRequest) -> LlmTrainer:
+        """Return the trainer, which writes `log.jsonl`."""
+        task, training, data = arguments.options.task, arguments.training, self.data
+        return LlmTrainer(
+            model,
+            training,
+            stop,
+            encoder=data.encoder,
+            examples=data.examples,
+            max_new_tokens=task.max_new_tokens,
+            eval_accuracy=task.eval_accuracy,
+            train_dataset=data.rows,
+            eval_dataset=[data.encoder(example) for example in data.examples["validation"]] or None,
+            callbacks=[LogCallback(Path(training.output_dir) / "log.jsonl")],
+        )
+
+    def calibration(self, arguments: LlmArguments) -> list[dict] | None:
+        """Return training examples as calibration batches."""
+        size = arguments.training.per_device_eval_batch_size
+        return calibration_batches(self.data.rows, arguments.method.merge_calibration_samples, size)
+
+    def measured(
+        self, arguments: LlmArguments, model: PeftModel, check: Callable[[], None]
+    ) -> tuple[list[float], dict]:
+        """Return the mean loss of each test example's answer tokens, and the accuracy."""
+        size, new_tokens = arguments.training.per_device_eval_batch_size, arguments.options.task.max_new_tokens
+        encoder, examples = self.data.encoder, self.data.examples["test"]
+        losses, right = [0.0] * len(examples), 0
+        order = sorted(range(len(examples)), key=lambda number: len(encoder(examples[number])["input_ids"]))
+        for start in range(0, len(order), size):
+            check()
+            numbers = order[start : start + size]
+            batch = [examples[number] for number in numbers]
+            for number, loss in zip(numbers, example_losses(model, encoder, batch), strict=True):
+                losses[number] = loss
+            right += count_right(generate(model, encoder, batch, new_tokens), batch)
+        return losses, {"accuracy": right / len(examples)}
+
+    def figures(self, arguments: LlmArguments, trainer: Any) -> Mapping[str, float]:
+        """Return the loss per answer token and the accuracy on the test examples."""
+        return trainer.figures("test")
+
+    def facts(self, arguments: LlmArguments, trainer: Any) -> dict[str, Any]:
+        """Return the task, the model and the numbers of examples."""
+        task, numbers = arguments.options.task, {"train": self.data.rows, "test": trainer.examples["test"]}
+        found = {"task": task.task, "model_name_or_path": task.model_name_or_path}
+        return found | {f"{part}_examples": len(examples) for part, examples in numbers.items()}
+
+
+def main(asked: LlmOptions | Grid[LlmOptions], stop: StopRequest) -> None:
+    """Train, compare the merges and export, or run an experiment."""
+    run(LlmStudy(), asked, stop)

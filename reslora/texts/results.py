@@ -1,0 +1,244 @@
+"""Results of a run: metrics of every merge, exported files, and `results.json`."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..chains import base_model, chains, lora_layers
+from ..errors import Diverged, RunFailed, first_line
+from ..export import export_peft, merged_state_dict
+from ..io import remove_leftovers, replacing, write_json
+from ..merges import AUTO, MERGES
+from ..methods.controls import merged
+from ..methods.registry import METHODS
+from ..model import (
+    Connection,
+    MergeReport,
+    attach_wires,
+    connection_of,
+    disconnect,
+    enable_gradient_checkpointing,
+    merge,
+)
+from ..options.texts import MethodOptions
+from ..runtime.folder_lock import check_held
+from ..runtime.processes import broadcast_from_main, is_main
+from .callbacks import LogCallback
+from .trainer import AdapterTrainer
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+
+def merge_table(
+    model: nn.Module,
+    evaluate: Callable[[], Mapping[str, float]],
+    calibration: Sequence[Mapping] | None = None,
+    methods: Sequence[str] | None = None,
+) -> dict[str, dict]:
+    """Return the metrics of a model unmerged and merged by each method: the rows of the paper's Tables 3, 6 and 7.
+
+    `evaluate` returns the metrics of the model in its present state; `calibration` as in `reslora.merge`. The result
+    maps `unmerged` and each method to its metrics, and for merged ones their `report`. By default all applicable
+    methods are included; for block-shortcuts `none` and `exact`. `input` uses the norms recorded in training if there
+    are any (Eqs. 8-9), else those of the calibration. The model is connected and unmerged again afterwards. A model
+    without shortcuts has a single row.
+
+    Raises `RunFailed` if the metrics of the unmerged model are not finite, or if its weights cannot be merged.
+    """
+    table: dict[str, dict[str, Any]] = {"unmerged": dict(evaluate())}
+    for name, value in table["unmerged"].items():
+        if not math.isfinite(value):
+            raise RunFailed(f"{name} {value} after the training: it has diverged, lower --learning_rate")
+    connection = connection_of(base_model(model))
+    if connection is None or not connection.config.wired:
+        return table
+    _share_norms(connection)
+    for method in methods or _applicable(connection, calibration):
+        with unmerged_afterwards(model):
+            report = _merge(model, method, calibration)
+            table[method] = {**evaluate(), "report": report.to_dict()}
+    return table
+
+
+def _applicable(connection: Connection, calibration: object) -> list[str]:
+    has_norms = calibration is not None or connection.wires.norms.count > 0
+    return [
+        name
+        for name, merge in connection.shortcut.merges.items()
+        if (has_norms or not merge.needs_norms) and (calibration is not None or not merge.needs_moments)
+    ]
+
+
+def _merge(model: nn.Module, method: str, calibration: Sequence[Mapping] | None) -> MergeReport:
+    connection = connection_of(base_model(model))
+    merges = connection.shortcut.merges if connection.shortcut is not None else {}
+    if connection.wires.norms.count > 0 and method in merges and merges[method].needs_norms:
+        calibration = None  # use the norms recorded in training
+    try:
+        return merge(model, method if method in MERGES else AUTO, calibration)  # exact merges have no method name
+    except ValueError as error:
+        if "NaN or infinity" not in str(error):
+            raise
+        raise Diverged(f"the training has diverged: {first_line(error)}", "lower --learning_rate") from error
+
+
+@contextlib.contextmanager
+def unmerged_afterwards(model: nn.Module, adapter_name: str = "default") -> Iterator[None]:
+    """Undo every change of the adapter inside this context, such as a merge, exactly.
+
+    Parameters remain the same objects, so that an optimizer that refers to them stays valid.
+    """
+    base = base_model(model)
+    connection = connection_of(base)
+    config = base.peft_config[adapter_name]
+    patterns = copy.deepcopy((config.rank_pattern, config.alpha_pattern))
+    layers = {name: layer for name, layer in lora_layers(base, adapter_name).items() if adapter_name in layer.lora_A}
+    before = {name: _factors(layer, adapter_name) for name, layer in layers.items()}
+    checkpointing = bool(getattr(base, "is_activation_checkpointing", False))
+    try:
+        yield
+    finally:
+        if connection_of(base) is not None:
+            disconnect(base, adapter_name)
+        for name, layer in layers.items():
+            _restore_factors(layer, adapter_name, before[name])
+        config.rank_pattern, config.alpha_pattern = patterns
+        again = attach_wires(model, connection.config, adapter_name, connection.chains)
+        again.wires.norms = connection.wires.norms
+        if checkpointing:
+            enable_gradient_checkpointing(base)
+
+
+def _factors(layer: nn.Module, adapter_name: str) -> tuple:
+    modules = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    numbers = {name: getattr(layer, name)[adapter_name] for name in ("r", "lora_alpha", "scaling")}
+    return modules, tuple(module.weight.detach().clone() for module in modules), numbers
+
+
+def _restore_factors(layer: nn.Module, adapter_name: str, before: tuple) -> None:
+    modules, weights, numbers = before
+    with torch.no_grad():
+        for place, module, weight in zip((layer.lora_A, layer.lora_B), modules, weights, strict=True):
+            module.weight.copy_(weight)
+            place[adapter_name] = module
+    for name, value in numbers.items():
+        getattr(layer, name)[adapter_name] = value
+
+
+def _share_norms(connection: Connection) -> None:
+    """Broadcast rank 0's window of norms, so that every process merges identically."""
+    norms = connection.wires.norms
+    values, count = broadcast_from_main(
+        lambda: (norms.values if norms.values is None else norms.values.cpu(), norms.count)
+    )
+    if values is not None and not is_main():
+        norms.restore(values, count)
+
+
+def as_plain(model: PeftModel, adapter: MethodOptions, calibration: Sequence[Mapping] | None = None) -> None:
+    """Merge a model permanently as `export` does, in this process only, without writing files."""
+    if connection_of(base_model(model)) is not None:
+        _merge(model, adapter.merge, calibration)
+    merged(model)
+
+
+# -- files of a run ----------------------------------------------------------------------------------------------------
+
+
+def export(
+    model: PeftModel,
+    output_dir: str | os.PathLike,
+    adapter: MethodOptions,
+    calibration: Sequence[Mapping] | None = None,
+    tokenizer=None,
+) -> MergeReport | None:
+    """Merge a connected model permanently, write plain files into `output_dir`, and return the merge's report.
+
+    `peft/`: an adapter that PEFT loads, with the same logits. `chains.json` and `merge.json` if the model was
+    connected. `merged/` with --merge_and_save: the base model with the adapter merged in float32, and the tokenizer,
+    for transformers. Every process must call it; rank 0 writes.
+    """
+    output, report = Path(output_dir), None
+    connection = connection_of(base_model(model))
+    if connection is not None:
+        _share_norms(connection)
+        plan = chains(model).to_dict() if connection.config.wired else connection.chains.to_dict()
+        report = _merge(model, adapter.merge, calibration)
+        if is_main():
+            write_json(output / "chains.json", plan)
+            write_json(output / "merge.json", report.to_dict())
+    merged(model)  # rotations of a placebo
+    if is_main():
+        remove_leftovers(output / "peft")  # of a process that was killed while writing
+        export_peft(model, output / "peft")
+        if adapter.merge_and_save:
+            _write_merged(base_model(model), output / "merged", tokenizer)
+    return report
+
+
+def _write_merged(base: PreTrainedModel, directory: Path, tokenizer) -> None:
+    with torch.device("meta"):
+        plain = type(base)(base.config)
+    plain.load_state_dict(merged_state_dict(base), assign=True)
+    plain.tie_weights()
+    plain.generation_config = getattr(base, "generation_config", None)
+    with replacing(directory) as temporary:
+        try:
+            plain.save_pretrained(str(temporary))
+        except SafetensorError as error:  # a full disk, for example
+            raise OSError(f"{directory}: {error}") from error
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temporary))
+
+
+def write_results(
+    trainer: AdapterTrainer, adapter: MethodOptions, table: dict[str, dict], report: MergeReport | None, **facts
+) -> dict:
+    """Write `results.json` and return its content.
+
+    It has `facts` (task, model, sizes), the method with its settings, the training time, `table` (see `merge_table`),
+    and `merge`: the merge method of the exported adapter, None if there was nothing to merge.
+    """
+    row = METHODS[adapter.name]
+    wired = ("shortcut",) * row.reads_shortcut + ("pre_num", "head") * (row.shortcuts or row.measured)
+    timing = [callback.seconds for callback in trainer.callback_handler.callbacks if isinstance(callback, LogCallback)]
+    content = {
+        **facts,
+        "method": adapter.name,
+        **{name: getattr(adapter, name) for name in wired},
+        "lora_r": adapter.rank,
+        "lora_alpha": adapter.lora_alpha,
+        "trainable_parameters": trainer.trainable_parameters,
+        "seed": trainer.args.seed,
+        "steps": trainer.state.global_step,
+        "train_seconds": round(timing[0], 3) if timing else None,
+        "merge": report.method if report is not None else None,
+        "table": table,
+    }
+    broadcast_from_main(check_held)  # predictions may have taken hours
+    if trainer.args.should_save:
+        write_json(Path(trainer.args.output_dir) / "results.json", content)
+    return content
+
+
+def table_text(table: Mapping[str, Mapping]) -> str:
+    """Return a `merge_table` as text: one line for each row, metrics as columns, and the mean error of each merge."""
+    names = [name for name in next(iter(table.values())) if name != "report"]
+    lines = [f"  {'':<10}" + "".join(f"{name:>14}" for name in names)]
+    for row, figures in table.items():
+        errors = [block["error"] for block in figures.get("report", {}).get("blocks", ()) if block["error"] is not None]
+        error = f"   error of a block {sum(errors) / len(errors):.2%} on average" if errors else ""
+        lines.append(f"  {row:<10}" + "".join(f"{figures[name]:>14.4f}" for name in names) + error)
+    return "\n".join(lines)

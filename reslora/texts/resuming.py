@@ -1,0 +1,104 @@
+"""Validation on resume: settings and training examples must equal those of the earlier run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+
+from transformers.utils import logging
+
+from ..errors import InvalidArgument
+from ..experiment.record import EXPERIMENT
+from ..io import read_object
+from ..options.texts import PASSED_ON, TextOptions
+from ..options.values import as_typed
+from ..runtime.checkpoint_folders import refuse_afresh
+from ..runtime.processes import is_main
+from .checkpoints import named_checkpoint
+
+logger = logging.get_logger(__name__)
+
+FOLDERS = ("model_name_or_path", "config_name", "tokenizer_name", "deepspeed")
+"""Options with paths that may have moved: only the last component is compared."""
+
+
+def free_on_resume(kind: type[TextOptions]) -> set[str]:
+    """Return the options that a resumed run may change; options that a newer transformers adds are not among them."""
+    return {*PASSED_ON["free"], *(name for name, option in kind.table().items() if option.resume != "fixed")}
+
+
+def check_resume(
+    output_dir: str | os.PathLike, resume: str | None, current: Mapping[str, object], free: Collection[str]
+) -> None:
+    """Raise `InvalidArgument` if a run cannot be resumed or would mix with another one.
+
+    That is the case if the directory has checkpoints and `resume` (the option's value) is None; if all of them are
+    missing or were renamed; or if a setting of `current` that is not `free` differs from the `config.json` of the
+    directory, or of the run whose checkpoint `resume` names.
+    """
+    output = Path(output_dir)
+    if (output / EXPERIMENT).exists():
+        fix = "give its methods, rates and seeds, or choose another"
+        raise InvalidArgument(f"--output_dir {output}", "holds an experiment", fix)
+    finished, checkpoints = (output / "results.json").exists(), any(output.glob("checkpoint-*"))
+    if not checkpoints and resume in (None, "latest"):
+        refuse_afresh(output, output, finished)
+    if resume is None:
+        if checkpoints:
+            raise InvalidArgument(
+                f"--output_dir {output}",
+                f"holds {'a finished' if finished else 'an unfinished'} run",
+                "go on with --resume_from_checkpoint latest, or choose another",
+            )
+        return
+    for run, earlier in _earlier(output, resume):
+        if not earlier and run != output and is_main():
+            logger.warning(f"no config.json in {run}: its checkpoint may be of other settings or examples than these")
+        for name, value in current.items():
+            if name not in free and name in earlier and not is_same(name, earlier[name], value):
+                fix = "leave it out" if earlier[name] is None else "use that"
+                raise InvalidArgument(
+                    f"--{name} {as_typed(value)}",
+                    f"{run} was trained with {as_typed(earlier[name])}",
+                    f"{fix}, or start afresh in another --output_dir",
+                )
+
+
+def check_data(output_dir: str | os.PathLike, resume: str | None, data: str) -> None:
+    """Raise `InvalidArgument` when resuming on other training examples than the runs of `check_resume`.
+
+    `data` is their `fingerprint`; their location does not matter.
+    """
+    for run, earlier in _earlier(Path(output_dir), resume) if resume is not None else ():
+        if earlier.get("data", data) != data:
+            raise InvalidArgument(
+                "--resume_from_checkpoint",
+                f"{run} was trained on other examples than these",
+                "bring them and the --eval_strategy of then back, or start afresh in another --output_dir",
+            )
+
+
+def _earlier(output: Path, resume: str) -> list[tuple[Path, dict]]:
+    """Return the runs to resume, with their settings: the directory's own, and that of a checkpoint from elsewhere."""
+    runs, checkpoint = [output], named_checkpoint(output, resume)
+    if resume != "latest" and checkpoint.is_dir() and checkpoint.resolve().parent != output.resolve():
+        runs.append(checkpoint.resolve().parent)
+    return [(run, read_object(run / "config.json")) for run in runs]
+
+
+def fingerprint(rows: Iterable[object]) -> str:
+    """Return a hash of all training examples, in order."""
+    found = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        found.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return found.hexdigest()
+
+
+def is_same(name: str, earlier: object, current: object) -> bool:
+    """Return whether a setting equals that of an earlier run; paths may have moved."""
+    if name in FOLDERS and Path(str(current)).exists():
+        return Path(str(earlier)).name == Path(str(current)).name
+    return earlier == current

@@ -1,0 +1,118 @@
+"""Split examples into training, selection and test parts.
+
+If a task has validation and test files, they are the selection and the test part; a single one is the test part.
+Missing parts are split off the training examples by a hash of their content. Near-duplicates, which are equal except
+for case, digits and white space, are never in two parts. The selection and test parts contain only one of them, because
+several would count as independent examples.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from ..errors import InvalidArgument
+from ..experiment.hashed_split import ENOUGH, cut, enough_of
+from ..formatting import pluralize
+from ..options.texts import ExperimentOptions
+from ..seeds import derive
+
+DEFAULT_SPLIT = 0.1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Parts(Generic[T]):
+    """Examples of the three parts; selection and test contain no near-duplicates."""
+
+    train: Sequence[T]
+    select: Sequence[T]
+    test: Sequence[T]
+    duplicates: int
+    """Number of examples that are left out or moved because they are near-duplicates of another one."""
+    files: Sequence[str]
+    """Origin of the selection and test parts as text: a file of the task, or training examples."""
+    enough: float = 1
+    """The --test_split with which the test part has ENOUGH examples; 1 if none does."""
+
+    def in_words(self, trained: int) -> str:
+        """Return the size of each part as text; `trained` is the number of training examples."""
+        numbers = f"{trained} to train on, {len(self.select)} to choose by ({self.files[0]})"
+        numbers += f", {len(self.test)} to compare by ({self.files[1]})"
+        return f"examples: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
+
+    @property
+    def trained(self) -> int:
+        """Number of training examples."""
+        return len(self.train)
+
+    @property
+    def marks(self) -> list[str]:
+        """Identifier of each test example."""
+        return [f"{derive('example', example):016x}" for example in self.test]
+
+    def limited(self, select: int | None, test: int | None) -> Parts[T]:
+        """Return the parts with at most this many examples for selection and test.
+
+        A hash of their content chooses them.
+        """
+        enough = self.enough if test is None or test >= ENOUGH else 1
+        return replace(self, select=_fewer(self.select, select), test=_fewer(self.test, test), enough=enough)
+
+
+def _fewer(examples: Sequence[T], limit: int | None) -> Sequence[T]:
+    kept = set(sorted(examples, key=lambda example: derive("sample", example))[:limit])
+    return [example for example in examples if example in kept]
+
+
+def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares: ExperimentOptions) -> Parts[T]:
+    """Return the examples of `train`, and of `select` and `test` if the task has such files, in three parts.
+
+    `text` returns the text by which near-duplicates are found. Raises `InvalidArgument` if too few examples are left,
+    and for a split option of a part that has a file.
+    """
+    keys = {example: normalised(text(example)) for part in files.values() for example in part}
+    select, test = (_one_of_each(files.get(part, ()), keys) for part in ("select", "test"))
+    words = ["a file of the task" if part else "of the training examples" for part in (select, test)]
+    wanted = share_of("select_split", select, shares), share_of("test_split", test, shares)
+    taken = {keys[example] for example in test}
+    select = [example for example in select if keys[example] not in taken]
+    taken |= {keys[example] for example in select}
+    train = [example for example in files["train"] if keys[example] not in taken]
+    found = list(dict.fromkeys(keys[example] for example in train))
+    least = 1 + sum(share > 0 for share in wanted)
+    if len(found) < least or not (select or wanted[0]):
+        trained = f"{pluralize(len(found), 'example')} to train on"
+        problem = f"{trained}, {len(select)} to choose by, but for near-duplicates of others"
+        raise InvalidArgument("this experiment", problem, "give more that differ in more than numbers and case")
+    learnt, chosen, tested = ({found[number] for number in numbers} for numbers in cut(found, *wanted))
+    select += _one_of_each([example for example in train if keys[example] in chosen], keys)
+    test += _one_of_each([example for example in train if keys[example] in tested], keys)
+    train = [example for example in train if keys[example] in learnt]
+    enough = enough_of(found) if wanted[1] else 1
+    return Parts(train, select, test, len(keys) - len(set(keys.values())), words, enough)
+
+
+def _one_of_each(examples: Sequence[T], keys: Mapping[T, str]) -> list[T]:
+    """Return, of examples with the same key, the first by a hash of its content, in the given order."""
+    first: dict[str, T] = {}
+    for example in sorted(set(examples), key=lambda example: derive("example", example)):
+        first.setdefault(keys[example], example)
+    kept = set(first.values())
+    return [example for example in dict.fromkeys(examples) if example in kept]
+
+
+def share_of(name: str, own: Sequence, shares: ExperimentOptions) -> float:
+    """Return the fraction of the training examples for a part; 0 if the part has a file."""
+    given = getattr(shares, name)
+    if own and given:
+        raise InvalidArgument(f"--{name} {given:g}", "the task has a file for it", "leave it out")
+    return 0 if own else given or DEFAULT_SPLIT
+
+
+def normalised(text: str) -> str:
+    """Return the text in lower case with all numbers and all white space replaced by one value."""
+    return re.sub(r"\s+", " ", re.sub(r"\d+(?:[.,]\d+)*", "0", text.casefold())).strip()

@@ -1,0 +1,89 @@
+"""Save the adapter with the lowest validation loss (--save_best), and detect when the loss stops improving.
+
+`<method>/best/step-<n>` holds the adapters and their loss. When a better one is found, the earlier one stays until a
+checkpoint follows both. So for any checkpoint that a run resumes from, the best adapter up to it exists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..io import read_object, remove, replacing, temporary_beside, write_checksums, write_json
+from ..methods.adapters import save_adapter
+from ..runtime.checkpoint_folders import discard
+from ..runtime.log import of_split, read_log
+from .state import Learner
+
+FOLDER, RECORD = "best", "loss.json"
+
+
+@dataclass(frozen=True)
+class Best:
+    """An adapter that had the lowest validation loss so far."""
+
+    path: Path
+    step: int
+    loss: float
+
+
+def all_best(folder: Path) -> list[Best]:
+    """Return the saved best adapters of a method, newest first."""
+    found = [(path, read_object(path / RECORD)) for path in (folder / FOLDER).glob("step-*")]
+    kept = [Best(path, record["step"], record["loss"]) for path, record in found if record]
+    return sorted(kept, key=lambda best: best.step, reverse=True)
+
+
+def best_of(folder: Path) -> Best | None:
+    """Return the best adapter so far."""
+    return next(iter(all_best(folder)), None)
+
+
+def keep_if_best(learner: Learner, folder: Path, loss: float) -> None:
+    """Save the adapters if no earlier loss was as low."""
+    before = best_of(folder)
+    if loss < (before.loss if before else math.inf):
+        path = folder / FOLDER / f"step-{learner.step:06d}"
+        keep_adapter(learner, path, {"step": learner.step, "loss": loss})
+
+
+def keep_adapter(learner: Learner, path: Path, record: dict | None = None) -> None:
+    """Write the adapters of this step, in the format of a checkpoint."""
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        for place, part in learner.trained.places(temporary):
+            save_adapter(part, place)
+        if record:
+            write_json(temporary / RECORD, record)
+            write_checksums(temporary)
+
+
+def forget_beaten(folder: Path) -> None:
+    """Remove all but the best adapter before the latest checkpoint."""
+    for best in all_best(folder)[1:]:
+        discard(best.path)
+
+
+def go_on_from(folder: Path, step: int) -> None:
+    """Remove the best adapters after the step that a run resumes from; warn if an earlier one is missing."""
+    for best in all_best(folder):
+        if best.step > step:
+            remove(best.path.rename(temporary_beside(best.path)))
+    rows = of_split(read_log(folder / "log.jsonl"), "validation")
+    before = min((row for row in rows if 0 < row["step"] <= step), key=lambda row: row["loss"], default=None)
+    kept = best_of(folder)
+    if before and (kept is None or before["loss"] < kept.loss):
+        print(
+            f"{folder}: the adapter of step {before['step']}, the best before step {step}, is gone: --save_best keeps "
+            "the best from here on",
+            flush=True,
+        )
+
+
+def is_over(losses: Sequence[float], patience: int | None) -> bool:
+    """Return whether none of the last `patience` losses is lower than the lowest earlier one."""
+    if patience is None or len(losses) <= patience:
+        return False
+    return min(losses[-patience:]) >= min(losses[:-patience])

@@ -1,0 +1,399 @@
+"""Checkpoints: written atomically, verified before loading, and compared with the options of a resumed run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from ..errors import InvalidArgument, RunFailed, first_line
+from ..io import CHECKSUMS_NAME, Damaged, check_checksums, read_object, replacing, write_checksums, write_json
+from ..methods.adapters import load_adapter, save_adapter
+from ..methods.registry import METHODS
+from ..options.images import NOISES, MethodOptions, Options, OutputOptions, TrainingOptions, ValidationOptions
+from ..options.option import in_words
+from ..options.values import as_typed, listed
+from ..runtime.checkpoint_folders import (
+    MERGED,
+    cannot_be_loaded,
+    discard,
+    numbered,
+    refuse_afresh,
+    set_aside,
+    set_others_aside,
+    step_of,
+)
+from ..runtime.processes import broadcast_from_main, on_all
+from .best import FOLDER, best_of, forget_beaten
+from .schedule import Schedule
+from .state import Learner
+from .study import Identity, Study
+
+OF_CLASS = "; class images: "  # separates the content hashes of training images and class images
+STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
+
+# files in a method's directory that belong to the same training history as its checkpoints
+TOLD = ("log.jsonl", FOLDER, "samples")
+TABLE = Options.table()
+MERGING = [name for name, option in TABLE.items() if option.resume == "merged"]
+SHOWN = [name for name, option in TABLE.items() if option.resume == "shown"]
+
+DESCRIBED = {
+    "samples_per_step": "batch size x accumulation x processes =",
+    "samples_per_forward": "with images of several sizes, batch size x processes =",
+    "deepspeed": "DeepSpeed:",
+}
+
+
+def settings_of(values: Mapping[str, Any]) -> dict:
+    """Return the settings that a resumed run must share with the earlier run, except its `Identity`."""
+    settings = {name: value for name, value in values.items() if TABLE[name].resume == "fixed"}
+    samples = values["train_batch_size"] * int(os.environ.get("WORLD_SIZE", 1))  # samples of a forward pass
+    settings["samples_per_step"] = samples * values["gradient_accumulation_steps"]
+    settings["snr_gamma"] = values["snr_gamma"] or 0  # both weight all timesteps equally, and 0 can be given
+    settings["deepspeed"] = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # its checkpoints have another state
+    if values["use_aspect_ratio_buckets"] or len(listed(values["resolution"])) > 1:
+        settings["samples_per_forward"] = samples  # samples of one forward pass have one resolution
+    return settings
+
+
+# -- which there are ---------------------------------------------------------------------------------------------------
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Return the checkpoints of one method, newest first; some of their files may be missing."""
+    files = (RECORD, STATE, CHECKSUMS_NAME)  # a directory without any of these is not a checkpoint
+    return [path for path in numbered(folder) if any((path / name).is_file() for name in files)]
+
+
+def read_checkpoint(checkpoint: Path) -> dict:
+    """Return a checkpoint's record; empty if it is missing or damaged."""
+    try:
+        check_checksums(checkpoint, [RECORD])
+    except Damaged:
+        return {}
+    return read_object(checkpoint / RECORD)
+
+
+# -- what is left to do ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Resume:
+    """State of a run on disk, and the checkpoint from which each method resumes."""
+
+    finished: list[str]
+    """Methods that are trained, merged and exported as requested."""
+    merge_anew: list[str]
+    """Methods that are trained but must be merged again with another merge."""
+    checkpoints: dict[str, list[Path]]
+    """Checkpoints of the other methods, best first; empty lists for methods that start from zero."""
+    notes: list[str] = field(default_factory=list)
+    """Differences from the earlier run, one line each."""
+
+
+def plan_resume(options: Options, identity: Identity | None = None, place: str = "") -> Resume:
+    """Compare the options with the run's directory and return what to resume.
+
+    Raises `InvalidArgument` for other settings, and for another `identity` once it is known. `place`: the arm's place
+    inside its method's directory. Only for the main process, which broadcasts the result.
+    """
+    output, named = Path(options.output.output_dir), options.output.resume_from_checkpoint
+    folders = {method: output / method / place for method in options.adapter.method}
+    checkpoints = {method: checkpoints_of(folder) for method, folder in folders.items()}
+    for checkpoint in (checkpoint for found in checkpoints.values() for checkpoint in found):
+        check_past(options.flat(), checkpoint, read_checkpoint(checkpoint), identity)
+    finished, merge_anew, notes = already_trained(options, folders, identity)
+    checkpoints |= {method: [path] for method, path in merge_anew.items()}
+    todo = [method for method in options.adapter.method if method not in finished]
+    if named is None and any(checkpoints[method] for method in todo if method not in merge_anew):
+        fix = "go on with --resume_from_checkpoint latest, or choose another"
+        raise InvalidArgument(f"--output_dir {output}", "holds an unfinished run", fix)
+    if named not in (None, "latest"):
+        method, path = _named_checkpoint(options.adapter, options.output, named, todo)
+        check_past(options.flat(), path, read_checkpoint(path), identity)
+        checkpoints[method] = [path]
+        if method in finished:
+            done, fix = folders[method] / EXPORTS, "to train it from there once more"
+            notes.append(f"--resume_from_checkpoint {named}: {method} is finished; remove {done} {fix}")
+    for method in todo:
+        if not checkpoints[method]:
+            refuse_afresh(output, folders[method], finished=(folders[method] / EXPORTS).exists())
+    resume = Resume(finished, list(merge_anew), checkpoints, notes)
+    if options.training.max_train_steps:
+        check_length(options.training, resume, options.training.max_train_steps)
+    return resume
+
+
+def already_trained(
+    options: Options, folders: dict[str, Path], identity: Identity | None
+) -> tuple[list[str], dict[str, Path], list[str]]:
+    """Return the finished methods, the checkpoints of methods to merge again, and notes about the finished ones."""
+    finished, merge_anew, notes = [], {}, []
+    for method, folder in folders.items():
+        record = read_object(folder / EXPORTS)
+        if not record or not is_trained(options.training, options.validation, folder, record):
+            continue
+        check_past(options.flat(), folder, record, identity)
+        merged = METHODS[method].shortcuts and {name: record[name] for name in MERGING if name in record}
+        if merged and any(options[name] != value for name, value in merged.items()):
+            merge_anew[method] = final_checkpoint(options.adapter, folder, record["step"])
+        elif is_exported(folder, record):
+            finished.append(method)
+            notes += notes_of(options, folder, record)
+    return finished, merge_anew, notes
+
+
+def check_length(options: TrainingOptions, resume: Resume, steps: int) -> None:
+    """Raise `InvalidArgument` if a method was already trained for more steps than are requested."""
+    for method, found in resume.checkpoints.items():
+        if found and method not in resume.finished:
+            refuse_fewer(options, found[0], read_checkpoint(found[0]), steps)
+
+
+def refuse_fewer(options: TrainingOptions, place: Path, record: dict, steps: int) -> None:
+    """Raise `InvalidArgument` if a record has more steps than are requested: training cannot be undone."""
+    step = record.get("step")
+    if isinstance(step, int) and step > steps:
+        epochs = f"--num_train_epochs {options.num_train_epochs} ({steps} steps)"
+        fix = "give at least as many, or choose another --output_dir"
+        flag = f"--max_train_steps {steps}" if options.max_train_steps else epochs
+        raise InvalidArgument(flag, f"{place} was trained for {step} already", fix)
+
+
+def is_trained(training: TrainingOptions, validation: ValidationOptions, folder: Path, record: dict) -> bool:
+    """Return whether a method was exported after as many steps or epochs as are requested."""
+    step, steps = record.get("step"), training.max_train_steps
+    if steps:
+        refuse_fewer(training, folder, record, steps)
+    if patience := record.get("early_stopping_patience"):  # early stopping has ended it
+        return patience == validation.early_stopping_patience
+    same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == training.num_train_epochs
+    return step == steps if steps else same_epochs
+
+
+def is_exported(folder: Path, record: dict) -> bool:
+    """Return whether all files of the exports' record exist."""
+    return all((folder / name).exists() for name in record.get("difference_of_255", ["none"]))
+
+
+def final_checkpoint(options: MethodOptions, folder: Path, step: int) -> Path:
+    """Return the checkpoint from which a finished method can be merged again.
+
+    Raises `InvalidArgument` if it is missing.
+    """
+    path = folder / f"checkpoint-{step}"
+    if not (path / RECORD).is_file():
+        problem = f"{folder} was merged otherwise, and {path.name} is gone, which holds what was trained"
+        raise InvalidArgument(f"--merge {options.merge}", problem, "choose another --output_dir")
+    return path
+
+
+def notes_of(options: Options, folder: Path, record: dict) -> list[str]:
+    """Return notes about options whose change has no effect on a finished method."""
+    shown = record.get("shown", {})
+    names = [name for name in SHOWN if name in shown and options[name] not in (None, shown[name])]
+    return [f"{folder} is finished, --{name} has no effect any more: it was {in_words(shown[name])}" for name in names]
+
+
+def _named_checkpoint(
+    adapter: MethodOptions, output_options: OutputOptions, named: str, todo: list[str]
+) -> tuple[str, Path]:
+    output = Path(output_options.output_dir)
+    first = (todo or adapter.method)[0]
+    path = Path(named) if Path(named).is_dir() or os.sep in named else output / first / named
+    flag = f"--resume_from_checkpoint {named}"
+    if not (path / RECORD).is_file():
+        raise InvalidArgument(flag, "no complete checkpoint there", "use latest")
+    method = read_checkpoint(path).get("method")
+    if method is None:
+        raise InvalidArgument(flag, f"damaged ({RECORD})", "use latest")
+    if method not in adapter.method:
+        raise InvalidArgument(flag, f"it belongs to --method {method}", "add that")
+    return method, path
+
+
+def check_past(values: Mapping[str, Any], place: Path, record: dict, identity: Identity | None) -> None:
+    """Raise `InvalidArgument` if a checkpoint or finished method had another rank, seed, model, data set etc."""
+    there = record.get("settings")
+    there = there if isinstance(there, dict) else {}  # a damaged record
+    refuse_steering(values, place, there)
+    for name, value in json.loads(json.dumps(settings_of(values))).items():
+        # None may still be resolved by the model's family or accelerate; this is called again with the identity then.
+        settled = value is not None or identity is not None
+        if settled and name in there and there[name] != value:
+            flag = f"{DESCRIBED.get(name, f'--{name}')} {as_typed(value)}"
+            problem = f"{place} was trained with {as_typed(there[name])}"
+            fix = "leave it out" if there[name] is None else "use that"
+            raise InvalidArgument(flag, problem, f"{fix}, or choose another --output_dir")
+    if identity and record:
+        refuse_other_content(values, place, record, identity)
+
+
+def refuse_other_content(values: Mapping[str, Any], place: Path, record: dict, identity: Identity) -> None:
+    """Raise `InvalidArgument` to resume with another LoRA, model or images, compared by content."""
+    if record.get("lora", "") != identity.lora:
+        before = "another LoRA" if record.get("lora") else "zero"
+        problem, fix = f"{place} was started from {before}", "give what it had, or choose another --output_dir"
+        raise InvalidArgument(identity.lora_flag if identity.lora else "--init_lora", problem, fix)
+    for name in ("model", "images"):
+        here = getattr(identity, name)
+        there = record.get(name, here)
+        if here != there:
+            what = f"on {there}, these are {here}" if name == "images" else "from a model with other content"
+            problem, fix = f"{place} was trained {what}", "bring that back, or choose another --output_dir"
+            flag = getattr(identity, f"{name}_flag")
+            if name == "images" and here.partition(OF_CLASS)[0] == str(there).partition(OF_CLASS)[0]:
+                flag = f"--class_data_dir {values['class_data_dir']}"
+            raise InvalidArgument(flag, problem, fix)
+
+
+def refuse_steering(values: Mapping[str, Any], place: Path, there: dict) -> None:
+    """Raise `InvalidArgument` if options depend on validation losses that were measured differently before.
+
+    The message names the option that depends on them, because it sets --validation_noises if that is not given.
+    """
+    steering = next((name for name in ("save_best", "early_stopping_patience") if values[name]), None)
+    if steering and there.get("validation_noises", NOISES) is None:
+        flag = f"--{steering}" if steering == "save_best" else f"--{steering} {values[steering]}"
+        problem = f"needs --validation_noises from the start, and {place} was trained without"
+        raise InvalidArgument(flag, problem, "leave it out, or choose another --output_dir")
+
+
+# -- saving and restoring ----------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(learner: Learner, study: Study) -> None:
+    """Write `checkpoint-<step>`: the adapter, and the state with which a resumed run equals an uninterrupted one.
+
+    Removes older checkpoints beyond --checkpoints_total_limit. Raises `RunFailed` for non-finite weights. Collective:
+    every process must call it, since DeepSpeed gathers the state from all; only the main process writes.
+    """
+    context, identity = study.context, study.identity
+    options, folder = context.options, context.folder_of(learner.method)
+    state = learner.state(context.accelerator)
+    record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(
+        options.flat(), identity
+    )
+    # for tools that generate images with the checkpoint
+    if identity.lora or options.adapter.rank_pattern or options.adapter.alpha_pattern:
+        config = learner.denoiser.peft_config["default"]
+        record |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+
+    def write() -> None:
+        write_checkpoint(learner, folder / f"checkpoint-{learner.step}", state, record)
+        forget_beaten(folder)
+        if options.output.checkpoints_total_limit:
+            of_this_line = [old for old in checkpoints_of(folder) if step_of(old) <= learner.step]
+            for old in of_this_line[options.output.checkpoints_total_limit :]:
+                discard(old)
+
+    broadcast_from_main(write)
+
+
+def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) -> None:
+    """Write adapter, state and record atomically; an existing path with this name is renamed."""
+    if path.exists():
+        set_aside(path)
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        with learner.averaged():
+            for place, part in learner.trained.places(temporary):
+                save_adapter(part, place)
+        buffer = io.BytesIO()  # torch.save to a file reports no cause if the disk is full
+        torch.save(state, buffer)
+        (temporary / STATE).write_bytes(buffer.getbuffer())
+        write_json(temporary / RECORD, record)
+        write_checksums(temporary)
+
+
+def past_of(values: Mapping[str, Any], identity: Identity) -> dict:
+    """Return what a resumed run is compared with; see `check_past`."""
+    lora = {"lora": identity.lora} if identity.lora else {}
+    content = {"model": identity.model, "images": identity.images}
+    return content | {"settings": settings_of(values)} | lora
+
+
+def write_exports(
+    folder: Path, options: Options, identity: Identity, schedule: Schedule, differences: dict[str, int]
+) -> None:
+    """Write `exports.json`, which marks a method as finished.
+
+    It has the settings, and the error of each file against the merged model.
+    """
+    length: dict[str, Any] = {
+        "step": schedule.steps,
+        "num_train_epochs": options.training.num_train_epochs,
+        "by_epochs": schedule.by_epochs,
+    }
+    if schedule.is_over:
+        length["early_stopping_patience"] = options.validation.early_stopping_patience
+    if options.validation.save_best and (best := best_of(folder)):
+        length["best"] = {"step": best.step, "loss": best.loss}
+    merging = {name: options[name] for name in MERGING}
+    shown = {"shown": {name: options[name] for name in SHOWN}}
+    record = length | {"difference_of_255": differences} | merging | shown | past_of(options.flat(), identity)
+    write_json(folder / EXPORTS, record)
+
+
+def restore(learner: Learner, candidates: list[Path], options: OutputOptions, accelerator: Accelerator) -> None:
+    """Load the first complete checkpoint into the learner; skip damaged ones with a warning.
+
+    The main process chooses. Raises `InvalidArgument` if none is complete, or if the one that the user named is
+    damaged, and `RunFailed` for a complete one that cannot be loaded. In both cases the files on disk are unchanged.
+    Otherwise files of another training history are renamed. A checkpoint from another place is copied here; log, best
+    adapters and samples start anew then.
+    """
+    if not candidates:
+        return
+    folder = Path(options.output_dir) / learner.name
+    chosen = broadcast_from_main(lambda: newest_whole(candidates, folder, options))
+    on_all(lambda: load_checkpoint(learner, chosen, accelerator))
+    place = folder / f"checkpoint-{learner.step}"
+
+    def of_others() -> None:
+        set_others_aside(chosen, [*checkpoints_of(folder), *numbered(folder, MERGED)], place, TOLD)
+
+    broadcast_from_main(of_others)
+    accelerator.print(f"{learner.name}: going on from {chosen}")
+
+
+def newest_whole(candidates: list[Path], folder: Path, options: OutputOptions) -> Path:
+    """Return the first candidate whose files match their checksums."""
+    for checkpoint in candidates:
+        try:
+            check_checksums(checkpoint)
+            if missing := [name for name in (STATE, RECORD) if not (checkpoint / name).is_file()]:
+                raise Damaged(f"{missing[0]} is missing")
+        except Damaged as error:
+            if options.resume_from_checkpoint != "latest":
+                flag = f"--resume_from_checkpoint {options.resume_from_checkpoint or checkpoint}"
+                raise InvalidArgument(flag, f"damaged ({first_line(error)})", "use latest") from None
+            print(f"warning: {checkpoint} is damaged ({first_line(error)}), trying the one before", flush=True)
+            continue
+        return checkpoint
+    problem, fix = f"no checkpoint in {folder} is whole", "remove that folder to start afresh, or choose another"
+    raise InvalidArgument("--resume_from_checkpoint latest", problem, fix)
+
+
+def load_checkpoint(learner: Learner, checkpoint: Path, accelerator: Accelerator) -> None:
+    """Read and load a checkpoint.
+
+    Raises `RunFailed` with one line if either fails.
+    """
+    try:
+        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+        for place, part in learner.trained.places(checkpoint):
+            load_adapter(part, place)
+        learner.load_state(state, record["step"], record["seconds"], accelerator)
+    # out of memory or the state of another version: every reader and device has its own exceptions
+    except Exception as error:
+        raise RunFailed(f"{learner.name}: {cannot_be_loaded(checkpoint, error)}") from None

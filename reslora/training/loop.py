@@ -1,0 +1,192 @@
+"""Train a method from its latest state to its exports; this module depends only on the `Study` interface."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import Diverged, EndedElsewhere, Stopped
+from ..formatting import pluralize
+from ..methods.control_scales import gauged
+from ..methods.controls import Settings, put_on
+from ..methods.registry import METHODS
+from ..runtime.checkpoint_folders import memory_reported
+from ..runtime.folder_lock import check_held, writing_into
+from ..runtime.processes import broadcast_from_main
+from ..seeds import derive
+from .best import best_of, go_on_from
+from .checkpoints import Resume, restore, save_checkpoint, write_exports
+from .compiling import checked
+from .context import Context
+from .preparing import prepare, renew_scaler
+from .state import Learner, shortcuts_of
+from .stopping import Requests, stop_requested
+from .study import Study
+
+if TYPE_CHECKING:
+    from ..images.output.reports import Reports
+
+
+def train_method(method: str, resume: Resume, study: Study) -> None:
+    """Train a method from its latest checkpoint, and export it."""
+    context, name, candidates = study.context, study.context.name_of(method), resume.checkpoints[method]
+    options, say, folder = context.options, context.accelerator.print, context.folder_of(method)
+    with memory_reported(folder), contextlib.ExitStack() as stack:
+        broadcast_from_main(lambda: stack.enter_context(writing_into(folder)))
+        context.status.say("loading the model", name)
+        renew_scaler(context.accelerator)
+        learner = study.learner(method)
+        if METHODS[method].measured and not candidates:
+            put_control_on(learner, study)
+        if method in resume.merge_anew:
+            say(f"{name} is trained: merging and exporting it anew with --merge {options.adapter.merge}")
+        elif options.output.resume_from_checkpoint and not candidates and not context.place:
+            say(f"--resume_from_checkpoint latest: no checkpoint in {folder}, {name} starts afresh")
+        restore(learner, candidates, options.output, context.accelerator)
+        if options.validation.save_best:
+            broadcast_from_main(lambda: go_on_from(folder, learner.step))
+        prepare(learner, context)
+        train_and_export(learner, study)
+
+
+def put_control_on(learner: Learner, study: Study) -> None:
+    """Calibrate a control on a few training batches before its first step, and apply it; a checkpoint includes it."""
+    options, parts = study.context.options, learner.trained.parts
+
+    def measured() -> list[Settings]:
+        with contextlib.ExitStack() as stack, study.context.accelerator.autocast():
+            gauges = [
+                stack.enter_context(gauged(learner.method, part, shortcuts_of(options.adapter)))
+                for part in parts.values()
+            ]
+            for batch in study.calibration():
+                learner.trained(batch)
+            return [gauge.settings(options.training.seed) for gauge in gauges]
+
+    for part, settings in zip(parts.values(), broadcast_from_main(measured), strict=True):
+        put_on(part, settings)
+
+
+def train_and_export(learner: Learner, study: Study) -> None:
+    """Train the remaining steps of a method, and export it."""
+    context = study.context
+    options, accelerator, folder = context.options, context.accelerator, context.folder_of(learner.method)
+    broadcast_from_main(check_held)
+    try:
+        with study.reports(learner) as reports:
+            train(learner, study, reports)
+    except (Diverged, EndedElsewhere) as error:
+        best = options.validation.save_best and error.diverged and broadcast_from_main(lambda: best_of(folder))
+        if not best:
+            raise
+        accelerator.free_memory()
+        accelerator.print(f"{learner.name}: training has diverged; exporting the best adapter, of step {best.step}")
+        broadcast_from_main(lambda: study.export(learner, study.schedule))
+        raise  # without `exports.json`, as the method is not finished
+    schedule = dataclasses.replace(study.schedule, steps=learner.step, is_over=learner.over)
+    with learner.averaged():
+        broadcast_from_main(
+            lambda: write_exports(folder, options, study.identity, schedule, study.export(learner, schedule))
+        )
+
+
+def train(learner: Learner, study: Study, reports: Reports) -> None:
+    """Train the remaining steps, with checkpoints and validation when due.
+
+    Raises `Stopped` after a requested stop is saved.
+    """
+    context, schedule = study.context, study.schedule
+    accelerator = context.accelerator
+    if parts := broadcast_from_main(lambda: reports.overdue(schedule)):
+        context.status.say(f"sampling at step {learner.step}", learner.name)
+        study.validate(learner, reports, parts)
+        # nothing to save; these samples would be from an earlier step than the checkpoint
+        if stop_requested(context.stop):
+            raise stopped_at(learner)
+    learner.over = broadcast_from_main(lambda: reports.is_over(context.options.validation.early_stopping_patience))
+    steps = range(learner.step, learner.step if learner.over else schedule.steps)
+    stopped = not steps and stop_requested(context.stop)  # no step in which to check
+    silent, requests = not accelerator.is_main_process, Requests(context)
+    bar = tqdm(desc=learner.name, total=schedule.steps, initial=learner.step, disable=silent, dynamic_ncols=True)
+    with contextlib.closing(study.batches(steps)) as loaded, bar:
+        batches = checked(loaded, learner, context)
+        for _ in steps:
+            with learner.timed():
+                value = take_step(learner, batches, context)
+                known = reports.flush()  # the loss of the step before, while the device works on this one
+            reports.note("train", value)
+            if known is not None:
+                bar.set_postfix(loss=f"{known:.4f}", refresh=False)
+            bar.update()
+            context.status.count("step", learner.step, schedule.steps, learner.name)
+            stopped = after_step(learner, study, reports, requests)
+            if stopped or learner.over:
+                break
+    accelerator.free_memory()
+    if stopped:  # also after the last step: its validation may be missing, and an export would delay the exit
+        raise stopped_at(learner)
+    if learner.over:
+        patience = f"--early_stopping_patience {context.options.validation.early_stopping_patience}"
+        trained = f"trained for {pluralize(learner.step, 'step')}"
+        accelerator.print(f"{learner.name}: the validation loss gets no lower, {trained}; {patience}")
+
+
+def stopped_at(learner: Learner) -> Stopped:
+    """Return the exception of a run that was asked to stop."""
+    return Stopped(f"{learner.name} stopped after step {learner.step}; go on with --resume_from_checkpoint latest")
+
+
+def after_step(learner: Learner, study: Study, reports: Reports, requests: Requests) -> bool:
+    """Save and validate if due or requested; return whether to stop. All processes return the same."""
+    stopped, asked, draw_now = requests.after_step()
+    due, last = study.schedule.is_due(learner.step), learner.step == study.schedule.steps
+    save_now = asked or stopped or last or learner.step % requests.every == 0
+    if not (save_now or due or draw_now):
+        return False
+    broadcast_from_main(check_held)
+    with learner.timed():
+        reports.flush()  # raises for a non-finite loss, which must not be saved
+    if save_now:
+        save_checkpoint(learner, study)
+        requests.saved()
+    if (due or draw_now) and not stopped:
+        requests.status.say(f"sampling at step {learner.step}", learner.name)
+        study.validate(learner, reports, None if due else ["samples"])
+        stopped = stop_requested(requests.stop)
+        if (stopped or learner.over) and not save_now:
+            save_checkpoint(learner, study)
+    return stopped
+
+
+def take_step(learner: Learner, batches: Iterator, context: Context) -> torch.Tensor:
+    """Update the adapter with --gradient_accumulation_steps batches, and return the mean loss over all processes.
+
+    The returned tensor is on the device and not synchronized.
+    """
+    options, accelerator, total = context.options, context.accelerator, 0.0
+    learner.step += 1
+    for forward in range(options.training.gradient_accumulation_steps):
+        batch = next(batches)
+        # Dropout masks, the only remaining random numbers: seeding here makes them a function of the step.
+        torch.manual_seed(derive(options.training.seed, "dropout", learner.step, forward, accelerator.process_index))
+        with accelerator.accumulate(learner.model):
+            mean = learner.model(batch).mean()
+            total += mean.detach()
+            accelerator.backward(mean)
+            if learner.allocator:
+                learner.allocator.add_gradient(accelerator)
+            if accelerator.sync_gradients and options.optimizer.max_grad_norm:
+                accelerator.clip_grad_norm_(learner.parameters, options.optimizer.max_grad_norm)
+            learner.optimizer.step()
+            skipped = accelerator.optimizer_step_was_skipped  # its gradients are not finite
+            if learner.allocator and accelerator.sync_gradients and not skipped:
+                learner.allocator.step(learner.step)
+            learner.optimizer.zero_grad()
+    if not accelerator.optimizer_step_was_skipped:
+        learner.lr_scheduler.step()
+    return accelerator.reduce(total / options.training.gradient_accumulation_steps, "mean")

@@ -1,0 +1,73 @@
+"""Prepare a restored learner for its first step: attention, checkpointing, processes and compiler."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Sequence
+
+from accelerate import Accelerator
+from accelerate.utils import get_grad_scaler
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..model import enable_gradient_checkpointing
+from .context import Context
+from .sharding import cut, cuts_base, leave_base_alone
+from .state import Learner
+from .zero import load_full_state, uses_deepspeed
+
+FEW_TOKENS = 64
+
+
+def renew_scaler(accelerator: Accelerator) -> None:
+    """Reset the fp16 loss scale found in the previous method, so that every method starts with the same."""
+    if accelerator.scaler is not None:
+        accelerator.scaler = get_grad_scaler(accelerator.distributed_type)
+
+
+def prepare(learner: Learner, context: Context) -> None:
+    """Prepare the learner for training: attention, checkpointing, processes and compiler."""
+    options, denoiser = context.options, learner.denoiser
+    if options.model.enable_xformers_memory_efficient_attention:
+        denoiser.enable_xformers_memory_efficient_attention()
+    if options.training.gradient_checkpointing:
+        for part in learner.trained.parts.values():
+            enable_gradient_checkpointing(part)
+    freeze_unread(learner, context)
+    prepare_processes(learner, context.accelerator)
+    if learner.awaited:
+        load_full_state(learner.zero_optimizer, learner.trained.named(), learner.awaited)
+        learner.awaited = None
+    if options.training.compile:
+        learner.trained.use_compiler()
+
+
+def freeze_unread(learner: Learner, context: Context) -> None:
+    """Freeze unused parameters: DistributedDataParallel would wait for their gradients, which do not exist."""
+    for part, weights in context.model.family.unread_weights(learner.denoiser).items():
+        for weight in weights:
+            weight.requires_grad_(uses_deepspeed(context.accelerator))  # which does not wait
+        line = f"{learner.name}: nothing reads what {part} of the last block returns, so it stays as it is"
+        context.accelerator.print(line)
+
+
+def prepare_processes(learner: Learner, accelerator: Accelerator) -> None:
+    """Wrap the learner with accelerate to average gradients; with FSDP each process keeps its shard of the base."""
+    trained = learner.trained.train()
+    if not cuts_base(accelerator):
+        learner.model, learner.optimizer = accelerator.prepare(trained, learner.optimizer)
+        return
+    leave_base_alone(trained)
+    learner.model, learner.optimizer = accelerator.prepare(trained, learner.optimizer, device_placement=[False, True])
+    cut(learner.denoiser, accelerator)
+
+
+def attention_of(accelerator: Accelerator, shapes: Iterable[Sequence[int]]) -> contextlib.AbstractContextManager:
+    """Return a context with plain attention for small pipelines on a CPU in bf16, where the fused one is slow.
+
+    `shapes`: shapes of the latents, with height and width last.
+    """
+    tokens = max(math.prod(shape[-2:]) for shape in shapes)
+    small = accelerator.device.type == "cpu" and tokens <= FEW_TOKENS
+    plain = small and accelerator.mixed_precision == "bf16"
+    return sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext()

@@ -1,0 +1,157 @@
+"""FSDP2: each process holds a shard of the frozen denoiser, and the complete adapter.
+
+accelerate would shard the adapter too, which shortcuts read from other blocks, or leave each process with its own
+gradients. Therefore its settings only shard the base, and DistributedDataParallel trains the adapter.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import InvalidArgument, refused_as
+from ..methods.registry import METHODS
+from ..options.images import MethodOptions, ModelOptions, OutputOptions, TrainingOptions
+from ..runtime.processes import broadcast_from_main
+
+T = TypeVar("T")
+U = TypeVar("U")
+LAUNCHER = "accelerate launch"
+USES_FSDP = "ACCELERATE_USE_FSDP"
+
+
+def take_plugin(
+    model: ModelOptions, adapter: MethodOptions, training: TrainingOptions, output: OutputOptions
+) -> FullyShardedDataParallelPlugin | None:
+    """Return accelerate's FSDP2 settings, None without them; from here on accelerate itself treats the run as DDP.
+
+    Raises `InvalidArgument` for FSDP1, and for settings and options that FSDP2 does not support here.
+    """
+    if not parse_flag_from_env(USES_FSDP):
+        return None
+    os.environ[USES_FSDP] = "false"  # transformers would load different weights in each process
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        problem = f"its configuration says FSDP {version}, which cuts the adapter with the base"
+        raise InvalidArgument(LAUNCHER, problem, "give fsdp_version: 2, as assets/accelerate/fsdp2.yaml does")
+    with refused_as(LAUNCHER, "mend its fsdp_config"):
+        plugin = FullyShardedDataParallelPlugin()
+    refuse_settings(plugin)
+    refuse_flags(model, adapter, training, output)
+    return plugin
+
+
+def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Raise `InvalidArgument` for FSDP2 settings that have no effect here."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard  # not in torch 2.5
+
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        problem = f"torch {torch.__version__} has no FSDP2 that leaves an adapter whole"
+        raise InvalidArgument(LAUNCHER, problem, "install a newer torch, or train without FSDP2")
+    if plugin.activation_checkpointing:
+        problem = "its fsdp_activation_checkpointing would lose the shortcuts"
+        raise InvalidArgument(LAUNCHER, problem, "give false there, and --gradient_checkpointing")
+    if not plugin.reshard_after_forward:
+        problem = "its fsdp_reshard_after_forward is false, with which each process holds the whole base"
+        raise InvalidArgument(LAUNCHER, problem, "give true there, or train without FSDP2")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        problem = "its fsdp_offload_params, the base on the host, has not been tried"
+        raise InvalidArgument(LAUNCHER, problem, "give false there")
+
+
+def refuse_flags(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions, output: OutputOptions) -> None:
+    """Raise `InvalidArgument` for options that cannot be combined with FSDP2."""
+    if training.compile:
+        raise InvalidArgument("--compile", "does not go with FSDP2, which gathers weights in hooks", "leave it out")
+    if model.blocks_to_swap:
+        problem = "does not go with FSDP2, which gathers blocks itself"
+        raise InvalidArgument(f"--blocks_to_swap {model.blocks_to_swap}", problem, "leave it out")
+    if output.plan:
+        raise InvalidArgument("--plan", "does not know a base that FSDP2 cuts", "leave it out")
+    for name in adapter.method:
+        if METHODS[name].measured:
+            problem = "is measured on the whole base before its first step, and FSDP2 cuts it"
+            raise InvalidArgument(f"--method {name}", problem, "train it without FSDP2")
+
+
+def share(plugin: FullyShardedDataParallelPlugin | None, accelerator: Accelerator) -> None:
+    """Use these settings to shard the base if there are several processes."""
+    if plugin is not None and accelerator.num_processes == 1:
+        accelerator.print(f"{LAUNCHER}: FSDP2 cuts nothing for one process, which has the whole base")
+    elif plugin is not None:
+        accelerator.state.fsdp_plugin = plugin
+
+
+def cuts_base(accelerator: Accelerator) -> bool:
+    """Return whether each process holds only a shard of the base."""
+    return getattr(accelerator.state, "fsdp_plugin", None) is not None
+
+
+def units_of(denoiser: nn.Module, accelerator: Accelerator) -> list[str]:
+    """Return the classes of modules that are gathered at once: accelerate's configuration, else the denoiser's blocks.
+
+    Raises `InvalidArgument` for names that no module of the denoiser has.
+    """
+    classes = {type(module).__name__ for module in denoiser.modules()}
+    own = [name for name in getattr(denoiser, "_no_split_modules", None) or [] if name in classes]
+    names = accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap or own
+    if unknown := [name for name in names if name not in classes]:
+        problem = f"its fsdp_transformer_layer_cls_to_wrap has {unknown[0]}, of which the denoiser has none"
+        raise InvalidArgument(LAUNCHER, problem, f"leave it out, or give {','.join(own)}")
+    return names
+
+
+def place_adapter(denoiser: nn.Module, accelerator: Accelerator) -> None:
+    """Move the adapter to the accelerator; the base stays on the CPU until it is sharded."""
+    for module in adapters_of(denoiser):
+        module.to(accelerator.device)
+
+
+def leave_base_alone(trained: nn.Module) -> None:
+    """Exclude the frozen base from DistributedDataParallel's broadcast: each process loads the same."""
+    same = [name for name, parameter in trained.named_parameters() if not parameter.requires_grad]
+    same += [name for name, _ in trained.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, same)
+
+
+def cut(denoiser: nn.Module, accelerator: Accelerator) -> None:
+    """Shard every weight of the base; the blocks are gathered when they are used."""
+    from torch.distributed.fsdp import fully_shard
+
+    names = units_of(denoiser, accelerator)
+    whole = {parameter for module in adapters_of(denoiser) for parameter in module.parameters()}
+    units = [module for module in denoiser.modules() if type(module).__name__ in names]
+    for unit in (*reversed(units), denoiser):  # inner modules first
+        # The root too, with all weights outside of units: saving only on the main process reshards them, so that no
+        # process may have them gathered.
+        fully_shard(unit, reshard_after_forward=True, ignored_params=whole)
+
+
+def adapters_of(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that PEFT added to the layers of a model."""
+    return [
+        module
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for name in (*layer.adapter_layer_names, *layer.other_param_names)
+        if isinstance(module := getattr(layer, name, None), nn.Module)
+    ]
+
+
+def by_main(accelerator: Accelerator, compute: Callable[[], T], keep: Callable[[T], U]) -> U:
+    """Return in every process `keep` of the value that `compute` returns in the main process.
+
+    With a sharded base all processes compute it, because a forward pass gathers the weights from all of them.
+    """
+    if not cuts_base(accelerator):
+        return broadcast_from_main(lambda: keep(compute()))
+    value = compute()
+    return broadcast_from_main(lambda: keep(value))

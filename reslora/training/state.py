@@ -1,0 +1,210 @@
+"""The state of one method in training: model with adapter, optimizer, schedule, and progress."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from diffusers.optimization import get_scheduler
+from torch import nn
+
+from ..config import ResLoraConfig
+from ..errors import refused_as
+from ..methods.adapters import RankAllocator, rank_allocator
+from ..options.images import MethodOptions, OptimizerOptions, TrainingOptions
+from ..options.optimizers import ADAMS, class_of, named, options_of
+from .context import Context
+from .schedule import Schedule
+from .sharding import cuts_base, place_adapter
+from .trained import Trained
+from .zero import full_state, uses_deepspeed
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer  # an optional package
+
+
+@dataclass
+class Learner:
+    """The model, optimizer and progress of one method."""
+
+    method: str
+    trained: Trained
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    allocator: RankAllocator | None
+    model: nn.Module
+    """The trained modules, wrapped by accelerate once prepared."""
+    step: int = 0
+    seconds: float = 0.0
+    name: str = ""
+    """Directory relative to the run's, and name in messages: the method, or an arm of an experiment."""
+    before: int = 0
+    """Number of methods or arms trained before it."""
+    over: bool = False
+    """Whether training ends because the validation loss has stopped improving."""
+    awaited: dict | None = None
+    """State of DeepSpeed's optimizer to load once the learner is prepared."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The denoiser with its adapter."""
+        return self.trained.denoiser
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def zero_optimizer(self) -> ZeROOptimizer:
+        """DeepSpeed's optimizer; available once the learner is prepared."""
+        assert isinstance(self.optimizer, AcceleratedOptimizer)
+        return self.optimizer.optimizer
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Add the time spent inside to the training time."""
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
+
+    @property
+    def averaging(self) -> Any:
+        """The optimizer if it trains other weights than those to evaluate, as a schedule-free one does; else None."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer if hasattr(optimizer, "eval") else None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Switch to the weights for evaluation, samples, checkpoints and exports inside this context."""
+        if (optimizer := self.averaging) is None:
+            yield
+            return
+        trained = self._copied()
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+            self._put(trained)  # exact; the optimizer's own conversion back is not
+
+    def _copied(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def _put(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def state(self, accelerator: Accelerator) -> dict:
+        """Return the state, without the adapter, with which a resumed run equals an uninterrupted one.
+
+        Collective with DeepSpeed.
+        """
+        if uses_deepspeed(accelerator):
+            optimizer = full_state(self.zero_optimizer, self.trained.named())
+        else:
+            optimizer = self.optimizer.state_dict()
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            "allocator": self.allocator.state_dict() if self.allocator else None,
+            "trained": self._copied() if self.averaging else None,
+        }
+
+    def load_state(self, state: dict, step: int, seconds: float, accelerator: Accelerator) -> None:
+        """Restore what `state` returned after `step`."""
+        deepspeed = uses_deepspeed(accelerator)
+        if deepspeed != ("parameters" in state["optimizer"]):
+            raise ValueError(f"was saved {'without' if deepspeed else 'with'} DeepSpeed")
+        if self.allocator:
+            self.allocator.load_state_dict(state["allocator"])
+        if deepspeed:
+            self.awaited = state["optimizer"]
+        else:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if state["trained"]:
+            self._put(state["trained"])
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if accelerator.scaler and state["scaler"]:
+            accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds = step, seconds
+
+
+def new_learner(method: str, trained: Trained, schedule: Schedule, context: Context) -> Learner:
+    """Return the learner of a method at its start, with adapters added to the trained models."""
+    options, denoiser = context.options, trained.denoiser
+    if cuts_base(context.accelerator):
+        place_adapter(denoiser, context.accelerator)
+    first, *others = [[p for p in part.parameters() if p.requires_grad] for part in trained.parts.values()]
+    optimizer = new_optimizer(
+        first, options.training, options.optimizer, context.accelerator, of_encoders=list(itertools.chain(*others))
+    )
+    lr_scheduler = get_scheduler(
+        options.optimizer.lr_scheduler, optimizer, step_rules=options.optimizer.lr_step_rules,
+        num_warmup_steps=schedule.warmup_steps, num_training_steps=schedule.steps,
+    )  # fmt: skip
+    return Learner(
+        method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained, name=context.name_of(method),
+        before=context.before + options.adapter.method.index(method),
+    )  # fmt: skip
+
+
+def shortcuts_of(options: MethodOptions) -> ResLoraConfig:
+    """Return the configuration of ResLoRA's shortcuts."""
+    return ResLoraConfig(shortcut=options.shortcut, pre_num=options.pre_num, head=options.head)
+
+
+def new_optimizer(
+    parameters: list,
+    training: TrainingOptions,
+    optimizer_options: OptimizerOptions,
+    accelerator: Accelerator,
+    of_encoders: Sequence[nn.Parameter] = (),
+) -> torch.optim.Optimizer:
+    """Return the optimizer of the options; parameters of text encoders are a group with their own learning rate.
+
+    Raises `InvalidArgument` for arguments that it does not accept.
+    """
+    per_step = training.gradient_accumulation_steps * training.train_batch_size * accelerator.num_processes
+    scale = per_step if optimizer_options.scale_lr else 1
+    if of_encoders:
+        rate = scale * (optimizer_options.text_encoder_lr or optimizer_options.learning_rate)
+        parameters = [{"params": parameters}, {"params": of_encoders, "lr": rate}]
+    arguments = {"lr": optimizer_options.learning_rate * scale} | dict(named(optimizer_options.optimizer).options)
+    if optimizer_options.optimizer in ADAMS:
+        arguments |= {
+            "betas": (optimizer_options.adam_beta1, optimizer_options.adam_beta2),
+            "weight_decay": optimizer_options.adam_weight_decay,
+            "eps": optimizer_options.adam_epsilon,
+        }
+    if optimizer_options.optimizer == "adamw":
+        # A fused step hides from accelerate that the fp16 scaler skipped it.
+        arguments["fused"] = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
+    kind = class_of(optimizer_options.optimizer)
+    with _refused(optimizer_options):
+        optimizer = kind(parameters, **arguments | options_of(optimizer_options.optimizer_args))
+    if hasattr(optimizer, "train"):  # schedule-free optimizers have two sets of weights and train one of them
+        optimizer.train()
+    return optimizer
+
+
+def check_optimizer(context: Context) -> None:
+    """Raise `InvalidArgument` for an optimizer or arguments that cannot train, by taking a step on one parameter."""
+    weight = nn.Parameter(torch.zeros(1, 1, device=context.accelerator.device))  # a matrix, which Muon requires
+    weight.grad = torch.ones_like(weight)
+    with _refused(context.options.optimizer):
+        new_optimizer([weight], context.options.training, context.options.optimizer, context.accelerator).step()
+
+
+def _refused(options: OptimizerOptions) -> AbstractContextManager:
+    words = " ".join([f"--optimizer {options.optimizer}", *options.optimizer_args])
+    return refused_as(words, "give arguments that it takes with --optimizer_args, or another optimizer")

@@ -1,0 +1,58 @@
+"""Requests to a run in training: stop, save or sample. All processes must act on them after the same step."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from ..runtime.processes import any_of, any_of_each, is_main
+from ..runtime.signals import StopRequest
+from .context import Context
+
+SAVE, SAMPLE = "save.now", "sample.now"
+"""Files that request a checkpoint, or samples, after the present step.
+
+Any program may create one in the run's directory; it is removed when it is handled.
+"""
+
+
+def stop_requested(stop: StopRequest) -> bool:
+    """Return whether any process was asked to stop; all processes must call it together and use its result."""
+    return stop.shared(any_of(stop.signal is not None))
+
+
+class Requests:
+    """Requests after a step: a stop from any process, saving and sampling from the main process."""
+
+    def __init__(self, context: Context) -> None:
+        self.stop, self.folder, self.status, options = context.stop, context.folder, context.status, context.options
+        self.every = options.output.checkpointing_steps
+        self.draws = bool(options.validation.validation_prompt and options.validation.num_validation_images)
+        self.seconds = 60 * (options.output.checkpointing_minutes or float("inf"))
+        self.saved()
+
+    def saved(self) -> None:
+        """Restart the interval of --checkpointing_minutes."""
+        self.last = time.monotonic()
+
+    def after_step(self) -> tuple[bool, bool, bool]:
+        """Return whether to stop, to save and to sample; all processes must call it together and use its result."""
+        main = is_main()
+        save = main and (consume_request(self.folder / SAVE) or time.monotonic() - self.last >= self.seconds)
+        sample = main and consume_request(self.folder / SAMPLE)
+        if sample and not self.draws:
+            print(f"{SAMPLE}: this run draws no samples; --validation_prompt names what to draw", flush=True)
+        asked = any_of_each([self.stop.signal is not None, save, sample and self.draws])
+        return self.stop.shared(asked[0]), asked[1], asked[2]
+
+
+def consume_request(request: Path) -> bool:
+    """Remove a request file and return whether it existed.
+
+    A file that cannot be removed is ignored: it would be handled after every step.
+    """
+    try:
+        request.unlink()
+    except OSError:
+        return False
+    return True

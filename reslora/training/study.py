@@ -1,0 +1,67 @@
+"""The interface of a study to the training loop, and the content hashes that identify its data and model."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .context import Context
+from .schedule import Schedule
+from .state import Learner
+
+if TYPE_CHECKING:
+    from ..images.output.reports import Reports
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Content hashes of the data and model of a run, which a resumed run must match."""
+
+    model: str
+    images: str
+    model_flag: str
+    """Option that names the model, with its value, for messages."""
+    images_flag: str
+    lora: str = ""
+    """Hash of the LoRA that training starts from; empty without one."""
+    lora_flag: str = ""
+
+
+@dataclass(frozen=True)
+class Study(ABC):
+    """A run's model and data, with its options. A batch has the type that the learner's model takes."""
+
+    schedule: Schedule
+    identity: Identity
+    """Content hashes of model and data, which a resumed run must match."""
+    context: Context
+
+    @abstractmethod
+    def learner(self, method: str) -> Learner:
+        """Return the model with a new adapter, initialized from the seed."""
+
+    @abstractmethod
+    def batches(self, steps: range) -> Generator:
+        """Yield this process's batches of these steps, which depend only on the seed and the step."""
+
+    @abstractmethod
+    def calibration(self) -> Iterable:
+        """Return training batches on which a control is calibrated."""
+
+    @abstractmethod
+    def reports(self, learner: Learner) -> contextlib.AbstractContextManager[Reports]:
+        """Return a context manager of the log and the trackers of a method."""
+
+    @abstractmethod
+    def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
+        """Measure the validation loss and generate samples, or only `parts` of that, and set `learner.over`."""
+
+    @abstractmethod
+    def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
+        """Write the trained method's files.
+
+        Returns each file's largest pixel difference from the merged model, of 255.
+        """

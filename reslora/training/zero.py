@@ -1,0 +1,110 @@
+"""DeepSpeed's ZeRO-1 and ZeRO-2, which shard the optimizer's state: settings, and the complete state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import nn
+
+from ..errors import InvalidArgument
+from ..methods.registry import refuse_unable
+from ..options.images import MethodOptions, OptimizerOptions, TrainingOptions
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer  # an optional package
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""State of a dynamic loss scaler; a fixed one has only the first."""
+
+
+def uses_deepspeed(accelerator: Accelerator) -> bool:
+    """Return whether DeepSpeed takes the optimizer steps."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def configure(
+    adapter: MethodOptions, training: TrainingOptions, optimizer: OptimizerOptions, accelerator: Accelerator
+) -> None:
+    """Pass the options to DeepSpeed's configuration.
+
+    Raises `InvalidArgument` for a configuration or options that contradict each other.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    settings, launcher = plugin.deepspeed_config, "accelerate launch"
+    if plugin.zero_stage not in (1, 2):
+        problem = f"its configuration says ZeRO-{plugin.zero_stage}, which cuts the adapter with the base"
+        raise InvalidArgument(launcher, problem, "give zero_stage 2 or 1, or FSDP2, as assets/accelerate/fsdp2.yaml")
+    for name in ("optimizer", "scheduler"):
+        if name in settings:
+            problem = f"DeepSpeed's configuration has its own {name}"
+            raise InvalidArgument(launcher, problem, "leave it out there, and give flags instead")
+    refuse_unable(adapter.method, "deepspeed")
+    if optimizer.optimizer != "adamw":
+        flag = "--use_8bit_adam" if optimizer.use_8bit_adam else f"--optimizer {optimizer.optimizer}"
+        problem = "ZeRO cuts its state where it cannot be put together again"
+        raise InvalidArgument(flag, problem, "leave it out, or train without DeepSpeed")
+    steps = training.gradient_accumulation_steps
+    # accelerate's launcher passes on its file's value, which would win.
+    accelerator.gradient_accumulation_steps = settings["gradient_accumulation_steps"] = steps
+    settings["gradient_clipping"] = optimizer.max_grad_norm
+    # Otherwise it would ask the data loader, which is not accelerate's.
+    settings["train_micro_batch_size_per_gpu"] = training.train_batch_size
+    settings["train_batch_size"] = training.train_batch_size * steps * accelerator.num_processes
+
+
+def full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict:
+    """Return the complete state of DeepSpeed's `optimizer` on the CPU, independent of the number of processes.
+
+    `named`: parameters of the prepared model by name. "parameters" has their float32 weights, and after the first step
+    their moments and step. Collective: every process must call it, even if only one saves.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # an optional package
+
+    base, parameters = optimizer.optimizer, {}
+    # One flat tensor for each group; all groups step together.
+    step = max((int(state["step"]) for state in base.state.values() if state), default=0)
+    if step:  # DeepSpeed has linked parameters and moments within the first step, before a second group had moments
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in named:
+        if parameter.requires_grad:
+            parameters[name] = {"weight": safe_get_full_fp32_param(parameter).cpu()}
+            if step:
+                moments = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in MOMENTS}
+                parameters[name] |= moments | {"step": step}
+    scaler = vars(optimizer.loss_scaler) if hasattr(optimizer, "loss_scaler") else {}
+    return {
+        "parameters": parameters,
+        "lr": [group["lr"] for group in base.param_groups],
+        "loss_scaler": {name: scaler[name] for name in SCALER if name in scaler},
+    }
+
+
+def load_full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter]], state: dict) -> None:
+    """Load what `full_state` returned with any number of processes, before the first step; collective."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    base, parameters = optimizer.optimizer, state["parameters"]
+    step = max((values.get("step", 0) for values in parameters.values()), default=0)
+    for group, rate in zip(base.param_groups, state["lr"], strict=True):
+        group["lr"] = rate
+        if step:  # DeepSpeed allocates the moments in its first step
+            (flat,) = group["params"]
+            # A fused torch optimizer counts steps on the device; DeepSpeed's own Adam counts in Python.
+            counter = torch.tensor(float(step), device=flat.device if group.get("fused") else "cpu")
+            taken = counter if isinstance(base, torch.optim.Adam) else step
+            base.state[flat] = {"step": taken, **{key: torch.zeros_like(flat) for key in MOMENTS}}
+    if step:
+        optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in named:
+        if parameter.requires_grad:
+            safe_set_full_fp32_param(parameter, parameters[name]["weight"])
+            for key in MOMENTS if step else ():
+                safe_set_full_optimizer_state(parameter, parameters[name][key], key)
+    optimizer.update_lp_params()
+    if hasattr(optimizer, "loss_scaler"):
+        vars(optimizer.loss_scaler).update(state["loss_scaler"])

@@ -1,0 +1,333 @@
+"""app/jobs.py: what waits, what starts next, and what a restart finds. Trainers are tiny programs in their place."""
+
+import json
+import multiprocessing
+import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import sleep
+
+import gradio as gr
+import PIL.Image
+import pytest
+from app_runs import HOSTILE, with_one_wrong, write_run
+from waiting import LIMIT, ended, wait_until
+
+from app import form, jobs, launcher, lists
+from app.jobs import FAILED, RUNNING, WAITING, Entry, Jobs
+from app.library import Experiment, Library
+from app.runs import Run, RunError
+from app.shelf import Shelf
+from app.studio import Studio
+from app.tabs import Parts
+from app.tabs.train import TrainTab
+from reslora.io import write_json
+
+# In place of `accelerate launch`: notes that it was started and on which GPU, waits for its turn to end, and fails.
+TRAINER = """
+import os, pathlib, sys, time
+words = sys.argv[1:]
+folder = pathlib.Path(words[words.index("--output_dir") + 1])
+with (folder.parent / "started").open("a") as file:
+    print(folder.name, os.environ.get("CUDA_VISIBLE_DEVICES", "-"), file=file)
+while not (folder.parent / f"end-{folder.name}").exists():
+    assert folder.parent.exists()
+    time.sleep(0.01)
+print("the last line")
+sys.exit(1)
+"""
+
+
+@pytest.fixture
+def lined(tmp_path, monkeypatch):
+    """A queue whose trainers are that program."""
+    (tmp_path / "data" / "cats").mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    (tmp_path / "python").write_text(f'#!/bin/sh\nshift 4\nexec {sys.executable} {tmp_path / "trainer.py"} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(launcher.sys, "executable", str(tmp_path / "python"))
+    yield Jobs(Library(tmp_path / "runs"), tmp_path / "data")
+    for name in "abcdefgh":
+        (tmp_path / "runs" / f"end-{name}").touch()
+
+
+def started(lined: Jobs) -> list[str]:
+    path = lined.path.with_name("started")
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def states(lined: Jobs) -> dict[str, str]:
+    return {entry.name: entry.state for entry in lined.entries()}
+
+
+def let_end(lined: Jobs, name: str) -> None:
+    """Its trainer ends, and the queue has noticed."""
+    lined.path.with_name(f"end-{name}").touch()
+    wait_until(lambda: lined.advance() or states(lined)[name] != RUNNING, f"the end of {name}")
+
+
+def add(lined: Jobs, name: str, **settings) -> Entry:
+    return lined.add(Entry(name, settings=settings))
+
+
+def test_one_after_the_other_and_what_fails_does_not_stop_the_next(lined, tmp_path):
+    assert add(lined, "a").state == RUNNING
+    assert [add(lined, name).state for name in "bc"] == [WAITING, WAITING]
+    assert lined.add(Entry("d", folder="cats")).state == WAITING
+    assert [add(lined, name).state for name in "ef"] == [WAITING, WAITING]
+    assert lined.would_wait()
+    lined.move("f", -1)
+    lined.move("e", -1)  # which are neighbours, and change places twice
+    lined.move("e", 1)
+    lined.move("c", -1)
+    lined.move("c", -1)  # it is the first that waits
+    lined.remove("b")
+    (tmp_path / "data" / "cats").rmdir()
+    for name in "ac":
+        let_end(lined, name)
+    wait_until(lambda: len(started(lined)) == 3, "the third")
+    assert started(lined) == ["a -", "c -", "f -"]
+    assert states(lined) == {"a": FAILED, "c": FAILED, "d": FAILED, "f": RUNNING, "e": WAITING}
+    lines = {entry.name: entry.line for entry in lined.entries()}
+    assert lines["a"] == "the last line" and "no such folder of images" in lines["d"] and not lines["f"]
+    with pytest.raises(RunError, match="stop it"):
+        lined.remove("f")
+    for name in "fe":
+        let_end(lined, name)
+    assert not Jobs(lined.library).would_wait()
+    lined.clear()
+    assert lined.entries() == []
+
+
+def test_what_has_just_ended_may_be_resumed(lined):
+    """Its entry says that it trains until the queue looks again, two seconds later."""
+    add(lined, "a")
+    write_json(lined.path.with_name("a") / "config.json", {"method": ["lora"]})
+    run = lined.find("a")
+    lined.path.with_name("end-a").touch()
+    wait_until(lambda: not lined.is_active(run), "the end of a")
+    lined.path.with_name("end-a").unlink()
+    assert states(lined) == {"a": RUNNING}
+    assert lined.add(Entry("a", resume=True)).state == RUNNING
+    wait_until(lambda: started(lined) == ["a -"] * 2, "a to go on")
+    lined.path.with_name("end-a").touch()
+    wait_until(lambda: not lined.is_active(run), "its end")
+    assert states(lined) == {"a": RUNNING}
+    lined.clear()
+    assert states(lined) == {"a": "stopped"}  # which nobody has seen yet
+    lined.clear()
+    assert states(lined) == {}
+
+
+def test_what_has_just_ended_may_be_removed(lined):
+    add(lined, "a")
+    run = lined.library.folder / "a"
+    lined.path.with_name("end-a").touch()
+    wait_until(lambda: not lined.is_active(Run("a", run)), "its end")
+    assert states(lined) == {"a": RUNNING}
+    lined.remove("a")
+    assert states(lined) == {}
+
+
+def test_who_stops_what_has_just_ended_does_not_stop_the_next(lined):
+    add(lined, "a")
+    add(lined, "b")
+    let_end(lined, "a")
+    wait_until(lambda: started(lined) == ["a -", "b -"], "the next")
+    with pytest.raises(RunError, match="a does not train any more"):
+        lined.stop_entry("a")
+    assert lined.is_active(lined.find("b"))
+    assert "b" in lined.stop_entry("b")
+    wait_until(lambda: not lined.is_active(lined.find("b")), "the end of b")
+
+
+def test_what_was_renamed_while_it_trains_is_said_to_be_gone(lined):
+    add(lined, "a")
+    wait_until(lambda: started(lined) == ["a -"], "a")
+    lined.path.with_name("a").rename(lined.path.with_name("moved"))
+    lined.advance()
+    assert states(lined) == {"a": RUNNING} and jobs.GONE in lists.queue(lined)
+    with pytest.raises(RunError, match=r"^a: its folder is gone: it was renamed or removed\. Put it back, and stop"):
+        lined.stop_entry("a")
+    let_end(lined, "a")
+    assert [(entry.state, entry.line) for entry in lined.entries()] == [(FAILED, jobs.GONE)]
+
+
+def test_what_the_trainer_refuses_is_not_lined_up(lined, tmp_path):
+    add(lined, "a")
+    before = lined.path.read_bytes()
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    wrong = [Entry("b", settings={"rank": "0"}), Entry("b", folder="dogs"), Entry("b", settings={"model": "/etc"})]
+    wrong += [Entry(name) for name in HOSTILE] + [Entry("b", "experiment", resume=True), Entry("b", resume=True)]
+    wrong += [
+        Entry("b", settings={"validation_prompt": "x" * 10**6}),
+        Entry("b", settings={"caption_prefix": "\ud800"}),
+    ]
+    wrong += [Entry("b", settings={"rank": {1, 2}}), Entry("b", folder=7), Entry("b", settings=[1])]
+    for entry in wrong:
+        with pytest.raises(RunError):
+            lined.add(entry)
+    with pytest.raises(RunError, match="already"):
+        lined.add(Entry("a"), [str(tmp_path / "x.png")])
+    with pytest.raises(RunError):
+        lined.add(Entry("b"), [str(tmp_path / "no-image.txt")])
+    assert lined.path.read_bytes() == before and not list(tmp_path.glob("runs/.images/*"))
+    lined.add(Entry("b"), [str(tmp_path / "x.png")], "a red box")
+    (stored,) = [entry for entry in lined.entries() if entry.name == "b"]
+    assert stored.folder == "runs/b" and (tmp_path / "runs/.images/b/00000.txt").read_text() == "a red box"
+    with pytest.raises(RunError, match="in the queue already"):
+        lined.add(Entry("b"))
+    let_end(lined, "a")
+    assert states(lined) == {"a": FAILED, "b": RUNNING}
+
+
+def test_which_images_are_trained_on_is_said(lined, tmp_path):
+    """Uploads are gone from a page that is loaded anew: the bundled images would be trained on without a word."""
+    PIL.Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    added = [add(lined, "a"), lined.add(Entry("b", folder="cats")), lined.add(Entry("c"), [str(tmp_path / "x.png")])]
+    assert [TrainTab.outcome_of(None, entry) for entry in added] == [
+        "a starts with the bundled images.",
+        "b waits in the queue, and starts by itself with the images in cats.",
+        "c waits in the queue, and starts by itself with the images in runs/c.",
+    ]
+    assert TrainTab.outcome_of(None, Entry("d", folder=".")).endswith(
+        "starts by itself with the images in the data folder."
+    )
+    shown = [lists.facts_of(entry, lined.run_of(entry)) for entry in added]
+    settings = {"model": "assets/pipeline-flow", "rank": "8", "seed": "5", "max_train_steps": "40"}
+    facts = lists.facts_of(Entry("e", settings=settings), lined.run_of(added[0]))
+    assert [fact for fact in facts if fact] == ["model assets/pipeline-flow", "rank 8", "seed 5", "steps 40"]
+    assert "bundled images" in shown[0] and "images: cats" in shown[1] and "images: runs/c" in shown[2]
+
+
+def test_the_form_starts_with_what_stands_in_it_and_warns_of_a_likely_mistake(lined):
+    with gr.Blocks():
+        tab = TrainTab(Parts(lined.library, lined, Studio()))
+    told = []
+    for name, settings in (("a", {}), ("b", {"rank": 9999})):
+        *_, words, label, answer = tab.do_start(name, None, "", "", "", *form.values_of(settings, tab.all_names()))
+        assert f"/{name} " in f"{words} " and label == "Add to queue"
+        told.append(answer)
+    assert "a starts with the bundled images." in told[0] and "warning" not in told[0]
+    assert "b waits in the queue" in told[1] and "warning: 9999 is a larger rank" in told[1]
+
+
+def test_what_goes_on_keeps_its_images_and_none_are_named(lined, tmp_path):
+    write_run(tmp_path / "runs" / "a", methods=["lora"])
+    write_run(tmp_path / "runs" / "b", learning_rate=[1e-4, 1e-3])
+    added = [lined.add(Entry("a", resume=True)), lined.add(Entry("b", "experiment", {"seed": "0 1"}))]
+    assert [entry.folder for entry in added] == [None, None]
+    assert TrainTab.outcome_of(None, added[0]) == "a goes on from its newest checkpoint."
+    assert TrainTab.outcome_of(None, added[1]) == "b waits in the queue, and starts by itself."
+
+
+def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_path):
+    """Killed by SIGKILL while one trains and two wait; then two applications go on with it at the same time."""
+    server = multiprocessing.get_context("fork").Process(
+        target=lambda: [*map(partial(add, lined), "abc"), sleep(LIMIT)]
+    )
+    server.start()
+    wait_until(lambda: lined.path.exists() and len(lined.entries()) == 3 and started(lined), "three runs", server)
+    server.kill()
+    assert ended(server) == -signal.SIGKILL
+    others = [Jobs(Library(tmp_path / "runs")) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda one: one.advance(), others * 5))
+        assert states(lined) == {"a": RUNNING, "b": WAITING, "c": WAITING} and started(lined) == ["a -"]
+        for name, after in (("a", 2), ("b", 3)):
+            lined.path.with_name(f"end-{name}").touch()
+            wait_until(
+                lambda after=after: list(pool.map(lambda one: one.advance(), others)) and len(started(lined)) == after,
+                f"what comes after {name}",
+            )
+    assert started(lined) == ["a -", "b -", "c -"]
+
+
+def test_what_was_started_but_not_noted_is_not_started_again(lined):
+    """As where the application is killed between the two: the trainer is known by its log, before it says anything."""
+    add(lined, "a")
+    entries = json.loads(lined.path.read_text())
+    entries["entries"][0]["state"] = WAITING
+    write_json(lined.path, entries)
+    restarted = Jobs(lined.library)
+    restarted.advance()
+    assert states(restarted) == {"a": RUNNING}
+    assert restarted.status(restarted.find("a")) == "starting"
+    let_end(restarted, "a")
+    assert len(started(lined)) == 1 and list(restarted.all_active()) == []
+
+
+def test_one_on_each_gpu(lined, monkeypatch):
+    monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
+    assert [add(lined, name).state for name in "abc"] == [RUNNING, RUNNING, WAITING]
+    wait_until(lambda: len(started(lined)) == 2, "two")
+    assert sorted(started(lined)) == ["a 5", "b GPU-7"]
+    with pytest.raises(RunError, match="choose the one to stop"):
+        write_run(lined.path.parent / "looked-at") and lined.stop("looked-at")
+    let_end(lined, "b")
+    wait_until(lambda: len(started(lined)) == 3, "the third")
+    assert started(lined)[2] == "c GPU-7"
+    # One that nobody knows the GPU of has them all.
+    lined.is_active = lambda run: run.name == "looked-at"
+    assert lined.free(lined.entries()) == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"version": 2, "entries": []}', '{"version": 1}', "\0", "[" * 10**5])
+def test_a_damaged_file_is_one_line_and_stays(lined, content, capsys):
+    lined.path.write_text(content)
+    for change in (lambda: add(lined, "a"), lined.clear, lined.advance, lambda: lined.move("a", 1)):
+        with pytest.raises(RunError, match=r"queue\.json") as refusal:
+            change()
+        assert "\n" not in str(refusal.value) and str(lined.path.parent) not in str(refusal.value)
+    lined.closed.set()
+    lined._look_again()
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert lined.path.read_text() == content and started(lined) == []
+
+
+def test_whatever_an_entry_holds_it_is_read_or_refused(lined):
+    add(lined, "a")
+    wait_until(lambda: started(lined), "the trainer")
+    for content in with_one_wrong(json.loads(lined.path.read_text())):
+        lined.path.write_text(json.dumps(content))
+        try:
+            found = lined.entries()
+        except RunError:
+            continue
+        for entry in found:
+            assert lined.run_of(entry).folder.parent == lined.path.parent
+            if entry.state == WAITING:
+                lined.begin(entry, None)
+    assert len(started(lined)) == 1
+
+
+def test_resuming_waits_its_turn_and_experiments_too(lined):
+    write_run(lined.path.parent / "b", max_train_steps=9)
+    add(lined, "a")
+    assert lined.add(Entry("b", resume=True)).state == WAITING
+    assert lined.add(Entry("c", "experiment", {"learning_rate": "1e-4 2e-4"})).state == WAITING
+    with pytest.raises(RunError, match="waits in the queue"):
+        Shelf(lined).throw_away("b")
+    for name in "ab":
+        let_end(lined, name)
+    assert states(lined) == {"a": FAILED, "b": "stopped", "c": RUNNING}
+    assert [type(run) for run in lined.all_active()] == [Experiment]
+    assert (lined.path.parent / "c" / Experiment.log_name).is_file()
+    assert Run("b", lined.path.parent / "b").status == "stopped"
+
+
+def test_of_two_visitors_at_once_one_is_first(lined):
+    def attempt(_: int) -> bool:
+        try:
+            Jobs(lined.library).add(Entry("a"))
+        except RunError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(attempt, range(8))) == 1
+    wait_until(lambda: started(lined), "the trainer")
+    assert started(lined) == ["a -"] and len(lined.entries()) == 1

@@ -1,1 +1,0 @@
-"""Tests of reslora/diffusion, file by file; `__init__.py` keeps the names apart from those of other folders."""

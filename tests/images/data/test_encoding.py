@@ -1,0 +1,472 @@
+"""Captions and images are encoded as the pipeline itself encodes them, cached or not, with workers or without."""
+
+import dataclasses
+import errno
+import math
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DiffusionPipeline
+from pipelines import image_folder, random_image, stable_diffusion
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel
+from waiting import ended, wait_until
+
+from images.runs import cut, final_weights, losses, main, only, parts, printed, refused
+from reslora.errors import InvalidArgument, RunFailed, Stopped
+from reslora.images.data import encoding, store
+from reslora.images.data.dataset import ImageDataset, load_images
+from reslora.images.data.size import Size
+from reslora.images.data.training_data import source_of
+from reslora.images.generators import derive
+from reslora.images.settings import parse_args
+from reslora.runtime.signals import StopRequest
+from reslora.training.context import Context
+
+
+def trained_without_noise(folder: Path, images: int, log_variance: float) -> tuple[DiffusionPipeline, Path]:
+    """A pipeline whose only timestep adds hardly any noise, and a run that it trained: noisy latents are latents.
+
+    The VAE gives every latent the same variance.
+    """
+    scheduler = {"num_train_timesteps": 1, "beta_start": 1e-6, "beta_end": 1e-6, "timestep_spacing": "trailing"}
+    model = stable_diffusion(folder / "model", vae={"scaling_factor": 3.7}, scheduler=scheduler)
+    weights = model / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["quant_conv.weight"][4:] = 0.0
+    state["quant_conv.bias"][4:] = log_variance
+    save_file(state, weights, metadata={"format": "pt"})
+    flags = ["--pretrained_model_name_or_path", model, "--resolution", 32, "--output_dir", folder / "out"]
+    flags += ["--train_data_dir", image_folder(folder / "images", count=images), "--center_crop", "--rank", 4]
+    flags += ["--max_train_steps", 1, "--method", "reslora", "--merge", "weights", "--report_to", "none"]
+    flags += ["--num_inference_steps", 1, "--num_validation_images", 1, "--merge_calibration_samples", 16]
+    assert main(*flags) == 0
+    return DiffusionPipeline.from_pretrained(model), folder / "out"
+
+
+def latents_of(pipeline: DiffusionPipeline, number: int) -> torch.Tensor:
+    """The mean of the latents of an image's centre: images are 32 high and 32, 40 or 48 wide."""
+    left = 4 * (number % 3)
+    pixels = np.asarray(random_image(number))[:, left : left + 32]
+    pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        return pipeline.vae.encode(pixels).latent_dist.mean[0]
+
+
+def read_by_the_merge(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "reslora" / "calibration.safetensors")
+
+
+@pytest.fixture(scope="module")
+def pure_latents(tmp_path_factory):
+    return trained_without_noise(tmp_path_factory.mktemp("latents"), images=4, log_variance=-30.0)
+
+
+@pytest.mark.exhaustive
+def test_latents_are_the_vaes_times_its_scaling_factor(pure_latents):
+    pipeline, output = pure_latents
+    expected = [3.7 * latents_of(pipeline, number) for number in range(4)]
+    seen = set()
+    for sample in read_by_the_merge(output)["sample"]:
+        distances = [(sample - latents).abs().max().item() for latents in expected]
+        assert min(distances) < 1e-2
+        seen.add(int(np.argmin(distances)))
+    assert seen == {0, 1, 2, 3}
+
+
+@pytest.mark.exhaustive
+def test_latents_are_drawn_from_the_vaes_distribution(tmp_path):
+    """Their mean and the standard deviation that the VAE gives them, here 0.5, times the scaling factor."""
+    pipeline, output = trained_without_noise(tmp_path, images=1, log_variance=2 * math.log(0.5))
+    samples = read_by_the_merge(output)["sample"]
+    drawn = (samples / 3.7 - latents_of(pipeline, 0)).flatten()
+    assert len(drawn) == 16 * 4 * 8 * 8
+    assert drawn.std().item() == pytest.approx(0.5, rel=0.05) and drawn.mean().abs() < 0.05
+    assert len(drawn.unique()) > len(drawn) * 0.99
+
+
+@pytest.mark.exhaustive
+def test_captions_are_encoded_as_the_pipeline_encodes_a_prompt(pure_latents):
+    pipeline, output = pure_latents
+    with torch.no_grad():
+        expected = [
+            pipeline.encode_prompt(caption, "cpu", 1, do_classifier_free_guidance=False)[0][0]
+            for caption in ("red disc", "blue box")
+        ]
+    assert (expected[0] - expected[1]).abs().max() > 1e-2
+    seen = set()
+    for states in read_by_the_merge(output)["encoder_hidden_states"]:
+        distances = [(states - caption).abs().max().item() for caption in expected]
+        assert min(distances) < 1e-5
+        seen.add(int(np.argmin(distances)))
+    assert seen == {0, 1}
+
+
+# -- what is kept ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+def test_a_second_run_encodes_nothing(brief_flags, tmp_path, monkeypatch):
+    """What is in --cache_dir is enough: neither the images nor the captions are encoded again."""
+    flags = [*brief_flags, "--cache_dir", tmp_path / "cache"]
+    assert main(*flags, "--output_dir", tmp_path / "one") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKL, "encode", lambda *_, **__: 1 / 0)
+        patch.setattr(CLIPTextModel, "forward", lambda *_, **__: 1 / 0)
+        assert main(*flags, "--output_dir", tmp_path / "two") == 0
+        with pytest.raises(ZeroDivisionError):  # other crops are other latents
+            main(*flags, "--seed", 1, "--random_flip", "--output_dir", tmp_path / "three")
+    assert losses(tmp_path / "one", "lora") == losses(tmp_path / "two", "lora")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("part", "encoder"), [("text_encoder/model", CLIPTextModel), ("vae/diffusion_pytorch_model", AutoencoderKL)]
+)
+def test_what_another_encoder_made_is_not_used(brief_flags, model, tmp_path, monkeypatch, part, encoder):
+    """One tensor in the middle of its file is another."""
+    there = shutil.copytree(model, tmp_path / "model")
+    flags = [*brief_flags, "--cache_dir", tmp_path / "cache", "--pretrained_model_name_or_path", there]
+    assert main(*flags, "--output_dir", tmp_path / "one") == 0
+    weights = there / f"{part}.safetensors"
+    tensors = load_file(weights)
+    name = sorted(tensors)[len(tensors) // 2]
+    save_file(tensors | {name: tensors[name] + 1}, weights, metadata={"format": "pt"})
+    monkeypatch.setattr(encoder, "encode" if encoder is AutoencoderKL else "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(*flags, "--output_dir", tmp_path / "two")
+
+
+@pytest.mark.exhaustive
+def test_what_an_interrupted_run_has_encoded_is_kept(brief_flags, tmp_path, monkeypatch):
+    """Encoding is stopped in the second of three parts: the next run encodes what is missing, no more."""
+    monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
+    flags, calls, encode = [*brief_flags, "--output_dir", tmp_path / "out"], [], AutoencoderKL.encode
+
+    def counted(vae, *args, **more):
+        calls.append(1)
+        return encode(vae, *args, **more)
+
+    def stopped(vae, *args, **more):
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return counted(vae, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKL, "encode", stopped)
+        assert main(*flags) == 128 + signal.SIGTERM
+    calls.clear()
+    monkeypatch.setattr(AutoencoderKL, "encode", counted)
+    assert main(*flags) == 0
+    assert len(calls) == 4
+
+
+@pytest.mark.exhaustive
+def test_an_image_that_breaks_off_is_left_out_and_the_cache_knows(brief_flags, capsys, tmp_path):
+    """Its header is whole, so that only decoding it tells."""
+    folder = image_folder(tmp_path / "images", 3)
+    cut(folder / "1.png")
+    flags = [*brief_flags, "--train_data_dir", folder, "--cache_dir", tmp_path / "cache"]
+    for name in ("one", "two"):
+        lines = printed(*flags, "--output_dir", tmp_path / name)
+        assert "damaged" in only(lines, "left out", "1.png")
+        only(lines, "left out 1 image, kept 2")
+    assert losses(tmp_path / "one", "lora") == losses(tmp_path / "two", "lora")
+    assert "1.png" in refused(capsys, *flags, "--strict", "--output_dir", tmp_path / "three", quiet=False)
+
+
+# -- in other ways ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+def test_an_uncached_run_sees_the_same_captions(brief_flags, tmp_path):
+    """Captions are encoded in the step, to the same states: with square crops in their middle all is the same."""
+    flags = [*brief_flags, "--center_crop", "--max_train_steps", 2, "--validation_split", "0.3"]
+    flags += ["--validation_steps", 1]
+    uncached = ["--no-cache_text_embeddings", "--no-cache_latents"]
+    for name, more in (("cached", []), ("uncached", uncached)):
+        assert main(*flags, *more, "--output_dir", tmp_path / name) == 0
+    cached, uncached = (losses(tmp_path / name, "lora") for name in ("cached", "uncached"))
+    assert [row[:2] for row in cached] == [row[:2] for row in uncached]
+    np.testing.assert_allclose([row[2] for row in cached], [row[2] for row in uncached], rtol=1e-4)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("cached", [True, False])
+def test_half_precision_and_uncached_encoders_train(runs, tmp_path, cached):
+    """In a process of its own: accelerate keeps the precision it was first started with."""
+    uncached = ["--no-cache_latents", "--no-cache_text_embeddings", "--dataloader_num_workers", "1"]
+    flags = ["--snr_gamma", "5", "--noise_offset", "0.1", "--gradient_checkpointing", "--mixed_precision", "bf16"]
+    assert runs.finish(tmp_path / "out", *flags, *([] if cached else uncached), "--max_train_steps", "2") == 0
+    weights = final_weights(tmp_path / "out", step=2)
+    weights.pop("reslora.norms")  # a ring that is not yet full
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.exhaustive
+def test_a_killed_loader_process_ends_the_run_in_one_line(runs, tmp_path):
+    """As the system kills it where memory is short."""
+    log = tmp_path / "out" / "reslora" / "log.jsonl"
+    flags = ("--dataloader_num_workers", "1", "--max_train_steps", "100000", "--checkpointing_steps", "100000")
+    process = runs.start(tmp_path / "out", *flags)
+    wait_until(lambda: log.is_file() and "train" in log.read_text(), "a step", process)
+    for worker in psutil.Process(process.pid).children():
+        worker.send_signal(signal.SIGKILL)
+    assert ended(process) == 1
+    assert "--dataloader_num_workers" in runs.last_line()
+
+
+# -- what an encoded image or caption is found by ----------------------------------------------------------------------
+
+
+class Counting:
+    """Encodes to what tells images and captions apart, and counts."""
+
+    def __init__(self) -> None:
+        self.images, self.captions = [], []
+
+    def encode_images(self, vae: object, pixels: torch.Tensor) -> torch.Tensor:
+        self.images.append(len(pixels))
+        return torch.stack([pixels, -pixels], dim=1)
+
+    def encode_captions(self, pipeline: object, captions: list[str], longest: int | None) -> dict[str, torch.Tensor]:
+        self.captions += captions
+        return {"states": torch.tensor([derive(text) for text in captions])}
+
+
+FLAGS = ["--pretrained_model_name_or_path", "someone/model", "--resolution", "16", "--method", "lora"]
+VAE = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
+
+
+@pytest.fixture
+def setting(tmp_path) -> Context:
+    """Five images, two of them square, and no encoders."""
+    folder = image_folder(tmp_path / "images", 5, lambda number: f"box {number}", layout="txt")
+    flags = [*FLAGS, "--train_data_dir", str(folder), "--output_dir", str(tmp_path / "out"), "--no-random_flip"]
+    return Context(parse_args(flags), SimpleNamespace(family=Counting()), Accelerator(cpu=True), StopRequest())
+
+
+def images_encoded(setting: Context, key: object = "vae", size: Size | None = None, **flags) -> list[int]:
+    """How many variants of each image that had to be encoded; all are checked."""
+    setting = dataclasses.replace(setting, options=setting.options.replace(**flags))
+    family, images = (
+        setting.model.family,
+        load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output),
+    )
+    (side,) = setting.options.data.resolution
+    variants = encoding.Variants(
+        images, [size or Size(side, side)] * len(images), setting.options.data, setting.options.training
+    )
+    family.images.clear()
+    latents, problems = encoding.encode_images(variants, key, VAE, setting)
+    made = {index: variants[index] for index in set(range(len(images))) - problems.keys()}
+    assert latents.variants == max(len(pixels) for pixels, _ in made.values())
+    for index, (pixels, sizes) in made.items():
+        for variant in range(latents.variants):
+            found = latents.of(index, variant)
+            assert torch.equal(found["moments"][0], pixels[variant % len(pixels)])
+            assert torch.equal(found["sizes"], sizes[variant % len(pixels)])
+    return family.images
+
+
+def captions_encoded(setting: Context, captions: list[str], key: object = "encoders", **flags) -> list[str]:
+    """The captions that had to be encoded; all are checked."""
+    setting = dataclasses.replace(setting, options=setting.options.replace(**flags))
+    family = setting.model.family
+    family.captions.clear()
+    texts = encoding.encode_texts(captions, key, lambda: None, setting)
+    assert all(texts[caption]["states"] == derive(caption) for caption in captions)
+    return family.captions
+
+
+def add_image(folder: Path, number: int) -> None:
+    random_image(number).save(folder / f"{number}.png")
+    (folder / f"{number}.txt").write_text("one more")
+
+
+def test_one_more_image_is_encoded_alone(setting):
+    """The crops of the others are theirs wherever they are, and be it before them."""
+    folder = Path(*setting.options.data.train_data_dir)
+    assert images_encoded(setting) == [1, 4, 4, 1, 4]
+    assert images_encoded(setting) == []
+    add_image(folder, 5)
+    assert images_encoded(setting) == [4]
+    (folder / "0.png").rename(folder / "9.png")
+    (folder / "0.txt").rename(folder / "9.txt")
+    assert images_encoded(setting) == []
+    shutil.copy(folder / "1.png", folder / "8.png")
+    (folder / "8.txt").write_text("the same image again")
+    assert images_encoded(setting) == []
+    random_image(77).save(folder / "1.png")
+    assert images_encoded(setting) == [4]
+    (folder / "2.png").unlink()
+    assert images_encoded(setting) == []
+
+
+def test_one_image_of_another_shape_leaves_those_that_are_square(setting):
+    folder = Path(*setting.options.data.train_data_dir)
+    for number in (1, 2, 4):
+        (folder / f"{number}.png").unlink()
+    assert images_encoded(setting) == [1, 1]
+    add_image(folder, 5)
+    assert images_encoded(setting) == [4]
+
+
+def test_images_are_encoded_anew_when_their_pixels_or_the_autoencoder_are_others(setting):
+    images_encoded(setting)
+    changes = [{"resolution": 8}, {"image_interpolation_mode": "nearest"}, {"random_flip": True}, {"key": "other"}]
+    for change in [*changes, {"size": Size(8, 24)}]:
+        assert len(images_encoded(setting, **change)) == 5
+        assert images_encoded(setting, **change) == []
+    assert images_encoded(setting, seed=1) == [4, 4, 4]  # square ones have no crops to be drawn
+    assert images_encoded(setting, center_crop=True) == [1, 1, 1]
+    assert images_encoded(setting, center_crop=True, seed=1) == images_encoded(setting) == []
+
+
+def test_all_crops_but_the_centre_are_drawn_by_the_seed(setting):
+    images = load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output)
+    by_seed = [
+        encoding.Variants(
+            images,
+            [Size(16, 16)] * 5,
+            *parts(setting.options.replace(seed=seed), "data", "training"),
+        )[1][0]
+        for seed in (0, 1)
+    ]
+    alike = [torch.equal(one, other) for one, other in zip(*by_seed, strict=True)]
+    assert alike == [True, False, False, False]
+
+
+def test_a_bucket_that_cuts_much_off_has_random_crops_too(setting):
+    """Of the images, 32 high and 32, 40 or 48 wide, the others would never be seen whole."""
+    images, flags = (
+        load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output),
+        setting.options.replace(use_aspect_ratio_buckets=True),
+    )
+
+    def crops(size: Size) -> list[int]:
+        variants = encoding.Variants(images, [size] * 5, flags.data, flags.training)
+        return [len(variants[number][0]) for number in range(5)]
+
+    assert crops(Size(16, 16)) == [1, 4, 4, 1, 4]
+    assert crops(Size(16, 17)) == [1, 4, 4, 1, 4]  # 0.94 of a square, 0.85 and 0.71 of the others
+    assert crops(Size(16, 20)) == [4, 1, 4, 4, 1]
+
+
+def test_damaged_images_are_remembered_by_their_content(setting):
+    folder = Path(*setting.options.data.train_data_dir)
+    cut(folder / "1.png")
+    assert len(images_encoded(setting)) == 4
+    add_image(folder, 6)
+    assert images_encoded(setting) == [1]
+    images = load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output)
+    variants = encoding.Variants(images, [Size(16, 16)] * len(images), setting.options.data, setting.options.training)
+    _, problems = encoding.encode_images(variants, "vae", VAE, setting)
+    assert problems.keys() == {1} and "damaged" in problems[1]
+    random_image(1).save(folder / "1.png")
+    assert images_encoded(setting) == [4]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_an_image_that_cannot_be_read_just_now_is_not_remembered_as_damaged(setting, monkeypatch, error):
+    def fails(images: ImageDataset, index: int) -> None:
+        raise error
+
+    with monkeypatch.context() as patch, pytest.raises(RunFailed, match=r"/0\.png cannot be read now"):
+        patch.setattr(ImageDataset, "open", fails)
+        images_encoded(setting)
+    assert images_encoded(setting) == [1, 4, 4, 1, 4]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_where_no_latents_are_kept_damaged_images_are_found_once_before_training(setting, monkeypatch, masked):
+    """Else they would end the run when they are drawn, and again whenever it goes on."""
+    folder = Path(*setting.options.data.train_data_dir)
+    random_image(1).convert("RGBA").save(folder / "1.png")
+    cut(folder / "1.png")
+
+    def found(**flags) -> ImageDataset:
+        flags = setting.options.replace(cache_latents=False, masked_loss=masked, **flags)
+        images = load_images(flags.model, flags.data, flags.training, flags.output)
+        context = dataclasses.replace(setting, options=flags)
+        return source_of(images, [Size(16, 16)] * len(images), None, context).images
+
+    left = found()
+    (line,) = left.left_out
+    assert len(left) == 4 and line.startswith(f"{folder}/1.png: damaged (")
+    add_image(folder, 5)
+    opened, name = [], "open_masked" if masked else "open"
+    open_image = getattr(ImageDataset, name)
+    monkeypatch.setattr(ImageDataset, name, lambda self, index: opened.append(index) or open_image(self, index))
+    assert len(found()) == 5 and opened == [5]
+    with pytest.raises(InvalidArgument, match=r"--strict .*/1\.png: damaged"):
+        found(strict=True)
+
+
+def test_encoding_goes_on_behind_the_last_whole_part(setting, monkeypatch):
+    monkeypatch.setattr(encoding, "PART_OF_IMAGES", 2)
+    encode = setting.model.family.encode_images
+
+    def interrupted(vae: object, pixels: torch.Tensor) -> torch.Tensor:
+        if len(setting.model.family.images) == 3:
+            raise KeyboardInterrupt
+        return encode(vae, pixels)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(setting.model.family, "encode_images", interrupted)
+        images_encoded(setting)
+    add_image(Path(*setting.options.data.train_data_dir), 5)
+    assert images_encoded(setting) == [4, 1, 4, 4]
+
+
+def test_a_process_that_was_asked_to_stop_and_finds_another_gone_was_stopped(setting, monkeypatch):
+    """Of few images process 0 encodes all, and leaves when it is asked to; the others wait for it."""
+    monkeypatch.setattr(store, "wait", Mock(side_effect=RunFailed("another process of this run has ended")))
+    for asked, kind in ((None, RunFailed), (signal.SIGINT, Stopped)):
+        setting.stop.signal = asked
+        with pytest.raises(kind):
+            images_encoded(setting)
+        with pytest.raises(kind):
+            captions_encoded(setting, ["red"])
+
+
+def test_the_bar_counts_what_is_encoded(setting, monkeypatch):
+    totals = []
+    monkeypatch.setattr(encoding, "tqdm", lambda total, **more: totals.append(total) or tqdm(total=total, **more))
+    images_encoded(setting)
+    add_image(Path(*setting.options.data.train_data_dir), 5)
+    images_encoded(setting)
+    images_encoded(setting)
+    assert totals == [5, 1, 0]
+
+
+def test_a_caption_that_was_edited_is_encoded_alone(setting):
+    captions = ["red", "blue", "red", "green"]
+    assert captions_encoded(setting, captions) == ["red", "blue", "green"]
+    assert captions_encoded(setting, ["green", "red", "blue"]) == captions_encoded(setting, ["blue"]) == []
+    assert captions_encoded(setting, ["red", "dark blue", "green"]) == ["dark blue"]
+    assert captions_encoded(setting, captions) == []
+
+
+def test_captions_are_encoded_anew_by_another_encoder_or_up_to_another_length(setting):
+    captions = ["red", "blue"]
+    for change in ({}, {"key": "other"}, {"max_sequence_length": 78}, {"max_sequence_length": None}):
+        if change != {"max_sequence_length": setting.options.training.max_sequence_length}:
+            assert captions_encoded(setting, captions, **change) == captions
+        assert captions_encoded(setting, captions, **change) == []
+
+
+def test_encoders_are_loaded_only_for_captions_that_are_missing(setting):
+    captions_encoded(setting, ["red"])
+    encoding.encode_texts(["red"], "encoders", lambda: 1 / 0, setting)
+    with pytest.raises(ZeroDivisionError):
+        encoding.encode_texts(["red", "blue"], "encoders", lambda: 1 / 0, setting)

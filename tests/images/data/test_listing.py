@@ -1,0 +1,150 @@
+"""What is passed over among images: hidden folders, which hold stale copies and what was deleted, and class images."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pipelines import image_folder
+
+from images.runs import only, parts
+from reslora.images.data.class_images import missing_class_images
+from reslora.images.data.dataset import ImageDataset
+from reslora.images.data.folders import load_folders
+from reslora.images.data.listing import TRASH
+from reslora.images.data.tables import unlisted
+from reslora.images.settings import parse_args
+
+HIDDEN = ("hidden image",)
+
+
+def with_hidden(folder: Path, layout: str = "txt") -> Path:
+    """Two images; two more of another caption in hidden folders, and one in the trash."""
+    image_folder(folder, 2, layout=layout)
+    for place, count in ((".ipynb_checkpoints", 1), (".Trash-1000/files", 1), (TRASH, 1)):
+        image_folder(folder / place, count, lambda _: "OLD", layout="txt")
+    return folder
+
+
+def gather(folder: Path, *flags: str, caption: str | None = None) -> list[ImageDataset]:
+    return load_folders(
+        *parts(parse_args(["--train_data_dir", str(folder), *flags]), "model", "data", "training", "output"),
+        caption,
+    )
+
+
+@pytest.mark.parametrize("layout", ["txt", "jsonl", "csv"])
+def test_hidden_copies_are_not_trained_on(tmp_path, layout):
+    (found,) = gather(with_hidden(tmp_path / "p", layout))
+    assert found.captions == [["red disc"], ["blue box"]] and not found.left_out
+    line = only(found.notes, *HIDDEN)
+    assert line.startswith("2 ") and f"{tmp_path}/p/.Trash-1000/files/0.png" in line
+    assert not [note for note in found.notes if "not listed" in note]
+
+
+def test_a_hidden_folder_that_is_named_is_read(tmp_path):
+    (found,) = gather(with_hidden(tmp_path / "p") / ".Trash-1000")
+    assert found.captions == [["OLD"]] and not found.notes
+
+
+def test_hidden_class_images_are_none(tmp_path):
+    """There the caption is that of all, whether there is one beside an image or not."""
+    folder = with_hidden(tmp_path / "p", "none")
+    of_class = ["--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3"]
+    assert missing_class_images(*parts(parse_args(of_class), "data", "output")) == 1
+    (found,) = gather(folder, caption="a disc")
+    assert found.captions == [["a disc"]] * 2 and only(found.notes, *HIDDEN).startswith("2 ")
+
+
+@pytest.mark.parametrize("layout", ["txt", "none"])
+def test_hidden_files_are_no_images(tmp_path, layout):
+    """A Mac leaves one beside each file on disks of other systems: it is called as an image, and is none."""
+    folder = image_folder(tmp_path / "p", 2, layout=layout)
+    for path in list(folder.iterdir()):
+        path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    of_class = ["--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3"]
+    assert missing_class_images(*parts(parse_args(of_class), "data", "output")) == 1
+    (found,) = gather(folder, "--strict", caption="a disc")
+    assert len(found) == 2 and not found.left_out
+    assert only(found.notes, *HIDDEN) == f"2 hidden images are not read (for example {folder}/._0.png)"
+
+
+def test_hidden_folders_in_kohyas_are_told_of_as_others_are(tmp_path):
+    with_hidden(tmp_path / "p" / "2_sks")
+    (found,) = gather(tmp_path / "p")
+    assert len(found) == 2 and only(found.notes, *HIDDEN).startswith("2 ")
+    assert not [note for note in found.notes if "in it not read" in note]
+    image_folder(tmp_path / "p" / ".old", 1)
+    (found,) = gather(tmp_path / "p")
+    lines = [note for note in found.notes if HIDDEN[0] in note]
+    assert [line[:2] for line in lines] == ["1 ", "2 "] and f"{tmp_path}/p/.old/0.png" in lines[0]
+
+
+def test_where_nothing_is_hidden_the_rows_are_not_read_for_it():
+    """A data set may hold its images in its rows."""
+    assert unlisted(None, []) == []
+
+
+def test_what_metadata_names_in_a_hidden_folder_is_read(tmp_path):
+    folder = with_hidden(tmp_path / "p", "none")
+    named = {"file_name": "0.png", "text": "red disc", "mask": ".ipynb_checkpoints/0.png"}
+    (folder / "metadata.jsonl").write_text(json.dumps(named))
+    (found,) = gather(folder, "--masked_loss")
+    assert found.masked == [True] and only(found.notes, *HIDDEN).startswith("1 ")
+
+
+def test_where_the_datasets_library_reads_a_folder_hidden_ones_are_told_of_too(tmp_path):
+    image_folder(tmp_path / "p" / "below", 2)
+    image_folder(tmp_path / "p" / ".old", 1)
+    (found,) = gather(tmp_path / "p", "--cache_dir", str(tmp_path / "cache"))
+    assert len(found) == 2 and only(found.notes, *HIDDEN).startswith("1 ")
+
+
+# -- class images ------------------------------------------------------------------------------------------------------
+
+
+def test_class_images_in_one_of_kohyas_folders_are_no_images_to_be_learnt(tmp_path):
+    """The folder is there from the second start on, once they are drawn: the data are those of the first start."""
+    folder, of_class = tmp_path / "p", tmp_path / "p" / "1_red box"
+    flags = ["--class_data_dir", str(of_class), "--class_prompt", "red box"]
+    image_folder(folder / "10_red disc", 2, layout="none")
+    (before,) = gather(folder, *flags)
+    image_folder(of_class, 3, layout="none")
+    (found,) = gather(folder, *flags)
+    assert found.fingerprint == before.fingerprint and found.label == before.label
+    assert not [note for note in found.notes if "1_red box" in note]
+    (drawn,) = gather(of_class, *flags, caption="red box")
+    assert len(drawn) == 3 and not drawn.notes  # its name says no repeats, and none are missed
+
+
+def test_class_images_are_not_refused_for_the_captions_that_they_need_not_have(tmp_path):
+    image_folder(tmp_path / "p", 2, layout="txt")
+    image_folder(tmp_path / "p" / "class", 1, layout="none")
+    flags = ["--class_data_dir", str(tmp_path / "p" / "class"), "--class_prompt", "a disc"]
+    (found,) = gather(tmp_path / "p", *flags, "--strict")
+    assert found.captions == [["red disc"], ["blue box"]] and not found.left_out
+    assert missing_class_images(*parts(parse_args([*flags, "--num_class_images", "3"]), "data", "output")) == 2
+
+
+@pytest.mark.parametrize("flag", ["--class_data_dir", "--output_dir"])
+@pytest.mark.parametrize(
+    ("named", "other"), [("../p", "{}/p/1_box"), ("{}/p", "../p/1_box"), ("../p", "../box"), ("../link", "{}/p/1_box")]
+)
+def test_folders_are_the_same_however_they_are_written(tmp_path, monkeypatch, flag, named, other):
+    """With `..`, whole, and through links from elsewhere."""
+    folder = image_folder(tmp_path / "p" / "2_red disc", 2, layout="none").parent
+    image_folder(folder / "1_box", 1, layout="none")
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "box").symlink_to(folder / "1_box")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    prompt = ["--class_prompt", "a box"] if flag == "--class_data_dir" else []
+    found = gather(Path(named.format(tmp_path)), flag, other.format(tmp_path), *prompt)
+    assert [images.captions for images in found] == [[["red disc"]] * 2]
+
+
+def test_a_link_to_class_images_is_their_folder(tmp_path):
+    """kohya's folders may be links, which are read where they lead."""
+    folder = image_folder(tmp_path / "p" / "2_red disc", 2, layout="none").parent
+    (folder / "1_box").symlink_to(image_folder(tmp_path / "boxes", 1, layout="none"))
+    (found,) = gather(folder, "--class_data_dir", str(folder / "1_box"), "--class_prompt", "a box")
+    assert found.captions == [["red disc"]] * 2

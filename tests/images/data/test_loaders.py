@@ -1,0 +1,84 @@
+"""Loading in this process or others: what cannot be loaded is said in one line, and no process is left behind."""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from images.runs import cut, main
+from reslora.errors import RunFailed
+from reslora.images.data.loaders import stream, worker_options
+from reslora.training import loop
+
+
+class Items(Dataset):
+    """Ten numbers; one of them cannot be loaded, or kills the process that loads it."""
+
+    def __init__(self, trouble: str = "") -> None:
+        self.trouble = trouble
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        if index == 3 and self.trouble == "gone":
+            raise FileNotFoundError(2, "No such file", "3.png")
+        if index == 3 and self.trouble == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def loader(processes: int, trouble: str = "") -> DataLoader:
+    return DataLoader(Items(trouble), batch_size=None, **worker_options(processes))
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_everything_is_loaded_in_order(processes):
+    assert list(stream(loader(processes))) == list(range(10))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_what_cannot_be_loaded_is_named(processes):
+    with pytest.raises(RunFailed, match=r"3\.png") as error:
+        list(stream(loader(processes, "gone")))
+    assert "\n" not in str(error.value) and not multiprocessing.active_children()
+
+
+@pytest.mark.exhaustive
+def test_a_process_that_dies_is_a_failed_run_and_no_handler_stays():
+    before = signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(RunFailed, match="--dataloader_num_workers 1"):
+        list(stream(loader(1, "killed")))
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_processes_end_when_the_rest_is_not_wanted():
+    """They ignore SIGTERM: the end of the program would wait for them for good."""
+    kept = []
+    with pytest.raises(ZeroDivisionError), contextlib.closing(stream(loader(2))) as items:
+        kept.append(next(items))
+        1 / 0  # noqa: B018
+    assert kept == [0] and not multiprocessing.active_children()
+
+
+def test_an_image_that_is_damaged_while_training_ends_the_run_in_one_line(brief_flags, data, capsys, tmp_path):
+    """Without cached latents images are read in every step."""
+    folder = shutil.copytree(data, tmp_path / "images")
+    flags = [*brief_flags, "--train_data_dir", folder, "--no-cache_latents", "--output_dir", tmp_path / "out"]
+    train = loop.train
+
+    def with_damaged_images(*args):
+        for path in folder.glob("*.png"):
+            cut(path)
+        return train(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train", with_damaged_images)
+        assert main(*flags) == 1
+    line = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    assert line.startswith("train_sd.py: ") and str(folder) in line and "damaged" in line

@@ -1,0 +1,140 @@
+"""A webdataset: which of its files are read, and what of them."""
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import pytest
+from pipelines import random_image, same_image
+
+from images.runs import only, parts, printed, refused
+from reslora.images.data.dataset import load_images
+from reslora.images.settings import parse_args
+
+from .test_dataset import gather
+
+
+def webdataset(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path.parent
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    random_image(number).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.mark.exhaustive
+def test_a_webdataset_is_read(brief_flags, tmp_path):
+    """Its columns are suffixes; with a train split, the other is passed over and that is said."""
+    folder, flags = tmp_path / "p", ("--cache_dir", str(tmp_path / "cache"))
+    for number, name in enumerate(["train-0.tar", "train-1.tar", "test-0.tar"]):
+        webdataset(folder / name, {f"{number}.png": png(number), f"{number}.txt": f"box {number}".encode()})
+    found = gather(folder, *flags)
+    assert found.captions == [["box 0"], ["box 1"]]
+    assert all(same_image(found.open(number), random_image(number)) for number in range(2))
+    lines = printed(*brief_flags, "--train_data_dir", folder, *flags, "--output_dir", tmp_path / "out")
+    assert "1 of 3 files" in only(lines, "training split")
+    assert "png" in only(lines, "images are") and "txt" in only(lines, "images are")
+
+
+def test_a_table_of_something_else_does_not_hide_what_a_readme_names(tmp_path):
+    """Where --dataset_name is given, the folder says itself how it is read."""
+    folder = tmp_path / "p"
+    webdataset(folder / "data" / "0.tar", {"0.png": png(0), "0.txt": b"red disc"})
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data/*.tar\n---\n")
+    (folder / "metadata.csv").write_text("id,license\n0,MIT\n")
+    named = ["--dataset_name", str(folder), "--image_column", "png", "--caption_column", "txt"]
+    found = load_images(
+        *parts(parse_args([*named, "--cache_dir", str(tmp_path / "cache")]), "model", "data", "training", "output"),
+    )
+    assert found.captions == [["red disc"]] and same_image(found.open(0), random_image(0))
+
+
+@pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
+@pytest.mark.parametrize("name", ["0.pyd", "0.pth", "0.PKL", "0.pickle", "deep/0.meta.pt"])
+def test_pickle_in_a_webdataset_is_refused(tmp_path, capsys, flag, name):
+    content = pickle.dumps(Path("/nowhere"))
+    folder = webdataset(tmp_path / "p" / "0.tar", {"0.png": png(0), "0.txt": b"box", name: content})
+    flags = (flag, folder, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out")
+    line = refused(capsys, *flags)
+    assert name in line and "pickle" in line and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar" * 1000])
+def test_a_damaged_webdataset_is_refused(tmp_path, capsys, content):
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "0.tar").write_bytes(content)
+    assert "p" in refused(capsys, "--train_data_dir", tmp_path / "p", "--cache_dir", tmp_path / "cache", quiet=False)
+
+
+@pytest.mark.parametrize("suffixes", [("caption",), ("txt", "caption")])
+def test_kohyas_captions_in_a_webdataset_are_read(tmp_path, suffixes):
+    """Whose suffix `datasets` does not decode; the .txt counts where there are both, as beside images."""
+    texts = ["box".encode("utf-16"), "rötlich".encode(), b"\xff\xfe\xff"]
+    members = {}
+    for number, text in enumerate(texts):
+        members[f"{number}.png"] = png(number)
+        members |= {f"{number}.{suffix}": text if suffix == "caption" else b"as text" for suffix in suffixes}
+    found = gather(webdataset(tmp_path / "p" / "0.tar", members), "--cache_dir", str(tmp_path / "cache"))
+    if "txt" in suffixes:
+        assert found.captions == [["as text"]] * 3
+    else:
+        assert found.captions == [["box"], ["rötlich"]]
+        assert found.left_out == ("image 2: its caption is not UTF-8",)
+
+
+def test_captions_in_a_webdataset_are_those_beside_images(tmp_path):
+    """Without byte order marks and ends of lines, of which tokenizers may make unknown words."""
+    texts = [b"\xef\xbb\xbfred disc\r\n", b"blue box\n"]
+    members = {
+        f"{n}.{kind}": content for n, text in enumerate(texts) for kind, content in (("png", png(n)), ("txt", text))
+    }
+    found = gather(webdataset(tmp_path / "p" / "0.tar", members), "--cache_dir", str(tmp_path / "cache"))
+    assert found.captions == [["red disc"], ["blue box"]]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("suffix", ["txt", "TXT", "text", "transcript"])
+def test_a_text_in_another_encoding_in_a_webdataset_is_named(tmp_path, capsys, encoding, suffix):
+    """`datasets` decodes it before anybody can ask."""
+    members = {"0.png": png(0), f"0.{suffix}": b"box", "1.png": png(1), f"1.{suffix}": "café".encode(encoding)}
+    folder = webdataset(tmp_path / "p" / "0.tar", members)
+    line = refused(capsys, "--train_data_dir", folder, "--cache_dir", tmp_path / "cache", quiet=False)
+    assert line.endswith(f"0.tar holds 1.{suffix}, which is not UTF-8; save its captions as UTF-8")
+
+
+def test_captions_in_a_webdatasets_json_are_refused_with_what_helps(tmp_path, capsys):
+    members = {"0.png": png(0), "0.json": json.dumps({"caption": "box"}).encode()}
+    folder = webdataset(tmp_path / "p" / "0.tar", members)
+    flags = ("--train_data_dir", folder, "--cache_dir", tmp_path / "cache", "--caption_column", "json")
+    line = refused(capsys, *flags, quiet=False)
+    assert line.endswith("--caption_column json: holds no text; name another column, or write captions into .txt files")
+
+
+@pytest.mark.parametrize("damage", ["cut", "header"])
+def test_an_archive_that_is_cut_between_its_files_is_noted(tmp_path, damage):
+    """tarfile ends there without a word, and so does `datasets`."""
+    members = {f"{number}.{kind}": content for number in range(3) for kind, content in contents(number)}
+    flags = ("--cache_dir", str(tmp_path / "cache"))
+    path = webdataset(tmp_path / "p" / "0.tar", members) / "0.tar"
+    assert not [note for note in gather(path.parent, *flags).notes if "cut off" in note]
+    with tarfile.open(path) as archive:
+        start = archive.getmember("2.png").offset
+    whole = path.read_bytes()
+    path.write_bytes(whole[:start] + (b"x" * 512 + whole[start + 512 :] if damage == "header" else b""))
+    found = gather(path.parent, *flags)
+    assert len(found) == 2
+    assert "0.tar has no end after 1.txt: is it cut off, or damaged there?" in found.notes
+
+
+def contents(number: int) -> list[tuple[str, bytes]]:
+    return [("png", png(number)), ("txt", b"box")]

@@ -1,0 +1,345 @@
+"""Several folders, repeats, weights, kohya's folders, several resolutions: what is trained, how often and how large."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import PIL.Image
+import pytest
+from pipelines import image_folder
+
+from images.runs import RESUME, assert_same, final_weights, losses, main, only, parts, printed, read_by, refused
+from reslora.images.data import training_data as material
+from reslora.images.data.class_images import balanced
+from reslora.images.data.dataset import ImageDataset, load_images
+from reslora.images.data.folders import load_folders
+from reslora.images.data.plan import Plan
+from reslora.images.data.samples import Material
+from reslora.images.data.size import Size
+from reslora.images.data.sources import Source, split
+from reslora.images.data.training_data import print_folder_counts, sources_of
+from reslora.images.settings import parse_args
+from reslora.training.context import Context
+
+
+def gather(*flags: object) -> list[ImageDataset]:
+    return load_folders(
+        *parts(parse_args(list(map(str, flags))), "model", "data", "training", "output"),
+    )
+
+
+@pytest.fixture
+def folders(tmp_path) -> list[Path]:
+    """Folders of 4 and 2 images."""
+    return [image_folder(tmp_path / name, count) for name, count in (("one", 4), ("two", 2))]
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_folder_has_its_repeats_and_weight_or_all_have_one(folders):
+    found = gather("--train_data_dir", *folders, "--train_data_repeats", 3, 1, "--train_data_weight", 0.5)
+    assert [(len(images), images.repeats, images.weight) for images in found] == [(4, 3, 0.5), (2, 1, 0.5)]
+    assert [images.label for images in found] == list(map(str, folders))
+
+
+def test_one_folder_is_what_it_was_and_what_counts_is_part_of_what_a_run_goes_on_from(folders):
+    flags = parse_args(["--train_data_dir", str(folders[0])])
+    assert flags.data.train_data_dir == [str(folders[0])]
+    (alone,) = load_folders(flags.model, flags.data, flags.training, flags.output)
+    assert (
+        alone.fingerprint == load_images(flags.model, flags.data, flags.training, flags.output).fingerprint
+        and not alone.notes
+        and not alone.label
+    )
+    assert alone.fingerprint.startswith("4 images, content ") and alone.fingerprint.count(",") == 1
+    others = [("--train_data_repeats", 2), ("--train_data_weight", 2)]
+    assert (
+        len({alone.fingerprint, *(gather("--train_data_dir", folders[0], *more)[0].fingerprint for more in others)})
+        == 3
+    )
+
+
+def test_as_many_as_max_train_samples_are_taken_of_all_folders(folders):
+    for wanted in (1, 3, 5, 6, 7):
+        found = gather("--train_data_dir", *folders, "--max_train_samples", wanted)
+        assert sum(map(len, found)) == min(wanted, 6) and all(map(len, found))
+        assert all(len(images.marks) == len(images) for images in found)
+    drawn = [gather("--train_data_dir", *folders, "--max_train_samples", 3, "--seed", seed) for seed in range(4)]
+    assert len({tuple(tuple(images.marks) for images in found) for found in drawn}) > 1  # the seed says which
+
+
+def kohyas(folder: Path) -> Path:
+    """Two folders as kohya's scripts read them, and what these pass over."""
+    image_folder(folder / "10_sks cat", 2, layout="txt")
+    (folder / "10_sks cat" / "0.txt").unlink()
+    image_folder(folder / "10_sks cat" / "inside", 1)
+    image_folder(folder / "2_a_b", 1, layout="none")
+    image_folder(folder / "plain", 1)
+    image_folder(folder / "0_none", 1)
+    (folder / "3_empty").mkdir()
+    (folder / ".cache").mkdir()
+    (folder / "notes.txt").write_text("")
+    PIL.Image.new("RGB", (32, 32)).save(folder / "loose.png")
+    return folder
+
+
+def test_kohyas_folders_say_repeats_and_captions(tmp_path):
+    """As sd-scripts' DreamBooth method has it: a name is the caption where none is there; all else is passed over."""
+    cat, letters = gather("--train_data_dir", kohyas(tmp_path / "p"), "--train_data_repeats", 2)
+    assert (cat.repeats, cat.captions) == (20, [["sks cat"], ["blue box"]])
+    assert (letters.repeats, letters.captions) == (4, [["a_b"]])
+    assert "not 0_none, 3_empty, loose.png, plain" in only(cat.notes, "alone are read")
+    only(cat.notes, "10_sks cat: 1 folder in it not read")
+    assert cat.label == f"{tmp_path}/p/10_sks cat (1 of 2 images with its name as caption: sks cat)"
+    assert letters.label == f"{tmp_path}/p/2_a_b (1 of 1 image with its name as caption: a_b)"
+
+
+def test_one_of_kohyas_folders_without_a_name_says_repeats_alone(tmp_path):
+    """Images without a caption have none then."""
+    folder = image_folder(tmp_path / "p" / "10_", 2, layout="txt")
+    (folder / "0.txt").unlink()
+    (found,) = gather("--train_data_dir", tmp_path / "p")
+    assert (found.repeats, found.captions, found.label) == (10, [["blue box"]], str(folder))
+    assert "0.png: no caption" in only(found.left_out, "0.png")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_number_alone_says_no_repeats_and_that_is_told(tmp_path, beside):
+    image_folder(tmp_path / "p" / "10", 2, layout="txt")
+    if beside:
+        image_folder(tmp_path / "p" / "2_cat", 1, layout="txt")
+    (found,) = gather("--train_data_dir", tmp_path / "p")
+    assert (len(found), found.repeats) == ((1, 2) if beside else (2, 1))
+    only(found.notes, f"{tmp_path / 'p'}: the name 10 says no repeats; name it 10_ if each image is to be met 10 times")
+
+
+def test_captions_in_capitals_are_read_and_missing_ones_counted(tmp_path):
+    """As cameras and Windows name them."""
+    folder = image_folder(tmp_path / "p" / "4_sks dog", 3, layout="none")
+    for number in range(3):
+        (folder / f"{number}.png").rename(folder / f"{number}.PNG")
+    (folder / "0.TXT").write_text("red disc")
+    (folder / "1.CAPTION").write_text("blue box")
+    (found,) = gather("--train_data_dir", tmp_path / "p")
+    assert found.captions == [["red disc"], ["blue box"], ["sks dog"]]
+    assert found.label == f"{folder} (1 of 3 images with its name as caption: sks dog)"
+
+
+def test_metadata_says_more_than_kohyas_names(tmp_path):
+    folder = kohyas(tmp_path / "p")
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "2_a_b/0.png", "text": "red disc"}))
+    (found,) = gather("--train_data_dir", folder)
+    assert (found.captions, found.repeats) == ([["red disc"]], 1)
+    only(found.notes, f"whose repeats do not count: they do if {folder} is named")
+
+
+def test_a_year_is_no_number_of_repeats(tmp_path, brief_flags, capsys):
+    image_folder(tmp_path / "p" / "2024_summer", 1, layout="txt")
+    assert "2024 times" in refused(capsys, *brief_flags, "--train_data_dir", tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--train_data_repeats", 1, 2, 3], "--train_data_repeats 1 2 3: 3 values for 2 folders"),
+        (["--train_data_weight", 1, 2, 3], "--train_data_weight 1 2 3: 3 values for 2 folders"),
+        (["--train_data_repeats", 0], "--train_data_repeats"),
+        (["--train_data_weight", 0], "--train_data_weight"),
+        (["--dataset_name", "somebody/images"], "--dataset_name somebody/images: reads one folder of it"),
+        (["--resolution", 32, 33], "--resolution 33"),
+        (["--resolution", 32, 7], "--resolution 7: "),
+        (
+            ["--resolution", 32, 48, "--use_aspect_ratio_buckets", "--aspect_ratio_buckets", "32,32"],
+            "--resolution 32 48",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(folders, brief_flags, capsys, tmp_path, words, expected):
+    flags = [*brief_flags, "--train_data_dir", *folders, *words, "--output_dir", tmp_path / "out"]
+    assert expected in refused(capsys, *flags, quiet=False)
+
+
+def test_a_folder_that_is_not_there_is_named(folders, brief_flags, capsys, tmp_path):
+    line = refused(capsys, *brief_flags, "--train_data_dir", *folders, tmp_path / "none")
+    assert f"--train_data_dir {tmp_path / 'none'}: no such folder" in line
+
+
+def test_a_configuration_gives_lists_back(folders, tmp_path):
+    lists = {"train_data_dir": list(map(str, folders)), "train_data_repeats": [1, 2], "resolution": [32, 48]}
+    (tmp_path / "config.json").write_text(json.dumps(lists | {"train_data_weight": [0.5]}))
+    flags = parse_args(["--config", str(tmp_path / "config.json")])
+    assert {name: flags[name] for name in lists} == lists and flags.data.train_data_weight == [0.5]
+    assert parse_args(["--config", str(tmp_path / "config.json"), "--resolution", "64", "64"]).data.resolution == [64]
+
+
+# -- what becomes of them ----------------------------------------------------------------------------------------------
+
+
+def made(sizes: list[tuple[int, int]], *words: object, least: int = 1, **counted: object) -> list[Source]:
+    """Sources of images of these widths and heights, which nobody encodes."""
+    flags = parse_args(list(map(str, words)))
+    family = SimpleNamespace(pixel_multiple=lambda pipeline: 8)
+    rows = [{"image": None, "captions": [""]}] * len(sizes)
+    images = ImageDataset(Rows(rows), [[""]] * len(sizes), sizes=sizes, **counted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(material, "latents_of", lambda *_: (None, {}))
+        return sources_of(images, least, None, Context(flags, SimpleNamespace(family=family), None, None))
+
+
+class Rows(list):
+    def select(self, indices: list[int]) -> "Rows":
+        return Rows(self[index] for index in indices)
+
+
+def test_every_image_is_trained_once_at_each_resolution():
+    sources = made([(600, 400)] * 10, "--resolution", 64, 96, "--validation_split", 0.2)
+    assert [set(source.buckets) for source in sources] == [{Size(64, 64)}, {Size(96, 96)}]
+    first, second = sources
+    assert len(first.train) == len(second.train) == 8 and len(first.held_out) == 2 and not second.held_out
+    plan = Plan(sources, 2, seed=0)
+    uses_per_epoch = Counter(
+        (draw.size, draw.image) for n in range(plan.forwards_per_epoch) for draw in plan.forward(n)
+    )
+    assert len(uses_per_epoch) == 16 and set(uses_per_epoch.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("image", "resolutions", "expected"),
+    [  # width and height
+        ((1024, 1024), (512, 768), [Size(512, 512), Size(768, 768)]),
+        ((600, 600), (512, 768, 1024), [Size(512, 512), Size(576, 576)]),  # its own size for both of the larger ones
+        ((600, 600), (768, 512), [Size(576, 576), Size(512, 512)]),
+        ((330, 530), (512, 768), [Size(512, 320)]),  # 528x288 would be its own size once more
+        ((300, 300), (768, 512), [Size(288, 288)]),
+    ],
+)
+def test_a_small_image_is_trained_once_at_its_own_size(image, resolutions, expected):
+    words = ("--resolution", *resolutions, "--use_aspect_ratio_buckets", "--validation_split", 0)
+    sources = [source for source in made([image, (2000, 2000)], *words) if source.images.sizes[0] == image]
+    assert [source.size(0) for source in sources] == expected
+    upscaled = [source.size(0) for source in made([image], *words, "--bucket_upscale")]
+    assert [size.height * size.width > 0.8 * side**2 for size, side in zip(upscaled, resolutions, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "held_out"), [(19, 0.1, 2), (14, 0.1, 1), (3, 0.9, 2), (4, 0.01, 1), (1, 0.5, 0), (9, 0.0, 0)]
+)
+def test_the_share_that_is_held_out_is_rounded_and_leaves_one_to_train_on(count, share, held_out):
+    train, others = split(count, share, seed=5)
+    assert len(others) == held_out and sorted((*train, *others)) == list(range(count))
+
+
+def test_each_folder_holds_out_its_share_and_class_images_nothing():
+    """Twenty images and half of a fifth, as folders of 20, 2 and 1: a small folder need not hold out any."""
+    counts = [(20, 1), (2, 0), (1, 0)]
+    held = [len(made([(64, 64)] * n, "--validation_split", 0.1, least=least)[0].held_out) for n, least in counts]
+    assert held == [2, 0, 0]
+    assert len(made([(64, 64)] * 2, "--validation_split", 0.1)[0].held_out) == 1
+    assert not made([(64, 64)] * 20, "--validation_split", 0.1, of_class=True)[0].held_out
+
+
+def test_repeats_and_weights_are_those_of_the_folder_at_every_resolution():
+    """Class images count by their own weight as well."""
+    words = ("--resolution", 64, 96, "--prior_loss_weight", 0.5, "--class_data_dir", ".", "--class_prompt", "disc")
+    for of_class, weight in ((False, 3.0), (True, 1.5)):
+        sources = made([(64, 64)] * 3, *words, repeats=2, weight=3, of_class=of_class)
+        assert [(source.repeats, source.weight) for source in sources] == [(2, weight)] * 2
+
+
+def told(sources: list[Source], *words: object) -> list[str]:
+    lines: list[str] = []
+    flags, accelerator = parse_args(list(map(str, words))), SimpleNamespace(print=lines.append, num_processes=1)
+    print_folder_counts(
+        Material(tuple(sources), {}, None, {}, **read_by(flags)), Context(flags, None, accelerator, None)
+    )
+    return lines
+
+
+def test_what_is_told_of_folders_is_what_an_epoch_meets_and_counts():
+    """Class images are repeated where they are fewer, and have a weight of their own; what is held out is not met."""
+    words = ("--validation_split", 0.25, "--prior_loss_weight", 0.5, "--class_data_dir", ".", "--class_prompt", "disc")
+    learnt = made([(64, 64)] * 8, *words, label="mine", repeats=3)
+    of_class = made([(64, 64)] * 3, *words, label="of class", of_class=True)
+    assert told(balanced(learnt, of_class, 16), *words) == [
+        "mine: 6 images, each 3 times an epoch, weight 1; 2 more held out",
+        "of class: 3 class images, each 6 times an epoch, weight 0.5",
+    ]
+    assert not told(made([(64, 64)] * 8, *words), *words)
+
+
+def test_what_is_told_of_small_buckets_is_what_an_epoch_meets():
+    """Nine squares at batch 16 are 16 samples, and so is a wide image that is alone."""
+    words = ("--resolution", 64, "--use_aspect_ratio_buckets", "--train_batch_size", 16, "--validation_split", 0)
+    sizes = [(64, 64)] * 9 + [(128, 64)]
+    uneven, line = told(made(sizes, *words, label="mine"), *words)
+    assert "images of 40x96 16 times as often as asked for, of 64x64 1.78 times" in uneven
+    assert "--train_batch_size" in uneven and line == "mine: 10 images, each 1.8 to 16 times an epoch, weight 1"
+    assert told(made(sizes, *words, label="mine", repeats=3), *words, "--train_batch_size", 1) == [
+        "mine: 10 images, each 3 times an epoch, weight 1"
+    ]
+
+
+def test_what_is_told_of_masks_is_what_is_left_of_them():
+    sources = made([(64, 64)] * 4, "--resolution", 64, 96, "--masked_loss", label="a", masked=[True, True, False, True])
+    lines = told(sources, "--masked_loss")
+    assert [line.split(":")[0] for line in lines] == ["a at 64", "a at 96"]
+    assert lines[0].endswith("3 of 4 are masked")
+    some = [made([(64, 64)] * 4, label="a", masked=[True, True, False, True])[0].images.select([2, 3])]
+    assert [images.masked for images in some] == [[False, True]]
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+def test_a_run_with_all_of_it_goes_on_as_if_it_had_not_stopped(model, capsys, tmp_path):
+    """Kohya's folders, also of class images, repeats, a held-out share and two resolutions."""
+    for name, count in (("2_disc", 2), ("1_box", 3)):
+        image_folder(tmp_path / "images" / name, count, layout="none")
+    image_folder(tmp_path / "class" / "1_red box", 1, layout="none")
+    common = [
+        *("--pretrained_model_name_or_path", model, "--train_data_dir", tmp_path / "images", "--method", "lora"),
+        *("--class_data_dir", tmp_path / "class", "--class_prompt", "box", "--resolution", 32, 48, "--rank", 2),
+        *("--validation_split", 0.3, "--validation_steps", 4, "--train_batch_size", 2, "--max_train_steps", 8),
+        *(
+            "--checkpointing_steps",
+            4,
+            "--validation_prompt",
+            "red",
+            "--num_validation_images",
+            1,
+            "--report_to",
+            "none",
+        ),
+        *(
+            "--train_data_weight",
+            0.5,
+            "--num_inference_steps",
+            1,
+            "--learning_rate",
+            "1e-2",
+            "--cache_dir",
+            tmp_path / "cache",
+            "--output_dir",
+        ),
+    ]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    lines = printed(*common, whole)
+    assert "48x48: " in only(lines, "2 buckets") and not [line for line in lines if "drawing" in line]
+    only(lines, "2_disc (2 of 2 images with its name as caption: disc) at 48: ", " 2 times an epoch, weight 0.5")
+    (first, second) = (line for line in lines if "1_red box" in line)
+    assert "32: 1 class image, each 4 times an epoch, weight 1" in first and "48: 1 class image, each 4" in second
+    assert main(*common, parts, "--max_train_steps", 4) == 0
+    capsys.readouterr()
+    assert "--train_data_repeats 2" in refused(capsys, *common, parts, "--train_data_repeats", 2, *RESUME, quiet=False)
+    assert main(*common, parts, *RESUME) == 0
+    assert_same(final_weights(parts, "lora", step=8), final_weights(whole, "lora", step=8))
+    assert [row for row in losses(parts, "lora") if row[0] > 4] == [row for row in losses(whole, "lora") if row[0] > 4]
+    assert PIL.Image.open(whole / "lora" / "samples" / "step-000008" / "0-0.png").size == (32, 32)
+    config = json.loads((whole / "config.json").read_text())
+    assert (config["resolution"], config["train_data_dir"]) == ([32, 48], str(tmp_path / "images"))
+    (tmp_path / "images" / "2_disc").rename(tmp_path / "images" / "3_disc")
+    capsys.readouterr()
+    assert "was trained on" in refused(capsys, *common, parts, *RESUME, quiet=False)

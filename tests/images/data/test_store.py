@@ -1,0 +1,264 @@
+"""Files of encoded items: what is written is read back by key, whole files only, one item in memory at a time."""
+
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from launching import launch
+
+from images.runs import leave_behind
+from reslora.errors import RunFailed
+from reslora.images.data import store
+from reslora.images.data.store import Encoded, fill, share
+from reslora.runtime.folder_lock import locked
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def numbered(key: int) -> dict[str, torch.Tensor]:
+    return {"half": torch.full((key % 3 + 1, 2), key, dtype=torch.bfloat16), "long": torch.tensor(key)}
+
+
+def filled(folder: Path, keys: Sequence[int], accelerator, part: int = 4, made: list | None = None) -> Encoded:
+    """Items whose value is their key; keys whose items were made now are added to `made`."""
+    encoded = Encoded(folder, "kind", keys)
+
+    def make(numbers: Sequence[int]):
+        for number in numbers:
+            if made is not None:
+                made.append(keys[number])
+            yield [numbered(keys[number])]
+
+    fill(encoded, part, make, accelerator)
+    return encoded
+
+
+def values(encoded: Encoded) -> list[int]:
+    return [encoded.read(number)["long"].item() for number in range(len(encoded.entry))]
+
+
+def test_items_of_any_shape_and_dtype_are_read_back_across_files(tmp_path, accelerator):
+    keys = [7, 3, 2**62, 9, 0, 1, 5, 6, 4, 8]
+    found = filled(tmp_path, keys, accelerator)
+    assert len(list(tmp_path.iterdir())) == 3
+    for number in (9, 0, 4, 3, 8, 2):
+        for name, value in numbered(keys[number]).items():
+            torch.testing.assert_close(found.read(number)[name], value, rtol=0, atol=0)
+    assert found.problems() == {}
+
+
+def test_variants_are_read_one_by_one_and_repeated_where_an_item_has_fewer(tmp_path, accelerator):
+    items = {5: [numbered(n) for n in range(4)], 6: [numbered(10)], 7: [numbered(20), numbered(21)]}
+    encoded = Encoded(tmp_path, "kind", list(items))
+    fill(encoded, 9, lambda numbers: (items[[5, 6, 7][n]] for n in numbers), accelerator)
+    found = [[encoded.read(number, variant)["long"].item() for variant in range(4)] for number in range(3)]
+    assert found == [[0, 1, 2, 3], [10, 10, 10, 10], [20, 21, 20, 21]]
+
+
+def test_items_that_cannot_be_encoded_are_told_with_their_reason(tmp_path, accelerator):
+    items = {4: [numbered(4)], 3: "damaged", 2: "gone", 1: [numbered(1)]}
+    for _ in range(2):
+        encoded = Encoded(tmp_path, "kind", [4, 3, 2, 1, 3])
+        fill(encoded, 2, lambda numbers: (items.pop([4, 3, 2, 1][n]) for n in numbers), accelerator)
+        assert encoded.problems() == {1: "damaged", 2: "gone", 4: "damaged"}
+        assert encoded.read(3)["long"] == 1 and encoded.read(0)["long"] == 4
+    assert Encoded(tmp_path, "kind", [1, 2]).problems() == {1: "gone"}
+
+
+def test_only_keys_that_are_in_no_file_are_made(tmp_path, accelerator):
+    """One more, fewer, another order and one twice; other kinds are of no use."""
+    for keys, expected in (([1, 2, 3], [1, 2, 3]), ([1, 4, 2, 3], [4]), ([3, 1], []), ([4, 3, 2, 1, 4], [])):
+        made = []
+        assert values(filled(tmp_path, keys, accelerator, made=made)) == keys
+        assert made == expected
+    assert Encoded(tmp_path, "other", [1, 2]).missing() == [0, 1]
+
+
+@pytest.mark.parametrize("rest", [0, 100, -1])
+def test_a_file_that_was_cut_short_is_made_again(tmp_path, accelerator, rest):
+    filled(tmp_path, [5, 6], accelerator)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:rest])
+    made = []
+    assert values(filled(tmp_path, [5, 6], accelerator, made=made)) == made == [5, 6]
+
+
+def test_a_file_that_is_damaged_in_its_middle_is_named_with_what_helps(tmp_path, accelerator):
+    """Its end says what it holds, and is whole."""
+    found = filled(tmp_path, [5, 6], accelerator)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"dtype"', b"\0" * 7))
+    store._opened.cache_clear()
+    with pytest.raises(OSError, match=rf"^{path} is damaged .*remove it"):
+        found.read(0)
+
+
+def test_what_is_interrupted_leaves_the_files_before_it(tmp_path, accelerator):
+    def interrupted(numbers):
+        for number in numbers:
+            if number == 3:
+                raise KeyboardInterrupt
+            yield [numbered(number)]
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(Encoded(tmp_path, "kind", range(6)), 2, interrupted, accelerator)
+    assert len(list(tmp_path.iterdir())) == 1
+    made = []
+    assert values(filled(tmp_path, range(6), accelerator, part=2, made=made)) == list(range(6))
+    assert made == [2, 3, 4, 5]
+
+
+def test_a_runs_folder_that_is_moved_between_two_files_is_not_made_anew(tmp_path):
+    folder = tmp_path / "out"
+
+    def fills() -> None:
+        encoded = Encoded(folder / "cache", "kind", range(2))
+        encoded.write([0], [[numbered(0)]])
+        folder.rename(tmp_path / "moved")
+        encoded.write([1], [[numbered(1)]])
+
+    with locked(folder), pytest.raises(RunFailed, match=f"^--output_dir {folder} was moved"):
+        fills()
+    assert not folder.exists() and len(list((tmp_path / "moved" / "cache").iterdir())) == 1
+
+
+def test_files_that_cannot_be_found_once_they_are_written_end_the_run_in_one_line(tmp_path, accelerator, monkeypatch):
+    monkeypatch.setattr(Encoded, "write", lambda *_: None)
+    with pytest.raises(RunFailed, match=str(tmp_path)):
+        filled(tmp_path, [1, 2], accelerator)
+
+
+def test_a_file_that_another_run_puts_into_the_place_of_ours_is_read_rightly(tmp_path, accelerator):
+    """It holds the same keys, but not in the same order, nor as many variants."""
+    mine = filled(tmp_path, [1, 2, 3], accelerator)
+    (path,) = tmp_path.iterdir()
+    Encoded(tmp_path, "kind", [3, 2, 1]).write(
+        range(3), iter([[numbered(3)] * 2, [numbered(2)], [numbered(1)]])
+    )  # fmt: skip
+    assert list(tmp_path.iterdir()) == [path] and values(mine) == [1, 2, 3]
+    store._opened.cache_clear()
+    Encoded(tmp_path, "kind", [3, 2, 1]).write(range(3), iter([[numbered(3)] * 2, "damaged", [numbered(1)]]))
+    assert mine.read(0)["long"] == 1 and mine.read(2)["long"] == 3
+    with pytest.raises(OSError, match=path.name):
+        mine.read(1)
+
+
+def test_all_processes_share_the_work(tmp_path, accelerator, monkeypatch):
+    """Those of all machines, whatever their number on this one."""
+    filled(tmp_path, [2, 12], accelerator)
+    encoded = Encoded(tmp_path, "kind", range(14))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(type(accelerator), "num_processes", 4)
+    shares = []
+    for rank in range(4):
+        monkeypatch.setattr(type(accelerator), "process_index", rank)
+        monkeypatch.setattr(type(accelerator), "local_process_index", rank % 2)
+        shares.append(share(encoded, 2, accelerator))
+    assert shares == [[[0, 1], [9, 10]], [[3, 4], [11, 13]], [[5, 6]], [[7, 8]]]
+
+
+@pytest.mark.parametrize("folders", [["here"] * 4, ["here", "here", "there", "there"], ["1", "2", "3", "4"]])
+def test_each_item_is_made_once_in_each_folder_that_processes_share(tmp_path, monkeypatch, folders):
+    """Two machines with two processes each, as threads: on one disk, on one each, or on one for each process.
+
+    The first folder has some of the items already.
+    """
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(store, "wait", threading.Barrier(4, timeout=60).wait)
+    Encoded(tmp_path / folders[0], "kind", [2, 4]).write([0, 1], iter([[numbered(2)], [numbered(4)]]))
+    made = []
+
+    def process(rank: int) -> list[int]:
+        accelerator = SimpleNamespace(
+            process_index=rank, num_processes=4, local_process_index=rank % 2, is_local_main_process=rank % 2 == 0
+        )
+        mine: list[int] = []
+        encoded = filled(tmp_path / folders[rank], list(range(9)), accelerator, part=2, made=mine)
+        made.extend((folders[rank], key) for key in mine)
+        return values(encoded)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(process, range(4))) == [list(range(9))] * 4
+    there = {(folders[0], 2), (folders[0], 4)}
+    assert sorted(made) == sorted({(folder, key) for folder in folders for key in range(9)} - there)
+
+
+MACHINE = """
+import os, sys
+from pathlib import Path
+import torch
+from accelerate import Accelerator
+from reslora.images.data.store import Encoded, fill
+
+accelerator = Accelerator(cpu=True)
+assert os.environ["LOCAL_WORLD_SIZE"] == "1" and accelerator.num_processes == 2
+for name in ("shared", f"disk-{accelerator.process_index}"):
+    made = []
+
+    def make(numbers):
+        for number in numbers:
+            made.append(number)
+            yield [{"value": torch.tensor(number)}]
+
+    for count in (5, 7):
+        encoded = Encoded(Path(sys.argv[1]) / name, "kind", range(count))
+        fill(encoded, 1, make, accelerator)
+        assert [encoded.read(number)["value"].item() for number in range(count)] == list(range(count))
+    print("MADE", name, *made, flush=True)
+"""
+
+
+@pytest.mark.exhaustive
+def test_two_machines_make_each_item_once_on_a_shared_disk_and_all_on_their_own(tmp_path):
+    """Two launchers, which know each other by the network alone; then two items more."""
+    (tmp_path / "machine.py").write_text(MACHINE)
+    printed = launch("two_nodes.yaml", tmp_path / "machine.py", str(tmp_path), folder=tmp_path)
+    lines = sorted(line for line in printed.splitlines() if line.startswith("MADE"))
+    assert lines == [
+        "MADE disk-0 0 2 4 1 3 5 6", "MADE disk-1 1 3 0 2 4 6 5", "MADE shared 0 2 4 5", "MADE shared 1 3 6",
+    ]  # fmt: skip
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, accelerator):
+    leave_behind(tmp_path / "kind-0.arrow")
+    filled(tmp_path, [0], accelerator)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".arrow"]
+
+
+def test_one_item_is_in_memory_while_a_file_is_written(tmp_path):
+    alive: list[weakref.ref] = []
+
+    def watched():
+        for number in range(20):
+            assert sum(tensor() is not None for tensor in alive) <= 1
+            tensor = torch.full((2,), number)
+            alive.append(weakref.ref(tensor))
+            yield [{"value": tensor}]
+            del tensor
+
+    Encoded(tmp_path, "kind", range(20)).write(range(20), watched())
+    assert len(alive) == 20
+
+
+def test_an_item_is_read_without_its_neighbours(tmp_path, accelerator):
+    """All the rest of the file is wiped out but its beginning and the footer: nothing misses it."""
+    items = ([{"value": torch.full((4096,), number)}] for number in range(32))
+    Encoded(tmp_path, "kind", range(32)).write(range(32), items)
+    (path,) = tmp_path.iterdir()
+    content, ends, footer = bytearray(path.read_bytes()), 8, 8192
+    start = content.index(torch.full((64,), 20).numpy().tobytes())
+    before, after = slice(ends, start - 1024), slice(start + 8 * 4096, len(content) - footer)
+    for wiped in (before, after):
+        content[wiped] = bytes(wiped.stop - wiped.start)
+    path.write_bytes(content)
+    assert (Encoded(tmp_path, "kind", range(32)).read(20)["value"] == 20).all()

@@ -1,0 +1,135 @@
+"""Training steps in float64, where a mistake stands out from rounding: in this process, or in several (`main`)."""
+
+import gc
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from accelerate import Accelerator
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+
+from images.runs import parts, read_by
+from reslora.images.data.samples import Material, training_loader
+from reslora.images.data.size import Size
+from reslora.images.data.sources import Source
+from reslora.images.denoising import DenoisingLoss
+from reslora.images.initial_lora import add_adapters
+from reslora.images.model.families import load_family
+from reslora.images.model.objective import DdpmObjective
+from reslora.images.model.quantising import pack
+from reslora.images.settings import parse_args, with_family
+from reslora.runtime.script import shares_the_cpu
+from reslora.runtime.signals import StopRequest
+from reslora.training.context import Context
+from reslora.training.loop import take_step
+from reslora.training.preparing import prepare
+from reslora.training.schedule import Schedule
+from reslora.training.sharding import share, take_plugin
+from reslora.training.state import Learner, new_learner
+from reslora.training.trained import Trained
+
+STEPS, IMAGES, CAPTIONS = 4, 7, ("red disc", "blue box")
+SIZE = Size(64, 64)
+
+
+class RandomLatents:
+    """Moments of images that nobody has seen, a function of the image's number."""
+
+    variants = 2
+
+    def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
+        draws = torch.Generator().manual_seed(10 * index + variant)
+        return {"moments": torch.rand(2, 4, 8, 8, generator=draws), "sizes": torch.zeros(6)}
+
+
+def setting(
+    folder: Path, accelerator: Accelerator | None = None, *flags: str
+) -> tuple[Material, DenoisingLoss, torch.nn.Module]:
+    """What is trained on, the loss and the bare denoiser, in float64, of the pipeline in a folder."""
+    words = ["--pretrained_model_name_or_path", str(folder), "--train_data_dir", str(folder), "--rank", "2"]
+    words += ["--output_dir", str(folder / "out"), "--max_grad_norm", "0.05", "--snr_gamma", "5"]
+    words += ["--method", "reslora", *flags]
+    family = load_family("StableDiffusionPipeline")
+    flags = with_family(parse_args(words), family.defaults)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    objective = DdpmObjective(pipeline.scheduler, flags.training.snr_gamma)
+    if flags.adapter.train_text_encoder:
+        pipeline.text_encoder.double().requires_grad_(False)
+        texts = {caption: {} for caption in CAPTIONS}
+    else:
+        with torch.no_grad():
+            texts = {caption: family.encode_captions(pipeline, [caption], None) for caption in CAPTIONS}
+        texts = {caption: {name: value[0].double() for name, value in text.items()} for caption, text in texts.items()}
+    images = SimpleNamespace(captions=[[CAPTIONS[index % 2]] for index in range(IMAGES)])
+    train, held_out = tuple(range(IMAGES - 2)), (IMAGES - 2, IMAGES - 1)
+    source = Source(images, RandomLatents(), train, held_out, (SIZE,), (0,) * IMAGES)
+    material = Material((source,), texts, objective, {SIZE: (4, 8, 8)}, **read_by(flags))
+    denoiser = pipeline.unet.double().requires_grad_(False)
+    if flags.model.base_precision != "no":
+        pack(denoiser, flags.model.base_precision, torch.device("cpu"))
+    context = Context(flags, SimpleNamespace(family=family), accelerator or Accelerator(cpu=True), StopRequest())
+    loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
+    loss.context, loss.dtype = context, torch.float64
+    return material, loss, denoiser
+
+
+def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Accelerator) -> Learner:
+    """The flags' method in float64, with random B, by plain gradient descent: AdamW would blow rounding up."""
+    encoders = {part.name: encoder for part, encoder in zip(loss.parts, loss.encoders, strict=True)}
+    trained = Trained({"unet": denoiser, **encoders}, loss)
+    method, schedule = loss.context.options.adapter.method[-1], Schedule(STEPS, STEPS, 0, False)
+    add_adapters(trained, method, STEPS, loss.context)
+    made = new_learner(method, trained, schedule, loss.context)
+    trained.double()
+    draws = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in trained.named():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=draws) * 0.1)
+    made.optimizer = torch.optim.SGD(made.parameters, lr=1.0)
+    prepare(made, loss.context)
+    return made
+
+
+def trained(folder: Path, batch: int, accumulation: int, *flags: str) -> dict[str, torch.Tensor]:
+    """The adapter and the loss after every step."""
+    words = ["--train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation), *flags]
+    plugin = take_plugin(*parts(parse_args([]), "model", "adapter", "training", "output"))
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=shares_the_cpu())
+    share(plugin, accelerator)
+    material, loss, denoiser = setting(folder, accelerator, *words)
+    learner = learner_of(denoiser, loss, accelerator)
+    batches = iter(
+        training_loader(material, range(STEPS), accelerator.num_processes, accelerator.process_index, pin=False)
+    )
+    found = {}
+    for step in range(STEPS):
+        found[f"loss {step}"] = take_step(learner, batches, loss.context)
+        for name, parameter in learner.trained.named():
+            if parameter.requires_grad:
+                found[f"{name} {step}"] = parameter.detach().clone()
+    found["processes"] = torch.tensor(accelerator.num_processes)
+    found["base"] = torch.tensor(sum(map(bytes_here, frozen(learner.denoiser))))
+    return found
+
+
+def frozen(denoiser: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter for parameter in denoiser.parameters() if not parameter.requires_grad]
+
+
+def bytes_here(value: torch.Tensor) -> int:
+    """Of a tensor, or of the part of it that this process holds."""
+    return (value.to_local() if isinstance(value, DTensor) else value).nbytes
+
+
+def main(model: str, batch: str, accumulation: str, file: str, *flags: str) -> None:
+    """Trains, and leaves in a file what rank 0 has."""
+    found = trained(Path(model), int(batch), int(accumulation), *flags)
+    # The wrapped model must be gone first: now and then it waits for ever where it is the last to hold the group.
+    gc.collect()
+    torch.distributed.destroy_process_group()
+    if os.environ["RANK"] == "0":
+        save_file(found, file)

@@ -1,0 +1,106 @@
+"""Losses at fixed timesteps and noises: the formula by hand, and what they do not depend on."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from images import exact_steps
+from images.runs import with_options
+from reslora.images.data.samples import NOISES, TIMESTEPS, FixedSamples, losses_of, measured, measured_at
+from reslora.images.output.reports import Validation
+from reslora.runtime.signals import StopRequest
+
+
+@pytest.fixture(scope="module")
+def setting(model):
+    """Material, loss and denoiser in float64; images have contents."""
+    material, loss, denoiser = exact_steps.setting(model)
+    marks = [f"mark {number}" for number in range(exact_steps.IMAGES)]
+    (source,) = material.sources
+    images = SimpleNamespace(captions=source.images.captions, marks=marks)
+    return dataclasses.replace(material, sources=(dataclasses.replace(source, images=images),)), loss, denoiser
+
+
+def samples(material, image: int = 0) -> list:
+    """All that is measured of an image, in one batch each."""
+    return list(FixedSamples(material).batches((0, image)))
+
+
+def test_timesteps_are_in_the_middle_of_their_strata(setting):
+    material, *_ = setting
+    assert [int(timestep) for timestep in measured_at(material.objective)] == [62, 187, 312, 437, 562, 687, 812, 937]
+    found = torch.cat([batch.timesteps for batch in samples(material)])
+    assert found.tolist() == [step for step in (62, 187, 312, 437, 562, 687, 812, 937) for _ in range(NOISES)]
+
+
+def test_noises_depend_on_content_and_number_alone(setting):
+    material, *_ = setting
+    other = {"seed": 5, "noise_offset": 0.3, "random_flip": True, "train_batch_size": 7}
+    (source,) = material.sources
+    moved = SimpleNamespace(captions=source.images.captions[::-1], marks=source.images.marks[::-1])
+    there = dataclasses.replace(source, images=moved, train=(), held_out=(0,))
+    elsewhere = with_options(dataclasses.replace(material, sources=(there,)), **other)
+    here = torch.cat([batch.noise for batch in samples(material, 1)])
+    assert here.equal(torch.cat([batch.noise for batch in samples(elsewhere, exact_steps.IMAGES - 2)]))
+    assert len({float(noise.sum()) for noise in here}) == TIMESTEPS * NOISES
+    assert not here.equal(torch.cat([batch.noise for batch in samples(material, 0)]))
+
+
+def test_losses_are_means_over_noises_by_hand(setting):
+    """v = sqrt(a) e - sqrt(1 - a) x, and the mean squared error of it, without the weights of training."""
+    material, loss, denoiser = setting
+    images = [(0, 4), (0, 2)]
+    found = losses_of(lambda batch: loss(denoiser, batch, weighted=False), material, images)
+    assert found.shape == (2, TIMESTEPS)
+    alphas = material.objective.scheduler.alphas_cumprod.double()
+    at_once = with_options(material, train_batch_size=TIMESTEPS * NOISES)
+    for row, (_, image) in zip(found, images, strict=True):
+        (batch,) = samples(at_once, image)
+        mean, std = batch.moments.double().unbind(1)
+        latents = (mean + std * batch.posterior_noise) * loss.pipeline.vae.config.scaling_factor
+        a = alphas[batch.timesteps].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * latents + (1 - a).sqrt() * batch.noise
+        (text,) = batch.text.values()
+        with torch.no_grad():
+            (predicted,) = denoiser(noisy, batch.timesteps, text, return_dict=False)
+        target = a.sqrt() * batch.noise - (1 - a).sqrt() * latents
+        expected = (predicted - target).square().flatten(1).mean(1).view(TIMESTEPS, NOISES).mean(1)
+        torch.testing.assert_close(row.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("noises", [2, NOISES])
+def test_a_validation_that_steers_is_by_the_same_losses(setting, noises):
+    """The mean by timestep is told beside it."""
+    material, loss, denoiser = setting
+    material = with_options(material, validation_noises=noises)
+    validation = Validation(loss, material, None, Accelerator(cpu=True), StopRequest())
+    found = validation.losses(denoiser.train())
+    assert denoiser.training
+    expected = losses_of(
+        lambda batch: loss(denoiser.eval(), batch, weighted=False), material, material.held_out, noises
+    )
+    assert found.equal(expected)
+    by_timestep = validation.by_timestep(found)
+    assert list(by_timestep) == ["0.062", "0.187", "0.312", "0.437", "0.562", "0.687", "0.812", "0.937"]
+    assert list(by_timestep.values()) == pytest.approx(expected.mean(0).tolist())
+
+
+def test_which_images_are_measured_their_content_says(setting):
+    material, *_ = setting
+    (source,) = material.sources
+    few = with_options(material, max_validation_images=3)
+
+    def chosen(order: list[int]) -> set[str]:
+        marks = [source.images.marks[number] for number in order]
+        images = SimpleNamespace(captions=source.images.captions, marks=marks)
+        there = dataclasses.replace(source, images=images, train=(), held_out=tuple(range(exact_steps.IMAGES)))
+        found = measured(dataclasses.replace(few, sources=(there,)))
+        assert found == sorted(found) and len(found) == 3
+        return {marks[image] for _, image in found}
+
+    numbers = list(range(exact_steps.IMAGES))
+    assert chosen(numbers) == chosen(numbers[::-1]) != {"mark 0", "mark 1", "mark 2"}
+    assert measured(material) == material.held_out

@@ -1,0 +1,477 @@
+"""Experiments from the command line: arms are plain runs, are trained once, and outlive a kill."""
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from launching import forked
+from pipelines import image_folder, tiny_dino
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from app.activity import activity
+from images.runs import SCRIPT, Watcher, assert_same, main, only, printed, read_by, refused, without
+from reslora.errors import InvalidArgument, Stopped
+from reslora.experiment.schedule import Course
+from reslora.images.data.dataset import load_images
+from reslora.images.data.encoding import Texts
+from reslora.images.data.samples import Material, losses_of
+from reslora.images.data.size import Size
+from reslora.images.data.sources import Source
+from reslora.images.denoising import DenoisingLoss
+from reslora.images.experiment import run
+from reslora.images.experiment import test_split_losses as judging
+from reslora.images.experiment.split import content_of, parts_of
+from reslora.images.experiment.test_split_losses import export_chosen
+from reslora.images.settings import parse_args
+from reslora.images.study import ImageStudy
+from reslora.io import read_object
+from reslora.runtime.log import read_log
+from reslora.runtime.signals import StopRequest
+from reslora.runtime.status import FILE as STATUS
+from reslora.runtime.status import Status
+from reslora.training.checkpoints import Identity
+from reslora.training.context import Context
+
+SMALL = ("--method", "lora", "--learning_rate", "1e-2", "3e-2")
+WHOLE = ("--method", "lora", "reslora", "--learning_rate", "1e-2", "--seed", "0", "1")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return image_folder(tmp_path_factory.mktemp("images") / "images", count=8)
+
+
+@pytest.fixture(scope="module")
+def flags(model, images, tmp_path_factory) -> list[str]:
+    """Two steps, each a checkpoint that may be chosen; what is encoded is shared."""
+    return [
+        *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(images), "--resolution", "32"),
+        *("--max_train_steps", "2", "--validation_steps", "1", "--train_batch_size", "2", "--rank", "2"),
+        *("--num_validation_images", "0", "--num_inference_steps", "1", "--merge_calibration_samples", "2"),
+        *("--report_to", "none", "--select_split", "0.2", "--test_split", "0.2"),
+        *("--caption_prefix", "sks", "--validation_prompt", "a disc"),  # no image's caption is known as it stands
+        *("--cache_dir", str(tmp_path_factory.mktemp("cache"))),
+        *("--metric_model", str(tiny_dino(tmp_path_factory.mktemp("dino") / "model"))),
+    ]
+
+
+@pytest.fixture(scope="module")
+def small(flags, tmp_path_factory) -> Path:
+    """Plain LoRA at two rates; the time was up after the first, and the same command went on."""
+    output = tmp_path_factory.mktemp("small") / "out"
+    lines = printed(*flags, *SMALL, "--output_dir", output, "--experiment_minutes", "0.0001")
+    line = "not finished: 1 of 2 arms is still to be trained, none within --experiment_minutes 0.0001"
+    only(lines, f"{line}; the same command goes on for as long again")
+    assert [a["status"] for a in experiment(output)["arms"]] == ["waiting", "finished"]
+    lines = printed(*flags, *SMALL, "--output_dir", output)  # without a limit this time
+    assert sum("merging, exporting" in line for line in lines) == 1
+    return output
+
+
+EXPORTED: list[tuple[int, ImageStudy]] = []
+"""The step and the study of the arm that `whole` has exported."""
+
+
+@pytest.fixture(scope="module")
+def whole(flags, small, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The small one, to which a method and a seed were added, with one of its rates; and what was printed."""
+
+    def export(step: int, study: ImageStudy) -> list[str]:
+        EXPORTED.append((step, study))
+        return export_chosen(step, study)
+
+    output = shutil.copytree(small, tmp_path_factory.mktemp("whole") / "out", copy_function=shutil.copy2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "export_chosen", export)
+        return output, printed(*flags, *WHOLE, "--output_dir", output)
+
+
+def experiment(output: Path) -> dict:
+    return json.loads((output / "experiment.json").read_text())
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def of_a_plain_run(flags: list[str]) -> list[str]:
+    """The flags without what an experiment alone reads; it draws no samples that could be measured otherwise."""
+    return without([flag for flag in flags if flag not in ("--select_split", "--test_split", "0.2")], "--metric_model")
+
+
+def arm(output: Path, method: str = "lora", rate: str = "0.01", seed: int = 0) -> Path:
+    return output / method / f"lr-{rate}" / f"seed-{seed}"
+
+
+# -- what comes out ----------------------------------------------------------------------------------------------------
+
+
+def test_what_an_experiment_leaves(whole):
+    output, lines = whole
+    found = experiment(output)
+    assert [(a["label"], a["learning_rate"], a["seed"], a["status"]) for a in found["arms"]] == [
+        (label, 0.01, seed, "finished") for label in ("lora", "reslora") for seed in (0, 1)
+    ]
+    assert len(found["timesteps"]) == 8 and found["settings"]["seed"] == [0, 1]
+    split = found["split"]
+    assert split["train"] + split["select"] + split["test"] == 8 and split["duplicates"] == 0
+    only(lines, "4 arms", f"{split['train']} to train on", f"{split['test']} to compare by")
+    for one in found["arms"]:
+        assert sorted(one["select_by_step"]) == ["1", "2"] and one["memory_bytes"] > 0 and one["seconds"] > 0
+        assert len(one["test"]["losses"]) == split["test"] and len(one["test"]["by_timestep"]) == 8
+        drawn = one["test"]["similarities"]
+        assert set(drawn) == {"image_similarity", "nearest_training", "unrelated_similarity", "diversity"}
+        assert all(0 < drawn[name] < 1 + 1e-5 for name in ("nearest_training", "unrelated_similarity", "diversity"))
+        folder = output / one["folder"]
+        assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+        assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["step-000001", "step-000002"]
+        assert (folder / "kohya.safetensors").is_file() and not (folder / "unet").exists()
+    assert [verdict["label"] for verdict in found["verdicts"]] == ["reslora"]
+    only(lines, found["verdicts"][0]["sentence"])
+    assert lines[-1] == str(output / "report.html") and (output / "report.html").is_file()
+
+
+def test_the_file_on_top_is_of_the_arm_that_the_select_images_choose(whole):
+    output, lines = whole
+    found = experiment(output)
+    label, choice = min(found["chosen"].items(), key=lambda item: item[1]["loss"])
+    arms = [a for a in found["arms"] if a["label"] == label]
+    best = min(arms, key=lambda a: a["select_by_step"][str(choice["step"])])
+    only(lines, f"and peft/ are those of {best['folder']}", f"step {choice['step']}")
+    assert found["best"] == {
+        "label": label, "learning_rate": best["learning_rate"], "seed": best["seed"], "folder": best["folder"],
+        "step": choice["step"], "files": ["kohya.safetensors", "pytorch_lora_weights.safetensors", "peft"],
+        "options": {"method": label, "seed": best["seed"]},
+    }  # fmt: skip
+    for name in ("kohya.safetensors", "pytorch_lora_weights.safetensors"):
+        with safe_open(output / name, "pt") as file:
+            metadata = file.metadata()
+        assert (metadata["ss_seed"], metadata["ss_steps"]) == (str(best["seed"]), str(choice["step"]))
+
+
+@pytest.mark.exhaustive
+def test_where_the_best_is_no_plain_lora_no_file_of_an_earlier_choice_stays(flags, small, tmp_path):
+    """What PEFT reads is always there."""
+    output = shutil.copytree(small, tmp_path / "out", copy_function=shutil.copy2)
+    assert (output / "kohya.safetensors").is_file()
+    lines = printed(*flags, "--method", "loha", "--learning_rate", "1e-2", "3e-2", "--output_dir", output)
+    best = experiment(output)["best"]
+    assert (best["label"], best["files"]) == ("loha", ["peft"]) and not list(output.glob("*.safetensors"))
+    only(lines, f"peft/ is that of {best['folder']} at step {best['step']}, which does best")
+    assert json.loads((output / "peft" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
+
+
+@pytest.mark.exhaustive
+def test_the_test_losses_are_those_of_the_file_in_stock_diffusers(whole, model):
+    output, _ = whole
+    ((_, study),) = EXPORTED
+    pipeline = StableDiffusionPipeline.from_pretrained(model)
+    loss = DenoisingLoss(study.context, study.material.objective, study.pipeline, pipeline.unet.config)
+    (folder,) = (study.context.folder_of(method) for method in study.context.options.adapter.method)
+    record, marks = read_object(folder / "test.json"), list(study.material.sources[0].images.marks)
+    images = [(0, marks.index(mark)) for mark in record["images"]]
+
+    def measured() -> torch.Tensor:
+        return losses_of(lambda batch: loss(pipeline.unet, batch, weighted=False), study.material, images)
+
+    base = measured()
+    assert base.mean(1).tolist() == pytest.approx(experiment(output)["base"]["losses"], rel=1e-4)
+    pipeline.load_lora_weights(output)
+    found = measured()
+    assert found.mean(1).tolist() == pytest.approx(record["losses"], rel=1e-4)
+    assert found.mean(0).tolist() == pytest.approx(record["by_timestep"], rel=1e-4)
+    assert base.mean(0).tolist() != pytest.approx(record["by_timestep"], rel=1e-4)
+
+
+def test_added_methods_and_seeds_train_the_new_arms_alone(small, whole):
+    output, lines = whole
+    for rate in ("0.01", "0.03"):
+        before, there = (files(arm(folder, rate=rate)) for folder in (small, output))
+        assert {name: there[name] for name in before} == before
+    assert sum("merging, exporting" in line for line in lines) == 3
+    only(lines, "left out: 1 arm of other methods")
+    assert experiment(output)["readings"] == 1 and not any("were read" in line for line in lines)  # one seed reads none
+
+
+@pytest.mark.exhaustive
+def test_a_finished_experiment_trains_nothing_and_says_the_same(flags, whole):
+    output, lines = whole
+    arms = re.compile("(lora|reslora)/")  # beside what is written anew of the best
+    before = {name: time for name, time in files(output).items() if arms.match(name)}
+    again = printed(*flags, *WHOLE, "--output_dir", output)
+    assert {name: time for name, time in files(output).items() if arms.match(name)} == before
+    assert again[-2:] == lines[-2:]
+
+
+@pytest.mark.exhaustive
+def test_an_arm_whose_adapter_is_damaged_is_named_and_trained_anew_once_it_is_removed(flags, whole, tmp_path, capsys):
+    output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
+    folder, own = arm(output, "reslora", seed=1), [*flags, *WHOLE, "--output_dir", output]
+    (folder / "test.json").unlink()
+    for file in folder.glob("adapters/*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-4])
+    assert main(*own) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {folder}: " in line and line.endswith(f"; remove {folder}, and the arm is trained anew")
+    shutil.rmtree(folder)
+    assert sum("merging, exporting" in line for line in printed(*own)) == 1
+    (anew,), (before,) = (
+        place.glob("adapters/step-000002/*.safetensors") for place in (folder, arm(whole[0], "reslora", seed=1))
+    )
+    assert_same(load_file(anew), load_file(before))
+    assert [a["test"] for a in experiment(output)["arms"]] == [a["test"] for a in experiment(whole[0])["arms"]]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("moment", ["test", "export"])
+def test_an_experiment_whose_folder_is_moved_while_it_compares_does_not_make_it_anew(
+    flags, whole, tmp_path, monkeypatch, capsys, moment
+):
+    output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
+    if moment == "test":
+        (arm(output, "reslora", seed=1) / "test.json").unlink()
+
+    def moved(*given):
+        output.rename(tmp_path / "moved")
+        return plain(*given)
+
+    plain = judging.as_plain_lora
+    monkeypatch.setattr(judging, "as_plain_lora", moved)
+    assert main(*flags, *WHOLE, "--output_dir", output) == 1
+    assert f"--output_dir {output} was moved or removed" in capsys.readouterr().err
+    assert not output.exists()
+
+
+# -- arms are plain runs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("method", "seed"), [("reslora", 0), ("lora", 1)])
+def test_an_arm_is_a_plain_run_on_the_images_to_train_on(flags, whole, images, tmp_path, method, seed):
+    """Bit for bit, also where a seed has random crops of its own."""
+    output, _ = whole
+    plain = of_a_plain_run(flags)
+    folder = train_images(output, images, tmp_path / "images")
+    plain[plain.index("--train_data_dir") + 1] = str(folder)
+    own = ("--method", method, "--learning_rate", "1e-2", "--seed", seed, "--output_dir", tmp_path / "out")
+    assert main(*plain, *own) == 0
+    mine = arm(output, method, seed=seed)
+    assert_same(weights(mine), weights(tmp_path / "out" / method))
+    one, other = (
+        [(row["step"], row["loss"]) for row in read_log(place / "log.jsonl") if row["split"] == "train"]
+        for place in (mine, tmp_path / "out" / method)
+    )
+    assert one == other
+    for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+        assert (mine / name).read_bytes() == (tmp_path / "out" / method / name).read_bytes()
+
+
+def weights(folder: Path) -> dict:
+    """What a method or an arm has trained."""
+    (path,) = (path for path in (folder / "checkpoint-2").glob("*.safetensors"))
+    return load_file(path)
+
+
+def train_images(output: Path, images: Path, folder: Path) -> Path:
+    """A folder with the images alone that an experiment trains on."""
+    held_out = held_out_of(output, images)
+    folder.mkdir()
+    rows = [json.loads(line) for line in (images / "metadata.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["file_name"] not in held_out]
+    for row in rows:
+        shutil.copyfile(images / row["file_name"], folder / row["file_name"])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(rows) == experiment(output)["split"]["train"]
+    return folder
+
+
+def held_out_of(output: Path, images: Path) -> set[str]:
+    """The files that an experiment does not train on, by the split itself."""
+    splits = ("--select_split", "0.2", "--test_split", "0.2")
+    flags = parse_args(["--train_data_dir", str(images), "--seed", "0", "1", *splits]).base
+    found = load_images(flags.model, flags.data, flags.training, flags.output)
+    parts = parts_of({0: found}, flags.data, flags.validation, flags.experiment)
+    return {Path(found.rows[number]["image"]["path"]).name for _, number in (*parts.select, *parts.test)}
+
+
+@pytest.mark.exhaustive
+def test_what_is_true_of_several_ranks_and_shortcuts_is_said_once(flags, tmp_path, monkeypatch, capsys):
+    def enough(*_):
+        raise InvalidArgument("--rank", "is checked", "look at what was said")
+
+    monkeypatch.setattr("reslora.images.run.start_trackers", enough)
+    several = ["--method", "reslora", "--rank", "1", "2", "--shortcut", "block", "middle", "--pre_num", "50"]
+    assert main(*without(flags, "--rank"), *several, "--output_dir", tmp_path / "out") == 2
+    assert capsys.readouterr().out.count("--pre_num 50: ") == 1
+
+
+# -- going on ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_but_methods_rates_and_seeds_may_change(flags, whole, capsys):
+    output, _ = whole
+    own = [*flags, *WHOLE, "--output_dir", output]
+    for other in (
+        ("--rank", "4"),
+        ("--lora_alpha", "3"),
+        ("--test_split", "0.3"),
+        ("--max_train_steps", "3"),
+        ("--validation_steps", "2"),
+        ("--train_batch_size", "1"),
+        ("--merge", "weights"),
+        ("--shortcut", "input", "block"),
+        ("--no-cache_latents",),
+    ):
+        line = refused(capsys, *own, *other)
+        assert "another --output_dir" in line and (other[0] in line or "batch" in line or "cache_latents" in line)
+    begun = flags[flags.index("--metric_model") + 1]
+    line = refused(capsys, *without(flags, "--metric_model"), *WHOLE, "--output_dir", output)
+    assert f"--metric_model none: {output} was begun with {begun}; use that" in line
+    plain = of_a_plain_run(flags)
+    assert "holds an experiment" in refused(capsys, *plain, "--method", "lora", "--output_dir", output)
+
+
+def test_other_images_are_refused(flags, whole, capsys, tmp_path):
+    output, _ = whole
+    own = [*flags, *WHOLE, "--output_dir", output]
+    own[own.index("--train_data_dir") + 1] = str(image_folder(tmp_path / "more", count=9))
+    assert "9 images" in refused(capsys, *own, quiet=False)
+    noted = output / "images.json"  # what was used of the same ones
+    content = noted.read_text()
+    noted.write_text(content.replace("8 images", "7 images"))
+    assert "trained on 7 images" in refused(capsys, *flags, *WHOLE, "--output_dir", output, quiet=False)
+    noted.write_text(content)
+
+
+def test_another_split_of_the_images_is_refused(images, tmp_path):
+    grid = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path), "--seed", "0", "1"])
+    flags = grid.base
+    found = {0: load_images(flags.model, flags.data, flags.training, flags.output)}
+    parts = parts_of(found, flags.data, flags.validation, flags.experiment)
+    fewer, other = dataclasses.replace(parts, train=parts.train[1:]), dataclasses.replace(parts, test=parts.train[:1])
+    run.check_same(grid, None, content_of(parts, found))  # there is nothing yet
+    identity = run.identity_record(grid.flat(), Identity("model", "images", "--model", "--images"))
+    record = {"identity": identity | {"parts": content_of(parts, found)}, "arms": []}
+    (tmp_path / "experiment.json").write_text(json.dumps(record))
+    run.check_same(grid, None, content_of(parts, found))
+    for wrong in (fewer, other):
+        with pytest.raises(InvalidArgument, match=r"begun with another split of these images.*; choose another$"):
+            run.check_same(grid, None, content_of(wrong, found))
+
+
+def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, monkeypatch):
+    settled = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path)])
+    source = Source(
+        load_images(settled.model, settled.data, settled.training, settled.output),
+        object(),
+        tuple(range(8)),
+        (),
+        (Size(32, 32),),
+        (0,) * 8,
+    )
+    material = Material((source,), Texts(None, {}), None, {}, **read_by(settled))
+    monkeypatch.setattr(run, "latents_of", lambda *_: (object(), {3: "damaged (truncated)"}))
+    with pytest.raises(InvalidArgument, match=r"--seed 7, .*/3\.png: damaged"):
+        run.of_seed(material, 7, None, Context(settled, None, None, StopRequest()))
+
+
+def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
+    (tmp_path / "out" / "lora").mkdir(parents=True)
+    (tmp_path / "out" / "lora" / "exports.json").write_text("{}")
+    assert "no experiment" in refused(capsys, *flags, *SMALL, "--output_dir", tmp_path / "out")
+
+
+def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
+    course = Course(parse_args([*SMALL, "--output_dir", str(tmp_path)]))
+    context = SimpleNamespace(stop=StopRequest(), status=Status(tmp_path))
+    bench = run.Bench(course, SimpleNamespace(context=context), {}, SimpleNamespace(), "", context.stop, None)
+    bench.begins("testing (1 of 2)", course.arms()[0])
+    assert activity(read_object(tmp_path / STATUS)) == "lora/lr-0.01/seed-0, testing (1 of 2)"
+    context.stop.signal = signal.SIGTERM
+    with pytest.raises(Stopped, match="the same command goes on"):
+        bench.begins("testing (2 of 2)", course.arms()[1])
+
+
+@pytest.mark.exhaustive
+def test_killed_at_bad_moments(runs, images, tmp_path):
+    """Within an arm, before it is noted as ended, between two arms, and while test losses are written.
+
+    The same command goes on.
+    """
+    words = "--learning_rate 1e-2 3e-2 --seed 0 1 --method lora --max_train_steps 2 --validation_steps 1"
+    own = [*words.split(), "--num_validation_images", "0", "--train_data_dir", str(images)]
+    own += ["--cache_dir", str(tmp_path / "cache")]
+    output, snapshots = tmp_path / "out", tmp_path / "snapshots"
+    snapshots.mkdir()
+    assert runs.finish(output, *own, watcher=Watcher(output, snapshots)) == 0
+    found = sorted(snapshots.iterdir())
+    for moment, last in (("step-000001", False), ("os.rename-arm.json", False), ("os.rename-test.json", True)):
+        snapshot = [path for path in found if moment in path.name][-1 if last else 0]
+        ended = {path: path.stat().st_mtime_ns for path in snapshot.glob("*/*/*/arm.json")}
+        assert runs.finish(snapshot, *own) == 0
+        assert {path: path.stat().st_mtime_ns for path in ended} == ended
+        assert same_results(snapshot) == same_results(output)
+        assert not [path for path in snapshot.rglob(".*") if path.name != ".gitignore"]
+
+
+def same_results(output: Path) -> dict:
+    """All of experiment.json that does not tell the time."""
+    found = experiment(output)
+    arms = [{k: v for k, v in a.items() if k not in ("seconds", "wall_seconds", "memory_bytes")} for a in found["arms"]]
+    return {name: found[name] for name in ("split", "chosen", "verdicts", "readings")} | {"arms": arms}
+
+
+@pytest.mark.exhaustive
+def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
+    own = [*flags, "--method", "lora", "--learning_rate", "1e-2", "1e30", "--output_dir", tmp_path / "out"]
+    lines = printed(*own)
+    found = experiment(tmp_path / "out")
+    assert [(a["status"], bool(a["reason"])) for a in found["arms"]] == [("finished", False), ("failed", True)]
+    assert found["chosen"]["lora"]["learning_rate"] == 0.01
+    assert "--output_dir" not in only(lines, "loss", "at step", "lr-1e+30")
+    assert not any("lr-1e+30" in line for line in printed(*own) if "merging" in line)
+
+
+@pytest.mark.exhaustive
+def test_arms_at_once_are_those_of_one_after_the_other(flags, small, tmp_path, monkeypatch):
+    """To the last bit: each process has as many threads as the tests have."""
+    told, threads = [], torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2 * threads)  # of which each process has half
+    monkeypatch.setattr(Status, "say", lambda self, what, name="": told.append(what))
+    lines = printed(*flags, *SMALL, "--arms_at_once", "2", "--output_dir", tmp_path / "out")
+    ended = [f"training, {number} of 2 arms ended" for number in range(2)]
+    assert [what for what in told if what.startswith("training,")] == ended
+    only(lines, "do better", "lora: the best learning rate")
+    one, two = same_results(small), same_results(tmp_path / "out")
+    assert one["arms"] == two["arms"] and one["chosen"] == two["chosen"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["arms_at_once"] == 2 and config["learning_rate"] == [0.01, 0.03]
+
+
+@pytest.mark.exhaustive
+def test_two_processes_train_what_one_does(flags, small, tmp_path):
+    """Half the batch each; equal but for rounding."""
+    own = [*flags, *SMALL, "--output_dir", str(tmp_path / "out")]
+    own[own.index("--train_batch_size") + 1] = "1"
+    forked(SCRIPT, *own, folder=tmp_path)
+    one, two = experiment(small), experiment(tmp_path / "out")
+    assert one["split"] == two["split"] and len(two["arms"]) == 2
+    for mine, other in zip(one["arms"], two["arms"], strict=True):
+        assert mine["select_by_step"] == pytest.approx(other["select_by_step"], rel=1e-4)
+        assert (mine["test"] is None) == (other["test"] is None)
+        if mine["test"]:
+            assert mine["test"]["losses"] == pytest.approx(other["test"]["losses"], rel=1e-4)
+
+
+def test_a_damaged_record_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "experiment.json").write_text('{"format": 1, "readings"')
+    with pytest.raises(InvalidArgument, match=rf"^--output_dir {tmp_path}: experiment.json is damaged; "):
+        run.check_same(parse_args(["--output_dir", str(tmp_path), "--seed", "0", "1"]))

@@ -1,0 +1,244 @@
+"""The three parts of the images: by content alone, near-duplicates together."""
+
+import dataclasses
+import io
+import random
+import re
+
+import datasets
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import pytest
+from pipelines import image_folder, random_image
+
+from images.runs import parts
+from reslora.errors import InvalidArgument
+from reslora.experiment.hashed_split import cut, too_few
+from reslora.experiment.record import facts_of
+from reslora.images.content_hash import content_mark
+from reslora.images.data.dataset import FEATURES, ImageDataset
+from reslora.images.experiment import split
+from reslora.images.experiment.split import BITS, groups_of, look_of, parts_of
+from reslora.options.images import Options
+
+SHARES = Options.of(select_split=0.2, test_split=0.3, max_validation_images=64, train_data_dir="images")
+
+
+def picture(number: int) -> PIL.Image.Image:
+    """Smooth colours, as a photograph has, 96 x 80."""
+    colours = np.random.default_rng(number).integers(0, 255, (6, 5, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(colours).resize((96, 80), PIL.Image.Resampling.BICUBIC)
+
+
+def encoded(image: PIL.Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def dataset(contents: list[bytes]) -> ImageDataset:
+    """Images by their content."""
+    rows = {"image": [{"path": None, "bytes": content} for content in contents], "captions": [["a"]] * len(contents)}
+    return ImageDataset(datasets.Dataset.from_dict(rows, features=FEATURES), [["a"]] * len(contents),
+                        marks=[content_mark(content) for content in contents])  # fmt: skip
+
+
+def parts_by_content(contents: list[bytes]) -> dict[bytes, str]:
+    """Which part each content is in."""
+    found = parts_of({0: dataset(contents)}, SHARES.data, SHARES.validation, SHARES.experiment)
+    named = {"train": found.train, "select": found.select, "test": found.test}
+    return {contents[image]: name for name, part in named.items() for _, image in part}
+
+
+def test_an_image_that_is_added_or_moved_moves_no_other():
+    contents = [encoded(picture(number)) for number in range(40)]
+    before = parts_by_content(contents[:30])
+    assert set(before.values()) == {"train", "select", "test"} and len(before) == 30
+    random.Random(0).shuffle(contents)
+    after = parts_by_content(contents)
+    assert len(after) == 40 and {content: after[content] for content in before} == before
+
+
+def test_parts_have_about_their_shares():
+    train, select, test = cut([str(number) for number in range(2000)], 0.2, 0.3)
+    assert sorted(train + select + test) == list(range(2000))
+    assert abs(len(select) - 400) < 60 and abs(len(test) - 600) < 60
+
+
+@pytest.mark.parametrize("count", [3, 4, 5])
+def test_each_part_has_an_image(count):
+    for start in range(30):
+        found = cut([f"{start} {number}" for number in range(count)], 0.49, 0.5)
+        assert all(found) and sum(map(len, found)) == count
+
+
+def test_more_than_one_compares_where_that_can_be():
+    """By one image nothing tells how much images differ, whatever the seeds; but two at least are trained on."""
+    tested = {
+        count: {len(cut([f"{start} {n}" for n in range(count)], 0.1, 0.1)[2]) for start in range(30)}
+        for count in (3, 4, 5, 12)
+    }
+    assert tested[3] == {1} and [min(tested[count]) for count in (4, 5, 12)] == [1, 2, 2]
+    assert [len(part) for part in cut(["a", "b", "c", "d"], 0, 0.1)] == [2, 0, 2]  # others choose
+    assert cut(["a", "b", "c"], 0.5, 0)[2] == []
+
+
+def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
+    """How many a share takes is luck, of which the advice knows."""
+    contents = [encoded(picture(number)) for number in range(40)]
+    for tested, fix in ((1, "1 image compares: .*, or with"), (5, "5 images compare: .*, or with")):
+        enough = parts_of({0: dataset(contents)}, SHARES.data, SHARES.validation, SHARES.experiment).enough
+        (line,) = too_few(tested, "image", enough)
+        assert re.search(f"^only {fix} --test_split {enough:g}$", line)
+    found = parts_of(
+        {0: dataset(contents)},
+        *parts(SHARES.replace(test_split=enough), "data", "validation", "experiment"),
+    )
+    assert 10 <= len(found.test) <= 11 and too_few(6, "image", enough) == []
+    few = parts_of({0: dataset(contents[:10])}, SHARES.data, SHARES.validation, SHARES.experiment)
+    assert too_few(2, "image", few.enough)[0].endswith("begin anew with more images")
+
+
+def test_near_duplicates_are_together_and_tested_once():
+    """As JPEG, scaled, brighter; and the file itself once more."""
+    image = picture(0)
+    copies = [encoded(image), encoded(image, "JPEG", quality=60), encoded(image.resize((144, 120))), encoded(image)]
+    copies.append(encoded(image.point(lambda value: value * 0.9 + 10)))
+    contents = copies + [encoded(picture(number)) for number in range(1, 12)]
+    images = dataset(contents)
+    found = parts_of({0: images}, SHARES.data, SHARES.validation, SHARES.experiment)
+    assert found.duplicates == 3  # and the file itself
+    named = {"train": found.train, "select": found.select, "test": found.test}
+    of_copies = {name: [number for _, number in part if number < 5] for name, part in named.items()}
+    (part,) = [name for name, numbers in of_copies.items() if numbers]
+    assert len(of_copies[part]) == (5 if part == "train" else 1)
+
+
+@pytest.mark.parametrize("at_once", [2, 1024])
+def test_duplicates_of_duplicates_are_together(monkeypatch, at_once):
+    """However many images are compared with all others at once."""
+    monkeypatch.setattr(split, "AT_ONCE", at_once)
+    looks = np.zeros((4, BITS + 192), np.float32)
+    looks[1, :12] = looks[2, :24] = 1  # the last is 24 away from the first, and 12 from the one between
+    looks[3, :100] = 1
+    assert groups_of(["a", "b", "c", "d"], looks) == [[0, 1, 2], [3]]
+    assert groups_of(["a", "b", "c", "a"], looks) == [[0, 1, 2, 3]]
+
+
+def groups(images: list[PIL.Image.Image]) -> list[list[int]]:
+    """Of images that are each a content of its own."""
+    return groups_of([str(number) for number in range(len(images))], np.stack(list(map(look_of, images))))
+
+
+def sketch(number: int) -> PIL.Image.Image:
+    """A few thin lines on white."""
+    image = PIL.Image.new("RGB", (512, 512), "white")
+    points = np.random.default_rng(number).integers(40, 472, (6, 2)).tolist()
+    PIL.ImageDraw.Draw(image).line([tuple(point) for point in points], fill=(60, 60, 60), width=2)
+    return image
+
+
+def icon(number: int) -> PIL.Image.Image:
+    """A small shape in the middle of a white ground: one of three, in one of eight colours."""
+    image, colour = PIL.Image.new("RGB", (256, 256), "white"), tuple(255 * (number // 3 >> k & 1) for k in range(3))
+    pen, box = PIL.ImageDraw.Draw(image), (98, 98, 158, 158)
+    if number % 3 == 0:
+        pen.ellipse(box, fill=colour)
+    elif number % 3 == 1:
+        pen.line([(98, 128), (158, 128)], fill=colour, width=12)
+    else:
+        pen.polygon([(128, 98), (158, 158), (98, 158)], fill=colour)
+    return image
+
+
+def dark(number: int) -> PIL.Image.Image:
+    """A few small lights at night."""
+    levels = np.random.default_rng(number).normal(14, 5, (8, 8, 3)).clip(0, 255).astype(np.uint8)
+    image = PIL.Image.fromarray(levels).resize((256, 256), PIL.Image.Resampling.NEAREST)
+    for x, y in np.random.default_rng(number).integers(0, 250, (12, 2)).tolist():
+        image.paste((250, 250, 250), (x, y, x + 4, y + 4))
+    return image
+
+
+def test_other_images_are_no_duplicates():
+    assert len(groups([picture(number) for number in range(60)])) == 60
+    assert len(groups([random_image(number).resize((64, 64)) for number in range(20)])) == 20
+
+
+def test_other_drawings_on_a_plain_ground_are_no_duplicates():
+    """Of the icons each has its own colour or its own shape; white ones show nothing."""
+    for drawn, count in ((sketch, 24), (icon, 21), (dark, 24)):
+        assert len(groups([drawn(number) for number in range(count)])) == count, drawn
+
+
+@pytest.mark.parametrize("drawn", [picture, sketch, icon, dark])
+def test_copies_are_found_whatever_is_drawn(drawn):
+    """As JPEG, scaled, darker, with less contrast, and with a hundredth less at each side."""
+    image = drawn(0)
+    width, height = image.size
+    copies = [
+        PIL.Image.open(io.BytesIO(encoded(image, "JPEG", quality=60))).convert("RGB"),
+        image.resize((width * 3 // 2, height * 3 // 2)),
+        image.resize((width // 2, height // 2)),
+        image.point(lambda value: value * 0.9 + 10),
+        image.point(lambda value: value - 10),
+        image.crop((width // 100, height // 100, width - width // 100, height - height // 100)),
+    ]
+    assert [len(groups([image, copy])) for copy in copies] == [1] * len(copies)
+
+
+def test_one_of_several_that_look_alike_chooses_or_compares():
+    """The one with the lowest mark, and none of them where others are trained on."""
+    contents = [
+        encoded(picture(number), "JPEG", quality=quality) for number in range(30) for quality in (60, 70, 80, 90)
+    ]
+    found = parts_of({0: dataset(contents)}, SHARES.data, SHARES.validation, SHARES.experiment)
+    marks = list(map(content_mark, contents))
+    for part in (found.select, found.test):
+        assert part and len({image // 4 for _, image in part}) == len(part)
+        assert all(marks[image] == min(marks[image // 4 * 4 : image // 4 * 4 + 4]) for _, image in part)
+    assert len(found.train) == 4 * (30 - len(found.select) - len(found.test)) and found.duplicates == 90
+
+
+def test_an_image_at_several_resolutions_is_one_of_those_that_are_trained_on():
+    """Each resolution is a source of its own, with what is large enough for it."""
+    contents = [encoded(picture(number)) for number in range(20)]
+    once = parts_of({0: dataset(contents)}, SHARES.data, SHARES.validation, SHARES.experiment)
+    found = parts_of(
+        {0: dataset(contents), 1: dataset(contents), 2: dataset(contents[:10])},
+        SHARES.data,
+        SHARES.validation,
+        SHARES.experiment,
+    )
+    assert len(found.train) > 2 * len(once.train) and found.trained == once.trained == len(once.train)
+    assert found.trained + len(found.select) + len(found.test) == 20
+    assert f"images: {once.trained} to train on" in str(found) and facts_of(found, ())["split"]["train"] == once.trained
+
+
+def test_no_more_images_choose_than_are_measured():
+    """By the hash's order; what is told of the part is what is measured of it."""
+    images = {0: dataset([encoded(picture(number)) for number in range(40)])}
+    whole, found = (
+        parts_of(
+            images,
+            *parts(SHARES.replace(max_validation_images=n), "data", "validation", "experiment"),
+        )
+        for n in (64, 3)
+    )
+    assert len(whole.select) > 3 and found == dataclasses.replace(whole, select=whole.select[:3])
+    assert "3 to choose by" in str(found) and facts_of(found, ())["split"]["select"] == 3
+
+
+def test_too_few_images_are_refused_in_one_line():
+    image = picture(0)
+    with pytest.raises(InvalidArgument, match="--train_data_dir images: 2 images but for near-duplicates") as error:
+        parts_by_content([encoded(image), encoded(picture(1)), encoded(image, "JPEG")])
+    assert "\n" not in str(error.value) and "(image 0 and image 2 look alike)" in str(error.value)
+
+
+def test_an_image_that_cannot_be_opened_is_named(tmp_path):
+    image_folder(tmp_path / "images", count=3)
+    contents = [encoded(picture(0)), encoded(picture(1)), encoded(picture(2))[:200]]
+    with pytest.raises(InvalidArgument, match=r"--train_data_dir images, image 2: .+; repair or remove it"):
+        parts_by_content(contents)

@@ -1,0 +1,110 @@
+"""A planned step beside a real one: bytes that the CPU's allocator has handed out, as PyTorch's profiler notes them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
+
+from reslora.images.accelerator import start_accelerator
+from reslora.images.data.batch import Batch
+from reslora.images.data.dataset import ImageDataset
+from reslora.images.data.folders import load_folders
+from reslora.images.denoising import DenoisingLoss
+from reslora.images.initial_lora import add_adapters
+from reslora.images.memory.meta_tensors import tensors_of
+from reslora.images.memory.phases import Rehearsal
+from reslora.images.model.objective import objective_of
+from reslora.images.run import settle
+from reslora.images.settings import parse_args
+from reslora.model import enable_gradient_checkpointing
+from reslora.runtime.signals import StopRequest
+from reslora.training.context import Context
+from reslora.training.state import new_optimizer
+from reslora.training.trained import Trained
+
+
+def resolved(model: Path, data: Path, output: Path, *flags: str) -> tuple[list[ImageDataset], Context]:
+    """The images and the context of a run with 64 x 64 images, batch 4 and LoRA of rank 4 where no flag says else."""
+    given = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--output_dir", str(output)]
+    given += ["--resolution", "64", "--train_batch_size", "4", "--rank", "4", "--method", "lora", "--report_to", "none"]
+    parsed = parse_args([*given, "--num_inference_steps", "2", *flags])
+    return load_folders(parsed.model, parsed.data, parsed.training, parsed.output), settle(
+        parsed,
+        start_accelerator(parsed),
+        StopRequest(),
+    )
+
+
+def real(batch: Batch) -> Batch:
+    """A batch of the same shapes with numbers in it."""
+
+    def filled(value: torch.Tensor) -> torch.Tensor:
+        like = torch.empty(value.shape, dtype=value.dtype)
+        return like.normal_() if value.is_floating_point() else like.fill_(1)
+
+    return batch._with(filled)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Bytes of a real step."""
+
+    base: int
+    adapter: int
+    optimizer: int
+    at_work: int
+    """At the most, beside these: gradients and what is computed with."""
+
+
+def consume_request(rehearsal: Rehearsal, context: Context) -> Taken:
+    """A real step of what is rehearsed."""
+    trained = real_parts(context)
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    optimizer = new_optimizer(parameters, context.options.training, context.options.optimizer, context.accelerator)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with rehearsal.autocast():
+            losses = trained(real(rehearsal.batch(context.options.training.train_batch_size)))
+        losses.mean().backward()
+
+    step()
+    optimizer.step()
+    optimizer.zero_grad()
+    state = [value for value in tree_leaves(optimizer.state_dict()["state"]) if isinstance(value, torch.Tensor)]
+    frozen = [tensor for tensor in tensors_of(trained) if not tensor.requires_grad]
+    base, adapter, kept = (sum(value.nbytes for value in values) for values in (frozen, parameters, state))
+    return Taken(base, adapter, kept, most_allocated(step))
+
+
+def real_parts(context: Context) -> Trained:
+    """What trains, with weights."""
+    model, flags, device = context.model, context.options, torch.device("cpu")
+    pipeline = model.load_pipeline(context.dtype, device, encoders=bool(context.encoders))
+    denoiser = model.load_denoiser(context.dtype, device, flags.model.base_precision)
+    parts = {model.family.denoiser: denoiser} | model.load_encoders(context.encoders, pipeline)
+    objective = objective_of(flags.model, flags.training, model.family, pipeline)
+    trained = Trained(parts, DenoisingLoss(context, objective, pipeline, denoiser.config))
+    add_adapters(trained, flags.adapter.method[0], 1000, context)
+    for part in parts.values() if flags.training.gradient_checkpointing else ():
+        enable_gradient_checkpointing(part)
+    return trained.train()
+
+
+def most_allocated(work: Callable[[], object]) -> int:
+    """Bytes that `work` has at the most of what it takes from the CPU's allocator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    return highest([e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"])
+
+
+def highest(events: Sequence) -> int:
+    """The highest sum on the way of bytes that were taken and given back."""
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak

@@ -1,0 +1,348 @@
+"""Files of every tool: how their layers are scaled, whose they are, and forms that diffusers' own converters know."""
+
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from pipelines import FAMILIES
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from images.model.lora_files.loras import PIPELINE_OF, assert_same, names, random_lora, read, tiny, updates
+from reslora.errors import InvalidArgument
+from reslora.export import export_peft, write_diffusers, write_kohya, write_peft
+from reslora.images.model.families import load_family
+from reslora.images.model.lora_files.names import names_of
+from reslora.images.model.lora_files.reading import family_of, read_content, read_parts
+from reslora.images.model.lora_files.writing import write
+
+ALL = "transformer_blocks.0.attn.to_q"
+
+
+def guessed(path) -> str:
+    return family_of(read_content(path, "IN")).name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_header_says_whose_a_file_is(family, tmp_path):
+    known = load_family(PIPELINE_OF[family])
+    version, architecture = known.model_version(names(family).config)
+    for metadata in ({"ss_base_model_version": version}, {"modelspec.architecture": f"{architecture}/lora"}):
+        write_diffusers(tmp_path / "in.safetensors", random_lora(family, lambda name: "to_q" in name), metadata)
+        assert guessed(tmp_path / "in.safetensors") == family
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_say_whose_a_file_is_where_no_other_family_has_them(family, tmp_path):
+    """In published sizes. The attention of Stable Diffusion 3 is that of Flux but for how many blocks there are."""
+    known = names_of(load_family(PIPELINE_OF[family]))
+    layers = [layer for fused in known.original.values() for _, layer in fused.layers]
+    tensors = {}
+    for layer in (layer for layer in layers if ".attn" in layer or ".attention." in layer):
+        tensors[f"{known.family.denoiser}.{layer}.lora_A.weight"] = torch.ones(1, known.shapes[layer][1])
+        tensors[f"{known.family.denoiser}.{layer}.lora_B.weight"] = torch.ones(known.shapes[layer][0], 1)
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert guessed(tmp_path / "in.safetensors") == family
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("family", "outputs"), [("flux", 3 * 3072 + 12288), ("flux2_klein", 3 * 3072 + 2 * 9216)])
+def test_a_layer_that_two_families_have_is_known_by_its_sides(family, outputs, tmp_path):
+    tensors = {"lora_unet_single_blocks_0_linear1.lora_down.weight": torch.ones(1, 3072)}
+    tensors["lora_unet_single_blocks_0_linear1.lora_up.weight"] = torch.ones(outputs, 1)
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert guessed(tmp_path / "in.safetensors") == family
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("block", "width", "family"), [(37, 2432, "sd3"), (37, 3072, None), (59, 3072, "qwen_image")])
+def test_the_size_of_a_model_that_has_one_tells_it_from_another(block, width, family, tmp_path):
+    """Stable Diffusion 3's names are Qwen-Image's, but for how many blocks there are."""
+    tensors = {f"transformer.transformer_blocks.{block}.attn.to_q.lora_A.weight": torch.ones(1, width)}
+    tensors[f"transformer.transformer_blocks.{block}.attn.to_q.lora_B.weight"] = torch.ones(width, 1)
+    save_file(tensors, tmp_path / "in.safetensors")
+    if family:
+        assert guessed(tmp_path / "in.safetensors") == family
+    else:
+        with pytest.raises(InvalidArgument, match="add --base MODEL or --family NAME"):
+            guessed(tmp_path / "in.safetensors")
+
+
+def test_in_doubt_the_family_is_asked_for(tmp_path):
+    shape = names("flux").shapes[ALL]
+    tensors = {f"transformer.{ALL}.lora_A.weight": torch.ones(1, shape[1])}
+    save_file(tensors | {f"transformer.{ALL}.lora_B.weight": torch.ones(shape[0], 1)}, tmp_path / "in.safetensors")
+    with pytest.raises(InvalidArgument, match="its layers are in several families; add --base MODEL or --family NAME"):
+        guessed(tmp_path / "in.safetensors")
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pefts_configuration_says_the_scale_of_each_layer(rslora, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet")
+    patterns = {"rank_pattern": {"to_k": 3}, "alpha_pattern": {"attn2.to_q": 5, r"^conv_in": 7}}
+    unet.add_adapter(
+        LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_k", "conv_in"], use_rslora=rslora, **patterns)
+    )
+    wanted = {}
+    for name, module in unet.named_modules():
+        if "lora_A" in getattr(module, "adapter_layer_names", ()):
+            torch.nn.init.normal_(module.lora_B["default"].weight)
+            wanted[f"unet.{name}"] = module.get_delta_weight("default").detach().flatten(1).double()
+    export_peft(unet, tmp_path / "peft")
+    assert_same(read(tmp_path / "peft", names("stable_diffusion")), wanted, 1e-5)
+
+
+def test_diffusers_metadata_says_the_scale_of_each_layer(tmp_path):
+    """As `save_lora_adapter` writes it: B is not scaled."""
+    unet = UNet2DConditionModel.from_pretrained(tiny("stable_diffusion") / "unet")
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=5, target_modules=["to_q", "to_k"], alpha_pattern={"attn1.to_k": 1}))
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    unet.save_lora_adapter(tmp_path)
+    layers = {n: m for n, m in unet.named_modules() if n.endswith(("to_q", "to_k"))}
+    wanted = {f"unet.{n}": m.get_delta_weight("default").detach().double() for n, m in layers.items()}
+    assert_same(read(tmp_path, names("stable_diffusion")), wanted, 1e-5)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+        tensors = {f"unet.{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    packed = {f"unet.{key}": value for key, value in said.items()}
+    save_file(tensors, tmp_path / "in.safetensors", {"lora_adapter_metadata": json.dumps(packed)})
+    assert_same(read(tmp_path / "in.safetensors", names("stable_diffusion")), wanted, 1e-5)
+
+
+def in_pefts_names(layers, name: str, path) -> None:
+    """Writes layers with A and B alone, by names that `name` makes of a layer's and a factor's."""
+    factors = {(layer, word): value for layer, f in layers.items() for word, value in (("A", f.down), ("B", f.up))}
+    save_file({name.format(*key): value.contiguous() for key, value in factors.items()}, path)
+
+
+def stock_reads(path, known) -> set[str]:
+    """The layers of the transformer that the family's pipeline finds in a file."""
+    found = known.family.pipeline.lora_state_dict(load_file(path))
+    return {key.removeprefix("transformer.").partition(".lora_")[0] for key in found if key.startswith("transformer.")}
+
+
+PLAIN, NAMED, PEFTS = "{}.lora_{}.weight", "{}.lora_{}.default.weight", "base_model.model.{}.lora_{}.weight"
+READ = [(NAMED, "qwen_image"), (NAMED, "z_image"), (PEFTS, "flux2_klein")]
+"""What diffusers reads, as other trainers write it."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", [PLAIN, NAMED, PEFTS])
+def test_a_layer_whose_scale_is_not_in_the_file_is_as_diffusers_reads_it_or_refused(name, family, tmp_path):
+    """As a checkpoint's weights are, and PEFT's without its configuration."""
+    known = names(family)
+    layers = random_lora(family, lambda layer: "to_" in layer)[known.family.denoiser]
+    in_pefts_names(layers, name, tmp_path / "in.safetensors")
+    if (name, family) in READ:
+        assert stock_reads(tmp_path / "in.safetensors", known) == set(layers)
+        wanted = {known.family.denoiser: {layer: factors._replace(scale=1.0) for layer, factors in layers.items()}}
+        assert_same(read(tmp_path / "in.safetensors", known), updates(wanted))
+    else:
+        with pytest.raises(InvalidArgument, match=r"nothing in it says the scale of .*to_.*; give a finished LoRA"):
+            read(tmp_path / "in.safetensors", known)
+
+
+@pytest.mark.parametrize("family", ["flux2_klein", "krea2"])
+def test_trained_in_the_models_own_names_and_written_by_peft(family, tmp_path):
+    """As AI-Toolkit's files are, which diffusers reads with scale 1."""
+    known = names(family)
+    layers = {name: f._replace(scale=1.0) for name, f in random_lora(family)[known.family.denoiser].items()}
+    own = known._joined(layers, known.original)
+    in_pefts_names(own, PEFTS, tmp_path / "in.safetensors")
+    assert stock_reads(tmp_path / "in.safetensors", known) == set(layers)
+    assert_same(read(tmp_path / "in.safetensors", known), updates({known.family.denoiser: layers}))
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "reslora_model.safetensors"])
+def test_a_checkpoints_weights_are_refused_where_diffusers_would_read_them(name, tmp_path):
+    in_pefts_names(random_lora("qwen_image", lambda layer: "to_" in layer)["transformer"], NAMED, tmp_path / name)
+    with pytest.raises(InvalidArgument, match="as in the weights of a checkpoint"):
+        read(tmp_path / name, names("qwen_image"))
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "reslora_model.safetensors"])
+def test_a_checkpoint_is_refused_by_what_to_give_in_its_place(name, tmp_path):
+    """By what an unmerged ResLoRA has beside its factors, too: without that it would be another adapter."""
+    save_file({"reslora.norms": torch.zeros(2, 2), "x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / name)
+    for place, said in ((tmp_path, "a checkpoint, and no finished"), (tmp_path / name, "an unmerged ResLoRA")):
+        with pytest.raises(InvalidArgument, match=f"{said}.*; give what its run has exported, such as pytorch_lora_we"):
+            read(place, names("stable_diffusion"))
+    save_file({}, tmp_path / "pytorch_lora_weights.safetensors")  # what may be given is read, whatever is beside it
+    assert not read_content(tmp_path, "--init_lora").tensors
+
+
+@pytest.mark.parametrize("words", [("lora.down", "lora.up"), ("lora_down", "lora_up")])
+def test_older_words_without_a_scale_mean_one(words, tmp_path):
+    """Of diffusers' `save_attn_procs` before PEFT, and of kohya's scripts."""
+    layers = random_lora("stable_diffusion", lambda layer: ".to_" in layer)["unet"]
+    layers = {layer: factors._replace(scale=1.0) for layer, factors in layers.items()}
+    for prefix in ("", "unet."):
+        tensors = {f"{prefix}{layer}.{words[0]}.weight": f.down for layer, f in layers.items()}
+        tensors |= {f"{prefix}{layer}.{words[1]}.weight": f.up for layer, f in layers.items()}
+        save_file(tensors, tmp_path / "in.safetensors")
+        assert_same(read(tmp_path / "in.safetensors", names("stable_diffusion")), updates({"unet": layers}))
+
+
+def test_the_oldest_files_of_attention_processors_are_read(tmp_path):
+    layers = random_lora("stable_diffusion", lambda name: ".to_" in name)["unet"]
+    tensors, plain = {}, {name: factors._replace(scale=1.0) for name, factors in layers.items()}
+    for name, factors in plain.items():
+        block, _, last = name.rpartition(".to_")
+        for word, value in (("down", factors.down), ("up", factors.up)):
+            tensors[f"unet.{block}.processor.to_{last.removesuffix('.0')}_lora.{word}.weight"] = value.contiguous()
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert_same(read(tmp_path / "in.safetensors", names("stable_diffusion")), updates({"unet": plain}))
+
+
+def test_xlabs_files_for_flux_are_read(tmp_path):
+    """q, k and v of the image tokens, and the layer behind them, in one processor."""
+    width = names("flux").shapes[ALL][0]
+    name = "double_blocks.1.processor"
+    shapes = {"qkv_lora1.down": (2, width), "qkv_lora1.up": (3 * width, 2), "proj_lora1.down": (2, width)}
+    tensors = {f"{name}.{k}.weight": torch.randn(v) for k, v in (shapes | {"proj_lora1.up": (width, 2)}).items()}
+    save_file(tensors, tmp_path / "in.safetensors")
+    found = read(tmp_path / "in.safetensors", names("flux"))
+    qkv = tensors[f"{name}.qkv_lora1.up.weight"].double() @ tensors[f"{name}.qkv_lora1.down.weight"].double()
+    for letter, rows in zip("qkv", qkv.split(width), strict=True):
+        torch.testing.assert_close(found[f"transformer.transformer_blocks.1.attn.to_{letter}"], rows)
+    assert len(found) == 4
+    for to, out in (("diffusers", "out.safetensors"), ("kohya", "kohya.safetensors"), ("peft", "folder")):
+        parts = read_parts(read_content(tmp_path / "in.safetensors", "IN"), names("flux"))
+        write(parts, names("flux"), to, tmp_path / out, {})
+        assert_same(read(tmp_path / out, names("flux")), found, tolerance=1e-5)
+
+
+def test_a_layer_that_diffusers_leaves_out_is_refused(tmp_path):
+    """Of T5's layers it would say so in its log, and go on without them."""
+    lost, width, tensors = "text_encoders.t5xxl.transformer.mystery", names("flux").shapes[ALL][0], {}
+    for name in ("lora_unet_double_blocks_0_img_attn_proj", lost):
+        tensors |= {f"{name}.lora_{word}.weight": torch.randn(width, width) for word in ("down", "up")}
+    save_file(tensors, tmp_path / "in.safetensors")
+    assert len(names("flux").family.pipeline.lora_state_dict(tensors)) == 2
+    with pytest.raises(InvalidArgument, match=f"{lost} is no layer of flux that diffusers reads"):
+        read(tmp_path / "in.safetensors", names("flux"))
+
+
+def test_a_model_of_another_size_is_refused(tmp_path):
+    write_kohya(
+        tmp_path / "in.safetensors", names("flux").to_kohya(random_lora("flux", lambda name: "proj_out" in name))
+    )
+    other = names_of(names("flux").family, {**names("flux").config, "num_attention_heads": 4})
+    with pytest.raises(InvalidArgument, match="in the model; give the model that it was made for"):
+        read_parts(read_content(tmp_path / "in.safetensors", "IN"), other)
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        *((field, "no plain LoRA") for field in ({"peft_type": "LOHA"}, {"peft_type": "OFT"}, {"use_dora": True})),
+        *((field, "no plain LoRA") for field in ({"lora_bias": True}, {"modules_to_save": ["conv_in"]})),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4, has changed the base model"),
+    ],
+)
+def test_other_adapters_of_peft_are_refused(field, words, tmp_path):
+    write_peft(tmp_path / "peft", random_lora("stable_diffusion")["unet"])
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | field))
+    with pytest.raises(InvalidArgument, match=words):
+        read_content(tmp_path / "peft", "IN")
+
+
+def test_weights_of_peft_without_its_configuration_are_refused(tmp_path):
+    write_peft(tmp_path / "peft", random_lora("stable_diffusion")["unet"])
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(json.dumps({"prompt": "cat"}))  # any other file
+    for _ in range(2):
+        with pytest.raises(InvalidArgument, match=r"no readable adapter_config\.json, which says its scale"):
+            read_content(tmp_path / "peft", "IN")
+        config.unlink(missing_ok=True)
+
+
+def test_a_file_of_another_tool_may_have_the_name_that_peft_gives(tmp_path):
+    parts = random_lora("stable_diffusion")
+    write_kohya(tmp_path / "adapter_model.safetensors", names("stable_diffusion").to_kohya(parts))
+    assert_same(read(tmp_path / "adapter_model.safetensors", names("stable_diffusion")), updates(parts))
+
+
+def test_what_diffusers_cannot_convert_is_refused_by_its_first_layer(tmp_path):
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{layer}_lora.{word}.weight": torch.ones(32, 32) for word in ("down", "up")}, tmp_path / "in.safetensors"
+    )
+    with pytest.raises(InvalidArgument, match=r"q_proj is no layer of \w+ that diffusers reads"):
+        read(tmp_path / "in.safetensors", names("stable_diffusion"))
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    parts = random_lora("stable_diffusion", lambda name: name == "conv_in")
+    parts["unet"]["conv_in"].up[0] = float("nan")
+    write_diffusers(tmp_path / "in.safetensors", parts)
+    with pytest.raises(InvalidArgument, match="conv_in is not finite"):
+        read(tmp_path / "in.safetensors", names("stable_diffusion"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda down, up: (down[:0], up[:, :0]), "conv_in: shapes of its factors do not fit"),
+        (lambda down, up: (down, up.expand(-1, -1, 3, 3)), "conv_in: shapes of its factors do not fit"),
+        (lambda down, up: (down.int(), up.int()), "conv_in is int32 and int32; give a LoRA in floating point"),
+        (lambda down, up: (down.to(torch.int8), up), "conv_in is int8 and float64"),
+        (lambda down, up: (down, up.to(torch.complex64)), "conv_in is float64 and complex64"),
+    ],
+)
+@pytest.mark.parametrize("said", [True, False])
+def test_factors_that_are_none_are_refused(change, words, said, tmp_path):
+    """Whether the file says their scale or not."""
+    factors = random_lora("stable_diffusion", lambda name: name == "conv_in")["unet"]["conv_in"]
+    down, up = (factor.contiguous() for factor in change(factors.down, factors.up))
+    tensors = {"lora_unet_conv_in.lora_down.weight": down, "lora_unet_conv_in.lora_up.weight": up}
+    save_file(tensors | ({"lora_unet_conv_in.alpha": torch.tensor(2.0)} if said else {}), tmp_path / "in.safetensors")
+    with pytest.raises(InvalidArgument, match=words):
+        read(tmp_path / "in.safetensors", names("stable_diffusion"))
+
+
+@pytest.mark.parametrize("word", ["lora_A.default", "lora.down"])
+def test_a_factor_that_is_there_twice_is_refused(word, tmp_path):
+    """In the words of two tools: which of them counts, nothing says."""
+    write_diffusers(tmp_path / "in.safetensors", random_lora("stable_diffusion", lambda name: name == "conv_in"))
+    tensors = load_file(tmp_path / "in.safetensors")
+    tensors[f"unet.conv_in.{word}.weight"] = 2 * tensors["unet.conv_in.lora_A.weight"]
+    save_file(tensors, tmp_path / "in.safetensors")
+    with pytest.raises(InvalidArgument, match=r"unet\.conv_in is in it twice; remove one of the two"):
+        read(tmp_path / "in.safetensors", names("stable_diffusion"))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "words"),
+    [
+        (float("nan"), "is not finite; give a LoRA that has not diverged"),
+        ([1.0, 2.0], r": the scale of lora_unet_\w+ is damaged; repair its alpha"),
+    ],
+)
+def test_a_scale_that_is_no_finite_number_is_refused(alpha, words, tmp_path):
+    write_kohya(tmp_path / "in.safetensors", names("stable_diffusion").to_kohya(random_lora("stable_diffusion")))
+    tensors = load_file(tmp_path / "in.safetensors")
+    name = next(name for name in tensors if name.endswith(".alpha"))
+    save_file(tensors | {name: torch.tensor(alpha)}, tmp_path / "in.safetensors")
+    with pytest.raises(InvalidArgument, match=words):
+        read(tmp_path / "in.safetensors", names("stable_diffusion"))
+
+
+@pytest.mark.parametrize("said", [{"lora_alpha": None}, {"lora_alpha": "8"}, {"alpha_pattern": {"conv_in": "x"}}])
+def test_a_configuration_whose_scale_is_no_number_is_refused(said, tmp_path):
+    parts = random_lora("stable_diffusion", lambda name: name == "conv_in")
+    write_peft(tmp_path / "peft", parts["unet"])
+    config = tmp_path / "peft" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | said))
+    write_diffusers(tmp_path / "in.safetensors", {"unet": parts["unet"]})
+    packed = json.dumps({f"unet.{name}": value for name, value in said.items()})
+    save_file(load_file(tmp_path / "in.safetensors"), tmp_path / "in.safetensors", {"lora_adapter_metadata": packed})
+    for path in (tmp_path / "peft", tmp_path / "in.safetensors"):
+        with pytest.raises(InvalidArgument, match=r"the scale of .*conv_in is damaged; repair its alpha"):
+            read(path, names("stable_diffusion"))

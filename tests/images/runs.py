@@ -1,0 +1,246 @@
+"""How the tests call train_sd.py, in this process or in one of its own, and what they read of the folder it leaves."""
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import io
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from launching import fork_server
+from safetensors.torch import load_file
+from waiting import default_sigint, ended
+
+import train_sd
+from reslora.images.data.samples import Material
+from reslora.io import replacing
+from reslora.options.images import Options
+from reslora.runtime.log import read_log
+
+SCRIPT = Path(train_sd.__file__)
+RESUME = ("--resume_from_checkpoint", "latest")
+
+
+# -- in this process -------------------------------------------------------------------------------------------------
+
+
+def main(*flags) -> int:
+    """The exit status of train_sd.py, also where argparse leaves by itself."""
+    try:
+        return train_sd.main(list(map(str, flags)))
+    except SystemExit as error:
+        return error.code
+
+
+def refused(capsys, *flags, quiet: bool = True) -> str:
+    """The line with which the script refuses these flags; with `quiet`, the only one on stderr."""
+    capsys.readouterr()  # what was said while a model was made for the test
+    status = main(*flags)
+    captured = capsys.readouterr()
+    assert status == 2
+    lines = captured.err.splitlines()
+    assert lines[-1].startswith("train_sd.py: error: ") and (len(lines) == 1 or not quiet), captured.err
+    return lines[-1]
+
+
+def failed(capsys, *flags) -> str:
+    """The line with which a run of these flags ends that went wrong."""
+    status = main(*flags)
+    errors = capsys.readouterr().err
+    assert status == 1
+    return last_line(errors)
+
+
+def last_line(errors: str) -> str:
+    """The line that a run's stderr ends with, after its progress bars; there was no traceback."""
+    errors = errors.replace("\r", "\n")
+    assert "Traceback" not in errors, errors
+    line = errors.splitlines()[-1]
+    assert line.startswith("train_sd.py: "), errors
+    return line
+
+
+def printed(*flags) -> list[str]:
+    """The lines on stdout of a run that ends well."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main(*flags) == 0
+    return out.getvalue().splitlines()
+
+
+def only(lines: list[str], *words: str) -> str:
+    """The one line that holds all of these words."""
+    found = [line for line in lines if all(word in line for word in words)]
+    assert len(found) == 1, lines
+    return found[0]
+
+
+def without(flags: list[str], name: str) -> list[str]:
+    """The flags without `name` and its one value."""
+    at = flags.index(name)
+    return [*flags[:at], *flags[at + 2 :]]
+
+
+def parts(options: Options, *groups: str) -> list:
+    """The groups of options of these names, as functions take them."""
+    return [getattr(options, group) for group in groups]
+
+
+def read_by(options: Options) -> dict:
+    """The groups that `Material` holds."""
+    groups = "adapter", "data", "training", "validation"
+    return dict(zip(groups, parts(options, *groups), strict=True))
+
+
+def options_of(material: Material) -> Options:
+    """Options with the groups of a material."""
+    return Options(**read_by(material))
+
+
+def with_options(material: Material, **values) -> Material:
+    """The material where some options have other values."""
+    return dataclasses.replace(material, **read_by(options_of(material).replace(**values)))
+
+
+# -- what is on disk -------------------------------------------------------------------------------------------------
+
+
+def digests(folder: Path, pattern: str) -> dict[str, str]:
+    found = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob(pattern)}
+    assert found
+    return found
+
+
+def final_weights(output: Path, method: str = "reslora", step: int = 4) -> dict[str, torch.Tensor]:
+    name = "reslora_model.safetensors" if method == "reslora" else "adapter.safetensors"
+    return load_file(output / method / f"checkpoint-{step}" / name)
+
+
+def training_state(output: Path, step: int, method: str = "reslora") -> dict:
+    return torch.load(output / method / f"checkpoint-{step}" / "trainer.pt", weights_only=True)
+
+
+def assert_same(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def losses(output: Path, method: str = "reslora") -> list[tuple[int, str, float]]:
+    return [(row["step"], row["split"], row["loss"]) for row in read_log(output / method / "log.jsonl")]
+
+
+def flip_a_bit(path: Path) -> None:
+    """Turn one bit in the middle of the file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0b100
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    """Leave the first half of the file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def leave_behind(path: Path) -> Path:
+    """A temporary of `path` as a killed process leaves one: an earlier process that had the id of this one."""
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        who, process, start, rest = temporary.name.rsplit("-", 3)
+    path.unlink()
+    left = path.with_name("-".join([who, process, str(int(start) - 1), rest]))
+    left.write_text("half")
+    return left
+
+
+def killed_after(step: int, whole: Path, parts: Path, method: str = "reslora") -> None:
+    """Makes `parts` what is left of a run like `whole` that was killed after a step: its checkpoint, and a log that
+    went on. The checkpoint is moved there."""
+    (parts / method).mkdir(parents=True)
+    (whole / method / f"checkpoint-{step}").rename(parts / method / f"checkpoint-{step}")
+    shutil.copy(whole / method / "log.jsonl", parts / method)
+
+
+# -- in processes of their own ---------------------------------------------------------------------------------------
+
+
+HALF = 100
+"""Bytes of a file in whose midst a run is killed."""
+
+
+@dataclass
+class Watcher:
+    """Hears of every file and folder that a run is about to write, rename or remove in its output folder."""
+
+    output: Path
+    snapshots: Path | None = None  # copies of the folder: what a kill at that moment would leave
+    full_after: str | None = None  # once a folder of this name is in place, files cannot grow beyond ...
+    largest_file: int = 0  # ... as many bytes
+    killed_at: str | None = None  # regular expression of the event and the path inside the output folder, as "open-a/b"
+    busy: bool = False
+
+    def __call__(self, event: str, args: tuple) -> None:
+        if self.busy or event not in ("open", "os.rename", "os.rmdir", "shutil.rmtree"):
+            return
+        if event == "open" and args[1] in ("r", "rb", None):
+            return
+        if not isinstance(args[0], (str, os.PathLike)) or not str(args[0]).startswith(f"{self.output}/"):
+            return
+        self.busy = True  # what it does itself is not the run's doing
+        if self.killed_at and re.fullmatch(self.killed_at, f"{event}-{Path(args[0]).relative_to(self.output)}"):
+            if event != "open":
+                os.kill(os.getpid(), signal.SIGKILL)
+            # The system kills who writes beyond a limit, half-way: Python has turned that off.
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # by which it would leave all its memory on disk
+            resource.setrlimit(resource.RLIMIT_FSIZE, (HALF, HALF))
+        if self.snapshots and self.output.is_dir():
+            number = len(list(self.snapshots.iterdir()))
+            shutil.copytree(self.output, self.snapshots / f"{number:03d}-{event}-{Path(args[0]).name.strip('.')}")
+        if self.full_after and event == "os.rename" and Path(args[1]).name == self.full_after:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.largest_file, resource.RLIM_INFINITY))
+        self.busy = False
+
+
+def run_and_exit(flags: list[str], output: str, messages: str, watcher: Watcher | None, first: Callable) -> None:
+    """What the forked process does after `first`: train_sd.py with its stderr in a file."""
+    first()
+    gc.freeze()  # what the libraries left
+    multiprocessing.set_start_method("fork", force=True)  # what the data loader's workers are used to
+    stderr = os.open(messages, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stderr, 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if watcher:
+        sys.addaudithook(watcher)
+    sys.exit(train_sd.main([*flags, "--output_dir", output]))
+
+
+class Runs:
+    """Starts runs with the same flags, forked from a server that has the libraries loaded and never trains itself."""
+
+    def __init__(self, flags: list[str], folder: Path):
+        self.context = fork_server()
+        self.flags, self.messages = flags, folder / "stderr.txt"
+
+    def start(self, output: Path, *flags: str, watcher: Watcher | None = None, first: Callable = default_sigint):
+        arguments = ([*self.flags, *flags], str(output), str(self.messages), watcher, first)
+        process = self.context.Process(target=run_and_exit, args=arguments)
+        process.start()
+        return process
+
+    def finish(self, output: Path, *flags: str, watcher: Watcher | None = None) -> int:
+        """Exit status of a run that is waited for; minus the signal where one ended it."""
+        process = self.start(output, *flags, watcher=watcher)
+        return ended(process)
+
+    def last_line(self) -> str:
+        return last_line(self.messages.read_text())

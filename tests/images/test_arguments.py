@@ -1,0 +1,110 @@
+"""Options of train_sd.py: which there are, and what is refused."""
+
+import subprocess
+import sys
+
+import pytest
+from waiting import LIMIT
+
+from images.runs import SCRIPT, refused
+from reslora.images.settings import build_parser
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--rank", "0"),
+        ("--rank", "four"),
+        ("--rank", "100000"),
+        ("--learning_rate", "nan"),
+        ("--lora_alpha", "inf"),
+        ("--lora_dropout", "1"),
+        ("--logit_mean", "nan"),
+        ("--mode_scale", "inf"),
+        ("--train_batch_size", "99999999999999999999"),
+        ("--resolution", "99999999999999999999"),
+        ("--aspect_ratio_buckets", "32,99999999999999999999", "--use_aspect_ratio_buckets"),
+        ("--pre_num", "-2"),
+        ("--checkpoints_total_limit", "0"),
+        ("--method", "vera"),
+        ("--shortcut", "sideways"),
+        ("--resolution", "30"),
+        ("--target_modules", "to_nothing"),
+        ("--pretrained_model_name_or_path", "/no/such/folder"),
+        ("--train_data_dir", "/no/such/folder"),
+        ("--caption_column", "caption"),
+        ("--output_dir", "/proc/run"),
+        ("--cache_dir", "/dev/null/cache"),
+        ("--class_data_dir", "/dev/null/class", "--class_prompt", "a disc"),
+        ("--resume_from_checkpoint", "checkpoint-1"),
+        ("--report_to", "comet_ml"),
+        ("--report_to", "swanlab"),
+        ("--report_to", "no_such_tracker"),
+        ("--config", "/no/such/file.toml"),
+        ("--no_such_flag", "unknown option"),
+        ("--lr_warmup", "did you mean --lr_warmup_steps?"),  # which alone begins so
+        ("--learning_rate", "-1e-4"),
+        ("--noise_offset", "-inf"),
+        ("--resolution", "12"),
+        ("--validation_height", "36"),
+        ("--validation_width", "36"),
+        ("--num_inference_steps", "2000"),
+        ("--learning_rate", "1e-08", "--lr_scheduler", "polynomial"),
+        ("--lr_scheduler", "piecewise_constant"),
+        ("--lr_scheduler", "no_such_schedule"),
+        ("--lr_step_rules", "1:ten,0.1", "--lr_scheduler", "piecewise_constant"),
+        ("--lr_step_rules", "1:10,nan", "--lr_scheduler", "piecewise_constant"),
+        ("--lr_step_rules", "1:10,0.1"),
+        ("--max_train_steps", "2", "--method", "adalora"),
+        ("--target_modules", "conv1", "--method", "adalora"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(base_flags, capsys, tmp_path, flags):
+    output = [] if flags[0] == "--output_dir" else ["--output_dir", tmp_path / "out"]
+    line = refused(capsys, *base_flags, "--method", "reslora", *output, *flags)
+    assert flags[0] in line and flags[1] in line
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize("tracker", ["comet_ml", "swanlab"])
+def test_a_tracker_that_is_not_installed_is_named_with_its_fix(base_flags, capsys, tracker):
+    line = refused(capsys, *base_flags, "--report_to", tracker)
+    assert "not installed" in line and f"pip install {tracker}" in line
+
+
+def test_model_without_data_is_refused(model, capsys):
+    assert "--train_data_dir" in refused(capsys, "--pretrained_model_name_or_path", model)
+
+
+def test_script_itself_exits_with_2_and_answers_help_without_heavy_imports():
+    heavy = "import sys, train_sd; from reslora.images.settings import build_parser; build_parser(); "
+    heavy += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", heavy], cwd=SCRIPT.parent, timeout=LIMIT).returncode == 0
+    done = subprocess.run([sys.executable, str(SCRIPT), "--rank", "0"], capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--rank" in done.stderr
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 0 and "--shortcut" in done.stdout
+
+
+def test_every_flag_of_diffusers_script_is_there():
+    names = {
+        "pretrained_model_name_or_path", "revision", "variant", "dataset_name", "dataset_config_name",
+        "train_data_dir", "image_column", "caption_column", "validation_prompt", "num_validation_images",
+        "validation_epochs", "max_train_samples", "output_dir", "cache_dir", "seed", "resolution",
+        "center_crop", "random_flip", "train_batch_size", "num_train_epochs", "max_train_steps",
+        "gradient_accumulation_steps", "gradient_checkpointing", "learning_rate", "scale_lr", "lr_scheduler",
+        "lr_warmup_steps", "snr_gamma", "use_8bit_adam", "allow_tf32", "dataloader_num_workers", "adam_beta1",
+        "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm", "push_to_hub", "hub_token",
+        "prediction_type", "hub_model_id", "logging_dir", "mixed_precision", "report_to", "local_rank",
+        "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint",
+        "enable_xformers_memory_efficient_attention", "noise_offset", "rank", "image_interpolation_mode",
+    }  # fmt: skip
+    assert len(names) == 51
+    assert names <= {action.dest for action in build_parser()._actions}
+
+
+def test_defaults_are_in_words_and_one_is_a_number():
+    helps = {action.dest: action.help for action in build_parser()._actions}
+    assert helps["gradient_accumulation_steps"].endswith("(default: 1)")
+    assert helps["cache_latents"].endswith("(default: on)") and "otherwise: none)" in helps["validation_prompt"]

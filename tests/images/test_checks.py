@@ -1,0 +1,178 @@
+"""What is said of targets, ranks and shortcuts before anything is encoded; most refusals are in test_arguments.py."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from pipelines import image_folder, qwen_image
+
+from images.runs import RESUME, main, only, parts, printed, refused, without
+from reslora.errors import InvalidArgument
+from reslora.images.data.dataset import ImageDataset
+from reslora.images.model.families import load_family
+from reslora.images.model_checks import check_family, check_held_out
+from reslora.images.settings import parse_args
+from reslora.training.context import Context
+
+
+@pytest.mark.exhaustive
+def test_a_clipped_pre_num_and_names_that_match_nothing_are_said(brief_flags, tmp_path):
+    flags = [*brief_flags, "--method", "reslora", "--shortcut", "block", "--pre_num", "50"]
+    lines = printed(*flags, "--target_modules", "to_q", "nothing", "--output_dir", tmp_path / "out")
+    assert "2 of 2 chains" in (line := only(lines, "--pre_num 50")) and "2 blocks" in line
+    assert "0 layers" in only(lines, "--target_modules", "nothing")
+
+
+@pytest.mark.parametrize(
+    ("target", "fix"), [("to_out", "give to_out.0"), (".*attn1.*", "let it match only layers, such as down_blocks.0.")]
+)
+def test_targets_that_fit_a_list_of_layers_are_refused_by_what_would_do(brief_flags, capsys, tmp_path, target, fix):
+    flags = [*brief_flags, "--target_modules", target, "--output_dir", tmp_path / "out"]
+    line = refused(capsys, *flags)
+    assert f"--target_modules {target}: down_blocks.0.attentions.0." in line and f"; {fix}" in line
+
+
+@pytest.mark.exhaustive
+def test_layers_that_stay_plain_are_counted(brief_flags, tmp_path):
+    """Convolutions get an adapter, and no shortcut: the tiny U-Net has one `conv_in`."""
+    flags = [*brief_flags, "--method", "reslora", "--target_modules", "to_q", "conv_in"]
+    lines = printed(*flags, "--output_dir", tmp_path / "out")
+    assert "1 " in only(lines, "conv_in")
+
+
+@pytest.mark.exhaustive
+def test_a_pre_num_that_fits_is_not_mentioned(brief_flags, tmp_path):
+    flags = [*brief_flags, "--method", "reslora", "--shortcut", "block", "--pre_num", "1"]
+    lines = printed(*flags, "--target_modules", "to_k", "--output_dir", tmp_path / "out")
+    assert not [line for line in lines if "--pre_num" in line or "--target_modules" in line]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("shortcut", "pre_num", "said"), [("input", 999, True), ("input", 4, False), ("input", 1, False)]
+)
+def test_a_pre_num_beyond_all_chains_is_said_of_input_shortcuts_too(brief_flags, tmp_path, shortcut, pre_num, said):
+    flags = [*brief_flags, "--method", "reslora", "--shortcut", shortcut, "--pre_num", str(pre_num)]
+    lines = printed(*flags, "--output_dir", tmp_path / "out")
+    found = [line for line in lines if line.startswith("--pre_num")]
+    assert len(found) == said and all("999" in line and "2 blocks" in line and "input" in line for line in found)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("shortcut", ["block", "middle"])
+def test_which_pre_num_is_the_same_is_said(brief_flags, tmp_path, shortcut):
+    flags = [*brief_flags, "--method", "reslora", "--shortcut", shortcut, "--pre_num", "999"]
+    assert "the same as --pre_num 1" in only(printed(*flags, "--output_dir", tmp_path / "out"), "--pre_num 999")
+
+
+# -- what the model does not read --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "config", "words"),
+    [
+        ("StableDiffusionPipeline", {}, "--max_sequence_length 64"),
+        ("StableDiffusionXLPipeline", {}, "--max_sequence_length 64"),
+        ("ZImagePipeline", {}, "--guidance_scale_train 3.5"),
+        ("Flux2KleinPipeline", {"guidance_embeds": True}, "--guidance_scale_train 3.5"),
+        ("FluxPipeline", {"guidance_embeds": False}, "--guidance_scale_train 3.5"),
+    ],
+)
+def test_what_the_model_does_not_read_is_refused(pipeline, config, words):
+    """With its default it may be given."""
+    model = SimpleNamespace(family=load_family(pipeline), denoiser_config=lambda: config)
+    with pytest.raises(InvalidArgument, match=f"^{words}: .*{model.family.name} .*; leave it"):
+        check_family(*parts(parse_args(words.split()), "adapter", "training"), model)
+    check_family(*parts(parse_args(["--guidance_scale_train", "1"]), "adapter", "training"), model)
+
+
+def test_what_the_model_reads_is_taken():
+    flags = parse_args(["--max_sequence_length", "64", "--guidance_scale_train", "3.5"])
+    check_family(
+        flags.adapter,
+        flags.training,
+        SimpleNamespace(family=load_family("FluxPipeline"), denoiser_config=lambda: {"guidance_embeds": 1}),
+    )
+
+
+# -- the images --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steering", ["--save_best", "--early_stopping_patience 3", "--validation_noises 2"])
+def test_one_image_cannot_steer_and_train(brief_flags, capsys, tmp_path, steering):
+    """Before the model is loaded: nothing of it is written."""
+    one, output = image_folder(tmp_path / "one", 1), tmp_path / "out"
+    flags = [*without(brief_flags, "--train_data_dir"), "--train_data_dir", one, "--output_dir", output]
+    line = refused(capsys, *flags, "--validation_split", "0.1", *steering.split())
+    assert f"error: {steering.split()[0]}: no image can be held out, since no folder has more than one" in line
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(("counts", "warned"), [([1], True), ([1, 1], True), ([1, 2], False)])
+def test_a_validation_loss_of_no_image_is_warned_of(capsys, counts, warned):
+    """Class images are never held out."""
+    context = Context(parse_args(["--validation_split", "0.1"]), None, SimpleNamespace(print=print), None)
+    class_images = ImageDataset(range(9), (), of_class=True)
+    check_held_out([*(ImageDataset(range(count), ()) for count in counts), class_images], context)
+    line = "warning: --validation_split 0.1: no image can be held out, since no folder has more than one; "
+    assert capsys.readouterr().out == (f"{line}there is no validation loss\n" if warned else "")
+
+
+# -- the rank ----------------------------------------------------------------------------------------------------------
+
+
+def settings(output) -> tuple[int, float]:
+    config = json.loads((output / "config.json").read_text())
+    return config["rank"], config["lora_alpha"]
+
+
+@pytest.mark.exhaustive
+def test_without_a_rank_the_narrowest_layer_says_it(brief_flags, tmp_path):
+    """The tiny U-Net's widest attention has 8 features; diffusers' own test pipelines are as narrow."""
+    flags, output = without(brief_flags, "--rank"), tmp_path / "out"
+    line = only(printed(*flags, "--output_dir", output), "--rank 8", "16")
+    assert "to_q" in line and settings(output) == (8, 16)
+    assert main(*flags, "--lora_alpha", "3", "--output_dir", tmp_path / "alpha") == 0
+    assert settings(tmp_path / "alpha") == (8, 3)
+
+
+@pytest.mark.exhaustive
+def test_where_no_layer_is_narrow_the_rank_is_the_default(brief_flags, tmp_path):
+    """LoKr's rank is no rank of a layer."""
+    flags = [*without(without(brief_flags, "--rank"), "--method"), "--method", "lokr"]
+    lines = printed(*flags, "--output_dir", tmp_path / "out")
+    assert settings(tmp_path / "out") == (16, 32) and not [line for line in lines if "--rank" in line]
+
+
+def test_a_rank_that_is_given_and_too_large_is_refused(brief_flags, capsys, tmp_path):
+    flags = without(brief_flags, "--rank")
+    (tmp_path / "flags.toml").write_text("rank = 16")
+    for given in (["--rank", "16"], ["--config", str(tmp_path / "flags.toml")]):
+        line = refused(capsys, *flags, *given, "--output_dir", tmp_path / "out")
+        assert "--rank 16" in line and "at most 8" in line
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.exhaustive
+def test_a_run_without_a_rank_goes_on_with_what_it_took(brief_flags, capsys, tmp_path):
+    flags, output = [*without(brief_flags, "--rank"), "--output_dir", str(tmp_path / "out")], tmp_path / "out"
+    assert main(*flags) == 0
+    longer = [*without(flags, "--max_train_steps"), "--max_train_steps", "2", *RESUME]
+    assert main(*longer) == 0 and settings(output) == (8, 16)
+    assert main("--config", output / "config.json", "--max_train_steps", "3", *RESUME) == 0
+    assert settings(output) == (8, 16)
+    line = refused(capsys, *longer, "--rank", "4", quiet=False)
+    assert "--rank 4" in line and "trained with 8" in line
+
+
+def test_targets_that_are_no_expression_are_named_without_a_rank_too(brief_flags, capsys, tmp_path):
+    flags = [*without(brief_flags, "--rank"), "--target_modules", "to_q(", "--output_dir", str(tmp_path / "out")]
+    assert "--target_modules to_q(" in refused(capsys, *flags)
+
+
+def test_adalora_is_refused_where_nothing_reads_a_layer(brief_flags, capsys, tmp_path):
+    """As in Qwen-Image's last block; every factor has to have a gradient, by which it is ranked."""
+    flags = [*without(brief_flags, "--pretrained_model_name_or_path"), "--method", "adalora"]
+    flags += ["--pretrained_model_name_or_path", qwen_image(tmp_path / "model"), "--output_dir", tmp_path / "out"]
+    line = refused(capsys, *flags, "--target_modules", "to_q", "to_add_out", "--max_train_steps", 3, quiet=False)
+    assert "nothing reads what attn.to_add_out of the last block return, so AdaLoRA cannot rank them" in line

@@ -1,0 +1,165 @@
+"""Nothing is done twice, and nothing grows with the data: what a run encodes, opens and holds."""
+
+import json
+import shutil
+import tracemalloc
+from collections.abc import Callable
+
+import pytest
+from pipelines import image_folder, random_image, stable_diffusion
+
+import train_sd
+from images.runs import read_by
+from reslora.errors import RunFailed
+from reslora.images.data import encoding
+from reslora.images.data.batch import Batch
+from reslora.images.data.dataset import ImageDataset
+from reslora.images.data.plan import Draw
+from reslora.images.data.samples import Material, TrainingSamples, training_loader
+from reslora.images.data.size import Size
+from reslora.images.data.sources import Source
+from reslora.images.model.families.stable_diffusion import StableDiffusion
+from reslora.images.model.loading import Model
+from reslora.options.images import Options
+from reslora.runtime.log import read_log
+
+pytestmark = pytest.mark.exhaustive
+
+IMAGES = 12
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model and a dozen images with six captions."""
+    folder = tmp_path_factory.mktemp("scale")
+    stable_diffusion(folder / "model")
+    image_folder(folder / "images", IMAGES, lambda number: f"box {number % 6}")
+    return folder
+
+
+@pytest.fixture
+def train(folder, tmp_path) -> Callable:
+    """Two steps of LoRA with two images each, what is encoded kept in `tmp_path / "cache"`; returns the losses."""
+
+    def run(name: str, *flags: str, status: int = 0) -> list[float]:
+        output = tmp_path / name
+        given = ["--pretrained_model_name_or_path", folder / "model", "--train_data_dir", folder / "images"]
+        given += ["--resolution", 32, "--random_flip", "--train_batch_size", 2, "--max_train_steps", 2, "--rank", 2]
+        given += ["--method", "lora", "--num_inference_steps", 1, "--num_validation_images", 0, "--report_to", "none"]
+        given += ["--cache_dir", tmp_path / "cache", "--output_dir", output, *flags]
+        assert train_sd.main(list(map(str, given))) == status
+        return [row["loss"] for row in read_log(output / "lora" / "log.jsonl")]
+
+    return run
+
+
+def encoders_are_not_loaded(monkeypatch, captions: bool = False) -> None:
+    """From now on encoding fails the run, but for that of captions where it is allowed."""
+    load_pipeline = Model.load_pipeline
+
+    def load(self, *args, encoders: bool, **more):
+        assert captions or not encoders
+        return load_pipeline(self, *args, encoders=encoders, **more)
+
+    def encode(*_):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(Model, "load_pipeline", load)
+    monkeypatch.setattr(StableDiffusion, "encode_images", encode)
+    if not captions:
+        monkeypatch.setattr(StableDiffusion, "encode_captions", encode)
+
+
+def test_another_run_on_the_same_data_encodes_nothing(train, folder, tmp_path, monkeypatch):
+    """In another folder, and with the data and the model elsewhere: the content counts."""
+    losses = train("first")
+    assert len(losses) == 2 and not (tmp_path / "first" / "cache").exists()
+    encoders_are_not_loaded(monkeypatch)
+    for part in ("model", "images"):
+        shutil.copytree(folder / part, tmp_path / part)
+    model, images = (str(tmp_path / part) for part in ("model", "images"))
+    assert train("second", "--pretrained_model_name_or_path", model, "--train_data_dir", images) == losses
+
+
+def test_other_captions_leave_the_encoded_images(train, folder, tmp_path, monkeypatch):
+    train("first")
+    encoders_are_not_loaded(monkeypatch, captions=True)
+    shutil.copytree(folder / "images", tmp_path / "images")
+    metadata = tmp_path / "images" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace("box", "disc"))
+    assert len(train("second", "--train_data_dir", str(tmp_path / "images"))) == 2
+
+
+def test_one_more_image_and_an_edited_caption_are_encoded_alone(train, folder, tmp_path, monkeypatch):
+    encoded, encode_images, encode_captions = [], StableDiffusion.encode_images, StableDiffusion.encode_captions
+    images = shutil.copytree(folder / "images", tmp_path / "images")
+    monkeypatch.setattr(
+        StableDiffusion, "encode_images", lambda *given: encoded.append(len(given[2])) or encode_images(*given)
+    )
+    monkeypatch.setattr(
+        StableDiffusion, "encode_captions", lambda *given: encoded.extend(given[2]) or encode_captions(*given)
+    )
+    train("first", "--train_data_dir", str(images))
+    assert encoded == [*[2, 8, 8] * (IMAGES // 3), "", *(f"box {number}" for number in range(6))]
+    encoded.clear()
+    rows = list(map(json.loads, (images / "metadata.jsonl").read_text().splitlines()))
+    random_image(100).save(images / "100.png")
+    rows[5]["text"] = "disc"  # the caption of another image still
+    rows = [{"file_name": "100.png", "text": "box 0"}, *reversed(rows[:8])]
+    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train("second", "--train_data_dir", str(images))
+    assert encoded == [8, "disc"]
+
+
+def test_another_seed_leaves_encoded_images_that_are_square(train, monkeypatch):
+    train("first", "--center_crop")
+    encoders_are_not_loaded(monkeypatch)
+    assert len(train("second", "--center_crop", "--seed", "1")) == 2
+
+
+def test_an_interrupted_run_encodes_no_part_twice(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "PART_OF_IMAGES", 5)
+    encode_images, encoded = StableDiffusion.encode_images, []
+
+    def interrupted_at_the_eighth(self, vae, pixels):
+        encoded.append(len(pixels))
+        if len(encoded) == 8:
+            raise RunFailed("interrupted")
+        return encode_images(self, vae, pixels)
+
+    monkeypatch.setattr(StableDiffusion, "encode_images", interrupted_at_the_eighth)
+    train("out", status=1)
+    assert [path.name[:8] for path in (tmp_path / "cache" / "encoded").iterdir()] == ["latents-"]  # captions are last
+    assert len(train("out")) == 2
+    variants = [2, 8, 8] * (IMAGES // 3)  # mirrored and not: one crop of those that are square, four of the others
+    assert encoded == variants[:8] + variants[5:]
+
+
+def test_without_cached_latents_an_image_is_opened_once_before_training_and_when_it_is_drawn(
+    train, tmp_path, monkeypatch
+):
+    opened, drawn, open_image, sample = [], [], ImageDataset.open, TrainingSamples.__getitem__
+    monkeypatch.setattr(ImageDataset, "open", lambda self, index: (opened.append(index), open_image(self, index))[1])
+
+    def draw(self, wanted: Draw) -> Batch:
+        drawn.append(wanted.image)
+        return sample(self, wanted)
+
+    monkeypatch.setattr(TrainingSamples, "__getitem__", draw)
+    train("out", "--no-cache_latents")
+    assert opened == [*range(IMAGES), *drawn] and len(drawn) == 4
+    assert not list((tmp_path / "cache" / "encoded").glob("latents*"))
+
+
+def test_positions_of_a_long_run_are_not_held(folder):
+    flags = Options.of(
+        train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0, noise_offset=0.0, seed=0
+    )
+    source = Source(None, None, tuple(range(IMAGES)), (), (Size(8, 8),), (0,) * IMAGES)
+    material = Material((source,), None, None, {}, **read_by(flags))
+    tracemalloc.start()
+    loader = training_loader(material, range(1, 200_000), processes=3, rank=1, pin=False)
+    positions = [draw.position for draw in next(iter(loader.batch_sampler))]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert positions == [8, 9] and peak < 2**20

@@ -1,0 +1,675 @@
+"""Going on from a checkpoint: bit for bit where nothing changed, a warning where it is damaged, else one line."""
+
+import contextlib
+import errno
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate import Accelerator
+from pipelines import image_folder
+from safetensors.torch import load_file, save_file
+from suites import quick
+
+from app.runs import Weights, merged_by
+from images import exact_steps
+from images.conftest import STEPS
+from images.runs import (
+    RESUME,
+    Watcher,
+    assert_same,
+    cut,
+    digests,
+    failed,
+    final_weights,
+    flip_a_bit,
+    killed_after,
+    losses,
+    main,
+    only,
+    options_of,
+    printed,
+    refused,
+    training_state,
+)
+from reslora.errors import InvalidArgument, RunFailed
+from reslora.images.settings import parse_args
+from reslora.io import write_json
+from reslora.runtime.checkpoint_folders import set_aside, step_of
+from reslora.runtime.log import read_log
+from reslora.training.best import best_of
+from reslora.training.checkpoints import (
+    Identity,
+    check_past,
+    checkpoints_of,
+    plan_resume,
+    read_checkpoint,
+    restore,
+    save_checkpoint,
+    settings_of,
+)
+
+
+def unfinished(run: Path, output: Path, *methods: str) -> Path:
+    """A copy of the run that has still to export what it trained."""
+    for method in methods:
+        shutil.copytree(run / method, output / method)
+        (output / method / "exports.json").unlink()
+    return output
+
+
+@pytest.mark.parametrize("method", quick(["lora", "reslora", "adalora"], "reslora"))
+def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
+    flags = [*base_flags, "--method", method, "--lora_dropout", "0.2", "--lr_scheduler", "cosine"]
+    flags += ["--lr_warmup_steps", "1", "--num_validation_images", "0"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(*flags, "--output_dir", whole) == 0
+    killed_after(2, whole, parts, method)
+    assert main(*flags, "--output_dir", parts, *RESUME) == 0
+    weights = "checkpoint-4/*.safetensors"
+    assert digests(whole / method, weights) == digests(parts / method, weights)
+    one, other = (training_state(folder, 4, method) for folder in (whole, parts))
+    assert one["lr_scheduler"] == other["lr_scheduler"]
+    for index, state in one["optimizer"]["state"].items():
+        assert_same(state, other["optimizer"]["state"][index])
+    assert losses(whole, method) == losses(parts, method)
+
+
+@pytest.mark.exhaustive
+def test_latest_with_nothing_to_go_on_from_says_so_and_starts_afresh(brief_flags, tmp_path):
+    """Otherwise a slip in --output_dir costs hours."""
+    lines = printed(*brief_flags, "--output_dir", tmp_path / "out", *RESUME)
+    only(lines, "--resume_from_checkpoint latest", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "lora" / "exports.json").is_file()
+
+
+def test_missing_named_checkpoint_is_an_error(base_flags, capsys, tmp_path):
+    flags = ("--output_dir", tmp_path, "--resume_from_checkpoint", "checkpoint-7")
+    assert "checkpoint-7" in refused(capsys, *base_flags, *flags)
+
+
+@pytest.mark.parametrize("words", [("--max_train_steps", "6"), ("--num_train_epochs", "5"), ("--max_train_steps", "4")])
+@pytest.mark.parametrize("resume", [(), RESUME])
+def test_a_finished_method_without_its_checkpoints_is_not_trained_over(tmp_path, words, resume):
+    """They were removed to save disk. With the same steps, a file that was exported is gone too."""
+    record = {"step": 4, "num_train_epochs": 100, "by_epochs": False, "difference_of_255": {"unet": 0}}
+    write_json(tmp_path / "lora" / "exports.json", record)
+    flags = parse_args(["--output_dir", str(tmp_path), "--method", "lora", *words, *resume])
+    with pytest.raises(InvalidArgument, match=r"lora was trained, and the checkpoint .* is gone; .* remove .*lora to"):
+        plan_resume(flags)
+    there = tmp_path / "lora" / ("unet" if words[1] == "4" else "checkpoint-2")
+    write_json(there / "trainer.json", {})  # what was gone
+    assert plan_resume(flags.replace(resume_from_checkpoint="latest")).finished == ["lora"] * (there.name == "unet")
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+def test_latest_skips_a_damaged_checkpoint_and_stray_folders(run, base_flags, tmp_path):
+    output = unfinished(run, tmp_path / "out", "reslora")
+    (output / "reslora" / "checkpoint-best").mkdir()
+    (output / "reslora" / "checkpoint-9").mkdir()  # unfinished
+    weights = output / "reslora" / "checkpoint-4" / "reslora_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    lines = printed(*base_flags, "--method", "reslora", "--output_dir", output, *RESUME)
+    only(lines, "warning", "checkpoint-4 is damaged")
+    assert_same(final_weights(output), final_weights(run))
+
+
+@pytest.mark.exhaustive
+def test_one_flipped_bit_is_damage(run, base_flags, tmp_path):
+    output = unfinished(run, tmp_path / "out", "lora")
+    flip_a_bit(output / "lora" / "checkpoint-4" / "adapter.safetensors")
+    lines = printed(*base_flags, "--method", "lora", "--output_dir", output, *RESUME)
+    only(lines, "warning", "checkpoint-4 is damaged")
+    only(lines, "going on from", "checkpoint-2")
+    assert_same(final_weights(output, "lora"), final_weights(run, "lora"))
+
+
+@pytest.mark.exhaustive
+def test_one_flipped_bit_is_damage_in_every_file(runs, whole, tmp_path):
+    """Each in a checkpoint of its own, and all the newest of them."""
+    output = tmp_path / "out"
+    shutil.copytree(whole / "reslora", output / "reslora")
+    (output / "reslora" / "exports.json").unlink()
+    damaged = {5: "reslora_model.safetensors", 4: "trainer.pt", 3: "trainer.json"}
+    for step, name in damaged.items():
+        flip_a_bit(output / "reslora" / f"checkpoint-{step}" / name)
+    lines = printed(*runs.flags, "--output_dir", output, *RESUME)
+    for step in damaged:
+        only(lines, "warning", f"checkpoint-{step} is damaged")
+    only(lines, "going on from", "checkpoint-2")
+    assert_same(final_weights(output, step=STEPS), final_weights(whole, step=STEPS))
+
+
+def test_a_named_checkpoint_with_a_flipped_bit_is_refused(run, base_flags, capsys, tmp_path):
+    output = unfinished(run, tmp_path / "out", "lora")
+    flip_a_bit(output / "lora" / "checkpoint-4" / "trainer.pt")
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", "checkpoint-4"]
+    line = refused(capsys, *flags, quiet=False)
+    assert "checkpoint-4" in line and "damaged" in line
+
+
+DAMAGES = {
+    "trainer.pt cut short": lambda folder: cut(folder / "trainer.pt"),
+    "trainer.pt gone": lambda folder: (folder / "trainer.pt").unlink(),
+    "trainer.json empty": lambda folder: (folder / "trainer.json").write_text(""),
+    "weights empty": lambda folder: (folder / "reslora_model.safetensors").write_bytes(b""),
+    "configuration cut short": lambda folder: cut(folder / "reslora_config.json"),
+}
+
+
+@pytest.mark.exhaustive
+def test_latest_goes_back_to_the_newest_that_is_whole(runs, whole, tmp_path):
+    """Every kind of damage at once, each in a checkpoint of its own, the newest in all of them."""
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    (output / "reslora" / "exports.json").unlink()
+    for step, damage in zip(range(STEPS, 0, -1), list(DAMAGES.values())[: STEPS - 1], strict=False):
+        damage(output / "reslora" / f"checkpoint-{step}")
+    assert runs.finish(output, *RESUME) == 0
+    assert_same(final_weights(output, step=STEPS), final_weights(whole, step=STEPS))
+    assert losses(output) == losses(whole)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_named_checkpoint_that_is_damaged_is_refused(runs, whole, tmp_path, damage):
+    shutil.copytree(whole / "reslora" / "checkpoint-2", tmp_path / "reslora" / "checkpoint-2")
+    DAMAGES[damage](tmp_path / "reslora" / "checkpoint-2")
+    assert runs.finish(tmp_path, "--resume_from_checkpoint", "checkpoint-2") == 2
+    assert "--resume_from_checkpoint" in runs.last_line() and "damaged" in runs.last_line()
+
+
+@pytest.mark.exhaustive
+def test_where_no_checkpoint_is_whole_nothing_is_trained_over_them(runs, whole, tmp_path):
+    """Weeks of training may be in them: to start afresh is for the user to say."""
+    output = tmp_path / "out"
+    shutil.copytree(whole / "reslora", output / "reslora")
+    (output / "reslora" / "exports.json").unlink()
+    for checkpoint in checkpoints_of(output / "reslora"):
+        cut(checkpoint / "trainer.pt")
+    before = digests(output, "reslora/checkpoint-*/*")
+    assert runs.finish(output, *RESUME, "--checkpoints_total_limit", "1") == 2
+    assert "no checkpoint in" in runs.last_line() and "remove that folder" in runs.last_line()
+    assert digests(output, "reslora/checkpoint-*/*") == before
+
+
+# -- what is whole, and cannot be loaded now ---------------------------------------------------------------------------
+
+
+def out_of_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def unreadable(*_: object, **__: object) -> None:
+    raise OSError(errno.EIO, "Input/output error", "adapter.safetensors")
+
+
+def of_another_version(*_: object, **__: object) -> None:
+    raise ValueError("loaded state dict contains a parameter group that doesn't match")
+
+
+FAILURES = {
+    "no memory for the optimizer": ("torch.optim.Optimizer.load_state_dict", out_of_memory),
+    "no memory for the state": ("torch.load", out_of_memory),
+    "another version's optimizer": ("torch.optim.Optimizer.load_state_dict", of_another_version),
+    "another version's adapter": ("reslora.training.checkpoints.load_adapter", of_another_version),
+    "a disk that does not answer": ("reslora.io._sha256", unreadable),
+}
+
+
+@pytest.mark.exhaustive
+def test_a_resume_that_fails_keeps_everything_and_succeeds_later(run, base_flags, capsys, tmp_path, monkeypatch):
+    """It may be another process's memory: nothing is passed over, started afresh, overwritten or removed."""
+    output = unfinished(run, tmp_path / "out", "lora")
+    before = digests(output, "**/checkpoint-*/*")
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--checkpoints_total_limit", "1", *RESUME]
+    flags += ["--max_train_steps", "5"]
+    for name, (where, failure) in FAILURES.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(where, failure)
+            line = failed(capsys, *flags)
+        assert "checkpoint-4" in line or "adapter.safetensors" in line, name
+        assert digests(output, "**/checkpoint-*/*") == before, name
+    assert main(*flags) == 0
+    assert "damaged" not in capsys.readouterr().out
+    assert [path.name for path in checkpoints_of(output / "lora")] == ["checkpoint-5"]
+
+
+# -- checkpoints of another line ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+def test_going_back_keeps_what_was_trained_from_there_before(run, base_flags, tmp_path):
+    """Neither overwritten when the step comes again, nor removed by the limit, nor taken for the newest."""
+    output = unfinished(run, tmp_path / "out", "lora")
+    (output / "lora" / "checkpoint-6").mkdir()  # somebody's, in the way of a later one
+    (output / "lora" / "checkpoint-6" / "mine.txt").write_text("mine")
+    before = digests(output, "lora/checkpoint-4/*")
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--checkpoints_total_limit", "1"]
+    flags += ["--max_train_steps", "6", "--resume_from_checkpoint", "checkpoint-2"]
+    only(printed(*flags), "checkpoint-4 is not of this line", "set-aside-checkpoint-4")
+    kept = {path.name for path in (output / "lora").glob("*checkpoint-*")}
+    assert kept == {"checkpoint-6", "set-aside-checkpoint-4", "set-aside-checkpoint-6"}
+    after = digests(output, "lora/set-aside-checkpoint-4/*")
+    assert {name.replace("set-aside-", ""): value for name, value in after.items()} == before
+    assert (output / "lora" / "set-aside-checkpoint-6" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.exhaustive
+def test_a_checkpoint_from_elsewhere_takes_no_places(run, base_flags, tmp_path):
+    output = unfinished(run, tmp_path / "out", "lora")
+    elsewhere = shutil.copytree(output / "lora" / "checkpoint-2", tmp_path / "else" / "checkpoint-2")
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", elsewhere]
+    assert main(*flags, "--checkpoints_total_limit", "1") == 0
+    kept = {path.name for path in (output / "lora").glob("*checkpoint-*")}
+    assert kept == {"set-aside-checkpoint-2", "set-aside-checkpoint-4", "checkpoint-4"}
+
+
+@pytest.mark.exhaustive
+def test_a_last_checkpoint_that_was_set_aside_is_exported(run, base_flags, tmp_path):
+    """No step is left. With blocks swapped, as in half precision, exports read the checkpoint of this folder."""
+    output = unfinished(run, tmp_path / "out", "lora")
+    aside = set_aside(output / "lora" / "checkpoint-4")
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", aside.name]
+    lines = printed(*flags, "--blocks_to_swap", "1")
+    only(lines, "going on from", "set-aside-checkpoint-4")
+    only(lines, "checkpoint-2 is not of this line")
+    assert_same(final_weights(output, "lora"), final_weights(run, "lora"))
+    one, other = (load_file(folder / "lora" / "kohya.safetensors") for folder in (output, run))
+    assert all(one[name].equal(other[name]) for name in other)
+
+
+# -- rotation --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+def test_only_the_newest_checkpoints_are_kept(base_flags, tmp_path):
+    flags = [*base_flags, "--method", "lora", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2"]
+    assert main(*flags, "--output_dir", tmp_path / "out") == 0
+    assert [path.name for path in checkpoints_of(tmp_path / "out" / "lora")] == ["checkpoint-4", "checkpoint-3"]
+    assert len(list((tmp_path / "out" / "lora").glob("checkpoint-*"))) == 2
+
+
+@pytest.mark.exhaustive
+def test_rotation_keeps_the_newest_and_leaves_the_rest_alone(runs, tmp_path):
+    """Neither stray folders nor unfinished checkpoints are counted or removed."""
+    method = tmp_path / "out" / "reslora"
+    for name in ("checkpoint-best", "checkpoint-3-backup", "checkpoint-99"):
+        (method / name).mkdir(parents=True)
+        (method / name / "mine.txt").write_text("mine")
+    assert runs.finish(tmp_path / "out", "--checkpoints_total_limit", "3") == 0
+    names = {f"checkpoint-{step}" for step in (3, 4, 5)} | {"checkpoint-best", "checkpoint-3-backup", "checkpoint-99"}
+    assert {path.name for path in method.glob("checkpoint-*")} == names
+    assert (method / "checkpoint-best" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.exhaustive
+def test_rotation_does_not_count_what_is_damaged(runs, whole, tmp_path):
+    """The newest was damaged, the run goes on from before it: what it saves from then on must stay."""
+    output, snapshots = tmp_path / "out", tmp_path / "snapshots"
+    snapshots.mkdir()
+    shutil.copytree(whole / "reslora", output / "reslora")
+    (output / "reslora" / "exports.json").unlink()
+    for step in (4, 5):
+        cut(output / "reslora" / f"checkpoint-{step}" / "trainer.pt")
+    flags = ("--checkpoints_total_limit", "1", *RESUME)
+    assert runs.finish(output, *flags, watcher=Watcher(output, snapshots)) == 0
+    for snapshot in snapshots.iterdir():
+        assert any(is_whole(path) for path in checkpoints_of(snapshot / "reslora"))
+    assert_same(final_weights(output, step=STEPS), final_weights(whole, step=STEPS))
+
+
+def is_whole(checkpoint: Path) -> bool:
+    with contextlib.suppress(RuntimeError, OSError):
+        return bool(torch.load(checkpoint / "trainer.pt", weights_only=True))
+    return False
+
+
+# -- other settings, models and images -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags", [("--rank", "8"), ("--shortcut", "middle"), ("--seed", "3"), ("--train_batch_size", "3")]
+)
+def test_resume_refuses_other_settings(run, base_flags, capsys, flags):
+    line = refused(capsys, *base_flags, *flags, "--output_dir", run, "--method", "reslora", "--max_train_steps", "6",
+                   *RESUME)  # fmt: skip
+    assert flags[0] in line or "batch size" in line
+
+
+def test_a_damaged_newest_checkpoint_does_not_hide_other_settings(run, base_flags, capsys, tmp_path):
+    output = unfinished(run, tmp_path / "out", "lora")
+    (output / "lora" / "checkpoint-4" / "trainer.json").write_text("[]")
+    flags = [*base_flags, "--method", "lora", "--output_dir", output, *RESUME]
+    assert "--learning_rate" in refused(capsys, *flags, "--learning_rate", "0.5")
+
+
+def flags_in(folder: Path) -> list[str]:
+    """Of a run that has its model and its images beside it."""
+    places = {"--pretrained_model_name_or_path": "model", "--train_data_dir": "images", "--output_dir": "out"}
+    return [word for flag, name in places.items() for word in (flag, str(folder / name))]
+
+
+@pytest.fixture(scope="module")
+def one_step(brief_flags, model, tmp_path_factory) -> Path:
+    """The folder of a run of one step that has its model and its images beside it."""
+    folder = tmp_path_factory.mktemp("one_step")
+    shutil.copytree(model, folder / "model")
+    image_folder(folder / "images")
+    assert main(*brief_flags, *flags_in(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def again(one_step, brief_flags, tmp_path) -> list[str]:
+    """The flags to go on with for a second step, in a copy of that folder in `tmp_path`."""
+    shutil.copytree(one_step, tmp_path, dirs_exist_ok=True)
+    return [*brief_flags, *flags_in(tmp_path), "--max_train_steps", "2", *RESUME]
+
+
+@pytest.mark.exhaustive
+def test_resume_refuses_other_captions(again, capsys, tmp_path):
+    folder = tmp_path / "images"
+    shutil.rmtree(folder)
+    image_folder(folder, caption=lambda i: "red box")
+    line = refused(capsys, *again, quiet=False)
+    assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])
+def test_resume_refuses_an_image_that_was_replaced_by_one_of_as_many_bytes(brief_flags, capsys, tmp_path, layout):
+    folder = image_folder(tmp_path / "p", 3, layout=layout)
+    flags = [*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out"]
+    assert main(*flags, "--cache_dir", tmp_path / "cache") == 0
+    path = folder / "1.png"
+    size = path.stat().st_size
+    PIL.Image.fromarray(np.zeros((32, 40, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes().ljust(size, b"\0"))  # what follows a PNG's end is not read
+    assert path.stat().st_size == size
+    capsys.readouterr()
+    again = ("--max_train_steps", "2", *RESUME, "--cache_dir", tmp_path / "cache")
+    line = refused(capsys, *flags, *again, quiet=False)
+    assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
+
+
+@pytest.mark.exhaustive
+def test_a_run_goes_on_where_its_model_and_images_have_moved(brief_flags, model, data, tmp_path):
+    """Bit for bit as if they had stayed: what they are decides, and where they were is a note."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(model, here / "model")
+    shutil.copytree(data, here / "images")
+    for folder in (here, there):
+        flags = [*brief_flags, "--output_dir", tmp_path / "out", *RESUME]
+        flags += ["--pretrained_model_name_or_path", folder / "model", "--train_data_dir", folder / "images"]
+        steps = 1 if folder == here else 2
+        lines = printed(*flags, "--max_train_steps", steps)
+        here.exists() and here.rename(there)
+    only(lines, "going on from", "checkpoint-1")
+    whole = [*brief_flags, "--max_train_steps", "2", "--checkpointing_steps", "1", "--output_dir", tmp_path / "whole"]
+    assert main(*whole) == 0
+    assert losses(tmp_path / "out", "lora") == losses(tmp_path / "whole", "lora")
+    assert_same(*(final_weights(tmp_path / name, "lora", step=2) for name in ("out", "whole")))
+
+
+@pytest.mark.exhaustive
+def test_resume_refuses_another_model_at_the_same_place(again, capsys, tmp_path):
+    """Every weight is another, then queries and values alone, all over the file; and then the model is back."""
+    weights = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    before, tensors = weights.read_bytes(), load_file(weights)
+    for factor, parts in ((2, ("",)), (-3, (".to_q.", ".to_v."))):
+        changed = {k: value * (factor if any(part in k for part in parts) else 1) for k, value in tensors.items()}
+        save_file(changed, weights, metadata={"format": "pt"})
+        line = refused(capsys, *again, quiet=False)
+        assert f"--pretrained_model_name_or_path {tmp_path}/model" in line and "checkpoint-1" in line
+    weights.write_bytes(before)
+    assert main(*again) == 0
+
+
+@pytest.mark.exhaustive
+def test_resume_refuses_another_autoencoder_at_the_same_place(brief_flags, model, capsys, tmp_path):
+    vae = shutil.copytree(model / "vae", tmp_path / "vae")
+    flags = [*brief_flags, "--pretrained_vae_model_name_or_path", vae, "--output_dir", tmp_path / "out"]
+    assert main(*flags) == 0
+    weights = vae / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 2 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    capsys.readouterr()
+    line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
+    assert "from a model with other content" in line and "checkpoint-1" in line
+
+
+@pytest.mark.exhaustive
+def test_resume_refuses_an_image_that_is_another_in_its_middle(brief_flags, capsys, tmp_path):
+    folder = image_folder(tmp_path / "p", 1, layout="txt")
+    (folder / "0.png").unlink()
+    PIL.Image.new("RGB", (96, 96)).save(folder / "0.bmp")
+    flags = [*brief_flags, "--train_data_dir", folder, "--output_dir", tmp_path / "out"]
+    assert main(*flags) == 0
+    flip_a_bit(folder / "0.bmp")
+    capsys.readouterr()
+    line = refused(capsys, *flags, "--max_train_steps", "2", *RESUME, quiet=False)
+    assert f"--train_data_dir {folder}" in line and "checkpoint-1" in line
+
+
+@pytest.mark.exhaustive
+def test_resume_refuses_another_schedule_of_noise_at_the_same_place(again, capsys, tmp_path):
+    config = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "epsilon"}))
+    line = refused(capsys, *again, quiet=False)
+    assert f"--pretrained_model_name_or_path {tmp_path}/model" in line and "checkpoint-1" in line
+
+
+# -- by themselves: one learner, no run --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keep(model, tmp_path):
+    """Saves the learner at a step, with these flags; returns the checkpoint. `keep.learner` is a fresh ResLoRA."""
+    material, loss, denoiser = exact_steps.setting(model)
+    accelerator = Accelerator(cpu=True)
+    learner = exact_steps.learner_of(denoiser, loss, accelerator)
+
+    def save(step: int, **flags) -> Path:
+        learner.step, learner.seconds = step, 10.0 * step
+        options, identity = options_of(material).replace(**flags), Identity("model", "images", "--model", "--images")
+        context = SimpleNamespace(options=options, accelerator=accelerator, folder_of=lambda method: tmp_path)
+        save_checkpoint(learner, SimpleNamespace(context=context, identity=identity))
+        return tmp_path / f"checkpoint-{step}"
+
+    save.learner, save.options, save.accelerator = learner, options_of(material), accelerator
+    return save
+
+
+def test_a_checkpoint_that_loads_but_differs_from_its_checksums_is_passed_over(keep, capsys):
+    """A digit of its seconds, a weight's last bit: every reader would take these."""
+    paths = [keep(step) for step in (1, 2, 3)]
+    record = paths[2] / "trainer.json"
+    record.write_text(record.read_text().replace("30.0", "31.0"))
+    weights = paths[1] / "reslora_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-8] ^= 1
+    weights.write_bytes(content)
+    load_file(weights)
+    flags = keep.options.replace(resume_from_checkpoint="latest")
+    restore(keep.learner, paths[::-1], flags.output, keep.accelerator)
+    assert (keep.learner.step, keep.learner.seconds) == (1, 10.0)
+    assert capsys.readouterr().out.count("warning: ") == 2
+    with pytest.raises(InvalidArgument, match="damaged"):
+        restore(keep.learner, paths[1:2], flags.replace(resume_from_checkpoint="checkpoint-2").output, keep.accelerator)
+
+
+@pytest.mark.exhaustive
+def test_a_checkpoint_without_its_record_is_damaged_and_not_nothing(keep, tmp_path):
+    """Where none else is there, training would start from zero beside it."""
+    first, second = [keep(step, max_train_steps=9) for step in (1, 2)]
+    keep.learner.name, named = tmp_path.name, {"output_dir": str(tmp_path.parent), "method": [tmp_path.name]}
+    flags = keep.options.replace(**named, max_train_steps=9, resume_from_checkpoint="latest")
+    (second / "trainer.json").unlink()
+    restore(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags.output, keep.accelerator)
+    assert keep.learner.step == 1
+    (first / "trainer.json").unlink()
+    with pytest.raises(InvalidArgument, match=r"no checkpoint in .* is whole"):
+        restore(keep.learner, plan_resume(flags).checkpoints[tmp_path.name], flags.output, keep.accelerator)
+
+
+def test_a_checkpoint_that_cannot_be_loaded_sets_no_others_aside(keep, tmp_path, monkeypatch):
+    first, *_ = [keep(step) for step in (1, 2, 3)]
+    keep.learner.name, flags = tmp_path.name, keep.options.replace(output_dir=str(tmp_path.parent))
+    with monkeypatch.context() as patch, pytest.raises(RunFailed, match="nothing on disk was changed"):
+        patch.setattr(torch, "load", out_of_memory)
+        restore(keep.learner, [first], flags.output, keep.accelerator)
+    assert [step_of(path) for path in checkpoints_of(tmp_path)] == [3, 2, 1]
+    restore(keep.learner, [first], flags.output, keep.accelerator)
+    assert [step_of(path) for path in checkpoints_of(tmp_path)] == [1]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_who_is_killed_after_going_back_goes_on_from_there(keep, tmp_path, elsewhere):
+    """Before the next checkpoint: `latest` is the chosen one, and not a start from zero."""
+    flags = keep.options.replace(output_dir=str(tmp_path.parent), method=[tmp_path.name], max_train_steps=9)
+    _, second, _ = [keep(step, max_train_steps=9) for step in (1, 2, 3)]
+    chosen = second.rename(tmp_path / "kept") if elsewhere else set_aside(second)
+    keep.learner.name = keep.learner.method = tmp_path.name
+    named = flags.replace(resume_from_checkpoint=str(chosen))
+    restore(keep.learner, [chosen], named.output, keep.accelerator)
+    assert plan_resume(flags.replace(resume_from_checkpoint="latest")).checkpoints == {tmp_path.name: [second]}
+    assert digests(second, "*") == digests(chosen, "*")
+    shutil.rmtree(second)
+    with pytest.raises(InvalidArgument, match=rf"go on with --resume_from_checkpoint {tmp_path}/set-aside"):
+        plan_resume(flags)
+
+
+def test_log_and_best_adapter_of_another_line_are_not_taken_for_its_own(keep, tmp_path):
+    """Else --save_best would export what that one was at its best."""
+    flags = keep.options.replace(output_dir=str(tmp_path.parent))
+    keep.learner.name = tmp_path.name
+    aside = set_aside(keep(2))
+    other = keep(2)
+    write_json(tmp_path / "best" / "step-000002" / "loss.json", {"step": 2, "loss": 0.1})
+    (tmp_path / "log.jsonl").write_text('{"step": 2, "split": "validation", "loss": 0.1}\n')
+    restore(keep.learner, [other], flags.output, keep.accelerator)
+    assert best_of(tmp_path) and read_log(tmp_path / "log.jsonl")
+    restore(keep.learner, [aside], flags.output, keep.accelerator)
+    assert best_of(tmp_path) is None and not read_log(tmp_path / "log.jsonl")
+    assert read_log(tmp_path / "set-aside-log.jsonl") and (tmp_path / "set-aside-best").is_dir()
+
+
+def test_what_a_checkpoint_was_merged_into_steps_aside_with_it(keep, tmp_path):
+    """Else the application would hand out and draw with that of another line, under the step's name."""
+    flags = keep.options.replace(output_dir=str(tmp_path.parent))
+    keep.learner.name = tmp_path.name
+    checkpoints = [keep(step) for step in (1, 2, 3)]
+    merged = [merged_by(Weights("", "adapter", "reslora", each, step_of(each)), "weights") for each in checkpoints]
+    for weights in merged:
+        weights.path.parent.mkdir()
+        weights.path.touch()
+    restore(keep.learner, [checkpoints[1]], flags.output, keep.accelerator)
+    assert [weights.path.is_file() for weights in merged] == [True, True, False]
+    assert (tmp_path / "set-aside-merged-by-weights-3").is_dir()
+    restore(keep.learner, [set_aside(checkpoints[0])], flags.output, keep.accelerator)  # a line of its own
+    assert not any(weights.path.is_file() for weights in merged)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("limit", "kept"), [(None, [4, 3, 2, 1]), (1, [4]), (3, [4, 3, 2])])
+def test_no_more_checkpoints_stay_than_the_limit_allows(keep, tmp_path, limit, kept):
+    for step in (1, 2, 3, 4):
+        keep(step, checkpoints_total_limit=limit)
+    assert [step_of(path) for path in checkpoints_of(tmp_path)] == kept
+    assert len(list(tmp_path.glob("checkpoint-*"))) == len(kept)
+
+
+def test_one_that_cannot_be_removed_ends_no_training(keep, tmp_path, monkeypatch, capsys):
+    def refused(*_):
+        raise PermissionError("Operation not permitted: 'adapter.safetensors'")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", refused)
+        for step in (1, 2):
+            keep(step, checkpoints_total_limit=1)
+    assert [step_of(path) for path in checkpoints_of(tmp_path)] == [2]
+    assert "(it was checkpoint-1) cannot be removed, and nothing needs it" in capsys.readouterr().out
+
+
+def test_checkpoints_of_an_earlier_try_are_neither_counted_nor_removed(keep, tmp_path):
+    for step in (8, 9, 1, 2):
+        keep(step, checkpoints_total_limit=1 if step < 8 else None)
+    assert [step_of(path) for path in checkpoints_of(tmp_path)] == [9, 8, 2]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "processes", "same"),
+    [(4, 2, 1, True), (8, 1, 1, True), (1, 8, 1, True), (2, 2, 2, True), (1, 1, 8, True),
+     (4, 1, 1, False), (4, 2, 2, False), (8, 1, 2, False)],
+)  # fmt: skip
+def test_batch_accumulation_and_processes_may_change_as_long_as_a_steps_samples_stay(
+    keep, monkeypatch, batch, accumulation, processes, same
+):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    checkpoint = keep(1, train_batch_size=4, gradient_accumulation_steps=2)
+    flags = keep.options.replace(train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    if same:
+        return check_past(flags.flat(), checkpoint, read_checkpoint(checkpoint), None)
+    with pytest.raises(InvalidArgument, match="batch size x accumulation x processes") as error:
+        check_past(flags.flat(), checkpoint, read_checkpoint(checkpoint), None)
+    assert str(batch * accumulation * processes) in str(error.value) and "trained with 8" in str(error.value)
+
+
+@pytest.mark.parametrize("steering", [{"save_best": True}, {"early_stopping_patience": 3}])
+def test_what_steers_is_not_added_half_way_and_named_itself(keep, steering):
+    """Nobody has given --validation_noises. Where these were measured, patience may come, change and go."""
+    plain, measured = keep(1), keep(2, validation_noises=4, save_best="save_best" in steering)
+    flags = keep.options.replace(validation_noises=4, **steering)
+    (name,) = steering
+    with pytest.raises(InvalidArgument, match=rf"^--{name}( 3)?: needs --validation_noises .* leave it out"):
+        check_past(flags.flat(), plain, read_checkpoint(plain), None)
+    for patience in (flags.validation.early_stopping_patience, 5, None):
+        check_past(flags.replace(early_stopping_patience=patience).flat(), measured, read_checkpoint(measured), None)
+    with pytest.raises(InvalidArgument, match=r"--validation_noises 4: .* was trained with 2; use that"):
+        fewer = keep(3, validation_noises=2)
+        check_past(flags.replace(save_best=False).flat(), fewer, read_checkpoint(fewer), None)
+
+
+def test_what_a_run_was_begun_without_is_to_be_left_out(keep):
+    checkpoint = keep(1)
+    with pytest.raises(InvalidArgument, match=r"--caption_prefix sks: .* was trained with none; leave it out, or"):
+        check_past(keep.options.replace(caption_prefix="sks").flat(), checkpoint, read_checkpoint(checkpoint), None)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("name", "before", "value", "words"),
+    [
+        ("rank", 2, [2, 4], "--rank 2 4: .* was trained with 2; use that"),
+        ("rank", [2, 4], 2, "--rank 2: .* was trained with 2 4; use that"),
+        ("shortcut", "middle", ["input", "block"], "--shortcut input block: .* was trained with middle; use that"),
+    ],
+)
+def test_several_values_are_told_as_they_are_typed(keep, name, before, value, words):
+    record = {"settings": settings_of(keep.options.replace(**{name: before}).flat())}
+    with pytest.raises(InvalidArgument, match=words):
+        check_past(keep.options.replace(**{name: value}).flat(), keep(1), record, None)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sizes", [{"use_aspect_ratio_buckets": True}, {"resolution": [32, 64]}])
+def test_where_images_have_several_sizes_a_forwards_samples_stay_too(keep, monkeypatch, sizes):
+    """Each forward has images of one size, so which ones make up a step is a matter of how many there are in one."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    checkpoint = keep(1, train_batch_size=8, gradient_accumulation_steps=1, **sizes)
+    record, flags = read_checkpoint(checkpoint), keep.options.replace(gradient_accumulation_steps=1, **sizes)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_past(flags.replace(train_batch_size=4).flat(), checkpoint, record, None)
+    with pytest.raises(InvalidArgument, match=r"several sizes, batch size x processes = 2: .* was trained with 8"):
+        check_past(flags.replace(train_batch_size=1, gradient_accumulation_steps=4).flat(), checkpoint, record, None)

@@ -1,0 +1,101 @@
+"""What a run is asked for between two steps."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+
+from reslora.options.images import Options
+from reslora.runtime.signals import StopRequest
+from reslora.training import loop, stopping
+from reslora.training.loop import after_step
+from reslora.training.stopping import Requests, consume_request
+
+
+def requests(folder, minutes: float | None = None, images: int = 1) -> Requests:
+    shown = {"validation_prompt": ["red disc"], "num_validation_images": images}
+    flags = Options.of(checkpointing_minutes=minutes, checkpointing_steps=5, **shown)
+    return Requests(SimpleNamespace(stop=StopRequest(), folder=folder, status=None, options=flags))
+
+
+def test_files_ask_once_and_go(tmp_path):
+    asked = requests(tmp_path)
+    assert asked.after_step() == (False, False, False)
+    (tmp_path / "sample.now").touch()
+    assert asked.after_step() == (False, False, True)
+    (tmp_path / "save.now").touch()
+    asked.stop.signal = 15
+    assert asked.after_step() == (True, True, False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_request_that_cannot_be_removed_is_none(tmp_path):
+    (tmp_path / "save.now").mkdir()
+    assert not consume_request(tmp_path / "save.now") and requests(tmp_path).after_step() == (False, False, False)
+
+
+def test_a_run_that_draws_nothing_says_so(tmp_path, capsys):
+    (tmp_path / "sample.now").touch()
+    assert requests(tmp_path, images=0).after_step() == (False, False, False)
+    assert "this run draws no samples" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+def test_a_process_that_is_not_the_main_one_leaves_the_files(tmp_path, monkeypatch):
+    (tmp_path / "save.now").touch()
+    monkeypatch.setattr(stopping, "is_main", lambda: False)
+    assert requests(tmp_path, minutes=1e-9).after_step() == (False, False, False) and (tmp_path / "save.now").exists()
+
+
+def test_minutes_count_from_the_last_checkpoint(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now)
+    asked = requests(tmp_path, minutes=2)
+    found = []
+    for now in (219.0, 220.0, 221.0):  # noqa: B007 - the clock
+        found.append(asked.after_step()[1])
+    asked.saved()
+    for now in (340.0, 341.0):  # noqa: B007
+        found.append(asked.after_step()[1])
+    assert found == [False, True, True, False, True]
+
+
+SAVED = ["held", "flush", "save", "saved"]
+DRAWN = ["held", "flush", "all", "save"]
+
+
+@pytest.mark.parametrize(
+    ("step", "asked", "meanwhile", "expected", "stops"),
+    [
+        (1, (), "", [], False),
+        (5, (), "", SAVED, False),  # --checkpointing_steps
+        (12, (), "", [*SAVED, "all"], False),  # the last one
+        (1, ("save",), "", SAVED, False),
+        (1, ("draw",), "", ["held", "flush", "samples"], False),
+        (1, ("stop",), "", SAVED, True),
+        (3, ("stop",), "", SAVED, True),  # the validation is left to the next start
+        (3, (), "", ["held", "flush", "all"], False),
+        (3, (), "stop", DRAWN, True),
+        (3, (), "over", DRAWN, False),  # what patience ends is saved
+        (5, ("draw",), "stop", [*SAVED, "samples"], True),  # and nothing twice
+    ],
+)
+def test_what_is_due_or_asked_for_is_done_once(monkeypatch, step, asked, meanwhile, expected, stops):
+    """A loss that is not finite, which `flush` finds, is not saved, nor is anything in a folder that was moved."""
+    done, stop = [], StopRequest()
+    learner = SimpleNamespace(step=step, name="lora", over=False, timed=nullcontext)
+
+    def validated(learner, reports, parts):
+        done.extend(parts or ["all"])
+        stop.signal = 15 if meanwhile == "stop" else None
+        learner.over = meanwhile == "over"
+
+    monkeypatch.setattr(loop, "check_held", lambda: done.append("held"))
+    monkeypatch.setattr(loop, "save_checkpoint", lambda learner, study: done.append("save"))
+    reports = SimpleNamespace(flush=lambda: done.append("flush"))
+    requests = SimpleNamespace(
+        after_step=lambda: tuple(name in asked for name in ("stop", "save", "draw")),
+        every=5, saved=lambda: done.append("saved"), status=SimpleNamespace(say=lambda *_: None), stop=stop,
+    )  # fmt: skip
+    schedule = SimpleNamespace(steps=12, is_due=lambda step: step % 3 == 0)
+    study = SimpleNamespace(schedule=schedule, validate=validated)
+    assert (after_step(learner, study, reports, requests), done) == (stops, expected)

@@ -1,0 +1,74 @@
+"""Who sees all options of a run: every other function takes the groups that it needs."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WHOLE = {"Options", "Grid", "TextOptions", "LlmOptions", "GlueOptions"}
+SEE_ALL = {
+    # resolution: defaults, files, what contradicts
+    "reslora/images/settings.py": "parse_args resolve with_family",
+    "reslora/images/refusals.py": "check_options check_places report_doubtful",
+    "reslora/images/model_checks.py": "with_rank",
+    "reslora/images/initial_lora.py": "with_start",
+    "reslora/images/experiment/requirements.py": "check_ranks",
+    "reslora/texts/arguments.py": "read resolve check_experiment _checked_llm _checked_glue",
+    "reslora/texts/glue.py": "arguments_of arguments main",
+    "reslora/texts/resuming.py": "free_on_resume",
+    # a run, which resumes with the same options or is refused
+    "reslora/training/context.py": "Context",
+    "reslora/images/accelerator.py": "start_accelerator",
+    "reslora/images/run.py": "run begin find_all settle check_folder show_plan",
+    "reslora/training/checkpoints.py": "plan_resume already_trained notes_of write_exports",
+    "reslora/texts/llm.py": "arguments main",
+    "reslora/texts/experiment.py": "run report_unread opened",
+    # the runs of an experiment
+    "reslora/experiment/arms.py": "labels_of options_of check_values",
+    "reslora/experiment/schedule.py": "Course",
+    "reslora/experiment/runner.py": "run_experiment",
+    "reslora/images/experiment/run.py": "open_study take_folder going_on with_varied check_folder check_same "
+    "check_variants",
+    # the application's form
+    "app/jobs.py": "resolved",
+    "app/bases.py": "options",
+    "app/image_folders.py": "Images options_of _flags images state_of read with_masks whole_line images_of "
+    "skipped_images "
+    "buckets_of",
+}
+"""Who may, by file; of `Arguments[LlmOptions]` and the like the whole is not seen, but a run's arguments."""
+
+
+def seen(path: Path) -> dict[str, set[str]]:
+    """The functions and classes of a file whose parameters or fields are all options, with these."""
+    found: dict[str, set[str]] = {}
+    text = path.read_text()
+    if not any(f"options.{name} import" in text for name in ("images", "texts", "grid")):
+        return found
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            kinds = [argument.annotation for argument in (*node.args.args, *node.args.kwonlyargs)] + [node.returns]
+        elif isinstance(node, ast.ClassDef):
+            kinds = [part.annotation for part in node.body if isinstance(part, ast.AnnAssign)]
+        else:
+            continue
+        kinds = [kind for kind in kinds if kind and not ast.unparse(kind).startswith("Arguments[")]
+        names = {name.id for kind in kinds for name in ast.walk(kind) if isinstance(name, ast.Name)}
+        if names & WHOLE:
+            found[node.name] = names & WHOLE
+    return found
+
+
+def test_only_resolution_runs_and_the_form_see_all_options():
+    found = {}
+    for path in (*ROOT.glob("reslora/**/*.py"), *ROOT.glob("app/**/*.py")):
+        place = path.relative_to(ROOT).as_posix()
+        if not place.startswith("reslora/options/") and (names := seen(path)):
+            found[place] = sorted(names)
+    assert found == {place: sorted(names.split()) for place, names in SEE_ALL.items()}
+
+
+def test_no_signature_has_untyped_flags():
+    for path in (*ROOT.glob("reslora/**/*.py"), *ROOT.glob("app/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert "flags" not in {argument.arg for argument in node.args.args}, f"{path}: {node.name}"

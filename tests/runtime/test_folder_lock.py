@@ -1,0 +1,187 @@
+"""A run's folder is kept from a second run, whatever temporary folder either has."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from filelock import Timeout
+from waiting import ended, wait_until
+
+from reslora.errors import InvalidArgument, RunFailed
+from reslora.io import this_process, write_json
+from reslora.runtime.folder_lock import check_held, guarded, locked, writing_into
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HOLDS = f"""
+import pathlib, sys, time
+sys.path.insert(0, {str(REPOSITORY)!r})
+from reslora.runtime.folder_lock import locked
+with locked(pathlib.Path(sys.argv[1])):
+    pathlib.Path(sys.argv[1], "held").touch()
+    time.sleep(600)
+"""
+
+
+def take(folder: Path) -> None:
+    with locked(folder):
+        assert (folder / ".lock").read_text().partition("\n")[0] == str(os.getpid())
+
+
+@pytest.fixture
+def other_temporary_folder(tmp_path, monkeypatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+
+@pytest.mark.exhaustive
+def test_a_living_owner_is_seen_with_another_temporary_folder(tmp_path, other_temporary_folder):
+    folder = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)])
+    try:
+        wait_until((folder / "held").exists, "the lock", process)
+        for _ in range(2):  # who is refused leaves the owner's lock
+            with pytest.raises(InvalidArgument, match=f"process {process.pid} is training in it"):
+                take(folder)
+    finally:
+        process.kill()
+    ended(process)
+    take(folder)
+    assert not (folder / ".lock").exists()
+
+
+def test_a_lock_leaves_no_file_behind(tmp_path, other_temporary_folder):
+    with locked(tmp_path / "out"):
+        assert [path.suffix for path in (tmp_path / "temporary").iterdir()] == [".lock"]
+        with pytest.raises(InvalidArgument, match="is training in it"):
+            take(tmp_path / "out")
+        assert len(list((tmp_path / "temporary").iterdir())) == 1  # who is refused removes nothing
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_two_do_not_lock_a_folder_as_its_lock_is_removed(tmp_path, other_temporary_folder, monkeypatch):
+    """One has opened the file before the holder removes it, and locks it afterwards: nobody else would see that."""
+    flock = fcntl.flock
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        first.enter_context(guarded(tmp_path))
+
+        def released_meanwhile(descriptor: int, operation: int) -> None:
+            monkeypatch.setattr(fcntl, "flock", flock)
+            first.close()
+            flock(descriptor, operation)
+
+        monkeypatch.setattr(fcntl, "flock", released_meanwhile)
+        try:
+            second.enter_context(guarded(tmp_path))
+        except Timeout:
+            second.enter_context(guarded(tmp_path))
+        with pytest.raises(Timeout), guarded(tmp_path):
+            pass
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+@pytest.mark.parametrize("owner", ["", "{pid}", "{pid}\n", "{pid}\nffffffff-{pid}-{start}", "{pid}\n{host}-{pid}-1"])
+def test_a_lock_of_who_is_gone_or_cannot_be_asked_is_taken_over(tmp_path, owner):
+    """Of another machine, or of an earlier process that had the id of one that runs; or damaged."""
+    host, _, start = this_process().split("-")
+    (tmp_path / ".lock").write_text(owner.format(host=host, pid=os.getppid(), start=start))
+    take(tmp_path)
+
+
+@pytest.mark.parametrize("then", ["moved", "removed", "made anew", "another's"])
+def test_a_folder_that_is_not_there_any_more_ends_the_run(tmp_path, then):
+    folder = tmp_path / "out"
+    check_held()  # nothing is locked
+    with locked(folder):
+        check_held()
+        (folder / "checkpoint-80").mkdir()
+        folder.rename(tmp_path / "moved")
+        if then == "removed":
+            shutil.rmtree(tmp_path / "moved")
+        if then in ("made anew", "another's"):
+            folder.mkdir()
+        if then == "another's":
+            (folder / ".lock").write_text("1\nffffffff-1-1")
+        with pytest.raises(RunFailed, match=f"^--output_dir {folder} was moved or removed while it trained, "):
+            check_held()
+    check_held()
+    assert (folder / ".lock").exists() == (then == "another's")
+    assert folder.exists() == (then in ("made anew", "another's"))  # and nobody else's is removed
+    if then == "moved":
+        take(tmp_path / "moved")  # it goes on there
+
+
+def test_nothing_is_written_into_a_folder_that_was_moved(tmp_path):
+    """Nor is it made anew: who writes need not ask."""
+    folder = tmp_path / "out"
+    with locked(folder):
+        write_json(folder / "config.json", {})
+        folder.rename(tmp_path / "moved")
+        with pytest.raises(RunFailed, match="was moved or removed"):
+            write_json(folder / "config.json", {})
+        assert not folder.exists()
+
+
+def test_a_folder_that_is_removed_and_made_anew_at_once_is_another(tmp_path):
+    """Though many file systems would give it the number of the one that is gone."""
+    folder = tmp_path / "out"
+    with locked(folder):
+        shutil.rmtree(folder)
+        with pytest.raises(InvalidArgument, match="is training in it"):
+            take(folder)
+        assert not folder.exists()  # nor does who is refused make it
+        folder.mkdir()
+        with pytest.raises(RunFailed, match=r"was moved .* with --output_dir PLACE --resume_from_checkpoint latest$"):
+            check_held()
+
+
+def test_a_folder_that_another_machine_has_taken_is_not_called_moved(tmp_path):
+    lock = tmp_path / ".lock"
+    with locked(tmp_path):
+        lock.write_text("7\nffffffff-7-1")
+        with pytest.raises(RunFailed, match=rf"^--output_dir {tmp_path} is another run's by now \(process 7\)"):
+            check_held()
+    assert lock.read_text() == "7\nffffffff-7-1"
+
+
+def test_a_lock_that_is_no_text_says_nothing(tmp_path):
+    with locked(tmp_path / "out"):
+        (tmp_path / "out" / ".lock").write_bytes(b"\xff\xfe")
+        check_held()
+    assert not (tmp_path / "out").exists()
+
+
+def test_who_deletes_the_lock_alone_ends_no_run(tmp_path):
+    with locked(tmp_path / "out"):
+        (tmp_path / "out" / ".lock").unlink()
+        check_held()
+
+
+def test_a_disk_that_cannot_be_asked_just_now_ends_no_run(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with locked(tmp_path / "out"), monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fails)
+        check_held()
+
+
+def test_a_disk_that_gives_its_folders_new_numbers_ends_nothing(tmp_path, monkeypatch):
+    """As those of networks may when they are there again; a folder that is moved alone has a new one alone."""
+    inner = tmp_path / "run" / "lora"
+    with locked(tmp_path / "run"), writing_into(inner):
+        with monkeypatch.context() as patch:
+            patch.setattr(os.path, "samestat", lambda *_: False)
+            check_held()
+        inner.rename(tmp_path / "moved")
+        with pytest.raises(RunFailed, match="lora was moved or removed while it was trained"):
+            check_held()
+        inner.mkdir()
+        with pytest.raises(RunFailed, match="lora was moved or removed while it was trained"):
+            check_held()

@@ -1,0 +1,1 @@
+"""Tests of reslora/texts, file by file; `__init__.py` keeps the names apart from those of other folders."""

@@ -1,0 +1,31 @@
+"""Files for the language scripts: a tiny model and a small task."""
+
+from pathlib import Path
+
+import pytest
+
+import train_llm
+from reslora.runtime.script import run_script
+
+from .helpers import VALIDATED, flags, row, write_llama, write_rows
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A tiny LLaMA."""
+    return write_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Word problems: 32 to train on, 4 to validate on, 6 to be tested on."""
+    rows = [row(n) for n in range(48)]
+    return write_rows(tmp_path_factory.mktemp("data"), train=rows[:32], validation=rows[32:36], test=rows[36:42])
+
+
+@pytest.fixture(scope="session")
+def is_single_process(tiny, data, tmp_path_factory) -> Path:
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert run_script("train_llm.py", train_llm.start, flags(tiny, data, folder, *VALIDATED)) == 0
+    return folder

@@ -1,0 +1,158 @@
+"""A tiny adapted model, its trainer, and its log, for the tests of this folder."""
+
+import json
+from pathlib import Path
+
+import torch
+from conftest import tiny_llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import train_glue
+import train_llm
+from reslora.options.texts import GlueOptions, LlmOptions, MethodOptions
+from reslora.runtime.signals import StopRequest
+from reslora.texts import glue, llm
+from reslora.texts.arguments import read, resolve
+from reslora.texts.callbacks import LogCallback
+from reslora.texts.trainer import AdapterTrainer, attach
+from reslora.texts.training_arguments import AdapterTrainingArguments
+
+METHODS = [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none"), ("adalora", "none")]
+METHODS += [("loha", "none"), ("lokr", "none"), ("lora_x2", "none"), ("dora", "none")]
+STEPS = 6
+SCRIPT = Path(__file__).resolve().parents[2] / "train_llm.py"
+VALIDATED = ("--shortcut", "input", "--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "3")
+
+
+def rows(count: int = 16, length: int = 8) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(2, 64, (count, length), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def build(method: str = "reslora", shortcut: str = "input", base=None, **flags):
+    torch.manual_seed(0)
+    base = tiny_llama(layers=3).float() if base is None else base
+    adapter = adapter_of(method=method, shortcut=shortcut, **flags)
+    return attach(base, adapter, STEPS), adapter
+
+
+def adapter_of(method: str = "reslora", **options) -> MethodOptions:
+    """A method with these options, as a run has them."""
+    return resolve(LlmOptions, {"method": [method], **options}).adapter
+
+
+def parsed(argv: list[str]) -> tuple:
+    """The task, the method, and what `Trainer` is given, of a run of train_llm.py."""
+    found = llm.LlmStudy().arguments(read(LlmOptions, llm.PROG, argv))
+    return found.options.task, found.method, found.training
+
+
+def trainer_of(argv: list[str]) -> AdapterTrainer:
+    """The trainer of a run of train_llm.py."""
+    study = llm.LlmStudy()
+    arguments = study.arguments(read(LlmOptions, llm.PROG, argv))
+    study.read(arguments)
+    return study.trainer(arguments, study.adapted(arguments), StopRequest())
+
+
+def parsed_glue(argv: list[str]) -> glue.Arguments:
+    """The options of a run of train_glue.py, with what `Trainer` is given of them."""
+    return glue.arguments_of(read(GlueOptions, glue.PROG, argv))
+
+
+def run_llm(argv: list[str], stop: StopRequest | None = None) -> None:
+    """A run of train_llm.py in this process; what ends it is raised."""
+    train_llm.start(argv, stop or StopRequest())
+
+
+def run_glue(argv: list[str], stop: StopRequest | None = None) -> None:
+    """The same of train_glue.py."""
+    train_glue.start(argv, stop or StopRequest())
+
+
+def trainer_for(model, folder, callbacks=True, stop=None, **flags) -> AdapterTrainer:
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "max_steps": STEPS,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    args = AdapterTrainingArguments(**{**defaults, **flags})
+    log = [LogCallback(Path(folder) / "log.jsonl")] if callbacks else None
+    return AdapterTrainer(model, args, stop, train_dataset=rows(), eval_dataset=rows(8), callbacks=log)
+
+
+def read_log(folder) -> list[dict]:
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def losses(folder) -> list[float]:
+    return [row["loss"] for row in read_log(folder)]
+
+
+def trained(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def trained_parameters(model):
+    return (value for value in model.parameters() if value.requires_grad)
+
+
+# -- files for train_llm.py -------------------------------------------------------------------------------------------
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """A token per byte; the end of a sequence is the only special token, so it pads too, as with many LLaMAs."""
+    vocabulary = {"<end>": 0} | {char: n for n, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
+def write_llama(folder: Path) -> Path:
+    """A tiny LLaMA with tied embeddings and a tokenizer, in transformers' format."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=0, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    bytes_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def row(number: int) -> dict:
+    a, b = number % 7 + 1, number % 5
+    return {
+        "Body": f"Tom has {a} pens. He finds {b}.",
+        "Question": "How many?",
+        "Equation": f"{a} + {b}",
+        "Answer": a + b,
+    }
+
+
+def write_rows(folder: Path, **splits: list) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows), encoding="utf-8")
+    return folder
+
+
+def flags(tiny: Path, data: Path, output: Path, *more) -> list[str]:
+    common = f"--model_name_or_path {tiny} --data_dir {data} --output_dir {output} --max_new_tokens 8 --use_cpu"
+    training = "--per_device_train_batch_size 4 --max_steps 4 --save_steps 2 --learning_rate 1e-2 --report_to none"
+    return [*common.split(), *training.split(), "--disable_tqdm", "true", *map(str, more)]

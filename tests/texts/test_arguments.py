@@ -1,0 +1,283 @@
+"""Flags of the language scripts: one line and status 2 for what cannot work."""
+
+import json
+import os
+import subprocess
+import sys
+from argparse import ArgumentTypeError
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import assert_one_line
+from transformers import TrainingArguments
+from waiting import LIMIT
+
+import train_glue
+import train_llm
+from reslora.errors import InvalidArgument
+from reslora.options.contradictions import check_method
+from reslora.options.grid import Grid
+from reslora.options.option import number, whole
+from reslora.options.parser import OptionsParser
+from reslora.options.texts import GLUE_TASK, LLM_TASK, PASSED_ON, ZERO2_OFFLOAD, GlueOptions, LlmOptions
+from reslora.runtime.script import run_script
+from reslora.texts.arguments import parsed_values, read, resolve
+from reslora.texts.experiment import report_unread
+from reslora.texts.glue import arguments_of
+from reslora.texts.training_arguments import Arguments, training_arguments
+
+SCRIPTS = [(LlmOptions, "train_llm.py"), (GlueOptions, "train_glue.py")]
+
+
+def parse(*argv, kind=LlmOptions):
+    """The options of a run, and what `Trainer` is given of them."""
+    options = read(kind, "script.py", [*argv, "--report_to", "none"])
+    return Arguments(options, training_arguments(options, "script.py"))
+
+
+def test_a_merge_that_reads_examples_has_some():
+    with pytest.raises(InvalidArgument) as error:
+        resolve(LlmOptions, {"merge": "lstsq", "calibration_examples": 0})
+    assert_one_line(error, "--merge lstsq", "give")
+    exact = {"shortcut": "block", "merge": "lstsq", "calibration_examples": 0}
+    check_method(resolve(LlmOptions, exact).adapter, "calibration_examples")  # an exact merge needs none
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "method", "other"),
+    [
+        ("shortcut", "block", "reslora", "lora"),
+        ("shortcut", "block", "lora_matched", "is_placebo"),
+        ("head", "none", "is_placebo", "lora"),
+        ("merge", "weights", "reslora", "ms_placebo"),
+        ("lora_alpha", 4, "loha", "oft"),
+    ],
+)
+def test_what_the_method_does_not_read_is_told(capsys, flag, value, method, other):
+    report_unread(resolve(LlmOptions, {"method": [other], flag: value}))
+    assert capsys.readouterr().out == f"--{flag} {value}: nothing reads it with --method {other}\n"
+    report_unread(resolve(LlmOptions, {"method": [method], flag: value}))
+    report_unread(resolve(LlmOptions, {"method": [other], "lora_r": 3}))
+    assert capsys.readouterr().out == ""
+
+
+def test_blocks_without_others_are_warned_of(capsys):
+    report_unread(resolve(LlmOptions, {"pre_num": [0]}))
+    line = "warning: --pre_num 0: no block takes part in another, so reslora trains as LoRA does\n"
+    assert capsys.readouterr().out == line
+    report_unread(resolve(LlmOptions, {"pre_num": [0], "shortcut": ["none"]}))
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_the_defaults_are_the_papers():
+    adapter = resolve(LlmOptions, {}).adapter
+    assert (adapter.name, adapter.rank, adapter.lora_alpha, adapter.pre_num) == ("reslora", 4, 8, 4)
+    assert isinstance(adapter.lora_alpha, int)  # adapter_config.json says 8, not 8.0
+    given = [read(LlmOptions, "x", ["--lora_alpha", text]).adapter.lora_alpha for text in ("16", "2.5")]
+    assert given == [16, 2.5] and isinstance(given[0], int)
+    assert resolve(LlmOptions, {"lora_r": [16]}).adapter.lora_alpha == 32
+
+
+def test_short_texts_are_calibrated_on_more_examples():
+    """As many tokens for each input of a layer as where it was measured (`benchmarks/merge_limits.py`), or more."""
+    counts = [resolve(kind, {}).adapter.merge_calibration_samples for kind, _ in SCRIPTS]
+    assert counts == [64, 256]
+    assert read(GlueOptions, "x", ["--calibration_examples", "8"]).adapter.merge_calibration_samples == 8
+
+
+def test_what_is_given_arrives_where_it_is_read(tmp_path):
+    words = ["--target_modules", "q_proj", "k_proj", "--lora_alpha=16", "--output_dir", str(tmp_path), "--seed", "7"]
+    found = parse(*words)
+    assert (found.method.target_modules, found.method.lora_alpha) == (["q_proj", "k_proj"], 16)
+    assert (found.training.seed, found.training.output_dir, found.training.logging_steps) == (7, str(tmp_path), 1)
+
+
+def test_bundled_defaults_hold_until_a_model_is_named():
+    bundled = read(LlmOptions, "x", ["--steps", "3"])
+    assert (bundled.task.data_dir, bundled.task.max_new_tokens, bundled.training.learning_rate) == (
+        str(LLM_TASK), 24, 5e-3,
+    )  # fmt: skip
+    assert read(LlmOptions, "x", ["--lr", "1e-3"]).training.learning_rate == 1e-3
+    for named in (["--model_name_or_path", "x"], ["--model=x"], ["--model-name-or-path", "x"]):
+        found = read(LlmOptions, "x", named)
+        assert (found.task.model_name_or_path, found.task.data_dir, found.training.learning_rate) == ("x", None, 1e-4)
+    assert resolve(GlueOptions, {}).data.data_dir == str(GLUE_TASK)
+
+
+@pytest.mark.parametrize(("kind", "prog"), SCRIPTS)
+def test_a_number_of_steps_asks_for_steps(kind, prog):
+    """The default, that of the bundled models among them, is an epoch, which would leave the number unread."""
+
+    def training(*words):
+        return read(kind, prog, list(words)).training
+
+    def strategies(*words):
+        return training(*words).eval_strategy, training(*words).save_strategy
+
+    assert strategies() == ("epoch", "epoch")
+    assert strategies("--eval_steps", "5") == ("steps", "epoch")
+    assert strategies("--save-steps=5") == ("epoch", "steps")
+    assert strategies("--save_steps", "5", "--save_strategy", "no", "--eval_steps=5") == ("steps", "no")
+    best = training("--load_best_model_at_end", "--save_steps", "5")
+    assert (best.eval_strategy, best.eval_steps, best.save_strategy, best.save_steps) == ("steps", 5) * 2
+
+
+@pytest.mark.parametrize(("kind", "prog"), SCRIPTS)
+def test_compiling_and_checkpointing_keep_no_activations_of_a_shortcut(kind, prog, tmp_path):
+    """By the name that transformers calls deprecated as by the new one."""
+
+    def options(*words):
+        return read(kind, prog, ["--use_cpu", "--output_dir", str(tmp_path), *words])
+
+    for flag in ("--gradient_checkpointing", "--activation_checkpointing"):
+        for shortcut in ("input", "middle"):
+            with pytest.raises(InvalidArgument, match=f"^--torch_compile: .* cannot keep --shortcut {shortcut}; leave"):
+                options("--torch_compile", flag, "True", "--shortcut", shortcut)
+        for others in (["--shortcut", "block"], ["--pre_num", "0"], ["--method", "lora"]):
+            options("--torch_compile", flag, "True", *others)
+    options("--torch_compile")
+    options("--gradient_checkpointing", "True")
+
+
+def test_deepspeed_alone_means_the_bundled_configuration():
+    parser = OptionsParser("train_llm.py", LlmOptions)
+    assert parsed_values(parser, ["--deepspeed"]) == ({"deepspeed": str(ZERO2_OFFLOAD)}, {})
+    assert parsed_values(parser, ["--deepspeed", "mine.json", "--bf16"])[0] == {"deepspeed": "mine.json", "bf16": True}
+    assert parsed_values(parser, []) == ({}, {})
+
+
+def test_options_that_no_table_has_are_passed_on_as_transformers_reads_them():
+    words = "--label_smoothing_factor 0.1 --lr 1e-3 --dataloader-drop-last --no_dataloader_pin_memory --bf16 False"
+    given, passed_on = parsed_values(OptionsParser("train_llm.py", LlmOptions), words.split())
+    assert given == {"learning_rate": [1e-3], "bf16": False}
+    assert passed_on == {
+        "label_smoothing_factor": 0.1, "dataloader_drop_last": True, "dataloader_pin_memory": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [LlmOptions, GlueOptions])
+def test_all_options_of_transformers_are_known_with_its_defaults(kind):
+    """With a new one it has to be said whether a resumed run may change it."""
+    theirs = {part.name: part for part in fields(TrainingArguments) if part.init}
+    table = {name for name, option in kind.table().items() if option.group == "training"}
+    passed_on = {*PASSED_ON["fixed"], *PASSED_ON["free"]}
+    assert table | passed_on == theirs.keys() and not table & passed_on
+    own = {"output_dir", "learning_rate", "num_train_epochs", "eval_strategy", "save_strategy", "save_total_limit"}
+    for name in table - own - {"logging_steps", "report_to"}:
+        assert kind.table()[name].default == theirs[name].default, name
+
+
+def test_nothing_heavy_is_imported_before_the_options_make_sense():
+    code = (
+        "import sys\n"
+        "sys.path.insert(0, {root!r})\n"
+        "import {script}\n"
+        "try:\n"
+        "    print({script}.main({words!r}))\n"
+        "except SystemExit as end:\n"
+        "    print(end.code)\n"
+        "print({{'torch', 'transformers', 'datasets', 'peft'}} & {{*sys.modules}})"
+    )
+    for script in ("train_llm", "train_glue"):
+        for words, status in ((["--help"], 0), (["--lora_rank", "4"], 2), (["--model", "/no/such"], 2)):
+            text = code.format(root=str(Path(train_llm.__file__).parent), script=script, words=words)
+            done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=LIMIT)
+            assert done.stdout.splitlines()[-2:] == [str(status), "set()"], (script, words, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("bad", "word"),
+    [
+        (["--lora_r", "0"], "--lora_r 0: is not"),
+        (["--lora_r", "-3"], "--lora_r -3: is not"),
+        (["--lora_alpha", "nan"], "--lora_alpha nan: is not"),
+        (["--lora_alpha", "0.0"], "--lora_alpha 0.0: is not"),
+        (["--lora_dropout", "1.0"], "--lora_dropout 1.0: is not"),
+        (["--pre_num", "-2"], "--pre_num -2: is not"),
+        (["--calibration_examples", "-1"], "--calibration_examples -1: is not"),
+        (["--lora_r", "1.5"], "--lora_r"),
+        (["--method", "nothing"], "--method"),
+        (["--rank", "4"], "--rank"),
+        (["--weight_decay", "-1"], "--weight_decay -1: is not"),
+        (["--max_grad_norm", "nan"], "--max_grad_norm nan: is not"),
+        (["--num_train_epochs", "0"], "--num_train_epochs 0: is not"),
+        (["--save_total_limit", "0"], "--save_total_limit 0: is not"),
+        (["--eval_steps", "-1"], "--eval_steps -1: is not"),
+        (["--eval_delay", "nan"], "--eval_delay nan"),
+        (["--eval_accumulation_steps", "0"], "--eval_accumulation_steps 0"),
+        (["--dataloader_num_workers", "-1"], "--dataloader_num_workers -1: is not"),
+        (["--data_seed", "99999999999999999999"], "--data_seed 99999999999999999999"),
+        (["--neftune_noise_alpha", "inf"], "--neftune_noise_alpha inf"),
+        (["--data_dir", ""], "--data_dir: is empty"),
+        (["--output-dir="], "--output_dir: is empty"),
+        (["--resume_from_checkpoint", ""], "--resume_from_checkpoint: is empty"),
+        (["--target_modules", "q_proj", ""], "--target_modules: is empty"),
+        (["--output_dir", os.fsdecode(b"caf\xe9")], "--output_dir caf\\udce9: is not UTF-8"),
+        (["--adam_beta2", "1"], "--adam_beta2 1: is not"),
+        (["--label_smoothing_factor", "1"], "--label_smoothing_factor 1"),
+        (["--lr_scheduler_type", "sawtooth"], "sawtooth"),
+        (["--lr_scheduler_kwargs", "{foo"], "--lr_scheduler_kwargs {foo: "),
+        (["--accelerator_config", '{"foo": 1}'], '--accelerator_config {"foo": 1}: '),
+        (["--bf16_full_eval"], "--bf16_full_eval"),
+        (["--fp16_full_eval"], "--fp16_full_eval"),
+        (["--load_best_model_at_end", "--eval_strategy", "no"], "load_best_model_at_end"),
+    ],
+)
+def test_a_bad_flag_is_one_line_and_status_2(capsys, bad, word):
+    try:
+        status = run_script("script.py", lambda argv, stop: parse(*bad))
+    except SystemExit as stopped:  # argparse's own
+        status = stopped.code
+    output = capsys.readouterr()
+    assert status == 2 and not output.out
+    assert output.err.startswith("script.py: error: ") and output.err.count("\n") == 1
+    assert word in output.err
+
+
+@pytest.mark.parametrize(("kind", "script"), [(GlueOptions, train_glue), (LlmOptions, train_llm)])
+def test_help_keeps_the_examples_and_names_each_default_once(capsys, kind, script):
+    with pytest.raises(SystemExit) as end:
+        read(kind, "script.py", ["--help-all"], script.__doc__)
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and script.__doc__.strip() in text
+    flat = " ".join(text.split())
+    assert (
+        "several GPUs are used in turn (default: 1)" in flat
+        and "--seed SEED [SEED ...]" in flat
+        and "(default: 42)" in flat
+    )
+    assert "(default: None)" not in flat and "(default: False)" not in flat
+
+
+def test_several_values_make_an_experiment():
+    grid = read(LlmOptions, "x", ["--method", "lora", "reslora", "--lora_r", "2", "4", "--lr", "1e-3"])
+    assert isinstance(grid, Grid) and dict(grid.varied) == {"rank": [2, 4]} and grid.methods == ["lora", "reslora"]
+    assert isinstance(read(LlmOptions, "x", ["--method", "lora", "reslora"]), Grid)
+    assert isinstance(read(LlmOptions, "x", ["--method", "lora"]), LlmOptions)
+    with pytest.raises(InvalidArgument, match=r"^--lora_r 4 4: the same one twice"):
+        read(LlmOptions, "x", ["--lora_r", "4", "4"])
+
+
+@pytest.mark.parametrize("text", ["0", "1.0", "True", "x", ""])
+def test_whole_numbers_are_whole(text):
+    with pytest.raises(ArgumentTypeError, match="is not a whole number of at least 1"):
+        whole(1)(text)
+    assert whole(1)("1") == 1
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-0.1", "1.0", "x", ""])
+def test_numbers_are_finite_and_within_their_bounds(text):
+    with pytest.raises(ArgumentTypeError, match="is not a finite number of at least 0 and below 1"):
+        number(0, below=1)(text)
+    assert number(0, below=1)("0") == 0
+    with pytest.raises(ArgumentTypeError, match="above 0"):
+        number(0, exclusive=True)("0")
+
+
+def test_settings_hold_every_option_but_no_secret(tmp_path):
+    options = resolve(GlueOptions, {"output_dir": str(tmp_path), "hub_token": "secret", "token": "secret"})
+    settings = arguments_of(options).settings
+    assert settings["lora_r"] == 4 and settings["learning_rate"] == 3e-3 and settings["output_dir"] == str(tmp_path)
+    assert settings["method"] == "reslora" and settings["calibration_examples"] == 256
+    assert "secret" not in json.dumps(settings) and "select_split" not in settings

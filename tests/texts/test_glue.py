@@ -1,0 +1,594 @@
+"""train_glue.py from flags to files: metrics, data, every method and merge, resuming, two processes, bad input."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_equal
+from datasets import Dataset
+from launching import forked
+from peft import PeftModel
+from safetensors.torch import load_file
+from suites import quick
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForSequenceClassification,
+    BartConfig,
+    BartForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+import train_glue
+from reslora.runtime.folder_lock import locked
+from reslora.runtime.script import run_script
+from reslora.texts import glue
+from reslora.texts.glue_tasks import TASKS, scores
+from texts.helpers import parsed_glue, run_glue
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ["good", "bad", "fine", "poor", "the", "a", "film", "book", "song", "is", "was", "not", "very", "plot"]
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+SMALL_BART = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4}
+SMALL_BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "dropout": 0.0}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def write_model(folder: Path, kind: str = "roberta", **overrides) -> Path:
+    """A tiny encoder with random weights, and a tokenizer of whole words."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>"}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"] if kind == "bert" else ["input_ids", "attention_mask"]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=30, model_input_names=inputs, **names
+    ).save_pretrained(folder)
+    config_class, model_class = {
+        "roberta": (RobertaConfig, RobertaForSequenceClassification),
+        "bert": (BertConfig, BertForSequenceClassification),
+        "bart": (BartConfig, BartForSequenceClassification),
+    }[kind]
+    torch.manual_seed(0)
+    config = config_class(
+        **{
+            "vocab_size": len(vocabulary),
+            "max_position_embeddings": 34,
+            "pad_token_id": 1,
+            **(SMALL_BART if kind == "bart" else SMALL | NO_DROPOUT),
+            **overrides,
+        }
+    )
+    model = model_class(config)
+    (model if "num_labels" in overrides else model.base_model).save_pretrained(
+        folder
+    )  # no head unless one is asked for
+    return folder
+
+
+def make_rows(task: str, count: int, seed: int = 0, labelled: bool = True) -> list[dict]:
+    """Rows in the task's columns, whose label is to be read off the words."""
+    columns, labels = TASKS[task].columns, TASKS[task].labels
+    rng, rows = np.random.default_rng(seed), []
+    for index in range(count):
+        row = {name: " ".join(rng.choice(WORDS, size=rng.integers(2, 7))) for name in columns}
+        good = sum(text.split().count("good") + text.split().count("fine") for text in row.values())
+        row["label"] = int(good) % len(labels) if labels else float(min(good, 5))
+        row["idx"] = index
+        if not labelled:
+            row["label"] = -1
+        rows.append(row)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_data(folder: Path, task: str, train: int = 24, validation: int = 10) -> Path:
+    write_rows(folder / "train.jsonl", make_rows(task, train))
+    for part in TASKS[task].parts:
+        write_rows(folder / f"validation{part}.jsonl", make_rows(task, validation, seed=len(part)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def roberta(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("roberta"))
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("bert"), "bert")
+
+
+@pytest.fixture(scope="session")
+def rte(tmp_path_factory) -> Path:
+    return write_data(tmp_path_factory.mktemp("rte"), "rte")
+
+
+def flags(model: Path, data: Path, output: Path, task: str = "rte", *more: str) -> list[str]:
+    return [
+        *("--model_name_or_path", str(model), "--data_dir", str(data), "--output_dir", str(output)),
+        *("--task_name", task, "--max_steps", "4", "--per_device_train_batch_size", "4", "--learning_rate", "0.01"),
+        *("--report_to", "none", "--disable_tqdm", "True", "--use_cpu", "--lora_r", "2", "--calibration_examples", "6"),
+        *more,
+    ]
+
+
+def results_of(output: Path) -> dict:
+    return json.loads((output / "results.json").read_text())
+
+
+def log_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+
+def scored(task: str, predictions: list, labels: list) -> dict[str, float]:
+    return scores(TASKS[task], np.array(predictions), np.array(labels))
+
+
+def test_metrics_by_hand():
+    # three true positives, one false, one missed, one true negative
+    predictions, labels = [1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 1, 0]
+    for task in ("mrpc", "qqp"):
+        assert scored(task, predictions, labels) == pytest.approx({"f1": 2 * 3 / (2 * 3 + 1 + 1), "accuracy": 4 / 6})
+    matthews = (3 * 1 - 1 * 1) / (4 * 4 * 2 * 2) ** 0.5
+    assert scored("cola", predictions, labels) == pytest.approx({"matthews": matthews})
+    for task in ("sst2", "qnli", "rte", "wnli", "mnli"):
+        assert scored(task, predictions, labels) == pytest.approx({"accuracy": 4 / 6})
+    # deviations (-1, 0, 1) and (-1, 1, 0): 1 / 2; the ranks are the same numbers
+    assert scored("stsb", [1.0, 2.0, 3.0], [0.0, 4.0, 2.0]) == pytest.approx({"pearson": 0.5, "spearmanr": 0.5})
+    skewed = scored("stsb", [1.0, 2.0, 9.0], [0.0, 1.0, 2.0])
+    assert skewed["spearmanr"] == pytest.approx(1.0) and skewed["pearson"] == pytest.approx(8 / (38 * 2) ** 0.5)
+
+
+def test_undefined_correlations_count_as_zero():
+    assert scored("stsb", [2.0, 2.0], [1.0, 3.0]) == {"pearson": 0.0, "spearmanr": 0.0}
+    assert scored("stsb", [2.0], [1.0]) == {"pearson": 0.0, "spearmanr": 0.0}
+    assert scored("cola", [1, 1], [1, 0]) == {"matthews": 0.0}
+
+
+def test_the_first_metric_is_the_papers():
+    first = {name: task.metrics[0] for name, task in TASKS.items()}
+    assert len(first) == 9
+    expected = {"mrpc": "f1", "cola": "matthews", "stsb": "pearson"}
+    assert first == {name: expected.get(name, "accuracy") for name in first}
+
+
+def test_both_parts_of_mnli_are_scored_each_by_itself():
+    """All are said to be of class 0, whose share of the probability is e^3 / (e^3 + 2)."""
+    parts = {"validation_matched": [0, 1], "validation_mismatched": [2, 2, 0, 1]}
+    sets = {name: Dataset.from_dict({"labels": labels}) for name, labels in parts.items()}
+    sets["test_matched"] = Dataset.from_dict({"input_ids": [[0]]})
+    trainer = SimpleNamespace(
+        predict=lambda rows: SimpleNamespace(
+            predictions=np.array([[3.0, 0.0, 0.0]] * len(rows)), label_ids=np.array(rows["labels"])
+        )
+    )
+    wrong = np.log(np.exp(3) + 2)
+    expected = {"loss": wrong - 3 / 2, "accuracy": 1 / 2, "loss_mm": wrong - 3 / 4, "accuracy_mm": 1 / 4}
+    assert glue.evaluate(trainer, TASKS["mnli"], sets) == pytest.approx(expected)
+    assert glue.evaluate(trainer, TASKS["mnli"], sets, "test") == {}
+
+
+# -- tasks, methods and merges -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("task", list(TASKS))
+def test_every_task_trains_and_is_scored(task, roberta, tmp_path):
+    data, output = write_data(tmp_path / "data", task), tmp_path / "run"
+    run_glue(flags(roberta, data, output, task, "--max_steps", "1", "--method", "lora"))
+    expected = ["loss", *TASKS[task].metrics]
+    expected += [f"{name}_mm" for name in expected] if task == "mnli" else []
+    assert list(results_of(output)["table"]["unmerged"]) == expected
+    assert results_of(output)["validation_examples"] == (20 if task == "mnli" else 10)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("architecture", "shortcut", "merges"),  # the chains of both are those of tests/test_chains.py
+    [
+        ("roberta", "input", ["unmerged", "none", "input", "weights", "lstsq"]),
+        ("roberta", "middle", ["unmerged", "none", "input", "weights", "lstsq"]),
+        ("roberta", "block", ["unmerged", "none", "exact"]),
+        ("roberta", "none", ["unmerged"]),
+        ("bert", "middle", ["unmerged", "none", "input", "weights", "lstsq"]),
+    ],
+)
+def test_every_merge_is_measured(shortcut, merges, architecture, request, rte, tmp_path):
+    model = request.getfixturevalue(architecture)
+    run_glue(flags(model, rte, tmp_path, "rte", "--shortcut", shortcut))
+    results = results_of(tmp_path)
+    assert list(results["table"]) == merges
+    for name, row in results["table"].items():
+        assert row["accuracy"] * 10 in range(11) and row["loss"] > 0
+        assert name == "unmerged" or [block["name"] for block in row["report"]["blocks"]]
+    exported = results["table"].get(results["merge"], results["table"]["unmerged"])
+    assert (exported["accuracy"], exported["loss"]) == reached(model, rte, tmp_path)
+    if shortcut == "block":
+        assert results["table"]["exact"]["loss"] == pytest.approx(results["table"]["unmerged"]["loss"], rel=1e-5)
+    if shortcut == "middle":
+        losses = [results["table"][name]["loss"] for name in merges[1:]]
+        assert len(set(losses)) == len(losses)
+    assert results["merge"] == {"none": "none", "block": "exact"}.get(shortcut, "lstsq")
+
+
+def reached(model: Path, data: Path, output: Path) -> tuple:
+    """Accuracy and loss on the ten validation examples of the adapter that was exported, by stock PEFT, one by one."""
+    arguments = parsed_glue(flags(model, data, output))
+    tokenizer, base, _ = glue.load_model(arguments)
+    stock = PeftModel.from_pretrained(base, output / "peft").eval()
+    losses, right = [], 0
+    for row in glue.encode(arguments, tokenizer, glue.read_splits(arguments)["validation"]):
+        with torch.no_grad():
+            found = stock(**{name: torch.tensor([value]) for name, value in row.items()})
+        losses.append(found.loss.item())
+        right += int(found.logits.argmax()) == row["labels"]
+    assert len(losses) == 10
+    return right / 10, pytest.approx(np.mean(losses), rel=1e-4)
+
+
+@pytest.mark.exhaustive
+def test_a_model_that_gives_hidden_states_too_is_scored_by_its_logits(rte, tmp_path):
+    model = write_model(tmp_path / "bart", "bart")
+    run_glue(flags(model, rte, tmp_path / "run", "rte", "--max_steps", "1", "--eval_steps", "1"))
+    row = results_of(tmp_path / "run")["table"]["unmerged"]
+    logged = [line for line in log_of(tmp_path / "run") if line["split"] == "validation"]
+    assert [(line["accuracy"], line["loss"]) for line in logged] == [(row["accuracy"], pytest.approx(row["loss"]))]
+
+
+@pytest.mark.parametrize(
+    "method", quick(["lora", "lora_x2", "reslora", "adalora", "loha", "lokr", "lora_matched"], "reslora")
+)
+def test_what_is_saved_loads_in_stock_libraries(method, roberta, rte, tmp_path):
+    run_glue(flags(roberta, rte, tmp_path, "rte", "--method", method, "--merge_and_save"))
+    tokens = {"input_ids": torch.tensor([[0, 5, 6, 7, 2, 2, 8, 9, 2]])}
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").double().eval()
+    base = AutoModelForSequenceClassification.from_pretrained(roberta)
+    untrained = base(**tokens).logits.detach().double()
+    stock = PeftModel.from_pretrained(base, tmp_path / "peft").double().eval()
+    with torch.no_grad():
+        expected, actual = stock(**tokens).logits, merged(**tokens).logits
+    assert_equal(actual, expected, rtol=1e-4, atol=1e-5)  # the merged weights were rounded to float32
+    assert (expected - untrained).abs().max() > 0.01
+    assert merged.config.id2label == {0: "entailment", 1: "not_entailment"}
+    saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert "base_model.model.classifier.out_proj.weight" in saved
+
+
+@pytest.mark.exhaustive
+def test_the_exported_adapter_gives_the_reported_metrics(roberta, rte, tmp_path):
+    """The row of the merge that was exported is what stock PEFT reaches."""
+    run_glue(flags(roberta, rte, tmp_path, "rte", "--shortcut", "middle", "--merge", "weights"))
+    results = results_of(tmp_path)
+    row = results["table"]["weights"]
+    assert results["merge"] == "weights"
+    assert (row["accuracy"], row["loss"]) == reached(roberta, rte, tmp_path)
+
+
+@pytest.mark.exhaustive
+def test_regression_is_trained_by_squared_error(roberta, tmp_path):
+    data = write_data(tmp_path / "data", "stsb")
+    run_glue(flags(roberta, data, tmp_path / "run", "stsb", "--merge_and_save"))
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "merged")
+    assert merged.config.problem_type == "regression" and merged.config.num_labels == 1
+
+
+@pytest.mark.exhaustive
+def test_it_learns(tmp_path):
+    """Whether a sentence has a word can be learnt on top of random weights, if they are not too small."""
+    model = write_model(tmp_path / "model", initializer_range=0.2)
+    rows = [row | {"label": int("good" in row["sentence"].split())} for row in make_rows("sst2", 80)]
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    write_rows(tmp_path / "data" / "validation.jsonl", rows)
+    more = ("--max_steps", "60", "--per_device_train_batch_size", "16", "--save_strategy", "no", "--shortcut", "block")
+    run_glue(flags(model, tmp_path / "data", tmp_path / "run", "sst2", *more))
+    share = np.mean([row["label"] for row in rows])
+    assert results_of(tmp_path / "run")["table"]["exact"]["accuracy"] > max(share, 1 - share) + 0.1
+
+
+@pytest.mark.exhaustive
+def test_without_a_model_the_bundled_one_is_trained(tmp_path, capsys):
+    more = ("--max_steps", "40", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True")
+    more += ("--calibration_examples", "16", "--eval_strategy", "no", "--use_cpu")
+    run_glue(["--output_dir", str(tmp_path), *more])
+    results, shown = results_of(tmp_path), capsys.readouterr().out
+    assert results["task"] == "cola" and results["table"]["lstsq"]["matthews"] > 0.4
+    assert "results.json" in shown and "--model FacebookAI/roberta-large" in shown
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.exhaustive
+def test_predictions_for_a_test_split(roberta, tmp_path, capsys):
+    data = write_data(tmp_path / "data", "mnli")
+    write_rows(data / "test_matched.jsonl", make_rows("mnli", 5, labelled=False))
+    unlabelled = [{k: v for k, v in row.items() if k != "label"} for row in make_rows("mnli", 3)]
+    write_rows(data / "test_mismatched.jsonl", unlabelled)
+    run_glue(flags(roberta, data, tmp_path / "run", "mnli", "--max_steps", "1"))
+    for name, count in (("matched", 5), ("mismatched", 3)):
+        lines = (tmp_path / "run" / f"predict_results_mnli_{name}.txt").read_text().splitlines()
+        assert len(lines) == count + 1
+    assert results_of(tmp_path / "run")["test"] is None
+    shown = capsys.readouterr().out
+    assert "; on 20 validation examples:" in shown
+    assert "  predict_results_mnli_mismatched.txt  predictions for" in shown
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "rows"),
+    [
+        (
+            "mnli",
+            [[0, 1, 2], [3, 1, 2], [0, 5, 2], [1, 0, 0]],
+            ["contradiction", "entailment", "neutral", "entailment"],
+        ),
+        ("stsb", [[0.5], [4.2504]], ["0.500", "4.250"]),
+    ],
+)
+def test_predictions_are_in_the_order_of_the_examples_numbered_from_zero(roberta, tmp_path, task, outputs, rows):
+    arguments = parsed_glue(flags(roberta, tmp_path, tmp_path, task))
+    found = SimpleNamespace(predictions=np.array(outputs))
+    trainer = SimpleNamespace(predict=lambda inputs: found, is_world_process_zero=lambda: True)
+    examples = Dataset.from_list([{"input_ids": [0]}] * len(rows))
+    assert glue.write_predictions(arguments, trainer, {"test": examples}) == [f"predict_results_{task}.txt"]
+    expected = ["index\tprediction", *(f"{number}\t{row}" for number, row in enumerate(rows))]
+    assert (tmp_path / f"predict_results_{task}.txt").read_text().splitlines() == expected
+
+
+def test_a_dropped_last_batch_is_one_of_training_alone(roberta, tmp_path):
+    """In an evaluation it would be whole examples that are neither counted nor predicted."""
+    data, more = write_data(tmp_path / "data", "rte", validation=3), ("--dataloader_drop_last", "True")
+    write_rows(data / "test.jsonl", make_rows("rte", 11))
+    run_glue(flags(roberta, data, tmp_path / "run", "rte", "--max_steps", "1", "--method", "lora", *more))
+    assert len((tmp_path / "run" / "predict_results_rte.txt").read_text().splitlines()) == 12
+
+
+def test_predictions_are_wanted_but_there_is_no_test_split(capfd, roberta, rte, tmp_path):
+    refused(capfd, flags(roberta, rte, tmp_path, "rte", "--do_predict"), "no split test; add test.jsonl, or leave")
+    mnli = write_data(tmp_path / "mnli", "mnli")
+    write_rows(mnli / "test_matched.jsonl", make_rows("mnli", 2))
+    words = "test_mismatched.jsonl: no split", "add test_matched.jsonl and test_mismatched.jsonl, or leave"
+    refused(capfd, flags(roberta, mnli, tmp_path / "run", "mnli", "--do_predict"), *words)
+
+
+def test_texts_may_hold_line_separators(roberta, tmp_path):
+    rows = [row | {"sentence1": "good\u2028film\x85"} for row in make_rows("rte", 4)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.jsonl").write_text(text + "\n", encoding="utf-8")
+    splits = glue.read_splits(parsed_glue(flags(roberta, tmp_path, tmp_path / "run")))
+    assert splits["train"]["sentence1"] == ["good\u2028film\x85"] * 4
+
+
+@pytest.mark.exhaustive
+def test_a_labelled_test_split_is_scored(roberta, tmp_path):
+    data = write_data(tmp_path / "data", "mrpc")
+    write_rows(data / "test.jsonl", make_rows("mrpc", 6, seed=5))
+    run_glue(flags(roberta, data, tmp_path / "run", "mrpc", "--max_steps", "1"))
+    assert list(results_of(tmp_path / "run")["test"]) == ["loss", "f1", "accuracy"]
+
+
+def test_samples_and_lengths_are_cut(roberta, tmp_path):
+    data = write_data(tmp_path / "data", "rte")
+    write_rows(data / "test.jsonl", make_rows("rte", 7))
+    more = ("--max_train_samples", "8", "--max_eval_samples", "3", "--max_predict_samples", "5")
+    more += ("--max_seq_length", "12", "--pad_to_max_length")
+    arguments = parsed_glue(flags(roberta, data, tmp_path, "rte", *more))
+    splits = glue.read_splits(arguments)
+    assert {name: len(columns["label"]) for name, columns in splits.items()} == {"train": 8, "validation": 3, "test": 5}
+    tokenizer, _, _ = glue.load_model(arguments)
+    encoded = glue.encode(arguments, tokenizer, splits["train"])
+    lengths = [sum(row["attention_mask"]) for row in encoded]
+    assert {len(row["input_ids"]) for row in encoded} == {12} and min(lengths[:6]) < max(lengths[:6]) == 12
+    batches = glue.calibration_batches(arguments, encoded, torch.device("cpu"))
+    assert len(batches) == 6 and all("labels" not in batch for batch in batches)
+    for batch, length in zip(batches, lengths, strict=False):
+        assert batch["input_ids"].shape == (1, length) and batch["attention_mask"].all()
+
+
+@pytest.mark.exhaustive
+def test_a_data_set_folder_is_read_like_the_hubs(roberta, tmp_path):
+    """`--dataset_name` with a folder goes through `datasets.load_dataset`, as a name on the hub does."""
+    write_data(tmp_path / "data", "rte")
+    more = ("--dataset_name", str(tmp_path / "data"), "--dataset_config_name", "default", "--max_steps", "1")
+    argv = [word for word in flags(roberta, tmp_path, tmp_path / "run", "rte", *more)]
+    at = argv.index("--data_dir")
+    run_glue(argv[:at] + argv[at + 2 :])
+    assert results_of(tmp_path / "run")["train_examples"] == 24
+
+
+# -- log, resume, processes --------------------------------------------------------------------------------------------
+
+
+def test_log_and_configuration(roberta, rte, tmp_path):
+    run_glue(flags(roberta, rte, tmp_path, "rte", "--eval_strategy", "steps", "--eval_steps", "2"))
+    rows = log_of(tmp_path)
+    assert [row["step"] for row in rows if row["split"] == "train"] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if row["split"] == "validation"] == [2, 4]
+    assert all({"step", "split", "loss", "lr", "seconds"} <= set(row) for row in rows)
+    assert all("accuracy" in row for row in rows if row["split"] == "validation")
+    last = [row for row in rows if row["split"] == "validation"][-1]
+    assert last["loss"] == pytest.approx(results_of(tmp_path)["table"]["unmerged"]["loss"])
+    assert json.loads((tmp_path / "config.json").read_text())["task_name"] == "rte"
+    assert not list(tmp_path.glob("**/*.bin")) and not list(tmp_path.glob("checkpoint-*/model.safetensors"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("method", ["reslora", "adalora"])
+def test_a_resumed_run_equals_an_uninterrupted_one(method, roberta, rte, tmp_path):
+    more = ("--save_strategy", "steps", "--save_steps", "2", "--method", method, "--lora_dropout", "0.1")
+    run_glue(flags(roberta, rte, tmp_path / "whole", "rte", *more))
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    for name in ("results.json", "checkpoint-4/trainer_state.json"):
+        (tmp_path / "broken" / name).unlink()  # as if killed while the last checkpoint was written
+    run_glue(flags(roberta, rte, tmp_path / "broken", "rte", *more, "--resume_from_checkpoint", "latest"))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    weights = "peft/adapter_model.safetensors"
+    assert (whole / weights).read_bytes() == (broken / weights).read_bytes()
+    assert results_of(whole) | {"train_seconds": 0} == results_of(broken) | {"train_seconds": 0}
+    without_time = [[row | {"seconds": 0} for row in log_of(folder)] for folder in (whole, broken)]
+    assert without_time[0] == without_time[1]
+
+
+@pytest.mark.exhaustive
+def test_accumulated_batches_equal_one(roberta, rte, tmp_path):
+    for name, size, accumulated in (("one", "8", "1"), ("two", "4", "2")):
+        batch = ("--per_device_train_batch_size", size, "--gradient_accumulation_steps", accumulated)
+        run_glue(flags(roberta, rte, tmp_path / name, "rte", *batch, "--shortcut", "middle"))
+    for kind in ("loss", "grad_norm"):
+        one, two = ([row[kind] for row in log_of(tmp_path / name) if kind in row] for name in ("one", "two"))
+        assert one == pytest.approx(two, rel=1e-4)
+
+
+@pytest.mark.exhaustive
+def test_two_processes_agree_with_one(roberta, rte, tmp_path):
+    """DDP over gloo: the same samples per step give the same losses, and the merge is the same everywhere.
+
+    Of a last batch that fills up one process's share with examples from before, each is validated by once.
+    """
+    two = flags(roberta, rte, tmp_path / "two", "rte", "--per_device_train_batch_size", "2", "--shortcut", "middle")
+    forked(ROOT / "train_glue.py", *two, "--per_device_eval_batch_size", "3", folder=tmp_path)
+    run_glue(flags(roberta, rte, tmp_path / "one", "rte", "--shortcut", "middle"))
+    one, both = results_of(tmp_path / "one"), results_of(tmp_path / "two")
+    assert list(both["table"]) == list(one["table"])
+    for name in ("unmerged", "none", "weights", "lstsq"):  # the norms for `input` are those of rank 0's half
+        assert both["table"][name]["loss"] == pytest.approx(one["table"][name]["loss"], rel=1e-4)
+    for split in ("train", "validation"):
+        rows = [[row for row in log_of(tmp_path / name) if row["split"] == split] for name in ("one", "two")]
+        losses = [[row["loss"] for row in part] for part in rows]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0]
+    assert (tmp_path / "two" / "peft" / "adapter_model.safetensors").is_file()
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def refused(capfd, argv: list[str], *words: str) -> None:
+    """The script's own error: status 2, one line on stderr that has the words."""
+    capfd.readouterr()
+    try:
+        status = run_script("train_glue.py", train_glue.start, argv)
+    except SystemExit as exit:
+        status = exit.code
+    line = capfd.readouterr().err
+    assert status == 2 and line.count("\n") == 1 and line.startswith("train_glue.py: error: "), line
+    for word in words:
+        assert word in line, line
+
+
+def test_bad_flags(capfd, roberta, rte, tmp_path):
+    out = tmp_path / "run"
+    refused(capfd, flags(roberta, rte, out, "squad"), "--task_name", "squad", "rte")
+    refused(capfd, flags(roberta, rte, out, "rte", "--max_seq_length", "0"), "--max_seq_length 0")
+    refused(capfd, flags(roberta, rte, out, "rte", "--max_train_samples", "0"), "--max_train_samples 0")
+    refused(capfd, flags(roberta, rte, out, "rte", "--frobnicate"), "--frobnicate")
+    refused(capfd, flags(tmp_path / "nowhere", rte, out), "--model_name_or_path", "no such folder")
+    refused(capfd, flags(rte, rte, out), "--model_name_or_path", "check name and files")
+    argv = flags(roberta, rte, out)
+    refused(capfd, argv[: argv.index("--task_name")] + argv[argv.index("--task_name") + 2 :], "--task_name", "missing")
+    refused(capfd, flags(roberta, rte, out, "rte", "--target_modules", "q_proj"), "q_proj", "query")
+    refused(capfd, flags(roberta, rte, out, "rte", "--metric_for_best_model", "f1"), "f1", "loss, accuracy")
+    for flag in ("prediction_loss_only True", "batch_eval_metrics True", "eval_do_concat_batches False"):
+        refused(capfd, flags(roberta, rte, out, "rte", *f"--{flag}".split()), f"--{flag}: ", "metrics")
+    refused(capfd, flags(roberta, rte, out, "rte", "--label_names", "a", "b"), "--label_names a b: ", "metrics")
+    smoothing = "--label_smoothing_factor", "0.1"
+    refused(capfd, flags(roberta, rte, out, "stsb", *smoothing), f"{' '.join(smoothing)}: stsb has scores")
+    assert not (out / "results.json").exists() and not (out / "log.jsonl").exists()
+
+
+def test_bad_data(capfd, roberta, rte, tmp_path):
+    out, data = tmp_path / "run", tmp_path / "data"
+    refused(capfd, flags(roberta, data, out), f"--data_dir {data}", "no such folder", "sentence1, sentence2, label")
+    write_data(data, "rte")
+    refused(capfd, flags(roberta, data, out, "qqp"), "question1, question2", "sentence1, sentence2")
+    (data / "validation.jsonl").unlink()
+    refused(capfd, flags(roberta, data, out), "validation.jsonl")
+    write_rows(data / "validation.jsonl", [])
+    refused(capfd, flags(roberta, data, out), "validation.jsonl", "no rows")
+    for label in (2, -1, None, 0.5, "entailment", True):
+        rows = make_rows("rte", 3)
+        rows[1]["label"] = label
+        write_rows(data / "validation.jsonl", rows)
+        refused(capfd, flags(roberta, data, out), "validation.jsonl, row 2", repr(label), "1 (not_entailment)")
+    rows[1] |= {"label": 0, "sentence2": None}
+    write_rows(data / "validation.jsonl", rows)
+    refused(capfd, flags(roberta, data, out), "row 2", "sentence2 is None")
+    (data / "validation.jsonl").write_text('{"sentence1": "a"\n')
+    refused(capfd, flags(roberta, data, out), "validation.jsonl line 1", "JSON")
+    assert not out.exists()
+
+
+def test_a_score_outside_its_range(capfd, roberta, tmp_path):
+    """Its ends are inside: the third row is the first that is refused."""
+    rows = [row | {"label": label} for row, label in zip(make_rows("stsb", 3), (0, 5.0, 5.5), strict=True)]
+    write_data(tmp_path / "data", "stsb")
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    refused(capfd, flags(roberta, tmp_path / "data", tmp_path / "run", "stsb"), "row 3", "5.5", "from 0 to 5")
+
+
+def test_remote_code_is_refused(capfd, roberta, tmp_path, monkeypatch):
+    import datasets
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found glue.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    argv = flags(roberta, tmp_path, tmp_path / "run", "cola")
+    at = argv.index("--data_dir")
+    refused(
+        capfd, argv[:at] + argv[at + 2 :], "nyu-mll/glue", "code from the hub", "--data_dir", "train.jsonl", "sentence"
+    )
+
+
+def test_a_data_set_that_is_not_there(capfd, roberta, tmp_path):
+    argv = flags(roberta, tmp_path, tmp_path / "run", "cola", "--dataset_name", str(tmp_path / "none"))
+    at = argv.index("--data_dir")
+    refused(capfd, argv[:at] + argv[at + 2 :], "--dataset_name", "cannot be loaded", "--data_dir")
+
+
+@pytest.mark.exhaustive
+def test_runs_are_not_mixed(capfd, roberta, rte, tmp_path):
+    with locked(tmp_path):
+        refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "is training in it")
+    run_glue(flags(roberta, rte, tmp_path, "rte", "--max_steps", "1", "--method", "lora"))
+    refused(capfd, flags(roberta, rte, tmp_path), "--output_dir", "holds")
+    more = ("--resume_from_checkpoint", "latest", "--method", "loha")
+    refused(capfd, flags(roberta, rte, tmp_path, "rte", *more), "--method loha", "lora")
+
+
+def test_inputs_are_no_longer_than_the_model_takes(roberta, rte, tmp_path):
+    model = write_model(tmp_path / "model", max_position_embeddings=12)
+    arguments = parsed_glue(flags(model, rte, tmp_path / "run", "rte", "--max_seq_length", "500"))
+    tokenizer, loaded, _ = glue.load_model(arguments)
+    encoded = glue.encode(arguments, tokenizer, glue.read_splits(arguments)["train"])
+    assert max(len(row["input_ids"]) for row in encoded) == 10
+    loaded(input_ids=torch.tensor([max(encoded["input_ids"], key=len)]))
+
+
+def test_a_tokenizer_of_another_model(capfd, roberta, rte, tmp_path):
+    model = write_model(tmp_path / "model", vocab_size=9)
+    refused(capfd, flags(model, rte, tmp_path / "run"), "--tokenizer_name", "18 tokens", "9")
+
+
+def test_a_head_of_another_size_needs_a_flag(capfd, rte, tmp_path):
+    model = write_model(tmp_path / "model", num_labels=3)
+    refused(capfd, flags(model, rte, tmp_path / "run"), "--ignore_mismatched_sizes")
+    run_glue(flags(model, rte, tmp_path / "run", "rte", "--ignore_mismatched_sizes", "--max_steps", "1"))
+    assert "unmerged" in results_of(tmp_path / "run")["table"]

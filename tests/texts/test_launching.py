@@ -1,0 +1,119 @@
+"""train_llm.py below `accelerate launch`: every bundled configuration, DeepSpeed, and signals to the launcher."""
+
+import json
+import math
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+from launching import FOLDER, configurations, forked, launch, start, told_by
+from waiting import ended, wait_until
+
+from reslora.errors import InvalidArgument, Stopped
+from reslora.runtime.signals import StopRequest
+from reslora.texts.checkpoints import checkpoints_of, damage
+from reslora.texts.training_arguments import AdapterTrainingArguments
+from texts.helpers import run_glue, run_llm
+
+from .helpers import SCRIPT, VALIDATED, build, flags, losses, trainer_for
+
+pytestmark = pytest.mark.exhaustive
+
+FIVES = """
+import sys
+sys.path[:0] = [{path!r}]
+from reslora.texts import llm_trainer
+answers = llm_trainer.generate
+llm_trainer.generate = lambda *given: ["The answer is 5." for _ in answers(*given)]
+import train_llm
+sys.exit(train_llm.main())
+"""
+"""The script, whose model says of everything that it comes to five."""
+
+
+# Of one_node.yaml there is nothing that two_nodes.yaml has not; FSDP2 is refused, see below. DeepSpeed's launcher is
+# started here, torch's for the signals below, and all by tests/images/test_launching.py.
+@pytest.mark.parametrize("name", configurations("one_node.yaml", "fsdp2.yaml"))
+def test_two_processes_equal_one_with_twice_the_batch(name, tiny, data, alone, tmp_path):
+    argv = flags(tiny, data, tmp_path / "run", *VALIDATED, "--per_device_train_batch_size", 2)
+    if name.startswith("deepspeed"):
+        argv += ["--bf16"]  # transformers wants it said in both places
+    else:
+        argv.remove("--use_cpu")  # as documented: it is found out
+    exact = name == "cpu_two_processes.yaml"  # the others say bfloat16
+    told = told_by(name) | {"ACCELERATE_MIXED_PRECISION": "no" if exact else "bf16"}
+    start = partial(launch, name) if name.startswith("deepspeed") else partial(forked, environment=told)
+    (script := tmp_path / "fives.py").write_text(FIVES.format(path=str(SCRIPT.parent)))
+    printed = start(script, *argv, folder=tmp_path)
+    assert printed.count("unmerged") == 1
+    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5 if exact else 1e-2)
+    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "run", alone))
+    assert found["steps"] == 3
+    for method in ("unmerged", "none", "weights", "lstsq"):  # the norms of `input` are those of rank 0's halves
+        figures = expected["table"][method]
+        assert found["table"][method]["loss"] == pytest.approx(figures["loss"], rel=1e-4 if exact else 1e-2)
+        assert found["table"][method]["accuracy"] == 1 / 6  # the one that rank 1 has, of six
+    assert math.isfinite(found["table"]["input"]["loss"])
+    assert damage(tmp_path / "run" / "checkpoint-3", processes=2) is None
+
+
+def test_sharding_by_accelerates_configuration_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InvalidArgument, match="--fsdp: shards the adapter"):
+        trainer_for(build()[0], tmp_path)
+
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+
+
+def running(folder: Path) -> list[int]:
+    """Processes whose command names a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if str(folder).encode() in command:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("more", [(), ("--seed", "0", "1")], ids=["run", "experiment"])
+@pytest.mark.parametrize(("main", "task"), [(run_llm, ()), (run_glue, ("--task_name", "rte"))], ids=["llm", "glue"])
+def test_who_is_asked_to_stop_while_libraries_load_waits_for_no_other_process(main, task, more, tmp_path, monkeypatch):
+    def met(self):
+        raise AssertionError("the others may never come")
+
+    monkeypatch.setattr(AdapterTrainingArguments, "__post_init__", met)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match="stopped before training began"):
+            main([*task, *more, "--output_dir", str(tmp_path)], stop)
+
+
+@pytest.mark.parametrize(
+    ("processes", "number", "everyone"),
+    [
+        (1, signal.SIGKILL, False),  # accelerate passes nothing on, not SIGTERM either
+        (2, signal.SIGTERM, False),  # torch's launcher passes it on
+        (2, signal.SIGINT, True),  # Ctrl-C, which the whole group gets: it repeats what its children have got already
+    ],
+)
+def test_the_trainer_saves_and_ends_with_its_launcher(processes, number, everyone, tiny, data, tmp_path):
+    output = tmp_path / "run"
+    words = ["--config_file", str(FOLDER / "cpu_two_processes.yaml"), "--num_processes", str(processes)]
+    words += ["--main_process_port", "0", str(SCRIPT), *flags(tiny, data, output, "--max_steps", 100_000)]
+    words += ["--save_strategy", "no"]
+    words.remove("--use_cpu")
+    launcher = start(words, tmp_path / "printed", start_new_session=True)
+    wait_until(lambda: (output / "log.jsonl").is_file() and (output / "log.jsonl").read_text(), "a step", launcher)
+    (os.killpg if everyone else os.kill)(launcher.pid, number)
+    ended(launcher)
+    wait_until(lambda: not running(output), "the trainers' end")
+    printed = (tmp_path / "printed").read_text()
+    (saved,) = checkpoints_of(output)
+    assert f"stopped after step {saved.name.removeprefix('checkpoint-')}; go on" in printed, printed[-3000:]
+    assert damage(saved, processes) is None

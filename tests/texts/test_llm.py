@@ -1,0 +1,491 @@
+"""train_llm.py: whole runs of a tiny model, its data, and what is refused."""
+
+import importlib.util
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
+from peft import PeftModel
+from suites import quick
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_llm
+from reslora.errors import InvalidArgument
+from reslora.options.texts import ZERO2_OFFLOAD
+from reslora.runtime.folder_lock import locked
+from reslora.runtime.script import run_script
+from reslora.texts import experiment, llm, llm_trainer
+from reslora.texts.llm_tasks import TASKS, Example, examples_of
+from reslora.texts.llm_trainer import Encoder
+from reslora.texts.trainer import AdapterTrainer
+from texts.helpers import parsed
+
+from .helpers import bytes_tokenizer, flags, row, write_rows
+
+
+def run(argv: list[str]) -> int:
+    return run_script("train_llm.py", train_llm.start, argv)
+
+
+def test_memory_that_runs_out_leaves_the_checkpoints_and_says_which(tiny, data, tmp_path, capsys, monkeypatch):
+    step = AdapterTrainer.training_step
+
+    def take_too_much(self, *given) -> torch.Tensor:
+        return torch.empty(2**60) if self.state.global_step == 3 else step(self, *given)
+
+    monkeypatch.setattr(AdapterTrainer, "training_step", take_too_much)
+    assert run(flags(tiny, data, tmp_path / "run", "--method", "lora")) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("train_llm.py: memory ran out (") and f"{tmp_path}/run/checkpoint-2: go on with" in line
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "shortcut", "table"),
+    quick(
+        [
+            ("reslora", "input", ["unmerged", "none", "input", "weights", "lstsq"]),
+            ("reslora", "middle", ["unmerged", "none", "input", "weights", "lstsq"]),
+            ("reslora", "block", ["unmerged", "none", "exact"]),
+            ("lora", "input", ["unmerged"]),
+            ("adalora", "input", ["unmerged"]),
+            ("ms_placebo", "input", ["unmerged"]),
+        ],
+        ("reslora", "middle", ["unmerged", "none", "input", "weights", "lstsq"]),
+    ),
+)
+def test_a_run_leaves_results_and_files_that_stock_libraries_load(
+    tiny, data, tmp_path, capsys, method, shortcut, table
+):
+    argv = flags(tiny, data, tmp_path / "run", "--method", method, "--shortcut", shortcut, "--merge_and_save")
+    assert run(argv) == 0
+    output = tmp_path / "run"
+    results = json.loads((output / "results.json").read_text())
+    assert list(results["table"]) == table
+    assert all(set(figures) - {"report"} == {"loss", "accuracy"} for figures in results["table"].values())
+    assert (results["task"], results["steps"], results["test_examples"]) == ("svamp", 4, 6)
+    assert "unmerged" in capsys.readouterr().out
+    assert json.loads((output / "config.json").read_text())["lora_r"] == 4
+
+    examples = examples_of(TASKS["svamp"], "test", [row(n) for n in range(36, 42)])
+    encoder = Encoder(AutoTokenizer.from_pretrained(output / "merged"))
+    whole = AutoModelForCausalLM.from_pretrained(output / "merged").eval()
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), output / "peft").eval()
+    losses = [token_loss(model, encoder, examples) for model in (whole, stock)]
+    expected = results["table"].get(results["merge"] or "unmerged")["loss"]
+    assert losses == pytest.approx([expected, expected], rel=1e-5)
+    assert token_loss(AutoModelForCausalLM.from_pretrained(tiny), encoder, examples) > expected + 1e-4
+
+
+@torch.no_grad()
+def token_loss(model, encoder: Encoder, examples: list[Example]) -> float:
+    """Mean over all answer tokens, one example at a time."""
+    losses = []
+    for example in examples:
+        encoded = encoder(example)
+        logits = model(input_ids=torch.tensor([encoded["input_ids"]])).logits[0].log_softmax(-1)
+        learnt = [(n, label) for n, label in enumerate(encoded["labels"]) if label != -100]
+        losses += [-logits[n - 1, label].item() for n, label in learnt]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.exhaustive
+def test_a_resumed_run_equals_an_uninterrupted_one(tiny, data, tmp_path):
+    more = ["--shortcut", "middle", "--lora_dropout", "0.2", "--eval_strategy", "steps", "--eval_steps", "2"]
+    assert run(flags(tiny, data, tmp_path / "whole", *more)) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
+    (tmp_path / "resumed" / "results.json").unlink()
+    assert run(flags(tiny, data, tmp_path / "resumed", *more)) == 2  # it would mix two runs
+    assert run(flags(tiny, data, tmp_path / "resumed", *more, "--lora_r", 2, "--resume_from_checkpoint", "latest")) == 2
+    other = [*more, "--learning_rate", "2e-2", "--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-2"]
+    assert run(flags(tiny, data, tmp_path / "other", *other)) == 2
+    assert run(flags(tiny, data, tmp_path / "resumed", *more, "--resume_from_checkpoint", "latest")) == 0
+    for name in ("peft/adapter_model.safetensors", "merge.json", "checkpoint-4/reslora_model.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes()
+    tables = [json.loads((tmp_path / name / "results.json").read_text())["table"] for name in ("whole", "resumed")]
+    assert tables[0] == tables[1]
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "resumed")]
+    logs = [[{**json.loads(line), "seconds": 0} for line in lines] for lines in logs]
+    assert logs[0] == logs[1] and len(logs[0]) == 6
+
+
+@pytest.mark.exhaustive
+def test_gradient_checkpointing_and_bf16_run(tiny, data, tmp_path, monkeypatch):
+    """Of the four examples to validate on one comes to seven, which is said of all."""
+    answers = llm_trainer.generate
+
+    def sevens(model, encoder, examples, max_new_tokens):
+        return ["The answer is 7." for _ in answers(model, encoder, examples, max_new_tokens)]
+
+    monkeypatch.setattr(llm_trainer, "generate", sevens)
+    more = ["--gradient_checkpointing", "--bf16", "--shortcut", "middle", "--max_steps", "2", "--save_steps", "2"]
+    more += ["--eval_strategy", "steps", "--eval_steps", "2", "--eval_accuracy"]
+    assert run(flags(tiny, data, tmp_path, *more)) == 0
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["split"] == "validation" and log[-1]["accuracy"] == 1 / 4
+
+
+def test_metamathqa_is_tested_on_gsm8k_and_draws_its_examples(tiny, tmp_path):
+    train = [{"query": f"What is {n}?", "response": f"Count.\nThe answer is: {n}"} for n in range(20)]
+    data = write_rows(tmp_path / "data", train=train, test=[{"question": "1 + 1?", "answer": "Add.\n#### 2"}])
+    common = ["--task", "metamathqa", "--max_train_samples", 5]
+
+    def load(*more):
+        arguments, _, training = parsed(flags(tiny, data, tmp_path, *common, *more))
+        return llm.load_examples(arguments, training)
+
+    examples = load()
+    assert examples["test"] == [Example("1 + 1?", "Add.", "2")] and not examples["validation"]
+    assert len(examples["train"]) == 5 == len(set(examples["train"]))
+    assert examples["train"] == load()["train"] != load("--seed", 1)["train"]
+    arguments, _, _ = parsed(flags(tiny, data, tmp_path, "--task", "metamathqa"))
+    assert arguments.max_train_samples == 40_000
+
+
+def numbered(count: int, start: int = 0) -> list[dict]:
+    return [{**row(number), "Body": f"Row {number}."} for number in range(start, start + count)]
+
+
+@pytest.mark.parametrize("splits", [["test"], ["validation"]])
+def test_a_checkpoint_is_never_chosen_by_what_it_is_tested_on(tiny, tmp_path, capsys, splits):
+    """Without examples for validation alone, a part of those for training is held out, the same for the same seed."""
+    data = write_rows(tmp_path / "data", train=numbered(50), **{split: numbered(10, 50) for split in splits})
+
+    def load(*more):
+        arguments, _, training = parsed(flags(tiny, data, tmp_path, "--eval_strategy", "steps", *more))
+        return llm.load_examples(arguments, training)
+
+    found = load()
+    assert "5 of 50 training examples are held out for validation" in capsys.readouterr().out
+    assert [len(found[split]) for split in ("train", "validation", "test")] == [45, 5, 10]
+    bodies = {split: {example.prompt for example in examples} for split, examples in found.items()}
+    assert not bodies["train"] & bodies["validation"] and not bodies["validation"] & bodies["test"]
+    assert len(bodies["train"] | bodies["validation"]) == 50
+    assert found == load() and found["validation"] != load("--seed", 1)["validation"]
+    fewer = load("--max_train_samples", 20)
+    assert fewer["validation"] == found["validation"] and set(fewer["train"]) < set(found["train"])
+    limited = load("--max_eval_samples", 2, "--max_test_samples", 3)
+    assert (limited["validation"], limited["test"]) == (found["validation"][:2], found["test"][:3])
+    assert len(load("--eval_strategy", "no")["train"]) == 50
+    assert load("--eval_strategy", "no", "--eval_on_start") == found
+
+
+def test_validation_examples_of_their_own_are_taken(tiny, data, tmp_path, capsys):
+    arguments, _, training = parsed(flags(tiny, data, tmp_path, "--eval_strategy", "steps"))
+    found = llm.load_examples(arguments, training)
+    assert [len(found[split]) for split in ("train", "validation", "test")] == [32, 4, 6]
+    assert "held out" not in capsys.readouterr().out
+
+
+def test_hellaswags_test_file_without_labels_counts_as_none(tiny, tmp_path, capsys):
+    """The hub's has none: what is trained is tested on the validation examples."""
+    data = write_rows(tmp_path / "data", train=[swag("0")], validation=[swag("1")], test=[swag("")] * 2)
+    arguments, _, training = parsed(flags(tiny, data, tmp_path, "--task", "hellaswag"))
+    found = llm.load_examples(arguments, training)
+    assert [example.gold for example in found["test"]] == ["1"]
+    assert capsys.readouterr().out.startswith(f"{data / 'test.jsonl'}: all its labels are empty")
+
+
+def test_a_single_training_example_cannot_be_held_out(tiny, tmp_path, capsys):
+    data = write_rows(tmp_path / "data", train=[row(0)], test=[row(1)])
+    one_line(
+        flags(tiny, data, tmp_path / "run", "--eval_strategy", "steps"),
+        capsys,
+        ["--eval_strategy", "validate", "add validation.jsonl"],
+    )
+
+
+def test_the_best_checkpoint_is_chosen_on_held_out_training_examples(tiny, tmp_path):
+    data = write_rows(tmp_path / "data", train=numbered(30), test=numbered(6, 30))
+    more = ["--eval_strategy", "steps", "--eval_steps", 2, "--load_best_model_at_end", "--method", "lora"]
+    assert run(flags(tiny, data, tmp_path / "run", *more)) == 0
+    arguments, _, training = parsed(flags(tiny, data, tmp_path / "other", *more))
+    encoder = Encoder(AutoTokenizer.from_pretrained(tiny))
+    held_out = llm.load_examples(arguments, training)["validation"]
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "run" / "peft").eval()
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    best = min(line["loss"] for line in log if line["split"] == "validation")
+    assert token_loss(stock, encoder, held_out) == pytest.approx(best, rel=1e-5)
+
+
+def test_the_bundled_deepspeed_configuration_is_zero_2_with_offloading():
+    configuration = HfDeepSpeedConfig(str(ZERO2_OFFLOAD))
+    assert configuration._stage == 2 and configuration.is_offload()
+    assert configuration.get_value("zero_optimization.offload_optimizer.device") == "cpu"
+    assert configuration.get_value("zero_force_ds_cpu_optimizer") is False  # the optimizer is the trainer's
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def changed(**columns) -> list[dict]:
+    return [row(0), {**row(1), **columns}]
+
+
+BAD_FLAGS = [
+    (["--task", "triviaqa"], ["--task triviaqa", "gsm8k, svamp"]),
+    (["--method", "vera"], ["--method", "vera"]),
+    (["--shortcut", "outer"], ["--shortcut", "outer"]),
+    (["--merge", "all"], ["--merge", "all"]),
+    (["--lora_r", "0"], ["--lora_r 0", "at least 1"]),
+    (["--lora_r", "four"], ["--lora_r", "four"]),
+    (["--lora_alpha", "nan"], ["--lora_alpha nan"]),
+    (["--lora_dropout", "1"], ["--lora_dropout 1"]),
+    (["--learning_rate", "nan"], ["--learning_rate nan"]),
+    (["--learning_rate", "-1"], ["--learning_rate -1"]),
+    (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size 0"]),
+    (["--gradient_accumulation_steps", "0"], ["--gradient_accumulation_steps 0"]),
+    (["--max_steps", "0"], ["--max_steps 0"]),
+    (["--save_steps", "0"], ["--save_steps 0"]),
+    (["--max_new_tokens", "0"], ["--max_new_tokens 0"]),
+    (["--max_train_samples", "0"], ["--max_train_samples 0"]),
+    (["--seed", "-1"], ["--seed -1"]),
+    (["--seed", "4294967296"], ["--seed 4294967296"]),
+    (["--report_to", "tensorbord"], ["--report_to tensorbord", "tensorboard"]),
+    (["--optim", "paged_adamw_8bit"], ["--optim paged_adamw_8bit"]),
+    (["--lr_scheduler_type", "cosine_with_min_lr"], ["--lr_scheduler_type cosine_with_min_lr", "min_lr"]),
+    (["--lr_scheduler_kwargs", '{"foo": 1}'], ['--lr_scheduler_type linear --lr_scheduler_kwargs {"foo": 1}: ', "foo"]),
+    (["--no_such_flag"], ["no_such_flag"]),
+    (["--eval_strategy", "sometimes"], ["sometimes"]),
+    (["--load_best_model_at_end", "--eval_strategy", "no"], ["load_best_model_at_end"]),
+    (["--metric_for_best_model", "bleu"], ["--metric_for_best_model bleu", "accuracy"]),
+    (["--dtype", "int8"], ["--dtype", "int8"]),
+    (["--output_dir", "/dev/null/run"], ["--output_dir /dev/null/run", "choose another"]),
+    (["--fp16"], ["--fp16", "needs a GPU"]),
+    (["--bf16", "--use_cpu", "false"], ["--bf16", "add --use_cpu"]),
+    (["--push_to_hub"], ["--push_to_hub", "hf upload"]),
+    (["--deepspeed"], ["--deepspeed", "not installed"]),
+    (["--use_liger_kernel"], ["--use_liger_kernel", "not installed", "pip install liger-kernel"]),
+    (["--load_in_4bit"], ["--load_in_4bit", "not installed"]),
+    (["--model_name_or_path", "/no/such/folder"], ["--model_name_or_path /no/such/folder", "no such folder"]),
+    (["--data_dir", "/no/such/folder"], ["--data_dir /no/such/folder", "train.jsonl", "Body, Question"]),
+    (["--target_modules", "nothing"], ["--target_modules nothing", "q_proj"]),
+    (["--max_length", "5"], ["--max_length 5", "give at least"]),
+    (["--max_new_tokens", "250"], ["--max_new_tokens 250", "256 positions", "give at most"]),
+    (["--resume_from_checkpoint", "/no/such/folder"], ["--resume_from_checkpoint /no/such/folder"]),
+]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("bad", "words"), BAD_FLAGS, ids=[" ".join(bad) for bad, _ in BAD_FLAGS])
+def test_a_bad_flag_is_one_line_and_status_2(tiny, data, tmp_path, capsys, monkeypatch, bad, words):
+    missing = {"deepspeed", "bitsandbytes", "liger_kernel"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *more: None if name in missing else find_spec(name, *more)
+    )
+    one_line(flags(tiny, data, tmp_path / "run", *bad), capsys, words)
+    found_out_late = {"--resume_from_checkpoint", "--optim", "--lr_scheduler_type", "--lr_scheduler_kwargs"}
+    assert not (tmp_path / "run" / "config.json").exists() or bad[0] in found_out_late
+
+
+def one_line(argv: list[str], capsys, words) -> None:
+    capsys.readouterr()
+    try:
+        status = run(argv)
+    except SystemExit as stopped:
+        status = stopped.code
+    output = capsys.readouterr().err
+    lines = [line for line in output.splitlines() if "error:" in line]
+    assert status == 2 and "Traceback" not in output
+    assert len(lines) == 1 and lines[0].startswith("train_llm.py: error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def swag(label: str) -> dict:
+    return {"ctx": "He throws.", "endings": ["It flies.", "It sings."], "label": label}
+
+
+BAD_DATA = {
+    "missing column": (
+        "svamp",
+        {"train": [{"Body": "x", "Question": "y"}]},
+        ["row 1", "no column Equation, Answer; its columns must be Body, "],
+    ),
+    "no number": (
+        "svamp",
+        {"train": changed(Answer="many"), "test": [row(0)]},
+        ["train.jsonl row 2", "'many' is not a number; correct it"],
+    ),
+    "wrong type": ("svamp", {"train": changed(Body=5), "test": [row(0)]}, ["train.jsonl row 2", "Body is 5, not"]),
+    "null": ("svamp", {"train": changed(Answer=None), "test": [row(0)]}, ["train.jsonl row 2", "Answer is null"]),
+    "no list": (
+        "hellaswag", {"train": [{"ctx": "a", "endings": "b", "label": 0}]}, ["row 1", "endings is 'b', not a list"]
+    ),
+    "not a row": ("svamp", {"train": [[1, 2]], "test": [row(0)]}, ["train.jsonl row 1", "Body"]),
+    "no train": ("svamp", {"test": [row(0)]}, ["no train examples", "train.jsonl"]),
+    "empty train": ("svamp", {"train": [], "test": [row(0)]}, ["no train examples"]),
+    "no test": ("svamp", {"train": [row(0)]}, ["no test examples", "test.jsonl"]),
+    "label": (
+        "hellaswag",
+        {"train": [{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": "4"}]},
+        ["row 1", "'4'", "outside 0 to 3; correct it"],
+    ),
+    "some labels": (
+        "hellaswag", {"train": [swag("1")], "test": [swag("1"), swag("")]}, ["test.jsonl row 2", "''", "; correct it"]
+    ),
+    "no labels": ("hellaswag", {"train": [swag("1")], "test": [swag("")]}, ["no test examples and no validation"]),
+    "option": (
+        "mathqa",
+        {"train": [{"Problem": "a", "Rationale": "b", "options": "a ) 1 , b ) 2", "correct": "e"}]},
+        ["row 1", "'e'", "a, b"],
+    ),
+    "answer": ("gsm8k", {"train": [{"question": "a", "answer": "no mark"}]}, ["row 1", "####"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data_is_one_line_and_status_2(tiny, tmp_path, capsys, name):
+    task, splits, words = BAD_DATA[name]
+    data = write_rows(tmp_path / "data", **splits)
+    one_line(flags(tiny, data, tmp_path / "run", "--task", task), capsys, words)
+
+
+def test_another_task_is_not_read_from_the_bundled_examples(tiny, tmp_path, capsys):
+    command = ["--task", "gsm8k", "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    words = ["--task gsm8k: the bundled examples are svamp's", "--data_dir DIR", "--model_name_or_path MODEL"]
+    one_line(command, capsys, words)
+    for named in (["--data_dir", str(tmp_path)], ["--model_name_or_path", str(tiny)]):
+        assert parsed([*command, *named])[0].task == "gsm8k"
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("train", ["--max_length 512", "a training example has 3", "256 positions", "give at most 256"]),
+        ("test", ["test.jsonl row 2", "this example has 3", "256 positions"]),
+    ],
+)
+def test_no_example_is_longer_than_the_models_positions(tiny, tmp_path, capsys, split, words):
+    long = {**row(0), "Equation": "1 + " * 70 + "1"}
+    data = write_rows(tmp_path / "data", **{"train": [row(1)] * 4, "test": [row(2)], split: [row(1), long]})
+    one_line(flags(tiny, data, tmp_path / "run"), capsys, words)
+
+
+@pytest.mark.exhaustive
+def test_a_validation_example_that_is_too_long_is_left_out_as_a_training_example_is(tiny, tmp_path, capsys):
+    long = {**row(0), "Equation": "1 + " * 70 + "1"}
+    data = write_rows(tmp_path / "data", train=[row(1)] * 4, test=[row(2)], validation=[row(3), long])
+    more = ("--max_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1")
+    assert run(flags(tiny, data, tmp_path / "run", *more)) == 0
+    line = f"1 of 2 validation examples is longer than the model's 256 positions: left out (for example {data}/"
+    assert f"{line}validation.jsonl row 2)" in capsys.readouterr().out
+    assert '"validation"' in (tmp_path / "run" / "log.jsonl").read_text()
+    write_rows(data, train=[row(1)] * 4, test=[row(2)], validation=[long])
+    one_line(flags(tiny, data, tmp_path / "none"), capsys, ["every validation example has more tokens than the model"])
+
+
+def test_two_runs_do_not_share_a_folder(tiny, data, tmp_path, capsys):
+    with locked(tmp_path / "run"):
+        one_line(flags(tiny, data, tmp_path / "run"), capsys, [f"process {os.getpid()} is training in it"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.exhaustive
+def test_a_folder_that_is_moved_while_merges_are_measured_is_not_made_anew(tiny, data, tmp_path, capsys, monkeypatch):
+    """With --save_strategy no nothing was written before."""
+    output, measure = tmp_path / "run", experiment.merge_table
+
+    def moved(*given):
+        output.rename(tmp_path / "moved")
+        return measure(*given)
+
+    monkeypatch.setattr(experiment, "merge_table", moved)
+    assert run(flags(tiny, data, output, "--save_strategy", "no")) == 1
+    assert f"--output_dir {output} was moved or removed" in capsys.readouterr().err
+    assert not output.exists() and not (tmp_path / "moved" / "peft").exists()
+
+
+def test_a_line_that_is_not_json_is_named(tiny, tmp_path, capsys):
+    data = write_rows(tmp_path / "data", train=[row(0)], test=[row(0)])
+    with (data / "train.jsonl").open("a") as file:
+        file.write("{broken\n")
+    one_line(flags(tiny, data, tmp_path / "run"), capsys, ["train.jsonl line 2", "not JSON"])
+
+
+def test_separators_inside_a_row_do_not_end_its_line(tiny, tmp_path):
+    data = write_rows(tmp_path / "data", train=[row(0)], test=[row(0)])
+    odd = json.dumps({**row(0), "Body": "One\u2028two\u0085three"}, ensure_ascii=False)
+    (data / "train.jsonl").write_text(f"\n{odd}\r\n", encoding="utf-8", newline="")
+    arguments, _, training = parsed(flags(tiny, data, tmp_path))
+    assert llm.load_examples(arguments, training)["train"][0].prompt.startswith("One\u2028two\u0085three")
+
+
+def test_a_data_set_that_needs_code_or_cannot_be_reached_is_refused_with_the_file_form(
+    tiny, tmp_path, capsys, monkeypatch
+):
+    import datasets
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found math_qa.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    argv = flags(tiny, tmp_path, tmp_path / "run", "--task", "mathqa")
+    at = argv.index("--data_dir")
+    one_line(argv[:at] + argv[at + 2 :], capsys, ["needs code from the hub", "Problem, Rationale, options, correct"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: (_ for _ in ()).throw(ConnectionError("no network")))
+    one_line(argv[:at] + argv[at + 2 :], capsys, ["allenai/math_qa", "no network", "--data_dir DIR"])
+
+
+def test_rows_from_the_hub_are_read_split_by_split(tiny, tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(*args, split, **kwargs):
+        asked.append((*args, split))
+        return [{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": "1"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    argv = flags(tiny, tmp_path, tmp_path / "run", "--task", "hellaswag")
+    at = argv.index("--data_dir")
+    arguments, _, training = parsed(argv[:at] + argv[at + 2 :])
+    examples = llm.load_examples(arguments, training)
+    assert asked == [("Rowan/hellaswag", "train"), ("Rowan/hellaswag", "validation")]
+    assert len(examples["test"]) == 1 and not examples["validation"]
+
+
+def test_a_model_that_is_no_causal_one_is_refused(tiny, data, tmp_path, capsys):
+    from conftest import tiny_bert
+
+    tiny_bert().save_pretrained(tmp_path / "bert")
+    bytes_tokenizer().save_pretrained(tmp_path / "bert")
+    one_line(
+        flags(tmp_path / "bert", data, tmp_path / "run"), capsys, ["--model_name_or_path", "no causal language model"]
+    )
+
+
+def test_a_four_bit_model_cannot_be_written_merged(tiny, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: object())
+    with pytest.raises(InvalidArgument, match="--merge_and_save"):
+        parsed(flags(tiny, data, tmp_path, "--load_in_4bit", "--merge_and_save"))
+
+
+def test_a_loss_that_is_no_number_is_one_line_and_status_1(tiny, data, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "broken")
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "broken")
+    assert run(flags(tmp_path / "broken", data, tmp_path / "run")) == 1
+    assert "train_llm.py: loss nan at step 1" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("save", ["no", "steps"])
+@pytest.mark.parametrize("method", ["lora", "reslora"])
+def test_a_run_that_diverges_at_its_last_step_exports_nothing(tiny, data, tmp_path, capsys, method, save):
+    more = ["--max_steps", 1, "--learning_rate", 3e38, "--method", method, "--save_strategy", save]
+    assert run(flags(tiny, data, tmp_path / "run", *more)) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "train_llm.py:" in line]
+    assert "lower --learning_rate" in line
+    assert not (tmp_path / "run" / "results.json").exists() and not (tmp_path / "run" / "peft").exists()

@@ -1,0 +1,150 @@
+"""Examples as tokens, and answers that are generated."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_llama
+from tokenizers import processors
+
+from reslora.options.texts import LlmOptions
+from reslora.texts import llm, llm_trainer
+from reslora.texts.llm_tasks import Example
+from reslora.texts.llm_trainer import Encoder, calibration_batches, count_right, example_losses, generate
+from reslora.texts.trainer import attach
+from texts.helpers import adapter_of, trainer_of
+
+from .helpers import bytes_tokenizer, flags
+
+
+def test_the_loss_is_on_the_answer_and_the_end_which_is_learnt_though_it_pads():
+    tokenizer = bytes_tokenizer()
+    encoder = Encoder(tokenizer)
+    assert encoder.pad == encoder.end == tokenizer.eos_token_id == 0
+    short, long = Example("ab", "", "1"), Example("abcdef", "xyz", "2")
+    batch = encoder.collate([encoder(short), encoder(long)])
+    for number, example in enumerate((short, long)):
+        learnt = batch["labels"][number] != -100
+        text = tokenizer.decode(batch["input_ids"][number][learnt])
+        assert text == example.answer + "<end>"
+        assert torch.equal(batch["labels"][number][learnt], batch["input_ids"][number][learnt])
+        length = int(batch["attention_mask"][number].sum())
+        assert tokenizer.decode(batch["input_ids"][number][:length]) == f"{example.prompt}\n{example.answer}<end>"
+        assert int(learnt.nonzero()[-1]) == length - 1
+    prompts = encoder.left_padded([encoder.prompt(short), encoder.prompt(long)])
+    assert prompts["input_ids"][0].tolist() == [0] * 4 + encoder.prompt(short)
+    assert prompts["attention_mask"][0].tolist() == [0] * 4 + [1] * 3
+    # A generated answer starts from the tokens that were trained on.
+    assert encoder(long)["input_ids"][: len(encoder.prompt(long))] == encoder.prompt(long)
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt():
+    tokenizer = bytes_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "$A <end>", special_tokens=[("<end>", 0)]
+    )
+    encoder = Encoder(tokenizer)
+    assert 0 not in encoder.prompt(Example("ab", "", "1"))
+    assert encoder(Example("ab", "", "1"))["input_ids"].count(0) == 1
+
+
+def test_calibration_batches_have_no_padding():
+    rows = [{"input_ids": list(range(length))} for length in (9, 3, 5, 4, 8)]
+    batches = calibration_batches(rows, 4, 2)
+    assert [batch["input_ids"].tolist() for batch in batches] == [
+        [[0, 1, 2], [0, 1, 2]],
+        [[0, 1, 2, 3, 4], [0, 1, 2, 3, 4]],
+    ]
+    assert calibration_batches(rows, 0, 2) is None
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("method", "shortcut"), [("reslora", "input"), ("reslora", "middle"), ("reslora", "block"), ("lora", "none")]
+)
+def test_generation_with_cache_equals_the_arg_max_of_whole_forwards(method, shortcut):
+    torch.manual_seed(0)
+    base = tiny_llama(layers=4, vocab_size=257, max_position_embeddings=128, pad_token_id=None, bos_token_id=None)
+    base.generation_config.repetition_penalty = 1.5  # as chat models ship it; the answers must not depend on it
+    model = attach(base, adapter_of(method=method, shortcut=shortcut), 10).eval()
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * 0.3)
+    encoder = Encoder(bytes_tokenizer())
+    examples = [Example("a", "", "1"), Example("Tom has 5 pens.", "", "2"), Example("xyz", "", "3")]
+    asked = []
+    encoder.tokenizer.batch_decode = lambda tokens, **_: asked.extend(tokens.tolist())
+    generate(model, encoder, examples, 12)
+    assert base.generation_config.repetition_penalty == 1.5
+    assert any(len(set(answer)) > 2 for answer in asked)
+    for example, answer in zip(examples, asked, strict=True):
+        tokens = encoder.prompt(example)
+        for expected in answer:
+            logits = model(input_ids=torch.tensor([tokens])).logits[0, -1]
+            assert int(logits.argmax()) == expected
+            tokens = [*tokens, expected]
+            if expected == encoder.end:
+                break
+
+
+SUMS = [Example(f"{'1 + ' * number}1?", "", str(number + 1)) for number in range(5)]
+
+
+def answers(model, encoder, examples: list[Example], max_new_tokens: int) -> list[str]:
+    """Stands for a model that is right about what is below four."""
+    return [f"The answer is {example.gold if example.gold in '123' else 0}." for example in examples]
+
+
+def test_right_answers_are_counted_by_hand(tiny, data, tmp_path, monkeypatch):
+    """By what the answer comes to; a number alone is no answer."""
+    said = ["It is 1 + 1. The answer is 02.0.", "3", "The answer is 3. The answer is 4.", "The answer is -5.", ""]
+    assert count_right(said, [Example("", "", gold) for gold in ("2", "3", "4", "-5", "2")]) == 3
+    assert count_right(said, [Example("", "", gold) for gold in ("3", "3", "3", "5", "")]) == 0
+    trainer = trainer_of(flags(tiny, data, tmp_path, "--method", "lora"))
+    trainer.examples["test"] = SUMS
+    monkeypatch.setattr(llm_trainer, "generate", answers)
+    assert trainer.figures("test")["accuracy"] == 3 / 5
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_losses_of_an_experiment_are_in_the_order_of_its_examples(monkeypatch, size):
+    """They are measured in that of their lengths."""
+    asked = []
+    monkeypatch.setattr(llm, "generate", answers)
+    monkeypatch.setattr(llm, "example_losses", lambda model, encoder, batch: [float(each.gold) for each in batch])
+    study, (first, *rest) = llm.LlmStudy(), SUMS
+    study.data = llm.Data(Encoder(bytes_tokenizer()), {"test": [*reversed(rest), first]}, [])
+    options = LlmOptions.of(max_new_tokens=8)
+    arguments = SimpleNamespace(training=SimpleNamespace(per_device_eval_batch_size=size), options=options)
+    losses, figures = study.measured(arguments, None, lambda: asked.append(1))
+    assert losses == [5, 4, 3, 2, 1] and figures == {"accuracy": 3 / 5} and len(asked) == -(-5 // size)
+
+
+def test_the_loss_of_an_example_is_the_mean_over_its_answer_whatever_is_beside_it():
+    torch.manual_seed(0)
+    model = tiny_llama(layers=2, vocab_size=257, max_position_embeddings=128).float().eval()
+    encoder = Encoder(bytes_tokenizer())
+    examples = [Example("a", "", "1"), Example("abcdef", "because of that", "22"), Example("xyz", "", "3")]
+    expected = [token_loss(model, [encoder(example)]) for example in examples]
+    assert example_losses(model, encoder, examples) == pytest.approx(expected, rel=1e-4)
+    assert max(expected) - min(expected) > 1e-2
+
+
+def test_a_schedule_free_optimizer_is_measured_by_its_average(tiny, data, tmp_path):
+    more = ["--method", "lora", "--optim", "schedule_free_adamw"]
+    trainer = trainer_of(flags(tiny, data, tmp_path, *more))
+    trainer.train()
+    trainer.optimizer.train()
+    rows = [trainer.encoder(example) for example in trainer.examples["test"]]
+    between = token_loss(trainer.model.eval(), rows)
+    loss = trainer.figures("test", accuracy=False)["loss"]
+    assert loss == pytest.approx(token_loss(trainer.model.eval(), rows)) != pytest.approx(between)
+
+
+@torch.no_grad()
+def token_loss(model, rows) -> float:
+    losses, counts = [], []
+    for row in rows:
+        counts.append(sum(label != -100 for label in row["labels"]))
+        losses.append(model(**{name: torch.tensor([value]) for name, value in row.items()}).loss.item() * counts[-1])
+    return sum(losses) / sum(counts)

@@ -1,0 +1,85 @@
+"""The three parts of a task's examples: by its files or by content, near-duplicates never apart."""
+
+import random
+
+import pytest
+
+from reslora.errors import InvalidArgument
+from reslora.options.texts import ExperimentOptions
+from reslora.texts.split import normalised, parts_of
+
+WORDS = [f"{a} sees {b}" for a in ("Ida", "Ron", "Eva", "Tom", "Mia") for b in ("a cat", "a dog", "a car", "it", "us")]
+
+
+def parts(shares: ExperimentOptions | None = None, **files: list[str]):
+    return parts_of(files, str, shares or ExperimentOptions())
+
+
+def test_case_digits_and_white_space_make_no_difference():
+    assert (
+        normalised(" Ron has\n1,200.5  CARDS, 3 of 44 ")
+        == "ron has 0 cards, 0 of 0"
+        == normalised("ron has 2 cards, 0 of 9")
+    )
+    assert normalised("Ron has two cards") != normalised("Ron has one card")
+
+
+def test_a_tasks_own_files_choose_and_compare_and_what_repeats_them_is_left_out():
+    found = parts(train=["a 1", "b", "B", "c", "d"], select=["C ", "e", "a 2"], test=["A 33", "f", "f"])
+    assert (found.train, found.select, found.test) == (["b", "B", "d"], ["C ", "e"], ["A 33", "f"])
+    assert found.duplicates == 4  # a 1, a 2, B, c
+    assert found.in_words(7).startswith("examples: 7 to train on")
+    assert found.in_words(7).count("(a file of the task)") == 2
+    assert len(set(found.marks)) == 2 and found.marks == parts(train=["x"], select=["y"], test=["A 33", "f"]).marks
+
+
+def test_what_has_no_file_is_cut_out_by_content():
+    """An example that is added or moved moves no other one but its duplicates."""
+    whole = parts(ExperimentOptions(select_split=0.3, test_split=0.3), train=[*WORDS, "IDA sees  a cat"])
+    cut = [set(map(normalised, part)) for part in (whole.train, whole.select, whole.test)]
+    assert sum(map(len, cut)) == len(set.union(*cut)) == len(WORDS) and whole.duplicates == 1
+    assert [word for word in WORDS if word in whole.train] == [word for word in whole.train if word in WORDS]
+    shuffled = random.Random(0).sample(WORDS, len(WORDS) - 3)
+    again = parts(ExperimentOptions(select_split=0.3, test_split=0.3), train=shuffled)
+    for part, before in zip((again.train, again.select, again.test), cut, strict=True):
+        assert set(map(normalised, part)) <= before
+    tested = parts(train=WORDS, test=WORDS[:2])
+    assert tested.test == WORDS[:2] and tested.select and not set(tested.select) & set(WORDS[:2])
+    assert "of the training examples" in tested.in_words(7)
+
+
+def test_one_of_several_near_duplicates_chooses_or_compares():
+    """Also in the task's own files; the same one however they are ordered. All of them are trained on."""
+    several = [f"{word}, {number}" for word in WORDS for number in (1, 2, 30)]
+    shares = ExperimentOptions(select_split=0.3, test_split=0.3)
+    found, turned = parts(shares, train=several), parts(shares, train=several[::-1])
+    assert (found.select, found.test) == (turned.select[::-1], turned.test[::-1])
+    for part in (found.select, found.test):
+        assert part and len(set(map(normalised, part))) == len(part)
+    assert len(found.train) == 3 * (len(WORDS) - len(found.select) - len(found.test))
+    own = parts(train=WORDS, select=["f 1", "f 2", "g"], test=several[:6])
+    assert len(own.select) == 2 and len(own.test) == 2
+
+
+def test_a_limit_takes_the_same_ones_however_the_examples_are_ordered():
+    shares = ExperimentOptions(select_split=0.3, test_split=0.3)
+    whole, turned = parts(shares, train=WORDS), parts(shares, train=WORDS[::-1])
+    assert whole.limited(None, None) == whole.limited(100, 100) == whole
+    found, again = whole.limited(2, 3), turned.limited(2, 3)
+    assert (len(found.select), len(found.test), found.train) == (2, 3, whole.train)
+    assert [word for word in whole.select if word in found.select] == found.select == again.select[::-1]
+    assert [word for word in whole.test if word in found.test] == found.test == again.test[::-1]
+
+
+@pytest.mark.parametrize(
+    ("files", "shares", "words"),
+    [
+        ({"train": ["a", "b"]}, {}, "2 examples to train on"),
+        ({"train": ["a 1", "a 2"], "select": ["b"], "test": ["A 7"]}, {}, "0 examples to train on"),
+        ({"train": ["a", "c"], "select": ["b"], "test": ["B"]}, {}, "0 to choose by"),
+        ({"train": WORDS, "test": ["b"]}, {"test_split": 0.2}, "--test_split 0.2: the task has a file for it"),
+    ],
+)
+def test_too_few_and_shares_of_files_are_refused(files, shares, words):
+    with pytest.raises(InvalidArgument, match=words):
+        parts(ExperimentOptions(**shares), **files)
