@@ -10,13 +10,15 @@ from waiting import LIMIT
 from golden.commands import REFUSALS, RUNS
 
 RECORD = Path(__file__).with_name("record.py")
-REST = [name for name in (*REFUSALS, *RUNS) if name != "refusals"]
+QUICK = ["killed"]
+REST = [name for name in (*REFUSALS, *RUNS) if name not in ("refusals", *QUICK)]
 
 
 @pytest.mark.parametrize(
     "names",
     [
         pytest.param(["refusals"], id="refusals"),
+        pytest.param(QUICK, id="runs"),
         pytest.param(REST, id="rest", marks=pytest.mark.exhaustive),
     ],
 )
