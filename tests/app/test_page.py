@@ -941,10 +941,10 @@ def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
     write_experiment(runs / "which")
     try:
         report = page.frame_locator("#experiment-report iframe")
-        report.get_by_role("heading", level=1).get_by_text("reslora block(4) is better than lora").wait_for()
+        report.get_by_role("heading", level=1).get_by_text("best: reslora block(4)").wait_for()
         page.locator("#experiment-state").get_by_text("60 of 60 arms ended").wait_for()
         page.locator("#experiment-flag-seed input, #experiment-flag-seed textarea").fill("0 1")
-        page.locator("#experiment-plan").get_by_text("18 arms: 3 methods, 3 learning rates, 2 seeds").wait_for()
+        page.locator("#experiment-plan").get_by_text("12 arms: 3 methods, 3 learning rates, 2 seeds").wait_for()
         page.locator("#experiment-name input, #experiment-name textarea").fill("new")
         page.locator("#experiment-show").click()
         said = (
