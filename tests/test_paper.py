@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 import train_llm
 import train_sd
 from reslora.images import settings
-from reslora.options.images import Options
+from reslora.options.texts import GlueOptions, LlmOptions
 from reslora.runtime.signals import StopRequest
-from reslora.texts import glue, llm
+from reslora.texts.arguments import read
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -172,14 +172,16 @@ def test_language_training_is_kept_with_its_merges_and_calibrations(tmp_path, mo
 def test_trainers_take_the_flags_of_every_training(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "split_data", lambda experiment, args, search: tmp_path)
     args = argparse.Namespace(llm="someone/model", encoder="someone/encoder", text=tmp_path)
-    parsers = {"train_sd.py": settings.parse_args, "train_llm.py": lambda argv: llm.parse(argv).training}
-    parsers["train_glue.py"] = lambda argv: glue.parse(argv).training
+    parsers = {
+        "train_sd.py": settings.parse_args,
+        "train_llm.py": lambda argv: read(LlmOptions, "train_llm.py", argv),
+        "train_glue.py": lambda argv: read(GlueOptions, "train_glue.py", argv),
+    }
     for experiment in (e for e in paper.EXPERIMENTS.values() if e.script):
         for variant in experiment.variants:
             flags = paper.flags_of(experiment, variant, 1, args, search=False)
             found = parsers[experiment.script]([*flags, "--output_dir", str(tmp_path / "run")])
-            own = (found["seed"], found["output_dir"]) if isinstance(found, Options) else (found.seed, found.output_dir)
-            assert own == (1, str(tmp_path / "run")), (experiment, variant)
+            assert (found["seed"], found["output_dir"]) == (1, str(tmp_path / "run")), (experiment, variant)
 
 
 def test_steps_to_a_loss_lie_on_the_line_between_rows():

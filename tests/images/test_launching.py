@@ -22,7 +22,7 @@ def flags(model, data) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def is_single_process(flags, tmp_path_factory) -> list[float]:
+def single_process(flags, tmp_path_factory) -> list[float]:
     """The losses of one process with all samples of a step."""
     output = tmp_path_factory.mktemp("alone") / "out"
     assert main(*flags, "--train_batch_size", "4", "--output_dir", output) == 0
@@ -35,14 +35,14 @@ ALIKE = ("cpu_two_processes.yaml", "one_node.yaml")
 
 
 @pytest.mark.parametrize("name", configurations(*ALIKE))
-def test_each_configuration_trains_what_one_process_does(name, flags, alone, tmp_path):
+def test_each_configuration_trains_what_one_process_does(name, flags, single_process, tmp_path):
     """In two processes; with DeepSpeed in one, since accelerate does not let two find each other on a CPU."""
     processes = 1 if name.startswith("deepspeed") else 2
     words = [*flags, "--train_batch_size", str(4 // processes), "--output_dir", str(tmp_path / "out")]
     launcher = ("--mixed_precision", "no", "--num_processes", str(processes))
     launch(name, SCRIPT, *words, folder=tmp_path, launcher=launcher)
     losses = [row["loss"] for row in read_log(tmp_path / "out" / "reslora" / "log.jsonl")]
-    assert losses == pytest.approx(alone, rel=1e-4)
+    assert losses == pytest.approx(single_process, rel=1e-4)
     record = json.loads((tmp_path / "out" / "reslora" / "exports.json").read_text())
     assert record["step"] == 3 and max(record["difference_of_255"].values()) <= 2
 

@@ -24,7 +24,7 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def is_single_process(tiny, data, tmp_path_factory) -> Path:
+def single_process(tiny, data, tmp_path_factory) -> Path:
     """A run of one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
     assert run_script("train_llm.py", train_llm.start, flags(tiny, data, folder, *VALIDATED)) == 0

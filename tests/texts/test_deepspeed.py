@@ -25,11 +25,11 @@ def test_a_run_with_deepspeed_goes_on_as_if_it_never_stopped(tiny, data, tmp_pat
         assert (tmp_path / "resumed" / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
 
 
-def test_one_process_with_the_flag_trains_with_deepspeed_without_a_launcher(tiny, data, alone, tmp_path):
+def test_one_process_with_the_flag_trains_with_deepspeed_without_a_launcher(tiny, data, single_process, tmp_path):
     argv = flags(tiny, data, tmp_path / "run", *VALIDATED, "--deepspeed")
     assert ended(start_alone(SCRIPT, *argv, printed=tmp_path / "printed")) == 0
     assert (tmp_path / "run" / "checkpoint-3" / "latest").is_file()  # DeepSpeed's
-    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5)
+    assert losses(tmp_path / "run") == pytest.approx(losses(single_process), rel=1e-5)
 
 
 def test_flags_that_differ_from_deepspeeds_configuration_are_one_line(tiny, data, tmp_path):

@@ -36,7 +36,7 @@ sys.exit(train_llm.main())
 # Of one_node.yaml there is nothing that two_nodes.yaml has not; FSDP2 is refused, see below. DeepSpeed's launcher is
 # started here, torch's for the signals below, and all by tests/images/test_launching.py.
 @pytest.mark.parametrize("name", configurations("one_node.yaml", "fsdp2.yaml"))
-def test_two_processes_equal_one_with_twice_the_batch(name, tiny, data, alone, tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch(name, tiny, data, single_process, tmp_path):
     argv = flags(tiny, data, tmp_path / "run", *VALIDATED, "--per_device_train_batch_size", 2)
     if name.startswith("deepspeed"):
         argv += ["--bf16"]  # transformers wants it said in both places
@@ -48,8 +48,10 @@ def test_two_processes_equal_one_with_twice_the_batch(name, tiny, data, alone, t
     (script := tmp_path / "fives.py").write_text(FIVES.format(path=str(SCRIPT.parent)))
     printed = start(script, *argv, folder=tmp_path)
     assert printed.count("unmerged") == 1
-    assert losses(tmp_path / "run") == pytest.approx(losses(alone), rel=1e-5 if exact else 1e-2)
-    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "run", alone))
+    assert losses(tmp_path / "run") == pytest.approx(losses(single_process), rel=1e-5 if exact else 1e-2)
+    found, expected = (
+        json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "run", single_process)
+    )
     assert found["steps"] == 3
     for method in ("unmerged", "none", "weights", "lstsq"):  # the norms of `input` are those of rank 0's halves
         figures = expected["table"][method]
