@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..errors import Diverged
 from ..formatting import is_or_are, pluralize
 from ..io import read_object, this_process, write_json
 from ..json_lines import json_lines
@@ -113,6 +114,7 @@ class Results:
         self.verdicts, self.ranking = compare(records, self.chosen, unit, max(1, self.readings), self.base)
         self.notes = [*self.beforehand(), *self.unfinished(len(losses)), *self.others(), *self.failed()]
         self.notes += [*self.without_choice(losses), *self.at_ends(), *self.no_reference(trained), *self.read_again()]
+        self.notes += self.export_compared(trained)
         self.best = self.export(trained) if trained else None
         self.write()
         taken = [best_in_words(self.best, self.subject.about)] if self.best else []
@@ -258,6 +260,18 @@ class Results:
         more = len(there - {self.course.folder_of(arm) for arm in self.course.arms()})
         left_out = f"left out: {pluralize(more, 'arm')} of other methods, rates or seeds, which the folder has as well"
         return [left_out] if more else []
+
+    def export_compared(self, trained: Sequence[Arm]) -> list[str]:
+        """Export the arms at the chosen learning rates; return a note for each that has diverged."""
+        notes = []
+        todo = [arm for arm in trained if not self.subject.is_exported(arm, self.step_of(arm))]
+        for number, arm in enumerate(todo, 1):
+            self.begins(f"exporting ({number} of {len(todo)})", arm)
+            try:
+                self.subject.export_compared(arm, self.step_of(arm))
+            except Diverged as error:
+                notes.append(str(error))
+        return notes
 
     def export(self, trained: Sequence[Arm]) -> record.Best:
         """Export the best arm and return its record.

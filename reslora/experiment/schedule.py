@@ -137,10 +137,14 @@ class Course:
         """Return the status, reason, memory and time of a finished arm; empty for any other."""
         return read_object(self.folder_of(arm) / ENDED)
 
-    def end(self, arm: Arm, reason: str, memory: int | None, seconds: float) -> None:
-        """Record that an arm has ended, well or for a reason, after `seconds` in this process."""
+    def end(self, arm: Arm, reason: str, memory: int | None, seconds: float, to_conclude: float = 0.0) -> None:
+        """Record that an arm has ended, well or for a reason, after `seconds` in this process.
+
+        `to_conclude`: expected seconds to test and export it.
+        """
         known = {"status": "failed" if reason else "finished", "reason": reason, "memory_bytes": memory}
-        write_json(self.folder_of(arm) / ENDED, known | {"wall_seconds": round(seconds, 3)})
+        times = {"wall_seconds": round(seconds, 3), "conclusion_seconds": round(to_conclude, 3)}
+        write_json(self.folder_of(arm) / ENDED, known | times)
 
     def select_losses(self, arm: Arm) -> dict[int, float]:
         """Return the loss on the selection split at every step that may be chosen."""
@@ -197,15 +201,32 @@ class Course:
         return todo[0] if todo and self.has_time() else None
 
     def has_time(self) -> bool:
-        """Return whether another arm is expected to end within --experiment_minutes; always True for the first one.
+        """Return whether another arm, and tests and exports, are expected to end within --experiment_minutes.
 
-        An arm may take as long as any finished one: a resumed arm took longer than the present process has measured.
+        Always True for the first arm. An arm may take as long as any finished one: a resumed arm took longer than the
+        present process has measured.
         """
         if not self.grid.base.experiment.experiment_minutes or not self.longest:
             return True
         ended = [self.record(arm) for arm in self.arms() if self.ended(arm)]
         longest = max([self.longest, *(max(arm["seconds"], arm["wall_seconds"] or 0) for arm in ended)])
-        return time.monotonic() - self.began + longest <= 60 * self.grid.base.experiment.experiment_minutes
+        expected = time.monotonic() - self.began + longest + self.seconds_to_conclude(len(ended) + 1)
+        return expected <= 60 * self.grid.base.experiment.experiment_minutes
+
+    def seconds_to_conclude(self, arms: int) -> float:
+        """Return the expected time for tests and exports once this many arms have ended."""
+        known = [self.ended(arm).get("conclusion_seconds", 0.0) for arm in self.arms()]
+        compared = min(arms, len(self.labels) * len(self.seeds))
+        return compared * max(known, default=0.0)
+
+    def minutes_left(self) -> float | None:
+        """Return the expected time of the remaining arms, tests and exports; None before the first arm has ended."""
+        arms = self.arms()
+        seconds = [ended["wall_seconds"] for arm in arms if (ended := self.ended(arm))]
+        if not seconds:
+            return None
+        left = (len(arms) - len(seconds)) * sum(seconds) / len(seconds)
+        return (left + self.seconds_to_conclude(len(arms))) / 60
 
     # -- for experiment.json -------------------------------------------------------------------------------------------
 

@@ -41,7 +41,7 @@ class Subject(ABC):
 
     @abstractmethod
     def train(self, arm: Arm) -> None:
-        """Train an arm from its present state to its exports, in every process.
+        """Train an arm from its present state to its last step, in every process.
 
         Raises `Diverged` if a loss is not finite.
         """
@@ -72,6 +72,17 @@ class Subject(ABC):
     @abstractmethod
     def base_losses(self) -> dict:
         """Return the base model's losses on the test split."""
+
+    def seconds_to_conclude(self) -> float:
+        """Return the expected time to test and export one arm; 0 if unknown."""
+        return 0.0
+
+    def is_exported(self, arm: Arm, step: int) -> bool:
+        """Return whether the files of a compared arm are written; True for studies that write none."""
+        return True
+
+    def export_compared(self, arm: Arm, step: int) -> None:  # noqa: B027 - not every study writes files of its arms
+        """Write the files of a compared arm into its directory."""
 
     @abstractmethod
     def export(self, arm: Arm, step: int) -> list[str]:

@@ -21,7 +21,7 @@ from .denoising import DenoisingLoss
 from .initial_lora import add_adapters
 from .output.drawing import Drawer
 from .output.exports import export_method
-from .output.reports import VALIDATION_PARTS, Reports, Validation
+from .output.reports import VALIDATION_PARTS, Reports, SharedLosses, Validation
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class ImageStudy(Study):
 
     pipeline: DiffusionPipeline
     material: Material
+    shared: SharedLosses | None = None
+    """What the arms of an experiment share of their validations."""
 
     @functools.cached_property
     def drawer(self) -> Drawer:
@@ -72,7 +74,8 @@ class ImageStudy(Study):
     def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
         """Measure the validation loss and generate samples, or only `parts` of that, and set `learner.over`."""
         context = self.context
-        look = Validation(learner.trained.loss, self.material, self.drawer, context.accelerator, context.stop)
+        shared = None if context.start else self.shared  # an initial LoRA differs from the base
+        look = Validation(learner.trained.loss, self.material, self.drawer, context.accelerator, context.stop, shared)
         look(learner, reports, parts or VALIDATION_PARTS)
 
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:

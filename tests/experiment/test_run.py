@@ -25,7 +25,10 @@ from reslora.runtime.folder_lock import locked
 
 def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
     """Whatever a plain run would go on with."""
-    course, told = SimpleNamespace(arms=list, next_arm=lambda: "arm", running=set()), []
+    course, told = (
+        SimpleNamespace(arms=list, next_arm=lambda: "arm", running=set(), minutes_left=lambda: None, name_of=str),
+        [],
+    )
     results = SimpleNamespace(course=course, write=lambda: told.append(course.running), beforehand=list)
     monkeypatch.setattr(run, "Results", lambda course, subject: results)
 
@@ -88,6 +91,17 @@ class Untrained:
     def base(self) -> dict:
         return {"images": self.marks, "losses": [2.0, 2.1, 1.9, 2.0], "by_timestep": [2.0]}
 
+    def seconds_to_conclude(self) -> float:
+        return 2.0
+
+    def is_exported(self, arm: Arm, step: int) -> bool:
+        return (self.course.folder_of(arm) / "exported").exists()
+
+    def export_compared(self, arm: Arm, step: int) -> None:
+        if (arm.label, -1) in self.diverging:
+            raise Diverged(f"{arm.label}: it draws NaN", "start again")
+        (self.course.folder_of(arm) / "exported").touch()
+
     def export(self, arm: Arm, step: int) -> list[str]:
         if self.stopped == "export":
             raise Stopped(COMPARING)
@@ -113,6 +127,31 @@ def go(
         run.train_and_conclude(Untrained(course, diverging=diverging))
     report = (folder / "report.html").read_text(encoding="utf-8")
     return json.loads((folder / "experiment.json").read_text()), re.search("<h1>(.*?)</h1>", report)[1]
+
+
+def exported(folder: Path) -> list[str]:
+    return sorted(path.parent.relative_to(folder).as_posix() for path in folder.rglob("exported"))
+
+
+def test_only_what_is_compared_is_exported_and_once(tmp_path, capsys):
+    record, _ = go(tmp_path / "out", methods="lora lora_x2")
+    chosen = [f"{label}/lr-0.0002/seed-{seed}" for label in ("lora", "lora_x2") for seed in (0, 1)]
+    assert exported(tmp_path / "out") == chosen and len(record["arms"]) == 8
+    assert "lora/lr-0.0002/seed-0: exporting (1 of 4)" in capsys.readouterr().out
+    go(tmp_path / "out", "--seed", "0", "1", "2", methods="lora lora_x2")
+    assert len(exported(tmp_path / "out")) == 6 and "exporting (1 of 2)" in capsys.readouterr().out
+
+
+def test_an_arm_that_cannot_be_exported_is_a_note(tmp_path):
+    record, _ = go(tmp_path / "out", methods="lora lora_x2", diverging=[("lora_x2", -1)])
+    assert "lora_x2: it draws NaN; start again" in " ".join(record["notes"]) and record["verdicts"] and record["best"]
+
+
+def test_every_run_is_told_with_the_time_that_is_left(tmp_path, capsys):
+    go(tmp_path / "out", methods="lora lora_x2")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
+    assert lines[0] == "run 1 of 8: lora/lr-0.0002/seed-0"
+    assert lines[1] == "run 2 of 8, about 1 min left: lora_x2/lr-0.0002/seed-0" and len(lines) == 8
 
 
 @pytest.mark.parametrize("ends", [Diverged, Stopped])
@@ -322,7 +361,7 @@ def test_what_no_arm_can_mend_is_said_before_the_first_one_and_in_the_report(tmp
     """It is then that it can be done otherwise."""
     own = ("--seed", *seeds.split())
     kept, _ = go(tmp_path / "out", *own, stopped="train", methods=methods)
-    assert kept["notes"] == lines == capsys.readouterr().out.splitlines()
+    assert kept["notes"] == lines == capsys.readouterr().out.splitlines()[:-1]  # the last one names the run that begins
     assert all(line in (tmp_path / "out" / "report.html").read_text() for line in lines)
     notes = go(tmp_path / "out", *own, methods=methods)[0]["notes"]
     assert notes[: len(lines)] == lines and len(set(notes)) == len(notes)

@@ -164,6 +164,22 @@ def test_no_arm_begins_that_would_not_end_in_time(course):
     assert course("--experiment_minutes", "10").next_arm() is not None
 
 
+def test_the_time_limit_covers_tests_and_exports(course):
+    """Two arms that are compared take 100 seconds each once they are trained."""
+    one = course("--experiment_minutes", "10")
+    arm = one.next_arm()
+    leave(one, arm)
+    one.end(arm, "", None, 5.0, to_conclude=100.0)
+    one.longest = 390.0
+    assert one.seconds_to_conclude(2) == 200.0 and one.has_time()
+    one.longest = 410.0
+    assert not one.has_time()
+    assert one.seconds_to_conclude(99) == 100.0 * len(one.labels) * len(one.seeds)
+    left = (len(one.arms()) - 1) * 5.0 + one.seconds_to_conclude(99)
+    assert one.minutes_left() == pytest.approx(left / 60)
+    assert course().minutes_left() is not None
+
+
 @pytest.mark.parametrize("took", [{"seconds": 1800.0}, {"wall": 1800.0}])
 def test_what_another_start_has_trained_counts_for_how_long_an_arm_takes(course, took):
     """The one that this start has gone on with was nearly done. Looks and exports count as steps do."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import PIL.Image
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import RunFailed
@@ -134,11 +135,10 @@ class TrainingSamples(Dataset):
         masked = {} if mask is None else {"mask": crop_mask(mask, crop, flip, draw.size)}
         return {"pixels": pixels, "sizes": sizes} | masked
 
-    def batched(self, draws: Sequence[Draw]) -> Iterator[Batch]:
+    def batched(self, draws: Sequence[Draw], batch_size: int) -> Iterator[Batch]:
         """Yield the samples of `draws`, all of one size, in batches."""
-        size = self.material.training.train_batch_size
-        for first in range(0, len(draws), size):
-            yield collate([self[draw] for draw in draws[first : first + size]])
+        for first in range(0, len(draws), batch_size):
+            yield collate([self[draw] for draw in draws[first : first + batch_size]])
 
 
 class CalibrationSamples(TrainingSamples):
@@ -187,7 +187,8 @@ class ValidationSamples(TrainingSamples):
     def batches(self) -> Iterator[Batch]:
         """Yield all samples; every batch has one size."""
         for size in dict.fromkeys(draw.size for draw in self.draws):
-            yield from self.batched([draw for draw in self.draws if draw.size == size])
+            of_size = [draw for draw in self.draws if draw.size == size]
+            yield from self.batched(of_size, self.material.training.train_batch_size)
 
 
 class FixedSamples(TrainingSamples):
@@ -216,11 +217,12 @@ class FixedSamples(TrainingSamples):
     def _cached(self, latents: Latents, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
         return latents.of(draw.image, 0)
 
-    def batches(self, image: tuple[int, int]) -> Iterator[Batch]:
+    def batches(self, image: tuple[int, int], batch_size: int) -> Iterator[Batch]:
         """Yield all samples of an image, given as source and number in it."""
         source, number = image
         size = self.material.sources[source].size(number)
-        return self.batched([Draw(source, number, size, position) for position in range(TIMESTEPS * self.noises)])
+        draws = [Draw(source, number, size, position) for position in range(TIMESTEPS * self.noises)]
+        return self.batched(draws, batch_size)
 
 
 def measured_at(objective: Objective) -> list[torch.Tensor]:
@@ -232,10 +234,20 @@ def measured_at(objective: Objective) -> list[torch.Tensor]:
 def losses_of(
     loss: Callable[[Batch], torch.Tensor], material: Material, images: Sequence[tuple[int, int]], noises: int = NOISES
 ) -> torch.Tensor:
-    """Return the mean of `loss` over the noises, images x TIMESTEPS; `loss` maps a batch to one loss per sample."""
-    samples = FixedSamples(material, noises)
-    found = [torch.cat([loss(batch) for batch in samples.batches(image)]) for image in images]
-    return torch.stack(found).view(len(images), TIMESTEPS, noises).mean(2).cpu()
+    """Return the mean of `loss` over the noises, images x TIMESTEPS; `loss` maps a batch to one loss per sample.
+
+    All samples of an image are one batch, or several if that does not fit into memory.
+    """
+    samples, batch_size = FixedSamples(material, noises), TIMESTEPS * noises
+    while True:
+        try:
+            found = [torch.cat([loss(batch) for batch in samples.batches(image, batch_size)]) for image in images]
+            return torch.stack(found).view(len(images), TIMESTEPS, noises).mean(2).cpu()
+        except RuntimeError as error:
+            if batch_size == 1 or not should_reduce_batch_size(error):
+                raise
+        clear_device_cache(garbage_collection=True)
+        batch_size //= 2
 
 
 def measured(material: Material) -> list[tuple[int, int]]:

@@ -38,22 +38,34 @@ from ...runtime.folder_lock import locked, share_lock
 from ...runtime.processes import broadcast_from_main, on_all
 from ...runtime.signals import StopRequest
 from ...runtime.status import Status
-from ...training.checkpoints import EXPORTS, MERGING, Identity, check_past, checkpoints_of, past_of, plan_resume
+from ...training.checkpoints import (
+    EXPORTS,
+    MERGING,
+    Identity,
+    check_past,
+    checkpoints_of,
+    is_exported,
+    past_of,
+    plan_resume,
+)
 from ...training.context import Context
 from ...training.loop import train_method
 from ...training.schedule import Schedule, schedule_of
+from ...training.state import Learner
 from ..cache_folder import cache_folder
-from ..data.samples import Material, measured_at
+from ..data.samples import TIMESTEPS, Material, measured_at
 from ..data.training_data import latents_of, print_folder_counts, with_texts
 from ..model_checks import check_methods
+from ..output.reports import SharedLosses
 from ..output.trackers import note_settings
 from ..run import begin, check_before_loading, encode, forget_encoder
 from ..study import ImageStudy
 from .report_sections import IMAGES
 from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
-from .test_split_losses import base_losses, export_chosen, measured
+from .test_split_losses import EXPORTED, base_losses, export_chosen, export_compared, measured
 
 MOST_LOOKS = 10
+SELECT_NOISES = 1  # per timestep and image of the selection split; the test split has NOISES
 ADAPTER = ("rank", "shortcut", "pre_num")  # the options of an adapter that an experiment may vary
 CHANGING = ("learning_rate", "seed")  # more of these, and more methods, may be added to an existing experiment
 FIXED = (
@@ -103,11 +115,13 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         broadcast_from_main(lambda: check_same(asked, identity, content))
         note_settings(asked.flat(), schedule, context.accelerator, write=not orders)
-        course, study = Course(asked, began), ImageStudy(schedule, identity, context, pipeline, material)
+        course, study = Course(asked, began), ArmStudy(schedule, identity, context, pipeline, material, SharedLosses())
         context.accelerator.print(
             f"{pluralize(len(course.arms()), 'arm')} of {pluralize(schedule.steps, 'step')}; {parts}"
         )
-        yield Bench(course, study, materials, parts, content, stop, context.accelerator.device)
+        there = read_experiment(folder).get("identity")
+        noises = there.get("noises", NOISES) if there else SELECT_NOISES
+        yield Bench(course, study, materials, parts, content, noises, stop, context.accelerator.device)
         context.accelerator.end_training()
 
 
@@ -221,17 +235,27 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
     return with_texts(material, pipeline, context) if any(source.recipe.rewrites for source in sources) else material
 
 
+class ArmStudy(ImageStudy):
+    """The study of an arm, whose files are written once it is compared."""
+
+    def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
+        """Write nothing."""
+        return {}
+
+
 @dataclass(frozen=True)
 class Bench(Subject):
     """The image study: shared training data, models and split, and how one arm is trained and evaluated."""
 
     course: Course
-    study: ImageStudy
+    study: ArmStudy
     materials: Mapping[int, Material]
     """Training data by seed."""
     parts: Parts
     content: str
     """Hash of `parts`."""
+    noises: int
+    """Noises per timestep with which arms are measured on the selection split."""
     stop: StopRequest
     device: torch.device
     prog: str = "train_sd.py"
@@ -241,7 +265,7 @@ class Bench(Subject):
         """Write the current phase to the run's status."""
         self.study.context.status.say(phase, name)
 
-    def study_of(self, arm: Arm) -> ImageStudy:
+    def study_of(self, arm: Arm) -> ArmStudy:
         """Return the study of one arm, as for a single run, but with one checkpoint unless more are requested."""
         options = going_on(self.course.options_of(arm))
         options = options.replace(checkpoints_total_limit=options.output.checkpoints_total_limit or 1)
@@ -250,14 +274,14 @@ class Bench(Subject):
         context = dataclasses.replace(self.study.context, options=options, place=place, before=before)
         material = self.materials[arm.seed]
         data = dataclasses.replace(options.data, cache_text_embeddings=material.data.cache_text_embeddings)
-        validation = dataclasses.replace(options.validation, validation_noises=NOISES)
+        validation = dataclasses.replace(options.validation, validation_noises=self.noises)
         material = dataclasses.replace(
             material, adapter=options.adapter, data=data, training=options.training, validation=validation
         )
         return dataclasses.replace(self.study, material=material, context=context)
 
     def train(self, arm: Arm) -> None:
-        """Train an arm from its latest checkpoint to its exports, in every process."""
+        """Train an arm from its latest checkpoint, in every process."""
         study = self.study_of(arm)
         context, (method,) = study.context, study.context.options.adapter.method
         resume = broadcast_from_main(lambda: plan_resume(context.options, study.identity, context.place))
@@ -280,7 +304,8 @@ class Bench(Subject):
         return {
             **facts_of(self.parts, LIBRARIES),
             "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
-            "identity": identity_record(self.course.grid.flat(), self.study.identity) | {"parts": self.content},
+            "identity": identity_record(self.course.grid.flat(), self.study.identity)
+            | {"parts": self.content, "noises": self.noises},
         }
 
     def measured(self, arm: Arm, step: int) -> dict:
@@ -290,6 +315,25 @@ class Bench(Subject):
     def base_losses(self) -> dict:
         """Return the base model's losses on the test split."""
         return base_losses(self.parts.test, self.study_of(self.course.arms()[0]))
+
+    def seconds_to_conclude(self) -> float:
+        """Return the expected time to test and export one arm, from what measuring has taken in this process."""
+        shared, options = self.study.shared, self.study.context.options
+        if not shared or not shared.samples:
+            return 0.0
+        tested = len(self.parts.test) * TIMESTEPS * NOISES
+        # twice for guidance, for the merged model and for each of three formats; a backward pass is as two forward ones
+        drawn = 8 * options.validation.num_inference_steps * max(1, options.validation.num_validation_images)
+        return (tested + drawn + 3 * options.adapter.merge_calibration_samples) * shared.seconds / shared.samples
+
+    def is_exported(self, arm: Arm, step: int) -> bool:
+        """Return whether the files of an arm are those of its checkpoint at a step."""
+        record = read_object(self.course.folder_of(arm) / EXPORTS)
+        return record.get(EXPORTED) == step and is_exported(self.course.folder_of(arm), record)
+
+    def export_compared(self, arm: Arm, step: int) -> None:
+        """Write an arm's LoRA files, read back and compared, as a single run does."""
+        export_compared(step, self.study_of(arm))
 
     def export(self, arm: Arm, step: int) -> list[str]:
         """Export an arm's checkpoint into the experiment's directory, and return the names of the files."""

@@ -9,10 +9,12 @@ from torch import nn
 
 from ...experiment.schedule import reading_adapter
 from ...experiment.study import COMPARING
+from ...io import read_object, write_json
 from ...methods.registry import METHODS
 from ...runtime.checkpoint_folders import adapter_folder
-from ...runtime.folder_lock import check_held
+from ...runtime.folder_lock import check_held, writing_into
 from ...tracing import evaluating
+from ...training.checkpoints import EXPORTS, write_exports
 from ..data.batch import Batch
 from ..data.samples import losses_of
 from ..denoising import DenoisingLoss
@@ -21,7 +23,9 @@ from ..output.exports import (
     as_float32,
     as_plain_lora,
     base_parts,
+    begin_export,
     exact_products,
+    export_parts,
     in_float32,
     kohya_metadata,
     saved_parts,
@@ -30,6 +34,8 @@ from ..output.exports import (
 from ..study import ImageStudy as Setting
 from .similarity import similarities
 from .split import Image
+
+EXPORTED = "exported_step"  # in an arm's exports.json: the step of its files
 
 
 def measured(step: int, images: Sequence[Image], setting: Setting) -> dict:
@@ -63,15 +69,23 @@ def image_losses(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], set
 
 
 @contextmanager
-def chosen_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, DenoisingLoss]]:
-    """Yield an arm's trained modules at a step, the denoiser first, merged as for exports, and the loss function."""
+def trained_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, DenoisingLoss]]:
+    """Yield an arm's trained modules at a step, the denoiser first, in float32, and the loss function."""
     context, pipeline, (method,) = setting.context, setting.pipeline, setting.context.options.adapter.method
     with exact_products(), in_float32(pipeline):
         loss = DenoisingLoss(context, setting.material.objective, pipeline, context.model.empty_denoiser().config)
         folder = context.folder_of(method)
         with reading_adapter(folder):
             parts = saved_parts(method, adapter_folder(folder, step), loss, setting.schedule, context)
-        parts, _ = as_plain_lora(parts, method, loss, setting.material)
+        yield parts, loss
+
+
+@contextmanager
+def chosen_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, DenoisingLoss]]:
+    """Yield an arm's trained modules at a step, merged as for exports, and the loss function."""
+    (method,) = setting.context.options.adapter.method
+    with trained_parts(step, setting) as (trained, loss):
+        parts, _ = as_plain_lora(trained, method, loss, setting.material)
         with evaluating(*parts.values()):
             yield parts, loss
 
@@ -87,6 +101,17 @@ def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.
 def numbers(losses: torch.Tensor) -> list[float | None]:
     """Return losses of shape (samples,) for JSON: None if not finite."""
     return [float(value) if value.isfinite() else None for value in losses]
+
+
+def export_compared(step: int, setting: Setting) -> None:
+    """Write the files of an arm's checkpoint to the arm's folder, as a single run does, and `exports.json` last."""
+    context, (method,) = setting.context, setting.context.options.adapter.method
+    folder, until = context.folder_of(method), dataclasses.replace(setting.schedule, steps=step)
+    begin_export(method, context)
+    with writing_into(folder), trained_parts(step, setting) as (parts, loss):
+        found = export_parts(parts, method, loss, setting.material, setting.drawer, until, context)
+        write_exports(folder, context.options, setting.identity, setting.schedule, found)
+        write_json(folder / EXPORTS, read_object(folder / EXPORTS) | {EXPORTED: step})
 
 
 def export_chosen(step: int, setting: Setting) -> list[str]:

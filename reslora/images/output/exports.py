@@ -66,47 +66,67 @@ class Merged:
 def export_method(
     learner: Learner, material: Material, drawer: Drawer, schedule: Schedule, context: Context
 ) -> dict[str, int]:
+    """Export the learner's method, or its best checkpoint with --save_best; see `export_parts`."""
+    method = learner.method
+    begin_export(method, context)
+    with exact_products(), in_float32(drawer.pipeline):
+        parts = exact_parts(learner, schedule, context)
+        done = exported(schedule, learner, context)
+        return export_parts(parts, method, learner.trained.loss, material, drawer, done, context)
+
+
+def begin_export(method: str, context: Context) -> None:
+    """Report that a method is merged and exported."""
+    context.accelerator.print(f"{context.name_of(method)}: merging, exporting and comparing")
+    context.status.say("merging", context.name_of(method))
+
+
+def export_parts(
+    parts: Parts,
+    method: str,
+    loss: DenoisingLoss,
+    material: Material,
+    drawer: Drawer,
+    schedule: Schedule,
+    context: Context,
+) -> dict[str, int]:
     """Merge in float32, write every format, read each back, and compare the images that the pipeline generates.
 
-    Returns, for each file, the highest difference of any pixel from the merged model's image, of 255.
+    `schedule` ends at the step of the adapter. Returns, for each file, the highest difference of any pixel from the
+    merged model's image, of 255.
 
     Raises `Diverged`, without exporting, if training has diverged. Raises `RunFailed` if the image of an export differs
     from the merged model's by more than TOLERANCE. If rounding changes the image as much, the comparison is not
     conclusive, and a line is printed instead.
     """
-    options, method, accelerator = context.options, learner.method, context.accelerator
-    name, folder = learner.name, context.folder_of(method)
-    accelerator.print(f"{name}: merging, exporting and comparing")
-    context.status.say("merging", name)
+    options, accelerator = context.options, context.accelerator
+    name, folder = context.name_of(method), context.folder_of(method)
     prompts, images = prompts_of(options.validation), options.validation.num_validation_images
     shown = bool(prompts and images)
     if not shown:
         prompts, images = [Prompt(next((text for text in material.texts.places if text), ""))], 1
-    with exact_products(), in_float32(drawer.pipeline):
-        parts = exact_parts(learner, schedule, context)
-        parts, merged = as_plain_lora(parts, method, learner.trained.loss, material)
-        denoiser = next(iter(parts.values()))
-        drawn = drawer.draw(denoiser.eval(), prompts, images)
-        reference, *_ = [finite(image, name) for image in drawn]
-        check_held()
-        for path in (folder / EXPORTS, context.folder / FINISHED):
-            path.unlink(missing_ok=True)  # until all files are from this merge
-        remove(folder / MERGED)
-        if merged:
-            write_merge(merged, folder)
-        for number, (part, found) in enumerate(merged.items()):
-            accelerator.print(f"{name}: {f'{part} ' if number else ''}{found.report}")
-        context.status.say("writing files", name)
-        metadata = kohya_metadata(denoiser.config, material, exported(schedule, learner, context), context)
-        write_formats(parts, method, metadata, context)
-        if shown:
-            save_images(folder / MERGED, [as_image(image) for image in drawn], [prompt.prompt for prompt in prompts])
-        context.status.say("reading back what was written", name)
-        differences = {}
-        for file, other in read_back(parts, method, drawer, context):
-            differences[file], doubt = compared(f"{name}/{file}", other, prompts[0], drawer, reference)
-            if doubt:
-                accelerator.print(doubt)
+    parts, merged = as_plain_lora(parts, method, loss, material)
+    denoiser = next(iter(parts.values()))
+    drawn = drawer.draw(denoiser.eval(), prompts, images)
+    reference, *_ = [finite(image, name) for image in drawn]
+    check_held()
+    for path in (folder / EXPORTS, context.folder / FINISHED):
+        path.unlink(missing_ok=True)  # until all files are from this merge
+    remove(folder / MERGED)
+    if merged:
+        write_merge(merged, folder)
+    for number, (part, found) in enumerate(merged.items()):
+        accelerator.print(f"{name}: {f'{part} ' if number else ''}{found.report}")
+    context.status.say("writing files", name)
+    write_formats(parts, method, kohya_metadata(denoiser.config, material, schedule, context), context)
+    if shown:
+        save_images(folder / MERGED, [as_image(image) for image in drawn], [prompt.prompt for prompt in prompts])
+    context.status.say("reading back what was written", name)
+    differences = {}
+    for file, other in read_back(parts, method, drawer, context):
+        differences[file], doubt = compared(f"{name}/{file}", other, prompts[0], drawer, reference)
+        if doubt:
+            accelerator.print(doubt)
     of_encoders = [part.name for part in context.encoders if context.writes_merged]
     return differences | {name: differences[context.model.family.denoiser] for name in of_encoders}
 

@@ -1,7 +1,9 @@
 """Progress reports of training: the log, the trackers, samples, validation loss."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -148,17 +150,33 @@ class Reports:
         return [part for part in VALIDATION_PARTS if step == 0 or not done[part]] if due else []
 
 
+@dataclass
+class SharedLosses:
+    """Losses before the first step, which are those of the base model, and the time that measuring has taken."""
+
+    base: torch.Tensor | None = None
+    seconds: float = 0.0
+    samples: int = 0
+
+
 class Validation:
     """Validation loss and samples of a denoiser.
 
-    The main process computes them; for a sharded base, all processes do.
+    The main process computes them; for a sharded base, all processes do. `shared`: what validations of other methods
+    have measured.
     """
 
     def __init__(
-        self, loss: DenoisingLoss, material: Material, drawer: Drawer, accelerator: Accelerator, stop: StopRequest
+        self,
+        loss: DenoisingLoss,
+        material: Material,
+        drawer: Drawer,
+        accelerator: Accelerator,
+        stop: StopRequest,
+        shared: SharedLosses | None = None,
     ) -> None:
         self.loss, self.material, self.drawer = loss, material, drawer
-        self.accelerator, self.stop = accelerator, stop
+        self.accelerator, self.stop, self.shared = accelerator, stop, shared or SharedLosses()
 
     def __call__(self, learner: Learner, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
         """Compute validation loss and samples, and set `learner.over`.
@@ -168,7 +186,7 @@ class Validation:
         validation, denoiser = self.material.validation, learner.denoiser
         with learner.averaged():
             if "loss" in parts and self.material.held_out:
-                self._by_main(lambda: self.losses(denoiser), partial(self._keep_losses, learner, reports))
+                self._by_main(lambda: self._losses_of(learner), partial(self._keep_losses, learner, reports))
             if "samples" in parts and validation.validation_prompt and validation.num_validation_images:
                 self._by_main(lambda: self._drawn(denoiser), partial(self._keep_samples, learner, reports))
         learner.over = broadcast_from_main(lambda: reports.is_over(validation.early_stopping_patience))
@@ -192,6 +210,17 @@ class Validation:
             keep_adapter(learner, adapter_folder(reports.folder, learner.step))
         reports.note("validation", mean, self.by_timestep(losses))
         reports.flush()
+
+    def _losses_of(self, learner: Learner) -> torch.Tensor:
+        shared = self.shared
+        if not learner.step and shared.base is not None:
+            return shared.base
+        started, losses = time.monotonic(), self.losses(learner.denoiser)
+        shared.seconds += time.monotonic() - started
+        shared.samples += losses.numel() * (self.material.validation.validation_noises or 1)
+        if not learner.step:
+            shared.base = losses
+        return losses
 
     def losses(self, denoiser: nn.Module) -> torch.Tensor:
         """Return the unweighted losses on the held-out images.

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from images import exact_steps
 from images.runs import with_options
 from reslora.images.data.samples import NOISES, TIMESTEPS, FixedSamples, losses_of, measured, measured_at
-from reslora.images.output.reports import Validation
+from reslora.images.output.reports import SharedLosses, Validation
 from reslora.runtime.signals import StopRequest
 
 
@@ -24,15 +24,15 @@ def setting(model):
     return dataclasses.replace(material, sources=(dataclasses.replace(source, images=images),)), loss, denoiser
 
 
-def samples(material, image: int = 0) -> list:
-    """All that is measured of an image, in one batch each."""
-    return list(FixedSamples(material).batches((0, image)))
+def samples(material, image: int = 0, batch_size: int = TIMESTEPS * NOISES) -> list:
+    """All that is measured of an image, in one batch by default."""
+    return list(FixedSamples(material).batches((0, image), batch_size))
 
 
 def test_timesteps_are_in_the_middle_of_their_strata(setting):
     material, *_ = setting
     assert [int(timestep) for timestep in measured_at(material.objective)] == [62, 187, 312, 437, 562, 687, 812, 937]
-    found = torch.cat([batch.timesteps for batch in samples(material)])
+    found = torch.cat([batch.timesteps for batch in samples(material, batch_size=7)])
     assert found.tolist() == [step for step in (62, 187, 312, 437, 562, 687, 812, 937) for _ in range(NOISES)]
 
 
@@ -56,9 +56,8 @@ def test_losses_are_means_over_noises_by_hand(setting):
     found = losses_of(lambda batch: loss(denoiser, batch, weighted=False), material, images)
     assert found.shape == (2, TIMESTEPS)
     alphas = material.objective.scheduler.alphas_cumprod.double()
-    at_once = with_options(material, train_batch_size=TIMESTEPS * NOISES)
     for row, (_, image) in zip(found, images, strict=True):
-        (batch,) = samples(at_once, image)
+        (batch,) = samples(material, image)
         mean, std = batch.moments.double().unbind(1)
         latents = (mean + std * batch.posterior_noise) * loss.pipeline.vae.config.scaling_factor
         a = alphas[batch.timesteps].view(-1, 1, 1, 1)
@@ -86,6 +85,36 @@ def test_a_validation_that_steers_is_by_the_same_losses(setting, noises):
     by_timestep = validation.by_timestep(found)
     assert list(by_timestep) == ["0.062", "0.187", "0.312", "0.437", "0.562", "0.687", "0.812", "0.937"]
     assert list(by_timestep.values()) == pytest.approx(expected.mean(0).tolist())
+
+
+def test_where_memory_ends_batches_are_smaller_and_losses_the_same(setting):
+    material, loss, denoiser = setting
+    sizes = []
+
+    def losses(batch, most: int) -> torch.Tensor:
+        sizes.append(len(batch.timesteps))
+        if sizes[-1] > most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return loss(denoiser, batch, weighted=False)
+
+    whole = losses_of(lambda batch: losses(batch, 99), material, [(0, 2)], 2)
+    assert sizes == [16]
+    small = losses_of(lambda batch: losses(batch, 7), material, [(0, 2)], 2)
+    assert sizes == [16, 16, 8, 4, 4, 4, 4]
+    torch.testing.assert_close(small, whole, rtol=1e-9, atol=0)
+
+
+def test_the_losses_before_the_first_step_are_measured_once_for_all_arms(setting):
+    material, loss, denoiser = setting
+    shared, told = SharedLosses(), []
+    validation = Validation(
+        loss, with_options(material, validation_noises=2), None, Accelerator(cpu=True), None, shared
+    )
+    validation.losses = lambda denoiser: told.append(denoiser) or torch.full((3, 8), float(len(told)))
+    for step, expected in ((0, 1.0), (0, 1.0), (5, 2.0), (0, 1.0), (5, 3.0)):
+        found = validation._losses_of(SimpleNamespace(step=step, denoiser=denoiser))
+        assert found.unique().tolist() == [expected]
+    assert shared.samples == 3 * 3 * 8 * 2 and shared.seconds >= 0
 
 
 def test_which_images_are_measured_their_content_says(setting):
