@@ -51,7 +51,7 @@ ADAM = Need(
     lambda options: options.optimizer.optimizer in ADAMS,
     "--optimizer_args sets its own", "nothing reads it with --optimizer {optimizer}", refuse=False,
 )  # fmt: skip
-CHOSEN_OVER_SEEDS = "leave it out: experiments choose checkpoints over seeds, by eight timesteps of four noises each"
+CHOSEN_OVER_SEEDS = "leave it out: experiments choose checkpoints over seeds, by eight timesteps of one noise each"
 
 
 # fmt: off

@@ -56,7 +56,8 @@ class SharedExperimentOptions:
     extend_rates: bool = free(False,
         "if the best learning rate is the lowest or highest, try the next one, up to three times")
     experiment_minutes: float | None = free(None,
-        "start an arm only if it is expected to end within this many minutes; the same command resumes later", POSITIVE)
+        "start an arm only if it, and tests and exports, are expected to end within this many minutes; the same "
+        "command resumes later", POSITIVE)
     arms_at_once: int | None = free(None,
         "number of arms to train at once, each in its own process; several GPUs are used in turn", COUNT,
         or_else="1")
