@@ -49,21 +49,22 @@ class AdapterSettings:
         }
 
 
-def lora(settings: AdapterSettings, times: float = 1, **variant: bool) -> PeftConfig:
+def lora(settings: AdapterSettings, times: float = 1, **variant: Any) -> PeftConfig:
     """Return the configuration of LoRA (Hu et al., 2022), every alpha multiplied by `times`, or of a variant.
 
     `variant`: options of PEFT's `LoraConfig`, such as `use_dora`.
 
     rsLoRA is rank-stabilized (Kalajdzievski, 2023); DoRA trains `m (W + s B A) / |W + s B A|`, with a magnitude m of
-    each row (Liu et al., 2024).
+    each row (Liu et al., 2024). With `init_lora_weights="orthogonal"`, neither A nor B starts at zero, but B A does:
+    they use the odd and the even rows of one orthogonal matrix.
     """
     from peft import LoraConfig
 
     alphas = {name: times * alpha for name, alpha in settings.alpha_pattern.items()}
     return LoraConfig(
         r=settings.r, lora_alpha=times * settings.alpha, lora_dropout=settings.dropout,
-        init_lora_weights=settings.init_lora_weights, rank_pattern=dict(settings.rank_pattern), alpha_pattern=alphas,
-        **settings.shared, **variant,
+        rank_pattern=dict(settings.rank_pattern), alpha_pattern=alphas, **settings.shared,
+        **{"init_lora_weights": settings.init_lora_weights, **variant},
     )  # fmt: skip
 
 
@@ -209,6 +210,10 @@ METHODS = {
             adalora_as_lora, deepspeed=False, parts=False, of_layers=False, least_steps=3,
         ),
         Method("rslora", "rsLoRA", "LoRA with the scale alpha / sqrt(rank)", "#5c940d", partial(lora, use_rslora=True)),
+        Method(
+            "orthogonal", "LoRA, orthogonal start", "LoRA whose A and B start orthogonal, for even ranks", "#3b5bdb",
+            partial(lora, init_lora_weights="orthogonal"),
+        ),
         Method(
             "dora", "DoRA", "LoRA of directions, with trained magnitudes", "#e64980",
             partial(lora, use_dora=True), None,

@@ -97,6 +97,20 @@ def test_adalora_has_a_schedule_for_any_number_of_steps(total_steps):
     assert config.tinit < config.total_step - config.tfinal and config.deltaT >= 1
 
 
+def test_an_orthogonal_start_changes_nothing_and_trains_both_factors():
+    """Neither factor is zero and their rows and columns are orthogonal, so that both have a gradient at once."""
+    settings = AdapterSettings(**{**FLAGS, "targets": TARGETS["llama"]})
+    base = tiny_llama().double()
+    expected = outputs(base)
+    torch.manual_seed(1)
+    model = attach(base, adapter_config("orthogonal", settings)).double()
+    torch.testing.assert_close(outputs(model), expected, rtol=1e-5, atol=1e-6)
+    outputs_of = model.train()(**token_inputs()).logits
+    outputs_of.square().mean().backward()
+    factors = [value for value in model.parameters() if value.requires_grad]
+    assert factors and all(value.abs().min() > 0 and value.grad.abs().max() > 0 for value in factors)
+
+
 @pytest.mark.parametrize("method", ["loha", "lokr"])
 def test_kronecker_and_hadamard_methods_drop_ranks(method):
     config = adapter_config(method, AdapterSettings(**{**FLAGS, "dropout": 0.1}, targets=["q_proj"]))

@@ -13,10 +13,10 @@ from reslora.methods.registry import METHODS, check_steps, refuse_unable
 def test_rows_say_what_each_method_is():
     assert list(METHODS) == [
         *("lora", "lora_x2", "lora_x4", "lora_matched", "reslora", "is_placebo", "ms_placebo"),
-        *("adalora", "rslora", "dora", "loha", "lokr", "oft"),
+        *("adalora", "rslora", "orthogonal", "dora", "loha", "lokr", "oft"),
     ]
     assert [name for name, row in METHODS.items() if row.shortcuts] == ["reslora"]
-    plain = ["lora", "lora_x2", "lora_x4", "lora_matched", "reslora", "rslora"]
+    plain = ["lora", "lora_x2", "lora_x4", "lora_matched", "reslora", "rslora", "orthogonal"]
     assert [name for name, row in METHODS.items() if row.trains_lora] == plain
     assert [name for name, row in METHODS.items() if row.reads_shortcut] == ["lora_matched", "reslora"]
     assert [name for name, row in METHODS.items() if row.measured] == ["lora_matched", "is_placebo", "ms_placebo"]
