@@ -11,8 +11,6 @@ run_glue.py have the same meaning, except that this script always trains. The cl
 method.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -9,8 +9,6 @@ causal model. All options of transformers' `TrainingArguments` are available wit
 differ.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

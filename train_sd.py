@@ -13,8 +13,6 @@ script without a launcher (OMP_NUM_THREADS=1 python train_sd.py), or give it one
 accelerate launch ...).
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Start the application: `python -m app --help` shows the flags."""
 
-from __future__ import annotations
-
 import argparse
 import ipaddress
 import os

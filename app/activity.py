@@ -1,7 +1,5 @@
 """Format the trainer's status file as a sentence. Every value is validated, because the file may hold anything."""
 
-from __future__ import annotations
-
 import re
 
 from reslora.methods.registry import METHODS

@@ -1,7 +1,5 @@
 """Find the base model of a run. This module does not import Gradio."""
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 A file is replaced only if it has not changed since it was read; otherwise the edit raises `RunError`.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

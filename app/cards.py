@@ -3,8 +3,6 @@
 As in `views`, every name and caption is escaped.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections import Counter

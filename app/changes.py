@@ -3,8 +3,6 @@
 Each change has its own folder in `.trash`, with the files before the change and a record of their hashes after it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -3,8 +3,6 @@
 Columns and lines are named by method, or by run and method if several runs are compared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

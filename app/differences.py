@@ -1,7 +1,5 @@
 """Report which settings of runs differ, and whether their images and losses are comparable, as HTML like `views`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection
 

@@ -1,7 +1,5 @@
 """Render an experiment as HTML: the number of arms that a form makes, progress, and the report."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

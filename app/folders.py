@@ -3,8 +3,6 @@
 Names come from a browser and are only compared with a listing, never used as paths.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import time

@@ -1,7 +1,5 @@
 """Describe the trainer's options as a form: which ones the page may set, labels, defaults and presets. No Gradio."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 
 from reslora.methods.registry import METHODS

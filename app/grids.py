@@ -1,7 +1,5 @@
 """X/Y grids: one image for each pair of values of two settings. This module does not import Gradio."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from dataclasses import dataclass, replace

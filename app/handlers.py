@@ -1,7 +1,5 @@
 """Helpers for event handlers: errors as sentences, and paths of uploaded files."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import inspect

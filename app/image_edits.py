@@ -1,7 +1,5 @@
 """Edit a folder of images: change captions, one or many at once, move images to the trash, and undo."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path

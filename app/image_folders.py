@@ -4,8 +4,6 @@ The trainer's own code decides which images are left out, and why. Images and ca
 their folder are never shown.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

@@ -5,8 +5,6 @@ file in the runs folder. Each change of it is made under a lock, so threads and 
 on what is next.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

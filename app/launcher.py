@@ -1,7 +1,5 @@
 """Convert the form's values to the command line of `train_sd.py`."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

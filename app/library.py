@@ -3,8 +3,6 @@
 Names come from a browser and are only compared with a listing of the folder, never used as paths.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from dataclasses import dataclass, replace

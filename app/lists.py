@@ -1,7 +1,5 @@
 """Render the queue and the runs as HTML; `rows.js` handles the buttons. All names are escaped."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import time

@@ -4,8 +4,6 @@ Launcher and trainer inherit the lock with the file, so it survives the applicat
 them exits. On a system without such locks, a trainer is only known by its process id, once it has written that.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

@@ -3,8 +3,6 @@
 Each image is opened as the trainer opens it, on demand, and the result is cached until its file changes.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import io

@@ -1,7 +1,5 @@
 """Assemble the page: the run selector, the tabs, and the timer that keeps them up to date."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TypeVar
 

@@ -4,8 +4,6 @@ Gradio closes a handler when its response stream breaks, but does not notice a s
 `hears` such a client's images are generated to the end while other users wait.
 """
 
-from __future__ import annotations
-
 import gradio as gr
 from fastapi import Request
 from fastapi.responses import PlainTextResponse

@@ -4,8 +4,6 @@ A deleted run is moved to its own folder in `.trash` of the runs folder. Names c
 with a listing, never used as paths.
 """
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 

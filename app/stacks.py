@@ -1,7 +1,5 @@
 """LoRA files as updates of each layer, and stacks of them: weighted sums of the updates. No Gradio."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path

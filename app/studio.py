@@ -7,8 +7,6 @@ The base weights never change: other weights go into a *skeleton*, another denoi
 on the meta device in a fraction of a second. So changing weights reloads nothing, and a failed load changes nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import inspect

@@ -1,7 +1,5 @@
 """List the files that a run has made for use elsewhere: each file, its path, and how to load it. No Gradio."""
 
-from __future__ import annotations
-
 import shutil
 import zipfile
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Gradio's queue gives turns to complete events (`concurrency_limit=1`): an image 
 eight images took 5.5 s.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections import deque

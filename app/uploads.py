@@ -1,7 +1,5 @@
 """Validate images and captions that a browser uploads, and copy them to folders."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import shutil

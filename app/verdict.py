@@ -1,7 +1,5 @@
 """Summarize a run in a sentence that claims no more than one run can show, as HTML like `views`."""
 
-from __future__ import annotations
-
 from reslora.formatting import pluralize
 from reslora.runtime.log import of_split
 

@@ -4,8 +4,6 @@ Every name, caption and number of a run is escaped: a prompt may be `<script>`. 
 what cannot be shown is left out.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import functools

@@ -3,8 +3,6 @@
 Error messages name the file and the tensor. No file is unpickled.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 The base model's files are copied part by part; a part with a LoRA is written tensor by tensor.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Mapping

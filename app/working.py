@@ -1,7 +1,5 @@
 """Temporary files for downloads."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import threading

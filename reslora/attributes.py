@@ -1,7 +1,5 @@
 """Override attributes of an object inside a context."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Location of the bundled models, data sets and configurations."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent

@@ -1,7 +1,5 @@
 """Run the unmerged model on calibration batches and collect the statistics of every connected block."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

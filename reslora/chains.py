@@ -4,8 +4,6 @@ A *chain* is a run of blocks of one role in execution order, cut wherever neighb
 different streams of hidden states. This module only describes a model and changes nothing.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -5,8 +5,6 @@ The files are `reslora_config.json`, `reslora_model.safetensors` and the checksu
 merged adapter, see `reslora.export`.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json

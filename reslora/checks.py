@@ -1,7 +1,5 @@
 """Validation shared by all scripts: numbers within bounds, installed packages and writable directories."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

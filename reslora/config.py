@@ -1,7 +1,5 @@
 """Configuration of ResLoRA: the shortcut, how many earlier blocks it uses, and the head of a chain."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from .checks import is_whole

@@ -1,7 +1,5 @@
 """Exceptions that end a run, shared by all scripts."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

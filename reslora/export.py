@@ -11,8 +11,6 @@
 A connected model is not plain LoRA; merge it first.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import hashlib

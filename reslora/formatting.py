@@ -1,7 +1,5 @@
 """Format numbers and names in messages."""
 
-from __future__ import annotations
-
 import unicodedata
 
 CONTROLS = ("Cc", "Cf", "Zl", "Zp")

@@ -4,8 +4,6 @@ A guard replaces a method on the instance. It passes calls on if they do not con
 removes all guards.
 """
 
-from __future__ import annotations
-
 import contextlib
 import contextvars
 import functools

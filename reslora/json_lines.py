@@ -1,7 +1,5 @@
 """Read JSON Lines files given by the user."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Connect, disconnect and merge a model, and enable gradient checkpointing on it."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """Write ranks and scales after a merge into the layers and PEFT's configuration, so that a saved adapter loads."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -9,8 +9,6 @@ X (T x p) are the layer's inputs during calibration, one row for each token, and
 Both are the same D (r x p); the dual form takes less memory if there are few rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

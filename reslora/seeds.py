@@ -1,7 +1,5 @@
 """Derive random seeds from keys, without torch."""
 
-from __future__ import annotations
-
 import hashlib
 
 

@@ -1,7 +1,5 @@
 """Trace the execution order of a model's layers with one forward pass on the meta device."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import inspect

@@ -1,7 +1,5 @@
 """Install the shortcuts of `connect` on a model, and remove them."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 

@@ -14,8 +14,6 @@ other learning rates.
 3. The seeds that choose nothing, one after the other, at each label's chosen learning rate.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence

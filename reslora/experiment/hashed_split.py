@@ -1,7 +1,5 @@
 """Split images or examples into training, selection and test parts, by a hash of their content."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

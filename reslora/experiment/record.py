@@ -4,8 +4,6 @@ The experiment writes it and the report reads it. A lower loss is better. A non-
 NaN.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """Write `report.html`, the self-contained report of an experiment. All text from files and users is escaped."""
 
-from __future__ import annotations
-
 import math
 import shlex
 import statistics

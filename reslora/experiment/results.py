@@ -1,7 +1,5 @@
 """Write `experiment.json` and the report after every arm; at the end choose, test, compare and export."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Sequence

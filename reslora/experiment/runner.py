@@ -1,7 +1,5 @@
 """Train an experiment's arms, one after the other or several at once, and write its results."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import time

@@ -3,8 +3,6 @@
 Only the main process uses it (`processes.broadcast_from_main`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

@@ -6,8 +6,6 @@ An arm is one training run: a label (a method with its rank or shortcut) with a 
 benchmarks/experiment_statistics.py simulates the error rates of these tests.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The interface of an experiment to its study, implemented for images and for texts."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 import torch

@@ -1,7 +1,5 @@
 """Set up accelerate: tracker, precision and CPU threads."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os

@@ -1,7 +1,5 @@
 """Directories of an image run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..options.images import ModelOptions, OutputOptions

@@ -1,7 +1,5 @@
 """Select the values of a run's config.json that still apply next to the options on the command line."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Hashes of file contents, to detect that an image or a model was replaced."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

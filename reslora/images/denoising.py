@@ -1,7 +1,5 @@
 """The denoising loss of a batch, for training, validation and calibration."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

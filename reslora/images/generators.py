@@ -1,7 +1,5 @@
 """Random generators derived from keys: the same on every machine and in a resumed run."""
 
-from __future__ import annotations
-
 import torch
 
 from ..seeds import derive

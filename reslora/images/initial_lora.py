@@ -1,7 +1,5 @@
 """Create a method's adapters, from the options or from a LoRA file."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterable, Mapping

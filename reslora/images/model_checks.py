@@ -1,7 +1,5 @@
 """Validation that needs the model, before anything is encoded."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable, Sequence

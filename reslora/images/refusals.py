@@ -1,7 +1,5 @@
 """Validation that needs no model: contradicting options, and invalid paths."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

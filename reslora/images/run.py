@@ -1,7 +1,5 @@
 """A run: options -> model -> images -> encoded data -> samples -> each method trained and exported -> figures."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

@@ -1,7 +1,5 @@
 """Resolve the command line to the options of a run or an experiment: files, defaults and validation."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path

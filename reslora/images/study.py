@@ -1,7 +1,5 @@
 """The study of images: model, encoded images, losses, samples and exports."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Generator, Iterator, Sequence

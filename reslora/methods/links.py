@@ -1,7 +1,5 @@
 """Report layers without shortcuts, and chains shorter than --pre_num."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Explain target modules that cannot be adapted, such as a list of layers: PEFT names neither them nor alternatives."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import chain
 

@@ -1,7 +1,5 @@
 """Command-line parser of all scripts: strict, with errors in one line."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import re

@@ -1,7 +1,5 @@
 """Validation shared by all scripts: options of a method or an experiment that contradict each other."""
 
-from __future__ import annotations
-
 from ..errors import InvalidArgument
 from ..merges import MERGES
 from ..methods.patterns import FIELDS, entries

@@ -1,7 +1,5 @@
 """Read options from a TOML file, or from the config.json of an earlier run, which includes defaults."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import tomllib

@@ -1,7 +1,5 @@
 """Options of kohya's and diffusers' scripts that have another name here, for error messages."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 from .option import Option

@@ -1,7 +1,5 @@
 """Groups of options: a frozen dataclass for each group, and one that holds the groups of a run."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The options of train_sd.py, with type, default, help and all other properties."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar

@@ -1,7 +1,5 @@
 """Optimizers by short name or by the path of their class."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 from collections.abc import Mapping, Sequence

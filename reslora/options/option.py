@@ -1,7 +1,5 @@
 """Definition of an option: one call of `option` in a dataclass field states all its properties."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """Command-line parser and help, derived from a table of options."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import textwrap

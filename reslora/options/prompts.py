@@ -1,7 +1,5 @@
 """Options of a prompt, as JSON."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """Options shared by the scripts for images and texts: of the adapter, and of experiments."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from ..config import HEADS, SHORTCUTS

@@ -4,8 +4,6 @@ Options of transformers' `TrainingArguments` have its names, meanings and defaul
 recognized by name and passed on, so that transformers is imported only if one is given.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar

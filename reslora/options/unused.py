@@ -1,7 +1,5 @@
 """Options that have no effect in combination with the others: raise an error, or report them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

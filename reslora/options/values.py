@@ -1,7 +1,5 @@
 """Format the values of options as on the command line."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

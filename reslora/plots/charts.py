@@ -4,8 +4,6 @@ Both use the color of the surrounding text. `line_chart` uses matplotlib. The li
 seed, take their colors from the page's style sheet (`experiment.theme.STYLE`).
 """
 
-from __future__ import annotations
-
 import functools
 import html
 import io

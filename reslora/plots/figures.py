@@ -1,7 +1,5 @@
 """The figures of a run: `comparison.png` (the paper's Figure 3) and `loss.png`."""
 
-from __future__ import annotations
-
 import bisect
 import functools
 import math

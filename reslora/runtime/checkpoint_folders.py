@@ -1,7 +1,5 @@
 """Checkpoints on resume: find, rename and remove them; shared by all trainers."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Lock a run's directory, so that one run at a time uses it, and remove the temporary files of killed runs."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Read and write a run's `log.jsonl`: rows `{"step", "split", "loss", "lr", "seconds"}`, one for each line."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """Measure the memory of a run."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from pathlib import Path

@@ -5,8 +5,6 @@ signal handler, they could enter different collectives and wait forever. With a 
 plain call.
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Which prompts a directory of samples was generated from: a resumed run may have other prompts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ..io import read_object

@@ -1,7 +1,5 @@
 """Common entry code of all scripts: errors become one line and an exit status, signals a request to stop."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

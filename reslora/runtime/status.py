@@ -1,7 +1,5 @@
 """Write a run's current phase to `.status.json` in its directory, for the application; it is removed with the lock."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import time

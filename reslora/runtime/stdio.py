@@ -3,8 +3,6 @@
 File names that cannot be encoded do not end it either.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -7,8 +7,6 @@ its input.
 The second product includes s and accumulates into the frozen layer's output, which avoids q-wide temporaries.
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The block-shortcut, ResLoRA_bs: a block also applies the A and B of earlier blocks to its input."""
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Sequence

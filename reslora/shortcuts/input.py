@@ -1,7 +1,5 @@
 """The input-shortcut, ResLoRA_is: a block also receives the input of the previous block."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The middle-shortcut, ResLoRA_ms: a block also adds the A x of earlier blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Share one product among the blocks that read the same tensor, such as q, k and v of an attention."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

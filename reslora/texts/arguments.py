@@ -1,7 +1,5 @@
 """Resolve the command line to the options of a language script. transformers is imported only if they are valid."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Callbacks of `AdapterTrainer`: progress, log, AdaLoRA's ranks, checkpoints and stop requests."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Find the directories `checkpoint-N` of `AdapterTrainer`, and validate them for resuming."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`train_glue.py`: fine-tune RoBERTa or BERT on a GLUE task, and compare the merges by its metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The nine GLUE tasks: columns, labels, metrics, and validation of their rows."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable

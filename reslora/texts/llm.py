@@ -1,7 +1,5 @@
 """`train_llm.py`: fine-tune a causal model on a task of the paper, and compare the merges by its answers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

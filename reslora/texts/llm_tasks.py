@@ -4,8 +4,6 @@ Rows come from a directory of JSON Lines files, or from a data set on the Hub wi
 is never run.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

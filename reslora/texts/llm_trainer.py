@@ -1,7 +1,5 @@
 """Tokenization of a causal model's examples, and a trainer that also evaluates generated answers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Results of a run: metrics of every merge, exported files, and `results.json`."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import math

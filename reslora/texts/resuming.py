@@ -1,7 +1,5 @@
 """Validation on resume: settings and training examples must equal those of the earlier run."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

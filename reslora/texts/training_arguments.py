@@ -1,7 +1,5 @@
 """Create transformers' `TrainingArguments` from a run's options."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -4,8 +4,6 @@
 checkpoint follows both. So for any checkpoint that a run resumes from, the best adapter up to it exists.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checkpoints: written atomically, verified before loading, and compared with the options of a resumed run."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -6,8 +6,6 @@ computation: on a small U-Net no gradient arrived below an upsampling without at
 gradients equal those of the uncompiled model.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 from collections.abc import Iterator

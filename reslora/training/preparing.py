@@ -1,7 +1,5 @@
 """Prepare a restored learner for its first step: attention, checkpointing, processes and compiler."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterable, Sequence

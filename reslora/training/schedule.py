@@ -1,7 +1,5 @@
 """Number of training steps of a method, and the steps at which it is validated."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..formatting import pluralize

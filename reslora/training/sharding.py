@@ -4,8 +4,6 @@ accelerate would shard the adapter too, which shortcuts read from other blocks, 
 gradients. Therefore its settings only shard the base, and DistributedDataParallel trains the adapter.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Callable

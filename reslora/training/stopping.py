@@ -1,7 +1,5 @@
 """Requests to a run in training: stop, save or sample. All processes must act on them after the same step."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

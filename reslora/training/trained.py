@@ -1,7 +1,5 @@
 """All trained models as one module whose forward returns the loss of each sample of a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path

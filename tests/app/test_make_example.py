@@ -1,6 +1,8 @@
-"""app/make_example.py, and the example it made."""
+"""assets/make/make_example.py, and the example it made."""
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +11,10 @@ from safetensors.numpy import save_file
 
 from app import compared, views
 from app.library import Library
-from app.make_example import REPOSITORY, make_example
 from app.runs import EXAMPLE
 from app.studio import BUNDLED, base_of
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def test_example_is_small_complete_and_of_no_machine(run, tmp_path):
     elsewhere = {"pretrained_model_name_or_path": "/home/somebody/checkout/assets/pipeline", "cache_dir": "/data/hub"}
     config = run.config | {"train_data_dir": [str(REPOSITORY / "assets" / "pictures"), "/data/cats"]} | elsewhere
     (run.folder / "config.json").write_text(json.dumps(config))
-    make_example(run, tmp_path / "example")
+    runpy.run_path(str(REPOSITORY / "assets" / "make" / "make_example.py"))["make_example"](run, tmp_path / "example")
     example = Library(tmp_path / "example").find("example")
     assert example.status == "finished" and example.steps() == run.steps()
     assert example.config["train_data_dir"] == ["assets/pictures", "cats"] and example.config["cache_dir"] == "hub"

@@ -1,7 +1,5 @@
 """Aspect-ratio buckets: sizes of about the same area, and the choice of an image's bucket."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

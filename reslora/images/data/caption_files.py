@@ -1,7 +1,5 @@
 """Read captions from files next to the images, in UTF-8 or in the encodings that Windows' editors write."""
 
-from __future__ import annotations
-
 import codecs
 from pathlib import Path
 

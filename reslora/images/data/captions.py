@@ -7,8 +7,6 @@ Nested wildcards differ. Kohya's choice ends at the first `}`: `{a|{b|c} d}` bec
 only the innermost choice is made: it becomes `{a|b d}` or `{a|c d}`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

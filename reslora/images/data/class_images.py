@@ -3,8 +3,6 @@
 With them (DreamBooth, Ruiz et al., 2023), the model continues to generate the class as the base model does.
 """
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import dataclasses

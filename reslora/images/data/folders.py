@@ -1,7 +1,5 @@
 """The folders of training images, with repeats per epoch and loss weights."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

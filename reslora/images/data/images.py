@@ -1,7 +1,5 @@
 """Open, crop and scale one image."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

@@ -1,7 +1,5 @@
 """Report captions that are longer than the text encoder's limit; their rest has no effect."""
 
-from __future__ import annotations
-
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 

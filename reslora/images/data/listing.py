@@ -1,7 +1,5 @@
 """List the files in a folder of images, without the hidden files and folders that editors and desktops create."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

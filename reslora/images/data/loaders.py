@@ -1,7 +1,5 @@
 """Options and error handling of torch's DataLoader: signals, and loading processes that die."""
 
-from __future__ import annotations
-
 import multiprocessing
 import signal
 from collections.abc import Generator, Iterator

@@ -4,8 +4,6 @@ Therefore all methods use the same images, and a resumed run equals an uninterru
 that one process with N times the batch size would read.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Samples of the training plan: noise, timestep, caption and crop are functions of the seed and the position."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence

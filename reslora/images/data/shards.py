@@ -1,7 +1,5 @@
 """The files and splits of a webdataset or of JSON tables that are trained on, and checks of archives."""
 
-from __future__ import annotations
-
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path

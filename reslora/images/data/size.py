@@ -1,7 +1,5 @@
 """Height and width of training images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

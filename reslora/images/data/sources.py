@@ -1,7 +1,5 @@
 """The sources of training images: one folder or dataset each, split, and assigned to buckets by size."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ..generators import shuffled

@@ -1,7 +1,5 @@
 """Rows of metadata.jsonl and metadata.csv with line numbers for errors, and checks of the named files."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os

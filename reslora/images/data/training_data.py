@@ -1,7 +1,5 @@
 """Prepare the training data: read, encode or find in the cache, assign to buckets, split."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The samples of the chosen runs side by side: a slider between any two, and a table of all."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence

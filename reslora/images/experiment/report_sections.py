@@ -1,7 +1,5 @@
 """Sections of an experiment's report that only images have: losses by timestep, samples, and similarities."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping

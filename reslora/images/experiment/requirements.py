@@ -1,7 +1,5 @@
 """Check the options of an experiment with images."""
 
-from __future__ import annotations
-
 from ...errors import InvalidArgument
 from ...options.grid import Grid
 from ...options.images import Options

@@ -1,7 +1,5 @@
 """Similarities of a chosen run's samples by --metric_model: cosine similarities of embeddings."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 

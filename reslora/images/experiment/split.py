@@ -6,8 +6,6 @@ whatever other images there are: a new image moves only its near-duplicates. Exc
 of one image out of five or more, takes the next image in the order of the hash.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Evaluate a chosen checkpoint on the test split: merged, in float32, as its exported file would perform."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

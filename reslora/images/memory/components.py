@@ -1,7 +1,5 @@
 """Modules of a pipeline without weights, with the classes, shapes and dtypes of loaded ones."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Memory of sampling and exporting: the denoiser without gradients, the autoencoder's decoder, and float32 weights."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable

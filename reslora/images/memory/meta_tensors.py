@@ -1,7 +1,5 @@
 """Run modules on fake tensors, which have no storage, and count the memory that they would take."""
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """The memory of a run in each of its phases, in bytes: weights from their shapes, activations from fake tensors."""
 
-from __future__ import annotations
-
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Print the planned memory of a run by phase, and reject a run that does not fit, with options that make it fit."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Recognize files that are not a complete model (a LoRA, a text encoder, ...) by the names of their tensors."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Find the model as a local diffusers folder, and load its parts when they are needed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The loss of a prediction: squared error or pseudo-Huber, over the complete image or under a mask."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

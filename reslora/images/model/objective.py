@@ -1,7 +1,5 @@
 """Training objectives: what the denoiser predicts, and the weight of its loss."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 

@@ -17,8 +17,6 @@ adapter's initial values (`ModuleGroup._offload_to_memory`). Only a transformer'
 correctly.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A denoiser whose weights stay on disk, and are read one by one when they are used, so that a large one fits."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

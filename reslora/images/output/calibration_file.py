@@ -6,8 +6,6 @@ differ, they are stored separately, as `cap_feats.0@1` (of the second batch). Th
 JSON of the original batches with `{"tensor": name, "rows": [first, end]}` in place of every tensor.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

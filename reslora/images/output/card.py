@@ -1,7 +1,5 @@
 """The model card of an upload: base model, training data, and Python code that loads the weights."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

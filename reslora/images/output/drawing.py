@@ -1,7 +1,5 @@
 """Generate samples with the pipeline and the denoiser that is trained."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools

@@ -1,7 +1,5 @@
 """Export a trained method: merged weights and plain LoRA in every format, each read back and compared."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools

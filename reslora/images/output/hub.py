@@ -1,7 +1,5 @@
 """Upload a finished run to the Hub."""
 
-from __future__ import annotations
-
 import dataclasses
 import tempfile
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Write a denoiser's merged weights, reading the base from disk one tensor at a time."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Similarity of images, and of images and captions, by DINOv2 or CLIP."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any

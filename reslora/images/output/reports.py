@@ -1,7 +1,5 @@
 """Progress reports of training: the log, the trackers, samples, validation loss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Write the figures and print the summary of a finished run."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path

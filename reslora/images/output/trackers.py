@@ -1,7 +1,5 @@
 """Write `config.json`, and start accelerate's trackers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The interface of model families: what differs between text-to-image models; no optimizer, option or folder."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Flux.1 dev and schnell: packed latents with position ids, two kinds of blocks, and distilled guidance (dev)."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """FLUX.2 klein: patched latents, normalized by the autoencoder's statistics, and Qwen3 as text encoder."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

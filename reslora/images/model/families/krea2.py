@@ -1,7 +1,5 @@
 """Krea 2: a single-stream transformer with a text fusion transformer over several layers of Qwen3-VL."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from diffusers import Krea2Pipeline, Krea2Transformer2DModel

@@ -1,7 +1,5 @@
 """Base of the families with Qwen-Image's autoencoder: latents packed two by two, and text of any length."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

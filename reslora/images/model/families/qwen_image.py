@@ -1,7 +1,5 @@
 """Qwen-Image: a two-stream transformer, with Qwen2.5-VL as text encoder."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel

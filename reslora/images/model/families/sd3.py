@@ -1,7 +1,5 @@
 """Stable Diffusion 3 and 3.5: three text encoders, joint attention of text and image."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """Stable Diffusion XL: two text encoders, and a U-Net that is conditioned on the size and crop of each image."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

@@ -1,7 +1,5 @@
 """Stable Diffusion 1.x and 2.x: one CLIP text encoder, and a U-Net that predicts epsilon or v."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel

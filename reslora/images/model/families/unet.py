@@ -1,7 +1,5 @@
 """Names of a U-Net's layers in Stability AI's code, used by single-file checkpoints, ComfyUI and kohya's SDXL."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Z-Image: a single stream of text and image tokens, captions of any length, and a negated output."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 import torch

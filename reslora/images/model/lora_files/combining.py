@@ -1,7 +1,5 @@
 """Sum LoRAs exactly, and approximate a LoRA at a smaller rank."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Names of a model's layers in diffusers, kohya's scripts, ComfyUI and PEFT, from the one table of its family."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Read LoRA files and PEFT folders as plain factors of each layer; reject everything that is not a plain LoRA."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

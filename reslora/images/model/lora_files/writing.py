@@ -1,7 +1,5 @@
 """Write a LoRA in the format of one tool."""
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Mapping
 from pathlib import Path

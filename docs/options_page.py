@@ -1,14 +1,12 @@
-"""Reference of all options, generated from the tables: `python -m reslora.options.reference > docs/options.md`."""
-
-from __future__ import annotations
+"""Reference of all options, generated from the tables: `python docs/options_page.py > docs/options.md`."""
 
 from collections.abc import Iterator
 
-from .groups import Groups
-from .images import Options
-from .option import Option
-from .parser import default_in_words
-from .texts import GlueOptions, LlmOptions
+from reslora.options.groups import Groups
+from reslora.options.images import Options
+from reslora.options.option import Option
+from reslora.options.parser import default_in_words
+from reslora.options.texts import GlueOptions, LlmOptions
 
 SCRIPTS: dict[str, type[Groups]] = {
     "train_sd.py": Options, "train_llm.py": LlmOptions, "train_glue.py": GlueOptions,
@@ -26,7 +24,7 @@ def reference() -> str:
     """Return the page in Markdown."""
     lines = [
         "# All options", "",
-        "`python -m reslora.options.reference > docs/options.md` writes this page. *Resume*: whether a resumed run may "
+        "`python docs/options_page.py > docs/options.md` writes this page. *Resume*: whether a resumed run may "
         "have another value. *Varies*: several values make an experiment.",
     ]  # fmt: skip
     for script, kind in SCRIPTS.items():

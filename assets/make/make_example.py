@@ -1,10 +1,8 @@
-"""Make the run that a first visitor sees of what a trainer wrote: `python -m app.make_example RUN`.
+"""Make the run that a first visitor sees of what a trainer wrote: `python assets/make/make_example.py RUN`.
 
 Copied: settings, losses, samples, chain plan, merge report, and the LoRA files in half precision. Not copied:
 checkpoints, complete U-Nets, and paths and times, which depend on the machine and its load.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -15,12 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from app.library import Library
+from app.runs import EXAMPLE, Run
 from reslora.export import DIFFUSERS_FILE
 
-from .library import Library
-from .runs import EXAMPLE, Run
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 KEPT = ("chains.json", "merge.json", "exports.json", "samples", "merged")
 
 
@@ -64,7 +61,7 @@ def halve(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m app.make_example", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="output folder of train_sd.py, finished")
     found = next(iter(Library(parser.parse_args().run).runs().values()), None)
     if found is None or found.status != "finished":
