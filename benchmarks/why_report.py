@@ -14,7 +14,7 @@ from measured import ROOT
 from why import EXPERIMENTS, KEPT, Experiment
 
 from reslora.experiment.record import Verdict
-from reslora.experiment.statistics import arrays_of, judge, rerun, tested, verdict_of, verdicts
+from reslora.experiment.statistics import arrays_of, judge, rerun, tested, verdict_of
 from reslora.images.model.families import load_family
 from reslora.images.model.loading import Model
 from reslora.images.refusals import read_index
@@ -124,7 +124,7 @@ def to_lora(record: Mapping) -> list[Verdict]:
 
 def compare(record: Mapping, tests: Mapping[str, np.ndarray], references: Mapping[str, str]) -> list[Verdict]:
     """Labels compared with their references, corrected for these pairs and for the readings of the test split."""
-    return [verdict_of(test) for test in judge(arrays_of(tests), references.items(), record["readings"])]
+    return [verdict_of(*test) for test in judge(arrays_of(tests), references.items(), record["readings"])]
 
 
 def when(experiment: Experiment, record: Mapping) -> str:
@@ -179,7 +179,7 @@ def rerun_line(tests: dict[str, np.ndarray]) -> str:
     of_mean, of_one, losses_of_one = [], [], []
     for seed in range(seeds):
         others = {label: np.delete(losses, seed, axis=0) for label, losses in tests.items()}
-        for verdict in verdicts(others, references):
+        for verdict in compare({"readings": 1}, others, references):
             again = 100 * (tests[verdict["label"]][seed].mean() / tests["lora"][seed].mean() - 1)
             if np.isfinite(again) and verdict["interval"] and verdict["rerun"]:
                 of_mean.append(within(again, verdict["interval"]))

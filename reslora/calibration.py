@@ -42,7 +42,6 @@ class Calibrator:
         results = [None] * len(self.blocks) if merged is None else [result for chain in merged for result in chain]
         self.merged = dict(zip(self.blocks, results, strict=True))
         self.shortcut, self.needs_moments = shortcut, needs_moments
-        self.passes = 0
         self.waiting = dict.fromkeys(self.blocks)
         """Names of the blocks that are still to be measured."""
         self.leaders: dict[str, str] = {}
@@ -55,25 +54,21 @@ class Calibrator:
         self.seen: list[tuple[weakref.ref, str]] = []
         self.entered: torch.Tensor | None = None
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Notes for the merge report."""
-        several = f"calibration took {self.passes} passes through the model, with {BUDGET / 2**30:.3g} GiB for each"
-        return (several,) if self.passes > 1 else ()
-
-    def read(self, base: nn.Module, wires: Wires, calibration: Iterable[Mapping]) -> None:
+    def read(self, base: nn.Module, wires: Wires, calibration: Iterable[Mapping]) -> list[str]:
         """Run every batch through the model, once or, within the memory limit, several times.
 
-        Raises `ValueError` if the batches are empty, do not fit the model or give non-finite values.
+        Returns notes for the merge report. Raises `ValueError` if the batches are empty, do not fit the model or give
+        non-finite values.
         """
         if isinstance(calibration, (int, float)):
             raise ValueError(f"calibration={calibration} is a number; give the batches, dicts of the model's arguments")
         device = next(base.parameters()).device
         batches: Iterable[Mapping] = calibration
         kept: list[Mapping] = []
+        passes = 0
         with evaluating(base), self._watching(base, wires):
             while self.waiting:
-                self.passes += 1
+                passes += 1
                 count = 0
                 for batch in batches:
                     self.seen.clear()
@@ -85,6 +80,8 @@ class Calibrator:
                     raise ValueError("calibration is empty; give at least one dict of the base model's arguments")
                 self._finish_pass()
                 batches = kept
+        several = f"calibration took {passes} passes through the model, with {BUDGET / 2**30:.3g} GiB for each"
+        return [several] if passes > 1 else []
 
     @contextmanager
     def _watching(self, base: nn.Module, wires: Wires) -> Iterator[None]:

@@ -116,7 +116,18 @@ class Chains(Sequence):
         }
 
     def __str__(self) -> str:
-        return "\n".join(_table(self))
+        count = pluralize(len(self.blocks), "LoRA block")
+        lines = [f"{count} in {pluralize(len(self), 'chain')}, {pluralize(self.links, 'link')}"]
+        rows = [
+            ("" if number else chain.role, "-> " * bool(number) + block.name, block.shape, block.cut)
+            for chain in self
+            for number, block in enumerate(chain)
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        lines += [f"unlinked  {name}  {reason}" for name, reason in self.unlinked]
+        lines += [f"refused  {name}  {reason}" for name, reason in self.problems]
+        return "\n".join(lines)
 
 
 def before_each(blocks: int, reach: int | None) -> Before:
@@ -139,12 +150,11 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
     Raises `ValueError` if the model has no LoRA layer of that adapter, or if no inputs to trace with are known.
     """
     base = base_model(model)
-    connection = vars(base).get("_reslora")
-    connected = connection is not None and connection.adapter_name == adapter_name and connection.alive(base)
+    connection = live_connection(base)
+    connected = connection is not None and connection.adapter_name == adapter_name
     if connected and (connection.chains or example_inputs is None):
         return connection.chains
-    layers = lora_layers(base, adapter_name)
-    linkable, unlinked, problems = _sort_layers(layers, adapter_name)
+    linkable, unlinked, problems = _sort_layers(lora_layers(base, adapter_name), adapter_name)
     places = {name: _place(base, name) for name in linkable}
     seen = trace(base, {name: holder or name for name, (holder, _) in places.items()}, example_inputs)
     problems += [
@@ -196,10 +206,21 @@ def base_model(model: nn.Module) -> nn.Module:
 
     Raises `ValueError` for `nn.DataParallel`.
     """
-    outer = unwrap(model)
-    while hasattr(type(outer), "get_base_model") or isinstance(outer, BaseTuner):
-        outer = unwrap(outer.model if isinstance(outer, BaseTuner) else outer.get_base_model())
-    return outer
+    return with_wrappers(model)[-1]
+
+
+def with_wrappers(model: nn.Module) -> list[nn.Module]:
+    """Return PEFT's wrappers around the base model, outermost first, and the base model itself."""
+    found = [unwrap(model)]
+    while hasattr(type(found[-1]), "get_base_model") or isinstance(found[-1], BaseTuner):
+        found.append(unwrap(found[-1].model if isinstance(found[-1], BaseTuner) else found[-1].base_model))
+    return found
+
+
+def live_connection(base: nn.Module) -> Any:
+    """Return the connection of a base model (see `wiring.Connection`); None without one, or if its adapter is gone."""
+    connection = vars(base).get("_reslora")
+    return connection if connection is not None and connection.alive(base) else None
 
 
 def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
@@ -232,13 +253,11 @@ def _sort_layers(layers: dict[str, LoraLayer], adapter_name: str) -> tuple[dict,
     linkable: dict[str, LoraLayer] = {}
     unlinked, problems = [], []
     for name, layer in layers.items():
-        reason = stays_plain(name, layer)
-        if reason:
+        if reason := stays_plain(name, layer):
             unlinked.append((name, reason))
             continue
         linkable[name] = layer
-        problem = refused(layer, adapter_name)
-        if problem:
+        if problem := refused(layer, adapter_name):
             problems.append((name, problem))
     return linkable, unlinked, problems + _tied(linkable, adapter_name)
 
@@ -293,8 +312,7 @@ def _tied(layers: dict[str, LoraLayer], adapter_name: str) -> list[tuple[str, st
     for name, layer in layers.items():
         # Only registered parameters: a parametrized weight is a new tensor each time it is read.
         registered = layer.get_base_layer()._parameters.get("weight")
-        tensors = (registered, layer.lora_A[adapter_name].weight)
-        for tensor in tensors:
+        for tensor in (registered, layer.lora_A[adapter_name].weight):
             other = owners.setdefault(id(tensor), name) if tensor is not None else name
             if other != name:
                 problems.append((name, f"is tied to {other}: its weight is the same tensor"))
@@ -358,18 +376,3 @@ def _difference(before: Block, block: Block) -> str:
     if before.rank != block.rank:
         return f"rank {block.rank} follows rank {before.rank}"
     return ""
-
-
-def _table(plan: Chains) -> list[str]:
-    count = len(plan.blocks)
-    lines = [f"{pluralize(count, 'LoRA block')} in {pluralize(len(plan), 'chain')}, {pluralize(plan.links, 'link')}"]
-    rows = [
-        ("" if number else chain.role, "-> " * bool(number) + block.name, block.shape, block.cut)
-        for chain in plan
-        for number, block in enumerate(chain)
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines += [f"unlinked  {name}  {reason}" for name, reason in plan.unlinked]
-    lines += [f"refused  {name}  {reason}" for name, reason in plan.problems]
-    return lines

@@ -10,18 +10,17 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import (
     LoraConfig,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,7 +28,15 @@ from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stay
 from .config import ResLoraConfig
 from .errors import first_line
 from .guards import keeping_shortcuts, refuse_inactive, refuse_inner, refuse_merged
-from .io import check_checksums, forget_checksums, replacing_both, write_checksums, write_json, write_tensors
+from .io import (
+    check_checksums,
+    forget_checksums,
+    read_tensors,
+    replacing_both,
+    write_checksums,
+    write_json,
+    write_tensors,
+)
 from .ranks import rescale, rescaled
 from .tracing import meta_copy
 from .wiring import attach_wires, connected, connection_of
@@ -53,18 +60,17 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     connection = connected(base, adapter_name)
     if Path(directory).is_file():
         raise ValueError(f"directory={str(directory)!r} is a file; give a folder")
-    outer = unwrap(model)
     norms = connection.wires.norms
-    tensors = _state(outer, base, adapter_name)
+    tensors = adapter_state(model, adapter_name)
     if norms.values is not None:
         tensors[_NORMS] = norms.values
     content = {
-        "lora": _jsonable(base.peft_config[adapter_name].to_dict()),
+        "lora": jsonable(base.peft_config[adapter_name]),
         "reslora": connection.config.to_dict(),
         "chains": connection.chains.to_dict(),
         "norms": {"names": norms.names, "pushed": norms.count},
         "scaling": rescaled(lora_layers(base, adapter_name), adapter_name),
-        "peft_model": isinstance(outer, PeftModel),
+        "peft_model": isinstance(unwrap(model), PeftModel),
     }
     _write_both(Path(directory), content, tensors)
 
@@ -104,7 +110,10 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         )
     present = _has_adapter(base, adapter_name)
     if present:
-        _compare(base.peft_config[adapter_name], saved.lora, directory)
+        for field in ("lora_alpha", "use_rslora", "alpha_pattern"):
+            here, there = getattr(base.peft_config[adapter_name], field), getattr(saved.lora, field)
+            if here != there:
+                raise ValueError(f"{field}={here!r} of the adapter differs from {there!r} in {directory / CONFIG_NAME}")
         layers = lora_layers(base, adapter_name)
         if connection is None:
             refuse_merged(layers)
@@ -118,11 +127,13 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
             )
     else:
         # Load into a copy without storage first, so that an error leaves the model unchanged.
-        tried = _attach(meta_copy(base), _uninitialised(saved.lora), adapter_name, saved, directory)
+        lora = copy.deepcopy(saved.lora)
+        lora.init_lora_weights = False  # some initializations read the frozen weight, which has no storage here
+        tried = _attach(meta_copy(base), lora, adapter_name, saved, directory)
         _check(saved, tried, adapter_name, directory)
     check_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
     loaded = outer if present else _attach(outer, saved.lora, adapter_name, saved, directory)
-    _fill(loaded, base_model(loaded), saved.tensors, adapter_name)
+    _fill(loaded, saved.tensors, adapter_name)
     rescale(lora_layers(base_model(loaded), adapter_name), saved.scaling, adapter_name)
     if connection is None:
         connection = attach_wires(loaded, saved.config, adapter_name, saved.plan)
@@ -156,7 +167,9 @@ class _Saved:
 def _read(directory: Path) -> _Saved:
     path = directory / CONFIG_NAME
     content = _read_json(path)
-    tensors = _read_tensors(directory / WEIGHTS_NAME)
+    if not (directory / WEIGHTS_NAME).is_file():
+        raise ValueError(f"{directory / WEIGHTS_NAME} is missing: give a folder that reslora.save wrote")
+    tensors, _ = read_tensors(directory / WEIGHTS_NAME)
     norms = tensors.pop(_NORMS, None)
     try:
         config = ResLoraConfig(**content["reslora"])
@@ -189,28 +202,20 @@ def _read_plan(content: dict) -> Chains:
     return Chains(tuple(chains), unlinked, readers=tuple(map(tuple, content["readers"])))
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: give a folder that reslora.save wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
-
-
 # -- comparing and filling ---------------------------------------------------------------------------------------------
 
 
-def _state(outer: nn.Module, base: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
+def adapter_state(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
     """Return the adapter's tensors by names that are the same for wrapped and unwrapped models."""
-    source = outer if isinstance(outer, PeftModel) else base
+    outer = unwrap(model)
+    source = outer if isinstance(outer, PeftModel) else base_model(outer)
     with keeping_shortcuts():
         state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
     return {key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
 
 
-def _fill(outer: nn.Module, base: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
+def _fill(outer: nn.Module, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
+    base = base_model(outer)
     for name, layer in lora_layers(base, adapter_name).items():
         # PEFT copies into the existing parameters. A float32 adapter on a half-precision base must stay float32.
         dtype = tensors[f"{name}.lora_A.weight"].dtype if f"{name}.lora_A.weight" in tensors else None
@@ -248,13 +253,6 @@ def _has_adapter(base: nn.Module, adapter_name: str) -> bool:
         return False
 
 
-def _compare(present: LoraConfig, saved: LoraConfig, directory: Path) -> None:
-    for field in ("lora_alpha", "use_rslora", "alpha_pattern"):
-        here, there = getattr(present, field), getattr(saved, field)
-        if here != there:
-            raise ValueError(f"{field}={here!r} of the adapter differs from {there!r} in {directory / CONFIG_NAME}")
-
-
 def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, wirable: bool = True) -> None:
     """Raise `ValueError` for the first key or shape in which the model's adapter and the files differ.
 
@@ -262,7 +260,7 @@ def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, 
     LoRA.
     """
     base, tensors = base_model(model), saved.tensors
-    expected = _state(model, base, adapter_name)
+    expected = adapter_state(model, adapter_name)
     for key in (*expected, *tensors):
         if key not in tensors:
             raise ValueError(f"{directory / WEIGHTS_NAME} has no {key}, which the model's adapter has")
@@ -281,18 +279,6 @@ def _wiring(plan: Chains) -> list[list[str]]:
     return [[block.name for block in chain] for chain in plan]
 
 
-def _uninitialised(lora: LoraConfig) -> LoraConfig:
-    """Return the configuration without its initialization: some read the frozen weight, which has no storage here."""
-    lora = copy.deepcopy(lora)
-    lora.init_lora_weights = False
-    return lora
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
-    return value
+def jsonable(config: PeftConfig) -> dict:
+    """Return a configuration's fields as JSON-able data; the order of a set differs from process to process."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}

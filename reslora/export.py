@@ -22,18 +22,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import nn
 
-from .chains import base_model, lora_layers, unwrap
-from .checkpoint import PEFT_PREFIX
+from .chains import base_model, lora_layers
+from .checkpoint import PEFT_PREFIX, adapter_state, jsonable
 from .guards import refuse_merged
-from .io import replacing, replacing_both, write_tensors
+from .io import replacing, replacing_both, serialized, write_tensors
 from .ranks import commonest, declare_scaling, whole
 from .wiring import connection_of
 
@@ -74,16 +73,11 @@ def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: st
 
     Raises `ValueError` if the adapter is connected or missing, or has a scale that its configuration cannot hold.
     """
-    base, outer = _plain(model, adapter_name), unwrap(model)
-    source = outer if isinstance(outer, PeftModel) else base
-    state = get_peft_model_state_dict(source, adapter_name=adapter_name, save_embedding_layers=False)
-    state = {PEFT_PREFIX + key.removeprefix(PEFT_PREFIX): value for key, value in state.items()}
+    base = _plain(model, adapter_name)
+    state = {PEFT_PREFIX + key: value for key, value in adapter_state(model, adapter_name).items()}
     config = copy.deepcopy(base.peft_config[adapter_name])
     config.inference_mode = True
     declare_scaling(config, base, adapter_name)
-    for field, value in vars(config).items():
-        if isinstance(value, set):  # the order of a set differs from process to process
-            setattr(config, field, sorted(value))
     _write_both(Path(directory), config, state)
     return Path(directory)
 
@@ -175,14 +169,13 @@ def write_diffusers(
             for name, factors in named.items()
             if factors.rank != common
         }
-        config = {
-            "r": common,
-            "lora_alpha": common,
-            "rank_pattern": pattern,
-            "alpha_pattern": pattern,
-            "target_modules": sorted(name.removeprefix("text_model.") for name in named),
+        packed |= {
+            f"{prefix}.r": common,
+            f"{prefix}.lora_alpha": common,
+            f"{prefix}.rank_pattern": pattern,
+            f"{prefix}.alpha_pattern": pattern,
+            f"{prefix}.target_modules": sorted(name.removeprefix("text_model.") for name in named),
         }
-        packed |= {f"{prefix}.{key}": value for key, value in config.items()}
     write_folded(
         path, layers, {"lora_adapter_metadata": json.dumps(packed, indent=2, sort_keys=True), **(metadata or {})}
     )
@@ -249,7 +242,7 @@ def _write_both(directory: Path, config: PeftConfig, tensors: dict[str, torch.Te
     reader loads.
     """
     with replacing_both(directory / PEFT_CONFIG_FILE, directory / PEFT_FILE) as (described, weights):
-        described.write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True), encoding="utf-8")
+        described.write_text(json.dumps(jsonable(config), indent=2, sort_keys=True), encoding="utf-8")
         write_tensors(weights, tensors, {"format": "pt"})
 
 
@@ -279,22 +272,20 @@ def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
         if (value := getattr(config, setting, None) or without) != without:
             problem = f"{setting}={value!r} has trained what no LoRA file of diffusers, kohya or ComfyUI can hold"
             raise ValueError(f"{problem}: export it with export_peft, or train without")
-    return {
-        _in_files(base, name): Factors(*_factors(name, layer, adapter_name), layer.scaling[adapter_name])
-        for name, layer in lora_layers(base, adapter_name).items()
-    }
-
-
-def _in_files(base: nn.Module, name: str) -> str:
-    """Return a layer's name in files: newer transformers drop the prefix of CLIP's text model that files have."""
-    flat = type(base).__name__ == "CLIPTextModel" and not name.startswith("text_model.")
-    return f"text_model.{name}" if flat else name
+    found = {}
+    for name, layer in lora_layers(base, adapter_name).items():
+        if adapter_name not in layer.lora_A or not _adds(layer, adapter_name):
+            raise ValueError(f"{name} is not plain LoRA on a linear or convolution layer; export it with export_peft")
+        if type(base).__name__ == "CLIPTextModel" and not name.startswith("text_model."):
+            name = f"text_model.{name}"  # newer transformers drop this prefix, which files have
+        down, up = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
+        found[name] = Factors(down, up, layer.scaling[adapter_name])
+    return found
 
 
 def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
     """Return the SHA-256 of a safetensors file without its header, by which model managers identify a LoRA."""
-    content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
-    return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    return hashlib.sha256(serialized(tensors)[1]).hexdigest()
 
 
 def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
@@ -307,7 +298,9 @@ def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: 
     adapter already.
     """
     base = _plain(model, adapter_name)
-    _refuse_others(Path(directory))
+    found = sorted(path.relative_to(directory) for path in Path(directory).rglob("*") if not path.is_dir())
+    if others := [str(path) for path in found if not OF_A_MODEL.fullmatch(str(path))]:
+        raise ValueError(f"{directory} also has {others[0]}, which a merged model would replace: give another folder")
     state = merged_state_dict(base, adapter_name)
     if hasattr(type(base), "from_config"):
         with torch.device("meta"):
@@ -322,13 +315,6 @@ def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: 
         except SafetensorError as error:  # a full disk, for example, which callers expect as an OSError
             raise OSError(f"{directory}: {error}") from error
     return Path(directory)
-
-
-def _refuse_others(directory: Path) -> None:
-    """Raise `ValueError` if the directory has files other than a model's: writing a model replaces the directory."""
-    found = sorted(path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir())
-    if others := [str(path) for path in found if not OF_A_MODEL.fullmatch(str(path))]:
-        raise ValueError(f"{directory} also has {others[0]}, which a merged model would replace: give another folder")
 
 
 @torch.no_grad()
@@ -428,9 +414,3 @@ def _plain(model: nn.Module, adapter_name: str) -> nn.Module:
             f"adapter_name={adapter_name!r} is not on this model; it has {', '.join(map(repr, known)) or 'none'}"
         )
     return base
-
-
-def _factors(name: str, layer: LoraLayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    if adapter_name not in layer.lora_A or not _adds(layer, adapter_name):
-        raise ValueError(f"{name} is not plain LoRA on a linear or convolution layer; export it with export_peft")
-    return layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()

@@ -16,11 +16,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora.layer import LoraVariant
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from . import ranks
-from .chains import base_model, merges_itself, unwrap
+from .chains import base_model, live_connection, merges_itself, with_wrappers
 from .shortcuts.base import merge_refused
 
 _COMBINES = "combine the plain LoRA weights without the shortcuts"
@@ -134,14 +134,12 @@ class _Guard:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Raise `RuntimeError` if the call concerns the connected adapter, else call the method."""
         method = self.previous or functools.partial(getattr(type(self.module), self.verb), self.module)
-        connection = _connection(self.module)
+        connection = live_connection(base_model(self.module))
         if connection is not None and self.verb in _LEAVING:
             connection.clear(self.outer)
         elif connection is not None and connection.config.wired:
-            does, default = _REFUSED[self.verb]
-            named = _named(inspect.signature(method).bind(*args, **kwargs).arguments)
-            if connection.adapter_name in (named or [default or connection.adapter_name]):
-                raise _refusal(self.verb, does, connection.adapter_name)
+            arguments = inspect.signature(method).bind(*args, **kwargs).arguments
+            _refuse(connection.adapter_name, arguments, self.verb, *_REFUSED[self.verb])
         return method(*args, **kwargs)
 
     def remove(self) -> None:
@@ -153,8 +151,9 @@ class _Guard:
 
 def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
     """Install guards on `model`, on every wrapper around its base model, and on its layers if any are `wired`."""
-    base, outer, wired = base_model(model), unwrap(model), list(wired)
-    for module in (*_wrappers(model), base):
+    modules, wired = with_wrappers(model), list(wired)
+    outer, base = modules[0], modules[-1]
+    for module in modules:
         for verb in (*_REFUSED, *_LEAVING):
             if hasattr(type(module), verb) and not isinstance(vars(module).get(verb), _Guard):
                 vars(module)[verb] = _Guard(module, verb, base if module is base else outer)
@@ -168,12 +167,12 @@ def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
 
 def remove(model: nn.Module) -> None:
     """Remove the guards that `install` installed."""
-    base = base_model(model)
-    for module in (*_wrappers(model), base):
+    modules = with_wrappers(model)
+    for module in modules:
         for verb in (*_REFUSED, *_LEAVING):
             if isinstance(guard := vars(module).get(verb), _Guard):
                 guard.remove()
-    for module in base.modules():
+    for module in modules[-1].modules():
         if isinstance(module, LoraLayer):
             for verb in ("merge", "unmerge", "update_layer"):
                 vars(module).pop(verb, None)
@@ -189,21 +188,6 @@ def keeping_shortcuts() -> Iterator[None]:
         _keeps_shortcuts.reset(token)
 
 
-def _connection(model: nn.Module) -> Any:
-    """Return the connection of the base model inside `model`, if its adapter still exists."""
-    base = base_model(model)
-    connection = vars(base).get("_reslora")
-    return connection if connection is not None and connection.alive(base) else None
-
-
-def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield PEFT's wrappers around the base model, outermost first."""
-    outer = unwrap(model)
-    while hasattr(type(outer), "get_base_model") or isinstance(outer, BaseTuner):
-        yield outer
-        outer = unwrap(outer.model if isinstance(outer, BaseTuner) else outer.base_model)
-
-
 def _merged_by_peft(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     """Yield the layers that PEFT's merge visits, with any adapter, except those that merge in their `forward`."""
     itself = [name for name, module in base.named_modules() if merges_itself(module)]
@@ -212,18 +196,16 @@ def _merged_by_peft(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield name, module
 
 
-def _named(arguments: dict) -> list[str]:
-    """Return the adapter names among a call's arguments."""
+def _refuse(connected: str, arguments: dict, verb: str, does: str, default: str | None = None) -> None:
+    """Raise `RuntimeError` if a call names the connected adapter, or none and concerns it by default (None)."""
     arguments = {**arguments, **arguments.get("kwargs", {})}
     found = [arguments[key] for key in _NAMING if arguments.get(key) is not None]
-    return [name for value in found for name in ([value] if isinstance(value, str) else value)]
-
-
-def _refusal(verb: str, does: str, adapter: str) -> RuntimeError:
-    return RuntimeError(
-        f"{verb} would {does} of the connected adapter {adapter!r}: call reslora.merge first, or use reslora.save and "
-        "reslora.load, which keep the shortcuts"
-    )
+    named = [name for value in found for name in ([value] if isinstance(value, str) else value)]
+    if connected in (named or [default or connected]):
+        raise RuntimeError(
+            f"{verb} would {does} of the connected adapter {connected!r}: call reslora.merge first, or use "
+            "reslora.save and reslora.load, which keep the shortcuts"
+        )
 
 
 def _refuse_merge(name: str, *args: object, **kwargs: object) -> None:
@@ -273,11 +255,9 @@ def _asking(original: Any, verb: str, does: str) -> Any:
     def asking(*args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(*args, **kwargs).arguments
         model = arguments["self"] if "self" in arguments else arguments["model"]
-        connection = None if _keeps_shortcuts.get() else _connection(model)
+        connection = None if _keeps_shortcuts.get() else live_connection(base_model(model))
         if connection is not None and connection.config.wired:
-            adapter = connection.adapter_name
-            if adapter in (_named(arguments) or [adapter]):
-                raise _refusal(verb, does, adapter)
+            _refuse(connection.adapter_name, arguments, verb, does)
         return original(*args, **kwargs)
 
     asking.asks_reslora = True  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ before_writing: list[Callable[[], None]] = []
 """Functions that `replacing` calls before it writes; a training process adds `folder_lock.check_held`."""
 
 # Temporary names of `replacing`: the name, then machine, process, the process's start time, and a random part.
-_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-(\d+)-[0-9a-f]{8}(?:\.old)?\.tmp")
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}-\d+-\d+)-[0-9a-f]{8}(?:\.old)?\.tmp")
 
 
 class Damaged(ValueError):
@@ -87,11 +87,9 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
     """
     for path in Path(folder).glob(".*.tmp"):
         if found := _TEMPORARY.fullmatch(path.name):
-            host, process, start = found.groups()
             with suppress(OSError):  # another process removes it too, or another user owns it
-                seen = host == _host() and os.name == "posix"  # on Windows `os.kill` would end the process
                 old = time.time() - path.lstat().st_mtime > ABANDONED
-                if _is_gone(int(process), start) if seen else old:
+                if has_ended(found[1]) if _can_be_checked(found[1]) else old:
                     remove(path)
 
 
@@ -107,9 +105,25 @@ def this_process() -> str:
 
 
 def has_ended(process: str) -> bool:
-    """Return whether a process identified by `this_process` has ended; False for a process of another machine."""
-    host, number, start = process.split("-")
-    return host == _host() and os.name == "posix" and _is_gone(int(number), start)
+    """Return whether a process identified by `this_process` has ended, even if another one has its id now.
+
+    False for a process of another machine.
+    """
+    _, number, start = process.split("-")
+    if not _can_be_checked(process):
+        return False
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass  # the process belongs to another user
+    now = _start_of(int(number))
+    return "0" not in (start, now) and now != start
+
+
+def _can_be_checked(process: str) -> bool:
+    return process.startswith(f"{_host()}-") and os.name == "posix"  # on Windows `os.kill` would end the process
 
 
 def is_running(process: str) -> bool:
@@ -130,18 +144,6 @@ def _host() -> str:
     return hashlib.blake2b(repr(known).encode(), digest_size=4).hexdigest()
 
 
-def _is_gone(process: int, start: str) -> bool:
-    """Return whether a process of this machine has ended, even if another one has its id now."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        pass  # the process belongs to another user
-    now = _start_of(process)
-    return "0" not in (start, now) and now != start
-
-
 def _start_of(process: int) -> str:
     """Return a process's start time in clock ticks; "ended" for a zombie, "0" if unknown."""
     try:
@@ -156,13 +158,31 @@ def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], met
 
     safetensors itself writes metadata in random order, and makes the file readable by its owner only.
     """
-    from safetensors.torch import save  # imports torch, which takes seconds
-
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    header, content = _in_two(save(tensors, metadata=metadata))
+    header, content = serialized(tensors, metadata)
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     with replacing(path) as temporary:
         temporary.write_bytes(_header(header) + content)
+
+
+def serialized(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> tuple[dict, bytes]:
+    """Return the header of a safetensors file, and the bytes of its tensors."""
+    from safetensors.torch import save  # imports torch, which takes seconds
+
+    content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, metadata)
+    start = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:start]), content[start:]
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors and the metadata of a safetensors file; raises `ValueError` if it is damaged."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
+            return tensors, file.metadata() or {}
+    except Exception as error:  # a damaged file fails with any kind of exception
+        raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
 
 
 def write_one_by_one(
@@ -197,15 +217,8 @@ def write_one_by_one(
 def _dtype_name(dtype: torch.dtype) -> str:
     """Return a dtype's name in safetensors' headers."""
     import torch
-    from safetensors.torch import save
 
-    return _in_two(save({"": torch.empty(0, dtype=dtype)}))[0][""]["dtype"]
-
-
-def _in_two(content: bytes) -> tuple[dict, bytes]:
-    """Return the header of a safetensors file, and the bytes of its tensors."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:start]), content[start:]
+    return serialized({"": torch.empty(0, dtype=dtype)})[0][""]["dtype"]
 
 
 def _header(header: dict) -> bytes:

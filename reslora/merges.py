@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,7 +24,8 @@ class Merge:
 
     def __call__(self, chain: list[Factors]) -> list[Merged]:
         """Return the merged blocks of a chain, front to back."""
-        merging = importlib.import_module(".merging", __package__)
+        from . import merging
+
         results = getattr(merging, self.function)(chain)
         if self.max_rank is None:
             return results

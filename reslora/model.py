@@ -15,7 +15,7 @@ from torch import nn
 
 from . import guards, merges, ranks
 from .calibration import Calibrator
-from .chains import Chain, Chains, base_model, chains, lora_layers
+from .chains import Chain, Chains, base_model, before_each, chains, lora_layers
 from .checks import is_whole
 from .config import ResLoraConfig
 from .formatting import pluralize
@@ -204,8 +204,7 @@ def merge(
     method = _resolve(method, connection, calibration, max_rank)
     layers, described = lora_layers(base, adapter_name), base.peft_config[adapter_name]
     guards.refuse_merged(layers)
-    _refuse_nonfinite(layers, adapter_name)
-    _refuse_parametrized(layers, connection)
+    _check_factors(layers, connection)
     plan = [_factors(chain, layers, connection) for chain in connection.chains] if connection.shortcut else []
     merged: list[list[Merged]] = []
     notes: list[str] = []
@@ -213,18 +212,19 @@ def merge(
         if plan:
             merge_chain = dataclasses.replace(connection.shortcut.merges[method], max_rank=max_rank)
             merged, notes = _merge_chains(base, connection, plan, merge_chain, calibration)
-        blocks = _block_reports(connection, plan, merged, calibration is not None)
-        written = {
-            layers[block.name]: ranks.prepared(layers[block.name], result, adapter_name)
-            for factors, results in zip(plan, merged, strict=True)
-            for block, result in zip(factors, results, strict=True)
-        }
+        blocks: list[BlockReport] = []
+        written: dict[LoraLayer, Merged] = {}
+        for chain, chain_factors, results in zip(connection.chains, plan, merged, strict=False):
+            for block, factors, result in zip(chain, chain_factors, results, strict=True):
+                error = None if calibration is None else connection.shortcut.error(factors, result)
+                blocks.append(BlockReport(block.name, block.role, result.alpha, result.a.shape[0], error))
+                written[layers[block.name]] = ranks.prepared(layers[block.name], result, adapter_name)
+                notes += result.notes
         disconnect(model, adapter_name)  # no allocation from here on, so all layers change or none
         for layer, result in written.items():
             ranks.write(layer, result, adapter_name)
         ranks.declare(described, layers, adapter_name)
     torch.clear_autocast_cache()  # autocast caches casts of the old weights until its block ends
-    notes += [note for results in merged for result in results for note in result.notes]
     return MergeReport(method, connection.config.shortcut, tuple(blocks), tuple(dict.fromkeys(notes)))
 
 
@@ -261,24 +261,19 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
     return resolved
 
 
-def _refuse_nonfinite(layers: dict[str, LoraLayer], adapter_name: str) -> None:
+def _check_factors(layers: dict[str, LoraLayer], connection: Connection) -> None:
+    """Raise `ValueError` for A and B that are not finite, or parametrized: values written to these would be lost."""
+    written = {block.name for block in connection.chains.blocks if connection.shortcut}
     for name, layer in layers.items():
         for part in ("lora_A", "lora_B"):
-            modules = getattr(layer, part)
-            if adapter_name not in modules:
+            if connection.adapter_name not in getattr(layer, part):
                 continue
-            weight = modules[adapter_name].weight
-            if weight.is_meta:
+            factor = getattr(layer, part)[connection.adapter_name]
+            if factor.weight.is_meta:
                 raise ValueError(f"{name} has its {part} on the meta device: load or un-offload the weights first")
-            if not bool(torch.isfinite(weight).all()):
+            if not bool(torch.isfinite(factor.weight).all()):
                 raise ValueError(f"{name} has NaN or infinity in its {part}: resume from an earlier checkpoint")
-
-
-def _refuse_parametrized(layers: dict[str, LoraLayer], connection: Connection) -> None:
-    """Raise `ValueError` for parametrized A and B: values written to them would be lost silently."""
-    for name in (block.name for block in connection.chains.blocks if connection.shortcut):
-        for part in ("lora_A", "lora_B"):
-            if "weight" not in getattr(layers[name], part)[connection.adapter_name]._parameters:
+            if name in written and "weight" not in factor._parameters:
                 raise ValueError(
                     f"{name} makes the weight of its {part} when it is read, so it cannot be written: call "
                     "torch.nn.utils.parametrize.remove_parametrizations (or prune.remove, remove_weight_norm) first"
@@ -297,7 +292,7 @@ def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection)
         )
         for block in chain
     ]
-    connection.shortcut.relate(found, connection.before(chain), connection.config.head)
+    connection.shortcut.relate(found, before_each(len(chain), connection.config.reach), connection.config.head)
     return found
 
 
@@ -322,21 +317,9 @@ def _merge_chains(
     notes: list[str] = []
     if calibration is not None:
         calibrator = Calibrator(plan, merged, connection.shortcut, merge_chain.needs_moments)
-        calibrator.read(base, connection.wires, calibration)
-        notes += calibrator.notes
+        notes = calibrator.read(base, connection.wires, calibration)
     elif merge_chain.needs_norms:
         means = connection.wires.norms.means()
         for block in (block for chain in plan if len(chain) > 1 for block in chain):
             block.norm = means[block.name]
     return ([merge_chain(chain) for chain in plan] if merged is None else merged), notes
-
-
-def _block_reports(
-    connection: Connection, plan: list[list[Factors]], merged: list[list[Merged]], calibrated: bool
-) -> list[BlockReport]:
-    blocks = []
-    for chain, factors, results in zip(connection.chains, plan, merged, strict=False):
-        for block, factor, result in zip(chain, factors, results, strict=True):
-            error = connection.shortcut.error(factor, result) if calibrated else None
-            blocks.append(BlockReport(block.name, block.role, result.alpha, result.a.shape[0], error))
-    return blocks

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def declare(config: LoraConfig, layers: dict[str, LoraLayer], adapter_name: str)
         return
     for name, rank in changed.items():
         layer = layers[name]
-        alpha = _alpha(nominal(layer, adapter_name), _root(layer, adapter_name)(rank))
+        alpha = whole(nominal(layer, adapter_name) * _divisor(layer, adapter_name, rank))
         layer.r[adapter_name], layer.lora_alpha[adapter_name] = rank, alpha
     ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
@@ -81,7 +82,7 @@ def nominal(layer: LoraLayer | LycorisLayer, adapter_name: str) -> float:
     alpha = (layer.lora_alpha if isinstance(layer, LoraLayer) else layer.alpha)[adapter_name]
     if hasattr(layer, "lora_E"):  # AdaLoRA divides by its current rank in the forward pass
         return alpha if alpha > 0 else rank
-    return alpha / _root(layer, adapter_name)(rank)
+    return alpha / _divisor(layer, adapter_name, rank)
 
 
 def rescaled(layers: Mapping[str, LoraLayer | LycorisLayer], adapter_name: str) -> dict[str, float]:
@@ -117,7 +118,7 @@ def declare_scaling(config: PeftConfig, base: nn.Module, adapter_name: str) -> N
         raise _not_in_files(scaled, f"init_lora_weights={config.init_lora_weights!r}")
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     alphas |= {
-        name: _alpha(scale, _root(layers[name], adapter_name)(layers[name].r[adapter_name]))
+        name: whole(scale * _divisor(layers[name], adapter_name, layers[name].r[adapter_name]))
         for name, scale in scaled.items()
     }
     # PEFT's patterns match only the outer one of nested layers, so an inner layer cannot have another alpha.
@@ -140,9 +141,9 @@ def _not_in_files(scaled: Mapping[str, float], where: str) -> ValueError:
     )
 
 
-def _root(layer: LoraLayer | LycorisLayer, adapter_name: str) -> Callable[[float], float]:
-    """Return the function of the rank that alpha is divided by."""
-    return math.sqrt if getattr(layer, "use_rslora", {}).get(adapter_name) else float
+def _divisor(layer: LoraLayer | LycorisLayer, adapter_name: str, rank: int) -> float:
+    """Return what alpha is divided by at a rank."""
+    return math.sqrt(rank) if getattr(layer, "use_rslora", {}).get(adapter_name) else rank
 
 
 def _close(scale: float, other: float) -> bool:
@@ -157,15 +158,9 @@ def _patterns(values: dict[str, float], changed: dict[str, int], default: float,
     return {**own, **{pattern: value for pattern, value in older.items() if pattern > last}}
 
 
-def _alpha(scaling: float, root: float) -> float:
-    """Return the alpha with `alpha / root == scaling` up to rounding, as an int if it is a whole number."""
-    return whole(scaling * root)
-
-
 def commonest(values: Iterable[float]) -> Any:
     """Return the most frequent value; of several the first."""
-    found = list(values)
-    return max(dict.fromkeys(found), key=found.count)
+    return Counter(values).most_common(1)[0][0]
 
 
 def whole(value: float) -> float:

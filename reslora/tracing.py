@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.hooks import RemovableHandle
 
+from .attributes import override_attributes
 from .errors import first_line
 
 _HOLDER = "reslora.holder"
@@ -79,24 +79,20 @@ def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | No
         raise ValueError(f"example_inputs is a {type(inputs).__name__}; give a dict of the model's keyword arguments")
     inputs = dict(inputs)
     try:
-        with _same_random(base):
-            return _run(meta_copy(base, adapters=False), holders, to_device(inputs, "meta"))
-    except Exception as error:
-        # Data-dependent control flow, fused kernels and quantized layers do not run on the meta device: use the real
-        # one.
-        parameter = next(base.parameters(), None)
-        if parameter is None or parameter.is_meta:
-            raise ValueError(_untraceable(base, error)) from error
         try:
+            with _same_random(base):
+                return _run(meta_copy(base, adapters=False), holders, to_device(inputs, "meta"))
+        except Exception:
+            # Data-dependent control flow, fused kernels and quantized layers do not run on the meta device: use the
+            # real one.
+            parameter = next(base.parameters(), None)
+            if parameter is None or parameter.is_meta:
+                raise
             with _undisturbed(base):
                 return _run(base, holders, to_device(inputs, parameter.device))
-        except Exception as second:
-            raise ValueError(_untraceable(base, second)) from second
-
-
-def _untraceable(base: nn.Module, error: Exception) -> str:
-    problem = f"does not run on example_inputs ({first_line(error)})"
-    return f"{type(base).__name__} {problem}; pass example_inputs= that fit its forward"
+    except Exception as error:
+        problem = f"does not run on example_inputs ({first_line(error)})"
+        raise ValueError(f"{type(base).__name__} {problem}; pass example_inputs= that fit its forward") from error
 
 
 def meta_copy(base: nn.Module, adapters: bool = True) -> nn.Module:
@@ -105,9 +101,17 @@ def meta_copy(base: nn.Module, adapters: bool = True) -> nn.Module:
     Norm layers of the copy return their input. Without `adapters`, PEFT's layers are replaced by their base layers and
     linear layers have no bias, which makes the copy faster.
     """
-    memo: dict[int, object] = {id(hooks): OrderedDict() for module in base.modules() for hooks in _uncopied(module)}
-    held = [value for module in base.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
-    for tensor in (*base.parameters(), *base.buffers(), *held):
+    memo: dict[int, object] = {}
+    tensors = [*base.parameters(), *base.buffers()]
+    for module in base.modules():
+        for name, value in vars(module).items():
+            # Every module has eleven dicts of hooks, nearly all empty, and copying them takes longer than copying
+            # everything else.
+            if isinstance(value, OrderedDict) and (not value or name in ("_forward_hooks", "_forward_pre_hooks")):
+                memo[id(value)] = OrderedDict()
+            elif isinstance(value, torch.Tensor):
+                tensors.append(value)
+    for tensor in tensors:
         # Weights stored as 8-bit floats are cast to the model's dtype by hooks, which the copy does not have.
         stored = tensor.is_floating_point() and tensor.dtype.itemsize == 1
         empty = torch.empty(tensor.shape, dtype=_dtype(base) if stored else tensor.dtype, device="meta")
@@ -134,26 +138,15 @@ def meta_copy(base: nn.Module, adapters: bool = True) -> nn.Module:
     return twin
 
 
-def _uncopied(module: nn.Module) -> Iterator[OrderedDict]:
-    """Yield the hooks of a module that a copy leaves out.
-
-    Every module has eleven dicts of hooks, nearly all empty, and copying them takes longer than copying everything
-    else.
-    """
-    for name, value in vars(module).items():
-        if isinstance(value, OrderedDict) and (not value or name in ("_forward_hooks", "_forward_pre_hooks")):
-            yield value
-
-
 def _run(base: nn.Module, holders: Mapping[str, str], inputs: dict) -> Trace:
     watch = _Watch(holders)
-    try:
-        watch.attach(base)
-        # Gradients on: the autograd graph between holders distinguishes the streams.
-        with torch.inference_mode(False), torch.enable_grad():
-            base(**inputs)
-    finally:
-        watch.detach()
+    # Gradients on: the autograd graph between holders distinguishes the streams.
+    with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
+        for path in watch.holders:
+            module = base.get_submodule(path)
+            hooks.enter_context(module.register_forward_pre_hook(partial(watch.enter, path), with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(partial(watch.leave, path)))
+        base(**inputs)
     return watch.trace
 
 
@@ -176,41 +169,24 @@ class _Watch:
         self.calls: list[tuple[str, str]] = []  # (holder, path of the module that was called), outermost first
         # (tensor, version) -> its readers. The tensors are stored, because a freed tensor's id can be reused.
         self.read: dict[tuple[int, int], tuple[torch.Tensor, list[str]]] = {}
-        self.handles: list[RemovableHandle] = []
 
-    def attach(self, base: nn.Module) -> None:
-        """Register hooks on every traced module of `base`."""
-        for path in self.holders:
-            module = base.get_submodule(path)
-            self.handles += [
-                module.register_forward_pre_hook(partial(self._enter, path), with_kwargs=True),
-                module.register_forward_hook(partial(self._leave, path)),
-            ]
-
-    def detach(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
-
-    def _enter(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def enter(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Record a call of the module at `path`; a forward pre-hook."""
         hidden = _hidden_states(module, args, kwargs)
         if path in self.layers:
             self.trace.runs.setdefault(path, []).append(tuple(hidden[0].shape[1:-1]) if hidden else ())
-            self._note_reader(path, hidden)
+            for x in hidden[:1]:
+                _, readers = self.read.setdefault((id(x), x._version), (x, []))
+                if not readers:
+                    self.trace.readers.append(readers)
+                readers.append(path)
         holder = self.holders[path]
         if holder not in (open_holder for open_holder, _ in self.calls):
             self.calls.append((holder, path))
             self.trace.reads[holder] |= _origins(hidden) - {holder}
 
-    def _note_reader(self, path: str, hidden: list[torch.Tensor]) -> None:
-        for x in hidden[:1]:
-            key = id(x), x._version
-            if key not in self.read:
-                self.read[key] = x, []
-                self.trace.readers.append(self.read[key][1])
-            self.read[key][1].append(path)
-
-    def _leave(self, path: str, module: nn.Module, args: tuple, output: object) -> object:
+    def leave(self, path: str, module: nn.Module, args: tuple, output: object) -> object:
+        """Make the output of a holder a leaf that is marked as its output; a forward hook."""
         holder = self.holders[path]
         if (holder, path) not in self.calls:
             return None
@@ -268,15 +244,11 @@ def _origins(tensors: list[torch.Tensor]) -> set[str]:
 @contextmanager
 def _undisturbed(base: nn.Module) -> Iterator[None]:
     """Put the model into eval mode without gradient checkpointing; restore both afterwards."""
-    checkpointing = [module for module in base.modules() if getattr(module, "gradient_checkpointing", False)]
-    with _same_random(base), evaluating(base):
-        try:
-            for module in checkpointing:
-                module.gradient_checkpointing = False
-            yield
-        finally:
-            for module in checkpointing:
-                module.gradient_checkpointing = True
+    with _same_random(base), evaluating(base), ExitStack() as restored:
+        for module in base.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                restored.enter_context(override_attributes(module, gradient_checkpointing=False))
+        yield
 
 
 def _same_random(base: nn.Module) -> AbstractContextManager[None]:

@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from . import guards
-from .chains import Before, Chain, Chains, base_model, before_each, lora_layers
+from .chains import Chain, Chains, base_model, before_each, live_connection, lora_layers
 from .config import ResLoraConfig
 from .shortcuts import shortcut_class
 from .shortcuts.base import CastOthers, Shortcut
@@ -38,20 +38,13 @@ class Connection:
         """Class of the connected blocks; None if the configuration is plain LoRA."""
         return shortcut_class(self.config.shortcut) if self.config.wired else None
 
-    def before(self, chain: Chain) -> Before:
-        """Return, for each block of a chain, the indices of the earlier blocks in its sum.
-
-        The forward pass and the merge use them.
-        """
-        return before_each(len(chain), self.config.reach)
-
     def alive(self, base: nn.Module) -> bool:
         """Return whether the connected adapter is still on the model: it can be deleted, unloaded or replaced."""
-        layers = _present_layers(base, self.adapter_name).values()
-        marks = [
-            vars(layer.lora_A[self.adapter_name]).get(_MARK) for layer in layers if self.adapter_name in layer.lora_A
-        ]
-        return any(mark is self.wires for mark in marks) if marks else bool(layers)
+        adapter, layers = self.adapter_name, [module for module in base.modules() if isinstance(module, LoraLayer)]
+        marks = [vars(layer.lora_A[adapter]).get(_MARK) for layer in layers if adapter in layer.lora_A]
+        if marks:
+            return any(mark is self.wires for mark in marks)
+        return any(adapter in layer.lora_embedding_A for layer in layers)
 
     def clear(self, model: nn.Module) -> None:
         """Remove everything that `attach_wires` installed on the model."""
@@ -74,11 +67,9 @@ class Connection:
 
 def connection_of(base: nn.Module) -> Connection | None:
     """Return the connection of a base model; None without one, or if its adapter was removed."""
-    connection = vars(base).get("_reslora")
-    if connection is not None and not connection.alive(base):
-        connection.clear(base)
-        return None
-    return connection
+    if "_reslora" in vars(base) and live_connection(base) is None:
+        vars(base)["_reslora"].clear(base)
+    return vars(base).get("_reslora")
 
 
 def connected(base: nn.Module, adapter_name: str) -> Connection:
@@ -103,7 +94,9 @@ def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, pla
     """Connect the layers of a model along `plan`, which `connect` has validated, and return the connection."""
     base = base_model(model)
     layers = lora_layers(base, adapter_name)
-    wires = Wires(_recorded(plan, config), config.window)
+    carries = config.wired and shortcut_class(config.shortcut).carries
+    recorded = [block.name for chain in plan if carries and len(chain) > 1 for block in chain]
+    wires = Wires(recorded, config.window)
     connection = Connection(config, adapter_name, plan, wires)
     for layer in layers.values():
         if adapter_name in layer.lora_A:
@@ -112,7 +105,7 @@ def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, pla
         for chain in plan:
             _wire(chain, layers, connection)
         shares = _share(plan, layers, adapter_name)
-        if connection.shortcut.carries or shares or config.reach is None:
+        if carries or shares or config.reach is None:
             connection.handles = _hook(base, plan, wires)
     guards.install(model, ((block.name, layers[block.name]) for block in plan.blocks if config.wired))
     base._reslora = connection
@@ -122,25 +115,21 @@ def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, pla
 def _share(plan: Chains, layers: dict[str, LoraLayer], adapter: str) -> bool:
     """Let the blocks that read the same tensor share one product; return whether there are any."""
     for names in plan.readers:
-        factors = {name: (layers[name].lora_variant[adapter], layers[name].lora_A[adapter]) for name in names}
-        stacks = {name: [own, *variant.others()] for name, (variant, own) in factors.items()}
-        widths = {name: variant.widths(own.out_features) for name, (variant, own) in factors.items()}
-        shared = SharedProduct(stacks, widths, min(variant.most_rows for variant, _ in factors.values()))
-        for variant, _ in factors.values():
+        blocks = {name: (layers[name].lora_variant[adapter], layers[name].lora_A[adapter]) for name in names}
+        shared = SharedProduct(blocks)
+        for variant, _ in blocks.values():
             variant.shared = shared
     return bool(plan.readers)
 
 
 def _hook(base: nn.Module, plan: Chains, wires: Wires) -> list:
-    handles = [
+    parts = [base.get_submodule(name) for name in _parts(plan)]
+    return [
         base.register_forward_pre_hook(wires.begin, prepend=True),
         base.register_forward_hook(wires.end, always_call=True),
+        *(part.register_forward_pre_hook(wires.begin_part, prepend=True) for part in parts),
+        *(part.register_forward_hook(wires.end_part, always_call=True) for part in parts),
     ]
-    for name in _parts(plan):
-        part = base.get_submodule(name)
-        handles.append(part.register_forward_pre_hook(wires.begin_part, prepend=True))
-        handles.append(part.register_forward_hook(wires.end_part, always_call=True))
-    return handles
 
 
 def _parts(plan: Chains) -> list[str]:
@@ -154,28 +143,13 @@ def _parts(plan: Chains) -> list[str]:
     return sorted(whole - cut)
 
 
-def _recorded(plan: Chains, config: ResLoraConfig) -> list[str]:
-    """Return the names of the blocks whose norms a merge can use."""
-    if not config.wired or not shortcut_class(config.shortcut).carries:
-        return []
-    return [block.name for chain in plan if len(chain) > 1 for block in chain]
-
-
 def _wire(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) -> None:
-    adapter = connection.adapter_name
+    adapter, config = connection.adapter_name, connection.config
     names = [block.name for block in chain]
     wired = [layers[name] for name in names]
     factors = [(layer.lora_A[adapter], layer.lora_B[adapter]) for layer in wired]
-    variants = connection.shortcut.wire(
-        connection.wires, names, factors, connection.before(chain), connection.config.head
-    )
+    before = before_each(len(chain), config.reach)
+    variants = connection.shortcut.wire(connection.wires, names, factors, before, config.head)
     for layer, variant in zip(wired, variants, strict=True):
         layer.lora_variant[adapter] = variant
         layer.cast_input_dtype_enabled = CastOthers(layer.cast_input_dtype_enabled, layer, adapter)
-
-
-def _present_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    try:
-        return lora_layers(base, adapter_name)
-    except ValueError:
-        return {}

@@ -616,7 +616,7 @@ CORE = (
     "export",
     "io",
 )
-BELOW_CORE = {PACKAGE / "errors.py", PACKAGE / "checks.py", PACKAGE / "formatting.py"}
+BELOW_CORE = {PACKAGE / f"{name}.py" for name in ("attributes", "errors", "checks", "formatting")}
 CORE_FILES = [*(PACKAGE / f"{name}.py" for name in CORE), *sorted((PACKAGE / "shortcuts").glob("*.py"))]
 
 

@@ -175,27 +175,22 @@ class Parts(Protocol):
     @property
     def trained(self) -> int:
         """Number of items in the training part."""
-        ...
 
     @property
     def select(self) -> Sequence:
         """Items of the selection part."""
-        ...
 
     @property
     def test(self) -> Sequence:
         """Items of the test part."""
-        ...
 
     @property
     def duplicates(self) -> int:
         """Number of near-duplicates, which are left out or moved to the part of their duplicate."""
-        ...
 
     @property
     def enough(self) -> float:
         """The fraction --test_split with which the test part has enough items; 1 if there are not enough."""
-        ...
 
 
 def facts_of(parts: Parts, libraries: Sequence[str]) -> Facts:

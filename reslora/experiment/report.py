@@ -167,18 +167,12 @@ def verdict_plot(experiment: Experiment) -> str:
         text = f"{value}%" + (f" ({' to '.join(ends)}%)" if ends else "")
         name = verdict["label"] if len(references) == 1 else f"{verdict['label']} / {verdict['reference']}"
         rows.append(Row(name, places.get(verdict["label"], 0), verdict["relative"], verdict["interval"], text))
-    losses = {label: np.nanmean(found) for label, found in test_losses_of(experiment).items()}
-    base = mean_of(experiment.get("base"))
+    losses, base = tested(experiment["arms"], experiment["chosen"]), mean_of(experiment.get("base"))
     if rows and base is not None and references[0] in losses:
-        more = 100 * (base / losses[references[0]] - 1)
+        more = 100 * (base / np.nanmean(losses[references[0]]) - 1)
         rows.append(Row(f"{BASE}, before training", len(places), more, None, f"{with_signs(more)[0]}%"))
     title = f"Test loss compared with {' and '.join(references)}, with 95% intervals"
     return f'<div class="charts">{forest(title, rows, "percent; left of 0 is better")}</div>' if rows else ""
-
-
-def test_losses_of(experiment: Experiment) -> dict[str, np.ndarray]:
-    """Return the test losses of each label at its chosen learning rate, of shape (seeds, images)."""
-    return tested(experiment["arms"], experiment["chosen"])
 
 
 def best_in_words(best: Best, about: About) -> str:
@@ -226,14 +220,15 @@ def what_to_use(experiment: Experiment, about: About) -> str:
 def certainty(experiment: Experiment, label: str, unit: str) -> str:
     """Return a sentence about how certain it is that a method is the best; empty if nothing is compared."""
     ranking = experiment.get("ranking")
-    others = [name for name in (ranking or {"best": ()})["best"] if name != label]
-    if ranking and others and label in ranking["best"]:
+    best = ranking["best"] if ranking else []
+    others = [name for name in best if name != label]
+    if others and label in best:
         return f"As far as this experiment can tell {', '.join(others)} {'do' if len(others) > 1 else 'does'} as well."
     for verdict in experiment["verdicts"]:
         if verdict["label"] == label:
             said = UNCERTAIN.get(verdict["conclusion"], "")
             return said.format(reference=verdict["reference"], unit=unit)
-    return "It is better than every other method." if ranking and ranking["best"] == [label] else ""
+    return "It is better than every other method." if best == [label] else ""
 
 
 def command_of(best: Best, folder: Path, about: About) -> str:
@@ -288,7 +283,7 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
             which = {"low": "lowest", "high": "highest"}[choice["at_end"]]
             at_end = which + (f"; next: {rate(choice['next'])}" if choice["next"] else "")
         arm = arms.get(label)
-        wired = arm["shortcut"] or NOTHING if arm else NOTHING
+        wired = (arm["shortcut"] if arm else None) or NOTHING
         numbers = [rate(choice["learning_rate"]), str(choice["step"]), number(choice["loss"])]
         losses = finite(tests.get(label, ()))
         numbers += [number(statistics.fmean(losses)) if losses else NOTHING, between(rerun(losses, least=0), number)]
@@ -298,11 +293,11 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
         selected = number(experiment.get("base_select"))
         rows.append([BASE, NOTHING, "0", selected, number(base), NOTHING, NOTHING, NOTHING, ""])
     names = ["Method", "Learning rate", "Step", "Select loss", "Test loss", "One more seed", "Rank", "Shortcut"]
-    names.append("End of the rates")
+    names += ["End of the rates"]
     note = (
         f"<p>Of each method the learning rate and step with the lowest mean loss, over seeds, on the select {unit}s, "
+        "which none was trained on.</p>"
     )
-    note += "which none was trained on.</p>"
     return (note if rows else "") + table(f"Chosen on the select {unit}s", names, rows)
 
 
@@ -315,7 +310,7 @@ def arm_table(experiment: Experiment, about: About) -> str:
     for arm in experiment["arms"]:
         if is_chosen(arm, experiment["chosen"]):
             marked.add(len(rows))
-        losses = [loss for loss in (arm["test"]["losses"] if arm["test"] else []) if loss is not None]
+        losses = finite(arm["test"]["losses"] if arm["test"] else ())
         reason = f'<div class="reason">{escape(arm["reason"])}</div>' if arm["reason"] else ""
         memory, figures = arm["memory_bytes"], beside_loss(arm)
         rows.append(
@@ -420,7 +415,7 @@ def select_charts(experiment: Experiment, losses: str = "") -> str:
             means = mean_curve(curves)
             if not means:
                 continue
-            best = min(means, key=lambda step: (means[step], step))
+            best = min(means, key=means.__getitem__)  # the first of equal steps
             tried.line.append((learning_rate, means[best]))
             tried.dots += [(learning_rate, curve[best]) for curve in curves]
             if choice and choice["learning_rate"] == learning_rate:
@@ -491,7 +486,7 @@ def missing(experiment: Experiment) -> str:
     lines: list[str] = []
     for status, what in (("running", "in training"), ("waiting", "not trained yet"), ("failed", "failed")):
         counted = Counter(arm["label"] for arm in experiment["arms"] if arm["status"] == status)
-        lines += [f"{label}: {arms} {'arm' if arms == 1 else 'arms'} {what}" for label, arms in counted.items()]
+        lines += [f"{label}: {pluralize(arms, 'arm')} {what}" for label, arms in counted.items()]
     compared = {verdict["label"] for verdict in experiment["verdicts"]}
     compared |= {verdict["reference"] for verdict in experiment["verdicts"]} or {REFERENCE}
     lines += [f"{label}: not compared" for label in labels_of(experiment) if label not in compared]

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import Diverged
@@ -112,9 +112,7 @@ class Results:
         records = [course.record(arm, test) for arm, test in self.tests.items()]
         unit = self.subject.about.unit
         self.verdicts, self.ranking = compare(records, self.chosen, unit, max(1, self.readings), self.base)
-        self.notes = [*self.beforehand(), *self.unfinished(len(losses)), *self.others(), *self.failed()]
-        self.notes += [*self.without_choice(losses), *self.at_ends(), *self.no_reference(trained), *self.read_again()]
-        self.notes += self.export_compared(trained)
+        self.notes = [*self.beforehand(), *self.afterwards(losses, trained), *self.export_compared(trained)]
         self.best = self.export(trained) if trained else None
         self.write()
         taken = [best_in_words(self.best, self.subject.about)] if self.best else []
@@ -202,27 +200,23 @@ class Results:
             found.append(f"nothing to compare with: verdicts need --method {REFERENCE}")
         return found
 
-    def unfinished(self, ended: int) -> list[str]:
-        """Return a note if --experiment_minutes has ended the experiment."""
-        total, minutes = len(self.course.arms()), self.course.grid.base.experiment.experiment_minutes
-        if ended == total:
-            return []
-        line = f"{record.UNFINISHED}{total - ended} of {total} arms {is_or_are(total - ended)} still to be trained"
-        return [f"{line}, none within --experiment_minutes {minutes:g}; the same command goes on for as long again"]
-
-    def failed(self) -> list[str]:
-        """Return the reason of each arm that has diverged."""
-        return [reason for arm in self.course.arms() if (reason := self.course.ended(arm).get("reason"))]
-
-    def without_choice(self, losses: Losses) -> list[str]:
-        """Return a note for each label whose arms have all ended without a choice, with the fix."""
-        waiting = {arm.label for arm in self.course.arms() if arm not in losses}
-        problem = "at no learning rate did all seeds end well, so none is chosen; add a lower --learning_rate"
-        return [f"{label}: {problem}" for label in self.course.labels if label not in {*waiting, *self.chosen}]
-
-    def at_ends(self) -> list[str]:
-        """Return a note for each label whose best learning rate is the lowest or highest that was tried."""
-        found = []
+    def afterwards(self, losses: Losses, trained: Sequence[Arm]) -> Iterator[str]:
+        """Yield what the reader must know about the results; `trained`: the arms at the chosen learning rates."""
+        course, arms, experiment = self.course, self.course.arms(), self.course.grid.base.experiment
+        left = len(arms) - len(losses)
+        if left:
+            line = f"{record.UNFINISHED}{left} of {len(arms)} arms {is_or_are(left)} still to be trained"
+            limit = f"--experiment_minutes {experiment.experiment_minutes:g}"
+            yield f"{line}, none within {limit}; the same command goes on for as long again"
+        there = {path.parent for method in METHODS for path in (course.folder / method).glob(f"**/seed-*/{ENDED}")}
+        if more := len(there - {course.folder_of(arm) for arm in arms}):
+            yield f"left out: {pluralize(more, 'arm')} of other methods, rates or seeds, which the folder has as well"
+        yield from (reason for arm in arms if (reason := course.ended(arm).get("reason")))
+        waiting = {arm.label for arm in arms if arm not in losses}
+        for label in course.labels:
+            if label not in {*waiting, *self.chosen}:
+                problem = "at no learning rate did all seeds end well, so none is chosen"
+                yield f"{label}: {problem}; add a lower --learning_rate"
         for label, choice in self.chosen.items():
             if choice["at_end"] and choice["next"]:
                 end, other = {"low": ("lowest", "lower"), "high": ("highest", "higher")}[choice["at_end"]]
@@ -230,36 +224,17 @@ class Results:
                 line += f"and a {other} one may do better"
                 further = f"--extend_rates, or --learning_rate {choice['next']:g} beside the others"
                 # --extend_rates has already tried all its extensions, and starts from the given values
-                if self.course.grid.base.experiment.extend_rates:
-                    rates = sorted({*self.course.grids[label], choice["next"]})
+                if experiment.extend_rates:
+                    rates = sorted({*course.grids[label], choice["next"]})
                     further = f"--learning_rate {' '.join(f'{rate:g}' for rate in rates)}"
-                found.append(f"{line}; {further}")
-        return found
-
-    def no_reference(self, judged: Sequence[Arm]) -> list[str]:
-        """Return a note if the reference method has no chosen learning rate."""
+                yield f"{line}; {further}"
         references = self.references()
-        if not references or any(arm.label in references for arm in judged):
-            return []
-        return [f"nothing to compare with: no learning rate of {REFERENCE} is chosen"]
-
-    def read_again(self) -> list[str]:
-        """Return a note about the significance level if there were several evaluations on the test split.
-
-        A user may have seen the results of one before extending the experiment.
-        """
-        read = f"the test {self.subject.about.unit}s were read {self.readings} times, as arms came in"
-        level = f"{100 * level_of(max(1, self.readings)):.2g}%"
-        line = f"{read}: this reading is judged at {level}, so that chance claims a difference in 5% at most of all"
-        return [line] if self.readings > 1 else []
-
-    def others(self) -> list[str]:
-        """Return a note if the directory has arms that the options do not name."""
-        folder = self.course.folder
-        there = {path.parent for method in METHODS for path in (folder / method).glob(f"**/seed-*/{ENDED}")}
-        more = len(there - {self.course.folder_of(arm) for arm in self.course.arms()})
-        left_out = f"left out: {pluralize(more, 'arm')} of other methods, rates or seeds, which the folder has as well"
-        return [left_out] if more else []
+        if references and references.isdisjoint(arm.label for arm in trained):
+            yield f"nothing to compare with: no learning rate of {REFERENCE} is chosen"
+        if self.readings > 1:  # a user may have seen the results of one before extending the experiment
+            read = f"the test {self.subject.about.unit}s were read {self.readings} times, as arms came in"
+            level = f"{100 * level_of(self.readings):.2g}%"
+            yield f"{read}: this reading is judged at {level}, so that chance claims a difference in 5% at most of all"
 
     def export_compared(self, trained: Sequence[Arm]) -> list[str]:
         """Export the arms at the chosen learning rates; return a note for each that has diverged."""

@@ -242,10 +242,14 @@ Arrays = Mapping[str, np.ndarray]
 """Losses of each label, of shape (seeds, images)."""
 
 
-def judge(arrays: Arrays, pairs: Iterable[tuple[str, str]], reading: int = 1) -> list[Judged | Pair]:
+Tests = Sequence[tuple[Pair, Judged | None]]
+"""Pairs with their test results; None for a pair with a single common seed or image."""
+
+
+def judge(arrays: Arrays, pairs: Iterable[tuple[str, str]], reading: int = 1) -> Tests:
     """Return the test result of each pair, corrected for all pairs and for this k-th evaluation on the test split.
 
-    A pair with a single common seed or image is returned untested; a pair without a common seed is left out.
+    A pair without a common seed is left out.
     """
     found = [pair for each in pairs if len((pair := pair_of(*each, arrays)).differences)]
     known = [pair for pair in found if pair.known]
@@ -262,7 +266,7 @@ def judge(arrays: Arrays, pairs: Iterable[tuple[str, str]], reading: int = 1) ->
         )
         for pair, spread, p, corrected, rank in zip(known, spreads, p_values, adjusted, ranks, strict=True)
     }
-    return [tests.get(pair[:2], pair) for pair in found]
+    return [(pair, tests.get(pair[:2])) for pair in found]
 
 
 def pair_of(label: str, reference: str, arrays: Arrays) -> Pair:
@@ -297,20 +301,8 @@ def arrays_of(losses: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def verdicts(losses: Mapping[str, ArrayLike], references: Mapping[str, str], unit: str = "image") -> list[Verdict]:
-    """Return the verdict on each label of `references` compared with its reference, corrected for these pairs.
-
-    `losses` has an array of shape (seeds, images) for each label, with the same seeds and images in all. A missing seed
-    is a row of non-finite values and is left out of the comparison. A label without a seed in common with its reference
-    has no verdict. `unit`: the word for an image in the sentences. Raises `ValueError` for losses of other shapes, and
-    for losses <= 0.
-    """
-    return [verdict_of(test, unit) for test in judge(arrays_of(losses), references.items())]
-
-
-def verdict_of(test: Judged | Pair, unit: str = "image", base: float | None = None) -> Verdict:
+def verdict_of(pair: Pair, test: Judged | None, unit: str = "image", base: float | None = None) -> Verdict:
     """Return a pair's verdict. `base`: the base model's test loss, to express the difference as a part of the gain."""
-    pair = test if isinstance(test, Pair) else test.pair
     mean, percent = pair.mean, 100 / pair.base
     seeds, images = pair.differences.shape
     gain = 0 if base is None else base - pair.base
@@ -319,7 +311,7 @@ def verdict_of(test: Judged | Pair, unit: str = "image", base: float | None = No
         difference=mean, relative=percent * mean, interval=None, rerun=rerun(percent * pair.differences.mean(1)),
         p=None, p_holm=None, detectable=None, expected=None, of_gain=100 * mean / gain if gain > 0 else None,
     )  # fmt: skip
-    if isinstance(test, Judged):
+    if test:
         half = float(half_width(test.spread, test.reading_level))
         found["interval"] = percent * (mean - half), percent * (mean + half)
         found["p"], found["p_holm"] = test.p, test.corrected
@@ -344,7 +336,9 @@ def sentence_of(verdict: Verdict, pair: Pair, unit: str) -> str:
         sentence = f"{label} and {reference} have the same test losses"
     elif verdict["expected"] is None:
         among = " after correction for all comparisons and readings" if verdict["p"] < LEVEL else ""
-        sentence = f"no significant difference between {label} and {reference}{among} ({mde_of(verdict)})"
+        effect = verdict["detectable"]
+        mde = "not known with two seeds" if effect is None else f"{percents(effect)[0]}%"
+        sentence = f"no significant difference between {label} and {reference}{among} (minimum detectable effect {mde})"
     else:
         size, least, most = percents(relative, *sorted(map(abs, verdict["interval"])))
         (further,), gain = percents(verdict["expected"]), verdict["of_gain"]
@@ -359,19 +353,12 @@ def sentence_of(verdict: Verdict, pair: Pair, unit: str) -> str:
     return sentence
 
 
-def mde_of(verdict: Verdict) -> str:
-    """Return the minimum detectable effect as text."""
-    if verdict["detectable"] is None:
-        return "minimum detectable effect not known with two seeds"
-    return f"minimum detectable effect {percents(verdict['detectable'])[0]}%"
-
-
-def ranking_of(tests: Iterable[Judged | Pair], labels: Iterable[str]) -> Ranking | None:
+def ranking_of(tests: Tests, labels: Iterable[str]) -> Ranking | None:
     """Return the labels that do not differ significantly from the best one, and by how much the others are worse.
 
     A label is worse if the test of any of its pairs is significant against it. None if no pair is tested.
     """
-    known = [test for test in tests if isinstance(test, Judged)]
+    known = [test for _, test in tests if test]
     behind: dict[str, list[Judged]] = {}
     for test in known:
         if test.significant:
@@ -446,9 +433,10 @@ def compare(
     references = {label: (same_rank[label] + lora)[0] for label in ranks if label != lora[0]}
     others = [(b, a) for a, b in itertools.combinations(ranks, 2) if b != references.get(a) and a != references.get(b)]
     found = judge(arrays_of(tested(judged, chosen)), [*references.items(), *others], reading)
-    pairs = [(each, each.pair if isinstance(each, Judged) else each) for each in found]
     said = [
-        verdict_of(each, unit, mean_of(base)) for each, pair in pairs if references.get(pair.label) == pair.reference
+        verdict_of(pair, test, unit, mean_of(base))
+        for pair, test in found
+        if references.get(pair.label) == pair.reference
     ]
     return said, ranking_of(found, ranks)
 
@@ -462,23 +450,13 @@ def mean_of(test: TestLosses | None) -> float | None:
 def tested(arms: Iterable[Arm], chosen: Mapping[str, Choice]) -> dict[str, np.ndarray]:
     """Return the test losses of each label at its chosen learning rate, of shape (seeds, images).
 
-    A seed that only other labels have is a row of NaN. Raises `ValueError` if arms were evaluated on different images.
+    A seed that only other labels have is a row of NaN, and a non-finite loss is NaN. Raises `ValueError` if arms
+    were evaluated on different images.
     """
     tests: dict[str, dict[int, TestLosses]] = {}
     for arm in arms:
         if (test := arm["test"]) and is_chosen(arm, chosen):
             tests.setdefault(arm["label"], {})[arm["seed"]] = test
-    return _crossed(tests)
-
-
-def is_chosen(arm: Arm, chosen: Mapping[str, Choice]) -> bool:
-    """Return whether an arm was trained at its label's chosen learning rate."""
-    label = arm["label"]
-    return label in chosen and arm["learning_rate"] == chosen[label]["learning_rate"]
-
-
-def _crossed(tests: Mapping[str, Mapping[int, TestLosses]]) -> dict[str, np.ndarray]:
-    """Return the losses of each label, of shape (seeds, images), with NaN for missing or non-finite losses."""
     all_tests = [test for by_seed in tests.values() for test in by_seed.values()]
     if any(test["images"] != all_tests[0]["images"] for test in all_tests):
         raise ValueError("arms were measured on different test images, which cannot be compared")
@@ -488,6 +466,12 @@ def _crossed(tests: Mapping[str, Mapping[int, TestLosses]]) -> dict[str, np.ndar
         rows = [by_seed[seed]["losses"] if seed in by_seed else [None] * len(all_tests[0]["images"]) for seed in seeds]
         found[label] = np.array(rows, float)  # None becomes NaN
     return found
+
+
+def is_chosen(arm: Arm, chosen: Mapping[str, Choice]) -> bool:
+    """Return whether an arm was trained at its label's chosen learning rate."""
+    label = arm["label"]
+    return label in chosen and arm["learning_rate"] == chosen[label]["learning_rate"]
 
 
 def choose(arms: Iterable[Arm], seeds: Iterable[int] | None = None) -> dict[str, Choice]:

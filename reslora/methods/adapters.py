@@ -6,8 +6,6 @@ model = attach(unet, config, ResLoraConfig(shortcut="input"))     # ResLoRA is L
 save_adapter(model, "checkpoint"), load_adapter(model, "checkpoint")
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -15,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from accelerate import Accelerator
 from peft import (
     AdaLoraConfig,
     LoKrConfig,
@@ -32,8 +30,6 @@ from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, ModulesToSaveWrapper
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
@@ -43,14 +39,11 @@ from .. import checkpoint
 from ..attributes import override_attributes
 from ..chains import base_model, unwrap
 from ..config import ResLoraConfig
-from ..errors import Diverged, first_line
-from ..io import check_checksums, write_checksums, write_tensors
+from ..errors import Diverged
+from ..io import check_checksums, read_tensors, write_checksums, write_tensors
 from ..model import connect, connection_of
 from . import controls
 from .controls import DEFAULT
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 ADAPTER_NAME = "adapter.safetensors"
 LAYERS = (nn.Linear, Conv1D, _ConvNd, nn.Embedding)  # layers that PEFT adapts; quantized layers may have other types
@@ -92,8 +85,14 @@ def attach(
     or for a shortcut without a link.
     """
     check_rank(model, config)
-    if isinstance(config, (AdaLoraConfig, OFTConfig)):
-        _refuse_convolutions(model, config)
+    # AdaLoRA does not support convolutions. OFT's implementation sums overlapping patches, so that it changes the
+    # output even at initialization.
+    for name, module in targeted(model, config) if isinstance(config, (AdaLoraConfig, OFTConfig)) else ():
+        if isinstance(module, _ConvNd):
+            title = "OFT" if isinstance(config, OFTConfig) else "AdaLoRA"
+            raise ValueError(
+                f"{name} is a convolution, which {title} cannot adapt: leave it out, or choose another method"
+            )
     # Models of transformers have `add_adapter` too, but are wrapped by default.
     in_place = in_place or (hasattr(model, "add_adapter") and not isinstance(model, PreTrainedModel))
     adapted = _add(model, config, in_place)
@@ -147,20 +146,6 @@ def targeted(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Mod
         kinds = (nn.Linear, Conv1D) if every else LAYERS
         if isinstance(module, kinds) and (every or check_target_module_exists(config, name)):
             yield name, module
-
-
-def _refuse_convolutions(model: nn.Module, config: PeftConfig) -> None:
-    """Raise `ValueError` if AdaLoRA or OFT would adapt convolutions.
-
-    AdaLoRA does not support them. OFT's implementation sums overlapping patches, so that it changes the output even at
-    initialization.
-    """
-    title = "OFT" if isinstance(config, OFTConfig) else "AdaLoRA"
-    for name, module in targeted(model, config):
-        if isinstance(module, _ConvNd):
-            raise ValueError(
-                f"{name} is a convolution, which {title} cannot adapt: leave it out, or choose another method"
-            )
 
 
 def _add(model: nn.Module, config: PeftConfig, in_place: bool) -> nn.Module:
@@ -385,18 +370,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     if not path.is_file():
         raise ValueError(f"{path} is missing: the checkpoint is of another method, or incomplete")
     check_checksums(directory, [ADAPTER_NAME])
-    try:
-        saved = load_file(path)
-        with safe_open(path, "pt") as file:
-            control = json.loads((file.metadata() or {}).get(_CONTROL, "{}"))
-    except Exception as error:  # a damaged file fails with any kind of exception
-        raise ValueError(f"{path} is not a safetensors file: {first_line(error)}") from error
+    saved, metadata = read_tensors(path)
     state = trained_state(model)
     for name in (*state, *saved):
         if name not in saved or name not in state or saved[name].shape != state[name].shape:
             raise ValueError(f"{path} does not fit the model's adapter, first at {name}")
-    if control:
-        controls.put_on(model, control)
+    if _CONTROL in metadata:
+        controls.put_on(model, json.loads(metadata[_CONTROL]))
     with torch.no_grad():
         for name, value in state.items():
             value.copy_(saved[name])

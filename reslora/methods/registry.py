@@ -175,7 +175,7 @@ class Method:
     @property
     def reads_shortcut_flags(self) -> bool:
         """Whether it depends on --pre_num or --head."""
-        return self.reads_shortcut or bool(self.placebo)
+        return self.shortcuts or self.measured
 
     @property
     def measured(self) -> bool:

@@ -20,7 +20,9 @@ def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence
     """
     if targets == "all-linear":
         return
-    fitted = _fitted(model, targets, whole)
+    asked = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(target_modules=asked, modules_to_save=list(whole) or None)
+    fitted = {name: part for name, part in model.named_modules() if name and check_target_module_exists(config, name)}
     layers = [name for name, module in fitted.items() if _is_layer(module)]
     wrong = next((name for name in fitted if name not in layers), None)
     if wrong is None:
@@ -36,13 +38,6 @@ def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence
         problem += f", and {alone} can"
         names = ", and ".join(filter(None, [names, f"{alone} and the like by their whole names"]))
     raise InvalidArgument(f"--target_modules {target}", problem, f"give {names}" if names else "leave it out")
-
-
-def _fitted(model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the modules that PEFT would adapt, by name."""
-    asked = targets if isinstance(targets, str) else list(targets)
-    config = LoraConfig(target_modules=asked, modules_to_save=list(whole) or None)
-    return {name: part for name, part in model.named_modules() if name and check_target_module_exists(config, name)}
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -144,7 +144,7 @@ def _svg(title: str, x_title: str, lines: tuple[Line, ...]) -> tuple[str, Point]
     return ElementTree.tostring(root, encoding="unicode"), axes.get_xlim()
 
 
-def swatch(color: str, dash: str = "") -> str:
+def swatch(color: str, dash: str) -> str:
     """Return a line's sample for a legend, as SVG."""
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
     line = f'<path d="M0 6H28" stroke="{color}" stroke-width="3"{dashed}/>'
@@ -202,11 +202,14 @@ def chart(series: Sequence[Series], axes: Axes) -> str:
         for each in series
         if each.line
     )
-    box = f"0 0 {REPORT.width} {REPORT.height}"
+    return _figure(axes.title, REPORT, body, f'<ul class="legend">{legend}</ul>')
+
+
+def _figure(title: str, frame: Frame, body: str, legend: str = "") -> str:
     return (
-        f"<figure><figcaption>{escape(axes.title)}</figcaption>"
-        f'<svg class="chart" viewBox="{box}" role="img" aria-label="{escape(axes.title)}">{body}</svg>'
-        f'<ul class="legend">{legend}</ul></figure>'
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<svg class="chart" viewBox="0 0 {frame.width} {frame.height}" role="img" aria-label="{escape(title)}">'
+        f"{body}</svg>{legend}</figure>"
     )
 
 
@@ -317,15 +320,10 @@ def forest(title: str, rows: Sequence[Row], axis: str) -> str:
         for x in ticks(low, high, MaxNLocator(5))
         for number in [f"{x:+.6g}".replace("-", MINUS) if x else "0"]
     ]
-    for number, row in enumerate(rows):
-        parts.append(_of_row(row, FOREST_TOP + FOREST_ROW * number, place))
+    parts += [_of_row(row, FOREST_TOP + FOREST_ROW * number, place) for number, row in enumerate(rows)]
     middle = (frame.left + frame.width - frame.right) / 2
     parts.append(f'<text x="{middle}" y="{frame.height - 6}" text-anchor="middle">{escape(axis)}</text>')
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<svg class="chart" viewBox="0 0 {frame.width} {frame.height}" role="img" '
-        f'aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
-    )
+    return _figure(title, frame, "".join(parts))
 
 
 def _of_row(row: Row, top: float, place: Places) -> str:

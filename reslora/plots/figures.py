@@ -13,7 +13,6 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 from matplotlib import font_manager
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -34,14 +33,15 @@ GAP, MARGIN = 6, 12
 """Pixels between images, and around the figure."""
 TITLE, PROMPT = 16, 20
 """Font sizes in pixels: of column titles and method names, and of prompts."""
-FAMILIES = (
-    *("DejaVu Sans", "Noto Sans", "Arial Unicode MS", "Segoe UI"),
-    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR", "Source Han Sans SC"),
-    *("WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback", "AR PL UMing CN"),
-    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
-    *("Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil"),
-    *("Noto Sans Thai", "Noto Emoji", "Noto Sans Symbols", "Noto Sans Symbols 2", "Unifont"),
-)
+_FAMILIES = """
+DejaVu Sans, Noto Sans, Arial Unicode MS, Segoe UI,
+Noto Sans CJK SC, Noto Sans CJK JP, Noto Sans SC, Noto Sans JP, Noto Sans KR, Source Han Sans SC,
+WenQuanYi Micro Hei, WenQuanYi Zen Hei, Droid Sans Fallback, AR PL UMing CN,
+PingFang SC, Hiragino Sans, Apple SD Gothic Neo, Microsoft YaHei, Yu Gothic, Malgun Gothic,
+Noto Sans Arabic, Noto Sans Hebrew, Noto Sans Devanagari, Noto Sans Bengali, Noto Sans Tamil,
+Noto Sans Thai, Noto Emoji, Noto Sans Symbols, Noto Sans Symbols 2, Unifont
+"""
+FAMILIES = [name.strip() for name in _FAMILIES.split(",")]
 """Font families; matplotlib takes each character from the first installed one that has it."""
 
 
@@ -100,17 +100,26 @@ def loss_curves(path: str | os.PathLike, logs: Mapping[str, Sequence[dict]], hel
     splits = {"train": "training loss (running mean)"}
     if held_out:
         splits["validation"] = f"loss on {held_out} held-out image{'s' if held_out > 1 else ''}"
-    by_timestep = {method: found[-1] for method, rows in logs.items() if (found := _with_timesteps(rows))}
+    by_timestep = {}
+    for method, rows in logs.items():
+        for row in of_split(rows, "validation"):
+            if row.get("by_timestep"):
+                by_timestep[method] = row["by_timestep"]
     count = len(splits) + bool(by_timestep)
     figure = Figure(figsize=(5.5 * count, 4), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)[0]
     for axis, (split, title) in zip(axes, splits.items(), strict=False):
         for method, rows in logs.items():
-            _curve(axis, method, of_split(rows, split), split == "train")
+            found = of_split(rows, split)
+            steps, losses = [row["step"] for row in found], [_number(row.get("loss")) for row in found]
+            if split == "train":
+                axis.plot(steps, running_mean(losses), label=method, linewidth=1.8)
+            else:
+                axis.plot(steps, losses, "o-", label=method, linewidth=1.8, markersize=4)
         axis.set(title=title, xlabel="step")
-    for method, row in by_timestep.items():
-        timesteps = [float(timestep) for timestep in row["by_timestep"]]
-        axes[-1].plot(timesteps, list(map(_number, row["by_timestep"].values())), "o-", label=method, linewidth=1.8)
+    for method, losses_at in by_timestep.items():
+        losses = [_number(loss) for loss in losses_at.values()]
+        axes[-1].plot(list(map(float, losses_at)), losses, "o-", label=method, linewidth=1.8)
         axes[-1].set(title="the last one by timestep", xlabel="timestep (1 is pure noise)")
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -131,16 +140,6 @@ def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
     starts = np.maximum(np.arange(1, len(values) + 1) - window, 0)
     with np.errstate(invalid="ignore"):  # a window without a finite value has no mean
         return ((sums[1:] - sums[starts]) / (counts[1:] - counts[starts])).tolist()
-
-
-def _with_timesteps(rows: Sequence[dict]) -> list[dict]:
-    return [row for row in of_split(rows, "validation") if row.get("by_timestep")]
-
-
-def _curve(axis: Axes, method: str, rows: Sequence[dict], smooth: bool) -> None:
-    steps, losses = [row["step"] for row in rows], [_number(row.get("loss")) for row in rows]
-    marks: dict[str, Any] = {} if smooth else {"marker": "o", "markersize": 4}
-    axis.plot(steps, running_mean(losses) if smooth else losses, label=method, linewidth=1.8, **marks)
 
 
 def _number(value: object) -> float:
@@ -168,7 +167,9 @@ class _Sheet:
         """Add images fitted into `size`, pixel by pixel, with their upper left corners at `places` and y."""
         for x, image in zip(places, images, strict=False):
             if image is not None:
-                self.figure.figimage(_pixels(image, size), x, self.height - y - size[1], origin="upper")
+                with _opened(image) as opened:
+                    fitted = PIL.ImageOps.pad(opened.convert("RGB"), size, PIL.Image.Resampling.LANCZOS, "white")
+                self.figure.figimage(np.asarray(fitted), x, self.height - y - size[1], origin="upper")
 
 
 def _save(figure: Figure, path: str | os.PathLike, dpi: int) -> None:
@@ -187,11 +188,6 @@ def _tile(images: Iterable[Image], side: int | None) -> tuple[int, int]:
         longest = max(image.size)
         side = side or (SMALL if longest <= SMALL else LARGE)
         return tuple(max(1, round(length * side / longest)) for length in image.size)
-
-
-def _pixels(image: Image, size: tuple[int, int]) -> np.ndarray:
-    with _opened(image) as opened:
-        return np.asarray(PIL.ImageOps.pad(opened.convert("RGB"), size, PIL.Image.Resampling.LANCZOS, "white"))
 
 
 def _opened(image: Any) -> Any:

@@ -150,17 +150,11 @@ class Shortcut(LoraVariant):
         """Return False: the output of a connected block depends on other layers too, so it is not a weight update."""
         return False
 
-    def merge_safe(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        """Raise `RuntimeError`: PEFT's merge would drop the shortcuts."""
+    def merge_safe(self, *args: object, **kwargs: object) -> Any:
+        """Raise `RuntimeError`: PEFT's merge would drop the shortcuts, so there is nothing to unmerge either."""
         raise merge_refused(self.name)
 
-    def merge_unsafe(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        """Raise `RuntimeError`: PEFT's merge would drop the shortcuts."""
-        raise merge_refused(self.name)
-
-    def unmerge(self, module: nn.Module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        """Raise `RuntimeError`: PEFT cannot have merged a connected block."""
-        raise merge_refused(self.name)
+    merge_unsafe = unmerge = merge_safe
 
     # -- parts of a forward pass ---------------------------------------------------------------------------------------
 
@@ -240,12 +234,10 @@ class Shortcut(LoraVariant):
         """
         if state.norms is None or not self.records:
             return
-        seen, norm = state.normed
-        if seen is not value:
-            dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-            norm = torch.linalg.vector_norm(value.detach(), dtype=dtype)
-            state.normed = (value, norm)
-        state.norms[self.name] = norm
+        if state.normed[0] is not value:
+            dtype = torch.promote_types(value.dtype, torch.float32)
+            state.normed = value, torch.linalg.vector_norm(value.detach(), dtype=dtype)
+        state.norms[self.name] = state.normed[1]
 
     def _observe(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
         if self.wires.observer is not None:

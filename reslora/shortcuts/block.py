@@ -67,7 +67,7 @@ class BlockShortcut(Shortcut):
         state, scaling = self._sharing(), module.scaling[active_adapter]
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         if self.wires.observer is not None:
-            self._observe(x, *self._stacks(lora_a, lora_b, x))
+            self.wires.observer(self, x, *self._stacks(lora_a, lora_b, x))
         if x.numel() // x.shape[-1] > self.most_rows:
             change = self._change(state, lora_a, lora_b, x)
             hidden = rows(module.lora_dropout[active_adapter](cast(x, lora_a.weight)))

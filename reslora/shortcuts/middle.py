@@ -54,8 +54,11 @@ class MiddleShortcut(Shortcut):
         state = self._running()
         (own,) = self._products(state, module, active_adapter, x)
         if state.norms is not None:
-            dropped = not passes(module.lora_dropout[active_adapter])
-            self._record(state, self._undropped(module, active_adapter, x) if dropped else own)
+            undropped, lora_a = own, module.lora_A[active_adapter]
+            if not passes(module.lora_dropout[active_adapter]):
+                with torch.no_grad():
+                    undropped = lora_a(cast(rows(x), lora_a.weight))
+            self._record(state, undropped)
         handed = None
         for source in self.sources:
             value = self._take(state, source, x, SUM if self.takes_sum else OWN)
@@ -69,11 +72,6 @@ class MiddleShortcut(Shortcut):
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """Return `A x` by calling the module: a sharded weight is complete only inside its own forward pass."""
         return (lora_a(x),)
-
-    def _undropped(self, module: nn.Module, adapter: str, x: torch.Tensor) -> torch.Tensor:
-        lora_a = module.lora_A[adapter]
-        with torch.no_grad():
-            return lora_a(cast(rows(x), lora_a.weight))
 
     @classmethod
     def relate(cls, chain: list[Factors], before: Before, head: str) -> None:

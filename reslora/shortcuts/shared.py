@@ -1,7 +1,8 @@
 """Share one product among the blocks that read the same tensor, such as q, k and v of an attention."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +19,16 @@ class SharedProduct:
     its own product.
     """
 
-    def __init__(self, stacks: dict[str, list[nn.Linear]], widths: dict[str, Sequence[int]], most_rows: float) -> None:
-        """Initialize the product of the blocks that read one tensor.
-
-        `stacks`: block -> the A modules for its input, its own first; `widths`: block -> the widths of its slices.
-        """
-        self.most_rows = most_rows
-        self.linears = [linear for stack in stacks.values() for linear in stack]
-        self.own = {name: stack[0] for name, stack in stacks.items()}
-        self.sizes = [width for widths in widths.values() for width in widths]
-        ends = [0, *itertools.accumulate(map(len, widths.values()))]
-        self.places = {name: slice(*ends[n : n + 2]) for n, name in enumerate(widths)}
-        self.first, *_, self.last = stacks
+    def __init__(self, blocks: Mapping[str, tuple[Any, nn.Linear]]) -> None:
+        """Initialize the product of the blocks that read one tensor: their variants (`Shortcut`) and A, by name."""
+        self.most_rows = min(variant.most_rows for variant, _ in blocks.values())
+        self.own = {name: own for name, (_, own) in blocks.items()}
+        self.linears = [linear for variant, own in blocks.values() for linear in (own, *variant.others())]
+        widths = [variant.widths(own.out_features) for variant, own in blocks.values()]
+        self.sizes = list(itertools.chain(*widths))
+        ends = [0, *itertools.accumulate(map(len, widths))]
+        self.places = {name: slice(*ends[n : n + 2]) for n, name in enumerate(blocks)}
+        self.first, *_, self.last = blocks
 
     def multiply(self, state: State, x: torch.Tensor, rows: torch.Tensor) -> None:
         """Compute the product when the first of the blocks runs; `rows` (batch * tokens x p) are `x` as A reads it."""

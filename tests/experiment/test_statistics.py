@@ -28,7 +28,7 @@ from reslora.experiment.statistics import (
     ranking_of,
     rerun,
     spread_of,
-    verdicts,
+    verdict_of,
 )
 
 VARIANCES = ((0, 0, 1), (0.01, 0.1, 1), (1, 0.1, 1), (0.1, 1, 1), (0.3, 0.3, 0.1), (1, 0, 0.2), (0, 1, 0.2))
@@ -205,6 +205,10 @@ def losses_of(shift: float, noise: float = 0.001, seeds: int = 3, images: int = 
     return images * (1 + shift / 100) + noise * random.standard_normal((seeds, len(images)))
 
 
+def verdicts(losses: dict, references: dict) -> list[dict]:
+    return [verdict_of(*test) for test in judge(arrays_of(losses), references.items())]
+
+
 def verdict(reference: np.ndarray, ours: np.ndarray) -> dict:
     (found,) = verdicts({"lora": reference, "reslora": ours}, {"reslora": "lora"})
     return found
@@ -364,7 +368,8 @@ def test_a_later_reading_asks_for_more():
         ours for shift in np.arange(0.05, 1.5, 0.01) for ours in [losses_of(-shift)]
         if 0.01 < verdict(theirs, ours)["p"] < 0.03
     )  # fmt: skip
-    first, second = (judge(arrays_of({"lora": theirs, "reslora": ours}), [("reslora", "lora")], k)[0] for k in (1, 2))
+    arrays = arrays_of({"lora": theirs, "reslora": ours})
+    first, second = (judge(arrays, [("reslora", "lora")], k)[0][1] for k in (1, 2))
     assert first.significant and not second.significant and first.p == second.p
     assert second.corrected == pytest.approx(min(1, 4 * first.corrected)) and second.level == first.level / 4
 
