@@ -30,12 +30,12 @@ def _lines(path: str | os.PathLike) -> list[dict | None]:
 
 
 class LogWriter:
-    """Append rows to a log; rows after the step that a run resumes from are removed first."""
+    """Append rows to a log; rows after the step that a run resumes from are removed first, `kept` are the others."""
 
     def __init__(self, path: str | os.PathLike, step: int = 0) -> None:
-        kept = [row for row in read_log(path) if row["step"] <= step] if step else []
+        self.kept = [row for row in read_log(path) if row["step"] <= step] if step else []
         with replacing(path) as temporary:
-            temporary.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+            temporary.write_text("".join(_line(row) for row in self.kept), encoding="utf-8")
         self.file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self, row: dict) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import Diverged, EndedElsewhere, InvalidArgument, RunFailed, Stopped, another_ended
+from .signals import StopRequest
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(hours=24)  # for the main process to encode, merge, sample and read back
@@ -96,6 +97,11 @@ def any_of_each(conditions: Sequence[bool]) -> list[bool]:
     numbers = torch.tensor(conditions, dtype=torch.float32)
     _met(lambda: dist.all_reduce(numbers, group=_patient()))
     return (numbers > 0).tolist()
+
+
+def stop_requested(stop: StopRequest) -> bool:
+    """Return whether any process was asked to stop; all processes must call it together and use its result."""
+    return stop.shared(any_of(stop.signal is not None))
 
 
 def wait() -> None:

@@ -11,8 +11,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..methods.adapters import RankAllocator
 from ..runtime.checkpoint_folders import set_others_aside
-from ..runtime.log import LogWriter, read_log
-from ..runtime.processes import any_of, broadcast_from_main
+from ..runtime.log import LogWriter
+from ..runtime.processes import broadcast_from_main, stop_requested
 from ..runtime.signals import StopRequest
 from .checkpoints import checkpoints_of
 
@@ -72,7 +72,7 @@ class StopWhenAsked(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Request a checkpoint, and the end of training."""
-        if self._asked() and state.global_step < state.max_steps:
+        if stop_requested(self.stop) and state.global_step < state.max_steps:
             self.leaving = control.should_save = control.should_training_stop = True
             args.save_only_model = False  # resuming needs the complete state
 
@@ -97,9 +97,6 @@ class StopWhenAsked(TrainerCallback):
         """
         compiling = type(error).__module__.startswith(("torch._inductor.", "torch._dynamo."))
         return compiling and self.stop.signal is not None and self.accelerator.num_processes == 1
-
-    def _asked(self) -> bool:
-        return self.stop.shared(any_of(self.stop.signal is not None))
 
 
 class SaveValidated(TrainerCallback):
@@ -157,10 +154,9 @@ class LogCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Open the log with the rows up to the resumed step."""
-        rows = [row for row in read_log(self.path) if row["step"] <= state.global_step] if state.global_step else []
-        self.seconds = rows[-1].get("seconds", 0.0) if rows else 0.0
         if state.is_world_process_zero:
             self.writer = LogWriter(self.path, state.global_step)
+            self.seconds = self.writer.kept[-1].get("seconds", 0.0) if self.writer.kept else 0.0
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Start the timer."""

@@ -38,9 +38,9 @@ from ..io import remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter, save_adapter
 from ..methods.links import print_links
 from ..options.grid import Grid
-from ..options.texts import ExperimentOptions, MethodOptions, T, TextOptions, TrainingOptions
+from ..options.texts import ExperimentOptions, MethodOptions, T, TrainingOptions
 from ..options.unused import report_unread_by_methods
-from ..options.values import as_typed
+from ..options.values import refuse_other_value
 from ..runtime.checkpoint_folders import ADAPTERS, adapter_folder, memory_reported
 from ..runtime.folder_lock import check_held, locked, share_lock, writing_into
 from ..runtime.processes import broadcast_from_main, say
@@ -50,7 +50,7 @@ from .checkpoints import checkpoints_of, set_unfinished_aside
 from .results import as_plain, export, merge_table, table_text, write_results
 from .resuming import check_data, check_resume, fingerprint, free_on_resume, is_same
 from .split import Parts
-from .trainer import AdapterTrainer, put_control_on, shortcuts_of, total_steps
+from .trainer import AdapterTrainer, put_control_on, total_steps
 from .training_arguments import passed_on_defaults, without_tokens
 
 MOST_LOOKS = 10
@@ -127,7 +127,7 @@ class Study(ABC):
 
     def print_links(self, model: PeftModel, adapter: MethodOptions, tell: Callable[[str], object]) -> None:
         """Report the layers without shortcuts and the chains that are too short."""
-        print_links(model, adapter.name, shortcuts_of(adapter), tell, self.example())
+        print_links(model, adapter.name, adapter.reslora_config, tell, self.example())
 
     @abstractmethod
     def build_trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
@@ -185,7 +185,7 @@ def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
         return
     with stop.at_once():
         arguments = study.arguments(asked)
-    report_unread(asked)
+    report_unread_by_methods(asked)
     training, flags = arguments.training, arguments.settings
     with contextlib.ExitStack() as stack:
         broadcast_from_main(lambda: stack.enter_context(locked(Path(training.output_dir))))
@@ -203,13 +203,6 @@ def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
             study.finish(arguments, trainer)
 
 
-def report_unread(asked: TextOptions | Grid) -> None:
-    """Print options that no method uses."""
-    options = asked.base if isinstance(asked, Grid) else asked
-    alpha = {"lora_alpha": 2 * options.adapter.rank}
-    report_unread_by_methods(options.table(), asked.flat(), alpha)
-
-
 @contextlib.contextmanager
 def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None = None) -> Iterator[Bench]:
     """Lock the directory, validate the options, and encode the examples.
@@ -217,7 +210,7 @@ def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None
     With orders, this is a worker of --arms_at_once in a directory that the main process has locked and validated.
     """
     began, shares = time.monotonic(), grid.base.experiment
-    report_unread(grid)
+    report_unread_by_methods(grid)
     course = Course(grid, began)
     with stop.at_once():
         plain, *_ = [study.arguments(options_of(arm, course)) for arm in course.arms()]
@@ -267,9 +260,7 @@ def take_folder(bench: Bench) -> None:
             if name in ("train", "select", "test"):
                 problem = f"was begun with other {name} examples"
                 raise InvalidArgument(f"--output_dir {folder}", problem, "bring those back, or choose another")
-            fix = "leave it out" if earlier is None else "use that"
-            problem = f"{folder} was begun with {as_typed(earlier)}"
-            raise InvalidArgument(f"--{name} {as_typed(value)}", problem, f"{fix}, or choose another --output_dir")
+            refuse_other_value(f"--{name}", value, f"{folder} was begun with", earlier, "choose another --output_dir")
     for place in map(course.folder_of, course.arms()):
         remove_leftovers(place)
         remove_leftovers(place / ADAPTERS)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -23,7 +24,6 @@ from transformers.utils import logging
 
 from ..errors import InvalidArgument, refused_as
 from ..io import replacing
-from ..options.grid import Grid
 from ..options.texts import ExperimentOptions, GlueDataOptions, GlueModelOptions, GlueOptions
 from ..options.values import as_typed
 from ..runtime.folder_lock import check_held
@@ -31,7 +31,7 @@ from ..runtime.processes import broadcast_from_main
 from ..runtime.signals import StopRequest
 from . import training_arguments
 from .callbacks import LogCallback
-from .experiment import Study, run
+from .experiment import Study
 from .glue_tasks import TASKS, Columns, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
 from .split import Parts, parts_of
 from .trainer import UNREADABLE, AdapterTrainer, attach, total_steps
@@ -216,15 +216,12 @@ def check_fit(arguments: Arguments, tokenizer, model) -> None:
         raise InvalidArgument(flag, "it has no padding token", "give an encoder such as RoBERTa or BERT")
 
 
-def calibration_batches(arguments: Arguments, examples, device: torch.device) -> list[dict] | None:
+def calibration_batches(arguments: Arguments, examples: Dataset) -> list[dict] | None:
     """Return the first training examples as model inputs, one at a time: padding must not enter the moments."""
-    count = arguments.method.merge_calibration_samples
-    rows = (examples[i] for i in range(min(count, len(examples))))
     batches = []
-    for row in rows:
+    for row in examples.remove_columns("labels").take(arguments.method.merge_calibration_samples):
         real = [i for i, keep in enumerate(row["attention_mask"]) if keep]
-        inputs = {name: [value[i] for i in real] for name, value in row.items() if name != "labels"}
-        batches.append({name: torch.tensor([value], device=device) for name, value in inputs.items()})
+        batches.append({name: torch.tensor([[value[i] for i in real]]) for name, value in row.items()})
     return batches or None
 
 
@@ -358,16 +355,15 @@ class GlueStudy(Study):
 
     def calibration(self, arguments: Arguments) -> list[dict] | None:
         """Return the first training examples as calibration batches of one example."""
-        return calibration_batches(arguments, self.sets["train"], arguments.training.device)
+        return calibration_batches(arguments, self.sets["train"])
 
     @torch.no_grad()
     def measured(self, arguments: Arguments, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
         """Return the loss of each test example, and the task's metrics."""
-        task, test, size = arguments.task, self.sets["test"], arguments.training.per_device_eval_batch_size
-        collate, found = DataCollatorWithPadding(self.tokenizer), []
-        for start in range(0, len(test), size):
+        task, test, found = arguments.task, self.sets["test"], []
+        size, collate = arguments.training.per_device_eval_batch_size, DataCollatorWithPadding(self.tokenizer)
+        for batch in DataLoader(test, size, collate_fn=collate):
             check()
-            batch = collate([test[number] for number in range(start, min(start + size, len(test)))])
             del batch["labels"]
             found.append(model(**batch.to(arguments.training.device)).logits.float().cpu().numpy())
         logits, labels = np.concatenate(found), np.array(test["labels"])
@@ -391,8 +387,3 @@ class GlueStudy(Study):
             "validation_examples": sum(len(self.sets[name]) for name in self.sets if name.startswith("validation")),
             "test": evaluate(trainer, arguments.task, self.sets, "test") or None,
         }
-
-
-def main(asked: GlueOptions | Grid[GlueOptions], stop: StopRequest) -> None:
-    """Train and compare the merges, or run an experiment."""
-    run(GlueStudy(), asked, stop)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..chains import base_model, chains, lora_layers
+from ..chains import base_model, lora_layers
 from ..errors import Diverged, RunFailed, first_line
 from ..export import export_peft, merged_state_dict
 from ..io import remove_leftovers, replacing, write_json
@@ -35,6 +35,10 @@ from ..runtime.folder_lock import check_held
 from ..runtime.processes import broadcast_from_main, is_main
 from .callbacks import LogCallback
 from .trainer import AdapterTrainer
+
+FACTORS = ("lora_A", "lora_B")
+ENTRIES = (*FACTORS, "r", "lora_alpha", "scaling")
+"""Attributes of a LoRA layer with an entry for each adapter, which a merge changes."""
 
 # -- merging -----------------------------------------------------------------------------------------------------------
 
@@ -102,37 +106,25 @@ def unmerged_afterwards(model: nn.Module, adapter_name: str = "default") -> Iter
     connection = connection_of(base)
     config = base.peft_config[adapter_name]
     patterns = copy.deepcopy((config.rank_pattern, config.alpha_pattern))
-    layers = {name: layer for name, layer in lora_layers(base, adapter_name).items() if adapter_name in layer.lora_A}
-    before = {name: _factors(layer, adapter_name) for name, layer in layers.items()}
+    layers = [layer for layer in lora_layers(base, adapter_name).values() if adapter_name in layer.lora_A]
+    entries = [{name: getattr(layer, name)[adapter_name] for name in ENTRIES} for layer in layers]
+    weights = [[own[name].weight.detach().clone() for name in FACTORS] for own in entries]
     checkpointing = bool(getattr(base, "is_activation_checkpointing", False))
     try:
         yield
     finally:
         if connection_of(base) is not None:
             disconnect(base, adapter_name)
-        for name, layer in layers.items():
-            _restore_factors(layer, adapter_name, before[name])
+        for layer, own, values in zip(layers, entries, weights, strict=True):
+            for name, entry in own.items():
+                getattr(layer, name)[adapter_name] = entry
+            for name, value in zip(FACTORS, values, strict=True):
+                own[name].weight.data.copy_(value)
         config.rank_pattern, config.alpha_pattern = patterns
         again = attach_wires(model, connection.config, adapter_name, connection.chains)
         again.wires.norms = connection.wires.norms
         if checkpointing:
             enable_gradient_checkpointing(base)
-
-
-def _factors(layer: nn.Module, adapter_name: str) -> tuple:
-    modules = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    numbers = {name: getattr(layer, name)[adapter_name] for name in ("r", "lora_alpha", "scaling")}
-    return modules, tuple(module.weight.detach().clone() for module in modules), numbers
-
-
-def _restore_factors(layer: nn.Module, adapter_name: str, before: tuple) -> None:
-    modules, weights, numbers = before
-    with torch.no_grad():
-        for place, module, weight in zip((layer.lora_A, layer.lora_B), modules, weights, strict=True):
-            module.weight.copy_(weight)
-            place[adapter_name] = module
-    for name, value in numbers.items():
-        getattr(layer, name)[adapter_name] = value
 
 
 def _share_norms(connection: Connection) -> None:
@@ -172,7 +164,7 @@ def export(
     connection = connection_of(base_model(model))
     if connection is not None:
         _share_norms(connection)
-        plan = chains(model).to_dict() if connection.config.wired else connection.chains.to_dict()
+        plan = connection.chains.to_dict()
         report = _merge(model, adapter.merge, calibration)
         if is_main():
             write_json(output / "chains.json", plan)

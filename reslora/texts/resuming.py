@@ -12,7 +12,7 @@ from ..errors import InvalidArgument
 from ..experiment.record import EXPERIMENT
 from ..io import read_object
 from ..options.texts import PASSED_ON, TextOptions
-from ..options.values import as_typed
+from ..options.values import refuse_other_value
 from ..runtime.checkpoint_folders import refuse_afresh
 from ..runtime.processes import is_main
 from .checkpoints import named_checkpoint
@@ -57,12 +57,8 @@ def check_resume(
             logger.warning(f"no config.json in {run}: its checkpoint may be of other settings or examples than these")
         for name, value in current.items():
             if name not in free and name in earlier and not is_same(name, earlier[name], value):
-                fix = "leave it out" if earlier[name] is None else "use that"
-                raise InvalidArgument(
-                    f"--{name} {as_typed(value)}",
-                    f"{run} was trained with {as_typed(earlier[name])}",
-                    f"{fix}, or start afresh in another --output_dir",
-                )
+                otherwise = "start afresh in another --output_dir"
+                refuse_other_value(f"--{name}", value, f"{run} was trained with", earlier[name], otherwise)
 
 
 def check_data(output_dir: str | os.PathLike, resume: str | None, data: str) -> None:

@@ -13,15 +13,15 @@ SEE_ALL = {
     "reslora/images/initial_lora.py": "with_start",
     "reslora/images/experiment/requirements.py": "check_ranks",
     "reslora/texts/arguments.py": "read resolve check_experiment _checked_llm _checked_glue",
-    "reslora/texts/glue.py": "arguments_of arguments main",
+    "reslora/texts/glue.py": "arguments_of arguments",
     "reslora/texts/resuming.py": "free_on_resume",
     # a run, which resumes with the same options or is refused
     "reslora/training/context.py": "Context",
     "reslora/images/accelerator.py": "start_accelerator",
     "reslora/images/run.py": "run begin find_all settle check_folder show_plan",
     "reslora/training/checkpoints.py": "plan_resume already_trained notes_of write_exports",
-    "reslora/texts/llm.py": "arguments main",
-    "reslora/texts/experiment.py": "run report_unread opened",
+    "reslora/texts/llm.py": "arguments",
+    "reslora/texts/experiment.py": "run opened",
     # the runs of an experiment
     "reslora/experiment/arms.py": "labels_of options_of check_values",
     "reslora/experiment/schedule.py": "Course",
