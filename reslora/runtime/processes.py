@@ -12,7 +12,6 @@ from contextvars import ContextVar
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
 from ..errors import Diverged, EndedElsewhere, InvalidArgument, RunFailed, Stopped, another_ended
@@ -91,12 +90,8 @@ def any_of(condition: bool) -> bool:
 
 
 def any_of_each(conditions: Sequence[bool]) -> list[bool]:
-    """Return which of the conditions hold in any process, with one exchange."""
-    if is_single_process():
-        return list(conditions)
-    numbers = torch.tensor(conditions, dtype=torch.float32)
-    _met(lambda: dist.all_reduce(numbers, group=_patient()))
-    return (numbers > 0).tolist()
+    """Return which of the conditions hold in any process."""
+    return [any(found) for found in zip(*all_gather(conditions), strict=True)]
 
 
 def stop_requested(stop: StopRequest) -> bool:

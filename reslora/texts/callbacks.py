@@ -1,6 +1,5 @@
 """Callbacks of `AdapterTrainer`: progress, log, AdaLoRA's ranks, checkpoints and stop requests."""
 
-import os
 import time
 from pathlib import Path
 
@@ -133,8 +132,8 @@ class GoesOnFrom(TrainerCallback):
         best = self.checkpoint.with_name(f"checkpoint-{state.best_global_step}")
         if best.is_dir():
             state.best_model_checkpoint = str(best)
-        place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        broadcast_from_main(lambda: set_others_aside(self.checkpoint, checkpoints_of(args.output_dir), place))
+        place = args.folder / f"checkpoint-{state.global_step}"
+        broadcast_from_main(lambda: set_others_aside(self.checkpoint, checkpoints_of(args.folder), place))
 
 
 class LogCallback(TrainerCallback):
@@ -146,8 +145,8 @@ class LogCallback(TrainerCallback):
     --logging_steps above 1, the first row after a resume averages fewer steps.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.seconds = self.started = 0.0
         self.learning_rate: float | None = None
         self.writer: LogWriter | None = None

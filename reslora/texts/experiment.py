@@ -161,7 +161,7 @@ class Study(ABC):
 
     def finish(self, arguments: Any, trainer: AdapterTrainer) -> None:
         """Evaluate unmerged and merged, export, predict, and write `results.json` last."""
-        method, batches, output = arguments.method, self.calibration(arguments), Path(trainer.args.output_dir)
+        method, batches, output = arguments.method, self.calibration(arguments), trainer.args.folder
         table = merge_table(trainer.model, lambda: self.figures(arguments, trainer), batches)
         broadcast_from_main(check_held)
         report = export(trainer.model, output, method, batches, self.tokenizer)
@@ -188,17 +188,17 @@ def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
     report_unread_by_methods(asked)
     training, flags = arguments.training, arguments.settings
     with contextlib.ExitStack() as stack:
-        broadcast_from_main(lambda: stack.enter_context(locked(Path(training.output_dir))))
-        check_resume(training.output_dir, training.resume_from_checkpoint, flags, free_on_resume(type(asked)))
+        broadcast_from_main(lambda: stack.enter_context(locked(training.folder)))
+        check_resume(training.folder, training.resume_from_checkpoint, flags, free_on_resume(type(asked)))
         flags["data"] = fingerprint(study.read(arguments))
-        check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
+        check_data(training.folder, training.resume_from_checkpoint, flags["data"])
         trainer = study.trainer(arguments, study.adapted(arguments), stop)
         study.print_links(trainer.model, arguments.method, say)
         if training.should_save:
             trainer.model.print_trainable_parameters()
-            write_json(Path(training.output_dir) / "config.json", flags)
+            write_json(training.folder / "config.json", flags)
         trainer.stopping.check(NOT_BEGUN)
-        with memory_reported(Path(training.output_dir)):
+        with memory_reported(training.folder):
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
             study.finish(arguments, trainer)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -268,7 +267,7 @@ def write_predictions(arguments: Arguments, trainer: AdapterTrainer, sets: dict)
         files.append(f"predict_results_{arguments.data.task_name}{name.removeprefix('test')}.txt")
         broadcast_from_main(check_held)
         if trainer.is_world_process_zero():
-            with replacing(Path(arguments.training.output_dir) / files[-1]) as temporary:
+            with replacing(arguments.training.folder / files[-1]) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return files
 
@@ -299,16 +298,16 @@ class GlueStudy(Study):
     def parts(self, arguments: Arguments, shares: ExperimentOptions) -> Parts:
         """Return all examples in three parts; test examples without labels, as on the Hub, are left out."""
         task, data, splits = arguments.task, arguments.data, read_splits(arguments)
-        if "label" not in splits.get(f"test{task.parts[0]}", ()) and data.max_eval_samples != data.max_predict_samples:
+        part = task.parts[0]
+        if "label" not in splits.get(f"test{part}", ()) and data.max_eval_samples != data.max_predict_samples:
             # Methods are compared on the validation examples.
             limited = arguments.options.replace(max_eval_samples=data.max_predict_samples)
             splits = read_splits(replace(arguments, options=limited))
         self.columns = [*task.columns, "label"]
-        validation, test = (
+        train, validation, test = (
             list(zip(*map(splits[name].get, self.columns), strict=True)) if "label" in splits.get(name, ()) else []
-            for name in (f"validation{task.parts[0]}", f"test{task.parts[0]}")
+            for name in ("train", f"validation{part}", f"test{part}")
         )
-        train = list(zip(*map(splits["train"].get, self.columns), strict=True))
         files = {"train": train, "select": validation if test else [], "test": test or validation}
         parts = parts_of(files, lambda example: "\n".join(example[:-1]), shares)
         return parts.limited(data.max_eval_samples, data.max_predict_samples)
@@ -350,7 +349,7 @@ class GlueStudy(Study):
             compute_metrics=lambda result: figures_of(task, result),
             # Encoder-decoders return hidden states too.
             preprocess_logits_for_metrics=lambda found, labels: found[0] if isinstance(found, tuple) else found,
-            callbacks=[LogCallback(Path(arguments.training.output_dir) / "log.jsonl")],
+            callbacks=[LogCallback(arguments.training.folder / "log.jsonl")],
         )
 
     def calibration(self, arguments: Arguments) -> list[dict] | None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -254,7 +253,7 @@ class LlmStudy(Study):
             eval_accuracy=task.eval_accuracy,
             train_dataset=self.rows,
             eval_dataset=[*map(self.encoder, examples["validation"])] or None,
-            callbacks=[LogCallback(Path(training.output_dir) / "log.jsonl")],
+            callbacks=[LogCallback(training.folder / "log.jsonl")],
         )
 
     def calibration(self, arguments: LlmArguments) -> list[dict] | None:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,32 +148,32 @@ def as_plain(model: PeftModel, adapter: MethodOptions, calibration: Sequence[Map
 
 def export(
     model: PeftModel,
-    output_dir: str | os.PathLike,
+    folder: Path,
     adapter: MethodOptions,
     calibration: Sequence[Mapping] | None = None,
     tokenizer=None,
 ) -> MergeReport | None:
-    """Merge a connected model permanently, write plain files into `output_dir`, and return the merge's report.
+    """Merge a connected model permanently, write plain files into `folder`, and return the merge's report.
 
     `peft/`: an adapter that PEFT loads, with the same logits. `chains.json` and `merge.json` if the model was
     connected. `merged/` with --merge_and_save: the base model with the adapter merged in float32, and the tokenizer,
     for transformers. Every process must call it; rank 0 writes.
     """
-    output, report = Path(output_dir), None
+    report = None
     connection = connection_of(base_model(model))
     if connection is not None:
         _share_norms(connection)
         plan = connection.chains.to_dict()
         report = _merge(model, adapter.merge, calibration)
         if is_main():
-            write_json(output / "chains.json", plan)
-            write_json(output / "merge.json", report.to_dict())
+            write_json(folder / "chains.json", plan)
+            write_json(folder / "merge.json", report.to_dict())
     merged(model)  # rotations of a placebo
     if is_main():
-        remove_leftovers(output / "peft")  # of a process that was killed while writing
-        export_peft(model, output / "peft")
+        remove_leftovers(folder / "peft")  # of a process that was killed while writing
+        export_peft(model, folder / "peft")
         if adapter.merge_and_save:
-            _write_merged(base_model(model), output / "merged", tokenizer)
+            _write_merged(base_model(model), folder / "merged", tokenizer)
     return report
 
 
@@ -219,7 +218,7 @@ def write_results(
     }
     broadcast_from_main(check_held)  # predictions may have taken hours
     if trainer.args.should_save:
-        write_json(Path(trainer.args.output_dir) / "results.json", content)
+        write_json(trainer.args.folder / "results.json", content)
     return content
 
 

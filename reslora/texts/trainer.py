@@ -279,17 +279,17 @@ class AdapterTrainer(Trainer):
         processes = self.args.world_size
         if named not in ("latest", True):
             return self._named(named)
-        if (folder := usable_checkpoint(self.args.output_dir, processes)) is not None:
+        if (folder := usable_checkpoint(self.args.folder, processes)) is not None:
             return folder
-        set_unfinished_aside(self.args.output_dir, processes)
-        if found := checkpoints_of(self.args.output_dir):
+        set_unfinished_aside(self.args.folder, processes)
+        if found := checkpoints_of(self.args.folder):
             problem, fix = damage(found[0], processes), "remove them to start afresh"
             raise InvalidArgument(
                 "--resume_from_checkpoint latest",
                 f"none of {pluralize(len(found), 'checkpoint')} can be used, {found[0]} for: {problem}",
                 f"take as many processes as before, or {fix}" if "number of processes" in str(problem) else fix,
             )
-        logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.output_dir}, starting afresh")
+        logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.folder}, starting afresh")
         return None
 
     def _named(self, name: str) -> str:
@@ -297,13 +297,13 @@ class AdapterTrainer(Trainer):
 
         Raises `InvalidArgument` if it is incomplete.
         """
-        folder = named_checkpoint(self.args.output_dir, name)
-        flag, there = f"--resume_from_checkpoint {folder}", checkpoints_of(self.args.output_dir)
+        folder = named_checkpoint(self.args.folder, name)
+        flag, there = f"--resume_from_checkpoint {folder}", checkpoints_of(self.args.folder)
         if not folder.is_dir():
             fix = f"give latest, or one of {', '.join(path.name for path in there)}" if there else "leave it out"
             raise InvalidArgument(flag, "no such checkpoint", fix)
         if (problem := damage(folder, self.args.world_size)) is not None:
-            usable = usable_checkpoint(self.args.output_dir, self.args.world_size)
+            usable = usable_checkpoint(self.args.folder, self.args.world_size)
             fix = "use latest" if usable else "leave it out, and choose another --output_dir"
             raise InvalidArgument(flag, f"cannot be resumed ({problem})", fix)
         return str(folder)
@@ -406,7 +406,7 @@ class AdapterTrainer(Trainer):
 
     def _remove_older(self) -> None:
         """Remove checkpoints beyond --save_total_limit, atomically, but never the newest or the best."""
-        found, limit = checkpoints_of(self.args.output_dir), self.args.save_total_limit
+        found, limit = checkpoints_of(self.args.folder), self.args.save_total_limit
         best = Path(self.state.best_model_checkpoint or "").name
         others = [path for path in found[1:] if path.name != best]
         if limit is not None:
@@ -414,7 +414,7 @@ class AdapterTrainer(Trainer):
                 discard(old)
 
     def _checkpoint(self) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        return self.args.folder / f"checkpoint-{self.state.global_step}"
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic
 
 import torch
@@ -34,6 +35,11 @@ class AdapterTrainingArguments(TrainingArguments):
     output_dir: str = "runs/adapter"
     report_to: list[str] | None = field(default_factory=lambda: ["tensorboard"])
     logging_steps: float = 1
+
+    @property
+    def folder(self) -> Path:
+        """Directory of the run."""
+        return Path(self.output_dir)
 
     def __post_init__(self) -> None:
         check_trackers(self.report_to)

@@ -12,7 +12,7 @@ SEE_ALL = {
     "reslora/images/model_checks.py": "with_rank",
     "reslora/images/initial_lora.py": "with_start",
     "reslora/images/experiment/requirements.py": "check_ranks",
-    "reslora/texts/arguments.py": "read resolve check_experiment _checked_llm _checked_glue",
+    "reslora/texts/arguments.py": "read resolve _checked_llm _checked_glue",
     "reslora/texts/glue.py": "arguments_of arguments",
     "reslora/texts/resuming.py": "free_on_resume",
     # a run, which resumes with the same options or is refused
