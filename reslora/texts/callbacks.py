@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from accelerate import Accelerator
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -57,17 +57,8 @@ class StopWhenAsked(TrainerCallback):
     A validation that is due after that step comes first, so that the log of a resumed run has no gap.
     """
 
-    def __init__(self, stop: StopRequest, accelerator: Accelerator) -> None:
-        self.stop, self.accelerator = stop, accelerator
-        self.training = self.leaving = False
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Note that a stop has something to save from here on."""
-        self.training = True
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Note that a stop has nothing to save from here on."""
-        self.training = False
+    def __init__(self, stop: StopRequest, trainer: Trainer) -> None:
+        self.stop, self.trainer, self.leaving = stop, trainer, False
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Request a checkpoint, and the end of training."""
@@ -86,7 +77,7 @@ class StopWhenAsked(TrainerCallback):
 
     def check(self, message: str) -> None:
         """Raise `Stopped` outside of training; with several processes only a second signal ends them."""
-        if not self.training and self.accelerator.num_processes == 1:
+        if not self.trainer.is_in_train and self.trainer.args.world_size == 1:
             self.stop.check(message)
 
     def ended_the_compiler(self, error: Exception) -> bool:
@@ -95,7 +86,7 @@ class StopWhenAsked(TrainerCallback):
         False with several processes, which wait for each other within the step.
         """
         compiling = type(error).__module__.startswith(("torch._inductor.", "torch._dynamo."))
-        return compiling and self.stop.signal is not None and self.accelerator.num_processes == 1
+        return compiling and self.stop.signal is not None and self.trainer.args.world_size == 1
 
 
 class SaveValidated(TrainerCallback):

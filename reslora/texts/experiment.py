@@ -13,7 +13,6 @@ import functools
 import gc
 import json
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -209,23 +208,22 @@ def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None
 
     With orders, this is a worker of --arms_at_once in a directory that the main process has locked and validated.
     """
-    began, shares = time.monotonic(), grid.base.experiment
     report_unread_by_methods(grid)
-    course = Course(grid, began)
+    course = Course(grid)
     with stop.at_once():
         plain, *_ = [study.arguments(options_of(arm, course)) for arm in course.arms()]
     with contextlib.ExitStack() as stack:
         broadcast_from_main(lambda: stack.enter_context((share_lock if orders else locked)(course.folder)))
-        parts = study.parts(plain, shares)
-        trained = study.prepare(plain, parts)
-        course.grid = grid.replace(**looks(grid.base.training, total_steps(plain.training, trained)))
-        bench = Bench(course, study, parts, trained, stop, plain.training.device)
+        parts = study.parts(plain, grid.base.experiment)
+        parts = dataclasses.replace(parts, trained=study.prepare(plain, parts))
+        course.grid = grid.replace(**looks(grid.base.training, total_steps(plain.training, parts.trained)))
+        bench = Bench(course, study, parts, stop, plain.training.device)
         if not orders:
             broadcast_from_main(lambda: take_folder(bench))
             tell = functools.cache(say)  # several labels may print the same line
             for label in course.labels:
                 bench.check_label(label, tell)
-            say(f"{pluralize(len(course.arms()), 'arm')}; {parts.in_words(trained)}")
+            say(f"{pluralize(len(course.arms()), 'arm')}; {parts}")
         yield bench
 
 
@@ -299,8 +297,6 @@ class Bench(Subject):
     course: Course
     study: Study
     parts: Parts
-    trained: int
-    """Number of training examples, after limits and without examples that are too long."""
     stop: StopRequest
     device: torch.device
     about: About = TEXTS
@@ -348,8 +344,7 @@ class Bench(Subject):
 
     def facts(self) -> Facts:
         """Return versions, split sizes and the identity of the experiment."""
-        facts = facts_of(self.parts, LIBRARIES)
-        return {**facts, "split": {**facts["split"], "train": self.trained}, "identity": self.identity}
+        return {**facts_of(self.parts, LIBRARIES), "identity": self.identity}
 
     def train(self, arm: Arm) -> None:
         """Train an arm from its latest checkpoint, and export it.

@@ -202,7 +202,7 @@ def write_results(
     """
     row = METHODS[adapter.name]
     wired = ("shortcut",) * row.reads_shortcut + ("pre_num", "head") * (row.shortcuts or row.measured)
-    timing = [callback.seconds for callback in trainer.callback_handler.callbacks if isinstance(callback, LogCallback)]
+    log = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LogCallback))
     content = {
         **facts,
         "method": adapter.name,
@@ -212,7 +212,7 @@ def write_results(
         "trainable_parameters": trainer.trainable_parameters,
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
-        "train_seconds": round(timing[0], 3) if timing else None,
+        "train_seconds": round(log.seconds, 3),
         "merge": report.method if report is not None else None,
         "table": table,
     }

@@ -200,7 +200,7 @@ class AdapterTrainer(Trainer):
         args.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it warns in every epoch
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
-        self.use_cache = getattr(getattr(base_model(model), "config", None), "use_cache", None)
+        self.use_cache = getattr(base_model(model).config, "use_cache", None)
         checkpointing = args.activation_checkpointing
         args.activation_checkpointing = args.gradient_checkpointing = False
         if args.n_gpu > 1:
@@ -216,7 +216,7 @@ class AdapterTrainer(Trainer):
         self.trainable_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
         if self.allocator is not None:
             self.add_callback(AllocateRanks(self.allocator, self.accelerator))
-        self.stopping = StopWhenAsked(stop or StopRequest(), self.accelerator)
+        self.stopping = StopWhenAsked(stop or StopRequest(), self)
         self.add_callback(self.stopping)
         self.add_callback(SaveValidated())
 
