@@ -28,9 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parse the options, and import heavy libraries only after they were checked."""
     asked = read(GlueOptions, "train_glue.py", argv, __doc__)
-    from reslora.texts import glue
+    from reslora.texts.experiment import run
+    from reslora.texts.glue import GlueStudy
 
-    glue.main(asked, stop)
+    run(GlueStudy(), asked, stop)
 
 
 if __name__ == "__main__":

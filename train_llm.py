@@ -26,9 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(argv: Sequence[str] | None, stop: StopRequest) -> None:
     """Parse the options, and import heavy libraries only after they were checked."""
     asked = read(LlmOptions, "train_llm.py", argv, __doc__)
-    from reslora.texts import llm
+    from reslora.texts.experiment import run
+    from reslora.texts.llm import LlmStudy
 
-    llm.main(asked, stop)
+    run(LlmStudy(), asked, stop)
 
 
 if __name__ == "__main__":

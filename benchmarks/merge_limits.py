@@ -32,6 +32,7 @@ from reslora.runtime.signals import StopRequest
 from reslora.texts import glue
 from reslora.texts.arguments import read
 from reslora.texts.results import unmerged_afterwards
+from reslora.tracing import to_device
 
 KEPT, SCRATCH = RESULTS / "merge_limits", paper.SCRATCH / "merge_limits"
 VARIANT, RATE, SEEDS = "ms(4)", 2e-3, (0, 1, 2)
@@ -94,7 +95,7 @@ def trained(seed: int, args: argparse.Namespace):
 def calibration_batches(arguments, examples, count: int) -> list[dict]:
     """Return the trainer's calibration batches of `count` examples."""
     options = arguments.options.replace(calibration_examples=count)
-    return glue.calibration_batches(replace(arguments, options=options), examples, arguments.training.device)
+    return glue.calibration_batches(replace(arguments, options=options), examples)
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def seen(model: torch.nn.Module, batches: Sequence[Mapping]) -> dict[str, tuple]
     inputs, outputs, found = {}, {}, {}
     with watching(model, inputs, outputs):
         for batch in batches:
-            model(**batch)
+            model(**to_device(batch, model.device))
     for name, layer in layers_of(model).items():
         x = torch.cat(inputs[name])
         added = torch.cat(outputs[name]) - layer.base_layer(x)

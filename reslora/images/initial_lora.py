@@ -20,7 +20,6 @@ from ..methods.patterns import FIELDS, entries, spell_out
 from ..methods.registry import METHODS, AdapterSettings, adapter_config
 from ..options.images import MethodOptions, Options, TrainingOptions
 from ..training.context import Context
-from ..training.state import shortcuts_of
 from ..training.trained import Trained
 from .content_hash import content_mark, folder_mark
 from .generators import derive
@@ -149,7 +148,7 @@ def add_adapter(
     if part is None and (adapter.rank_pattern or adapter.alpha_pattern):
         spell_out(model, config)
     torch.manual_seed(derive(training.seed, "adapter", *([part.name] if part else [])))
-    attach(model, config, shortcuts_of(adapter) if METHODS[method].shortcuts else None, in_place=True)
+    attach(model, config, adapter.reslora_config if METHODS[method].shortcuts else None, in_place=True)
     cast_training_params(model, dtype=torch.float32)
 
 

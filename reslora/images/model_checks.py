@@ -28,7 +28,6 @@ from ..options.images import (
 )
 from ..tracing import meta_copy
 from ..training.context import Context
-from ..training.state import shortcuts_of
 from .data.buckets import named_buckets
 from .data.dataset import ImageDataset
 from .initial_lora import add_adapter, config_of, targets_of
@@ -167,7 +166,7 @@ def check_methods(adapter: MethodOptions, training: TrainingOptions, context: Co
         if rank_allocator(denoiser) and (unread := model.family.unread_weights(denoiser)):
             problem = f"nothing reads what {' and '.join(unread)} of the last block return, so AdaLoRA cannot rank them"
             raise InvalidArgument(argument, problem, "give targets without them, or another method")
-        print_links(denoiser, method, shortcuts_of(adapter), context.print_once)
+        print_links(denoiser, method, adapter.reslora_config, context.print_once)
 
 
 def try_method(
@@ -181,7 +180,7 @@ def try_method(
     """Add the method's adapter to a model without weights, the denoiser or a `part`, and begin its calibration."""
     add_adapter(model, method, adapter, training, config, part)
     if METHODS[method].measured:
-        with gauged(method, model, shortcuts_of(adapter)):
+        with gauged(method, model, adapter.reslora_config):
             pass
 
 

@@ -35,8 +35,7 @@ def parse_args(argv: Sequence[str] | None = None, description: str = "") -> Opti
     asked = resolve(parsed_values(build_parser(description), argv))
     options = asked.base if isinstance(asked, Grid) else asked
     check_places(options)
-    alpha = alpha_of(options.replace(lora_alpha=None).adapter)
-    report_unread_by_methods(Options.table(), asked.flat(), {"lora_alpha": alpha})
+    report_unread_by_methods(asked)
     report_unused(options)
     report_doubtful(options)
     return asked

@@ -4,7 +4,7 @@ from ..errors import InvalidArgument
 from ..merges import MERGES
 from ..methods.patterns import FIELDS, entries
 from ..methods.registry import METHODS, refuse_settings
-from ..shortcuts import PLAIN, shortcut_class
+from ..shortcuts import shortcut_class
 from .grid import Grid
 from .option import Given
 from .prompts import clean
@@ -44,8 +44,7 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
 
 def is_wired(options: SharedMethodOptions) -> bool:
     """Return whether a method of the options has shortcuts and they connect blocks."""
-    wired = options.shortcut != PLAIN and options.pre_num != 0
-    return wired and any(METHODS[name].shortcuts for name in options.method)
+    return options.reslora_config.wired and any(METHODS[name].shortcuts for name in options.method)
 
 
 def carries_activations(options: SharedMethodOptions) -> bool:

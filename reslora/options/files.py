@@ -12,6 +12,7 @@ from .argument_parser import did_you_mean
 from .foreign import foreign_in_words
 from .option import Option
 from .parser import with_home
+from .values import listed
 
 FORMS = "give a TOML file or a run's config.json"
 
@@ -51,7 +52,7 @@ def read_table(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InvalidArgument(where, "is not a table of flags", FORMS)
     for name, value in content.items():
-        if any(isinstance(each, dict) for each in (value if isinstance(value, list) else [value])):
+        if any(isinstance(each, dict) for each in listed(value)):
             raise InvalidArgument(where, f"{name} is a table", "write all flags at the top level")
     return content
 
@@ -70,7 +71,7 @@ def checked(option: Option, value: object, where: str) -> Any:
     if option.is_switch:
         return value
     items = []
-    for item in value if isinstance(value, list) else [value]:
+    for item in listed(value):
         with refused_as(f"{where}, {name}", "correct it", (argparse.ArgumentTypeError, ValueError)):
             item = option.parse(str(item))
         if option.choices and item not in option.choices:

@@ -29,13 +29,12 @@ class Groups:
     @classmethod
     def option(cls, name: str) -> Option:
         """Return an option by its name in this script, or by the name common to all scripts."""
-        table = cls.table()
-        return table[name] if name in table else cls._by_attribute()[name]
+        return cls._by_any_name()[name]
 
     @classmethod
     @functools.cache
-    def _by_attribute(cls) -> dict[str, Option]:
-        return {option.attribute: option for option in cls.table().values()}
+    def _by_any_name(cls) -> dict[str, Option]:
+        return {option.attribute: option for option in cls.table().values()} | cls.table()
 
     @classmethod
     def of(cls, **values: Any) -> Self:

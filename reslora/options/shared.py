@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..config import HEADS, SHORTCUTS
+from ..config import HEADS, SHORTCUTS, ResLoraConfig
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
 from ..methods.patterns import HELP as PATTERNS
@@ -43,6 +43,11 @@ class SharedMethodOptions:
         read_by="shortcuts")
     merge_calibration_samples: int = option(64, "training samples for ResLoRA's merge and for measuring controls",
         NATURAL, resume="merged", implies="reslora")
+
+    @property
+    def reslora_config(self) -> ResLoraConfig:
+        """Configuration of ResLoRA's shortcuts."""
+        return ResLoraConfig(self.shortcut, self.pre_num, self.head)
 
 
 @group

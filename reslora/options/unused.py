@@ -1,14 +1,16 @@
 """Options that have no effect in combination with the others: raise an error, or report them."""
 
-from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 from ..errors import InvalidArgument, speaks
 from ..methods.registry import METHODS
 from ..shortcuts import PLAIN
+from .grid import Grid, alpha_of
 from .groups import Groups
 from .option import Need, Option
-from .values import as_typed, listed
+from .shared import RunOptions
+from .values import as_typed
 
 
 def as_option(option: Option, value: Any) -> str:
@@ -42,16 +44,16 @@ def report_unused(options: Groups) -> None:
         print(f"{as_option(option, values[option.name])}: {problem}", flush=True)
 
 
-def report_unread_by_methods(
-    table: Mapping[str, Option], values: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> None:
+def report_unread_by_methods(asked: RunOptions | Grid) -> None:
     """Print options that no method uses: one command line may serve several methods in turn.
 
     Warns of a --pre_num of 0 with methods that have shortcuts otherwise.
     """
-    names = listed(values["method"])
+    options, values = asked.base if isinstance(asked, Grid) else asked, asked.flat()
+    defaults = {"lora_alpha": alpha_of(dataclasses.replace(options.adapter, lora_alpha=None))}
+    names = options.adapter.method
     methods = [METHODS[name] for name in names]
-    for name, option in table.items():
+    for name, option in options.table().items():
         read = not option.read_by or any(getattr(method, option.read_by) for method in methods)
         if not read and values[name] not in (None, defaults.get(name, option.default)) and speaks():
             print(f"{as_option(option, values[name])}: nothing reads it with --method {' '.join(names)}", flush=True)

@@ -1,6 +1,8 @@
-"""Format the values of options as on the command line."""
+"""Format the values of options as on the command line, and refuse those that differ from earlier ones."""
 
-from typing import Any
+from typing import Any, NoReturn
+
+from ..errors import InvalidArgument
 
 
 def listed(value: Any) -> list:
@@ -11,3 +13,12 @@ def listed(value: Any) -> list:
 def as_typed(value: Any) -> str:
     """Return the value or values of an option as typed on the command line; "none" if it is not given."""
     return " ".join(map(str, listed(value))) or "none"
+
+
+def refuse_other_value(flag: str, value: object, before: str, earlier: object, otherwise: str) -> NoReturn:
+    """Raise `InvalidArgument` for an option that had the value `earlier` when training began.
+
+    `before` is the beginning of the problem, and `otherwise` a fix that keeps the new value.
+    """
+    fix = "leave it out" if earlier is None else "use that"
+    raise InvalidArgument(f"{flag} {as_typed(value)}", f"{before} {as_typed(earlier)}", f"{fix}, or {otherwise}")

@@ -1,7 +1,6 @@
 """Read and write a run's `log.jsonl`: rows `{"step", "split", "loss", "lr", "seconds"}`, one for each line."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,33 +9,33 @@ from ..io import replacing
 from ..json_lines import json_lines
 
 
-def read_log(path: str | os.PathLike) -> list[dict]:
+def read_log(path: Path) -> list[dict]:
     """Return the rows of a log without damaged lines (a kill can truncate the last one); empty without a file."""
     return [row for row in _lines(path) if row is not None]
 
 
-def count_damaged(path: str | os.PathLike) -> int:
+def count_damaged(path: Path) -> int:
     """Return the number of lines of a log that are not valid rows."""
     return sum(row is None for row in _lines(path))
 
 
-def _lines(path: str | os.PathLike) -> list[dict | None]:
+def _lines(path: Path) -> list[dict | None]:
     """Return each line's row; None for an invalid line."""
     try:
-        values = [value for _, value in json_lines(Path(path))]
+        values = [value for _, value in json_lines(path)]
     except OSError:
         return []
     return [value if isinstance(value, dict) and isinstance(value.get("step"), int) else None for value in values]
 
 
 class LogWriter:
-    """Append rows to a log; rows after the step that a run resumes from are removed first."""
+    """Append rows to a log; rows after the step that a run resumes from are removed first, `kept` are the others."""
 
-    def __init__(self, path: str | os.PathLike, step: int = 0) -> None:
-        kept = [row for row in read_log(path) if row["step"] <= step] if step else []
+    def __init__(self, path: Path, step: int = 0) -> None:
+        self.kept = [row for row in read_log(path) if row["step"] <= step] if step else []
         with replacing(path) as temporary:
-            temporary.write_text("".join(_line(row) for row in kept), encoding="utf-8")
-        self.file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+            temporary.write_text("".join(_line(row) for row in self.kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict) -> None:
         """Append one row and flush it to the file."""

@@ -12,10 +12,10 @@ from contextvars import ContextVar
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 
 from ..errors import Diverged, EndedElsewhere, InvalidArgument, RunFailed, Stopped, another_ended
+from .signals import StopRequest
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(hours=24)  # for the main process to encode, merge, sample and read back
@@ -90,12 +90,13 @@ def any_of(condition: bool) -> bool:
 
 
 def any_of_each(conditions: Sequence[bool]) -> list[bool]:
-    """Return which of the conditions hold in any process, with one exchange."""
-    if is_single_process():
-        return list(conditions)
-    numbers = torch.tensor(conditions, dtype=torch.float32)
-    _met(lambda: dist.all_reduce(numbers, group=_patient()))
-    return (numbers > 0).tolist()
+    """Return which of the conditions hold in any process."""
+    return [any(found) for found in zip(*all_gather(conditions), strict=True)]
+
+
+def stop_requested(stop: StopRequest) -> bool:
+    """Return whether any process was asked to stop; all processes must call it together and use its result."""
+    return stop.shared(any_of(stop.signal is not None))
 
 
 def wait() -> None:

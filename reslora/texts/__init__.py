@@ -7,5 +7,6 @@ trainer.train()
 table = merge_table(model, trainer.evaluate, calibration)       # results.py: unmerged and merged by every method
 export(model, "run", adapter, calibration)                      # plain LoRA in run/peft
 
-The scripts train_llm.py and train_glue.py at the root of the repository are `llm.main` and `glue.main`.
+The scripts train_llm.py and train_glue.py at the root of the repository call `experiment.run` with an `LlmStudy` or a
+`GlueStudy`.
 """

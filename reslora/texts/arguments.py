@@ -39,10 +39,14 @@ NOT_IN_EXPERIMENTS = {
 def read(kind: type[T], prog: str, argv: Sequence[str] | None, description: str | None = None) -> T | Grid[T]:
     """Return the options of a run, or of an experiment if an option that can vary has several values.
 
-    Exits with status 2 and one line for invalid syntax; raises `InvalidArgument` for invalid values.
+    Exits with status 2 and one line for invalid syntax. Raises `InvalidArgument` for invalid values, among them empty
+    ones, which usually come from a shell variable that is not set: the run would use other data, or start anew.
     """
     given, passed_on = parsed_values(OptionsParser(prog, kind, description or ""), argv)
-    check_texts(given | passed_on)
+    contradictions.check_texts(given | passed_on)
+    for name, value in sorted((given | passed_on).items()):
+        if "" in listed(value):
+            raise InvalidArgument(f"--{name}", "is empty, as a variable is that is not set", "give it a value")
     return resolve(kind, given, passed_on)
 
 
@@ -58,17 +62,6 @@ def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> tuple[di
     from .training_arguments import parse_passed_on
 
     return vars(values), parse_passed_on(parser.prog, unknown)
-
-
-def check_texts(given: Given) -> None:
-    """Raise `InvalidArgument` for empty values and invalid UTF-8: the run would use other data, or start anew.
-
-    An empty value usually comes from a shell variable that is not set.
-    """
-    contradictions.check_texts(given)
-    for name in sorted(given):
-        if "" in listed(given[name]):
-            raise InvalidArgument(f"--{name}", "is empty, as a variable is that is not set", "give it a value")
 
 
 def resolve(kind: type[T], given: Given, passed_on: Given = {}) -> T | Grid[T]:  # noqa: B006 - is not changed
@@ -87,8 +80,12 @@ def resolve(kind: type[T], given: Given, passed_on: Given = {}) -> T | Grid[T]: 
         options = options.replace(lora_alpha=alpha_of(options.adapter))
         contradictions.check_no_experiment(options)
         return checked(options)
+    for name, fix in NOT_IN_EXPERIMENTS.items():
+        if passed_on.get(name):
+            raise InvalidArgument(f"--{name}", "this is an experiment", fix)
     grid = Grid(options, varied)
-    check_experiment(grid)
+    contradictions.check_experiment(grid)
+    check_values(grid)
     return grid
 
 
@@ -105,15 +102,6 @@ def steps_asked_for(given: Given, passed_on: Given) -> dict[str, object]:
 
 
 # -- validation without the model --------------------------------------------------------------------------------------
-
-
-def check_experiment(grid: Grid[T]) -> None:
-    """Raise `InvalidArgument` for options that an experiment does not support."""
-    for name, fix in NOT_IN_EXPERIMENTS.items():
-        if grid.base.passed_on.get(name):
-            raise InvalidArgument(f"--{name}", "this is an experiment", fix)
-    contradictions.check_experiment(grid)
-    check_values(grid)
 
 
 def checked(options: T) -> T:

@@ -1,18 +1,17 @@
 """Callbacks of `AdapterTrainer`: progress, log, AdaLoRA's ranks, checkpoints and stop requests."""
 
-import os
 import time
 from pathlib import Path
 
 from accelerate import Accelerator
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from ..methods.adapters import RankAllocator
 from ..runtime.checkpoint_folders import set_others_aside
-from ..runtime.log import LogWriter, read_log
-from ..runtime.processes import any_of, broadcast_from_main
+from ..runtime.log import LogWriter
+from ..runtime.processes import broadcast_from_main, stop_requested
 from ..runtime.signals import StopRequest
 from .checkpoints import checkpoints_of
 
@@ -58,21 +57,12 @@ class StopWhenAsked(TrainerCallback):
     A validation that is due after that step comes first, so that the log of a resumed run has no gap.
     """
 
-    def __init__(self, stop: StopRequest, accelerator: Accelerator) -> None:
-        self.stop, self.accelerator = stop, accelerator
-        self.training = self.leaving = False
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Note that a stop has something to save from here on."""
-        self.training = True
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Note that a stop has nothing to save from here on."""
-        self.training = False
+    def __init__(self, stop: StopRequest, trainer: Trainer) -> None:
+        self.stop, self.trainer, self.leaving = stop, trainer, False
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Request a checkpoint, and the end of training."""
-        if self._asked() and state.global_step < state.max_steps:
+        if stop_requested(self.stop) and state.global_step < state.max_steps:
             self.leaving = control.should_save = control.should_training_stop = True
             args.save_only_model = False  # resuming needs the complete state
 
@@ -87,7 +77,7 @@ class StopWhenAsked(TrainerCallback):
 
     def check(self, message: str) -> None:
         """Raise `Stopped` outside of training; with several processes only a second signal ends them."""
-        if not self.training and self.accelerator.num_processes == 1:
+        if not self.trainer.is_in_train and self.trainer.args.world_size == 1:
             self.stop.check(message)
 
     def ended_the_compiler(self, error: Exception) -> bool:
@@ -96,10 +86,7 @@ class StopWhenAsked(TrainerCallback):
         False with several processes, which wait for each other within the step.
         """
         compiling = type(error).__module__.startswith(("torch._inductor.", "torch._dynamo."))
-        return compiling and self.stop.signal is not None and self.accelerator.num_processes == 1
-
-    def _asked(self) -> bool:
-        return self.stop.shared(any_of(self.stop.signal is not None))
+        return compiling and self.stop.signal is not None and self.trainer.args.world_size == 1
 
 
 class SaveValidated(TrainerCallback):
@@ -136,8 +123,8 @@ class GoesOnFrom(TrainerCallback):
         best = self.checkpoint.with_name(f"checkpoint-{state.best_global_step}")
         if best.is_dir():
             state.best_model_checkpoint = str(best)
-        place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        broadcast_from_main(lambda: set_others_aside(self.checkpoint, checkpoints_of(args.output_dir), place))
+        place = args.folder / f"checkpoint-{state.global_step}"
+        broadcast_from_main(lambda: set_others_aside(self.checkpoint, checkpoints_of(args.folder), place))
 
 
 class LogCallback(TrainerCallback):
@@ -149,18 +136,17 @@ class LogCallback(TrainerCallback):
     --logging_steps above 1, the first row after a resume averages fewer steps.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.seconds = self.started = 0.0
         self.learning_rate: float | None = None
         self.writer: LogWriter | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Open the log with the rows up to the resumed step."""
-        rows = [row for row in read_log(self.path) if row["step"] <= state.global_step] if state.global_step else []
-        self.seconds = rows[-1].get("seconds", 0.0) if rows else 0.0
         if state.is_world_process_zero:
             self.writer = LogWriter(self.path, state.global_step)
+            self.seconds = self.writer.kept[-1].get("seconds", 0.0) if self.writer.kept else 0.0
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Start the timer."""

@@ -1,7 +1,6 @@
 """Find the directories `checkpoint-N` of `AdapterTrainer`, and validate them for resuming."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -24,23 +23,22 @@ ADAPTER_ALONE = "it holds the adapter alone, as with --save_only_model"
 logger = logging.get_logger(__name__)
 
 
-def checkpoints_of(output_dir: str | os.PathLike) -> list[Path]:
+def checkpoints_of(folder: Path) -> list[Path]:
     """Return the directories `checkpoint-N` of a run, newest first, complete or not."""
-    return numbered(Path(output_dir))
+    return numbered(folder)
 
 
-def named_checkpoint(output_dir: str | os.PathLike, name: str) -> Path:
+def named_checkpoint(folder: Path, name: str) -> Path:
     """Return the directory that --resume_from_checkpoint names, inside the run or anywhere."""
-    inside = Path(output_dir) / name
-    return inside if inside.is_dir() else Path(name)
+    return folder / name if (folder / name).is_dir() else Path(name)
 
 
-def usable_checkpoint(output_dir: str | os.PathLike, processes: int = 1) -> str | None:
+def usable_checkpoint(folder: Path, processes: int = 1) -> str | None:
     """Return the newest complete `checkpoint-N` of a run; None without one.
 
     Incomplete ones are skipped with a warning.
     """
-    for path in checkpoints_of(output_dir):
+    for path in checkpoints_of(folder):
         problem = damage(path, processes)
         if problem is None:
             return str(path)
@@ -62,14 +60,14 @@ def damage(folder: Path, processes: int = 1) -> str | None:
     return None if _is_finished(folder) else _unreadable(folder, processes)
 
 
-def set_unfinished_aside(output_dir: str | os.PathLike, processes: int = 1) -> None:
+def set_unfinished_aside(folder: Path, processes: int = 1) -> None:
     """Rename an incomplete first checkpoint, so that the run can start anew: nothing is lost.
 
     A damaged checkpoint stays, and so does one of another number of processes, one among several, and one of a finished
     run.
     """
-    found = checkpoints_of(output_dir)
-    if len(found) == 1 and not (Path(output_dir) / RESULTS).exists() and _is_cut_short(found[0], processes):
+    found = checkpoints_of(folder)
+    if len(found) == 1 and not (folder / RESULTS).exists() and _is_cut_short(found[0], processes):
         set_aside(found[0], "was not finished", "unfinished")  # so that it is not a checkpoint to resume from
 
 

@@ -13,7 +13,6 @@ import functools
 import gc
 import json
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,9 +37,9 @@ from ..io import remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter, save_adapter
 from ..methods.links import print_links
 from ..options.grid import Grid
-from ..options.texts import ExperimentOptions, MethodOptions, T, TextOptions, TrainingOptions
+from ..options.texts import ExperimentOptions, MethodOptions, T, TrainingOptions
 from ..options.unused import report_unread_by_methods
-from ..options.values import as_typed
+from ..options.values import refuse_other_value
 from ..runtime.checkpoint_folders import ADAPTERS, adapter_folder, memory_reported
 from ..runtime.folder_lock import check_held, locked, share_lock, writing_into
 from ..runtime.processes import broadcast_from_main, say
@@ -50,7 +49,7 @@ from .checkpoints import checkpoints_of, set_unfinished_aside
 from .results import as_plain, export, merge_table, table_text, write_results
 from .resuming import check_data, check_resume, fingerprint, free_on_resume, is_same
 from .split import Parts
-from .trainer import AdapterTrainer, put_control_on, shortcuts_of, total_steps
+from .trainer import AdapterTrainer, put_control_on, total_steps
 from .training_arguments import passed_on_defaults, without_tokens
 
 MOST_LOOKS = 10
@@ -127,7 +126,7 @@ class Study(ABC):
 
     def print_links(self, model: PeftModel, adapter: MethodOptions, tell: Callable[[str], object]) -> None:
         """Report the layers without shortcuts and the chains that are too short."""
-        print_links(model, adapter.name, shortcuts_of(adapter), tell, self.example())
+        print_links(model, adapter.name, adapter.reslora_config, tell, self.example())
 
     @abstractmethod
     def build_trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
@@ -161,7 +160,7 @@ class Study(ABC):
 
     def finish(self, arguments: Any, trainer: AdapterTrainer) -> None:
         """Evaluate unmerged and merged, export, predict, and write `results.json` last."""
-        method, batches, output = arguments.method, self.calibration(arguments), Path(trainer.args.output_dir)
+        method, batches, output = arguments.method, self.calibration(arguments), trainer.args.folder
         table = merge_table(trainer.model, lambda: self.figures(arguments, trainer), batches)
         broadcast_from_main(check_held)
         report = export(trainer.model, output, method, batches, self.tokenizer)
@@ -185,29 +184,22 @@ def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
         return
     with stop.at_once():
         arguments = study.arguments(asked)
-    report_unread(asked)
+    report_unread_by_methods(asked)
     training, flags = arguments.training, arguments.settings
     with contextlib.ExitStack() as stack:
-        broadcast_from_main(lambda: stack.enter_context(locked(Path(training.output_dir))))
-        check_resume(training.output_dir, training.resume_from_checkpoint, flags, free_on_resume(type(asked)))
+        broadcast_from_main(lambda: stack.enter_context(locked(training.folder)))
+        check_resume(training.folder, training.resume_from_checkpoint, flags, free_on_resume(type(asked)))
         flags["data"] = fingerprint(study.read(arguments))
-        check_data(training.output_dir, training.resume_from_checkpoint, flags["data"])
+        check_data(training.folder, training.resume_from_checkpoint, flags["data"])
         trainer = study.trainer(arguments, study.adapted(arguments), stop)
         study.print_links(trainer.model, arguments.method, say)
         if training.should_save:
             trainer.model.print_trainable_parameters()
-            write_json(Path(training.output_dir) / "config.json", flags)
+            write_json(training.folder / "config.json", flags)
         trainer.stopping.check(NOT_BEGUN)
-        with memory_reported(Path(training.output_dir)):
+        with memory_reported(training.folder):
             trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
             study.finish(arguments, trainer)
-
-
-def report_unread(asked: TextOptions | Grid) -> None:
-    """Print options that no method uses."""
-    options = asked.base if isinstance(asked, Grid) else asked
-    alpha = {"lora_alpha": 2 * options.adapter.rank}
-    report_unread_by_methods(options.table(), asked.flat(), alpha)
 
 
 @contextlib.contextmanager
@@ -216,23 +208,22 @@ def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None
 
     With orders, this is a worker of --arms_at_once in a directory that the main process has locked and validated.
     """
-    began, shares = time.monotonic(), grid.base.experiment
-    report_unread(grid)
-    course = Course(grid, began)
+    report_unread_by_methods(grid)
+    course = Course(grid)
     with stop.at_once():
         plain, *_ = [study.arguments(options_of(arm, course)) for arm in course.arms()]
     with contextlib.ExitStack() as stack:
         broadcast_from_main(lambda: stack.enter_context((share_lock if orders else locked)(course.folder)))
-        parts = study.parts(plain, shares)
-        trained = study.prepare(plain, parts)
-        course.grid = grid.replace(**looks(grid.base.training, total_steps(plain.training, trained)))
-        bench = Bench(course, study, parts, trained, stop, plain.training.device)
+        parts = study.parts(plain, grid.base.experiment)
+        parts = dataclasses.replace(parts, trained=study.prepare(plain, parts))
+        course.grid = grid.replace(**looks(grid.base.training, total_steps(plain.training, parts.trained)))
+        bench = Bench(course, study, parts, stop, plain.training.device)
         if not orders:
             broadcast_from_main(lambda: take_folder(bench))
             tell = functools.cache(say)  # several labels may print the same line
             for label in course.labels:
                 bench.check_label(label, tell)
-            say(f"{pluralize(len(course.arms()), 'arm')}; {parts.in_words(trained)}")
+            say(f"{pluralize(len(course.arms()), 'arm')}; {parts}")
         yield bench
 
 
@@ -267,9 +258,7 @@ def take_folder(bench: Bench) -> None:
             if name in ("train", "select", "test"):
                 problem = f"was begun with other {name} examples"
                 raise InvalidArgument(f"--output_dir {folder}", problem, "bring those back, or choose another")
-            fix = "leave it out" if earlier is None else "use that"
-            problem = f"{folder} was begun with {as_typed(earlier)}"
-            raise InvalidArgument(f"--{name} {as_typed(value)}", problem, f"{fix}, or choose another --output_dir")
+            refuse_other_value(f"--{name}", value, f"{folder} was begun with", earlier, "choose another --output_dir")
     for place in map(course.folder_of, course.arms()):
         remove_leftovers(place)
         remove_leftovers(place / ADAPTERS)
@@ -308,8 +297,6 @@ class Bench(Subject):
     course: Course
     study: Study
     parts: Parts
-    trained: int
-    """Number of training examples, after limits and without examples that are too long."""
     stop: StopRequest
     device: torch.device
     about: About = TEXTS
@@ -357,8 +344,7 @@ class Bench(Subject):
 
     def facts(self) -> Facts:
         """Return versions, split sizes and the identity of the experiment."""
-        facts = facts_of(self.parts, LIBRARIES)
-        return {**facts, "split": {**facts["split"], "train": self.trained}, "identity": self.identity}
+        return {**facts_of(self.parts, LIBRARIES), "identity": self.identity}
 
     def train(self, arm: Arm) -> None:
         """Train an arm from its latest checkpoint, and export it.

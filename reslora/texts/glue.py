@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -23,7 +23,6 @@ from transformers.utils import logging
 
 from ..errors import InvalidArgument, refused_as
 from ..io import replacing
-from ..options.grid import Grid
 from ..options.texts import ExperimentOptions, GlueDataOptions, GlueModelOptions, GlueOptions
 from ..options.values import as_typed
 from ..runtime.folder_lock import check_held
@@ -31,7 +30,7 @@ from ..runtime.processes import broadcast_from_main
 from ..runtime.signals import StopRequest
 from . import training_arguments
 from .callbacks import LogCallback
-from .experiment import Study, run
+from .experiment import Study
 from .glue_tasks import TASKS, Columns, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
 from .split import Parts, parts_of
 from .trainer import UNREADABLE, AdapterTrainer, attach, total_steps
@@ -216,15 +215,12 @@ def check_fit(arguments: Arguments, tokenizer, model) -> None:
         raise InvalidArgument(flag, "it has no padding token", "give an encoder such as RoBERTa or BERT")
 
 
-def calibration_batches(arguments: Arguments, examples, device: torch.device) -> list[dict] | None:
+def calibration_batches(arguments: Arguments, examples: Dataset) -> list[dict] | None:
     """Return the first training examples as model inputs, one at a time: padding must not enter the moments."""
-    count = arguments.method.merge_calibration_samples
-    rows = (examples[i] for i in range(min(count, len(examples))))
     batches = []
-    for row in rows:
+    for row in examples.remove_columns("labels").take(arguments.method.merge_calibration_samples):
         real = [i for i, keep in enumerate(row["attention_mask"]) if keep]
-        inputs = {name: [value[i] for i in real] for name, value in row.items() if name != "labels"}
-        batches.append({name: torch.tensor([value], device=device) for name, value in inputs.items()})
+        batches.append({name: torch.tensor([[value[i] for i in real]]) for name, value in row.items()})
     return batches or None
 
 
@@ -271,7 +267,7 @@ def write_predictions(arguments: Arguments, trainer: AdapterTrainer, sets: dict)
         files.append(f"predict_results_{arguments.data.task_name}{name.removeprefix('test')}.txt")
         broadcast_from_main(check_held)
         if trainer.is_world_process_zero():
-            with replacing(Path(arguments.training.output_dir) / files[-1]) as temporary:
+            with replacing(arguments.training.folder / files[-1]) as temporary:
                 temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return files
 
@@ -302,16 +298,16 @@ class GlueStudy(Study):
     def parts(self, arguments: Arguments, shares: ExperimentOptions) -> Parts:
         """Return all examples in three parts; test examples without labels, as on the Hub, are left out."""
         task, data, splits = arguments.task, arguments.data, read_splits(arguments)
-        if "label" not in splits.get(f"test{task.parts[0]}", ()) and data.max_eval_samples != data.max_predict_samples:
+        part = task.parts[0]
+        if "label" not in splits.get(f"test{part}", ()) and data.max_eval_samples != data.max_predict_samples:
             # Methods are compared on the validation examples.
             limited = arguments.options.replace(max_eval_samples=data.max_predict_samples)
             splits = read_splits(replace(arguments, options=limited))
         self.columns = [*task.columns, "label"]
-        validation, test = (
+        train, validation, test = (
             list(zip(*map(splits[name].get, self.columns), strict=True)) if "label" in splits.get(name, ()) else []
-            for name in (f"validation{task.parts[0]}", f"test{task.parts[0]}")
+            for name in ("train", f"validation{part}", f"test{part}")
         )
-        train = list(zip(*map(splits["train"].get, self.columns), strict=True))
         files = {"train": train, "select": validation if test else [], "test": test or validation}
         parts = parts_of(files, lambda example: "\n".join(example[:-1]), shares)
         return parts.limited(data.max_eval_samples, data.max_predict_samples)
@@ -353,21 +349,20 @@ class GlueStudy(Study):
             compute_metrics=lambda result: figures_of(task, result),
             # Encoder-decoders return hidden states too.
             preprocess_logits_for_metrics=lambda found, labels: found[0] if isinstance(found, tuple) else found,
-            callbacks=[LogCallback(Path(arguments.training.output_dir) / "log.jsonl")],
+            callbacks=[LogCallback(arguments.training.folder / "log.jsonl")],
         )
 
     def calibration(self, arguments: Arguments) -> list[dict] | None:
         """Return the first training examples as calibration batches of one example."""
-        return calibration_batches(arguments, self.sets["train"], arguments.training.device)
+        return calibration_batches(arguments, self.sets["train"])
 
     @torch.no_grad()
     def measured(self, arguments: Arguments, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
         """Return the loss of each test example, and the task's metrics."""
-        task, test, size = arguments.task, self.sets["test"], arguments.training.per_device_eval_batch_size
-        collate, found = DataCollatorWithPadding(self.tokenizer), []
-        for start in range(0, len(test), size):
+        task, test, found = arguments.task, self.sets["test"], []
+        size, collate = arguments.training.per_device_eval_batch_size, DataCollatorWithPadding(self.tokenizer)
+        for batch in DataLoader(test, size, collate_fn=collate):
             check()
-            batch = collate([test[number] for number in range(start, min(start + size, len(test)))])
             del batch["labels"]
             found.append(model(**batch.to(arguments.training.device)).logits.float().cpu().numpy())
         logits, labels = np.concatenate(found), np.array(test["labels"])
@@ -391,8 +386,3 @@ class GlueStudy(Study):
             "validation_examples": sum(len(self.sets[name]) for name in self.sets if name.startswith("validation")),
             "test": evaluate(trainer, arguments.task, self.sets, "test") or None,
         }
-
-
-def main(asked: GlueOptions | Grid[GlueOptions], stop: StopRequest) -> None:
-    """Train and compare the merges, or run an experiment."""
-    run(GlueStudy(), asked, stop)

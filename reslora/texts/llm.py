@@ -2,8 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +11,12 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from ..errors import InvalidArgument, refused_as
 from ..formatting import is_or_are
-from ..options.grid import Grid
 from ..options.texts import ExperimentOptions, LlmOptions, LlmTaskOptions
 from ..runtime.processes import say
 from ..runtime.signals import StopRequest
 from ..seeds import derive
 from .callbacks import LogCallback
-from .experiment import Study, run
+from .experiment import Study
 from .llm_tasks import Example, file_form, read_examples
 from .llm_trainer import (
     Encoder,
@@ -154,49 +151,6 @@ def precision(task: LlmTaskOptions, training: AdapterTrainingArguments) -> dict:
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Data:
-    """Examples by split, and the training examples as tokens."""
-
-    encoder: Encoder
-    examples: dict[str, list[Example]]
-    rows: list[dict[str, list[int]]]
-
-
-def encoded(task: LlmTaskOptions, encoder: Encoder, examples: dict[str, list[Example]]) -> Data:
-    """Return the examples with the tokens of the training examples."""
-    return Data(encoder, examples, encode_training(encoder, examples["train"], task.max_length))
-
-
-def within_positions(model: PreTrainedModel, data: Data, task: LlmTaskOptions) -> Data:
-    """Remove validation examples longer than the model's maximum length, and print the first.
-
-    Raises `InvalidArgument` if anything else would exceed it: without all test examples, metrics are not comparable.
-    """
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
-    validation = data.examples["validation"]
-    kept = [example for example in validation if len(data.encoder(example)["input_ids"]) <= limit]
-    if len(kept) < len(validation):
-        if not kept:
-            problem = f"every validation example has more tokens than the model {limit} positions"
-            raise InvalidArgument(f"--task {task.task}", problem, "give shorter ones")
-        long = [example for example in validation if example not in kept]
-        count = f"{len(long)} of {len(validation)} validation examples {is_or_are(len(long))}"
-        say(f"{count} longer than the model's {limit} positions: left out (for example {long[0].place})")
-    measured, new = data.examples["test"] + kept, task.max_new_tokens
-    prompt = max(len(data.encoder.prompt(example)) for example in measured)
-    trained = max(len(row["input_ids"]) for row in data.rows)
-    whole, place = max((len(data.encoder(each)["input_ids"]), each.place) for each in measured)
-    for needed, argument, what, fix in (
-        (trained, f"--max_length {task.max_length}", f"a training example has {trained}", f"give at most {limit}"),
-        (whole, place or f"--task {task.task}", f"this example has {whole}", "leave it out, or cut it"),
-        (prompt + new, f"--max_new_tokens {new}", f"the longest prompt has {prompt}", f"give at most {limit - prompt}"),
-    ):
-        if needed > limit:
-            raise InvalidArgument(argument, f"{what} tokens and the model {limit} positions", fix)
-    return replace(data, examples={**data.examples, "validation": kept})
-
-
 class LlmStudy(Study):
     """Training and evaluation on a task of the paper."""
 
@@ -205,7 +159,11 @@ class LlmStudy(Study):
         "--model meta-llama/Llama-2-7b-hf --task svamp --bf16 --shortcut block --pre_num 4 --num_train_epochs 20 "
         "--output runs/llama2-svamp"
     )
-    data: Data
+    encoder: Encoder
+    examples: dict[str, list[Example]]
+    """Examples by split."""
+    rows: list[dict[str, list[int]]]
+    """The training examples as tokens."""
 
     def arguments(self, options: LlmOptions) -> LlmArguments:
         """Return the arguments of these options.
@@ -218,8 +176,12 @@ class LlmStudy(Study):
         """Read the examples of a single run; return the encoded training examples."""
         task = arguments.options.task
         self.tokenizer = load_tokenizer(task)
-        self.data = encoded(task, Encoder(self.tokenizer), load_examples(task, arguments.training))
-        return self.data.rows
+        self._encode(task, load_examples(task, arguments.training))
+        return self.rows
+
+    def _encode(self, task: LlmTaskOptions, examples: dict[str, list[Example]]) -> None:
+        self.encoder, self.examples = Encoder(self.tokenizer), examples
+        self.rows = encode_training(self.encoder, examples["train"], task.max_length)
 
     def parts(self, arguments: LlmArguments, shares: ExperimentOptions) -> Parts:
         """Return all examples in three parts; near-duplicates are found by their prompts."""
@@ -234,44 +196,77 @@ class LlmStudy(Study):
             examples = sorted(examples, key=lambda example: derive("sample", example))[: task.max_train_samples]
         found = {"train": examples, "validation": list(parts.select), "test": list(parts.test)}
         self.tokenizer = load_tokenizer(task)
-        self.data = encoded(task, Encoder(self.tokenizer), found)
-        return len(self.data.rows)
+        self._encode(task, found)
+        return len(self.rows)
 
     def adapted(self, arguments: LlmArguments) -> PeftModel:
         """Return the model with a new adapter, without validation examples that exceed its positions."""
         task, method, training = arguments.options.task, arguments.method, arguments.training
         model = load_model(task, training)
-        self.data = within_positions(model, self.data, task)
+        self._check_positions(model, task)
         torch.manual_seed(training.seed)
-        return attach(model, method, total_steps(training, len(self.data.rows)))
+        return attach(model, method, total_steps(training, len(self.rows)))
+
+    def _check_positions(self, model: PreTrainedModel, task: LlmTaskOptions) -> None:
+        """Remove validation examples longer than the model's maximum length, and print the first.
+
+        Raises `InvalidArgument` if anything else would exceed it: without all test examples, metrics are not
+        comparable.
+        """
+        limit = getattr(model.config, "max_position_embeddings", None) or math.inf
+        encoder, validation = self.encoder, self.examples["validation"]
+        long = [example for example in validation if len(encoder(example)["input_ids"]) > limit]
+        if long:
+            if len(long) == len(validation):
+                problem = f"every validation example has more tokens than the model {limit} positions"
+                raise InvalidArgument(f"--task {task.task}", problem, "give shorter ones")
+            count = f"{len(long)} of {len(validation)} validation examples {is_or_are(len(long))}"
+            say(f"{count} longer than the model's {limit} positions: left out (for example {long[0].place})")
+            self.examples["validation"] = [example for example in validation if example not in long]
+        measured, new = self.examples["test"] + self.examples["validation"], task.max_new_tokens
+        prompt = max(len(encoder.prompt(example)) for example in measured)
+        trained = max(len(row["input_ids"]) for row in self.rows)
+        whole, place = max((len(encoder(each)["input_ids"]), each.place) for each in measured)
+        for needed, argument, what, fix in (
+            (trained, f"--max_length {task.max_length}", f"a training example has {trained}", f"give at most {limit}"),
+            (whole, place or f"--task {task.task}", f"this example has {whole}", "leave it out, or cut it"),
+            (
+                prompt + new,
+                f"--max_new_tokens {new}",
+                f"the longest prompt has {prompt}",
+                f"give at most {limit - prompt}",
+            ),
+        ):
+            if needed > limit:
+                raise InvalidArgument(argument, f"{what} tokens and the model {limit} positions", fix)
 
     def build_trainer(self, arguments: LlmArguments, model: PeftModel, stop: StopRequest) -> LlmTrainer:
         """Return the trainer, which writes `log.jsonl`."""
-        task, training, data = arguments.options.task, arguments.training, self.data
+        task, training, examples = arguments.options.task, arguments.training, self.examples
         return LlmTrainer(
             model,
             training,
             stop,
-            encoder=data.encoder,
-            examples=data.examples,
+            encoder=self.encoder,
+            examples=examples,
             max_new_tokens=task.max_new_tokens,
             eval_accuracy=task.eval_accuracy,
-            train_dataset=data.rows,
-            eval_dataset=[data.encoder(example) for example in data.examples["validation"]] or None,
-            callbacks=[LogCallback(Path(training.output_dir) / "log.jsonl")],
+            train_dataset=self.rows,
+            eval_dataset=[*map(self.encoder, examples["validation"])] or None,
+            callbacks=[LogCallback(training.folder / "log.jsonl")],
         )
 
     def calibration(self, arguments: LlmArguments) -> list[dict] | None:
         """Return training examples as calibration batches."""
         size = arguments.training.per_device_eval_batch_size
-        return calibration_batches(self.data.rows, arguments.method.merge_calibration_samples, size)
+        return calibration_batches(self.rows, arguments.method.merge_calibration_samples, size)
 
     def measured(
         self, arguments: LlmArguments, model: PeftModel, check: Callable[[], None]
     ) -> tuple[list[float], dict]:
         """Return the mean loss of each test example's answer tokens, and the accuracy."""
         size, new_tokens = arguments.training.per_device_eval_batch_size, arguments.options.task.max_new_tokens
-        encoder, examples = self.data.encoder, self.data.examples["test"]
+        encoder, examples = self.encoder, self.examples["test"]
         losses, right = [0.0] * len(examples), 0
         order = sorted(range(len(examples)), key=lambda number: len(encoder(examples[number])["input_ids"]))
         for start in range(0, len(order), size):
@@ -289,11 +284,10 @@ class LlmStudy(Study):
 
     def facts(self, arguments: LlmArguments, trainer: Any) -> dict[str, Any]:
         """Return the task, the model and the numbers of examples."""
-        task, numbers = arguments.options.task, {"train": self.data.rows, "test": trainer.examples["test"]}
-        found = {"task": task.task, "model_name_or_path": task.model_name_or_path}
-        return found | {f"{part}_examples": len(examples) for part, examples in numbers.items()}
-
-
-def main(asked: LlmOptions | Grid[LlmOptions], stop: StopRequest) -> None:
-    """Train, compare the merges and export, or run an experiment."""
-    run(LlmStudy(), asked, stop)
+        task = arguments.options.task
+        return {
+            "task": task.task,
+            "model_name_or_path": task.model_name_or_path,
+            "train_examples": len(self.rows),
+            "test_examples": len(self.examples["test"]),
+        }

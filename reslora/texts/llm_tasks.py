@@ -16,7 +16,7 @@ from accelerate import PartialState
 
 from ..errors import InvalidArgument, first_line, loaded_from_hub
 from ..json_lines import data_lines
-from ..runtime.processes import is_main
+from ..runtime.processes import say
 
 ANSWER = "The answer is"
 
@@ -168,9 +168,9 @@ def read_examples(name: str, split: str, data_dir: str | None, cache_dir: str | 
         task = TASKS[task.tested_as]
     if data_dir:
         path, rows = _local_rows(name, data_dir, split)
-        if split == "test" and task.test_split != "test" and rows and not any(map(_is_labelled, rows)):
-            if is_main():
-                print(f"{path}: all its labels are empty, as in the hub's: it is left out", flush=True)
+        unlabeled = rows and all(isinstance(row, dict) and row.get("label") == "" for row in rows)
+        if split == "test" and task.test_split != "test" and unlabeled:
+            say(f"{path}: all its labels are empty, as in the hub's: it is left out")
             rows = []
         return examples_of(task, path, rows)
     return [] if split == "validation" else examples_of(task, *_hub_rows(name, task, cache_dir, split))
@@ -202,10 +202,6 @@ def examples_of(task: Task, source: str, rows: list) -> list[Example]:
 
 def _missing(task: Task, row: object) -> list[str]:
     return [column for column in task.columns if not isinstance(row, dict) or column not in row]
-
-
-def _is_labelled(row: object) -> bool:
-    return not isinstance(row, dict) or row.get("label") != ""
 
 
 def _check_columns(task: Task, row: Any) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -12,7 +13,7 @@ from ..attributes import override_attributes
 from ..chains import base_model
 from ..errors import InvalidArgument
 from ..formatting import is_or_are
-from ..runtime.processes import say
+from ..runtime.processes import all_gather, say
 from .llm_tasks import Example, extract_answer, same_answer
 from .trainer import AdapterTrainer
 
@@ -49,24 +50,17 @@ class Encoder:
 
         The labels determine the loss: the end token is trained even if it is also the padding token.
         """
-        length = max(len(row["input_ids"]) for row in rows)
+        inputs = self.padded([row["input_ids"] for row in rows], "right")
+        labels = [torch.tensor(row["labels"]) for row in rows]
+        return {**inputs, "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
 
-        def padded(name: str, filler: int) -> torch.Tensor:
-            return torch.tensor([row[name] + [filler] * (length - len(row[name])) for row in rows])
-
-        mask = [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows]
+    def padded(self, texts: list[list[int]], side: str) -> dict[str, torch.Tensor]:
+        """Return a batch of tokens and its attention mask (batch x tokens), padded on the `left` or `right` side."""
+        tokens = [torch.tensor(text) for text in texts]
+        masks = [torch.ones_like(text) for text in tokens]
         return {
-            "input_ids": padded("input_ids", self.pad),
-            "attention_mask": torch.tensor(mask),
-            "labels": padded("labels", IGNORED),
-        }
-
-    def left_padded(self, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
-        """Return a batch (batch x tokens), padded on the left, for generation."""
-        length = max(map(len, prompts))
-        return {
-            "input_ids": torch.tensor([[self.pad] * (length - len(prompt)) + prompt for prompt in prompts]),
-            "attention_mask": torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
+            "input_ids": pad_sequence(tokens, batch_first=True, padding_value=self.pad, padding_side=side),
+            "attention_mask": pad_sequence(masks, batch_first=True, padding_side=side),
         }
 
 
@@ -138,22 +132,20 @@ class LlmTrainer(AdapterTrainer):
     @torch.no_grad()
     def _loss(self, split: str) -> float:
         rows = [self.encoder(example) for example in self._mine(split)]
-        total = torch.zeros(2, dtype=torch.float64)
+        loss, tokens = 0.0, 0
         for batch in self._batches(sorted(rows, key=lambda row: len(row["input_ids"])), f"{split} loss"):
-            logits, labels, _ = learnt_tokens(self.model, self.encoder, batch, self.args.device)
-            summed = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-            total += torch.tensor([summed.item(), len(labels)], dtype=torch.float64)
-        loss, tokens = self._summed(total)
-        return loss / tokens
+            logits, labels, _ = learnt_tokens(self.model, self.encoder, batch)
+            loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            tokens += len(labels)
+        return _ratio_over_processes(loss, tokens)
 
     def _accuracy(self, split: str) -> float:
         examples = sorted(self._mine(split), key=lambda example: len(example.prompt))
-        right: float = 0
+        right = 0
         for batch in self._batches(examples, f"{split} answers"):
             answers = generate(self.model, self.encoder, batch, self.max_new_tokens)
             right += count_right(answers, batch)
-        right, count = self._summed(torch.tensor([right, len(examples)], dtype=torch.float64))
-        return right / count
+        return _ratio_over_processes(right, len(examples))
 
     def _mine(self, split: str) -> list[Example]:
         return self.examples[split][self.args.process_index :: self.args.world_size]
@@ -166,30 +158,29 @@ class LlmTrainer(AdapterTrainer):
             self.stopping.check("stopped while evaluating; go on with --resume_from_checkpoint latest")
             yield items[start : start + size]
 
-    def _summed(self, values: torch.Tensor) -> list[float]:
-        if self.args.world_size > 1:
-            device = self.args.device
-            values = values.to(device) if device.type != "mps" else values.float().to(device)
-            values = self.accelerator.reduce(values, "sum")
-        return values.tolist()
+
+def _ratio_over_processes(total: float, count: int) -> float:
+    """Return the ratio of both numbers, each summed over all processes."""
+    totals, counts = zip(*all_gather((total, count)), strict=True)
+    return sum(totals) / sum(counts)
 
 
 @torch.no_grad()
 def example_losses(model: PreTrainedModel, encoder: Encoder, examples: list[Example]) -> list[float]:
     """Return the mean loss of each example's answer tokens, computed in one batch."""
-    logits, labels, counts = learnt_tokens(model, encoder, [*map(encoder, examples)], model.device)
+    logits, labels, counts = learnt_tokens(model, encoder, [*map(encoder, examples)])
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").double()
     return [float(own.mean()) for own in losses.split(counts)]
 
 
 def learnt_tokens(
-    model: Any, encoder: Encoder, rows: list[dict[str, list[int]]], device: torch.device
+    model: Any, encoder: Encoder, rows: list[dict[str, list[int]]]
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     """Return logits and labels of the tokens with loss, and the number of these tokens in each row.
 
     Logits are tokens x vocabulary, in at least float32; labels have shape (tokens,).
     """
-    inputs = {name: value.to(device) for name, value in encoder.collate(rows).items()}
+    inputs = {name: value.to(model.device) for name, value in encoder.collate(rows).items()}
     labels = inputs.pop("labels")[:, 1:]
     learnt = labels != IGNORED
     logits = model(**inputs).logits[:, :-1][learnt]
@@ -208,7 +199,7 @@ def generate(model: PreTrainedModel, encoder: Encoder, examples: list[Example], 
 
     The model's own generation settings, such as a repetition penalty, are ignored.
     """
-    inputs = encoder.left_padded([encoder.prompt(example) for example in examples])
+    inputs = encoder.padded([encoder.prompt(example) for example in examples], "left")
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..chains import base_model, chains, lora_layers
+from ..chains import base_model, lora_layers
 from ..errors import Diverged, RunFailed, first_line
 from ..export import export_peft, merged_state_dict
 from ..io import remove_leftovers, replacing, write_json
@@ -35,6 +34,10 @@ from ..runtime.folder_lock import check_held
 from ..runtime.processes import broadcast_from_main, is_main
 from .callbacks import LogCallback
 from .trainer import AdapterTrainer
+
+FACTORS = ("lora_A", "lora_B")
+ENTRIES = (*FACTORS, "r", "lora_alpha", "scaling")
+"""Attributes of a LoRA layer with an entry for each adapter, which a merge changes."""
 
 # -- merging -----------------------------------------------------------------------------------------------------------
 
@@ -102,37 +105,25 @@ def unmerged_afterwards(model: nn.Module, adapter_name: str = "default") -> Iter
     connection = connection_of(base)
     config = base.peft_config[adapter_name]
     patterns = copy.deepcopy((config.rank_pattern, config.alpha_pattern))
-    layers = {name: layer for name, layer in lora_layers(base, adapter_name).items() if adapter_name in layer.lora_A}
-    before = {name: _factors(layer, adapter_name) for name, layer in layers.items()}
+    layers = [layer for layer in lora_layers(base, adapter_name).values() if adapter_name in layer.lora_A]
+    entries = [{name: getattr(layer, name)[adapter_name] for name in ENTRIES} for layer in layers]
+    weights = [[own[name].weight.detach().clone() for name in FACTORS] for own in entries]
     checkpointing = bool(getattr(base, "is_activation_checkpointing", False))
     try:
         yield
     finally:
         if connection_of(base) is not None:
             disconnect(base, adapter_name)
-        for name, layer in layers.items():
-            _restore_factors(layer, adapter_name, before[name])
+        for layer, own, values in zip(layers, entries, weights, strict=True):
+            for name, entry in own.items():
+                getattr(layer, name)[adapter_name] = entry
+            for name, value in zip(FACTORS, values, strict=True):
+                own[name].weight.data.copy_(value)
         config.rank_pattern, config.alpha_pattern = patterns
         again = attach_wires(model, connection.config, adapter_name, connection.chains)
         again.wires.norms = connection.wires.norms
         if checkpointing:
             enable_gradient_checkpointing(base)
-
-
-def _factors(layer: nn.Module, adapter_name: str) -> tuple:
-    modules = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    numbers = {name: getattr(layer, name)[adapter_name] for name in ("r", "lora_alpha", "scaling")}
-    return modules, tuple(module.weight.detach().clone() for module in modules), numbers
-
-
-def _restore_factors(layer: nn.Module, adapter_name: str, before: tuple) -> None:
-    modules, weights, numbers = before
-    with torch.no_grad():
-        for place, module, weight in zip((layer.lora_A, layer.lora_B), modules, weights, strict=True):
-            module.weight.copy_(weight)
-            place[adapter_name] = module
-    for name, value in numbers.items():
-        getattr(layer, name)[adapter_name] = value
 
 
 def _share_norms(connection: Connection) -> None:
@@ -157,32 +148,32 @@ def as_plain(model: PeftModel, adapter: MethodOptions, calibration: Sequence[Map
 
 def export(
     model: PeftModel,
-    output_dir: str | os.PathLike,
+    folder: Path,
     adapter: MethodOptions,
     calibration: Sequence[Mapping] | None = None,
     tokenizer=None,
 ) -> MergeReport | None:
-    """Merge a connected model permanently, write plain files into `output_dir`, and return the merge's report.
+    """Merge a connected model permanently, write plain files into `folder`, and return the merge's report.
 
     `peft/`: an adapter that PEFT loads, with the same logits. `chains.json` and `merge.json` if the model was
     connected. `merged/` with --merge_and_save: the base model with the adapter merged in float32, and the tokenizer,
     for transformers. Every process must call it; rank 0 writes.
     """
-    output, report = Path(output_dir), None
+    report = None
     connection = connection_of(base_model(model))
     if connection is not None:
         _share_norms(connection)
-        plan = chains(model).to_dict() if connection.config.wired else connection.chains.to_dict()
+        plan = connection.chains.to_dict()
         report = _merge(model, adapter.merge, calibration)
         if is_main():
-            write_json(output / "chains.json", plan)
-            write_json(output / "merge.json", report.to_dict())
+            write_json(folder / "chains.json", plan)
+            write_json(folder / "merge.json", report.to_dict())
     merged(model)  # rotations of a placebo
     if is_main():
-        remove_leftovers(output / "peft")  # of a process that was killed while writing
-        export_peft(model, output / "peft")
+        remove_leftovers(folder / "peft")  # of a process that was killed while writing
+        export_peft(model, folder / "peft")
         if adapter.merge_and_save:
-            _write_merged(base_model(model), output / "merged", tokenizer)
+            _write_merged(base_model(model), folder / "merged", tokenizer)
     return report
 
 
@@ -211,7 +202,7 @@ def write_results(
     """
     row = METHODS[adapter.name]
     wired = ("shortcut",) * row.reads_shortcut + ("pre_num", "head") * (row.shortcuts or row.measured)
-    timing = [callback.seconds for callback in trainer.callback_handler.callbacks if isinstance(callback, LogCallback)]
+    log = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LogCallback))
     content = {
         **facts,
         "method": adapter.name,
@@ -221,13 +212,13 @@ def write_results(
         "trainable_parameters": trainer.trainable_parameters,
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
-        "train_seconds": round(timing[0], 3) if timing else None,
+        "train_seconds": round(log.seconds, 3),
         "merge": report.method if report is not None else None,
         "table": table,
     }
     broadcast_from_main(check_held)  # predictions may have taken hours
     if trainer.args.should_save:
-        write_json(Path(trainer.args.output_dir) / "results.json", content)
+        write_json(trainer.args.folder / "results.json", content)
     return content
 
 

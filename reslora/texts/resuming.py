@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from ..errors import InvalidArgument
 from ..experiment.record import EXPERIMENT
 from ..io import read_object
 from ..options.texts import PASSED_ON, TextOptions
-from ..options.values import as_typed
+from ..options.values import refuse_other_value
 from ..runtime.checkpoint_folders import refuse_afresh
 from ..runtime.processes import is_main
 from .checkpoints import named_checkpoint
@@ -28,16 +27,13 @@ def free_on_resume(kind: type[TextOptions]) -> set[str]:
     return {*PASSED_ON["free"], *(name for name, option in kind.table().items() if option.resume != "fixed")}
 
 
-def check_resume(
-    output_dir: str | os.PathLike, resume: str | None, current: Mapping[str, object], free: Collection[str]
-) -> None:
+def check_resume(output: Path, resume: str | None, current: Mapping[str, object], free: Collection[str]) -> None:
     """Raise `InvalidArgument` if a run cannot be resumed or would mix with another one.
 
     That is the case if the directory has checkpoints and `resume` (the option's value) is None; if all of them are
     missing or were renamed; or if a setting of `current` that is not `free` differs from the `config.json` of the
     directory, or of the run whose checkpoint `resume` names.
     """
-    output = Path(output_dir)
     if (output / EXPERIMENT).exists():
         fix = "give its methods, rates and seeds, or choose another"
         raise InvalidArgument(f"--output_dir {output}", "holds an experiment", fix)
@@ -57,20 +53,16 @@ def check_resume(
             logger.warning(f"no config.json in {run}: its checkpoint may be of other settings or examples than these")
         for name, value in current.items():
             if name not in free and name in earlier and not is_same(name, earlier[name], value):
-                fix = "leave it out" if earlier[name] is None else "use that"
-                raise InvalidArgument(
-                    f"--{name} {as_typed(value)}",
-                    f"{run} was trained with {as_typed(earlier[name])}",
-                    f"{fix}, or start afresh in another --output_dir",
-                )
+                otherwise = "start afresh in another --output_dir"
+                refuse_other_value(f"--{name}", value, f"{run} was trained with", earlier[name], otherwise)
 
 
-def check_data(output_dir: str | os.PathLike, resume: str | None, data: str) -> None:
+def check_data(output: Path, resume: str | None, data: str) -> None:
     """Raise `InvalidArgument` when resuming on other training examples than the runs of `check_resume`.
 
     `data` is their `fingerprint`; their location does not matter.
     """
-    for run, earlier in _earlier(Path(output_dir), resume) if resume is not None else ():
+    for run, earlier in _earlier(output, resume) if resume is not None else ():
         if earlier.get("data", data) != data:
             raise InvalidArgument(
                 "--resume_from_checkpoint",

@@ -37,17 +37,13 @@ class Parts(Generic[T]):
     """Origin of the selection and test parts as text: a file of the task, or training examples."""
     enough: float = 1
     """The --test_split with which the test part has ENOUGH examples; 1 if none does."""
+    trained: int = 0
+    """Number of training examples, after limits and without examples that are too long."""
 
-    def in_words(self, trained: int) -> str:
-        """Return the size of each part as text; `trained` is the number of training examples."""
-        numbers = f"{trained} to train on, {len(self.select)} to choose by ({self.files[0]})"
+    def __str__(self) -> str:
+        numbers = f"{self.trained} to train on, {len(self.select)} to choose by ({self.files[0]})"
         numbers += f", {len(self.test)} to compare by ({self.files[1]})"
         return f"examples: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
-
-    @property
-    def trained(self) -> int:
-        """Number of training examples."""
-        return len(self.train)
 
     @property
     def marks(self) -> list[str]:

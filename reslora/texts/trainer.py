@@ -26,7 +26,6 @@ from transformers.utils import logging
 
 from ..attributes import override_attributes
 from ..chains import base_model
-from ..config import ResLoraConfig
 from ..errors import Diverged, InvalidArgument, RunFailed, Stopped, refused_as
 from ..formatting import is_or_are, pluralize
 from ..io import write_checksums, write_tensors
@@ -93,7 +92,7 @@ def attach(
         alpha_pattern=entries("alpha_pattern", adapter.alpha_pattern),
     )  # fmt: skip
     config = adapter_config(adapter.name, settings)
-    shortcuts = shortcuts_of(adapter) if METHODS[adapter.name].shortcuts else None
+    shortcuts = adapter.reslora_config if METHODS[adapter.name].shortcuts else None
     with refused_as(f"--lora_r {adapter.rank}", "give a smaller one, or name other --target_modules", UNFIT):
         check_rank(model, config)
     spell_out(model, config)
@@ -101,7 +100,7 @@ def attach(
     with refused_as(flag, "name other layers, or another --method", UNFIT):
         adapted = adapters.attach(model, config, shortcuts, example_inputs)
         if METHODS[adapter.name].measured:
-            with gauged(adapter.name, adapted, shortcuts_of(adapter), example_inputs):
+            with gauged(adapter.name, adapted, adapter.reslora_config, example_inputs):
                 pass
     if adapter.merge_and_save:
         _refuse_tied(base_model(adapted), flag)
@@ -120,17 +119,12 @@ def put_control_on(
     base = base_model(trainer.model)
 
     def measured() -> Settings:
-        with gauged(adapter.name, trainer.model, shortcuts_of(adapter), example_inputs) as gauge:
+        with gauged(adapter.name, trainer.model, adapter.reslora_config, example_inputs) as gauge:
             for batch in batches:
                 base(**to_device(dict(batch), trainer.args.device))
         return gauge.settings(trainer.args.seed)
 
     put_on(trainer.model, broadcast_from_main(measured))
-
-
-def shortcuts_of(adapter: MethodOptions) -> ResLoraConfig:
-    """Return the configuration of ResLoRA's shortcuts."""
-    return ResLoraConfig(adapter.shortcut, adapter.pre_num, adapter.head)
 
 
 def _refuse_tied(base: PreTrainedModel, flag: str) -> None:
@@ -156,14 +150,14 @@ def _targets(model: PreTrainedModel, adapter: MethodOptions) -> list[str] | str:
             f"missing, and not known for model type {model.config.model_type!r}",
             f"name some of {known}",
         )
-    if list(targets) == ["all-linear"]:
+    if targets == ["all-linear"]:
         return "all-linear"
     names = [name for name, _ in model.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             problem = f"{target} matches no layer of {type(model).__name__}"
             raise InvalidArgument(f"--target_modules {' '.join(targets)}", problem, f"name some of {known}")
-    return list(targets)
+    return targets
 
 
 def total_steps(args: TrainingArguments, examples: int) -> int:
@@ -206,7 +200,7 @@ class AdapterTrainer(Trainer):
         args.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it warns in every epoch
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
-        self.use_cache = getattr(getattr(base_model(model), "config", None), "use_cache", None)
+        self.use_cache = getattr(base_model(model).config, "use_cache", None)
         checkpointing = args.activation_checkpointing
         args.activation_checkpointing = args.gradient_checkpointing = False
         if args.n_gpu > 1:
@@ -222,7 +216,7 @@ class AdapterTrainer(Trainer):
         self.trainable_parameters = sum(value.numel() for value in model.parameters() if value.requires_grad)
         if self.allocator is not None:
             self.add_callback(AllocateRanks(self.allocator, self.accelerator))
-        self.stopping = StopWhenAsked(stop or StopRequest(), self.accelerator)
+        self.stopping = StopWhenAsked(stop or StopRequest(), self)
         self.add_callback(self.stopping)
         self.add_callback(SaveValidated())
 
@@ -249,23 +243,23 @@ class AdapterTrainer(Trainer):
         )
         if self.args.save_only_model and is_main():
             logger.warning("--save_only_model: no checkpoint can be resumed but one that a stop saves, which is whole")
-        aside = GoesOnFrom(found) if found else None
-        if aside is not None:
-            self.add_callback(aside)
+        if found:
+            self.add_callback(GoesOnFrom(found))
         try:
             result = super().train(resume_from_checkpoint=found, **kwargs)
         except ValueError as error:
-            mismatch = _as_mismatch(error)
-            if mismatch is None:
+            if "DeepSpeed config values that mismatch" not in str(error):
                 raise
-            raise mismatch from error
+            lines = str(error).splitlines()
+            differ = "; ".join(line.removeprefix("- ") for line in lines if line.startswith("- "))
+            problem = f"differs from the flags: {differ}"
+            raise InvalidArgument("DeepSpeed's configuration", problem, "say the same in both") from error
         except Exception as error:  # not an error of a validation, before which a checkpoint must be saved
             if self.control.should_evaluate or not self.stopping.ended_the_compiler(error):
                 raise
             self._stop_within_a_step(error)
         finally:
-            if aside is not None:
-                self.remove_callback(aside)
+            self.remove_callback(GoesOnFrom)
             if self.use_cache is not None:  # `Trainer` turns it off, and a merged model would save that
                 base_model(self.model).config.use_cache = self.use_cache
         if self.stopping.leaving:
@@ -285,17 +279,17 @@ class AdapterTrainer(Trainer):
         processes = self.args.world_size
         if named not in ("latest", True):
             return self._named(named)
-        if (folder := usable_checkpoint(self.args.output_dir, processes)) is not None:
+        if (folder := usable_checkpoint(self.args.folder, processes)) is not None:
             return folder
-        set_unfinished_aside(self.args.output_dir, processes)
-        if found := checkpoints_of(self.args.output_dir):
+        set_unfinished_aside(self.args.folder, processes)
+        if found := checkpoints_of(self.args.folder):
             problem, fix = damage(found[0], processes), "remove them to start afresh"
             raise InvalidArgument(
                 "--resume_from_checkpoint latest",
                 f"none of {pluralize(len(found), 'checkpoint')} can be used, {found[0]} for: {problem}",
                 f"take as many processes as before, or {fix}" if "number of processes" in str(problem) else fix,
             )
-        logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.output_dir}, starting afresh")
+        logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.folder}, starting afresh")
         return None
 
     def _named(self, name: str) -> str:
@@ -303,13 +297,13 @@ class AdapterTrainer(Trainer):
 
         Raises `InvalidArgument` if it is incomplete.
         """
-        folder = named_checkpoint(self.args.output_dir, name)
-        flag, there = f"--resume_from_checkpoint {folder}", checkpoints_of(self.args.output_dir)
+        folder = named_checkpoint(self.args.folder, name)
+        flag, there = f"--resume_from_checkpoint {folder}", checkpoints_of(self.args.folder)
         if not folder.is_dir():
             fix = f"give latest, or one of {', '.join(path.name for path in there)}" if there else "leave it out"
             raise InvalidArgument(flag, "no such checkpoint", fix)
         if (problem := damage(folder, self.args.world_size)) is not None:
-            usable = usable_checkpoint(self.args.output_dir, self.args.world_size)
+            usable = usable_checkpoint(self.args.folder, self.args.world_size)
             fix = "use latest" if usable else "leave it out, and choose another --output_dir"
             raise InvalidArgument(flag, f"cannot be resumed ({problem})", fix)
         return str(folder)
@@ -412,7 +406,7 @@ class AdapterTrainer(Trainer):
 
     def _remove_older(self) -> None:
         """Remove checkpoints beyond --save_total_limit, atomically, but never the newest or the best."""
-        found, limit = checkpoints_of(self.args.output_dir), self.args.save_total_limit
+        found, limit = checkpoints_of(self.args.folder), self.args.save_total_limit
         best = Path(self.state.best_model_checkpoint or "").name
         others = [path for path in found[1:] if path.name != best]
         if limit is not None:
@@ -420,7 +414,7 @@ class AdapterTrainer(Trainer):
                 discard(old)
 
     def _checkpoint(self) -> Path:
-        return Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        return self.args.folder / f"checkpoint-{self.state.global_step}"
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -452,18 +446,6 @@ class AdapterTrainer(Trainer):
     def _load_allocator(self, checkpoint: str) -> None:
         if self.allocator is not None:
             self.allocator.load_state_dict(load_file(Path(checkpoint) / ALLOCATOR_NAME))
-
-
-def _as_mismatch(error: ValueError) -> InvalidArgument | None:
-    """Return an error about options that differ from DeepSpeed's configuration, in one line.
-
-    `error` is the one that transformers raised; None if that is about something else.
-    """
-    lines = str(error).splitlines()
-    if "DeepSpeed config values that mismatch" not in str(error):
-        return None
-    differ = "; ".join(line.removeprefix("- ") for line in lines if line.startswith("- "))
-    return InvalidArgument("DeepSpeed's configuration", f"differs from the flags: {differ}", "say the same in both")
 
 
 def _plain(choice: object) -> object:

@@ -4,7 +4,8 @@ import argparse
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic
 
 import torch
@@ -29,11 +30,14 @@ BOUNDS = {
 
 @dataclass
 class AdapterTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with other defaults: TensorBoard, and a log row for each step."""
+    """`TrainingArguments` with a log row for each step, and with validation of more values."""
 
-    output_dir: str = "runs/adapter"
-    report_to: list[str] | None = field(default_factory=lambda: ["tensorboard"])
     logging_steps: float = 1
+
+    @property
+    def folder(self) -> Path:
+        """Directory of the run."""
+        return Path(self.output_dir)
 
     def __post_init__(self) -> None:
         check_trackers(self.report_to)

@@ -17,7 +17,7 @@ from ..methods.adapters import load_adapter, save_adapter
 from ..methods.registry import METHODS
 from ..options.images import NOISES, MethodOptions, Options, OutputOptions, TrainingOptions, ValidationOptions
 from ..options.option import in_words
-from ..options.values import as_typed, listed
+from ..options.values import listed, refuse_other_value
 from ..runtime.checkpoint_folders import (
     MERGED,
     cannot_be_loaded,
@@ -143,7 +143,7 @@ def already_trained(
         merged = METHODS[method].shortcuts and {name: record[name] for name in MERGING if name in record}
         if merged and any(options[name] != value for name, value in merged.items()):
             merge_anew[method] = final_checkpoint(options.adapter, folder, record["step"])
-        elif is_exported(folder, record):
+        elif all((folder / name).exists() for name in record.get("difference_of_255", ["none"])):
             finished.append(method)
             notes += notes_of(options, folder, record)
     return finished, merge_anew, notes
@@ -175,11 +175,6 @@ def is_trained(training: TrainingOptions, validation: ValidationOptions, folder:
         return patience == validation.early_stopping_patience
     same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == training.num_train_epochs
     return step == steps if steps else same_epochs
-
-
-def is_exported(folder: Path, record: dict) -> bool:
-    """Return whether all files of the exports' record exist."""
-    return all((folder / name).exists() for name in record.get("difference_of_255", ["none"]))
 
 
 def final_checkpoint(options: MethodOptions, folder: Path, step: int) -> Path:
@@ -227,10 +222,8 @@ def check_past(values: Mapping[str, Any], place: Path, record: dict, identity: I
         # None may still be resolved by the model's family or accelerate; this is called again with the identity then.
         settled = value is not None or identity is not None
         if settled and name in there and there[name] != value:
-            flag = f"{DESCRIBED.get(name, f'--{name}')} {as_typed(value)}"
-            problem = f"{place} was trained with {as_typed(there[name])}"
-            fix = "leave it out" if there[name] is None else "use that"
-            raise InvalidArgument(flag, problem, f"{fix}, or choose another --output_dir")
+            before, otherwise = f"{place} was trained with", "choose another --output_dir"
+            refuse_other_value(DESCRIBED.get(name, f"--{name}"), value, before, there[name], otherwise)
     if identity and record:
         refuse_other_content(values, place, record, identity)
 
@@ -326,18 +319,19 @@ def write_exports(
 
     It has the settings, and the error of each file against the merged model.
     """
-    length: dict[str, Any] = {
+    record: dict[str, Any] = {
         "step": schedule.steps,
         "num_train_epochs": options.training.num_train_epochs,
         "by_epochs": schedule.by_epochs,
+        "difference_of_255": differences,
+        **{name: options[name] for name in MERGING},
+        "shown": {name: options[name] for name in SHOWN},
+        **past_of(options.flat(), identity),
     }
     if schedule.is_over:
-        length["early_stopping_patience"] = options.validation.early_stopping_patience
+        record["early_stopping_patience"] = options.validation.early_stopping_patience
     if options.validation.save_best and (best := best_of(folder)):
-        length["best"] = {"step": best.step, "loss": best.loss}
-    merging = {name: options[name] for name in MERGING}
-    shown = {"shown": {name: options[name] for name in SHOWN}}
-    record = length | {"difference_of_255": differences} | merging | shown | past_of(options.flat(), identity)
+        record["best"] = {"step": best.step, "loss": best.loss}
     write_json(folder / EXPORTS, record)
 
 

@@ -94,8 +94,10 @@ def _gradients(learner: Learner, batch: object) -> list[torch.Tensor]:
 def _unrecorded(model: nn.Module) -> Iterator[None]:
     """Restore the recorded norms of a connected model afterwards."""
     connection = connection_of(model)
-    norms = connection.wires.norms if connection else None
-    kept = copy.deepcopy((norms.values, norms.pushed)) if norms else None
+    if connection is None:
+        yield
+        return
+    norms = connection.wires.norms
+    kept = copy.deepcopy((norms.values, norms.pushed))
     yield
-    if norms and kept:
-        norms.values, norms.pushed = kept
+    norms.values, norms.pushed = kept

@@ -17,15 +17,15 @@ from ..methods.controls import Settings, put_on
 from ..methods.registry import METHODS
 from ..runtime.checkpoint_folders import memory_reported
 from ..runtime.folder_lock import check_held, writing_into
-from ..runtime.processes import broadcast_from_main
+from ..runtime.processes import broadcast_from_main, stop_requested
 from ..seeds import derive
 from .best import best_of, go_on_from
 from .checkpoints import Resume, restore, save_checkpoint, write_exports
 from .compiling import checked
 from .context import Context
 from .preparing import prepare, renew_scaler
-from .state import Learner, shortcuts_of
-from .stopping import Requests, stop_requested
+from .state import Learner
+from .stopping import Requests
 from .study import Study
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def put_control_on(learner: Learner, study: Study) -> None:
     def measured() -> list[Settings]:
         with contextlib.ExitStack() as stack, study.context.accelerator.autocast():
             gauges = [
-                stack.enter_context(gauged(learner.method, part, shortcuts_of(options.adapter)))
+                stack.enter_context(gauged(learner.method, part, options.adapter.reslora_config))
                 for part in parts.values()
             ]
             for batch in study.calibration():

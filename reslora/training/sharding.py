@@ -107,12 +107,6 @@ def units_of(denoiser: nn.Module, accelerator: Accelerator) -> list[str]:
     return names
 
 
-def place_adapter(denoiser: nn.Module, accelerator: Accelerator) -> None:
-    """Move the adapter to the accelerator; the base stays on the CPU until it is sharded."""
-    for module in adapters_of(denoiser):
-        module.to(accelerator.device)
-
-
 def leave_base_alone(trained: nn.Module) -> None:
     """Exclude the frozen base from DistributedDataParallel's broadcast: each process loads the same."""
     same = [name for name, parameter in trained.named_parameters() if not parameter.requires_grad]

@@ -15,14 +15,13 @@ from accelerate.optimizer import AcceleratedOptimizer
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from ..config import ResLoraConfig
 from ..errors import refused_as
 from ..methods.adapters import RankAllocator, rank_allocator
-from ..options.images import MethodOptions, OptimizerOptions, TrainingOptions
+from ..options.images import OptimizerOptions, TrainingOptions
 from ..options.optimizers import ADAMS, class_of, named, options_of
 from .context import Context
 from .schedule import Schedule
-from .sharding import cuts_base, place_adapter
+from .sharding import adapters_of, cuts_base
 from .trained import Trained
 from .zero import full_state, uses_deepspeed
 
@@ -143,7 +142,8 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
     """Return the learner of a method at its start, with adapters added to the trained models."""
     options, denoiser = context.options, trained.denoiser
     if cuts_base(context.accelerator):
-        place_adapter(denoiser, context.accelerator)
+        for module in adapters_of(denoiser):  # the base stays on the CPU until it is sharded
+            module.to(context.accelerator.device)
     first, *others = [[p for p in part.parameters() if p.requires_grad] for part in trained.parts.values()]
     optimizer = new_optimizer(
         first, options.training, options.optimizer, context.accelerator, of_encoders=list(itertools.chain(*others))
@@ -156,11 +156,6 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
         method, trained, optimizer, lr_scheduler, rank_allocator(denoiser), trained, name=context.name_of(method),
         before=context.before + options.adapter.method.index(method),
     )  # fmt: skip
-
-
-def shortcuts_of(options: MethodOptions) -> ResLoraConfig:
-    """Return the configuration of ResLoRA's shortcuts."""
-    return ResLoraConfig(shortcut=options.shortcut, pre_num=options.pre_num, head=options.head)
 
 
 def new_optimizer(

@@ -3,8 +3,7 @@
 import time
 from pathlib import Path
 
-from ..runtime.processes import any_of, any_of_each, is_main
-from ..runtime.signals import StopRequest
+from ..runtime.processes import any_of_each, is_main
 from .context import Context
 
 SAVE, SAMPLE = "save.now", "sample.now"
@@ -12,11 +11,6 @@ SAVE, SAMPLE = "save.now", "sample.now"
 
 Any program may create one in the run's directory; it is removed when it is handled.
 """
-
-
-def stop_requested(stop: StopRequest) -> bool:
-    """Return whether any process was asked to stop; all processes must call it together and use its result."""
-    return stop.shared(any_of(stop.signal is not None))
 
 
 class Requests:

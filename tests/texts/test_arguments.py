@@ -21,9 +21,9 @@ from reslora.options.grid import Grid
 from reslora.options.option import number, whole
 from reslora.options.parser import OptionsParser
 from reslora.options.texts import GLUE_TASK, LLM_TASK, PASSED_ON, ZERO2_OFFLOAD, GlueOptions, LlmOptions
+from reslora.options.unused import report_unread_by_methods
 from reslora.runtime.script import run_script
 from reslora.texts.arguments import parsed_values, read, resolve
-from reslora.texts.experiment import report_unread
 from reslora.texts.glue import arguments_of
 from reslora.texts.training_arguments import Arguments, training_arguments
 
@@ -55,18 +55,18 @@ def test_a_merge_that_reads_examples_has_some():
     ],
 )
 def test_what_the_method_does_not_read_is_told(capsys, flag, value, method, other):
-    report_unread(resolve(LlmOptions, {"method": [other], flag: value}))
+    report_unread_by_methods(resolve(LlmOptions, {"method": [other], flag: value}))
     assert capsys.readouterr().out == f"--{flag} {value}: nothing reads it with --method {other}\n"
-    report_unread(resolve(LlmOptions, {"method": [method], flag: value}))
-    report_unread(resolve(LlmOptions, {"method": [other], "lora_r": 3}))
+    report_unread_by_methods(resolve(LlmOptions, {"method": [method], flag: value}))
+    report_unread_by_methods(resolve(LlmOptions, {"method": [other], "lora_r": 3}))
     assert capsys.readouterr().out == ""
 
 
 def test_blocks_without_others_are_warned_of(capsys):
-    report_unread(resolve(LlmOptions, {"pre_num": [0]}))
+    report_unread_by_methods(resolve(LlmOptions, {"pre_num": [0]}))
     line = "warning: --pre_num 0: no block takes part in another, so reslora trains as LoRA does\n"
     assert capsys.readouterr().out == line
-    report_unread(resolve(LlmOptions, {"pre_num": [0], "shortcut": ["none"]}))
+    report_unread_by_methods(resolve(LlmOptions, {"pre_num": [0], "shortcut": ["none"]}))
     assert "warning" not in capsys.readouterr().out
 
 

@@ -182,7 +182,7 @@ def test_a_compiler_that_fails_unasked_is_told_as_ever(tmp_path, monkeypatch):
 
 def test_who_stops_because_another_process_was_asked_ends_as_that_one(tmp_path, monkeypatch):
     """By SIGTERM, which `run_script` makes the status of."""
-    monkeypatch.setattr("reslora.texts.callbacks.any_of", lambda condition: True)
+    monkeypatch.setattr("reslora.runtime.processes.any_of", lambda condition: True)
     stop = StopRequest()
     with pytest.raises(Stopped, match="stopped after step 1"):
         trainer_for(build()[0], tmp_path, stop=stop).train()

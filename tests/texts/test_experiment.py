@@ -432,7 +432,7 @@ def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
 
     def told(files, split=None, limit=None) -> list[str]:
         parts = parts_of(files, str, ExperimentOptions(test_split=split)).limited(None, limit)
-        return experiment.Bench(None, None, parts, 0, StopRequest(), None).too_few()
+        return experiment.Bench(None, None, parts, StopRequest(), None).too_few()
 
     texts = [one + other for one in "abcdef" for other in "ghijk"]
     (line,) = told({"train": texts}, 0.01)
@@ -471,7 +471,7 @@ def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
     monkeypatch.setattr(llm.LlmStudy, "adapted", adapted)
     words = [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu", *["--torch_compile"] * compiled]
     course = Course(read(LlmOptions, "x", words), 0.0)
-    bench = experiment.Bench(course, llm.LlmStudy(), None, 0, StopRequest(), None)
+    bench = experiment.Bench(course, llm.LlmStudy(), None, StopRequest(), None)
     with pytest.raises(Stopped):
         bench.train(course.arms()[0])
     assert heard == ["forgotten"] * compiled + ["trained"]
@@ -479,7 +479,7 @@ def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
 
 def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
     stop, grid = StopRequest(), read(LlmOptions, "x", [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu"])
-    bench = experiment.Bench(Course(grid, 0.0), None, None, 0, stop, None)
+    bench = experiment.Bench(Course(grid, 0.0), None, None, stop, None)
     arm, *_ = bench.course.arms()
     bench.begins("testing (1 of 4)", arm)
     stop.signal = signal.SIGTERM
@@ -540,7 +540,7 @@ def test_what_an_experiment_goes_on_with_has_twice_the_rank_as_alpha(tmp_path, r
     """None stands for twice each of several ranks."""
     words = ["--seed", "0", "1", "--use_cpu", f"--output_dir={tmp_path}", "--lora_r", *rank]
     course = Course(read(LlmOptions, "x", words), 0.0)
-    bench = experiment.Bench(course, llm.LlmStudy(), Parts([], [], [], 0, []), 0, StopRequest(), None)
+    bench = experiment.Bench(course, llm.LlmStudy(), Parts([], [], [], 0, []), StopRequest(), None)
     assert bench.identity["lora_alpha"] == alpha
     assert {bench.arguments_of(arm).method.lora_alpha for arm in course.arms()} == (
         {8, 32} if alpha is None else {alpha}

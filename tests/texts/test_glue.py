@@ -397,7 +397,7 @@ def test_samples_and_lengths_are_cut(roberta, tmp_path):
     encoded = glue.encode(arguments, tokenizer, splits["train"])
     lengths = [sum(row["attention_mask"]) for row in encoded]
     assert {len(row["input_ids"]) for row in encoded} == {12} and min(lengths[:6]) < max(lengths[:6]) == 12
-    batches = glue.calibration_batches(arguments, encoded, torch.device("cpu"))
+    batches = glue.calibration_batches(arguments, encoded)
     assert len(batches) == 6 and all("labels" not in batch for batch in batches)
     for batch, length in zip(batches, lengths, strict=False):
         assert batch["input_ids"].shape == (1, length) and batch["attention_mask"].all()

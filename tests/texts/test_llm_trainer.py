@@ -31,7 +31,7 @@ def test_the_loss_is_on_the_answer_and_the_end_which_is_learnt_though_it_pads():
         length = int(batch["attention_mask"][number].sum())
         assert tokenizer.decode(batch["input_ids"][number][:length]) == f"{example.prompt}\n{example.answer}<end>"
         assert int(learnt.nonzero()[-1]) == length - 1
-    prompts = encoder.left_padded([encoder.prompt(short), encoder.prompt(long)])
+    prompts = encoder.padded([encoder.prompt(short), encoder.prompt(long)], "left")
     assert prompts["input_ids"][0].tolist() == [0] * 4 + encoder.prompt(short)
     assert prompts["attention_mask"][0].tolist() == [0] * 4 + [1] * 3
     # A generated answer starts from the tokens that were trained on.
@@ -113,7 +113,7 @@ def test_losses_of_an_experiment_are_in_the_order_of_its_examples(monkeypatch, s
     monkeypatch.setattr(llm, "generate", answers)
     monkeypatch.setattr(llm, "example_losses", lambda model, encoder, batch: [float(each.gold) for each in batch])
     study, (first, *rest) = llm.LlmStudy(), SUMS
-    study.data = llm.Data(Encoder(bytes_tokenizer()), {"test": [*reversed(rest), first]}, [])
+    study.encoder, study.examples = Encoder(bytes_tokenizer()), {"test": [*reversed(rest), first]}
     options = LlmOptions.of(max_new_tokens=8)
     arguments = SimpleNamespace(training=SimpleNamespace(per_device_eval_batch_size=size), options=options)
     losses, figures = study.measured(arguments, None, lambda: asked.append(1))

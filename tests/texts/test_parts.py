@@ -1,6 +1,7 @@
 """The three parts of a task's examples: by its files or by content, near-duplicates never apart."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -28,8 +29,8 @@ def test_a_tasks_own_files_choose_and_compare_and_what_repeats_them_is_left_out(
     found = parts(train=["a 1", "b", "B", "c", "d"], select=["C ", "e", "a 2"], test=["A 33", "f", "f"])
     assert (found.train, found.select, found.test) == (["b", "B", "d"], ["C ", "e"], ["A 33", "f"])
     assert found.duplicates == 4  # a 1, a 2, B, c
-    assert found.in_words(7).startswith("examples: 7 to train on")
-    assert found.in_words(7).count("(a file of the task)") == 2
+    said = str(replace(found, trained=7))
+    assert said.startswith("examples: 7 to train on") and said.count("(a file of the task)") == 2
     assert len(set(found.marks)) == 2 and found.marks == parts(train=["x"], select=["y"], test=["A 33", "f"]).marks
 
 
@@ -45,7 +46,7 @@ def test_what_has_no_file_is_cut_out_by_content():
         assert set(map(normalised, part)) <= before
     tested = parts(train=WORDS, test=WORDS[:2])
     assert tested.test == WORDS[:2] and tested.select and not set(tested.select) & set(WORDS[:2])
-    assert "of the training examples" in tested.in_words(7)
+    assert "of the training examples" in str(tested)
 
 
 def test_one_of_several_near_duplicates_chooses_or_compares():

@@ -19,7 +19,7 @@ from ...errors import Diverged, Stopped
 from ...io import remove, replacing, write_json
 from ...runtime.checkpoint_folders import adapter_folder
 from ...runtime.log import LogWriter, of_split, read_log
-from ...runtime.processes import broadcast_from_main
+from ...runtime.processes import broadcast_from_main, stop_requested
 from ...runtime.sample_folders import PROMPTS, by_step
 from ...runtime.signals import StopRequest
 from ...tracing import evaluating
@@ -28,7 +28,6 @@ from ...training.checkpoints import EXPORTS, checkpoints_of
 from ...training.schedule import Schedule
 from ...training.sharding import by_main, cuts_base
 from ...training.state import Learner
-from ...training.stopping import stop_requested
 from ..data.batch import Batch
 from ..data.samples import Material, ValidationSamples, losses_of, measured, measured_at
 from ..denoising import DenoisingLoss

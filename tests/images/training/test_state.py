@@ -11,7 +11,7 @@ from reslora.config import ResLoraConfig
 from reslora.images.settings import parse_args
 from reslora.options.images import Options
 from reslora.options.optimizers import OPTIMIZERS, Named, options_of
-from reslora.training.state import Learner, new_optimizer, shortcuts_of
+from reslora.training.state import Learner, new_optimizer
 
 ACCELERATOR = SimpleNamespace(num_processes=1, device=torch.device("cpu"), scaler=None)
 
@@ -37,7 +37,7 @@ def test_a_scaled_rate_is_times_the_samples_of_a_step_in_all_processes(scaled, r
 
 def test_shortcuts_are_those_of_the_flags():
     flags = FLAGS.replace(shortcut="middle", pre_num=3, head="none")
-    assert shortcuts_of(flags.adapter) == ResLoraConfig("middle", pre_num=3, head="none")
+    assert flags.adapter.reslora_config == ResLoraConfig("middle", pre_num=3, head="none")
 
 
 @pytest.mark.exhaustive
