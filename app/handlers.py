@@ -51,9 +51,10 @@ def readable_errors(handler: Callable) -> Callable:
 
 def named(handler: Callable, parameters: Sequence[str]) -> Callable:
     """Return the handler with named parameters, for API clients."""
+    found = functools.update_wrapper(functools.partial(handler), handler)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    handler.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in parameters])
-    return handler
+    found.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in parameters])
+    return found
 
 
 def translated(error: Exception) -> gr.Error:

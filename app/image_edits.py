@@ -12,21 +12,16 @@ from reslora.options.prompts import clean
 from .caption_files import Edit, Table, write
 from .changes import Change, changes, changing
 from .folders import Folder
-from .image_folders import Image, ImageFolders, Images, options_of, stamp_of
+from .image_folders import Image, ImageFolders, Images, options_of
 from .jobs import Jobs
 from .looks import Looks
-from .runs import RunError
+from .runs import RunError, stamp_of
 
 BETWEEN = "\n\n"
 """Separator between the captions of an image with several captions."""
 REPLACE, BEFORE, AFTER, ADD_TAG, REMOVE_TAG = "Replace", "Put before", "Put after", "Add tag", "Remove tag"
 EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE = "All images", "Left out by training", "Without caption", "Duplicates"
 FILTERS = (EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE)
-
-
-def replaced(caption: str, find: str, other: str) -> str:
-    """Return the caption with `find` replaced by `other`."""
-    return caption.replace(find, other)
 
 
 def with_tag(caption: str, tag: str, _: str) -> str:
@@ -46,7 +41,7 @@ def tags_of(caption: str) -> list[str]:
 
 
 OPERATIONS: dict[str, Callable[[str, str, str], str]] = {
-    REPLACE: replaced,
+    REPLACE: str.replace,
     BEFORE: lambda caption, text, _: text + caption,
     AFTER: lambda caption, text, _: caption + text,
     ADD_TAG: with_tag,

@@ -29,7 +29,7 @@ from reslora.options.prompts import clean
 from .folders import SETS, Folder, Folders
 from .launcher import trainers_parser
 from .library import kind_of
-from .runs import RunError
+from .runs import RunError, stamp_of
 from .uploads import store_images
 
 MULTIPLE = 8
@@ -144,15 +144,6 @@ def state_of(folder: Folder, options: Options) -> int:
         return hash(tuple((str(path), stamp_of(path)) for path in files_of(folder.path, options.data, options.output)))
     except OSError:
         raise RunError("This folder cannot be read just now.") from None
-
-
-def stamp_of(path: Path) -> tuple[int, ...]:
-    """Return inode, size in bytes and modification time of a file; empty if it does not exist."""
-    try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 # -- as the trainer reads a folder -------------------------------------------------------------------------------------

@@ -183,9 +183,4 @@ def safe_name(name: str) -> str:
 
 def in_words(words: list[str]) -> str:
     """Return the command as typed in the repository."""
-    shown = []
-    for word in words:
-        path = Path(word)
-        inside = path.is_absolute() and path.is_relative_to(REPOSITORY)
-        shown.append(str(path.relative_to(REPOSITORY)) if inside else word)
-    return "accelerate launch " + shlex.join(shown)
+    return "accelerate launch " + shlex.join(word.removeprefix(f"{REPOSITORY}{os.sep}") for word in words)

@@ -12,7 +12,7 @@ from .activity import activity, why_ended
 from .folders import BUNDLED
 from .jobs import GONE, RUNNING, WAITING, Entry, Jobs
 from .library import Experiment, LanguageRun, language_script, last_change
-from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError
+from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError, stamp_of
 from .shelf import Shelf
 from .views import NAMES, bad, data_uri, escape, notice
 
@@ -115,19 +115,15 @@ def runs(shelf: Shelf, words: str) -> str:
 
 def card_of(shelf: Shelf, run: Run) -> str:
     """Return a run's card; it is rendered again if a file in its folder changed."""
-    jobs, changed = shelf.jobs, [last_change(run.folder)]
-    for path in (run.folder, run.folder / NOTES, *(run.folder / method for method in run.methods)):
-        with contextlib.suppress(OSError):
-            changed.append(path.stat().st_mtime)
-    return card(shelf, run, jobs.status(run) if jobs.is_active(run) else "", tuple(changed))
+    jobs = shelf.jobs
+    stamps = tuple(stamp_of(run.folder / name) for name in (".", NOTES, *run.methods))
+    status = jobs.status(run) if jobs.is_active(run) else ""
+    return card(shelf, run, status, last_change(run.folder), stamps)
 
 
 @functools.lru_cache(maxsize=4 * MOST)
-def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str:
-    """Return a card: newest sample, status, time of the last change, notes.
-
-    `changed`: modification times, which are the key of the cache.
-    """
+def card(shelf: Shelf, run: Run, status: str, changed: float, stamps: tuple[tuple[int, ...], ...]) -> str:
+    """Return a card: newest sample, status, time of the last change, notes; `stamps` are part of the cache key."""
     name, status, owned = escape(run.name), status or run.status, shelf.library.owns(run)
     done, total = run.progress
     kind, script = isinstance(run, Experiment), language_script(run)
@@ -145,7 +141,7 @@ def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str
         f'<textarea rows="2" maxlength="{LONGEST_NOTES}" aria-label="notes on {name}" data-was="{escape(run.notes)}" '
         f'placeholder="no notes">\n{escape(run.notes)}</textarea><p class="told" role="status"></p>'
     )
-    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed[0]))
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
     return (
         f'<div class="run" role="group" aria-label="{name}" data-name="{name}">{picture(run)}'
         f'<p class="name" title="{name}">{name}</p><p>{badge(status)} <span class="when">{since}</span></p>'
@@ -158,7 +154,7 @@ def picture(run: Run) -> str:
     """Return the newest sample of the last method that has one."""
     for path in newest_samples(run):
         with contextlib.suppress(Exception):  # such as a damaged image
-            source = data_uri(path, path.stat().st_mtime_ns)
+            source = data_uri(path, stamp_of(path))
             return f'<img src="{source}" alt="newest sample of {escape(run.name)}">'
     return '<div class="empty">no samples</div>'
 

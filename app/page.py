@@ -47,6 +47,9 @@ def create_demo(library: Library, jobs: Jobs, studio: Studio) -> gr.Blocks:
         title="ResLoRA for Stable Diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as demo:
         Page(Parts(library, jobs, studio)).events(demo)
+    for event in demo.fns.values():
+        if event.fn is not None:
+            event.fn = readable_errors(event.fn)
     demo.queue(max_size=32, default_concurrency_limit=4)
     return demo
 
@@ -102,21 +105,21 @@ class Page:
         on_arrival = [self.run, *(part for tab in self.tabs for part in tab.on_arrival)]
         # The browser stores run and tab, to restore them when the page is loaded again, for example after a restart.
         demo.load(
-            readable_errors(self.arrive), [self.run, self.summary], [*on_arrival, self.all_tabs],
+            self.arrive, [self.run, self.summary], [*on_arrival, self.all_tabs],
             js=RECALL, preprocess=False, **QUIET,
         )  # fmt: skip
         self.run.change(None, self.run, None, js=STORE % ("run", "run"), **QUIET)
         for tab, frame in self.frames.items():
             frame.select(None, js=STORE % ("tab", f"'{tab.id}'"), **QUIET)
-        self.run.change(readable_errors(self.choose), [self.run, self.beside], everything, **QUIET)
+        self.run.change(self.choose, [self.run, self.beside], everything, **QUIET)
         context = [self.run, self.beside, self.seen, *(tab.chosen for tab in self.choosing)]
         # Not queued: the page would wait forever for a poll that is lost with its queue's stream. Not preprocessed:
         # Gradio would reject a step sent while another run is selected if it is beyond that run's last step.
-        self.timer.tick(readable_errors(self.watch), context, everything, queue=False, preprocess=False, **QUIET)
+        self.timer.tick(self.watch, context, everything, queue=False, preprocess=False, **QUIET)
         self.nudge.click(lambda: None, **QUIET)
         for tab in self.tabs:
             tab.events(self)
-        gr.api(readable_errors(self.list_runs), api_name="runs")
+        gr.api(self.list_runs, api_name="runs")
 
     def list_runs(self) -> list[str]:
         """Return the names of the runs, newest first."""

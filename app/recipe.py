@@ -41,7 +41,7 @@ class Request:
         """Raise `RunError` for a number that is missing, invalid or outside its limits."""
         for name, (least, greatest) in LIMITS.items():
             value, multiple = getattr(self, name), MULTIPLES.get(name, 1)
-            number = bounded(value, -math.inf, math.inf, math.nan, whole=False)
+            number = bounded(value, whole=False)
             if not least <= number <= greatest or (multiple and number % multiple):
                 kind = {None: "a number", 1: "a whole number"}.get(multiple, f"a multiple of {multiple}")
                 written = "nothing" if value in (None, "") else str(value)[:40]
@@ -73,7 +73,7 @@ def of_samples(run: Run) -> Request:
     ).clamped()  # fmt: skip
 
 
-def bounded(value, low, high, otherwise, whole: bool = True):
+def bounded(value, low=-math.inf, high=math.inf, otherwise=math.nan, whole: bool = True):
     """Return `value` as a number clamped to [low, high], or `otherwise` if it is not a finite number."""
     try:
         value = float(value) if not whole or isinstance(value, float) else int(value)

@@ -23,9 +23,7 @@ class Shelf:
 
     def find(self, name: object) -> Run:
         """Return the run or experiment of that name. Raises `RunError` if it must not be changed."""
-        found = next((run for run in self.library.everything() if run.name == name), None)
-        if found is None:
-            raise RunError("There is no run of that name; choose one from the list.")
+        found = self.library.find_any(name)
         if not self.library.owns(found):
             raise RunError(f"{found.name} is not in the folder of runs, and stays as it is.")
         return found

@@ -24,8 +24,7 @@ from reslora.methods.adapters import attach, load_adapter
 from reslora.methods.registry import METHODS, AdapterSettings, adapter_config
 from reslora.training.checkpoints import RECORD
 
-from .bases import changed
-from .runs import Run, RunError, Weights
+from .runs import Run, RunError, Weights, stamp_of
 
 LARGEST_ADAPTER = 2**30
 WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -127,11 +126,11 @@ def refuse_gone(run: Run | None, weights: Weights) -> None:
     raise RunError(f"{weights.label}: {weights.path.name} is gone meanwhile; choose another one.")
 
 
-def files_of(weights: Weights) -> tuple[Path | int | None, ...]:
-    """Return the files and folders that weights are read from, and their modification times."""
+def files_of(weights: Weights) -> tuple[Path | tuple[int, ...] | None, ...]:
+    """Return the files and folders that weights are read from, and their stamps."""
     files = (weights.path, weights.config, *(path for _, path in weights.encoders))
     files += tuple(part.path for part, _ in weights.parts)
-    return *files, *map(changed, files)
+    return *files, *map(stamp_of, files)
 
 
 def unless_replaced(run: Run | None, weights: Weights, check: Callable[[], None] = lambda: None) -> Callable[[], None]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import views
-from ..handlers import NO_PROGRESS, readable_errors
+from ..handlers import NO_PROGRESS
 from ..runs import Run
 from ..studio import MERGE_CHOICES
 from ..verdict import merge_warning
@@ -50,11 +50,11 @@ class ChainsTab(Tab):
     def events(self, page: Page) -> None:
         """Connect the merge button and its endpoint."""
         asked, shown = [page.run, self.checkpoint, self.merge_method], [self.report, page.tab(GenerateTab).weights]
-        gr.on([], readable_errors(self.do_merge), asked, [self.merged, *shown], api_name="merge", preprocess=False)
+        gr.on([], self.do_merge, asked, [self.merged, *shown], api_name="merge", preprocess=False)
         quiet = {"api_visibility": "private", "preprocess": False}
         # In two steps: another run may be selected during the merge, and the second step reads the current one.
-        self.merge.click(readable_errors(self.keep_merge), asked, [self.merged, self.done], **quiet).success(
-            readable_errors(self.show_merge), [page.run, self.done], shown, **NO_PROGRESS, **quiet
+        self.merge.click(self.keep_merge, asked, [self.merged, self.done], **quiet).success(
+            self.show_merge, [page.run, self.done], shown, **NO_PROGRESS, **quiet
         )
 
     def seen(self, run: Run) -> tuple:

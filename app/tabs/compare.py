@@ -10,7 +10,7 @@ import gradio as gr
 
 from .. import compared, takeaway
 from ..differences import differences
-from ..handlers import NO_PROGRESS, QUIET, readable_errors
+from ..handlers import NO_PROGRESS, QUIET
 from ..launcher import safe_name
 from ..library import MOST_BESIDE
 from ..runs import Run, RunError
@@ -70,21 +70,21 @@ class CompareTab(Tab):
         run, looked_at = page.run, [page.run, self.step, self.beside]
         # Not preprocessed: Gradio would reject a step beyond the slider's previous maximum.
         gr.on(
-            [self.step.change, self.beside.input, self.new.change], readable_errors(self.look), looked_at,
+            [self.step.change, self.beside.input, self.new.change], self.look, looked_at,
             [*self.at_step, self.beside], trigger_mode="always_last", preprocess=False, **QUIET,
         )  # fmt: skip
         self.for_programs(page)
-        self.play.click(readable_errors(self.toggle), self.play, [self.play, self.playing], **QUIET)
-        self.playing.tick(readable_errors(self.next_step), [run, self.step], self.step, preprocess=False, **QUIET)
+        self.play.click(self.toggle, self.play, [self.play, self.playing], **QUIET)
+        self.playing.tick(self.next_step, [run, self.step], self.step, preprocess=False, **QUIET)
         self.download.click(
-            readable_errors(self.save_grid), looked_at, self.grid_file, api_visibility="private", preprocess=False
+            self.save_grid, looked_at, self.grid_file, api_visibility="private", preprocess=False
         ).success(None, js="() => document.querySelector('#grid-file').click()", api_visibility="private")
         self.file.change(
-            readable_errors(self.how_to_use), [run, self.file], [self.place, self.use], api_name="how_to_use",
+            self.how_to_use, [run, self.file], [self.place, self.use], api_name="how_to_use",
             preprocess=False, **NO_PROGRESS,
         )  # fmt: skip
         self.take.click(
-            readable_errors(self.take_file), [run, self.file], self.taken, api_name="download_file", preprocess=False
+            self.take_file, [run, self.file], self.taken, api_name="download_file", preprocess=False
         ).success(None, js="() => document.querySelector('#taken').click()", api_visibility="private")
 
     def for_programs(self, page: Page) -> None:
@@ -95,7 +95,7 @@ class CompareTab(Tab):
             (self.save_grid, inputs, self.grid_file, "download_grid"),
             (self.compare_runs, [*inputs, self.beside], self.at_step, "compare_runs"),
         ):
-            gr.on([], readable_errors(handler), asked, outputs, api_name=name, preprocess=False)
+            gr.on([], handler, asked, outputs, api_name=name, preprocess=False)
 
     def seen(self, run: Run) -> tuple[int, list[str], bool]:
         """Return the last step, the labels of the downloads, and whether the run failed."""

@@ -12,7 +12,7 @@ from reslora.formatting import pluralize
 from reslora.images.data.caption_files import CAPTIONS
 
 from .. import cards, image_edits, views
-from ..handlers import QUIET, paths_of, readable_errors, translated
+from ..handlers import QUIET, paths_of, translated
 from ..image_edits import ImageEdits
 from ..image_folders import ImageFolders
 from ..recipe import bounded
@@ -115,7 +115,7 @@ class DatasetTab(Tab):
         # One event for all triggers: the answers of several events could arrive in another order.
         gr.on(
             [*(part.change for part in (*chosen, self.which)), self.words.submit, self.images.submit],
-            readable_errors(self.show), self.asked, self.shown_parts, js=f"(...values) => {HOST}.asks(values)",
+            self.show, self.asked, self.shown_parts, js=f"(...values) => {HOST}.asks(values)",
             trigger_mode="always_last", **QUIET,
         )  # fmt: skip
         self.page.submit(None, self.page, None, js=f"page => {HOST}.turn(page)", **QUIET)
@@ -126,15 +126,15 @@ class DatasetTab(Tab):
         change = [*self.asked, self.operation, self.text, self.other, self.ticked]
         throw, undo = [*self.asked, self.ticked], [*self.asked, self.undo, self.ticked]
         done = [
-            self.apply.click(readable_errors(self.do_change), change, self.answer, js=WITH_TICKED, **QUIET),
-            self.trash.click(readable_errors(self.do_throw_away), throw, self.answer, js=WITH_TICKED, **QUIET),
-            self.undo.click(readable_errors(self.do_undo), undo, self.answer, js=WITH_TICKED, **QUIET),
-            self.check.click(readable_errors(self.do_check), self.asked, self.answer, concurrency_limit=1, **QUIET),
+            self.apply.click(self.do_change, change, self.answer, js=WITH_TICKED, **QUIET),
+            self.trash.click(self.do_throw_away, throw, self.answer, js=WITH_TICKED, **QUIET),
+            self.undo.click(self.do_undo, undo, self.answer, js=WITH_TICKED, **QUIET),
+            self.check.click(self.do_check, self.asked, self.answer, concurrency_limit=1, **QUIET),
         ]
         done[1].success(None, js=f"() => {HOST}.pick('none')", api_visibility="private")
         place = self.answer.parent
         assert isinstance(place, gr.Tab)
-        done.append(place.select(readable_errors(self.open), self.folder, self.folder, **QUIET))
+        done.append(place.select(self.open, self.folder, self.folder, **QUIET))
         for event in done:  # `then` does not run after a failure
             for outcome in (event.success, event.failure):
                 outcome(None, js=f"() => {HOST}.renew()", api_visibility="private")
@@ -142,7 +142,7 @@ class DatasetTab(Tab):
             lambda operation: gr.update(visible=operation == image_edits.REPLACE), self.operation, self.other, **QUIET
         )
         self.images.refused(
-            readable_errors(self.report_refused_caption),
+            self.report_refused_caption,
             None,
             self.answer,
             queue=False,
@@ -150,7 +150,7 @@ class DatasetTab(Tab):
             **QUIET,
         )
         self.upload.click(
-            readable_errors(self.do_upload), [self.name, self.uploads, self.caption],
+            self.do_upload, [self.name, self.uploads, self.caption],
             [self.folder, page.tab(TrainTab).folder, self.answer], api_name="upload_images", preprocess=False,
         )  # fmt: skip
         self.api()
@@ -243,7 +243,7 @@ class DatasetTab(Tab):
             ("change_captions", self.change_captions), ("trash_images", self.trash_images),
             ("undo_images", self.undo_images), ("check_images", self.check_images),
         ):  # fmt: skip
-            gr.api(readable_errors(handler), api_name=name)
+            gr.api(handler, api_name=name)
 
     def list_folders(self) -> list[str]:
         """Return the names of the image folders."""

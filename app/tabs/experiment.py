@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import gradio as gr
 
 from .. import experiments, launcher, views
-from ..handlers import QUIET, paths_of, readable_errors
+from ..handlers import QUIET, paths_of
 from ..library import Experiment
 from ..runs import RunError
 from ..takeaway import Takeaway, packed
@@ -92,18 +92,18 @@ class ExperimentTab(LaunchTab):
         planned = [self.name, self.uploads, self.folder, self.model, *self.flags.values()]
         gr.on(
             [page.frames[self].select, *(part.change for part in planned)],
-            readable_errors(self.count), planned, self.plan, trigger_mode="always_last", queue=False,
+            self.count, planned, self.plan, trigger_mode="always_last", queue=False,
             preprocess=False, **QUIET,
         )  # fmt: skip
         shown = [self.last_look, self.which, self.state, self.log, self.report, self.take, self.take_best]
         self.take_best.click(
-            readable_errors(self.copy_of_best), self.which, self.best_taken, api_name="download_best", preprocess=False
+            self.copy_of_best, self.which, self.best_taken, api_name="download_best", preprocess=False
         ).success(None, js="() => document.querySelector('#best-taken').click()", api_visibility="private")
-        look = readable_errors(self.look)
+        look = self.look
         self.which.change(look, self.which, shown, **QUIET)
         self.timer.tick(look, [self.which, self.last_look], shown, queue=False, **QUIET)
         page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **QUIET)
-        gr.api(readable_errors(self.list_names), api_name="experiments")
+        gr.api(self.list_names, api_name="experiments")
 
     def count(self, name: str, uploads, folder: str, model: str, *values) -> str:
         """Return the number of arms of the form, or what is wrong with it."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import recipe, views, weight_files
-from ..handlers import NO_PROGRESS, QUIET, paths_of, readable_errors
+from ..handlers import NO_PROGRESS, QUIET, paths_of
 from ..recipe import Drawn, Request
 from ..runs import BASE, Run, RunError, Weights
 from ..sessions import TURNS, hears
@@ -83,7 +83,7 @@ class GenerateTab(Tab):
         numbers = [self.seed, self.steps, self.guidance, self.width, self.height, self.images, self.strength]
         settings = [self.prompt, self.negative, *numbers]
         gr.on(
-            [self.go.click, self.prompt.submit], readable_errors(self.draw),
+            [self.go.click, self.prompt.submit], self.draw,
             [
                 page.run, self.weights, self.adapter, self.beside, self.random, *settings, self.adapter_config,
                 *self.stack.inputs,
@@ -92,14 +92,14 @@ class GenerateTab(Tab):
             api_name="generate", preprocess=False, **NO_PROGRESS, **TURNS,
         ).failure(lambda: "", None, self.status, api_visibility="private")  # fmt: skip
         unqueued = {"queue": False, **NO_PROGRESS}
-        self.cancel.click(readable_errors(self.stop), None, self.status, api_visibility="private", **unqueued)
-        gr.on([], readable_errors(self.do_cancel), None, self.status, api_name="cancel", **unqueued)
+        self.cancel.click(self.stop, None, self.status, api_visibility="private", **unqueued)
+        gr.on([], self.do_cancel, None, self.status, api_name="cancel", **unqueued)
         taken_over = [*settings[:-2], self.strength, self.random]
-        self.recipe.upload(readable_errors(self.read_recipe), self.recipe, taken_over, api_name="settings_of")
-        self.recipe.upload(readable_errors(self.origin), self.recipe, self.status, api_visibility="private")
+        self.recipe.upload(self.read_recipe, self.recipe, taken_over, api_name="settings_of")
+        self.recipe.upload(self.origin, self.recipe, self.status, api_visibility="private")
         warned = [page.run, self.weights]
-        self.weights.change(readable_errors(self.warn), warned, self.warning, preprocess=False, **QUIET)
-        gr.api(readable_errors(self.list_weights), api_name="weights")
+        self.weights.change(self.warn, warned, self.warning, preprocess=False, **QUIET)
+        gr.api(self.list_weights, api_name="weights")
         used = [self.adapter, self.stack.loras]
         gr.on([part.change for part in used], self.show_used, used, self.weights, preprocess=False, **QUIET)
         self.stack.events(page)
@@ -140,7 +140,7 @@ class GenerateTab(Tab):
 
     def warn(self, name: str, label: str) -> dict:
         """Return the warning about the selected weights; empty for unknown ones."""
-        run = self.library.runs().get(name) if isinstance(name, str) else None
+        run = self.library.named(name, Run)
         weights = next((weights for weights in run.weights() if weights.label == label), None) if run else None
         text = warning_for(run, weights) if weights else ""
         return gr.update(value=text, visible=bool(text))

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import grids, views
-from ..handlers import NO_PROGRESS, QUIET, paths_of, readable_errors
+from ..handlers import NO_PROGRESS, QUIET, paths_of
 from ..launcher import safe_name
 from ..recipe import Drawn, Request
-from ..runs import RunError
+from ..runs import Run, RunError
 from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
 from .base import answer_line
@@ -64,7 +64,7 @@ class GridPart:
         tab = self.tab
         numbers = [tab.seed, tab.steps, tab.guidance, tab.width, tab.height, tab.strength]
         drawing = self.go.click(
-            readable_errors(self.draw_grid),
+            self.draw_grid,
             [
                 page.run, tab.weights, tab.adapter, tab.prompt, tab.negative, *numbers,
                 *(part for axis in self.axes for part in axis), tab.adapter_config, *tab.stack.inputs,
@@ -74,12 +74,12 @@ class GridPart:
         )  # fmt: skip
         drawing.failure(lambda: "", None, self.status, api_visibility="private")
         drawing.success(lambda: gr.update(interactive=True), None, self.sheet, api_visibility="private")
-        self.stop.click(readable_errors(self.do_stop), None, self.status, queue=False, **QUIET)
+        self.stop.click(self.do_stop, None, self.status, queue=False, **QUIET)
         for name, values in self.axes:
             # Not `input` or `select`: as under Train, they would overwrite typed values, and `select` would answer a
             # second time.
-            name.change(readable_errors(self.suggest), [page.run, name], values, preprocess=False, **QUIET)
-        gr.api(readable_errors(self.list_values), api_name="grid_values")
+            name.change(self.suggest, [page.run, name], values, preprocess=False, **QUIET)
+        gr.api(self.list_values, api_name="grid_values")
 
     def list_values(self, run: str, axis: str) -> str:
         """Return suggested values of an axis, as text for the form."""
@@ -87,7 +87,7 @@ class GridPart:
 
     def suggest(self, name: str, axis: str) -> str:
         """Return the same if there may be no run yet."""
-        return grids.suggestion(self.tab.library.runs().get(name), axis)
+        return grids.suggestion(self.tab.library.named(name, Run), axis)
 
     def draw_grid(
         self, name, label, adapter, prompt, negative, seed, steps, guidance, width, height, strength, x, x_values, y,

@@ -14,7 +14,7 @@ from reslora.options.option import Option
 from .. import form, launcher, views
 from ..bases import PIPELINES
 from ..folders import BUNDLED
-from ..handlers import NO_PROGRESS, QUIET, named, paths_of, readable_errors
+from ..handlers import NO_PROGRESS, QUIET, named, paths_of
 from ..jobs import RUNNING, WAITING, Entry
 from ..runs import Run
 from ..uploads import store_images
@@ -161,16 +161,16 @@ class LaunchTab(Tab):
         `seen`: the state of the last poll.
         """
         inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
-        show, start = (named(readable_errors(do), self.parameters()) for do in (self.do_show, self.do_start))
+        show, start = (named(do, self.parameters()) for do in (self.do_show, self.do_start))
         common = {"preprocess": False, **NO_PROGRESS}  # errors are shown once, as a message
         shown = self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", **common)
         shown.failure(lambda: "", None, self.command, **QUIET)  # clear the command of other settings
         started = [which, self.command, self.start, self.answer]
         self.start.click(start, inputs, started, api_name=f"{self.id}_start", **common)
-        plan = named(readable_errors(self.do_plan), self.parameters())
+        plan = named(self.do_plan, self.parameters())
         self.memory.click(plan, inputs, self.answer, api_name=f"{self.id}_memory", **common)
         looked = gr.on(
-            [self.folder.change, self.uploads.change], readable_errors(self.show_images), [self.folder, self.uploads],
+            [self.folder.change, self.uploads.change], self.show_images, [self.folder, self.uploads],
             self.preview, preprocess=False, **QUIET,
         )  # fmt: skip
         looked.failure(lambda: "", None, self.preview, **QUIET)
@@ -182,13 +182,11 @@ class LaunchTab(Tab):
         page.blocks.load(None, self.form, self.form, js=RECALL % kept, **QUIET)
         gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % kept, **QUIET)
         # It never waits; but an unqueued event would not show its error.
-        stop = readable_errors(self.do_stop)
+        stop = self.do_stop
         self.stop.click(
             stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None, **NO_PROGRESS
         )
-        self.resume.click(
-            readable_errors(self.do_resume), which, self.answer, api_name=f"{self.id}_resume", **NO_PROGRESS
-        )
+        self.resume.click(self.do_resume, which, self.answer, api_name=f"{self.id}_resume", **NO_PROGRESS)
 
     def seen(self, run: Run) -> bool:
         """Return whether a new run would wait."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import lists, views
-from ..handlers import QUIET, readable_errors
+from ..handlers import QUIET
 from .base import Parts, Tab, answer_line
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ class QueueTab(Tab):
     def events(self, page: Page) -> None:
         """Connect the components."""
         shown = [self.rows, self.last_look]
-        page.frames[self].select(readable_errors(self.open), None, [*shown, self.timer], **QUIET)
-        self.timer.tick(readable_errors(self.look), self.last_look, shown, queue=False, **QUIET)
-        self.rows.acted(readable_errors(self.act), None, [self.answer, *shown], **IN_TURN, **QUIET)
+        page.frames[self].select(self.open, None, [*shown, self.timer], **QUIET)
+        self.timer.tick(self.look, self.last_look, shown, queue=False, **QUIET)
+        self.rows.acted(self.act, None, [self.answer, *shown], **IN_TURN, **QUIET)
         for name, handler in (
             ("queue", self.list_entries), ("move_in_queue", self.move), ("remove_from_queue", self.remove),
         ):  # fmt: skip
-            gr.api(readable_errors(handler), api_name=name)
+            gr.api(handler, api_name=name)
 
     def show(self) -> tuple[str, int]:
         """Return the rows and their hash."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import lists, views
-from ..handlers import QUIET, readable_errors, translated
+from ..handlers import QUIET, translated
 from ..library import Experiment
 from ..runs import RunError
 from ..shelf import Shelf
@@ -45,17 +45,17 @@ class RunsTab(Tab):
     def events(self, page: Page) -> None:
         """Connect the components."""
         shown = [self.cards, self.last_look]
-        page.frames[self].select(readable_errors(self.open), self.words, [*shown, self.timer], **QUIET)
-        self.words.change(readable_errors(self.show), self.words, shown, trigger_mode="always_last", **QUIET)
-        self.timer.tick(readable_errors(self.look), [self.words, self.last_look], shown, queue=False, **QUIET)
+        page.frames[self].select(self.open, self.words, [*shown, self.timer], **QUIET)
+        self.words.change(self.show, self.words, shown, trigger_mode="always_last", **QUIET)
+        self.timer.tick(self.look, [self.words, self.last_look], shown, queue=False, **QUIET)
         opened = [page.all_tabs, page.run, page.tab(ExperimentTab).which]
         answered = [self.answer, *shown, *opened]
-        self.cards.acted(readable_errors(self.act), self.words, answered, **IN_TURN, **QUIET)
+        self.cards.acted(self.act, self.words, answered, **IN_TURN, **QUIET)
         for name, handler in (
             ("run_notes", self.read_notes), ("set_run_notes", self.set_notes), ("trash_run", self.trash_run),
             ("trashed_runs", self.trashed_runs), ("restore_run", self.restore_run),
         ):  # fmt: skip
-            gr.api(readable_errors(handler), api_name=name)
+            gr.api(handler, api_name=name)
 
     def show(self, words: str) -> tuple[str, int]:
         """Return the cards and their hash."""
@@ -87,9 +87,7 @@ class RunsTab(Tab):
 
     def opened(self, name: str) -> tuple:
         """Return the tab of a run or experiment, and the selection in each."""
-        found = next((run for run in self.library.everything() if run.name == name), None)
-        if found is None:
-            raise RunError("There is no run of that name; choose one from the list.")
+        found = self.library.find_any(name)
         if isinstance(found, Experiment):
             return gr.Tabs(selected=ExperimentTab.id), gr.skip(), found.name
         return gr.Tabs(selected=CompareTab.id), self.library.find(name).name, gr.skip()

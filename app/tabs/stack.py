@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import stacks, takeaway, views, whole_models
-from ..handlers import NO_PROGRESS, QUIET, paths_of, readable_errors
+from ..handlers import NO_PROGRESS, QUIET, paths_of
 from ..recipe import Request
 from ..runs import Run, RunError, Weights
 from ..sessions import TURNS, hears
@@ -54,15 +54,15 @@ class StackPart:
     def events(self, page: Page) -> None:
         """Connect the components."""
         tab = self.tab
-        self.frame.expand(readable_errors(self.offer), page.run, self.loras, preprocess=False, **QUIET)
+        self.frame.expand(self.offer, page.run, self.loras, preprocess=False, **QUIET)
         self.write.click(
-            readable_errors(self.write_whole),
+            self.write_whole,
             [page.run, tab.weights, tab.adapter, tab.strength, self.name, tab.adapter_config, *self.inputs],
             [self.status, self.place, self.use, self.found],
             api_name="full_model", preprocess=False, **NO_PROGRESS, **TURNS,
         ).failure(lambda: "", None, self.status, api_visibility="private")  # fmt: skip
-        self.stop.click(readable_errors(self.do_stop), None, self.status, queue=False, **QUIET)
-        gr.api(readable_errors(self.list_loras), api_name="loras")
+        self.stop.click(self.do_stop, None, self.status, queue=False, **QUIET)
+        gr.api(self.list_loras, api_name="loras")
 
     def list_loras(self, run: str) -> list[str]:
         """Return the LoRAs of all runs with the same base model as this one."""

@@ -12,7 +12,7 @@ from reslora.training.stopping import SAMPLE, SAVE
 
 from .. import form, views
 from ..bases import word_of_model
-from ..handlers import NO_PROGRESS, QUIET, readable_errors
+from ..handlers import NO_PROGRESS, QUIET
 from ..library import VARYING
 from ..runs import Run, RunError
 from .base import Parts
@@ -74,10 +74,10 @@ class TrainTab(LaunchTab):
         # of the same item.
         filled = [self.begun, self.model, self.folder, *self.flags.values()]
         in_turn = {"trigger_mode": "always_last", "concurrency_id": "begin", "concurrency_limit": 1, **QUIET}
-        self.begin.select(readable_errors(self.fill_by_mouse), self.begin, filled, **in_turn)
-        self.begin.change(readable_errors(self.fill_once), [self.begin, self.begun], filled, **in_turn)
+        self.begin.select(self.fill_by_mouse, self.begin, filled, **in_turn)
+        self.begin.change(self.fill_once, [self.begin, self.begun], filled, **in_turn)
         for button, request in ((self.sample_now, SAMPLE), (self.save_now, SAVE)):
-            ask = readable_errors(partial(self.ask, request))
+            ask = partial(self.ask, request)
             named = f"train_{request.replace('.', '_')}"
             button.click(ask, None, self.answer, api_name=named, concurrency_limit=None, **NO_PROGRESS)
 
