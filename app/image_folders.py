@@ -202,9 +202,7 @@ def images_of(found: Found, folder: Folder, options: Options, otherwise: str | N
     for index, (name, path, row) in enumerate(zip(names, found.files, found.rows, strict=True)):
         mask = row.pop("mask", None)  # training without --masked_loss does not check the mask
         usable = found.size(index, row)
-        problem, size = "", usable if isinstance(usable, tuple) else header_of(folder, path)
-        if isinstance(usable, str):
-            problem = usable
+        size, problem = (header_of(folder, path), usable) if isinstance(usable, str) else (usable, "")
         captions: tuple[str, ...] | None = tuple(row["captions"])
         if found.metadata is None and not captions:
             captions = None

@@ -458,13 +458,13 @@ class Jobs:
         self.refuse_active(self.run_of(entry))
 
     def move(self, name: str, by: int) -> None:
-        """Move a waiting entry up (-1) or down (1) among the waiting ones."""
+        """Move a waiting entry up (-1) or down (any other number) among the waiting ones."""
         with self.changing() as entries:
             waiting = [entry for entry in entries if entry.state == WAITING]
             here = next((place for place, entry in enumerate(waiting) if entry.name == name), None)
             if here is None:
                 raise RunError("Nothing of that name waits in the queue.")
-            there = here + (1 if by > 0 else -1)
+            there = here + (-1 if by == -1 else 1)
             if 0 <= there < len(waiting):
                 first, second = (entries.index(waiting[place]) for place in (here, there))
                 entries[first], entries[second] = entries[second], entries[first]

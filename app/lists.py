@@ -88,8 +88,8 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
     methods = entry.settings.get("method")
     names = ", ".join(NAMES[name] for name in methods if name in NAMES) if isinstance(methods, list) else ""
     facts = ["goes on" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
-    given = {name: str(entry.settings[name])[:40] for name in SHOWN if entry.settings.get(name) not in (None, "")}
-    facts += [f"{label} {given[name]}" for name, label in SHOWN.items() if name in given]
+    given = {label: entry.settings.get(name) for name, label in SHOWN.items()}
+    facts += [f"{label} {str(value)[:40]}" for label, value in given.items() if value not in (None, "")]
     images = entry.folder if entry.folder in (None, BUNDLED) else f"images: {entry.folder}"
     facts += [images or "", f"GPU {entry.device}" if entry.device is not None else ""]
     if entry.state != RUNNING:

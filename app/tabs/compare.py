@@ -78,14 +78,14 @@ class CompareTab(Tab):
         self.playing.tick(self.next_step, [run, self.step], self.step, preprocess=False, **QUIET)
         self.download.click(
             self.save_grid, looked_at, self.grid_file, api_visibility="private", preprocess=False
-        ).success(None, js="() => document.querySelector('#grid-file').click()", api_visibility="private")
+        ).success(None, js="() => document.querySelector('#grid-file').click()")
         self.file.change(
             self.how_to_use, [run, self.file], [self.place, self.use], api_name="how_to_use",
             preprocess=False, **NO_PROGRESS,
         )  # fmt: skip
         self.take.click(
             self.take_file, [run, self.file], self.taken, api_name="download_file", preprocess=False
-        ).success(None, js="() => document.querySelector('#taken').click()", api_visibility="private")
+        ).success(None, js="() => document.querySelector('#taken').click()")
 
     def for_programs(self, page: Page) -> None:
         """Register the endpoints; those with several runs have their own names, so existing clients keep working."""
@@ -132,7 +132,11 @@ class CompareTab(Tab):
     def compare(self, name: str, step: float, beside: object = None) -> tuple:
         """Return images, curves and numbers at a step."""
         run = self.library.beside(self.library.find(name), beside)
-        return self.values(run, run.nearest(step))
+        step = run.nearest(step)
+        train, validation = (compared.curves(run, split, step) for split in ("train", "validation"))
+        said = verdict(run, step) + differences(run)
+        shown = compared.images(run, step, self.jobs.status(run))
+        return shown, train, validation, compared.numbers(run, step), said
 
     def look(self, name: str, step: float, beside: object) -> tuple:
         """Return the same for the page, and the selection of runs without invalid names."""
@@ -147,13 +151,6 @@ class CompareTab(Tab):
         if len(names) > MOST_BESIDE:
             raise RunError(f"There are {len(names)} runs to look at beside one: choose at most {MOST_BESIDE}.")
         return self.compare(name, step, names)
-
-    def values(self, run: Run, step: int) -> tuple:
-        """Return the values of all components at a step."""
-        train, validation = (compared.curves(run, split, step) for split in ("train", "validation"))
-        said = verdict(run, step) + differences(run)
-        shown = compared.images(run, step, self.jobs.status(run))
-        return shown, train, validation, compared.numbers(run, step), said
 
     def list_files(self, run: Run) -> list[str]:
         """Return the labels of the downloads."""

@@ -120,9 +120,9 @@ class DatasetTab(Tab):
         )  # fmt: skip
         self.page.submit(None, self.page, None, js=f"page => {HOST}.turn(page)", **QUIET)
         for button, by in ((self.back, -1), (self.next, 1)):
-            button.click(None, js=f"() => {HOST}.next({by})", api_visibility="private")
+            button.click(None, js=f"() => {HOST}.next({by})")
         for button, which in ((self.tick_page, "page"), (self.tick_all, "all"), (self.untick, "none")):
-            button.click(None, js=f"() => {HOST}.pick('{which}')", api_visibility="private")
+            button.click(None, js=f"() => {HOST}.pick('{which}')")
         change = [*self.asked, self.operation, self.text, self.other, self.ticked]
         throw, undo = [*self.asked, self.ticked], [*self.asked, self.undo, self.ticked]
         done = [
@@ -131,13 +131,13 @@ class DatasetTab(Tab):
             self.undo.click(self.do_undo, undo, self.answer, js=WITH_TICKED, **QUIET),
             self.check.click(self.do_check, self.asked, self.answer, concurrency_limit=1, **QUIET),
         ]
-        done[1].success(None, js=f"() => {HOST}.pick('none')", api_visibility="private")
+        done[1].success(None, js=f"() => {HOST}.pick('none')")
         place = self.answer.parent
         assert isinstance(place, gr.Tab)
         done.append(place.select(self.open, self.folder, self.folder, **QUIET))
         for event in done:  # `then` does not run after a failure
             for outcome in (event.success, event.failure):
-                outcome(None, js=f"() => {HOST}.renew()", api_visibility="private")
+                outcome(None, js=f"() => {HOST}.renew()")
         self.operation.change(
             lambda operation: gr.update(visible=operation == image_edits.REPLACE), self.operation, self.other, **QUIET
         )
@@ -159,11 +159,11 @@ class DatasetTab(Tab):
 
     def arrive(self) -> dict:
         """Return the folders on the list; their images are only read when the tab is opened."""
-        return {self.folder: gr.update(choices=list(self.folders.all()))}
+        return {self.folder: gr.update(choices=self.list_folders())}
 
     def open(self, folder: str | None) -> dict:
         """Return the selected folder, else the first one, when the tab is opened."""
-        names = list(self.folders.all())
+        names = self.list_folders()
         folder = folder if folder in names else next(name for name in names if name != ".")
         return gr.update(choices=names, value=folder)
 
@@ -231,7 +231,7 @@ class DatasetTab(Tab):
         """Store uploaded images as a new folder, and select it."""
         folder = self.folders.add(name, paths_of(uploads), str(caption or ""))
         choices = gr.update(choices=self.jobs.folders())
-        shown = gr.update(choices=list(self.folders.all()), value=folder.name)
+        shown = gr.update(choices=self.list_folders(), value=folder.name)
         return shown, choices, views.notice(f"{folder.name} is there; it can be trained on as a folder on the server.")
 
     # -- for programs --------------------------------------------------------------------------------------------------

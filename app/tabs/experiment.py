@@ -98,10 +98,9 @@ class ExperimentTab(LaunchTab):
         shown = [self.last_look, self.which, self.state, self.log, self.report, self.take, self.take_best]
         self.take_best.click(
             self.copy_of_best, self.which, self.best_taken, api_name="download_best", preprocess=False
-        ).success(None, js="() => document.querySelector('#best-taken').click()", api_visibility="private")
-        look = self.look
-        self.which.change(look, self.which, shown, **QUIET)
-        self.timer.tick(look, [self.which, self.last_look], shown, queue=False, **QUIET)
+        ).success(None, js="() => document.querySelector('#best-taken').click()")
+        self.which.change(self.look, self.which, shown, **QUIET)
+        self.timer.tick(self.look, [self.which, self.last_look], shown, queue=False, **QUIET)
         page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **QUIET)
         gr.api(self.list_names, api_name="experiments")
 

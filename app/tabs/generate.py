@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from reslora.formatting import pluralize
+
 from .. import recipe, views, weight_files
 from ..handlers import NO_PROGRESS, QUIET, paths_of
 from ..recipe import Drawn, Request
@@ -151,12 +153,13 @@ class GenerateTab(Tab):
         return gr.update(label=f"Weights (not used: {instead} is)" if instead else "Weights", interactive=not instead)
 
     def chosen_weights(
-        self, run: Run | None, label: str, uploaded: list[str], loras: list[str] | None, strengths: str
+        self, run: Run | None, label: str, adapter, adapter_config, loras: list[str] | None, strengths: str
     ) -> Weights:
         """Return the weights to use: an uploaded file, a stack, or the run's weights.
 
         Raises `RunError` for a file and a stack at once.
         """
+        uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
         if uploaded and loras:
             raise RunError("There are a LoRA file of your own and LoRAs to stack: take one of the two away.")
         if uploaded:
@@ -170,11 +173,10 @@ class GenerateTab(Tab):
     def draw(
         self, name, label, adapter, beside, random, prompt, negative, seed, steps, guidance, width, height, images,
         strength, adapter_config=None, loras=None, strengths="", asked: gr.Request = None,
-    ) -> Iterator[tuple]:  # fmt: skip
+    ) -> Iterator[tuple | dict]:  # fmt: skip
         """Yield the images one by one, with the progress of the current one; `beside` adds the base model's images."""
         run = self.library.find(name) if name else None
-        uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
-        weights = self.chosen_weights(run, label, uploaded, loras, strengths)
+        weights = self.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
         request = Request(prompt, negative, 0 if random else seed, steps, guidance, width, height, images, strength)
         request.check()
@@ -192,13 +194,12 @@ class GenerateTab(Tab):
                     bar = views.progress(text, len(done) / wanted)
                     yield list(files), bar, gr.skip(), views.settings_table(done)
                 else:
-                    yield gr.skip(), views.progress(text, (len(done) + share) / wanted), gr.skip(), gr.skip()
+                    yield {self.status: views.progress(text, (len(done) + share) / wanted)}
         except Cancelled:
-            said = views.notice(f"Cancelled after {len(done)} of {views.pluralize(wanted, 'image')}.")
-            yield gr.skip(), said, gr.skip(), gr.skip()
+            yield {self.status: views.notice(f"Cancelled after {len(done)} of {pluralize(wanted, 'image')}.")}
             return
         # Yield all values again instead of `skip`: an API client gets the last ones.
-        bar = views.progress(f"{len(done)} of {views.pluralize(wanted, 'image')} done", 1)
+        bar = views.progress(f"{len(done)} of {pluralize(wanted, 'image')} done", 1)
         yield files, bar, request.seed, views.settings_table(done)
 
     def save(self, drawn: Drawn):

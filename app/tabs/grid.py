@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from reslora.formatting import pluralize
+
 from .. import grids, views
-from ..handlers import NO_PROGRESS, QUIET, paths_of
+from ..handlers import NO_PROGRESS, QUIET
 from ..launcher import safe_name
 from ..recipe import Drawn, Request
 from ..runs import Run, RunError
@@ -95,8 +97,7 @@ class GridPart:
     ) -> Iterator[tuple]:  # fmt: skip
         """Yield the grid as its images are generated; at the end, or when stopped, also the sheet and all files."""
         run = self.tab.library.find(name) if name else None
-        uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
-        weights = self.tab.chosen_weights(run, label, uploaded, loras, strengths)
+        weights = self.tab.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
         request = Request(prompt, negative, seed, steps, guidance, width, height, 1, strength)
         request.check()
         axes = grids.axis("X", x, x_values), grids.axis("Y", y, y_values)
@@ -114,13 +115,13 @@ class GridPart:
                     drawn[place], files[place], shown[place] = event, path, self.address(path)
                 bar = views.progress(text, (len(drawn) + share) / len(pictures))
                 yield grids.table(grid, shown) if isinstance(event, Drawn) else gr.skip(), bar, gr.skip(), gr.skip()
-            said = views.progress(f"{len(drawn)} of {views.pluralize(len(pictures), 'cell')} done", 1)
+            said = views.progress(f"{len(drawn)} of {pluralize(len(pictures), 'cell')} done", 1)
         except Cancelled:
-            said = views.notice(f"Stopped after {len(drawn)} of {views.pluralize(len(pictures), 'cell')}.")
+            said = views.notice(f"Stopped after {len(drawn)} of {pluralize(len(pictures), 'cell')}.")
         except RunError as error:
             if not drawn:
                 raise
-            count = f"{len(drawn)} of {views.pluralize(len(pictures), 'cell')}"
+            count = f"{len(drawn)} of {pluralize(len(pictures), 'cell')}"
             said = views.notice(f"{error} That ended the grid after {count}.")
         sheet = None
         if drawn:

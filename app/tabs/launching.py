@@ -110,8 +110,8 @@ class LaunchTab(Tab):
         """Return the widget of an option with the trainer's help; the placeholder is the default."""
         name, several = option.name, isinstance(self.filled.get(option.name), list)
         value = self.filled[name] if name in self.filled else form.widget_value(option, None)
-        wide = {"min_width": 460 if name in WIDE else 220}
-        common = {"label": form.label(option), "info": form.info(option), "elem_id": self.own(f"flag-{name}"), **wide}
+        common = {"label": form.label(option), "info": form.info(option), "elem_id": self.own(f"flag-{name}")}
+        common["min_width"] = 460 if name in WIDE else 220
         if name == "method":
             return gr.CheckboxGroup(form.choices(option), value=value, **common)
         if name in OF_SHORTCUTS:
@@ -161,13 +161,12 @@ class LaunchTab(Tab):
         `seen`: the state of the last poll.
         """
         inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
-        show, start = (named(do, self.parameters()) for do in (self.do_show, self.do_start))
+        show, start, plan = (named(do, self.parameters()) for do in (self.do_show, self.do_start, self.do_plan))
         common = {"preprocess": False, **NO_PROGRESS}  # errors are shown once, as a message
         shown = self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", **common)
         shown.failure(lambda: "", None, self.command, **QUIET)  # clear the command of other settings
         started = [which, self.command, self.start, self.answer]
         self.start.click(start, inputs, started, api_name=f"{self.id}_start", **common)
-        plan = named(self.do_plan, self.parameters())
         self.memory.click(plan, inputs, self.answer, api_name=f"{self.id}_memory", **common)
         looked = gr.on(
             [self.folder.change, self.uploads.change], self.show_images, [self.folder, self.uploads],
@@ -182,9 +181,8 @@ class LaunchTab(Tab):
         page.blocks.load(None, self.form, self.form, js=RECALL % kept, **QUIET)
         gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % kept, **QUIET)
         # It never waits; but an unqueued event would not show its error.
-        stop = self.do_stop
         self.stop.click(
-            stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None, **NO_PROGRESS
+            self.do_stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None, **NO_PROGRESS
         )
         self.resume.click(self.do_resume, which, self.answer, api_name=f"{self.id}_resume", **NO_PROGRESS)
 

@@ -26,7 +26,26 @@ ABOUT = (
 )
 
 
-class QueueTab(Tab):
+class ListTab(Tab):
+    """A tab with a list, which is polled while the tab is open. A subclass renders the list."""
+
+    def show(self, *chosen: object) -> tuple[str, int]:
+        """Return the list as HTML, and its hash."""
+        html = self.render(*chosen)
+        return html, hash(html)
+
+    def open(self, *chosen: object) -> tuple:
+        """Return the list and start the timer, when the tab is opened."""
+        return *self.show(*chosen), gr.Timer(active=True)
+
+    def look(self, *inputs: object):
+        """Return the list if it has changed; the last input is the hash of the shown one."""
+        *chosen, seen = inputs
+        html, known = self.show(*chosen)
+        return gr.skip() if known == seen else (html, known)
+
+
+class QueueTab(ListTab):
     """The tab of the queue."""
 
     title, id = "Queue", "queue"
@@ -50,19 +69,9 @@ class QueueTab(Tab):
         ):  # fmt: skip
             gr.api(handler, api_name=name)
 
-    def show(self) -> tuple[str, int]:
-        """Return the rows and their hash."""
-        rows = lists.queue(self.jobs)
-        return rows, hash(rows)
-
-    def open(self) -> tuple:
-        """Return the rows and start the timer, when the tab is opened."""
-        return *self.show(), gr.Timer(active=True)
-
-    def look(self, seen: int | None):
-        """Return the rows if they have changed."""
-        rows, known = self.show()
-        return gr.skip() if known == seen else (rows, known)
+    def render(self) -> str:
+        """Return the rows."""
+        return lists.queue(self.jobs)
 
     def act(self, event: gr.EventData) -> tuple:
         """Handle a button of a row."""
@@ -88,7 +97,7 @@ class QueueTab(Tab):
 
     def move(self, name: str, by: int) -> list[dict]:
         """Move a waiting entry up (-1) or down (1)."""
-        self.jobs.move(name, -1 if by == -1 else 1)
+        self.jobs.move(name, by)
         return self.list_entries()
 
     def remove(self, name: str) -> list[dict]:

@@ -11,10 +11,10 @@ from ..handlers import QUIET, translated
 from ..library import Experiment
 from ..runs import RunError
 from ..shelf import Shelf
-from .base import Parts, Tab, answer_line
+from .base import Parts, answer_line
 from .compare import CompareTab
 from .experiment import ExperimentTab
-from .queue import IN_TURN, SCRIPT
+from .queue import IN_TURN, SCRIPT, ListTab
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -23,7 +23,7 @@ EVERY = 5.0
 """Seconds between two polls of the runs."""
 
 
-class RunsTab(Tab):
+class RunsTab(ListTab):
     """The tab that lists the runs."""
 
     title, id = "Runs", "runs"
@@ -52,24 +52,15 @@ class RunsTab(Tab):
         answered = [self.answer, *shown, *opened]
         self.cards.acted(self.act, self.words, answered, **IN_TURN, **QUIET)
         for name, handler in (
-            ("run_notes", self.read_notes), ("set_run_notes", self.set_notes), ("trash_run", self.trash_run),
-            ("trashed_runs", self.trashed_runs), ("restore_run", self.restore_run),
+            ("run_notes", self.read_notes), ("set_run_notes", self.shelf.write_notes),
+            ("trash_run", self.shelf.throw_away), ("trashed_runs", self.trashed_runs),
+            ("restore_run", self.shelf.restore),
         ):  # fmt: skip
             gr.api(handler, api_name=name)
 
-    def show(self, words: str) -> tuple[str, int]:
-        """Return the cards and their hash."""
-        cards = lists.runs(self.shelf, str(words or ""))
-        return cards, hash(cards)
-
-    def open(self, words: str) -> tuple:
-        """Return the cards and start the timer, when the tab is opened."""
-        return *self.show(words), gr.Timer(active=True)
-
-    def look(self, words: str, seen: int | None):
-        """Return the cards if they have changed."""
-        cards, known = self.show(words)
-        return gr.skip() if known == seen else (cards, known)
+    def render(self, words: str) -> str:
+        """Return the cards."""
+        return lists.runs(self.shelf, str(words or ""))
 
     def act(self, words: str, event: gr.EventData) -> tuple:
         """Handle a button of a card or of the trash."""
@@ -105,18 +96,6 @@ class RunsTab(Tab):
         """Return the notes on a run or an experiment."""
         return self.shelf.find(name).notes
 
-    def set_notes(self, name: str, was: str, notes: str) -> str:
-        """Write the notes on a run or an experiment if they still are `was`."""
-        return self.shelf.write_notes(name, was, notes)
-
-    def trash_run(self, name: str) -> str:
-        """Move a run or an experiment to the trash."""
-        return self.shelf.throw_away(name)
-
     def trashed_runs(self) -> dict[str, str]:
         """Return the names of the runs in the trash by their folders there, newest first."""
         return {place: folder.name for place, folder in self.shelf.trashed().items()}
-
-    def restore_run(self, place: str) -> str:
-        """Move a run or an experiment from the trash back to the runs folder."""
-        return self.shelf.restore(place)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import stacks, takeaway, views, whole_models
-from ..handlers import NO_PROGRESS, QUIET, paths_of
+from ..handlers import NO_PROGRESS, QUIET
 from ..recipe import Request
 from ..runs import Run, RunError, Weights
 from ..sessions import TURNS, hears
@@ -88,8 +88,7 @@ class StackPart:
     ) -> Iterator[tuple]:  # fmt: skip
         """Write the run's complete model with the selected weights; yield progress, path, and how to load it."""
         run, target = self.library.find(name), whole_models.place_for(self.library, model)
-        uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
-        weights = self.tab.chosen_weights(run, label, uploaded, loras, strengths)
+        weights = self.tab.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
         weights, session = stacks.to_write(weights, Request(strength=strength).clamped().strength), asked.session_hash
         nothing = "", "", gr.update(visible=False)
         try:

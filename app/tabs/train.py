@@ -77,9 +77,10 @@ class TrainTab(LaunchTab):
         self.begin.select(self.fill_by_mouse, self.begin, filled, **in_turn)
         self.begin.change(self.fill_once, [self.begin, self.begun], filled, **in_turn)
         for button, request in ((self.sample_now, SAMPLE), (self.save_now, SAVE)):
-            ask = partial(self.ask, request)
             named = f"train_{request.replace('.', '_')}"
-            button.click(ask, None, self.answer, api_name=named, concurrency_limit=None, **NO_PROGRESS)
+            button.click(
+                partial(self.ask, request), None, self.answer, api_name=named, concurrency_limit=None, **NO_PROGRESS
+            )
 
     def fill(self, name: str) -> list:
         """Return the form with the settings of a preset, or of a run with its images.
