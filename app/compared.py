@@ -215,10 +215,8 @@ def numbers_of(run: Run, method: str, step: int) -> tuple[tuple, tuple]:
     """Return the last steps up to `step` with any loss and with a validation loss, and the values there."""
     log = [row for row in run.log(method) if row["step"] <= step]
     recent = [row["loss"] for row in of_split(log, "train")[-20:]]
-    held_out = of_split(log, "validation")[-1:]
-    last = log[-1] if log else {}
+    last, measured = (next(reversed(rows), {}) for rows in (log, of_split(log, "validation")))
     loss = sum(recent) / len(recent) if recent else None
-    measured = held_out[0] if held_out else {}
     values = loss, measured.get("loss"), last.get("lr"), last.get("seconds")
     return (last.get("step"), measured.get("step")), values
 

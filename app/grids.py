@@ -200,7 +200,7 @@ def heading(start: Weights, request: Request, axes: tuple[str, str]) -> str:
     """Return the settings that are the same in all cells, as text."""
     parts = {"prompt": request.prompt, "seed": f"seed {request.seed}", "steps": pluralize(request.steps, "step")}
     parts |= {"guidance": f"guidance {request.guidance:g}", "strength": f"strength {request.strength:g}"}
-    parts |= {} if set(axes) & set(OF_WEIGHTS) else {"weights": start.label}
+    parts["weights"] = "" if set(axes) & set(OF_WEIGHTS) else start.label
     return " · ".join(text for name, text in parts.items() if name not in axes and text)
 
 

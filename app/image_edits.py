@@ -99,10 +99,9 @@ class ImageEdits:
             raise RunError("Say which words first.")
         edits = []
         for image in images.find(names):
-            captions = tuple(
-                OPERATIONS[operation](caption, str(text), str(other)).strip() for caption in image.captions or ("",)
-            )
-            if captions != (image.captions or ("",)):
+            before = image.captions or ("",)
+            captions = tuple(OPERATIONS[operation](caption, str(text), str(other)).strip() for caption in before)
+            if captions != before:
                 edits.append(Edit(image.name, image.captions, captions))
         if not edits:
             return "No caption had to be changed."
@@ -124,9 +123,10 @@ class ImageEdits:
         refuse_bundled(images.folder)
         if (run := self.jobs.reader(images.folder.path)) is not None:
             raise RunError(f"{run.name} is training, maybe on these images; wait for it, or stop it first.")
-        paths = {os.path.normpath(image.path) for image in images.find(names)}
+        picked = images.find(names)
+        paths = {os.path.normpath(image.path) for image in picked}
         chosen = [image for image in images.images.values() if os.path.normpath(image.path) in paths]
-        line = f"{pluralize(len(images.find(names)), 'image')} moved to the trash"
+        line = f"{pluralize(len(picked), 'image')} moved to the trash"
         with changing(images.folder, line) as draft:
             for metadata in {image.metadata for image in chosen if image.metadata}:
                 table = Table(metadata, images)

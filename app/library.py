@@ -76,7 +76,7 @@ class Experiment(Run):
         """Return the report as an HTML document; empty until it exists."""
         path = self.inside(REPORT)
         with contextlib.suppress(OSError):
-            if path is not None and path.is_file() and path.stat().st_size <= LARGEST_JSON:
+            if path is not None and path.stat().st_size <= LARGEST_JSON:
                 return path.read_text(encoding="utf-8", errors="replace")
         return ""
 

@@ -14,7 +14,7 @@ from .runs import Run
 from .sessions import Blocks
 from .studio import Studio
 from .tabs import TABS, Parts, Tab
-from .tabs.base import STATUS
+from .tabs.base import STATUS, open_choice
 from .tabs.compare import CompareTab
 
 T = TypeVar("T", bound=Tab)
@@ -76,8 +76,8 @@ class Page:
         self.library, self.jobs = parts.library, parts.jobs
         with gr.Row(elem_id="top"):
             gr.HTML(TITLE, elem_id="title")
-            # Custom values allow runs that began after the page was loaded; the library validates the name.
-            self.run = gr.Dropdown(label="Run", allow_custom_value=True, interactive=True, elem_id="run", min_width=240)
+            # A run may have begun after the page was loaded.
+            self.run = open_choice("Run", elem_id="run", min_width=240)
         self.summary = gr.HTML(elem_id="summary")
         self.tabs: list[Tab] = []
         self.frames: dict[Tab, gr.Tab] = {}

@@ -175,11 +175,6 @@ class Run:
         value = self.config.get(flag)
         return next(iter(value), None) if isinstance(value, list) else value
 
-    def whole(self, flag: str, otherwise: int) -> int:
-        """Return the value of an option as a positive integer, or `otherwise`."""
-        value = number(self.config.get(flag))
-        return int(value) if value is not None and 1 <= value <= MOST_STEPS else otherwise
-
     @property
     def methods(self) -> list[str]:
         """Methods of this run in the order of training."""
@@ -227,7 +222,8 @@ class Run:
 
     def steps_of(self, method: str) -> int:
         """Return a method's number of steps; after early stopping, the steps that were done."""
-        steps, record = self.whole("max_train_steps", 0), self.record(method)
+        steps, record = number(self.config.get("max_train_steps")) or 0, self.record(method)
+        steps = int(steps) if 1 <= steps <= MOST_STEPS else 0
         patience = record.get("early_stopping_patience")  # with another patience the training resumes
         ended = number(record.get("step")) if patience and patience == self.config.get("early_stopping_patience") else 0
         return min(steps, int(ended or steps))
@@ -315,7 +311,7 @@ class Run:
         """The user's notes on the run; of notes that are too long, one character more than the limit."""
         path = self.inside(NOTES)
         with contextlib.suppress(OSError):
-            if path is not None and path.is_file():
+            if path is not None:
                 with path.open(encoding="utf-8", errors="replace") as file:
                     return file.read(LONGEST_NOTES + 1)
         return ""

@@ -26,6 +26,11 @@ def answer_line(value: str = "", **settings) -> gr.HTML:
     return gr.HTML(value, js_on_load="element.setAttribute('role', 'status')", **settings)
 
 
+def open_choice(label: str, **settings) -> gr.Dropdown:
+    """Return a dropdown that accepts any value: its choices may be out of date, and handlers validate the value."""
+    return gr.Dropdown(label=label, allow_custom_value=True, interactive=True, **settings)
+
+
 @dataclass(frozen=True)
 class Parts:
     """Objects that all tabs share."""

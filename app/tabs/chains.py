@@ -11,7 +11,7 @@ from ..handlers import NO_PROGRESS
 from ..runs import Run
 from ..studio import MERGE_CHOICES
 from ..verdict import merge_warning
-from .base import Parts, Tab
+from .base import Parts, Tab, open_choice
 from .generate import GenerateTab
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class ChainsTab(Tab):
                 self.plan = gr.HTML(elem_id="plan")
             with gr.Column(scale=2, min_width=300):
                 gr.Markdown("### Merge a checkpoint by another method")
-                self.checkpoint = gr.Dropdown(label="Checkpoint", allow_custom_value=True, interactive=True)
+                self.checkpoint = open_choice("Checkpoint")
                 self.merge_method = gr.Dropdown(MERGE_CHOICES, value=MERGE_CHOICES[0], label="Merge method")
                 self.merge = gr.Button("Merge and export", variant="primary", elem_id="merge")
                 self.merged = gr.Markdown(

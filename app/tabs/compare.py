@@ -15,7 +15,7 @@ from ..launcher import safe_name
 from ..library import MOST_BESIDE
 from ..runs import Run, RunError
 from ..verdict import verdict
-from .base import Parts, Tab
+from .base import Parts, Tab, open_choice
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -36,14 +36,13 @@ class CompareTab(Tab):
         self.playing = gr.Timer(0.8, active=False)
         with gr.Row(elem_id="told"):
             self.verdict = gr.HTML(elem_id="verdict")
-            self.beside = gr.Dropdown(
-                [], value=[], multiselect=True, max_choices=MOST_BESIDE, label="Runs beside it", elem_id="others",
-                allow_custom_value=True, interactive=True, min_width=240,
-            )  # fmt: skip
+            self.beside = open_choice(
+                "Runs beside it", value=[], multiselect=True, max_choices=MOST_BESIDE, elem_id="others", min_width=240
+            )
         with gr.Row(elem_id="beside"):
-            with gr.Column(scale=3, min_width=320):
+            with gr.Column(scale=3):
                 self.grid = gr.HTML(elem_id="grid")
-            with gr.Column(scale=2, min_width=320, elem_id="curves"):
+            with gr.Column(scale=2, elem_id="curves"):
                 self.train_curve = gr.HTML(elem_id="train-curve")
                 self.validation_curve = gr.HTML(elem_id="validation-curve")
         self.numbers = gr.HTML(elem_id="numbers")
@@ -58,7 +57,7 @@ class CompareTab(Tab):
         """Make the components for the run's exported files and how to load them."""
         gr.Markdown("### Use it elsewhere")
         with gr.Row(equal_height=True):
-            self.file = gr.Dropdown(label="File", allow_custom_value=True, interactive=True, elem_id="file", scale=4)
+            self.file = open_choice("File", elem_id="file", scale=4)
             self.take = gr.Button("Download", elem_id="take", scale=1, min_width=120)
             self.taken = gr.DownloadButton("taken", visible="hidden", elem_id="taken")
         common = {"interactive": False, "buttons": ["copy"]}
@@ -113,9 +112,9 @@ class CompareTab(Tab):
     def filled_in(self, run: Run) -> dict:
         """Return the list of files, with the last method's first one selected."""
         labels = self.list_files(run)
-        mine = [label for label in labels if label.startswith(f"{run.methods[-1]}:")] if labels else []
-        chosen = next(iter(mine), next(iter(labels), None))
-        place, use = self.how_to_use(run.name, chosen) if chosen else ("", "")
+        mine = (label for label in labels if label.startswith(f"{run.methods[-1]}:"))
+        chosen = next(mine, None) or next(iter(labels), None)
+        place, use = self.how_to_use(run.name, chosen)
         title = "File" if labels else "File (there are none yet: they are written when a method has been trained)"
         return {self.file: gr.update(choices=labels, value=chosen, label=title), self.place: place, self.use: use}
 

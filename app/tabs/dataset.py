@@ -12,12 +12,12 @@ from reslora.formatting import pluralize
 from reslora.images.data.caption_files import CAPTIONS
 
 from .. import cards, image_edits, views
-from ..handlers import QUIET, paths_of, translated
+from ..handlers import QUIET, paths_of, server_function
 from ..image_edits import ImageEdits
 from ..image_folders import ImageFolders
 from ..recipe import bounded
 from ..runs import RunError
-from .base import Parts, Tab, answer_line
+from .base import Parts, Tab, answer_line, open_choice
 from .train import TrainTab
 
 if TYPE_CHECKING:
@@ -44,12 +44,10 @@ class DatasetTab(Tab):
         self.status = gr.HTML(views.notice(CHOOSE), elem_id="dataset-status")
         self.changing_rows()
         self.answer = answer_line(elem_id="dataset-answer")
-
-        def save_caption(edit: dict) -> dict:  # a function, because Gradio sets an attribute on it
-            return self.save_caption(edit)
-
         script = SCRIPT.read_text(encoding="utf-8")
-        self.images = gr.HTML(elem_id="dataset-images", js_on_load=script, server_functions=[save_caption])
+        self.images = gr.HTML(
+            elem_id="dataset-images", js_on_load=script, server_functions=[server_function(self.save_caption)]
+        )
         with gr.Row(elem_id="pages"):
             self.back = gr.Button("Back", min_width=80, elem_id="back")
             self.page = gr.Number(1, label="Page", precision=0, minimum=1, min_width=100, elem_id="page")
@@ -63,13 +61,11 @@ class DatasetTab(Tab):
     def choosing_rows(self) -> None:
         """Make the components that select a folder and filter its images."""
         with gr.Row(elem_id="which-images"):
-            self.folder = gr.Dropdown(
-                label="Folder", choices=[], allow_custom_value=True, interactive=True, elem_id="folder", min_width=160
-            )
+            self.folder = open_choice("Folder", elem_id="folder")
             self.which = gr.Dropdown(
-                list(image_edits.FILTERS), value=image_edits.EVERYTHING, label="Show", elem_id="which", min_width=160
+                list(image_edits.FILTERS), value=image_edits.EVERYTHING, label="Show", elem_id="which"
             )
-            self.words = gr.Textbox(label="Name or caption has", max_lines=1, elem_id="words", min_width=160)
+            self.words = gr.Textbox(label="Name or caption has", max_lines=1, elem_id="words")
             self.check = gr.Button("Check images", elem_id="check", min_width=120)
 
     def changing_rows(self) -> None:
@@ -103,7 +99,7 @@ class DatasetTab(Tab):
             self.upload = gr.Button("Upload", variant="primary", elem_id="folder-upload")
         with gr.Accordion("How it would be trained on", open=False):
             self.resolution = gr.Textbox(label="Resolution (empty: the trainer's default)", max_lines=1)
-            self.buckets = gr.Checkbox(False, label="Aspect ratio buckets")
+            self.buckets = gr.Checkbox(label="Aspect ratio buckets")
             self.column = gr.Textbox(label="Column of captions in metadata (empty: text)", max_lines=1)
 
     def events(self, page: Page) -> None:
@@ -186,12 +182,9 @@ class DatasetTab(Tab):
 
     def save_caption(self, edit: dict) -> dict:
         """Save one caption from the browser, without updating the page: the user may be typing the next one."""
-        try:
-            refuse_other(edit.get("folder"), edit.get("chosen"))
-            images = self.edits.look(edit.get("folder"), tuple(edit.get("settings") or ()))
-            return {"text": self.edits.save_caption(images, edit["name"], edit["was"], edit["text"])}
-        except Exception as error:
-            return {"error": str(translated(error).message)}
+        refuse_other(edit.get("folder"), edit.get("chosen"))
+        images = self.edits.look(edit.get("folder"), tuple(edit.get("settings") or ()))
+        return {"text": self.edits.save_caption(images, edit["name"], edit["was"], edit["text"])}
 
     def report_refused_caption(self, event: gr.EventData) -> str:
         """Return the error of a caption whose card is not on the page any more."""

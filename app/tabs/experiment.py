@@ -11,7 +11,7 @@ from ..handlers import QUIET, paths_of
 from ..library import Experiment
 from ..runs import RunError
 from ..takeaway import Takeaway, packed
-from .base import Parts
+from .base import Parts, open_choice
 from .launching import LaunchTab
 
 if TYPE_CHECKING:
@@ -61,9 +61,7 @@ class ExperimentTab(LaunchTab):
         self.buttons_row()
         self.memory_button()
         with gr.Row(equal_height=True):
-            self.which = gr.Dropdown(
-                label="Experiment", allow_custom_value=True, interactive=True, elem_id="experiment", scale=3
-            )
+            self.which = open_choice("Experiment", elem_id="experiment", scale=3)
             self.take = gr.DownloadButton(
                 "Download report", interactive=False, elem_id="take-report", scale=1, min_width=140
             )

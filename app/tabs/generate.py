@@ -17,7 +17,7 @@ from ..runs import BASE, Run, RunError, Weights
 from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
 from ..verdict import warning_for
-from .base import Parts, Tab, answer_line
+from .base import Parts, Tab, answer_line, open_choice
 from .grid import GridPart
 from .stack import StackPart
 
@@ -33,7 +33,7 @@ class GenerateTab(Tab):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         with gr.Row():
-            with gr.Column(scale=2, min_width=320):
+            with gr.Column(scale=2):
                 self.settings_column()
             with gr.Column(scale=3, min_width=360):
                 with gr.Row(elem_classes="actions"):
@@ -41,7 +41,7 @@ class GenerateTab(Tab):
                     self.cancel = gr.Button("Cancel", elem_id="cancel")
                 self.status = answer_line(views.notice("The model is loaded with the first image."), elem_id="status")
                 self.gallery = gr.Gallery(
-                    label="Images", columns=2, height="auto", format="png", elem_id="gallery", interactive=False,
+                    label="Images", height="auto", format="png", elem_id="gallery", interactive=False,
                     object_fit="contain", buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 self.made = gr.HTML(elem_id="made")
@@ -52,13 +52,13 @@ class GenerateTab(Tab):
 
     def settings_column(self) -> None:
         """Make the components of weights and image settings."""
-        self.weights = gr.Dropdown(label="Weights", allow_custom_value=True, interactive=True, elem_id="weights")
+        self.weights = open_choice("Weights", elem_id="weights")
         self.warning = gr.HTML(elem_id="merge-warning", visible=False)
         self.prompt = gr.Textbox(label="Prompt", elem_id="prompt")
         self.negative = gr.Textbox(label="Negative prompt")
         with gr.Row():
             self.seed = gr.Number(0, label="Seed", precision=0, min_width=100, elem_id="seed")
-            self.random = gr.Checkbox(False, label="Random seed", min_width=100)
+            self.random = gr.Checkbox(label="Random seed", min_width=100)
             self.images = gr.Slider(1, 8, 1, step=1, label="Images", min_width=100, elem_id="images")
         with gr.Row():
             self.steps = gr.Slider(1, 150, 20, step=1, label="Denoising steps", min_width=140, elem_id="denoising")
@@ -188,13 +188,12 @@ class GenerateTab(Tab):
             for event in self.studio.generate(run, choices, request, session, lambda: hears(asked)):
                 text = event.text if isinstance(event, Status) else text
                 share = event.done / event.total if isinstance(event, Step) else 0.0
+                shown = {}
                 if isinstance(event, Drawn):
                     done.append(event)
                     files.append((str(self.save(event)), views.caption(event)))
-                    bar = views.progress(text, len(done) / wanted)
-                    yield list(files), bar, gr.skip(), views.settings_table(done)
-                else:
-                    yield {self.status: views.progress(text, (len(done) + share) / wanted)}
+                    shown = {self.gallery: list(files), self.made: views.settings_table(done)}
+                yield shown | {self.status: views.progress(text, (len(done) + share) / wanted)}
         except Cancelled:
             yield {self.status: views.notice(f"Cancelled after {len(done)} of {pluralize(wanted, 'image')}.")}
             return

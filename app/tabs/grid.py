@@ -55,7 +55,7 @@ class GridPart:
                 list(names), value=first, label=which.upper(), elem_id=f"axis-{which}", min_width=150, scale=1
             )
             values = gr.Textbox(
-                grids.SUGGESTED[first], label=f"Values of {which.upper()}", lines=1, max_lines=6, min_width=150,
+                grids.SUGGESTED[first], label=f"Values of {which.upper()}", max_lines=6, min_width=150,
                 placeholder="words or numbers; of prompts one a line (Shift and Enter)", elem_id=f"values-{which}",
                 scale=3,
             )  # fmt: skip
@@ -94,7 +94,7 @@ class GridPart:
     def draw_grid(
         self, name, label, adapter, prompt, negative, seed, steps, guidance, width, height, strength, x, x_values, y,
         y_values, adapter_config=None, loras=None, strengths="", asked: gr.Request = None,
-    ) -> Iterator[tuple]:  # fmt: skip
+    ) -> Iterator[tuple | dict]:  # fmt: skip
         """Yield the grid as its images are generated; at the end, or when stopped, also the sheet and all files."""
         run = self.tab.library.find(name) if name else None
         weights = self.tab.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
@@ -109,12 +109,13 @@ class GridPart:
             for event in self.tab.studio.draw_grid(run, pictures, session, lambda: hears(asked)):
                 text = event.text if isinstance(event, Status) else text
                 share = event.done / event.total if isinstance(event, Step) else 0.0
+                changed = {}
                 if isinstance(event, Drawn):
                     cell = next(cells)
                     place, path = (cell.row, cell.column), str(self.tab.save(event))
                     drawn[place], files[place], shown[place] = event, path, self.address(path)
-                bar = views.progress(text, (len(drawn) + share) / len(pictures))
-                yield grids.table(grid, shown) if isinstance(event, Drawn) else gr.skip(), bar, gr.skip(), gr.skip()
+                    changed = {self.table: grids.table(grid, shown)}
+                yield changed | {self.status: views.progress(text, (len(drawn) + share) / len(pictures))}
             said = views.progress(f"{len(drawn)} of {pluralize(len(pictures), 'cell')} done", 1)
         except Cancelled:
             said = views.notice(f"Stopped after {len(drawn)} of {pluralize(len(pictures), 'cell')}.")

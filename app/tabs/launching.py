@@ -18,7 +18,7 @@ from ..handlers import NO_PROGRESS, QUIET, named, paths_of
 from ..jobs import RUNNING, WAITING, Entry
 from ..runs import Run
 from ..uploads import store_images
-from .base import STATUS, Parts, Tab, answer_line
+from .base import STATUS, Parts, Tab, answer_line, open_choice
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -91,10 +91,10 @@ class LaunchTab(Tab):
             elem_classes="uploads",
         )  # fmt: skip
         self.caption = gr.Textbox("", label="Caption of images without a .txt (empty: words of the file name)")
-        self.folder = gr.Dropdown([], value="", label="Or a folder of images on the server", allow_custom_value=True)
+        self.folder = open_choice("Or a folder of images on the server", value="")
         self.preview = gr.HTML(elem_id=self.own("preview"))
-        self.model = gr.Dropdown(
-            list(PIPELINES), value="", label="Model", allow_custom_value=True, elem_id=self.own("model"),
+        self.model = open_choice(
+            "Model", choices=list(PIPELINES), value="", elem_id=self.own("model"),
             info=f"Empty: {next(iter(PIPELINES))}; or a name on the hub: owner/model",
         )  # fmt: skip
 
@@ -216,9 +216,8 @@ class LaunchTab(Tab):
 
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
         """Return the arguments of the trainer's command line."""
-        settings = self.settings(values) | {"model": model}
-        images = self.jobs.choose_images(name, folder, paths_of(uploads), str(caption or ""), self.kind)
-        return self.jobs.command(name, settings, images, self.kind)
+        entry = Entry(name, self.what, self.settings(values) | {"model": model}, folder)
+        return self.jobs.command_of(entry, paths_of(uploads), str(caption or ""))
 
     def do_show(self, *inputs) -> str:
         """Return the command of the form."""
@@ -242,7 +241,7 @@ class LaunchTab(Tab):
         """Start or queue a training; return the new run, the command, the button's label and a line about it."""
         name, uploads, caption, folder, model, *values = inputs
         words = launcher.in_words(self.words(*inputs))
-        settings = {flag: value for flag, value in self.settings(values).items() if value not in (None, "", [])}
+        settings = {flag: value for flag, value in self.settings(values).items() if value not in launcher.EMPTY}
         paths = paths_of(uploads)
         chosen = None if paths else folder or None
         entry = Entry(name, self.what, settings | {"model": str(model or "").strip()}, chosen)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import lists, views
-from ..handlers import QUIET, translated
+from ..handlers import QUIET, server_function
 from ..library import Experiment
 from ..runs import RunError
 from ..shelf import Shelf
@@ -31,14 +31,10 @@ class RunsTab(ListTab):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self.shelf = Shelf(self.jobs)
-
-        def save_notes(edit: dict) -> dict:  # a function, because Gradio sets an attribute on it
-            return self.save_notes(edit)
-
         self.words = gr.Textbox(label="Name or notes have", max_lines=1, elem_id="runs-words")
         self.answer = answer_line(elem_id="runs-answer")
         script = SCRIPT.read_text(encoding="utf-8")
-        self.cards = gr.HTML(elem_id="runs", js_on_load=script, server_functions=[save_notes])
+        self.cards = gr.HTML(elem_id="runs", js_on_load=script, server_functions=[server_function(self.save_notes)])
         self.last_look = gr.State(None)
         self.timer = gr.Timer(EVERY, active=False)
 
@@ -85,10 +81,7 @@ class RunsTab(ListTab):
 
     def save_notes(self, edit: dict) -> dict:
         """Save notes from the browser, without updating the page: the user may be typing other notes."""
-        try:
-            return {"notes": self.shelf.write_notes(edit.get("name"), edit.get("was"), edit.get("text"))}
-        except Exception as error:
-            return {"error": str(translated(error).message)}
+        return {"notes": self.shelf.write_notes(edit.get("name"), edit.get("was"), edit.get("text"))}
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from ..recipe import Request
 from ..runs import Run, RunError, Weights
 from ..sessions import TURNS, hears
 from ..studio import Cancelled
-from .base import answer_line
+from .base import answer_line, open_choice
 
 if TYPE_CHECKING:
     from ..page import Page
@@ -27,10 +27,9 @@ class StackPart:
     def __init__(self, tab: GenerateTab) -> None:
         self.tab, self.library, self.studio = tab, tab.library, tab.studio
         with gr.Accordion("Several LoRAs at once, or a full model", open=False, elem_id="stack") as self.frame:
-            # Any value may be sent; the library validates the name.
-            self.loras = gr.Dropdown(
-                label="LoRAs of runs of this model, used together instead of the weights above", multiselect=True,
-                allow_custom_value=True, interactive=True, elem_id="loras",
+            self.loras = open_choice(
+                "LoRAs of runs of this model, used together instead of the weights above", multiselect=True,
+                elem_id="loras",
             )  # fmt: skip
             self.strengths = gr.Textbox(
                 "", label="Strength of each, in their order", placeholder="1 for all", max_lines=1, elem_id="strengths"

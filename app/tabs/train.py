@@ -15,7 +15,7 @@ from ..bases import word_of_model
 from ..handlers import NO_PROGRESS, QUIET
 from ..library import VARYING
 from ..runs import Run, RunError
-from .base import Parts
+from .base import Parts, open_choice
 from .launching import LaunchTab
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ class TrainTab(LaunchTab):
         super().__init__(parts)
         with gr.Row():
             with gr.Column(scale=2, min_width=340):
-                self.begin = gr.Dropdown(
-                    list(form.PRESETS), label="Begin with the settings of", allow_custom_value=True, elem_id="begin",
-                    value=next(iter(form.PRESETS)),
+                self.begin = open_choice(
+                    "Begin with the settings of", choices=list(form.PRESETS), value=next(iter(form.PRESETS)),
+                    elem_id="begin",
                 )  # fmt: skip
                 self.begun = gr.State(None)
                 self.settings_column()
