@@ -226,9 +226,8 @@ def tile(grid: Grid, row: int, column: int, sources: dict[tuple[int, int], str])
     source = sources.get((row, column))
     if source is None:
         return '<div class="empty">not yet</div>'
-    alt = views.escape(" · ".join(filter(None, (grid.y.labels[row], grid.x.labels[column]))))
-    image = f'<img src="{views.escape(source)}" alt="{alt}" title="{alt}">'
-    return f'<button type="button" class="tile" data-row="{row}" data-column="{column}">{image}</button>'
+    alt = " · ".join(filter(None, (grid.y.labels[row], grid.x.labels[column])))
+    return views.enlargeable(views.escape(source), alt, (row, column))
 
 
 def save_sheet(grid: Grid, drawn: dict[tuple[int, int], Drawn], path: Path) -> Path:

@@ -240,7 +240,7 @@ class Jobs:
         for run in filter(self.is_active, runs):
             raise error(f"{run.name} is training; wait for it, or stop it first.")
 
-    def refuse_second(self, device: str | None = None) -> None:
+    def refuse_second(self, device: str | None) -> None:
         """Raise `Busy` while another run trains, unless each has its own GPU."""
         if device is None:
             self.refuse_active(*self.library.everything(), error=Busy)

@@ -118,7 +118,7 @@ def with_more(begun: Run, settings: dict) -> dict:
     return more
 
 
-def words_for(folder: Path, settings: dict, images: Path | None = None, begun: Run | None = None) -> list[str]:
+def words_for(folder: Path, settings: dict, images: Path | None, begun: Run | None) -> list[str]:
     """Return the arguments after `accelerate launch` for a new run. Raises `RunError` for invalid settings.
 
     `begun`: an existing experiment in the folder, which gets further methods, learning rates and seeds; all other

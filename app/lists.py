@@ -54,20 +54,18 @@ def queue(jobs: Jobs) -> str:
     now = [entry for entry in entries if entry.state == RUNNING]
     waiting = [entry for entry in entries if entry.state == WAITING]
     ended = [entry for entry in reversed(entries) if entry.ends]
-    rows = [row(jobs, entry, "") for entry in now]
-    for place, entry in enumerate(waiting, 1):
-        rows.append(row(jobs, entry, str(place), place == len(waiting)))
-    rows += [row(jobs, entry, "") for entry in ended]
+    rows = [row(jobs, entry, waiting) for entry in (*now, *waiting, *ended)]
     clear = button("clear", "Clear what has ended", "Clear what has ended") if ended else ""
     return f'<ol class="queue" aria-label="Queue">{"".join(rows)}</ol><p class="clear" data-name="">{clear}</p>'
 
 
-def row(jobs: Jobs, entry: Entry, place: str, is_last: bool = False) -> str:
-    """Return one entry as HTML; `place` is its position among the waiting entries."""
-    name = entry.name
+def row(jobs: Jobs, entry: Entry, waiting: list[Entry]) -> str:
+    """Return one entry as HTML; a waiting one has its position among them."""
+    name, place = entry.name, ""
     if entry.state == WAITING:
-        buttons = button("up", "&uarr;", f"Move {name} up", place != "1")
-        buttons += button("down", "&darr;", f"Move {name} down", not is_last)
+        place = waiting.index(entry) + 1
+        buttons = button("up", "&uarr;", f"Move {name} up", place > 1)
+        buttons += button("down", "&darr;", f"Move {name} down", place < len(waiting))
         buttons += button("remove", "Remove", f"Remove {name}")
     elif entry.state == RUNNING:
         buttons = button("stop", "Stop", f"Stop {name} and save")

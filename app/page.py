@@ -1,7 +1,6 @@
 """Assemble the page: the run selector, the tabs, and the timer that keeps them up to date."""
 
 from pathlib import Path
-from typing import TypeVar
 
 import gradio as gr
 
@@ -13,11 +12,9 @@ from .library import Library
 from .runs import Run
 from .sessions import Blocks
 from .studio import Studio
-from .tabs import TABS, Parts, Tab
-from .tabs.base import STATUS, open_choice
+from .tabs import TABS
+from .tabs.base import STATUS, Parts, T, Tab, open_choice
 from .tabs.compare import CompareTab
-
-T = TypeVar("T", bound=Tab)
 
 EVERY = 2.0
 """Seconds between two polls of the runs folder."""

@@ -330,7 +330,7 @@ class Studio:
         if self.current == wanted:
             return
         refuse_replaced = unless_replaced(run, weights)
-        parts = {self.family.denoiser: self._skeleton()} | self._encoders()
+        parts = self._parts()
         try:
             refuse_replaced()
             self._put(parts, run, weights, strength)
@@ -366,9 +366,9 @@ class Studio:
         (part,) = [part for part in self.family.trainable if part.name == name]
         return part.targets_in(self.encoders[name])
 
-    def _encoders(self) -> dict[str, torch.nn.Module]:
-        """Return text encoders that share the base tensors instead of copying them."""
-        return {
+    def _parts(self) -> dict[str, torch.nn.Module]:
+        """Return a denoiser and text encoders, by name, that share the base tensors instead of copying them."""
+        return {self.family.denoiser: self._skeleton()} | {
             name: copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
             for name, encoder in self.encoders.items()
         }
@@ -415,8 +415,7 @@ class Studio:
         """Merge in float32, write the LoRA files and the report, and return the report."""
         if not run.allows(method):
             raise RunError(f"{method} needs calibration samples, and this run has kept none; choose another merge")
-        made, report, parts = self._encoders(), {}, {}
-        made[self.family.denoiser] = self._skeleton()
+        made, report, parts = self._parts(), {}, {}
         for name, path in ((self.family.denoiser, checkpoint.path), *checkpoint.encoders):
             parts[name] = torch.nn.Module.to(made[name], dtype=torch.float32)
             reslora.load(parts[name], path)
@@ -438,7 +437,7 @@ class Studio:
             check = unless_replaced(run, weights, visitor.check)
             parts: dict[str, torch.nn.Module | Path] = {self.family.denoiser: weights.path, **dict(weights.encoders)}
             if weights.kind != "merged":
-                made = {self.family.denoiser: self._skeleton()} | self._encoders()
+                made = self._parts()
                 parts = {name: made[name] for name in stacks.put(made, self.family, weights, 1.0)}
             try:
                 base = self.pipeline.components | self.encoders | {self.family.denoiser: self._skeleton()}

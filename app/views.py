@@ -83,6 +83,11 @@ def tile(path: Path | None, alt: str, place: tuple[int, int], absent: str = "not
         source = data_uri(path, stamp_of(path))
     except Exception:  # exceptions differ by image format
         return '<div class="empty">damaged</div>'
+    return enlargeable(source, alt, place)
+
+
+def enlargeable(source: str, alt: str, place: tuple[int, int]) -> str:
+    """Return an image to enlarge, at a row and column; `source` is its address in HTML."""
     image = f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
     return f'<button type="button" class="tile" data-row="{place[0]}" data-column="{place[1]}">{image}</button>'
 

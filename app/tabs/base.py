@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 import gradio as gr
 
@@ -13,9 +13,7 @@ from ..runs import Run
 from ..studio import Studio
 from ..working import WorkingFiles
 
-if TYPE_CHECKING:
-    from ..page import Page
-
+T = TypeVar("T", bound="Tab")
 
 STATUS = 3
 """Index of the run's status in the polled state."""
@@ -41,6 +39,21 @@ class Parts:
     files: WorkingFiles = field(default_factory=WorkingFiles)
 
 
+class TabHost(Protocol):
+    """What a tab uses of the page."""
+
+    blocks: gr.Blocks
+    run: gr.Dropdown
+    """The name of the selected run."""
+    seen: gr.State
+    """The state of the last poll."""
+    all_tabs: gr.Tabs
+    frames: dict[Tab, gr.Tab]
+
+    def tab(self, cls: type[T]) -> T:
+        """Return the tab of that class."""
+
+
 class Tab:
     """A tab, whose constructor makes its components. The page only uses the methods of this class.
 
@@ -64,7 +77,7 @@ class Tab:
         self.on_arrival: list[gr.components.Component] = []
         """Components that are set when the page is opened."""
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components; those of other tabs are found through the page."""
 
     def arrive(self) -> dict:

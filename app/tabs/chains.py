@@ -1,9 +1,5 @@
 """Chains and merge: the chain plan, the merge report, and merging a checkpoint by another method."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import gradio as gr
 
 from .. import views
@@ -11,11 +7,8 @@ from ..handlers import NO_PROGRESS
 from ..runs import Run
 from ..studio import MERGE_CHOICES
 from ..verdict import merge_warning
-from .base import Parts, Tab, open_choice
+from .base import Parts, Tab, TabHost, open_choice
 from .generate import GenerateTab
-
-if TYPE_CHECKING:
-    from ..page import Page
 
 
 class ChainsTab(Tab):
@@ -47,7 +40,7 @@ class ChainsTab(Tab):
         self.of_run = [self.plan, self.report, self.norms]
         self.chosen = self.checkpoint
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the merge button and its endpoint."""
         asked, shown = [page.run, self.checkpoint, self.merge_method], [self.report, page.tab(GenerateTab).weights]
         gr.on([], self.do_merge, asked, [self.merged, *shown], api_name="merge", preprocess=False)

@@ -1,10 +1,7 @@
 """Compare: a slider moves the images of all methods, and of several runs, through the training steps."""
 
-from __future__ import annotations
-
 import math
 import time
-from typing import TYPE_CHECKING
 
 import gradio as gr
 
@@ -15,10 +12,7 @@ from ..launcher import safe_name
 from ..library import MOST_BESIDE
 from ..runs import Run, RunError
 from ..verdict import verdict
-from .base import Parts, Tab, open_choice
-
-if TYPE_CHECKING:
-    from ..page import Page
+from .base import Parts, Tab, TabHost, open_choice
 
 
 class CompareTab(Tab):
@@ -64,7 +58,7 @@ class CompareTab(Tab):
         self.place = gr.Textbox(label="Where it is", max_lines=1, elem_id="place", **common)
         self.use = gr.Textbox(label="How it is loaded", lines=3, max_lines=8, elem_id="use", **common)
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the slider, the buttons and the endpoints."""
         run, looked_at = page.run, [page.run, self.step, self.beside]
         # Not preprocessed: Gradio would reject a step beyond the slider's previous maximum.
@@ -86,7 +80,7 @@ class CompareTab(Tab):
             self.take_file, [run, self.file], self.taken, api_name="download_file", preprocess=False
         ).success(None, js="() => document.querySelector('#taken').click()")
 
-    def for_programs(self, page: Page) -> None:
+    def for_programs(self, page: TabHost) -> None:
         """Register the endpoints; those with several runs have their own names, so existing clients keep working."""
         inputs = [page.run, self.step]
         for handler, asked, outputs, name in (

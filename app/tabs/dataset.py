@@ -1,10 +1,7 @@
 """Dataset: view the images of a folder with their captions, and edit them before training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import gradio as gr
 
@@ -17,11 +14,8 @@ from ..image_edits import ImageEdits
 from ..image_folders import ImageFolders
 from ..recipe import bounded
 from ..runs import RunError
-from .base import Parts, Tab, answer_line, open_choice
+from .base import Parts, Tab, TabHost, answer_line, open_choice
 from .train import TrainTab
-
-if TYPE_CHECKING:
-    from ..page import Page
 
 SCRIPT = Path(__file__).resolve().parents[1] / "dataset.js"
 CHOOSE = "Choose a folder of images above, or upload some below."
@@ -102,7 +96,7 @@ class DatasetTab(Tab):
             self.buckets = gr.Checkbox(label="Aspect ratio buckets")
             self.column = gr.Textbox(label="Column of captions in metadata (empty: text)", max_lines=1)
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         chosen = [self.folder, *self.settings]
         # First, because Gradio handles the events of a component in order.

@@ -1,8 +1,6 @@
 """Experiment: find the method that works best on the user's images. The report grows with each arm."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import gradio as gr
 
@@ -11,11 +9,8 @@ from ..handlers import QUIET, paths_of
 from ..library import Experiment
 from ..runs import RunError
 from ..takeaway import Takeaway, packed
-from .base import Parts, open_choice
+from .base import Parts, TabHost, open_choice
 from .launching import LaunchTab
-
-if TYPE_CHECKING:
-    from ..page import Page
 
 EVERY = 3.0
 """Seconds between two polls of the experiment."""
@@ -84,7 +79,7 @@ class ExperimentTab(LaunchTab):
         """Return the names of the experiments, newest first."""
         return list(self.library.experiments())
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         self.connect(page, self.which, self.last_look)
         planned = [self.name, self.uploads, self.folder, self.model, *self.flags.values()]

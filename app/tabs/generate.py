@@ -1,10 +1,7 @@
 """Generate: make images with a run's weights or an uploaded LoRA file, and compare them with the base model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import gradio as gr
 
@@ -17,12 +14,9 @@ from ..runs import BASE, Run, RunError, Weights
 from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
 from ..verdict import warning_for
-from .base import Parts, Tab, answer_line, open_choice
+from .base import Parts, Tab, TabHost, answer_line, open_choice
 from .grid import GridPart
 from .stack import StackPart
-
-if TYPE_CHECKING:
-    from ..page import Page
 
 
 class GenerateTab(Tab):
@@ -80,7 +74,7 @@ class GenerateTab(Tab):
             )
             self.recipe = gr.File(label="PNG made here: takes over its settings", file_types=[".png"], height=140)
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         numbers = [self.seed, self.steps, self.guidance, self.width, self.height, self.images, self.strength]
         settings = [self.prompt, self.negative, *numbers]

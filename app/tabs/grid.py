@@ -17,10 +17,9 @@ from ..recipe import Drawn, Request
 from ..runs import Run, RunError
 from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
-from .base import answer_line
+from .base import TabHost, answer_line
 
 if TYPE_CHECKING:
-    from ..page import Page
     from .generate import GenerateTab
 
 
@@ -61,7 +60,7 @@ class GridPart:
             )  # fmt: skip
         return name, values
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         tab = self.tab
         numbers = [tab.seed, tab.steps, tab.guidance, tab.width, tab.height, tab.strength]

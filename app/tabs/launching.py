@@ -1,9 +1,7 @@
 """Base class of Train and Experiment: a form that becomes a trainer command, which runs as a separate process."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import gradio as gr
 
@@ -18,10 +16,7 @@ from ..handlers import NO_PROGRESS, QUIET, named, paths_of
 from ..jobs import RUNNING, WAITING, Entry
 from ..runs import Run
 from ..uploads import store_images
-from .base import STATUS, Parts, Tab, answer_line, open_choice
-
-if TYPE_CHECKING:
-    from ..page import Page
+from .base import STATUS, Parts, Tab, TabHost, answer_line, open_choice
 
 WIDE = ("method", "validation_prompt")
 ACTIVE = ("starting", "running", "stopping")
@@ -155,7 +150,7 @@ class LaunchTab(Tab):
         """Return the folders of images on the server."""
         return {self.folder: gr.update(choices=self.jobs.folders())}
 
-    def connect(self, page: Page, which: gr.components.Component, seen: gr.State) -> None:
+    def connect(self, page: TabHost, which: gr.components.Component, seen: gr.State) -> None:
         """Connect form and buttons; `which` selects the run, and is set to a started one.
 
         `seen`: the state of the last poll.

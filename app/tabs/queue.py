@@ -1,18 +1,12 @@
 """Queue: the running, waiting and ended entries."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from .. import lists, views
 from ..handlers import QUIET
-from .base import Parts, Tab, answer_line
-
-if TYPE_CHECKING:
-    from ..page import Page
+from .base import Parts, Tab, TabHost, answer_line
 
 SCRIPT = Path(__file__).resolve().parents[1] / "rows.js"
 EVERY = 3.0
@@ -58,7 +52,7 @@ class QueueTab(ListTab):
         self.last_look = gr.State(None)
         self.timer = gr.Timer(EVERY, active=False)
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         shown = [self.rows, self.last_look]
         page.frames[self].select(self.open, None, [*shown, self.timer], **QUIET)

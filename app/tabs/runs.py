@@ -1,9 +1,5 @@
 """Runs: all runs with notes, and a trash from which they can be restored."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import gradio as gr
 
 from .. import lists, views
@@ -11,13 +7,10 @@ from ..handlers import QUIET, server_function
 from ..library import Experiment
 from ..runs import RunError
 from ..shelf import Shelf
-from .base import Parts, answer_line
+from .base import Parts, TabHost, answer_line
 from .compare import CompareTab
 from .experiment import ExperimentTab
 from .queue import IN_TURN, SCRIPT, ListTab
-
-if TYPE_CHECKING:
-    from ..page import Page
 
 EVERY = 5.0
 """Seconds between two polls of the runs."""
@@ -38,7 +31,7 @@ class RunsTab(ListTab):
         self.last_look = gr.State(None)
         self.timer = gr.Timer(EVERY, active=False)
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         shown = [self.cards, self.last_look]
         page.frames[self].select(self.open, self.words, [*shown, self.timer], **QUIET)

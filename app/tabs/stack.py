@@ -14,10 +14,9 @@ from ..recipe import Request
 from ..runs import Run, RunError, Weights
 from ..sessions import TURNS, hears
 from ..studio import Cancelled
-from .base import answer_line, open_choice
+from .base import TabHost, answer_line, open_choice
 
 if TYPE_CHECKING:
-    from ..page import Page
     from .generate import GenerateTab
 
 
@@ -50,7 +49,7 @@ class StackPart:
                 self.use = gr.Textbox(label="How it is loaded", lines=3, elem_id="model-use", **common)
         self.inputs = [self.loras, self.strengths]
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         tab = self.tab
         self.frame.expand(self.offer, page.run, self.loras, preprocess=False, **QUIET)

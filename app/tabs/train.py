@@ -1,9 +1,7 @@
 """Train: start, watch, stop and resume a training, which runs as a separate process."""
 
-from __future__ import annotations
-
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import gradio as gr
 
@@ -15,11 +13,8 @@ from ..bases import word_of_model
 from ..handlers import NO_PROGRESS, QUIET
 from ..library import VARYING
 from ..runs import Run, RunError
-from .base import Parts, open_choice
+from .base import Parts, TabHost, open_choice
 from .launching import LaunchTab
-
-if TYPE_CHECKING:
-    from ..page import Page
 
 
 class TrainTab(LaunchTab):
@@ -66,7 +61,7 @@ class TrainTab(LaunchTab):
         """Return the image folders, and the presets and runs whose settings can be loaded."""
         return super().arrive() | {self.begin: gr.update(choices=[*form.PRESETS, *self.library.runs()])}
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         self.connect(page, page.run, page.seen)
         # Not `input`: it is also triggered when the box loses the focus, and would overwrite the form. `change` is
