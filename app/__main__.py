@@ -44,24 +44,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     user, colon, password = (args.auth or "").partition(":")
     if args.auth is not None and not (user and colon and password):
-        refuse("--auth: give a name and a password, as in --auth me:secret")
+        parser.error("--auth: give a name and a password, as in --auth me:secret")
     if args.auth is None and (args.share or not is_loopback(args.host)):
         flag = "--share" if args.share else f"--host {args.host}"
-        refuse(f"{flag}: others could start trainings on this machine; add --auth USER:PASSWORD")
+        parser.error(f"{flag}: others could start trainings on this machine; add --auth USER:PASSWORD")
     if args.port is not None and not 0 < args.port < 65536:
-        refuse(f"--port {args.port}: give a number from 1 to 65535")
+        parser.error(f"--port {args.port}: give a number from 1 to 65535")
     if args.data is not None and not args.data.is_dir():
-        refuse(f"--data {args.data}: no such folder; give one with folders of images")
+        parser.error(f"--data {args.data}: no such folder; give one with folders of images")
     if args.runs.exists() and not args.runs.is_dir():
-        refuse(f"--runs {args.runs}: not a folder; give one with the outputs of train_sd.py")
+        parser.error(f"--runs {args.runs}: not a folder; give one with the outputs of train_sd.py")
     args.auth = (user, password) if args.auth else None
     return args
-
-
-def refuse(message: str) -> None:
-    """Print an error and exit with status 2."""
-    print(f"python -m app: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def is_loopback(host: str) -> bool:
@@ -101,12 +95,14 @@ def spin_briefly() -> None:
 
 def serve(args: argparse.Namespace, neutral: Path) -> int:
     """Serve the page from the empty folder `neutral`, and return the exit status."""
+    from reslora.options.images import Options
+
     from .jobs import Jobs
-    from .launcher import default_output
     from .library import Library
     from .runs import EXAMPLE
 
-    library = Library(args.runs.absolute(), (default_output().absolute(), EXAMPLE))
+    default_output = Path(Options.of().output.output_dir)
+    library = Library(args.runs.absolute(), (default_output.absolute(), EXAMPLE))
     jobs = Jobs(library, args.data.absolute() if args.data else None)
     move_to(neutral)
     from . import page  # import Gradio only now: it reads the working directory

@@ -11,7 +11,7 @@ from reslora.images.content_hash import folder_mark
 from reslora.images.model.loading import Model
 from reslora.options.images import Options
 
-from .runs import NO_CONFIG, Run, RunError
+from .runs import NO_CONFIG, Run, RunError, stamp_of
 
 BUNDLED = ASSETS / "pipeline"
 PIPELINES = {f"{ASSETS.name}/{path.name}": path for path in (BUNDLED, ASSETS / "pipeline-flow")}
@@ -56,12 +56,12 @@ def bundled(named: str, known: Mapping[str, Path] = PIPELINES) -> str | None:
 
 def mark_of(folder: Path) -> str:
     """Return a content hash of a folder, cached until one of its files changes."""
-    return _mark(folder, max((changed(path) for path in folder.rglob("*")), default=0))
+    return _mark(folder, tuple(map(stamp_of, folder.rglob("*"))))
 
 
 @functools.lru_cache(maxsize=16)
-def _mark(folder: Path, last: int) -> str:
-    """Return the content hash; `last`, the newest modification time, is part of the cache key."""
+def _mark(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> str:
+    """Return the content hash; `stamps`, those of the files, are part of the cache key."""
     parts = [path for path in sorted(folder.iterdir()) if path.is_dir()]  # skip files such as README.md
     return " ".join(map(folder_mark, parts or [folder]))
 
@@ -86,20 +86,12 @@ def base_of(run: Run | None) -> Base:
     return Base(named, vae, **settings, folder=str(run.folder) if is_file else "")
 
 
-def times_of(base: Base, model: Model) -> dict[Path, int]:
-    """Return the modification times, in nanoseconds, of the files that a model is loaded from."""
+def stamps_of(base: Base, model: Model) -> dict[Path, tuple[int, ...]]:
+    """Return the files that a model is loaded from, each with its stamp."""
     parts = [model.folder / part for part in model.index] + ([Path(base.vae)] if base.vae else [])
     files = [path for part in parts for path in part.glob("*")]
     single = [Path(base.name)] if base.folder else []
-    return {path: changed(path) for path in (*single, model.folder / "model_index.json", *files)}
-
-
-def changed(path: Path | None) -> int:
-    """Return the modification time of a file in nanoseconds, or 0 if it does not exist."""
-    try:
-        return path.stat().st_mtime_ns if path is not None else 0
-    except OSError:
-        return 0
+    return {path: stamp_of(path) for path in (*single, model.folder / "model_index.json", *files)}
 
 
 def model_of(word: str, images: Path | None) -> str:

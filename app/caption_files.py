@@ -17,8 +17,8 @@ from reslora.images.data.tables import ROWS
 from reslora.options.prompts import clean
 
 from .changes import Draft, changing
-from .image_folders import Image, Images, leads_out, names_of, stamp_of
-from .runs import RunError
+from .image_folders import Image, Images, leads_out, names_of
+from .runs import RunError, stamp_of
 
 Captions = tuple[str, ...] | None
 """Captions of an image. Empty: its row has none. None: it has neither a row nor a file."""

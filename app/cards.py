@@ -4,6 +4,7 @@ As in `views`, every name and caption is escaped.
 """
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ MOST_NOTES = 8
 
 def pages(count: int) -> int:
     """Return how many pages `count` images need, at least 1."""
-    return max(1, -(-count // PER_PAGE))
+    return max(1, math.ceil(count / PER_PAGE))
 
 
 def cards(edits: ImageEdits, images: Images, shown: Sequence[Image], page: int) -> str:
@@ -64,10 +65,8 @@ def sizes(image: Image) -> str:
     """Return width and height in pixels, and the training resolutions."""
     if image.size is None:
         return "&mdash;"
-    width, height = image.size
-    return " ".join(
-        [f"{width} &times; {height}", *(["&rarr;", ", ".join(map(in_words, image.buckets))] if image.buckets else [])]
-    )
+    own = in_words(Size(*image.size))
+    return f"{own} &rarr; {', '.join(map(in_words, image.buckets))}" if image.buckets else own
 
 
 def in_words(size: Size) -> str:

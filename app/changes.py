@@ -17,8 +17,7 @@ from reslora.images.data.listing import TRASH
 from reslora.io import read_object, remove, replacing, write_json
 
 from .folders import Folder, new_place
-from .image_folders import stamp_of
-from .runs import RunError
+from .runs import RunError, stamp_of
 
 RECORD = "change.json"
 MOST = 50

@@ -97,8 +97,8 @@ def cells(run: Run, images: dict[tuple[int, int], Path]) -> dict[Cell, Path]:
 def rows_of(shown: list[Column]) -> list[Cell]:
     """Return the cells for which any column has an image, sorted by prompt index, then by the order of the runs."""
     found = list(dict.fromkeys(cell for column in shown for cell in column.images))
-    first = {cell[2]: place for place, cell in reversed(list(enumerate(found)))}
-    return sorted(found, key=lambda cell: (cell[0], first[cell[2]], cell[1]))[:MOST_ROWS]
+    prompts = list(dict.fromkeys(cell[2] for cell in found))
+    return sorted(found, key=lambda cell: (cell[0], prompts.index(cell[2]), cell[1]))[:MOST_ROWS]
 
 
 def prompt_of(run: Run, number: int) -> str:
@@ -114,13 +114,13 @@ def images(run: Run, step: int, status: str = "") -> str:
     """
     shown = columns(run, step)
     rows = rows_of(shown)
-    if not rows and run.config and not run.prompts:
-        return notice("This run draws no samples: it was started without --validation_prompt.")
-    if not rows and run.unreadable:
-        return notice(f"This run cannot be shown: {NO_CONFIG}.")
-    if not rows and (status or run.status) == "failed":
-        return notice("This run ended before its first samples; its log, under Train, says why.")
     if not rows:
+        if run.config and not run.prompts:
+            return notice("This run draws no samples: it was started without --validation_prompt.")
+        if run.unreadable:
+            return notice(f"This run cannot be shown: {NO_CONFIG}.")
+        if (status or run.status) == "failed":
+            return notice("This run ended before its first samples; its log, under Train, says why.")
         return notice("No samples yet: the first ones are drawn before the first training step.")
     header = "".join(map(heading, shown))
     body = "".join(row_of(shown, cell, place) for place, cell in enumerate(rows))
@@ -215,10 +215,8 @@ def numbers_of(run: Run, method: str, step: int) -> tuple[tuple, tuple]:
     """Return the last steps up to `step` with any loss and with a validation loss, and the values there."""
     log = [row for row in run.log(method) if row["step"] <= step]
     recent = [row["loss"] for row in of_split(log, "train")[-20:]]
-    held_out = of_split(log, "validation")[-1:]
-    last = log[-1] if log else {}
+    last, measured = (next(reversed(rows), {}) for rows in (log, of_split(log, "validation")))
     loss = sum(recent) / len(recent) if recent else None
-    measured = held_out[0] if held_out else {}
     values = loss, measured.get("loss"), last.get("lr"), last.get("seconds")
     return (last.get("step"), measured.get("step")), values
 

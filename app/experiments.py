@@ -8,11 +8,9 @@ from reslora.experiment.hashed_split import FEW, LEAST
 from reslora.experiment.schedule import Course
 from reslora.experiment.statistics import REFERENCE
 from reslora.formatting import pluralize
-from reslora.options.grid import Grid
 
 from .activity import duration, why_ended
 from .jobs import Jobs
-from .launcher import ALONE
 from .library import Experiment
 from .runs import RunError, number
 from .views import escape, notice, status_line
@@ -26,12 +24,9 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
 
     Images, from a folder on the list or uploaded, are only counted here; they are checked at the start.
     """
-    images = None if jobs.goes_on(name, Experiment) else Path("images")
+    images = None if jobs.begun(name, Experiment) else Path("images")
     try:
-        grid = jobs.resolved(jobs.command(name, settings, images, Experiment))
-        if not isinstance(grid, Grid):
-            raise RunError(ALONE)
-        course = Course(grid)
+        course = Course(jobs.resolved(jobs.command(name, settings, images, Experiment)))
         advice = [] if images is None else too_few(jobs, course.grid.base.experiment.test_split or 0, folder, uploads)
     except RunError as error:
         return notice(str(error))

@@ -5,9 +5,9 @@ Names come from a browser and are only compared with a listing, never used as pa
 
 import itertools
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from reslora.bundled import ASSETS
@@ -94,8 +94,7 @@ class Folders:
 
 def new_place(folder: Path) -> Path:
     """Return an unused path in a folder's trash, named by the current time."""
-    seconds, rest = divmod(time.time_ns(), 10**9)
-    return folder / TRASH / f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(seconds))}-{rest:09d}"
+    return folder / TRASH / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
 
 
 def children(folder: Path | None) -> list[Path]:

@@ -137,9 +137,7 @@ def widget_value(option: Option, value: object) -> object:
         return value if value in choices(option) else option.fixed_default or ""
     if isinstance(value, bool | dict) or value is None:
         return ""
-    if option.name == "validation_prompt":
-        return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
-    return in_box(value)
+    return in_box(value, "\n" if option.name == "validation_prompt" else " ")
 
 
 def settings_of(name: str, runs: Mapping[str, Run]) -> dict:

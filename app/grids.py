@@ -1,23 +1,21 @@
 """X/Y grids: one image for each pair of values of two settings. This module does not import Gradio."""
 
-import math
+import itertools
 import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import PIL.Image
 
 from reslora.formatting import pluralize
 from reslora.merges import MERGES
 from reslora.plots import figures
 
 from . import views
-from .recipe import LIMITS, Drawn, Request
+from .recipe import LIMITS, Drawn, Request, bounded
 from .runs import BASE, Run, RunError, Weights, merged_by
 from .studio import MERGE_CHOICES, Picture
 
 NONE = "none"
-NUMBERS = {"strength": float, "seed": int, "guidance": float, "steps": int}
+NUMBERS, WHOLE = ("strength", "seed", "guidance", "steps"), ("seed", "steps")
 OF_WEIGHTS = ("checkpoint", "method", "merge")
 AXES = ("checkpoint", "method", "strength", "seed", "guidance", "steps", "merge", "prompt")
 SUGGESTED = {"strength": "0 0.5 1", "seed": "0 1 2", "guidance": "1 4 8", "steps": "5 10 20"}
@@ -102,13 +100,10 @@ def axis(which: str, name: object, text: object) -> Axis:
 
 def number(where: str, name: str, word: str) -> int | float:
     """Return a typed number. Raises `RunError` outside the setting's limits."""
-    kind, (least, greatest) = NUMBERS[name], LIMITS[name]
-    try:
-        value = kind(word)
-    except ValueError:
-        value = math.nan
+    whole, (least, greatest) = name in WHOLE, LIMITS[name]
+    value = bounded(word, whole=whole)
     if not least <= value <= greatest:
-        what = "whole number" if kind is int else "number"
+        what = "whole number" if whole else "number"
         raise RunError(f"{where}: {word[:20]} is no {what} from {least} to {greatest}.")
     return value
 
@@ -141,9 +136,10 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
 
 def by_weights(cells: list[Cell]) -> tuple[Cell, ...]:
     """Return the cells grouped by weights and strength, groups in order of first occurrence."""
-    kinds = [(cell.picture.weights.label, cell.picture.request.strength) for cell in cells]
-    order = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
-    return tuple(cell for _, cell in sorted(zip(kinds, cells, strict=True), key=lambda pair: order[pair[0]]))
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.picture.weights.label, cell.picture.request.strength), []).append(cell)
+    return tuple(itertools.chain(*groups.values()))
 
 
 def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, tuple[Weights, str] | None]:
@@ -204,7 +200,7 @@ def heading(start: Weights, request: Request, axes: tuple[str, str]) -> str:
     """Return the settings that are the same in all cells, as text."""
     parts = {"prompt": request.prompt, "seed": f"seed {request.seed}", "steps": pluralize(request.steps, "step")}
     parts |= {"guidance": f"guidance {request.guidance:g}", "strength": f"strength {request.strength:g}"}
-    parts |= {} if set(axes) & set(OF_WEIGHTS) else {"weights": start.label}
+    parts["weights"] = "" if set(axes) & set(OF_WEIGHTS) else start.label
     return " · ".join(text for name, text in parts.items() if name not in axes and text)
 
 
@@ -230,14 +226,14 @@ def tile(grid: Grid, row: int, column: int, sources: dict[tuple[int, int], str])
     source = sources.get((row, column))
     if source is None:
         return '<div class="empty">not yet</div>'
-    alt = views.escape(" · ".join(filter(None, (grid.y.labels[row], grid.x.labels[column]))))
-    image = f'<img src="{views.escape(source)}" alt="{alt}" title="{alt}">'
-    return f'<button type="button" class="tile" data-row="{row}" data-column="{column}">{image}</button>'
+    alt = " · ".join(filter(None, (grid.y.labels[row], grid.x.labels[column])))
+    return views.enlargeable(views.escape(source), alt, (row, column))
 
 
 def save_sheet(grid: Grid, drawn: dict[tuple[int, int], Drawn], path: Path) -> Path:
     """Save the grid as one image with labels."""
     images = {place: one.image for place, one in drawn.items()}
+    side = max(figures.SMALL, min(max(next(iter(images.values())).size), LARGEST_CELL))
     columns = [textwrap.fill(label, 24, max_lines=4, placeholder=" ...") for label in grid.x.labels]
     rows = [
         (label, [images.get((row, column)) for column in range(len(columns))])
@@ -245,10 +241,5 @@ def save_sheet(grid: Grid, drawn: dict[tuple[int, int], Drawn], path: Path) -> P
     ]
     # A prompt on the Y axis gets a full-width line above its row.
     blocks = [(label, [("", row)]) for label, row in rows] if grid.y.name == "prompt" else [(grid.heading, rows)]
-    figures.comparison(path, columns, blocks, side_of(next(iter(images.values()), None)))
+    figures.comparison(path, columns, blocks, side)
     return path
-
-
-def side_of(image: PIL.Image.Image | None) -> int | None:
-    """Return the longer side of a cell in pixels: the image's own, within limits; None without an image."""
-    return None if image is None else max(figures.SMALL, min(max(image.size), LARGEST_CELL))

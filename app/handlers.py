@@ -1,12 +1,13 @@
 """Helpers for event handlers: errors as sentences, and paths of uploaded files."""
 
+import contextlib
 import errno
 import functools
 import inspect
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import gradio as gr
 
@@ -29,31 +30,48 @@ def readable_errors(handler: Callable) -> Callable:
 
     Unexpected errors are printed to the terminal.
     """
-    if inspect.isgeneratorfunction(handler):
+    if not inspect.isgeneratorfunction(handler):
+        return translating()(handler)
 
-        @functools.wraps(handler)
-        def wrapped(*args, **kwargs):
-            try:
-                yield from handler(*args, **kwargs)
-            except Exception as error:
-                raise translated(error) from None
-    else:
+    @functools.wraps(handler)
+    def wrapped(*args, **kwargs):
+        with translating():
+            yield from handler(*args, **kwargs)
 
-        @functools.wraps(handler)
-        def wrapped(*args, **kwargs):
-            try:
-                return handler(*args, **kwargs)
-            except Exception as error:
-                raise translated(error) from None
+    return wrapped
+
+
+@contextlib.contextmanager
+def translating() -> Iterator[None]:
+    """Raise the Gradio error for any exception, in a `with` block or as a decorator of a function."""
+    try:
+        yield
+    except Exception as error:
+        raise translated(error) from None
+
+
+def server_function(handler: Callable[[dict], dict]) -> Callable[[dict], dict]:
+    """Return a handler that JavaScript calls without an event; an error is in its answer, as a sentence.
+
+    It is a function, not a method, because Gradio sets an attribute on it.
+    """
+
+    @functools.wraps(handler)
+    def wrapped(edit: dict) -> dict:
+        try:
+            return handler(edit)
+        except Exception as error:
+            return {"error": str(translated(error).message)}
 
     return wrapped
 
 
 def named(handler: Callable, parameters: Sequence[str]) -> Callable:
     """Return the handler with named parameters, for API clients."""
+    found = functools.update_wrapper(functools.partial(handler), handler)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    handler.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in parameters])
-    return handler
+    found.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in parameters])
+    return found
 
 
 def translated(error: Exception) -> gr.Error:

@@ -12,21 +12,16 @@ from reslora.options.prompts import clean
 from .caption_files import Edit, Table, write
 from .changes import Change, changes, changing
 from .folders import Folder
-from .image_folders import Image, ImageFolders, Images, options_of, stamp_of
+from .image_folders import Image, ImageFolders, Images, options_of
 from .jobs import Jobs
 from .looks import Looks
-from .runs import RunError
+from .runs import RunError, stamp_of
 
 BETWEEN = "\n\n"
 """Separator between the captions of an image with several captions."""
 REPLACE, BEFORE, AFTER, ADD_TAG, REMOVE_TAG = "Replace", "Put before", "Put after", "Add tag", "Remove tag"
 EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE = "All images", "Left out by training", "Without caption", "Duplicates"
 FILTERS = (EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE)
-
-
-def replaced(caption: str, find: str, other: str) -> str:
-    """Return the caption with `find` replaced by `other`."""
-    return caption.replace(find, other)
 
 
 def with_tag(caption: str, tag: str, _: str) -> str:
@@ -46,7 +41,7 @@ def tags_of(caption: str) -> list[str]:
 
 
 OPERATIONS: dict[str, Callable[[str, str, str], str]] = {
-    REPLACE: replaced,
+    REPLACE: str.replace,
     BEFORE: lambda caption, text, _: text + caption,
     AFTER: lambda caption, text, _: caption + text,
     ADD_TAG: with_tag,
@@ -104,10 +99,9 @@ class ImageEdits:
             raise RunError("Say which words first.")
         edits = []
         for image in images.find(names):
-            captions = tuple(
-                OPERATIONS[operation](caption, str(text), str(other)).strip() for caption in image.captions or ("",)
-            )
-            if captions != (image.captions or ("",)):
+            before = image.captions or ("",)
+            captions = tuple(OPERATIONS[operation](caption, str(text), str(other)).strip() for caption in before)
+            if captions != before:
                 edits.append(Edit(image.name, image.captions, captions))
         if not edits:
             return "No caption had to be changed."
@@ -129,9 +123,10 @@ class ImageEdits:
         refuse_bundled(images.folder)
         if (run := self.jobs.reader(images.folder.path)) is not None:
             raise RunError(f"{run.name} is training, maybe on these images; wait for it, or stop it first.")
-        paths = {os.path.normpath(image.path) for image in images.find(names)}
+        picked = images.find(names)
+        paths = {os.path.normpath(image.path) for image in picked}
         chosen = [image for image in images.images.values() if os.path.normpath(image.path) in paths]
-        line = f"{pluralize(len(images.find(names)), 'image')} moved to the trash"
+        line = f"{pluralize(len(picked), 'image')} moved to the trash"
         with changing(images.folder, line) as draft:
             for metadata in {image.metadata for image in chosen if image.metadata}:
                 table = Table(metadata, images)

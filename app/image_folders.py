@@ -29,7 +29,7 @@ from reslora.options.prompts import clean
 from .folders import SETS, Folder, Folders
 from .launcher import trainers_parser
 from .library import kind_of
-from .runs import RunError
+from .runs import RunError, stamp_of
 from .uploads import store_images
 
 MULTIPLE = 8
@@ -146,15 +146,6 @@ def state_of(folder: Folder, options: Options) -> int:
         raise RunError("This folder cannot be read just now.") from None
 
 
-def stamp_of(path: Path) -> tuple[int, ...]:
-    """Return inode, size in bytes and modification time of a file; empty if it does not exist."""
-    try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
 # -- as the trainer reads a folder -------------------------------------------------------------------------------------
 
 
@@ -211,9 +202,7 @@ def images_of(found: Found, folder: Folder, options: Options, otherwise: str | N
     for index, (name, path, row) in enumerate(zip(names, found.files, found.rows, strict=True)):
         mask = row.pop("mask", None)  # training without --masked_loss does not check the mask
         usable = found.size(index, row)
-        problem, size = "", usable if isinstance(usable, tuple) else header_of(folder, path)
-        if isinstance(usable, str):
-            problem = usable
+        size, problem = (header_of(folder, path), usable) if isinstance(usable, str) else (usable, "")
         captions: tuple[str, ...] | None = tuple(row["captions"])
         if found.metadata is None and not captions:
             captions = None

@@ -19,11 +19,11 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from filelock import FileLock, Timeout
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from reslora.errors import InvalidArgument
 from reslora.images.data.images import SUFFIXES
@@ -36,14 +36,13 @@ from reslora.training.stopping import SAMPLE, SAVE
 from . import launcher
 from .folders import BUNDLED, UPLOADS, Folders
 from .launcher import ALONE, REPOSITORY, SCRIPT
-from .library import REPORT, Experiment, Library, kind_of, language_script, refuse_language
+from .library import REPORT, Experiment, LanguageRun, Library, kind_of, language_script, refuse_language
 from .log_lock import is_held, locked_file
 from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, NOTES, Run, RunError, is_trainer
 from .uploads import contents_of, keep, place_of
 from .views import enumerated
 
 FILE, LOCK = "queue.json", ".queue.lock"
-VERSION = 1
 KINDS: dict[str, type[Run]] = {"run": Run, "experiment": Experiment}
 WAITING, RUNNING, FAILED = "waiting", "running", "failed"
 EVERY, FRESH = 2.0, 1.0
@@ -81,13 +80,13 @@ class Entry:
     __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid")
 
     name: Annotated[str, AfterValidator(folder_name)]
-    kind: Annotated[str, Field(pattern="^(run|experiment)$")] = "run"
+    kind: Literal["run", "experiment"] = "run"
     settings: dict = field(default_factory=dict)
     folder: str | None = None
     """Name of the image folder on the list; None means the bundled images, or those of the run that is resumed."""
     resume: bool = False
     """Resume from the newest checkpoint with the settings of the run."""
-    state: Annotated[str, Field(pattern="^(waiting|running|failed|finished|stopped)$")] = WAITING
+    state: Literal["waiting", "running", "failed", "finished", "stopped"] = WAITING
     line: str = ""
     """Why it failed, or the trainer's last line."""
     device: str | None = None
@@ -105,7 +104,7 @@ class Content:
 
     __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid")
 
-    version: Annotated[int, Field(ge=VERSION, le=VERSION)]
+    version: Literal[1]
     entries: list[Entry]
 
 
@@ -135,8 +134,7 @@ class Jobs:
 
     def command(self, name: str, settings: dict, images: Path | None = None, kind: type[Run] = Run) -> list[str]:
         """Return the arguments after `accelerate launch` for a new run, or for more arms of an existing experiment."""
-        begun = self.find(name, kind) if self.goes_on(name, kind) else None
-        words = launcher.words_for(self.folder_of(name, kind), settings, images, begun)
+        words = launcher.words_for(self.folder_of(name, kind), settings, images, self.begun(name, kind))
         if not isinstance(self.resolved(words), Grid) and kind is Experiment:
             raise RunError(ALONE)
         return words
@@ -148,14 +146,14 @@ class Jobs:
         except InvalidArgument as error:
             raise RunError(self.without_folders(str(error))) from None
 
-    def goes_on(self, name: str, kind: type[Run]) -> bool:
-        """Return whether there is an experiment of that name with stored settings."""
-        found = self.library.experiments() if kind is Experiment else {}
-        return isinstance(name, str) and name in found and bool(found[name].config)
+    def begun(self, name: str, kind: type[Run]) -> Run | None:
+        """Return the experiment of that name, which gets more arms; None if a new run or experiment is to start."""
+        found = self.library.named(name, kind) if kind is Experiment else None
+        return found if found is not None and found.config else None
 
     def folder_of(self, name: str, kind: type[Run]) -> Path:
         """Return the output folder of the trainer."""
-        return self.library.folder / name if self.goes_on(name, kind) else self.new_folder(name)
+        return self.library.folder / name if self.begun(name, kind) else self.new_folder(name)
 
     def new_folder(self, name: str) -> Path:
         """Return the folder of a new run. Raises `RunError` for an invalid or existing name."""
@@ -234,16 +232,15 @@ class Jobs:
         with self.lock:
             self.refuse_second(device)
             run = self.resumable(name, kind)
-            config = ["--config", str(run.folder / "config.json")]
-            rest = ["--output_dir", str(run.folder), "--resume_from_checkpoint", "latest"]
-            return self._launch(run, [str(SCRIPT), *config, *rest], device)
+            words = [str(SCRIPT), "--config", str(run.folder / "config.json"), "--output_dir", str(run.folder)]
+            return self._launch(run, [*words, "--resume_from_checkpoint", "latest"], device)
 
     def refuse_active(self, *runs: Run, error: type[RunError] = RunError) -> None:
         """Raise `error` for the first of the runs that is training."""
         for run in filter(self.is_active, runs):
             raise error(f"{run.name} is training; wait for it, or stop it first.")
 
-    def refuse_second(self, device: str | None = None) -> None:
+    def refuse_second(self, device: str | None) -> None:
         """Raise `Busy` while another run trains, unless each has its own GPU."""
         if device is None:
             self.refuse_active(*self.library.everything(), error=Busy)
@@ -276,8 +273,7 @@ class Jobs:
         """Return the run (of any script) or experiment of that name. Raises `RunError` if there is none."""
         if kind is Experiment:
             return self.library.find_experiment(name)
-        language = self.library.language_runs().get(name) if isinstance(name, str) else None
-        return language or self.library.find(name)
+        return self.library.named(name, LanguageRun) or self.library.find(name)
 
     def stop(self, name: str, kind: type[Run] = Run, only: bool = False) -> str:
         """Ask a trainer to save and exit, and return a sentence about it.
@@ -401,12 +397,9 @@ class Jobs:
     @contextlib.contextmanager
     def changing(self) -> Iterator[list[Entry]]:
         """Yield the current entries to change; they are written afterwards unless an exception is raised."""
-        try:
-            with writable():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(self.path.with_name(LOCK), timeout=PATIENCE).acquire()
-        except Timeout:
-            raise RunError("The queue is being changed by somebody else for long; try again.") from None
+        with writable():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path.with_name(LOCK), timeout=PATIENCE).acquire()
         with lock:
             self.looked = -math.inf
             entries = self.entries()
@@ -414,11 +407,11 @@ class Jobs:
             for entry in entries:  # an entry that has just ended may be resumed or removed
                 self.look_after(entry)
             yield entries
-            old = list(map(id, [entry for entry in entries if entry.ends][:-MOST_ENDED]))
-            after = [asdict(entry) for entry in entries if id(entry) not in old]
+            old = [entry for entry in entries if entry.ends][:-MOST_ENDED]
+            after = [asdict(entry) for entry in entries if entry not in old]
             if after != before:
                 with writable():
-                    write_json(self.path, {"version": VERSION, "entries": after})
+                    write_json(self.path, {"version": 1, "entries": after})
 
     # -- the queue: actions --------------------------------------------------------------------------------------------
 
@@ -439,7 +432,7 @@ class Jobs:
                 raise RunError(f"{entry.name} is in the queue already; choose another name, or remove that one.")
             if len(live) >= MOST:
                 raise RunError(f"At most {MOST} runs can be lined up.")
-            is_new = not (entry.resume or self.goes_on(entry.name, KINDS[entry.kind]))
+            is_new = not (entry.resume or self.begun(entry.name, KINDS[entry.kind]))
             if is_new and uploads:
                 kept = keep(self.library.folder / UPLOADS / entry.name, uploads, caption)
                 entry.folder = f"runs/{kept.name}"
@@ -465,13 +458,13 @@ class Jobs:
         self.refuse_active(self.run_of(entry))
 
     def move(self, name: str, by: int) -> None:
-        """Move a waiting entry up (-1) or down (1) among the waiting ones."""
+        """Move a waiting entry up (-1) or down (any other number) among the waiting ones."""
         with self.changing() as entries:
             waiting = [entry for entry in entries if entry.state == WAITING]
             here = next((place for place, entry in enumerate(waiting) if entry.name == name), None)
             if here is None:
                 raise RunError("Nothing of that name waits in the queue.")
-            there = here + (1 if by > 0 else -1)
+            there = here + (-1 if by == -1 else 1)
             if 0 <= there < len(waiting):
                 first, second = (entries.index(waiting[place]) for place in (here, there))
                 entries[first], entries[second] = entries[second], entries[first]
@@ -610,8 +603,8 @@ def writable() -> Iterator[None]:
     """Convert errors of the file system to a `RunError` for the page."""
     try:
         yield
-    except Timeout:  # a subclass of OSError
-        raise
+    except Timeout:
+        raise RunError("The queue is being changed by somebody else for long; try again.") from None
     except OSError as error:
         raise RunError(f"The queue cannot be written ({error.strerror}); nothing has been changed.") from None
 

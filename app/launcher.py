@@ -12,7 +12,6 @@ from accelerate.commands.config.config_args import default_config_file
 
 from reslora.images.prompts import SUFFIXES as PROMPT_FILES
 from reslora.images.settings import build_parser
-from reslora.options.images import Options
 from reslora.options.option import Option
 from reslora.options.parser import OptionsParser
 from reslora.options.values import listed
@@ -28,14 +27,11 @@ ADDED_TO = ("method", "learning_rate", "seed")
 """Options to which an existing experiment may get further values."""
 MAY_GROW = (*ADDED_TO, "experiment_minutes", "arms_at_once")
 """Options that may change in an existing experiment."""
+EMPTY = (None, "", [])
+"""Values of the form that leave an option out."""
 LARGEST_RANK = 512
 """A larger rank gives a warning."""
 ALONE = "Several methods alone are a run: give several learning rates or seeds, or start it under Train."
-
-
-def default_output() -> Path:
-    """Return the trainer's default output folder."""
-    return Path(Options.of().output.output_dir)
 
 
 def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
@@ -46,7 +42,7 @@ def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
     words = []
     for name, option in form.known().items():
         value = settings.get(name)
-        if value in (None, "", []) or (str(value) == str(option.fixed_default) and not with_defaults):
+        if value in EMPTY or (str(value) == str(option.fixed_default) and not with_defaults):
             continue
         if option.is_switch:
             words.append(f"--{name}" if value else f"--no-{name}")
@@ -94,8 +90,8 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
     if images is not None and read != [images.resolve()]:
         raise RunError(f"{begun.name} was begun with other images: choose another name, or leave the images out.")
     known, model = form.known(), str(settings.get("model") or "").strip()
-    given = {flag: value for flag, value in settings.items() if flag in known and flag not in MAY_GROW}
-    given = {flag: value for flag, value in given.items() if value not in (None, "", [])}
+    fixed = known.keys() - MAY_GROW
+    given = {flag: value for flag, value in settings.items() if flag in fixed and value not in EMPTY}
     asked, others = vars(build_parser().parse_args(arguments(given, True))), []
     for flag, value in given.items():
         was = begun.config.get(flag, known[flag].fixed_default)
@@ -114,7 +110,7 @@ def with_more(begun: Run, settings: dict) -> dict:
 
     Options that are empty in the form are left out, and stay as they are.
     """
-    more = {flag: settings[flag] for flag in MAY_GROW if settings.get(flag) not in (None, "", [])}
+    more = {flag: settings[flag] for flag in MAY_GROW if settings.get(flag) not in EMPTY}
     asked = vars(build_parser().parse_args(arguments(more, True)))
     for flag in more.keys() & set(ADDED_TO):
         there = listed(begun.config.get(flag))
@@ -122,7 +118,7 @@ def with_more(begun: Run, settings: dict) -> dict:
     return more
 
 
-def words_for(folder: Path, settings: dict, images: Path | None = None, begun: Run | None = None) -> list[str]:
+def words_for(folder: Path, settings: dict, images: Path | None, begun: Run | None) -> list[str]:
     """Return the arguments after `accelerate launch` for a new run. Raises `RunError` for invalid settings.
 
     `begun`: an existing experiment in the folder, which gets further methods, learning rates and seeds; all other
@@ -183,9 +179,4 @@ def safe_name(name: str) -> str:
 
 def in_words(words: list[str]) -> str:
     """Return the command as typed in the repository."""
-    shown = []
-    for word in words:
-        path = Path(word)
-        inside = path.is_absolute() and path.is_relative_to(REPOSITORY)
-        shown.append(str(path.relative_to(REPOSITORY)) if inside else word)
-    return "accelerate launch " + shlex.join(shown)
+    return "accelerate launch " + shlex.join(word.removeprefix(f"{REPOSITORY}{os.sep}") for word in words)

@@ -14,7 +14,7 @@ from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from reslora.options.images import Options
 from reslora.options.prompts import clean
 
-from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number
+from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number, stamp_of
 
 VARYING = tuple(name for name, option in Options.table().items() if option.varies)
 REPORT = "report.html"
@@ -31,8 +31,7 @@ class Experiment(Run):
     @property
     def arms(self) -> list[dict]:
         """The records of the arms in the experiment's file; their contents are not validated."""
-        content = self.read_json(EXPERIMENT)
-        arms = content.get("arms") if isinstance(content, dict) else None
+        arms = self.read_json(EXPERIMENT).get("arms")
         return [arm for arm in arms if isinstance(arm, dict)] if isinstance(arms, list) else []
 
     @property
@@ -45,7 +44,7 @@ class Experiment(Run):
             return "failed"
         ended, total = self.progress
         content = self.read_json(EXPERIMENT)
-        concluded = isinstance(content, dict) and bool(content.get("chosen")) and "as_of" not in content
+        concluded = bool(content.get("chosen")) and "as_of" not in content
         return "finished" if total and ended == total and concluded else "stopped" if self.config else "failed"
 
     @property
@@ -58,7 +57,7 @@ class Experiment(Run):
     def time_is_over(self) -> str:
         """A sentence if the time limit ended the experiment before all arms; otherwise empty."""
         content, minutes = self.read_json(EXPERIMENT), number(self.config.get("experiment_minutes"))
-        notes = content.get("notes") if isinstance(content, dict) and "as_of" not in content else None
+        notes = content.get("notes") if "as_of" not in content else None
         told = isinstance(notes, list) and any(str(note).startswith(UNFINISHED) for note in notes)
         return f"no more arms fit into {minutes:g} minutes" if told and minutes else ""
 
@@ -77,7 +76,7 @@ class Experiment(Run):
         """Return the report as an HTML document; empty until it exists."""
         path = self.inside(REPORT)
         with contextlib.suppress(OSError):
-            if path is not None and path.is_file() and path.stat().st_size <= LARGEST_JSON:
+            if path is not None and path.stat().st_size <= LARGEST_JSON:
                 return path.read_text(encoding="utf-8", errors="replace")
         return ""
 
@@ -87,7 +86,7 @@ class Experiment(Run):
         Files that an earlier best arm left behind are ignored.
         """
         names, content = [KOHYA_FILE, COMFYUI_FILE, DIFFUSERS_FILE], self.read_json(EXPERIMENT)
-        if isinstance(content, dict) and "best" in content:
+        if "best" in content:
             best = content["best"]
             files = best.get("files") if isinstance(best, dict) else None
             names = [name for name in names if isinstance(files, list) and name in files]
@@ -96,8 +95,7 @@ class Experiment(Run):
 
     def fingerprint(self) -> tuple:
         """Return a value that changes when there is something new to show."""
-        path = self.inside(REPORT)
-        return self.status, (path.stat().st_mtime_ns, path.stat().st_size) if path is not None else None
+        return self.status, stamp_of(self.inside(REPORT))
 
 
 class LanguageRun(Run):
@@ -125,10 +123,6 @@ class Library:
         """Return the runs of `train_sd.py` by name, newest first; the extra runs are last."""
         return {run.name: run for run in self.everything() if type(run) is Run}
 
-    def language_runs(self) -> dict[str, LanguageRun]:
-        """Return the runs of the language scripts by name, newest first."""
-        return {run.name: run for run in self.everything() if isinstance(run, LanguageRun)}
-
     def experiments(self) -> dict[str, Experiment]:
         """Return the experiments by name, newest first."""
         return {run.name: run for run in self.everything() if isinstance(run, Experiment)}
@@ -143,11 +137,22 @@ class Library:
         """Return whether a run is in the folder and is not the folder itself."""
         return run.folder.parent == self.folder
 
-    def find(self, name: str) -> Run:
-        """Return the run of that name. Raises `RunError` if it is not listed."""
-        run = self.runs().get(name) if isinstance(name, str) else None
+    def named(self, name: object, kind: type[Run]) -> Run | None:
+        """Return the newest run of that name and class, or None."""
+        return next((run for run in self.everything() if type(run) is kind and run.name == name), None)
+
+    def find_any(self, name: object) -> Run:
+        """Return the run or experiment of that name. Raises `RunError` if it is not listed."""
+        for run in self.everything():
+            if run.name == name:
+                return run
+        raise RunError("There is no run of that name; choose one from the list.")
+
+    def find(self, name: object) -> Run:
+        """Return the run of `train_sd.py` of that name. Raises `RunError` if it is not listed."""
+        run = self.named(name, Run)
         if run is None:
-            if isinstance(name, str) and (language := self.language_runs().get(name)) is not None:
+            if (language := self.named(name, LanguageRun)) is not None:
                 raise RunError(f"{name} was trained by {language_script(language)}, and is listed under Runs alone.")
             raise RunError("There is no run of that name; choose one from the list.")
         return run
@@ -159,9 +164,9 @@ class Library:
         found = [runs[name] for name in dict.fromkeys(wanted) if name in runs and name != run.name]
         return replace(run, beside=tuple(found[:MOST_BESIDE]))
 
-    def find_experiment(self, name: str) -> Experiment:
+    def find_experiment(self, name: object) -> Experiment:
         """Return the experiment of that name. Raises `RunError` if it is not listed."""
-        experiment = self.experiments().get(name) if isinstance(name, str) else None
+        experiment = self.named(name, Experiment)
         if experiment is None:
             raise RunError("There is no experiment of that name; choose one from the list.")
         return experiment
@@ -191,28 +196,23 @@ def kind_of(folder: Path) -> type[Run] | None:
         return Experiment
     config = folder / "config.json"
     if config.exists():  # also a folder of that name; the page reports it as unreadable
-        with contextlib.suppress(OSError):
-            return kind_by_settings(config, config.stat().st_mtime_ns)
+        return kind_by_settings(config, stamp_of(config))
     return Run if (folder / LOG_NAME).is_file() else None
 
 
 @functools.lru_cache(maxsize=256)
-def kind_by_settings(path: Path, changed: int) -> type[Run]:
-    """Return the class of a run by its settings file; `changed` is the file's modification time."""
-    config = Run(path.parent.name, path.parent).config
-    several = [value for name in VARYING if isinstance(value := config.get(name), list) and len(value) > 1]
+def kind_by_settings(path: Path, stamp: tuple[int, ...]) -> type[Run]:
+    """Return the class of a run by its settings file; `stamp` is part of the cache key."""
+    run = Run(path.parent.name, path.parent)
+    several = [value for name in VARYING if isinstance(value := run.config.get(name), list) and len(value) > 1]
     if any(all(isinstance(one, int | float | str) for one in value) for value in several):
         return Experiment
-    return LanguageRun if script_of(config) else Run
+    return LanguageRun if language_script(run) else Run
 
 
 def language_script(run: Run) -> str:
     """Return the script that trains a language model in this run, or an empty string."""
-    return script_of(run.config)
-
-
-def script_of(config: dict) -> str:
-    """Return the language script of these settings, or an empty string."""
+    config = run.config
     if "model_name_or_path" not in config:
         return ""
     return "train_glue.py" if "task_name" in config else "train_llm.py"

@@ -12,7 +12,7 @@ from .activity import activity, why_ended
 from .folders import BUNDLED
 from .jobs import GONE, RUNNING, WAITING, Entry, Jobs
 from .library import Experiment, LanguageRun, language_script, last_change
-from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError
+from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError, stamp_of
 from .shelf import Shelf
 from .views import NAMES, bad, data_uri, escape, notice
 
@@ -54,20 +54,18 @@ def queue(jobs: Jobs) -> str:
     now = [entry for entry in entries if entry.state == RUNNING]
     waiting = [entry for entry in entries if entry.state == WAITING]
     ended = [entry for entry in reversed(entries) if entry.ends]
-    rows = [row(jobs, entry, "") for entry in now]
-    for place, entry in enumerate(waiting, 1):
-        rows.append(row(jobs, entry, str(place), place == len(waiting)))
-    rows += [row(jobs, entry, "") for entry in ended]
+    rows = [row(jobs, entry, waiting) for entry in (*now, *waiting, *ended)]
     clear = button("clear", "Clear what has ended", "Clear what has ended") if ended else ""
     return f'<ol class="queue" aria-label="Queue">{"".join(rows)}</ol><p class="clear" data-name="">{clear}</p>'
 
 
-def row(jobs: Jobs, entry: Entry, place: str, is_last: bool = False) -> str:
-    """Return one entry as HTML; `place` is its position among the waiting entries."""
-    name = entry.name
+def row(jobs: Jobs, entry: Entry, waiting: list[Entry]) -> str:
+    """Return one entry as HTML; a waiting one has its position among them."""
+    name, place = entry.name, ""
     if entry.state == WAITING:
-        buttons = button("up", "&uarr;", f"Move {name} up", place != "1")
-        buttons += button("down", "&darr;", f"Move {name} down", not is_last)
+        place = waiting.index(entry) + 1
+        buttons = button("up", "&uarr;", f"Move {name} up", place > 1)
+        buttons += button("down", "&darr;", f"Move {name} down", place < len(waiting))
         buttons += button("remove", "Remove", f"Remove {name}")
     elif entry.state == RUNNING:
         buttons = button("stop", "Stop", f"Stop {name} and save")
@@ -88,8 +86,8 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
     methods = entry.settings.get("method")
     names = ", ".join(NAMES[name] for name in methods if name in NAMES) if isinstance(methods, list) else ""
     facts = ["goes on" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
-    given = {name: str(entry.settings[name])[:40] for name in SHOWN if entry.settings.get(name) not in (None, "")}
-    facts += [f"{label} {given[name]}" for name, label in SHOWN.items() if name in given]
+    given = {label: entry.settings.get(name) for name, label in SHOWN.items()}
+    facts += [f"{label} {str(value)[:40]}" for label, value in given.items() if value not in (None, "")]
     images = entry.folder if entry.folder in (None, BUNDLED) else f"images: {entry.folder}"
     facts += [images or "", f"GPU {entry.device}" if entry.device is not None else ""]
     if entry.state != RUNNING:
@@ -115,19 +113,15 @@ def runs(shelf: Shelf, words: str) -> str:
 
 def card_of(shelf: Shelf, run: Run) -> str:
     """Return a run's card; it is rendered again if a file in its folder changed."""
-    jobs, changed = shelf.jobs, [last_change(run.folder)]
-    for path in (run.folder, run.folder / NOTES, *(run.folder / method for method in run.methods)):
-        with contextlib.suppress(OSError):
-            changed.append(path.stat().st_mtime)
-    return card(shelf, run, jobs.status(run) if jobs.is_active(run) else "", tuple(changed))
+    jobs = shelf.jobs
+    stamps = tuple(stamp_of(run.folder / name) for name in (".", NOTES, *run.methods))
+    status = jobs.status(run) if jobs.is_active(run) else ""
+    return card(shelf, run, status, last_change(run.folder), stamps)
 
 
 @functools.lru_cache(maxsize=4 * MOST)
-def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str:
-    """Return a card: newest sample, status, time of the last change, notes.
-
-    `changed`: modification times, which are the key of the cache.
-    """
+def card(shelf: Shelf, run: Run, status: str, changed: float, stamps: tuple[tuple[int, ...], ...]) -> str:
+    """Return a card: newest sample, status, time of the last change, notes; `stamps` are part of the cache key."""
     name, status, owned = escape(run.name), status or run.status, shelf.library.owns(run)
     done, total = run.progress
     kind, script = isinstance(run, Experiment), language_script(run)
@@ -145,7 +139,7 @@ def card(shelf: Shelf, run: Run, status: str, changed: tuple[float, ...]) -> str
         f'<textarea rows="2" maxlength="{LONGEST_NOTES}" aria-label="notes on {name}" data-was="{escape(run.notes)}" '
         f'placeholder="no notes">\n{escape(run.notes)}</textarea><p class="told" role="status"></p>'
     )
-    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed[0]))
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(changed))
     return (
         f'<div class="run" role="group" aria-label="{name}" data-name="{name}">{picture(run)}'
         f'<p class="name" title="{name}">{name}</p><p>{badge(status)} <span class="when">{since}</span></p>'
@@ -158,7 +152,7 @@ def picture(run: Run) -> str:
     """Return the newest sample of the last method that has one."""
     for path in newest_samples(run):
         with contextlib.suppress(Exception):  # such as a damaged image
-            source = data_uri(path, path.stat().st_mtime_ns)
+            source = data_uri(path, stamp_of(path))
             return f'<img src="{source}" alt="newest sample of {escape(run.name)}">'
     return '<div class="empty">no samples</div>'
 

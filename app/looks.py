@@ -17,7 +17,8 @@ from reslora.images.content_hash import content_mark
 from reslora.images.data.images import damage, open_image
 from reslora.images.experiment.split import groups_of, look_of
 
-from .image_folders import Image, Images, stamp_of
+from .image_folders import Image, Images
+from .runs import stamp_of
 
 SIDE = 256
 """Maximum width and height of a thumbnail in pixels."""

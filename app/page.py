@@ -1,7 +1,6 @@
 """Assemble the page: the run selector, the tabs, and the timer that keeps them up to date."""
 
 from pathlib import Path
-from typing import TypeVar
 
 import gradio as gr
 
@@ -13,11 +12,9 @@ from .library import Library
 from .runs import Run
 from .sessions import Blocks
 from .studio import Studio
-from .tabs import TABS, Parts, Tab
-from .tabs.base import STATUS
+from .tabs import TABS
+from .tabs.base import STATUS, Parts, T, Tab, open_choice
 from .tabs.compare import CompareTab
-
-T = TypeVar("T", bound=Tab)
 
 EVERY = 2.0
 """Seconds between two polls of the runs folder."""
@@ -47,6 +44,9 @@ def create_demo(library: Library, jobs: Jobs, studio: Studio) -> gr.Blocks:
         title="ResLoRA for Stable Diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as demo:
         Page(Parts(library, jobs, studio)).events(demo)
+    for event in demo.fns.values():
+        if event.fn is not None:
+            event.fn = readable_errors(event.fn)
     demo.queue(max_size=32, default_concurrency_limit=4)
     return demo
 
@@ -73,8 +73,8 @@ class Page:
         self.library, self.jobs = parts.library, parts.jobs
         with gr.Row(elem_id="top"):
             gr.HTML(TITLE, elem_id="title")
-            # Custom values allow runs that began after the page was loaded; the library validates the name.
-            self.run = gr.Dropdown(label="Run", allow_custom_value=True, interactive=True, elem_id="run", min_width=240)
+            # A run may have begun after the page was loaded.
+            self.run = open_choice("Run", elem_id="run", min_width=240)
         self.summary = gr.HTML(elem_id="summary")
         self.tabs: list[Tab] = []
         self.frames: dict[Tab, gr.Tab] = {}
@@ -102,21 +102,21 @@ class Page:
         on_arrival = [self.run, *(part for tab in self.tabs for part in tab.on_arrival)]
         # The browser stores run and tab, to restore them when the page is loaded again, for example after a restart.
         demo.load(
-            readable_errors(self.arrive), [self.run, self.summary], [*on_arrival, self.all_tabs],
+            self.arrive, [self.run, self.summary], [*on_arrival, self.all_tabs],
             js=RECALL, preprocess=False, **QUIET,
         )  # fmt: skip
         self.run.change(None, self.run, None, js=STORE % ("run", "run"), **QUIET)
         for tab, frame in self.frames.items():
             frame.select(None, js=STORE % ("tab", f"'{tab.id}'"), **QUIET)
-        self.run.change(readable_errors(self.choose), [self.run, self.beside], everything, **QUIET)
+        self.run.change(self.choose, [self.run, self.beside], everything, **QUIET)
         context = [self.run, self.beside, self.seen, *(tab.chosen for tab in self.choosing)]
         # Not queued: the page would wait forever for a poll that is lost with its queue's stream. Not preprocessed:
         # Gradio would reject a step sent while another run is selected if it is beyond that run's last step.
-        self.timer.tick(readable_errors(self.watch), context, everything, queue=False, preprocess=False, **QUIET)
+        self.timer.tick(self.watch, context, everything, queue=False, preprocess=False, **QUIET)
         self.nudge.click(lambda: None, **QUIET)
         for tab in self.tabs:
             tab.events(self)
-        gr.api(readable_errors(self.list_runs), api_name="runs")
+        gr.api(self.list_runs, api_name="runs")
 
     def list_runs(self) -> list[str]:
         """Return the names of the runs, newest first."""

@@ -19,8 +19,8 @@ LIMITS = {
     "height": (32, 1024), "images": (1, 8),
 }  # fmt: skip
 """Minimum and maximum values."""
-MULTIPLES = {"guidance": None, "strength": None, "width": 8, "height": 8}
-"""Required multiples of values other than 1; None for a fraction."""
+MULTIPLES = {"steps": 1, "guidance": None, "strength": None, "width": 8, "height": 8, "images": 1}
+"""What the values of all settings but the seed are multiples of; None for a fraction."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Request:
         """Raise `RunError` for a number that is missing, invalid or outside its limits."""
         for name, (least, greatest) in LIMITS.items():
             value, multiple = getattr(self, name), MULTIPLES.get(name, 1)
-            number = bounded(value, -math.inf, math.inf, math.nan, whole=False)
+            number = bounded(value, whole=False)
             if not least <= number <= greatest or (multiple and number % multiple):
                 kind = {None: "a number", 1: "a whole number"}.get(multiple, f"a multiple of {multiple}")
                 written = "nothing" if value in (None, "") else str(value)[:40]
@@ -49,18 +49,13 @@ class Request:
 
     def clamped(self) -> Request:
         """Return the nearest valid request; a negative seed becomes a random one."""
-        seed = bounded(self.seed, -1, SEEDS - 1, 0)
-        return Request(
-            prompt=str(self.prompt or "").replace("\0", "")[:1000],
-            negative_prompt=str(self.negative_prompt or "").replace("\0", "")[:1000],
-            seed=random.SystemRandom().randrange(SEEDS) if seed < 0 else seed,
-            steps=bounded(self.steps, *LIMITS["steps"], 20),
-            guidance=float(bounded(self.guidance, *LIMITS["guidance"], 4.0, whole=False)),
-            width=bounded(self.width, *LIMITS["width"], 64) // 8 * 8,
-            height=bounded(self.height, *LIMITS["height"], 64) // 8 * 8,
-            images=bounded(self.images, *LIMITS["images"], 1),
-            strength=float(bounded(self.strength, *LIMITS["strength"], 1.0, whole=False)),
-        )
+        prompt, negative = (str(text or "").replace("\0", "")[:1000] for text in (self.prompt, self.negative_prompt))
+        seed, numbers = bounded(self.seed, -1, SEEDS - 1, 0), {}
+        for name, multiple in MULTIPLES.items():
+            otherwise = getattr(Request, name)
+            value = bounded(getattr(self, name), *LIMITS[name], otherwise, whole=multiple is not None)
+            numbers[name] = value // multiple * multiple if multiple else float(value)
+        return Request(prompt, negative, random.SystemRandom().randrange(SEEDS) if seed < 0 else seed, **numbers)
 
 
 def of_samples(run: Run) -> Request:
@@ -73,7 +68,7 @@ def of_samples(run: Run) -> Request:
     ).clamped()  # fmt: skip
 
 
-def bounded(value, low, high, otherwise, whole: bool = True):
+def bounded(value, low=-math.inf, high=math.inf, otherwise=math.nan, whole: bool = True):
     """Return `value` as a number clamped to [low, high], or `otherwise` if it is not a finite number."""
     try:
         value = float(value) if not whole or isinstance(value, float) else int(value)

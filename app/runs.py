@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from safetensors.torch import load_file
 
 from reslora.checkpoint import WEIGHTS_NAME
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
+from reslora.io import read_object
 from reslora.merges import MERGES
 from reslora.methods.adapters import ADAPTER_NAME
 from reslora.methods.registry import METHODS
@@ -40,7 +40,6 @@ LONGEST_NOTES = 2000
 NO_CONFIG = "its config.json cannot be read"
 LORA_FILES = (DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
 DENOISERS, ENCODERS = ("unet", "transformer"), ("text_encoder", "text_encoder_2")
-RESULTS = ("merge.json", "exports.json", DIFFUSERS_FILE)
 LARGEST_JSON = 64 * 2**20
 MOST_STEPS = 10**9
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
@@ -64,6 +63,15 @@ def number(value) -> float | None:
     with contextlib.suppress(OverflowError):
         return value if math.isfinite(value) else None
     return None
+
+
+def stamp_of(path: Path | None) -> tuple[int, ...]:
+    """Return inode, size in bytes and modification time of a file; empty if it does not exist."""
+    with contextlib.suppress(OSError):
+        if path is not None:
+            status = path.stat()
+            return status.st_ino, status.st_size, status.st_mtime_ns
+    return ()
 
 
 @dataclass(frozen=True)
@@ -118,22 +126,20 @@ class Run:
         regular = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
         return path if regular and path.is_relative_to(self.folder.resolve()) else None
 
-    def read_json(self, *parts: str):
-        """Return the content of a JSON file of this run; None if it is missing, damaged or too large."""
+    def read_json(self, *parts: str) -> dict:
+        """Return the JSON object of a file of this run; empty if it is missing, damaged or too large."""
         path = self.inside(*parts)
-        if path is None or not path.is_file() or path.stat().st_size > LARGEST_JSON:
-            return None
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            return json.loads(path.read_text(encoding="utf-8"))
-        return None
+        with contextlib.suppress(OSError):
+            if path is not None and path.stat().st_size <= LARGEST_JSON:
+                return read_object(path)
+        return {}
 
     def entries(self, *parts: str) -> list[str]:
         """Return the names of the visible entries of a folder of this run, sorted."""
         path = self.inside(*parts)
-        if path is None or not path.is_dir():
-            return []
-        with contextlib.suppress(OSError):
-            return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+        with contextlib.suppress(OSError):  # such as a file
+            if path is not None:
+                return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
         return []
 
     def sound(self, *parts: str) -> Path | None:
@@ -147,8 +153,7 @@ class Run:
     @property
     def config(self) -> dict:
         """The run's options as stored, not validated; empty until the trainer has written them."""
-        config = self.read_json("config.json")
-        return config if isinstance(config, dict) else {}
+        return self.read_json("config.json")
 
     @property
     def unreadable(self) -> bool:
@@ -169,11 +174,6 @@ class Run:
         """Return the value of an option, or the first of several; None if it was not given."""
         value = self.config.get(flag)
         return next(iter(value), None) if isinstance(value, list) else value
-
-    def whole(self, flag: str, otherwise: int) -> int:
-        """Return the value of an option as a positive integer, or `otherwise`."""
-        value = number(self.config.get(flag))
-        return int(value) if value is not None and 1 <= value <= MOST_STEPS else otherwise
 
     @property
     def methods(self) -> list[str]:
@@ -200,7 +200,7 @@ class Run:
     def activity(self) -> dict:
         """The trainer's status file; empty if no trainer is at work or it has not written the file yet."""
         told, process = self.read_json(STATUS), self.process
-        return told if isinstance(told, dict) and process is not None and told.get("process") == process else {}
+        return told if process is not None and told.get("process") == process else {}
 
     @property
     def status(self) -> str:
@@ -222,15 +222,15 @@ class Run:
 
     def steps_of(self, method: str) -> int:
         """Return a method's number of steps; after early stopping, the steps that were done."""
-        steps, record = self.whole("max_train_steps", 0), self.record(method)
+        steps, record = number(self.config.get("max_train_steps")) or 0, self.record(method)
+        steps = int(steps) if 1 <= steps <= MOST_STEPS else 0
         patience = record.get("early_stopping_patience")  # with another patience the training resumes
         ended = number(record.get("step")) if patience and patience == self.config.get("early_stopping_patience") else 0
         return min(steps, int(ended or steps))
 
     def record(self, method: str) -> dict:
         """Return the record of a method's exports; empty until they are written."""
-        record = self.read_json(method, "exports.json")
-        return record if isinstance(record, dict) else {}
+        return self.read_json(method, "exports.json")
 
     # -- samples and logs ----------------------------------------------------------------------------------------------
 
@@ -245,10 +245,7 @@ class Run:
     def _log(self, method: str) -> tuple[tuple[dict, ...], int]:
         """Return the rows of a method's log and the number of damaged lines."""
         path = self.inside(method, "log.jsonl")
-        if path is None or not path.is_file():
-            return (), 0
-        now = path.stat()
-        return rows_of(path, now.st_mtime_ns, now.st_size)
+        return rows_of(path, stamp_of(path)) if path is not None and path.is_file() else ((), 0)
 
     def steps(self) -> list[int]:
         """Return the steps at which any method has samples.
@@ -289,17 +286,14 @@ class Run:
 
     def fingerprint(self) -> tuple:
         """Return a value that changes when there is something new to show."""
-        state = [self.status, tuple(self.steps())]
-        for method in self.methods:
-            for name in ("log.jsonl", "merged", "merge.json"):
-                path = self.inside(method, name)
-                state.append((path.stat().st_mtime_ns, path.stat().st_size) if path else None)
-        return *state, *(run.fingerprint() for run in self.beside)
+        names = ("log.jsonl", "merged", "merge.json")
+        stamps = [stamp_of(self.inside(method, name)) for method in self.methods for name in names]
+        return self.status, tuple(self.steps()), *stamps, *(run.fingerprint() for run in self.beside)
 
     def results(self) -> tuple:
         """Return a value that changes with the chains, merges or exports of any method."""
-        paths = [self.inside(method, name) for method in self.methods for name in ("chains.json", *RESULTS)]
-        return tuple(path.stat().st_mtime_ns if path else None for path in paths)
+        names = ("chains.json", "merge.json", "exports.json", DIFFUSERS_FILE)
+        return tuple(stamp_of(self.inside(method, name)) for method in self.methods for name in names)
 
     def log_tail(self, lines: int = 40) -> str:
         """Return the last lines of the trainer's output; of a progress bar, its latest state."""
@@ -317,7 +311,7 @@ class Run:
         """The user's notes on the run; of notes that are too long, one character more than the limit."""
         path = self.inside(NOTES)
         with contextlib.suppress(OSError):
-            if path is not None and path.is_file():
+            if path is not None:
                 with path.open(encoding="utf-8", errors="replace") as file:
                     return file.read(LONGEST_NOTES + 1)
         return ""
@@ -369,9 +363,8 @@ class Run:
 
     def encoders(self, *parts: str) -> tuple[tuple[str, Path], ...] | None:
         """Return the text encoders in a folder of this run, or None if one of them is outside of the run."""
-        found = [(name, self.sound(*parts, name)) for name in self.entries(*parts) if name in ENCODERS]
-        whole = [(name, path) for name, path in found if path is not None]
-        return tuple(whole) if len(whole) == len(found) else None
+        found = tuple((name, self.sound(*parts, name)) for name in self.entries(*parts) if name in ENCODERS)
+        return found if all(path for _, path in found) else None
 
     def allows(self, merge: str) -> bool:
         """Return whether the run has what a merge needs; some merges need the calibration samples."""
@@ -394,15 +387,15 @@ class Run:
         """Return the Frobenius norm of the update `s B A` of each block, from the exported (merged) LoRA file."""
         path = self.inside(method, DIFFUSERS_FILE)
         with contextlib.suppress(OSError, SafetensorError, RuntimeError):
-            return dict(norms_of(path, path.stat().st_mtime_ns)) if path is not None else {}
+            return norms_of(path, stamp_of(path)) if path is not None else {}
         return {}
 
 
 @functools.lru_cache(maxsize=16)
-def norms_of(path: Path, changed: int) -> dict[str, float]:
+def norms_of(path: Path, stamp: tuple[int, ...]) -> dict[str, float]:
     """Return the Frobenius norms of the products `B A` in a LoRA file in diffusers' format, by block.
 
-    A is (rank, in), B is (out, rank). `changed`, the file's modification time, is part of the cache key.
+    A is (rank, in), B is (out, rank). `stamp`, by `stamp_of`, is part of the cache key.
     """
     tensors, norms = load_file(path), {}
     for key, down in tensors.items():
@@ -418,10 +411,10 @@ def norms_of(path: Path, changed: int) -> dict[str, float]:
 
 
 @functools.lru_cache(maxsize=64)
-def rows_of(path: Path, changed: int, size: int) -> tuple[tuple[dict, ...], int]:
+def rows_of(path: Path, stamp: tuple[int, ...]) -> tuple[tuple[dict, ...], int]:
     """Return the rows of a log that can be shown, and the number of damaged lines.
 
-    Every open page asks, so the result is cached until the file's modification time or size changes.
+    Every open page asks, so the result is cached until the file's `stamp` changes.
     """
     return tuple(row for row in read_log(path) if can_be_drawn(row)), count_damaged(path)
 

@@ -23,19 +23,17 @@ class Shelf:
 
     def find(self, name: object) -> Run:
         """Return the run or experiment of that name. Raises `RunError` if it must not be changed."""
-        found = next((run for run in self.library.everything() if run.name == name), None)
-        if found is None:
-            raise RunError("There is no run of that name; choose one from the list.")
+        found = self.library.find_any(name)
         if not self.library.owns(found):
             raise RunError(f"{found.name} is not in the folder of runs, and stays as it is.")
         return found
 
-    def write_notes(self, name: object, was: object, text: object) -> str:
+    def write_notes(self, name: str, was: str, notes: str) -> str:
         """Write the notes on a run and return them.
 
         Raises `RunError` if the stored notes are not `was`, the ones that the user saw.
         """
-        if not isinstance(text, str) or len(text := text.replace("\r\n", "\n").strip()) > LONGEST_NOTES:
+        if not isinstance(notes, str) or len(notes := notes.replace("\r\n", "\n").strip()) > LONGEST_NOTES:
             raise RunError(f"Notes are text of at most {LONGEST_NOTES:,} characters; nothing was saved.")
         with IN_PLACE:
             run = self.find(name)
@@ -45,16 +43,16 @@ class Shelf:
                 raise RunError(f"The notes of {run.name} were changed meanwhile, and nothing was saved.")
             try:
                 with replacing(run.folder / NOTES) as temporary:
-                    temporary.write_text(text, encoding="utf-8", newline="\n")
-                if not text:
+                    temporary.write_text(notes, encoding="utf-8", newline="\n")
+                if not notes:
                     (run.folder / NOTES).unlink(missing_ok=True)
             except UnicodeEncodeError:
                 raise RunError("Notes are text; nothing was saved.") from None
             except OSError as error:
                 raise RunError(f"The notes cannot be saved ({error.strerror}).") from None
-        return text
+        return notes
 
-    def throw_away(self, name: object) -> str:
+    def throw_away(self, name: str) -> str:
         """Move a run to the trash and return a sentence about it. Raises `RunError` while it trains or waits."""
         with self.jobs.changing() as entries, self.jobs.lock, IN_PLACE:
             run = self.find(name)
@@ -86,7 +84,7 @@ class Shelf:
                     found[place.name] = inside[0]
         return found
 
-    def restore(self, place: object) -> str:
+    def restore(self, place: str) -> str:
         """Move a run from the trash back to the runs folder, and return a sentence about it."""
         with self.jobs.changing() as entries, self.jobs.lock:
             folder = self.trashed().get(place) if isinstance(place, str) else None

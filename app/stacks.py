@@ -1,6 +1,5 @@
 """LoRA files as updates of each layer, and stacks of them: weighted sums of the updates. No Gradio."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from reslora.images.model.lora_files.reading import read_content, read_parts
 
 from .bases import base_of
 from .library import Library
-from .recipe import LIMITS
+from .recipe import LIMITS, bounded
 from .runs import Run, RunError, Weights
 from .weight_files import check_adapter_file, in_names_of, refuse_misfits, without_folders
 
@@ -83,10 +82,7 @@ def numbers(text: str, names: list[str]) -> list[float]:
         )
     found, (least, greatest) = [], LIMITS["strength"]
     for name, word in zip(names, words, strict=True):
-        try:
-            value = float(word)
-        except ValueError:
-            value = math.nan
+        value = bounded(word, whole=False)
         if not least <= value <= greatest:
             raise RunError(f"Strength {word[:20]} of {name}: give a number from {least} to {greatest}.")
         found.append(value)

@@ -35,15 +35,11 @@ from reslora.images.refusals import check_model_name
 from reslora.merges import MERGES
 
 from . import stacks, weight_files, whole_models
-from .bases import BUNDLED, Base, base_of, times_of
+from .bases import Base, base_of, stamps_of
 from .recipe import SEEDS, Drawn, Request
 from .runs import IN_PLACE, Run, RunError, Weights, merged_by
 from .turns import Turns
 from .weight_files import files_of, refuse_gone, unless_replaced, without_folders
-
-__all__ = [
-    "BUNDLED", "MERGE_CHOICES", "Base", "Cancelled", "Picture", "Status", "Step", "Studio", "Turns", "base_of",
-]  # fmt: skip
 
 MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
 """Merge methods, those that retain the most first."""
@@ -141,8 +137,8 @@ class Studio:
         """The source of the pipeline's files."""
         self.base: Base | None = None
         """The options that the pipeline was loaded with."""
-        self.times: dict[Path, int] = {}
-        """Modification times, in nanoseconds, of the files that the pipeline was loaded from."""
+        self.stamps: dict[Path, tuple[int, ...]] = {}
+        """The files that the pipeline was loaded from, each with its stamp."""
         self.state = {}
         """The base denoiser's tensors, shared by every skeleton."""
         self.encoders: dict[str, torch.nn.Module] = {}
@@ -303,7 +299,7 @@ class Studio:
 
     def _is_loaded(self, base: Base) -> bool:
         """Return whether the pipeline is that model, loaded from the current files."""
-        return base == self.base and times_of(base, self.model) == self.times
+        return base == self.base and stamps_of(base, self.model) == self.stamps
 
     def _load(self, base: Base) -> None:
         """Load the pipeline; if that fails, the previous one stays. Raises `RunError`."""
@@ -311,7 +307,7 @@ class Studio:
         try:
             check_model_name(base.name)
             model = find_model(base.options().model, base.options().output, PartialState())
-            times = times_of(base, model)  # read first: a file written during the load is found by the next check
+            stamps = stamps_of(base, model)  # read first: a file written during the load is found by the next check
             half = torch.bfloat16 if model.family.objective == "flow" else torch.float16
             dtype = half if device.type == "cuda" else torch.float32
             pipeline, denoiser = model.load_pipeline(dtype, device, encoders=True), model.load_denoiser(dtype, device)
@@ -324,7 +320,7 @@ class Studio:
         setattr(pipeline, model.family.denoiser, denoiser)
         self.loads += 1
         self.pipeline, self.family, self.base, self.state = pipeline, model.family, base, denoiser.state_dict()
-        self.model, self.times = model, times
+        self.model, self.stamps = model, stamps
         self.encoders = {part.name: getattr(pipeline, part.name) for part in model.family.trainable}
         self.current = None
 
@@ -334,7 +330,7 @@ class Studio:
         if self.current == wanted:
             return
         refuse_replaced = unless_replaced(run, weights)
-        parts = {self.family.denoiser: self._skeleton()} | self._encoders()
+        parts = self._parts()
         try:
             refuse_replaced()
             self._put(parts, run, weights, strength)
@@ -370,9 +366,9 @@ class Studio:
         (part,) = [part for part in self.family.trainable if part.name == name]
         return part.targets_in(self.encoders[name])
 
-    def _encoders(self) -> dict[str, torch.nn.Module]:
-        """Return text encoders that share the base tensors instead of copying them."""
-        return {
+    def _parts(self) -> dict[str, torch.nn.Module]:
+        """Return a denoiser and text encoders, by name, that share the base tensors instead of copying them."""
+        return {self.family.denoiser: self._skeleton()} | {
             name: copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
             for name, encoder in self.encoders.items()
         }
@@ -419,8 +415,7 @@ class Studio:
         """Merge in float32, write the LoRA files and the report, and return the report."""
         if not run.allows(method):
             raise RunError(f"{method} needs calibration samples, and this run has kept none; choose another merge")
-        made, report, parts = self._encoders(), {}, {}
-        made[self.family.denoiser] = self._skeleton()
+        made, report, parts = self._parts(), {}, {}
         for name, path in ((self.family.denoiser, checkpoint.path), *checkpoint.encoders):
             parts[name] = torch.nn.Module.to(made[name], dtype=torch.float32)
             reslora.load(parts[name], path)
@@ -442,7 +437,7 @@ class Studio:
             check = unless_replaced(run, weights, visitor.check)
             parts: dict[str, torch.nn.Module | Path] = {self.family.denoiser: weights.path, **dict(weights.encoders)}
             if weights.kind != "merged":
-                made = {self.family.denoiser: self._skeleton()} | self._encoders()
+                made = self._parts()
                 parts = {name: made[name] for name in stacks.put(made, self.family, weights, 1.0)}
             try:
                 base = self.pipeline.components | self.encoders | {self.family.denoiser: self._skeleton()}

@@ -52,6 +52,6 @@ def merge_warning(report: object) -> str:
 
 def warning_for(run: Run, weights: Weights) -> str:
     """Return the warning about the merge that made these weights, or an empty string."""
-    if weights.kind not in ("merged", "file") or weights.path is None:
+    if weights.kind not in ("merged", "file"):
         return ""
     return merge_warning(run.read_json(*weights.path.parent.relative_to(run.folder.resolve()).parts, "merge.json"))

@@ -21,7 +21,7 @@ from reslora.options.prompts import clean
 
 from .activity import activity, why_ended
 from .recipe import Drawn
-from .runs import BASE, NO_CONFIG, Run, number
+from .runs import BASE, NO_CONFIG, Run, number, stamp_of
 
 LARGEST_TILE = 320
 NAMES = {name: method.title for name, method in METHODS.items()}
@@ -55,11 +55,8 @@ def escape(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=512)
-def data_uri(path: Path, changed: int) -> str:
-    """Return an image as a data URI, reduced to the size on the page.
-
-    `changed`, the file's modification time, is part of the cache key.
-    """
+def data_uri(path: Path, stamp: tuple[int, ...]) -> str:
+    """Return an image as a data URI, reduced to the size on the page; `stamp` is part of the cache key."""
     content, kind = path.read_bytes(), "png"
     with PIL.Image.open(io.BytesIO(content)) as image:
         image.load()  # raise for a damaged file, of which a browser would show nothing
@@ -83,9 +80,14 @@ def tile(path: Path | None, alt: str, place: tuple[int, int], absent: str = "not
     if path is None:
         return f'<div class="empty">{absent}</div>'
     try:
-        source = data_uri(path, path.stat().st_mtime_ns)
+        source = data_uri(path, stamp_of(path))
     except Exception:  # exceptions differ by image format
         return '<div class="empty">damaged</div>'
+    return enlargeable(source, alt, place)
+
+
+def enlargeable(source: str, alt: str, place: tuple[int, int]) -> str:
+    """Return an image to enlarge, at a row and column; `source` is its address in HTML."""
     image = f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
     return f'<button type="button" class="tile" data-row="{place[0]}" data-column="{place[1]}">{image}</button>'
 
@@ -157,7 +159,7 @@ def thumbnails(paths: list[Path]) -> str:
     found = []
     for path in paths:
         with contextlib.suppress(Exception):  # exceptions of damaged files differ by image format
-            found.append(f'<img src="{data_uri(path, path.stat().st_mtime_ns)}" alt="">')
+            found.append(f'<img src="{data_uri(path, stamp_of(path))}" alt="">')
     return f'<div class="thumbnails">{"".join(found)}</div>' if found else ""
 
 

@@ -24,8 +24,7 @@ from reslora.methods.adapters import attach, load_adapter
 from reslora.methods.registry import METHODS, AdapterSettings, adapter_config
 from reslora.training.checkpoints import RECORD
 
-from .bases import changed
-from .runs import Run, RunError, Weights
+from .runs import Run, RunError, Weights, stamp_of
 
 LARGEST_ADAPTER = 2**30
 WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -41,7 +40,7 @@ def put_merged(model: nn.Module, weights: Weights, strength: float) -> None:
     present, merged = model.state_dict(), {}
     for file in sorted(weights.path.glob("*.safetensors")):
         merged.update(in_names_of(model, load_file(file)))
-    refuse_others(weights.label, merged, {name: tensor.shape for name, tensor in present.items()})
+    refuse_others(weights.label, merged, present)
     for name, value in merged.items():
         base = present[name]
         if strength == 1.0 or torch.equal(value.to(base), base):
@@ -127,11 +126,11 @@ def refuse_gone(run: Run | None, weights: Weights) -> None:
     raise RunError(f"{weights.label}: {weights.path.name} is gone meanwhile; choose another one.")
 
 
-def files_of(weights: Weights) -> tuple[Path | int | None, ...]:
-    """Return the files and folders that weights are read from, and their modification times."""
+def files_of(weights: Weights) -> tuple[Path | tuple[int, ...] | None, ...]:
+    """Return the files and folders that weights are read from, and their stamps."""
     files = (weights.path, weights.config, *(path for _, path in weights.encoders))
     files += tuple(part.path for part, _ in weights.parts)
-    return *files, *map(changed, files)
+    return *files, *map(stamp_of, files)
 
 
 def unless_replaced(run: Run | None, weights: Weights, check: Callable[[], None] = lambda: None) -> Callable[[], None]:
@@ -158,15 +157,15 @@ def refuse_not_finite(label: str, tensors: Mapping[str, Tensor]) -> None:
             raise RunError(f"{label}: {name} has values that are not finite.")
 
 
-def refuse_others(label: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
-    """Raise `RunError` unless the tensors have exactly the wanted names and shapes, with finite values."""
+def refuse_others(label: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise `RunError` unless the tensors have exactly the names and shapes of `wanted`, with finite values."""
     for name in sorted(wanted.keys() - tensors.keys()):
         raise RunError(f"{label}: {name} is missing.")
     for name, tensor in tensors.items():
         if name not in wanted:
             raise RunError(f"{label}: {name} is of no layer of this model.")
-        if tensor.shape != wanted[name]:
-            raise RunError(f"{label}: {name} is {shape(tensor)}, and {shape(wanted[name])} in this model.")
+        if tensor.shape != wanted[name].shape:
+            raise RunError(f"{label}: {name} is {shape(tensor.shape)}, and {shape(wanted[name].shape)} in this model.")
     refuse_not_finite(label, tensors)
 
 
@@ -182,7 +181,7 @@ def refuse_misfits(label: str, model: nn.Module, layers: Mapping[str, Factors], 
         if weight is None:
             raise RunError(f"{label}.{name} is of no layer of this model.")
         if (found := torch.Size([len(up), *down.shape[1:]])) != weight.shape:
-            raise RunError(f"{label}.{name} is {shape(found)} in it, and {shape(weight)} in this model.")
+            raise RunError(f"{label}.{name} is {shape(found)} in it, and {shape(weight.shape)} in this model.")
     if not config.get("target_modules"):
         return
     able = [name for name, module in modules.items() if isinstance(module, (nn.Linear, nn.Conv2d))]
@@ -195,9 +194,9 @@ def refuse_misfits(label: str, model: nn.Module, layers: Mapping[str, Factors], 
         raise RunError(f"{label}.{absent[0]} is missing.")
 
 
-def shape(of: Tensor | torch.Size) -> str:
+def shape(size: torch.Size) -> str:
     """Return a shape as text, such as 320 x 4."""
-    return " x ".join(map(str, of.shape if isinstance(of, Tensor) else of))
+    return " x ".join(map(str, size))
 
 
 def without_folders(error: Exception, *paths: Path | None) -> str:

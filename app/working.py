@@ -3,7 +3,6 @@
 import shutil
 import tempfile
 import threading
-import uuid
 from collections import deque
 from pathlib import Path
 
@@ -20,8 +19,7 @@ class WorkingFiles:
 
     def new(self, name: str) -> Path:
         """Return a path with that file name in a new folder."""
-        folder = self.folder / uuid.uuid4().hex
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
         with self.lock:
             self.made.append(folder)
             old = self.made.popleft() if len(self.made) > KEPT else None

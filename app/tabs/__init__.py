@@ -1,6 +1,6 @@
 """The tabs of the page, one per file: components, events and handlers. `views` renders what they show."""
 
-from .base import Parts, Tab
+from .base import Tab
 from .chains import ChainsTab
 from .compare import CompareTab
 from .dataset import DatasetTab
@@ -9,8 +9,6 @@ from .generate import GenerateTab
 from .queue import QueueTab
 from .runs import RunsTab
 from .train import TrainTab
-
-__all__ = ["TABS", "Parts", "Tab"]
 
 TABS: tuple[type[Tab], ...] = (
     CompareTab, GenerateTab, DatasetTab, TrainTab, ExperimentTab, QueueTab, RunsTab, ChainsTab,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol, TypeVar
 
 import gradio as gr
 
@@ -13,9 +13,7 @@ from ..runs import Run
 from ..studio import Studio
 from ..working import WorkingFiles
 
-if TYPE_CHECKING:
-    from ..page import Page
-
+T = TypeVar("T", bound="Tab")
 
 STATUS = 3
 """Index of the run's status in the polled state."""
@@ -26,6 +24,11 @@ def answer_line(value: str = "", **settings) -> gr.HTML:
     return gr.HTML(value, js_on_load="element.setAttribute('role', 'status')", **settings)
 
 
+def open_choice(label: str, **settings) -> gr.Dropdown:
+    """Return a dropdown that accepts any value: its choices may be out of date, and handlers validate the value."""
+    return gr.Dropdown(label=label, allow_custom_value=True, interactive=True, **settings)
+
+
 @dataclass(frozen=True)
 class Parts:
     """Objects that all tabs share."""
@@ -34,6 +37,21 @@ class Parts:
     jobs: Jobs
     studio: Studio
     files: WorkingFiles = field(default_factory=WorkingFiles)
+
+
+class TabHost(Protocol):
+    """What a tab uses of the page."""
+
+    blocks: gr.Blocks
+    run: gr.Dropdown
+    """The name of the selected run."""
+    seen: gr.State
+    """The state of the last poll."""
+    all_tabs: gr.Tabs
+    frames: dict[Tab, gr.Tab]
+
+    def tab(self, cls: type[T]) -> T:
+        """Return the tab of that class."""
 
 
 class Tab:
@@ -59,7 +77,7 @@ class Tab:
         self.on_arrival: list[gr.components.Component] = []
         """Components that are set when the page is opened."""
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components; those of other tabs are found through the page."""
 
     def arrive(self) -> dict:

@@ -1,21 +1,14 @@
 """Chains and merge: the chain plan, the merge report, and merging a checkpoint by another method."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import gradio as gr
 
 from .. import views
-from ..handlers import NO_PROGRESS, readable_errors
+from ..handlers import NO_PROGRESS
 from ..runs import Run
 from ..studio import MERGE_CHOICES
 from ..verdict import merge_warning
-from .base import Parts, Tab
+from .base import Parts, Tab, TabHost, open_choice
 from .generate import GenerateTab
-
-if TYPE_CHECKING:
-    from ..page import Page
 
 
 class ChainsTab(Tab):
@@ -31,7 +24,7 @@ class ChainsTab(Tab):
                 self.plan = gr.HTML(elem_id="plan")
             with gr.Column(scale=2, min_width=300):
                 gr.Markdown("### Merge a checkpoint by another method")
-                self.checkpoint = gr.Dropdown(label="Checkpoint", allow_custom_value=True, interactive=True)
+                self.checkpoint = open_choice("Checkpoint")
                 self.merge_method = gr.Dropdown(MERGE_CHOICES, value=MERGE_CHOICES[0], label="Merge method")
                 self.merge = gr.Button("Merge and export", variant="primary", elem_id="merge")
                 self.merged = gr.Markdown(
@@ -47,14 +40,14 @@ class ChainsTab(Tab):
         self.of_run = [self.plan, self.report, self.norms]
         self.chosen = self.checkpoint
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the merge button and its endpoint."""
         asked, shown = [page.run, self.checkpoint, self.merge_method], [self.report, page.tab(GenerateTab).weights]
-        gr.on([], readable_errors(self.do_merge), asked, [self.merged, *shown], api_name="merge", preprocess=False)
+        gr.on([], self.do_merge, asked, [self.merged, *shown], api_name="merge", preprocess=False)
         quiet = {"api_visibility": "private", "preprocess": False}
         # In two steps: another run may be selected during the merge, and the second step reads the current one.
-        self.merge.click(readable_errors(self.keep_merge), asked, [self.merged, self.done], **quiet).success(
-            readable_errors(self.show_merge), [page.run, self.done], shown, **NO_PROGRESS, **quiet
+        self.merge.click(self.keep_merge, asked, [self.merged, self.done], **quiet).success(
+            self.show_merge, [page.run, self.done], shown, **NO_PROGRESS, **quiet
         )
 
     def seen(self, run: Run) -> tuple:

@@ -1,24 +1,18 @@
 """Compare: a slider moves the images of all methods, and of several runs, through the training steps."""
 
-from __future__ import annotations
-
 import math
 import time
-from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from .. import compared, takeaway
 from ..differences import differences
-from ..handlers import NO_PROGRESS, QUIET, readable_errors
+from ..handlers import NO_PROGRESS, QUIET
 from ..launcher import safe_name
 from ..library import MOST_BESIDE
 from ..runs import Run, RunError
 from ..verdict import verdict
-from .base import Parts, Tab
-
-if TYPE_CHECKING:
-    from ..page import Page
+from .base import Parts, Tab, TabHost, open_choice
 
 
 class CompareTab(Tab):
@@ -36,14 +30,13 @@ class CompareTab(Tab):
         self.playing = gr.Timer(0.8, active=False)
         with gr.Row(elem_id="told"):
             self.verdict = gr.HTML(elem_id="verdict")
-            self.beside = gr.Dropdown(
-                [], value=[], multiselect=True, max_choices=MOST_BESIDE, label="Runs beside it", elem_id="others",
-                allow_custom_value=True, interactive=True, min_width=240,
-            )  # fmt: skip
+            self.beside = open_choice(
+                "Runs beside it", value=[], multiselect=True, max_choices=MOST_BESIDE, elem_id="others", min_width=240
+            )
         with gr.Row(elem_id="beside"):
-            with gr.Column(scale=3, min_width=320):
+            with gr.Column(scale=3):
                 self.grid = gr.HTML(elem_id="grid")
-            with gr.Column(scale=2, min_width=320, elem_id="curves"):
+            with gr.Column(scale=2, elem_id="curves"):
                 self.train_curve = gr.HTML(elem_id="train-curve")
                 self.validation_curve = gr.HTML(elem_id="validation-curve")
         self.numbers = gr.HTML(elem_id="numbers")
@@ -58,36 +51,36 @@ class CompareTab(Tab):
         """Make the components for the run's exported files and how to load them."""
         gr.Markdown("### Use it elsewhere")
         with gr.Row(equal_height=True):
-            self.file = gr.Dropdown(label="File", allow_custom_value=True, interactive=True, elem_id="file", scale=4)
+            self.file = open_choice("File", elem_id="file", scale=4)
             self.take = gr.Button("Download", elem_id="take", scale=1, min_width=120)
             self.taken = gr.DownloadButton("taken", visible="hidden", elem_id="taken")
         common = {"interactive": False, "buttons": ["copy"]}
         self.place = gr.Textbox(label="Where it is", max_lines=1, elem_id="place", **common)
         self.use = gr.Textbox(label="How it is loaded", lines=3, max_lines=8, elem_id="use", **common)
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the slider, the buttons and the endpoints."""
         run, looked_at = page.run, [page.run, self.step, self.beside]
         # Not preprocessed: Gradio would reject a step beyond the slider's previous maximum.
         gr.on(
-            [self.step.change, self.beside.input, self.new.change], readable_errors(self.look), looked_at,
+            [self.step.change, self.beside.input, self.new.change], self.look, looked_at,
             [*self.at_step, self.beside], trigger_mode="always_last", preprocess=False, **QUIET,
         )  # fmt: skip
         self.for_programs(page)
-        self.play.click(readable_errors(self.toggle), self.play, [self.play, self.playing], **QUIET)
-        self.playing.tick(readable_errors(self.next_step), [run, self.step], self.step, preprocess=False, **QUIET)
+        self.play.click(self.toggle, self.play, [self.play, self.playing], **QUIET)
+        self.playing.tick(self.next_step, [run, self.step], self.step, preprocess=False, **QUIET)
         self.download.click(
-            readable_errors(self.save_grid), looked_at, self.grid_file, api_visibility="private", preprocess=False
-        ).success(None, js="() => document.querySelector('#grid-file').click()", api_visibility="private")
+            self.save_grid, looked_at, self.grid_file, api_visibility="private", preprocess=False
+        ).success(None, js="() => document.querySelector('#grid-file').click()")
         self.file.change(
-            readable_errors(self.how_to_use), [run, self.file], [self.place, self.use], api_name="how_to_use",
+            self.how_to_use, [run, self.file], [self.place, self.use], api_name="how_to_use",
             preprocess=False, **NO_PROGRESS,
         )  # fmt: skip
         self.take.click(
-            readable_errors(self.take_file), [run, self.file], self.taken, api_name="download_file", preprocess=False
-        ).success(None, js="() => document.querySelector('#taken').click()", api_visibility="private")
+            self.take_file, [run, self.file], self.taken, api_name="download_file", preprocess=False
+        ).success(None, js="() => document.querySelector('#taken').click()")
 
-    def for_programs(self, page: Page) -> None:
+    def for_programs(self, page: TabHost) -> None:
         """Register the endpoints; those with several runs have their own names, so existing clients keep working."""
         inputs = [page.run, self.step]
         for handler, asked, outputs, name in (
@@ -95,7 +88,7 @@ class CompareTab(Tab):
             (self.save_grid, inputs, self.grid_file, "download_grid"),
             (self.compare_runs, [*inputs, self.beside], self.at_step, "compare_runs"),
         ):
-            gr.on([], readable_errors(handler), asked, outputs, api_name=name, preprocess=False)
+            gr.on([], handler, asked, outputs, api_name=name, preprocess=False)
 
     def seen(self, run: Run) -> tuple[int, list[str], bool]:
         """Return the last step, the labels of the downloads, and whether the run failed."""
@@ -113,9 +106,9 @@ class CompareTab(Tab):
     def filled_in(self, run: Run) -> dict:
         """Return the list of files, with the last method's first one selected."""
         labels = self.list_files(run)
-        mine = [label for label in labels if label.startswith(f"{run.methods[-1]}:")] if labels else []
-        chosen = next(iter(mine), next(iter(labels), None))
-        place, use = self.how_to_use(run.name, chosen) if chosen else ("", "")
+        mine = (label for label in labels if label.startswith(f"{run.methods[-1]}:"))
+        chosen = next(mine, None) or next(iter(labels), None)
+        place, use = self.how_to_use(run.name, chosen)
         title = "File" if labels else "File (there are none yet: they are written when a method has been trained)"
         return {self.file: gr.update(choices=labels, value=chosen, label=title), self.place: place, self.use: use}
 
@@ -132,7 +125,11 @@ class CompareTab(Tab):
     def compare(self, name: str, step: float, beside: object = None) -> tuple:
         """Return images, curves and numbers at a step."""
         run = self.library.beside(self.library.find(name), beside)
-        return self.values(run, run.nearest(step))
+        step = run.nearest(step)
+        train, validation = (compared.curves(run, split, step) for split in ("train", "validation"))
+        said = verdict(run, step) + differences(run)
+        shown = compared.images(run, step, self.jobs.status(run))
+        return shown, train, validation, compared.numbers(run, step), said
 
     def look(self, name: str, step: float, beside: object) -> tuple:
         """Return the same for the page, and the selection of runs without invalid names."""
@@ -147,13 +144,6 @@ class CompareTab(Tab):
         if len(names) > MOST_BESIDE:
             raise RunError(f"There are {len(names)} runs to look at beside one: choose at most {MOST_BESIDE}.")
         return self.compare(name, step, names)
-
-    def values(self, run: Run, step: int) -> tuple:
-        """Return the values of all components at a step."""
-        train, validation = (compared.curves(run, split, step) for split in ("train", "validation"))
-        said = verdict(run, step) + differences(run)
-        shown = compared.images(run, step, self.jobs.status(run))
-        return shown, train, validation, compared.numbers(run, step), said
 
     def list_files(self, run: Run) -> list[str]:
         """Return the labels of the downloads."""

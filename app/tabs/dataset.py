@@ -1,10 +1,7 @@
 """Dataset: view the images of a folder with their captions, and edit them before training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import gradio as gr
 
@@ -12,16 +9,13 @@ from reslora.formatting import pluralize
 from reslora.images.data.caption_files import CAPTIONS
 
 from .. import cards, image_edits, views
-from ..handlers import QUIET, paths_of, readable_errors, translated
+from ..handlers import QUIET, paths_of, server_function
 from ..image_edits import ImageEdits
 from ..image_folders import ImageFolders
 from ..recipe import bounded
 from ..runs import RunError
-from .base import Parts, Tab, answer_line
+from .base import Parts, Tab, TabHost, answer_line, open_choice
 from .train import TrainTab
-
-if TYPE_CHECKING:
-    from ..page import Page
 
 SCRIPT = Path(__file__).resolve().parents[1] / "dataset.js"
 CHOOSE = "Choose a folder of images above, or upload some below."
@@ -44,12 +38,10 @@ class DatasetTab(Tab):
         self.status = gr.HTML(views.notice(CHOOSE), elem_id="dataset-status")
         self.changing_rows()
         self.answer = answer_line(elem_id="dataset-answer")
-
-        def save_caption(edit: dict) -> dict:  # a function, because Gradio sets an attribute on it
-            return self.save_caption(edit)
-
         script = SCRIPT.read_text(encoding="utf-8")
-        self.images = gr.HTML(elem_id="dataset-images", js_on_load=script, server_functions=[save_caption])
+        self.images = gr.HTML(
+            elem_id="dataset-images", js_on_load=script, server_functions=[server_function(self.save_caption)]
+        )
         with gr.Row(elem_id="pages"):
             self.back = gr.Button("Back", min_width=80, elem_id="back")
             self.page = gr.Number(1, label="Page", precision=0, minimum=1, min_width=100, elem_id="page")
@@ -63,13 +55,11 @@ class DatasetTab(Tab):
     def choosing_rows(self) -> None:
         """Make the components that select a folder and filter its images."""
         with gr.Row(elem_id="which-images"):
-            self.folder = gr.Dropdown(
-                label="Folder", choices=[], allow_custom_value=True, interactive=True, elem_id="folder", min_width=160
-            )
+            self.folder = open_choice("Folder", elem_id="folder")
             self.which = gr.Dropdown(
-                list(image_edits.FILTERS), value=image_edits.EVERYTHING, label="Show", elem_id="which", min_width=160
+                list(image_edits.FILTERS), value=image_edits.EVERYTHING, label="Show", elem_id="which"
             )
-            self.words = gr.Textbox(label="Name or caption has", max_lines=1, elem_id="words", min_width=160)
+            self.words = gr.Textbox(label="Name or caption has", max_lines=1, elem_id="words")
             self.check = gr.Button("Check images", elem_id="check", min_width=120)
 
     def changing_rows(self) -> None:
@@ -103,10 +93,10 @@ class DatasetTab(Tab):
             self.upload = gr.Button("Upload", variant="primary", elem_id="folder-upload")
         with gr.Accordion("How it would be trained on", open=False):
             self.resolution = gr.Textbox(label="Resolution (empty: the trainer's default)", max_lines=1)
-            self.buckets = gr.Checkbox(False, label="Aspect ratio buckets")
+            self.buckets = gr.Checkbox(label="Aspect ratio buckets")
             self.column = gr.Textbox(label="Column of captions in metadata (empty: text)", max_lines=1)
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         chosen = [self.folder, *self.settings]
         # First, because Gradio handles the events of a component in order.
@@ -115,34 +105,34 @@ class DatasetTab(Tab):
         # One event for all triggers: the answers of several events could arrive in another order.
         gr.on(
             [*(part.change for part in (*chosen, self.which)), self.words.submit, self.images.submit],
-            readable_errors(self.show), self.asked, self.shown_parts, js=f"(...values) => {HOST}.asks(values)",
+            self.show, self.asked, self.shown_parts, js=f"(...values) => {HOST}.asks(values)",
             trigger_mode="always_last", **QUIET,
         )  # fmt: skip
         self.page.submit(None, self.page, None, js=f"page => {HOST}.turn(page)", **QUIET)
         for button, by in ((self.back, -1), (self.next, 1)):
-            button.click(None, js=f"() => {HOST}.next({by})", api_visibility="private")
+            button.click(None, js=f"() => {HOST}.next({by})")
         for button, which in ((self.tick_page, "page"), (self.tick_all, "all"), (self.untick, "none")):
-            button.click(None, js=f"() => {HOST}.pick('{which}')", api_visibility="private")
+            button.click(None, js=f"() => {HOST}.pick('{which}')")
         change = [*self.asked, self.operation, self.text, self.other, self.ticked]
         throw, undo = [*self.asked, self.ticked], [*self.asked, self.undo, self.ticked]
         done = [
-            self.apply.click(readable_errors(self.do_change), change, self.answer, js=WITH_TICKED, **QUIET),
-            self.trash.click(readable_errors(self.do_throw_away), throw, self.answer, js=WITH_TICKED, **QUIET),
-            self.undo.click(readable_errors(self.do_undo), undo, self.answer, js=WITH_TICKED, **QUIET),
-            self.check.click(readable_errors(self.do_check), self.asked, self.answer, concurrency_limit=1, **QUIET),
+            self.apply.click(self.do_change, change, self.answer, js=WITH_TICKED, **QUIET),
+            self.trash.click(self.do_throw_away, throw, self.answer, js=WITH_TICKED, **QUIET),
+            self.undo.click(self.do_undo, undo, self.answer, js=WITH_TICKED, **QUIET),
+            self.check.click(self.do_check, self.asked, self.answer, concurrency_limit=1, **QUIET),
         ]
-        done[1].success(None, js=f"() => {HOST}.pick('none')", api_visibility="private")
+        done[1].success(None, js=f"() => {HOST}.pick('none')")
         place = self.answer.parent
         assert isinstance(place, gr.Tab)
-        done.append(place.select(readable_errors(self.open), self.folder, self.folder, **QUIET))
+        done.append(place.select(self.open, self.folder, self.folder, **QUIET))
         for event in done:  # `then` does not run after a failure
             for outcome in (event.success, event.failure):
-                outcome(None, js=f"() => {HOST}.renew()", api_visibility="private")
+                outcome(None, js=f"() => {HOST}.renew()")
         self.operation.change(
             lambda operation: gr.update(visible=operation == image_edits.REPLACE), self.operation, self.other, **QUIET
         )
         self.images.refused(
-            readable_errors(self.report_refused_caption),
+            self.report_refused_caption,
             None,
             self.answer,
             queue=False,
@@ -150,7 +140,7 @@ class DatasetTab(Tab):
             **QUIET,
         )
         self.upload.click(
-            readable_errors(self.do_upload), [self.name, self.uploads, self.caption],
+            self.do_upload, [self.name, self.uploads, self.caption],
             [self.folder, page.tab(TrainTab).folder, self.answer], api_name="upload_images", preprocess=False,
         )  # fmt: skip
         self.api()
@@ -159,11 +149,11 @@ class DatasetTab(Tab):
 
     def arrive(self) -> dict:
         """Return the folders on the list; their images are only read when the tab is opened."""
-        return {self.folder: gr.update(choices=list(self.folders.all()))}
+        return {self.folder: gr.update(choices=self.list_folders())}
 
     def open(self, folder: str | None) -> dict:
         """Return the selected folder, else the first one, when the tab is opened."""
-        names = list(self.folders.all())
+        names = self.list_folders()
         folder = folder if folder in names else next(name for name in names if name != ".")
         return gr.update(choices=names, value=folder)
 
@@ -186,12 +176,9 @@ class DatasetTab(Tab):
 
     def save_caption(self, edit: dict) -> dict:
         """Save one caption from the browser, without updating the page: the user may be typing the next one."""
-        try:
-            refuse_other(edit.get("folder"), edit.get("chosen"))
-            images = self.edits.look(edit.get("folder"), tuple(edit.get("settings") or ()))
-            return {"text": self.edits.save_caption(images, edit["name"], edit["was"], edit["text"])}
-        except Exception as error:
-            return {"error": str(translated(error).message)}
+        refuse_other(edit.get("folder"), edit.get("chosen"))
+        images = self.edits.look(edit.get("folder"), tuple(edit.get("settings") or ()))
+        return {"text": self.edits.save_caption(images, edit["name"], edit["was"], edit["text"])}
 
     def report_refused_caption(self, event: gr.EventData) -> str:
         """Return the error of a caption whose card is not on the page any more."""
@@ -231,7 +218,7 @@ class DatasetTab(Tab):
         """Store uploaded images as a new folder, and select it."""
         folder = self.folders.add(name, paths_of(uploads), str(caption or ""))
         choices = gr.update(choices=self.jobs.folders())
-        shown = gr.update(choices=list(self.folders.all()), value=folder.name)
+        shown = gr.update(choices=self.list_folders(), value=folder.name)
         return shown, choices, views.notice(f"{folder.name} is there; it can be trained on as a folder on the server.")
 
     # -- for programs --------------------------------------------------------------------------------------------------
@@ -243,7 +230,7 @@ class DatasetTab(Tab):
             ("change_captions", self.change_captions), ("trash_images", self.trash_images),
             ("undo_images", self.undo_images), ("check_images", self.check_images),
         ):  # fmt: skip
-            gr.api(readable_errors(handler), api_name=name)
+            gr.api(handler, api_name=name)
 
     def list_folders(self) -> list[str]:
         """Return the names of the image folders."""

@@ -1,21 +1,16 @@
 """Experiment: find the method that works best on the user's images. The report grows with each arm."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import gradio as gr
 
 from .. import experiments, launcher, views
-from ..handlers import QUIET, paths_of, readable_errors
+from ..handlers import QUIET, paths_of
 from ..library import Experiment
 from ..runs import RunError
 from ..takeaway import Takeaway, packed
-from .base import Parts
+from .base import Parts, TabHost, open_choice
 from .launching import LaunchTab
-
-if TYPE_CHECKING:
-    from ..page import Page
 
 EVERY = 3.0
 """Seconds between two polls of the experiment."""
@@ -61,9 +56,7 @@ class ExperimentTab(LaunchTab):
         self.buttons_row()
         self.memory_button()
         with gr.Row(equal_height=True):
-            self.which = gr.Dropdown(
-                label="Experiment", allow_custom_value=True, interactive=True, elem_id="experiment", scale=3
-            )
+            self.which = open_choice("Experiment", elem_id="experiment", scale=3)
             self.take = gr.DownloadButton(
                 "Download report", interactive=False, elem_id="take-report", scale=1, min_width=140
             )
@@ -86,24 +79,23 @@ class ExperimentTab(LaunchTab):
         """Return the names of the experiments, newest first."""
         return list(self.library.experiments())
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         self.connect(page, self.which, self.last_look)
         planned = [self.name, self.uploads, self.folder, self.model, *self.flags.values()]
         gr.on(
             [page.frames[self].select, *(part.change for part in planned)],
-            readable_errors(self.count), planned, self.plan, trigger_mode="always_last", queue=False,
+            self.count, planned, self.plan, trigger_mode="always_last", queue=False,
             preprocess=False, **QUIET,
         )  # fmt: skip
         shown = [self.last_look, self.which, self.state, self.log, self.report, self.take, self.take_best]
         self.take_best.click(
-            readable_errors(self.copy_of_best), self.which, self.best_taken, api_name="download_best", preprocess=False
-        ).success(None, js="() => document.querySelector('#best-taken').click()", api_visibility="private")
-        look = readable_errors(self.look)
-        self.which.change(look, self.which, shown, **QUIET)
-        self.timer.tick(look, [self.which, self.last_look], shown, queue=False, **QUIET)
+            self.copy_of_best, self.which, self.best_taken, api_name="download_best", preprocess=False
+        ).success(None, js="() => document.querySelector('#best-taken').click()")
+        self.which.change(self.look, self.which, shown, **QUIET)
+        self.timer.tick(self.look, [self.which, self.last_look], shown, queue=False, **QUIET)
         page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **QUIET)
-        gr.api(readable_errors(self.list_names), api_name="experiments")
+        gr.api(self.list_names, api_name="experiments")
 
     def count(self, name: str, uploads, folder: str, model: str, *values) -> str:
         """Return the number of arms of the form, or what is wrong with it."""

@@ -1,26 +1,22 @@
 """Generate: make images with a run's weights or an uploaded LoRA file, and compare them with the base model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from reslora.formatting import pluralize
+
 from .. import recipe, views, weight_files
-from ..handlers import NO_PROGRESS, QUIET, paths_of, readable_errors
+from ..handlers import NO_PROGRESS, QUIET, paths_of
 from ..recipe import Drawn, Request
 from ..runs import BASE, Run, RunError, Weights
 from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
 from ..verdict import warning_for
-from .base import Parts, Tab, answer_line
+from .base import Parts, Tab, TabHost, answer_line, open_choice
 from .grid import GridPart
 from .stack import StackPart
-
-if TYPE_CHECKING:
-    from ..page import Page
 
 
 class GenerateTab(Tab):
@@ -31,7 +27,7 @@ class GenerateTab(Tab):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         with gr.Row():
-            with gr.Column(scale=2, min_width=320):
+            with gr.Column(scale=2):
                 self.settings_column()
             with gr.Column(scale=3, min_width=360):
                 with gr.Row(elem_classes="actions"):
@@ -39,7 +35,7 @@ class GenerateTab(Tab):
                     self.cancel = gr.Button("Cancel", elem_id="cancel")
                 self.status = answer_line(views.notice("The model is loaded with the first image."), elem_id="status")
                 self.gallery = gr.Gallery(
-                    label="Images", columns=2, height="auto", format="png", elem_id="gallery", interactive=False,
+                    label="Images", height="auto", format="png", elem_id="gallery", interactive=False,
                     object_fit="contain", buttons=["download", "fullscreen"],
                 )  # fmt: skip
                 self.made = gr.HTML(elem_id="made")
@@ -50,13 +46,13 @@ class GenerateTab(Tab):
 
     def settings_column(self) -> None:
         """Make the components of weights and image settings."""
-        self.weights = gr.Dropdown(label="Weights", allow_custom_value=True, interactive=True, elem_id="weights")
+        self.weights = open_choice("Weights", elem_id="weights")
         self.warning = gr.HTML(elem_id="merge-warning", visible=False)
         self.prompt = gr.Textbox(label="Prompt", elem_id="prompt")
         self.negative = gr.Textbox(label="Negative prompt")
         with gr.Row():
             self.seed = gr.Number(0, label="Seed", precision=0, min_width=100, elem_id="seed")
-            self.random = gr.Checkbox(False, label="Random seed", min_width=100)
+            self.random = gr.Checkbox(label="Random seed", min_width=100)
             self.images = gr.Slider(1, 8, 1, step=1, label="Images", min_width=100, elem_id="images")
         with gr.Row():
             self.steps = gr.Slider(1, 150, 20, step=1, label="Denoising steps", min_width=140, elem_id="denoising")
@@ -78,12 +74,12 @@ class GenerateTab(Tab):
             )
             self.recipe = gr.File(label="PNG made here: takes over its settings", file_types=[".png"], height=140)
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         numbers = [self.seed, self.steps, self.guidance, self.width, self.height, self.images, self.strength]
         settings = [self.prompt, self.negative, *numbers]
         gr.on(
-            [self.go.click, self.prompt.submit], readable_errors(self.draw),
+            [self.go.click, self.prompt.submit], self.draw,
             [
                 page.run, self.weights, self.adapter, self.beside, self.random, *settings, self.adapter_config,
                 *self.stack.inputs,
@@ -92,14 +88,14 @@ class GenerateTab(Tab):
             api_name="generate", preprocess=False, **NO_PROGRESS, **TURNS,
         ).failure(lambda: "", None, self.status, api_visibility="private")  # fmt: skip
         unqueued = {"queue": False, **NO_PROGRESS}
-        self.cancel.click(readable_errors(self.stop), None, self.status, api_visibility="private", **unqueued)
-        gr.on([], readable_errors(self.do_cancel), None, self.status, api_name="cancel", **unqueued)
+        self.cancel.click(self.stop, None, self.status, api_visibility="private", **unqueued)
+        gr.on([], self.do_cancel, None, self.status, api_name="cancel", **unqueued)
         taken_over = [*settings[:-2], self.strength, self.random]
-        self.recipe.upload(readable_errors(self.read_recipe), self.recipe, taken_over, api_name="settings_of")
-        self.recipe.upload(readable_errors(self.origin), self.recipe, self.status, api_visibility="private")
+        self.recipe.upload(self.read_recipe, self.recipe, taken_over, api_name="settings_of")
+        self.recipe.upload(self.origin, self.recipe, self.status, api_visibility="private")
         warned = [page.run, self.weights]
-        self.weights.change(readable_errors(self.warn), warned, self.warning, preprocess=False, **QUIET)
-        gr.api(readable_errors(self.list_weights), api_name="weights")
+        self.weights.change(self.warn, warned, self.warning, preprocess=False, **QUIET)
+        gr.api(self.list_weights, api_name="weights")
         used = [self.adapter, self.stack.loras]
         gr.on([part.change for part in used], self.show_used, used, self.weights, preprocess=False, **QUIET)
         self.stack.events(page)
@@ -140,7 +136,7 @@ class GenerateTab(Tab):
 
     def warn(self, name: str, label: str) -> dict:
         """Return the warning about the selected weights; empty for unknown ones."""
-        run = self.library.runs().get(name) if isinstance(name, str) else None
+        run = self.library.named(name, Run)
         weights = next((weights for weights in run.weights() if weights.label == label), None) if run else None
         text = warning_for(run, weights) if weights else ""
         return gr.update(value=text, visible=bool(text))
@@ -151,12 +147,13 @@ class GenerateTab(Tab):
         return gr.update(label=f"Weights (not used: {instead} is)" if instead else "Weights", interactive=not instead)
 
     def chosen_weights(
-        self, run: Run | None, label: str, uploaded: list[str], loras: list[str] | None, strengths: str
+        self, run: Run | None, label: str, adapter, adapter_config, loras: list[str] | None, strengths: str
     ) -> Weights:
         """Return the weights to use: an uploaded file, a stack, or the run's weights.
 
         Raises `RunError` for a file and a stack at once.
         """
+        uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
         if uploaded and loras:
             raise RunError("There are a LoRA file of your own and LoRAs to stack: take one of the two away.")
         if uploaded:
@@ -170,11 +167,10 @@ class GenerateTab(Tab):
     def draw(
         self, name, label, adapter, beside, random, prompt, negative, seed, steps, guidance, width, height, images,
         strength, adapter_config=None, loras=None, strengths="", asked: gr.Request = None,
-    ) -> Iterator[tuple]:  # fmt: skip
+    ) -> Iterator[tuple | dict]:  # fmt: skip
         """Yield the images one by one, with the progress of the current one; `beside` adds the base model's images."""
         run = self.library.find(name) if name else None
-        uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
-        weights = self.chosen_weights(run, label, uploaded, loras, strengths)
+        weights = self.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
         choices = [BASE, weights] if beside and weights.kind != "base" else [weights]
         request = Request(prompt, negative, 0 if random else seed, steps, guidance, width, height, images, strength)
         request.check()
@@ -186,19 +182,17 @@ class GenerateTab(Tab):
             for event in self.studio.generate(run, choices, request, session, lambda: hears(asked)):
                 text = event.text if isinstance(event, Status) else text
                 share = event.done / event.total if isinstance(event, Step) else 0.0
+                shown = {}
                 if isinstance(event, Drawn):
                     done.append(event)
                     files.append((str(self.save(event)), views.caption(event)))
-                    bar = views.progress(text, len(done) / wanted)
-                    yield list(files), bar, gr.skip(), views.settings_table(done)
-                else:
-                    yield gr.skip(), views.progress(text, (len(done) + share) / wanted), gr.skip(), gr.skip()
+                    shown = {self.gallery: list(files), self.made: views.settings_table(done)}
+                yield shown | {self.status: views.progress(text, (len(done) + share) / wanted)}
         except Cancelled:
-            said = views.notice(f"Cancelled after {len(done)} of {views.pluralize(wanted, 'image')}.")
-            yield gr.skip(), said, gr.skip(), gr.skip()
+            yield {self.status: views.notice(f"Cancelled after {len(done)} of {pluralize(wanted, 'image')}.")}
             return
         # Yield all values again instead of `skip`: an API client gets the last ones.
-        bar = views.progress(f"{len(done)} of {views.pluralize(wanted, 'image')} done", 1)
+        bar = views.progress(f"{len(done)} of {pluralize(wanted, 'image')} done", 1)
         yield files, bar, request.seed, views.settings_table(done)
 
     def save(self, drawn: Drawn):

@@ -8,17 +8,18 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from reslora.formatting import pluralize
+
 from .. import grids, views
-from ..handlers import NO_PROGRESS, QUIET, paths_of, readable_errors
+from ..handlers import NO_PROGRESS, QUIET
 from ..launcher import safe_name
 from ..recipe import Drawn, Request
-from ..runs import RunError
+from ..runs import Run, RunError
 from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
-from .base import answer_line
+from .base import TabHost, answer_line
 
 if TYPE_CHECKING:
-    from ..page import Page
     from .generate import GenerateTab
 
 
@@ -53,18 +54,18 @@ class GridPart:
                 list(names), value=first, label=which.upper(), elem_id=f"axis-{which}", min_width=150, scale=1
             )
             values = gr.Textbox(
-                grids.SUGGESTED[first], label=f"Values of {which.upper()}", lines=1, max_lines=6, min_width=150,
+                grids.SUGGESTED[first], label=f"Values of {which.upper()}", max_lines=6, min_width=150,
                 placeholder="words or numbers; of prompts one a line (Shift and Enter)", elem_id=f"values-{which}",
                 scale=3,
             )  # fmt: skip
         return name, values
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         tab = self.tab
         numbers = [tab.seed, tab.steps, tab.guidance, tab.width, tab.height, tab.strength]
         drawing = self.go.click(
-            readable_errors(self.draw_grid),
+            self.draw_grid,
             [
                 page.run, tab.weights, tab.adapter, tab.prompt, tab.negative, *numbers,
                 *(part for axis in self.axes for part in axis), tab.adapter_config, *tab.stack.inputs,
@@ -74,12 +75,12 @@ class GridPart:
         )  # fmt: skip
         drawing.failure(lambda: "", None, self.status, api_visibility="private")
         drawing.success(lambda: gr.update(interactive=True), None, self.sheet, api_visibility="private")
-        self.stop.click(readable_errors(self.do_stop), None, self.status, queue=False, **QUIET)
+        self.stop.click(self.do_stop, None, self.status, queue=False, **QUIET)
         for name, values in self.axes:
             # Not `input` or `select`: as under Train, they would overwrite typed values, and `select` would answer a
             # second time.
-            name.change(readable_errors(self.suggest), [page.run, name], values, preprocess=False, **QUIET)
-        gr.api(readable_errors(self.list_values), api_name="grid_values")
+            name.change(self.suggest, [page.run, name], values, preprocess=False, **QUIET)
+        gr.api(self.list_values, api_name="grid_values")
 
     def list_values(self, run: str, axis: str) -> str:
         """Return suggested values of an axis, as text for the form."""
@@ -87,16 +88,15 @@ class GridPart:
 
     def suggest(self, name: str, axis: str) -> str:
         """Return the same if there may be no run yet."""
-        return grids.suggestion(self.tab.library.runs().get(name), axis)
+        return grids.suggestion(self.tab.library.named(name, Run), axis)
 
     def draw_grid(
         self, name, label, adapter, prompt, negative, seed, steps, guidance, width, height, strength, x, x_values, y,
         y_values, adapter_config=None, loras=None, strengths="", asked: gr.Request = None,
-    ) -> Iterator[tuple]:  # fmt: skip
+    ) -> Iterator[tuple | dict]:  # fmt: skip
         """Yield the grid as its images are generated; at the end, or when stopped, also the sheet and all files."""
         run = self.tab.library.find(name) if name else None
-        uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
-        weights = self.tab.chosen_weights(run, label, uploaded, loras, strengths)
+        weights = self.tab.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
         request = Request(prompt, negative, seed, steps, guidance, width, height, 1, strength)
         request.check()
         axes = grids.axis("X", x, x_values), grids.axis("Y", y, y_values)
@@ -108,19 +108,20 @@ class GridPart:
             for event in self.tab.studio.draw_grid(run, pictures, session, lambda: hears(asked)):
                 text = event.text if isinstance(event, Status) else text
                 share = event.done / event.total if isinstance(event, Step) else 0.0
+                changed = {}
                 if isinstance(event, Drawn):
                     cell = next(cells)
                     place, path = (cell.row, cell.column), str(self.tab.save(event))
                     drawn[place], files[place], shown[place] = event, path, self.address(path)
-                bar = views.progress(text, (len(drawn) + share) / len(pictures))
-                yield grids.table(grid, shown) if isinstance(event, Drawn) else gr.skip(), bar, gr.skip(), gr.skip()
-            said = views.progress(f"{len(drawn)} of {views.pluralize(len(pictures), 'cell')} done", 1)
+                    changed = {self.table: grids.table(grid, shown)}
+                yield changed | {self.status: views.progress(text, (len(drawn) + share) / len(pictures))}
+            said = views.progress(f"{len(drawn)} of {pluralize(len(pictures), 'cell')} done", 1)
         except Cancelled:
-            said = views.notice(f"Stopped after {len(drawn)} of {views.pluralize(len(pictures), 'cell')}.")
+            said = views.notice(f"Stopped after {len(drawn)} of {pluralize(len(pictures), 'cell')}.")
         except RunError as error:
             if not drawn:
                 raise
-            count = f"{len(drawn)} of {views.pluralize(len(pictures), 'cell')}"
+            count = f"{len(drawn)} of {pluralize(len(pictures), 'cell')}"
             said = views.notice(f"{error} That ended the grid after {count}.")
         sheet = None
         if drawn:

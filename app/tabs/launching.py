@@ -1,9 +1,7 @@
 """Base class of Train and Experiment: a form that becomes a trainer command, which runs as a separate process."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import gradio as gr
 
@@ -14,14 +12,11 @@ from reslora.options.option import Option
 from .. import form, launcher, views
 from ..bases import PIPELINES
 from ..folders import BUNDLED
-from ..handlers import NO_PROGRESS, QUIET, named, paths_of, readable_errors
+from ..handlers import NO_PROGRESS, QUIET, named, paths_of
 from ..jobs import RUNNING, WAITING, Entry
 from ..runs import Run
 from ..uploads import store_images
-from .base import STATUS, Parts, Tab, answer_line
-
-if TYPE_CHECKING:
-    from ..page import Page
+from .base import STATUS, Parts, Tab, TabHost, answer_line, open_choice
 
 WIDE = ("method", "validation_prompt")
 ACTIVE = ("starting", "running", "stopping")
@@ -91,10 +86,10 @@ class LaunchTab(Tab):
             elem_classes="uploads",
         )  # fmt: skip
         self.caption = gr.Textbox("", label="Caption of images without a .txt (empty: words of the file name)")
-        self.folder = gr.Dropdown([], value="", label="Or a folder of images on the server", allow_custom_value=True)
+        self.folder = open_choice("Or a folder of images on the server", value="")
         self.preview = gr.HTML(elem_id=self.own("preview"))
-        self.model = gr.Dropdown(
-            list(PIPELINES), value="", label="Model", allow_custom_value=True, elem_id=self.own("model"),
+        self.model = open_choice(
+            "Model", choices=list(PIPELINES), value="", elem_id=self.own("model"),
             info=f"Empty: {next(iter(PIPELINES))}; or a name on the hub: owner/model",
         )  # fmt: skip
 
@@ -110,8 +105,8 @@ class LaunchTab(Tab):
         """Return the widget of an option with the trainer's help; the placeholder is the default."""
         name, several = option.name, isinstance(self.filled.get(option.name), list)
         value = self.filled[name] if name in self.filled else form.widget_value(option, None)
-        wide = {"min_width": 460 if name in WIDE else 220}
-        common = {"label": form.label(option), "info": form.info(option), "elem_id": self.own(f"flag-{name}"), **wide}
+        common = {"label": form.label(option), "info": form.info(option), "elem_id": self.own(f"flag-{name}")}
+        common["min_width"] = 460 if name in WIDE else 220
         if name == "method":
             return gr.CheckboxGroup(form.choices(option), value=value, **common)
         if name in OF_SHORTCUTS:
@@ -155,22 +150,21 @@ class LaunchTab(Tab):
         """Return the folders of images on the server."""
         return {self.folder: gr.update(choices=self.jobs.folders())}
 
-    def connect(self, page: Page, which: gr.components.Component, seen: gr.State) -> None:
+    def connect(self, page: TabHost, which: gr.components.Component, seen: gr.State) -> None:
         """Connect form and buttons; `which` selects the run, and is set to a started one.
 
         `seen`: the state of the last poll.
         """
         inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
-        show, start = (named(readable_errors(do), self.parameters()) for do in (self.do_show, self.do_start))
+        show, start, plan = (named(do, self.parameters()) for do in (self.do_show, self.do_start, self.do_plan))
         common = {"preprocess": False, **NO_PROGRESS}  # errors are shown once, as a message
         shown = self.show.click(show, inputs, self.command, api_name=f"{self.id}_command", **common)
         shown.failure(lambda: "", None, self.command, **QUIET)  # clear the command of other settings
         started = [which, self.command, self.start, self.answer]
         self.start.click(start, inputs, started, api_name=f"{self.id}_start", **common)
-        plan = named(readable_errors(self.do_plan), self.parameters())
         self.memory.click(plan, inputs, self.answer, api_name=f"{self.id}_memory", **common)
         looked = gr.on(
-            [self.folder.change, self.uploads.change], readable_errors(self.show_images), [self.folder, self.uploads],
+            [self.folder.change, self.uploads.change], self.show_images, [self.folder, self.uploads],
             self.preview, preprocess=False, **QUIET,
         )  # fmt: skip
         looked.failure(lambda: "", None, self.preview, **QUIET)
@@ -182,13 +176,10 @@ class LaunchTab(Tab):
         page.blocks.load(None, self.form, self.form, js=RECALL % kept, **QUIET)
         gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % kept, **QUIET)
         # It never waits; but an unqueued event would not show its error.
-        stop = readable_errors(self.do_stop)
         self.stop.click(
-            stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None, **NO_PROGRESS
+            self.do_stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None, **NO_PROGRESS
         )
-        self.resume.click(
-            readable_errors(self.do_resume), which, self.answer, api_name=f"{self.id}_resume", **NO_PROGRESS
-        )
+        self.resume.click(self.do_resume, which, self.answer, api_name=f"{self.id}_resume", **NO_PROGRESS)
 
     def seen(self, run: Run) -> bool:
         """Return whether a new run would wait."""
@@ -220,9 +211,8 @@ class LaunchTab(Tab):
 
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
         """Return the arguments of the trainer's command line."""
-        settings = self.settings(values) | {"model": model}
-        images = self.jobs.choose_images(name, folder, paths_of(uploads), str(caption or ""), self.kind)
-        return self.jobs.command(name, settings, images, self.kind)
+        entry = Entry(name, self.what, self.settings(values) | {"model": model}, folder)
+        return self.jobs.command_of(entry, paths_of(uploads), str(caption or ""))
 
     def do_show(self, *inputs) -> str:
         """Return the command of the form."""
@@ -246,7 +236,7 @@ class LaunchTab(Tab):
         """Start or queue a training; return the new run, the command, the button's label and a line about it."""
         name, uploads, caption, folder, model, *values = inputs
         words = launcher.in_words(self.words(*inputs))
-        settings = {flag: value for flag, value in self.settings(values).items() if value not in (None, "", [])}
+        settings = {flag: value for flag, value in self.settings(values).items() if value not in launcher.EMPTY}
         paths = paths_of(uploads)
         chosen = None if paths else folder or None
         entry = Entry(name, self.what, settings | {"model": str(model or "").strip()}, chosen)

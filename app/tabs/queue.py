@@ -1,18 +1,12 @@
 """Queue: the running, waiting and ended entries."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from .. import lists, views
-from ..handlers import QUIET, readable_errors
-from .base import Parts, Tab, answer_line
-
-if TYPE_CHECKING:
-    from ..page import Page
+from ..handlers import QUIET
+from .base import Parts, Tab, TabHost, answer_line
 
 SCRIPT = Path(__file__).resolve().parents[1] / "rows.js"
 EVERY = 3.0
@@ -26,7 +20,26 @@ ABOUT = (
 )
 
 
-class QueueTab(Tab):
+class ListTab(Tab):
+    """A tab with a list, which is polled while the tab is open. A subclass renders the list."""
+
+    def show(self, *chosen: object) -> tuple[str, int]:
+        """Return the list as HTML, and its hash."""
+        html = self.render(*chosen)
+        return html, hash(html)
+
+    def open(self, *chosen: object) -> tuple:
+        """Return the list and start the timer, when the tab is opened."""
+        return *self.show(*chosen), gr.Timer(active=True)
+
+    def look(self, *inputs: object):
+        """Return the list if it has changed; the last input is the hash of the shown one."""
+        *chosen, seen = inputs
+        html, known = self.show(*chosen)
+        return gr.skip() if known == seen else (html, known)
+
+
+class QueueTab(ListTab):
     """The tab of the queue."""
 
     title, id = "Queue", "queue"
@@ -39,30 +52,20 @@ class QueueTab(Tab):
         self.last_look = gr.State(None)
         self.timer = gr.Timer(EVERY, active=False)
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         shown = [self.rows, self.last_look]
-        page.frames[self].select(readable_errors(self.open), None, [*shown, self.timer], **QUIET)
-        self.timer.tick(readable_errors(self.look), self.last_look, shown, queue=False, **QUIET)
-        self.rows.acted(readable_errors(self.act), None, [self.answer, *shown], **IN_TURN, **QUIET)
+        page.frames[self].select(self.open, None, [*shown, self.timer], **QUIET)
+        self.timer.tick(self.look, self.last_look, shown, queue=False, **QUIET)
+        self.rows.acted(self.act, None, [self.answer, *shown], **IN_TURN, **QUIET)
         for name, handler in (
             ("queue", self.list_entries), ("move_in_queue", self.move), ("remove_from_queue", self.remove),
         ):  # fmt: skip
-            gr.api(readable_errors(handler), api_name=name)
+            gr.api(handler, api_name=name)
 
-    def show(self) -> tuple[str, int]:
-        """Return the rows and their hash."""
-        rows = lists.queue(self.jobs)
-        return rows, hash(rows)
-
-    def open(self) -> tuple:
-        """Return the rows and start the timer, when the tab is opened."""
-        return *self.show(), gr.Timer(active=True)
-
-    def look(self, seen: int | None):
-        """Return the rows if they have changed."""
-        rows, known = self.show()
-        return gr.skip() if known == seen else (rows, known)
+    def render(self) -> str:
+        """Return the rows."""
+        return lists.queue(self.jobs)
 
     def act(self, event: gr.EventData) -> tuple:
         """Handle a button of a row."""
@@ -88,7 +91,7 @@ class QueueTab(Tab):
 
     def move(self, name: str, by: int) -> list[dict]:
         """Move a waiting entry up (-1) or down (1)."""
-        self.jobs.move(name, -1 if by == -1 else 1)
+        self.jobs.move(name, by)
         return self.list_entries()
 
     def remove(self, name: str) -> list[dict]:

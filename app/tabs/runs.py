@@ -1,29 +1,22 @@
 """Runs: all runs with notes, and a trash from which they can be restored."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import gradio as gr
 
 from .. import lists, views
-from ..handlers import QUIET, readable_errors, translated
+from ..handlers import QUIET, server_function
 from ..library import Experiment
 from ..runs import RunError
 from ..shelf import Shelf
-from .base import Parts, Tab, answer_line
+from .base import Parts, TabHost, answer_line
 from .compare import CompareTab
 from .experiment import ExperimentTab
-from .queue import IN_TURN, SCRIPT
-
-if TYPE_CHECKING:
-    from ..page import Page
+from .queue import IN_TURN, SCRIPT, ListTab
 
 EVERY = 5.0
 """Seconds between two polls of the runs."""
 
 
-class RunsTab(Tab):
+class RunsTab(ListTab):
     """The tab that lists the runs."""
 
     title, id = "Runs", "runs"
@@ -31,45 +24,32 @@ class RunsTab(Tab):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self.shelf = Shelf(self.jobs)
-
-        def save_notes(edit: dict) -> dict:  # a function, because Gradio sets an attribute on it
-            return self.save_notes(edit)
-
         self.words = gr.Textbox(label="Name or notes have", max_lines=1, elem_id="runs-words")
         self.answer = answer_line(elem_id="runs-answer")
         script = SCRIPT.read_text(encoding="utf-8")
-        self.cards = gr.HTML(elem_id="runs", js_on_load=script, server_functions=[save_notes])
+        self.cards = gr.HTML(elem_id="runs", js_on_load=script, server_functions=[server_function(self.save_notes)])
         self.last_look = gr.State(None)
         self.timer = gr.Timer(EVERY, active=False)
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         shown = [self.cards, self.last_look]
-        page.frames[self].select(readable_errors(self.open), self.words, [*shown, self.timer], **QUIET)
-        self.words.change(readable_errors(self.show), self.words, shown, trigger_mode="always_last", **QUIET)
-        self.timer.tick(readable_errors(self.look), [self.words, self.last_look], shown, queue=False, **QUIET)
+        page.frames[self].select(self.open, self.words, [*shown, self.timer], **QUIET)
+        self.words.change(self.show, self.words, shown, trigger_mode="always_last", **QUIET)
+        self.timer.tick(self.look, [self.words, self.last_look], shown, queue=False, **QUIET)
         opened = [page.all_tabs, page.run, page.tab(ExperimentTab).which]
         answered = [self.answer, *shown, *opened]
-        self.cards.acted(readable_errors(self.act), self.words, answered, **IN_TURN, **QUIET)
+        self.cards.acted(self.act, self.words, answered, **IN_TURN, **QUIET)
         for name, handler in (
-            ("run_notes", self.read_notes), ("set_run_notes", self.set_notes), ("trash_run", self.trash_run),
-            ("trashed_runs", self.trashed_runs), ("restore_run", self.restore_run),
+            ("run_notes", self.read_notes), ("set_run_notes", self.shelf.write_notes),
+            ("trash_run", self.shelf.throw_away), ("trashed_runs", self.trashed_runs),
+            ("restore_run", self.shelf.restore),
         ):  # fmt: skip
-            gr.api(readable_errors(handler), api_name=name)
+            gr.api(handler, api_name=name)
 
-    def show(self, words: str) -> tuple[str, int]:
-        """Return the cards and their hash."""
-        cards = lists.runs(self.shelf, str(words or ""))
-        return cards, hash(cards)
-
-    def open(self, words: str) -> tuple:
-        """Return the cards and start the timer, when the tab is opened."""
-        return *self.show(words), gr.Timer(active=True)
-
-    def look(self, words: str, seen: int | None):
-        """Return the cards if they have changed."""
-        cards, known = self.show(words)
-        return gr.skip() if known == seen else (cards, known)
+    def render(self, words: str) -> str:
+        """Return the cards."""
+        return lists.runs(self.shelf, str(words or ""))
 
     def act(self, words: str, event: gr.EventData) -> tuple:
         """Handle a button of a card or of the trash."""
@@ -87,19 +67,14 @@ class RunsTab(Tab):
 
     def opened(self, name: str) -> tuple:
         """Return the tab of a run or experiment, and the selection in each."""
-        found = next((run for run in self.library.everything() if run.name == name), None)
-        if found is None:
-            raise RunError("There is no run of that name; choose one from the list.")
+        found = self.library.find_any(name)
         if isinstance(found, Experiment):
             return gr.Tabs(selected=ExperimentTab.id), gr.skip(), found.name
         return gr.Tabs(selected=CompareTab.id), self.library.find(name).name, gr.skip()
 
     def save_notes(self, edit: dict) -> dict:
         """Save notes from the browser, without updating the page: the user may be typing other notes."""
-        try:
-            return {"notes": self.shelf.write_notes(edit.get("name"), edit.get("was"), edit.get("text"))}
-        except Exception as error:
-            return {"error": str(translated(error).message)}
+        return {"notes": self.shelf.write_notes(edit.get("name"), edit.get("was"), edit.get("text"))}
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
 
@@ -107,18 +82,6 @@ class RunsTab(Tab):
         """Return the notes on a run or an experiment."""
         return self.shelf.find(name).notes
 
-    def set_notes(self, name: str, was: str, notes: str) -> str:
-        """Write the notes on a run or an experiment if they still are `was`."""
-        return self.shelf.write_notes(name, was, notes)
-
-    def trash_run(self, name: str) -> str:
-        """Move a run or an experiment to the trash."""
-        return self.shelf.throw_away(name)
-
     def trashed_runs(self) -> dict[str, str]:
         """Return the names of the runs in the trash by their folders there, newest first."""
         return {place: folder.name for place, folder in self.shelf.trashed().items()}
-
-    def restore_run(self, place: str) -> str:
-        """Move a run or an experiment from the trash back to the runs folder."""
-        return self.shelf.restore(place)

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from .. import stacks, takeaway, views, whole_models
-from ..handlers import NO_PROGRESS, QUIET, paths_of, readable_errors
+from ..handlers import NO_PROGRESS, QUIET
 from ..recipe import Request
 from ..runs import Run, RunError, Weights
 from ..sessions import TURNS, hears
 from ..studio import Cancelled
-from .base import answer_line
+from .base import TabHost, answer_line, open_choice
 
 if TYPE_CHECKING:
-    from ..page import Page
     from .generate import GenerateTab
 
 
@@ -27,10 +26,9 @@ class StackPart:
     def __init__(self, tab: GenerateTab) -> None:
         self.tab, self.library, self.studio = tab, tab.library, tab.studio
         with gr.Accordion("Several LoRAs at once, or a full model", open=False, elem_id="stack") as self.frame:
-            # Any value may be sent; the library validates the name.
-            self.loras = gr.Dropdown(
-                label="LoRAs of runs of this model, used together instead of the weights above", multiselect=True,
-                allow_custom_value=True, interactive=True, elem_id="loras",
+            self.loras = open_choice(
+                "LoRAs of runs of this model, used together instead of the weights above", multiselect=True,
+                elem_id="loras",
             )  # fmt: skip
             self.strengths = gr.Textbox(
                 "", label="Strength of each, in their order", placeholder="1 for all", max_lines=1, elem_id="strengths"
@@ -51,18 +49,18 @@ class StackPart:
                 self.use = gr.Textbox(label="How it is loaded", lines=3, elem_id="model-use", **common)
         self.inputs = [self.loras, self.strengths]
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         tab = self.tab
-        self.frame.expand(readable_errors(self.offer), page.run, self.loras, preprocess=False, **QUIET)
+        self.frame.expand(self.offer, page.run, self.loras, preprocess=False, **QUIET)
         self.write.click(
-            readable_errors(self.write_whole),
+            self.write_whole,
             [page.run, tab.weights, tab.adapter, tab.strength, self.name, tab.adapter_config, *self.inputs],
             [self.status, self.place, self.use, self.found],
             api_name="full_model", preprocess=False, **NO_PROGRESS, **TURNS,
         ).failure(lambda: "", None, self.status, api_visibility="private")  # fmt: skip
-        self.stop.click(readable_errors(self.do_stop), None, self.status, queue=False, **QUIET)
-        gr.api(readable_errors(self.list_loras), api_name="loras")
+        self.stop.click(self.do_stop, None, self.status, queue=False, **QUIET)
+        gr.api(self.list_loras, api_name="loras")
 
     def list_loras(self, run: str) -> list[str]:
         """Return the LoRAs of all runs with the same base model as this one."""
@@ -88,8 +86,7 @@ class StackPart:
     ) -> Iterator[tuple]:  # fmt: skip
         """Write the run's complete model with the selected weights; yield progress, path, and how to load it."""
         run, target = self.library.find(name), whole_models.place_for(self.library, model)
-        uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
-        weights = self.tab.chosen_weights(run, label, uploaded, loras, strengths)
+        weights = self.tab.chosen_weights(run, label, adapter, adapter_config, loras, strengths)
         weights, session = stacks.to_write(weights, Request(strength=strength).clamped().strength), asked.session_hash
         nothing = "", "", gr.update(visible=False)
         try:

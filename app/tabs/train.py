@@ -1,9 +1,7 @@
 """Train: start, watch, stop and resume a training, which runs as a separate process."""
 
-from __future__ import annotations
-
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import gradio as gr
 
@@ -12,14 +10,11 @@ from reslora.training.stopping import SAMPLE, SAVE
 
 from .. import form, views
 from ..bases import word_of_model
-from ..handlers import NO_PROGRESS, QUIET, readable_errors
+from ..handlers import NO_PROGRESS, QUIET
 from ..library import VARYING
 from ..runs import Run, RunError
-from .base import Parts
+from .base import Parts, TabHost, open_choice
 from .launching import LaunchTab
-
-if TYPE_CHECKING:
-    from ..page import Page
 
 
 class TrainTab(LaunchTab):
@@ -38,9 +33,9 @@ class TrainTab(LaunchTab):
         super().__init__(parts)
         with gr.Row():
             with gr.Column(scale=2, min_width=340):
-                self.begin = gr.Dropdown(
-                    list(form.PRESETS), label="Begin with the settings of", allow_custom_value=True, elem_id="begin",
-                    value=next(iter(form.PRESETS)),
+                self.begin = open_choice(
+                    "Begin with the settings of", choices=list(form.PRESETS), value=next(iter(form.PRESETS)),
+                    elem_id="begin",
                 )  # fmt: skip
                 self.begun = gr.State(None)
                 self.settings_column()
@@ -66,7 +61,7 @@ class TrainTab(LaunchTab):
         """Return the image folders, and the presets and runs whose settings can be loaded."""
         return super().arrive() | {self.begin: gr.update(choices=[*form.PRESETS, *self.library.runs()])}
 
-    def events(self, page: Page) -> None:
+    def events(self, page: TabHost) -> None:
         """Connect the components."""
         self.connect(page, page.run, page.seen)
         # Not `input`: it is also triggered when the box loses the focus, and would overwrite the form. `change` is
@@ -74,12 +69,13 @@ class TrainTab(LaunchTab):
         # of the same item.
         filled = [self.begun, self.model, self.folder, *self.flags.values()]
         in_turn = {"trigger_mode": "always_last", "concurrency_id": "begin", "concurrency_limit": 1, **QUIET}
-        self.begin.select(readable_errors(self.fill_by_mouse), self.begin, filled, **in_turn)
-        self.begin.change(readable_errors(self.fill_once), [self.begin, self.begun], filled, **in_turn)
+        self.begin.select(self.fill_by_mouse, self.begin, filled, **in_turn)
+        self.begin.change(self.fill_once, [self.begin, self.begun], filled, **in_turn)
         for button, request in ((self.sample_now, SAMPLE), (self.save_now, SAVE)):
-            ask = readable_errors(partial(self.ask, request))
             named = f"train_{request.replace('.', '_')}"
-            button.click(ask, None, self.answer, api_name=named, concurrency_limit=None, **NO_PROGRESS)
+            button.click(
+                partial(self.ask, request), None, self.answer, api_name=named, concurrency_limit=None, **NO_PROGRESS
+            )
 
     def fill(self, name: str) -> list:
         """Return the form with the settings of a preset, or of a run with its images.

@@ -16,7 +16,7 @@ from app.library import MOST_BESIDE, Library
 from app.log_lock import locked_file
 from app.runs import LOG_NAME, Run
 from app.studio import Studio
-from app.tabs import Parts
+from app.tabs.base import Parts
 from app.tabs.compare import CompareTab
 
 

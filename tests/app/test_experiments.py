@@ -15,7 +15,7 @@ from app.jobs import Entry, Jobs
 from app.library import Experiment, Library
 from app.runs import EXPERIMENT_LOG, RunError
 from app.studio import Studio
-from app.tabs import Parts
+from app.tabs.base import Parts
 from app.tabs.experiment import ExperimentTab
 from app.uploads import keep
 from reslora.experiment.report import write_report

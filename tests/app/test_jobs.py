@@ -20,7 +20,7 @@ from app.library import Experiment, Library
 from app.runs import Run, RunError
 from app.shelf import Shelf
 from app.studio import Studio
-from app.tabs import Parts
+from app.tabs.base import Parts
 from app.tabs.train import TrainTab
 from reslora.io import write_json
 

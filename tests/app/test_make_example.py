@@ -10,9 +10,9 @@ from app_runs import run_by_hand, write_exports
 from safetensors.numpy import save_file
 
 from app import compared, views
+from app.bases import BUNDLED, base_of
 from app.library import Library
 from app.runs import EXAMPLE
-from app.studio import BUNDLED, base_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

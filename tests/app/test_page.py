@@ -36,7 +36,7 @@ from app.launcher import search_path
 from app.library import Library
 from app.page import Page, create_demo
 from app.studio import Studio
-from app.tabs import Parts
+from app.tabs.base import Parts
 from app.tabs.generate import GenerateTab
 from app.tabs.train import TrainTab
 from reslora.experiment.report import write_report

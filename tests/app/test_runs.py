@@ -8,7 +8,7 @@ import pytest
 from app_runs import HOSTILE, WRONG, run_by_hand, write_exports, write_language_run, write_run, write_samples
 
 from app import runs
-from app.library import Library
+from app.library import LanguageRun, Library
 from app.runs import BASE, RunError, is_complete_png
 
 
@@ -66,7 +66,7 @@ def test_a_run_of_a_language_script_is_listed_and_no_more(tmp_path, script, task
     assert {run.name for run in library.everything()} == {"language", "which"}
     with pytest.raises(RunError, match=f"language was trained by {script}, and is listed under Runs alone"):
         library.find("language")
-    run = library.language_runs()["language"]
+    run = library.named("language", LanguageRun)
     assert run.status == "stopped"
     (folder / "results.json").write_text("{}")
     assert run.status == "finished" and Library(folder).is_single
@@ -103,7 +103,7 @@ def test_links_that_lead_out_are_not_followed(tmp_path, run):
     for name in ("config.json", "reslora/merge.json", "app.log"):
         (run.folder / name).unlink(missing_ok=True)
         (run.folder / name).symlink_to(secret / "config.json")
-    assert run.config == {} and run.read_json("reslora", "merge.json") is None and run.log_tail() == ""
+    assert run.config == {} and run.read_json("reslora", "merge.json") == {} and run.log_tail() == ""
     assert run.inside("..", "..", "secret", "config.json") is None
     assert run.inside("config.json\0") is None
 

@@ -24,7 +24,8 @@ from app.library import Library
 from app.recipe import Drawn, Request
 from app.runs import BASE, Run, RunError, Weights
 from app.stacks import to_write
-from app.studio import MERGE_CHOICES, Cancelled, Step, Studio, Turns
+from app.studio import MERGE_CHOICES, Cancelled, Step, Studio
+from app.turns import Turns
 from reslora import checkpoint as checkpoints
 from reslora.io import replacing
 

@@ -12,7 +12,7 @@ from app.library import Library
 from app.page import Page
 from app.runs import BASE, Run, Weights, merged_by
 from app.studio import Studio
-from app.tabs import Parts
+from app.tabs.base import Parts
 from app.tabs.generate import GenerateTab
 from app.verdict import merge_warning, verdict, warning_for
 

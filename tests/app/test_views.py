@@ -9,8 +9,9 @@ from app_runs import WRONG, run_by_hand, with_one_wrong
 from safetensors.numpy import save_file
 
 from app import compared, lists, views
+from app.bases import base_of
 from app.recipe import Drawn, Request
-from app.studio import base_of, calibration_of
+from app.studio import calibration_of
 
 
 @pytest.fixture
