@@ -50,10 +50,7 @@ class DenoisingLoss:
         return self._masked(squared_error(prediction, target), batch).flatten(1).mean(1)
 
     def _masked(self, error: torch.Tensor, batch: Batch) -> torch.Tensor:
-        mask = batch.mask
-        return masked(
-            error, mask if mask is None else mask.to(error.device), self.training_options.masked_loss_normalised
-        )
+        return masked(error, batch.mask, self.training_options.masked_loss_normalised)
 
     @property
     def encoders(self) -> list[nn.Module]:

@@ -164,8 +164,7 @@ def config_of(
 
     With `start`, each of its layers has its own rank and alpha. Ranks and alphas in the options apply to the denoiser.
     """
-    given = {"rank_pattern": options.rank_pattern, "alpha_pattern": options.alpha_pattern}
-    patterns: dict[str, Any] = {} if targets else {name: entries(name, texts) for name, texts in given.items()}
+    patterns: dict[str, Any] = {} if targets else {name: entries(name, getattr(options, name)) for name in FIELDS}
     settings = AdapterSettings(
         r=options.rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
         targets=targets or targets_of(options.target_modules), total_steps=total_steps,

@@ -179,9 +179,10 @@ def share_of(fewer: Counter[Size], others: Counter[Size], times: int, per_forwar
 
     Each size fills up its last batch with its own images, which the ratio takes into account.
     """
-    uses_per_epoch = [0.0, 0.0]
+    uses = other_uses = 0.0
     for size in fewer | others:
-        counts = (fewer[size] * times, others[size])
-        filled = math.ceil(sum(counts) / per_forward) * per_forward / sum(counts)
-        uses_per_epoch = [before + count * filled for before, count in zip(uses_per_epoch, counts, strict=True)]
-    return uses_per_epoch[0] / uses_per_epoch[1]
+        count, other = fewer[size] * times, others[size]
+        filled = math.ceil((count + other) / per_forward) * per_forward / (count + other)
+        uses += count * filled
+        other_uses += other * filled
+    return uses / other_uses

@@ -10,13 +10,12 @@ from ...errors import InvalidArgument
 from ...formatting import is_or_are, pluralize, printable
 from ...io import read_object, write_json
 from ...options.images import DataOptions
-from ...options.values import listed
 from ...runtime.processes import all_gather, broadcast_from_main
 from ...training.context import Context
 from ..model.loading import wide_enough
 from ..model.objective import Objective
 from ..prompts import UNRELATED, prompts_of
-from .buckets import bucket_of, ladder, named_buckets, own_bucket, square
+from .buckets import bucket_of, ladder, named_buckets, own_bucket
 from .captions import VERBATIM, recipe_of
 from .class_images import balanced
 from .dataset import ImageDataset, data_flag
@@ -198,7 +197,7 @@ def size_of(image: tuple[int, int], resolution: int, multiple: int, options: Dat
     The second item is whether this is the image's own size, because it is smaller than all buckets.
     """
     if not options.use_aspect_ratio_buckets:
-        return square(resolution), False
+        return Size(resolution, resolution), False
     if options.aspect_ratio_buckets:
         return bucket_of(image, named_buckets(options.aspect_ratio_buckets)), False
     buckets = ladder(resolution, multiple)
@@ -208,7 +207,7 @@ def size_of(image: tuple[int, int], resolution: int, multiple: int, options: Dat
 
 def print_bucket_sizes(sources: Sequence[Source], context: Context) -> None:
     """Print the number of images in each bucket."""
-    if context.options.data.use_aspect_ratio_buckets or len(listed(context.options.data.resolution)) > 1:
+    if context.options.data.use_aspect_ratio_buckets or len(context.options.data.resolution) > 1:
         found = Counter(source.size(image) for source in sources for image in range(len(source.images)))
         counts = [f"{size.height}x{size.width}: {count}" for size, count in found.items()]
         context.accelerator.print(f"{pluralize(len(found), 'bucket')} (height x width: images): {', '.join(counts)}")

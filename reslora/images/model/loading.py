@@ -11,7 +11,7 @@ import diffusers
 import huggingface_hub
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
@@ -79,34 +79,40 @@ class Model:
         that has only the denoiser's configuration takes the denoiser's place. Tokenizers are always loaded, to count
         tokens.
         """
-        left_out = [self.family.denoiser, *self.family.unused_parts, *([] if vae else ["vae"])]
+        given = self.without(*([] if vae else ["vae"]))
         if not encoders:
             parts = self.family.frozen_text_parts if trainable else self.family.text_parts
-            left_out += [part for part in parts if not part.startswith("tokenizer")]
-        # Some pipelines, such as Stable Diffusion 3 without T5, list a part as missing and still require the argument.
-        left_out += [part for part, kind in self.index.items() if kind == [None, None]]
-        given: dict[str, Any] = dict.fromkeys(left_out)
-        if "requires_safety_checker" in self.index:
-            given["requires_safety_checker"] = False
+            given |= {part: None for part in parts if not part.startswith("tokenizer")}
         if vae and self.vae:
-            given["vae"] = self._other_vae(dtype)
+            own = getattr(diffusers, self.index["vae"][1])  # such as those of FLUX.2 and Qwen-Image
+            with refused_as(self.vae_flag, "check the name and the files"):
+                given["vae"] = own.from_pretrained(
+                    self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True
+                )
         with refused_as(self.flag, "repair the folder"):
             pipeline = self.family.pipeline.from_pretrained(
                 self.folder, **given, variant=self.variant, torch_dtype=dtype, use_safetensors=True
             )
-        if encoders:
-            # Without T5, Stable Diffusion 3's pipeline reads the width of the text states from the denoiser's
-            # configuration.
-            setattr(pipeline, self.family.denoiser, SimpleNamespace(config=self.denoiser_config()))
-        self.correct_scheduler(pipeline)
+        self.complete(pipeline, encoders)
         pipeline.set_progress_bar_config(disable=True)
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
         return pipeline.to(device)
 
-    def correct_scheduler(self, pipeline: DiffusionPipeline) -> None:
-        """Set the scheduler's prediction type if the options give one."""
+    def without(self, *parts: str) -> dict[str, Any]:
+        """Return the arguments with which a pipeline is loaded without its denoiser, unused parts and these `parts`."""
+        # Some pipelines, such as Stable Diffusion 3 without T5, list a part as missing and still require the argument.
+        missing = [part for part, kind in self.index.items() if kind == [None, None]]
+        given: dict[str, Any] = dict.fromkeys((self.family.denoiser, *self.family.unused_parts, *missing, *parts))
+        return given | ({"requires_safety_checker": False} if "requires_safety_checker" in self.index else {})
+
+    def complete(self, pipeline: DiffusionPipeline, encoders: bool = True) -> None:
+        """Set the scheduler's prediction type if the options give one and, with text encoders, what they read."""
+        if encoders:
+            # Without T5, Stable Diffusion 3's pipeline reads the width of the text states from the denoiser's
+            # configuration.
+            setattr(pipeline, self.family.denoiser, SimpleNamespace(config=self.denoiser_config()))
         if self.prediction_type:
             pipeline.scheduler.register_to_config(prediction_type=self.prediction_type)
 
@@ -114,11 +120,6 @@ class Model:
         """Return the configuration in the denoiser's folder."""
         with refused_as(self.flag, "repair the folder"):
             return FrozenDict(self.family.denoiser_class.load_config(self.denoiser_folder))
-
-    def _other_vae(self, dtype: torch.dtype) -> ModelMixin:
-        own = getattr(diffusers, self.index["vae"][1])  # such as those of FLUX.2 and Qwen-Image
-        with refused_as(self.vae_flag, "check the name and the files"):
-            return own.from_pretrained(self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True)
 
     def load_denoiser(
         self, dtype: torch.dtype, device: torch.device, base_precision: str = "no", blocks_to_swap: int = 0
@@ -287,21 +288,23 @@ def check_weights(folder: Path, variant: str | None, denoiser: nn.Module, flag: 
         raise InvalidArgument(flag, f"no {stem}.safetensors in {folder}", "give a pipeline with safetensors weights")
     shapes = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
     for path in files:
-        for name, found in _shapes(path, flag):
-            if shapes.get(name, found) != found:
-                problem = f"{name} is {found} in {path}, {shapes[name]} by its config.json"
-                raise InvalidArgument(flag, problem, "repair the folder")
+        with refused_as(f"{flag}, {path}", "repair the folder"), safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                found = tuple(file.get_slice(name).get_shape())
+                if shapes.get(name, found) != found:
+                    problem = f"{name} is {found} in {path}, {shapes[name]} by its config.json"
+                    raise InvalidArgument(flag, problem, "repair the folder")
 
 
-def _shapes(path: Path, flag: str) -> list[tuple[str, tuple[int, ...]]]:
-    with refused_as(f"{flag}, {path}", "repair the folder"), safe_open(path, framework="pt") as file:
-        return [(name, tuple(file.get_slice(name).get_shape())) for name in file.keys()]  # noqa: SIM118 - no mapping
+def overflows(family: Family, vae: nn.Module) -> bool:
+    """Return whether the autoencoder is in float16 and would overflow there."""
+    return family.encodes_in_float32 and vae.config.force_upcast and vae.dtype == torch.float16
 
 
 @contextmanager
 def wide_enough(family: Family, vae: nn.Module) -> Iterator[None]:
     """Run the body with the autoencoder in float32 if it would overflow in float16."""
-    if not (family.encodes_in_float32 and vae.config.force_upcast and vae.dtype == torch.float16):
+    if not overflows(family, vae):
         yield
         return
     try:

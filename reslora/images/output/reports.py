@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -54,9 +53,7 @@ class Reports:
         rows = of_split(read_log(folder / "log.jsonl"), "validation") if self.log else []
         self.validated = [row["loss"] for row in rows if row["step"]]  # main process only; without step 0
 
-    def note(
-        self, split: str, loss: torch.Tensor | float, by_timestep: Mapping[str, float] = MappingProxyType({})
-    ) -> None:
+    def note(self, split: str, loss: torch.Tensor | float, by_timestep: dict[str, float] | None = None) -> None:
         """Store a row of the log until `flush`, because reading a loss at once would wait for the device at every step.
 
         `by_timestep`: losses by timestep, from 0 to 1, which is pure noise.
@@ -65,7 +62,7 @@ class Reports:
         rate, seconds = learner.lr_scheduler.get_last_lr()[0], round(learner.seconds, 3)
         self.noted = {"step": learner.step, "split": split, "loss": loss, "lr": rate, "seconds": seconds}
         if by_timestep:
-            self.noted["by_timestep"] = dict(by_timestep)
+            self.noted["by_timestep"] = by_timestep
 
     def flush(self) -> float | None:
         """Write the stored row to the log and the trackers, and return its loss.

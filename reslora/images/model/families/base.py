@@ -15,6 +15,8 @@ from ....export import KOHYA_FILE
 
 FLOW = {"resolution": 512, "num_inference_steps": 28, "weighting_scheme": "none", "max_sequence_length": 512}
 """Options' values that most families of flow matching have."""
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""The projections of image and text in the joint attention of Flux and Stable Diffusion 3."""
 Text = Mapping[str, torch.Tensor | list[torch.Tensor]]
 """Text states by name, batch first: a tensor, or a list if captions differ in length."""
 
@@ -78,7 +80,7 @@ class Family:
     trainable: tuple[Part, ...] = ()
     """The text encoders that can be trained."""
     lora_files: tuple[str, ...] = (KOHYA_FILE,)
-    """Plain LoRA files that are exported in addition to diffusers', keys of `exports.LORA_FILES`."""
+    """Plain LoRA files that are exported in addition to diffusers', kohya's or ComfyUI's."""
     unused_parts: tuple[str, ...] = ()
     """Parts of the pipeline that are never loaded."""
     unread: tuple[str, ...] = ()
@@ -205,14 +207,14 @@ class Family:
         """Return a denoiser layer's name in kohya's scripts; None if it has none."""
         return self.original_name(config, name)
 
-    def model_version(self, config: Mapping, predicts_v: bool = False) -> tuple[str, str]:
+    def model_version(self, config: Mapping, predicts_v: bool) -> tuple[str, str]:
         """Return `version` for a base model with this denoiser configuration.
 
         `predicts_v`: whether it predicts v, in a family that also has models that predict epsilon.
         """
         return self.version
 
-    def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, negative: Text, empty: bool = True) -> dict:
+    def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, negative: Text, empty: bool) -> dict:
         """Return the pipeline's keyword arguments for the prompt and the negative prompt.
 
         `negative` is the negative prompt's text states, batch 1; `empty` is whether it is the empty caption.

@@ -94,12 +94,12 @@ class Flux2Klein(Family):
         """Return the unpacked velocity."""
         return output[0].transpose(1, 2).reshape(noisy.shape)
 
-    def drawing_inputs(self, pipeline, text, negative, empty=True):
+    def drawing_inputs(self, pipeline, text, negative, empty):
         """Return text states of the captions and, for guidance, of the negative prompt."""
         states = text["states"]
         return {"prompt_embeds": states, "negative_prompt_embeds": negative["states"].expand_as(states)}
 
-    def model_version(self, config, predicts_v=False):
+    def model_version(self, config, predicts_v):
         """Return the names by model size, which the width shows."""
         size = "4b" if config.num_attention_heads * config.attention_head_dim <= 3072 else "9b"
         return f"flux2_klein_{size}", f"flux-2-klein-{size}"

@@ -6,10 +6,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import nn
 
-from .base import Family, Part
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-
+from .base import ATTENTION, Family, Part
 
 ORIGINAL = {
     **{f"transformer_blocks.{{}}.attn.{name}": "joint_blocks.{}.x_block.attn.qkv" for name in ATTENTION[:3]},
@@ -96,7 +93,7 @@ class StableDiffusion3(Family):
             "pooled_projections": conditions.text["pooled"],
         }
 
-    def drawing_inputs(self, pipeline, text, negative, empty=True):
+    def drawing_inputs(self, pipeline, text, negative, empty):
         """Return states and pooled states of the captions and, for guidance, of the negative prompt."""
         return {
             "prompt_embeds": text["states"],
@@ -105,7 +102,7 @@ class StableDiffusion3(Family):
             "negative_pooled_prompt_embeds": negative["pooled"].expand_as(text["pooled"]),
         }
 
-    def model_version(self, config, predicts_v=False):
+    def model_version(self, config, predicts_v):
         """Return the names by model size.
 
         3 medium has 24 blocks, 3.5 large has 38, and 3.5 medium has dual attention in some blocks.

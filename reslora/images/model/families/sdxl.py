@@ -83,7 +83,7 @@ class StableDiffusionXL(Family):
             },
         }
 
-    def drawing_inputs(self, pipeline, text, negative, empty=True):
+    def drawing_inputs(self, pipeline, text, negative, empty):
         """Return states and pooled states of prompt and negative prompt.
 
         An empty negative prompt becomes zeros if the pipeline's configuration has `force_zeros_for_empty_prompt`.
