@@ -43,8 +43,10 @@ def load_class_images(context: Context) -> list[ImageDataset]:
     if options.data.class_data_dir is None:
         return []
     broadcast_from_main(lambda: draw_missing(context))
-    here = options.replace(train_data_dir=options.data.class_data_dir, train_data_repeats=[1], train_data_weight=[1.0])
-    here = here.replace(dataset_name=None, max_train_samples=None)
+    here = options.replace(
+        train_data_dir=options.data.class_data_dir, train_data_repeats=[1], train_data_weight=[1.0],
+        dataset_name=None, max_train_samples=None,
+    )  # fmt: skip
     found = on_all(
         lambda: load_folders(here.model, here.data, here.training, here.output, caption=options.data.class_prompt)
     )

@@ -81,13 +81,9 @@ class ImageDataset:
             masked=[self.masked[i] for i in indices] if self.masked else (),
         )  # fmt: skip
 
-    def source(self, index: int) -> Content:
-        """Return the path of an image's file, or its encoded bytes."""
-        return _source(self.rows[index])
-
     def open(self, index: int) -> PIL.Image.Image:
         """Return the image as 8-bit RGB."""
-        return open_image(self.source(index))
+        return open_image(_source(self.rows[index]))
 
     def open_masked(self, index: int) -> tuple[PIL.Image.Image, PIL.Image.Image]:
         """Return the image as 8-bit RGB, and its mask as 8-bit grayscale."""

@@ -168,11 +168,12 @@ class Variants(TorchDataset):
         return pixels, sizes, *masks
 
 
+@dataclass
 class Damages(TorchDataset):
     """Dataset that yields why an image cannot be trained on, or () if it can."""
 
-    def __init__(self, images: ImageDataset, masked: bool) -> None:
-        self.images, self.masked = images, masked
+    images: ImageDataset
+    masked: bool
 
     def __getitem__(self, index: int) -> Item:
         found = opened(self.images, index, self.masked)

@@ -38,7 +38,7 @@ def material_of(
 
     `kinds` are the training images and the class images, if any.
     """
-    family = context.model.family
+    family, options = context.model.family, context.options
     largest = max((images for images in kinds if not images.of_class), key=len)
     sources = tuple(
         source for images in kinds for source in sources_of(images, int(images is largest), pipeline, context)
@@ -47,14 +47,13 @@ def material_of(
     for source in sources:
         print_skipped_images(source.images, context)
     if any(images.of_class for images in kinds):
-        per_forward = context.options.training.train_batch_size * context.accelerator.num_processes
+        per_forward = options.training.train_batch_size * context.accelerator.num_processes
         learnt, of_class = ([s for s in sources if s.images.of_class == kind] for kind in (False, True))
         sources = balanced(learnt, of_class, per_forward)
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
-    options, none = context.options, Texts(None, {})
     parts = options.adapter, options.data, options.training, options.validation
-    material = Material(sources, none, objective, shapes, *parts, family.latents_per_token)
+    material = Material(sources, Texts(None, {}), objective, shapes, *parts, family.latents_per_token)
     print_long_captions(material, pipeline, context)
     return with_texts(material, pipeline, context)
 

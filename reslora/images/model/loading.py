@@ -26,9 +26,9 @@ from ...runtime.processes import on_all
 from ..cache_folder import cache_folder
 from ..content_hash import content_mark, folder_mark
 from ..generators import derive
-from .families import FAMILIES, load_family
+from .families import load_family
 from .families.base import Family, Part
-from .kinds import check_pipeline_class, read_index
+from .kinds import read_index
 from .quantising import pack
 from .stored import Stored, load_exact, stored_weights
 
@@ -155,14 +155,16 @@ class Model:
 
     def load_encoders(self, parts: Sequence[Part], pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
         """Reload frozen text encoders from disk, replace the pipeline's with them, and return them by name."""
+        found = {}
         for part in parts:
             before = getattr(pipeline, part.name)
             with refused_as(self.flag, "repair the folder"):
                 encoder = type(before).from_pretrained(
                     self.folder / part.name, variant=self.variant, dtype=before.dtype, use_safetensors=True
                 )
-            setattr(pipeline, part.name, encoder.requires_grad_(False).to(before.device))
-        return {part.name: getattr(pipeline, part.name) for part in parts}
+            found[part.name] = encoder.requires_grad_(False).to(before.device)
+            setattr(pipeline, part.name, found[part.name])
+        return found
 
     def empty_denoiser(self) -> nn.Module:
         """Return the denoiser on the meta device, after checking that its files are complete."""
@@ -189,7 +191,6 @@ def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: 
     else:
         folder = downloaded(model_options, flag)
     index = read_index(folder, flag)
-    check_pipeline_class(name, index)
     family = load_family(index["_class_name"])
     configs = {}
     for part, kind in index.items():
@@ -206,10 +207,10 @@ def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: 
     if problem := family.unfit(configs):
         raise InvalidArgument(flag, problem, "give a base model's folder")
     check_prediction(model_options, folder)
-    vae = model_options.pretrained_vae_model_name_or_path
     model = Model(
-        folder, family, flag, model_options.variant, vae, model_options.cache_dir, index, model_options.prediction_type
-    )
+        folder, family, flag, model_options.variant, model_options.pretrained_vae_model_name_or_path,
+        model_options.cache_dir, index, model_options.prediction_type,
+    )  # fmt: skip
     check_vae(model)
     return model
 
@@ -268,10 +269,9 @@ def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
         return folder
     with refused_as(flag, "give a checkpoint of Stable Diffusion 1.x, 2.x or SDXL"):
         kind = infer_diffusers_model_type(load_single_file_checkpoint(str(path), disable_mmap=False))
-    known = FAMILIES.keys() & {SINGLE_FILES.get(kind)}
-    if not known:
+    if kind not in SINGLE_FILES:
         raise InvalidArgument(flag, f"a single file of kind {kind!r}", "give a pipeline's folder in diffusers format")
-    family = load_family(known.pop())
+    family = load_family(SINGLE_FILES[kind])
     convert = f"{family.pipeline.__name__}.from_single_file({str(path)!r}).save_pretrained('folder')"
     with refused_as(flag, f"make a folder of it where the hub can be reached: {convert}"):
         pipeline = family.pipeline.from_single_file(str(path), cache_dir=model.cache_dir)

@@ -4,39 +4,37 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ...attributes import override_attributes
 from ...options.images import DataOptions, TrainingOptions, ValidationOptions
 from ...tracing import evaluating
-from ..data.batch import changed, stack_texts
+from ..data.batch import stack_texts
 from ..data.encoding import Texts
 from ..generators import derive
 from ..model.families.base import Family, Part, Text
 from ..prompts import Prompt, resolved
 
 
+@dataclass
 class Drawer:
     """Generates images of prompts with the pipeline and any denoiser; each image has its own seed."""
 
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        family: Family,
-        texts: Texts,
-        data: DataOptions,
-        training: TrainingOptions,
-        validation: ValidationOptions,
-        encoders: Sequence[Part] = (),
-    ) -> None:
-        self.pipeline, self.family, self.texts = pipeline, family, texts
-        self.data, self.training, self.validation = data, training, validation
-        self.encoders = encoders  # the pipeline's text encoders that are trained
+    pipeline: DiffusionPipeline
+    family: Family
+    texts: Texts
+    data: DataOptions
+    training: TrainingOptions
+    validation: ValidationOptions
+    encoders: Sequence[Part] = ()
+    """The pipeline's text encoders that are trained."""
 
     def draw(
         self,
@@ -91,7 +89,7 @@ class Drawer:
         vae = self.pipeline.vae
 
         def ready(text: Text) -> Text:
-            return changed(text, lambda value: value.to(vae.device, vae.dtype, non_blocking=True))
+            return tree_map(lambda value: value.to(vae.device, vae.dtype, non_blocking=True), text)
 
         states = ready(stack_texts([self._states(caption) for caption in captions]))
         if not self.encoders:

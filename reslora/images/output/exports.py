@@ -13,7 +13,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from ... import export
 from ...attributes import override_attributes
@@ -271,11 +271,7 @@ def calls_of_encoders(loss: DenoisingLoss) -> Iterator[dict[str, list[dict]]]:
 
 def as_float32(values: dict) -> dict:
     """Convert floating-point tensors, at any depth, to float32."""
-
-    def wide(value: object) -> object:
-        return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-    return tree_map(wide, values)
+    return tree_map_only(torch.Tensor, lambda value: value.float() if value.is_floating_point() else value, values)
 
 
 def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
@@ -338,30 +334,27 @@ def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, s
         export.export_comfyui(denoiser, path, metadata=metadata, rename=lambda name: names(name) or name)
 
 
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the values that sd-scripts writes
-
-
 def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, context: Context) -> dict[str, str]:
     """Return the metadata by which model managers recognize a LoRA (Stability AI's ModelSpec 1.0.0)."""
     options, predicted = context.options, getattr(material.objective, "prediction_type", None)  # None for a flow
-    version, architecture = context.model.family.model_version(config, predicts_v=predicted == "v_prediction")
     sides = options.data.resolution
-    prediction = {"modelspec.prediction_type": PREDICTIONS[predicted]} if predicted else {}
-    return prediction | {
-        "ss_v2": str(version.startswith("sd_v2")),  # A1111 distinguishes 2.x from 1.x by this
-        "ss_base_model": Path(options.model.pretrained_model_name_or_path).name,
-        "ss_base_model_version": version,
-        "ss_learning_rate": str(options.optimizer.learning_rate),
-        "ss_seed": str(options.training.seed),
-        "ss_steps": str(schedule.steps),
-        "ss_resolution": " ".join(map(str, sides)),
-        "ss_enable_bucket": str(options.data.use_aspect_ratio_buckets),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": f"LoRA for {Path(options.model.pretrained_model_name_or_path).name}",
-        "modelspec.resolution": f"{sides[0]}x{sides[0]}",
-    }
+    # sd-scripts writes `epsilon` or `v`.
+    prediction = {"modelspec.prediction_type": predicted.removesuffix("_prediction")} if predicted else {}
+    return (
+        context.model.family.metadata(config, predicted == "v_prediction")
+        | prediction
+        | {
+            "ss_base_model": Path(options.model.pretrained_model_name_or_path).name,
+            "ss_learning_rate": str(options.optimizer.learning_rate),
+            "ss_seed": str(options.training.seed),
+            "ss_steps": str(schedule.steps),
+            "ss_resolution": " ".join(map(str, sides)),
+            "ss_enable_bucket": str(options.data.use_aspect_ratio_buckets),
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": f"LoRA for {Path(options.model.pretrained_model_name_or_path).name}",
+            "modelspec.resolution": f"{sides[0]}x{sides[0]}",
+        }
+    )
 
 
 def read_back(parts: Parts, method: str, drawer: Drawer, context: Context) -> Iterator[tuple[str, nn.Module]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -145,17 +146,18 @@ class Reports:
         return [part for part in VALIDATION_PARTS if step == 0 or not done[part]] if due else []
 
 
+@dataclass
 class Validation:
     """Validation loss and samples of a denoiser.
 
     The main process computes them; for a sharded base, all processes do.
     """
 
-    def __init__(
-        self, loss: DenoisingLoss, material: Material, drawer: Drawer, accelerator: Accelerator, stop: StopRequest
-    ) -> None:
-        self.loss, self.material, self.drawer = loss, material, drawer
-        self.accelerator, self.stop = accelerator, stop
+    loss: DenoisingLoss
+    material: Material
+    drawer: Drawer
+    accelerator: Accelerator
+    stop: StopRequest
 
     def __call__(self, learner: Learner, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
         """Compute validation loss and samples, and set `learner.over`.

@@ -214,6 +214,16 @@ class Family:
         """
         return self.version
 
+    def metadata(self, config: Mapping, predicts_v: bool) -> dict[str, str]:
+        """Return the fields of a LoRA file's header that name the base model, for kohya's scripts and ModelSpec."""
+        version, architecture = self.model_version(config, predicts_v)
+        return {
+            "ss_base_model_version": version,
+            "ss_v2": str(version.startswith("sd_v2")),  # A1111 distinguishes 2.x from 1.x by this
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": f"{architecture}/lora",
+        }
+
     def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, negative: Text, empty: bool) -> dict:
         """Return the pipeline's keyword arguments for the prompt and the negative prompt.
 

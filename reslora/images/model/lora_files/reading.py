@@ -1,6 +1,7 @@
 """Read LoRA files and PEFT folders as plain factors of each layer; reject everything that is not a plain LoRA."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -320,7 +321,7 @@ def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
     if unread := [name for name, tensors in layers.items() if not _converted(tensors, names).keys() & whole]:
         problem = f"{min(unread, key=names.known.__contains__)} is no layer of {names.family.name} that diffusers reads"
         raise InvalidArgument(content.flag, problem, _another(names))
-    return pairs_of(Content(content.path, content.flag, whole, content.metadata, content.configs))
+    return pairs_of(dataclasses.replace(content, tensors=whole))
 
 
 def _converted(tensors: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:
