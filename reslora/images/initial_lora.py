@@ -94,8 +94,7 @@ def with_start(options: Options, start: Start) -> Options:
     """
     own = lora_config(start.layers)
     found = {"rank": own.r, "lora_alpha": own.lora_alpha, "target_modules": [start.targets]}
-    patterns = dict.fromkeys(FIELDS)  # each layer has its own already
-    for name, value in (found | patterns).items():
+    for name, value in (found | dict.fromkeys(FIELDS)).items():  # each layer has its own already
         if (given := options[name]) not in (None, value):
             shown = " ".join(given) if isinstance(given, list) else given
             what = "its layers are others" if isinstance(value, list) else f"--init_lora has {value or 'its own'}"

@@ -123,13 +123,6 @@ class Found:
         return mask_problem(_source(row, "mask"), size) or size
 
 
-def load_images(
-    model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions
-) -> ImageDataset:
-    """Return the images and captions of the one folder or dataset that the options name."""
-    return sample([usable(model, data, training, output)], data, training)[0]
-
-
 def usable(
     model: ModelOptions,
     data: DataOptions,
@@ -282,8 +275,7 @@ def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequ
     if any(masks):
         columns["mask"] = column(masks)
     features = FEATURES | ({"mask": FEATURES["image"]} if any(masks) else {})
-    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    return Found(rows, problems, [], files=files)
+    return Found(datasets.Dataset.from_dict(columns, datasets.Features(features)), problems, [], files=files)
 
 
 def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> Found:
@@ -362,9 +354,7 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
         raise InvalidArgument(
             f"--image_column {image}", f"holds no images ({first_line(error)})", "name another column"
         ) from None
-    column = datasets.Dataset.from_dict(
-        {"captions": texts}, features=datasets.Features({"captions": FEATURES["captions"]})
-    )
+    column = datasets.Dataset.from_dict({"captions": texts}, datasets.Features({"captions": FEATURES["captions"]}))
     rows = datasets.concatenate_datasets([images, column], axis=1)
     if layout is None and not (data.dataset_name and data.train_data_dir):  # else: part of a folder
         notes += [*_passed_over(rows, everything, data), *_hidden_note(rows, folder)]

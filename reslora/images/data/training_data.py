@@ -233,9 +233,10 @@ def print_folder_counts(material: Material, context: Context) -> None:
 
 def print_uneven_buckets(plan: Plan, context: Context) -> None:
     """Print a line if an epoch uses the images of one bucket far more often than those of another."""
-    least, most = (choose(plan.uses_per_epoch, key=plan.uses_per_epoch.__getitem__) for choose in (min, max))
-    if plan.uses_per_epoch[most] >= UNEVEN * plan.uses_per_epoch[least]:
-        often, seldom = (f"{size.height}x{size.width} {plan.uses_per_epoch[size]:.3g} times" for size in (most, least))
+    uses = plan.uses_per_epoch
+    least, most = min(uses, key=uses.__getitem__), max(uses, key=uses.__getitem__)
+    if uses[most] >= UNEVEN * uses[least]:
+        often, seldom = (f"{size.height}x{size.width} {uses[size]:.3g} times" for size in (most, least))
         smaller = "a smaller --train_batch_size" if context.options.training.train_batch_size > 1 else "fewer processes"
         context.accelerator.print(
             f"a bucket's last batch is filled from the same bucket: an epoch meets images of {often} as often as asked "
@@ -245,11 +246,9 @@ def print_uneven_buckets(plan: Plan, context: Context) -> None:
 
 def times_of(source: Source, plan: Plan) -> str:
     """Format how often an epoch uses a source's images; with a single bucket, all are used equally often."""
-    several = len(plan.uses_per_epoch) > 1
-    uses_per_epoch = [
-        source.repeats * plan.uses_per_epoch[source.size(image)] for image in source.train if several
-    ] or [source.repeats]
-    low, high = (f"{round(times, 1):g}" for times in (min(uses_per_epoch), max(uses_per_epoch)))
+    uses = {source.repeats * plan.uses_per_epoch[source.size(image)] for image in source.train}
+    uses = uses if len(plan.uses_per_epoch) > 1 else {source.repeats}
+    low, high = (f"{round(times, 1):g}" for times in (min(uses), max(uses)))
     if low != high:
         return f"{low} to {high} times"
     return "once" if low == "1" else f"{low} times"

@@ -63,8 +63,8 @@ class StoredLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `W x + b`."""
-        shape = (self.out_features, self.in_features)
-        return F.linear(x, x.new_empty(shape) if x.is_meta else self.weight, self.bias)
+        weight = x.new_empty(self.out_features, self.in_features) if x.is_meta else self.weight
+        return F.linear(x, weight, self.bias)
 
 
 def empty_model(kind: type[ModelMixin], folder: Path) -> ModelMixin:

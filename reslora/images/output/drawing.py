@@ -48,11 +48,10 @@ class Drawer:
         `between_steps` is called between the denoising steps and may raise. Denoiser and pipeline are restored
         afterwards.
         """
-        wanted = self.wanted(prompts, images)
         drawn, size = [], self.training.train_batch_size
         encoders = [getattr(self.pipeline, part.name) for part in self.encoders]
         with override_attributes(self.pipeline, **{self.family.denoiser: denoiser}), evaluating(denoiser, *encoders):
-            for alike in (list(group) for _, group in itertools.groupby(wanted, key=shared)):
+            for alike in (list(group) for _, group in itertools.groupby(self.wanted(prompts, images), key=shared)):
                 for start in range(0, len(alike), size):
                     drawn += self._batch(alike[start : start + size], between_steps)
         return drawn

@@ -137,13 +137,14 @@ class Reports:
         A run may have been stopped before or during the validation of that step.
         """
         step = self.learner.step
-        rows = read_log(self.folder / "log.jsonl")
+        if step == 0:
+            return list(VALIDATION_PARTS)
+        rows = of_split(read_log(self.folder / "log.jsonl"), "validation")
         done = {
-            "loss": any(row["step"] == step and row["split"] == "validation" for row in rows),
+            "loss": any(row["step"] == step for row in rows),
             "samples": (self.folder / "samples" / f"step-{step:06d}").is_dir(),
         }
-        due = step == 0 or schedule.is_due(step)
-        return [part for part in VALIDATION_PARTS if step == 0 or not done[part]] if due else []
+        return [part for part in VALIDATION_PARTS if not done[part]] if schedule.is_due(step) else []
 
 
 @dataclass

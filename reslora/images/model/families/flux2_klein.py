@@ -70,8 +70,8 @@ class Flux2Klein(Family):
 
     def encode_images(self, vae, pixels):
         """Return mean and standard deviation of the latents in 2 x 2 patches."""
-        moments = super().encode_images(vae, pixels)
-        return torch.stack([self.pipeline._patchify_latents(moment) for moment in moments.unbind(1)], dim=1)
+        moments = super().encode_images(vae, pixels).unbind(1)
+        return torch.stack(list(map(self.pipeline._patchify_latents, moments)), dim=1)
 
     def scale_latents(self, vae, latents):
         """Return the latents, normalized by the running statistics of the autoencoder's batch norm."""

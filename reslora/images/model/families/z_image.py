@@ -36,9 +36,8 @@ class ZImage(Family):
 
     def encode_captions(self, pipeline, captions, longest):
         """Return `states`: a list of (tokens x width), with the caption's tokens."""
-        device = pipeline.text_encoder.device
         states, _ = pipeline.encode_prompt(
-            list(captions), device, do_classifier_free_guidance=False, max_sequence_length=longest
+            list(captions), pipeline.text_encoder.device, do_classifier_free_guidance=False, max_sequence_length=longest
         )
         return {"states": states}
 

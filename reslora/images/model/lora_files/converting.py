@@ -91,8 +91,7 @@ def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], 
 
 def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Names, dict[str, str]]:
     """Return the layer names of the LoRA's model, and the metadata of a file's header."""
-    by_name = {family: pipeline for pipeline, family in FAMILIES.items()}
-    family = load_family(by_name[args.family]) if args.family else None
+    family = next((each for each in map(load_family, FAMILIES) if each.name == args.family), None)
     if args.base is None:
         if family is None and not contents:
             raise InvalidArgument("--extract", "whose weights these are is not certain", "add --base or --family")
