@@ -65,9 +65,9 @@ class DenoisingLoss:
         if text is None:
             with torch.no_grad(), torch.autocast(self.pipeline.vae.device.type, enabled=False):
                 text = self.family.encode_frozen(
-                    self.pipeline, batch.caption, self.training_options.max_sequence_length
+                    self.pipeline, list(batch.caption), self.training_options.max_sequence_length
                 )
-        return dataclasses.replace(batch, text=self.family.encode_trained(self.pipeline, batch.caption, text))
+        return dataclasses.replace(batch, text=self.family.encode_trained(self.pipeline, list(batch.caption), text))
 
     def inputs(self, batch: Batch) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """Return the denoiser's keyword arguments for a batch, the target, and the timesteps (batch).
@@ -94,6 +94,6 @@ class DenoisingLoss:
         if batch.text is None:
             with torch.no_grad():
                 return self.family.encode_captions(
-                    self.pipeline, batch.caption, self.training_options.max_sequence_length
+                    self.pipeline, list(batch.caption), self.training_options.max_sequence_length
                 )
         return batch.text

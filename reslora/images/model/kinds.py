@@ -53,7 +53,7 @@ def refuse_parts(path: Path, flag: str) -> None:
 def tensor_names(path: Path) -> list[str]:
     """Return the names in the header of a safetensors file; none for one that is damaged."""
     try:
-        with safe_open(path, framework="np") as file:
+        with safe_open(path, "np") as file:
             return list(file.keys())
     except (SafetensorError, OSError):
         return []

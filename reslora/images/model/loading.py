@@ -288,7 +288,7 @@ def check_weights(folder: Path, variant: str | None, denoiser: nn.Module, flag: 
         raise InvalidArgument(flag, f"no {stem}.safetensors in {folder}", "give a pipeline with safetensors weights")
     shapes = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
     for path in files:
-        with refused_as(f"{flag}, {path}", "repair the folder"), safe_open(path, framework="pt") as file:
+        with refused_as(f"{flag}, {path}", "repair the folder"), safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 found = tuple(file.get_slice(name).get_shape())
                 if shapes.get(name, found) != found:

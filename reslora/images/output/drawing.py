@@ -83,7 +83,7 @@ class Drawer:
         )  # fmt: skip
         return list(drawn.images)
 
-    def _text(self, captions: Sequence[str]) -> Text:
+    def _text(self, captions: list[str]) -> Text:
         # The pipeline's dtype, because some pipelines create latents in the dtype of the text states.
         vae = self.pipeline.vae
 

@@ -149,23 +149,23 @@ class Family:
         return (pipeline.vae.config.latent_channels, height // factor, width // factor)
 
     def token_counts(
-        self, pipeline: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]
+        self, pipeline: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase, captions: list[str]
     ) -> list[int]:
         """Return the untruncated token counts of captions, with the tokens of the template that are read."""
-        return list(map(len, tokenizer(list(captions)).input_ids))
+        return list(map(len, tokenizer(captions).input_ids))
 
-    def encode_captions(self, pipeline: DiffusionPipeline, captions: Sequence[str], longest: int | None) -> Text:
+    def encode_captions(self, pipeline: DiffusionPipeline, captions: list[str], longest: int | None) -> Text:
         """Return the text states of the captions; families without a trainable text encoder override this.
 
         `longest` is the highest number of tokens of a caption, if the pipeline needs it.
         """
         return self.encode_trained(pipeline, captions, self.encode_frozen(pipeline, captions, longest))
 
-    def encode_frozen(self, pipeline: DiffusionPipeline, captions: Sequence[str], longest: int | None) -> Text:
+    def encode_frozen(self, pipeline: DiffusionPipeline, captions: list[str], longest: int | None) -> Text:
         """Return the output of the text encoders that cannot be trained."""
         return {}
 
-    def encode_trained(self, pipeline: DiffusionPipeline, captions: Sequence[str], frozen: Text) -> Text:
+    def encode_trained(self, pipeline: DiffusionPipeline, captions: list[str], frozen: Text) -> Text:
         """Return what `encode_captions` returns, given the result of `encode_frozen` for the same captions."""
         raise NotImplementedError
 

@@ -67,11 +67,11 @@ class Flux(Family):
     def encode_frozen(self, pipeline, captions, longest):
         """Return `states` of T5 (batch x tokens x width)."""
         device = pipeline.text_encoder_2.device
-        return {"states": pipeline._get_t5_prompt_embeds(list(captions), max_sequence_length=longest, device=device)}
+        return {"states": pipeline._get_t5_prompt_embeds(captions, max_sequence_length=longest, device=device)}
 
     def encode_trained(self, pipeline, captions, frozen):
         """Return `states` unchanged, and `pooled` of CLIP (batch x width)."""
-        pooled = pipeline._get_clip_prompt_embeds(list(captions), device=pipeline.text_encoder.device)
+        pooled = pipeline._get_clip_prompt_embeds(captions, device=pipeline.text_encoder.device)
         return {"states": frozen["states"], "pooled": pooled}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):

@@ -63,9 +63,7 @@ class Flux2Klein(Family):
 
     def encode_captions(self, pipeline, captions, longest):
         """Return `states`: three of Qwen3's layers, concatenated (batch x tokens x 3 width)."""
-        states, _ = pipeline.encode_prompt(
-            list(captions), device=pipeline.text_encoder.device, max_sequence_length=longest
-        )
+        states, _ = pipeline.encode_prompt(captions, device=pipeline.text_encoder.device, max_sequence_length=longest)
         return {"states": states}
 
     def encode_images(self, vae, pixels):

@@ -35,7 +35,7 @@ class QwenImage(WithQwenAutoencoder):
     def encode_captions(self, pipeline, captions, longest):
         """Return `states`: a list of (tokens x width), with the tokens of the caption and of the template's suffix."""
         states, mask = pipeline.encode_prompt(
-            list(captions), device=pipeline.text_encoder.device, max_sequence_length=longest
+            captions, device=pipeline.text_encoder.device, max_sequence_length=longest
         )
         return {"states": without_padding(states, mask)}
 

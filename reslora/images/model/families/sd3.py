@@ -68,7 +68,7 @@ class StableDiffusion3(Family):
     def encode_frozen(self, pipeline, captions, longest):
         """Return `t5`: T5's states, or zeros if the pipeline lacks T5."""
         device = pipeline.text_encoder.device
-        return {"t5": pipeline._get_t5_prompt_embeds(list(captions), max_sequence_length=longest, device=device)}
+        return {"t5": pipeline._get_t5_prompt_embeds(captions, max_sequence_length=longest, device=device)}
 
     def encode_trained(self, pipeline, captions, frozen):
         """Return `states` (batch x tokens x width) and `pooled` of both CLIPs (batch x width).
@@ -77,7 +77,7 @@ class StableDiffusion3(Family):
         """
         device, t5 = pipeline.text_encoder.device, frozen["t5"]
         clips = [
-            pipeline._get_clip_prompt_embeds(list(captions), device=device, clip_model_index=number)
+            pipeline._get_clip_prompt_embeds(captions, device=device, clip_model_index=number)
             for number in range(len(self.trainable))
         ]
         clip, pooled = (torch.cat(found, dim=-1) for found in zip(*clips, strict=True))

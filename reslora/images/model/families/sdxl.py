@@ -66,7 +66,7 @@ class StableDiffusionXL(Family):
     def encode_trained(self, pipeline, captions, frozen):
         """Return `states` (batch x tokens x width of both encoders) and `pooled` (batch x width of the second)."""
         states, _, pooled, _ = pipeline.encode_prompt(
-            list(captions), device=pipeline.text_encoder_2.device, do_classifier_free_guidance=False
+            captions, device=pipeline.text_encoder_2.device, do_classifier_free_guidance=False
         )
         return {"states": states, "pooled": pooled}
 

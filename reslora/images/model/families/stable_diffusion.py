@@ -28,7 +28,7 @@ class StableDiffusion(Family):
 
     def encode_trained(self, pipeline, captions, frozen):
         """Return `states` (batch x tokens x width)."""
-        states, _ = pipeline.encode_prompt(list(captions), pipeline.text_encoder.device, 1, False)
+        states, _ = pipeline.encode_prompt(captions, pipeline.text_encoder.device, 1, False)
         return {"states": states}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):

@@ -37,7 +37,7 @@ class ZImage(Family):
     def encode_captions(self, pipeline, captions, longest):
         """Return `states`: a list of (tokens x width), with the caption's tokens."""
         states, _ = pipeline.encode_prompt(
-            list(captions), pipeline.text_encoder.device, do_classifier_free_guidance=False, max_sequence_length=longest
+            captions, pipeline.text_encoder.device, do_classifier_free_guidance=False, max_sequence_length=longest
         )
         return {"states": states}
 

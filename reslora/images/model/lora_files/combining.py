@@ -23,9 +23,9 @@ def summed(loras: Sequence[Parts], weights: Sequence[float]) -> Parts:
             for layer, factors in layers.items():
                 terms.setdefault((part, layer), []).append(factors._replace(scale=factors.scale * weight))
     found: Parts = {}
-    for (part, layer), (factors, *others) in terms.items():
-        if others:
-            every = [factors, *others]
+    for (part, layer), every in terms.items():
+        factors = every[0]
+        if len(every) > 1:
             try:
                 up = torch.cat([each.up * each.scale for each in every], dim=1)
                 factors = Factors(torch.cat([each.down for each in every]), up, 1.0)

@@ -45,7 +45,7 @@ class Weights:
             raise InvalidArgument(flag, "no safetensors weights there", "give a file, or a folder in diffusers format")
         files: dict[str, Path] = {}
         for file in found:
-            with refused_as(flag, "give whole files"), safe_open(file, framework="pt") as opened:
+            with refused_as(flag, "give whole files"), safe_open(file, "pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
         if scaled := next(filter(SCALED.fullmatch, files), None):
             problem = f"{scaled}: its weights are in 8 or 4 bits, and to be scaled"
@@ -54,12 +54,12 @@ class Weights:
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """Return some rows of a tensor, in float32 or wider."""
-        with safe_open(self.files[name], framework="pt") as opened:
+        with safe_open(self.files[name], "pt") as opened:
             return wide(opened.get_tensor(name) if rows == slice(None) else opened.get_slice(name)[rows])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
-        with safe_open(self.files[name], framework="pt") as opened:
+        with safe_open(self.files[name], "pt") as opened:
             return tuple(opened.get_slice(name).get_shape())
 
 

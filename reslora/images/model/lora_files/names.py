@@ -136,9 +136,9 @@ class Names:
             if given := {layer: layers[layer] for layer in fused.layers if layer in layers}:
                 found[spelled(prefix, name)] = fused.join(given)
                 left = {layer: factors for layer, factors in left.items() if layer not in given}
-        for layer in left:
+        if left:
             fix = "write it with --to diffusers or peft"
-            raise InvalidArgument(".".join(layer), "that format has no name for this layer", fix)
+            raise InvalidArgument(".".join(next(iter(left))), "that format has no name for this layer", fix)
         for part, (kohya, _) in self.family.text_names.items():
             found |= {spelled(f"{kohya}_", name): factors for name, factors in parts.get(part, {}).items()}
         return found

@@ -82,7 +82,7 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
             raise InvalidArgument(flag, "a checkpoint, and no finished LoRA", EXPORTED)
         wanted = "a .safetensors file, or a folder with one of the names that PEFT and diffusers give it"
         raise InvalidArgument(flag, "no LoRA file there", f"give {wanted}")
-    with refused_as(flag, "give a whole .safetensors file"), safe_open(file, framework="pt") as opened:
+    with refused_as(flag, "give a whole .safetensors file"), safe_open(file, "pt") as opened:
         metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     for name, value in tensors.items():
