@@ -123,11 +123,10 @@ def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
         alone = (Path(name) / "config.json").is_file() and not (Path(name) / "model_index.json").is_file()
         known = [each for each in map(load_family, FAMILIES) if family in (None, each)]
         if alone:
-            config, added = read_object(Path(name) / "config.json"), "addition_embed_type"
+            config = read_object(Path(name) / "config.json")
             kind = config.get("_class_name", "model without _class_name")
-            # SDXL's U-Net has the class of other families', and further embeddings.
-            fitting = [each for each in known if each.published.get(added) == config.get(added)]
-            fitting = [each for each in fitting if each.denoiser_class.__name__ == kind]
+            fitting = [each for each in known if each.denoiser_class.__name__ == kind]
+            fitting = [each for each in fitting if is_sdxls(each.published) == is_sdxls(config)]
         else:
             kind = DiffusionPipeline.load_config(name)["_class_name"]
             fitting = [each for each in known if each.pipeline.__name__ == kind]
@@ -139,3 +138,8 @@ def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
         names = names_of(family, config)
         scheduler: Mapping = {} if alone else DDIMScheduler.load_config(name, subfolder="scheduler")
         return names, family.metadata(names.config, scheduler.get("prediction_type") == "v_prediction")
+
+
+def is_sdxls(config: Mapping) -> bool:
+    """Return whether a U-Net is SDXL's, by its configuration; its class is shared with other families."""
+    return config.get("addition_embed_type") == "text_time"
