@@ -25,8 +25,8 @@ from measured import ROOT
 
 from reslora.attributes import override_attributes
 from reslora.images.accelerator import start_accelerator
-from reslora.images.data.dataset import load_images
 from reslora.images.data.encoding import Variants, encode_images, encode_texts
+from reslora.images.data.folders import load_folders
 from reslora.images.data.samples import Material
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
@@ -142,7 +142,7 @@ def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Context
         StopRequest(),
     )
     images, size = (
-        load_images(flags.model, flags.data, flags.training, flags.output),
+        load_folders(flags.model, flags.data, flags.training, flags.output)[0],
         Size(*flags.data.resolution * 2),
     )
     latents, _ = encode_images(

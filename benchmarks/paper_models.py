@@ -8,7 +8,7 @@ from pathlib import Path
 import measured  # noqa: F401 - it puts this checkout before an installed one
 
 from reslora.images.accelerator import start_accelerator
-from reslora.images.data.dataset import load_images
+from reslora.images.data.folders import load_folders
 from reslora.images.data.training_data import material_of
 from reslora.images.denoising import DenoisingLoss
 from reslora.images.initial_lora import add_adapter, config_of
@@ -42,7 +42,7 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     flags, accelerator = context.options, context.accelerator
     pipeline, objective = load_and_check(context)
     material = material_of(
-        [load_images(flags.model, flags.data, flags.training, flags.output)], pipeline, objective, context
+        load_folders(flags.model, flags.data, flags.training, flags.output), pipeline, objective, context
     )
     denoiser = context.model.load_denoiser(context.dtype, accelerator.device)
     add_adapter(

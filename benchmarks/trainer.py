@@ -52,8 +52,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from watched import WARM_UP, Watched
 
 from reslora.images.data.batch import Batch
-from reslora.images.data.dataset import ImageDataset, load_images
+from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.encoding import Variants, encode_images, encode_texts
+from reslora.images.data.folders import load_folders
 from reslora.images.data.samples import Material, training_loader
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
@@ -280,7 +281,7 @@ def loader(args: argparse.Namespace) -> dict:
         flags += ["--resolution", "512", "--train_batch_size", str(args.batch), "--max_train_steps", "1000000"]
         flags = parse_args([*flags, "--output_dir", str(Path(folder) / "run")])
         began = time.perf_counter()
-        images = load_images(flags.model, flags.data, flags.training, flags.output)
+        images = load_folders(flags.model, flags.data, flags.training, flags.output)[0]
         found = {"scan_seconds": time.perf_counter() - began, "workers": {}}
         print(f"finding {args.images} images and checking their headers: {found['scan_seconds']:.1f} s", flush=True)
         for workers in args.workers:

@@ -50,10 +50,7 @@ class DenoisingLoss:
         return self._masked(squared_error(prediction, target), batch).flatten(1).mean(1)
 
     def _masked(self, error: torch.Tensor, batch: Batch) -> torch.Tensor:
-        mask = batch.mask
-        return masked(
-            error, mask if mask is None else mask.to(error.device), self.training_options.masked_loss_normalised
-        )
+        return masked(error, batch.mask, self.training_options.masked_loss_normalised)
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -68,9 +65,9 @@ class DenoisingLoss:
         if text is None:
             with torch.no_grad(), torch.autocast(self.pipeline.vae.device.type, enabled=False):
                 text = self.family.encode_frozen(
-                    self.pipeline, batch.caption, self.training_options.max_sequence_length
+                    self.pipeline, list(batch.caption), self.training_options.max_sequence_length
                 )
-        return dataclasses.replace(batch, text=self.family.encode_trained(self.pipeline, batch.caption, text))
+        return dataclasses.replace(batch, text=self.family.encode_trained(self.pipeline, list(batch.caption), text))
 
     def inputs(self, batch: Batch) -> tuple[dict, torch.Tensor, torch.Tensor]:
         """Return the denoiser's keyword arguments for a batch, the target, and the timesteps (batch).
@@ -97,6 +94,6 @@ class DenoisingLoss:
         if batch.text is None:
             with torch.no_grad():
                 return self.family.encode_captions(
-                    self.pipeline, batch.caption, self.training_options.max_sequence_length
+                    self.pipeline, list(batch.caption), self.training_options.max_sequence_length
                 )
         return batch.text

@@ -93,8 +93,7 @@ def with_start(options: Options, start: Start) -> Options:
     """
     own = lora_config(start.layers)
     found = {"rank": own.r, "lora_alpha": own.lora_alpha, "target_modules": [start.targets]}
-    patterns = dict.fromkeys(FIELDS)  # each layer has its own already
-    for name, value in (found | patterns).items():
+    for name, value in (found | dict.fromkeys(FIELDS)).items():  # each layer has its own already
         if (given := options[name]) not in (None, value):
             shown = " ".join(given) if isinstance(given, list) else given
             what = "its layers are others" if isinstance(value, list) else f"--init_lora has {value or 'its own'}"
@@ -163,8 +162,7 @@ def config_of(
 
     With `start`, each of its layers has its own rank and alpha. Ranks and alphas in the options apply to the denoiser.
     """
-    given = {"rank_pattern": options.rank_pattern, "alpha_pattern": options.alpha_pattern}
-    patterns: dict[str, Any] = {} if targets else {name: entries(name, texts) for name, texts in given.items()}
+    patterns: dict[str, Any] = {} if targets else {name: entries(name, getattr(options, name)) for name in FIELDS}
     settings = AdapterSettings(
         r=options.rank, alpha=options.lora_alpha, dropout=options.lora_dropout,
         targets=targets or targets_of(options.target_modules), total_steps=total_steps,

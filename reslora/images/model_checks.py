@@ -100,8 +100,7 @@ def check_pipeline(
             argument = f"--aspect_ratio_buckets {size.height},{size.width}"
             raise InvalidArgument(argument, f"the pipeline takes multiples of {multiple}", "give sides that are")
     sides = [("resolution", pixels) for pixels in data.resolution]
-    sides += [("validation_height", validation.validation_height or 0)]
-    sides += [("validation_width", validation.validation_width or 0)]
+    sides += [(name, getattr(validation, name) or 0) for name in ("validation_height", "validation_width")]
     for name, pixels in sides:
         if pixels % multiple:
             argument, problem = f"--{name} {pixels}", f"the pipeline takes multiples of {multiple}"

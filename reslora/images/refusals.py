@@ -23,7 +23,7 @@ from ..options.unused import refuse_unused
 from ..options.values import as_typed
 from ..shortcuts import PLAIN
 from .cache_folder import cache_folder
-from .model.kinds import check_pipeline_class, read_index, refuse_parts
+from .model.kinds import read_index, refuse_parts
 
 PRODIGY = named("prodigy").path
 POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
@@ -68,10 +68,8 @@ def check_folders(data: DataOptions) -> None:
         raise InvalidArgument(f"--dataset_name {dataset}", problem, "give folders alone, or the dataset alone")
     if dataset and folders:
         check_part(dataset, folders[0])
-    for name, values in (
-        ("train_data_repeats", data.train_data_repeats),
-        ("train_data_weight", data.train_data_weight),
-    ):
+    for name in ("train_data_repeats", "train_data_weight"):
+        values = getattr(data, name)
         if len(values) not in (1, max(1, len(folders))):
             problem = f"{pluralize(len(values), 'value')} for {pluralize(max(1, len(folders)), 'folder')}"
             raise InvalidArgument(f"--{name} {as_typed(values)}", problem, "give one, or one for each")
@@ -159,8 +157,8 @@ def is_step_rules(text: str) -> bool:
     """Return whether diffusers can parse the rules: `factor:step` pairs and a last factor."""
     *pairs, last = text.split(",")
     try:
-        factors = [float(last), *(float(factor) for factor, _ in (pair.split(":") for pair in pairs))]
-        steps = [int(pair.split(":")[1]) for pair in pairs]
+        rules = [pair.split(":") for pair in pairs]
+        factors, steps = [float(last), *(float(factor) for factor, _ in rules)], [int(step) for _, step in rules]
     except ValueError:
         return False
     return all(0 <= factor < math.inf for factor in factors) and all(step > 0 for step in steps)
@@ -238,6 +236,6 @@ def check_model_name(name: str) -> None:
     elif path.is_dir():
         if not (path / "model_index.json").exists():
             refuse_parts(path, flag)
-        check_pipeline_class(name, read_index(path, flag))
+        read_index(path, flag)
     elif is_path(name):
         raise InvalidArgument(flag, "no such folder", "give one in diffusers format or a name on the hub")

@@ -83,13 +83,13 @@ def with_defaults(given: Given) -> dict[str, Any]:
     Values that depend on the model's family are None.
     """
     table, values = Options.table(), dict(given)
-    bundled = is_bundled(given.get("pretrained_model_name_or_path", str(BUNDLED_MODEL)))
+    values["pretrained_model_name_or_path"] = given.get("pretrained_model_name_or_path") or str(BUNDLED_MODEL)
+    bundled = is_bundled(values["pretrained_model_name_or_path"])
     of_shortcuts = any(table[name].implies for name in given)
     if "method" not in given and of_shortcuts and not bundled:
         values["method"] = ["reslora"]
     elif "method" not in given and "init_lora" in given and not of_shortcuts:
         values["method"] = ["lora"]  # of the bundled pipeline's two methods, the one that can start from a LoRA
-    values["pretrained_model_name_or_path"] = given.get("pretrained_model_name_or_path") or str(BUNDLED_MODEL)
     if bundled and not given.get("dataset_name") and not given.get("train_data_dir"):
         values["train_data_dir"] = [str(BUNDLED_IMAGES)]
     if bundled and not {"max_train_steps", "num_train_epochs"} & given.keys():

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import DiffusionPipeline
@@ -30,8 +30,8 @@ class ImageStudy(Study):
 
     pipeline: DiffusionPipeline
     material: Material
-    shared: SharedLosses | None = None
-    """What the arms of an experiment share of their validations."""
+    shared: SharedLosses = field(default_factory=SharedLosses)
+    """What validations of several methods share."""
 
     @functools.cached_property
     def drawer(self) -> Drawer:
@@ -74,7 +74,7 @@ class ImageStudy(Study):
     def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
         """Measure the validation loss and generate samples, or only `parts` of that, and set `learner.over`."""
         context = self.context
-        shared = None if context.start else self.shared  # an initial LoRA differs from the base
+        shared = SharedLosses() if context.start else self.shared  # an initial LoRA differs from the base
         look = Validation(learner.trained.loss, self.material, self.drawer, context.accelerator, context.stop, shared)
         look(learner, reports, parts or VALIDATION_PARTS)
 

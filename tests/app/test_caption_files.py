@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from images.runs import parts
+from images.runs import load_images, parts
 from pipelines import image_folder
 
 from app import caption_files
@@ -13,7 +13,6 @@ from app.changes import changes
 from app.folders import Folder
 from app.image_folders import Images, options_of, read
 from app.runs import RunError
-from reslora.images.data.dataset import load_images
 
 
 def images_in(folder) -> Images:

@@ -8,7 +8,7 @@ import datasets
 import PIL.Image
 import pytest
 from app_runs import HOSTILE, write_run
-from images.runs import parts
+from images.runs import load_images, parts
 from pipelines import image_folder, random_image
 
 from app import cards, changes, image_folders
@@ -18,7 +18,6 @@ from app.image_folders import ImageFolders, options_of
 from app.jobs import Jobs
 from app.library import Library
 from app.runs import RunError
-from reslora.images.data.dataset import load_images
 from reslora.images.data.folders import load_folders
 from reslora.images.data.listing import TRASH
 

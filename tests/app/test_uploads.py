@@ -6,7 +6,7 @@ import shutil
 
 import PIL.Image
 import pytest
-from images.runs import parts
+from images.runs import load_images, parts
 
 from app.folders import SETS, UPLOADS
 from app.image_folders import ImageFolders, options_of
@@ -14,7 +14,6 @@ from app.jobs import FEW, Entry, Jobs
 from app.library import Library
 from app.runs import RunError
 from app.uploads import store_images
-from reslora.images.data.dataset import load_images
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import default_collate
 
 from ..model.families.base import Text
@@ -43,18 +43,16 @@ class Batch:
         return self._with(torch.Tensor.pin_memory)
 
     def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        tensors: dict = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(self, **tensors, text=self.text and changed(self.text, change))
+        return Batch(**tree_map_only(torch.Tensor, change, vars(self)))
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
     """Stack single samples into a batch; text states of different lengths stay lists."""
     stacked: dict = {}
-    for field in dataclasses.fields(Batch):
-        values = [getattr(sample, field.name) for sample in samples]
+    for name in vars(samples[0]):
+        values = [getattr(sample, name) for sample in samples]
         if values[0] is not None:
-            stacked[field.name] = stack_texts(values) if field.name == "text" else default_collate(values)
+            stacked[name] = stack_texts(values) if name == "text" else default_collate(values)
     return Batch(**stacked)
 
 
@@ -63,10 +61,3 @@ def stack_texts(texts: Sequence[Mapping[str, torch.Tensor]]) -> Text:
     columns = {name: [text[name] for text in texts] for name in texts[0]}
     alike = {name: len({value.shape for value in values}) == 1 for name, values in columns.items()}
     return {name: torch.stack(values) if alike[name] else values for name, values in columns.items()}
-
-
-def changed(text: Text, change: Callable[[torch.Tensor], torch.Tensor]) -> Text:
-    """Return text states with `change` applied to every tensor."""
-    return {
-        name: list(map(change, value)) if isinstance(value, list) else change(value) for name, value in text.items()
-    }

@@ -15,12 +15,6 @@ def step_of(resolution: int, multiple: int) -> int:
 
 
 @functools.cache
-def square(side: int) -> Size:
-    """Return the square of `side` pixels: one cached object for all images."""
-    return Size(side, side)
-
-
-@functools.cache
 def ladder(resolution: int, multiple: int) -> tuple[Size, ...]:
     """Return the buckets for images that are large enough: their area is at most that of the square of `resolution`.
 

@@ -43,8 +43,10 @@ def load_class_images(context: Context) -> list[ImageDataset]:
     if options.data.class_data_dir is None:
         return []
     broadcast_from_main(lambda: draw_missing(context))
-    here = options.replace(train_data_dir=options.data.class_data_dir, train_data_repeats=[1], train_data_weight=[1.0])
-    here = here.replace(dataset_name=None, max_train_samples=None)
+    here = options.replace(
+        train_data_dir=options.data.class_data_dir, train_data_repeats=[1], train_data_weight=[1.0],
+        dataset_name=None, max_train_samples=None,
+    )  # fmt: skip
     found = on_all(
         lambda: load_folders(here.model, here.data, here.training, here.output, caption=options.data.class_prompt)
     )
@@ -179,9 +181,10 @@ def share_of(fewer: Counter[Size], others: Counter[Size], times: int, per_forwar
 
     Each size fills up its last batch with its own images, which the ratio takes into account.
     """
-    uses_per_epoch = [0.0, 0.0]
+    uses = other_uses = 0.0
     for size in fewer | others:
-        counts = (fewer[size] * times, others[size])
-        filled = math.ceil(sum(counts) / per_forward) * per_forward / sum(counts)
-        uses_per_epoch = [before + count * filled for before, count in zip(uses_per_epoch, counts, strict=True)]
-    return uses_per_epoch[0] / uses_per_epoch[1]
+        count, other = fewer[size] * times, others[size]
+        filled = math.ceil((count + other) / per_forward) * per_forward / (count + other)
+        uses += count * filled
+        other_uses += other * filled
+    return uses / other_uses

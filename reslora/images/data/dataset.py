@@ -81,13 +81,9 @@ class ImageDataset:
             masked=[self.masked[i] for i in indices] if self.masked else (),
         )  # fmt: skip
 
-    def source(self, index: int) -> Content:
-        """Return the path of an image's file, or its encoded bytes."""
-        return _source(self.rows[index])
-
     def open(self, index: int) -> PIL.Image.Image:
         """Return the image as 8-bit RGB."""
-        return open_image(self.source(index))
+        return open_image(_source(self.rows[index]))
 
     def open_masked(self, index: int) -> tuple[PIL.Image.Image, PIL.Image.Image]:
         """Return the image as 8-bit RGB, and its mask as 8-bit grayscale."""
@@ -127,13 +123,6 @@ class Found:
         return mask_problem(_source(row, "mask"), size) or size
 
 
-def load_images(
-    model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions
-) -> ImageDataset:
-    """Return the images and captions of the one folder or dataset that the options name."""
-    return sample([usable(model, data, training, output)], data, training)[0]
-
-
 def usable(
     model: ModelOptions,
     data: DataOptions,
@@ -171,7 +160,7 @@ def usable(
         example = f" (for example {left_out[0]})" if left_out else ""
         fix = "add a metadata.jsonl, or .txt captions beside the images"
         raise InvalidArgument(data_flag(data), f"no image with a caption in it{example}", fix)
-    rows = found.rows.select(keep) if keep != list(range(len(found.rows))) else found.rows
+    rows = found.rows.select(keep)
     return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked)
 
 
@@ -218,7 +207,8 @@ def read_folder(
     everything = files_of(folder, data, output, deep)
     files = list(filter(is_image, everything))
     metadata = next((folder / name for name in METADATA if (folder / name).is_file()), None)
-    if metadata is not None and has_file_names(metadata, layout_of(everything, folder) or data.dataset_name):
+    layout = layout_of(everything, folder) or data.dataset_name
+    if metadata is not None and has_file_names(metadata, layout):
         found = dataclasses.replace(read_metadata(metadata, data, training), metadata=metadata)
         missing = len(unlisted(found.rows, files))
         found.notes += [f"{pluralize(missing, 'image')} not listed in {metadata.name}"] if missing else []
@@ -227,7 +217,7 @@ def read_folder(
         return None
     texts = list(map(caption_files, files))
     if not any(texts) and (caption is None or not files):
-        if layout_of(everything, folder) or data.dataset_name:
+        if layout:
             return None
         what = f"{pluralize(len(files), 'image')} without captions (class folders are none)" if files else "no images"
         fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions beside the images"
@@ -285,8 +275,7 @@ def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequ
     if any(masks):
         columns["mask"] = column(masks)
     features = FEATURES | ({"mask": FEATURES["image"]} if any(masks) else {})
-    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    return Found(rows, problems, [], files=files)
+    return Found(datasets.Dataset.from_dict(columns, datasets.Features(features)), problems, [], files=files)
 
 
 def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> Found:
@@ -300,24 +289,17 @@ def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> F
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"{where} byte {error.start}", "not UTF-8", "save the file as UTF-8") from None
     for line, row in ROWS[path.suffix](text, where):
-        file, caption, mask = _metadata_row(path.parent, row, f"{where} line {line}", data, training)
-        files.append(file)
-        masks.append(mask)
-        captions.append(caption if isinstance(caption, list) else [caption])
-    problems = [value if all(isinstance(c, str) for c in value) else [] for value in captions]
-    return _as_found(files, problems, masks)
-
-
-def _metadata_row(
-    folder: Path, row: object, where: str, data: DataOptions, training: TrainingOptions
-) -> tuple[Path, object, Path | None]:
-    row = row if isinstance(row, dict) else {}
-    path = file_inside(folder, row.get("file_name"), where, "file_name")
-    if data.caption_column not in row:
-        problem = f"{where} has the columns {', '.join(map(repr, sorted(row)))}"
-        raise InvalidArgument(f"--caption_column {data.caption_column}", problem, "name one of these")
-    named = row.get("mask") if training.masked_loss else None
-    return path, row[data.caption_column], file_inside(folder, named, where, "mask") if named else None
+        place, row = f"{where} line {line}", row if isinstance(row, dict) else {}
+        files.append(file_inside(path.parent, row.get("file_name"), place, "file_name"))
+        if data.caption_column not in row:
+            problem = f"{place} has the columns {', '.join(map(repr, sorted(row)))}"
+            raise InvalidArgument(f"--caption_column {data.caption_column}", problem, "name one of these")
+        caption = row[data.caption_column]
+        texts = caption if isinstance(caption, list) else [caption]
+        captions.append(texts if all(isinstance(text, str) for text in texts) else [])
+        named = row.get("mask") if training.masked_loss else None
+        masks.append(file_inside(path.parent, named, place, "mask") if named else None)
+    return _as_found(files, captions, masks)
 
 
 # -- the datasets library ----------------------------------------------------------------------------------------------
@@ -372,9 +354,7 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
         raise InvalidArgument(
             f"--image_column {image}", f"holds no images ({first_line(error)})", "name another column"
         ) from None
-    column = datasets.Dataset.from_dict(
-        {"captions": texts}, features=datasets.Features({"captions": FEATURES["captions"]})
-    )
+    column = datasets.Dataset.from_dict({"captions": texts}, datasets.Features({"captions": FEATURES["captions"]}))
     rows = datasets.concatenate_datasets([images, column], axis=1)
     if layout is None and not (data.dataset_name and data.train_data_dir):  # else: part of a folder
         notes += [*_passed_over(rows, everything, data), *_hidden_note(rows, folder)]

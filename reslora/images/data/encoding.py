@@ -88,8 +88,9 @@ def encode_texts(
     """
     family, longest = context.model.family, context.options.training.max_sequence_length
     texts = list(dict.fromkeys(texts))
+    places = {text: place for place, text in enumerate(texts)}
     if context.encoders and not family.frozen_text_parts:
-        return Texts(None, {text: place for place, text in enumerate(texts)})
+        return Texts(None, places)
     encode_captions = family.encode_frozen if context.encoders else family.encode_captions
     keys = [derive(key, longest, text) for text in texts]
     encoded = Encoded(
@@ -109,7 +110,7 @@ def encode_texts(
                 yield [{name: value[position] for name, value in states.items()}]
 
     _filled(encoded, PART_OF_CAPTIONS, encode, context)
-    return Texts(encoded, {text: place for place, text in enumerate(texts)})
+    return Texts(encoded, places)
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -167,14 +168,12 @@ class Variants(TorchDataset):
         return pixels, sizes, *masks
 
 
+@dataclass
 class Damages(TorchDataset):
     """Dataset that yields why an image cannot be trained on, or () if it can."""
 
-    def __init__(self, images: ImageDataset, masked: bool) -> None:
-        self.images, self.masked = images, masked
-
-    def __len__(self) -> int:
-        return len(self.images)
+    images: ImageDataset
+    masked: bool
 
     def __getitem__(self, index: int) -> Item:
         found = opened(self.images, index, self.masked)

@@ -65,8 +65,11 @@ def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tu
         return [], []
     folders = [path for path in content if path.name[:1].isdecimal() and path.is_dir()]
     folders = [path for path in folders if any(map(is_image, path.iterdir()))]
-    named = [(path, match) for path in folders if (match := REPEATED.fullmatch(path.name)) and int(match[1])]
-    found: list[Part] = [(str(path), int(match[1]), match[2] or None) for path, match in named]
+    found: list[Part] = [
+        (str(path), int(match[1]), match[2] or None)
+        for path in folders
+        if (match := REPEATED.fullmatch(path.name)) and int(match[1])
+    ]
     for path, repeats, text in found:
         if repeats > MOST_REPEATS:
             problem = f"its name means that an epoch meets each image {repeats} times, as in kohya's scripts"

@@ -62,12 +62,10 @@ def image_size(source: Content) -> tuple[int, int] | str:
 
 def _is_heic(source: Content) -> bool:
     """Return whether the content starts like a HEIC photo of an iPhone."""
-    head = source[:12] if isinstance(source, bytes) else b""
-    with suppress(OSError):
-        if not isinstance(source, bytes):
-            with Path(source).open("rb") as file:
-                head = file.read(12)
-    return head[4:8] == b"ftyp" and head[8:12] in HEIC
+    with suppress(OSError), io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+        head = file.read(12)
+        return head[4:8] == b"ftyp" and head[8:] in HEIC
+    return False
 
 
 def open_image(source: Content, ground: str = "white") -> PIL.Image.Image:

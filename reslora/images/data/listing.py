@@ -1,6 +1,5 @@
 """List the files in a folder of images, without the hidden files and folders that editors and desktops create."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,13 +32,9 @@ def _places(folder: Path) -> tuple[Path, Path]:
 
 def hidden_images(folder: Path) -> list[Path]:
     """Return hidden images of a folder, and images in its hidden folders, without those in the application's trash."""
-    found = []
-    for place, _, names in os.walk(folder):
-        parts = Path(place).parts[len(folder.parts) :]
-        if TRASH not in parts:
-            hidden = any(part.startswith(".") for part in parts)
-            found += [Path(place, name) for name in names if (hidden or name.startswith(".")) and is_image(Path(name))]
-    return sorted(found)
+    parts = {path: path.relative_to(folder).parts for path in folder.rglob("*") if is_image(path)}
+    hidden = [path for path, names in parts.items() if any(name.startswith(".") for name in names)]
+    return sorted(path for path in hidden if TRASH not in parts[path] and path.is_file())
 
 
 def hidden_images_line(images: Sequence[Path]) -> list[str]:

@@ -55,7 +55,7 @@ class Encoded:
 
     def problems(self) -> dict[int, str]:
         """Return why items could not be encoded, by number."""
-        keys = self.keys[self.entry].tolist() if self.reasons else []
+        keys = self.keys[self.entry].tolist()
         return {number: self.reasons[key] for number, key in enumerate(keys) if key in self.reasons}
 
     def missing(self) -> list[int]:

@@ -10,13 +10,12 @@ from ...errors import InvalidArgument
 from ...formatting import is_or_are, pluralize, printable
 from ...io import read_object, write_json
 from ...options.images import DataOptions
-from ...options.values import listed
 from ...runtime.processes import all_gather, broadcast_from_main
 from ...training.context import Context
 from ..model.loading import wide_enough
 from ..model.objective import Objective
 from ..prompts import UNRELATED, prompts_of
-from .buckets import bucket_of, ladder, named_buckets, own_bucket, square
+from .buckets import bucket_of, ladder, named_buckets, own_bucket
 from .captions import VERBATIM, recipe_of
 from .class_images import balanced
 from .dataset import ImageDataset, data_flag
@@ -39,7 +38,7 @@ def material_of(
 
     `kinds` are the training images and the class images, if any.
     """
-    family = context.model.family
+    family, options = context.model.family, context.options
     largest = max((images for images in kinds if not images.of_class), key=len)
     sources = tuple(
         source for images in kinds for source in sources_of(images, int(images is largest), pipeline, context)
@@ -48,14 +47,13 @@ def material_of(
     for source in sources:
         print_skipped_images(source.images, context)
     if any(images.of_class for images in kinds):
-        per_forward = context.options.training.train_batch_size * context.accelerator.num_processes
+        per_forward = options.training.train_batch_size * context.accelerator.num_processes
         learnt, of_class = ([s for s in sources if s.images.of_class == kind] for kind in (False, True))
         sources = balanced(learnt, of_class, per_forward)
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
-    options, none = context.options, Texts(None, {})
     parts = options.adapter, options.data, options.training, options.validation
-    material = Material(sources, none, objective, shapes, *parts, family.latents_per_token)
+    material = Material(sources, Texts(None, {}), objective, shapes, *parts, family.latents_per_token)
     print_long_captions(material, pipeline, context)
     return with_texts(material, pipeline, context)
 
@@ -198,7 +196,7 @@ def size_of(image: tuple[int, int], resolution: int, multiple: int, options: Dat
     The second item is whether this is the image's own size, because it is smaller than all buckets.
     """
     if not options.use_aspect_ratio_buckets:
-        return square(resolution), False
+        return Size(resolution, resolution), False
     if options.aspect_ratio_buckets:
         return bucket_of(image, named_buckets(options.aspect_ratio_buckets)), False
     buckets = ladder(resolution, multiple)
@@ -208,7 +206,7 @@ def size_of(image: tuple[int, int], resolution: int, multiple: int, options: Dat
 
 def print_bucket_sizes(sources: Sequence[Source], context: Context) -> None:
     """Print the number of images in each bucket."""
-    if context.options.data.use_aspect_ratio_buckets or len(listed(context.options.data.resolution)) > 1:
+    if context.options.data.use_aspect_ratio_buckets or len(context.options.data.resolution) > 1:
         found = Counter(source.size(image) for source in sources for image in range(len(source.images)))
         counts = [f"{size.height}x{size.width}: {count}" for size, count in found.items()]
         context.accelerator.print(f"{pluralize(len(found), 'bucket')} (height x width: images): {', '.join(counts)}")
@@ -235,9 +233,10 @@ def print_folder_counts(material: Material, context: Context) -> None:
 
 def print_uneven_buckets(plan: Plan, context: Context) -> None:
     """Print a line if an epoch uses the images of one bucket far more often than those of another."""
-    least, most = (choose(plan.uses_per_epoch, key=plan.uses_per_epoch.__getitem__) for choose in (min, max))
-    if plan.uses_per_epoch[most] >= UNEVEN * plan.uses_per_epoch[least]:
-        often, seldom = (f"{size.height}x{size.width} {plan.uses_per_epoch[size]:.3g} times" for size in (most, least))
+    uses = plan.uses_per_epoch
+    least, most = min(uses, key=uses.__getitem__), max(uses, key=uses.__getitem__)
+    if uses[most] >= UNEVEN * uses[least]:
+        often, seldom = (f"{size.height}x{size.width} {uses[size]:.3g} times" for size in (most, least))
         smaller = "a smaller --train_batch_size" if context.options.training.train_batch_size > 1 else "fewer processes"
         context.accelerator.print(
             f"a bucket's last batch is filled from the same bucket: an epoch meets images of {often} as often as asked "
@@ -247,11 +246,9 @@ def print_uneven_buckets(plan: Plan, context: Context) -> None:
 
 def times_of(source: Source, plan: Plan) -> str:
     """Format how often an epoch uses a source's images; with a single bucket, all are used equally often."""
-    several = len(plan.uses_per_epoch) > 1
-    uses_per_epoch = [
-        source.repeats * plan.uses_per_epoch[source.size(image)] for image in source.train if several
-    ] or [source.repeats]
-    low, high = (f"{round(times, 1):g}" for times in (min(uses_per_epoch), max(uses_per_epoch)))
+    uses = {source.repeats * plan.uses_per_epoch[source.size(image)] for image in source.train}
+    uses = uses if len(plan.uses_per_epoch) > 1 else {source.repeats}
+    low, high = (f"{round(times, 1):g}" for times in (min(uses), max(uses)))
     if low != high:
         return f"{low} to {high} times"
     return "once" if low == "1" else f"{low} times"

@@ -56,7 +56,6 @@ from ..cache_folder import cache_folder
 from ..data.samples import TIMESTEPS, Material, measured_at
 from ..data.training_data import latents_of, print_folder_counts, with_texts
 from ..model_checks import check_methods
-from ..output.reports import SharedLosses
 from ..output.trackers import note_settings
 from ..run import begin, check_before_loading, encode, forget_encoder
 from ..study import ImageStudy
@@ -115,7 +114,7 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         broadcast_from_main(lambda: check_same(asked, identity, content))
         note_settings(asked.flat(), schedule, context.accelerator, write=not orders)
-        course, study = Course(asked, began), ArmStudy(schedule, identity, context, pipeline, material, SharedLosses())
+        course, study = Course(asked, began), ArmStudy(schedule, identity, context, pipeline, material)
         context.accelerator.print(
             f"{pluralize(len(course.arms()), 'arm')} of {pluralize(schedule.steps, 'step')}; {parts}"
         )
@@ -319,7 +318,7 @@ class Bench(Subject):
     def seconds_to_conclude(self) -> float:
         """Return the expected time to test and export one arm, from what measuring has taken in this process."""
         shared, options = self.study.shared, self.study.context.options
-        if not shared or not shared.samples:
+        if not shared.samples:
             return 0.0
         tested = len(self.parts.test) * TIMESTEPS * NOISES
         # twice for guidance, for the merged model and for each of three formats; a backward pass is as two forward ones

@@ -1,9 +1,8 @@
 """Modules of a pipeline without weights, with the classes, shapes and dtypes of loaded ones."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ...errors import refused_as
-from ..model.families.base import Text
 from ..model.loading import Model
 from ..model.quantising import pack
 from .meta_tensors import Live, Stage, tensors_of
@@ -22,9 +20,8 @@ META = torch.device("meta")
 
 def empty_denoiser(model: Model, dtype: torch.dtype, base_precision: str = "no", blocks_to_swap: int = 0) -> nn.Module:
     """Return the frozen denoiser on the meta device, quantized and swapped as it would be loaded."""
-    family = model.family
     with torch.device(META):
-        denoiser = family.denoiser_class.from_config(model.denoiser_config())
+        denoiser = model.family.denoiser_class.from_config(model.denoiser_config())
     denoiser = cast(denoiser, dtype).requires_grad_(False)
     pack(denoiser, base_precision, META, blocks_to_swap)
     return denoiser
@@ -53,27 +50,21 @@ def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     wide = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
     nn.Module.to(module, dtype)
     for name, owner in module.named_modules():
-        if wide and any(part in wide for part in name.split(".")):
+        if any(part in wide for part in name.split(".")):
             nn.Module.to(owner, torch.float32)
     return module
 
 
 def empty_pipeline(model: Model, dtype: torch.dtype, stage: Stage) -> DiffusionPipeline:
     """Return the pipeline with tokenizers, scheduler and parts of fake tensors, without the denoiser."""
-    family = model.family
-    left_out = {family.denoiser, *family.unused_parts}
-    left_out |= {name for name, kind in model.index.items() if kind == [None, None]}
-    given: dict[str, Any] = dict.fromkeys(left_out)
-    if "requires_safety_checker" in model.index:
-        given["requires_safety_checker"] = False
+    given = model.without()
     for name, kind in model.index.items():
-        if name not in left_out and isinstance(kind, list) and isinstance(kind[0], str):
+        if name not in given and isinstance(kind, list) and isinstance(kind[0], str):
             part = empty_part(model, name, dtype)
             given |= {} if part is None else {name: stage.place(part)}
     with refused_as(model.flag, "repair the folder"):
-        pipeline = family.pipeline.from_pretrained(model.folder, **given)
-    setattr(pipeline, family.denoiser, SimpleNamespace(config=model.denoiser_config()))
-    model.correct_scheduler(pipeline)
+        pipeline = model.family.pipeline.from_pretrained(model.folder, **given)
+    model.complete(pipeline)
     return pipeline
 
 
@@ -83,12 +74,10 @@ class Reader:
     `peak` is the peak of activations in bytes, with `at_once` captions per call.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, names: Sequence[str], stage: Stage, at_once: int) -> None:
+    def __init__(self, encoders: Iterable[nn.Module], stage: Stage, at_once: int) -> None:
         self.stage, self.at_once, self.peak = stage, at_once, 0
-        for name in names:
-            encoder = getattr(pipeline, name, None)
-            if isinstance(encoder, nn.Module):
-                self._watch(encoder)
+        for encoder in encoders:
+            self._watch(encoder)
 
     def _watch(self, encoder: nn.Module) -> None:
         forward = encoder.forward
@@ -116,8 +105,3 @@ class Reader:
         many = value.dim() > 1 and value.shape[0] == self.at_once
         shape = (1, *value.shape[1:]) if many else value.shape
         return torch.zeros((), dtype=value.dtype, device=self.stage.device).expand(shape)
-
-
-def shapes_of(text: Text) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Return shape and dtype of a single caption's text states, by name."""
-    return {name: (value[0].shape, value[0].dtype) for name, value in text.items()}

@@ -14,7 +14,7 @@ from ...methods.registry import METHODS
 from ...regression import Gram
 from ..data.class_images import missing_class_images
 from ..data.size import Size
-from ..model.families.base import Conditions, Family, Text
+from ..model.families.base import Conditions, Family
 from ..model.quantising import block_layers
 from ..model.stored import IN_MEMORY
 from ..output.drawing import shared
@@ -79,7 +79,7 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
         if whole > max(IN_MEMORY, left) and shapes:  # the weights of its blocks are read one at a time
             sizes = [4 * shape.numel() for shape in shapes]
             whole -= sum(sizes) - max(sizes)
-        found |= {EXACT: whole, ADAPTER: 2 * step.part(ADAPTER)}
+        found |= {EXACT: whole, ADAPTER: 2 * (step.held[ADAPTER] or 0)}
     if METHODS[method].shortcuts and rehearsal.options.adapter.merge_calibration_samples:
         found[MERGE] = merging(rehearsal, exact)
         size, count = rehearsal.size, rehearsal.options.training.train_batch_size
@@ -142,27 +142,18 @@ def denoising(rehearsal: Rehearsal, denoiser: Any, count: int, size: Size, dtype
     shape = family.latent_shape(rehearsal.pipeline, size.height, size.width)
     with torch.no_grad(), stage(denoiser, *rehearsal.encoders) as live:
         noisy, timesteps = stage.empty(count, *shape, dtype=dtype), stage.empty(count)
-        conditions = Conditions(states_of(rehearsal, count, dtype), stage.empty(count, 6))
+        text = rehearsal.text(count, dtype)
+        if rehearsal.trainable:
+            text = family.encode_trained(rehearsal.pipeline, rehearsal.captions(count), text)
+        conditions = Conditions(text, stage.empty(count, 6))
         denoiser(**family.denoiser_inputs(denoiser.config, noisy, timesteps, conditions), return_dict=False)
     return live.peak
-
-
-def states_of(rehearsal: Rehearsal, count: int, dtype: torch.dtype) -> Text:
-    """Return the text states of `count` prompts, including those of trained text encoders."""
-    text = rehearsal.text(count, dtype)
-    if not rehearsal.trainable:
-        return text
-    return rehearsal.family.encode_trained(rehearsal.pipeline, rehearsal.captions(count), text)
 
 
 def decoding(rehearsal: Rehearsal, count: int, size: Size, dtype: torch.dtype) -> int:
     """Return the peak of activations, in bytes, of decoding `count` images."""
     stage, vae, shapes = rehearsal.stage, rehearsal.autoencoder_in(dtype), []
-
-    def note(module: nn.Module, args: tuple, output: Any) -> None:
-        shapes.append(output.shape)
-
-    hook = vae.encoder.register_forward_hook(note)
+    hook = vae.encoder.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
     with torch.no_grad(), stage(vae):
         rehearsal.family.encode_images(vae, stage.empty(1, 3, size.height, size.width, dtype=dtype))
     hook.remove()

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ from ..data.training_data import sizes_of
 from ..denoising import DenoisingLoss
 from ..initial_lora import add_adapters
 from ..model.families.base import Text
+from ..model.loading import overflows
 from ..model.objective import objective_of
 from ..model_checks import check_pipeline
-from .components import Reader, empty_denoiser, empty_part, empty_pipeline, shapes_of
+from .components import Reader, empty_denoiser, empty_part, empty_pipeline
 from .meta_tensors import Stage, tensor_bytes
 
 BASE, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS = "base", "adapter", "gradients", "optimizer", "activations"
@@ -48,10 +49,6 @@ class Phase:
         """The sum of all known components."""
         return sum(filter(None, self.held.values()))
 
-    def part(self, name: str) -> int:
-        """Return the bytes of a component, 0 if unknown."""
-        return self.held.get(name) or 0
-
 
 class Rehearsal:
     """A run on fake tensors: its modules, its largest batch, and the memory of each phase.
@@ -67,6 +64,7 @@ class Rehearsal:
         check_pipeline(self.options.data, self.options.validation, self.pipeline, self.family)
         self.objective = objective_of(self.options.model, self.options.training, self.family, self.pipeline)
         self.trainable = [part.name for part in context.encoders]
+        self.frozen = self.family.frozen_text_parts if self.trainable else self.family.text_parts
         multiple = self.family.pixel_multiple(self.pipeline)
         self.sizes = [sizes_of(images, multiple, self.options.data) for images in kinds]
         found = {size for by_resolution in self.sizes for sizes in by_resolution for size in sizes if size}
@@ -91,38 +89,40 @@ class Rehearsal:
     def _read(self) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
         """Return shapes of the text states of the longest caption and of the shortest."""
         captions = sorted({text for images in self.kinds for texts in images.captions for text in texts}, key=len)
-        names = self.family.frozen_text_parts if self.trainable else self.family.text_parts
         at_once = min(CAPTIONS_AT_ONCE, len(captions) + len(self.options.validation.validation_prompt) + 1)
         at_once = at_once if self.options.data.cache_text_embeddings else self.options.training.train_batch_size
-        reader = Reader(self.pipeline, [name for name in names if name.startswith("text_encoder")], self.stage, at_once)
+        reader = Reader(self._modules(self.frozen), self.stage, at_once)
         encode = self.family.encode_frozen if self.trainable else self.family.encode_captions
         longest = self.options.training.max_sequence_length
         with torch.no_grad():
-            found = [shapes_of(encode(self.pipeline, [text], longest)) for text in (captions[-1], captions[0])]
+            states = [encode(self.pipeline, [text], longest) for text in (captions[-1], captions[0])]
         self.peak_of_encoders = reader.peak
-        return found
+        return [{name: (value[0].shape, value[0].dtype) for name, value in text.items()} for text in states]
+
+    def _modules(self, names: Iterable[str]) -> list[nn.Module]:
+        """Return those of the pipeline's parts that have weights."""
+        parts = [getattr(self.pipeline, name, None) for name in names]
+        return [part for part in parts if isinstance(part, nn.Module)]
 
     @property
     def encoders(self) -> list[nn.Module]:
         """All text encoders."""
-        parts = [getattr(self.pipeline, name, None) for name in self.family.text_parts]
-        return [part for part in parts if isinstance(part, nn.Module)]
+        return self._modules(self.family.text_parts)
 
     @property
     def staying(self) -> Held:
         """Frozen text encoders that stay loaded during training."""
-        stay = [] if self.options.data.cache_text_embeddings else self.encoders
-        stay = [part for part in stay if not any(part is other for other in self.trained_encoders)]
+        stay = [] if self.options.data.cache_text_embeddings else self._modules(self.frozen)
         return {ENCODERS: tensor_bytes(*stay)} if stay else {}
 
     def encoding_images(self) -> Phase | None:
         """Return the phase that encodes all variants of an image; None if each step encodes its own images."""
         if not self.options.data.cache_latents:
             return None
-        vae = self._wide_autoencoder()
+        vae = self.autoencoder_in(torch.float32 if overflows(self.family, self.pipeline.vae) else self.dtype)
         activations = self.known("activations of the autoencoder", lambda: self._encode(vae))
         found: Held = {AUTOENCODER: tensor_bytes(vae), ACTIVATIONS: activations}
-        trained: Held = {BASE: tensor_bytes(*self.trained_encoders)} if self.trainable else {}
+        trained: Held = {BASE: tensor_bytes(*self._modules(self.trainable))} if self.trainable else {}
         return Phase("encoding images", found | self.staying | trained)
 
     def _encode(self, vae: Any) -> int:
@@ -135,11 +135,6 @@ class Rehearsal:
             pixels = self.stage.empty(count, 3, self.size.height, self.size.width).to(vae.dtype)
             self.family.encode_images(vae, pixels)
         return live.peak
-
-    def _wide_autoencoder(self) -> nn.Module:
-        vae = self.pipeline.vae
-        wide = self.family.encodes_in_float32 and vae.config.force_upcast and vae.dtype == torch.float16
-        return self.autoencoder_in(torch.float32) if wide else vae
 
     def autoencoder_in(self, dtype: torch.dtype) -> Any:
         """Return the autoencoder in another dtype."""
@@ -158,11 +153,6 @@ class Rehearsal:
             return None
         found: Held = {ENCODERS: tensor_bytes(*self.encoders), AUTOENCODER: tensor_bytes(self.pipeline.vae)}
         return Phase("encoding captions", found | {ACTIVATIONS: self.peak_of_encoders})
-
-    @property
-    def trained_encoders(self) -> list[nn.Module]:
-        """The text encoders that are trained."""
-        return [getattr(self.pipeline, name) for name in self.trainable]
 
     # -- batches -------------------------------------------------------------------------------------------------------
 
@@ -199,11 +189,14 @@ class Rehearsal:
         trained = self.trained(method)
         adapter = tensor_bytes(trained, trained=True)
         copies = 2 if self.context.accelerator.num_processes > 1 else 1  # DDP copies gradients into buckets
-        found: Held = {BASE: tensor_bytes(trained, trained=False), ADAPTER: adapter}
-        optimizer = self.known("state of the optimizer", lambda: self._state(trained))
-        activations = self.known("activations of a step", lambda: self._step(trained))
-        found |= {GRADIENTS: copies * adapter, OPTIMIZER: optimizer, ACTIVATIONS: activations}
-        found |= {AUTOENCODER: self.autoencoder()}
+        found: Held = {
+            BASE: tensor_bytes(trained, trained=False),
+            ADAPTER: adapter,
+            GRADIENTS: copies * adapter,
+            OPTIMIZER: self.known("state of the optimizer", lambda: self._state(trained)),
+            ACTIVATIONS: self.known("activations of a step", lambda: self._step(trained)),
+            AUTOENCODER: self.autoencoder(),
+        }
         return Phase("training", found | self.staying)
 
     def autoencoder(self, times: int = 1) -> int:

@@ -53,26 +53,22 @@ def refuse_parts(path: Path, flag: str) -> None:
 def tensor_names(path: Path) -> list[str]:
     """Return the names in the header of a safetensors file; none for one that is damaged."""
     try:
-        with safe_open(path, framework="np") as file:
+        with safe_open(path, "np") as file:
             return list(file.keys())
     except (SafetensorError, OSError):
         return []
 
 
 def read_index(folder: Path, flag: str) -> dict:
-    """Return the content of a pipeline's model_index.json; raises `InvalidArgument` if it cannot be read."""
+    """Return the content of a pipeline's model_index.json.
+
+    Raises `InvalidArgument` if it cannot be read, or if the pipeline's class belongs to no family in `FAMILIES`.
+    """
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        index.get("_class_name")
-        return index
+        found = index.get("_class_name")
     except (OSError, ValueError, AttributeError, RecursionError):
         raise InvalidArgument(flag, "no readable model_index.json", "give a pipeline in diffusers format") from None
-
-
-def check_pipeline_class(name: str, index: dict) -> None:
-    """Raise `InvalidArgument` if the pipeline's class belongs to no family in `FAMILIES`."""
-    found = index.get("_class_name")
     if not isinstance(found, str) or found not in FAMILIES:
-        raise InvalidArgument(
-            f"--pretrained_model_name_or_path {name}", f"a {found}", f"give one of {', '.join(FAMILIES)}"
-        )
+        raise InvalidArgument(flag, f"a {found}", f"give one of {', '.join(FAMILIES)}")
+    return index

@@ -11,7 +11,7 @@ import diffusers
 import huggingface_hub
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
@@ -26,9 +26,9 @@ from ...runtime.processes import on_all
 from ..cache_folder import cache_folder
 from ..content_hash import content_mark, folder_mark
 from ..generators import derive
-from .families import FAMILIES, load_family
+from .families import load_family
 from .families.base import Family, Part
-from .kinds import check_pipeline_class, read_index
+from .kinds import read_index
 from .quantising import pack
 from .stored import Stored, load_exact, stored_weights
 
@@ -79,34 +79,40 @@ class Model:
         that has only the denoiser's configuration takes the denoiser's place. Tokenizers are always loaded, to count
         tokens.
         """
-        left_out = [self.family.denoiser, *self.family.unused_parts, *([] if vae else ["vae"])]
+        given = self.without(*([] if vae else ["vae"]))
         if not encoders:
             parts = self.family.frozen_text_parts if trainable else self.family.text_parts
-            left_out += [part for part in parts if not part.startswith("tokenizer")]
-        # Some pipelines, such as Stable Diffusion 3 without T5, list a part as missing and still require the argument.
-        left_out += [part for part, kind in self.index.items() if kind == [None, None]]
-        given: dict[str, Any] = dict.fromkeys(left_out)
-        if "requires_safety_checker" in self.index:
-            given["requires_safety_checker"] = False
+            given |= {part: None for part in parts if not part.startswith("tokenizer")}
         if vae and self.vae:
-            given["vae"] = self._other_vae(dtype)
+            own = getattr(diffusers, self.index["vae"][1])  # such as those of FLUX.2 and Qwen-Image
+            with refused_as(self.vae_flag, "check the name and the files"):
+                given["vae"] = own.from_pretrained(
+                    self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True
+                )
         with refused_as(self.flag, "repair the folder"):
             pipeline = self.family.pipeline.from_pretrained(
                 self.folder, **given, variant=self.variant, torch_dtype=dtype, use_safetensors=True
             )
-        if encoders:
-            # Without T5, Stable Diffusion 3's pipeline reads the width of the text states from the denoiser's
-            # configuration.
-            setattr(pipeline, self.family.denoiser, SimpleNamespace(config=self.denoiser_config()))
-        self.correct_scheduler(pipeline)
+        self.complete(pipeline, encoders)
         pipeline.set_progress_bar_config(disable=True)
         for module in pipeline.components.values():
             if isinstance(module, nn.Module):
                 module.requires_grad_(False).eval()
         return pipeline.to(device)
 
-    def correct_scheduler(self, pipeline: DiffusionPipeline) -> None:
-        """Set the scheduler's prediction type if the options give one."""
+    def without(self, *parts: str) -> dict[str, Any]:
+        """Return the arguments with which a pipeline is loaded without its denoiser, unused parts and these `parts`."""
+        # Some pipelines, such as Stable Diffusion 3 without T5, list a part as missing and still require the argument.
+        missing = [part for part, kind in self.index.items() if kind == [None, None]]
+        given: dict[str, Any] = dict.fromkeys((self.family.denoiser, *self.family.unused_parts, *missing, *parts))
+        return given | ({"requires_safety_checker": False} if "requires_safety_checker" in self.index else {})
+
+    def complete(self, pipeline: DiffusionPipeline, encoders: bool = True) -> None:
+        """Set the scheduler's prediction type if the options give one and, with text encoders, what they read."""
+        if encoders:
+            # Without T5, Stable Diffusion 3's pipeline reads the width of the text states from the denoiser's
+            # configuration.
+            setattr(pipeline, self.family.denoiser, SimpleNamespace(config=self.denoiser_config()))
         if self.prediction_type:
             pipeline.scheduler.register_to_config(prediction_type=self.prediction_type)
 
@@ -114,11 +120,6 @@ class Model:
         """Return the configuration in the denoiser's folder."""
         with refused_as(self.flag, "repair the folder"):
             return FrozenDict(self.family.denoiser_class.load_config(self.denoiser_folder))
-
-    def _other_vae(self, dtype: torch.dtype) -> ModelMixin:
-        own = getattr(diffusers, self.index["vae"][1])  # such as those of FLUX.2 and Qwen-Image
-        with refused_as(self.vae_flag, "check the name and the files"):
-            return own.from_pretrained(self.vae, cache_dir=self.cache_dir, torch_dtype=dtype, use_safetensors=True)
 
     def load_denoiser(
         self, dtype: torch.dtype, device: torch.device, base_precision: str = "no", blocks_to_swap: int = 0
@@ -154,14 +155,16 @@ class Model:
 
     def load_encoders(self, parts: Sequence[Part], pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
         """Reload frozen text encoders from disk, replace the pipeline's with them, and return them by name."""
+        found = {}
         for part in parts:
             before = getattr(pipeline, part.name)
             with refused_as(self.flag, "repair the folder"):
                 encoder = type(before).from_pretrained(
                     self.folder / part.name, variant=self.variant, dtype=before.dtype, use_safetensors=True
                 )
-            setattr(pipeline, part.name, encoder.requires_grad_(False).to(before.device))
-        return {part.name: getattr(pipeline, part.name) for part in parts}
+            found[part.name] = encoder.requires_grad_(False).to(before.device)
+            setattr(pipeline, part.name, found[part.name])
+        return found
 
     def empty_denoiser(self) -> nn.Module:
         """Return the denoiser on the meta device, after checking that its files are complete."""
@@ -188,7 +191,6 @@ def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: 
     else:
         folder = downloaded(model_options, flag)
     index = read_index(folder, flag)
-    check_pipeline_class(name, index)
     family = load_family(index["_class_name"])
     configs = {}
     for part, kind in index.items():
@@ -205,10 +207,10 @@ def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: 
     if problem := family.unfit(configs):
         raise InvalidArgument(flag, problem, "give a base model's folder")
     check_prediction(model_options, folder)
-    vae = model_options.pretrained_vae_model_name_or_path
     model = Model(
-        folder, family, flag, model_options.variant, vae, model_options.cache_dir, index, model_options.prediction_type
-    )
+        folder, family, flag, model_options.variant, model_options.pretrained_vae_model_name_or_path,
+        model_options.cache_dir, index, model_options.prediction_type,
+    )  # fmt: skip
     check_vae(model)
     return model
 
@@ -267,10 +269,9 @@ def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
         return folder
     with refused_as(flag, "give a checkpoint of Stable Diffusion 1.x, 2.x or SDXL"):
         kind = infer_diffusers_model_type(load_single_file_checkpoint(str(path), disable_mmap=False))
-    known = FAMILIES.keys() & {SINGLE_FILES.get(kind)}
-    if not known:
+    if kind not in SINGLE_FILES:
         raise InvalidArgument(flag, f"a single file of kind {kind!r}", "give a pipeline's folder in diffusers format")
-    family = load_family(known.pop())
+    family = load_family(SINGLE_FILES[kind])
     convert = f"{family.pipeline.__name__}.from_single_file({str(path)!r}).save_pretrained('folder')"
     with refused_as(flag, f"make a folder of it where the hub can be reached: {convert}"):
         pipeline = family.pipeline.from_single_file(str(path), cache_dir=model.cache_dir)
@@ -287,21 +288,23 @@ def check_weights(folder: Path, variant: str | None, denoiser: nn.Module, flag: 
         raise InvalidArgument(flag, f"no {stem}.safetensors in {folder}", "give a pipeline with safetensors weights")
     shapes = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
     for path in files:
-        for name, found in _shapes(path, flag):
-            if shapes.get(name, found) != found:
-                problem = f"{name} is {found} in {path}, {shapes[name]} by its config.json"
-                raise InvalidArgument(flag, problem, "repair the folder")
+        with refused_as(f"{flag}, {path}", "repair the folder"), safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                found = tuple(file.get_slice(name).get_shape())
+                if shapes.get(name, found) != found:
+                    problem = f"{name} is {found} in {path}, {shapes[name]} by its config.json"
+                    raise InvalidArgument(flag, problem, "repair the folder")
 
 
-def _shapes(path: Path, flag: str) -> list[tuple[str, tuple[int, ...]]]:
-    with refused_as(f"{flag}, {path}", "repair the folder"), safe_open(path, framework="pt") as file:
-        return [(name, tuple(file.get_slice(name).get_shape())) for name in file.keys()]  # noqa: SIM118 - no mapping
+def overflows(family: Family, vae: nn.Module) -> bool:
+    """Return whether the autoencoder is in float16 and would overflow there."""
+    return family.encodes_in_float32 and vae.config.force_upcast and vae.dtype == torch.float16
 
 
 @contextmanager
 def wide_enough(family: Family, vae: nn.Module) -> Iterator[None]:
     """Run the body with the autoencoder in float32 if it would overflow in float16."""
-    if not (family.encodes_in_float32 and vae.config.force_upcast and vae.dtype == torch.float16):
+    if not overflows(family, vae):
         yield
         return
     try:

@@ -69,6 +69,6 @@ def masked(error: torch.Tensor, mask: torch.Tensor | None, normalised: bool = Fa
     """
     if mask is None:
         return error
-    mask = interpolate(mask, error.shape[-2:], mode="area")
+    mask = interpolate(mask.to(error.device), error.shape[-2:], mode="area")
     share = mask.flatten(1).mean(1).view(-1, 1, 1, 1)
     return error * (mask / share.clamp(min=torch.finfo(mask.dtype).tiny) if normalised else mask)

@@ -1,7 +1,6 @@
 """Training objectives: what the denoiser predicts, and the weight of its loss."""
 
 import math
-from dataclasses import asdict, dataclass
 
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -76,19 +75,6 @@ class DdpmObjective:
         return (self.snr_gamma / snr).clamp(max=1.0)
 
 
-@dataclass(frozen=True)
-class Density:
-    """The timestep densities `logit_normal` (mean and standard deviation) and `mode` (scale) of diffusers' scripts.
-
-    If `between` is not None, timesteps are scaled linearly from the full range into that range.
-    """
-
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
-    mode_scale: float = 1.29
-    between: tuple[int, int] | None = None
-
-
 class FlowObjective:
     """Rectified flow (Liu et al., 2022; Esser et al., 2024): predict the velocity `e - x` at `(1 - s) x + s e`.
 
@@ -97,6 +83,9 @@ class FlowObjective:
     `uniform`, `logit_normal`, `mode`: as in diffusers' scripts, from the scheduler's table, with the scheduler's shift
     or `shift`. `sigmoid`: the sigmoid of a normal number, as in kohya's scripts. `shift`: the same, shifted by `shift`
     (default: 3). `flux_shift`: the same, with the shift of Flux's pipeline for the sample's number of tokens.
+
+    `density` overrides the mean and the standard deviation of `logit_normal`, and the scale of `mode`. If `between` is
+    not None, timesteps are scaled linearly from the full range into that range.
     """
 
     def __init__(
@@ -105,14 +94,15 @@ class FlowObjective:
         sampling: str | None = None,
         weighting: str = "none",
         shift: float | None = None,
-        density: Density = Density(),
+        between: tuple[int, int] | None = None,
+        **density: float,
     ) -> None:
         own = {} if shift is None else {"shift": shift, "use_dynamic_shifting": False}
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config, **own)
         self.sampling = sampling or (weighting if weighting in ("logit_normal", "mode") else "uniform")
         self.weighting, self.shift = weighting, shift or 3.0
-        self.density = asdict(density)
-        self.between = self.density.pop("between") or (0, self.timesteps)
+        self.density = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29} | density
+        self.between = between or (0, self.timesteps)
 
     @property
     def timesteps(self) -> int:
@@ -212,10 +202,10 @@ def objective_of(
     between = between_of(training, pipeline.scheduler.config.num_train_timesteps)
     check_objective(model, training, family)
     if family.objective == "flow":
-        density = Density(training.logit_mean, training.logit_std, training.mode_scale, between)
-        shift = training.discrete_flow_shift
-        sampled = (training.timestep_sampling, training.weighting_scheme, shift, density)
-        objective = FlowObjective(pipeline.scheduler, *sampled)
+        objective = FlowObjective(
+            pipeline.scheduler, training.timestep_sampling, training.weighting_scheme, training.discrete_flow_shift,
+            between, logit_mean=training.logit_mean, logit_std=training.logit_std, mode_scale=training.mode_scale,
+        )  # fmt: skip
         check_sampling(training, objective.sampling)
         return objective
     argument = f"--pretrained_model_name_or_path {model.pretrained_model_name_or_path}"

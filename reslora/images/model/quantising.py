@@ -20,7 +20,7 @@ correctly.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -46,19 +46,17 @@ class Format:
     """Maps codes, scales, shape and dtype to a weight."""
 
 
-def pack_rows(weight: torch.Tensor, *, code: torch.dtype, largest: float) -> Packed:
-    """Quantize a weight (q x p) to codes of dtype `code`, at most `largest`, and one scale per row."""
-    weight = weight.float()
-    scales = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * largest) / largest
-    scaled = weight / scales
-    return (scaled if code.is_floating_point else scaled.round()).to(code).view(torch.uint8), scales
+def by_rows(code: torch.dtype, largest: float) -> Format:
+    """Return the format for weights (q x p) with codes of that dtype, at most `largest`, and one scale per row."""
 
+    def pack(weight: torch.Tensor) -> Packed:
+        weight = weight.float()
+        scales = weight.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * largest) / largest
+        scaled = weight / scales
+        return (scaled if code.is_floating_point else scaled.round()).to(code).view(torch.uint8), scales
 
-def unpack_rows(
-    codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size, dtype: torch.dtype, *, code: torch.dtype
-) -> torch.Tensor:
-    """Dequantize the result of `pack_rows` to q x p: `codes * scales`, rounded once to `dtype`."""
-    return codes.view(code).to(dtype).mul_(scales)
+    # `codes * scales`, rounded once
+    return Format(pack, lambda codes, scales, shape, dtype: codes.view(code).to(dtype).mul_(scales))
 
 
 def pack_nf4(weight: torch.Tensor) -> Packed:
@@ -85,11 +83,6 @@ def nf4_pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Return the two values of each byte (256 x 2)."""
     levels = torch.tensor(NF4, dtype=dtype)
     return torch.cartesian_prod(levels, levels).to(device)
-
-
-def by_rows(code: torch.dtype, largest: float) -> Format:
-    """Return the format with one scale per row."""
-    return Format(partial(pack_rows, code=code, largest=largest), partial(unpack_rows, code=code))
 
 
 FORMATS = {

@@ -28,7 +28,7 @@ class Stored:
 
     def read(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """Read a copy of the tensor; floating-point values become float32."""
-        with safe_open(self.path, framework="pt") as file:  # opened each time: pages of an open file stay in memory
+        with safe_open(self.path, "pt") as file:  # opened each time: pages of an open file stay in memory
             value = file.get_tensor(self.name)
             return value.to(device, torch.float32 if value.is_floating_point() else value.dtype, copy=True)
 
@@ -44,7 +44,7 @@ def stored_weights(folder: Path, variant: str | None = None) -> dict[str, Stored
     path = folder / _add_variant(SAFETENSORS_WEIGHTS_NAME, variant)
     if not path.is_file():
         return {}
-    with safe_open(path, framework="pt") as file:
+    with safe_open(path, "pt") as file:
         return {name: Stored(path, name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
@@ -63,8 +63,8 @@ class StoredLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return `W x + b`."""
-        shape = (self.out_features, self.in_features)
-        return F.linear(x, x.new_empty(shape) if x.is_meta else self.weight, self.bias)
+        weight = x.new_empty(self.out_features, self.in_features) if x.is_meta else self.weight
+        return F.linear(x, weight, self.bias)
 
 
 def empty_model(kind: type[ModelMixin], folder: Path) -> ModelMixin:

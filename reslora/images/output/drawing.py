@@ -4,39 +4,37 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ...attributes import override_attributes
 from ...options.images import DataOptions, TrainingOptions, ValidationOptions
 from ...tracing import evaluating
-from ..data.batch import changed, stack_texts
+from ..data.batch import stack_texts
 from ..data.encoding import Texts
 from ..generators import derive
 from ..model.families.base import Family, Part, Text
 from ..prompts import Prompt, resolved
 
 
+@dataclass
 class Drawer:
     """Generates images of prompts with the pipeline and any denoiser; each image has its own seed."""
 
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        family: Family,
-        texts: Texts,
-        data: DataOptions,
-        training: TrainingOptions,
-        validation: ValidationOptions,
-        encoders: Sequence[Part] = (),
-    ) -> None:
-        self.pipeline, self.family, self.texts = pipeline, family, texts
-        self.data, self.training, self.validation = data, training, validation
-        self.encoders = encoders  # the pipeline's text encoders that are trained
+    pipeline: DiffusionPipeline
+    family: Family
+    texts: Texts
+    data: DataOptions
+    training: TrainingOptions
+    validation: ValidationOptions
+    encoders: Sequence[Part] = ()
+    """The pipeline's text encoders that are trained."""
 
     def draw(
         self,
@@ -50,11 +48,10 @@ class Drawer:
         `between_steps` is called between the denoising steps and may raise. Denoiser and pipeline are restored
         afterwards.
         """
-        wanted = self.wanted(prompts, images)
         drawn, size = [], self.training.train_batch_size
         encoders = [getattr(self.pipeline, part.name) for part in self.encoders]
         with override_attributes(self.pipeline, **{self.family.denoiser: denoiser}), evaluating(denoiser, *encoders):
-            for alike in (list(group) for _, group in itertools.groupby(wanted, key=shared)):
+            for alike in (list(group) for _, group in itertools.groupby(self.wanted(prompts, images), key=shared)):
                 for start in range(0, len(alike), size):
                     drawn += self._batch(alike[start : start + size], between_steps)
         return drawn
@@ -86,12 +83,12 @@ class Drawer:
         )  # fmt: skip
         return list(drawn.images)
 
-    def _text(self, captions: Sequence[str]) -> Text:
+    def _text(self, captions: list[str]) -> Text:
         # The pipeline's dtype, because some pipelines create latents in the dtype of the text states.
         vae = self.pipeline.vae
 
         def ready(text: Text) -> Text:
-            return changed(text, lambda value: value.to(vae.device, vae.dtype, non_blocking=True))
+            return tree_map(lambda value: value.to(vae.device, vae.dtype, non_blocking=True), text)
 
         states = ready(stack_texts([self._states(caption) for caption in captions]))
         if not self.encoders:
@@ -115,12 +112,7 @@ def shared(wanted: tuple[Prompt, int]) -> Prompt:
 
 
 def as_bytes(drawn: np.ndarray) -> np.ndarray:
-    """Return an image in [0, 1] as uint8.
-
-    Raises `ValueError` for pixels that are not finite, which uint8 would hide.
-    """
-    if not np.isfinite(drawn).all():
-        raise ValueError("pixels that are not finite")
+    """Return an image of finite numbers in [0, 1] as uint8."""
     return (drawn * 255).round().astype(np.uint8)
 
 

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from peft import PeftModel
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ... import export
 from ...attributes import override_attributes
@@ -68,11 +68,12 @@ def export_method(
 ) -> dict[str, int]:
     """Export the learner's method, or its best checkpoint with --save_best; see `export_parts`."""
     method = learner.method
+    best = best_of(context.folder_of(method)) if context.options.validation.save_best else None
     begin_export(method, context)
     with exact_products(), in_float32(drawer.pipeline):
-        parts = exact_parts(learner, schedule, context)
-        done = exported(schedule, learner, context)
-        return export_parts(parts, method, learner.trained.loss, material, drawer, done, context)
+        parts = exact_parts(learner, best, schedule, context)
+        trained = dataclasses.replace(schedule, steps=best.step) if best else schedule
+        return export_parts(parts, method, learner.trained.loss, material, drawer, trained, context)
 
 
 def begin_export(method: str, context: Context) -> None:
@@ -168,11 +169,10 @@ def finite(drawn: np.ndarray, what: str) -> np.ndarray:
 
     Raises `Diverged` if pixels are not finite.
     """
-    try:
-        return as_bytes(drawn)
-    except ValueError as error:
-        problem = f"{what}: it draws {error}: training has diverged"
-        raise Diverged(problem, "start again with a lower --learning_rate") from None
+    if not np.isfinite(drawn).all():
+        problem = f"{what}: it draws pixels that are not finite: training has diverged"
+        raise Diverged(problem, "start again with a lower --learning_rate")
+    return as_bytes(drawn)
 
 
 @contextlib.contextmanager
@@ -196,42 +196,26 @@ def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
         pipeline.to(dtype)
 
 
-def exact_parts(learner: Learner, schedule: Schedule, context: Context) -> dict[str, nn.Module]:
-    """Return the trained modules by name in float32; with --save_best, those of the best checkpoint.
+def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context: Context) -> dict[str, nn.Module]:
+    """Return the trained modules by name in float32; with --save_best, those of the `best` checkpoint if there is one.
 
     They are reloaded from disk if the base is in half precision, quantized, swapped or sharded.
     """
-    folder = context.folder_of(learner.method)
-    if best := best_to_export(learner, context):
+    options, saved = context.options, context.folder_of(learner.method) / f"checkpoint-{learner.step}"
+    if best:
+        saved = best.path
         try:
-            check_checksums(best.path)
+            check_checksums(saved)
         except Damaged as error:
-            raise RunFailed(f"{first_line(error)}; remove {best.path}, and the one before is exported") from None
-        return saved_parts(learner.method, best.path, learner.trained.loss, schedule, context)
-    if context.options.validation.save_best:
+            raise RunFailed(f"{first_line(error)}; remove {saved}, and the one before is exported") from None
+    elif options.validation.save_best:
         line = f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)"
         print(line, flush=True)
-    options = context.options
-    plain = (
-        context.accelerator.mixed_precision == "no"
-        and options.model.base_precision == "no"
-        and not options.model.blocks_to_swap
-    )
-    if plain and learner.denoiser.dtype == torch.float32 and not cuts_base(context.accelerator):
+    whole = options.model.base_precision == "no" and not options.model.blocks_to_swap
+    whole = whole and not cuts_base(context.accelerator)
+    if not best and whole and learner.denoiser.dtype == torch.float32:
         return dict(learner.trained.parts)
-    checkpoint = folder / f"checkpoint-{learner.step}"
-    return saved_parts(learner.method, checkpoint, learner.trained.loss, schedule, context)
-
-
-def best_to_export(learner: Learner, context: Context) -> Best | None:
-    """Return the best adapter if it is exported in place of the last one, else None."""
-    return best_of(context.folder_of(learner.method)) if context.options.validation.save_best else None
-
-
-def exported(schedule: Schedule, learner: Learner, context: Context) -> Schedule:
-    """Return the schedule up to the step of the exported adapter."""
-    best = best_to_export(learner, context)
-    return dataclasses.replace(schedule, steps=best.step) if best else schedule
+    return saved_parts(learner.method, saved, learner.trained.loss, schedule, context)
 
 
 def saved_parts(
@@ -305,13 +289,9 @@ def calls_of_encoders(loss: DenoisingLoss) -> Iterator[dict[str, list[dict]]]:
         yield calls
 
 
-def as_float32(value: Any) -> Any:
+def as_float32(values: dict) -> dict:
     """Convert floating-point tensors, at any depth, to float32."""
-    if isinstance(value, dict):
-        return {name: as_float32(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [as_float32(item) for item in value]
-    return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    return tree_map_only(torch.Tensor, lambda value: value.float() if value.is_floating_point() else value, values)
 
 
 def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
@@ -355,59 +335,46 @@ def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[st
     if metadata is not None:
         write_lora(parts, folder, family, metadata)
         written = [*family.lora_files, DIFFUSERS_FILE, PEFT_FOLDER]
-    for file in {DIFFUSERS_FILE, *LORA_FILES} - set(written):
+    for file in {DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE} - set(written):
         (folder / file).unlink(missing_ok=True)
     return written
 
 
 def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, str]) -> None:
     """Write plain LoRA in diffusers' format and the family's others, all modules in each file."""
-    export.export_diffusers(parts, folder, metadata=metadata)
-    for file in family.lora_files:
-        LORA_FILES[file](parts, folder / file, family, metadata)
-
-
-def write_kohya(parts: Parts, path: Path, family: Family, metadata: dict[str, str]) -> None:
-    """Write kohya's format, with the layer names of kohya's scripts."""
-    config = parts[family.denoiser].config
-    prefixes = {family.denoiser: "lora_unet"} | {name: kohya for name, (kohya, _) in family.text_names.items()}
-    named = {prefixes[name]: part for name, part in parts.items()}
-    export.export_kohya(named, path, metadata=metadata, rename=lambda name: family.kohya_name(config, name) or name)
-
-
-def write_comfyui(parts: Parts, path: Path, family: Family, metadata: dict[str, str]) -> None:
-    """Write ComfyUI's format, for families without trainable text encoders and without fused layers."""
     denoiser = parts[family.denoiser]
-    names = functools.partial(family.original_name, denoiser.config)
-    export.export_comfyui(denoiser, path, metadata=metadata, rename=lambda name: names(name) or name)
-
-
-LORA_FILES = {KOHYA_FILE: write_kohya, COMFYUI_FILE: write_comfyui}
-
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # the values that sd-scripts writes
+    export.export_diffusers(parts, folder, metadata=metadata)
+    if KOHYA_FILE in family.lora_files:
+        prefixes = {family.denoiser: "lora_unet"} | {name: kohya for name, (kohya, _) in family.text_names.items()}
+        named = {prefixes[name]: part for name, part in parts.items()}
+        kohyas = functools.partial(family.kohya_name, denoiser.config)
+        export.export_kohya(named, folder / KOHYA_FILE, metadata=metadata, rename=lambda name: kohyas(name) or name)
+    if COMFYUI_FILE in family.lora_files:  # these families have neither trainable text encoders nor fused layers
+        names, path = functools.partial(family.original_name, denoiser.config), folder / COMFYUI_FILE
+        export.export_comfyui(denoiser, path, metadata=metadata, rename=lambda name: names(name) or name)
 
 
 def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, context: Context) -> dict[str, str]:
     """Return the metadata by which model managers recognize a LoRA (Stability AI's ModelSpec 1.0.0)."""
     options, predicted = context.options, getattr(material.objective, "prediction_type", None)  # None for a flow
-    version, architecture = context.model.family.model_version(config, predicts_v=predicted == "v_prediction")
     sides = options.data.resolution
-    prediction = {"modelspec.prediction_type": PREDICTIONS[predicted]} if predicted else {}
-    return prediction | {
-        "ss_v2": str(version.startswith("sd_v2")),  # A1111 distinguishes 2.x from 1.x by this
-        "ss_base_model": Path(options.model.pretrained_model_name_or_path).name,
-        "ss_base_model_version": version,
-        "ss_learning_rate": str(options.optimizer.learning_rate),
-        "ss_seed": str(options.training.seed),
-        "ss_steps": str(schedule.steps),
-        "ss_resolution": " ".join(map(str, sides)),
-        "ss_enable_bucket": str(options.data.use_aspect_ratio_buckets),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": f"LoRA for {Path(options.model.pretrained_model_name_or_path).name}",
-        "modelspec.resolution": f"{sides[0]}x{sides[0]}",
-    }
+    # sd-scripts writes `epsilon` or `v`.
+    prediction = {"modelspec.prediction_type": predicted.removesuffix("_prediction")} if predicted else {}
+    return (
+        context.model.family.metadata(config, predicted == "v_prediction")
+        | prediction
+        | {
+            "ss_base_model": Path(options.model.pretrained_model_name_or_path).name,
+            "ss_learning_rate": str(options.optimizer.learning_rate),
+            "ss_seed": str(options.training.seed),
+            "ss_steps": str(schedule.steps),
+            "ss_resolution": " ".join(map(str, sides)),
+            "ss_enable_bucket": str(options.data.use_aspect_ratio_buckets),
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": f"LoRA for {Path(options.model.pretrained_model_name_or_path).name}",
+            "modelspec.resolution": f"{sides[0]}x{sides[0]}",
+        }
+    )
 
 
 def read_back(parts: Parts, method: str, drawer: Drawer, context: Context) -> Iterator[tuple[str, nn.Module]]:

@@ -3,10 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TypeVar
 
 import numpy as np
@@ -55,9 +54,7 @@ class Reports:
         rows = of_split(read_log(folder / "log.jsonl"), "validation") if self.log else []
         self.validated = [row["loss"] for row in rows if row["step"]]  # main process only; without step 0
 
-    def note(
-        self, split: str, loss: torch.Tensor | float, by_timestep: Mapping[str, float] = MappingProxyType({})
-    ) -> None:
+    def note(self, split: str, loss: torch.Tensor | float, by_timestep: dict[str, float] | None = None) -> None:
         """Store a row of the log until `flush`, because reading a loss at once would wait for the device at every step.
 
         `by_timestep`: losses by timestep, from 0 to 1, which is pure noise.
@@ -66,7 +63,7 @@ class Reports:
         rate, seconds = learner.lr_scheduler.get_last_lr()[0], round(learner.seconds, 3)
         self.noted = {"step": learner.step, "split": split, "loss": loss, "lr": rate, "seconds": seconds}
         if by_timestep:
-            self.noted["by_timestep"] = dict(by_timestep)
+            self.noted["by_timestep"] = by_timestep
 
     def flush(self) -> float | None:
         """Write the stored row to the log and the trackers, and return its loss.
@@ -140,13 +137,14 @@ class Reports:
         A run may have been stopped before or during the validation of that step.
         """
         step = self.learner.step
-        rows = read_log(self.folder / "log.jsonl")
+        if step == 0:
+            return list(VALIDATION_PARTS)
+        rows = of_split(read_log(self.folder / "log.jsonl"), "validation")
         done = {
-            "loss": any(row["step"] == step and row["split"] == "validation" for row in rows),
+            "loss": any(row["step"] == step for row in rows),
             "samples": (self.folder / "samples" / f"step-{step:06d}").is_dir(),
         }
-        due = step == 0 or schedule.is_due(step)
-        return [part for part in VALIDATION_PARTS if step == 0 or not done[part]] if due else []
+        return [part for part in VALIDATION_PARTS if not done[part]] if schedule.is_due(step) else []
 
 
 @dataclass
@@ -158,6 +156,7 @@ class SharedLosses:
     samples: int = 0
 
 
+@dataclass
 class Validation:
     """Validation loss and samples of a denoiser.
 
@@ -165,17 +164,12 @@ class Validation:
     have measured.
     """
 
-    def __init__(
-        self,
-        loss: DenoisingLoss,
-        material: Material,
-        drawer: Drawer,
-        accelerator: Accelerator,
-        stop: StopRequest,
-        shared: SharedLosses | None = None,
-    ) -> None:
-        self.loss, self.material, self.drawer = loss, material, drawer
-        self.accelerator, self.stop, self.shared = accelerator, stop, shared or SharedLosses()
+    loss: DenoisingLoss
+    material: Material
+    drawer: Drawer
+    accelerator: Accelerator
+    stop: StopRequest
+    shared: SharedLosses = field(default_factory=SharedLosses)
 
     def __call__(self, learner: Learner, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
         """Compute validation loss and samples, and set `learner.over`.

@@ -30,8 +30,8 @@ def start_trackers(context: Context) -> None:
 
 def note_settings(values: Mapping[str, Any], schedule: Schedule, accelerator: Accelerator, write: bool = True) -> None:
     """Write every option's value to the trackers and, if `write`, to `config.json`."""
-    steps = {"max_train_steps": schedule.steps, "validation_steps": schedule.validation_steps}
-    public = {name: value for name, value in {**values, **steps}.items() if not Options.table()[name].secret}
+    values = {**values, "max_train_steps": schedule.steps, "validation_steps": schedule.validation_steps}
+    public = {name: value for name, value in values.items() if not Options.table()[name].secret}
     for name, value in public.items():
         if value and Options.table()[name].path == "absolute":
             public[name] = list(map(absolute, value)) if isinstance(value, list) else absolute(value)

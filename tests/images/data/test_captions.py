@@ -8,10 +8,9 @@ import pytest
 import torch
 from pipelines import flux, image_folder
 
-from images.runs import losses, only, options_of, printed, read_by, refused, with_options
+from images.runs import load_images, losses, only, options_of, printed, read_by, refused, with_options
 from reslora.images.data import training_data as making
 from reslora.images.data.captions import VERBATIM, Recipe, recipe_of
-from reslora.images.data.dataset import load_images
 from reslora.images.data.samples import CalibrationSamples, Material, ValidationSamples, training_loader
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source

@@ -17,10 +17,9 @@ import pytest
 from pipelines import image_folder, random_image, red_or_blue, same_image
 from waiting import join, start_thread
 
-from images.runs import only, parts, printed, refused
+from images.runs import load_images, only, parts, printed, refused
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.images.data.class_images import missing_class_images
-from reslora.images.data.dataset import load_images
 from reslora.images.data.training_data import print_skipped_images
 from reslora.images.settings import parse_args
 

@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel
 from waiting import ended, wait_until
 
-from images.runs import cut, final_weights, losses, main, only, parts, printed, refused
+from images.runs import cut, final_weights, load_images, losses, main, only, parts, printed, refused
 from reslora.errors import InvalidArgument, RunFailed, Stopped
 from reslora.images.data import encoding, store
-from reslora.images.data.dataset import ImageDataset, load_images
+from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.size import Size
 from reslora.images.data.training_data import source_of
 from reslora.images.generators import derive

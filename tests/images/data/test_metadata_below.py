@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from pipelines import image_folder
 
-from images.runs import parts, refused
-from reslora.images.data.dataset import load_images
+from images.runs import load_images, parts, refused
 from reslora.images.data.folders import load_folders
 from reslora.images.settings import parse_args
 

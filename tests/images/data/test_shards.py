@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from pipelines import random_image, same_image
 
-from images.runs import only, parts, printed, refused
-from reslora.images.data.dataset import load_images
+from images.runs import load_images, only, parts, printed, refused
 from reslora.images.settings import parse_args
 
 from .test_dataset import gather

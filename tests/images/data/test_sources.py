@@ -9,10 +9,22 @@ import PIL.Image
 import pytest
 from pipelines import image_folder
 
-from images.runs import RESUME, assert_same, final_weights, losses, main, only, parts, printed, read_by, refused
+from images.runs import (
+    RESUME,
+    assert_same,
+    final_weights,
+    load_images,
+    losses,
+    main,
+    only,
+    parts,
+    printed,
+    read_by,
+    refused,
+)
 from reslora.images.data import training_data as material
 from reslora.images.data.class_images import balanced
-from reslora.images.data.dataset import ImageDataset, load_images
+from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.folders import load_folders
 from reslora.images.data.plan import Plan
 from reslora.images.data.samples import Material

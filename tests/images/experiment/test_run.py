@@ -17,10 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from app.activity import activity
-from images.runs import SCRIPT, Watcher, assert_same, main, only, printed, read_by, refused, without
+from images.runs import SCRIPT, Watcher, assert_same, load_images, main, only, printed, read_by, refused, without
 from reslora.errors import InvalidArgument, Stopped
 from reslora.experiment.schedule import Course
-from reslora.images.data.dataset import load_images
 from reslora.images.data.encoding import Texts
 from reslora.images.data.samples import Material, losses_of
 from reslora.images.data.size import Size

@@ -33,7 +33,7 @@ def test_a_step_takes_what_is_planned(family, data, tmp_path):
     plan = plan_of(images, context, None)
     assert plan.unknown == () and plan.fits
     assert [phase.name for phase in plan.phases] == NAMES
-    assert all(phase.part(ACTIVATIONS) > 0 for phase in plan.phases)
+    assert all(phase.held[ACTIVATIONS] > 0 for phase in plan.phases)
     assert plan.peak.total < guess(context)
     compare(plan.phases[2], Rehearsal(images, context), context)
 
@@ -54,11 +54,11 @@ def test_class_images_are_drawn_by_the_whole_pipeline_with_the_base_that_is_trai
         images, context = resolved(model, data, tmp_path / "out", *flags, "--base_precision", precision)
         rehearsal = Rehearsal(images, context)
         drawing = drawing_class_images(rehearsal)
-        assert drawing.part(BASE) == rehearsal.training("lora").part(BASE) and drawing.part(ACTIVATIONS) > 0
+        assert drawing.held[BASE] == rehearsal.training("lora").held[BASE] and drawing.held[ACTIVATIONS] > 0
         pipeline = context.model.load_pipeline(torch.float32, torch.device("cpu"), encoders=True)
         for name, part in (("text encoders", pipeline.text_encoder), ("autoencoder", pipeline.vae)):
-            assert drawing.part(name) == sum(value.nbytes for value in (*part.parameters(), *part.buffers()))
-        found[precision] = drawing.part(BASE)
+            assert drawing.held[name] == sum(value.nbytes for value in (*part.parameters(), *part.buffers()))
+        found[precision] = drawing.held[BASE]
     assert found["fp8"] < found["no"]
     assert plan_of(images, context, None).phases[0] == drawing
     image_folder(tmp_path / "class", 2)
@@ -69,7 +69,7 @@ def compare(planned: Phase, rehearsal: Rehearsal, context: Context) -> None:
     """A planned step with a real one."""
     real = consume_request(rehearsal, context)
     assert [planned.held[name] for name in (BASE, ADAPTER, OPTIMIZER)] == [real.base, real.adapter, real.optimizer]
-    both = planned.part(ACTIVATIONS) + planned.part(GRADIENTS)
+    both = planned.held[ACTIVATIONS] + planned.held[GRADIENTS]
     assert both == pytest.approx(real.at_work, rel=NEAR)
 
 

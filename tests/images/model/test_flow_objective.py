@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from images.runs import parts
 from reslora.errors import InvalidArgument
-from reslora.images.model.objective import Density, FlowObjective, objective_of
+from reslora.images.model.objective import FlowObjective, objective_of
 from reslora.images.settings import parse_args
 from reslora.options.images import SAMPLINGS
 
@@ -53,13 +53,13 @@ def test_uniform_draws_come_from_the_schedulers_table(scheduler, shift, by):
 
 
 def test_logit_normal_draws():
-    drawn = draws(FlowObjective(DYNAMIC, "logit_normal", density=Density(logit_mean=0.5, logit_std=0.7)))
+    drawn = draws(FlowObjective(DYNAMIC, "logit_normal", logit_mean=0.5, logit_std=0.7))
     logits = torch.logit((1 - drawn).clamp(1e-4, 1 - 1e-4))  # the table runs from noise to image
     assert logits.mean() == pytest.approx(0.5, abs=0.05) and logits.std() == pytest.approx(0.7, abs=0.05)
 
 
 def test_mode_draws():
-    drawn = 1 - draws(FlowObjective(DYNAMIC, "mode", density=Density(mode_scale=1.29)))
+    drawn = 1 - draws(FlowObjective(DYNAMIC, "mode", mode_scale=1.29))
     u = torch.linspace(0, 1, 100_001, dtype=torch.float64)
     expected = 1 - u - 1.29 * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)
     assert drawn.mean() == pytest.approx(float(expected.mean()), abs=0.02)
@@ -101,7 +101,7 @@ def test_draws_lie_within_the_flow_and_repeat(sampling):
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_draws_are_squeezed_into_the_timesteps_asked_for(sampling):
     """Evenly: t of all timesteps becomes 200 + t * 300 / 1000."""
-    drawn = draws(FlowObjective(SHIFTED, sampling, density=Density(between=(200, 500))), 200)
+    drawn = draws(FlowObjective(SHIFTED, sampling, between=(200, 500)), 200)
     torch.testing.assert_close(drawn, 0.2 + 0.3 * draws(FlowObjective(SHIFTED, sampling), 200), rtol=1e-5, atol=0)
 
 
@@ -119,15 +119,15 @@ def of(words: list[str], family, pipeline) -> FlowObjective:
     [
         (
             "--timestep_sampling logit_normal --logit_mean 0.5 --logit_std 0.7",
-            {"sampling": "logit_normal", "density": Density(0.5, 0.7)},
+            {"sampling": "logit_normal", "logit_mean": 0.5, "logit_std": 0.7},
         ),
-        ("--weighting_scheme mode --mode_scale 0.4", {"weighting": "mode", "density": Density(mode_scale=0.4)}),
+        ("--weighting_scheme mode --mode_scale 0.4", {"weighting": "mode", "mode_scale": 0.4}),
         ("--weighting_scheme sigma_sqrt --discrete_flow_shift 2", {"weighting": "sigma_sqrt", "shift": 2.0}),
         (
             "--timestep_sampling shift --discrete_flow_shift 2.5 --weighting_scheme cosmap",
             {"sampling": "shift", "shift": 2.5, "weighting": "cosmap"},
         ),
-        ("--min_timestep 200 --max_timestep 500", {"density": Density(between=(200, 500))}),
+        ("--min_timestep 200 --max_timestep 500", {"between": (200, 500)}),
     ],
 )
 def test_each_flag_says_what_its_name_says(words, own):

@@ -15,6 +15,8 @@ from ....export import KOHYA_FILE
 
 FLOW = {"resolution": 512, "num_inference_steps": 28, "weighting_scheme": "none", "max_sequence_length": 512}
 """Options' values that most families of flow matching have."""
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""The projections of image and text in the joint attention of Flux and Stable Diffusion 3."""
 Text = Mapping[str, torch.Tensor | list[torch.Tensor]]
 """Text states by name, batch first: a tensor, or a list if captions differ in length."""
 
@@ -78,7 +80,7 @@ class Family:
     trainable: tuple[Part, ...] = ()
     """The text encoders that can be trained."""
     lora_files: tuple[str, ...] = (KOHYA_FILE,)
-    """Plain LoRA files that are exported in addition to diffusers', keys of `exports.LORA_FILES`."""
+    """Plain LoRA files that are exported in addition to diffusers', kohya's or ComfyUI's."""
     unused_parts: tuple[str, ...] = ()
     """Parts of the pipeline that are never loaded."""
     unread: tuple[str, ...] = ()
@@ -147,23 +149,23 @@ class Family:
         return (pipeline.vae.config.latent_channels, height // factor, width // factor)
 
     def token_counts(
-        self, pipeline: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]
+        self, pipeline: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase, captions: list[str]
     ) -> list[int]:
         """Return the untruncated token counts of captions, with the tokens of the template that are read."""
-        return list(map(len, tokenizer(list(captions)).input_ids))
+        return list(map(len, tokenizer(captions).input_ids))
 
-    def encode_captions(self, pipeline: DiffusionPipeline, captions: Sequence[str], longest: int | None) -> Text:
+    def encode_captions(self, pipeline: DiffusionPipeline, captions: list[str], longest: int | None) -> Text:
         """Return the text states of the captions; families without a trainable text encoder override this.
 
         `longest` is the highest number of tokens of a caption, if the pipeline needs it.
         """
         return self.encode_trained(pipeline, captions, self.encode_frozen(pipeline, captions, longest))
 
-    def encode_frozen(self, pipeline: DiffusionPipeline, captions: Sequence[str], longest: int | None) -> Text:
+    def encode_frozen(self, pipeline: DiffusionPipeline, captions: list[str], longest: int | None) -> Text:
         """Return the output of the text encoders that cannot be trained."""
         return {}
 
-    def encode_trained(self, pipeline: DiffusionPipeline, captions: Sequence[str], frozen: Text) -> Text:
+    def encode_trained(self, pipeline: DiffusionPipeline, captions: list[str], frozen: Text) -> Text:
         """Return what `encode_captions` returns, given the result of `encode_frozen` for the same captions."""
         raise NotImplementedError
 
@@ -205,14 +207,24 @@ class Family:
         """Return a denoiser layer's name in kohya's scripts; None if it has none."""
         return self.original_name(config, name)
 
-    def model_version(self, config: Mapping, predicts_v: bool = False) -> tuple[str, str]:
+    def model_version(self, config: Mapping, predicts_v: bool) -> tuple[str, str]:
         """Return `version` for a base model with this denoiser configuration.
 
         `predicts_v`: whether it predicts v, in a family that also has models that predict epsilon.
         """
         return self.version
 
-    def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, negative: Text, empty: bool = True) -> dict:
+    def metadata(self, config: Mapping, predicts_v: bool) -> dict[str, str]:
+        """Return the fields of a LoRA file's header that name the base model, for kohya's scripts and ModelSpec."""
+        version, architecture = self.model_version(config, predicts_v)
+        return {
+            "ss_base_model_version": version,
+            "ss_v2": str(version.startswith("sd_v2")),  # A1111 distinguishes 2.x from 1.x by this
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": f"{architecture}/lora",
+        }
+
+    def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, negative: Text, empty: bool) -> dict:
         """Return the pipeline's keyword arguments for the prompt and the negative prompt.
 
         `negative` is the negative prompt's text states, batch 1; `empty` is whether it is the empty caption.

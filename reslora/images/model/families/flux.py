@@ -5,9 +5,8 @@ from typing import ClassVar
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-from .base import FLOW, Family, Part
+from .base import ATTENTION, FLOW, Family, Part
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 ORIGINAL = {
     **{f"transformer_blocks.{{}}.attn.{name}": "double_blocks.{}.img_attn.qkv" for name in ATTENTION[:3]},
     **{f"transformer_blocks.{{}}.attn.{name}": "double_blocks.{}.txt_attn.qkv" for name in ATTENTION[4:7]},
@@ -68,20 +67,20 @@ class Flux(Family):
     def encode_frozen(self, pipeline, captions, longest):
         """Return `states` of T5 (batch x tokens x width)."""
         device = pipeline.text_encoder_2.device
-        return {"states": pipeline._get_t5_prompt_embeds(list(captions), max_sequence_length=longest, device=device)}
+        return {"states": pipeline._get_t5_prompt_embeds(captions, max_sequence_length=longest, device=device)}
 
     def encode_trained(self, pipeline, captions, frozen):
         """Return `states` unchanged, and `pooled` of CLIP (batch x width)."""
-        pooled = pipeline._get_clip_prompt_embeds(list(captions), device=pipeline.text_encoder.device)
+        pooled = pipeline._get_clip_prompt_embeds(captions, device=pipeline.text_encoder.device)
         return {"states": frozen["states"], "pooled": pooled}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
         """Return packed latents, `s`, text states, pooled states, position ids of text and image, and the guidance."""
-        batch, channels, height, width = noisy.shape
+        batch, _, height, width = noisy.shape
         states, device = conditions.text["states"], noisy.device
         guidance = torch.full((batch,), conditions.guidance, device=device) if config.guidance_embeds else None
         return {
-            "hidden_states": FluxPipeline._pack_latents(noisy, batch, channels, height, width),
+            "hidden_states": FluxPipeline._pack_latents(noisy, *noisy.shape),
             "timestep": timesteps / 1000,
             "guidance": guidance,
             "pooled_projections": conditions.text["pooled"],
@@ -94,11 +93,11 @@ class Flux(Family):
         """Return the unpacked velocity."""
         return FluxPipeline._unpack_latents(output[0], *noisy.shape[2:], vae_scale_factor=1)
 
-    def drawing_inputs(self, pipeline, text, negative, empty=True):
+    def drawing_inputs(self, pipeline, text, negative, empty):
         """Return text states and pooled states; a negative prompt has no effect on distilled guidance."""
         return {"prompt_embeds": text["states"], "pooled_prompt_embeds": text["pooled"]}
 
-    def model_version(self, config, predicts_v=False):
+    def model_version(self, config, predicts_v):
         """Return dev's or schnell's names; schnell has no guidance embedding."""
         return "flux1", "flux-1-dev" if config.guidance_embeds else "flux-1-schnell"
 

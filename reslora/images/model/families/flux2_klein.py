@@ -63,15 +63,13 @@ class Flux2Klein(Family):
 
     def encode_captions(self, pipeline, captions, longest):
         """Return `states`: three of Qwen3's layers, concatenated (batch x tokens x 3 width)."""
-        states, _ = pipeline.encode_prompt(
-            list(captions), device=pipeline.text_encoder.device, max_sequence_length=longest
-        )
+        states, _ = pipeline.encode_prompt(captions, device=pipeline.text_encoder.device, max_sequence_length=longest)
         return {"states": states}
 
     def encode_images(self, vae, pixels):
         """Return mean and standard deviation of the latents in 2 x 2 patches."""
-        moments = super().encode_images(vae, pixels)
-        return torch.stack([self.pipeline._patchify_latents(moment) for moment in moments.unbind(1)], dim=1)
+        moments = super().encode_images(vae, pixels).unbind(1)
+        return torch.stack(list(map(self.pipeline._patchify_latents, moments)), dim=1)
 
     def scale_latents(self, vae, latents):
         """Return the latents, normalized by the running statistics of the autoencoder's batch norm."""
@@ -94,12 +92,12 @@ class Flux2Klein(Family):
         """Return the unpacked velocity."""
         return output[0].transpose(1, 2).reshape(noisy.shape)
 
-    def drawing_inputs(self, pipeline, text, negative, empty=True):
+    def drawing_inputs(self, pipeline, text, negative, empty):
         """Return text states of the captions and, for guidance, of the negative prompt."""
         states = text["states"]
         return {"prompt_embeds": states, "negative_prompt_embeds": negative["states"].expand_as(states)}
 
-    def model_version(self, config, predicts_v=False):
+    def model_version(self, config, predicts_v):
         """Return the names by model size, which the width shows."""
         size = "4b" if config.num_attention_heads * config.attention_head_dim <= 3072 else "9b"
         return f"flux2_klein_{size}", f"flux-2-klein-{size}"

@@ -64,7 +64,7 @@ class Krea2(WithQwenAutoencoder):
         """Return `states`: a list of (tokens x layers x width), with the tokens of the caption and the suffix."""
         needed = max(self.token_counts(pipeline, pipeline.tokenizer, captions))  # else `longest` tokens are computed
         states, mask = pipeline.encode_prompt(
-            list(captions), device=pipeline.text_encoder.device, max_sequence_length=min(longest, needed)
+            captions, device=pipeline.text_encoder.device, max_sequence_length=min(longest, needed)
         )
         return {"states": without_padding(states, mask)}
 
@@ -82,7 +82,7 @@ class Krea2(WithQwenAutoencoder):
             "encoder_attention_mask": mask,
         }  # fmt: skip
 
-    def drawing_inputs(self, pipeline, text, negative, empty=True):
+    def drawing_inputs(self, pipeline, text, negative, empty):
         """Return text states of captions and negative prompt, padded to one length, as the pipeline requires."""
         states, count = list(text["states"]), len(text["states"])
         both, mask = side_by_side([*states, *[negative["states"][0]] * count])

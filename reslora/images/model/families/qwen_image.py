@@ -35,7 +35,7 @@ class QwenImage(WithQwenAutoencoder):
     def encode_captions(self, pipeline, captions, longest):
         """Return `states`: a list of (tokens x width), with the tokens of the caption and of the template's suffix."""
         states, mask = pipeline.encode_prompt(
-            list(captions), device=pipeline.text_encoder.device, max_sequence_length=longest
+            captions, device=pipeline.text_encoder.device, max_sequence_length=longest
         )
         return {"states": without_padding(states, mask)}
 
@@ -51,7 +51,7 @@ class QwenImage(WithQwenAutoencoder):
             "img_shapes": [[(1, height // 2, width // 2)]] * batch,
         }
 
-    def drawing_inputs(self, pipeline, text, negative, empty=True):
+    def drawing_inputs(self, pipeline, text, negative, empty):
         """Return text states of the captions and of the negative prompt, which guidance requires."""
         states, mask = side_by_side(text["states"])
         others, others_mask = side_by_side([negative["states"][0]] * len(states))

@@ -6,10 +6,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import nn
 
-from .base import Family, Part
-
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-
+from .base import ATTENTION, Family, Part
 
 ORIGINAL = {
     **{f"transformer_blocks.{{}}.attn.{name}": "joint_blocks.{}.x_block.attn.qkv" for name in ATTENTION[:3]},
@@ -71,7 +68,7 @@ class StableDiffusion3(Family):
     def encode_frozen(self, pipeline, captions, longest):
         """Return `t5`: T5's states, or zeros if the pipeline lacks T5."""
         device = pipeline.text_encoder.device
-        return {"t5": pipeline._get_t5_prompt_embeds(list(captions), max_sequence_length=longest, device=device)}
+        return {"t5": pipeline._get_t5_prompt_embeds(captions, max_sequence_length=longest, device=device)}
 
     def encode_trained(self, pipeline, captions, frozen):
         """Return `states` (batch x tokens x width) and `pooled` of both CLIPs (batch x width).
@@ -80,7 +77,7 @@ class StableDiffusion3(Family):
         """
         device, t5 = pipeline.text_encoder.device, frozen["t5"]
         clips = [
-            pipeline._get_clip_prompt_embeds(list(captions), device=device, clip_model_index=number)
+            pipeline._get_clip_prompt_embeds(captions, device=device, clip_model_index=number)
             for number in range(len(self.trainable))
         ]
         clip, pooled = (torch.cat(found, dim=-1) for found in zip(*clips, strict=True))
@@ -96,7 +93,7 @@ class StableDiffusion3(Family):
             "pooled_projections": conditions.text["pooled"],
         }
 
-    def drawing_inputs(self, pipeline, text, negative, empty=True):
+    def drawing_inputs(self, pipeline, text, negative, empty):
         """Return states and pooled states of the captions and, for guidance, of the negative prompt."""
         return {
             "prompt_embeds": text["states"],
@@ -105,7 +102,7 @@ class StableDiffusion3(Family):
             "negative_pooled_prompt_embeds": negative["pooled"].expand_as(text["pooled"]),
         }
 
-    def model_version(self, config, predicts_v=False):
+    def model_version(self, config, predicts_v):
         """Return the names by model size.
 
         3 medium has 24 blocks, 3.5 large has 38, and 3.5 medium has dual attention in some blocks.

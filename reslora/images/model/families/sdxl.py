@@ -65,9 +65,8 @@ class StableDiffusionXL(Family):
 
     def encode_trained(self, pipeline, captions, frozen):
         """Return `states` (batch x tokens x width of both encoders) and `pooled` (batch x width of the second)."""
-        device = pipeline.text_encoder_2.device
         states, _, pooled, _ = pipeline.encode_prompt(
-            list(captions), device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            captions, device=pipeline.text_encoder_2.device, do_classifier_free_guidance=False
         )
         return {"states": states, "pooled": pooled}
 
@@ -83,7 +82,7 @@ class StableDiffusionXL(Family):
             },
         }
 
-    def drawing_inputs(self, pipeline, text, negative, empty=True):
+    def drawing_inputs(self, pipeline, text, negative, empty):
         """Return states and pooled states of prompt and negative prompt.
 
         An empty negative prompt becomes zeros if the pipeline's configuration has `force_zeros_for_empty_prompt`.

@@ -28,14 +28,14 @@ class StableDiffusion(Family):
 
     def encode_trained(self, pipeline, captions, frozen):
         """Return `states` (batch x tokens x width)."""
-        states, _ = pipeline.encode_prompt(list(captions), pipeline.text_encoder.device, 1, False)
+        states, _ = pipeline.encode_prompt(captions, pipeline.text_encoder.device, 1, False)
         return {"states": states}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
         """Return the sample, the timestep and the text states."""
         return {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": conditions.text["states"]}
 
-    def drawing_inputs(self, pipeline, text, negative, empty=True):
+    def drawing_inputs(self, pipeline, text, negative, empty):
         """Return the text states of the captions and, for guidance, of the negative prompt."""
         states = text["states"]
         return {"prompt_embeds": states, "negative_prompt_embeds": negative["states"].to(states).expand_as(states)}
@@ -48,7 +48,7 @@ class StableDiffusion(Family):
         """Return the name in diffusers: unlike for SDXL, kohya's scripts train diffusers' U-Net."""
         return name
 
-    def model_version(self, config, predicts_v=False):
+    def model_version(self, config, predicts_v):
         """Return the names by the width of the text states (768 in 1.x, 1024 in 2.x), and by the prediction type."""
         version, mark = 2 if config.cross_attention_dim == 1024 else 1, "_v" if predicts_v else ""
         kind = ("-768-v" if predicts_v else "-512") if version == 2 else ""

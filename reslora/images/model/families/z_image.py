@@ -36,9 +36,8 @@ class ZImage(Family):
 
     def encode_captions(self, pipeline, captions, longest):
         """Return `states`: a list of (tokens x width), with the caption's tokens."""
-        device = pipeline.text_encoder.device
         states, _ = pipeline.encode_prompt(
-            list(captions), device, do_classifier_free_guidance=False, max_sequence_length=longest
+            captions, pipeline.text_encoder.device, do_classifier_free_guidance=False, max_sequence_length=longest
         )
         return {"states": states}
 
@@ -54,7 +53,7 @@ class ZImage(Family):
         """Return the velocity, which is the negated output."""
         return -torch.stack(list(output[0])).squeeze(2)
 
-    def drawing_inputs(self, pipeline, text, negative, empty=True):
+    def drawing_inputs(self, pipeline, text, negative, empty):
         """Return lists of text states of the captions and of the negative prompt."""
         states = list(text["states"])
         return {"prompt_embeds": states, "negative_prompt_embeds": [negative["states"][0]] * len(states)}

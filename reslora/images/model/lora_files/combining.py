@@ -8,7 +8,7 @@ from ....errors import InvalidArgument
 from ....export import Factors
 from ....formatting import pluralize
 from ....merging import truncate
-from .names import Parts
+from .names import Layer, Parts, shaped
 
 
 def summed(loras: Sequence[Parts], weights: Sequence[float]) -> Parts:
@@ -17,27 +17,22 @@ def summed(loras: Sequence[Parts], weights: Sequence[float]) -> Parts:
     The factors are [A_1; A_2; ...] and [w_1 s_1 B_1, w_2 s_2 B_2, ...]. For a layer in one LoRA only, the factors are
     kept and the scale is multiplied. Raises `ValueError` if shapes of a layer differ.
     """
-    layers = dict.fromkeys((part, layer) for lora in loras for part, named in lora.items() for layer in named)
+    terms: dict[Layer, list[Factors]] = {}
+    for lora, weight in zip(loras, weights, strict=True):
+        for part, layers in lora.items():
+            for layer, factors in layers.items():
+                terms.setdefault((part, layer), []).append(factors._replace(scale=factors.scale * weight))
     found: Parts = {}
-    for part, layer in layers:
-        terms = [
-            (lora[part][layer], weight)
-            for lora, weight in zip(loras, weights, strict=True)
-            if layer in lora.get(part, {})
-        ]
-        try:
-            found.setdefault(part, {})[layer] = _sum(terms)
-        except RuntimeError:
-            raise ValueError(f"{part}.{layer} has other shapes in one of them") from None
+    for (part, layer), every in terms.items():
+        factors = every[0]
+        if len(every) > 1:
+            try:
+                up = torch.cat([each.up * each.scale for each in every], dim=1)
+                factors = Factors(torch.cat([each.down for each in every]), up, 1.0)
+            except RuntimeError:
+                raise ValueError(f"{part}.{layer} has other shapes in one of them") from None
+        found.setdefault(part, {})[layer] = factors
     return found
-
-
-def _sum(terms: Sequence[tuple[Factors, float]]) -> Factors:
-    if len(terms) == 1:
-        factors, weight = terms[0]
-        return factors._replace(scale=factors.scale * weight)
-    down = torch.cat([factors.down for factors, _ in terms])
-    return Factors(down, torch.cat([factors.up * (factors.scale * weight) for factors, weight in terms], dim=1), 1.0)
 
 
 def reduced(parts: Mapping[str, Mapping[str, Factors]], rank: int) -> tuple[Parts, dict[str, float]]:
@@ -47,16 +42,11 @@ def reduced(parts: Mapping[str, Mapping[str, Factors]], rank: int) -> tuple[Part
     for part, layers in parts.items():
         for layer, factors in layers.items():
             if factors.rank > rank:
-                factors, errors[f"{part}.{layer}"] = _truncated(factors, rank)
+                down, up = factors.down.flatten(1), factors.up.flatten(1) * factors.scale
+                down, up, errors[f"{part}.{layer}"] = truncate(down, up, rank)
+                factors = shaped(Factors(down, up, 1.0), factors.down.shape[1:])
             found.setdefault(part, {})[layer] = factors
     return found, errors
-
-
-def _truncated(factors: Factors, rank: int) -> tuple[Factors, float]:
-    down, up = factors.down.flatten(1), factors.up.flatten(1) * factors.scale
-    a, b, error = truncate(down, up, rank)
-    shape = factors.down.shape[1:]
-    return Factors(a.reshape(-1, *shape), b.reshape(*b.shape, *[1] * (len(shape) - 1)), 1.0), error
 
 
 def in_words(errors: Mapping[str, float], rank: int) -> str:
@@ -82,7 +72,7 @@ def check_finite(parts: Mapping[str, Mapping[str, Factors]], argument: str, fix:
     """Raise `InvalidArgument`, naming `argument`, if a layer's factors or scale are not finite."""
     for part, layers in parts.items():
         for layer, (down, up, scale) in layers.items():
-            if not all(bool(torch.isfinite(factor).all()) for factor in (down, up * scale)):
+            if not all(torch.isfinite(factor).all() for factor in (down, up * scale)):
                 raise InvalidArgument(argument, f"{part}.{layer} is beyond the largest number", fix)
 
 

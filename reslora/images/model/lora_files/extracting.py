@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from ....errors import InvalidArgument, refused_as
 from ....export import Factors
-from .names import Fused, Names, Parts
+from .names import Fused, Names, Parts, shaped
 from .reading import refuse_pickles, wide
 
 PLAIN = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
@@ -45,7 +45,7 @@ class Weights:
             raise InvalidArgument(flag, "no safetensors weights there", "give a file, or a folder in diffusers format")
         files: dict[str, Path] = {}
         for file in found:
-            with refused_as(flag, "give whole files"), safe_open(file, framework="pt") as opened:
+            with refused_as(flag, "give whole files"), safe_open(file, "pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
         if scaled := next(filter(SCALED.fullmatch, files), None):
             problem = f"{scaled}: its weights are in 8 or 4 bits, and to be scaled"
@@ -54,12 +54,12 @@ class Weights:
 
     def read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         """Return some rows of a tensor, in float32 or wider."""
-        with safe_open(self.files[name], framework="pt") as opened:
+        with safe_open(self.files[name], "pt") as opened:
             return wide(opened.get_tensor(name) if rows == slice(None) else opened.get_slice(name)[rows])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
-        with safe_open(self.files[name], framework="pt") as opened:
+        with safe_open(self.files[name], "pt") as opened:
             return tuple(opened.get_slice(name).get_shape())
 
 
@@ -115,7 +115,8 @@ def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[P
     """
     in_base, in_tuned = places_of(base, names), places_of(tuned, names)
     layers, errors = {}, {}
-    for layer in in_base.keys() & in_tuned.keys():
+    common = in_base.keys() & in_tuned.keys()
+    for layer in common:
         one, other = in_base[layer].read(base), in_tuned[layer].read(tuned)
         if one.shape != other.shape:
             problem = f"{layer} is {tuple(other.shape)} there, and {tuple(one.shape)} in the base"
@@ -124,7 +125,7 @@ def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[P
             raise InvalidArgument(tuned.flag, f"{layer} is not finite there or in the base", "give whole models")
         if not torch.equal(one, other):
             layers[layer], errors[f"{names.family.denoiser}.{layer}"] = difference(other - one, rank)
-    held = {places[layer].name for places in (in_base, in_tuned) for layer in in_base.keys() & in_tuned.keys()}
+    held = {places[layer].name for places in (in_base, in_tuned) for layer in common}
     return {names.family.denoiser: dict(sorted(layers.items()))}, errors, _others(base, tuned, held)
 
 
@@ -153,6 +154,5 @@ def difference(delta: torch.Tensor, rank: int) -> tuple[Factors, float]:
     one, other = basis * root, (tall @ basis) / safe
     down, up = (one.t(), other) if wide else (other.t(), one)
     error = float((1 - kept.sum() / matrix.square().sum()).clamp(min=0).sqrt())
-    shape = delta.shape[1:]
-    down, up = down.to(delta.dtype), up.to(delta.dtype)
-    return Factors(down.reshape(-1, *shape).contiguous(), up.reshape(*up.shape, *[1] * (len(shape) - 1)), 1.0), error
+    factors = Factors(down.to(delta.dtype).contiguous(), up.to(delta.dtype), 1.0)
+    return shaped(factors, delta.shape[1:]), error

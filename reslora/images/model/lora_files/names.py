@@ -1,7 +1,7 @@
 """Names of a model's layers in diffusers, kohya's scripts, ComfyUI and PEFT, from the one table of its family."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -74,6 +74,17 @@ class Fused:
         return Factors(torch.cat([f.down for f in given if f]), torch.block_diag(*scaled), 1.0)
 
 
+def shaped(factors: Factors, inputs: Sequence[int]) -> Factors:
+    """Return the factors of a weight with these inputs: its columns or, for a convolution, channels and kernel size."""
+    down, up, scale = factors
+    return Factors(down.reshape(len(down), *inputs), up.reshape(*up.shape[:2], *[1] * (len(inputs) - 1)), scale)
+
+
+def spelled(prefix: str, name: str) -> str:
+    """Return a layer's name in a file: with a prefix that ends in an underscore, dots become underscores, too."""
+    return prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+
+
 @dataclass
 class Names:
     """The layers of a family's denoiser and text encoders, and their names in all formats."""
@@ -93,51 +104,44 @@ class Names:
     """All names that a file may have for a layer, with prefixes."""
 
     def __post_init__(self) -> None:
-        for prefix in ("lora_unet_", "lycoris_"):
-            self._know((prefix, name, fused) for name, fused in self.kohya.items())
-        for prefix in ("diffusion_model.", "lora_unet_", PEFT_PREFIX, ""):
-            self._know((prefix, name, fused) for name, fused in self.original.items())
+        self._know(self.kohya, "lora_unet_", "lycoris_")
+        self._know(self.original, "diffusion_model.", "lora_unet_", PEFT_PREFIX, "")
         part = self.family.denoiser
         own = {name: Fused(((part, name),)) for name in self.shapes}
-        for prefix in (f"{part}.", PEFT_PREFIX, "diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_", ""):
-            self._know((prefix, name, fused) for name, fused in own.items())
+        prefixes = f"{part}.", PEFT_PREFIX, "diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_", ""
+        self._know(own, *prefixes)
         for part, (kohya, comfyui) in self.family.text_names.items():
             text = {name: Fused(((part, name),)) for name in text_layers()}
-            for prefix in (f"{part}.", f"{kohya}_", f"{comfyui}."):
-                self._know((prefix, name, fused) for name, fused in text.items())
-                self._know((prefix, name.removeprefix("text_model."), fused) for name, fused in text.items())
+            short = {name.removeprefix("text_model."): fused for name, fused in text.items()}
+            self._know(text | short, f"{part}.", f"{kohya}_", f"{comfyui}.")
 
-    def _know(self, found: Iterable[tuple[str, str, Fused]]) -> None:
-        for prefix, name, fused in found:
-            self.known.setdefault(prefix + (name.replace(".", "_") if prefix.endswith("_") else name), fused)
+    def _know(self, names: Mapping[str, Fused], *prefixes: str) -> None:
+        for prefix in prefixes:
+            for name, fused in names.items():
+                self.known.setdefault(spelled(prefix, name), fused)
 
     def to_kohya(self, parts: Parts) -> dict[str, Factors]:
         """Return the layers by kohya's names; raises `InvalidArgument` for a layer without one."""
-        joined = self._joined(parts.get(self.family.denoiser, {}), self.kohya)
-        return {f"lora_unet_{name.replace('.', '_')}": factors for name, factors in joined.items()} | self._text(parts)
+        return self._named(parts, "lora_unet_", self.kohya)
 
     def to_comfyui(self, parts: Parts) -> dict[str, Factors]:
         """Return the layers by ComfyUI's names, which are kohya's for text encoders; raises as `to_kohya`."""
-        joined = self._joined(parts.get(self.family.denoiser, {}), self.original)
-        return {f"diffusion_model.{name}": factors for name, factors in joined.items()} | self._text(parts)
+        return self._named(parts, "diffusion_model.", self.original)
 
-    def _joined(self, layers: Mapping[str, Factors], table: Mapping[str, Fused]) -> dict[str, Factors]:
-        part, joined, left = self.family.denoiser, {}, dict.fromkeys(layers)
+    def _named(self, parts: Parts, prefix: str, table: Mapping[str, Fused]) -> dict[str, Factors]:
+        part, found = self.family.denoiser, {}
+        layers = {(part, layer): factors for layer, factors in parts.get(part, {}).items()}
+        left = dict(layers)
         for name, fused in table.items():
-            if given := {layer: layers[layer[1]] for layer in fused.layers if layer[1] in layers}:
-                joined[name] = fused.join(given)
-                left = {key: None for key in left if (part, key) not in given}
+            if given := {layer: layers[layer] for layer in fused.layers if layer in layers}:
+                found[spelled(prefix, name)] = fused.join(given)
+                left = {layer: factors for layer, factors in left.items() if layer not in given}
         if left:
             fix = "write it with --to diffusers or peft"
-            raise InvalidArgument(f"{part}.{next(iter(left))}", "that format has no name for this layer", fix)
-        return joined
-
-    def _text(self, parts: Parts) -> dict[str, Factors]:
-        return {
-            f"{kohya}_{name.replace('.', '_')}": factors
-            for part, (kohya, _) in self.family.text_names.items()
-            for name, factors in parts.get(part, {}).items()
-        }
+            raise InvalidArgument(".".join(next(iter(left))), "that format has no name for this layer", fix)
+        for part, (kohya, _) in self.family.text_names.items():
+            found |= {spelled(f"{kohya}_", name): factors for name, factors in parts.get(part, {}).items()}
+        return found
 
 
 def names_of(family: Family, config: Mapping | None = None) -> Names:

@@ -1,6 +1,7 @@
 """Read LoRA files and PEFT folders as plain factors of each layer; reject everything that is not a plain LoRA."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -21,13 +22,15 @@ from ....methods.adapters import ADAPTER_NAME
 from ....ranks import CHANGES_BASE
 from ..families import FAMILIES, load_family
 from ..families.base import Family
-from .names import Names, Parts, names_of
+from .names import Names, Parts, names_of, shaped
 
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
-# Names of the two factors in PEFT and diffusers, in kohya's scripts, and in two of diffusers' older formats.
-DOWN = re.compile(r"\.(?:lora_A(?:\.default)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight$")
-UP = re.compile(r"\.(?:lora_B(?:\.default)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight$")
-ALPHA = re.compile(r"\.alpha$")
+ENDING = re.compile(
+    r"\.(?:(?P<down>lora_A(?:\.default)?|lora_down|lora\.down|lora_linear_layer\.down)\.weight"
+    r"|(?P<up>lora_B(?:\.default)?|lora_up|lora\.up|lora_linear_layer\.up)\.weight"
+    r"|(?P<alpha>alpha))$"
+)
+"""Names of the two factors in PEFT and diffusers, in kohya's scripts, and in two of diffusers' older formats."""
 WITHOUT_PART = re.compile(rf"({re.escape(PEFT_PREFIX)})?(?P<layer>.+)\.lora_A(\.default)?\.weight")
 """PEFT's names of layers; their scale is in its configuration."""
 OLDEST = re.compile(r"_lora\d?\.(?:down|up)\.weight$")
@@ -79,7 +82,7 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
             raise InvalidArgument(flag, "a checkpoint, and no finished LoRA", EXPORTED)
         wanted = "a .safetensors file, or a folder with one of the names that PEFT and diffusers give it"
         raise InvalidArgument(flag, "no LoRA file there", f"give {wanted}")
-    with refused_as(flag, "give a whole .safetensors file"), safe_open(file, framework="pt") as opened:
+    with refused_as(flag, "give a whole .safetensors file"), safe_open(file, "pt") as opened:
         metadata = opened.metadata() or {}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
     for name, value in tensors.items():
@@ -188,41 +191,38 @@ def pairs_of(content: Content) -> dict[str, Factors]:
     """
     if not content.tensors:
         raise InvalidArgument(content.flag, "there is no layer in it", "give a LoRA that was trained")
-    down: dict[str, torch.Tensor] = {}
-    up: dict[str, torch.Tensor] = {}
-    alpha: dict[str, torch.Tensor] = {}
+    kinds: dict[str | None, dict[str, torch.Tensor]] = {"down": {}, "up": {}, "alpha": {}}
     for key, value in content.tensors.items():
-        for pattern, kind in ((DOWN, down), (UP, up), (ALPHA, alpha)):
-            if match := pattern.search(key):
-                if (name := key[: match.start()]) in kind:
-                    raise InvalidArgument(content.flag, f"{name} is in it twice", "remove one of the two")
-                kind[name] = value
-                break
-        else:
-            if key.startswith("reslora."):
-                raise InvalidArgument(content.flag, "an unmerged ResLoRA, with shortcuts that no file has", EXPORTED)
-            if not OLDEST.search(key):
-                raise InvalidArgument(content.flag, f"{key} is not of plain LoRA", "give a LoRA without that")
+        if match := ENDING.search(key):
+            kind, name = kinds[match.lastgroup], key[: match.start()]
+            if name in kind:
+                raise InvalidArgument(content.flag, f"{name} is in it twice", "remove one of the two")
+            kind[name] = value
+        elif key.startswith("reslora."):
+            raise InvalidArgument(content.flag, "an unmerged ResLoRA, with shortcuts that no file has", EXPORTED)
+        elif not OLDEST.search(key):
+            raise InvalidArgument(content.flag, f"{key} is not of plain LoRA", "give a LoRA without that")
+    down, up, alpha = kinds.values()
     if lonely := [*(down.keys() ^ up.keys()), *(alpha.keys() - down.keys())]:
         raise InvalidArgument(content.flag, f"{lonely[0]} lacks one of its two factors", "give a whole file")
     found = {}
-    for name in down:
-        sizes, factors = up[name].shape, (down[name], up[name])
-        fit = down[name].dim() in (2, 4) and sizes[1:2] == down[name].shape[:1] and math.prod(sizes[2:]) == 1
-        if not fit or not all(map(torch.numel, factors)):
+    for name, a in down.items():
+        b = up[name]
+        fit = a.dim() in (2, 4) and b.shape[1:2] == a.shape[:1] and math.prod(b.shape[2:]) == 1
+        if not (fit and a.numel() and b.numel()):
             raise InvalidArgument(content.flag, f"{name}: shapes of its factors do not fit", "give a whole file")
-        if not all(map(torch.is_floating_point, factors)):
-            kinds = " and ".join(str(factor.dtype).removeprefix("torch.") for factor in factors)
-            raise InvalidArgument(content.flag, f"{name} is {kinds}", "give a LoRA in floating point")
-        rank = len(down[name])
+        if not (a.is_floating_point() and b.is_floating_point()):
+            dtypes = f"{a.dtype} and {b.dtype}".replace("torch.", "")
+            raise InvalidArgument(content.flag, f"{name} is {dtypes}", "give a LoRA in floating point")
+        rank = len(a)
         try:
             scale = alpha[name].item() / rank if name in alpha else _scale(name, rank, content.configs)
         except Exception:  # a damaged configuration can raise many types
             fix = "repair its alpha, or lora_alpha and alpha_pattern of its configuration"
             raise InvalidArgument(content.flag, f"the scale of {name} is damaged", fix) from None
-        if not (all(bool(torch.isfinite(factor).all()) for factor in factors) and math.isfinite(scale)):
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all() and math.isfinite(scale)):
             raise InvalidArgument(content.flag, f"{name} is not finite", "give a LoRA that has not diverged")
-        found[name] = Factors(wide(down[name]), wide(up[name]), scale)
+        found[name] = Factors(wide(a), wide(b), scale)
     return found
 
 
@@ -300,11 +300,11 @@ def _shaped(flag: str, layer: str, factors: Factors, names: Names) -> Factors:
     """Return factors in the shape of the layer's weight: a 1 x 1 convolution may be written as a linear layer."""
     if not names.exact:
         return factors
-    (down, up, scale), wanted = factors, names.shapes[layer]
-    if (up.shape[0], down[0].numel()) != (wanted[0], math.prod(wanted[1:])):
-        problem = f"{layer} is {up.shape[0]} x {down[0].numel()} in it, {' x '.join(map(str, wanted))} in the model"
+    outputs, inputs, wanted = len(factors.up), factors.down[0].numel(), names.shapes[layer]
+    if (outputs, inputs) != (wanted[0], math.prod(wanted[1:])):
+        problem = f"{layer} is {outputs} x {inputs} in it, {' x '.join(map(str, wanted))} in the model"
         raise InvalidArgument(flag, problem, "give the model that it was made for")
-    return Factors(down.reshape(len(down), *wanted[1:]), up.reshape(*up.shape[:2], *[1] * (len(wanted) - 2)), scale)
+    return shaped(factors, wanted[1:])
 
 
 def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
@@ -314,14 +314,14 @@ def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
     """
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in content.tensors.items():
-        ending = next(filter(None, (pattern.search(key) for pattern in (DOWN, UP, ALPHA, OLDEST))))
+        ending = next(filter(None, (ENDING.search(key), OLDEST.search(key))))
         layers.setdefault(key[: ending.start()], {})[key] = value
     # One A for several layers is one tensor, which safetensors refuses to write twice.
     whole = {key: value.clone() for key, value in _converted(content.tensors, names).items()}
     if unread := [name for name, tensors in layers.items() if not _converted(tensors, names).keys() & whole]:
         problem = f"{min(unread, key=names.known.__contains__)} is no layer of {names.family.name} that diffusers reads"
         raise InvalidArgument(content.flag, problem, _another(names))
-    return pairs_of(Content(content.path, content.flag, whole, content.metadata, content.configs))
+    return pairs_of(dataclasses.replace(content, tensors=whole))
 
 
 def _converted(tensors: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:

@@ -67,6 +67,5 @@ def peft_folder(folder: Path, part: str, family: Family) -> Path:
 
 def _as_loaded(part: str, layers: Mapping[str, Factors], names: Names) -> dict[str, Factors]:
     """Return layers by their names in the model: some CLIP text encoders lack the prefix that files have."""
-    kinds = typing.get_type_hints(names.family.pipeline.__init__)
-    short = kinds.get(part) is CLIPTextModel
+    short = typing.get_type_hints(names.family.pipeline.__init__).get(part) is CLIPTextModel
     return {name.removeprefix("text_model.") if short else name: factors for name, factors in layers.items()}

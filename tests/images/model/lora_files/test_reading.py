@@ -28,7 +28,7 @@ def guessed(path) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_header_says_whose_a_file_is(family, tmp_path):
     known = load_family(PIPELINE_OF[family])
-    version, architecture = known.model_version(names(family).config)
+    version, architecture = known.model_version(names(family).config, predicts_v=False)
     for metadata in ({"ss_base_model_version": version}, {"modelspec.architecture": f"{architecture}/lora"}):
         write_diffusers(tmp_path / "in.safetensors", random_lora(family, lambda name: "to_q" in name), metadata)
         assert guessed(tmp_path / "in.safetensors") == family
@@ -152,7 +152,7 @@ def test_trained_in_the_models_own_names_and_written_by_peft(family, tmp_path):
     """As AI-Toolkit's files are, which diffusers reads with scale 1."""
     known = names(family)
     layers = {name: f._replace(scale=1.0) for name, f in random_lora(family)[known.family.denoiser].items()}
-    own = known._joined(layers, known.original)
+    own = known._named({known.family.denoiser: layers}, "", known.original)
     in_pefts_names(own, PEFTS, tmp_path / "in.safetensors")
     assert stock_reads(tmp_path / "in.safetensors", known) == set(layers)
     assert_same(read(tmp_path / "in.safetensors", known), updates({known.family.denoiser: layers}))

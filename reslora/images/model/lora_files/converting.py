@@ -1,0 +1,145 @@
+"""Convert as the options of reslora-convert say: read, add, reduce or extract LoRAs, and write one."""
+
+import argparse
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+
+from ....bundled import ASSETS
+from ....errors import InvalidArgument, first_line, refused_as
+from ....io import read_object
+from ...content_hash import folder_mark
+from ..families import FAMILIES, load_family
+from ..families.base import Family
+from .combining import cast, check_finite, in_short, in_words, reduced, summed
+from .extracting import Weights, extracted
+from .names import Names, Parts, names_of
+from .reading import Content, family_of, read_content, read_parts
+from .writing import output_of, write
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Read, add, reduce and write LoRAs, and print a summary line."""
+    path = output_of(args.output, args.to)
+    check_overwrite(path, args)
+    parts, names, metadata, dtype = extraction(args) if args.extract else sum_of_inputs(args)
+    if args.weight:
+        check_finite(parts, f"--weight {' '.join(f'{weight:g}' for weight in args.weight)}", "give smaller ones")
+    if args.rank and not args.extract:
+        parts, errors = reduced(parts, args.rank)
+        print(in_words(errors, args.rank))
+    dtype = getattr(torch, args.dtype) if args.dtype else dtype
+    parts, kind = cast(parts, dtype), str(dtype).removeprefix("torch.")
+    check_finite(parts, f"--dtype {kind}", "give a wider one")
+    write(parts, names, args.to, path, metadata)
+    print(f"{path}: {names.family.name} ({', '.join(parts)}), {in_short(parts)}, {kind}, for {args.to}")
+
+
+def check_overwrite(path: Path, args: argparse.Namespace) -> None:
+    """Raise `InvalidArgument` before replacing an input, or without --overwrite any other file or PEFT directory."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    flag, place = f"OUT {args.output}", path.resolve()
+    for text in (*args.inputs, *(args.extract or ())):
+        read = Path(text).resolve()
+        nested = place.is_relative_to(read) or read.is_relative_to(place)
+        if nested or (read.exists() and read.samefile(place)):
+            raise InvalidArgument(flag, f"would replace the input {text}, or what is in it", "give another name")
+    if not args.overwrite:
+        raise InvalidArgument(flag, f"{path} exists", "give another name, or add --overwrite")
+
+
+def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:
+    """Return the weighted sum of the inputs, the layer names of their model, their common metadata, and the dtype."""
+    contents = [read_content(Path(text), f"IN {text}") for text in args.inputs]
+    names, said = names_for(args, contents)
+    loras = [read_parts(content, names) for content in contents]
+    try:
+        parts = summed(loras, args.weight or [1.0] * len(loras))
+    except ValueError as error:
+        raise InvalidArgument("IN", first_line(error), "give LoRAs of one model") from None
+    first, *others = (content.metadata for content in contents)
+    agreed = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    return parts, names, said | agreed, contents[0].dtype
+
+
+def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:
+    """Return the difference of two models as a LoRA, in the form of `sum_of_inputs`."""
+    base, tuned = map(Path, args.extract)
+    if args.base is None and any((base / name).is_file() for name in ("model_index.json", "config.json")):
+        args.base = str(base)
+    names, said = names_for(args, [])
+    one, other = (Weights.of(path, names.family.denoiser, f"--extract {path}") for path in (base, tuned))
+    parts, errors, others = extracted(one, other, names, args.rank)
+    if not parts[names.family.denoiser]:
+        raise InvalidArgument(other.flag, "no layer of it differs from the base", "give a model that was tuned")
+    print(in_words(errors, args.rank))
+    for part in names.family.text_names:
+        folders = [path / part for path in (base, tuned)]
+        if all(folder.is_dir() for folder in folders) and len(set(map(folder_mark, folders))) > 1:
+            others.append(part)
+    if others:
+        print(f"not in the LoRA: {len(others)} more that differ or one model alone has, such as {others[0]}")
+    return parts, names, said, torch.float32
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Names, dict[str, str]]:
+    """Return the layer names of the LoRA's model, and the metadata of a file's header."""
+    family = next((each for each in map(load_family, FAMILIES) if each.name == args.family), None)
+    if args.base is None:
+        if family is None and not contents:
+            raise InvalidArgument("--extract", "whose weights these are is not certain", "add --base or --family")
+        if family is None and (name := base_of_run(contents[0].path)):
+            with contextlib.suppress(InvalidArgument):  # it was moved
+                return of_base(name, None)
+        return names_of(family or family_of(contents[0])), {}
+    return of_base(args.base, family)
+
+
+def base_of_run(path: Path) -> str | None:
+    """Return the base model in the config.json of the run that wrote a file or directory; None outside of a run."""
+    path = path.resolve()
+    for folder in (path, *path.parents):
+        name = read_object(folder / "config.json").get("pretrained_model_name_or_path")
+        if isinstance(name, str):
+            bundled = ASSETS / Path(name).name  # a path of another machine, or relative to another directory
+            moved = not Path(name).exists() and Path(name).parent.name == ASSETS.name and bundled.is_dir()
+            return str(bundled) if moved else name
+    return None
+
+
+def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
+    """Return the layer names and file metadata for a model's directory or its name on the Hub."""
+    flag = f"--base {name}"
+    if Path(name).is_file():
+        raise InvalidArgument(flag, "a single file says nothing of the model", "give a folder in diffusers format")
+    with refused_as(flag, "give a pipeline's folder in diffusers format, or its name on the hub"):
+        alone = (Path(name) / "config.json").is_file() and not (Path(name) / "model_index.json").is_file()
+        known = [each for each in map(load_family, FAMILIES) if family in (None, each)]
+        if alone:
+            config = read_object(Path(name) / "config.json")
+            kind = config.get("_class_name", "model without _class_name")
+            fitting = [each for each in known if each.denoiser_class.__name__ == kind]
+            fitting = [each for each in fitting if is_sdxls(each.published) == is_sdxls(config)]
+        else:
+            kind = DiffusionPipeline.load_config(name)["_class_name"]
+            fitting = [each for each in known if each.pipeline.__name__ == kind]
+        if len(fitting) != 1:
+            problem = f"a {kind}" + (f", and --family {family.name}" if family else "")
+            raise InvalidArgument(flag, problem, f"give one of {', '.join(FAMILIES)}, or its denoiser")
+        (family,) = fitting
+        config = family.denoiser_class.load_config(name, **({} if alone else {"subfolder": family.denoiser}))
+        names = names_of(family, config)
+        scheduler: Mapping = {} if alone else DDIMScheduler.load_config(name, subfolder="scheduler")
+        return names, family.metadata(names.config, scheduler.get("prediction_type") == "v_prediction")
+
+
+def is_sdxls(config: Mapping) -> bool:
+    """Return whether a U-Net is SDXL's, by its configuration; its class is shared with other families."""
+    return config.get("addition_embed_type") == "text_time"
