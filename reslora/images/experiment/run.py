@@ -44,7 +44,6 @@ from ...training.checkpoints import (
     Identity,
     check_past,
     checkpoints_of,
-    is_exported,
     past_of,
     plan_resume,
 )
@@ -327,8 +326,9 @@ class Bench(Subject):
 
     def is_exported(self, arm: Arm, step: int) -> bool:
         """Return whether the files of an arm are those of its checkpoint at a step."""
-        record = read_object(self.course.folder_of(arm) / EXPORTS)
-        return record.get(EXPORTED) == step and is_exported(self.course.folder_of(arm), record)
+        folder = self.course.folder_of(arm)
+        record = read_object(folder / EXPORTS)
+        return record.get(EXPORTED) == step and all((folder / name).exists() for name in record["difference_of_255"])
 
     def export_compared(self, arm: Arm, step: int) -> None:
         """Write an arm's LoRA files, read back and compared, as a single run does."""
