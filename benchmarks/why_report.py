@@ -99,8 +99,8 @@ def counted() -> str:
             effects.append(f"{min(sizes):.2f}% to {max(sizes):.2f}% for {name}")
     return (
         f"In {len(found)} comparisons of a shortcut with LoRA, the shortcut ended significantly below LoRA {below} "
-        f"times and significantly above LoRA {above} times. The minimum detectable effect (80% power) is "
-        f"{' and '.join(effects)}, in percent of LoRA's test loss."
+        f"times and significantly above LoRA {above} times. Relative to LoRA's test loss, the minimum detectable "
+        f"effect (80% power) is {' and '.join(effects)}."
     )
 
 

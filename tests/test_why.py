@@ -133,7 +133,7 @@ def test_the_summary_counts_what_is_significant_and_has_the_lowest_shortcut():
     assert f"| **{100 * 0.909 / 18.8:+.2f}%** |" in row
     assert why_report.counted().startswith(
         "In 1 comparisons of a shortcut with LoRA, the shortcut ended significantly below LoRA 0 times "
-        "and significantly above LoRA 1 times. The minimum"
+        "and significantly above LoRA 1 times. Relative to LoRA's test loss, the minimum"
     )
 
 
