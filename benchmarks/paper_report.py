@@ -374,6 +374,8 @@ def speed_tables() -> str:
         machine = found["machine"]
         threads = pluralize(machine["threads"], "thread")
         where = f"{machine['gpu'] or machine['cpu']}, {threads}, torch {machine['torch']}"
+        if "shortcuts" in found or "depth" in found:
+            where += f"; r = {found['rank']}, {found['rounds']} pairs of steps"
         parts.append(table([f"`{path.parent.name}/{path.stem}`, {where}", ""], speed_rows(found)))
     return "\n\n".join(parts) or NOT_RUN
 
@@ -414,9 +416,9 @@ def step_figures(figures: dict, found: dict) -> str:
     """Format a step's time and memory relative to stock PEFT's."""
     low, middle, high = figures["ratio_quartiles"]
     what = "peak memory" if found["device"] == "cuda" else "memory for the backward pass"
-    step = f"{middle:.3f} ({low:.3f}-{high:.3f}) of stock PEFT's time, r = {found['rank']}"
+    step = f"{middle:.3f} ({low:.3f}-{high:.3f}) of stock PEFT's time"
     memory = f"{figures['memory_ratio']:.2f} of its {what}"
-    return f"{step}, {found['rounds']} pairs of steps; {memory}" + ("" if found["quiet"] else " (on a busy machine)")
+    return f"{step}, {memory}" + ("" if found["quiet"] else " (on a busy machine)")
 
 
 def scale_figures(row: dict) -> str:
