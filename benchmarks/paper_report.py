@@ -155,7 +155,7 @@ def convergence(name: str, results: dict[str, list[dict]]) -> str:
         cells.append(spread(gaps, "{:+.4f}").replace("± +", "± ") if gaps and variant != "lora" else "—")
         if other:
             cells.append(spread([curve(result, other)[-1][1] for result in found], "{:.3f}"))
-        rows.append([*cells, steps + (f" ({never} of {len(reached)} runs never reach it)" if never else "")])
+        rows.append([*cells, steps + (f" (not reached by {never} of {len(reached)} runs)" if never else "")])
     head = [
         "method",
         "learning rate",
