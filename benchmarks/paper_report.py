@@ -15,6 +15,7 @@ from measured import RESULTS, ROOT
 from why import EXPERIMENTS as OF_WHY
 from why_report import NOT_RUN, alpha_table, counted, records, summary_table, why_tables
 
+from reslora.formatting import pluralize
 from reslora.merges import MERGES as FOR_LINKS
 
 matplotlib.use("Agg")
@@ -77,7 +78,8 @@ def section(name: str, experiments: dict) -> str:
     if not results:
         return NOT_RUN
     seeds = {len(found) for found in results.values()}
-    parts = [f"Seeds per method: {', '.join(map(str, sorted(seeds)))}. Mean ± standard deviation over them."]
+    numbers = ", ".join(map(str, sorted(seeds)))
+    parts = [f"Seeds per method: {numbers}. Values with ± are mean and standard deviation over the seeds."]
     if any(found for found in results.values()):
         parts += [convergence(name, results), rates(name, experiment), merges(results), calibration(results)]
     if name == "pre_num":
@@ -130,7 +132,7 @@ def limits_table() -> str:
             worst.append(max(same["missed"].values()))
         figures = [spread(shares, "{:.1f}") + "%", spread(means, "{:.3f}"), spread(worst, "{:.3f}")]
         rows.append([f"{row['ridge']:g}", str(row["examples"]), f"{row['tokens']:,}", *figures])
-    missed = ["1 - R2, mean block", "1 - R2, worst block"]
+    missed = ["1 - R2, mean over blocks", "1 - R2, worst block"]
     return table(["ridge", "examples", "tokens", "share of the improvement retained", *missed], rows)
 
 
@@ -153,7 +155,7 @@ def convergence(name: str, results: dict[str, list[dict]]) -> str:
         cells.append(spread(gaps, "{:+.4f}").replace("± +", "± ") if gaps and variant != "lora" else "—")
         if other:
             cells.append(spread([curve(result, other)[-1][1] for result in found], "{:.3f}"))
-        rows.append([*cells, steps + (f" (never in {never} of {len(reached)})" if never else "")])
+        rows.append([*cells, steps + (f" (not reached by {never} of {len(reached)} runs)" if never else "")])
     head = [
         "method",
         "learning rate",
@@ -162,7 +164,7 @@ def convergence(name: str, results: dict[str, list[dict]]) -> str:
         *([f"validation {other}"] if other else []),
     ]
     plot = plot_curves(name, results)
-    head.append(f"steps to LoRA's final loss, each at its learning rate (of {total})")
+    head.append(f"steps to LoRA's final loss (of {total})")
     return f"{table(head, rows)}\n\n![validation loss by step]({plot})"
 
 
@@ -178,8 +180,9 @@ def rates(name: str, experiment) -> str:
     if all(grid.get("lora", [None])):
         ends = [curve(result)[-1][1] for result in grid["lora"]]
         chosen = experiment.rates.index(results_of(name, ["lora"])["lora"][0]["rate"])
-        title = f"steps to {ends[chosen]:.4f}, LoRA's final loss at its chosen rate"
-        parts.append(rate_table("steps to LoRA's final loss at the same rate", experiment, grid, steps_in_words, ends))
+        title = f"steps to {ends[chosen]:.4f}, LoRA's final loss at its chosen learning rate"
+        same = "steps to LoRA's final loss at the same learning rate"
+        parts.append(rate_table(same, experiment, grid, steps_in_words, ends))
         parts.append(rate_table(title, experiment, grid, steps_in_words, [ends[chosen]] * len(ends)))
     return "\n\n".join(parts)
 
@@ -197,7 +200,7 @@ def rate_table(title: str, experiment, grid: dict, cell_of: Callable, levels: It
         [variant, *(cell_of(r, level) if r else "—" for r, level in zip(results, levels, strict=True))]
         for variant, results in grid.items()
     ]
-    return table([f"seed 0: {title}", *(f"{rate:g}" for rate in experiment.rates)], rows)
+    return table([f"seed 0: {title}", *(f"learning rate {rate:g}" for rate in experiment.rates)], rows)
 
 
 def steps_in_words(result: dict, level: float) -> str:
@@ -294,7 +297,13 @@ def calibration(results: dict[str, list[dict]]) -> str:
         return ""
     names = list(next(iter(studied.values()))[0]["calibration"])
     rows = [[v, *(spread([r["calibration"][n] for r in found]) for n in names)] for v, found in studied.items()]
-    return table(["test loss, lstsq from", *(f"{name} examples" for name in names)], rows)
+    return table(["test loss after `lstsq` with", *map(examples_in_words, names)], rows)
+
+
+def examples_in_words(name: str) -> str:
+    """Return "128 examples" for the name "128", and "128 examples of gsm8k" for "128 of gsm8k"."""
+    number, *task = name.split(" ", 1)
+    return " ".join([number, "examples", *task])
 
 
 # -- pre_num (Table 4, Figures 4 to 7) ---------------------------------------------------------------------------------
@@ -363,7 +372,10 @@ def speed_tables() -> str:
     for path in sorted([*(RESULTS / "speed").glob("*.json"), *(RESULTS / "trainer").glob("*.json")]):
         found = json.loads(path.read_text(encoding="utf-8"))
         machine = found["machine"]
-        where = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+        threads = pluralize(machine["threads"], "thread")
+        where = f"{machine['gpu'] or machine['cpu']}, {threads}, torch {machine['torch']}"
+        if "shortcuts" in found or "depth" in found:
+            where += f"; r = {found['rank']}, {found['rounds']} pairs of steps"
         parts.append(table([f"`{path.parent.name}/{path.stem}`, {where}", ""], speed_rows(found)))
     return "\n\n".join(parts) or NOT_RUN
 
@@ -381,14 +393,14 @@ def speed_rows(found: dict) -> list[list[str]]:
             [f"{row['case']}: planned memory", f"{row['ratio']:.3f} of the allocated memory"] for row in found["cases"]
         ]
     if "scale" in found:
-        note = "" if found["quiet"] else " (not a quiet machine)"
+        note = "" if found["quiet"] else " (on a busy machine)"
         return [[f"{row['data']}, {row['run']} run", scale_figures(row) + note] for row in found["scale"]]
     if "overhead" in found:
         rows = found["overhead"].items()
-        return [[f"{name}: a simulated device idles", f"{figures['idle']:.1%} of the time"] for name, figures in rows]
+        return [[f"{name}: idle time of a simulated device", f"{figures['idle']:.1%}"] for name, figures in rows]
     if "merging" in found:
         return [
-            [f"{model} ({figures['blocks']} blocks) by `{method}`", merge_figures(figures[method], found)]
+            [f"{model} ({figures['blocks']} blocks) merged by `{method}`", merge_figures(figures[method], found)]
             for model, figures in found["merging"].items()
             for method in ("lstsq", "weights", "exact")
         ]
@@ -403,15 +415,17 @@ def speed_rows(found: dict) -> list[list[str]]:
 def step_figures(figures: dict, found: dict) -> str:
     """Format a step's time and memory relative to stock PEFT's."""
     low, middle, high = figures["ratio_quartiles"]
-    what = "peak memory" if found["device"] == "cuda" else "memory kept for the backward"
-    step = f"{middle:.3f} ({low:.3f}-{high:.3f}) of stock PEFT's step, r = {found['rank']}, {found['rounds']} pairs"
-    return f"{step}; {figures['memory_ratio']:.2f} of its {what}" + ("" if found["quiet"] else " (not a quiet machine)")
+    what = "peak memory" if found["device"] == "cuda" else "memory for the backward pass"
+    step = f"{middle:.3f} ({low:.3f}-{high:.3f}) of stock PEFT's time"
+    memory = f"{figures['memory_ratio']:.2f} of its {what}"
+    return f"{step}, {memory}" + ("" if found["quiet"] else " (on a busy machine)")
 
 
 def scale_figures(row: dict) -> str:
     """Format the memory until the last step, the size on disk, and the time to the first step."""
     own, resident, encoded = (f"{row[key] / 2**20:.0f} MiB" for key in ("anonymous", "resident", "encoded"))
-    return f"{own} its own, {resident} resident, {encoded} encoded, {row['until_first_step']:.0f} s to the first step"
+    memory = f"{own} of anonymous memory, {resident} of resident memory"
+    return f"{memory}, {encoded} of encoded data on disk, {row['until_first_step']:.0f} s to the first step"
 
 
 def merge_figures(figures: dict, found: dict) -> str:
@@ -419,7 +433,7 @@ def merge_figures(figures: dict, found: dict) -> str:
     said = [f"{figures['bytes'] / 2**20:.0f} MiB"]
     if "passes" in figures:
         whole = f"{figures['bytes_in_one_pass'] / 2**30:.1f} GiB"
-        several = f"{figures['passes']} passes over {found['samples']} samples (all at once: {whole})"
+        several = f"{figures['passes']} passes over {found['samples']} samples (one pass would take {whole})"
         said.append(several if figures["passes"] > 1 else f"one pass over {found['samples']} samples")
     seconds = f"{figures['seconds']:.0f} s" if figures["seconds"] >= 1 else "less than 1 s"
     return ", ".join([*said, *([seconds] if found["quiet"] else [])])
@@ -434,7 +448,7 @@ def not_run(experiments: dict) -> str:
     """Return a sentence that lists the experiments without a result."""
     names = [name for name in experiments if not list((RESULTS / name).glob("*.json"))]
     names += [name for name in OF_WHY if not (RESULTS / "why" / f"{name}.json").is_file()]
-    return f"Not run: {', '.join(f'`{name}`' for name in names)}."
+    return f"These experiments have not run: {', '.join(f'`{name}`' for name in names)}."
 
 
 def plot_of_all(shows: str, plot: Callable[[], Figure], name: str) -> str:

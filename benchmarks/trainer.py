@@ -7,7 +7,7 @@
     python benchmarks/trainer.py memory         # step time and memory before, between and after validation samples
     python benchmarks/trainer.py scale          # time to the first step and memory by images and captions: scale.py
     python benchmarks/trainer.py overhead       # overhead per step, on a simulated device (overhead.py)
-    python benchmarks/trainer.py first_step     # time until training begins, over loading the files (whole_runs.py)
+    python benchmarks/trainer.py first_step     # time until training begins / time to load the files (whole_runs.py)
     python benchmarks/trainer.py default --before CHECKOUT   # README's first command compared with an earlier commit
     python benchmarks/trainer.py buckets        # a step with buckets compared with one without
 

@@ -48,7 +48,7 @@ def default_run(args: argparse.Namespace) -> dict:
             print(f"round {number + 1}  {name:<7} {taken:.1f} s", flush=True)
     ratios = [now / before for before, now in zip(seconds["before"], seconds["now"], strict=True)]
     print(f"{statistics.median(ratios):.2f} of the time")
-    return {"ratios": {"README's first command, time over that of an earlier commit": ratios}, "runs": seconds}
+    return {"ratios": {"time of README's first command / its time at an earlier commit": ratios}, "runs": seconds}
 
 
 def buckets(args: argparse.Namespace, bundled: Callable[[Path], tuple[Path, Path, int]], trainer: Path) -> dict:
@@ -69,11 +69,11 @@ def buckets(args: argparse.Namespace, bundled: Callable[[Path], tuple[Path, Path
                 print(f"round {number + 1}  buckets {name:<3} {1e3 * seconds[name][-1]:.1f} ms a step", flush=True)
     ratios = [on / off for off, on in zip(seconds["off"], seconds["on"], strict=True)]
     print(f"{statistics.median(ratios):.3f} of the time")
-    return {"ratios": {"a step with buckets, over one without": ratios}, "seconds a step": seconds}
+    return {"ratios": {"step time with buckets / without buckets": ratios}, "seconds a step": seconds}
 
 
 def first_step(args: argparse.Namespace, pipeline_of: Callable[[Path], tuple[Path, Path, int]], trainer: Path) -> dict:
-    """Time until training begins, over loading the same files; the first run, which encodes, is not counted."""
+    """Divide the time until training begins by the time to load the files; the first run, which encodes, is ignored."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model, data, _ = pipeline_of(folder)
@@ -90,4 +90,4 @@ def first_step(args: argparse.Namespace, pipeline_of: Callable[[Path], tuple[Pat
             if number:
                 ratios.append(run.until_first_step / loading)
                 runs.append({"loading": loading, "until_first_step": run.until_first_step})
-        return {"ratios": {"time until training begins, over loading the files": ratios}, "runs": runs}
+        return {"ratios": {"time until training begins / time to load the files": ratios}, "runs": runs}

@@ -75,13 +75,13 @@ def summary_table() -> str:
         difference, interval, _, detectable = compared(lowest)
         cells += [lowest["label"] if lowest else "", difference, interval, detectable]
         rows.append("| " + " | ".join(cells) + " |")
-    head = ["experiment", "runs", "hours", "test reads", "seeds", "below LoRA", "above LoRA"]
+    head = ["experiment", "runs", "hours", "test evaluations", "seeds", "below LoRA", "above LoRA"]
     head += ["lowest shortcut", "difference", "95% CI", "MDE"]
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows]) if rows else NOT_RUN
 
 
 def counted() -> str:
-    """How many comparisons of a shortcut with LoRA are significant, and the minimum detectable effects; a sentence."""
+    """Return two sentences: how many shortcuts differ significantly from LoRA, and the minimum detectable effects."""
     found = [
         (unit, verdict)
         for _, record, unit in records()
@@ -98,8 +98,9 @@ def counted() -> str:
             name = "images" if kind == "images" else "text"
             effects.append(f"{min(sizes):.2f}% to {max(sizes):.2f}% for {name}")
     return (
-        f"Of {len(found)} comparisons of a shortcut with LoRA, {below} end significantly below it and {above} above. "
-        f"The minimum detectable effect (80% power) is {' and '.join(effects)}."
+        f"In {len(found)} comparisons of a shortcut with LoRA, the shortcut ended significantly below LoRA {below} "
+        f"times and significantly above LoRA {above} times. Relative to LoRA's test loss, the minimum detectable "
+        f"effect (80% power) is {' and '.join(effects)}."
     )
 
 
@@ -112,18 +113,19 @@ def alpha_table() -> str:
             cells = [f"{rate:g}" for rate in found] + [""] * (3 - len(found))
             half = "yes" if math.isclose(2 * found[1], found[0]) else "no"
             rows.append("| " + " | ".join([title, *cells, half]) + " |")
-    head = "| experiment | alpha | twice | four times | half the learning rate with twice the alpha |"
-    return "\n".join([head, "|---" * 5 + "|", *rows]) if rows else NOT_RUN
+    head = ["experiment", "best learning rate of LoRA", "with twice the alpha", "with four times the alpha"]
+    head.append("halved by twice the alpha")
+    return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows]) if rows else NOT_RUN
 
 
 def to_lora(record: Mapping) -> list[Verdict]:
-    """Every label of an experiment compared with LoRA, corrected together."""
+    """Compare every label of an experiment with LoRA, corrected for the number of labels."""
     tests = tested(record["arms"], record["chosen"])
     return compare(record, tests, {label: "lora" for label in tests if label != "lora" and "lora" in tests})
 
 
 def compare(record: Mapping, tests: Mapping[str, np.ndarray], references: Mapping[str, str]) -> list[Verdict]:
-    """Labels compared with their references, corrected for these pairs and for the readings of the test split."""
+    """Compare labels with their references, corrected for these pairs and for evaluations of the test split."""
     return [verdict_of(*test) for test in judge(arrays_of(tests), references.items(), record["readings"])]
 
 
@@ -147,8 +149,8 @@ def section(title: str, record: dict, unit: str = "images") -> str:
     ended = [arm for arm in arms if arm["status"] in ENDED]
     # Earlier records of images have the full selection part, of which no more than this were measured.
     select = min(split["select"], record["settings"].get("max_validation_images") or split["select"])
-    parts = f"{split['train']} training {unit}, {select} in the selection split, {split['test']} in the test split"
-    lines = [f"**{title}.** {len(ended)} of {len(arms)} runs; {parts}."]
+    parts = f"{split['train']} for training, {select} in the selection split, {split['test']} in the test split"
+    lines = [f"**{title}.** {len(ended)} of {len(arms)} planned runs have ended. {unit.capitalize()}: {parts}."]
     tests = tested(arms, record["chosen"])
     if tests:
         lines += [label_table(record, tests), rerun_line(tests), pair_table(record, tests)]
@@ -156,9 +158,9 @@ def section(title: str, record: dict, unit: str = "images") -> str:
 
 
 def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
-    """Each label's chosen learning rate and checkpoint, its test loss, and its difference to LoRA."""
+    """Return a table: each label's chosen learning rate and checkpoint, its test loss and its difference to LoRA."""
     found = {verdict["label"]: verdict for verdict in to_lora(record)}
-    rows = ["| | learning rate | step | seeds | test loss | 95% PI | to LoRA | 95% CI | 95% PI | MDE |"]
+    rows = ["| | learning rate | step | seeds | test loss | 95% PI | difference to LoRA | 95% CI | 95% PI | MDE |"]
     rows.append("|---" * 10 + "|")
     for label, losses in sorted(tests.items(), key=lambda item: np.nanmean(item[1])):
         choice, verdict = record["chosen"][label], found.get(label)
@@ -171,7 +173,7 @@ def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
 
 
 def rerun_line(tests: dict[str, np.ndarray]) -> str:
-    """Return how often a seed lies in the intervals that the other seeds predict for a rerun and for the mean."""
+    """Return how many values of a seed lie in the intervals that the other seeds predict, for all seeds and labels."""
     references = {label: "lora" for label in tests if label != "lora"}
     seeds = min(len(losses) for losses in tests.values())
     if "lora" not in tests or not references or seeds < 3:
@@ -189,9 +191,8 @@ def rerun_line(tests: dict[str, np.ndarray]) -> str:
             if np.isfinite(again) and stated:
                 losses_of_one.append(within(again, stated))
     return (
-        f"Leaving one seed out: {sum(losses_of_one)} of {len(losses_of_one)} test losses and {sum(of_one)} of "
-        f"{len(of_one)} differences to LoRA lie within the prediction interval (PI) of the other seeds, and "
-        f"{sum(of_mean)} differences within the confidence interval (CI) of their mean."
+        f"Leave-one-out check: the PI contains {sum(losses_of_one)} of {len(losses_of_one)} test losses and "
+        f"{sum(of_one)} of {len(of_one)} differences to LoRA. The CI contains {sum(of_mean)} of these differences."
     )
 
 
@@ -216,7 +217,7 @@ def compared(verdict: Mapping | None) -> list[str]:
 
 
 def pair_table(record: dict, tests: dict[str, np.ndarray]) -> str:
-    """The pairs that decide, those of a hypothesis corrected together."""
+    """Return a table of shortcuts compared with their controls; the pairs of a question are corrected together."""
     rows = []
     for question, references in PAIRS.items():
         there = {ours: theirs for ours, theirs in references.items() if ours in tests and theirs in tests}
@@ -226,5 +227,5 @@ def pair_table(record: dict, tests: dict[str, np.ndarray]) -> str:
             )
     if not rows:
         return ""
-    head = "| question | label | compared with | difference | 95% CI | 95% PI | MDE |"
+    head = "| question | method | compared with | difference | 95% CI | 95% PI | MDE |"
     return "\n".join([head, "|---" * 7 + "|", *rows])

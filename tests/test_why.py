@@ -132,7 +132,8 @@ def test_the_summary_counts_what_is_significant_and_has_the_lowest_shortcut():
     assert row.startswith("| The bundled U-Net, rank 16 | 7 | 1.8 | 1 | 3 | 0 of 1 | 1 of 1 | reslora input |")
     assert f"| **{100 * 0.909 / 18.8:+.2f}%** |" in row
     assert why_report.counted().startswith(
-        "Of 1 comparisons of a shortcut with LoRA, 0 end significantly below it and 1 above. The minimum"
+        "In 1 comparisons of a shortcut with LoRA, the shortcut ended significantly below LoRA 0 times "
+        "and significantly above LoRA 1 times. Relative to LoRA's test loss, the minimum"
     )
 
 
@@ -166,9 +167,9 @@ def test_larger_alphas_are_compared_by_the_learning_rate_that_was_chosen():
 def test_no_more_images_choose_than_were_measured():
     """Earlier records have the whole part."""
     found = record([arm("lora", 0, [1.0, 2.0, 3.0])])
-    assert "7 training images, 3 in the selection split, 3 in the test split" in why_report.section("it", found)
+    assert "Images: 7 for training, 3 in the selection split, 3 in the test split" in why_report.section("it", found)
     found["settings"]["max_validation_images"] = 2
-    assert "7 training images, 2 in the selection split, 3 in the test split" in why_report.section("it", found)
+    assert "Images: 7 for training, 2 in the selection split, 3 in the test split" in why_report.section("it", found)
 
 
 def test_each_seed_is_a_rerun_of_the_others():
@@ -176,9 +177,9 @@ def test_each_seed_is_a_rerun_of_the_others():
     shift, random = np.array([0.004, 0.006, 0.005, 0.007, 0.1]), np.random.default_rng(0)
     lora = 1 + 0.1 * random.random((5, 40))
     line = why_report.rerun_line({"lora": lora, "reslora": lora * (1 + shift[:, None])})
-    assert line.startswith("Leaving one seed out: 9 of 10 test losses and 4 of 5 differences")
+    assert line.startswith("Leave-one-out check: the PI contains 9 of 10 test losses and 4 of 5 differences")
     lacking = why_report.rerun_line({"lora": lora, "reslora": np.where(shift[:, None] > 0.01, np.nan, lora)})
-    assert lacking.startswith("Leaving one seed out: 9 of 9 test losses and 4 of 4 differences")
+    assert lacking.startswith("Leave-one-out check: the PI contains 9 of 9 test losses and 4 of 4 differences")
     assert why_report.rerun_line({"lora": lora}) == why_report.rerun_line({"lora": lora[:2], "is": lora[:2]}) == ""
 
 
