@@ -121,7 +121,7 @@ def seen(model: torch.nn.Module, batches: Sequence[Mapping]) -> dict[str, tuple]
     inputs, outputs, found = {}, {}, {}
     with watching(model, inputs, outputs):
         for batch in batches:
-            model(**to_device(batch, model.device))
+            model(**to_device(batch, next(model.parameters()).device))
     for name, layer in layers_of(model).items():
         x = torch.cat(inputs[name])
         added = torch.cat(outputs[name]) - layer.base_layer(x)
