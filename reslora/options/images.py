@@ -60,12 +60,13 @@ class ModelOptions:
     """Model and precision."""
 
     pretrained_model_name_or_path: str = by_content("",
-        "a model of any family in docs/models.md: diffusers folder or name on the hub; of Stable Diffusion 1, 2 and "
-        "SDXL a .safetensors file, too", or_else="the bundled pipeline", metavar="MODEL", short="model",
+        "a model of any family in docs/models.md: a folder in diffusers' format or a name on the hub; for Stable "
+        "Diffusion 1, 2 and SDXL also a .safetensors file",
+        or_else="the bundled pipeline", metavar="MODEL", short="model",
         essential="model to fine-tune: a folder, a .safetensors file or a name on the hub", path="absolute",
         compared_as="base model")
     pretrained_vae_model_name_or_path: str | None = by_content(None,
-        "another autoencoder: diffusers folder or name on the hub", metavar="VAE", path="absolute",
+        "another autoencoder: a folder in diffusers' format or a name on the hub", metavar="VAE", path="absolute",
         compared_as="base model")
     revision: str | None = by_content(None, "revision of the model on the hub", compared_as="base model")
     variant: str | None = by_content(None, "variant of the model's files, such as fp16", compared_as="base model")
@@ -73,7 +74,8 @@ class ModelOptions:
         or_else="the hub's own cache, and <output_dir>/cache", metavar="FOLDER", path="absolute")
     prediction_type: str | None = option(None, "what the denoiser predicts", or_else="what the scheduler says",
         choices=("epsilon", "v_prediction"), objective="ddpm", compared_as="how losses are measured")
-    mixed_precision: str = option(None, "precision of the frozen parts; the adapter stays fp32",
+    mixed_precision: str = option(None, "precision of the frozen weights and of the computation; the adapter's "
+        "weights stay fp32",
         or_else="what accelerate was started with; bf16 for a bundled pipeline on a CPU that has instructions for it",
         choices=("no", "fp16", "bf16"))
     base_precision: str = option("no",
@@ -81,10 +83,11 @@ class ModelOptions:
         "--mixed_precision: less memory, slower", choices=("no", "fp8", "int8", "nf4"), compared_as="base model",
         kohya=("fp8_base fp8",), diffusers=("bnb_quantization_config_path",))
     blocks_to_swap: int = free(0,
-        "hold the weights of the linear layers in this many of the denoiser's blocks in the CPU's memory, and "
-        "copy each to the GPU whenever it is needed: less memory, slower, and the same numbers", NATURAL)
+        "keep the linear layers of this many of the denoiser's blocks in the CPU's memory, and copy each layer to "
+        "the GPU when it is needed: less memory, slower, same results", NATURAL)
     allow_tf32: bool = option(False, "allow TF32 matrix products on Ampere and later GPUs")
-    enable_xformers_memory_efficient_attention: bool = option(False, "attention of xformers instead of PyTorch's")
+    enable_xformers_memory_efficient_attention: bool = option(False, "use the attention of xformers instead of "
+        "PyTorch's")
 
 
 @group
@@ -101,7 +104,7 @@ class MethodOptions(SharedMethodOptions):
     rank_pattern: list[str] | None = again(help=f"{PATTERNS['rank_pattern']}; for the denoiser only")
     alpha_pattern: list[str] | None = again(help=f"{PATTERNS['alpha_pattern']}; for the denoiser only")
     init_lora: str | None = by_content(None,
-        "start from this LoRA, of any tool, instead of from zero: its layers, ranks and alphas are trained",
+        "start from this LoRA file, of any tool, instead of from zero; its layers, ranks and alphas are kept",
         metavar="FILE", path="absolute", kohya=("network_weights",))
     target_modules: list[str] = again(
         help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
@@ -109,10 +112,11 @@ class MethodOptions(SharedMethodOptions):
         by_family="as in diffusers' script for the model, to_q, to_k, to_v, to_out.0 of U-Nets; but not Z-Image's "
         "refiners and Krea 2's text_fusion.projector, and FLUX.2 klein's add_*_proj and to_add_out as well")
     train_text_encoder: bool = option(False,
-        "train the CLIP text encoders, too: their attention gets the same adapter, with shortcuts between their "
-        "own layers; Stable Diffusion, SDXL, SD 3, Flux.1. T5 stays as it is")
+        "also train the CLIP text encoders (Stable Diffusion, SDXL, SD 3, Flux.1): their attention gets the same "
+        "adapter, with shortcuts between its own layers. T5 is not trained")
     merge_calibration_samples: int = again(
-        help="images for ResLoRA's merge and for measuring controls; with 0, --merge input takes norms of the training")
+        help="number of training images that ResLoRA's merge and the controls read; with 0, --merge input uses norms "
+        "recorded in training")
 
 
 @group
@@ -131,8 +135,8 @@ class DataOptions:
         essential="folder of images with captions", path="absolute", yields_to="dataset_name",
         compared_as="held-out images")
     train_data_repeats: list[int] = option([1],
-        "how often an epoch uses each image: one number for all folders, or one for each; kohya's folders have "
-        "theirs as well, which it multiplies", COUNT, metavar="N", collapses=True, kohya=("dataset_repeats",),
+        "how often an epoch uses each image: one number for all folders, or one per folder; it multiplies the "
+        "repeats of kohya's folders", COUNT, metavar="N", collapses=True, kohya=("dataset_repeats",),
         diffusers=("repeats",))
     train_data_weight: list[float] = option([1.0],
         "weight of each image's loss: one number for all folders, or one for each", POSITIVE, metavar="WEIGHT",
@@ -145,27 +149,32 @@ class DataOptions:
     caption_suffix: str | None = option(None, "put after every caption except those of class images", metavar="TEXT",
         compared_as="held-out images")
     caption_dropout: float = option(0.0,
-        "fraction of the training samples that get the empty caption; class images keep theirs", FRACTION,
+        "fraction of the training samples whose caption is replaced by the empty one, at random; class images keep "
+        "theirs", FRACTION,
         kohya=("caption_dropout_rate",), diffusers=("proportion_empty_prompts",))
     enable_wildcard: bool = option(False,
-        "each training sample gets one choice of {red|blue}, and one of a caption's lines; {{ and }} are braces")
-    shuffle_caption: bool = option(False, "put the tags of a caption, between commas, into another order each time")
-    caption_tag_dropout_rate: float = option(0.0, "fraction of a caption's tags that each training sample is without",
+        "for each training sample, take one line of the caption and one alternative of each {red|blue}, at random; "
+        "write {{ and }} for literal braces")
+    shuffle_caption: bool = option(False, "shuffle the comma-separated tags of a caption anew for each training "
+        "sample")
+    caption_tag_dropout_rate: float = option(0.0, "probability with which each tag of a caption is left out of a "
+        "training sample",
         FRACTION)
-    keep_tokens: int = option(0, "how many tags, the prefix counted, are neither shuffled nor left out", NATURAL,
+    keep_tokens: int = option(0, "number of tags at the start, counting the prefix, that are neither shuffled nor "
+        "left out", NATURAL,
         needs=Need(lambda options: options.data.shuffle_caption or options.data.caption_tag_dropout_rate,
         "add --shuffle_caption or --caption_tag_dropout_rate"))
     class_data_dir: str | None = by_content(None,
-        "folder of class images, which preserve what the model knows: images of the kind of thing that is learnt; if "
-        "it holds kohya's folders, the model generates none", metavar="FOLDER", path="absolute",
+        "folder of class images: images of the same kind of thing, which keep the model from forgetting what it "
+        "knows. If the folder has kohya's subfolders, no images are generated", metavar="FOLDER", path="absolute",
         compared_as="held-out images")
     class_prompt: str | None = option(None,
-        "what class images show: the caption of those without one, and what the model generates if there are too few",
+        "caption of class images that have none, and prompt for generating class images if there are too few",
         metavar="PROMPT")
-    num_class_images: int = option(100, "class images; the model generates those that are missing", NATURAL,
+    num_class_images: int = option(100, "number of class images; missing ones are generated by the model", NATURAL,
         needs=CLASS_IMAGES)
     prior_loss_weight: float = option(1.0, "weight of the loss of class images", NOT_NEGATIVE, needs=CLASS_IMAGES)
-    max_train_samples: int | None = option(None, "train on that many images, chosen at random", COUNT,
+    max_train_samples: int | None = option(None, "train on this many images, chosen at random", COUNT,
         compared_as="held-out images", in_experiments="leave it out: each seed would choose other images")
     resolution: list[int] = option([],
         "side of the square that images are cropped and scaled to; with several, each image is trained at all of "
@@ -173,18 +182,20 @@ class DataOptions:
         collapses=True, essential="side of the images in pixels", compared_as="resolution", bundled=64,
         by_family="Stable Diffusion 1 and 2, Flux.1, FLUX.2 klein, Qwen-Image, Krea 2 512; others 1024")
     use_aspect_ratio_buckets: bool = option(False,
-        "train each image near its own shape, at about the area of a --resolution square, without scaling it up",
+        "train each image near its own aspect ratio, at about the area of a --resolution square, without enlarging "
+        "it",
         compared_as="resolution", kohya=("enable_bucket",))
     aspect_ratio_buckets: str | None = option(None,
-        "the buckets, as heights and widths, instead of a ladder around --resolution; images may be scaled up", buckets,
+        "sizes of the buckets, as heights and widths, instead of those derived from --resolution; images may be "
+        "enlarged", buckets,
         metavar="H,W;H,W", compared_as="resolution", needs=BUCKETS)
-    bucket_upscale: bool = option(False, "scale small images up to a bucket of the ladder", compared_as="resolution",
-        needs=(BUCKETS, Need(lambda options: not options.data.aspect_ratio_buckets,
+    bucket_upscale: bool = option(False, "enlarge small images to a bucket derived from --resolution",
+        compared_as="resolution", needs=(BUCKETS, Need(lambda options: not options.data.aspect_ratio_buckets,
         "leave it out, --aspect_ratio_buckets scale images up")))
     center_crop: bool = option(False,
-        "crop the center instead of a random place; with --cache_latents, images of which a bucket keeps 93% "
-        "are always cropped so", compared_as="resolution")
-    random_flip: bool = option(False, "mirror images, half of the time", kohya=("flip_aug",))
+        "crop the center instead of a random place; with --cache_latents, images of which a bucket keeps at least "
+        "93% always get the center crop", compared_as="resolution")
+    random_flip: bool = option(False, "mirror each image with a probability of one half", kohya=("flip_aug",))
     image_interpolation_mode: str = option("lanczos", "how images are scaled", choices=INTERPOLATIONS)
     strict: bool = free(False, "refuse images that cannot be read or have no caption, instead of leaving them out")
     cache_latents: bool = free(True,
@@ -212,56 +223,59 @@ class TrainingOptions:
         yields_to="num_train_epochs")
     gradient_checkpointing: bool = free(False, "less memory, slower", essential=True)
     compile: bool = free(False,
-        "compile the denoiser by torch.compile: minutes at the start, then faster steps; refused where its first "
-        "gradients are not those of the same step without it")
+        "compile the denoiser with torch.compile: takes minutes at the start and makes steps faster. The run is "
+        "refused if the compiled model's first gradients differ from the uncompiled model's")
     noise_offset: float = option(0.0, "scale of the noise added per channel while training", NOT_NEGATIVE)
     min_timestep: int = option(0,
-        "train from this timestep on; 0 is the image, and the last timestep noise. Low ones hold the details, "
-        "which then stay much as they are. The validation loss is measured at all timesteps", NATURAL)
+        "train only at this timestep and above; 0 is the clean image, the last timestep is noise. Low timesteps "
+        "determine details, so these change little. The validation loss uses all timesteps", NATURAL)
     max_timestep: int | None = option(None,
-        "train below this timestep; high ones hold the composition, which then stays much as it is", COUNT,
+        "train only below this timestep; high timesteps determine the composition, so it changes little", COUNT,
         or_else="all")
-    snr_gamma: float | None = option(None, "min-SNR loss weights; 5.0 is usual, 0 weights all timesteps alike",
+    snr_gamma: float | None = option(None, "gamma of the min-SNR loss weights; 5.0 is usual, and 0 gives all "
+        "timesteps the same weight",
         NOT_NEGATIVE, objective="ddpm", bundled=1.0, bundled_flow=None,
         # preserves more of the subjects: assets/README.md
         kohya=("min_snr_gamma",))
     loss_type: str = option("l2",
-        "squared error, or kohya's pseudo-Huber losses, which count large errors less; the validation loss is the "
-        "squared error all the same", choices=("l2", "huber", "smooth_l1"))
+        "l2: squared error; huber and smooth_l1: kohya's pseudo-Huber losses, which give large errors less weight. "
+        "The validation loss is always the squared error", choices=("l2", "huber", "smooth_l1"))
     huber_schedule: str = option("snr",
-        "huber, smooth_l1: how the threshold above which errors count less depends on the timestep. constant: it "
-        "is --huber_c; exponential: it falls from 1 without noise to --huber_c in noise; snr: the same, by the "
-        "signal-to-noise ratio", choices=("constant", "exponential", "snr"), needs=HUBER)
-    huber_c: float = option(0.1, "huber, smooth_l1: the threshold above which errors count less, or what it falls to",
+        "huber and smooth_l1: how the threshold above which errors get less weight depends on the timestep. "
+        "constant: always --huber_c; exponential: it falls from 1 at the clean image to --huber_c at pure noise; "
+        "snr: it falls with the signal-to-noise ratio", choices=("constant", "exponential", "snr"), needs=HUBER)
+    huber_c: float = option(0.1, "huber and smooth_l1: the threshold, or the value to which it falls",
         POSITIVE, needs=HUBER)
-    huber_scale: float = option(1.0, "huber, smooth_l1: multiplies that threshold; not with --huber_schedule snr",
+    huber_scale: float = option(1.0, "huber and smooth_l1: factor on that threshold; not with --huber_schedule snr",
         POSITIVE, needs=(HUBER, Need(lambda options: options.training.huber_schedule != "snr",
         "leave it out, or change that", "--huber_schedule snr does not read it")))
     masked_loss: bool = option(False,
-        "weight the loss of each pixel by how white and opaque the image's mask is there. The mask is a file that "
-        "the column mask of metadata.jsonl or .csv names, otherwise the image's alpha channel; images without a "
-        "mask count completely. The validation loss is masked, too", kohya=("alpha_mask",))
-    masked_loss_normalised: bool = option(False, "mean of the loss over the part that counts, not the whole image",
+        "multiply the loss of each pixel by the image's mask (1 where it is white and opaque). The mask is the file "
+        "named in the column mask of metadata.jsonl or .csv, otherwise the image's alpha channel; images without a "
+        "mask count completely. The validation loss is masked too", kohya=("alpha_mask",))
+    masked_loss_normalised: bool = option(False, "average the loss over the masked area instead of the whole image",
         needs=Need(lambda options: options.training.masked_loss, "add --masked_loss"))
     timestep_sampling: str | None = option(None,
         "flow matching: how timesteps are sampled. uniform, logit_normal and mode: as in diffusers' scripts, from "
         "the scheduler's table; sigmoid, shift, flux_shift: as in kohya's", or_else="by --weighting_scheme",
         choices=SAMPLINGS, objective="flow")
     weighting_scheme: str = option(None,
-        "flow matching: how losses are weighted, as in diffusers' scripts; logit_normal and mode sample timesteps",
+        "flow matching: weights of the loss, as in diffusers' scripts; logit_normal and mode also set how timesteps "
+        "are sampled",
         choices=WEIGHTINGS, objective="flow", by_family="SD 3 logit_normal, others none")
     logit_mean: float = option(0.0, "flow matching, logit_normal: mean of the normal number", number(),
         objective="flow", samplings=("logit_normal",))
     logit_std: float = option(1.0, "flow matching, logit_normal: its standard deviation", POSITIVE, objective="flow",
         samplings=("logit_normal",))
-    mode_scale: float = option(1.29, "flow matching, mode: how far from uniform", number(), objective="flow",
+    mode_scale: float = option(1.29, "flow matching, mode: how far the distribution of timesteps is from uniform",
+        number(), objective="flow",
         samplings=("mode",))
     discrete_flow_shift: float | None = option(None, "flow matching: shift of the timesteps towards noise", POSITIVE,
         or_else="the scheduler's; 3 with shift", objective="flow",
         samplings=("uniform", "logit_normal", "mode", "shift"), compared_as="how losses are measured")
     guidance_scale_train: float = option(1.0,
-        "guidance that the denoiser is conditioned on while training: only for Flux.1 dev, for which diffusers' script "
-        "has 3.5", NOT_NEGATIVE, compared_as="how losses are measured")
+        "guidance scale that a guidance-distilled denoiser gets as input in training: only for Flux.1 dev "
+        "(diffusers' script has 3.5)", NOT_NEGATIVE, compared_as="how losses are measured")
     max_sequence_length: int = option(None, "tokens of a caption that T5 or Qwen reads", COUNT,
         compared_as="how losses are measured", by_family="SD 3 77, others with T5 or Qwen 512")
     local_rank: int = free(-1, "set by launchers", int)
@@ -285,7 +299,8 @@ class OptimizerOptions:
         or not options.optimizer.lr_warmup_steps,
         "", "nothing reads it with --lr_scheduler {lr_scheduler}", refuse=False))
     lr_step_rules: str | None = option(None,
-        "of piecewise_constant: factors and the steps they end at, and the last factor, as 1:100,0.1:200,0.01",
+        "for piecewise_constant: factors with the steps at which they end, then the last factor, such as "
+        "1:100,0.1:200,0.01",
         metavar="RULES", needs=Need(lambda options: options.optimizer.lr_scheduler == "piecewise_constant",
         "add --lr_scheduler piecewise_constant",
         "--lr_scheduler {lr_scheduler} does not read it"))
@@ -294,13 +309,14 @@ class OptimizerOptions:
         "authors' settings, which --optimizer_args changes", metavar="NAME", counts_if_given=True,
         essential="adamw, adamw8bit, prodigy, adafactor, lion, schedulefree, or package.Class", kohya=("optimizer_type",
         ))
-    optimizer_args: list[str] = option([], "arguments of that class, as beta3=0.98", metavar="KEY=VALUE")
+    optimizer_args: list[str] = option([], "arguments of the optimizer's class, such as beta3=0.98",
+        metavar="KEY=VALUE")
     use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes, as --optimizer adamw8bit")
     adam_beta1: float = option(0.9, "decay of the mean of the gradient", FRACTION, needs=ADAM)
     adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", FRACTION, needs=ADAM)
     adam_weight_decay: float = option(1e-2, "weight decay", NOT_NEGATIVE, needs=ADAM)
     adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE, needs=ADAM)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", NOT_NEGATIVE)
+    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 turns clipping off", NOT_NEGATIVE)
 
 
 @group
@@ -331,23 +347,24 @@ class ValidationOptions:
         essential=True, compared_as="held-out images", bundled=0.1,
         in_experiments="leave it out: experiments hold out --select_split and --test_split")
     max_validation_images: int = option(64,
-        "how many of the held-out images measure the validation loss, at most: chosen by --seed, or by their "
-        "content where --validation_noises are measured; the others are not trained on either", COUNT,
+        "largest number of held-out images for the validation loss, chosen by --seed or, with --validation_noises, "
+        "by their content; the other held-out images are not trained on either", COUNT,
         compared_as="held-out images",
         needs=Need(HELD_OUT.met, "", "nothing reads it without --validation_split", refuse=False))
     save_best: bool = option(False,
         "save the adapter with the lowest validation loss in <method>/best, and export that one in the end",
         needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
     early_stopping_patience: int | None = free(None,
-        "stop a method after N validations in a row without a lower loss than before", COUNT, metavar="N",
+        "stop training a method after N validations in a row without a new lowest loss", COUNT, metavar="N",
         needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
     validation_noises: int | None = option(None,
-        "measure the validation loss at eight timesteps, with N noises each, seeded by the image's content", COUNT,
+        "measure the validation loss at eight fixed timesteps with N noises each, which depend only on the image's "
+        "content", COUNT,
         or_else="4 with --save_best or --early_stopping_patience, else one timestep and noise in each quarter",
         metavar="N", needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
     metric_model: str | None = shown(None,
-        "DINOv2 or CLIP, a folder or a name on the hub: measure how near samples are to the held-out images and, "
-        "with CLIP, to their prompts; experiments judge each chosen arm by this and more", metavar="MODEL",
+        "DINOv2 or CLIP, as a folder or a name on the hub: measures the similarity of samples to the held-out images "
+        "and, with CLIP, to their prompts; experiments report it for every compared run", metavar="MODEL",
         path="relative", needs=Need(lambda options: options.experiment.select_split
         or (options.validation.validation_prompt and options.validation.num_validation_images),
         "add --validation_prompt and --num_validation_images 1, or leave it out"))
@@ -364,10 +381,12 @@ class ValidationOptions:
 class ExperimentOptions(SharedExperimentOptions):
     """Measurement and schedule of an experiment, which is a run with several values of some options."""
 
-    select_split: float | None = again(help="fraction of the images by which learning rates and checkpoints are chosen")
-    test_split: float | None = again(help="fraction of the images by which methods are compared; if there are few, 0.3")
+    select_split: float | None = again(help="fraction of the images that is held out to choose learning rates and "
+        "checkpoints")
+    test_split: float | None = again(help="fraction of the images that is held out to compare methods; use 0.3 if "
+        "there are few images")
     merged_weights: bool = option(False,
-        "write the merged weights of every arm too, as a run with one rate and seed does")
+        "also write the merged weights of every run that is compared")
 
 
 @group
@@ -380,16 +399,16 @@ class OutputOptions:
     report_to: str = free("tensorboard", "a tracker that accelerate knows, such as wandb; all, or none")
     checkpointing_steps: int = free(500, "steps between checkpoints", COUNT, bundled=100, kohya=("save_every_n_steps",))
     checkpointing_minutes: float | None = free(None,
-        "also save a checkpoint this many minutes after the last one", POSITIVE)
+        "also save a checkpoint this many minutes after the previous one", POSITIVE)
     checkpoints_total_limit: int | None = free(None, "checkpoints to retain per method", COUNT, or_else="all")
     resume_from_checkpoint: str | None = free(None,
         "latest: resume from the newest complete checkpoint; FOLDER: go back to that one; not in a finished run",
         metavar="latest|FOLDER", essential="latest resumes the run in --output", path="relative", secret=True,
         kohya=("resume",))
     plan: bool | None = free(None,
-        "print how much memory each phase of the run would hold, and end; status 2, and options that would make it "
-        "fit, where it does not. Without it, a run that may not fit prints this first and is refused; --no-plan "
-        "tries it all the same", essential="print how much memory the run would take, and end")
+        "print how much memory each phase of the run needs, and exit; if the run does not fit, suggest options with "
+        "which it fits, and exit with status 2. Without --plan, a run that may not fit is refused with the same "
+        "output; --no-plan starts it anyway", essential="print how much memory the run would take, and end")
     push_to_hub: bool = free(False,
         "upload LoRA files, samples, losses, figures and a model card when done; the card is the README.md in the "
         "run's folder, where there is one",
