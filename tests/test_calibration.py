@@ -19,6 +19,7 @@ from conftest import (
 )
 from live_tensors import LiveTensors
 from peft import LoraConfig
+from suites import quick
 from test_merging import Case, merged_by_lstsq, ridge_regression
 from tiny_models import flux, flux_inputs, sd3, sd3_inputs, z_image, z_image_inputs
 from torch import nn
@@ -67,10 +68,12 @@ def test_few_tokens_solve_the_same_ridge_regression(name, shortcut, pre_num, hea
 # --- several passes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "name, length, budget",
-    [("llama", 2, 1), ("llama", 2, 20_000), ("llama", 11, 1), ("llama", 11, 40_000), ("unet", 5, 3000)],
+    quick(
+        [("llama", 2, 1), ("llama", 2, 20_000), ("llama", 11, 1), ("llama", 11, 40_000), ("unet", 5, 3000)],
+        ("llama", 2, 20_000),
+    ),
 )
 @plans
 def test_several_passes_equal_one(monkeypatch, name, length, shortcut, pre_num, head, budget):

@@ -335,7 +335,6 @@ def _unmerge(model):
     model.unmerge_adapter()
 
 
-@pytest.mark.exhaustive
 @one_each
 def test_pefts_own_merge_is_refused(llama, shortcut, pre_num, head):
     model = connected(llama, shortcut, pre_num, head)

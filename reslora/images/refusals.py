@@ -37,6 +37,8 @@ def check_options(options: Options) -> None:
     check_text_encoder(options.adapter, options.optimizer)
     check_prompts(options.validation)
     check_method(options.adapter, "merge_calibration_samples")
+    if options.model.base_precision != "no":
+        refuse_unable(options.adapter.method, "packed")
     check_start(options.adapter)
     check_steps(
         options.adapter.method,

@@ -151,6 +151,8 @@ class Method:
     """Whether DeepSpeed can train it."""
     quantised: bool = True
     """Whether PEFT supports it on 4-bit base weights."""
+    packed: bool = True
+    """Whether its start does not depend on how the base's weights are stored (--base_precision)."""
     parts: bool = True
     """Whether it can train several models at once, such as a denoiser and its text encoders."""
     of_layers: bool = True
@@ -212,7 +214,7 @@ METHODS = {
         Method("rslora", "rsLoRA", "LoRA with the scale alpha / sqrt(rank)", "#5c940d", partial(lora, use_rslora=True)),
         Method(
             "orthogonal", "LoRA, orthogonal start", "LoRA whose A and B start orthogonal, for even ranks", "#3b5bdb",
-            partial(lora, init_lora_weights="orthogonal"),
+            partial(lora, init_lora_weights="orthogonal"), quantised=False, packed=False,
         ),
         Method(
             "dora", "DoRA", "LoRA of directions, with trained magnitudes", "#e64980",
@@ -247,6 +249,7 @@ IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
 _UNABLE = {
     "deepspeed": ("reads gradients that DeepSpeed keeps to itself", "train it without DeepSpeed"),
     "parts": ("moves ranks within one model, and --train_text_encoder trains several", "leave one out"),
+    "packed": ("it starts from whole weights, and --base_precision packs them", "leave one of the two out"),
     "quantised": ("PEFT has it for whole weights only", "leave --load_in_4bit out"),
 }
 """Problem and fix for each ability that a method can lack."""

@@ -57,6 +57,7 @@ from reslora.images.settings import build_parser
         ("--lr_step_rules", "1:10,nan", "--lr_scheduler", "piecewise_constant"),
         ("--lr_step_rules", "1:10,0.1"),
         ("--max_train_steps", "2", "--method", "adalora"),
+        ("--method orthogonal", "--method", "orthogonal", "--base_precision", "nf4"),
         ("--target_modules", "conv1", "--method", "adalora"),
     ],
 )

@@ -195,11 +195,9 @@ def test_each_arm_of_an_experiment_starts_from_it(flags, tmp_path, files):
     plain = without(without(flags, "--max_train_steps"), "--learning_rate")
     several = ["--max_train_steps", 1, "--learning_rate", "1e-3", "2e-3", "--select_split", 0.2, "--test_split", 0.2]
     assert main(*plain, *several, "--rank", 2, "--output_dir", tmp_path / "out") == 0
-    for rate in ("0.001", "0.002"):
-        (folder,) = (tmp_path / "out" / "lora").glob(f"lr-{rate}/seed-*")
-        for name, value in read(folder, names("stable_diffusion")).items():
-            wanted = update(some_lora()["unet"][name.removeprefix("unet.")])
-            assert 0 < float((value - wanted).norm()) < 0.2 * float(wanted.norm())
+    for name, value in read(tmp_path / "out", names("stable_diffusion")).items():  # of the chosen arm
+        wanted = update(some_lora()["unet"][name.removeprefix("unet.")])
+        assert 0 < float((value - wanted).norm()) < 0.2 * float(wanted.norm())
     assert main(*plain, *several, "--rank", 2, "--output_dir", tmp_path / "out", *RESUME) == 0
 
 

@@ -29,7 +29,8 @@ def test_rows_say_what_each_method_is():
     assert [name for name, row in METHODS.items() if not row.of_layers] == ["adalora", "oft"]
     assert [name for name, row in METHODS.items() if not row.dropout] == ["oft"]
     assert [name for name, row in METHODS.items() if not row.deepspeed] == ["adalora"]
-    assert [name for name, row in METHODS.items() if not row.quantised] == ["loha", "lokr"]
+    assert [name for name, row in METHODS.items() if not row.quantised] == ["orthogonal", "loha", "lokr"]
+    assert [name for name, row in METHODS.items() if not row.packed] == ["orthogonal"]
     assert all(name == row.name and row.title and row.help and row.color for name, row in METHODS.items())
 
 
