@@ -75,7 +75,7 @@ class Draft:
         self.files: dict[Path, tuple[tuple[int, ...], bytes | None]] = {}
 
     def put(self, path: Path, stamp: tuple[int, ...], content: bytes | None) -> None:
-        """Add the content of a file that had this stamp when it was read; None removes the file."""
+        """Add the new content of a file, None to remove it; `stamp` is the file's state when it was read."""
         if self.files.setdefault(Path(os.path.normpath(path)), (stamp, content))[1] != content:
             raise RunError(f"{path.name} is the caption of several images: give them the same one.")
 

@@ -291,7 +291,7 @@ class Run:
         return self.status, tuple(self.steps()), *stamps, *(run.fingerprint() for run in self.beside)
 
     def results(self) -> tuple:
-        """Return a value that changes with the chains, merges or exports of any method."""
+        """Return a value that changes when a file of any method's chains, merge or exports changes."""
         names = ("chains.json", "merge.json", "exports.json", DIFFUSERS_FILE)
         return tuple(stamp_of(self.inside(method, name)) for method in self.methods for name in names)
 

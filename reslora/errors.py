@@ -64,7 +64,7 @@ def refused_as(argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Ex
 
 @contextlib.contextmanager
 def loaded_from_hub(argument: str, fix: str) -> Iterator[None]:
-    """Convert every exception of loading a data set from the Hub into an `InvalidArgument`; its code is never run."""
+    """Convert every exception of loading a data set from the Hub into an `InvalidArgument`."""
     try:
         yield
     except Exception as error:  # anything that a hub, a network or a parser can raise

@@ -115,9 +115,9 @@ def refuse_changed_base(config: LoraConfig) -> None:
     """Raise `ValueError` if loading the file of a merge with raised ranks would compute other frozen weights."""
     if ranks.changes_base(config):
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights, and whoever loads the adapter "
-            "repeats that at the rank of the file, which a block merge raises: use shortcut='input' or 'middle', or "
-            "init_lora_weights=True"
+            f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights. PEFT repeats the change when "
+            "it loads the adapter, at the rank in the file, and merging shortcut='block' raises that rank: use "
+            "shortcut='input' or 'middle', or init_lora_weights=True"
         )
 
 

@@ -163,11 +163,12 @@ def merge_input(chain: list[Factors]) -> list[Merged]:
 
 
 def merge_weights(chain: list[Factors]) -> list[Merged]:
-    """Merge front to back by f*_j, the Frobenius norm of the *merged* weight of block j: merge_bw.
+    """Merge from the first block to the last, by the norms of merged weights (the paper's merge_bw).
 
-    `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}` estimates `x_{n-k} ~ alpha_{n-k} x_n`: Eqs. 10-11 for `input`. For `middle`
-    the same is applied index by index, because the formula under Eq. 13 needs the f*_n that is being computed. If an
-    index precedes the chain, alpha is 1.
+    f*_j is the Frobenius norm of the *merged* weight of block j, and `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}` estimates
+    `x_{n-k} ~ alpha_{n-k} x_n` (Eqs. 10-11, for `input`). `middle` uses the same ratio for each earlier block: the
+    formula under Eq. 13 contains f*_n, which is known only after block n is merged. If j is before the first block of
+    the chain, alpha is 1.
 
     Raises `ValueError` for a frozen weight with NaN or infinity.
     """

@@ -73,7 +73,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.to is None:  # not argparse's `required`, which would be reported instead of a misspelled option
         raise InvalidArgument("--to", "missing", f"give one of {', '.join(FORMATS)}")
     if args.extract and (args.inputs or args.weight):
-        raise InvalidArgument("--extract", "it reads two models, and no IN", "give one or the other")
+        raise InvalidArgument("--extract", "it reads two models and takes no IN", "leave IN or --extract out")
     if args.extract and not args.rank:
         raise InvalidArgument("--extract", "the difference has any rank", "add --rank N")
     if not args.extract and not args.inputs:

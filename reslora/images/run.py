@@ -182,7 +182,9 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     for name in ("model", "images", "lora"):
         if len({getattr(found, name) for found in everywhere}) > 1:
             flag = getattr(identity, f"{name}_flag")
-            raise InvalidArgument(flag, "its content differs between the processes", "give all the same files")
+            raise InvalidArgument(
+                flag, "its content differs between the processes", "give every process the same files"
+            )
     return identity
 
 

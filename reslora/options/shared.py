@@ -25,23 +25,23 @@ class SharedMethodOptions:
         yields_to="rank", kohya=("network_alpha",))
     rank_pattern: list[str] | None = option(None, PATTERNS["rank_pattern"], metavar="NAME=VALUE")
     alpha_pattern: list[str] | None = option(None, PATTERNS["alpha_pattern"], metavar="NAME=VALUE")
-    lora_dropout: float = option(0.0, "dropout on the adapter's input; of ranks for loha and lokr", FRACTION)
+    lora_dropout: float = option(0.0, "dropout on the adapter's input; for loha and lokr, dropout of ranks", FRACTION)
     target_modules: list[str] = option(None, "layers that get an adapter, by the end of their name", metavar="NAME")
-    shortcut: str = option("input", "ResLoRA and lora_matched: what a block gets from the blocks before it",
+    shortcut: str = option("input", "ResLoRA and lora_matched: what a block adds from the blocks before it",
         choices=SHORTCUTS, varies=True, essential="ResLoRA: input, block, middle or none", implies="reslora",
         read_by="reads_shortcut")
     pre_num: int = option(DEFAULT_PRE_NUM,
-        "ResLoRA, lora_matched and ms_placebo: how many of the blocks before a block take part, -1 for all; with "
-        "--shortcut input any number but 0 means one", whole(-1), varies=True,
-        essential="ResLoRA: how many earlier blocks take part, -1 for all", implies="reslora",
+        "ResLoRA, lora_matched and ms_placebo: how many preceding blocks a block uses, -1 for all; with "
+        "--shortcut input any number except 0 means one", whole(-1), varies=True,
+        essential="ResLoRA: how many preceding blocks a block uses, -1 for all", implies="reslora",
         read_by="reads_shortcut_flags")
     head: str = option("repeat",
-        "--shortcut input and is_placebo: what the first block of a chain adds to its input, the same input "
-        "again or nothing", choices=HEADS, implies="reslora", read_by="reads_shortcut_flags")
-    merge: str = option(AUTO, "ResLoRA: how the shortcuts become plain LoRA weights", choices=MERGES,
-        essential="ResLoRA: how shortcuts become plain LoRA weights", resume="merged", implies="reslora",
+        "--shortcut input and is_placebo: what the first block of a chain adds to its input: the same input "
+        "again, or nothing", choices=HEADS, implies="reslora", read_by="reads_shortcut_flags")
+    merge: str = option(AUTO, "ResLoRA: how the shortcuts are merged into plain LoRA weights", choices=MERGES,
+        essential="ResLoRA: how shortcuts are merged into plain LoRA weights", resume="merged", implies="reslora",
         read_by="shortcuts")
-    merge_calibration_samples: int = option(64, "training samples for ResLoRA's merge and for measuring controls",
+    merge_calibration_samples: int = option(64, "number of training samples that ResLoRA's merge and the controls read",
         NATURAL, resume="merged", implies="reslora")
 
     @property
@@ -55,14 +55,14 @@ class SharedExperimentOptions:
     """Measurement and schedule of an experiment, which is a run with several values of some options."""
 
     select_split: float | None = option(None,
-        "fraction of the training data by which learning rates and checkpoints are chosen", PART, or_else="0.1")
+        "fraction of the training data that is held out to choose learning rates and checkpoints", PART, or_else="0.1")
     test_split: float | None = option(None, "fraction of the training data by which methods are compared", PART,
         or_else="0.1")
     extend_rates: bool = free(False,
         "if the best learning rate is the lowest or highest, try the next one, up to three times")
     experiment_minutes: float | None = free(None,
-        "start an arm only if it, and tests and exports, are expected to end within this many minutes; the same "
-        "command resumes later", POSITIVE)
+        "time limit: start another run only if it, and all tests and exports, are expected to end within this many "
+        "minutes; the same command resumes later", POSITIVE)
     arms_at_once: int | None = free(None,
         "number of arms to train at once, each in its own process; several GPUs are used in turn", COUNT,
         or_else="1")

@@ -84,11 +84,11 @@ class ExperimentOptions(SharedExperimentOptions):
     """Measurement and schedule of an experiment, which is a run with several values of some options."""
 
     select_split: float | None = again(
-        help="fraction of the training examples by which learning rates and checkpoints are chosen, where the task has "
-        "no validation file next to a test file")
+        help="fraction of the training examples that is held out to choose learning rates and checkpoints; for tasks "
+        "without both a validation file and a test file")
     test_split: float | None = again(
-        help="fraction of the training examples by which methods are compared in the end, where the task has neither a "
-        "test nor a validation file")
+        help="fraction of the training examples that is held out to compare methods; for tasks without a test file and "
+        "without a validation file")
 
 
 @group

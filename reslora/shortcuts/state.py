@@ -15,7 +15,7 @@ from torch import nn
 
 
 class State:
-    """Tensors that blocks pass to each other in one forward pass, which creates it, and drops it when it returns."""
+    """The tensors that blocks pass to each other in one forward pass; it exists until the pass returns."""
 
     __slots__ = ("frame", "grad", "handed", "normed", "norms", "outer", "parts", "segments", "shared")
 

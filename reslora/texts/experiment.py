@@ -278,7 +278,7 @@ class KeepAdapters(TrainerCallback):
         Raises `Diverged` for a non-finite loss.
         """
         if not math.isfinite(loss := metrics["eval_loss"]):
-            raise Diverged(f"select loss {loss} at step {state.global_step}")
+            raise Diverged(f"loss {loss} on the selection split at step {state.global_step}")
         if state.global_step == 0:  # by --eval_on_start
             return
 

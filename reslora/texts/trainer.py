@@ -242,7 +242,9 @@ class AdapterTrainer(Trainer):
             broadcast_from_main(lambda: self._resumed_from(resume_from_checkpoint)) if resume_from_checkpoint else None
         )
         if self.args.save_only_model and is_main():
-            logger.warning("--save_only_model: no checkpoint can be resumed but one that a stop saves, which is whole")
+            logger.warning(
+                "--save_only_model: no checkpoint can be resumed, except the complete one that a stopped run saves"
+            )
         if found:
             self.add_callback(GoesOnFrom(found))
         try:
