@@ -1,4 +1,4 @@
-"""Render an experiment as HTML: the number of arms that a form makes, progress, and the report."""
+"""Render an experiment as HTML: the number of runs that its settings make, its progress, and its report."""
 
 import math
 from collections.abc import Sequence

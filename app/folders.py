@@ -98,7 +98,7 @@ def new_place(folder: Path) -> Path:
 
 
 def children(folder: Path | None) -> list[Path]:
-    """Return the visible subfolders that are not links and whose names can be sent to a browser."""
+    """Return the visible subfolders that are not links and whose names are valid UTF-8."""
     if folder is None or not folder.is_dir():
         return []
     found = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]

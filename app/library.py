@@ -108,7 +108,10 @@ class LanguageRun(Run):
 
 
 class Library:
-    """The runs and experiments in a folder, or the folder itself if it is one; `extra` are further single runs."""
+    """The runs and experiments in a folder, or only the folder itself if it is a run or an experiment.
+
+    `extra` are further single runs.
+    """
 
     def __init__(self, folder: Path, extra: tuple[Path, ...] = ()) -> None:
         self.folder = folder.resolve()

@@ -336,8 +336,9 @@ def _place(base: nn.Module, name: str) -> tuple[str, str]:
     """Return the path of a layer's *holder* and its *role*, the path below the holder.
 
     The holder is the layer's deepest ancestor that is an item of a ModuleList whose items share one class. An
-    `nn.Sequential` (timm's vision transformers) counts as such a list too, and so does a list whose items are the
-    adapted layers themselves. Without a holder the first path is empty and the role is the whole path.
+    `nn.Sequential` (timm's vision transformers) is treated like a ModuleList. If a list's items are the adapted layers
+    themselves, the layer is its own holder, and its role is the list's path. Without a holder the first path is empty
+    and the role is the whole path.
     """
     parts = name.split(".")
     for container in (nn.ModuleList, nn.Sequential):

@@ -239,7 +239,7 @@ def check_targets(denoiser: nn.Module, options: MethodOptions, tell: Callable[[s
     if not any(counts.values()):
         argument = f"--target_modules {' '.join(options.target_modules)}"
         fix = f"try {' '.join(model_targets(denoiser))}"
-        raise InvalidArgument(argument, "no layer of the denoiser ends in any of these", fix)
+        raise InvalidArgument(argument, "no layer name of the denoiser ends in any of these", fix)
     for target, count in counts.items():
         if not count:
             tell(f"--target_modules: 0 layers of the denoiser end in {target}")

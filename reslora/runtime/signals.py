@@ -42,11 +42,13 @@ class StopRequest:
     """While it is open, the first SIGINT or SIGTERM is stored in `signal`, and the next one ends the process at once.
 
     Handlers are installed even if signals are ignored on entry (`nohup` and background shells ignore SIGINT), and the
-    earlier handlers are restored at the end. `signal` is also SIGTERM once the launcher has ended, after SIGHUP, unless
-    `nohup` ignores it, or after SIGUSR1, which batch systems and the application send. These never end the process at
-    once, however often they come, except within `at_once`; a SIGINT or SIGTERM after them counts as the first. torch's
-    launcher repeats signals that the terminal has already sent, so below it the third one ends the process. Only for
-    the main thread.
+    earlier handlers are restored at the end.
+
+    `signal` also becomes SIGTERM in three other cases: the launcher has ended; SIGHUP arrived (unless `nohup` ignores
+    it); SIGUSR1 arrived (batch systems and the application send it). These never end the process at once, however often
+    they come, except within `at_once`; a later SIGINT or SIGTERM counts as the first. In a process that torch's launcher
+    has started, the third SIGINT or SIGTERM ends the process, because this launcher repeats signals that the terminal
+    has already sent. Use this class only in the main thread.
     """
 
     def __init__(self) -> None:

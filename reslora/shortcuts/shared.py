@@ -1,4 +1,4 @@
-"""Share one product among the blocks that read the same tensor, such as q, k and v of an attention."""
+"""Compute `A x` once for all blocks that read the same tensor x, such as q, k and v of an attention."""
 
 import itertools
 from collections.abc import Mapping, Sequence

@@ -127,7 +127,7 @@ def unmerged_afterwards(model: nn.Module, adapter_name: str = "default") -> Iter
 
 
 def _share_norms(connection: Connection) -> None:
-    """Broadcast rank 0's window of norms, so that every process merges identically."""
+    """Broadcast the norms that process 0 has recorded in the latest steps, so that every process merges identically."""
     norms = connection.wires.norms
     values, count = broadcast_from_main(
         lambda: (norms.values if norms.values is None else norms.values.cpu(), norms.count)

@@ -223,7 +223,7 @@ def read_folder(
         fix = f"add a metadata.jsonl (file_name, {data.caption_column}), or .txt captions beside the images"
         if above := above_repeated(files):
             fix = f"name {above[0]}, where kohya's folders (10_name) say repeats and captions, or {fix}"
-        raise InvalidArgument(data_flag(data), what, f"{fix}; other layouts may be what --dataset_name reads")
+        raise InvalidArgument(data_flag(data), what, f"{fix}; --dataset_name reads other layouts")
     otherwise = [] if caption is None else [caption]
     found = _as_found(files, [read_caption(beside[0]) if beside else otherwise for beside in texts])
     if twice := sum(len(beside) > 1 for beside in texts):

@@ -58,7 +58,10 @@ class Texts:
 
 @dataclass(frozen=True)
 class Latents:
-    """Mean and standard deviation of the latents of every variant of every image, read from disk on access."""
+    """The encoded images: mean and standard deviation of the latents, for each variant (crop and flip) of each image.
+
+    They are read from disk on access.
+    """
 
     encoded: Encoded
     variants: int

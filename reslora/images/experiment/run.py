@@ -315,7 +315,7 @@ class Bench(Subject):
         return base_losses(self.parts.test, self.study_of(self.course.arms()[0]))
 
     def seconds_to_conclude(self) -> float:
-        """Return the expected time to test and export one arm, from what measuring has taken in this process."""
+        """Return the expected time to test and export one arm, estimated from how long measuring has taken so far."""
         shared, options = self.study.shared, self.study.context.options
         if not shared.samples:
             return 0.0

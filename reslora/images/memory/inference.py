@@ -113,7 +113,7 @@ def drawing(
     dtype: torch.dtype,
     precision: Callable[[], contextlib.AbstractContextManager],
 ) -> int:
-    """Return the peak of activations, in bytes, of the denoiser and the decoder while prompts are sampled."""
+    """Return the peak memory of activations of the denoiser and the decoder, in bytes, while images are generated."""
     options, family = rehearsal.options, rehearsal.family
     images = options.validation.num_validation_images if options.validation.validation_prompt else 1
     prompts = [

@@ -210,7 +210,7 @@ class Rehearsal:
         return empty_denoiser(self.model, self.dtype, options.base_precision, options.blocks_to_swap)
 
     def trained(self, method: str) -> Trained:
-        """Return the trained models with the method's adapter."""
+        """Return the models that training would train, with the method's adapter."""
         denoiser = self.base()
         parts = {self.family.denoiser: denoiser}
         for name in self.trainable:

@@ -86,7 +86,7 @@ class Reports:
         return loss
 
     def similarities(self, values: Mapping[str, float]) -> None:
-        """Write the similarities of this step's samples."""
+        """Write how similar this step's samples are to held-out images and to their prompts."""
         learner = self.learner
         row = {"step": learner.step, "split": "samples", **values, "seconds": round(learner.seconds, 3)}
         self._write(row, {f"{name}/{learner.name}": value for name, value in values.items()})
