@@ -46,9 +46,9 @@ class StopRequest:
 
     `signal` also becomes SIGTERM in three other cases: the launcher has ended; SIGHUP arrived (unless `nohup` ignores
     it); SIGUSR1 arrived (batch systems and the application send it). These never end the process at once, however often
-    they come, except within `at_once`; a later SIGINT or SIGTERM counts as the first. In a process that torch's launcher
-    has started, the third SIGINT or SIGTERM ends the process, because this launcher repeats signals that the terminal
-    has already sent. Use this class only in the main thread.
+    they come, except within `at_once`; a later SIGINT or SIGTERM counts as the first. In a process that torch's
+    launcher has started, the third SIGINT or SIGTERM ends the process, because this launcher repeats signals that the
+    terminal has already sent. Use this class only in the main thread.
     """
 
     def __init__(self) -> None:
