@@ -163,7 +163,7 @@ class Results:
         Raises `Stopped` if a stop was requested; the next start measures the remaining ones.
         """
         found = {}
-        if judged and (self.base is None or self.base["images"] != self.subject.marks):
+        if judged and (self.base is None or self.base["images"] != self.subject.test_ids):
             print("base model: testing", flush=True)
             self.base = self.subject.base()
             self.amend(base=self.base)

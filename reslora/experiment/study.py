@@ -32,7 +32,7 @@ class Subject(ABC):
 
     @property
     @abstractmethod
-    def marks(self) -> list[str]:
+    def test_ids(self) -> list[str]:
         """Identifier of each image or example in the test split."""
 
     @abstractmethod
@@ -91,18 +91,18 @@ class Subject(ABC):
     def is_tested(self, arm: Arm, step: int) -> bool:
         """Return whether the test losses of an arm's checkpoint are on disk."""
         there = read_object(self.course.folder_of(arm) / TESTED)
-        return there.get("step") == step and there.get("images") == self.marks
+        return there.get("step") == step and there.get("images") == self.test_ids
 
     def base(self) -> TestLosses:
         """Return the base model's losses with the identifiers of the images or examples."""
-        return {"images": self.marks} | self.base_losses()  # type: ignore[return-value]
+        return {"images": self.test_ids} | self.base_losses()  # type: ignore[return-value]
 
     def tested(self, arm: Arm, step: int) -> TestLosses:
         """Return the test losses of an arm's checkpoint, measured once and then read from `test.json`."""
         path = self.course.folder_of(arm) / TESTED
         if not self.is_tested(arm, step):
             measured = self.measured(arm, step)
-            write_json(path, {"step": step, "images": self.marks} | measured)
+            write_json(path, {"step": step, "images": self.test_ids} | measured)
         there = read_object(path)
         del there["step"]
         return there  # type: ignore[return-value] # as it was written

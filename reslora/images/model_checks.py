@@ -162,7 +162,7 @@ def check_methods(adapter: MethodOptions, training: TrainingOptions, context: Co
         argument = f"--method {method}, --target_modules {' '.join(adapter.target_modules)}"
         with refused_as(argument, "change the flag it is about", (ValueError, RuntimeError)):
             try_method(denoiser, method, adapter, training, config)
-        if rank_allocator(denoiser) and (unread := model.family.unread_weights(denoiser)):
+        if rank_allocator(denoiser) and (unread := model.family.unused_weights(denoiser)):
             problem = f"nothing reads what {' and '.join(unread)} of the last block return, so AdaLoRA cannot rank them"
             raise InvalidArgument(argument, problem, "give targets without them, or another method")
         print_links(denoiser, method, adapter.reslora_config, context.print_once)

@@ -49,7 +49,7 @@ def broadcast_from_main(decide: Callable[[], T]) -> T:
     value, failure = _tried(lambda: _by_itself(decide)) if is_main() else (None, None)
     told: list = [(value, failure and _status(failure), isinstance(failure, Diverged))]
     wait()
-    _met(lambda: dist.broadcast_object_list(told, src=0, group=_patient()))
+    _collective(lambda: dist.broadcast_object_list(told, src=0, group=_patient()))
     if failure is not None:
         raise failure
     value, status, diverged = told[0]
@@ -80,7 +80,7 @@ def all_gather(value: T) -> list[T]:
     if is_single_process():
         return [value]
     values: list = [None] * dist.get_world_size()
-    _met(lambda: dist.all_gather_object(values, value, group=_patient()))
+    _collective(lambda: dist.all_gather_object(values, value, group=_patient()))
     return values
 
 
@@ -102,7 +102,7 @@ def stop_requested(stop: StopRequest) -> bool:
 def wait() -> None:
     """Wait for all processes, with signals handled meanwhile, which a collective would block."""
     if not is_single_process():
-        _met(_wait)
+        _collective(_wait)
 
 
 def _wait() -> None:
@@ -165,9 +165,9 @@ def _status(error: Exception) -> int:
     return 143 if isinstance(error, Stopped) else 1
 
 
-def _met(meet: Callable[[], object]) -> None:
+def _collective(call: Callable[[], object]) -> None:
     _refuse_to_meet()
     try:
-        meet()
+        call()
     except RuntimeError as error:
         raise RunFailed(another_ended(error)) from None

@@ -334,9 +334,9 @@ class Bench(Subject):
             self.study.print_links(self.study.adapted(arguments), arguments.method, tell)
 
     @property
-    def marks(self) -> list[str]:
+    def test_ids(self) -> list[str]:
         """Content hash of each test example."""
-        return self.parts.marks
+        return self.parts.test_ids
 
     def arguments_of(self, arm: Arm) -> Any:
         """Return the arguments of a single run of the arm."""

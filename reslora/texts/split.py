@@ -46,7 +46,7 @@ class Parts(Generic[T]):
         return f"examples: {numbers}; {self.duplicates} near-duplicates, none in another part than what it repeats"
 
     @property
-    def marks(self) -> list[str]:
+    def test_ids(self) -> list[str]:
         """Identifier of each test example."""
         return [f"{derive('example', example):016x}" for example in self.test]
 

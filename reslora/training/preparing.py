@@ -42,7 +42,7 @@ def prepare(learner: Learner, context: Context) -> None:
 
 def freeze_unread(learner: Learner, context: Context) -> None:
     """Freeze unused parameters: DistributedDataParallel would wait for their gradients, which do not exist."""
-    for part, weights in context.model.family.unread_weights(learner.denoiser).items():
+    for part, weights in context.model.family.unused_weights(learner.denoiser).items():
         for weight in weights:
             weight.requires_grad_(uses_deepspeed(context.accelerator))  # which does not wait
         line = f"{learner.name}: nothing reads what {part} of the last block returns, so it stays as it is"

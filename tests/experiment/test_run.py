@@ -47,7 +47,7 @@ class Untrained:
     `stopped`: in which of its verbs; `diverging`: labels and seeds whose arms do.
     """
 
-    about, device, marks = IMAGES, torch.device("cpu"), list("abcd")
+    about, device, test_ids = IMAGES, torch.device("cpu"), list("abcd")
 
     def __init__(self, course: Course, stopped: str = "", diverging: Collection[tuple[str, int]] = ()) -> None:
         self.course, self.stopped, self.diverging = course, stopped, diverging
@@ -89,7 +89,7 @@ class Untrained:
         return {"images": list("abcd"), "losses": losses.tolist(), "by_timestep": [1.0]}
 
     def base(self) -> dict:
-        return {"images": self.marks, "losses": [2.0, 2.1, 1.9, 2.0], "by_timestep": [2.0]}
+        return {"images": self.test_ids, "losses": [2.0, 2.1, 1.9, 2.0], "by_timestep": [2.0]}
 
     def seconds_to_conclude(self) -> float:
         return 2.0

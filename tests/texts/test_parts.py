@@ -31,7 +31,10 @@ def test_a_tasks_own_files_choose_and_compare_and_what_repeats_them_is_left_out(
     assert found.duplicates == 4  # a 1, a 2, B, c
     said = str(replace(found, trained=7))
     assert said.startswith("examples: 7 to train on") and said.count("(a file of the task)") == 2
-    assert len(set(found.marks)) == 2 and found.marks == parts(train=["x"], select=["y"], test=["A 33", "f"]).marks
+    assert (
+        len(set(found.test_ids)) == 2
+        and found.test_ids == parts(train=["x"], select=["y"], test=["A 33", "f"]).test_ids
+    )
 
 
 def test_what_has_no_file_is_cut_out_by_content():

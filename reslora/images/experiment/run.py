@@ -292,7 +292,7 @@ class Bench(Subject):
             context.accelerator.free_memory()
 
     @functools.cached_property
-    def marks(self) -> list[str]:
+    def test_ids(self) -> list[str]:
         """Content hash of each test image."""
         return [self.study.material.sources[source].images.marks[number] for source, number in self.parts.test]
 

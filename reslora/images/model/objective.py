@@ -115,9 +115,9 @@ class FlowObjective:
         `tokens`: number of tokens of the sample, on which `flux_shift` depends.
         """
         least, below = self.between
-        return least + self._drawn(generator, tokens) * ((below - least) / self.timesteps)
+        return least + self._sample(generator, tokens) * ((below - least) / self.timesteps)
 
-    def _drawn(self, generator: torch.Generator, tokens: int) -> torch.Tensor:
+    def _sample(self, generator: torch.Generator, tokens: int) -> torch.Tensor:
         if self.sampling in ("uniform", "logit_normal", "mode"):
             drawn = compute_density_for_timestep_sampling(self.sampling, 1, generator=generator, **self.density)
             return self.at(float(drawn))

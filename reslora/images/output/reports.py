@@ -181,7 +181,7 @@ class Validation:
             if "loss" in parts and self.material.held_out:
                 self._by_main(lambda: self._losses_of(learner), partial(self._keep_losses, learner, reports))
             if "samples" in parts and validation.validation_prompt and validation.num_validation_images:
-                self._by_main(lambda: self._drawn(denoiser), partial(self._keep_samples, learner, reports))
+                self._by_main(lambda: self._generate(denoiser), partial(self._keep_samples, learner, reports))
         learner.over = broadcast_from_main(lambda: reports.is_over(validation.early_stopping_patience))
 
     def _by_main(self, compute: Callable[[], T], keep: Callable[[T], None]) -> None:
@@ -244,7 +244,7 @@ class Validation:
         names = [f"{float(timestep) / objective.timesteps:.3f}" for timestep in measured_at(objective)]
         return dict(zip(names, losses.mean(0).tolist(), strict=True))
 
-    def _drawn(self, denoiser: nn.Module) -> list[np.ndarray]:
+    def _generate(self, denoiser: nn.Module) -> list[np.ndarray]:
         validation, prompts = self.material.validation, prompts_of(self.material.validation)
         with self.accelerator.autocast():
             return self.drawer.draw(denoiser, prompts, validation.num_validation_images, self._leave_if_asked)

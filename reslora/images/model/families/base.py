@@ -125,7 +125,7 @@ class Family:
         trainable = {part.name for part in self.trainable}
         return tuple(name for name in self.text_parts if name.replace("tokenizer", "text_encoder") not in trainable)
 
-    def unread_weights(self, denoiser: nn.Module) -> dict[str, list[nn.Parameter]]:
+    def unused_weights(self, denoiser: nn.Module) -> dict[str, list[nn.Parameter]]:
         """Return trainable weights without a gradient, because their output is unused, by part of the last block."""
         found: dict[str, list[nn.Parameter]] = {}
         for part in self.unread:
