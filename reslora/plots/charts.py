@@ -312,7 +312,7 @@ def forest(title: str, rows: Sequence[Row], axis: str) -> str:
     inside = [value for row in rows if row.ends for value in row.ends] or [row.value for row in rows]
     low, high = _padded(min(0.0, *inside), max(0.0, *inside), 0.05)
     bottom = FOREST_TOP + FOREST_ROW * len(rows)
-    frame = replace(REPORT, height=bottom + REPORT.bottom, left=10, top=FOREST_TOP)
+    frame = replace(REPORT, height=bottom + REPORT.bottom, left=16, right=16, top=FOREST_TOP)  # half a tick label
     place = Places(frame, (low, high), (0, 1))
     parts = [
         f'<path class="{"zero" if abs(x) < 1e-12 else "grid"}" d="M{place.x(x):.1f} {FOREST_TOP}V{bottom + 4}"/>'

@@ -113,7 +113,7 @@ def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
     assert form.default(known["learning_rate"], "owner/model") == form.default(known["learning_rate"])
     for name, option in known.items():
         assert form.info(option).endswith(f"--{name}") and form.label(option)[0].isupper()
-    assert "a bucket keeps 93% are" in form.info(known["center_crop"])
+    assert "a bucket keeps at least 93% always" in form.info(known["center_crop"])
 
 
 def test_options_of_shortcuts_are_read_by_methods_with_shortcuts_alone():

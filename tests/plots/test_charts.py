@@ -78,7 +78,7 @@ def test_intervals_are_drawn_to_the_scale_of_the_axis():
     assert c_low == zero and zero - a_low == pytest.approx(2 * (zero - a_high), abs=0.2)
     assert zero - a_high == pytest.approx(c_high - zero, abs=0.2)
     (arrow,) = (float(x) for x in re.findall(r'class="line" d="M[\d.]+ [\d.]+L([\d.]+) ', drawn))
-    assert c_high < arrow == REPORT.width - REPORT.right and "a &lt;b&gt;" in drawn
+    assert c_high < arrow == REPORT.width - 16 and "a &lt;b&gt;" in drawn
     assert re.search(r">\u2212[\d.]+%<", drawn) and ">0%<" in drawn
     assert forest("Losses", [], "percent") == ""
 
