@@ -36,7 +36,7 @@ __all__ = sorted(_HOMES)
 
 
 class _Package(types.ModuleType):
-    """The type of the package: `reslora.chains` stays the function after the module of the same name was imported."""
+    """Type of the package: `reslora.chains` is always the function, also after `reslora/chains.py` was imported."""
 
     @property
     def chains(self) -> Any:

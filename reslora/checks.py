@@ -40,7 +40,7 @@ def require_package(flag: str, package: str, module: str = "") -> None:
 
 
 def is_path(name: str) -> bool:
-    """Return whether a model's name must be a path: a repository on the Hub has at most one slash."""
+    """Return whether a model's name can only be a path: the name of a repository on the Hub has at most one slash."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 

@@ -7,14 +7,14 @@ from .shortcuts import NAMES as SHORTCUTS
 from .shortcuts import PLAIN, shortcut_class
 
 HEADS = ("repeat", "none")
-"""What an `input` chain's first block, its head, uses as the input of the missing previous block."""
+"""How the first block (head) of an `input` chain replaces the missing x_{n-1}; see `ResLoraConfig.head`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ResLoraConfig:
     """How the LoRA blocks of neighboring layers are connected (Shi et al., 2024, Section 3.2).
 
-    Raises `ValueError` for an invalid value, naming the field, the value and the valid ones.
+    Raises `ValueError` for an invalid value; the message names the field, the value and the valid values.
     """
 
     shortcut: str = "input"
@@ -39,7 +39,7 @@ class ResLoraConfig:
     def reach(self) -> int | None:
         """Maximum number of earlier blocks in the sum, from `pre_num` and the shortcut; None: all.
 
-        The m of Eqs. 3 and 4 is the smaller of this and the number of earlier blocks in the chain.
+        The m of Eqs. 3 and 4 is this number, or the number of earlier blocks in the chain if that is smaller.
         """
         return shortcut_class(self.shortcut).reach(self.pre_num) if self.wired else 0
 

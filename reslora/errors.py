@@ -22,7 +22,7 @@ class RunFailed(RuntimeError):
 class Diverged(RunFailed):
     """Training produced non-finite values; other runs of an experiment continue.
 
-    `advice` is for a single run: an experiment stores only the problem.
+    The message has both `problem` and `advice`. An experiment with many runs stores only `problem`.
     """
 
     diverged = True
@@ -33,11 +33,11 @@ class Diverged(RunFailed):
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM ended the run after it was saved."""
+    """The run saved its state and stopped because of Ctrl-C or SIGTERM."""
 
 
 class EndedElsewhere(Exception):
-    """Another process of the run failed and reports why; this one exits silently with the same status."""
+    """Another process of the run failed and reports why; this process prints nothing and exits with the same status."""
 
     def __init__(self, status: int, diverged: bool = False) -> None:
         super().__init__(f"another process of this run has ended it with status {status}")
@@ -48,8 +48,10 @@ class EndedElsewhere(Exception):
 def refused_as(argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
     """Convert exceptions of the given kinds into an `InvalidArgument` that names `argument` and `fix`.
 
-    The default is all kinds: damaged files fail with any kind of exception. `InvalidArgument` and `RunFailed` pass.
-    Exhausted memory is not the file's fault and becomes a `RunFailed`.
+    By default all exceptions are converted, because a damaged file can raise any. There are two exceptions to this:
+
+    - `InvalidArgument` and `RunFailed` are raised unchanged.
+    - Exhausted memory is not the file's fault and becomes a `RunFailed`.
     """
     try:
         yield
@@ -64,7 +66,7 @@ def refused_as(argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Ex
 
 @contextlib.contextmanager
 def loaded_from_hub(argument: str, fix: str) -> Iterator[None]:
-    """Convert every exception of loading a data set from the Hub into an `InvalidArgument`."""
+    """Convert every exception that is raised while a data set is loaded from the Hub into an `InvalidArgument`."""
     try:
         yield
     except Exception as error:  # anything that a hub, a network or a parser can raise
@@ -88,8 +90,8 @@ def first_line(error: BaseException) -> str:
 
 
 def another_ended(error: BaseException) -> str:
-    """Return the message of a distributed run that lost a process, from the error of a collective."""
-    problem, _, _ = first_line(error).partition(". ")  # followed by the library's advice
+    """Return the message for a distributed run in which another process ended, given a collective's error."""
+    problem, _, _ = first_line(error).partition(". ")  # without the library's advice, which follows
     return f"another process of this run has ended ({problem}); go on with --resume_from_checkpoint latest"
 
 

@@ -28,7 +28,7 @@ _SAVES = "save the plain LoRA weights without the shortcuts"
 _HANDS_OUT = "hand out the plain LoRA weights without the shortcuts"
 _REPLACES = "put plain LoRA weights under the shortcuts"
 
-# Method -> (what it would do, which adapter it concerns if the call names none; None: the connected one).
+# Method -> (what the method would do, the adapter that it uses if the call names none; None: the connected adapter).
 _REFUSED = {
     "save_pretrained": (_SAVES, None),
     "push_to_hub": (_SAVES, None),
@@ -41,7 +41,7 @@ _NAMING = ("adapter_name", "selected_adapters", "adapters")
 # Methods that remove the adapted layers together with their shortcuts.
 _LEAVING = ("unload", "unload_lora")
 
-# True while `reslora.checkpoint` gets or sets weights through PEFT: it stores the shortcuts itself.
+# True while `reslora.checkpoint`, which stores the shortcuts itself, gets or sets weights through PEFT.
 _keeps_shortcuts = contextvars.ContextVar("reslora_keeps_shortcuts", default=False)
 
 
@@ -49,7 +49,7 @@ _keeps_shortcuts = contextvars.ContextVar("reslora_keeps_shortcuts", default=Fal
 
 
 class _Probe(LoraVariant):
-    """A variant whose output no plain LoRA layer returns."""
+    """A LoRA variant that returns an empty batch, which shows whether PEFT calls it."""
 
     def forward(
         self, module: nn.Module, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
@@ -59,9 +59,9 @@ class _Probe(LoraVariant):
 
 
 def refuse_unknown_peft() -> None:
-    """Raise `RuntimeError` if the LoRA layers of the installed PEFT do not call their variants.
+    """Raise `RuntimeError` if the LoRA layers of the installed PEFT do not call their variants (`lora_variant`).
 
-    Connected, they would train plain LoRA without an error. PEFT may change this interface.
+    A connected model would then train as plain LoRA, without an error. A new version of PEFT may change the interface.
     """
     try:
         with torch.device("meta"):
@@ -79,7 +79,7 @@ def refuse_unknown_peft() -> None:
 
 
 def refuse_inner(base: nn.Module, adapter_name: str) -> None:
-    """Raise `ValueError` if the adapter belongs to a model inside `base`, whose methods would not be guarded."""
+    """Raise `ValueError` if the adapter belongs to a model inside `base`: inner models get no guards."""
     if adapter_name in getattr(base, "peft_config", ()):
         return
     for name, module in base.named_modules():
@@ -90,7 +90,7 @@ def refuse_inner(base: nn.Module, adapter_name: str) -> None:
 def refuse_merged(layers: Mapping[str, BaseTunerLayer]) -> None:
     """Raise `ValueError` if PEFT has merged an adapter into a layer.
 
-    Such a layer ignores its variant, and its frozen weight is not the base model's.
+    Such a layer does not call its variant, and its weight includes the merged adapter.
     """
     for name, layer in layers.items():
         if layer.merged:
@@ -101,7 +101,7 @@ def refuse_merged(layers: Mapping[str, BaseTunerLayer]) -> None:
 
 
 def refuse_inactive(layers: dict[str, LoraLayer], adapter_name: str) -> None:
-    """Raise `ValueError` if another adapter is active: the variant of this one would never be called."""
+    """Raise `ValueError` if the adapter is not active on a layer: PEFT would not call its variant there."""
     for name, layer in layers.items():
         if adapter_name not in layer.active_adapters:
             active = ", ".join(map(repr, layer.active_adapters)) or "none"
@@ -112,7 +112,11 @@ def refuse_inactive(layers: dict[str, LoraLayer], adapter_name: str) -> None:
 
 
 def refuse_changed_base(config: LoraConfig) -> None:
-    """Raise `ValueError` if loading the file of a merge with raised ranks would compute other frozen weights."""
+    """Raise `ValueError` if the adapter's initialization changes the frozen weights depending on the rank.
+
+    PEFT repeats such an initialization when it loads an adapter, and a merge that raises the rank would change its
+    result.
+    """
     if ranks.changes_base(config):
         raise ValueError(
             f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights. PEFT repeats the change when "
@@ -125,14 +129,17 @@ def refuse_changed_base(config: LoraConfig) -> None:
 
 
 class _Guard:
-    """Replacement of a method of a connected model, or of a wrapper around it."""
+    """Callable that replaces a method of a connected base model or of a wrapper around that model."""
 
     def __init__(self, module: nn.Module, verb: str, outer: nn.Module) -> None:
         self.module, self.verb, self.outer = module, verb, outer
-        self.previous = vars(module).get(verb)  # what the instance had before, if anything
+        self.previous = vars(module).get(verb)  # the attribute of this name that the instance already had
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Raise `RuntimeError` if the call concerns the connected adapter, else call the method."""
+        """Call the method, or raise `RuntimeError` if the call concerns the connected adapter.
+
+        Before a method that unloads adapters, remove the shortcuts.
+        """
         method = self.previous or functools.partial(getattr(type(self.module), self.verb), self.module)
         connection = live_connection(base_model(self.module))
         if connection is not None and self.verb in _LEAVING:
@@ -143,14 +150,18 @@ class _Guard:
         return method(*args, **kwargs)
 
     def remove(self) -> None:
-        """Restore what the instance had before."""
+        """Remove this guard and restore the attribute that the instance had before, if any."""
         del vars(self.module)[self.verb]
         if self.previous is not None:
             vars(self.module)[self.verb] = self.previous
 
 
 def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
-    """Install guards on `model`, on every wrapper around its base model, and on its layers if any are `wired`."""
+    """Install guards on `model`, its wrappers and its base model.
+
+    `wired` are the names and layers with shortcuts. If there are any, all LoRA layers get a guard against PEFT's merge,
+    and the layers in `wired` get a guard against new A and B.
+    """
     modules, wired = with_wrappers(model), list(wired)
     outer, base = modules[0], modules[-1]
     for module in modules:
@@ -189,7 +200,7 @@ def keeping_shortcuts() -> Iterator[None]:
 
 
 def _merged_by_peft(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield the layers that PEFT's merge visits, with any adapter, except those that merge in their `forward`."""
+    """Yield name and layer of all LoRA layers, whatever their adapter, except layers that merge in their `forward`."""
     itself = [name for name, module in base.named_modules() if merges_itself(module)]
     for name, module in base.named_modules():
         if isinstance(module, LoraLayer) and not any(f"{name}.".startswith(f"{owner}.") for owner in itself):
@@ -197,7 +208,10 @@ def _merged_by_peft(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
 
 
 def _refuse(connected: str, arguments: dict, verb: str, does: str, default: str | None = None) -> None:
-    """Raise `RuntimeError` if a call names the connected adapter, or none and concerns it by default (None)."""
+    """Raise `RuntimeError` if a call applies to the connected adapter.
+
+    A call that names no adapter applies to the adapter `default`, or to the connected one if `default` is None.
+    """
     arguments = {**arguments, **arguments.get("kwargs", {})}
     found = [arguments[key] for key in _NAMING if arguments.get(key) is not None]
     named = [name for value in found for name in ([value] if isinstance(value, str) else value)]
@@ -213,9 +227,9 @@ def _refuse_merge(name: str, *args: object, **kwargs: object) -> None:
 
 
 def _refuse_update(name: str, layer: LoraLayer, adapter_name: str, *args: object, **kwargs: object) -> None:
-    """Raise `RuntimeError` if PEFT would create new A and B for this adapter, as EVA does to change its rank.
+    """Raise `RuntimeError` if PEFT would create new A and B for the connected adapter, as EVA does to change ranks.
 
-    Calls for other adapters pass.
+    Calls for other adapters are passed on to PEFT.
     """
     if getattr(layer.lora_variant.get(adapter_name), "wires", None) is not None:
         raise RuntimeError(
@@ -226,11 +240,12 @@ def _refuse_update(name: str, layer: LoraLayer, adapter_name: str, *args: object
 
 
 def watch_peft() -> None:
-    """Guard, for this process, PEFT's functions and classes that bypass the methods of a connected base model.
+    """Guard the functions and classes of PEFT that bypass the methods of a connected base model, in this process.
 
-    Hot-swapping is a function, and so is its preparation; `add_weighted_adapter` and `load_adapter` are methods of
-    wrappers. The functions that get and set an adapter's weights are imported by name elsewhere, so the function that
-    they call for LoRA is guarded instead.
+    - Hot-swapping is a function, and so is its preparation.
+    - `add_weighted_adapter` and `load_adapter` are methods of wrappers.
+    - The functions that get and set an adapter's weights are imported by name into other modules. Therefore the
+      functions that they call for LoRA are guarded.
     """
     swaps = peft.utils.hotswap
     swaps.hotswap_adapter_from_state_dict = _asking(swaps.hotswap_adapter_from_state_dict, "hotswap_adapter", _REPLACES)
@@ -246,7 +261,7 @@ def watch_peft() -> None:
 
 
 def _asking(original: Any, verb: str, does: str) -> Any:
-    """Return `original` with a check that raises if the call names a connected adapter of its model, or no adapter."""
+    """Wrap `original` so that it raises `RuntimeError` if a call names the model's connected adapter, or no adapter."""
     if hasattr(original, "asks_reslora"):
         return original
     signature = inspect.signature(original)

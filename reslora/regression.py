@@ -1,4 +1,4 @@
-"""Ridge regression on a layer's input, in the primal or dual form that needs less memory.
+"""Ridge regression on a layer's input, in the primal or the dual form, whichever needs less memory.
 
 X (T x p) are the layer's inputs during calibration, one row for each token, and G (T x r) is the target:
 
@@ -21,10 +21,11 @@ PANEL = 256
 
 
 class Gram:
-    """A sum of x^T x (n x n), then its Cholesky factor: the lower triangle, in panels of PANEL columns.
+    """A symmetric matrix (n x n): first the sum of x^T x, and after `factorise` the Cholesky factor of that sum.
 
-    A panel begins at the diagonal. The sum has the dtype of x and the factor is float64: in float32 the sum takes half
-    the memory of the full matrix, and the factor as much as the full matrix.
+    Only the lower triangle is stored, in panels of PANEL columns that begin at the diagonal. The sum has the dtype of
+    x, and the factor is float64. For float32 inputs, the sum takes half the memory of a full float32 matrix, and the
+    factor as much as a full float32 matrix.
     """
 
     def __init__(self, like: torch.Tensor, size: int) -> None:
@@ -34,7 +35,7 @@ class Gram:
 
     @staticmethod
     def nbytes(size: int, itemsize: int) -> int:
-        """Return the memory of a `size` x `size` matrix in bytes."""
+        """Return the bytes that the panels of a `size` x `size` matrix take, with `itemsize` bytes for each value."""
         return sum(itemsize * (size - first) * min(PANEL, size - first) for first in range(0, size, PANEL))
 
     def add(self, x: torch.Tensor) -> None:
@@ -87,16 +88,16 @@ def _double(x: torch.Tensor) -> torch.Tensor:
 
 
 def _parts(panel: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the first `count` rows (default: as many as there are columns) and the rest."""
+    """Return the first `count` rows of a panel (default: as many as it has columns) and the other rows."""
     count = panel.shape[1] if count is None else count
     return panel[:count], panel[count:]
 
 
 class Inputs:
-    """The rows X that a group of blocks reads, such as q, k and v of one attention.
+    """The inputs X (T x p) of blocks that read the same tensor, such as q, k and v of one attention.
 
-    The rows themselves are stored while their number is at most half their width, which takes no more memory than their
-    Gram matrix. After that, only the sum x^T x is stored.
+    While there are at most p / 2 rows, the rows themselves are stored: they take no more memory than the Gram matrix
+    X^T X. With more rows, only the Gram matrix is stored.
     """
 
     def __init__(self, like: torch.Tensor) -> None:
@@ -107,7 +108,7 @@ class Inputs:
         self.dual = True
 
     def nbytes(self, more: int = 0) -> tuple[int, int]:
-        """Return the bytes stored after `more` rows, and the additional bytes to solve or to sum the rows."""
+        """Return the bytes stored once `more` rows are added, and the additional bytes that `factorise` needs then."""
         rows = self.count + more
         if self.dual and 2 * rows <= self.width:
             return rows * self.width * self.itemsize, Gram.nbytes(rows, 8)
@@ -136,7 +137,10 @@ class Inputs:
         self.gram.factorise(ridge if ridge > 0 else 1.0)
 
     def fit(self, gap_x: torch.Tensor, gaps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return D (r x p, float64) from `G^T X` (r x p), or from G (T x r) in the dual form."""
+        """Return D (r x p, float64).
+
+        The primal form uses `gap_x`, which is G^T X (r x p); the dual form uses `gaps`, the batches of G (T x r).
+        """
         if not self.dual:
             return self.gram.solve(gap_x.t()).t()
         weights = self.gram.solve(torch.cat(list(gaps))).t()
