@@ -5,4 +5,4 @@ from pathlib import Path
 _PACKAGE = Path(__file__).resolve().parent
 
 ASSETS = _PACKAGE / "assets" if (_PACKAGE / "assets").is_dir() else _PACKAGE.parent / "assets"
-"""The directory in the installed package; in a checkout, the repository's `assets/`."""
+"""Directory of the bundled files: in the installed package or, in a checkout of the repository, its `assets/`."""

@@ -15,11 +15,11 @@ from .shortcuts.state import Wires
 from .tracing import evaluating, to_device
 
 BUDGET = 2**30
-"""Limit in bytes on the layer inputs that the least-squares merge holds at a time; the widest layer may exceed it.
+"""Maximum memory, in bytes, for the layer inputs that the least-squares merge stores; a single layer may exceed it.
 
 If all layers together need more, the batches run through the model several times, each time for as many layers as fit.
-The widest feed-forward layers of Flux, with 12,288 inputs, need 0.6 GB each. Memory of the adapter's own size is not
-counted.
+The widest feed-forward layers of Flux, with 12,288 input features, need 0.6 GB each. Tensors as small as the adapter
+are not counted.
 """
 
 
@@ -33,10 +33,10 @@ class Calibrator:
         shortcut: type[Shortcut],
         needs_moments: bool,
     ) -> None:
-        """Prepare the calibration of the blocks in `plan`.
+        """Prepare the calibration of the blocks of all chains in `plan`.
 
-        `merged` holds the results of a merge that needs no calibration, to measure its error. With `needs_moments`, the
-        second moments x x^T of every block's input are collected too.
+        `merged` holds the results of a merge that needs no calibration; the calibration then measures the error of that
+        merge. With `needs_moments`, the second moments x x^T of every block's input are collected too.
         """
         self.blocks = {block.name: block for chain in plan for block in chain}
         results = [None] * len(self.blocks) if merged is None else [result for chain in merged for result in chain]
@@ -47,15 +47,15 @@ class Calibrator:
         self.leaders: dict[str, str] = {}
         """Block name -> the first block that reads the same input tensor."""
         self.inputs: dict[str, Inputs] = {}
-        """Inputs collected in this pass, by the name of that first block."""
+        """Inputs collected in this pass, by the name of the first block that reads them."""
         self.postponed: set[str] = set()
-        """First blocks whose inputs do not fit into memory in this pass."""
+        """Names of first blocks (see `leaders`) whose inputs did not fit into `BUDGET` in this pass."""
         # Weak references, so that the calibration does not keep every layer's input in memory.
         self.seen: list[tuple[weakref.ref, str]] = []
         self.entered: torch.Tensor | None = None
 
     def read(self, base: nn.Module, wires: Wires, calibration: Iterable[Mapping]) -> list[str]:
-        """Run every batch through the model, once or, within the memory limit, several times.
+        """Run every batch through the model, once, or several times if the inputs of all blocks exceed `BUDGET`.
 
         Returns notes for the merge report. Raises `ValueError` if the batches are empty, do not fit the model or give
         non-finite values.
@@ -104,7 +104,8 @@ class Calibrator:
     def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
         """Record one forward pass of a block.
 
-        `x` is its input, `own` its own `A x`, and `handed` the shortcut terms (None for a head).
+        `x` is the block's input, `own` its own `A x`, and `handed` the shortcut terms (None for a head). For
+        block-shortcuts, `own` and `handed` are the stacked A and the stacked B.
         """
         name, entered, self.entered = variant.name, self.entered, None
         if name not in self.waiting:
@@ -121,9 +122,9 @@ class Calibrator:
             variant.measure(block, self.merged[name], tokens, own, handed)
 
     def _inputs(self, name: str, entered: torch.Tensor, tokens: torch.Tensor) -> Inputs | None:
-        """Return the collector of the rows (T x p) that `name` reads, with `tokens` added.
+        """Return the collected inputs of the block `name`, which reads the tensor `entered`; None beyond `BUDGET`.
 
-        None if the memory limit is reached.
+        The first block that reads the tensor adds its rows `tokens` (T x p); other blocks use the same collection.
         """
         leader = next((other for seen, other in self.seen if seen() is entered), None)
         if leader is None:
@@ -171,7 +172,7 @@ class Calibrator:
 
 
 def _has_room(sizes: list[tuple[int, int]]) -> bool:
-    """Return whether inputs of these (held, solving) sizes in bytes fit into `BUDGET`; one input always does."""
+    """Return whether inputs of these sizes, (bytes stored, bytes to solve), fit into `BUDGET`; one always does."""
     held, solving = zip(*sizes, strict=True)
     return len(sizes) == 1 or sum(held) + max(solving) <= BUDGET
 

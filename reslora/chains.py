@@ -1,7 +1,8 @@
 """Find the chains of neighboring LoRA blocks of a model: roles, execution order and links.
 
-A *chain* is a run of blocks of one role in execution order, cut wherever neighbors differ in shape or belong to
-different streams of hidden states. This module only describes a model and changes nothing.
+A *role* is the path of a layer inside its repeated module, such as `attn1.to_q`. A *chain* is a sequence of consecutive
+blocks of one role, in execution order. A chain ends where the next block differs in shape or belongs to another stream
+of hidden states. This module only describes a model and changes nothing.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ Before = Sequence[Sequence[int]]
 """For each block of a chain, the indices of the earlier blocks in its sum: n-1, n-2, ... n-m."""
 
 # Classes whose `forward` calls `lora_variant[adapter].forward`. Other classes (AWQ, AQLM, EETQ, TE, tensor parallel)
-# ignore variants: connected, they would train plain LoRA without an error.
+# ignore variants: their layers would train plain LoRA, without an error, although they are connected.
 _CALLS_VARIANT = {
     ("peft.tuners.lora.layer", "Linear"),
     ("peft.tuners.lora.bnb", "Linear8bitLt"),
@@ -42,7 +43,7 @@ class Block:
     name: str
     """Path of the adapted layer in the base model."""
     role: str
-    """Path below the layer's repeated block, such as `attn1.to_q`."""
+    """Path of the layer inside its repeated module, such as `attn1.to_q`."""
     in_features: int
     out_features: int
     rank: int
@@ -60,7 +61,7 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Chain(Sequence):
-    """A run of neighboring blocks of one role, in execution order; its first block is the *head*."""
+    """Neighboring blocks of one role, in execution order; the first block is the *head*."""
 
     role: str
     blocks: tuple[Block, ...]
@@ -92,7 +93,7 @@ class Chains(Sequence):
 
     @property
     def links(self) -> int:
-        """Number of neighboring pairs."""
+        """Number of links, the pairs of neighboring blocks in a chain."""
         return sum(len(chain) - 1 for chain in self.chains)
 
     @property
@@ -101,11 +102,11 @@ class Chains(Sequence):
         return [block for chain in self.chains for block in chain]
 
     def clipped(self, reach: int | None) -> list[Chain]:
-        """Return the chains with links in which no block has `reach` earlier blocks (see `ResLoraConfig.reach`)."""
+        """Return the chains of two or more blocks that are too short for any block to have `reach` earlier blocks."""
         return [] if reach is None else [chain for chain in self.chains if 1 < len(chain) <= reach]
 
     def to_dict(self) -> dict:
-        """Return the plan as JSON-able data, the content of `chains.json`."""
+        """Return the chains as JSON-able data, the content of `chains.json`."""
         return {
             "links": self.links,
             "chains": [
@@ -133,7 +134,7 @@ class Chains(Sequence):
 def before_each(blocks: int, reach: int | None) -> Before:
     """Return, for each of `blocks` blocks of a chain, the indices of the earlier blocks in its sum.
 
-    Block n takes `m = min(reach, n)` of them; all of them if `reach` is None (see `ResLoraConfig.reach`).
+    The sum of block n (from 0) has `m = min(reach, n)` earlier blocks, or all n if `reach` is None.
     """
     return [range(n - 1, -1 if reach is None else max(0, n - reach) - 1, -1) for n in range(blocks)]
 
@@ -141,11 +142,11 @@ def before_each(blocks: int, reach: int | None) -> Before:
 def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict | None = None) -> Chains:
     """Return the chains of neighboring LoRA blocks of `model`; `print` shows them as a table.
 
-    `example_inputs` are keyword arguments of the base model. The default is made from the configuration of a U-Net, or
-    of a Z-Image, Flux, Stable Diffusion 3, Qwen-Image or Krea 2 transformer, or is the model's own `dummy_inputs`. They
-    serve only to trace the execution order, on the meta device if possible. The trace leaves random states, modes and
-    gradients unchanged. New chains begin at the join of two independent streams, such as those of an image and its
-    caption.
+    `example_inputs` are keyword arguments of the base model, used only to trace the execution order, on the meta device
+    if possible. For a U-Net, and for a Z-Image, Flux, Stable Diffusion 3, Qwen-Image or Krea 2 transformer, the default
+    is made from the configuration; for other models it is their `dummy_inputs`. The trace leaves random states,
+    training modes and gradients unchanged. Where two independent streams join, such as those of an image and its
+    caption, new chains begin.
 
     Raises `ValueError` if the model has no LoRA layer of that adapter, or if no inputs to trace with are known.
     """
@@ -249,7 +250,10 @@ def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 
 
 def _sort_layers(layers: dict[str, LoraLayer], adapter_name: str) -> tuple[dict, list, list]:
-    """Return the LoRA layers that can be linked, and (name, reason) of plain and of refused layers."""
+    """Return the layers to link by name, (name, reason) of layers that stay plain, and (name, problem) of layers.
+
+    A layer with a problem, for which `connect` raises an error, is also among the layers to link.
+    """
     linkable: dict[str, LoraLayer] = {}
     unlinked, problems = [], []
     for name, layer in layers.items():
@@ -321,9 +325,9 @@ def _tied(layers: dict[str, LoraLayer], adapter_name: str) -> list[tuple[str, st
 
 
 def _readers(seen: Trace, holders: dict[str, str]) -> Iterator[tuple[str, ...]]:
-    """Yield groups of layers that read the same tensor, at least two and all of one holder.
+    """Yield groups of at least two layers that read the same tensor and have the same holder (see `_place`).
 
-    A gradient checkpoint may begin between two holders, so layers of different holders cannot share a product.
+    A gradient checkpoint may begin between two holders, so layers of different holders cannot compute `A x` together.
     """
     for names in seen.readers:
         by_holder: dict[str, list[str]] = {}
@@ -335,10 +339,10 @@ def _readers(seen: Trace, holders: dict[str, str]) -> Iterator[tuple[str, ...]]:
 def _place(base: nn.Module, name: str) -> tuple[str, str]:
     """Return the path of a layer's *holder* and its *role*, the path below the holder.
 
-    The holder is the layer's deepest ancestor that is an item of a ModuleList whose items share one class. An
-    `nn.Sequential` (timm's vision transformers) is treated like a ModuleList. If a list's items are the adapted layers
-    themselves, the layer is its own holder, and its role is the list's path. Without a holder the first path is empty
-    and the role is the whole path.
+    The holder is the layer's deepest ancestor that is an item of a ModuleList whose items share one class. Without such
+    a ModuleList, an `nn.Sequential` with items of one class takes its place (timm's vision transformers). If the items
+    are the adapted layers themselves, the layer is its own holder, and its role is the path of the list. Without a
+    holder, the first path is empty and the role is the layer's complete path.
     """
     parts = name.split(".")
     for container in (nn.ModuleList, nn.Sequential):

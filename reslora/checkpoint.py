@@ -78,8 +78,8 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
 def _write_both(directory: Path, content: dict, tensors: dict[str, torch.Tensor]) -> None:
     """Write both files and their checksums.
 
-    If a write fails, the old files stay. If the process is killed, the old or the new files remain without checksums,
-    or at worst weights without a configuration, which `load` refuses.
+    If a write fails, the old files stay. If the process is killed, the old or the new files remain, without checksums.
+    In the worst case, weights remain without a configuration; `load` then raises an error.
     """
     names = [CONFIG_NAME, WEIGHTS_NAME]
     with replacing_both(directory / CONFIG_NAME, directory / WEIGHTS_NAME) as (described, weights):
@@ -92,11 +92,15 @@ def _write_both(directory: Path, content: dict, tensors: dict[str, torch.Tensor]
 def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
     """Load what `save` wrote into `model` and return the connected model.
 
-    `model` is a bare base model or one with a matching LoRA adapter, connected or not. A bare model gets the adapter as
-    the saved one had it: wrapped by `get_peft_model`, or in place by `add_adapter`.
+    `model` is a base model without the adapter, or a model with a matching LoRA adapter, connected or not. A model
+    without the adapter gets it in the way of the saved model: `get_peft_model` wraps the model, or `add_adapter` adds
+    the adapter in place.
 
-    Raises `ValueError` if the files are missing or damaged, if layers, ranks or shapes differ (naming the first), or if
-    the model is connected along other chains. The model is then unchanged.
+    Raises `ValueError`, and leaves the model unchanged, in these cases:
+
+    - Files are missing or damaged.
+    - Layers, ranks or shapes differ; the message names the first.
+    - The model is connected along other chains or with another configuration.
     """
     directory = Path(directory)
     saved = _read(directory)
@@ -155,7 +159,7 @@ class _Saved:
     lora: LoraConfig
     plan: Chains
     scaling: dict[str, float]
-    """Scaling of the layers where it differs from what rank and alpha give, by name."""
+    """Scaling, by name, of those layers whose scaling differs from what their rank and alpha give."""
     wrapped: bool
     """Whether the saved model was a `PeftModel`."""
     names: list[str]
@@ -280,5 +284,5 @@ def _wiring(plan: Chains) -> list[list[str]]:
 
 
 def jsonable(config: PeftConfig) -> dict:
-    """Return a configuration's fields as JSON-able data; the order of a set differs from process to process."""
+    """Return a configuration's fields as JSON-able data; sets are sorted, as their order differs between processes."""
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}

@@ -93,8 +93,8 @@ def export_diffusers(
 
     `prefix` is the denoiser's name in the pipeline. If text encoders were trained too, pass all models by their names
     in the pipeline instead. `metadata` holds further strings for the file's header, which also gets kohya's hash of the
-    tensors. The scaling is folded into B and the header has alpha = rank for each layer, so that readers agree whether
-    they use alpha or not.
+    tensors. The scaling is folded into B, and the header has alpha = rank for each layer: programs that use alpha and
+    programs that ignore it get the same weights.
 
     Raises `ValueError` if the adapter is connected or not plain LoRA.
     """
@@ -113,10 +113,11 @@ def export_kohya(
 ) -> Path:
     """Write one file with kohya's keys (`lora_unet_..._to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`).
 
-    All layers get one alpha a, and up-weights are multiplied by s r_n / a, because diffusers applies the commonest
-    alpha to every layer. `rename` maps a layer's diffusers name to kohya's name. `metadata` holds further strings for
-    the file's header (`ss_...`), which also gets kohya's hash of the tensors. If text encoders were trained too, pass
-    all models by the prefixes of their layers (`lora_unet`, `lora_te`). Returns the path.
+    All layers get the same alpha a, because diffusers applies the most frequent alpha to every layer. The up-weight of
+    layer n, with the scale s_n and the rank r_n, is multiplied by s_n r_n / a. `rename` maps a layer's diffusers name
+    to kohya's name. `metadata` holds further strings for the file's header (`ss_...`), which also gets kohya's hash of
+    the tensors. If text encoders were trained too, pass all models by the prefixes of their layers (`lora_unet`,
+    `lora_te`). Returns the path.
 
     Raises `ValueError` if the adapter is connected or not plain LoRA.
     """
@@ -203,8 +204,8 @@ def write_kohya(
 ) -> None:
     """Write a file in kohya's format; `layers` has kohya's names (`lora_unet_...`). See `export_kohya`."""
     scaled = {name: factors.scale * factors.rank for name, factors in layers.items()}
-    # float32 whatever the adapter's dtype, and exactly the number that the up-weights are divided by. The sign goes
-    # into the up-weights: some readers do not support a negative alpha.
+    # alpha is float32 whatever the adapter's dtype, and the up-weights are divided by exactly the stored number. The
+    # sign goes into the up-weights: some programs do not support a negative alpha.
     written = torch.tensor(abs(commonest(scaled.values())) or 1.0, dtype=torch.float32)
     alpha = written.item()
     tensors = {}
@@ -224,7 +225,7 @@ def write_kohya(
 
 
 def write_peft(directory: str | os.PathLike, layers: Mapping[str, Factors]) -> None:
-    """Write a PEFT directory of these layers: A and B unchanged, their scale as rank and alpha."""
+    """Write a PEFT directory of these layers: A and B are unchanged, and rank and alpha give the scale."""
     config = lora_config(layers)
     config.inference_mode = True
     config.target_modules = sorted(layers) if all("." in name for name in layers) else config.target_modules
@@ -238,8 +239,8 @@ def write_peft(directory: str | os.PathLike, layers: Mapping[str, Factors]) -> N
 def _write_both(directory: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Write PEFT's two files and leave all others.
 
-    If a write fails, the old files stay. If the process is killed, weights may remain without a configuration, which no
-    reader loads.
+    If a write fails, the old files stay. If the process is killed, weights may remain without a configuration; no
+    program loads such a directory.
     """
     with replacing_both(directory / PEFT_CONFIG_FILE, directory / PEFT_FILE) as (described, weights):
         described.write_text(json.dumps(jsonable(config), indent=2, sort_keys=True), encoding="utf-8")
@@ -289,10 +290,10 @@ def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
 
 
 def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
-    """Write the base model with the adapter merged into its weights, summed in float32 and cast.
+    """Write the base model with the adapter merged into its weights, and return the directory.
 
-    For models of diffusers and transformers, with any PEFT adapter that can be merged. `model` itself is unchanged.
-    Returns the directory.
+    Works for models of diffusers and transformers, with any PEFT adapter that can be merged. Sums are computed in at
+    least float32 and cast to the dtype of the weights. `model` itself is unchanged.
 
     Raises `ValueError` if the directory has files other than a model's, which would be lost, or if PEFT has merged an
     adapter already.
@@ -324,7 +325,7 @@ def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[st
     state = {}
     for key, value in base.state_dict().items():
         owner = next((prefix for prefix in owners if key.startswith(prefix)), None)
-        if owner is None:  # of `modules_to_save` the trained copy, which comes after the original
+        if owner is None:  # for `modules_to_save`, the trained copy, which comes second, replaces the original
             place = key.replace(".original_module.", ".").replace(f".modules_to_save.{adapter_name}.", ".")
             if ".modules_to_save." not in place:
                 state[place] = value
@@ -379,9 +380,9 @@ def merged_value(
 
 
 def _adds(layer: BaseTunerLayer, adapter_name: str) -> bool:
-    """Return whether the layer's update is a sum that involves only its weight.
+    """Return whether the adapter only adds a matrix to the layer's weight.
 
-    DoRA scales rows, and OFT multiplies by rotations.
+    DoRA instead scales rows, OFT multiplies by rotations, and `lora_bias` also changes the bias.
     """
     if isinstance(layer, LoraLayer):
         return layer.lora_variant.get(adapter_name) is None and not layer.lora_bias.get(adapter_name)

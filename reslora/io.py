@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 CHECKSUMS_NAME = "checksums.json"
-ABANDONED = 24 * 3600  # seconds after which a temporary file of another machine counts as left over
-LONGEST_NAME = 50  # characters of a name that its temporary name repeats; file systems allow 255 bytes
+ABANDONED = 24 * 3600  # seconds after which `remove_leftovers` removes a temporary file of another machine
+LONGEST_NAME = 50  # characters of a file's name that its temporary name contains; file systems allow 255 bytes
 
 before_writing: list[Callable[[], None]] = []
 """Functions that `replacing` calls before it writes; a training process adds `folder_lock.check_held`."""
@@ -33,7 +33,7 @@ _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}-\d+-\d+)-[0-9a-f]{8}(?:\.old)?\.tmp
 
 
 class Damaged(ValueError):
-    """Raised if a file is missing or its content is not what was written; not if it cannot be read at the moment."""
+    """A file is missing, or its content is not what was written; if it cannot be read, `OSError` is raised instead."""
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 def replacing_both(description: Path, weights: Path) -> Iterator[tuple[Path, Path]]:
     """Replace weights and the file that describes them, as `replacing` does.
 
-    A process killed in between leaves weights without a description.
+    If the process is killed between the two replacements, weights without a description remain.
     """
     with replacing(description) as new_description, replacing(weights) as new_weights:
         yield new_description, new_weights
@@ -105,9 +105,9 @@ def this_process() -> str:
 
 
 def has_ended(process: str) -> bool:
-    """Return whether a process identified by `this_process` has ended, even if another one has its id now.
+    """Return whether a process identified by `this_process` has ended, even if another process has its id now.
 
-    False for a process of another machine.
+    Returns False for a process of another machine.
     """
     _, number, start = process.split("-")
     if not _can_be_checked(process):
@@ -127,7 +127,7 @@ def _can_be_checked(process: str) -> bool:
 
 
 def is_running(process: str) -> bool:
-    """Return whether a process identified by `this_process` is another running process of this machine."""
+    """Return whether `process`, an identifier from `this_process`, is running on this machine and not this process."""
     host, _, rest = process.partition("-")
     number, _, start = rest.partition("-")
     seen = host == _host() and number.isdecimal() and start.isdecimal() and start != "0"
@@ -136,7 +136,7 @@ def is_running(process: str) -> bool:
 
 @functools.cache
 def _host() -> str:
-    """Return a short hash of this machine and container, outside of which process ids mean nothing."""
+    """Return a short hash that identifies this machine and container: process ids are unique only within it."""
     known: list[str | Path] = [platform.node()]
     for read in (Path("/etc/machine-id").read_text, Path("/proc/self/ns/pid").readlink):
         with suppress(OSError):
@@ -238,7 +238,7 @@ def write_json(path: str | os.PathLike, content: object) -> None:
 def read_object(path: str | os.PathLike) -> dict:
     """Return the JSON object of a file; empty if the file is missing or damaged.
 
-    Raises `OSError` if it cannot be read at the moment.
+    Raises `OSError` if the file cannot be read at the moment.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -248,9 +248,10 @@ def read_object(path: str | os.PathLike) -> dict:
 
 
 def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
-    """Write `checksums.json`: the SHA-256 of every file below `folder`, or of `names` in addition to those listed.
+    """Write `checksums.json`, the list of SHA-256 checksums of every file below `folder`.
 
-    Call it last, and again after every change: a file that is not listed is not checked.
+    With `names`, compute only the checksums of these files; other entries of the present list stay. Call this last, and
+    again after every change: a file that is not listed is not checked.
     """
     folder = Path(folder)
     known = {} if names is None else _listed(folder)
@@ -272,9 +273,9 @@ def forget_checksums(folder: str | os.PathLike, names: Iterable[str]) -> None:
 
 
 def check_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
-    """Compare the files of `folder`, or only `names`, with `checksums.json`; without that file nothing is checked.
+    """Compare the files of `folder`, or only `names`, with `checksums.json`; without `checksums.json` do nothing.
 
-    Raises `Damaged` naming the first file that is missing or differs, and `OSError` if one cannot be read at the
+    Raises `Damaged` naming the first file that is missing or differs, and `OSError` if a file cannot be read at the
     moment.
     """
     folder = Path(folder)
@@ -290,7 +291,7 @@ def check_checksums(folder: str | os.PathLike, names: Iterable[str] | None = Non
 
 
 def _listed(folder: Path) -> dict[str, str]:
-    """Return the checksums that a new list starts from; empty if the present list is damaged."""
+    """Return the entries of `checksums.json`, for changing them; empty if the file is missing or damaged."""
     try:
         return _read_checksums(folder)
     except ValueError:
@@ -319,8 +320,8 @@ def _sha256(path: Path) -> str:
 def all_below(folder: Path) -> Iterator[Path]:
     """Yield every file and directory below a directory, except hidden directories and the targets of links.
 
-    Raises `OSError` for a directory that cannot be listed, which `rglob` skips; only a file system's `lost+found`,
-    readable only by root, is skipped.
+    Raises `OSError` for a directory that cannot be listed; `rglob` would skip it. The only exception is a file system's
+    `lost+found`, which only root can read and which is skipped.
     """
 
     def fail(error: OSError) -> None:

@@ -11,14 +11,14 @@ NOT_JSON = object()
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """Yield the number, from 1, and the value of each line that is not blank; `NOT_JSON` for invalid lines."""
+    """Yield line number (from 1) and value of each non-blank line; the value of an invalid line is `NOT_JSON`."""
     return values_of(path.read_text(encoding="utf-8", errors="replace"))
 
 
 def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]:
-    """Yield number and value of each line of a training file, without replacing or skipping anything.
+    """Yield line number and value of each non-blank line of a training file; any invalid line is an error.
 
-    Raises `InvalidArgument` naming the line if it is not JSON (`fix` is the advice), not UTF-8, or has half of a
+    Raises `InvalidArgument` naming the line if it is not JSON (`fix` is the advice), is not UTF-8, or contains half of a
     surrogate pair.
     """
     content = path.read_bytes()
@@ -39,7 +39,7 @@ def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]
 
 
 def values_of(text: str) -> Iterator[tuple[int, object]]:
-    """Yield number and value of each line of a text; see `json_lines`."""
+    """Yield line number and value of each non-blank line of a text; see `json_lines`."""
     # Not splitlines(), which would split a JSON string at U+2028 and similar characters.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

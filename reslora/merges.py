@@ -1,4 +1,4 @@
-"""Registry of the merge methods: a function in `merging.py` and a row here. Importing it does not import torch."""
+"""Registry of the merge methods: each has a function in `merging.py` and a row here, which does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Merge:
     """A merge method: its function and the statistics that it needs."""
 
     function: str
-    """Name of the function in `merging.py`, which maps a chain, front to back, to one result for each block."""
+    """Name of the function in `merging.py`; it takes the blocks of a chain and returns a `Merged` for each."""
     needs_norms: bool = False
     """Whether it needs the norm f_n of every block."""
     needs_moments: bool = False
@@ -41,6 +41,6 @@ MERGES = {
 """Merge methods by name; a shortcut may define others (`reslora.shortcuts`)."""
 
 AUTO = "auto"
-"""Choose the most accurate method that the available statistics allow."""
+"""Name that stands for the most accurate method that the available statistics allow."""
 
 NAMES = (AUTO, *MERGES)

@@ -27,20 +27,20 @@ class Factors:
     weight: Callable[[], torch.Tensor]
     """Return the frozen weight (q x p), dequantized."""
     norm: float | None = None
-    """f_n of Eqs. 8-9 (`input`: of x_n; `middle`: of A_n x_n), averaged over the window."""
+    """f_n of Eqs. 8-9 (`input`: of x_n; `middle`: of A_n x_n), averaged over forward passes."""
     moments: Moments | None = None
     """Second moments collected in calibration."""
     before: Sequence[int] = ()
     """Indices of the earlier blocks of the chain in this block's sum: n-1, n-2, ... n-m; empty for a head."""
     parts: Sequence[torch.Tensor] = ()
-    """Factors (r x p each) of x_{n-1}, x_{n-2}, ...: A_n (`input`), or A_{n-1}, A_{n-2}, ... (`middle`)."""
+    """Matrices (r x p) that multiply x_{n-1}, x_{n-2}, ...: A_n (`input`), or A_{n-1}, A_{n-2}, ... (`middle`)."""
     alpha_of_head: float = 0.0
-    """alpha* of a block without an earlier one: 1 if the head repeats its input (x_{n-1} := x_n), else 0."""
+    """alpha* of the block if it is a head: 1 if a head repeats its input (x_{n-1} := x_n), else 0."""
     fold: Callable[[Factors, list[float]], Merged] | None = None
-    """How the shortcut folds `x_{n-k} ~ alpha_{n-k} x_n` into A and B."""
+    """Return this block as plain LoRA, given the alphas in `x_{n-k} ~ alpha_{n-k} x_n` (see `Shortcut.fold`)."""
 
     def stand_in(self) -> torch.Tensor:
-        """Return the matrix (r x p) of the shortcut terms if all inputs were equal."""
+        """Return S, the sum of `parts` (r x p): if all blocks had the same input x, the shortcut terms would be S x."""
         return sum(part.to(self.a) for part in reversed(self.parts))  # type: ignore[return-value] # of no head
 
     def scaled(self, alpha: float, notes: tuple[str, ...] = ()) -> Merged:
@@ -50,7 +50,7 @@ class Factors:
 
 @dataclasses.dataclass
 class Merged:
-    """One block as plain LoRA: the new A and B, and how they came about."""
+    """One block as plain LoRA: the new A and B, the alphas that gave them, and notes for the report."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -59,14 +59,14 @@ class Merged:
 
 
 class Moments:
-    """Second moments of one block over the calibration batches, from which fits and errors follow.
+    """Second moments of one block over the calibration batches, from which fits and merge errors are computed.
 
     Rows are tokens: `x` (T x p) is the block's input, `own` = A_n x (T x r), and `handed` (T x r) the shortcut terms.
     `gap` = handed - S x, where `stand_in` S (r x p) estimates the shortcut terms from x. The gap is fitted and measured
-    instead of `handed`: if S is exact, it is exactly zero, however ill-conditioned x is.
+    instead of `handed`: if S is exact, the gap is exactly zero, however ill-conditioned x is.
     """
 
-    # 0.0, and tensors once a forward pass was added.
+    # 0.0 at first, and tensors after a forward pass was added.
     norm_sum: Any
     own_own: Any
     own_handed: Any
@@ -77,9 +77,9 @@ class Moments:
     def __init__(self, stand_in: torch.Tensor | None = None) -> None:
         self.stand_in = stand_in
         self.inputs: Inputs | None = None
-        """Collector of x, for a block whose gap is to be fitted."""
+        """Stores x for the regression, if the gap of this block is to be fitted."""
         self.fitted: torch.Tensor | None = None
-        """C minus the sum of the earlier blocks' A (r x p), after `fit`."""
+        """D of the regression (r x p), after `fit`: S + D is the C of `merge_lstsq`."""
         self.norm_sum, self.forwards, self.rows = 0.0, 0, 0
         self.own_own = self.own_handed = self.handed_handed = self.gap_gap = self.gap_x = 0.0
         self.gaps: list[torch.Tensor] = []
@@ -116,7 +116,7 @@ class Moments:
         self.inputs, self.gap_x, self.gaps = None, 0.0, []
 
     def measure(self, output: torch.Tensor, miss: torch.Tensor) -> None:
-        """Add one forward pass's squared norms: of the unmerged output, and of the error of a known merge."""
+        """Add the squared norms of one forward pass: of the unmerged output, and of the merge error `miss`."""
         self.output += float(output.double().square().sum())
         self.miss += float(miss.double().square().sum())
 
@@ -132,7 +132,7 @@ class Moments:
 
 
 def _precise(x: torch.Tensor) -> torch.Tensor:
-    """Return the r-wide vectors in float64, because their moments are differences of close numbers; float32 on MPS."""
+    """Return `x` in float64, because close moments are subtracted from each other; in float32 on MPS."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
@@ -166,9 +166,10 @@ def merge_weights(chain: list[Factors]) -> list[Merged]:
     """Merge from the first block to the last, by the norms of merged weights (the paper's merge_bw).
 
     f*_j is the Frobenius norm of the *merged* weight of block j, and `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}` estimates
-    `x_{n-k} ~ alpha_{n-k} x_n` (Eqs. 10-11, for `input`). `middle` uses the same ratio for each earlier block: the
-    formula under Eq. 13 contains f*_n, which is known only after block n is merged. If j is before the first block of
-    the chain, alpha is 1.
+    `x_{n-k} ~ alpha_{n-k} x_n` (Eqs. 10-11, for `input`). If the chain has no block n-k-1, alpha_{n-k} is 1.
+
+    `middle` uses this ratio for each earlier block, and not the formula under Eq. 13: that formula contains f*_n, which
+    is known only after block n is merged.
 
     Raises `ValueError` for a frozen weight with NaN or infinity.
     """
@@ -191,9 +192,10 @@ def merge_lstsq(chain: list[Factors]) -> list[Merged]:
     """Return `A_n + C`, where C is the least-squares estimate of the shortcut terms from x_n only (not in the paper).
 
     `C = argmin E|t - C x_n|^2 + ridge |C - T|^2`, where t is `A_n x_{n-1}` (`input`) or `sum_{k>=1} A_{n-k} x_{n-k}`
-    (`middle`), and T is A_n or `sum_{k>=1} A_{n-k}`: equal inputs merge exactly. The ridge shrinks toward T, so a
-    block whose input is far larger than those of earlier blocks may have a smaller error with `none`. It then keeps A
-    and B, and a note reports it.
+    (`middle`), and T is A_n or `sum_{k>=1} A_{n-k}`. If all blocks have the same input, the merge is exact.
+
+    The ridge pulls C toward T. A block whose input is far larger than those of earlier blocks may therefore have a
+    smaller error with `none`; such a block keeps A and B, and a note reports it.
     """
     merged = []
     for block in chain:
@@ -233,7 +235,7 @@ def merged_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling:
 
 
 def cut(block: Factors, merged: Merged, rank: int) -> Merged:
-    """Return `merged` truncated to `rank`, with a note of the loss; factors that the merge left unchanged stay."""
+    """Return `merged` truncated to `rank`, with a note of the loss; a block that the merge did not change is kept."""
     if merged.a is block.a or merged.a.shape[0] <= rank:
         return merged
     a, b, loss = truncate(merged.a, merged.b, rank)
@@ -258,7 +260,7 @@ def truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor,
 def relative_error(block: Factors, merged: Merged) -> float:
     """Return `|merged - unmerged| / |unmerged LoRA output|` on the calibration batches, from the block's moments.
 
-    Both outputs are B times an r-wide vector, so the norms are traces against the Gram matrix of B.
+    Both outputs are B times an r-wide vector. Each norm is therefore a trace: of moments times the Gram matrix of B.
     """
     moments = block.moments
     if isinstance(moments.handed_handed, float):

@@ -51,7 +51,7 @@ class MergeReport:
     shortcut: str
     blocks: tuple[BlockReport, ...]
     notes: tuple[str, ...] = ()
-    """Zero norms, blocks that `lstsq` merges by `none`, the loss by `max_rank`, a calibration in several passes."""
+    """Notes on zero norms, blocks that `lstsq` merged by `none`, the loss by `max_rank`, and calibration passes."""
 
     def to_dict(self) -> dict:
         """Return the report as JSON-able data."""
@@ -82,7 +82,8 @@ def connect(
     """Connect the LoRA blocks of neighboring layers of `model` in place (Eqs. 2-4) and return the chains.
 
     `example_inputs` are keyword arguments of the base model, used to trace the order of its layers (see `chains`).
-    Later hooks on `lora_A` and `lora_B` are not called, because shortcuts read their weights; hooks on layers are.
+    Hooks that are added to `lora_A` and `lora_B` afterwards are not called, because shortcuts only read the weights of
+    these modules. Hooks on the adapted layers are called.
 
     Raises `ValueError` if the model has no such LoRA adapter, is connected or merged already, has a layer that cannot
     be connected, or has no links for the shortcut. The model is then unchanged. Raises `RuntimeError` if the installed
@@ -111,7 +112,7 @@ def connect(
 
 
 def disconnect(model: nn.Module, adapter_name: str = "default") -> None:
-    """Remove the shortcuts and leave the plain LoRA that `connect` found.
+    """Remove the shortcuts that `connect` added; A and B keep their values, as plain LoRA.
 
     Raises `ValueError` if the model is not connected.
     """
@@ -146,9 +147,9 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
 def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Enable non-reentrant gradient checkpointing that preserves the shortcuts of a connected model.
 
-    Works for models of transformers and diffusers. Leave the trainer's own flag off: it would re-enable reentrant
-    checkpointing. With the shortcuts `input` and `middle` it cannot be combined with `torch.compile`; use one of the
-    two, or `block`.
+    Works for models of transformers and diffusers. Leave a trainer's own option for gradient checkpointing off: it
+    would enable reentrant checkpointing again. With the shortcuts `input` and `middle`, use either gradient
+    checkpointing or `torch.compile`; with `block` the two can be combined.
 
     Raises `ValueError` for a model without support for checkpointing.
     """
@@ -186,18 +187,21 @@ def merge(
 ) -> MergeReport:
     """Fold the shortcuts into plain LoRA weights in place; the model is ordinary PEFT LoRA afterwards.
 
-    `method`: `none`, `input` (Eqs. 6-9, 12), `weights` (Eqs. 10-11, 13), `lstsq` (not in the paper) or `auto`. `auto`
-    is exact for block-shortcuts (Eq. 5, rank (m + 1) r, truncated to `max_rank` if given). Otherwise it is `lstsq` with
-    calibration, else `input` if training recorded norms, else `weights`.
+    `method`: `none`, `input` (Eqs. 6-9, 12), `weights` (Eqs. 10-11, 13), `lstsq` (not in the paper) or `auto`.
+
+    - For block-shortcuts, every method except `none` is the exact merge (Eq. 5), which raises the rank to (m + 1) r, or
+      to `max_rank` by truncation.
+    - For other shortcuts, `auto` is `lstsq` with calibration, else `input` if training recorded norms, else `weights`.
 
     `calibration`: dicts of keyword arguments of the base model. They are read once and run through the unmerged model
-    in eval mode without gradients; if `lstsq` needs more memory than `reslora.calibration.BUDGET`, they are stored and
-    run several times. dtype, device and requires_grad of the adapter stay.
+    in eval mode without gradients. `lstsq` also stores them, and runs them several times if the inputs of all layers
+    need more memory than `reslora.calibration.BUDGET`.
 
-    With several processes, merge on rank 0, whose norms are used, and broadcast the result.
+    dtype, device and requires_grad of the adapter stay. With several processes, merge on rank 0 and broadcast the
+    result; only the norms that rank 0 recorded are used.
 
     Raises `ValueError` for an unknown method, missing calibration or norms, non-finite values, or parametrized A or B.
-    The model is unchanged then, and also if memory runs out.
+    The model is then unchanged, and also if memory runs out.
     """
     base = base_model(model)
     connection = connected(base, adapter_name)
@@ -224,14 +228,14 @@ def merge(
         for layer, result in written.items():
             ranks.write(layer, result, adapter_name)
         ranks.declare(described, layers, adapter_name)
-    torch.clear_autocast_cache()  # autocast caches casts of the old weights until its block ends
+    torch.clear_autocast_cache()  # an enclosing autocast context still caches casts of the old weights
     return MergeReport(method, connection.config.shortcut, tuple(blocks), tuple(dict.fromkeys(notes)))
 
 
 def _resolve(name: str, connection: Connection, calibration: object, max_rank: int | None) -> str:
     """Return the name of the merge method to run.
 
-    Raises `ValueError` if its statistics are missing.
+    Raises `ValueError` if the method is unknown, if its statistics are missing, or if `max_rank` does not apply to it.
     """
     if name not in merges.NAMES:
         raise ValueError(f"method={name!r} is not one of {', '.join(map(repr, merges.NAMES))}")
@@ -262,7 +266,10 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
 
 
 def _check_factors(layers: dict[str, LoraLayer], connection: Connection) -> None:
-    """Raise `ValueError` for A and B that are not finite, or parametrized: values written to these would be lost."""
+    """Raise `ValueError` if an A or B is on the meta device or not finite, or if it is to be written and parametrized.
+
+    A parametrization computes the weight each time it is read, so written values would be lost.
+    """
     written = {block.name for block in connection.chains.blocks if connection.shortcut}
     for name, layer in layers.items():
         for part in ("lora_A", "lora_B"):
@@ -309,9 +316,9 @@ def _merge_chains(
     merge_chain: Merge,
     calibration: Iterable[Mapping] | None,
 ) -> tuple[list[list[Merged]], list[str]]:
-    """Merge every chain; methods without statistics come first, so that calibration can measure their error.
+    """Merge every chain, and return the results and notes for the report.
 
-    Returns the results and notes for the report.
+    A method that needs no statistics runs before the calibration, which then measures the error of the merge.
     """
     merged = None if merge_chain.needs_norms or merge_chain.needs_moments else [merge_chain(chain) for chain in plan]
     notes: list[str] = []

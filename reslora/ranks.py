@@ -1,4 +1,4 @@
-"""Write ranks and scales after a merge into the layers and PEFT's configuration, so that a saved adapter loads."""
+"""Write ranks and alphas into layers and PEFT's configuration, so that PEFT can load the adapter once it is saved."""
 
 import dataclasses
 import math
@@ -15,8 +15,8 @@ from torch import nn
 
 from .merging import Merged
 
-# Initializations that move a part of the frozen weight into the adapter, depending on the rank. PEFT repeats them on
-# loading to restore the frozen weight; with another rank it would get another weight.
+# Initializations that move a part of the frozen weight into the adapter; the rank determines how much. PEFT repeats the
+# initialization when it loads an adapter, so with another rank it would compute another frozen weight.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -26,7 +26,10 @@ def changes_base(config: LoraConfig) -> bool:
 
 
 def prepared(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
-    """Return the new factors on the device and in the dtype of the old ones; this allocates all memory of a merge."""
+    """Return the merged factors on the device and in the dtype of the layer's present factors.
+
+    This allocates the memory of a merge's result, so that `write` allocates none.
+    """
     factors = []
     with torch.inference_mode(False):  # tensors created in a caller's inference mode can never be trained
         for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
@@ -37,7 +40,10 @@ def prepared(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
 
 
 def write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:
-    """Put `prepared` factors in place; a changed rank takes new linear layers in the old training mode."""
+    """Set the layer's A and B to `prepared` factors.
+
+    If the rank changes, new linear layers replace the A and B modules, in the same training mode.
+    """
     for modules, value in ((layer.lora_A, merged.a), (layer.lora_B, merged.b)):
         old = modules[adapter_name]
         if old.weight.shape == value.shape:
@@ -51,8 +57,9 @@ def write(layer: LoraLayer, merged: Merged, adapter_name: str) -> None:
 def declare(config: LoraConfig, layers: dict[str, LoraLayer], adapter_name: str) -> None:
     """Write changed ranks and alphas into the layers and, by full name, into PEFT's configuration.
 
-    PEFT takes the first pattern that matches, and sorts patterns when it writes the file. If the configuration had
-    patterns, each layer gets an entry, and older patterns stay only if they sort after all of these.
+    PEFT uses the first pattern that matches a layer, and sorts the patterns when it writes the file. Therefore, if the
+    configuration already has patterns, each layer gets its own entry. An older pattern stays only if it sorts after all
+    of the new entries.
     """
     changed = {
         name: layer.lora_A[adapter_name].weight.shape[0]
@@ -86,13 +93,13 @@ def nominal(layer: LoraLayer | LycorisLayer, adapter_name: str) -> float:
 
 
 def rescaled(layers: Mapping[str, LoraLayer | LycorisLayer], adapter_name: str) -> dict[str, float]:
-    """Return the scaling of the layers where it differs from what rank and alpha give, by name."""
+    """Return, by name, the scaling of those layers whose scaling differs from what their rank and alpha give."""
     found = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}
     return {name: scale for name, scale in found.items() if not _close(scale, nominal(layers[name], adapter_name))}
 
 
 def rescale(layers: Mapping[str, LoraLayer], scaling: Mapping[str, float], adapter_name: str) -> None:
-    """Set the scaling that `rescaled` returned, and on all other layers what rank and alpha give."""
+    """Set the scaling of the layers in `scaling`, as `rescaled` returned it; others get what rank and alpha give."""
     for name, layer in layers.items():
         scale = scaling.get(name, nominal(layer, adapter_name))
         if not _close(float(layer.scaling[adapter_name]), scale):
@@ -100,9 +107,9 @@ def rescale(layers: Mapping[str, LoraLayer], scaling: Mapping[str, float], adapt
 
 
 def declare_scaling(config: PeftConfig, base: nn.Module, adapter_name: str) -> None:
-    """Write the alphas of rescaled layers into a configuration that is to be saved.
+    """Set the alphas in a configuration that is about to be saved, so that they include changed scalings.
 
-    Raises `ValueError` if a reader of the configuration would get another model.
+    Raises `ValueError` if the configuration cannot express the scalings, so that loading it would give another model.
     """
     layers = {
         name: module
@@ -114,7 +121,7 @@ def declare_scaling(config: PeftConfig, base: nn.Module, adapter_name: str) -> N
         return
     if config.peft_type != PeftType.LORA:
         raise _not_in_files(scaled, f"a {config.peft_type.value} configuration")
-    if changes_base(config):  # loading changes the frozen weights too, for some by alpha
+    if changes_base(config):  # loading repeats the initialization, which can depend on alpha
         raise _not_in_files(scaled, f"init_lora_weights={config.init_lora_weights!r}")
     alphas = {name: layer.lora_alpha[adapter_name] for name, layer in layers.items()}
     alphas |= {
@@ -142,7 +149,7 @@ def _not_in_files(scaled: Mapping[str, float], where: str) -> ValueError:
 
 
 def _divisor(layer: LoraLayer | LycorisLayer, adapter_name: str, rank: int) -> float:
-    """Return what alpha is divided by at a rank."""
+    """Return the number by which alpha is divided: the rank, or for rsLoRA its square root."""
     return math.sqrt(rank) if getattr(layer, "use_rslora", {}).get(adapter_name) else rank
 
 
@@ -159,7 +166,7 @@ def _patterns(values: dict[str, float], changed: dict[str, int], default: float,
 
 
 def commonest(values: Iterable[float]) -> Any:
-    """Return the most frequent value; of several the first."""
+    """Return the most frequent value; of equally frequent values the first."""
     return Counter(values).most_common(1)[0][0]
 
 

@@ -27,14 +27,14 @@ class Trace:
     runs: dict[str, list[tuple[int, ...]]]
     """Layer -> token shape of its input for each call, in execution order."""
     reads: dict[str, set[str]]
-    """Holder -> the holders whose outputs its first tensor argument, its hidden states, depends on."""
+    """Holder -> the holders on whose outputs its hidden states (its first argument with tensors) depend."""
     inner: dict[str, set[str]]
-    """Holder -> the holders inside it whose outputs its own output depends on."""
+    """Holder -> the holders inside it on whose outputs its own output depends."""
     readers: list[list[str]] = dataclasses.field(default_factory=list)
     """Groups of layers that read the same tensor, in execution order."""
 
     def apart(self, holder: str, before: str) -> str:
-        """Return why `holder` does not continue the stream that `before` returned; empty if it does."""
+        """Return why `holder` does not continue the stream of the holder `before`; empty if it does."""
         if before.startswith(holder + "."):  # a list inside the module, followed by a layer of the same role
             return ""
         if before in self._back_from(self._stream(holder), self._stream):
@@ -44,10 +44,11 @@ class Trace:
         return f"another stream: {holder} does not read what {before} returned"
 
     def _stream(self, holder: str) -> set[str]:
-        """Return the holders whose stream `holder` continues.
+        """Return the holders whose stream `holder` continues, among those whose outputs it reads.
 
-        A new stream begins at the join of independent ones, such as those of an image and its caption. The exception is
-        a holder within a list of equal modules that only receives another input.
+        - If one of these holders depends on all the others, they are one stream, and `holder` continues all of them.
+        - Else independent streams join, such as those of an image and its caption. Then `holder` continues only the
+          holders of its own list of modules; if there are none, a new stream begins.
         """
         sources = self.reads[holder]
         if any(sources <= self._back_from({source}, self.reads.__getitem__) for source in sources):
@@ -55,7 +56,7 @@ class Trace:
         return {source for source in sources if source.rpartition(".")[0] == holder.rpartition(".")[0]}
 
     def _back_from(self, holders: set[str], step: Callable[[str], set[str]]) -> set[str]:
-        """Return `holders` and all that precede them along `step`, or that their outputs come from inside."""
+        """Return `holders`, and all holders that precede them by `step` or are inside them (see `inner`)."""
         found, left = set(holders), list(holders)
         while left:
             holder = left.pop()
@@ -68,9 +69,9 @@ class Trace:
 def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | None) -> Trace:
     """Run one forward pass, on the meta device if possible, and return the trace.
 
-    `holders` maps the paths of the layers to trace to the paths of the modules that hold them (a layer may be its own
-    holder). `example_inputs` are keyword arguments of `base` (default: made from its configuration, or its own
-    `dummy_inputs`). Random states, modes and gradients are restored.
+    `holders` maps the path of each layer to trace to the path of its holder (a layer may be its own holder).
+    `example_inputs` are keyword arguments of `base` (default: made from its configuration, or its `dummy_inputs`).
+    Random states, training modes and gradients are restored.
 
     Raises `ValueError` if no inputs to trace with are known, or the model does not run on them.
     """
@@ -84,7 +85,7 @@ def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | No
                 return _run(meta_copy(base, adapters=False), holders, to_device(inputs, "meta"))
         except Exception:
             # Data-dependent control flow, fused kernels and quantized layers do not run on the meta device: use the
-            # real one.
+            # model's own device.
             parameter = next(base.parameters(), None)
             if parameter is None or parameter.is_meta:
                 raise
@@ -99,7 +100,7 @@ def meta_copy(base: nn.Module, adapters: bool = True) -> nn.Module:
     """Return a copy of `base` on the meta device, in eval mode and without hooks; the original is unchanged.
 
     Norm layers of the copy return their input. Without `adapters`, PEFT's layers are replaced by their base layers and
-    linear layers have no bias, which makes the copy faster.
+    linear layers have no bias, which makes a forward pass of the copy faster.
     """
     memo: dict[int, object] = {}
     tensors = [*base.parameters(), *base.buffers()]
@@ -140,7 +141,7 @@ def meta_copy(base: nn.Module, adapters: bool = True) -> nn.Module:
 
 def _run(base: nn.Module, holders: Mapping[str, str], inputs: dict) -> Trace:
     watch = _Watch(holders)
-    # Gradients on: the autograd graph between holders distinguishes the streams.
+    # Gradients are enabled, because the autograd graph between holders distinguishes the streams.
     with ExitStack() as hooks, torch.inference_mode(False), torch.enable_grad():
         for path in watch.holders:
             module = base.get_submodule(path)
@@ -151,10 +152,10 @@ def _run(base: nn.Module, holders: Mapping[str, str], inputs: dict) -> Trace:
 
 
 class _Watch:
-    """Hooks that record which modules run, and make every holder's output a leaf of the autograd graph.
+    """Hooks that record which modules run, and mark the output of every holder in the autograd graph.
 
-    A holder may be a container that is never called. Then calls of the modules below it, down to the layer, count as
-    calls of the holder.
+    A holder may be a container that is never called itself. Then the calls of modules inside it that contain the layer,
+    and of the layer, count as calls of the holder.
     """
 
     def __init__(self, holders: Mapping[str, str]) -> None:
@@ -186,7 +187,7 @@ class _Watch:
             self.trace.reads[holder] |= _origins(hidden) - {holder}
 
     def leave(self, path: str, module: nn.Module, args: tuple, output: object) -> object:
-        """Make the output of a holder a leaf that is marked as its output; a forward hook."""
+        """Replace the output of a holder by a copy that is marked with the holder's path; a forward hook."""
         holder = self.holders[path]
         if (holder, path) not in self.calls:
             return None
@@ -215,7 +216,7 @@ def _differentiable(value: object) -> bool:
 
 
 def _fresh(holder: str, value: Any) -> Any:
-    """Return the same values without their autograd history, as a leaf that is marked as `holder`'s output."""
+    """Return a tensor's values without their autograd history, marked as an output of `holder`; else `value` itself."""
     if not _differentiable(value):
         return value
     with torch.enable_grad():
@@ -319,14 +320,14 @@ def _unet_inputs(config: Any, zeros: Callable) -> dict:
     return inputs
 
 
-# In the transformers below, caption and image must differ in their number of tokens: both run through layers of one
-# class.
+# In the inputs below, caption and image must differ in their number of tokens, because both run through layers of the
+# same class.
 
 
 def _z_image_inputs(config: Any, zeros: Callable) -> dict:
     patch, frames = config.all_patch_size[0], config.all_f_patch_size[0]
     return {
-        # Both are padded to multiples of 32: 64 tokens, and 32.
+        # The model pads image and caption to multiples of 32 tokens; here they have 64 and 32.
         "x": [zeros(config.in_channels, frames, 8 * patch, 8 * patch)[0]],
         "t": zeros(),
         "cap_feats": [zeros(32, config.cap_feat_dim)[0]],
@@ -372,7 +373,7 @@ def _qwen_image_inputs(config: Any, zeros: Callable) -> dict:
 
 def _krea2_inputs(config: Any, zeros: Callable) -> dict:
     layers = config.num_text_layers
-    # It must also differ from the number of text-encoder layers that each token stacks.
+    # The number of caption tokens must also differ from `layers`, the outputs of the text encoder for each token.
     return {
         "hidden_states": zeros(64, config.in_channels),
         "encoder_hidden_states": zeros(2 * layers, layers, config.text_hidden_dim),

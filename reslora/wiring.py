@@ -14,7 +14,7 @@ from .shortcuts.base import CastOthers, Shortcut
 from .shortcuts.shared import SharedProduct
 from .shortcuts.state import Wires
 
-# Attribute on an adapter's A modules. New modules without it mean that the adapter was deleted and recreated.
+# Attribute that `attach_wires` sets on an adapter's A modules. A modules without it belong to a recreated adapter.
 _MARK = "_reslora_wires"
 
 
@@ -39,7 +39,7 @@ class Connection:
         return shortcut_class(self.config.shortcut) if self.config.wired else None
 
     def alive(self, base: nn.Module) -> bool:
-        """Return whether the connected adapter is still on the model: it can be deleted, unloaded or replaced."""
+        """Return whether the connected adapter is still on the model: not deleted, unloaded or replaced."""
         adapter, layers = self.adapter_name, [module for module in base.modules() if isinstance(module, LoraLayer)]
         marks = [vars(layer.lora_A[adapter]).get(_MARK) for layer in layers if adapter in layer.lora_A]
         if marks:
@@ -66,7 +66,10 @@ class Connection:
 
 
 def connection_of(base: nn.Module) -> Connection | None:
-    """Return the connection of a base model; None without one, or if its adapter was removed."""
+    """Return the connection of a base model; None without one.
+
+    If the connected adapter was removed, this also removes the connection, and returns None.
+    """
     if "_reslora" in vars(base) and live_connection(base) is None:
         vars(base)["_reslora"].clear(base)
     return vars(base).get("_reslora")
@@ -91,7 +94,7 @@ def connected(base: nn.Module, adapter_name: str) -> Connection:
 
 
 def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, plan: Chains) -> Connection:
-    """Connect the layers of a model along `plan`, which `connect` has validated, and return the connection."""
+    """Connect the layers of a model along `plan`, chains that have been validated, and return the connection."""
     base = base_model(model)
     layers = lora_layers(base, adapter_name)
     carries = config.wired and shortcut_class(config.shortcut).carries
@@ -113,7 +116,7 @@ def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, pla
 
 
 def _share(plan: Chains, layers: dict[str, LoraLayer], adapter: str) -> bool:
-    """Let the blocks that read the same tensor share one product; return whether there are any."""
+    """Let blocks that read the same tensor x compute `A x` in one product; return whether there are such blocks."""
     for names in plan.readers:
         blocks = {name: (layers[name].lora_variant[adapter], layers[name].lora_A[adapter]) for name in names}
         shared = SharedProduct(blocks)
@@ -133,7 +136,10 @@ def _hook(base: nn.Module, plan: Chains, wires: Wires) -> list:
 
 
 def _parts(plan: Chains) -> list[str]:
-    """Return the modules that hold only complete chains: these can run separately, as `generate` runs an encoder."""
+    """Return the paths of modules that contain complete chains, and no part of another chain.
+
+    Such a module can run separately from the base model, as an encoder does in `generate`.
+    """
     whole, cut = set(), set()
     for chain in plan:
         above = [set(itertools.accumulate(block.name.split(".")[:-1], "{}.{}".format)) for block in chain]
