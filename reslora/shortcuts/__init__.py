@@ -1,4 +1,4 @@
-"""Registry of the shortcuts: one file implements each; a new one needs a file and a row here."""
+"""Registry of the shortcuts. One file implements each shortcut; a new shortcut needs a file and a row here."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ NAMES = (PLAIN, *_CLASSES)
 
 
 def shortcut_class(name: str) -> type[Shortcut]:
-    """Return the class of a shortcut; its file, and torch, are imported on first use."""
+    """Return the class of a shortcut; the first use imports its file, and torch."""
     return getattr(importlib.import_module(f".{name}", __name__), _CLASSES[name])

@@ -1,10 +1,10 @@
-"""Base class of the shortcuts, as LoRA variants, and the products that they share.
+"""Base class of the shortcuts, which are LoRA variants of PEFT, and their matrix products.
 
 PEFT computes the frozen layer and calls the layer's *variant*, which adds the low-rank product of the paper's
 equations. Notation of the paper: block n has A_n (r x p), B_n (q x r) and the scaling s_n; x_n (batch x tokens x p) is
 its input.
 
-The second product includes s and accumulates into the frozen layer's output, which avoids q-wide temporaries.
+The product with B includes s_n and is added in place to the frozen layer's output, which avoids q-wide temporaries.
 """
 
 import math
@@ -26,7 +26,7 @@ from .state import State, Wires
 OWN = "A x"
 """Key of the tensor that a block passes on by default.
 
-It is A times its input: its own A (`middle`), or that of the next block (`input`).
+It is `A x_n`, where x_n is the block's input, and A its own A (`middle`) or the A of the next block (`input`).
 """
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -37,10 +37,11 @@ _CHECKPOINTING = (
 
 
 class CastOthers:
-    """Value of PEFT's `cast_input_dtype_enabled` on connected layers: false, as the variant casts the input itself.
+    """Value of PEFT's `cast_input_dtype_enabled` on a connected layer: whether PEFT casts the layer's input.
 
-    PEFT would cast it for each layer, so that no two layers would read the same tensor. For another adapter of the
-    layer it is the previous value, except under autocast, where the product casts its input anyway.
+    - With only the connected adapter active: false, because the variant casts the input itself. If PEFT cast it for
+      each layer, no two layers would read the same tensor.
+    - With another adapter active: the previous value; but false under autocast, as matrix products cast inputs there.
     """
 
     def __init__(self, previous: bool, layer: LoraLayer, adapter: str) -> None:
@@ -65,7 +66,7 @@ class Shortcut(LoraVariant):
     """
 
     carries: ClassVar[bool] = True
-    """Whether blocks pass activations on, which needs a state for each forward pass, and norms for merges."""
+    """Whether blocks pass on activations; this needs a `State` for each forward pass, and recorded norms to merge."""
     raises_rank: ClassVar[bool] = False
     """Whether a merge changes ranks."""
     merges: ClassVar[Mapping[str, Merge]] = MERGES
@@ -76,7 +77,7 @@ class Shortcut(LoraVariant):
         self.name = name
         self.records = name in wires.norms.names
         self.most_rows = math.inf
-        """Maximum number of rows of x for which the product with A is computed."""
+        """Maximum number of rows of x for which `A x` is computed; for more rows, `block` sums B A first."""
         self.shared: SharedProduct | None = None
         """Computes the product of this block together with other blocks that read the same tensor."""
 
@@ -89,7 +90,7 @@ class Shortcut(LoraVariant):
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
-        """Return one variant for each block of a chain, whose A and B modules are `factors`."""
+        """Return one variant for each block of a chain; `factors` are the (A, B) modules of the blocks."""
         raise NotImplementedError
 
     def others(self) -> Sequence[nn.Linear]:
@@ -97,24 +98,21 @@ class Shortcut(LoraVariant):
         return ()
 
     def widths(self, rank: int) -> Sequence[int]:
-        """Return the widths of the slices of the product with its own A and those of `others`."""
+        """Return the widths of the slices that `_products` returns: for the block's own A, then for `others`."""
         return (rank,) * (1 + len(self.others()))
 
     # -- merging: used by the methods of `reslora.merging` -------------------------------------------------------------
 
     @classmethod
     def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
-        """Return the merge to use for `method` (any but `none`), given calibration or recorded norms."""
+        """Return the merge method for `method` (any but `none`), given whether batches and recorded norms exist."""
         if method == AUTO:
             return "lstsq" if calibrated else "input" if recorded else "weights"
         return method
 
     @classmethod
     def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """Set the earlier blocks of every block of a chain and the factors of their inputs.
-
-        These are `Factors.before` and `Factors.parts`.
-        """
+        """Set `before`, the earlier blocks in the sum, and `fold` of every block of a chain; subclasses set `parts`."""
         for block, taken in zip(chain, before, strict=True):
             block.before, block.fold = taken, cls.fold
 
@@ -125,14 +123,14 @@ class Shortcut(LoraVariant):
 
     @classmethod
     def moments(cls, block: Factors, merged: Merged | None, needs_moments: bool) -> Moments:
-        """Return empty moments; `merged` is the block's merge if that needs no calibration."""
+        """Return empty moments of a block; `merged` is its merge result, or None if the method needs calibration."""
         if needs_moments and block.before:
             return Moments(block.stand_in())
         changed = merged is not None and merged.a is not block.a
         return Moments(merged.a - block.a if changed else None)
 
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
-        """Add one calibration pass: `x` (tokens x p), the block's own product, and the shortcut terms `handed`."""
+        """Add one forward pass: input `x` (tokens x p), the block's own A x `own`, and the shortcut terms `handed`."""
         block.moments.add(x, own, handed, torch.linalg.vector_norm(self.normed(x, own)))
 
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -184,9 +182,10 @@ class Shortcut(LoraVariant):
     def _products(
         self, state: State | None, module: LoraLayer, adapter: str, x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
-        """Return x (batch x tokens x p) times its own A and those of `others`, as slices (batch * tokens x r).
+        """Return `A x` (batch * tokens x r) for the block's own A, then for each of `others`; x is batch x tokens x p.
 
-        One product computes all of them. With dropout every block has its own mask, and therefore its own product.
+        One matrix product computes all of them, also for other blocks that read x (see `SharedProduct`). With dropout,
+        every block has its own mask and computes its own product.
         """
         lora_a, dropout = module.lora_A[adapter], module.lora_dropout[adapter]
         if self.shared is not None and state is not None and passes(dropout):
@@ -198,7 +197,7 @@ class Shortcut(LoraVariant):
         return self._multiply(lora_a, rows(dropout(cast(x, lora_a.weight))))
 
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return the slices of this block's product, not shared with other blocks, for `x` (rows x p)."""
+        """Return what `_products` returns, from a product for this block only; `x` is rows x p."""
         stack = self._stack(lora_a, self.others(), x)
         return F.linear(cast(x, stack), stack).split(self.widths(lora_a.out_features), dim=1)
 
@@ -211,7 +210,7 @@ class Shortcut(LoraVariant):
     def _take(self, state: State, source: str, x: torch.Tensor, what: str = OWN) -> torch.Tensor:
         """Return what `source` passed on (batch * tokens x r), on the device of `x` (batch x tokens x p).
 
-        Raises `RuntimeError` if it did not run in this forward pass, or on another number of tokens.
+        Raises `RuntimeError` if `source` did not run in this forward pass, or ran on another number of tokens.
         """
         handed, leading = state.handed.get((source, what), (None, None))
         if handed is None:
@@ -247,7 +246,7 @@ class Shortcut(LoraVariant):
 def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return `x` in the adapter's dtype, as PEFT casts it.
 
-    It is unchanged under autocast, where products cast their input.
+    Under autocast `x` is returned unchanged, because matrix products cast their inputs.
     """
     if x.dtype == weight.dtype or autocasts(x.device):
         return x
@@ -257,8 +256,8 @@ def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def whole_weight(linear: nn.Linear, shape: tuple[int, int], x: torch.Tensor, name: str) -> torch.Tensor:
     """Return an A or B of `shape` on the device of `x`.
 
-    Raises `RuntimeError` if it is sharded or offloaded: offloaded weights are on the meta device, where a product
-    returns garbage instead of raising.
+    Raises `RuntimeError` if the weight is sharded or offloaded. Offloaded weights are on the meta device, where a
+    product returns garbage instead of raising an error.
     """
     weight = linear.weight
     if weight.shape != shape or weight.is_meta != x.is_meta or sharded(weight):
@@ -280,13 +279,13 @@ def add_product(
 ) -> torch.Tensor:
     """Return `result + scaling * hidden B^T` for `result` (… x q) and `hidden` (rows x r).
 
-    Calls the B module if its weight is sharded, and so complete only inside its own forward pass.
+    If the weight of B is sharded, this calls the B module: such a weight is complete only while its module runs.
     """
     lora_b = module.lora_B[adapter]
     weight = lora_b.weight
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.is_meta != hidden.is_meta:
         return result + lora_b(hidden * scaling).view(result.shape)
-    # `hidden` is wider than B if a neighbor of another dtype passed it on.
+    # `hidden` has a wider dtype than B if an earlier block with that dtype passed on a term of the sum.
     return add_scaled(result, cast(hidden, weight), weight, scaling, module)
 
 
@@ -295,7 +294,7 @@ def add_scaled(
 ) -> torch.Tensor:
     """Return `result + scaling * hidden weight^T` for (… x q), (rows x r) and (q x r), without a q-wide temporary.
 
-    `result` is the output of the frozen layer of `module`. It is changed in place if nothing else can refer to it.
+    `result`, the output of the frozen layer of `module`, is changed in place if nothing else can refer to it.
     """
     if result.dtype != hidden.dtype:
         # With a half-precision frozen layer and a float32 adapter, or the reverse, use the wider dtype, as PEFT does.
@@ -310,9 +309,9 @@ def add_scaled(
 
 
 def _unheld(result: torch.Tensor, module: LoraLayer) -> bool:
-    """Return whether `result` is the new output of a plain linear layer, and nothing else needs it.
+    """Return whether `result` can be changed in place: it is the new output of a plain linear layer.
 
-    Its own backward pass must not need it either.
+    Nothing else needs such an output: no hook, no other adapter, and not the backward pass of the layer.
     """
     base = module.base_layer
     if type(base) is not nn.Linear or base._forward_hooks or base._backward_hooks or "forward" in vars(base):
@@ -340,7 +339,7 @@ def passes(dropout: nn.Module) -> bool:
 def inside_checkpoint() -> object:
     """Return an object that identifies the innermost non-reentrant checkpoint or its recomputation; None outside.
 
-    Such a checkpoint uses the saved-tensor hooks of torch's checkpoint module, and creates new ones each time.
+    The returned object is one of the saved-tensor hooks that a non-reentrant checkpoint creates anew each time.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None

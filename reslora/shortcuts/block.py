@@ -17,17 +17,17 @@ from .shared import autocasts
 from .state import State, Wires, refuse_replica
 
 SUM = "sum of B A"
-"""Key of the sum of B A that a block passes on to a block whose sum also starts at the head."""
+"""Key of the sum of B A that a block passes on, if its sum and that of the next block both start at the head."""
 
 
 class BlockShortcut(Shortcut):
     """ResLoRA_bs: `W_n x_n + s_n (sum_{k=0..m} B_{n-k} A_{n-k}) x_n` (Eq. 3).
 
-    Computed as two products for any m: `[B_n, ..., B_{n-m}] [A_n; ...; A_{n-m}] x_n`. It needs no state, but uses an
-    existing one to share the first product with other blocks.
+    Computed as two matrix products for any m: `[B_n, ..., B_{n-m}] [A_n; ...; A_{n-m}] x_n`. No `State` is required; if
+    there is one, blocks that read the same tensor share the first product.
 
-    With many blocks and rows it is cheaper to sum the products B A (q x p) first and multiply x once. Blocks whose sums
-    all start at the head add their own product to the sum of the block before.
+    With many blocks and rows it is cheaper to sum the matrices B A (q x p) first and to multiply x once. If the sum of
+    a block starts at the head, the block adds its own B A to the sum of the previous block.
     """
 
     carries = False
@@ -39,8 +39,8 @@ class BlockShortcut(Shortcut):
     ) -> None:
         """Initialize the variant of one block.
 
-        `factors`: A and B of this block, then those of earlier ones; `sum_from`: the block whose sum B A it extends;
-        `gives_sum`: whether the next block extends this one's sum.
+        `factors`: (A, B) of this block, then of the earlier blocks. `sum_from`: name of the block to whose sum this
+        block adds its own B A, or None. `gives_sum`: whether the next block adds its own B A to the sum of this block.
         """
         super().__init__(wires, name)
         (lora_a, lora_b), *self.before = factors
@@ -103,11 +103,12 @@ class BlockShortcut(Shortcut):
         return change
 
     def _sharing(self) -> State | None:
-        """Return the state for shared products: the running forward pass's, or a separate one inside a foreign
-        checkpoint.
+        """Return the state that stores shared products; None to share nothing.
 
-        The recomputation of such a checkpoint then shares products as the forward pass did. In a compiled graph a state
-        must not be written inside a checkpoint, so nothing is shared there.
+        - Inside a checkpoint without the contexts of `Wires.contexts`: a separate state for each forward pass and each
+          recomputation of this checkpoint, so that both compute the same products.
+        - In a compiled graph: None, because a state must not be written inside a checkpoint there.
+        - Otherwise: the state of the running forward pass, if there is one.
         """
         if torch.compiler.is_compiling():
             return None
@@ -123,7 +124,7 @@ class BlockShortcut(Shortcut):
         return [a for a, _ in self.before]
 
     def widths(self, rank: int) -> Sequence[int]:
-        """Return one slice of the complete width: all B multiply it at once."""
+        """Return one width, of all A together: `[B_n, ..., B_{n-m}]` multiplies the result as a whole."""
         return ((1 + len(self.before)) * rank,)
 
     @classmethod
@@ -133,11 +134,11 @@ class BlockShortcut(Shortcut):
 
     @classmethod
     def moments(cls, block: Factors, merged: Merged | None, needs_moments: bool) -> Moments:
-        """Return empty moments: there is nothing to fit."""
+        """Return empty moments, without a gap: the exact merge fits nothing."""
         return Moments()
 
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
-        """Add the error of a merge truncated to a rank; `own` and `handed` are the stacked A and B."""
+        """Add one forward pass: the error of a merge that was truncated; `own` and `handed` are the stacked A and B."""
         block.moments.add(x, x @ own[:1].to(x).t(), None, torch.linalg.vector_norm(x))
         if merged.a.shape != own.shape:
             whole = x @ own.to(x).t() @ handed.to(x).t()
@@ -157,7 +158,7 @@ def rows_for_a_first(lora_a: nn.Linear, lora_b: nn.Linear, blocks: int) -> float
     `blocks`: number of stacked blocks.
     """
     inputs, rank, outputs = lora_a.in_features, blocks * lora_a.out_features, lora_b.out_features
-    saved = rank * (inputs + outputs) - inputs * outputs  # multiplications for each row by the second
+    saved = rank * (inputs + outputs) - inputs * outputs  # multiplications that `(B A) x` saves for each row
     return rank * inputs * outputs / saved if saved > 0 else math.inf
 
 

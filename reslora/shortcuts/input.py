@@ -22,7 +22,8 @@ class InputShortcut(Shortcut):
     def __init__(self, wires: Wires, name: str, source: str | None, following: nn.Linear | None, head: str) -> None:
         """Initialize the variant of one block.
 
-        `source`: name of the previous block, None for a head; `following`: A of the next block, which also reads x_n.
+        `source`: name of the previous block, None for a head. `following`: A of the next block, which also multiplies
+        x_n; None if there is no next block.
         """
         super().__init__(wires, name)
         self.source = source
@@ -38,7 +39,7 @@ class InputShortcut(Shortcut):
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
         """Return one variant for each block of a chain.
 
-        Each references the name of the previous block and the next A.
+        Each variant has the name of the previous block and the A of the next block.
         """
         sources = [names[taken[0]] if taken else None for taken in before]
         following = {k: a for taken, (a, _) in zip(before, factors, strict=True) for k in taken}

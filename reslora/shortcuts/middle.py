@@ -12,7 +12,7 @@ from .base import OWN, Shortcut, add_product, cast, passes, rows
 from .state import Wires
 
 SUM = "sum of A x"
-"""Key of the sum of A x that a block passes on to a block whose sum also starts at the head."""
+"""Key of the sum of A x that a block passes on, if its sum and that of the next block both start at the head."""
 
 
 class MiddleShortcut(Shortcut):
@@ -21,7 +21,8 @@ class MiddleShortcut(Shortcut):
     def __init__(self, wires: Wires, name: str, sources: list[str], takes_sum: bool, gives: Sequence[str]) -> None:
         """Initialize the variant of one block.
 
-        `sources`: names of the earlier blocks in the sum; `gives`: what the block passes on, OWN or SUM or both.
+        `sources`: names of the blocks whose tensors this block adds. `takes_sum`: whether it adds SUM (of the previous
+        block, its only source) or OWN of each source. `gives`: keys of the tensors that it passes on, OWN and SUM.
         """
         super().__init__(wires, name)
         self.sources = sources
@@ -30,10 +31,10 @@ class MiddleShortcut(Shortcut):
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
-        """Return one variant for each block of a chain; each references the names of earlier blocks.
+        """Return one variant for each block of a chain; each has the names of earlier blocks.
 
-        A block whose sum starts at the head adds the complete sum of the previous block, which is one addition for a
-        chain of any length.
+        If the sum of a block starts at the head, the block adds the complete sum of the previous block instead of every
+        term: one addition, however long the chain is.
         """
         whole = [0 < len(taken) == n for n, taken in enumerate(before)]
         sources = [taken[:1] if all_of_them else taken for taken, all_of_them in zip(before, whole, strict=True)]
@@ -70,7 +71,7 @@ class MiddleShortcut(Shortcut):
         return add_product(result, hidden, module, active_adapter, module.scaling[active_adapter])
 
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return `A x` by calling the module: a sharded weight is complete only inside its own forward pass."""
+        """Return `A x` by calling the A module: a sharded weight is complete only while its module runs."""
         return (lora_a(x),)
 
     @classmethod

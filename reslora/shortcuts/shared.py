@@ -12,15 +12,15 @@ from .state import State
 
 
 class SharedProduct:
-    """`[A_q; A_k; A_v] x` as one product, of which each block takes its slices.
+    """Compute `[A_q; A_k; A_v] x` as one matrix product for all blocks that read x; each block takes its slices.
 
-    One product replaces three, and in the backward pass one p-wide gradient replaces three and their sum. The trace
-    finds the blocks that read the same tensor. Every forward pass verifies it, and a block with another input computes
-    its own product.
+    In the forward pass one matrix product replaces three. In the backward pass one p-wide gradient replaces three
+    gradients and their sum. The trace of `connect` finds blocks that read the same tensor, and every forward pass
+    checks that they still do. A block with another input computes its own `A x`.
     """
 
     def __init__(self, blocks: Mapping[str, tuple[Any, nn.Linear]]) -> None:
-        """Initialize the product of the blocks that read one tensor: their variants (`Shortcut`) and A, by name."""
+        """Initialize for blocks that read the same tensor: name -> (`Shortcut`, A), in execution order."""
         self.most_rows = min(variant.most_rows for variant, _ in blocks.values())
         self.own = {name: own for name, (_, own) in blocks.items()}
         self.linears = [linear for variant, own in blocks.values() for linear in (own, *variant.others())]
@@ -31,16 +31,20 @@ class SharedProduct:
         self.first, *_, self.last = blocks
 
     def multiply(self, state: State, x: torch.Tensor, rows: torch.Tensor) -> None:
-        """Compute the product when the first of the blocks runs; `rows` (batch * tokens x p) are `x` as A reads it."""
+        """Compute the product for `x` and store it in `state`; call this when the first of the blocks runs.
+
+        `rows` (batch * tokens x p) is `x`, flattened and in the dtype of A. Nothing is stored if there are more rows
+        than `most_rows`, or if weights are sharded or offloaded.
+        """
         weights = [linear.weight for linear in self.linears]
         if len(rows) <= self.most_rows and _usable(weights, rows):
             slices = F.linear(rows, torch.cat(weights)).split(self.sizes, dim=1)
             state.shared = self, x, _circumstances(x), slices
 
     def take(self, state: State, name: str, x: torch.Tensor, own: nn.Linear) -> Sequence[torch.Tensor] | None:
-        """Return the slices of the block whose own A is `own`.
+        """Return the slices of the block `name`, whose own A is `own`.
 
-        Returns None if the latest product is of another group, another x or another A.
+        Returns None if the stored product belongs to other blocks, or if x or A is another tensor than in that product.
         """
         if state.shared is None:
             return None
@@ -53,8 +57,8 @@ class SharedProduct:
 
 
 def _circumstances(x: torch.Tensor) -> tuple:
-    """Return what a product depends on in addition to its factors: the version of `x`, gradients and autocast."""
-    # In a compiled graph only the trace is available. Tensors created in inference mode have no version.
+    """Return what a product depends on besides its factors: the version of `x`, gradient mode and autocast dtype."""
+    # In a compiled graph, and for tensors created in inference mode, the version is not available.
     version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None
     return version, torch.is_grad_enabled(), dtype

@@ -1,4 +1,4 @@
-"""State of one forward pass, and the window of norms recorded over many forward passes."""
+"""State of one forward pass, and the norms recorded in the latest forward passes."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class State:
         outer: State | None = None,
         frame: FrameType | None = None,
     ) -> None:
-        # (block, key) -> r-wide rows and the batch and token axes they were flattened from; or a sum of B A and whether
-        # it was computed with gradients.
+        # (block, key) -> (rows (batch * tokens x r), their batch and token axes before flattening). With the shortcut
+        # `block`: -> (sum of B A, whether it was computed with gradients).
         self.handed: dict[tuple[str, str], tuple[torch.Tensor, Any]] = {} if handed is None else handed
         self.norms: dict[str, torch.Tensor] | None = {} if recording else None
         self.normed: tuple = (None, None)
         self.shared: tuple | None = None  # the latest product for several blocks; see `SharedProduct`
         self.grad = torch.is_grad_enabled()
-        self.segments = segments  # number of open checkpointed segments with our context
-        self.parts = 0  # number of running parts of the model that could also run separately
+        self.segments = segments  # number of checkpointed segments, with contexts of `Wires.contexts`, that now run
+        self.parts = 0  # number of running modules that could also run separately (see `wiring._parts`)
         self.outer = outer  # the state of the forward pass that this one interrupts
-        self.frame = frame  # the call this state belongs to; None if it is certain to end
+        self.frame = frame  # stack frame that runs the forward pass; None if the state is certain to be removed
 
 
 class _Slot:
@@ -45,17 +45,17 @@ class _Slot:
 
     def __init__(self) -> None:
         self.state: State | None = None
-        # The state, and a weak reference to the checkpoint it belongs to, for blocks inside a checkpoint without our
-        # context: a checkpoint holds the activations it began with.
+        # For blocks inside a checkpoint without the contexts of `Wires.contexts`: a separate state, and a reference to
+        # that checkpoint. The reference is weak, because a checkpoint keeps its input activations in memory.
         self.apart: State | None = None
         self.checkpoint: Callable[[], object] = lambda: None
 
 
 class _Threads(threading.local):
-    """The slots of all threads; a copy starts with empty ones.
+    """One `_Slot` for each thread; a copy of this object starts with empty slots.
 
-    The state is an attribute of a slot, not of this object: `torch.compile` misses writes to a `threading.local` in one
-    place when it reads it in another.
+    The state is an attribute of the slot and not of this `threading.local`: if one function writes to a
+    `threading.local` and another one reads it, `torch.compile` misses the write.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class NormWindow:
         self.pushed += 1
 
     def restore(self, values: torch.Tensor, count: int) -> None:
-        """Start from `values` (blocks x window) recorded in `count` forwards."""
+        """Replace the recorded norms by `values` (blocks x window), which were recorded in `count` forward passes."""
         self.values = values
         self.pushed = torch.tensor(count, device=values.device)
 
@@ -111,10 +111,10 @@ class NormWindow:
 
 
 class Wires:
-    """Shared by the connected blocks of one model: the states of running forward passes, and the recorded norms.
+    """States of running forward passes, and recorded norms, which the connected blocks of one model share.
 
-    Every thread has its own state. A checkpointed segment's recomputation restores the state it needs: on CUDA the
-    backward, including the recomputation, runs on another thread.
+    Every thread has its own state. On CUDA the backward pass runs on another thread, and with it the recomputation of a
+    checkpointed segment. Therefore the recomputation gets its state from `contexts`.
     """
 
     def __init__(self, names: list[str], window: int) -> None:
@@ -123,7 +123,7 @@ class Wires:
         self.observer: Any = None  # called as observer(variant, x, own, handed) during calibration
 
     def begin(self, module: nn.Module, args: tuple) -> None:
-        """Create a state for a forward pass, also for one inside another; a forward pre-hook of the base model."""
+        """Create a state for a forward pass, which may run inside another; a forward pre-hook of the base model."""
         refuse_replica(module)
         recording = self.norms.window > 0 and bool(self.norms.names) and module.training and torch.is_grad_enabled()
         frame = None if torch.compiler.is_compiling() else sys._getframe(1)
@@ -133,7 +133,7 @@ class Wires:
     def end(self, module: nn.Module, args: tuple, output: object) -> None:
         """Drop the state of a forward pass; a forward hook of the base model.
 
-        It is also called after an error; `output` is None then.
+        The hook is also called after an error; `output` is then None.
         """
         slot = self.threads.slot
         state = slot.state
@@ -144,7 +144,7 @@ class Wires:
             self.norms.push(state.norms)
 
     def begin_part(self, module: nn.Module, args: tuple) -> None:
-        """Create a state if a part with complete chains runs separately, as in `generate`; a forward pre-hook."""
+        """Create a state if a module with complete chains runs separately, as in `generate`; a forward pre-hook."""
         slot = self.threads.slot
         state = slot.state = _unfinished(slot.state)
         if state is None:
@@ -153,7 +153,7 @@ class Wires:
             state.parts += 1
 
     def end_part(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Drop the state of a part from `begin_part`; a forward hook."""
+        """Drop the state that `begin_part` created, if it did; a forward hook."""
         state = self.threads.slot.state
         if state is not None and state.parts:
             state.parts -= 1
@@ -161,10 +161,11 @@ class Wires:
             self.end(module, args, output)
 
     def contexts(self) -> tuple:
-        """Return the contexts for non-reentrant checkpointing (`context_fn`), which give a recomputation its state.
+        """Return the contexts of one checkpointed segment (`context_fn`): for its forward pass and its recomputation.
 
-        Each segment stores what was passed on *before* it began. Storing the state itself would close a reference cycle
-        through the autograd graph, which is never freed if the backward pass does not run.
+        The second context has the tensors that blocks passed on *before* the segment began, to recompute it with them.
+        If it had the state itself, there would be a reference cycle through the autograd graph, which is never freed if
+        the backward pass does not run.
         """
         state = self.threads.slot.state
         if state is None:
@@ -174,10 +175,10 @@ class Wires:
 
 @contextmanager
 def _segment(state: State) -> Iterator[None]:
-    """Mark that the layers run inside a checkpointed segment with our context.
+    """Mark that layers run inside a checkpointed segment that has this context.
 
-    An earlier shared product is not used inside: the recomputation must compute as many products as the forward pass
-    did.
+    A shared product from before the segment is dropped: the recomputation, which does not have it, must compute the
+    same number of products as the forward pass.
     """
     state.shared = None
     state.segments += 1
@@ -207,7 +208,10 @@ class _Recompute:
 
 
 def _unfinished(state: State | None) -> State | None:
-    """Return the innermost state whose forward still runs; unlike an error, Ctrl-C skips forward hooks."""
+    """Return the innermost state whose forward pass still runs.
+
+    States of ended forward passes are left over after Ctrl-C, which skips forward hooks, unlike an error.
+    """
     if state is None or torch.compiler.is_compiling():
         return state
     running = {frame for frame, _ in traceback.walk_stack(None)}
