@@ -1,1 +1,1 @@
-"""Methods by name, how they are configured and attached, and the controls of shortcuts."""
+"""Training methods: their registry, how adapters are configured and attached, and control methods for shortcuts."""

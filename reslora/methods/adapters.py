@@ -104,8 +104,8 @@ def attach(
 def check_rank(model: nn.Module, config: PeftConfig) -> None:
     """Raise `ValueError` if the rank exceeds the smaller dimension of an adapted layer, naming the narrowest layer.
 
-    A higher rank costs memory and cannot change the weight's update. LoKr and OFT accept any: their rank is not that of
-    a layer, and a large one means full factors or blocks.
+    A higher rank would cost memory, but the update of the weight cannot have it. LoKr and OFT accept any rank: theirs
+    is not the rank of the update, and a large value means full factors or blocks.
     """
     rank = config.target_r if isinstance(config, AdaLoraConfig) else config.r
     name, least = narrowest_layer(model, config)
@@ -117,9 +117,9 @@ def check_rank(model: nn.Module, config: PeftConfig) -> None:
 
 
 def narrowest_layer(model: nn.Module, config: PeftConfig) -> tuple[str, float]:
-    """Return the adapted layer with the smallest dimension, and that dimension, the maximum useful rank.
+    """Return the name of the adapted layer with the smallest dimension, and that dimension, the maximum useful rank.
 
-    It is infinite for LoKr and OFT, and if nothing is adapted. Layers with a rank in `rank_pattern` are left out.
+    The maximum is infinite for LoKr and OFT, and if no layer is adapted. Layers in `rank_pattern` are left out.
     """
     if isinstance(config, (LoKrConfig, OFTConfig)):
         return "", math.inf
@@ -130,7 +130,7 @@ def narrowest_layer(model: nn.Module, config: PeftConfig) -> tuple[str, float]:
 
 
 def smaller_side(module: nn.Module) -> int:
-    """Return the smaller dimension of a layer's weight; a quantized weight is stored in another shape."""
+    """Return the smaller dimension of a layer's weight, also if the weight is quantized and stored in another shape."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return min(module.in_features, module.out_features)
     return min(module.weight.shape[0], math.prod(module.weight.shape[1:]))
@@ -152,11 +152,11 @@ def _add(model: nn.Module, config: PeftConfig, in_place: bool) -> nn.Module:
     if not in_place:
         return get_peft_model(model, config)
     if isinstance(config, AdaLoraConfig):
-        # `add_adapter` would discard the rank allocator. A plain attribute, which no `state_dict` includes.
+        # `add_adapter` would discard the rank allocator. This is a plain attribute, which no `state_dict` includes.
         model._rank_allocator = RankAllocator(AdaLoraModel(model, config, DEFAULT))
         model._hf_peft_config_loaded = True
     elif isinstance(model, PreTrainedModel):
-        inject_adapter_in_model(config, model)  # `add_adapter` of newer transformers refuses this PEFT
+        inject_adapter_in_model(config, model)  # `add_adapter` of newer transformers may refuse this version of PEFT
     else:
         model.add_adapter(config)
     return model
@@ -184,7 +184,7 @@ class RankAllocator:
     def penalty(self) -> torch.Tensor:
         """Return the orthogonality regularizer, a scalar (Zhang et al., 2023).
 
-        It is the mean over all factors of the Frobenius norms of `A A^T - I` and `B^T B - I`, times its weight.
+        It is `orth_reg_weight` times the mean of the Frobenius norms of `A A^T - I` and `B^T B - I` over all layers.
         """
         norms = []
         for number, factor in enumerate(self.factors()):
@@ -212,7 +212,7 @@ class RankAllocator:
         return override_attributes(self._config, orth_reg_weight=0.0)
 
     def step(self, global_step: int) -> None:
-        """Reallocate ranks; call it after the optimizer's step `global_step`, before its gradients are cleared."""
+        """Reallocate ranks; call this after optimizer step number `global_step`, before gradients are cleared."""
         self.tuner.update_and_allocate(global_step)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -258,8 +258,9 @@ def rank_allocator(model: nn.Module) -> RankAllocator | None:
 def as_plain_lora(model: nn.Module) -> nn.Module:
     """Convert AdaLoRA to the equivalent plain LoRA, `s B diag(E) A`, and return the converted model.
 
-    The base model's weights are unchanged; a model with its adapter in place is returned itself. The rank is AdaLoRA's
-    initial rank and the scaling 1; outputs are equal up to rounding.
+    The base model's weights are unchanged. If the adapter is in place, `model` itself is converted and returned; else a
+    new `PeftModel` wraps the base model. The rank is AdaLoRA's initial rank, and the scaling is 1. Outputs are equal up
+    to rounding.
 
     Raises `ValueError` for a model without AdaLoRA.
     """
@@ -359,7 +360,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Load what `save_adapter` wrote into a model with a matching adapter, connected like the saved one.
+    """Load what `save_adapter` wrote into a model with a matching adapter, connected if the saved model was connected.
 
     Raises `ValueError` if files are missing or damaged, or if names or shapes differ; the model is unchanged then.
     """

@@ -25,10 +25,10 @@ from .registry import METHODS, Method
 def gauged(
     method: str, model: nn.Module, shortcuts: ResLoraConfig, example_inputs: dict | None = None
 ) -> Iterator[Gauge]:
-    """Run a model with plain LoRA as if connected, in eval mode, and measure the input of each B.
+    """Connect a model with plain LoRA in this context, in eval mode, and yield a gauge of the input of each B.
 
-    The shortcuts are `shortcuts`, or those of which the method is a placebo. Raises `ValueError` as `reslora.connect`
-    does.
+    The gauge measures all forward passes in the context. The model is connected by `shortcuts`; if the method is a
+    placebo of a shortcut, that shortcut replaces `shortcuts.shortcut`. Raises `ValueError` as `reslora.connect` does.
     """
     row = METHODS[method]
     shortcuts = replace(shortcuts, shortcut=row.placebo or shortcuts.shortcut)
@@ -48,7 +48,7 @@ def gauged(
 
 @dataclass
 class Gauge:
-    """Sums of squares at the input of each block's B: of h, of the shortcut terms in it, and of A_n x_n."""
+    """Sums of squares for each block: of h (the input of its B), of the shortcut terms in h, and of A_n x_n."""
 
     method: Method
     base: nn.Module
@@ -83,5 +83,5 @@ class Gauge:
 
 
 def _ratio(square: float, of: float) -> float:
-    """Return the ratio of the roots; 1 if the denominator is zero."""
+    """Return `sqrt(square / of)`; 1 if `of` is zero."""
     return math.sqrt(square / of) if of else 1.0

@@ -6,14 +6,14 @@ with gauged("lora_matched", model, ResLoraConfig(shortcut="middle", pre_num=4)) 
 put_on(model, gauge.settings(seed=0))             # `save_adapter` stores them in the file header
 merged(model)                                     # plain LoRA, once it is trained
 
-The input of a block's B is h (r wide) and its output s B h; |.| is the root mean square over all tokens of all batches.
-B is zero at initialization, and so is the output.
+A block's B has the input h (r wide), and the block's output is s B h. |.| is the root mean square over all tokens of
+all batches. B is zero at initialization, and so is the output.
 
-`lora_matched`: a layer's alpha is multiplied by `|h| / |A_n x_n|`, with the shortcut's h:
+`lora_matched`: a layer's alpha is multiplied by `|h| / |A_n x_n|`, where h is that of the shortcut:
 
 | shortcut | h |
 |---|---|
-| `input` | `A_n (x_n + x_{n-1})`, in a head that repeats its input `2 A_n x_n` |
+| `input` | `A_n (x_n + x_{n-1})`; `2 A_n x_n` in a head that repeats its input |
 | `middle` | `sum_{k=0..m} A_{n-k} x_{n-k}` |
 | `block` | `A_n x_n, ..., A_{n-m} x_n` side by side, which `[B_n, ..., B_{n-m}]` multiplies |
 
@@ -22,10 +22,10 @@ The first gradient of B is `s g h^T`, where g is the gradient of the block's out
 block's output as much as with the shortcut. A shared B of `block` also receives gradients from other blocks, which no
 scale can reproduce.
 
-Placebos: rotations of the block's own input replace the shortcut terms of its m neighbors. h is
+Placebos: rotations of the block's own input replace the shortcut terms of its m earlier blocks. h is
 `A_n (x_n + c sum_{k=1..m} R_k x_n)`, with `c = |shortcut terms in h| / (sqrt(m) |A_n x_n|)`. This adds as much as the
 shortcut, because a random A maps a rotated input to the same norm as the input. In the bundled U-Net the ratio varies
-from 0.4 to 4 within a chain, so it is measured. A head is the same as with the shortcut.
+from 0.4 to 4 within a chain, so it is measured. A head has the same h as with the shortcut.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from ..chains import base_model, lora_layers
 
 DEFAULT = "default"  # name of the adapter, PEFT's default
 ROTATED = ".parametrizations.weight.original"
-"""How the name of a rotated A ends in a state dict."""
+"""Suffix of the name of a rotated A in a state dict."""
 
 Settings = dict[str, Any]
 """`{"alphas": {layer: alpha}}`, or `{"seed": seed, "rotations": {layer: [m, c]}}`; with m = 0, x_n itself is added."""
 
 
 def put_on(model: nn.Module, settings: Settings) -> None:
-    """Set alphas or rotations on a model with plain LoRA, replacing earlier ones."""
+    """Set alphas or rotations on a model with plain LoRA; they replace those of an earlier call."""
     base = base_model(model)
     layers, config = lora_layers(base, DEFAULT), base.peft_config[DEFAULT]
     _take_off(base, keep=False)
@@ -85,8 +85,8 @@ def _take_off(base: nn.Module, keep: bool) -> None:
 class Rotations(nn.Module):
     """Parametrization of A (r x p) as `A (I + c sum_{k=1..m} R_k)`, so that B A reads `x + c sum_k R_k x`.
 
-    Each R_k is a signed permutation: orthogonal, with no more memory than x, and R_k x is uncorrelated with x on
-    average over seeds. With m = 0 there is one R, the identity.
+    Each R_k is a random signed permutation. It is orthogonal and takes only two vectors of p values, and on average
+    over seeds R_k x is uncorrelated with x. With m = 0 there is one R, the identity.
     """
 
     def __init__(self, weight: torch.Tensor, count: int, scale: float, key: str) -> None:

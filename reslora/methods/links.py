@@ -20,8 +20,8 @@ def print_links(
 ) -> None:
     """Report the layers that stay plain LoRA, and the chains too short for --pre_num.
 
-    On those chains several values of --pre_num are equivalent. `model` has the method's adapter; a method without
-    chains has nothing to report. `example_inputs` as in `reslora.chains`.
+    On such a chain several values of --pre_num are equivalent. Nothing is reported for a method without chains.
+    `model` must have the method's adapter; `example_inputs` are those of `reslora.chains`.
     """
     row = METHODS[method]
     shortcuts = replace(shortcuts, shortcut=row.placebo or shortcuts.shortcut)

@@ -1,7 +1,7 @@
-"""Ranks and alphas of single layers, `NAME=VALUE`, matched to layers as PEFT does.
+"""Options for ranks and alphas of single layers, `NAME=VALUE`, where NAME matches layers as in PEFT.
 
-PEFT uses the first entry that matches a layer, and sorts entries when it writes a file. Only complete names mean the
-same to every reader, so entries are expanded to complete names before an adapter is created.
+PEFT uses the first entry that matches a layer, and sorts entries when it writes a file. An entry for a complete name
+does not depend on this order, so entries are expanded to complete names before an adapter is created.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def _number(field: str, text: str) -> float | None:
 
 
 def spell_out(model: nn.Module, config: PeftConfig) -> None:
-    """Replace the configuration's patterns by one entry for the complete name of each layer that they match.
+    """Replace the configuration's patterns by entries for complete names, one for each layer that a pattern matches.
 
     Raises `InvalidArgument` if a pattern matches no adapted layer of `model`, if two patterns with different values
-    match one, or if a rank is larger than the layer's smaller dimension (LoKr accepts any).
+    match the same layer, or if a rank is larger than the layer's smaller dimension (LoKr accepts any rank).
     """
     from .adapters import smaller_side, targeted
 

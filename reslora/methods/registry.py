@@ -26,7 +26,7 @@ class AdapterSettings:
     r: int
     alpha: float
     dropout: float
-    """Dropout of the adapter's input; for LoHa and LoKr of ranks."""
+    """Dropout probability: of the adapter's input, or of ranks with LoHa and LoKr."""
     targets: Sequence[str] | str
     """PEFT's `target_modules`."""
     total_steps: int
@@ -36,7 +36,7 @@ class AdapterSettings:
     init_lora_weights: bool | str = True
     """Only for LoRA; diffusers' scripts use "gaussian"."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """PEFT's `rank_pattern`, like `alpha_pattern`; see `patterns`."""
+    """PEFT's `rank_pattern`; see the module `patterns` for this field and `alpha_pattern`."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -50,12 +50,12 @@ class AdapterSettings:
 
 
 def lora(settings: AdapterSettings, times: float = 1, **variant: Any) -> PeftConfig:
-    """Return the configuration of LoRA (Hu et al., 2022), every alpha multiplied by `times`, or of a variant.
+    """Return the configuration of LoRA (Hu et al., 2022), or of one of its variants.
 
-    `variant`: options of PEFT's `LoraConfig`, such as `use_dora`.
+    Every alpha is multiplied by `times`. `variant` holds options of PEFT's `LoraConfig`, such as `use_dora`.
 
-    rsLoRA is rank-stabilized (Kalajdzievski, 2023); DoRA trains `m (W + s B A) / |W + s B A|`, with a magnitude m of
-    each row (Liu et al., 2024). With `init_lora_weights="orthogonal"`, neither A nor B starts at zero, but B A does:
+    rsLoRA is rank-stabilized LoRA (Kalajdzievski, 2023). DoRA trains `m (W + s B A) / |W + s B A|`, with a magnitude m
+    of each row (Liu et al., 2024). With `init_lora_weights="orthogonal"`, neither A nor B starts at zero, but B A does:
     they use the odd and the even rows of one orthogonal matrix.
     """
     from peft import LoraConfig
@@ -71,7 +71,7 @@ def lora(settings: AdapterSettings, times: float = 1, **variant: Any) -> PeftCon
 def adalora(settings: AdapterSettings) -> PeftConfig:
     """Return the configuration of AdaLoRA (Zhang et al., 2023).
 
-    The initial rank is 1.5 `r`; it is reduced to an average of `r` between a tenth and a half of the steps.
+    The initial rank is 1.5 `r`. From a tenth to a half of all steps, ranks are reduced, to `r` on average over layers.
     """
     from peft import AdaLoraConfig
 
@@ -104,7 +104,7 @@ def oft(settings: AdapterSettings) -> PeftConfig:
 
 
 def itself(model: nn.Module) -> nn.Module:
-    """Return the model: it is plain LoRA already."""
+    """Return `model` itself, because it is plain LoRA already."""
     return model
 
 
@@ -139,22 +139,22 @@ class Method:
     plain_lora: Callable[[nn.Module], nn.Module] | None = itself
     """Convert the trained (and merged) model to plain LoRA, for the files of diffusers, kohya and ComfyUI.
 
-    None without an equivalent, so that only PEFT's format and merged weights can be exported.
+    None if there is no equivalent plain LoRA: then only PEFT's format and merged weights can be exported.
     """
     shortcuts: bool = False
-    """Whether it connects blocks, which are merged at the end."""
+    """Whether it connects blocks by shortcuts, which are merged after training."""
     matched: bool = False
     """Whether each layer's alpha matches the scale of the shortcut; see `controls`."""
     placebo: str = ""
-    """Shortcut whose earlier blocks are replaced by rotations of the block's own input; see `controls`."""
+    """Shortcut whose terms from earlier blocks are replaced by rotations of the block's own input; see `controls`."""
     deepspeed: bool = True
     """Whether DeepSpeed can train it."""
     quantised: bool = True
     """Whether PEFT supports it on 4-bit base weights."""
     packed: bool = True
-    """Whether its start does not depend on how the base's weights are stored (--base_precision)."""
+    """Whether its initialization is independent of how the base weights are stored (--base_precision)."""
     parts: bool = True
-    """Whether it can train several models at once, such as a denoiser and its text encoders."""
+    """Whether it can train several models together, such as a denoiser and its text encoders."""
     of_layers: bool = True
     """Whether single layers can have their own rank and alpha."""
     dropout: bool = True
@@ -256,16 +256,17 @@ _UNABLE = {
 
 
 def refuse_unable(names: Iterable[str], ability: str) -> None:
-    """Raise `InvalidArgument` for the first of these methods that lacks the ability."""
+    """Raise `InvalidArgument` for the first method in `names` that lacks an ability, a key of `_UNABLE`."""
     for name in names:
         if not getattr(METHODS[name], ability):
             raise InvalidArgument(f"--method {name}", *_UNABLE[ability])
 
 
 def refuse_settings(names: Iterable[str], dropout: float, patterns: Mapping[str, Sequence[str] | None]) -> None:
-    """Raise `InvalidArgument` for the first method that does not support a given dropout or ranks and alphas by layer.
+    """Raise `InvalidArgument` for the first method that does not support a given option.
 
-    `patterns` holds the given values by the name of their option.
+    The options are `dropout`, if it is not zero, and ranks and alphas of single layers: `patterns` holds the values
+    that the user gave, by the name of the option.
     """
     for method in (METHODS[name] for name in names):
         if dropout and not method.dropout:

@@ -1,4 +1,4 @@
-"""Explain target modules that cannot be adapted, such as a list of layers: PEFT names neither them nor alternatives."""
+"""Explain which target modules cannot be adapted, such as a list of layers, and suggest others; PEFT does neither."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -16,7 +16,7 @@ MOST_NAMED = 8  # maximum number of layers of a module that a message suggests
 def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str] = ()) -> None:
     """Raise `InvalidArgument` for --target_modules that match a norm or a module with submodules, and suggest layers.
 
-    `targets` as in PEFT: suffixes of names or a regular expression; `whole` is its `modules_to_save`.
+    `targets` is PEFT's `target_modules`: suffixes of names, or a regular expression. `whole` is its `modules_to_save`.
     """
     if targets == "all-linear":
         return
@@ -41,7 +41,10 @@ def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Return whether PEFT can adapt a module; quantized layers of unknown types have a matrix and no submodules."""
+    """Return whether PEFT can adapt a module: a known layer, or any module with a matrix and without submodules.
+
+    The latter can be a quantized layer, whose type may be unknown.
+    """
     if isinstance(module, (*LAYERS, nn.MultiheadAttention)):
         return True
     own = chain(module.parameters(recurse=False), module.buffers(recurse=False))
