@@ -122,9 +122,10 @@ class Calibrator:
             variant.measure(block, self.merged[name], tokens, own, handed)
 
     def _inputs(self, name: str, entered: torch.Tensor, tokens: torch.Tensor) -> Inputs | None:
-        """Return the collected inputs of the block `name`, which reads the tensor `entered`; None beyond `BUDGET`.
+        """Return the collected inputs of the block `name`, which reads the tensor `entered`.
 
         The first block that reads the tensor adds its rows `tokens` (T x p); other blocks use the same collection.
+        Returns None if the inputs exceed `BUDGET`.
         """
         leader = next((other for seen, other in self.seen if seen() is entered), None)
         if leader is None:
@@ -172,7 +173,10 @@ class Calibrator:
 
 
 def _has_room(sizes: list[tuple[int, int]]) -> bool:
-    """Return whether inputs of these sizes, (bytes stored, bytes to solve), fit into `BUDGET`; one always does."""
+    """Return whether inputs of these sizes, (bytes stored, bytes to solve), fit into `BUDGET`.
+
+    A single input always fits.
+    """
     held, solving = zip(*sizes, strict=True)
     return len(sizes) == 1 or sum(held) + max(solving) <= BUDGET
 

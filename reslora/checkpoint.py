@@ -92,9 +92,8 @@ def _write_both(directory: Path, content: dict, tensors: dict[str, torch.Tensor]
 def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> nn.Module:
     """Load what `save` wrote into `model` and return the connected model.
 
-    `model` is a base model without the adapter, or a model with a matching LoRA adapter, connected or not. A model
-    without the adapter gets it in the way of the saved model: `get_peft_model` wraps the model, or `add_adapter` adds
-    the adapter in place.
+    `model` is a base model without the adapter, or a model with a matching LoRA adapter, connected or not. A missing
+    adapter is added as on the saved model: by `get_peft_model`, which wraps the model, or in place by `add_adapter`.
 
     Raises `ValueError`, and leaves the model unchanged, in these cases:
 

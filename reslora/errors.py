@@ -48,7 +48,7 @@ class EndedElsewhere(Exception):
 def refused_as(argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
     """Convert exceptions of the given kinds into an `InvalidArgument` that names `argument` and `fix`.
 
-    By default all exceptions are converted, because a damaged file can raise any. There are two exceptions to this:
+    By default all exceptions are converted, because a damaged file can raise any. Two cases differ:
 
     - `InvalidArgument` and `RunFailed` are raised unchanged.
     - Exhausted memory is not the file's fault and becomes a `RunFailed`.
@@ -76,7 +76,7 @@ def loaded_from_hub(argument: str, fix: str) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException | None) -> BaseException | None:
-    """Return the exception in the error's chain that reports exhausted CPU or GPU memory; None without one."""
+    """Return the error, or the exception behind it, that reports exhausted CPU or GPU memory; None without one."""
     while error is not None:
         if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY):
             return error

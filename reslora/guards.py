@@ -114,8 +114,8 @@ def refuse_inactive(layers: dict[str, LoraLayer], adapter_name: str) -> None:
 def refuse_changed_base(config: LoraConfig) -> None:
     """Raise `ValueError` if the adapter's initialization changes the frozen weights depending on the rank.
 
-    PEFT repeats such an initialization when it loads an adapter, and a merge that raises the rank would change its
-    result.
+    PEFT repeats such an initialization when it loads an adapter. After a merge that raises the rank, the loaded model
+    would have other frozen weights.
     """
     if ranks.changes_base(config):
         raise ValueError(

@@ -33,7 +33,7 @@ _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}-\d+-\d+)-[0-9a-f]{8}(?:\.old)?\.tmp
 
 
 class Damaged(ValueError):
-    """A file is missing, or its content is not what was written; if it cannot be read, `OSError` is raised instead."""
+    """A file is missing, or its content is not what was written; a file that cannot be read raises `OSError`."""
 
 
 @contextmanager

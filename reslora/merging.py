@@ -224,7 +224,7 @@ def merge_exact(chain: list[Factors]) -> list[Merged]:
     return merged
 
 
-# -- their parts -----------------------------------------------------------------------------------------------------
+# -- functions that the merges use -----------------------------------------------------------------------------------
 
 
 def merged_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> float:

@@ -1,4 +1,4 @@
-"""Write ranks and alphas into layers and PEFT's configuration, so that PEFT can load the adapter once it is saved."""
+"""Write ranks and alphas into layers and PEFT's configuration, so that PEFT can load the saved adapter."""
 
 import dataclasses
 import math
@@ -99,7 +99,10 @@ def rescaled(layers: Mapping[str, LoraLayer | LycorisLayer], adapter_name: str) 
 
 
 def rescale(layers: Mapping[str, LoraLayer], scaling: Mapping[str, float], adapter_name: str) -> None:
-    """Set the scaling of the layers in `scaling`, as `rescaled` returned it; others get what rank and alpha give."""
+    """Set the scaling of the layers in `scaling`, which `rescaled` returned.
+
+    All other layers get the scaling that rank and alpha give.
+    """
     for name, layer in layers.items():
         scale = scaling.get(name, nominal(layer, adapter_name))
         if not _close(float(layer.scaling[adapter_name]), scale):

@@ -35,7 +35,7 @@ class Trace:
 
     def apart(self, holder: str, before: str) -> str:
         """Return why `holder` does not continue the stream of the holder `before`; empty if it does."""
-        if before.startswith(holder + "."):  # a list inside the module, followed by a layer of the same role
+        if before.startswith(holder + "."):  # `before` is inside `holder`, and a layer of `holder` follows
             return ""
         if before in self._back_from(self._stream(holder), self._stream):
             return ""

@@ -14,7 +14,7 @@ from .shortcuts.base import CastOthers, Shortcut
 from .shortcuts.shared import SharedProduct
 from .shortcuts.state import Wires
 
-# Attribute that `attach_wires` sets on an adapter's A modules. A modules without it belong to a recreated adapter.
+# Attribute that `attach_wires` sets on the lora_A modules of an adapter. Deleting and recreating the adapter removes it.
 _MARK = "_reslora_wires"
 
 
@@ -68,7 +68,7 @@ class Connection:
 def connection_of(base: nn.Module) -> Connection | None:
     """Return the connection of a base model; None without one.
 
-    If the connected adapter was removed, this also removes the connection, and returns None.
+    If the connected adapter was removed, remove the connection and return None.
     """
     if "_reslora" in vars(base) and live_connection(base) is None:
         vars(base)["_reslora"].clear(base)

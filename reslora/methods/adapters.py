@@ -341,10 +341,10 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Write the trained tensors without the base model: by `reslora.save` if connected, else `adapter.safetensors`.
+    """Write the trained tensors, without the base model, and a checksum of each file.
 
-    Also writes a checksum of each file. With several processes, call it on rank 0 only. Raises `Diverged`, and writes
-    nothing, if a weight is not finite.
+    A connected model is written by `reslora.save`, any other model as `adapter.safetensors`. With several processes,
+    call this on rank 0 only. Raises `Diverged`, and writes nothing, if a weight is not finite.
     """
     state = trained_state(model)
     for name, value in state.items():

@@ -1,7 +1,7 @@
 """Registry of the trainable methods: a new one needs a function that returns PEFT's configuration, and a row in
 METHODS.
 
-Options, validation, exports and the application use these rows. Importing it imports no heavy package.
+Options, validation, exports and the application use these rows. Importing this module imports no heavy package.
 """
 
 from __future__ import annotations

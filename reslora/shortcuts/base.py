@@ -130,7 +130,7 @@ class Shortcut(LoraVariant):
         return Moments(merged.a - block.a if changed else None)
 
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
-        """Add one forward pass: input `x` (tokens x p), the block's own A x `own`, and the shortcut terms `handed`."""
+        """Add one forward pass: the input `x` (tokens x p), `own` = A_n x, and the shortcut terms `handed`."""
         block.moments.add(x, own, handed, torch.linalg.vector_norm(self.normed(x, own)))
 
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -302,7 +302,7 @@ def add_scaled(
     if torch.compiler.is_compiling() or not _unheld(result, module):
         return torch.addmm(rows(result), hidden, weight.t(), alpha=scaling).view(result.shape)
     if weight.dtype != hidden.dtype:
-        weight = weight.to(hidden.dtype)  # autocast does it for all products except in-place ones
+        weight = weight.to(hidden.dtype)  # autocast casts the inputs of all products except in-place ones
     # Not `view`: autograd would copy the gradient of a tensor that is changed in place through a view.
     flat = _unsafe_view(result, (-1, result.shape[-1]))
     return flat.addmm_(hidden, weight.t(), alpha=scaling).view(result.shape)

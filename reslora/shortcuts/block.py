@@ -124,7 +124,7 @@ class BlockShortcut(Shortcut):
         return [a for a, _ in self.before]
 
     def widths(self, rank: int) -> Sequence[int]:
-        """Return one width, of all A together: `[B_n, ..., B_{n-m}]` multiplies the result as a whole."""
+        """Return one width, that of all A stacked: `[B_n, ..., B_{n-m}]` multiplies the complete product."""
         return ((1 + len(self.before)) * rank,)
 
     @classmethod

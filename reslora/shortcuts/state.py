@@ -153,7 +153,7 @@ class Wires:
             state.parts += 1
 
     def end_part(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Drop the state that `begin_part` created, if it did; a forward hook."""
+        """Drop the state that `begin_part` created, if it created one; a forward hook."""
         state = self.threads.slot.state
         if state is not None and state.parts:
             state.parts -= 1
@@ -163,9 +163,9 @@ class Wires:
     def contexts(self) -> tuple:
         """Return the contexts of one checkpointed segment (`context_fn`): for its forward pass and its recomputation.
 
-        The second context has the tensors that blocks passed on *before* the segment began, to recompute it with them.
-        If it had the state itself, there would be a reference cycle through the autograd graph, which is never freed if
-        the backward pass does not run.
+        The second context stores the tensors that blocks passed on *before* the segment began, for its recomputation.
+        Storing the state itself would create a reference cycle through the autograd graph; such a cycle is never freed
+        if the backward pass does not run.
         """
         state = self.threads.slot.state
         if state is None:
