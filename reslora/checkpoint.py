@@ -98,7 +98,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     Raises `ValueError`, and leaves the model unchanged, in these cases:
 
     - Files are missing or damaged.
-    - Layers, ranks or shapes differ; the message names the first.
+    - Layers, ranks, alphas or shapes differ; the message names the first difference.
     - The model is connected along other chains or with another configuration.
     """
     directory = Path(directory)

@@ -159,8 +159,8 @@ class _Guard:
 def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
     """Install guards on `model`, its wrappers and its base model.
 
-    `wired` are the names and layers with shortcuts. If there are any, all LoRA layers get a guard against PEFT's merge,
-    and the layers in `wired` get a guard against new A and B.
+    `wired` holds name and layer of the blocks with shortcuts. If there are any, all layers that PEFT would merge get a
+    guard against merging. The layers in `wired` also get a guard against new A and B.
     """
     modules, wired = with_wrappers(model), list(wired)
     outer, base = modules[0], modules[-1]

@@ -14,7 +14,7 @@ from .shortcuts.base import CastOthers, Shortcut
 from .shortcuts.shared import SharedProduct
 from .shortcuts.state import Wires
 
-# Attribute that `attach_wires` sets on the lora_A modules of an adapter. Deleting and recreating the adapter removes it.
+# Attribute that `attach_wires` sets on an adapter's lora_A modules. The modules of a recreated adapter do not have it.
 _MARK = "_reslora_wires"
 
 
