@@ -33,7 +33,7 @@ class Diverged(RunFailed):
 
 
 class Stopped(Exception):
-    """The run saved its state and stopped because of Ctrl-C or SIGTERM."""
+    """Ctrl-C or SIGTERM stopped the run; training that was in progress has been saved."""
 
 
 class EndedElsewhere(Exception):

@@ -61,7 +61,7 @@ class _Probe(LoraVariant):
 def refuse_unknown_peft() -> None:
     """Raise `RuntimeError` if the LoRA layers of the installed PEFT do not call their variants (`lora_variant`).
 
-    A connected model would then train as plain LoRA, without an error. A new version of PEFT may change the interface.
+    With such a version a connected model would train as plain LoRA, without an error. PEFT may change this interface.
     """
     try:
         with torch.device("meta"):
@@ -133,7 +133,7 @@ class _Guard:
 
     def __init__(self, module: nn.Module, verb: str, outer: nn.Module) -> None:
         self.module, self.verb, self.outer = module, verb, outer
-        self.previous = vars(module).get(verb)  # the attribute of this name that the instance already had
+        self.previous = vars(module).get(verb)  # the attribute of this name that the instance had, if any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method, or raise `RuntimeError` if the call concerns the connected adapter.

@@ -127,7 +127,7 @@ def _can_be_checked(process: str) -> bool:
 
 
 def is_running(process: str) -> bool:
-    """Return whether `process`, an identifier from `this_process`, is running on this machine and not this process."""
+    """Return whether `process`, an identifier from `this_process`, is another process that runs on this machine."""
     host, _, rest = process.partition("-")
     number, _, start = rest.partition("-")
     seen = host == _host() and number.isdecimal() and start.isdecimal() and start != "0"
@@ -136,7 +136,7 @@ def is_running(process: str) -> bool:
 
 @functools.cache
 def _host() -> str:
-    """Return a short hash that identifies this machine and container: process ids are unique only within it."""
+    """Return a short hash of this machine and container; elsewhere the same process id is another process."""
     known: list[str | Path] = [platform.node()]
     for read in (Path("/etc/machine-id").read_text, Path("/proc/self/ns/pid").readlink):
         with suppress(OSError):

@@ -112,7 +112,7 @@ class Shortcut(LoraVariant):
 
     @classmethod
     def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """Set `before` (the earlier blocks in the sum) and `fold` for every block of a chain; subclasses set `parts`."""
+        """Set `before` (the earlier blocks in the sum) and `fold` of every block of a chain; subclasses set `parts`."""
         for block, taken in zip(chain, before, strict=True):
             block.before, block.fold = taken, cls.fold
 
