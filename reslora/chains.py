@@ -252,7 +252,7 @@ def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
 def _sort_layers(layers: dict[str, LoraLayer], adapter_name: str) -> tuple[dict, list, list]:
     """Return the layers to link by name, (name, reason) of layers that stay plain, and (name, reason) of problems.
 
-    A problem is a layer to link for which `connect` raises an error.
+    Problems are those layers to link for which `connect` raises an error.
     """
     linkable: dict[str, LoraLayer] = {}
     unlinked, problems = [], []

@@ -51,7 +51,7 @@ class MergeReport:
     shortcut: str
     blocks: tuple[BlockReport, ...]
     notes: tuple[str, ...] = ()
-    """Notes on zero norms, blocks that `lstsq` merged by `none`, the loss by `max_rank`, and calibration passes."""
+    """Notes on zero norms, blocks that `lstsq` merged by `none`, the loss by `max_rank`, and repeated calibration."""
 
     def to_dict(self) -> dict:
         """Return the report as JSON-able data."""

@@ -24,8 +24,8 @@ scale can reproduce.
 
 Placebos: rotations of the block's own input replace the shortcut terms of its m earlier blocks. h is
 `A_n (x_n + c sum_{k=1..m} R_k x_n)`, with `c = |shortcut terms in h| / (sqrt(m) |A_n x_n|)`. This adds as much as the
-shortcut, because a random A maps a rotated input to the same norm as the input. In the bundled U-Net that c varies
-from 0.4 to 4 within a chain, so it is measured. A head has the same h as with the shortcut.
+shortcut, because a random A maps a rotated input to the same norm as the input. In the bundled U-Net the ratio in c
+varies from 0.4 to 4 within a chain, so it is measured. A head has the same h as with the shortcut.
 """
 
 from __future__ import annotations
