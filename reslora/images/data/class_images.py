@@ -34,7 +34,7 @@ from .listing import files_of
 from .size import Size
 from .sources import Source
 
-LOCK = "class images"  # last component of the lock's path: a run may hold the lock of the folder itself
+LOCK = "class images"  # a path in the folder to lock; the folder's own lock may belong to a run that writes there
 PAUSE = timedelta(seconds=1)  # between two attempts to get the lock
 
 
@@ -150,7 +150,7 @@ def draw(folder: Path, missing: int, context: Context) -> None:
 def balanced(training: Sequence[Source], of_class: Sequence[Source], per_forward: int) -> tuple[Source, ...]:
     """Return all sources, with repeats such that an epoch uses about as many class images as training images.
 
-    Images of the kind with fewer samples per epoch are repeated, so that every image is used at least once.
+    Images of the kind with fewer samples per epoch are repeated; every image is used at least once per epoch.
     `per_forward` is the batch size of all processes together.
     """
     kinds = sizes_of(training), sizes_of(of_class)

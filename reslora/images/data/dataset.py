@@ -165,7 +165,7 @@ def usable(
 
 
 def sample(folders: Sequence[ImageDataset], data: DataOptions, training: TrainingOptions) -> list[ImageDataset]:
-    """Return the folders with the hashes of their images, after choosing --max_train_samples images at random.
+    """Choose at most --max_train_samples images at random; return the folders with the hashes of their images.
 
     The limit applies to all folders together.
     """

@@ -38,7 +38,7 @@ from .store import Encoded, Item, fill, share
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
 MASKED = "masked-2"  # part of the cache's keys; change it whenever masks are read differently
-RANDOM_CROPS = 4  # cached crops (the center and three random ones) of an image that its size cuts something off
+RANDOM_CROPS = 4  # crops that are cached of an image that must be cut: the center and three random ones
 FITS = 0.93  # if a bucket keeps at least this fraction of an image, only the center crop is cached
 
 

@@ -40,7 +40,10 @@ def print_long_captions(material: Material, pipeline: DiffusionPipeline, context
 
 
 def reader_of(pipeline: DiffusionPipeline, model: Model) -> tuple[str, PreTrainedTokenizerBase] | None:
-    """Return the pipeline's last tokenizer, which has the highest limit, after its name; None without tokenizers."""
+    """Return the name of the pipeline's last tokenizer, and the tokenizer itself; None if there is none.
+
+    The last tokenizer has the highest limit.
+    """
     for name in reversed(model.family.text_parts):
         tokenizer = getattr(pipeline, name, None) if name.startswith("tokenizer") else None
         if tokenizer is not None and model.index.get(encoder_of(name)) != [None, None]:

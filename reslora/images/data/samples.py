@@ -151,7 +151,7 @@ class CalibrationSamples(TrainingSamples):
     varies = False
 
     def batches(self, count: int, processes: int = 1) -> Iterator[Batch]:
-        """Yield the first `count` samples of a training with `processes` processes, in batches of one process."""
+        """Yield the first `count` samples of a run with `processes` processes, in batches of one process."""
         plan, size = self.material.plan(processes), self.material.training.train_batch_size
         for first in range(0, count, size):
             forward, rank = divmod(first // size, processes)
@@ -222,7 +222,7 @@ class FixedSamples(TrainingSamples):
         return latents.of(draw.image, 0)
 
     def batches(self, image: tuple[int, int], batch_size: int) -> Iterator[Batch]:
-        """Yield all samples of an image in batches; `image` is the number of its source, and its number there."""
+        """Yield all samples of an image in batches; `image` is the source's number, and the image's number in it."""
         source, number = image
         size = self.material.sources[source].size(number)
         draws = [Draw(source, number, size, position) for position in range(TIMESTEPS * self.noises)]

@@ -31,9 +31,10 @@ def training_split(splits: Mapping[str, datasets.Dataset], notes: list[str]) -> 
 
 
 def check_archives(files: Sequence[Path], argument: str, notes: list[str]) -> None:
-    """Raise `InvalidArgument` for .tar files that contain pickles, or text that is not UTF-8; note truncated files.
+    """Raise `InvalidArgument` for .tar files that contain pickles, or text that is not UTF-8.
 
-    `datasets` may unpickle the former, and its errors about the latter do not name the file.
+    `datasets` may load the pickles, and its errors do not name the file. A line about each truncated file is added to
+    `notes`.
     """
     for path in files:
         with tarfile.open(path) as archive:
@@ -61,7 +62,10 @@ def _is_other_text(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> bool:
 
 
 def _is_whole(archive: tarfile.TarFile) -> bool:
-    """Return whether an archive ends with an empty block, which tarfile does not check; call it after reading all."""
+    """Return whether an archive ends with an empty block, which tarfile does not check.
+
+    The archive must have been read to its end.
+    """
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
     return archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)

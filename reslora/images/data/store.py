@@ -4,8 +4,8 @@ An item has one or several variants. Each variant is a safetensors blob in a rec
 any shapes and dtypes. The footer of a file has the offsets of the record batches, so each can be read separately. Files
 are read, not memory-mapped, because mapped pages count as memory of the process.
 
-The last record batch of a file is its index. It has the key of each item, a hash of everything that the item depends
-on, its number of variants, and the reasons why items could not be encoded.
+The last record batch of a file is its index: each item's key and number of variants, and the reasons why items could
+not be encoded. A key is a hash of everything that the item depends on.
 """
 
 from __future__ import annotations

@@ -16,9 +16,11 @@ from ...json_lines import NOT_JSON, values_of
 def has_file_names(metadata: Path, layout: str | None) -> bool:
     """Return whether this module, and not `datasets`, reads a metadata file.
 
-    `datasets` reads Parquet. This module reads .jsonl, and .csv with the column `file_name` or with semicolons (an
-    error). `datasets` reads other .csv files if a column ends with `_file_name` or `file_names`, or if the folder has
-    another layout; if not, this module reads them, and its error names the missing column.
+    - Parquet: `datasets` reads it.
+    - .jsonl, and .csv with the column `file_name`: this module reads it. It also reads .csv with semicolons between the
+      columns, and reports them.
+    - Other .csv: `datasets` reads it if a column ends with `_file_name` or `file_names`, or if the folder has another
+      layout. Otherwise this module reads it, and its error names the missing column.
     """
     if metadata.suffix != ".csv":
         return metadata.suffix in ROWS

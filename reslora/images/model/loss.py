@@ -13,12 +13,12 @@ from .objective import Objective
 class Huber:
     """The pseudo-Huber loss of a difference d, as in kohya's scripts; its threshold may depend on the timestep.
 
-    With the threshold c, the loss is
+    With the threshold h, the loss is, by `kind`,
 
-    - `huber`: `2 c (sqrt(d^2 + c^2) - c)`, about `d^2` for small d;
-    - `smooth_l1`: `2 (sqrt(d^2 + c^2) - c)`, about `2 |d|` for large d.
+    - `huber`: `2 h (sqrt(d^2 + h^2) - h)`, about `d^2` for small d;
+    - `smooth_l1`: `2 (sqrt(d^2 + h^2) - h)`, about `2 |d|` for large d.
 
-    With the field c, the threshold at timestep t of T is, by `schedule`,
+    At timestep t of T, the threshold h is, by `schedule`,
 
     - `constant`: `scale * c`;
     - `exponential`: `scale * c^(t/T)`, where `c^(t/T)` goes from 1 without noise to c in pure noise;

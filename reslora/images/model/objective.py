@@ -138,7 +138,7 @@ class FlowObjective:
         return self.scheduler.timesteps[min(self.timesteps - 1, int(fraction * self.timesteps))]
 
     def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return `(1 - s) x + s e` for latents x and noise e (batch first), and noise levels s of timesteps (batch)."""
+        """Return `(1 - s) x + s e` for latents x, noise e (batch first), and noise levels s at timesteps (batch)."""
         s = self._sigmas(timesteps).view(-1, *[1] * (latents.dim() - 1))
         return (1 - s) * latents + s * noise
 

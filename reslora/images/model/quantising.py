@@ -6,10 +6,11 @@ layer, because PEFT finds an `nn.Linear` whose weight has the original shape and
 
 Why not another library's layers? A weight of 1024 x 768 takes 1,572,864 bytes in bf16. diffusers' layerwise casting
 (0.42) and torchao's int8 and fp8 weights (0.18) save a dequantized copy of that size for the backward pass, in addition
-to the quantized weight. Such a base takes more memory than an unquantized one. torchao's NF4 and bitsandbytes' 4 and 8
-bits (0.50) save no dequantized weight, like this module. But torchao's NF4 rounds the scales, bitsandbytes' int8 on a
-GPU rounds activations, and neither has fp8. bitsandbytes' NF4 has the same codes and scales as this module's, but the
-weight of its layer has another shape and cannot be swapped. The other formats would still need this module.
+to the quantized weight. Such a base takes more memory than an unquantized one. As in this module, torchao's NF4 and
+bitsandbytes' 4 and 8 bits (0.50) save no dequantized copy. But torchao's NF4 rounds the scales, bitsandbytes' int8 on a
+GPU rounds activations, and neither library has fp8 without that copy. bitsandbytes' NF4 has the same codes and scales
+as this module's, but the weight of its layer has another shape and cannot be swapped. The other formats would still
+need this module.
 
 Why not diffusers' group offloading? It is made for inference. In a U-Net, and in any denoiser without gradient
 checkpointing, gradients were wrong: the backward pass finds weights that were offloaded again. With streams, each

@@ -80,7 +80,7 @@ class Family:
     trainable: tuple[Part, ...] = ()
     """The text encoders that can be trained."""
     lora_files: tuple[str, ...] = (KOHYA_FILE,)
-    """Plain LoRA files that are exported in addition to diffusers', kohya's or ComfyUI's."""
+    """Plain LoRA files, kohya's or ComfyUI's, that are exported in addition to diffusers' file."""
     unused_parts: tuple[str, ...] = ()
     """Parts of the pipeline that are never loaded."""
     unread: tuple[str, ...] = ()

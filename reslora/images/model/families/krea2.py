@@ -64,7 +64,7 @@ class Krea2(WithQwenAutoencoder):
 
     def encode_captions(self, pipeline, captions, longest):
         """Return `states`: a list of (tokens x layers x width), with the tokens of the caption and the suffix."""
-        needed = max(self.token_counts(pipeline, pipeline.tokenizer, captions))  # else padding is computed, too
+        needed = max(self.token_counts(pipeline, pipeline.tokenizer, captions))  # else padding is encoded, too
         states, mask = pipeline.encode_prompt(
             captions, device=pipeline.text_encoder.device, max_sequence_length=min(longest, needed)
         )

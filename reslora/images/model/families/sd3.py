@@ -33,7 +33,7 @@ ORIGINAL = {
 
 
 class StableDiffusion3(Family):
-    """SD3, trained as in diffusers' train_dreambooth_lora_sd3.py, but at 1024 pixels and without preconditioning."""
+    """SD3, trained as in diffusers' train_dreambooth_lora_sd3.py, but at 1024 px and without preconditioned outputs."""
 
     name = "sd3"
     pipeline = StableDiffusion3Pipeline

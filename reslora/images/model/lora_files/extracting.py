@@ -38,7 +38,7 @@ class Weights:
         """
         folder = path / denoiser if (path / denoiser).is_dir() else path
         found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]
-        # A file of a variant (fp16) has the same tensors as the file without a variant next to it.
+        # If there are files with and without a variant (fp16), both have the same tensors.
         found = [file for file in found if PLAIN.fullmatch(file.name)] or found
         refuse_pickles(folder, flag)
         if not found or not all(file.is_file() for file in found):
@@ -107,7 +107,7 @@ def _places(key: str, fused: Fused, weights: Weights) -> Iterator[tuple[str, Pla
 
 
 def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[Parts, dict[str, float], list[str]]:
-    """Return the best LoRA of `rank` for `tuned - base`, each layer's relative error, and the tensors outside of it.
+    """Return the best LoRA of `rank` for `tuned - base`, each layer's relative error, and the tensors not covered.
 
     The last item has the names of tensors that differ but are not the weight of a linear layer or a convolution, and of
     tensors that only one of the models has.
