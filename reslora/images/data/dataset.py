@@ -37,7 +37,7 @@ FEATURES = datasets.Features(
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Images and their captions; their order is part of the run's randomness."""
+    """Images and their captions. The random choices of a run depend on the order of the images."""
 
     rows: datasets.Dataset
     """Columns `image`, `{"bytes", "path"}`; `captions`, a list of strings; with --masked_loss, `mask`, like `image`."""
@@ -54,7 +54,7 @@ class ImageDataset:
     repeats: int = 1
     """How often an epoch uses each image."""
     weight: float = 1.0
-    """Factor of the loss of these samples."""
+    """Factor that the loss of each sample is multiplied by."""
     of_class: bool = False
     """Whether these are class images."""
     masked: Sequence[bool] = ()
@@ -390,7 +390,7 @@ def _sorted_out(captions: Sequence[list | str]) -> tuple[dict[int, str], list[li
 def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: DataOptions) -> list[str]:
     """Return a line about the images of a folder that are in no row.
 
-    Raises `InvalidArgument` if such an image has a caption file, because it is meant to be trained on.
+    Raises `InvalidArgument` if such an image has a caption file, because the image is probably meant for training.
     """
     missing = unlisted(rows, list(filter(is_image, everything)))
     if captioned := [path for path in missing if caption_files(path)]:
@@ -404,7 +404,7 @@ def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: Da
 def _columns(rows: datasets.Dataset, layout: str | None, options: DataOptions, notes: list[str]) -> tuple[str, str]:
     """Return the names of the image column and of the caption column.
 
-    The columns of a webdataset are named after file suffixes. If it lacks a column that the options name, its only
+    The columns of a webdataset are named after file suffixes. If a webdataset lacks a column of the options, its only
     image column, or its caption column with a suffix in CAPTIONS, is used. Raises `InvalidArgument` if a column is
     missing.
     """

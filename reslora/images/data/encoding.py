@@ -68,10 +68,10 @@ class Latents:
     variants: int
     """The highest number of variants of an image; variant 0 is the unflipped center crop.
 
-    An image that needs only one crop has fewer variants, and `of` wraps their number around.
+    An image that needs only one crop has fewer variants, and `of` wraps a higher number around.
     """
     images: Sequence[int]
-    """Positions of these images among the encoded ones."""
+    """The position of each image among the encoded images."""
 
     def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
         """Return a variant: `moments` (2 x channels x height x width), `sizes` (6) and, with --masked_loss, `mask`."""

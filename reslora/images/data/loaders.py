@@ -27,7 +27,7 @@ def _ignore_signals(worker: int) -> None:
 def stream(loader: DataLoader) -> Generator:
     """Yield the items of a loader; raises `RunFailed` if an item cannot be loaded or a worker process dies.
 
-    Close the generator if it is not read to its end: the workers ignore SIGTERM, and exit only when they are shut down.
+    Close the generator if it is not read to its end: the workers ignore SIGTERM, and exit only when it shuts them down.
     """
     iterator = _iterator(loader)
     try:

@@ -151,7 +151,7 @@ class CalibrationSamples(TrainingSamples):
     varies = False
 
     def batches(self, count: int, processes: int = 1) -> Iterator[Batch]:
-        """Yield the first `count` samples of a run with `processes` processes, in batches of one process."""
+        """Yield the first `count` samples of a run with `processes` processes, in batches of --train_batch_size."""
         plan, size = self.material.plan(processes), self.material.training.train_batch_size
         for first in range(0, count, size):
             forward, rank = divmod(first // size, processes)

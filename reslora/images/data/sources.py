@@ -23,7 +23,7 @@ class Source:
     bucket: tuple[int, ...]
     """The index in `buckets` of each image."""
     weight: float = 1.0
-    """Factor of the loss of these samples."""
+    """Factor that the loss of each sample is multiplied by."""
     repeats: int = 1
     """How often an epoch uses each image."""
     recipe: Recipe = VERBATIM

@@ -62,7 +62,7 @@ def tensor_names(path: Path) -> list[str]:
 def read_index(folder: Path, flag: str) -> dict:
     """Return the content of a pipeline's model_index.json.
 
-    Raises `InvalidArgument` if it cannot be read, or if the pipeline's class belongs to no family in `FAMILIES`.
+    Raises `InvalidArgument` if it cannot be read, or if the pipeline's class is not in `FAMILIES`.
     """
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
