@@ -14,11 +14,14 @@ from ..model.families.base import Text
 
 @dataclass
 class Batch:
-    """The inputs of one forward pass; every tensor starts with the batch dimension, which a single sample lacks."""
+    """The inputs of one forward pass. Every tensor starts with the batch dimension.
+
+    Datasets yield each sample as a `Batch` without that dimension.
+    """
 
     timesteps: torch.Tensor
     noise: torch.Tensor
-    """Batch x channels x height x width of the latents, as `posterior_noise`."""
+    """Batch x channels x height x width of the latents; `posterior_noise` has the same shape."""
     posterior_noise: torch.Tensor
     """The noise that samples latents from their mean and standard deviation."""
     sizes: torch.Tensor
@@ -32,7 +35,10 @@ class Batch:
     """Mean and standard deviation of the latents; None if the forward pass encodes the pixels."""
     pixels: torch.Tensor | None = None
     mask: torch.Tensor | None = None
-    """Batch x 1 x height x width, like pixels or latents: the weight of the loss at each position, 0 to 1."""
+    """The weight of the loss at each position, 0 to 1, in the shape batch x 1 x height x width.
+
+    Height and width are those of `pixels` or, if these are None, of the latents.
+    """
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with its tensors on `device`, copied without waiting for the device."""
@@ -57,7 +63,7 @@ def collate(samples: Sequence[Batch]) -> Batch:
 
 
 def stack_texts(texts: Sequence[Mapping[str, torch.Tensor]]) -> Text:
-    """Return the text states of several captions by name: a stacked tensor, or a list if their lengths differ."""
+    """Return the text states of several captions, by name: a stacked tensor, or a list of tensors if lengths differ."""
     columns = {name: [text[name] for text in texts] for name in texts[0]}
     alike = {name: len({value.shape for value in values}) == 1 for name, values in columns.items()}
     return {name: torch.stack(values) if alike[name] else values for name, values in columns.items()}

@@ -5,21 +5,25 @@ from collections.abc import Sequence
 
 from .size import Size
 
-STEPS = 16  # the edges of buckets are multiples of a sixteenth of the resolution, or of less
-SMALLEST, LONGEST = 0.88, 2.6  # least area as a fraction of the square's, and highest aspect ratio
+STEPS = 16  # the step between bucket edges is about a sixteenth of the resolution, see `step_of`
+SMALLEST, LONGEST = 0.88, 2.6  # of a bucket: least area as a fraction of resolution**2, and highest aspect ratio
 
 
 def step_of(resolution: int, multiple: int) -> int:
-    """Return the step of bucket edges in pixels: a sixteenth of the resolution, rounded to the model's multiple."""
+    """Return the number of pixels that bucket heights and widths are multiples of.
+
+    It is a sixteenth of the resolution, rounded down to a multiple of `multiple`, and at least `multiple`: the number
+    of pixels that the model requires image height and width to be multiples of.
+    """
     return max(multiple, resolution // STEPS // multiple * multiple)
 
 
 @functools.cache
 def ladder(resolution: int, multiple: int) -> tuple[Size, ...]:
-    """Return the buckets for images that are large enough: their area is at most that of the square of `resolution`.
+    """Return all buckets of a resolution. None has more pixels than a square with edges of `resolution`.
 
-    From a resolution of 512 on, an image with an aspect ratio from 1:2 to 2:1 keeps at least 0.957 of its area
-    (tested).
+    At resolutions of 512 and more, cropping to the best bucket keeps at least 0.957 of an image's area if the image's
+    aspect ratio is between 1:2 and 2:1 (tested).
     """
     step, area = step_of(resolution, multiple), resolution**2
     sides = range(step, 2 * resolution + 1, step)
@@ -43,19 +47,20 @@ def kept(image: tuple[int, int], size: Size) -> float:
 
 
 def bucket_of(image: tuple[int, int], buckets: Sequence[Size]) -> Size:
-    """Return the bucket that crops least of an image (width and height); of several, the largest."""
+    """Return the bucket whose aspect ratio crops least of an image (width and height); on a tie, the largest bucket."""
     return max(buckets, key=lambda size: (round(kept(image, size), 9), size.height * size.width))
 
 
 def own_bucket(image: tuple[int, int], resolution: int, multiple: int) -> Size:
-    """Return the bucket of an image (width and height) that needs no upscaling: the best that fits into the image.
+    """Return the size that an image (width and height) is cropped and scaled to if images are not upscaled.
 
-    If no bucket fits, the image's own size is rounded down to the grid and to the area of the square. If an edge is
-    shorter than the grid's step, the size is rounded down to the model's multiple instead. Only an image smaller than
-    that multiple is scaled up.
+    It is the best of the buckets that are no wider and no higher than the image. If there is none, it is the image's
+    own size, rounded down to multiples of `step_of` and to the area of the square with edges of `resolution`. If an
+    edge of the image is shorter than `step_of`, `multiple` takes the place of `step_of`. Only an image with an edge
+    below `multiple` is upscaled.
 
-    From a resolution of 512 on, an image with an aspect ratio from 1:2 to 2:1 and at least as many pixels as the square
-    keeps at least 0.93 of its area.
+    At resolutions of 512 and more, an image keeps at least 0.93 of its area if its aspect ratio is between 1:2 and 2:1
+    and it has at least as many pixels as the square.
     """
     width, height = image
     fitting = [size for size in ladder(resolution, multiple) if size.width <= width and size.height <= height]

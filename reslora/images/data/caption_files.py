@@ -16,14 +16,14 @@ def caption_files(image: Path) -> list[Path]:
 
 
 def read_caption(path: Path) -> list[str] | str:
-    """Return the caption in a text file as a list of one, or a string that says what is wrong with it."""
+    """Return a list with the caption in a text file, or a string with the reason why the file cannot be decoded."""
     return caption_in(path.read_bytes())
 
 
 def caption_in(content: bytes) -> list[str] | str:
-    """Return the caption in a text file's bytes as a list of one, or a string that says what is wrong with it.
+    """Return a list with the caption in a file's content, or a string with the reason why it cannot be decoded.
 
-    UTF-8, with or without a byte order mark, and UTF-16 with one are read.
+    The content may be UTF-8 with or without a byte order mark, or UTF-16 with a byte order mark.
     """
     marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:

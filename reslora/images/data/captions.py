@@ -1,10 +1,10 @@
 """Caption transforms: prefix and suffix, dropout, wildcards, shuffled tags, tag dropout.
 
-Order and syntax are those of kohya's `process_caption`. The result is a function of the seed and of the sample's
+Order and syntax are those of kohya's `process_caption`. The random choices depend on the seed and on the sample's
 position in the run.
 
-Nested wildcards differ. Kohya's choice ends at the first `}`: `{a|{b|c} d}` becomes `a d}`, `{b d}` or `c d}`. Here
-only the innermost choice is made: it becomes `{a|b d}` or `{a|c d}`.
+Nested wildcards differ from kohya's. In kohya's scripts, a choice ends at the first `}`: `{a|{b|c} d}` becomes `a d}`,
+`{b d}` or `c d}`. Here only the innermost choice is made: `{a|{b|c} d}` becomes `{a|b d}` or `{a|c d}`.
 """
 
 import re
@@ -26,17 +26,17 @@ class Recipe:
     prefix: str = ""
     suffix: str = ""
     dropout: float = 0.0
-    """Fraction of the samples that are trained with the empty caption."""
+    """Probability that a sample is trained with the empty caption."""
     wildcards: bool = False
     shuffle: bool = False
     keep: int = 0
     """Number of tags at the beginning that are neither shuffled nor dropped."""
     tag_dropout: float = 0.0
-    """Fraction of the other tags that are dropped."""
+    """Probability that a tag after the first `keep` tags is dropped."""
 
     @property
     def rewrites(self) -> bool:
-        """Whether the transform can make different texts of one caption, apart from the empty one."""
+        """Whether the transform can turn one caption into several texts; the empty caption does not count."""
         return self.wildcards or self.shuffle or self.tag_dropout > 0
 
     @property
@@ -49,7 +49,7 @@ class Recipe:
         return self._resolved(self._with_affixes(self._lines(caption)[0]), None)
 
     def sampled(self, captions: Sequence[str], draws: torch.Generator) -> str:
-        """Return one of an image's captions after the random transform; `draws` is the source of randomness."""
+        """Return one of an image's captions, chosen and transformed at random; `draws` is the random generator."""
         lines = self._lines(captions[choose(len(captions), draws)])
         caption = self._with_affixes(lines[choose(len(lines), draws)])
         if self.dropout and torch.rand((), generator=draws) < self.dropout:
@@ -57,7 +57,7 @@ class Recipe:
         caption = self._resolved(caption, draws)
         if not self.shuffle and not self.tag_dropout:
             return caption
-        tags = [tag.strip() for tag in caption.split(SEPARATOR)]  # empty tags count, as in kohya's scripts
+        tags = [tag.strip() for tag in caption.split(SEPARATOR)]  # empty tags are tags too, as in kohya's scripts
         kept, others = tags[: self.keep], tags[self.keep :]
         if self.shuffle:
             others = [others[place] for place in torch.randperm(len(others), generator=draws).tolist()]
@@ -67,14 +67,17 @@ class Recipe:
         return f"{SEPARATOR} ".join(kept + others)
 
     def _lines(self, caption: str) -> list[str]:
-        """Return the lines of a caption with wildcards; one of them is chosen, and kohya prefixes only the first."""
+        """Return the texts to choose from: with wildcards, the lines of a caption; otherwise, the complete caption.
+
+        The chosen line gets the prefix; kohya's scripts add the prefix only to the first line.
+        """
         return ([line for line in caption.splitlines() if line.strip()] if self.wildcards else []) or [caption]
 
     def _with_affixes(self, caption: str) -> str:
         return " ".join(part for part in (self.prefix, caption, self.suffix) if part)
 
     def _resolved(self, caption: str, draws: torch.Generator | None) -> str:
-        """Replace `{red|blue}` by one option, the first if `draws` is None, and doubled braces by single ones."""
+        """Replace `{red|blue}` by a random option (the first if `draws` is None), and doubled braces by single ones."""
 
         def one(found: re.Match) -> str:
             if found[1] is None:

@@ -1,6 +1,7 @@
 """Class images: images of the class that the training images belong to, for prior preservation.
 
-With them (DreamBooth, Ruiz et al., 2023), the model continues to generate the class as the base model does.
+A model that is also trained on them (DreamBooth, Ruiz et al., 2023) continues to generate the class as the base model
+does.
 """
 
 import bisect
@@ -33,7 +34,7 @@ from .listing import files_of
 from .size import Size
 from .sources import Source
 
-LOCK = "class images"  # last component of the lock's path: a run may hold the lock of the folder itself
+LOCK = "class images"  # a path in the folder to lock; the folder's own lock may belong to a run that writes there
 PAUSE = timedelta(seconds=1)  # between two attempts to get the lock
 
 
@@ -54,10 +55,13 @@ def load_class_images(context: Context) -> list[ImageDataset]:
 
 
 def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
-    """Return the number of class images to generate; 0 without --class_data_dir, or if it holds kohya's folders.
+    """Return the number of class images to generate.
 
-    Raises `InvalidArgument` if the folder contains the training images or is not writable. The same applies if images
-    are missing and it has a metadata file, which would not list the generated ones.
+    It is 0 without --class_data_dir, or if that folder contains kohya's folders (10_name). Raises `InvalidArgument` if
+    the folder contains the training images. If images must be generated, it also raises `InvalidArgument`
+
+    - if the folder has a metadata file, because that file would not list the generated images;
+    - if the folder is not writable.
     """
     if data.class_data_dir is None:
         return 0
@@ -83,7 +87,7 @@ def missing_class_images(data: DataOptions, output: OutputOptions) -> int:
 def draw_missing(context: Context) -> None:
     """Generate images of --class_prompt until --num_class_images exist.
 
-    The base model generates them. The seed and the file name determine each image.
+    The base model generates them. The random generator of each image is seeded with --seed and the file name.
     """
     folder = Path(context.options.data.class_data_dir or "")
     if missing_class_images(context.options.data, context.options.output):
@@ -144,9 +148,10 @@ def draw(folder: Path, missing: int, context: Context) -> None:
 
 
 def balanced(training: Sequence[Source], of_class: Sequence[Source], per_forward: int) -> tuple[Source, ...]:
-    """Return all sources, with the smaller kind repeated, so that an epoch uses about as many images of either kind.
+    """Return all sources, with repeats such that an epoch uses about as many class images as training images.
 
-    `per_forward` is the batch size of all processes together. Every image is used at least once per epoch.
+    Images of the kind with fewer samples per epoch are repeated; every image is used at least once per epoch.
+    `per_forward` is the batch size of all processes together.
     """
     kinds = sizes_of(training), sizes_of(of_class)
     swapped = share_of(*kinds, 1, per_forward) > 1
@@ -155,8 +160,8 @@ def balanced(training: Sequence[Source], of_class: Sequence[Source], per_forward
     def excess(times: int) -> float:
         return round(share_of(fewer, others, times, per_forward) - 1, 9)
 
-    # The first number of repeats that is enough, or the one before it if that is nearer; on a tie the even number, as
-    # `round` does.
+    # The lowest number of repeats with a ratio of at least 1, or the number below it if its ratio is nearer to 1. On a
+    # tie the even number, as `round` does.
     enough = 1 + bisect.bisect_left(range(1, others.total() * per_forward + 1), 0.0, key=excess)
     times = min(range(max(1, enough - 1), enough + 1), key=lambda times: (abs(excess(times)), times % 2))
     repeats = (1, times) if swapped else (times, 1)
@@ -177,9 +182,9 @@ def sizes_of(sources: Sequence[Source]) -> Counter[Size]:
 
 
 def share_of(fewer: Counter[Size], others: Counter[Size], times: int, per_forward: int) -> float:
-    """Return the ratio of samples per epoch of two kinds, with the first repeated `times` times.
+    """Return the samples per epoch of `fewer`, each repeated `times` times, divided by the samples of `others`.
 
-    Each size fills up its last batch with its own images, which the ratio takes into account.
+    The last batch of each size is filled up with further images of that size; the ratio counts these images, too.
     """
     uses = other_uses = 0.0
     for size in fewer | others:

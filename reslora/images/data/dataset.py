@@ -1,4 +1,4 @@
-"""Read any source of images and captions into one `datasets.Dataset`; only file headers are read here."""
+"""Read any source of images and captions into one `datasets.Dataset`; of image files, only the headers are read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FEATURES = datasets.Features(
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """Images and their captions; their order is part of the run's randomness."""
+    """Images and their captions. The random choices of a run depend on the order of the images."""
 
     rows: datasets.Dataset
     """Columns `image`, `{"bytes", "path"}`; `captions`, a list of strings; with --masked_loss, `mask`, like `image`."""
@@ -54,7 +54,7 @@ class ImageDataset:
     repeats: int = 1
     """How often an epoch uses each image."""
     weight: float = 1.0
-    """Factor of the loss of these samples."""
+    """Factor that the loss of each sample is multiplied by."""
     of_class: bool = False
     """Whether these are class images."""
     masked: Sequence[bool] = ()
@@ -73,7 +73,7 @@ class ImageDataset:
         return f"{len(self)} images, content {derive(self.captions, self.marks):x}{repeats}{weight}"
 
     def select(self, indices: Sequence[int], left_out: Sequence[str] = ()) -> ImageDataset:
-        """Return some of the images; `left_out` adds reasons why the others are missing."""
+        """Return the images at `indices`; `left_out` adds reasons why the other images are left out."""
         return dataclasses.replace(
             self, rows=self.rows.select(indices), captions=[self.captions[i] for i in indices],
             sizes=[self.sizes[i] for i in indices], left_out=(*self.left_out, *left_out),
@@ -104,17 +104,17 @@ class Found:
     """What is wrong with the caption of a row, by the row's number."""
     notes: list[str]
     metadata: Path | None = None
-    """The metadata file, with one row per image in this order; None if the captions are in files next to the images."""
+    """The metadata file that the rows were read from, in the same order; None if the captions were not in one."""
     files: Sequence[Path] = ()
-    """The image file of each row of a folder; a path that is not UTF-8 is changed in the row but not here."""
+    """The image file of each row, if a folder was read. A path that is not UTF-8 is changed in `rows`, but not here."""
     places: Sequence[Path] = ()
-    """Folders that must contain every image that is named by a path; empty if that was checked already."""
+    """Folders; an image that a row names by its path must be in one of them. Empty if this was checked already."""
 
     def size(self, index: int, row: dict) -> tuple[int, int] | str:
         """Return width and height of a usable row's image, or a string that says why the row cannot be used."""
         source = _source(row)
         size = image_size(source) if source else "no image"
-        # A missing caption is a mistake; an empty one is a choice (the image then trains the empty caption).
+        # A missing caption is a mistake; an empty caption is a choice (the image is then trained with it).
         problem = self.problems.get(index) or ("" if row["captions"] else "no caption")
         if problem or isinstance(size, str):
             return problem or size
@@ -133,9 +133,9 @@ def usable(
 ) -> ImageDataset:
     """Return the usable images of one folder or dataset with their sizes.
 
-    `caption` is the caption of images without one next to them. If `deep` is false, subfolders are not read. Raises
-    `RunFailed` if an image cannot be read at present (memory, disk, network), and `InvalidArgument` if no image can be
-    used or, with --strict, if one cannot.
+    `caption` is the caption of images without a caption file. If `deep` is false, subfolders are not read. Raises
+    `RunFailed` if an image cannot be read at present (memory, disk, network). Raises `InvalidArgument` if no image can
+    be used or, with --strict, if any image cannot be used.
     """
     folder = Path(data.dataset_name or data.train_data_dir[0])
     found = (read_folder(folder, data, training, output, caption, deep) if folder.is_dir() else None) or read_dataset(
@@ -165,7 +165,10 @@ def usable(
 
 
 def sample(folders: Sequence[ImageDataset], data: DataOptions, training: TrainingOptions) -> list[ImageDataset]:
-    """Return at most --max_train_samples images of all folders together, with the hashes of their content."""
+    """Choose at most --max_train_samples images at random; return the folders with the hashes of their images.
+
+    The limit applies to all folders together.
+    """
     places = [(number, index) for number, images in enumerate(folders) for index in range(len(images))]
     if data.max_train_samples and data.max_train_samples < len(places):
         places = [
@@ -250,7 +253,7 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
 
 
 def above_repeated(files: Sequence[Path]) -> list[Path]:
-    """Return the grandparent folder of each image that is in a folder with kohya's naming."""
+    """Return, for each image in one of kohya's folders (10_name), the folder that contains this folder."""
     named = [(path, REPEATED.fullmatch(path.parent.name)) for path in files]
     return [path.parent.parent for path, match in named if match and 0 < int(match[1]) <= MOST_REPEATS]
 
@@ -261,7 +264,7 @@ def _hidden_note(rows: datasets.Dataset, folder: Path) -> list[str]:
 
 
 def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequence[Path | None] = ()) -> Found:
-    """Return rows of files; a string in place of a row's captions says what is wrong with them."""
+    """Return one row per file; a string in place of a list of captions is the reason why they cannot be used."""
     problems, texts = _sorted_out(captions)
 
     def column(paths: Sequence[Path | None]) -> list[dict | None]:
@@ -306,7 +309,10 @@ def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> F
 
 
 def layout_of(everything: Sequence[Path], folder: Path) -> str | None:
-    """Return which layout known to `datasets` a folder without caption files has; None if none, or `imagefolder`."""
+    """Return the layout in which `datasets` reads a folder: "saved", "parquet", "webdataset" or "json".
+
+    None means that the folder has none of these layouts, or that it is an `imagefolder`.
+    """
     if any((folder / name).is_file() for name in SAVED):
         return "saved"
     suffixes = {path.suffix for path in everything if path.name not in METADATA}
@@ -318,7 +324,7 @@ def layout_of(everything: Sequence[Path], folder: Path) -> str | None:
     if ".tar" in suffixes and not images:
         return "webdataset"
     tables = [path for path in everything if path.suffix in (".json", ".jsonl")]
-    # A JSON file next to each image is not a table.
+    # JSON files that are named like images are not tables.
     return "json" if tables and not any(path.with_suffix("") in images for path in tables) else None
 
 
@@ -356,16 +362,16 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
         ) from None
     column = datasets.Dataset.from_dict({"captions": texts}, datasets.Features({"captions": FEATURES["captions"]}))
     rows = datasets.concatenate_datasets([images, column], axis=1)
-    if layout is None and not (data.dataset_name and data.train_data_dir):  # else: part of a folder
+    if layout is None and not (data.dataset_name and data.train_data_dir):  # with both, only a part is read
         notes += [*_passed_over(rows, everything, data), *_hidden_note(rows, folder)]
     caches = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE, model.cache_dir] if layout is None else []
     return Found(rows, problems, notes, places=[folder, *(Path(cache) for cache in caches if cache)])
 
 
 def _captions(value: object, in_files: bool) -> list | str:
-    """Return the captions of a row, or what is wrong with them.
+    """Return a list of a row's captions, or a string with the reason why they cannot be used.
 
-    In a webdataset, `datasets` decodes only some text files.
+    `in_files`: whether the captions are text files in a webdataset, of which `datasets` decodes only some.
     """
     if in_files and isinstance(value, str):
         value = value.encode()
@@ -375,7 +381,7 @@ def _captions(value: object, in_files: bool) -> list | str:
 
 
 def _sorted_out(captions: Sequence[list | str]) -> tuple[dict[int, str], list[list[str]]]:
-    """Return what is wrong with the captions, by row, and the captions of every row."""
+    """Return the problems of captions by row number, and the captions of every row ([] for a row with a problem)."""
     problems = {index: value for index, value in enumerate(captions) if isinstance(value, str)}
     texts = [[clean(c) for c in value if isinstance(c, str)] if isinstance(value, list) else [] for value in captions]
     return problems, texts
@@ -384,7 +390,7 @@ def _sorted_out(captions: Sequence[list | str]) -> tuple[dict[int, str], list[li
 def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: DataOptions) -> list[str]:
     """Return a line about the images of a folder that are in no row.
 
-    Raises `InvalidArgument` if such an image has a caption file, because it is meant to be trained on.
+    Raises `InvalidArgument` if such an image has a caption file, because the image is probably meant for training.
     """
     missing = unlisted(rows, list(filter(is_image, everything)))
     if captioned := [path for path in missing if caption_files(path)]:
@@ -396,9 +402,10 @@ def _passed_over(rows: datasets.Dataset, everything: Sequence[Path], options: Da
 
 
 def _columns(rows: datasets.Dataset, layout: str | None, options: DataOptions, notes: list[str]) -> tuple[str, str]:
-    """Return the columns of images and captions.
+    """Return the names of the image column and of the caption column.
 
-    A webdataset names its columns by suffix; there, a single candidate is used. Raises `InvalidArgument` if a column is
+    The columns of a webdataset are named after file suffixes. If a webdataset lacks a column of the options, its only
+    image column, or its caption column with a suffix in CAPTIONS, is used. Raises `InvalidArgument` if a column is
     missing.
     """
     image, caption, known = options.image_column, options.caption_column, rows.column_names

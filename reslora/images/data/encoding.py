@@ -1,7 +1,8 @@
 """Encode images and captions once, store latents and text states on disk, and read them on access.
 
-An item's key (see `store`) covers everything that its encoding depends on, and nothing else of the dataset. A second
-run encodes only new or changed items, processes divide the work, and an interrupted run repeats no finished file.
+An item's key (see `store`) is a hash of everything that its encoding depends on, and of nothing else in the dataset.
+Therefore a second run encodes only new or changed items, and a resumed run repeats no finished file. The processes of
+a run divide the work.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from .store import Encoded, Item, fill, share
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
 MASKED = "masked-2"  # part of the cache's keys; change it whenever masks are read differently
-RANDOM_CROPS = 4  # cached crops of an image with another aspect ratio than its size: the center, three random
+RANDOM_CROPS = 4  # crops that are cached of an image that must be cut: the center and three random ones
 FITS = 0.93  # if a bucket keeps at least this fraction of an image, only the center crop is cached
 
 
@@ -65,9 +66,12 @@ class Latents:
 
     encoded: Encoded
     variants: int
-    """Crops times flips of each image; number 0 is the unflipped center crop. One crop is stored if all are equal."""
+    """The highest number of variants of an image; variant 0 is the unflipped center crop.
+
+    An image that needs only one crop has fewer variants, and `of` wraps a higher number around.
+    """
     images: Sequence[int]
-    """Positions of these images among the encoded ones."""
+    """The position of each image among the encoded images."""
 
     def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
         """Return a variant: `moments` (2 x channels x height x width), `sizes` (6) and, with --masked_loss, `mask`."""
@@ -84,7 +88,7 @@ class Latents:
 def encode_texts(
     texts: Sequence[str], key: object, load_encoders: Callable[[], DiffusionPipeline], context: Context
 ) -> Texts:
-    """Return the text states of each distinct caption; the encoders are loaded only if some are not on disk yet.
+    """Return the text states of each distinct caption; the encoders are loaded only if states are missing on disk.
 
     `key` identifies the encoders' weights and precision. If some encoders are trained, only the output of the frozen
     ones is stored.
@@ -120,10 +124,10 @@ def encode_texts(
 
 
 class Variants(TorchDataset):
-    """Dataset of all variants of an image: pixels (variants x 3 x height x width) and sizes (variants x 6).
+    """Dataset that maps an image's number to the tensors of all variants (crops and flips) of the image.
 
-    With --masked_loss, the masks follow (variants x 1 x height x width). An image that cannot be read yields the
-    reason, a string.
+    The tensors are pixels (variants x 3 x height x width), sizes (variants x 6) and, with --masked_loss, masks
+    (variants x 1 x height x width). For an image that cannot be trained on, the item is a string with the reason.
     """
 
     def __init__(
@@ -141,7 +145,7 @@ class Variants(TorchDataset):
         return max(map(self.crops, range(len(self)))) * len(self.flips)
 
     def crops(self, index: int) -> int:
-        """Return the number of crops of an image: 1 if nothing is cut off, or with --center_crop."""
+        """Return the number of crops of an image: 1 with --center_crop, or if little or nothing is cut off."""
         image, size = self.images.sizes[index], self.sizes[index]
         whole = image[0] * size.height == image[1] * size.width
         # In a bucket with nearly the image's aspect ratio, crops would hardly differ.
@@ -173,7 +177,7 @@ class Variants(TorchDataset):
 
 @dataclass
 class Damages(TorchDataset):
-    """Dataset that yields why an image cannot be trained on, or () if it can."""
+    """Dataset that maps an image's number to the reason why the image cannot be trained on; () if there is none."""
 
     images: ImageDataset
     masked: bool
@@ -184,9 +188,9 @@ class Damages(TorchDataset):
 
 
 def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image | None] | str:
-    """Return an image, and its mask with --masked_loss, or a string that says why it cannot be trained on.
+    """Return an image and its mask, or a string with the reason why the image cannot be trained on.
 
-    Raises `RunFailed` if the file may be intact but cannot be read at present.
+    The mask is None if `masked` is false. Raises `RunFailed` if the file may be intact but cannot be read at present.
     """
     try:
         image, mask = images.open_masked(index) if masked else (images.open(index), None)
@@ -198,9 +202,9 @@ def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image
 
 
 def encode_images(variants: Variants, key: object, vae: nn.Module, context: Context) -> tuple[Latents, dict[int, str]]:
-    """Return the latents of all variants, and why images are damaged, by number; `key` identifies the autoencoder.
+    """Return the latents of all variants, and the reasons why images cannot be trained on, by the image's number.
 
-    Only images that are not on disk yet are opened and encoded.
+    `key` identifies the autoencoder. Only images whose latents are not on disk yet are opened and encoded.
     """
     keys = [derive(key, variants.key(index)) for index in range(len(variants))]
     found = Encoded(cache_folder(context.options.model, context.options.output), f"latents-{derive(key):016x}", keys)
@@ -209,7 +213,7 @@ def encode_images(variants: Variants, key: object, vae: nn.Module, context: Cont
 
 
 def damaged_images(images: ImageDataset, context: Context) -> dict[int, str]:
-    """Return why images cannot be trained on, by number, if no latents are stored.
+    """Return the reasons why images cannot be trained on, by the image's number, in a run that stores no latents.
 
     Each image is opened once, and the result is cached for later runs.
     """
@@ -220,7 +224,7 @@ def damaged_images(images: ImageDataset, context: Context) -> dict[int, str]:
 
 
 def _fill(found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item], phase: str, context: Context) -> None:
-    """Write what `make` returns for each missing image, or the reason why it cannot be trained on."""
+    """Store what `make` returns for each image that is not stored yet, or why the image cannot be trained on."""
     accelerator = context.accelerator
     total = sum(map(len, share(found, PART_OF_IMAGES, accelerator)))
     silent = not accelerator.is_main_process or total == 0
@@ -242,7 +246,7 @@ def _fill(found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item]
 
 
 def _filled(found: Encoded, part: int, make: Callable[[Sequence[int]], Generator[Item]], context: Context) -> None:
-    """Call `fill`; report a stop if another process left because of the same request to stop."""
+    """Call `fill`; if it fails because another process has stopped on request, stop this process in the same way."""
     try:
         fill(found, part, make, context.accelerator)
     except RunFailed:
@@ -253,7 +257,7 @@ def _filled(found: Encoded, part: int, make: Callable[[Sequence[int]], Generator
 def encoded(
     family: Family, vae: nn.Module, pixels: torch.Tensor, sizes: torch.Tensor, masks: torch.Tensor | None = None
 ) -> list[dict[str, torch.Tensor]]:
-    """Return what is stored of each of an image's variants."""
+    """Encode an image, and return the tensors to store for each of its variants."""
     with torch.no_grad():
         moments = family.encode_images(vae, pixels.to(vae.device, vae.dtype))
     kept = {"moments": moments, "sizes": sizes}
@@ -267,7 +271,7 @@ def without_damaged(
 ) -> tuple[ImageDataset, Latents | None, list[int]]:
     """Return the usable images, their latents (None if not stored), and their positions among all images.
 
-    Raises `InvalidArgument` if none is usable or, with --strict, if one is not.
+    Raises `InvalidArgument` if no image is usable or, with --strict, if any image is not usable.
     """
     keep = [index for index in range(len(images)) if index not in problems]
     if not problems:

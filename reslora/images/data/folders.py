@@ -17,10 +17,10 @@ Part = tuple[str, int, str | None]
 def load_folders(
     model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions, caption: str | None = None
 ) -> list[ImageDataset]:
-    """Return the images of each folder, or of the dataset, that the options name; each of kohya's folders is a source.
+    """Return the images of each folder that the options name, or of the dataset that they name.
 
-    `caption` is the caption of images without a caption file. Raises `InvalidArgument` with --masked_loss if no image
-    has a mask or an alpha channel.
+    A folder with kohya's subfolders (10_name) gives one item per subfolder. `caption` is the caption of images without
+    a caption file. Raises `InvalidArgument` with --masked_loss if no training image has a mask or an alpha channel.
     """
     names = data.train_data_dir or [str(data.dataset_name)]
     repeats, weights = data.train_data_repeats, data.train_data_weight  # one value per folder, or one for all
@@ -55,10 +55,10 @@ def _label(images: ImageDataset, name: str, caption: str | None) -> str:
 
 
 def kohyas_folders(folder: Path, data: DataOptions, output: OutputOptions) -> tuple[list[Part], list[str]]:
-    """Return the subfolders with images named `<repeats>_<caption>`, as kohya's DreamBooth method reads them.
+    """Return the subfolders that are named `<repeats>_<caption>` and contain images, as in kohya's DreamBooth method.
 
-    The second item has lines about everything else in the folder, which that method ignores. A folder with a metadata
-    file has no such subfolders. Raises `InvalidArgument` if a name asks for more than MOST_REPEATS repeats.
+    The second item has lines to print about the rest of the folder, which that method ignores. Both items are empty if
+    the folder has a metadata file. Raises `InvalidArgument` if a name asks for more than MOST_REPEATS repeats.
     """
     content = files_of(folder, data, output, deep=False)
     if any(path.name in (*METADATA, *SAVED) for path in content):

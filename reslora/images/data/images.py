@@ -42,7 +42,7 @@ def is_image(path: Path) -> bool:
 def image_size(source: Content) -> tuple[int, int] | str:
     """Return width and height after the EXIF rotation, or a string with the problem; only headers are read.
 
-    PIL rejects images that would decode to gigabytes.
+    An image that would decode to gigabytes counts as a problem, because PIL rejects it.
     """
     try:
         if not isinstance(source, bytes) and not Path(source).is_file():
@@ -69,7 +69,10 @@ def _is_heic(source: Content) -> bool:
 
 
 def open_image(source: Content, ground: str = "white") -> PIL.Image.Image:
-    """Return the image as 8-bit RGB: rotated upright, composited on `ground`, 16 bits scaled down, the first frame."""
+    """Return the first frame of an image as 8-bit RGB, rotated upright and composited on the color `ground`.
+
+    Channels of 16 bits are scaled down.
+    """
     image = _upright(source)
     if _has_alpha(image):
         image = image.convert("RGBA")
@@ -94,8 +97,8 @@ def passes(error: Exception) -> bool:
 def open_masked(source: Content, mask: Content) -> tuple[PIL.Image.Image, PIL.Image.Image]:
     """Return the image as 8-bit RGB, and its loss mask as 8-bit grayscale: white counts fully, black not at all.
 
-    The mask is the given one, black where it is transparent. Without one it is the alpha channel, and the colors under
-    it are left as they are.
+    If a mask is given, its transparent pixels become black. If `mask` is empty, the image's alpha channel is the mask,
+    and the colors of transparent pixels are unchanged. The mask of an image without alpha channel is white.
     """
     if mask:
         return open_image(source), open_image(mask, "black").convert("L")
@@ -113,7 +116,7 @@ def is_masked(source: Content, mask: Content) -> bool:
 
 
 def mask_problem(mask: Content, size: tuple[int, int]) -> str:
-    """Return why this cannot be the mask of an image of that width and height; empty if it can, or if there is none."""
+    """Return why `mask` does not fit an image of that width and height; "" if it fits, or if there is no mask."""
     found = image_size(mask) if mask else size
     if isinstance(found, str):
         return f"its mask: {found}"
@@ -131,7 +134,7 @@ def _upright(source: Content) -> PIL.Image.Image:
         image = PIL.ImageOps.exif_transpose(opened)
     if image.mode.startswith("I") or image.mode == "F":  # PIL would clip these at 255
         values = np.asarray(image, dtype=np.float32)
-        if not np.isfinite(values).all():  # it would become all black or all white
+        if not np.isfinite(values).all():  # the image would become all black or all white
             raise ValueError("pixels that are not finite")
         top = 65535 if image.mode != "F" or values.max() > 255 else 255 if values.max() > 1 else 1
         image = PIL.Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
@@ -144,7 +147,8 @@ def crop_and_scale(
     """Return the crop as a [3, height, width] tensor in [-1, 1]; one channel for a grayscale image.
 
     The crop is the largest part of the image with the aspect ratio of `size`. `crop` is its position across and down,
-    each from 0 to 1. Cropping before scaling gives the same result as the reverse, and a 1 x 5000 image stays small.
+    each from 0 to 1. The image is cropped before it is scaled. The result is the same as in the reverse order, which
+    would first scale a 1 x 5000 image to a huge one.
     """
     width, height = image.size
     kept = (min(width, height * size.width / size.height), min(height, width * size.height / size.width))
@@ -157,15 +161,18 @@ def crop_and_scale(
 
 
 def crop_mask(mask: PIL.Image.Image, crop: Sequence[float], flip: bool, size: Size) -> torch.Tensor:
-    """Return the same crop of a mask as a [1, height, width] tensor in [0, 1], averaged over each pixel's area."""
+    """Return a mask's crop, like that of its image, as a [1, height, width] tensor in [0, 1].
+
+    Each value is the mean over the pixel's area.
+    """
     return (crop_and_scale(mask, crop, flip, size, "box") + 1) / 2
 
 
 def crop_sizes(original: tuple[int, int], crop: Sequence[float], flip: bool, size: Size) -> list[int]:
-    """Return the image's height and width, the top and left of its scaled crop, and the crop's height and width.
+    """Return SDXL's size conditions for a crop (Podell et al., 2023, Section 2.2).
 
-    SDXL is conditioned on them (Podell et al., 2023, Section 2.2). A flipped image counts as flipped before it was
-    cropped.
+    They are the image's height and width, the top and left of the crop in the scaled image, and the height and width of
+    the scaled crop. With `flip`, left is measured in the flipped image.
     """
     width, height = original
     by_width = size.width * height >= size.height * width  # the dimension in which nothing is cut off
@@ -184,7 +191,7 @@ def _opened(source: Content) -> PIL.ImageFile.ImageFile:
 def _orientation(image: PIL.ImageFile.ImageFile) -> object:
     """Return the EXIF orientation without decoding pixels.
 
-    In a PNG file it may follow the pixels, and PIL would decode these first.
+    In a PNG file, the orientation may follow the pixels, and PIL would decode the pixels first.
     """
     exif = PIL.Image.Image.getexif(image)
     if image.format == "PNG" and ORIENTATION not in exif:
@@ -209,5 +216,8 @@ def _without_pixels(file: IO[bytes]) -> io.BytesIO:
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:
-    """Return a PNG chunk with its correct checksum: PIL does not check that of chunks after the pixels."""
+    """Return a PNG chunk with a correct checksum.
+
+    PIL ignores a wrong checksum of a chunk after the pixels, but rejects it in this file without pixels.
+    """
     return len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")

@@ -1,4 +1,4 @@
-"""Report captions that are longer than the text encoder's limit; their rest has no effect."""
+"""Report captions that are longer than the text encoder's limit; the text beyond the limit has no effect."""
 
 from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +10,7 @@ from ..prompts import prompts_of
 from .dataset import ImageDataset
 from .samples import Material
 
-AT_ONCE = 1000  # captions that are tokenized at once
+AT_ONCE = 1000  # captions that are tokenized in one call
 Place = tuple[ImageDataset, int] | str
 """An image of a dataset, or the option that a prompt comes from."""
 
@@ -40,7 +40,10 @@ def print_long_captions(material: Material, pipeline: DiffusionPipeline, context
 
 
 def reader_of(pipeline: DiffusionPipeline, model: Model) -> tuple[str, PreTrainedTokenizerBase] | None:
-    """Return name and tokenizer of the text encoder with the highest limit: the last that the pipeline has."""
+    """Return the name of the pipeline's last tokenizer, and the tokenizer itself; None if there is none.
+
+    The last tokenizer has the highest limit.
+    """
     for name in reversed(model.family.text_parts):
         tokenizer = getattr(pipeline, name, None) if name.startswith("tokenizer") else None
         if tokenizer is not None and model.index.get(encoder_of(name)) != [None, None]:
@@ -49,7 +52,7 @@ def reader_of(pipeline: DiffusionPipeline, model: Model) -> tuple[str, PreTraine
 
 
 def encoder_of(tokenizer: str) -> str:
-    """Return the name of a tokenizer's text encoder in the pipeline."""
+    """Return the pipeline's name for the text encoder that belongs to a tokenizer."""
     return tokenizer.replace("tokenizer", "text_encoder")
 
 

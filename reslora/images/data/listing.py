@@ -14,8 +14,8 @@ TRASH = ".trash"  # the hidden folder into which the application moves deleted i
 def files_of(folder: Path, data: DataOptions, output: OutputOptions, deep: bool = True) -> list[Path]:
     """Return the visible content of a folder, without the class images and this run's own output.
 
-    A folder that was named explicitly is read even if it lies inside one of these. With `deep`, subfolders are read
-    too.
+    If `folder` itself lies inside the folder of class images or the output folder, it is read nevertheless. With
+    `deep`, subfolders are read too.
     """
     there = all_below(folder) if deep else folder.iterdir()
     everything = [path for path in sorted(there) if not path.name.startswith(".")]

@@ -1,4 +1,4 @@
-"""Options and error handling of torch's DataLoader: signals, and loading processes that die."""
+"""Options and error handling of torch's DataLoader: signals, and worker processes that die."""
 
 import multiprocessing
 import signal
@@ -27,7 +27,7 @@ def _ignore_signals(worker: int) -> None:
 def stream(loader: DataLoader) -> Generator:
     """Yield the items of a loader; raises `RunFailed` if an item cannot be loaded or a worker process dies.
 
-    Close the generator if it is not read to its end: the workers ignore SIGTERM, and exit only when they are shut down.
+    Close the generator if it is not read to its end: the workers ignore SIGTERM, and exit only when it shuts them down.
     """
     iterator = _iterator(loader)
     try:
@@ -41,13 +41,14 @@ def stream(loader: DataLoader) -> Generator:
             yield item
     finally:
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
-            iterator._shutdown_workers()  # torch does so on collection, which a stored traceback prevents
+            iterator._shutdown_workers()  # torch does so in garbage collection, which a stored traceback prevents
 
 
 def _iterator(loader: DataLoader) -> Iterator:
-    """Return the loader's iterator without torch's SIGCHLD handler, which raises at an arbitrary place of the program.
+    """Return the loader's iterator without torch's SIGCHLD handler.
 
-    Without the handler, the next item raises.
+    If a worker dies, that handler raises at an arbitrary place of the program. Without the handler, loading the next
+    item raises.
     """
     number = getattr(signal, "SIGCHLD", None) if loader.num_workers else None
     if number is None:
@@ -60,7 +61,7 @@ def _iterator(loader: DataLoader) -> Iterator:
 
 def _what_failed(error: Exception, processes: int) -> str:
     intact = "the last checkpoint is intact"
-    if processes and " in DataLoader worker process " not in str(error):  # an error that a living worker raised
+    if processes and " in DataLoader worker process " not in str(error):  # else: an error that a living worker raised
         fix = "give fewer, or more memory"
         return f"--dataloader_num_workers {processes}: a process that loads images has died; {fix}; {intact}"
     lines = str(error).strip().splitlines() if processes else []

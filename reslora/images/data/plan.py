@@ -1,7 +1,7 @@
-"""The order of the training images: a function of the seed and the batch's number, and of nothing else.
+"""The order of the training images: it depends only on the data, the batch size, the seed and the batch's number.
 
-Therefore all methods use the same images, and a resumed run equals an uninterrupted one. N processes share the batch
-that one process with N times the batch size would read.
+Therefore all methods train on the same images in the same order, and a resumed run equals an uninterrupted one. N
+processes divide among themselves the batch that one process with N times the batch size would read.
 """
 
 import functools
@@ -16,7 +16,10 @@ from .sources import Source
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample: an image of a source, and its size. The position seeds its noise, timestep, caption and crop."""
+    """One sample of the run: the source's number, the image's number in it, the image's size, and a position.
+
+    The position is the sample's number in the run. It seeds the noise, timestep, caption and crop.
+    """
 
     source: int
     image: int
@@ -25,12 +28,14 @@ class Draw:
 
 
 class Plan:
-    """The samples of every batch of all processes together; all samples of a batch have the same size.
+    """The samples of every batch. A batch is that of all processes together, and all its samples have the same size.
 
-    Each bucket (the images of one size) is an endless sequence of rounds, and every round is a new permutation. An
-    epoch has as many batches of each bucket as one round fills, in a seeded order. A bucket's last batch is filled up
-    from the beginning of its next round. A single bucket continues after the images that filled its last batch, so that
-    its images are used equally often.
+    Each bucket (the images of one size) is an endless sequence of rounds. Every round is a new permutation of the
+    images. An epoch reads one round of each bucket; a seeded permutation determines the order of the batches. If a
+    round does not fill its last batch, the first images of the bucket's next round fill it up.
+
+    With several buckets, the next epoch starts that round at its first image. With a single bucket, the next epoch
+    continues after the images that were used already, so that all images are used equally often.
     """
 
     def __init__(self, sources: Sequence[Source], per_forward: int, seed: int) -> None:
@@ -56,20 +61,23 @@ class Plan:
 
     @functools.cached_property
     def forwards_per_epoch(self) -> int:
-        """The number of batches in which every image is used."""
+        """The number of batches per epoch, in which every image is used."""
         return sum(self._forwards(size) for size in self.sizes)
 
     @functools.cached_property
     def uses_per_epoch(self) -> dict[Size, float]:
-        """The ratio of actual to requested uses per epoch, by size: above 1 if the last batch is filled up."""
+        """How often an epoch uses the images of each size, divided by their repeats.
+
+        The number is 1, or higher if the last batch is filled up.
+        """
         return {size: self._forwards(size) * self.per_forward / len(items) for size, items in self.buckets.items()}
 
     def updates_per_epoch(self, accumulation: int) -> int:
-        """Return the number of updates per epoch, each of `accumulation` batches."""
+        """Return the number of optimizer updates per epoch, each of `accumulation` batches."""
         return max(1, math.ceil(self.forwards_per_epoch / accumulation))
 
     def _place(self, number: int) -> tuple[int, int, int]:
-        """Return the bucket of a batch, its first place in the bucket's round, and the number of that round."""
+        """Return a batch's bucket, the position of its first sample in the bucket's round, and that round's number."""
         if len(self.sizes) == 1:
             return 0, number * self.per_forward, 0
         epoch, slot = divmod(number, self.forwards_per_epoch)
@@ -77,7 +85,7 @@ class Plan:
         return bucket, ordinal * self.per_forward, epoch
 
     def _slots(self, epoch: int) -> list[tuple[int, int]]:
-        """Return the bucket of each batch of an epoch, and its number among that bucket's batches."""
+        """Return the bucket of each batch of an epoch, and the batch's number among the bucket's batches."""
         buckets = [bucket for bucket, size in enumerate(self.sizes) for _ in range(self._forwards(size))]
         seen, slots = [0] * len(self.sizes), []
         for place in self.order(len(buckets), -1, epoch):
@@ -89,6 +97,6 @@ class Plan:
         return math.ceil(len(self.buckets[size]) / self.per_forward)
 
     def _order(self, length: int, bucket: int, round_: int) -> list[int]:
-        """Return a permutation of a bucket's images in a round; for bucket -1, of the batches of an epoch."""
+        """Return the permutation of a bucket's images in a round; for bucket -1, of the batches in epoch `round_`."""
         which = () if bucket == 0 else (bucket,)
         return shuffled(length, self.seed, "order", *which, round_)

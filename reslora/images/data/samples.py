@@ -1,4 +1,4 @@
-"""Samples of the training plan: noise, timestep, caption and crop are functions of the seed and the position."""
+"""Make the samples that `plan` lists: noise, timestep, caption and crop depend on the seed and the position."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ from .plan import Draw, Plan
 from .size import Size
 from .sources import Source
 
-TIMESTEPS = 8  # per image, at which losses are compared
+TIMESTEPS = 8  # number of timesteps at which the losses of each image are compared
 SHOWN = 256  # longest edge of an image in figures, in pixels
 VALIDATION_DRAWS = 4  # noises per held-out image, one in each quarter of the timesteps
 
@@ -46,22 +46,25 @@ class Material:
     """The number of latent positions per token of the denoiser."""
 
     def plan(self, processes: int) -> Plan:
-        """Return the training plan of `processes` processes."""
+        """Return the order of the training images for `processes` processes."""
         return Plan(self.sources, self.training.train_batch_size * processes, self.training.seed)
 
     def updates(self, processes: int) -> int:
-        """Return the number of updates per epoch with `processes` processes."""
+        """Return the number of optimizer updates per epoch with `processes` processes."""
         return self.plan(processes).updates_per_epoch(self.training.gradient_accumulation_steps)
 
     def sampled_caption(self, draw: Draw) -> str:
-        """Return a sample's caption after the random transform; its position seeds that separately from the noise."""
+        """Return a sample's caption after the random transform.
+
+        The sample's position seeds the transform, separately from the noise.
+        """
         source = self.sources[draw.source]
         draws = generator(self.training.seed, "caption", draw.position)
         return source.recipe.sampled(source.images.captions[draw.image], draws)
 
     @property
     def held_out(self) -> list[tuple[int, int]]:
-        """Source and number of every held-out image."""
+        """The number of the source, and of the image in it, for every held-out image."""
         return [(number, image) for number, source in enumerate(self.sources) for image in source.held_out]
 
     def learnt(self, count: int) -> list[PIL.Image.Image]:
@@ -142,13 +145,13 @@ class TrainingSamples(Dataset):
 
 
 class CalibrationSamples(TrainingSamples):
-    """Training images with separate noise and untransformed captions, for the calibration of the merge."""
+    """Samples for the calibration of the merge: training images with other noise and untransformed captions."""
 
     purpose = "calibration"
     varies = False
 
     def batches(self, count: int, processes: int = 1) -> Iterator[Batch]:
-        """Yield the first `count` samples that `processes` processes read together, in batches."""
+        """Yield the first `count` samples of a run with `processes` processes, in batches of --train_batch_size."""
         plan, size = self.material.plan(processes), self.material.training.train_batch_size
         for first in range(0, count, size):
             forward, rank = divmod(first // size, processes)
@@ -157,9 +160,10 @@ class CalibrationSamples(TrainingSamples):
 
 
 class ValidationSamples(TrainingSamples):
-    """Held-out images, each with VALIDATION_DRAWS noises spread evenly over the timesteps, without the noise offset.
+    """Samples of held-out images: VALIDATION_DRAWS of each, spread evenly over the timesteps, without the noise offset.
 
-    At most --max_validation_images are used, chosen once. An image's noises do not depend on which others are chosen.
+    At most --max_validation_images are used, chosen at random once per run. The noise of an image does not
+    depend on which other images are chosen.
     """
 
     purpose = "validation"
@@ -180,7 +184,7 @@ class ValidationSamples(TrainingSamples):
         return len(self.draws)
 
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
-        """Return a random timestep in the quarter of the timesteps that the position determines, a scalar."""
+        """Return a random timestep, a scalar, in the quarter of the timesteps that the position determines."""
         quarter = position % VALIDATION_DRAWS + float(torch.rand((), generator=draws))
         return self.material.objective.at(quarter / VALIDATION_DRAWS)
 
@@ -192,10 +196,10 @@ class ValidationSamples(TrainingSamples):
 
 
 class FixedSamples(TrainingSamples):
-    """TIMESTEPS x `noises` samples of an image: its unflipped center crop, with noises seeded by its content.
+    """TIMESTEPS x `noises` samples of each image: the unflipped center crop, with noise seeded by the image's content.
 
-    They are the same in all runs, whatever the seed and the other images. Each image is measured separately, so that
-    others do not change even the rounding.
+    The samples of an image are the same in all runs, whatever the seed and the other images are. A batch has samples of
+    one image only, so that other images do not change even the rounding.
     """
 
     varies = False
@@ -218,7 +222,7 @@ class FixedSamples(TrainingSamples):
         return latents.of(draw.image, 0)
 
     def batches(self, image: tuple[int, int], batch_size: int) -> Iterator[Batch]:
-        """Yield all samples of an image, given as source and number in it."""
+        """Yield all samples of an image in batches; `image` is the source's number, and the image's number in it."""
         source, number = image
         size = self.material.sources[source].size(number)
         draws = [Draw(source, number, size, position) for position in range(TIMESTEPS * self.noises)]
@@ -226,7 +230,7 @@ class FixedSamples(TrainingSamples):
 
 
 def measured_at(objective: Objective) -> list[torch.Tensor]:
-    """Return the timesteps, scalars, in the middle of TIMESTEPS equal strata of the range of timesteps."""
+    """Split the range of timesteps into TIMESTEPS equal strata, and return the middle of each stratum, a scalar."""
     return [objective.at((number + 0.5) / TIMESTEPS) for number in range(TIMESTEPS)]
 
 
@@ -234,9 +238,10 @@ def measured_at(objective: Objective) -> list[torch.Tensor]:
 def losses_of(
     loss: Callable[[Batch], torch.Tensor], material: Material, images: Sequence[tuple[int, int]], noises: int = NOISES
 ) -> torch.Tensor:
-    """Return the mean of `loss` over the noises, images x TIMESTEPS; `loss` maps a batch to one loss per sample.
+    """Return the loss of each image at each timestep, averaged over the noises (images x TIMESTEPS).
 
-    All samples of an image are one batch, or several if that does not fit into memory.
+    `loss` maps a batch to one loss per sample. `images`: number of the source, and of the image in it. All samples of
+    an image are one batch, or several smaller ones if that batch does not fit into memory.
     """
     samples, batch_size = FixedSamples(material, noises), TIMESTEPS * noises
     while True:
@@ -251,7 +256,7 @@ def losses_of(
 
 
 def measured(material: Material) -> list[tuple[int, int]]:
-    """Return at most --max_validation_images of the held-out images: the first by a hash of their content."""
+    """Return at most --max_validation_images held-out images: those with the lowest hashes of their content."""
     marks = {image: material.sources[image[0]].images.marks[image[1]] for image in material.held_out}
     order = sorted(marks, key=lambda image: derive("max_validation_images", marks[image]))
     chosen = set(order[: material.validation.max_validation_images])
@@ -259,7 +264,10 @@ def measured(material: Material) -> list[tuple[int, int]]:
 
 
 def training_loader(material: Material, steps: Sequence[int], processes: int, rank: int, pin: bool) -> DataLoader:
-    """Return a loader of this process's batches of these steps; N processes share what one process would read."""
+    """Return a loader of the batches that process `rank` of `processes` reads in `steps`.
+
+    N processes together read the samples that one process with N times the batch size would read.
+    """
     plan, training = material.plan(processes), material.training
     batch, forwards = training.train_batch_size, training.gradient_accumulation_steps
     draws = (  # generated lazily, because there are as many as samples in the run

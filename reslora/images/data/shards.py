@@ -1,4 +1,4 @@
-"""The files and splits of a webdataset or of JSON tables that are trained on, and checks of archives."""
+"""Choose the training files and the training split of a dataset in several files, and check .tar archives."""
 
 import tarfile
 from collections.abc import Mapping, Sequence
@@ -31,9 +31,10 @@ def training_split(splits: Mapping[str, datasets.Dataset], notes: list[str]) -> 
 
 
 def check_archives(files: Sequence[Path], argument: str, notes: list[str]) -> None:
-    """Check .tar files for pickle, which `datasets` may unpickle, and for text that is not UTF-8; note truncated files.
+    """Raise `InvalidArgument` for .tar files that contain pickles, or text that is not UTF-8.
 
-    Raises `InvalidArgument` that names the file, which `datasets` does not.
+    `datasets` may load the pickles, and its errors do not name the file. A line about each truncated file is added to
+    `notes`.
     """
     for path in files:
         with tarfile.open(path) as archive:
@@ -61,7 +62,10 @@ def _is_other_text(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> bool:
 
 
 def _is_whole(archive: tarfile.TarFile) -> bool:
-    """Return whether an archive that was read to its end has its empty last block, which tarfile does not check."""
+    """Return whether an archive ends with an empty block, which tarfile does not check.
+
+    The archive must have been read to its end.
+    """
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
     return archive.fileobj.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)

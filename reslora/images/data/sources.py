@@ -11,23 +11,23 @@ from .size import Size
 
 @dataclass(frozen=True)
 class Source:
-    """Images with common options: the training images of a folder at a resolution, or class images."""
+    """Images with common options: training images or class images of one folder at one resolution."""
 
     images: ImageDataset
     latents: Latents | None
     """None if images are encoded in each step."""
     train: tuple[int, ...]
     held_out: tuple[int, ...]
-    """For the validation loss."""
+    """The numbers of the images that are held out for the validation loss."""
     buckets: tuple[Size, ...]
     bucket: tuple[int, ...]
     """The index in `buckets` of each image."""
     weight: float = 1.0
-    """Factor of the loss of these samples."""
+    """Factor that the loss of each sample is multiplied by."""
     repeats: int = 1
     """How often an epoch uses each image."""
     recipe: Recipe = VERBATIM
-    """The transform of its captions; those of class images are unchanged."""
+    """The transform of the captions; captions of class images are unchanged."""
 
     def size(self, image: int) -> Size:
         """Return the size that an image is cropped and scaled to."""
@@ -35,9 +35,10 @@ class Source:
 
 
 def split(count: int, share: float, seed: int, least: int = 1) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the training images, at least one, and the fraction `share` that is held out for the validation loss.
+    """Split `count` images at random; return the numbers of the training images and of the held-out images.
 
-    `least` is the lowest number of held-out images.
+    `share` is the fraction to hold out for the validation loss. If it is not 0, at least `least` images are held out.
+    At least one image remains for training in any case.
     """
     order = shuffled(count, seed, "validation_split")
     held_out = min(max(least, round(share * count)), count - 1) if share else 0

@@ -1,9 +1,11 @@
-"""Store encoded items, more than fit in memory, in Arrow files that several processes and runs write and share.
+"""Store encoded items on disk, in Arrow files that several processes and runs write and share.
 
-An item is one or several safetensors blobs of any shapes and dtypes, each in its own record batch. The footer of a file
-has the offsets, so a batch is read without its neighbors. Files are read, not memory-mapped, because mapped pages count
-as memory of the process. The last batch of a file is its index: the items' keys, which cover everything that they
-depend on, and the reasons why items could not be encoded.
+An item has one or several variants. Each variant is a safetensors blob in a record batch of its own, with tensors of
+any shapes and dtypes. The footer of a file has the offsets of the record batches, so each can be read separately. Files
+are read, not memory-mapped, because mapped pages count as memory of the process.
+
+The last record batch of a file is its index: each item's key and number of variants, and the reasons why items could
+not be encoded. A key is a hash of everything that the item depends on.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from ...runtime.processes import wait
 from ..generators import derive
 
 Item = Sequence[dict[str, torch.Tensor]] | str
-"""The variants of an item to write, or the reason why there are none."""
+"""The variants of an item, or the reason why the item could not be encoded."""
 
 SCHEMA = pyarrow.schema({"content": pyarrow.large_binary()})
 OPEN_FILES = 512  # file descriptors; systems allow at least 1024
@@ -49,17 +51,17 @@ class Encoded:
         self.look()
 
     def read(self, number: int, variant: int = 0) -> dict[str, torch.Tensor]:
-        """Return a variant of an item; the number wraps around if the item has fewer variants."""
+        """Return a variant of an item; `variant` wraps around if the item has fewer variants."""
         entry = self.entry[number]
         return _opened(self.paths[self.file[entry]]).read(int(self.keys[entry]), variant)
 
     def problems(self) -> dict[int, str]:
-        """Return why items could not be encoded, by number."""
+        """Return the reasons why items could not be encoded, by the item's number."""
         keys = self.keys[self.entry].tolist()
         return {number: self.reasons[key] for number, key in enumerate(keys) if key in self.reasons}
 
     def missing(self) -> list[int]:
-        """Return the numbers of the items that are in no file, one for each key."""
+        """Return the numbers of the items that are in no file; of items with the same key, only the first number."""
         _, first = np.unique(self.entry, return_index=True)
         return np.sort(first[self.file < 0]).tolist()
 
@@ -82,7 +84,7 @@ class Encoded:
             self.reasons |= {key: reason for key, reason in file.problems.items() if key in chosen}
 
     def write(self, numbers: Sequence[int], items: Iterable[Item]) -> None:
-        """Write these items to a file atomically, holding one in memory at a time."""
+        """Write items, whose numbers are `numbers`, to one file atomically, with one item in memory at a time."""
         keys = [int(self.keys[self.entry[number]]) for number in numbers]
         counts, problems = [], []
         with (
@@ -135,10 +137,11 @@ class File:
 def fill(
     encoded: Encoded, part: int, make: Callable[[Sequence[int]], Generator[Item]], accelerator: Accelerator
 ) -> None:
-    """Write this process's share of the missing items, at most `part` to a file.
+    """Write this process's share of the missing items, at most `part` items to a file.
 
-    Processes need not know whether their machines share the folder. After the first round, each machine's processes
-    write what they still miss; after the second, each process does. Raises `RunFailed` if files vanish.
+    Processes need not know whether their machines share the folder. There are three rounds, each for the items that are
+    still missing. In the first round, all processes divide these items; in the second, the processes of each machine
+    do. In the third, each process writes all that it does not find. Raises `RunFailed` if written files vanish.
     """
     if accelerator.is_local_main_process:
         remove_leftovers(encoded.folder)
@@ -156,7 +159,7 @@ def fill(
 
 
 def share(encoded: Encoded, part: int, accelerator: Accelerator, round_: int = 0) -> list[list[int]]:
-    """Return the items that this process writes in a round, by file."""
+    """Return the numbers of the items that this process writes in a round, one list per file."""
     (first, distance), missing = _rounds(accelerator)[round_], encoded.missing()
     parts = [missing[start : start + part] for start in range(0, len(missing), part)]
     return parts[first::distance]

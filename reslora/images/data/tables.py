@@ -1,4 +1,4 @@
-"""Rows of metadata.jsonl and metadata.csv with line numbers for errors, and checks of the named files."""
+"""Rows of metadata.jsonl and metadata.csv with line numbers for errors, and checks of the files that rows name."""
 
 import csv
 import io
@@ -14,10 +14,13 @@ from ...json_lines import NOT_JSON, values_of
 
 
 def has_file_names(metadata: Path, layout: str | None) -> bool:
-    """Return whether this module reads a metadata file: `datasets` reads Parquet and columns of other names.
+    """Return whether this module, and not `datasets`, reads a metadata file.
 
-    This is also true of a .csv without `file_name` if the folder has no other layout; the error then names the missing
-    column.
+    - Parquet: `datasets` reads it.
+    - .jsonl, and .csv with the column `file_name`: this module reads it. It also reads .csv with semicolons between the
+      columns, and reports them.
+    - Other .csv: `datasets` reads it if a column ends with `_file_name` or `file_names`, or if the folder has another
+      layout. Otherwise this module reads it, and its error names the missing column.
     """
     if metadata.suffix != ".csv":
         return metadata.suffix in ROWS
@@ -30,7 +33,7 @@ def has_file_names(metadata: Path, layout: str | None) -> bool:
 
 
 def _has_semicolons(first: Sequence[str]) -> bool:
-    """Return whether a first line has semicolons, as Excel writes in locales with decimal commas."""
+    """Return whether semicolons separate a first line's columns, as Excel writes them where decimals have commas."""
     return any("file_name" in cell.split(";") for cell in first if ";" in cell)
 
 
@@ -58,7 +61,10 @@ def _csv_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
 
 
 def _check_columns(text: str, where: str) -> None:
-    """Check that a table has the column file_name; quotes need not match, so that semicolons are reported first."""
+    """Raise `InvalidArgument` if a table lacks the column file_name, or has semicolons between the columns.
+
+    The parser accepts unmatched quotes here, so that semicolons are reported first.
+    """
     reader = csv.reader(io.StringIO(text))
     columns = next(filter(None, reader), [])
     where_columns = f"{where} line {reader.line_num}"
@@ -97,7 +103,7 @@ def file_inside(folder: Path, name: object, where: str, column: str) -> Path:
 
 
 def check_inside(row: Mapping, places: Sequence[Path], where: str) -> None:
-    """Raise `InvalidArgument` if a row names an image or mask by a path outside these folders, existing or not."""
+    """Raise `InvalidArgument` if the path of a row's image or mask, existing or not, is outside of `places`."""
     for column in ("image", "mask") if places else ():
         image = row.get(column)
         if image and image["path"] and image["bytes"] is None:

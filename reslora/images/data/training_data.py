@@ -1,4 +1,4 @@
-"""Prepare the training data: read, encode or find in the cache, assign to buckets, split."""
+"""Prepare the training data: encode images and captions that are not cached, assign images to buckets, split them."""
 
 import dataclasses
 from collections import Counter
@@ -28,7 +28,7 @@ from .sources import Source, split
 
 NOTED = "images.json"  # the number of images of a run, their content hashes, and the images that are left out
 UNEVEN = 2  # if an epoch uses one bucket this many times as often as another, the trainer prints a line
-VARIANTS, FEW_VARIANTS = 4, 1000  # captions are encoded beforehand up to this factor, and in any case up to this number
+VARIANTS, FEW_VARIANTS = 4, 1000  # the most texts encoded beforehand: per caption, or in total if that is more
 
 
 def material_of(
@@ -59,10 +59,10 @@ def material_of(
 
 
 def note_images(material: Material, context: Context, goes_on: bool) -> None:
-    """Write the images that the run uses to `images.json`; damaged images are known only after all were opened.
+    """Write to `images.json` which images the run uses. Call this after all images were opened to find damaged ones.
 
-    Raises `InvalidArgument` if a resumed run would use other images than before, because its held-out images would
-    change.
+    Raises `InvalidArgument` if processes find different images damaged. Raises it also if a resumed run would use other
+    images than before, because its held-out images would change.
     """
     options, path = context.options, context.folder / NOTED
     used = "; ".join(source.images.fingerprint for source in material.sources)
@@ -84,9 +84,10 @@ def note_images(material: Material, context: Context, goes_on: bool) -> None:
 
 
 def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context) -> Material:
-    """Return the training data with the text states of prompts and, if they are encoded beforehand, of all captions.
+    """Return the training data with the text states of all prompts and, if captions are cached, of all captions.
 
-    If there are too many captions to encode, text encoders are loaded into the pipeline, and each step encodes its own.
+    If there are too many captions to cache, the text encoders are loaded into the pipeline, and each training step
+    encodes the captions of its own samples.
     """
     data, validation, model = material.data, material.validation, context.model
     parts = model.family.frozen_text_parts if context.encoders else model.family.text_parts
@@ -113,7 +114,7 @@ def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context
 
 
 def captions_of(material: Material, processes: int) -> list[str] | None:
-    """Return every caption that a run will read, or None if random transforms make too many of them.
+    """Return every caption that a run will use, or None if random transforms make too many captions.
 
     The limit is FEW_VARIANTS, or VARIANTS times the number of captions if that is higher.
     """
@@ -136,9 +137,11 @@ def captions_of(material: Material, processes: int) -> list[str] | None:
 
 
 def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, context: Context) -> list[Source]:
-    """Return the images at the first resolution, split (except class images), and the training images at the others.
+    """Return one source per resolution.
 
-    `least` is the lowest number of held-out images, if any are held out.
+    The first has all images, split into training and held-out images; class images are not split. The sources of other
+    resolutions have only training images, without those that would get the size of an earlier resolution. `least` is
+    the lowest number of held-out images, if any are held out.
     """
     options, multiple = context.options, context.model.family.pixel_multiple(pipeline)
     sides, label = options.data.resolution, images.label
@@ -157,7 +160,7 @@ def sources_of(images: ImageDataset, least: int, pipeline: DiffusionPipeline, co
 
 
 def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context) -> Source:
-    """Return the undamaged images with their latents, assigned to buckets; all of them are training images."""
+    """Return a source of the undamaged images, with their latents and buckets; no image is held out yet."""
     options = context.options
     if options.data.cache_latents:
         latents, problems = latents_of(images, sizes, pipeline, context)
@@ -173,9 +176,9 @@ def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeli
 
 
 def sizes_of(images: ImageDataset, multiple: int, options: DataOptions) -> list[list[Size | None]]:
-    """Return each image's size at each resolution; None if an earlier resolution has the same size.
+    """Return the sizes of all images, one list per resolution; None if an image has that size at an earlier resolution.
 
-    An image that is smaller than several resolutions is trained once at its own size.
+    An image that is smaller than the buckets of several resolutions is used at its own size only once.
     """
     found: list[list[Size | None]] = [[] for _ in options.resolution]
     for image in images.sizes:
@@ -190,10 +193,9 @@ def sizes_of(images: ImageDataset, multiple: int, options: DataOptions) -> list[
 
 
 def size_of(image: tuple[int, int], resolution: int, multiple: int, options: DataOptions) -> tuple[Size, bool]:
-    """Return the size that an image (width and height) is cropped and scaled to: a square, or with buckets the best
-    one.
+    """Return the size that an image (width and height) is cropped and scaled to: a square, or the best bucket.
 
-    The second item is whether this is the image's own size, because it is smaller than all buckets.
+    The second item is whether the size is the image's own, because the image is smaller than all buckets.
     """
     if not options.use_aspect_ratio_buckets:
         return Size(resolution, resolution), False
@@ -213,7 +215,7 @@ def print_bucket_sizes(sources: Sequence[Source], context: Context) -> None:
 
 
 def print_folder_counts(material: Material, context: Context) -> None:
-    """Print repeats, weight and masks of each source if sources differ or may differ."""
+    """Print repeats, weight and masks of each source that has a label."""
     plan = material.plan(context.accelerator.num_processes)
     print_uneven_buckets(plan, context)
     for source in material.sources:
@@ -257,7 +259,7 @@ def times_of(source: Source, plan: Plan) -> str:
 def latents_of(
     images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context
 ) -> tuple[Latents, dict[int, str]]:
-    """Return the latents of all images at their sizes, and why images are damaged, by number."""
+    """Return the latents of all images at their sizes, and why images cannot be trained on, by the image's number."""
     vae, model = pipeline.vae, context.model
     key = (model.family.name, model.fingerprint("vae"), str(vae.dtype))
     with wide_enough(model.family, vae):
@@ -265,7 +267,7 @@ def latents_of(
 
 
 def print_skipped_images(images: ImageDataset, context: Context) -> None:
-    """Print a line about each of the first 20 unusable images, and their number."""
+    """Print the notes about unread files, the first 20 unusable images, and the number of unusable images."""
     for line in (*images.notes, *(f"left out: {line}" for line in images.left_out[:20])):
         context.accelerator.print(printable(line))
     if images.left_out:

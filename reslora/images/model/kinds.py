@@ -15,7 +15,7 @@ class Kind(NamedTuple):
     """A kind of weight file."""
 
     names: str
-    """A regular expression that matches the start of some of its tensors' names."""
+    """A regular expression that matches the start of a tensor's name in such a file."""
     what: str
     """What the file is; empty for a complete model in one file."""
     fix: str = "give a whole model, with text encoder and autoencoder"
@@ -37,11 +37,11 @@ KINDS = (
     Kind(r"(down_blocks|input_blocks)\.\d", "a U-Net alone"),
     Kind(r"(\w*blocks|layers)\.\d", "a transformer alone"),
 )
-"""The first match counts."""
+"""The known kinds; the first kind that matches counts."""
 
 
 def refuse_parts(path: Path, flag: str) -> None:
-    """Raise `InvalidArgument` for a safetensors file, or a folder with one, that is a LoRA or one part of a model."""
+    """Raise `InvalidArgument` if a safetensors file, or a file in a folder, is a LoRA or only one part of a model."""
     for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
         names = tensor_names(file)
         kind = next((kind for kind in KINDS if any(re.match(kind.names, name) for name in names)), None)
@@ -51,7 +51,7 @@ def refuse_parts(path: Path, flag: str) -> None:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """Return the names in the header of a safetensors file; none for one that is damaged."""
+    """Return the names of the tensors in a safetensors file; [] if the file is damaged."""
     try:
         with safe_open(path, "np") as file:
             return list(file.keys())
@@ -62,7 +62,7 @@ def tensor_names(path: Path) -> list[str]:
 def read_index(folder: Path, flag: str) -> dict:
     """Return the content of a pipeline's model_index.json.
 
-    Raises `InvalidArgument` if it cannot be read, or if the pipeline's class belongs to no family in `FAMILIES`.
+    Raises `InvalidArgument` if it cannot be read, or if the pipeline's class is not in `FAMILIES`.
     """
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))

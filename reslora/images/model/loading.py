@@ -62,7 +62,7 @@ class Model:
         return f"--pretrained_vae_model_name_or_path {self.vae}" if self.vae else self.flag
 
     def fingerprint(self, *parts: str) -> str:
-        """Return a hash of names and contents of the files of `parts`, or of all parts without arguments."""
+        """Return a hash of the names and contents of the files of `parts`; without arguments, of all parts."""
         family, marks = self.family, []
         for part in parts or (family.denoiser, "vae", "scheduler", *family.text_parts):
             other = self.vae if part == "vae" else None
@@ -73,11 +73,11 @@ class Model:
     def load_pipeline(
         self, dtype: torch.dtype, device: torch.device, encoders: bool, vae: bool = True, trainable: bool = False
     ) -> DiffusionPipeline:
-        """Load the pipeline without its denoiser in `dtype`, with text encoders and autoencoder if wanted.
+        """Load the pipeline in `dtype`, without its denoiser.
 
-        `trainable` loads the text encoders that can be trained even if `encoders` is false. With `encoders`, an object
-        that has only the denoiser's configuration takes the denoiser's place. Tokenizers are always loaded, to count
-        tokens.
+        `encoders`: load all text encoders, and put an object that has only the denoiser's configuration in the
+        denoiser's place. `trainable`: without `encoders`, load the text encoders that can be trained. `vae`: load the
+        autoencoder. Tokenizers are always loaded, to count tokens.
         """
         given = self.without(*([] if vae else ["vae"]))
         if not encoders:
@@ -101,14 +101,17 @@ class Model:
         return pipeline.to(device)
 
     def without(self, *parts: str) -> dict[str, Any]:
-        """Return the arguments with which a pipeline is loaded without its denoiser, unused parts and these `parts`."""
+        """Return arguments of `from_pretrained` that leave out the denoiser, the unused parts and `parts`."""
         # Some pipelines, such as Stable Diffusion 3 without T5, list a part as missing and still require the argument.
         missing = [part for part, kind in self.index.items() if kind == [None, None]]
         given: dict[str, Any] = dict.fromkeys((self.family.denoiser, *self.family.unused_parts, *missing, *parts))
         return given | ({"requires_safety_checker": False} if "requires_safety_checker" in self.index else {})
 
     def complete(self, pipeline: DiffusionPipeline, encoders: bool = True) -> None:
-        """Set the scheduler's prediction type if the options give one and, with text encoders, what they read."""
+        """Set the scheduler's prediction type, if the options give one.
+
+        With `encoders`, also put an object that has only the denoiser's configuration in the denoiser's place.
+        """
         if encoders:
             # Without T5, Stable Diffusion 3's pipeline reads the width of the text states from the denoiser's
             # configuration.
@@ -138,7 +141,7 @@ class Model:
         return denoiser.to(device)
 
     def load_exact_denoiser(self, device: torch.device) -> nn.Module:
-        """Load the frozen denoiser in float32; of a large one, the weights of its blocks stay on disk."""
+        """Load the frozen denoiser in float32; if it is large, the weights of its blocks stay on disk."""
         with refused_as(self.flag, "repair the folder"):
             denoiser = load_exact(self.family.denoiser_class, self.denoiser_folder, device, self.variant)
             denoiser.register_to_config(_name_or_path=str(self.folder))  # as `from_pretrained` of a pipeline does
@@ -154,7 +157,7 @@ class Model:
         return stored_weights(self.denoiser_folder, self.variant)
 
     def load_encoders(self, parts: Sequence[Part], pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-        """Reload frozen text encoders from disk, replace the pipeline's with them, and return them by name."""
+        """Reload text encoders from disk, frozen; set them in the pipeline, and return them by name."""
         found = {}
         for part in parts:
             before = getattr(pipeline, part.name)
@@ -175,9 +178,9 @@ class Model:
 
 
 def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: Accelerator) -> Model:
-    """Return the model that the options name as a local folder, after downloading it or converting a single file.
+    """Return the model that the options name. If it is not a local folder, download it, or convert a single file.
 
-    Raises `InvalidArgument` if it cannot be trained.
+    Raises `InvalidArgument` if the model cannot be trained.
     """
     name = model_options.pretrained_model_name_or_path
     flag, path = f"--pretrained_model_name_or_path {name}", Path(name)
@@ -227,7 +230,7 @@ def check_vae(model: Model) -> None:
 
 
 def check_prediction(options: ModelOptions, folder: Path) -> None:
-    """Raise `InvalidArgument` for epsilon prediction with zero terminal SNR, where sampling would divide by zero."""
+    """Raise `InvalidArgument` for epsilon prediction with zero terminal SNR: generation would divide by zero."""
     scheduler = read_object(folder / "scheduler" / SCHEDULER_CONFIG_NAME)
     if options.prediction_type == "epsilon" and scheduler.get("rescale_betas_zero_snr"):
         problem = "the model's scheduler has zero terminal SNR (rescale_betas_zero_snr), and its samples would be NaN"
@@ -247,7 +250,10 @@ def downloaded(options: ModelOptions, flag: str) -> Path:
 
 
 def check_hub(options: ModelOptions, flag: str) -> None:
-    """Raise `InvalidArgument` at once if the Hub cannot be reached; its own library retries for most of a minute."""
+    """Raise `InvalidArgument` if a model must be downloaded, but the Hub does not answer within 15 seconds.
+
+    The library huggingface_hub would retry for most of a minute.
+    """
     name, file = options.pretrained_model_name_or_path, "model_index.json"
     if constants.HF_HUB_OFFLINE:
         return

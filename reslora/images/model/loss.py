@@ -11,12 +11,18 @@ from .objective import Objective
 
 @dataclass(frozen=True)
 class Huber:
-    """The pseudo-Huber loss, as in kohya's scripts; its threshold c may depend on the timestep.
+    """The pseudo-Huber loss of a difference d, as in kohya's scripts; its threshold may depend on the timestep.
 
-    `huber`: `2 c (sqrt(d^2 + c^2) - c)`, about `d^2` for small d. `smooth_l1`: the same without the factor c, about `2
-    |d|` for large d. `schedule`: `constant`, c; `exponential`, `c^(t/T)`, from 1 without noise to c in pure noise;
-    `snr`, `(1 - c) / (1 + SNR^(-1/2))^2 + c`, which is about the same for DDPM and flow models. The first two are
-    multiplied by `scale`.
+    With the threshold h, the loss is, by `kind`,
+
+    - `huber`: `2 h (sqrt(d^2 + h^2) - h)`, about `d^2` for small d;
+    - `smooth_l1`: `2 (sqrt(d^2 + h^2) - h)`, about `2 |d|` for large d.
+
+    At timestep t of T, the threshold h is, by `schedule`,
+
+    - `constant`: `scale * c`;
+    - `exponential`: `scale * c^(t/T)`, where `c^(t/T)` goes from 1 without noise to c in pure noise;
+    - `snr`: `(1 - c) / (1 + SNR^(-1/2))^2 + c`, which is about the same for DDPM and flow models.
     """
 
     objective: Objective

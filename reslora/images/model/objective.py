@@ -15,8 +15,8 @@ from .families.base import Family
 class DdpmObjective:
     """Denoising diffusion (Ho et al., 2020) with epsilon or v prediction (Salimans and Ho, 2022).
 
-    Timesteps are uniform from `between[0]` up to, but not including, `between[1]`; over all timesteps if it is None.
-    Raises `ValueError` for another prediction type.
+    Training timesteps are uniform from `between[0]` up to, but not including, `between[1]`. If `between` is None, they
+    are uniform over all timesteps. Raises `ValueError` if the scheduler has another prediction type.
     """
 
     def __init__(
@@ -47,7 +47,10 @@ class DdpmObjective:
         return self.scheduler.add_noise(latents, noise, timesteps)
 
     def target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return the noise e, or `v = sqrt(a_t) e - sqrt(1 - a_t) x`, in the shape of the latents."""
+        """Return the target of the prediction, in the shape of the latents.
+
+        It is the noise e or, for v prediction, `v = sqrt(a_t) e - sqrt(1 - a_t) x`.
+        """
         if self.prediction_type == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
         return noise
@@ -78,14 +81,17 @@ class DdpmObjective:
 class FlowObjective:
     """Rectified flow (Liu et al., 2022; Esser et al., 2024): predict the velocity `e - x` at `(1 - s) x + s e`.
 
-    `sampling` is the distribution of s; by default the weighting scheme determines it, as in diffusers' scripts.
+    `sampling` is the distribution of the noise level s:
 
-    `uniform`, `logit_normal`, `mode`: as in diffusers' scripts, from the scheduler's table, with the scheduler's shift
-    or `shift`. `sigmoid`: the sigmoid of a normal number, as in kohya's scripts. `shift`: the same, shifted by `shift`
-    (default: 3). `flux_shift`: the same, with the shift of Flux's pipeline for the sample's number of tokens.
+    - `uniform`, `logit_normal`, `mode`: as in diffusers' scripts, from the scheduler's table of timesteps. The shift of
+      the table is `shift` or, if that is None, the scheduler's own.
+    - `sigmoid`: the sigmoid of a normally distributed number, as in kohya's scripts.
+    - `shift`: like `sigmoid`, then shifted by `shift` (default: 3).
+    - `flux_shift`: like `sigmoid`, then shifted as in Flux's pipeline for the sample's number of tokens.
 
-    `density` overrides the mean and the standard deviation of `logit_normal`, and the scale of `mode`. If `between` is
-    not None, timesteps are scaled linearly from the full range into that range.
+    Without `sampling`, the weighting scheme determines the distribution, as in diffusers' scripts. `density` overrides
+    the mean and the standard deviation of `logit_normal`, and the scale of `mode`. If `between` is not None, timesteps
+    are scaled linearly from the full range to the range `between`.
     """
 
     def __init__(
@@ -110,7 +116,7 @@ class FlowObjective:
         return self.scheduler.config.num_train_timesteps
 
     def draw(self, generator: torch.Generator, tokens: int = 256) -> torch.Tensor:
-        """Return a random training timestep, a scalar from 0 to `timesteps`, scaled into `between`.
+        """Return a random training timestep, a scalar from 0 to `timesteps`, scaled to the range `between`.
 
         `tokens`: number of tokens of the sample, on which `flux_shift` depends.
         """
@@ -128,11 +134,11 @@ class FlowObjective:
         return shift * s / (1 + (shift - 1) * s) * self.timesteps
 
     def at(self, fraction: float) -> torch.Tensor:
-        """Return the timestep, a scalar, at a fraction (0 to 1) of the scheduler's table, from pure noise on."""
+        """Return the timestep, a scalar, at a fraction (0 to 1) of the scheduler's table; 0 is pure noise."""
         return self.scheduler.timesteps[min(self.timesteps - 1, int(fraction * self.timesteps))]
 
     def noisy(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Return `(1 - s) x + s e` for latents x and noise e (batch first), and s from timesteps (batch)."""
+        """Return `(1 - s) x + s e` for latents x, noise e (batch first), and noise levels s at timesteps (batch)."""
         s = self._sigmas(timesteps).view(-1, *[1] * (latents.dim() - 1))
         return (1 - s) * latents + s * noise
 
@@ -159,7 +165,7 @@ Objective = DdpmObjective | FlowObjective
 
 
 def between_of(options: TrainingOptions, timesteps: int) -> tuple[int, int]:
-    """Return the range of timesteps to sample from, without its end.
+    """Return the range of timesteps to sample from; its end is excluded.
 
     Raises `InvalidArgument` if the range is empty, or the model has fewer timesteps.
     """
@@ -173,7 +179,7 @@ def between_of(options: TrainingOptions, timesteps: int) -> tuple[int, int]:
 
 
 def check_sampling(options: TrainingOptions, sampling: str) -> None:
-    """Raise `InvalidArgument` for options, not at their default, that have no effect with this timestep sampling."""
+    """Raise `InvalidArgument` if an option is not at its default, but has no effect with this timestep sampling."""
     for name, option in Options.table().items():
         if option.samplings and sampling not in option.samplings:
             value, default = getattr(options, name), option.default
@@ -185,7 +191,7 @@ def check_sampling(options: TrainingOptions, sampling: str) -> None:
 
 
 def check_objective(model: ModelOptions, training: TrainingOptions, family: Family) -> None:
-    """Raise `InvalidArgument` for options, not at their default, of another objective than the family's."""
+    """Raise `InvalidArgument` if an option of another objective than the family's is not at its default."""
     learns_flow = family.objective == "flow"
     for name, option in Options.table().items():
         value = getattr({"model": model, "training": training}.get(option.group), name, option.default)

@@ -1,20 +1,21 @@
 """Quantize a denoiser's frozen weights to 8 or 4 bits, keep them in CPU memory, or both.
 
-The weight is dequantized for each product, forward and backward, and freed afterwards. Weights of swapped blocks are
-copied to the device for each product. Any adapter works on top, because PEFT finds an `nn.Linear` whose weight has the
-original shape and dtype.
+A weight is dequantized for each matrix multiplication, in the forward and in the backward pass, and freed afterwards.
+The codes of swapped blocks are copied to the device for each multiplication. All adapters work on top of a quantized
+layer, because PEFT finds an `nn.Linear` whose weight has the original shape and dtype.
 
 Why not another library's layers? A weight of 1024 x 768 takes 1,572,864 bytes in bf16. diffusers' layerwise casting
-(0.42) and torchao's int8 and fp8 weights (0.18) save as many bytes for the backward pass, in addition to the quantized
-weight, so such a base takes more memory than a plain one. torchao's NF4 and bitsandbytes' 4 and 8 bits (0.50) save no
-dequantized weight, as here. But torchao's NF4 rounds the scales, bitsandbytes' int8 on a GPU rounds activations, and
-neither has fp8. bitsandbytes' NF4 has the same codes and scales, in a layer whose weight has another shape and cannot
-be swapped; the other formats would still need this module.
+(0.42) and torchao's int8 and fp8 weights (0.18) save a dequantized copy of that size for the backward pass, in addition
+to the quantized weight. Such a base takes more memory than an unquantized one. As in this module, torchao's NF4 and
+bitsandbytes' 4 and 8 bits (0.50) save no dequantized copy. But torchao's NF4 rounds the scales, bitsandbytes' int8 on a
+GPU rounds activations, and neither library has fp8 without that copy. bitsandbytes' NF4 has the same codes and scales
+as this module's, but the weight of its layer has another shape and cannot be swapped. The other formats would still
+need this module.
 
-Why not diffusers' group offloading? It is made for inference. In a U-Net, and in any denoiser without checkpointing,
-gradients were wrong: the backward pass finds weights that were offloaded again. With streams, each offload restores the
-adapter's initial values (`ModuleGroup._offload_to_memory`). Only a transformer's blocks under checkpointing trained
-correctly.
+Why not diffusers' group offloading? It is made for inference. In a U-Net, and in any denoiser without gradient
+checkpointing, gradients were wrong: the backward pass finds weights that were offloaded again. With streams, each
+offload restores the adapter's initial values (`ModuleGroup._offload_to_memory`). Only transformer blocks with gradient
+checkpointing were trained correctly.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,7 +48,7 @@ class Format:
 
 
 def by_rows(code: torch.dtype, largest: float) -> Format:
-    """Return the format for weights (q x p) with codes of that dtype, at most `largest`, and one scale per row."""
+    """Return the format for weights (q x p) with codes of dtype `code`, at most `largest`, and one scale per row."""
 
     def pack(weight: torch.Tensor) -> Packed:
         weight = weight.float()
@@ -62,7 +63,7 @@ def by_rows(code: torch.dtype, largest: float) -> Format:
 def pack_nf4(weight: torch.Tensor) -> Packed:
     """Quantize a weight of any shape to 4-bit NormalFloat (Dettmers et al., 2023).
 
-    Codes have two values per byte, and scales one value per block of 64 weights: blocks x 32, and blocks x 1.
+    Return codes (blocks x 32, with two values per byte) and scales (blocks x 1). A block is 64 weights.
     """
     flat = weight.float().flatten()
     blocks = F.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
@@ -80,7 +81,7 @@ def unpack_nf4(codes: torch.Tensor, scales: torch.Tensor, shape: torch.Size, dty
 
 @cache
 def nf4_pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return the two values of each byte (256 x 2)."""
+    """Return the two NF4 values that each byte encodes (256 x 2)."""
     levels = torch.tensor(NF4, dtype=dtype)
     return torch.cartesian_prod(levels, levels).to(device)
 
@@ -91,7 +92,7 @@ FORMATS = {
     "nf4": Format(pack_nf4, unpack_nf4),
 }
 WHOLE = Format(lambda weight: (weight, torch.ones(1)), lambda codes, scales, shape, dtype: codes.to(dtype))
-"""An unquantized weight that is swapped."""
+"""The format of a weight that is swapped to CPU memory without quantization."""
 
 
 class PackedLinear(nn.Linear):
@@ -100,18 +101,18 @@ class PackedLinear(nn.Linear):
     codes: torch.Tensor
 
     def __init__(self, linear: nn.Linear, form: Format, device: torch.device) -> None:
-        nn.Module.__init__(self)  # that of nn.Linear would allocate a weight
+        nn.Module.__init__(self)  # nn.Linear's own __init__ would allocate a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.form, self.dtype = form, linear.weight.dtype
         codes, scales = form.pack(linear.weight.detach().to(device))
-        # Parameters, because DDP broadcasts buffers in every forward pass; bytes, because dtype casts leave them
-        # unchanged.
+        # Stored as parameters, because DDP broadcasts buffers in every forward pass. Stored as bytes, because dtype
+        # casts leave bytes unchanged.
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scales = nn.Parameter(scales.view(torch.uint8), requires_grad=False)
         self.bias = linear.bias
 
     def swap(self, device: torch.device) -> None:
-        """Move the codes to CPU memory; each product copies them to `device`."""
+        """Move the codes to CPU memory; each matrix multiplication copies them to `device`."""
         codes = self.codes.detach().cpu()
         del self.codes  # parameters move with the model, and DDP requires them on the device
         self.codes = codes.pin_memory() if device.type == "cuda" else codes
@@ -127,7 +128,7 @@ class PackedLinear(nn.Linear):
         return self.form.unpack(on_device(self.codes, scales.device), scales, shape, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `W x + b`, in the dtype of `x`, or in that of autocast."""
+        """Return `W x + b`, in the dtype of autocast or, without autocast, of `x`."""
         weight = self.unpacked(autocast_dtype(x))
         x = x.to(weight.dtype)
         if torch.compiler.is_compiling():  # the compiler selects what to save, and checkpointing recomputes
@@ -139,7 +140,10 @@ class PackedLinear(nn.Linear):
 def weight_let_go(
     weight: torch.Tensor, unpacked: Callable[[torch.dtype], torch.Tensor]
 ) -> AbstractContextManager[None]:
-    """Run the body such that autograd saves only the view of `weight`, and the backward pass dequantizes it again."""
+    """Return a context in which autograd saves no copy of `weight`, and the backward pass dequantizes it again.
+
+    In place of the weight, autograd saves its shape, strides and offset.
+    """
     storage, dtype = weight.untyped_storage()._cdata, weight.dtype
 
     def kept(value: torch.Tensor) -> torch.Tensor | tuple:
@@ -158,7 +162,10 @@ def on_device(codes: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which a product with `x` is computed; the meta device has no autocast."""
+    """Return the dtype of a matrix multiplication with `x`: autocast's, or that of `x` without autocast.
+
+    The meta device has no autocast.
+    """
     kind = x.device.type
     automatic = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if automatic else x.dtype
@@ -167,8 +174,9 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 def pack(denoiser: nn.Module, precision: str, device: torch.device, blocks_to_swap: int = 0) -> None:
     """Quantize the linear layers of the denoiser's blocks on `device`, one by one, and leave them there.
 
-    Layers of the first `blocks_to_swap` blocks go to CPU memory; with the precision "no", unquantized. Everything
-    outside the blocks (embeddings, the last projection), norms and convolutions are unchanged.
+    The layers of the first `blocks_to_swap` blocks are moved to CPU memory instead. With the precision "no", they are
+    moved without quantization, and all other layers are unchanged. Everything outside the blocks (embeddings, the last
+    projection), norms and convolutions are always unchanged.
     """
     swapped = tuple(f"{block}." for block in blocks(denoiser)[:blocks_to_swap])
     for name, layer in list(block_layers(denoiser)):
@@ -183,7 +191,10 @@ def pack(denoiser: nn.Module, precision: str, device: torch.device, blocks_to_sw
 
 
 def try_format(precision: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Quantize a small layer, and run it forward and backward; raises what the device, or a package, raises."""
+    """Quantize a small layer, and run its forward and backward pass, to test whether the device supports the format.
+
+    Errors of the device or of a package are not caught.
+    """
     with torch.random.fork_rng(devices=[]):
         linear = nn.Linear(64, 64, dtype=dtype)
     layer = PackedLinear(linear.requires_grad_(False), FORMATS[precision], device).to(device)

@@ -1,4 +1,4 @@
-"""A denoiser whose weights stay on disk, and are read one by one when they are used, so that a large one fits."""
+"""A denoiser whose weights stay on disk and are read one by one when they are used, to save memory."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class StoredLinear(nn.Linear):
     """A frozen linear layer whose weight is read from disk in every forward pass, in float32."""
 
     def __init__(self, linear: nn.Linear, stored: Stored, device: torch.device) -> None:
-        nn.Module.__init__(self)  # that of nn.Linear would allocate a weight
+        nn.Module.__init__(self)  # nn.Linear's own __init__ would allocate a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.stored, self.device, self.bias = stored, device, linear.bias
 
@@ -68,16 +68,16 @@ class StoredLinear(nn.Linear):
 
 
 def empty_model(kind: type[ModelMixin], folder: Path) -> ModelMixin:
-    """Return a model of a folder's configuration in float32, with its parameters on the meta device."""
+    """Return a model with the configuration in `folder`, in float32, with its parameters on the meta device."""
     with init_empty_weights():
         return kind.from_config(kind.load_config(folder))
 
 
 def stays_stored(empty: nn.Module, stored: Mapping[str, Stored], device: torch.device) -> bool:
-    """Return whether a model is too large to be loaded completely, and its files have exactly its weights.
+    """Return whether weights stay on disk: the model is too large to be loaded, and the files have exactly its weights.
 
-    The model may take half of a GPU's free memory, because there reading takes longer than computing. The results are
-    the same either way.
+    A model is too large if it exceeds IN_MEMORY and, on a GPU, half of the free memory: there, reading a weight takes
+    longer than computing with it. The results are the same whether weights stay on disk or not.
     """
     state, free = empty.state_dict(), torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     whole = sum(value.nbytes for value in state.values()) <= max(IN_MEMORY, free // 2)
@@ -85,7 +85,7 @@ def stays_stored(empty: nn.Module, stored: Mapping[str, Stored], device: torch.d
 
 
 def with_stored_weights(empty: ModelMixin, stored: Mapping[str, Stored], device: torch.device) -> ModelMixin:
-    """Load an empty model in float32, frozen: the weights of its blocks stay on disk, the others are loaded."""
+    """Give an empty model its weights, frozen in float32: those of its blocks stay on disk, all others are loaded."""
     held = dict(stored)
     for name, layer in list(block_layers(empty)):
         empty.set_submodule(name, StoredLinear(layer, held.pop(f"{name}.weight"), device))

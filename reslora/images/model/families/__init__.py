@@ -1,6 +1,6 @@
-"""The families of text-to-image models that can be trained: one row and one module each.
+"""The families of text-to-image models that can be trained: each has one row in `FAMILIES`, and one module.
 
-A family holds what differs between models, and nothing else; see `base.Family`.
+A family has everything that differs between models, and nothing else; see `base.Family`.
 """
 
 from __future__ import annotations

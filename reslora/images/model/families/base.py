@@ -1,4 +1,4 @@
-"""The interface of model families: what differs between text-to-image models; no optimizer, option or folder."""
+"""The interface of model families: what differs between text-to-image models. It has no optimizer, option or folder."""
 
 import math
 import re
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ....export import KOHYA_FILE
 
 FLOW = {"resolution": 512, "num_inference_steps": 28, "weighting_scheme": "none", "max_sequence_length": 512}
-"""Options' values that most families of flow matching have."""
+"""Defaults of options that most flow-matching families have in common."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """The projections of image and text in the joint attention of Flux and Stable Diffusion 3."""
 Text = Mapping[str, torch.Tensor | list[torch.Tensor]]
@@ -48,17 +48,17 @@ class Conditions:
     sizes: torch.Tensor
     """Batch x 6: height and width of the original image, top and left of the crop, height and width of the crop."""
     guidance: float = 1.0
-    """For models with distilled guidance, which is an input."""
+    """The guidance scale that models with distilled guidance have as an input."""
 
 
 def in_chat(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], thinking: bool) -> list[str]:
-    """Return the captions in a language model's chat template, as messages of the user."""
+    """Return each caption as a user's message in the chat template of a language model."""
     how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
     return [tokenizer.apply_chat_template([{"role": "user", "content": caption}], **how) for caption in captions]
 
 
 def numbered(name: str) -> tuple[str, list[str]]:
-    """Return a layer's name with `{}` in place of its block's number, and a list with that number, if it has one."""
+    """Return a layer's name with `{}` in place of its block's number, and a list with that number, or [] if none."""
     number = re.search(r"(?<=\.)\d+(?=\.)", name)
     if number is None:
         return name, []
@@ -80,27 +80,27 @@ class Family:
     trainable: tuple[Part, ...] = ()
     """The text encoders that can be trained."""
     lora_files: tuple[str, ...] = (KOHYA_FILE,)
-    """Plain LoRA files that are exported in addition to diffusers', kohya's or ComfyUI's."""
+    """Plain LoRA files, kohya's or ComfyUI's, that are exported in addition to diffusers' file."""
     unused_parts: tuple[str, ...] = ()
     """Parts of the pipeline that are never loaded."""
     unread: tuple[str, ...] = ()
-    """Parts of the last of `transformer_blocks` whose output is unused."""
+    """Submodules of the last block in `transformer_blocks` whose output is unused."""
     defaults: ClassVar[Mapping[str, object]] = {}
     """Defaults of options for this family."""
     original: ClassVar[Mapping[str, str]] = {}
-    """Names of layers in the model's own code, by their names in diffusers, with `{}` for the block's number. Layers
-    that share a name are one layer there, with their rows in this order. Empty if ComfyUI and kohya's scripts know
-    diffusers' names."""
+    """Names of layers in the model's own code, by their names in diffusers, with `{}` for the block's number. Layers of
+    diffusers with the same name here are one layer in the model's own code, with their rows in the order of this table.
+    The table is empty if ComfyUI and kohya's scripts know diffusers' names."""
     published: ClassVar[Mapping[str, object]] = {}
-    """The published denoiser's configuration (of several, the deepest one's) where it differs from the class's
-    defaults, as far as names of layers depend on it."""
+    """The values in the published denoiser's configuration that names of layers depend on and that differ from the
+    class's defaults. If several denoisers are published, this is the deepest one's."""
     version: tuple[str, str]
-    """The base model in kohya's metadata, and its architecture in Stability AI's ModelSpec. Families with several
-    override `model_version` instead."""
+    """The base model's name in kohya's metadata, and its architecture in Stability AI's ModelSpec. Families with
+    several base models override `model_version` instead."""
     marks: tuple[str, ...] = ()
     """Prefixes of the base model's names that kohya's scripts and ModelSpec write into LoRA files."""
     comfyui_words: tuple[str, str] = ("lora_A", "lora_B")
-    """The names of A and B in ComfyUI's files; such that diffusers reads them too, if it can."""
+    """The names of A and B in ComfyUI's files. With these names diffusers reads the files too, if it can."""
     text_names: ClassVar[Mapping[str, tuple[str, str]]] = {}
     """Text encoders that LoRA files may contain, trainable here or not: the prefixes of kohya's and ComfyUI's names."""
     is_told_guidance: bool = False
@@ -112,10 +112,11 @@ class Family:
     one_size: bool = False
     """Whether all its denoisers have the published size, so that layers of another size belong to another family."""
     unguided: float = 1.0
-    """The pipeline's guidance scale for no guidance: 1 if it computes `negative + g (positive - negative)`, 0 if
-    `positive + g (positive - negative)`."""
+    """The guidance scale g with which the pipeline applies no guidance: 1 if the pipeline computes `negative + g
+    (positive - negative)`, 0 if it computes `positive + g (positive - negative)`."""
     guidance: str = "guidance_scale"
-    """The pipeline's argument for classifier-free guidance; any other name needs a negative prompt as well."""
+    """The pipeline's argument for classifier-free guidance. A pipeline with an argument of another name than
+    `guidance_scale` applies guidance only if it also gets a negative prompt."""
     encodes_in_float32: bool = False
     """Whether the autoencoder overflows in half precision if its configuration has `force_upcast`."""
 
@@ -126,7 +127,10 @@ class Family:
         return tuple(name for name in self.text_parts if name.replace("tokenizer", "text_encoder") not in trainable)
 
     def unused_weights(self, denoiser: nn.Module) -> dict[str, list[nn.Parameter]]:
-        """Return trainable weights without a gradient, because their output is unused, by part of the last block."""
+        """Return the trainable weights that get no gradient because their output is unused.
+
+        The keys are submodules of the last block, as in `unread`.
+        """
         found: dict[str, list[nn.Parameter]] = {}
         for part in self.unread:
             start = f"transformer_blocks.{denoiser.config.num_layers - 1}.{part}."
@@ -135,7 +139,7 @@ class Family:
         return found
 
     def unfit(self, parts: Mapping[str, Mapping]) -> str | None:
-        """Return why this pipeline cannot be trained, from the configurations of its parts by name; None if it can."""
+        """Return why a pipeline cannot be trained, or None; `parts` are the configurations of its parts, by name."""
         return None
 
     def pixel_multiple(self, pipeline: DiffusionPipeline) -> int:
@@ -151,7 +155,10 @@ class Family:
     def token_counts(
         self, pipeline: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase, captions: list[str]
     ) -> list[int]:
-        """Return the untruncated token counts of captions, with the tokens of the template that are read."""
+        """Return the number of tokens of each caption without truncation.
+
+        Tokens of the template count if the denoiser gets their text states.
+        """
         return list(map(len, tokenizer(captions).input_ids))
 
     def encode_captions(self, pipeline: DiffusionPipeline, captions: list[str], longest: int | None) -> Text:
@@ -227,6 +234,7 @@ class Family:
     def drawing_inputs(self, pipeline: DiffusionPipeline, text: Text, negative: Text, empty: bool) -> dict:
         """Return the pipeline's keyword arguments for the prompt and the negative prompt.
 
-        `negative` is the negative prompt's text states, batch 1; `empty` is whether it is the empty caption.
+        `text`: the prompt's text states. `negative`: the negative prompt's text states, with batch size 1. `empty`:
+        whether the negative prompt is the empty caption.
         """
         raise NotImplementedError

@@ -75,7 +75,7 @@ class Flux(Family):
         return {"states": frozen["states"], "pooled": pooled}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Return packed latents, `s`, text states, pooled states, position ids of text and image, and the guidance."""
+        """Return packed latents, timesteps in [0, 1], text states, pooled states, position ids, and the guidance."""
         batch, _, height, width = noisy.shape
         states, device = conditions.text["states"], noisy.device
         guidance = torch.full((batch,), conditions.guidance, device=device) if config.guidance_embeds else None

@@ -34,7 +34,7 @@ ORIGINAL = {
 
 
 class Flux2Klein(Family):
-    """FLUX.2 klein, trained as in diffusers' train_dreambooth_lora_flux2_klein.py, with the text's attention."""
+    """FLUX.2 klein, trained as in diffusers' train_dreambooth_lora_flux2_klein.py, and also in the text's attention."""
 
     name = "flux2_klein"
     pipeline = Flux2KleinPipeline
@@ -58,7 +58,7 @@ class Flux2Klein(Family):
         return (channels * 4, height // 2, width // 2)
 
     def token_counts(self, pipeline, tokenizer, captions):
-        """Return the number of tokens in the chat template."""
+        """Return the number of tokens of each caption in the chat template."""
         return super().token_counts(pipeline, tokenizer, in_chat(tokenizer, captions, thinking=False))
 
     def encode_captions(self, pipeline, captions, longest):
@@ -77,7 +77,7 @@ class Flux2Klein(Family):
         return (latents - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Return packed latents, `s`, text states, and position ids of text and image, without guidance."""
+        """Return packed latents, timesteps in [0, 1], text states, and position ids of text and image; no guidance."""
         states = conditions.text["states"]
         return {
             "hidden_states": self.pipeline._pack_latents(noisy),
@@ -98,7 +98,7 @@ class Flux2Klein(Family):
         return {"prompt_embeds": states, "negative_prompt_embeds": negative["states"].expand_as(states)}
 
     def model_version(self, config, predicts_v):
-        """Return the names by model size, which the width shows."""
+        """Return the names for the model's size, which follows from its width."""
         size = "4b" if config.num_attention_heads * config.attention_head_dim <= 3072 else "9b"
         return f"flux2_klein_{size}", f"flux-2-klein-{size}"
 

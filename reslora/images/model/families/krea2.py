@@ -30,11 +30,10 @@ ORIGINAL = {f"{ours}.{{}}.{a}": f"{theirs}.{{}}.{b}" for ours, theirs in BLOCKS.
 
 
 class Krea2(WithQwenAutoencoder):
-    """Krea 2, trained as in diffusers' train_dreambooth_lora_krea2.py, without `text_fusion.projector`: it has one
-    output.
+    """Krea 2, trained as in diffusers' train_dreambooth_lora_krea2.py, but without `text_fusion.projector`.
 
-    Text has no positions and padding is masked, so text states at the captions' own lengths are equivalent to the
-    pipeline's, which are padded to the maximum length.
+    That layer has only one output. The pipeline pads text states to the maximum length. Here they are not padded, which
+    is equivalent, because text has no positions and the pipeline masks the padding.
     """
 
     name = "krea2"
@@ -55,21 +54,24 @@ class Krea2(WithQwenAutoencoder):
     }
 
     def token_counts(self, pipeline, tokenizer, captions):
-        """Return the number of tokens in the pipeline's template, without the dropped prefix, with the suffix."""
+        """Return the number of tokens of each caption with the template's suffix, but without its prefix.
+
+        The pipeline drops the text states of the prefix.
+        """
         begun = [pipeline.prompt_template_encode_prefix + caption for caption in captions]
         around = pipeline.prompt_template_encode_num_suffix_tokens - pipeline.prompt_template_encode_start_idx
         return [count + around for count in super().token_counts(pipeline, tokenizer, begun)]
 
     def encode_captions(self, pipeline, captions, longest):
         """Return `states`: a list of (tokens x layers x width), with the tokens of the caption and the suffix."""
-        needed = max(self.token_counts(pipeline, pipeline.tokenizer, captions))  # else `longest` tokens are computed
+        needed = max(self.token_counts(pipeline, pipeline.tokenizer, captions))  # else padding is encoded, too
         states, mask = pipeline.encode_prompt(
             captions, device=pipeline.text_encoder.device, max_sequence_length=min(longest, needed)
         )
         return {"states": without_padding(states, mask)}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Return packed latents, `s`, text states with their mask, and position ids of text and image."""
+        """Return packed latents, timesteps in [0, 1], text states with their mask, and position ids."""
         height, width = noisy.shape[2:]
         states, mask = padded_inputs(conditions.text["states"])
         return {

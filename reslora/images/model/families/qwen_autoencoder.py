@@ -60,7 +60,7 @@ def side_by_side(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Te
 
 
 def padded_inputs(states: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return `side_by_side`, with None as mask if nothing is padded, because attention is faster without one."""
+    """Return the result of `side_by_side`, without mask if nothing is padded: attention is then faster."""
     alike = len({len(own) for own in states}) == 1
     padded, mask = side_by_side(states)
     return padded, None if alike else mask

@@ -27,7 +27,7 @@ class QwenImage(WithQwenAutoencoder):
     }
 
     def token_counts(self, pipeline, tokenizer, captions):
-        """Return the number of tokens in the pipeline's template, without the prefix, which the pipeline drops."""
+        """Return the number of tokens of each caption in the template, without the prefix that the pipeline drops."""
         whole = [pipeline.prompt_template_encode.format(caption) for caption in captions]
         dropped = pipeline.prompt_template_encode_start_idx
         return [count - dropped for count in super().token_counts(pipeline, tokenizer, whole)]
@@ -40,7 +40,7 @@ class QwenImage(WithQwenAutoencoder):
         return {"states": without_padding(states, mask)}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Return packed latents, `s`, text states with their mask, and (frames, rows, columns) of each image."""
+        """Return packed latents, timesteps in [0, 1], text states, their mask, and (frames, rows, columns) by image."""
         batch, _, height, width = noisy.shape
         states, mask = padded_inputs(conditions.text["states"])
         return {

@@ -33,7 +33,7 @@ ORIGINAL = {
 
 
 class StableDiffusion3(Family):
-    """SD3, trained as in diffusers' train_dreambooth_lora_sd3.py, but at 1024 and without preconditioned outputs."""
+    """SD3, trained as in diffusers' train_dreambooth_lora_sd3.py, but at 1024 px and without preconditioned outputs."""
 
     name = "sd3"
     pipeline = StableDiffusion3Pipeline
@@ -62,7 +62,7 @@ class StableDiffusion3(Family):
     }
 
     def pixel_multiple(self, pipeline):
-        """Return the multiple of pixels: the autoencoder's factor times the patch size."""
+        """Return the multiple for image height and width in pixels: the autoencoder's factor times the patch size."""
         return pipeline.vae_scale_factor * pipeline.patch_size
 
     def encode_frozen(self, pipeline, captions, longest):

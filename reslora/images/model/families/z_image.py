@@ -10,7 +10,7 @@ from .base import FLOW, Family, in_chat
 
 
 class ZImage(Family):
-    """Z-Image, trained as in diffusers' train_dreambooth_lora_z_image.py, but at 1024 and without the refiners."""
+    """Z-Image, trained as in diffusers' train_dreambooth_lora_z_image.py, but at 1024 pixels, without the refiners."""
 
     name = "z_image"
     pipeline = ZImagePipeline
@@ -31,7 +31,7 @@ class ZImage(Family):
     }
 
     def token_counts(self, pipeline, tokenizer, captions):
-        """Return the number of tokens in the chat template."""
+        """Return the number of tokens of each caption in the chat template."""
         return super().token_counts(pipeline, tokenizer, in_chat(tokenizer, captions, thinking=True))
 
     def encode_captions(self, pipeline, captions, longest):
@@ -42,7 +42,7 @@ class ZImage(Family):
         return {"states": states}
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Return lists of latents (channels x 1 x height x width) and text states, and `1 - s`."""
+        """Return lists of latents (channels x 1 x height x width) and of text states, and `1 - timesteps / 1000`."""
         return {
             "x": list(noisy.unsqueeze(2).unbind()),
             "t": (1000 - timesteps) / 1000,

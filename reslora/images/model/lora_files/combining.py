@@ -12,10 +12,11 @@ from .names import Layer, Parts, shaped
 
 
 def summed(loras: Sequence[Parts], weights: Sequence[float]) -> Parts:
-    """Return the weighted sum of LoRAs, `sum_i w_i s_i B_i A_i`, of every layer that any of them has.
+    """Return the weighted sum of LoRAs, `sum_i w_i s_i B_i A_i`, for every layer that at least one LoRA has.
 
-    The factors are [A_1; A_2; ...] and [w_1 s_1 B_1, w_2 s_2 B_2, ...]. For a layer in one LoRA only, the factors are
-    kept and the scale is multiplied. Raises `ValueError` if shapes of a layer differ.
+    The factors are [A_1; A_2; ...] and [w_1 s_1 B_1, w_2 s_2 B_2, ...]. If only one LoRA has a layer, its factors are
+    unchanged, and its scale is multiplied by the weight. Raises `ValueError` if LoRAs have different shapes for a
+    layer.
     """
     terms: dict[Layer, list[Factors]] = {}
     for lora, weight in zip(loras, weights, strict=True):
@@ -36,7 +37,10 @@ def summed(loras: Sequence[Parts], weights: Sequence[float]) -> Parts:
 
 
 def reduced(parts: Mapping[str, Mapping[str, Factors]], rank: int) -> tuple[Parts, dict[str, float]]:
-    """Return the best approximation of every layer at `rank` or less, and the relative errors (Frobenius norm)."""
+    """Return the best approximation of every layer at `rank` or less, and the relative errors (Frobenius norm).
+
+    Layers of `rank` or less are unchanged, and have no entry among the errors.
+    """
     found: Parts = {}
     errors = {}
     for part, layers in parts.items():

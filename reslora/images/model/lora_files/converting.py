@@ -1,4 +1,4 @@
-"""Convert as the options of reslora-convert say: read, add, reduce or extract LoRAs, and write one."""
+"""Run what the options of reslora-convert ask for: read, add, reduce or extract LoRAs, and write one LoRA."""
 
 import argparse
 import contextlib
@@ -39,7 +39,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def check_overwrite(path: Path, args: argparse.Namespace) -> None:
-    """Raise `InvalidArgument` before replacing an input, or without --overwrite any other file or PEFT directory."""
+    """Raise `InvalidArgument` if the output would replace an input or, without --overwrite, anything else."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     flag, place = f"OUT {args.output}", path.resolve()
@@ -53,7 +53,10 @@ def check_overwrite(path: Path, args: argparse.Namespace) -> None:
 
 
 def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:
-    """Return the weighted sum of the inputs, the layer names of their model, their common metadata, and the dtype."""
+    """Return the weighted sum of the inputs, their model's layer names, their common metadata, and a dtype.
+
+    The dtype is that of the first input.
+    """
     contents = [read_content(Path(text), f"IN {text}") for text in args.inputs]
     names, said = names_for(args, contents)
     loras = [read_parts(content, names) for content in contents]
@@ -67,7 +70,7 @@ def sum_of_inputs(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str
 
 
 def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], torch.dtype]:
-    """Return the difference of two models as a LoRA, in the form of `sum_of_inputs`."""
+    """Return the difference of two models as a LoRA; the items of the result are those of `sum_of_inputs`."""
     base, tuned = map(Path, args.extract)
     if args.base is None and any((base / name).is_file() for name in ("model_index.json", "config.json")):
         args.base = str(base)
@@ -90,20 +93,20 @@ def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], 
 
 
 def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Names, dict[str, str]]:
-    """Return the layer names of the LoRA's model, and the metadata of a file's header."""
+    """Return the layer names of the LoRA's model, and the model's metadata for the header of the output."""
     family = next((each for each in map(load_family, FAMILIES) if each.name == args.family), None)
     if args.base is None:
         if family is None and not contents:
             raise InvalidArgument("--extract", "whose weights these are is not certain", "add --base or --family")
         if family is None and (name := base_of_run(contents[0].path)):
-            with contextlib.suppress(InvalidArgument):  # it was moved
+            with contextlib.suppress(InvalidArgument):  # the base model was moved
                 return of_base(name, None)
         return names_of(family or family_of(contents[0])), {}
     return of_base(args.base, family)
 
 
 def base_of_run(path: Path) -> str | None:
-    """Return the base model in the config.json of the run that wrote a file or directory; None outside of a run."""
+    """Return the base model of the run that wrote `path`, from the run's config.json; None if there is no such file."""
     path = path.resolve()
     for folder in (path, *path.parents):
         name = read_object(folder / "config.json").get("pretrained_model_name_or_path")
@@ -115,7 +118,7 @@ def base_of_run(path: Path) -> str | None:
 
 
 def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
-    """Return the layer names and file metadata for a model's directory or its name on the Hub."""
+    """Return the layer names and file metadata of a model; `name` is its directory or its name on the Hub."""
     flag = f"--base {name}"
     if Path(name).is_file():
         raise InvalidArgument(flag, "a single file says nothing of the model", "give a folder in diffusers format")

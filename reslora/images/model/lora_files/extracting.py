@@ -19,7 +19,7 @@ PLAIN = re.compile(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors")
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 """Prefixes of the denoiser's tensors, in files of the denoiser only or of a complete model."""
 SCALED = re.compile(r"(.*\.)?(scaled_fp8|comfy_quant|scale_weight|weight_scale|absmax|SCB)")
-"""Tensors of a quantized model, whose weights mean nothing without them."""
+"""Names of the scales in a quantized model, without which its weights are meaningless."""
 
 
 @dataclass
@@ -32,13 +32,13 @@ class Weights:
 
     @classmethod
     def of(cls, path: Path, denoiser: str, flag: str) -> Weights:
-        """Open a file, a pipeline's folder (its denoiser) or a denoiser's folder.
+        """Open a file, the denoiser in a pipeline's folder, or a denoiser's folder.
 
         Raises `InvalidArgument` for pickles, and for quantized weights.
         """
         folder = path / denoiser if (path / denoiser).is_dir() else path
         found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [path]
-        # Files of a variant next to the others have the same tensors again.
+        # If there are files with and without a variant (fp16), both have the same tensors.
         found = [file for file in found if PLAIN.fullmatch(file.name)] or found
         refuse_pickles(folder, flag)
         if not found or not all(file.is_file() for file in found):
@@ -107,11 +107,10 @@ def _places(key: str, fused: Fused, weights: Weights) -> Iterator[tuple[str, Pla
 
 
 def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[Parts, dict[str, float], list[str]]:
-    """Return the best LoRA of that rank for `tuned - base`, each layer's relative error, and the tensors it cannot
-    cover.
+    """Return the best LoRA of `rank` for `tuned - base`, each layer's relative error, and the tensors not covered.
 
-    The last are tensors that differ but are not the weight of a linear layer or a convolution, and tensors that only
-    one of the models has.
+    The last item has the names of tensors that differ but are not the weight of a linear layer or a convolution, and of
+    tensors that only one of the models has.
     """
     in_base, in_tuned = places_of(base, names), places_of(tuned, names)
     layers, errors = {}, {}
@@ -130,7 +129,7 @@ def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[P
 
 
 def _others(base: Weights, tuned: Weights, held: set[str]) -> list[str]:
-    """Return tensors outside of the layers that differ, and then those that only one of the models has by that name."""
+    """Return the names of tensors, except `held`, that differ, and then of those that only one of the models has."""
     found = []
     for name in sorted((base.files.keys() & tuned.files.keys()) - held):
         if base.shape(name) != tuned.shape(name) or not torch.equal(base.read(name), tuned.read(name)):
@@ -139,7 +138,7 @@ def _others(base: Weights, tuned: Weights, held: set[str]) -> list[str]:
 
 
 def difference(delta: torch.Tensor, rank: int) -> tuple[Factors, float]:
-    """Return the best factors of that rank for a weight's change, and their relative error (Frobenius norm).
+    """Return the best factors of `rank` for a weight's change, and their relative error (Frobenius norm).
 
     `delta`: outputs x inputs, with kernel height and width for a convolution. The factors come from the eigenvectors of
     the smaller Gram matrix, in float64.

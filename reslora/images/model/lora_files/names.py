@@ -1,4 +1,4 @@
-"""Names of a model's layers in diffusers, kohya's scripts, ComfyUI and PEFT, from the one table of its family."""
+"""Names of a model's layers in diffusers, kohya's scripts, ComfyUI and PEFT, from the table of the model's family."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -18,26 +18,27 @@ from ..families.base import Family, numbered
 Parts = dict[str, dict[str, Factors]]
 """The plain LoRA of each layer: by the part's name in the pipeline, then by the layer's name in the part."""
 Layer = tuple[str, str]
-"""A part and one of its layers."""
+"""The name of a part of the pipeline, and the name of a layer in that part."""
 
 DEEPEST_TEXT_ENCODER = 64  # layers; CLIP and T5 have 32 at most
 
 
 @dataclass(frozen=True)
 class Fused:
-    """A layer of the model's own code: one or several of diffusers' layers, whose rows are concatenated in it."""
+    """A layer of the model's own code. The rows of its weight are those of one or several of diffusers' layers."""
 
     layers: tuple[Layer, ...]
     outputs: tuple[int, ...] = (1,)
-    """The number of rows of each; only the proportions count."""
+    """The number of rows of each of diffusers' layers; only the proportions count."""
     swapped: bool = False
-    """Whether the two halves of its rows are swapped: diffusers' last norms have the scale before the shift."""
+    """Whether the two halves of the rows are swapped: diffusers' last norms have the scale before the shift."""
 
     def split(self, factors: Factors) -> dict[Layer, Factors]:
-        """Return each layer's factors: its rows of B without zero columns, and the corresponding rows of A.
+        """Return the factors of each of diffusers' layers, given those of the fused layer.
 
-        A layer that was joined into a block-diagonal B gets its own rank back; a layer whose rows are all zero is left
-        out. Raises `ValueError` if the number of rows does not fit.
+        A layer gets its rows of B without zero columns, and the corresponding rows of A. Therefore a layer that `join`
+        has put into a block-diagonal B gets its own rank back. A layer whose rows of B are all zero is left out. Raises
+        `ValueError` if the number of rows does not fit.
         """
         down, up, scale = factors
         if self.swapped:
@@ -54,9 +55,11 @@ class Fused:
         return found
 
     def join(self, parts: Mapping[Layer, Factors]) -> Factors:
-        """Return the factors of the fused layer: [A; A; ...] and a block-diagonal B or, if all share one A, that A.
+        """Return the factors of the fused layer, given those of diffusers' layers.
 
-        A layer that is missing from `parts` gets rows of zeros.
+        If all layers have the same A, the factors are that A, and [s_1 B_1; s_2 B_2; ...]. Otherwise they are
+        [A_1; A_2; ...], and a block-diagonal matrix of the s_i B_i. A layer that is missing from `parts` gets rows of
+        zeros.
         """
         if len(self.layers) == 1:
             down, up, scale = parts[self.layers[0]]
@@ -75,7 +78,7 @@ class Fused:
 
 
 def shaped(factors: Factors, inputs: Sequence[int]) -> Factors:
-    """Return the factors of a weight with these inputs: its columns or, for a convolution, channels and kernel size."""
+    """Reshape factors for a weight with these inputs: the columns or, for a convolution, channels and kernel size."""
     down, up, scale = factors
     return Factors(down.reshape(len(down), *inputs), up.reshape(*up.shape[:2], *[1] * (len(inputs) - 1)), scale)
 
@@ -94,14 +97,15 @@ class Names:
     shapes: dict[str, torch.Size]
     """Shapes of the weights of the denoiser's linear layers and convolutions, by name in diffusers."""
     original: dict[str, Fused]
+    """The denoiser's layers by their names in the model's own code, without prefix."""
     kohya: dict[str, Fused]
-    """By name in that format, without prefix."""
+    """The denoiser's layers by their names in kohya's scripts, without prefix."""
     modules: frozenset[str]
     """The names of all modules of the denoiser."""
     exact: bool
     """Whether `shapes` are those of the model itself, not those of the published model of its family."""
     known: dict[str, Fused] = field(default_factory=dict)
-    """All names that a file may have for a layer, with prefixes."""
+    """The layers by all names that a file may have for them, with prefixes."""
 
     def __post_init__(self) -> None:
         self._know(self.kohya, "lora_unet_", "lycoris_")
@@ -125,7 +129,7 @@ class Names:
         return self._named(parts, "lora_unet_", self.kohya)
 
     def to_comfyui(self, parts: Parts) -> dict[str, Factors]:
-        """Return the layers by ComfyUI's names, which are kohya's for text encoders; raises as `to_kohya`."""
+        """Return the layers by ComfyUI's names, and text encoders' layers by kohya's; raises as `to_kohya`."""
         return self._named(parts, "diffusion_model.", self.original)
 
     def _named(self, parts: Parts, prefix: str, table: Mapping[str, Fused]) -> dict[str, Factors]:
@@ -145,7 +149,7 @@ class Names:
 
 
 def names_of(family: Family, config: Mapping | None = None) -> Names:
-    """Return the names for a denoiser of this configuration; if it is None, for the published one."""
+    """Return the layer names for a denoiser with this configuration; if it is None, for the published denoiser."""
     return _published(family) if config is None else _names_in(family, config, exact=True)
 
 

@@ -32,9 +32,9 @@ ENDING = re.compile(
 )
 """Names of the two factors in PEFT and diffusers, in kohya's scripts, and in two of diffusers' older formats."""
 WITHOUT_PART = re.compile(rf"({re.escape(PEFT_PREFIX)})?(?P<layer>.+)\.lora_A(\.default)?\.weight")
-"""PEFT's names of layers; their scale is in its configuration."""
+"""PEFT's name of a layer's A, without a part of the pipeline; the layer's scale is in PEFT's configuration."""
 OLDEST = re.compile(r"_lora\d?\.(?:down|up)\.weight$")
-"""Names in diffusers' first LoRA files, which diffusers reads itself."""
+"""Names in LoRA files of diffusers' first versions; diffusers' own converters read them."""
 NOT_PLAIN = (
     "use_dora", "lora_bias", "modules_to_save", "use_qalora", "use_bdlora", "kasa_config", "arrow_config",
     "alora_invocation_tokens",
@@ -50,7 +50,7 @@ class Content:
 
     path: Path
     flag: str
-    """The option or argument that names it, with its value, for messages."""
+    """The option or argument that names the file or folder, with its value, for messages."""
     tensors: dict[str, torch.Tensor]
     metadata: dict[str, str]
     """The file's metadata, without fields that belong to the format."""
@@ -124,7 +124,7 @@ def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
 
 
 def _by_part(packed: Mapping[str, object]) -> dict[str, dict]:
-    """Group a flat configuration by prefix of layers; the prefix is empty if a model has written its own."""
+    """Group a flat configuration by the prefix of its keys, which is empty if a model, not a pipeline, has saved it."""
     parts: dict[str, dict] = {}
     for key, value in packed.items():
         part, dot, name = key.rpartition(".")
@@ -148,9 +148,10 @@ def _refuse_others(flag: str, config: Mapping) -> None:
 
 
 def family_of(content: Content) -> Family:
-    """Return the family that the metadata names, or the only one that has all layers, in the same proportions.
+    """Return the family that the metadata names or, if there is no such family, the only one that has all layers.
 
-    Raises `InvalidArgument` if it is ambiguous.
+    If several families have all layers, the proportions of the layers' shapes decide. Raises `InvalidArgument` if no
+    single family remains.
     """
     said = [content.metadata.get(key, "").lower() for key in ("ss_base_model_version", "modelspec.architecture")]
     families = [load_family(pipeline) for pipeline in FAMILIES]
@@ -168,7 +169,10 @@ def family_of(content: Content) -> Family:
 
 
 def _in_proportion(pairs: Mapping[str, Factors], names: Names) -> bool:
-    """Return whether each layer's shape has the published model's ratio or, if the family has one size, its shape."""
+    """Return whether the denoiser's layers have the same ratio of outputs to inputs as in the published model.
+
+    If the family has only one size, the numbers of outputs and inputs must be equal.
+    """
     for name, factors in pairs.items():
         fused = names.known[name]
         part, layer = fused.layers[0]
@@ -271,15 +275,14 @@ def read_parts(content: Content, names: Names) -> Parts:
 
 
 def _another(names: Names) -> str:
-    """Return the fix for a layer that the model lacks: the options of the converter that name a model."""
+    """Return the last part of a message about a layer that the model lacks: which model to give."""
     return "give the model that it was made for" + ("" if names.exact else " with --base or --family")
 
 
 def _refuse_unscaled(content: Content, names: Names) -> None:
-    """Raise `InvalidArgument` for layers with PEFT's names whose scale is in another file, as with a checkpoint's
-    weights.
+    """Raise `InvalidArgument` for layers with PEFT's names whose scale is in another file, such as a checkpoint's.
 
-    Files of some other trainers look the same; diffusers reads them with scale 1, and so does this.
+    Files of some other trainers have such names, too. They are accepted and read with scale 1, as in diffusers.
     """
     layers = [
         match["layer"]
@@ -308,7 +311,7 @@ def _shaped(flag: str, layer: str, factors: Factors, names: Names) -> Factors:
 
 
 def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
-    """Return the layers with the names of diffusers' converters.
+    """Return A, B and scale of each layer, by the names that diffusers' converters give the layers.
 
     Raises `InvalidArgument` for layers that the converters drop.
     """
@@ -316,7 +319,7 @@ def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
     for key, value in content.tensors.items():
         ending = next(filter(None, (ENDING.search(key), OLDEST.search(key))))
         layers.setdefault(key[: ending.start()], {})[key] = value
-    # One A for several layers is one tensor, which safetensors refuses to write twice.
+    # A converter may use one tensor as A of several layers, and safetensors refuses to write a tensor twice.
     whole = {key: value.clone() for key, value in _converted(content.tensors, names).items()}
     if unread := [name for name, tensors in layers.items() if not _converted(tensors, names).keys() & whole]:
         problem = f"{min(unread, key=names.known.__contains__)} is no layer of {names.family.name} that diffusers reads"
@@ -325,7 +328,7 @@ def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
 
 
 def _converted(tensors: Mapping[str, torch.Tensor], names: Names) -> dict[str, torch.Tensor]:
-    """Return the tensors with the names that diffusers' converters give them; empty if these do not know a layer."""
+    """Return tensors by the names that diffusers' converters give them; {} if a converter does not know a layer."""
     with contextlib.suppress(Exception):  # each converter raises other exceptions
         found = names.family.pipeline.lora_state_dict(dict(tensors), unet_config=names.config)
         state, alphas = found[:2] if isinstance(found, tuple) else (found, None)

@@ -61,11 +61,11 @@ def write(parts: Parts, names: Names, to: str, path: Path, metadata: Mapping[str
 
 
 def peft_folder(folder: Path, part: str, family: Family) -> Path:
-    """Return a part's place in PEFT's folder: the folder for the denoiser, a subfolder for a text encoder."""
+    """Return where the LoRA of a part of the pipeline goes: `folder` for the denoiser, else a subfolder."""
     return folder if part == family.denoiser else folder / part
 
 
 def _as_loaded(part: str, layers: Mapping[str, Factors], names: Names) -> dict[str, Factors]:
-    """Return layers by their names in the model: some CLIP text encoders lack the prefix that files have."""
+    """Return layers by their names in the model: some CLIP text encoders lack the prefix `text_model.` of files."""
     short = typing.get_type_hints(names.family.pipeline.__init__).get(part) is CLIPTextModel
     return {name.removeprefix("text_model.") if short else name: factors for name, factors in layers.items()}
