@@ -190,7 +190,7 @@ def identity_record(values: Mapping[str, Any], identity: Identity) -> dict:
 
 
 def with_few_looks(schedule: Schedule, options: ValidationOptions) -> Schedule:
-    """Reduce the default number of validations to MOST_LOOKS.
+    """Limit the default number of validations to MOST_LOOKS.
 
     The default is one validation per epoch, but an epoch may be a single step.
     """

@@ -1,4 +1,4 @@
-"""Evaluate a chosen checkpoint on the test split.
+"""Evaluate a chosen checkpoint of an arm, that is a run of the experiment, on the test split.
 
 The checkpoint is merged and evaluated in float32, so that its losses are those of its exported file.
 """
