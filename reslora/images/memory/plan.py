@@ -206,11 +206,11 @@ def guess(context: Context) -> float:
     The bound is the sum of two parts:
 
     - four float32 copies of all weights;
-    - 16 bytes for each value that enters or leaves a layer, as if all layers had the full size of the latents. This
-      also covers intermediate results between layers.
+    - the activations of the model that has the largest: 16 bytes for each value that enters or leaves a layer, as if
+      all layers had the resolution of the model's input. This also covers intermediate results between layers.
 
     All layers of the denoiser count, because it keeps their activations for the backward pass. Of any other model, only
-    a few layers count at a time.
+    a few layers count.
     """
     options, model = context.options, context.model
     names = [name for name in ("vae", *model.family.text_parts) if model.index.get(name, [None])[0]]
