@@ -24,9 +24,9 @@ from .context import Context
 from .state import Learner
 from .zero import uses_deepspeed
 
-# Relative to the norm of all gradients. The rounding error in float32 is 2e-5. In bf16 it is mostly 0.01 to 0.03, but
-# on the bundled pipeline one batch in fifty has 0.2 or more, also without a compiler. Therefore the check fails only if
-# ATTEMPTS batches exceed the tolerance.
+# Relative to the norm of all gradients. Rounding errors are 2e-5 in float32 and mostly 0.01 to 0.03 in bf16. In bf16,
+# one batch in fifty of the bundled pipeline has an error of 0.2 or more, even without a compiler. Therefore the check
+# fails only if ATTEMPTS batches exceed the tolerance.
 TOLERANCE, HALF_TOLERANCE = 0.05, 0.2
 ATTEMPTS = 5
 SCALE = 1024  # factor of the loss: prevents underflow in fp16, and as a power of two adds no rounding
@@ -95,7 +95,7 @@ def _gradients(learner: Learner, batch: object) -> list[torch.Tensor]:
 
 @contextmanager
 def _unrecorded(model: nn.Module) -> Iterator[None]:
-    """Restore the norms that a model with shortcuts has recorded when this context ends."""
+    """When this context ends, restore the norms that a model with shortcuts had recorded before it."""
     connection = connection_of(model)
     if connection is None:
         yield
