@@ -80,7 +80,7 @@ def cpu_has_bf16() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Configure glibc to reuse freed memory instead of returning it, which would cost page faults in every step."""
+    """Configure glibc to keep freed memory: returning it to the system would cost page faults in every step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -117,9 +117,9 @@ def quieten() -> None:
 
 
 def tracker_of(name: str) -> str | None:
-    """Return the tracker's name for accelerate.
+    """Return the name that accelerate uses for a tracker.
 
-    Raises `InvalidArgument` for an unknown one, or one that cannot be imported.
+    Raises `InvalidArgument` for a tracker that is unknown or cannot be imported.
     """
     known, installed = sorted(map(str, LOGGER_TYPE_TO_CLASS)), set(map(str, get_available_trackers()))
     if name == "none" or (name == "tensorboard" and name not in installed):

@@ -89,7 +89,7 @@ def _how_to_part(init_lora: str, base: str, model: Model) -> str:
 def with_start(options: Options, start: Start) -> Options:
     """Return the options with the targets and the most frequent rank and alpha of the LoRA `start`.
 
-    Raises `InvalidArgument` if the options already have other values for them, or rank or alpha patterns.
+    Raises `InvalidArgument` if the options have rank or alpha patterns, or other targets, another rank or alpha.
     """
     own = lora_config(start.layers)
     found = {"rank": own.r, "lora_alpha": own.lora_alpha, "target_modules": [start.targets]}
@@ -102,7 +102,10 @@ def with_start(options: Options, start: Start) -> Options:
 
 
 def expression_of(names: Iterable[str], every: Iterable[str]) -> str:
-    """Return a regular expression that matches these complete names out of `every`, shortened by numeric ranges."""
+    """Return a regular expression that matches the complete names in `names`, and no others out of `every`.
+
+    It matches any number instead of a specific one where possible, which makes it shorter.
+    """
     wanted, found = set(names), []
     others = set(every) - wanted
     for name in sorted(wanted):
@@ -112,7 +115,10 @@ def expression_of(names: Iterable[str], every: Iterable[str]) -> str:
 
 
 def add_adapters(trained: Trained, method: str, steps: int, context: Context) -> None:
-    """Add the method's adapter to every trained model; the denoiser's starts from the LoRA of --init_lora, if given."""
+    """Add the method's adapter to every trained model.
+
+    With --init_lora, the adapter of the denoiser starts from that LoRA.
+    """
     options, start = context.options, context.start
     add_adapter(
         trained.denoiser,

@@ -180,7 +180,7 @@ def check_compile(model: ModelOptions, adapter: MethodOptions, training: Trainin
 
 
 def check_hub(options: OutputOptions) -> None:
-    """Raise `InvalidArgument` for a token that would be published, and an invalid repository name."""
+    """Raise `InvalidArgument` for a token that a tracker would publish, and for an invalid repository name."""
     if options.hub_token and options.report_to not in ("tensorboard", "none"):
         problem = f"--report_to {options.report_to} would publish it"
         raise InvalidArgument("--hub_token", problem, "log in with `hf auth login` instead")

@@ -53,13 +53,13 @@ class ImageStudy(Study):
         return new_learner(method, trained, self.schedule, context)
 
     def batches(self, steps: range) -> Generator[Batch, None, None]:
-        """Yield this process's batches of these steps, which depend only on the seed and the step."""
+        """Yield this process's batches of these steps; a batch depends only on the seed, the step and the process."""
         accelerator = self.context.accelerator
         pin = accelerator.device.type == "cuda"
         return stream(training_loader(self.material, steps, accelerator.num_processes, accelerator.process_index, pin))
 
     def calibration(self) -> Iterator[Batch]:
-        """Return the --merge_calibration_samples training samples that calibrate a control, in batches."""
+        """Return the training samples on which a control method is calibrated, in batches."""
         count = self.context.options.adapter.merge_calibration_samples
         return CalibrationSamples(self.material).batches(count, self.context.accelerator.num_processes)
 

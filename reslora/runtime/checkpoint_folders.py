@@ -22,7 +22,7 @@ def adapter_folder(folder: Path, step: int) -> Path:
 
 
 def numbered(folder: Path, kind: str = "checkpoint") -> list[Path]:
-    """Return the paths in a directory named `<kind>-<step>`, newest first; `kind` is a regular expression."""
+    """Return the paths in `folder` with names `<kind>-<step>`, newest first; `kind` is a regular expression."""
     found = (path for path in folder.glob("*-*") if re.fullmatch(rf"{kind}-\d+", path.name))
     return sorted(found, key=step_of, reverse=True)
 
@@ -64,8 +64,8 @@ def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: I
     """Rename the checkpoints that do not belong to the training history of `chosen`, from which training resumes.
 
     Afterwards all checkpoints belong to one training history, so that a limit on their number removes the right ones.
-    `found`: the paths named `checkpoint-<step>`, and merged ones; `place`: the path for a checkpoint of this step.
-    There are two cases:
+    `found`: the paths named `checkpoint-<step>`, and merged ones; `place`: the path that a checkpoint of the step of
+    `chosen` has in the directory. There are two cases:
 
     - `chosen` is `place`: checkpoints of later steps are renamed.
     - `chosen` is elsewhere or has another name: all paths in `found`, and the files named in `beside`, are renamed.

@@ -113,7 +113,7 @@ before_writing.append(check_held)
 
 
 def _is_still(folder: Path, before: os.stat_result) -> bool:
-    """Return whether the path is still the directory that had the status `before`."""
+    """Return whether the path is still the directory whose `stat` was `before`."""
     try:
         return os.path.samestat(folder.stat(), before)
     except (FileNotFoundError, NotADirectoryError):
@@ -125,7 +125,7 @@ def _is_still(folder: Path, before: os.stat_result) -> bool:
 def _lost(folder: Path) -> str:
     """Return why a locked directory no longer belongs to this run; empty if it still does.
 
-    The file with the owner and the `stat` of the directory show whether it does.
+    The file `OWNER` in the directory, and the directory's `stat`, show this.
     """
     number, process = _owner(folder)
     if process == _LENDERS.get(folder, this_process()):

@@ -91,7 +91,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let a signal or the launcher's death end the process immediately, if it is one of several.
+        """Let a signal or the launcher's death end this process immediately, unless it is the only process of the run.
 
         Raises `Stopped` if a stop was requested before. Use this at the start of a distributed run: processes wait for
         the launcher inside a library, which blocks Python's signal handlers.

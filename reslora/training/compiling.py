@@ -1,9 +1,9 @@
 """Compile the denoiser, and compare its first gradients with those of the uncompiled model.
 
 PyTorch 2.13's CPU compiler loses track of buffers that are written in place when it fuses loops
-(`SchedulerNode.recompute_size_and_body`). Reordering by memory then moves a read of an upsampling's gradient before its
-computation: on a small U-Net no gradient arrived below an upsampling without attention. Without that reordering all
-gradients equal those of the uncompiled model.
+(`SchedulerNode.recompute_size_and_body`). Reordering operations to save memory then moves the use of an upsampling's
+gradient before the computation of this gradient: on a small U-Net, no gradient arrived below an upsampling without
+attention. Without this reordering, all gradients equal those of the uncompiled model.
 """
 
 import contextlib

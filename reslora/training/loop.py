@@ -55,7 +55,7 @@ def train_method(method: str, resume: Resume, study: Study) -> None:
 
 
 def put_control_on(learner: Learner, study: Study) -> None:
-    """Calibrate a control on a few training batches before the first step, and apply its settings.
+    """Calibrate a control method on a few training batches before the first step, and apply the resulting settings.
 
     Checkpoints contain these settings, so that a resumed run does not calibrate again.
     """
@@ -121,7 +121,7 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
         for _ in steps:
             with learner.timed():
                 value = take_step(learner, batches, context)
-                known = reports.flush()  # the previous step's loss, while the device computes this step
+                known = reports.flush()  # reads the previous loss while the device computes
             reports.note("train", value)
             if known is not None:
                 bar.set_postfix(loss=f"{known:.4f}", refresh=False)

@@ -45,11 +45,11 @@ class Study(ABC):
 
     @abstractmethod
     def batches(self, steps: range) -> Generator:
-        """Yield this process's batches of these steps, which depend only on the seed and the step."""
+        """Yield this process's batches of these steps; a batch depends only on the seed, the step and the process."""
 
     @abstractmethod
     def calibration(self) -> Iterable:
-        """Return the training batches on which a control is calibrated."""
+        """Return the training batches on which a control method is calibrated."""
 
     @abstractmethod
     def reports(self, learner: Learner) -> contextlib.AbstractContextManager[Reports]:

@@ -48,11 +48,11 @@ class Trained(nn.Module):
         return self.loss(denoiser, batch)
 
     def use_compiler(self) -> None:
-        """Run the denoiser compiled in `forward` from here on."""
+        """Compile the denoiser for all later calls of `forward`."""
         self._compiled = (compiled(self.denoiser),)
 
     def without_compiler(self) -> AbstractContextManager[None]:
-        """Return a context in which nothing runs compiled."""
+        """Return a context in which `forward` uses the uncompiled denoiser."""
         return override_attributes(self, _compiled=())
 
 

@@ -1,7 +1,7 @@
 """Run an experiment: train every arm, choose learning rates and checkpoints, and compare the methods.
 
 An arm is one run: a method with a learning rate and a seed. All arms share the model and the encoded data; arms with
-the same seed also share noise and the order of images. They differ from single runs only in the split, which depends on
+the same seed also share noise and the order of images. Arms differ from single runs only in the split, which depends on
 the images' content. Each arm writes to its own folder, and the files on disk determine the remaining work.
 """
 

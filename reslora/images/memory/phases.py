@@ -205,12 +205,12 @@ class Rehearsal:
         return times * (tensor_bytes(vae) - (tensor_bytes(vae.encoder) if self.options.data.cache_latents else 0))
 
     def base(self) -> nn.Module:
-        """Return the denoiser to be trained on the meta device, without an adapter."""
+        """Return the denoiser that will be trained, on the meta device and without an adapter."""
         options = self.options.model
         return empty_denoiser(self.model, self.dtype, options.base_precision, options.blocks_to_swap)
 
     def trained(self, method: str) -> Trained:
-        """Return the models to be trained as fake tensors, with the method's adapter."""
+        """Return the models that will be trained, as fake tensors and with the method's adapter."""
         denoiser = self.base()
         parts = {self.family.denoiser: denoiser}
         for name in self.trainable:

@@ -1,4 +1,4 @@
-"""Write and read the calibration batches of a merge, so that it can be repeated with another method.
+"""Write and read the calibration batches of a merge, so that the merge can be repeated with another method.
 
 A tensor's name is its path in the denoiser's arguments: `sample`, `added_cond_kwargs.time_ids` (in a dict),
 `cap_feats.0` (first in a list). The tensors of all batches are concatenated along the first dimension. If their shapes

@@ -47,7 +47,7 @@ from .reports import FINISHED, MERGED, save_images
 
 TOLERANCE = 2  # of 255: largest allowed difference of a pixel between the merged model and an export
 PEFT_FOLDER = "peft"
-ROUNDING = 1e-6  # relative: a few units in the last place of float32
+ROUNDING = 1e-6  # relative change: a few units in the last place of float32
 
 
 Parts = Mapping[str, nn.Module]
@@ -283,7 +283,7 @@ def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
 
 @contextlib.contextmanager
 def calls_of_encoders(loss: DenoisingLoss) -> Iterator[dict[str, list[dict]]]:
-    """Record the keyword arguments of every call of a trained text encoder inside this context: tokenized captions."""
+    """Record the keyword arguments (tokenized captions) with which trained text encoders are called in this context."""
     calls: dict[str, list[dict]] = {part.name: [] for part in loss.parts}
 
     def note(found: list[dict], encoder: nn.Module, args: tuple, kwargs: dict) -> None:

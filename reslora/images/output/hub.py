@@ -26,7 +26,7 @@ UPLOADED_OF_METHOD = (
 
 
 def hub_repository(options: OutputOptions) -> str:
-    """Create the repository to upload to if it does not exist, and return its name.
+    """Return the name of the repository to upload to; create the repository if it does not exist.
 
     Raises `InvalidArgument` if the repository cannot be created.
     """

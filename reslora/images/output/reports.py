@@ -45,14 +45,14 @@ class Reports:
 
     def __init__(self, folder: Path, learner: Learner, schedule: Schedule, accelerator: Accelerator) -> None:
         self.learner, self.folder, self.trackers = learner, folder, accelerator.trackers
-        # Trackers other than TensorBoard need increasing steps; therefore they count on from the earlier methods.
+        # Trackers other than TensorBoard need increasing steps; theirs continue the steps of earlier methods.
         self.before = learner.before * (schedule.steps + 1)
         self.log = LogWriter(folder / "log.jsonl", learner.step) if accelerator.is_main_process else None
         if self.log:
             forget_samples(folder, learner.step)
         self.noted: dict | None = None
         rows = of_split(read_log(folder / "log.jsonl"), "validation") if self.log else []
-        self.validated = [row["loss"] for row in rows if row["step"]]  # main process only; without the base model's
+        self.validated = [row["loss"] for row in rows if row["step"]]  # main process only; without the base's loss
 
     def note(self, split: str, loss: torch.Tensor | float, by_timestep: dict[str, float] | None = None) -> None:
         """Store a row for the log until the next `flush`.
@@ -87,7 +87,7 @@ class Reports:
         return loss
 
     def similarities(self, values: Mapping[str, float]) -> None:
-        """Write how similar this step's samples are to held-out images and to their prompts."""
+        """Write how similar this step's samples are to the held-out images and to the prompts."""
         learner = self.learner
         row = {"step": learner.step, "split": "samples", **values, "seconds": round(learner.seconds, 3)}
         self._write(row, {f"{name}/{learner.name}": value for name, value in values.items()})
@@ -207,7 +207,7 @@ class Validation:
         mean = losses.mean().item()
         if self.material.validation.save_best and learner.step:
             keep_if_best(learner, reports.folder, mean)
-        if learner.step and learner.name != learner.method:  # a run of an experiment, which chooses among its steps
+        if learner.step and learner.name != learner.method:  # an experiment chooses among these adapters
             keep_adapter(learner, adapter_folder(reports.folder, learner.step))
         reports.note("validation", mean, self.by_timestep(losses))
         reports.flush()
