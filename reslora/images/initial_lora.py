@@ -149,7 +149,10 @@ def add_adapter(
     config: PeftConfig,
     part: Part | None = None,
 ) -> None:
-    """Add the method's adapter to the denoiser or another `part` in place, initialized from the seed."""
+    """Add the method's adapter to a model in place, initialized from the seed.
+
+    `part`: the text encoder that the model is; None for the denoiser.
+    """
     if part is None and (adapter.rank_pattern or adapter.alpha_pattern):
         spell_out(model, config)
     torch.manual_seed(derive(training.seed, "adapter", *([part.name] if part else [])))

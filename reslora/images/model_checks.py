@@ -176,7 +176,10 @@ def try_method(
     config: PeftConfig,
     part: Part | None = None,
 ) -> None:
-    """Add the method's adapter to a model without weights, and begin its calibration if the method has one."""
+    """Add the method's adapter to a model without weights, and begin its calibration if the method has one.
+
+    `part`: the text encoder that the model is; None for the denoiser.
+    """
     add_adapter(model, method, adapter, training, config, part)
     if METHODS[method].measured:
         with gauged(method, model, adapter.reslora_config):

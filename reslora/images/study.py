@@ -59,7 +59,7 @@ class ImageStudy(Study):
         return stream(training_loader(self.material, steps, accelerator.num_processes, accelerator.process_index, pin))
 
     def calibration(self) -> Iterator[Batch]:
-        """Return the training samples on which a control method is calibrated, in batches."""
+        """Return batches of the --merge_calibration_samples training samples that a control method is calibrated on."""
         count = self.context.options.adapter.merge_calibration_samples
         return CalibrationSamples(self.material).batches(count, self.context.accelerator.num_processes)
 

@@ -108,7 +108,7 @@ def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) ->
 
 
 def with_parts(material: Material, parts: Parts, processes: int) -> Material:
-    """Return the training data with the training part as training images and the selection part held out."""
+    """Return the training data with the split: the training part to train on, the selection part held out."""
     learnt = []
     for number, source in enumerate(material.sources):
         if not source.images.of_class:
