@@ -24,7 +24,7 @@ from .settings import is_bundled
 
 
 def start_accelerator(options: Options) -> Accelerator:
-    """Return accelerate's `Accelerator` with the requested tracker and this process's fraction of the CPU cores."""
+    """Return accelerate's `Accelerator` with the requested tracker; on a CPU, set the number of threads too."""
     folder = Path(options.output.output_dir)
     plugin = take_plugin(options.model, options.adapter, options.training, options.output)
     if not options.model.mixed_precision and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
@@ -58,9 +58,9 @@ def start_accelerator(options: Options) -> Accelerator:
 
 
 def precision_of(options: ModelOptions) -> str | None:
-    """Return `--mixed_precision`; by default bf16 for small pipelines on a CPU with bf16 instructions.
+    """Return `--mixed_precision`, or its default: bf16 for bundled pipelines on a CPU with bf16 instructions.
 
-    There a step takes a third less time. Merges and exports are computed in float32 in any case.
+    On such a CPU, bf16 makes a step a third faster. Merges and exports are computed in float32 in any case.
     """
     settled = is_initialized()  # initialized by an earlier run in the same process
     asked = settled or options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
@@ -80,7 +80,7 @@ def cpu_has_bf16() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Configure glibc to reuse freed memory instead of returning it, which would cost page faults in every step."""
+    """Configure glibc to keep freed memory: returning it to the system would cost page faults in every step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -88,9 +88,10 @@ def keep_freed_memory() -> None:
 
 
 def take_cores(local_processes: int) -> None:
-    """Use all CPU cores, or as many as OMP_NUM_THREADS specifies.
+    """Use this process's share of the CPU cores, or as many threads as OMP_NUM_THREADS specifies.
 
-    Launchers set it to 1 if it is not set, so a 1 below a launcher is ignored; a line explains how to choose.
+    Launchers set OMP_NUM_THREADS to 1 if the user has not set it. Therefore a 1 is ignored in a process that a launcher
+    started, and a line explains how to choose the number.
     """
     launched = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
     chosen = os.environ.get("OMP_NUM_THREADS")
@@ -116,9 +117,9 @@ def quieten() -> None:
 
 
 def tracker_of(name: str) -> str | None:
-    """Return the tracker's name for accelerate.
+    """Return the name that accelerate uses for a tracker.
 
-    Raises `InvalidArgument` for an unknown one, or one that cannot be imported.
+    Raises `InvalidArgument` for a tracker that is unknown or cannot be imported.
     """
     known, installed = sorted(map(str, LOGGER_TYPE_TO_CLASS)), set(map(str, get_available_trackers()))
     if name == "none" or (name == "tensorboard" and name not in installed):

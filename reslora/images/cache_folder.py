@@ -1,4 +1,4 @@
-"""Directories of an image run."""
+"""The cache directory of an image run."""
 
 from pathlib import Path
 

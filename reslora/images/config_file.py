@@ -1,4 +1,4 @@
-"""Select the values of a run's config.json that still apply next to the options on the command line."""
+"""Select the values of an earlier run's config.json that apply together with the options on the command line."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,11 +13,11 @@ from ..options.values import listed
 from .experiment.requirements import OF_EXPERIMENTS, OF_RUNS
 
 OF_SHORTCUTS = [name for name, option in Options.table().items() if option.implies and option.read_by]
-"""Options that only methods with shortcuts, or their controls, use."""
+"""Options that are used only by methods with shortcuts and by the controls of these methods."""
 
 
 def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, Any]:
-    """Return the values that apply next to those `given` on the command line, and print notes about the others."""
+    """Return the values that apply together with the `given` options of the command line; print what is left out."""
     now, where = {**values, **given}, f"--config {path}"
     checkpoint = values.get("resume_from_checkpoint", "latest")
     if checkpoint != "latest":
@@ -37,7 +37,10 @@ def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, A
 
 
 def _of_other_methods(now: Given) -> Iterable[str]:
-    """Return the options that a new run's methods do not use; a resumed run compares them."""
+    """Return the options that a new run ignores because none of its methods has shortcuts.
+
+    A resumed run ignores none of them, because it compares their values with those of the earlier run.
+    """
     methods = [METHODS[name] for name in now.get("method", ())]
     if not methods or now.get("resume_from_checkpoint") or any(method.reads_shortcut_flags for method in methods):
         return ()
@@ -45,7 +48,10 @@ def _of_other_methods(now: Given) -> Iterable[str]:
 
 
 def _of_other_optimizer(values: Given, given: Given) -> Iterable[str]:
-    """Return the options of another optimizer than the one on the command line; also its learning rate, if specific."""
+    """Return the options to ignore because the command line gives another optimizer.
+
+    They include the learning rates if the two optimizers have different default learning rates.
+    """
     if not given.keys() & {"optimizer", "use_8bit_adam"}:
         return ()
     before = named(values.get("optimizer", "adamw"))

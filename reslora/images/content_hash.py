@@ -10,7 +10,7 @@ from typing import BinaryIO
 Content = str | os.PathLike | bytes
 """Path of a file, or its content."""
 
-PIECES, PIECE = 8, 4096  # parts of a tensor in a safetensors file that are read, and bytes of each
+PIECES, PIECE = 8, 4096  # number and size in bytes of the parts that are read of each tensor in a safetensors file
 LONGEST_HEADER = 100_000_000  # bytes, the limit of safetensors itself
 UNREAD = {".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pt", ".pth"}  # weights that are never loaded
 
@@ -18,9 +18,9 @@ UNREAD = {".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pt", ".pt
 def content_mark(source: Content) -> str:
     """Return the size and a hash of a file, given as a path or as its content.
 
-    The complete file is hashed, except for safetensors files: a model of 24 GB would take half a minute. Of these, the
-    header and parts of every tensor from beginning to end are hashed. That detects every tensor that was trained,
-    merged, scaled or replaced, but not always a few changed numbers within a large tensor.
+    The complete file is hashed, unless it is a path of a safetensors file: hashing a model of 24 GB would take half a
+    minute. Of a safetensors file, the header and several parts of every tensor are hashed. This detects every tensor
+    that was trained, merged, scaled or replaced, but may miss a few changed numbers within a large tensor.
     """
     if isinstance(source, bytes):
         return f"{len(source)}:{hashlib.blake2b(source, digest_size=8).hexdigest()}"
@@ -46,7 +46,7 @@ def folder_mark(folder: Path) -> str:
 
 
 def _tensors(file: BinaryIO, size: int) -> list[tuple[int, int]] | None:
-    """Return the offsets and lengths of the parts of a safetensors file to read; None for a damaged one."""
+    """Return the offsets and lengths of the bytes of a safetensors file to hash; None if the file is damaged."""
     length = int.from_bytes(file.read(8), "little")
     if length > min(size - 8, LONGEST_HEADER):
         return None

@@ -29,7 +29,8 @@ class DenoisingLoss:
     def __call__(self, denoiser: nn.Module, batch: Batch, weighted: bool = True) -> torch.Tensor:
         """Return the loss of each sample, of shape (batch,); only trained modules run under autocast.
 
-        Without `weighted` it is the mean squared error, whatever the training loss, but still within masks.
+        `weighted`: whether to return the training loss with its weights. If False, return the unweighted mean squared
+        error. Masks apply in both cases.
         """
         batch = self.encoded(batch)
         with torch.autocast(self.pipeline.vae.device.type, enabled=False):
@@ -43,7 +44,7 @@ class DenoisingLoss:
         return loss_per_sample(self._masked(error, batch), weight)
 
     def squared(self, prediction: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Return the mean squared error of each sample, of shape (batch,), within its mask if it has one.
+        """Return the mean squared error of each sample, of shape (batch,); a sample's mask limits it to a region.
 
         `prediction`, `target`: batch x channels x height x width.
         """
@@ -58,7 +59,7 @@ class DenoisingLoss:
         return [getattr(self.pipeline, part.name) for part in self.parts]
 
     def encoded(self, batch: Batch) -> Batch:
-        """Return the batch with captions encoded by the trained text encoders; unchanged without any."""
+        """Return the batch with captions encoded by the trained text encoders; unchanged if none is trained."""
         if not self.parts:
             return batch
         text = batch.to(self.pipeline.vae.device).text
@@ -70,7 +71,7 @@ class DenoisingLoss:
         return dataclasses.replace(batch, text=self.family.encode_trained(self.pipeline, list(batch.caption), text))
 
     def inputs(self, batch: Batch) -> tuple[dict, torch.Tensor, torch.Tensor]:
-        """Return the denoiser's keyword arguments for a batch, the target, and the timesteps (batch).
+        """Return the denoiser's keyword arguments for a batch, the target, and the timesteps of shape (batch,).
 
         The target has the shape of the latents: batch x channels x height x width.
         """

@@ -1,4 +1,4 @@
-"""Random generators derived from keys: the same on every machine and in a resumed run."""
+"""Random generators with seeds derived from keys, so that every machine and a resumed run get the same numbers."""
 
 import torch
 
@@ -11,5 +11,5 @@ def generator(*key: object) -> torch.Generator:
 
 
 def shuffled(length: int, *key: object) -> list[int]:
-    """Return a permutation of the numbers below `length` that depends on the key."""
+    """Return a permutation of the numbers below `length`, which depends only on the length and the key."""
     return torch.randperm(length, generator=generator(*key)).tolist()

@@ -35,25 +35,25 @@ class Start:
 
     layers: Mapping[str, Factors]
     targets: str
-    """Regular expression that matches exactly these layers' complete names."""
+    """Regular expression that matches the complete names of these layers, and no others."""
     mark: str
-    """Hash of its content."""
+    """Hash of the content of the LoRA file."""
 
     def configure(self, config: PeftConfig) -> None:
         """Set each layer's rank and alpha in the configuration of an adapter.
 
-        The defaults of `config` are the most frequent rank and alpha.
+        `config` already has the LoRA's most frequent rank and alpha as its defaults.
         """
         own = lora_config(self.layers)
-        more = config.lora_alpha / own.lora_alpha  # 2 if alpha is doubled
+        more = config.lora_alpha / own.lora_alpha  # 2 for a method that doubles alpha
         config.rank_pattern = own.rank_pattern
         config.alpha_pattern = {name: alpha * more for name, alpha in own.alpha_pattern.items()}
 
     @torch.no_grad()
     def copy_to(self, denoiser: nn.Module) -> None:
-        """Copy the factors into an adapter.
+        """Copy the factors into the adapter of a denoiser.
 
-        B is rescaled to the adapter's scaling, so that the update is the file's.
+        B is rescaled for the adapter's own scaling, so that the adapter's weight update equals the one in the file.
         """
         for name, layer in lora_layers(denoiser, "default").items():
             down, up, scale = self.layers[name]
@@ -64,7 +64,7 @@ class Start:
 def read_start(init_lora: str, base: str, model: Model) -> Start:
     """Read --init_lora in any tool's format.
 
-    Raises `InvalidArgument` if it has layers of other models than the denoiser.
+    Raises `InvalidArgument` if the file has layers of a model other than the denoiser.
     """
     path, flag = Path(init_lora), f"--init_lora {init_lora}"
     names = names_of(model.family, model.denoiser_config())
@@ -80,20 +80,20 @@ def read_start(init_lora: str, base: str, model: Model) -> Start:
 
 
 def _how_to_part(init_lora: str, base: str, model: Model) -> str:
-    """Return advice on extracting the denoiser's layers of a file: PEFT's format has one file for each model."""
+    """Return advice on extracting the denoiser's layers: `reslora-convert` writes one PEFT file for each model."""
     whose = f"--family {model.family.name}" if Path(base).is_file() else f"--base {shlex.quote(base)}"
     command = f"reslora-convert {shlex.quote(init_lora)} FOLDER --to peft {whose}"
     return f"run {command}, and give --init_lora FOLDER/{PEFT_FILE}"
 
 
 def with_start(options: Options, start: Start) -> Options:
-    """Return the options with the LoRA's layers, and its most frequent rank and alpha.
+    """Return the options with the targets and the most frequent rank and alpha of the LoRA `start`.
 
-    Raises `InvalidArgument` if others are given.
+    Raises `InvalidArgument` if the options have rank or alpha patterns, or other targets, another rank or alpha.
     """
     own = lora_config(start.layers)
     found = {"rank": own.r, "lora_alpha": own.lora_alpha, "target_modules": [start.targets]}
-    for name, value in (found | dict.fromkeys(FIELDS)).items():  # each layer has its own already
+    for name, value in (found | dict.fromkeys(FIELDS)).items():  # patterns: the LoRA sets them for each layer
         if (given := options[name]) not in (None, value):
             shown = " ".join(given) if isinstance(given, list) else given
             what = "its layers are others" if isinstance(value, list) else f"--init_lora has {value or 'its own'}"
@@ -102,7 +102,10 @@ def with_start(options: Options, start: Start) -> Options:
 
 
 def expression_of(names: Iterable[str], every: Iterable[str]) -> str:
-    """Return a regular expression that matches these complete names out of `every`, shortened by numeric ranges."""
+    """Return a regular expression that matches the complete names in `names`, and no others out of `every`.
+
+    It matches any number instead of a specific one where possible, which makes it shorter.
+    """
     wanted, found = set(names), []
     others = set(every) - wanted
     for name in sorted(wanted):
@@ -112,7 +115,10 @@ def expression_of(names: Iterable[str], every: Iterable[str]) -> str:
 
 
 def add_adapters(trained: Trained, method: str, steps: int, context: Context) -> None:
-    """Add the method's adapter to every trained model; the denoiser's starts from the LoRA of --init_lora, if given."""
+    """Add the method's adapter to every trained model.
+
+    With --init_lora, the adapter of the denoiser starts from that LoRA.
+    """
     options, start = context.options, context.start
     add_adapter(
         trained.denoiser,
@@ -143,7 +149,10 @@ def add_adapter(
     config: PeftConfig,
     part: Part | None = None,
 ) -> None:
-    """Add the method's adapter to the denoiser or another `part` in place, initialized from the seed."""
+    """Add the method's adapter to a model in place, initialized from the seed.
+
+    `part`: the text encoder that the model is; None for the denoiser.
+    """
     if part is None and (adapter.rank_pattern or adapter.alpha_pattern):
         spell_out(model, config)
     torch.manual_seed(derive(training.seed, "adapter", *([part.name] if part else [])))
@@ -158,9 +167,10 @@ def config_of(
     targets: list[str] | str | None = None,
     start: Start | None = None,
 ) -> PeftConfig:
-    """Return PEFT's configuration of the method's adapter, with the denoiser's targets or others.
+    """Return PEFT's configuration of the method's adapter, for `targets` or by default the targets of the denoiser.
 
-    With `start`, each of its layers has its own rank and alpha. Ranks and alphas in the options apply to the denoiser.
+    With `start`, each layer has the rank and alpha that it has in the initial LoRA. Rank and alpha patterns of the
+    options apply only to the denoiser.
     """
     patterns: dict[str, Any] = {} if targets else {name: entries(name, getattr(options, name)) for name in FIELDS}
     settings = AdapterSettings(
@@ -176,5 +186,5 @@ def config_of(
 
 
 def targets_of(names: list[str]) -> list[str] | str:
-    """Return PEFT's `target_modules`: suffixes of names, or one regular expression of complete names."""
+    """Return PEFT's `target_modules`: a list of name suffixes, or one regular expression for complete names."""
     return names[0] if len(names) == 1 and re.search(r"[\\^$*+?()\[\]{}|]", names[0]) else names

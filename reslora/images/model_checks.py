@@ -42,9 +42,9 @@ STEERING = [name for name, option in Options.table().items() if HELD_OUT in opti
 
 
 def check_held_out(kinds: Sequence[ImageDataset], context: Context) -> None:
-    """Raise `InvalidArgument` for options that need a validation loss if too few images are given to hold one out.
+    """Raise `InvalidArgument` for options that need a validation loss if there are too few images to hold one out.
 
-    Without such options, only warn.
+    If no such option is given, only print a warning.
     """
     options, most = context.options, max(len(images) for images in kinds if not images.of_class)
     split = options.validation.validation_split
@@ -110,7 +110,7 @@ def check_pipeline(
 def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> None:
     """Raise `InvalidArgument` for options of a prompt that the pipeline does not support.
 
-    `told`: why the pipeline has no negative prompts; empty if it has.
+    `told`: the reason why the pipeline supports no negative prompts; empty if it supports them.
     """
     where = f"--validation_prompt {prompt.prompt!r}"
     if (prompt.num_inference_steps or 0) > timesteps:
@@ -126,7 +126,7 @@ def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> No
 
 
 def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Options:
-    """Return the options with a rank; the default is limited to the narrowest layer."""
+    """Return the options with a rank; the default rank is at most the width of the narrowest target layer."""
     if options.adapter.rank is not None:
         return options
     if isinstance(targets := targets_of(options.adapter.target_modules), str):
@@ -146,8 +146,8 @@ def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Optio
 def check_methods(adapter: MethodOptions, training: TrainingOptions, context: Context) -> None:
     """Add every method's adapter to a denoiser without weights, to validate targets, ranks and shortcuts.
 
-    An experiment has options for each rank, shortcut and number of blocks. Raises `InvalidArgument` for the first that
-    fails.
+    An experiment calls this for each combination of rank, shortcut and number of blocks. Raises `InvalidArgument` for
+    the first method that fails.
     """
     model = context.model
     for method in adapter.method:
@@ -176,7 +176,10 @@ def try_method(
     config: PeftConfig,
     part: Part | None = None,
 ) -> None:
-    """Add the method's adapter to a model without weights, the denoiser or a `part`, and begin its calibration."""
+    """Add the method's adapter to a model without weights, and begin its calibration if the method has one.
+
+    `part`: the text encoder that the model is; None for the denoiser.
+    """
     add_adapter(model, method, adapter, training, config, part)
     if METHODS[method].measured:
         with gauged(method, model, adapter.reslora_config):
@@ -186,7 +189,7 @@ def try_method(
 def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model) -> None:
     """Raise `InvalidArgument` for options that the model's family does not support or use.
 
-    They are --train_text_encoder, --max_sequence_length and --guidance_scale_train.
+    The checked options are --train_text_encoder, --max_sequence_length and --guidance_scale_train.
     """
     if adapter.train_text_encoder and not model.family.trainable:
         can = [load_family(name) for name in FAMILIES]
@@ -208,9 +211,9 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
 
 
 def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
-    """Add every method's adapter to the trained text encoders without weights, as a check.
+    """Validate every method by adding its adapter to copies of the trained text encoders without weights.
 
-    Prints which text encoders are not trained.
+    Prints which text encoders are trained and which are not.
     """
     options, family = context.options, context.model.family
     for part, method in itertools.product(context.encoders, options.adapter.method):
@@ -227,7 +230,7 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
 
 
 def check_targets(denoiser: nn.Module, options: MethodOptions, tell: Callable[[str], object]) -> None:
-    """Raise `InvalidArgument` if no target matches, or if one matches no single layer.
+    """Raise `InvalidArgument` if no target matches, or if a target matches a module that cannot have an adapter.
 
     Prints the targets that do not match.
     """

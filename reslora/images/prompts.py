@@ -50,13 +50,13 @@ class Prompt:
 
 
 def prompts_of(options: ValidationOptions) -> list[Prompt]:
-    """Return the prompts of --validation_prompt with their options."""
+    """Return the prompts of --validation_prompt, each with its own options."""
     own_options = options.validation_prompt_options or ["{}"] * len(options.validation_prompt)
     return [Prompt(text, **json.loads(own)) for text, own in zip(options.validation_prompt, own_options, strict=True)]
 
 
 def from_file(values: Sequence[str]) -> tuple[list[str], list[str]] | None:
-    """Return the prompts and their options from a file given instead of prompts; None if none is given."""
+    """Return the prompts and their options if a prompt file is given instead of prompts; otherwise None."""
     files = [value for value in values if value.lower().endswith((*SUFFIXES, ".toml"))]
     if files and len(values) > 1:
         raise InvalidArgument(f"--validation_prompt {files[0]}", "a file beside other prompts", "give the one or these")
@@ -129,7 +129,7 @@ def _checked(options: dict, where: str) -> str:
 
 
 def resolved(prompt: Prompt, data: DataOptions, validation: ValidationOptions, family: Family) -> Prompt:
-    """Return the prompt with all options resolved, and guidance in the convention of the family's pipeline."""
+    """Return the prompt with all options resolved, and with the guidance scale as the family's pipeline expects it."""
     side = data.resolution[0]
     guidance = prompt.guidance_scale
     if prompt.cfg_scale is not None and not family.is_told_guidance:

@@ -1,4 +1,4 @@
-"""Validation that needs no model: contradicting options, and invalid paths."""
+"""Validation that needs no model: options that contradict each other, and invalid paths."""
 
 import math
 from pathlib import Path
@@ -55,7 +55,7 @@ def check_options(options: Options) -> None:
 
 
 def check_folders(data: DataOptions) -> None:
-    """Raise `InvalidArgument` for image directories that are missing, given twice or contradicted by other options."""
+    """Raise `InvalidArgument` for missing or repeated image directories, and options that contradict them."""
     folders, dataset = data.train_data_dir, data.dataset_name
     if not dataset and not folders:
         fix = "name a folder of images with captions, or a dataset with --dataset_name"
@@ -84,8 +84,11 @@ def check_folders(data: DataOptions) -> None:
 
 
 def check_part(dataset: str, folder: str) -> None:
-    """Raise `InvalidArgument` for a separate directory next to a data set, of which --train_data_dir names a part."""
-    part = (Path(dataset) / folder).resolve()  # an absolute path stays
+    """Raise `InvalidArgument` if --train_data_dir is a directory outside the data set of --dataset_name.
+
+    Together with --dataset_name, --train_data_dir must name a directory inside that data set.
+    """
+    part = (Path(dataset) / folder).resolve()  # an absolute `folder` replaces `dataset`
     inside = part.is_dir() and part.is_relative_to(Path(dataset).resolve())
     if Path(folder).is_dir() and not inside:
         problem = "with --dataset_name it names a folder in that dataset, and this one is a folder of its own"
@@ -93,7 +96,7 @@ def check_part(dataset: str, folder: str) -> None:
 
 
 def check_text_encoder(adapter: MethodOptions, optimizer: OptimizerOptions) -> None:
-    """Raise `InvalidArgument` for a text encoders' learning rate with an unsupported optimizer or method."""
+    """Raise `InvalidArgument` if the optimizer or a method does not support the options of text encoders."""
     rate = optimizer.text_encoder_lr
     if rate not in (None, optimizer.learning_rate) and named(optimizer.optimizer).path == PRODIGY:
         problem = f"--optimizer {optimizer.optimizer} takes one rate for all parts, and --learning_rate is another"
@@ -103,7 +106,7 @@ def check_text_encoder(adapter: MethodOptions, optimizer: OptimizerOptions) -> N
 
 
 def check_prompts(validation: ValidationOptions) -> None:
-    """Raise `InvalidArgument` unless there are options for none of the prompts or for each."""
+    """Raise `InvalidArgument` if --validation_prompt_options is given, but not once for each prompt."""
     options, prompts = validation.validation_prompt_options, validation.validation_prompt
     if options and len(options) != len(prompts):
         problem = f"{len(options)} for {pluralize(len(prompts), 'prompt')}"
@@ -145,7 +148,7 @@ def check_optimizer(options: OptimizerOptions) -> None:
 
 
 def check_schedule(options: OptimizerOptions) -> None:
-    """Raise `InvalidArgument` for options that the learning rate schedule does not support."""
+    """Raise `InvalidArgument` for a learning rate or step rules that --lr_scheduler does not support."""
     if options.lr_scheduler == "polynomial" and options.learning_rate <= POLYNOMIAL_END:
         problem, fix = f"--lr_scheduler polynomial ends at {POLYNOMIAL_END:g}", "give a larger one, or another schedule"
         raise InvalidArgument(f"--learning_rate {options.learning_rate:g}", problem, fix)
@@ -156,7 +159,7 @@ def check_schedule(options: OptimizerOptions) -> None:
 
 
 def is_step_rules(text: str) -> bool:
-    """Return whether diffusers can parse the rules: `factor:step` pairs and a last factor."""
+    """Return whether diffusers can parse the rules: `factor:step` pairs followed by a last factor."""
     *pairs, last = text.split(",")
     try:
         rules = [pair.split(":") for pair in pairs]
@@ -167,7 +170,7 @@ def is_step_rules(text: str) -> bool:
 
 
 def check_compile(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions) -> None:
-    """Raise `InvalidArgument` for compiling if it would lose the shortcuts, or the memory that another option saves."""
+    """Raise `InvalidArgument` if --compile would drop the shortcuts, or undo the memory saving of another option."""
     if training.gradient_checkpointing:
         check_compiled("--compile", adapter)
     elif model.blocks_to_swap or model.base_precision != "no":
@@ -177,7 +180,7 @@ def check_compile(model: ModelOptions, adapter: MethodOptions, training: Trainin
 
 
 def check_hub(options: OutputOptions) -> None:
-    """Raise `InvalidArgument` for a token that would be published, and an invalid repository name."""
+    """Raise `InvalidArgument` for a token that a tracker would publish, and for an invalid repository name."""
     if options.hub_token and options.report_to not in ("tensorboard", "none"):
         problem = f"--report_to {options.report_to} would publish it"
         raise InvalidArgument("--hub_token", problem, "log in with `hf auth login` instead")
@@ -212,7 +215,7 @@ def check_places(options: Options) -> None:
             raise InvalidArgument(f"--train_data_dir {folder}", "no such folder", "give one with images and captions")
     check_writable(Path(options.output.output_dir), f"--output_dir {options.output.output_dir}")
     cache = cache_folder(model, options.output)
-    if model.cache_dir and not cache.is_dir():  # an existing directory may contain everything, even if it is read-only
+    if model.cache_dir and not cache.is_dir():  # an existing cache may be complete, and then it may be read-only
         check_writable(cache, f"--cache_dir {model.cache_dir}")
 
 
@@ -229,7 +232,7 @@ def report_doubtful(options: Options) -> None:
 
 
 def check_model_name(name: str) -> None:
-    """Raise `InvalidArgument` for a path that is neither a pipeline of a known family nor a single safetensors file."""
+    """Raise `InvalidArgument` for a local path that is no pipeline of a known family and no safetensors file."""
     path, flag = Path(name), f"--pretrained_model_name_or_path {name}"
     if path.is_file():
         if path.suffix != ".safetensors":

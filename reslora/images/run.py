@@ -91,7 +91,7 @@ def begin(
     check: Callable[[], object],
     lock: Callable[[Path], contextlib.AbstractContextManager] = locked,
 ) -> tuple[list[ImageDataset], Context, Identity]:
-    """Return the images, the context, and the identity of both, with the run's directory locked until the stack closes.
+    """Lock the run's directory until `stack` closes, and return the images, the context, and the identity of both.
 
     `check` raises `InvalidArgument` if the directory's content does not allow the run.
     """
@@ -124,27 +124,27 @@ def encode(
 
 
 def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], Context]:
-    """Return the training images, class images if there are any, and the context."""
+    """Return the training images, followed by the class images if there are any, and the context."""
     images = on_all(lambda: load_folders(options.model, options.data, options.training, options.output))
     context = settle(options, accelerator, stop)
     if broadcast_from_main(lambda: missing_class_images(context.options.data, context.options.output)):
-        # Generating class images takes minutes. The checks run before, and again with the images, when they print
-        # notes.
+        # Generating class images takes minutes, so all checks run before it. They run again afterwards and print their
+        # notes only then.
         told, unheard = io.StringIO(), dataclasses.replace(context)
         try:
             with contextlib.redirect_stdout(told):
                 check_before_loading(images, unheard)
                 on_all(lambda: load_and_check(unheard))
         except Exception:
-            print(told.getvalue(), end="", flush=True)  # the notes may explain the error
+            print(told.getvalue(), end="", flush=True)  # the suppressed notes may explain the error
             raise
     return [*images, *load_class_images(context)], context
 
 
 def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Context:
-    """Return the context: the model, and the resolved options.
+    """Return the context: the model, and the options with all defaults resolved.
 
-    Options that depend on the model or on accelerate are resolved here.
+    This resolves the options whose defaults depend on the model or on accelerate.
     """
     model = find_model(options.model, options.output, accelerator)
     check_family(options.adapter, options.training, model)
@@ -169,7 +169,7 @@ def check_folder(options: Options) -> None:
 
 
 def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
-    """Return the identity of images, model and LoRA.
+    """Return the content hashes of images, model and LoRA.
 
     Raises `InvalidArgument` if their content differs between processes.
     """
@@ -189,9 +189,9 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
 
 
 def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
-    """Print an estimate of the run's memory without writing anything; raise an error if it does not fit.
+    """Print an estimate of the run's memory; write no files. Raise an error if the run does not fit into memory.
 
-    For an experiment, this is the arm with the highest rank.
+    For an experiment, this is the estimate for its highest rank.
     """
     options = asked.run(rank=max(asked.values("rank"))) if isinstance(asked, Grid) else asked
     with stop.at_once():
@@ -201,7 +201,7 @@ def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
 
 
 def check_before_loading(kinds: Sequence[ImageDataset], context: Context) -> None:
-    """Validate everything that needs no weights: methods, optimizers, and the memory estimate."""
+    """Validate everything that needs no weights: methods, optimizers, and whether the memory is enough."""
     options, model, accelerator = context.options, context.model, context.accelerator
 
     def check() -> None:
@@ -238,12 +238,12 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
 def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
     """Free the image encoder once all images are encoded: samples need only the decoder."""
     if context.options.data.cache_latents:
-        # not None: Qwen-Image's autoencoder counts the encoder's layers even to decode
+        # not None: Qwen-Image's autoencoder reads `encoder` to count its layers even when it decodes
         pipeline.vae.encoder = nn.Identity()
 
 
 def show(context: Context, material: Material | None = None) -> None:
-    """Write figures and a summary, and upload them on request.
+    """Write figures and a summary, and upload the run if --push_to_hub is given.
 
     `material` is None for a run that was already finished.
     """

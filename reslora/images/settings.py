@@ -1,4 +1,4 @@
-"""Resolve the command line to the options of a run or an experiment: files, defaults and validation."""
+"""Resolve the command line to the options of a run or an experiment: read files, add defaults, and validate."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -24,13 +24,13 @@ from .refusals import check_options, check_places, report_doubtful
 
 PROG = "train_sd.py"
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
-DEFAULT_SPLIT = 0.1  # fraction of an experiment's images for the selection split, and for the test split
+DEFAULT_SPLIT = 0.1  # fraction of an experiment's images in the selection split; the test split has the same
 
 
 def parse_args(argv: Sequence[str] | None = None, description: str = "") -> Options | Grid[Options]:
-    """Return the options of a run or an experiment, without those that depend on the model's family.
+    """Return the options of a run or an experiment; defaults that depend on the model's family are not resolved yet.
 
-    Exits with status 2 and one line for invalid syntax; raises `InvalidArgument` for invalid values.
+    Exits with status 2 and prints one line for invalid syntax. Raises `InvalidArgument` for invalid values.
     """
     asked = resolve(parsed_values(build_parser(description), argv))
     options = asked.base if isinstance(asked, Grid) else asked
@@ -47,7 +47,7 @@ def build_parser(description: str = "") -> OptionsParser:
 
 
 def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str, Any]:
-    """Return the values given on the command line or in its --config; the command line wins."""
+    """Return the values of the command line and of the file in --config; the command line takes precedence."""
     given = vars(parser.parse_args(argv))
     if "config" not in given:
         return given
@@ -57,7 +57,7 @@ def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str
 
 
 def resolve(given: Given) -> Options | Grid[Options]:
-    """Return the options of a run, or of an experiment if an option that can vary has several values.
+    """Return the options of a run, or those of an experiment if any option that can vary has several values.
 
     Raises `InvalidArgument` for options that cannot work with any model.
     """
@@ -78,9 +78,11 @@ def resolve(given: Given) -> Options | Grid[Options]:
 
 
 def with_defaults(given: Given) -> dict[str, Any]:
-    """Return all values, with the defaults of a bundled pipeline if no other is given, and lists for options that vary.
+    """Return the values of all options: the `given` ones, and defaults for the others.
 
-    Values that depend on the model's family are None.
+    Without a given model, the model is a bundled pipeline; bundled pipelines have their own defaults. An option that
+    varies over the runs of an experiment has a list of values. Defaults that depend on the model's family are still
+    None.
     """
     table, values = Options.table(), dict(given)
     values["pretrained_model_name_or_path"] = given.get("pretrained_model_name_or_path") or str(BUNDLED_MODEL)

@@ -31,11 +31,11 @@ class ImageStudy(Study):
     pipeline: DiffusionPipeline
     material: Material
     shared: SharedLosses = field(default_factory=SharedLosses)
-    """What validations of several methods share."""
+    """Losses and times that the validations of all methods share."""
 
     @functools.cached_property
     def drawer(self) -> Drawer:
-        """Generator of samples."""
+        """The generator of sample images."""
         context, options = self.context, self.context.options
         return Drawer(
             self.pipeline, context.model.family, self.material.texts, options.data, options.training,
@@ -53,31 +53,37 @@ class ImageStudy(Study):
         return new_learner(method, trained, self.schedule, context)
 
     def batches(self, steps: range) -> Generator[Batch, None, None]:
-        """Yield this process's batches of these steps, which depend only on the seed and the step."""
+        """Yield this process's batches of these steps; a batch depends only on the seed, the step and the process."""
         accelerator = self.context.accelerator
         pin = accelerator.device.type == "cuda"
         return stream(training_loader(self.material, steps, accelerator.num_processes, accelerator.process_index, pin))
 
     def calibration(self) -> Iterator[Batch]:
-        """Return the --merge_calibration_samples samples on which a control is calibrated, in batches."""
+        """Return batches of the --merge_calibration_samples training samples that a control method is calibrated on."""
         count = self.context.options.adapter.merge_calibration_samples
         return CalibrationSamples(self.material).batches(count, self.context.accelerator.num_processes)
 
     @contextlib.contextmanager
     def reports(self, learner: Learner) -> Iterator[Reports]:
-        """Yield the log and the trackers of a method, with the attention for its shapes in effect."""
+        """Yield the log and the trackers of a method; use the attention of `attention_of` inside this context."""
         context = self.context
         reports = Reports(context.folder_of(learner.method), learner, self.schedule, context.accelerator)
         with contextlib.closing(reports), attention_of(context.accelerator, self.material.shapes.values()):
             yield reports
 
     def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
-        """Measure the validation loss and generate samples, or only `parts` of that, and set `learner.over`."""
+        """Measure the validation loss, generate samples, and set `learner.over`.
+
+        `parts`: which of "loss" and "samples" to compute; both if None.
+        """
         context = self.context
-        shared = SharedLosses() if context.start else self.shared  # an initial LoRA differs from the base
+        shared = SharedLosses() if context.start else self.shared  # the LoRA's losses are not the base's
         look = Validation(learner.trained.loss, self.material, self.drawer, context.accelerator, context.stop, shared)
         look(learner, reports, parts or VALIDATION_PARTS)
 
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
-        """Write the trained method's files; return each file's largest pixel difference to the merged model, of 255."""
+        """Write the trained method's files.
+
+        Returns, for each file, the largest difference of any pixel from the merged model's image, of 255.
+        """
         return export_method(learner, self.material, self.drawer, schedule, self.context)

@@ -1,4 +1,4 @@
-"""Checkpoints on resume: find, rename and remove them; shared by all trainers."""
+"""Find, rename and remove checkpoints when a run resumes; shared by all trainers."""
 
 import contextlib
 import re
@@ -10,32 +10,32 @@ from ..errors import InvalidArgument, RunFailed, first_line, out_of_memory
 from ..io import remove, replacing, temporary_beside
 
 MERGED = "merged-by-[a-z]+"
-"""Pattern of the names of checkpoints merged by the application, before the step."""
+"""Regular expression for the names of checkpoints that the application has merged, without `-<step>`."""
 
 ADAPTERS = "adapters"
-"""Directory of the adapters among which an experiment chooses, without what a resumed run needs."""
+"""Directory of the adapters among which an experiment chooses; training cannot resume from them."""
 
 
 def adapter_folder(folder: Path, step: int) -> Path:
-    """Return the directory in which an arm of an experiment stores the adapter of a step."""
+    """Return the directory for the adapter that a run of an experiment saves at a step."""
     return folder / ADAPTERS / f"step-{step:06d}"
 
 
 def numbered(folder: Path, kind: str = "checkpoint") -> list[Path]:
-    """Return the paths in a directory named `<kind>-<step>`, newest first; `kind` is a regular expression."""
+    """Return the paths in `folder` with names `<kind>-<step>`, newest first; `kind` is a regular expression."""
     found = (path for path in folder.glob("*-*") if re.fullmatch(rf"{kind}-\d+", path.name))
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step in the name of a checkpoint, or of a merged one."""
+    """Return the step in the name of a checkpoint, which may be a merged one."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def set_aside(checkpoint: Path, why: str = "is not of this line of training", mark: str = "set-aside") -> Path:
-    """Rename a checkpoint, or another path in its place, and return the new path: files of the user are not removed.
+    """Rename a checkpoint, or another file at its path, instead of removing it; return the new path.
 
-    The new name is not that of a checkpoint for transformers, which removes older checkpoints.
+    transformers removes older checkpoints, but does not recognize the new name as that of a checkpoint.
     """
     number, there = 1, checkpoint.with_name(f"{mark}-{checkpoint.name}")
     while there.exists():
@@ -47,9 +47,9 @@ def set_aside(checkpoint: Path, why: str = "is not of this line of training", ma
 
 
 def discard(old: Path) -> None:
-    """Remove an obsolete path; if that fails, print a line and continue.
+    """Remove a path that is no longer needed; if that fails, print a line and continue.
 
-    It is renamed first, so that a kill does not leave half a checkpoint.
+    The path is renamed first, so that a killed process does not leave an incomplete checkpoint under the old name.
     """
     there = old
     try:
@@ -61,13 +61,16 @@ def discard(old: Path) -> None:
 
 
 def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: Iterable[str] = ()) -> None:
-    """Rename the checkpoints that training from `chosen` does not continue: later ones, or all if it is not among them.
+    """Rename the checkpoints that do not belong to the training history of `chosen`, from which training resumes.
 
     Afterwards all checkpoints belong to one training history, so that a limit on their number removes the right ones.
-    `found`: the paths named `checkpoint-<step>`, and merged ones; `place`: the path for a checkpoint of this step.
-    `chosen` may have any name, be in another directory or be a renamed one. It is then copied to `place`, so that the
-    newest checkpoint belongs to this history even if the process is killed before the next one. The files named in
-    `beside` belong to the other history then, and are renamed too.
+    `found`: the paths named `checkpoint-<step>`, and merged ones; `place`: the path that a checkpoint of the step of
+    `chosen` has in the directory. There are two cases:
+
+    - `chosen` is `place`: checkpoints of later steps are renamed.
+    - `chosen` is elsewhere or has another name: all paths in `found`, and the files named in `beside`, are renamed.
+      `chosen` is copied to `place`, so that the newest checkpoint belongs to its history even if the process is killed
+      before the next checkpoint.
     """
     if chosen.resolve() == place.resolve():
         for other in found:
@@ -83,7 +86,7 @@ def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: I
 
 @contextlib.contextmanager
 def memory_reported(folder: Path) -> Iterator[None]:
-    """Convert exhausted memory during training in `folder` into a `RunFailed` that names the newest checkpoint."""
+    """Convert an out-of-memory error inside this context into a `RunFailed` that names the newest checkpoint."""
     try:
         yield
     except RunFailed:
@@ -99,9 +102,9 @@ def memory_reported(folder: Path) -> Iterator[None]:
 
 
 def refuse_afresh(output: Path, folder: Path, finished: bool) -> None:
-    """Raise `InvalidArgument` if starting from zero in `folder` would overwrite trained results.
+    """Raise `InvalidArgument` if training from zero in `folder` would overwrite the results of earlier training.
 
-    Call it if no checkpoint to resume from exists. `folder` is --output_dir or a directory in it.
+    Call this only if `folder` has no checkpoint to resume from. `folder` is --output_dir or a directory in it.
     """
     flag, fix = f"--output_dir {output}", f"choose another, or remove {folder} to start afresh"
     if aside := sorted(folder.glob("set-aside-checkpoint-*"), key=lambda path: path.stat().st_mtime):

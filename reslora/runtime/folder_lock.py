@@ -1,4 +1,4 @@
-"""Lock a run's directory, so that one run at a time uses it, and remove the temporary files of killed runs."""
+"""Lock a run's directory, so that only one run at a time uses it, and remove temporary files of killed runs."""
 
 import contextlib
 import hashlib
@@ -14,19 +14,19 @@ from ..io import before_writing, is_running, remove_leftovers, this_process
 from ..methods.registry import METHODS
 from .status import FILE
 
-# Holds the process id and identifier of the owner. The lock itself is a file in the system's temporary directory.
+# File with the process id and identifier of the owner. The lock itself is a file in the system's temporary directory.
 OWNER = ".lock"
 _HELD: dict[Path, os.stat_result] = {}
-"""Directories locked by this process, or by another process on its behalf, with their status when they were locked."""
+"""Directories locked by this process, or for it by the process that started it, with their `stat` at that time."""
 _LENDERS: dict[Path, str] = {}
-"""Locked directories of other processes, with those processes' identifiers."""
+"""Directories that another process has locked for this one, with the identifier of that process."""
 _FILLED: dict[Path, os.stat_result] = {}
-"""Directories inside the locked ones that this process is writing to."""
+"""Directories inside the locked ones to which this process writes, with their `stat`."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a directory against a second run.
+    """Lock a directory inside this context, so that no second run uses it.
 
     Raises `InvalidArgument` naming the process that holds the lock.
     """
@@ -34,7 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(guarded(folder))
-            # Under another temporary directory, as batch systems create one for each job.
+            # `guarded` misses a run with another temporary directory; batch systems create one for each job.
             if is_running(_owner(folder)[1]):
                 raise _busy(folder)
             folder.mkdir(parents=True, exist_ok=True)  # not earlier, or a removed directory would be created again
@@ -59,7 +59,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def share_lock(folder: Path) -> Iterator[None]:
-    """Treat a directory as locked in a process that was started by the owner of the lock; see `check_held`."""
+    """Use, inside this context, the lock of the process that started this one; see `check_held`."""
     _LENDERS[folder] = _owner(folder)[1]
     try:
         with _noted(folder, _HELD):
@@ -70,19 +70,19 @@ def share_lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
-    """Let `check_held` also check a directory inside the locked one while training writes to it."""
+    """Inside this context, let `check_held` also check `folder`, a directory inside the locked one."""
     folder.mkdir(parents=True, exist_ok=True)
     with _noted(folder, _FILLED):
         try:
             yield
         except (OSError, RuntimeError):  # torch.save raises RuntimeError
-            check_held()  # it may have been removed during the write
+            check_held()  # the directory may have been removed during the write
             raise
 
 
 @contextlib.contextmanager
 def _noted(folder: Path, noted: dict[Path, os.stat_result]) -> Iterator[None]:
-    """Record the status of a directory in `noted` inside this context."""
+    """Store a directory's `stat` in `noted` inside this context."""
     with contextlib.ExitStack() as stack:
         if os.name == "posix":
             stack.callback(os.close, os.open(folder, os.O_RDONLY))  # while it is open, its inode number is not reused
@@ -94,13 +94,14 @@ def _noted(folder: Path, noted: dict[Path, os.stat_result]) -> Iterator[None]:
 def check_held() -> None:
     """Raise `RunFailed` if a directory locked by this process was removed, replaced or locked by another run.
 
-    The same applies to a directory inside it that training writes to: otherwise only the second half of a file set
-    would be written. `io.replacing` calls it before it writes; call it before long work and before removing files.
+    Directories passed to `writing_into` are checked, too: if one were removed while several files are written, the
+    result would be incomplete. `io.replacing` calls this function before it writes. Call it also before long work and
+    before removing files.
     """
     for folder in _HELD:
         if problem := _lost(folder):
             raise RunFailed(f"--output_dir {folder} {problem}")
-    # Network file systems may renumber all directories, including the locked ones.
+    # Network file systems may change the inode numbers of all directories, including the locked ones.
     numbered = all(_is_still(folder, before) for folder, before in _HELD.items())
     for folder, before in _FILLED.items():
         if numbered and not _is_still(folder, before):
@@ -112,7 +113,7 @@ before_writing.append(check_held)
 
 
 def _is_still(folder: Path, before: os.stat_result) -> bool:
-    """Return whether the path is still the same directory."""
+    """Return whether the path is still the directory whose `stat` was `before`."""
     try:
         return os.path.samestat(folder.stat(), before)
     except (FileNotFoundError, NotADirectoryError):
@@ -124,7 +125,7 @@ def _is_still(folder: Path, before: os.stat_result) -> bool:
 def _lost(folder: Path) -> str:
     """Return why a locked directory no longer belongs to this run; empty if it still does.
 
-    The reason follows from its lock file or the file system.
+    The file `OWNER` in the directory, and the directory's `stat`, show this.
     """
     number, process = _owner(folder)
     if process == _LENDERS.get(folder, this_process()):
@@ -132,14 +133,14 @@ def _lost(folder: Path) -> str:
     if not _is_still(folder, _HELD[folder]):
         fix = "if it is elsewhere, go on with --output_dir PLACE --resume_from_checkpoint latest"
         return f"was moved or removed while it trained, and nothing more is saved; {fix}"
-    # A process of another machine or container is not visible here, nor this one there.
+    # Runs on other machines or in other containers do not see this process, and may have taken its directory.
     return f"is another run's by now (process {number}), and nothing more is saved; choose another" if process else ""
 
 
 def guard_of(folder: Path) -> FileLock:
-    """Return the file lock of a directory among the runs of this machine.
+    """Return the file lock of a directory, which only runs on this machine respect.
 
-    The system releases it when the process ends.
+    The operating system releases it when the process ends.
     """
     name = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
     return FileLock(Path(tempfile.gettempdir()) / f"reslora-{getattr(os, 'getuid', int)()}-{name}.lock")
@@ -147,10 +148,11 @@ def guard_of(folder: Path) -> FileLock:
 
 @contextlib.contextmanager
 def guarded(folder: Path) -> Iterator[None]:
-    """Lock a directory among the runs of this machine.
+    """Lock a directory inside this context against other runs on this machine.
 
-    Raises `Timeout` immediately if another run holds the lock. The lock file is removed while it is still locked;
-    filelock refuses it to a process that has opened it by then, because the file has no name.
+    Raises `Timeout` immediately if another run holds the lock. The lock file is removed before it is unlocked. A
+    process that opened it earlier cannot lock it afterwards, because filelock rejects a lock file that has been
+    removed.
     """
     guard = guard_of(folder)
     with guard.acquire(timeout=0):

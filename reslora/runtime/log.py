@@ -1,4 +1,4 @@
-"""Read and write a run's `log.jsonl`: rows `{"step", "split", "loss", "lr", "seconds"}`, one for each line."""
+"""Read and write a run's `log.jsonl`; each line is a row `{"step", "split", "loss", "lr", "seconds"}`."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from ..json_lines import json_lines
 
 
 def read_log(path: Path) -> list[dict]:
-    """Return the rows of a log without damaged lines (a kill can truncate the last one); empty without a file."""
+    """Return the valid rows of a log; empty without a file. A killed process may have left an incomplete last line."""
     return [row for row in _lines(path) if row is not None]
 
 
@@ -29,7 +29,11 @@ def _lines(path: Path) -> list[dict | None]:
 
 
 class LogWriter:
-    """Append rows to a log; rows after the step that a run resumes from are removed first, `kept` are the others."""
+    """Appends rows to a log.
+
+    Rows after `step`, from which the run resumes, are removed first; if `step` is 0, all rows. `kept` has the remaining
+    ones.
+    """
 
     def __init__(self, path: Path, step: int = 0) -> None:
         self.kept = [row for row in read_log(path) if row["step"] <= step] if step else []
@@ -44,13 +48,13 @@ class LogWriter:
             self.file.flush()
 
     def close(self) -> None:
-        """Close the file; a row that could not be written is tried once more, and may raise again."""
+        """Close the file. A row that could not be written earlier is written now, or its error is raised again."""
         with self._named():
             self.file.close()
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Name the log in an `OSError` such as a full disk, which does not know its file."""
+        """Add the log's path to an `OSError` inside this context; for example, that of a full disk has no path."""
         try:
             yield
         except OSError as error:

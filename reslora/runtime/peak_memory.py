@@ -1,4 +1,4 @@
-"""Measure the memory of a run."""
+"""Measure the peak memory of a run, and the memory that is free."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ import torch
 
 
 def forget_peak(device: torch.device) -> None:
-    """Reset the peak that `peak_memory` returns; on a CPU only if the system supports it."""
+    """Reset the peak that `peak_memory` returns; on a CPU, this works only on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -18,7 +18,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the peak memory in bytes: allocated on a GPU, or resident on a CPU; None if unknown."""
+    """Return the peak memory in bytes, allocated (GPU) or resident (CPU); None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, IndexError, ValueError):
@@ -28,7 +28,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the free memory in bytes: of a GPU, or a CPU process's share of the system's; None if unknown."""
+    """Return the free memory in bytes, on a CPU divided by the number of processes; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu":

@@ -1,8 +1,8 @@
-"""Coordinate the processes of a distributed run: one decides and broadcasts, and the processes wait for each other.
+"""Coordinate the processes of a distributed run: the main process decides and broadcasts, and the others wait for it.
 
-Every decision that leads to a collective must be made by one process. If each process asked its own disk, clock or
-signal handler, they could enter different collectives and wait forever. With a single process, every function is a
-plain call.
+One process must make every decision that leads to a collective operation. If each process asked its own disk, clock or
+signal handler, they could enter different collective operations and wait forever. In a run with a single process, the
+functions of this module only call their arguments.
 """
 
 import gc
@@ -18,7 +18,7 @@ from ..errors import Diverged, EndedElsewhere, InvalidArgument, RunFailed, Stopp
 from .signals import StopRequest
 
 T = TypeVar("T")
-LONGEST_WAIT = timedelta(hours=24)  # for the main process to encode, merge, sample and read back
+LONGEST_WAIT = timedelta(hours=24)  # for work of the main process alone: to encode, merge, sample and read back
 _DECIDING = ContextVar("deciding", default=False)
 
 
@@ -33,16 +33,17 @@ def is_main() -> bool:
 
 
 def say(text: str) -> None:
-    """Print once in a run of several processes and machines."""
+    """Print a line only in the main process."""
     if is_main():
         print(text, flush=True)
 
 
 def broadcast_from_main(decide: Callable[[], T]) -> T:
-    """Return what `decide` returns in the main process, in every process; the others wait, however long it takes.
+    """Call `decide` in the main process, and return its result in every process.
 
-    The value must be picklable. An exception in the main process raises `EndedElsewhere` in the others. `decide` must
-    not call functions of this module that involve the other processes, because they do not run it.
+    The other processes wait, even for hours. The result must be picklable. If `decide` raises an error, the other
+    processes raise `EndedElsewhere`. `decide` must not call functions of this module that involve the other processes,
+    because they do not run it.
     """
     if is_single_process():
         return _by_itself(decide)
@@ -59,9 +60,9 @@ def broadcast_from_main(decide: Callable[[], T]) -> T:
 
 
 def on_all(do: Callable[[], T]) -> T:
-    """Return what `do` returns in this process; all processes call it, and if one fails, all end.
+    """Call `do` in every process, and return this process's result; if `do` fails in one process, all end.
 
-    Every process raises its own error, or `EndedElsewhere` if it has none.
+    A process in which `do` fails raises that error; the others raise `EndedElsewhere`.
     """
     if is_single_process():
         return do()
@@ -100,7 +101,7 @@ def stop_requested(stop: StopRequest) -> bool:
 
 
 def wait() -> None:
-    """Wait for all processes, with signals handled meanwhile, which a collective would block."""
+    """Wait for all processes. Unlike a collective operation, this does not block Python's signal handlers."""
     if not is_single_process():
         _collective(_wait)
 
@@ -114,7 +115,11 @@ def _wait() -> None:
 
 
 def leave(everyone: bool) -> None:
-    """Destroy the process groups; unless `everyone` does, a GPU's group is skipped, because it would wait."""
+    """Destroy the process groups.
+
+    `everyone`: whether all processes call this. If not, the GPU's group is not destroyed, because that would wait for
+    the other processes.
+    """
     patient = list(_PATIENT.values())
     _PATIENT.clear()
     if not (dist.is_available() and dist.is_initialized()):
@@ -131,7 +136,7 @@ _PATIENT: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
 def _patient() -> dist.ProcessGroup:
-    """Return a gloo group of all processes, for waits longer than the ten minutes of a collective on GPUs."""
+    """Return a gloo group of all processes; it may wait longer than the ten minutes of groups on GPUs."""
     world = dist.group.WORLD
     if world not in _PATIENT:
         _PATIENT[world] = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
@@ -139,7 +144,7 @@ def _patient() -> dist.ProcessGroup:
 
 
 def _by_itself(decide: Callable[[], T]) -> T:
-    """Return what `decide` returns, and raise an error if it would enter a collective."""
+    """Return what `decide` returns; raise an error if `decide` tries to enter a collective operation."""
     _refuse_to_meet()
     token = _DECIDING.set(True)
     try:

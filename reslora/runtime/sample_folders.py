@@ -1,4 +1,4 @@
-"""Which prompts a directory of samples was generated from: a resumed run may have other prompts."""
+"""Find out from which prompts a directory of samples was generated: a resumed run may have other prompts."""
 
 from pathlib import Path
 
@@ -9,7 +9,10 @@ PROMPTS = "prompts.json"
 
 
 def is_of(record: object, number: int, prompt: str | None) -> bool:
-    """Return whether prompt number `number` in the content of `PROMPTS` is `prompt`; True without a record."""
+    """Return whether prompt number `number` of a record is `prompt`; True without a record.
+
+    `record`: the content of the file `PROMPTS`.
+    """
     drawn = record.get("prompts") if isinstance(record, dict) else None
     return not isinstance(drawn, list) or drawn[number : number + 1] == [prompt]
 

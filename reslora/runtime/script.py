@@ -1,4 +1,4 @@
-"""Common entry code of all scripts: errors become one line and an exit status, signals a request to stop."""
+"""Common entry code of all scripts: turn errors into one line and an exit status, and signals into stop requests."""
 
 import os
 import signal
@@ -30,11 +30,17 @@ def run_script(
 ) -> int:
     """Run `main(argv, stop)` and return the exit status; errors that the user can fix are one line on stderr.
 
-    The status is 0; 2 for `InvalidArgument`; 1 for `RunFailed`, exhausted memory and files that cannot be read or
-    written; 128 + signal after Ctrl-C or SIGTERM. On a signal, `stop` is set, and `main` raises `Stopped` after it has
-    saved; a closed terminal is treated as SIGTERM. Other exceptions are bugs and are raised.
+    The exit status is:
+
+    - 0 after success;
+    - 1 for `RunFailed`, exhausted memory, and files that cannot be read or written;
+    - 2 for `InvalidArgument`;
+    - 128 + signal after Ctrl-C or SIGTERM. The signal sets `stop`; `main` saves and then raises `Stopped`. A closed
+      terminal is treated as SIGTERM.
+
+    Other exceptions are bugs and are raised.
     """
-    # Warnings of one library about another are not for the user.
+    # The user cannot do anything about warnings of one library about another.
     warnings.filterwarnings("ignore", category=FutureWarning)
     take_any_file_name()
     with ignore_broken_pipes(), override_attributes(warnings, formatwarning=warning_line), StopRequest() as stop:
@@ -74,11 +80,11 @@ def warning_line(message: Warning | str, *where: object, **more: object) -> str:
 def shares_the_cpu() -> bool:
     """Return whether several processes run on a machine without an accelerator.
 
-    accelerate must be created with `cpu=True` then: it finds no backend otherwise and treats each process as the only
-    one. Its launcher does not pass `use_cpu` on to several processes. False with DeepSpeed, which `cpu=True` would
-    disable.
+    In that case accelerate must be created with `cpu=True`. Otherwise it finds no backend and treats each process as
+    the only one, because its launcher does not pass `use_cpu` to several processes. With DeepSpeed this returns False,
+    because `cpu=True` would disable DeepSpeed.
     """
-    import torch  # only after the options are validated
+    import torch  # slow, and therefore imported only after the options are validated
 
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true"
     return several and not torch.accelerator.is_available()
@@ -91,10 +97,10 @@ def _say(text: str) -> None:
 def _leave_process_group(together: bool) -> None:
     """Destroy the process group before exit.
 
-    On a busy machine, gloo's threads abort a process that exits with a live group (status -6 after a good run).
-    `together`: all processes of the run exit; otherwise groups that wait for the other processes are not destroyed.
+    Otherwise, on a busy machine, gloo's threads may abort the process at exit, with status -6 after a successful run.
+    `together`: whether all processes of the run exit. If not, groups that would wait for the other processes remain.
     """
-    # Scripts import it, with torch, only after their options are validated.
+    # Not imported if the script ends before its options are validated, because the module imports torch.
     processes = sys.modules.get(f"{__package__}.processes")
     if processes is not None:
         processes.leave(everyone=together)

@@ -39,16 +39,22 @@ NOT_BEGUN = "stopped before training began"
 
 
 class StopRequest:
-    """While it is open, the first SIGINT or SIGTERM is stored in `signal`, and the next one ends the process at once.
+    """Inside this context, store the first SIGINT or SIGTERM in `signal`; the second one ends the process immediately.
 
-    Handlers are installed even if signals are ignored on entry (`nohup` and background shells ignore SIGINT), and the
-    earlier handlers are restored at the end.
+    In a process that torch's launcher has started, the third one ends it, because this launcher repeats signals that
+    the terminal has already sent.
 
-    `signal` also becomes SIGTERM in three other cases: the launcher has ended; SIGHUP arrived (unless `nohup` ignores
-    it); SIGUSR1 arrived (batch systems and the application send it). These never end the process at once, however often
-    they come, except within `at_once`; a later SIGINT or SIGTERM counts as the first. In a process that torch's
-    launcher has started, the third SIGINT or SIGTERM ends the process, because this launcher repeats signals that the
-    terminal has already sent. Use this class only in the main thread.
+    `signal` also becomes SIGTERM in three other cases:
+
+    - the launcher has ended;
+    - SIGHUP arrived, and `nohup` does not ignore it;
+    - SIGUSR1 arrived, which batch systems and the application send.
+
+    However often these occur, they do not end the process immediately, except inside `at_once`. They do not count as
+    the first SIGINT or SIGTERM.
+
+    Handlers are installed even if signals are ignored on entry (`nohup` and background shells ignore SIGINT). The
+    earlier handlers are restored at the end. Use this class only in the main thread.
     """
 
     def __init__(self) -> None:
@@ -60,7 +66,7 @@ class StopRequest:
 
     @property
     def signal(self) -> int | None:
-        """Number of the signal that requests a stop, or None; can be set, to share a request from another process."""
+        """Number of the signal that requests a stop, or None; can be set if another process received it."""
         if self._signal is None and self._launcher is not None and os.getppid() != self._launcher:
             self._signal = signal.SIGTERM
         return self._signal
@@ -70,22 +76,25 @@ class StopRequest:
         self._signal = number
 
     def shared(self, asked: bool) -> bool:
-        """Return whether any process was `asked` to stop; if so, count it as a SIGTERM here, so that all exit alike."""
+        """Return `asked`: whether any process was asked to stop.
+
+        If it is True, store SIGTERM in `signal`, so that all processes exit with the status of a stopped run.
+        """
         if asked and self.signal is None:
             self.signal = signal.SIGTERM
         return asked
 
     def check(self, message: str) -> None:
-        """Raise `Stopped` with the message if a stop was requested, for long work that has nothing to save."""
+        """Raise `Stopped` with the message if a stop was requested. For long work that has nothing to save."""
         if self.signal is not None:
             raise Stopped(message)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Let a signal or the launcher's death end this process at once, if it is one of several.
+        """Let a signal or the launcher's death end this process immediately, unless it is the only process of the run.
 
-        Raises `Stopped` if a stop was requested before. For the start of a distributed run: processes wait for the
-        launcher inside a library, which blocks Python's signal handlers.
+        Raises `Stopped` if a stop was requested before. Use this at the start of a distributed run: processes wait for
+        the launcher inside a library, which blocks Python's signal handlers.
         """
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         handlers = {number: signal.signal(number, signal.SIG_DFL) for number in self._previous if several}
@@ -129,7 +138,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block `SIGNALS` inside this context, so that a process started there gets none before it has handlers."""
+    """Block `SIGNALS` inside this context: a process started in it receives none before it has handlers."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if os.name == "posix" else set()
     try:
         yield
@@ -139,14 +148,14 @@ def signals_blocked() -> Iterator[None]:
 
 
 def _write_line(text: str) -> None:
-    """Print a line on stderr without `print`, which a signal may have interrupted."""
+    """Print a line on stderr without `print`, because the signal may have interrupted a `print`."""
     if speaks():
         with contextlib.suppress(OSError):
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"\n{text}\n".encode())
 
 
 def _launcher() -> int | None:
-    """Return the process id of the parent if it is a launcher; None for a shell, the application or a test."""
+    """Return the process id of the parent if it is a launcher; None if it is a shell, the application or a test."""
     parent = os.getppid()
     try:
         words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
@@ -157,12 +166,12 @@ def _launcher() -> int | None:
 
 
 def is_launcher(command: Sequence[str]) -> bool:
-    """Return whether a command line is one of the launchers of accelerate, torch or DeepSpeed."""
+    """Return whether a command line starts a launcher of accelerate, torch or DeepSpeed."""
     # The interpreter, its options and `-m` may come first; later arguments belong to the script.
     return any(word in _LAUNCHERS or Path(word).name in _LAUNCHERS for word in command[:4])
 
 
 def _signal_on_death_of_parent() -> None:
-    """Ask the kernel for SIGUSR1 when the parent dies (Linux only). Elsewhere `StopRequest.signal` polls the parent."""
+    """Ask the kernel for SIGUSR1 when the parent dies (Linux). On other systems, `signal` polls the parent."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(_TOLD), 0, 0, 0)

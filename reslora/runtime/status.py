@@ -1,4 +1,7 @@
-"""Write a run's current phase to `.status.json` in its directory, for the application; it is removed with the lock."""
+"""Write a run's current phase to `.status.json` in its directory, for the application.
+
+The file is removed when the directory is unlocked.
+"""
 
 import contextlib
 import os
@@ -14,15 +17,16 @@ from .peak_memory import peak_memory
 from .processes import is_main
 
 FILE = ".status.json"
-EVERY = 1.0  # seconds between two updates of a phase's progress
+EVERY = 1.0  # seconds between two writes of a phase's progress
 
 
 @dataclass
 class Status:
     """Current phase and progress of a run, written by the main process; without a directory nothing is written.
 
-    The file holds `process`, `phase`, `name` (the trained method or arm; may be empty) and `memory_bytes` (null if
-    unknown). A phase with a count also has `done`, `total` and `per_second` (items; null until two are done).
+    The file contains `process` (id), `phase`, `name` (the method or run of an experiment that is trained; may be empty)
+    and `memory_bytes` (peak; null if unknown). A phase that counts items also has `done`, `total` and `per_second`
+    (items per second; null until two items are done).
     """
 
     folder: Path | None = None
@@ -30,15 +34,15 @@ class Status:
     phase: tuple[str, str] = ("", "")
     told: float = 0.0
     first: tuple[float, int] = (0.0, 0)
-    """Time and number of this phase's first item, whose preparation may have taken longer than the others."""
+    """Time and number of the phase's first item, which may take longer and is not included in the rate."""
 
     def say(self, phase: str, name: str = "") -> None:
-        """Begin a phase and write it at once: the next update may take minutes."""
+        """Begin a phase and write it immediately, because the next update may come only after minutes."""
         self.phase = (phase, name)
         self._write()
 
     def count(self, phase: str, done: int, total: int, name: str = "") -> None:
-        """Report that `done` of `total` items of a phase are done; `phase` ends with the item: `encoding image`."""
+        """Report that `done` of `total` items are done; `phase` ends with the kind of item: `encoding image`."""
         now = time.monotonic()
         if self.phase != (phase, name):
             self.phase, self.first = (phase, name), (now, done)
@@ -53,6 +57,6 @@ class Status:
         self.told, (phase, name) = time.monotonic(), self.phase
         memory = peak_memory(self.device) if self.device else None
         content = {"process": os.getpid(), "phase": phase, "name": name, "memory_bytes": memory, **counted}
-        with contextlib.suppress(OSError, RunFailed):  # a full disk ends a run only when data would be lost
-            if self.folder.is_dir():  # a directory that was moved is not created again
+        with contextlib.suppress(OSError, RunFailed):  # an unwritten status does not end a run
+            if self.folder.is_dir():  # do not create a directory again that was moved
                 write_json(self.folder / FILE, content)

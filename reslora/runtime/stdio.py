@@ -1,6 +1,6 @@
 """Ignore EPIPE and EIO on stdout and stderr, so that a closed terminal or pipe does not end training.
 
-File names that cannot be encoded do not end it either.
+Also print file names that cannot be encoded, so that they do not end it either.
 """
 
 import contextlib
@@ -11,12 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-_GONE = (errno.EIO, errno.EPIPE)  # errors of writing to a closed terminal, and to a closed pipe
+_GONE = (errno.EIO, errno.EPIPE)  # errors when writing to a closed terminal (EIO) or pipe (EPIPE)
 
 
 @contextlib.contextmanager
 def ignore_broken_pipes() -> Iterator[None]:
-    """Discard output inside this context once nothing reads it: an error would end training before it has saved."""
+    """Discard output inside this context once its terminal or pipe is closed.
+
+    Otherwise an error would end training before it has saved.
+    """
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
     for stream in streams:
         for name in ("write", "flush"):
@@ -30,7 +33,7 @@ def ignore_broken_pipes() -> Iterator[None]:
 
 
 def take_any_file_name() -> None:
-    """Escape file names that are not valid text when they are printed."""
+    """Print file names with backslash escapes if they are not valid text."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -44,7 +47,7 @@ def _outliving(stream: TextIO, do: Callable) -> Callable:
             if error.errno not in _GONE:
                 raise
             with Path(os.devnull).open("w") as nowhere:
-                os.dup2(nowhere.fileno(), stream.fileno())  # also for data in its buffer when Python exits
+                os.dup2(nowhere.fileno(), stream.fileno())  # also discards the rest of the buffer when Python exits
             return do(*what)
 
     return done

@@ -1,7 +1,8 @@
 """Save the adapter with the lowest validation loss (--save_best), and detect when the loss stops improving.
 
-`<method>/best/step-<n>` holds the adapters and their loss. When a better one is found, the earlier one stays until a
-checkpoint follows both. So for any checkpoint that a run resumes from, the best adapter up to it exists.
+`<method>/best/step-<n>` contains an adapter and its validation loss. When a better adapter is saved, the earlier one
+remains until the next checkpoint is written. Therefore, from whichever checkpoint a run resumes, the best adapter up to
+that checkpoint exists.
 """
 
 import math
@@ -20,7 +21,7 @@ FOLDER, RECORD = "best", "loss.json"
 
 @dataclass(frozen=True)
 class Best:
-    """An adapter that had the lowest validation loss so far."""
+    """A saved adapter, which had a lower validation loss than all adapters before it."""
 
     path: Path
     step: int
@@ -35,12 +36,12 @@ def all_best(folder: Path) -> list[Best]:
 
 
 def best_of(folder: Path) -> Best | None:
-    """Return the best adapter so far."""
+    """Return the saved adapter with the lowest loss, which is the newest one; None without any."""
     return next(iter(all_best(folder)), None)
 
 
 def keep_if_best(learner: Learner, folder: Path, loss: float) -> None:
-    """Save the adapters if no earlier loss was as low."""
+    """Save the adapters if `loss` is lower than the loss of all saved ones."""
     before = best_of(folder)
     if loss < (before.loss if before else math.inf):
         path = folder / FOLDER / f"step-{learner.step:06d}"
@@ -59,13 +60,16 @@ def keep_adapter(learner: Learner, path: Path, record: dict | None = None) -> No
 
 
 def forget_beaten(folder: Path) -> None:
-    """Remove all but the best adapter before the latest checkpoint."""
+    """Remove all saved best adapters except the newest, which has the lowest loss."""
     for best in all_best(folder)[1:]:
         discard(best.path)
 
 
 def go_on_from(folder: Path, step: int) -> None:
-    """Remove the best adapters after the step that a run resumes from; warn if an earlier one is missing."""
+    """Remove the best adapters that were saved after `step`, from which a run resumes.
+
+    Prints a line if the best adapter up to that step is missing.
+    """
     for best in all_best(folder):
         if best.step > step:
             remove(best.path.rename(temporary_beside(best.path)))

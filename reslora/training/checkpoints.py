@@ -53,16 +53,16 @@ DESCRIBED = {
 def settings_of(values: Mapping[str, Any]) -> dict:
     """Return the settings that a resumed run must share with the earlier run, except its `Identity`."""
     settings = {name: value for name, value in values.items() if TABLE[name].resume == "fixed"}
-    samples = values["train_batch_size"] * int(os.environ.get("WORLD_SIZE", 1))  # samples of a forward pass
+    samples = values["train_batch_size"] * int(os.environ.get("WORLD_SIZE", 1))  # per forward pass
     settings["samples_per_step"] = samples * values["gradient_accumulation_steps"]
-    settings["snr_gamma"] = values["snr_gamma"] or 0  # both weight all timesteps equally, and 0 can be given
-    settings["deepspeed"] = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # its checkpoints have another state
+    settings["snr_gamma"] = values["snr_gamma"] or 0  # None and 0 both weight all timesteps equally
+    settings["deepspeed"] = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # it changes the saved state
     if values["use_aspect_ratio_buckets"] or len(listed(values["resolution"])) > 1:
-        settings["samples_per_forward"] = samples  # samples of one forward pass have one resolution
+        settings["samples_per_forward"] = samples  # they all have the same resolution
     return settings
 
 
-# -- which there are ---------------------------------------------------------------------------------------------------
+# -- finding checkpoints -----------------------------------------------------------------------------------------------
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
@@ -90,18 +90,19 @@ class Resume:
     finished: list[str]
     """Methods that are trained, merged and exported as requested."""
     merge_anew: list[str]
-    """Methods that are trained but must be merged again with another merge."""
+    """Trained methods that must be merged again, because the options of merging have changed."""
     checkpoints: dict[str, list[Path]]
-    """Checkpoints of the other methods, best first; empty lists for methods that start from zero."""
+    """Checkpoints of each method, in the order in which to try them; empty for a method that starts from zero."""
     notes: list[str] = field(default_factory=list)
-    """Differences from the earlier run, one line each."""
+    """Lines to print about options that have no effect on finished methods."""
 
 
 def plan_resume(options: Options, identity: Identity | None = None, place: str = "") -> Resume:
     """Compare the options with the run's directory and return what to resume.
 
-    Raises `InvalidArgument` for other settings, and for another `identity` once it is known. `place`: the arm's place
-    inside its method's directory. Only for the main process, which broadcasts the result.
+    Raises `InvalidArgument` if the earlier run had other settings, or another `identity` (not compared if None).
+    `place`: directory of an experiment's run inside its method's directory. Only the main process calls this, and
+    broadcasts the result.
     """
     output, named = Path(options.output.output_dir), options.output.resume_from_checkpoint
     folders = {method: output / method / place for method in options.adapter.method}
@@ -133,7 +134,11 @@ def plan_resume(options: Options, identity: Identity | None = None, place: str =
 def already_trained(
     options: Options, folders: dict[str, Path], identity: Identity | None
 ) -> tuple[list[str], dict[str, Path], list[str]]:
-    """Return the finished methods, the checkpoints of methods to merge again, and notes about the finished ones."""
+    """Return the state of the methods that are already trained.
+
+    Returns three values: the finished methods; the last checkpoint of each method to merge again; notes about the
+    finished methods.
+    """
     finished, merge_anew, notes = [], {}, []
     for method, folder in folders.items():
         record = read_object(folder / EXPORTS)
@@ -150,14 +155,14 @@ def already_trained(
 
 
 def check_length(options: TrainingOptions, resume: Resume, steps: int) -> None:
-    """Raise `InvalidArgument` if a method was already trained for more steps than are requested."""
+    """Raise `InvalidArgument` if an unfinished method was already trained for more than `steps` steps."""
     for method, found in resume.checkpoints.items():
         if found and method not in resume.finished:
             refuse_fewer(options, found[0], read_checkpoint(found[0]), steps)
 
 
 def refuse_fewer(options: TrainingOptions, place: Path, record: dict, steps: int) -> None:
-    """Raise `InvalidArgument` if a record has more steps than are requested: training cannot be undone."""
+    """Raise `InvalidArgument` if the record's step is after `steps`, because training cannot be undone."""
     step = record.get("step")
     if isinstance(step, int) and step > steps:
         epochs = f"--num_train_epochs {options.num_train_epochs} ({steps} steps)"
@@ -167,11 +172,14 @@ def refuse_fewer(options: TrainingOptions, place: Path, record: dict, steps: int
 
 
 def is_trained(training: TrainingOptions, validation: ValidationOptions, folder: Path, record: dict) -> bool:
-    """Return whether a method was exported after as many steps or epochs as are requested."""
+    """Return whether a method was exported after the requested number of steps or epochs.
+
+    Raises `InvalidArgument` if it was exported after more steps.
+    """
     step, steps = record.get("step"), training.max_train_steps
     if steps:
         refuse_fewer(training, folder, record, steps)
-    if patience := record.get("early_stopping_patience"):  # early stopping has ended it
+    if patience := record.get("early_stopping_patience"):  # early stopping ended the training
         return patience == validation.early_stopping_patience
     same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == training.num_train_epochs
     return step == steps if steps else same_epochs
@@ -190,7 +198,7 @@ def final_checkpoint(options: MethodOptions, folder: Path, step: int) -> Path:
 
 
 def notes_of(options: Options, folder: Path, record: dict) -> list[str]:
-    """Return notes about options whose change has no effect on a finished method."""
+    """Return a note for each changed option that has no effect on a finished method."""
     shown = record.get("shown", {})
     names = [name for name in SHOWN if name in shown and options[name] not in (None, shown[name])]
     return [f"{folder} is finished, --{name} has no effect any more: it was {in_words(shown[name])}" for name in names]
@@ -229,7 +237,7 @@ def check_past(values: Mapping[str, Any], place: Path, record: dict, identity: I
 
 
 def refuse_other_content(values: Mapping[str, Any], place: Path, record: dict, identity: Identity) -> None:
-    """Raise `InvalidArgument` to resume with another LoRA, model or images, compared by content."""
+    """Raise `InvalidArgument` if the content of LoRA, model or images differs from that of the earlier run."""
     if record.get("lora", "") != identity.lora:
         before = "another LoRA" if record.get("lora") else "zero"
         problem, fix = f"{place} was started from {before}", "give what it had, or choose another --output_dir"
@@ -247,9 +255,10 @@ def refuse_other_content(values: Mapping[str, Any], place: Path, record: dict, i
 
 
 def refuse_steering(values: Mapping[str, Any], place: Path, there: dict) -> None:
-    """Raise `InvalidArgument` if options depend on validation losses that were measured differently before.
+    """Raise `InvalidArgument` for --save_best or --early_stopping_patience if earlier losses are not comparable.
 
-    The message names the option that depends on them, because it sets --validation_noises if that is not given.
+    Both options need validation losses with --validation_noises, and set this option by default. Therefore the message
+    names them, not --validation_noises.
     """
     steering = next((name for name in ("save_best", "early_stopping_patience") if values[name]), None)
     if steering and there.get("validation_noises", NOISES) is None:
@@ -264,8 +273,8 @@ def refuse_steering(values: Mapping[str, Any], place: Path, there: dict) -> None
 def save_checkpoint(learner: Learner, study: Study) -> None:
     """Write `checkpoint-<step>`: the adapter, and the state with which a resumed run equals an uninterrupted one.
 
-    Removes older checkpoints beyond --checkpoints_total_limit. Raises `RunFailed` for non-finite weights. Collective:
-    every process must call it, since DeepSpeed gathers the state from all; only the main process writes.
+    Removes older checkpoints beyond --checkpoints_total_limit. Raises `RunFailed` for non-finite weights. Every process
+    must call this, because DeepSpeed gathers the state from all processes; only the main process writes.
     """
     context, identity = study.context, study.identity
     options, folder = context.options, context.folder_of(learner.method)
@@ -273,7 +282,7 @@ def save_checkpoint(learner: Learner, study: Study) -> None:
     record = {"method": learner.method, "step": learner.step, "seconds": learner.seconds} | past_of(
         options.flat(), identity
     )
-    # for tools that generate images with the checkpoint
+    # needed by tools that load the checkpoint to generate images
     if identity.lora or options.adapter.rank_pattern or options.adapter.alpha_pattern:
         config = learner.denoiser.peft_config["default"]
         record |= {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
@@ -306,7 +315,7 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
 
 
 def past_of(values: Mapping[str, Any], identity: Identity) -> dict:
-    """Return what a resumed run is compared with; see `check_past`."""
+    """Return the record with which `check_past` compares a resumed run."""
     lora = {"lora": identity.lora} if identity.lora else {}
     content = {"model": identity.model, "images": identity.images}
     return content | {"settings": settings_of(values)} | lora
@@ -317,7 +326,7 @@ def write_exports(
 ) -> None:
     """Write `exports.json`, which marks a method as finished.
 
-    It has the settings, and the error of each file against the merged model.
+    It contains the settings and, for each file, the largest pixel difference from the merged model's image, of 255.
     """
     record: dict[str, Any] = {
         "step": schedule.steps,
@@ -338,10 +347,12 @@ def write_exports(
 def restore(learner: Learner, candidates: list[Path], options: OutputOptions, accelerator: Accelerator) -> None:
     """Load the first complete checkpoint into the learner; skip damaged ones with a warning.
 
-    The main process chooses. Raises `InvalidArgument` if none is complete, or if the one that the user named is
-    damaged, and `RunFailed` for a complete one that cannot be loaded. In both cases the files on disk are unchanged.
-    Otherwise files of another training history are renamed. A checkpoint from another place is copied here; log, best
-    adapters and samples start anew then.
+    The main process chooses the checkpoint. There are three outcomes:
+
+    - `InvalidArgument` if no checkpoint is complete, or if the one that the user named is damaged. Files are unchanged.
+    - `RunFailed` if a complete checkpoint cannot be loaded. Files are unchanged.
+    - Otherwise the checkpoint is loaded, and files that belong to another training history are renamed. A checkpoint
+      from elsewhere is copied to the method's directory; then log, best adapters and samples begin anew.
     """
     if not candidates:
         return
@@ -358,7 +369,10 @@ def restore(learner: Learner, candidates: list[Path], options: OutputOptions, ac
 
 
 def newest_whole(candidates: list[Path], folder: Path, options: OutputOptions) -> Path:
-    """Return the first candidate whose files match their checksums."""
+    """Return the first candidate whose files match their checksums.
+
+    Raises `InvalidArgument` if there is none, or if the user named a checkpoint and it is damaged.
+    """
     for checkpoint in candidates:
         try:
             check_checksums(checkpoint)
@@ -376,9 +390,9 @@ def newest_whole(candidates: list[Path], folder: Path, options: OutputOptions) -
 
 
 def load_checkpoint(learner: Learner, checkpoint: Path, accelerator: Accelerator) -> None:
-    """Read and load a checkpoint.
+    """Load a checkpoint into the learner.
 
-    Raises `RunFailed` with one line if either fails.
+    Raises `RunFailed` if the files cannot be read or do not fit the learner.
     """
     try:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
@@ -386,6 +400,6 @@ def load_checkpoint(learner: Learner, checkpoint: Path, accelerator: Accelerator
         for place, part in learner.trained.places(checkpoint):
             load_adapter(part, place)
         learner.load_state(state, record["step"], record["seconds"], accelerator)
-    # out of memory or the state of another version: every reader and device has its own exceptions
+    # Exhausted memory, or a state of another version: each file format and device has its own exceptions.
     except Exception as error:
         raise RunFailed(f"{learner.name}: {cannot_be_loaded(checkpoint, error)}") from None

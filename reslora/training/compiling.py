@@ -1,9 +1,9 @@
 """Compile the denoiser, and compare its first gradients with those of the uncompiled model.
 
 PyTorch 2.13's CPU compiler loses track of buffers that are written in place when it fuses loops
-(`SchedulerNode.recompute_size_and_body`). Reordering by memory then moves a read of an upsampling's gradient before its
-computation: on a small U-Net no gradient arrived below an upsampling without attention. Without that reordering all
-gradients equal those of the uncompiled model.
+(`SchedulerNode.recompute_size_and_body`). Reordering operations to save memory then moves the use of an upsampling's
+gradient before the computation of this gradient: on a small U-Net, no gradient arrived below an upsampling without
+attention. Without this reordering, all gradients equal those of the uncompiled model.
 """
 
 import contextlib
@@ -24,20 +24,23 @@ from .context import Context
 from .state import Learner
 from .zero import uses_deepspeed
 
-# Relative to the norm of all gradients. The rounding error in float32 is 2e-5. In bf16 it is mostly 0.01 to 0.03, but
-# on the bundled pipeline one batch in fifty has 0.2 or more, also without a compiler; so a single batch does not fail
-# the check.
+# Relative to the norm of all gradients. Rounding errors are 2e-5 in float32 and mostly 0.01 to 0.03 in bf16. In bf16,
+# one batch in fifty of the bundled pipeline has an error of 0.2 or more, even without a compiler. Therefore the check
+# fails only if ATTEMPTS batches exceed the tolerance.
 TOLERANCE, HALF_TOLERANCE = 0.05, 0.2
 ATTEMPTS = 5
-SCALE = 1024  # a power of two changes no relative difference, and prevents underflow of small gradients in fp16
+SCALE = 1024  # factor of the loss: prevents underflow in fp16, and as a power of two adds no rounding
 
 
 def checked(batches: Iterator, learner: Learner, context: Context) -> Iterator:
     """Yield `batches`; with --compile, first compare the compiled and uncompiled gradients of one batch.
 
-    Nothing is compared with dropout, whose compiled masks differ, or with DeepSpeed, which steps in its backward pass.
-    Neither is it if the uncompiled step does not fit into the memory of a single GPU. Raises `InvalidArgument` if
-    `ATTEMPTS` batches differ.
+    If they differ, up to `ATTEMPTS` batches are compared. Raises `InvalidArgument` if all of them differ. Nothing is
+    compared in three cases:
+
+    - with dropout, because compiled masks differ;
+    - with DeepSpeed, which takes its optimizer step in the backward pass;
+    - if the uncompiled step does not fit into the memory of a single GPU.
     """
     options, accelerator = context.options, context.accelerator
     if not options.training.compile:
@@ -63,7 +66,7 @@ def checked(batches: Iterator, learner: Learner, context: Context) -> Iterator:
 
 
 def _error(learner: Learner, batch: object, accelerator: Accelerator) -> float:
-    """Return the relative error of a batch's compiled gradients."""
+    """Return the relative error of a batch's compiled gradients; 0 if it cannot be measured."""
     try:
         with learner.trained.without_compiler():
             expected = _gradients(learner, batch)
@@ -80,7 +83,7 @@ def _error(learner: Learner, batch: object, accelerator: Accelerator) -> float:
 
 
 def _gradients(learner: Learner, batch: object) -> list[torch.Tensor]:
-    """Return the gradients of a batch's loss; the parameters' own gradients are cleared."""
+    """Return the gradients of a batch's loss, and clear those that the parameters hold."""
     parameters = [p for p in learner.trained.parameters() if p.requires_grad]
     try:
         (SCALE * learner.model(batch).mean()).backward()
@@ -92,7 +95,7 @@ def _gradients(learner: Learner, batch: object) -> list[torch.Tensor]:
 
 @contextmanager
 def _unrecorded(model: nn.Module) -> Iterator[None]:
-    """Restore the recorded norms of a connected model afterwards."""
+    """When this context ends, restore the norms that a model with shortcuts had recorded before it."""
     connection = connection_of(model)
     if connection is None:
         yield

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Context:
     """Options with all defaults resolved, the model, the processes, and stop requests.
 
-    Each arm of an experiment has its own, with its options, its place inside the method's directory, and the number of
-    arms before its method's.
+    Each arm of an experiment, that is a run of it, has its own context. Its `options` are those of the arm, `place` is
+    the arm's directory inside the method's directory, and `before` is the number of arms before it.
     """
 
     options: Options
@@ -38,7 +38,7 @@ class Context:
     start: Start | None = None
     """The LoRA file that training starts from."""
     status: Status = field(default_factory=Status)
-    """Current phase, for the application."""
+    """Writer of the current phase, which the application shows."""
 
     @property
     def folder(self) -> Path:
@@ -47,11 +47,11 @@ class Context:
 
     @functools.cached_property
     def print_once(self) -> Callable[[str], object]:
-        """Print a line unless it was printed before: several checks can produce the same line."""
+        """A function that prints a line unless it has printed it before: several checks can produce the same line."""
         return functools.cache(self.accelerator.print)
 
     def name_of(self, method: str) -> str:
-        """Return the directory of a method, relative to the run's: its name, and the arm's place."""
+        """Return a method's directory relative to the output directory, with `place` for an arm of an experiment."""
         return f"{method}/{self.place}" if self.place else method
 
     def folder_of(self, method: str) -> Path:
@@ -60,7 +60,7 @@ class Context:
 
     @property
     def writes_merged(self) -> bool:
-        """Whether merged weights are exported; for the arms of an experiment only on request."""
+        """Whether to export merged weights; in an experiment only if --merged_weights is given."""
         return not self.place or self.options.experiment.merged_weights
 
     @property

@@ -1,4 +1,4 @@
-"""Train a method from its latest state to its exports; this module depends only on the `Study` interface."""
+"""Train a method from its latest checkpoint to its exports; this module depends only on the `Study` interface."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def train_method(method: str, resume: Resume, study: Study) -> None:
-    """Train a method from its latest checkpoint, and export it."""
+    """Train a method from its latest checkpoint, or from zero if there is none, and export it."""
     context, name, candidates = study.context, study.context.name_of(method), resume.checkpoints[method]
     options, say, folder = context.options, context.accelerator.print, context.folder_of(method)
     with memory_reported(folder), contextlib.ExitStack() as stack:
@@ -55,7 +55,10 @@ def train_method(method: str, resume: Resume, study: Study) -> None:
 
 
 def put_control_on(learner: Learner, study: Study) -> None:
-    """Calibrate a control on a few training batches before its first step, and apply it; a checkpoint includes it."""
+    """Calibrate a control method on a few training batches before the first step, and apply the resulting settings.
+
+    Checkpoints contain these settings, so that a resumed run does not calibrate again.
+    """
     options, parts = study.context.options, learner.trained.parts
 
     def measured() -> list[Settings]:
@@ -98,19 +101,19 @@ def train_and_export(learner: Learner, study: Study) -> None:
 def train(learner: Learner, study: Study, reports: Reports) -> None:
     """Train the remaining steps, with checkpoints and validation when due.
 
-    Raises `Stopped` after a requested stop is saved.
+    Raises `Stopped` if a stop is requested, after the last step has been saved.
     """
     context, schedule = study.context, study.schedule
     accelerator = context.accelerator
     if parts := broadcast_from_main(lambda: reports.overdue(schedule)):
         context.status.say(f"sampling at step {learner.step}", learner.name)
         study.validate(learner, reports, parts)
-        # nothing to save; these samples would be from an earlier step than the checkpoint
+        # Nothing has to be saved here. After another step, a resumed run would not repeat an interrupted validation.
         if stop_requested(context.stop):
             raise stopped_at(learner)
     learner.over = broadcast_from_main(lambda: reports.is_over(context.options.validation.early_stopping_patience))
     steps = range(learner.step, learner.step if learner.over else schedule.steps)
-    stopped = not steps and stop_requested(context.stop)  # no step in which to check
+    stopped = not steps and stop_requested(context.stop)  # without steps, `after_step` does not check it
     silent, requests = not accelerator.is_main_process, Requests(context)
     bar = tqdm(desc=learner.name, total=schedule.steps, initial=learner.step, disable=silent, dynamic_ncols=True)
     with contextlib.closing(study.batches(steps)) as loaded, bar:
@@ -118,7 +121,7 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
         for _ in steps:
             with learner.timed():
                 value = take_step(learner, batches, context)
-                known = reports.flush()  # the loss of the step before, while the device works on this one
+                known = reports.flush()  # reads the previous loss while the device computes
             reports.note("train", value)
             if known is not None:
                 bar.set_postfix(loss=f"{known:.4f}", refresh=False)
@@ -172,7 +175,7 @@ def take_step(learner: Learner, batches: Iterator, context: Context) -> torch.Te
     learner.step += 1
     for forward in range(options.training.gradient_accumulation_steps):
         batch = next(batches)
-        # Dropout masks, the only remaining random numbers: seeding here makes them a function of the step.
+        # Only dropout masks use this generator; seeding it here makes them depend on the step alone.
         torch.manual_seed(derive(options.training.seed, "dropout", learner.step, forward, accelerator.process_index))
         with accelerator.accumulate(learner.model):
             mean = learner.model(batch).mean()
@@ -183,7 +186,7 @@ def take_step(learner: Learner, batches: Iterator, context: Context) -> torch.Te
             if accelerator.sync_gradients and options.optimizer.max_grad_norm:
                 accelerator.clip_grad_norm_(learner.parameters, options.optimizer.max_grad_norm)
             learner.optimizer.step()
-            skipped = accelerator.optimizer_step_was_skipped  # its gradients are not finite
+            skipped = accelerator.optimizer_step_was_skipped  # because gradients are not finite
             if learner.allocator and accelerator.sync_gradients and not skipped:
                 learner.allocator.step(learner.step)
             learner.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Prepare a restored learner for its first step: attention, checkpointing, processes and compiler."""
+"""Prepare a restored learner for its first step: attention, gradient checkpointing, processes and compiler."""
 
 import contextlib
 import math
@@ -18,13 +18,13 @@ FEW_TOKENS = 64
 
 
 def renew_scaler(accelerator: Accelerator) -> None:
-    """Reset the fp16 loss scale found in the previous method, so that every method starts with the same."""
+    """Replace the fp16 loss scaler, so that a method does not start with the scale that the previous one reached."""
     if accelerator.scaler is not None:
         accelerator.scaler = get_grad_scaler(accelerator.distributed_type)
 
 
 def prepare(learner: Learner, context: Context) -> None:
-    """Prepare the learner for training: attention, checkpointing, processes and compiler."""
+    """Prepare the learner for training: attention, gradient checkpointing, processes and compiler."""
     options, denoiser = context.options, learner.denoiser
     if options.model.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
@@ -44,13 +44,13 @@ def freeze_unread(learner: Learner, context: Context) -> None:
     """Freeze unused parameters: DistributedDataParallel would wait for their gradients, which do not exist."""
     for part, weights in context.model.family.unused_weights(learner.denoiser).items():
         for weight in weights:
-            weight.requires_grad_(uses_deepspeed(context.accelerator))  # which does not wait
+            weight.requires_grad_(uses_deepspeed(context.accelerator))  # DeepSpeed does not wait
         line = f"{learner.name}: nothing reads what {part} of the last block returns, so it stays as it is"
         context.accelerator.print(line)
 
 
 def prepare_processes(learner: Learner, accelerator: Accelerator) -> None:
-    """Wrap the learner with accelerate to average gradients; with FSDP each process keeps its shard of the base."""
+    """Wrap the learner with accelerate, so that gradients are averaged; with FSDP, shard the base as well."""
     trained = learner.trained.train()
     if not cuts_base(accelerator):
         learner.model, learner.optimizer = accelerator.prepare(trained, learner.optimizer)
@@ -61,9 +61,9 @@ def prepare_processes(learner: Learner, accelerator: Accelerator) -> None:
 
 
 def attention_of(accelerator: Accelerator, shapes: Iterable[Sequence[int]]) -> contextlib.AbstractContextManager:
-    """Return a context with plain attention for small pipelines on a CPU in bf16, where the fused one is slow.
+    """Return a context that uses unfused attention for small pipelines on a CPU in bf16, where fused attention is slow.
 
-    `shapes`: shapes of the latents, with height and width last.
+    In all other cases the context has no effect. `shapes`: shapes of the latents, with height and width last.
     """
     tokens = max(math.prod(shape[-2:]) for shape in shapes)
     small = accelerator.device.type == "cpu" and tokens <= FEW_TOKENS

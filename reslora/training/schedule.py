@@ -29,7 +29,7 @@ class Schedule:
 
 
 def schedule_of(updates: int, context: Context) -> Schedule:
-    """Return the schedule of a method, given the number of updates in an epoch.
+    """Return the schedule of a method. `updates`: the number of optimizer steps in an epoch.
 
     Raises `InvalidArgument` for fewer steps than AdaLoRA needs.
     """

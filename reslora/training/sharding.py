@@ -1,7 +1,8 @@
 """FSDP2: each process holds a shard of the frozen denoiser, and the complete adapter.
 
-accelerate would shard the adapter too, which shortcuts read from other blocks, or leave each process with its own
-gradients. Therefore its settings only shard the base, and DistributedDataParallel trains the adapter.
+accelerate itself would either shard the adapter too, although shortcuts read adapters of other blocks, or not average
+the gradients of the processes. Therefore accelerate's FSDP2 settings are used only to shard the base, and
+DistributedDataParallel trains the adapter.
 """
 
 import inspect
@@ -30,13 +31,14 @@ USES_FSDP = "ACCELERATE_USE_FSDP"
 def take_plugin(
     model: ModelOptions, adapter: MethodOptions, training: TrainingOptions, output: OutputOptions
 ) -> FullyShardedDataParallelPlugin | None:
-    """Return accelerate's FSDP2 settings, None without them; from here on accelerate itself treats the run as DDP.
+    """Return accelerate's FSDP2 settings; None without FSDP.
 
-    Raises `InvalidArgument` for FSDP1, and for settings and options that FSDP2 does not support here.
+    Disables FSDP in the environment, so that accelerate treats the run as one with DistributedDataParallel. Raises
+    `InvalidArgument` for FSDP1, and for settings and options that are not supported together with FSDP2.
     """
     if not parse_flag_from_env(USES_FSDP):
         return None
-    os.environ[USES_FSDP] = "false"  # transformers would load different weights in each process
+    os.environ[USES_FSDP] = "false"  # otherwise transformers would load different weights in each process
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         problem = f"its configuration says FSDP {version}, which cuts the adapter with the base"
         raise InvalidArgument(LAUNCHER, problem, "give fsdp_version: 2, as assets/accelerate/fsdp2.yaml does")
@@ -48,7 +50,7 @@ def take_plugin(
 
 
 def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
-    """Raise `InvalidArgument` for FSDP2 settings that have no effect here."""
+    """Raise `InvalidArgument` for FSDP2 settings that are not supported here, and if torch has no suitable FSDP2."""
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard  # not in torch 2.5
 
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
@@ -81,7 +83,7 @@ def refuse_flags(model: ModelOptions, adapter: MethodOptions, training: Training
 
 
 def share(plugin: FullyShardedDataParallelPlugin | None, accelerator: Accelerator) -> None:
-    """Use these settings to shard the base if there are several processes."""
+    """Store the FSDP2 settings for sharding the base, unless there is only one process."""
     if plugin is not None and accelerator.num_processes == 1:
         accelerator.print(f"{LAUNCHER}: FSDP2 cuts nothing for one process, which has the whole base")
     elif plugin is not None:
@@ -94,9 +96,10 @@ def cuts_base(accelerator: Accelerator) -> bool:
 
 
 def units_of(denoiser: nn.Module, accelerator: Accelerator) -> list[str]:
-    """Return the classes of modules that are gathered at once: accelerate's configuration, else the denoiser's blocks.
+    """Return the classes of the modules that FSDP2 gathers one by one.
 
-    Raises `InvalidArgument` for names that no module of the denoiser has.
+    They are those in accelerate's configuration, or by default the denoiser's blocks. Raises `InvalidArgument` for a
+    class that no module of the denoiser has.
     """
     classes = {type(module).__name__ for module in denoiser.modules()}
     own = [name for name in getattr(denoiser, "_no_split_modules", None) or [] if name in classes]
@@ -108,22 +111,22 @@ def units_of(denoiser: nn.Module, accelerator: Accelerator) -> list[str]:
 
 
 def leave_base_alone(trained: nn.Module) -> None:
-    """Exclude the frozen base from DistributedDataParallel's broadcast: each process loads the same."""
+    """Exclude the frozen base from DistributedDataParallel's broadcast: every process has loaded it already."""
     same = [name for name, parameter in trained.named_parameters() if not parameter.requires_grad]
     same += [name for name, _ in trained.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, same)
 
 
 def cut(denoiser: nn.Module, accelerator: Accelerator) -> None:
-    """Shard every weight of the base; the blocks are gathered when they are used."""
+    """Shard every weight of the base; the weights of a block are gathered only while the block is used."""
     from torch.distributed.fsdp import fully_shard
 
     names = units_of(denoiser, accelerator)
     whole = {parameter for module in adapters_of(denoiser) for parameter in module.parameters()}
     units = [module for module in denoiser.modules() if type(module).__name__ in names]
     for unit in (*reversed(units), denoiser):  # inner modules first
-        # The root too, with all weights outside of units: saving only on the main process reshards them, so that no
-        # process may have them gathered.
+        # The root too: it has all weights outside of units. If they stayed gathered after a forward pass, saving, which
+        # only the main process does, would reshard them only there.
         fully_shard(unit, reshard_after_forward=True, ignored_params=whole)
 
 
@@ -139,9 +142,9 @@ def adapters_of(model: nn.Module) -> list[nn.Module]:
 
 
 def by_main(accelerator: Accelerator, compute: Callable[[], T], keep: Callable[[T], U]) -> U:
-    """Return in every process `keep` of the value that `compute` returns in the main process.
+    """Call `keep` in the main process with the result of `compute`; return its result in every process.
 
-    With a sharded base all processes compute it, because a forward pass gathers the weights from all of them.
+    With a sharded base, all processes call `compute`, because a forward pass gathers the weights from all of them.
     """
     if not cuts_base(accelerator):
         return broadcast_from_main(lambda: keep(compute()))

@@ -39,17 +39,17 @@ class Learner:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     allocator: RankAllocator | None
     model: nn.Module
-    """The trained modules, wrapped by accelerate once prepared."""
+    """The same as `trained`; once the learner is prepared, accelerate's wrapper around it."""
     step: int = 0
     seconds: float = 0.0
     name: str = ""
-    """Directory relative to the run's, and name in messages: the method, or an arm of an experiment."""
+    """Name in messages, and directory relative to the output directory; see `Context.name_of`."""
     before: int = 0
-    """Number of methods or arms trained before it."""
+    """Number of methods, or of runs of an experiment, before this one."""
     over: bool = False
     """Whether training ends because the validation loss has stopped improving."""
     awaited: dict | None = None
-    """State of DeepSpeed's optimizer to load once the learner is prepared."""
+    """Restored state to load into DeepSpeed's optimizer once the learner is prepared."""
 
     @property
     def denoiser(self) -> nn.Module:
@@ -69,20 +69,23 @@ class Learner:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Add the time spent inside to the training time."""
+        """Add the time spent inside this context to the training time."""
         started = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - started
 
     @property
     def averaging(self) -> Any:
-        """The optimizer if it trains other weights than those to evaluate, as a schedule-free one does; else None."""
+        """The optimizer if it is schedule-free, else None.
+
+        A schedule-free optimizer trains other weights than those to evaluate.
+        """
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if hasattr(optimizer, "eval") else None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Switch to the weights for evaluation, samples, checkpoints and exports inside this context."""
+        """Switch to the weights to evaluate inside this context: for validation, samples, checkpoints and exports."""
         if (optimizer := self.averaging) is None:
             yield
             return
@@ -105,7 +108,7 @@ class Learner:
     def state(self, accelerator: Accelerator) -> dict:
         """Return the state, without the adapter, with which a resumed run equals an uninterrupted one.
 
-        Collective with DeepSpeed.
+        With DeepSpeed, every process must call this.
         """
         if uses_deepspeed(accelerator):
             optimizer = full_state(self.zero_optimizer, self.trained.named())
@@ -120,7 +123,10 @@ class Learner:
         }
 
     def load_state(self, state: dict, step: int, seconds: float, accelerator: Accelerator) -> None:
-        """Restore what `state` returned after `step`."""
+        """Restore a result of `state` that was saved after `step` steps and `seconds` of training.
+
+        Raises `ValueError` if it was saved with DeepSpeed and is loaded without, or the reverse.
+        """
         deepspeed = uses_deepspeed(accelerator)
         if deepspeed != ("parameters" in state["optimizer"]):
             raise ValueError(f"was saved {'without' if deepspeed else 'with'} DeepSpeed")
@@ -139,7 +145,7 @@ class Learner:
 
 
 def new_learner(method: str, trained: Trained, schedule: Schedule, context: Context) -> Learner:
-    """Return the learner of a method at its start, with adapters added to the trained models."""
+    """Return the learner of a method before its first step; the models in `trained` already have adapters."""
     options, denoiser = context.options, trained.denoiser
     if cuts_base(context.accelerator):
         for module in adapters_of(denoiser):  # the base stays on the CPU until it is sharded
@@ -165,9 +171,9 @@ def new_optimizer(
     accelerator: Accelerator,
     of_encoders: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of the options; parameters of text encoders are a group with their own learning rate.
+    """Return the optimizer that the options specify; text encoders have their own parameter group and learning rate.
 
-    Raises `InvalidArgument` for arguments that it does not accept.
+    Raises `InvalidArgument` for arguments that the optimizer does not accept.
     """
     per_step = training.gradient_accumulation_steps * training.train_batch_size * accelerator.num_processes
     scale = per_step if optimizer_options.scale_lr else 1
@@ -193,7 +199,7 @@ def new_optimizer(
 
 
 def check_optimizer(context: Context) -> None:
-    """Raise `InvalidArgument` for an optimizer or arguments that cannot train, by taking a step on one parameter."""
+    """Raise `InvalidArgument` if the optimizer cannot take a step on one parameter with its arguments."""
     weight = nn.Parameter(torch.zeros(1, 1, device=context.accelerator.device))  # a matrix, which Muon requires
     weight.grad = torch.ones_like(weight)
     with _refused(context.options.optimizer):

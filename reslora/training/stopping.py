@@ -7,14 +7,14 @@ from ..runtime.processes import any_of_each, is_main
 from .context import Context
 
 SAVE, SAMPLE = "save.now", "sample.now"
-"""Files that request a checkpoint, or samples, after the present step.
+"""Names of files that request a checkpoint or samples after the current step.
 
-Any program may create one in the run's directory; it is removed when it is handled.
+Any program may create such a file in the run's directory; the trainer removes it when it handles the request.
 """
 
 
 class Requests:
-    """Requests after a step: a stop from any process, saving and sampling from the main process."""
+    """The requests to handle after a step: a stop from any process; saving and sampling from the main process."""
 
     def __init__(self, context: Context) -> None:
         self.stop, self.folder, self.status, options = context.stop, context.folder, context.status, context.options
@@ -39,9 +39,9 @@ class Requests:
 
 
 def consume_request(request: Path) -> bool:
-    """Remove a request file and return whether it existed.
+    """Remove a request file, and return whether there was one.
 
-    A file that cannot be removed is ignored: it would be handled after every step.
+    A file that cannot be removed is ignored, because it would be handled again after every step.
     """
     try:
         request.unlink()

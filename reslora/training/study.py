@@ -23,7 +23,7 @@ class Identity:
     model: str
     images: str
     model_flag: str
-    """Option that names the model, with its value, for messages."""
+    """The option that names the model, and its value, for messages."""
     images_flag: str
     lora: str = ""
     """Hash of the LoRA that training starts from; empty without one."""
@@ -32,7 +32,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Study(ABC):
-    """A run's model and data, with its options. A batch has the type that the learner's model takes."""
+    """A run's model and data, with its options. Batches have the type that the learner's model takes."""
 
     schedule: Schedule
     identity: Identity
@@ -45,11 +45,11 @@ class Study(ABC):
 
     @abstractmethod
     def batches(self, steps: range) -> Generator:
-        """Yield this process's batches of these steps, which depend only on the seed and the step."""
+        """Yield this process's batches of these steps; a batch depends only on the seed, the step and the process."""
 
     @abstractmethod
     def calibration(self) -> Iterable:
-        """Return training batches on which a control is calibrated."""
+        """Return the training batches on which a control method is calibrated."""
 
     @abstractmethod
     def reports(self, learner: Learner) -> contextlib.AbstractContextManager[Reports]:
@@ -57,11 +57,14 @@ class Study(ABC):
 
     @abstractmethod
     def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
-        """Measure the validation loss and generate samples, or only `parts` of that, and set `learner.over`."""
+        """Measure the validation loss, generate samples, and set `learner.over`.
+
+        `parts`: which of "loss" and "samples" to compute; both if None.
+        """
 
     @abstractmethod
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
         """Write the trained method's files.
 
-        Returns each file's largest pixel difference from the merged model, of 255.
+        Returns, for each file, the largest difference of any pixel from the merged model's image, of 255.
         """

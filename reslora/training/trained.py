@@ -14,51 +14,52 @@ from ..attributes import override_attributes
 class Trained(nn.Module):
     """The trained models, the denoiser first, and their loss.
 
-    accelerate wraps this module, so that gradients of all of them are averaged over processes.
+    accelerate wraps this module, so that the gradients of all models are averaged over processes.
     """
 
     def __init__(self, parts: Mapping[str, nn.Module], loss: Callable[[nn.Module, Any], torch.Tensor]) -> None:
         super().__init__()
         self.parts = nn.ModuleDict(parts)
         self.loss: Any = loss
-        self._compiled: tuple[nn.Module, ...] = ()  # not registered: it has the denoiser's parameters
+        self._compiled: tuple[nn.Module, ...] = ()  # in a tuple, so that it is not registered twice
 
     @property
     def denoiser(self) -> nn.Module:
-        """The model that predicts."""
+        """The denoiser, which is the first of the models."""
         return next(iter(self.parts.values()))
 
     def places(self, folder: Path) -> Iterator[tuple[Path, nn.Module]]:
-        """Yield the directory and module of each model: the denoiser in `folder`, a text encoder in a subdirectory."""
+        """Yield each model and its directory: `folder` for the denoiser, a subdirectory for a text encoder."""
         for name, part in self.parts.items():
             yield (folder if part is self.denoiser else folder / name), part
 
     def named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield parameters by name: the denoiser's own names, and those of text encoders with a prefix.
+        """Yield the parameters of all models by name.
 
-        The prefix is the text encoder's name in the pipeline.
+        Parameters of a text encoder have the encoder's name in the pipeline as a prefix; those of the denoiser have
+        none.
         """
         for name, part in self.parts.items():
             yield from part.named_parameters(prefix="" if part is self.denoiser else name)
 
     def forward(self, batch: object) -> torch.Tensor:
-        """Return the loss of each sample (batch)."""
+        """Return the loss of each sample, of shape (batch,)."""
         (denoiser,) = self._compiled or (self.denoiser,)
         return self.loss(denoiser, batch)
 
     def use_compiler(self) -> None:
-        """Run the denoiser compiled in `forward` from here on."""
+        """Compile the denoiser for all later calls of `forward`."""
         self._compiled = (compiled(self.denoiser),)
 
     def without_compiler(self) -> AbstractContextManager[None]:
-        """Return a context in which nothing runs compiled."""
+        """Return a context in which `forward` uses the uncompiled denoiser."""
         return override_attributes(self, _compiled=())
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """Return the compiled model for training steps.
+    """Return a compiled version of the model for training steps.
 
-    Samples and validation batches have other shapes and do not use it.
+    Samples and validation use the uncompiled model, because their batches have other shapes.
     """
     reorder = "reorder_for_peak_memory"
     on_cpu = next(model.parameters()).device.type == "cpu"

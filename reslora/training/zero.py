@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1 and ZeRO-2, which shard the optimizer's state: settings, and the complete state."""
+"""DeepSpeed's ZeRO-1 and ZeRO-2: configure them, and gather and load the complete state of the sharded optimizer."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""State of a dynamic loss scaler; a fixed one has only the first."""
+"""Attributes with the state of a dynamic loss scaler; a static loss scaler has only the first."""
 
 
 def uses_deepspeed(accelerator: Accelerator) -> bool:
-    """Return whether DeepSpeed takes the optimizer steps."""
+    """Return whether DeepSpeed is used, which takes the optimizer steps itself."""
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
@@ -48,10 +48,10 @@ def configure(
         problem = "ZeRO cuts its state where it cannot be put together again"
         raise InvalidArgument(flag, problem, "leave it out, or train without DeepSpeed")
     steps = training.gradient_accumulation_steps
-    # accelerate's launcher passes on its file's value, which would win.
+    # Otherwise the value in the launcher's configuration file would override the option.
     accelerator.gradient_accumulation_steps = settings["gradient_accumulation_steps"] = steps
     settings["gradient_clipping"] = optimizer.max_grad_norm
-    # Otherwise it would ask the data loader, which is not accelerate's.
+    # Otherwise accelerate would read it from a data loader, but the data loader here is not prepared by accelerate.
     settings["train_micro_batch_size_per_gpu"] = training.train_batch_size
     settings["train_batch_size"] = training.train_batch_size * steps * accelerator.num_processes
 
@@ -59,15 +59,16 @@ def configure(
 def full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter]]) -> dict:
     """Return the complete state of DeepSpeed's `optimizer` on the CPU, independent of the number of processes.
 
-    `named`: parameters of the prepared model by name. "parameters" has their float32 weights, and after the first step
-    their moments and step. Collective: every process must call it, even if only one saves.
+    `named`: parameters of the prepared model by name. The entry "parameters" of the result has the float32 weight of
+    each parameter and, after the first step, its moments and its step. Every process must call this, even if only one
+    saves.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state  # an optional package
 
     base, parameters = optimizer.optimizer, {}
-    # One flat tensor for each group; all groups step together.
+    # DeepSpeed has one flat tensor for each parameter group; all groups have taken the same number of steps.
     step = max((int(state["step"]) for state in base.state.values() if state), default=0)
-    if step:  # DeepSpeed has linked parameters and moments within the first step, before a second group had moments
+    if step:  # DeepSpeed linked parameters to moments in the first step, when a second group had no moments yet
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
     for name, parameter in named:
@@ -85,7 +86,10 @@ def full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter
 
 
 def load_full_state(optimizer: ZeROOptimizer, named: Iterable[tuple[str, nn.Parameter]], state: dict) -> None:
-    """Load what `full_state` returned with any number of processes, before the first step; collective."""
+    """Load a result of `full_state` into DeepSpeed's optimizer before its first step.
+
+    The number of processes may differ from that of the earlier run. Every process must call this.
+    """
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     base, parameters = optimizer.optimizer, state["parameters"]

@@ -13,13 +13,13 @@ from ...plots.charts import escape
 from ...runtime.sample_folders import by_step, shows
 
 LARGEST = 512
-"""Longer edge of an image in the page, in pixels."""
+"""Length of the longer edge of an image in the page, in pixels."""
 MOST_PROMPTS = 12
 BASE = "before training"
 
 
 def gallery(experiment: Experiment, folder: Path) -> str:
-    """Return HTML with the first sample of each prompt for each label's chosen run and step; empty without samples."""
+    """Return HTML with the first sample of each prompt for each chosen run, side by side; empty without samples."""
     prompts = [str(prompt) for prompt in experiment["settings"].get("validation_prompt") or ()][:MOST_PROMPTS]
     columns = columns_of(experiment, folder, prompts)
     cells = {
@@ -46,10 +46,10 @@ def gallery(experiment: Experiment, folder: Path) -> str:
 
 
 def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> list[tuple[str, str, Path]]:
-    """Return (label, seed and step, folder of samples), the base model first, which equals any adapter before its first
-    step.
+    """Return the columns of the gallery: label, seed and step, and folder of samples.
 
-    Folders without samples of these prompts are skipped: runs that were added later may have other prompts.
+    The first column shows the base model, whose samples are those of any run before its first step. Folders without
+    samples of these prompts are skipped: runs that were added later may have other prompts.
     """
     found = []
     for label, choice in experiment["chosen"].items():
@@ -67,7 +67,7 @@ def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> 
 
 
 def samples_of(arm: Arm, folder: Path, prompts: Sequence[str]) -> dict[int, Path]:
-    """Return a run's folders of samples that show any of these prompts, by step."""
+    """Return, by step, the run's folders with samples that were generated from any of these prompts."""
     found = by_step(folder / arm["folder"] / "samples").items()
     return {step: place for step, place in found if any(shows(place, *prompt) for prompt in enumerate(prompts))}
 
@@ -79,7 +79,7 @@ def best_of(experiment: Experiment) -> str | None:
 
 
 def slider(columns: list[tuple[str, str, Path]], prompts: list[str], best: str | None) -> str:
-    """Return HTML with two stacked images and a slider that uncovers the left one, by mouse or keyboard."""
+    """Return HTML with two stacked images and a slider that sets how much of the left image is visible."""
     names = [name for name, *_ in columns]
     labels = [(str(number), name) for number, name in enumerate(names)]
     first = 1 if names[0] == BASE and len(names) > 2 else 0
@@ -99,7 +99,7 @@ def slider(columns: list[tuple[str, str, Path]], prompts: list[str], best: str |
 
 
 def select(name: str, title: str, options: list[tuple[str, str]], chosen: int) -> str:
-    """Return an HTML select element with values and their texts."""
+    """Return an HTML select element; `options` are pairs of a value and its text."""
     entries = "".join(
         f'<option value="{value}"{" selected" * (number == chosen)}>{escape(text)}</option>'
         for number, (value, text) in enumerate(options)
@@ -108,7 +108,10 @@ def select(name: str, title: str, options: list[tuple[str, str]], chosen: int) -
 
 
 def tile(path: Path, alt: str, cell: str) -> str:
-    """Return an image as a data URI, scaled down to LARGEST; empty if it is missing, and a text if it is damaged."""
+    """Return an HTML image element with the image as a data URI, scaled down to LARGEST.
+
+    Returns an empty string if the file is missing, and a text if it is damaged.
+    """
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")

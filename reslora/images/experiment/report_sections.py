@@ -16,7 +16,7 @@ from .similarity import MEANINGS
 
 
 def sections(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
-    """Return titles and HTML contents."""
+    """Return the title and the HTML content of each section."""
     return [
         ("Loss on the test images by timestep", timestep_chart(experiment)),
         ("Images", gallery(experiment, folder)),
@@ -24,7 +24,10 @@ def sections(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
 
 
 def timestep_chart(experiment: Experiment) -> str:
-    """Return a chart of each method's difference from its reference in percent; the losses themselves would overlap."""
+    """Return a chart of how much each method's loss differs from its reference's, in percent, by timestep.
+
+    Curves of the losses themselves would overlap.
+    """
     measured = {
         (arm["label"], arm["seed"]): [math.nan if loss is None else loss for loss in arm["test"]["by_timestep"]]
         for arm in experiment["arms"]
@@ -51,7 +54,10 @@ def timestep_chart(experiment: Experiment) -> str:
 
 
 def base_series(experiment: Experiment, measured: Mapping[tuple[str, int], list[float]], number: int) -> list[Series]:
-    """Return the base model's difference to the first reference, by timestep, in percent; nothing if not known."""
+    """Return how much the base model's loss differs from the first reference's, in percent, by timestep.
+
+    Empty if either loss is unknown.
+    """
     base, verdicts = experiment.get("base"), experiment["verdicts"]
     theirs = [losses for (name, _), losses in measured.items() if verdicts and name == verdicts[0]["reference"]]
     if not base or not theirs:

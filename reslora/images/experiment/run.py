@@ -1,8 +1,8 @@
 """Run an experiment: train every arm, choose learning rates and checkpoints, and compare the methods.
 
-An arm is one run: a method with a learning rate and a seed. Arms share the model, the encoded data and, by seed, noise
-and order. They differ from single runs only in the split, which depends on the images' content. Each arm writes to its
-own folder, and the files on disk determine the remaining work.
+An arm is one run: a method with a learning rate and a seed. All arms share the model and the encoded data; arms with
+the same seed also share noise and the order of images. Arms differ from single runs only in the split, which depends on
+the images' content. Each arm writes to its own folder, and the files on disk determine the remaining work.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
 from .test_split_losses import EXPORTED, base_losses, export_chosen, export_compared, measured
 
 MOST_LOOKS = 10
-SELECT_NOISES = 1  # per timestep and image of the selection split; the test split has NOISES
+SELECT_NOISES = 1  # noises per timestep and image of the selection split; for the test split it is NOISES
 ADAPTER = ("rank", "shortcut", "pre_num")  # the options of an adapter that an experiment may vary
-CHANGING = ("learning_rate", "seed")  # more of these, and more methods, may be added to an existing experiment
+CHANGING = ("learning_rate", "seed")  # more values of these may be added to an existing experiment, like methods
 FIXED = (
     *MERGING,
     "max_train_steps",
     "validation_steps",
     "cache_latents",
     "metric_model",
-)  # a single run may change these on resuming
+)  # options that a resumed single run may change, but an experiment may not
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
@@ -80,10 +80,10 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = None) -> Iterator[Bench]:
     """Lock the folder, check the options, and load and encode what the arms share.
 
-    `orders` is set in a worker process of --arms_at_once: there, the main process has locked the folder, checked the
-    options and written the settings.
+    `orders` is set only in a worker process of --arms_at_once. In that case the main process has already locked the
+    folder, checked the options and written the settings.
     """
-    if orders:  # TensorBoard reads one file per folder at a time
+    if orders:  # TensorBoard reads only one active file per folder
         given = given.replace(logging_dir=f"{given.base.output.logging_dir}/process-{orders.number}")
     began, plain, folder = time.monotonic(), given.run(), Path(given.base.output.output_dir)
     with contextlib.ExitStack() as stack:
@@ -124,7 +124,7 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
 
 
 def take_folder(grid: Grid[Options]) -> None:
-    """Check the folder's content, and remove partial files of a killed start.
+    """Check the folder's content, and remove the partial files of a killed process.
 
     Raises `InvalidArgument` if the folder cannot be used for this experiment.
     """
@@ -137,9 +137,9 @@ def take_folder(grid: Grid[Options]) -> None:
 
 
 def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
-    """Raise `InvalidArgument` if the folder holds a single run, or an experiment with other options.
+    """Raise `InvalidArgument` if the folder contains a single run, or an experiment with other options.
 
-    More methods, learning rates or seeds may be added.
+    The options may have more methods, learning rates or seeds than the experiment in the folder.
     """
     course = Course(grid)
     check_same(grid, identity)
@@ -152,14 +152,15 @@ def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
 
 
 def going_on(options: Options) -> Options:
-    """Return an arm's options with which it resumes from its latest checkpoint."""
+    """Return an arm's options, changed to resume from its latest checkpoint."""
     return options.replace(resume_from_checkpoint="latest")
 
 
 def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str = "") -> None:
-    """Raise `InvalidArgument` unless an experiment continues with the same options or more methods, rates and seeds.
+    """Raise `InvalidArgument` unless the folder is new or contains an experiment with the same options.
 
-    `parts`: the hash of the split, once it is known. A folder with a single run is rejected too.
+    The options may have more methods, learning rates or seeds. A folder with a single run is rejected too. `parts`: the
+    hash of the split; empty as long as it is unknown.
     """
     values, folder = grid.flat(), Path(grid.base.output.output_dir)
     there = read_experiment(folder).get("identity")
@@ -175,21 +176,24 @@ def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str
         raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
     for name in FIXED:
         value, before = values[name], there.get(name)
-        settled = value is not None or name == "metric_model"  # later: the model's or images' default
+        settled = value is not None or name == "metric_model"  # None: the default depends on model or images
         if settled and before != value:
             problem, fix = f"{folder} was begun with {in_words(before)}", "use that, or choose another --output_dir"
             raise InvalidArgument(f"--{name} {in_words(value)}", problem, fix)
 
 
 def identity_record(values: Mapping[str, Any], identity: Identity) -> dict:
-    """Return the record that `check_same` compares; `values` are flat."""
+    """Return the record that `check_same` compares. `values`: the value of every option by name."""
     past = past_of(values, identity)
     settings = {name: value for name, value in past["settings"].items() if name not in CHANGING}
     return past | {"settings": settings} | {name: values[name] for name in FIXED}
 
 
 def with_few_looks(schedule: Schedule, options: ValidationOptions) -> Schedule:
-    """Limit the default number of validations to MOST_LOOKS, because an epoch may be a single step."""
+    """Limit the default number of validations to MOST_LOOKS.
+
+    The default is one validation per epoch, but an epoch may be a single step.
+    """
     if options.validation_steps:
         return schedule
     least = math.ceil(schedule.steps / MOST_LOOKS)
@@ -197,13 +201,16 @@ def with_few_looks(schedule: Schedule, options: ValidationOptions) -> Schedule:
 
 
 def with_varied(resolved: Options, given: Grid[Options]) -> Grid[Options]:
-    """Return the experiment with the resolved options of its first run."""
+    """Return the experiment with the resolved options of its first run, and the varied options of `given`."""
     alpha = given.base.adapter.lora_alpha if "rank" in given.varied else resolved.adapter.lora_alpha
     return Grid(resolved.replace(lora_alpha=alpha), given.varied)
 
 
 def check_variants(grid: Grid[Options], context: Context) -> None:
-    """Try to add the adapters of every further rank, shortcut and number of blocks."""
+    """Validate the adapters for every combination of rank, shortcut and number of blocks.
+
+    The combination in the context's options has already been validated.
+    """
     tried = [context.options]
     for options in grid.runs(*ADAPTER):
         if all(options.adapter != other.adapter for other in tried):
@@ -212,14 +219,14 @@ def check_variants(grid: Grid[Options], context: Context) -> None:
 
 
 def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context: Context) -> Material:
-    """Return the training data of another seed, with its random crops and caption variants encoded."""
+    """Return the training data for another seed: encode the random crops and caption variants of that seed."""
     options = context.options.replace(seed=seed)
     context, sources = dataclasses.replace(context, options=options), []
     for source in material.sources:
         if source.latents is not None:
             sizes = [source.size(image) for image in range(len(source.images))]
             latents, problems = latents_of(source.images, sizes, pipeline, context)
-            for index, problem in problems.items():  # damaged after the other seeds were encoded
+            for index, problem in problems.items():  # the file was damaged after the other seeds were encoded
                 name = source.images.name(index)
                 where = f"--seed {seed}, {name}"
                 raise InvalidArgument(
@@ -234,16 +241,16 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
 
 
 class ArmStudy(ImageStudy):
-    """The study of an arm, whose files are written once it is compared."""
+    """The study of an arm: training writes no exports; `Bench` exports arms when it compares them."""
 
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
-        """Write nothing."""
+        """Write nothing, and return no differences."""
         return {}
 
 
 @dataclass(frozen=True)
 class Bench(Subject):
-    """The image study: shared training data, models and split, and how one arm is trained and evaluated."""
+    """The image experiment: data, model and split, which all arms share; trains, evaluates and exports single arms."""
 
     course: Course
     study: ArmStudy
@@ -251,9 +258,9 @@ class Bench(Subject):
     """Training data by seed."""
     parts: Parts
     content: str
-    """Hash of `parts`."""
+    """Hash of the content of `parts`."""
     noises: int
-    """Noises per timestep with which arms are measured on the selection split."""
+    """Number of noises per timestep and image for the losses on the selection split."""
     stop: StopRequest
     device: torch.device
     prog: str = "train_sd.py"
@@ -264,7 +271,10 @@ class Bench(Subject):
         self.study.context.status.say(phase, name)
 
     def study_of(self, arm: Arm) -> ArmStudy:
-        """Return the study of one arm, as for a single run, but with one checkpoint unless more are requested."""
+        """Return the study of one arm, as for a single run.
+
+        The arm keeps only its latest checkpoint, unless --checkpoints_total_limit is given.
+        """
         options = going_on(self.course.options_of(arm))
         options = options.replace(checkpoints_total_limit=options.output.checkpoints_total_limit or 1)
         before = self.course.arms().index(arm) if arm in self.course.arms() else 0
@@ -315,23 +325,27 @@ class Bench(Subject):
         return base_losses(self.parts.test, self.study_of(self.course.arms()[0]))
 
     def seconds_to_conclude(self) -> float:
-        """Return the expected time to test and export one arm, estimated from how long measuring has taken so far."""
+        """Return the expected time to test and export one arm, in seconds.
+
+        It is estimated from the time that validations have taken per sample; 0 before the first validation.
+        """
         shared, options = self.study.shared, self.study.context.options
         if not shared.samples:
             return 0.0
         tested = len(self.parts.test) * TIMESTEPS * NOISES
-        # twice for guidance, for the merged model and for each of three formats; a backward pass is as two forward ones
+        # 8: two passes with guidance, times four models (the merged model and three formats). 3, below: a backward pass
+        # takes as long as two forward passes.
         drawn = 8 * options.validation.num_inference_steps * max(1, options.validation.num_validation_images)
         return (tested + drawn + 3 * options.adapter.merge_calibration_samples) * shared.seconds / shared.samples
 
     def is_exported(self, arm: Arm, step: int) -> bool:
-        """Return whether the files of an arm are those of its checkpoint at a step."""
+        """Return whether the arm's exported files exist and are those of its checkpoint at this step."""
         folder = self.course.folder_of(arm)
         record = read_object(folder / EXPORTS)
         return record.get(EXPORTED) == step and all((folder / name).exists() for name in record["difference_of_255"])
 
     def export_compared(self, arm: Arm, step: int) -> None:
-        """Write an arm's LoRA files, read back and compared, as a single run does."""
+        """Write an arm's LoRA files, read them back and compare their images, as a single run does."""
         export_compared(step, self.study_of(arm))
 
     def export(self, arm: Arm, step: int) -> list[str]:

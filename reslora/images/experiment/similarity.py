@@ -31,7 +31,10 @@ MOST_TEST, MOST_TRAINING, DRAWINGS = 16, 512, 4
 def similarities(
     parts: Mapping[str, nn.Module], loss: DenoisingLoss, images: Sequence[Image], setting: Setting
 ) -> dict[str, float]:
-    """Return the similarities of `MEANINGS` for samples of some of the test images' captions; captions need CLIP."""
+    """Return the similarities listed in `MEANINGS`; the similarity to captions needs CLIP.
+
+    The samples are generated from UNRELATED prompts and from the captions of the first MOST_TEST test images.
+    """
     context, sources = setting.context, setting.material.sources
     metric = load_metric(context.options.validation.metric_model, str(context.accelerator.device))
     denoiser = next(iter(parts.values()))
@@ -56,7 +59,7 @@ def similarities(
 
 
 def learnt(setting: Setting) -> list[Image]:
-    """Return at most MOST_TRAINING of the training images: the first by a hash of their content."""
+    """Return at most MOST_TRAINING training images; a hash of the content determines which."""
     sources = setting.material.sources
     marks = {
         (number, image): source.images.marks[image]
@@ -69,7 +72,7 @@ def learnt(setting: Setting) -> list[Image]:
 
 @contextmanager
 def without_adapters(parts: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Disable the adapters in the body, which leaves the base model."""
+    """Disable the adapters inside this context, so that the modules compute what the base model computes."""
     layers = [layer for part in parts.values() for layer in part.modules() if isinstance(layer, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)

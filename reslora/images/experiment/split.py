@@ -1,9 +1,10 @@
 """Split images into training, selection and test parts as a function of their content.
 
 An image and its near-duplicates (re-encoded, scaled, with another caption) are in the same part. The selection and test
-parts contain one of them, so that copies do not count as independent images. A hash of the content determines the part,
-whatever other images there are: a new image moves only its near-duplicates. Exceptions: an empty part, or a test part
-of one image out of five or more, takes the next image in the order of the hash.
+parts contain only one image of such a group, so that copies do not count as independent images. The part depends only
+on a hash of the image's content, not on the other images: a new image changes the part of its near-duplicates at most.
+Exceptions: an empty part, or a test part of one image out of five or more, takes the next image in the order of the
+hash.
 """
 
 import dataclasses
@@ -26,16 +27,17 @@ from ..data.dataset import ImageDataset, data_flag
 from ..data.samples import Material
 from ..data.sources import Source
 
-SIDE, MARGIN = 8, 8  # of the perceptual hash: cells per row and column, and the difference of neighbors, of 255
-BITS, NEAR = 384, 16  # the number of bits, and the highest number in which near-duplicates differ
-# On a plain background few bits are set, and different drawings differ in few. Therefore the squared difference of
-# near-duplicates' cells must also be below this fraction of the cells' own; ROUNDING is a tolerance in levels of 255.
+SIDE, MARGIN = 8, 8  # perceptual hash: cells per row and column; least difference of neighboring cells, of 255
+BITS, NEAR = 384, 16  # bits of the perceptual hash; largest number of bits in which near-duplicates differ
+# On a plain background only few bits are set, so that even different images differ in few bits. Therefore the cells of
+# near-duplicates must be similar, too: the squared norm of their difference is at most APART times the product of their
+# norms. ROUNDING is a tolerance for each cell, of 255.
 APART, ROUNDING = 0.15, 1.0
-AT_ONCE = 1024  # rows of the distance matrix
+AT_ONCE = 1024  # rows of the distance matrix that are computed together
 
 
 Image = tuple[int, int]
-"""A source and an image's number in it."""
+"""The number of a source, and the number of an image in that source."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Parts:
     trained: int
     """Number of distinct training images: copies, and several resolutions of an image, count once."""
     duplicates: int
-    """Number of near-duplicates, which are left out or moved to the part of their group."""
+    """Number of near-duplicates: left out, or in the training part together with the image that they resemble."""
     enough: float
     """The smallest --test_split that gives enough images for a comparison."""
 
@@ -65,8 +67,8 @@ def parts_of(
 ) -> Parts:
     """Split the images of these sources by --select_split and --test_split, with at least one image in each part.
 
-    At most --max_validation_images of the selection part are used; the rest of it is not used at all. Raises
-    `InvalidArgument` if fewer than three images are not near-duplicates.
+    At most --max_validation_images of the selection part are used; its other images are used nowhere. Raises
+    `InvalidArgument` if fewer than three images remain when near-duplicates count once.
     """
     flat = [(source, number) for source, found in images.items() for number in range(len(found))]
     marks = [images[source].marks[number] for source, number in flat]
@@ -85,19 +87,19 @@ def parts_of(
 
 
 def content_of(parts: Parts, images: Mapping[int, ImageDataset]) -> str:
-    """Return a hash of the parts that does not depend on the order of their images."""
+    """Return a hash of the images' content in each part; the order of the images does not matter."""
     found = (parts.train, parts.select, parts.test)
     marks = [sorted(images[source].marks[number] for source, number in part) for part in found]
     return f"{derive('parts', marks):016x}"
 
 
 def learnt(sources: Sequence[Source]) -> dict[int, ImageDataset]:
-    """Return the images of all sources except class images, by the sources' numbers."""
+    """Return the images of each source by the source's number, without class images."""
     return {number: source.images for number, source in enumerate(sources) if not source.images.of_class}
 
 
 def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) -> None:
-    """Raise `InvalidArgument` if some part would be empty. `alike`: names of two images that count as one."""
+    """Raise `InvalidArgument` if a part would be empty. `alike`: names of two near-duplicates, as an example."""
     if images < 3:
         example = f" ({' and '.join(alike)} look alike)" if alike else ""
         number = f"{pluralize(images, 'image')} but for near-duplicates{example}"
@@ -106,13 +108,13 @@ def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) ->
 
 
 def with_parts(material: Material, parts: Parts, processes: int) -> Material:
-    """Return the training data with the training part as training images and the selection part held out."""
+    """Return the training data with the split: the training part to train on, the selection part held out."""
     learnt = []
     for number, source in enumerate(material.sources):
         if not source.images.of_class:
             both = (parts.train, parts.select)
             own = [tuple(sorted(image for where, image in part if where == number)) for part in both]
-            repeats = source.images.repeats  # before they were balanced with class images
+            repeats = source.images.repeats  # the given number; that of `source` is balanced with class images
             learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1], repeats=repeats))
     of_class = [source for source in material.sources if source.images.of_class]
     of_class = [dataclasses.replace(source, repeats=source.images.repeats) for source in of_class]
@@ -146,7 +148,7 @@ def groups_of(marks: Sequence[str], looks: np.ndarray) -> list[list[int]]:
 
 
 def looks_of(images: Mapping[int, ImageDataset], flat: Sequence[Image], flag: str) -> np.ndarray:
-    """Return the features of images for `groups_of`: images x features.
+    """Return the features of images, from `look_of`, for `groups_of`: images x features.
 
     Raises `InvalidArgument` if an image cannot be opened.
     """
@@ -161,15 +163,19 @@ def looks_of(images: Mapping[int, ImageDataset], flat: Sequence[Image], flag: st
 
 
 def look_of(image: PIL.Image.Image) -> np.ndarray:
-    """Return the bits of the hash, then 8 x 8 cells in each color minus their mean: float32, 384 and 192 values."""
+    """Return the features of an image: a float32 vector of 384 and 192 values.
+
+    The first 384 are the bits of the perceptual hash. The others are 8 x 8 cells in each color, minus the color's mean.
+    """
     cells = np.asarray(image.resize((SIDE, SIDE), PIL.Image.Resampling.BOX), dtype=np.float32)
     return np.concatenate([perceptual_hash(image).astype(np.float32), (cells - cells.mean((0, 1))).ravel()])
 
 
 def perceptual_hash(image: PIL.Image.Image) -> np.ndarray:
-    """Return where each of 8 x 8 cells is clearly brighter than the one before, across and down, in each color (dHash).
+    """Return a perceptual hash (dHash) of BITS bits: 8 x 8 cells, two directions and three colors.
 
-    BITS bits. Scaling and JPEG change a few of them; the margin keeps flat areas at zero.
+    A bit is set if a cell is brighter than its left or upper neighbor by more than MARGIN, which keeps flat areas at
+    zero. Scaling and JPEG compression change only a few bits.
     """
     bits = []
     for axis, size in ((1, (SIDE + 1, SIDE)), (0, (SIDE, SIDE + 1))):

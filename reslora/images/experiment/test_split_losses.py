@@ -1,4 +1,7 @@
-"""Evaluate a chosen checkpoint on the test split: merged, in float32, as its exported file would perform."""
+"""Evaluate a chosen checkpoint of an arm, that is a run of the experiment, on the test split.
+
+The checkpoint is merged and evaluated in float32, so that its losses are those of its exported file.
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -35,11 +38,14 @@ from ..study import ImageStudy as Setting
 from .similarity import similarities
 from .split import Image
 
-EXPORTED = "exported_step"  # in an arm's exports.json: the step of its files
+EXPORTED = "exported_step"  # key in an arm's exports.json: the step of the exported checkpoint
 
 
 def measured(step: int, images: Sequence[Image], setting: Setting) -> dict:
-    """Return an arm's losses on the test images at a step and, with --metric_model, its similarities."""
+    """Return the losses of an arm's checkpoint on the test images and, with --metric_model, its similarities.
+
+    `step`: the step of the checkpoint.
+    """
     with chosen_parts(step, setting) as (parts, loss):
         losses = image_losses(parts, loss, images, setting)
         found = similarities(parts, loss, images, setting) if setting.context.options.validation.metric_model else {}
@@ -57,7 +63,7 @@ def base_losses(images: Sequence[Image], setting: Setting) -> dict:
 
 
 def image_losses(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], setting: Setting) -> dict:
-    """Return the mean loss of each test image, and over all of them at each timestep."""
+    """Return the mean loss of each test image, and the mean loss of all test images at each timestep."""
     denoiser = next(iter(parts.values()))
 
     def check_and_measure(batch: Batch) -> torch.Tensor:
@@ -99,12 +105,15 @@ def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.
 
 
 def numbers(losses: torch.Tensor) -> list[float | None]:
-    """Return losses of shape (samples,) for JSON: None if not finite."""
+    """Return the losses, of shape (samples,), as a list for JSON, with None for a loss that is not finite."""
     return [float(value) if value.isfinite() else None for value in losses]
 
 
 def export_compared(step: int, setting: Setting) -> None:
-    """Write the files of an arm's checkpoint to the arm's folder, as a single run does, and `exports.json` last."""
+    """Export an arm's checkpoint to the arm's folder, and compare the exports, as a single run does.
+
+    `exports.json` is written last.
+    """
     context, (method,) = setting.context, setting.context.options.adapter.method
     folder, until = context.folder_of(method), dataclasses.replace(setting.schedule, steps=step)
     begin_export(method, context)
@@ -117,7 +126,7 @@ def export_compared(step: int, setting: Setting) -> None:
 def export_chosen(step: int, setting: Setting) -> list[str]:
     """Write the LoRA files of an arm's checkpoint to the experiment's folder; return their names.
 
-    They replace the files of an earlier choice.
+    The new files replace those of an earlier export.
     """
     context, metadata = setting.context, None
     schedule = dataclasses.replace(setting.schedule, steps=step)

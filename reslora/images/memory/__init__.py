@@ -1,1 +1,1 @@
-"""Estimate the memory of a run before loading weights: its phases run on fake tensors, which have no storage."""
+"""Estimate a run's memory before weights are loaded, by running its phases on fake tensors without storage."""

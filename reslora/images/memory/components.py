@@ -1,4 +1,4 @@
-"""Modules of a pipeline without weights, with the classes, shapes and dtypes of loaded ones."""
+"""Modules of a pipeline without weights, with the same classes, shapes and dtypes as the loaded modules."""
 
 import importlib
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ META = torch.device("meta")
 
 
 def empty_denoiser(model: Model, dtype: torch.dtype, base_precision: str = "no", blocks_to_swap: int = 0) -> nn.Module:
-    """Return the frozen denoiser on the meta device, quantized and swapped as it would be loaded."""
+    """Return the frozen denoiser on the meta device, quantized and swapped like the loaded one."""
     with torch.device(META):
         denoiser = model.family.denoiser_class.from_config(model.denoiser_config())
     denoiser = cast(denoiser, dtype).requires_grad_(False)
@@ -28,7 +28,7 @@ def empty_denoiser(model: Model, dtype: torch.dtype, base_precision: str = "no",
 
 
 def empty_part(model: Model, name: str, dtype: torch.dtype) -> nn.Module | None:
-    """Return another part of the pipeline, frozen, on the meta device; None if it has no weights."""
+    """Return the pipeline component `name`, frozen, on the meta device; None if it has no weights."""
     library, kind_name = model.index[name]
     kind = getattr(importlib.import_module(library), kind_name)
     if not issubclass(kind, nn.Module):
@@ -56,7 +56,7 @@ def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def empty_pipeline(model: Model, dtype: torch.dtype, stage: Stage) -> DiffusionPipeline:
-    """Return the pipeline with tokenizers, scheduler and parts of fake tensors, without the denoiser."""
+    """Return the pipeline without its denoiser, with its other models as fake tensors."""
     given = model.without()
     for name, kind in model.index.items():
         if name not in given and isinstance(kind, list) and isinstance(kind[0], str):
@@ -69,9 +69,9 @@ def empty_pipeline(model: Model, dtype: torch.dtype, stage: Stage) -> DiffusionP
 
 
 class Reader:
-    """Runs text encoders on fake tensors; they return zeros in the shapes of one caption's text states.
+    """Makes text encoders run on fake tensors and return zeros in the shapes of one caption's text states.
 
-    `peak` is the peak of activations in bytes, with `at_once` captions per call.
+    `peak`: the peak memory of their activations, in bytes, when each call encodes `at_once` captions.
     """
 
     def __init__(self, encoders: Iterable[nn.Module], stage: Stage, at_once: int) -> None:
@@ -92,14 +92,14 @@ class Reader:
         encoder.forward = read
 
     def _repeated(self, value: Any) -> Any:
-        """Return a fake tensor in which one caption's dimension of size 1 is that of `at_once` captions."""
+        """Return a fake tensor for `at_once` captions, given a tensor for one; other values are unchanged."""
         if not isinstance(value, torch.Tensor) or value.dim() < 2 or 1 not in value.shape[:2]:
             return value
         axis = value.shape.index(1)
         return self.stage.empty(*value.shape[:axis], self.at_once, *value.shape[axis + 1 :], dtype=value.dtype)
 
     def _first(self, value: Any) -> Any:
-        """Return zeros in the shape of the first caption's output."""
+        """Return zeros in the shape of the first caption's output; values other than tensors are unchanged."""
         if not isinstance(value, torch.Tensor):
             return value
         many = value.dim() > 1 and value.shape[0] == self.at_once

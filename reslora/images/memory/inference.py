@@ -23,7 +23,7 @@ from .components import empty_denoiser
 from .meta_tensors import tensor_bytes
 from .phases import ACTIVATIONS, ADAPTER, AUTOENCODER, BASE, ENCODERS, EXACT, MERGE, OPTIMIZER, Held, Phase, Rehearsal
 
-KEPT = (BASE, ADAPTER, OPTIMIZER)  # what stays in memory after a step, while samples are generated and exported
+KEPT = (BASE, ADAPTER, OPTIMIZER)  # components of a training step that stay in memory during sampling and exporting
 
 
 def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
@@ -49,7 +49,10 @@ def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
 
 
 def sampling(rehearsal: Rehearsal, step: Phase) -> Phase | None:
-    """Return the phase that generates samples during training, after the phase `step`; None if there are none."""
+    """Return the phase that generates samples between training steps; None without samples.
+
+    `step`: the phase of a training step, whose weights and optimizer state stay in memory.
+    """
     options = rehearsal.options
     if not (options.validation.validation_prompt and options.validation.num_validation_images):
         return None
@@ -63,9 +66,10 @@ def sampling(rehearsal: Rehearsal, step: Phase) -> Phase | None:
 
 
 def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phase:
-    """Return the phase of merging and sampling in float32, in addition to the trained modules.
+    """Return the phase that merges, exports and generates samples in float32.
 
-    `free`: bytes of the device that are free before the run.
+    `step`: the phase of a training step, whose weights and optimizer state stay in memory. `free`: bytes of the device
+    that are free before the run.
     """
     exact = empty_denoiser(rehearsal.model, torch.float32)
     whole, shapes = tensor_bytes(exact), [layer.weight.shape for _, layer in block_layers(exact)]
@@ -76,7 +80,7 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
     plain = rehearsal.dtype == torch.float32 and rehearsal.options.model.base_precision == "no"
     if not plain or rehearsal.options.validation.save_best:
         left = (free - step.total) // 2 if rehearsal.stage.device.type == "cuda" else 0
-        if whole > max(IN_MEMORY, left) and shapes:  # the weights of its blocks are read one at a time
+        if whole > max(IN_MEMORY, left) and shapes:  # its block weights are read one at a time
             sizes = [4 * shape.numel() for shape in shapes]
             whole -= sum(sizes) - max(sizes)
         found |= {EXACT: whole, ADAPTER: 2 * (step.held[ADAPTER] or 0)}
@@ -91,7 +95,10 @@ def exporting(rehearsal: Rehearsal, method: str, step: Phase, free: int) -> Phas
 
 
 def merging(rehearsal: Rehearsal, exact: nn.Module) -> int:
-    """Return the bytes of the calibration batches, and at most BUDGET for the Gram matrices of least squares."""
+    """Return the bytes that merging needs: calibration batches, and Gram matrices for least squares.
+
+    The Gram matrices take at most BUDGET.
+    """
     options = rehearsal.options
     batch = rehearsal.batch(options.training.train_batch_size)
     states = [value for values in (batch.text or {}).values() for value in values]
@@ -113,7 +120,7 @@ def drawing(
     dtype: torch.dtype,
     precision: Callable[[], contextlib.AbstractContextManager],
 ) -> int:
-    """Return the peak memory of activations of the denoiser and the decoder, in bytes, while images are generated."""
+    """Return the peak memory of activations, in bytes, of the denoiser and the decoder while they generate images."""
     options, family = rehearsal.options, rehearsal.family
     images = options.validation.num_validation_images if options.validation.validation_prompt else 1
     prompts = [
@@ -132,7 +139,7 @@ def drawing(
 
 
 def passes(family: Family, guidance: float | None) -> int:
-    """Return the number of denoiser passes per image and step: 2 with classifier-free guidance."""
+    """Return how many forward passes an image needs per denoising step: 2 with classifier-free guidance, else 1."""
     return 1 if family.is_told_guidance or (guidance or 0) <= family.unguided else 2
 
 

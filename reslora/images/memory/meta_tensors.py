@@ -1,4 +1,4 @@
-"""Run modules on fake tensors, which have no storage, and count the memory that they would take."""
+"""Run modules on fake tensors, which have no storage, and count the memory that real tensors would take."""
 
 import math
 import weakref
@@ -19,11 +19,11 @@ LANES = 16  # float32 values in a vector register
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of live tensors that are created in its body: `now`, and the highest, `peak`.
+    """Counts the bytes of live tensors that were created inside this context: now (`now`) and at most (`peak`).
 
-    Storages are counted, not tensors, because autograd keeps a tensor's complete storage alive. Views of `known`
-    tensors, such as weights, count nothing. Temporary memory of kernels is invisible, but that of convolutions is
-    added.
+    Storages are counted, not tensors, because autograd keeps a tensor's complete storage alive. Storages of `known`
+    tensors, such as weights, are not counted, so that views of them are free. The temporary memory of kernels is not
+    visible; only that of convolutions is estimated and added.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
@@ -33,7 +33,7 @@ class Live(TorchDispatchMode):
         self.watched: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run one operation, and count what it returns."""
+        """Run one operation, and count the storages of the tensors that it returns."""
         result = function(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
@@ -64,8 +64,8 @@ class Live(TorchDispatchMode):
 def copied(function: Any, args: tuple, result: Any) -> int:
     """Return the temporary bytes of a convolution, as measured with oneDNN on a CPU.
 
-    Its own layout pads channels to multiples of LANES, except for fewer input channels than that. The inputs' copy is
-    freed before the output is copied back.
+    oneDNN copies tensors to a layout with channels padded to multiples of LANES, but not inputs with fewer channels
+    than LANES. It frees the copy of the inputs before it copies the output back.
     """
     if function is CONVOLUTION and args[1].shape[2:].numel() > 1:
         return _beside(args[0], args[1], result)
@@ -84,7 +84,10 @@ def _beside(read: torch.Tensor, weight: torch.Tensor, written: torch.Tensor) -> 
 
 
 def _in_lanes(tensor: torch.Tensor, dimensions: int) -> int:
-    """Return the bytes of a tensor whose channels, in one or both of its first two dimensions, are padded to LANES."""
+    """Return the bytes of a tensor with its channels padded to multiples of LANES.
+
+    `dimensions`: 1 if only dimension 1 has channels, 2 if dimensions 0 and 1 have (the weight of a convolution).
+    """
     channels = tensor.shape[1:2] if dimensions == 1 else tensor.shape[:2]
     return int(tensor.nbytes * math.prod(math.ceil(count / LANES) * LANES / count for count in channels))
 
@@ -97,7 +100,10 @@ class Stage:
 
     @contextmanager
     def __call__(self, *modules: nn.Module) -> Iterator[Live]:
-        """Run the body on fake tensors, and count what it creates, without the modules' own tensors."""
+        """Run the body of this context on fake tensors, and count the memory of the tensors that it creates.
+
+        Tensors of `modules` are not counted.
+        """
         nf4_pairs.cache_clear()
         try:
             with self.mode, Live(tensors_of(*modules)) as live:
@@ -111,7 +117,7 @@ class Stage:
             return torch.empty(shape, dtype=dtype, device=self.device)
 
     def place(self, module: nn.Module) -> nn.Module:
-        """Replace a module's tensors on the meta device by fake tensors, including plain attributes."""
+        """Replace a module's parameters, buffers and other tensor attributes by fake tensors, and return the module."""
         placed: dict[torch.Tensor, torch.Tensor] = {}
         for owner in module.modules():
             for named in (owner._parameters, owner._buffers, vars(owner)):
@@ -129,7 +135,7 @@ class Stage:
 
 
 def tensors_of(*modules: nn.Module) -> Iterator[torch.Tensor]:
-    """Yield parameters, buffers, and tensors that are plain attributes."""
+    """Yield the modules' parameters, buffers, and tensors that are plain attributes."""
     for module in modules:
         for owner in module.modules():
             for named in (owner._parameters, owner._buffers, vars(owner)):
@@ -137,9 +143,12 @@ def tensors_of(*modules: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def tensor_bytes(*modules: nn.Module, trained: bool | None = None) -> int:
-    """Return the bytes of the modules' tensors; if `trained` is given, only of trainable or of frozen ones."""
+    """Return the bytes of the modules' tensors on the device.
+
+    `trained`: count only trainable tensors if True, only frozen ones if False, and both if None.
+    """
     every = (module for part in modules for module in part.modules())
-    swapped = {id(module.codes) for module in every if "codes" in vars(module)}  # in CPU memory
+    swapped = {id(module.codes) for module in every if "codes" in vars(module)}  # swapped weights stay in CPU memory
     found = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
         for tensor in tensors_of(*modules)

@@ -42,7 +42,7 @@ class Phase:
 
     name: str
     held: Held
-    """None: unknown."""
+    """Bytes of each component; None if unknown."""
 
     @property
     def total(self) -> int:
@@ -51,7 +51,7 @@ class Phase:
 
 
 class Rehearsal:
-    """A run on fake tensors: its modules, its largest batch, and the memory of each phase.
+    """A simulated run on fake tensors: its modules, its largest batch, and the memory of each phase.
 
     Raises `InvalidArgument` for image sizes that the pipeline does not accept.
     """
@@ -74,9 +74,9 @@ class Rehearsal:
         self.unknown: list[str] = []
 
     def known(self, what: str, trace: Callable[[], int]) -> int | None:
-        """Return the result of `trace`, or None if the model does not run on fake tensors.
+        """Return the result of `trace`; if it fails, return None and add the reason to `unknown`.
 
-        In that case, `unknown` gets a line with the reason.
+        It fails for models that do not run on fake tensors.
         """
         try:
             return trace()
@@ -87,7 +87,7 @@ class Rehearsal:
     # -- encoding ------------------------------------------------------------------------------------------------------
 
     def _read(self) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
-        """Return shapes of the text states of the longest caption and of the shortest."""
+        """Return shape and dtype of the text states of the longest caption and of the shortest one, by name."""
         captions = sorted({text for images in self.kinds for texts in images.captions for text in texts}, key=len)
         at_once = min(CAPTIONS_AT_ONCE, len(captions) + len(self.options.validation.validation_prompt) + 1)
         at_once = at_once if self.options.data.cache_text_embeddings else self.options.training.train_batch_size
@@ -100,7 +100,7 @@ class Rehearsal:
         return [{name: (value[0].shape, value[0].dtype) for name, value in text.items()} for text in states]
 
     def _modules(self, names: Iterable[str]) -> list[nn.Module]:
-        """Return those of the pipeline's parts that have weights."""
+        """Return the pipeline components with these names, without those that are missing or have no weights."""
         parts = [getattr(self.pipeline, name, None) for name in names]
         return [part for part in parts if isinstance(part, nn.Module)]
 
@@ -111,12 +111,12 @@ class Rehearsal:
 
     @property
     def staying(self) -> Held:
-        """Frozen text encoders that stay loaded during training."""
+        """The bytes of the frozen text encoders that stay loaded during training; empty if none do."""
         stay = [] if self.options.data.cache_text_embeddings else self._modules(self.frozen)
         return {ENCODERS: tensor_bytes(*stay)} if stay else {}
 
     def encoding_images(self) -> Phase | None:
-        """Return the phase that encodes all variants of an image; None if each step encodes its own images."""
+        """Return the phase that encodes all crops and flips of an image; None if images are encoded in every step."""
         if not self.options.data.cache_latents:
             return None
         vae = self.autoencoder_in(torch.float32 if overflows(self.family, self.pipeline.vae) else self.dtype)
@@ -137,7 +137,7 @@ class Rehearsal:
         return live.peak
 
     def autoencoder_in(self, dtype: torch.dtype) -> Any:
-        """Return the autoencoder in another dtype."""
+        """Return the autoencoder in `dtype`."""
         if dtype == self.dtype:
             return self.pipeline.vae
         part = empty_part(self.model, "vae", dtype)
@@ -145,9 +145,9 @@ class Rehearsal:
         return self.stage.place(part)
 
     def encoding_captions(self) -> Phase | None:
-        """Return the phase that encodes captions, with the autoencoder loaded.
+        """Return the phase that encodes captions while the autoencoder is loaded.
 
-        None if each step encodes its own captions.
+        None if captions are encoded in every step.
         """
         if not self.options.data.cache_text_embeddings or not self.peak_of_encoders:
             return None
@@ -157,7 +157,7 @@ class Rehearsal:
     # -- batches -------------------------------------------------------------------------------------------------------
 
     def text(self, count: int, dtype: torch.dtype | None = None) -> Text:
-        """Return text states of `count` captions: the longest caption's, except the last, which are the shortest's."""
+        """Return text states of `count` captions: the last of them is the shortest caption, the others the longest."""
         longest, shortest = self.texts
         texts = [longest, *[longest] * (count - 2), shortest][:count]
         empty = self.stage.empty
@@ -200,17 +200,17 @@ class Rehearsal:
         return Phase("training", found | self.staying)
 
     def autoencoder(self, times: int = 1) -> int:
-        """Return the bytes of the autoencoder that remain after encoding; `times` scales the size of its elements."""
+        """Return the bytes of the autoencoder that stay after encoding; `times` scales the bytes of each value."""
         vae = self.pipeline.vae
         return times * (tensor_bytes(vae) - (tensor_bytes(vae.encoder) if self.options.data.cache_latents else 0))
 
     def base(self) -> nn.Module:
-        """Return the denoiser that is trained, without data."""
+        """Return the denoiser that will be trained, on the meta device and without an adapter."""
         options = self.options.model
         return empty_denoiser(self.model, self.dtype, options.base_precision, options.blocks_to_swap)
 
     def trained(self, method: str) -> Trained:
-        """Return the models that training would train, with the method's adapter."""
+        """Return the models that will be trained, as fake tensors and with the method's adapter."""
         denoiser = self.base()
         parts = {self.family.denoiser: denoiser}
         for name in self.trainable:
@@ -227,9 +227,9 @@ class Rehearsal:
         return trained.train()
 
     def _step(self, trained: Trained) -> int:
-        """Return the peak of activations, in bytes, of a forward and backward pass.
+        """Return the peak memory of activations, in bytes, of a forward and backward pass.
 
-        Weights and their gradients are not counted.
+        The weights and their gradients are not counted.
         """
         with self.stage(trained, self.pipeline.vae, *self.encoders) as live:
             for parameter in trained.parameters():
@@ -249,7 +249,7 @@ class Rehearsal:
         return torch.autocast(self.stage.device.type, self.dtype if mixed else None, enabled=mixed)
 
     def _state(self, trained: Trained) -> int:
-        """Return the bytes of the optimizer's state, from one real step with one parameter of each shape."""
+        """Return the bytes of the optimizer's state, found by a real step with one parameter of each shape."""
         shapes = Counter(parameter.shape for parameter in trained.parameters() if parameter.requires_grad)
         parameters = [nn.Parameter(torch.zeros(shape, device=self.stage.device)) for shape in shapes]
         for parameter in parameters:

@@ -1,4 +1,4 @@
-"""Print the planned memory of a run by phase, and reject a run that does not fit, with options that make it fit."""
+"""Print a run's estimated memory by phase; reject a run that does not fit, and name options that make it fit."""
 
 import dataclasses
 import importlib.util
@@ -23,26 +23,26 @@ from .inference import drawing_class_images, exporting, sampling
 from .phases import ROWS, Phase, Rehearsal
 
 GIBI = 2**30
-SURELY = 0.5  # fraction of the free memory; if the upper bound is below, no plan is made
-FEW = 3  # highest number of layers whose inputs and outputs a model without gradients has in memory at a time
+SURELY = 0.5  # no estimate is made if the upper bound is below this fraction of the free memory
+FEW = 3  # most layers whose inputs and outputs a model without gradients holds in memory at a time
 Change = Mapping[str, object]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The planned memory of a run, by phase."""
+    """The estimated memory of a run, by phase."""
 
     phases: tuple[Phase, ...]
     free: int | None
     """Bytes of the device that are free before the run; None if unknown."""
     where: str
-    """The device."""
+    """Name of the device, for messages."""
     unknown: tuple[str, ...] = ()
-    """Lines about components that are unknown."""
+    """Lines about components whose memory is unknown."""
 
     @property
     def peak(self) -> Phase:
-        """The phase with the highest memory."""
+        """The phase that needs the most memory."""
         return max(self.phases, key=lambda phase: phase.total)
 
     @property
@@ -51,7 +51,7 @@ class Plan:
         return self.free is None or self.peak.total <= self.free
 
     def __str__(self) -> str:
-        """Return the table, with phases as columns, and the peak."""
+        """Return a table with phases as columns, and a line about the peak."""
         unit, name = (GIBI, "GiB") if self.peak.total >= GIBI else (2**20, "MiB")
         rows = [row for row in ROWS if any(row in phase.held for phase in self.phases)]
         lines = [f"{f'planned memory in {name}':<24}" + "".join(f"{phase.name:>20}" for phase in self.phases)]
@@ -65,12 +65,12 @@ class Plan:
 
 
 def shown(size: int | None, unit: int) -> str:
-    """Format bytes for the table."""
+    """Format a number of bytes for the table."""
     return "unknown" if size is None else f"{size / unit:.2f}"
 
 
 def where(context: Context) -> str:
-    """Return the name of the device, or of each run's part of it."""
+    """Return the name of the device; if several runs of an experiment share it, the name of one run's share."""
     arms, device = (
         arms_a_device(context.options.experiment, context.accelerator.device),
         context.accelerator.device.type,
@@ -79,7 +79,7 @@ def where(context: Context) -> str:
 
 
 def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -> Plan:
-    """Return the plan of the run; of several methods, that with the highest peak."""
+    """Return the memory estimate of the run: that of the method with the highest peak."""
     rehearsal = Rehearsal(kinds, context)
     first = drawing_class_images(rehearsal), rehearsal.encoding_images(), rehearsal.encoding_captions()
     before = [phase for phase in first if phase]
@@ -93,21 +93,21 @@ def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -
 
 
 def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
-    """Print the plan, and raise `InvalidArgument` if the run does not fit.
+    """Print the memory estimate, and raise `InvalidArgument` if the run does not fit.
 
-    Nothing happens with --no-plan or, without --plan, if an upper bound surely fits.
+    --no-plan disables this. Without --plan, nothing is printed if an upper bound shows that the run fits.
     """
     asked, free = context.options.output.plan, free_memory(context.accelerator.device)
     free = free and free // arms_a_device(context.options.experiment, context.accelerator.device)
     if cuts_base(context.accelerator):
-        return  # the plan assumes an unsharded base
+        return  # the estimate assumes an unsharded base
     if asked is False or (not asked and free and guess(context) <= SURELY * free):
         return
     try:
         plan = plan_of(kinds, context, free)
     except InvalidArgument:
         raise
-    except Exception as error:  # classes and kernels without fake versions can still be trained
+    except Exception as error:  # a model that fails on fake tensors can still be trained
         reason = f"this model is not gone through without weights ({first_line(error)})"
         if asked:
             raise InvalidArgument("--plan", reason, "leave it out") from None
@@ -118,7 +118,7 @@ def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
 
 
 def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
-    """Raise `InvalidArgument`, with options that would make the run fit, if the device has too little memory."""
+    """Raise `InvalidArgument` if the device has too little memory; the message names options that make the run fit."""
     if plan.fits or plan.free is None:
         return
     options = context.options
@@ -132,11 +132,11 @@ def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
     raise InvalidArgument(argument, problem, advice(kinds, context, plan))
 
 
-# -- what would make it fit --------------------------------------------------------------------------------------------
+# -- options that make a run fit ---------------------------------------------------------------------------------------
 
 
 def advice(kinds: Sequence[ImageDataset], context: Context, plan: Plan) -> str:
-    """Return the first options with which the run fits: a single one if that is enough, else several."""
+    """Return the first option that makes the run fit, or else the first few options that do so together."""
 
     def planned(change: Change) -> Plan | None:
         options = context.options.replace(**change)
@@ -161,13 +161,13 @@ def advice(kinds: Sequence[ImageDataset], context: Context, plan: Plan) -> str:
 
 
 def in_words(change: Change, plan: Plan) -> str:
-    """Format options as they are typed, and the memory of the run with them."""
+    """Format options as on the command line, with the memory that the run needs with them."""
     words = [f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items()]
     return f"with {' '.join(words)} it takes {plan.peak.total / GIBI:.2f} GiB"
 
 
 def changes(context: Context) -> Iterator[Change]:
-    """Yield options that save memory, in the order of their effect on training, the smallest first."""
+    """Yield options that save memory; those that change the training least come first."""
     options, device = context.options, context.accelerator.device
     if not options.training.gradient_checkpointing and not (
         options.training.compile and carries_activations(options.adapter)
@@ -189,23 +189,28 @@ def changes(context: Context) -> Iterator[Change]:
 
 
 def works(precision: str, device: torch.device) -> bool:
-    """Return whether the device supports that quantization."""
+    """Return whether the device supports this --base_precision."""
     try:
         try_format(precision, torch.float32, device)
-    except Exception:  # back ends raise many types
+    except Exception:  # back ends raise errors of many types
         return False
     return True
 
 
-# -- without going through it ------------------------------------------------------------------------------------------
+# -- an upper bound without fake tensors -------------------------------------------------------------------------------
 
 
 def guess(context: Context) -> float:
-    """Return an upper bound of the memory of all phases in bytes, from shapes only.
+    """Return an upper bound of the memory of all phases in bytes, from the shapes of weights and images only.
 
-    It is four float32 copies of all weights, and 16 bytes for each element that enters or leaves a layer at the
-    latents' full size. That covers intermediate results between layers as well. For the denoiser all layers count,
-    because it keeps their activations; for the other modules a few.
+    The bound is the sum of two parts:
+
+    - four float32 copies of all weights;
+    - the activations of the model that has the largest: 16 bytes for each value that enters or leaves a layer, as if
+      all layers had the resolution of the model's input. This also covers intermediate results between layers.
+
+    All layers of the denoiser count, because it keeps their activations for the backward pass. Of any other model, only
+    a few layers count.
     """
     options, model = context.options, context.model
     names = [name for name in ("vae", *model.family.text_parts) if model.index.get(name, [None])[0]]
@@ -213,8 +218,8 @@ def guess(context: Context) -> float:
     denoiser = empty_denoiser(model, torch.float32)
     weights = sum(value.nbytes for part in (denoiser, *filter(None, parts.values())) for value in part.parameters())
     pixels, texts = most_pixels(context), 64 * (options.training.max_sequence_length or 77)
-    images = max(options.training.train_batch_size, 8)  # at most 8 variants of an image are encoded at once
-    at_work = 16.0 * images * pixels / 16 * sum(widths(denoiser))  # no autoencoder here has more latents per pixel
+    images = max(options.training.train_batch_size, 8)  # at most 8 crops and flips are encoded together
+    at_work = 16.0 * images * pixels / 16 * sum(widths(denoiser))  # no supported autoencoder has more latents per pixel
     for name, part in parts.items():
         count = images * pixels if name == "vae" else texts
         own = widths(part) if part else []
@@ -223,7 +228,7 @@ def guess(context: Context) -> float:
 
 
 def widths(module: nn.Module) -> list[int]:
-    """Return inputs plus outputs of each layer per position, at the module's input resolution."""
+    """Return, for each linear and convolutional layer, the number of its inputs plus outputs per position."""
     layers = nn.Linear | nn.Conv2d | nn.Conv3d
     return [sum(layer.weight.shape[:2]) for layer in module.modules() if isinstance(layer, layers)]
 

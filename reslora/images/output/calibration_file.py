@@ -1,4 +1,4 @@
-"""Write and read the calibration batches of a merge, so that it can be repeated with another method.
+"""Write and read the calibration batches of a merge, so that the merge can be repeated with another method.
 
 A tensor's name is its path in the denoiser's arguments: `sample`, `added_cond_kwargs.time_ids` (in a dict),
 `cap_feats.0` (first in a list). The tensors of all batches are concatenated along the first dimension. If their shapes
@@ -26,7 +26,7 @@ def write_calibration(path: str | os.PathLike, batches: Sequence[Mapping]) -> No
 
 
 def read_calibration(path: str | os.PathLike) -> list[dict]:
-    """Return the batches of a calibration file; raises `ValueError` if it is damaged or of another kind."""
+    """Return the batches of a calibration file; raises `ValueError` if the file is damaged or of another kind."""
     try:
         with safe_open(path, "pt") as file:
             trees = json.loads(file.metadata()["batches"])
@@ -61,9 +61,9 @@ def _take_apart(value: object, path: str, batch: int, parts: dict[str, list[torc
 
 
 def _put_together(tree: object, tensors: Mapping[str, torch.Tensor]) -> object:
-    """Return the inverse of `_take_apart`.
+    """Return the value from which `_take_apart` made `tree`.
 
-    Tensors are copied, because the last digit of a product depends on the memory alignment of its operands.
+    Tensors are copied, because the last digit of a matrix product depends on the memory alignment of its operands.
     """
     if isinstance(tree, list):
         return [_put_together(item, tensors) for item in tree]

@@ -18,9 +18,9 @@ TAGS = ("text-to-image", "diffusers", "diffusers-training", "lora", "reslora")
 
 
 def card_of(repository: str, pictured: bool, context: Context) -> str:
-    """Return the repository's model card with the description of this upload; other text of an existing card is kept.
+    """Return the repository's model card with a new description of this upload.
 
-    `pictured`: whether the comparison is uploaded as well.
+    An existing card keeps all text outside of the description. `pictured`: whether the comparison figure is uploaded.
     """
     options = context.options
     if huggingface_hub.file_exists(repository, "README.md", token=options.output.hub_token):
@@ -56,7 +56,7 @@ def description(repository: str, pictured: bool, context: Context) -> list[str]:
 
 
 def name_of(place: str) -> str:
-    """Return a Hub name unchanged, and only the last component of a local path."""
+    """Return the last component of a local path; return a Hub name unchanged."""
     return Path(place).resolve().name if Path(place).exists() else place
 
 

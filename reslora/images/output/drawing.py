@@ -25,7 +25,7 @@ from ..prompts import Prompt, resolved
 
 @dataclass
 class Drawer:
-    """Generates images of prompts with the pipeline and any denoiser; each image has its own seed."""
+    """Generates images for prompts with the pipeline and any denoiser; each image has its own seed."""
 
     pipeline: DiffusionPipeline
     family: Family
@@ -43,10 +43,10 @@ class Drawer:
         images: int,
         between_steps: Callable[[], None] = lambda: None,
     ) -> list[np.ndarray]:
-        """Generate `images` images of each prompt, in eval mode; each is height x width x 3, in [0, 1].
+        """Generate `images` images for each prompt in eval mode; each image is height x width x 3, in [0, 1].
 
-        `between_steps` is called between the denoising steps and may raise. Denoiser and pipeline are restored
-        afterwards.
+        `between_steps` is called between the denoising steps and may raise an error. Afterwards the pipeline has its
+        earlier denoiser again, and the models are in their earlier mode.
         """
         drawn, size = [], self.training.train_batch_size
         encoders = [getattr(self.pipeline, part.name) for part in self.encoders]
@@ -57,7 +57,7 @@ class Drawer:
         return drawn
 
     def wanted(self, prompts: Sequence[str | Prompt], images: int) -> list[tuple[Prompt, int]]:
-        """Return the prompt, with all its options resolved, and the seed of each image."""
+        """For each image to generate, return its prompt with all options resolved, and its seed."""
         found = []
         for number, given in enumerate(prompts):
             prompt = Prompt(given) if isinstance(given, str) else given
@@ -107,7 +107,7 @@ class Drawer:
 
 
 def shared(wanted: tuple[Prompt, int]) -> Prompt:
-    """Return the options that images generated in one batch have in common."""
+    """Return the options of a prompt that must be equal for all images of a batch."""
     return dataclasses.replace(wanted[0], prompt="", seed=None)
 
 

@@ -45,9 +45,9 @@ from .drawing import Drawer, as_bytes, as_image
 from .merged_weights import write_merged
 from .reports import FINISHED, MERGED, save_images
 
-TOLERANCE = 2  # of 255: highest difference of any pixel between the merged model and an export read back
+TOLERANCE = 2  # of 255: largest allowed difference of a pixel between the merged model and an export
 PEFT_FOLDER = "peft"
-ROUNDING = 1e-6  # relative: a few units in the last place of float32
+ROUNDING = 1e-6  # relative change: a few units in the last place of float32
 
 
 Parts = Mapping[str, nn.Module]
@@ -56,7 +56,7 @@ Parts = Mapping[str, nn.Module]
 
 @dataclass(frozen=True)
 class Merged:
-    """The merge of one part's ResLoRA shortcuts: chains, report, and the calibration batches that it read."""
+    """The result of merging one model's ResLoRA shortcuts, with the chains of blocks and the calibration batches."""
 
     plan: Chains
     report: MergeReport
@@ -66,7 +66,10 @@ class Merged:
 def export_method(
     learner: Learner, material: Material, drawer: Drawer, schedule: Schedule, context: Context
 ) -> dict[str, int]:
-    """Export the learner's method, or its best checkpoint with --save_best; see `export_parts`."""
+    """Export the adapter that the learner has trained; see `export_parts`.
+
+    With --save_best, export the adapter of the best checkpoint instead, if there is one.
+    """
     method = learner.method
     best = best_of(context.folder_of(method)) if context.options.validation.save_best else None
     begin_export(method, context)
@@ -77,7 +80,7 @@ def export_method(
 
 
 def begin_export(method: str, context: Context) -> None:
-    """Report that a method is merged and exported."""
+    """Print, and write to the run's status, that the method is being merged and exported."""
     context.accelerator.print(f"{context.name_of(method)}: merging, exporting and comparing")
     context.status.say("merging", context.name_of(method))
 
@@ -93,12 +96,12 @@ def export_parts(
 ) -> dict[str, int]:
     """Merge in float32, write every format, read each back, and compare the images that the pipeline generates.
 
-    `schedule` ends at the step of the adapter. Returns, for each file, the highest difference of any pixel from the
-    merged model's image, of 255.
+    `schedule`: its last step is the step of the adapter. Returns, for each file, the largest difference of any pixel
+    from the merged model's image, of 255.
 
     Raises `Diverged`, without exporting, if training has diverged. Raises `RunFailed` if the image of an export differs
-    from the merged model's by more than TOLERANCE. If rounding changes the image as much, the comparison is not
-    conclusive, and a line is printed instead.
+    from the merged model's by more than TOLERANCE. The comparison is not conclusive if rounding errors change the image
+    by more than TOLERANCE; then a line is printed instead.
     """
     options, accelerator = context.options, context.accelerator
     name, folder = context.name_of(method), context.folder_of(method)
@@ -112,7 +115,7 @@ def export_parts(
     reference, *_ = [finite(image, name) for image in drawn]
     check_held()
     for path in (folder / EXPORTS, context.folder / FINISHED):
-        path.unlink(missing_ok=True)  # until all files are from this merge
+        path.unlink(missing_ok=True)  # written again once all files are from this merge
     remove(folder / MERGED)
     if merged:
         write_merge(merged, folder)
@@ -133,7 +136,7 @@ def export_parts(
 
 
 def compared(what: str, exported: nn.Module, prompt: Prompt, drawer: Drawer, reference: np.ndarray) -> tuple[int, str]:
-    """Return the difference of an export's image from the merged model's, and a line if rounding explains it.
+    """Return the difference of an export's image from the merged model's, and a warning if rounding explains it.
 
     Raises `RunFailed` if the difference is too large and rounding does not explain it.
     """
@@ -150,15 +153,15 @@ def compared(what: str, exported: nn.Module, prompt: Prompt, drawer: Drawer, ref
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> int:
-    """Return the largest difference of any pixel of two uint8 images (height x width x 3), of 255."""
+    """Return the largest difference of any pixel, of 255, between two uint8 images (height x width x 3)."""
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
 def nudge(prompt: Prompt, drawer: Drawer) -> Prompt:
-    """Return the prompt with its guidance scale changed in the last digits, which has the effect of rounding.
+    """Return the prompt with its guidance scale changed in the last digits, which imitates rounding errors.
 
-    Weights trained at far too high a learning rate make a denoiser chaotic: 1e-7 becomes another image within a few
-    steps.
+    Weights that were trained at far too high a learning rate make a denoiser chaotic: within a few denoising steps, a
+    difference of 1e-7 leads to another image.
     """
     ((settled, seed),) = drawer.wanted([prompt], 1)
     return dataclasses.replace(settled, seed=seed, guidance_scale=(settled.guidance_scale or 0.0) * (1 + ROUNDING))
@@ -187,7 +190,7 @@ def exact_products() -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Convert the pipeline to float32 for the body, and back afterwards."""
+    """Convert the pipeline to float32 inside this context, and back to its earlier dtype afterwards."""
     dtype = pipeline.vae.dtype
     pipeline.to(torch.float32)
     try:
@@ -199,7 +202,8 @@ def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
 def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context: Context) -> dict[str, nn.Module]:
     """Return the trained modules by name in float32; with --save_best, those of the `best` checkpoint if there is one.
 
-    They are reloaded from disk if the base is in half precision, quantized, swapped or sharded.
+    The modules are loaded from disk if the best checkpoint is exported, or if the base in memory is in half precision,
+    quantized, swapped or sharded.
     """
     options, saved = context.options, context.folder_of(learner.method) / f"checkpoint-{learner.step}"
     if best:
@@ -221,7 +225,7 @@ def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context
 def saved_parts(
     method: str, adapters: Path, loss: DenoisingLoss, schedule: Schedule, context: Context
 ) -> dict[str, nn.Module]:
-    """Return the trained models by name, in float32, with a method's saved adapters, unmerged."""
+    """Return the trained modules by name, in float32, with the method's saved adapters; nothing is merged."""
     parts = base_parts(loss, context)
     trained = Trained(parts, loss)
     add_adapters(trained, method, schedule.steps, context)
@@ -231,7 +235,7 @@ def saved_parts(
 
 
 def base_parts(loss: DenoisingLoss, context: Context) -> dict[str, nn.Module]:
-    """Return the base models of the trained ones by name, in float32, the denoiser first."""
+    """Return the modules that are trained, without adapters: by name, in float32, the denoiser first."""
     denoiser = context.model.load_exact_denoiser(context.accelerator.device)
     return {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, loss.pipeline)
 
@@ -242,7 +246,10 @@ def base_parts(loss: DenoisingLoss, context: Context) -> dict[str, nn.Module]:
 def as_plain_lora(
     parts: Parts, method: str, loss: DenoisingLoss, material: Material
 ) -> tuple[dict[str, nn.Module], dict[str, Merged]]:
-    """Return the modules with shortcuts merged, as plain LoRA if the method permits it, and the merges by name."""
+    """Merge the shortcuts of all modules, and convert the modules to plain LoRA if the method permits it.
+
+    Returns the modules by name, and the results of merging by name; those are empty for a method without shortcuts.
+    """
     merged = merge_reslora(parts, loss, material) if METHODS[method].shortcuts else {}
     plain_lora = METHODS[method].plain_lora or (lambda part: part)
     return {name: plain_lora(part) for name, part in parts.items()}, merged
@@ -276,7 +283,7 @@ def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
 
 @contextlib.contextmanager
 def calls_of_encoders(loss: DenoisingLoss) -> Iterator[dict[str, list[dict]]]:
-    """Record the keyword arguments (tokenized captions) of each call of a trained text encoder in the body."""
+    """Record the keyword arguments (tokenized captions) with which trained text encoders are called in this context."""
     calls: dict[str, list[dict]] = {part.name: [] for part in loss.parts}
 
     def note(found: list[dict], encoder: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -295,7 +302,11 @@ def as_float32(values: dict) -> dict:
 
 
 def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
-    """Write `chains.json`, `merge.json` and the calibration batches; those of text encoders under their names."""
+    """Write `chains.json`, `merge.json` and the calibration batches.
+
+    In both JSON files, text encoders are entries under their names. Their calibration batches are in files of their
+    own.
+    """
     denoiser, *encoders = merged
     for file, found in (
         ("chains.json", {name: part.plan.to_dict() for name, part in merged.items()}),
@@ -323,10 +334,10 @@ def write_formats(parts: Parts, method: str, metadata: dict[str, str], context: 
 
 
 def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[str, str] | None) -> list[str]:
-    """Write PEFT's folder and, with metadata, plain LoRA in the family's formats, all modules in each; return the
-    names.
+    """Write PEFT's folder and, if `metadata` is given, plain LoRA files; return the names of folder and files.
 
-    Files of an earlier training are removed last, so that a full disk does not lose them.
+    There is a LoRA file for each of the family's formats, and each contains all modules. Files that an earlier training
+    wrote in other formats are removed last, so that a full disk does not lose them.
     """
     with replacing(folder / PEFT_FOLDER) as temporary:
         for name, part in parts.items():
@@ -341,7 +352,7 @@ def write_adapters(parts: Parts, folder: Path, family: Family, metadata: dict[st
 
 
 def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, str]) -> None:
-    """Write plain LoRA in diffusers' format and the family's others, all modules in each file."""
+    """Write plain LoRA in diffusers' format and in the family's other formats; each file contains all modules."""
     denoiser = parts[family.denoiser]
     export.export_diffusers(parts, folder, metadata=metadata)
     if KOHYA_FILE in family.lora_files:
@@ -356,7 +367,7 @@ def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, s
 
 def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, context: Context) -> dict[str, str]:
     """Return the metadata by which model managers recognize a LoRA (Stability AI's ModelSpec 1.0.0)."""
-    options, predicted = context.options, getattr(material.objective, "prediction_type", None)  # None for a flow
+    options, predicted = context.options, getattr(material.objective, "prediction_type", None)  # None for flow matching
     sides = options.data.resolution
     # sd-scripts writes `epsilon` or `v`.
     prediction = {"modelspec.prediction_type": predicted.removesuffix("_prediction")} if predicted else {}
@@ -380,7 +391,7 @@ def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, cont
 def read_back(parts: Parts, method: str, drawer: Drawer, context: Context) -> Iterator[tuple[str, nn.Module]]:
     """Yield each export's name and the denoiser that stock diffusers or PEFT loads from it, one at a time.
 
-    Trained text encoders are replaced in the pipeline in the same way.
+    Meanwhile the pipeline has the text encoders that were loaded from the same export, if any are trained.
     """
     model, folder, device = context.model, context.folder_of(method), context.accelerator.device
     name, pipeline = model.family.denoiser, drawer.pipeline

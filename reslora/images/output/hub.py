@@ -17,8 +17,8 @@ from ..refusals import repository_of
 from .card import card_of
 from .summary import write_comparison
 
-# Only these, the figures and the card are uploaded: the folder may hold settings, latents, names of training images,
-# notes, or the images themselves.
+# Besides these files, only the figures and the model card are uploaded: the folder may contain settings, latents, names
+# of training images, notes, or the images themselves.
 UPLOADED_OF_METHOD = (
     *(DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE, "peft/**/*"),
     *("chains.json", "merge.json", "log.jsonl", "samples/step-*/*", "merged/*"),
@@ -26,9 +26,9 @@ UPLOADED_OF_METHOD = (
 
 
 def hub_repository(options: OutputOptions) -> str:
-    """Return the repository to upload to, after creating it if necessary.
+    """Return the name of the repository to upload to; create the repository if it does not exist.
 
-    Raises `InvalidArgument` if that fails.
+    Raises `InvalidArgument` if the repository cannot be created.
     """
     name = repository_of(options)
     try:
@@ -79,9 +79,9 @@ def publish(context: Context) -> None:
 def files_of(
     adapter: MethodOptions, validation: ValidationOptions, output_options: OutputOptions
 ) -> dict[str, Path | bytes]:
-    """Return the uploaded files, except the card, by path in the repository.
+    """Return the files to upload, except the model card, by their path in the repository.
 
-    The weights of a single method are also at the root.
+    If the run has only one method, its LoRA file is at the root of the repository as well.
     """
     output, files = Path(output_options.output_dir), dict[str, Path | bytes]()
     for pattern in (
@@ -101,9 +101,10 @@ def files_of(
 
 
 def comparison_of(adapter: MethodOptions, validation: ValidationOptions, output: OutputOptions) -> bytes:
-    """Return the comparison figure of the run's samples as PNG, empty if there are none, whatever prompts are set now.
+    """Return the comparison figure of the run's samples as PNG; empty if there are no samples.
 
-    The run's own figure is not uploaded, because it may show training images.
+    The figure shows the prompts of the finished run, even if the options have other prompts now. The figure in the
+    run's folder is not used, because it may show training images.
     """
     shown = read_object(Path(output.output_dir) / adapter.method[-1] / EXPORTS).get("shown", {})
     prompts = shown.get("validation_prompt", validation.validation_prompt)

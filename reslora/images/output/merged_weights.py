@@ -17,11 +17,11 @@ LARGEST_FILE = "10GB"  # diffusers' default
 
 
 def write_merged(denoiser: nn.Module, directory: str | os.PathLike, stored: Mapping[str, Stored]) -> Path:
-    """Write a float32 denoiser as `export.export_merged` does, with the base's weights read from disk; return the
-    folder.
+    """Write a float32 denoiser with its adapter merged, and return the folder.
 
-    `stored` maps each weight of the base to its file; of the model in memory, only the adapter is read. One tensor is
-    in memory at a time. If the base's files name their weights differently, it is written from memory.
+    The result equals that of `export.export_merged`, but the base's weights are read from disk, so that only one of its
+    tensors is in memory at a time. `stored` maps the name of each base weight to its file. If the names in the files
+    differ from those of the model, the denoiser in memory is written instead.
     """
     base, layers = export.tuned_layers(denoiser)
     with torch.device("meta"):

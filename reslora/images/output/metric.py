@@ -1,4 +1,4 @@
-"""Similarity of images, and of images and captions, by DINOv2 or CLIP."""
+"""Similarity between images, and between images and captions, measured by DINOv2 or CLIP."""
 
 import functools
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ AT_ONCE = 16
 
 
 class Metric:
-    """Embeds images and captions as vectors of length 1, so that products are cosine similarities."""
+    """Embeds images and captions as vectors of length 1, so that scalar products are cosine similarities."""
 
     def __init__(self, name: str, device: str) -> None:
         self.model = AutoModel.from_pretrained(name, use_safetensors=True).eval().to(device)
@@ -37,7 +37,10 @@ class Metric:
         return torch.cat(found)
 
     def of(self, sources: Sequence[Source], images: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Return the embeddings of images, given as (source, number): images x features; each is computed once."""
+        """Return the embeddings of data set images: images x features. An image is embedded only the first time.
+
+        `images`: for each image, the number of its source and its number in that source.
+        """
         marks = [sources[source].images.marks[number] for source, number in images]
         new = {mark: image for mark, image in zip(marks, images, strict=True) if mark not in self.seen}
         for start in range(0, len(new), AT_ONCE):
@@ -55,7 +58,7 @@ class Metric:
 
 
 def unit(output: Any) -> torch.Tensor:
-    """Return a model's pooled output, or that of its first token, normalized to length 1: items x features."""
+    """Return a model's pooled output, or else its first token's, normalized to length 1: items x features."""
     if not isinstance(output, torch.Tensor):
         pooled = getattr(output, "pooler_output", None)
         output = output.last_hidden_state[:, 0] if pooled is None else pooled
@@ -64,9 +67,9 @@ def unit(output: Any) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=1)
 def load_metric(name: str, device: str) -> Metric:
-    """Load the model, once per process.
+    """Load the model once per process, and return its `Metric`.
 
-    Raises `InvalidArgument` for a model without safetensors, or with custom code.
+    Raises `InvalidArgument` for a model without safetensors files, and for one that needs custom code.
     """
     fix = "give a folder or a name on the hub of DINOv2 or CLIP, with safetensors"
     with torch.random.fork_rng(devices=[]), refused_as(f"--metric_model {name}", fix):

@@ -45,19 +45,20 @@ class Reports:
 
     def __init__(self, folder: Path, learner: Learner, schedule: Schedule, accelerator: Accelerator) -> None:
         self.learner, self.folder, self.trackers = learner, folder, accelerator.trackers
-        # Only TensorBoard accepts the next method's steps from 0 again.
+        # Trackers other than TensorBoard need increasing steps; theirs continue the steps of earlier methods.
         self.before = learner.before * (schedule.steps + 1)
         self.log = LogWriter(folder / "log.jsonl", learner.step) if accelerator.is_main_process else None
         if self.log:
             forget_samples(folder, learner.step)
         self.noted: dict | None = None
         rows = of_split(read_log(folder / "log.jsonl"), "validation") if self.log else []
-        self.validated = [row["loss"] for row in rows if row["step"]]  # main process only; without step 0
+        self.validated = [row["loss"] for row in rows if row["step"]]  # main process only; without the base's loss
 
     def note(self, split: str, loss: torch.Tensor | float, by_timestep: dict[str, float] | None = None) -> None:
-        """Store a row of the log until `flush`, because reading a loss at once would wait for the device at every step.
+        """Store a row for the log until the next `flush`.
 
-        `by_timestep`: losses by timestep, from 0 to 1, which is pure noise.
+        The loss is converted to a float only then, because the conversion waits for the device. `by_timestep`: the loss
+        at each timestep; timesteps range from 0 to 1, which is pure noise.
         """
         learner = self.learner
         rate, seconds = learner.lr_scheduler.get_last_lr()[0], round(learner.seconds, 3)
@@ -86,13 +87,13 @@ class Reports:
         return loss
 
     def similarities(self, values: Mapping[str, float]) -> None:
-        """Write how similar this step's samples are to held-out images and to their prompts."""
+        """Write how similar this step's samples are to the held-out images and to the prompts."""
         learner = self.learner
         row = {"step": learner.step, "split": "samples", **values, "seconds": round(learner.seconds, 3)}
         self._write(row, {f"{name}/{learner.name}": value for name, value in values.items()})
 
     def is_over(self, patience: int | None) -> bool:
-        """Return whether `patience` validations in a row had no lower loss; valid on the main process."""
+        """Return whether the last `patience` validations have not lowered the loss; valid only in the main process."""
         return is_over(self.validated, patience)
 
     def _write(self, row: dict, values: dict[str, float]) -> None:
@@ -108,7 +109,10 @@ class Reports:
                     tracker.writer.add_scalar(tag, value, step)
 
     def samples(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
-        """Write this step's samples, the same number for each prompt, to files and to trackers that show images."""
+        """Write this step's samples to files and to trackers that show images.
+
+        `images`: the same number for each prompt, in the order of `prompts`.
+        """
         save_images(self.folder / "samples" / f"step-{self.learner.step:06d}", images, prompts)
         name, step = f"samples/{self.learner.name}", self.learner.step
         for tracker in self.trackers:
@@ -132,9 +136,9 @@ class Reports:
                         tracker.writer.flush()
 
     def overdue(self, schedule: Schedule) -> list[str]:
-        """Return the parts of the validation that are missing at the step from which training resumes.
+        """Return which of "loss" and "samples" are missing for the step from which training resumes.
 
-        A run may have been stopped before or during the validation of that step.
+        The earlier run may have been stopped before or during the validation after that step.
         """
         step = self.learner.step
         if step == 0:
@@ -149,7 +153,11 @@ class Reports:
 
 @dataclass
 class SharedLosses:
-    """Losses before the first step, which are those of the base model, and the time that measuring has taken."""
+    """The base model's losses, measured before the first step, and the speed of validation.
+
+    `seconds`: total time of measuring losses; `samples`: the number of samples that the denoiser predicted in that
+    time.
+    """
 
     base: torch.Tensor | None = None
     seconds: float = 0.0
@@ -160,8 +168,8 @@ class SharedLosses:
 class Validation:
     """Validation loss and samples of a denoiser.
 
-    The main process computes them; for a sharded base, all processes do. `shared`: what validations of other methods
-    have measured.
+    The main process computes them. If the base is sharded, all processes compute them together. `shared`: results that
+    validations of other methods have already measured.
     """
 
     loss: DenoisingLoss
@@ -174,7 +182,7 @@ class Validation:
     def __call__(self, learner: Learner, reports: Reports, parts: Sequence[str] = VALIDATION_PARTS) -> None:
         """Compute validation loss and samples, and set `learner.over`.
 
-        A resumed run repeats what a stop interrupted.
+        If a stop request interrupts one of them, the resumed run computes it again.
         """
         validation, denoiser = self.material.validation, learner.denoiser
         with learner.averaged():
@@ -185,7 +193,7 @@ class Validation:
         learner.over = broadcast_from_main(lambda: reports.is_over(validation.early_stopping_patience))
 
     def _by_main(self, compute: Callable[[], T], keep: Callable[[T], None]) -> None:
-        """Call `by_main`, but discard the result if a stop interrupted it."""
+        """Call `by_main`, but do not call `keep` if a stop request interrupts `compute`."""
 
         def unless_stopped() -> T | None:
             try:
@@ -199,7 +207,7 @@ class Validation:
         mean = losses.mean().item()
         if self.material.validation.save_best and learner.step:
             keep_if_best(learner, reports.folder, mean)
-        if learner.step and learner.name != learner.method:  # a run of an experiment, which chooses among its steps
+        if learner.step and learner.name != learner.method:  # an experiment chooses among these adapters
             keep_adapter(learner, adapter_folder(reports.folder, learner.step))
         reports.note("validation", mean, self.by_timestep(losses))
         reports.flush()
@@ -218,8 +226,8 @@ class Validation:
     def losses(self, denoiser: nn.Module) -> torch.Tensor:
         """Return the unweighted losses on the held-out images.
 
-        With --validation_noises they are images x timesteps at fixed timesteps, otherwise of shape (samples,). Noise
-        and timesteps are the same in every call.
+        With --validation_noises, the shape is images x timesteps, and the timesteps are fixed. Without, the shape is
+        (samples,). Every call uses the same noise and the same timesteps.
         """
         noises = self.material.validation.validation_noises
         with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
@@ -234,7 +242,7 @@ class Validation:
         return self.loss(denoiser, batch, weighted=False)
 
     def by_timestep(self, losses: torch.Tensor) -> dict[str, float]:
-        """Return the mean over images at each fixed timestep; empty without fixed ones.
+        """Return the mean loss over all images for each fixed timestep; empty without --validation_noises.
 
         `losses`: images x timesteps, or (samples,). Keys are timesteps from 0 to 1, which is pure noise.
         """
@@ -274,14 +282,14 @@ class Validation:
     def _leave_if_asked(self) -> None:
         if not cuts_base(self.accelerator):
             self.stop.check("stopped while validating")
-        elif stop_requested(self.stop):  # all processes compute, so all leave
+        elif stop_requested(self.stop):  # all processes compute together, so all must stop together
             raise Stopped("stopped while validating")
 
 
 def forget_samples(folder: Path, step: int) -> None:
-    """Remove samples of later steps than `step`, and all samples if it is 0.
+    """Remove the samples of steps after `step`; if `step` is 0, remove all samples.
 
-    Merged samples are removed too, unless an export exists that they belong to.
+    Samples of the merged model are removed too, unless the method is still exported.
     """
     for drawn, path in by_step(folder / "samples").items():
         if not step or drawn > step:
@@ -291,7 +299,7 @@ def forget_samples(folder: Path, step: int) -> None:
 
 
 def save_images(folder: Path, images: Sequence[Image.Image], prompts: Sequence[str]) -> None:
-    """Write images as `<prompt>-<image>.png`, numbered from 0, and the prompts to a folder, atomically."""
+    """Replace a folder atomically by images `<prompt>-<image>.png`, numbered from 0, and a file with the prompts."""
     per_prompt = len(images) // len(prompts)
     with replacing(folder) as temporary:
         temporary.mkdir()

@@ -15,7 +15,7 @@ from ...runtime.log import read_log
 from ...runtime.sample_folders import by_step, shows
 from .reports import FINISHED
 
-COLUMNS = 9  # highest number of steps in the comparison
+COLUMNS = 9  # largest number of steps that the comparison figure shows
 
 
 def write_figures(
@@ -25,9 +25,10 @@ def write_figures(
     held_out: int,
     learnt: Callable[[int], list[Image.Image]] = lambda _: [],
 ) -> None:
-    """Write `comparison.png`, a single method's weights where diffusers' script writes them, and `loss.png`.
+    """Write `comparison.png` and `loss.png`; for a single method, copy its LoRA file to the output directory.
 
-    `loss.png` is written last, because it marks the run as finished. `learnt` returns some of the training images.
+    diffusers' training script writes its LoRA file there, too. `loss.png` is written last, because it marks the run as
+    finished. `learnt(count)` returns up to `count` of the training images.
     """
     output, measured = Path(output_options.output_dir), min(held_out, validation.max_validation_images)
     if validation.validation_prompt and validation.num_validation_images:
@@ -46,9 +47,10 @@ def write_comparison(
     path: Path,
     learnt: Sequence[Image.Image] = (),
 ) -> None:
-    """Write the comparison, like the paper's Figure 3: steps across, prompts and methods down, training images on top.
+    """Write the comparison figure, like the paper's Figure 3.
 
-    Without samples of these prompts nothing is written, so that a comparison of other prompts is kept.
+    Its columns are steps, its rows prompts and methods; training images are on top. Without samples of these prompts
+    nothing is written, so that an existing figure of other prompts remains.
     """
     output, prompts = Path(output_options.output_dir), list(enumerate(validation.validation_prompt))
     folders = [found for samples in output.glob("*/samples") for found in by_step(samples).items()]
@@ -66,7 +68,7 @@ def write_comparison(
 
 
 def _image(samples: Path, number: int, prompt: str) -> Path | None:
-    """Return the path of the first sample of a prompt, or None if it cannot be read."""
+    """Return the path of a prompt's first sample; None if it cannot be read or shows another prompt."""
     path = samples / f"{number}-0.png"
     try:
         with Image.open(path) as image:

@@ -14,7 +14,7 @@ from ...runtime.processes import broadcast_from_main, on_all
 from ...training.context import Context
 from ...training.schedule import Schedule
 
-TENSORBOARD_SECONDS = 10  # between flushes to disk
+TENSORBOARD_SECONDS = 10  # seconds between two flushes to disk
 
 
 def start_trackers(context: Context) -> None:
@@ -29,7 +29,7 @@ def start_trackers(context: Context) -> None:
 
 
 def note_settings(values: Mapping[str, Any], schedule: Schedule, accelerator: Accelerator, write: bool = True) -> None:
-    """Write every option's value to the trackers and, if `write`, to `config.json`."""
+    """Write the values of all options, except secret ones, to the trackers and, if `write`, to `config.json`."""
     values = {**values, "max_train_steps": schedule.steps, "validation_steps": schedule.validation_steps}
     public = {name: value for name, value in values.items() if not Options.table()[name].secret}
     for name, value in public.items():
@@ -43,5 +43,5 @@ def note_settings(values: Mapping[str, Any], schedule: Schedule, accelerator: Ac
 
 
 def absolute(place: str) -> str:
-    """Return the absolute path of an existing file or folder; other names are returned unchanged."""
+    """Return the absolute path of an existing file or folder; return any other name unchanged."""
     return str(Path(place).resolve()) if Path(place).exists() else place
