@@ -47,7 +47,7 @@ MOST_DOTS = 25
 COLORS = 8
 """Number of colors in the report's style sheet."""
 FARTHEST = 12
-"""The y axis ends at most at this many times the median's distance from the minimum; dots beyond are hollow, at the edge.
+"""The y axis ends at most at this many times the median's distance from the minimum; dots beyond are hollow.
 
 If y is a difference, the distance is that of absolute values from 0.
 """
