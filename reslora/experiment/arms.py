@@ -59,7 +59,7 @@ class Arm:
 Grids = Mapping[str, Sequence[float]]
 """Learning rates of each label, in ascending order."""
 Losses = Mapping[Arm, float]
-"""Lowest loss on the selection split of every finished arm; infinite if it diverged."""
+"""Lowest loss on the selection split of every arm that has ended; infinite if the arm diverged."""
 
 
 # -- from options to arms ----------------------------------------------------------------------------------------------

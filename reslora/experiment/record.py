@@ -34,7 +34,7 @@ class Split(TypedDict):
 
 
 class TestLosses(TypedDict):
-    """Losses of the chosen checkpoint on the test images (at fixed noises and timesteps) or examples."""
+    """Losses of the chosen checkpoint on the test images (at fixed noises and timesteps) or on the test examples."""
 
     images: list[str]
     """Identifier of each image or example, the same in all arms."""
@@ -51,15 +51,15 @@ class Arm(TypedDict):
     """One training run of the experiment: a label with a learning rate and a seed."""
 
     label: str
-    """What is compared: the method, with rank or shortcut if there are several, as in `reslora block(4)`."""
+    """What is compared: the method, with its rank or shortcut if the experiment has several: `reslora block(4)`."""
     method: str
     learning_rate: float
     seed: int
     rank: int
     shortcut: str | None
-    """As in `block(4)`; None without shortcuts."""
+    """Shortcut and number of blocks, such as `block(4)`; None without shortcuts."""
     folder: str
-    """Relative to the experiment's directory, with `/`."""
+    """Path relative to the experiment's directory, with `/` as separator."""
     status: Status
     reason: str
     """Why it failed or waits; otherwise empty."""
@@ -85,7 +85,7 @@ class Choice(TypedDict):
     learning_rate: float
     step: int
     loss: float
-    """Mean over seeds."""
+    """Mean loss over the choosing seeds."""
     at_end: Literal["low", "high"] | None
     """Whether the best learning rate is the lowest or highest one."""
     next: float | None
@@ -149,7 +149,10 @@ class Ranking(TypedDict):
 
 
 class Best(TypedDict):
-    """The arm whose files are in the experiment's directory: the best label, with the seed of lowest selection loss."""
+    """The arm from which the files in the experiment's directory were exported.
+
+    Of the arms of the best label, it has the lowest loss on the selection split.
+    """
 
     label: str
     learning_rate: float

@@ -415,7 +415,7 @@ def select_charts(experiment: Experiment, losses: str = "") -> str:
             means = mean_curve(curves)
             if not means:
                 continue
-            best = min(means, key=means.__getitem__)  # the first of equal steps
+            best = min(means, key=means.__getitem__)  # of equal losses the first
             tried.line.append((learning_rate, means[best]))
             tried.dots += [(learning_rate, curve[best]) for curve in curves]
             if choice and choice["learning_rate"] == learning_rate:

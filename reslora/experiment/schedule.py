@@ -168,7 +168,7 @@ class Course:
         return None
 
     def losses(self) -> dict[Arm, float]:
-        """Return the lowest loss on the selection split of each finished arm; infinite if it diverged.
+        """Return the lowest loss on the selection split of each arm that has ended; infinite if the arm diverged.
 
         Raises `InvalidArgument` for a finished arm whose losses are missing.
         """

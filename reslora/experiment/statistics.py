@@ -1,4 +1,4 @@
-"""Test whether methods differ significantly, for new seeds and new images, corrected for multiple comparisons.
+"""Test whether methods differ significantly for new seeds and new images, with correction for multiple comparisons.
 
 The data is d[s, i], a method's loss minus another's, for seed s and test image i. A seed determines initialization,
 order and noise, and is the same for both methods. Seeds and images are crossed random effects. A lower loss is better.
@@ -28,7 +28,7 @@ PRIOR = 2.5
 """Maximum degrees of freedom that the variance pooled over all methods adds to the variance of one pair."""
 POWER = 0.8
 SIMULATED = 4000
-"""Number of simulated experiments for a power."""
+"""Number of simulated experiments to compute a power."""
 LEAST_P = 1e-12
 """Smallest p value that is reported."""
 LARGEST_STEP = 10
@@ -79,10 +79,10 @@ def spread_of(differences: np.ndarray) -> Spread:
 def moderated(spread: Spread, shared: np.ndarray | float, labels: int) -> Spread:
     """Return a pair's spread with its mean square of seeds shrunk toward `shared`, the mean over all pairs of labels.
 
-    A few seeds estimate the variance between seeds poorly, and it is similar for all methods; limma shrinks the
-    variances of genes for the same reason (Smyth, 2004). The mean over all pairs has (labels - 1) x (seeds - 1) degrees
-    of freedom. At most PRIOR of them are added: with more, a method whose variation is three times that of the others
-    would have too many false positives.
+    A few seeds give a poor estimate of the variance between seeds, but this variance is similar for all methods. For
+    the same reason limma shrinks the variances of genes (Smyth, 2004). The mean over all pairs has (labels - 1) x
+    (seeds - 1) degrees of freedom. At most PRIOR degrees of freedom are added: with more, a method whose variation is
+    three times that of the others would have too many false positives.
     """
     own = spread.degrees[0]
     more = min(PRIOR, (labels - 2) * own)
@@ -295,7 +295,8 @@ def shared_square(arrays: Arrays, pairs: Sequence[Pair]) -> float:
 def arrays_of(losses: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
     """Return the losses as arrays of shape (seeds, images).
 
-    Raises `ValueError` if a shape is not that or differs between labels, and for losses <= 0.
+    Raises `ValueError` if the losses of a label have another number of dimensions, or another shape than those of the
+    other labels, and for losses <= 0.
     """
     arrays = {label: np.asarray(values, float) for label, values in losses.items()}
     shape = next(iter(arrays.values())).shape if arrays else ()
@@ -362,7 +363,7 @@ def sentence_of(verdict: Verdict, pair: Pair, unit: str) -> str:
 def ranking_of(tests: Tests, labels: Iterable[str]) -> Ranking | None:
     """Return the labels that do not differ significantly from the best one, and by how much the others are worse.
 
-    A label is worse if the test of any of its pairs is significant against it. None if no pair is tested.
+    A label is worse if it is significantly worse than the other label of any of its pairs. None if no pair is tested.
     """
     known = [test for _, test in tests if test]
     behind: dict[str, list[Judged]] = {}

@@ -50,7 +50,8 @@ def report_unused(options: Groups) -> None:
 def report_unread_by_methods(asked: RunOptions | Grid) -> None:
     """Print options that no method uses, unless they have their default values.
 
-    They are not errors, because a command may be reused for other methods. Also print a warning if --pre_num 0 leaves a method without the shortcuts that it otherwise has.
+    They are not errors, because a command may be reused for other methods. Also print a warning if --pre_num 0 leaves a
+    method without the shortcuts that it otherwise has.
     """
     options, values = asked.base if isinstance(asked, Grid) else asked, asked.flat()
     defaults = {"lora_alpha": alpha_of(dataclasses.replace(options.adapter, lora_alpha=None))}

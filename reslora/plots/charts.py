@@ -199,7 +199,7 @@ def chart(series: Sequence[Series], axes: Axes) -> str:
     if not points:
         return ""
     x, *others = {x for x, _ in points}
-    if not others and x > 0:  # a single step has no round numbers around it
+    if not others and x > 0:  # the only x is the only tick
         axes = replace(axes, ticks=[x])
     place = _places(points, axes)
     body = _grid(place, axes) + "".join(_of_series(each, place) for each in series)

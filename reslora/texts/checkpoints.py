@@ -49,8 +49,8 @@ def usable_checkpoint(folder: Path, processes: int = 1) -> str | None:
 def damage(folder: Path, processes: int = 1) -> str | None:
     """Return a description of what is missing or damaged in a checkpoint; None if nothing is.
 
-    Reads every file to compare its checksum. Raises `OSError` for a file that cannot be read at the moment, because the
-    file need not be damaged.
+    Reads every file to compare its checksum. Raises `OSError` for a file that cannot be read at the moment, which does
+    not mean that the file is damaged.
     """
     if lacking := _lacks(folder, processes):
         return lacking
@@ -64,7 +64,7 @@ def damage(folder: Path, processes: int = 1) -> str | None:
 def set_unfinished_aside(folder: Path, processes: int = 1) -> None:
     """Rename a run's only checkpoint if it was not written completely, so that the run can start anew.
 
-    No trained state is lost. Does nothing
+    Nothing is deleted. Does nothing
 
     - if the run has finished, or has several checkpoints;
     - if the checkpoint was written completely, even if it is damaged now or of another number of processes.

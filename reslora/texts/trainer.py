@@ -196,8 +196,8 @@ class AdapterTrainer(Trainer):
         args = copy.copy(args)
         self.allocator = rank_allocator(model)
         self._refuse_sharding(args)
-        args.logging_nan_inf_filter = False  # it would report the mean of earlier losses instead of NaN
-        args.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it warns in every epoch
+        args.logging_nan_inf_filter = False  # True would report the mean of earlier losses instead of NaN
+        args.dataloader_pin_memory &= torch.cuda.is_available()  # PyTorch would warn in every epoch without a GPU
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         self.use_cache = getattr(base_model(model).config, "use_cache", None)
