@@ -155,7 +155,7 @@ class Results:
             self.amend(**facts)
 
     def amend(self, **facts: object) -> None:
-        """Change only these keys of `experiment.json`, and retain the conclusions of an earlier start."""
+        """Change only the keys `facts` of `experiment.json`, and retain the conclusions of an earlier start."""
         check_held()
         path = self.course.folder / EXPERIMENT
         content = read_experiment(self.course.folder) | facts
@@ -256,8 +256,8 @@ class Results:
     def export(self, trained: Sequence[Arm]) -> record.Best:
         """Export the best arm and return its record.
 
-        Its label is the one with the lowest loss on the selection split, of the ranking's best labels, or of all labels
-        without a ranking. Of the label's arms, it is the one with the lowest loss on the selection split.
+        Of the ranking's best labels (of all labels without a ranking), its label has the lowest mean loss on the
+        selection split. Of that label's arms, the best arm has the lowest loss on the selection split.
         """
         labels = {arm.label for arm in trained}
         best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()

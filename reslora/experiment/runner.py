@@ -21,7 +21,7 @@ from .worker_pool import Crew, Orders, print_workers
 Open = Callable[[Grid, StopRequest, Orders | None], contextlib.AbstractContextManager[Subject]]
 """Function that locks the experiment's directory, and loads and encodes the data that all arms share.
 
-In a worker process, it shares the lock that the main process has. The function must be picklable.
+In a worker process, the function shares the lock that the main process has. It must be picklable.
 """
 
 

@@ -1,6 +1,6 @@
 """State of an experiment: its arms, their results, and the next arm to train, all read from disk.
 
-Only the main process uses it (`processes.broadcast_from_main`).
+Only the main process uses this state (`processes.broadcast_from_main`).
 """
 
 import contextlib

@@ -19,7 +19,7 @@ KOHYA = {
 
 
 def foreign_names(table: Mapping[str, Option]) -> dict[str, tuple[str, str]]:
-    """Return the script and the equivalent here (possibly with a value) of each foreign option, by its name."""
+    """Return by name, for each option of other scripts, whose it is and its equivalent here, possibly with a value."""
     found = {name: ("kohya's", here) for name, here in KOHYA.items()}
     for option in table.values():
         for whose, names in (("kohya's", option.kohya), ("diffusers'", option.diffusers)):

@@ -18,7 +18,7 @@ Resume = Literal["fixed", "content", "free", "shown", "merged"]
 - fixed: the value of the option.
 - content: the content of the files that the value names.
 - free: nothing.
-- shown: nothing. If a method has finished, a message says that a new value has no effect.
+- shown: nothing. If a method has finished, a message says that a new value has no effect on it.
 - merged: nothing. If a method has finished, it is merged again with the new value.
 """
 K = TypeVar("K")
@@ -153,7 +153,7 @@ def option(
 
 
 free, shown, by_content = (functools.partial(option, resume=resume) for resume in ("free", "shown", "content"))
-"""`option` with another default of `resume`."""
+"""`option` with another value of `resume`."""
 
 
 class Again(dict):

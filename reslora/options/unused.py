@@ -21,7 +21,7 @@ def as_option(option: Option, value: Any) -> str:
 def unmet(options: Groups, refuse: bool) -> list[tuple[Option, Need]]:
     """Return the options that differ from their default, but have no effect because a condition is not satisfied.
 
-    Only conditions with this value of `Need.refuse` are tested.
+    Only conditions whose `Need.refuse` equals `refuse` are tested.
     """
     return [
         (option, need)

@@ -1,4 +1,4 @@
-"""Format the values of options as on the command line, and refuse those that differ from earlier ones."""
+"""Format the values of options as on the command line, and refuse values that differ from those of an earlier run."""
 
 from typing import Any, NoReturn
 

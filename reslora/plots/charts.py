@@ -49,7 +49,7 @@ COLORS = 8
 FARTHEST = 12
 """The y axis ends at most at this many times the median's distance from the minimum; dots beyond are hollow.
 
-If y is a difference, the distance is that of absolute values from 0.
+If y is a difference, the axis ends at most at this many times the median of the absolute values.
 """
 
 
@@ -152,7 +152,7 @@ def _svg(title: str, x_title: str, lines: tuple[Line, ...]) -> tuple[str, Point]
 
 
 def swatch(color: str, dash: str) -> str:
-    """Return a line's sample for a legend, as SVG."""
+    """Return a short sample of a line for a legend, as SVG."""
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
     line = f'<path d="M0 6H28" stroke="{color}" stroke-width="3"{dashed}/>'
     return f'<svg class="key" viewBox="0 0 28 12" aria-hidden="true">{line}</svg>'

@@ -1,4 +1,7 @@
-"""Resolve the command line to the options of a language script. transformers is imported only if they are valid."""
+"""Resolve the command line to the options of a language script.
+
+transformers is imported only if the options are valid.
+"""
 
 import dataclasses
 from collections.abc import Sequence

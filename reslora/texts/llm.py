@@ -191,7 +191,10 @@ class LlmStudy(Study):
         self.rows = encode_training(self.encoder, examples["train"], task.max_length)
 
     def parts(self, arguments: LlmArguments, shares: ExperimentOptions) -> Parts:
-        """Return all examples divided into a training, a selection and a test split; near-duplicates have equal prompts."""
+        """Return all examples divided into a training, a selection and a test split.
+
+        Near-duplicates are found by their prompts.
+        """
         task = arguments.options.task
         parts = parts_of(found_examples(task), lambda example: example.prompt, shares)
         return parts.limited(task.max_eval_samples, task.max_test_samples)

@@ -160,7 +160,7 @@ def same_answer(given: str | None, expected: str) -> bool:
 def read_examples(name: str, split: str, data_dir: str | None, cache_dir: str | None = None) -> list[Example]:
     """Return the examples of a task's split, from `data_dir` or else from the Hub; empty if the split does not exist.
 
-    Validation and test rows may be another task's (`Task.tested_as`). Validation splits on the Hub are not used. Raises
+    Validation and test rows may be of another task (`Task.tested_as`). Validation splits on the Hub are not used. Raises
     `InvalidArgument` naming the first invalid row.
     """
     task = TASKS[name]
@@ -187,7 +187,7 @@ def file_form(name: str) -> str:
 def examples_of(task: Task, source: str, rows: list) -> list[Example]:
     """Return the rows as examples.
 
-    Raises `InvalidArgument` naming the first invalid one.
+    Raises `InvalidArgument` naming the first invalid row.
     """
     examples = []
     for number, row in enumerate(rows, 1):

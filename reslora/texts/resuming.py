@@ -30,11 +30,11 @@ def free_on_resume(kind: type[TextOptions]) -> set[str]:
 def check_resume(output: Path, resume: str | None, current: Mapping[str, object], free: Collection[str]) -> None:
     """Raise `InvalidArgument` if a run cannot be resumed, or would mix its files with those of another run.
 
-    `resume` is the value of --resume_from_checkpoint. That is the case if
+    `output` is the run's directory, and `resume` the value of --resume_from_checkpoint. The error is raised if
 
     - the directory has an experiment;
-    - it has checkpoints, and `resume` is None;
-    - it has a run whose checkpoints are all missing or renamed, and `resume` does not name another checkpoint;
+    - the directory has checkpoints, and `resume` is None;
+    - the checkpoints of the directory's run are all missing or renamed, and `resume` does not name another checkpoint;
     - a setting of `current` that is not `free` differs from the directory's `config.json`, or from that of the run
       whose checkpoint `resume` names.
     """
