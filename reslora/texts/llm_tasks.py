@@ -160,8 +160,8 @@ def same_answer(given: str | None, expected: str) -> bool:
 def read_examples(name: str, split: str, data_dir: str | None, cache_dir: str | None = None) -> list[Example]:
     """Return the examples of a task's split, from `data_dir` or else from the Hub; empty if the split does not exist.
 
-    Validation and test rows may be of another task (`Task.tested_as`). Validation splits on the Hub are not used. Raises
-    `InvalidArgument` naming the first invalid row.
+    Validation and test rows may be of another task (`Task.tested_as`). Validation splits on the Hub are not used.
+    Raises `InvalidArgument` naming the first invalid row.
     """
     task = TASKS[name]
     if split != "train" and task.tested_as:
