@@ -3,15 +3,14 @@
 An arm is a label (a method, with its rank or shortcut if several are given) with a learning rate and a seed. The order
 does not depend on a time limit, so that an experiment without a limit can resume a limited one:
 
-1. The first seed at all learning rates and labels: learning rates from coarse to fine, starting in the middle, with
-every label before the next learning rate. Wherever it ends, all labels had the same number of trials, plus or minus
-one.
+1. The first seed at all learning rates and labels. The learning rates go from coarse to fine, starting in the middle;
+each is trained with every label before the next one. So whenever the experiment ends, the numbers of learning rates
+that two labels have tried differ by at most one.
 
-2. The other seeds that choose learning rates, one after the other. They are trained at the NEAR learning rates around
-each label's optimum by the first seed, the best one first and the same number for every label. Then these seeds at all
-other learning rates.
+2. The other seeds that choose learning rates, one after the other, at NEAR learning rates of each label: first the one
+that is best with the first seed, then the nearest ones. Afterwards the same seeds at all other learning rates.
 
-3. The seeds that choose nothing, one after the other, at each label's chosen learning rate.
+3. The seeds that do not choose learning rates, one after the other, at each label's chosen learning rate.
 """
 
 import math
@@ -41,7 +40,7 @@ class Label:
     name: str
     method: str
     rank: int | None
-    """None if one value is given for all, as for the next two."""
+    """None if all labels have the same rank; likewise `shortcut` and `pre_num`."""
     shortcut: str | None
     place: str = ""
     """Prefix of the learning rate in directory names."""
@@ -60,14 +59,14 @@ class Arm:
 Grids = Mapping[str, Sequence[float]]
 """Learning rates of each label, in ascending order."""
 Losses = Mapping[Arm, float]
-"""Lowest loss on the selection split of every finished arm; infinite if it diverged."""
+"""Lowest loss on the selection split of every arm that has ended; infinite if the arm diverged."""
 
 
 # -- from options to arms ----------------------------------------------------------------------------------------------
 
 
 def labels_of(grid: Grid) -> list[Label]:
-    """Return the labels to compare; ResLoRA, and LoRA matched to it, has one label for each shortcut."""
+    """Return the labels to compare; ResLoRA and `lora_matched` have one label for each shortcut."""
     found, shared, varied = [], grid.base.adapter, grid.varied
     for method in grid.methods:
         row = METHODS[method]
@@ -89,7 +88,7 @@ def shortcut_in_words(shortcut: str | None, pre_num: int) -> str:
 
 
 def options_of(grid: Grid[O], label: Label, rate: float, seed: int) -> O:
-    """Return the options of a single run of one arm."""
+    """Return an arm's options, as those of a single run."""
     own: dict[str, Any] = {"learning_rate": rate, "seed": seed}
     if label.rank:
         own["rank"] = label.rank
@@ -127,7 +126,7 @@ def check_values(grid: Grid) -> None:
 
 
 def check_at_once(processes: int, arms: int) -> None:
-    """Raise `InvalidArgument` for more processes than arms, and for any in a distributed launch."""
+    """Raise `InvalidArgument` for more processes than arms, and for several processes in a distributed launch."""
     flag = f"--arms_at_once {processes}"
     if processes > 1 and arms < processes:
         raise InvalidArgument(flag, f"these are {arms} arms", f"give {arms} at most")
@@ -137,16 +136,17 @@ def check_at_once(processes: int, arms: int) -> None:
 
 
 def place_of(label: Label, arm: Arm) -> str:
-    """Return the directory of an arm inside that of its method."""
+    """Return the directory of an arm, relative to the directory of its method."""
     return f"{label.place}lr-{arm.rate:g}/seed-{arm.seed}"
 
 
 def choosing_of(seeds: Sequence[int], rates: int) -> list[int]:
-    """Return the seeds that choose among `rates` learning rates.
+    """Return the seeds whose losses choose among `rates` learning rates: every fourth one, starting with the first.
 
-    A seed that chooses has seed noise in its favor at the chosen learning rate. With one choosing seed in four,
-    starting with the first, this costs the least and hardly favors a method; an added seed does not change the role of
-    the others. With one learning rate there is nothing to choose.
+    The losses of these seeds at the chosen learning rate are too low, because their seed noise takes part in the
+    choice. With one choosing seed in four, training costs the least, and this bias hardly favors a method. An added
+    seed does not change the roles of the others. With one learning rate there is nothing to choose, and all seeds are
+    returned.
     """
     return list(seeds[:: EVERY if rates > 1 else 1])
 
@@ -189,9 +189,9 @@ def coarse_to_fine(rates: Sequence[float]) -> list[float]:
 
 
 def nearest(losses: Mapping[float, float]) -> list[float]:
-    """Return the learning rates by their distance in grid steps from the best one.
+    """Return the learning rates, sorted by their distance in grid steps from the best one.
 
-    At equal distance, the one with the lower loss is first.
+    Of two learning rates at the same distance, the one with the lower loss is first.
     """
     rates = sorted(losses)
     best = rates.index(min(rates, key=lambda rate: losses[rate]))
@@ -202,10 +202,10 @@ def nearest(losses: Mapping[float, float]) -> list[float]:
 
 
 def grown(grids: Grids, seeds: Sequence[int], losses: Losses) -> dict[str, list[float]]:
-    """Return the learning rates, with one more for each label if any label's best one is the lowest or highest.
+    """Return each label's learning rates, with one more if any label's best learning rate is its lowest or highest.
 
-    Labels that have fewer learning rates than others catch up first. The grids are unchanged if every optimum is
-    inside. `losses` contains all arms of at least the first seed.
+    If some labels have fewer learning rates than others, only those labels get one more. Otherwise, the grids are
+    unchanged if no label's best learning rate is at an end. `losses` contains at least all arms of the first seed.
     """
     best = {label: best_rate(label, rates, seeds, losses) for label, rates in grids.items()}
     most = max(map(len, grids.values()))
@@ -226,9 +226,9 @@ def best_rate(label: str, rates: Sequence[float], seeds: Sequence[int], losses: 
 
 
 def with_next(rates: Sequence[float], best: float) -> list[float]:
-    """Return the learning rates with the next value of their geometric series, at the end nearer to the best one.
+    """Return the learning rates and the next value of their geometric series, at the end nearer to the best one.
 
-    At equal distance it is the upper end. The value is rounded to three digits for directory names.
+    If both ends are equally near, it is the upper end. The value is rounded to three digits for directory names.
     """
     place = list(rates).index(best)
     if 2 * place + 1 >= len(rates):
@@ -242,7 +242,10 @@ def rounded(rate: float) -> float:
 
 
 def continued(rates: Sequence[float], there: Sequence[float]) -> list[float]:
-    """Return the learning rates and those of their row that are `there`, which earlier extensions have added."""
+    """Return the learning rates with those that an earlier start has added to their geometric series.
+
+    `there` are the learning rates for which a directory exists.
+    """
     found = list(rates)
     for _ in range(MOST_EXTENSIONS if len(rates) > 1 else 0):
         for end in (0, -1):

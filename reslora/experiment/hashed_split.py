@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from ..seeds import derive
 
 SPACE = 2**63  # range of `derive`
-LEAST = 2  # minimum size of a part: a single item has no variance
-FEW, ENOUGH = 6, 10  # few items in the test part, and enough
+LEAST = 2  # minimum size of the test part if enough items remain: a single item has no variance
+FEW, ENOUGH = 6, 10  # a test part with less than FEW items is too small; one with ENOUGH items is large enough
 LARGEST = 0.5  # largest recommended fraction
 
 
 def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], list[int], list[int]]:
     """Return the indices of the training, selection and test parts.
 
-    A hash of each mark is a number from 0 to 1. Items below `test` are tested on, and the next ones, up to `test` +
-    `select`, are for selection. Unless its fraction is 0, each part has at least one item, or LEAST if two remain to
-    train on.
+    `marks` identify the items; a hash of each mark is a number from 0 to 1. The test part has the items whose number is
+    below the fraction `test`, and the selection part those with a number from `test` to `test` + `select`. Unless the
+    fraction of a part is 0, the part has at least one item. The test part has at least LEAST items if two items remain
+    to train on.
     """
     places = [derive("experiment", mark) / SPACE for mark in marks]
     order = sorted(range(len(marks)), key=places.__getitem__)
@@ -28,13 +29,16 @@ def cut(marks: Sequence[str], select: float, test: float) -> tuple[list[int], li
 
 
 def enough_of(marks: Sequence[str]) -> float:
-    """Return the fraction, in hundredths, with which the test part has ENOUGH items; 1 if there are not enough."""
+    """Return the fraction, rounded up to hundredths, with which the test part has ENOUGH items; 1 without one."""
     places = sorted(derive("experiment", mark) / SPACE for mark in marks)
     return (math.floor(100 * places[ENOUGH - 1]) + 1) / 100 if len(places) > ENOUGH else 1
 
 
 def too_few(tested: int, unit: str, enough: float = 1) -> list[str]:
-    """Return a warning if the test part is too small to show a difference, with the fix; `enough` is a fraction."""
+    """Return a warning, with the fix, if the test part is too small to show a difference; empty otherwise.
+
+    `enough`: the --test_split with which the test part is large enough (`enough_of`).
+    """
     if tested >= FEW:
         return []
     wider = f", or with --test_split {enough:g}" if enough <= LARGEST else ""

@@ -34,14 +34,14 @@ class Split(TypedDict):
 
 
 class TestLosses(TypedDict):
-    """Losses of the chosen checkpoint on the test images (at fixed noises and timesteps) or examples."""
+    """Losses of the chosen checkpoint on the test images (at fixed noises and timesteps) or on the test examples."""
 
     images: list[str]
     """Identifier of each image or example, the same in all arms."""
     losses: list[float | None]
     """Loss of each image (mean over noises and timesteps) or example."""
     by_timestep: NotRequired[list[float | None]]
-    """Mean over images and noises at each of the experiment's `timesteps`."""
+    """Mean loss over images and noises at each of the experiment's `timesteps`."""
     similarities: NotRequired[dict[str, float]]
     """Similarities of images by --metric_model; metrics of texts, such as accuracy, are in `figures`."""
     figures: NotRequired[dict[str, float]]
@@ -51,15 +51,15 @@ class Arm(TypedDict):
     """One training run of the experiment: a label with a learning rate and a seed."""
 
     label: str
-    """What is compared: the method, with rank or shortcut if there are several, as in `reslora block(4)`."""
+    """What is compared: the method, with its rank or shortcut if the experiment has several: `reslora block(4)`."""
     method: str
     learning_rate: float
     seed: int
     rank: int
     shortcut: str | None
-    """As in `block(4)`; None without shortcuts."""
+    """Shortcut and number of blocks, such as `block(4)`; None without shortcuts."""
     folder: str
-    """Relative to the experiment's directory, with `/`."""
+    """Path relative to the experiment's directory, with `/` as separator."""
     status: Status
     reason: str
     """Why it failed or waits; otherwise empty."""
@@ -85,15 +85,18 @@ class Choice(TypedDict):
     learning_rate: float
     step: int
     loss: float
-    """Mean over seeds."""
+    """Mean loss over the choosing seeds."""
     at_end: Literal["low", "high"] | None
     """Whether the best learning rate is the lowest or highest one."""
     next: float | None
-    """Learning rate to try next in that case."""
+    """Learning rate to try next if `at_end` is not None."""
 
 
 class Verdict(TypedDict):
-    """Comparison of a label with the reference on the test split. Differences are its loss minus the reference's."""
+    """Comparison of a label with the reference on the test split.
+
+    A difference is the label's loss minus the reference's loss.
+    """
 
     label: str
     reference: str
@@ -103,7 +106,10 @@ class Verdict(TypedDict):
     sentence: str
     difference: float
     relative: float
-    """Difference in percent of the reference's loss, like all following values."""
+    """Difference in percent of the reference's loss.
+
+    `interval`, `rerun`, `detectable` and `expected` are in percent of the reference's loss, too.
+    """
     interval: tuple[float, float] | None
     """95% confidence interval for the mean over new seeds and new images; None with one seed or image."""
     rerun: tuple[float, float] | None
@@ -112,7 +118,7 @@ class Verdict(TypedDict):
     p_holm: float | None
     """p value corrected for all pairs of methods and all evaluations on the test split; significant below 0.05."""
     detectable: float | None
-    """Minimum detectable effect with 80% power; None if two seeds do not determine it."""
+    """Minimum detectable effect with 80% power; None with fewer than three seeds, which do not determine it."""
     expected: float | None
     """Expected difference in new experiments after a significant result; None otherwise."""
     of_gain: float | None
@@ -129,7 +135,7 @@ class Worse(TypedDict):
     reference: str
     """One of the best labels, compared with which it is significantly worse."""
     relative: float
-    """Difference in percent of that label's loss."""
+    """Difference in percent of the reference's loss."""
     interval: tuple[float, float]
     """95% confidence interval."""
 
@@ -143,15 +149,18 @@ class Ranking(TypedDict):
 
 
 class Best(TypedDict):
-    """The arm whose files are in the experiment's directory: the best label's seed with the lowest selection loss."""
+    """The arm from which the files in the experiment's directory were exported.
+
+    Of the arms of the best label, it has the lowest loss on the selection split.
+    """
 
     label: str
     learning_rate: float
     seed: int
     folder: str
-    """Directory of the arm, which has the files of its last step."""
+    """Directory of the arm, which contains the files of the arm's last step."""
     step: int
-    """The chosen checkpoint, of which the files are."""
+    """Step of the chosen checkpoint, from which `files` were made."""
     options: NotRequired[dict[str, Any]]
     """The method and the values of the options that vary."""
     files: list[str]
@@ -194,7 +203,7 @@ class Parts(Protocol):
 
 
 def facts_of(parts: Parts, libraries: Sequence[str]) -> Facts:
-    """Return the versions of these libraries and of this one, and the size of each part."""
+    """Return the versions of `libraries` and of reslora-sd, and the size of each part."""
     split = Split(train=parts.trained, select=len(parts.select), test=len(parts.test), duplicates=parts.duplicates)
     return {"versions": {"reslora-sd": __version__} | {name: version(name) for name in libraries}, "split": split}
 
@@ -217,26 +226,29 @@ class Experiment(Facts):
     choosing: NotRequired[list[int]]
     """The seeds that choose learning rates; the others are trained at the chosen ones."""
     best: NotRequired[Best | None]
-    """None until something is chosen."""
+    """The exported arm; None until an arm is exported."""
     notes: list[str]
     """Notes for the reader, as they were printed."""
     beforehand: NotRequired[int]
-    """Number of the first notes, which are known before the first arm and belong to the last start."""
+    """How many `notes`, from the first on, were known before the first arm; they are those of the latest start."""
     readings: NotRequired[int]
     """Number of evaluations on the test split."""
     read: NotRequired[list[list]]
-    """Arms of the last evaluation, each with its step."""
+    """Arms of the latest evaluation on the test split, each as [label, learning rate, seed, step]."""
     as_of: NotRequired[int]
-    """Number of arms in an earlier start's conclusion, which is stored here until there is a new one."""
+    """Number of arms that had ended when an earlier start drew the conclusions stored here.
+
+    Missing if the conclusions are those of the latest start.
+    """
     process: NotRequired[str]
-    """Process that has written this; a running arm is running only while that process is (`as_of_now`)."""
+    """Process that has written this file; an arm's status `running` is valid only while it exists (`as_of_now`)."""
 
 
 def read_experiment(folder: Path) -> dict:
     """Return the content of a directory's `experiment.json`; empty if it does not exist.
 
-    Raises `InvalidArgument` for a damaged file, because it stores what the experiment was trained from and how often it
-    was tested.
+    Raises `InvalidArgument` for a damaged file, because the file stores what the experiment was trained from, and how
+    often it was evaluated on the test split.
     """
     found = read_object(folder / EXPERIMENT)
     if not found and (folder / EXPERIMENT).exists():

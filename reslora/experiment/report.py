@@ -53,7 +53,7 @@ class About:
     sections: Callable[[Experiment, Path], Sequence[tuple[str, str]]] = lambda *_: ()
     """Return the titles and HTML of additional sections, from the experiment and its directory."""
     losses: str = ""
-    """Why these losses differ from those that the trainer prints."""
+    """Sentence that explains why the report's losses differ from those that the trainer prints."""
     steps: str = ""
     """Option for the number of steps of a single run."""
     script: str = ""
@@ -121,7 +121,7 @@ def headline_of(experiment: Experiment, unit: str) -> str:
 
 
 def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
-    """Return a sentence about several verdicts without a ranking, as with one seed or in an older file."""
+    """Return a sentence about several verdicts if there is no ranking: with one seed, or in an older file."""
     references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in verdicts))
     if all(verdict["conclusion"] == "cannot tell" for verdict in verdicts):
         return f"with one seed or one test {unit} no method can be told from {references}"
@@ -157,7 +157,7 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
 
 
 def verdict_plot(experiment: Experiment) -> str:
-    """Return a forest plot of each method's difference from its reference, and the base model's; HTML."""
+    """Return a forest plot of the difference of each method, and of the base model, from the reference; HTML."""
     verdicts = experiment["verdicts"]
     references = list(dict.fromkeys(verdict["reference"] for verdict in verdicts))
     places = {label: number for number, label in enumerate(labels_of(experiment))}
@@ -176,7 +176,7 @@ def verdict_plot(experiment: Experiment) -> str:
 
 
 def best_in_words(best: Best, about: About) -> str:
-    """Return a line with the exported files and the arm that they are from."""
+    """Return a line that names the exported files, and the arm from which they were exported."""
     *more, last = map(with_slash, best["files"])
     files = f"{', '.join(more)} and {last} are those" if more else f"{last} is that"
     return f"{files} of {best['folder']} at step {best['step']}, which does best on the select {about.unit}s"
@@ -188,7 +188,7 @@ def with_slash(name: str) -> str:
 
 
 def lead(experiment: Experiment, unit: str) -> str:
-    """Return a paragraph with the best run and how certain it is; empty until there is one; HTML."""
+    """Return a paragraph with the best run and how certain it is to be the best; empty until it is known; HTML."""
     best = experiment.get("best")
     if not best:
         return ""
@@ -197,7 +197,7 @@ def lead(experiment: Experiment, unit: str) -> str:
 
 
 def what_to_use(experiment: Experiment, about: About) -> str:
-    """Return how to use each file of the best run, and the command that trains it on all data; HTML."""
+    """Return how to use each file of the best run, and the command that repeats the run on all data; HTML."""
     best = experiment.get("best")
     if not best:
         return ""
@@ -232,7 +232,7 @@ def certainty(experiment: Experiment, label: str, unit: str) -> str:
 
 
 def command_of(best: Best, folder: Path, about: About) -> str:
-    """Return the command that trains the best run on all data; empty if there is none."""
+    """Return the command that repeats the best run on all data; empty if there is none."""
     if not about.script or "options" not in best:
         return ""
     words = ["accelerate", "launch", about.script, "--config", str(folder / "config.json")]
@@ -397,11 +397,11 @@ def labels_of(experiment: Experiment) -> list[str]:
 
 
 def select_charts(experiment: Experiment, losses: str = "") -> str:
-    """Return charts of the loss on the selection split; HTML.
+    """Return two charts of the loss on the selection split; HTML.
 
-    One is by learning rate, each at its best step over seeds, and one by step at the chosen learning rate. Learning
-    rates at which a seed failed are left out: they cannot be chosen, although their losses may be lower. `losses`: a
-    sentence that follows the note below the charts.
+    The first shows the loss by learning rate, at the step with the lowest mean over seeds. The second shows the loss by
+    step, at the chosen learning rate. Learning rates at which a seed failed are left out: they cannot be chosen,
+    although their losses may be lower. `losses`: a sentence to add to the note below the charts.
     """
     by_rate, by_step = [], []
     for place, label in enumerate(labels_of(experiment)):
@@ -415,7 +415,7 @@ def select_charts(experiment: Experiment, losses: str = "") -> str:
             means = mean_curve(curves)
             if not means:
                 continue
-            best = min(means, key=means.__getitem__)  # the first of equal steps
+            best = min(means, key=means.__getitem__)  # of equal losses the first
             tried.line.append((learning_rate, means[best]))
             tried.dots += [(learning_rate, curve[best]) for curve in curves]
             if choice and choice["learning_rate"] == learning_rate:

@@ -37,7 +37,7 @@ class Results:
     best: record.Best | None = None
 
     as_of: int | None = None
-    """Number of ended arms in an earlier start's conclusions; None if the conclusions are this start's."""
+    """Number of arms that had ended at the conclusions of an earlier start; None if this start drew the conclusions."""
 
     def __post_init__(self) -> None:
         there = read_experiment(self.course.folder)
@@ -54,7 +54,10 @@ class Results:
             self.keep(there, judged)
 
     def keep(self, there: dict, judged: set[Arm]) -> None:
-        """Retain the conclusions of an earlier start about `judged` arms, until there are new ones."""
+        """Load the conclusions of an earlier start from `there`, until this start draws new ones.
+
+        Only conclusions about the arms `judged` are loaded.
+        """
         labels = {arm.label for arm in judged}
         self.chosen = {label: choice for label, choice in there["chosen"].items() if label in labels}
         self.verdicts = [each for each in there["verdicts"] if {each["label"], each["reference"]} <= labels]
@@ -97,8 +100,8 @@ class Results:
     def conclude(self) -> None:
         """Choose on the selection split, evaluate on the test split, compare, export, and print the conclusions.
 
-        The test split is evaluated only with two seeds or more, and before all arms have ended only if a verdict is
-        possible. Results that are already on disk are reported in any case.
+        The test split is evaluated only if `can_compare` allows it. Test results that are already on disk are reported
+        in any case.
         """
         course, self.as_of = self.course, None
         losses = course.losses()
@@ -122,9 +125,10 @@ class Results:
         print(f"{course.folder / REPORT}")
 
     def can_compare(self, trained: Sequence[Arm], complete: bool) -> bool:
-        """Return whether the reference and another label have two seeds each.
+        """Return whether the reference and another label have at least two seeds each.
 
-        Once all arms have ended (`complete`): whether any label has two.
+        Once all arms have ended (`complete`), it suffices that any label has two seeds. `trained`: the arms at the
+        chosen learning rates.
         """
         seeds = Counter(arm.label for arm in trained)
         several = {label for label, count in seeds.items() if count > 1}
@@ -135,9 +139,10 @@ class Results:
         return {name for name, label in self.course.labels.items() if label.method == REFERENCE}
 
     def count_reading(self, to_read: Sequence[Arm]) -> None:
-        """Count an evaluation on the test split, on disk before it begins.
+        """Count the evaluation of these arms on the test split; the number is written to disk before it begins.
 
-        If the process is killed during the evaluation, the next start resumes and has already counted it.
+        If the process is killed during the evaluation, the next start resumes the evaluation and does not count it
+        again. An evaluation whose results are all on disk is not counted either.
         """
         read = [[arm.label, arm.rate, arm.seed, self.step_of(arm)] for arm in to_read]
         if read != self.read and not all(self.subject.is_tested(arm, self.step_of(arm)) for arm in to_read):
@@ -150,7 +155,7 @@ class Results:
             self.amend(**facts)
 
     def amend(self, **facts: object) -> None:
-        """Change only these keys of `experiment.json`, and retain the conclusions of an earlier start."""
+        """Change only the keys `facts` of `experiment.json`, and retain the conclusions of an earlier start."""
         check_held()
         path = self.course.folder / EXPERIMENT
         content = read_experiment(self.course.folder) | facts
@@ -160,7 +165,7 @@ class Results:
     def tested(self, judged: Sequence[Arm]) -> dict[Arm, record.TestLosses]:
         """Return each arm's test losses, which are measured if they are not on disk.
 
-        Raises `Stopped` if a stop was requested; the next start measures the remaining ones.
+        Raises `Stopped` if a stop was requested; the next start measures the remaining arms.
         """
         found = {}
         if judged and (self.base is None or self.base["images"] != self.subject.test_ids):
@@ -201,7 +206,7 @@ class Results:
         return found
 
     def afterwards(self, losses: Losses, trained: Sequence[Arm]) -> Iterator[str]:
-        """Yield what the reader must know about the results; `trained`: the arms at the chosen learning rates."""
+        """Yield notes for the reader of the results; `trained`: the arms at the chosen learning rates."""
         course, arms, experiment = self.course, self.course.arms(), self.course.grid.base.experiment
         left = len(arms) - len(losses)
         if left:
@@ -231,7 +236,7 @@ class Results:
         references = self.references()
         if references and references.isdisjoint(arm.label for arm in trained):
             yield f"nothing to compare with: no learning rate of {REFERENCE} is chosen"
-        if self.readings > 1:  # a user may have seen the results of one before extending the experiment
+        if self.readings > 1:  # the user may have seen earlier results before extending the experiment
             read = f"the test {self.subject.about.unit}s were read {self.readings} times, as arms came in"
             level = f"{100 * level_of(self.readings):.2g}%"
             yield f"{read}: this reading is judged at {level}, so that chance claims a difference in 5% at most of all"
@@ -251,8 +256,8 @@ class Results:
     def export(self, trained: Sequence[Arm]) -> record.Best:
         """Export the best arm and return its record.
 
-        Of the ranking's best labels, its label has the lowest loss on the selection split; of that label's arms, it has
-        the lowest loss.
+        Of the ranking's best labels (of all labels without a ranking), its label has the lowest mean loss on the
+        selection split. Of that label's arms, the best arm has the lowest loss on the selection split.
         """
         labels = {arm.label for arm in trained}
         best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()

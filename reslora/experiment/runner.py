@@ -19,16 +19,16 @@ from .study import Subject
 from .worker_pool import Crew, Orders, print_workers
 
 Open = Callable[[Grid, StopRequest, Orders | None], contextlib.AbstractContextManager[Subject]]
-"""Locks the directory, and loads and encodes what all arms share; in a worker, in the directory that is already locked.
+"""Function that locks the experiment's directory, and loads and encodes the data that all arms share.
 
-Picklable.
+In a worker process, the function shares the lock that the main process has. It must be picklable.
 """
 
 
 def run_experiment(opened: Open, grid: Grid, stop: StopRequest, orders: Orders | None = None) -> None:
     """Train the arms that have not ended, and report which method is best.
 
-    With orders, this is a worker of --arms_at_once: it trains the arms that the main process assigns.
+    With `orders`, this process is a worker of --arms_at_once: it trains only the arms that the main process assigns.
     """
     with opened(grid, stop, orders) as subject:
         if orders:
@@ -41,7 +41,7 @@ def run_experiment(opened: Open, grid: Grid, stop: StopRequest, orders: Orders |
 
 
 def train_and_conclude(subject: Subject, crew: Crew | None = None) -> None:
-    """Train the next arm until there is none, and write the results."""
+    """Train the remaining arms, and write the results."""
     course, results = subject.course, Results(subject.course, subject)
     for line in results.beforehand() if is_main() else ():
         print(line, flush=True)
@@ -57,7 +57,7 @@ def train_and_conclude(subject: Subject, crew: Crew | None = None) -> None:
 
 
 def train_arms(results: Results, crew: Crew | None = None) -> None:
-    """Train the arms in their order until there is none: in this process, or by the workers."""
+    """Train the remaining arms in their order, in this process or in the workers of `crew`."""
     course, subject = results.course, results.subject
     broadcast_from_main(course.next_arm)  # adds arms by --extend_rates
     ended, total = sum(bool(course.ended(arm)) for arm in course.arms()), len(course.arms())
@@ -88,7 +88,7 @@ def train_arms(results: Results, crew: Crew | None = None) -> None:
 
 
 def run_in_words(course: Course, arm: Arm, ended: int, total: int) -> str:
-    """Return the line that is printed before an arm is trained, with the expected time of all that is left."""
+    """Return the line that is printed before an arm is trained, with the expected time until the experiment ends."""
     minutes = course.minutes_left()
     left = f", about {max(1, round(minutes))} min left" if minutes is not None else ""
     return f"run {ended + 1} of {total}{left}: {course.name_of(arm)}"

@@ -1,6 +1,6 @@
 """State of an experiment: its arms, their results, and the next arm to train, all read from disk.
 
-Only the main process uses it (`processes.broadcast_from_main`).
+Only the main process uses this state (`processes.broadcast_from_main`).
 """
 
 import contextlib
@@ -88,11 +88,14 @@ class Course:
         return self.folder_of(arm).relative_to(self.folder).as_posix()
 
     def options_of(self, arm: Arm) -> Any:
-        """Return the options of a single run of an arm."""
+        """Return an arm's options, as those of a single run."""
         return options_of(self.grid, self.labels[arm.label], arm.rate, arm.seed)
 
     def arms(self) -> list[Arm]:
-        """Return all arms: those that choose by label, learning rate and seed, then the others by seed and label."""
+        """Return all arms: first those whose seeds choose learning rates, then those of the other seeds.
+
+        The former are in order of label, learning rate and seed, and the latter in order of seed and label.
+        """
         choosing = [
             Arm(label, rate, seed) for label, rates in self.grids.items() for rate in rates for seed in self.choosing
         ]
@@ -104,7 +107,10 @@ class Course:
         return [seed for seed in self.seeds if seed not in self.choosing]
 
     def other_arms(self) -> list[Arm]:
-        """Return the arms of these seeds: at each label's chosen learning rate, and any that ended at another one."""
+        """Return the arms of the seeds in `others`.
+
+        These are the arms at each label's chosen learning rate, and those that have ended at another learning rate.
+        """
         rates = {label: self.rate_of(label) for label in self.grids}
         return [
             arm
@@ -117,7 +123,8 @@ class Course:
     def rate_of(self, label: str) -> float | None:
         """Return a label's chosen learning rate.
 
-        None if all failed, and the middle one until all choosing arms have ended.
+        None if a seed failed at every learning rate. Until all arms of the choosing seeds have ended, it is the middle
+        learning rate.
         """
         rates = self.grids[label]
         failed = [rate for rate in rates for seed in self.others if self.ended(Arm(label, rate, seed)).get("reason")]
@@ -131,16 +138,17 @@ class Course:
             self.chosen_rates[known] = found["learning_rate"] if found else None
         return self.chosen_rates[known]
 
-    # -- what has become of them ---------------------------------------------------------------------------------------
+    # -- results of the arms -------------------------------------------------------------------------------------------
 
     def ended(self, arm: Arm) -> dict:
-        """Return the status, reason, memory and time of a finished arm; empty for any other."""
+        """Return the status, reason, memory and time of an arm that has ended; empty for any other arm."""
         return read_object(self.folder_of(arm) / ENDED)
 
     def end(self, arm: Arm, reason: str, memory: int | None, seconds: float, to_conclude: float = 0.0) -> None:
-        """Record that an arm has ended, well or for a reason, after `seconds` in this process.
+        """Record that an arm has ended after `seconds` in this process.
 
-        `to_conclude`: expected seconds to test and export it.
+        `reason`: why it failed; empty if it has finished. `memory`: its peak memory in bytes. `to_conclude`: expected
+        seconds to test and export it.
         """
         known = {"status": "failed" if reason else "finished", "reason": reason, "memory_bytes": memory}
         times = {"wall_seconds": round(seconds, 3), "conclusion_seconds": round(to_conclude, 3)}
@@ -152,7 +160,7 @@ class Course:
         return {row["step"]: row["loss"] for row in rows if row["step"]}
 
     def base_select(self) -> float | None:
-        """Return the base model's loss on the selection split, from any arm before its first step."""
+        """Return the base model's loss on the selection split, as logged by any arm before its first step."""
         for arm in self.arms():
             for row in of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation"):
                 if row["step"] == 0 and math.isfinite(row["loss"]):
@@ -160,7 +168,7 @@ class Course:
         return None
 
     def losses(self) -> dict[Arm, float]:
-        """Return the lowest loss on the selection split of each finished arm; infinite if it diverged.
+        """Return the lowest loss on the selection split of each arm that has ended; infinite if the arm diverged.
 
         Raises `InvalidArgument` for a finished arm whose losses are missing.
         """
@@ -177,7 +185,7 @@ class Course:
         """
         losses, folder = self.select_losses(arm), self.folder_of(arm)
         lost = [step_of(path) for path in numbered(folder / ADAPTERS, "step") if step_of(path) not in losses]
-        if lost or not losses:  # it would be chosen by the remaining losses
+        if lost or not losses:  # otherwise the remaining losses would decide
             problem = "log.jsonl has no validation loss" + (f" of step {lost[0]}" if lost else "")
             raise InvalidArgument(str(folder), problem, f"remove {folder}, and the arm is trained anew")
         return min(losses.values())
@@ -203,8 +211,8 @@ class Course:
     def has_time(self) -> bool:
         """Return whether another arm, and tests and exports, are expected to end within --experiment_minutes.
 
-        Always True for the first arm. An arm may take as long as any finished one: a resumed arm took longer than the
-        present process has measured.
+        Always True for the first arm. An arm is expected to take as long as the longest one that has ended, including
+        the time before a resume, which the present process has not measured.
         """
         if not self.grid.base.experiment.experiment_minutes or not self.longest:
             return True

@@ -1,4 +1,4 @@
-"""Test whether methods differ significantly, for new seeds and new images, corrected for multiple comparisons.
+"""Test whether methods differ significantly for new seeds and new images, with correction for multiple comparisons.
 
 The data is d[s, i], a method's loss minus another's, for seed s and test image i. A seed determines initialization,
 order and noise, and is the same for both methods. Seeds and images are crossed random effects. A lower loss is better.
@@ -25,10 +25,10 @@ REFERENCE = "lora"
 LEVEL = 0.05
 """Maximum probability of any false positive, however often an experiment is extended (family-wise error rate)."""
 PRIOR = 2.5
-"""Maximum degrees of freedom that the variance pooled over all methods adds to that of one pair."""
+"""Maximum degrees of freedom that the variance pooled over all methods adds to the variance of one pair."""
 POWER = 0.8
 SIMULATED = 4000
-"""Number of simulated experiments for a power."""
+"""Number of simulated experiments to compute a power."""
 LEAST_P = 1e-12
 """Smallest p value that is reported."""
 LARGEST_STEP = 10
@@ -38,8 +38,8 @@ LARGEST_STEP = 10
 def level_of(reading: int) -> float:
     """Return the significance level of the k-th evaluation on the test split: LEVEL x 6 / (pi k)^2.
 
-    Adding seeds until a difference is significant gives chance one more opportunity with each evaluation. So each
-    evaluation spends a part of LEVEL, and the sum over any number of them is at most LEVEL.
+    If seeds are added until a difference is significant, every evaluation is one more opportunity for a false positive.
+    So each evaluation spends a part of LEVEL, and the sum over any number of evaluations is at most LEVEL.
     """
     return LEVEL * 6 / (math.pi * reading) ** 2
 
@@ -48,7 +48,7 @@ def level_of(reading: int) -> float:
 
 
 class Spread(NamedTuple):
-    """Variation of differences between seeds, between images, and of the residuals."""
+    """Mean squares of the differences in a two-way analysis of variance, by seed and by image."""
 
     squares: np.ndarray
     """Mean squares of seeds, images and residuals, of shape (3, ...), with any batch dimensions of experiments."""
@@ -79,10 +79,10 @@ def spread_of(differences: np.ndarray) -> Spread:
 def moderated(spread: Spread, shared: np.ndarray | float, labels: int) -> Spread:
     """Return a pair's spread with its mean square of seeds shrunk toward `shared`, the mean over all pairs of labels.
 
-    A few seeds estimate the variance between seeds poorly, and it is similar for all methods; limma shrinks the
-    variances of genes for the same reason (Smyth, 2004). The mean over all pairs has (labels - 1) x (seeds - 1) degrees
-    of freedom. At most PRIOR of them are added: with more, a method whose variation is three times that of the others
-    would have too many false positives.
+    A few seeds give a poor estimate of the variance between seeds, but this variance is similar for all methods. For
+    the same reason limma shrinks the variances of genes (Smyth, 2004). The mean over all pairs has (labels - 1) x
+    (seeds - 1) degrees of freedom. At most PRIOR degrees of freedom are added: with more, a method whose variation is
+    three times that of the others would have too many false positives.
     """
     own = spread.degrees[0]
     more = min(PRIOR, (labels - 2) * own)
@@ -120,8 +120,8 @@ def p_value(difference: float, spread: Spread) -> float:
 def detectable(spread: Spread, level: float) -> float:
     """Return the minimum detectable effect: the true difference that is significant with a probability of 80%.
 
-    The true mean squares are sampled from their fiducial distribution. So the power is 80% on average over
-    experiments, although each of them only estimates its mean squares.
+    The true mean squares are sampled from their fiducial distribution. So the power is 80% on average over experiments,
+    although each experiment only estimates its mean squares.
     """
     degrees, random = spread.degrees, np.random.default_rng(0)
     chances, again = random.chisquare(degrees[:, None], (2, 3, SIMULATED)) / degrees[:, None]
@@ -140,8 +140,9 @@ def detectable(spread: Spread, level: float) -> float:
 def expected(difference: float, spread: Spread, level: float) -> float:
     """Return the expected difference in new experiments after a significant result.
 
-    It is smaller than the observed one, because only large differences are significant (winner's curse): the mean of
-    the true difference, given the observed one and that it exceeds the half width at `level`.
+    It is smaller than the observed difference, because only large differences are significant (winner's curse). It is
+    the mean of the true difference, given the observed difference, and given that the observed difference exceeds the
+    half width at `level`.
     """
     size, error = abs(difference), float(spread.error)
     if error == 0:
@@ -155,8 +156,9 @@ def expected(difference: float, spread: Spread, level: float) -> float:
 def rerun(values: ArrayLike, least: float = -math.inf) -> tuple[float, float] | None:
     """Return the 95% prediction interval for one more value, by Student's t; None for fewer than two values.
 
-    There is one value for each seed, on the same images: a loss, with `least` = 0 as lower bound, or a difference. The
-    interval is wider than the confidence interval of the mean, because it includes the variation of a single seed.
+    `values` has one value for each seed, on the same images: a difference, or a loss (with `least` = 0, the interval's
+    lower bound). The interval is wider than the confidence interval of the mean, because it includes the variation of a
+    single seed.
     """
     found = np.asarray(values, float)
     if len(found) < 2:
@@ -191,7 +193,10 @@ def equal_pairs(labels: int) -> frozenset[int]:
 
 
 def counts_of(pairs: int, labels: int) -> list[int]:
-    """Return the counts for `holm` of all pairs of labels (Shaffer, 1986); Holm's own if a pair is missing."""
+    """Return `counts` for `holm` that are valid for all pairs of labels (Shaffer, 1986).
+
+    If a pair is missing, they are the defaults of `holm`.
+    """
     if pairs != math.comb(labels, 2):
         return list(range(pairs, 0, -1))
     return [max(count for count in equal_pairs(labels) if count <= left) for left in range(pairs, 0, -1)]
@@ -207,7 +212,7 @@ class Pair(NamedTuple):
     base: float
     """Mean loss of the reference."""
     missing: int
-    """Number of seeds that only one of them has."""
+    """Number of seeds without finite losses of both."""
 
     @property
     def mean(self) -> float:
@@ -231,6 +236,7 @@ class Judged(NamedTuple):
     level: float
     """Significance level at which Holm's procedure tests this pair."""
     reading_level: float
+    """Significance level of this evaluation on the test split (`level_of`)."""
 
     @property
     def significant(self) -> bool:
@@ -247,9 +253,9 @@ Tests = Sequence[tuple[Pair, Judged | None]]
 
 
 def judge(arrays: Arrays, pairs: Iterable[tuple[str, str]], reading: int = 1) -> Tests:
-    """Return the test result of each pair, corrected for all pairs and for this k-th evaluation on the test split.
+    """Return the test result of each pair, corrected for all pairs and for repeated evaluations on the test split.
 
-    A pair without a common seed is left out.
+    `reading`: number of this evaluation, from 1. A pair without a common seed is left out.
     """
     found = [pair for each in pairs if len((pair := pair_of(*each, arrays)).differences)]
     known = [pair for pair in found if pair.known]
@@ -289,7 +295,8 @@ def shared_square(arrays: Arrays, pairs: Sequence[Pair]) -> float:
 def arrays_of(losses: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
     """Return the losses as arrays of shape (seeds, images).
 
-    Raises `ValueError` if a shape is not that or differs between labels, and for losses <= 0.
+    Raises `ValueError` if the losses of a label have another number of dimensions, or another shape than those of the
+    other labels, and for losses <= 0.
     """
     arrays = {label: np.asarray(values, float) for label, values in losses.items()}
     shape = next(iter(arrays.values())).shape if arrays else ()
@@ -302,7 +309,7 @@ def arrays_of(losses: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
 
 
 def verdict_of(pair: Pair, test: Judged | None, unit: str = "image", base: float | None = None) -> Verdict:
-    """Return a pair's verdict. `base`: the base model's test loss, to express the difference as a part of the gain."""
+    """Return a pair's verdict; the base model's test loss, `base`, relates it to the improvement by training."""
     mean, percent = pair.mean, 100 / pair.base
     seeds, images = pair.differences.shape
     gain = 0 if base is None else base - pair.base
@@ -356,7 +363,7 @@ def sentence_of(verdict: Verdict, pair: Pair, unit: str) -> str:
 def ranking_of(tests: Tests, labels: Iterable[str]) -> Ranking | None:
     """Return the labels that do not differ significantly from the best one, and by how much the others are worse.
 
-    A label is worse if the test of any of its pairs is significant against it. None if no pair is tested.
+    A label is worse if it is significantly worse than the other label of any of its pairs. None if no pair is tested.
     """
     known = [test for _, test in tests if test]
     behind: dict[str, list[Judged]] = {}
@@ -375,14 +382,17 @@ def ranking_of(tests: Tests, labels: Iterable[str]) -> Ranking | None:
 
 
 def order_of(label: str, judged: Judged, best: Sequence[str]) -> tuple[bool, bool, float]:
-    """Return the sort key of a pair in which `label` is worse: best labels first, then its reference, then low p."""
+    """Return the sort key of a pair in which `label` is worse than the other label.
+
+    Pairs in which the other label is one of the `best` come first, then the pair with the reference, then low p values.
+    """
     pair = judged.pair
     other = pair.reference if label == pair.label else pair.label
     return other not in best, label != pair.label, judged.p
 
 
 def worse_of(label: str, judged: Judged) -> Worse:
-    """Return by how much a label is worse than the other label of a pair, in percent of that label's loss."""
+    """Return by how much a label is worse than the other label of a pair, in percent of the other label's loss."""
     pair, half = judged.pair, float(half_width(judged.spread, judged.reading_level))
     other, base = (pair.reference, pair.base) if label == pair.label else (pair.label, pair.base + pair.mean)
     size, least, most = (100 / base * (abs(pair.mean) + end) for end in (0, -half, half))
@@ -390,7 +400,7 @@ def worse_of(label: str, judged: Judged) -> Worse:
 
 
 def ranking_in_words(best: Sequence[str], worse: Sequence[Worse]) -> str:
-    """Return the ranking as a sentence: the best labels, then by how much each other label is worse than which."""
+    """Return the ranking as a sentence: the best labels, then each other label and by how much it is worse."""
     sentence = f"best: {', '.join(best)}" + " (cannot be told apart)" * (len(best) > 1)
     reference = None
     for each in worse:
@@ -420,9 +430,9 @@ def compare(
 ) -> tuple[list[Verdict], Ranking | None]:
     """Return the verdict on each label, and the ranking, from the test losses of arms at the chosen learning rates.
 
-    The reference is LoRA of the same rank, or else the first LoRA; LoRA of other ranks is compared with the first.
-    Without LoRA nothing is compared. `reading`: number of evaluations on the test split. `base`: losses of the base
-    model. Raises `ValueError` if arms were evaluated on different images.
+    The reference of a label is LoRA of the same rank, or else the first LoRA label. LoRA labels of other ranks are
+    compared with the first LoRA label. Without LoRA nothing is compared. `reading`: number of evaluations on the test
+    split. `base`: losses of the base model. Raises `ValueError` if arms were evaluated on different images.
     """
     judged = [arm for arm in arms if arm["test"] and is_chosen(arm, chosen)]
     ranks = {arm["label"]: arm["rank"] for arm in judged}
@@ -477,9 +487,9 @@ def is_chosen(arm: Arm, chosen: Mapping[str, Choice]) -> bool:
 def choose(arms: Iterable[Arm], seeds: Iterable[int] | None = None) -> dict[str, Choice]:
     """Return each label's learning rate and checkpoint with the lowest mean loss on the selection split over seeds.
 
-    Only ended arms with these `seeds` (default: all) count, but a learning rate at which any seed failed is not chosen.
-    Learning rates with fewer ended seeds than others are left out, and so are checkpoints with a non-finite loss. A
-    label of which nothing remains has no choice.
+    The means are over the ended arms with these `seeds` (default: all). A learning rate is not chosen if an arm with
+    any seed failed there, or if fewer seeds have ended there than elsewhere. Checkpoints with a non-finite loss are
+    left out. A label without a remaining checkpoint is not in the result.
     """
     losses: dict[str, dict[float, list[Mapping[str, float | None]]]] = {}
     failed = set()
@@ -501,9 +511,11 @@ def choose(arms: Iterable[Arm], seeds: Iterable[int] | None = None) -> dict[str,
 def choice(losses: Mapping[float, Sequence[Mapping[str, float | None]]]) -> Choice | None:
     """Return the choice of one label from the `select_by_step` of each seed at each learning rate.
 
-    None if no loss is finite. Learning rates with fewer seeds than others are left out. If the best one is the lowest
-    or highest of all, trained or not, and its neighbor was tried, `next` continues the series by the same ratio. The
-    ratio is at most LARGEST_STEP if the neighbor has no finite loss, because it may be far too high.
+    None if no loss is finite. Learning rates with fewer seeds than others are left out.
+
+    `at_end` and `next` are set if the best learning rate is the lowest or highest of all in `losses`, with or without
+    seeds, and an arm at its neighbor has ended. `next` continues the series by the ratio of the two. The ratio is at
+    most LARGEST_STEP if the neighbor has no finite loss, because the neighbor may be far too high.
     """
     most = max(map(len, losses.values()), default=0)
     tried = sorted(rate for rate, seeds in losses.items() if len(seeds) == most > 0)

@@ -1,4 +1,4 @@
-"""The interface of an experiment to its study, implemented for images and for texts."""
+"""The interface by which an experiment trains and evaluates its arms, implemented for images and for texts."""
 
 from abc import ABC, abstractmethod
 
@@ -58,9 +58,9 @@ class Subject(ABC):
         self.say(f"training, {ended} of {pluralize(total, 'arm')} ended")
 
     def begins(self, phase: str, arm: Arm) -> None:
-        """Report the next phase of an arm.
+        """Write the next phase of an arm to the run's status.
 
-        Raises `Stopped` if a stop was requested. Like the following methods, for the main process only.
+        Raises `Stopped` if a stop was requested. Only the main process calls this method and those that follow it.
         """
         self.stop.check(COMPARING)
         self.say(phase, self.course.name_of(arm))

@@ -1,8 +1,7 @@
-"""Train several arms at once, each in a worker process.
+"""Train several arms in parallel, each in a worker process.
 
-The main process then trains none: it holds the directory's lock, has encoded the data, assigns arms and waits. A worker
-repeats the preparation up to the first arm, without output and with cached encodings, and then trains the arms that it
-receives.
+The main process trains no arm: it locks the directory, encodes the data, assigns arms to workers and waits for them. A
+worker repeats this preparation without output, using the cached encodings, and then trains the arms assigned to it.
 """
 
 from __future__ import annotations
@@ -39,9 +38,9 @@ POSIX = os.name == "posix"
 
 
 class Orders:
-    """Connection of a worker to the main process, which assigns its arms.
+    """A worker's connection to the main process, which assigns arms to the worker.
 
-    The worker must not write once that process has ended, and its lock with it.
+    The worker exits if the main process ends: the directory is then no longer locked, and must not be written to.
     """
 
     def __init__(self, number: int, connection: Connection, stop: StopRequest) -> None:
@@ -63,10 +62,10 @@ class Orders:
     def arms(self, course: Course) -> Iterator[Arm]:
         """Yield the arms to train as they arrive, until a stop.
 
-        Asking for the next one marks the previous one as ended.
+        Requesting the next arm reports to the main process that the previous one has ended.
         """
         while (told := self._arms.get()) is not None and self._stop.signal is None:
-            arm, course.grids = told  # may have been extended since the start
+            arm, course.grids = told  # learning rates may have been added since the start
             yield arm
             self._connection.send(arm)
 
@@ -81,7 +80,7 @@ Work = Callable[[StopRequest, Orders], None]
 
 
 def serve(number: int, connection: Connection, prog: str, work: Work) -> None:
-    """Run a worker process; its errors are reported and end it like those of a script."""
+    """Run a worker process; an error is reported and ends the process as in a script."""
     if POSIX:
         os.setsid()  # a terminal sends Ctrl-C only to the main process
 
@@ -108,7 +107,7 @@ class Member:
     arm: Arm | None = None
 
     def send(self, what: object) -> None:
-        """Send an object to the worker; if the worker has ended, the waiting code detects it."""
+        """Send an object to the worker; does nothing if the worker has ended, which `Crew.ended` detects."""
         with contextlib.suppress(OSError):
             self.connection.send(what)
 
@@ -125,9 +124,9 @@ class Crew:
 
     @contextlib.contextmanager
     def working(self, arms: int) -> Iterator[int]:
-        """Start at most one worker for each of `arms`, and yield their number.
+        """Start `size` workers, but not more than `arms`, and yield their number.
 
-        The workers are ended afterwards, at once after an error.
+        At the end of the context, wait until the workers have exited; after an error, they exit immediately.
         """
         context, size = multiprocessing.get_context("spawn"), min(self.size, arms)
         try:
@@ -178,9 +177,10 @@ class Crew:
             member.process.join()
 
     def fail(self, member: Member) -> None:
-        """End all workers after one has ended unexpectedly.
+        """End all workers after one of them, `member`, has ended unexpectedly.
 
-        That worker has reported why, unless it was killed or asked to stop.
+        That worker has reported an error, unless it was killed or asked to stop. Raises `EndedElsewhere` after an
+        error, and `RunFailed` if the worker was killed.
         """
         member.process.join()
         self.end()
@@ -194,14 +194,17 @@ class Crew:
 
 
 def arms_a_device(options: SharedExperimentOptions, device: torch.device) -> int:
-    """Return the number of arms that are trained at once on each GPU, or on the CPU."""
+    """Return the number of arms that are trained in parallel on each GPU, or on the CPU."""
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     return -(-(options.arms_at_once or 1) // count)
 
 
 def share_of(number: int, size: int) -> dict[str, str]:
-    """Return the environment of a worker: its fraction of the CPU cores, and one GPU in turn."""
-    # Both: in accelerate's launcher one thread counts as not set, and cores are divided by local processes.
+    """Return a worker's environment variables, which give it a fraction of the CPU cores, and one GPU.
+
+    Worker `number` has GPU `number` modulo the number of GPUs.
+    """
+    # Both are needed: accelerate treats one thread as not set, and then divides the cores by LOCAL_WORLD_SIZE.
     share = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // size)), "LOCAL_WORLD_SIZE": str(size)}
     if (count := torch.cuda.device_count()) == 0:
         return share

@@ -1,1 +1,1 @@
-"""The typed table of options and everything derived from it. Importing it imports no heavy library."""
+"""The typed table of options and everything derived from it. Importing this package imports no heavy library."""

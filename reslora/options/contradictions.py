@@ -24,9 +24,10 @@ def check_texts(values: Given) -> None:
 
 
 def check_method(options: SharedMethodOptions, calibration: str) -> None:
-    """Raise `InvalidArgument` for options that a method does not support, or a merge or control without calibration.
+    """Raise `InvalidArgument` for options that a method does not support, or for missing calibration samples.
 
-    `calibration` is the name of the script's option for the number of calibration samples.
+    Some merges, and the control methods (`lora_matched` and placebos), need calibration samples. `calibration` is the
+    name of the script's option for their number.
     """
     patterns = {name: getattr(options, name) for name in FIELDS}
     refuse_settings(options.method, options.lora_dropout, patterns)
@@ -43,12 +44,12 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
 
 
 def is_wired(options: SharedMethodOptions) -> bool:
-    """Return whether a method of the options has shortcuts and they connect blocks."""
+    """Return whether any method of the options has shortcuts, and the shortcuts connect blocks."""
     return options.reslora_config.wired and any(METHODS[name].shortcuts for name in options.method)
 
 
 def carries_activations(options: SharedMethodOptions) -> bool:
-    """Return whether the blocks of a method pass activations to each other."""
+    """Return whether the shortcuts of any method pass activations from block to block."""
     return is_wired(options) and shortcut_class(options.shortcut).carries
 
 

@@ -1,4 +1,4 @@
-"""Read options from a TOML file, or from the config.json of an earlier run, which includes defaults."""
+"""Read options from a TOML file, or from an earlier run's config.json, which also contains default values."""
 
 import argparse
 import json
@@ -20,7 +20,8 @@ FORMS = "give a TOML file or a run's config.json"
 def read_file(path: Path, table: Mapping[str, Option], given: Collection[str], prog: str) -> dict[str, Any]:
     """Return the values of a file, validated like those of the command line.
 
-    `given` are the names on the command line; values of a config.json that they replace are left out.
+    `given` are the names of the options on the command line. A value in a config.json is left out if it may have been
+    derived from one of these options (`Option.yields_to`).
     """
     where, names = f"--config {path}", {option.short: name for name, option in table.items() if option.short}
     content = {names.get(name, name): value for name, value in read_table(path).items()}
@@ -31,7 +32,7 @@ def read_file(path: Path, table: Mapping[str, Option], given: Collection[str], p
         if name not in table:
             problem = f"{name} is not a flag of {prog}{did_you_mean(name, table)}"
             raise InvalidArgument(where, problem, "rename or remove it")
-        # In TOML the user wrote the alpha; in a config.json it may have followed from the rank.
+        # An alpha in a TOML file is the user's; an alpha in a config.json may have been derived from the rank.
         resolved = path.suffix == ".json" or name != "lora_alpha"
         if value is not None and value != [] and not (resolved and table[name].yields_to in given):
             found[name] = checked(table[name], value, where)

@@ -19,7 +19,7 @@ KOHYA = {
 
 
 def foreign_names(table: Mapping[str, Option]) -> dict[str, tuple[str, str]]:
-    """Return, by option name, whose option it is and its equivalent here, possibly with a value."""
+    """Return by name, for each option of other scripts, whose it is and its equivalent here, possibly with a value."""
     found = {name: ("kohya's", here) for name, here in KOHYA.items()}
     for option in table.values():
         for whose, names in (("kohya's", option.kohya), ("diffusers'", option.diffusers)):
@@ -30,7 +30,7 @@ def foreign_names(table: Mapping[str, Option]) -> dict[str, tuple[str, str]]:
 
 
 def foreign_in_words(words: Iterable[str], table: Mapping[str, Option]) -> str:
-    """Return a message with the equivalents of the words that are options of other scripts; empty without any."""
+    """Return a message with the equivalents of all `words` that are options of other scripts; empty without any."""
     known = foreign_names(table)
     found = [(flag, *known[flag[2:]]) for flag in words if flag[:2] == "--" and flag[2:] in known]
     return ". ".join(

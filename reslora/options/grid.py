@@ -23,7 +23,7 @@ class Grid(Generic[O]):
     """Two or more values of each option that varies, by the name common to all scripts."""
 
     def values(self, name: str) -> list:
-        """Return all values of an option, one if it does not vary."""
+        """Return all values of an option; a single value if the option does not vary."""
         return self.varied.get(name) or [self.base[name]]
 
     @property
@@ -49,7 +49,7 @@ class Grid(Generic[O]):
         return [self.run(**dict(zip(names, own, strict=True))) for own in itertools.product(*values)]
 
     def run(self, method: str = "", **values: Any) -> O:
-        """Return the options of a run with these values, and with one method if it is given."""
+        """Return the options of a run with these values, and with `method` as its only method if it is given."""
         options = self.base.replace(**values, **({"method": [method]} if method else {}))
         return options.replace(lora_alpha=alpha_of(options.adapter))
 
@@ -63,7 +63,7 @@ class Grid(Generic[O]):
 
 
 def first_of(kind: type[O], values: dict[str, Any]) -> tuple[O, dict[str, list]]:
-    """Return the options with the first of several values, and all values of the options that have several."""
+    """Return the options of the first run, and all values of the options that have several values."""
     varied: dict[str, list] = {}
     for name, option in kind.table().items():
         if option.varies and isinstance(values[name], list):

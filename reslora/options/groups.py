@@ -10,9 +10,9 @@ from .values import listed
 
 
 class Groups:
-    """Base of a dataclass whose fields are groups of options: the values of one run.
+    """Base of the dataclasses that hold the options of one run; each of their fields is a group of options.
 
-    Files and messages use flat names.
+    Files and messages name an option without its group.
     """
 
     titles: ClassVar[Mapping[str, str]]

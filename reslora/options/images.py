@@ -33,7 +33,7 @@ SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant",
 )  # fmt: skip
 INTERPOLATIONS = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
-NOISES = 4  # number of noises at each timestep at which losses of an image are compared
+NOISES = 4  # number of noises for each image and timestep when losses are compared
 DEFAULT_RANK, LARGEST_BATCH = 16, 65536
 
 BUCKETS = Need(lambda options: options.data.use_aspect_ratio_buckets, "add --use_aspect_ratio_buckets")
@@ -379,7 +379,7 @@ class ValidationOptions:
 
 @group
 class ExperimentOptions(SharedExperimentOptions):
-    """Measurement and schedule of an experiment, which is a run with several values of some options."""
+    """Data splits and schedule of an experiment: runs with several values of some options."""
 
     select_split: float | None = again(help="fraction of the images that is held out to choose learning rates and "
         "checkpoints")

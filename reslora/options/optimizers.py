@@ -19,7 +19,7 @@ class Named:
     package: str
     """Package to install for it."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments that differ from the defaults of its authors."""
+    """Arguments whose values differ from the defaults of the optimizer's authors."""
     learning_rate: float | None = None
     """Learning rate if none is given."""
 
@@ -63,7 +63,10 @@ def options_of(words: Sequence[str]) -> dict[str, Any]:
 
 
 def check_installed(optimizer: str, words: Sequence[str], flag: str) -> None:
-    """Raise `InvalidArgument` naming `flag` for an optimizer that is not installed or arguments of a wrong form."""
+    """Raise `InvalidArgument` if an optimizer is not installed, or its arguments have a wrong form.
+
+    The error names `flag`.
+    """
     row = named(optimizer)
     if "." not in row.path:
         raise InvalidArgument(flag, "no such optimizer", f"give one of {', '.join(OPTIMIZERS)}, or package.Class")

@@ -13,13 +13,17 @@ from typing import Any, Literal, TypeVar, dataclass_transform, get_args, get_ori
 from ..checks import is_number, is_whole, number_in_words, whole_in_words
 
 Resume = Literal["fixed", "content", "free", "shown", "merged"]
-"""What a resumed run compares. fixed: the value. content: the content that the value names. free: nothing. shown:
-nothing, but a new value for a finished method is reported to have no effect. merged: nothing, but a finished method is
-merged again.
+"""What a resumed run compares with the earlier run.
+
+- fixed: the value of the option.
+- content: the content of the files that the value names.
+- free: nothing.
+- shown: nothing. If a method has finished, a message says that a new value has no effect on it.
+- merged: nothing. If a method has finished, it is merged again with the new value.
 """
 K = TypeVar("K")
 SAME: Any = object()
-"""Sentinel: the option has no value of this kind."""
+"""Sentinel for a property whose value is not defined; None may be a value."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,9 @@ class Need:
     """Return whether the options of a run satisfy the condition."""
     fix: str
     problem: str = "nothing reads it"
-    """The problem otherwise, with other options' values in braces."""
+    """Message if the condition is not satisfied; option names in braces are replaced by the options' values."""
     refuse: bool = True
-    """Raise an error; False: print a line, because commands for other scripts may contain the option."""
+    """Whether to raise an error, or only to print a line, because commands for other scripts may contain the option."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Option:
     parse: Callable[[str], Any] = str
     """Parser of one word of the command line."""
     alone: Any = SAME
-    """Value if the option is given without one."""
+    """Value if the option is given without a value."""
     choices: Collection[str] = ()
     metavar: str | None = None
     short: str = ""
@@ -62,15 +66,15 @@ class Option:
     varies: bool = False
     """Whether several values make an experiment."""
     in_experiments: str = ""
-    """Why an experiment refuses it, with the fix; empty if it does not."""
+    """Why an experiment refuses the option, with the fix; empty if it accepts the option."""
     bundled: Any = SAME
-    """Default for a bundled model; no other model may have this value as a default."""
+    """Default for bundled models; `default` is the one for all other models."""
     bundled_flow: Any = SAME
-    """The same for the bundled flow transformer, if it differs."""
+    """Default for the bundled flow transformer, if it differs from `bundled`."""
     by_family: str = ""
-    """Defaults by family, as text; `default` is None until the family is known."""
+    """Defaults by family of models, as text; the option's value is None until the family is known."""
     or_else: str = ""
-    """Addition to its help about a default that depends on other options."""
+    """Default as text for the help, if it depends on other options."""
     path: Literal["", "relative", "absolute"] = ""
     """Whether it may be a path, possibly with `~`, and how `config.json` stores it."""
     collapses: bool = False
@@ -80,7 +84,7 @@ class Option:
     implies: str = ""
     """Method that becomes the default if the option is given."""
     read_by: str = ""
-    """Property of a method's row that states whether the method uses it; empty: all methods do."""
+    """Attribute of `registry.Method` that states whether a method uses the option; empty: all methods use it."""
     objective: Literal["", "ddpm", "flow"] = ""
     """The only objective that uses it."""
     samplings: tuple[str, ...] = ()
@@ -89,9 +93,15 @@ class Option:
     counts_if_given: bool = False
     """Whether giving its default value differs from leaving it out."""
     yields_to: str = ""
-    """Option that, given on the command line, removes this one from a run's configuration."""
+    """Another option, from which this one may be derived.
+
+    If the other option is given on the command line, this one's value in a config.json is ignored.
+    """
     compared_as: str = ""
-    """What differs between two runs with different values, if their images or losses are not comparable then."""
+    """What differs between two runs with different values, as text, so that their images or losses are not comparable.
+
+    Empty if they are comparable.
+    """
     kohya: tuple[str, ...] = ()
     """Names in kohya's scripts."""
     diffusers: tuple[str, ...] = ()
@@ -116,7 +126,7 @@ class Option:
 
     @property
     def otherwise(self) -> str:
-        """Default as text, for models that are not bundled."""
+        """Default for models that are not bundled, as text."""
         return self.by_family or self.or_else or in_words(self.default)
 
     @property
@@ -143,7 +153,7 @@ def option(
 
 
 free, shown, by_content = (functools.partial(option, resume=resume) for resume in ("free", "shown", "content"))
-"""`option` with other values of `Resume`."""
+"""`option` with another value of `resume`."""
 
 
 class Again(dict):
@@ -151,13 +161,13 @@ class Again(dict):
 
 
 def again(**changes: Any) -> Any:
-    """Return a field of a `group` for an inherited option with some properties changed."""
+    """Return the field of an inherited option with some of its properties changed, for a class decorated by `group`."""
     return Again(changes)
 
 
 @dataclass_transform(frozen_default=True)
 def group(kind: type[K]) -> type[K]:
-    """Make a class whose fields are options a frozen dataclass."""
+    """Return the class as a frozen dataclass; all its fields are options."""
     for name, changes in list(vars(kind).items()):
         if isinstance(changes, Again):
             before = kind.__base__.__dataclass_fields__[name].metadata  # type: ignore[union-attr]
@@ -204,7 +214,7 @@ def in_words(value: Any) -> str:
     """Return an option's value as text."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return "none" if value is None else "on" if value is True else str(value)  # 1 == True
+    return "none" if value is None else "on" if value is True else str(value)  # `is`, because 1 == True
 
 
 def steps(text: str) -> int:
@@ -220,7 +230,7 @@ def true_or_false(text: str) -> bool:
 
 
 def buckets(text: str) -> str:
-    """Return heights and widths in diffusers' notation, unchanged: `512,512;448,576`.
+    """Return heights and widths in diffusers' notation, `512,512;448,576`, without white space.
 
     Raises `ArgumentTypeError` for another notation.
     """

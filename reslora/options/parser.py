@@ -64,7 +64,7 @@ class OptionsParser(Parser):
         group.add_argument(*flags, **own)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, and expand `~` also after an equals sign, which no shell expands."""
+        """Parse as argparse does, and expand `~` in paths; shells do not expand it in `--option=~/path`."""
         values, unknown = super().parse_known_args(args, namespace)
         return argparse.Namespace(**with_home(vars(values), self.table)), unknown
 
@@ -75,7 +75,10 @@ class OptionsParser(Parser):
         super().refuse_unknown(words)
 
     def page(self, group: str | None) -> str:
-        """Return the help of all options (None), of a group, or of the essential options (empty)."""
+        """Return the help of a group of options.
+
+        If `group` is None, it is the help of all options; if it is empty, that of the essential options.
+        """
         if not group:
             return short_help(self) if group == "" else self.format_help()
         if group not in self.kind.titles:
@@ -129,12 +132,12 @@ def default_in_words(option: Option) -> str:
 
 
 def bundled_in_words(option: Option) -> str:
-    """Return the default for bundled models as text; bundled files have no name."""
+    """Return the default for bundled models as text, without the names of bundled files."""
     return "what is bundled" if str(option.bundled).startswith(str(ASSETS)) else in_words(option.bundled)
 
 
 def short_help(parser: OptionsParser) -> str:
-    """Return one screen of help: the essential options with defaults, and how to see the rest."""
+    """Return one screen of help: the essential options with defaults, and how to print all options."""
     lines = [(parser.description or "").strip("\n"), "", "options:"]
     for option in parser.table.values():
         if option.essential:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ..checks import is_number, is_whole, number_in_words, whole_in_words
 from ..errors import first_line
 
-LONGEST_SIDE = 65536  # pixels; larger images cannot even be planned
+LONGEST_SIDE = 65536  # pixels; far more than a model can generate
 
 
 def options_text(text: str) -> str:
@@ -22,7 +22,7 @@ def options_text(text: str) -> str:
 def as_text(options: object) -> str:
     """Return a prompt's options as JSON.
 
-    Raises `ValueError` naming the first invalid one.
+    Raises `ValueError` naming the first invalid option.
     """
     if not isinstance(options, dict):
         raise ValueError("no object with options of a prompt")

@@ -52,7 +52,7 @@ class SharedMethodOptions:
 
 @group
 class SharedExperimentOptions:
-    """Measurement and schedule of an experiment, which is a run with several values of some options."""
+    """Data splits and schedule of an experiment: runs with several values of some options."""
 
     select_split: float | None = option(None,
         "fraction of the training data that is held out to choose learning rates and checkpoints", PART, or_else="0.1")
@@ -71,7 +71,7 @@ class SharedExperimentOptions:
 
 @dataclass(frozen=True)
 class RunOptions(Groups):
-    """Options of one run of any script, as an experiment needs them."""
+    """Options of one run that all scripts have, and that an experiment needs."""
 
     adapter: SharedMethodOptions = field(default_factory=SharedMethodOptions)
     experiment: SharedExperimentOptions = field(default_factory=SharedExperimentOptions)

@@ -1,7 +1,8 @@
 """The options of train_llm.py and train_glue.py.
 
-Options of transformers' `TrainingArguments` have its names, meanings and defaults. Those that are not in a table are
-recognized by name and passed on, so that transformers is imported only if one is given.
+Options that are fields of transformers' `TrainingArguments` have the names, meanings and defaults of the fields. The
+fields that are not defined as options here are recognized by name and passed on to transformers, which is imported for
+parsing only if one of them is given.
 """
 
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ PASSED_ON = {
         "ddp_timeout", "debug", "skip_memory_metrics", "do_train", "do_eval", "do_predict", "local_rank",
     ),
 }  # fmt: skip
-"""Other options of `TrainingArguments`, by whether a resumed run may have another value."""
+"""Other options of `TrainingArguments`: a resumed run must not change `fixed` ones, but may change `free` ones."""
 
 
 # fmt: off
@@ -75,13 +76,13 @@ class MethodOptions(SharedMethodOptions):
 
     @property
     def name(self) -> str:
-        """Method of a run."""
+        """The only method of a single run."""
         return self.method[0]
 
 
 @group
 class ExperimentOptions(SharedExperimentOptions):
-    """Measurement and schedule of an experiment, which is a run with several values of some options."""
+    """Data splits and schedule of an experiment: runs with several values of some options."""
 
     select_split: float | None = again(
         help="fraction of the training examples that is held out to choose learning rates and checkpoints; for tasks "
@@ -204,7 +205,7 @@ class TrainingOptions:
 
 @group
 class LlmTrainingOptions(TrainingOptions):
-    """The same with usual defaults for causal models, and for the bundled one."""
+    """`TrainingOptions` with usual defaults for causal models, and with defaults for the bundled model."""
 
     output_dir: str = again(default="runs/llm")
     learning_rate: float = again(default=1e-4, bundled=5e-3)
@@ -220,7 +221,7 @@ class LlmTrainingOptions(TrainingOptions):
 
 @group
 class GlueTrainingOptions(TrainingOptions):
-    """The same with the learning rate and epochs of LoRA on RoBERTa-large (Hu et al., 2022)."""
+    """`TrainingOptions` with the learning rate and epochs of LoRA on RoBERTa-large (Hu et al., 2022)."""
 
     output_dir: str = again(default="runs/glue")
     learning_rate: float = again(default=4e-4, bundled=3e-3)
@@ -235,7 +236,7 @@ class GlueTrainingOptions(TrainingOptions):
 class GlueMethodOptions(MethodOptions):
     """Adapter method and merge."""
 
-    # Texts are short: 64 texts of SST-2 are two tokens for each input of a layer of width 384, too few for a good
+    # Texts are short: 64 texts of SST-2 have only two tokens for each of a layer's 384 inputs, too few for a good
     # merge.
     merge_calibration_samples: int = again(default=256)
 # fmt: on
@@ -249,7 +250,7 @@ class TextOptions(RunOptions):
     training: TrainingOptions = field(default_factory=TrainingOptions)
     experiment: ExperimentOptions = field(default_factory=ExperimentOptions)
     passed_on: Mapping[str, Any] = field(default_factory=dict)
-    """Other given options of `TrainingArguments`."""
+    """Given options of `TrainingArguments` that are not defined as options here."""
 
     switches_take_values: ClassVar[bool] = True
     shared_titles: ClassVar[Mapping[str, str]] = {

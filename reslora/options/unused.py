@@ -1,4 +1,4 @@
-"""Options that have no effect in combination with the others: raise an error, or report them."""
+"""Find options that have no effect in combination with the others, and raise an error or print them."""
 
 import dataclasses
 from typing import Any
@@ -19,7 +19,10 @@ def as_option(option: Option, value: Any) -> str:
 
 
 def unmet(options: Groups, refuse: bool) -> list[tuple[Option, Need]]:
-    """Return the options that differ from the default, but have no effect because a condition is not satisfied."""
+    """Return the options that differ from their default, but have no effect because a condition is not satisfied.
+
+    Only conditions whose `Need.refuse` equals `refuse` are tested.
+    """
     return [
         (option, need)
         for name, option in options.table().items()
@@ -45,9 +48,10 @@ def report_unused(options: Groups) -> None:
 
 
 def report_unread_by_methods(asked: RunOptions | Grid) -> None:
-    """Print options that no method uses: one command line may serve several methods in turn.
+    """Print options that no method uses, unless they have their default values.
 
-    Warns of a --pre_num of 0 with methods that have shortcuts otherwise.
+    They are not errors, because a command may be reused for other methods. Also print a warning if --pre_num 0 leaves a
+    method without the shortcuts that it otherwise has.
     """
     options, values = asked.base if isinstance(asked, Grid) else asked, asked.flat()
     defaults = {"lora_alpha": alpha_of(dataclasses.replace(options.adapter, lora_alpha=None))}

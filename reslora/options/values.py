@@ -1,4 +1,4 @@
-"""Format the values of options as on the command line, and refuse those that differ from earlier ones."""
+"""Format the values of options as on the command line, and refuse values that differ from those of an earlier run."""
 
 from typing import Any, NoReturn
 
@@ -6,7 +6,7 @@ from ..errors import InvalidArgument
 
 
 def listed(value: Any) -> list:
-    """Return the values of an option that takes one or several, as a list."""
+    """Return one or several values of an option as a list; an empty list for None."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 

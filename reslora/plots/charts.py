@@ -1,7 +1,7 @@
 """Line charts as static SVG: `line_chart` for the application's page, `chart` for an experiment's report.
 
-Both use the color of the surrounding text. `line_chart` uses matplotlib. The lines of `chart`, with a dot for each
-seed, take their colors from the page's style sheet (`experiment.theme.STYLE`).
+Text in both charts has the color of the surrounding text. matplotlib renders `line_chart`. `chart` has a line for each
+series and a dot for each seed, with colors from the report's style sheet (`experiment.theme.STYLE`).
 """
 
 import functools
@@ -24,7 +24,7 @@ ElementTree.register_namespace("", SVG)
 ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")  # browsers require this prefix
 matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "reslora"})  # text stays text; deterministic output
 WIDTH, HEIGHT, BOX = 560, 220, (0.1, 0.16, 0.88, 0.8)
-"""Size of a chart on the page in pixels, and its axes: left, bottom, width and height as fractions."""
+"""Size of a `line_chart` in pixels, and the place of its axes: left, bottom, width and height as fractions."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,14 @@ REPORT = Frame(420, 270, 66, 10, 12, 44)
 LONGEST = 60
 """Maximum number of characters of a name in a legend."""
 MOST_DOTS = 25
+"""Maximum number of points of a line in a `line_chart` that are marked with dots."""
 COLORS = 8
 """Number of colors in the report's style sheet."""
 FARTHEST = 12
-"""Values more than this many interquartile ranges above the minimum become hollow dots at the edge."""
+"""The y axis ends at most at this many times the median's distance from the minimum; dots beyond are hollow.
+
+If y is a difference, the axis ends at most at this many times the median of the absolute values.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Places:
     across: Point
     up: Point
     scaled: Callable[[float], float] = float
-    """Scale of x: its logarithm if the axis is logarithmic; `across` has scaled values."""
+    """Function applied to x: the logarithm if the axis is logarithmic. The range `across` is in scaled values."""
 
     def x(self, value: float) -> float:
         """Return the distance from the left edge in pixels."""
@@ -66,7 +70,7 @@ class Places:
         return self.frame.left + share * (self.frame.width - self.frame.left - self.frame.right)
 
     def y(self, value: float) -> float:
-        """Return the distance from the top edge in pixels; values outside the range are at the edge."""
+        """Return the distance from the top edge in pixels; values above the range are placed at its upper end."""
         low, high = self.up
         share = min(1.0, (value - low) / (high - low))
         return self.frame.height - self.frame.bottom - share * (self.frame.height - self.frame.top - self.frame.bottom)
@@ -97,9 +101,9 @@ class Line:
 
 
 def line_chart(title: str, x_title: str, lines: Sequence[Line], mark: float | None = None) -> str:
-    """Return a line chart with axes and a legend as HTML; `mark` adds a vertical line.
+    """Return a line chart with axes and a legend as HTML; `mark` is the x of an additional vertical line.
 
-    With few points, each has a tooltip with its values. Without lines the chart is empty.
+    Each point of a line with few points has a tooltip with its values. Without lines the chart is empty.
     """
     svg, (left, right) = _svg(title, x_title, tuple(lines))
     if mark is not None and lines and left <= mark <= right:
@@ -114,7 +118,10 @@ def line_chart(title: str, x_title: str, lines: Sequence[Line], mark: float | No
 
 @functools.lru_cache(maxsize=64)
 def _svg(title: str, x_title: str, lines: tuple[Line, ...]) -> tuple[str, Point]:
-    """Return the chart without its mark, and the limits of its x axis; cached, as a slider moves the mark often."""
+    """Return the chart as SVG without its mark, and the limits of its x axis.
+
+    The result is cached, because a slider moves the mark often.
+    """
     figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
     axes = figure.add_axes(BOX)
     for number, line in enumerate(lines):
@@ -145,7 +152,7 @@ def _svg(title: str, x_title: str, lines: tuple[Line, ...]) -> tuple[str, Point]
 
 
 def swatch(color: str, dash: str) -> str:
-    """Return a line's sample for a legend, as SVG."""
+    """Return a short sample of a line for a legend, as SVG."""
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
     line = f'<path d="M0 6H28" stroke="{color}" stroke-width="3"{dashed}/>'
     return f'<svg class="key" viewBox="0 0 28 12" aria-hidden="true">{line}</svg>'
@@ -187,12 +194,12 @@ class Axes:
 
 
 def chart(series: Sequence[Series], axes: Axes) -> str:
-    """Return a figure with its legend; empty without a finite point."""
+    """Return a line chart with its legend as HTML; empty if no point is finite."""
     points = [point for each in series for point in (*each.line, *each.dots) if all(map(math.isfinite, point))]
     if not points:
         return ""
     x, *others = {x for x, _ in points}
-    if not others and x > 0:  # a single step has no round numbers around it
+    if not others and x > 0:  # the only x is the only tick
         axes = replace(axes, ticks=[x])
     place = _places(points, axes)
     body = _grid(place, axes) + "".join(_of_series(each, place) for each in series)
@@ -226,7 +233,7 @@ def _places(points: Sequence[Point], axes: Axes) -> Places:
 
 
 def _padded(low: float, high: float, share: float) -> Point:
-    """Return a range with margins, never empty."""
+    """Return a range widened on both sides by the fraction `share` of its length; never an empty range."""
     room = (high - low) * share or abs(low) * share or 1.0
     return low - room, high + room
 
@@ -234,7 +241,7 @@ def _padded(low: float, high: float, share: float) -> Point:
 def _grid(place: Places, axes: Axes) -> str:
     """Return grid lines, ticks and the titles of both axes."""
     left, right, bottom = REPORT.left, REPORT.width - REPORT.right, REPORT.height - REPORT.bottom
-    whole = MaxNLocator(6, integer=place.across[1] - place.across[0] > 1.5)  # training steps
+    whole = MaxNLocator(6, integer=place.across[1] - place.across[0] > 1.5)  # integers for training steps
     across = axes.ticks or ticks(*place.across, whole)
     parts = [
         f'<path class="{"zero" if axes.zero and abs(y) < 1e-12 else "grid"}" d="M{left} {place.y(y):.1f}H{right}"/>'
@@ -304,8 +311,8 @@ FOREST_TOP = 8
 def forest(title: str, rows: Sequence[Row], axis: str) -> str:
     """Return a forest plot: intervals below each other, with a line at zero and an axis; empty without rows.
 
-    The name and values of a row are above its interval, so that both are legible on a narrow screen. A value far beyond
-    all intervals is an arrow at the edge.
+    The name and values of a row are above its interval, so that both are legible on a narrow screen. A value beyond
+    all intervals and their margin is an arrow at the edge.
     """
     if not rows:
         return ""

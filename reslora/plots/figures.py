@@ -28,7 +28,7 @@ DPI = 100
 SMALL, LARGE = 128, 192
 """Longer side of an image in the comparison in pixels: SMALL for images up to that size, LARGE for others."""
 ABOVE = 0.6
-"""Size of the images above the grid relative to those in it: they belong to no column."""
+"""Size of the images above the grid, relative to the images in the grid."""
 GAP, MARGIN = 6, 12
 """Pixels between images, and around the figure."""
 TITLE, PROMPT = 16, 20
@@ -42,7 +42,7 @@ Noto Sans Arabic, Noto Sans Hebrew, Noto Sans Devanagari, Noto Sans Bengali, Not
 Noto Sans Thai, Noto Emoji, Noto Sans Symbols, Noto Sans Symbols 2, Unifont
 """
 FAMILIES = [name.strip() for name in _FAMILIES.split(",")]
-"""Font families; matplotlib takes each character from the first installed one that has it."""
+"""Font families; matplotlib takes each character from the first installed font that contains the character."""
 
 
 def comparison(
@@ -52,12 +52,12 @@ def comparison(
     side: int | None = None,
     above: tuple[str, Sequence[Image]] = ("", ()),
 ) -> None:
-    """Write images as a grid: columns across; prompts, and the methods of each, down.
+    """Write a grid of images, which has a row for each method of each prompt.
 
-    `columns` holds the titles, possibly of several lines. `rows` holds each prompt and, for each of its methods, a name
-    and one image for every column. `above` is a title and smaller images above the grid, as many as fit. All images are
-    fitted into the size of the first one, whose longer side becomes `side` pixels (None: SMALL or LARGE). Small images
-    are enlarged by nearest neighbor, and long prompts are shortened.
+    `columns` holds the titles of the columns, possibly of several lines. `rows` holds each prompt with its methods: for
+    each method a name and one image for every column. `above` holds a title and images that are shown above the grid,
+    smaller and as many as fit. The longer side of the first image in the grid becomes `side` pixels (None: SMALL or
+    LARGE), and all other images are fitted into its size by Lanczos resampling. Long prompts are shortened.
 
     Raises `OSError` for a file that is not an image.
     """
@@ -91,11 +91,11 @@ def comparison(
 
 
 def loss_curves(path: str | os.PathLike, logs: Mapping[str, Sequence[dict]], held_out: int | None) -> None:
-    """Write the training loss of each method, as a running mean over a tenth of the steps, and its held-out loss.
+    """Write plots of each method's training loss and of its loss on held-out images.
 
-    `logs` holds the rows of each method's log (see `log.read_log`), `held_out` the number of held-out images; the loss
-    on them is the second plot. A third plot shows the last held-out loss by timestep, if known. Non-finite losses leave
-    a gap.
+    The training loss is a running mean over a tenth of the steps. `logs` holds the rows of each method's log (see
+    `log.read_log`). `held_out` is the number of held-out images; without held-out images there is no plot of their
+    loss. A third plot shows the last held-out loss by timestep, if a log has it. Non-finite losses leave a gap.
     """
     splits = {"train": "training loss (running mean)"}
     if held_out:
@@ -130,9 +130,9 @@ def loss_curves(path: str | os.PathLike, logs: Mapping[str, Sequence[dict]], hel
 
 
 def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """Return the mean of the finite values in a window that ends at each value.
+    """Return the running mean of the finite values.
 
-    The window has the fraction `share` of all values.
+    Each mean is over a window that ends at a value; the length of the window is the fraction `share` of all values.
     """
     window = max(1, round(len(values) * share))
     finite = np.isfinite(values)
@@ -164,7 +164,7 @@ class _Sheet:
         self.figure.add_artist(Line2D(ends, (height, height), color="#cccccc", linewidth=0.72))
 
     def images(self, places: Sequence[int], y: int, images: Sequence[Image], size: tuple[int, int]) -> None:
-        """Add images fitted into `size`, pixel by pixel, with their upper left corners at `places` and y."""
+        """Resize images to fit into `size`, and add them with their upper left corners at `places` and y."""
         for x, image in zip(places, images, strict=False):
             if image is not None:
                 with _opened(image) as opened:
@@ -191,7 +191,7 @@ def _tile(images: Iterable[Image], side: int | None) -> tuple[int, int]:
 
 
 def _opened(image: Any) -> Any:
-    """Return a context manager of the image; a file that it opens is closed."""
+    """Return a context manager that yields the image; if `image` is a file, it is closed on exit."""
     return nullcontext(image) if isinstance(image, PIL.Image.Image) else PIL.Image.open(image)
 
 
@@ -212,6 +212,9 @@ def _width(text: str, size: int) -> int:
 
 @functools.cache
 def _font(size: int) -> FontProperties:
-    """Return a font of a size in pixels from the installed ones of FAMILIES: matplotlib warns about missing ones."""
+    """Return the properties of a font: its size in pixels, and those of FAMILIES that are installed.
+
+    matplotlib would warn about families that are not installed.
+    """
     installed = set(font_manager.get_font_names())
     return FontProperties(family=[name for name in FAMILIES if name in installed], size=size * 72 / DPI)

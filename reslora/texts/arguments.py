@@ -1,4 +1,7 @@
-"""Resolve the command line to the options of a language script. transformers is imported only if they are valid."""
+"""Resolve the command line to the options of a language script.
+
+transformers is imported only if the options are valid.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,20 +30,20 @@ from ..options.texts import (
 from ..options.values import listed
 
 T = TypeVar("T", bound=TextOptions)
-METAMATHQA_SAMPLES = 40_000  # Appendix C
+METAMATHQA_SAMPLES = 40_000  # number of training samples in the paper's Appendix C
 NOT_IN_EXPERIMENTS = {
     "load_best_model_at_end": "leave it out: checkpoints are chosen over seeds together",
     "do_predict": "leave it out, and predict with the arm that you like",
     "save_only_model": "leave it out: an arm that is stopped goes on from its last checkpoint",
 }
-"""Options that must not be passed on to transformers, with the fix."""
+"""Options of `TrainingArguments` that an experiment refuses, with the fix."""
 
 
 def read(kind: type[T], prog: str, argv: Sequence[str] | None, description: str | None = None) -> T | Grid[T]:
     """Return the options of a run, or of an experiment if an option that can vary has several values.
 
-    Exits with status 2 and one line for invalid syntax. Raises `InvalidArgument` for invalid values, among them empty
-    ones, which usually come from a shell variable that is not set: the run would use other data, or start anew.
+    Exits with status 2 and a one-line message for invalid syntax. Raises `InvalidArgument` for invalid values. Empty
+    values are invalid: they usually come from an unset shell variable, and the run would use other data or start anew.
     """
     given, passed_on = parsed_values(OptionsParser(prog, kind, description or ""), argv)
     contradictions.check_texts(given | passed_on)
@@ -51,7 +54,7 @@ def read(kind: type[T], prog: str, argv: Sequence[str] | None, description: str 
 
 
 def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the given values of the table's options, and those that are passed on to transformers."""
+    """Return the given values of the script's own options, and those of options that are passed on to transformers."""
     values, unknown = parser.parse_known_args(argv)
     names = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in unknown if word.startswith("--")}
     if not unknown:
@@ -90,7 +93,10 @@ def resolve(kind: type[T], given: Given, passed_on: Given = {}) -> T | Grid[T]: 
 
 
 def steps_asked_for(given: Given, passed_on: Given) -> dict[str, object]:
-    """Return the strategies implied by a number of steps, which would have no effect with the default strategies."""
+    """Return the values of --eval_strategy and --save_strategy that --eval_steps and --save_steps imply.
+
+    With the default strategies, a number of steps would have no effect.
+    """
     found = dict[str, object]()
     for what, other in (("eval", "save"), ("save", "eval")):
         if f"{what}_steps" in given and f"{what}_strategy" not in given:
@@ -105,9 +111,9 @@ def steps_asked_for(given: Given, passed_on: Given) -> dict[str, object]:
 
 
 def checked(options: T) -> T:
-    """Return the options of a run with derived values.
+    """Return the options of a single run with derived values filled in.
 
-    Raises `InvalidArgument` for invalid ones.
+    Raises `InvalidArgument` for invalid options.
     """
     contradictions.check_method(options.adapter, "calibration_examples")
     output = options.training.output_dir

@@ -52,38 +52,44 @@ class AllocateRanks(TrainerCallback):
 
 
 class StopWhenAsked(TrainerCallback):
-    """A callback that saves and ends training after a stop request; all processes exit after the same step.
+    """A callback that saves a checkpoint and ends training after a stop request, in all processes after the same step.
 
-    A validation that is due after that step comes first, so that the log of a resumed run has no gap.
+    If an evaluation is due after that step, it precedes the checkpoint, so that the log of a resumed run has no gap.
     """
 
     def __init__(self, stop: StopRequest, trainer: Trainer) -> None:
         self.stop, self.trainer, self.leaving = stop, trainer, False
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Request a checkpoint, and the end of training."""
+        """Request a checkpoint and the end of training if a stop was requested."""
         if stop_requested(self.stop) and state.global_step < state.max_steps:
             self.leaving = control.should_save = control.should_training_stop = True
             args.save_only_model = False  # resuming needs the complete state
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
-        """Cancel the end-of-epoch evaluation after a stop: the trainer treats a stop as the end of an epoch."""
+        """Cancel evaluation, saving and logging if a stop ended training within the epoch.
+
+        `Trainer` treats every stop as the end of an epoch.
+        """
         if self.leaving and abs(state.epoch - round(state.epoch)) > 1e-9:
             control.should_evaluate = control.should_save = control.should_log = False
 
     def on_prediction_step(self, args, state, control, **kwargs) -> None:
-        """Raise `Stopped` in an evaluation after training."""
+        """Raise `Stopped` if a stop was requested, during an evaluation after training."""
         self.check("stopped while evaluating; go on with --resume_from_checkpoint latest")
 
     def check(self, message: str) -> None:
-        """Raise `Stopped` outside of training; with several processes only a second signal ends them."""
+        """Raise `Stopped` if a stop was requested, outside of training and in a run with one process.
+
+        Outside of training, several processes are ended only by a second signal.
+        """
         if not self.trainer.is_in_train and self.trainer.args.world_size == 1:
             self.stop.check(message)
 
     def ended_the_compiler(self, error: Exception) -> bool:
         """Return whether a step failed because a signal to the whole terminal or job killed torch's compiler process.
 
-        False with several processes, which wait for each other within the step.
+        Always False with several processes, because they wait for each other within the step.
         """
         compiling = type(error).__module__.startswith(("torch._inductor.", "torch._dynamo."))
         return compiling and self.stop.signal is not None and self.trainer.args.world_size == 1
@@ -92,7 +98,7 @@ class StopWhenAsked(TrainerCallback):
 class SaveValidated(TrainerCallback):
     """A callback that delays a checkpoint at the end of an epoch until after the epoch's validation.
 
-    A run resumed from an earlier checkpoint would skip that validation.
+    A run resumed from a checkpoint that was saved before the validation would skip the validation.
     """
 
     due = False
@@ -109,17 +115,20 @@ class SaveValidated(TrainerCallback):
 
 
 class GoesOnFrom(TrainerCallback):
-    """A callback that renames the checkpoints that training from `checkpoint` does not continue.
+    """A callback that renames the checkpoints that are not in the training history of a run resumed from `checkpoint`.
 
-    It does so once `checkpoint` was loaded, so that a failure to load changes nothing. The best checkpoint is set to
-    the one next to it: `Trainer` stores an absolute path, and the directory may have moved.
+    Those are the later checkpoints; if `checkpoint` is not one of the run's own, all of them are renamed. The callback
+    runs after `checkpoint` was loaded, so that a failure to load renames nothing.
+
+    It also looks for the best checkpoint in the directory that contains `checkpoint`, because `Trainer` stores an
+    absolute path, and the directory may have moved.
     """
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = Path(checkpoint)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Rename the checkpoints: model, optimizer and schedule are loaded by now."""
+        """Rename checkpoints, and update the best one's path; model, optimizer and scheduler are loaded by now."""
         best = self.checkpoint.with_name(f"checkpoint-{state.best_global_step}")
         if best.is_dir():
             state.best_model_checkpoint = str(best)
@@ -132,8 +141,8 @@ class LogCallback(TrainerCallback):
 
     Its rows are {"step", "split": "train"|"validation", "loss", "lr", "seconds", ...metrics}. `seconds` is training
     time without evaluation, summed over resumed runs. On resume, rows after the resumed step are removed; a new run
-    starts a new file. A loss is the mean since the previous row, or since the resumed step: with
-    --logging_steps above 1, the first row after a resume averages fewer steps.
+    starts a new file. A training loss is the mean over the steps since the previous row, or since the resumed step. So
+    with --logging_steps above 1, the first row after a resume averages fewer steps.
     """
 
     def __init__(self, path: Path) -> None:
@@ -153,7 +162,7 @@ class LogCallback(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Stop the timer: evaluation and saving do not count."""
+        """Stop the timer, so that `seconds` does not include evaluation and saving."""
         self.seconds += time.perf_counter() - self.started
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:

@@ -29,14 +29,14 @@ def checkpoints_of(folder: Path) -> list[Path]:
 
 
 def named_checkpoint(folder: Path, name: str) -> Path:
-    """Return the directory that --resume_from_checkpoint names, inside the run or anywhere."""
+    """Return the directory that --resume_from_checkpoint names: relative to the run's directory, or any path."""
     return folder / name if (folder / name).is_dir() else Path(name)
 
 
 def usable_checkpoint(folder: Path, processes: int = 1) -> str | None:
     """Return the newest complete `checkpoint-N` of a run; None without one.
 
-    Incomplete ones are skipped with a warning.
+    Incomplete checkpoints, and those of another number of processes, are skipped with a warning.
     """
     for path in checkpoints_of(folder):
         problem = damage(path, processes)
@@ -47,9 +47,10 @@ def usable_checkpoint(folder: Path, processes: int = 1) -> str | None:
 
 
 def damage(folder: Path, processes: int = 1) -> str | None:
-    """Return what is missing or damaged in a checkpoint, or None; reads every file for its checksum.
+    """Return a description of what is missing or damaged in a checkpoint; None if nothing is.
 
-    Raises `OSError` for a file that cannot be read at the moment, which does not mean that it is damaged.
+    Reads every file to compare its checksum. Raises `OSError` for a file that cannot be read at the moment, which does
+    not mean that the file is damaged.
     """
     if lacking := _lacks(folder, processes):
         return lacking
@@ -61,22 +62,24 @@ def damage(folder: Path, processes: int = 1) -> str | None:
 
 
 def set_unfinished_aside(folder: Path, processes: int = 1) -> None:
-    """Rename an incomplete first checkpoint, so that the run can start anew: nothing is lost.
+    """Rename a run's only checkpoint if it was not written completely, so that the run can start anew.
 
-    A damaged checkpoint stays, and so does one of another number of processes, one among several, and one of a finished
-    run.
+    Nothing is deleted. Does nothing
+
+    - if the run has finished, or has several checkpoints;
+    - if the checkpoint was written completely, even if it is damaged now or of another number of processes.
     """
     found = checkpoints_of(folder)
     if len(found) == 1 and not (folder / RESULTS).exists() and _is_cut_short(found[0], processes):
-        set_aside(found[0], "was not finished", "unfinished")  # so that it is not a checkpoint to resume from
+        set_aside(found[0], "was not finished", "unfinished")  # a name that resuming ignores
 
 
 def _is_finished(folder: Path) -> bool:
-    return TRAINER_STATE_NAME in read_object(folder / CHECKSUMS_NAME)  # before, checksums list only the adapter
+    return TRAINER_STATE_NAME in read_object(folder / CHECKSUMS_NAME)  # until then, the checksums list only the adapter
 
 
 def _is_cut_short(folder: Path, processes: int) -> bool:
-    """Return whether a checkpoint was not written to its end: the trainer's state is written last."""
+    """Return whether a checkpoint was not written completely: the trainer's state and its checksum are written last."""
     if not (folder / TRAINER_STATE_NAME).exists():
         return True
     begun = (folder / CHECKSUMS_NAME).exists() and not _is_finished(folder)
@@ -99,7 +102,7 @@ def _lacks(folder: Path, processes: int) -> str | None:
 
 
 def _unreadable(folder: Path, processes: int) -> str | None:
-    """Return what is wrong with a checkpoint without complete checksums, as far as reading its files shows."""
+    """Return the first error when reading the files of a checkpoint without complete checksums; None without one."""
     try:
         TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         for path in folder.glob("*.safetensors"):
@@ -107,7 +110,7 @@ def _unreadable(folder: Path, processes: int) -> str | None:
                 pass
         if (folder / WEIGHTS_NAME).exists():
             json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        # DeepSpeed stores optimizer and scheduler in a separate directory and reads it.
+        # DeepSpeed stores optimizer and scheduler in a separate directory, which it reads and validates itself.
         states = [] if (folder / "latest").exists() else ["optimizer.pt", "scheduler.pt"]
         for name in (*states, *_ranks(processes)):
             with safe_globals():

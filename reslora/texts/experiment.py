@@ -1,8 +1,8 @@
 """Single runs and experiments with a language model.
 
-Every arm of an experiment is a single run on parts of the examples. It has its own directory, and the files on disk
-determine the remaining work. Learning rates and checkpoints are chosen by the loss on the selection split. Methods are
-compared by the merged adapter's loss on each test example.
+A run of an experiment is called an arm: a method with a learning rate and a seed. Every arm trains on the training
+split and has its own directory; the files on disk determine the remaining work. Learning rates and checkpoints are
+chosen by the loss on the selection split. Methods are compared by the merged adapter's loss on each test example.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from .trainer import AdapterTrainer, put_control_on, total_steps
 from .training_arguments import passed_on_defaults, without_tokens
 
 MOST_LOOKS = 10
-LEAST_LOSS = 1e-12  # statistics need losses above zero, which a certain example's loss can round to
+LEAST_LOSS = 1e-12  # the statistics need losses above zero, but the loss of a confident prediction can round to zero
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 CHANGING = ("method", "learning_rate", "seed")  # options to which an experiment can add values
 LIMITS = ("max_eval_samples", "max_test_samples", "max_predict_samples")
@@ -61,7 +61,7 @@ FIXED = (
     "merge", "calibration_examples", "max_steps", "num_train_epochs", "eval_strategy", "eval_steps", "max_new_tokens",
     "per_device_eval_batch_size", *LIMITS,
 )  # fmt: skip
-"""Options that a resumed run may change, but not an experiment."""
+"""Options that a resumed single run may change, but a resumed experiment may not."""
 TEXTS = About(
     "example",
     {
@@ -84,7 +84,7 @@ WRITTEN = {
     "peft": "plain adapter: PeftModel.from_pretrained(model, folder)",
     "merged": "merged model: transformers' from_pretrained(folder)",
 }
-"""Files of a single run."""
+"""Files of a single run, with the use of each."""
 
 
 class Study(ABC):
@@ -93,7 +93,7 @@ class Study(ABC):
     prog: str
     """Name of the script."""
     real: str
-    """Options of a run with a real model, for messages."""
+    """Example options with a full-size model, printed after a run with a bundled model."""
     tokenizer: Any
     """The model's tokenizer; set by `adapted`."""
 
@@ -106,26 +106,26 @@ class Study(ABC):
 
     @abstractmethod
     def read(self, arguments: Any) -> Iterable:
-        """Read the examples of a single run; return the training examples, which a resumed run must share."""
+        """Read the examples of a single run; return the training examples, which must be the same in a resumed run."""
 
     @abstractmethod
     def parts(self, arguments: Any, shares: ExperimentOptions) -> Parts:
-        """Return all examples divided into three parts."""
+        """Return all examples divided into a training, a selection and a test split."""
 
     @abstractmethod
     def prepare(self, arguments: Any, parts: Parts) -> int:
-        """Set the examples of all arms; return the number of training examples."""
+        """Store the examples that all arms use; return the number of training examples."""
 
     @abstractmethod
     def adapted(self, arguments: Any) -> PeftModel:
-        """Return the model with the arm's adapter, newly initialized."""
+        """Return the model with a newly initialized adapter."""
 
     def example(self) -> dict | None:
-        """Return inputs to trace the model with; None if it has its own."""
+        """Return inputs to trace the model with; None to use inputs made from the model's configuration."""
         return None
 
     def print_links(self, model: PeftModel, adapter: MethodOptions, tell: Callable[[str], object]) -> None:
-        """Report the layers without shortcuts and the chains that are too short."""
+        """Print the layers without shortcuts, and the chains of blocks that are too short for --pre_num."""
         print_links(model, adapter.name, adapter.reslora_config, tell, self.example())
 
     @abstractmethod
@@ -133,7 +133,7 @@ class Study(ABC):
         """Return the trainer, which writes `log.jsonl`."""
 
     def trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
-        """Return the trainer, with a control calibrated."""
+        """Return the trainer; a control method (`lora_matched` or a placebo) is calibrated first."""
         trainer = self.build_trainer(arguments, model, stop)
         put_control_on(trainer, arguments.method, self.calibration(arguments) or [], self.example())
         return trainer
@@ -144,7 +144,7 @@ class Study(ABC):
 
     @abstractmethod
     def measured(self, arguments: Any, model: PeftModel, check: Callable[[], None]) -> tuple[list[float], dict]:
-        """Return the loss of each test example, in order, and metrics over all; calls `check` between batches."""
+        """Return the loss of each test example, in order, and metrics over all; call `check` before each batch."""
 
     @abstractmethod
     def figures(self, arguments: Any, trainer: AdapterTrainer) -> Mapping[str, float]:
@@ -159,7 +159,7 @@ class Study(ABC):
         return []
 
     def finish(self, arguments: Any, trainer: AdapterTrainer) -> None:
-        """Evaluate unmerged and merged, export, predict, and write `results.json` last."""
+        """Evaluate the adapter unmerged and merged, export it, write predictions and, last, `results.json`."""
         method, batches, output = arguments.method, self.calibration(arguments), trainer.args.folder
         table = merge_table(trainer.model, lambda: self.figures(arguments, trainer), batches)
         broadcast_from_main(check_held)
@@ -204,9 +204,9 @@ def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
 
 @contextlib.contextmanager
 def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None = None) -> Iterator[Bench]:
-    """Lock the directory, validate the options, and encode the examples.
+    """Lock the directory, validate the options, encode the examples, and yield the experiment.
 
-    With orders, this is a worker of --arms_at_once in a directory that the main process has locked and validated.
+    With `orders`, this process is a worker of --arms_at_once; the main process has locked and validated the directory.
     """
     report_unread_by_methods(grid)
     course = Course(grid)
@@ -228,7 +228,10 @@ def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None
 
 
 def options_of(arm: Arm, course: Course) -> Any:
-    """Return the options of a single run of an arm in its directory, with one checkpoint unless more are requested."""
+    """Return an arm's options, as those of a single run in the arm's directory.
+
+    The run retains one checkpoint unless --save_total_limit is given.
+    """
     options = course.options_of(arm)
     limit = options.training.save_total_limit or 1
     own = {"output_dir": str(course.folder_of(arm)), "save_total_limit": limit, "resume_from_checkpoint": None}
@@ -236,15 +239,15 @@ def options_of(arm: Arm, course: Course) -> Any:
 
 
 def looks(training: TrainingOptions, steps: int) -> dict[str, Any]:
-    """Return the evaluation steps if none are requested: every --eval_steps, or MOST_LOOKS times."""
+    """Return options that evaluate every --eval_steps, or MOST_LOOKS times; empty if --eval_strategy is not `no`."""
     every = training.eval_steps or math.ceil(steps / MOST_LOOKS)
     return {"eval_strategy": "steps", "eval_steps": every} if training.eval_strategy == "no" else {}
 
 
 def take_folder(bench: Bench) -> None:
-    """Raise `InvalidArgument` for the directory of another experiment or a single run.
+    """Raise `InvalidArgument` if the directory has another experiment or a single run.
 
-    Otherwise remove the temporary files of a killed run.
+    Otherwise remove temporary files, rename incomplete checkpoints, and write `config.json`.
     """
     course, folder = bench.course, bench.course.folder
     there = read_experiment(folder).get("identity") or {}
@@ -292,7 +295,7 @@ class KeepAdapters(TrainerCallback):
 
 @dataclass(frozen=True)
 class Bench(Subject):
-    """The arms of an experiment with a language model: their training and evaluation."""
+    """Trains, evaluates and exports the arms of an experiment with a language model."""
 
     course: Course
     study: Study
@@ -308,12 +311,12 @@ class Bench(Subject):
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """All options by name, with every value of the options that vary."""
+        """All options by name; an option that varies has a list of all its values."""
         return {**passed_on_defaults(), **self.course.grid.flat(), **self.course.grid.base.passed_on}
 
     @functools.cached_property
     def identity(self) -> dict:
-        """Settings and content hash of the examples, which must not change when an experiment is resumed."""
+        """Settings, and content hashes of the examples, that must not change when an experiment is resumed."""
         arguments = self.arguments_of(self.course.arms()[0])
         settings = arguments.settings | {"num_processes": arguments.training.world_size}
         grid = self.course.grid
@@ -327,7 +330,10 @@ class Bench(Subject):
         return json.loads(json.dumps({name: value for name, value in found.items() if name not in CHANGING}))
 
     def check_label(self, label: str, tell: Callable[[str], object]) -> None:
-        """Raise `InvalidArgument` for an adapter that cannot be attached, and report layers without shortcuts."""
+        """Raise `InvalidArgument` if a label's adapter cannot be attached, and print the layers without shortcuts.
+
+        Does nothing if an arm of the label has ended.
+        """
         arms = [arm for arm in self.course.arms() if arm.label == label]
         if not broadcast_from_main(lambda: any(self.course.ended(arm) for arm in arms)):
             arguments = self.arguments_of(arms[0])
@@ -347,13 +353,13 @@ class Bench(Subject):
         return {**facts_of(self.parts, LIBRARIES), "identity": self.identity}
 
     def train(self, arm: Arm) -> None:
-        """Train an arm from its latest checkpoint, and export it.
+        """Train an arm, from its latest checkpoint if it has one, and export it.
 
         Raises `Diverged` if a loss is not finite.
         """
         arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)
         if arguments.training.torch_compile:
-            torch.compiler.reset()  # it stops compiling after a limited number of models
+            torch.compiler.reset()  # torch stops compiling after a limited number of models
         trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
         trainer.add_callback(KeepAdapters(folder))
         trainer.stopping.check("stopped between two arms; the same command goes on")
@@ -370,24 +376,24 @@ class Bench(Subject):
     def _train(self, trainer: Any, arm: Arm, arguments: Any) -> None:
         folder = self.course.folder_of(arm)
         if arguments.training.should_save:
-            print(f"{self.course.name_of(arm)}: training", flush=True)  # the losses that follow have no name
+            print(f"{self.course.name_of(arm)}: training", flush=True)  # the next lines do not name the arm
             write_json(folder / "config.json", arguments.settings)
         trainer.train(
             resume_from_checkpoint="latest" if broadcast_from_main(lambda: bool(checkpoints_of(folder))) else None
         )
         if broadcast_from_main(lambda: not self.is_measured(arm, trainer.state.global_step)):
             trainer.evaluate()
-        method = dataclasses.replace(arguments.method, merge_and_save=False)  # only for the best arm
+        method = dataclasses.replace(arguments.method, merge_and_save=False)  # merged/ is written only for the best arm
         broadcast_from_main(check_held)
         export(trainer.model, folder, method, self.study.calibration(arguments))
 
     def is_measured(self, arm: Arm, step: int) -> bool:
-        """Return whether an arm's step can be chosen: its loss and then its adapter were written."""
+        """Return whether both the loss and the adapter of an arm's step are on disk, so that the step can be chosen."""
         kept = adapter_folder(self.course.folder_of(arm), step).is_dir()
         return kept and step in self.course.select_losses(arm)
 
     def restored(self, arm: Arm, step: int) -> PeftModel:
-        """Return the model with an arm's adapter of that step, merged like an export."""
+        """Return the model with the adapter that an arm has saved at a step, merged as for an export."""
         arguments = self.arguments_of(arm)
         model = self.study.adapted(arguments).to(arguments.training.device)
         folder = self.course.folder_of(arm)
@@ -397,26 +403,26 @@ class Bench(Subject):
         return model.eval()
 
     def measured(self, arm: Arm, step: int) -> dict:
-        """Return the losses and metrics of an arm's merged adapter at a step on the test split."""
+        """Return losses and metrics on the test split, with the merged adapter that an arm has saved at a step."""
         return self.losses_of(self.restored(arm, step), self.arguments_of(arm))
 
     def base_losses(self) -> dict:
         """Return the base model's losses and metrics on the test split."""
         arguments = self.arguments_of(self.course.arms()[0])
-        # with a new adapter it equals the base model
+        # a newly initialized adapter does not change the base model's output
         model = self.study.adapted(arguments).to(arguments.training.device)
         return self.losses_of(model.eval(), arguments)
 
     def losses_of(self, model: PeftModel, arguments: Any) -> dict:
-        """Return the loss of each test example, and metrics over all."""
+        """Return the loss of each test example (None if it is not finite), and metrics over all of them."""
         losses, figures = self.study.measured(arguments, model, lambda: self.stop.check(COMPARING))
         numbers = [max(loss, LEAST_LOSS) if math.isfinite(loss) else None for loss in losses]
         return {"losses": numbers, "figures": figures}
 
     def export(self, arm: Arm, step: int) -> list[str]:
-        """Write `peft/` of an arm's checkpoint, and `merged/` with --merge_and_save, and return their names.
+        """Export an arm's checkpoint to `peft/`, and with --merge_and_save also to `merged/`; return these names.
 
-        Without --merge_and_save an earlier `merged/` is removed.
+        Without --merge_and_save, a `merged/` of an earlier export is removed.
         """
         model, method = self.restored(arm, step), self.arguments_of(arm).method
         check_held()

@@ -40,7 +40,10 @@ FOR_METRICS = {
     "prediction_loss_only": False, "batch_eval_metrics": False, "eval_do_concat_batches": True,
     "label_names": ["labels"],
 }  # fmt: skip
-"""Options of transformers with the only value for which `Trainer` passes complete predictions and labels."""
+"""Options of `TrainingArguments`, with the value that the metrics need.
+
+With any other value, `Trainer` does not pass all predictions and labels at once.
+"""
 
 # -- options -----------------------------------------------------------------------------------------------------------
 
@@ -66,7 +69,7 @@ class Arguments(training_arguments.Arguments[GlueOptions]):
 
 
 def arguments_of(options: GlueOptions) -> Arguments:
-    """Return the arguments of these options.
+    """Return the arguments of a run with these options.
 
     Raises `InvalidArgument` for options that the metrics do not support.
     """
@@ -103,7 +106,10 @@ def check_metric(arguments: Arguments) -> None:
 
 
 def read_splits(arguments: Arguments) -> dict[str, Columns]:
-    """Return texts and labels by split (train, validation..., test... if there is one), with every row validated."""
+    """Return the texts and labels of every split by its name, after validation of every row.
+
+    Test splits are read with --do_predict, or if --data_dir has them. MNLI has two validation and two test splits.
+    """
     data, task = arguments.data, arguments.task
     wanted = arguments.training.do_predict
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
@@ -150,14 +156,14 @@ def encode(arguments: Arguments, tokenizer, columns: Columns) -> Dataset:
 def load_model(arguments: Arguments):
     """Return the tokenizer, the model in float32, and the names of its classifier's modules.
 
-    The classifier consists of the modules outside of the pretrained part, and of those without pretrained weights.
+    The classifier's modules are those outside of the pretrained encoder, and a pooler without pretrained weights.
     """
     given, task = arguments.model, arguments.task
     common = {"cache_dir": given.cache_dir, "revision": given.model_revision, "token": given.token}
     names = dict(enumerate(task.labels)) if task.labels else {0: "score"}
     kind = "single_label_classification" if task.labels else "regression"
     flag, fix = f"--model_name_or_path {given.model_name_or_path}", "check name and files"
-    logging.set_verbosity_error()  # it reports that the classifier has no weights yet, which is expected
+    logging.set_verbosity_error()  # no warning that the classifier has no pretrained weights, which is expected
     logging.disable_progress_bar()
     try:
         with refused_as(flag, f"{fix}, or give --ignore_mismatched_sizes", UNREADABLE):
@@ -183,28 +189,28 @@ def load_model(arguments: Arguments):
     finally:
         logging.set_verbosity_warning()
         logging.enable_progress_bar()
-    # These models accept any keyword argument and average over their own batch. Trainer would conclude that they divide
-    # by the number of items that it passes, and would not scale the loss for accumulation steps and processes.
+    # These models accept any keyword argument, but average the loss over their own batch. `Trainer` would conclude that
+    # they divide by its `num_items_in_batch`, and would not scale the loss for accumulation steps and processes.
     model.accepts_loss_kwargs = False
     check_fit(arguments, tokenizer, model)
     return tokenizer, model, classifier_of(model, loaded["missing_keys"])
 
 
 def classifier_of(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
-    """Return the names of the classifier's modules, and the pooler if its weights are missing."""
+    """Return the names of the classifier's modules, with `pooler` if weights of the pooler are among the `missing`."""
     heads = [(name, head) for name, head in model.named_children() if name != model.base_model_prefix]
     pooler = any("pooler" in key.split(".") for key in missing)
     return [name for name, head in heads if any(True for _ in head.parameters())] + ["pooler"] * pooler
 
 
 def check_fit(arguments: Arguments, tokenizer, model) -> None:
-    """Set the tokenizer's maximum length to the model's number of positions.
+    """Limit the tokenizer's maximum length to the model's number of positions.
 
-    Raises `InvalidArgument` for a tokenizer of another model.
+    Raises `InvalidArgument` if the tokenizer has more tokens than the model, or no padding token.
     """
     embeddings = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     if embeddings is not None:
-        # RoBERTa's positions start there
+        # RoBERTa's first token has position padding_idx + 1
         reserved = 0 if embeddings.padding_idx is None else embeddings.padding_idx + 1
         tokenizer.model_max_length = min(tokenizer.model_max_length, embeddings.num_embeddings - reserved)
     rows = model.get_input_embeddings().num_embeddings
@@ -216,7 +222,10 @@ def check_fit(arguments: Arguments, tokenizer, model) -> None:
 
 
 def calibration_batches(arguments: Arguments, examples: Dataset) -> list[dict] | None:
-    """Return the first training examples as model inputs, one at a time: padding must not enter the moments."""
+    """Return the first training examples as model inputs, in batches of one example; None without examples.
+
+    They have no padding, because it would be included in the second moments that a merge reads.
+    """
     batches = []
     for row in examples.remove_columns("labels").take(arguments.method.merge_calibration_samples):
         real = [i for i, keep in enumerate(row["attention_mask"]) if keep]
@@ -245,7 +254,10 @@ def figures_of(task: Task, result: EvalPrediction | PredictionOutput) -> dict[st
 
 
 def evaluate(trainer: AdapterTrainer, task: Task, sets: dict, kind: str = "validation") -> dict[str, float]:
-    """Return loss and metrics on every labeled split of a kind; names of MNLI's second split end in `_mm`."""
+    """Return loss and metrics on every labeled split of a kind, `validation` or `test`.
+
+    The names of metrics on MNLI's second (mismatched) split end in `_mm`.
+    """
     figures: dict[str, float] = {}
     for part, end in zip(task.parts, ("", "_mm"), strict=False):
         if kind + part in sets and "labels" in sets[kind + part].column_names:
@@ -284,7 +296,7 @@ class GlueStudy(Study):
         self.sets: dict[str, Dataset] = {}
 
     def arguments(self, options: GlueOptions) -> Arguments:
-        """Return the arguments of these options.
+        """Return the arguments of a run with these options.
 
         Raises `InvalidArgument` for options that the metrics do not support.
         """
@@ -296,11 +308,14 @@ class GlueStudy(Study):
         return zip(*self.splits["train"].values(), strict=True)
 
     def parts(self, arguments: Arguments, shares: ExperimentOptions) -> Parts:
-        """Return all examples in three parts; test examples without labels, as on the Hub, are left out."""
+        """Return all examples divided into a training, a selection and a test split.
+
+        Test examples without labels, such as those on the Hub, are left out.
+        """
         task, data, splits = arguments.task, arguments.data, read_splits(arguments)
         part = task.parts[0]
         if "label" not in splits.get(f"test{part}", ()) and data.max_eval_samples != data.max_predict_samples:
-            # Methods are compared on the validation examples.
+            # Without labeled test examples, methods are compared on the validation examples.
             limited = arguments.options.replace(max_eval_samples=data.max_predict_samples)
             splits = read_splits(replace(arguments, options=limited))
         self.columns = [*task.columns, "label"]
@@ -313,7 +328,7 @@ class GlueStudy(Study):
         return parts.limited(data.max_eval_samples, data.max_predict_samples)
 
     def prepare(self, arguments: Arguments, parts: Parts) -> int:
-        """Set the examples of all arms; return the number of training examples."""
+        """Store the examples that all arms use; return the number of training examples."""
         split = {"train": parts.train, "validation" + arguments.task.parts[0]: parts.select, "test": parts.test}
         self.splits = {
             name: dict(zip(self.columns, map(list, zip(*rows, strict=True)), strict=True))
@@ -322,10 +337,10 @@ class GlueStudy(Study):
         return len(parts.train)
 
     def adapted(self, arguments: Arguments) -> PeftModel:
-        """Return the model with a new adapter and classifier, and encode the examples on first use."""
+        """Return the model with a new adapter and classifier; the first call also encodes the examples."""
         set_seed(arguments.training.seed)
         self.tokenizer, model, classifier = load_model(arguments)
-        # The first arm encodes for all.
+        # The first arm encodes the examples for all arms.
         self.sets = self.sets or {name: encode(arguments, self.tokenizer, self.splits[name]) for name in self.splits}
         steps = total_steps(arguments.training, len(self.sets["train"]))
         return attach(model, arguments.method, steps, self.example(), modules_to_save=classifier)

@@ -49,7 +49,7 @@ TASKS = {
 def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return the task's metrics; an undefined correlation (constant predictions, or a single one) is 0.
 
-    `predictions`, `labels`: [examples], label numbers, or scores for STS-B.
+    `predictions` and `labels` have shape [examples]; they are label numbers, or scores for STS-B.
     """
     functions: dict[str, Callable] = {
         "accuracy": accuracy_score,
@@ -65,7 +65,7 @@ def scores(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str,
 
 
 def predicted(task: Task, logits: np.ndarray) -> np.ndarray:
-    """Return label numbers, or scores for STS-B, [examples] of logits [examples, labels]."""
+    """Return the predicted label numbers, or scores for STS-B, of shape [examples], from logits [examples, labels]."""
     return logits.argmax(-1) if task.labels else logits.reshape(-1)
 
 
@@ -73,7 +73,7 @@ def predicted(task: Task, logits: np.ndarray) -> np.ndarray:
 
 
 def read_folder(task: Task, data_dir: str, split: str) -> tuple[str, list[dict] | None]:
-    """Return the name of `<data_dir>/<split>.jsonl` for messages, and its rows; None if it does not exist."""
+    """Return the name of `<data_dir>/<split>.jsonl` for messages, and its rows (None if the file does not exist)."""
     folder = Path(data_dir)
     path, where = folder / f"{split}.jsonl", f"--data_dir {folder}"
     if not folder.is_dir():
@@ -89,7 +89,7 @@ def read_folder(task: Task, data_dir: str, split: str) -> tuple[str, list[dict] 
 
 
 def read_hub(task: Task, source: dict[str, str | None], split: str) -> tuple[str, list[dict] | None]:
-    """Return name and rows of a split of a data set on the Hub; None if it does not exist.
+    """Return the name of a split on the Hub for messages, and its rows (None if there is no such split).
 
     `source`: keyword arguments of `load_dataset`.
     """
@@ -107,8 +107,9 @@ def file_form(task: Task) -> str:
 
 
 def check_rows(task: Task, where: str, rows: list[dict], labelled: bool) -> Columns:
-    """Return texts and labels of the rows by column, without labels for an unlabeled test split (-1 on the Hub).
+    """Return texts and labels of the rows by column.
 
+    `labelled`: labels are required. Otherwise the column is left out if no row has a label (-1 on the Hub means none).
     Raises `InvalidArgument` naming the first invalid row.
     """
     names = [*task.columns, *(["label"] if labelled or "label" in rows[0] else [])]

@@ -41,10 +41,11 @@ HELD_OUT = 500  # maximum number of validation examples held out of the training
 
 
 def load_examples(arguments: LlmTaskOptions, training: AdapterTrainingArguments) -> dict[str, list[Example]]:
-    """Return examples for `train`, `validation` and `test`, at least one of the first and the last.
+    """Return the examples of a single run by split; `train` and `test` have at least one example.
 
-    If the run validates and the task has no validation examples, a fraction of the training examples is held out: a
-    checkpoint is never chosen on the test examples.
+    A task without test examples is tested on its validation examples. If no validation examples remain, and the run
+    evaluates during training, a tenth of the training examples is held out for validation. So a checkpoint is never
+    chosen on the test examples.
     """
     found = all_examples(arguments)
     found["test"] = found["test"] or found["validation"]
@@ -78,7 +79,10 @@ def _lacks(arguments: LlmTaskOptions, problem: str) -> InvalidArgument:
 
 
 def found_examples(arguments: LlmTaskOptions) -> dict[str, list[Example]]:
-    """Return the examples of an experiment: `train`, and `select` and `test` if the task has such files."""
+    """Return the examples of an experiment: `train`, and `select` and `test`, which are empty without a file for them.
+
+    A task without test examples is tested on its validation examples.
+    """
     found = all_examples(arguments)
     select, test = (found["validation"], found["test"]) if found["test"] else ([], found["validation"])
     select, test = select[: arguments.max_eval_samples], test[: arguments.max_test_samples]
@@ -86,7 +90,10 @@ def found_examples(arguments: LlmTaskOptions) -> dict[str, list[Example]]:
 
 
 def _validation_count(arguments: LlmTaskOptions, count: int) -> int:
-    """Return the number of training examples held out for validation: a tenth."""
+    """Return the number of training examples to hold out for validation: a tenth, but at most HELD_OUT.
+
+    Raises `InvalidArgument` for fewer than two training examples.
+    """
     if count < 2:
         fix = "add validation.jsonl, or more examples to train.jsonl; or give --eval_strategy no"
         raise InvalidArgument(f"--eval_strategy with {count} training example", "there is none to validate on", fix)
@@ -163,10 +170,10 @@ class LlmStudy(Study):
     examples: dict[str, list[Example]]
     """Examples by split."""
     rows: list[dict[str, list[int]]]
-    """The training examples as tokens."""
+    """Token ids and labels of the training examples."""
 
     def arguments(self, options: LlmOptions) -> LlmArguments:
-        """Return the arguments of these options.
+        """Return the arguments of a run with these options.
 
         Raises `InvalidArgument` for invalid values.
         """
@@ -184,13 +191,16 @@ class LlmStudy(Study):
         self.rows = encode_training(self.encoder, examples["train"], task.max_length)
 
     def parts(self, arguments: LlmArguments, shares: ExperimentOptions) -> Parts:
-        """Return all examples in three parts; near-duplicates are found by their prompts."""
+        """Return all examples divided into a training, a selection and a test split.
+
+        Near-duplicates are found by their prompts.
+        """
         task = arguments.options.task
         parts = parts_of(found_examples(task), lambda example: example.prompt, shares)
         return parts.limited(task.max_eval_samples, task.max_test_samples)
 
     def prepare(self, arguments: LlmArguments, parts: Parts) -> int:
-        """Set the examples of all arms; return the number of training examples."""
+        """Store and encode the examples that all arms use; return the number of training examples."""
         task, examples = arguments.options.task, list(parts.train)
         if task.max_train_samples is not None:  # independent of the seed: all arms train on the same examples
             examples = sorted(examples, key=lambda example: derive("sample", example))[: task.max_train_samples]
@@ -200,7 +210,7 @@ class LlmStudy(Study):
         return len(self.rows)
 
     def adapted(self, arguments: LlmArguments) -> PeftModel:
-        """Return the model with a new adapter, without validation examples that exceed its positions."""
+        """Return the model with a new adapter, and remove validation examples that are too long for the model."""
         task, method, training = arguments.options.task, arguments.method, arguments.training
         model = load_model(task, training)
         self._check_positions(model, task)
@@ -208,10 +218,10 @@ class LlmStudy(Study):
         return attach(model, method, total_steps(training, len(self.rows)))
 
     def _check_positions(self, model: PreTrainedModel, task: LlmTaskOptions) -> None:
-        """Remove validation examples longer than the model's maximum length, and print the first.
+        """Remove validation examples with more tokens than the model has positions; print their number and the first.
 
-        Raises `InvalidArgument` if anything else would exceed it: without all test examples, metrics are not
-        comparable.
+        Raises `InvalidArgument` if all validation examples, a training or test example, or a prompt with its generated
+        answer would have too many tokens. Test examples are never removed, so that metrics stay comparable.
         """
         limit = getattr(model.config, "max_position_embeddings", None) or math.inf
         encoder, validation = self.encoder, self.examples["validation"]

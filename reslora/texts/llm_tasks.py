@@ -23,13 +23,13 @@ ANSWER = "The answer is"
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and its target: reasoning, and an answer, which is compared in evaluation."""
+    """A prompt and its target: reasoning and an answer. Evaluation compares only the answer."""
 
     prompt: str
     reasoning: str
     gold: str
     place: str = field(default="", compare=False, repr=False)
-    """File or data set on the Hub, and row."""
+    """Origin of the example, for messages: a file or a data set on the Hub, and the row."""
 
     @property
     def answer(self) -> str:
@@ -51,28 +51,28 @@ class Task:
 
 
 def svamp(row: dict) -> Example:
-    """Return the equation, then its value."""
+    """Return an example: the equation is the reasoning, and its value the answer."""
     answer = str(row["Answer"]).strip()
     _expect(to_number(answer) is not None, f"Answer {answer!r} is not a number")
     return Example(f"{row['Body'].strip()} {row['Question'].strip()}", f"{row['Equation']}.", answer)
 
 
 def gsm8k(row: dict) -> Example:
-    """Return the reasoning without calculator annotations, then the number after `####`."""
+    """Return an example: the reasoning without calculator annotations; the answer is the number after `####`."""
     reasoning, mark, answer = re.sub(r"<<.*?>>", "", row["answer"]).rpartition("####")
     _expect(mark and to_number(answer) is not None, "answer has no number after '####'")
     return Example(row["question"].strip(), " ".join(reasoning.split()), answer.strip())
 
 
 def metamathqa(row: dict) -> Example:
-    """Return the reasoning, then the text after the last `The answer is:`."""
+    """Return an example: the reasoning; the answer is the text after the last `The answer is:`."""
     reasoning, mark, answer = row["response"].rpartition(f"{ANSWER}:")
     _expect(bool(mark), f"response has no '{ANSWER}:'")
     return Example(row["query"].strip(), reasoning.strip(), answer.strip())
 
 
 def mathqa(row: dict) -> Example:
-    """Return the rationale, then the letter of the option."""
+    """Return an example: the rationale is the reasoning, and the letter of the correct option the answer."""
     options, correct = row["options"], str(row["correct"]).strip()
     letters = sorted(set(re.findall(r"([a-e]) \)", options)))
     _expect(correct in letters, f"correct {correct!r} is not one of the options {', '.join(letters)}")
@@ -82,7 +82,7 @@ def mathqa(row: dict) -> Example:
 
 
 def hellaswag(row: dict) -> Example:
-    """Return the number of the ending, without reasoning."""
+    """Return an example without reasoning; the answer is the number of the correct ending."""
     endings, label = row["endings"], str(row["label"]).strip()
     allowed = [str(number) for number in range(len(endings))]
     _expect(label in allowed, f"label {label!r} is outside 0 to {len(endings) - 1}")
@@ -160,8 +160,8 @@ def same_answer(given: str | None, expected: str) -> bool:
 def read_examples(name: str, split: str, data_dir: str | None, cache_dir: str | None = None) -> list[Example]:
     """Return the examples of a task's split, from `data_dir` or else from the Hub; empty if the split does not exist.
 
-    Validation and test rows may be another task's (`Task.tested_as`). Validation splits on the Hub are not used. Raises
-    `InvalidArgument` naming the first invalid row.
+    Validation and test rows may be of another task (`Task.tested_as`). Validation splits on the Hub are not used.
+    Raises `InvalidArgument` naming the first invalid row.
     """
     task = TASKS[name]
     if split != "train" and task.tested_as:
@@ -187,7 +187,7 @@ def file_form(name: str) -> str:
 def examples_of(task: Task, source: str, rows: list) -> list[Example]:
     """Return the rows as examples.
 
-    Raises `InvalidArgument` naming the first invalid one.
+    Raises `InvalidArgument` naming the first invalid row.
     """
     examples = []
     for number, row in enumerate(rows, 1):
@@ -214,7 +214,7 @@ def _check_columns(task: Task, row: Any) -> None:
 
 
 def _local_rows(name: str, data_dir: str, split: str) -> tuple[str, list]:
-    """Return the name and rows of DIR/<split>.jsonl; no rows if it does not exist."""
+    """Return the name and rows of DIR/<split>.jsonl; no rows if the file does not exist."""
     folder = Path(data_dir)
     if not folder.is_dir():
         raise InvalidArgument(f"--data_dir {folder}", "no such folder", file_form(name))

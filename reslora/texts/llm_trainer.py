@@ -24,7 +24,7 @@ IGNORED = -100  # label of tokens without loss
 
 
 class Encoder:
-    """Tokenizer of examples: the prompt, then the answer and an end token; only the latter have labels.
+    """Tokenizes an example as its prompt, its answer and an end token; the prompt's tokens have no labels.
 
     Prompt and answer are tokenized separately, so that generation starts from the same tokens as in training.
     """
@@ -35,7 +35,7 @@ class Encoder:
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.end
 
     def prompt(self, example: Example) -> list[int]:
-        """Return the tokens of the prompt, with the tokenizer's initial tokens."""
+        """Return the tokens of the prompt, with the tokenizer's start tokens but without its end token."""
         ids = self.tokenizer(example.prompt + "\n")["input_ids"]
         return ids[:-1] if ids[-1] == self.end else ids
 
@@ -48,7 +48,8 @@ class Encoder:
     def collate(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Return a batch (batch x tokens), padded on the right.
 
-        The labels determine the loss: the end token is trained even if it is also the padding token.
+        Labels, not padding tokens, select the tokens with loss. So the end token is learned even if it is also the
+        padding token.
         """
         inputs = self.padded([row["input_ids"] for row in rows], "right")
         labels = [torch.tensor(row["labels"]) for row in rows]
@@ -65,9 +66,9 @@ class Encoder:
 
 
 def encode_training(encoder: Encoder, examples: list[Example], max_length: int) -> list[dict[str, list[int]]]:
-    """Return training rows of at most `max_length` tokens.
+    """Return the encoded training examples, without those longer than `max_length` tokens.
 
-    Raises `InvalidArgument` if none is left.
+    Raises `InvalidArgument` if all are longer.
     """
     rows = [encoder(example) for example in examples]
     kept = [row for row in rows if len(row["input_ids"]) <= max_length]
@@ -83,7 +84,10 @@ def encode_training(encoder: Encoder, examples: list[Example], max_length: int) 
 
 
 def calibration_batches(rows: list[dict], count: int, size: int) -> list[dict[str, torch.Tensor]] | None:
-    """Return batches for a merge, without padding: rows of similar length are truncated to the shortest of a batch."""
+    """Return batches of the first `count` rows for a merge, without padding; None without rows.
+
+    A batch has `size` rows of similar length, which are truncated to the length of the shortest one.
+    """
     chosen = sorted((row["input_ids"] for row in rows[:count]), key=len)
     groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
     return [{"input_ids": torch.tensor([ids[: len(group[0])] for ids in group])} for group in groups] or None
@@ -160,7 +164,7 @@ class LlmTrainer(AdapterTrainer):
 
 
 def _ratio_over_processes(total: float, count: int) -> float:
-    """Return the ratio of both numbers, each summed over all processes."""
+    """Return `total` / `count`, each summed over all processes."""
     totals, counts = zip(*all_gather((total, count)), strict=True)
     return sum(totals) / sum(counts)
 

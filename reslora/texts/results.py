@@ -37,7 +37,7 @@ from .trainer import AdapterTrainer
 
 FACTORS = ("lora_A", "lora_B")
 ENTRIES = (*FACTORS, "r", "lora_alpha", "scaling")
-"""Attributes of a LoRA layer with an entry for each adapter, which a merge changes."""
+"""Attributes of a LoRA layer that a merge changes; each of them has an entry for every adapter."""
 
 # -- merging -----------------------------------------------------------------------------------------------------------
 
@@ -48,13 +48,14 @@ def merge_table(
     calibration: Sequence[Mapping] | None = None,
     methods: Sequence[str] | None = None,
 ) -> dict[str, dict]:
-    """Return the metrics of a model unmerged and merged by each method: the rows of the paper's Tables 3, 6 and 7.
+    """Return the metrics of a model unmerged and merged by each merge method, as in the paper's Tables 3, 6 and 7.
 
-    `evaluate` returns the metrics of the model in its present state; `calibration` as in `reslora.merge`. The result
-    maps `unmerged` and each method to its metrics, and for merged ones their `report`. By default all applicable
-    methods are included; for block-shortcuts `none` and `exact`. `input` uses the norms recorded in training if there
-    are any (Eqs. 8-9), else those of the calibration. The model is connected and unmerged again afterwards. A model
-    without shortcuts has a single row.
+    `evaluate` returns the metrics of the model in its present state; `calibration` is as in `reslora.merge`. `methods`
+    are merge methods; by default all that are applicable, which are `none` and `exact` for block-shortcuts. `input`
+    uses the norms recorded in training if there are any (Eqs. 8-9), else those of the calibration.
+
+    The result maps `unmerged` and each merge method to metrics; a merge method also has the `report` of its merge. A
+    model without shortcuts has only the row `unmerged`. Afterwards the model is connected and unmerged again.
 
     Raises `RunFailed` if the metrics of the unmerged model are not finite, or if its weights cannot be merged.
     """
@@ -88,7 +89,7 @@ def _merge(model: nn.Module, method: str, calibration: Sequence[Mapping] | None)
     if connection.wires.norms.count > 0 and method in merges and merges[method].needs_norms:
         calibration = None  # use the norms recorded in training
     try:
-        return merge(model, method if method in MERGES else AUTO, calibration)  # exact merges have no method name
+        return merge(model, method if method in MERGES else AUTO, calibration)  # an exact merge has no name
     except ValueError as error:
         if "NaN or infinity" not in str(error):
             raise
@@ -97,7 +98,7 @@ def _merge(model: nn.Module, method: str, calibration: Sequence[Mapping] | None)
 
 @contextlib.contextmanager
 def unmerged_afterwards(model: nn.Module, adapter_name: str = "default") -> Iterator[None]:
-    """Undo every change of the adapter inside this context, such as a merge, exactly.
+    """Restore the adapter exactly at the end of the context, for example after a merge.
 
     Parameters remain the same objects, so that an optimizer that refers to them stays valid.
     """
@@ -153,11 +154,14 @@ def export(
     calibration: Sequence[Mapping] | None = None,
     tokenizer=None,
 ) -> MergeReport | None:
-    """Merge a connected model permanently, write plain files into `folder`, and return the merge's report.
+    """Merge a connected model permanently, write its files into `folder`, and return the report of the merge.
 
-    `peft/`: an adapter that PEFT loads, with the same logits. `chains.json` and `merge.json` if the model was
-    connected. `merged/` with --merge_and_save: the base model with the adapter merged in float32, and the tokenizer,
-    for transformers. Every process must call it; rank 0 writes.
+    - `peft/`: a plain adapter, with which PEFT computes the merged model's logits.
+    - `chains.json` and `merge.json`, if the model was connected: its chains of blocks, and the report.
+    - `merged/`, with --merge_and_save: the base model with the adapter merged in float32, and the tokenizer, for
+      transformers.
+
+    Every process must call this function; rank 0 writes the files.
     """
     report = None
     connection = connection_of(base_model(model))
@@ -168,7 +172,7 @@ def export(
         if is_main():
             write_json(folder / "chains.json", plan)
             write_json(folder / "merge.json", report.to_dict())
-    merged(model)  # rotations of a placebo
+    merged(model)  # merges the rotations of a placebo
     if is_main():
         remove_leftovers(folder / "peft")  # of a process that was killed while writing
         export_peft(model, folder / "peft")
@@ -223,7 +227,7 @@ def write_results(
 
 
 def table_text(table: Mapping[str, Mapping]) -> str:
-    """Return a `merge_table` as text: one line for each row, metrics as columns, and the mean error of each merge."""
+    """Return a `merge_table` as text: a line for each row, with its metrics and the mean merge error over blocks."""
     names = [name for name in next(iter(table.values())) if name != "report"]
     lines = [f"  {'':<10}" + "".join(f"{name:>14}" for name in names)]
     for row, figures in table.items():

@@ -28,11 +28,15 @@ def free_on_resume(kind: type[TextOptions]) -> set[str]:
 
 
 def check_resume(output: Path, resume: str | None, current: Mapping[str, object], free: Collection[str]) -> None:
-    """Raise `InvalidArgument` if a run cannot be resumed or would mix with another one.
+    """Raise `InvalidArgument` if a run cannot be resumed, or would mix its files with those of another run.
 
-    That is the case if the directory has checkpoints and `resume` (the option's value) is None; if all of them are
-    missing or were renamed; or if a setting of `current` that is not `free` differs from the `config.json` of the
-    directory, or of the run whose checkpoint `resume` names.
+    `output` is the run's directory, and `resume` the value of --resume_from_checkpoint. The error is raised if
+
+    - the directory has an experiment;
+    - the directory has checkpoints, and `resume` is None;
+    - the checkpoints of the directory's run are all missing or renamed, and `resume` does not name another checkpoint;
+    - a setting of `current` that is not `free` differs from the directory's `config.json`, or from that of the run
+      whose checkpoint `resume` names.
     """
     if (output / EXPERIMENT).exists():
         fix = "give its methods, rates and seeds, or choose another"
@@ -58,9 +62,10 @@ def check_resume(output: Path, resume: str | None, current: Mapping[str, object]
 
 
 def check_data(output: Path, resume: str | None, data: str) -> None:
-    """Raise `InvalidArgument` when resuming on other training examples than the runs of `check_resume`.
+    """Raise `InvalidArgument` if a resumed run has other training examples than before.
 
-    `data` is their `fingerprint`; their location does not matter.
+    `data` is the `fingerprint` of the training examples; their location does not matter. It is compared with the same
+    earlier runs as in `check_resume`.
     """
     for run, earlier in _earlier(output, resume) if resume is not None else ():
         if earlier.get("data", data) != data:
@@ -72,7 +77,10 @@ def check_data(output: Path, resume: str | None, data: str) -> None:
 
 
 def _earlier(output: Path, resume: str) -> list[tuple[Path, dict]]:
-    """Return the runs to resume, with their settings: the directory's own, and that of a checkpoint from elsewhere."""
+    """Return the directories and settings of the runs that a resumed run must match.
+
+    These are the run in `output`, and, if `resume` names a checkpoint in another directory, the run of that checkpoint.
+    """
     runs, checkpoint = [output], named_checkpoint(output, resume)
     if resume != "latest" and checkpoint.is_dir() and checkpoint.resolve().parent != output.resolve():
         runs.append(checkpoint.resolve().parent)

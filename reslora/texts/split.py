@@ -1,9 +1,10 @@
 """Split examples into training, selection and test parts.
 
-If a task has validation and test files, they are the selection and the test part; a single one is the test part.
-Missing parts are split off the training examples by a hash of their content. Near-duplicates, which are equal except
-for case, digits and white space, are never in two parts. The selection and test parts contain only one of them, because
-several would count as independent examples.
+A task's validation file is the selection part, and its test file the test part. If a task has only one of these files,
+the file is the test part. A part without a file is split off the training examples, by a hash of their content.
+
+Near-duplicates are examples that are equal except for case, numbers and white space. They are never in two parts. Of
+several near-duplicates, the selection or test part contains only one, because more would count as independent examples.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ class Parts(Generic[T]):
     select: Sequence[T]
     test: Sequence[T]
     duplicates: int
-    """Number of examples that are left out or moved because they are near-duplicates of another one."""
+    """Number of examples that are left out or moved because they are near-duplicates of another example."""
     files: Sequence[str]
     """Origin of the selection and test parts as text: a file of the task, or training examples."""
     enough: float = 1
-    """The --test_split with which the test part has ENOUGH examples; 1 if none does."""
+    """Value of --test_split with which the test part has ENOUGH examples; 1 if there is no such value."""
     trained: int = 0
     """Number of training examples, after limits and without examples that are too long."""
 
@@ -51,9 +52,9 @@ class Parts(Generic[T]):
         return [f"{derive('example', example):016x}" for example in self.test]
 
     def limited(self, select: int | None, test: int | None) -> Parts[T]:
-        """Return the parts with at most this many examples for selection and test.
+        """Return the parts with at most `select` and `test` examples for selection and test.
 
-        A hash of their content chooses them.
+        The examples are chosen by a hash of their content.
         """
         enough = self.enough if test is None or test >= ENOUGH else 1
         return replace(self, select=_fewer(self.select, select), test=_fewer(self.test, test), enough=enough)
@@ -65,10 +66,11 @@ def _fewer(examples: Sequence[T], limit: int | None) -> Sequence[T]:
 
 
 def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares: ExperimentOptions) -> Parts[T]:
-    """Return the examples of `train`, and of `select` and `test` if the task has such files, in three parts.
+    """Divide examples into a training, a selection and a test part.
 
-    `text` returns the text by which near-duplicates are found. Raises `InvalidArgument` if too few examples are left,
-    and for a split option of a part that has a file.
+    `files` holds the examples of `train`, and of `select` and `test` if the task has such files. `text` returns the
+    text of an example; examples with equal `normalised` texts are near-duplicates. Raises `InvalidArgument` if too few
+    examples are left, or if --select_split or --test_split is given for a part that has a file.
     """
     keys = {example: normalised(text(example)) for part in files.values() for example in part}
     select, test = (_one_of_each(files.get(part, ()), keys) for part in ("select", "test"))
@@ -93,7 +95,7 @@ def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares:
 
 
 def _one_of_each(examples: Sequence[T], keys: Mapping[T, str]) -> list[T]:
-    """Return, of examples with the same key, the first by a hash of its content, in the given order."""
+    """Return one example of each key, the one with the lowest content hash; their order stays as given."""
     first: dict[str, T] = {}
     for example in sorted(set(examples), key=lambda example: derive("example", example)):
         first.setdefault(keys[example], example)
@@ -102,7 +104,7 @@ def _one_of_each(examples: Sequence[T], keys: Mapping[T, str]) -> list[T]:
 
 
 def share_of(name: str, own: Sequence, shares: ExperimentOptions) -> float:
-    """Return the fraction of the training examples for a part; 0 if the part has a file."""
+    """Return the fraction of the training examples for a part; 0 if the part has a file, whose examples are `own`."""
     given = getattr(shares, name)
     if own and given:
         raise InvalidArgument(f"--{name} {given:g}", "the task has a file for it", "leave it out")
@@ -110,5 +112,5 @@ def share_of(name: str, own: Sequence, shares: ExperimentOptions) -> float:
 
 
 def normalised(text: str) -> str:
-    """Return the text in lower case with all numbers and all white space replaced by one value."""
+    """Return the text in lower case, with each number replaced by 0, and consecutive white space by one space."""
     return re.sub(r"\s+", " ", re.sub(r"\d+(?:[.,]\d+)*", "0", text.casefold())).strip()

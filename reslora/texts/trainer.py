@@ -79,8 +79,8 @@ def attach(
     `total_steps` is for AdaLoRA's schedule; `example_inputs` as in `reslora.connect`; `modules_to_save` as in PEFT.
     PEFT's task type follows from the model: generation or classification.
 
-    Raises `InvalidArgument` for target modules that are unknown or match nothing, a rank larger than a layer, or a
-    shortcut without a link.
+    Raises `InvalidArgument` for target modules that are unknown or match nothing, a rank larger than a layer, or
+    shortcuts that connect no blocks.
     """
     targets = _targets(model, adapter)
     check_layers(model, targets, modules_to_save or ())
@@ -110,9 +110,9 @@ def attach(
 def put_control_on(
     trainer: AdapterTrainer, adapter: MethodOptions, batches: Sequence[Mapping], example_inputs: dict | None = None
 ) -> None:
-    """Calibrate a control on a few training batches and apply it to the model; a checkpoint includes it.
+    """Calibrate a control method (`lora_matched` or a placebo) on training batches, and apply the result to the model.
 
-    Does nothing for other methods. `example_inputs` as in `attach`.
+    Checkpoints include the result. Does nothing for other methods. `example_inputs` as in `attach`.
     """
     if not METHODS[adapter.name].measured:
         return
@@ -128,7 +128,7 @@ def put_control_on(
 
 
 def _refuse_tied(base: PreTrainedModel, flag: str) -> None:
-    """Raise `InvalidArgument` for tied embeddings: a merged model cannot hold an update of only one of them."""
+    """Raise `InvalidArgument` for an adapter on tied embeddings, for which a merged model has only one weight."""
     embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
     embeddings = [module for module in embeddings if module is not None]
     weights = {id(getattr(module, "base_layer", module).weight) for module in embeddings}
@@ -196,8 +196,8 @@ class AdapterTrainer(Trainer):
         args = copy.copy(args)
         self.allocator = rank_allocator(model)
         self._refuse_sharding(args)
-        args.logging_nan_inf_filter = False  # it would report the mean of earlier losses instead of NaN
-        args.dataloader_pin_memory &= torch.cuda.is_available()  # without a GPU it warns in every epoch
+        args.logging_nan_inf_filter = False  # True would report the mean of earlier losses instead of NaN
+        args.dataloader_pin_memory &= torch.cuda.is_available()  # PyTorch would warn in every epoch without a GPU
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False
         self.use_cache = getattr(base_model(model).config, "use_cache", None)
@@ -221,9 +221,9 @@ class AdapterTrainer(Trainer):
         self.add_callback(SaveValidated())
 
     def _refuse_sharding(self, args: TrainingArguments) -> None:
-        """Raise `InvalidArgument` for FSDP and ZeRO-3.
+        """Raise `InvalidArgument` for FSDP and ZeRO-3, and for AdaLoRA with DeepSpeed.
 
-        They are requested by options or the environment of `accelerate launch`.
+        FSDP and ZeRO-3 are requested by options or by the environment of `accelerate launch`.
         """
         fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         stage = _zero_stage(args)
@@ -256,20 +256,23 @@ class AdapterTrainer(Trainer):
             differ = "; ".join(line.removeprefix("- ") for line in lines if line.startswith("- "))
             problem = f"differs from the flags: {differ}"
             raise InvalidArgument("DeepSpeed's configuration", problem, "say the same in both") from error
-        except Exception as error:  # not an error of a validation, before which a checkpoint must be saved
+        except Exception as error:  # raised again if an evaluation failed: a checkpoint is saved only after it
             if self.control.should_evaluate or not self.stopping.ended_the_compiler(error):
                 raise
             self._stop_within_a_step(error)
         finally:
             self.remove_callback(GoesOnFrom)
-            if self.use_cache is not None:  # `Trainer` turns it off, and a merged model would save that
+            if self.use_cache is not None:  # `Trainer` sets it to False; a merged model would be saved with that
                 base_model(self.model).config.use_cache = self.use_cache
         if self.stopping.leaving:
             raise Stopped(f"stopped after step {self.state.global_step}; go on with --resume_from_checkpoint latest")
         return result
 
     def _stop_within_a_step(self, error: Exception) -> None:
-        """Save the completed steps, if any, and raise `Stopped`; the failed step's random numbers stay consumed."""
+        """Save a checkpoint of the completed steps; raise `Stopped` if there are none.
+
+        The checkpoint has the random state after the failed step, not that before it.
+        """
         if not self.state.global_step:
             raise Stopped(NOT_BEGUN) from error
         self.stopping.leaving, self.args.save_only_model = True, False
@@ -277,7 +280,7 @@ class AdapterTrainer(Trainer):
             self._save_checkpoint(self.model, None)
 
     def _resumed_from(self, named: Any) -> str | None:
-        """Return the checkpoint to resume from; for the main process."""
+        """Return the checkpoint to resume from; None to start anew. Only the main process calls this method."""
         processes = self.args.world_size
         if named not in ("latest", True):
             return self._named(named)
@@ -323,19 +326,22 @@ class AdapterTrainer(Trainer):
             super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args, **kwargs):
-        # A run that is stopped now, or in the evaluation after training, resumes from this checkpoint. Afterwards the
-        # best is loaded.
+        # A run that is stopped now, or in the evaluation after training, resumes from the checkpoint saved here. After
+        # saving, `Trainer` loads the best checkpoint.
         stopped, unsaved = self.stopping.leaving, self.args.save_strategy == SaveStrategy.NO
         if not stopped:
             self.take_average()
         if (stopped or unsaved) and not broadcast_from_main(self._checkpoint().is_dir):
             self._save_checkpoint(self.model, None)
-        if stopped:  # `Trainer` would remove all but the best, and load it
+        if stopped:  # `Trainer` would remove all checkpoints except the best one, and load the best one
             self.state.best_model_checkpoint = None
         return super()._finalize_training(*args, **kwargs)
 
     def take_average(self) -> None:
-        """Switch to the weights for evaluation and export, if a schedule-free optimizer trains others."""
+        """Switch a schedule-free optimizer to its averaged weights, which are those for evaluation and export.
+
+        Does nothing with other optimizers.
+        """
         if hasattr(self.optimizer, "eval"):  # accelerate's wrapper has it for any optimizer
             self.optimizer.eval()
 
@@ -345,7 +351,7 @@ class AdapterTrainer(Trainer):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Run `Trainer.training_step`, and add AdaLoRA's regularizer to the gradients once per step."""
+        """Run `Trainer.training_step`, and add the gradient of AdaLoRA's regularizer once per optimizer step."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.allocator is not None:
             self.allocator.add_gradient(self.accelerator)
@@ -398,7 +404,7 @@ class AdapterTrainer(Trainer):
         except (OSError, RuntimeError) as error:
             if getattr(error, "filename", "") is not None and not any(word in str(error) for word in UNWRITTEN):
                 raise
-            # torch.save reports an unwritable file without the cause, and text files without their name.
+            # The exception of torch.save does not state the cause; that of writing a text file does not name the file.
             where = f"checkpoint of step {self.state.global_step}"
             raise RunFailed(f"{where} cannot be written; is the disk full? Earlier ones are intact") from error
         self.accelerator.wait_for_everyone()  # each process has written its random state
@@ -431,7 +437,7 @@ class AdapterTrainer(Trainer):
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
             if checkpoint is not None:
-                if self.is_deepspeed_enabled:  # DeepSpeed has loaded the weights, but not the norm windows
+                if self.is_deepspeed_enabled:  # DeepSpeed has loaded the weights, but not the recorded norms
                     load_adapter(self.model, checkpoint)
                 self._load_allocator(checkpoint)
         # out of memory or the state of another version: each reader and device has its own exceptions

@@ -25,7 +25,7 @@ BOUNDS = {
     "eval_delay": number(0), "label_smoothing_factor": number(0, below=1), "neftune_noise_alpha": number(0),
     "eval_accumulation_steps": whole(1), "data_seed": whole(0, 2**32 - 1),
 }  # fmt: skip
-"""Parsers of options passed on for which transformers accepts any number."""
+"""Parsers that limit the values of options passed on to transformers, which accepts any number for them."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class AdapterTrainingArguments(TrainingArguments):
 
 
 def _say_that_there_is_one_process() -> None:
-    """Set the environment of a single process as torch's launcher does: DeepSpeed would look for MPI otherwise."""
+    """Set the environment variables that torch's launcher sets for one process; otherwise DeepSpeed looks for MPI."""
     if not {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         for name, value in alone.items():
@@ -78,7 +78,10 @@ class PassedOnParser(HfArgumentParser, Parser):
 
 
 def parse_passed_on(prog: str, words: Sequence[str]) -> dict[str, Any]:
-    """Return the values of other options of `TrainingArguments`; exits with status 2 and one line for invalid ones."""
+    """Parse options of `TrainingArguments` that the scripts do not define themselves.
+
+    Exits with status 2 and a one-line message for invalid values.
+    """
     parser = PassedOnParser(dataclass_types=[AdapterTrainingArguments], prog=prog)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -106,7 +109,7 @@ class Arguments(Generic[T]):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All options by name, the content of a run's `config.json`, without tokens."""
+        """All options by name, as a run's `config.json` stores them: without options of experiments and Hub tokens."""
         table = self.options.table()
         own = {name: value for name, value in self.options.flat().items() if table[name].group != "experiment"}
         return without_tokens(own | self.training.to_dict())
@@ -121,8 +124,9 @@ def without_tokens(values: Mapping[str, Any]) -> dict[str, Any]:
 def training_arguments(options: T, prog: str, **defaults: Any) -> AdapterTrainingArguments:
     """Return the `TrainingArguments` of a run.
 
-    Exits with status 2 and one line for values that transformers rejects. `defaults` are those of options that no table
-    has. Raises `InvalidArgument` for values that cannot work on this machine.
+    `defaults` are default values of options that the scripts do not define themselves. Exits with status 2 and a
+    one-line message for values that transformers rejects. Raises `InvalidArgument` for values that cannot work on this
+    machine.
     """
     table = options.table().values()
     values = {option.name: options[option.name] for option in table if option.group == "training"}
