@@ -29,7 +29,7 @@ def store_images(folder: Path, uploads: Sequence[str], caption: str) -> Path:
 
 
 def keep(folder: Path, uploads: Sequence[str], caption: str) -> Path:
-    """Copy uploaded images and captions to a permanent folder, and return it."""
+    """Copy uploaded images and captions to the folder from `place_of`, unless they are there; return this folder."""
     contents = contents_of(uploads, caption)
     place = place_of(folder, contents)
     if not place.exists():
@@ -39,9 +39,10 @@ def keep(folder: Path, uploads: Sequence[str], caption: str) -> Path:
 
 
 def place_of(folder: Path, contents: Contents) -> Path:
-    """Return the folder for these contents: `folder`, or a numbered one if that has other contents.
+    """Return the folder for these contents: `folder`, or `folder-2` and so on if `folder` has other contents.
 
-    No folder is ever replaced. Raises `RunError` if the contents were stored before and have been changed since.
+    The returned folder does not exist yet, or has exactly these contents; no folder is replaced. Raises `RunError` if
+    these contents were stored before, and the files in their folder have been changed since.
     """
     mark = mark_of(contents)
     for number in itertools.count(1):
@@ -97,7 +98,7 @@ def contents_of(uploads: Sequence[str], caption: str) -> Contents:
 def problem_of(path: Path, stems: Collection[str]) -> str:
     """Return why an uploaded file cannot be used, or an empty string.
 
-    `stems`: names without suffix of the uploaded images, one of which a caption must have.
+    `stems`: file names, without suffix, of the uploaded images. A caption file must have one of these names.
     """
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
