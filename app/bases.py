@@ -22,7 +22,7 @@ OF_MODEL = ("pretrained_vae_model_name_or_path", "revision")
 
 @dataclass(frozen=True)
 class Base:
-    """The pipeline that a run trains: its path or hub name, and the options that it was loaded with."""
+    """The base model of a run: its path or hub name, and the options with which it is loaded."""
 
     name: str = str(BUNDLED)
     vae: str | None = None

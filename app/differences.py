@@ -48,7 +48,7 @@ def same_sampling(run: Run) -> tuple[str, ...]:
 
 
 def differing(run: Run, labels: Collection[str]) -> dict[str, list[str]]:
-    """Return the properties in which the compared runs differ, each with the options that differ."""
+    """Return which of the properties `labels` differ between the compared runs, each with the options that differ."""
     runs, found = (run, *run.beside), {}
     configs = [one.config for one in runs]
     for label in labels:

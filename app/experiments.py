@@ -58,7 +58,10 @@ def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) ->
 
 
 def summary(experiment: Experiment, status: str, said: str = "") -> str:
-    """Return progress, current work, and the reason `said` for an early end, as HTML."""
+    """Return an experiment's progress and current work as HTML.
+
+    `said`: the last line of the log, which is shown if it explains why the experiment failed or stopped early.
+    """
     ended, total = experiment.progress
     facts = [f"{ended} of {pluralize(total, 'arm')} ended"] if total else []
     each = experiment.seconds_an_arm

@@ -24,7 +24,7 @@ UPLOADS, SETS = ".images", ".datasets"
 """Folders below the runs folder: images uploaded to start a run, and image folders uploaded under Dataset."""
 BUNDLED = "bundled images"
 IMAGES = {f"{ASSETS.name}/{BUNDLED_IMAGES.name}": BUNDLED_IMAGES}
-"""Folder of the bundled images, by the end of its path, which is what runs' configs have in common."""
+"""Folder of the bundled images, by the last two parts of its path, because the first parts differ between machines."""
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the grid and the image generated for it."""
+    """A cell of the grid and the image to generate for it."""
 
     row: int
     column: int

@@ -110,7 +110,7 @@ class ImageEdits:
         return f"Changed: {line}."
 
     def _write(self, images: Images, edits: Sequence[Edit], line: str) -> None:
-        """Write edits, except to the bundled images."""
+        """Write edits. Raises `RunError` for the bundled images."""
         refuse_bundled(images.folder)
         write(images, edits, line)
 

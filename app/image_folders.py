@@ -61,7 +61,7 @@ class Image:
     otherwise: str | None = None
     """Caption that training uses if the image has no caption file."""
     mask: Path | None = None
-    """Its mask file; None if its row names none."""
+    """The mask file of the image; None if the image's table row names none."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Images:
     refused: str = ""
     """Why training would not start; empty if it would."""
     fixed: str = ""
-    """Why captions cannot be edited: a table cannot be read. Empty if they can."""
+    """Why captions cannot be edited, such as a table that cannot be read; empty if they can."""
 
     def find(self, names: object) -> list[Image]:
         """Return the images of these names. Raises `RunError` for no names, and for an image that no longer exists."""

@@ -94,7 +94,7 @@ class Entry:
 
     @property
     def ends(self) -> bool:
-        """Whether it has ended."""
+        """Whether the entry has ended."""
         return self.state not in (WAITING, RUNNING)
 
 
@@ -244,7 +244,7 @@ class Jobs:
             raise error(f"{run.name} is training; wait for it, or stop it first.")
 
     def refuse_second(self, device: str | None) -> None:
-        """Raise `Busy` if another run trains and no GPU of its own, `device`, is given for the next run."""
+        """Raise `Busy` if another run trains and `device`, a GPU for the next run, is None."""
         if device is None:
             self.refuse_active(*self.library.everything(), error=Busy)
 

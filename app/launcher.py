@@ -73,7 +73,7 @@ def words_of(option: Option, value: object) -> list[str]:
 def trainers_parser() -> OptionsParser:
     """Return the trainer's parser; its error message is raised as a `RunError`."""
     parser = build_parser()
-    parser.error = refuse  # type: ignore[method-assign] # it would print the message and exit
+    parser.error = refuse  # type: ignore[method-assign] # the original prints the message and exits
     return parser
 
 

@@ -33,11 +33,11 @@ class Look:
     """The result of opening an image."""
 
     problem: str = ""
-    """Why it cannot be opened; empty if it can."""
+    """Why the image cannot be opened; empty if it can."""
     mark: str = ""
-    """Hash of its content."""
+    """Hash of the image file's content."""
     seen: bytes = b""
-    """Features to find near-duplicates by, as the bytes of a float32 array; an experiment's split uses the same ones."""
+    """Features to find near-duplicates by, as bytes of a float32 array; an experiment's split uses them as well."""
 
 
 class Looks:

@@ -45,7 +45,7 @@ MOST_STEPS = 10**9
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 IN_PLACE = threading.Lock()
-"""Lock for writing into a run's folder or moving it, so that the folder is not moved while it is written."""
+"""Lock for writing into a run's folder and for moving a run's folder, so that no folder is moved during a write."""
 SCRIPTS = ("train_sd.py", "train_llm.py", "train_glue.py")
 """The trainers. The page starts the first, for diffusion models; it only detects the others, for language models."""
 TRAINERS = {word for name in SCRIPTS for word in (name, name[:-3], f"reslora-{name[:-3].replace('_', '-')}")}
@@ -221,7 +221,7 @@ class Run:
         return sum(map(min, steps, reached)), sum(steps)
 
     def steps_of(self, method: str) -> int:
-        """Return a method's number of steps; after early stopping, the steps that were done."""
+        """Return a method's total number of steps; after early stopping, the number of steps that were done."""
         steps, record = number(self.config.get("max_train_steps")) or 0, self.record(method)
         steps = int(steps) if 1 <= steps <= MOST_STEPS else 0
         patience = record.get("early_stopping_patience")  # with another patience, training is not over

@@ -52,7 +52,7 @@ page shows all of its queued messages before it handles a click on *Stop*."""
 
 
 class Cancelled(Exception):
-    """Raised if the user cancelled, or no client reads the images any more."""
+    """Raised if the user cancelled a request, or if its client does not read any more."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Visitor:
                 return self.events.put(event, timeout=0.1)
 
     def step(self, step: Step) -> None:
-        """Send a step message unless the last one was sent within `PAUSE`. Raises `Cancelled` as `check` does."""
+        """Send a step message, unless the last one is less than `PAUSE` old. Raises `Cancelled` as `check` does."""
         if time.monotonic() - self.told < PAUSE:
             self.check()
         else:
@@ -356,7 +356,7 @@ class Studio:
         self.current = wanted
 
     def _put(self, parts: dict[str, torch.nn.Module], run: Run | None, weights: Weights, strength: float) -> None:
-        """Load the weights into a new denoiser and new text encoders."""
+        """Load the weights into `parts`, a new denoiser and new text encoders by name."""
         if weights.kind in ("file", "stack"):
             stacks.put(parts, self.family, weights, strength)
         for name, path in ((self.family.denoiser, weights.path), *weights.encoders):

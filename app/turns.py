@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 class Turns:
     """A lock that threads get in the order in which they ask for it.
 
-    A request for eight images asks for each image, so other requests run in between.
+    A request for eight images asks again for each image, so other requests run in between.
     """
 
     def __init__(self) -> None:

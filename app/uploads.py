@@ -16,7 +16,7 @@ from reslora.options.prompts import clean
 from .runs import RunError
 
 RECORD = ".uploaded"
-"""File in a stored folder with the hash of its original contents."""
+"""File in a stored folder with the hash of the contents that the folder had when it was stored."""
 MOST_IMAGES, MOST_BYTES = 2000, 1024 * 2**20
 Contents = Mapping[str, Path | str]
 """Contents of a folder by file name: paths of files to copy, and texts of captions to write."""
@@ -67,7 +67,9 @@ def mark_of(contents: Contents) -> str:
 
 
 def contents_of(uploads: Sequence[str], caption: str) -> Contents:
-    """Return uploads under new names. Raises `RunError` for a file that the trainer would skip or refuse.
+    """Return the contents of a folder for the uploads, which get new names.
+
+    Raises `RunError` for a file that the trainer would skip or refuse.
 
     An image's caption is the uploaded text file of the same name, else `caption`, else the words of its file name.
     """

@@ -108,7 +108,10 @@ def enumerated(words: Iterable[str]) -> str:
 
 
 def summary(run: Run, status: str, said: str = "") -> str:
-    """Return a run's progress, current work and settings, and the reason `said` for an early end, as HTML."""
+    """Return a run's progress, current work and settings as HTML.
+
+    `said`: the last line of the log, which is shown if it explains why the run failed or stopped early.
+    """
     config = run.config
     done, total = run.progress
     names = ", ".join(NAMES[method] for method in run.methods)
@@ -333,7 +336,10 @@ def total(alpha) -> float | None:
 
 
 def norm_difference(run: Run) -> str:
-    """Return the norms of ResLoRA's merged blocks minus LoRA's (the paper's Figures 5 and 7), as a heat map."""
+    """Return a heat map of the norm of ResLoRA's merged update minus that of LoRA's update, by block.
+
+    It corresponds to the paper's Figures 5 and 7.
+    """
     ours, theirs = run.lora_norms("reslora"), run.lora_norms("lora")
     difference = {name: ours[name] - theirs[name] for name in ours if name in theirs}
     if not difference:

@@ -147,8 +147,8 @@ def files_of(weights: Weights) -> tuple[Path | tuple[int, ...] | None, ...]:
 def unless_replaced(run: Run | None, weights: Weights, check: Callable[[], None] = lambda: None) -> Callable[[], None]:
     """Return a function that calls `check`, then raises `RunError` if a trainer has replaced the merged weights.
 
-    It compares the files with those at the time of this call. Without it, the tensors could come from two different
-    merges.
+    The returned function compares the files with those at the time of this call. Without this check, the tensors could
+    come from two different merges.
     """
     files = files_of(weights)
 

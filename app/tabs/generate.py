@@ -112,7 +112,10 @@ class GenerateTab(Tab):
         return bool(run.config), run.best_weights()
 
     def choice(self, run: Run, chosen: str | None, seen: tuple[bool, str] | None) -> str:
-        """Return the selected weights; if they were the best ones, or are gone, return the run's current best weights."""
+        """Return the selected weights; follow the run's best weights if these were selected.
+
+        If the selected weights no longer exist, return the best ones.
+        """
         best = chosen if seen is None else seen[1]
         return chosen if chosen != best and chosen in self.list_weights(run.name) else run.best_weights()
 
