@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
 def spin_briefly() -> None:
     """Let idle OpenMP threads sleep early; call this before torch is imported.
 
-    GNU OpenMP spins 300,000 turns by default, which is ten times slower on cores that other processes use too. Sleeping
-    at once (0 turns) makes a step of a small U-Net 50% longer.
+    By default, an idle thread of GNU OpenMP spins 300,000 times before it sleeps. On cores that other processes use
+    too, this makes computation ten times slower. With 0 spins, a step of a small U-Net takes 50% longer.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")

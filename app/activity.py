@@ -11,7 +11,10 @@ PROBLEM = re.compile(r"train_sd\.py: (?!(\S+ )?stopped )|[\w.]+(Error|Exception)
 
 
 def activity(told: dict) -> str:
-    """Return the trainer's current work as a sentence: LoRA, step 60 of 200 · 3.1 steps a second · about 45 s left."""
+    """Return the trainer's current work as a sentence; `told` is the content of its status file.
+
+    Example: `LoRA, step 60 of 200 · 3.1 steps a second · about 45 s left`.
+    """
     name, phase = str(told.get("name") or "")[:80], str(told.get("phase") or "")[:80]
     words = [METHODS[name].title if name in METHODS else name] if name else []
     done, total = number(told.get("done")), number(told.get("total"))

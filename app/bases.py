@@ -17,12 +17,12 @@ BUNDLED = ASSETS / "pipeline"
 PIPELINES = {f"{ASSETS.name}/{path.name}": path for path in (BUNDLED, ASSETS / "pipeline-flow")}
 """The bundled pipelines, by the names that the page offers."""
 OF_MODEL = ("pretrained_vae_model_name_or_path", "revision")
-"""Options that change the model loaded under a name."""
+"""Options with which another model than usual is loaded for the same name; the page does not offer them."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """The pipeline that a run trains: its path or hub name, and the options that it was loaded with."""
+    """The base model of a run: its path or hub name, and the options with which it is loaded."""
 
     name: str = str(BUNDLED)
     vae: str | None = None
@@ -61,7 +61,7 @@ def mark_of(folder: Path) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _mark(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> str:
-    """Return the content hash; `stamps`, those of the files, are part of the cache key."""
+    """Return the content hash; `stamps`, with the `stamp_of` of each file, is part of the cache key."""
     parts = [path for path in sorted(folder.iterdir()) if path.is_dir()]  # skip files such as README.md
     return " ".join(map(folder_mark, parts or [folder]))
 
@@ -87,7 +87,7 @@ def base_of(run: Run | None) -> Base:
 
 
 def stamps_of(base: Base, model: Model) -> dict[Path, tuple[int, ...]]:
-    """Return the files that a model is loaded from, each with its stamp."""
+    """Return the files that a model is loaded from, each with the result of `stamp_of`."""
     parts = [model.folder / part for part in model.index] + ([Path(base.vae)] if base.vae else [])
     files = [path for part in parts for path in part.glob("*")]
     single = [Path(base.name)] if base.folder else []

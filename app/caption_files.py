@@ -21,7 +21,7 @@ from .image_folders import Image, Images, leads_out, names_of
 from .runs import RunError, stamp_of
 
 Captions = tuple[str, ...] | None
-"""Captions of an image. Empty: its row has none. None: it has neither a row nor a file."""
+"""Captions of an image. Empty: its table row has no caption. None: it has neither a table row nor a caption file."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def write(images: Images, edits: Sequence[Edit], line: str = "") -> None:
 
 
 def write_beside(edit: Edit, image: Image, draft: Draft) -> None:
-    """Add the caption file next to an image to the draft."""
+    """Add the new content of the caption file next to an image to the draft."""
     path = next(iter(caption_files(image.path)), image.path.with_suffix(".txt"))
     stamp = stamp_of(path)
     read = read_caption(path) if stamp else None
@@ -82,9 +82,9 @@ def write_beside(edit: Edit, image: Image, draft: Draft) -> None:
 
 
 class Table:
-    """metadata.jsonl or metadata.csv, split into the text of each row, so that unchanged rows stay byte for byte.
+    """A metadata.jsonl or metadata.csv, stored as the text of each row, so that unchanged rows stay byte for byte.
 
-    Raises `InvalidArgument` as the trainer does.
+    The constructor raises `InvalidArgument` if the trainer would refuse the table.
     """
 
     def __init__(self, path: Path, images: Images) -> None:
@@ -113,7 +113,7 @@ class Table:
         start = 0
         if self.is_csv:
             reader = csv.reader(lines, strict=True)
-            self.columns = next(filter(None, reader))  # lines before them may be empty
+            self.columns = next(filter(None, reader))  # lines before the column names may be empty
             start = reader.line_num
         self.head = "".join(lines[:start])
         for end, row in ROWS[self.path.suffix](text, self.path.name):

@@ -26,10 +26,10 @@ def pages(count: int) -> int:
 
 
 def cards(edits: ImageEdits, images: Images, shown: Sequence[Image], page: int) -> str:
-    """Return one page of image cards as HTML, with the folder's name and the names of all filtered images.
+    """Return one page of image cards as HTML, with the folder's name and the names of all images in `shown`.
 
-    The attribute `data-drawn` makes each result unique: Gradio does not send an unchanged value, and edited caption
-    boxes would keep their text.
+    The attribute `data-drawn` makes each result unique. Otherwise Gradio would not send an unchanged result, and the
+    caption boxes would keep what the user has typed.
     """
     part = shown[(page - 1) * PER_PAGE : page * PER_PAGE]
     thumbnails = edits.looks.thumbnails(part)
@@ -75,7 +75,7 @@ def in_words(size: Size) -> str:
 
 
 def summary(edits: ImageEdits, images: Images, shown: int) -> str:
-    """Return the number of images, which ones training leaves out and why, and the trainer's warnings, as HTML."""
+    """Return as HTML: the number of images, how many training leaves out and why, and the trainer's warnings."""
     problems = Counter(filter(None, map(edits.looks.problem, images.images.values())))
     count, left_out = len(images.images), sum(problems.values())
     lines = [f"<b>{pluralize(count, 'image')}</b> in {escape(images.folder.name)}, {shown:,} shown"]

@@ -1,6 +1,7 @@
 """Write changes to a folder's files so that they can be undone, also after a restart: back up first, then write.
 
-Each change has its own folder in `.trash`, with the files before the change and a record of their hashes after it.
+Each change has its own folder in `.trash`. It contains the files as they were before the change, and a record of their
+hashes after the change.
 """
 
 import contextlib
@@ -21,7 +22,8 @@ from .runs import RunError, stamp_of
 
 RECORD = "change.json"
 MOST = 50
-"""Changes stored per folder. Removed images stay in the trash until the user deletes them."""
+"""Number of changes that are stored per folder. Older changes are deleted, except those that moved images to the trash:
+only the user deletes these."""
 WRITING = threading.RLock()
 """Serializes changes within this process."""
 
@@ -38,7 +40,10 @@ class Change:
     """Content hashes after the change, by file name within the folder; None for a removed file."""
 
     def state(self, name: str) -> str:
-        """Return `after` for a file as the change left it, `before` for one as it was before, else `other`."""
+        """Compare the current file with the change.
+
+        Return `after` if the file is as the change left it, `before` if it is as before the change, else `other`.
+        """
         path, backup, after = self.folder.path / name, self.place / name, self.files[name]
         if not self.folder.holds(path):
             raise RunError(f"{name} leads out of the folder, and stays; nothing was undone.")
@@ -50,10 +55,10 @@ class Change:
         return "before" if None in (now, after) else "other"
 
     def restore(self) -> None:
-        """Restore the files and forget the change.
+        """Restore the files as they were before the change, and delete its record.
 
-        Raises `RunError` if a file was changed since. An interrupted change did not write all of its files; those it
-        wrote, and that are unchanged since, are restored.
+        A complete change: raises `RunError` if one of the files was changed since. An interrupted change, which wrote
+        only some of its files: restores those that it wrote and that were not changed since.
         """
         with WRITING, readable():
             states = {name: self.state(name) for name in self.files}
@@ -75,7 +80,10 @@ class Draft:
         self.files: dict[Path, tuple[tuple[int, ...], bytes | None]] = {}
 
     def put(self, path: Path, stamp: tuple[int, ...], content: bytes | None) -> None:
-        """Add the new content of a file, None to remove it; `stamp` is the file's state when it was read."""
+        """Add the new content of a file; None removes the file. Raises `RunError` for a second, different content.
+
+        `stamp`: the result of `stamp_of` when the file was read.
+        """
         if self.files.setdefault(Path(os.path.normpath(path)), (stamp, content))[1] != content:
             raise RunError(f"{path.name} is the caption of several images: give them the same one.")
 
@@ -106,7 +114,10 @@ def changing(folder: Folder, line: str) -> Iterator[Draft]:
 
 
 def write(path: Path, backup: Path, stamp: tuple[int, ...], content: bytes | None) -> None:
-    """Back up a file and replace it, or move it to the backup. Raises `RunError` if it changed since it was read."""
+    """Copy a file to `backup` and replace its content; if `content` is None, move the file to `backup`.
+
+    Raises `RunError` instead of replacing a file that has changed since it was read.
+    """
     backup.parent.mkdir(parents=True, exist_ok=True)
     if content is None:
         path.rename(backup)

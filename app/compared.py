@@ -1,6 +1,6 @@
-"""Render a step of one or several runs: images, loss curves and numbers, as HTML like `views`.
+"""Render images, loss curves and numbers of one or several runs at a step as HTML. As in `views`, names are escaped.
 
-Columns and lines are named by method, or by run and method if several runs are compared.
+Image columns and curves are named by method, or by run and method if several runs are compared.
 """
 
 from collections.abc import Iterator
@@ -184,8 +184,9 @@ def curves(run: Run, split: str, step: int | None) -> str:
 def numbers(run: Run, step: int) -> str:
     """Return training loss, validation loss, learning rate and seconds of each method at a step, as a table.
 
-    The lowest loss is marked if the losses are comparable: both columns within a run, the validation loss across runs
-    with the same held-out images.
+    The lowest loss of a column is marked if all methods have reached the same step and their losses are comparable.
+    Within a run, training and validation losses are comparable. Between runs, only validation losses are, and only if
+    the runs agree in all `LOSSES`.
     """
     shown = list(arms(run))
     known = [numbers_of(one, method, step) for one, method, *_ in shown]
@@ -212,7 +213,11 @@ def numbers(run: Run, step: int) -> str:
 
 
 def numbers_of(run: Run, method: str, step: int) -> tuple[tuple, tuple]:
-    """Return the last steps up to `step` with any loss and with a validation loss, and the values there."""
+    """Return two tuples: the last logged steps of a method that are at most `step`, and the values at these steps.
+
+    The steps are the last one with any loss and the last one with a validation loss. The values are the mean of the
+    last 20 training losses, the validation loss, the learning rate and the seconds. Missing values are None.
+    """
     log = [row for row in run.log(method) if row["step"] <= step]
     recent = [row["loss"] for row in of_split(log, "train")[-20:]]
     last, measured = (next(reversed(rows), {}) for rows in (log, of_split(log, "validation")))
@@ -222,7 +227,7 @@ def numbers_of(run: Run, method: str, step: int) -> tuple[tuple, tuple]:
 
 
 def lowest(rows: list[tuple]) -> dict[int, float]:
-    """Return the lowest loss of each loss column with at least two different values; times are not compared."""
+    """Return the lowest value of each loss column, by column index; omit columns without two different values."""
     found = {}
     for column in (0, 1):
         values = [value for row in rows if (value := number(row[column])) is not None]

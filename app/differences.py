@@ -1,4 +1,4 @@
-"""Report which settings of runs differ, and whether their images and losses are comparable, as HTML like `views`."""
+"""Report as HTML which settings of runs differ, and whether their images and losses are comparable."""
 
 import json
 from collections.abc import Collection
@@ -18,14 +18,15 @@ MATTERS = {
         "how losses are measured",
     )
 }  # fmt: skip
-"""The options behind each property in which runs may differ."""
+"""The options that determine each property in which runs may differ."""
 IMAGES = ("seed", "base model", "how samples are generated", "resolution")
 """Properties that must agree for images of one prompt to be comparable."""
 LOSSES = ("seed", "base model", "resolution", "held-out images", "how losses are measured")
-"""Properties that must agree for losses to be comparable: the seed chooses the held-out images and their noise."""
+"""Properties that must agree for losses to be comparable; the seed selects the held-out images and their noise."""
 FIRST = "losses before training, so that images or model have changed since"
 TOLERANCE = 1e-3
-"""Relative difference of losses before training: with the same images and model it is rounding error."""
+"""Maximum relative difference of losses before training that rounding errors explain; a larger difference means that
+images or model differ."""
 LONGEST = 48
 
 
@@ -47,7 +48,7 @@ def same_sampling(run: Run) -> tuple[str, ...]:
 
 
 def differing(run: Run, labels: Collection[str]) -> dict[str, list[str]]:
-    """Return the properties in which the compared runs differ, each with the options that differ."""
+    """Return which of the properties `labels` differ between the compared runs, each with the options that differ."""
     runs, found = (run, *run.beside), {}
     configs = [one.config for one in runs]
     for label in labels:
@@ -61,7 +62,7 @@ def differing(run: Run, labels: Collection[str]) -> dict[str, list[str]]:
 def begin_alike(runs: Collection[Run]) -> bool:
     """Return whether the validation losses before training agree, as far as they are known.
 
-    The contents of an image folder may change between two runs without any change of the options.
+    If they do not, the images or the model have changed between two runs, although no option has.
     """
     starting = [run for run in runs if not run.config.get("init_lora")]
     first = [held_out(run, method).get(0) for run in starting for method in run.methods[:1]]

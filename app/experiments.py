@@ -20,9 +20,9 @@ LEAST_SHARE = 1e-6
 
 
 def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> str:
-    """Return the number of arms of an experiment in a sentence, or what is wrong with its settings.
+    """Return a sentence with the number of runs (arms) of an experiment, or with what is wrong with its settings.
 
-    Images, from a folder on the list or uploaded, are only counted here; they are checked at the start.
+    The images (in `folder`, or uploaded) are only counted here; they are checked when the experiment starts.
     """
     images = None if jobs.begun(name, Experiment) else Path("images")
     try:
@@ -42,10 +42,10 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
 
 
 def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
-    """Return a warning if the test split would be small, else nothing.
+    """Return a warning if the test split, a fraction `share` of the images, would be small; else an empty list.
 
-    Images are assigned to the split by content, so the count is a range. Near-duplicates count once, which is not known
-    here.
+    The warning gives a range, because each image is assigned to the split by a hash of its content. Near-duplicates
+    count as one image in the split, but are not detected here.
     """
     images = jobs.images.count(folder, uploads, math.ceil(FEW / max(share, LEAST_SHARE)))
     least = max(min(LEAST, images - 3), 1)
@@ -58,7 +58,10 @@ def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) ->
 
 
 def summary(experiment: Experiment, status: str, said: str = "") -> str:
-    """Return progress, current work, and the reason `said` for an early end, as HTML."""
+    """Return an experiment's progress and current work as HTML.
+
+    `said`: the last line of the log, which is shown if it explains why the experiment failed or stopped early.
+    """
     ended, total = experiment.progress
     facts = [f"{ended} of {pluralize(total, 'arm')} ended"] if total else []
     each = experiment.seconds_an_arm

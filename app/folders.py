@@ -24,7 +24,7 @@ UPLOADS, SETS = ".images", ".datasets"
 """Folders below the runs folder: images uploaded to start a run, and image folders uploaded under Dataset."""
 BUNDLED = "bundled images"
 IMAGES = {f"{ASSETS.name}/{BUNDLED_IMAGES.name}": BUNDLED_IMAGES}
-"""The bundled images, by the names that a run's config may give them."""
+"""Folder of the bundled images, by the last two parts of its path, because the first parts differ between machines."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,15 @@ class Folders:
         return folder
 
     def count(self, name: object, uploads: Sequence[str], most: int) -> int:
-        """Return the number of uploaded images, or of image files in the named folder, up to `most`."""
+        """Return the number of uploaded images, else of image files in the named folder; stop counting at `most`."""
         files = map(Path, uploads) if uploads else all_below(self.find(name).path) if name else ()
         found = (path for path in files if is_image(path) and not path.name.startswith("."))
         return sum(1 for _ in itertools.islice(found, most))
 
     def of_run(self, run: Run) -> str:
-        """Return the name of a run's image folder in the form.
+        """Return the name that selects a run's image folder in the form; empty for the bundled images.
 
-        If the images are on no list, the name is one that `find` refuses.
+        If the folder is not on the list, return a name that `find` refuses.
         """
         named = [*run.words("dataset_name"), *run.words("train_data_dir")]
         if not named or (len(named) == 1 and bundled(named[0], IMAGES)):

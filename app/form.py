@@ -63,7 +63,7 @@ def groups(without: Sequence[str] = ()) -> dict[str, list[Option]]:
 
 
 def is_safe(option: Option) -> bool:
-    """Return whether any value from a browser is harmless: a switch, choice, number or safe text."""
+    """Return whether an option is harmless with any value from a browser: a switch, choice, number or safe text."""
     if option.name in NEVER:
         return False
     is_number = option.parse is not str and option.name != "validation_prompt_options"
@@ -87,7 +87,7 @@ def info(option: Option) -> str:
 
 
 def default(option: Option, model: str = "") -> str:
-    """Return the default that an empty box means, as text; a bundled model may have its own."""
+    """Return, as text, the value that an option has if its box is empty; it may depend on the bundled `model`."""
     otherwise = option.otherwise.partition(";")[0]
     if option.bundled is not SAME:
         is_flow = model in PIPELINES and PIPELINES[model].name == "pipeline-flow"
@@ -116,7 +116,7 @@ def wires(methods: Iterable[str]) -> bool:
 
 
 def values_of(settings: Mapping[str, object], names: Sequence[str]) -> list[object]:
-    """Return the form's values for these settings; options without a setting have the form's default."""
+    """Return the form's value for each named option: its value in `settings`, else the form's default."""
     return [widget_value(option, settings.get(name)) for name, option in chosen(names).items()]
 
 
@@ -141,7 +141,10 @@ def widget_value(option: Option, value: object) -> object:
 
 
 def settings_of(name: str, runs: Mapping[str, Run]) -> dict:
-    """Return the settings of a preset or run by name. Raises `RunError` if there is none."""
+    """Return the settings of the preset or run of that name.
+
+    Raises `RunError` if there is none, or if the run's config.json is damaged.
+    """
     if name in PRESETS:
         return PRESETS[name]
     if name not in runs:

@@ -22,7 +22,7 @@ SUGGESTED = {"strength": "0 0.5 1", "seed": "0 1 2", "guidance": "1 4 8", "steps
 MOST = 64
 """Maximum number of cells in a grid."""
 LARGEST_CELL = 512
-"""Pixels of a cell's longer side in the image of the complete grid."""
+"""Maximum length in pixels of a cell's longer side in the image of the complete grid."""
 RESLORA = "reslora"
 
 
@@ -45,7 +45,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the grid and the image generated for it."""
+    """A cell of the grid and the image to generate for it."""
 
     row: int
     column: int
@@ -143,7 +143,7 @@ def by_weights(cells: list[Cell]) -> tuple[Cell, ...]:
 
 
 def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, tuple[Weights, str] | None]:
-    """Return the weights of a cell, and the checkpoint and merge method that make them if they do not exist yet."""
+    """Return the weights of a cell, and how to make them: a checkpoint and a merge method, or None if they exist."""
     named = {name: value for name, value in chosen.items() if name in OF_WEIGHTS}
     if not named:
         return start, None
@@ -166,7 +166,11 @@ def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, 
 
 
 def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None) -> Weights:
-    """Return a method's checkpoint at the typed step, or without one at the step `otherwise`, or the newest."""
+    """Return a method's checkpoint at the step `word`, as typed.
+
+    If `word` is None, return the checkpoint at the step `otherwise`, or the newest one if that does not exist. Raises
+    `RunError` if there is no checkpoint, or none at the typed step.
+    """
     known = {str(weights.step): weights for weights in run.checkpoints(method)}
     if not known:
         raise RunError(f"{method} keeps no checkpoints in this run.")
@@ -178,7 +182,7 @@ def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None
 
 
 def merged(run: Run, checkpoint: Weights, method: str) -> tuple[Weights, tuple[Weights, str] | None]:
-    """Return a checkpoint merged by a method, and how to make it if it does not exist."""
+    """Return the weights of a checkpoint merged by a method, and how to make them, as `weights_of` does."""
     if method not in MERGES:
         raise RunError(f"There is no merge {method[:40]}; choose of {', '.join(MERGE_CHOICES)}.")
     made = merged_by(checkpoint, method)

@@ -43,7 +43,7 @@ def readable_errors(handler: Callable) -> Callable:
 
 @contextlib.contextmanager
 def translating() -> Iterator[None]:
-    """Raise the Gradio error for any exception, in a `with` block or as a decorator of a function."""
+    """Convert any exception to a Gradio error; use this in a `with` statement, or as a decorator of a function."""
     try:
         yield
     except Exception as error:
@@ -51,9 +51,9 @@ def translating() -> Iterator[None]:
 
 
 def server_function(handler: Callable[[dict], dict]) -> Callable[[dict], dict]:
-    """Return a handler that JavaScript calls without an event; an error is in its answer, as a sentence.
+    """Wrap a handler that JavaScript calls without an event: if it fails, its answer has a sentence under `error`.
 
-    It is a function, not a method, because Gradio sets an attribute on it.
+    The result is a function, because Gradio sets an attribute on it; methods do not allow that.
     """
 
     @functools.wraps(handler)

@@ -110,15 +110,15 @@ class ImageEdits:
         return f"Changed: {line}."
 
     def _write(self, images: Images, edits: Sequence[Edit], line: str) -> None:
-        """Write edits, except to the bundled images."""
+        """Write edits. Raises `RunError` for the bundled images."""
         refuse_bundled(images.folder)
         write(images, edits, line)
 
     def throw_away(self, images: Images, names: object) -> str:
-        """Move images, with captions, masks and rows, into the folder's trash, and return a line about it.
+        """Move images, with captions, masks and table rows, into the folder's trash, and return a line about it.
 
-        An image that is listed twice is removed with both rows; a caption file or mask with the last image that uses
-        it.
+        If a table lists an image twice, both rows are removed. A caption file or a mask is only moved if no remaining
+        image uses it.
         """
         refuse_bundled(images.folder)
         if (run := self.jobs.reader(images.folder.path)) is not None:
@@ -137,14 +137,18 @@ class ImageEdits:
         return f"{line[0].upper()}{line[1:]} (.trash in the folder, which training passes over)."
 
     def last(self, folder: Folder) -> Change | None:
-        """Return the change that undo would revert: the last one of the folder."""
+        """Return the change that `undo` reverts: the folder's last one that is not in `refused`.
+
+        If all of them are in `refused`, return the last one; without any change, return None.
+        """
         found = (change for change in changes(folder) if change.place not in self.refused)
         return next(found, None) or next(changes(folder), None)
 
     def undo(self, images: Images, line: str | None = None) -> str:
-        """Revert the last change of a folder; undo is refused if a file has changed since.
+        """Revert the last change of a folder, and return a line about it.
 
-        `line`: the change that the user means; undo is refused if another one is the last by now.
+        `line`: description of the change that the user wants to revert. Raises `RunError` if the last change is another
+        one by now, or if a file was changed since the change.
         """
         refuse_bundled(images.folder)
         change = self.last(images.folder)

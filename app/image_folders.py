@@ -33,7 +33,8 @@ from .runs import RunError, stamp_of
 from .uploads import store_images
 
 MULTIPLE = 8
-"""Resolutions are multiples of this; models that need multiples of 16 have the same buckets from 256 pixels."""
+"""Widths and heights are multiples of this number. Models that need multiples of 16 have the same buckets from a
+resolution of 256 on."""
 OUTSIDE = "leads out of the folder: not shown here"
 KEPT = 8
 """Number of folders whose images are cached."""
@@ -44,10 +45,11 @@ class Image:
     """An image as the trainer reads it."""
 
     name: str
-    """Its path in the folder; the second row of the same file is named `a.png (2)`."""
+    """Path of the file within the folder. If a table lists `a.png` twice, the second image is named `a.png (2)`."""
     path: Path
     captions: tuple[str, ...] | None
-    """Captions used in training. Empty: its row has none. None: it has no row, no file or no text."""
+    """Captions used in training. Empty: the image's table row has no caption. None: the image has no table row, and no
+    caption file with text."""
     size: tuple[int, int] | None
     """Width and height in pixels."""
     buckets: tuple[Size, ...] = ()
@@ -55,11 +57,11 @@ class Image:
     problem: str = ""
     """Why training leaves it out; empty if it does not."""
     metadata: Path | None = None
-    """The table with its row; None if the caption is in a file next to it."""
+    """The table (metadata.jsonl or .csv) that lists the image; None if the caption is in a file next to the image."""
     otherwise: str | None = None
-    """Its caption if it has no caption file."""
+    """Caption that training uses if the image has no caption file."""
     mask: Path | None = None
-    """Its mask file; None if its row names none."""
+    """The mask file of the image; None if the image's table row names none."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Images:
     refused: str = ""
     """Why training would not start; empty if it would."""
     fixed: str = ""
-    """Why captions cannot be edited: a table cannot be read. Empty if they can."""
+    """Why captions cannot be edited, such as a table that cannot be read; empty if they can."""
 
     def find(self, names: object) -> list[Image]:
         """Return the images of these names. Raises `RunError` for no names, and for an image that no longer exists."""
@@ -122,7 +124,10 @@ class ImageFolders(Folders):
 
 
 def options_of(resolution: object = "", buckets: object = False, column: object = "") -> Options:
-    """Return the trainer's options. Raises `RunError` with the trainer's message for an invalid value."""
+    """Return the trainer's options for these settings.
+
+    Raises `RunError` with the trainer's message for an invalid setting.
+    """
     return _flags(str(resolution or ""), buckets is True, str(column or ""))
 
 
@@ -180,7 +185,10 @@ def read(folder: Folder, options: Options) -> Images:
 
 
 def with_masks(folder: Path, options: Options, caption: str | None, deep: bool) -> Found | None:
-    """Read a folder with --masked_loss or, if the masks are invalid, without."""
+    """Read a folder with `--masked_loss`; if its masks are invalid, read it without this option.
+
+    Returns None for a folder that the datasets library has to read.
+    """
     with contextlib.suppress(InvalidArgument):
         masked = dataclasses.replace(options.training, masked_loss=True)
         return read_folder(folder, options.data, masked, options.output, caption, deep)
@@ -218,7 +226,7 @@ def images_of(found: Found, folder: Folder, options: Options, otherwise: str | N
 def skipped_images(
     folder: Folder, options: Options, read: dict[str, Image], why: str, metadata: Path | None
 ) -> dict[str, Image]:
-    """Return the images in a folder that the trainer skips, by name, without masks."""
+    """Return by name the images in a folder that the trainer skips, except mask files; `why` is the reason."""
     known = {os.path.normpath(path) for image in read.values() for path in (image.path, image.mask) if path}
     paths = [
         path

@@ -1,8 +1,8 @@
 """Run trainings and experiments as processes: start, queue, stop and resume them.
 
 A training continues when the page or the application is closed; its process id is in the run's folder. The queue is a
-file in the runs folder. Each change of it is made under a lock, so threads and several applications on one folder agree
-on what is next.
+file in the runs folder. It is only changed under a lock, so that all threads, and all applications on the same folder,
+agree on what is next.
 """
 
 import contextlib
@@ -46,11 +46,11 @@ FILE, LOCK = "queue.json", ".queue.lock"
 KINDS: dict[str, type[Run]] = {"run": Run, "experiment": Experiment}
 WAITING, RUNNING, FAILED = "waiting", "running", "failed"
 EVERY, FRESH = 2.0, 1.0
-"""Seconds between two polls of the queue, and for which `would_wait` is cached."""
+"""Seconds between two polls of the queue, and seconds for which the result of `would_wait` is cached."""
 MOST, MOST_ENDED = 100, 20
 LONGEST = 100_000  # characters of one entry in the file
 GONE = "its folder is gone: it was renamed or removed"
-PATIENCE = 120.0  # seconds to wait for another change, which may copy a thousand images
+PATIENCE = 120.0  # seconds to wait for the lock: another change of the queue may copy a thousand images
 FOLDERS = ("train_data_dir", "class_data_dir", "dataset_name")
 """Options that may name a folder of images."""
 BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
@@ -58,8 +58,8 @@ BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json",
 FEW = 8  # images in the preview
 PLAN_SECONDS = 180
 STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)
-"""Signal that asks a trainer to save and exit. Not SIGTERM: a second one, from another application, would end the
-trainer without saving."""
+"""Signal that asks a trainer to save and exit. Not SIGTERM: if two applications sent it, the second SIGTERM would end
+the trainer before it has saved."""
 
 
 class Busy(RunError):
@@ -67,7 +67,7 @@ class Busy(RunError):
 
 
 def folder_name(name: str) -> str:
-    """Return the name if it is that of a visible folder in the runs folder. Raises `ValueError` otherwise."""
+    """Return the name if it can be that of a visible folder in the runs folder. Raises `ValueError` otherwise."""
     if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
         raise ValueError("the name of an entry is none of a run")
     return name
@@ -83,9 +83,9 @@ class Entry:
     kind: Literal["run", "experiment"] = "run"
     settings: dict = field(default_factory=dict)
     folder: str | None = None
-    """Name of the image folder on the list; None means the bundled images, or those of the run that is resumed."""
+    """Name of the image folder on the list; None means the bundled images, or for a resumed run its own images."""
     resume: bool = False
-    """Resume from the newest checkpoint with the settings of the run."""
+    """Whether to resume an existing run from its newest checkpoint, with its own settings."""
     state: Literal["waiting", "running", "failed", "finished", "stopped"] = WAITING
     line: str = ""
     """Why it failed, or the trainer's last line."""
@@ -94,7 +94,7 @@ class Entry:
 
     @property
     def ends(self) -> bool:
-        """Whether it has ended."""
+        """Whether the entry has ended."""
         return self.state not in (WAITING, RUNNING)
 
 
@@ -121,7 +121,7 @@ class Jobs:
         self.path = library.folder / FILE
         self.started: dict[str, subprocess.Popen] = {}
         self.asked: set[int] = set()  # processes that were asked to stop
-        self.began: set[str] = set()  # runs seen running, or asked to stop, since they were started here
+        self.began: set[str] = set()  # runs seen training, or stopped, since this process started them
         self.lock = threading.Lock()
         self.closed = threading.Event()
         self.busy, self.looked = False, -math.inf
@@ -133,21 +133,24 @@ class Jobs:
         return [name for name, folder in self.images.all().items() if not folder.bundled]
 
     def command(self, name: str, settings: dict, images: Path | None = None, kind: type[Run] = Run) -> list[str]:
-        """Return the arguments after `accelerate launch` for a new run, or for more arms of an existing experiment."""
+        """Return the arguments after `accelerate launch` for a new run, or for more runs of an existing experiment."""
         words = launcher.words_for(self.folder_of(name, kind), settings, images, self.begun(name, kind))
         if not isinstance(self.resolved(words), Grid) and kind is Experiment:
             raise RunError(ALONE)
         return words
 
     def resolved(self, words: list[str]) -> Options | Grid[Options]:
-        """Return the resolved options of a command. The images may not exist yet. Raises `RunError`."""
+        """Return a command's options as the trainer resolves them. Raises `RunError` for invalid options.
+
+        The images need not exist yet.
+        """
         try:
             return resolve(parsed_values(launcher.trainers_parser(), words[1:]))
         except InvalidArgument as error:
             raise RunError(self.without_folders(str(error))) from None
 
     def begun(self, name: str, kind: type[Run]) -> Run | None:
-        """Return the experiment of that name, which gets more arms; None if a new run or experiment is to start."""
+        """Return the existing experiment of that name, which gets more runs; None for a new run or experiment."""
         found = self.library.named(name, kind) if kind is Experiment else None
         return found if found is not None and found.config else None
 
@@ -173,7 +176,7 @@ class Jobs:
     def choose_images(
         self, name: str, folder: str | None, uploads: Sequence[str] | None, caption: str = "", kind: type[Run] = Run
     ) -> Path | None:
-        """Return the folder to train on: of the uploads, on the list, or None for the default."""
+        """Return the folder to train on: that of the uploads, else the named one on the list; None is the default."""
         if uploads:
             of_run = self.library.folder / UPLOADS / self.folder_of(name, kind).name
             return place_of(of_run, contents_of(uploads, caption))
@@ -201,7 +204,7 @@ class Jobs:
         return run
 
     def plan(self, words: list[str]) -> str:
-        """Return the trainer's memory plan for a command; nothing is trained."""
+        """Return the memory estimate that the trainer prints with `--plan`; nothing is trained."""
         try:
             done = subprocess.run(
                 [sys.executable, *words, "--plan"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
@@ -215,9 +218,9 @@ class Jobs:
     # -- processes -----------------------------------------------------------------------------------------------------
 
     def start(self, name: str, words: list[str], kind: type[Run] = Run, device: str | None = None) -> Run:
-        """Start the trainer for a new run or experiment, and return that.
+        """Start the trainer of a run or experiment that is not resumed, and return the run or experiment.
 
-        `device` is a GPU that is free; without one, `Busy` is raised while another run trains.
+        `device`: a free GPU for the trainer. If `device` is None and another run trains, `Busy` is raised.
         """
         with self.lock:
             self.refuse_second(device)
@@ -241,7 +244,7 @@ class Jobs:
             raise error(f"{run.name} is training; wait for it, or stop it first.")
 
     def refuse_second(self, device: str | None) -> None:
-        """Raise `Busy` while another run trains, unless each has its own GPU."""
+        """Raise `Busy` if another run trains and `device`, a GPU for the next run, is None."""
         if device is None:
             self.refuse_active(*self.library.everything(), error=Busy)
 
@@ -278,8 +281,9 @@ class Jobs:
     def stop(self, name: str, kind: type[Run] = Run, only: bool = False) -> str:
         """Ask a trainer to save and exit, and return a sentence about it.
 
-        It is the trainer of the named run or, if that is not training, the only active one. With `only`, no other run
-        is stopped: one that started after the named run ended continues.
+        If the named run is training, its trainer is asked. If it is not:
+        - with `only`, `RunError` is raised, so that a run which has started since is not stopped;
+        - otherwise the only active trainer is asked; if several are active, `RunError` is raised.
         """
         looked_at = self.find(name, kind)
         is_active = self.is_active(looked_at)
@@ -301,7 +305,7 @@ class Jobs:
             done, total = run.progress
             when = "soon" if total and done == total else "after this step"  # it is merging or comparing
             return f"{run.name} was asked to stop {when}; what is trained is saved."
-        if process is None:  # started by an earlier application
+        if process is None:  # started by another process of the application
             return f"{run.name} is starting, or ending; what is at work then can be stopped."
         if run.name in self.began:
             return f"{run.name} is ending."
@@ -314,9 +318,9 @@ class Jobs:
         return f"{run.name} is stopped before its training began."
 
     def reader(self, folder: Path) -> Run | None:
-        """Return an active run that trains on images in the folder, above or below it, else None.
+        """Return an active run whose images are in the folder, above it or below it; None if there is none.
 
-        A run without a config yet counts, because its images are not known.
+        An active run that has no config.json yet is returned, too, because its images are not known.
         """
         for run in self.all_active():
             read = [Path(name).resolve() for flag in FOLDERS for name in run.words(flag)]
@@ -396,7 +400,7 @@ class Jobs:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[list[Entry]]:
-        """Yield the current entries to change; they are written afterwards unless an exception is raised."""
+        """Lock the queue and yield its entries to be changed; then write them, unless an exception was raised."""
         with writable():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path.with_name(LOCK), timeout=PATIENCE).acquire()
@@ -416,9 +420,10 @@ class Jobs:
     # -- the queue: actions --------------------------------------------------------------------------------------------
 
     def add(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> Entry:
-        """Add an entry to the queue, start what is next, and return the entry as it is then.
+        """Add an entry to the queue, start the entries that can start now, and return the added entry's new state.
 
-        Uploaded images are stored. Raises `RunError` for settings that the trainer or the launcher would refuse.
+        Uploaded images are stored. Raises `RunError` for settings that the trainer or the launcher would refuse, and if
+        the start of the entry fails.
         """
         if self.library.is_single and entry.resume:  # a single run's folder has no queue
             self.resume(entry.name, KINDS[entry.kind])
@@ -478,7 +483,7 @@ class Jobs:
             entries.remove(found)
 
     def stop_entry(self, name: str) -> str:
-        """Stop a running entry and return a sentence; a run that started after it ended is not stopped."""
+        """Ask the trainer of a running entry, and no other trainer, to stop; return a sentence about it."""
         entry = one_of(self.entries(), name)
         if entry.state == RUNNING and not self.run_of(entry).folder.is_dir():
             raise RunError(f"{name}: {GONE}. Put it back, and stop it then: else it ends before its next checkpoint.")
@@ -504,7 +509,10 @@ class Jobs:
         return self.busy
 
     def advance(self) -> None:
-        """Update the entries that have ended, and start those that may; a failed start does not block the next one."""
+        """Update the states of the entries, and start waiting entries while a device is free.
+
+        If a start fails, the next entry is started.
+        """
         if all(entry.ends for entry in self.entries()):
             return
         with self.changing() as entries:

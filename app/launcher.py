@@ -24,11 +24,11 @@ from .runs import Run, RunError
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
 ADDED_TO = ("method", "learning_rate", "seed")
-"""Options to which an existing experiment may get further values."""
+"""Options that may get further values in an existing experiment."""
 MAY_GROW = (*ADDED_TO, "experiment_minutes", "arms_at_once")
 """Options that may change in an existing experiment."""
 EMPTY = (None, "", [])
-"""Values of the form that leave an option out."""
+"""Form values with which an option is not passed to the trainer."""
 LARGEST_RANK = 512
 """A larger rank gives a warning."""
 ALONE = "Several methods alone are a run: give several learning rates or seeds, or start it under Train."
@@ -37,7 +37,8 @@ ALONE = "Several methods alone are a run: give several learning rates or seeds, 
 def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
     """Return command-line arguments for the settings that differ from the trainer's defaults.
 
-    Raises `RunError` for a value that the trainer's parser refuses.
+    `with_defaults`: also for the settings that are equal to the defaults. Raises `RunError` for a value that the
+    trainer's parser refuses.
     """
     words = []
     for name, option in form.known().items():
@@ -72,7 +73,7 @@ def words_of(option: Option, value: object) -> list[str]:
 def trainers_parser() -> OptionsParser:
     """Return the trainer's parser; its error message is raised as a `RunError`."""
     parser = build_parser()
-    parser.error = refuse  # type: ignore[method-assign] # where it would print the line and leave
+    parser.error = refuse  # type: ignore[method-assign] # the original prints the message and exits
     return parser
 
 
@@ -82,9 +83,9 @@ def refuse(message: str) -> NoReturn:
 
 
 def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
-    """Raise `RunError` for settings that differ from an existing experiment's.
+    """Raise `RunError` for settings that differ from those of an existing experiment, `begun`.
 
-    Options in `MAY_GROW` may differ, and empty values mean those of the experiment.
+    Options in `MAY_GROW` may differ. An empty value means the experiment's value.
     """
     read = [Path(name).resolve() for name in begun.words("train_data_dir")]
     if images is not None and read != [images.resolve()]:
@@ -106,9 +107,10 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
 
 
 def with_more(begun: Run, settings: dict) -> dict:
-    """Return the options that may change in an existing experiment, with the form's values added.
+    """Return new values for the options that may change in an existing experiment.
 
-    Options that are empty in the form are left out, and stay as they are.
+    Methods, learning rates and seeds of the form are added to those of the experiment; other values replace the
+    experiment's. Options that are empty in the form are omitted, so that they do not change.
     """
     more = {flag: settings[flag] for flag in MAY_GROW if settings.get(flag) not in EMPTY}
     asked = vars(build_parser().parse_args(arguments(more, True)))

@@ -19,7 +19,7 @@ from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number,
 VARYING = tuple(name for name, option in Options.table().items() if option.varies)
 REPORT = "report.html"
 MOST_BESIDE = 3
-"""Maximum number of runs compared with one; more could not be distinguished."""
+"""Maximum number of further runs that are compared with a run; charts have line patterns for four runs."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Experiment(Run):
 
     @property
     def arms(self) -> list[dict]:
-        """The records of the arms in the experiment's file; their contents are not validated."""
+        """The records of the experiment's runs (arms) in its file; their contents are not validated."""
         arms = self.read_json(EXPERIMENT).get("arms")
         return [arm for arm in arms if isinstance(arm, dict)] if isinstance(arms, list) else []
 
@@ -55,7 +55,7 @@ class Experiment(Run):
 
     @property
     def time_is_over(self) -> str:
-        """A sentence if the time limit ended the experiment before all arms; otherwise empty."""
+        """A sentence if the time limit ended the experiment before all arms had ended; otherwise empty."""
         content, minutes = self.read_json(EXPERIMENT), number(self.config.get("experiment_minutes"))
         notes = content.get("notes") if "as_of" not in content else None
         told = isinstance(notes, list) and any(str(note).startswith(UNFINISHED) for note in notes)
@@ -65,7 +65,8 @@ class Experiment(Run):
     def seconds_an_arm(self) -> float | None:
         """Mean duration of the finished arms in seconds.
 
-        The larger of training and wall time counts: the wall time of a resumed arm covers only its last part.
+        The duration of an arm is the larger of its training time and its wall time, because the wall time of a resumed
+        arm starts when it was resumed.
         """
         ended = [arm for arm in self.arms if arm.get("status") == "finished"]
         known = [[number(arm.get("seconds")) or 0.0, number(arm.get("wall_seconds")) or 0.0] for arm in ended]
@@ -108,9 +109,9 @@ class LanguageRun(Run):
 
 
 class Library:
-    """The runs and experiments in a folder, or only the folder itself if it is a run or an experiment.
+    """The runs and experiments in `folder`. If `folder` itself is a run or an experiment, it is the only one.
 
-    `extra` are further single runs.
+    `extra`: the folders of further runs.
     """
 
     def __init__(self, folder: Path, extra: tuple[Path, ...] = ()) -> None:
@@ -137,7 +138,7 @@ class Library:
         return found + [Run(path.name, path) for path in self.extra if path.name not in own and kind_of(path) is Run]
 
     def owns(self, run: Run) -> bool:
-        """Return whether a run is in the folder and is not the folder itself."""
+        """Return whether the parent folder of a run is the library's folder."""
         return run.folder.parent == self.folder
 
     def named(self, name: object, kind: type[Run]) -> Run | None:
@@ -161,7 +162,7 @@ class Library:
         return run
 
     def beside(self, run: Run, names: object) -> Run:
-        """Return the run with the existing ones of these names as runs to compare."""
+        """Return a copy of the run that is to be compared with the runs of these names; unknown names are ignored."""
         wanted = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
         runs = self.runs() if wanted else {}
         found = [runs[name] for name in dict.fromkeys(wanted) if name in runs and name != run.name]
@@ -193,7 +194,8 @@ class Library:
 def kind_of(folder: Path) -> type[Run] | None:
     """Return the class of a run's folder, or None if no trainer has written there.
 
-    An experiment without arms yet is recognized by an option with several values of which a run takes one.
+    An experiment that has not started a run yet is recognized by its options: one of them has several values, although
+    a run takes only one.
     """
     if (folder / EXPERIMENT_LOG).is_file() or (folder / EXPERIMENT).is_file():
         return Experiment
@@ -222,7 +224,7 @@ def language_script(run: Run) -> str:
 
 
 def refuse_language(begun: Run) -> None:
-    """Raise `RunError` for a run of a language script, which the page cannot resume."""
+    """Raise `RunError` for the run of a language model, which the page cannot resume."""
     if script := language_script(begun):
         raise RunError(f"{begun.name} was begun by {script}: go on with it by that, on the command line.")
 

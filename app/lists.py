@@ -60,7 +60,7 @@ def queue(jobs: Jobs) -> str:
 
 
 def row(jobs: Jobs, entry: Entry, waiting: list[Entry]) -> str:
-    """Return one entry as HTML; a waiting one has its position among them."""
+    """Return one entry as HTML; a waiting entry has its position among the waiting ones."""
     name, place = entry.name, ""
     if entry.state == WAITING:
         place = waiting.index(entry) + 1
@@ -158,7 +158,7 @@ def picture(run: Run) -> str:
 
 
 def newest_samples(run: Run) -> Sequence[Path]:
-    """Return the first sample of each method, the last method's first."""
+    """Return one sample per method: the first image of the method's newest step. The last method comes first."""
     steps = list(reversed(run.steps()))
     found = []
     for method in reversed(run.methods):

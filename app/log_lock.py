@@ -1,7 +1,8 @@
 """Detect running trainers by a lock on the log file that a trainer writes to.
 
-Launcher and trainer inherit the lock with the file, so it survives the application and is released when the last of
-them exits. On a system without such locks, a trainer is only known by its process id, once it has written that.
+The launcher and the trainer inherit the open file and its lock. So the lock survives the application, and is released
+when both processes have exited. On a system without such locks, a trainer is only detected by its process id, after it
+has written the id to the run's folder.
 """
 
 import contextlib
@@ -17,12 +18,16 @@ except ImportError:  # Windows
     fcntl = None
 
 TRIES, PAUSE = 100, 0.01
-"""Retries and seconds between them: `is_held` takes a shared lock for a moment."""
+"""Attempts to lock a file, and seconds between them. An attempt can fail because `is_held` takes a shared lock for a
+moment."""
 
 
 @contextlib.contextmanager
 def locked_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to append to, locked, for a process to inherit. Raises `BlockingIOError` if it is locked."""
+    """Open a file for appending and lock it, so that a child process can inherit file and lock.
+
+    Raises `BlockingIOError` if another process holds the lock.
+    """
     with path.open("ab") as file:  # closed, not unlocked: child processes keep the lock
         for left in reversed(range(TRIES)):
             try:

@@ -33,15 +33,15 @@ class Look:
     """The result of opening an image."""
 
     problem: str = ""
-    """Why it cannot be opened; empty if it can."""
+    """Why the image cannot be opened; empty if it can."""
     mark: str = ""
-    """Hash of its content."""
+    """Hash of the image file's content."""
     seen: bytes = b""
-    """Its features for near-duplicate groups, float32 bytes, as an experiment's split uses them."""
+    """Features to find near-duplicates by, as bytes of a float32 array; an experiment's split uses them as well."""
 
 
 class Looks:
-    """Cached results by file."""
+    """The results of opening images, cached by file."""
 
     def __init__(self) -> None:
         self.known: dict[Path, tuple[Stamp, Look]] = {}
@@ -88,7 +88,7 @@ class Looks:
                 yield done + start + len(part)
 
     def alike(self, images: Images) -> dict[str, tuple[str, str]]:
-        """Return the first image of its group and a description for each duplicate, by name.
+        """Return for each duplicate, by name, the first image of its group and a description.
 
         The result is empty until all images have been opened.
         """
@@ -110,7 +110,7 @@ def look_at(image: Image) -> tuple[Stamp, Look]:
 
 @functools.lru_cache(maxsize=8)
 def alike(looks: tuple[tuple[str, Look], ...]) -> dict[str, tuple[str, str]]:
-    """Return the first image of its group and a description for each duplicate, by name.
+    """Return for each duplicate, by name, the first image of its group and a description.
 
     The groups are those of an experiment's split.
     """

@@ -21,7 +21,8 @@ EVERY = 2.0
 RUNS_SEEN = 1
 """Index of the run names in the polled state."""
 AT_REST = STATUS
-"""Number of entries of the polled state that do not change while training continues; the others update `live`."""
+"""Index in the polled state. A change of an entry before it updates all components; a change of a later entry (status,
+activity, log) only updates the summary and the `live` components."""
 STYLE, *SCRIPTS = (Path(__file__).with_name(name) for name in ("style.css", "streams.js", "zoom.js"))
 # Gradio selects the first tab when the page loads; `recalled` prevents storing that as the user's choice.
 STORE = "run => { if (window.recalled) sessionStorage.setItem('reslora-%s', %s ?? ''); }"
@@ -73,7 +74,7 @@ class Page:
         self.library, self.jobs = parts.library, parts.jobs
         with gr.Row(elem_id="top"):
             gr.HTML(TITLE, elem_id="title")
-            # A run may have begun after the page was loaded.
+            # It accepts any name, because a run may have begun after the page was loaded.
             self.run = open_choice("Run", elem_id="run", min_width=240)
         self.summary = gr.HTML(elem_id="summary")
         self.tabs: list[Tab] = []
@@ -110,8 +111,8 @@ class Page:
             frame.select(None, js=STORE % ("tab", f"'{tab.id}'"), **QUIET)
         self.run.change(self.choose, [self.run, self.beside], everything, **QUIET)
         context = [self.run, self.beside, self.seen, *(tab.chosen for tab in self.choosing)]
-        # Not queued: the page would wait forever for a poll that is lost with its queue's stream. Not preprocessed:
-        # Gradio would reject a step sent while another run is selected if it is beyond that run's last step.
+        # Not queued: if the queue's stream closes, a queued poll is lost, and the page would wait for it forever. Not
+        # preprocessed: just after another run is selected, the step may be beyond its last one; Gradio would reject it.
         self.timer.tick(self.watch, context, everything, queue=False, preprocess=False, **QUIET)
         self.nudge.click(lambda: None, **QUIET)
         for tab in self.tabs:
@@ -176,8 +177,8 @@ class Page:
     def state_of(self, run: Run) -> tuple:
         """Return the state that `watch` compares; if it is unchanged, the page is up to date.
 
-        In order: the state of each tab, the run names, the run's fingerprint; then, from `AT_REST` on, its status and
-        the trainer's activity and log.
+        Its entries are: the states of the tabs, the run names and the run's fingerprint; from index `AT_REST` on, the
+        run's status, and the trainer's activity and log.
         """
         seen = tuple(tab.seen(run) for tab in self.tabs)
         at_rest = seen, tuple(self.library.runs()), run.fingerprint()

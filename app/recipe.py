@@ -20,7 +20,7 @@ LIMITS = {
 }  # fmt: skip
 """Minimum and maximum values."""
 MULTIPLES = {"steps": 1, "guidance": None, "strength": None, "width": 8, "height": 8, "images": 1}
-"""What the values of all settings but the seed are multiples of; None for a fraction."""
+"""A valid value of a setting is a multiple of this number; None: fractions are valid, too. The seed has no entry."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Drawn:
     image: PIL.Image.Image
     request: Request
     source: dict
-    """`run` and `weights`, by the names that the page shows."""
+    """Names of the run and of the weights as the page shows them, with the keys `run` and `weights`."""
 
 
 def save_image(drawn: Drawn, path: Path) -> Path:

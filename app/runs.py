@@ -45,9 +45,9 @@ MOST_STEPS = 10**9
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 IN_PLACE = threading.Lock()
-"""Lock for writing into a run's folder or moving it, so that the folder is not moved while it is written."""
+"""Lock for writing into a run's folder and for moving a run's folder, so that no folder is moved during a write."""
 SCRIPTS = ("train_sd.py", "train_llm.py", "train_glue.py")
-"""The trainers: of diffusion models, which the page starts, and of language models, which it only detects."""
+"""The trainers. The page starts the first, for diffusion models; it only detects the others, for language models."""
 TRAINERS = {word for name in SCRIPTS for word in (name, name[:-3], f"reslora-{name[:-3].replace('_', '-')}")}
 """Names of a trainer on its command line: as a file, as a module, or as an installed command."""
 
@@ -86,7 +86,7 @@ class Weights:
     path: Path | None = None
     step: int | None = None
     encoders: tuple[tuple[str, Path], ...] = ()
-    """Names and paths of the trained text encoders; a LoRA file contains its own."""
+    """Names and paths of the trained text encoders; empty for a LoRA file, which itself contains their weights."""
     config: Path | None = None
     """The adapter_config.json of a file saved by PEFT."""
     parts: tuple[tuple[Weights, float], ...] = ()
@@ -97,7 +97,7 @@ BASE = Weights("base model", "base")
 
 
 def merged_by(checkpoint: Weights, method: str) -> Weights:
-    """Return the weights that merging an unmerged checkpoint makes, whether or not they exist."""
+    """Return the weights that a merge of an unmerged checkpoint writes; their file may not exist yet."""
     label = f"{checkpoint.method}: step {checkpoint.step} merged by {method}"
     path = checkpoint.path.parent / f"merged-by-{method}-{checkpoint.step}" / DIFFUSERS_FILE
     return Weights(label, "file", checkpoint.method, path, checkpoint.step)
@@ -221,10 +221,10 @@ class Run:
         return sum(map(min, steps, reached)), sum(steps)
 
     def steps_of(self, method: str) -> int:
-        """Return a method's number of steps; after early stopping, the steps that were done."""
+        """Return a method's total number of steps; after early stopping, the number of steps that were done."""
         steps, record = number(self.config.get("max_train_steps")) or 0, self.record(method)
         steps = int(steps) if 1 <= steps <= MOST_STEPS else 0
-        patience = record.get("early_stopping_patience")  # with another patience the training resumes
+        patience = record.get("early_stopping_patience")  # with another patience, training is not over
         ended = number(record.get("step")) if patience and patience == self.config.get("early_stopping_patience") else 0
         return min(steps, int(ended or steps))
 
@@ -291,7 +291,7 @@ class Run:
         return self.status, tuple(self.steps()), *stamps, *(run.fingerprint() for run in self.beside)
 
     def results(self) -> tuple:
-        """Return a value that changes when a file of any method's chains, merge or exports changes."""
+        """Return a value that changes with the chain plan, merge report, export record or LoRA file of any method."""
         names = ("chains.json", "merge.json", "exports.json", DIFFUSERS_FILE)
         return tuple(stamp_of(self.inside(method, name)) for method in self.methods for name in names)
 
@@ -308,7 +308,7 @@ class Run:
 
     @property
     def notes(self) -> str:
-        """The user's notes on the run; of notes that are too long, one character more than the limit."""
+        """The user's notes on the run, cut after `LONGEST_NOTES + 1` characters, which shows that they are too long."""
         path = self.inside(NOTES)
         with contextlib.suppress(OSError):
             if path is not None:
@@ -326,7 +326,7 @@ class Run:
         return found
 
     def merged(self, method: str) -> list[Weights]:
-        """Return the merged weights of a method with its text encoders, once all of them belong to one merge."""
+        """Return a method's merged weights with its text encoders; empty until all of them are from the same merge."""
         if self.config.get("train_text_encoder") and not self.record(method):
             return []
         parts = [part for part in DENOISERS if self.inside(method, part, "config.json")]
@@ -378,7 +378,7 @@ class Run:
         raise RunError("This run has no such weights; choose from the list.")
 
     def best_weights(self) -> str:
-        """Return the label of the default weights: merged ResLoRA, else other merged weights, else the last ones."""
+        """Return the label of the default weights: merged ResLoRA, else other merged weights, else the list's last."""
         labels = [weights.label for weights in self.weights()]
         wanted = ("reslora: merged weights", *(label for label in labels if label.endswith(": merged weights")))
         return next((label for label in wanted if label in labels), labels[-1])
@@ -426,7 +426,7 @@ def can_be_drawn(row: dict) -> bool:
 
 
 def is_complete_png(path: Path) -> bool:
-    """Return whether a file ends as a PNG does, because one that is still being written is not shown."""
+    """Return whether a file is a PNG with its last bytes; a file that is still being written does not have them."""
     try:
         with path.open("rb") as file:
             if file.read(4) != b"\x89PNG":

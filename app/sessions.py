@@ -1,7 +1,7 @@
-"""Adapt Gradio's sessions (open pages): memory, lifetime, and whether the client still reads.
+"""Adapt Gradio's sessions (one for each open page): limit their memory, and detect clients that do not read.
 
-Gradio closes a handler when its response stream breaks, but does not notice a stream that was never opened. Without
-`hears` such a client's images are generated to the end while other users wait.
+Gradio closes a handler when its response stream breaks. It does not notice a client that never opens its stream:
+without `hears`, all images of this client would be generated while other users wait.
 """
 
 import gradio as gr
@@ -28,17 +28,20 @@ LAUNCH = {
     "state_session_capacity": 100,
     "app_kwargs": {"exception_handlers": {OSError: cannot_store}},
 }
-"""Arguments of `launch`. Threads: an event that waits for its turn holds one, and as many remain for other events.
-Sessions: a page that returns after a hundred others starts anew."""
+"""Arguments of `launch`.
+
+`max_threads`: each of the 32 events in `TURNS` occupies a thread, also while it waits; 32 threads remain for other
+events. `state_session_capacity`: a page that reconnects after a hundred newer sessions starts with a new state.
+"""
 TURNS = {"concurrency_id": "turns", "concurrency_limit": 32}
-"""Options of events that take turns on the device, one image at a time. An event beyond the limit waits for a complete
-event (eight images or a grid) to end; the limit allows for thirty users."""
+"""Options of events that take turns on the device, one image at a time. They suffice for thirty users: a 33rd event
+waits until one of the 32 has completely ended, with up to eight images or a grid."""
 
 
 def hears(asked: gr.Request) -> bool:
-    """Return whether the client reads its messages; those of a client that left are not fetched.
+    """Return whether the client reads its messages: whether none of them waits to be fetched.
 
-    A client that keeps its stream open without reading counts as reading until the connection's buffers are full.
+    A client that keeps its stream open without reading is only detected when the connection's buffers are full.
     """
     messages = asked.request.app.get_blocks()._queue.pending_messages_per_session.get(asked.session_hash)
     return messages is not None and messages.empty()
@@ -48,10 +51,10 @@ class Contents(BlocksConfig):
     """The components and events of a page."""
 
     def __copy__(self) -> BlocksConfig:
-        """Return a session's copy, which does not describe its components.
+        """Return the copy for a session, without descriptions of the components.
 
-        Gradio describes all components again with each update, for links to the current state of the page. The page has
-        no such links, and describing takes 0.03 s, for which all users wait, and 0.8 MiB.
+        Gradio describes all components again with each update, for links to the current state of the page. This page
+        has no such links, and a description needs 0.8 MiB and 0.03 s, during which all users wait.
         """
         contents = super().__copy__()
         contents.config_for_block = lambda *_: {}
@@ -66,10 +69,10 @@ class Blocks(gr.Blocks):
         self.default_config = Contents(self)
 
     async def postprocess_data(self, block_fn, predictions, state) -> list:
-        """Return the outputs of an event without copying unchanged ones and without accumulating copies.
+        """Return the outputs of an event; do not copy unchanged outputs, and do not accumulate copies of changed ones.
 
-        Gradio stores an updated component as a copy with a new id, and the session gets another copy with each event
-        that reads it: five per poll of a page, 30 MiB per minute with thirty users.
+        Gradio stores an updated component as a copy with a new id. Each later event that reads the component would add
+        another copy to the session: five copies per poll of a page, 30 MiB per minute with thirty users.
         """
         if isinstance(predictions, dict) and predictions == gr.skip():
             return [None if block.stateful else gr.skip() for block in block_fn.outputs]

@@ -92,7 +92,7 @@ def numbers(text: str, names: list[str]) -> list[float]:
 def to_write(weights: Weights, strength: float) -> Weights:
     """Return the weights to write as a complete model: a stack with `strength` applied, or merged weights.
 
-    Raises `RunError` for weights that are not a plain LoRA or merged.
+    Raises `RunError` for the base model, for unmerged checkpoints, and for merged weights at a strength other than 1.
     """
     if weights.kind == "stack":
         return stack([(part, own * strength) for part, own in weights.parts])
@@ -121,13 +121,16 @@ def put(models: Mapping[str, nn.Module], family: Family, weights: Weights, stren
 
 
 def factors_of(weights: Weights, family: Family, models: Mapping[str, nn.Module]) -> Parts:
-    """Return the factors of a LoRA file or stack, by part and layer. Raises `RunError` if they do not fit."""
+    """Return the factors of a LoRA file or stack, by model (denoiser or text encoder) and layer.
+
+    Raises `RunError` if they do not fit the models.
+    """
     names, files = names_of(family, models[family.denoiser].config), weights.parts or ((weights, 1.0),)
     return summed([read(one, names, models) for one, _ in files], [strength for _, strength in files])
 
 
 def read(file: Weights, names: Names, models: Mapping[str, nn.Module]) -> Parts:
-    """Return the factors of one LoRA file of any tool. Raises `RunError` if they do not fit the models."""
+    """Return the factors of one LoRA file in any supported format. Raises `RunError` if they do not fit the models."""
     try:
         check_adapter_file(file.path, file.label)
         content = read_content(file.path, file.label, file.config)
@@ -146,7 +149,8 @@ def read(file: Weights, names: Names, models: Mapping[str, nn.Module]) -> Parts:
 def add(model: nn.Module, layers: Mapping[str, Factors], strength: float) -> None:
     """Inject a plain LoRA into a model's layers, in the model's precision.
 
-    `down` is (rank, in, *kernel) and `up` (out, rank); the sum of several LoRAs has the sum of their ranks.
+    The factors have the shapes (rank, in, *kernel) for `down` and (out, rank) for `up`. For a stack of LoRAs, the rank
+    is the sum of their ranks.
     """
     folded = {name: Factors(f.down, f.up * (f.scale * strength), 1.0) for name, f in layers.items()}
     folded = in_names_of(model, folded)

@@ -1,10 +1,11 @@
 """Generate images: load the pipeline, change its weights, and let users take turns, one image at a time.
 
-Gradio's `cancels` is not enough for stopping: the handler could not return the finished cells of a stopped grid, and a
-handler that waits for its turn would not stop.
+Gradio's `cancels` is not enough to stop a handler: it could not return the finished cells of a stopped grid, and would
+not stop while it waits for its turn.
 
-The base weights never change: other weights go into a *skeleton*, another denoiser that shares the base tensors, made
-on the meta device in a fraction of a second. So changing weights reloads nothing, and a failed load changes nothing.
+The base weights never change. Other weights are loaded into a *skeleton*: a second denoiser that shares the base
+tensors and is made on the meta device in a fraction of a second. So the base model need not be loaded again for other
+weights, and if these cannot be loaded, the pipeline stays as it was.
 """
 
 import contextlib
@@ -44,19 +45,19 @@ from .weight_files import files_of, refuse_gone, unless_replaced, without_folder
 MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
 """Merge methods, those that retain the most first."""
 PATIENCE = 15.0
-"""Seconds without a reading client after which a generation is abandoned."""
+"""A generation is abandoned if its client has not read its messages for this many seconds."""
 PAUSE = 0.2
-"""Minimum seconds between two step messages: a page may show them more slowly than a small model makes them, and it
-shows all of its queued messages before it handles a click on *Stop*."""
+"""Minimum seconds between two step messages. A small model may take steps faster than a page shows messages, and the
+page shows all of its queued messages before it handles a click on *Stop*."""
 
 
 class Cancelled(Exception):
-    """Raised if the user cancelled, or no client reads the images any more."""
+    """Raised if the user cancelled a request, or if its client does not read any more."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A denoising step of an image was completed."""
+    """A message: `done` of the `total` denoising steps of an image are completed."""
 
     image: int
     done: int
@@ -65,7 +66,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Status:
-    """A line about the current work."""
+    """A message: a line about the current work."""
 
     text: str
 
@@ -83,7 +84,7 @@ class Picture:
 
 
 class Visitor:
-    """A client's request, which receives messages until it is cancelled or the client stops reading."""
+    """A request of a client. Messages are sent for it until it is cancelled or the client stops reading."""
 
     def __init__(self, session: str, kind: str, listening: Callable[[], bool]) -> None:
         self.session, self.kind, self.listening = session, kind, listening
@@ -118,7 +119,7 @@ class Visitor:
                 return self.events.put(event, timeout=0.1)
 
     def step(self, step: Step) -> None:
-        """Send a step message if the last one is old enough. Raises `Cancelled` as `check` does."""
+        """Send a step message, unless the last one is less than `PAUSE` old. Raises `Cancelled` as `check` does."""
         if time.monotonic() - self.told < PAUSE:
             self.check()
         else:
@@ -138,7 +139,7 @@ class Studio:
         self.base: Base | None = None
         """The options that the pipeline was loaded with."""
         self.stamps: dict[Path, tuple[int, ...]] = {}
-        """The files that the pipeline was loaded from, each with its stamp."""
+        """The files that the pipeline was loaded from, each with the result of `stamp_of` at that time."""
         self.state = {}
         """The base denoiser's tensors, shared by every skeleton."""
         self.encoders: dict[str, torch.nn.Module] = {}
@@ -160,12 +161,17 @@ class Studio:
         session: str = "",
         listening: Callable[[], bool] = lambda: True,
     ) -> Iterator[Status | Step | Drawn]:
-        """Yield status, steps and images: for each image index one image per choice, with the same seed.
+        """Yield status messages, step messages and images.
 
-        Each image has its own seed, so it does not depend on the number of images.
+        Image i has the seed `request.seed + i`, so it does not depend on the number of images. With this seed, it is
+        generated once with each of the weights in `choices`.
 
-        Closing the iterator, `cancel(session)`, or a client that is not `listening` stops within one denoising step;
-        the latter two raise `Cancelled`. Raises `RunError` for weights that cannot be loaded.
+        The generation stops within one denoising step
+        - if the iterator is closed;
+        - if `cancel(session)` is called: `Cancelled` is raised;
+        - if `listening` has returned False for `PATIENCE` seconds: `Cancelled` is raised.
+
+        Raises `RunError` for weights that cannot be loaded.
         """
         request, pictures = request.clamped(), []
         for number in range(request.images):
@@ -181,7 +187,7 @@ class Studio:
         session: str = "",
         listening: Callable[[], bool] = lambda: True,
     ) -> Iterator[Status | Step | Drawn]:
-        """Yield status, steps and the images of a grid in their order. Ends as `generate` does."""
+        """Yield status messages, step messages, and the images in the order of `pictures`. Stops as `generate` does."""
         yield from self._progress(lambda visitor: self._draw_all(run, pictures, visitor), session, "grid", listening)
 
     def write_whole(
@@ -189,8 +195,8 @@ class Studio:
     ) -> Iterator[Status]:
         """Write the run's complete model with LoRA files or merged weights to a new folder, `target`.
 
-        Stops as `generate` does, within one tensor, and removes the folder then. Raises `RunError` if it cannot be
-        written.
+        Stops in the cases in which `generate` stops, within one tensor, and then removes the folder. Raises `RunError`
+        if the model cannot be written.
         """
         yield from self._progress(
             lambda visitor: self._write_whole(run, weights, target, visitor), session, "model", listening
@@ -213,9 +219,9 @@ class Studio:
             self.running.remove(visitor)
 
     def cancel(self, session: str, kind: str | None = None) -> bool:
-        """Stop a session's requests of a kind, or all, within one step, and return whether there were any.
+        """Stop a session's requests within one denoising step, and return whether there were any.
 
-        `kind`: `images`, `grid` or `model`.
+        `kind`: `images`, `grid` or `model` stops only requests of this kind; None stops all.
         """
         waiting = [visitor for visitor in list(self.running) if visitor.session == session]
         found = [visitor for visitor in waiting if kind in (None, visitor.kind)]
@@ -248,7 +254,7 @@ class Studio:
 
     @contextlib.contextmanager
     def _turn(self, run: Run | None, visitor: Visitor) -> Iterator[None]:
-        """Wait for a turn and hold it, with the run's pipeline loaded."""
+        """Wait for a turn, load the run's pipeline if necessary, and hold the turn during the `with` block."""
         visitor.wait()
         if self.turns.waiting:
             visitor.put(Status("Waiting for another image to be finished"))
@@ -291,14 +297,14 @@ class Studio:
         return self.pipeline(**{name: value for name, value in wanted.items() if name in taken}).images[0]
 
     def _side(self, pixels: int) -> int:
-        """Return the longest side in pixels that the model can generate and that is at most `pixels`."""
+        """Round a side in pixels down to one that the model can generate; return at least the smallest such side."""
         multiple = self.family.pixel_multiple(self.pipeline)
         return max(multiple, pixels // multiple * multiple)
 
     # -- pipeline and weights ------------------------------------------------------------------------------------------
 
     def _is_loaded(self, base: Base) -> bool:
-        """Return whether the pipeline is that model, loaded from the current files."""
+        """Return whether the loaded pipeline is `base`, and none of its files has changed since the load."""
         return base == self.base and stamps_of(base, self.model) == self.stamps
 
     def _load(self, base: Base) -> None:
@@ -350,7 +356,7 @@ class Studio:
         self.current = wanted
 
     def _put(self, parts: dict[str, torch.nn.Module], run: Run | None, weights: Weights, strength: float) -> None:
-        """Load the weights into a new denoiser and new text encoders."""
+        """Load the weights into `parts`, a new denoiser and new text encoders by name."""
         if weights.kind in ("file", "stack"):
             stacks.put(parts, self.family, weights, strength)
         for name, path in ((self.family.denoiser, weights.path), *weights.encoders):
@@ -390,7 +396,7 @@ class Studio:
         """Merge an unmerged ResLoRA checkpoint by another method, with the run's calibration samples.
 
         Writes `reslora/merged-by-<method>-<step>/` (plain LoRA files, merge.json) and returns the report. Raises
-        `RunError`.
+        `RunError` for weights or a method that cannot be merged, and if the files cannot be written.
         """
         if method not in MERGES or checkpoint.kind != "adapter" or checkpoint.method != "reslora":
             raise RunError("Choose one of the run's ResLoRA checkpoints and one of the merge methods.")

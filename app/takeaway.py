@@ -26,7 +26,7 @@ class Takeaway:
     """A file, or the folder that contains the files."""
     files: tuple[Path, ...]
     place: str
-    """Its path relative to the repository, or absolute outside of it."""
+    """Path of the file or folder, relative to the repository; absolute if it is outside of the repository."""
     use: str
     """How to load it: lines of Python, or the folder of another tool."""
 
@@ -52,7 +52,7 @@ def find(run: Run, label: object) -> Takeaway:
 
 
 def packed(run: Run, one: Takeaway, working: WorkingFiles) -> Path:
-    """Return a copy to download: the file, or the folder as a zip. Raises `RunError` if it is too large."""
+    """Return a copy to download: a file as it is, a folder as a zip. Raises `RunError` above `LARGEST` bytes."""
     if sum(path.stat().st_size for path in one.files) > LARGEST:
         raise RunError(f"This is larger than {LARGEST // 2**30} GB: copy it from where it is.")
     name = safe_name("-".join(dict.fromkeys([run.name, one.root.parent.name, one.root.name.partition(".")[0]])))

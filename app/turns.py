@@ -1,7 +1,7 @@
-"""Turns at a resource that one thread at a time can use.
+"""Let threads take turns at a resource that only one of them can use at a time.
 
-Gradio's queue gives turns to complete events (`concurrency_limit=1`): an image of half a second behind a request for
-eight images took 5.5 s.
+Gradio's queue (`concurrency_limit=1`) completes an event before it starts the next one: an image that takes half a
+second came after 5.5 s if it waited for a request for eight images.
 """
 
 import contextlib
@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 
 
 class Turns:
-    """A fair lock in order of arrival: a request for eight images lets other requests run in between."""
+    """A lock that threads get in the order in which they ask for it.
+
+    A request for eight images asks again for each image, so other requests run in between.
+    """
 
     def __init__(self) -> None:
         self.waiting: deque[object] = deque()

@@ -16,7 +16,7 @@ from reslora.options.prompts import clean
 from .runs import RunError
 
 RECORD = ".uploaded"
-"""File in a stored folder with the hash of its original contents."""
+"""File in a stored folder with the hash of the contents that the folder had when it was stored."""
 MOST_IMAGES, MOST_BYTES = 2000, 1024 * 2**20
 Contents = Mapping[str, Path | str]
 """Contents of a folder by file name: paths of files to copy, and texts of captions to write."""
@@ -29,7 +29,7 @@ def store_images(folder: Path, uploads: Sequence[str], caption: str) -> Path:
 
 
 def keep(folder: Path, uploads: Sequence[str], caption: str) -> Path:
-    """Copy uploaded images and captions to a permanent folder, and return it."""
+    """Copy uploaded images and captions to the folder from `place_of`, unless they are there; return this folder."""
     contents = contents_of(uploads, caption)
     place = place_of(folder, contents)
     if not place.exists():
@@ -39,9 +39,10 @@ def keep(folder: Path, uploads: Sequence[str], caption: str) -> Path:
 
 
 def place_of(folder: Path, contents: Contents) -> Path:
-    """Return the folder for these contents: `folder`, or a numbered one if that has other contents.
+    """Return the folder for these contents: `folder`, or `folder-2` and so on if `folder` has other contents.
 
-    No folder is ever replaced. Raises `RunError` if the contents were stored before and have been changed since.
+    The returned folder does not exist yet, or has exactly these contents; no folder is replaced. Raises `RunError` if
+    these contents were stored before, and the files in their folder have been changed since.
     """
     mark = mark_of(contents)
     for number in itertools.count(1):
@@ -66,7 +67,9 @@ def mark_of(contents: Contents) -> str:
 
 
 def contents_of(uploads: Sequence[str], caption: str) -> Contents:
-    """Return uploads under new names. Raises `RunError` for a file that the trainer would skip or refuse.
+    """Return the contents of a folder for the uploads, which get new names.
+
+    Raises `RunError` for a file that the trainer would skip or refuse.
 
     An image's caption is the uploaded text file of the same name, else `caption`, else the words of its file name.
     """
@@ -97,7 +100,7 @@ def contents_of(uploads: Sequence[str], caption: str) -> Contents:
 def problem_of(path: Path, stems: Collection[str]) -> str:
     """Return why an uploaded file cannot be used, or an empty string.
 
-    `stems`: names without suffix of the uploaded images, one of which a caption must have.
+    `stems`: file names, without suffix, of the uploaded images. A caption file must have one of these names.
     """
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:

@@ -14,7 +14,10 @@ NOTHING_HELD_OUT = "No image is held out, so no number compares the methods; --v
 
 
 def verdict(run: Run, step: int) -> str:
-    """Return the validation loss of each method, lowest first, at the last common step up to `step`."""
+    """Return the validation loss of each method, lowest first.
+
+    The losses are those at the last step, up to `step`, for which all methods have a validation loss.
+    """
     losses = {method: held_out(run, method) for method in run.methods}
     without = [NAMES[method] for method, found in losses.items() if not found]
     if len(without) == len(losses):

@@ -76,7 +76,7 @@ def table(kind: str, name: str, rows: str, mark: str = "") -> str:
 
 
 def tile(path: Path | None, alt: str, place: tuple[int, int], absent: str = "not yet") -> str:
-    """Return an image to enlarge, at a row and column, or a placeholder if it is missing or damaged."""
+    """Return an image that a click enlarges, or a placeholder if it is missing or damaged; `place` is (row, column)."""
     if path is None:
         return f'<div class="empty">{absent}</div>'
     try:
@@ -87,7 +87,7 @@ def tile(path: Path | None, alt: str, place: tuple[int, int], absent: str = "not
 
 
 def enlargeable(source: str, alt: str, place: tuple[int, int]) -> str:
-    """Return an image to enlarge, at a row and column; `source` is its address in HTML."""
+    """Return an image that a click enlarges; `source` is its address in HTML, and `place` is (row, column)."""
     image = f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
     return f'<button type="button" class="tile" data-row="{place[0]}" data-column="{place[1]}">{image}</button>'
 
@@ -108,7 +108,10 @@ def enumerated(words: Iterable[str]) -> str:
 
 
 def summary(run: Run, status: str, said: str = "") -> str:
-    """Return a run's progress, current work and settings, and the reason `said` for an early end, as HTML."""
+    """Return a run's progress, current work and settings as HTML.
+
+    `said`: the last line of the log, which is shown if it explains why the run failed or stopped early.
+    """
     config = run.config
     done, total = run.progress
     names = ", ".join(NAMES[method] for method in run.methods)
@@ -199,7 +202,7 @@ def settings_table(images: list[Drawn]) -> str:
 
 
 def place(name: str) -> str:
-    """Return a short form of a block's place: `down_blocks.0.attentions.1...` is d0.1, `single_blocks.3...` is s3."""
+    """Return a block's place in short form: d0.1 for `down_blocks.0.attentions.1...`, s3 for `single_blocks.3...`."""
     match = re.match(r"(down|up|mid)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)(?:\.transformer_blocks\.(\d+))?", name)
     if match is not None:
         inner = f"/{match[4]}" if match[4] not in (None, "0") else ""
@@ -228,7 +231,10 @@ def unless_damaged(view: Callable[[dict | None], str]) -> Callable[[dict | None]
 
 @unless_damaged
 def chain_plan(plan: dict | None) -> str:
-    """Return the chains of shortcuts: a row per role, an arrow per link, scissors per cut with its reason."""
+    """Return the plan of the shortcuts as a table: a row for each role (see `role_of`) of the adapted blocks.
+
+    An arrow stands for a shortcut between two blocks, scissors for a missing one, with the reason.
+    """
     if not plan or not plan.get("chains"):
         return notice("This run has no chain plan yet: it is written when ResLoRA has been trained and is merged.")
     roles: dict[str, list[str]] = {}
@@ -330,7 +336,10 @@ def total(alpha) -> float | None:
 
 
 def norm_difference(run: Run) -> str:
-    """Return the norms of ResLoRA's merged blocks minus LoRA's (the paper's Figures 5 and 7), as a heat map."""
+    """Return a heat map of the norm of ResLoRA's merged update minus that of LoRA's update, by block.
+
+    It corresponds to the paper's Figures 5 and 7.
+    """
     ours, theirs = run.lora_norms("reslora"), run.lora_norms("lora")
     difference = {name: ours[name] - theirs[name] for name in ours if name in theirs}
     if not difference:

@@ -1,4 +1,6 @@
-"""Load weights from files into a denoiser. All of a file is validated first, so that misfits generate no image.
+"""Load weights from files into a denoiser or a text encoder.
+
+Each file is validated completely, so that no image is generated with weights that do not fit the model.
 
 Error messages name the file and the tensor. No file is unpickled.
 """
@@ -34,8 +36,8 @@ WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pat
 def put_merged(model: nn.Module, weights: Weights, strength: float) -> None:
     """Load merged weights of a denoiser or a text encoder.
 
-    A strength other than 1 interpolates between base and merged weights, or extrapolates, as a LoRA's scale does.
-    Raises `RunError` if names or shapes differ from the model's.
+    The model gets `base + strength * (merged - base)`. Raises `RunError` if names or shapes differ from the model's, or
+    if a value is not finite.
     """
     present, merged = model.state_dict(), {}
     for file in sorted(weights.path.glob("*.safetensors")):
@@ -51,13 +53,19 @@ def put_merged(model: nn.Module, weights: Weights, strength: float) -> None:
 
 
 def in_names_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors by the model's names: newer transformers have no `text_model` in CLIP, but its files do."""
+    """Return the tensors under the names that the model uses.
+
+    Names in CLIP's files begin with `text_model.`; newer versions of transformers name the parameters without it.
+    """
     flat = isinstance(model, PreTrainedModel) and not hasattr(model, "text_model")
     return {name.replace("text_model.", "", 1) if flat else name: value for name, value in tensors.items()}
 
 
 def put_adapter(model: nn.Module, config: dict, targets: list[str] | str, weights: Weights, strength: float) -> None:
-    """Load an unmerged checkpoint of a denoiser or a text encoder, with its shortcuts, as in training."""
+    """Load an unmerged checkpoint into a denoiser or a text encoder, with the shortcuts of ResLoRA.
+
+    `strength` multiplies the scale of each LoRA.
+    """
     if METHODS[weights.method].shortcuts:
         reslora.load(model, weights.path)
     else:
@@ -97,10 +105,10 @@ def check_adapter_file(path: Path, label: str) -> Iterable[str]:
 
 
 def uploaded(*paths: str | Path) -> Weights:
-    """Return an uploaded LoRA file as weights. Raises `RunError` if it is not one.
+    """Return an uploaded LoRA file as weights. Raises `RunError` for other files.
 
-    A file saved by PEFT has its adapter_config.json among `paths` or in the same folder. A PEFT folder is accepted,
-    too.
+    `paths`: a LoRA file, or a folder saved by PEFT. The adapter_config.json of a LoRA file saved by PEFT may be among
+    `paths` or in the folder of the file.
     """
     given = [path / PEFT_FILE if path.is_dir() else path for path in map(Path, paths)]
     configs = [path for path in given if path.suffix.lower() == ".json"]
@@ -118,7 +126,10 @@ def uploaded(*paths: str | Path) -> Weights:
 
 
 def refuse_gone(run: Run | None, weights: Weights) -> None:
-    """Raise `RunError` if a checkpoint was deleted while it was read, for example by `--checkpoints_total_limit`."""
+    """Raise `RunError` if a checkpoint, or its run, no longer exists.
+
+    A trainer with `--checkpoints_total_limit` may delete a checkpoint while the page reads it.
+    """
     if run is None or weights.kind != "adapter" or weights.path.is_dir():
         return
     if not run.folder.is_dir():
@@ -127,16 +138,17 @@ def refuse_gone(run: Run | None, weights: Weights) -> None:
 
 
 def files_of(weights: Weights) -> tuple[Path | tuple[int, ...] | None, ...]:
-    """Return the files and folders that weights are read from, and their stamps."""
+    """Return the paths of the files and folders that weights are read from, then `stamp_of` for each path."""
     files = (weights.path, weights.config, *(path for _, path in weights.encoders))
     files += tuple(part.path for part, _ in weights.parts)
     return *files, *map(stamp_of, files)
 
 
 def unless_replaced(run: Run | None, weights: Weights, check: Callable[[], None] = lambda: None) -> Callable[[], None]:
-    """Return a check that calls `check`, and raises `RunError` if a trainer has replaced merged weights since.
+    """Return a function that calls `check`, then raises `RunError` if a trainer has replaced the merged weights.
 
-    Otherwise the tensors could come from two different merges.
+    The returned function compares the files with those at the time of this call. Without this check, the tensors could
+    come from two different merges.
     """
     files = files_of(weights)
 
@@ -172,8 +184,8 @@ def refuse_others(label: str, tensors: Mapping[str, Tensor], wanted: Mapping[str
 def refuse_misfits(label: str, model: nn.Module, layers: Mapping[str, Factors], config: Mapping) -> None:
     """Raise `RunError` for a LoRA that does not match the model or its own configuration.
 
-    That is a layer that the model lacks, another shape, or a missing layer that the configuration names. `label` names
-    the file and the part of the pipeline.
+    The cases are: a layer that the model does not have, a shape that differs from the model's, and a layer that the
+    configuration selects but that the file does not have. `label`: file and part of the pipeline, for the message.
     """
     modules = dict(model.named_modules())
     for name, (down, up, _) in layers.items():

@@ -1,6 +1,6 @@
 """Write a complete model with other weights as a folder that diffusers loads. No Gradio.
 
-The base model's files are copied part by part; a part with a LoRA is written tensor by tensor.
+The base model's files are copied, one component after the other; a component with a LoRA is written tensor by tensor.
 """
 
 import os
@@ -51,12 +51,14 @@ def write(
     parts: Mapping[str, nn.Module | Path],
     check: Callable[[], None],
 ) -> None:
-    """Write a new folder `target` with the base model's files, replacing its `parts`.
+    """Write a new folder `target` with the base model's files, but with `parts` in place of its own components.
 
-    A part is a model with a plain LoRA, of which only the LoRA is read, or a folder of weights. `base` has the loaded
-    parts of the base model, for those that differ from the files. `check` is called between two tensors and may raise;
-    after any error the folder is removed. Raises `RunError` if `target` exists or a part of the base model is missing,
-    and `OSError`.
+    `parts`: by component name, either a model with a plain LoRA, of which only the LoRA is read, or a folder of
+    weights. `base`: the loaded components of the base model; a component is written from it if it differs from its
+    files. `check`: is called between two tensors and may raise.
+
+    After any error the folder is removed. Raises `RunError` if `target` exists or if files of a component are missing,
+    and `OSError` if a file cannot be read or written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent)
@@ -82,7 +84,7 @@ def write(
 
 
 def write_part(folder: Path, model: Model, part: nn.Module | Path, check: Callable[[], None]) -> None:
-    """Write a denoiser or text encoder: a copy, or the base weights with the LoRA merged in float32."""
+    """Write a denoiser or text encoder: copy the folder `part`, or merge the LoRA of the model `part` in float32."""
     is_denoiser = folder.name == model.family.denoiser
     if isinstance(part, Path):
         if is_denoiser:
@@ -97,7 +99,7 @@ def write_part(folder: Path, model: Model, part: nn.Module | Path, check: Callab
 
 @dataclass(frozen=True)
 class Watched(Stored):
-    """A tensor in a file that calls `check` before it is read."""
+    """A tensor in a file; `read` calls `check` first."""
 
     check: Callable[[], None]
 

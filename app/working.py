@@ -10,7 +10,7 @@ KEPT = 200
 
 
 class WorkingFiles:
-    """New files in a temporary folder; the oldest are removed, because Gradio has copied what it served."""
+    """New files in a temporary folder; the oldest are removed, because Gradio serves copies of the files."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="images-"))

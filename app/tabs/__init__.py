@@ -13,4 +13,4 @@ from .train import TrainTab
 TABS: tuple[type[Tab], ...] = (
     CompareTab, GenerateTab, DatasetTab, TrainTab, ExperimentTab, QueueTab, RunsTab, ChainsTab,
 )  # fmt: skip
-"""The tabs in the order of the page. A new tab is a file, and its class here."""
+"""The tabs in the order of the page. To add a tab, add a file with its class, and add the class here."""

@@ -16,7 +16,7 @@ from ..working import WorkingFiles
 T = TypeVar("T", bound="Tab")
 
 STATUS = 3
-"""Index of the run's status in the polled state."""
+"""Index of the run's status in the polled state, the tuple that `Page.state_of` returns."""
 
 
 def answer_line(value: str = "", **settings) -> gr.HTML:
@@ -55,9 +55,9 @@ class TabHost(Protocol):
 
 
 class Tab:
-    """A tab, whose constructor makes its components. The page only uses the methods of this class.
+    """Base class of the tabs. The constructor of a subclass makes the components of the tab.
 
-    A subclass overrides what it needs.
+    The page only calls the methods of this class; a subclass overrides those that it needs.
     """
 
     title: ClassVar[str]
@@ -89,9 +89,10 @@ class Tab:
         return None
 
     def choice(self, run: Run, chosen: object, seen: object) -> object:
-        """Return the new value of `chosen`, which may follow the run.
+        """Return the new value of the component `self.chosen`, which may depend on what the run has written.
 
-        `chosen` and `seen` are None in the first poll of a run.
+        `chosen`: the current value of the component. `seen`: the tab's part of the state at the last poll. Both are
+        None in the first poll of a run.
         """
         return None
 
@@ -108,5 +109,5 @@ class Tab:
         return {}
 
     def is_outdated(self, run: Run, seen: object) -> bool:
-        """Return whether `of_run` must be set again since the poll that returned `seen`."""
+        """Return whether `of_run` must be set again; `seen` is the tab's part of the state at the last poll."""
         return False

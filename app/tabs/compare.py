@@ -42,7 +42,7 @@ class CompareTab(Tab):
         self.numbers = gr.HTML(elem_id="numbers")
         self.files_column()
         self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers, self.verdict]
-        # Time of the last change, not the new step: the user may have moved the slider since the page's request.
+        # It has the time of the last change, not a step: the user may have moved the slider since the page's request.
         self.new = gr.Textbox(visible="hidden", elem_id="new")
         self.watched, self.of_run = [self.step, self.beside, self.new], [self.file, self.place, self.use]
         self.chosen = self.step
@@ -81,7 +81,7 @@ class CompareTab(Tab):
         ).success(None, js="() => document.querySelector('#taken').click()")
 
     def for_programs(self, page: TabHost) -> None:
-        """Register the endpoints; those with several runs have their own names, so existing clients keep working."""
+        """Register the endpoints; the endpoint for several runs has its own name, so existing clients keep working."""
         inputs = [page.run, self.step]
         for handler, asked, outputs, name in (
             (self.compare, inputs, self.at_step, "compare"),
@@ -95,7 +95,7 @@ class CompareTab(Tab):
         return max(run.steps(), default=0), self.list_files(run), self.jobs.status(run) == "failed"
 
     def choice(self, run: Run, chosen: float | None, seen: tuple[int, list[str], bool] | None) -> int:
-        """Return the step of the slider; at the end, it follows the run."""
+        """Return the new step of the slider; a slider at the last step moves on to the run's new last step."""
         last = seen[0] if seen else 0
         return max(run.steps(), default=0) if (chosen or 0) >= last else run.nearest(chosen)
 
@@ -104,7 +104,7 @@ class CompareTab(Tab):
         return seen is not None and seen[1] != self.list_files(run)
 
     def filled_in(self, run: Run) -> dict:
-        """Return the list of files, with the last method's first one selected."""
+        """Return the list of files; the first file of the last method is selected."""
         labels = self.list_files(run)
         mine = (label for label in labels if label.startswith(f"{run.methods[-1]}:"))
         chosen = next(mine, None) or next(iter(labels), None)

@@ -20,7 +20,7 @@ from .train import TrainTab
 SCRIPT = Path(__file__).resolve().parents[1] / "dataset.js"
 CHOOSE = "Choose a folder of images above, or upload some below."
 HOST = "document.getElementById('dataset-images')"
-# Only the browser knows which images are ticked; this script sends them in place of the last value.
+# Only the browser knows which images are ticked; this script sends their names as the last input of an event.
 WITH_TICKED = f"(...values) => [...values.slice(0, -1), {HOST}.picked()]"
 UNDO = "Undo"
 
@@ -185,7 +185,7 @@ class DatasetTab(Tab):
         return views.notice(str(event.line))
 
     def look(self, folder, _which, _words, *settings):
-        """Return the images of a folder; `settings` ends with the page, which is not used."""
+        """Return the images of a folder; the last item of `settings` is the page's number, which is not used."""
         return self.edits.look(folder, settings[:3])
 
     def do_change(self, *inputs) -> str:

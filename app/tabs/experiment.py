@@ -1,4 +1,4 @@
-"""Experiment: find the method that works best on the user's images. The report grows with each arm."""
+"""Experiment: find the method that works best on the user's images. The report grows with each run."""
 
 from typing import ClassVar
 
@@ -70,7 +70,7 @@ class ExperimentTab(LaunchTab):
             self.log = gr.HTML(elem_id="experiment-log")
 
     def arrive(self) -> dict:
-        """Return the image folders and the experiments; the selected one trains, else it is the newest."""
+        """Return the image folders and the experiments; select the experiment that is training, else the newest."""
         found = self.library.experiments()
         first = next((name for name, one in found.items() if one.process), next(iter(found), None))
         return super().arrive() | {self.which: gr.update(choices=list(found), value=first)}

@@ -112,7 +112,10 @@ class GenerateTab(Tab):
         return bool(run.config), run.best_weights()
 
     def choice(self, run: Run, chosen: str | None, seen: tuple[bool, str] | None) -> str:
-        """Return the selected weights; if the best ones are selected, follow the run's best weights."""
+        """Return the selected weights; follow the run's best weights if these were selected.
+
+        If the selected weights no longer exist, return the best ones.
+        """
         best = chosen if seen is None else seen[1]
         return chosen if chosen != best and chosen in self.list_weights(run.name) else run.best_weights()
 
@@ -125,7 +128,7 @@ class GenerateTab(Tab):
         return {self.weights: weights, self.warning: self.warn(run.name, label)}
 
     def is_outdated(self, run: Run, seen: tuple[bool, str] | None) -> bool:
-        """Return whether the run's settings have been written since."""
+        """Return whether the run's settings have been written since the last poll."""
         return seen is not None and not seen[0] and bool(run.config)
 
     def filled_in(self, run: Run) -> dict:
@@ -151,7 +154,7 @@ class GenerateTab(Tab):
     ) -> Weights:
         """Return the weights to use: an uploaded file, a stack, or the run's weights.
 
-        Raises `RunError` for a file and a stack at once.
+        Raises `RunError` if there are both a file and a stack.
         """
         uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
         if uploaded and loras:
@@ -208,7 +211,7 @@ class GenerateTab(Tab):
         return self.stopped(asked, "images")
 
     def stopped(self, asked: gr.Request, kind: str | None = None):
-        """Stop a session's requests of a kind, or all; return a notice if there are none."""
+        """Stop a session's requests of a kind, or all if `kind` is None; return a notice if there are none."""
         found = self.studio.cancel(asked.session_hash or "", kind)
         # A running request reports its cancellation itself, and must be the last to write.
         nothing = "No model is being written." if kind == "model" else "Nothing is being generated."

@@ -20,7 +20,8 @@ from .base import STATUS, Parts, Tab, TabHost, answer_line, open_choice
 
 WIDE = ("method", "validation_prompt")
 ACTIVE = ("starting", "running", "stopping")
-# The browser stores the form, so that it survives a restart of the server, which may have other options by then.
+# The browser stores the form, so that a restart of the server does not clear it. The values are stored by name, because
+# the server may have other options after a restart.
 KEEP = """(...values) => {
     const form = Object.fromEntries(%(names)s.map((name, place) => [name, values[place]]));
     localStorage.setItem('reslora-%(id)s', JSON.stringify(form));
@@ -151,9 +152,10 @@ class LaunchTab(Tab):
         return {self.folder: gr.update(choices=self.jobs.folders())}
 
     def connect(self, page: TabHost, which: gr.components.Component, seen: gr.State) -> None:
-        """Connect form and buttons; `which` selects the run, and is set to a started one.
+        """Connect the form and the buttons.
 
-        `seen`: the state of the last poll.
+        `which`: the component that selects a run; when a run is started, this run is selected. `seen`: the state at the
+        last poll.
         """
         inputs = [self.name, self.uploads, self.caption, self.folder, self.model, *self.flags.values()]
         show, start, plan = (named(do, self.parameters()) for do in (self.do_show, self.do_start, self.do_plan))
@@ -175,14 +177,14 @@ class LaunchTab(Tab):
         kept = {"id": self.id, "names": [name for name in self.parameters() if name != "images"]}
         page.blocks.load(None, self.form, self.form, js=RECALL % kept, **QUIET)
         gr.on([part.change for part in self.form], None, self.form, None, js=KEEP % kept, **QUIET)
-        # It never waits; but an unqueued event would not show its error.
+        # Queued, although it never has to wait: an unqueued event would not show its error.
         self.stop.click(
             self.do_stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None, **NO_PROGRESS
         )
         self.resume.click(self.do_resume, which, self.answer, api_name=f"{self.id}_resume", **NO_PROGRESS)
 
     def seen(self, run: Run) -> bool:
-        """Return whether a new run would wait."""
+        """Return whether a new run would wait in the queue."""
         return self.jobs.would_wait()
 
     def shown(self, run: Run, choice: object) -> dict:

@@ -12,8 +12,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "rows.js"
 EVERY = 3.0
 """Seconds between two polls of the queue."""
 IN_TURN = {"trigger_mode": "multiple", "concurrency_limit": 1}
-"""Event options of row buttons: each click counts, and they are handled in order, so that the last answer is
-current."""
+"""Event options of row buttons: every click is handled, in order, so that the last answer shows the current list."""
 ABOUT = (
     "Runs are trained one at a time, or one on each GPU where there are several. One that fails does not stop the "
     "next, and what waits here goes on after a restart of the application."

@@ -66,7 +66,7 @@ class RunsTab(ListTab):
         return views.notice(line), *self.show(words), *stay
 
     def opened(self, name: str) -> tuple:
-        """Return the tab of a run or experiment, and the selection in each."""
+        """Return the tab to open for a run or experiment, and the new values of the run and experiment selectors."""
         found = self.library.find_any(name)
         if isinstance(found, Experiment):
             return gr.Tabs(selected=ExperimentTab.id), gr.skip(), found.name

@@ -64,9 +64,9 @@ class TrainTab(LaunchTab):
     def events(self, page: TabHost) -> None:
         """Connect the components."""
         self.connect(page, page.run, page.seen)
-        # Not `input`: it is also triggered when the box loses the focus, and would overwrite the form. `change` is
-        # triggered by another selection with mouse or keys; `select`, before it, by any selection with the mouse, also
-        # of the same item.
+        # Not `input`: it is also triggered when the box loses the focus, and would overwrite the form. `select` is
+        # triggered by each selection with the mouse, also of the same item. After it, `change` is triggered if another
+        # item was selected, with the mouse or with keys.
         filled = [self.begun, self.model, self.folder, *self.flags.values()]
         in_turn = {"trigger_mode": "always_last", "concurrency_id": "begin", "concurrency_limit": 1, **QUIET}
         self.begin.select(self.fill_by_mouse, self.begin, filled, **in_turn)
@@ -100,7 +100,7 @@ class TrainTab(LaunchTab):
         return views.notice(self.jobs.ask(request))
 
     def settings(self, values: tuple) -> dict:
-        """Return the options and their values. Raises `RunError` for several values that make an experiment."""
+        """Return the options and their values. Raises `RunError` if an option has several values, as in experiments."""
         settings = super().settings(values)
         for name in VARYING:
             value = settings.get(name)
