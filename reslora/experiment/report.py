@@ -121,7 +121,7 @@ def headline_of(experiment: Experiment, unit: str) -> str:
 
 
 def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
-    """Return a sentence about several verdicts if there is no ranking: with one seed, or in an older file."""
+    """Return a sentence about several verdicts without a ranking: with one seed, or in an older file."""
     references = " and ".join(dict.fromkeys(verdict["reference"] for verdict in verdicts))
     if all(verdict["conclusion"] == "cannot tell" for verdict in verdicts):
         return f"with one seed or one test {unit} no method can be told from {references}"

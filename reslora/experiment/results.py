@@ -54,7 +54,7 @@ class Results:
             self.keep(there, judged)
 
     def keep(self, there: dict, judged: set[Arm]) -> None:
-        """Load the conclusions of an earlier start from `there`, until this start draws new ones.
+        """Load the conclusions of an earlier start from `there`, until this start has new ones.
 
         Only conclusions about the arms `judged` are loaded.
         """

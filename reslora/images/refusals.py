@@ -232,7 +232,7 @@ def report_doubtful(options: Options) -> None:
 
 
 def check_model_name(name: str) -> None:
-    """Raise `InvalidArgument` for a local path that is no pipeline of a known family and no safetensors file."""
+    """Raise `InvalidArgument` for a local path that is neither a pipeline of a known family nor a safetensors file."""
     path, flag = Path(name), f"--pretrained_model_name_or_path {name}"
     if path.is_file():
         if path.suffix != ".safetensors":

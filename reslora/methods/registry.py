@@ -139,7 +139,7 @@ class Method:
     plain_lora: Callable[[nn.Module], nn.Module] | None = itself
     """Convert the trained (and merged) model to plain LoRA, for the files of diffusers, kohya and ComfyUI.
 
-    None if there is no equivalent plain LoRA: then only PEFT's format and merged weights can be exported.
+    None without an equivalent plain LoRA: then only PEFT's format and merged weights can be exported.
     """
     shortcuts: bool = False
     """Whether it connects blocks by shortcuts, which are merged after training."""

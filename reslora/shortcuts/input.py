@@ -23,7 +23,7 @@ class InputShortcut(Shortcut):
         """Initialize the variant of one block.
 
         `source`: name of the previous block, None for a head. `following`: A of the next block, which also multiplies
-        x_n; None if there is no next block.
+        x_n; None without a next block.
         """
         super().__init__(wires, name)
         self.source = source

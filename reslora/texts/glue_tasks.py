@@ -89,7 +89,7 @@ def read_folder(task: Task, data_dir: str, split: str) -> tuple[str, list[dict] 
 
 
 def read_hub(task: Task, source: dict[str, str | None], split: str) -> tuple[str, list[dict] | None]:
-    """Return the name of a split on the Hub for messages, and its rows (None if there is no such split).
+    """Return the name of a split on the Hub for messages, and its rows (None if the split does not exist).
 
     `source`: keyword arguments of `load_dataset`.
     """

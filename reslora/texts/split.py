@@ -37,7 +37,7 @@ class Parts(Generic[T]):
     files: Sequence[str]
     """Origin of the selection and test parts as text: a file of the task, or training examples."""
     enough: float = 1
-    """Value of --test_split with which the test part has ENOUGH examples; 1 if there is no such value."""
+    """Value of --test_split with which the test part has ENOUGH examples; 1 if no value is enough."""
     trained: int = 0
     """Number of training examples, after limits and without examples that are too long."""
 

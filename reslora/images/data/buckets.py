@@ -54,7 +54,7 @@ def bucket_of(image: tuple[int, int], buckets: Sequence[Size]) -> Size:
 def own_bucket(image: tuple[int, int], resolution: int, multiple: int) -> Size:
     """Return the size that an image (width and height) is cropped and scaled to if images are not upscaled.
 
-    It is the best of the buckets that are no wider and no higher than the image. If there is none, it is the image's
+    It is the best of the buckets that are not wider or higher than the image. If there is none, it is the image's
     own size, rounded down to multiples of `step_of` and to the area of the square with edges of `resolution`. If an
     edge of the image is shorter than `step_of`, `multiple` takes the place of `step_of`. Only an image with an edge
     below `multiple` is upscaled.

@@ -116,7 +116,7 @@ def is_masked(source: Content, mask: Content) -> bool:
 
 
 def mask_problem(mask: Content, size: tuple[int, int]) -> str:
-    """Return why `mask` does not fit an image of that width and height; "" if it fits, or if there is no mask."""
+    """Return why `mask` does not fit an image of that width and height; "" if it fits, or without a mask."""
     found = image_size(mask) if mask else size
     if isinstance(found, str):
         return f"its mask: {found}"

@@ -106,7 +106,7 @@ def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Na
 
 
 def base_of_run(path: Path) -> str | None:
-    """Return the base model of the run that wrote `path`, from the run's config.json; None if there is no such file."""
+    """Return the base model of the run that wrote `path`, from config.json; None if that file does not exist."""
     path = path.resolve()
     for folder in (path, *path.parents):
         name = read_object(folder / "config.json").get("pretrained_model_name_or_path")

@@ -148,7 +148,7 @@ def _refuse_others(flag: str, config: Mapping) -> None:
 
 
 def family_of(content: Content) -> Family:
-    """Return the family that the metadata names or, if there is no such family, the only one that has all layers.
+    """Return the family that the metadata names or, if that family is unknown, the only one that has all layers.
 
     If several families have all layers, the proportions of the layers' shapes decide. Raises `InvalidArgument` if no
     single family remains.
