@@ -80,7 +80,10 @@ def read_start(init_lora: str, base: str, model: Model) -> Start:
 
 
 def _how_to_part(init_lora: str, base: str, model: Model) -> str:
-    """Return advice on extracting the denoiser's layers: `reslora-convert` writes one PEFT file for each model."""
+    """Return advice on how to get a file with only the denoiser's layers.
+
+    `reslora-convert --to peft` writes a separate file for the denoiser and for each text encoder.
+    """
     whose = f"--family {model.family.name}" if Path(base).is_file() else f"--base {shlex.quote(base)}"
     command = f"reslora-convert {shlex.quote(init_lora)} FOLDER --to peft {whose}"
     return f"run {command}, and give --init_lora FOLDER/{PEFT_FILE}"

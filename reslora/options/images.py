@@ -244,7 +244,8 @@ class TrainingOptions:
         "huber and smooth_l1: how the threshold above which errors get less weight depends on the timestep. "
         "constant: always --huber_c; exponential: it falls from 1 at the clean image to --huber_c at pure noise; "
         "snr: it falls with the signal-to-noise ratio", choices=("constant", "exponential", "snr"), needs=HUBER)
-    huber_c: float = option(0.1, "huber and smooth_l1: the threshold, or the value to which it falls",
+    huber_c: float = option(0.1,
+        "huber and smooth_l1: the threshold; if --huber_schedule lets it fall, its lowest value",
         POSITIVE, needs=HUBER)
     huber_scale: float = option(1.0, "huber and smooth_l1: factor on that threshold; not with --huber_schedule snr",
         POSITIVE, needs=(HUBER, Need(lambda options: options.training.huber_schedule != "snr",

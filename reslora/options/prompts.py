@@ -25,7 +25,7 @@ def as_text(options: object) -> str:
     Raises `ValueError` naming the first invalid option.
     """
     if not isinstance(options, dict):
-        raise ValueError("no object with options of a prompt")
+        raise ValueError("not a JSON object with the options of a prompt")
     for name, value in options.items():
         if name not in CHECKS:
             raise ValueError(f"{name} is no option of a prompt, which are {', '.join(CHECKS)}")

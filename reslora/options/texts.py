@@ -132,7 +132,8 @@ class GlueDataOptions:
     dataset_name: str = by_content("nyu-mll/glue", "data set on the hub, or a folder")
     dataset_config_name: str | None = by_content(None, "configuration of that data set", or_else="the task's name")
     max_seq_length: int = option(128, "longer inputs are cut to that many tokens", whole(4))
-    pad_to_max_length: bool = option(False, "pad every input to it, instead of each batch to its longest")
+    pad_to_max_length: bool = option(False,
+        "pad every input to --max_seq_length, instead of each batch to its longest input")
     max_train_samples: int | None = option(None, "maximum number of training examples, the first", COUNT)
     max_eval_samples: int | None = free(None,
         "maximum number of validation examples, the first; in experiments: of the selection split", COUNT)

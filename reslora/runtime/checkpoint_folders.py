@@ -64,8 +64,8 @@ def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: I
     """Rename the checkpoints that do not belong to the training history of `chosen`, from which training resumes.
 
     Afterwards all checkpoints belong to one training history, so that a limit on their number removes the right ones.
-    `found`: the paths named `checkpoint-<step>`, and merged ones; `place`: the path that a checkpoint of the step of
-    `chosen` has in the directory. There are two cases:
+    `found`: the paths in the run's directory that are named `checkpoint-<step>`, and merged ones. `place`: the path in
+    that directory of a checkpoint with the same step as `chosen`. There are two cases:
 
     - `chosen` is `place`: checkpoints of later steps are renamed.
     - `chosen` is elsewhere or has another name: all paths in `found`, and the files named in `beside`, are renamed.

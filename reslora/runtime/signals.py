@@ -76,9 +76,10 @@ class StopRequest:
         self._signal = number
 
     def shared(self, asked: bool) -> bool:
-        """Return `asked`: whether any process was asked to stop.
+        """Note the processes' common answer, and return it unchanged.
 
-        If it is True, store SIGTERM in `signal`, so that all processes exit with the status of a stopped run.
+        `asked`: whether any process was asked to stop. If so, `signal` becomes SIGTERM, so that all processes exit with
+        the status of a stopped run.
         """
         if asked and self.signal is None:
             self.signal = signal.SIGTERM

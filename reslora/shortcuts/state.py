@@ -175,10 +175,10 @@ class Wires:
 
 @contextmanager
 def _segment(state: State) -> Iterator[None]:
-    """Mark that layers run inside a checkpointed segment that has this context.
+    """Mark that layers run inside a segment of activation checkpointing.
 
-    A shared product from before the segment is dropped: the recomputation, which does not have it, must compute the
-    same number of products as the forward pass.
+    On entry, the product `A x` that several blocks share is dropped. It would be missing when the segment is
+    recomputed, and the recomputation must compute as many products as the forward pass.
     """
     state.shared = None
     state.segments += 1

@@ -99,7 +99,7 @@ class Study(ABC):
 
     @abstractmethod
     def arguments(self, options: Any) -> Any:
-        """Return the arguments of a single run, with `settings`, `method` and `training`.
+        """Return an object with the arguments of a single run: its attributes `settings`, `method` and `training`.
 
         Raises `InvalidArgument` for invalid options.
         """

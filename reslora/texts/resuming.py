@@ -72,7 +72,7 @@ def check_data(output: Path, resume: str | None, data: str) -> None:
             raise InvalidArgument(
                 "--resume_from_checkpoint",
                 f"{run} was trained on other examples than these",
-                "bring them and the --eval_strategy of then back, or start afresh in another --output_dir",
+                "give the same examples and --eval_strategy as before, or start afresh in another --output_dir",
             )
 
 

@@ -28,14 +28,15 @@ class Draw:
 
 
 class Plan:
-    """The samples of every batch. A batch is that of all processes together, and all its samples have the same size.
+    """The samples of every batch. A batch covers all processes together, and all its samples have the same size.
 
     Each bucket (the images of one size) is an endless sequence of rounds. Every round is a new permutation of the
     images. An epoch reads one round of each bucket; a seeded permutation determines the order of the batches. If a
     round does not fill its last batch, the first images of the bucket's next round fill it up.
 
-    With several buckets, the next epoch starts that round at its first image. With a single bucket, the next epoch
-    continues after the images that were used already, so that all images are used equally often.
+    With several buckets, the next epoch reads that next round from its first image, so that the images that filled up
+    the batch are used again. With a single bucket, the next epoch continues after these images, so that all images are
+    used equally often.
     """
 
     def __init__(self, sources: Sequence[Source], per_forward: int, seed: int) -> None:

@@ -259,7 +259,7 @@ def times_of(source: Source, plan: Plan) -> str:
 def latents_of(
     images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeline, context: Context
 ) -> tuple[Latents, dict[int, str]]:
-    """Return the latents of all images at their sizes, and why images cannot be trained on, by the image's number."""
+    """Return the latents of all images at their sizes, and the problems: by an image's number, why it is unusable."""
     vae, model = pipeline.vae, context.model
     key = (model.family.name, model.fingerprint("vae"), str(vae.dtype))
     with wide_enough(model.family, vae):

@@ -201,7 +201,7 @@ def with_few_looks(schedule: Schedule, options: ValidationOptions) -> Schedule:
 
 
 def with_varied(resolved: Options, given: Grid[Options]) -> Grid[Options]:
-    """Return the experiment with the resolved options of its first run, and the varied options of `given`."""
+    """Return `given` with its shared options replaced by `resolved`, those of the first run with all defaults set."""
     alpha = given.base.adapter.lora_alpha if "rank" in given.varied else resolved.adapter.lora_alpha
     return Grid(resolved.replace(lora_alpha=alpha), given.varied)
 
@@ -231,7 +231,7 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
                 where = f"--seed {seed}, {name}"
                 raise InvalidArgument(
                     where,
-                    f"{problem}, and not with other seeds",
+                    f"{problem}; with other seeds it could be read",
                     f"remove {cache_folder(options.model, options.output)}",
                 )
             source = dataclasses.replace(source, latents=latents)

@@ -33,7 +33,7 @@ def read_calibration(path: str | os.PathLike) -> list[dict]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         batches = _put_together(trees, tensors)
         if not isinstance(batches, list) or not all(isinstance(batch, dict) for batch in batches):
-            raise ValueError("they are no list of dicts")
+            raise ValueError("the file has no list of dicts")
     except (OSError, SafetensorError, ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{path} holds no calibration batches ({reason}): train again") from None
