@@ -150,12 +150,11 @@ class Library:
 
     def find(self, name: object) -> Run:
         """Return the run of `train_sd.py` of that name. Raises `RunError` if it is not listed."""
-        run = self.named(name, Run)
-        if run is None:
-            if (language := self.named(name, LanguageRun)) is not None:
-                raise RunError(f"{name} was trained by {language_script(language)}, and is listed under Runs alone.")
-            raise RunError("There is no run of that name; choose one from the list.")
-        return run
+        if run := self.named(name, Run):
+            return run
+        if language := self.named(name, LanguageRun):
+            raise RunError(f"{name} was trained by {language_script(language)}, and is listed under Runs alone.")
+        raise RunError("There is no run of that name; choose one from the list.")
 
     def beside(self, run: Run, names: object) -> Run:
         """Return the run with the existing ones of these names as runs to compare."""
@@ -166,10 +165,9 @@ class Library:
 
     def find_experiment(self, name: object) -> Experiment:
         """Return the experiment of that name. Raises `RunError` if it is not listed."""
-        experiment = self.named(name, Experiment)
-        if experiment is None:
-            raise RunError("There is no experiment of that name; choose one from the list.")
-        return experiment
+        if experiment := self.named(name, Experiment):
+            return experiment
+        raise RunError("There is no experiment of that name; choose one from the list.")
 
     def _folders(self) -> list[Path]:
         """Return the folder itself if it is a run or an experiment, else its subfolders, newest first.

@@ -26,6 +26,7 @@ from reslora.io import read_object
 from reslora.merges import MERGES
 from reslora.methods.adapters import ADAPTER_NAME
 from reslora.methods.registry import METHODS
+from reslora.options.values import listed
 from reslora.runtime.log import count_damaged, of_split, read_log
 from reslora.runtime.sample_folders import PROMPTS, is_of
 from reslora.runtime.status import FILE as STATUS
@@ -162,9 +163,7 @@ class Run:
 
     def words(self, flag: str) -> list[str]:
         """Return the text values of an option."""
-        value = self.config.get(flag)
-        values = value if isinstance(value, list) else [value]
-        return [word for word in values if isinstance(word, str)]
+        return [word for word in listed(self.config.get(flag)) if isinstance(word, str)]
 
     def word(self, flag: str) -> str | None:
         """Return the first text value of an option, or None."""
@@ -172,8 +171,7 @@ class Run:
 
     def first(self, flag: str) -> object:
         """Return the value of an option, or the first of several; None if it was not given."""
-        value = self.config.get(flag)
-        return next(iter(value), None) if isinstance(value, list) else value
+        return next(iter(listed(self.config.get(flag))), None)
 
     @property
     def methods(self) -> list[str]:

@@ -217,8 +217,8 @@ class Studio:
 
         `kind`: `images`, `grid` or `model`.
         """
-        waiting = [visitor for visitor in list(self.running) if visitor.session == session]
-        found = [visitor for visitor in waiting if kind in (None, visitor.kind)]
+        running = list(self.running)
+        found = [visitor for visitor in running if visitor.session == session and kind in (None, visitor.kind)]
         for visitor in found:
             visitor.stopped.set()
         return bool(found)
