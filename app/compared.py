@@ -171,13 +171,14 @@ def curves(run: Run, split: str, step: int | None) -> str:
     lines = []
     for one, method, name, dash in arms(run):
         log = of_split(one.log(method), split)
+        if not log:
+            continue
         losses = [max(-LARGEST_LOSS, min(LARGEST_LOSS, row["loss"])) for row in log]
         losses = figures.running_mean(losses) if split == "train" else losses
         # More points than pixels do not improve the chart.
         every = max(1, len(log) // 400)
         kept = [i for i in range(len(log)) if i % every == 0 or i == len(log) - 1]
         lines.append(Line(name, COLORS[method], tuple((log[i]["step"], losses[i]) for i in kept), dash))
-    lines = [line for line in lines if line.points]
     return line_chart(TITLES[split], "step", lines, step) if lines or split == "train" else ""
 
 

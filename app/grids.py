@@ -122,7 +122,7 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
     if count > MOST:
         raise RunError(f"{len(x.values)} x {len(y.values)} values are {count} cells: at most {MOST} are drawn.")
     request = replace(request.clamped(), images=1)
-    cells = []
+    groups: dict[tuple, list[Cell]] = {}  # by weights and strength, in order of first occurrence
     for row, down in enumerate(y.values):
         for column, across in enumerate(x.values):
             chosen = {x.name: across, y.name: down}
@@ -130,16 +130,8 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
             asked = {name: value for name, value in chosen.items() if name in (*NUMBERS, "prompt")}
             title = f"Row {row + 1} of {len(y.values)}, column {column + 1} of {len(x.values)}: {weights.label}"
             picture = Picture(weights, replace(request, **asked).clamped(), title, merge)
-            cells.append(Cell(row, column, picture))
-    return Grid(x, y, by_weights(cells), heading(start, request, (x.name, y.name)))
-
-
-def by_weights(cells: list[Cell]) -> tuple[Cell, ...]:
-    """Return the cells grouped by weights and strength, groups in order of first occurrence."""
-    groups: dict[tuple, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.picture.weights.label, cell.picture.request.strength), []).append(cell)
-    return tuple(itertools.chain(*groups.values()))
+            groups.setdefault((weights.label, picture.request.strength), []).append(Cell(row, column, picture))
+    return Grid(x, y, tuple(itertools.chain(*groups.values())), heading(start, request, (x.name, y.name)))
 
 
 def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, tuple[Weights, str] | None]:

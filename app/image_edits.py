@@ -88,7 +88,8 @@ class ImageEdits:
         several = len(image.captions or ()) > 1
         captions = tuple(clean(part).strip() for part in (text.split(BETWEEN) if several else [text]))
         captions = tuple(filter(None, captions)) if several else captions
-        self._write(images, [Edit(name, image.captions, captions)], f"the caption of {name}")
+        refuse_bundled(images.folder)
+        write(images, [Edit(name, image.captions, captions)], f"the caption of {name}")
         return BETWEEN.join(captions)
 
     def change_captions(self, images: Images, names: object, operation: object, text: str, other: str = "") -> str:
@@ -106,13 +107,9 @@ class ImageEdits:
         if not edits:
             return "No caption had to be changed."
         line = f"{operation.lower()}, {pluralize(len(edits), 'caption')}"
-        self._write(images, edits, line)
-        return f"Changed: {line}."
-
-    def _write(self, images: Images, edits: Sequence[Edit], line: str) -> None:
-        """Write edits, except to the bundled images."""
         refuse_bundled(images.folder)
         write(images, edits, line)
+        return f"Changed: {line}."
 
     def throw_away(self, images: Images, names: object) -> str:
         """Move images, with captions, masks and rows, into the folder's trash, and return a line about it.

@@ -95,7 +95,7 @@ class Looks:
         found = [(image, self.of(image)) for image in images.images.values() if image.size is not None]
         if any(look is None for _, look in found):
             return {}
-        sound = [(image.name, look) for image, look in found if look is not None and not look.problem]
+        sound = [(image.name, look) for image, look in found if not look.problem]
         return alike(tuple(sound))
 
 

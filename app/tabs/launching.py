@@ -95,16 +95,16 @@ class LaunchTab(Tab):
 
     def widgets(self, options: Sequence[Option]) -> None:
         """Make a widget for each option: text boxes and choices first, then checkboxes."""
-        ticked = [option for option in options if option.is_switch]
-        for part in ([option for option in options if option not in ticked], ticked):
+        for is_switch in (False, True):
             with gr.Row():
-                for option in part:
-                    self.flags[option.name] = self.widget(option)
+                for option in options:
+                    if option.is_switch == is_switch:
+                        self.flags[option.name] = self.widget(option)
 
     def widget(self, option: Option) -> gr.components.Component:
         """Return the widget of an option with the trainer's help; the placeholder is the default."""
         name, several = option.name, isinstance(self.filled.get(option.name), list)
-        value = self.filled[name] if name in self.filled else form.widget_value(option, None)
+        value = self.filled.get(name, form.widget_value(option, None))
         common = {"label": form.label(option), "info": form.info(option), "elem_id": self.own(f"flag-{name}")}
         common["min_width"] = 460 if name in WIDE else 220
         if name == "method":
