@@ -41,11 +41,6 @@ class Column:
     """Text shown for a missing image."""
 
 
-def shown_runs(run: Run) -> tuple[Run, ...]:
-    """Return the run and those compared with it."""
-    return (run, *run.beside)
-
-
 def named(run: Run, one: Run, name: str) -> str:
     """Return `name`, prefixed with the name of the run `one` if several runs are compared."""
     return f"{one.name}: {name}" if run.beside else name
@@ -57,7 +52,7 @@ def named(run: Run, one: Run, name: str) -> str:
 def columns(run: Run, step: int) -> list[Column]:
     """Return the columns: base model, then for each run its methods at a step and ResLoRA's merged weights."""
     found = base_columns(run)
-    for one in shown_runs(run):
+    for one in run.compared:
         absent = "not yet" if one.process or step in one.steps() else "not at this step"
         for method in one.methods:
             title = named(run, one, NAMES[method])
@@ -75,7 +70,7 @@ def base_columns(run: Run) -> list[Column]:
     An adapter adds nothing before its first step, so the samples of step 0 are the base model's.
     """
     alike: dict[tuple, list[Run]] = {}
-    for one in shown_runs(run):
+    for one in run.compared:
         alike.setdefault(same_sampling(one) if run.beside else (), []).append(one)
     found = []
     for group in alike.values():
@@ -158,7 +153,7 @@ def save_grid(run: Run, step: int, path: Path) -> None:
 
 def arms(run: Run) -> Iterator[tuple[Run, str, str, str]]:
     """Yield run, method, name and line pattern of each curve."""
-    for one, dash in zip(shown_runs(run), DASHES, strict=False):
+    for one, dash in zip(run.compared, DASHES, strict=False):
         for method in one.methods:
             yield one, method, named(run, one, NAMES[method]), dash
 

@@ -175,7 +175,7 @@ def merged(run: Run, checkpoint: Weights, method: str) -> tuple[Weights, tuple[W
         raise RunError(f"There is no merge {method[:40]}; choose of {', '.join(MERGE_CHOICES)}.")
     made = merged_by(checkpoint, method)
     found = next((weights for weights in run.weights() if weights.label == made.label), None)
-    return (found, None) if found is not None else (made, (checkpoint, method))
+    return (found, None) if found else (made, (checkpoint, method))
 
 
 def same_form(run: Run, start: Weights, method: str) -> Weights:

@@ -118,7 +118,7 @@ class ImageEdits:
         it.
         """
         refuse_bundled(images.folder)
-        if (run := self.jobs.reader(images.folder.path)) is not None:
+        if run := self.jobs.reader(images.folder.path):
             raise RunError(f"{run.name} is training, maybe on these images; wait for it, or stop it first.")
         picked = images.find(names)
         paths = {os.path.normpath(image.path) for image in picked}
@@ -168,7 +168,7 @@ def files_with(chosen: Sequence[Image], images: Images) -> list[Path]:
     stems = {image.path.with_suffix("") for image in others}
     captions = [text for path in paths if path.with_suffix("") not in stems for text in caption_files(path)]
     used = {path for image in others for path in (image.path, image.mask)}
-    masks = [image.mask for image in chosen if image.mask is not None and image.mask not in used]
+    masks = [image.mask for image in chosen if image.mask and image.mask not in used]
     return [path for path in dict.fromkeys([*paths, *captions, *masks]) if path.is_file()]
 
 

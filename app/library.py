@@ -38,7 +38,7 @@ class Experiment(Run):
     def status(self) -> str:
         """`running`, `finished`, `stopped` (the same command resumes it) or `failed` (all arms failed, or it never
         began)."""
-        if self.process is not None:
+        if self.process:
             return "running"
         if self.arms and all(arm.get("status") == "failed" for arm in self.arms):
             return "failed"
@@ -76,7 +76,7 @@ class Experiment(Run):
         """Return the report as an HTML document; empty until it exists."""
         path = self.inside(REPORT)
         with contextlib.suppress(OSError):
-            if path is not None and path.stat().st_size <= LARGEST_JSON:
+            if path and path.stat().st_size <= LARGEST_JSON:
                 return path.read_text(encoding="utf-8", errors="replace")
         return ""
 
@@ -91,7 +91,7 @@ class Experiment(Run):
             files = best.get("files") if isinstance(best, dict) else None
             names = [name for name in names if isinstance(files, list) and name in files]
         found = map(self.inside, names)
-        return next((path for path in found if path is not None and path.is_file()), None)
+        return next((path for path in found if path and path.is_file()), None)
 
     def fingerprint(self) -> tuple:
         """Return a value that changes when there is something new to show."""
@@ -104,7 +104,7 @@ class LanguageRun(Run):
     @property
     def status(self) -> str:
         """`running`, `finished` (its results are written last) or `stopped`."""
-        return "running" if self.process is not None else "finished" if self.inside("results.json") else "stopped"
+        return "running" if self.process else "finished" if self.inside("results.json") else "stopped"
 
 
 class Library:
@@ -129,7 +129,7 @@ class Library:
 
     def everything(self) -> list[Run]:
         """Return the runs and experiments in the folder, newest first, then the extra runs."""
-        found = [kind(path.name, path) for path in self._folders() if (kind := kind_of(path)) is not None]
+        found = [kind(path.name, path) for path in self._folders() if (kind := kind_of(path))]
         own = {run.name for run in found if type(run) is Run}
         return found + [Run(path.name, path) for path in self.extra if path.name not in own and kind_of(path) is Run]
 

@@ -49,12 +49,14 @@ class Looks:
     def of(self, image: Image) -> Look | None:
         """Return the cached result of an image, or None if it was not opened or its file changed."""
         stamp, look = self.known.get(image.path, ((), None))
-        return look if look is not None and stamp == stamp_of(image.path) else None
+        return look if stamp == stamp_of(image.path) else None
 
     def problem(self, image: Image) -> str:
         """Return why training leaves an image out, as far as that is known; empty if it does not."""
-        look = None if image.problem else self.of(image)
-        return image.problem or (look.problem if look is not None else "")
+        if image.problem:
+            return image.problem
+        look = self.of(image)
+        return look.problem if look else ""
 
     def thumbnails(self, images: Sequence[Image]) -> list[str]:
         """Return thumbnails as data URIs, upright and on white; empty for images that cannot be opened."""

@@ -262,7 +262,7 @@ class Studio:
         """Generate the images in order, each in its own turn, and send them."""
         for number, picture in enumerate(pictures):
             with self._turn(run, visitor):
-                if picture.merge is not None and not picture.weights.path.is_file():
+                if picture.merge and not picture.weights.path.is_file():
                     visitor.put(Status(f"Merging: {picture.weights.label}"))
                     self._merge(run, *picture.merge)
                 visitor.put(Status(picture.title))

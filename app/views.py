@@ -196,11 +196,11 @@ def settings_table(images: list[Drawn]) -> str:
 def place(name: str) -> str:
     """Return a short form of a block's place: `down_blocks.0.attentions.1...` is d0.1, `single_blocks.3...` is s3."""
     match = re.match(r"(down|up|mid)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)(?:\.transformer_blocks\.(\d+))?", name)
-    if match is not None:
+    if match:
         inner = f"/{match[4]}" if match[4] not in (None, "0") else ""
         return f"{match[1][0]}{match[2] or ''}.{match[3]}{inner}"
     match = re.match(r"(\w)\w*\.(\d+)\.", name)
-    return f"{match[1]}{match[2]}" if match is not None else name
+    return f"{match[1]}{match[2]}" if match else name
 
 
 def role_of(name: str) -> str:

@@ -66,7 +66,13 @@ class CompareTab(Tab):
             [self.step.change, self.beside.input, self.new.change], self.look, looked_at,
             [*self.at_step, self.beside], trigger_mode="always_last", preprocess=False, **QUIET,
         )  # fmt: skip
-        self.for_programs(page)
+        # Those with several runs have endpoints of their own, so existing clients keep working.
+        for handler, asked, outputs, name in (
+            (self.compare, looked_at[:2], self.at_step, "compare"),
+            (self.save_grid, looked_at[:2], self.grid_file, "download_grid"),
+            (self.compare_runs, looked_at, self.at_step, "compare_runs"),
+        ):
+            gr.on([], handler, asked, outputs, api_name=name, preprocess=False)
         self.play.click(self.toggle, self.play, [self.play, self.playing], **QUIET)
         self.playing.tick(self.next_step, [run, self.step], self.step, preprocess=False, **QUIET)
         self.download.click(
@@ -79,16 +85,6 @@ class CompareTab(Tab):
         self.take.click(
             self.take_file, [run, self.file], self.taken, api_name="download_file", preprocess=False
         ).success(None, js="() => document.querySelector('#taken').click()")
-
-    def for_programs(self, page: TabHost) -> None:
-        """Register the endpoints; those with several runs have their own names, so existing clients keep working."""
-        inputs = [page.run, self.step]
-        for handler, asked, outputs, name in (
-            (self.compare, inputs, self.at_step, "compare"),
-            (self.save_grid, inputs, self.grid_file, "download_grid"),
-            (self.compare_runs, [*inputs, self.beside], self.at_step, "compare_runs"),
-        ):
-            gr.on([], handler, asked, outputs, api_name=name, preprocess=False)
 
     def seen(self, run: Run) -> tuple[int, list[str], bool]:
         """Return the last step, the labels of the downloads, and whether the run failed."""

@@ -95,7 +95,6 @@ class ExperimentTab(LaunchTab):
         self.which.change(self.look, self.which, shown, **QUIET)
         self.timer.tick(self.look, [self.which, self.last_look], shown, queue=False, **QUIET)
         page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **QUIET)
-        gr.api(self.list_names, api_name="experiments")
 
     def count(self, name: str, uploads, folder: str, model: str, *values) -> str:
         """Return the number of arms of the form, or what is wrong with it."""

@@ -180,6 +180,7 @@ class LaunchTab(Tab):
             self.do_stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None, **NO_PROGRESS
         )
         self.resume.click(self.do_resume, which, self.answer, api_name=f"{self.id}_resume", **NO_PROGRESS)
+        gr.api(self.list_names, api_name=f"{self.what}s")
 
     def seen(self, run: Run) -> bool:
         """Return whether a new run would wait."""
