@@ -117,8 +117,13 @@ def images(run: Run, step: int, status: str = "") -> str:
         if (status or run.status) == "failed":
             return notice("This run ended before its first samples; its log, under Train, says why.")
         return notice("No samples yet: the first ones are drawn before the first training step.")
-    header = "".join(map(heading, shown))
-    body = "".join(row_of(shown, cell, place) for place, cell in enumerate(rows))
+    header, body = "".join(map(heading, shown)), ""
+    for row, cell in enumerate(rows):
+        prompt, tiles = cell[2], ""
+        for place, column in enumerate(shown):
+            absent = column.absent if prompt_of(column.run, cell[0]) == prompt else "other prompt"
+            tiles += f"<td>{tile(column.images.get(cell), f'{prompt}: {column.title}', (row, place), absent)}</td>"
+        body += f'<tr><th><div class="prompt" title="{escape(prompt)}">{escape(prompt)}</div></th>{tiles}</tr>'
     mark = f'data-step="{step}" style="--columns:{len(shown)}"'
     kind = "samples wide" if len(shown) > FEW_COLUMNS else "samples"
     return table(kind, f"Samples at step {step}", f"<tr><th></th>{header}</tr>{body}", mark)
@@ -130,15 +135,6 @@ def heading(column: Column) -> str:
     run = run if len(run) <= LONGEST_NAME else f"{run[: LONGEST_NAME - 1]}…"
     title = f"{escape(run)}:<br>{escape(name)}" if colon else escape(name)
     return f'<th title="{escape(column.title)}">{title}<small>{escape(column.subtitle)}</small></th>'
-
-
-def row_of(shown: list[Column], cell: Cell, row: int) -> str:
-    """Return a row: the prompt, and the image of each column."""
-    title, tiles = cell[2], ""
-    for place, column in enumerate(shown):
-        absent = column.absent if prompt_of(column.run, cell[0]) == title else "other prompt"
-        tiles += f"<td>{tile(column.images.get(cell), f'{title}: {column.title}', (row, place), absent)}</td>"
-    return f'<tr><th><div class="prompt" title="{escape(title)}">{escape(title)}</div></th>{tiles}</tr>'
 
 
 def save_grid(run: Run, step: int, path: Path) -> None:

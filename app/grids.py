@@ -207,19 +207,16 @@ def table(grid: Grid, sources: dict[tuple[int, int], str]) -> str:
     header = "".join(f'<th><div class="prompt">{views.escape(label)}</div></th>' for label in grid.x.labels)
     rows = []
     for row, label in enumerate(grid.y.labels):
-        tiles = "".join(f"<td>{tile(grid, row, column, sources)}</td>" for column in range(len(grid.x.values)))
+        tiles = ""
+        for column, above in enumerate(grid.x.labels):
+            shown = '<div class="empty">not yet</div>'
+            if source := sources.get((row, column)):
+                alt = " · ".join(filter(None, (label, above)))
+                shown = views.enlargeable(views.escape(source), alt, (row, column))
+            tiles += f"<td>{shown}</td>"
         rows.append(f'<tr><th><div class="prompt">{views.escape(label)}</div></th>{tiles}</tr>')
     mark = f'style="--columns:{len(grid.x.values)}"'
     return views.table("samples", "X/Y grid", f"<tr><th></th>{header}</tr>{''.join(rows)}", mark)
-
-
-def tile(grid: Grid, row: int, column: int, sources: dict[tuple[int, int], str]) -> str:
-    """Return the HTML of one cell."""
-    source = sources.get((row, column))
-    if source is None:
-        return '<div class="empty">not yet</div>'
-    alt = " · ".join(filter(None, (grid.y.labels[row], grid.x.labels[column])))
-    return views.enlargeable(views.escape(source), alt, (row, column))
 
 
 def save_sheet(grid: Grid, drawn: dict[tuple[int, int], Drawn], path: Path) -> Path:
