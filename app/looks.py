@@ -79,7 +79,7 @@ class Looks:
 
     def check(self, images: Sequence[Image]) -> Iterator[int]:
         """Open all images without a cached result, and yield the number done at intervals."""
-        todo = [image for image in images if image.size is not None and self.of(image) is None]
+        todo = [image for image in images if image.size and self.of(image) is None]
         done = len(images) - len(todo)
         yield done
         with ThreadPoolExecutor(THREADS) as pool:
@@ -94,7 +94,7 @@ class Looks:
 
         The result is empty until all images have been opened.
         """
-        found = [(image, self.of(image)) for image in images.images.values() if image.size is not None]
+        found = [(image, self.of(image)) for image in images.images.values() if image.size]
         if any(look is None for _, look in found):
             return {}
         sound = [(image.name, look) for image, look in found if not look.problem]

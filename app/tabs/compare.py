@@ -40,15 +40,6 @@ class CompareTab(Tab):
                 self.train_curve = gr.HTML(elem_id="train-curve")
                 self.validation_curve = gr.HTML(elem_id="validation-curve")
         self.numbers = gr.HTML(elem_id="numbers")
-        self.files_column()
-        self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers, self.verdict]
-        # Time of the last change, not the new step: the user may have moved the slider since the page's request.
-        self.new = gr.Textbox(visible="hidden", elem_id="new")
-        self.watched, self.of_run = [self.step, self.beside, self.new], [self.file, self.place, self.use]
-        self.chosen = self.step
-
-    def files_column(self) -> None:
-        """Make the components for the run's exported files and how to load them."""
         gr.Markdown("### Use it elsewhere")
         with gr.Row(equal_height=True):
             self.file = open_choice("File", elem_id="file", scale=4)
@@ -57,6 +48,11 @@ class CompareTab(Tab):
         common = {"interactive": False, "buttons": ["copy"]}
         self.place = gr.Textbox(label="Where it is", max_lines=1, elem_id="place", **common)
         self.use = gr.Textbox(label="How it is loaded", lines=3, max_lines=8, elem_id="use", **common)
+        self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers, self.verdict]
+        # Time of the last change, not the new step: the user may have moved the slider since the page's request.
+        self.new = gr.Textbox(visible="hidden", elem_id="new")
+        self.watched, self.of_run = [self.step, self.beside, self.new], [self.file, self.place, self.use]
+        self.chosen = self.step
 
     def events(self, page: TabHost) -> None:
         """Connect the slider, the buttons and the endpoints."""
