@@ -135,7 +135,8 @@ class Names:
         for name, fused in table.items():
             if given := {layer: layers[layer] for layer in fused.layers if layer in layers}:
                 found[spelled(prefix, name)] = fused.join(given)
-                left = {layer: factors for layer, factors in left.items() if layer not in given}
+                for layer in given:
+                    left.pop(layer, None)
         if left:
             fix = "write it with --to diffusers or peft"
             raise InvalidArgument(".".join(next(iter(left))), "that format has no name for this layer", fix)
