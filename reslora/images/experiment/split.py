@@ -116,8 +116,7 @@ def with_parts(material: Material, parts: Parts, processes: int) -> Material:
             both = (parts.train, parts.select)
             own = [tuple(sorted(image for where, image in part if where == number)) for part in both]
             learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1]))
-    per_forward = material.training.train_batch_size * processes
-    sources = balanced(learnt, of_class, per_forward) if of_class else tuple(learnt)
+    sources = balanced(learnt, of_class, material.training.train_batch_size * processes) if of_class else tuple(learnt)
     return dataclasses.replace(material, sources=sources)
 
 

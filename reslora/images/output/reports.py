@@ -243,9 +243,10 @@ class Validation:
         return dict(zip(names, losses.mean(0).tolist(), strict=True))
 
     def _drawn(self, denoiser: nn.Module) -> list[np.ndarray]:
-        validation, prompts = self.material.validation, prompts_of(self.material.validation)
+        validation = self.material.validation
+        prompts, images = prompts_of(validation), validation.num_validation_images
         with self.accelerator.autocast():
-            return self.drawer.draw(denoiser, prompts, validation.num_validation_images, self._leave_if_asked)
+            return self.drawer.draw(denoiser, prompts, images, self._leave_if_asked)
 
     def _keep_samples(self, learner: Learner, reports: Reports, drawn: list[np.ndarray]) -> None:
         validation, prompts = self.material.validation, self.material.validation.validation_prompt
