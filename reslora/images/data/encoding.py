@@ -52,9 +52,6 @@ class Texts:
     def __getitem__(self, caption: str) -> dict[str, torch.Tensor]:
         return self.encoded.read(self.places[caption]) if self.encoded else {}
 
-    def __contains__(self, caption: str) -> bool:
-        return caption in self.places
-
 
 @dataclass(frozen=True)
 class Latents:
@@ -223,7 +220,7 @@ def _fill(found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item]
     """Write what `make` returns for each missing image, or the reason why it cannot be trained on."""
     accelerator = context.accelerator
     total = sum(map(len, share(found, PART_OF_IMAGES, accelerator)))
-    silent = not accelerator.is_main_process or total == 0
+    silent = not (accelerator.is_main_process and total)
     bar = tqdm(desc=f"{phase}s", total=total, disable=silent, dynamic_ncols=True)
     number = itertools.count(1)
 
