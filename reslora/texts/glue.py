@@ -15,7 +15,6 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    PreTrainedModel,
     set_seed,
 )
 from transformers.trainer_utils import PredictionOutput
@@ -187,14 +186,11 @@ def load_model(arguments: Arguments):
     # by the number of items that it passes, and would not scale the loss for accumulation steps and processes.
     model.accepts_loss_kwargs = False
     check_fit(arguments, tokenizer, model)
-    return tokenizer, model, classifier_of(model, loaded["missing_keys"])
-
-
-def classifier_of(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
-    """Return the names of the classifier's modules, and the pooler if its weights are missing."""
     heads = [(name, head) for name, head in model.named_children() if name != model.base_model_prefix]
-    pooler = any("pooler" in key.split(".") for key in missing)
-    return [name for name, head in heads if any(True for _ in head.parameters())] + ["pooler"] * pooler
+    classifier = [name for name, head in heads if any(True for _ in head.parameters())]
+    if any("pooler" in key.split(".") for key in loaded["missing_keys"]):
+        classifier.append("pooler")
+    return tokenizer, model, classifier
 
 
 def check_fit(arguments: Arguments, tokenizer, model) -> None:

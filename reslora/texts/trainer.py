@@ -364,7 +364,7 @@ class AdapterTrainer(Trainer):
 
         Raises `InvalidArgument` for one that is not available.
         """
-        with refused_as(f"--optim {_plain(self.args.optim)}", OTHER_CHOICE, UNFIT):
+        with refused_as(f"--optim {self.args.optim.value}", OTHER_CHOICE, UNFIT):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args, **kwargs):
@@ -372,7 +372,7 @@ class AdapterTrainer(Trainer):
 
         Raises `InvalidArgument` if a required argument is missing.
         """
-        given = f"--lr_scheduler_type {_plain(self.args.lr_scheduler_type)}"
+        given = f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"
         if self.args.lr_scheduler_kwargs:
             given += f" --lr_scheduler_kwargs {json.dumps(self.args.lr_scheduler_kwargs)}"
         with refused_as(given, OTHER_CHOICE, UNFIT):
@@ -446,10 +446,6 @@ class AdapterTrainer(Trainer):
     def _load_allocator(self, checkpoint: str) -> None:
         if self.allocator is not None:
             self.allocator.load_state_dict(load_file(Path(checkpoint) / ALLOCATOR_NAME))
-
-
-def _plain(choice: object) -> object:
-    return getattr(choice, "value", choice)
 
 
 def _zero_stage(args: TrainingArguments) -> int | None:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Sequence
 
 from accelerate import Accelerator
-from accelerate.utils import get_grad_scaler
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..model import enable_gradient_checkpointing
@@ -15,12 +14,6 @@ from .state import Learner
 from .zero import load_full_state, uses_deepspeed
 
 FEW_TOKENS = 64
-
-
-def renew_scaler(accelerator: Accelerator) -> None:
-    """Reset the fp16 loss scale found in the previous method, so that every method starts with the same."""
-    if accelerator.scaler is not None:
-        accelerator.scaler = get_grad_scaler(accelerator.distributed_type)
 
 
 def prepare(learner: Learner, context: Context) -> None:
