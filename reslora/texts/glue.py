@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from datasets import Dataset
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
-from ..errors import InvalidArgument, refused_as
+from ..errors import InvalidArgument, loaded_from_hub, refused_as
 from ..io import replacing
 from ..options.texts import ExperimentOptions, GlueDataOptions, GlueModelOptions, GlueOptions
 from ..options.values import as_typed
@@ -30,7 +31,7 @@ from ..runtime.signals import StopRequest
 from . import training_arguments
 from .callbacks import LogCallback
 from .experiment import Study
-from .glue_tasks import TASKS, Columns, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
+from .glue_tasks import TASKS, Columns, Task, check_rows, file_form, predicted, read_folder, scores
 from .split import Parts, parts_of
 from .trainer import UNREADABLE, AdapterTrainer, attach, total_steps
 
@@ -125,11 +126,15 @@ def read_splits(arguments: Arguments) -> dict[str, Columns]:
 
 
 def _read(arguments: Arguments, split: str) -> tuple[str, list[dict] | None]:
+    """Return name and rows of a split, of --data_dir or of the data set on the Hub; None if it does not exist."""
     data, model = arguments.data, arguments.model
     if data.data_dir:
         return read_folder(arguments.task, data.data_dir, split)
-    source = {"path": data.dataset_name, "name": data.dataset_config_name or data.task_name}
-    return read_hub(arguments.task, source | {"cache_dir": model.cache_dir, "token": model.token}, split)
+    name = data.dataset_config_name or data.task_name
+    where = f"--dataset_name {data.dataset_name}, configuration {name}"
+    with loaded_from_hub(where, f"use --data_dir: {file_form(arguments.task)}"):
+        sets = datasets.load_dataset(path=data.dataset_name, name=name, cache_dir=model.cache_dir, token=model.token)
+    return f"{where}, {split}", sets[split].to_list() if split in sets else None
 
 
 def encode(arguments: Arguments, tokenizer, columns: Columns) -> Dataset:
