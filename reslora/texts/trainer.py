@@ -226,7 +226,11 @@ class AdapterTrainer(Trainer):
         They are requested by options or the environment of `accelerate launch`.
         """
         fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-        stage = _zero_stage(args)
+        stage = None  # of DeepSpeed's ZeRO
+        if plugin := getattr(args, "deepspeed_plugin", None):
+            stage = plugin.zero_stage
+        elif args.deepspeed:
+            stage = HfDeepSpeedConfig(args.deepspeed).get_value("zero_optimization.stage", 0)
         if fsdp or stage == 3:
             raise InvalidArgument(
                 "--fsdp" if fsdp else "--deepspeed",
@@ -446,10 +450,3 @@ class AdapterTrainer(Trainer):
     def _load_allocator(self, checkpoint: str) -> None:
         if self.allocator is not None:
             self.allocator.load_state_dict(load_file(Path(checkpoint) / ALLOCATOR_NAME))
-
-
-def _zero_stage(args: TrainingArguments) -> int | None:
-    """Return DeepSpeed's ZeRO stage; None without DeepSpeed."""
-    if plugin := getattr(args, "deepspeed_plugin", None):
-        return plugin.zero_stage
-    return HfDeepSpeedConfig(args.deepspeed).get_value("zero_optimization.stage", 0) if args.deepspeed else None
