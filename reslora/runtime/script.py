@@ -62,7 +62,11 @@ def run_script(
             status = 128 + (stop.signal or signal.SIGINT)
         except EndedElsewhere as error:
             status = error.status
-        _leave_process_group(together=status not in (1, 2))
+        # On a busy machine, gloo's threads abort a process that exits with a live group (status -6 after a good run).
+        # Scripts import the module, with torch, only after their options are validated.
+        processes = sys.modules.get(f"{__package__}.processes")
+        if processes is not None:
+            processes.leave(everyone=status not in (1, 2))
         return status
 
 
@@ -86,15 +90,3 @@ def shares_the_cpu() -> bool:
 
 def _say(text: str) -> None:
     print(printable(" ".join(text.split())), file=sys.stderr)
-
-
-def _leave_process_group(together: bool) -> None:
-    """Destroy the process group before exit.
-
-    On a busy machine, gloo's threads abort a process that exits with a live group (status -6 after a good run).
-    `together`: all processes of the run exit; otherwise groups that wait for the other processes are not destroyed.
-    """
-    # Scripts import it, with torch, only after their options are validated.
-    processes = sys.modules.get(f"{__package__}.processes")
-    if processes is not None:
-        processes.leave(everyone=together)
