@@ -38,15 +38,7 @@ from ...runtime.folder_lock import locked, share_lock
 from ...runtime.processes import broadcast_from_main, on_all
 from ...runtime.signals import StopRequest
 from ...runtime.status import Status
-from ...training.checkpoints import (
-    EXPORTS,
-    MERGING,
-    Identity,
-    check_past,
-    checkpoints_of,
-    past_of,
-    plan_resume,
-)
+from ...training.checkpoints import EXPORTS, MERGING, Identity, check_past, checkpoints_of, past_of, plan_resume
 from ...training.context import Context
 from ...training.loop import train_method
 from ...training.schedule import Schedule, schedule_of
