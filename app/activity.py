@@ -21,13 +21,14 @@ def activity(told: dict) -> str:
     words.append(phase if done is None or total is None else f"{phase} {done:.0f} of {total:.0f}")
     sentence = ", ".join(words)
     facts = [sentence if name else sentence[:1].upper() + sentence[1:]]  # do not capitalize a run's name
-    if (rate := number(told.get("per_second"))) is not None and 1e-6 < rate < 1e6 and done is not None:
+    rate = number(told.get("per_second")) or 0
+    if 1e-6 < rate < 1e6 and done is not None:
         unit = phase.rpartition(" ")[2]
         each = "an" if unit[:1] in "aeiou" else "a"
         facts.append(f"{rate:.1f} {unit}s a second" if rate >= 1 else f"{1 / rate:.1f} s {each} {unit}")
         if total is not None and total > done:
             facts.append(f"about {duration((total - done) / rate)} left")
-    if (memory := number(told.get("memory_bytes"))) is not None and memory > 0:
+    if (memory := number(told.get("memory_bytes")) or 0) > 0:
         facts.append(f"{memory / 1e9:.1f} GB")
     return " · ".join(facts)
 

@@ -81,10 +81,10 @@ def summary(edits: ImageEdits, images: Images, shown: int) -> str:
     lines = [f"<b>{pluralize(count, 'image')}</b> in {escape(images.folder.name)}, {shown:,} shown"]
     if images.refused:
         lines.append(f'<b class="bad">Training would refuse this folder:</b> {escape(images.refused)}')
-    if left_out and not images.refused:
+    elif left_out:
         reasons = ", ".join(f"{number:,} {escape(reason)}" for reason, number in problems.most_common(MOST_NOTES))
         lines.append(f'<b class="bad">Training would leave out {pluralize(left_out, "image")}:</b> {reasons}')
-    elif not images.refused:
+    else:
         lines.append("Training would read all of them")
     alike = len(edits.looks.alike(images))
     if alike:

@@ -41,11 +41,6 @@ class Column:
     """Text shown for a missing image."""
 
 
-def shown_runs(run: Run) -> tuple[Run, ...]:
-    """Return the run and those compared with it."""
-    return (run, *run.beside)
-
-
 def named(run: Run, one: Run, name: str) -> str:
     """Return `name`, prefixed with the name of the run `one` if several runs are compared."""
     return f"{one.name}: {name}" if run.beside else name
@@ -57,7 +52,7 @@ def named(run: Run, one: Run, name: str) -> str:
 def columns(run: Run, step: int) -> list[Column]:
     """Return the columns: base model, then for each run its methods at a step and ResLoRA's merged weights."""
     found = base_columns(run)
-    for one in shown_runs(run):
+    for one in run.compared:
         absent = "not yet" if one.process or step in one.steps() else "not at this step"
         for method in one.methods:
             title = named(run, one, NAMES[method])
@@ -75,7 +70,7 @@ def base_columns(run: Run) -> list[Column]:
     An adapter adds nothing before its first step, so the samples of step 0 are the base model's.
     """
     alike: dict[tuple, list[Run]] = {}
-    for one in shown_runs(run):
+    for one in run.compared:
         alike.setdefault(same_sampling(one) if run.beside else (), []).append(one)
     found = []
     for group in alike.values():
@@ -122,8 +117,13 @@ def images(run: Run, step: int, status: str = "") -> str:
         if (status or run.status) == "failed":
             return notice("This run ended before its first samples; its log, under Train, says why.")
         return notice("No samples yet: the first ones are drawn before the first training step.")
-    header = "".join(map(heading, shown))
-    body = "".join(row_of(shown, cell, place) for place, cell in enumerate(rows))
+    header, body = "".join(map(heading, shown)), ""
+    for row, cell in enumerate(rows):
+        prompt, tiles = cell[2], ""
+        for place, column in enumerate(shown):
+            absent = column.absent if prompt_of(column.run, cell[0]) == prompt else "other prompt"
+            tiles += f"<td>{tile(column.images.get(cell), f'{prompt}: {column.title}', (row, place), absent)}</td>"
+        body += f'<tr><th><div class="prompt" title="{escape(prompt)}">{escape(prompt)}</div></th>{tiles}</tr>'
     mark = f'data-step="{step}" style="--columns:{len(shown)}"'
     kind = "samples wide" if len(shown) > FEW_COLUMNS else "samples"
     return table(kind, f"Samples at step {step}", f"<tr><th></th>{header}</tr>{body}", mark)
@@ -135,15 +135,6 @@ def heading(column: Column) -> str:
     run = run if len(run) <= LONGEST_NAME else f"{run[: LONGEST_NAME - 1]}…"
     title = f"{escape(run)}:<br>{escape(name)}" if colon else escape(name)
     return f'<th title="{escape(column.title)}">{title}<small>{escape(column.subtitle)}</small></th>'
-
-
-def row_of(shown: list[Column], cell: Cell, row: int) -> str:
-    """Return a row: the prompt, and the image of each column."""
-    title, tiles = cell[2], ""
-    for place, column in enumerate(shown):
-        absent = column.absent if prompt_of(column.run, cell[0]) == title else "other prompt"
-        tiles += f"<td>{tile(column.images.get(cell), f'{title}: {column.title}', (row, place), absent)}</td>"
-    return f'<tr><th><div class="prompt" title="{escape(title)}">{escape(title)}</div></th>{tiles}</tr>'
 
 
 def save_grid(run: Run, step: int, path: Path) -> None:
@@ -158,7 +149,7 @@ def save_grid(run: Run, step: int, path: Path) -> None:
 
 def arms(run: Run) -> Iterator[tuple[Run, str, str, str]]:
     """Yield run, method, name and line pattern of each curve."""
-    for one, dash in zip(shown_runs(run), DASHES, strict=False):
+    for one, dash in zip(run.compared, DASHES, strict=False):
         for method in one.methods:
             yield one, method, named(run, one, NAMES[method]), dash
 
@@ -171,13 +162,14 @@ def curves(run: Run, split: str, step: int | None) -> str:
     lines = []
     for one, method, name, dash in arms(run):
         log = of_split(one.log(method), split)
+        if not log:
+            continue
         losses = [max(-LARGEST_LOSS, min(LARGEST_LOSS, row["loss"])) for row in log]
         losses = figures.running_mean(losses) if split == "train" else losses
         # More points than pixels do not improve the chart.
         every = max(1, len(log) // 400)
         kept = [i for i in range(len(log)) if i % every == 0 or i == len(log) - 1]
         lines.append(Line(name, COLORS[method], tuple((log[i]["step"], losses[i]) for i in kept), dash))
-    lines = [line for line in lines if line.points]
     return line_chart(TITLES[split], "step", lines, step) if lines or split == "train" else ""
 
 

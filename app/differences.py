@@ -49,12 +49,11 @@ def same_sampling(run: Run) -> tuple[str, ...]:
 
 def differing(run: Run, labels: Collection[str]) -> dict[str, list[str]]:
     """Return which of the properties `labels` differ between the compared runs, each with the options that differ."""
-    runs, found = (run, *run.beside), {}
-    configs = [one.config for one in runs]
+    configs, found = [one.config for one in run.compared], {}
     for label in labels:
         flags = [flag for flag in MATTERS[label] if len({setting(config, flag) for config in configs}) > 1]
         found |= {label: flags} if flags else {}
-    if "held-out images" in labels and not found.keys() & set(LOSSES) and not begin_alike(runs):
+    if "held-out images" in labels and not found.keys() & set(LOSSES) and not begin_alike(run.compared):
         found[FIRST] = []
     return found
 
@@ -83,7 +82,7 @@ def in_words(run: Run, names: list[str]) -> str:
     """Return the values of a single differing option by run, or an empty string if they are too long."""
     if len(names) != 1:
         return ""
-    given = [(one.name, one.config, one.config.get(names[0])) for one in (run, *run.beside)]
+    given = [(one.name, one.config, one.config.get(names[0])) for one in run.compared]
     values = [
         f"{name}: {setting(config, names[0]) or ('none' if value is None else value)}" for name, config, value in given
     ]
@@ -99,7 +98,7 @@ def of_images(run: Run) -> str:
 
 def of_losses(run: Run) -> str:
     """Return a sentence on whether validation losses are comparable."""
-    if not any(setting(one.config, "validation_split") for one in (run, *run.beside)):
+    if not any(setting(one.config, "validation_split") for one in run.compared):
         return "No image is held out, so no number compares them."
     if differing(run, LOSSES):
         return "Their losses do not compare: they are not known to be of the same held-out images, model and noise."

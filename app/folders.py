@@ -55,7 +55,7 @@ class Folders:
     """The current list of image folders."""
 
     def __init__(self, runs: Path, data: Path | None = None) -> None:
-        self.runs, self.data = runs, data.resolve() if data is not None else None
+        self.runs, self.data = runs, data and data.resolve()
 
     def all(self) -> dict[str, Folder]:
         """Return the folders by name; the bundled images are last."""

@@ -122,7 +122,7 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
     if count > MOST:
         raise RunError(f"{len(x.values)} x {len(y.values)} values are {count} cells: at most {MOST} are drawn.")
     request = replace(request.clamped(), images=1)
-    cells = []
+    groups: dict[tuple, list[Cell]] = {}  # by weights and strength, in order of first occurrence
     for row, down in enumerate(y.values):
         for column, across in enumerate(x.values):
             chosen = {x.name: across, y.name: down}
@@ -130,16 +130,8 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
             asked = {name: value for name, value in chosen.items() if name in (*NUMBERS, "prompt")}
             title = f"Row {row + 1} of {len(y.values)}, column {column + 1} of {len(x.values)}: {weights.label}"
             picture = Picture(weights, replace(request, **asked).clamped(), title, merge)
-            cells.append(Cell(row, column, picture))
-    return Grid(x, y, by_weights(cells), heading(start, request, (x.name, y.name)))
-
-
-def by_weights(cells: list[Cell]) -> tuple[Cell, ...]:
-    """Return the cells grouped by weights and strength, groups in order of first occurrence."""
-    groups: dict[tuple, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.picture.weights.label, cell.picture.request.strength), []).append(cell)
-    return tuple(itertools.chain(*groups.values()))
+            groups.setdefault((weights.label, picture.request.strength), []).append(Cell(row, column, picture))
+    return Grid(x, y, tuple(itertools.chain(*groups.values())), heading(start, request, (x.name, y.name)))
 
 
 def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, tuple[Weights, str] | None]:
@@ -187,7 +179,7 @@ def merged(run: Run, checkpoint: Weights, method: str) -> tuple[Weights, tuple[W
         raise RunError(f"There is no merge {method[:40]}; choose of {', '.join(MERGE_CHOICES)}.")
     made = merged_by(checkpoint, method)
     found = next((weights for weights in run.weights() if weights.label == made.label), None)
-    return (found, None) if found is not None else (made, (checkpoint, method))
+    return (found, None) if found else (made, (checkpoint, method))
 
 
 def same_form(run: Run, start: Weights, method: str) -> Weights:
@@ -219,19 +211,16 @@ def table(grid: Grid, sources: dict[tuple[int, int], str]) -> str:
     header = "".join(f'<th><div class="prompt">{views.escape(label)}</div></th>' for label in grid.x.labels)
     rows = []
     for row, label in enumerate(grid.y.labels):
-        tiles = "".join(f"<td>{tile(grid, row, column, sources)}</td>" for column in range(len(grid.x.values)))
+        tiles = ""
+        for column, above in enumerate(grid.x.labels):
+            shown = '<div class="empty">not yet</div>'
+            if source := sources.get((row, column)):
+                alt = " · ".join(filter(None, (label, above)))
+                shown = views.enlargeable(views.escape(source), alt, (row, column))
+            tiles += f"<td>{shown}</td>"
         rows.append(f'<tr><th><div class="prompt">{views.escape(label)}</div></th>{tiles}</tr>')
     mark = f'style="--columns:{len(grid.x.values)}"'
     return views.table("samples", "X/Y grid", f"<tr><th></th>{header}</tr>{''.join(rows)}", mark)
-
-
-def tile(grid: Grid, row: int, column: int, sources: dict[tuple[int, int], str]) -> str:
-    """Return the HTML of one cell."""
-    source = sources.get((row, column))
-    if source is None:
-        return '<div class="empty">not yet</div>'
-    alt = " · ".join(filter(None, (grid.y.labels[row], grid.x.labels[column])))
-    return views.enlargeable(views.escape(source), alt, (row, column))
 
 
 def save_sheet(grid: Grid, drawn: dict[tuple[int, int], Drawn], path: Path) -> Path:

@@ -88,7 +88,8 @@ class ImageEdits:
         several = len(image.captions or ()) > 1
         captions = tuple(clean(part).strip() for part in (text.split(BETWEEN) if several else [text]))
         captions = tuple(filter(None, captions)) if several else captions
-        self._write(images, [Edit(name, image.captions, captions)], f"the caption of {name}")
+        refuse_bundled(images.folder)
+        write(images, [Edit(name, image.captions, captions)], f"the caption of {name}")
         return BETWEEN.join(captions)
 
     def change_captions(self, images: Images, names: object, operation: object, text: str, other: str = "") -> str:
@@ -106,13 +107,9 @@ class ImageEdits:
         if not edits:
             return "No caption had to be changed."
         line = f"{operation.lower()}, {pluralize(len(edits), 'caption')}"
-        self._write(images, edits, line)
-        return f"Changed: {line}."
-
-    def _write(self, images: Images, edits: Sequence[Edit], line: str) -> None:
-        """Write edits. Raises `RunError` for the bundled images."""
         refuse_bundled(images.folder)
         write(images, edits, line)
+        return f"Changed: {line}."
 
     def throw_away(self, images: Images, names: object) -> str:
         """Move images, with captions, masks and table rows, into the folder's trash, and return a line about it.
@@ -121,7 +118,7 @@ class ImageEdits:
         image uses it.
         """
         refuse_bundled(images.folder)
-        if (run := self.jobs.reader(images.folder.path)) is not None:
+        if run := self.jobs.reader(images.folder.path):
             raise RunError(f"{run.name} is training, maybe on these images; wait for it, or stop it first.")
         picked = images.find(names)
         paths = {os.path.normpath(image.path) for image in picked}
@@ -175,7 +172,7 @@ def files_with(chosen: Sequence[Image], images: Images) -> list[Path]:
     stems = {image.path.with_suffix("") for image in others}
     captions = [text for path in paths if path.with_suffix("") not in stems for text in caption_files(path)]
     used = {path for image in others for path in (image.path, image.mask)}
-    masks = [image.mask for image in chosen if image.mask is not None and image.mask not in used]
+    masks = [image.mask for image in chosen if image.mask and image.mask not in used]
     return [path for path in dict.fromkeys([*paths, *captions, *masks]) if path.is_file()]
 
 

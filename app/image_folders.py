@@ -99,7 +99,7 @@ class ImageFolders(Folders):
     def add(self, name: str, uploads: list[str], caption: str) -> Folder:
         """Store uploaded images as a new folder. Raises `RunError` for an invalid or existing name."""
         name = name if isinstance(name, str) else ""
-        if kind_of(self.runs) is not None:
+        if kind_of(self.runs):
             raise RunError("This page shows a single run; start the application on a folder of runs to upload images.")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
             raise RunError("A folder's name has letters, digits, hyphens and underscores, at most 64 of them.")
@@ -115,7 +115,7 @@ class ImageFolders(Folders):
         with self.lock:
             now, key = state_of(folder, options), (folder.path, repr(options))
             before, found = self.seen.pop(key, (None, None))
-            if found is None or before != now:
+            if before != now:
                 found = read(folder, options)
             self.seen[key] = now, found
             for old in list(self.seen)[:-KEPT]:

@@ -152,7 +152,7 @@ class Jobs:
     def begun(self, name: str, kind: type[Run]) -> Run | None:
         """Return the existing experiment of that name, which gets more runs; None for a new run or experiment."""
         found = self.library.named(name, kind) if kind is Experiment else None
-        return found if found is not None and found.config else None
+        return found if found and found.config else None
 
     def folder_of(self, name: str, kind: type[Run]) -> Path:
         """Return the output folder of the trainer."""
@@ -371,7 +371,7 @@ class Jobs:
     def without_folders(self, text: str) -> str:
         """Return text in which this machine's folders are replaced by short names."""
         names = {self.library.folder: "runs", self.data: "data", REPOSITORY: ".", Path.home(): "~"}
-        names |= {Path(prefix): "python" for prefix in (sys.prefix, sys.base_prefix)}
+        names |= {Path(sys.prefix): "python", Path(sys.base_prefix): "python"}
         for path in sorted(filter(None, names), key=lambda path: -len(str(path))):
             if len(path.parts) > 1:  # skip the root folder
                 text = text.replace(str(path), names[path])
@@ -450,7 +450,7 @@ class Jobs:
             raise RunError(added.line)
         return added
 
-    def check(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> None:
+    def check(self, entry: Entry, uploads: Sequence[str], caption: str) -> None:
         """Raise `RunError` for an entry that could not start even if nothing else trained."""
         try:
             written = json.dumps(asdict(entry), ensure_ascii=False).encode()
@@ -466,9 +466,10 @@ class Jobs:
         """Move a waiting entry up (-1) or down (any other number) among the waiting ones."""
         with self.changing() as entries:
             waiting = [entry for entry in entries if entry.state == WAITING]
-            here = next((place for place, entry in enumerate(waiting) if entry.name == name), None)
-            if here is None:
+            names = [entry.name for entry in waiting]
+            if name not in names:
                 raise RunError("Nothing of that name waits in the queue.")
+            here = names.index(name)
             there = here + (-1 if by == -1 else 1)
             if 0 <= there < len(waiting):
                 first, second = (entries.index(waiting[place]) for place in (here, there))
@@ -600,10 +601,10 @@ class Jobs:
 
 def one_of(entries: Sequence[Entry], name: str) -> Entry:
     """Return the entry of that name. Raises `RunError` if there is none."""
-    found = next((entry for entry in entries if entry.name == name), None)
-    if found is None:
-        raise RunError("There is nothing of that name in the queue.")
-    return found
+    for entry in entries:
+        if entry.name == name:
+            return entry
+    raise RunError("There is nothing of that name in the queue.")
 
 
 @contextlib.contextmanager

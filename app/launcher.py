@@ -88,7 +88,7 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
     Options in `MAY_GROW` may differ. An empty value means the experiment's value.
     """
     read = [Path(name).resolve() for name in begun.words("train_data_dir")]
-    if images is not None and read != [images.resolve()]:
+    if images and read != [images.resolve()]:
         raise RunError(f"{begun.name} was begun with other images: choose another name, or leave the images out.")
     known, model = form.known(), str(settings.get("model") or "").strip()
     fixed = known.keys() - MAY_GROW
@@ -127,13 +127,13 @@ def words_for(folder: Path, settings: dict, images: Path | None, begun: Run | No
     settings must agree with it.
     """
     words = [str(SCRIPT), "--output_dir", str(folder)]
-    if begun is not None:
+    if begun:
         refuse_language(begun)
         refuse_others(begun, settings, images)
         return [*words, "--config", str(begun.folder / "config.json"), *arguments(with_more(begun, settings), True)]
     if settings.get("method") == []:  # the trainer would use its default
         raise RunError("Tick at least one method.")
-    if images is not None:
+    if images:
         words += ["--train_data_dir", str(images)]
     if model := str(settings.get("model") or "").strip():
         words += ["--pretrained_model_name_or_path", model_of(model, images)]

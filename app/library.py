@@ -38,7 +38,7 @@ class Experiment(Run):
     def status(self) -> str:
         """`running`, `finished`, `stopped` (the same command resumes it) or `failed` (all arms failed, or it never
         began)."""
-        if self.process is not None:
+        if self.process:
             return "running"
         if self.arms and all(arm.get("status") == "failed" for arm in self.arms):
             return "failed"
@@ -77,7 +77,7 @@ class Experiment(Run):
         """Return the report as an HTML document; empty until it exists."""
         path = self.inside(REPORT)
         with contextlib.suppress(OSError):
-            if path is not None and path.stat().st_size <= LARGEST_JSON:
+            if path and path.stat().st_size <= LARGEST_JSON:
                 return path.read_text(encoding="utf-8", errors="replace")
         return ""
 
@@ -92,7 +92,7 @@ class Experiment(Run):
             files = best.get("files") if isinstance(best, dict) else None
             names = [name for name in names if isinstance(files, list) and name in files]
         found = map(self.inside, names)
-        return next((path for path in found if path is not None and path.is_file()), None)
+        return next((path for path in found if path and path.is_file()), None)
 
     def fingerprint(self) -> tuple:
         """Return a value that changes when there is something new to show."""
@@ -105,7 +105,7 @@ class LanguageRun(Run):
     @property
     def status(self) -> str:
         """`running`, `finished` (its results are written last) or `stopped`."""
-        return "running" if self.process is not None else "finished" if self.inside("results.json") else "stopped"
+        return "running" if self.process else "finished" if self.inside("results.json") else "stopped"
 
 
 class Library:
@@ -133,7 +133,7 @@ class Library:
 
     def everything(self) -> list[Run]:
         """Return the runs and experiments in the folder, newest first, then the extra runs."""
-        found = [kind(path.name, path) for path in self._folders() if (kind := kind_of(path)) is not None]
+        found = [kind(path.name, path) for path in self._folders() if (kind := kind_of(path))]
         own = {run.name for run in found if type(run) is Run}
         return found + [Run(path.name, path) for path in self.extra if path.name not in own and kind_of(path) is Run]
 
@@ -154,12 +154,11 @@ class Library:
 
     def find(self, name: object) -> Run:
         """Return the run of `train_sd.py` of that name. Raises `RunError` if it is not listed."""
-        run = self.named(name, Run)
-        if run is None:
-            if (language := self.named(name, LanguageRun)) is not None:
-                raise RunError(f"{name} was trained by {language_script(language)}, and is listed under Runs alone.")
-            raise RunError("There is no run of that name; choose one from the list.")
-        return run
+        if run := self.named(name, Run):
+            return run
+        if language := self.named(name, LanguageRun):
+            raise RunError(f"{name} was trained by {language_script(language)}, and is listed under Runs alone.")
+        raise RunError("There is no run of that name; choose one from the list.")
 
     def beside(self, run: Run, names: object) -> Run:
         """Return a copy of the run that is to be compared with the runs of these names; unknown names are ignored."""
@@ -170,10 +169,9 @@ class Library:
 
     def find_experiment(self, name: object) -> Experiment:
         """Return the experiment of that name. Raises `RunError` if it is not listed."""
-        experiment = self.named(name, Experiment)
-        if experiment is None:
-            raise RunError("There is no experiment of that name; choose one from the list.")
-        return experiment
+        if experiment := self.named(name, Experiment):
+            return experiment
+        raise RunError("There is no experiment of that name; choose one from the list.")
 
     def _folders(self) -> list[Path]:
         """Return the folder itself if it is a run or an experiment, else its subfolders, newest first.

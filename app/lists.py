@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from reslora.formatting import pluralize
@@ -157,14 +157,12 @@ def picture(run: Run) -> str:
     return '<div class="empty">no samples</div>'
 
 
-def newest_samples(run: Run) -> Sequence[Path]:
+def newest_samples(run: Run) -> Iterator[Path]:
     """Return one sample per method: the first image of the method's newest step. The last method comes first."""
     steps = list(reversed(run.steps()))
-    found = []
     for method in reversed(run.methods):
         samples = next((images for step in steps if (images := run.samples(method, step))), {})
-        found += list(samples.values())[:1]
-    return found
+        yield from list(samples.values())[:1]
 
 
 def trash(shelf: Shelf) -> str:

@@ -49,12 +49,14 @@ class Looks:
     def of(self, image: Image) -> Look | None:
         """Return the cached result of an image, or None if it was not opened or its file changed."""
         stamp, look = self.known.get(image.path, ((), None))
-        return look if look is not None and stamp == stamp_of(image.path) else None
+        return look if stamp == stamp_of(image.path) else None
 
     def problem(self, image: Image) -> str:
         """Return why training leaves an image out, as far as that is known; empty if it does not."""
-        look = None if image.problem else self.of(image)
-        return image.problem or (look.problem if look is not None else "")
+        if image.problem:
+            return image.problem
+        look = self.of(image)
+        return look.problem if look else ""
 
     def thumbnails(self, images: Sequence[Image]) -> list[str]:
         """Return thumbnails as data URIs, upright and on white; empty for images that cannot be opened."""
@@ -77,7 +79,7 @@ class Looks:
 
     def check(self, images: Sequence[Image]) -> Iterator[int]:
         """Open all images without a cached result, and yield the number done at intervals."""
-        todo = [image for image in images if image.size is not None and self.of(image) is None]
+        todo = [image for image in images if image.size and self.of(image) is None]
         done = len(images) - len(todo)
         yield done
         with ThreadPoolExecutor(THREADS) as pool:
@@ -92,10 +94,10 @@ class Looks:
 
         The result is empty until all images have been opened.
         """
-        found = [(image, self.of(image)) for image in images.images.values() if image.size is not None]
+        found = [(image, self.of(image)) for image in images.images.values() if image.size]
         if any(look is None for _, look in found):
             return {}
-        sound = [(image.name, look) for image, look in found if look is not None and not look.problem]
+        sound = [(image.name, look) for image, look in found if not look.problem]
         return alike(tuple(sound))
 
 

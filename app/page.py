@@ -46,7 +46,7 @@ def create_demo(library: Library, jobs: Jobs, studio: Studio) -> gr.Blocks:
     ) as demo:
         Page(Parts(library, jobs, studio)).events(demo)
     for event in demo.fns.values():
-        if event.fn is not None:
+        if event.fn:
             event.fn = readable_errors(event.fn)
     demo.queue(max_size=32, default_concurrency_limit=4)
     return demo
@@ -117,11 +117,6 @@ class Page:
         self.nudge.click(lambda: None, **QUIET)
         for tab in self.tabs:
             tab.events(self)
-        gr.api(self.list_runs, api_name="runs")
-
-    def list_runs(self) -> list[str]:
-        """Return the names of the runs, newest first."""
-        return list(self.library.runs())
 
     def arrive(self, run: object = None, tab: object = None) -> dict:
         """Return the page's initial values: the last run and tab, else the run that trains, else the newest run."""

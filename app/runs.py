@@ -26,6 +26,7 @@ from reslora.io import read_object
 from reslora.merges import MERGES
 from reslora.methods.adapters import ADAPTER_NAME
 from reslora.methods.registry import METHODS
+from reslora.options.values import listed
 from reslora.runtime.log import count_damaged, of_split, read_log
 from reslora.runtime.sample_folders import PROMPTS, is_of
 from reslora.runtime.status import FILE as STATUS
@@ -68,7 +69,7 @@ def number(value) -> float | None:
 def stamp_of(path: Path | None) -> tuple[int, ...]:
     """Return inode, size in bytes and modification time of a file; empty if it does not exist."""
     with contextlib.suppress(OSError):
-        if path is not None:
+        if path:
             status = path.stat()
             return status.st_ino, status.st_size, status.st_mtime_ns
     return ()
@@ -113,6 +114,11 @@ class Run:
     """Further runs to compare with this one."""
     log_name: ClassVar[str] = LOG_NAME
 
+    @property
+    def compared(self) -> tuple[Run, ...]:
+        """This run and those beside it."""
+        return self, *self.beside
+
     def inside(self, *parts: str) -> Path | None:
         """Return the resolved path of a file or folder of this run.
 
@@ -130,7 +136,7 @@ class Run:
         """Return the JSON object of a file of this run; empty if it is missing, damaged or too large."""
         path = self.inside(*parts)
         with contextlib.suppress(OSError):
-            if path is not None and path.stat().st_size <= LARGEST_JSON:
+            if path and path.stat().st_size <= LARGEST_JSON:
                 return read_object(path)
         return {}
 
@@ -138,7 +144,7 @@ class Run:
         """Return the names of the visible entries of a folder of this run, sorted."""
         path = self.inside(*parts)
         with contextlib.suppress(OSError):  # such as a file
-            if path is not None:
+            if path:
                 return sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
         return []
 
@@ -162,9 +168,7 @@ class Run:
 
     def words(self, flag: str) -> list[str]:
         """Return the text values of an option."""
-        value = self.config.get(flag)
-        values = value if isinstance(value, list) else [value]
-        return [word for word in values if isinstance(word, str)]
+        return [word for word in listed(self.config.get(flag)) if isinstance(word, str)]
 
     def word(self, flag: str) -> str | None:
         """Return the first text value of an option, or None."""
@@ -172,8 +176,7 @@ class Run:
 
     def first(self, flag: str) -> object:
         """Return the value of an option, or the first of several; None if it was not given."""
-        value = self.config.get(flag)
-        return next(iter(value), None) if isinstance(value, list) else value
+        return next(iter(listed(self.config.get(flag))), None)
 
     @property
     def methods(self) -> list[str]:
@@ -200,12 +203,12 @@ class Run:
     def activity(self) -> dict:
         """The trainer's status file; empty if no trainer is at work or it has not written the file yet."""
         told, process = self.read_json(STATUS), self.process
-        return told if process is not None and told.get("process") == process else {}
+        return told if process and told.get("process") == process else {}
 
     @property
     def status(self) -> str:
         """`running`, `finished`, `stopped` (it can be resumed) or `failed` (it never began)."""
-        if self.process is not None:
+        if self.process:
             return "running"
         if not self.config:
             return "failed"
@@ -245,7 +248,7 @@ class Run:
     def _log(self, method: str) -> tuple[tuple[dict, ...], int]:
         """Return the rows of a method's log and the number of damaged lines."""
         path = self.inside(method, "log.jsonl")
-        return rows_of(path, stamp_of(path)) if path is not None and path.is_file() else ((), 0)
+        return rows_of(path, stamp_of(path)) if path and path.is_file() else ((), 0)
 
     def steps(self) -> list[int]:
         """Return the steps at which any method has samples.
@@ -255,7 +258,7 @@ class Run:
         found = set()
         for method in self.methods:
             for name in self.entries(method, "samples"):
-                if (match := re.fullmatch(r"step-(\d{1,9})", name)) is not None:
+                if match := re.fullmatch(r"step-(\d{1,9})", name):
                     found.add(int(match[1]))
         if not found and not self.prompts:
             rows = [row for method in self.methods for row in self.log(method)]
@@ -278,9 +281,7 @@ class Run:
         for name in self.entries(*folder):
             match = re.fullmatch(r"(\d{1,5})-(\d{1,5})\.png", name)
             path = self.inside(*folder, name) if match else None
-            if path is None or not is_complete_png(path):
-                continue
-            if is_of(record, number := int(match[1]), prompts.get(number)):
+            if path and is_complete_png(path) and is_of(record, number := int(match[1]), prompts.get(number)):
                 found[number, int(match[2])] = path
         return found
 
@@ -311,7 +312,7 @@ class Run:
         """The user's notes on the run, cut after `LONGEST_NOTES + 1` characters, which shows that they are too long."""
         path = self.inside(NOTES)
         with contextlib.suppress(OSError):
-            if path is not None:
+            if path:
                 with path.open(encoding="utf-8", errors="replace") as file:
                     return file.read(LONGEST_NOTES + 1)
         return ""
@@ -355,7 +356,7 @@ class Run:
             match = re.fullmatch(r"checkpoint-(\d{1,9})", name)
             path = self.sound(method, name) if match else None
             complete = self.inside(method, name, "trainer.json") and self.inside(method, name, wanted)
-            encoders = self.encoders(method, name) if path is not None and complete else None
+            encoders = self.encoders(method, name) if path and complete else None
             if encoders is not None:
                 step = int(match[1])
                 found.append(Weights(f"{method}: unmerged, step {step}", "adapter", method, path, step, encoders))
@@ -387,7 +388,7 @@ class Run:
         """Return the Frobenius norm of the update `s B A` of each block, from the exported (merged) LoRA file."""
         path = self.inside(method, DIFFUSERS_FILE)
         with contextlib.suppress(OSError, SafetensorError, RuntimeError):
-            return norms_of(path, stamp_of(path)) if path is not None else {}
+            return norms_of(path, stamp_of(path)) if path else {}
         return {}
 
 

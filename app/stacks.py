@@ -49,11 +49,13 @@ def same_base(one: Run | None, other: Run | None) -> bool:
     return (mine.name, mine.revision, mine.variant) == (theirs.name, theirs.revision, theirs.variant)
 
 
-def stacked(library: Library, run: Run | None, names: list[str], strengths: str) -> Weights:
+def stacked(library: Library, run: Run | None, names: object, strengths: str) -> Weights:
     """Return the named LoRAs with the typed strengths as one stack.
 
     Raises `RunError` for an unknown name, a LoRA of another base model, and an invalid strength.
     """
+    if not isinstance(names, list):
+        raise RunError("Give the LoRAs as a list of their names.")
     if len(names) > MOST:
         raise RunError(f"{len(names)} LoRAs: at most {MOST} can be stacked.")
     known, found = _all_loras(library), []
@@ -96,10 +98,10 @@ def to_write(weights: Weights, strength: float) -> Weights:
     """
     if weights.kind == "stack":
         return stack([(part, own * strength) for part, own in weights.parts])
-    if weights.kind == "merged" and strength == 1:
-        return weights
     if weights.kind == "merged":
-        raise RunError(f"{weights.label}: at another strength than 1, choose the LoRA file of that method instead.")
+        if strength != 1:
+            raise RunError(f"{weights.label}: at another strength than 1, choose the LoRA file of that method instead.")
+        return weights
     if weights.kind != "file":
         reason = "merge it first" if weights.kind == "adapter" else "choose a LoRA or merged weights"
         raise RunError(f"{weights.label}: no whole model is made of that; {reason}.")

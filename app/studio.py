@@ -223,8 +223,8 @@ class Studio:
 
         `kind`: `images`, `grid` or `model` stops only requests of this kind; None stops all.
         """
-        waiting = [visitor for visitor in list(self.running) if visitor.session == session]
-        found = [visitor for visitor in waiting if kind in (None, visitor.kind)]
+        running = list(self.running)
+        found = [visitor for visitor in running if visitor.session == session and kind in (None, visitor.kind)]
         for visitor in found:
             visitor.stopped.set()
         return bool(found)
@@ -268,7 +268,7 @@ class Studio:
         """Generate the images in order, each in its own turn, and send them."""
         for number, picture in enumerate(pictures):
             with self._turn(run, visitor):
-                if picture.merge is not None and not picture.weights.path.is_file():
+                if picture.merge and not picture.weights.path.is_file():
                     visitor.put(Status(f"Merging: {picture.weights.label}"))
                     self._merge(run, *picture.merge)
                 visitor.put(Status(picture.title))
@@ -364,13 +364,12 @@ class Studio:
             if weights.kind == "merged" and name in parts:
                 weight_files.put_merged(parts[name], one, strength)
             elif weights.kind == "adapter" and name in parts:
-                targets = targets_of(run.config["target_modules"]) if path == weights.path else self._targets(name)
+                if path == weights.path:
+                    targets = targets_of(run.config["target_modules"])
+                else:
+                    (part,) = [part for part in self.family.trainable if part.name == name]
+                    targets = part.targets_in(self.encoders[name])
                 weight_files.put_adapter(parts[name], run.config, targets, one, strength)
-
-    def _targets(self, name: str) -> list[str] | str:
-        """Return the layers of a text encoder that the trainer adapts."""
-        (part,) = [part for part in self.family.trainable if part.name == name]
-        return part.targets_in(self.encoders[name])
 
     def _parts(self) -> dict[str, torch.nn.Module]:
         """Return a denoiser and text encoders, by name, that share the base tensors instead of copying them."""

@@ -107,19 +107,27 @@ def pipeline_line(run: Run, more: str = "") -> str:
 def lora_lines(run: Run, place: str) -> str:
     """Return the lines of Python that load a LoRA file."""
     folder, _, name = place.rpartition("/")
-    lines = ["from diffusers import DiffusionPipeline", pipeline_line(run)]
-    return "\n".join([*lines, f"pipeline.load_lora_weights({folder!r}, weight_name={name!r})"])
+    return (
+        "from diffusers import DiffusionPipeline\n"
+        f"{pipeline_line(run)}\n"
+        f"pipeline.load_lora_weights({folder!r}, weight_name={name!r})"
+    )
 
 
 def peft_lines(run: Run, place: str) -> str:
     """Return the lines of Python that load a PEFT folder."""
     part = "transformer" if any(run.inside(method, "transformer") for method in run.methods) else "unet"
-    lines = ["from diffusers import DiffusionPipeline; from peft import PeftModel", pipeline_line(run)]
-    return "\n".join([*lines, f"pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, {place!r})"])
+    return (
+        "from diffusers import DiffusionPipeline; from peft import PeftModel\n"
+        f"{pipeline_line(run)}\n"
+        f"pipeline.{part} = PeftModel.from_pretrained(pipeline.{part}, {place!r})"
+    )
 
 
 def merged_lines(run: Run, weights: Weights, place: str) -> str:
     """Return the lines of Python that load merged weights."""
     part = weights.path.name
-    lines = ["from diffusers import AutoModel, DiffusionPipeline", f"{part} = AutoModel.from_pretrained({place!r})"]
-    return "\n".join([*lines, pipeline_line(run, f", {part}={part}")])
+    pipeline = pipeline_line(run, f", {part}={part}")
+    return (
+        f"from diffusers import AutoModel, DiffusionPipeline\n{part} = AutoModel.from_pretrained({place!r})\n{pipeline}"
+    )

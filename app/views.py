@@ -172,11 +172,6 @@ def progress(text: str, share: float) -> str:
     return f'<div class="summary">{escape(text)}{bar}</div>'
 
 
-def caption(drawn: Drawn) -> str:
-    """Return the caption of a generated image."""
-    return f"{drawn.source['weights']} · seed {drawn.request.seed}"
-
-
 def notice(text: str) -> str:
     """Return a text in a box."""
     return f'<div class="notice">{escape(text)}</div>'
@@ -204,11 +199,11 @@ def settings_table(images: list[Drawn]) -> str:
 def place(name: str) -> str:
     """Return a block's place in short form: d0.1 for `down_blocks.0.attentions.1...`, s3 for `single_blocks.3...`."""
     match = re.match(r"(down|up|mid)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)(?:\.transformer_blocks\.(\d+))?", name)
-    if match is not None:
+    if match:
         inner = f"/{match[4]}" if match[4] not in (None, "0") else ""
         return f"{match[1][0]}{match[2] or ''}.{match[3]}{inner}"
     match = re.match(r"(\w)\w*\.(\d+)\.", name)
-    return f"{match[1]}{match[2]}" if match is not None else name
+    return f"{match[1]}{match[2]}" if match else name
 
 
 def role_of(name: str) -> str:
@@ -320,9 +315,8 @@ def merge_report(report: dict | None) -> str:
     if known:
         text += f"; relative error {sum(known) / len(known):.1%} on average, {max(known):.1%} at most"
     maps = heat_map("Relative error of the merged block: |merged - unmerged| / |unmerged|", ERRORS, errors)
-    inner = {name: alpha for name, alpha in alphas.items() if alpha is not None}
-    if len(inner) == len(alphas):
-        maps += heat_map("alpha*: how much of a block its neighbours add", ALPHAS, inner)
+    if None not in alphas.values():
+        maps += heat_map("alpha*: how much of a block its neighbours add", ALPHAS, alphas)
     else:
         maps += "<p>The least-squares merge fits a matrix instead of one alpha* for each block. "
         maps += "Merge by <i>input</i> or <i>weights</i> to see the paper's alpha*.</p>"

@@ -40,8 +40,11 @@ def place_for(library: Library, name: object) -> Path:
 
 def lines_for(place: str) -> str:
     """Return the lines of Python that load the model."""
-    load = f"pipeline = DiffusionPipeline.from_pretrained({place!r})"
-    return "\n".join(["from diffusers import DiffusionPipeline", load, 'image = pipeline("a prompt").images[0]'])
+    return (
+        "from diffusers import DiffusionPipeline\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({place!r})\n"
+        'image = pipeline("a prompt").images[0]'
+    )
 
 
 def write(

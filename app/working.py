@@ -23,6 +23,6 @@ class WorkingFiles:
         with self.lock:
             self.made.append(folder)
             old = self.made.popleft() if len(self.made) > KEPT else None
-        if old is not None:
+        if old:
             shutil.rmtree(old, ignore_errors=True)
         return folder / name

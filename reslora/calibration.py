@@ -137,7 +137,9 @@ class Calibrator:
             )
         if name == leader and name not in self.postponed:
             inputs = self.inputs.pop(name, None) or Inputs(tokens)
-            if _has_room([*(other.nbytes() for other in self.inputs.values()), inputs.nbytes(len(tokens))]):
+            sizes = [*(other.nbytes() for other in self.inputs.values()), inputs.nbytes(len(tokens))]
+            held, solving = zip(*sizes, strict=True)
+            if len(sizes) == 1 or sum(held) + max(solving) <= BUDGET:  # one input is always held
                 inputs.add(tokens)
                 self.inputs[name] = inputs
             else:
@@ -170,15 +172,6 @@ class Calibrator:
         for name in later:
             self.blocks[name].moments = None
         self.waiting, self.postponed = later, set()
-
-
-def _has_room(sizes: list[tuple[int, int]]) -> bool:
-    """Return whether inputs of these sizes, (bytes stored, bytes to solve), fit into `BUDGET`.
-
-    A single input always fits.
-    """
-    held, solving = zip(*sizes, strict=True)
-    return len(sizes) == 1 or sum(held) + max(solving) <= BUDGET
 
 
 def _forward(base: nn.Module, batch: Mapping, device: torch.device, number: int) -> None:

@@ -111,13 +111,15 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
             f"this model is connected already, as {connection.adapter_name!r} with {connection.config}: call "
             f"reslora.disconnect before loading {directory}"
         )
-    present = _has_adapter(base, adapter_name)
-    if present:
+    try:
+        layers = lora_layers(base, adapter_name)
+    except ValueError:
+        layers = {}
+    if layers:
         for field in ("lora_alpha", "use_rslora", "alpha_pattern"):
             here, there = getattr(base.peft_config[adapter_name], field), getattr(saved.lora, field)
             if here != there:
                 raise ValueError(f"{field}={here!r} of the adapter differs from {there!r} in {directory / CONFIG_NAME}")
-        layers = lora_layers(base, adapter_name)
         if connection is None:
             refuse_merged(layers)
             refuse_inactive(layers, adapter_name)
@@ -135,7 +137,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         tried = _attach(meta_copy(base), lora, adapter_name, saved, directory)
         _check(saved, tried, adapter_name, directory)
     check_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
-    loaded = outer if present else _attach(outer, saved.lora, adapter_name, saved, directory)
+    loaded = outer if layers else _attach(outer, saved.lora, adapter_name, saved, directory)
     _fill(loaded, saved.tensors, adapter_name)
     rescale(lora_layers(base_model(loaded), adapter_name), saved.scaling, adapter_name)
     if connection is None:
@@ -247,13 +249,6 @@ def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, saved: _Saved
         raise ValueError(
             f"the adapter saved in {directory / CONFIG_NAME} does not fit {type(model).__name__}: {first_line(error)}"
         ) from error
-
-
-def _has_adapter(base: nn.Module, adapter_name: str) -> bool:
-    try:
-        return bool(lora_layers(base, adapter_name))
-    except ValueError:
-        return False
 
 
 def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, wirable: bool = True) -> None:

@@ -168,9 +168,12 @@ def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
         for verb in (*_REFUSED, *_LEAVING):
             if hasattr(type(module), verb) and not isinstance(vars(module).get(verb), _Guard):
                 vars(module)[verb] = _Guard(module, verb, base if module is base else outer)
-    for name, layer in _merged_by_peft(base) if wired else ():
-        # PEFT merges layer by layer: without this, plain layers would be merged before the first connected one raises.
-        layer.merge = layer.unmerge = functools.partial(_refuse_merge, name)
+    # PEFT merges layer by layer: without this, plain layers would be merged before the first connected one raises. Its
+    # merge does not visit layers that merge in their `forward`.
+    itself = [f"{name}." for name, module in base.named_modules() if merges_itself(module)]
+    for name, module in base.named_modules() if wired else ():
+        if isinstance(module, LoraLayer) and not f"{name}.".startswith(tuple(itself)):
+            module.merge = module.unmerge = functools.partial(_refuse_merge, name)
     for name, layer in wired:
         layer.update_layer = functools.partial(_refuse_update, name, layer)
     watch_peft()
@@ -197,14 +200,6 @@ def keeping_shortcuts() -> Iterator[None]:
         yield
     finally:
         _keeps_shortcuts.reset(token)
-
-
-def _merged_by_peft(base: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Yield name and layer of all LoRA layers, whatever their adapter, except layers that merge in their `forward`."""
-    itself = [name for name, module in base.named_modules() if merges_itself(module)]
-    for name, module in base.named_modules():
-        if isinstance(module, LoraLayer) and not any(f"{name}.".startswith(f"{owner}.") for owner in itself):
-            yield name, module
 
 
 def _refuse(connected: str, arguments: dict, verb: str, does: str, default: str | None = None) -> None:

@@ -58,6 +58,7 @@ class Merged:
     notes: tuple[str, ...] = ()
 
 
+@dataclasses.dataclass(eq=False)
 class Moments:
     """Second moments of one block over the calibration batches, from which fits and merge errors are computed.
 
@@ -66,24 +67,23 @@ class Moments:
     instead of `handed`: if S is exact, the gap is exactly zero, however ill-conditioned x is.
     """
 
+    stand_in: torch.Tensor | None = None
+    inputs: Inputs | None = None
+    """Stores x for the regression, if the gap of this block is to be fitted."""
+    fitted: torch.Tensor | None = None
+    """D of the regression (r x p), after `fit`: S + D is the C of `merge_lstsq`."""
     # 0.0 at first, and tensors after a forward pass was added.
-    norm_sum: Any
-    own_own: Any
-    own_handed: Any
-    handed_handed: Any
-    gap_gap: Any
-    gap_x: Any
-
-    def __init__(self, stand_in: torch.Tensor | None = None) -> None:
-        self.stand_in = stand_in
-        self.inputs: Inputs | None = None
-        """Stores x for the regression, if the gap of this block is to be fitted."""
-        self.fitted: torch.Tensor | None = None
-        """D of the regression (r x p), after `fit`: S + D is the C of `merge_lstsq`."""
-        self.norm_sum, self.forwards, self.rows = 0.0, 0, 0
-        self.own_own = self.own_handed = self.handed_handed = self.gap_gap = self.gap_x = 0.0
-        self.gaps: list[torch.Tensor] = []
-        self.output, self.miss = 0.0, 0.0
+    norm_sum: Any = 0.0
+    own_own: Any = 0.0
+    own_handed: Any = 0.0
+    handed_handed: Any = 0.0
+    gap_gap: Any = 0.0
+    gap_x: Any = 0.0
+    gaps: Sequence[torch.Tensor] = ()
+    forwards: int = 0
+    rows: int = 0
+    output: float = 0.0
+    miss: float = 0.0
 
     def add(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None, norm: torch.Tensor) -> None:
         """Add one forward pass: `x` (T x p), `own` and `handed` (T x r).
@@ -105,7 +105,7 @@ class Moments:
             if self.inputs is not None:
                 self.rows += len(x)
                 self.gap_x = self.gap_x + gap.to(x.dtype).t() @ x
-                self.gaps = [*self.gaps, gap] if self.inputs.dual else []
+                self.gaps = [*self.gaps, gap] if self.inputs.dual else ()
 
     def fit(self) -> None:
         """Fit the gap, `argmin_D |gap - D x|^2 + ridge |D|^2`, and free x; the residual becomes the new gap."""
@@ -113,7 +113,7 @@ class Moments:
         fitted = _precise(self.fitted)
         cross = self.gap_x.to(fitted) @ fitted.t()
         self.gap_gap = self.gap_gap - cross - cross.t() + self.inputs.quadratic(fitted).to(cross)
-        self.inputs, self.gap_x, self.gaps = None, 0.0, []
+        self.inputs, self.gap_x, self.gaps = None, 0.0, ()
 
     def measure(self, output: torch.Tensor, miss: torch.Tensor) -> None:
         """Add the squared norms of one forward pass: of the unmerged output, and of the merge error `miss`."""
@@ -181,7 +181,11 @@ def merge_weights(chain: list[Factors]) -> list[Merged]:
         result = block.fold(block, alphas)
         result.notes += tuple(_zero_norm(chain[j]) for j in sorted(used) if norms[j] == 0)
         merged.append(result)
-        norm = merged_norm(block.weight(), result.a, result.b, block.scaling)
+        weight = block.weight()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        b, a = result.b.to(weight.device, dtype), result.a.to(weight.device, dtype)
+        # f*_j, the norm of W_j + s_j B*_j A*_j
+        norm = float(torch.linalg.vector_norm(torch.addmm(weight.to(dtype), b, a, alpha=block.scaling)))
         if not math.isfinite(norm):
             raise ValueError(f"{block.name} has NaN or infinity in its frozen weight: load the base model again")
         norms.append(norm)
@@ -225,13 +229,6 @@ def merge_exact(chain: list[Factors]) -> list[Merged]:
 
 
 # -- functions that the merges use -----------------------------------------------------------------------------------
-
-
-def merged_norm(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> float:
-    """Return f*_j, the Frobenius norm of `W_j + s_j B*_j A*_j` (q x p), in at least float32 (Eqs. 10-11)."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    b, a = b.to(weight.device, dtype), a.to(weight.device, dtype)
-    return float(torch.linalg.vector_norm(torch.addmm(weight.to(dtype), b, a, alpha=scaling)))
 
 
 def cut(block: Factors, merged: Merged, rank: int) -> Merged:

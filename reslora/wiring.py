@@ -107,22 +107,18 @@ def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, pla
     if config.wired:
         for chain in plan:
             _wire(chain, layers, connection)
-        shares = _share(plan, layers, adapter_name)
-        if carries or shares or config.reach is None:
+        for names in plan.readers:  # the blocks that read the same tensor share one product
+            blocks = {
+                name: (layers[name].lora_variant[adapter_name], layers[name].lora_A[adapter_name]) for name in names
+            }
+            shared = SharedProduct(blocks)
+            for variant, _ in blocks.values():
+                variant.shared = shared
+        if carries or plan.readers or config.reach is None:
             connection.handles = _hook(base, plan, wires)
     guards.install(model, ((block.name, layers[block.name]) for block in plan.blocks if config.wired))
     base._reslora = connection
     return connection
-
-
-def _share(plan: Chains, layers: dict[str, LoraLayer], adapter: str) -> bool:
-    """Let blocks that read the same tensor x compute `A x` in one product; return whether there are such blocks."""
-    for names in plan.readers:
-        blocks = {name: (layers[name].lora_variant[adapter], layers[name].lora_A[adapter]) for name in names}
-        shared = SharedProduct(blocks)
-        for variant, _ in blocks.values():
-            variant.shared = shared
-    return bool(plan.readers)
 
 
 def _hook(base: nn.Module, plan: Chains, wires: Wires) -> list:

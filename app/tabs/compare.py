@@ -40,15 +40,6 @@ class CompareTab(Tab):
                 self.train_curve = gr.HTML(elem_id="train-curve")
                 self.validation_curve = gr.HTML(elem_id="validation-curve")
         self.numbers = gr.HTML(elem_id="numbers")
-        self.files_column()
-        self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers, self.verdict]
-        # It has the time of the last change, not a step: the user may have moved the slider since the page's request.
-        self.new = gr.Textbox(visible="hidden", elem_id="new")
-        self.watched, self.of_run = [self.step, self.beside, self.new], [self.file, self.place, self.use]
-        self.chosen = self.step
-
-    def files_column(self) -> None:
-        """Make the components for the run's exported files and how to load them."""
         gr.Markdown("### Use it elsewhere")
         with gr.Row(equal_height=True):
             self.file = open_choice("File", elem_id="file", scale=4)
@@ -57,6 +48,11 @@ class CompareTab(Tab):
         common = {"interactive": False, "buttons": ["copy"]}
         self.place = gr.Textbox(label="Where it is", max_lines=1, elem_id="place", **common)
         self.use = gr.Textbox(label="How it is loaded", lines=3, max_lines=8, elem_id="use", **common)
+        self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers, self.verdict]
+        # Time of the last change, not the new step: the user may have moved the slider since the page's request.
+        self.new = gr.Textbox(visible="hidden", elem_id="new")
+        self.watched, self.of_run = [self.step, self.beside, self.new], [self.file, self.place, self.use]
+        self.chosen = self.step
 
     def events(self, page: TabHost) -> None:
         """Connect the slider, the buttons and the endpoints."""
@@ -66,7 +62,13 @@ class CompareTab(Tab):
             [self.step.change, self.beside.input, self.new.change], self.look, looked_at,
             [*self.at_step, self.beside], trigger_mode="always_last", preprocess=False, **QUIET,
         )  # fmt: skip
-        self.for_programs(page)
+        # Those with several runs have endpoints of their own, so existing clients keep working.
+        for handler, asked, outputs, name in (
+            (self.compare, looked_at[:2], self.at_step, "compare"),
+            (self.save_grid, looked_at[:2], self.grid_file, "download_grid"),
+            (self.compare_runs, looked_at, self.at_step, "compare_runs"),
+        ):
+            gr.on([], handler, asked, outputs, api_name=name, preprocess=False)
         self.play.click(self.toggle, self.play, [self.play, self.playing], **QUIET)
         self.playing.tick(self.next_step, [run, self.step], self.step, preprocess=False, **QUIET)
         self.download.click(
@@ -79,16 +81,6 @@ class CompareTab(Tab):
         self.take.click(
             self.take_file, [run, self.file], self.taken, api_name="download_file", preprocess=False
         ).success(None, js="() => document.querySelector('#taken').click()")
-
-    def for_programs(self, page: TabHost) -> None:
-        """Register the endpoints; the endpoint for several runs has its own name, so existing clients keep working."""
-        inputs = [page.run, self.step]
-        for handler, asked, outputs, name in (
-            (self.compare, inputs, self.at_step, "compare"),
-            (self.save_grid, inputs, self.grid_file, "download_grid"),
-            (self.compare_runs, [*inputs, self.beside], self.at_step, "compare_runs"),
-        ):
-            gr.on([], handler, asked, outputs, api_name=name, preprocess=False)
 
     def seen(self, run: Run) -> tuple[int, list[str], bool]:
         """Return the last step, the labels of the downloads, and whether the run failed."""

@@ -120,11 +120,9 @@ class DatasetTab(Tab):
             self.trash.click(self.do_throw_away, throw, self.answer, js=WITH_TICKED, **QUIET),
             self.undo.click(self.do_undo, undo, self.answer, js=WITH_TICKED, **QUIET),
             self.check.click(self.do_check, self.asked, self.answer, concurrency_limit=1, **QUIET),
+            page.frames[self].select(self.open, self.folder, self.folder, **QUIET),
         ]
         done[1].success(None, js=f"() => {HOST}.pick('none')")
-        place = self.answer.parent
-        assert isinstance(place, gr.Tab)
-        done.append(place.select(self.open, self.folder, self.folder, **QUIET))
         for event in done:  # `then` does not run after a failure
             for outcome in (event.success, event.failure):
                 outcome(None, js=f"() => {HOST}.renew()")

@@ -45,29 +45,25 @@ class ExperimentTab(LaunchTab):
                 gr.Markdown(ABOUT)
                 self.settings_column()
             with gr.Column(scale=3, min_width=360):
-                self.results_column()
+                self.plan = gr.HTML(elem_id="experiment-plan")
+                self.buttons_row()
+                self.memory_button()
+                with gr.Row(equal_height=True):
+                    self.which = open_choice("Experiment", elem_id="experiment", scale=3)
+                    self.take = gr.DownloadButton(
+                        "Download report", interactive=False, elem_id="take-report", scale=1, min_width=140
+                    )
+                    self.take_best = gr.Button(
+                        "Download best LoRA", interactive=False, elem_id="take-best", scale=1, min_width=140
+                    )
+                    self.best_taken = gr.DownloadButton("best", visible="hidden", elem_id="best-taken")
+                self.state = gr.HTML(elem_id="experiment-state")
+                self.report = gr.HTML(elem_id="experiment-report")
+                with gr.Accordion("What the trainer prints", open=False):
+                    self.log = gr.HTML(elem_id="experiment-log")
         self.last_look = gr.State(None)
         self.timer = gr.Timer(EVERY, active=False)
         self.on_arrival += [self.which]
-
-    def results_column(self) -> None:
-        """Make the components of plan, progress and report."""
-        self.plan = gr.HTML(elem_id="experiment-plan")
-        self.buttons_row()
-        self.memory_button()
-        with gr.Row(equal_height=True):
-            self.which = open_choice("Experiment", elem_id="experiment", scale=3)
-            self.take = gr.DownloadButton(
-                "Download report", interactive=False, elem_id="take-report", scale=1, min_width=140
-            )
-            self.take_best = gr.Button(
-                "Download best LoRA", interactive=False, elem_id="take-best", scale=1, min_width=140
-            )
-            self.best_taken = gr.DownloadButton("best", visible="hidden", elem_id="best-taken")
-        self.state = gr.HTML(elem_id="experiment-state")
-        self.report = gr.HTML(elem_id="experiment-report")
-        with gr.Accordion("What the trainer prints", open=False):
-            self.log = gr.HTML(elem_id="experiment-log")
 
     def arrive(self) -> dict:
         """Return the image folders and the experiments; select the experiment that is training, else the newest."""
@@ -95,7 +91,6 @@ class ExperimentTab(LaunchTab):
         self.which.change(self.look, self.which, shown, **QUIET)
         self.timer.tick(self.look, [self.which, self.last_look], shown, queue=False, **QUIET)
         page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **QUIET)
-        gr.api(self.list_names, api_name="experiments")
 
     def count(self, name: str, uploads, folder: str, model: str, *values) -> str:
         """Return the number of arms of the form, or what is wrong with it."""

@@ -7,7 +7,7 @@ import gradio as gr
 
 from reslora.formatting import pluralize
 
-from .. import recipe, views, weight_files
+from .. import recipe, stacks, views, weight_files
 from ..handlers import NO_PROGRESS, QUIET, paths_of
 from ..recipe import Drawn, Request
 from ..runs import BASE, Run, RunError, Weights
@@ -162,7 +162,7 @@ class GenerateTab(Tab):
         if uploaded:
             return weight_files.uploaded(*uploaded)
         if loras:
-            return self.stack.stacked(run, loras, strengths)
+            return stacks.stacked(self.library, run, loras, strengths)
         return run.find_weights(label) if run else BASE
 
     # -- generation ----------------------------------------------------------------------------------------------------
@@ -188,7 +188,8 @@ class GenerateTab(Tab):
                 shown = {}
                 if isinstance(event, Drawn):
                     done.append(event)
-                    files.append((str(self.save(event)), views.caption(event)))
+                    caption = f"{event.source['weights']} · seed {event.request.seed}"
+                    files.append((str(self.save(event)), caption))
                     shown = {self.gallery: list(files), self.made: views.settings_table(done)}
                 yield shown | {self.status: views.progress(text, (len(done) + share) / wanted)}
         except Cancelled:

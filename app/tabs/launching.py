@@ -69,18 +69,6 @@ class LaunchTab(Tab):
         self.name = gr.Textbox(
             self.suggested, label=f"Name of the new {self.what}", max_lines=1, elem_id=self.own("name")
         )
-        self.images_part()
-        known = form.known()
-        self.widgets([known[name] for name in self.names])
-        for title, group in form.groups((*self.names, *self.left_out)).items():
-            with gr.Accordion(title[:1].upper() + title[1:], open=False):
-                self.widgets(group)
-        self.flags = {name: self.flags[name] for name in self.all_names()}  # independent of their order on the page
-        self.form = [self.name, self.caption, self.folder, self.model, *self.flags.values()]
-        self.on_arrival = [self.folder]
-
-    def images_part(self) -> None:
-        """Make the components for model and training images."""
         self.uploads = gr.File(
             label="Your images, with .txt captions if you like (none: the bundled ones)",
             file_count="multiple", file_types=["image", *CAPTIONS], height=150, elem_id=self.own("uploads"),
@@ -93,19 +81,27 @@ class LaunchTab(Tab):
             "Model", choices=list(PIPELINES), value="", elem_id=self.own("model"),
             info=f"Empty: {next(iter(PIPELINES))}; or a name on the hub: owner/model",
         )  # fmt: skip
+        known = form.known()
+        self.widgets([known[name] for name in self.names])
+        for title, group in form.groups((*self.names, *self.left_out)).items():
+            with gr.Accordion(title[:1].upper() + title[1:], open=False):
+                self.widgets(group)
+        self.flags = {name: self.flags[name] for name in self.all_names()}  # independent of their order on the page
+        self.form = [self.name, self.caption, self.folder, self.model, *self.flags.values()]
+        self.on_arrival = [self.folder]
 
     def widgets(self, options: Sequence[Option]) -> None:
         """Make a widget for each option: text boxes and choices first, then checkboxes."""
-        ticked = [option for option in options if option.is_switch]
-        for part in ([option for option in options if option not in ticked], ticked):
+        for is_switch in (False, True):
             with gr.Row():
-                for option in part:
-                    self.flags[option.name] = self.widget(option)
+                for option in options:
+                    if option.is_switch == is_switch:
+                        self.flags[option.name] = self.widget(option)
 
     def widget(self, option: Option) -> gr.components.Component:
         """Return the widget of an option with the trainer's help; the placeholder is the default."""
-        name, several = option.name, isinstance(self.filled.get(option.name), list)
-        value = self.filled[name] if name in self.filled else form.widget_value(option, None)
+        name = option.name
+        value = self.filled.get(name, form.widget_value(option, None))
         common = {"label": form.label(option), "info": form.info(option), "elem_id": self.own(f"flag-{name}")}
         common["min_width"] = 460 if name in WIDE else 220
         if name == "method":
@@ -116,7 +112,9 @@ class LaunchTab(Tab):
             return gr.Checkbox(bool(value), **common)
         if found := form.choices(option):
             open_choice = [("by the model", "")] if value == "" else []
-            return gr.Dropdown([*open_choice, *found], value=value, multiselect=several, **common)
+            return gr.Dropdown(
+                [*open_choice, *found], value=value, multiselect=isinstance(self.filled.get(name), list), **common
+            )
         lines = {"lines": 2} if name == "validation_prompt" else {"max_lines": 1}
         return gr.Textbox(str(value), placeholder=form.default(option), **lines, **common)
 
@@ -182,6 +180,7 @@ class LaunchTab(Tab):
             self.do_stop, [which, seen], self.answer, api_name=f"{self.id}_stop", concurrency_limit=None, **NO_PROGRESS
         )
         self.resume.click(self.do_resume, which, self.answer, api_name=f"{self.id}_resume", **NO_PROGRESS)
+        gr.api(self.list_names, api_name=f"{self.what}s")
 
     def seen(self, run: Run) -> bool:
         """Return whether a new run would wait in the queue."""

@@ -56,7 +56,7 @@ class RunsTab(ListTab):
         what, name = event._data.get("do"), event._data.get("name")
         stay = (gr.skip(), gr.skip(), gr.skip())
         if what == "open":
-            return gr.skip(), gr.skip(), gr.skip(), *self.opened(name)
+            return *stay, *self.opened(name)
         if what == "trash":
             line = self.shelf.throw_away(name)
         elif what == "restore":

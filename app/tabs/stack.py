@@ -11,7 +11,7 @@ import gradio as gr
 from .. import stacks, takeaway, views, whole_models
 from ..handlers import NO_PROGRESS, QUIET
 from ..recipe import Request
-from ..runs import Run, RunError, Weights
+from ..runs import Run
 from ..sessions import TURNS, hears
 from ..studio import Cancelled
 from .base import TabHost, answer_line, open_choice
@@ -73,12 +73,6 @@ class StackPart:
     def offer(self, name: str) -> dict:
         """Return the same by the run's name."""
         return self.choices(self.library.find(name)) if name else gr.skip()
-
-    def stacked(self, run: Run | None, names: object, strengths: str) -> Weights:
-        """Return the selected LoRAs as one stack."""
-        if not isinstance(names, list):
-            raise RunError("Give the LoRAs as a list of their names.")
-        return stacks.stacked(self.library, run, names, strengths)
 
     def write_whole(
         self, name, label, adapter, strength, model, adapter_config=None, loras=None, strengths="",

@@ -40,22 +40,18 @@ class TrainTab(LaunchTab):
                 self.begun = gr.State(None)
                 self.settings_column()
             with gr.Column(scale=3, min_width=360):
-                self.process_column()
+                self.buttons_row()
+                with gr.Row():
+                    self.sample_now = gr.Button("Sample now", elem_id="sample-now", size="sm")
+                    self.save_now = gr.Button("Save now", elem_id="save-now", size="sm")
+                    self.memory_button()
+                self.log = gr.HTML(elem_id="log")
+                gr.Markdown(
+                    "Training is a process of its own: closing this page does not stop it, and reopening finds it "
+                    "again. *Stop* lets it save, *Resume* goes on from there. Its images arrive under **Compare**."
+                )
         self.live = [self.log]
         self.on_arrival += [self.begin]
-
-    def process_column(self) -> None:
-        """Make the buttons and the log."""
-        self.buttons_row()
-        with gr.Row():
-            self.sample_now = gr.Button("Sample now", elem_id="sample-now", size="sm")
-            self.save_now = gr.Button("Save now", elem_id="save-now", size="sm")
-            self.memory_button()
-        self.log = gr.HTML(elem_id="log")
-        gr.Markdown(
-            "Training is a process of its own: closing this page does not stop it, and reopening finds it "
-            "again. *Stop* lets it save, *Resume* goes on from there. Its images arrive under **Compare**."
-        )
 
     def arrive(self) -> dict:
         """Return the image folders, and the presets and runs whose settings can be loaded."""

@@ -135,6 +135,7 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
     rows = []
     for verdict in verdicts:
         detectable, expected, gain = verdict["detectable"], verdict.get("expected"), verdict.get("of_gain")
+        p = verdict["p_holm"]
         rows.append(
             [
                 escape(verdict["label"]),
@@ -144,7 +145,7 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
                 f"{signed(expected)}%" if expected is not None else NOTHING,
                 f"{signed(gain)}%" if gain is not None else NOTHING,
                 between(verdict["rerun"]),
-                p_in_words(verdict["p_holm"]),
+                NOTHING if p is None else f"{p:.3f}" if p >= 0.001 else "&lt; 0.001",
                 f"{percents(detectable)[0]}%" if detectable is not None else "not known",
                 f"{verdict['seeds']} &times; {verdict['images']}",
             ]
@@ -262,11 +263,6 @@ def with_signs(*values: float) -> list[str]:
 def between(ends: tuple[float, float] | None, in_words: Callable[[float], str] = lambda end: f"{signed(end)}%") -> str:
     """Return an interval as text, by default in percent; HTML."""
     return " to ".join(map(in_words, ends)) if ends else NOTHING
-
-
-def p_in_words(p: float | None) -> str:
-    """Return a p value with three decimal places; HTML."""
-    return NOTHING if p is None else f"{p:.3f}" if p >= 0.001 else "&lt; 0.001"
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -412,7 +408,9 @@ def select_charts(experiment: Experiment, losses: str = "") -> str:
         tried, steps = Series(label, place), Series(label, place)
         for learning_rate in sorted({arm["learning_rate"] for arm in arms}):
             curves = [curve_of(arm) for arm in arms if arm["learning_rate"] == learning_rate]
-            means = mean_curve(curves)
+            common = sorted(set(curves[0]).intersection(*curves))
+            means = {step: statistics.fmean(curve[step] for curve in curves) for step in common}
+            means = {step: mean for step, mean in means.items() if math.isfinite(mean)}
             if not means:
                 continue
             best = min(means, key=means.__getitem__)  # of equal losses the first
@@ -443,13 +441,6 @@ def select_charts(experiment: Experiment, losses: str = "") -> str:
 def curve_of(arm: Arm) -> dict[int, float]:
     """Return an arm's loss on the selection split by step, with NaN for non-finite losses."""
     return {int(step): math.nan if loss is None else loss for step, loss in arm["select_by_step"].items()}
-
-
-def mean_curve(curves: Sequence[dict[int, float]]) -> dict[int, float]:
-    """Return the mean over seeds by step, at the steps where every seed has a finite loss."""
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    means = {step: statistics.fmean(curve[step] for curve in curves) for step in steps}
-    return {step: mean for step, mean in means.items() if math.isfinite(mean)}
 
 
 # -- the rest ----------------------------------------------------------------------------------------------------------

@@ -108,7 +108,11 @@ class Results:
         self.chosen = choose([course.record(arm) for arm in course.arms()], course.choosing)
         trained = [arm for arm in losses if self.is_chosen(arm)]
         to_read = trained
-        if not self.can_compare(trained, complete=len(losses) == len(course.arms())):
+        several = {label for label, count in Counter(arm.label for arm in trained).items() if count > 1}
+        can_compare = len(several) > 1 and not several.isdisjoint(self.references())
+        if len(losses) == len(course.arms()):  # no other arm can add a second label
+            can_compare = bool(several)
+        if not can_compare:
             to_read = [arm for arm in trained if self.subject.is_tested(arm, self.step_of(arm))]
         self.count_reading(to_read)
         self.tests = self.tested(to_read)
@@ -123,16 +127,6 @@ class Results:
         for line in (*self.notes, *taken, *(verdict["sentence"] for verdict in self.verdicts), *ranked):
             print(line)
         print(f"{course.folder / REPORT}")
-
-    def can_compare(self, trained: Sequence[Arm], complete: bool) -> bool:
-        """Return whether the reference and another label have at least two seeds each.
-
-        Once all arms have ended (`complete`), it suffices that any label has two seeds. `trained`: the arms at the
-        chosen learning rates.
-        """
-        seeds = Counter(arm.label for arm in trained)
-        several = {label for label, count in seeds.items() if count > 1}
-        return bool(several) if complete else len(several) > 1 and not several.isdisjoint(self.references())
 
     def references(self) -> set[str]:
         """Return the labels of the reference method, with which others are compared."""

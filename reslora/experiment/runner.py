@@ -14,7 +14,6 @@ from ..runtime.processes import broadcast_from_main, is_main
 from ..runtime.signals import StopRequest
 from .arms import Arm
 from .results import Results
-from .schedule import Course
 from .study import Subject
 from .worker_pool import Crew, Orders, print_workers
 
@@ -78,20 +77,15 @@ def train_arms(results: Results, crew: Crew | None = None) -> None:
             else:
                 (arm,) = course.running
                 if is_main():
-                    print(run_in_words(course, arm, ended, total), flush=True)
+                    minutes = course.minutes_left()
+                    left = f", about {max(1, round(minutes))} min left" if minutes is not None else ""
+                    print(f"run {ended + 1} of {total}{left}: {course.name_of(arm)}", flush=True)
                 seconds = train(arm, subject)
             course.running.remove(arm)
             course.longest = max(course.longest, seconds)
             ended, total = ended + 1, len(course.arms())
             bar.total = total
             bar.update()
-
-
-def run_in_words(course: Course, arm: Arm, ended: int, total: int) -> str:
-    """Return the line that is printed before an arm is trained, with the expected time until the experiment ends."""
-    minutes = course.minutes_left()
-    left = f", about {max(1, round(minutes))} min left" if minutes is not None else ""
-    return f"run {ended + 1} of {total}{left}: {course.name_of(arm)}"
 
 
 def train(arm: Arm, subject: Subject) -> float:

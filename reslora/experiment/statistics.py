@@ -60,7 +60,8 @@ class Spread(NamedTuple):
     @property
     def error(self) -> np.ndarray:
         """Standard error of the mean difference, of shape (...)."""
-        return np.sqrt(_sum(*self.squares) / self.number)
+        seeds, images, rest = self.squares
+        return np.sqrt(np.maximum(seeds + images - rest, np.maximum(seeds, images)) / self.number)
 
 
 def spread_of(differences: np.ndarray) -> Spread:
@@ -87,7 +88,8 @@ def moderated(spread: Spread, shared: np.ndarray | float, labels: int) -> Spread
     own = spread.degrees[0]
     more = min(PRIOR, (labels - 2) * own)
     seeds = (own * spread.squares[0] + more * shared) / (own + more)
-    return Spread(np.stack([seeds, *spread.squares[1:]]), np.array([own + more, *spread.degrees[1:]]), spread.number)
+    degrees = np.array([own + more, *spread.degrees[1:]])
+    return spread._replace(squares=np.stack([seeds, *spread.squares[1:]]), degrees=degrees)
 
 
 def half_width(spread: Spread, level: float) -> np.ndarray:
@@ -98,11 +100,8 @@ def half_width(spread: Spread, level: float) -> np.ndarray:
     Satterthwaite's degrees of freedom has too many false positives with few seeds at the corrected levels.
     """
     students = np.square(special.stdtrit(spread.degrees, level / 2))
-    return np.sqrt(_sum(*(t * square for t, square in zip(students, spread.squares, strict=True))) / spread.number)
-
-
-def _sum(seeds: np.ndarray, images: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    return np.maximum(seeds + images - rest, np.maximum(seeds, images))
+    products = [t * square for t, square in zip(students, spread.squares, strict=True)]
+    return spread._replace(squares=np.stack(products)).error
 
 
 def p_value(difference: float, spread: Spread) -> float:
@@ -126,10 +125,10 @@ def detectable(spread: Spread, level: float) -> float:
     degrees, random = spread.degrees, np.random.default_rng(0)
     chances, again = random.chisquare(degrees[:, None], (2, 3, SIMULATED)) / degrees[:, None]
     true = spread.squares[:, None] / chances
-    error = np.sqrt(_sum(*true) / spread.number)
+    error = spread._replace(squares=true).error
     if not error.any():
         return 0.0
-    needed = half_width(Spread(again * true, degrees, spread.number), level)
+    needed = half_width(spread._replace(squares=again * true), level)
 
     def lacking(difference: float) -> float:
         return POWER - float(special.ndtr((difference - needed) / error).mean())

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..training.context import Context
 from .data.batch import Batch
-from .model.families.base import Conditions, Text
+from .model.families.base import Conditions
 from .model.loading import wide_enough
 from .model.loss import huber_of, loss_per_sample, masked, squared_error
 from .model.objective import Objective
@@ -78,7 +78,12 @@ class DenoisingLoss:
         batch = batch.to(self.pipeline.vae.device)
         latents = self._latents(batch)
         noisy = self.objective.noisy(latents, batch.noise, batch.timesteps).to(self.dtype)
-        conditions = Conditions(self._text(batch), batch.sizes, self.training_options.guidance_scale_train)
+        text = batch.text
+        if text is None:
+            longest = self.training_options.max_sequence_length
+            with torch.no_grad():
+                text = self.family.encode_captions(self.pipeline, list(batch.caption), longest)
+        conditions = Conditions(text, batch.sizes, self.training_options.guidance_scale_train)
         inputs = self.family.denoiser_inputs(self.config, noisy, batch.timesteps, conditions)
         return inputs, self.objective.target(latents, batch.noise, batch.timesteps), batch.timesteps
 
@@ -90,11 +95,3 @@ class DenoisingLoss:
                 moments = self.family.encode_images(vae, batch.pixels.to(vae.dtype))
         mean, std = moments.float().unbind(1)
         return self.family.scale_latents(vae, mean + std * batch.posterior_noise)
-
-    def _text(self, batch: Batch) -> Text:
-        if batch.text is None:
-            with torch.no_grad():
-                return self.family.encode_captions(
-                    self.pipeline, list(batch.caption), self.training_options.max_sequence_length
-                )
-        return batch.text

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -191,22 +192,17 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
 
     The checked options are --train_text_encoder, --max_sequence_length and --guidance_scale_train.
     """
-    if adapter.train_text_encoder and not model.family.trainable:
-        can = [load_family(name) for name in FAMILIES]
-        names = ", ".join(family.name for family in can if family.trainable)
-        problem = f"the text encoder of {model.family.name} is not trained"
+    family, longest, guidance = model.family, training.max_sequence_length, training.guidance_scale_train
+    if adapter.train_text_encoder and not family.trainable:
+        names = ", ".join(other.name for other in map(load_family, FAMILIES) if other.trainable)
+        problem = f"the text encoder of {family.name} is not trained"
         raise InvalidArgument("--train_text_encoder", problem, f"leave it out, or give a model of {names}")
-    longest, guidance, name = (
-        training.max_sequence_length,
-        training.guidance_scale_train,
-        model.family.name,
-    )
-    if longest is not None and "max_sequence_length" not in model.family.defaults:
-        problem = f"{name} reads as many tokens as its text encoder can"
+    if longest is not None and "max_sequence_length" not in family.defaults:
+        problem = f"{family.name} reads as many tokens as its text encoder can"
         raise InvalidArgument(f"--max_sequence_length {longest}", problem, "leave it out")
     default = Options.table()["guidance_scale_train"].default
-    if guidance != default and not (model.family.is_told_guidance and model.denoiser_config().get("guidance_embeds")):
-        problem = f"the denoiser of this {name} is told no guidance"
+    if guidance != default and not (family.is_told_guidance and model.denoiser_config().get("guidance_embeds")):
+        problem = f"the denoiser of this {family.name} is told no guidance"
         raise InvalidArgument(f"--guidance_scale_train {guidance}", problem, f"leave it at {default}")
 
 
@@ -263,5 +259,6 @@ def matches(expression: str, name: str) -> bool:
 
 def model_targets(denoiser: nn.Module) -> list[str]:
     """Return the four most frequent last components of the names of the denoiser's linear layers."""
-    ends = [name.rpartition(".")[2] for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
-    return sorted((end for end in set(ends) if not end.isdigit()), key=ends.count, reverse=True)[:4]
+    layers = (name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear))
+    ends = Counter(name.rpartition(".")[2] for name in layers)
+    return [end for end, _ in ends.most_common() if not end.isdigit()][:4]

@@ -24,7 +24,16 @@ class Groups:
     @functools.cache
     def table(cls) -> dict[str, Option]:
         """Return all options by name, in order."""
-        return _table(cls)
+        found: dict[str, Option] = {}
+        parts = get_type_hints(cls)
+        for group in cls.titles:
+            part = parts[group]
+            kinds = get_type_hints(part)
+            for field in dataclasses.fields(part):
+                name = field.metadata["name"] or field.name
+                facts = {"name": name, "attribute": field.name, "group": group, "kind": kinds[field.name]}
+                found[name] = field.metadata["option"](**facts)
+        return found
 
     @classmethod
     def option(cls, name: str) -> Option:
@@ -61,23 +70,9 @@ class Groups:
 
     def flat(self) -> dict[str, Any]:
         """Return all values by name, as `config.json` stores them."""
-        return {name: _recorded(option, self[name]) for name, option in self.table().items()}
-
-
-def _table(kind: type[Groups]) -> dict[str, Option]:
-    found: dict[str, Option] = {}
-    parts = get_type_hints(kind)
-    for group in kind.titles:
-        part = parts[group]
-        kinds = get_type_hints(part)
-        for field in dataclasses.fields(part):
-            name = field.metadata["name"] or field.name
-            facts = {"name": name, "attribute": field.name, "group": group, "kind": kinds[field.name]}
-            found[name] = field.metadata["option"](**facts)
-    return found
-
-
-def _recorded(option: Option, value: Any) -> Any:
-    if not option.collapses or len(value) > 1:
-        return value
-    return value[0] if value else None
+        found = {}
+        for name, option in self.table().items():
+            found[name] = self[name]
+            if option.collapses and len(found[name]) < 2:
+                found[name] = next(iter(found[name]), None)
+        return found

@@ -36,6 +36,7 @@ OPTIMIZERS = {
     "lion": Named("lion_pytorch.Lion", "lion-pytorch"),
     "schedulefree": Named("schedulefree.AdamWScheduleFree", "schedulefree"),
 }
+CHOICE = f"give one of {', '.join(OPTIMIZERS)}"
 ADAMS = ("adamw", "adamw8bit")
 """The optimizers to which --adam_... applies."""
 
@@ -69,7 +70,7 @@ def check_installed(optimizer: str, words: Sequence[str], flag: str) -> None:
     """
     row = named(optimizer)
     if "." not in row.path:
-        raise InvalidArgument(flag, "no such optimizer", f"give one of {', '.join(OPTIMIZERS)}, or package.Class")
+        raise InvalidArgument(flag, "no such optimizer", f"{CHOICE}, or package.Class")
     require_package(flag, row.package, row.path.partition(".")[0])
     options_of(words)
 
@@ -84,11 +85,9 @@ def class_of(optimizer: str) -> type:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise InvalidArgument(
-            flag, first_line(error), f"give one of {', '.join(OPTIMIZERS)}, or package.Class"
-        ) from None
+        raise InvalidArgument(flag, first_line(error), f"{CHOICE}, or package.Class") from None
     from torch.optim import Optimizer
 
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
-        raise InvalidArgument(flag, "is no class of torch's optimizers", f"give one of {', '.join(OPTIMIZERS)}")
+        raise InvalidArgument(flag, "is no class of torch's optimizers", CHOICE)
     return found

@@ -224,8 +224,10 @@ def steps(text: str) -> int:
 
 def true_or_false(text: str) -> bool:
     """Return a switch's value in the notation of transformers' scripts."""
-    if text.lower() in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0"):
-        return text.lower() in ("yes", "true", "t", "y", "1")
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 

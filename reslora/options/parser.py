@@ -49,7 +49,9 @@ class OptionsParser(Parser):
     def add_option(self, group: argparse._ArgumentGroup, option: Option) -> None:
         """Add an option of the table to an argparse group."""
         flags = [option.flag, *[f"--{option.short}"] * bool(option.short)]
-        own: dict[str, Any] = {"dest": option.name, "help": full_help(option).replace("%", "%%")}
+        default = default_in_words(option)
+        said = f"{option.help} ({default})" if default else option.help
+        own: dict[str, Any] = {"dest": option.name, "help": said.replace("%", "%%")}
         if option.is_switch and not self.kind.switches_take_values:
             own["action"] = argparse.BooleanOptionalAction
         elif option.is_switch:
@@ -110,12 +112,6 @@ def with_home(values: Mapping[str, Any], table: Mapping[str, Option]) -> dict[st
 
 
 # -- help --------------------------------------------------------------------------------------------------------------
-
-
-def full_help(option: Option) -> str:
-    """Return an option's help, with its default."""
-    default = default_in_words(option)
-    return f"{option.help} ({default})" if default else option.help
 
 
 def default_in_words(option: Option) -> str:

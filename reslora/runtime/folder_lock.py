@@ -46,7 +46,9 @@ def locked(folder: Path) -> Iterator[None]:
             problem = f"cannot be written ({error.strerror})"
             raise InvalidArgument(f"--output_dir {folder}", problem, "choose another folder") from None
         try:
-            _clear_leftovers(folder)
+            parts = [folder / method / part for method in METHODS for part in (".", "samples", "best")]
+            for place in (folder, folder / "cache", *parts):
+                remove_leftovers(place)
             yield
         finally:
             if not _lost(folder):
@@ -174,12 +176,3 @@ def _owner(folder: Path) -> tuple[str, str]:
         number, _, process = (folder / OWNER).read_text().partition("\n")
         return number.strip(), process.strip()
     return "", ""
-
-
-def _clear_leftovers(folder: Path) -> None:
-    for place in (
-        folder,
-        folder / "cache",
-        *(folder / method / part for method in METHODS for part in (".", "samples", "best")),
-    ):
-        remove_leftovers(place)

@@ -38,13 +38,13 @@ class LogWriter:
     def __init__(self, path: Path, step: int = 0) -> None:
         self.kept = [row for row in read_log(path) if row["step"] <= step] if step else []
         with replacing(path) as temporary:
-            temporary.write_text("".join(_line(row) for row in self.kept), encoding="utf-8")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self.kept), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict) -> None:
         """Append one row and flush it to the file."""
         with self._named():
-            self.file.write(_line(row))
+            self.file.write(json.dumps(row) + "\n")
             self.file.flush()
 
     def close(self) -> None:
@@ -65,7 +65,3 @@ class LogWriter:
 def of_split(rows: Iterable[dict], split: str) -> list[dict]:
     """Return the rows of one split, `train` or `validation`."""
     return [row for row in rows if row.get("split") == split]
-
-
-def _line(row: dict) -> str:
-    return json.dumps(row) + "\n"

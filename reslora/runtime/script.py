@@ -68,7 +68,11 @@ def run_script(
             status = 128 + (stop.signal or signal.SIGINT)
         except EndedElsewhere as error:
             status = error.status
-        _leave_process_group(together=status not in (1, 2))
+        # On a busy machine, gloo's threads abort a process that exits with a live group (status -6 after a good run).
+        # Scripts import the module, with torch, only after their options are validated.
+        processes = sys.modules.get(f"{__package__}.processes")
+        if processes is not None:
+            processes.leave(everyone=status not in (1, 2))
         return status
 
 
@@ -92,15 +96,3 @@ def shares_the_cpu() -> bool:
 
 def _say(text: str) -> None:
     print(printable(" ".join(text.split())), file=sys.stderr)
-
-
-def _leave_process_group(together: bool) -> None:
-    """Destroy the process group before exit.
-
-    Otherwise, on a busy machine, gloo's threads may abort the process at exit, with status -6 after a successful run.
-    `together`: whether all processes of the run exit. If not, groups that would wait for the other processes remain.
-    """
-    # Not imported if the script ends before its options are validated, because the module imports torch.
-    processes = sys.modules.get(f"{__package__}.processes")
-    if processes is not None:
-        processes.leave(everyone=together)

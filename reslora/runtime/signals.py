@@ -115,7 +115,9 @@ class StopRequest:
         self._previous = {number: signal.signal(number, handler) for number, handler in numbers.items()}
         self._launcher = _launcher()
         if self._launcher is not None:
-            _signal_on_death_of_parent()
+            # The kernel sends SIGUSR1 when the parent dies (Linux only). Elsewhere `signal` polls the parent.
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(_TOLD), 0, 0, 0)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -170,9 +172,3 @@ def is_launcher(command: Sequence[str]) -> bool:
     """Return whether a command line starts a launcher of accelerate, torch or DeepSpeed."""
     # The interpreter, its options and `-m` may come first; later arguments belong to the script.
     return any(word in _LAUNCHERS or Path(word).name in _LAUNCHERS for word in command[:4])
-
-
-def _signal_on_death_of_parent() -> None:
-    """Ask the kernel for SIGUSR1 when the parent dies (Linux). On other systems, `signal` polls the parent."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(_TOLD), 0, 0, 0)

@@ -148,10 +148,10 @@ def _checked_llm(options: LlmOptions) -> Any:
     if task.task != "svamp" and task.data_dir == str(LLM_TASK):
         fix = "give --data_dir DIR, or --model_name_or_path MODEL"
         raise InvalidArgument(f"--task {task.task}", "the bundled examples are svamp's", fix)
-    if task.load_in_4bit and options.adapter.merge_and_save:
-        fix = "leave it out, and merge peft/ into the whole model"
-        raise InvalidArgument("--merge_and_save", "a 4-bit model cannot hold the sum", fix)
     if task.load_in_4bit:
+        if options.adapter.merge_and_save:
+            fix = "leave it out, and merge peft/ into the whole model"
+            raise InvalidArgument("--merge_and_save", "a 4-bit model cannot hold the sum", fix)
         refuse_unable([options.adapter.name], "quantised")
     if best not in ("", "loss", "accuracy"):
         raise InvalidArgument(f"--metric_for_best_model {best}", "unknown", "choose loss or accuracy")

@@ -16,7 +16,6 @@ from ..io import CHECKSUMS_NAME, Damaged, check_checksums, read_object
 from ..methods.adapters import ADAPTER_NAME
 from ..runtime.checkpoint_folders import numbered, set_aside
 
-RESULTS = "results.json"  # written by a finished run
 ALLOCATOR_NAME = "allocator.safetensors"  # AdaLoRA's running importances and ranks
 ADAPTER_ALONE = "it holds the adapter alone, as with --save_only_model"
 
@@ -70,20 +69,16 @@ def set_unfinished_aside(folder: Path, processes: int = 1) -> None:
     - if the checkpoint was written completely, even if it is damaged now or of another number of processes.
     """
     found = checkpoints_of(folder)
-    if len(found) == 1 and not (folder / RESULTS).exists() and _is_cut_short(found[0], processes):
-        set_aside(found[0], "was not finished", "unfinished")  # a name that resuming ignores
+    if len(found) != 1 or (folder / "results.json").exists():  # which a finished run has written
+        return
+    begun = (found[0] / CHECKSUMS_NAME).exists() and not _is_finished(found[0])
+    # The trainer's state is written last.
+    if not (found[0] / TRAINER_STATE_NAME).exists() or (begun and damage(found[0], processes) is not None):
+        set_aside(found[0], "was not finished", "unfinished")  # so that it is not a checkpoint to resume from
 
 
 def _is_finished(folder: Path) -> bool:
     return TRAINER_STATE_NAME in read_object(folder / CHECKSUMS_NAME)  # until then, the checksums list only the adapter
-
-
-def _is_cut_short(folder: Path, processes: int) -> bool:
-    """Return whether a checkpoint was not written completely: the trainer's state and its checksum are written last."""
-    if not (folder / TRAINER_STATE_NAME).exists():
-        return True
-    begun = (folder / CHECKSUMS_NAME).exists() and not _is_finished(folder)
-    return begun and damage(folder, processes) is not None
 
 
 def _lacks(folder: Path, processes: int) -> str | None:

@@ -56,10 +56,9 @@ MOST_LOOKS = 10
 LEAST_LOSS = 1e-12  # the statistics need losses above zero, but the loss of a confident prediction can round to zero
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 CHANGING = ("method", "learning_rate", "seed")  # options to which an experiment can add values
-LIMITS = ("max_eval_samples", "max_test_samples", "max_predict_samples")
 FIXED = (
     "merge", "calibration_examples", "max_steps", "num_train_epochs", "eval_strategy", "eval_steps", "max_new_tokens",
-    "per_device_eval_batch_size", *LIMITS,
+    "per_device_eval_batch_size", "max_eval_samples", "max_test_samples", "max_predict_samples",
 )  # fmt: skip
 """Options that a resumed single run may change, but a resumed experiment may not."""
 TEXTS = About(
@@ -381,16 +380,14 @@ class Bench(Subject):
         trainer.train(
             resume_from_checkpoint="latest" if broadcast_from_main(lambda: bool(checkpoints_of(folder))) else None
         )
-        if broadcast_from_main(lambda: not self.is_measured(arm, trainer.state.global_step)):
+        step = trainer.state.global_step
+        adapter = adapter_folder(folder, step)
+        # A step can be chosen once its loss and then its adapter were written.
+        if broadcast_from_main(lambda: not adapter.is_dir() or step not in self.course.select_losses(arm)):
             trainer.evaluate()
         method = dataclasses.replace(arguments.method, merge_and_save=False)  # merged/ is written only for the best arm
         broadcast_from_main(check_held)
         export(trainer.model, folder, method, self.study.calibration(arguments))
-
-    def is_measured(self, arm: Arm, step: int) -> bool:
-        """Return whether both the loss and the adapter of an arm's step are on disk, so that the step can be chosen."""
-        kept = adapter_folder(self.course.folder_of(arm), step).is_dir()
-        return kept and step in self.course.select_losses(arm)
 
     def restored(self, arm: Arm, step: int) -> PeftModel:
         """Return the model with the adapter that an arm has saved at a step, merged as for an export."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from datasets import Dataset
@@ -15,13 +16,12 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
-    PreTrainedModel,
     set_seed,
 )
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
-from ..errors import InvalidArgument, refused_as
+from ..errors import InvalidArgument, loaded_from_hub, refused_as
 from ..io import replacing
 from ..options.texts import ExperimentOptions, GlueDataOptions, GlueModelOptions, GlueOptions
 from ..options.values import as_typed
@@ -31,7 +31,7 @@ from ..runtime.signals import StopRequest
 from . import training_arguments
 from .callbacks import LogCallback
 from .experiment import Study
-from .glue_tasks import TASKS, Columns, Task, check_rows, file_form, predicted, read_folder, read_hub, scores
+from .glue_tasks import TASKS, Columns, Task, check_rows, file_form, predicted, read_folder, scores
 from .split import Parts, parts_of
 from .trainer import UNREADABLE, AdapterTrainer, attach, total_steps
 
@@ -132,11 +132,15 @@ def read_splits(arguments: Arguments) -> dict[str, Columns]:
 
 
 def _read(arguments: Arguments, split: str) -> tuple[str, list[dict] | None]:
+    """Return name and rows of a split, of --data_dir or of the data set on the Hub; None if it does not exist."""
     data, model = arguments.data, arguments.model
     if data.data_dir:
         return read_folder(arguments.task, data.data_dir, split)
-    source = {"path": data.dataset_name, "name": data.dataset_config_name or data.task_name}
-    return read_hub(arguments.task, source | {"cache_dir": model.cache_dir, "token": model.token}, split)
+    name = data.dataset_config_name or data.task_name
+    where = f"--dataset_name {data.dataset_name}, configuration {name}"
+    with loaded_from_hub(where, f"use --data_dir: {file_form(arguments.task)}"):
+        sets = datasets.load_dataset(path=data.dataset_name, name=name, cache_dir=model.cache_dir, token=model.token)
+    return f"{where}, {split}", sets[split].to_list() if split in sets else None
 
 
 def encode(arguments: Arguments, tokenizer, columns: Columns) -> Dataset:
@@ -193,14 +197,11 @@ def load_model(arguments: Arguments):
     # they divide by its `num_items_in_batch`, and would not scale the loss for accumulation steps and processes.
     model.accepts_loss_kwargs = False
     check_fit(arguments, tokenizer, model)
-    return tokenizer, model, classifier_of(model, loaded["missing_keys"])
-
-
-def classifier_of(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
-    """Return the names of the classifier's modules, with `pooler` if weights of the pooler are among the `missing`."""
     heads = [(name, head) for name, head in model.named_children() if name != model.base_model_prefix]
-    pooler = any("pooler" in key.split(".") for key in missing)
-    return [name for name, head in heads if any(True for _ in head.parameters())] + ["pooler"] * pooler
+    classifier = [name for name, head in heads if any(True for _ in head.parameters())]
+    if any("pooler" in key.split(".") for key in loaded["missing_keys"]):
+        classifier.append("pooler")
+    return tokenizer, model, classifier
 
 
 def check_fit(arguments: Arguments, tokenizer, model) -> None:

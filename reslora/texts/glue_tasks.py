@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-from ..errors import InvalidArgument, loaded_from_hub
+from ..errors import InvalidArgument
 from ..json_lines import data_lines
 
 Columns = dict[str, list]
@@ -86,17 +85,6 @@ def read_folder(task: Task, data_dir: str, split: str) -> tuple[str, list[dict] 
             raise InvalidArgument(f"{where}, {path.name} line {number}", "not a JSON object", "correct it")
         rows.append(row)
     return f"{where}, {path.name}", rows
-
-
-def read_hub(task: Task, source: dict[str, str | None], split: str) -> tuple[str, list[dict] | None]:
-    """Return the name of a split on the Hub for messages, and its rows (None if the split does not exist).
-
-    `source`: keyword arguments of `load_dataset`.
-    """
-    where = f"--dataset_name {source['path']}, configuration {source['name']}"
-    with loaded_from_hub(where, f"use --data_dir: {file_form(task)}"):
-        sets = datasets.load_dataset(**source)
-    return f"{where}, {split}", sets[split].to_list() if split in sets else None
 
 
 def file_form(task: Task) -> str:

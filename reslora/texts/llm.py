@@ -78,17 +78,6 @@ def _lacks(arguments: LlmTaskOptions, problem: str) -> InvalidArgument:
     return InvalidArgument(given, problem, file_form(arguments.task))
 
 
-def found_examples(arguments: LlmTaskOptions) -> dict[str, list[Example]]:
-    """Return the examples of an experiment: `train`, and `select` and `test`, which are empty without a file for them.
-
-    A task without test examples is tested on its validation examples.
-    """
-    found = all_examples(arguments)
-    select, test = (found["validation"], found["test"]) if found["test"] else ([], found["validation"])
-    select, test = select[: arguments.max_eval_samples], test[: arguments.max_test_samples]
-    return {"train": found["train"], "select": select, "test": test}
-
-
 def _validation_count(arguments: LlmTaskOptions, count: int) -> int:
     """Return the number of training examples to hold out for validation: a tenth, but at most HELD_OUT.
 
@@ -196,7 +185,11 @@ class LlmStudy(Study):
         Near-duplicates are found by their prompts.
         """
         task = arguments.options.task
-        parts = parts_of(found_examples(task), lambda example: example.prompt, shares)
+        found = all_examples(task)
+        select, test = (found["validation"], found["test"]) if found["test"] else ([], found["validation"])
+        select, test = select[: task.max_eval_samples], test[: task.max_test_samples]
+        files = {"train": found["train"], "select": select, "test": test}
+        parts = parts_of(files, lambda example: example.prompt, shares)
         return parts.limited(task.max_eval_samples, task.max_test_samples)
 
     def prepare(self, arguments: LlmArguments, parts: Parts) -> int:

@@ -226,7 +226,11 @@ class AdapterTrainer(Trainer):
         FSDP and ZeRO-3 are requested by options or by the environment of `accelerate launch`.
         """
         fsdp = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-        stage = _zero_stage(args)
+        stage = None  # of DeepSpeed's ZeRO
+        if plugin := getattr(args, "deepspeed_plugin", None):
+            stage = plugin.zero_stage
+        elif args.deepspeed:
+            stage = HfDeepSpeedConfig(args.deepspeed).get_value("zero_optimization.stage", 0)
         if fsdp or stage == 3:
             raise InvalidArgument(
                 "--fsdp" if fsdp else "--deepspeed",
@@ -372,7 +376,7 @@ class AdapterTrainer(Trainer):
 
         Raises `InvalidArgument` for one that is not available.
         """
-        with refused_as(f"--optim {_plain(self.args.optim)}", OTHER_CHOICE, UNFIT):
+        with refused_as(f"--optim {self.args.optim.value}", OTHER_CHOICE, UNFIT):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args, **kwargs):
@@ -380,7 +384,7 @@ class AdapterTrainer(Trainer):
 
         Raises `InvalidArgument` if a required argument is missing.
         """
-        given = f"--lr_scheduler_type {_plain(self.args.lr_scheduler_type)}"
+        given = f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"
         if self.args.lr_scheduler_kwargs:
             given += f" --lr_scheduler_kwargs {json.dumps(self.args.lr_scheduler_kwargs)}"
         with refused_as(given, OTHER_CHOICE, UNFIT):
@@ -454,14 +458,3 @@ class AdapterTrainer(Trainer):
     def _load_allocator(self, checkpoint: str) -> None:
         if self.allocator is not None:
             self.allocator.load_state_dict(load_file(Path(checkpoint) / ALLOCATOR_NAME))
-
-
-def _plain(choice: object) -> object:
-    return getattr(choice, "value", choice)
-
-
-def _zero_stage(args: TrainingArguments) -> int | None:
-    """Return DeepSpeed's ZeRO stage; None without DeepSpeed."""
-    if plugin := getattr(args, "deepspeed_plugin", None):
-        return plugin.zero_stage
-    return HfDeepSpeedConfig(args.deepspeed).get_value("zero_optimization.stage", 0) if args.deepspeed else None

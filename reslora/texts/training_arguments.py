@@ -50,8 +50,11 @@ class AdapterTrainingArguments(TrainingArguments):
                 problem = "what is evaluated is exported, and must not be rounded"
                 raise InvalidArgument(f"--{precision}_full_eval", problem, f"leave it out, or train with --{precision}")
         self._settle_device()
-        if self.deepspeed:
-            _say_that_there_is_one_process()
+        if self.deepspeed and not {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
+            # A single process, as torch's launcher describes it: DeepSpeed would look for MPI otherwise.
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+            for name, value in alone.items():
+                os.environ.setdefault(name, value)
         super().__post_init__()
 
     def _settle_device(self) -> None:
@@ -63,14 +66,6 @@ class AdapterTrainingArguments(TrainingArguments):
         if self.bf16 and not gpu and not self.use_cpu:
             raise InvalidArgument("--bf16", "there is no GPU", "add --use_cpu, or leave it out")
         self.use_cpu = self.use_cpu or (shares_the_cpu() and not self.deepspeed)
-
-
-def _say_that_there_is_one_process() -> None:
-    """Set the environment variables that torch's launcher sets for one process; otherwise DeepSpeed looks for MPI."""
-    if not {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        for name, value in alone.items():
-            os.environ.setdefault(name, value)
 
 
 class PassedOnParser(HfArgumentParser, Parser):
@@ -91,8 +86,7 @@ def parse_passed_on(prog: str, words: Sequence[str]) -> dict[str, Any]:
 
 def passed_on_defaults() -> dict[str, Any]:
     """Return the defaults of all options of `TrainingArguments`."""
-    parser = PassedOnParser(dataclass_types=[AdapterTrainingArguments])
-    return vars(parser.parse_args([]))
+    return vars(PassedOnParser(dataclass_types=[AdapterTrainingArguments]).parse_args([]))
 
 
 @dataclass(frozen=True)

@@ -134,10 +134,9 @@ def plan_resume(options: Options, identity: Identity | None = None, place: str =
 def already_trained(
     options: Options, folders: dict[str, Path], identity: Identity | None
 ) -> tuple[list[str], dict[str, Path], list[str]]:
-    """Return the state of the methods that are already trained.
+    """Return the finished methods, the checkpoints of methods to merge again, and notes about the finished ones.
 
-    Returns three values: the finished methods; the last checkpoint of each method to merge again; notes about the
-    finished methods.
+    Raises `InvalidArgument` if such a checkpoint is missing.
     """
     finished, merge_anew, notes = [], {}, []
     for method, folder in folders.items():
@@ -147,7 +146,11 @@ def already_trained(
         check_past(options.flat(), folder, record, identity)
         merged = METHODS[method].shortcuts and {name: record[name] for name in MERGING if name in record}
         if merged and any(options[name] != value for name, value in merged.items()):
-            merge_anew[method] = final_checkpoint(options.adapter, folder, record["step"])
+            path = folder / f"checkpoint-{record['step']}"
+            if not (path / RECORD).is_file():
+                problem = f"{folder} was merged otherwise, and {path.name} is gone, which holds what was trained"
+                raise InvalidArgument(f"--merge {options.adapter.merge}", problem, "choose another --output_dir")
+            merge_anew[method] = path
         elif all((folder / name).exists() for name in record.get("difference_of_255", ["none"])):
             finished.append(method)
             notes += notes_of(options, folder, record)
@@ -183,18 +186,6 @@ def is_trained(training: TrainingOptions, validation: ValidationOptions, folder:
         return patience == validation.early_stopping_patience
     same_epochs = bool(record.get("by_epochs")) and record.get("num_train_epochs") == training.num_train_epochs
     return step == steps if steps else same_epochs
-
-
-def final_checkpoint(options: MethodOptions, folder: Path, step: int) -> Path:
-    """Return the checkpoint from which a finished method can be merged again.
-
-    Raises `InvalidArgument` if it is missing.
-    """
-    path = folder / f"checkpoint-{step}"
-    if not (path / RECORD).is_file():
-        problem = f"{folder} was merged otherwise, and {path.name} is gone, which holds what was trained"
-        raise InvalidArgument(f"--merge {options.merge}", problem, "choose another --output_dir")
-    return path
 
 
 def notes_of(options: Options, folder: Path, record: dict) -> list[str]:

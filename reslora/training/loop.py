@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import get_grad_scaler
 from tqdm.auto import tqdm
 
 from ..errors import Diverged, EndedElsewhere, Stopped
@@ -23,7 +24,7 @@ from .best import best_of, go_on_from
 from .checkpoints import Resume, restore, save_checkpoint, write_exports
 from .compiling import checked
 from .context import Context
-from .preparing import prepare, renew_scaler
+from .preparing import prepare
 from .state import Learner
 from .stopping import Requests
 from .study import Study
@@ -39,7 +40,8 @@ def train_method(method: str, resume: Resume, study: Study) -> None:
     with memory_reported(folder), contextlib.ExitStack() as stack:
         broadcast_from_main(lambda: stack.enter_context(writing_into(folder)))
         context.status.say("loading the model", name)
-        renew_scaler(context.accelerator)
+        if context.accelerator.scaler is not None:  # every method starts with the same loss scale of fp16
+            context.accelerator.scaler = get_grad_scaler(context.accelerator.distributed_type)
         learner = study.learner(method)
         if METHODS[method].measured and not candidates:
             put_control_on(learner, study)

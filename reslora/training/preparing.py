@@ -5,22 +5,16 @@ import math
 from collections.abc import Iterable, Sequence
 
 from accelerate import Accelerator
-from accelerate.utils import get_grad_scaler
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 from ..model import enable_gradient_checkpointing
 from .context import Context
-from .sharding import cut, cuts_base, leave_base_alone
+from .sharding import cut, cuts_base
 from .state import Learner
 from .zero import load_full_state, uses_deepspeed
 
 FEW_TOKENS = 64
-
-
-def renew_scaler(accelerator: Accelerator) -> None:
-    """Replace the fp16 loss scaler, so that a method does not start with the scale that the previous one reached."""
-    if accelerator.scaler is not None:
-        accelerator.scaler = get_grad_scaler(accelerator.distributed_type)
 
 
 def prepare(learner: Learner, context: Context) -> None:
@@ -55,7 +49,10 @@ def prepare_processes(learner: Learner, accelerator: Accelerator) -> None:
     if not cuts_base(accelerator):
         learner.model, learner.optimizer = accelerator.prepare(trained, learner.optimizer)
         return
-    leave_base_alone(trained)
+    # DistributedDataParallel need not broadcast the frozen base: each process loads the same.
+    same = [name for name, parameter in trained.named_parameters() if not parameter.requires_grad]
+    same += [name for name, _ in trained.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, same)
     learner.model, learner.optimizer = accelerator.prepare(trained, learner.optimizer, device_placement=[False, True])
     cut(learner.denoiser, accelerator)
 

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InvalidArgument, refused_as
 from ..methods.registry import METHODS
@@ -108,13 +107,6 @@ def units_of(denoiser: nn.Module, accelerator: Accelerator) -> list[str]:
         problem = f"its fsdp_transformer_layer_cls_to_wrap has {unknown[0]}, of which the denoiser has none"
         raise InvalidArgument(LAUNCHER, problem, f"leave it out, or give {','.join(own)}")
     return names
-
-
-def leave_base_alone(trained: nn.Module) -> None:
-    """Exclude the frozen base from DistributedDataParallel's broadcast: every process has loaded it already."""
-    same = [name for name, parameter in trained.named_parameters() if not parameter.requires_grad]
-    same += [name for name, _ in trained.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(trained, same)
 
 
 def cut(denoiser: nn.Module, accelerator: Accelerator) -> None:

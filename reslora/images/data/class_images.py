@@ -89,13 +89,13 @@ def draw_missing(context: Context) -> None:
 
     The base model generates them. The random generator of each image is seeded with --seed and the file name.
     """
-    folder = Path(context.options.data.class_data_dir or "")
-    if missing_class_images(context.options.data, context.options.output):
+    data, output = context.options.data, context.options.output
+    folder = Path(data.class_data_dir or "")
+    if missing_class_images(data, output):
         folder.mkdir(parents=True, exist_ok=True)
         with exclusive_lock(folder, context):
-            if missing := missing_class_images(
-                context.options.data, context.options.output
-            ):  # another run may have generated them in the meantime
+            # Another run may have generated them in the meantime.
+            if missing := missing_class_images(data, output):
                 draw(folder, missing, context)
 
 

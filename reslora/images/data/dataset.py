@@ -74,11 +74,13 @@ class ImageDataset:
 
     def select(self, indices: Sequence[int], left_out: Sequence[str] = ()) -> ImageDataset:
         """Return the images at `indices`; `left_out` adds reasons why the other images are left out."""
+
+        def some(values: Sequence) -> Sequence:
+            return [values[i] for i in indices] if values else ()
+
         return dataclasses.replace(
-            self, rows=self.rows.select(indices), captions=[self.captions[i] for i in indices],
-            sizes=[self.sizes[i] for i in indices], left_out=(*self.left_out, *left_out),
-            marks=[self.marks[i] for i in indices] if self.marks else (),
-            masked=[self.masked[i] for i in indices] if self.masked else (),
+            self, rows=self.rows.select(indices), captions=some(self.captions), sizes=some(self.sizes),
+            marks=some(self.marks), masked=some(self.masked), left_out=(*self.left_out, *left_out),
         )  # fmt: skip
 
     def open(self, index: int) -> PIL.Image.Image:
@@ -235,7 +237,7 @@ def read_folder(
 
 
 def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everything: list[Path], deep: bool) -> Found:
-    found.notes += _hidden_note(found.rows, folder)
+    found.notes += hidden_images_line(unlisted(found.rows, hidden_images(folder)))
     if not deep:
         folders = sum(path.is_dir() for path in everything)
         found.notes += [f"{folder}: {pluralize(folders, 'folder')} in it not read"] if folders else []
@@ -258,11 +260,6 @@ def above_repeated(files: Sequence[Path]) -> list[Path]:
     return [path.parent.parent for path, match in named if match and 0 < int(match[1]) <= MOST_REPEATS]
 
 
-def _hidden_note(rows: datasets.Dataset, folder: Path) -> list[str]:
-    """Return a line about hidden images that no row names."""
-    return hidden_images_line(unlisted(rows, hidden_images(folder)))
-
-
 def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequence[Path | None] = ()) -> Found:
     """Return one row per file; a string in place of a list of captions is the reason why they cannot be used."""
     problems, texts = _sorted_out(captions)
@@ -275,9 +272,9 @@ def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequ
         return [{"path": name, "bytes": None} if name else None for name in names]
 
     columns: dict[str, list] = {"image": column(files), "captions": texts}
+    features = dict(FEATURES)
     if any(masks):
-        columns["mask"] = column(masks)
-    features = FEATURES | ({"mask": FEATURES["image"]} if any(masks) else {})
+        columns["mask"], features["mask"] = column(masks), FEATURES["image"]
     return Found(datasets.Dataset.from_dict(columns, datasets.Features(features)), problems, [], files=files)
 
 
@@ -348,8 +345,7 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
 
         files = [file(number, image) for number in range(len(rows))]
         named = [file(number, "mask") if name else None for number, name in enumerate(rows["mask"] if masks else ())]
-        found = _as_found(files, texts, named)
-        return dataclasses.replace(found, notes=notes)
+        return dataclasses.replace(_as_found(files, texts, named), notes=notes)
     try:
         images = rows.select_columns([image, *masks])
         if image != "image":
@@ -362,8 +358,8 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
         ) from None
     column = datasets.Dataset.from_dict({"captions": texts}, datasets.Features({"captions": FEATURES["captions"]}))
     rows = datasets.concatenate_datasets([images, column], axis=1)
-    if layout is None and not (data.dataset_name and data.train_data_dir):  # with both, only a part is read
-        notes += [*_passed_over(rows, everything, data), *_hidden_note(rows, folder)]
+    if layout is None and not (data.dataset_name and data.train_data_dir):  # else: part of a folder
+        notes += _passed_over(rows, everything, data) + hidden_images_line(unlisted(rows, hidden_images(folder)))
     caches = [datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE, model.cache_dir] if layout is None else []
     return Found(rows, problems, notes, places=[folder, *(Path(cache) for cache in caches if cache)])
 

@@ -53,9 +53,6 @@ class Texts:
     def __getitem__(self, caption: str) -> dict[str, torch.Tensor]:
         return self.encoded.read(self.places[caption]) if self.encoded else {}
 
-    def __contains__(self, caption: str) -> bool:
-        return caption in self.places
-
 
 @dataclass(frozen=True)
 class Latents:
@@ -227,7 +224,7 @@ def _fill(found: Encoded, images: TorchDataset, make: Callable[[Sequence], Item]
     """Store what `make` returns for each image that is not stored yet, or why the image cannot be trained on."""
     accelerator = context.accelerator
     total = sum(map(len, share(found, PART_OF_IMAGES, accelerator)))
-    silent = not accelerator.is_main_process or total == 0
+    silent = not (accelerator.is_main_process and total)
     bar = tqdm(desc=f"{phase}s", total=total, disable=silent, dynamic_ncols=True)
     number = itertools.count(1)
 

@@ -16,7 +16,7 @@ from ..generators import derive, generator, shuffled
 from ..model.objective import Objective
 from .batch import Batch, collate
 from .captions import choose
-from .encoding import Latents, Texts, opened
+from .encoding import Texts, opened
 from .images import crop_and_scale, crop_mask, crop_sizes
 from .loaders import worker_options
 from .plan import Draw, Plan
@@ -90,6 +90,8 @@ class TrainingSamples(Dataset):
     purpose = "training"
     varies = True
     """Whether captions are transformed randomly if the options specify it."""
+    centered = False
+    """Whether stored latents are those of the unflipped center crop, not of a random variant."""
 
     def __init__(self, material: Material) -> None:
         self.material = material
@@ -119,11 +121,11 @@ class TrainingSamples(Dataset):
         return Batch(
             timestep, noise, posterior_noise, weight=torch.tensor(source.weight), caption=caption,
             text=material.texts[caption] if material.data.cache_text_embeddings else None,
-            **(self._fresh(source, draw, draws) if latents is None else self._cached(latents, draw, draws)),
+            **(
+                self._fresh(source, draw, draws) if latents is None
+                else latents.of(draw.image, 0 if self.centered else choose(latents.variants, draws))
+            ),
         )  # fmt: skip
-
-    def _cached(self, latents: Latents, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
-        return latents.of(draw.image, choose(latents.variants, draws))
 
     def _fresh(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
         data = self.material.data
@@ -176,7 +178,8 @@ class ValidationSamples(TrainingSamples):
         measured = sorted(shuffled(len(held_out), material.training.seed, "max_validation_images")[:most])
         self.draws = [
             Draw(source, image, material.sources[source].size(image), place * VALIDATION_DRAWS + noise)
-            for place, (source, image) in ((place, held_out[place]) for place in measured)
+            for place in measured
+            for source, image in [held_out[place]]
             for noise in range(VALIDATION_DRAWS)
         ]
 
@@ -203,6 +206,7 @@ class FixedSamples(TrainingSamples):
     """
 
     varies = False
+    centered = True
 
     def __init__(self, material: Material, noises: int = NOISES) -> None:
         data = dataclasses.replace(material.data, center_crop=True, random_flip=False)
@@ -217,9 +221,6 @@ class FixedSamples(TrainingSamples):
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
         """Return the timestep in the middle of the stratum that the sample's position determines."""
         return self.timesteps[position // self.noises]
-
-    def _cached(self, latents: Latents, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
-        return latents.of(draw.image, 0)
 
     def batches(self, image: tuple[int, int], batch_size: int) -> Iterator[Batch]:
         """Yield all samples of an image in batches; `image` is the source's number, and the image's number in it."""

@@ -107,8 +107,9 @@ def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context
             whole = model.load_pipeline(context.dtype, context.accelerator.device, encoders=True)
             vars(pipeline).update(vars(whole))  # setting the encoders is not enough: `__init__` reads them
             data = dataclasses.replace(data, cache_text_embeddings=False)
-            line = "captions have too many variants to keep: each step encodes its own, and text encoders stay loaded"
-            context.accelerator.print(line)
+            context.accelerator.print(
+                "captions have too many variants to keep: each step encodes its own, and text encoders stay loaded"
+            )
         wanted += captions or []
     return dataclasses.replace(material, texts=encode_texts(wanted, key, load_encoders, context), data=data)
 
@@ -118,13 +119,9 @@ def captions_of(material: Material, processes: int) -> list[str] | None:
 
     The limit is FEW_VARIANTS, or VARIANTS times the number of captions if that is higher.
     """
-    plain = [
-        source.recipe.plain(text)
-        for source in material.sources
-        for captions in source.images.captions
-        for text in captions
-    ]
-    captions = dict.fromkeys(plain)
+    captions = dict.fromkeys(
+        source.recipe.plain(text) for source in material.sources for texts in source.images.captions for text in texts
+    )
     if any(source.recipe.rewrites for source in material.sources):
         most, plan = max(FEW_VARIANTS, VARIANTS * len(captions)), material.plan(processes)
         steps = material.training.max_train_steps or material.training.num_train_epochs * material.updates(processes)
@@ -171,8 +168,7 @@ def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeli
     bucket = tuple(buckets.index(sizes[index]) for index in keep)
     weight = images.weight * (options.data.prior_loss_weight if images.of_class else 1.0)
     recipe = VERBATIM if images.of_class else recipe_of(options.data)
-    train = tuple(range(len(images)))
-    return Source(images, latents, train, (), buckets, bucket, weight, images.repeats, recipe)
+    return Source(images, latents, tuple(range(len(images))), (), buckets, bucket, weight, images.repeats, recipe)
 
 
 def sizes_of(images: ImageDataset, multiple: int, options: DataOptions) -> list[list[Size | None]]:

@@ -203,11 +203,11 @@ def check_variants(grid: Grid[Options], context: Context) -> None:
 
     The combination in the context's options has already been validated.
     """
-    tried = [context.options]
+    tried = [context.options.adapter]
     for options in grid.runs(*ADAPTER):
-        if all(options.adapter != other.adapter for other in tried):
+        if options.adapter not in tried:
             check_methods(options.adapter, options.training, context)
-            tried.append(options)
+            tried.append(options.adapter)
 
 
 def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context: Context) -> Material:
@@ -218,14 +218,9 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
         if source.latents is not None:
             sizes = [source.size(image) for image in range(len(source.images))]
             latents, problems = latents_of(source.images, sizes, pipeline, context)
-            for index, problem in problems.items():  # the file was damaged after the other seeds were encoded
-                name = source.images.name(index)
-                where = f"--seed {seed}, {name}"
-                raise InvalidArgument(
-                    where,
-                    f"{problem}; with other seeds it could be read",
-                    f"remove {cache_folder(options.model, options.output)}",
-                )
+            for index, problem in problems.items():  # damaged after the other seeds were encoded
+                where, fix = source.images.name(index), f"remove {cache_folder(options.model, options.output)}"
+                raise InvalidArgument(f"--seed {seed}, {where}", f"{problem}, and not with other seeds", fix)
             source = dataclasses.replace(source, latents=latents)
         sources.append(source)
     material = dataclasses.replace(material, sources=tuple(sources), training=options.training)

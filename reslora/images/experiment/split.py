@@ -109,17 +109,16 @@ def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) ->
 
 def with_parts(material: Material, parts: Parts, processes: int) -> Material:
     """Return the training data with the split: the training part to train on, the selection part held out."""
-    learnt = []
+    learnt, of_class = [], []
     for number, source in enumerate(material.sources):
-        if not source.images.of_class:
+        source = dataclasses.replace(source, repeats=source.images.repeats)  # those before they were balanced
+        if source.images.of_class:
+            of_class.append(source)
+        else:
             both = (parts.train, parts.select)
             own = [tuple(sorted(image for where, image in part if where == number)) for part in both]
-            repeats = source.images.repeats  # the given number; that of `source` is balanced with class images
-            learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1], repeats=repeats))
-    of_class = [source for source in material.sources if source.images.of_class]
-    of_class = [dataclasses.replace(source, repeats=source.images.repeats) for source in of_class]
-    per_forward = material.training.train_batch_size * processes
-    sources = balanced(learnt, of_class, per_forward) if of_class else tuple(learnt)
+            learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1]))
+    sources = balanced(learnt, of_class, material.training.train_batch_size * processes) if of_class else tuple(learnt)
     return dataclasses.replace(material, sources=sources)
 
 

@@ -27,7 +27,6 @@ from ..output.exports import (
     as_plain_lora,
     base_parts,
     begin_export,
-    exact_products,
     export_parts,
     in_float32,
     kohya_metadata,
@@ -55,7 +54,7 @@ def measured(step: int, images: Sequence[Image], setting: Setting) -> dict:
 def base_losses(images: Sequence[Image], setting: Setting) -> dict:
     """Return the base model's losses on the test images."""
     context, pipeline = setting.context, setting.pipeline
-    with exact_products(), in_float32(pipeline):
+    with in_float32(pipeline):
         loss = DenoisingLoss(context, setting.material.objective, pipeline, context.model.empty_denoiser().config)
         parts = base_parts(loss, context)
         with evaluating(*parts.values()):
@@ -78,7 +77,7 @@ def image_losses(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], set
 def trained_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, DenoisingLoss]]:
     """Yield an arm's trained modules at a step, the denoiser first, in float32, and the loss function."""
     context, pipeline, (method,) = setting.context, setting.pipeline, setting.context.options.adapter.method
-    with exact_products(), in_float32(pipeline):
+    with in_float32(pipeline):
         loss = DenoisingLoss(context, setting.material.objective, pipeline, context.model.empty_denoiser().config)
         folder = context.folder_of(method)
         with reading_adapter(folder):
@@ -99,8 +98,7 @@ def chosen_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, Denoising
 def exact_loss(loss: DenoisingLoss, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
     """Return the unweighted loss of each sample, of shape (batch,), in float32."""
     inputs, target, _ = loss.inputs(loss.encoded(batch))
-    output = denoiser(**as_float32(inputs), return_dict=False)
-    prediction = loss.family.prediction(output, target).float()
+    prediction = loss.family.prediction(denoiser(**as_float32(inputs), return_dict=False), target).float()
     return loss.squared(prediction, target.float(), batch)
 
 

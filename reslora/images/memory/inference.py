@@ -34,18 +34,19 @@ def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
     denoiser = rehearsal.stage.place(rehearsal.base()).eval()
     count, side = min(options.training.train_batch_size, missing), max(options.data.resolution)
     guided = count * passes(rehearsal.family, options.validation.guidance_scale)
-    found: Held = {
-        BASE: tensor_bytes(denoiser),
-        ENCODERS: tensor_bytes(*rehearsal.encoders),
-        AUTOENCODER: tensor_bytes(rehearsal.pipeline.vae),
-    }
 
     def draw() -> int:
         size, dtype = Size(side, side), rehearsal.dtype
         drawn = denoising(rehearsal, denoiser, guided, size, dtype), decoding(rehearsal, count, size, dtype)
         return max(*drawn, rehearsal.peak_of_encoders)
 
-    return Phase("drawing class images", found | {ACTIVATIONS: rehearsal.known("activations of class images", draw)})
+    held: Held = {
+        BASE: tensor_bytes(denoiser),
+        ENCODERS: tensor_bytes(*rehearsal.encoders),
+        AUTOENCODER: tensor_bytes(rehearsal.pipeline.vae),
+        ACTIVATIONS: rehearsal.known("activations of class images", draw),
+    }
+    return Phase("drawing class images", held)
 
 
 def sampling(rehearsal: Rehearsal, step: Phase) -> Phase | None:

@@ -1,5 +1,6 @@
 """Run modules on fake tensors, which have no storage, and count the memory that real tensors would take."""
 
+import functools
 import math
 import weakref
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ class Live(TorchDispatchMode):
     visible; only that of convolutions is estimated and added.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
@@ -118,20 +119,19 @@ class Stage:
 
     def place(self, module: nn.Module) -> nn.Module:
         """Replace a module's parameters, buffers and other tensor attributes by fake tensors, and return the module."""
-        placed: dict[torch.Tensor, torch.Tensor] = {}
+
+        @functools.cache  # a tensor in several places stays one
+        def placed(value: torch.Tensor) -> torch.Tensor:
+            empty = self.empty(*value.shape, dtype=value.dtype)
+            parameter = isinstance(value, nn.Parameter)
+            return nn.Parameter(empty, requires_grad=value.requires_grad) if parameter else empty
+
         for owner in module.modules():
             for named in (owner._parameters, owner._buffers, vars(owner)):
                 for name, value in named.items():
                     if isinstance(value, torch.Tensor):
-                        named[name] = self._placed(value, placed)
+                        named[name] = placed(value)
         return module
-
-    def _placed(self, value: torch.Tensor, placed: dict[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        if value not in placed:
-            empty = self.empty(*value.shape, dtype=value.dtype)
-            parameter = isinstance(value, nn.Parameter)
-            placed[value] = nn.Parameter(empty, requires_grad=value.requires_grad) if parameter else empty
-        return placed[value]
 
 
 def tensors_of(*modules: nn.Module) -> Iterator[torch.Tensor]:

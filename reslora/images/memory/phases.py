@@ -151,8 +151,12 @@ class Rehearsal:
         """
         if not self.options.data.cache_text_embeddings or not self.peak_of_encoders:
             return None
-        found: Held = {ENCODERS: tensor_bytes(*self.encoders), AUTOENCODER: tensor_bytes(self.pipeline.vae)}
-        return Phase("encoding captions", found | {ACTIVATIONS: self.peak_of_encoders})
+        held: Held = {
+            ENCODERS: tensor_bytes(*self.encoders),
+            AUTOENCODER: tensor_bytes(self.pipeline.vae),
+            ACTIVATIONS: self.peak_of_encoders,
+        }
+        return Phase("encoding captions", held)
 
     # -- batches -------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Print a run's estimated memory by phase; reject a run that does not fit, and name options that make it fit."""
 
+import contextlib
 import dataclasses
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,11 +72,9 @@ def shown(size: int | None, unit: int) -> str:
 
 def where(context: Context) -> str:
     """Return the name of the device; if several runs of an experiment share it, the name of one run's share."""
-    arms, device = (
-        arms_a_device(context.options.experiment, context.accelerator.device),
-        context.accelerator.device.type,
-    )
-    return device if arms == 1 else f"each of {arms} arms on a {device}"
+    device = context.accelerator.device
+    arms = arms_a_device(context.options.experiment, device)
+    return device.type if arms == 1 else f"each of {arms} arms on a {device.type}"
 
 
 def plan_of(kinds: Sequence[ImageDataset], context: Context, free: int | None) -> Plan:
@@ -122,13 +121,13 @@ def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
     if plan.fits or plan.free is None:
         return
     options = context.options
-    sides = " ".join(map(str, options.data.resolution))
-    argument = f"--train_batch_size {options.training.train_batch_size}, --resolution {sides}"
-    has = f"{plan.where} has {plan.free / GIBI:.2f} GiB free"
-    problem = f"{plan.peak.name} takes {plan.peak.total / GIBI:.2f} GiB, {has}"
+    taken, free = f"{plan.peak.total / GIBI:.2f} GiB", f"{plan.free / GIBI:.2f} GiB"
+    problem = f"{plan.peak.name} takes {taken}, {plan.where} has {free} free"
     arms = arms_a_device(options.experiment, context.accelerator.device)
     if plan.peak.total <= arms * plan.free:
         raise InvalidArgument(f"--arms_at_once {options.experiment.arms_at_once}", problem, "give a smaller one")
+    sides = " ".join(map(str, options.data.resolution))
+    argument = f"--train_batch_size {options.training.train_batch_size}, --resolution {sides}"
     raise InvalidArgument(argument, problem, advice(kinds, context, plan))
 
 
@@ -181,20 +180,12 @@ def changes(context: Context) -> Iterator[Change]:
     if options.optimizer.optimizer == "adamw" and importlib.util.find_spec("bitsandbytes"):
         yield {"optimizer": "adamw8bit"}
     for precision in ("fp8", "nf4") if options.model.base_precision == "no" else ():
-        if works(precision, device):
+        with contextlib.suppress(Exception):  # back ends raise errors of many types
+            try_format(precision, torch.float32, device)
             yield {"base_precision": precision}
     sides = options.data.resolution
     if len(sides) == 1 and sides[0] >= 128 and not options.data.aspect_ratio_buckets:
         yield {"resolution": sides[0] // 2}
-
-
-def works(precision: str, device: torch.device) -> bool:
-    """Return whether the device supports this --base_precision."""
-    try:
-        try_format(precision, torch.float32, device)
-    except Exception:  # back ends raise errors of many types
-        return False
-    return True
 
 
 # -- an upper bound without fake tensors -------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: 
 
 def check_vae(model: Model) -> None:
     """Raise `InvalidArgument` if the given autoencoder's class differs from the pipeline's."""
-    if not model.vae or not Path(model.vae).is_dir():
+    if not model.vae:
         return
     wanted = model.index["vae"][1]
     found = read_object(Path(model.vae) / "config.json").get("_class_name", wanted)

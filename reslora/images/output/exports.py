@@ -73,7 +73,7 @@ def export_method(
     method = learner.method
     best = best_of(context.folder_of(method)) if context.options.validation.save_best else None
     begin_export(method, context)
-    with exact_products(), in_float32(drawer.pipeline):
+    with in_float32(drawer.pipeline):
         parts = exact_parts(learner, best, schedule, context)
         trained = dataclasses.replace(schedule, steps=best.step) if best else schedule
         return export_parts(parts, method, learner.trained.loss, material, drawer, trained, context)
@@ -124,7 +124,7 @@ def export_parts(
     context.status.say("writing files", name)
     write_formats(parts, method, kohya_metadata(denoiser.config, material, schedule, context), context)
     if shown:
-        save_images(folder / MERGED, [as_image(image) for image in drawn], [prompt.prompt for prompt in prompts])
+        save_images(folder / MERGED, list(map(as_image, drawn)), options.validation.validation_prompt)
     context.status.say("reading back what was written", name)
     differences = {}
     for file, other in read_back(parts, method, drawer, context):
@@ -179,24 +179,21 @@ def finite(drawn: np.ndarray, what: str) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def exact_products() -> Iterator[None]:
-    """Disable TF32, which would change images by more than the tolerance of exports."""
+def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Convert the pipeline to float32 for the body, and back afterwards.
+
+    TF32 is disabled, because it would change images by more than the tolerance of exports.
+    """
+    dtype = pipeline.vae.dtype
     with (
         override_attributes(torch.backends.cuda.matmul, allow_tf32=False),
         override_attributes(torch.backends.cudnn, allow_tf32=False),
     ):
-        yield
-
-
-@contextlib.contextmanager
-def in_float32(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """Convert the pipeline to float32 inside this context, and back to its earlier dtype afterwards."""
-    dtype = pipeline.vae.dtype
-    pipeline.to(torch.float32)
-    try:
-        yield
-    finally:
-        pipeline.to(dtype)
+        pipeline.to(torch.float32)
+        try:
+            yield
+        finally:
+            pipeline.to(dtype)
 
 
 def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context: Context) -> dict[str, nn.Module]:
@@ -213,8 +210,9 @@ def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context
         except Damaged as error:
             raise RunFailed(f"{first_line(error)}; remove {saved}, and the one before is exported") from None
     elif options.validation.save_best:
-        line = f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)"
-        print(line, flush=True)
+        print(
+            f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)", flush=True
+        )
     whole = options.model.base_precision == "no" and not options.model.blocks_to_swap
     whole = whole and not cuts_base(context.accelerator)
     if not best and whole and learner.denoiser.dtype == torch.float32:
@@ -307,12 +305,12 @@ def write_merge(merged: Mapping[str, Merged], folder: Path) -> None:
     In both JSON files, text encoders are entries under their names. Their calibration batches are in files of their
     own.
     """
-    denoiser, *encoders = merged
+    denoiser = next(iter(merged))
     for file, found in (
         ("chains.json", {name: part.plan.to_dict() for name, part in merged.items()}),
         ("merge.json", {name: part.report.to_dict() for name, part in merged.items()}),
     ):
-        write_json(folder / file, found[denoiser] | {name: found[name] for name in encoders})
+        write_json(folder / file, found.pop(denoiser) | found)
     for name, part in merged.items():
         if part.calibration:
             mark = "" if name == denoiser else f"-{name}"
@@ -367,22 +365,22 @@ def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, s
 
 def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, context: Context) -> dict[str, str]:
     """Return the metadata by which model managers recognize a LoRA (Stability AI's ModelSpec 1.0.0)."""
-    options, predicted = context.options, getattr(material.objective, "prediction_type", None)  # None for flow matching
-    sides = options.data.resolution
+    options, predicted = context.options, getattr(material.objective, "prediction_type", None)  # None for a flow
+    sides, base = options.data.resolution, Path(options.model.pretrained_model_name_or_path).name
     # sd-scripts writes `epsilon` or `v`.
     prediction = {"modelspec.prediction_type": predicted.removesuffix("_prediction")} if predicted else {}
     return (
         context.model.family.metadata(config, predicted == "v_prediction")
         | prediction
         | {
-            "ss_base_model": Path(options.model.pretrained_model_name_or_path).name,
+            "ss_base_model": base,
             "ss_learning_rate": str(options.optimizer.learning_rate),
             "ss_seed": str(options.training.seed),
             "ss_steps": str(schedule.steps),
             "ss_resolution": " ".join(map(str, sides)),
             "ss_enable_bucket": str(options.data.use_aspect_ratio_buckets),
             "modelspec.implementation": "diffusers",
-            "modelspec.title": f"LoRA for {Path(options.model.pretrained_model_name_or_path).name}",
+            "modelspec.title": f"LoRA for {base}",
             "modelspec.resolution": f"{sides[0]}x{sides[0]}",
         }
     )

@@ -232,10 +232,8 @@ class Validation:
         noises = self.material.validation.validation_noises
         with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
             if noises:
-                images = measured(self.material)
-                return losses_of(partial(self._loss, denoiser), self.material, images, noises)
-            samples = ValidationSamples(self.material)
-            return torch.cat([self._loss(denoiser, batch) for batch in samples.batches()])
+                return losses_of(partial(self._loss, denoiser), self.material, measured(self.material), noises)
+            return torch.cat([self._loss(denoiser, batch) for batch in ValidationSamples(self.material).batches()])
 
     def _loss(self, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
         self._leave_if_asked()
@@ -253,18 +251,19 @@ class Validation:
         return dict(zip(names, losses.mean(0).tolist(), strict=True))
 
     def _generate(self, denoiser: nn.Module) -> list[np.ndarray]:
-        validation, prompts = self.material.validation, prompts_of(self.material.validation)
+        validation = self.material.validation
+        prompts, images = prompts_of(validation), validation.num_validation_images
         with self.accelerator.autocast():
-            return self.drawer.draw(denoiser, prompts, validation.num_validation_images, self._leave_if_asked)
+            return self.drawer.draw(denoiser, prompts, images, self._leave_if_asked)
 
     def _keep_samples(self, learner: Learner, reports: Reports, drawn: list[np.ndarray]) -> None:
-        validation, prompts = self.material.validation, prompts_of(self.material.validation)
+        validation, prompts = self.material.validation, self.material.validation.validation_prompt
         if not all(np.isfinite(image).all() for image in drawn):
             self.accelerator.print(f"warning: samples of step {learner.step} have pixels that are not finite")
         images = [as_image(image) for image in drawn]
-        captions = [prompt.prompt for prompt in prompts for _ in range(validation.num_validation_images)]
+        captions = [prompt for prompt in prompts for _ in range(validation.num_validation_images)]
         found = self._similarities(images, captions) if validation.metric_model else {}
-        reports.samples(images, [prompt.prompt for prompt in prompts])
+        reports.samples(images, prompts)
         if found:
             reports.similarities(found)
 

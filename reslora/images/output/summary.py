@@ -59,9 +59,11 @@ def write_comparison(
     places = [f"samples/step-{step:06d}" for step in chosen] + ["merged"]
     rows = []
     for number, prompt in prompts:
-        drawn = [[_image(output / name / place, number, prompt) for place in places] for name in adapter.method]
-        titles = [METHODS[name].title for name in adapter.method]
-        rows.append((f"prompt: {prompt}", list(zip(titles, drawn, strict=True))))
+        drawn = [
+            (METHODS[name].title, [_image(output / name / place, number, prompt) for place in places])
+            for name in adapter.method
+        ]
+        rows.append((f"prompt: {prompt}", drawn))
     columns = [f"step {step}" if step else "before\ntraining" for step in chosen] + ["merged into\nthe model"]
     if any(image for _, methods in rows for _, images in methods for image in images):
         comparison(path, columns, rows, above=("some of the training images", learnt))

@@ -107,6 +107,8 @@ class Family:
     """Whether guidance is an input of the denoiser, so that a negative prompt has no effect."""
     patch: int = 0
     """The patch size in latents, if image sizes must be multiples of it."""
+    channels: str = "latent_channels"
+    """The autoencoder's own name of its number of latent channels."""
     latents_per_token: int = 4
     """The number of latent positions per token of the denoiser."""
     one_size: bool = False
@@ -150,7 +152,7 @@ class Family:
     def latent_shape(self, pipeline: DiffusionPipeline, height: int, width: int) -> tuple[int, int, int]:
         """Return channels, height and width of the latents of an image of that height and width in pixels."""
         factor = pipeline.vae_scale_factor
-        return (pipeline.vae.config.latent_channels, height // factor, width // factor)
+        return (getattr(pipeline.vae.config, self.channels), height // factor, width // factor)
 
     def token_counts(
         self, pipeline: DiffusionPipeline, tokenizer: PreTrainedTokenizerBase, captions: list[str]

@@ -15,11 +15,7 @@ class WithQwenAutoencoder(Family):
     denoiser = "transformer"
     objective = "flow"
     patch = 2
-
-    def latent_shape(self, pipeline, height, width):
-        """Return the latents' shape; this autoencoder calls its channels `z_dim`."""
-        factor = pipeline.vae_scale_factor
-        return (pipeline.vae.config.z_dim, height // factor, width // factor)
+    channels = "z_dim"
 
     def encode_images(self, vae, pixels):
         """Return mean and standard deviation of the latents of the only frame."""

@@ -95,14 +95,16 @@ def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], 
 def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Names, dict[str, str]]:
     """Return the layer names of the LoRA's model, and the model's metadata for the header of the output."""
     family = next((each for each in map(load_family, FAMILIES) if each.name == args.family), None)
-    if args.base is None:
-        if family is None and not contents:
+    if args.base is not None:
+        return of_base(args.base, family)
+    if family is None:
+        if not contents:
             raise InvalidArgument("--extract", "whose weights these are is not certain", "add --base or --family")
-        if family is None and (name := base_of_run(contents[0].path)):
-            with contextlib.suppress(InvalidArgument):  # the base model was moved
+        if name := base_of_run(contents[0].path):
+            with contextlib.suppress(InvalidArgument):  # it was moved
                 return of_base(name, None)
-        return names_of(family or family_of(contents[0])), {}
-    return of_base(args.base, family)
+        family = family_of(contents[0])
+    return names_of(family), {}
 
 
 def base_of_run(path: Path) -> str | None:

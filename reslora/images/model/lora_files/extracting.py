@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,11 +82,8 @@ def places_of(weights: Weights, names: Names) -> dict[str, Place]:
 
     Raises `InvalidArgument` if the files are of another family.
     """
-    tables: list[Mapping[str, Fused]] = [
-        {layer: Fused(((names.family.denoiser, layer),)) for layer in names.shapes},
-        names.original,
-    ]
-    for table in tables:
+    own = {layer: Fused(((names.family.denoiser, layer),)) for layer in names.shapes}
+    for table in (own, names.original):
         for prefix in PREFIXES:
             places: dict[str, Place] = {}
             for name, fused in table.items():

@@ -112,8 +112,7 @@ class Names:
         self._know(self.original, "diffusion_model.", "lora_unet_", PEFT_PREFIX, "")
         part = self.family.denoiser
         own = {name: Fused(((part, name),)) for name in self.shapes}
-        prefixes = f"{part}.", PEFT_PREFIX, "diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_", ""
-        self._know(own, *prefixes)
+        self._know(own, f"{part}.", PEFT_PREFIX, "diffusion_model.", "lora_unet_", "lora_transformer_", "lycoris_", "")
         for part, (kohya, comfyui) in self.family.text_names.items():
             text = {name: Fused(((part, name),)) for name in text_layers()}
             short = {name.removeprefix("text_model."): fused for name, fused in text.items()}
@@ -139,7 +138,8 @@ class Names:
         for name, fused in table.items():
             if given := {layer: layers[layer] for layer in fused.layers if layer in layers}:
                 found[spelled(prefix, name)] = fused.join(given)
-                left = {layer: factors for layer, factors in left.items() if layer not in given}
+                for layer in given:
+                    left.pop(layer, None)
         if left:
             fix = "write it with --to diffusers or peft"
             raise InvalidArgument(".".join(next(iter(left))), "that format has no name for this layer", fix)

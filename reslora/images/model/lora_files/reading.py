@@ -93,7 +93,11 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
     configs = {PEFT_PREFIX: found} if config and "peft_type" in (found := read_object(config)) else {}
     if "lora_adapter_metadata" in metadata:
         with refused_as(flag, "repair its lora_adapter_metadata"):
-            configs |= _by_part(json.loads(metadata["lora_adapter_metadata"]))
+            of_parts: dict[str, dict] = {}
+            for key, value in json.loads(metadata["lora_adapter_metadata"]).items():
+                part, dot, name = key.rpartition(".")  # without a part if a model has written its own
+                of_parts.setdefault(part + dot, {})[name] = value
+            configs |= of_parts
     if config and not configs:
         raise InvalidArgument(flag, f"no readable {PEFT_CONFIG_FILE}, which says its scale", "give that with it")
     for said in configs.values():
@@ -121,15 +125,6 @@ def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
         tensors |= {prefix + key.removeprefix(PEFT_PREFIX): value for key, value in part.tensors.items()}
         configs[prefix] = part.configs.get(PEFT_PREFIX, {})
     return Content(path, flag, tensors, {}, configs)
-
-
-def _by_part(packed: Mapping[str, object]) -> dict[str, dict]:
-    """Group a flat configuration by the prefix of its keys, which is empty if a model, not a pipeline, has saved it."""
-    parts: dict[str, dict] = {}
-    for key, value in packed.items():
-        part, dot, name = key.rpartition(".")
-        parts.setdefault(part + dot, {})[name] = value
-    return parts
 
 
 def _refuse_others(flag: str, config: Mapping) -> None:
