@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from reslora.experiment.hashed_split import FEW, LEAST
-from reslora.experiment.schedule import Course
+from reslora.experiment.schedule import ArmSchedule
 from reslora.experiment.statistics import REFERENCE
 from reslora.formatting import pluralize
 
@@ -26,19 +26,19 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
     """
     images = None if jobs.begun(name, Experiment) else Path("images")
     try:
-        course = Course(jobs.resolved(jobs.command(name, settings, images, Experiment)))
-        advice = [] if images is None else too_few(jobs, course.grid.base.experiment.test_split or 0, folder, uploads)
+        schedule = ArmSchedule(jobs.resolved(jobs.command(name, settings, images, Experiment)))
+        advice = [] if images is None else too_few(jobs, schedule.grid.base.experiment.test_split or 0, folder, uploads)
     except RunError as error:
         return notice(str(error))
     except OSError as error:
         return notice(f"The folder of images cannot be read ({error.strerror}).")
-    facts = [pluralize(len(course.labels), "method"), pluralize(len(course.given), "learning rate")]
-    facts.append(pluralize(len(course.seeds), "seed"))
-    if len(course.seeds) < 3:
+    facts = [pluralize(len(schedule.labels), "method"), pluralize(len(schedule.given), "learning rate")]
+    facts.append(pluralize(len(schedule.seeds), "seed"))
+    if len(schedule.seeds) < 3:
         advice.append("With fewer than three seeds little can be shown.")
-    if all(label.method != REFERENCE for label in course.labels.values()):
+    if all(label.method != REFERENCE for label in schedule.labels.values()):
         advice.append(f"Nothing to compare with: verdicts need {REFERENCE} among the methods.")
-    return notice(" ".join([f"{pluralize(len(course.arms()), 'arm')}: {', '.join(facts)}.", *advice]))
+    return notice(" ".join([f"{pluralize(len(schedule.arms()), 'arm')}: {', '.join(facts)}.", *advice]))
 
 
 def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:

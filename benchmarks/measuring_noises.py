@@ -21,7 +21,7 @@ from measured import keep
 from reslora.experiment.arms import Arm
 from reslora.experiment.statistics import Judged, half_width, judge
 from reslora.images.data.samples import TIMESTEPS, FixedSamples
-from reslora.images.experiment.run import Bench, open_study
+from reslora.images.experiment.run import ImageExperiment, open_study
 from reslora.images.experiment.split import Image
 from reslora.images.experiment.test_split_losses import chosen_parts, exact_loss
 from reslora.images.settings import parse_args
@@ -32,10 +32,10 @@ NOISES, SUBSETS, COUNTS = 8, 200, (1, 2, 4)
 
 
 @torch.no_grad()
-def losses(bench: Bench, arm: Arm, step: int, images: Sequence[Image]) -> np.ndarray:
+def losses(experiment: ImageExperiment, arm: Arm, step: int, images: Sequence[Image]) -> np.ndarray:
     """Return the losses of an arm's checkpoint, of shape (images, timesteps, noises)."""
-    study = bench.study_of(arm)
-    samples = FixedSamples(study.material, NOISES)
+    study = experiment.study_of(arm)
+    samples = FixedSamples(study.training_data, NOISES)
     with chosen_parts(step, study) as (parts, loss):
         denoiser = next(iter(parts.values()))
         found = [
@@ -45,11 +45,11 @@ def losses(bench: Bench, arm: Arm, step: int, images: Sequence[Image]) -> np.nda
     return torch.stack(found).view(len(images), TIMESTEPS, NOISES).double().numpy()
 
 
-def kept(file: Path, bench: Bench, arm: Arm, step: int, images: Sequence[Image]) -> np.ndarray:
+def kept(file: Path, experiment: ImageExperiment, arm: Arm, step: int, images: Sequence[Image]) -> np.ndarray:
     """Return the losses in a file, which is written if it does not exist."""
     if not file.exists():
         file.parent.mkdir(exist_ok=True)
-        np.save(file, losses(bench, arm, step, images))
+        np.save(file, losses(experiment, arm, step, images))
         print(file.stem, flush=True)
     return np.load(file)
 
@@ -61,14 +61,14 @@ def measured(folder: Path) -> tuple[dict[tuple, np.ndarray], dict[str, np.ndarra
     """
     grid = parse_args(["--config", str(folder / "config.json"), "--output_dir", str(folder)], __doc__)
     select, test, chosen = {}, {}, read_object(folder / "experiment.json")["chosen"]
-    with open_study(grid, StopRequest()) as bench:
-        for arm in bench.course.arms():
-            for step in bench.course.select_losses(arm):
+    with open_study(grid, StopRequest()) as experiment:
+        for arm in experiment.schedule.arms():
+            for step in experiment.schedule.select_losses(arm):
                 file = folder / "noises" / f"select {arm.label} {arm.rate:g} {arm.seed} {step}.npy"
-                select[arm.label, arm.seed, arm.rate, step] = kept(file, bench, arm, step, bench.parts.select)
+                select[arm.label, arm.seed, arm.rate, step] = kept(file, experiment, arm, step, experiment.parts.select)
             if arm.rate == chosen[arm.label]["learning_rate"]:
                 file = folder / "noises" / f"test {arm.label} {arm.seed}.npy"
-                found = kept(file, bench, arm, chosen[arm.label]["step"], bench.parts.test)
+                found = kept(file, experiment, arm, chosen[arm.label]["step"], experiment.parts.test)
                 test.setdefault(arm.label, []).append(found)
     return select, {label: np.stack(found) for label, found in test.items()}
 

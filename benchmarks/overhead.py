@@ -27,7 +27,7 @@ from reslora.attributes import override_attributes
 from reslora.images.accelerator import start_accelerator
 from reslora.images.data.encoding import Variants, encode_images, encode_texts
 from reslora.images.data.folders import load_folders
-from reslora.images.data.samples import Material
+from reslora.images.data.samples import TrainingData
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.images.denoising import DenoisingLoss
@@ -115,10 +115,10 @@ def overhead(args: argparse.Namespace) -> dict:
     found = {}
     for batch in args.batch:
         with tempfile.TemporaryDirectory() as folder:
-            material, context = material_of(Path(folder), batch, args.steps)
+            training_data, context = material_of(Path(folder), batch, args.steps)
             for milliseconds in args.device_ms:
                 device = Device(milliseconds / 1e3)
-                host = train_on(device, material, context, Path(folder))
+                host = train_on(device, training_data, context, Path(folder))
                 idle = statistics.mean(device.idle[1:])
                 name = f"batch {batch}, {milliseconds:g} ms a step"
                 found[name] = {"idle": idle / (idle + device.seconds), "host_seconds": host / args.steps}
@@ -127,7 +127,7 @@ def overhead(args: argparse.Namespace) -> dict:
     return {"overhead": found}
 
 
-def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Context]:
+def material_of(folder: Path, batch: int, steps: int) -> tuple[TrainingData, Context]:
     """Return 64 images and captions, as train_sd.py would have encoded them."""
     flags = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", str(folder / "images")]
     flags += ["--resolution", "64", "--train_batch_size", str(batch), "--max_train_steps", str(steps)]
@@ -151,10 +151,10 @@ def material_of(folder: Path, batch: int, steps: int) -> tuple[Material, Context
     texts = encode_texts([text for options in images.captions for text in options], "", lambda: None, context)
     source = Source(images, latents, tuple(range(len(images))), (), (size,), (0,) * len(images))
     parts = flags.adapter, flags.data, flags.training, flags.validation
-    material = Material((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, *parts)
+    training_data = TrainingData((source,), texts, DdpmObjective(DDPMScheduler()), {size: (4, 64, 64)}, *parts)
     start_trackers(context)
-    note_settings(context.options.flat(), schedule_of(material.updates(1), context), context.accelerator)
-    return material, context
+    note_settings(context.options.flat(), schedule_of(training_data.updates(1), context), context.accelerator)
+    return training_data, context
 
 
 def no_vae() -> SimpleNamespace:
@@ -169,20 +169,20 @@ class Unmeasured(ImageStudy):
         """Skip validation, because there are no images for it."""
 
 
-def train_on(device: Device, material: Material, context: Context, folder: Path) -> float:
+def train_on(device: Device, training_data: TrainingData, context: Context, folder: Path) -> float:
     """Train to the end; return the processor seconds of the host."""
     denoiser, pipeline = NoDenoiser(), SimpleNamespace(vae=no_vae())
     optimizer = new_optimizer(
         list(denoiser.parameters()), context.options.training, context.options.optimizer, context.accelerator
     )
     rates = torch.optim.lr_scheduler.ConstantLR(optimizer)
-    trained = Trained({"unet": denoiser}, DenoisingLoss(context, material.objective, pipeline, denoiser.config))
+    trained = Trained({"unet": denoiser}, DenoisingLoss(context, training_data.objective, pipeline, denoiser.config))
     learner = Learner("lora", trained, optimizer, rates, None, trained, name="lora")
     prepare(learner, context)
-    schedule = schedule_of(material.updates(1), context)
+    schedule = schedule_of(training_data.updates(1), context)
     reports = Reports(folder / "log", learner, schedule, context.accelerator)
     context = dataclasses.replace(context, accelerator=simulated(context.accelerator, device))
-    study = Unmeasured(schedule, None, context, pipeline, material)
+    study = Unmeasured(schedule, None, context, pipeline, training_data)
     began = time.process_time()
     with override_attributes(loop, save_checkpoint=lambda *_: None):
         loop.train(learner, study, reports)

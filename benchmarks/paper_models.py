@@ -41,7 +41,7 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     )
     flags, accelerator = context.options, context.accelerator
     pipeline, objective = load_and_check(context)
-    material = material_of(
+    training_data = material_of(
         load_folders(flags.model, flags.data, flags.training, flags.output), pipeline, objective, context
     )
     denoiser = context.model.load_denoiser(context.dtype, accelerator.device)
@@ -54,8 +54,8 @@ def image_table(flags: list[str], method: Path) -> dict[str, dict]:
     )
     load_adapter(denoiser, newest_checkpoint(method))
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
-    validation = Validation(loss, material, None, accelerator, context.stop)
-    calibration = image_batches(loss, material) if method.name == "reslora" else None
+    validation = Validation(loss, training_data, None, accelerator, context.stop)
+    calibration = image_batches(loss, training_data) if method.name == "reslora" else None
     return merge_table(denoiser, lambda: {"loss": validation.losses(denoiser).mean().item()}, calibration)
 
 

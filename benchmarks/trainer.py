@@ -55,7 +55,7 @@ from reslora.images.data.batch import Batch
 from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.encoding import Variants, encode_images, encode_texts
 from reslora.images.data.folders import load_folders
-from reslora.images.data.samples import Material, training_loader
+from reslora.images.data.samples import TrainingData, training_loader
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.images.model.families.base import Family
@@ -306,16 +306,16 @@ def loading(args: argparse.Namespace, flags: Options, images: ImageDataset, cach
     for what, encoded in (("not cached", None), ("cached", latents)):
         source = Source(images, encoded, numbers, (), (size,), (0,) * len(images))
         parts = flags.adapter, flags.data, flags.training, flags.validation
-        material = Material((source,), texts, objective, {size: (4, 64, 64)}, *parts)
-        rates[f"{what}, samples/s"] = loading_rate(what, batches_of(material), args.images, workers)
-        rates[f"{what}, share waited"] = consume(args, workers, what, batches_of(material))
+        training_data = TrainingData((source,), texts, objective, {size: (4, 64, 64)}, *parts)
+        rates[f"{what}, samples/s"] = loading_rate(what, batches_of(training_data), args.images, workers)
+        rates[f"{what}, share waited"] = consume(args, workers, what, batches_of(training_data))
     return rates
 
 
-def batches_of(material: Material) -> Iterator[Batch]:
+def batches_of(training_data: TrainingData) -> Iterator[Batch]:
     """Return the training batches of one pass over the images."""
-    count = len(material.sources[0].train) // material.training.train_batch_size
-    return iter(training_loader(material, range(count), processes=1, rank=0, pin=False))
+    count = len(training_data.sources[0].train) // training_data.training.train_batch_size
+    return iter(training_loader(training_data, range(count), processes=1, rank=0, pin=False))
 
 
 def loading_rate(what: str, stream: Iterator, images: int, workers: int) -> float:

@@ -15,9 +15,9 @@ from . import record
 from .arms import Arm, Losses
 from .record import EXPERIMENT, READINGS, read_experiment
 from .report import best_in_words, write_report
-from .schedule import ENDED, Course
+from .schedule import ENDED, ArmSchedule
 from .statistics import REFERENCE, choose, compare, level_of
-from .study import Subject
+from .study import ExperimentStudy
 
 REPORT = "report.html"
 
@@ -26,8 +26,8 @@ REPORT = "report.html"
 class Results:
     """Results of an experiment, for its files and the terminal."""
 
-    course: Course
-    subject: Subject
+    schedule: ArmSchedule
+    study: ExperimentStudy
     tests: dict[Arm, record.TestLosses] = field(default_factory=dict)
     chosen: dict[str, record.Choice] = field(default_factory=dict)
     verdicts: list[record.Verdict] = field(default_factory=list)
@@ -40,15 +40,15 @@ class Results:
     """Number of arms that had ended at the conclusions of an earlier start; None if this start drew the conclusions."""
 
     def __post_init__(self) -> None:
-        there = read_experiment(self.course.folder)
+        there = read_experiment(self.schedule.folder)
         self.notes = self.beforehand()
-        path = self.course.folder / READINGS
+        path = self.schedule.folder / READINGS
         rows = [row for _, row in json_lines(path)] if path.is_file() else []
         noted = [row for row in rows if isinstance(row, dict)]
         self.readings: int = max(there.get("readings", 0), len(rows), *(row.get("readings", 0) for row in noted))
         self.read: list[list] = there.get("read") or (noted[-1].get("read") if noted else None) or []
         self.base = there.get("base")
-        arms, chosen = set(self.course.arms()), there.get("chosen", {})
+        arms, chosen = set(self.schedule.arms()), there.get("chosen", {})
         judged = {arm for arm in arms if arm.label in chosen and chosen[arm.label]["learning_rate"] == arm.rate}
         if judged:
             self.keep(there, judged)
@@ -76,15 +76,15 @@ class Results:
         check_held()
         content: record.Experiment = {
             "format": record.FORMAT,
-            "settings": read_object(self.course.folder / "config.json"),
-            **self.subject.facts(),
-            "arms": [self.course.record(arm, self.tests.get(arm)) for arm in self.course.arms()],
+            "settings": read_object(self.schedule.folder / "config.json"),
+            **self.study.facts(),
+            "arms": [self.schedule.record(arm, self.tests.get(arm)) for arm in self.schedule.arms()],
             "chosen": self.chosen,
             "verdicts": self.verdicts,
             "ranking": self.ranking,
             "base": self.base,
-            "base_select": self.course.base_select(),
-            "choosing": self.course.choosing,
+            "base_select": self.schedule.base_select(),
+            "choosing": self.schedule.choosing,
             "best": self.best,
             "notes": self.notes,
             "beforehand": len(self.beforehand()),
@@ -94,8 +94,8 @@ class Results:
         }
         if self.as_of is not None:
             content["as_of"] = self.as_of
-        write_json(self.course.folder / EXPERIMENT, content)
-        write_report(content, self.course.folder, self.subject.about)
+        write_json(self.schedule.folder / EXPERIMENT, content)
+        write_report(content, self.schedule.folder, self.study.about)
 
     def conclude(self) -> None:
         """Choose on the selection split, evaluate on the test split, compare, export, and print the conclusions.
@@ -103,34 +103,34 @@ class Results:
         The test split is evaluated only if `can_compare` allows it. Test results that are already on disk are reported
         in any case.
         """
-        course, self.as_of = self.course, None
-        losses = course.losses()
-        self.chosen = choose([course.record(arm) for arm in course.arms()], course.choosing)
+        schedule, self.as_of = self.schedule, None
+        losses = schedule.losses()
+        self.chosen = choose([schedule.record(arm) for arm in schedule.arms()], schedule.choosing)
         trained = [arm for arm in losses if self.is_chosen(arm)]
         to_read = trained
         several = {label for label, count in Counter(arm.label for arm in trained).items() if count > 1}
         can_compare = len(several) > 1 and not several.isdisjoint(self.references())
-        if len(losses) == len(course.arms()):  # no other arm can add a second label
+        if len(losses) == len(schedule.arms()):  # no other arm can add a second label
             can_compare = bool(several)
         if not can_compare:
-            to_read = [arm for arm in trained if self.subject.is_tested(arm, self.step_of(arm))]
+            to_read = [arm for arm in trained if self.study.is_tested(arm, self.step_of(arm))]
         self.count_reading(to_read)
         self.tests = self.tested(to_read)
-        records = [course.record(arm, test) for arm, test in self.tests.items()]
-        unit = self.subject.about.unit
+        records = [schedule.record(arm, test) for arm, test in self.tests.items()]
+        unit = self.study.about.unit
         self.verdicts, self.ranking = compare(records, self.chosen, unit, max(1, self.readings), self.base)
         self.notes = [*self.beforehand(), *self.afterwards(losses, trained), *self.export_compared(trained)]
         self.best = self.export(trained) if trained else None
         self.write()
-        taken = [best_in_words(self.best, self.subject.about)] if self.best else []
+        taken = [best_in_words(self.best, self.study.about)] if self.best else []
         ranked = [self.ranking["sentence"]] if self.ranking else []
         for line in (*self.notes, *taken, *(verdict["sentence"] for verdict in self.verdicts), *ranked):
             print(line)
-        print(f"{course.folder / REPORT}")
+        print(f"{schedule.folder / REPORT}")
 
     def references(self) -> set[str]:
         """Return the labels of the reference method, with which others are compared."""
-        return {name for name, label in self.course.labels.items() if label.method == REFERENCE}
+        return {name for name, label in self.schedule.labels.items() if label.method == REFERENCE}
 
     def count_reading(self, to_read: Sequence[Arm]) -> None:
         """Count the evaluation of these arms on the test split; the number is written to disk before it begins.
@@ -139,11 +139,11 @@ class Results:
         again. An evaluation whose results are all on disk is not counted either.
         """
         read = [[arm.label, arm.rate, arm.seed, self.step_of(arm)] for arm in to_read]
-        if read != self.read and not all(self.subject.is_tested(arm, self.step_of(arm)) for arm in to_read):
+        if read != self.read and not all(self.study.is_tested(arm, self.step_of(arm)) for arm in to_read):
             self.readings, self.read = self.readings + 1, read
             check_held()
             facts = {"readings": self.readings, "read": self.read}
-            with (self.course.folder / READINGS).open("a", encoding="utf-8") as file:
+            with (self.schedule.folder / READINGS).open("a", encoding="utf-8") as file:
                 # starts with a newline, because a killed process may have left an incomplete line
                 file.write(f"\n{json.dumps(facts)}\n")
             self.amend(**facts)
@@ -151,10 +151,10 @@ class Results:
     def amend(self, **facts: object) -> None:
         """Change only the keys `facts` of `experiment.json`, and retain the conclusions of an earlier start."""
         check_held()
-        path = self.course.folder / EXPERIMENT
-        content = read_experiment(self.course.folder) | facts
+        path = self.schedule.folder / EXPERIMENT
+        content = read_experiment(self.schedule.folder) | facts
         write_json(path, content)
-        write_report(content, self.course.folder, self.subject.about)  # type: ignore[arg-type] # as `write` wrote it
+        write_report(content, self.schedule.folder, self.study.about)  # type: ignore[arg-type] # as `write` wrote it
 
     def tested(self, judged: Sequence[Arm]) -> dict[Arm, record.TestLosses]:
         """Return each arm's test losses, which are measured if they are not on disk.
@@ -162,25 +162,25 @@ class Results:
         Raises `Stopped` if a stop was requested; the next start measures the remaining arms.
         """
         found = {}
-        if judged and (self.base is None or self.base["images"] != self.subject.test_ids):
+        if judged and (self.base is None or self.base["images"] != self.study.test_ids):
             print("base model: testing", flush=True)
-            self.base = self.subject.base()
+            self.base = self.study.base()
             self.amend(base=self.base)
         for number, arm in enumerate(judged, 1):
-            if not self.subject.is_tested(arm, self.step_of(arm)):
+            if not self.study.is_tested(arm, self.step_of(arm)):
                 self.begins(f"testing ({number} of {len(judged)})", arm)
-            found[arm] = self.subject.tested(arm, self.step_of(arm))
+            found[arm] = self.study.tested(arm, self.step_of(arm))
         return found
 
     def begins(self, phase: str, arm: Arm) -> None:
         """Report the next phase of an arm, which may take minutes; raises `Stopped` if a stop was requested."""
-        self.subject.begins(phase, arm)
-        print(f"{self.course.name_of(arm)}: {phase}", flush=True)
+        self.study.begins(phase, arm)
+        print(f"{self.schedule.name_of(arm)}: {phase}", flush=True)
 
     def is_chosen(self, arm: Arm) -> bool:
         """Return whether an arm has finished, without diverging, at its label's chosen learning rate."""
         choice = self.chosen.get(arm.label)
-        finished = self.course.ended(arm).get("status") == "finished"
+        finished = self.schedule.ended(arm).get("status") == "finished"
         return finished and choice is not None and choice["learning_rate"] == arm.rate
 
     def step_of(self, arm: Arm) -> int:
@@ -189,10 +189,10 @@ class Results:
 
     def beforehand(self) -> list[str]:
         """Return warnings that are known before training: why a difference cannot become significant."""
-        course, found = self.course, self.subject.too_few()
-        if len(course.labels) > 1 and len(course.seeds) == 1:
+        schedule, found = self.schedule, self.study.too_few()
+        if len(schedule.labels) > 1 and len(schedule.seeds) == 1:
             # the given seeds come first, because their arms may be trained already
-            seeds = list(dict.fromkeys([*course.seeds, 0, 1, 2]))[:3]
+            seeds = list(dict.fromkeys([*schedule.seeds, 0, 1, 2]))[:3]
             more = f"add two or more, as --seed {' '.join(map(str, seeds))}, now or by a later start"
             found.append(f"one seed cannot tell methods apart: {more}")
         if not self.references():
@@ -201,18 +201,18 @@ class Results:
 
     def afterwards(self, losses: Losses, trained: Sequence[Arm]) -> Iterator[str]:
         """Yield notes for the reader of the results; `trained`: the arms at the chosen learning rates."""
-        course, arms, experiment = self.course, self.course.arms(), self.course.grid.base.experiment
+        schedule, arms, experiment = self.schedule, self.schedule.arms(), self.schedule.grid.base.experiment
         left = len(arms) - len(losses)
         if left:
             line = f"{record.UNFINISHED}{left} of {len(arms)} arms {is_or_are(left)} still to be trained"
             limit = f"--experiment_minutes {experiment.experiment_minutes:g}"
             yield f"{line}, none within {limit}; the same command goes on for as long again"
-        there = {path.parent for method in METHODS for path in (course.folder / method).glob(f"**/seed-*/{ENDED}")}
-        if more := len(there - {course.folder_of(arm) for arm in arms}):
+        there = {path.parent for method in METHODS for path in (schedule.folder / method).glob(f"**/seed-*/{ENDED}")}
+        if more := len(there - {schedule.folder_of(arm) for arm in arms}):
             yield f"left out: {pluralize(more, 'arm')} of other methods, rates or seeds, which the folder has as well"
-        yield from (reason for arm in arms if (reason := course.ended(arm).get("reason")))
+        yield from (reason for arm in arms if (reason := schedule.ended(arm).get("reason")))
         waiting = {arm.label for arm in arms if arm not in losses}
-        for label in course.labels:
+        for label in schedule.labels:
             if label not in {*waiting, *self.chosen}:
                 problem = "at no learning rate did all seeds end well, so none is chosen"
                 yield f"{label}: {problem}; add a lower --learning_rate"
@@ -224,25 +224,25 @@ class Results:
                 further = f"--extend_rates, or --learning_rate {choice['next']:g} beside the others"
                 # --extend_rates has already tried all its extensions, and starts from the given values
                 if experiment.extend_rates:
-                    rates = sorted({*course.grids[label], choice["next"]})
+                    rates = sorted({*schedule.grids[label], choice["next"]})
                     further = f"--learning_rate {' '.join(f'{rate:g}' for rate in rates)}"
                 yield f"{line}; {further}"
         references = self.references()
         if references and references.isdisjoint(arm.label for arm in trained):
             yield f"nothing to compare with: no learning rate of {REFERENCE} is chosen"
         if self.readings > 1:  # the user may have seen earlier results before extending the experiment
-            read = f"the test {self.subject.about.unit}s were read {self.readings} times, as arms came in"
+            read = f"the test {self.study.about.unit}s were read {self.readings} times, as arms came in"
             level = f"{100 * level_of(self.readings):.2g}%"
             yield f"{read}: this reading is judged at {level}, so that chance claims a difference in 5% at most of all"
 
     def export_compared(self, trained: Sequence[Arm]) -> list[str]:
         """Export the arms at the chosen learning rates; return a note for each that has diverged."""
         notes = []
-        todo = [arm for arm in trained if not self.subject.is_exported(arm, self.step_of(arm))]
+        todo = [arm for arm in trained if not self.study.is_exported(arm, self.step_of(arm))]
         for number, arm in enumerate(todo, 1):
             self.begins(f"exporting ({number} of {len(todo)})", arm)
             try:
-                self.subject.export_compared(arm, self.step_of(arm))
+                self.study.export_compared(arm, self.step_of(arm))
             except Diverged as error:
                 notes.append(str(error))
         return notes
@@ -257,14 +257,14 @@ class Results:
         best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()
         label = min(best_labels or labels, key=lambda name: self.chosen[name]["loss"])
         arms = [arm for arm in trained if arm.label == label]
-        best = min(arms, key=lambda arm: self.course.select_losses(arm)[self.step_of(arm)])
+        best = min(arms, key=lambda arm: self.schedule.select_losses(arm)[self.step_of(arm)])
         self.begins("exporting", best)
         self.amend(best=None)  # a stop during the export would leave a record of removed files
-        files = self.subject.export(best, self.step_of(best))
-        options, varied = self.course.options_of(best), self.course.grid.varied
+        files = self.study.export(best, self.step_of(best))
+        options, varied = self.schedule.options_of(best), self.schedule.grid.varied
         names = [name for name, option in options.table().items() if option.attribute in varied]
-        own = {"method": self.course.labels[label].method} | {name: options[name] for name in names}
+        own = {"method": self.schedule.labels[label].method} | {name: options[name] for name in names}
         return record.Best(
-            label=label, learning_rate=best.rate, seed=best.seed, folder=self.course.name_of(best),
+            label=label, learning_rate=best.rate, seed=best.seed, folder=self.schedule.name_of(best),
             step=self.step_of(best), files=files, options=own,
         )  # fmt: skip

@@ -14,10 +14,10 @@ from ..runtime.processes import broadcast_from_main, is_main
 from ..runtime.signals import StopRequest
 from .arms import Arm
 from .results import Results
-from .study import Subject
-from .worker_pool import Crew, Orders, print_workers
+from .study import ExperimentStudy
+from .worker_pool import Orders, WorkerPool, print_workers
 
-Open = Callable[[Grid, StopRequest, Orders | None], contextlib.AbstractContextManager[Subject]]
+Open = Callable[[Grid, StopRequest, Orders | None], contextlib.AbstractContextManager[ExperimentStudy]]
 """Function that locks the experiment's directory, and loads and encodes the data that all arms share.
 
 In a worker process, the function shares the lock that the main process has. It must be picklable.
@@ -29,25 +29,25 @@ def run_experiment(opened: Open, grid: Grid, stop: StopRequest, orders: Orders |
 
     With `orders`, this process is a worker of --arms_at_once: it trains only the arms that the main process assigns.
     """
-    with opened(grid, stop, orders) as subject:
+    with opened(grid, stop, orders) as study:
         if orders:
-            for arm in orders.arms(subject.course):
+            for arm in orders.arms(study.schedule):
                 with print_workers():
-                    train(arm, subject)
+                    train(arm, study)
             return
         work, size = functools.partial(run_experiment, opened, grid), grid.base.experiment.arms_at_once or 1
-        train_and_conclude(subject, Crew(size, subject.prog, work, stop) if size > 1 else None)
+        train_and_conclude(study, WorkerPool(size, study.prog, work, stop) if size > 1 else None)
 
 
-def train_and_conclude(subject: Subject, crew: Crew | None = None) -> None:
+def train_and_conclude(study: ExperimentStudy, pool: WorkerPool | None = None) -> None:
     """Train the remaining arms, and write the results."""
-    course, results = subject.course, Results(subject.course, subject)
+    schedule, results = study.schedule, Results(study.schedule, study)
     for line in results.beforehand() if is_main() else ():
         print(line, flush=True)
     try:
-        train_arms(results, crew)
+        train_arms(results, pool)
     except Stopped as error:
-        course.running = set()
+        schedule.running = set()
         if is_main():  # not a collective: the other processes may have ended in another way
             results.write()
         what, _, _ = str(error).partition("; ")  # otherwise it would name the option that resumes a single run
@@ -55,50 +55,50 @@ def train_and_conclude(subject: Subject, crew: Crew | None = None) -> None:
     broadcast_from_main(results.conclude)
 
 
-def train_arms(results: Results, crew: Crew | None = None) -> None:
-    """Train the remaining arms in their order, in this process or in the workers of `crew`."""
-    course, subject = results.course, results.subject
-    broadcast_from_main(course.next_arm)  # adds arms by --extend_rates
-    ended, total = sum(bool(course.ended(arm)) for arm in course.arms()), len(course.arms())
-    bar = tqdm(desc="arms", total=total, initial=ended, dynamic_ncols=True, disable=crew is None)
-    with bar, crew.working(total - ended) if crew else contextlib.nullcontext(1) as size:
+def train_arms(results: Results, pool: WorkerPool | None = None) -> None:
+    """Train the remaining arms in their order, in this process or in the workers of `pool`."""
+    schedule, study = results.schedule, results.study
+    broadcast_from_main(schedule.next_arm)  # adds arms by --extend_rates
+    ended, total = sum(bool(schedule.ended(arm)) for arm in schedule.arms()), len(schedule.arms())
+    bar = tqdm(desc="arms", total=total, initial=ended, dynamic_ncols=True, disable=pool is None)
+    with bar, pool.working(total - ended) if pool else contextlib.nullcontext(1) as size:
         while True:
-            while len(course.running) < size and (arm := broadcast_from_main(course.next_arm)):
-                course.running.add(arm)
-                if crew:
-                    crew.give(arm, course.grids)
+            while len(schedule.running) < size and (arm := broadcast_from_main(schedule.next_arm)):
+                schedule.running.add(arm)
+                if pool:
+                    pool.give(arm, schedule.grids)
             broadcast_from_main(results.write)
-            if not course.running:
+            if not schedule.running:
                 return
-            if crew:
-                subject.goes_on(ended, total)
-                arm = crew.ended()
-                seconds = course.ended(arm)["wall_seconds"]
+            if pool:
+                study.goes_on(ended, total)
+                arm = pool.ended()
+                seconds = schedule.ended(arm)["wall_seconds"]
             else:
-                (arm,) = course.running
+                (arm,) = schedule.running
                 if is_main():
-                    minutes = course.minutes_left()
+                    minutes = schedule.minutes_left()
                     left = f", about {max(1, round(minutes))} min left" if minutes is not None else ""
-                    print(f"run {ended + 1} of {total}{left}: {course.name_of(arm)}", flush=True)
-                seconds = train(arm, subject)
-            course.running.remove(arm)
-            course.longest = max(course.longest, seconds)
-            ended, total = ended + 1, len(course.arms())
+                    print(f"run {ended + 1} of {total}{left}: {schedule.name_of(arm)}", flush=True)
+                seconds = train(arm, study)
+            schedule.running.remove(arm)
+            schedule.longest = max(schedule.longest, seconds)
+            ended, total = ended + 1, len(schedule.arms())
             bar.total = total
             bar.update()
 
 
-def train(arm: Arm, subject: Subject) -> float:
+def train(arm: Arm, study: ExperimentStudy) -> float:
     """Train an arm, record that it has ended, and return its time in seconds; a diverged arm counts as ended."""
     started, reason = time.monotonic(), ""
-    forget_peak(subject.device)
+    forget_peak(study.device)
     try:
-        subject.train(arm)
+        study.train(arm)
     except (Diverged, EndedElsewhere) as error:
         if not error.diverged:
             raise
         reason = getattr(error, "problem", "")  # known only to the main process
-    memory, seconds = peak_memory(subject.device), time.monotonic() - started
-    to_conclude = subject.seconds_to_conclude()
-    broadcast_from_main(lambda: subject.course.end(arm, reason, memory, seconds, to_conclude))
+    memory, seconds = peak_memory(study.device), time.monotonic() - started
+    to_conclude = study.seconds_to_conclude()
+    broadcast_from_main(lambda: study.schedule.end(arm, reason, memory, seconds, to_conclude))
     return seconds

@@ -42,7 +42,7 @@ def reading_adapter(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 @dataclass
-class Course:
+class ArmSchedule:
     """The arms of an experiment and their results."""
 
     grid: Grid

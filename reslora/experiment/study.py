@@ -11,16 +11,16 @@ from .arms import Arm
 from .hashed_split import too_few
 from .record import Facts, Parts, TestLosses
 from .report import About
-from .schedule import Course
+from .schedule import ArmSchedule
 
 COMPARING = "stopped while comparing; the same command goes on"
 TESTED = "test.json"  # test losses of the chosen checkpoint, in an arm's directory
 
 
-class Subject(ABC):
+class ExperimentStudy(ABC):
     """Interface for training and evaluating the arms of an experiment."""
 
-    course: Course
+    schedule: ArmSchedule
     prog: str
     """Name of the script."""
     about: About
@@ -63,7 +63,7 @@ class Subject(ABC):
         Raises `Stopped` if a stop was requested. Only the main process calls this method and those that follow it.
         """
         self.stop.check(COMPARING)
-        self.say(phase, self.course.name_of(arm))
+        self.say(phase, self.schedule.name_of(arm))
 
     @abstractmethod
     def measured(self, arm: Arm, step: int) -> dict:
@@ -90,7 +90,7 @@ class Subject(ABC):
 
     def is_tested(self, arm: Arm, step: int) -> bool:
         """Return whether the test losses of an arm's checkpoint are on disk."""
-        there = read_object(self.course.folder_of(arm) / TESTED)
+        there = read_object(self.schedule.folder_of(arm) / TESTED)
         return there.get("step") == step and there.get("images") == self.test_ids
 
     def base(self) -> TestLosses:
@@ -99,7 +99,7 @@ class Subject(ABC):
 
     def tested(self, arm: Arm, step: int) -> TestLosses:
         """Return the test losses of an arm's checkpoint, measured once and then read from `test.json`."""
-        path = self.course.folder_of(arm) / TESTED
+        path = self.schedule.folder_of(arm) / TESTED
         if not self.is_tested(arm, step):
             measured = self.measured(arm, step)
             write_json(path, {"step": step, "images": self.test_ids} | measured)

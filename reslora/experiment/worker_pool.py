@@ -30,7 +30,7 @@ from ..runtime.signals import SIGNALS, StopRequest, signals_blocked
 from .arms import Arm, Grids
 
 if TYPE_CHECKING:
-    from .schedule import Course
+    from .schedule import ArmSchedule
 
 PATIENCE = 0.2  # seconds between two polls for a request to stop
 STOP = "stop"
@@ -59,13 +59,13 @@ class Orders:
                 self._stop.signal, told = signal.SIGTERM, None
             self._arms.put(told)
 
-    def arms(self, course: Course) -> Iterator[Arm]:
+    def arms(self, schedule: ArmSchedule) -> Iterator[Arm]:
         """Yield the arms to train as they arrive, until a stop.
 
         Requesting the next arm reports to the main process that the previous one has ended.
         """
         while (told := self._arms.get()) is not None and self._stop.signal is None:
-            arm, course.grids = told  # learning rates may have been added since the start
+            arm, schedule.grids = told  # learning rates may have been added since the start
             yield arm
             self._connection.send(arm)
 
@@ -107,13 +107,13 @@ class Member:
     arm: Arm | None = None
 
     def send(self, what: object) -> None:
-        """Send an object to the worker; does nothing if the worker has ended, which `Crew.ended` detects."""
+        """Send an object to the worker; does nothing if the worker has ended, which `WorkerPool.ended` detects."""
         with contextlib.suppress(OSError):
             self.connection.send(what)
 
 
 @dataclass
-class Crew:
+class WorkerPool:
     """The pool of at most `size` worker processes that run `work` until a stop is requested."""
 
     size: int

@@ -28,7 +28,7 @@ from .accelerator import start_accelerator
 from .data.class_images import load_class_images, missing_class_images
 from .data.dataset import ImageDataset, data_flag
 from .data.folders import load_folders
-from .data.samples import Material
+from .data.samples import TrainingData
 from .data.training_data import material_of, note_images, print_folder_counts
 from .initial_lora import read_start, with_start
 from .memory.plan import check_memory
@@ -70,17 +70,17 @@ def run(options: Options, stop: StopRequest) -> None:
             broadcast_from_main(lambda: check_upload(context.options.output))
         check_before_loading(kinds, context)
         goes_on = bool(resume.finished or any(resume.checkpoints.values()))
-        pipeline, material = encode(kinds, context, goes_on)
-        print_folder_counts(material, context)
+        pipeline, training_data = encode(kinds, context, goes_on)
+        print_folder_counts(training_data, context)
         forget_encoder(pipeline, context)
-        schedule = schedule_of(material.updates(context.accelerator.num_processes), context)
+        schedule = schedule_of(training_data.updates(context.accelerator.num_processes), context)
         broadcast_from_main(lambda: check_length(context.options.training, resume, schedule.steps))
         note_settings(context.options.flat(), schedule, context.accelerator)
-        study = ImageStudy(schedule, identity, context, pipeline, material)
+        study = ImageStudy(schedule, identity, context, pipeline, training_data)
         for method in context.options.adapter.method:
             if method not in resume.finished:
                 train_method(method, resume, study)
-        broadcast_from_main(lambda: show(context, material))
+        broadcast_from_main(lambda: show(context, training_data))
         context.accelerator.end_training()
 
 
@@ -110,7 +110,7 @@ def begin(
 
 def encode(
     kinds: Sequence[ImageDataset], context: Context, goes_on: bool, track: bool = True
-) -> tuple[DiffusionPipeline, Material]:
+) -> tuple[DiffusionPipeline, TrainingData]:
     """Return the pipeline without its denoiser, and the encoded images and captions.
 
     `goes_on`: whether the run is resumed.
@@ -118,9 +118,9 @@ def encode(
     pipeline, objective = on_all(lambda: load_and_check(context))
     if track:
         start_trackers(context)
-    material = material_of(kinds, pipeline, objective, context)
-    note_images(material, context, goes_on)
-    return pipeline, material
+    training_data = material_of(kinds, pipeline, objective, context)
+    note_images(training_data, context, goes_on)
+    return pipeline, training_data
 
 
 def find_all(options: Options, accelerator: Accelerator, stop: StopRequest) -> tuple[list[ImageDataset], Context]:
@@ -242,15 +242,17 @@ def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
         pipeline.vae.encoder = nn.Identity()
 
 
-def show(context: Context, material: Material | None = None) -> None:
+def show(context: Context, training_data: TrainingData | None = None) -> None:
     """Write figures and a summary, and upload the run if --push_to_hub is given.
 
     `material` is None for a run that was already finished.
     """
     options = context.options
-    if material:
+    if training_data:
         context.status.say("finishing")
-        write_figures(options.adapter, options.validation, options.output, len(material.held_out), material.learnt)
+        write_figures(
+            options.adapter, options.validation, options.output, len(training_data.held_out), training_data.learnt
+        )
     else:
         print(f"{context.folder} holds this run already, finished; nothing to do")
     print_summary(options.adapter, options.output)

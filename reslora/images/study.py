@@ -16,7 +16,7 @@ from ..training.study import Study
 from ..training.trained import Trained
 from .data.batch import Batch
 from .data.loaders import stream
-from .data.samples import CalibrationSamples, Material, training_loader
+from .data.samples import CalibrationSamples, TrainingData, training_loader
 from .denoising import DenoisingLoss
 from .initial_lora import add_adapters
 from .output.drawing import Drawer
@@ -29,7 +29,7 @@ class ImageStudy(Study):
     """Model and data of an image run, shared by all its methods."""
 
     pipeline: DiffusionPipeline
-    material: Material
+    training_data: TrainingData
     shared: SharedLosses = field(default_factory=SharedLosses)
     """Losses and times that the validations of all methods share."""
 
@@ -38,7 +38,7 @@ class ImageStudy(Study):
         """The generator of sample images."""
         context, options = self.context, self.context.options
         return Drawer(
-            self.pipeline, context.model.family, self.material.texts, options.data, options.training,
+            self.pipeline, context.model.family, self.training_data.texts, options.data, options.training,
             options.validation, context.encoders,
         )  # fmt: skip
 
@@ -48,7 +48,7 @@ class ImageStudy(Study):
         device = torch.device("cpu") if cuts_base(context.accelerator) else context.accelerator.device
         denoiser = context.model.load_denoiser(context.dtype, device, model.base_precision, model.blocks_to_swap)
         parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, self.pipeline)
-        trained = Trained(parts, DenoisingLoss(context, self.material.objective, self.pipeline, denoiser.config))
+        trained = Trained(parts, DenoisingLoss(context, self.training_data.objective, self.pipeline, denoiser.config))
         add_adapters(trained, method, self.schedule.steps, context)
         return new_learner(method, trained, self.schedule, context)
 
@@ -56,19 +56,21 @@ class ImageStudy(Study):
         """Yield this process's batches of these steps; a batch depends only on the seed, the step and the process."""
         accelerator = self.context.accelerator
         pin = accelerator.device.type == "cuda"
-        return stream(training_loader(self.material, steps, accelerator.num_processes, accelerator.process_index, pin))
+        return stream(
+            training_loader(self.training_data, steps, accelerator.num_processes, accelerator.process_index, pin)
+        )
 
     def calibration(self) -> Iterator[Batch]:
         """Return batches of the --merge_calibration_samples training samples that a control method is calibrated on."""
         count = self.context.options.adapter.merge_calibration_samples
-        return CalibrationSamples(self.material).batches(count, self.context.accelerator.num_processes)
+        return CalibrationSamples(self.training_data).batches(count, self.context.accelerator.num_processes)
 
     @contextlib.contextmanager
     def reports(self, learner: Learner) -> Iterator[Reports]:
         """Yield the log and the trackers of a method; use the attention of `attention_of` inside this context."""
         context = self.context
         reports = Reports(context.folder_of(learner.method), learner, self.schedule, context.accelerator)
-        with contextlib.closing(reports), attention_of(context.accelerator, self.material.shapes.values()):
+        with contextlib.closing(reports), attention_of(context.accelerator, self.training_data.shapes.values()):
             yield reports
 
     def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
@@ -78,7 +80,9 @@ class ImageStudy(Study):
         """
         context = self.context
         shared = SharedLosses() if context.start else self.shared  # the LoRA's losses are not the base's
-        look = Validation(learner.trained.loss, self.material, self.drawer, context.accelerator, context.stop, shared)
+        look = Validation(
+            learner.trained.loss, self.training_data, self.drawer, context.accelerator, context.stop, shared
+        )
         look(learner, reports, parts or VALIDATION_PARTS)
 
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
@@ -86,4 +90,4 @@ class ImageStudy(Study):
 
         Returns, for each file, the largest difference of any pixel from the merged model's image, of 255.
         """
-        return export_method(learner, self.material, self.drawer, schedule, self.context)
+        return export_method(learner, self.training_data, self.drawer, schedule, self.context)

@@ -29,8 +29,8 @@ from ..experiment.arms import Arm
 from ..experiment.record import Facts, facts_of, read_experiment
 from ..experiment.report import About
 from ..experiment.runner import run_experiment
-from ..experiment.schedule import Course, reading_adapter
-from ..experiment.study import COMPARING, Subject
+from ..experiment.schedule import ArmSchedule, reading_adapter
+from ..experiment.study import COMPARING, ExperimentStudy
 from ..experiment.worker_pool import Orders
 from ..formatting import pluralize
 from ..io import remove, remove_leftovers, replacing, write_json
@@ -86,7 +86,7 @@ WRITTEN = {
 """Files of a single run, with the use of each."""
 
 
-class Study(ABC):
+class TextStudy(ABC):
     """The task-specific part of train_llm.py and train_glue.py, for single runs and experiments."""
 
     prog: str
@@ -176,7 +176,7 @@ class Study(ABC):
             say(f"\nWith a real model:\n  accelerate launch {self.prog} {self.real}")
 
 
-def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
+def run(study: TextStudy, asked: T | Grid[T], stop: StopRequest) -> None:
     """Start a single run or an experiment."""
     if isinstance(asked, Grid):
         run_experiment(functools.partial(opened, study), asked, stop)
@@ -202,38 +202,40 @@ def run(study: Study, asked: T | Grid[T], stop: StopRequest) -> None:
 
 
 @contextlib.contextmanager
-def opened(study: Study, grid: Grid[T], stop: StopRequest, orders: Orders | None = None) -> Iterator[Bench]:
+def opened(
+    study: TextStudy, grid: Grid[T], stop: StopRequest, orders: Orders | None = None
+) -> Iterator[TextExperiment]:
     """Lock the directory, validate the options, encode the examples, and yield the experiment.
 
     With `orders`, this process is a worker of --arms_at_once; the main process has locked and validated the directory.
     """
     report_unread_by_methods(grid)
-    course = Course(grid)
+    schedule = ArmSchedule(grid)
     with stop.at_once():
-        plain, *_ = [study.arguments(options_of(arm, course)) for arm in course.arms()]
+        plain, *_ = [study.arguments(options_of(arm, schedule)) for arm in schedule.arms()]
     with contextlib.ExitStack() as stack:
-        broadcast_from_main(lambda: stack.enter_context((share_lock if orders else locked)(course.folder)))
+        broadcast_from_main(lambda: stack.enter_context((share_lock if orders else locked)(schedule.folder)))
         parts = study.parts(plain, grid.base.experiment)
         parts = dataclasses.replace(parts, trained=study.prepare(plain, parts))
-        course.grid = grid.replace(**looks(grid.base.training, total_steps(plain.training, parts.trained)))
-        bench = Bench(course, study, parts, stop, plain.training.device)
+        schedule.grid = grid.replace(**looks(grid.base.training, total_steps(plain.training, parts.trained)))
+        experiment = TextExperiment(schedule, study, parts, stop, plain.training.device)
         if not orders:
-            broadcast_from_main(lambda: take_folder(bench))
+            broadcast_from_main(lambda: take_folder(experiment))
             tell = functools.cache(say)  # several labels may print the same line
-            for label in course.labels:
-                bench.check_label(label, tell)
-            say(f"{pluralize(len(course.arms()), 'arm')}; {parts}")
-        yield bench
+            for label in schedule.labels:
+                experiment.check_label(label, tell)
+            say(f"{pluralize(len(schedule.arms()), 'arm')}; {parts}")
+        yield experiment
 
 
-def options_of(arm: Arm, course: Course) -> Any:
+def options_of(arm: Arm, schedule: ArmSchedule) -> Any:
     """Return an arm's options, as those of a single run in the arm's directory.
 
     The run retains one checkpoint unless --save_total_limit is given.
     """
-    options = course.options_of(arm)
+    options = schedule.options_of(arm)
     limit = options.training.save_total_limit or 1
-    own = {"output_dir": str(course.folder_of(arm)), "save_total_limit": limit, "resume_from_checkpoint": None}
+    own = {"output_dir": str(schedule.folder_of(arm)), "save_total_limit": limit, "resume_from_checkpoint": None}
     return checked(options.replace(**own))
 
 
@@ -243,17 +245,17 @@ def looks(training: TrainingOptions, steps: int) -> dict[str, Any]:
     return {"eval_strategy": "steps", "eval_steps": every} if training.eval_strategy == "no" else {}
 
 
-def take_folder(bench: Bench) -> None:
+def take_folder(experiment: TextExperiment) -> None:
     """Raise `InvalidArgument` if the directory has another experiment or a single run.
 
     Otherwise remove temporary files, rename incomplete checkpoints, and write `config.json`.
     """
-    course, folder = bench.course, bench.course.folder
+    schedule, folder = experiment.schedule, experiment.schedule.folder
     there = read_experiment(folder).get("identity") or {}
     if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
         raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
     # The evaluation steps follow from other settings, which the message should name first.
-    mine = sorted(bench.identity.items(), key=lambda item: item[0].startswith("eval_"))
+    mine = sorted(experiment.identity.items(), key=lambda item: item[0].startswith("eval_"))
     for name, value in mine if there else ():
         earlier = there.get(name)
         if not is_same(name, earlier, value):
@@ -261,11 +263,11 @@ def take_folder(bench: Bench) -> None:
                 problem = f"was begun with other {name} examples"
                 raise InvalidArgument(f"--output_dir {folder}", problem, "bring those back, or choose another")
             refuse_other_value(f"--{name}", value, f"{folder} was begun with", earlier, "choose another --output_dir")
-    for place in map(course.folder_of, course.arms()):
+    for place in map(schedule.folder_of, schedule.arms()):
         remove_leftovers(place)
         remove_leftovers(place / ADAPTERS)
-        set_unfinished_aside(place, bench.identity["num_processes"])
-    write_json(folder / "config.json", without_tokens(bench.recorded))
+        set_unfinished_aside(place, experiment.identity["num_processes"])
+    write_json(folder / "config.json", without_tokens(experiment.recorded))
 
 
 class KeepAdapters(TrainerCallback):
@@ -293,11 +295,11 @@ class KeepAdapters(TrainerCallback):
 
 
 @dataclass(frozen=True)
-class Bench(Subject):
+class TextExperiment(ExperimentStudy):
     """Trains, evaluates and exports the arms of an experiment with a language model."""
 
-    course: Course
-    study: Study
+    schedule: ArmSchedule
+    study: TextStudy
     parts: Parts
     stop: StopRequest
     device: torch.device
@@ -311,14 +313,14 @@ class Bench(Subject):
     @property
     def recorded(self) -> dict[str, Any]:
         """All options by name; an option that varies has a list of all its values."""
-        return {**passed_on_defaults(), **self.course.grid.flat(), **self.course.grid.base.passed_on}
+        return {**passed_on_defaults(), **self.schedule.grid.flat(), **self.schedule.grid.base.passed_on}
 
     @functools.cached_property
     def identity(self) -> dict:
         """Settings, and content hashes of the examples, that must not change when an experiment is resumed."""
-        arguments = self.arguments_of(self.course.arms()[0])
+        arguments = self.arguments_of(self.schedule.arms()[0])
         settings = arguments.settings | {"num_processes": arguments.training.world_size}
-        grid = self.course.grid
+        grid = self.schedule.grid
         table, flat = grid.base.table(), grid.flat()
         free = free_on_resume(type(grid.base))
         found = {name: value for name, value in settings.items() if name not in free or name in FIXED}
@@ -333,8 +335,8 @@ class Bench(Subject):
 
         Does nothing if an arm of the label has ended.
         """
-        arms = [arm for arm in self.course.arms() if arm.label == label]
-        if not broadcast_from_main(lambda: any(self.course.ended(arm) for arm in arms)):
+        arms = [arm for arm in self.schedule.arms() if arm.label == label]
+        if not broadcast_from_main(lambda: any(self.schedule.ended(arm) for arm in arms)):
             arguments = self.arguments_of(arms[0])
             self.study.print_links(self.study.adapted(arguments), arguments.method, tell)
 
@@ -345,7 +347,7 @@ class Bench(Subject):
 
     def arguments_of(self, arm: Arm) -> Any:
         """Return the arguments of a single run of the arm."""
-        return self.study.arguments(options_of(arm, self.course))
+        return self.study.arguments(options_of(arm, self.schedule))
 
     def facts(self) -> Facts:
         """Return versions, split sizes and the identity of the experiment."""
@@ -356,7 +358,7 @@ class Bench(Subject):
 
         Raises `Diverged` if a loss is not finite.
         """
-        arguments, folder = self.arguments_of(arm), self.course.folder_of(arm)
+        arguments, folder = self.arguments_of(arm), self.schedule.folder_of(arm)
         if arguments.training.torch_compile:
             torch.compiler.reset()  # torch stops compiling after a limited number of models
         trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
@@ -367,15 +369,15 @@ class Bench(Subject):
                 broadcast_from_main(lambda: stack.enter_context(writing_into(folder)))
                 self._train(trainer, arm, arguments)
         except Diverged as error:
-            raise Diverged(f"{self.course.name_of(arm)}: {error.problem}") from error
+            raise Diverged(f"{self.schedule.name_of(arm)}: {error.problem}") from error
         finally:
             trainer.accelerator.free_memory()
             gc.collect()  # a trainer, its callbacks and the model refer to each other
 
     def _train(self, trainer: Any, arm: Arm, arguments: Any) -> None:
-        folder = self.course.folder_of(arm)
+        folder = self.schedule.folder_of(arm)
         if arguments.training.should_save:
-            print(f"{self.course.name_of(arm)}: training", flush=True)  # the next lines do not name the arm
+            print(f"{self.schedule.name_of(arm)}: training", flush=True)  # the next lines do not name the arm
             write_json(folder / "config.json", arguments.settings)
         trainer.train(
             resume_from_checkpoint="latest" if broadcast_from_main(lambda: bool(checkpoints_of(folder))) else None
@@ -383,7 +385,7 @@ class Bench(Subject):
         step = trainer.state.global_step
         adapter = adapter_folder(folder, step)
         # A step can be chosen once its loss and then its adapter were written.
-        if broadcast_from_main(lambda: not adapter.is_dir() or step not in self.course.select_losses(arm)):
+        if broadcast_from_main(lambda: not adapter.is_dir() or step not in self.schedule.select_losses(arm)):
             trainer.evaluate()
         method = dataclasses.replace(arguments.method, merge_and_save=False)  # merged/ is written only for the best arm
         broadcast_from_main(check_held)
@@ -393,7 +395,7 @@ class Bench(Subject):
         """Return the model with the adapter that an arm has saved at a step, merged as for an export."""
         arguments = self.arguments_of(arm)
         model = self.study.adapted(arguments).to(arguments.training.device)
-        folder = self.course.folder_of(arm)
+        folder = self.schedule.folder_of(arm)
         with reading_adapter(folder):
             load_adapter(model, adapter_folder(folder, step))
         as_plain(model, arguments.method, self.study.calibration(arguments))
@@ -405,7 +407,7 @@ class Bench(Subject):
 
     def base_losses(self) -> dict:
         """Return the base model's losses and metrics on the test split."""
-        arguments = self.arguments_of(self.course.arms()[0])
+        arguments = self.arguments_of(self.schedule.arms()[0])
         # a newly initialized adapter does not change the base model's output
         model = self.study.adapted(arguments).to(arguments.training.device)
         return self.losses_of(model.eval(), arguments)
@@ -424,6 +426,6 @@ class Bench(Subject):
         model, method = self.restored(arm, step), self.arguments_of(arm).method
         check_held()
         if not method.merge_and_save:
-            remove(self.course.folder / "merged")
-        export(model, self.course.folder, method, tokenizer=self.study.tokenizer)
+            remove(self.schedule.folder / "merged")
+        export(model, self.schedule.folder, method, tokenizer=self.study.tokenizer)
         return ["peft", *["merged"] * method.merge_and_save]

@@ -30,7 +30,7 @@ from ..runtime.processes import broadcast_from_main
 from ..runtime.signals import StopRequest
 from . import training_arguments
 from .callbacks import LogCallback
-from .experiment import Study
+from .experiment import TextStudy
 from .glue_tasks import TASKS, Columns, Task, check_rows, file_form, predicted, read_folder, scores
 from .split import Parts, parts_of
 from .trainer import UNREADABLE, AdapterTrainer, attach, total_steps
@@ -285,7 +285,7 @@ def write_predictions(arguments: Arguments, trainer: AdapterTrainer, sets: dict)
     return files
 
 
-class GlueStudy(Study):
+class GlueStudy(TextStudy):
     """Training and evaluation on a GLUE task; experiments with MNLI use its matched examples."""
 
     prog = PROG

@@ -16,7 +16,7 @@ from ..runtime.processes import say
 from ..runtime.signals import StopRequest
 from ..seeds import derive
 from .callbacks import LogCallback
-from .experiment import Study
+from .experiment import TextStudy
 from .llm_tasks import Example, file_form, read_examples
 from .llm_trainer import (
     Encoder,
@@ -147,7 +147,7 @@ def precision(task: LlmTaskOptions, training: AdapterTrainingArguments) -> dict:
 # -- the run -----------------------------------------------------------------------------------------------------------
 
 
-class LlmStudy(Study):
+class LlmStudy(TextStudy):
     """Training and evaluation on a task of the paper."""
 
     prog = PROG

@@ -19,7 +19,7 @@ from app.tabs.base import Parts
 from app.tabs.experiment import ExperimentTab
 from app.uploads import keep
 from reslora.experiment.report import write_report
-from reslora.experiment.schedule import Course
+from reslora.experiment.schedule import ArmSchedule
 from reslora.images.experiment.report_sections import IMAGES
 from reslora.images.settings import parse_args
 
@@ -270,7 +270,7 @@ def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
         form = dict.fromkeys(ExperimentTab.names, "") | added
         assert f"{arms} arms: {of_each}." in experiments.plan(trainings, "which", form)
         flags = parse_args(trainings.command("which", form, kind=Experiment)[1:])
-        assert len(Course(flags).arms()) == arms
+        assert len(ArmSchedule(flags).arms()) == arms
 
 
 def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(library, tmp_path):

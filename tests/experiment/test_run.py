@@ -16,7 +16,7 @@ from reslora.errors import Diverged, InvalidArgument, RunFailed, Stopped
 from reslora.experiment import runner as run
 from reslora.experiment.arms import Arm
 from reslora.experiment.hashed_split import too_few
-from reslora.experiment.schedule import Course
+from reslora.experiment.schedule import ArmSchedule
 from reslora.experiment.study import COMPARING
 from reslora.images.experiment.report_sections import IMAGES
 from reslora.images.settings import parse_args
@@ -25,19 +25,19 @@ from reslora.runtime.folder_lock import locked
 
 def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
     """Whatever a plain run would go on with."""
-    course, told = (
+    schedule, told = (
         SimpleNamespace(arms=list, next_arm=lambda: "arm", running=set(), minutes_left=lambda: None, name_of=str),
         [],
     )
-    results = SimpleNamespace(course=course, write=lambda: told.append(course.running), beforehand=list)
-    monkeypatch.setattr(run, "Results", lambda course, subject: results)
+    results = SimpleNamespace(schedule=schedule, write=lambda: told.append(schedule.running), beforehand=list)
+    monkeypatch.setattr(run, "Results", lambda schedule, study: results)
 
     def stopped(_: str) -> None:
         raise Stopped("lora/lr-1 stopped after step 3; go on with --resume_from_checkpoint latest")
 
     with pytest.raises(Stopped, match=r"^lora/lr-1 stopped after step 3; the same command goes on$"):
-        results.subject = SimpleNamespace(course=course, train=stopped, device=torch.device("cpu"))
-        run.train_and_conclude(results.subject)
+        results.study = SimpleNamespace(schedule=schedule, train=stopped, device=torch.device("cpu"))
+        run.train_and_conclude(results.study)
     assert told == [{"arm"}, set()]
 
 
@@ -49,8 +49,8 @@ class Untrained:
 
     about, device, test_ids = IMAGES, torch.device("cpu"), list("abcd")
 
-    def __init__(self, course: Course, stopped: str = "", diverging: Collection[tuple[str, int]] = ()) -> None:
-        self.course, self.stopped, self.diverging = course, stopped, diverging
+    def __init__(self, schedule: ArmSchedule, stopped: str = "", diverging: Collection[tuple[str, int]] = ()) -> None:
+        self.schedule, self.stopped, self.diverging = schedule, stopped, diverging
         self.begun: list[str] = []
 
     def facts(self) -> dict:
@@ -65,7 +65,7 @@ class Untrained:
             raise Stopped("stopped after step 1; go on")
         if (arm.label, arm.seed) in self.diverging:
             raise Diverged(f"{arm.label} diverged", "start in another --output_dir")
-        folder, loss = self.course.folder_of(arm), 1 + abs(math.log(arm.rate / 2e-4)) + 0.01 * arm.seed
+        folder, loss = self.schedule.folder_of(arm), 1 + abs(math.log(arm.rate / 2e-4)) + 0.01 * arm.seed
         folder.mkdir(parents=True, exist_ok=True)
         rows = [
             {"step": at, "split": "validation", "loss": found, "seconds": 1.0} for at, found in enumerate((2, loss))
@@ -73,17 +73,17 @@ class Untrained:
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def is_tested(self, arm: Arm, step: int) -> bool:
-        return (self.course.folder_of(arm) / "tested").exists()
+        return (self.schedule.folder_of(arm) / "tested").exists()
 
     def begins(self, phase: str, arm: Arm) -> None:
         if self.stopped == "begins" and self.begun:
             raise Stopped(COMPARING)
-        self.begun.append(f"{self.course.name_of(arm)}: {phase}")
+        self.begun.append(f"{self.schedule.name_of(arm)}: {phase}")
 
     def tested(self, arm: Arm, step: int) -> dict:
         if self.stopped == "tested":
             raise Stopped(COMPARING)
-        (self.course.folder_of(arm) / "tested").touch()
+        (self.schedule.folder_of(arm) / "tested").touch()
         luck = np.random.default_rng([arm.seed, len(arm.label)]).normal(size=4)
         losses = 1 + 0.1 * (arm.label != "lora") + 0.001 * luck
         return {"images": list("abcd"), "losses": losses.tolist(), "by_timestep": [1.0]}
@@ -95,12 +95,12 @@ class Untrained:
         return 2.0
 
     def is_exported(self, arm: Arm, step: int) -> bool:
-        return (self.course.folder_of(arm) / "exported").exists()
+        return (self.schedule.folder_of(arm) / "exported").exists()
 
     def export_compared(self, arm: Arm, step: int) -> None:
         if (arm.label, -1) in self.diverging:
             raise Diverged(f"{arm.label}: it draws NaN", "start again")
-        (self.course.folder_of(arm) / "exported").touch()
+        (self.schedule.folder_of(arm) / "exported").touch()
 
     def export(self, arm: Arm, step: int) -> list[str]:
         if self.stopped == "export":
@@ -118,13 +118,13 @@ def go(
     """Trains and concludes, or is stopped; the record, and the report's headline."""
     grid = ["--method", *methods.split(), "--learning_rate", "1e-4", "2e-4", "4e-4", *flags]
     grid += [] if "--seed" in flags else ["--seed", "0", "1"]
-    course = Course(parse_args(["--output_dir", str(folder), *grid]))
+    schedule = ArmSchedule(parse_args(["--output_dir", str(folder), *grid]))
     folder.mkdir(exist_ok=True)
     if stopped:
         with pytest.raises(Stopped):
-            run.train_and_conclude(Untrained(course, stopped))
+            run.train_and_conclude(Untrained(schedule, stopped))
     else:
-        run.train_and_conclude(Untrained(course, diverging=diverging))
+        run.train_and_conclude(Untrained(schedule, diverging=diverging))
     report = (folder / "report.html").read_text(encoding="utf-8")
     return json.loads((folder / "experiment.json").read_text()), re.search("<h1>(.*?)</h1>", report)[1]
 

@@ -8,7 +8,7 @@ import pytest
 
 from reslora.errors import InvalidArgument
 from reslora.experiment.arms import Arm
-from reslora.experiment.schedule import Course
+from reslora.experiment.schedule import ArmSchedule
 from reslora.images.settings import parse_args
 from reslora.runtime.checkpoint_folders import adapter_folder
 
@@ -16,42 +16,44 @@ RATES = ("--learning_rate", "2e-4", "1e-4", "4e-4")
 
 
 @pytest.fixture
-def course(tmp_path):
+def schedule(tmp_path):
     """A course in the same folder, each time as a new start has it."""
-    return lambda *flags: Course(parse_args(["--output_dir", str(tmp_path / "out"), "--rank", "2", *RATES, *flags]))
+    return lambda *flags: ArmSchedule(
+        parse_args(["--output_dir", str(tmp_path / "out"), "--rank", "2", *RATES, *flags])
+    )
 
 
-def leave(course: Course, arm: Arm, best: float = 2e-4, seconds: float = 3.0, wall: float = 5.0) -> None:
+def leave(schedule: ArmSchedule, arm: Arm, best: float = 2e-4, seconds: float = 3.0, wall: float = 5.0) -> None:
     """What an arm leaves that has ended: lower losses the nearer its rate is to `best`, but for those of its last look.
 
     They are lowest at the second look, at step 4; training losses are lower than all.
     """
-    loss, folder = abs(math.log(arm.rate / best)) + 1, course.folder_of(arm)
+    loss, folder = abs(math.log(arm.rate / best)) + 1, schedule.folder_of(arm)
     folder.mkdir(parents=True, exist_ok=True)
     looks = {0: loss + 1, 2: loss + 1, 4: loss, 6: 99 - loss}
     found = [(step, "train", 0.1) for step in range(1, 7)]
     found = sorted([*found, *((step, "validation", look) for step, look in looks.items())])
     rows = [{"step": step, "split": split, "loss": value, "seconds": seconds} for step, split, value in found]
     (folder / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    course.end(arm, "", 100, wall)
+    schedule.end(arm, "", 100, wall)
 
 
-def run(course: Course, best: float = 2e-4, most: int = 1000) -> list[Arm]:
+def run(schedule: ArmSchedule, best: float = 2e-4, most: int = 1000) -> list[Arm]:
     """Up to `most` arms, one after the other."""
     found: list[Arm] = []
-    while len(found) < most and (arm := course.next_arm()):
-        leave(course, arm, best)
+    while len(found) < most and (arm := schedule.next_arm()):
+        leave(schedule, arm, best)
         found.append(arm)
     return found
 
 
-def test_a_new_start_goes_on_where_the_last_one_was(course):
-    whole = [(arm.label, arm.rate, arm.seed) for arm in run(course("--seed", "0", "1"))]
+def test_a_new_start_goes_on_where_the_last_one_was(schedule):
+    whole = [(arm.label, arm.rate, arm.seed) for arm in run(schedule("--seed", "0", "1"))]
     assert len(whole) == len(set(whole)) == 2 * (3 + 1)
 
 
-def test_the_first_seed_chooses_the_rate_and_the_others_are_trained_at_it(course):
-    one = course("--seed", "7", "0", "1")
+def test_the_first_seed_chooses_the_rate_and_the_others_are_trained_at_it(schedule):
+    one = schedule("--seed", "7", "0", "1")
     assert one.choosing == [7] and len(one.arms()) == 2 * (3 + 2)
     assert [arm.rate for arm in one.arms() if arm.seed == 0] == [2e-4, 2e-4]  # the middle one, until one is chosen
     done = run(one, best=4e-4)
@@ -59,33 +61,33 @@ def test_the_first_seed_chooses_the_rate_and_the_others_are_trained_at_it(course
         (label, 4e-4, seed) for seed in (0, 1) for label in ("lora", "reslora")
     ]
     assert {arm.seed for arm in done[:6]} == {7} and set(one.arms()) == set(done)
-    assert course("--seed", "7", "0", "1", "2", "3", "4").choosing == [7, 3]
+    assert schedule("--seed", "7", "0", "1", "2", "3", "4").choosing == [7, 3]
     leave(one, Arm("lora", 1e-4, 0))  # of a version that trained every seed at every rate
     assert Arm("lora", 1e-4, 0) in one.arms() and len(one.arms()) == len(done) + 1
 
 
-def test_where_another_seed_diverges_all_are_trained_at_the_next_best_rate(course):
-    one = course("--seed", "0", "1", "2", "--method", "lora")
+def test_where_another_seed_diverges_all_are_trained_at_the_next_best_rate(schedule):
+    one = schedule("--seed", "0", "1", "2", "--method", "lora")
     done = run(one, most=4)
     one.end(done[-1], "the loss is not finite", 100, 5.0)
     assert done[-1] == Arm("lora", 2e-4, 1)
-    assert run(course("--seed", "0", "1", "2", "--method", "lora")) == [Arm("lora", 1e-4, 1), Arm("lora", 1e-4, 2)]
+    assert run(schedule("--seed", "0", "1", "2", "--method", "lora")) == [Arm("lora", 1e-4, 1), Arm("lora", 1e-4, 2)]
     for arm in (Arm("lora", 1e-4, 2), Arm("lora", 4e-4, 2)):
         one.end(arm, "the loss is not finite", 100, 5.0)
     assert one.next_arm() is None and one.rate_of("lora") is None
 
 
-def test_a_killed_start_changes_no_order(course, tmp_path):
-    first = run(course("--seed", "0", "1"), most=5)
-    rest = run(course("--seed", "0", "1"))
+def test_a_killed_start_changes_no_order(schedule, tmp_path):
+    first = run(schedule("--seed", "0", "1"), most=5)
+    rest = run(schedule("--seed", "0", "1"))
     assert len(first) == 5 and len(rest) == 3 and not set(first) & set(rest)
-    assert course("--seed", "0", "1").next_arm() is None
-    more = run(course("--seed", "0", "1", "2", "--method", "lora", "reslora", "loha"))
+    assert schedule("--seed", "0", "1").next_arm() is None
+    more = run(schedule("--seed", "0", "1", "2", "--method", "lora", "reslora", "loha"))
     assert {arm.seed for arm in more if arm.label != "loha"} == {2} and len(more) == 2 + 3 + 2
 
 
-def test_records_say_what_has_become_of_arms(course):
-    one = course()
+def test_records_say_what_has_become_of_arms(schedule):
+    one = schedule()
     (arm,) = run(one, most=1)
     one.running = {one.next_arm()}
     found = {(record["label"], record["learning_rate"]): record for record in map(one.record, one.arms())}
@@ -98,75 +100,75 @@ def test_records_say_what_has_become_of_arms(course):
     assert found["lora", 1e-4]["status"] == "waiting"
 
 
-def test_an_arm_that_diverged_does_not_keep_the_others_from_theirs(course):
+def test_an_arm_that_diverged_does_not_keep_the_others_from_theirs(schedule):
     """However good its loss was before it diverged, and whether it has one or not."""
-    one = course()
+    one = schedule()
     arm = one.next_arm()
     one.end(arm, "the loss is not finite at step 1", 100, 5.0)
     diverged = one.next_arm()
     leave(one, diverged)
     one.end(diverged, "the loss is not finite at step 7", 100, 5.0)
-    assert one.losses() == {arm: math.inf, diverged: math.inf} and len(run(course())) == 4
+    assert one.losses() == {arm: math.inf, diverged: math.inf} and len(run(schedule())) == 4
 
 
-def test_an_arm_that_ended_well_and_whose_log_is_gone_has_not_diverged(course):
-    (arm,) = run(course(), most=1)
-    folder = course().folder_of(arm)
+def test_an_arm_that_ended_well_and_whose_log_is_gone_has_not_diverged(schedule):
+    (arm,) = run(schedule(), most=1)
+    folder = schedule().folder_of(arm)
     (folder / "log.jsonl").unlink()
     with pytest.raises(InvalidArgument) as error:
-        course().next_arm()
+        schedule().next_arm()
     line = f"{folder}: log.jsonl has no validation loss; remove {folder}, and the arm is trained anew"
     assert str(error.value) == line
     shutil.rmtree(folder)
-    assert course().next_arm() == arm
+    assert schedule().next_arm() == arm
 
 
-def test_an_arm_whose_log_has_lost_a_loss_is_not_chosen_by_the_others(course):
+def test_an_arm_whose_log_has_lost_a_loss_is_not_chosen_by_the_others(schedule):
     """There is an adapter of each step that may be chosen."""
-    (arm,) = run(course(), most=1)
-    folder = course().folder_of(arm)
+    (arm,) = run(schedule(), most=1)
+    folder = schedule().folder_of(arm)
     for step in (2, 4, 6):
         adapter_folder(folder, step).mkdir(parents=True)
-    course().next_arm()
+    schedule().next_arm()
     lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
     (lost,) = [line for line in lines if json.loads(line)["split"] == "validation" and json.loads(line)["step"] == 4]
     (folder / "log.jsonl").write_text("".join(line[:20] + "\n" if line == lost else line for line in lines))
     with pytest.raises(InvalidArgument, match=r"seed-0: log.jsonl has no validation loss of step 4; remove .*seed-0"):
-        course().next_arm()
+        schedule().next_arm()
 
 
 @pytest.mark.parametrize("kill", range(1, 14, 4))
-def test_rates_are_extended_for_all_and_found_again_after_a_kill(course, kill):
+def test_rates_are_extended_for_all_and_found_again_after_a_kill(schedule, kill):
     """The best rate is above the grid: three more at most, for the other method as well."""
     own = ("--extend_rates",)
-    done = run(course(*own), best=1.0, most=kill)
-    again = course(*own)
+    done = run(schedule(*own), best=1.0, most=kill)
+    again = schedule(*own)
     done += run(again, best=1.0)
     assert again.grids == {name: [1e-4, 2e-4, 4e-4, 8e-4, 16e-4, 32e-4] for name in ("lora", "reslora")}
     assert len(done) == 12 and set(done) == set(again.arms())
-    assert course(*own).grids == again.grids
-    assert course().grids == {name: [1e-4, 2e-4, 4e-4] for name in ("lora", "reslora")}
+    assert schedule(*own).grids == again.grids
+    assert schedule().grids == {name: [1e-4, 2e-4, 4e-4] for name in ("lora", "reslora")}
 
 
-def test_an_optimum_inside_is_not_extended(course):
-    one = course("--extend_rates")
+def test_an_optimum_inside_is_not_extended(schedule):
+    one = schedule("--extend_rates")
     run(one)
     assert one.grids == {name: [1e-4, 2e-4, 4e-4] for name in ("lora", "reslora")}
 
 
-def test_no_arm_begins_that_would_not_end_in_time(course):
-    one = course("--experiment_minutes", "10")
+def test_no_arm_begins_that_would_not_end_in_time(schedule):
+    one = schedule("--experiment_minutes", "10")
     assert one.has_time()  # whatever it takes: the first one is begun
     one.longest = 590.0
     assert one.has_time()
     one.longest = 610.0
     assert not one.has_time() and one.next_arm() is None
-    assert course("--experiment_minutes", "10").next_arm() is not None
+    assert schedule("--experiment_minutes", "10").next_arm() is not None
 
 
-def test_the_time_limit_covers_tests_and_exports(course):
+def test_the_time_limit_covers_tests_and_exports(schedule):
     """Two arms that are compared take 100 seconds each once they are trained."""
-    one = course("--experiment_minutes", "10")
+    one = schedule("--experiment_minutes", "10")
     arm = one.next_arm()
     leave(one, arm)
     one.end(arm, "", None, 5.0, to_conclude=100.0)
@@ -177,15 +179,15 @@ def test_the_time_limit_covers_tests_and_exports(course):
     assert one.seconds_to_conclude(99) == 100.0 * len(one.labels) * len(one.seeds)
     left = (len(one.arms()) - 1) * 5.0 + one.seconds_to_conclude(99)
     assert one.minutes_left() == pytest.approx(left / 60)
-    assert course().minutes_left() is not None
+    assert schedule().minutes_left() is not None
 
 
 @pytest.mark.parametrize("took", [{"seconds": 1800.0}, {"wall": 1800.0}])
-def test_what_another_start_has_trained_counts_for_how_long_an_arm_takes(course, took):
+def test_what_another_start_has_trained_counts_for_how_long_an_arm_takes(schedule, took):
     """The one that this start has gone on with was nearly done. Looks and exports count as steps do."""
-    leave(course(), course().next_arm(), **took)
-    one = course("--experiment_minutes", "20")
+    leave(schedule(), schedule().next_arm(), **took)
+    one = schedule("--experiment_minutes", "20")
     leave(one, one.next_arm(), **took)
     one.longest = 60.0
     assert not one.has_time() and one.next_arm() is None
-    assert course("--experiment_minutes", "20").next_arm() is not None
+    assert schedule("--experiment_minutes", "20").next_arm() is not None

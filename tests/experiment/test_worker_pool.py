@@ -17,8 +17,8 @@ from waiting import ended, join, start_thread, wait_until
 
 from reslora.errors import EndedElsewhere, InvalidArgument, RunFailed, Stopped
 from reslora.experiment.runner import train_arms
-from reslora.experiment.schedule import Course
-from reslora.experiment.worker_pool import Crew, Orders, arms_a_device, print_workers, share_of
+from reslora.experiment.schedule import ArmSchedule
+from reslora.experiment.worker_pool import Orders, WorkerPool, arms_a_device, print_workers, share_of
 from reslora.images.settings import parse_args
 from reslora.io import is_running, this_process
 from reslora.runtime.script import run_script
@@ -34,9 +34,9 @@ def grid(folder: Path, *flags: str) -> list[str]:
 
 def work(argv: list[str], what: dict[float, str], stop: StopRequest, orders: Orders) -> None:
     """Arms leave losses that fall with the rate, and who had them; an arm of a rate may do something else instead."""
-    course = Course(parse_args(argv))
-    for arm in orders.arms(course):
-        folder = course.folder_of(arm)
+    schedule = ArmSchedule(parse_args(argv))
+    for arm in orders.arms(schedule):
+        folder = schedule.folder_of(arm)
         folder.mkdir(parents=True)
         (folder / "who").write_text(this_process())
         print("not heard", flush=True)
@@ -44,7 +44,7 @@ def work(argv: list[str], what: dict[float, str], stop: StopRequest, orders: Ord
             print(arm.rate, flush=True)
         if (name := what.get(arm.rate)) is not None:
             globals()[name](folder, stop)
-        leave(course, arm, best=1)
+        leave(schedule, arm, best=1)
 
 
 def waits(folder: Path, stop: StopRequest) -> None:
@@ -79,14 +79,14 @@ def hangs(folder: Path, stop: StopRequest) -> None:
 
 def train(
     argv: list[str], size: int = 2, what: dict[float, str] | None = None, stop: StopRequest | None = None
-) -> tuple[Course, list[set]]:
+) -> tuple[ArmSchedule, list[set]]:
     """What there is in the end, and what ran whenever the record was written."""
-    course, told = Course(parse_args(argv)), []
-    subject = SimpleNamespace(goes_on=lambda ended, total: None)
-    results = SimpleNamespace(course=course, write=lambda: told.append(set(course.running)), subject=subject)
-    crew = Crew(size, "train_sd.py", functools.partial(work, argv, what or {}), stop or StopRequest())
-    train_arms(results, crew)
-    return course, told
+    schedule, told = ArmSchedule(parse_args(argv)), []
+    study = SimpleNamespace(goes_on=lambda ended, total: None)
+    results = SimpleNamespace(schedule=schedule, write=lambda: told.append(set(schedule.running)), study=study)
+    pool = WorkerPool(size, "train_sd.py", functools.partial(work, argv, what or {}), stop or StopRequest())
+    train_arms(results, pool)
+    return schedule, told
 
 
 def who(folder: Path) -> list[str]:
@@ -97,15 +97,15 @@ def who(folder: Path) -> list[str]:
 def test_arms_are_handed_out_until_none_is_next(tmp_path, capfd):
     """The grid grows meanwhile; none is left out or trained twice, and all processes are gone in the end."""
     argv = grid(tmp_path / "out", "--extend_rates")
-    course, told = train(argv)
-    alone = Course(parse_args(grid(tmp_path / "alone", "--extend_rates")))
-    assert {arm.rate for arm in one_after_the_other(alone, best=1)} == {arm.rate for arm in course.arms()}
-    assert len(course.arms()) == 5 and course.next_arm() is None and course.longest == 5.0
+    schedule, told = train(argv)
+    alone = ArmSchedule(parse_args(grid(tmp_path / "alone", "--extend_rates")))
+    assert {arm.rate for arm in one_after_the_other(alone, best=1)} == {arm.rate for arm in schedule.arms()}
+    assert len(schedule.arms()) == 5 and schedule.next_arm() is None and schedule.longest == 5.0
     assert len(told[0]) == 2 and told[-1] == set() and max(map(len, told)) == 2
     processes = who(tmp_path / "out")
     assert len(processes) == 5 and len(set(processes)) == 2 and not any(map(is_running, processes))
     printed = capfd.readouterr().out.split()
-    assert sorted(map(float, printed)) == sorted(arm.rate for arm in course.arms())
+    assert sorted(map(float, printed)) == sorted(arm.rate for arm in schedule.arms())
     assert train(argv)[1] == [set()]  # nothing is left to do, and nobody is started
 
 

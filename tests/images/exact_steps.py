@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from images.runs import parts, read_by
-from reslora.images.data.samples import Material, training_loader
+from reslora.images.data.samples import TrainingData, training_loader
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.images.denoising import DenoisingLoss
@@ -47,7 +47,7 @@ class RandomLatents:
 
 def setting(
     folder: Path, accelerator: Accelerator | None = None, *flags: str
-) -> tuple[Material, DenoisingLoss, torch.nn.Module]:
+) -> tuple[TrainingData, DenoisingLoss, torch.nn.Module]:
     """What is trained on, the loss and the bare denoiser, in float64, of the pipeline in a folder."""
     words = ["--pretrained_model_name_or_path", str(folder), "--train_data_dir", str(folder), "--rank", "2"]
     words += ["--output_dir", str(folder / "out"), "--max_grad_norm", "0.05", "--snr_gamma", "5"]
@@ -66,14 +66,14 @@ def setting(
     images = SimpleNamespace(captions=[[CAPTIONS[index % 2]] for index in range(IMAGES)])
     train, held_out = tuple(range(IMAGES - 2)), (IMAGES - 2, IMAGES - 1)
     source = Source(images, RandomLatents(), train, held_out, (SIZE,), (0,) * IMAGES)
-    material = Material((source,), texts, objective, {SIZE: (4, 8, 8)}, **read_by(flags))
+    training_data = TrainingData((source,), texts, objective, {SIZE: (4, 8, 8)}, **read_by(flags))
     denoiser = pipeline.unet.double().requires_grad_(False)
     if flags.model.base_precision != "no":
         pack(denoiser, flags.model.base_precision, torch.device("cpu"))
     context = Context(flags, SimpleNamespace(family=family), accelerator or Accelerator(cpu=True), StopRequest())
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
     loss.context, loss.dtype = context, torch.float64
-    return material, loss, denoiser
+    return training_data, loss, denoiser
 
 
 def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Accelerator) -> Learner:
@@ -100,10 +100,10 @@ def trained(folder: Path, batch: int, accumulation: int, *flags: str) -> dict[st
     plugin = take_plugin(*parts(parse_args([]), "model", "adapter", "training", "output"))
     accelerator = Accelerator(gradient_accumulation_steps=accumulation, cpu=shares_the_cpu())
     share(plugin, accelerator)
-    material, loss, denoiser = setting(folder, accelerator, *words)
+    training_data, loss, denoiser = setting(folder, accelerator, *words)
     learner = learner_of(denoiser, loss, accelerator)
     batches = iter(
-        training_loader(material, range(STEPS), accelerator.num_processes, accelerator.process_index, pin=False)
+        training_loader(training_data, range(STEPS), accelerator.num_processes, accelerator.process_index, pin=False)
     )
     found = {}
     for step in range(STEPS):

@@ -23,7 +23,7 @@ from waiting import default_sigint, ended
 
 import train_sd
 from reslora.images.data.dataset import ImageDataset, sample, usable
-from reslora.images.data.samples import Material
+from reslora.images.data.samples import TrainingData
 from reslora.io import replacing
 from reslora.options.images import DataOptions, ModelOptions, Options, OutputOptions, TrainingOptions
 from reslora.runtime.log import read_log
@@ -104,19 +104,19 @@ def parts(options: Options, *groups: str) -> list:
 
 
 def read_by(options: Options) -> dict:
-    """The groups that `Material` holds."""
+    """The groups that `TrainingData` holds."""
     groups = "adapter", "data", "training", "validation"
     return dict(zip(groups, parts(options, *groups), strict=True))
 
 
-def options_of(material: Material) -> Options:
+def options_of(training_data: TrainingData) -> Options:
     """Options with the groups of a material."""
-    return Options(**read_by(material))
+    return Options(**read_by(training_data))
 
 
-def with_options(material: Material, **values) -> Material:
+def with_options(training_data: TrainingData, **values) -> TrainingData:
     """The material where some options have other values."""
-    return dataclasses.replace(material, **read_by(options_of(material).replace(**values)))
+    return dataclasses.replace(training_data, **read_by(options_of(training_data).replace(**values)))
 
 
 # -- what is on disk -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from reslora.images.data import encoding
 from reslora.images.data.batch import Batch
 from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.plan import Draw
-from reslora.images.data.samples import Material, TrainingSamples, training_loader
+from reslora.images.data.samples import TrainingData, TrainingSamples, training_loader
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.images.model.families.stable_diffusion import StableDiffusion
@@ -156,9 +156,9 @@ def test_positions_of_a_long_run_are_not_held(folder):
         train_batch_size=2, gradient_accumulation_steps=1, dataloader_num_workers=0, noise_offset=0.0, seed=0
     )
     source = Source(None, None, tuple(range(IMAGES)), (), (Size(8, 8),), (0,) * IMAGES)
-    material = Material((source,), None, None, {}, **read_by(flags))
+    training_data = TrainingData((source,), None, None, {}, **read_by(flags))
     tracemalloc.start()
-    loader = training_loader(material, range(1, 200_000), processes=3, rank=1, pin=False)
+    loader = training_loader(training_data, range(1, 200_000), processes=3, rank=1, pin=False)
     positions = [draw.position for draw in next(iter(loader.batch_sampler))]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

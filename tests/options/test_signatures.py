@@ -24,7 +24,7 @@ SEE_ALL = {
     "reslora/texts/experiment.py": "run opened",
     # the runs of an experiment
     "reslora/experiment/arms.py": "labels_of options_of check_values",
-    "reslora/experiment/schedule.py": "Course",
+    "reslora/experiment/schedule.py": "ArmSchedule",
     "reslora/experiment/runner.py": "run_experiment",
     "reslora/images/experiment/run.py": "open_study take_folder going_on with_varied check_folder check_same "
     "check_variants",

@@ -20,7 +20,7 @@ from reslora.errors import InvalidArgument, Stopped
 from reslora.experiment import runner as experiment_run
 from reslora.experiment.arms import Arm, labels_of, place_of
 from reslora.experiment.arms import options_of as options_of_arm
-from reslora.experiment.schedule import Course
+from reslora.experiment.schedule import ArmSchedule
 from reslora.options.texts import ExperimentOptions, GlueOptions, LlmOptions, LlmTrainingOptions
 from reslora.runtime.folder_lock import locked
 from reslora.runtime.script import run_script
@@ -222,7 +222,7 @@ def test_an_experiment_whose_folder_is_moved_writes_nothing_more(common, whole, 
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
     found = next(arm for arm in record(output)["arms"] if arm["test"])
     (output / found["folder"] / "test.json").unlink()
-    owner = llm.LlmStudy if moment == "measured" else experiment.Bench
+    owner = llm.LlmStudy if moment == "measured" else experiment.TextExperiment
     original = getattr(owner, moment)
 
     def moves(self, *given, **more):
@@ -391,10 +391,10 @@ def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, t
 def test_what_differs_is_named_before_when_losses_are_measured_which_follows(tmp_path, other, words):
     there = {"eval_strategy": "steps", "eval_steps": 1, "num_processes": 1, "train": "these"}
     (tmp_path / "experiment.json").write_text(json.dumps({"identity": there}))
-    course = SimpleNamespace(folder=tmp_path, arms=list)
-    bench = SimpleNamespace(course=course, identity=there | {"eval_steps": 2} | other)
+    schedule = SimpleNamespace(folder=tmp_path, arms=list)
+    runner = SimpleNamespace(schedule=schedule, identity=there | {"eval_steps": 2} | other)
     with pytest.raises(InvalidArgument, match=words):
-        experiment.take_folder(bench)
+        experiment.take_folder(runner)
 
 
 @pytest.mark.parametrize(("module", "script"), [(llm, train_llm), (glue, train_glue)])
@@ -420,10 +420,10 @@ def test_a_folder_that_is_trained_in_is_refused_before_anything_is_encoded(commo
 
 def test_the_examples_that_are_trained_on_are_counted(common, tmp_path, capsys, monkeypatch):
     """Not those that --max_train_samples leaves out."""
-    benches: list[experiment.Bench] = []
-    monkeypatch.setattr(experiment_run, "train_and_conclude", lambda bench, crew: benches.append(bench))
+    experiments: list[experiment.TextExperiment] = []
+    monkeypatch.setattr(experiment_run, "train_and_conclude", lambda experiment, pool: experiments.append(experiment))
     assert run(*common, *EXPERIMENT, "--max_train_samples", "5", "--output_dir", tmp_path) == 0
-    assert benches[0].facts()["split"] == {"train": 5, "select": 3, "test": 4, "duplicates": 0}
+    assert experiments[0].facts()["split"] == {"train": 5, "select": 3, "test": 4, "duplicates": 0}
     assert "; examples: 5 to train on, 3 to choose by" in capsys.readouterr().out
 
 
@@ -432,7 +432,7 @@ def test_too_few_to_compare_by_are_said_with_the_share_that_takes_enough():
 
     def told(files, split=None, limit=None) -> list[str]:
         parts = parts_of(files, str, ExperimentOptions(test_split=split)).limited(None, limit)
-        return experiment.Bench(None, None, parts, StopRequest(), None).too_few()
+        return experiment.TextExperiment(None, None, parts, StopRequest(), None).too_few()
 
     texts = [one + other for one in "abcdef" for other in "ghijk"]
     (line,) = told({"train": texts}, 0.01)
@@ -452,10 +452,10 @@ def test_the_select_loss_is_measured_when_it_is_asked_for_or_ten_times():
 def test_an_experiment_at_home_is_where_its_arms_are(tmp_path, monkeypatch, kind):
     """transformers reads `~` where the shell has not, as in `--output_dir=~/out`."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    course = Course(read(kind, "x", [*EXPERIMENT, "--output_dir=~/out", "--use_cpu"]), 0.0)
-    assert course.folder == tmp_path / "out"
-    for arm in course.arms():
-        assert options_of(arm, course).training.output_dir == str(course.folder_of(arm))
+    schedule = ArmSchedule(read(kind, "x", [*EXPERIMENT, "--output_dir=~/out", "--use_cpu"]), 0.0)
+    assert schedule.folder == tmp_path / "out"
+    for arm in schedule.arms():
+        assert options_of(arm, schedule).training.output_dir == str(schedule.folder_of(arm))
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -470,21 +470,21 @@ def test_the_compiler_forgets_earlier_arms(tmp_path, monkeypatch, compiled):
     monkeypatch.setattr(torch.compiler, "reset", lambda: heard.append("forgotten"))
     monkeypatch.setattr(llm.LlmStudy, "adapted", adapted)
     words = [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu", *["--torch_compile"] * compiled]
-    course = Course(read(LlmOptions, "x", words), 0.0)
-    bench = experiment.Bench(course, llm.LlmStudy(), None, StopRequest(), None)
+    schedule = ArmSchedule(read(LlmOptions, "x", words), 0.0)
+    runner = experiment.TextExperiment(schedule, llm.LlmStudy(), None, StopRequest(), None)
     with pytest.raises(Stopped):
-        bench.train(course.arms()[0])
+        runner.train(schedule.arms()[0])
     assert heard == ["forgotten"] * compiled + ["trained"]
 
 
 def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
     stop, grid = StopRequest(), read(LlmOptions, "x", [*EXPERIMENT, f"--output_dir={tmp_path}", "--use_cpu"])
-    bench = experiment.Bench(Course(grid, 0.0), None, None, stop, None)
-    arm, *_ = bench.course.arms()
-    bench.begins("testing (1 of 4)", arm)
+    runner = experiment.TextExperiment(ArmSchedule(grid, 0.0), None, None, stop, None)
+    arm, *_ = runner.schedule.arms()
+    runner.begins("testing (1 of 4)", arm)
     stop.signal = signal.SIGTERM
     with pytest.raises(Stopped, match="the same command goes on"):
-        bench.begins("testing (2 of 4)", arm)
+        runner.begins("testing (2 of 4)", arm)
 
 
 def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monkeypatch):
@@ -539,10 +539,10 @@ def test_ranks_shortcuts_and_numbers_of_blocks_are_compared():
 def test_what_an_experiment_goes_on_with_has_twice_the_rank_as_alpha(tmp_path, rank, alpha):
     """None stands for twice each of several ranks."""
     words = ["--seed", "0", "1", "--use_cpu", f"--output_dir={tmp_path}", "--lora_r", *rank]
-    course = Course(read(LlmOptions, "x", words), 0.0)
-    bench = experiment.Bench(course, llm.LlmStudy(), Parts([], [], [], 0, []), StopRequest(), None)
-    assert bench.identity["lora_alpha"] == alpha
-    assert {bench.arguments_of(arm).method.lora_alpha for arm in course.arms()} == (
+    schedule = ArmSchedule(read(LlmOptions, "x", words), 0.0)
+    runner = experiment.TextExperiment(schedule, llm.LlmStudy(), Parts([], [], [], 0, []), StopRequest(), None)
+    assert runner.identity["lora_alpha"] == alpha
+    assert {runner.arguments_of(arm).method.lora_alpha for arm in schedule.arms()} == (
         {8, 32} if alpha is None else {alpha}
     )
 
@@ -608,4 +608,4 @@ def test_glue_arms_equal_plain_runs_and_are_judged_by_its_metrics(tmp_path, caps
 def test_a_damaged_record_is_refused_before_anything_is_trained(tmp_path):
     (tmp_path / "experiment.json").write_text('{"format": 1, "readings"')
     with pytest.raises(InvalidArgument, match=rf"^--output_dir {tmp_path}: experiment.json is damaged; "):
-        experiment.take_folder(SimpleNamespace(course=SimpleNamespace(folder=tmp_path)))
+        experiment.take_folder(SimpleNamespace(schedule=SimpleNamespace(folder=tmp_path)))

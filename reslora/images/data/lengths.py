@@ -8,14 +8,14 @@ from ...training.context import Context
 from ..model.loading import Model
 from ..prompts import prompts_of
 from .dataset import ImageDataset
-from .samples import Material
+from .samples import TrainingData
 
 AT_ONCE = 1000  # captions that are tokenized in one call
 Place = tuple[ImageDataset, int] | str
 """An image of a dataset, or the option that a prompt comes from."""
 
 
-def print_long_captions(material: Material, pipeline: DiffusionPipeline, context: Context) -> None:
+def print_long_captions(training_data: TrainingData, pipeline: DiffusionPipeline, context: Context) -> None:
     """Print how many captions and prompts are longer than the text encoder's limit, with the longest as an example."""
     reader = reader_of(pipeline, context.model)
     if reader is None or not context.accelerator.is_main_process:
@@ -23,7 +23,7 @@ def print_long_captions(material: Material, pipeline: DiffusionPipeline, context
     name, tokenizer = reader
     longest = context.options.training.max_sequence_length if name == context.model.family.text_parts[-1] else None
     most = longest or tokenizer.model_max_length
-    places = places_of(material)
+    places = places_of(training_data)
     texts, counts = list(places), dict[str, int]()
     for start in range(0, len(texts), AT_ONCE):
         some = texts[start : start + AT_ONCE]
@@ -56,14 +56,14 @@ def encoder_of(tokenizer: str) -> str:
     return tokenizer.replace("tokenizer", "text_encoder")
 
 
-def places_of(material: Material) -> dict[str, Place]:
+def places_of(training_data: TrainingData) -> dict[str, Place]:
     """Return every caption, with prefix and suffix, and every prompt, each with the first place where it occurs."""
     found: dict[str, Place] = {}
-    for source in material.sources:
+    for source in training_data.sources:
         for index, captions in enumerate(source.images.captions):
             for text in captions:
                 found.setdefault(source.recipe.plain(text), (source.images, index))
-    for prompt in prompts_of(material.validation):
+    for prompt in prompts_of(training_data.validation):
         for text in filter(None, (prompt.prompt, prompt.negative_prompt)):
             found.setdefault(text, "--validation_prompt")
     return found

@@ -29,7 +29,7 @@ VALIDATION_DRAWS = 4  # noises per held-out image, one in each quarter of the ti
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingData:
     """The training data: sources, text states and options that samples are made from."""
 
     sources: tuple[Source, ...]
@@ -93,22 +93,24 @@ class TrainingSamples(Dataset):
     centered = False
     """Whether stored latents are those of the unflipped center crop, not of a random variant."""
 
-    def __init__(self, material: Material) -> None:
-        self.material = material
-        self.noise_offset = material.training.noise_offset
+    def __init__(self, training_data: TrainingData) -> None:
+        self.training_data = training_data
+        self.noise_offset = training_data.training.noise_offset
 
     def random(self, draw: Draw) -> torch.Generator:
         """Return the random generator of a sample."""
-        return generator(self.material.training.seed, self.purpose, draw.position)
+        return generator(self.training_data.training.seed, self.purpose, draw.position)
 
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
         """Return the timestep of a sample, a scalar; `shape` is channels, height and width of its latents."""
-        return self.material.objective.draw(draws, tokens=shape[1] * shape[2] // self.material.latents_per_token)
+        return self.training_data.objective.draw(
+            draws, tokens=shape[1] * shape[2] // self.training_data.latents_per_token
+        )
 
     def __getitem__(self, draw: Draw) -> Batch:
-        material, source = self.material, self.material.sources[draw.source]
+        training_data, source = self.training_data, self.training_data.sources[draw.source]
         draws = self.random(draw)
-        shape = material.shapes[draw.size]
+        shape = training_data.shapes[draw.size]
         timestep, noise = self.timestep(draw.position, shape, draws), torch.randn(shape, generator=draws)
         if self.noise_offset:
             noise += self.noise_offset * torch.randn(shape[0], 1, 1, generator=draws)
@@ -116,11 +118,11 @@ class TrainingSamples(Dataset):
         captions = source.images.captions[draw.image]
         chosen = captions[choose(len(captions), draws)]
         varies = self.varies and source.recipe.varies
-        caption = material.sampled_caption(draw) if varies else source.recipe.plain(chosen)
+        caption = training_data.sampled_caption(draw) if varies else source.recipe.plain(chosen)
         latents = source.latents
         return Batch(
             timestep, noise, posterior_noise, weight=torch.tensor(source.weight), caption=caption,
-            text=material.texts[caption] if material.data.cache_text_embeddings else None,
+            text=training_data.texts[caption] if training_data.data.cache_text_embeddings else None,
             **(
                 self._fresh(source, draw, draws) if latents is None
                 else latents.of(draw.image, 0 if self.centered else choose(latents.variants, draws))
@@ -128,8 +130,8 @@ class TrainingSamples(Dataset):
         )  # fmt: skip
 
     def _fresh(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
-        data = self.material.data
-        found = opened(source.images, draw.image, self.material.training.masked_loss)
+        data = self.training_data.data
+        found = opened(source.images, draw.image, self.training_data.training.masked_loss)
         if isinstance(found, str):
             raise RunFailed(f"{source.images.name(draw.image)}: {found}")
         image, mask = found
@@ -154,7 +156,7 @@ class CalibrationSamples(TrainingSamples):
 
     def batches(self, count: int, processes: int = 1) -> Iterator[Batch]:
         """Yield the first `count` samples of a run with `processes` processes, in batches of --train_batch_size."""
-        plan, size = self.material.plan(processes), self.material.training.train_batch_size
+        plan, size = self.training_data.plan(processes), self.training_data.training.train_batch_size
         for first in range(0, count, size):
             forward, rank = divmod(first // size, processes)
             draws = plan.forward(forward)[rank * size : (rank + 1) * size]
@@ -171,13 +173,13 @@ class ValidationSamples(TrainingSamples):
     purpose = "validation"
     varies = False
 
-    def __init__(self, material: Material) -> None:
-        super().__init__(material)
+    def __init__(self, training_data: TrainingData) -> None:
+        super().__init__(training_data)
         self.noise_offset = 0.0
-        held_out, most = material.held_out, material.validation.max_validation_images
-        measured = sorted(shuffled(len(held_out), material.training.seed, "max_validation_images")[:most])
+        held_out, most = training_data.held_out, training_data.validation.max_validation_images
+        measured = sorted(shuffled(len(held_out), training_data.training.seed, "max_validation_images")[:most])
         self.draws = [
-            Draw(source, image, material.sources[source].size(image), place * VALIDATION_DRAWS + noise)
+            Draw(source, image, training_data.sources[source].size(image), place * VALIDATION_DRAWS + noise)
             for place in measured
             for source, image in [held_out[place]]
             for noise in range(VALIDATION_DRAWS)
@@ -189,13 +191,13 @@ class ValidationSamples(TrainingSamples):
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
         """Return a random timestep, a scalar, in the quarter of the timesteps that the position determines."""
         quarter = position % VALIDATION_DRAWS + float(torch.rand((), generator=draws))
-        return self.material.objective.at(quarter / VALIDATION_DRAWS)
+        return self.training_data.objective.at(quarter / VALIDATION_DRAWS)
 
     def batches(self) -> Iterator[Batch]:
         """Yield all samples; every batch has one size."""
         for size in dict.fromkeys(draw.size for draw in self.draws):
             of_size = [draw for draw in self.draws if draw.size == size]
-            yield from self.batched(of_size, self.material.training.train_batch_size)
+            yield from self.batched(of_size, self.training_data.training.train_batch_size)
 
 
 class FixedSamples(TrainingSamples):
@@ -208,15 +210,15 @@ class FixedSamples(TrainingSamples):
     varies = False
     centered = True
 
-    def __init__(self, material: Material, noises: int = NOISES) -> None:
-        data = dataclasses.replace(material.data, center_crop=True, random_flip=False)
-        super().__init__(dataclasses.replace(material, data=data))
+    def __init__(self, training_data: TrainingData, noises: int = NOISES) -> None:
+        data = dataclasses.replace(training_data.data, center_crop=True, random_flip=False)
+        super().__init__(dataclasses.replace(training_data, data=data))
         self.noise_offset = 0.0
-        self.timesteps, self.noises = measured_at(material.objective), noises
+        self.timesteps, self.noises = measured_at(training_data.objective), noises
 
     def random(self, draw: Draw) -> torch.Generator:
         """Return the generator seeded by the image's content and the sample's number."""
-        return generator("experiment", self.material.sources[draw.source].images.marks[draw.image], draw.position)
+        return generator("experiment", self.training_data.sources[draw.source].images.marks[draw.image], draw.position)
 
     def timestep(self, position: int, shape: Sequence[int], draws: torch.Generator) -> torch.Tensor:
         """Return the timestep in the middle of the stratum that the sample's position determines."""
@@ -225,7 +227,7 @@ class FixedSamples(TrainingSamples):
     def batches(self, image: tuple[int, int], batch_size: int) -> Iterator[Batch]:
         """Yield all samples of an image in batches; `image` is the source's number, and the image's number in it."""
         source, number = image
-        size = self.material.sources[source].size(number)
+        size = self.training_data.sources[source].size(number)
         draws = [Draw(source, number, size, position) for position in range(TIMESTEPS * self.noises)]
         return self.batched(draws, batch_size)
 
@@ -237,14 +239,17 @@ def measured_at(objective: Objective) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def losses_of(
-    loss: Callable[[Batch], torch.Tensor], material: Material, images: Sequence[tuple[int, int]], noises: int = NOISES
+    loss: Callable[[Batch], torch.Tensor],
+    training_data: TrainingData,
+    images: Sequence[tuple[int, int]],
+    noises: int = NOISES,
 ) -> torch.Tensor:
     """Return the loss of each image at each timestep, averaged over the noises (images x TIMESTEPS).
 
     `loss` maps a batch to one loss per sample. `images`: number of the source, and of the image in it. All samples of
     an image are one batch, or several smaller ones if that batch does not fit into memory.
     """
-    samples, batch_size = FixedSamples(material, noises), TIMESTEPS * noises
+    samples, batch_size = FixedSamples(training_data, noises), TIMESTEPS * noises
     while True:
         try:
             found = [torch.cat([loss(batch) for batch in samples.batches(image, batch_size)]) for image in images]
@@ -256,20 +261,22 @@ def losses_of(
         batch_size //= 2
 
 
-def measured(material: Material) -> list[tuple[int, int]]:
+def measured(training_data: TrainingData) -> list[tuple[int, int]]:
     """Return at most --max_validation_images held-out images: those with the lowest hashes of their content."""
-    marks = {image: material.sources[image[0]].images.marks[image[1]] for image in material.held_out}
+    marks = {image: training_data.sources[image[0]].images.marks[image[1]] for image in training_data.held_out}
     order = sorted(marks, key=lambda image: derive("max_validation_images", marks[image]))
-    chosen = set(order[: material.validation.max_validation_images])
-    return [image for image in material.held_out if image in chosen]
+    chosen = set(order[: training_data.validation.max_validation_images])
+    return [image for image in training_data.held_out if image in chosen]
 
 
-def training_loader(material: Material, steps: Sequence[int], processes: int, rank: int, pin: bool) -> DataLoader:
+def training_loader(
+    training_data: TrainingData, steps: Sequence[int], processes: int, rank: int, pin: bool
+) -> DataLoader:
     """Return a loader of the batches that process `rank` of `processes` reads in `steps`.
 
     N processes together read the samples that one process with N times the batch size would read.
     """
-    plan, training = material.plan(processes), material.training
+    plan, training = training_data.plan(processes), training_data.training
     batch, forwards = training.train_batch_size, training.gradient_accumulation_steps
     draws = (  # generated lazily, because there are as many as samples in the run
         plan.forward(forward)[rank * batch : (rank + 1) * batch]
@@ -277,6 +284,6 @@ def training_loader(material: Material, steps: Sequence[int], processes: int, ra
         for forward in range(step * forwards, (step + 1) * forwards)
     )
     return DataLoader(
-        TrainingSamples(material), batch_sampler=draws, pin_memory=pin, collate_fn=collate,
-        **worker_options(material.data.dataloader_num_workers),
+        TrainingSamples(training_data), batch_sampler=draws, pin_memory=pin, collate_fn=collate,
+        **worker_options(training_data.data.dataloader_num_workers),
     )  # fmt: skip

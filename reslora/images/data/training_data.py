@@ -22,7 +22,7 @@ from .dataset import ImageDataset, data_flag
 from .encoding import Latents, Texts, Variants, damaged_images, encode_images, encode_texts, without_damaged
 from .lengths import print_long_captions
 from .plan import Plan
-from .samples import Material
+from .samples import TrainingData
 from .size import Size
 from .sources import Source, split
 
@@ -33,7 +33,7 @@ VARIANTS, FEW_VARIANTS = 4, 1000  # the most texts encoded beforehand: per capti
 
 def material_of(
     kinds: Sequence[ImageDataset], pipeline: DiffusionPipeline, objective: Objective, context: Context
-) -> Material:
+) -> TrainingData:
     """Return the training data, with captions and images encoded or found in the cache.
 
     `kinds` are the training images and the class images, if any.
@@ -53,20 +53,20 @@ def material_of(
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
     parts = options.adapter, options.data, options.training, options.validation
-    material = Material(sources, Texts(None, {}), objective, shapes, *parts, family.latents_per_token)
-    print_long_captions(material, pipeline, context)
-    return with_texts(material, pipeline, context)
+    training_data = TrainingData(sources, Texts(None, {}), objective, shapes, *parts, family.latents_per_token)
+    print_long_captions(training_data, pipeline, context)
+    return with_texts(training_data, pipeline, context)
 
 
-def note_images(material: Material, context: Context, goes_on: bool) -> None:
+def note_images(training_data: TrainingData, context: Context, goes_on: bool) -> None:
     """Write to `images.json` which images the run uses. Call this after all images were opened to find damaged ones.
 
     Raises `InvalidArgument` if processes find different images damaged. Raises it also if a resumed run would use other
     images than before, because its held-out images would change.
     """
     options, path = context.options, context.folder / NOTED
-    used = "; ".join(source.images.fingerprint for source in material.sources)
-    left_out = [line for source in material.sources for line in source.images.left_out]
+    used = "; ".join(source.images.fingerprint for source in training_data.sources)
+    left_out = [line for source in training_data.sources for line in source.images.left_out]
     if len(set(all_gather(used))) > 1:
         raise InvalidArgument(
             data_flag(options.data), "not the same images are damaged for all processes", "repair them"
@@ -83,16 +83,16 @@ def note_images(material: Material, context: Context, goes_on: bool) -> None:
     broadcast_from_main(note)
 
 
-def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context) -> Material:
+def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context: Context) -> TrainingData:
     """Return the training data with the text states of all prompts and, if captions are cached, of all captions.
 
     If there are too many captions to cache, the text encoders are loaded into the pipeline, and each training step
     encodes the captions of its own samples.
     """
-    data, validation, model = material.data, material.validation, context.model
+    data, validation, model = training_data.data, training_data.validation, context.model
     parts = model.family.frozen_text_parts if context.encoders else model.family.text_parts
     key = (model.family.name, model.fingerprint(*parts), str(context.dtype))
-    wanted = ["", *(validation.validation_prompt or material.sources[0].images.captions[0][:1])]
+    wanted = ["", *(validation.validation_prompt or training_data.sources[0].images.captions[0][:1])]
     wanted += [prompt.negative_prompt for prompt in prompts_of(validation)]
     wanted += UNRELATED if validation.metric_model else ()
 
@@ -102,7 +102,7 @@ def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context
         return model.load_pipeline(context.dtype, context.accelerator.device, encoders=True, vae=False)
 
     if data.cache_text_embeddings and parts:
-        captions = captions_of(material, context.accelerator.num_processes)
+        captions = captions_of(training_data, context.accelerator.num_processes)
         if captions is None:
             whole = model.load_pipeline(context.dtype, context.accelerator.device, encoders=True)
             vars(pipeline).update(vars(whole))  # setting the encoders is not enough: `__init__` reads them
@@ -111,23 +111,29 @@ def with_texts(material: Material, pipeline: DiffusionPipeline, context: Context
                 "captions have too many variants to keep: each step encodes its own, and text encoders stay loaded"
             )
         wanted += captions or []
-    return dataclasses.replace(material, texts=encode_texts(wanted, key, load_encoders, context), data=data)
+    return dataclasses.replace(training_data, texts=encode_texts(wanted, key, load_encoders, context), data=data)
 
 
-def captions_of(material: Material, processes: int) -> list[str] | None:
+def captions_of(training_data: TrainingData, processes: int) -> list[str] | None:
     """Return every caption that a run will use, or None if random transforms make too many captions.
 
     The limit is FEW_VARIANTS, or VARIANTS times the number of captions if that is higher.
     """
     captions = dict.fromkeys(
-        source.recipe.plain(text) for source in material.sources for texts in source.images.captions for text in texts
+        source.recipe.plain(text)
+        for source in training_data.sources
+        for texts in source.images.captions
+        for text in texts
     )
-    if any(source.recipe.rewrites for source in material.sources):
-        most, plan = max(FEW_VARIANTS, VARIANTS * len(captions)), material.plan(processes)
-        steps = material.training.max_train_steps or material.training.num_train_epochs * material.updates(processes)
-        for forward in range(steps * material.training.gradient_accumulation_steps):
-            drawn = [draw for draw in plan.forward(forward) if material.sources[draw.source].recipe.rewrites]
-            captions |= dict.fromkeys(map(material.sampled_caption, drawn))
+    if any(source.recipe.rewrites for source in training_data.sources):
+        most, plan = max(FEW_VARIANTS, VARIANTS * len(captions)), training_data.plan(processes)
+        steps = (
+            training_data.training.max_train_steps
+            or training_data.training.num_train_epochs * training_data.updates(processes)
+        )
+        for forward in range(steps * training_data.training.gradient_accumulation_steps):
+            drawn = [draw for draw in plan.forward(forward) if training_data.sources[draw.source].recipe.rewrites]
+            captions |= dict.fromkeys(map(training_data.sampled_caption, drawn))
             if len(captions) > most:
                 return None
     return list(captions)
@@ -210,11 +216,11 @@ def print_bucket_sizes(sources: Sequence[Source], context: Context) -> None:
         context.accelerator.print(f"{pluralize(len(found), 'bucket')} (height x width: images): {', '.join(counts)}")
 
 
-def print_folder_counts(material: Material, context: Context) -> None:
+def print_folder_counts(training_data: TrainingData, context: Context) -> None:
     """Print repeats, weight and masks of each source that has a label."""
-    plan = material.plan(context.accelerator.num_processes)
+    plan = training_data.plan(context.accelerator.num_processes)
     print_uneven_buckets(plan, context)
-    for source in material.sources:
+    for source in training_data.sources:
         images, masked = source.images, sum(source.images.masked)
         if images.label:
             kind, times = "class image" if images.of_class else "image", times_of(source, plan)

@@ -24,8 +24,8 @@ from ...errors import InvalidArgument
 from ...experiment.arms import Arm
 from ...experiment.record import EXPERIMENT, Facts, facts_of, read_experiment
 from ...experiment.report import About
-from ...experiment.schedule import Course
-from ...experiment.study import Subject
+from ...experiment.schedule import ArmSchedule
+from ...experiment.study import ExperimentStudy
 from ...experiment.worker_pool import Orders
 from ...formatting import pluralize
 from ...io import read_object, remove_leftovers
@@ -44,7 +44,7 @@ from ...training.loop import train_method
 from ...training.schedule import Schedule, schedule_of
 from ...training.state import Learner
 from ..cache_folder import cache_folder
-from ..data.samples import TIMESTEPS, Material, measured_at
+from ..data.samples import TIMESTEPS, TrainingData, measured_at
 from ..data.training_data import latents_of, print_folder_counts, with_texts
 from ..model_checks import check_methods
 from ..output.trackers import note_settings
@@ -69,7 +69,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 @contextlib.contextmanager
-def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = None) -> Iterator[Bench]:
+def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = None) -> Iterator[ImageExperiment]:
     """Lock the folder, check the options, and load and encode what the arms share.
 
     `orders` is set only in a worker process of --arms_at_once. In that case the main process has already locked the
@@ -90,28 +90,32 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain.data)
         on_all(lambda: check_variants(asked, context))
         alone, goes_on = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()
-        pipeline, material = encode(kinds, context, goes_on, track=bool(orders) or alone)
+        pipeline, training_data = encode(kinds, context, goes_on, track=bool(orders) or alone)
         parts = broadcast_from_main(
-            lambda: parts_of(learnt(material.sources), plain.data, plain.validation, plain.experiment)
+            lambda: parts_of(learnt(training_data.sources), plain.data, plain.validation, plain.experiment)
         )
-        content = content_of(parts, learnt(material.sources))
+        content = content_of(parts, learnt(training_data.sources))
         broadcast_from_main(lambda: check_same(asked, identity, content))
         processes = context.accelerator.num_processes
-        material = with_parts(material, parts, processes)
-        print_folder_counts(material, context)
-        materials = {seed: of_seed(material, seed, pipeline, context) for seed in asked.values("seed")}
+        training_data = with_parts(training_data, parts, processes)
+        print_folder_counts(training_data, context)
+        training_data_of_seeds = {
+            seed: of_seed(training_data, seed, pipeline, context) for seed in asked.values("seed")
+        }
         forget_encoder(pipeline, context)
-        schedule = with_few_looks(schedule_of(material.updates(processes), context), plain.validation)
+        schedule = with_few_looks(schedule_of(training_data.updates(processes), context), plain.validation)
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         broadcast_from_main(lambda: check_same(asked, identity, content))
         note_settings(asked.flat(), schedule, context.accelerator, write=not orders)
-        course, study = Course(asked, began), ArmStudy(schedule, identity, context, pipeline, material)
+        arm_schedule, study = ArmSchedule(asked, began), ArmStudy(schedule, identity, context, pipeline, training_data)
         context.accelerator.print(
-            f"{pluralize(len(course.arms()), 'arm')} of {pluralize(schedule.steps, 'step')}; {parts}"
+            f"{pluralize(len(arm_schedule.arms()), 'arm')} of {pluralize(schedule.steps, 'step')}; {parts}"
         )
         there = read_experiment(folder).get("identity")
         noises = there.get("noises", NOISES) if there else SELECT_NOISES
-        yield Bench(course, study, materials, parts, content, noises, stop, context.accelerator.device)
+        yield ImageExperiment(
+            arm_schedule, study, training_data_of_seeds, parts, content, noises, stop, context.accelerator.device
+        )
         context.accelerator.end_training()
 
 
@@ -120,10 +124,10 @@ def take_folder(grid: Grid[Options]) -> None:
 
     Raises `InvalidArgument` if the folder cannot be used for this experiment.
     """
-    course = Course(grid)
-    Status(course.folder).say("preparing")
+    arm_schedule = ArmSchedule(grid)
+    Status(arm_schedule.folder).say("preparing")
     check_folder(grid)
-    for folder in map(course.folder_of, course.arms()):
+    for folder in map(arm_schedule.folder_of, arm_schedule.arms()):
         for place in (folder, folder / "samples", folder / ADAPTERS):
             remove_leftovers(place)
 
@@ -133,14 +137,14 @@ def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
 
     The options may have more methods, learning rates or seeds than the experiment in the folder.
     """
-    course = Course(grid)
+    arm_schedule = ArmSchedule(grid)
     check_same(grid, identity)
-    for arm in course.arms():
-        own, folder = going_on(course.options_of(arm)), course.folder_of(arm)
-        if course.ended(arm):
+    for arm in arm_schedule.arms():
+        own, folder = going_on(arm_schedule.options_of(arm)), arm_schedule.folder_of(arm)
+        if arm_schedule.ended(arm):
             check_past(own.flat(), folder, read_object(folder / EXPORTS), identity)
         else:
-            plan_resume(own, identity, course.place_of(arm))
+            plan_resume(own, identity, arm_schedule.place_of(arm))
 
 
 def going_on(options: Options) -> Options:
@@ -210,11 +214,11 @@ def check_variants(grid: Grid[Options], context: Context) -> None:
             tried.append(options.adapter)
 
 
-def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context: Context) -> Material:
+def of_seed(training_data: TrainingData, seed: int, pipeline: DiffusionPipeline, context: Context) -> TrainingData:
     """Return the training data for another seed: encode the random crops and caption variants of that seed."""
     options = context.options.replace(seed=seed)
     context, sources = dataclasses.replace(context, options=options), []
-    for source in material.sources:
+    for source in training_data.sources:
         if source.latents is not None:
             sizes = [source.size(image) for image in range(len(source.images))]
             latents, problems = latents_of(source.images, sizes, pipeline, context)
@@ -223,12 +227,16 @@ def of_seed(material: Material, seed: int, pipeline: DiffusionPipeline, context:
                 raise InvalidArgument(f"--seed {seed}, {where}", f"{problem}, and not with other seeds", fix)
             source = dataclasses.replace(source, latents=latents)
         sources.append(source)
-    material = dataclasses.replace(material, sources=tuple(sources), training=options.training)
-    return with_texts(material, pipeline, context) if any(source.recipe.rewrites for source in sources) else material
+    training_data = dataclasses.replace(training_data, sources=tuple(sources), training=options.training)
+    return (
+        with_texts(training_data, pipeline, context)
+        if any(source.recipe.rewrites for source in sources)
+        else training_data
+    )
 
 
 class ArmStudy(ImageStudy):
-    """The study of an arm: training writes no exports; `Bench` exports arms when it compares them."""
+    """The study of an arm: training writes no exports; `ImageExperiment` exports arms when it compares them."""
 
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
         """Write nothing, and return no differences."""
@@ -236,12 +244,12 @@ class ArmStudy(ImageStudy):
 
 
 @dataclass(frozen=True)
-class Bench(Subject):
+class ImageExperiment(ExperimentStudy):
     """The image experiment: data, model and split, which all arms share; trains, evaluates and exports single arms."""
 
-    course: Course
+    arm_schedule: ArmSchedule
     study: ArmStudy
-    materials: Mapping[int, Material]
+    training_data_of_seeds: Mapping[int, TrainingData]
     """Training data by seed."""
     parts: Parts
     content: str
@@ -262,18 +270,18 @@ class Bench(Subject):
 
         The arm keeps only its latest checkpoint, unless --checkpoints_total_limit is given.
         """
-        options = going_on(self.course.options_of(arm))
+        options = going_on(self.arm_schedule.options_of(arm))
         options = options.replace(checkpoints_total_limit=options.output.checkpoints_total_limit or 1)
-        before = self.course.arms().index(arm) if arm in self.course.arms() else 0
-        place = self.course.place_of(arm)
+        before = self.arm_schedule.arms().index(arm) if arm in self.arm_schedule.arms() else 0
+        place = self.arm_schedule.place_of(arm)
         context = dataclasses.replace(self.study.context, options=options, place=place, before=before)
-        material = self.materials[arm.seed]
-        data = dataclasses.replace(options.data, cache_text_embeddings=material.data.cache_text_embeddings)
+        training_data = self.training_data_of_seeds[arm.seed]
+        data = dataclasses.replace(options.data, cache_text_embeddings=training_data.data.cache_text_embeddings)
         validation = dataclasses.replace(options.validation, validation_noises=self.noises)
-        material = dataclasses.replace(
-            material, adapter=options.adapter, data=data, training=options.training, validation=validation
+        training_data = dataclasses.replace(
+            training_data, adapter=options.adapter, data=data, training=options.training, validation=validation
         )
-        return dataclasses.replace(self.study, material=material, context=context)
+        return dataclasses.replace(self.study, training_data=training_data, context=context)
 
     def train(self, arm: Arm) -> None:
         """Train an arm from its latest checkpoint, in every process."""
@@ -291,15 +299,15 @@ class Bench(Subject):
     @functools.cached_property
     def test_ids(self) -> list[str]:
         """Content hash of each test image."""
-        return [self.study.material.sources[source].images.marks[number] for source, number in self.parts.test]
+        return [self.study.training_data.sources[source].images.marks[number] for source, number in self.parts.test]
 
     def facts(self) -> Facts:
         """Return versions, split sizes, the measured timesteps and the identity of the experiment."""
-        objective = self.study.material.objective
+        objective = self.study.training_data.objective
         return {
             **facts_of(self.parts, LIBRARIES),
             "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
-            "identity": identity_record(self.course.grid.flat(), self.study.identity)
+            "identity": identity_record(self.arm_schedule.grid.flat(), self.study.identity)
             | {"parts": self.content, "noises": self.noises},
         }
 
@@ -309,7 +317,7 @@ class Bench(Subject):
 
     def base_losses(self) -> dict:
         """Return the base model's losses on the test split."""
-        return base_losses(self.parts.test, self.study_of(self.course.arms()[0]))
+        return base_losses(self.parts.test, self.study_of(self.arm_schedule.arms()[0]))
 
     def seconds_to_conclude(self) -> float:
         """Return the expected time to test and export one arm, in seconds.
@@ -327,7 +335,7 @@ class Bench(Subject):
 
     def is_exported(self, arm: Arm, step: int) -> bool:
         """Return whether the arm's exported files exist and are those of its checkpoint at this step."""
-        folder = self.course.folder_of(arm)
+        folder = self.arm_schedule.folder_of(arm)
         record = read_object(folder / EXPORTS)
         return record.get(EXPORTED) == step and all((folder / name).exists() for name in record["difference_of_255"])
 

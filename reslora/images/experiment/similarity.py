@@ -35,7 +35,7 @@ def similarities(
 
     The samples are generated from UNRELATED prompts and from the captions of the first MOST_TEST test images.
     """
-    context, sources = setting.context, setting.material.sources
+    context, sources = setting.context, setting.training_data.sources
     metric = load_metric(context.options.validation.metric_model, str(context.accelerator.device))
     denoiser = next(iter(parts.values()))
 
@@ -60,7 +60,7 @@ def similarities(
 
 def learnt(setting: Setting) -> list[Image]:
     """Return at most MOST_TRAINING training images; a hash of the content determines which."""
-    sources = setting.material.sources
+    sources = setting.training_data.sources
     marks = {
         (number, image): source.images.marks[image]
         for number, source in enumerate(sources)

@@ -24,7 +24,7 @@ from ...options.images import DataOptions, ExperimentOptions, ValidationOptions
 from ...seeds import derive
 from ..data.class_images import balanced
 from ..data.dataset import ImageDataset, data_flag
-from ..data.samples import Material
+from ..data.samples import TrainingData
 from ..data.sources import Source
 
 SIDE, MARGIN = 8, 8  # perceptual hash: cells per row and column; least difference of neighboring cells, of 255
@@ -107,10 +107,10 @@ def check_count(images: int, options: DataOptions, alike: Sequence[str] = ()) ->
         raise InvalidArgument(data_flag(options), problem, "give at least 3, better 30 or more")
 
 
-def with_parts(material: Material, parts: Parts, processes: int) -> Material:
+def with_parts(training_data: TrainingData, parts: Parts, processes: int) -> TrainingData:
     """Return the training data with the split: the training part to train on, the selection part held out."""
     learnt, of_class = [], []
-    for number, source in enumerate(material.sources):
+    for number, source in enumerate(training_data.sources):
         source = dataclasses.replace(source, repeats=source.images.repeats)  # those before they were balanced
         if source.images.of_class:
             of_class.append(source)
@@ -118,8 +118,10 @@ def with_parts(material: Material, parts: Parts, processes: int) -> Material:
             both = (parts.train, parts.select)
             own = [tuple(sorted(image for where, image in part if where == number)) for part in both]
             learnt.append(dataclasses.replace(source, train=own[0], held_out=own[1]))
-    sources = balanced(learnt, of_class, material.training.train_batch_size * processes) if of_class else tuple(learnt)
-    return dataclasses.replace(material, sources=sources)
+    sources = (
+        balanced(learnt, of_class, training_data.training.train_batch_size * processes) if of_class else tuple(learnt)
+    )
+    return dataclasses.replace(training_data, sources=sources)
 
 
 def groups_of(marks: Sequence[str], looks: np.ndarray) -> list[list[int]]:

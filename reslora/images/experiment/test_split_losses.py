@@ -55,7 +55,7 @@ def base_losses(images: Sequence[Image], setting: Setting) -> dict:
     """Return the base model's losses on the test images."""
     context, pipeline = setting.context, setting.pipeline
     with in_float32(pipeline):
-        loss = DenoisingLoss(context, setting.material.objective, pipeline, context.model.empty_denoiser().config)
+        loss = DenoisingLoss(context, setting.training_data.objective, pipeline, context.model.empty_denoiser().config)
         parts = base_parts(loss, context)
         with evaluating(*parts.values()):
             return image_losses(parts, loss, images, setting)
@@ -69,7 +69,7 @@ def image_losses(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], set
         setting.context.stop.check(COMPARING)
         return exact_loss(loss, denoiser, batch)
 
-    losses = losses_of(check_and_measure, setting.material, images)
+    losses = losses_of(check_and_measure, setting.training_data, images)
     return {"losses": numbers(losses.mean(1)), "by_timestep": numbers(losses.mean(0))}
 
 
@@ -78,7 +78,7 @@ def trained_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, Denoisin
     """Yield an arm's trained modules at a step, the denoiser first, in float32, and the loss function."""
     context, pipeline, (method,) = setting.context, setting.pipeline, setting.context.options.adapter.method
     with in_float32(pipeline):
-        loss = DenoisingLoss(context, setting.material.objective, pipeline, context.model.empty_denoiser().config)
+        loss = DenoisingLoss(context, setting.training_data.objective, pipeline, context.model.empty_denoiser().config)
         folder = context.folder_of(method)
         with reading_adapter(folder):
             parts = saved_parts(method, adapter_folder(folder, step), loss, setting.schedule, context)
@@ -90,7 +90,7 @@ def chosen_parts(step: int, setting: Setting) -> Iterator[tuple[Parts, Denoising
     """Yield an arm's trained modules at a step, merged as for exports, and the loss function."""
     (method,) = setting.context.options.adapter.method
     with trained_parts(step, setting) as (trained, loss):
-        parts, _ = as_plain_lora(trained, method, loss, setting.material)
+        parts, _ = as_plain_lora(trained, method, loss, setting.training_data)
         with evaluating(*parts.values()):
             yield parts, loss
 
@@ -116,7 +116,7 @@ def export_compared(step: int, setting: Setting) -> None:
     folder, until = context.folder_of(method), dataclasses.replace(setting.schedule, steps=step)
     begin_export(method, context)
     with writing_into(folder), trained_parts(step, setting) as (parts, loss):
-        found = export_parts(parts, method, loss, setting.material, setting.drawer, until, context)
+        found = export_parts(parts, method, loss, setting.training_data, setting.drawer, until, context)
         write_exports(folder, context.options, setting.identity, setting.schedule, found)
         write_json(folder / EXPORTS, read_object(folder / EXPORTS) | {EXPORTED: step})
 
@@ -130,6 +130,6 @@ def export_chosen(step: int, setting: Setting) -> list[str]:
     schedule = dataclasses.replace(setting.schedule, steps=step)
     with chosen_parts(step, setting) as (parts, _):
         if METHODS[context.options.adapter.method[0]].plain_lora:
-            metadata = kohya_metadata(next(iter(parts.values())).config, setting.material, schedule, context)
+            metadata = kohya_metadata(next(iter(parts.values())).config, setting.training_data, schedule, context)
         check_held()
         return write_adapters(parts, context.folder, context.model.family, metadata)

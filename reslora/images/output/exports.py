@@ -33,7 +33,7 @@ from ...training.schedule import Schedule
 from ...training.sharding import cuts_base
 from ...training.state import Learner
 from ...training.trained import Trained
-from ..data.samples import CalibrationSamples, Material
+from ..data.samples import CalibrationSamples, TrainingData
 from ..denoising import DenoisingLoss
 from ..initial_lora import add_adapters
 from ..model.families.base import Family
@@ -64,7 +64,7 @@ class Merged:
 
 
 def export_method(
-    learner: Learner, material: Material, drawer: Drawer, schedule: Schedule, context: Context
+    learner: Learner, training_data: TrainingData, drawer: Drawer, schedule: Schedule, context: Context
 ) -> dict[str, int]:
     """Export the adapter that the learner has trained; see `export_parts`.
 
@@ -76,7 +76,7 @@ def export_method(
     with in_float32(drawer.pipeline):
         parts = exact_parts(learner, best, schedule, context)
         trained = dataclasses.replace(schedule, steps=best.step) if best else schedule
-        return export_parts(parts, method, learner.trained.loss, material, drawer, trained, context)
+        return export_parts(parts, method, learner.trained.loss, training_data, drawer, trained, context)
 
 
 def begin_export(method: str, context: Context) -> None:
@@ -89,7 +89,7 @@ def export_parts(
     parts: Parts,
     method: str,
     loss: DenoisingLoss,
-    material: Material,
+    training_data: TrainingData,
     drawer: Drawer,
     schedule: Schedule,
     context: Context,
@@ -108,8 +108,8 @@ def export_parts(
     prompts, images = prompts_of(options.validation), options.validation.num_validation_images
     shown = bool(prompts and images)
     if not shown:
-        prompts, images = [Prompt(next((text for text in material.texts.places if text), ""))], 1
-    parts, merged = as_plain_lora(parts, method, loss, material)
+        prompts, images = [Prompt(next((text for text in training_data.texts.places if text), ""))], 1
+    parts, merged = as_plain_lora(parts, method, loss, training_data)
     denoiser = next(iter(parts.values()))
     drawn = drawer.draw(denoiser.eval(), prompts, images)
     reference, *_ = [finite(image, name) for image in drawn]
@@ -122,7 +122,7 @@ def export_parts(
     for number, (part, found) in enumerate(merged.items()):
         accelerator.print(f"{name}: {f'{part} ' if number else ''}{found.report}")
     context.status.say("writing files", name)
-    write_formats(parts, method, kohya_metadata(denoiser.config, material, schedule, context), context)
+    write_formats(parts, method, kohya_metadata(denoiser.config, training_data, schedule, context), context)
     if shown:
         save_images(folder / MERGED, list(map(as_image, drawn)), options.validation.validation_prompt)
     context.status.say("reading back what was written", name)
@@ -242,26 +242,26 @@ def base_parts(loss: DenoisingLoss, context: Context) -> dict[str, nn.Module]:
 
 
 def as_plain_lora(
-    parts: Parts, method: str, loss: DenoisingLoss, material: Material
+    parts: Parts, method: str, loss: DenoisingLoss, training_data: TrainingData
 ) -> tuple[dict[str, nn.Module], dict[str, Merged]]:
     """Merge the shortcuts of all modules, and convert the modules to plain LoRA if the method permits it.
 
     Returns the modules by name, and the results of merging by name; those are empty for a method without shortcuts.
     """
-    merged = merge_reslora(parts, loss, material) if METHODS[method].shortcuts else {}
+    merged = merge_reslora(parts, loss, training_data) if METHODS[method].shortcuts else {}
     plain_lora = METHODS[method].plain_lora or (lambda part: part)
     return {name: plain_lora(part) for name, part in parts.items()}, merged
 
 
-def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict[str, Merged]:
+def merge_reslora(parts: Parts, loss: DenoisingLoss, training_data: TrainingData) -> dict[str, Merged]:
     """Merge the shortcuts into plain LoRA weights, module by module; raises `Diverged` if weights are not finite."""
     merged, denoiser = {}, next(iter(parts))
     with calls_of_encoders(loss) as calibration:
-        calibration[denoiser] = calibration_batches(loss, material)
+        calibration[denoiser] = calibration_batches(loss, training_data)
     for name, part in parts.items():
         plan = chains(part)
         try:
-            report = merge(part, method=material.adapter.merge, calibration=calibration[name] or None)
+            report = merge(part, method=training_data.adapter.merge, calibration=calibration[name] or None)
         except ValueError as error:
             advice = "where numbers are not finite, training has diverged: start again with a lower --learning_rate"
             raise Diverged(f"reslora: it cannot be merged ({first_line(error)})", advice) from None
@@ -270,10 +270,10 @@ def merge_reslora(parts: Parts, loss: DenoisingLoss, material: Material) -> dict
 
 
 @torch.no_grad()
-def calibration_batches(loss: DenoisingLoss, material: Material) -> list[dict]:
+def calibration_batches(loss: DenoisingLoss, training_data: TrainingData) -> list[dict]:
     """Return the denoiser's keyword arguments, in float32, for --merge_calibration_samples training samples."""
-    read = CalibrationSamples(material).batches(
-        material.adapter.merge_calibration_samples, PartialState().num_processes
+    read = CalibrationSamples(training_data).batches(
+        training_data.adapter.merge_calibration_samples, PartialState().num_processes
     )
     with evaluating(*loss.encoders):
         return [as_float32(loss.inputs(loss.encoded(batch))[0]) for batch in read]
@@ -363,9 +363,11 @@ def write_lora(parts: Parts, folder: Path, family: Family, metadata: dict[str, s
         export.export_comfyui(denoiser, path, metadata=metadata, rename=lambda name: names(name) or name)
 
 
-def kohya_metadata(config: Mapping, material: Material, schedule: Schedule, context: Context) -> dict[str, str]:
+def kohya_metadata(
+    config: Mapping, training_data: TrainingData, schedule: Schedule, context: Context
+) -> dict[str, str]:
     """Return the metadata by which model managers recognize a LoRA (Stability AI's ModelSpec 1.0.0)."""
-    options, predicted = context.options, getattr(material.objective, "prediction_type", None)  # None for a flow
+    options, predicted = context.options, getattr(training_data.objective, "prediction_type", None)  # None for a flow
     sides, base = options.data.resolution, Path(options.model.pretrained_model_name_or_path).name
     # sd-scripts writes `epsilon` or `v`.
     prediction = {"modelspec.prediction_type": predicted.removesuffix("_prediction")} if predicted else {}

@@ -28,7 +28,7 @@ from ...training.schedule import Schedule
 from ...training.sharding import by_main, cuts_base
 from ...training.state import Learner
 from ..data.batch import Batch
-from ..data.samples import Material, ValidationSamples, losses_of, measured, measured_at
+from ..data.samples import TrainingData, ValidationSamples, losses_of, measured, measured_at
 from ..denoising import DenoisingLoss
 from ..prompts import prompts_of
 from .drawing import Drawer, as_image
@@ -173,7 +173,7 @@ class Validation:
     """
 
     loss: DenoisingLoss
-    material: Material
+    training_data: TrainingData
     drawer: Drawer
     accelerator: Accelerator
     stop: StopRequest
@@ -184,9 +184,9 @@ class Validation:
 
         If a stop request interrupts one of them, the resumed run computes it again.
         """
-        validation, denoiser = self.material.validation, learner.denoiser
+        validation, denoiser = self.training_data.validation, learner.denoiser
         with learner.averaged():
-            if "loss" in parts and self.material.held_out:
+            if "loss" in parts and self.training_data.held_out:
                 self._by_main(lambda: self._losses_of(learner), partial(self._keep_losses, learner, reports))
             if "samples" in parts and validation.validation_prompt and validation.num_validation_images:
                 self._by_main(lambda: self._generate(denoiser), partial(self._keep_samples, learner, reports))
@@ -205,7 +205,7 @@ class Validation:
 
     def _keep_losses(self, learner: Learner, reports: Reports, losses: torch.Tensor) -> None:
         mean = losses.mean().item()
-        if self.material.validation.save_best and learner.step:
+        if self.training_data.validation.save_best and learner.step:
             keep_if_best(learner, reports.folder, mean)
         if learner.step and learner.name != learner.method:  # an experiment chooses among these adapters
             keep_adapter(learner, adapter_folder(reports.folder, learner.step))
@@ -218,7 +218,7 @@ class Validation:
             return shared.base
         started, losses = time.monotonic(), self.losses(learner.denoiser)
         shared.seconds += time.monotonic() - started
-        shared.samples += losses.numel() * (self.material.validation.validation_noises or 1)
+        shared.samples += losses.numel() * (self.training_data.validation.validation_noises or 1)
         if not learner.step:
             shared.base = losses
         return losses
@@ -229,11 +229,13 @@ class Validation:
         With --validation_noises, the shape is images x timesteps, and the timesteps are fixed. Without, the shape is
         (samples,). Every call uses the same noise and the same timesteps.
         """
-        noises = self.material.validation.validation_noises
+        noises = self.training_data.validation.validation_noises
         with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
             if noises:
-                return losses_of(partial(self._loss, denoiser), self.material, measured(self.material), noises)
-            return torch.cat([self._loss(denoiser, batch) for batch in ValidationSamples(self.material).batches()])
+                return losses_of(
+                    partial(self._loss, denoiser), self.training_data, measured(self.training_data), noises
+                )
+            return torch.cat([self._loss(denoiser, batch) for batch in ValidationSamples(self.training_data).batches()])
 
     def _loss(self, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
         self._leave_if_asked()
@@ -246,18 +248,18 @@ class Validation:
         """
         if losses.dim() == 1:
             return {}
-        objective = self.material.objective
+        objective = self.training_data.objective
         names = [f"{float(timestep) / objective.timesteps:.3f}" for timestep in measured_at(objective)]
         return dict(zip(names, losses.mean(0).tolist(), strict=True))
 
     def _generate(self, denoiser: nn.Module) -> list[np.ndarray]:
-        validation = self.material.validation
+        validation = self.training_data.validation
         prompts, images = prompts_of(validation), validation.num_validation_images
         with self.accelerator.autocast():
             return self.drawer.draw(denoiser, prompts, images, self._leave_if_asked)
 
     def _keep_samples(self, learner: Learner, reports: Reports, drawn: list[np.ndarray]) -> None:
-        validation, prompts = self.material.validation, self.material.validation.validation_prompt
+        validation, prompts = self.training_data.validation, self.training_data.validation.validation_prompt
         if not all(np.isfinite(image).all() for image in drawn):
             self.accelerator.print(f"warning: samples of step {learner.step} have pixels that are not finite")
         images = [as_image(image) for image in drawn]
@@ -269,10 +271,10 @@ class Validation:
 
     def _similarities(self, images: Sequence[Image.Image], captions: Sequence[str]) -> dict[str, float]:
         """Return the mean similarity of the samples to the held-out images and, with CLIP, to their prompts."""
-        metric = load_metric(self.material.validation.metric_model, str(self.accelerator.device))
+        metric = load_metric(self.training_data.validation.metric_model, str(self.accelerator.device))
         found, drawn = {}, metric.images(images)
-        if self.material.held_out:
-            held_out = metric.of(self.material.sources, measured(self.material))
+        if self.training_data.held_out:
+            held_out = metric.of(self.training_data.sources, measured(self.training_data))
             found["image_similarity"] = float((drawn @ held_out.T).mean())
         if metric.reads_captions:
             found["caption_similarity"] = float((drawn * metric.captions(captions)).sum(1).mean())

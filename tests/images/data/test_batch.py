@@ -41,11 +41,11 @@ def test_all_of_a_batch_goes_to_a_device():
 
 
 def test_a_weight_multiplies_the_loss_of_its_sample_in_training_alone(model):
-    material, loss, denoiser = exact_steps.setting(model, Accelerator(cpu=True))
-    source = dataclasses.replace(material.sources[0], weight=0.25)
-    weighted = dataclasses.replace(material, sources=(source,))
-    draws = Plan(material.sources, 3, 0).forward(0)
-    one, other = (collate([TrainingSamples(kind)[draw] for draw in draws]) for kind in (material, weighted))
+    training_data, loss, denoiser = exact_steps.setting(model, Accelerator(cpu=True))
+    source = dataclasses.replace(training_data.sources[0], weight=0.25)
+    weighted = dataclasses.replace(training_data, sources=(source,))
+    draws = Plan(training_data.sources, 3, 0).forward(0)
+    one, other = (collate([TrainingSamples(kind)[draw] for draw in draws]) for kind in (training_data, weighted))
     with torch.no_grad():
         torch.testing.assert_close(loss(denoiser, other), 0.25 * loss(denoiser, one))
         assert torch.equal(loss(denoiser, other, weighted=False), loss(denoiser, one, weighted=False))

@@ -11,7 +11,7 @@ from pipelines import flux, image_folder
 from images.runs import load_images, losses, only, options_of, printed, read_by, refused, with_options
 from reslora.images.data import training_data as making
 from reslora.images.data.captions import VERBATIM, Recipe, recipe_of
-from reslora.images.data.samples import CalibrationSamples, Material, ValidationSamples, training_loader
+from reslora.images.data.samples import CalibrationSamples, TrainingData, ValidationSamples, training_loader
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.images.data.training_data import captions_of, source_of
@@ -106,7 +106,9 @@ EVERYTHING = Recipe(prefix="sks", dropout=0.2, wildcards=True, shuffle=True, kee
 CAPTIONS = [[f"{{red|blue}} {number}, a, b, c", f"other {number}, d"] for number in range(7)]
 
 
-def material_with(recipe: Recipe, steps: int = 12, batch: int = 4, accumulation: int = 1, seed: int = 3) -> Material:
+def material_with(
+    recipe: Recipe, steps: int = 12, batch: int = 4, accumulation: int = 1, seed: int = 3
+) -> TrainingData:
     """Seven images with two captions each, one of them held out, and three class images."""
     flags = Options.of(
         seed=seed, train_batch_size=batch, gradient_accumulation_steps=accumulation, max_train_steps=steps,
@@ -118,12 +120,12 @@ def material_with(recipe: Recipe, steps: int = 12, batch: int = 4, accumulation:
     learnt = Source(SimpleNamespace(captions=CAPTIONS), latents, tuple(range(6)), (6,), (size,), (0,) * 7)
     of_class = Source(SimpleNamespace(captions=[["a {dog}"]] * 3), latents, (0, 1, 2), (), (size,), (0,) * 3)
     sources = (dataclasses.replace(learnt, recipe=recipe), of_class)
-    return Material(sources, {}, objective, {size: (1, 2, 2)}, **read_by(flags))
+    return TrainingData(sources, {}, objective, {size: (1, 2, 2)}, **read_by(flags))
 
 
-def told(material: Material, steps: range, processes: int = 1) -> list[str]:
+def told(training_data: TrainingData, steps: range, processes: int = 1) -> list[str]:
     """The captions of these steps, in the order of their positions."""
-    loaders = [training_loader(material, steps, processes, rank, pin=False) for rank in range(processes)]
+    loaders = [training_loader(training_data, steps, processes, rank, pin=False) for rank in range(processes)]
     return [text for batches in zip(*loaders, strict=True) for batch in batches for text in batch.caption]
 
 
@@ -145,11 +147,11 @@ def test_options_change_nothing_but_captions_and_not_those_of_class_images():
 
 
 def test_what_is_measured_and_merged_with_has_whole_captions():
-    material = material_with(EVERYTHING)
+    training_data = material_with(EVERYTHING)
     whole = [EVERYTHING.plain(text) for text in CAPTIONS[6]]
-    found = {text for batch in ValidationSamples(material).batches() for text in batch.caption}
+    found = {text for batch in ValidationSamples(training_data).batches() for text in batch.caption}
     assert found <= set(whole) == {"sks red 6, a, b, c", "sks other 6, d"}
-    found = {text for batch in CalibrationSamples(material).batches(16) for text in batch.caption}
+    found = {text for batch in CalibrationSamples(training_data).batches(16) for text in batch.caption}
     assert found <= {EVERYTHING.plain(text) for options in CAPTIONS for text in options} | {"a {dog}"}
 
 
@@ -157,12 +159,12 @@ def test_processes_measure_and_merge_with_what_one_would_read():
     """Of buckets, too, of which a forward has one."""
 
     def read(batch: int, processes: int) -> list[tuple]:
-        material, wide = material_with(EVERYTHING, batch=batch), Size(16, 32)
-        learnt, of_class = material.sources
+        training_data, wide = material_with(EVERYTHING, batch=batch), Size(16, 32)
+        learnt, of_class = training_data.sources
         learnt = dataclasses.replace(learnt, buckets=(*learnt.buckets, wide), bucket=(0, 1, 0, 1, 1, 1, 0))
-        shapes = material.shapes | {wide: (1, 2, 4)}
-        material = dataclasses.replace(material, sources=(learnt, of_class), shapes=shapes)
-        found = CalibrationSamples(material).batches(14, processes)
+        shapes = training_data.shapes | {wide: (1, 2, 4)}
+        training_data = dataclasses.replace(training_data, sources=(learnt, of_class), shapes=shapes)
+        found = CalibrationSamples(training_data).batches(14, processes)
         return [
             (text, *noise.flatten().tolist())
             for batch in found
@@ -176,31 +178,31 @@ def test_processes_measure_and_merge_with_what_one_would_read():
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (2, 3)])
 def test_every_caption_of_a_run_is_known_beforehand(processes, accumulation, monkeypatch):
-    material = material_with(EVERYTHING, accumulation=accumulation)
-    read, known = set(told(material, range(12), processes)), captions_of(material, processes)
-    for samples in (ValidationSamples(material).batches(), CalibrationSamples(material).batches(16)):
+    training_data = material_with(EVERYTHING, accumulation=accumulation)
+    read, known = set(told(training_data, range(12), processes)), captions_of(training_data, processes)
+    for samples in (ValidationSamples(training_data).batches(), CalibrationSamples(training_data).batches(16)):
         read |= {text for batch in samples for text in batch.caption}
     assert read <= set(known) and len(known) == len(set(known))
     monkeypatch.setattr(making, "FEW_VARIANTS", len(known))
     monkeypatch.setattr(making, "VARIANTS", 0)
-    assert captions_of(material, processes) == known
+    assert captions_of(training_data, processes) == known
     monkeypatch.setattr(making, "FEW_VARIANTS", len(known) - 1)
-    assert captions_of(material, processes) is None
+    assert captions_of(training_data, processes) is None
     assert len(captions_of(material_with(Recipe(prefix="sks", dropout=0.5)), processes)) == 15
 
 
 def test_each_seed_of_an_experiment_has_variants_of_its_own(monkeypatch):
-    material = material_with(EVERYTHING)
-    sources = tuple(dataclasses.replace(source, latents=None) for source in material.sources)
-    material = dataclasses.replace(material, sources=sources)
-    material = with_options(material, cache_text_embeddings=True, validation_prompt=["a"])
+    training_data = material_with(EVERYTHING)
+    sources = tuple(dataclasses.replace(source, latents=None) for source in training_data.sources)
+    training_data = dataclasses.replace(training_data, sources=sources)
+    training_data = with_options(training_data, cache_text_embeddings=True, validation_prompt=["a"])
     family = SimpleNamespace(name="tiny", text_parts=("text_encoder",))
     model = SimpleNamespace(family=family, fingerprint=lambda *parts: "")
     accelerator = SimpleNamespace(num_processes=1, mixed_precision="no")
     monkeypatch.setattr(making, "encode_texts", lambda wanted, *rest: wanted)
-    context = Context(options_of(material), model, accelerator, None)
+    context = Context(options_of(training_data), model, accelerator, None)
     for seed in (3, 4):
-        found = of_seed(material, seed, None, context)
+        found = of_seed(training_data, seed, None, context)
         assert set(found.texts) == {"", "a", *captions_of(found, 1)}
         assert set(told(material_with(EVERYTHING, seed=seed), range(12))) <= set(found.texts)
 

@@ -16,7 +16,7 @@ from images.runs import losses, main, only, parts, printed, read_by, refused
 from reslora.images.data.encoding import MASKED, Variants
 from reslora.images.data.folders import load_folders
 from reslora.images.data.images import crop_mask, open_masked
-from reslora.images.data.samples import Material, training_loader
+from reslora.images.data.samples import TrainingData, training_loader
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.images.model.objective import FlowObjective
@@ -184,8 +184,8 @@ def test_masks_are_cropped_scaled_and_mirrored_as_their_images(tmp_path):
         torch.testing.assert_close(masks, (pixels[:, :1] + 1) / 2)
     source = Source(images, None, (0, 1, 2), (), (size,), (0,) * 3)
     objective = FlowObjective(FlowMatchEulerDiscreteScheduler())
-    material = Material((source,), {}, objective, {size: (4, 8, 12)}, **read_by(flags))
-    for batch in training_loader(material, range(6), 1, 0, pin=False):
+    training_data = TrainingData((source,), {}, objective, {size: (4, 8, 12)}, **read_by(flags))
+    for batch in training_loader(training_data, range(6), 1, 0, pin=False):
         assert batch.mask.shape == (1, 1, 16, 24)
         torch.testing.assert_close(batch.mask, (batch.pixels[:, :1] + 1) / 2)
 

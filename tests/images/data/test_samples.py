@@ -16,7 +16,7 @@ from reslora.images.data.samples import (
     SHOWN,
     VALIDATION_DRAWS,
     CalibrationSamples,
-    Material,
+    TrainingData,
     TrainingSamples,
     ValidationSamples,
 )
@@ -140,7 +140,7 @@ def validation(limit: int, seed: int = 0, count: int = 100) -> list[Batch]:
     images = SimpleNamespace(captions=[["box"]] * count)
     objective = SimpleNamespace(at=lambda share: torch.tensor(share))
     source = Source(images, latents, train, held_out, (Size(16, 16),), (0,) * count)
-    samples = ValidationSamples(Material((source,), {}, objective, {Size(16, 16): (1, 2, 2)}, **read_by(flags)))
+    samples = ValidationSamples(TrainingData((source,), {}, objective, {Size(16, 16): (1, 2, 2)}, **read_by(flags)))
     return [samples[draw] for draw in samples.draws]
 
 
@@ -193,11 +193,11 @@ def test_images_to_be_looked_at_are_those_trained_on_from_all_over_the_data():
         return Source(SimpleNamespace(open=opened, of_class=of_class), None, tuple(train), (1,), (), ())
 
     sources = source(range(300, 310), of_class=True), source(range(0, 60, 10)), source(range(60, 120, 10))
-    material = Material(sources, {}, None, {}, **read_by(Options.of()))
-    sizes = [image.size for image in material.learnt(6)]
+    training_data = TrainingData(sources, {}, None, {}, **read_by(Options.of()))
+    sizes = [image.size for image in training_data.learnt(6)]
     assert sizes == [(1, 1), (21, 1), (61, 1), (round(81 * SHOWN / 600), SHOWN), (101, 1)]
-    assert len(material.learnt(5)) == 4 and len(material.learnt(99)) == 11
-    assert Material((), {}, None, {}, **read_by(Options.of())).learnt(6) == []
+    assert len(training_data.learnt(5)) == 4 and len(training_data.learnt(99)) == 11
+    assert TrainingData((), {}, None, {}, **read_by(Options.of())).learnt(6) == []
 
 
 # -- crops and mirror images -------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def one_image(latents: SimpleNamespace | None, images: SimpleNamespace) -> list[
     )  # fmt: skip
     size, objective = Size(16, 16), SimpleNamespace(draw=lambda draws, tokens: torch.rand((), generator=draws))
     source = Source(images, latents, (0,), (), (size,), (0,))
-    samples = TrainingSamples(Material((source,), {}, objective, {size: (1, 2, 2)}, **read_by(flags)))
+    samples = TrainingSamples(TrainingData((source,), {}, objective, {size: (1, 2, 2)}, **read_by(flags)))
     return [samples[Draw(0, 0, size, position)] for position in range(200)]
 
 
@@ -234,25 +234,25 @@ def test_without_kept_latents_every_sample_has_a_crop_of_its_own_and_half_are_mi
 
 def test_training_calibration_and_validation_have_noises_of_their_own(model):
     """The merge would be judged on what was trained, and validation on the noise that was learnt, otherwise."""
-    material, *_ = exact_steps.setting(model)
+    training_data, *_ = exact_steps.setting(model)
     kinds = (TrainingSamples, CalibrationSamples, ValidationSamples)
-    draws = Plan(material.sources, 3, 0).forward(0)
-    drawn = {kind: [kind(material)[draw] for draw in draws] for kind in kinds}
+    draws = Plan(training_data.sources, 3, 0).forward(0)
+    drawn = {kind: [kind(training_data)[draw] for draw in draws] for kind in kinds}
     for name in ("noise", "posterior_noise"):
         values = [getattr(sample, name) for samples in drawn.values() for sample in samples]
         assert len({tuple(value.flatten().tolist()) for value in values}) == 9
-    again, before = TrainingSamples(material)[draws[1]], drawn[TrainingSamples][1]
+    again, before = TrainingSamples(training_data)[draws[1]], drawn[TrainingSamples][1]
     for name in ("noise", "timesteps", "moments"):
         assert torch.equal(getattr(again, name), getattr(before, name))
 
 
 def test_calibration_takes_training_images_and_validation_those_held_out(model):
-    material, *_ = exact_steps.setting(model)
-    (source,) = material.sources
-    plan = Plan(material.sources, len(source.train), 0)
+    training_data, *_ = exact_steps.setting(model)
+    (source,) = training_data.sources
+    plan = Plan(training_data.sources, len(source.train), 0)
     for number in range(3):
         assert {draw.image for draw in plan.forward(number)} == set(source.train)
-    draws = ValidationSamples(material).draws
+    draws = ValidationSamples(training_data).draws
     assert [draw.image for draw in draws] == [index for index in source.held_out for _ in range(VALIDATION_DRAWS)]
 
 

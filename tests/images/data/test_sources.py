@@ -22,12 +22,12 @@ from images.runs import (
     read_by,
     refused,
 )
-from reslora.images.data import training_data as material
+from reslora.images.data import training_data as training_data
 from reslora.images.data.class_images import balanced
 from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.folders import load_folders
 from reslora.images.data.plan import Plan
-from reslora.images.data.samples import Material
+from reslora.images.data.samples import TrainingData
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source, split
 from reslora.images.data.training_data import print_folder_counts, sources_of
@@ -196,7 +196,7 @@ def made(sizes: list[tuple[int, int]], *words: object, least: int = 1, **counted
     rows = [{"image": None, "captions": [""]}] * len(sizes)
     images = ImageDataset(Rows(rows), [[""]] * len(sizes), sizes=sizes, **counted)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(material, "latents_of", lambda *_: (None, {}))
+        patch.setattr(training_data, "latents_of", lambda *_: (None, {}))
         return sources_of(images, least, None, Context(flags, SimpleNamespace(family=family), None, None))
 
 
@@ -264,7 +264,7 @@ def told(sources: list[Source], *words: object) -> list[str]:
     lines: list[str] = []
     flags, accelerator = parse_args(list(map(str, words))), SimpleNamespace(print=lines.append, num_processes=1)
     print_folder_counts(
-        Material(tuple(sources), {}, None, {}, **read_by(flags)), Context(flags, None, accelerator, None)
+        TrainingData(tuple(sources), {}, None, {}, **read_by(flags)), Context(flags, None, accelerator, None)
     )
     return lines
 

@@ -16,48 +16,57 @@ from reslora.runtime.signals import StopRequest
 
 @pytest.fixture(scope="module")
 def setting(model):
-    """Material, loss and denoiser in float64; images have contents."""
-    material, loss, denoiser = exact_steps.setting(model)
+    """Training data, loss and denoiser in float64; images have contents."""
+    training_data, loss, denoiser = exact_steps.setting(model)
     marks = [f"mark {number}" for number in range(exact_steps.IMAGES)]
-    (source,) = material.sources
+    (source,) = training_data.sources
     images = SimpleNamespace(captions=source.images.captions, marks=marks)
-    return dataclasses.replace(material, sources=(dataclasses.replace(source, images=images),)), loss, denoiser
+    return dataclasses.replace(training_data, sources=(dataclasses.replace(source, images=images),)), loss, denoiser
 
 
-def samples(material, image: int = 0, batch_size: int = TIMESTEPS * NOISES) -> list:
+def samples(training_data, image: int = 0, batch_size: int = TIMESTEPS * NOISES) -> list:
     """All that is measured of an image, in one batch by default."""
-    return list(FixedSamples(material).batches((0, image), batch_size))
+    return list(FixedSamples(training_data).batches((0, image), batch_size))
 
 
 def test_timesteps_are_in_the_middle_of_their_strata(setting):
-    material, *_ = setting
-    assert [int(timestep) for timestep in measured_at(material.objective)] == [62, 187, 312, 437, 562, 687, 812, 937]
-    found = torch.cat([batch.timesteps for batch in samples(material, batch_size=7)])
+    training_data, *_ = setting
+    assert [int(timestep) for timestep in measured_at(training_data.objective)] == [
+        62,
+        187,
+        312,
+        437,
+        562,
+        687,
+        812,
+        937,
+    ]
+    found = torch.cat([batch.timesteps for batch in samples(training_data, batch_size=7)])
     assert found.tolist() == [step for step in (62, 187, 312, 437, 562, 687, 812, 937) for _ in range(NOISES)]
 
 
 def test_noises_depend_on_content_and_number_alone(setting):
-    material, *_ = setting
+    training_data, *_ = setting
     other = {"seed": 5, "noise_offset": 0.3, "random_flip": True, "train_batch_size": 7}
-    (source,) = material.sources
+    (source,) = training_data.sources
     moved = SimpleNamespace(captions=source.images.captions[::-1], marks=source.images.marks[::-1])
     there = dataclasses.replace(source, images=moved, train=(), held_out=(0,))
-    elsewhere = with_options(dataclasses.replace(material, sources=(there,)), **other)
-    here = torch.cat([batch.noise for batch in samples(material, 1)])
+    elsewhere = with_options(dataclasses.replace(training_data, sources=(there,)), **other)
+    here = torch.cat([batch.noise for batch in samples(training_data, 1)])
     assert here.equal(torch.cat([batch.noise for batch in samples(elsewhere, exact_steps.IMAGES - 2)]))
     assert len({float(noise.sum()) for noise in here}) == TIMESTEPS * NOISES
-    assert not here.equal(torch.cat([batch.noise for batch in samples(material, 0)]))
+    assert not here.equal(torch.cat([batch.noise for batch in samples(training_data, 0)]))
 
 
 def test_losses_are_means_over_noises_by_hand(setting):
     """v = sqrt(a) e - sqrt(1 - a) x, and the mean squared error of it, without the weights of training."""
-    material, loss, denoiser = setting
+    training_data, loss, denoiser = setting
     images = [(0, 4), (0, 2)]
-    found = losses_of(lambda batch: loss(denoiser, batch, weighted=False), material, images)
+    found = losses_of(lambda batch: loss(denoiser, batch, weighted=False), training_data, images)
     assert found.shape == (2, TIMESTEPS)
-    alphas = material.objective.scheduler.alphas_cumprod.double()
+    alphas = training_data.objective.scheduler.alphas_cumprod.double()
     for row, (_, image) in zip(found, images, strict=True):
-        (batch,) = samples(material, image)
+        (batch,) = samples(training_data, image)
         mean, std = batch.moments.double().unbind(1)
         latents = (mean + std * batch.posterior_noise) * loss.pipeline.vae.config.scaling_factor
         a = alphas[batch.timesteps].view(-1, 1, 1, 1)
@@ -73,13 +82,13 @@ def test_losses_are_means_over_noises_by_hand(setting):
 @pytest.mark.parametrize("noises", [2, NOISES])
 def test_a_validation_that_steers_is_by_the_same_losses(setting, noises):
     """The mean by timestep is told beside it."""
-    material, loss, denoiser = setting
-    material = with_options(material, validation_noises=noises)
-    validation = Validation(loss, material, None, Accelerator(cpu=True), StopRequest())
+    training_data, loss, denoiser = setting
+    training_data = with_options(training_data, validation_noises=noises)
+    validation = Validation(loss, training_data, None, Accelerator(cpu=True), StopRequest())
     found = validation.losses(denoiser.train())
     assert denoiser.training
     expected = losses_of(
-        lambda batch: loss(denoiser.eval(), batch, weighted=False), material, material.held_out, noises
+        lambda batch: loss(denoiser.eval(), batch, weighted=False), training_data, training_data.held_out, noises
     )
     assert found.equal(expected)
     by_timestep = validation.by_timestep(found)
@@ -88,7 +97,7 @@ def test_a_validation_that_steers_is_by_the_same_losses(setting, noises):
 
 
 def test_where_memory_ends_batches_are_smaller_and_losses_the_same(setting):
-    material, loss, denoiser = setting
+    training_data, loss, denoiser = setting
     sizes = []
 
     def losses(batch, most: int) -> torch.Tensor:
@@ -97,18 +106,18 @@ def test_where_memory_ends_batches_are_smaller_and_losses_the_same(setting):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return loss(denoiser, batch, weighted=False)
 
-    whole = losses_of(lambda batch: losses(batch, 99), material, [(0, 2)], 2)
+    whole = losses_of(lambda batch: losses(batch, 99), training_data, [(0, 2)], 2)
     assert sizes == [16]
-    small = losses_of(lambda batch: losses(batch, 7), material, [(0, 2)], 2)
+    small = losses_of(lambda batch: losses(batch, 7), training_data, [(0, 2)], 2)
     assert sizes == [16, 16, 8, 4, 4, 4, 4]
     torch.testing.assert_close(small, whole, rtol=1e-9, atol=0)
 
 
 def test_the_losses_before_the_first_step_are_measured_once_for_all_arms(setting):
-    material, loss, denoiser = setting
+    training_data, loss, denoiser = setting
     shared, told = SharedLosses(), []
     validation = Validation(
-        loss, with_options(material, validation_noises=2), None, Accelerator(cpu=True), None, shared
+        loss, with_options(training_data, validation_noises=2), None, Accelerator(cpu=True), None, shared
     )
     validation.losses = lambda denoiser: told.append(denoiser) or torch.full((3, 8), float(len(told)))
     for step, expected in ((0, 1.0), (0, 1.0), (5, 2.0), (0, 1.0), (5, 3.0)):
@@ -118,9 +127,9 @@ def test_the_losses_before_the_first_step_are_measured_once_for_all_arms(setting
 
 
 def test_which_images_are_measured_their_content_says(setting):
-    material, *_ = setting
-    (source,) = material.sources
-    few = with_options(material, max_validation_images=3)
+    training_data, *_ = setting
+    (source,) = training_data.sources
+    few = with_options(training_data, max_validation_images=3)
 
     def chosen(order: list[int]) -> set[str]:
         marks = [source.images.marks[number] for number in order]
@@ -132,4 +141,4 @@ def test_which_images_are_measured_their_content_says(setting):
 
     numbers = list(range(exact_steps.IMAGES))
     assert chosen(numbers) == chosen(numbers[::-1]) != {"mark 0", "mark 1", "mark 2"}
-    assert measured(material) == material.held_out
+    assert measured(training_data) == training_data.held_out

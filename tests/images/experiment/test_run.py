@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from app.activity import activity
 from images.runs import SCRIPT, Watcher, assert_same, load_images, main, only, printed, read_by, refused, without
 from reslora.errors import InvalidArgument, Stopped
-from reslora.experiment.schedule import Course
+from reslora.experiment.schedule import ArmSchedule
 from reslora.images.data.encoding import Texts
-from reslora.images.data.samples import Material, losses_of
+from reslora.images.data.samples import TrainingData, losses_of
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.images.denoising import DenoisingLoss
@@ -175,13 +175,13 @@ def test_the_test_losses_are_those_of_the_file_in_stock_diffusers(whole, model):
     output, _ = whole
     ((_, study),) = EXPORTED
     pipeline = StableDiffusionPipeline.from_pretrained(model)
-    loss = DenoisingLoss(study.context, study.material.objective, study.pipeline, pipeline.unet.config)
+    loss = DenoisingLoss(study.context, study.training_data.objective, study.pipeline, pipeline.unet.config)
     (folder,) = (study.context.folder_of(method) for method in study.context.options.adapter.method)
-    record, marks = read_object(folder / "test.json"), list(study.material.sources[0].images.marks)
+    record, marks = read_object(folder / "test.json"), list(study.training_data.sources[0].images.marks)
     images = [(0, marks.index(mark)) for mark in record["images"]]
 
     def measured() -> torch.Tensor:
-        return losses_of(lambda batch: loss(pipeline.unet, batch, weighted=False), study.material, images)
+        return losses_of(lambda batch: loss(pipeline.unet, batch, weighted=False), study.training_data, images)
 
     base = measured()
     assert base.mean(1).tolist() == pytest.approx(experiment(output)["base"]["losses"], rel=1e-4)
@@ -381,10 +381,10 @@ def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, 
         (Size(32, 32),),
         (0,) * 8,
     )
-    material = Material((source,), Texts(None, {}), None, {}, **read_by(settled))
+    training_data = TrainingData((source,), Texts(None, {}), None, {}, **read_by(settled))
     monkeypatch.setattr(run, "latents_of", lambda *_: (object(), {3: "damaged (truncated)"}))
     with pytest.raises(InvalidArgument, match=r"--seed 7, .*/3\.png: damaged"):
-        run.of_seed(material, 7, None, Context(settled, None, None, StopRequest()))
+        run.of_seed(training_data, 7, None, Context(settled, None, None, StopRequest()))
 
 
 def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
@@ -394,14 +394,16 @@ def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
 
 
 def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
-    course = Course(parse_args([*SMALL, "--output_dir", str(tmp_path)]))
+    schedule = ArmSchedule(parse_args([*SMALL, "--output_dir", str(tmp_path)]))
     context = SimpleNamespace(stop=StopRequest(), status=Status(tmp_path))
-    bench = run.Bench(course, SimpleNamespace(context=context), {}, SimpleNamespace(), "", 1, context.stop, None)
-    bench.begins("testing (1 of 2)", course.arms()[0])
+    experiment = run.ImageExperiment(
+        schedule, SimpleNamespace(context=context), {}, SimpleNamespace(), "", 1, context.stop, None
+    )
+    experiment.begins("testing (1 of 2)", schedule.arms()[0])
     assert activity(read_object(tmp_path / STATUS)) == "lora/lr-0.01/seed-0, testing (1 of 2)"
     context.stop.signal = signal.SIGTERM
     with pytest.raises(Stopped, match="the same command goes on"):
-        bench.begins("testing (2 of 2)", course.arms()[1])
+        experiment.begins("testing (2 of 2)", schedule.arms()[1])
 
 
 @pytest.mark.exhaustive

@@ -59,7 +59,7 @@ def setting() -> SimpleNamespace:
     )
     validation = SimpleNamespace(metric_model="any")
     context = SimpleNamespace(options=SimpleNamespace(validation=validation), accelerator=SimpleNamespace(device="cpu"))
-    return SimpleNamespace(context=context, material=SimpleNamespace(sources=sources), drawer=Drawer())
+    return SimpleNamespace(context=context, training_data=SimpleNamespace(sources=sources), drawer=Drawer())
 
 
 def cos(*degrees: float) -> float:

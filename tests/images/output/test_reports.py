@@ -123,19 +123,19 @@ def test_tensorboard_has_the_rows_of_the_log(brief_flags, tmp_path):
 
 def test_validation_loss_is_the_unweighted_mean_over_all_noises_of_all_held_out_images(model):
     """One sample at a time, its min-SNR weight divided out; batches of three leave a smaller one at the end."""
-    material, loss, denoiser = exact_steps.setting(model, None, "--train_batch_size", "3")
-    samples, expected = ValidationSamples(material), []
-    assert len(samples) == 4 * len(material.held_out) == 8
+    training_data, loss, denoiser = exact_steps.setting(model, None, "--train_batch_size", "3")
+    samples, expected = ValidationSamples(training_data), []
+    assert len(samples) == 4 * len(training_data.held_out) == 8
     for sample in map(samples.__getitem__, samples.draws):
         with torch.no_grad():
             weighted = loss(denoiser.eval(), collate([sample]))
-        weight = material.objective.weight(sample.timesteps)
+        weight = training_data.objective.weight(sample.timesteps)
         assert abs(weight - 1) > 1e-3
         expected.append(weighted.item() / weight.item())
     denoiser.train()
     modes = []
     denoiser.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    found = Validation(loss, material, None, Accelerator(cpu=True), StopRequest()).losses(denoiser).mean()
+    found = Validation(loss, training_data, None, Accelerator(cpu=True), StopRequest()).losses(denoiser).mean()
     assert found.item() == pytest.approx(sum(expected) / 8, rel=1e-5)
     assert denoiser.training and modes == [False] * 3
 
@@ -191,10 +191,10 @@ def test_similarities_by_hand(monkeypatch):
         validation_prompt_options=None,
     )  # fmt: skip
     source = SimpleNamespace(images=SimpleNamespace(marks=["0", "1"]))
-    material = SimpleNamespace(validation=flags.validation, held_out=[(0, 0), (0, 1)], sources=(source,))
+    training_data = SimpleNamespace(validation=flags.validation, held_out=[(0, 0), (0, 1)], sources=(source,))
     found = {}
     kept = SimpleNamespace(samples=lambda *_: None, similarities=found.update)
     drawn = [np.full((2, 2, 3), number / 255) for number in range(4)]
-    Validation(None, material, None, SimpleNamespace(device="cpu"), None)._keep_samples(None, kept, drawn)
+    Validation(None, training_data, None, SimpleNamespace(device="cpu"), None)._keep_samples(None, kept, drawn)
     to_images, to_captions = (1 + 0.8 + 0 - 0.6 + 0.6 + 0 + 0.8 + 0.28) / 8, (1 + 0 + 1 + 0.96) / 4
     assert found == pytest.approx({"image_similarity": to_images, "caption_similarity": to_captions})

@@ -473,18 +473,21 @@ def test_resume_refuses_another_schedule_of_noise_at_the_same_place(again, capsy
 @pytest.fixture
 def keep(model, tmp_path):
     """Saves the learner at a step, with these flags; returns the checkpoint. `keep.learner` is a fresh ResLoRA."""
-    material, loss, denoiser = exact_steps.setting(model)
+    training_data, loss, denoiser = exact_steps.setting(model)
     accelerator = Accelerator(cpu=True)
     learner = exact_steps.learner_of(denoiser, loss, accelerator)
 
     def save(step: int, **flags) -> Path:
         learner.step, learner.seconds = step, 10.0 * step
-        options, identity = options_of(material).replace(**flags), Identity("model", "images", "--model", "--images")
+        options, identity = (
+            options_of(training_data).replace(**flags),
+            Identity("model", "images", "--model", "--images"),
+        )
         context = SimpleNamespace(options=options, accelerator=accelerator, folder_of=lambda method: tmp_path)
         save_checkpoint(learner, SimpleNamespace(context=context, identity=identity))
         return tmp_path / f"checkpoint-{step}"
 
-    save.learner, save.options, save.accelerator = learner, options_of(material), accelerator
+    save.learner, save.options, save.accelerator = learner, options_of(training_data), accelerator
     return save
 
 

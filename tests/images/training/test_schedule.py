@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from images.runs import read_by
-from reslora.images.data.samples import Material
+from reslora.images.data.samples import TrainingData
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.options.images import Options
@@ -21,8 +21,8 @@ def scheduled(processes: int = 1, images: int = 10, **flags) -> Schedule:
     }  # fmt: skip
     made = Options.of(**defaults | flags, seed=0)
     source = Source(None, None, tuple(range(images)), (), (Size(8, 8),), (0,) * images)
-    material = Material((source,), None, None, {}, **read_by(made))
-    return schedule_of(material.updates(processes), Context(made, None, SimpleNamespace(print=print), None))
+    training_data = TrainingData((source,), None, None, {}, **read_by(made))
+    return schedule_of(training_data.updates(processes), Context(made, None, SimpleNamespace(print=print), None))
 
 
 def test_an_epoch_is_as_many_steps_as_its_images_need():

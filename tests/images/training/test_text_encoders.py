@@ -284,10 +284,10 @@ def test_without_a_rate_of_their_own_they_have_the_denoisers():
 
 def test_gradients_are_clipped_over_all_parts(model):
     accelerator = Accelerator(cpu=True)
-    material, loss, denoiser = exact_steps.setting(model, accelerator, FLAG)
+    training_data, loss, denoiser = exact_steps.setting(model, accelerator, FLAG)
     learner = exact_steps.learner_of(denoiser, loss, accelerator)
     before = [parameter.detach().clone() for parameter in learner.parameters]
-    take_step(learner, iter(training_loader(material, range(1), 1, 0, pin=False)), loss.context)
+    take_step(learner, iter(training_loader(training_data, range(1), 1, 0, pin=False)), loss.context)
     moved = [now.detach() - then for now, then in zip(learner.parameters, before, strict=True)]
     assert all((value != 0).any() for value in moved)
     assert torch.cat([value.flatten() for value in moved]).norm().item() == pytest.approx(0.05, rel=1e-4)  # rate 1

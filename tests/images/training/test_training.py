@@ -123,9 +123,9 @@ def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_pat
 def test_a_step_is_that_of_plain_gradient_descent(model, one_batch):
     """The first one by hand: the mean loss of samples 0 to 3, its gradient clipped to norm 0.05, and rate 1."""
     accelerator = Accelerator(cpu=True)
-    material, loss, denoiser = exact_steps.setting(model, accelerator)
+    training_data, loss, denoiser = exact_steps.setting(model, accelerator)
     learner = exact_steps.learner_of(denoiser, loss, accelerator)
-    samples, plan = TrainingSamples(material), Plan(material.sources, 1, 0)
+    samples, plan = TrainingSamples(training_data), Plan(training_data.sources, 1, 0)
     value = torch.stack([loss(denoiser, collate([samples[plan.forward(n)[0]]]))[0] for n in range(4)]).mean()
     value.backward()
     names = {parameter: name for name, parameter in denoiser.named_parameters()}
@@ -157,12 +157,12 @@ def test_rates_and_ranks_move_once_a_step_and_not_where_it_was_skipped(model, mo
     """As the fp16 scaler skips a step whose gradients are not finite."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     words = ("--gradient_accumulation_steps", "2", "--train_batch_size", "1")
-    material, loss, denoiser = exact_steps.setting(model, accelerator, *words)
+    training_data, loss, denoiser = exact_steps.setting(model, accelerator, *words)
     learner = exact_steps.learner_of(denoiser, loss, accelerator)
     learner.allocator = Ranks()
     before = learner.lr_scheduler.last_epoch
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", skipped)
-    batches = iter(training_loader(material, range(2), 1, 0, pin=False))
+    batches = iter(training_loader(training_data, range(2), 1, 0, pin=False))
     for _ in range(2):
         take_step(learner, batches, loss.context)
     assert learner.allocator.steps == ([] if skipped else [1, 2]) and learner.allocator.gradients == 2
@@ -261,8 +261,8 @@ def learning_rates(output: Path) -> list[float]:
 )
 def test_rates_rise_for_a_tenth_of_the_run_and_reach_their_end_with_it(model, schedule, factor):
     words = ("--max_train_steps", "20", "--learning_rate", "1e-3", "--lr_scheduler", schedule)
-    material, loss, denoiser = exact_steps.setting(model, None, *words)
-    planned, made = schedule_of(material.updates(1), loss.context), Trained({"unet": denoiser}, loss)
+    training_data, loss, denoiser = exact_steps.setting(model, None, *words)
+    planned, made = schedule_of(training_data.updates(1), loss.context), Trained({"unet": denoiser}, loss)
     add_adapters(made, "reslora", 20, loss.context)
     learner = new_learner("reslora", made, planned, loss.context)
     for step in range(20):
@@ -448,9 +448,9 @@ def test_a_folder_that_is_moved_is_not_made_anew(base_flags, tmp_path, monkeypat
         return take(learner, *rest)
 
     def moved_while_it_prepares(*given):
-        material = encode(*given)
+        training_data = encode(*given)
         output.rename(moved)
-        return material
+        return training_data
 
     with monkeypatch.context() as patch:
         if moment == "step":

@@ -177,10 +177,10 @@ def test_what_a_model_predicts_is_in_kohyas_and_stability_ais_names(width, predi
         pretrained_model_name_or_path="a/sd", learning_rate=0.5, seed=3, resolution=[16, 8],
         use_aspect_ratio_buckets=True,
     )  # fmt: skip
-    material = SimpleNamespace(options=flags, objective=SimpleNamespace(prediction_type=prediction))
+    training_data = SimpleNamespace(options=flags, objective=SimpleNamespace(prediction_type=prediction))
     context = Context(flags, SimpleNamespace(family=load_family("StableDiffusionPipeline")), None, None)
     config = SimpleNamespace(cross_attention_dim=width)
-    metadata = kohya_metadata(config, material, Schedule(7, 1, 0, False), context)
+    metadata = kohya_metadata(config, training_data, Schedule(7, 1, 0, False), context)
     named = {"base_model": "sd", "learning_rate": "0.5", "seed": "3", "steps": "7", "resolution": "16 8"}
     assert {name: metadata[f"ss_{name}"] for name in named} == named and metadata["ss_enable_bucket"] == "True"
     assert metadata["modelspec.resolution"] == "16x16" and metadata["modelspec.title"] == "LoRA for sd"

@@ -343,7 +343,7 @@ def test_the_validation_loss_is_the_squared_error_within_masks(setting, more, sh
 def test_flux_shift_is_by_as_many_tokens_as_the_denoiser_reads(setting, family, monkeypatch):
     """The latents of klein are in patches already, a token each."""
     one, told, read = setting(family, "--timestep_sampling", "flux_shift"), [], []
-    material = material_of(
+    training_data = material_of(
         load_folders(one.options.model, one.options.data, one.options.training, one.options.output),
         one.loss.pipeline,
         one.objective,
@@ -353,7 +353,7 @@ def test_flux_shift_is_by_as_many_tokens_as_the_denoiser_reads(setting, family, 
     monkeypatch.setattr(
         type(one.objective), "draw", lambda self, draws, tokens: told.append(tokens) or draw(self, draws, tokens)
     )
-    sample = TrainingSamples(material)[material.plan(1).forward(0)[0]]
+    sample = TrainingSamples(training_data)[training_data.plan(1).forward(0)[0]]
     hook = lambda module, args, inputs: read.append(inputs["hidden_states"].shape[1])  # noqa: E731
     one.denoiser.register_forward_pre_hook(hook, with_kwargs=True)
     one.loss(one.denoiser, collate([sample]))
