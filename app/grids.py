@@ -10,7 +10,7 @@ from reslora.merges import MERGES
 from reslora.plots import figures
 
 from . import views
-from .recipe import LIMITS, Drawn, Request, bounded
+from .generation_request import LIMITS, Drawn, Request, bounded
 from .runs import BASE, Run, RunError, Weights, merged_by
 from .studio import MERGE_CHOICES, Picture
 

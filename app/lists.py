@@ -12,8 +12,8 @@ from .activity import activity, why_ended
 from .folders import BUNDLED
 from .jobs import GONE, RUNNING, WAITING, Entry, Jobs
 from .library import Experiment, LanguageRun, language_script, last_change
+from .run_manager import RunManager
 from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError, stamp_of
-from .shelf import Shelf
 from .views import NAMES, bad, data_uri, escape, notice
 
 MOST = 48
@@ -98,31 +98,31 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
 # -- the runs ----------------------------------------------------------------------------------------------------------
 
 
-def runs(shelf: Shelf, words: str) -> str:
+def runs(manager: RunManager, words: str) -> str:
     """Return the newest runs and experiments whose name or notes contain `words`, and the trash."""
     words = words.casefold()
     everything = [
-        run for run in shelf.library.everything() if words in run.name.casefold() or words in run.notes.casefold()
+        run for run in manager.library.everything() if words in run.name.casefold() or words in run.notes.casefold()
     ]
-    cards = "".join(card_of(shelf, run) for run in everything[:MOST])
+    cards = "".join(card_of(manager, run) for run in everything[:MOST])
     found = f'<div class="runs">{cards}</div>' if cards else notice("No run has this in its name or notes.")
     if (more := len(everything) - MOST) > 0:
         found += notice(f"{more:,} older ones are not shown: write a part of a name or of notes above.")
-    return found + trash(shelf)
+    return found + trash(manager)
 
 
-def card_of(shelf: Shelf, run: Run) -> str:
+def card_of(manager: RunManager, run: Run) -> str:
     """Return a run's card; it is rendered again if a file in its folder changed."""
-    jobs = shelf.jobs
+    jobs = manager.jobs
     stamps = tuple(stamp_of(run.folder / name) for name in (".", NOTES, *run.methods))
     status = jobs.status(run) if jobs.is_active(run) else ""
-    return card(shelf, run, status, last_change(run.folder), stamps)
+    return card(manager, run, status, last_change(run.folder), stamps)
 
 
 @functools.lru_cache(maxsize=4 * MOST)
-def card(shelf: Shelf, run: Run, status: str, changed: float, stamps: tuple[tuple[int, ...], ...]) -> str:
+def card(manager: RunManager, run: Run, status: str, changed: float, stamps: tuple[tuple[int, ...], ...]) -> str:
     """Return a card: newest sample, status, time of the last change, notes; `stamps` are part of the cache key."""
-    name, status, owned = escape(run.name), status or run.status, shelf.library.owns(run)
+    name, status, owned = escape(run.name), status or run.status, manager.library.owns(run)
     done, total = run.progress
     kind, script = isinstance(run, Experiment), language_script(run)
     facts = [
@@ -131,7 +131,7 @@ def card(shelf: Shelf, run: Run, status: str, changed: float, stamps: tuple[tupl
         f"{done:,} of {pluralize(total, 'arm' if kind else 'step')}" if total else "",
         NO_CONFIG if run.unreadable else "",
     ]
-    why = why_ended(run, status, shelf.jobs.last_line(run))
+    why = why_ended(run, status, manager.jobs.last_line(run))
     opens = f"Open {run.name} under {'Experiment' if kind else 'Compare'}"
     buttons = "" if isinstance(run, LanguageRun) else button("open", "Open", opens)
     buttons += button("trash", "Delete", f"Move {run.name} to the trash") if owned else ""
@@ -165,9 +165,9 @@ def newest_samples(run: Run) -> Iterator[Path]:
         yield from list(samples.values())[:1]
 
 
-def trash(shelf: Shelf) -> str:
+def trash(manager: RunManager) -> str:
     """Return the runs in the trash with their restore buttons."""
-    found = shelf.trashed()
+    found = manager.trashed()
     if not found:
         return ""
     rows = "".join(

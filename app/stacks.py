@@ -17,8 +17,8 @@ from reslora.images.model.lora_files.names import Names, Parts, names_of
 from reslora.images.model.lora_files.reading import read_content, read_parts
 
 from .bases import base_of
+from .generation_request import LIMITS, bounded
 from .library import Library
-from .recipe import LIMITS, bounded
 from .runs import Run, RunError, Weights
 from .weight_files import check_adapter_file, in_names_of, refuse_misfits, without_folders
 

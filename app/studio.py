@@ -37,7 +37,7 @@ from reslora.merges import MERGES
 
 from . import stacks, weight_files, whole_models
 from .bases import Base, base_of, stamps_of
-from .recipe import SEEDS, Drawn, Request
+from .generation_request import SEEDS, Drawn, Request
 from .runs import IN_PLACE, Run, RunError, Weights, merged_by
 from .turns import Turns
 from .weight_files import files_of, refuse_gone, unless_replaced, without_folders

@@ -20,7 +20,7 @@ from reslora.methods.registry import METHODS
 from reslora.options.prompts import clean
 
 from .activity import activity, why_ended
-from .recipe import Drawn
+from .generation_request import Drawn
 from .runs import BASE, NO_CONFIG, Run, number, stamp_of
 
 LARGEST_TILE = 320

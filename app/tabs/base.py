@@ -11,7 +11,7 @@ from ..jobs import Jobs
 from ..library import Library
 from ..runs import Run
 from ..studio import Studio
-from ..working import WorkingFiles
+from ..working_files import WorkingFiles
 
 T = TypeVar("T", bound="Tab")
 

@@ -5,7 +5,7 @@ import time
 
 import gradio as gr
 
-from .. import compared, takeaway
+from .. import compared, downloads
 from ..differences import differences
 from ..handlers import NO_PROGRESS, QUIET
 from ..launcher import safe_name
@@ -139,19 +139,19 @@ class CompareTab(Tab):
 
     def list_files(self, run: Run) -> list[str]:
         """Return the labels of the downloads."""
-        return [one.label for one in takeaway.takeaways(run)]
+        return [one.label for one in downloads.downloads_of(run)]
 
     def how_to_use(self, name: str, label: str) -> tuple[str, str]:
         """Return the path of a file and how to load it; empty if none is selected."""
         if not label:
             return "", ""
-        one = takeaway.find(self.library.find(name), label)
+        one = downloads.find(self.library.find(name), label)
         return one.place, one.use
 
     def take_file(self, name: str, label: str) -> str:
         """Return a copy of an exported file, to download."""
         run = self.library.find(name)
-        return str(takeaway.packed(run, takeaway.find(run, label), self.files))
+        return str(downloads.packed(run, downloads.find(run, label), self.files))
 
     def toggle(self, label: str) -> tuple:
         """Start or pause the animation; return the button's label and the timer."""

@@ -8,11 +8,11 @@ import gradio as gr
 from reslora.formatting import pluralize
 from reslora.images.data.caption_files import CAPTIONS
 
-from .. import cards, image_edits, views
+from .. import image_cards, image_edits, views
+from ..generation_request import bounded
 from ..handlers import QUIET, paths_of, server_function
 from ..image_edits import ImageEdits
 from ..image_folders import ImageFolders
-from ..recipe import bounded
 from ..runs import RunError
 from .base import Parts, Tab, TabHost, answer_line, open_choice
 from .train import TrainTab
@@ -162,13 +162,13 @@ class DatasetTab(Tab):
             return [views.notice(CHOOSE), "", 1, gr.update()]
         images = self.edits.look(folder, settings)
         shown = self.edits.shown(images, which, words)
-        last = cards.pages(len(shown))
+        last = image_cards.pages(len(shown))
         page = bounded(page, 1, last, 1)
         number = gr.update(value=page, label=f"Page of {last:,}")
-        html = cards.cards(self.edits, images, shown, page)
+        html = image_cards.cards(self.edits, images, shown, page)
         change = self.edits.last(images.folder)
         undo = gr.update(interactive=change is not None, value=f"{UNDO}: {change.line}" if change else UNDO)
-        return [cards.summary(self.edits, images, len(shown)), html, number, undo]
+        return [image_cards.summary(self.edits, images, len(shown)), html, number, undo]
 
     # -- changes -------------------------------------------------------------------------------------------------------
 

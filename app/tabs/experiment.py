@@ -5,10 +5,10 @@ from typing import ClassVar
 import gradio as gr
 
 from .. import experiments, launcher, views
+from ..downloads import Download, packed
 from ..handlers import QUIET, paths_of
 from ..library import Experiment
 from ..runs import RunError
-from ..takeaway import Takeaway, packed
 from .base import Parts, TabHost, open_choice
 from .launching import LaunchTab
 
@@ -138,4 +138,4 @@ class ExperimentTab(LaunchTab):
             raise RunError(
                 "There is no LoRA file: it comes when arms are compared, and none with DoRA, LoHa, LoKr and OFT."
             )
-        return str(packed(found, Takeaway("best", path, (path,), "", ""), self.files))
+        return str(packed(found, Download("best", path, (path,), "", ""), self.files))

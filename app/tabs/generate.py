@@ -7,9 +7,9 @@ import gradio as gr
 
 from reslora.formatting import pluralize
 
-from .. import recipe, stacks, views, weight_files
+from .. import generation_request, stacks, views, weight_files
+from ..generation_request import Drawn, Request
 from ..handlers import NO_PROGRESS, QUIET, paths_of
-from ..recipe import Drawn, Request
 from ..runs import BASE, Run, RunError, Weights
 from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
@@ -133,7 +133,7 @@ class GenerateTab(Tab):
 
     def filled_in(self, run: Run) -> dict:
         """Return the settings of the run's samples."""
-        asked = recipe.of_samples(run)
+        asked = generation_request.of_samples(run)
         values = [asked.prompt, asked.steps, asked.guidance, asked.width, asked.height, self.stack.choices(run)]
         return dict(zip(self.of_run, values, strict=True))
 
@@ -201,7 +201,7 @@ class GenerateTab(Tab):
 
     def save(self, drawn: Drawn):
         """Save an image as a PNG file with its settings, and return the path."""
-        return recipe.save_image(drawn, self.files.new(f"seed-{drawn.request.seed}.png"))
+        return generation_request.save_image(drawn, self.files.new(f"seed-{drawn.request.seed}.png"))
 
     def do_cancel(self, asked: gr.Request):
         """Stop all requests of an API client."""
@@ -220,7 +220,7 @@ class GenerateTab(Tab):
 
     def read_recipe(self, path: str) -> list:
         """Return the settings in an uploaded image."""
-        request, _ = recipe.read_image(path)
+        request, _ = generation_request.read_image(path)
         return [
             request.prompt, request.negative_prompt, request.seed, request.steps, request.guidance, request.width,
             request.height, request.strength, False,
@@ -228,5 +228,5 @@ class GenerateTab(Tab):
 
     def origin(self, path: str) -> str:
         """Return a notice with the run and weights of an uploaded image; its settings do not select them."""
-        _, source = recipe.read_image(path)
+        _, source = generation_request.read_image(path)
         return views.notice(f"Made with {source['weights'] or 'unknown weights'}, run {source['run'] or 'unknown'}.")

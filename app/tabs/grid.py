@@ -11,9 +11,9 @@ import gradio as gr
 from reslora.formatting import pluralize
 
 from .. import grids, views
+from ..generation_request import Drawn, Request
 from ..handlers import NO_PROGRESS, QUIET
 from ..launcher import safe_name
-from ..recipe import Drawn, Request
 from ..runs import Run, RunError
 from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step

@@ -5,8 +5,8 @@ import gradio as gr
 from .. import lists, views
 from ..handlers import QUIET, server_function
 from ..library import Experiment
+from ..run_manager import RunManager
 from ..runs import RunError
-from ..shelf import Shelf
 from .base import Parts, TabHost, answer_line
 from .compare import CompareTab
 from .experiment import ExperimentTab
@@ -23,7 +23,7 @@ class RunsTab(ListTab):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        self.shelf = Shelf(self.jobs)
+        self.manager = RunManager(self.jobs)
         self.words = gr.Textbox(label="Name or notes have", max_lines=1, elem_id="runs-words")
         self.answer = answer_line(elem_id="runs-answer")
         script = SCRIPT.read_text(encoding="utf-8")
@@ -41,15 +41,15 @@ class RunsTab(ListTab):
         answered = [self.answer, *shown, *opened]
         self.cards.acted(self.act, self.words, answered, **IN_TURN, **QUIET)
         for name, handler in (
-            ("run_notes", self.read_notes), ("set_run_notes", self.shelf.write_notes),
-            ("trash_run", self.shelf.throw_away), ("trashed_runs", self.trashed_runs),
-            ("restore_run", self.shelf.restore),
+            ("run_notes", self.read_notes), ("set_run_notes", self.manager.write_notes),
+            ("trash_run", self.manager.throw_away), ("trashed_runs", self.trashed_runs),
+            ("restore_run", self.manager.restore),
         ):  # fmt: skip
             gr.api(handler, api_name=name)
 
     def render(self, words: str) -> str:
         """Return the cards."""
-        return lists.runs(self.shelf, str(words or ""))
+        return lists.runs(self.manager, str(words or ""))
 
     def act(self, words: str, event: gr.EventData) -> tuple:
         """Handle a button of a card or of the trash."""
@@ -58,9 +58,9 @@ class RunsTab(ListTab):
         if what == "open":
             return *stay, *self.opened(name)
         if what == "trash":
-            line = self.shelf.throw_away(name)
+            line = self.manager.throw_away(name)
         elif what == "restore":
-            line = self.shelf.restore(name)
+            line = self.manager.restore(name)
         else:
             raise RunError("There is no such button.")
         return views.notice(line), *self.show(words), *stay
@@ -74,14 +74,14 @@ class RunsTab(ListTab):
 
     def save_notes(self, edit: dict) -> dict:
         """Save notes from the browser, without updating the page: the user may be typing other notes."""
-        return {"notes": self.shelf.write_notes(edit.get("name"), edit.get("was"), edit.get("text"))}
+        return {"notes": self.manager.write_notes(edit.get("name"), edit.get("was"), edit.get("text"))}
 
     # -- endpoints -----------------------------------------------------------------------------------------------------
 
     def read_notes(self, name: str) -> str:
         """Return the notes on a run or an experiment."""
-        return self.shelf.find(name).notes
+        return self.manager.find(name).notes
 
     def trashed_runs(self) -> dict[str, str]:
         """Return the names of the runs in the trash by their folders there, newest first."""
-        return {place: folder.name for place, folder in self.shelf.trashed().items()}
+        return {place: folder.name for place, folder in self.manager.trashed().items()}

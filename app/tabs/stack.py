@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from .. import stacks, takeaway, views, whole_models
+from .. import downloads, stacks, views, whole_models
+from ..generation_request import Request
 from ..handlers import NO_PROGRESS, QUIET
-from ..recipe import Request
 from ..runs import Run
 from ..sessions import TURNS, hears
 from ..studio import Cancelled
@@ -89,7 +89,7 @@ class StackPart:
         except Cancelled:
             yield views.notice("Cancelled; nothing was written."), *nothing
             return
-        place = takeaway.place_of(target)
+        place = downloads.place_of(target)
         said = views.notice(f"{place} is written: {weights.label}.")
         yield said, place, whole_models.lines_for(place), gr.update(visible=True)
 

@@ -19,9 +19,9 @@ from .data.loaders import stream
 from .data.samples import CalibrationSamples, TrainingData, training_loader
 from .denoising import DenoisingLoss
 from .initial_lora import add_adapters
-from .output.drawing import Drawer
 from .output.exports import export_method
 from .output.reports import VALIDATION_PARTS, Reports, SharedLosses, Validation
+from .output.sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class ImageStudy(Study):
     """Losses and times that the validations of all methods share."""
 
     @functools.cached_property
-    def drawer(self) -> Drawer:
+    def sampler(self) -> Sampler:
         """The generator of sample images."""
         context, options = self.context, self.context.options
-        return Drawer(
+        return Sampler(
             self.pipeline, context.model.family, self.training_data.texts, options.data, options.training,
             options.validation, context.encoders,
         )  # fmt: skip
@@ -81,7 +81,7 @@ class ImageStudy(Study):
         context = self.context
         shared = SharedLosses() if context.start else self.shared  # the LoRA's losses are not the base's
         look = Validation(
-            learner.trained.loss, self.training_data, self.drawer, context.accelerator, context.stop, shared
+            learner.trained.loss, self.training_data, self.sampler, context.accelerator, context.stop, shared
         )
         look(learner, reports, parts or VALIDATION_PARTS)
 
@@ -90,4 +90,4 @@ class ImageStudy(Study):
 
         Returns, for each file, the largest difference of any pixel from the merged model's image, of 255.
         """
-        return export_method(learner, self.training_data, self.drawer, schedule, self.context)
+        return export_method(learner, self.training_data, self.sampler, schedule, self.context)

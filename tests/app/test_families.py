@@ -10,8 +10,8 @@ from app_runs import run_by_hand, write_run
 from diffusers import DiffusionPipeline
 from pipelines import FAMILIES
 
+from app.generation_request import Drawn, Request
 from app.library import Library
-from app.recipe import Drawn, Request
 from app.runs import BASE
 from app.stacks import stack
 from app.studio import Studio, calibration_of

@@ -10,15 +10,15 @@ import PIL.Image
 import pytest
 from app_runs import own_runs
 
+from app.generation_request import Drawn, Request
 from app.grids import MOST, NONE, Axis, axis, grid, save_sheet, suggestion, table
 from app.library import Library
-from app.recipe import Drawn, Request
 from app.runs import BASE, RunError, Weights
 from app.stacks import stack
 from app.studio import Cancelled, Picture, Studio
 from app.tabs import grid as grid_tab
 from app.tabs.grid import GridPart
-from app.working import WorkingFiles
+from app.working_files import WorkingFiles
 from reslora.checkpoint import WEIGHTS_NAME
 
 REQUEST = Request(prompt="red disc", steps=2, seed=5, width=32, height=32, guidance=3.0)

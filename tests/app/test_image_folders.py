@@ -11,7 +11,7 @@ from app_runs import HOSTILE, write_run
 from images.runs import load_images, parts
 from pipelines import image_folder, random_image
 
-from app import cards, changes, image_folders
+from app import changes, image_cards, image_folders
 from app.folders import BUNDLED
 from app.image_edits import ADD_TAG, AFTER, ALIKE, BEFORE, LEFT_OUT, NO_CAPTION, REMOVE_TAG, REPLACE, ImageEdits
 from app.image_folders import ImageFolders, options_of
@@ -70,7 +70,7 @@ def test_nothing_outside_a_folder_is_shown(edits, tmp_path):
     (folder / "0.txt").unlink()
     (folder / "0.txt").symlink_to(tmp_path / "secret.txt")
     images = edits.look("set")
-    html = cards.cards(edits, images, list(images.images.values()), 1)
+    html = image_cards.cards(edits, images, list(images.images.values()), 1)
     assert "secret" not in html and html.count("data:image") == 5
     assert {images.images[name].problem for name in ("0.png", "link.png")} == {
         "leads out of the folder: not shown here"
@@ -104,7 +104,7 @@ def test_names_that_are_not_utf8_break_no_page(edits, tmp_path):
     assert list(images.images) == ["3.png", "4.png", "5.png", "?.png", "?.png (2)", "?.png (3)"]
     shown = edits.shown(images, LEFT_OUT)
     assert [image.path.name for image in shown if "not UTF-8" in image.problem] == sorted(odd)
-    (cards.cards(edits, images, shown, 1) + cards.summary(edits, images, 6)).encode()
+    (image_cards.cards(edits, images, shown, 1) + image_cards.summary(edits, images, 6)).encode()
     edits.throw_away(images, ["?.png (3)"])
     assert {path.name for path in folder.glob("?.png")} == {"3.png", "4.png", "5.png", "?.png", min(odd)}
     edits.undo(edits.look("set"))
@@ -112,7 +112,7 @@ def test_names_that_are_not_utf8_break_no_page(edits, tmp_path):
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "?.png", "text": "listed"}))
     images = edits.look("set")
     assert images.images["?.png"].captions == ("listed",) and len(images.images) == 6
-    cards.cards(edits, images, list(images.images.values()), 1).encode()
+    image_cards.cards(edits, images, list(images.images.values()), 1).encode()
 
 
 def test_what_is_left_out_and_why_is_what_the_trainer_says(edits, tmp_path):
@@ -394,7 +394,7 @@ def test_damaged_images_and_duplicates_are_marked_once_all_are_opened(edits, tmp
         (folder / f"{name}.txt").write_text(name)
     images = edits.look("set")
     assert edits.looks.alike(images) == {} and not edits.shown(images, LEFT_OUT)
-    assert "opens every image, and finds further damaged ones" in cards.summary(edits, images, 10)
+    assert "opens every image, and finds further damaged ones" in image_cards.summary(edits, images, 10)
     assert list(edits.check(images)) == [0, 10]
     assert {name: line for name, (_, line) in edits.looks.alike(images).items()} == {
         "copy.png": "the same image as a.png", "near.jpg": "looks like a.png",
@@ -402,7 +402,7 @@ def test_damaged_images_and_duplicates_are_marked_once_all_are_opened(edits, tmp
     assert [image.name for image in edits.shown(images, ALIKE)] == ["a.png", "copy.png", "near.jpg"]
     (damaged,) = edits.shown(images, LEFT_OUT)
     assert damaged.name == "half.png" and edits.looks.problem(damaged).startswith("damaged (")
-    assert "Training would leave out 1 image:" in cards.summary(edits, images, 10)
+    assert "Training would leave out 1 image:" in image_cards.summary(edits, images, 10)
     shutil.copy(folder / "a.png", folder / "half.png")
     assert edits.looks.problem(edits.look("set").images["half.png"]) == ""
 
@@ -412,7 +412,9 @@ def test_names_and_captions_are_no_markup(edits, tmp_path):
     (folder / "0.png").rename(folder / f"{attack}.png".replace("/", ""))
     (folder / "1.txt").write_text(f"</textarea>{attack}")
     images = edits.look("set")
-    html = cards.cards(edits, images, edits.shown(images, "All images"), 1) + cards.summary(edits, images, 6)
+    html = image_cards.cards(edits, images, edits.shown(images, "All images"), 1) + image_cards.summary(
+        edits, images, 6
+    )
     assert "<script>" not in html and "${" not in html and "{{" not in html and html.count("</textarea>") == 6
 
 

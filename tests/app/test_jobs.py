@@ -17,8 +17,8 @@ from waiting import LIMIT, ended, wait_until
 from app import form, jobs, launcher, lists
 from app.jobs import FAILED, RUNNING, WAITING, Entry, Jobs
 from app.library import Experiment, Library
+from app.run_manager import RunManager
 from app.runs import Run, RunError
-from app.shelf import Shelf
 from app.studio import Studio
 from app.tabs.base import Parts
 from app.tabs.train import TrainTab
@@ -310,7 +310,7 @@ def test_resuming_waits_its_turn_and_experiments_too(lined):
     assert lined.add(Entry("b", resume=True)).state == WAITING
     assert lined.add(Entry("c", "experiment", {"learning_rate": "1e-4 2e-4"})).state == WAITING
     with pytest.raises(RunError, match="waits in the queue"):
-        Shelf(lined).throw_away("b")
+        RunManager(lined).throw_away("b")
     for name in "ab":
         let_end(lined, name)
     assert states(lined) == {"a": FAILED, "b": "stopped", "c": RUNNING}

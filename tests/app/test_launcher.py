@@ -24,8 +24,8 @@ from app.bases import PIPELINES
 from app.jobs import SAMPLE, SAVE, Entry, Jobs
 from app.library import Experiment, Library
 from app.log_lock import locked_file
+from app.run_manager import RunManager
 from app.runs import EXPERIMENT_LOG, LOG_NAME, Run, RunError, is_trainer
-from app.shelf import Shelf
 from app.tabs.train import TrainTab
 from app.uploads import store_images
 from reslora.bundled import ASSETS
@@ -190,10 +190,10 @@ def test_a_run_that_failed_says_why(trainings):
     folder.mkdir()
     (folder / "app.log").write_text(f"a line before\ntrain_sd.py: error: <b> {folder}\n")
     run, line = trainings.library.find("new"), "train_sd.py: error: &lt;b&gt; runs/new"
-    (said, status), shelf = (trainings.last_line(run), trainings.status(run)), Shelf(trainings)
+    (said, status), manager = (trainings.last_line(run), trainings.status(run)), RunManager(trainings)
     shown = (
         views.summary(run, status, said),
-        lists.card_of(shelf, run),
+        lists.card_of(manager, run),
         experiments.summary(Experiment("new", folder), status, said),
     )
     assert [text.count(line) for text in shown] == [1, 1, 1] and not any("before" in text for text in shown)
@@ -218,10 +218,10 @@ def test_a_run_that_an_error_has_ended_says_so_and_one_that_was_stopped_does_not
     (run.folder / LOG_NAME).write_text(f"a line before\n{line}\n")
     trainings = Jobs(Library(run.folder.parent))
     said, status = trainings.last_line(run), trainings.status(run)
-    experiment, shelf = Experiment(run.name, run.folder), Shelf(trainings)
+    experiment, manager = Experiment(run.name, run.folder), RunManager(trainings)
     for shown in (
         views.summary(run, status, said),
-        lists.card_of(shelf, run),
+        lists.card_of(manager, run),
         experiments.summary(experiment, status, said),
     ):
         assert status == "stopped" and (f'<p class="bad">{views.escape(line)}</p>' in shown) == is_why
@@ -398,7 +398,7 @@ def test_what_is_stopped_as_it_begins_is_at_work_until_its_trainer_is_gone(train
             with pytest.raises(RunError, match="early is training"):
                 again.start("second", [])
         with pytest.raises(RunError, match="early is training"):
-            Shelf(trainings).throw_away("early")
+            RunManager(trainings).throw_away("early")
     finally:
         (folder / "end").touch()
     wait_until(lambda: not trainings.is_active(run), "its end")
@@ -468,7 +468,7 @@ def test_a_language_model_that_trains_is_left_where_it_is(trainings, script, tas
     with started_as(script) as process:
         (run / ".lock").write_text(str(process))
         with pytest.raises(RunError, match="language is training"):
-            Shelf(trainings).throw_away("language")
+            RunManager(trainings).throw_away("language")
         with pytest.raises(RunError, match="language is training"):
             trainings.start("second", [])
         for request in (SAVE, SAMPLE):

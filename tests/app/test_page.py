@@ -30,7 +30,7 @@ from gradio_client.exceptions import AppError
 from waiting import LIMIT, ended, ignore_sigint, wait_until
 
 from app import __main__ as command_line
-from app import recipe
+from app import generation_request
 from app.jobs import Jobs
 from app.launcher import search_path
 from app.library import Library
@@ -284,7 +284,7 @@ def test_a_program_can_look_generate_and_reproduce(client, runs):
             client.predict("tiny", 2, wrong, api_name="/compare_runs")
     gallery, _, seed, table = generated(client)
     assert len(gallery) == 2 and seed == 3 and "reslora: merged weights" in table
-    request, source = recipe.read_image(gallery[1]["image"])
+    request, source = generation_request.read_image(gallery[1]["image"])
     assert source["weights"] == "reslora: merged weights" and request.seed == 3
     again, *_ = generated(client, weights=source["weights"], seed=request.seed, beside=False)
     assert pixels(again[0]["image"]) == pixels(gallery[1]["image"])
@@ -409,7 +409,7 @@ def test_a_program_can_draw_grids_and_stack_and_write_models(client, runs):
     asked = GRID | {"y": "seed", "y_values": "3 4"}
     table, status, sheet, cells = client.predict(*asked.values(), api_name="/grid")
     assert table.count("<img") == 4 and "4 of 4 cells" in status and len(cells) == 4
-    request, source = recipe.read_image(cells[3])
+    request, source = generation_request.read_image(cells[3])
     assert (request.seed, request.strength, source["weights"]) == (4, 1, "lora: merged weights")
     single = GENERATE | {name: asked[name] for name in ("weights", "steps", "width", "height")}
     gallery, *_ = client.predict(*(single | {"beside": False, "seed": 4}).values(), api_name="/generate")

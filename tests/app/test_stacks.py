@@ -12,12 +12,12 @@ from peft import LoraConfig
 from pipelines import stable_diffusion
 from safetensors.torch import load_file, save_file
 
+from app.downloads import downloads_of
+from app.generation_request import Drawn, Request
 from app.library import Library
-from app.recipe import Drawn, Request
 from app.runs import BASE, RunError, Weights
 from app.stacks import MOST, add, factors_of, loras, stack, stacked, to_write
 from app.studio import Studio
-from app.takeaway import takeaways
 from app.weight_files import uploaded
 from reslora.export import DIFFUSERS_FILE, Factors, export_diffusers, merged_state_dict, write_diffusers
 from reslora.images import conversion
@@ -138,7 +138,7 @@ def test_loras_of_a_run_whose_config_is_damaged_are_not_offered(run, tmp_path):
     library = Library(tmp_path)
     whole, damaged = library.find("whole"), library.find("damaged")
     assert set(loras(library, whole)) == {"whole: lora", "whole: reslora"} and not loras(library, damaged)
-    assert damaged.weights() == [BASE] and not takeaways(damaged) and takeaways(whole)
+    assert damaged.weights() == [BASE] and not downloads_of(damaged) and downloads_of(whole)
     with pytest.raises(RunError, match=r"damaged: its config\.json cannot be read"):
         stacked(library, damaged, ["whole: lora"], "1")
 

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from waiting import join, start_thread, wait_until
 
-from app import recipe, weight_files
+from app import generation_request, weight_files
 from app import studio as studios
+from app.generation_request import Drawn, Request
 from app.library import Library
-from app.recipe import Drawn, Request
 from app.runs import BASE, Run, RunError, Weights
 from app.stacks import to_write
 from app.studio import MERGE_CHOICES, Cancelled, Step, Studio
@@ -638,8 +638,8 @@ def test_metadata_makes_the_image_again(studio, run, tmp_path):
     request = replace(REQUEST, prompt="red <b> disc - 猫", negative_prompt="box", strength=0.7, guidance=2.5, images=2)
     weights = run.find_weights("reslora: merged weights")
     drawn = [event for event in studio.generate(run, [weights], request) if isinstance(event, Drawn)]
-    path = recipe.save_image(drawn[1], tmp_path / "image.png")
-    read, source = recipe.read_image(path)
+    path = generation_request.save_image(drawn[1], tmp_path / "image.png")
+    read, source = generation_request.read_image(path)
     assert source == {"run": "tiny", "weights": "reslora: merged weights"}
     again = one(studio, run, source["weights"], read)
     assert np.array_equal(again, np.asarray(PIL.Image.open(path)))

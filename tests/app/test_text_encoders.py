@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from pipelines import FAMILIES, image_folder
 
 import train_sd
+from app.generation_request import Drawn, Request
 from app.library import Library
-from app.recipe import Drawn, Request
 from app.runs import BASE, RunError, Weights
 from app.stacks import stack, to_write
 from app.studio import Studio

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from app import compared, lists, views
 from app.bases import base_of
-from app.recipe import Drawn, Request
+from app.generation_request import Drawn, Request
 from app.studio import calibration_of
 
 

@@ -13,8 +13,8 @@ from app_runs import trained
 from diffusers import DiffusionPipeline
 
 from app import whole_models
+from app.generation_request import Drawn, Request
 from app.library import Library
-from app.recipe import Drawn, Request
 from app.runs import RunError
 from app.stacks import stacked, to_write
 from app.studio import Cancelled, Studio

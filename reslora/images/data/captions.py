@@ -20,7 +20,7 @@ SEPARATOR = ","
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CaptionTransform:
     """The caption transform of a data source; the default returns the caption unchanged."""
 
     prefix: str = ""
@@ -88,12 +88,12 @@ class Recipe:
         return WILDCARD.sub(one, caption) if self.wildcards else caption
 
 
-VERBATIM = Recipe()
+VERBATIM = CaptionTransform()
 
 
-def recipe_of(options: DataOptions) -> Recipe:
+def recipe_of(options: DataOptions) -> CaptionTransform:
     """Return the caption transform that the options specify."""
-    return Recipe(
+    return CaptionTransform(
         options.caption_prefix or "", options.caption_suffix or "", options.caption_dropout, options.enable_wildcard,
         options.shuffle_caption, options.keep_tokens, options.caption_tag_dropout_rate,
     )  # fmt: skip

@@ -62,7 +62,7 @@ def places_of(training_data: TrainingData) -> dict[str, Place]:
     for source in training_data.sources:
         for index, captions in enumerate(source.images.captions):
             for text in captions:
-                found.setdefault(source.recipe.plain(text), (source.images, index))
+                found.setdefault(source.transform.plain(text), (source.images, index))
     for prompt in prompts_of(training_data.validation):
         for text in filter(None, (prompt.prompt, prompt.negative_prompt)):
             found.setdefault(text, "--validation_prompt")

@@ -60,7 +60,7 @@ class TrainingData:
         """
         source = self.sources[draw.source]
         draws = generator(self.training.seed, "caption", draw.position)
-        return source.recipe.sampled(source.images.captions[draw.image], draws)
+        return source.transform.sampled(source.images.captions[draw.image], draws)
 
     @property
     def held_out(self) -> list[tuple[int, int]]:
@@ -117,8 +117,8 @@ class TrainingSamples(Dataset):
         posterior_noise = torch.randn(shape, generator=draws)
         captions = source.images.captions[draw.image]
         chosen = captions[choose(len(captions), draws)]
-        varies = self.varies and source.recipe.varies
-        caption = training_data.sampled_caption(draw) if varies else source.recipe.plain(chosen)
+        varies = self.varies and source.transform.varies
+        caption = training_data.sampled_caption(draw) if varies else source.transform.plain(chosen)
         latents = source.latents
         return Batch(
             timestep, noise, posterior_noise, weight=torch.tensor(source.weight), caption=caption,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..generators import shuffled
-from .captions import VERBATIM, Recipe
+from .captions import VERBATIM, CaptionTransform
 from .dataset import ImageDataset
 from .encoding import Latents
 from .size import Size
@@ -26,7 +26,7 @@ class Source:
     """Factor that the loss of each sample is multiplied by."""
     repeats: int = 1
     """How often an epoch uses each image."""
-    recipe: Recipe = VERBATIM
+    transform: CaptionTransform = VERBATIM
     """The transform of the captions; captions of class images are unchanged."""
 
     def size(self, image: int) -> Size:

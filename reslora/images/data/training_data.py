@@ -120,19 +120,19 @@ def captions_of(training_data: TrainingData, processes: int) -> list[str] | None
     The limit is FEW_VARIANTS, or VARIANTS times the number of captions if that is higher.
     """
     captions = dict.fromkeys(
-        source.recipe.plain(text)
+        source.transform.plain(text)
         for source in training_data.sources
         for texts in source.images.captions
         for text in texts
     )
-    if any(source.recipe.rewrites for source in training_data.sources):
+    if any(source.transform.rewrites for source in training_data.sources):
         most, plan = max(FEW_VARIANTS, VARIANTS * len(captions)), training_data.plan(processes)
         steps = (
             training_data.training.max_train_steps
             or training_data.training.num_train_epochs * training_data.updates(processes)
         )
         for forward in range(steps * training_data.training.gradient_accumulation_steps):
-            drawn = [draw for draw in plan.forward(forward) if training_data.sources[draw.source].recipe.rewrites]
+            drawn = [draw for draw in plan.forward(forward) if training_data.sources[draw.source].transform.rewrites]
             captions |= dict.fromkeys(map(training_data.sampled_caption, drawn))
             if len(captions) > most:
                 return None
@@ -173,8 +173,8 @@ def source_of(images: ImageDataset, sizes: list[Size], pipeline: DiffusionPipeli
     buckets = tuple(dict.fromkeys(sizes))
     bucket = tuple(buckets.index(sizes[index]) for index in keep)
     weight = images.weight * (options.data.prior_loss_weight if images.of_class else 1.0)
-    recipe = VERBATIM if images.of_class else recipe_of(options.data)
-    return Source(images, latents, tuple(range(len(images))), (), buckets, bucket, weight, images.repeats, recipe)
+    transform = VERBATIM if images.of_class else recipe_of(options.data)
+    return Source(images, latents, tuple(range(len(images))), (), buckets, bucket, weight, images.repeats, transform)
 
 
 def sizes_of(images: ImageDataset, multiple: int, options: DataOptions) -> list[list[Size | None]]:

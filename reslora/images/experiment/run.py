@@ -230,7 +230,7 @@ def of_seed(training_data: TrainingData, seed: int, pipeline: DiffusionPipeline,
     training_data = dataclasses.replace(training_data, sources=tuple(sources), training=options.training)
     return (
         with_texts(training_data, pipeline, context)
-        if any(source.recipe.rewrites for source in sources)
+        if any(source.transform.rewrites for source in sources)
         else training_data
     )
 
@@ -247,7 +247,7 @@ class ArmStudy(ImageStudy):
 class ImageExperiment(ExperimentStudy):
     """The image experiment: data, model and split, which all arms share; trains, evaluates and exports single arms."""
 
-    arm_schedule: ArmSchedule
+    schedule: ArmSchedule
     study: ArmStudy
     training_data_of_seeds: Mapping[int, TrainingData]
     """Training data by seed."""
@@ -270,10 +270,10 @@ class ImageExperiment(ExperimentStudy):
 
         The arm keeps only its latest checkpoint, unless --checkpoints_total_limit is given.
         """
-        options = going_on(self.arm_schedule.options_of(arm))
+        options = going_on(self.schedule.options_of(arm))
         options = options.replace(checkpoints_total_limit=options.output.checkpoints_total_limit or 1)
-        before = self.arm_schedule.arms().index(arm) if arm in self.arm_schedule.arms() else 0
-        place = self.arm_schedule.place_of(arm)
+        before = self.schedule.arms().index(arm) if arm in self.schedule.arms() else 0
+        place = self.schedule.place_of(arm)
         context = dataclasses.replace(self.study.context, options=options, place=place, before=before)
         training_data = self.training_data_of_seeds[arm.seed]
         data = dataclasses.replace(options.data, cache_text_embeddings=training_data.data.cache_text_embeddings)
@@ -307,7 +307,7 @@ class ImageExperiment(ExperimentStudy):
         return {
             **facts_of(self.parts, LIBRARIES),
             "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
-            "identity": identity_record(self.arm_schedule.grid.flat(), self.study.identity)
+            "identity": identity_record(self.schedule.grid.flat(), self.study.identity)
             | {"parts": self.content, "noises": self.noises},
         }
 
@@ -317,7 +317,7 @@ class ImageExperiment(ExperimentStudy):
 
     def base_losses(self) -> dict:
         """Return the base model's losses on the test split."""
-        return base_losses(self.parts.test, self.study_of(self.arm_schedule.arms()[0]))
+        return base_losses(self.parts.test, self.study_of(self.schedule.arms()[0]))
 
     def seconds_to_conclude(self) -> float:
         """Return the expected time to test and export one arm, in seconds.
@@ -335,7 +335,7 @@ class ImageExperiment(ExperimentStudy):
 
     def is_exported(self, arm: Arm, step: int) -> bool:
         """Return whether the arm's exported files exist and are those of its checkpoint at this step."""
-        folder = self.arm_schedule.folder_of(arm)
+        folder = self.schedule.folder_of(arm)
         record = read_object(folder / EXPORTS)
         return record.get(EXPORTED) == step and all((folder / name).exists() for name in record["difference_of_255"])
 

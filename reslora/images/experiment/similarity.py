@@ -10,8 +10,8 @@ from torch import nn
 from ...experiment.study import COMPARING
 from ..denoising import DenoisingLoss
 from ..generators import derive
-from ..output.drawing import as_image
 from ..output.metric import load_metric
+from ..output.sampling import as_image
 from ..prompts import UNRELATED
 from ..study import ImageStudy as Setting
 from .split import Image
@@ -40,11 +40,13 @@ def similarities(
     denoiser = next(iter(parts.values()))
 
     def draw(prompts: Sequence[str], count: int = 1) -> torch.Tensor:
-        drawn = setting.drawer.draw(denoiser, prompts, count, lambda: context.stop.check(COMPARING))
+        drawn = setting.sampler.draw(denoiser, prompts, count, lambda: context.stop.check(COMPARING))
         return metric.images([as_image(image) for image in drawn])
 
     tested = images[:MOST_TEST]
-    captions = [sources[source].recipe.plain(sources[source].images.captions[number][0]) for source, number in tested]
+    captions = [
+        sources[source].transform.plain(sources[source].images.captions[number][0]) for source, number in tested
+    ]
     drawn, again, kept = draw(captions), draw(captions[:1], DRAWINGS), draw(UNRELATED)
     with without_adapters(parts):
         base = draw(UNRELATED)

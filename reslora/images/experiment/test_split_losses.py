@@ -116,7 +116,7 @@ def export_compared(step: int, setting: Setting) -> None:
     folder, until = context.folder_of(method), dataclasses.replace(setting.schedule, steps=step)
     begin_export(method, context)
     with writing_into(folder), trained_parts(step, setting) as (parts, loss):
-        found = export_parts(parts, method, loss, setting.training_data, setting.drawer, until, context)
+        found = export_parts(parts, method, loss, setting.training_data, setting.sampler, until, context)
         write_exports(folder, context.options, setting.identity, setting.schedule, found)
         write_json(folder / EXPORTS, read_object(folder / EXPORTS) | {EXPORTED: step})
 

@@ -17,7 +17,7 @@ from ..data.size import Size
 from ..model.families.base import Conditions, Family
 from ..model.quantising import block_layers
 from ..model.stored import IN_MEMORY
-from ..output.drawing import shared
+from ..output.sampling import shared
 from ..prompts import Prompt, prompts_of, resolved
 from .components import empty_denoiser
 from .meta_tensors import tensor_bytes

@@ -41,9 +41,9 @@ from ..model.lora_files.writing import peft_folder
 from ..model.stored import load_exact
 from ..prompts import Prompt, prompts_of
 from .calibration_file import write_calibration
-from .drawing import Drawer, as_bytes, as_image
 from .merged_weights import write_merged
 from .reports import FINISHED, MERGED, save_images
+from .sampling import Sampler, as_bytes, as_image
 
 TOLERANCE = 2  # of 255: largest allowed difference of a pixel between the merged model and an export
 PEFT_FOLDER = "peft"
@@ -64,7 +64,7 @@ class Merged:
 
 
 def export_method(
-    learner: Learner, training_data: TrainingData, drawer: Drawer, schedule: Schedule, context: Context
+    learner: Learner, training_data: TrainingData, sampler: Sampler, schedule: Schedule, context: Context
 ) -> dict[str, int]:
     """Export the adapter that the learner has trained; see `export_parts`.
 
@@ -73,10 +73,10 @@ def export_method(
     method = learner.method
     best = best_of(context.folder_of(method)) if context.options.validation.save_best else None
     begin_export(method, context)
-    with in_float32(drawer.pipeline):
+    with in_float32(sampler.pipeline):
         parts = exact_parts(learner, best, schedule, context)
         trained = dataclasses.replace(schedule, steps=best.step) if best else schedule
-        return export_parts(parts, method, learner.trained.loss, training_data, drawer, trained, context)
+        return export_parts(parts, method, learner.trained.loss, training_data, sampler, trained, context)
 
 
 def begin_export(method: str, context: Context) -> None:
@@ -90,7 +90,7 @@ def export_parts(
     method: str,
     loss: DenoisingLoss,
     training_data: TrainingData,
-    drawer: Drawer,
+    sampler: Sampler,
     schedule: Schedule,
     context: Context,
 ) -> dict[str, int]:
@@ -111,7 +111,7 @@ def export_parts(
         prompts, images = [Prompt(next((text for text in training_data.texts.places if text), ""))], 1
     parts, merged = as_plain_lora(parts, method, loss, training_data)
     denoiser = next(iter(parts.values()))
-    drawn = drawer.draw(denoiser.eval(), prompts, images)
+    drawn = sampler.draw(denoiser.eval(), prompts, images)
     reference, *_ = [finite(image, name) for image in drawn]
     check_held()
     for path in (folder / EXPORTS, context.folder / FINISHED):
@@ -127,25 +127,27 @@ def export_parts(
         save_images(folder / MERGED, list(map(as_image, drawn)), options.validation.validation_prompt)
     context.status.say("reading back what was written", name)
     differences = {}
-    for file, other in read_back(parts, method, drawer, context):
-        differences[file], doubt = compared(f"{name}/{file}", other, prompts[0], drawer, reference)
+    for file, other in read_back(parts, method, sampler, context):
+        differences[file], doubt = compared(f"{name}/{file}", other, prompts[0], sampler, reference)
         if doubt:
             accelerator.print(doubt)
     of_encoders = [part.name for part in context.encoders if context.writes_merged]
     return differences | {name: differences[context.model.family.denoiser] for name in of_encoders}
 
 
-def compared(what: str, exported: nn.Module, prompt: Prompt, drawer: Drawer, reference: np.ndarray) -> tuple[int, str]:
+def compared(
+    what: str, exported: nn.Module, prompt: Prompt, sampler: Sampler, reference: np.ndarray
+) -> tuple[int, str]:
     """Return the difference of an export's image from the merged model's, and a warning if rounding explains it.
 
     Raises `RunFailed` if the difference is too large and rounding does not explain it.
     """
-    picture = finite(drawer.draw(exported, [prompt], 1)[0], what)
+    picture = finite(sampler.draw(exported, [prompt], 1)[0], what)
     found = difference(picture, reference)
     if found <= TOLERANCE:
         return found, ""
     problem = f"{what}: its image differs by {found}/255 from the merged model's"
-    moved = difference(picture, finite(drawer.draw(exported, [nudge(prompt, drawer)], 1)[0], what))
+    moved = difference(picture, finite(sampler.draw(exported, [nudge(prompt, sampler)], 1)[0], what))
     if moved <= TOLERANCE:
         raise RunFailed(f"{problem}; {TOLERANCE}/255 is allowed")
     doubt = "the training went too far, and images cannot tell whether the file is right; lower --learning_rate"
@@ -157,13 +159,13 @@ def difference(one: np.ndarray, other: np.ndarray) -> int:
     return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
-def nudge(prompt: Prompt, drawer: Drawer) -> Prompt:
+def nudge(prompt: Prompt, sampler: Sampler) -> Prompt:
     """Return the prompt with its guidance scale changed in the last digits, which imitates rounding errors.
 
     Weights that were trained at far too high a learning rate make a denoiser chaotic: within a few denoising steps, a
     difference of 1e-7 leads to another image.
     """
-    ((settled, seed),) = drawer.wanted([prompt], 1)
+    ((settled, seed),) = sampler.wanted([prompt], 1)
     return dataclasses.replace(settled, seed=seed, guidance_scale=(settled.guidance_scale or 0.0) * (1 + ROUNDING))
 
 
@@ -388,13 +390,13 @@ def kohya_metadata(
     )
 
 
-def read_back(parts: Parts, method: str, drawer: Drawer, context: Context) -> Iterator[tuple[str, nn.Module]]:
+def read_back(parts: Parts, method: str, sampler: Sampler, context: Context) -> Iterator[tuple[str, nn.Module]]:
     """Yield each export's name and the denoiser that stock diffusers or PEFT loads from it, one at a time.
 
     Meanwhile the pipeline has the text encoders that were loaded from the same export, if any are trained.
     """
     model, folder, device = context.model, context.folder_of(method), context.accelerator.device
-    name, pipeline = model.family.denoiser, drawer.pipeline
+    name, pipeline = model.family.denoiser, sampler.pipeline
     before, denoiser = getattr(pipeline, name), parts[name]
     for part in parts.values():
         remove_adapters(part)

@@ -31,8 +31,8 @@ from ..data.batch import Batch
 from ..data.samples import TrainingData, ValidationSamples, losses_of, measured, measured_at
 from ..denoising import DenoisingLoss
 from ..prompts import prompts_of
-from .drawing import Drawer, as_image
 from .metric import load_metric
+from .sampling import Sampler, as_image
 
 T = TypeVar("T")
 VALIDATION_PARTS = ("loss", "samples")
@@ -174,7 +174,7 @@ class Validation:
 
     loss: DenoisingLoss
     training_data: TrainingData
-    drawer: Drawer
+    sampler: Sampler
     accelerator: Accelerator
     stop: StopRequest
     shared: SharedLosses = field(default_factory=SharedLosses)
@@ -256,7 +256,7 @@ class Validation:
         validation = self.training_data.validation
         prompts, images = prompts_of(validation), validation.num_validation_images
         with self.accelerator.autocast():
-            return self.drawer.draw(denoiser, prompts, images, self._leave_if_asked)
+            return self.sampler.draw(denoiser, prompts, images, self._leave_if_asked)
 
     def _keep_samples(self, learner: Learner, reports: Reports, drawn: list[np.ndarray]) -> None:
         validation, prompts = self.training_data.validation, self.training_data.validation.validation_prompt

@@ -10,7 +10,7 @@ from pipelines import flux, image_folder
 
 from images.runs import load_images, losses, only, options_of, printed, read_by, refused, with_options
 from reslora.images.data import training_data as making
-from reslora.images.data.captions import VERBATIM, Recipe, recipe_of
+from reslora.images.data.captions import VERBATIM, CaptionTransform, recipe_of
 from reslora.images.data.samples import CalibrationSamples, TrainingData, ValidationSamples, training_loader
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
@@ -22,8 +22,8 @@ from reslora.options.images import Options
 from reslora.training.context import Context
 
 
-def outcomes(recipe: Recipe, *captions: str, count: int = 400) -> list[str]:
-    return [recipe.sampled(captions, generator("test", number)) for number in range(count)]
+def outcomes(transform: CaptionTransform, *captions: str, count: int = 400) -> list[str]:
+    return [transform.sampled(captions, generator("test", number)) for number in range(count)]
 
 
 def joined(*tags: tuple[str, ...]) -> set[str]:
@@ -40,74 +40,80 @@ def test_without_options_a_caption_is_itself():
 
 
 def test_prefix_and_suffix_are_put_around_with_a_space():
-    recipe = Recipe(prefix="sks", suffix="on white")
-    assert recipe.plain("red fox") == "sks red fox on white" and recipe.plain("") == "sks on white"
-    assert set(outcomes(recipe, "red fox", "hen", count=40)) == {"sks red fox on white", "sks hen on white"}
+    transform = CaptionTransform(prefix="sks", suffix="on white")
+    assert transform.plain("red fox") == "sks red fox on white" and transform.plain("") == "sks on white"
+    assert set(outcomes(transform, "red fox", "hen", count=40)) == {"sks red fox on white", "sks hen on white"}
 
 
 def test_the_prefix_is_part_of_the_first_tag_and_the_suffix_of_the_last():
-    recipe = Recipe(prefix="sks", suffix="end", shuffle=True, keep=1)
+    transform = CaptionTransform(prefix="sks", suffix="end", shuffle=True, keep=1)
     orders = itertools.permutations(["grass", "tree", "sun end"])
-    assert set(outcomes(recipe, "fox,grass , tree,sun")) == joined(*(("sks fox", *order) for order in orders))
-    assert recipe.plain("fox,grass , tree,sun") == "sks fox,grass , tree,sun end"
+    assert set(outcomes(transform, "fox,grass , tree,sun")) == joined(*(("sks fox", *order) for order in orders))
+    assert transform.plain("fox,grass , tree,sun") == "sks fox,grass , tree,sun end"
 
 
 def test_empty_tags_are_tags_as_in_kohyas_scripts():
     orders = itertools.permutations(["b", "", "c"])
-    assert set(outcomes(Recipe(shuffle=True, keep=1), "a, b,, c")) == joined(*(("a", *order) for order in orders))
-    assert set(outcomes(Recipe(shuffle=True, keep=2), ",a,b,")) == joined(("", "a", "b", ""), ("", "a", "", "b"))
-    assert set(outcomes(Recipe(tag_dropout=0.5), "a,,")) == {"", "a", ", ", "a, ", "a, , "}
+    assert set(outcomes(CaptionTransform(shuffle=True, keep=1), "a, b,, c")) == joined(
+        *(("a", *order) for order in orders)
+    )
+    assert set(outcomes(CaptionTransform(shuffle=True, keep=2), ",a,b,")) == joined(
+        ("", "a", "b", ""), ("", "a", "", "b")
+    )
+    assert set(outcomes(CaptionTransform(tag_dropout=0.5), "a,,")) == {"", "a", ", ", "a, ", "a, , "}
 
 
 def test_of_nested_wildcards_the_innermost_is_chosen():
-    assert set(outcomes(Recipe(wildcards=True), "{a|{b|c} d}")) == {"{a|b d}", "{a|c d}"}
+    assert set(outcomes(CaptionTransform(wildcards=True), "{a|{b|c} d}")) == {"{a|b d}", "{a|c d}"}
 
 
 def test_wildcards_are_resolved_before_tags_are_taken_apart():
-    found = set(outcomes(Recipe(wildcards=True, shuffle=True), "{a, b|c}, d"))
+    found = set(outcomes(CaptionTransform(wildcards=True, shuffle=True), "{a, b|c}, d"))
     assert found == joined(*itertools.permutations("abd"), *itertools.permutations("cd"))
 
 
 def test_a_prefix_may_hold_wildcards_and_doubled_braces_are_braces():
-    recipe = Recipe(prefix="{a|b}", wildcards=True)
-    assert set(outcomes(recipe, "{{c}} {{{d|e}}}")) == {f"{x} {{c}} {{{y}}}" for x in "ab" for y in "de"}
-    assert recipe.plain("{{c}} {{{d|e}}}") == "a {c} {d}"
+    transform = CaptionTransform(prefix="{a|b}", wildcards=True)
+    assert set(outcomes(transform, "{{c}} {{{d|e}}}")) == {f"{x} {{c}} {{{y}}}" for x in "ab" for y in "de"}
+    assert transform.plain("{{c}} {{{d|e}}}") == "a {c} {d}"
 
 
 def test_with_wildcards_each_line_is_a_caption_and_each_has_the_prefix():
-    recipe = Recipe(prefix="sks", wildcards=True)
-    assert set(outcomes(recipe, "one\n\ntwo\n")) == {"sks one", "sks two"} and recipe.plain("one\ntwo") == "sks one"
-    assert Recipe(prefix="sks").plain("one\ntwo") == "sks one\ntwo" and recipe.plain("") == "sks"
+    transform = CaptionTransform(prefix="sks", wildcards=True)
+    assert (
+        set(outcomes(transform, "one\n\ntwo\n")) == {"sks one", "sks two"} and transform.plain("one\ntwo") == "sks one"
+    )
+    assert CaptionTransform(prefix="sks").plain("one\ntwo") == "sks one\ntwo" and transform.plain("") == "sks"
 
 
 def test_tags_are_left_out_but_for_those_that_are_kept():
-    found = outcomes(Recipe(tag_dropout=0.25, keep=2), "a, b, c, d", count=2000)
+    found = outcomes(CaptionTransform(tag_dropout=0.25, keep=2), "a, b, c, d", count=2000)
     assert set(found) == joined(*(("a", "b", *more) for more in ((), ("c",), ("d",), ("c", "d"))))
     assert found.count("a, b, c, d") / 2000 == pytest.approx(0.75**2, abs=0.04)
-    assert set(outcomes(Recipe(tag_dropout=0.9), "a, b")) == {"", "a", "b", "a, b"}
+    assert set(outcomes(CaptionTransform(tag_dropout=0.9), "a, b")) == {"", "a", "b", "a, b"}
 
 
 def test_dropout_leaves_nothing_of_the_caption_not_even_the_prefix():
-    found = outcomes(Recipe(prefix="sks", suffix="end", dropout=0.3), "fox", count=2000)
+    found = outcomes(CaptionTransform(prefix="sks", suffix="end", dropout=0.3), "fox", count=2000)
     assert set(found) == {"", "sks fox end"} and found.count("") / 2000 == pytest.approx(0.3, abs=0.04)
-    assert Recipe(dropout=0.3).plain("fox") == "fox"
+    assert CaptionTransform(dropout=0.3).plain("fox") == "fox"
 
 
 def test_each_part_of_the_recipe_is_that_of_its_flag():
     words = "--caption_prefix sks --caption_suffix end --caption_dropout 0.3 --caption_tag_dropout_rate 0.1"
     found = recipe_of(parse_args([*words.split(), "--shuffle_caption", "--keep_tokens", "2"]).data)
-    assert found == Recipe("sks", "end", dropout=0.3, shuffle=True, keep=2, tag_dropout=0.1)
-    assert recipe_of(parse_args(["--enable_wildcard"]).data) == Recipe(wildcards=True)
+    assert found == CaptionTransform("sks", "end", dropout=0.3, shuffle=True, keep=2, tag_dropout=0.1)
+    assert recipe_of(parse_args(["--enable_wildcard"]).data) == CaptionTransform(wildcards=True)
 
 
 # -- a function of seed and position ---------------------------------------------------------------------------------
 
-EVERYTHING = Recipe(prefix="sks", dropout=0.2, wildcards=True, shuffle=True, keep=1, tag_dropout=0.2)
+EVERYTHING = CaptionTransform(prefix="sks", dropout=0.2, wildcards=True, shuffle=True, keep=1, tag_dropout=0.2)
 CAPTIONS = [[f"{{red|blue}} {number}, a, b, c", f"other {number}, d"] for number in range(7)]
 
 
 def material_with(
-    recipe: Recipe, steps: int = 12, batch: int = 4, accumulation: int = 1, seed: int = 3
+    transform: CaptionTransform, steps: int = 12, batch: int = 4, accumulation: int = 1, seed: int = 3
 ) -> TrainingData:
     """Seven images with two captions each, one of them held out, and three class images."""
     flags = Options.of(
@@ -119,7 +125,7 @@ def material_with(
     objective = SimpleNamespace(draw=lambda draws, tokens: torch.tensor(0), at=torch.tensor)
     learnt = Source(SimpleNamespace(captions=CAPTIONS), latents, tuple(range(6)), (6,), (size,), (0,) * 7)
     of_class = Source(SimpleNamespace(captions=[["a {dog}"]] * 3), latents, (0, 1, 2), (), (size,), (0,) * 3)
-    sources = (dataclasses.replace(learnt, recipe=recipe), of_class)
+    sources = (dataclasses.replace(learnt, transform=transform), of_class)
     return TrainingData(sources, {}, objective, {size: (1, 2, 2)}, **read_by(flags))
 
 
@@ -139,7 +145,7 @@ def test_processes_accumulation_and_a_resumed_run_see_the_same_variants():
 
 
 def test_options_change_nothing_but_captions_and_not_those_of_class_images():
-    with_options, without = (material_with(recipe) for recipe in (EVERYTHING, VERBATIM))
+    with_options, without = (material_with(transform) for transform in (EVERYTHING, VERBATIM))
     loaders = [training_loader(made, range(12), 1, 0, pin=False) for made in (with_options, without)]
     for batch, plain in zip(*loaders, strict=True):
         assert batch.noise.equal(plain.noise) and batch.sizes.equal(plain.sizes)
@@ -188,7 +194,7 @@ def test_every_caption_of_a_run_is_known_beforehand(processes, accumulation, mon
     assert captions_of(training_data, processes) == known
     monkeypatch.setattr(making, "FEW_VARIANTS", len(known) - 1)
     assert captions_of(training_data, processes) is None
-    assert len(captions_of(material_with(Recipe(prefix="sks", dropout=0.5)), processes)) == 15
+    assert len(captions_of(material_with(CaptionTransform(prefix="sks", dropout=0.5)), processes)) == 15
 
 
 def test_each_seed_of_an_experiment_has_variants_of_its_own(monkeypatch):
@@ -214,7 +220,7 @@ def test_class_images_keep_their_prompt(of_class, tmp_path, monkeypatch):
     flags = parse_args([*map(str, words), "--caption_prefix", "sks", "--caption_suffix", "end"])
     images = dataclasses.replace(load_images(flags.model, flags.data, flags.training, flags.output), of_class=of_class)
     source = source_of(images, [Size(16, 16)] * len(images), None, Context(flags, None, None, None))
-    assert source.recipe == (VERBATIM if of_class else Recipe(prefix="sks", suffix="end"))
+    assert source.transform == (VERBATIM if of_class else CaptionTransform(prefix="sks", suffix="end"))
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from experiment import examples
 from peft import LoraConfig, get_peft_model
 
 from reslora.experiment.report import arm_table
-from reslora.images.data.captions import VERBATIM, Recipe
+from reslora.images.data.captions import VERBATIM, CaptionTransform
 from reslora.images.experiment import report_sections as pages
 from reslora.images.experiment import similarity as drawn
 from reslora.images.experiment.similarity import MEANINGS
@@ -42,7 +42,7 @@ class Metric:
         return unit([ANGLES[caption] + 40 for caption in captions])
 
 
-class Drawer:
+class Sampler:
     def draw(self, denoiser, prompts, count, between_steps):
         turned = 0 if denoiser.base_model.model[0].disable_adapters else 20
         angles = [ANGLES[prompt] + turned + 30 * number for prompt in prompts for number in range(count)]
@@ -54,12 +54,14 @@ def setting() -> SimpleNamespace:
     learnt = SimpleNamespace(angles=IMAGES[:4], of_class=False, **known)
     of_class = SimpleNamespace(angles=IMAGES[4:], of_class=True, marks=["e"], captions=[["red"]])
     sources = (
-        SimpleNamespace(images=learnt, train=(2, 3), recipe=Recipe(prefix="a", suffix="{disc|box}", wildcards=True)),
-        SimpleNamespace(images=of_class, train=(0,), recipe=VERBATIM),
+        SimpleNamespace(
+            images=learnt, train=(2, 3), transform=CaptionTransform(prefix="a", suffix="{disc|box}", wildcards=True)
+        ),
+        SimpleNamespace(images=of_class, train=(0,), transform=VERBATIM),
     )
     validation = SimpleNamespace(metric_model="any")
     context = SimpleNamespace(options=SimpleNamespace(validation=validation), accelerator=SimpleNamespace(device="cpu"))
-    return SimpleNamespace(context=context, training_data=SimpleNamespace(sources=sources), drawer=Drawer())
+    return SimpleNamespace(context=context, training_data=SimpleNamespace(sources=sources), sampler=Sampler())
 
 
 def cos(*degrees: float) -> float:

@@ -23,7 +23,7 @@ from reslora.images.data.batch import stack_texts
 from reslora.images.data.samples import training_loader
 from reslora.images.denoising import DenoisingLoss
 from reslora.images.initial_lora import add_adapters
-from reslora.images.output.drawing import Drawer
+from reslora.images.output.sampling import Sampler
 from reslora.training.loop import take_step
 from reslora.training.preparing import prepare
 from reslora.training.schedule import Schedule
@@ -175,7 +175,7 @@ def test_prompts_are_encoded_by_the_encoder_as_it_is(setting):
             return SimpleNamespace(images=[None])
 
     pipe.__class__ = Recorder
-    Drawer(
+    Sampler(
         pipe, one.family, kept, one.options.data, one.options.training, one.options.validation, one.family.trainable
     ).draw(learner.denoiser, ["red disc"], 1)
     assert all(encoder.training for encoder in learner.trained.parts.values())

@@ -9,7 +9,7 @@ from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 
 from .launcher import REPOSITORY, safe_name
 from .runs import Run, RunError, Weights
-from .working import WorkingFiles
+from .working_files import WorkingFiles
 
 LARGEST = 2**30
 """Maximum size in bytes of a download through the browser."""
@@ -18,7 +18,7 @@ COMFYUI = 'Put it into ComfyUI/models/loras and choose it in the node "Load LoRA
 
 
 @dataclass(frozen=True)
-class Takeaway:
+class Download:
     """A file or folder to download."""
 
     label: str
@@ -31,7 +31,7 @@ class Takeaway:
     """How to load it: lines of Python, or the folder of another tool."""
 
 
-def takeaways(run: Run) -> list[Takeaway]:
+def downloads_of(run: Run) -> list[Download]:
     """Return all exported files and folders of a run by method; links to outside of the run are left out."""
     exported = [weights for weights in run.weights() if weights.kind in ("file", "merged")]
     found = [one for one in (of_weights(run, weights) for weights in exported) if one.files]
@@ -39,19 +39,19 @@ def takeaways(run: Run) -> list[Takeaway]:
         files = files_below(run, method, "peft")
         if files and (root := run.inside(method, "peft")):
             place = place_of(root)
-            found.append(Takeaway(f"{method}: peft (PEFT)", root, files, place, peft_lines(run, place)))
+            found.append(Download(f"{method}: peft (PEFT)", root, files, place, peft_lines(run, place)))
     return found
 
 
-def find(run: Run, label: object) -> Takeaway:
+def find(run: Run, label: object) -> Download:
     """Return the download of that label. Raises `RunError` if this run has none."""
-    for one in takeaways(run):
+    for one in downloads_of(run):
         if one.label == label:
             return one
     raise RunError("This run has no such file; choose one from the list.")
 
 
-def packed(run: Run, one: Takeaway, working: WorkingFiles) -> Path:
+def packed(run: Run, one: Download, working: WorkingFiles) -> Path:
     """Return a copy to download: a file as it is, a folder as a zip. Raises `RunError` above `LARGEST` bytes."""
     if sum(path.stat().st_size for path in one.files) > LARGEST:
         raise RunError(f"This is larger than {LARGEST // 2**30} GB: copy it from where it is.")
@@ -67,17 +67,17 @@ def packed(run: Run, one: Takeaway, working: WorkingFiles) -> Path:
     return path
 
 
-def of_weights(run: Run, weights: Weights) -> Takeaway:
+def of_weights(run: Run, weights: Weights) -> Download:
     """Return the download of a LoRA file or of merged weights."""
     place = place_of(weights.path)
     if weights.kind == "merged":
         files = files_below(run, weights.method, weights.path.name)
-        return Takeaway(weights.label, weights.path, files, place, merged_lines(run, weights, place))
+        return Download(weights.label, weights.path, files, place, merged_lines(run, weights, place))
     kind, label = KINDS[weights.path.name], weights.label
     use = lora_lines(run, place)
     if kind != "diffusers":
         use = f"{COMFYUI}{'; in A1111 or Forge: models/Lora' if 'A1111' in kind else ''}.\n\n{use}"
-    return Takeaway(f"{label} ({kind})", weights.path, (weights.path,), place, use)
+    return Download(f"{label} ({kind})", weights.path, (weights.path,), place, use)
 
 
 def files_below(run: Run, *parts: str) -> tuple[Path, ...]:

@@ -24,7 +24,7 @@ from ..prompts import Prompt, resolved
 
 
 @dataclass
-class Drawer:
+class Sampler:
     """Generates images for prompts with the pipeline and any denoiser; each image has its own seed."""
 
     pipeline: DiffusionPipeline

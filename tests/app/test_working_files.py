@@ -1,13 +1,13 @@
-"""app/working.py: files for visitors to download."""
+"""app/working_files.py: files for visitors to download."""
 
 from concurrent.futures import ThreadPoolExecutor
 
-from app import working
+from app import working_files
 
 
 def test_many_at_once_get_files_and_old_ones_go(monkeypatch):
-    monkeypatch.setattr(working, "KEPT", 20)
-    files = working.WorkingFiles()
+    monkeypatch.setattr(working_files, "KEPT", 20)
+    files = working_files.WorkingFiles()
 
     def made(number: int) -> None:
         files.new(f"{number}.png").write_text("")

@@ -15,7 +15,7 @@ from .jobs import Jobs
 from .runs import IN_PLACE, LONGEST_NOTES, NOTES, Run, RunError
 
 
-class Shelf:
+class RunManager:
     """The runs and experiments of a folder."""
 
     def __init__(self, jobs: Jobs) -> None:

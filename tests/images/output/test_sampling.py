@@ -13,7 +13,7 @@ from pipelines import FAMILIES
 
 from reslora.images.generators import derive
 from reslora.images.model.families import load_family
-from reslora.images.output.drawing import Drawer
+from reslora.images.output.sampling import Sampler
 from reslora.images.prompts import Prompt, resolved
 from reslora.options.images import Options
 
@@ -39,7 +39,7 @@ def test_text_states_of_half_precision_are_drawn_in_the_pipelines_at_any_size(tm
     texts = {c: {k: v[0].bfloat16() for k, v in states.items()} for c, states in texts.items()}
     for height, width in ((None, None), (40, 24), (None, 48)):
         flags = FLAGS.replace(train_batch_size=2, validation_height=height, validation_width=width)
-        (drawn,) = Drawer(pipeline, family, texts, flags.data, flags.training, flags.validation).draw(
+        (drawn,) = Sampler(pipeline, family, texts, flags.data, flags.training, flags.validation).draw(
             getattr(pipeline, family.denoiser), ["red disc"], 1
         )
         assert drawn.shape == (height or 32, width or 32, 3) and np.isfinite(drawn).all()
@@ -57,7 +57,7 @@ def test_samples_are_guided_by_the_scale_that_is_given(tmp_path, name):
 
     def drawn(scale: float) -> np.ndarray:
         flags = FLAGS.replace(train_batch_size=1, guidance_scale=scale, num_inference_steps=2)
-        return Drawer(pipeline, family, texts, flags.data, flags.training, flags.validation).draw(
+        return Sampler(pipeline, family, texts, flags.data, flags.training, flags.validation).draw(
             denoiser, ["red disc box"], 1
         )[0]
 
@@ -89,7 +89,7 @@ def family_of(drawing_inputs=lambda *_: {}, told: bool = False) -> SimpleNamespa
 def seeds_of(prompts: list, images: int, seed: int = 0, batch: int = 3) -> list[int]:
     flags = FLAGS.replace(seed=seed, train_batch_size=batch)
     family, texts, pipeline = family_of(), defaultdict(dict), Recorder()
-    drawn = Drawer(pipeline, family, texts, flags.data, flags.training, flags.validation).draw(
+    drawn = Sampler(pipeline, family, texts, flags.data, flags.training, flags.validation).draw(
         torch.nn.Identity(), prompts, images
     )
     assert len(drawn) == len(pipeline.seeds) == len(prompts) * images
@@ -126,7 +126,7 @@ def test_prompts_are_drawn_by_their_own_options_and_together_where_these_are_ali
     for told, scales in ((False, [4.0, 2.0, 1.0]), (True, [4.0, 9, 4.0])):
         pipeline = Recorder()
         flags = FLAGS.replace(train_batch_size=8)
-        Drawer(pipeline, family_of(drawing_inputs, told), texts, flags.data, flags.training, flags.validation).draw(
+        Sampler(pipeline, family_of(drawing_inputs, told), texts, flags.data, flags.training, flags.validation).draw(
             torch.nn.Identity(), prompts, 1
         )
         found = [(count, how["width"], how["height"], how["num_inference_steps"]) for count, how in pipeline.batches]
@@ -144,13 +144,13 @@ def test_a_negative_prompt_changes_what_every_family_with_guidance_draws(tmp_pat
     pipeline.set_progress_bar_config(disable=True)
     # Captions that nobody has encoded: the pipeline's own encoders are there.
     flags = FLAGS.replace(train_batch_size=2, max_sequence_length=64)
-    drawer = Drawer(pipeline, family, {}, flags.data, flags.training, flags.validation)
+    sampler = Sampler(pipeline, family, {}, flags.data, flags.training, flags.validation)
     prompts = [Prompt("red disc", seed=1), Prompt("red disc", "blue box", seed=1)]
-    plain, negative = drawer.draw(getattr(pipeline, family.denoiser), prompts, 1)
+    plain, negative = sampler.draw(getattr(pipeline, family.denoiser), prompts, 1)
     assert np.abs(plain - negative).max() > 1e-4
     # A scale of 1 is none to kohya, whatever the pipeline's own counts from.
     plain, negative = (dataclasses.replace(prompt, cfg_scale=1.0) for prompt in prompts)
-    assert np.array_equal(*drawer.draw(getattr(pipeline, family.denoiser), [plain, negative], 1))
+    assert np.array_equal(*sampler.draw(getattr(pipeline, family.denoiser), [plain, negative], 1))
 
 
 @pytest.mark.parametrize(("pipeline", "scale"), [("ZImagePipeline", 6.5), ("Krea2Pipeline", 6.5), ("FluxPipeline", 4)])

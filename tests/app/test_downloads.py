@@ -1,14 +1,14 @@
-"""app/takeaway.py: what can be taken along, where it is, and lines that load it."""
+"""app/downloads.py: what can be taken along, where it is, and lines that load it."""
 
 import zipfile
 
 import pytest
 from app_runs import HOSTILE, write_run
 
-from app import takeaway
+from app import downloads
 from app.library import Library
 from app.runs import RunError
-from app.working import WorkingFiles
+from app.working_files import WorkingFiles
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def library(tmp_path):
 
 def test_each_has_its_path_and_lines_of_python_that_compile(library):
     run = library.find("run")
-    found = {one.label: one for one in takeaway.takeaways(run)}
+    found = {one.label: one for one in downloads.downloads_of(run)}
     assert list(found) == [
         "reslora: merged weights",
         "reslora: comfyui.safetensors (ComfyUI)",
@@ -44,19 +44,19 @@ def test_each_has_its_path_and_lines_of_python_that_compile(library):
 
 def test_a_copy_is_handed_out_of_what_is_listed_and_of_nothing_else(library, tmp_path, monkeypatch):
     run, working = library.find("run"), WorkingFiles()
-    file = takeaway.packed(run, takeaway.find(run, "reslora: comfyui.safetensors (ComfyUI)"), working)
+    file = downloads.packed(run, downloads.find(run, "reslora: comfyui.safetensors (ComfyUI)"), working)
     assert file.name == "run-reslora-comfyui.safetensors" and file.read_text() == "comfyui.safetensors"
-    archive = takeaway.packed(run, takeaway.find(run, "reslora: peft (PEFT)"), working)
+    archive = downloads.packed(run, downloads.find(run, "reslora: peft (PEFT)"), working)
     with zipfile.ZipFile(archive) as content:
         assert set(content.namelist()) == {
             "adapter_config.json", "adapter_model.safetensors", "text_encoder/adapter_config.json",
         }  # fmt: skip
     for label in [*HOSTILE, "reslora: trainer.pt", "../../etc/passwd"]:
         with pytest.raises(RunError):
-            takeaway.find(run, label)
-    monkeypatch.setattr(takeaway, "LARGEST", 3)
+            downloads.find(run, label)
+    monkeypatch.setattr(downloads, "LARGEST", 3)
     with pytest.raises(RunError, match="larger"):
-        takeaway.packed(run, takeaway.find(run, "reslora: peft (PEFT)"), working)
+        downloads.packed(run, downloads.find(run, "reslora: peft (PEFT)"), working)
 
 
 def test_what_leads_out_of_the_run_is_not_offered(library, tmp_path):
@@ -65,5 +65,5 @@ def test_what_leads_out_of_the_run_is_not_offered(library, tmp_path):
     for name in ("kohya.safetensors", "peft/text_encoder/adapter_config.json", "unet/config.json"):
         (run.folder / "reslora" / name).unlink()
         (run.folder / "reslora" / name).symlink_to(secret)
-    labels = [one.label for one in takeaway.takeaways(run)]
+    labels = [one.label for one in downloads.downloads_of(run)]
     assert [label.split()[1] for label in labels] == ["comfyui.safetensors", "pytorch_lora_weights.safetensors"]

@@ -1,4 +1,4 @@
-"""app/recipe.py: whatever is sent becomes something that can be drawn."""
+"""app/generation_request.py: whatever is sent becomes something that can be drawn."""
 
 from dataclasses import replace
 
@@ -6,8 +6,8 @@ import PIL.Image
 import pytest
 from app_runs import WRONG, write_run
 
-from app import recipe
-from app.recipe import Request
+from app import generation_request
+from app.generation_request import Request
 from app.runs import Run, RunError
 
 
@@ -60,7 +60,7 @@ def test_images_from_elsewhere_have_no_settings(tmp_path):
     for content in (path.read_bytes(), b"", b"\x89PNG"):
         path.write_bytes(content)
         with pytest.raises(RunError, match="no settings"):
-            recipe.read_image(path)
+            generation_request.read_image(path)
 
 
 @pytest.mark.parametrize(
@@ -71,4 +71,4 @@ def test_a_run_is_drawn_as_its_samples_are(tmp_path, size):
         "run", write_run(tmp_path / "run", **{"resolution": 64} | size, num_inference_steps=3, guidance_scale=2.0)
     )
     height, width = size.get("validation_height", 64), size.get("validation_width", 64)
-    assert recipe.of_samples(run) == Request("red disc", steps=3, guidance=2.0, height=height, width=width)
+    assert generation_request.of_samples(run) == Request("red disc", steps=3, guidance=2.0, height=height, width=width)

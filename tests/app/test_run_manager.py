@@ -1,0 +1,193 @@
+"""app/run_manager.py and what is seen of it: notes, a trash that gives back, and cards of whatever there is."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from app_runs import HOSTILE, write_language_run, write_run
+from waiting import join, start_thread, wait_until
+
+from app import lists
+from app.jobs import Entry, Jobs
+from app.library import Library
+from app.run_manager import RunManager
+from app.runs import EXPERIMENT_LOG, IN_PLACE, LONGEST_NOTES, NO_CONFIG, RunError
+from app.tabs.runs import RunsTab
+
+
+@pytest.fixture
+def manager(tmp_path) -> RunManager:
+    """Two runs, an experiment that never began, and a run elsewhere."""
+    for name in ("runs/one", "runs/two", "elsewhere"):
+        write_run(tmp_path / name)
+    (tmp_path / "runs" / "which").mkdir()
+    (tmp_path / "runs" / "which" / EXPERIMENT_LOG).touch()
+    return RunManager(Jobs(Library(tmp_path / "runs", (tmp_path / "elsewhere",))))
+
+
+def refused(function, *inputs) -> str:
+    with pytest.raises(RunError) as refusal:
+        function(*inputs)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+def test_notes_are_written_by_who_has_seen_the_last_ones(manager):
+    run = manager.library.find("one")
+    assert manager.write_notes("one", "", " two lines\r\nof <b>notes</b> ") == run.notes == "two lines\nof <b>notes</b>"
+    assert "changed meanwhile" in refused(manager.write_notes, "one", "", "mine")
+    for text in ("x" * (LONGEST_NOTES + 1), "\ud800", None, 7, ["x"]):
+        refused(manager.write_notes, "one", run.notes, text)
+    for name in (*HOSTILE, "elsewhere"):
+        refused(manager.write_notes, name, "", "x")
+    assert [path.name for path in run.folder.parent.parent.rglob("notes.txt")] == ["notes.txt"]
+    manager.write_notes("one", run.notes, "")
+    assert not (run.folder / "notes.txt").exists()
+    (run.folder / "notes.txt").write_text("x" * (LONGEST_NOTES + 9))  # by hand
+    assert "too long" in refused(manager.write_notes, "one", run.notes, "short")
+
+
+def test_notes_that_lead_elsewhere_are_neither_read_nor_written(manager, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    run = manager.library.find("one")
+    (run.folder / "notes.txt").symlink_to(tmp_path / "secret")
+    assert run.notes == ""
+    manager.write_notes("one", "", "mine")
+    assert run.notes == "mine" and (tmp_path / "secret").read_text() == "secret"
+
+
+def test_what_is_thrown_away_comes_back_as_it_was(manager, tmp_path):
+    before = {path: path.read_bytes() for path in (tmp_path / "runs" / "one").rglob("*") if path.is_file()}
+    for name in ("one", "which"):
+        assert "trash" in manager.throw_away(name)
+    assert [run.name for run in manager.library.everything()] == ["two", "elsewhere"]
+    (which, one), names = manager.trashed(), [folder.name for folder in manager.trashed().values()]
+    assert names == ["which", "one"]
+    write_run(tmp_path / "runs" / "one")
+    assert "again" in refused(manager.restore, one)
+    manager.throw_away("one")
+    manager.restore(one)
+    assert {path: path.read_bytes() for path in before} == before
+    for place in (*HOSTILE, one, f"../.trash/{which}"):
+        refused(manager.restore, place)
+    manager.restore(which)
+    assert {run.name for run in manager.library.everything()} == {"one", "two", "which", "elsewhere"}
+
+
+def test_what_trains_waits_or_is_elsewhere_is_not_thrown_away(manager, tmp_path):
+    for name in (*HOSTILE, "elsewhere"):
+        refused(manager.throw_away, name)
+    with manager.jobs.changing() as entries:
+        entries.append(Entry("one", resume=True))
+    assert "waits in the queue" in refused(manager.throw_away, "one")
+    manager.jobs.is_active = lambda run: run.name == "two"
+    assert "two is training" in refused(manager.throw_away, "two")
+    assert manager.trashed() == {} and (tmp_path / "runs" / "two" / "config.json").is_file()
+
+
+def test_nothing_is_restored_in_the_place_of_what_waits(manager):
+    """Which would go on with it, or fail, when its turn comes."""
+    for name in ("one", "which"):
+        manager.throw_away(name)
+    which, one = manager.trashed()
+    with manager.jobs.changing() as entries:
+        entries += [Entry("one"), Entry("which", "experiment", state="failed")]
+    assert "Another one is in the queue" in refused(manager.restore, one)
+    assert list(manager.trashed()) == [which, one] and manager.restore(which) == "which is back."
+    manager.jobs.remove("one")
+    assert manager.restore(one) == "one is back."
+
+
+def test_notes_and_a_deletion_come_one_after_the_other(manager, monkeypatch):
+    """What is thrown away while notes are written leaves no folder with nothing but notes in its place."""
+    threads, find, names = [], manager.find, []
+
+    def delete(name: str) -> None:
+        manager.throw_away(name)
+        names.extend(folder.name for folder in manager.trashed().values())
+
+    def meanwhile(name: str):
+        run = find(name)
+        monkeypatch.setattr(manager, "find", find)
+        threads.append(start_thread(delete, name))
+        wait_until(lambda: manager.jobs.lock.locked() or names, "the deletion to wait", threads[0], pause=0)
+        if not IN_PLACE.locked():  # nothing keeps it waiting
+            join(threads[0])
+        return run
+
+    monkeypatch.setattr(manager, "find", meanwhile)
+    manager.write_notes("one", "", "good")
+    join(*threads)
+    assert names == ["one"] and not (manager.library.folder / "one").exists()
+    (place,) = manager.trashed()
+    manager.restore(place)
+    assert manager.library.find("one").notes == "good"
+
+
+def test_a_trash_that_leads_elsewhere_is_none(manager, tmp_path):
+    (tmp_path / "other" / "place" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / ".trash").symlink_to(tmp_path / "other")
+    assert manager.trashed() == {}
+    refused(manager.restore, "place")
+    refused(manager.throw_away, "one")
+
+
+def test_of_two_who_throw_one_run_away_one_does(manager):
+    def attempt(_: int) -> bool:
+        try:
+            return bool(manager.throw_away("one"))
+        except RunError:
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(attempt, range(8))) == 1
+    assert len(manager.trashed()) == 1
+
+
+def test_cards_show_the_newest_sample_and_escape_all_else(manager, tmp_path):
+    attack = "<script>${x} {{y}}"
+    write_run(tmp_path / "runs" / attack)
+    (tmp_path / "runs" / attack / "notes.txt").write_text(f"</textarea>{attack}")
+    (tmp_path / "runs" / "two" / "reslora" / "samples" / "step-000004" / "0-0.png").write_bytes(b"damaged")
+    manager.throw_away("one")
+    shown = lists.runs(manager, "")
+    for text in ("<script>", "${", "{{", "</textarea>&lt;", str(tmp_path)):
+        assert text not in shown, text
+    assert shown.count('class="run"') == 4 and shown.count("<img ") == 3 and shown.count("no samples") == 1
+    assert shown.count('data-do="trash"') == 3 and "Restore one" in shown and "LoRA, ResLoRA · 8 of 8 steps" in shown
+    assert lists.runs(manager, "TEXTAREA").count('class="run"') == 1 and "No run has this" in lists.runs(manager, "zzz")
+    # What a card shows is what the folder has now.
+    assert "no notes" in lists.runs(manager, "two")
+    manager.write_notes("two", "", "good")
+    assert "good</textarea>" in lists.runs(manager, "two")
+
+
+def test_the_card_of_a_run_whose_config_is_damaged_says_so(manager):
+    assert NO_CONFIG not in lists.runs(manager, "one")
+    (manager.library.folder / "one" / "config.json").write_text("{")
+    assert "failed</b>" in lists.runs(manager, "one") and NO_CONFIG in lists.runs(manager, "one")
+
+
+def test_the_card_of_a_language_run_says_what_it_is_and_opens_nothing(manager):
+    write_language_run(manager.library.folder / "glue")
+    shown = lists.runs(manager, "glue")
+    assert "ResLoRA · a language model, by train_glue.py" in shown
+    assert "Open glue" not in shown and "Move glue to the trash" in shown
+    assert "glue was trained by train_glue.py" in refused(RunsTab.opened, manager, "glue")
+    assert "in the trash" in manager.throw_away("glue")
+
+
+def test_the_queue_as_it_is_seen(manager):
+    assert "Nothing is lined up" in lists.queue(manager.jobs)
+    states = ("finished", "running", "waiting", "waiting", "failed")
+    with manager.jobs.changing() as entries:
+        entries += [Entry(f"{state}-{n}<", state=state, line="<b>why</b>") for n, state in enumerate(states)]
+    manager.jobs.is_active = lambda run: run.name.startswith("running")
+    shown = lists.queue(manager.jobs)
+    assert "<b>why" not in shown and "-0<" not in shown
+    order = [shown.index(f'data-name="{name}') for name in ("running", "waiting-2", "waiting-3", "failed", "finished")]
+    assert order == sorted(order)
+    disabled = [part.split('"')[0] for part in shown.split('aria-label="') if " disabled>" in part]
+    assert disabled == ["Move waiting-2&lt; up", "Move waiting-3&lt; down"]
+    manager.jobs.path.write_text(json.dumps({"version": 9}))
+    assert "mend or remove queue.json" in lists.queue(manager.jobs)
