@@ -86,11 +86,9 @@ def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | No
         except Exception:
             # Data-dependent control flow, fused kernels and quantized layers do not run on the meta device: use the
             # model's own device.
-            parameter = next(base.parameters(), None)
-            if parameter is None or parameter.is_meta:
-                raise
+            device = next(base.parameters()).device
             with _undisturbed(base):
-                return _run(base, holders, to_device(inputs, parameter.device))
+                return _run(base, holders, to_device(inputs, device))
     except Exception as error:
         problem = f"does not run on example_inputs ({first_line(error)})"
         raise ValueError(f"{type(base).__name__} {problem}; pass example_inputs= that fit its forward") from error

@@ -192,6 +192,23 @@ def test_an_adapter_may_be_loaded_under_another_name(unet, tmp_path):
     assert torch.equal(run(loaded, unet.inputs()), run(model, unet.inputs()))
 
 
+def test_beside_another_adapter(llama, tmp_path):
+    model = saved(llama, tmp_path, "middle", 2)
+    target = llama.lora()
+    assert reslora.load(target, tmp_path, adapter_name="style") is target and set(target.peft_config) == {
+        "default",
+        "style",
+    }
+    assert torch.equal(run(target, llama.inputs()), run(model, llama.inputs()))
+
+
+def test_missing_weights_are_named(llama, tmp_path):
+    saved(llama, tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=f"^{tmp_path / WEIGHTS} is missing: give a folder that reslora.save wrote$"):
+        reslora.load(base_of(llama), tmp_path)
+
+
 def test_only_the_named_adapter_is_saved(llama, tmp_path):
     model = llama.lora()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM"))

@@ -766,6 +766,14 @@ def test_an_error_that_rounding_makes_negative_is_none():
     assert merging.relative_error(block, merging.Merged(one, one)) == 0.0
 
 
+def test_the_error_of_a_small_output_is_the_root_of_the_ratio():
+    one, moments = torch.ones(1, 1), merging.Moments(torch.ones(1, 1))
+    moments.own_own, moments.own_handed = 0.02 * one, 0.01 * one
+    moments.handed_handed, moments.gap_gap = 0.05 * one, 0.01 * one
+    block = merging.Factors("layer", one, one, 1.0, lambda: one, moments=moments)
+    assert merging.relative_error(block, merging.Merged(one, one)) == pytest.approx((0.01 / 0.09) ** 0.5)
+
+
 # --- what a merged model is -------------------------------------------------------------------------------------------
 
 METHODS = [

@@ -135,7 +135,6 @@ def test_threads_that_take_turns_block_by_block(llama, shortcut, pre_num, head):
             assert_equal(output, run(oracle, llama.inputs(seed=seed + n)).detach())
 
 
-@pytest.mark.exhaustive
 @stateful
 def test_a_nested_forward_that_fails_leaves_the_outer_one_right(llama, shortcut, pre_num, head):
     model, oracle = pair(llama, shortcut, pre_num, head)

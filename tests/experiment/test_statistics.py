@@ -371,6 +371,7 @@ def test_a_later_reading_asks_for_more():
     arrays = arrays_of({"lora": theirs, "reslora": ours})
     first, second = (judge(arrays, [("reslora", "lora")], k)[0][1] for k in (1, 2))
     assert first.significant and not second.significant and first.p == second.p
+    assert not first._replace(corrected=LEVEL).significant
     assert second.corrected == pytest.approx(min(1, 4 * first.corrected)) and second.level == first.level / 4
 
 

@@ -52,10 +52,11 @@ def test_uniform_draws_come_from_the_schedulers_table(scheduler, shift, by):
     assert draws(objective).median() == pytest.approx(shifted(0.5, by), abs=0.03)
 
 
-def test_logit_normal_draws():
-    drawn = draws(FlowObjective(DYNAMIC, "logit_normal", logit_mean=0.5, logit_std=0.7))
+@pytest.mark.parametrize(("given", "mean", "std"), [({}, 0.0, 1.0), ({"logit_mean": 0.5, "logit_std": 0.7}, 0.5, 0.7)])
+def test_logit_normal_draws(given, mean, std):
+    drawn = draws(FlowObjective(DYNAMIC, "logit_normal", **given))
     logits = torch.logit((1 - drawn).clamp(1e-4, 1 - 1e-4))  # the table runs from noise to image
-    assert logits.mean() == pytest.approx(0.5, abs=0.05) and logits.std() == pytest.approx(0.7, abs=0.05)
+    assert logits.mean() == pytest.approx(mean, abs=0.05) and logits.std() == pytest.approx(std, abs=0.05)
 
 
 def test_mode_draws():

@@ -47,8 +47,10 @@ from reslora.training.checkpoints import (
     Identity,
     check_past,
     checkpoints_of,
+    notes_of,
     plan_resume,
     read_checkpoint,
+    refuse_other_content,
     restore,
     save_checkpoint,
     settings_of,
@@ -477,6 +479,8 @@ def keep(model, tmp_path):
     accelerator = Accelerator(cpu=True)
     learner = exact_steps.learner_of(denoiser, loss, accelerator)
 
+    assert (learner.step, learner.seconds) == (0, 0.0)
+
     def save(step: int, **flags) -> Path:
         learner.step, learner.seconds = step, 10.0 * step
         options, identity = (
@@ -489,6 +493,26 @@ def keep(model, tmp_path):
 
     save.learner, save.options, save.accelerator = learner, options_of(training_data), accelerator
     return save
+
+
+@pytest.mark.parametrize(
+    ("there", "flag"),
+    [
+        ({"model": "other"}, "--model m: out was trained from a model with other content"),
+        ({"images": "some"}, "--data d: out was trained on some, these are all; class images: few"),
+        ({"images": "all; class images: many"}, "--class_data_dir c: out was trained on all; class images: many, "),
+    ],
+)
+def test_other_content_is_named_by_its_own_option(there, flag):
+    identity = Identity("model", "all; class images: few", "--model m", "--data d")
+    with pytest.raises(InvalidArgument, match=f"^{flag}"):
+        refuse_other_content({"class_data_dir": "c"}, Path("out"), there, identity)
+
+
+def test_changed_options_without_effect_on_a_finished_method_are_noted(keep):
+    finished = {"shown": {"num_validation_images": 4, "rank": 99}}
+    (note,) = notes_of(keep.options.replace(num_validation_images=2), Path("out"), finished)
+    assert note == "out is finished, --num_validation_images has no effect any more: it was 4"
 
 
 def test_a_checkpoint_that_loads_but_differs_from_its_checksums_is_passed_over(keep, capsys):
