@@ -52,11 +52,11 @@ TESTS = {
     "reslora/images/model/objective.py": ["images/model/test_flow_objective.py"],
     "reslora/images/model/loss.py": ["images/model/test_objective.py", "images/data/test_masks.py"],
     "reslora/images/data/plan.py": ["images/data/test_sources.py", "images/data/test_samples.py"],
-    "reslora/ranks.py": ["test_export.py", "test_merging.py"],
+    "reslora/ranks.py": ["test_checkpoint.py", "test_export.py", "test_merging.py"],
     "reslora/images/output/exports.py": ["images/output/test_merged_weights.py"],
     "reslora/images/model/lora_files/": ["images/test_conversion.py"],
     "reslora/experiment/statistics.py": ["experiment/test_report.py"],
-    "reslora/training/": ["images/test_initial_lora.py"],
+    "reslora/training/": ["images/training/test_checkpoints.py", "images/test_initial_lora.py"],
 }
 """The tests that map to a file or to a folder, in addition to the file of the same name."""
 
