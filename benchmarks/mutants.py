@@ -48,7 +48,7 @@ TESTS = {
     "reslora/merges.py": ["test_merging.py"],
     "reslora/regression.py": ["test_merging.py", "test_calibration.py"],
     "reslora/tracing.py": ["test_chains.py"],
-    "reslora/wiring.py": ["test_shortcuts.py", "test_model.py", "test_guards.py"],
+    "reslora/wiring.py": ["test_shortcuts.py", "test_state.py", "test_model.py", "test_guards.py"],
     "reslora/images/model/objective.py": ["images/model/test_flow_objective.py"],
     "reslora/images/model/loss.py": ["images/model/test_objective.py", "images/data/test_masks.py"],
     "reslora/images/data/plan.py": ["images/data/test_sources.py", "images/data/test_samples.py"],
