@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from tqdm.auto import tqdm
 
-from ..errors import Diverged, EndedElsewhere, Stopped
+from ..errors import Diverged, EndedElsewhere, Stopped, StoppedEarly
 from ..options.grid import Grid
 from ..runtime.peak_memory import forget_peak, peak_memory
 from ..runtime.processes import broadcast_from_main, is_main
@@ -89,16 +89,24 @@ def train_arms(results: Results, pool: WorkerPool | None = None) -> None:
 
 
 def train(arm: Arm, study: ExperimentStudy) -> float:
-    """Train an arm, record that it has ended, and return its time in seconds; a diverged arm counts as ended."""
-    started, reason = time.monotonic(), ""
+    """Train an arm, record that it has ended, and return its time in seconds.
+
+    An arm that diverged or that racing stopped early counts as ended.
+    """
+    started, reason, stopped = time.monotonic(), "", False
     forget_peak(study.device)
     try:
+        study.race(arm)  # a process that was killed may have measured what stops it
         study.train(arm)
+    except StoppedEarly as error:
+        reason, stopped = str(error), True
+        if is_main():
+            print(f"{study.schedule.name_of(arm)}: {reason}", flush=True)
     except (Diverged, EndedElsewhere) as error:
         if not error.diverged:
             raise
         reason = getattr(error, "problem", "")  # known only to the main process
     memory, seconds = peak_memory(study.device), time.monotonic() - started
     to_conclude = study.seconds_to_conclude()
-    broadcast_from_main(lambda: study.schedule.end(arm, reason, memory, seconds, to_conclude))
+    broadcast_from_main(lambda: study.schedule.end(arm, reason, memory, seconds, to_conclude, stopped))
     return seconds

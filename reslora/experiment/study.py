@@ -4,8 +4,10 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from ..errors import StoppedEarly
 from ..formatting import pluralize
 from ..io import read_object, write_json
+from ..runtime.processes import broadcast_from_main
 from ..runtime.signals import StopRequest
 from .arms import Arm
 from .hashed_split import too_few
@@ -43,7 +45,7 @@ class ExperimentStudy(ABC):
     def train(self, arm: Arm) -> None:
         """Train an arm from its present state to its last step, in every process.
 
-        Raises `Diverged` if a loss is not finite.
+        It calls `race` after each measurement. Raises `Diverged` if a loss is not finite, and `StoppedEarly`.
         """
 
     def too_few(self) -> list[str]:
@@ -64,6 +66,11 @@ class ExperimentStudy(ABC):
         """
         self.stop.check(COMPARING)
         self.say(phase, self.schedule.name_of(arm))
+
+    def race(self, arm: Arm) -> None:
+        """Raise `StoppedEarly` in every process if an arm's measurements show that another learning rate is better."""
+        if reason := broadcast_from_main(lambda: self.schedule.why_stop(arm)):
+            raise StoppedEarly(reason)
 
     @abstractmethod
     def measured(self, arm: Arm, step: int) -> dict:

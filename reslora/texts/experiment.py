@@ -252,6 +252,7 @@ def take_folder(experiment: TextExperiment) -> None:
     """
     schedule, folder = experiment.schedule, experiment.schedule.folder
     there = read_experiment(folder).get("identity") or {}
+    schedule.check_racing()
     if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
         raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
     # The evaluation steps follow from other settings, which the message should name first.
@@ -271,10 +272,13 @@ def take_folder(experiment: TextExperiment) -> None:
 
 
 class KeepAdapters(TrainerCallback):
-    """A callback that saves the adapter at every evaluation on the selection split, but not before the first step."""
+    """A callback that saves the adapter at every evaluation on the selection split, but not before the first step.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Then it calls `race`, which raises `StoppedEarly` if another learning rate is better.
+    """
+
+    def __init__(self, folder: Path, race: Callable[[], None]) -> None:
+        self.folder, self.race = folder, race
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
         """Save the adapter atomically.
@@ -292,6 +296,7 @@ class KeepAdapters(TrainerCallback):
                 save_adapter(model, temporary)
 
         broadcast_from_main(keep)
+        self.race()
 
 
 @dataclass(frozen=True)
@@ -351,7 +356,8 @@ class TextExperiment(ExperimentStudy):
 
     def facts(self) -> Facts:
         """Return versions, split sizes and the identity of the experiment."""
-        return {**facts_of(self.parts, LIBRARIES), "identity": self.identity}
+        identity = self.identity | {"racing": self.schedule.racing}
+        return {**facts_of(self.parts, LIBRARIES), "identity": identity}
 
     def train(self, arm: Arm) -> None:
         """Train an arm, from its latest checkpoint if it has one, and export it.
@@ -362,7 +368,7 @@ class TextExperiment(ExperimentStudy):
         if arguments.training.torch_compile:
             torch.compiler.reset()  # torch stops compiling after a limited number of models
         trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
-        trainer.add_callback(KeepAdapters(folder))
+        trainer.add_callback(KeepAdapters(folder, functools.partial(self.race, arm)))
         trainer.stopping.check("stopped between two arms; the same command goes on")
         try:
             with memory_reported(folder), contextlib.ExitStack() as stack:

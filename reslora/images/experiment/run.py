@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from ..cache_folder import cache_folder
 from ..data.samples import TIMESTEPS, TrainingData, measured_at
 from ..data.training_data import latents_of, print_folder_counts, with_texts
 from ..model_checks import check_methods
+from ..output.reports import Reports
 from ..output.trackers import note_settings
 from ..run import begin, check_before_loading, encode, forget_encoder
 from ..study import ImageStudy
@@ -139,6 +140,7 @@ def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
     """
     arm_schedule = ArmSchedule(grid)
     check_same(grid, identity)
+    arm_schedule.check_racing()
     for arm in arm_schedule.arms():
         own, folder = going_on(arm_schedule.options_of(arm)), arm_schedule.folder_of(arm)
         if arm_schedule.ended(arm):
@@ -235,8 +237,17 @@ def of_seed(training_data: TrainingData, seed: int, pipeline: DiffusionPipeline,
     )
 
 
+@dataclass(frozen=True)
 class ArmStudy(ImageStudy):
     """The study of an arm: training writes no exports; `ImageExperiment` exports arms when it compares them."""
+
+    race: Callable[[], None] = lambda: None
+    """Function that raises `StoppedEarly` in every process if another learning rate is better."""
+
+    def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
+        """Measure and sample as a single run does, and end the arm if another learning rate is better."""
+        super().validate(learner, reports, parts)
+        self.race()
 
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
         """Write nothing, and return no differences."""
@@ -281,7 +292,8 @@ class ImageExperiment(ExperimentStudy):
         training_data = dataclasses.replace(
             training_data, adapter=options.adapter, data=data, training=options.training, validation=validation
         )
-        return dataclasses.replace(self.study, training_data=training_data, context=context)
+        race = functools.partial(self.race, arm)
+        return dataclasses.replace(self.study, training_data=training_data, context=context, race=race)
 
     def train(self, arm: Arm) -> None:
         """Train an arm from its latest checkpoint, in every process."""
@@ -308,7 +320,7 @@ class ImageExperiment(ExperimentStudy):
             **facts_of(self.parts, LIBRARIES),
             "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
             "identity": identity_record(self.schedule.grid.flat(), self.study.identity)
-            | {"parts": self.content, "noises": self.noises},
+            | {"parts": self.content, "noises": self.noises, "racing": self.schedule.racing},
         }
 
     def measured(self, arm: Arm, step: int) -> dict:
