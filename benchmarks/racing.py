@@ -130,7 +130,8 @@ def main() -> None:
         for which in ("all", "5 or more rates")
     }
     rules = {"higher": HIGHER, "lower": LOWER, "lower_from": FROM}
-    keep("experiment/racing", {"command": "python benchmarks/racing.py", "rules": rules, "goal": goal, "met": met} | found)
+    facts = {"command": "python benchmarks/racing.py", "rules": rules, "goal": goal, "met": met}
+    keep("experiment/racing", facts | found)
 
 
 if __name__ == "__main__":

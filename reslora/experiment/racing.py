@@ -1,9 +1,9 @@
 """The race of a label's learning rates: which one is trained next, and when a run is stopped early.
 
 The race starts at the middle learning rate. The neighbors of the best one so far follow, the lower one first, until
-both are worse. A run is stopped early at a measurement that shows that it is clearly worse than the best finished run with
-the same seed at the same step. A lower learning rate is slower at first and may catch up, so it is compared from half of
-the steps on, with a larger margin. `benchmarks/racing.py` simulates these rules.
+both are worse. A run is stopped early at the first measurement at which it is clearly worse than the best finished run
+with the same seed at the same step. A lower learning rate is slower at first and may catch up, so it is compared from
+half of the steps on, with a larger margin. `benchmarks/racing.py` simulates these rules.
 """
 
 import itertools

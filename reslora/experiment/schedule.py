@@ -61,6 +61,8 @@ class ArmSchedule:
     longest: float = 0.0
     """Seconds of the longest arm trained in this process."""
     running: set[Arm] = field(default_factory=set)
+    estimated: bool = False
+    """Whether `ExperimentStudy.estimate` has printed the expected time, or another process does so."""
 
     def __post_init__(self) -> None:
         self.labels = {label.name: label for label in labels_of(self.grid)}
@@ -83,6 +85,12 @@ class ArmSchedule:
         experiment = self.grid.base.experiment
         fits = (experiment.arms_at_once or 1) <= len(self.labels)
         return fits if experiment.racing is None else experiment.racing
+
+    @property
+    def is_race_off(self) -> bool:
+        """Whether --arms_at_once has turned off the race of a new experiment with several learning rates."""
+        new = self.begun_with is None and self.grid.base.experiment.racing is None
+        return new and not self.racing and len(self.given) > 1
 
     def check_racing(self) -> None:
         """Raise `InvalidArgument` if --racing or --no-racing contradicts the experiment in the directory."""
@@ -145,6 +153,18 @@ class ArmSchedule:
     def start(self) -> float:
         """The learning rate that each label trains first."""
         return coarse_to_fine(self.given)[0]
+
+    @property
+    def total_in_words(self) -> str:
+        """The number of all arms; `at most` if the race may still leave some out."""
+        may_shrink = self.is_race and any(len(self.rates_to_race(name, self.race(name))) > 1 for name in self.grids)
+        return f"{'at most ' * may_shrink}{len(self.arms())}"
+
+    def runs_in_words(self) -> str:
+        """Return how many arms there are, and how many of them choose learning rates."""
+        choosing = sum(len(self.choosing_arms(label)) for label in self.grids)
+        arms = f"{self.total_in_words} {'arm' if len(self.arms()) == 1 else 'arms'}"
+        return f"{arms}, {choosing} to choose learning rates" if len(self.given) > 1 else arms
 
     def race(self, label: str) -> dict[float, float]:
         """Return the lowest loss at each learning rate at which the label's first seed has ended.
