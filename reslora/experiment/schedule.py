@@ -218,8 +218,12 @@ class ArmSchedule:
     # -- results of the arms -------------------------------------------------------------------------------------------
 
     def ended(self, arm: Arm) -> dict:
-        """Return the status, reason, memory and time of an arm that has ended; empty for any other arm."""
-        return read_object(self.folder_of(arm) / ENDED)
+        """Return the status, reason, memory and time of an arm that has ended; empty for any other arm.
+
+        Without a race, an arm that an earlier race has stopped early has not ended.
+        """
+        ended = read_object(self.folder_of(arm) / ENDED)
+        return ended if self.is_race or ended.get("status") != "stopped" else {}
 
     def end(
         self,

@@ -268,6 +268,12 @@ def test_a_killed_race_ends_as_one_that_was_not(schedule, tmp_path, kill):
     assert ends(again) == whole
 
 
+def test_a_stopped_arm_goes_on_if_its_rate_alone_is_asked_for(schedule):
+    compete(schedule(*FIVE, "--seed", "0", "1"))
+    one = schedule(*FIVE, "--learning_rate", "1e-4", "--method", "lora", "--seed", "0", "1")
+    assert one.next_arm() == Arm("lora", 1e-4, 0) and one.why_stop(Arm("lora", 1e-4, 0)) == ""
+
+
 def test_only_the_other_choosing_seeds_train_rates_that_are_nearly_as_good(schedule):
     one = schedule(*FIVE, "--seed", *"01234")
     done = compete(one)

@@ -359,6 +359,23 @@ def test_arms_at_once_are_those_of_one_after_the_other(common, whole, tmp_path, 
 
 
 @pytest.mark.exhaustive
+def test_a_race_stops_a_run_early_and_says_so(common, tmp_path, capsys):
+    """The highest rate is far too high. The estimate follows six steps."""
+    own = (*common, "--max_steps", "8", "--eval_steps", "2", "--output_dir", tmp_path / "out")
+    own += ("--method", "lora", "--learning_rate", "1e-4", "1e-3", "0.3")
+    assert run(*own) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("at most 3 arms, 3 to choose learning rates, measured every 2 steps") for line in lines)
+    assert any(line.startswith("estimate: at most ") and " for 3 runs (" in line for line in lines)
+    (line,) = [line for line in lines if line.startswith("lora/lr-0.3/seed-0: stopped early at step 2")]
+    found = {arm["learning_rate"]: arm for arm in record(tmp_path / "out")["arms"]}
+    assert (found[0.3]["status"], found[0.3]["steps"]) == ("stopped", 2) and line.endswith(found[0.3]["reason"])
+    before = times(tmp_path / "out")
+    assert run(*own) == 0 and times(tmp_path / "out").items() >= before.items()
+    assert run(*own, "--no-racing") == 2 and "was begun with --racing" in capsys.readouterr().err
+
+
+@pytest.mark.exhaustive
 def test_two_processes_end_well(common, tmp_path):
     """Who has trained with the main process waits while that one compares and exports."""
     words = ["--seed", "0", "1", "--learning_rate", "5e-3", "--max_steps", "1", "--output_dir", str(tmp_path / "out")]

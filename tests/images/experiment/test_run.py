@@ -446,6 +446,28 @@ def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
     assert not any("lr-1e+30" in line for line in printed(*own) if "merging" in line)
 
 
+def test_a_race_stops_a_run_early_and_says_so(flags, tmp_path, capsys):
+    """The highest rate is far too high. The same command trains nothing again; the estimate follows six steps."""
+    own = [*flags, "--max_train_steps", "8", "--validation_steps", "4", "--output_dir", tmp_path / "out"]
+    own += ["--method", "lora", "--learning_rate", "1e-4", "1e-3", "0.3"]
+    lines = printed(*own)
+    only(lines, "at most 3 arms, 3 to choose learning rates; 8 steps, measured every 4 steps")
+    only(lines, "estimate: at most ", " for 3 runs (", " of training, ", " of tests and exports)", "GiB")
+    only(lines, "run 1 of at most 3: lora/lr-0.001/seed-0")
+    line = only(
+        lines, "lora/lr-0.3/seed-0: stopped early at step 4: selection loss ", "above that of learning rate 0.00"
+    )
+    found = {each["learning_rate"]: each for each in experiment(tmp_path / "out")["arms"]}
+    assert (found[0.3]["status"], found[0.3]["steps"]) == ("stopped", 4) and line.endswith(found[0.3]["reason"])
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert found[0.3]["reason"] in report and "A dot off the line is a run that was stopped early" in report
+    logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("log.jsonl")}
+    printed(*own)
+    assert {path: path.stat().st_mtime_ns for path in logs} == logs
+    refusal = refused(capsys, *own, "--no-racing")
+    assert "--no-racing" in refusal and "was begun with --racing" in refusal
+
+
 @pytest.mark.exhaustive
 def test_arms_at_once_are_those_of_one_after_the_other(flags, small, tmp_path, monkeypatch):
     """To the last bit: each process has as many threads as the tests have."""
