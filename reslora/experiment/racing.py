@@ -33,7 +33,8 @@ def remaining(rates: Sequence[float], losses: Mapping[float, float], start: floa
 def near_best(losses: Mapping[float, float]) -> list[float]:
     """Return the learning rates whose lowest loss is at most NEAR above the lowest of all, the best one first."""
     lowest = min(losses.values(), default=math.inf)
-    return sorted((rate for rate, loss in losses.items() if loss <= lowest * (1 + NEAR) < math.inf), key=losses.get)
+    near = [rate for rate, loss in losses.items() if loss <= lowest * (1 + NEAR) < math.inf]
+    return sorted(near, key=losses.__getitem__)
 
 
 def stopped_at(curve: Mapping[int, float], best: Mapping[int, float], higher: bool) -> int | None:

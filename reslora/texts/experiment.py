@@ -228,7 +228,7 @@ def opened(
             for label in schedule.labels:
                 experiment.check_label(label, tell)
             every = schedule.grid.base.training.eval_steps
-            measured = f", measured every {pluralize(every, 'step')}" if every else ""
+            measured = f", measured every {every:g} steps" if every else ""
             say(f"{schedule.runs_in_words()}{measured}; {parts}")
         yield experiment
 
