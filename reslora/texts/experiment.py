@@ -33,7 +33,6 @@ from ..experiment.runner import run_experiment
 from ..experiment.schedule import ArmSchedule, reading_adapter
 from ..experiment.study import COMPARING, ExperimentStudy, race
 from ..experiment.worker_pool import Orders
-from ..formatting import pluralize
 from ..io import remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter, save_adapter
 from ..methods.links import print_links
