@@ -340,7 +340,10 @@ def test_consumer_waits_for_a_slow_stream_only(monkeypatch):
 def test_a_race_uses_the_steps_until_an_arm_is_stopped_and_chooses_what_is_left():
     """The middle rate to its end; the lower one until half, the higher one until it is worse."""
     curves = {1.0: {1: 1.5, 2: 1.5, 4: 0.5}, 2.0: {1: 1.4, 2: 1.3, 4: 1.0}, 3.0: {1: 1.41, 2: 0.5, 4: 0.9}}
-    assert racing.race(curves) == ((4 + 2 + 1) / 12, 1.0)  # both other rates end at, or reach, half of its loss
+    assert racing.race(curves) == (
+        (4 + 2 + 1) / 12,
+        1.0,
+    )  # a rate that was stopped would have ended at half of its loss
     assert racing.race({1.0: {2: 1.3, 4: 1.1}, 2.0: {2: 1.3, 4: 1.0}, 3.0: {2: 1.2, 4: 0.8}}) == (1.0, 0.0)
     full = racing.filled({100: 0.5, 200: 0.4}, 0.9)
     assert (
