@@ -343,7 +343,7 @@ def test_a_race_uses_the_steps_until_an_arm_is_stopped_and_chooses_what_is_left(
     assert racing.race(curves) == (
         (4 + 2 + 1) / 12,
         1.0,
-    )  # a rate that was stopped would have ended at half of its loss
+    )  # a stopped one would have halved its loss
     assert racing.race({1.0: {2: 1.3, 4: 1.1}, 2.0: {2: 1.3, 4: 1.0}, 3.0: {2: 1.2, 4: 0.8}}) == (1.0, 0.0)
     full = racing.filled({100: 0.5, 200: 0.4}, 0.9)
     assert (
