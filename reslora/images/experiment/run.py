@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
+import statistics
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -249,17 +251,18 @@ class ArmStudy(ImageStudy):
     race: Callable[[], None] = lambda: None
     """Function that raises `StoppedEarly` in every process if another learning rate is better."""
     timed: Callable[[float], None] = lambda _: None
-    """Function that receives the mean time in seconds of a few of the first steps."""
+    """Function that receives the median time in seconds of a few of the first steps."""
 
     def batches(self, steps: range) -> Generator[Batch, None, None]:
         """Yield batches as a single run does, and time the steps after the first one, which may compile."""
-        a_step, began = self.context.options.training.gradient_accumulation_steps, 0.0
+        a_step, times = self.context.options.training.gradient_accumulation_steps, []
         with contextlib.closing(super().batches(steps)) as batches:
             for number, batch in enumerate(batches):
-                if number == a_step:
-                    began = time.monotonic()
-                if number == (1 + TIMED_STEPS) * a_step and self.context.accelerator.is_main_process:
-                    self.timed((time.monotonic() - began) / TIMED_STEPS)
+                if len(times) <= 1 + TIMED_STEPS and number % a_step == 0:
+                    times.append(time.monotonic())
+                    if len(times) == 2 + TIMED_STEPS and self.context.accelerator.is_main_process:
+                        # a median, because a checkpoint or a measurement may follow a step
+                        self.timed(statistics.median(end - begin for begin, end in itertools.pairwise(times[1:])))
                 yield batch
 
     def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
@@ -328,7 +331,7 @@ class ImageExperiment(ExperimentStudy):
             context.accelerator.free_memory()
 
     def timed(self, began: float, step: float) -> None:
-        """Print the time that the experiment takes, from the start of an arm and the mean time of its first steps."""
+        """Print the time that the experiment takes, from the start of an arm and the median of its first steps."""
         options, schedule, shared = self.study.context.options, self.study.schedule, self.study.shared
         # A backward pass takes as long as two forward passes.
         batch = 3 * options.training.train_batch_size * options.training.gradient_accumulation_steps
