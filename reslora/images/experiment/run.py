@@ -255,7 +255,8 @@ class ArmStudy(ImageStudy):
 
     def batches(self, steps: range) -> Generator[Batch, None, None]:
         """Yield batches as a single run does, and time the steps after the first one, which may compile."""
-        a_step, times = self.context.options.training.gradient_accumulation_steps, []
+        a_step = self.context.options.training.gradient_accumulation_steps
+        times: list[float] = []
         with contextlib.closing(super().batches(steps)) as batches:
             for number, batch in enumerate(batches):
                 if len(times) <= 1 + TIMED_STEPS and number % a_step == 0:
