@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from reslora.experiment.record import EXPERIMENT, UNFINISHED
+from reslora.experiment.record import ENDED_AS, EXPERIMENT, UNFINISHED
 from reslora.export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from reslora.options.images import Options
 from reslora.options.prompts import clean
@@ -51,7 +51,7 @@ class Experiment(Run):
     def progress(self) -> tuple[int, int]:
         """Number of ended arms, and of all arms."""
         arms = self.arms
-        return sum(arm.get("status") in ("finished", "failed") for arm in arms), len(arms)
+        return sum(arm.get("status") in ENDED_AS for arm in arms), len(arms)
 
     @property
     def time_is_over(self) -> str:

@@ -36,6 +36,10 @@ class Stopped(Exception):
     """Ctrl-C or SIGTERM stopped the run; training that was in progress has been saved."""
 
 
+class StoppedEarly(Exception):
+    """Racing ended a run of an experiment before its last step; the message says why. The other runs continue."""
+
+
 class EndedElsewhere(Exception):
     """Another process of the run failed and reports why; this process prints nothing and exits with the same status."""
 

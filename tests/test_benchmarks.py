@@ -24,6 +24,7 @@ import experiment_statistics  # noqa: E402
 import measured  # noqa: E402
 import overhead  # noqa: E402
 import paper_report  # noqa: E402
+import racing  # noqa: E402
 import scale  # noqa: E402
 import speed  # noqa: E402
 import speed_merge  # noqa: E402
@@ -334,6 +335,27 @@ def test_consumer_waits_for_a_slow_stream_only(monkeypatch):
     args = argparse.Namespace(rate=10.0, batch=1)
     assert trainer.consume(args, 1, "cached", stream(0.0)) == 0
     assert trainer.consume(args, 1, "cached", stream(0.1)) == pytest.approx(0.5)
+
+
+def test_a_race_uses_the_steps_until_an_arm_is_stopped_and_chooses_what_is_left():
+    """The middle rate to its end; the lower one until half, the higher one until it is worse."""
+    curves = {1.0: {1: 1.5, 2: 1.5, 4: 0.5}, 2.0: {1: 1.4, 2: 1.3, 4: 1.0}, 3.0: {1: 1.41, 2: 0.5, 4: 0.9}}
+    assert racing.race(curves) == (
+        (4 + 2 + 1) / 12,
+        1.0,
+    )  # a stopped one would have halved its loss
+    assert racing.race({1.0: {2: 1.3, 4: 1.1}, 2.0: {2: 1.3, 4: 1.0}, 3.0: {2: 1.2, 4: 0.8}}) == (1.0, 0.0)
+    full = racing.filled({100: 0.5, 200: 0.4}, 0.9)
+    assert (
+        list(full) == list(range(20, 201, 20)) and full[100] == pytest.approx(0.5) and full[200] == pytest.approx(0.4)
+    )
+    assert sorted(full.values(), reverse=True) == list(full.values())
+
+
+def test_the_kept_figures_of_the_race_are_those_of_the_present_rules():
+    kept = json.loads((BENCHMARKS / "results" / "experiment" / "racing.json").read_text())
+    assert kept["measured"] == json.loads(json.dumps(racing.figures(list(racing.grids()))))
+    assert kept["met"]["measured, 5 or more rates"] and not kept["met"]["measured, all"]
 
 
 def simulated(results, monkeypatch, name: str, **settings) -> dict:

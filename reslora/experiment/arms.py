@@ -11,6 +11,8 @@ that two labels have tried differ by at most one.
 that is best with the first seed, then the nearest ones. Afterwards the same seeds at all other learning rates.
 
 3. The seeds that do not choose learning rates, one after the other, at each label's chosen learning rate.
+
+If the learning rates race (`racing.py`), `ArmSchedule.race_order` takes the place of 1 and 2.
 """
 
 import math

@@ -19,7 +19,9 @@ EXPERIMENT = "experiment.json"  # written by an experiment, but not by a single 
 READINGS = "test_readings.jsonl"  # one line for each evaluation on the test split; append-only
 UNFINISHED = "not finished: "  # prefix of the note if --experiment_minutes ended the experiment
 
-Status = Literal["finished", "running", "waiting", "failed"]
+Status = Literal["finished", "running", "waiting", "failed", "stopped"]
+ENDED_AS = ("finished", "failed", "stopped")
+"""Statuses of an arm that has ended; racing has stopped a `stopped` one before its last step."""
 
 
 class Split(TypedDict):
@@ -62,7 +64,7 @@ class Arm(TypedDict):
     """Path relative to the experiment's directory, with `/` as separator."""
     status: Status
     reason: str
-    """Why it failed or waits; otherwise empty."""
+    """Why it failed, waits or was stopped early; otherwise empty."""
     steps: int
     """Number of trained steps."""
     seconds: float

@@ -13,7 +13,7 @@ import numpy as np
 from ..formatting import pluralize
 from ..io import replacing
 from ..plots.charts import MINUS, Axes, Row, Series, chart, escape, forest
-from .record import Arm, Best, Experiment, Verdict, as_of_now
+from .record import ENDED_AS, Arm, Best, Experiment, Verdict, as_of_now
 from .statistics import REFERENCE, is_chosen, mean_of, percents, rerun, tested
 from .theme import SCRIPT, STYLE
 
@@ -102,7 +102,7 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
 def headline_of(experiment: Experiment, unit: str) -> str:
     """Return the main result as one sentence."""
     verdicts, total = experiment["verdicts"], len(experiment["arms"])
-    ended = sum(arm["status"] in ("finished", "failed") for arm in experiment["arms"])
+    ended = sum(arm["status"] in ENDED_AS for arm in experiment["arms"])
     so_far = f"So far, with {ended} of {total} arms: " if ended < total else ""
     if verdicts and "as_of" in experiment:
         so_far = f"As of {pluralize(experiment['as_of'], 'arm')}, with {ended} of {total} ended: "
@@ -397,9 +397,10 @@ def select_charts(experiment: Experiment, losses: str = "") -> str:
 
     The first shows the loss by learning rate, at the step with the lowest mean over seeds. The second shows the loss by
     step, at the chosen learning rate. Learning rates at which a seed failed are left out: they cannot be chosen,
-    although their losses may be lower. `losses`: a sentence to add to the note below the charts.
+    although their losses may be lower. An arm that was stopped early is a dot at its last loss. `losses`: a sentence to
+    add to the note below the charts.
     """
-    by_rate, by_step = [], []
+    by_rate, by_step, stopped = [], [], False
     for place, label in enumerate(labels_of(experiment)):
         arms = [arm for arm in experiment["arms"] if arm["label"] == label]
         failed = {arm["learning_rate"] for arm in arms if arm["status"] == "failed"}
@@ -407,7 +408,13 @@ def select_charts(experiment: Experiment, losses: str = "") -> str:
         choice = experiment["chosen"].get(label)
         tried, steps = Series(label, place), Series(label, place)
         for learning_rate in sorted({arm["learning_rate"] for arm in arms}):
-            curves = [curve_of(arm) for arm in arms if arm["learning_rate"] == learning_rate]
+            here = [arm for arm in arms if arm["learning_rate"] == learning_rate]
+            curves = [curve_of(arm) for arm in here if arm["status"] != "stopped"]
+            short = [curve_of(arm) for arm in here if arm["status"] == "stopped"]
+            tried.dots += [(learning_rate, curve[max(curve)]) for curve in short]
+            stopped = stopped or bool(short)
+            if not curves:
+                continue
             common = sorted(set(curves[0]).intersection(*curves))
             means = {step: statistics.fmean(curve[step] for curve in curves) for step in common}
             means = {step: mean for step, mean in means.items() if math.isfinite(mean)}
@@ -423,7 +430,7 @@ def select_charts(experiment: Experiment, losses: str = "") -> str:
                 steps.dots = [point for curve in curves for point in curve.items()]
         by_rate.append(tried)
         by_step.append(steps)
-    rates = sorted({x for series in by_rate for x, _ in series.line})
+    rates = sorted({x for series in by_rate for x, _ in (*series.line, *series.dots)})
     base, place = experiment.get("base_select"), len(by_rate)
     if base is not None and rates:
         line = [(tried, base) for tried in rates]
@@ -434,6 +441,8 @@ def select_charts(experiment: Experiment, losses: str = "") -> str:
     note = "A line is the mean over seeds, a dot one seed (hollow: above the edge), a ring what was chosen."
     if any(arm["status"] == "failed" for arm in experiment["arms"]):
         note += " Rates at which a seed failed are left out."
+    if stopped:
+        note += " A dot off the line is a run that was stopped early, at its last loss."
     note += f" {losses}" * bool(losses)
     return f'<div class="charts">{found}</div><p>{note}</p>' if found else ""
 

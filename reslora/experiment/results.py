@@ -68,7 +68,7 @@ class Results:
         self.tests = {arm: test for arm, test in tests.items() if test and arm in judged}
         self.notes += there["notes"][there.get("beforehand", 0) :]
         self.best = there.get("best")
-        ended = sum(arm["status"] in ("finished", "failed") for arm in there["arms"])
+        ended = sum(arm["status"] in record.ENDED_AS for arm in there["arms"])
         self.as_of = there.get("as_of", ended)
 
     def write(self) -> None:
@@ -210,7 +210,8 @@ class Results:
         there = {path.parent for method in METHODS for path in (schedule.folder / method).glob(f"**/seed-*/{ENDED}")}
         if more := len(there - {schedule.folder_of(arm) for arm in arms}):
             yield f"left out: {pluralize(more, 'arm')} of other methods, rates or seeds, which the folder has as well"
-        yield from (reason for arm in arms if (reason := schedule.ended(arm).get("reason")))
+        endings = map(schedule.ended, arms)
+        yield from (ended["reason"] for ended in endings if ended.get("status") == "failed" and ended["reason"])
         waiting = {arm.label for arm in arms if arm not in losses}
         for label in schedule.labels:
             if label not in {*waiting, *self.chosen}:

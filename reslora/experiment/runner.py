@@ -7,15 +7,17 @@ from collections.abc import Callable
 
 from tqdm.auto import tqdm
 
-from ..errors import Diverged, EndedElsewhere, Stopped
+from ..errors import Diverged, EndedElsewhere, Stopped, StoppedEarly
 from ..options.grid import Grid
 from ..runtime.peak_memory import forget_peak, peak_memory
 from ..runtime.processes import broadcast_from_main, is_main
 from ..runtime.signals import StopRequest
 from .arms import Arm
 from .results import Results
-from .study import ExperimentStudy
+from .study import ExperimentStudy, race
 from .worker_pool import Orders, WorkerPool, print_workers
+
+USE_RACING = "use --racing, or at most as many --arms_at_once as methods"
 
 Open = Callable[[Grid, StopRequest, Orders | None], contextlib.AbstractContextManager[ExperimentStudy]]
 """Function that locks the experiment's directory, and loads and encodes the data that all arms share.
@@ -35,6 +37,8 @@ def run_experiment(opened: Open, grid: Grid, stop: StopRequest, orders: Orders |
                 with print_workers():
                     train(arm, study)
             return
+        if is_main() and study.schedule.is_race_off:
+            print(f"racing is off, because it trains one learning rate of a method at a time: {USE_RACING}")
         work, size = functools.partial(run_experiment, opened, grid), grid.base.experiment.arms_at_once or 1
         train_and_conclude(study, WorkerPool(size, study.prog, work, stop) if size > 1 else None)
 
@@ -79,7 +83,7 @@ def train_arms(results: Results, pool: WorkerPool | None = None) -> None:
                 if is_main():
                     minutes = schedule.minutes_left()
                     left = f", about {max(1, round(minutes))} min left" if minutes is not None else ""
-                    print(f"run {ended + 1} of {total}{left}: {schedule.name_of(arm)}", flush=True)
+                    print(f"run {ended + 1} of {schedule.total_in_words}{left}: {schedule.name_of(arm)}", flush=True)
                 seconds = train(arm, study)
             schedule.running.remove(arm)
             schedule.longest = max(schedule.longest, seconds)
@@ -89,16 +93,24 @@ def train_arms(results: Results, pool: WorkerPool | None = None) -> None:
 
 
 def train(arm: Arm, study: ExperimentStudy) -> float:
-    """Train an arm, record that it has ended, and return its time in seconds; a diverged arm counts as ended."""
-    started, reason = time.monotonic(), ""
+    """Train an arm, record that it has ended, and return its time in seconds.
+
+    An arm that diverged or that racing stopped early counts as ended.
+    """
+    started, reason, stopped = time.monotonic(), "", False
     forget_peak(study.device)
     try:
+        race(arm, study.schedule)  # a process that was killed may have measured what stops it
         study.train(arm)
+    except StoppedEarly as error:
+        reason, stopped = str(error), True
+        if is_main():
+            print(f"{study.schedule.name_of(arm)}: {reason}", flush=True)
     except (Diverged, EndedElsewhere) as error:
         if not error.diverged:
             raise
         reason = getattr(error, "problem", "")  # known only to the main process
     memory, seconds = peak_memory(study.device), time.monotonic() - started
     to_conclude = study.seconds_to_conclude()
-    broadcast_from_main(lambda: study.schedule.end(arm, reason, memory, seconds, to_conclude))
+    broadcast_from_main(lambda: study.schedule.end(arm, reason, memory, seconds, to_conclude, stopped))
     return seconds

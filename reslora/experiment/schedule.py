@@ -6,6 +6,8 @@ Only the main process uses this state (`processes.broadcast_from_main`).
 import contextlib
 import math
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ from ..methods.registry import METHODS
 from ..options.grid import Grid
 from ..runtime.checkpoint_folders import ADAPTERS, numbered, step_of
 from ..runtime.log import of_split, read_log
-from . import record
+from . import racing, record
 from .arms import (
     MOST_EXTENSIONS,
     Arm,
     Label,
+    Losses,
+    arms_by_rate,
     choosing_of,
     coarse_to_fine,
     continued,
@@ -41,6 +45,12 @@ def reading_adapter(folder: Path) -> contextlib.AbstractContextManager[None]:
     return refused_as(str(folder), f"remove {folder}, and the arm is trained anew", (ValueError,))
 
 
+def racing_there(folder: Path) -> bool | None:
+    """Return whether the experiment in a directory races its learning rates; None without an experiment."""
+    identity = read_object(folder / record.EXPERIMENT).get("identity")
+    return bool(identity.get("racing")) if isinstance(identity, dict) else None
+
+
 @dataclass
 class ArmSchedule:
     """The arms of an experiment and their results."""
@@ -51,19 +61,44 @@ class ArmSchedule:
     longest: float = 0.0
     """Seconds of the longest arm trained in this process."""
     running: set[Arm] = field(default_factory=set)
+    estimated: bool = False
+    """Whether `ExperimentStudy.estimate` has printed the expected time, or another process does so."""
 
     def __post_init__(self) -> None:
         self.labels = {label.name: label for label in labels_of(self.grid)}
         self.seeds: list[int] = self.grid.values("seed")
         self.given: list[float] = sorted(self.grid.rates)
         self.choosing = choosing_of(self.seeds, len(self.given))
+        self.begun_with: bool | None = racing_there(self.folder)
+        self.racing: bool = self.races() if self.begun_with is None else self.begun_with
         self.chosen_rates: dict[tuple, float | None] = {}
+        self.lowest: dict[Arm, float] = {}
         self.grids = {name: continued(self.given, self.rates_there(label)) for name, label in self.labels.items()}
 
     @property
     def folder(self) -> Path:
         """Directory of the experiment."""
         return Path(self.grid.base["output_dir"])
+
+    def races(self) -> bool:
+        """Return whether a new experiment with these options races its learning rates."""
+        experiment = self.grid.base.experiment
+        fits = (experiment.arms_at_once or 1) <= len(self.labels)
+        return fits if experiment.racing is None else experiment.racing
+
+    @property
+    def is_race_off(self) -> bool:
+        """Whether --arms_at_once has turned off the race of a new experiment with several learning rates."""
+        new = self.begun_with is None and self.grid.base.experiment.racing is None
+        return new and not self.racing and len(self.given) > 1
+
+    def check_racing(self) -> None:
+        """Raise `InvalidArgument` if --racing or --no-racing contradicts the experiment in the directory."""
+        asked, there = self.grid.base.experiment.racing, self.begun_with
+        if None not in (asked, there) and asked != there:
+            flags = "--racing" if asked else "--no-racing", "with --racing" if there else "without racing"
+            problem = f"{self.folder} was begun {flags[1]}"
+            raise InvalidArgument(flags[0], problem, "leave it out, or choose another --output_dir")
 
     def rates_there(self, label: Label) -> list[float]:
         """Return the learning rates that an earlier start has added, from the names of directories."""
@@ -94,12 +129,54 @@ class ArmSchedule:
     def arms(self) -> list[Arm]:
         """Return all arms: first those whose seeds choose learning rates, then those of the other seeds.
 
-        The former are in order of label, learning rate and seed, and the latter in order of seed and label.
+        The former are in order of label, learning rate and seed, and the latter in order of seed and label. As a race
+        goes on, learning rates that it leaves out drop out.
         """
-        choosing = [
-            Arm(label, rate, seed) for label, rates in self.grids.items() for rate in rates for seed in self.choosing
-        ]
-        return choosing + self.other_arms()
+        return [arm for label in self.grids for arm in self.choosing_arms(label)] + self.other_arms()
+
+    def choosing_arms(self, label: str) -> list[Arm]:
+        """Return a label's arms that have chosen or may choose its learning rate, in order of rate and seed."""
+        arms = [Arm(label, rate, seed) for rate in self.grids[label] for seed in self.choosing]
+        if not self.is_race:
+            return arms
+        losses = self.race(label)
+        near = racing.near_best(losses) if losses else [self.start]
+        open_to = {self.seeds[0]: self.rates_to_race(label, losses)}
+        return [arm for arm in arms if arm.rate in open_to.get(arm.seed, near) or self.ended(arm)]
+
+    @property
+    def is_race(self) -> bool:
+        """Whether the learning rates of each label race, with the first seed."""
+        return self.racing and len(self.given) > 1
+
+    @property
+    def start(self) -> float:
+        """The learning rate that each label trains first."""
+        return coarse_to_fine(self.given)[0]
+
+    @property
+    def total_in_words(self) -> str:
+        """The number of all arms; `at most` if the race may still leave some out."""
+        may_shrink = self.is_race and any(len(self.rates_to_race(name, self.race(name))) > 1 for name in self.grids)
+        return f"{'at most ' * may_shrink}{len(self.arms())}"
+
+    def runs_in_words(self) -> str:
+        """Return how many arms there are, and how many of them choose learning rates."""
+        choosing = sum(len(self.choosing_arms(label)) for label in self.grids)
+        arms = f"{self.total_in_words} {'arm' if len(self.arms()) == 1 else 'arms'}"
+        return f"{arms}, {choosing} to choose learning rates" if len(self.given) > 1 else arms
+
+    def race(self, label: str) -> dict[float, float]:
+        """Return the lowest loss at each learning rate at which the label's first seed has ended.
+
+        It is infinite if the arm diverged or was stopped early.
+        """
+        arms = [Arm(label, rate, self.seeds[0]) for rate in self.grids[label]]
+        return {arm.rate: self.loss_of(arm) for arm in arms if self.ended(arm)}
+
+    def rates_to_race(self, label: str, losses: Mapping[float, float]) -> list[float]:
+        """Return the learning rates that the label's race may still train, the next one first."""
+        return racing.remaining(self.grids[label], losses, self.start)
 
     @property
     def others(self) -> list[int]:
@@ -123,14 +200,14 @@ class ArmSchedule:
     def rate_of(self, label: str) -> float | None:
         """Return a label's chosen learning rate.
 
-        None if a seed failed at every learning rate. Until all arms of the choosing seeds have ended, it is the middle
-        learning rate.
+        None if a seed failed at every learning rate. Until all arms that choose have ended, it is the middle learning
+        rate.
         """
         rates = self.grids[label]
         failed = [rate for rate in rates for seed in self.others if self.ended(Arm(label, rate, seed)).get("reason")]
         known = label, *rates, "failed", *failed
         if known not in self.chosen_rates:
-            arms = [Arm(label, rate, seed) for rate in rates for seed in self.choosing]
+            arms = self.choosing_arms(label)
             if not all(map(self.ended, arms)):
                 return coarse_to_fine(rates)[0]
             arms += [Arm(label, rate, seed) for rate in failed for seed in self.others]
@@ -141,16 +218,29 @@ class ArmSchedule:
     # -- results of the arms -------------------------------------------------------------------------------------------
 
     def ended(self, arm: Arm) -> dict:
-        """Return the status, reason, memory and time of an arm that has ended; empty for any other arm."""
-        return read_object(self.folder_of(arm) / ENDED)
+        """Return the status, reason, memory and time of an arm that has ended; empty for any other arm.
 
-    def end(self, arm: Arm, reason: str, memory: int | None, seconds: float, to_conclude: float = 0.0) -> None:
+        Without a race, an arm that an earlier race has stopped early has not ended.
+        """
+        ended = read_object(self.folder_of(arm) / ENDED)
+        return ended if self.is_race or ended.get("status") != "stopped" else {}
+
+    def end(
+        self,
+        arm: Arm,
+        reason: str,
+        memory: int | None,
+        seconds: float,
+        to_conclude: float = 0.0,
+        stopped: bool = False,
+    ) -> None:
         """Record that an arm has ended after `seconds` in this process.
 
-        `reason`: why it failed; empty if it has finished. `memory`: its peak memory in bytes. `to_conclude`: expected
-        seconds to test and export it.
+        `reason`: why it failed or, if `stopped`, was stopped early; empty if it has finished. `memory`: its peak memory
+        in bytes. `to_conclude`: expected seconds to test and export it.
         """
-        known = {"status": "failed" if reason else "finished", "reason": reason, "memory_bytes": memory}
+        status = "stopped" if stopped else "failed" if reason else "finished"
+        known = {"status": status, "reason": reason, "memory_bytes": memory}
         times = {"wall_seconds": round(seconds, 3), "conclusion_seconds": round(to_conclude, 3)}
         write_json(self.folder_of(arm) / ENDED, known | times)
 
@@ -168,15 +258,20 @@ class ArmSchedule:
         return None
 
     def losses(self) -> dict[Arm, float]:
-        """Return the lowest loss on the selection split of each arm that has ended; infinite if the arm diverged.
+        """Return the lowest loss on the selection split of each arm that has ended.
 
-        Raises `InvalidArgument` for a finished arm whose losses are missing.
+        It is infinite if the arm diverged or was stopped early. Raises `InvalidArgument` for a finished arm whose
+        losses are missing.
         """
-        found = {}
-        for arm in self.arms():
-            if status := self.ended(arm).get("status"):
-                found[arm] = self.lowest_loss(arm) if status == "finished" else math.inf
-        return found
+        return {arm: self.loss_of(arm) for arm in self.arms() if self.ended(arm)}
+
+    def loss_of(self, arm: Arm) -> float:
+        """Return an ended arm's entry in `losses`."""
+        if self.ended(arm).get("status") != "finished":
+            return math.inf
+        if arm not in self.lowest:
+            self.lowest[arm] = self.lowest_loss(arm)
+        return self.lowest[arm]
 
     def lowest_loss(self, arm: Arm) -> float:
         """Return the lowest loss on the selection split of a finished arm.
@@ -198,15 +293,50 @@ class ArmSchedule:
         losses = self.losses()
         first = [arm for arm in self.arms() if arm.seed == self.seeds[0]]
         if self.grid.base.experiment.extend_rates and all(arm in losses for arm in first):
-            grids = grown(self.grids, self.choosing, losses)
+            left_out = {Arm(label, rate, self.seeds[0]): math.inf for label in self.grids for rate in self.grids[label]}
+            grids = grown(self.grids, self.choosing, left_out | losses)
             if max(map(len, grids.values())) <= len(self.given) + MOST_EXTENSIONS:
                 self.grids = grids
         begun = losses.keys() | self.running
-        order = in_order(self.grids, self.choosing, losses)
+        order = self.race_order(losses) if self.is_race else in_order(self.grids, self.choosing, losses)
         if all(arm in losses for arm in order):
             order = self.other_arms()
         todo = [arm for arm in order if arm not in begun]
         return todo[0] if todo and self.has_time() else None
+
+    def race_order(self, losses: Losses) -> list[Arm]:
+        """Return the arms that choose and can be trained now, in their order.
+
+        First the next arm of each label's race, which may be running: its end decides what follows. Labels that have
+        trained fewer arms come first. Once all races are decided, the other choosing seeds follow at each label's best
+        learning rates.
+        """
+        first = self.seeds[0]
+        races = {label: self.rates_to_race(label, self.race(label)) for label in self.grids}
+        if any(races.values()):
+            trained = Counter(arm.label for arm in losses if arm.seed == first)
+            labels = sorted((label for label, rates in races.items() if rates), key=trained.__getitem__)
+            return [Arm(label, races[label][0], first) for label in labels]
+        near = {label: racing.near_best(self.race(label)) for label in self.grids}
+        return [arm for seed in self.choosing[1:] for arm in arms_by_rate(near, seed)]
+
+    def why_stop(self, arm: Arm) -> str:
+        """Return why racing stops an arm early, from the losses in its log; empty if it goes on or does not race.
+
+        The arm is compared with the finished arm of its label and seed that has the lowest loss.
+        """
+        if not self.is_race or arm.seed != self.seeds[0]:
+            return ""
+        losses = {rate: loss for rate, loss in self.race(arm.label).items() if math.isfinite(loss)}
+        if not losses or self.ended(arm):
+            return ""
+        rate = min(losses, key=losses.__getitem__)
+        curve, best = self.select_losses(arm), self.select_losses(Arm(arm.label, rate, arm.seed))
+        step = racing.stopped_at(curve, best, higher=arm.rate > rate)
+        if step is None:
+            return ""
+        worse = f"{100 * (curve[step] / best[step] - 1):.2g}% above that of learning rate {rate:g}"
+        return f"stopped early at step {step}: selection loss {curve[step]:.4f}, {worse}"
 
     def has_time(self) -> bool:
         """Return whether another arm, and tests and exports, are expected to end within --experiment_minutes.

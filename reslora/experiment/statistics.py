@@ -18,7 +18,7 @@ from scipy import special
 from scipy.optimize import brentq
 
 from ..formatting import is_or_are
-from .record import Arm, Choice, Ranking, TestLosses, Verdict, Worse
+from .record import ENDED_AS, Arm, Choice, Ranking, TestLosses, Verdict, Worse
 
 REFERENCE = "lora"
 """The reference method, with which all others are compared."""
@@ -487,8 +487,8 @@ def choose(arms: Iterable[Arm], seeds: Iterable[int] | None = None) -> dict[str,
     """Return each label's learning rate and checkpoint with the lowest mean loss on the selection split over seeds.
 
     The means are over the ended arms with these `seeds` (default: all). A learning rate is not chosen if an arm with
-    any seed failed there, or if fewer seeds have ended there than elsewhere. Checkpoints with a non-finite loss are
-    left out. A label without a remaining checkpoint is not in the result.
+    any seed failed or was stopped early there, or if fewer seeds have ended there than elsewhere. Checkpoints with a
+    non-finite loss are left out. A label without a remaining checkpoint is not in the result.
     """
     losses: dict[str, dict[float, list[Mapping[str, float | None]]]] = {}
     failed = set()
@@ -498,8 +498,8 @@ def choose(arms: Iterable[Arm], seeds: Iterable[int] | None = None) -> dict[str,
             failed.add((arm["label"], arm["learning_rate"]))
         if seeds is None or arm["seed"] in seeds:
             found = by_rate.setdefault(arm["learning_rate"], [])
-            if arm["status"] in ("finished", "failed"):
-                found.append(arm["select_by_step"])
+            if arm["status"] in ENDED_AS:
+                found.append(arm["select_by_step"] if arm["status"] != "stopped" else {})
     for label, rate in failed:
         if rate in losses[label]:
             losses[label][rate] = [{}] * len(losses[label][rate])

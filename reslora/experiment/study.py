@@ -4,17 +4,26 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from ..errors import StoppedEarly
 from ..formatting import pluralize
 from ..io import read_object, write_json
+from ..runtime.peak_memory import peak_memory
+from ..runtime.processes import broadcast_from_main
 from ..runtime.signals import StopRequest
 from .arms import Arm
 from .hashed_split import too_few
 from .record import Facts, Parts, TestLosses
-from .report import About
+from .report import About, duration
 from .schedule import ArmSchedule
 
 COMPARING = "stopped while comparing; the same command goes on"
 TESTED = "test.json"  # test losses of the chosen checkpoint, in an arm's directory
+
+
+def race(arm: Arm, schedule: ArmSchedule) -> None:
+    """Raise `StoppedEarly` in every process if an arm's measurements show that another learning rate is better."""
+    if reason := broadcast_from_main(lambda: schedule.why_stop(arm)):
+        raise StoppedEarly(reason)
 
 
 class ExperimentStudy(ABC):
@@ -43,7 +52,7 @@ class ExperimentStudy(ABC):
     def train(self, arm: Arm) -> None:
         """Train an arm from its present state to its last step, in every process.
 
-        Raises `Diverged` if a loss is not finite.
+        It calls `race` after each measurement. Raises `Diverged` if a loss is not finite, and `StoppedEarly`.
         """
 
     def too_few(self) -> list[str]:
@@ -56,6 +65,28 @@ class ExperimentStudy(ABC):
     def goes_on(self, ended: int, total: int) -> None:
         """Write to the status how many arms have ended, if several are trained at once."""
         self.say(f"training, {ended} of {pluralize(total, 'arm')} ended")
+
+    def estimate(self, steps: int, step: float, start: float, measuring: float, test: float) -> None:
+        """Print, once, how long the rest of the experiment takes; for the first arm, after a few steps.
+
+        `steps`: their number in an arm; the other arguments are seconds. `step`: of one step. `start`, `measuring` and
+        `test`: of one arm, before its first step, for its measurements on the selection split, and for its test and
+        export.
+        """
+        schedule = self.schedule
+        if schedule.estimated:
+            return
+        schedule.estimated = True
+        left = sum(not schedule.ended(arm) for arm in schedule.arms())
+        compared = min(len(schedule.arms()), len(schedule.labels) * len(schedule.seeds))
+        at_once = min(left, schedule.grid.base.experiment.arms_at_once or 1)
+        times = [left * (start + steps * step) / at_once, left * measuring / at_once, compared * test]
+        training, measured, tested = map(duration, times)
+        parts = f"{training} of training, {measured} of measurements, {tested} of tests and exports"
+        memory = peak_memory(self.device)
+        used = f"; so far {memory / 2**30:.2f} GiB" if memory else ""
+        most = "at most " * schedule.is_race
+        print(f"estimate: {most}{duration(sum(times))} for {pluralize(left, 'run')} ({parts}){used}", flush=True)
 
     def begins(self, phase: str, arm: Arm) -> None:
         """Write the next phase of an arm to the run's status.

@@ -12,6 +12,8 @@ from torch import nn
 
 from ..errors import InvalidArgument
 from ..experiment.record import EXPERIMENT
+from ..experiment.schedule import ArmSchedule
+from ..formatting import pluralize
 from ..options.grid import Grid
 from ..options.images import Options
 from ..runtime.folder_lock import locked
@@ -191,8 +193,14 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
 def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
     """Print an estimate of the run's memory; write no files. Raise an error if the run does not fit into memory.
 
-    For an experiment, this is the estimate for its highest rank.
+    For an experiment, this is the estimate for its highest rank, after a line with the number of runs.
     """
+    if isinstance(asked, Grid):
+        training = asked.base.training
+        steps = training.max_train_steps or pluralize(training.num_train_epochs, "epoch")
+        each = pluralize(steps, "step") if isinstance(steps, int) else steps
+        runs = ArmSchedule(asked).runs_in_words()
+        print(f"{runs}; {each} each; the experiment prints the time that it takes once it has timed the first steps")
     options = asked.run(rank=max(asked.values("rank"))) if isinstance(asked, Grid) else asked
     with stop.at_once():
         accelerator = start_accelerator(options)

@@ -13,6 +13,7 @@ import functools
 import gc
 import json
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,9 +31,8 @@ from ..experiment.record import Facts, facts_of, read_experiment
 from ..experiment.report import About
 from ..experiment.runner import run_experiment
 from ..experiment.schedule import ArmSchedule, reading_adapter
-from ..experiment.study import COMPARING, ExperimentStudy
+from ..experiment.study import COMPARING, ExperimentStudy, race
 from ..experiment.worker_pool import Orders
-from ..formatting import pluralize
 from ..io import remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter, save_adapter
 from ..methods.links import print_links
@@ -53,6 +53,7 @@ from .trainer import AdapterTrainer, put_control_on, total_steps
 from .training_arguments import passed_on_defaults, without_tokens
 
 MOST_LOOKS = 10
+TIMED_STEPS = 5  # steps of the first arm from which the time of the experiment is estimated
 LEAST_LOSS = 1e-12  # the statistics need losses above zero, but the loss of a confident prediction can round to zero
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets")
 CHANGING = ("method", "learning_rate", "seed")  # options to which an experiment can add values
@@ -218,13 +219,16 @@ def opened(
         parts = study.parts(plain, grid.base.experiment)
         parts = dataclasses.replace(parts, trained=study.prepare(plain, parts))
         schedule.grid = grid.replace(**looks(grid.base.training, total_steps(plain.training, parts.trained)))
+        schedule.estimated = bool(orders and orders.number)  # one process prints the estimate
         experiment = TextExperiment(schedule, study, parts, stop, plain.training.device)
         if not orders:
             broadcast_from_main(lambda: take_folder(experiment))
             tell = functools.cache(say)  # several labels may print the same line
             for label in schedule.labels:
                 experiment.check_label(label, tell)
-            say(f"{pluralize(len(schedule.arms()), 'arm')}; {parts}")
+            every = schedule.grid.base.training.eval_steps
+            measured = f", measured every {every:g} steps" if every else ""
+            say(f"{schedule.runs_in_words()}{measured}; {parts}")
         yield experiment
 
 
@@ -252,6 +256,7 @@ def take_folder(experiment: TextExperiment) -> None:
     """
     schedule, folder = experiment.schedule, experiment.schedule.folder
     there = read_experiment(folder).get("identity") or {}
+    schedule.check_racing()
     if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
         raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
     # The evaluation steps follow from other settings, which the message should name first.
@@ -271,10 +276,13 @@ def take_folder(experiment: TextExperiment) -> None:
 
 
 class KeepAdapters(TrainerCallback):
-    """A callback that saves the adapter at every evaluation on the selection split, but not before the first step."""
+    """A callback that saves the adapter at every evaluation on the selection split, but not before the first step.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Then it calls `race`, which raises `StoppedEarly` if another learning rate is better.
+    """
+
+    def __init__(self, folder: Path, race: Callable[[], None]) -> None:
+        self.folder, self.race = folder, race
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
         """Save the adapter atomically.
@@ -292,6 +300,26 @@ class KeepAdapters(TrainerCallback):
                 save_adapter(model, temporary)
 
         broadcast_from_main(keep)
+        self.race()
+
+
+class TimeSteps(TrainerCallback):
+    """A callback that calls `timed` with the mean time in seconds of a few steps after the first one."""
+
+    def __init__(self, timed: Callable[[float], None]) -> None:
+        self.timed, self.number, self.seconds, self.began = timed, 0, 0.0, 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        """Start the timer."""
+        self.began = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Stop the timer; evaluations are not included."""
+        self.number += 1
+        if 1 < self.number <= 1 + TIMED_STEPS:
+            self.seconds += time.monotonic() - self.began
+        if self.number == 1 + TIMED_STEPS and state.is_world_process_zero:
+            self.timed(self.seconds / TIMED_STEPS)
 
 
 @dataclass(frozen=True)
@@ -351,7 +379,8 @@ class TextExperiment(ExperimentStudy):
 
     def facts(self) -> Facts:
         """Return versions, split sizes and the identity of the experiment."""
-        return {**facts_of(self.parts, LIBRARIES), "identity": self.identity}
+        identity = self.identity | {"racing": self.schedule.racing}
+        return {**facts_of(self.parts, LIBRARIES), "identity": identity}
 
     def train(self, arm: Arm) -> None:
         """Train an arm, from its latest checkpoint if it has one, and export it.
@@ -359,10 +388,12 @@ class TextExperiment(ExperimentStudy):
         Raises `Diverged` if a loss is not finite.
         """
         arguments, folder = self.arguments_of(arm), self.schedule.folder_of(arm)
+        began = time.monotonic()
         if arguments.training.torch_compile:
             torch.compiler.reset()  # torch stops compiling after a limited number of models
         trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
-        trainer.add_callback(KeepAdapters(folder))
+        trainer.add_callback(KeepAdapters(folder, functools.partial(race, arm, self.schedule)))
+        trainer.add_callback(TimeSteps(functools.partial(self.timed, arguments.training, time.monotonic() - began)))
         trainer.stopping.check("stopped between two arms; the same command goes on")
         try:
             with memory_reported(folder), contextlib.ExitStack() as stack:
@@ -373,6 +404,18 @@ class TextExperiment(ExperimentStudy):
         finally:
             trainer.accelerator.free_memory()
             gc.collect()  # a trainer, its callbacks and the model refer to each other
+
+    def timed(self, training: Any, start: float, step: float) -> None:
+        """Print the time that the experiment takes, from the mean time of an arm's first steps.
+
+        `start`: seconds before the first step.
+        """
+        steps = total_steps(training, self.parts.trained)
+        # A backward pass takes as long as two forward passes.
+        an_example = step / (3 * training.per_device_train_batch_size * training.gradient_accumulation_steps)
+        every = training.eval_steps if training.eval_strategy == "steps" else steps / training.num_train_epochs
+        measurement, test = (an_example * len(part) for part in (self.parts.select, self.parts.test))
+        self.estimate(steps, step, start, measurement * math.ceil(steps / every), test)
 
     def _train(self, trainer: Any, arm: Arm, arguments: Any) -> None:
         folder = self.schedule.folder_of(arm)

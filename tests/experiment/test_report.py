@@ -20,7 +20,7 @@ from waiting import LIMIT
 from experiment import examples
 from reslora.experiment import report
 from reslora.experiment import theme as look
-from reslora.experiment.statistics import rerun
+from reslora.experiment.statistics import choose, rerun
 from reslora.images.experiment.report_sections import IMAGES, timestep_chart
 from reslora.images.settings import parse_args
 from reslora.options.images import Options
@@ -436,3 +436,18 @@ def test_how_sure_it_is(best, conclusion, words):
     found = {"ranking": {"best": best} if best else None, "verdicts": verdicts}
     said = report.certainty(found, "a", "image")
     assert said.startswith(words) and bool(said) == bool(words)
+
+
+def test_a_run_that_was_stopped_early_is_shown_at_its_last_loss(experiment, folder):
+    """It has ended, and its rate is not chosen, however low its losses were; no line of a chart leads to it."""
+    found = copy.deepcopy(experiment)
+    stopped = [arm for arm in found["arms"] if (arm["label"], arm["learning_rate"]) == ("lora", 4e-4)]
+    for arm in stopped:
+        arm |= {"status": "stopped", "reason": "stopped early at step 100: why", "steps": 100, "test": None}
+        arm["select_by_step"] = {"50": 0.1, "100": 0.31}
+    assert choose(found["arms"])["lora"] == choose(experiment["arms"])["lora"]
+    words = words_of(page(found, folder))
+    assert words.count("stopped early at step 100: why") == len(stopped) == 3
+    assert "A dot off the line is a run that was stopped early, at its last loss." in words
+    assert headline_of(found, "image") == headline_of(experiment, "image")
+    assert "stopped early" not in words_of(page(experiment, folder))

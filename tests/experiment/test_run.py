@@ -26,7 +26,15 @@ from reslora.runtime.folder_lock import locked
 def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
     """Whatever a plain run would go on with."""
     schedule, told = (
-        SimpleNamespace(arms=list, next_arm=lambda: "arm", running=set(), minutes_left=lambda: None, name_of=str),
+        SimpleNamespace(
+            arms=list,
+            next_arm=lambda: "arm",
+            running=set(),
+            minutes_left=lambda: None,
+            name_of=str,
+            why_stop=lambda _: "",
+            total_in_words="1",
+        ),
         [],
     )
     results = SimpleNamespace(schedule=schedule, write=lambda: told.append(schedule.running), beforehand=list)
@@ -150,8 +158,9 @@ def test_an_arm_that_cannot_be_exported_is_a_note(tmp_path):
 def test_every_run_is_told_with_the_time_that_is_left(tmp_path, capsys):
     go(tmp_path / "out", methods="lora lora_x2")
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run ")]
-    assert lines[0] == "run 1 of 8: lora/lr-0.0002/seed-0"
-    assert lines[1] == "run 2 of 8, about 1 min left: lora_x2/lr-0.0002/seed-0" and len(lines) == 8
+    assert lines[0] == "run 1 of at most 8: lora/lr-0.0002/seed-0"
+    assert lines[1] == "run 2 of at most 8, about 1 min left: lora_x2/lr-0.0002/seed-0" and len(lines) == 8
+    assert lines[-1] == "run 8 of 8, about 1 min left: lora_x2/lr-0.0002/seed-1"
 
 
 @pytest.mark.parametrize("ends", [Diverged, Stopped])

@@ -9,6 +9,7 @@ import pytest
 from reslora.errors import InvalidArgument
 from reslora.experiment.arms import Arm
 from reslora.experiment.schedule import ArmSchedule
+from reslora.experiment.statistics import choose
 from reslora.images.settings import parse_args
 from reslora.runtime.checkpoint_folders import adapter_folder
 
@@ -102,13 +103,13 @@ def test_records_say_what_has_become_of_arms(schedule):
 
 def test_an_arm_that_diverged_does_not_keep_the_others_from_theirs(schedule):
     """However good its loss was before it diverged, and whether it has one or not."""
-    one = schedule()
+    one = schedule("--no-racing")
     arm = one.next_arm()
     one.end(arm, "the loss is not finite at step 1", 100, 5.0)
     diverged = one.next_arm()
     leave(one, diverged)
     one.end(diverged, "the loss is not finite at step 7", 100, 5.0)
-    assert one.losses() == {arm: math.inf, diverged: math.inf} and len(run(schedule())) == 4
+    assert one.losses() == {arm: math.inf, diverged: math.inf} and len(run(schedule("--no-racing"))) == 4
 
 
 def test_an_arm_that_ended_well_and_whose_log_is_gone_has_not_diverged(schedule):
@@ -191,3 +192,116 @@ def test_what_another_start_has_trained_counts_for_how_long_an_arm_takes(schedul
     one.longest = 60.0
     assert not one.has_time() and one.next_arm() is None
     assert schedule("--experiment_minutes", "20").next_arm() is not None
+
+
+# -- the race ----------------------------------------------------------------------------------------------------------
+
+
+FIVE = ("--method", "lora", "lora_x2", "--learning_rate", "1e-4", "2e-4", "4e-4", "8e-4", "1.6e-3")
+BEST = {"lora": 2e-4, "lora_x2": 8e-4}
+
+
+def measure(schedule: ArmSchedule, arm: Arm, steps: range) -> str:
+    """Log what an arm measures at these steps, until it is stopped; higher losses the further its rate is off."""
+    folder, off = schedule.folder_of(arm), abs(math.log2(arm.rate / BEST[arm.label]))
+    folder.mkdir(parents=True, exist_ok=True)
+    for step in steps:
+        with (folder / "log.jsonl").open("a") as file:
+            loss = 1 + 0.1 * off + 1 / step
+            file.write(json.dumps({"step": step, "split": "validation", "loss": loss, "seconds": 1.0}) + "\n")
+        if reason := schedule.why_stop(arm):
+            return reason
+    return ""
+
+
+def compete(schedule: ArmSchedule, most: int = 1000) -> list[tuple[str, float, int]]:
+    """Up to `most` arms; each has ended, or is killed after half of its steps."""
+    found: list[tuple[str, float, int]] = []
+    while len(found) < most and (arm := schedule.next_arm()):
+        reason = measure(schedule, arm, range(1, 11))
+        schedule.end(arm, reason, 100, 5.0, stopped=bool(reason))
+        found.append((arm.label, arm.rate, arm.seed))
+    return found
+
+
+def ends(schedule: ArmSchedule) -> dict[tuple, tuple]:
+    """How every arm has ended, by label, rate and seed."""
+    records = map(schedule.record, schedule.arms())
+    return {(each["label"], each["learning_rate"], each["seed"]): (each["status"], each["steps"]) for each in records}
+
+
+def test_a_race_trains_the_middle_rate_then_outward_and_stops_what_is_worse(schedule):
+    one = schedule(*FIVE, "--seed", "0", "1")
+    assert one.is_race and len(one.arms()) == 2 * (5 + 1) and one.total_in_words == "at most 12"
+    assert one.runs_in_words() == "at most 12 arms, 10 to choose learning rates"
+    race = [
+        ("lora", 4e-4), ("lora_x2", 4e-4), ("lora", 2e-4), ("lora_x2", 2e-4),
+        ("lora", 1e-4), ("lora_x2", 8e-4), ("lora_x2", 1.6e-3),
+    ]  # fmt: skip
+    assert compete(one) == [(*arm, 0) for arm in race] + [("lora", 2e-4, 1), ("lora_x2", 8e-4, 1)]
+    stopped = {("lora", 1e-4, 0): 5, ("lora_x2", 2e-4, 0): 5, ("lora_x2", 1.6e-3, 0): 1}
+    assert (
+        ends(one) == {arm: ("stopped", stopped[arm]) if arm in stopped else ("finished", 10) for arm in ends(one)}
+        and len(ends(one)) == 9
+    )
+    reason = "stopped early at step 5: selection loss 1.3000, 8.3% above that of learning rate 0.0002"
+    assert one.record(Arm("lora", 1e-4, 0))["reason"] == reason and one.total_in_words == "9"
+    chosen = choose(map(one.record, one.arms()), one.choosing)
+    assert {label: choice["learning_rate"] for label, choice in chosen.items()} == BEST
+    assert all(choice["at_end"] is None for choice in chosen.values())
+
+
+@pytest.mark.parametrize("kill", range(10))
+def test_a_killed_race_ends_as_one_that_was_not(schedule, tmp_path, kill):
+    """A killed arm goes on in another process, or has measured what stops it but has not ended yet."""
+    compete(schedule(*FIVE, "--seed", "0", "1"))
+    whole = ends(schedule(*FIVE, "--seed", "0", "1"))
+    shutil.rmtree(tmp_path / "out")
+    first = schedule(*FIVE, "--seed", "0", "1")
+    compete(first, most=kill)
+    again = schedule(*FIVE, "--seed", "0", "1")
+    if arm := first.next_arm():
+        measured = measure(first, arm, range(1, 6))
+        assert again.next_arm() == arm and again.why_stop(arm) == measured
+        shutil.rmtree(first.folder_of(arm))
+    compete(again)
+    assert ends(again) == whole
+
+
+def test_a_stopped_arm_goes_on_if_its_rate_alone_is_asked_for(schedule):
+    compete(schedule(*FIVE, "--seed", "0", "1"))
+    one = schedule(*FIVE, "--learning_rate", "1e-4", "--method", "lora", "--seed", "0", "1")
+    assert one.next_arm() == Arm("lora", 1e-4, 0) and one.why_stop(Arm("lora", 1e-4, 0)) == ""
+
+
+def test_only_the_other_choosing_seeds_train_rates_that_are_nearly_as_good(schedule):
+    one = schedule(*FIVE, "--seed", *"01234")
+    done = compete(one)
+    assert [arm for arm in done if arm[2] == 4] == [("lora", 2e-4, 4), ("lora_x2", 8e-4, 4)]
+    assert done.index(("lora", 2e-4, 4)) < done.index(("lora", 2e-4, 1)) and len(done) == 7 + 8
+
+
+def test_the_race_goes_on_beyond_the_last_rate(schedule, tmp_path, monkeypatch):
+    monkeypatch.setitem(BEST, "lora_x2", 3.2e-3)
+    flags = (*FIVE, "--extend_rates")
+    done = compete(schedule(*flags))
+    assert [rate for label, rate, _ in done if label == "lora_x2"] == [4e-4, 2e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3]
+    assert [rate for label, rate, _ in done if label == "lora"] == [4e-4, 2e-4, 1e-4]
+    assert compete(schedule(*flags)) == [] and schedule(*flags).total_in_words == "9"
+
+
+def test_an_experiment_goes_on_as_it_was_begun(schedule, tmp_path):
+    """One of a version without racing has no entry."""
+    assert not schedule("--no-racing").is_race and schedule().is_race
+    assert not schedule("--learning_rate", "1e-4", "--seed", "0", "1").is_race
+    many = schedule("--arms_at_once", "3")  # two methods
+    assert not many.is_race and many.is_race_off and schedule("--arms_at_once", "3", "--racing").is_race
+    file = tmp_path / "out" / "experiment.json"
+    file.parent.mkdir(exist_ok=True)
+    for identity, races in (({}, False), ({"racing": False}, False), ({"racing": True}, True)):
+        file.write_text(json.dumps({"identity": identity}))
+        assert schedule().is_race == races and not schedule().is_race_off
+        schedule("--racing" if races else "--no-racing").check_racing()
+        wrong, begun = ("--no-racing", "with --racing") if races else ("--racing", "without racing")
+        with pytest.raises(InvalidArgument, match=f"^{wrong}: .*out was begun {begun}; leave it out, or choose"):
+            schedule(wrong).check_racing()

@@ -29,7 +29,7 @@ from .test_schedule import run as one_after_the_other
 
 
 def grid(folder: Path, *flags: str) -> list[str]:
-    return ["--output_dir", str(folder), "--method", "lora", "--learning_rate", "1e-4", "2e-4", *flags]
+    return ["--output_dir", str(folder), "--method", "lora", "--learning_rate", "1e-4", "2e-4", "--no-racing", *flags]
 
 
 def work(argv: list[str], what: dict[float, str], stop: StopRequest, orders: Orders) -> None:

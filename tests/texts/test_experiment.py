@@ -39,7 +39,7 @@ from .test_glue import write_rows as write_file
 
 MODEL = ASSETS / "tiny-llama"
 RATES = ("1e-3", "5e-3")
-EXPERIMENT = ("--method", "lora", "reslora", "--learning_rate", *RATES)
+EXPERIMENT = ("--method", "lora", "reslora", "--learning_rate", *RATES, "--no-racing")
 ARM = Arm("any", 1e-3, 0)
 SPLITS = {"train": 12, "validation": 3, "test": 4}
 
@@ -359,6 +359,23 @@ def test_arms_at_once_are_those_of_one_after_the_other(common, whole, tmp_path, 
 
 
 @pytest.mark.exhaustive
+def test_a_race_stops_a_run_early_and_says_so(common, tmp_path, capsys):
+    """In a few steps, a low rate learns nothing. The estimate follows six steps."""
+    own = (*common, "--max_steps", "8", "--eval_steps", "2", "--output_dir", tmp_path / "out")
+    own += ("--method", "lora", "--learning_rate", "1e-6", "5e-3")
+    assert run(*own) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("2 arms, 2 to choose learning rates, measured every 2 steps; " in line for line in lines)
+    assert any(line.startswith("estimate: at most ") and " for 2 runs (" in line for line in lines)
+    (line,) = [line for line in lines if line.startswith("lora/lr-1e-06/seed-42: stopped early at step 4: ")]
+    low, _ = record(tmp_path / "out")["arms"]
+    assert (low["status"], low["steps"]) == ("stopped", 4) and line.endswith(low["reason"])
+    before = times(tmp_path / "out")
+    assert run(*own) == 0 and times(tmp_path / "out").items() >= before.items()
+    assert run(*own, "--no-racing") == 2 and "was begun with --racing" in capsys.readouterr().err
+
+
+@pytest.mark.exhaustive
 def test_two_processes_end_well(common, tmp_path):
     """Who has trained with the main process waits while that one compares and exports."""
     words = ["--seed", "0", "1", "--learning_rate", "5e-3", "--max_steps", "1", "--output_dir", str(tmp_path / "out")]
@@ -391,7 +408,7 @@ def test_an_experiment_goes_on_with_as_many_processes_as_before(common, whole, t
 def test_what_differs_is_named_before_when_losses_are_measured_which_follows(tmp_path, other, words):
     there = {"eval_strategy": "steps", "eval_steps": 1, "num_processes": 1, "train": "these"}
     (tmp_path / "experiment.json").write_text(json.dumps({"identity": there}))
-    schedule = SimpleNamespace(folder=tmp_path, arms=list)
+    schedule = SimpleNamespace(folder=tmp_path, arms=list, check_racing=lambda: None)
     runner = SimpleNamespace(schedule=schedule, identity=there | {"eval_steps": 2} | other)
     with pytest.raises(InvalidArgument, match=words):
         experiment.take_folder(runner)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
+import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from ...experiment.arms import Arm
 from ...experiment.record import EXPERIMENT, Facts, facts_of, read_experiment
 from ...experiment.report import About
 from ...experiment.schedule import ArmSchedule
-from ...experiment.study import ExperimentStudy
+from ...experiment.study import ExperimentStudy, race
 from ...experiment.worker_pool import Orders
 from ...formatting import pluralize
 from ...io import read_object, remove_leftovers
@@ -44,9 +46,11 @@ from ...training.loop import train_method
 from ...training.schedule import Schedule, schedule_of
 from ...training.state import Learner
 from ..cache_folder import cache_folder
+from ..data.batch import Batch
 from ..data.samples import TIMESTEPS, TrainingData, measured_at
 from ..data.training_data import latents_of, print_folder_counts, with_texts
 from ..model_checks import check_methods
+from ..output.reports import Reports
 from ..output.trackers import note_settings
 from ..run import begin, check_before_loading, encode, forget_encoder
 from ..study import ImageStudy
@@ -55,6 +59,7 @@ from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
 from .test_split_losses import EXPORTED, base_losses, export_chosen, export_compared, measured
 
 MOST_LOOKS = 10
+TIMED_STEPS = 5  # steps of the first arm from which the time of the experiment is estimated
 SELECT_NOISES = 1  # noises per timestep and image of the selection split; for the test split it is NOISES
 ADAPTER = ("rank", "shortcut", "pre_num")  # the options of an adapter that an experiment may vary
 CHANGING = ("learning_rate", "seed")  # more values of these may be added to an existing experiment, like methods
@@ -103,13 +108,16 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
             seed: of_seed(training_data, seed, pipeline, context) for seed in asked.values("seed")
         }
         forget_encoder(pipeline, context)
-        schedule = with_few_looks(schedule_of(training_data.updates(processes), context), plain.validation)
+        racing = broadcast_from_main(lambda: ArmSchedule(asked).is_race)
+        schedule = with_few_looks(schedule_of(training_data.updates(processes), context), plain.validation, racing)
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         broadcast_from_main(lambda: check_same(asked, identity, content))
         note_settings(asked.flat(), schedule, context.accelerator, write=not orders)
         arm_schedule, study = ArmSchedule(asked, began), ArmStudy(schedule, identity, context, pipeline, training_data)
+        arm_schedule.estimated = bool(orders and orders.number)  # one process prints the estimate
+        measured = f"every {pluralize(schedule.validation_steps, 'step')}"
         context.accelerator.print(
-            f"{pluralize(len(arm_schedule.arms()), 'arm')} of {pluralize(schedule.steps, 'step')}; {parts}"
+            f"{arm_schedule.runs_in_words()}; {pluralize(schedule.steps, 'step')}, measured {measured}; {parts}"
         )
         there = read_experiment(folder).get("identity")
         noises = there.get("noises", NOISES) if there else SELECT_NOISES
@@ -139,6 +147,7 @@ def check_folder(grid: Grid[Options], identity: Identity | None = None) -> None:
     """
     arm_schedule = ArmSchedule(grid)
     check_same(grid, identity)
+    arm_schedule.check_racing()
     for arm in arm_schedule.arms():
         own, folder = going_on(arm_schedule.options_of(arm)), arm_schedule.folder_of(arm)
         if arm_schedule.ended(arm):
@@ -185,15 +194,15 @@ def identity_record(values: Mapping[str, Any], identity: Identity) -> dict:
     return past | {"settings": settings} | {name: values[name] for name in FIXED}
 
 
-def with_few_looks(schedule: Schedule, options: ValidationOptions) -> Schedule:
-    """Limit the default number of validations to MOST_LOOKS.
+def with_few_looks(schedule: Schedule, options: ValidationOptions, racing: bool) -> Schedule:
+    """Limit the default number of validations to MOST_LOOKS, which is also the number with racing.
 
-    The default is one validation per epoch, but an epoch may be a single step.
+    The default is one validation per epoch, but an epoch may be a single step, or half of a run.
     """
     if options.validation_steps:
         return schedule
     least = math.ceil(schedule.steps / MOST_LOOKS)
-    return dataclasses.replace(schedule, validation_steps=max(schedule.validation_steps, least))
+    return dataclasses.replace(schedule, validation_steps=least if racing else max(schedule.validation_steps, least))
 
 
 def with_varied(resolved: Options, given: Grid[Options]) -> Grid[Options]:
@@ -235,8 +244,32 @@ def of_seed(training_data: TrainingData, seed: int, pipeline: DiffusionPipeline,
     )
 
 
+@dataclass(frozen=True)
 class ArmStudy(ImageStudy):
     """The study of an arm: training writes no exports; `ImageExperiment` exports arms when it compares them."""
+
+    race: Callable[[], None] = lambda: None
+    """Function that raises `StoppedEarly` in every process if another learning rate is better."""
+    timed: Callable[[float], None] = lambda _: None
+    """Function that receives the median time in seconds of a few of the first steps."""
+
+    def batches(self, steps: range) -> Generator[Batch, None, None]:
+        """Yield batches as a single run does, and time the steps after the first one, which may compile."""
+        a_step = self.context.options.training.gradient_accumulation_steps
+        times: list[float] = []
+        with contextlib.closing(super().batches(steps)) as batches:
+            for number, batch in enumerate(batches):
+                if len(times) <= 1 + TIMED_STEPS and number % a_step == 0:
+                    times.append(time.monotonic())
+                    if len(times) == 2 + TIMED_STEPS and self.context.accelerator.is_main_process:
+                        # a median, because a checkpoint or a measurement may follow a step
+                        self.timed(statistics.median(end - begin for begin, end in itertools.pairwise(times[1:])))
+                yield batch
+
+    def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
+        """Measure and sample as a single run does, and end the arm if another learning rate is better."""
+        super().validate(learner, reports, parts)
+        self.race()
 
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
         """Write nothing, and return no differences."""
@@ -281,7 +314,9 @@ class ImageExperiment(ExperimentStudy):
         training_data = dataclasses.replace(
             training_data, adapter=options.adapter, data=data, training=options.training, validation=validation
         )
-        return dataclasses.replace(self.study, training_data=training_data, context=context)
+        ends = functools.partial(race, arm, self.schedule)
+        timed = functools.partial(self.timed, time.monotonic())
+        return dataclasses.replace(self.study, training_data=training_data, context=context, race=ends, timed=timed)
 
     def train(self, arm: Arm) -> None:
         """Train an arm from its latest checkpoint, in every process."""
@@ -296,6 +331,19 @@ class ImageExperiment(ExperimentStudy):
         finally:
             context.accelerator.free_memory()
 
+    def timed(self, began: float, step: float) -> None:
+        """Print the time that the experiment takes, from the start of an arm and the median of its first steps."""
+        options, schedule, shared = self.study.context.options, self.study.schedule, self.study.shared
+        # A backward pass takes as long as two forward passes.
+        batch = 3 * options.training.train_batch_size * options.training.gradient_accumulation_steps
+        a_sample = shared.seconds / shared.samples if shared.samples else step / batch
+        samples = len(self.study.training_data.held_out) * TIMESTEPS * self.noises
+        prompts = len(options.validation.validation_prompt or []) * options.validation.num_validation_images
+        measurement = a_sample * (samples + 2 * options.validation.num_inference_steps * prompts)
+        measuring = measurement * math.ceil(schedule.steps / schedule.validation_steps)
+        start = max(0.0, time.monotonic() - began - shared.seconds - (1 + TIMED_STEPS) * step)
+        self.estimate(schedule.steps, step, start, measuring, self.seconds_to_conclude())
+
     @functools.cached_property
     def test_ids(self) -> list[str]:
         """Content hash of each test image."""
@@ -308,7 +356,7 @@ class ImageExperiment(ExperimentStudy):
             **facts_of(self.parts, LIBRARIES),
             "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
             "identity": identity_record(self.schedule.grid.flat(), self.study.identity)
-            | {"parts": self.content, "noises": self.noises},
+            | {"parts": self.content, "noises": self.noises, "racing": self.schedule.racing},
         }
 
     def measured(self, arm: Arm, step: int) -> dict:

@@ -39,7 +39,7 @@ from reslora.runtime.status import Status
 from reslora.training.checkpoints import Identity
 from reslora.training.context import Context
 
-SMALL = ("--method", "lora", "--learning_rate", "1e-2", "3e-2")
+SMALL = ("--method", "lora", "--learning_rate", "1e-2", "3e-2", "--no-racing")
 WHOLE = ("--method", "lora", "reslora", "--learning_rate", "1e-2", "--seed", "0", "1")
 
 
@@ -446,6 +446,29 @@ def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
     assert not any("lr-1e+30" in line for line in printed(*own) if "merging" in line)
 
 
+RACE = ("--method", "lora", "--learning_rate", "1e-4", "0.3", "--max_train_steps", "8", "--validation_steps", "2")
+"""The model is not trained yet, and so the higher rate is better from the first step on."""
+
+
+def test_a_race_stops_a_run_early_and_says_so(flags, tmp_path, capsys):
+    """The same command trains nothing again; the estimate follows six steps."""
+    own = [*flags, *RACE, "--output_dir", tmp_path / "out"]
+    lines = printed(*own)
+    only(lines, "2 arms, 2 to choose learning rates; 8 steps, measured every 2 steps")
+    only(lines, "estimate: at most ", " for 2 runs (", " of training, ", " of tests and exports)", "GiB")
+    only(lines, "run 2 of 2, about 1 min left: lora/lr-0.0001/seed-0")
+    line = only(lines, "lora/lr-0.0001/seed-0: stopped early at step 4: selection", "% above that of learning rate 0.3")
+    low, _ = experiment(tmp_path / "out")["arms"]
+    assert (low["status"], low["steps"]) == ("stopped", 4) and line.endswith(low["reason"])
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert low["reason"] in report and "A dot off the line is a run that was stopped early" in report
+    logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("log.jsonl")}
+    printed(*own)
+    assert {path: path.stat().st_mtime_ns for path in logs} == logs
+    refusal = refused(capsys, *own, "--no-racing")
+    assert "--no-racing" in refusal and "was begun with --racing" in refusal
+
+
 @pytest.mark.exhaustive
 def test_arms_at_once_are_those_of_one_after_the_other(flags, small, tmp_path, monkeypatch):
     """To the last bit: each process has as many threads as the tests have."""
@@ -460,6 +483,13 @@ def test_arms_at_once_are_those_of_one_after_the_other(flags, small, tmp_path, m
     assert one["arms"] == two["arms"] and one["chosen"] == two["chosen"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["arms_at_once"] == 2 and config["learning_rate"] == [0.01, 0.03]
+
+
+@pytest.mark.exhaustive
+def test_two_processes_stop_an_arm_together(flags, tmp_path):
+    told = forked(SCRIPT, *flags, *RACE, "--output_dir", str(tmp_path / "out"), folder=tmp_path)
+    assert told.count("lora/lr-0.0001/seed-0: stopped early at step 4: ") == 1 and told.count("estimate: ") == 1, told
+    assert [arm["status"] for arm in experiment(tmp_path / "out")["arms"]] == ["stopped", "finished"]
 
 
 @pytest.mark.exhaustive
