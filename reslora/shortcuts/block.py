@@ -158,7 +158,7 @@ class BlockShortcut(Shortcut):
         """Add one forward pass: the error of a merge that was truncated; `own` and `handed` are the stacked A and B."""
         block.moments.add(x, x @ own[:1].to(x).t(), None, torch.linalg.vector_norm(x))
         if merged.a.shape != own.shape:
-            whole = x @ own.to(x).t() @ handed.to(x).t()
+            whole = block.share * (x @ own.to(x).t() @ handed.to(x).t())
             cut = x @ merged.a.to(x).t() @ merged.b.to(x).t()
             block.moments.measure(whole, cut - whole)
 

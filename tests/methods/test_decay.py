@@ -25,7 +25,7 @@ def test_it_is_one_before_the_first_step_and_exactly_zero_after_the_last(part):
 def test_a_connected_model_gets_the_factor_and_plain_lora_none():
     model, plain = lora_stack(), lora_stack()
     before = run(plain, STACK_INPUTS)
-    reslora.connect(model, reslora.ResLoraConfig("middle", 2))
+    reslora.connect(model, reslora.ResLoraConfig("middle", 2), example_inputs=STACK_INPUTS)
     for each in (model, plain):
         set_factor(each, 0.5)
     assert connection_of(base_model(model)).wires.factor == 0.5
