@@ -155,8 +155,8 @@ def test_both_have_the_factor_of_each_step(flags, tmp_path):
     assert main(*flags, *words, "--train_batch_size", "4", "--output_dir", tmp_path / "one") == 0
     for step, factor in ((2, 1 / 3), (4, 0), (STEPS, 0)):
         place = f"reslora/checkpoint-{step}/reslora_config.json"
-        found = {read_object(tmp_path / name / place)["factor"] for name in ("two", "one")}
-        assert found == {pytest.approx(factor, abs=1e-12)}
+        two, one = (read_object(tmp_path / name / place)["factor"] for name in ("two", "one"))
+        assert two == one == pytest.approx(factor, abs=1e-12)
     two, one = (final_weights(tmp_path / name, "reslora", STEPS) for name in ("two", "one"))
     torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
 
