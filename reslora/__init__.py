@@ -29,6 +29,7 @@ _HOMES = {
     "load": "checkpoint",
     "merge": "model",
     "save": "checkpoint",
+    "set_shortcut_scale": "model",
 }
 _MODULES = ("calibration", "export")  # modules that are attributes of the package
 

@@ -50,9 +50,9 @@ PEFT_PREFIX = "base_model.model."
 def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> None:
     """Write the connected adapter of `model` to `directory`: `reslora_config.json` and `reslora_model.safetensors`.
 
-    The checkpoint includes `modules_to_save`, the recorded norms, and scales changed by `set_scale`. `checksums.json`
-    is written last; call `reslora.io.write_checksums` again after adding files. With several processes, call this on
-    rank 0 only.
+    The checkpoint includes `modules_to_save`, the recorded norms, and scales changed by `set_scale` or
+    `set_shortcut_scale`. `checksums.json` is written last; call `reslora.io.write_checksums` again after adding files.
+    With several processes, call this on rank 0 only.
 
     Raises `ValueError` if the model is not connected, or `directory` is a file.
     """
@@ -69,6 +69,7 @@ def save(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         "reslora": connection.config.to_dict(),
         "chains": connection.chains.to_dict(),
         "norms": {"names": norms.names, "pushed": norms.count},
+        "factor": connection.wires.factor,
         "scaling": rescaled(lora_layers(base, adapter_name), adapter_name),
         "peft_model": isinstance(unwrap(model), PeftModel),
     }
@@ -142,6 +143,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
     rescale(lora_layers(base_model(loaded), adapter_name), saved.scaling, adapter_name)
     if connection is None:
         connection = attach_wires(loaded, saved.config, adapter_name, saved.plan)
+    connection.wires.factor = saved.factor
     norms = connection.wires.norms
     norms.clear()
     if saved.norms is not None and saved.names == norms.names:
@@ -161,6 +163,8 @@ class _Saved:
     plan: Chains
     scaling: dict[str, float]
     """Scaling, by name, of those layers whose scaling differs from what their rank and alpha give."""
+    factor: float
+    """The value of `set_shortcut_scale`."""
     wrapped: bool
     """Whether the saved model was a `PeftModel`."""
     names: list[str]
@@ -181,8 +185,8 @@ def _read(directory: Path) -> _Saved:
         lora = LoraConfig(**{key: value for key, value in content["lora"].items() if key != "peft_type"})
         plan = _read_plan(content["chains"])
         names, pushed = content["norms"]["names"], int(content["norms"]["pushed"])
-        scaling = dict(content["scaling"])
-        return _Saved(config, lora, plan, scaling, content["peft_model"], names, pushed, tensors, norms)
+        scaling, factor = dict(content["scaling"]), float(content.get("factor", 1))  # versions before 0.3 have none
+        return _Saved(config, lora, plan, scaling, factor, content["peft_model"], names, pushed, tensors, norms)
     except Exception as error:  # a file of another format fails with any kind of exception
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
 

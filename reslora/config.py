@@ -6,6 +6,9 @@ from .checks import is_whole
 from .shortcuts import NAMES as SHORTCUTS
 from .shortcuts import PLAIN, shortcut_class
 
+SCALES = ("sum", "mean")
+"""Whether the terms of a block and its neighbors are added up or averaged; see `ResLoraConfig.shortcut_scale`."""
+
 HEADS = ("repeat", "none")
 """How the first block (head) of an `input` chain replaces the missing x_{n-1}; see `ResLoraConfig.head`."""
 
@@ -29,9 +32,13 @@ class ResLoraConfig:
     window: int = 100
     """Number of latest training forward passes over which the norms f_n of Eqs. 8-9 are averaged; 0 records none."""
 
+    shortcut_scale: str = "sum"
+    """`sum` as in Eqs. 2-4, or `mean`: divide the sum of a block's own and its m neighbors' terms by m + 1."""
+
     def __post_init__(self) -> None:
         _check_choice("shortcut", self.shortcut, SHORTCUTS)
         _check_choice("head", self.head, HEADS)
+        _check_choice("shortcut_scale", self.shortcut_scale, SCALES)
         _check_integer("pre_num", self.pre_num, least=-1, hint="-1 means all previous blocks, 0 none")
         _check_integer("window", self.window, least=0, hint="0 records no norms")
 

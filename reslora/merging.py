@@ -35,17 +35,26 @@ class Factors:
     parts: Sequence[torch.Tensor] = ()
     """Matrices (r x p) that multiply x_{n-1}, x_{n-2}, ...: A_n (`input`), or A_{n-1}, A_{n-2}, ... (`middle`)."""
     alpha_of_head: float = 0.0
-    """alpha* of the block if it is a head: 1 if a head repeats its input (x_{n-1} := x_n), else 0."""
+    """alpha* of the block if it is a head: g if a head repeats its input (x_{n-1} := x_n), else 0."""
+    factor: float = 1.0
+    """g, by which the shortcut terms are multiplied; see `reslora.set_shortcut_scale`."""
+    averaged: int = 0
+    """Number of shortcut terms (m) over which the sum is averaged; 0 if it is not."""
     fold: Callable[[Factors, list[float]], Merged] | None = None
     """Return this block as plain LoRA, given the alphas in `x_{n-k} ~ alpha_{n-k} x_n` (see `Shortcut.fold`)."""
 
     def stand_in(self) -> torch.Tensor:
-        """Return S, the sum of `parts` (r x p): if all blocks had the same input x, the shortcut terms would be S x."""
-        return sum(part.to(self.a) for part in reversed(self.parts))  # type: ignore[return-value] # of no head
+        """Return S = g (sum of `parts`) (r x p): if all blocks had the input x, the shortcut terms would be S x."""
+        return self.factor * sum(part.to(self.a) for part in reversed(self.parts))  # type: ignore[return-value] # no head
+
+    @property
+    def share(self) -> float:
+        """Factor on the sum of all terms: 1, or `1 / (1 + g m)` if the sum is averaged."""
+        return share_of(self.averaged, self.factor)
 
     def scaled(self, alpha: float, notes: tuple[str, ...] = ()) -> Merged:
-        """Return A and `B_n (1 + alpha*)` (Eq. 7)."""
-        return Merged(self.a, self.b * (1 + alpha), alpha, notes)
+        """Return A and `B_n (1 + alpha*)` (Eq. 7), times `share`."""
+        return Merged(self.a, self.b * (self.share * (1 + alpha)), alpha, notes)
 
 
 @dataclasses.dataclass
@@ -136,12 +145,17 @@ def _precise(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
+def share_of(averaged: int, factor: float) -> float:
+    """Return the factor on a sum of a block's own term and `averaged` terms with the weight `factor`, to average it."""
+    return 1 / (1 + factor * averaged)
+
+
 # -- the merges ------------------------------------------------------------------------------------------------------
 
 
 def merge_none(chain: list[Factors]) -> list[Merged]:
     """Return A and B unchanged, without the shortcuts (merge_no of Table 3)."""
-    return [Merged(block.a, block.b, alpha=0.0) for block in chain]
+    return [block.scaled(0.0) for block in chain]
 
 
 def merge_input(chain: list[Factors]) -> list[Merged]:
@@ -155,10 +169,11 @@ def merge_input(chain: list[Factors]) -> list[Merged]:
         if not before:
             merged.append(block.scaled(block.alpha_of_head))
         elif block.norm == 0:
-            merged.append(block.scaled(1.0, (_zero_norm(block),)))
+            merged.append(block.scaled(block.factor, (_zero_norm(block),)))
         else:
             notes = tuple(_zero_norm(other) for other in before if other.norm == 0)
-            merged.append(block.scaled(float(sum(_ratio(other.norm, block.norm) for other in before)), notes))
+            alpha = block.factor * float(sum(_ratio(other.norm, block.norm) for other in before))
+            merged.append(block.scaled(alpha, notes))
     return merged
 
 
@@ -176,9 +191,9 @@ def merge_weights(chain: list[Factors]) -> list[Merged]:
     merged: list[Merged] = []
     norms: list[float] = []
     for block in chain:
-        alphas = [_ratio(norms[k - 1], norms[block.before[0]]) if k > 0 else 1.0 for k in block.before]
+        ratios = [_ratio(norms[k - 1], norms[block.before[0]]) if k > 0 else 1.0 for k in block.before]
         used = {k - 1 for k in block.before if k > 0} | {k for k in block.before[:1] if k > 0}
-        result = block.fold(block, alphas)
+        result = block.fold(block, [block.factor * ratio for ratio in ratios])
         result.notes += tuple(_zero_norm(chain[j]) for j in sorted(used) if norms[j] == 0)
         merged.append(result)
         weight = block.weight()
@@ -206,8 +221,8 @@ def merge_lstsq(chain: list[Factors]) -> list[Merged]:
         if not block.before:
             merged.append(block.scaled(block.alpha_of_head))
             continue
-        fitted = Merged(block.a + block.stand_in() + block.moments.fitted, block.b)
-        kept = Merged(block.a, block.b, alpha=0.0)
+        kept = block.scaled(0.0)
+        fitted = Merged(block.a + block.stand_in() + block.moments.fitted, kept.b)
         error, without = relative_error(block, fitted), relative_error(block, kept)
         if without < error:
             errors = f"whose error is {without:.2g}; that of 'lstsq' is {error:.2g}"
@@ -220,11 +235,11 @@ def merge_exact(chain: list[Factors]) -> list[Merged]:
     """Return `A* = [A_n; ...; A_{n-m}]` and `B* = [B_n, ..., B_{n-m}]`, of rank (m + 1) r (Eq. 5)."""
     merged = []
     for block in chain:
-        stacked = [block, *(chain[k] for k in block.before)]
+        others = [chain[k] for k in block.before] if block.factor else []
         device = block.a.device
-        a = torch.cat([other.a.to(device) for other in stacked])
-        b = torch.cat([other.b.to(device) for other in stacked], dim=1)
-        merged.append(Merged(a, b))
+        a = torch.cat([block.a, *(other.a.to(device) for other in others)])
+        b = torch.cat([block.b, *(block.factor * other.b.to(device) for other in others)], dim=1)
+        merged.append(Merged(a, block.share * b))
     return merged
 
 

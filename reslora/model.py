@@ -16,7 +16,7 @@ from torch import nn
 from . import guards, merges, ranks
 from .calibration import Calibrator
 from .chains import Chain, Chains, base_model, before_each, chains, lora_layers
-from .checks import is_whole
+from .checks import is_number, is_whole
 from .config import ResLoraConfig
 from .formatting import pluralize
 from .merges import Merge
@@ -32,7 +32,7 @@ class BlockReport:
     name: str
     role: str
     alpha: float | list[float] | None
-    """alpha*, or the list of alpha_{n-k} (k = 1..m).
+    """alpha*, or the list of alpha_{n-k} (k = 1..m), times the factor of `set_shortcut_scale`.
 
     None for `lstsq` and exact merges; 0 if `lstsq` merged a block by `none`.
     """
@@ -117,6 +117,19 @@ def disconnect(model: nn.Module, adapter_name: str = "default") -> None:
     Raises `ValueError` if the model is not connected.
     """
     connected(base_model(model), adapter_name).clear(model)
+
+
+def set_shortcut_scale(model: nn.Module, value: float, adapter_name: str = "default") -> None:
+    """Multiply the shortcut terms of a connected model by `value` from the next forward pass on; 0 is plain LoRA.
+
+    Eqs. 2-4 have 1. `save` stores the value, `load` restores it, and `merge` merges the sums with it. Do not change it
+    between a forward pass and its backward pass: gradient checkpointing would recompute other activations.
+
+    Raises `ValueError` for a negative or non-finite value, or a model that is not connected.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_number(value, 0):
+        raise ValueError(f"value={value!r} must be a finite number of at least 0 (0 is plain LoRA)")
+    connected(base_model(model), adapter_name).wires.factor = float(value)
 
 
 def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inputs: dict | None) -> Chains:
@@ -289,6 +302,7 @@ def _check_factors(layers: dict[str, LoraLayer], connection: Connection) -> None
 
 def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) -> list[Factors]:
     adapter = connection.adapter_name
+    before = before_each(len(chain), connection.config.reach)
     found = [
         Factors(
             name=block.name,
@@ -296,10 +310,12 @@ def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection)
             b=layers[block.name].lora_B[adapter].weight.detach(),
             scaling=layers[block.name].scaling[adapter],
             weight=functools.partial(_base_weight, layers[block.name]),
+            factor=connection.wires.factor,
+            averaged=connection.terms_averaged(taken),
         )
-        for block in chain
+        for block, taken in zip(chain, before, strict=True)
     ]
-    connection.shortcut.relate(found, before_each(len(chain), connection.config.reach), connection.config.head)
+    connection.shortcut.relate(found, before, connection.config.head)
     return found
 
 

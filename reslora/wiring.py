@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -37,6 +38,11 @@ class Connection:
     def shortcut(self) -> type[Shortcut] | None:
         """Class of the connected blocks; None if the configuration is plain LoRA."""
         return shortcut_class(self.config.shortcut) if self.config.wired else None
+
+    def terms_averaged(self, before: Sequence[int]) -> int:
+        """Return the m of `Shortcut.averaged` for a block with the earlier blocks `before` in its sum."""
+        mean = self.shortcut is not None and self.config.shortcut_scale == "mean"
+        return self.shortcut.terms(before, self.config.head) if mean else 0
 
     def alive(self, base: nn.Module) -> bool:
         """Return whether the connected adapter is still on the model: not deleted, unloaded or replaced."""
@@ -152,6 +158,7 @@ def _wire(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) ->
     factors = [(layer.lora_A[adapter], layer.lora_B[adapter]) for layer in wired]
     before = before_each(len(chain), config.reach)
     variants = connection.shortcut.wire(connection.wires, names, factors, before, config.head)
-    for layer, variant in zip(wired, variants, strict=True):
+    for layer, variant, taken in zip(wired, variants, before, strict=True):
+        variant.averaged = connection.terms_averaged(taken)
         layer.lora_variant[adapter] = variant
         layer.cast_input_dtype_enabled = CastOthers(layer.cast_input_dtype_enabled, layer, adapter)

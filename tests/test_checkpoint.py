@@ -28,9 +28,12 @@ from conftest import (
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import dispatch_default
 from safetensors.torch import load_file, save_file
+from wired import one_each, pair
 
 import reslora
 from reslora import ResLoraConfig
+from reslora.chains import base_model
+from reslora.wiring import connection_of
 
 CONFIG = "reslora_config.json"
 WEIGHTS = "reslora_model.safetensors"
@@ -150,6 +153,33 @@ def test_modules_to_save_come_back(tmp_path):
     reslora.save(model, tmp_path)
     loaded = reslora.load(base_of(arch), tmp_path)
     assert torch.equal(run(loaded.eval(), arch.inputs()), run(model.eval(), arch.inputs()))
+
+
+@one_each
+def test_scale_and_factor_come_back(llama, tmp_path, shortcut, pre_num, head):
+    """Into a bare base, an adapter and a connected model; a merge after loading is that before it."""
+    model, _ = pair(llama, shortcut, pre_num, head, scale="mean", factor=0.25)
+    reslora.save(model, tmp_path)
+    expected, other = run(model, llama.inputs()), llama.lora(seed=7)
+    reslora.connect(other, ResLoraConfig(shortcut, pre_num, head, 0, "mean"))
+    loaded = [reslora.load(target, tmp_path) for target in (base_of(llama), llama.lora(), other)]
+    assert all(torch.equal(run(each, llama.inputs()), expected) for each in loaded[:2])
+    assert [connection_of(base_model(each)).wires.factor for each in loaded] == 3 * [0.25]
+    for each in (model, loaded[0]):
+        reslora.merge(each, "weights")
+    assert torch.equal(run(loaded[0], llama.inputs()), run(model, llama.inputs()))
+
+
+def test_a_folder_of_an_earlier_version_has_the_sum_and_the_factor_one(llama, tmp_path):
+    model = saved(llama, tmp_path)
+    content = json.loads((tmp_path / CONFIG).read_text())
+    assert content.pop("factor") == 1 and content["reslora"].pop("shortcut_scale") == "sum"
+    (tmp_path / CONFIG).write_text(json.dumps(content))
+    (tmp_path / "checksums.json").unlink()
+    other = llama.lora()
+    reslora.connect(other, ResLoraConfig())
+    reslora.set_shortcut_scale(other, 0.5)
+    assert torch.equal(run(reslora.load(other, tmp_path), llama.inputs()), run(model, llama.inputs()))
 
 
 @pytest.mark.exhaustive

@@ -15,6 +15,7 @@ def test_defaults_are_the_documented_ones():
         "pre_num": 1,
         "head": "repeat",
         "window": 100,
+        "shortcut_scale": "sum",
     }
 
 

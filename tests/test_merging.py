@@ -32,6 +32,7 @@ from conftest import (
 from peft import LoraConfig, PeftModel
 from suites import quick
 from torch import nn
+from wired import amended, one_each
 
 import reslora
 from reslora import ResLoraConfig, merging
@@ -51,11 +52,15 @@ architectures = pytest.mark.parametrize("name", ["llama", "gpt2", "unet"])
 class Case:
     """A connected model, the oracle that computes its unmerged forward, and the blocks' weights as they were."""
 
-    def __init__(self, arch, shortcut, pre_num=1, head="repeat", window=100, dropout=0.0, **lora):
+    def __init__(
+        self, arch, shortcut, pre_num=1, head="repeat", window=100, dropout=0.0, scale="sum", factor=1.0, **lora
+    ):
         self.arch, self.shortcut, self.pre_num, self.head = arch, shortcut, pre_num, head
+        self.scale, self.factor = scale, factor
         self.model = arch.lora(lora_dropout=dropout, **lora)
-        self.oracle = Oracle(self.model, arch.blocks, shortcut, pre_num, head)
-        reslora.connect(self.model, ResLoraConfig(shortcut, pre_num, head, window))
+        self.oracle = Oracle(self.model, arch.blocks, shortcut, pre_num, head, scale=scale, factor=factor)
+        reslora.connect(self.model, ResLoraConfig(shortcut, pre_num, head, window, scale))
+        reslora.set_shortcut_scale(self.model, factor)
 
     def train(self, steps: int) -> "Case":
         for seed in range(steps):
@@ -91,6 +96,11 @@ class Case:
     def m(self, n: int) -> int:
         return n if self.pre_num == -1 else min(self.pre_num, n)
 
+    def share(self, n: int) -> float:
+        """By what an averaged sum is multiplied: with g = 1, 1 / (m + 1)."""
+        terms = self.m(n) if self.shortcut != "input" else 1 if n or self.head == "repeat" else 0
+        return 1 / (1 + self.factor * terms) if self.scale == "mean" else 1.0
+
     def tokens(self, name: str) -> torch.Tensor:
         """Every calibration token that entered a layer, (tokens, in)."""
         return torch.cat([x.flatten(0, -2) for x in self.oracle.inputs[name]])
@@ -112,6 +122,24 @@ class Case:
             actual = [delta(find_layer(self.model, name)) for name in chain]
             assert_equal(actual, expected(chain), rtol=tolerance, atol=tolerance)
 
+    def assert_errors(self, report) -> None:
+        """The reported errors are those of every block on its unmerged inputs, of one calibration batch."""
+        for tail in (tail for chain in self.arch.blocks for tail in chain):
+            (block,) = [block for block in report.blocks if block.name.endswith(tail)]
+            unmerged = self.oracle.outputs[tail][0].flatten(0, -2)
+            merged = self.tokens(tail) @ delta(find_layer(self.model, tail)).T
+            assert block.error == pytest.approx(float((merged - unmerged).norm() / unmerged.norm()), rel=1e-3, abs=1e-6)
+
+
+def own_terms(case: Case):
+    """What `none` keeps: each block's own term."""
+
+    def expected(chain):
+        blocks = zip(case.A(chain), case.B(chain), case.s(chain), strict=True)
+        return [case.share(n) * s * B @ A for n, (A, B, s) in enumerate(blocks)]
+
+    return expected
+
 
 def merged_by_input(case: Case, window: int):
     """Eqs. 7, 9 and 12."""
@@ -124,7 +152,7 @@ def merged_by_input(case: Case, window: int):
                 alpha = f[n - 1] / f[n] if n else case.head_alpha()
             else:
                 alpha = sum(f[n - k] / f[n] for k in range(1, case.m(n) + 1))
-            result.append(s[n] * (1 + alpha) * B[n] @ A[n])
+            result.append(case.share(n) * s[n] * (1 + case.factor * alpha) * B[n] @ A[n])
         return result
 
     return expected
@@ -138,10 +166,11 @@ def weights_alphas(case: Case, chain) -> tuple[list, list[torch.Tensor]]:
     for n in range(len(chain)):
         if case.shortcut == "input":
             alpha = case.head_alpha() if n == 0 else 1.0 if n == 1 else f[n - 2] / f[n - 1]
-            merged = s[n] * (1 + alpha) * B[n] @ A[n]
+            merged = case.share(n) * s[n] * (1 + case.factor * alpha) * B[n] @ A[n]
         else:
             alpha = [f[n - k - 1] / f[n - 1] if n - k - 1 >= 0 else 1.0 for k in range(1, case.m(n) + 1)]
-            merged = s[n] * B[n] @ (A[n] + sum(a * A[n - k] for k, a in enumerate(alpha, start=1)))
+            others = sum(a * A[n - k] for k, a in enumerate(alpha, start=1))
+            merged = case.share(n) * s[n] * B[n] @ (A[n] + case.factor * others)
         f.append(float((W[n] + merged).norm()))
         alphas.append(alpha)
         result.append(merged)
@@ -164,7 +193,7 @@ def merged_by_lstsq(case: Case):
             else:
                 past = range(1, case.m(n) + 1)
                 C = ridge_regression(X[n], sum(X[n - k] @ A[n - k].T for k in past), sum(A[n - k] for k in past))
-            result.append(s[n] * B[n] @ (A[n] + C))
+            result.append(case.share(n) * s[n] * B[n] @ (A[n] + case.factor * C))
         return result
 
     return expected
@@ -176,6 +205,56 @@ def ridge_regression(x: torch.Tensor, target: torch.Tensor, prior: torch.Tensor)
     ridge = RIDGE * float(x.square().sum(0).mean()) / tokens
     root = math.sqrt(ridge * tokens) * torch.eye(width, dtype=x.dtype)
     return torch.linalg.lstsq(torch.cat([x, root]), torch.cat([target, root @ prior.T])).solution.T
+
+
+# --- amended sums -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", quick(["llama", "unet"], "llama"))
+@plans
+@amended
+def test_amended_sums_merge_by_the_formulas(name, shortcut, pre_num, head, scale, factor):
+    for method in ("none", "input", "weights", "lstsq"):
+        case = Case(ARCHITECTURES[name], shortcut, pre_num, head, scale=scale, factor=factor)
+        report = reslora.merge(case.model, method=method, calibration=case.calibrate(case.batches(1)))
+        formulas = {
+            "none": own_terms(case),
+            "input": merged_by_input(case, window=100),
+            "weights": lambda chain, case=case: weights_alphas(case, chain)[1],
+            "lstsq": merged_by_lstsq(case),
+        }
+        case.assert_merged_to(formulas[method], tolerance=1e-5 if method == "lstsq" else 1e-9)
+        case.assert_errors(report)
+
+
+@pytest.mark.parametrize("pre_num", [1, -1])
+@amended
+def test_amended_sums_of_block_merge_exactly(llama, pre_num, scale, factor):
+    for method in ("auto", "none"):
+        case = Case(llama, "block", pre_num, scale=scale, factor=factor)
+        report = reslora.merge(case.model, method=method, calibration=case.calibrate(case.batches(1)))
+        if method == "none":
+            case.assert_merged_to(own_terms(case))
+        else:
+            case.assert_errors(report)
+            inputs = llama.inputs(seed=9)
+            assert_equal(run(case.model, inputs), run(case.oracle.model, inputs))
+    case = Case(llama, "block", pre_num, scale=scale, factor=factor)
+    case.assert_errors(reslora.merge(case.model, calibration=case.calibrate(case.batches(1)), max_rank=3))
+
+
+@pytest.mark.parametrize("scale", ["sum", "mean"])
+@pytest.mark.parametrize("method", ["none", "input", "weights", "lstsq", "auto"])
+@one_each
+def test_with_a_factor_of_zero_every_merge_is_plain_lora_bit_for_bit(llama, shortcut, pre_num, head, method, scale):
+    model, plain = llama.lora(), llama.lora()
+    reslora.connect(model, ResLoraConfig(shortcut, pre_num, head, shortcut_scale=scale))
+    reslora.set_shortcut_scale(model, 0)
+    reslora.merge(model, method=method, calibration=[llama.inputs(seed=5)])
+    after, before = model.state_dict(), plain.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(run(model, llama.inputs()), run(plain, llama.inputs()))
 
 
 # --- none -------------------------------------------------------------------------------------------------------------
@@ -741,22 +820,14 @@ def test_the_report_is_json(llama, shortcut, method):
 def test_the_error_is_that_of_every_block_on_its_unmerged_inputs(llama, method, shortcut, pre_num, head):
     case = Case(llama, shortcut, pre_num, head, alpha_pattern={"layers.1.self_attn.q_proj": 9})
     report = reslora.merge(case.model, method=method, calibration=case.calibrate(case.batches(1)))
-    for tail in (tail for chain in llama.blocks for tail in chain):
-        (block,) = [block for block in report.blocks if block.name.endswith(tail)]
-        unmerged = case.oracle.outputs[tail][0].flatten(0, -2)
-        merged = case.tokens(tail) @ delta(find_layer(case.model, tail)).T
-        assert block.error == pytest.approx(float((merged - unmerged).norm() / unmerged.norm()), rel=1e-3, abs=1e-6)
+    case.assert_errors(report)
 
 
 @pytest.mark.exhaustive
 def test_the_error_of_a_truncated_block_is_what_truncation_loses(llama):
     case = Case(llama, "block", 2)
     report = reslora.merge(case.model, calibration=case.calibrate(case.batches(1)), max_rank=3)
-    for tail in (tail for chain in llama.blocks for tail in chain):
-        (block,) = [block for block in report.blocks if block.name.endswith(tail)]
-        unmerged = case.oracle.outputs[tail][0].flatten(0, -2)
-        merged = case.tokens(tail) @ delta(find_layer(case.model, tail)).T
-        assert block.error == pytest.approx(float((merged - unmerged).norm() / unmerged.norm()), rel=1e-3, abs=1e-6)
+    case.assert_errors(report)
 
 
 def test_an_error_that_rounding_makes_negative_is_none():

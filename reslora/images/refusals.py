@@ -7,7 +7,7 @@ from ..checks import check_writable, is_path, require_package
 from ..errors import InvalidArgument, refused_as, speaks
 from ..formatting import pluralize
 from ..methods.registry import METHODS, check_steps, refuse_unable
-from ..options.contradictions import check_compiled, check_method, check_texts
+from ..options.contradictions import check_compiled, check_decay_compiled, check_method, check_texts
 from ..options.images import (
     DataOptions,
     MethodOptions,
@@ -168,7 +168,8 @@ def is_step_rules(text: str) -> bool:
 
 
 def check_compile(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions) -> None:
-    """Raise `InvalidArgument` if --compile would drop the shortcuts, or undo the memory saving of another option."""
+    """Raise `InvalidArgument` if --compile would drop the shortcuts or --shortcut_decay, or undo a memory saving."""
+    check_decay_compiled("--compile", adapter)
     if training.gradient_checkpointing:
         check_compiled("--compile", adapter)
     elif model.blocks_to_swap or model.base_precision != "no":

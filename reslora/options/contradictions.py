@@ -4,7 +4,7 @@ from ..errors import InvalidArgument
 from ..merges import MERGES
 from ..methods.patterns import FIELDS, entries
 from ..methods.registry import METHODS, refuse_settings
-from ..shortcuts import shortcut_class
+from ..shortcuts import PLAIN, shortcut_class
 from .grid import Grid
 from .option import Given
 from .prompts import clean
@@ -33,6 +33,12 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
     refuse_settings(options.method, options.lora_dropout, patterns)
     for name, texts in patterns.items():
         entries(name, texts)
+    if not options.reslora_config.wired and not any(METHODS[name].placebo for name in options.method):
+        unwired = "--shortcut none" if options.shortcut == PLAIN else "--pre_num 0"
+        for name in ("shortcut_scale", "shortcut_decay"):
+            value = getattr(options, name)
+            if value not in ("sum", None):
+                raise InvalidArgument(f"--{name} {value}", f"nothing reads it with {unwired}", "leave one of them out")
     if options.merge_calibration_samples:
         return
     reads = [f"--method {name}" for name in options.method if METHODS[name].measured]
@@ -58,6 +64,13 @@ def check_compiled(flag: str, options: SharedMethodOptions) -> None:
     if carries_activations(options):
         problem = f"with --gradient_checkpointing cannot keep --shortcut {options.shortcut}"
         raise InvalidArgument(flag, problem, "leave one of them out, or use --shortcut block")
+
+
+def check_decay_compiled(flag: str, options: SharedMethodOptions) -> None:
+    """Raise `InvalidArgument` for compiling with --shortcut_decay: torch would compile each factor anew."""
+    if options.shortcut_decay and any(METHODS[name].reads_shortcut_flags for name in options.method):
+        problem = f"--shortcut_decay {options.shortcut_decay:g} changes the compiled graph in every step"
+        raise InvalidArgument(flag, problem, "leave one of them out")
 
 
 def check_no_experiment(options: RunOptions) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..config import HEADS, SHORTCUTS, ResLoraConfig
+from ..config import HEADS, SCALES, SHORTCUTS, ResLoraConfig
 from ..merges import AUTO
 from ..merges import NAMES as MERGES
 from ..methods.patterns import HELP as PATTERNS
@@ -38,6 +38,13 @@ class SharedMethodOptions:
     head: str = option("repeat",
         "--shortcut input and is_placebo: what the first block of a chain adds to its input: the same input "
         "again, or nothing", choices=HEADS, implies="reslora", read_by="reads_shortcut_flags")
+    shortcut_scale: str = option("sum",
+        "ResLoRA, lora_matched and placebos: add up a block's own term and those of its m neighbors, or divide this "
+        "sum by m + 1", choices=SCALES, implies="reslora", read_by="reads_shortcut_flags")
+    shortcut_decay: float | None = option(None,
+        "ResLoRA, lora_matched and placebos: multiply the neighbors' terms by a factor that falls linearly from 1 to 0 "
+        "over this fraction of the steps and stays 0, so that plain LoRA remains", PART, or_else="the factor stays 1",
+        implies="reslora", read_by="reads_shortcut_flags")
     merge: str = option(AUTO, "ResLoRA: how the shortcuts are merged into plain LoRA weights", choices=MERGES,
         essential="ResLoRA: how shortcuts are merged into plain LoRA weights", resume="merged", implies="reslora",
         read_by="shortcuts")
@@ -47,7 +54,7 @@ class SharedMethodOptions:
     @property
     def reslora_config(self) -> ResLoraConfig:
         """Configuration of ResLoRA's shortcuts."""
-        return ResLoraConfig(self.shortcut, self.pre_num, self.head)
+        return ResLoraConfig(self.shortcut, self.pre_num, self.head, shortcut_scale=self.shortcut_scale)
 
 
 @group

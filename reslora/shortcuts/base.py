@@ -4,6 +4,14 @@ PEFT computes the frozen layer and calls the layer's *variant*, which adds the l
 equations. Notation of the paper: block n has A_n (r x p), B_n (q x r) and the scaling s_n; x_n (batch x tokens x p) is
 its input.
 
+Amendments to the equations, which have their terms a block's own term and m shortcut terms, those of its neighbors:
+
+    own term + g (sum of the m shortcut terms)                              `shortcut_scale="sum"`
+    (own term + g (sum of the m shortcut terms)) / (1 + g m)                `shortcut_scale="mean"`
+
+g is the factor of `set_shortcut_scale`, at first 1. So `mean` divides both kinds of terms by m + 1, and by the sum of
+their weights if g is smaller: g = 0 is plain LoRA with either scale. `terms` says how a shortcut counts m.
+
 The product with B includes s_n and is added in place to the frozen layer's output, which avoids q-wide temporaries.
 """
 
@@ -19,7 +27,7 @@ from torch import nn
 
 from ..chains import Before
 from ..merges import AUTO, MERGES, Merge
-from ..merging import Factors, Merged, Moments, relative_error
+from ..merging import Factors, Merged, Moments, relative_error, share_of
 from .shared import SharedProduct, autocasts, sharded
 from .state import State, Wires
 
@@ -72,6 +80,9 @@ class Shortcut(LoraVariant):
     merges: ClassVar[Mapping[str, Merge]] = MERGES
     """The merge methods of this shortcut, by the name that the report shows."""
 
+    averaged = 0
+    """Number of shortcut terms (m) over which the sum is averaged; 0 if it is not."""
+
     def __init__(self, wires: Wires, name: str) -> None:
         self.wires = wires
         self.name = name
@@ -87,6 +98,11 @@ class Shortcut(LoraVariant):
     def reach(cls, pre_num: int) -> int | None:
         """Return the maximum number of earlier blocks in the sum (m of Eqs. 3 and 4); None: all of them."""
         return None if pre_num == -1 else pre_num
+
+    @classmethod
+    def terms(cls, before: Sequence[int], head: str) -> int:
+        """Return m, the number of shortcut terms of a block with the earlier blocks `before` in its sum."""
+        return len(before)
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
@@ -179,6 +195,11 @@ class Shortcut(LoraVariant):
             raise RuntimeError(f"{self.name} is in a checkpoint that would lose its shortcut; {_CHECKPOINTING}")
         return state
 
+    @property
+    def share(self) -> float:
+        """Factor on the sum of all terms: 1, or `1 / (1 + g m)` if the sum is averaged."""
+        return share_of(self.averaged, self.wires.factor)
+
     def _products(
         self, state: State | None, module: LoraLayer, adapter: str, x: torch.Tensor
     ) -> Sequence[torch.Tensor]:
@@ -240,7 +261,7 @@ class Shortcut(LoraVariant):
 
     def _observe(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
         if self.wires.observer is not None:
-            self.wires.observer(self, x, own, handed)
+            self.wires.observer(self, x, own, None if handed is None else self.wires.factor * handed)
 
 
 def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

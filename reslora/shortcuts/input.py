@@ -15,6 +15,10 @@ from .state import Wires
 class InputShortcut(Shortcut):
     """ResLoRA_is: `W_n x_n + s_n B_n A_n (x_n + x_{n-1})` (Eq. 2).
 
+    With the factor g of `set_shortcut_scale`: `s_n B_n A_n (x_n + g x_{n-1})`. With the scale `mean` both terms are
+    divided by 1 + g, which is 2 at first, also in a head that repeats its input: such a head is plain LoRA. A head that
+    repeats nothing has one term and is not divided.
+
     x_{n-1} is not stored: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and passes on the r-wide second
     half.
     """
@@ -34,6 +38,11 @@ class InputShortcut(Shortcut):
     def reach(cls, pre_num: int) -> int:
         """Return 1: one block, whatever `pre_num` is."""
         return 1
+
+    @classmethod
+    def terms(cls, before: Sequence[int], head: str) -> int:
+        """Return 1; 0 for a head that repeats nothing."""
+        return 1 if before or head == "repeat" else 0
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
@@ -57,13 +66,13 @@ class InputShortcut(Shortcut):
         own, *handed_on = self._products(state, module, active_adapter, x)
         if handed_on:
             state.handed[self.name, OWN] = handed_on[0], x.shape[:-1]
-        hidden, scaling = own, module.scaling[active_adapter]
+        hidden, scaling, factor = own, self.share * module.scaling[active_adapter], self.wires.factor
         handed = None
         if self.source is not None:
             handed = self._take(state, self.source, x)
-            hidden = own + handed
+            hidden = own.add(handed, alpha=factor)
         elif self.repeats:
-            handed, scaling = own, 2 * scaling
+            handed, scaling = own, (1 + factor) * scaling
         self._observe(x, own, handed)
         return add_product(result, hidden, module, active_adapter, scaling)
 
@@ -73,11 +82,11 @@ class InputShortcut(Shortcut):
 
     @classmethod
     def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """Set A_n as the factor of x_{n-1}; a head that repeats its input merges exactly with alpha* = 1."""
+        """Set A_n as the factor of x_{n-1}; a head that repeats its input merges exactly with alpha* = g."""
         super().relate(chain, before, head)
         for block in chain:
             block.parts = [block.a for _ in block.before]
-            block.alpha_of_head = 1.0 if head == "repeat" else 0.0
+            block.alpha_of_head = block.factor if head == "repeat" else 0.0
 
     @classmethod
     def fold(cls, block: Factors, alphas: list[float]) -> Merged:

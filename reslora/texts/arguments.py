@@ -123,6 +123,8 @@ def checked(options: T) -> T:
     if options.training.deepspeed:
         require_package("--deepspeed", "deepspeed")
     checkpoints = options.training.gradient_checkpointing or options.passed_on.get("activation_checkpointing")
+    if options.training.torch_compile:
+        contradictions.check_decay_compiled("--torch_compile", options.adapter)
     if options.training.torch_compile and checkpoints:
         contradictions.check_compiled("--torch_compile", options.adapter)
     if isinstance(options, LlmOptions):

@@ -4,11 +4,13 @@ import time
 from pathlib import Path
 
 from accelerate import Accelerator
+from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from ..methods.adapters import RankAllocator
+from ..methods.decay import factor_at, set_factor
 from ..runtime.checkpoint_folders import set_others_aside
 from ..runtime.log import LogWriter
 from ..runtime.processes import broadcast_from_main, stop_requested
@@ -49,6 +51,24 @@ class AllocateRanks(TrainerCallback):
         """Reallocate ranks, unless the optimizer's step was skipped."""
         if not self.accelerator.optimizer_step_was_skipped:
             self.allocator.step(state.global_step + 1)
+
+
+class DecayShortcuts(TrainerCallback):
+    """A callback that sets the factor of the shortcut terms (--shortcut_decay) before each step.
+
+    Evaluations, checkpoints and exports after a step have the factor of the next step, which is 0 after the last one.
+    """
+
+    def __init__(self, part: float, model: nn.Module) -> None:
+        self.part, self.model = part, model
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Set the factor of the first step; a checkpoint to resume from is loaded by now."""
+        set_factor(self.model, factor_at(state.global_step, state.max_steps, self.part))
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Set the factor of the next step."""
+        self.on_train_begin(args, state, control)
 
 
 class StopWhenAsked(TrainerCallback):

@@ -36,6 +36,7 @@ from ..experiment.worker_pool import Orders
 from ..io import remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter, save_adapter
 from ..methods.links import print_links
+from ..methods.registry import METHODS
 from ..options.grid import Grid
 from ..options.texts import ExperimentOptions, MethodOptions, T, TrainingOptions
 from ..options.unused import report_unread_by_methods
@@ -45,6 +46,7 @@ from ..runtime.folder_lock import check_held, locked, share_lock, writing_into
 from ..runtime.processes import broadcast_from_main, say
 from ..runtime.signals import NOT_BEGUN, StopRequest
 from .arguments import checked
+from .callbacks import DecayShortcuts
 from .checkpoints import checkpoints_of, set_unfinished_aside
 from .results import as_plain, export, merge_table, table_text, write_results
 from .resuming import check_data, check_resume, fingerprint, free_on_resume, is_same
@@ -134,8 +136,10 @@ class TextStudy(ABC):
 
     def trainer(self, arguments: Any, model: PeftModel, stop: StopRequest) -> AdapterTrainer:
         """Return the trainer; a control method (`lora_matched` or a placebo) is calibrated first."""
-        trainer = self.build_trainer(arguments, model, stop)
-        put_control_on(trainer, arguments.method, self.calibration(arguments) or [], self.example())
+        trainer, adapter = self.build_trainer(arguments, model, stop), arguments.method
+        put_control_on(trainer, adapter, self.calibration(arguments) or [], self.example())
+        if adapter.shortcut_decay and METHODS[adapter.name].reads_shortcut_flags:
+            trainer.add_callback(DecayShortcuts(adapter.shortcut_decay, trainer.model))
         return trainer
 
     @abstractmethod

@@ -18,8 +18,10 @@ from reslora.chains import base_model
 from reslora.config import ResLoraConfig
 from reslora.errors import EndedElsewhere, InvalidArgument, RunFailed
 from reslora.methods.adapters import load_adapter, rank_allocator, save_adapter
+from reslora.methods.decay import factor_at
 from reslora.model import connection_of
 from reslora.runtime.folder_lock import locked
+from reslora.texts.callbacks import DecayShortcuts
 from reslora.texts.checkpoints import checkpoints_of, damage
 from reslora.texts.results import export
 from reslora.texts.resuming import check_resume
@@ -66,6 +68,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, method, shortcut):
     if method == "adalora":
         states = [rank_allocator(model).state_dict() for model in (whole, resumed)]
         assert_same(*states)
+
+
+def test_decayed_shortcuts_resume_exactly_and_the_best_checkpoint_has_its_own_factor(tmp_path):
+    def decayed(folder, resume: str | None = None, **flags):
+        model, _ = build("reslora", "middle", shortcut_decay=0.75)
+        trainer = trainer_for(model, folder, **flags)
+        trainer.add_callback(DecayShortcuts(0.75, model))
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    def factor(model) -> float:
+        return connection_of(base_model(model)).wires.factor
+
+    whole = decayed(tmp_path / "whole", eval_strategy="steps", eval_steps=2)
+    for step in (2, 4, 6):
+        folder = tmp_path / "whole" / f"checkpoint-{step}"
+        assert json.loads((folder / "reslora_config.json").read_text())["factor"] == factor_at(step, STEPS, 0.75)
+    assert factor(whole) == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-6")
+    resumed = decayed(tmp_path / "resumed", "latest", eval_strategy="steps", eval_steps=2)
+    assert_same(trained(whole), trained(resumed))
+    assert read_log(tmp_path / "whole") == read_log(tmp_path / "resumed")
+    undecayed, _ = build("reslora", "middle")
+    trainer_for(undecayed, tmp_path / "undecayed").train()
+    assert any(not torch.equal(value, trained(undecayed)[name]) for name, value in trained(whole).items())
+    load_adapter(whole, tmp_path / "whole" / "checkpoint-2")
+    assert factor(whole) == factor_at(2, STEPS, 0.75) > 0
 
 
 @pytest.mark.exhaustive

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from pipelines import image_folder
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from suites import quick
 
@@ -39,7 +40,8 @@ from images.runs import (
 )
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.images.settings import parse_args
-from reslora.io import write_json
+from reslora.io import read_object, write_json
+from reslora.methods.decay import factor_at
 from reslora.runtime.checkpoint_folders import set_aside, step_of
 from reslora.runtime.log import read_log
 from reslora.training.best import best_of
@@ -80,6 +82,40 @@ def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
     for index, state in one["optimizer"]["state"].items():
         assert_same(state, other["optimizer"]["state"][index])
     assert losses(whole, method) == losses(parts, method)
+
+
+@pytest.mark.parametrize("method", quick(["reslora", "lora_matched", "ms_placebo"], "reslora"))
+def test_decayed_shortcuts_resume_exactly_and_leave_plain_lora(base_flags, tmp_path, method):
+    flags = [*base_flags, "--method", method, "--shortcut", "middle", "--shortcut_scale", "mean"]
+    flags += ["--shortcut_decay", "0.75", "--num_validation_images", "0"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(*flags, "--output_dir", whole) == 0
+    killed_after(2, whole, parts, method)
+    assert factor_of(parts / method / "checkpoint-2") == factor_at(2, 4, 0.75) == pytest.approx(1 / 3)
+    assert main(*flags, "--output_dir", parts, *RESUME) == 0
+    assert digests(whole / method, "checkpoint-4/*.safetensors") == digests(
+        parts / method, "checkpoint-4/*.safetensors"
+    )
+    assert losses(whole, method) == losses(parts, method)
+    # After the last step the factor is 0: the exported LoRA has the trained A and B, and LoRA's scale.
+    assert factor_of(whole / method / "checkpoint-4") == 0
+    config = read_object(whole / method / "peft" / "adapter_config.json")
+    assert set(config["alpha_pattern"].values()) <= {config["lora_alpha"]} and not config["rank_pattern"]
+    exported = load_file(whole / method / "peft" / "adapter_model.safetensors")
+    trained = {
+        f"base_model.model.{name.replace('.default', '')}": value
+        for name, value in final_weights(whole, method, 4).items()
+        if name != "reslora.norms"
+    }
+    assert_same(exported, trained)
+
+
+def factor_of(checkpoint: Path) -> float:
+    """The factor of the shortcut terms that a checkpoint stores."""
+    if (checkpoint / "reslora_config.json").is_file():
+        return read_object(checkpoint / "reslora_config.json")["factor"]
+    with safe_open(checkpoint / "adapter.safetensors", "pt") as file:
+        return json.loads(file.metadata()["control"])["factor"]
 
 
 @pytest.mark.exhaustive
