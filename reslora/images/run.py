@@ -41,6 +41,7 @@ from .model_checks import (
     check_encoders,
     check_family,
     check_held_out,
+    check_learning_rates,
     check_methods,
     check_pipeline,
     with_rank,
@@ -230,6 +231,7 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     check_pipeline(options.data, options.validation, pipeline, model.family)
     objective = objective_of(options.model, options.training, model.family, pipeline)
     check_encoders(pipeline, context)
+    check_learning_rates(pipeline, context)
     if options.validation.metric_model and accelerator.is_main_process:
         load_metric(options.validation.metric_model, str(accelerator.device))
     return pipeline, objective

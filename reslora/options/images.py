@@ -292,6 +292,9 @@ class OptimizerOptions:
     text_encoder_lr: float | None = option(None, "learning rate of the text encoders. The schedule is the same",
         POSITIVE, or_else="--learning_rate", needs=Need(lambda options: options.adapter.train_text_encoder,
         "add --train_text_encoder", "no text encoder is trained"))
+    lr_pattern: list[str] | None = option(None, PATTERNS["lr_pattern"], metavar="NAME=VALUE")
+    loraplus_lr_ratio: float = option(1.0, "LoRA+: factor of the learning rate of B; 16 is usual", POSITIVE,
+        read_by="trains_b")
     scale_lr: bool = option(False, "multiply learning rates by batch size, accumulation steps and processes")
     lr_scheduler: str = option("constant", "how the learning rate changes", choices=SCHEDULES)
     lr_warmup_steps: int | None = option(None, "steps in which the learning rate rises (none with constant)", NATURAL,
@@ -318,6 +321,11 @@ class OptimizerOptions:
     adam_weight_decay: float = option(1e-2, "weight decay", NOT_NEGATIVE, needs=ADAM)
     adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE, needs=ADAM)
     max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 turns clipping off", NOT_NEGATIVE)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether parameters of one model have different learning rates."""
+        return bool(self.lr_pattern) or self.loraplus_lr_ratio != 1
 
 
 @group

@@ -89,7 +89,8 @@ def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Acce
         for name, parameter in trained.named():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=draws) * 0.1)
-    made.optimizer = torch.optim.SGD(made.parameters, lr=1.0)
+    groups = [{"params": g["params"], "lr": g.get("lr_factor", 1.0)} for g in made.optimizer.param_groups]
+    made.optimizer = torch.optim.SGD(groups)
     prepare(made, loss.context)
     return made
 
