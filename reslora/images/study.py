@@ -48,7 +48,9 @@ class ImageStudy(Study):
         device = torch.device("cpu") if cuts_base(context.accelerator) else context.accelerator.device
         denoiser = context.model.load_denoiser(context.dtype, device, model.base_precision, model.blocks_to_swap)
         parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, self.pipeline)
-        trained = Trained(parts, DenoisingLoss(context, self.training_data.objective, self.pipeline, denoiser.config))
+        data = self.training_data
+        loss = DenoisingLoss(context, data.objective, self.pipeline, denoiser.config, data.class_text)
+        trained = Trained(parts, loss)
         add_adapters(trained, method, self.schedule.steps, context)
         return new_learner(method, trained, self.schedule, context)
 

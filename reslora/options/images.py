@@ -42,6 +42,9 @@ HELD_OUT = Need(
     lambda options: options.validation.validation_split or options.experiment.select_split,
     "add --validation_split 0.1", "no images are held out",
 )  # fmt: skip
+PRESERVATION = Need(
+    lambda options: options.training.output_preservation_weight, "add --output_preservation_weight 1, or leave it out"
+)
 HUBER = Need(
     lambda options: options.training.loss_type != "l2",
     "leave it out, or change that",
@@ -250,6 +253,14 @@ class TrainingOptions:
     huber_scale: float = option(1.0, "huber and smooth_l1: factor on that threshold; not with --huber_schedule snr",
         POSITIVE, needs=(HUBER, Need(lambda options: options.training.huber_schedule != "snr",
         "leave it out, or change that", "--huber_schedule snr does not read it")))
+    output_preservation_weight: float = option(0.0,
+        "weight of a second loss, which keeps the model's predictions for --output_preservation_prompt as they are "
+        "without the adapter; a step takes more than twice as long", NOT_NEGATIVE,
+        needs=Need(lambda options: options.training.output_preservation_prompt is not None,
+        "add --output_preservation_prompt", "there is no prompt whose predictions to preserve"))
+    output_preservation_prompt: str | None = option(None,
+        "prompt of what to preserve: usually the class of what is trained, such as a photo of a cat",
+        metavar="PROMPT", needs=PRESERVATION)
     masked_loss: bool = option(False,
         "multiply the loss of each pixel by the image's mask (1 where it is white and opaque). The mask is the file "
         "named in the column mask of metadata.jsonl or .csv, otherwise the image's alpha channel; images without a "
@@ -280,6 +291,12 @@ class TrainingOptions:
     max_sequence_length: int = option(None, "tokens of a caption that T5 or Qwen reads", COUNT,
         compared_as="how losses are measured", by_family="SD 3 77, others with T5 or Qwen 512")
     local_rank: int = free(-1, "set by launchers", int)
+
+    @property
+    def preserved_prompts(self) -> list[str]:
+        """The prompt of --output_preservation_prompt if its predictions are preserved; else none."""
+        prompt = self.output_preservation_prompt
+        return [prompt] if self.output_preservation_weight and prompt is not None else []
 
 
 @group

@@ -56,12 +56,13 @@ def setting(
     flags = with_family(parse_args(words), family.defaults)
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     objective = DdpmObjective(pipeline.scheduler, flags.training.snr_gamma)
+    captions = {*CAPTIONS, *flags.training.preserved_prompts}
     if flags.adapter.train_text_encoder:
         pipeline.text_encoder.double().requires_grad_(False)
-        texts = {caption: {} for caption in CAPTIONS}
+        texts = {caption: {} for caption in captions}
     else:
         with torch.no_grad():
-            texts = {caption: family.encode_captions(pipeline, [caption], None) for caption in CAPTIONS}
+            texts = {caption: family.encode_captions(pipeline, [caption], None) for caption in captions}
         texts = {caption: {name: value[0].double() for name, value in text.items()} for caption, text in texts.items()}
     images = SimpleNamespace(captions=[[CAPTIONS[index % 2]] for index in range(IMAGES)])
     train, held_out = tuple(range(IMAGES - 2)), (IMAGES - 2, IMAGES - 1)
@@ -71,7 +72,7 @@ def setting(
     if flags.model.base_precision != "no":
         pack(denoiser, flags.model.base_precision, torch.device("cpu"))
     context = Context(flags, SimpleNamespace(family=family), accelerator or Accelerator(cpu=True), StopRequest())
-    loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
+    loss = DenoisingLoss(context, objective, pipeline, denoiser.config, training_data.class_text)
     loss.context, loss.dtype = context, torch.float64
     return training_data, loss, denoiser
 

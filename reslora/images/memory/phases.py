@@ -88,7 +88,8 @@ class Rehearsal:
 
     def _read(self) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
         """Return shape and dtype of the text states of the longest caption and of the shortest one, by name."""
-        captions = sorted({text for images in self.kinds for texts in images.captions for text in texts}, key=len)
+        found = {text for images in self.kinds for texts in images.captions for text in texts}
+        captions = sorted(found | set(self.options.training.preserved_prompts), key=len)
         at_once = min(CAPTIONS_AT_ONCE, len(captions) + len(self.options.validation.validation_prompt) + 1)
         at_once = at_once if self.options.data.cache_text_embeddings else self.options.training.train_batch_size
         reader = Reader(self._modules(self.frozen), self.stage, at_once)
@@ -220,7 +221,10 @@ class Rehearsal:
         for name in self.trainable:
             parts[name] = empty_part(self.model, name, self.dtype)
             setattr(self.pipeline, name, parts[name])
-        loss = DenoisingLoss(self.context, self.objective, self.pipeline, denoiser.config)
+        text = None
+        if self.options.training.preserved_prompts:
+            text = {name: value[0] for name, value in self.text(1).items()}
+        loss = DenoisingLoss(self.context, self.objective, self.pipeline, denoiser.config, text)
         loss.dtype = self.dtype
         trained = Trained(parts, loss)
         add_adapters(trained, method, 1000, self.context)
