@@ -215,6 +215,9 @@ def check_places(options: Options) -> None:
     if vae and (Path(vae).exists() or is_path(vae)) and not (Path(vae) / "config.json").is_file():
         fix = "give an autoencoder's folder in diffusers format, or its name on the hub"
         raise InvalidArgument(f"--pretrained_vae_model_name_or_path {vae}", "no folder with a config.json", fix)
+    if model.assistant_lora and not Path(model.assistant_lora).exists():
+        fix = "give a LoRA file, or a folder with one"
+        raise InvalidArgument(f"--assistant_lora {model.assistant_lora}", "no such file or folder", fix)
     for folder in () if data.dataset_name else data.train_data_dir:
         if not Path(folder).is_dir():
             raise InvalidArgument(f"--train_data_dir {folder}", "no such folder", "give one with images and captions")

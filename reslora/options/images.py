@@ -71,6 +71,11 @@ class ModelOptions:
     pretrained_vae_model_name_or_path: str | None = by_content(None,
         "another autoencoder: a folder in diffusers' format or a name on the hub", metavar="VAE", path="absolute",
         compared_as="base model")
+    assistant_lora: str | None = by_content(None,
+        "LoRA file that is active in training and absent from samples, merges and exports, as ai-toolkit's assistants "
+        "for FLUX.1-schnell and Z-Image-Turbo: trains adapters for distilled models", metavar="FILE", path="absolute",
+        compared_as="how losses are measured",
+        in_experiments="leave it out: experiments compare test losses, and exports have no assistant")
     revision: str | None = by_content(None, "revision of the model on the hub", compared_as="base model")
     variant: str | None = by_content(None, "variant of the model's files, such as fp16", compared_as="base model")
     cache_dir: str | None = free(None, "folder for downloads and encoded images and captions",

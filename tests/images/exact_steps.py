@@ -16,8 +16,10 @@ from reslora.images.data.samples import TrainingData, training_loader
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.images.denoising import DenoisingLoss
-from reslora.images.initial_lora import add_adapters
+from reslora.images.initial_lora import add_adapters, read_start
+from reslora.images.model.assistant import add_assistant
 from reslora.images.model.families import load_family
+from reslora.images.model.loading import Model
 from reslora.images.model.objective import DdpmObjective
 from reslora.images.model.quantising import pack
 from reslora.images.settings import parse_args, with_family
@@ -71,6 +73,9 @@ def setting(
     denoiser = pipeline.unet.double().requires_grad_(False)
     if flags.model.base_precision != "no":
         pack(denoiser, flags.model.base_precision, torch.device("cpu"))
+    if file := flags.model.assistant_lora:
+        start = read_start(file, str(folder), Model(folder, family, "--model"), "assistant_lora")
+        add_assistant(denoiser, start.layers, torch.float64, torch.device("cpu"))
     context = Context(flags, SimpleNamespace(family=family), accelerator or Accelerator(cpu=True), StopRequest())
     loss = DenoisingLoss(context, objective, pipeline, denoiser.config, training_data.class_text)
     loss.context, loss.dtype = context, torch.float64

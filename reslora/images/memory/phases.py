@@ -23,11 +23,12 @@ from ..data.encoding import CAPTIONS_AT_ONCE, Variants
 from ..data.training_data import sizes_of
 from ..denoising import DenoisingLoss
 from ..initial_lora import add_adapters
+from ..model.assistant import add_assistant
 from ..model.families.base import Text
 from ..model.loading import overflows
 from ..model.objective import objective_of
 from ..model_checks import check_pipeline
-from .components import Reader, empty_denoiser, empty_part, empty_pipeline
+from .components import META, Reader, empty_denoiser, empty_part, empty_pipeline
 from .meta_tensors import Stage, tensor_bytes
 
 BASE, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS = "base", "adapter", "gradients", "optimizer", "activations"
@@ -217,6 +218,8 @@ class Rehearsal:
     def trained(self, method: str) -> Trained:
         """Return the models that will be trained, as fake tensors and with the method's adapter."""
         denoiser = self.base()
+        if self.context.assistant:
+            add_assistant(denoiser, self.context.assistant.layers, self.dtype, META)
         parts = {self.family.denoiser: denoiser}
         for name in self.trainable:
             parts[name] = empty_part(self.model, name, self.dtype)
