@@ -1,14 +1,18 @@
 """The denoising loss of a batch, for training, validation and calibration."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..chains import unwrap
+from ..methods.adapters import without_adapters
+from ..tracing import evaluating
 from ..training.context import Context
-from .data.batch import Batch
-from .model.families.base import Conditions
+from .data.batch import Batch, stack_texts
+from .model.families.base import Conditions, Text
 from .model.loading import wide_enough
 from .model.loss import huber_of, loss_per_sample, masked, squared_error
 from .model.objective import Objective
@@ -20,11 +24,19 @@ class DenoisingLoss:
     Images and captions that are not encoded yet are encoded here.
     """
 
-    def __init__(self, context: Context, objective: Objective, pipeline: DiffusionPipeline, config: dict) -> None:
+    def __init__(
+        self,
+        context: Context,
+        objective: Objective,
+        pipeline: DiffusionPipeline,
+        config: dict,
+        class_text: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self.family, self.objective, self.pipeline = context.model.family, objective, pipeline
         self.config, self.dtype, self.training_options = config, context.dtype, context.options.training
         self.parts = context.encoders
         self.huber = huber_of(self.training_options, objective)
+        self.class_text = class_text  # frozen text states of --output_preservation_prompt; None without preservation
 
     def __call__(self, denoiser: nn.Module, batch: Batch, weighted: bool = True) -> torch.Tensor:
         """Return the loss of each sample, of shape (batch,); only trained modules run under autocast.
@@ -34,6 +46,7 @@ class DenoisingLoss:
         """
         batch = self.encoded(batch)
         with torch.autocast(self.pipeline.vae.device.type, enabled=False):
+            batch = self._with_moments(batch)
             inputs, target, timesteps = self.inputs(batch)
         prediction = self.family.prediction(denoiser(**inputs, return_dict=False), target).float()
         target = target.float()
@@ -41,7 +54,34 @@ class DenoisingLoss:
             return self.squared(prediction, target, batch)
         error = self.huber(prediction, target, timesteps) if self.huber else squared_error(prediction, target)
         weight = self.objective.weight(timesteps) * batch.weight.to(timesteps.device)
-        return loss_per_sample(self._masked(error, batch), weight)
+        losses = loss_per_sample(self._masked(error, batch), weight)
+        if self.class_text is None or not torch.is_grad_enabled():  # control methods are calibrated without gradients
+            return losses
+        return losses + self.training_options.output_preservation_weight * self.preservation(denoiser, batch)
+
+    def preservation(self, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
+        """Return the mean squared error between predictions with and without the adapters, of shape (batch,).
+
+        Both are predictions from the batch's noisy latents for --output_preservation_prompt, in the denoiser and with
+        the text encoders. The one without the adapters is the target and has no gradient. As ai-toolkit's
+        `diff_output_preservation`, with one prompt for all samples.
+        """
+        prediction = self._class_prediction(denoiser, batch)
+        models = (unwrap(denoiser), *self.encoders)  # compiling the base model too would take another few minutes
+        with torch.no_grad(), evaluating(*models), without_adapters(*models):
+            target = self._class_prediction(models[0], batch)
+        return squared_error(prediction, target).flatten(1).mean(1)
+
+    def _class_prediction(self, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
+        assert self.class_text is not None
+        device = self.pipeline.vae.device
+        text: Text = {name: value.unsqueeze(0).to(device) for name, value in self.class_text.items()}
+        if self.parts:
+            text = self.family.encode_trained(self.pipeline, self.training_options.preserved_prompts, text)
+        text = stack_texts([{name: value[0] for name, value in text.items()}] * len(batch.timesteps))
+        with torch.autocast(device.type, enabled=False):
+            inputs, target, _ = self.inputs(dataclasses.replace(batch, text=text))
+        return self.family.prediction(denoiser(**inputs, return_dict=False), target).float()
 
     def squared(self, prediction: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return the mean squared error of each sample, of shape (batch,); a sample's mask limits it to a region.
@@ -87,11 +127,18 @@ class DenoisingLoss:
         inputs = self.family.denoiser_inputs(self.config, noisy, batch.timesteps, conditions)
         return inputs, self.objective.target(latents, batch.noise, batch.timesteps), batch.timesteps
 
+    def _with_moments(self, batch: Batch) -> Batch:
+        """Return the batch with encoded images; unchanged if they are encoded already."""
+        if batch.moments is not None:
+            return batch
+        assert batch.pixels is not None
+        vae = self.pipeline.vae
+        with torch.no_grad(), wide_enough(self.family, vae):
+            moments = self.family.encode_images(vae, batch.pixels.to(vae.device, vae.dtype))
+        return dataclasses.replace(batch, moments=moments)
+
     def _latents(self, batch: Batch) -> torch.Tensor:
-        vae, moments = self.pipeline.vae, batch.moments
-        if moments is None:
-            assert batch.pixels is not None
-            with torch.no_grad(), wide_enough(self.family, vae):
-                moments = self.family.encode_images(vae, batch.pixels.to(vae.dtype))
+        moments = self._with_moments(batch).moments
+        assert moments is not None
         mean, std = moments.float().unbind(1)
-        return self.family.scale_latents(vae, mean + std * batch.posterior_noise)
+        return self.family.scale_latents(self.pipeline.vae, mean + std * batch.posterior_noise)

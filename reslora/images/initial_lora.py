@@ -31,7 +31,7 @@ from .model.lora_files.reading import read_content, read_parts
 
 @dataclass(frozen=True)
 class Start:
-    """LoRA factors of the denoiser by layer, from --init_lora."""
+    """LoRA factors of the denoiser by layer, from --init_lora or --assistant_lora."""
 
     layers: Mapping[str, Factors]
     targets: str
@@ -61,32 +61,32 @@ class Start:
             layer.lora_B["default"].weight.copy_(up * (scale / layer.scaling["default"]))
 
 
-def read_start(init_lora: str, base: str, model: Model) -> Start:
-    """Read --init_lora in any tool's format.
+def read_start(file: str, base: str, model: Model, option: str = "init_lora") -> Start:
+    """Read the LoRA of --init_lora, or of another option, in any tool's format.
 
     Raises `InvalidArgument` if the file has layers of a model other than the denoiser.
     """
-    path, flag = Path(init_lora), f"--init_lora {init_lora}"
+    path, flag = Path(file), f"--{option} {file}"
     names = names_of(model.family, model.denoiser_config())
     parts = read_parts(read_content(path, flag), names)
     layers = parts.pop(model.family.denoiser, {})
     if parts or not layers:
-        problem = f"it has layers of {', '.join(parts)}, and only the denoiser goes on from a LoRA"
-        raise InvalidArgument(
-            flag, problem, _how_to_part(init_lora, base, model) if layers else "give a LoRA of the denoiser"
-        )
+        use = "goes on from a LoRA" if option == "init_lora" else "has an assistant"
+        problem = f"it has layers of {', '.join(parts)}, and only the denoiser {use}"
+        fix = _how_to_part(file, base, model, option) if layers else "give a LoRA of the denoiser"
+        raise InvalidArgument(flag, problem, fix)
     mark = folder_mark(path) if path.is_dir() else content_mark(path)
     return Start(layers, expression_of(layers, names.modules), f"content {mark}")
 
 
-def _how_to_part(init_lora: str, base: str, model: Model) -> str:
+def _how_to_part(file: str, base: str, model: Model, option: str) -> str:
     """Return advice on how to get a file with only the denoiser's layers.
 
     `reslora-convert --to peft` writes a separate file for the denoiser and for each text encoder.
     """
     whose = f"--family {model.family.name}" if Path(base).is_file() else f"--base {shlex.quote(base)}"
-    command = f"reslora-convert {shlex.quote(init_lora)} FOLDER --to peft {whose}"
-    return f"run {command}, and give --init_lora FOLDER/{PEFT_FILE}"
+    command = f"reslora-convert {shlex.quote(file)} FOLDER --to peft {whose}"
+    return f"run {command}, and give --{option} FOLDER/{PEFT_FILE}"
 
 
 def with_start(options: Options, start: Start) -> Options:

@@ -12,7 +12,7 @@ from peft import PeftConfig
 from torch import nn
 
 from ..errors import InvalidArgument, first_line, refused_as
-from ..methods.adapters import check_rank, narrowest_layer, rank_allocator
+from ..methods.adapters import check_rank, narrowest_layer, rank_allocator, targeted
 from ..methods.control_scales import gauged
 from ..methods.links import print_links
 from ..methods.registry import METHODS
@@ -29,6 +29,7 @@ from ..options.images import (
 )
 from ..tracing import meta_copy
 from ..training.context import Context
+from ..training.learning_rates import factors_of_layers
 from .data.buckets import named_buckets
 from .data.dataset import ImageDataset
 from .initial_lora import add_adapter, config_of, targets_of
@@ -223,6 +224,20 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
         trains = " and ".join(part.name for part in context.encoders)
         left = f"; {', '.join(stays)} stays as it is" if stays else ""
         context.accelerator.print(f"--train_text_encoder: {trains} beside the {family.denoiser}{left}")
+
+
+def check_learning_rates(pipeline: DiffusionPipeline, context: Context) -> None:
+    """Raise `InvalidArgument` if a pattern of --lr_pattern matches no adapted layer of any trained model."""
+    options, (method, *_) = context.options, context.options.adapter.method
+    if not options.optimizer.lr_pattern:
+        return
+    config = config_of(method, options.adapter, total_steps=1000, start=context.start)
+    layers = [name for name, _ in targeted(context.model.empty_denoiser(), config)]
+    for part in context.encoders:
+        encoder = getattr(pipeline, part.name)
+        config = config_of(method, options.adapter, total_steps=1000, targets=part.targets_in(encoder))
+        layers += [f"{part.name}.{name}" for name, _ in targeted(encoder, config)]
+    factors_of_layers(options.optimizer, layers)
 
 
 def check_targets(denoiser: nn.Module, options: MethodOptions, tell: Callable[[str], object]) -> None:

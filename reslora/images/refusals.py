@@ -6,6 +6,7 @@ from pathlib import Path
 from ..checks import check_writable, is_path, require_package
 from ..errors import InvalidArgument, refused_as, speaks
 from ..formatting import pluralize
+from ..methods.patterns import LEARNING_RATES, entries
 from ..methods.registry import METHODS, check_steps, refuse_unable
 from ..options.contradictions import check_compiled, check_decay_compiled, check_method, check_texts
 from ..options.images import (
@@ -143,6 +144,12 @@ def check_optimizer(options: OptimizerOptions) -> None:
     check_installed(options.optimizer, options.optimizer_args, flag)
     if (own := options_of(options.optimizer_args)).keys() & {"lr"}:
         raise InvalidArgument(f"--optimizer_args lr={own['lr']}", "--learning_rate sets it", "leave it out")
+    entries(LEARNING_RATES, options.lr_pattern)
+    if options.has_factors and named(options.optimizer).path == PRODIGY:
+        patterns = f"--lr_pattern {as_typed(options.lr_pattern)}"
+        argument = patterns if options.lr_pattern else f"--loraplus_lr_ratio {options.loraplus_lr_ratio:g}"
+        problem = f"--optimizer {options.optimizer} estimates one rate for all layers"
+        raise InvalidArgument(argument, problem, "leave it out, or give another optimizer")
 
 
 def check_schedule(options: OptimizerOptions) -> None:
@@ -209,6 +216,9 @@ def check_places(options: Options) -> None:
     if vae and (Path(vae).exists() or is_path(vae)) and not (Path(vae) / "config.json").is_file():
         fix = "give an autoencoder's folder in diffusers format, or its name on the hub"
         raise InvalidArgument(f"--pretrained_vae_model_name_or_path {vae}", "no folder with a config.json", fix)
+    if model.assistant_lora and not Path(model.assistant_lora).exists():
+        fix = "give a LoRA file, or a folder with one"
+        raise InvalidArgument(f"--assistant_lora {model.assistant_lora}", "no such file or folder", fix)
     for folder in () if data.dataset_name else data.train_data_dir:
         if not Path(folder).is_dir():
             raise InvalidArgument(f"--train_data_dir {folder}", "no such folder", "give one with images and captions")

@@ -43,6 +43,7 @@ from .model_checks import (
     check_encoders,
     check_family,
     check_held_out,
+    check_learning_rates,
     check_methods,
     check_pipeline,
     with_rank,
@@ -150,14 +151,19 @@ def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Con
     """
     model = find_model(options.model, options.output, accelerator)
     check_family(options.adapter, options.training, model)
-    start = None
+    start = assistant = None
+    if file := options.model.assistant_lora:
+        base = options.model.pretrained_model_name_or_path
+        assistant = on_all(lambda: read_start(file, base, model, "assistant_lora"))
+        accelerator.print(f"--assistant_lora {file}: {in_short({'': assistant.layers})}, only in training passes")
     if lora := options.adapter.init_lora:
         start = on_all(lambda: read_start(lora, options.model.pretrained_model_name_or_path, model))
         options = with_start(options, start)
         accelerator.print(f"--init_lora {lora}: {in_short({'': start.layers})}")
     options = with_family(options.replace(mixed_precision=accelerator.mixed_precision), model.family.defaults)
     status = Status(Path(options.output.output_dir), accelerator.device)
-    return Context(with_rank(options, model, accelerator), model, accelerator, stop, start=start, status=status)
+    options = with_rank(options, model, accelerator)
+    return Context(options, model, accelerator, stop, start=start, assistant=assistant, status=status)
 
 
 def check_folder(options: Options) -> None:
@@ -178,10 +184,14 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
     model, images_flag = context.model, data_flag(context.options.data)
     groups = [[images.fingerprint for images in kinds if images.of_class == kind] for kind in (False, True)]
     content = OF_CLASS.join("; ".join(group) for group in groups if group)
-    start, lora_flag = context.start, f"--init_lora {context.options.adapter.init_lora}"
-    identity = Identity(model.fingerprint(), content, model.flag, images_flag, start.mark if start else "", lora_flag)
+    lora, assistant = (one.mark if one else "" for one in (context.start, context.assistant))
+    identity = Identity(
+        model.fingerprint(), content, model.flag, images_flag,
+        lora, f"--init_lora {context.options.adapter.init_lora}",
+        assistant, f"--assistant_lora {context.options.model.assistant_lora}",
+    )  # fmt: skip
     everywhere = all_gather(identity)
-    for name in ("model", "images", "lora"):
+    for name in ("model", "images", "lora", "assistant"):
         if len({getattr(found, name) for found in everywhere}) > 1:
             flag = getattr(identity, f"{name}_flag")
             raise InvalidArgument(
@@ -238,6 +248,7 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
     check_pipeline(options.data, options.validation, pipeline, model.family)
     objective = objective_of(options.model, options.training, model.family, pipeline)
     check_encoders(pipeline, context)
+    check_learning_rates(pipeline, context)
     if options.validation.metric_model and accelerator.is_main_process:
         load_metric(options.validation.metric_model, str(accelerator.device))
     return pipeline, objective

@@ -19,6 +19,7 @@ from .data.loaders import stream
 from .data.samples import CalibrationSamples, TrainingData, training_loader
 from .denoising import DenoisingLoss
 from .initial_lora import add_adapters
+from .model.assistant import add_assistant
 from .output.exports import export_method
 from .output.reports import VALIDATION_PARTS, Reports, SharedLosses, Validation
 from .output.sampling import Sampler
@@ -47,8 +48,12 @@ class ImageStudy(Study):
         context, model = self.context, self.context.options.model
         device = torch.device("cpu") if cuts_base(context.accelerator) else context.accelerator.device
         denoiser = context.model.load_denoiser(context.dtype, device, model.base_precision, model.blocks_to_swap)
+        if context.assistant:
+            add_assistant(denoiser, context.assistant.layers, context.dtype, device)
         parts = {context.model.family.denoiser: denoiser} | context.model.load_encoders(context.encoders, self.pipeline)
-        trained = Trained(parts, DenoisingLoss(context, self.training_data.objective, self.pipeline, denoiser.config))
+        data = self.training_data
+        loss = DenoisingLoss(context, data.objective, self.pipeline, denoiser.config, data.class_text)
+        trained = Trained(parts, loss)
         add_adapters(trained, method, self.schedule.steps, context)
         return new_learner(method, trained, self.schedule, context)
 

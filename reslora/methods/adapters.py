@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -314,6 +314,18 @@ def remove_adapters(base: nn.Module) -> None:
         vars(base).pop(name, None)
     if hasattr(base, "_hf_peft_config_loaded"):
         base._hf_peft_config_loaded = False
+
+
+@contextmanager
+def without_adapters(*models: nn.Module) -> Iterator[None]:
+    """Disable the adapters inside this context, so that the models compute what the base models compute.
+
+    PEFT's own `enable_adapters` would also freeze the adapters, and afterwards train all their weights.
+    """
+    with ExitStack() as stack:
+        for layer in (layer for model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)):
+            stack.enter_context(override_attributes(layer, _disable_adapters=True))
+        yield
 
 
 # -- saving and loading ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Options for ranks and alphas of single layers, `NAME=VALUE`, where NAME matches layers as in PEFT.
+"""Options for ranks, alphas and learning rates of single layers, `NAME=VALUE`; NAME matches layers as in PEFT.
 
 PEFT uses the first entry that matches a layer, and sorts entries when it writes a file. An entry for a complete name
 does not depend on this order, so entries are expanded to complete names before an adapter is created.
@@ -7,8 +7,10 @@ does not depend on this order, so entries are expanded to complete names before 
 from __future__ import annotations
 
 import contextlib
+import heapq
 import re
 from collections.abc import Iterable, Mapping
+from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
 from ..checks import is_number, is_whole, number_in_words, whole_in_words
@@ -20,18 +22,21 @@ if TYPE_CHECKING:
 
 FIELDS = ("rank_pattern", "alpha_pattern")
 """Fields of PEFT's configurations, and the names of the options."""
+LEARNING_RATES = "lr_pattern"
 HELP = {
     "rank_pattern": "ranks of single layers, such as attn2.to_k=4 or mid_block.*=16; NAME is the end of a layer's name "
     "as a regular expression. Alpha stays as it is, so the scale grows where the rank is lower",
     "alpha_pattern": "alphas of single layers, such as attn2.to_k=8; lora_x2 and lora_x4 multiply these as well",
+    LEARNING_RATES: "factors of the learning rates of single layers, such as mid_block.*=0.5 or attn2.to_k=2; NAME as "
+    "in --rank_pattern. Layers of trained text encoders have their encoder's name in front, as in text_encoder.*=2",
 }
 
 
 def entries(field: str, texts: Iterable[str] | None) -> dict[str, Any]:
-    """Return PEFT's `rank_pattern` or `alpha_pattern` from `NAME=VALUE` texts.
+    """Return PEFT's `rank_pattern` or `alpha_pattern`, or the factors of `lr_pattern`, from `NAME=VALUE` texts.
 
     Raises `InvalidArgument` for another format, for a name given twice, and for a value that is not a rank (a whole
-    number above 0) or an alpha (a finite number above 0).
+    number above 0), or not an alpha or factor (a finite number above 0).
     """
     found: dict[str, Any] = {}
     for text in texts or ():
@@ -58,7 +63,7 @@ def _number(field: str, text: str) -> float | None:
         if is_whole(int(text), 1):
             return int(text)
     with contextlib.suppress(ValueError):
-        if field == "alpha_pattern" and is_number(float(text), 0, exclusive=True):
+        if field != "rank_pattern" and is_number(float(text), 0, exclusive=True):
             return float(text)
     return None
 
@@ -74,7 +79,8 @@ def spell_out(model: nn.Module, config: PeftConfig) -> None:
     layers = dict(targeted(model, config))
     for field in FIELDS:
         if given := getattr(config, field, None):
-            setattr(config, field, _of_whole_names(f"--{field}", given, layers))
+            values = values_of_layers(field, given, layers)
+            setattr(config, field, {_whole(name): value for name, value in values.items()})
     ranks = getattr(config, "rank_pattern", None) or {}
     for name, module in layers.items() if config.peft_type != "LOKR" else ():
         rank, least = ranks.get(_whole(name), 0), smaller_side(module)
@@ -83,22 +89,40 @@ def spell_out(model: nn.Module, config: PeftConfig) -> None:
             raise InvalidArgument(f"--rank_pattern {rank}", problem, f"give a rank of at most {least}")
 
 
-def _of_whole_names(flag: str, given: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Any]:
+def values_of_layers(field: str, given: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Any]:
+    """Return the value of each layer that a pattern of --`field` matches, by the layer's complete name.
+
+    Raises `InvalidArgument` if a pattern matches none of `layers`, naming the nearest layers, or if two patterns with
+    different values match the same layer.
+    """
     from peft.utils.other import get_pattern_key
 
     found: dict[str, Any] = {}
     fitted: dict[str, str] = {}
+    layers = list(layers)
     for pattern, value in given.items():
         fitting = [name for name in layers if name == pattern or get_pattern_key([pattern], name) != name]
+        argument = f"--{field} {pattern}={value}"
         if not fitting:
-            fix = f"give the end of an adapted layer's name; {pattern}.* is all that begins so"
-            raise InvalidArgument(f"{flag} {pattern}={value}", "no adapted layer is called so", fix)
+            fix = f"give the end of an adapted layer's name, or {pattern}.* for all that begins so"
+            problem = f"no adapted layer is called so; the nearest are {', '.join(nearest(pattern, layers))}"
+            raise InvalidArgument(argument, problem, fix)
         for name in fitting:
-            if found.setdefault(_whole(name), value) != value:
-                problem = f"{name} fits {fitted[name]}={found[_whole(name)]} as well"
-                raise InvalidArgument(f"{flag} {pattern}={value}", problem, "let each layer fit one of them")
+            if found.setdefault(name, value) != value:
+                problem = f"{name} fits {fitted[name]}={found[name]} as well"
+                raise InvalidArgument(argument, problem, "let each layer fit one of them")
             fitted.setdefault(name, pattern)
     return found
+
+
+def nearest(pattern: str, layers: Iterable[str], count: int = 3) -> list[str]:
+    """Return the `count` layers in whose names most characters of a pattern appear in order; shorter names first."""
+
+    def likeness(name: str) -> tuple[int, int]:
+        blocks = SequenceMatcher(None, pattern, name, autojunk=False).get_matching_blocks()
+        return sum(block.size for block in blocks), -len(name)
+
+    return heapq.nlargest(count, layers, key=likeness)
 
 
 def _whole(name: str) -> str:

@@ -161,6 +161,8 @@ class Method:
     """Whether PEFT supports dropout for it."""
     alpha: bool = True
     """Whether its scale depends on an alpha."""
+    trains_b: bool = True
+    """Whether it trains LoRA's matrices A and B, so that LoRA+ can give B its own learning rate."""
     least_steps: int = 1
     """Minimum number of steps, for methods that reallocate ranks."""
 
@@ -222,15 +224,15 @@ METHODS = {
         ),
         Method(
             "loha", "LoHa", "Hadamard products of two", "#9c36b5",
-            partial(lycoris, kind="LoHaConfig"), None, quantised=False,
+            partial(lycoris, kind="LoHaConfig"), None, quantised=False, trains_b=False,
         ),
         Method(
             "lokr", "LoKr", "Kronecker products", "#0c8599",
-            partial(lycoris, kind="LoKrConfig"), None, quantised=False,
+            partial(lycoris, kind="LoKrConfig"), None, quantised=False, trains_b=False,
         ),
         Method(
             "oft", "OFT", "rotations of the input, in blocks of 4 x rank", "#862e9c", oft,
-            None, of_layers=False, dropout=False, alpha=False,
+            None, of_layers=False, dropout=False, alpha=False, trains_b=False,
         ),
     )
 }  # fmt: skip

@@ -42,6 +42,9 @@ HELD_OUT = Need(
     lambda options: options.validation.validation_split or options.experiment.select_split,
     "add --validation_split 0.1", "no images are held out",
 )  # fmt: skip
+PRESERVATION = Need(
+    lambda options: options.training.output_preservation_weight, "add --output_preservation_weight 1, or leave it out"
+)
 HUBER = Need(
     lambda options: options.training.loss_type != "l2",
     "leave it out, or change that",
@@ -68,6 +71,11 @@ class ModelOptions:
     pretrained_vae_model_name_or_path: str | None = by_content(None,
         "another autoencoder: a folder in diffusers' format or a name on the hub", metavar="VAE", path="absolute",
         compared_as="base model")
+    assistant_lora: str | None = by_content(None,
+        "LoRA file that is active in training and absent from samples, merges and exports, as ai-toolkit's assistants "
+        "for FLUX.1-schnell and Z-Image-Turbo: trains adapters for distilled models", metavar="FILE", path="absolute",
+        compared_as="how losses are measured",
+        in_experiments="leave it out: experiments compare test losses, and exports have no assistant")
     revision: str | None = by_content(None, "revision of the model on the hub", compared_as="base model")
     variant: str | None = by_content(None, "variant of the model's files, such as fp16", compared_as="base model")
     cache_dir: str | None = free(None, "folder for downloads and encoded images and captions",
@@ -250,6 +258,14 @@ class TrainingOptions:
     huber_scale: float = option(1.0, "huber and smooth_l1: factor on that threshold; not with --huber_schedule snr",
         POSITIVE, needs=(HUBER, Need(lambda options: options.training.huber_schedule != "snr",
         "leave it out, or change that", "--huber_schedule snr does not read it")))
+    output_preservation_weight: float = option(0.0,
+        "weight of a second loss, which keeps the model's predictions for --output_preservation_prompt as they are "
+        "without the adapter; a step takes more than twice as long", NOT_NEGATIVE,
+        needs=Need(lambda options: options.training.output_preservation_prompt is not None,
+        "add --output_preservation_prompt", "there is no prompt whose predictions to preserve"))
+    output_preservation_prompt: str | None = option(None,
+        "prompt of what to preserve: usually the class of what is trained, such as a photo of a cat",
+        metavar="PROMPT", needs=PRESERVATION)
     masked_loss: bool = option(False,
         "multiply the loss of each pixel by the image's mask (1 where it is white and opaque). The mask is the file "
         "named in the column mask of metadata.jsonl or .csv, otherwise the image's alpha channel; images without a "
@@ -281,6 +297,12 @@ class TrainingOptions:
         compared_as="how losses are measured", by_family="SD 3 77, others with T5 or Qwen 512")
     local_rank: int = free(-1, "set by launchers", int)
 
+    @property
+    def preserved_prompts(self) -> list[str]:
+        """The prompt of --output_preservation_prompt if its predictions are preserved; else none."""
+        prompt = self.output_preservation_prompt
+        return [prompt] if self.output_preservation_weight and prompt is not None else []
+
 
 @group
 class OptimizerOptions:
@@ -292,6 +314,9 @@ class OptimizerOptions:
     text_encoder_lr: float | None = option(None, "learning rate of the text encoders. The schedule is the same",
         POSITIVE, or_else="--learning_rate", needs=Need(lambda options: options.adapter.train_text_encoder,
         "add --train_text_encoder", "no text encoder is trained"))
+    lr_pattern: list[str] | None = option(None, PATTERNS["lr_pattern"], metavar="NAME=VALUE")
+    loraplus_lr_ratio: float = option(1.0, "LoRA+: factor of the learning rate of B; 16 is usual", POSITIVE,
+        read_by="trains_b")
     scale_lr: bool = option(False, "multiply learning rates by batch size, accumulation steps and processes")
     lr_scheduler: str = option("constant", "how the learning rate changes", choices=SCHEDULES)
     lr_warmup_steps: int | None = option(None, "steps in which the learning rate rises (none with constant)", NATURAL,
@@ -318,6 +343,11 @@ class OptimizerOptions:
     adam_weight_decay: float = option(1e-2, "weight decay", NOT_NEGATIVE, needs=ADAM)
     adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE, needs=ADAM)
     max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 turns clipping off", NOT_NEGATIVE)
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether parameters of one model have different learning rates."""
+        return bool(self.lr_pattern) or self.loraplus_lr_ratio != 1
 
 
 @group

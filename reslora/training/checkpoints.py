@@ -228,11 +228,16 @@ def check_past(values: Mapping[str, Any], place: Path, record: dict, identity: I
 
 
 def refuse_other_content(values: Mapping[str, Any], place: Path, record: dict, identity: Identity) -> None:
-    """Raise `InvalidArgument` if the content of LoRA, model or images differs from that of the earlier run."""
-    if record.get("lora", "") != identity.lora:
-        before = "another LoRA" if record.get("lora") else "zero"
-        problem, fix = f"{place} was started from {before}", "give what it had, or choose another --output_dir"
-        raise InvalidArgument(identity.lora_flag if identity.lora else "--init_lora", problem, fix)
+    """Raise `InvalidArgument` if the content of LoRAs, model or images differs from that of the earlier run."""
+    for name, option, was, without in (
+        ("lora", "--init_lora", "was started from", "zero"),
+        ("assistant", "--assistant_lora", "was trained with", "none"),
+    ):
+        there, here = record.get(name, ""), getattr(identity, name)
+        if there != here:
+            problem, fix = f"{place} {was} {'another LoRA' if there else without}", "give what it had"
+            argument = getattr(identity, f"{name}_flag") if here else option
+            raise InvalidArgument(argument, problem, f"{fix}, or choose another --output_dir")
     for name in ("model", "images"):
         here = getattr(identity, name)
         there = record.get(name, here)
@@ -307,9 +312,9 @@ def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) ->
 
 def past_of(values: Mapping[str, Any], identity: Identity) -> dict:
     """Return the record with which `check_past` compares a resumed run."""
-    lora = {"lora": identity.lora} if identity.lora else {}
+    loras = {name: mark for name in ("lora", "assistant") if (mark := getattr(identity, name))}
     content = {"model": identity.model, "images": identity.images}
-    return content | {"settings": settings_of(values)} | lora
+    return content | {"settings": settings_of(values)} | loras
 
 
 def write_exports(

@@ -37,6 +37,8 @@ class Context:
     before: int = 0
     start: Start | None = None
     """The LoRA file that training starts from."""
+    assistant: Start | None = None
+    """The LoRA file that is active only in training."""
     status: Status = field(default_factory=Status)
     """Writer of the current phase, which the application shows."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,6 +19,7 @@ from ..methods.adapters import RankAllocator, rank_allocator
 from ..options.images import OptimizerOptions, TrainingOptions
 from ..options.optimizers import ADAMS, class_of, named, options_of
 from .context import Context
+from .learning_rates import FACTOR, at_rate, groups_of
 from .schedule import Schedule
 from .sharding import adapters_of, cuts_base
 from .trained import Trained
@@ -60,6 +60,11 @@ class Learner:
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def learning_rate(self) -> float:
+        """The denoiser's present learning rate, without factors of single layers."""
+        return self.lr_scheduler.get_last_lr()[0] / self.optimizer.param_groups[0].get(FACTOR, 1)
 
     @property
     def zero_optimizer(self) -> ZeROOptimizer:
@@ -150,10 +155,8 @@ def new_learner(method: str, trained: Trained, schedule: Schedule, context: Cont
     if cuts_base(context.accelerator):
         for module in adapters_of(denoiser):  # the base stays on the CPU until it is sharded
             module.to(context.accelerator.device)
-    first, *others = [[p for p in part.parameters() if p.requires_grad] for part in trained.parts.values()]
-    optimizer = new_optimizer(
-        first, options.training, options.optimizer, context.accelerator, of_encoders=list(itertools.chain(*others))
-    )
+    groups, of_encoders = groups_of(trained, options.optimizer)
+    optimizer = new_optimizer(groups, options.training, options.optimizer, context.accelerator, of_encoders)
     lr_scheduler = get_scheduler(
         options.optimizer.lr_scheduler, optimizer, step_rules=options.optimizer.lr_step_rules,
         num_warmup_steps=schedule.warmup_steps, num_training_steps=schedule.steps,
@@ -169,18 +172,21 @@ def new_optimizer(
     training: TrainingOptions,
     optimizer_options: OptimizerOptions,
     accelerator: Accelerator,
-    of_encoders: Sequence[nn.Parameter] = (),
+    of_encoders: Sequence = (),
 ) -> torch.optim.Optimizer:
-    """Return the optimizer that the options specify; text encoders have their own parameter group and learning rate.
+    """Return the optimizer that the options specify; text encoders have their own parameter groups and learning rate.
+
+    `parameters`, `of_encoders`: parameters, or groups of `groups_of`.
 
     Raises `InvalidArgument` for arguments that the optimizer does not accept.
     """
     per_step = training.gradient_accumulation_steps * training.train_batch_size * accelerator.num_processes
     scale = per_step if optimizer_options.scale_lr else 1
+    rate = optimizer_options.learning_rate * scale
+    groups = at_rate(parameters, rate)
     if of_encoders:
-        rate = scale * (optimizer_options.text_encoder_lr or optimizer_options.learning_rate)
-        parameters = [{"params": parameters}, {"params": of_encoders, "lr": rate}]
-    arguments = {"lr": optimizer_options.learning_rate * scale} | dict(named(optimizer_options.optimizer).options)
+        groups += at_rate(of_encoders, scale * (optimizer_options.text_encoder_lr or optimizer_options.learning_rate))
+    arguments = {"lr": rate} | dict(named(optimizer_options.optimizer).options)
     if optimizer_options.optimizer in ADAMS:
         arguments |= {
             "betas": (optimizer_options.adam_beta1, optimizer_options.adam_beta2),
@@ -192,18 +198,25 @@ def new_optimizer(
         arguments["fused"] = accelerator.device.type in ("cpu", "cuda") and accelerator.scaler is None
     kind = class_of(optimizer_options.optimizer)
     with _refused(optimizer_options):
-        optimizer = kind(parameters, **arguments | options_of(optimizer_options.optimizer_args))
+        optimizer = kind(groups, **arguments | options_of(optimizer_options.optimizer_args))
     if hasattr(optimizer, "train"):  # schedule-free optimizers have two sets of weights and train one of them
         optimizer.train()
     return optimizer
 
 
 def check_optimizer(context: Context) -> None:
-    """Raise `InvalidArgument` if the optimizer cannot take a step on one parameter with its arguments."""
-    weight = nn.Parameter(torch.zeros(1, 1, device=context.accelerator.device))  # a matrix, which Muon requires
-    weight.grad = torch.ones_like(weight)
-    with _refused(context.options.optimizer):
-        new_optimizer([weight], context.options.training, context.options.optimizer, context.accelerator).step()
+    """Raise `InvalidArgument` if the optimizer cannot take a step on small parameters with its arguments.
+
+    With factors of learning rates, there are two parameters with different ones.
+    """
+    options, device = context.options, context.accelerator.device
+    groups: list[dict[str, Any]] = [{}, {FACTOR: 2.0}] if options.optimizer.has_factors else [{}]
+    for group in groups:
+        weight = nn.Parameter(torch.zeros(1, 1, device=device))  # a matrix, which Muon requires
+        weight.grad = torch.ones_like(weight)
+        group["params"] = [weight]
+    with _refused(options.optimizer):
+        new_optimizer(groups, options.training, options.optimizer, context.accelerator).step()
 
 
 def _refused(options: OptimizerOptions) -> AbstractContextManager:

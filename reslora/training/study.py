@@ -28,6 +28,9 @@ class Identity:
     lora: str = ""
     """Hash of the LoRA that training starts from; empty without one."""
     lora_flag: str = ""
+    assistant: str = ""
+    """Hash of the LoRA that is active only in training; empty without one."""
+    assistant_flag: str = ""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,10 @@ from reslora.images.data.samples import TrainingData, training_loader
 from reslora.images.data.size import Size
 from reslora.images.data.sources import Source
 from reslora.images.denoising import DenoisingLoss
-from reslora.images.initial_lora import add_adapters
+from reslora.images.initial_lora import add_adapters, read_start
+from reslora.images.model.assistant import add_assistant
 from reslora.images.model.families import load_family
+from reslora.images.model.loading import Model
 from reslora.images.model.objective import DdpmObjective
 from reslora.images.model.quantising import pack
 from reslora.images.settings import parse_args, with_family
@@ -56,12 +58,13 @@ def setting(
     flags = with_family(parse_args(words), family.defaults)
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     objective = DdpmObjective(pipeline.scheduler, flags.training.snr_gamma)
+    captions = {*CAPTIONS, *flags.training.preserved_prompts}
     if flags.adapter.train_text_encoder:
         pipeline.text_encoder.double().requires_grad_(False)
-        texts = {caption: {} for caption in CAPTIONS}
+        texts = {caption: {} for caption in captions}
     else:
         with torch.no_grad():
-            texts = {caption: family.encode_captions(pipeline, [caption], None) for caption in CAPTIONS}
+            texts = {caption: family.encode_captions(pipeline, [caption], None) for caption in captions}
         texts = {caption: {name: value[0].double() for name, value in text.items()} for caption, text in texts.items()}
     images = SimpleNamespace(captions=[[CAPTIONS[index % 2]] for index in range(IMAGES)])
     train, held_out = tuple(range(IMAGES - 2)), (IMAGES - 2, IMAGES - 1)
@@ -70,8 +73,11 @@ def setting(
     denoiser = pipeline.unet.double().requires_grad_(False)
     if flags.model.base_precision != "no":
         pack(denoiser, flags.model.base_precision, torch.device("cpu"))
+    if file := flags.model.assistant_lora:
+        start = read_start(file, str(folder), Model(folder, family, "--model"), "assistant_lora")
+        add_assistant(denoiser, start.layers, torch.float64, torch.device("cpu"))
     context = Context(flags, SimpleNamespace(family=family), accelerator or Accelerator(cpu=True), StopRequest())
-    loss = DenoisingLoss(context, objective, pipeline, denoiser.config)
+    loss = DenoisingLoss(context, objective, pipeline, denoiser.config, training_data.class_text)
     loss.context, loss.dtype = context, torch.float64
     return training_data, loss, denoiser
 
@@ -89,7 +95,8 @@ def learner_of(denoiser: torch.nn.Module, loss: DenoisingLoss, accelerator: Acce
         for name, parameter in trained.named():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=draws) * 0.1)
-    made.optimizer = torch.optim.SGD(made.parameters, lr=1.0)
+    groups = [{"params": g["params"], "lr": g.get("lr_factor", 1.0)} for g in made.optimizer.param_groups]
+    made.optimizer = torch.optim.SGD(groups)
     prepare(made, loss.context)
     return made
 

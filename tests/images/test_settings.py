@@ -252,6 +252,7 @@ UNREAD = {  # and with what it is read
     "--bucket_upscale": "--use_aspect_ratio_buckets",
     "--bucket_upscale --use_aspect_ratio_buckets --aspect_ratio_buckets 32,32": "--aspect_ratio_buckets ''",
     "--masked_loss_normalised": "--masked_loss",
+    "--output_preservation_prompt box": "--output_preservation_weight 1",
     "--prior_loss_weight 0.5": "--class_data_dir class --class_prompt disc",
     "--num_class_images 7": "--class_data_dir class --class_prompt disc",
     "--metric_model someone/dino": "--validation_prompt disc",

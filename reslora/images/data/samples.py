@@ -45,6 +45,11 @@ class TrainingData:
     latents_per_token: int = 4
     """The number of latent positions per token of the denoiser."""
 
+    @property
+    def class_text(self) -> Mapping[str, torch.Tensor] | None:
+        """The frozen text states of --output_preservation_prompt; None without output preservation."""
+        return next((self.texts[prompt] for prompt in self.training.preserved_prompts), None)
+
     def plan(self, processes: int) -> Plan:
         """Return the order of the training images for `processes` processes."""
         return Plan(self.sources, self.training.train_batch_size * processes, self.training.seed)

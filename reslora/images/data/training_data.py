@@ -95,6 +95,7 @@ def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context
     wanted = ["", *(validation.validation_prompt or training_data.sources[0].images.captions[0][:1])]
     wanted += [prompt.negative_prompt for prompt in prompts_of(validation)]
     wanted += UNRELATED if validation.metric_model else ()
+    wanted += training_data.training.preserved_prompts
 
     def load_encoders() -> DiffusionPipeline:
         if not data.cache_text_embeddings:

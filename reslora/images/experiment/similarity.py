@@ -1,13 +1,12 @@
 """Similarities of a chosen run's samples by --metric_model: cosine similarities of embeddings."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...experiment.study import COMPARING
+from ...methods.adapters import without_adapters
 from ..denoising import DenoisingLoss
 from ..generators import derive
 from ..output.metric import load_metric
@@ -48,7 +47,7 @@ def similarities(
         sources[source].transform.plain(sources[source].images.captions[number][0]) for source, number in tested
     ]
     drawn, again, kept = draw(captions), draw(captions[:1], DRAWINGS), draw(UNRELATED)
-    with without_adapters(parts):
+    with without_adapters(*parts.values()):
         base = draw(UNRELATED)
     apart = 1 - again @ again.T
     found = {"image_similarity": (drawn * metric.of(sources, tested)).sum(1).mean()}
@@ -70,16 +69,3 @@ def learnt(setting: Setting) -> list[Image]:
         for image in source.train
     }
     return sorted(marks, key=lambda image: derive("nearest", marks[image]))[:MOST_TRAINING]
-
-
-@contextmanager
-def without_adapters(parts: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Disable the adapters inside this context, so that the modules compute what the base model computes."""
-    layers = [layer for part in parts.values() for layer in part.modules() if isinstance(layer, BaseTunerLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)

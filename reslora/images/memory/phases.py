@@ -23,11 +23,12 @@ from ..data.encoding import CAPTIONS_AT_ONCE, Variants
 from ..data.training_data import sizes_of
 from ..denoising import DenoisingLoss
 from ..initial_lora import add_adapters
+from ..model.assistant import add_assistant
 from ..model.families.base import Text
 from ..model.loading import overflows
 from ..model.objective import objective_of
 from ..model_checks import check_pipeline
-from .components import Reader, empty_denoiser, empty_part, empty_pipeline
+from .components import META, Reader, empty_denoiser, empty_part, empty_pipeline
 from .meta_tensors import Stage, tensor_bytes
 
 BASE, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS = "base", "adapter", "gradients", "optimizer", "activations"
@@ -88,7 +89,8 @@ class Rehearsal:
 
     def _read(self) -> list[dict[str, tuple[torch.Size, torch.dtype]]]:
         """Return shape and dtype of the text states of the longest caption and of the shortest one, by name."""
-        captions = sorted({text for images in self.kinds for texts in images.captions for text in texts}, key=len)
+        found = {text for images in self.kinds for texts in images.captions for text in texts}
+        captions = sorted(found | set(self.options.training.preserved_prompts), key=len)
         at_once = min(CAPTIONS_AT_ONCE, len(captions) + len(self.options.validation.validation_prompt) + 1)
         at_once = at_once if self.options.data.cache_text_embeddings else self.options.training.train_batch_size
         reader = Reader(self._modules(self.frozen), self.stage, at_once)
@@ -216,11 +218,16 @@ class Rehearsal:
     def trained(self, method: str) -> Trained:
         """Return the models that will be trained, as fake tensors and with the method's adapter."""
         denoiser = self.base()
+        if self.context.assistant:
+            add_assistant(denoiser, self.context.assistant.layers, self.dtype, META)
         parts = {self.family.denoiser: denoiser}
         for name in self.trainable:
             parts[name] = empty_part(self.model, name, self.dtype)
             setattr(self.pipeline, name, parts[name])
-        loss = DenoisingLoss(self.context, self.objective, self.pipeline, denoiser.config)
+        text = None
+        if self.options.training.preserved_prompts:
+            text = {name: value[0] for name, value in self.text(1).items()}
+        loss = DenoisingLoss(self.context, self.objective, self.pipeline, denoiser.config, text)
         loss.dtype = self.dtype
         trained = Trained(parts, loss)
         add_adapters(trained, method, 1000, self.context)

@@ -208,9 +208,13 @@ def guess(context: Context) -> float:
     parts = {name: empty_part(model, name, torch.float32) for name in names}
     denoiser = empty_denoiser(model, torch.float32)
     weights = sum(value.nbytes for part in (denoiser, *filter(None, parts.values())) for value in part.parameters())
+    assistant = context.assistant.layers.values() if context.assistant else ()
+    weights += sum(4 * (down.numel() + up.numel()) for down, up, _ in assistant)
     pixels, texts = most_pixels(context), 64 * (options.training.max_sequence_length or 77)
     images = max(options.training.train_batch_size, 8)  # at most 8 crops and flips are encoded together
-    at_work = 16.0 * images * pixels / 16 * sum(widths(denoiser))  # no supported autoencoder has more latents per pixel
+    passes = 2 if options.training.preserved_prompts else 1  # whose activations are kept at a time
+    # No supported autoencoder has more latents per pixel.
+    at_work = 16.0 * passes * images * pixels / 16 * sum(widths(denoiser))
     for name, part in parts.items():
         count = images * pixels if name == "vae" else texts
         own = widths(part) if part else []

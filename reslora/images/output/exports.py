@@ -202,7 +202,7 @@ def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context
     """Return the trained modules by name in float32; with --save_best, those of the `best` checkpoint if there is one.
 
     The modules are loaded from disk if the best checkpoint is exported, or if the base in memory is in half precision,
-    quantized, swapped or sharded.
+    quantized, swapped, sharded or has an assistant.
     """
     options, saved = context.options, context.folder_of(learner.method) / f"checkpoint-{learner.step}"
     if best:
@@ -216,7 +216,7 @@ def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context
             f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)", flush=True
         )
     whole = options.model.base_precision == "no" and not options.model.blocks_to_swap
-    whole = whole and not cuts_base(context.accelerator)
+    whole = whole and not cuts_base(context.accelerator) and context.assistant is None
     if not best and whole and learner.denoiser.dtype == torch.float32:
         return dict(learner.trained.parts)
     return saved_parts(learner.method, saved, learner.trained.loss, schedule, context)

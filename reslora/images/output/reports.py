@@ -61,7 +61,7 @@ class Reports:
         at each timestep; timesteps range from 0 to 1, which is pure noise.
         """
         learner = self.learner
-        rate, seconds = learner.lr_scheduler.get_last_lr()[0], round(learner.seconds, 3)
+        rate, seconds = learner.learning_rate, round(learner.seconds, 3)
         self.noted = {"step": learner.step, "split": split, "loss": loss, "lr": rate, "seconds": seconds}
         if by_timestep:
             self.noted["by_timestep"] = by_timestep

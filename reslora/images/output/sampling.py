@@ -19,6 +19,7 @@ from ...tracing import evaluating
 from ..data.batch import stack_texts
 from ..data.encoding import Texts
 from ..generators import derive
+from ..model.assistant import without_assistant
 from ..model.families.base import Family, Part, Text
 from ..prompts import Prompt, resolved
 
@@ -45,12 +46,17 @@ class Sampler:
     ) -> list[np.ndarray]:
         """Generate `images` images for each prompt in eval mode; each image is height x width x 3, in [0, 1].
 
+        A denoiser with an assistant LoRA generates without it.
         `between_steps` is called between the denoising steps and may raise an error. Afterwards the pipeline has its
         earlier denoiser again, and the models are in their earlier mode.
         """
         drawn, size = [], self.training.train_batch_size
         encoders = [getattr(self.pipeline, part.name) for part in self.encoders]
-        with override_attributes(self.pipeline, **{self.family.denoiser: denoiser}), evaluating(denoiser, *encoders):
+        with (
+            override_attributes(self.pipeline, **{self.family.denoiser: denoiser}),
+            evaluating(denoiser, *encoders),
+            without_assistant(denoiser),
+        ):
             for alike in (list(group) for _, group in itertools.groupby(self.wanted(prompts, images), key=shared)):
                 for start in range(0, len(alike), size):
                     drawn += self._batch(alike[start : start + size], between_steps)

@@ -61,7 +61,7 @@ class Taken:
 
 def consume_request(rehearsal: Rehearsal, context: Context) -> Taken:
     """A real step of what is rehearsed."""
-    trained = real_parts(context)
+    trained = real_parts(context, rehearsal)
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimizer = new_optimizer(parameters, context.options.training, context.options.optimizer, context.accelerator)
 
@@ -80,14 +80,17 @@ def consume_request(rehearsal: Rehearsal, context: Context) -> Taken:
     return Taken(base, adapter, kept, most_allocated(step))
 
 
-def real_parts(context: Context) -> Trained:
+def real_parts(context: Context, rehearsal: Rehearsal) -> Trained:
     """What trains, with weights."""
     model, flags, device = context.model, context.options, torch.device("cpu")
     pipeline = model.load_pipeline(context.dtype, device, encoders=bool(context.encoders))
     denoiser = model.load_denoiser(context.dtype, device, flags.model.base_precision)
     parts = {model.family.denoiser: denoiser} | model.load_encoders(context.encoders, pipeline)
     objective = objective_of(flags.model, flags.training, model.family, pipeline)
-    trained = Trained(parts, DenoisingLoss(context, objective, pipeline, denoiser.config))
+    text = None
+    if flags.training.preserved_prompts:
+        text = {name: torch.ones(value.shape[1:], dtype=value.dtype) for name, value in rehearsal.text(1).items()}
+    trained = Trained(parts, DenoisingLoss(context, objective, pipeline, denoiser.config, text))
     add_adapters(trained, flags.adapter.method[0], 1000, context)
     for part in parts.values() if flags.training.gradient_checkpointing else ():
         enable_gradient_checkpointing(part)

@@ -20,6 +20,7 @@ RUNS = {
     "middle": ["--shortcut", "middle", "--pre_num", "2"],
     "dora": ["--method", "dora"],  # reads the base's weights in its forward
     "packed": ["--base_precision", "nf4"],
+    "preserved": ["--output_preservation_weight", "1", "--output_preservation_prompt", "blue box"],
 }
 
 
