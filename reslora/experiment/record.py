@@ -56,6 +56,8 @@ class Arm(TypedDict):
     learning_rate: float
     seed: int
     rank: int
+    values: NotRequired[dict[str, Any]]
+    """Values of the other options that vary."""
     shortcut: str | None
     """Shortcut and number of blocks, such as `block(4)`; None without shortcuts."""
     folder: str
@@ -71,6 +73,10 @@ class Arm(TypedDict):
     """Time from the arm's last start or resume to its end; None if it has not ended."""
     memory_bytes: int | None
     """Peak memory; None if it is not measured."""
+    file_bytes: NotRequired[int | None]
+    """Size of the exported LoRA, `peft/`; None if it is not exported."""
+    seconds_by_step: NotRequired[dict[str, float]]
+    """Training time until each step in `select_by_step`."""
     select_by_step: dict[str, float | None]
     """Loss on the selection split at each checkpoint's step."""
     test: TestLosses | None
@@ -223,6 +229,8 @@ class Experiment(Facts):
     """Losses of the base model; None until the test split is evaluated."""
     base_select: NotRequired[float | None]
     """Loss of the base model on the selection split; None if it is not measured."""
+    references: NotRequired[list[str]]
+    """Labels with which others are compared."""
     choosing: NotRequired[list[int]]
     """The seeds that choose learning rates; the others are trained at the chosen ones."""
     best: NotRequired[Best | None]

@@ -283,18 +283,34 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
         numbers = [rate(choice["learning_rate"]), str(choice["step"]), number(choice["loss"])]
         losses = finite(tests.get(label, ()))
         numbers += [number(statistics.fmean(losses)) if losses else NOTHING, between(rerun(losses, least=0), number)]
+        numbers += costs_of(experiment, label)
         rows.append([escape(label), *numbers, str(arm["rank"]) if arm else NOTHING, wired, at_end])
     base = mean_of(experiment.get("base"))
     if rows and base is not None:
         selected = number(experiment.get("base_select"))
-        rows.append([BASE, NOTHING, "0", selected, number(base), NOTHING, NOTHING, NOTHING, ""])
-    names = ["Method", "Learning rate", "Step", "Select loss", "Test loss", "One more seed", "Rank", "Shortcut"]
-    names += ["End of the rates"]
+        rows.append([BASE, NOTHING, "0", selected, number(base), *[NOTHING] * 6, ""])
+    names = ["Method", "Learning rate", "Step", "Select loss", "Test loss", "One more seed", "Time", "Memory", "File"]
+    names += ["Rank", "Shortcut", "End of the rates"]
     note = (
         f"<p>Of each method the learning rate and step with the lowest mean loss, over seeds, on the select {unit}s, "
-        "which none was trained on.</p>"
+        "which none was trained on. Time: until that step, mean over seeds. Memory: the most of any seed. File: the "
+        "exported LoRA.</p>"
     )
     return (note if rows else "") + table(f"Chosen on the select {unit}s", names, rows)
+
+
+def costs_of(experiment: Experiment, label: str) -> list[str]:
+    """Return time, memory and file size of a label at its chosen learning rate and step, as text."""
+    arms = [arm for arm in experiment["arms"] if arm["label"] == label and is_chosen(arm, experiment["chosen"])]
+    step = str(experiment["chosen"][label]["step"])
+    times = [time for arm in arms if (time := arm.get("seconds_by_step", {}).get(step)) is not None]
+    memory = max((arm["memory_bytes"] or 0 for arm in arms), default=0)
+    size = max((arm.get("file_bytes") or 0 for arm in arms), default=0)
+    return [
+        duration(statistics.fmean(times)) if times else NOTHING,
+        f"{memory / 2**30:.2f} GiB" if memory else NOTHING,
+        f"{size / 2**20:.3g} MiB" if size else NOTHING,
+    ]
 
 
 def arm_table(experiment: Experiment, about: About) -> str:
@@ -479,7 +495,8 @@ def missing(experiment: Experiment) -> str:
         counted = Counter(arm["label"] for arm in experiment["arms"] if arm["status"] == status)
         lines += [f"{label}: {pluralize(arms, 'arm')} {what}" for label, arms in counted.items()]
     compared = {verdict["label"] for verdict in experiment["verdicts"]}
-    compared |= {verdict["reference"] for verdict in experiment["verdicts"]} or {REFERENCE}
+    references = {verdict["reference"] for verdict in experiment["verdicts"]}
+    compared |= references or set(experiment.get("references", [REFERENCE]))
     lines += [f"{label}: not compared" for label in labels_of(experiment) if label not in compared]
     return in_lines(lines)
 

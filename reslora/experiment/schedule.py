@@ -6,6 +6,7 @@ Only the main process uses this state (`processes.broadcast_from_main`).
 import contextlib
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..methods.registry import METHODS
 from ..options.grid import Grid
 from ..runtime.checkpoint_folders import ADAPTERS, numbered, step_of
 from ..runtime.log import of_split, read_log
-from . import record
+from . import equal_time, record
 from .arms import (
     MOST_EXTENSIONS,
     Arm,
@@ -29,6 +30,8 @@ from .arms import (
     labels_of,
     options_of,
     place_of,
+    rates_of,
+    reference_of,
     shortcut_in_words,
 )
 from .statistics import choose
@@ -58,7 +61,10 @@ class ArmSchedule:
         self.given: list[float] = sorted(self.grid.rates)
         self.choosing = choosing_of(self.seeds, len(self.given))
         self.chosen_rates: dict[tuple, float | None] = {}
-        self.grids = {name: continued(self.given, self.rates_there(label)) for name, label in self.labels.items()}
+        self.reference = reference_of(self.grid, list(self.labels.values()))
+        self.grids = {
+            name: continued(rates_of(self.grid, label), self.rates_there(label)) for name, label in self.labels.items()
+        }
 
     @property
     def folder(self) -> Path:
@@ -128,15 +134,39 @@ class ArmSchedule:
         """
         rates = self.grids[label]
         failed = [rate for rate in rates for seed in self.others if self.ended(Arm(label, rate, seed)).get("reason")]
-        known = label, *rates, "failed", *failed
+        known = label, self.compared_seconds, *rates, "failed", *failed
         if known not in self.chosen_rates:
             arms = [Arm(label, rate, seed) for rate in rates for seed in self.choosing]
             if not all(map(self.ended, arms)):
                 return coarse_to_fine(rates)[0]
             arms += [Arm(label, rate, seed) for rate in failed for seed in self.others]
-            found = choose(map(self.record, arms), self.choosing).get(label)
+            found = choose(self.compared(arms), self.choosing).get(label)
             self.chosen_rates[known] = found["learning_rate"] if found else None
         return self.chosen_rates[known]
+
+    @property
+    def references(self) -> list[str]:
+        """The labels with which others are compared: the reference, or all labels of the reference method."""
+        if self.reference in self.labels:
+            return [self.reference]
+        return [name for name, label in self.labels.items() if label.method == self.reference]
+
+    @property
+    def compared_seconds(self) -> float | None:
+        """The training time at which labels are compared: that of the first reference until its last step.
+
+        None without `--compare_at time`, and until an arm of the reference has ended.
+        """
+        if self.grid.base.experiment.compare_at != "time" or not self.references:
+            return None
+        label = self.references[0]
+        arms = [Arm(label, rate, seed) for rate in self.grids[label] for seed in self.choosing]
+        return max(equal_time.seconds_by_step(map(self.record, arms), label, self.choosing).values(), default=None)
+
+    def compared(self, arms: Iterable[Arm]) -> list[record.Arm]:
+        """Return the records of arms, with `--compare_at time` only with the loss of the step that is compared."""
+        records, seconds = [self.record(arm) for arm in arms], self.compared_seconds
+        return records if seconds is None else equal_time.at_time(records, seconds, self.choosing)
 
     # -- results of the arms -------------------------------------------------------------------------------------------
 
@@ -156,8 +186,11 @@ class ArmSchedule:
 
     def select_losses(self, arm: Arm) -> dict[int, float]:
         """Return the loss on the selection split at every step that may be chosen."""
-        rows = of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation")
-        return {row["step"]: row["loss"] for row in rows if row["step"]}
+        return {row["step"]: row["loss"] for row in self.validations(arm)}
+
+    def validations(self, arm: Arm) -> list[dict]:
+        """Return the rows of an arm's log with its losses on the selection split, but not of the base model."""
+        return [row for row in of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation") if row["step"]]
 
     def base_select(self) -> float | None:
         """Return the base model's loss on the selection split, as logged by any arm before its first step."""
@@ -249,6 +282,9 @@ class ArmSchedule:
             "learning_rate": arm.rate,
             "seed": arm.seed,
             "rank": adapter.rank,
+            "values": {
+                self.grid.base.option(name).name: value for name, value in self.labels[arm.label].values.items()
+            },
             "shortcut": shortcut_in_words(adapter.shortcut, adapter.pre_num)
             if METHODS[method].reads_shortcut
             else None,
@@ -259,6 +295,8 @@ class ArmSchedule:
             "seconds": last["seconds"],
             "wall_seconds": ended.get("wall_seconds"),
             "memory_bytes": ended.get("memory_bytes"),
+            "file_bytes": sum(path.stat().st_size for path in (folder / "peft").rglob("*.safetensors")) or None,
+            "seconds_by_step": {str(row["step"]): row["seconds"] for row in self.validations(arm)},
             "select_by_step": {
                 str(step): loss if math.isfinite(loss) else None for step, loss in self.select_losses(arm).items()
             },

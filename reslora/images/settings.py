@@ -17,8 +17,9 @@ from ..options.parser import OptionsParser
 from ..options.prompts import clean
 from ..options.unused import report_unread_by_methods, report_unused
 from ..options.values import listed
+from ..options.vary import values_to_vary
 from .config_file import of_this_run
-from .experiment.requirements import check_ranks
+from .experiment.requirements import check_batches, check_ranks
 from .prompts import from_file
 from .refusals import check_options, check_places, report_doubtful
 
@@ -49,6 +50,7 @@ def build_parser(description: str = "") -> OptionsParser:
 def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str, Any]:
     """Return the values of the command line and of the file in --config; the command line takes precedence."""
     given = vars(parser.parse_args(argv))
+    given |= values_to_vary(given.pop("vary", ()), parser.table, given)
     if "config" not in given:
         return given
     path = Path(given.pop("config"))
@@ -69,11 +71,12 @@ def resolve(given: Given) -> Options | Grid[Options]:
         check_no_experiment(options)
         return options
     grid = Grid(options, varied)
-    for one in grid.runs("shortcut", "pre_num", "rank", "learning_rate"):
+    for one in grid.runs(*(name for name in grid.varied if name != "seed")):
         check_options(one)
     check_experiment(grid)
     check_values(grid)
     check_ranks(grid)
+    check_batches(grid)
     return grid
 
 
@@ -98,8 +101,9 @@ def with_defaults(given: Given) -> dict[str, Any]:
         values["max_train_steps"] = BUNDLED_STEPS
     if given.get("use_8bit_adam"):
         values.setdefault("optimizer", "adamw8bit")
-    if (rate := named(values.get("optimizer", "adamw")).learning_rate) is not None:
-        values.setdefault("learning_rate", rate)
+    own = {named(optimizer).learning_rate for optimizer in listed(values.get("optimizer", "adamw"))}
+    if None not in own:  # with several optimizers each has its own: `arms.rates_of`
+        values.setdefault("learning_rate", own.pop())
     if "validation_epochs" in given:
         values.setdefault("validation_steps", None)
     flow = Path(values["pretrained_model_name_or_path"]).name == "pipeline-flow"
@@ -109,7 +113,7 @@ def with_defaults(given: Given) -> dict[str, Any]:
     values["local_rank"] = int(os.environ.get("LOCAL_RANK", values["local_rank"]))
     for name in ("resolution", "method"):
         values[name] = list(dict.fromkeys(listed(values[name])))
-    if any(table[name].varies and len(listed(value)) > 1 for name, value in values.items()):
+    if any(table[name].can_vary and len(listed(value)) > 1 for name, value in values.items()):
         values |= {name: DEFAULT_SPLIT for name in ("select_split", "test_split") if values[name] is None}
         values["validation_split"] = given.get("validation_split", 0.0)
     if (found := from_file(values["validation_prompt"])) is not None:
