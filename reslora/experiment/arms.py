@@ -129,6 +129,13 @@ def reference_of(grid: Grid, labels: Sequence[Label]) -> str:
     return labels[0].name if without and len(grid.methods) == 1 and len(labels) > 1 else REFERENCE
 
 
+def references_of(grid: Grid, labels: Sequence[Label]) -> list[str]:
+    """Return the labels with which others are compared: the reference, or all labels of the reference method."""
+    reference = reference_of(grid, labels)
+    own = [label.name for label in labels if label.name == reference]
+    return own or [label.name for label in labels if label.method == reference]
+
+
 def shortcut_in_words(shortcut: str | None, pre_num: int) -> str:
     """Return a shortcut in the paper's notation: `block(4)`; `input` always uses one block."""
     return f"{shortcut}({pre_num})" if shortcut in SEVERAL_BLOCKS else shortcut or ""
@@ -161,10 +168,17 @@ def check_values(grid: Grid) -> None:
             fix = "add reslora with --shortcut block or middle, or give one"
             raise InvalidArgument(f"{grid.flag(name)} {as_typed(grid.varied[name])}", problem, fix)
     experiment = grid.base.experiment
-    known = dict.fromkeys([*(label.name for label in labels), *grid.methods])
+    names = [label.name for label in labels]
+    known = dict.fromkeys([*names, *grid.methods])
     if experiment.reference and experiment.reference not in known:
         problem = f"is not compared here{did_you_mean(experiment.reference, known)}"
         raise InvalidArgument(f"--reference {experiment.reference}", problem, f"give one of {', '.join(known)}")
+    claimed, references = experiment.claim, references_of(grid, labels)
+    if claimed and (claimed not in names or not references or claimed == references[0]):
+        problem = "is not compared with a reference here"
+        others = [name for name in names if references and name != references[0]]
+        fix = f"give one of {', '.join(others)}" if others else "add --reference"
+        raise InvalidArgument(f"--claim {claimed}", problem, fix)
     seeds = grid.values("seed")
     choosing = len(choosing_of(seeds, len(grid.rates)))
     arms = sum(len(rates_of(grid, label)) * choosing + len(seeds) - choosing for label in labels)

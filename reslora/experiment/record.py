@@ -154,6 +154,30 @@ class Ranking(TypedDict):
     sentence: str
 
 
+class Stated(TypedDict):
+    """A claim: that a label is better than its reference by more than a margin."""
+
+    label: str
+    reference: str
+    margin: float
+    """In percent of the reference's test loss."""
+    sha256: str
+    """SHA-256 of the file that states it; empty without a file."""
+    ended: int
+    """Number of arms that had ended when it was stated first."""
+    readings: int
+    """Number of evaluations on the test split by then."""
+
+
+class Answer(TypedDict):
+    """The answer to a claim."""
+
+    conclusion: Literal["confirmed", "refuted", "not enough data"]
+    more_seeds: int | None
+    """About how many more seeds are needed; None if it is decided, or if seeds will hardly do."""
+    sentence: str
+
+
 class Best(TypedDict):
     """The arm from which the files in the experiment's directory were exported.
 
@@ -229,6 +253,10 @@ class Experiment(Facts):
     """Losses of the base model; None until the test split is evaluated."""
     base_select: NotRequired[float | None]
     """Loss of the base model on the selection split; None if it is not measured."""
+    claims: NotRequired[list[Stated]]
+    """The claim, last, and those that it has replaced."""
+    answer: NotRequired[Answer | None]
+    """Answer to the claim; None until the test split is evaluated."""
     references: NotRequired[list[str]]
     """Labels with which others are compared."""
     choosing: NotRequired[list[int]]

@@ -13,6 +13,7 @@ import numpy as np
 from ..formatting import pluralize
 from ..io import replacing
 from ..plots.charts import MINUS, Axes, Row, Series, chart, escape, forest
+from .claim import changes
 from .record import Arm, Best, Experiment, Verdict, as_of_now
 from .statistics import REFERENCE, is_chosen, mean_of, percents, rerun, tested
 from .theme import SCRIPT, STYLE
@@ -72,6 +73,7 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
     as_of = experiment.get("as_of")
     headline = escape(headline_of(experiment, unit))
     sections = (
+        ("Claim", claim_of(experiment)),
         ("Verdicts", verdict_table(experiment, unit)),
         ("What to use", what_to_use(experiment, about)),
         (f"Notes as of {pluralize(as_of, 'arm')}" if as_of else "Notes", in_lines(experiment["notes"])),
@@ -118,6 +120,19 @@ def headline_of(experiment: Experiment, unit: str) -> str:
     if ranking := experiment.get("ranking"):
         return so_far + ranking["sentence"]
     return so_far + summary_of(verdicts, unit)
+
+
+def claim_of(experiment: Experiment) -> str:
+    """Return the claim, its answer and the hash of its file; empty without a claim; HTML."""
+    if not (claims := experiment.get("claims")):
+        return ""
+    claim, found = claims[-1], experiment.get("answer")
+    what = f"{claim['label']} is better than {claim['reference']} by more than {claim['margin']:g}%"
+    when = f"Stated when {pluralize(claim['ended'], 'arm')} had ended"
+    when += f", after {pluralize(claim['readings'], 'evaluation')} on the test split"
+    file = f"in a file with SHA-256 {claim['sha256']}" if claim["sha256"] else "on the command line, not in a file"
+    lines = [f"Claim: {what}", f"Answer: {found['sentence'] if found else 'none yet'}", f"{when}, {file}."]
+    return in_lines([*lines, *changes(claims, len(experiment["arms"]))])
 
 
 def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
@@ -283,14 +298,14 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
         numbers = [rate(choice["learning_rate"]), str(choice["step"]), number(choice["loss"])]
         losses = finite(tests.get(label, ()))
         numbers += [number(statistics.fmean(losses)) if losses else NOTHING, between(rerun(losses, least=0), number)]
-        numbers += costs_of(experiment, label)
-        rows.append([escape(label), *numbers, str(arm["rank"]) if arm else NOTHING, wired, at_end])
+        kind = [str(arm["rank"]) if arm else NOTHING, wired]
+        rows.append([escape(label), *numbers, *kind, *costs_of(experiment, label), at_end])
     base = mean_of(experiment.get("base"))
     if rows and base is not None:
         selected = number(experiment.get("base_select"))
         rows.append([BASE, NOTHING, "0", selected, number(base), *[NOTHING] * 6, ""])
-    names = ["Method", "Learning rate", "Step", "Select loss", "Test loss", "One more seed", "Time", "Memory", "File"]
-    names += ["Rank", "Shortcut", "End of the rates"]
+    names = ["Method", "Learning rate", "Step", "Select loss", "Test loss", "One more seed", "Rank", "Shortcut"]
+    names += ["Time", "Memory", "File", "End of the rates"]
     note = (
         f"<p>Of each method the learning rate and step with the lowest mean loss, over seeds, on the select {unit}s, "
         "which none was trained on. Time: until that step, mean over seeds. Memory: the most of any seed. File: the "

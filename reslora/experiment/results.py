@@ -13,10 +13,11 @@ from ..methods.registry import METHODS
 from ..runtime.folder_lock import check_held
 from . import record
 from .arms import Arm, Losses, rates_of
+from .claim import answer, changes, stated_again
 from .record import EXPERIMENT, READINGS, read_experiment
 from .report import best_in_words, write_report
 from .schedule import ENDED, ArmSchedule
-from .statistics import choose, compare, level_of
+from .statistics import choose, compare, level_of, partner_of
 from .study import ExperimentStudy
 
 REPORT = "report.html"
@@ -35,6 +36,8 @@ class Results:
     base: record.TestLosses | None = None
     notes: list[str] = field(default_factory=list)
     best: record.Best | None = None
+    claims: list[record.Stated] = field(default_factory=list)
+    answer: record.Answer | None = None
 
     as_of: int | None = None
     """Number of arms that had ended at the conclusions of an earlier start; None if this start drew the conclusions."""
@@ -48,6 +51,7 @@ class Results:
         self.readings: int = max(there.get("readings", 0), len(rows), *(row.get("readings", 0) for row in noted))
         self.read: list[list] = there.get("read") or (noted[-1].get("read") if noted else None) or []
         self.base = there.get("base")
+        self.claims = self.claimed(there)
         arms, chosen = set(self.schedule.arms()), there.get("chosen", {})
         judged = {arm for arm in arms if arm.label in chosen and chosen[arm.label]["learning_rate"] == arm.rate}
         if judged:
@@ -67,6 +71,8 @@ class Results:
         tests = {Arm(arm["label"], arm["learning_rate"], arm["seed"]): arm["test"] for arm in there["arms"]}
         self.tests = {arm: test for arm, test in tests.items() if test and arm in judged}
         self.notes += there["notes"][there.get("beforehand", 0) :]
+        if there.get("claims") == self.claims:
+            self.answer = there.get("answer")
         self.best = there.get("best")
         ended = sum(arm["status"] in ("finished", "failed") for arm in there["arms"])
         self.as_of = there.get("as_of", ended)
@@ -84,6 +90,8 @@ class Results:
             "ranking": self.ranking,
             "base": self.base,
             "base_select": self.schedule.base_select(),
+            "claims": self.claims,
+            "answer": self.answer,
             "references": self.schedule.references,
             "choosing": self.schedule.choosing,
             "best": self.best,
@@ -121,12 +129,16 @@ class Results:
         unit = self.study.about.unit
         reading, reference = max(1, self.readings), schedule.reference
         self.verdicts, self.ranking = compare(records, self.chosen, unit, reading, self.base, reference)
+        if self.claims and self.tests:
+            self.answer = answer(self.claims[-1], records, self.chosen, reading)
         self.notes = [*self.beforehand(), *self.afterwards(losses, trained), *self.export_compared(trained)]
         self.best = self.export(trained) if trained else None
         self.write()
         taken = [best_in_words(self.best, self.study.about)] if self.best else []
         ranked = [self.ranking["sentence"]] if self.ranking else []
-        for line in (*self.notes, *taken, *(verdict["sentence"] for verdict in self.verdicts), *ranked):
+        answered = [f"claim {self.answer['sentence']}"] if self.answer else []
+        sentences = [verdict["sentence"] for verdict in self.verdicts]
+        for line in (*self.notes, *taken, *sentences, *ranked, *answered):
             print(line)
         print(f"{schedule.folder / REPORT}")
 
@@ -199,7 +211,21 @@ class Results:
             found.append(f"one seed cannot tell methods apart: {more}")
         if not self.references():
             found.append(f"nothing to compare with: verdicts need --method {schedule.reference}")
-        return [*found, *self.differences()]
+        return [*found, *self.differences(), *changes(self.claims, len(schedule.arms()))]
+
+    def claimed(self, there: dict) -> list[record.Stated]:
+        """Return the claim, after those of earlier starts that it has replaced; `there`: the earlier record."""
+        schedule, before = self.schedule, there.get("claims", [])
+        experiment = schedule.grid.base.experiment
+        if not experiment.claim:
+            return before
+        kinds = {name: (label.rank, label.values) for name, label in schedule.labels.items()}
+        now = record.Stated(
+            label=experiment.claim, reference=partner_of(experiment.claim, schedule.references, kinds),
+            margin=experiment.claim_margin or 0.0, sha256=schedule.grid.claim_sha256,
+            ended=sum(bool(schedule.ended(arm)) for arm in schedule.arms()), readings=self.readings,
+        )  # fmt: skip
+        return stated_again(before, now)
 
     def differences(self) -> Iterator[str]:
         """Yield notes about what differs between runs in addition to the values that vary."""

@@ -32,6 +32,7 @@ from .arms import (
     place_of,
     rates_of,
     reference_of,
+    references_of,
     shortcut_in_words,
 )
 from .statistics import choose
@@ -146,10 +147,8 @@ class ArmSchedule:
 
     @property
     def references(self) -> list[str]:
-        """The labels with which others are compared: the reference, or all labels of the reference method."""
-        if self.reference in self.labels:
-            return [self.reference]
-        return [name for name, label in self.labels.items() if label.method == self.reference]
+        """The labels with which others are compared."""
+        return references_of(self.grid, list(self.labels.values()))
 
     @property
     def compared_seconds(self) -> float | None:

@@ -441,8 +441,7 @@ def compare(
     known = [reference] if reference in kinds else list(of_method)
     if not known:
         return [], None
-    same = {label: [each for each in known if each != label and kinds[each] == kinds[label]] for label in kinds}
-    references = {label: (same[label] + known)[0] for label in kinds if label != known[0]}
+    references = {label: partner_of(label, known, kinds) for label in kinds if label != known[0]}
     others = [(b, a) for a, b in itertools.combinations(kinds, 2) if b != references.get(a) and a != references.get(b)]
     found = judge(arrays_of(tested(judged, chosen)), [*references.items(), *others], reading)
     said = [
@@ -451,6 +450,12 @@ def compare(
         if references.get(pair.label) == pair.reference
     ]
     return said, ranking_of(found, kinds)
+
+
+def partner_of(label: str, references: Sequence[str], kinds: Mapping[str, object]) -> str:
+    """Return the reference with the same values of the options that vary, by `kinds`, or else the first one."""
+    same = (each for each in references if each != label and kinds[each] == kinds[label])
+    return next(same, references[0])
 
 
 def mean_of(test: TestLosses | None) -> float | None:

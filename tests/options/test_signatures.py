@@ -23,7 +23,7 @@ SEE_ALL = {
     "reslora/texts/llm.py": "arguments",
     "reslora/texts/experiment.py": "run opened",
     # the runs of an experiment
-    "reslora/experiment/arms.py": "labels_of others_of rates_of reference_of options_of check_values",
+    "reslora/experiment/arms.py": "labels_of others_of rates_of reference_of references_of options_of check_values",
     "reslora/experiment/schedule.py": "ArmSchedule",
     "reslora/experiment/runner.py": "run_experiment",
     "reslora/images/experiment/run.py": "open_study take_folder going_on with_varied check_folder check_same "

@@ -203,7 +203,7 @@ def with_few_looks(schedule: Schedule, options: ValidationOptions) -> Schedule:
 def with_varied(resolved: Options, given: Grid[Options]) -> Grid[Options]:
     """Return `given` with its shared options replaced by `resolved`, those of the first run with all defaults set."""
     alpha = given.base.adapter.lora_alpha if "rank" in given.varied else resolved.adapter.lora_alpha
-    return Grid(resolved.replace(lora_alpha=alpha), given.varied)
+    return dataclasses.replace(given, base=resolved.replace(lora_alpha=alpha))
 
 
 def check_variants(grid: Grid[Options], context: Context) -> None:
