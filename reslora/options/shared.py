@@ -8,7 +8,7 @@ from ..merges import NAMES as MERGES
 from ..methods.patterns import HELP as PATTERNS
 from ..methods.registry import DEFAULT_PRE_NUM, IN_WORDS, METHODS
 from .groups import Groups
-from .option import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, PART, POSITIVE, Need, free, group, option, whole
+from .option import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, PART, POSITIVE, free, group, option, whole
 
 HIGHEST_RANK = 65536
 
@@ -67,7 +67,7 @@ class SharedExperimentOptions:
         "--config, whose hash the report shows", metavar="LABEL")
     claim_margin: float | None = free(None,
         "smallest improvement that matters for --claim, in percent of the reference's test loss", NOT_NEGATIVE,
-        or_else="0", needs=Need(lambda options: options.experiment.claim, "add --claim"))
+        or_else="0")
     compare_at: str | None = free(None,
         "time: compare every label at the training time of the reference, that is at the last step measured until "
         "then. steps: after the same number of steps at most, at the best measured step", or_else="steps",

@@ -1,14 +1,18 @@
 """A claim that was stated before: its answer by hand, the seeds that it needs, its file, and its changes."""
 
 import hashlib
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from images.runs import refused
 
 from experiment.test_run import go
+from reslora.experiment.arms import labels_of
 from reslora.experiment.claim import MOST_SEEDS, answer, changes, decide, more_seeds, stated_again
 from reslora.experiment.statistics import half_width, judge, level_of, spread_of
+from reslora.images.settings import parse_args
 
 SEEDS, IMAGES = 6, 12
 
@@ -101,13 +105,22 @@ def test_a_file_states_the_claim_and_its_answer_is_printed_and_reported(tmp_path
     report = (tmp_path / "out" / "report.html").read_text()
     assert sha256 in report and "refuted: lora_x2 is better than lora by more than 1.5%" in report
     again, _ = go(tmp_path / "out", *words, "--seed", "0", "1", "2", grid=())
-    assert again["claims"] == found["claims"] and not any("claim" in note for note in again["notes"])
+    assert again["claims"] == found["claims"] and not any("was changed" in note for note in again["notes"])
     file.write_text(text.replace("1.5", "0.5"))
     changed, _ = go(tmp_path / "out", *words, "--seed", "0", "1", "2", grid=())
     assert [claim["margin"] for claim in changed["claims"]] == [1.5, 0.5]
     note = "the claim was changed: it was lora_x2 better than lora by more than 1.5%; "
     assert any(line.startswith(note) for line in changed["notes"])
     assert note in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_documented_claim_is_read(tmp_path):
+    docs = Path(__file__).parents[2] / "docs" / "experiments.md"
+    (tmp_path / "claim.toml").write_text(re.search("```toml\n(.*?)```", docs.read_text(), re.DOTALL)[1])
+    grid = parse_args(["--config", str(tmp_path / "claim.toml")])
+    experiment = grid.base.experiment
+    assert (experiment.claim, experiment.reference, experiment.claim_margin) == ("reslora", "lora", 1)
+    assert grid.claim_sha256 and [label.name for label in labels_of(grid)] == ["lora", "reslora"]
 
 
 def test_what_a_claim_cannot_be_is_refused(capsys, tmp_path):

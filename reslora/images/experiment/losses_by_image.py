@@ -1,6 +1,7 @@
 """The test images of an experiment with the loss of each: where the best method differs most from its reference."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,18 @@ SHOWN = 6
 """Number of images at each end that are shown without unfolding all of them."""
 
 
-def write_thumbnails(folder: Path, images: Iterable[tuple[str, PIL.Image.Image]]) -> None:
-    """Write thumbnails of the images into an experiment's directory. `images`: pairs of content hash and image."""
+def write_thumbnails(folder: Path, images: Iterable[tuple[str, Callable[[], PIL.Image.Image]]]) -> None:
+    """Write thumbnails into an experiment's directory; leave out images that cannot be read at present.
+
+    `images`: for each image the hash of its content, and a function that opens it.
+    """
     (folder / FOLDER).mkdir(exist_ok=True)
-    for name, image in images:
-        image.thumbnail((SIDE, SIDE))
-        with replacing(folder / FOLDER / f"{name}.png") as temporary:
-            image.save(temporary, "PNG")
+    for name, opened in images:
+        with contextlib.suppress(Exception):  # they are only shown, and each format's reader raises its own types
+            image = opened()
+            image.thumbnail((SIDE, SIDE))
+            with replacing(folder / FOLDER / f"{name}.png") as temporary:
+                image.save(temporary, "PNG")
 
 
 def best_verdict(experiment: Experiment) -> Verdict | None:

@@ -326,7 +326,8 @@ class ImageExperiment(ExperimentStudy):
         """Return the base model's losses on the test split, and write the thumbnails that the report shows."""
         images = [(self.study.training_data.sources[source].images, number) for source, number in self.parts.test]
         pairs = zip(self.test_ids, images, strict=True)
-        write_thumbnails(self.schedule.folder, ((name, found.open(number)) for name, (found, number) in pairs))
+        opened = ((name, functools.partial(found.open, number)) for name, (found, number) in pairs)
+        write_thumbnails(self.schedule.folder, opened)
         return base_losses(self.parts.test, self.study_of(self.schedule.arms()[0]))
 
     def seconds_to_conclude(self) -> float:
