@@ -6,7 +6,6 @@ from pathlib import Path
 
 from reslora.experiment.hashed_split import FEW, LEAST
 from reslora.experiment.schedule import ArmSchedule
-from reslora.experiment.statistics import REFERENCE
 from reslora.formatting import pluralize
 
 from .activity import duration, why_ended
@@ -36,8 +35,9 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
     facts.append(pluralize(len(schedule.seeds), "seed"))
     if len(schedule.seeds) < 3:
         advice.append("With fewer than three seeds little can be shown.")
-    if all(label.method != REFERENCE for label in schedule.labels.values()):
-        advice.append(f"Nothing to compare with: verdicts need {REFERENCE} among the methods.")
+    known = {*schedule.labels, *(label.method for label in schedule.labels.values())}
+    if schedule.reference not in known:
+        advice.append(f"Nothing to compare with: verdicts need {schedule.reference} among the methods.")
     return notice(" ".join([f"{pluralize(len(schedule.arms()), 'arm')}: {', '.join(facts)}.", *advice]))
 
 

@@ -24,9 +24,15 @@ LABELS = {
     "experiment_minutes": "Minutes at most",
     "extend_rates": "Try further rates",
     "arms_at_once": "Arms at once",
+    "compare_at": "Compare at equal",
+    "claim": "Claimed to be better",
+    "claim_margin": "By more than percent",
 }
 """Labels that are clearer than the option's name."""
-TEXTS = ("caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern", "lr_step_rules")
+TEXTS = (
+    "caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern", "lr_step_rules", "reference",
+    "claim",
+)  # fmt: skip
 """Text options that name no file, model or code."""
 OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
 """Options that only apply with a folder of class images, which the page must not name."""

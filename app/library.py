@@ -16,7 +16,7 @@ from reslora.options.prompts import clean
 
 from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number, stamp_of
 
-VARYING = tuple(name for name, option in Options.table().items() if option.varies)
+VARYING = tuple(name for name, option in Options.table().items() if option.can_vary)
 REPORT = "report.html"
 MOST_BESIDE = 3
 """Maximum number of further runs that are compared with a run; charts have line patterns for four runs."""

@@ -25,7 +25,7 @@ def reference() -> str:
     lines = [
         "# All options", "",
         "`python docs/options_page.py > docs/options.md` writes this page. *Resume*: whether a resumed run may "
-        "have another value. *Varies*: several values make an experiment.",
+        "have another value. *Varies*: several values make an experiment; *`--vary`*: the same with that option.",
     ]  # fmt: skip
     for script, kind in SCRIPTS.items():
         lines += ["", f"## {script}"]
@@ -61,7 +61,10 @@ def names(option: Option) -> str:
 
 def described(option: Option) -> str:
     """Return an option's help with its default."""
-    default, varies = default_in_words(option), " *Varies.*" if option.varies else ""
+    default, varies = (
+        default_in_words(option),
+        " *Varies.*" if option.varies else " *`--vary`.*" if option.variable else "",
+    )
     return f"{option.help}{f' ({default})' if default else ''}.{varies}"
 
 

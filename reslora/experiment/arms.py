@@ -15,29 +15,34 @@ that is best with the first seed, then the nearest ones. Afterwards the same see
 If the learning rates race (`racing.py`), `ArmSchedule.race_order` takes the place of 1 and 2.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import InvalidArgument
 from ..methods.registry import METHODS
+from ..options.argument_parser import did_you_mean
 from ..options.grid import Grid, O
+from ..options.optimizers import named
 from ..options.values import as_typed
 from ..shortcuts import NAMES, PLAIN
+from .statistics import REFERENCE
 
 NEAR = 3  # number of learning rates around the best one at which further seeds are trained first
 # shortcuts for which --pre_num counts blocks
 SEVERAL_BLOCKS = tuple(name for name in NAMES if name not in (PLAIN, "input"))
 MOST_EXTENSIONS = 3  # maximum number of extensions of the learning rates by --extend_rates
 LEAST_RATIO = 1.02  # minimum ratio of two learning rates to extend them
+PLACED = ("learning_rate", "seed", "shortcut", "pre_num", "rank")  # options that labels and directories name otherwise
 EVERY = 4  # one of this many seeds chooses learning rates, starting with the first
 
 
 @dataclass(frozen=True)
 class Label:
-    """What is compared: a method, with its rank, shortcut and number of blocks if several are given."""
+    """What is compared: a method, with the values of the options that vary, but for learning rate and seed."""
 
     name: str
     method: str
@@ -47,6 +52,8 @@ class Label:
     place: str = ""
     """Prefix of the learning rate in directory names."""
     pre_num: int | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the other options that vary, by the name common to all scripts."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,10 @@ Losses = Mapping[Arm, float]
 
 
 def labels_of(grid: Grid) -> list[Label]:
-    """Return the labels to compare; ResLoRA and `lora_matched` have one label for each shortcut."""
+    """Return the labels to compare; ResLoRA and `lora_matched` have one label for each shortcut.
+
+    A method that does not use an option has one label for all its values.
+    """
     found, shared, varied = [], grid.base.adapter, grid.varied
     for method in grid.methods:
         row = METHODS[method]
@@ -80,8 +90,52 @@ def labels_of(grid: Grid) -> list[Label]:
                 for rank in varied.get("rank", [None]):
                     name = " ".join(filter(None, [method, told, f"rank {rank}" if rank else ""]))
                     place = folder + (f"rank-{rank}/" if rank else "")
-                    found.append(Label(name, method, rank, shortcut, place, pre_num))
+                    for values in others_of(grid, method):
+                        own = {grid.base.option(option).name: in_folder(value) for option, value in values.items()}
+                        whole = " ".join([name, *(f"{option}={value}" for option, value in own.items())])
+                        there = place + "".join(f"{option}-{value}/" for option, value in own.items())
+                        found.append(Label(whole, method, rank, shortcut, there, pre_num, values))
     return found
+
+
+def others_of(grid: Grid, method: str) -> list[dict[str, Any]]:
+    """Return every combination of the values of the options in `Label.values` that a method uses."""
+    names = [name for name in grid.varied if name not in PLACED]
+    read = [grid.base.option(name).read_by for name in names]
+    names = [name for name, by in zip(names, read, strict=True) if not by or getattr(METHODS[method], by)]
+    return [dict(zip(names, own, strict=True)) for own in itertools.product(*(grid.varied[name] for name in names))]
+
+
+def in_folder(value: object) -> str:
+    """Return an option's value as in labels and names of directories."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def rates_of(grid: Grid, label: Label) -> list[float]:
+    """Return a label's learning rates in ascending order.
+
+    If the optimizer varies, one with a learning rate of its own (Prodigy) is trained at that one.
+    """
+    own = named(label.values["optimizer"]).learning_rate if "optimizer" in label.values else None
+    return sorted(grid.rates) if own is None else [own]
+
+
+def reference_of(grid: Grid, labels: Sequence[Label]) -> str:
+    """Return the method or label with which the others are compared: --reference, or else LoRA.
+
+    Without LoRA it is the first label if there is a single method.
+    """
+    if grid.base.experiment.reference:
+        return grid.base.experiment.reference
+    without = all(label.method != REFERENCE for label in labels)
+    return labels[0].name if without and len(grid.methods) == 1 and len(labels) > 1 else REFERENCE
+
+
+def references_of(grid: Grid, labels: Sequence[Label]) -> list[str]:
+    """Return the labels with which others are compared: the reference, or all labels of the reference method."""
+    reference = reference_of(grid, labels)
+    own = [label.name for label in labels if label.name == reference]
+    return own or [label.name for label in labels if label.method == reference]
 
 
 def shortcut_in_words(shortcut: str | None, pre_num: int) -> str:
@@ -91,7 +145,7 @@ def shortcut_in_words(shortcut: str | None, pre_num: int) -> str:
 
 def options_of(grid: Grid[O], label: Label, rate: float, seed: int) -> O:
     """Return an arm's options, as those of a single run."""
-    own: dict[str, Any] = {"learning_rate": rate, "seed": seed}
+    own: dict[str, Any] = {**label.values, "learning_rate": rate, "seed": seed}
     if label.rank:
         own["rank"] = label.rank
     if label.shortcut or "shortcut" in grid.varied:
@@ -104,21 +158,40 @@ def options_of(grid: Grid[O], label: Label, rate: float, seed: int) -> O:
 def check_values(grid: Grid) -> None:
     """Raise `InvalidArgument` for values that are given twice or have no effect."""
     for name, given in grid.varied.items():
-        values = [f"{value:g}" if name == "learning_rate" else str(value) for value in given]
+        values = [in_folder(value) for value in given]
         if len(set(values)) < len(values):
             raise InvalidArgument(f"{grid.flag(name)} {' '.join(values)}", "the same one twice", "give each once")
     labels = labels_of(grid)
-    for name in ("shortcut", "pre_num"):
-        if name in grid.varied and all(getattr(label, name) is None for label in labels):
+    used = {name for label in labels for name in label.values} | {"learning_rate", "seed", "rank"}
+    used |= {name for name in ("shortcut", "pre_num") for label in labels if getattr(label, name) is not None}
+    for name in grid.varied:
+        if name not in used:
             problem = f"nothing of --method {' '.join(grid.methods)} reads several"
             fix = "add reslora with --shortcut block or middle, or give one"
             raise InvalidArgument(f"{grid.flag(name)} {as_typed(grid.varied[name])}", problem, fix)
     experiment = grid.base.experiment
+    names = [label.name for label in labels]
+    known = dict.fromkeys([*names, *grid.methods])
+    if experiment.reference and experiment.reference not in known:
+        problem = f"is not compared here{did_you_mean(experiment.reference, known)}"
+        raise InvalidArgument(f"--reference {experiment.reference}", problem, f"give one of {', '.join(known)}")
+    claimed, references = experiment.claim, references_of(grid, labels)
+    if experiment.claim_margin is not None and not claimed:
+        raise InvalidArgument(f"--claim_margin {experiment.claim_margin:g}", "there is no claim", "add --claim LABEL")
+    if claimed and (claimed not in names or not references or claimed == references[0]):
+        problem = "is not compared with a reference here"
+        others = [name for name in names if references and name != references[0]]
+        fix = f"give one of {', '.join(others)}" if others else "add --reference"
+        raise InvalidArgument(f"--claim {claimed}", problem, fix)
     seeds = grid.values("seed")
     choosing = len(choosing_of(seeds, len(grid.rates)))
-    check_at_once(experiment.arms_at_once or 1, len(labels) * (len(grid.rates) * choosing + len(seeds) - choosing))
+    arms = sum(len(rates_of(grid, label)) * choosing + len(seeds) - choosing for label in labels)
+    check_at_once(experiment.arms_at_once or 1, arms)
     if experiment.extend_rates and len(grid.rates) == 1:
         raise InvalidArgument("--extend_rates", "one rate says no next one", "give two or more as --learning_rate")
+    if experiment.extend_rates and any(len(rates_of(grid, label)) == 1 for label in labels):
+        problem = "with --vary optimizer, an optimizer with a learning rate of its own has no next one"
+        raise InvalidArgument("--extend_rates", problem, "leave it out")
     if experiment.extend_rates:
         rates = sorted(grid.rates)
         for low, high in (rates[:2], rates[-2:]):

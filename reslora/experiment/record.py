@@ -58,6 +58,8 @@ class Arm(TypedDict):
     learning_rate: float
     seed: int
     rank: int
+    values: NotRequired[dict[str, Any]]
+    """Values of the other options that vary."""
     shortcut: str | None
     """Shortcut and number of blocks, such as `block(4)`; None without shortcuts."""
     folder: str
@@ -73,6 +75,10 @@ class Arm(TypedDict):
     """Time from the arm's last start or resume to its end; None if it has not ended."""
     memory_bytes: int | None
     """Peak memory; None if it is not measured."""
+    file_bytes: NotRequired[int | None]
+    """Size of the exported LoRA, `peft/`; None if it is not exported."""
+    seconds_by_step: NotRequired[dict[str, float]]
+    """Training time until each step in `select_by_step`."""
     select_by_step: dict[str, float | None]
     """Loss on the selection split at each checkpoint's step."""
     test: TestLosses | None
@@ -147,6 +153,30 @@ class Ranking(TypedDict):
 
     best: list[str]
     worse: list[Worse]
+    sentence: str
+
+
+class Stated(TypedDict):
+    """A claim: that a label is better than its reference by more than a margin."""
+
+    label: str
+    reference: str
+    margin: float
+    """In percent of the reference's test loss."""
+    sha256: str
+    """SHA-256 of the file that states it; empty without a file."""
+    ended: int
+    """Number of arms that had ended when it was stated first."""
+    readings: int
+    """Number of evaluations on the test split by then."""
+
+
+class Answer(TypedDict):
+    """The answer to a claim."""
+
+    conclusion: Literal["confirmed", "refuted", "not enough data"]
+    more_seeds: int | None
+    """About how many more seeds are needed; None if it is decided, or if seeds will hardly do."""
     sentence: str
 
 
@@ -225,6 +255,12 @@ class Experiment(Facts):
     """Losses of the base model; None until the test split is evaluated."""
     base_select: NotRequired[float | None]
     """Loss of the base model on the selection split; None if it is not measured."""
+    claims: NotRequired[list[Stated]]
+    """The claim, last, and those that it has replaced."""
+    answer: NotRequired[Answer | None]
+    """Answer to the claim; None until the test split is evaluated."""
+    references: NotRequired[list[str]]
+    """Labels with which others are compared."""
     choosing: NotRequired[list[int]]
     """The seeds that choose learning rates; the others are trained at the chosen ones."""
     best: NotRequired[Best | None]

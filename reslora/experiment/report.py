@@ -13,6 +13,7 @@ import numpy as np
 from ..formatting import pluralize
 from ..io import replacing
 from ..plots.charts import MINUS, Axes, Row, Series, chart, escape, forest
+from .claim import changes
 from .record import ENDED_AS, Arm, Best, Experiment, Verdict, as_of_now
 from .statistics import REFERENCE, is_chosen, mean_of, percents, rerun, tested
 from .theme import SCRIPT, STYLE
@@ -72,6 +73,7 @@ def page(experiment: Experiment, folder: Path, about: About) -> str:
     as_of = experiment.get("as_of")
     headline = escape(headline_of(experiment, unit))
     sections = (
+        ("Claim", claim_of(experiment)),
         ("Verdicts", verdict_table(experiment, unit)),
         ("What to use", what_to_use(experiment, about)),
         (f"Notes as of {pluralize(as_of, 'arm')}" if as_of else "Notes", in_lines(experiment["notes"])),
@@ -118,6 +120,19 @@ def headline_of(experiment: Experiment, unit: str) -> str:
     if ranking := experiment.get("ranking"):
         return so_far + ranking["sentence"]
     return so_far + summary_of(verdicts, unit)
+
+
+def claim_of(experiment: Experiment) -> str:
+    """Return the claim, its answer and the hash of its file; empty without a claim; HTML."""
+    if not (claims := experiment.get("claims")):
+        return ""
+    claim, found = claims[-1], experiment.get("answer")
+    what = f"{claim['label']} is better than {claim['reference']} by more than {claim['margin']:g}%"
+    when = f"Stated when {pluralize(claim['ended'], 'arm')} had ended"
+    when += f", after {pluralize(claim['readings'], 'evaluation')} on the test split"
+    file = f"in a file with SHA-256 {claim['sha256']}" if claim["sha256"] else "on the command line, not in a file"
+    lines = [f"Claim: {what}", f"Answer: {found['sentence'] if found else 'none yet'}", f"{when}, {file}."]
+    return in_lines([*lines, *changes(claims, len(experiment["arms"]))])
 
 
 def summary_of(verdicts: Sequence[Verdict], unit: str) -> str:
@@ -283,18 +298,34 @@ def chosen_table(experiment: Experiment, unit: str) -> str:
         numbers = [rate(choice["learning_rate"]), str(choice["step"]), number(choice["loss"])]
         losses = finite(tests.get(label, ()))
         numbers += [number(statistics.fmean(losses)) if losses else NOTHING, between(rerun(losses, least=0), number)]
-        rows.append([escape(label), *numbers, str(arm["rank"]) if arm else NOTHING, wired, at_end])
+        kind = [str(arm["rank"]) if arm else NOTHING, wired]
+        rows.append([escape(label), *numbers, *kind, *costs_of(experiment, label), at_end])
     base = mean_of(experiment.get("base"))
     if rows and base is not None:
         selected = number(experiment.get("base_select"))
-        rows.append([BASE, NOTHING, "0", selected, number(base), NOTHING, NOTHING, NOTHING, ""])
+        rows.append([BASE, NOTHING, "0", selected, number(base), *[NOTHING] * 6, ""])
     names = ["Method", "Learning rate", "Step", "Select loss", "Test loss", "One more seed", "Rank", "Shortcut"]
-    names += ["End of the rates"]
+    names += ["Time", "Memory", "File", "End of the rates"]
     note = (
         f"<p>Of each method the learning rate and step with the lowest mean loss, over seeds, on the select {unit}s, "
-        "which none was trained on.</p>"
+        "which none was trained on. Time: until that step, mean over seeds. Memory: the most of any seed. File: the "
+        "exported LoRA.</p>"
     )
     return (note if rows else "") + table(f"Chosen on the select {unit}s", names, rows)
+
+
+def costs_of(experiment: Experiment, label: str) -> list[str]:
+    """Return time, memory and file size of a label at its chosen learning rate and step, as text."""
+    arms = [arm for arm in experiment["arms"] if arm["label"] == label and is_chosen(arm, experiment["chosen"])]
+    step = str(experiment["chosen"][label]["step"])
+    times = [time for arm in arms if (time := arm.get("seconds_by_step", {}).get(step)) is not None]
+    memory = max((arm["memory_bytes"] or 0 for arm in arms), default=0)
+    size = max((arm.get("file_bytes") or 0 for arm in arms), default=0)
+    return [
+        duration(statistics.fmean(times)) if times else NOTHING,
+        f"{memory / 2**30:.2f} GiB" if memory else NOTHING,
+        f"{size / 2**20:.3g} MiB" if size else NOTHING,
+    ]
 
 
 def arm_table(experiment: Experiment, about: About) -> str:
@@ -488,7 +519,8 @@ def missing(experiment: Experiment) -> str:
         counted = Counter(arm["label"] for arm in experiment["arms"] if arm["status"] == status)
         lines += [f"{label}: {pluralize(arms, 'arm')} {what}" for label, arms in counted.items()]
     compared = {verdict["label"] for verdict in experiment["verdicts"]}
-    compared |= {verdict["reference"] for verdict in experiment["verdicts"]} or {REFERENCE}
+    references = {verdict["reference"] for verdict in experiment["verdicts"]}
+    compared |= references or set(experiment.get("references", [REFERENCE]))
     lines += [f"{label}: not compared" for label in labels_of(experiment) if label not in compared]
     return in_lines(lines)
 

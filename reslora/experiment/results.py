@@ -12,11 +12,12 @@ from ..json_lines import json_lines
 from ..methods.registry import METHODS
 from ..runtime.folder_lock import check_held
 from . import record
-from .arms import Arm, Losses
+from .arms import Arm, Losses, rates_of
+from .claim import answer, changes, stated_again
 from .record import EXPERIMENT, READINGS, read_experiment
 from .report import best_in_words, write_report
 from .schedule import ENDED, ArmSchedule
-from .statistics import REFERENCE, choose, compare, level_of
+from .statistics import choose, compare, level_of, partner_of
 from .study import ExperimentStudy
 
 REPORT = "report.html"
@@ -35,6 +36,8 @@ class Results:
     base: record.TestLosses | None = None
     notes: list[str] = field(default_factory=list)
     best: record.Best | None = None
+    claims: list[record.Stated] = field(default_factory=list)
+    answer: record.Answer | None = None
 
     as_of: int | None = None
     """Number of arms that had ended at the conclusions of an earlier start; None if this start drew the conclusions."""
@@ -48,6 +51,7 @@ class Results:
         self.readings: int = max(there.get("readings", 0), len(rows), *(row.get("readings", 0) for row in noted))
         self.read: list[list] = there.get("read") or (noted[-1].get("read") if noted else None) or []
         self.base = there.get("base")
+        self.claims = self.claimed(there)
         arms, chosen = set(self.schedule.arms()), there.get("chosen", {})
         judged = {arm for arm in arms if arm.label in chosen and chosen[arm.label]["learning_rate"] == arm.rate}
         if judged:
@@ -67,6 +71,8 @@ class Results:
         tests = {Arm(arm["label"], arm["learning_rate"], arm["seed"]): arm["test"] for arm in there["arms"]}
         self.tests = {arm: test for arm, test in tests.items() if test and arm in judged}
         self.notes += there["notes"][there.get("beforehand", 0) :]
+        if there.get("claims") == self.claims:
+            self.answer = there.get("answer")
         self.best = there.get("best")
         ended = sum(arm["status"] in record.ENDED_AS for arm in there["arms"])
         self.as_of = there.get("as_of", ended)
@@ -84,6 +90,9 @@ class Results:
             "ranking": self.ranking,
             "base": self.base,
             "base_select": self.schedule.base_select(),
+            "claims": self.claims,
+            "answer": self.answer,
+            "references": self.schedule.references,
             "choosing": self.schedule.choosing,
             "best": self.best,
             "notes": self.notes,
@@ -105,7 +114,7 @@ class Results:
         """
         schedule, self.as_of = self.schedule, None
         losses = schedule.losses()
-        self.chosen = choose([schedule.record(arm) for arm in schedule.arms()], schedule.choosing)
+        self.chosen = choose(schedule.compared(schedule.arms()), schedule.choosing)
         trained = [arm for arm in losses if self.is_chosen(arm)]
         to_read = trained
         several = {label for label, count in Counter(arm.label for arm in trained).items() if count > 1}
@@ -118,19 +127,24 @@ class Results:
         self.tests = self.tested(to_read)
         records = [schedule.record(arm, test) for arm, test in self.tests.items()]
         unit = self.study.about.unit
-        self.verdicts, self.ranking = compare(records, self.chosen, unit, max(1, self.readings), self.base)
+        reading, reference = max(1, self.readings), schedule.reference
+        self.verdicts, self.ranking = compare(records, self.chosen, unit, reading, self.base, reference)
+        if self.claims and self.tests:
+            self.answer = answer(self.claims[-1], records, self.chosen, reading)
         self.notes = [*self.beforehand(), *self.afterwards(losses, trained), *self.export_compared(trained)]
         self.best = self.export(trained) if trained else None
         self.write()
         taken = [best_in_words(self.best, self.study.about)] if self.best else []
         ranked = [self.ranking["sentence"]] if self.ranking else []
-        for line in (*self.notes, *taken, *(verdict["sentence"] for verdict in self.verdicts), *ranked):
+        answered = [f"claim {self.answer['sentence']}"] if self.answer else []
+        sentences = [verdict["sentence"] for verdict in self.verdicts]
+        for line in (*self.notes, *taken, *sentences, *ranked, *answered):
             print(line)
         print(f"{schedule.folder / REPORT}")
 
     def references(self) -> set[str]:
-        """Return the labels of the reference method, with which others are compared."""
-        return {name for name, label in self.schedule.labels.items() if label.method == REFERENCE}
+        """Return the labels with which others are compared."""
+        return set(self.schedule.references)
 
     def count_reading(self, to_read: Sequence[Arm]) -> None:
         """Count the evaluation of these arms on the test split; the number is written to disk before it begins.
@@ -196,12 +210,42 @@ class Results:
             more = f"add two or more, as --seed {' '.join(map(str, seeds))}, now or by a later start"
             found.append(f"one seed cannot tell methods apart: {more}")
         if not self.references():
-            found.append(f"nothing to compare with: verdicts need --method {REFERENCE}")
-        return found
+            found.append(f"nothing to compare with: verdicts need --method {schedule.reference}")
+        return [*found, *self.differences(), *changes(self.claims, len(schedule.arms()))]
+
+    def claimed(self, there: dict) -> list[record.Stated]:
+        """Return the claim, after those of earlier starts that it has replaced; `there`: the earlier record."""
+        schedule, before = self.schedule, there.get("claims", [])
+        experiment = schedule.grid.base.experiment
+        if not experiment.claim:
+            return before
+        kinds = {name: (label.rank, label.values) for name, label in schedule.labels.items()}
+        now = record.Stated(
+            label=experiment.claim, reference=partner_of(experiment.claim, schedule.references, kinds),
+            margin=experiment.claim_margin or 0.0, sha256=schedule.grid.claim_sha256,
+            ended=sum(bool(schedule.ended(arm)) for arm in schedule.arms()), readings=self.readings,
+        )  # fmt: skip
+        return stated_again(before, now)
+
+    def differences(self) -> Iterator[str]:
+        """Yield notes about what differs between runs in addition to the values that vary."""
+        grid = self.schedule.grid
+        for name in grid.varied:
+            if unshared := grid.base.option(name).unshared:
+                yield (
+                    f"{grid.base.option(name).name} varies: runs of a seed do not share {unshared}. Test losses are "
+                    "comparable; differences need more seeds to be significant"
+                )
+        for name, label in self.schedule.labels.items():
+            if (own := rates_of(grid, label)) != self.schedule.given:
+                yield f"{name}: trained at the optimizer's own learning rate, {own[0]:g}, not at --learning_rate"
 
     def afterwards(self, losses: Losses, trained: Sequence[Arm]) -> Iterator[str]:
         """Yield notes for the reader of the results; `trained`: the arms at the chosen learning rates."""
         schedule, arms, experiment = self.schedule, self.schedule.arms(), self.schedule.grid.base.experiment
+        if (seconds := schedule.compared_seconds) is not None:
+            steps = ", ".join(f"{label} at step {choice['step']}" for label, choice in self.chosen.items())
+            yield f"compared at equal training time, that of {schedule.references[0]}, {seconds:.3g} s: {steps}"
         left = len(arms) - len(losses)
         if left:
             line = f"{record.UNFINISHED}{left} of {len(arms)} arms {is_or_are(left)} still to be trained"
@@ -216,7 +260,8 @@ class Results:
         for label in schedule.labels:
             if label not in {*waiting, *self.chosen}:
                 problem = "at no learning rate did all seeds end well, so none is chosen"
-                yield f"{label}: {problem}; add a lower --learning_rate"
+                slow = f" (or none was measured within {seconds:.3g} s)" if seconds else ""
+                yield f"{label}: {problem}{slow}; add a lower --learning_rate"
         for label, choice in self.chosen.items():
             if choice["at_end"] and choice["next"]:
                 end, other = {"low": ("lowest", "lower"), "high": ("highest", "higher")}[choice["at_end"]]
@@ -230,7 +275,7 @@ class Results:
                 yield f"{line}; {further}"
         references = self.references()
         if references and references.isdisjoint(arm.label for arm in trained):
-            yield f"nothing to compare with: no learning rate of {REFERENCE} is chosen"
+            yield f"nothing to compare with: no learning rate of {schedule.reference} is chosen"
         if self.readings > 1:  # the user may have seen earlier results before extending the experiment
             read = f"the test {self.study.about.unit}s were read {self.readings} times, as arms came in"
             level = f"{100 * level_of(self.readings):.2g}%"

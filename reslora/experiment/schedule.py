@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..methods.registry import METHODS
 from ..options.grid import Grid
 from ..runtime.checkpoint_folders import ADAPTERS, numbered, step_of
 from ..runtime.log import of_split, read_log
-from . import racing, record
+from . import equal_time, racing, record
 from .arms import (
     MOST_EXTENSIONS,
     Arm,
@@ -33,6 +33,9 @@ from .arms import (
     labels_of,
     options_of,
     place_of,
+    rates_of,
+    reference_of,
+    references_of,
     shortcut_in_words,
 )
 from .statistics import choose
@@ -73,7 +76,10 @@ class ArmSchedule:
         self.racing: bool = self.races() if self.begun_with is None else self.begun_with
         self.chosen_rates: dict[tuple, float | None] = {}
         self.lowest: dict[Arm, float] = {}
-        self.grids = {name: continued(self.given, self.rates_there(label)) for name, label in self.labels.items()}
+        self.reference = reference_of(self.grid, list(self.labels.values()))
+        self.grids = {
+            name: continued(rates_of(self.grid, label), self.rates_there(label)) for name, label in self.labels.items()
+        }
 
     @property
     def folder(self) -> Path:
@@ -140,7 +146,7 @@ class ArmSchedule:
         if not self.is_race:
             return arms
         losses = self.race(label)
-        near = racing.near_best(losses) if losses else [self.start]
+        near = racing.near_best(losses) if losses else [self.start_of(label)]
         open_to = {self.seeds[0]: self.rates_to_race(label, losses)}
         return [arm for arm in arms if arm.rate in open_to.get(arm.seed, near) or self.ended(arm)]
 
@@ -149,10 +155,9 @@ class ArmSchedule:
         """Whether the learning rates of each label race, with the first seed."""
         return self.racing and len(self.given) > 1
 
-    @property
-    def start(self) -> float:
-        """The learning rate that each label trains first."""
-        return coarse_to_fine(self.given)[0]
+    def start_of(self, label: str) -> float:
+        """Return the learning rate that a label trains first."""
+        return coarse_to_fine(rates_of(self.grid, self.labels[label]))[0]
 
     @property
     def total_in_words(self) -> str:
@@ -176,7 +181,7 @@ class ArmSchedule:
 
     def rates_to_race(self, label: str, losses: Mapping[float, float]) -> list[float]:
         """Return the learning rates that the label's race may still train, the next one first."""
-        return racing.remaining(self.grids[label], losses, self.start)
+        return racing.remaining(self.grids[label], losses, self.start_of(label))
 
     @property
     def others(self) -> list[int]:
@@ -205,15 +210,37 @@ class ArmSchedule:
         """
         rates = self.grids[label]
         failed = [rate for rate in rates for seed in self.others if self.ended(Arm(label, rate, seed)).get("reason")]
-        known = label, *rates, "failed", *failed
+        known = label, self.compared_seconds, *rates, "failed", *failed
         if known not in self.chosen_rates:
             arms = self.choosing_arms(label)
             if not all(map(self.ended, arms)):
                 return coarse_to_fine(rates)[0]
             arms += [Arm(label, rate, seed) for rate in failed for seed in self.others]
-            found = choose(map(self.record, arms), self.choosing).get(label)
+            found = choose(self.compared(arms), self.choosing).get(label)
             self.chosen_rates[known] = found["learning_rate"] if found else None
         return self.chosen_rates[known]
+
+    @property
+    def references(self) -> list[str]:
+        """The labels with which others are compared."""
+        return references_of(self.grid, list(self.labels.values()))
+
+    @property
+    def compared_seconds(self) -> float | None:
+        """The training time at which labels are compared: that of the first reference until its last step.
+
+        None without `--compare_at time`, and until an arm of the reference has ended.
+        """
+        if self.grid.base.experiment.compare_at != "time" or not self.references:
+            return None
+        label = self.references[0]
+        arms = [Arm(label, rate, seed) for rate in self.grids[label] for seed in self.choosing]
+        return max(equal_time.seconds_by_step(map(self.record, arms), label, self.choosing).values(), default=None)
+
+    def compared(self, arms: Iterable[Arm]) -> list[record.Arm]:
+        """Return the records of arms, with `--compare_at time` only with the loss of the step that is compared."""
+        records, seconds = [self.record(arm) for arm in arms], self.compared_seconds
+        return records if seconds is None else equal_time.at_time(records, seconds, self.choosing)
 
     # -- results of the arms -------------------------------------------------------------------------------------------
 
@@ -246,8 +273,11 @@ class ArmSchedule:
 
     def select_losses(self, arm: Arm) -> dict[int, float]:
         """Return the loss on the selection split at every step that may be chosen."""
-        rows = of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation")
-        return {row["step"]: row["loss"] for row in rows if row["step"]}
+        return {row["step"]: row["loss"] for row in self.validations(arm)}
+
+    def validations(self, arm: Arm) -> list[dict]:
+        """Return the rows of an arm's log with its losses on the selection split, but not of the base model."""
+        return [row for row in of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation") if row["step"]]
 
     def base_select(self) -> float | None:
         """Return the base model's loss on the selection split, as logged by any arm before its first step."""
@@ -379,6 +409,9 @@ class ArmSchedule:
             "learning_rate": arm.rate,
             "seed": arm.seed,
             "rank": adapter.rank,
+            "values": {
+                self.grid.base.option(name).name: value for name, value in self.labels[arm.label].values.items()
+            },
             "shortcut": shortcut_in_words(adapter.shortcut, adapter.pre_num)
             if METHODS[method].reads_shortcut
             else None,
@@ -389,6 +422,8 @@ class ArmSchedule:
             "seconds": last["seconds"],
             "wall_seconds": ended.get("wall_seconds"),
             "memory_bytes": ended.get("memory_bytes"),
+            "file_bytes": sum(path.stat().st_size for path in (folder / "peft").rglob("*.safetensors")) or None,
+            "seconds_by_step": {str(row["step"]): row["seconds"] for row in self.validations(arm)},
             "select_by_step": {
                 str(step): loss if math.isfinite(loss) else None for step, loss in self.select_losses(arm).items()
             },

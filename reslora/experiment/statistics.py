@@ -426,28 +426,36 @@ def compare(
     unit: str = "image",
     reading: int = 1,
     base: TestLosses | None = None,
+    reference: str = REFERENCE,
 ) -> tuple[list[Verdict], Ranking | None]:
     """Return the verdict on each label, and the ranking, from the test losses of arms at the chosen learning rates.
 
-    The reference of a label is LoRA of the same rank, or else the first LoRA label. LoRA labels of other ranks are
-    compared with the first LoRA label. Without LoRA nothing is compared. `reading`: number of evaluations on the test
+    `reference` is a label or a method. The reference of another label is the label of that method with the same rank
+    and the same values of the other options that vary, or else the first one. Further labels of that method are
+    compared with the first one. Without the reference nothing is compared. `reading`: number of evaluations on the test
     split. `base`: losses of the base model. Raises `ValueError` if arms were evaluated on different images.
     """
     judged = [arm for arm in arms if arm["test"] and is_chosen(arm, chosen)]
-    ranks = {arm["label"]: arm["rank"] for arm in judged}
-    lora = list(dict.fromkeys(arm["label"] for arm in judged if arm["method"] == REFERENCE))
-    if not lora:
+    kinds = {arm["label"]: (arm["rank"], arm.get("values", {})) for arm in judged}
+    of_method = dict.fromkeys(arm["label"] for arm in judged if arm["method"] == reference)
+    known = [reference] if reference in kinds else list(of_method)
+    if not known:
         return [], None
-    same_rank = {label: [each for each in lora if each != label and ranks[each] == ranks[label]] for label in ranks}
-    references = {label: (same_rank[label] + lora)[0] for label in ranks if label != lora[0]}
-    others = [(b, a) for a, b in itertools.combinations(ranks, 2) if b != references.get(a) and a != references.get(b)]
+    references = {label: partner_of(label, known, kinds) for label in kinds if label != known[0]}
+    others = [(b, a) for a, b in itertools.combinations(kinds, 2) if b != references.get(a) and a != references.get(b)]
     found = judge(arrays_of(tested(judged, chosen)), [*references.items(), *others], reading)
     said = [
         verdict_of(pair, test, unit, mean_of(base))
         for pair, test in found
         if references.get(pair.label) == pair.reference
     ]
-    return said, ranking_of(found, ranks)
+    return said, ranking_of(found, kinds)
+
+
+def partner_of(label: str, references: Sequence[str], kinds: Mapping[str, object]) -> str:
+    """Return the reference with the same values of the options that vary, by `kinds`, or else the first one."""
+    same = (each for each in references if each != label and kinds[each] == kinds[label])
+    return next(same, references[0])
 
 
 def mean_of(test: TestLosses | None) -> float | None:

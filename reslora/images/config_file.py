@@ -25,7 +25,7 @@ def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, A
         if "resume_from_checkpoint" not in given and speaks():
             left_out = "is left out: that run went on from there, and another one starts afresh unless it is given"
             print(f"{where}: --resume_from_checkpoint {checkpoint} {left_out}", flush=True)
-    several = any(option.varies and len(listed(now.get(name))) > 1 for name, option in Options.table().items())
+    several = any(option.can_vary and len(listed(now.get(name))) > 1 for name, option in Options.table().items())
     of_others = OF_RUNS if several else OF_EXPERIMENTS
     if (told := [name for name in of_others if values.get(name) and name not in given]) and speaks():
         kind = "an experiment" if several else "no experiment"
@@ -54,8 +54,8 @@ def _of_other_optimizer(values: Given, given: Given) -> Iterable[str]:
     """
     if not given.keys() & {"optimizer", "use_8bit_adam"}:
         return ()
-    before = named(values.get("optimizer", "adamw"))
-    now = named(given.get("optimizer") or ("adamw8bit" if given.get("use_8bit_adam") else "adamw"))
+    before = named(listed(values.get("optimizer", "adamw"))[0])
+    now = named(next(iter(listed(given.get("optimizer"))), "adamw8bit" if given.get("use_8bit_adam") else "adamw"))
     gone = ["optimizer", "use_8bit_adam"] + ["optimizer_args"] * (now.path != before.path)
     other_rate = now.path != before.path and now.learning_rate != before.learning_rate
     return [*gone, "learning_rate", "text_encoder_lr"] if other_rate else gone

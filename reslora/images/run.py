@@ -203,7 +203,8 @@ def identity_of(kinds: Sequence[ImageDataset], context: Context) -> Identity:
 def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
     """Print an estimate of the run's memory; write no files. Raise an error if the run does not fit into memory.
 
-    For an experiment, this is the estimate for its highest rank, after a line with the number of runs.
+    For an experiment, this is the estimate for its highest rank and its largest batch size, after a line with the
+    number of runs.
     """
     if isinstance(asked, Grid):
         training = asked.base.training
@@ -211,7 +212,8 @@ def show_plan(asked: Options | Grid[Options], stop: StopRequest) -> None:
         each = pluralize(steps, "step") if isinstance(steps, int) else steps
         runs = ArmSchedule(asked).runs_in_words()
         print(f"{runs}; {each} each; the experiment prints the time that it takes once it has timed the first steps")
-    options = asked.run(rank=max(asked.values("rank"))) if isinstance(asked, Grid) else asked
+    most = ("rank", "train_batch_size")
+    options = asked.run(**{name: max(asked.values(name)) for name in most}) if isinstance(asked, Grid) else asked
     with stop.at_once():
         accelerator = start_accelerator(options)
     images = on_all(lambda: load_folders(options.model, options.data, options.training, options.output))

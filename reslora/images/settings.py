@@ -1,11 +1,13 @@
 """Resolve the command line to the options of a run or an experiment: read files, add defaults, and validate."""
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..bundled import ASSETS
+from ..errors import InvalidArgument
 from ..experiment.arms import check_values
 from ..options.contradictions import check_experiment, check_no_experiment
 from ..options.files import read_file
@@ -16,14 +18,17 @@ from ..options.option import SAME, Given
 from ..options.parser import OptionsParser
 from ..options.prompts import clean
 from ..options.unused import report_unread_by_methods, report_unused
-from ..options.values import listed
+from ..options.values import as_typed, listed
+from ..options.vary import values_to_vary
 from .config_file import of_this_run
-from .experiment.requirements import check_ranks
+from .experiment.requirements import check_batches, check_ranks
 from .prompts import from_file
 from .refusals import check_options, check_places, report_doubtful
 
 PROG = "train_sd.py"
 BUNDLED_MODEL, BUNDLED_IMAGES, BUNDLED_STEPS = ASSETS / "pipeline", ASSETS / "openmoji", 200
+CLAIM = "claim_sha256"  # key of the hash of a file that states a claim, beside the options
+ADDED = {"seed", "output_dir"}  # options that the command line may change in a file that states a claim
 DEFAULT_SPLIT = 0.1  # fraction of an experiment's images in the selection split; the test split has the same
 
 
@@ -49,10 +54,16 @@ def build_parser(description: str = "") -> OptionsParser:
 def parsed_values(parser: OptionsParser, argv: Sequence[str] | None) -> dict[str, Any]:
     """Return the values of the command line and of the file in --config; the command line takes precedence."""
     given = vars(parser.parse_args(argv))
+    given |= values_to_vary(given.pop("vary", ()), parser.table, given)
     if "config" not in given:
         return given
     path = Path(given.pop("config"))
     values = read_file(path, Options.table(), given, PROG)
+    if values.get("claim") and path.suffix != ".json":
+        for name in values.keys() & given.keys() - ADDED:
+            problem = f"{path} states a claim, and this option with it"
+            raise InvalidArgument(f"--{name} {as_typed(given[name])}", problem, "change the file, or leave it out")
+        values[CLAIM] = hashlib.sha256(path.read_bytes()).hexdigest()
     return (of_this_run(values, given, path) if path.suffix == ".json" else values) | given
 
 
@@ -61,19 +72,22 @@ def resolve(given: Given) -> Options | Grid[Options]:
 
     Raises `InvalidArgument` for options that cannot work with any model.
     """
-    options, varied = first_of(Options, with_defaults(given))
+    values = dict(given)
+    claim = values.pop(CLAIM, "")
+    options, varied = first_of(Options, with_defaults(values))
     if "rank" not in varied:
         options = options.replace(lora_alpha=alpha_of(options.adapter))
     if not varied:
         check_options(options)
         check_no_experiment(options)
         return options
-    grid = Grid(options, varied)
-    for one in grid.runs("shortcut", "pre_num", "rank", "learning_rate"):
+    grid = Grid(options, varied, claim)
+    for one in grid.runs(*(name for name in grid.varied if name != "seed")):
         check_options(one)
     check_experiment(grid)
     check_values(grid)
     check_ranks(grid)
+    check_batches(grid)
     return grid
 
 
@@ -98,8 +112,9 @@ def with_defaults(given: Given) -> dict[str, Any]:
         values["max_train_steps"] = BUNDLED_STEPS
     if given.get("use_8bit_adam"):
         values.setdefault("optimizer", "adamw8bit")
-    if (rate := named(values.get("optimizer", "adamw")).learning_rate) is not None:
-        values.setdefault("learning_rate", rate)
+    own = {named(optimizer).learning_rate for optimizer in listed(values.get("optimizer", "adamw"))}
+    if None not in own:  # with several optimizers each has its own: `arms.rates_of`
+        values.setdefault("learning_rate", own.pop())
     if "validation_epochs" in given:
         values.setdefault("validation_steps", None)
     flow = Path(values["pretrained_model_name_or_path"]).name == "pipeline-flow"
@@ -109,7 +124,7 @@ def with_defaults(given: Given) -> dict[str, Any]:
     values["local_rank"] = int(os.environ.get("LOCAL_RANK", values["local_rank"]))
     for name in ("resolution", "method"):
         values[name] = list(dict.fromkeys(listed(values[name])))
-    if any(table[name].varies and len(listed(value)) > 1 for name, value in values.items()):
+    if any(table[name].can_vary and len(listed(value)) > 1 for name, value in values.items()):
         values |= {name: DEFAULT_SPLIT for name in ("select_split", "test_split") if values[name] is None}
         values["validation_split"] = given.get("validation_split", 0.0)
     if (found := from_file(values["validation_prompt"])) is not None:

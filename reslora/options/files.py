@@ -64,7 +64,7 @@ def checked(option: Option, value: object, where: str) -> Any:
     Raises `InvalidArgument` for an invalid value.
     """
     name = option.name
-    if isinstance(value, list) and not option.takes_several:
+    if isinstance(value, list) and not (option.takes_several or option.variable):
         raise InvalidArgument(where, f"{name} = {value} is a list", "give one value")
     if isinstance(value, bool) != option.is_switch:
         problem = "give true or false" if option.is_switch else "give a value"
@@ -79,4 +79,4 @@ def checked(option: Option, value: object, where: str) -> Any:
             problem, fix = f"{item!r} is not a choice", f"give one of {list(option.choices)}"
             raise InvalidArgument(f"{where}, {name}", problem, fix)
         items.append(item)
-    return items if option.takes_several else items[0]
+    return items if option.takes_several or isinstance(value, list) else items[0]

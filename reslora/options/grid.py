@@ -21,6 +21,8 @@ class Grid(Generic[O]):
     """Options of a run with the first value of each option that varies."""
     varied: Mapping[str, list]
     """Two or more values of each option that varies, by the name common to all scripts."""
+    claim_sha256: str = ""
+    """SHA-256 of the file that states the claim; empty without such a file."""
 
     def values(self, name: str) -> list:
         """Return all values of an option; a single value if the option does not vary."""
@@ -48,6 +50,10 @@ class Grid(Generic[O]):
         values = [self.values(name) for name in names]
         return [self.run(**dict(zip(names, own, strict=True))) for own in itertools.product(*values)]
 
+    def variants(self) -> list[O]:
+        """Return the options of runs with every combination of the values but those of learning rates and seeds."""
+        return self.runs(*(name for name in self.varied if name not in ("learning_rate", "seed")))
+
     def run(self, method: str = "", **values: Any) -> O:
         """Return the options of a run with these values, and with `method` as its only method if it is given."""
         options = self.base.replace(**values, **({"method": [method]} if method else {}))
@@ -66,7 +72,7 @@ def first_of(kind: type[O], values: dict[str, Any]) -> tuple[O, dict[str, list]]
     """Return the options of the first run, and all values of the options that have several values."""
     varied: dict[str, list] = {}
     for name, option in kind.table().items():
-        if option.varies and isinstance(values[name], list):
+        if option.can_vary and isinstance(values[name], list):
             several, values[name] = values[name], values[name][0]
             varied |= {option.attribute: several} if len(several) > 1 else {}
     return kind.of(**values), varied

@@ -35,6 +35,7 @@ SCHEDULES = (
 INTERPOLATIONS = ("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 NOISES = 4  # number of noises for each image and timestep when losses are compared
 DEFAULT_RANK, LARGEST_BATCH = 16, 65536
+BATCHES, NOISE, TIMESTEPS = "the images of a step and their noise", "the noise of a step", "the timesteps of a step"
 
 BUCKETS = Need(lambda options: options.data.use_aspect_ratio_buckets, "add --use_aspect_ratio_buckets")
 CLASS_IMAGES = Need(lambda options: options.data.class_data_dir, "add --class_data_dir and --class_prompt")
@@ -220,8 +221,9 @@ class TrainingOptions:
 
     seed: int = option(0, "the same seed gives the same bytes", NATURAL, varies=True, essential=True,
         compared_as="seed")
-    train_batch_size: int = free(16, "images per process and forward pass", whole(1, LARGEST_BATCH), essential=True)
-    gradient_accumulation_steps: int = free(1, "forward passes per step", COUNT)
+    train_batch_size: int = free(16, "images per process and forward pass", whole(1, LARGEST_BATCH), essential=True,
+        variable=True, unshared=BATCHES)
+    gradient_accumulation_steps: int = free(1, "forward passes per step", COUNT, variable=True, unshared=BATCHES)
     num_train_epochs: int = free(100,
         "passes over the images; each takes images / (batch x processes) forward passes, rounded up for every bucket. "
         "A step takes --gradient_accumulation_steps of these; with a bundled pipeline the default is 200 steps", COUNT,
@@ -233,30 +235,33 @@ class TrainingOptions:
     compile: bool = free(False,
         "compile the denoiser with torch.compile: takes minutes at the start and makes steps faster. The run is "
         "refused if the compiled model's first gradients differ from the uncompiled model's")
-    noise_offset: float = option(0.0, "scale of the noise added per channel while training", NOT_NEGATIVE)
+    noise_offset: float = option(0.0, "scale of the noise added per channel while training", NOT_NEGATIVE,
+        variable=True, unshared=NOISE)
     min_timestep: int = option(0,
         "train only at this timestep and above; 0 is the clean image, the last timestep is noise. Low timesteps "
-        "determine details, so these change little. The validation loss uses all timesteps", NATURAL)
+        "determine details, so these change little. The validation loss uses all timesteps", NATURAL,
+        variable=True, unshared=TIMESTEPS)
     max_timestep: int | None = option(None,
         "train only below this timestep; high timesteps determine the composition, so it changes little", COUNT,
-        or_else="all")
+        or_else="all", variable=True, unshared=TIMESTEPS)
     snr_gamma: float | None = option(None, "gamma of the min-SNR loss weights; 5.0 is usual, and 0 gives all "
         "timesteps the same weight",
-        NOT_NEGATIVE, objective="ddpm", bundled=1.0, bundled_flow=None,
+        NOT_NEGATIVE, variable=True, objective="ddpm", bundled=1.0, bundled_flow=None,
         # preserves more of the subjects: assets/README.md
         kohya=("min_snr_gamma",))
     loss_type: str = option("l2",
         "l2: squared error; huber and smooth_l1: kohya's pseudo-Huber losses, which give large errors less weight. "
-        "The validation loss is always the squared error", choices=("l2", "huber", "smooth_l1"))
+        "The validation loss is always the squared error", choices=("l2", "huber", "smooth_l1"), variable=True)
     huber_schedule: str = option("snr",
         "huber and smooth_l1: how the threshold above which errors get less weight depends on the timestep. "
         "constant: always --huber_c; exponential: it falls from 1 at the clean image to --huber_c at pure noise; "
-        "snr: it falls with the signal-to-noise ratio", choices=("constant", "exponential", "snr"), needs=HUBER)
+        "snr: it falls with the signal-to-noise ratio", choices=("constant", "exponential", "snr"), variable=True,
+        needs=HUBER)
     huber_c: float = option(0.1,
         "huber and smooth_l1: the threshold; if --huber_schedule lets it fall, its lowest value",
-        POSITIVE, needs=HUBER)
+        POSITIVE, variable=True, needs=HUBER)
     huber_scale: float = option(1.0, "huber and smooth_l1: factor on that threshold; not with --huber_schedule snr",
-        POSITIVE, needs=(HUBER, Need(lambda options: options.training.huber_schedule != "snr",
+        POSITIVE, variable=True, needs=(HUBER, Need(lambda options: options.training.huber_schedule != "snr",
         "leave it out, or change that", "--huber_schedule snr does not read it")))
     output_preservation_weight: float = option(0.0,
         "weight of a second loss, which keeps the model's predictions for --output_preservation_prompt as they are "
@@ -275,17 +280,19 @@ class TrainingOptions:
     timestep_sampling: str | None = option(None,
         "flow matching: how timesteps are sampled. uniform, logit_normal and mode: as in diffusers' scripts, from "
         "the scheduler's table; sigmoid, shift, flux_shift: as in kohya's", or_else="by --weighting_scheme",
-        choices=SAMPLINGS, objective="flow")
+        choices=SAMPLINGS, variable=True, unshared=TIMESTEPS, objective="flow")
     weighting_scheme: str = option(None,
         "flow matching: weights of the loss, as in diffusers' scripts; logit_normal and mode also set how timesteps "
         "are sampled",
-        choices=WEIGHTINGS, objective="flow", by_family="SD 3 logit_normal, others none")
+        choices=WEIGHTINGS, variable=True, unshared=TIMESTEPS, objective="flow",
+        by_family="SD 3 logit_normal, others none")
     logit_mean: float = option(0.0, "flow matching, logit_normal: mean of the normal number", number(),
-        objective="flow", samplings=("logit_normal",))
-    logit_std: float = option(1.0, "flow matching, logit_normal: its standard deviation", POSITIVE, objective="flow",
+        variable=True, unshared=TIMESTEPS, objective="flow", samplings=("logit_normal",))
+    logit_std: float = option(1.0, "flow matching, logit_normal: its standard deviation", POSITIVE,
+        variable=True, unshared=TIMESTEPS, objective="flow",
         samplings=("logit_normal",))
     mode_scale: float = option(1.29, "flow matching, mode: how far the distribution of timesteps is from uniform",
-        number(), objective="flow",
+        number(), variable=True, unshared=TIMESTEPS, objective="flow",
         samplings=("mode",))
     discrete_flow_shift: float | None = option(None, "flow matching: shift of the timesteps towards noise", POSITIVE,
         or_else="the scheduler's; 3 with shift", objective="flow",
@@ -318,7 +325,7 @@ class OptimizerOptions:
     loraplus_lr_ratio: float = option(1.0, "LoRA+: factor of the learning rate of B; 16 is usual", POSITIVE,
         read_by="trains_b")
     scale_lr: bool = option(False, "multiply learning rates by batch size, accumulation steps and processes")
-    lr_scheduler: str = option("constant", "how the learning rate changes", choices=SCHEDULES)
+    lr_scheduler: str = option("constant", "how the learning rate changes", choices=SCHEDULES, variable=True)
     lr_warmup_steps: int | None = option(None, "steps in which the learning rate rises (none with constant)", NATURAL,
         or_else="500, at most a tenth of the run",
         needs=Need(lambda options: options.optimizer.lr_scheduler not in ("constant", "piecewise_constant")
@@ -332,17 +339,17 @@ class OptimizerOptions:
         "--lr_scheduler {lr_scheduler} does not read it"))
     optimizer: str = option("adamw",
         f"one of {', '.join(OPTIMIZERS)}, or the path of a class as package.Class; all but both AdamW have their "
-        "authors' settings, which --optimizer_args changes", metavar="NAME", counts_if_given=True,
+        "authors' settings, which --optimizer_args changes", metavar="NAME", counts_if_given=True, variable=True,
         essential="adamw, adamw8bit, prodigy, adafactor, lion, schedulefree, or package.Class", kohya=("optimizer_type",
         ))
     optimizer_args: list[str] = option([], "arguments of the optimizer's class, such as beta3=0.98",
         metavar="KEY=VALUE")
     use_8bit_adam: bool = option(False, "8-bit AdamW of bitsandbytes, as --optimizer adamw8bit")
-    adam_beta1: float = option(0.9, "decay of the mean of the gradient", FRACTION, needs=ADAM)
-    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", FRACTION, needs=ADAM)
-    adam_weight_decay: float = option(1e-2, "weight decay", NOT_NEGATIVE, needs=ADAM)
-    adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE, needs=ADAM)
-    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 turns clipping off", NOT_NEGATIVE)
+    adam_beta1: float = option(0.9, "decay of the mean of the gradient", FRACTION, variable=True, needs=ADAM)
+    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", FRACTION, variable=True, needs=ADAM)
+    adam_weight_decay: float = option(1e-2, "weight decay", NOT_NEGATIVE, variable=True, needs=ADAM)
+    adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE, variable=True, needs=ADAM)
+    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 turns clipping off", NOT_NEGATIVE, variable=True)
 
     @property
     def has_factors(self) -> bool:

@@ -65,6 +65,10 @@ class Option:
     resume: Resume = "fixed"
     varies: bool = False
     """Whether several values make an experiment."""
+    variable: bool = False
+    """Whether `--vary` accepts it: runs with different values share the model, the data and the measured losses."""
+    unshared: str = ""
+    """What runs of one seed no longer share if the option varies, as text."""
     in_experiments: str = ""
     """Why an experiment refuses the option, with the fix; empty if it accepts the option."""
     bundled: Any = SAME
@@ -116,6 +120,11 @@ class Option:
     def is_switch(self) -> bool:
         """Whether it is on or off."""
         return bool in (self.kind, *get_args(self.kind))
+
+    @property
+    def can_vary(self) -> bool:
+        """Whether it may have several values in an experiment."""
+        return self.varies or self.variable
 
     @property
     def fixed_default(self) -> Any:

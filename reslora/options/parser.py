@@ -40,6 +40,13 @@ class OptionsParser(Parser):
         self.add_argument("--help-all", nargs=0, action=Help, help="print all options and exit")
         if not kind.switches_take_values:
             self.add_argument("--config", metavar="FILE", help=f"{CONFIG}; the command line wins")
+        self.add_argument(
+            "--vary",
+            nargs="+",
+            action="extend",
+            metavar="NAME=VALUE,VALUE",
+            help="several values of an option, for an experiment: --vary optimizer=adamw,lion; may be repeated",
+        )
         version = f"reslora-sd {__version__}"
         self.add_argument("--version", action="version", version=version, help="print the version and exit")
         groups = {group: self.add_argument_group(title) for group, title in kind.titles.items()}

@@ -8,7 +8,7 @@ from ..merges import NAMES as MERGES
 from ..methods.patterns import HELP as PATTERNS
 from ..methods.registry import DEFAULT_PRE_NUM, IN_WORDS, METHODS
 from .groups import Groups
-from .option import COUNT, FRACTION, NATURAL, PART, POSITIVE, free, group, option, whole
+from .option import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, PART, POSITIVE, free, group, option, whole
 
 HIGHEST_RANK = 65536
 
@@ -22,10 +22,11 @@ class SharedMethodOptions:
         essential="lora, reslora, lora_x2, dora, ...; several are compared")
     rank: int = option(None, "rank of the update matrices", whole(1, HIGHEST_RANK), varies=True, essential=True)
     lora_alpha: float = option(None, "scale times rank", POSITIVE, or_else="twice the rank", read_by="alpha",
-        yields_to="rank", kohya=("network_alpha",))
+        yields_to="rank", variable=True, kohya=("network_alpha",))
     rank_pattern: list[str] | None = option(None, PATTERNS["rank_pattern"], metavar="NAME=VALUE")
     alpha_pattern: list[str] | None = option(None, PATTERNS["alpha_pattern"], metavar="NAME=VALUE")
-    lora_dropout: float = option(0.0, "dropout on the adapter's input; for loha and lokr, dropout of ranks", FRACTION)
+    lora_dropout: float = option(0.0, "dropout on the adapter's input; for loha and lokr, dropout of ranks", FRACTION,
+        variable=True)
     target_modules: list[str] = option(None, "layers that get an adapter, by the end of their name", metavar="NAME")
     shortcut: str = option("input", "ResLoRA and lora_matched: what a block adds from the blocks before it",
         choices=SHORTCUTS, varies=True, essential="ResLoRA: input, block, middle or none", implies="reslora",
@@ -37,14 +38,14 @@ class SharedMethodOptions:
         read_by="reads_shortcut_flags")
     head: str = option("repeat",
         "--shortcut input and is_placebo: what the first block of a chain adds to its input: the same input "
-        "again, or nothing", choices=HEADS, implies="reslora", read_by="reads_shortcut_flags")
+        "again, or nothing", choices=HEADS, variable=True, implies="reslora", read_by="reads_shortcut_flags")
     shortcut_scale: str = option("sum",
         "ResLoRA, lora_matched and placebos: add up a block's own term and those of its m neighbors, or divide this "
-        "sum by m + 1", choices=SCALES, implies="reslora", read_by="reads_shortcut_flags")
+        "sum by m + 1", choices=SCALES, variable=True, implies="reslora", read_by="reads_shortcut_flags")
     shortcut_decay: float | None = option(None,
         "ResLoRA, lora_matched and placebos: multiply the neighbors' terms by a factor that falls linearly from 1 to 0 "
         "over this fraction of the steps and stays 0, so that plain LoRA remains", PART, or_else="the factor stays 1",
-        implies="reslora", read_by="reads_shortcut_flags")
+        variable=True, implies="reslora", read_by="reads_shortcut_flags")
     merge: str = option(AUTO, "ResLoRA: how the shortcuts are merged into plain LoRA weights", choices=MERGES,
         essential="ResLoRA: how shortcuts are merged into plain LoRA weights", resume="merged", implies="reslora",
         read_by="shortcuts")
@@ -65,6 +66,19 @@ class SharedExperimentOptions:
         "fraction of the training data that is held out to choose learning rates and checkpoints", PART, or_else="0.1")
     test_split: float | None = option(None, "fraction of the training data by which methods are compared", PART,
         or_else="0.1")
+    reference: str | None = free(None,
+        "method or label with which the others are compared; a label is a method with the values that vary, as in the "
+        "report", or_else="lora; without it, of a single method the first label", metavar="LABEL")
+    claim: str | None = free(None,
+        "label that is claimed to have a lower test loss than --reference, stated before the experiment; in a file of "
+        "--config, whose hash the report shows", metavar="LABEL")
+    claim_margin: float | None = free(None,
+        "smallest improvement that matters for --claim, in percent of the reference's test loss", NOT_NEGATIVE,
+        or_else="0")
+    compare_at: str | None = free(None,
+        "time: compare every label at the training time of the reference, that is at the last step measured until "
+        "then. steps: after the same number of steps at most, at the best measured step", or_else="steps",
+        choices=("steps", "time"))
     extend_rates: bool = free(False,
         "if the best learning rate is the lowest or highest, try the next one, up to three times")
     racing: bool | None = free(None,

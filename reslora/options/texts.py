@@ -35,6 +35,7 @@ SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
 )  # fmt: skip
+BATCHES = "the examples of a step"
 PASSED_ON = {
     "fixed": (
         "lr_scheduler_kwargs", "optim_args", "optim_target_modules", "average_tokens_across_devices",
@@ -165,19 +166,21 @@ class TrainingOptions:
     max_steps: int = free(-1, "training steps; wins over --num_train_epochs", steps, short="steps",
         or_else="--num_train_epochs decides", essential="training steps")
     num_train_epochs: float = free(3.0, "passes over the training examples", POSITIVE, essential=True)
-    per_device_train_batch_size: int = option(8, "examples per process and forward pass", COUNT, essential=True)
+    per_device_train_batch_size: int = option(8, "examples per process and forward pass", COUNT, essential=True,
+        variable=True, unshared=BATCHES)
     per_device_eval_batch_size: int = free(8, "the same of evaluations", COUNT)
-    gradient_accumulation_steps: int = option(1, "forward passes per step", COUNT)
+    gradient_accumulation_steps: int = option(1, "forward passes per step", COUNT, variable=True, unshared=BATCHES)
     learning_rate: float = option(5e-5, "highest learning rate", POSITIVE, varies=True, short="lr", essential=True)
-    weight_decay: float = option(0.0, "weight decay", NOT_NEGATIVE)
-    adam_beta1: float = option(0.9, "decay of the mean of the gradient", FRACTION)
-    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", FRACTION)
-    adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", NOT_NEGATIVE)
-    lr_scheduler_type: str = option("linear", "how the learning rate changes", choices=SCHEDULES)
+    weight_decay: float = option(0.0, "weight decay", NOT_NEGATIVE, variable=True)
+    adam_beta1: float = option(0.9, "decay of the mean of the gradient", FRACTION, variable=True)
+    adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", FRACTION, variable=True)
+    adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE, variable=True)
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", NOT_NEGATIVE,
+        variable=True)
+    lr_scheduler_type: str = option("linear", "how the learning rate changes", choices=SCHEDULES, variable=True)
     warmup_steps: float = option(0, "steps in which the learning rate rises; below 1: their fraction of all",
-        NOT_NEGATIVE)
-    optim: str = option("adamw_torch_fused", "optimizer, by transformers' name")
+        NOT_NEGATIVE, variable=True)
+    optim: str = option("adamw_torch_fused", "optimizer, by transformers' name", variable=True)
     bf16: bool = option(False, "train in bfloat16", essential=True)
     fp16: bool = option(False, "train in float16, on a GPU")
     tf32: bool | None = option(None, "allow TF32 matrix products on Ampere and later GPUs")

@@ -28,6 +28,7 @@ from ..options.texts import (
     TextOptions,
 )
 from ..options.values import listed
+from ..options.vary import values_to_vary
 
 T = TypeVar("T", bound=TextOptions)
 METAMATHQA_SAMPLES = 40_000  # number of training samples in the paper's Appendix C
@@ -46,6 +47,7 @@ def read(kind: type[T], prog: str, argv: Sequence[str] | None, description: str 
     values are invalid: they usually come from an unset shell variable, and the run would use other data or start anew.
     """
     given, passed_on = parsed_values(OptionsParser(prog, kind, description or ""), argv)
+    given |= values_to_vary(given.pop("vary", ()), kind.table(), given)
     contradictions.check_texts(given | passed_on)
     for name, value in sorted((given | passed_on).items()):
         if "" in listed(value):

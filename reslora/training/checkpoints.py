@@ -53,12 +53,16 @@ DESCRIBED = {
 def settings_of(values: Mapping[str, Any]) -> dict:
     """Return the settings that a resumed run must share with the earlier run, except its `Identity`."""
     settings = {name: value for name, value in values.items() if TABLE[name].resume == "fixed"}
-    samples = values["train_batch_size"] * int(os.environ.get("WORLD_SIZE", 1))  # per forward pass
-    settings["samples_per_step"] = samples * values["gradient_accumulation_steps"]
+    sizes = listed(values["train_batch_size"])  # several in an experiment that varies them
+    samples = [size * int(os.environ.get("WORLD_SIZE", 1)) for size in sizes]  # per forward pass
+    per_step = [some * passes for some in samples for passes in listed(values["gradient_accumulation_steps"])]
+    settings["samples_per_step"] = per_step if len(per_step) > 1 else per_step[0]
     settings["snr_gamma"] = values["snr_gamma"] or 0  # None and 0 both weight all timesteps equally
     settings["deepspeed"] = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"  # it changes the saved state
     if values["use_aspect_ratio_buckets"] or len(listed(values["resolution"])) > 1:
-        settings["samples_per_forward"] = samples  # they all have the same resolution
+        settings["samples_per_forward"] = (
+            samples if len(samples) > 1 else samples[0]
+        )  # they all have the same resolution
     return settings
 
 

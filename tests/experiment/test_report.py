@@ -31,7 +31,7 @@ page = partial(report.page, about=IMAGES)
 write_report = partial(report.write_report, about=IMAGES)
 ORDER = (
     "Verdicts", "What to use", "What is missing", "Chosen on the select images", "Arms", "Loss on the select images",
-    "Loss on the test images by timestep", "Images", "Settings and versions",
+    "Loss on the test images by timestep", "Loss by test image", "Images", "Settings and versions",
 )  # fmt: skip
 
 

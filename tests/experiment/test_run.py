@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,9 +122,11 @@ def go(
     stopped: str = "",
     methods: str = "lora lora_x2 lora_x4",
     diverging: Collection[tuple[str, int]] = (),
+    grid: Sequence[str] | None = None,
 ) -> tuple[dict, str]:
-    """Trains and concludes, or is stopped; the record, and the report's headline."""
-    grid = ["--method", *methods.split(), "--learning_rate", "1e-4", "2e-4", "4e-4", *flags]
+    """Trains and concludes, or is stopped; the record, and the report's headline. `grid`: instead of `methods`."""
+    grid = ["--method", *methods.split(), "--learning_rate", "1e-4", "2e-4", "4e-4"] if grid is None else list(grid)
+    grid += [*flags]
     grid += [] if "--seed" in flags else ["--seed", "0", "1"]
     schedule = ArmSchedule(parse_args(["--output_dir", str(folder), *grid]))
     folder.mkdir(exist_ok=True)

@@ -11,7 +11,7 @@ SEE_ALL = {
     "reslora/images/refusals.py": "check_options check_places report_doubtful",
     "reslora/images/model_checks.py": "with_rank",
     "reslora/images/initial_lora.py": "with_start",
-    "reslora/images/experiment/requirements.py": "check_ranks",
+    "reslora/images/experiment/requirements.py": "check_batches check_ranks",
     "reslora/texts/arguments.py": "read resolve _checked_llm _checked_glue",
     "reslora/texts/glue.py": "arguments_of arguments",
     "reslora/texts/resuming.py": "free_on_resume",
@@ -23,7 +23,7 @@ SEE_ALL = {
     "reslora/texts/llm.py": "arguments",
     "reslora/texts/experiment.py": "run opened",
     # the runs of an experiment
-    "reslora/experiment/arms.py": "labels_of options_of check_values",
+    "reslora/experiment/arms.py": "labels_of others_of rates_of reference_of references_of options_of check_values",
     "reslora/experiment/schedule.py": "ArmSchedule",
     "reslora/experiment/runner.py": "run_experiment",
     "reslora/images/experiment/run.py": "open_study take_folder going_on with_varied check_folder check_same "

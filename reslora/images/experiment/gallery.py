@@ -108,7 +108,7 @@ def select(name: str, title: str, options: list[tuple[str, str]], chosen: int) -
 
 
 def tile(path: Path, alt: str, cell: str) -> str:
-    """Return an HTML image element with the image as a data URI, scaled down to LARGEST.
+    """Return an HTML image element with the image as a data URI, scaled down to LARGEST; `cell`: for the slider.
 
     Returns an empty string if the file is missing, and a text if it is damaged.
     """
@@ -123,4 +123,5 @@ def tile(path: Path, alt: str, cell: str) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=88)
     source = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return f'<img src="{source}" alt="{escape(alt)}" data-cell="{cell}" width="{image.width}" height="{image.height}">'
+    mark = f' data-cell="{cell}"' if cell else ""
+    return f'<img src="{source}" alt="{escape(alt)}"{mark} width="{image.width}" height="{image.height}">'

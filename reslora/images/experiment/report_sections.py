@@ -12,6 +12,7 @@ from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...plots.charts import Axes, Series, chart
 from ..output.exports import PEFT_FOLDER
 from .gallery import gallery
+from .losses_by_image import by_image
 from .similarity import MEANINGS
 
 
@@ -19,6 +20,7 @@ def sections(experiment: Experiment, folder: Path) -> list[tuple[str, str]]:
     """Return the title and the HTML content of each section."""
     return [
         ("Loss on the test images by timestep", timestep_chart(experiment)),
+        ("Loss by test image", by_image(experiment, folder)),
         ("Images", gallery(experiment, folder)),
     ]
 

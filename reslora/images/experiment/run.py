@@ -49,11 +49,13 @@ from ..cache_folder import cache_folder
 from ..data.batch import Batch
 from ..data.samples import TIMESTEPS, TrainingData, measured_at
 from ..data.training_data import latents_of, print_folder_counts, with_texts
+from ..model.objective import check_objective, objective_of
 from ..model_checks import check_methods
 from ..output.reports import Reports
 from ..output.trackers import note_settings
 from ..run import begin, check_before_loading, encode, forget_encoder
 from ..study import ImageStudy
+from .losses_by_image import write_thumbnails
 from .report_sections import IMAGES
 from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
 from .test_split_losses import EXPORTED, base_losses, export_chosen, export_compared, measured
@@ -61,7 +63,6 @@ from .test_split_losses import EXPORTED, base_losses, export_chosen, export_comp
 MOST_LOOKS = 10
 TIMED_STEPS = 5  # steps of the first arm from which the time of the experiment is estimated
 SELECT_NOISES = 1  # noises per timestep and image of the selection split; for the test split it is NOISES
-ADAPTER = ("rank", "shortcut", "pre_num")  # the options of an adapter that an experiment may vary
 CHANGING = ("learning_rate", "seed")  # more values of these may be added to an existing experiment, like methods
 FIXED = (
     *MERGING,
@@ -91,11 +92,14 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
             context = dataclasses.replace(context, status=Status())
         else:
             broadcast_from_main(lambda: check_folder(asked, identity))
-            check_before_loading(kinds, context)
+            most = context.options.replace(train_batch_size=max(asked.values("train_batch_size")))
+            check_before_loading(kinds, dataclasses.replace(context, options=most))
         check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain.data)
         on_all(lambda: check_variants(asked, context))
         alone, goes_on = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()
         pipeline, training_data = encode(kinds, context, goes_on, track=bool(orders) or alone)
+        for each in asked.variants():
+            objective_of(each.model, each.training, context.model.family, pipeline)
         parts = broadcast_from_main(
             lambda: parts_of(learnt(training_data.sources), plain.data, plain.validation, plain.experiment)
         )
@@ -208,16 +212,17 @@ def with_few_looks(schedule: Schedule, options: ValidationOptions, racing: bool)
 def with_varied(resolved: Options, given: Grid[Options]) -> Grid[Options]:
     """Return `given` with its shared options replaced by `resolved`, those of the first run with all defaults set."""
     alpha = given.base.adapter.lora_alpha if "rank" in given.varied else resolved.adapter.lora_alpha
-    return Grid(resolved.replace(lora_alpha=alpha), given.varied)
+    return dataclasses.replace(given, base=resolved.replace(lora_alpha=alpha))
 
 
 def check_variants(grid: Grid[Options], context: Context) -> None:
-    """Validate the adapters for every combination of rank, shortcut and number of blocks.
+    """Validate the adapters and objectives for every combination of the values of the options that vary.
 
-    The combination in the context's options has already been validated.
+    The adapter in the context's options has already been validated.
     """
     tried = [context.options.adapter]
-    for options in grid.runs(*ADAPTER):
+    for options in grid.variants():
+        check_objective(options.model, options.training, context.model.family)
         if options.adapter not in tried:
             check_methods(options.adapter, options.training, context)
             tried.append(options.adapter)
@@ -311,9 +316,11 @@ class ImageExperiment(ExperimentStudy):
         training_data = self.training_data_of_seeds[arm.seed]
         data = dataclasses.replace(options.data, cache_text_embeddings=training_data.data.cache_text_embeddings)
         validation = dataclasses.replace(options.validation, validation_noises=self.noises)
+        objective = objective_of(options.model, options.training, context.model.family, self.study.pipeline)
         training_data = dataclasses.replace(
-            training_data, adapter=options.adapter, data=data, training=options.training, validation=validation
-        )
+            training_data, objective=objective, adapter=options.adapter, data=data, training=options.training,
+            validation=validation,
+        )  # fmt: skip
         ends = functools.partial(race, arm, self.schedule)
         timed = functools.partial(self.timed, time.monotonic())
         return dataclasses.replace(self.study, training_data=training_data, context=context, race=ends, timed=timed)
@@ -364,7 +371,11 @@ class ImageExperiment(ExperimentStudy):
         return measured(step, self.parts.test, self.study_of(arm))
 
     def base_losses(self) -> dict:
-        """Return the base model's losses on the test split."""
+        """Return the base model's losses on the test split, and write the thumbnails that the report shows."""
+        images = [(self.study.training_data.sources[source].images, number) for source, number in self.parts.test]
+        pairs = zip(self.test_ids, images, strict=True)
+        opened = ((name, functools.partial(found.open, number)) for name, (found, number) in pairs)
+        write_thumbnails(self.schedule.folder, opened)
         return base_losses(self.parts.test, self.study_of(self.schedule.arms()[0]))
 
     def seconds_to_conclude(self) -> float:

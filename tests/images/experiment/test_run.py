@@ -135,6 +135,9 @@ def test_what_an_experiment_leaves(whole):
         assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
         assert sorted(path.name for path in (folder / "adapters").iterdir()) == ["step-000001", "step-000002"]
         assert (folder / "kohya.safetensors").is_file() and not (folder / "unet").exists()
+        assert one["file_bytes"] > 0 and list(one["seconds_by_step"]) == ["1", "2"] and one["values"] == {}
+    assert {path.stem for path in (output / "test_images").iterdir()} == set(found["base"]["images"])
+    assert (output / "report.html").read_text().count('alt="test image ') == split["test"]
     assert [verdict["label"] for verdict in found["verdicts"]] == ["reslora"]
     only(lines, found["verdicts"][0]["sentence"])
     assert lines[-1] == str(output / "report.html") and (output / "report.html").is_file()
@@ -511,3 +514,27 @@ def test_a_damaged_record_is_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "experiment.json").write_text('{"format": 1, "readings"')
     with pytest.raises(InvalidArgument, match=rf"^--output_dir {tmp_path}: experiment.json is damaged; "):
         run.check_same(parse_args(["--output_dir", str(tmp_path), "--seed", "0", "1"]))
+
+
+@pytest.mark.exhaustive
+def test_arms_that_vary_are_trained_with_their_own_values(flags, tmp_path):
+    """The loss's weights, the batches and the optimizer's state are those of the same run without --vary."""
+    own = [*without(flags, "--train_batch_size"), "--method", "lora", "--learning_rate", "1e-2"]
+    words = ("--vary", "train_batch_size=2,1", "snr_gamma=0,5")
+    lines = printed(*own, *words, "--seed", "0", "1", "--output_dir", tmp_path / "varied")
+    found = experiment(tmp_path / "varied")
+    note = "train_batch_size varies: runs of a seed do not share the images of a step and their noise"
+    assert sum(note in line for line in found["notes"]) == 1 and any(note in line for line in lines)
+    names = [f"lora train_batch_size={size} snr_gamma={gamma}" for size in (2, 1) for gamma in (0, 5)]
+    assert list(found["chosen"]) == names and found["references"] == names
+    assert {verdict["reference"] for verdict in found["verdicts"]} == {names[0]} and len(found["verdicts"]) == 3
+    words = ("--train_batch_size", "1", "--snr_gamma", "5", "--seed", "0", "1")
+    printed(*own, *words, "--output_dir", tmp_path / "plain")
+    place = "seed-1/adapters/step-000002/adapter.safetensors"
+    plain = load_file(tmp_path / "plain" / "lora" / "lr-0.01" / place)
+    for size, gamma in ((2, 5), (1, 0), (1, 5)):
+        folder = tmp_path / "varied" / "lora" / f"train_batch_size-{size}" / f"snr_gamma-{gamma}" / "lr-0.01"
+        varied = load_file(folder / place)
+        assert all(plain[name].equal(varied[name]) for name in plain) == ((size, gamma) == (1, 5))
+    words = ("--vary", "train_batch_size=2,1", "snr_gamma=0,4", "--seed", "0", "1")
+    assert main(*own, *words, "--output_dir", tmp_path / "varied") == 2

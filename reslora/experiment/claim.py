@@ -1,0 +1,113 @@
+"""Answer a claim that was stated before an experiment: is a label better than its reference by more than a margin?
+
+This is a test of superiority by a margin, as in clinical trials (ICH E9): the claim is confirmed if the 95% interval of
+the improvement lies completely above the margin, refuted if it lies completely below, and otherwise open. The claim is
+one hypothesis, so other pairs of labels need no correction; repeated evaluations on the test split have one, as all
+verdicts. At the margin itself, each wrong answer has a probability of at most 2.5%.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from scipy import special
+
+from .record import Answer, Arm, Choice, Stated
+from .statistics import (
+    POWER,
+    Judged,
+    Spread,
+    arrays_of,
+    half_width,
+    judge,
+    level_of,
+    percents,
+    tested,
+)
+
+MOST_SEEDS = 100
+"""Largest number of further seeds that is advised."""
+
+
+def answer(claim: Stated, arms: Iterable[Arm], chosen: Mapping[str, Choice], reading: int = 1) -> Answer:
+    """Return the answer to a claim from the test losses of arms; `reading`: number of this evaluation."""
+    label, reference = claim["label"], claim["reference"]
+    arrays = arrays_of(tested(arms, chosen))
+    if not {label, reference} <= arrays.keys():
+        problem = "not both are trained and tested yet"
+        return Answer(conclusion="not enough data", more_seeds=None, sentence=f"not enough data: {problem}")
+    others = [pair for pair in itertools.combinations(arrays, 2) if set(pair) != {label, reference}]
+    found = judge(arrays, [(label, reference), *others], reading)
+    pair, test = next(((pair, test) for pair, test in found if pair[:2] == (label, reference)), (None, None))
+    if test is None or pair is None:
+        seeds = max(1, 2 - (len(pair.differences) if pair else 0))
+        return Answer(
+            conclusion="not enough data", more_seeds=seeds,
+            sentence=f"not enough data: add {seeds} seed{'s' * (seeds > 1)} or more; an interval needs two",
+        )  # fmt: skip
+    percent = 100 / pair.base
+    improvement, half = -percent * pair.mean, percent * float(half_width(test.spread, test.reading_level))
+    conclusion = decide(improvement, half, claim["margin"])
+    more = more_seeds(abs(pair.mean + claim["margin"] / percent), test, reading) if conclusion == "open" else None
+    return Answer(
+        conclusion="not enough data" if conclusion == "open" else conclusion,  # type: ignore[typeddict-item]
+        more_seeds=more,
+        sentence=sentence_of(conclusion, claim, (improvement, improvement - half, improvement + half), more),
+    )
+
+
+def decide(improvement: float, half: float, margin: float) -> str:
+    """Return `confirmed`, `refuted` or `open` for an improvement, half the width of its interval, and the margin."""
+    return "confirmed" if improvement - half > margin else "refuted" if improvement + half < margin else "open"
+
+
+def more_seeds(distance: float, test: Judged, reading: int) -> int | None:
+    """Return about how many more seeds decide a claim with a probability of 80%; None if MOST_SEEDS do not.
+
+    `distance`: from the mean difference to the margin; the true difference is assumed to be the observed one. More
+    seeds reduce the part of the variance that seeds cause, but not the part that images cause.
+    """
+    seeds, images = test.pair.differences.shape
+    by_seed, by_image, rest = test.spread.squares
+    own = max(0.0, by_image - rest) / seeds  # variance of an image's true difference
+    pooled = test.spread.degrees[0] - (seeds - 1)  # degrees of freedom from other pairs
+    quantile = float(special.ndtri(POWER))
+    for total in range(seeds + 1, seeds + MOST_SEEDS + 1):
+        degrees = np.array([total - 1 + pooled, images - 1, (total - 1) * (images - 1)], float)
+        spread = Spread(np.array([by_seed, min(by_image, rest) + total * own, rest]), degrees, total * images)
+        if float(half_width(spread, level_of(reading + 1))) + quantile * float(spread.error) <= distance:
+            return total - seeds
+    return None
+
+
+def sentence_of(conclusion: str, claim: Stated, sizes: tuple[float, float, float], more: int | None) -> str:
+    """Return the answer as a sentence; `sizes`: the improvement and the ends of its interval, in percent."""
+    size, low, high = (("-" if value < 0 else "") + text for value, text in zip(sizes, percents(*sizes), strict=True))
+    claimed = f"{claim['label']} is better than {claim['reference']} by more than {claim['margin']:g}%"
+    found = f"(improvement {size}%, 95% interval {low} to {high}%)"
+    if conclusion != "open":
+        return f"{conclusion}: {claimed} {found}"
+    advice = f"about {more} more seed{'s' * (more != 1)}"
+    if more is None:
+        advice = f"even {MOST_SEEDS} more seeds would hardly do; take more test images, or state another margin"
+    return f"not enough data: {advice}, for: {claimed} {found}"
+
+
+def stated_again(before: Iterable[Stated], now: Stated) -> list[Stated]:
+    """Return all claims of an experiment in order, with the present one last if it differs from the latest one."""
+    claims = list(before)
+    if claims and all(claims[-1].get(name) == now[name] for name in ("label", "reference", "margin", "sha256")):  # type: ignore[literal-required]
+        return claims
+    return [*claims, now]
+
+
+def changes(claims: Iterable[Stated], total: int) -> list[str]:
+    """Return a sentence for each change of the claim; `total`: number of arms."""
+    found = []
+    for before, now in itertools.pairwise(claims):
+        same = all(before[name] == now[name] for name in ("label", "reference", "margin"))  # type: ignore[literal-required]
+        was = f"{before['label']} better than {before['reference']} by more than {before['margin']:g}%"
+        what = "the file was changed, but not what it claims" if same else f"the claim was changed: it was {was}"
+        when = f"{now['ended']} of {total} arms had ended, and the test split was read {now['readings']} times"
+        found.append(f"{what}; {when} (SHA-256 before: {before['sha256'] or 'no file'})")
+    return found

@@ -1,0 +1,59 @@
+"""Comparing at equal training time: the step of each label, and what an experiment concludes from it."""
+
+import json
+
+import pytest
+
+from experiment.test_run import Untrained
+from reslora.experiment import runner
+from reslora.experiment.arms import Arm
+from reslora.experiment.equal_time import TOLERANCE, at_time, seconds_by_step
+from reslora.experiment.schedule import ArmSchedule
+from reslora.images.settings import parse_args
+
+
+def arm(label: str, seed: int, each: float, status: str = "finished") -> dict:
+    """An arm of four measurements, ten steps apart, that takes `each` seconds for ten steps."""
+    steps = [10, 20, 30, 40]
+    times = {str(step): each * step / 10 for step in steps}
+    losses = {str(step): 1 / step for step in steps}
+    return {"label": label, "seed": seed, "status": status, "select_by_step": losses, "seconds_by_step": times}
+
+
+def test_a_label_is_compared_at_its_last_step_within_the_time_of_the_reference():
+    arms = [arm("lora", 0, 1.0), arm("lora", 1, 1.2), arm("slow", 0, 1.5), arm("slow", 1, 1.3), arm("fast", 0, 0.5)]
+    arms += [arm("slower", 0, 9.0), arm("slow", 2, 0.1, "failed"), arm("slow", 7, 0.1)]
+    assert seconds_by_step(arms, "lora", [0, 1]) == pytest.approx({"10": 1.1, "20": 2.2, "30": 3.3, "40": 4.4})
+    found = {(each["label"], each["seed"]): list(each["select_by_step"]) for each in at_time(arms, 4.4, [0, 1])}
+    assert found["lora", 0] == found["lora", 1] == found["fast", 0] == ["40"]
+    assert found["slow", 0] == found["slow", 1] == found["slow", 7] == ["30"]  # 1.4 s for ten steps
+    assert found["slower", 0] == [] and found["slow", 2] == ["10", "20", "30", "40"]  # a failed arm is not chosen
+    near = [arm("lora", 0, 1.0), arm("equal", 0, 1 + 0.9 * TOLERANCE), arm("more", 0, 1 + 1.1 * TOLERANCE)]
+    assert [list(each["select_by_step"]) for each in at_time(near, 4.0, [0])] == [["40"], ["40"], ["30"]]
+
+
+class Timed(Untrained):
+    """Arms of two measured steps; lora_x2 takes 1.6 times as long."""
+
+    def train(self, arm: Arm) -> None:
+        folder, each = self.schedule.folder_of(arm), 1.6 if arm.label == "lora_x2" else 1.0
+        (folder / "peft").mkdir(parents=True)
+        (folder / "peft" / "adapter_model.safetensors").write_bytes(bytes(2**21))
+        rows = [{"step": n, "split": "validation", "loss": 2 / (n + 1), "seconds": n * each} for n in range(4)]
+        (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_an_experiment_chooses_at_equal_time_and_reports_what_each_label_costs(tmp_path):
+    words = "--method lora lora_x2 --learning_rate 1e-4 2e-4 --seed 0 1 --compare_at"
+    chosen = {}
+    for at in ("steps", "time"):
+        schedule = ArmSchedule(parse_args([*words.split(), at, "--output_dir", str(tmp_path / at)]))
+        (tmp_path / at).mkdir()
+        runner.train_and_conclude(Timed(schedule))
+        found = json.loads((tmp_path / at / "experiment.json").read_text())
+        chosen[at] = {label: choice["step"] for label, choice in found["chosen"].items()}
+        note = "compared at equal training time, that of lora, 3 s: lora at step 3, lora_x2 at step 1"
+        assert (note in found["notes"]) == (at == "time")
+    assert chosen == {"steps": {"lora": 3, "lora_x2": 3}, "time": {"lora": 3, "lora_x2": 1}}
+    report = (tmp_path / "time" / "report.html").read_text()
+    assert '<th scope="col">File</th>' in report and "<td>2 MiB</td>" in report and "<td>2 s</td>" in report
