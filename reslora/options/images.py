@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from ..methods.patterns import HELP as PATTERNS
 from ..methods.registry import IN_WORDS
+from .averages import averages
 from .optimizers import ADAMS, OPTIMIZERS
 from .option import (
     COUNT,
@@ -355,6 +356,11 @@ class ValidationOptions:
     save_best: bool = option(False,
         "save the adapter with the lowest validation loss in <method>/best, and export that one in the end",
         needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
+    average_checkpoints: str | None = shown(None,
+        "after training, also average the retained checkpoints, and export an average if its validation loss is the "
+        "lowest: ema:0.99 averages all with exponentially decaying weights, last:5 the last 5; several with a comma",
+        averages, metavar="ema:DECAY,last:N", needs=Need(lambda options: options.validation.save_best,
+        "add --save_best, which exports the adapter with the lowest loss"), in_experiments=CHOSEN_OVER_SEEDS)
     early_stopping_patience: int | None = free(None,
         "stop training a method after N validations in a row without a new lowest loss", COUNT, metavar="N",
         needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
