@@ -121,6 +121,7 @@ def whole(flags, tmp_path_factory) -> tuple[Path, list[str]]:
     return output, printed(*flags, "--method", "reslora", "--output_dir", output)
 
 
+@pytest.mark.exhaustive
 def test_a_run_exports_its_best_average(whole):
     output, lines = whole
     found = {best.average: best for best in averages_at(output / "reslora", 5)}
