@@ -145,15 +145,19 @@ def consume_request(flags: list[str]) -> dict:
     resident = (peak_memory(CPU) or 0) - before
     peaks: dict[str, int] = {}
     now, phase = 0, ""
-    events = [(event.start_ns(), event.nbytes()) for event in found.profiler.kineto_results.events()
-              if event.name() == "[memory]"]  # fmt: skip
-    for _, change in sorted([*events, *said], key=lambda one: one[0]):
+    for _, change in sorted([*memory_changes(found), *said], key=lambda one: one[0]):
         if isinstance(change, str):
             phase = next((plan for start, plan in PHASES.items() if change.startswith(start)), phase)
         else:
             now += change
             peaks[phase] = max(peaks.get(phase, 0), now)
     return {"resident": resident, **{name: peak for name, peak in peaks.items() if name}}
+
+
+def memory_changes(found: profile) -> list[tuple[int, int]]:
+    """Return the bytes that each allocation adds or frees, with the time in nanoseconds, in order."""
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return sorted((event.start_ns(), event.nbytes()) for event in events)
 
 
 def peak_now() -> int:

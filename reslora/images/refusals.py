@@ -8,6 +8,7 @@ from ..errors import InvalidArgument, refused_as, speaks
 from ..formatting import pluralize
 from ..methods.patterns import LEARNING_RATES, entries
 from ..methods.registry import METHODS, check_steps, refuse_unable
+from ..options.averages import averages_of
 from ..options.contradictions import check_compiled, check_decay_compiled, check_method, check_texts
 from ..options.images import (
     DataOptions,
@@ -37,6 +38,7 @@ def check_options(options: Options) -> None:
     refuse_unused(options)
     check_text_encoder(options.adapter, options.optimizer)
     check_prompts(options.validation)
+    check_averages(options.validation, options.output, options.training.max_train_steps)
     check_method(options.adapter, "merge_calibration_samples")
     if options.model.base_precision != "no":
         refuse_unable(options.adapter.method, "packed")
@@ -112,6 +114,24 @@ def check_prompts(validation: ValidationOptions) -> None:
     if options and len(options) != len(prompts):
         problem = f"{len(options)} for {pluralize(len(prompts), 'prompt')}"
         raise InvalidArgument("--validation_prompt_options", problem, "give one for each, '{}' where there are none")
+
+
+def check_averages(validation: ValidationOptions, output: OutputOptions, steps: int | None) -> None:
+    """Raise `InvalidArgument` if fewer checkpoints will be retained than --average_checkpoints averages.
+
+    `steps`: number of training steps; None while it is unknown.
+    """
+    if validation.average_checkpoints is None:
+        return
+    least = max(average.least for average in averages_of(validation.average_checkpoints))
+    flag, averaged = f"--average_checkpoints {validation.average_checkpoints}", f"averages {least} or more checkpoints"
+    if output.checkpoints_total_limit and output.checkpoints_total_limit < least:
+        problem = f"{averaged}, and --checkpoints_total_limit {output.checkpoints_total_limit} retains fewer"
+        raise InvalidArgument(flag, problem, f"give --checkpoints_total_limit {least}")
+    if steps and (count := math.ceil(steps / output.checkpointing_steps)) < least:
+        saved = f"--checkpointing_steps {output.checkpointing_steps} saves {count} in {pluralize(steps, 'step')}"
+        fix = f"give --checkpointing_steps {steps // least}" if steps >= least else "train for more steps"
+        raise InvalidArgument(flag, f"{averaged}, and {saved}", fix)
 
 
 def check_start(adapter: MethodOptions) -> None:

@@ -53,6 +53,7 @@ from .output.metric import load_metric
 from .output.reports import FINISHED
 from .output.summary import print_summary, write_figures
 from .output.trackers import note_settings, start_trackers
+from .refusals import check_averages
 from .settings import with_family
 from .study import ImageStudy
 
@@ -78,6 +79,7 @@ def run(options: Options, stop: StopRequest) -> None:
         forget_encoder(pipeline, context)
         schedule = schedule_of(training_data.updates(context.accelerator.num_processes), context)
         broadcast_from_main(lambda: check_length(context.options.training, resume, schedule.steps))
+        check_averages(context.options.validation, context.options.output, schedule.steps)
         note_settings(context.options.flat(), schedule, context.accelerator)
         study = ImageStudy(schedule, identity, context, pipeline, training_data)
         for method in context.options.adapter.method:

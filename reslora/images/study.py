@@ -83,12 +83,21 @@ class ImageStudy(Study):
 
         `parts`: which of "loss" and "samples" to compute; both if None.
         """
+        self._validation(learner)(learner, reports, parts or VALIDATION_PARTS)
+
+    def validation_loss(self, learner: Learner) -> float | None:
+        """Return the mean loss on the held-out images with the learner's present weights, in every process.
+
+        Returns None if a stop request interrupts it.
+        """
+        return self._validation(learner).mean(learner.denoiser)
+
+    def _validation(self, learner: Learner) -> Validation:
         context = self.context
         shared = SharedLosses() if context.start else self.shared  # the LoRA's losses are not the base's
-        look = Validation(
+        return Validation(
             learner.trained.loss, self.training_data, self.sampler, context.accelerator, context.stop, shared
         )
-        look(learner, reports, parts or VALIDATION_PARTS)
 
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
         """Write the trained method's files.

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from ..methods.patterns import HELP as PATTERNS
 from ..methods.registry import IN_WORDS
+from .averages import averages
 from .optimizers import ADAMS, OPTIMIZERS
 from .option import (
     COUNT,
@@ -322,7 +323,7 @@ class OptimizerOptions:
         POSITIVE, or_else="--learning_rate", needs=Need(lambda options: options.adapter.train_text_encoder,
         "add --train_text_encoder", "no text encoder is trained"))
     lr_pattern: list[str] | None = option(None, PATTERNS["lr_pattern"], metavar="NAME=VALUE")
-    loraplus_lr_ratio: float = option(1.0, "LoRA+: factor of the learning rate of B; 16 is usual", POSITIVE,
+    loraplus_lr_ratio: float = option(1.0, "LoRA+: factor of the learning rate of B; 16 is usual", POSITIVE, variable=True,
         read_by="trains_b")
     scale_lr: bool = option(False, "multiply learning rates by batch size, accumulation steps and processes")
     lr_scheduler: str = option("constant", "how the learning rate changes", choices=SCHEDULES, variable=True)
@@ -392,6 +393,11 @@ class ValidationOptions:
     save_best: bool = option(False,
         "save the adapter with the lowest validation loss in <method>/best, and export that one in the end",
         needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")
+    average_checkpoints: str | None = shown(None,
+        "after training, also average the retained checkpoints, and export an average if its validation loss is the "
+        "lowest: ema:0.99 averages all with exponentially decaying weights, last:5 the last 5; several with a comma",
+        averages, metavar="ema:DECAY,last:N", needs=Need(lambda options: options.validation.save_best,
+        "add --save_best, which exports the adapter with the lowest loss"), in_experiments=CHOSEN_OVER_SEEDS)
     early_stopping_patience: int | None = free(None,
         "stop training a method after N validations in a row without a new lowest loss", COUNT, metavar="N",
         needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")

@@ -2,7 +2,7 @@
 
 `<method>/best/step-<n>` contains an adapter and its validation loss. When a better adapter is saved, the earlier one
 remains until the next checkpoint is written. Therefore, from whichever checkpoint a run resumes, the best adapter up to
-that checkpoint exists.
+that checkpoint exists. After the last step, `best/` may also contain averages of checkpoints (`averaging.py`).
 """
 
 import math
@@ -21,23 +21,55 @@ FOLDER, RECORD = "best", "loss.json"
 
 @dataclass(frozen=True)
 class Best:
-    """A saved adapter, which had a lower validation loss than all adapters before it."""
+    """A saved adapter with its validation loss: the lowest up to its step, or that of an average of checkpoints."""
 
     path: Path
     step: int
     loss: float
+    average: str = ""
+    """The average of checkpoints that it is, as `Average` formats it; empty for the adapter of a single step."""
+    checkpoints: tuple[int, ...] = ()
+    """Steps of the averaged checkpoints."""
+
+    def __str__(self) -> str:
+        """Return which adapter it is, for messages."""
+        if not self.average:
+            return f"of step {self.step}"
+        return f"{self.average} of the checkpoints of steps {', '.join(map(str, self.checkpoints))}"
+
+    def to_dict(self) -> dict:
+        """Return its JSON record."""
+        record = {"step": self.step, "loss": self.loss}
+        return record | ({"average": self.average, "checkpoints": self.checkpoints} if self.average else {})
 
 
 def all_best(folder: Path) -> list[Best]:
     """Return the saved best adapters of a method, newest first."""
-    found = [(path, read_object(path / RECORD)) for path in (folder / FOLDER).glob("step-*")]
-    kept = [Best(path, record["step"], record["loss"]) for path, record in found if record]
-    return sorted(kept, key=lambda best: best.step, reverse=True)
+    return sorted(_saved(folder, "step-*"), key=lambda best: best.step, reverse=True)
+
+
+def averages_at(folder: Path, step: int) -> list[Best]:
+    """Return the saved averages of the checkpoints up to `step`, the last one of a finished training."""
+    return [best for best in _saved(folder, "[!.]*") if best.average and best.step == step]
+
+
+def _saved(folder: Path, pattern: str) -> list[Best]:
+    found = [(path, read_object(path / RECORD)) for path in sorted((folder / FOLDER).glob(pattern))]
+    return [Best(path, **record) for path, record in found if record]
 
 
 def best_of(folder: Path) -> Best | None:
     """Return the saved adapter with the lowest loss, which is the newest one; None without any."""
     return next(iter(all_best(folder)), None)
+
+
+def to_export(folder: Path, step: int) -> Best | None:
+    """Return the adapter that --save_best exports after `step` steps; None without any.
+
+    It is the best adapter, or an average of checkpoints whose loss is lower.
+    """
+    candidates = [best for best in (best_of(folder), *averages_at(folder, step)) if best and math.isfinite(best.loss)]
+    return min(candidates, key=lambda best: best.loss, default=None)
 
 
 def keep_if_best(learner: Learner, folder: Path, loss: float) -> None:
@@ -66,11 +98,11 @@ def forget_beaten(folder: Path) -> None:
 
 
 def go_on_from(folder: Path, step: int) -> None:
-    """Remove the best adapters that were saved after `step`, from which a run resumes.
+    """Remove the best adapters and averages that were saved after `step`, from which a run resumes.
 
     Prints a line if the best adapter up to that step is missing.
     """
-    for best in all_best(folder):
+    for best in _saved(folder, "[!.]*"):
         if best.step > step:
             remove(best.path.rename(temporary_beside(best.path)))
     rows = of_split(read_log(folder / "log.jsonl"), "validation")

@@ -29,7 +29,7 @@ from ..runtime.checkpoint_folders import (
     step_of,
 )
 from ..runtime.processes import broadcast_from_main, on_all
-from .best import FOLDER, best_of, forget_beaten
+from .best import FOLDER, forget_beaten, to_export
 from .schedule import Schedule
 from .state import Learner
 from .study import Identity, Study
@@ -292,10 +292,30 @@ def save_checkpoint(learner: Learner, study: Study) -> None:
         forget_beaten(folder)
         if options.output.checkpoints_total_limit:
             of_this_line = [old for old in checkpoints_of(folder) if step_of(old) <= learner.step]
-            for old in of_this_line[options.output.checkpoints_total_limit :]:
+            for old in beyond_limit(of_this_line, options.output, bool(options.validation.average_checkpoints)):
                 discard(old)
 
     broadcast_from_main(write)
+
+
+def beyond_limit(checkpoints: list[Path], output: OutputOptions, averaged: bool) -> list[Path]:
+    """Return those of the checkpoints, newest first, that --checkpoints_total_limit removes.
+
+    `averaged`: retain those that will be averaged, although others were saved in between.
+    """
+    retained = to_average(checkpoints, output) if averaged else []
+    return [old for old in checkpoints[output.checkpoints_total_limit :] if old not in retained]
+
+
+def to_average(checkpoints: list[Path], output: OutputOptions) -> list[Path]:
+    """Return those of the checkpoints, newest first, that are averaged.
+
+    They are the newest one and those of --checkpointing_steps, at most --checkpoints_total_limit. Checkpoints that were
+    saved because of a stop, a file or a time are not among them. Therefore a resumed run averages the same checkpoints
+    as an uninterrupted one.
+    """
+    regular = [path for path in checkpoints[1:] if step_of(path) % output.checkpointing_steps == 0]
+    return [*checkpoints[:1], *regular][: output.checkpoints_total_limit]
 
 
 def write_checkpoint(learner: Learner, path: Path, state: dict, record: dict) -> None:
@@ -339,8 +359,8 @@ def write_exports(
     }
     if schedule.is_over:
         record["early_stopping_patience"] = options.validation.early_stopping_patience
-    if options.validation.save_best and (best := best_of(folder)):
-        record["best"] = {"step": best.step, "loss": best.loss}
+    if options.validation.save_best and (best := to_export(folder, schedule.steps)):
+        record["best"] = best.to_dict()
     write_json(folder / EXPORTS, record)
 
 

@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import get_grad_scaler
 from tqdm.auto import tqdm
 
-from ..errors import Diverged, EndedElsewhere, Stopped
+from ..errors import Diverged, EndedElsewhere
 from ..formatting import pluralize
 from ..methods.control_scales import gauged
 from ..methods.controls import Settings, put_on
@@ -21,13 +21,14 @@ from ..runtime.checkpoint_folders import memory_reported
 from ..runtime.folder_lock import check_held, writing_into
 from ..runtime.processes import broadcast_from_main, stop_requested
 from ..seeds import derive
+from .averaging import offer_averages
 from .best import best_of, go_on_from
 from .checkpoints import Resume, restore, save_checkpoint, write_exports
 from .compiling import checked
 from .context import Context
 from .preparing import prepare
 from .state import Learner
-from .stopping import Requests
+from .stopping import Requests, stopped_at
 from .study import Study
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def train_and_export(learner: Learner, study: Study) -> None:
         broadcast_from_main(lambda: study.export(learner, study.schedule))
         raise  # without `exports.json`, as the method is not finished
     schedule = dataclasses.replace(study.schedule, steps=learner.step, is_over=learner.over)
+    if options.validation.average_checkpoints:
+        offer_averages(learner, study)
     with learner.averaged():
         broadcast_from_main(
             lambda: write_exports(folder, options, study.identity, schedule, study.export(learner, schedule))
@@ -153,11 +156,6 @@ def decay_shortcuts(learner: Learner, study: Study) -> None:
     if part and METHODS[learner.method].reads_shortcut_flags:
         for model in learner.trained.parts.values():
             set_factor(model, factor_at(learner.step, study.schedule.steps, part))
-
-
-def stopped_at(learner: Learner) -> Stopped:
-    """Return the exception of a run that was asked to stop."""
-    return Stopped(f"{learner.name} stopped after step {learner.step}; go on with --resume_from_checkpoint latest")
 
 
 def after_step(learner: Learner, study: Study, reports: Reports, requests: Requests) -> bool:

@@ -66,6 +66,13 @@ class Study(ABC):
         """
 
     @abstractmethod
+    def validation_loss(self, learner: Learner) -> float | None:
+        """Return the mean loss on the held-out images with the learner's present weights, in every process.
+
+        Returns None if a stop request interrupts it.
+        """
+
+    @abstractmethod
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
         """Write the trained method's files.
 

@@ -91,7 +91,9 @@ FORMATS = {
     "int8": by_rows(torch.int8, 127.0),
     "nf4": Format(pack_nf4, unpack_nf4),
 }
-WHOLE = Format(lambda weight: (weight, torch.ones(1)), lambda codes, scales, shape, dtype: codes.to(dtype))
+WHOLE = Format(
+    lambda weight: (weight, torch.ones(1, device=weight.device)), lambda codes, scales, shape, dtype: codes.to(dtype)
+)
 """The format of a weight that is swapped to CPU memory without quantization."""
 
 
@@ -113,7 +115,8 @@ class PackedLinear(nn.Linear):
 
     def swap(self, device: torch.device) -> None:
         """Move the codes to CPU memory; each matrix multiplication copies them to `device`."""
-        codes = self.codes.detach().cpu()
+        codes = self.codes.detach()
+        codes = codes if codes.is_meta else codes.cpu()  # the memory plan has no weights
         del self.codes  # parameters move with the model, and DDP requires them on the device
         self.codes = codes.pin_memory() if device.type == "cuda" else codes
 

@@ -26,7 +26,7 @@ from ...methods.registry import METHODS
 from ...model import MergeReport, merge
 from ...runtime.folder_lock import check_held
 from ...tracing import evaluating
-from ...training.best import Best, best_of
+from ...training.best import Best, to_export
 from ...training.checkpoints import EXPORTS
 from ...training.context import Context
 from ...training.schedule import Schedule
@@ -68,10 +68,11 @@ def export_method(
 ) -> dict[str, int]:
     """Export the adapter that the learner has trained; see `export_parts`.
 
-    With --save_best, export the adapter of the best checkpoint instead, if there is one.
+    With --save_best, export the best adapter or average of checkpoints instead, if there is one.
     """
     method = learner.method
-    best = best_of(context.folder_of(method)) if context.options.validation.save_best else None
+    save_best, folder = context.options.validation.save_best, context.folder_of(method)
+    best = to_export(folder, schedule.steps) if save_best else None
     begin_export(method, context)
     with in_float32(sampler.pipeline):
         parts = exact_parts(learner, best, schedule, context)

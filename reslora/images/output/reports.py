@@ -35,6 +35,7 @@ from .metric import load_metric
 from .sampling import Sampler, as_image
 
 T = TypeVar("T")
+U = TypeVar("U")
 VALIDATION_PARTS = ("loss", "samples")
 MERGED = "merged"  # the folder of the merged model's samples
 FINISHED = "loss.png"  # written last: it marks a run as finished
@@ -192,7 +193,11 @@ class Validation:
                 self._by_main(lambda: self._generate(denoiser), partial(self._keep_samples, learner, reports))
         learner.over = broadcast_from_main(lambda: reports.is_over(validation.early_stopping_patience))
 
-    def _by_main(self, compute: Callable[[], T], keep: Callable[[T], None]) -> None:
+    def mean(self, denoiser: nn.Module) -> float | None:
+        """Return the mean loss on the held-out images, in every process; None if a stop request interrupts it."""
+        return self._by_main(lambda: self.losses(denoiser), lambda losses: losses.mean().item())
+
+    def _by_main(self, compute: Callable[[], T], keep: Callable[[T], U]) -> U | None:
         """Call `by_main`, but do not call `keep` if a stop request interrupts `compute`."""
 
         def unless_stopped() -> T | None:
@@ -201,7 +206,7 @@ class Validation:
             except Stopped:
                 return None
 
-        by_main(self.accelerator, unless_stopped, lambda found: None if found is None else keep(found))
+        return by_main(self.accelerator, unless_stopped, lambda found: None if found is None else keep(found))
 
     def _keep_losses(self, learner: Learner, reports: Reports, losses: torch.Tensor) -> None:
         mean = losses.mean().item()

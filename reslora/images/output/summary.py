@@ -13,6 +13,7 @@ from ...options.images import MethodOptions, OutputOptions, ValidationOptions
 from ...plots.figures import comparison, loss_curves
 from ...runtime.log import read_log
 from ...runtime.sample_folders import by_step, shows
+from ...training.best import Best
 from .reports import FINISHED
 
 COLUMNS = 9  # largest number of steps that the comparison figure shows
@@ -100,7 +101,7 @@ def print_summary(adapter: MethodOptions, output_options: OutputOptions) -> None
     for method in adapter.method:
         record = read_object(output / method / "exports.json")
         best = record.get("best")
-        of = f"of step {best['step']}, which has the lowest validation loss, {best['loss']:.5f}" if best else ""
+        of = f"{Best(output, **best)}, which has the lowest validation loss, {best['loss']:.5f}" if best else ""
         lines.append(f"  {method + '/':<36}{of}".rstrip())
         for name, difference in record["difference_of_255"].items():
             lines.append(f"    {name:<34}{uses.get(name, ''):<62}read back: {difference}/255")

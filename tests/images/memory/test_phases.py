@@ -92,3 +92,12 @@ def test_nothing_of_a_rehearsal_takes_memory_or_is_left_behind(model, data, tmp_
     denoiser = context.model.load_denoiser(torch.float32, torch.device("cpu"), "nf4")
     layer = next(module for module in denoiser.modules() if type(module).__name__ == "PackedLinear")
     assert type(layer.weight) is torch.Tensor and layer.weight.isfinite().all()
+
+
+def test_swapped_blocks_are_planned(model, data, tmp_path):
+    """On a CPU their codes count as the weights do; on a GPU they would be in the other memory."""
+    images, context = resolved(model, data, tmp_path / "out", "--blocks_to_swap", "2")
+    swapped = Rehearsal(images, context).training("lora").held
+    images, context = resolved(model, data, tmp_path / "out")
+    whole = Rehearsal(images, context).training("lora").held
+    assert swapped[ADAPTER] == whole[ADAPTER] and swapped[BASE] == pytest.approx(whole[BASE], rel=NEAR)

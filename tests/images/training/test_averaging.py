@@ -1,0 +1,222 @@
+"""Averages of checkpoints: the mean by hand, which one is exported, resumed runs, two processes, and refusals."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from launching import forked
+from safetensors.torch import load_file
+
+from images.runs import RESUME, SCRIPT, assert_same, digests, final_weights, main, only, printed, refused
+from reslora import ResLoraConfig
+from reslora.images.output.reports import Validation
+from reslora.io import read_object
+from reslora.methods.adapters import attach, save_adapter, trained_state
+from reslora.methods.controls import Settings, put_on
+from reslora.methods.registry import AdapterSettings, adapter_config
+from reslora.options.images import OutputOptions
+from reslora.training.averaging import put_average
+from reslora.training.best import averages_at, best_of, keep_adapter, keep_if_best, to_export
+from reslora.training.checkpoints import beyond_limit, to_average
+from reslora.training.stopping import Requests
+from reslora.training.trained import Trained
+
+AVERAGES = ("--average_checkpoints", "ema:0.5,last:2")
+WEIGHTS = [1 / 7, 2 / 7, 4 / 7]
+
+
+# -- the mean ----------------------------------------------------------------------------------------------------------
+
+
+def adapted(model: Path, method: str) -> Trained:
+    """The tiny U-Net in float64 with an adapter, and its loss, which nothing calls."""
+    unet = UNet2DConditionModel.from_pretrained(model / "unet").double()
+    settings = AdapterSettings(r=2, alpha=4, dropout=0.0, targets=["to_q", "to_v"], total_steps=10)
+    config = ResLoraConfig("input") if method == "reslora" else None
+    part = attach(unet, adapter_config(method, settings), config)
+    if method == "is_placebo":
+        names = [name.removesuffix(".lora_A") for name, _ in part.named_modules() if name.endswith(".lora_A")]
+        put_on(part, Settings(seed=0, rotations={name: [1, 0.5] for name in names}))
+    return Trained({"unet": part}, lambda *_: None)
+
+
+@pytest.mark.parametrize("method", ["reslora", "lora", "is_placebo"])
+def test_factors_are_averaged(model, tmp_path, method):
+    trained = adapted(model, method)
+    (part,), saved = trained.parts.values(), []
+    for step in range(3):
+        with torch.no_grad():
+            for value in trained_state(part).values():
+                value.normal_(generator=torch.Generator().manual_seed(step))
+        saved.append({name: value.clone() for name, value in trained_state(part).items()})
+        save_adapter(part, tmp_path / f"checkpoint-{step}")
+    put_average(trained, [tmp_path / f"checkpoint-{step}" for step in range(3)], WEIGHTS)
+    found = trained_state(part)
+    assert found.keys() == saved[0].keys() and any("lora_A" in name for name in found)
+    for name, value in found.items():
+        by_hand = sum(weight * each[name] for weight, each in zip(WEIGHTS, saved, strict=True))
+        torch.testing.assert_close(value, by_hand, rtol=1e-14, atol=1e-15)
+
+
+def test_only_regular_checkpoints_are_averaged_and_they_are_retained():
+    """Of steps 5, 10, ...; one of step 12 that a stop left, and that of step 17, with which training ends."""
+
+    def paths(*steps: int) -> list[Path]:
+        return [Path(f"checkpoint-{step}") for step in steps]
+
+    output = OutputOptions(checkpointing_steps=5, checkpoints_total_limit=2)
+    assert to_average(paths(17, 15, 12, 10), output) == paths(17, 15)
+    assert to_average(paths(15, 12, 10), output) == paths(15, 10)
+    assert beyond_limit(paths(15, 12, 10, 5), output, averaged=True) == paths(5)
+    assert beyond_limit(paths(15, 12, 10, 5), output, averaged=False) == paths(10, 5)
+    assert to_average(paths(15, 12, 10, 5), OutputOptions(checkpointing_steps=5)) == paths(15, 10, 5)
+
+
+def test_the_lowest_loss_is_exported(tmp_path, monkeypatch):
+    monkeypatch.setattr("reslora.training.best.save_adapter", lambda part, place: None)
+    learner = SimpleNamespace(step=4, trained=SimpleNamespace(places=lambda path: []))
+    keep_if_best(learner, tmp_path, 0.5)
+
+    def average(name: str, step: int, loss: float) -> None:
+        record = {"step": step, "loss": loss, "average": name, "checkpoints": [2, 4]}
+        keep_adapter(learner, tmp_path / "best" / name.replace(":", "-"), record)
+
+    average("last:2", 4, 0.5)
+    average("ema:0.9", 4, float("nan"))
+    assert to_export(tmp_path, 4) == best_of(tmp_path)  # of equal ones, the single step
+    average("last:2", 4, 0.4)
+    assert to_export(tmp_path, 4).average == "last:2"
+    assert to_export(tmp_path, 6) == best_of(tmp_path)  # the averages are those of an earlier end
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def steps_lose():
+    """In this process, the losses of single steps count twice, so that an average has the lowest."""
+    losses_of = Validation._losses_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validation, "_losses_of", lambda *args: 2 * losses_of(*args))
+        yield
+
+
+@pytest.fixture(scope="module")
+def flags(model, data) -> list[str]:
+    return [
+        *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "32"),
+        *("--max_train_steps", "5", "--checkpointing_steps", "2", "--train_batch_size", "2", "--rank", "4"),
+        *("--learning_rate", "0.05", "--lr_scheduler", "constant", "--validation_split", "0.3", "--save_best"),
+        *("--validation_steps", "5", "--validation_noises", "1", "--num_inference_steps", "1", "--report_to", "none"),
+        *("--num_validation_images", "0", "--merge_calibration_samples", "2", *AVERAGES),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory) -> tuple[Path, list[str]]:
+    output = tmp_path_factory.mktemp("whole") / "out"
+    return output, printed(*flags, "--method", "reslora", "--output_dir", output)
+
+
+@pytest.mark.exhaustive
+def test_a_run_exports_its_best_average(whole):
+    output, lines = whole
+    found = {best.average: best for best in averages_at(output / "reslora", 5)}
+    assert {name: best.checkpoints for name, best in found.items()} == {"ema:0.5": [2, 4, 5], "last:2": [4, 5]}
+    steps = [final_weights(output, step=step) for step in (2, 4, 5)]
+    for name, weights in (("ema:0.5", WEIGHTS), ("last:2", [0, 0.5, 0.5])):
+        kept = load_file(found[name].path / "reslora_model.safetensors")
+        for key in [key for key in kept if "lora_" in key]:
+            by_hand = sum(weight * step[key].double() for weight, step in zip(weights, steps, strict=True))
+            assert torch.equal(kept[key], by_hand.float())
+        only(lines, f"reslora: {found[name]}: validation loss {found[name].loss:.5f}")
+    lowest = min(found.values(), key=lambda best: best.loss)
+    best = best_of(output / "reslora")
+    assert lowest.loss < best.loss and best.step == 5
+    record = read_object(output / "reslora" / "exports.json")["best"]
+    assert record == lowest.to_dict() and record["average"] == lowest.average
+    exported = load_file(lowest.path / "reslora_model.safetensors")
+    assert set(load_file(output / "reslora" / "peft" / "adapter_model.safetensors")) <= {
+        f"base_model.model.{name}" for name in exported
+    }
+    only(lines, f"exporting {lowest}", f"that of the best step, 5, is {best.loss:.5f}")
+    only(lines, f"{lowest}, which has the lowest validation loss")
+
+
+@pytest.mark.exhaustive
+def test_a_resumed_run_averages_the_same(flags, whole, tmp_path, monkeypatch):
+    """Stopped after step 3, of which it has a checkpoint, with a limit that this one would push an older one out of."""
+    output, limit = tmp_path / "out", ("--checkpoints_total_limit", "3")
+    after_step, steps = Requests.after_step, []
+
+    def stop_at_the_third(self: Requests) -> tuple[bool, bool, bool]:
+        steps.append(len(steps) + 1)
+        return len(steps) == 3, *after_step(self)[1:]
+
+    words = [*flags, *limit, "--method", "reslora", "--output_dir", output]
+    with monkeypatch.context() as patch:
+        patch.setattr(Requests, "after_step", stop_at_the_third)
+        assert main(*words) > 128
+    assert (output / "reslora" / "checkpoint-3").is_dir()
+    assert main(*words, *RESUME) == 0
+    for pattern in ("best/*/*", "pytorch_lora_weights.safetensors"):
+        assert digests(output / "reslora", pattern) == digests(whole[0] / "reslora", pattern)
+    # Merged anew, from the averages that are stored
+    (output / "reslora" / "checkpoint-2" / "trainer.json").unlink()
+    lines = printed(*words, *RESUME, "--merge", "weights")
+    assert not [line for line in lines if ": validation loss" in line]
+    only(lines, f"exporting {to_export(whole[0] / 'reslora', 5)}")
+
+
+@pytest.mark.exhaustive
+def test_a_run_that_goes_on_forgets_its_averages(flags, whole, tmp_path):
+    """Trained on to step 7, it averages what a run of 7 steps averages: not the one of step 5."""
+    direct, longer = tmp_path / "direct", ("--max_train_steps", "7")
+    assert main(*flags, *longer, "--method", "lora", "--output_dir", direct) == 0
+    output = tmp_path / "out"
+    assert main(*flags, "--method", "lora", "--output_dir", output) == 0
+    assert main(*flags, *longer, *RESUME, "--method", "lora", "--output_dir", output) == 0
+    found = [json.loads(path.read_text()) for path in sorted((output / "lora" / "best").glob("*-*/loss.json"))]
+    assert [one["checkpoints"] for one in found if "average" in one] == [[2, 4, 6, 7], [6, 7]]
+    names = {path.parent.name for path in (direct / "lora" / "best").glob("[el]*/loss.json")}
+    assert names == {"ema-0.5", "last-2"}
+    for name in names:
+        assert digests(output / "lora", f"best/{name}/*") == digests(direct / "lora", f"best/{name}/*")
+
+
+@pytest.mark.exhaustive
+def test_two_processes_average_together(flags, tmp_path):
+    output = tmp_path / "out"
+    text = forked(SCRIPT, *flags, "--method", "lora", "--output_dir", str(output), folder=tmp_path)
+    assert text.count("last:2 of the checkpoints of steps 4, 5: validation loss") == 1
+    found = {best.average: best for best in averages_at(output / "lora", 5)}
+    steps = [final_weights(output, "lora", step) for step in (4, 5)]
+    mean = {name: ((steps[0][name].double() + steps[1][name].double()) / 2).float() for name in steps[0]}
+    assert_same(load_file(found["last:2"].path / "adapter.safetensors"), mean)
+    exported = to_export(output / "lora", 5)
+    assert read_object(output / "lora" / "exports.json")["best"]["loss"] == exported.loss
+    kept = load_file(exported.path / "adapter.safetensors")
+    peft = load_file(output / "lora" / "peft" / "adapter_model.safetensors")
+    assert_same(peft, {f"base_model.model.{name.replace('.default', '')}": value for name, value in kept.items()})
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_averages_nothing_is_refused(capsys, model, data):
+    words = ["--pretrained_model_name_or_path", model, "--train_data_dir", data, "--average_checkpoints", "last:5"]
+    begin = "--average_checkpoints last:5: "
+    assert begin + "nothing reads it; add --save_best" in refused(capsys, *words)
+    words += ["--save_best", "--validation_split", "0.3", "--max_train_steps", "20"]
+    few = "averages 5 or more checkpoints, and --checkpointing_steps 500 saves 1 in 20 steps"
+    assert f"{begin}{few}; give --checkpointing_steps 4" in refused(capsys, *words)
+    words += ["--checkpointing_steps", "4"]
+    limit = "and --checkpoints_total_limit 4 retains fewer; give --checkpoints_total_limit 5"
+    assert limit in refused(capsys, *words, "--checkpoints_total_limit", "4")
+    assert "this is an experiment" in refused(capsys, *words, "--learning_rate", "1e-3", "2e-3")
+    epochs = [word for word in words if word not in ("--max_train_steps", "20")]
+    short = refused(capsys, *epochs, "--num_train_epochs", "1", "--resolution", "32", quiet=False)
+    assert begin in short and "saves 1 in" in short
