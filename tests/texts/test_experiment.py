@@ -33,7 +33,7 @@ from reslora.texts.llm_trainer import Encoder
 from reslora.texts.split import Parts, parts_of
 from reslora.texts.trainer import AdapterTrainer
 
-from .helpers import SCRIPT, write_rows
+from .helpers import SCRIPT, token_loss, write_rows
 from .test_glue import make_rows, write_model
 from .test_glue import write_rows as write_file
 
@@ -171,13 +171,7 @@ def test_test_losses_are_those_of_a_loop_by_hand(common, whole):
         base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
         model = PeftModel.from_pretrained(base, output / arm["folder"] / "peft").eval()
         for example, loss in zip(examples_of(TASKS["svamp"], "test", rows), arm["test"]["losses"], strict=True):
-            encoded = encoder(example)
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([encoded["input_ids"]])).logits[0].log_softmax(-1)
-            learnt = [(n, label) for n, label in enumerate(encoded["labels"]) if label != -100]
-            assert loss == pytest.approx(
-                -sum(logits[n - 1, label].item() for n, label in learnt) / len(learnt), rel=1e-5
-            )
+            assert loss == pytest.approx(token_loss(model, [encoder(example)]), rel=1e-5)
         assert arm["test"]["figures"] == {"accuracy": 0.0}
     best = min(judged, key=lambda arm: (found["chosen"][arm["label"]]["loss"], arm["select_by_step"]["2"]))
     assert weights(output / "peft") == weights(output / best["folder"] / "peft")

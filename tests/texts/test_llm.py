@@ -23,7 +23,7 @@ from reslora.texts.llm_trainer import Encoder
 from reslora.texts.trainer import AdapterTrainer
 from texts.helpers import parsed
 
-from .helpers import bytes_tokenizer, flags, row, write_rows
+from .helpers import bytes_tokenizer, flags, row, token_loss, write_rows
 
 
 def run(argv: list[str]) -> int:
@@ -73,25 +73,13 @@ def test_a_run_leaves_results_and_files_that_stock_libraries_load(
     assert json.loads((output / "config.json").read_text())["lora_r"] == 4
 
     examples = examples_of(TASKS["svamp"], "test", [row(n) for n in range(36, 42)])
-    encoder = Encoder(AutoTokenizer.from_pretrained(output / "merged"))
+    rows = list(map(Encoder(AutoTokenizer.from_pretrained(output / "merged")), examples))
     whole = AutoModelForCausalLM.from_pretrained(output / "merged").eval()
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), output / "peft").eval()
-    losses = [token_loss(model, encoder, examples) for model in (whole, stock)]
+    losses = [token_loss(model, rows) for model in (whole, stock)]
     expected = results["table"].get(results["merge"] or "unmerged")["loss"]
     assert losses == pytest.approx([expected, expected], rel=1e-5)
-    assert token_loss(AutoModelForCausalLM.from_pretrained(tiny), encoder, examples) > expected + 1e-4
-
-
-@torch.no_grad()
-def token_loss(model, encoder: Encoder, examples: list[Example]) -> float:
-    """Mean over all answer tokens, one example at a time."""
-    losses = []
-    for example in examples:
-        encoded = encoder(example)
-        logits = model(input_ids=torch.tensor([encoded["input_ids"]])).logits[0].log_softmax(-1)
-        learnt = [(n, label) for n, label in enumerate(encoded["labels"]) if label != -100]
-        losses += [-logits[n - 1, label].item() for n, label in learnt]
-    return sum(losses) / len(losses)
+    assert token_loss(AutoModelForCausalLM.from_pretrained(tiny), rows) > expected + 1e-4
 
 
 @pytest.mark.exhaustive
@@ -211,7 +199,7 @@ def test_the_best_checkpoint_is_chosen_on_held_out_training_examples(tiny, tmp_p
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "run" / "peft").eval()
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     best = min(line["loss"] for line in log if line["split"] == "validation")
-    assert token_loss(stock, encoder, held_out) == pytest.approx(best, rel=1e-5)
+    assert token_loss(stock, map(encoder, held_out)) == pytest.approx(best, rel=1e-5)
 
 
 def test_the_bundled_deepspeed_configuration_is_zero_2_with_offloading():

@@ -69,9 +69,6 @@ def _put_together(tree: object, tensors: Mapping[str, torch.Tensor]) -> object:
         return [_put_together(item, tensors) for item in tree]
     if not isinstance(tree, dict):
         return tree
-    if tree.keys() == {"tensor", "rows"}:
-        first, end = tree["rows"]
-        return tensors[tree["tensor"]][first:end].clone()
-    if tree.keys() == {"tensor"}:
-        return tensors[tree["tensor"]].clone()
+    if "tensor" in tree:
+        return tensors[tree["tensor"]][slice(*tree["rows"]) if "rows" in tree else ...].clone()
     return {name: _put_together(item, tensors) for name, item in tree.items()}

@@ -20,6 +20,7 @@ from waiting import join, start_thread
 from images.runs import load_images, only, parts, printed, refused
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.images.data.class_images import missing_class_images
+from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.training_data import print_skipped_images
 from reslora.images.settings import parse_args
 
@@ -33,12 +34,16 @@ def gather(folder: Path, *flags: str):
 # -- layouts ---------------------------------------------------------------------------------------------------------
 
 
+def assert_are_three(found: ImageDataset) -> None:
+    assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
+    assert all(same_image(found.open(number), random_image(number)) for number in range(3))
+
+
 @pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])
 def test_every_layout_gives_the_images_and_their_captions(tmp_path, layout):
     found = gather(image_folder(tmp_path / "p", 3, layout=layout), "--cache_dir", str(tmp_path / "cache"))
     assert len(found) == 3 and not found.left_out
-    assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
-    assert all(same_image(found.open(number), random_image(number)) for number in range(3))
+    assert_are_three(found)
 
 
 def test_a_stray_text_does_not_hide_metadata_csv(tmp_path):
@@ -80,8 +85,7 @@ def test_parquet_shards_hold_images_too(tmp_path, flag):
             "output",
         ),
     )
-    assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
-    assert all(same_image(found.open(number), random_image(number)) for number in range(3))
+    assert_are_three(found)
 
 
 def png_of(number: int) -> bytes:
@@ -193,8 +197,7 @@ def test_what_save_to_disk_wrote_is_read(tmp_path, flag, splits):
     found = load_images(
         *parts(parse_args([flag, str(tmp_path / "p")]), "model", "data", "training", "output"),
     )
-    assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
-    assert all(same_image(found.open(number), random_image(number)) for number in range(3))
+    assert_are_three(found)
     assert found.notes == (("the split train is trained on, not test",) if splits else ())
 
 
