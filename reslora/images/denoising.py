@@ -10,7 +10,7 @@ from ..training.context import Context
 from .data.batch import Batch
 from .model.families.base import Conditions
 from .model.loading import wide_enough
-from .model.loss import huber_of, loss_per_sample, masked, squared_error
+from .model.loss import huber_of, masked
 from .model.objective import Objective
 
 
@@ -39,19 +39,19 @@ class DenoisingLoss:
         target = target.float()
         if not weighted:
             return self.squared(prediction, target, batch)
-        error = self.huber(prediction, target, timesteps) if self.huber else squared_error(prediction, target)
+        error = self.huber(prediction, target, timesteps) if self.huber else (prediction - target).square()
         weight = self.objective.weight(timesteps) * batch.weight.to(timesteps.device)
-        return loss_per_sample(self._masked(error, batch), weight)
+        return self._mean(error, batch) * weight
 
     def squared(self, prediction: torch.Tensor, target: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Return the mean squared error of each sample, of shape (batch,); a sample's mask limits it to a region.
 
         `prediction`, `target`: batch x channels x height x width.
         """
-        return self._masked(squared_error(prediction, target), batch).flatten(1).mean(1)
+        return self._mean((prediction - target).square(), batch)
 
-    def _masked(self, error: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return masked(error, batch.mask, self.training_options.masked_loss_normalised)
+    def _mean(self, error: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return masked(error, batch.mask, self.training_options.masked_loss_normalised).flatten(1).mean(1)
 
     @property
     def encoders(self) -> list[nn.Module]:

@@ -27,18 +27,17 @@ import train_sd
 from reslora.images.data.dataset import ImageDataset, sample, usable
 from reslora.images.data.samples import TrainingData
 from reslora.io import replacing
-from reslora.options.images import DataOptions, ModelOptions, Options, OutputOptions, TrainingOptions
+from reslora.options.images import Options
 from reslora.runtime.log import read_log
 
 SCRIPT = Path(train_sd.__file__)
 RESUME = ("--resume_from_checkpoint", "latest")
 
 
-def load_images(
-    model: ModelOptions, data: DataOptions, training: TrainingOptions, output: OutputOptions
-) -> ImageDataset:
+def load_images(options: Options) -> ImageDataset:
     """The images and captions of the one folder or dataset that the options name."""
-    return sample([usable(model, data, training, output)], data, training)[0]
+    found = usable(options.model, options.data, options.training, options.output)
+    return sample([found], options.data, options.training)[0]
 
 
 # -- in this process -------------------------------------------------------------------------------------------------
