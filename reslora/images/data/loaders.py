@@ -31,8 +31,8 @@ def stream(loader: DataLoader) -> Generator:
 
     Close the generator if it is not read to its end: the workers ignore SIGTERM, and exit only when it shuts them down.
     """
-    # If a worker dies, torch's SIGCHLD handler raises at an arbitrary place of the program. Without the handler, loading
-    # the next item raises.
+    # If a worker dies, torch's SIGCHLD handler raises at an arbitrary place of the program; without this handler,
+    # loading the next item raises.
     with override_attributes(signal_handling, _set_SIGCHLD_handler=lambda: None):
         iterator = iter(loader)
     try:

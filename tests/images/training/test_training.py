@@ -111,13 +111,19 @@ def script_of_steps(folder: Path) -> Path:
     return script
 
 
+def steps_of_two(folder: Path, model: Path, batch: int, accumulation: int, *more: str) -> dict[str, torch.Tensor]:
+    """What two processes train."""
+    forked(
+        script_of_steps(folder), str(model), str(batch), str(accumulation), str(folder / "found"), *more, folder=folder
+    )
+    found = load_file(folder / "found")
+    assert found["processes"] == 2
+    return found
+
+
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 1), (1, 2)])
 def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_path, batch, accumulation):
-    words = [str(model), str(batch), str(accumulation), str(tmp_path / "found")]
-    forked(script_of_steps(tmp_path), *words, folder=tmp_path)
-    found = load_file(tmp_path / "found")
-    assert found["processes"] == 2
-    assert_equal_but_for_rounding(found, one_batch)
+    assert_equal_but_for_rounding(steps_of_two(tmp_path, model, batch, accumulation), one_batch)
 
 
 def test_a_step_is_that_of_plain_gradient_descent(model, one_batch):
