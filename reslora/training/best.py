@@ -31,7 +31,7 @@ class Best:
 def all_best(folder: Path) -> list[Best]:
     """Return the saved best adapters of a method, newest first."""
     found = [(path, read_object(path / RECORD)) for path in (folder / FOLDER).glob("step-*")]
-    kept = [Best(path, record["step"], record["loss"]) for path, record in found if record]
+    kept = [Best(path, **record) for path, record in found if record]
     return sorted(kept, key=lambda best: best.step, reverse=True)
 
 
