@@ -214,15 +214,15 @@ def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def flags(few_flags) -> list[str]:
+def flags(model, data) -> list[str]:
     return [
-        *few_flags,
-        *("--max_train_steps", "4", "--checkpointing_steps", "2", "--train_batch_size", "2"),
+        *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "32"),
+        *("--max_train_steps", "4", "--checkpointing_steps", "2", "--train_batch_size", "2", "--rank", "4"),
         *("--validation_prompt", "red disc", "--num_validation_images", "1", "--validation_steps", "2"),
-        *("--num_inference_steps", "1", "--text_encoder_lr", "3e-3"),
+        *("--num_inference_steps", "1", "--learning_rate", "1e-2", "--text_encoder_lr", "3e-3"),
         *("--lora_dropout", "0.2"),
         *("--lr_scheduler", "cosine", "--lr_warmup_steps", "1", "--validation_split", "0.3", FLAG),
-        *("--merge_calibration_samples", "2"),
+        *("--merge_calibration_samples", "2", "--report_to", "none"),
     ]
 
 
