@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-UNKNOWN = "unrecognized arguments: "  # argparse's message
-
 
 class Parser(argparse.ArgumentParser):
     """A parser that accepts only complete option names and prints errors in one line, without the usage.
@@ -20,6 +18,20 @@ class Parser(argparse.ArgumentParser):
         # argparse's own pattern takes -1e-4 and -inf for options.
         self._negative_number_matcher = re.compile(r"-((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|inf|nan)$", re.IGNORECASE)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments as argparse does; unknown options raise an error with a suggestion."""
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.refuse_unknown(unknown)
+        return values
+
+    def parse_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse arguments as argparse does; unknown options raise an error with a suggestion."""
+        values, unknown = self.parse_known_intermixed_args(args, namespace)
+        if unknown:
+            self.refuse_unknown(unknown)
+        return values
+
     def refuse_unknown(self, words: list[str]) -> NoReturn:
         """Exit with one line that names the unknown options and the most similar known ones."""
         options = [word.partition("=")[0] for word in words if re.match(r"--?[^\W\d]", word)]
@@ -29,12 +41,7 @@ class Parser(argparse.ArgumentParser):
         self.error("; ".join(f"{name}: unknown option{did_you_mean(name, known)}" for name in options))
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and one line: the option's longest name, the value and the problem.
-
-        For unknown options, the line has suggestions.
-        """
-        if message.startswith(UNKNOWN):
-            self.refuse_unknown(message.removeprefix(UNKNOWN).split())
+        """Exit with status 2 and one line: the option's longest name, the value and the problem."""
         message = re.sub(r"^argument (--[\w-]+)(/-[\w-]+)*: ", r"\1: ", message)
         message = re.sub(r"^(--[\w-]+): '([^']*)' is (not|neither) ", r"\1 \2: is \3 ", message)
         self.exit(2, f"{self.prog}: error: {message}\n")
