@@ -8,6 +8,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from reslora.images.model.stored import Stored
+
+
+def reads_at_a_time(monkeypatch) -> list[int]:
+    """The list to which each `Stored.read` adds how many of the tensors that were read are alive."""
+    alive, most, read = weakref.WeakSet(), [], Stored.read
+
+    def counted(where: Stored, *args) -> torch.Tensor:
+        alive.add(value := read(where, *args))
+        most.append(len(alive))
+        return value
+
+    monkeypatch.setattr(Stored, "read", counted)
+    return most
+
 
 class LiveTensors(TorchDispatchMode):
     """Counts the bytes of the tensors that are made in its body and still alive: `peak` is the most at a time."""

@@ -96,7 +96,7 @@ def sentence_of(conclusion: str, claim: Stated, sizes: tuple[float, float, float
 def stated_again(before: Iterable[Stated], now: Stated) -> list[Stated]:
     """Return all claims of an experiment in order, with the present one last if it differs from the latest one."""
     claims = list(before)
-    if claims and all(claims[-1].get(name) == now[name] for name in ("label", "reference", "margin", "sha256")):  # type: ignore[literal-required]
+    if claims and all(claims[-1].get(name) == now[name] for name in ("label", "reference", "margin", "sha256")):
         return claims
     return [*claims, now]
 
@@ -105,7 +105,7 @@ def changes(claims: Iterable[Stated], total: int) -> list[str]:
     """Return a sentence for each change of the claim; `total`: number of arms."""
     found = []
     for before, now in itertools.pairwise(claims):
-        same = all(before[name] == now[name] for name in ("label", "reference", "margin"))  # type: ignore[literal-required]
+        same = all(before[name] == now[name] for name in ("label", "reference", "margin"))
         was = f"{before['label']} better than {before['reference']} by more than {before['margin']:g}%"
         what = "the file was changed, but not what it claims" if same else f"the claim was changed: it was {was}"
         when = f"{now['ended']} of {total} arms had ended, and the test split was read {now['readings']} times"

@@ -14,7 +14,7 @@ from ..training.context import Context
 from .data.batch import Batch, stack_texts
 from .model.families.base import Conditions, Text
 from .model.loading import wide_enough
-from .model.loss import huber_of, loss_per_sample, masked, squared_error
+from .model.loss import huber_of, masked
 from .model.objective import Objective
 
 
@@ -52,9 +52,9 @@ class DenoisingLoss:
         target = target.float()
         if not weighted:
             return self.squared(prediction, target, batch)
-        error = self.huber(prediction, target, timesteps) if self.huber else squared_error(prediction, target)
+        error = self.huber(prediction, target, timesteps) if self.huber else (prediction - target).square()
         weight = self.objective.weight(timesteps) * batch.weight.to(timesteps.device)
-        losses = loss_per_sample(self._masked(error, batch), weight)
+        losses = self._mean(error, batch) * weight
         if self.class_text is None or not torch.is_grad_enabled():  # control methods are calibrated without gradients
             return losses
         return losses + self.training_options.output_preservation_weight * self.preservation(denoiser, batch)
@@ -70,7 +70,7 @@ class DenoisingLoss:
         models = (unwrap(denoiser), *self.encoders)  # compiling the base model too would take another few minutes
         with torch.no_grad(), evaluating(*models), without_adapters(*models):
             target = self._class_prediction(models[0], batch)
-        return squared_error(prediction, target).flatten(1).mean(1)
+        return (prediction - target).square().flatten(1).mean(1)
 
     def _class_prediction(self, denoiser: nn.Module, batch: Batch) -> torch.Tensor:
         assert self.class_text is not None
@@ -88,10 +88,10 @@ class DenoisingLoss:
 
         `prediction`, `target`: batch x channels x height x width.
         """
-        return self._masked(squared_error(prediction, target), batch).flatten(1).mean(1)
+        return self._mean((prediction - target).square(), batch)
 
-    def _masked(self, error: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return masked(error, batch.mask, self.training_options.masked_loss_normalised)
+    def _mean(self, error: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return masked(error, batch.mask, self.training_options.masked_loss_normalised).flatten(1).mean(1)
 
     @property
     def encoders(self) -> list[nn.Module]:

@@ -123,25 +123,13 @@ def add_adapters(trained: Trained, method: str, steps: int, context: Context) ->
     With --init_lora, the adapter of the denoiser starts from that LoRA.
     """
     options, start = context.options, context.start
-    add_adapter(
-        trained.denoiser,
-        method,
-        options.adapter,
-        options.training,
-        config_of(method, options.adapter, steps, start=start),
-    )
+    for part in (None, *context.encoders):
+        model = trained.parts[part.name] if part else trained.denoiser
+        targets = part.targets_in(model) if part else None
+        config = config_of(method, options.adapter, steps, targets, None if part else start)
+        add_adapter(model, method, options.adapter, options.training, config, part)
     if start is not None:
         start.copy_to(trained.denoiser)
-    for part in context.encoders:
-        encoder = trained.parts[part.name]
-        add_adapter(
-            encoder,
-            method,
-            options.adapter,
-            options.training,
-            config_of(method, options.adapter, steps, part.targets_in(encoder)),
-            part,
-        )
 
 
 def add_adapter(

@@ -323,8 +323,8 @@ class OptimizerOptions:
         POSITIVE, or_else="--learning_rate", needs=Need(lambda options: options.adapter.train_text_encoder,
         "add --train_text_encoder", "no text encoder is trained"))
     lr_pattern: list[str] | None = option(None, PATTERNS["lr_pattern"], metavar="NAME=VALUE")
-    loraplus_lr_ratio: float = option(1.0, "LoRA+: factor of the learning rate of B; 16 is usual", POSITIVE, variable=True,
-        read_by="trains_b")
+    loraplus_lr_ratio: float = option(1.0, "LoRA+: factor of the learning rate of B; 16 is usual", POSITIVE,
+        variable=True, read_by="trains_b")
     scale_lr: bool = option(False, "multiply learning rates by batch size, accumulation steps and processes")
     lr_scheduler: str = option("constant", "how the learning rate changes", choices=SCHEDULES, variable=True)
     lr_warmup_steps: int | None = option(None, "steps in which the learning rate rises (none with constant)", NATURAL,

@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ..errors import Stopped, speaks
 
 # Programs that start training processes and wait for them, by the name of their file or module.
@@ -160,12 +162,9 @@ def _write_line(text: str) -> None:
 def _launcher() -> int | None:
     """Return the process id of the parent if it is a launcher; None if it is a shell, the application or a test."""
     parent = os.getppid()
-    try:
-        words = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").split("\0")
-    except OSError:  # not Linux: accelerate and torch set an environment variable for their child processes
-        told = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-        return parent if told and parent != 1 else None
-    return parent if is_launcher(words) else None
+    with contextlib.suppress(psutil.Error):  # it has ended
+        return parent if is_launcher(psutil.Process(parent).cmdline()) else None
+    return None
 
 
 def is_launcher(command: Sequence[str]) -> bool:

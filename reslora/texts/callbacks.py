@@ -1,6 +1,7 @@
 """Callbacks of `AdapterTrainer`: progress, log, AdaLoRA's ranks, checkpoints and stop requests."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -11,11 +12,10 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..methods.adapters import RankAllocator
 from ..methods.decay import factor_at, set_factor
-from ..runtime.checkpoint_folders import set_others_aside
+from ..runtime.checkpoint_folders import numbered, set_others_aside
 from ..runtime.log import LogWriter
 from ..runtime.processes import broadcast_from_main, stop_requested
 from ..runtime.signals import StopRequest
-from .checkpoints import checkpoints_of
 
 TIMINGS = ("runtime", "per_second", "jit", "model_preparation")
 
@@ -41,11 +41,12 @@ class Progress(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}: validation {words}")
 
 
+@dataclass(eq=False)
 class AllocateRanks(TrainerCallback):
     """A callback that updates AdaLoRA's ranks before `zero_grad`, because the update reads the gradients."""
 
-    def __init__(self, allocator: RankAllocator, accelerator: Accelerator) -> None:
-        self.allocator, self.accelerator = allocator, accelerator
+    allocator: RankAllocator
+    accelerator: Accelerator
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
         """Reallocate ranks, unless the optimizer's step was skipped."""
@@ -71,14 +72,16 @@ class DecayShortcuts(TrainerCallback):
         self.on_train_begin(args, state, control)
 
 
+@dataclass(eq=False)
 class StopWhenAsked(TrainerCallback):
     """A callback that saves a checkpoint and ends training after a stop request, in all processes after the same step.
 
     If an evaluation is due after that step, it precedes the checkpoint, so that the log of a resumed run has no gap.
     """
 
-    def __init__(self, stop: StopRequest, trainer: Trainer) -> None:
-        self.stop, self.trainer, self.leaving = stop, trainer, False
+    stop: StopRequest
+    trainer: Trainer
+    leaving: bool = False
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Request a checkpoint and the end of training if a stop was requested."""
@@ -134,6 +137,7 @@ class SaveValidated(TrainerCallback):
         control.should_save = control.should_save or self.due
 
 
+@dataclass(eq=False)
 class GoesOnFrom(TrainerCallback):
     """A callback that renames the checkpoints that are not in the training history of a run resumed from `checkpoint`.
 
@@ -144,8 +148,7 @@ class GoesOnFrom(TrainerCallback):
     absolute path, and the directory may have moved.
     """
 
-    def __init__(self, checkpoint: str) -> None:
-        self.checkpoint = Path(checkpoint)
+    checkpoint: Path
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Rename checkpoints, and update the best one's path; model, optimizer and scheduler are loaded by now."""
@@ -153,9 +156,10 @@ class GoesOnFrom(TrainerCallback):
         if best.is_dir():
             state.best_model_checkpoint = str(best)
         place = args.folder / f"checkpoint-{state.global_step}"
-        broadcast_from_main(lambda: set_others_aside(self.checkpoint, checkpoints_of(args.folder), place))
+        broadcast_from_main(lambda: set_others_aside(self.checkpoint, numbered(args.folder), place))
 
 
+@dataclass(eq=False)
 class LogCallback(TrainerCallback):
     """A callback that writes `log.jsonl`.
 
@@ -165,11 +169,11 @@ class LogCallback(TrainerCallback):
     with --logging_steps above 1, the first row after a resume averages fewer steps.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.seconds = self.started = 0.0
-        self.learning_rate: float | None = None
-        self.writer: LogWriter | None = None
+    path: Path
+    seconds: float = 0.0
+    started: float = 0.0
+    learning_rate: float | None = None
+    writer: LogWriter | None = None
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Open the log with the rows up to the resumed step."""

@@ -41,13 +41,13 @@ from ..options.grid import Grid
 from ..options.texts import ExperimentOptions, MethodOptions, T, TrainingOptions
 from ..options.unused import report_unread_by_methods
 from ..options.values import refuse_other_value
-from ..runtime.checkpoint_folders import ADAPTERS, adapter_folder, memory_reported
+from ..runtime.checkpoint_folders import ADAPTERS, adapter_folder, memory_reported, numbered
 from ..runtime.folder_lock import check_held, locked, share_lock, writing_into
 from ..runtime.processes import broadcast_from_main, say
 from ..runtime.signals import NOT_BEGUN, StopRequest
 from .arguments import checked
 from .callbacks import DecayShortcuts
-from .checkpoints import checkpoints_of, set_unfinished_aside
+from .checkpoints import set_unfinished_aside
 from .results import as_plain, export, merge_table, table_text, write_results
 from .resuming import check_data, check_resume, fingerprint, free_on_resume, is_same
 from .split import Parts
@@ -261,7 +261,7 @@ def take_folder(experiment: TextExperiment) -> None:
     schedule, folder = experiment.schedule, experiment.schedule.folder
     there = read_experiment(folder).get("identity") or {}
     schedule.check_racing()
-    if not there and (checkpoints_of(folder) or (folder / "results.json").exists()):
+    if not there and (numbered(folder) or (folder / "results.json").exists()):
         raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
     # The evaluation steps follow from other settings, which the message should name first.
     mine = sorted(experiment.identity.items(), key=lambda item: item[0].startswith("eval_"))
@@ -275,18 +275,19 @@ def take_folder(experiment: TextExperiment) -> None:
     for place in map(schedule.folder_of, schedule.arms()):
         remove_leftovers(place)
         remove_leftovers(place / ADAPTERS)
-        set_unfinished_aside(place, experiment.identity["num_processes"])
+        set_unfinished_aside(place)
     write_json(folder / "config.json", without_tokens(experiment.recorded))
 
 
+@dataclass(eq=False)
 class KeepAdapters(TrainerCallback):
     """A callback that saves the adapter at every evaluation on the selection split, but not before the first step.
 
     Then it calls `race`, which raises `StoppedEarly` if another learning rate is better.
     """
 
-    def __init__(self, folder: Path, race: Callable[[], None]) -> None:
-        self.folder, self.race = folder, race
+    folder: Path
+    race: Callable[[], None]
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
         """Save the adapter atomically.
@@ -426,9 +427,7 @@ class TextExperiment(ExperimentStudy):
         if arguments.training.should_save:
             print(f"{self.schedule.name_of(arm)}: training", flush=True)  # the next lines do not name the arm
             write_json(folder / "config.json", arguments.settings)
-        trainer.train(
-            resume_from_checkpoint="latest" if broadcast_from_main(lambda: bool(checkpoints_of(folder))) else None
-        )
+        trainer.train(resume_from_checkpoint="latest" if broadcast_from_main(lambda: bool(numbered(folder))) else None)
         step = trainer.state.global_step
         adapter = adapter_folder(folder, step)
         # A step can be chosen once its loss and then its adapter were written.

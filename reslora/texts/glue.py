@@ -296,12 +296,7 @@ class GlueStudy(TextStudy):
     def __init__(self) -> None:
         self.sets: dict[str, Dataset] = {}
 
-    def arguments(self, options: GlueOptions) -> Arguments:
-        """Return the arguments of a run with these options.
-
-        Raises `InvalidArgument` for options that the metrics do not support.
-        """
-        return arguments_of(options)
+    arguments = staticmethod(arguments_of)
 
     def read(self, arguments: Arguments) -> Iterable:
         """Read the examples of a single run; return the rows of the training examples."""

@@ -38,20 +38,13 @@ from ..methods.registry import METHODS, AdapterSettings, adapter_config, check_s
 from ..methods.targets import check_layers
 from ..model import enable_gradient_checkpointing
 from ..options.texts import MethodOptions
-from ..runtime.checkpoint_folders import cannot_be_loaded, discard
+from ..runtime.checkpoint_folders import cannot_be_loaded, discard, numbered
 from ..runtime.folder_lock import check_held
 from ..runtime.processes import broadcast_from_main, is_main
 from ..runtime.signals import NOT_BEGUN, StopRequest
 from ..tracing import to_device
 from .callbacks import AllocateRanks, GoesOnFrom, Progress, SaveValidated, StopWhenAsked
-from .checkpoints import (
-    ALLOCATOR_NAME,
-    checkpoints_of,
-    damage,
-    named_checkpoint,
-    set_unfinished_aside,
-    usable_checkpoint,
-)
+from .checkpoints import ALLOCATOR_NAME, damage, named_checkpoint, set_unfinished_aside, usable_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -250,7 +243,7 @@ class AdapterTrainer(Trainer):
                 "--save_only_model: no checkpoint can be resumed, except the complete one that a stopped run saves"
             )
         if found:
-            self.add_callback(GoesOnFrom(found))
+            self.add_callback(GoesOnFrom(Path(found)))
         try:
             result = super().train(resume_from_checkpoint=found, **kwargs)
         except ValueError as error:
@@ -290,8 +283,8 @@ class AdapterTrainer(Trainer):
             return self._named(named)
         if (folder := usable_checkpoint(self.args.folder, processes)) is not None:
             return folder
-        set_unfinished_aside(self.args.folder, processes)
-        if found := checkpoints_of(self.args.folder):
+        set_unfinished_aside(self.args.folder)
+        if found := numbered(self.args.folder):
             problem, fix = damage(found[0], processes), "remove them to start afresh"
             raise InvalidArgument(
                 "--resume_from_checkpoint latest",
@@ -307,7 +300,7 @@ class AdapterTrainer(Trainer):
         Raises `InvalidArgument` if it is incomplete.
         """
         folder = named_checkpoint(self.args.folder, name)
-        flag, there = f"--resume_from_checkpoint {folder}", checkpoints_of(self.args.folder)
+        flag, there = f"--resume_from_checkpoint {folder}", numbered(self.args.folder)
         if not folder.is_dir():
             fix = f"give latest, or one of {', '.join(path.name for path in there)}" if there else "leave it out"
             raise InvalidArgument(flag, "no such checkpoint", fix)
@@ -418,7 +411,7 @@ class AdapterTrainer(Trainer):
 
     def _remove_older(self) -> None:
         """Remove checkpoints beyond --save_total_limit, atomically, but never the newest or the best."""
-        found, limit = checkpoints_of(self.args.folder), self.args.save_total_limit
+        found, limit = numbered(self.args.folder), self.args.save_total_limit
         best = Path(self.state.best_model_checkpoint or "").name
         others = [path for path in found[1:] if path.name != best]
         if limit is not None:

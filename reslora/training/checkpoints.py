@@ -416,7 +416,7 @@ def load_checkpoint(learner: Learner, checkpoint: Path, accelerator: Accelerator
     """
     try:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
-        record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+        record = read_object(checkpoint / RECORD)
         for place, part in learner.trained.places(checkpoint):
             load_adapter(part, place)
         learner.load_state(state, record["step"], record["seconds"], accelerator)

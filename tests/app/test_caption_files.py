@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from images.runs import load_images, parts
+from images.runs import load_images
 from pipelines import image_folder
 
 from app import caption_files
@@ -25,11 +25,7 @@ def undo(folder) -> None:
 
 def trained_with(folder) -> list[list[str]]:
     """By the trainer's own reading."""
-    return list(
-        load_images(
-            *parts(options_of().replace(train_data_dir=str(folder)), "model", "data", "training", "output"),
-        ).captions
-    )
+    return list(load_images(options_of().replace(train_data_dir=str(folder))).captions)
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])

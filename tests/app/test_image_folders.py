@@ -33,9 +33,7 @@ def edits(tmp_path):
 
 def trained(folder, **flags):
     """What the trainer itself reads."""
-    return load_images(
-        *parts(options_of().replace(train_data_dir=str(folder), **flags), "model", "data", "training", "output"),
-    )
+    return load_images(options_of().replace(train_data_dir=str(folder), **flags))
 
 
 def test_what_the_trainer_says_of_a_folder_names_no_place_of_this_machine(edits, tmp_path):

@@ -6,7 +6,7 @@ import shutil
 
 import PIL.Image
 import pytest
-from images.runs import load_images, parts
+from images.runs import load_images
 
 from app.folders import SETS, UPLOADS
 from app.image_folders import ImageFolders, options_of
@@ -37,15 +37,7 @@ def test_what_is_uploaded_is_what_the_trainer_reads(sent, tmp_path):
     (sent / "b.txt").write_text(long, encoding="utf-8-sig")
     (sent / "c.caption").write_text("kohya's\r\nsecond line", newline="")
     uploads = [str(path) for path in sorted(sent.iterdir())]
-    found = load_images(
-        *parts(
-            options_of().replace(train_data_dir=str(store_images(tmp_path / "new", uploads, ""))),
-            "model",
-            "data",
-            "training",
-            "output",
-        ),
-    )
+    found = load_images(options_of().replace(train_data_dir=str(store_images(tmp_path / "new", uploads, ""))))
     captions = [["a café"], [long.strip()], ["kohya's\r\nsecond line"], ["e"], ["red fox 1"]]
     assert found.captions == captions and found.left_out == ()
     shown = Jobs(Library(tmp_path)).first_images(None, uploads)

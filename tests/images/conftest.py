@@ -21,25 +21,34 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def base_flags(model, data) -> list[str]:
-    """Four steps with samples, validation losses and checkpoints on the way."""
+def few_flags(model, data) -> list[str]:
+    """What the runs of several tests have in common."""
     return [
         *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "32"),
-        *("--max_train_steps", "4", "--checkpointing_steps", "2", "--train_batch_size", "2", "--rank", "4"),
-        *("--validation_prompt", "red disc", "blue box", "--num_validation_images", "1", "--validation_steps", "2"),
-        *("--num_inference_steps", "2", "--learning_rate", "1e-2", "--random_flip", "--validation_split", "0.3"),
-        *("--merge_calibration_samples", "4", "--report_to", "none"),
+        *("--rank", "4", "--learning_rate", "1e-2", "--report_to", "none"),
     ]
 
 
 @pytest.fixture(scope="session")
-def brief_flags(model, data) -> list[str]:
+def base_flags(few_flags) -> list[str]:
+    """Four steps with samples, validation losses and checkpoints on the way."""
+    return [
+        *few_flags,
+        *("--max_train_steps", "4", "--checkpointing_steps", "2", "--train_batch_size", "2"),
+        *("--validation_prompt", "red disc", "blue box", "--num_validation_images", "1", "--validation_steps", "2"),
+        *("--num_inference_steps", "2", "--random_flip", "--validation_split", "0.3"),
+        *("--merge_calibration_samples", "4"),
+    ]
+
+
+@pytest.fixture(scope="session")
+def brief_flags(few_flags) -> list[str]:
     """One step of LoRA, and nothing that could be left out."""
     return [
-        *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "32"),
-        *("--max_train_steps", "1", "--train_batch_size", "2", "--rank", "4", "--learning_rate", "1e-2"),
+        *few_flags,
+        *("--max_train_steps", "1", "--train_batch_size", "2"),
         *("--method", "lora", "--num_validation_images", "1", "--num_inference_steps", "1"),
-        *("--merge_calibration_samples", "2", "--report_to", "none"),
+        *("--merge_calibration_samples", "2"),
     ]
 
 

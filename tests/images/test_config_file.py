@@ -71,15 +71,15 @@ def test_noises_go_with_the_images_that_were_held_out(begun):
 @pytest.mark.parametrize(
     ("before", "given", "rate"),
     [
-        ([], ["--optimizer", "prodigy"], 1.0),
-        (["--optimizer", "prodigy"], ["--optimizer", "adamw"], 1e-4),
-        (["--optimizer", "prodigy", "--learning_rate", "0.5"], ["--optimizer", "prodigy"], 0.5),
-        (["--learning_rate", "3e-4"], ["--optimizer", "torch.optim.SGD"], 3e-4),
-        (["--optimizer", "prodigy"], ["--optimizer", "adamw", "--learning_rate", "2e-4"], 2e-4),
+        ("", "--optimizer prodigy", 1.0),
+        ("--optimizer prodigy", "--optimizer adamw", 1e-4),
+        ("--optimizer prodigy --learning_rate 0.5", "--optimizer prodigy", 0.5),
+        ("--learning_rate 3e-4", "--optimizer torch.optim.SGD", 3e-4),
+        ("--optimizer prodigy", "--optimizer adamw --learning_rate 2e-4", 2e-4),
     ],
 )
 def test_another_optimizer_brings_its_own_rate(begun, before, given, rate):
-    assert parse_args([*begun(*before), *given]).optimizer.learning_rate == rate
+    assert parse_args([*begun(*before.split()), *given.split()]).optimizer.learning_rate == rate
 
 
 def test_another_optimizer_is_not_contradicted_by_the_one_before(begun, monkeypatch):

@@ -369,35 +369,35 @@ def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["IN", "OUT"], "--to"),
-        (["OUT", "--to", "kohya"], "IN: missing"),
-        (["IN", "OUT", "--to", "kohya", "--famil", "flux"], "--famil"),
-        (["IN", "OUT", "--to", "kohya", "--weight", "1", "2"], "--weight: 2 weights for 1 file"),
-        (["IN", "OUT", "--to", "kohya", "--weight", "nan"], "not finite"),
-        (["IN", "OUT", "--to", "kohya", "--base", "SD", "--weight", "1e308"], "--weight 1e+308: unet."),
-        (["IN", "OUT", "--to", "kohya", "--base", "SD", "--weight", "1e300", "--dtype", "float32"], "--dtype float32"),
-        (["IN", "OUT", "--to", "peft", "--base", "SD", "--weight", "1e9", "--dtype", "float16"], "give a wider one"),
-        (["", "OUT", "--to", "kohya"], "IN: is empty"),
-        (["IN", "", "--to", "kohya"], "OUT: is empty"),
-        (["OUT", "--to", "kohya", "--extract", "SD", "", "--rank", "2"], "--extract: is empty"),
-        (["OUT", "--to", "kohya", "--extract", "A", "B"], "--extract: the difference has any rank; add --rank N"),
-        (["IN", "OUT", "--to", "kohya", "--extract", "A", "B", "--rank", "2"], "--extract: it reads two models"),
-        (["nowhere", "OUT", "--to", "kohya"], "IN nowhere: no such file or folder"),
-        (["OUT", "--to", "kohya", "--extract", "SD", "nowhere", "--rank", "2"], "--extract nowhere: no such file"),
-        (["IN", "OUT", "--to", "kohya", "--base", "./nowhere"], "--base ./nowhere: no such folder"),
-        (["IN", "OUT", "--to", "kohya", "--base", "IN"], "a single file says nothing of the model"),
-        (["IN", "OUT", "--to", "kohya", "--base", "FLUX", "--family", "sd3"], "--family sd3"),
-        (["IN", "OUT", "--to", "kohya", "--base", "FLUX"], "is no layer of flux"),
-        (["IN", "OUT.safetensors", "--to", "peft", "--base", "SD"], "--to peft writes a folder"),
-        (["IN", ".", "--to", "peft", "--base", "SD"], "would be replaced"),
-        (["OUT", "--to", "kohya", "--extract", "SD", "IN", "--rank", "2"], "no weights of a stable_diffusion denoiser"),
+        ("IN OUT", "--to"),
+        ("OUT --to kohya", "IN: missing"),
+        ("IN OUT --to kohya --famil flux", "--famil"),
+        ("IN OUT --to kohya --weight 1 2", "--weight: 2 weights for 1 file"),
+        ("IN OUT --to kohya --weight nan", "not finite"),
+        ("IN OUT --to kohya --base SD --weight 1e308", "--weight 1e+308: unet."),
+        ("IN OUT --to kohya --base SD --weight 1e300 --dtype float32", "--dtype float32"),
+        ("IN OUT --to peft --base SD --weight 1e9 --dtype float16", "give a wider one"),
+        ('"" OUT --to kohya', "IN: is empty"),
+        ('IN "" --to kohya', "OUT: is empty"),
+        ('OUT --to kohya --extract SD "" --rank 2', "--extract: is empty"),
+        ("OUT --to kohya --extract A B", "--extract: the difference has any rank; add --rank N"),
+        ("IN OUT --to kohya --extract A B --rank 2", "--extract: it reads two models"),
+        ("nowhere OUT --to kohya", "IN nowhere: no such file or folder"),
+        ("OUT --to kohya --extract SD nowhere --rank 2", "--extract nowhere: no such file"),
+        ("IN OUT --to kohya --base ./nowhere", "--base ./nowhere: no such folder"),
+        ("IN OUT --to kohya --base IN", "a single file says nothing of the model"),
+        ("IN OUT --to kohya --base FLUX --family sd3", "--family sd3"),
+        ("IN OUT --to kohya --base FLUX", "is no layer of flux"),
+        ("IN OUT.safetensors --to peft --base SD", "--to peft writes a folder"),
+        ("IN . --to peft --base SD", "would be replaced"),
+        ("OUT --to kohya --extract SD IN --rank 2", "no weights of a stable_diffusion denoiser"),
     ],
 )
 def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     written("IN.safetensors")
-    known = {"IN": "IN.safetensors", "FLUX": tiny("flux"), "SD": tiny("stable_diffusion")}
-    assert words in refused(capsys, *(known.get(flag, flag) for flag in flags))
+    known = {"IN": "IN.safetensors", "FLUX": tiny("flux"), "SD": tiny("stable_diffusion"), '""': ""}
+    assert words in refused(capsys, *(known.get(flag, flag) for flag in flags.split()))
     assert [path.name for path in tmp_path.iterdir()] == ["IN.safetensors"]
 
 

@@ -13,11 +13,11 @@ pytestmark = pytest.mark.exhaustive
 
 
 @pytest.fixture(scope="module")
-def flags(model, data) -> list[str]:
+def flags(few_flags) -> list[str]:
     return [
-        *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "32"),
-        *("--max_train_steps", "3", "--rank", "4", "--learning_rate", "1e-2", "--num_validation_images", "0"),
-        *("--num_inference_steps", "1", "--merge_calibration_samples", "2", "--report_to", "none"),
+        *few_flags,
+        *("--max_train_steps", "3", "--num_validation_images", "0"),
+        *("--num_inference_steps", "1", "--merge_calibration_samples", "2"),
     ]
 
 

@@ -32,22 +32,22 @@ def test_the_bundled_pipeline_has_defaults_of_its_own(data):
 @pytest.mark.parametrize(
     ("more", "methods"),
     [
-        ([], ["lora"]),
-        (["--shortcut", "input"], ["reslora"]),
-        (["--shortcut", "input", "block"], ["reslora"]),
-        (["--pre_num", "4"], ["reslora"]),
-        (["--head", "repeat"], ["reslora"]),
-        (["--merge", "auto"], ["reslora"]),
-        (["--merge_calibration_samples", "64"], ["reslora"]),
-        (["--shortcut", "input", "--method", "lora_matched"], ["lora_matched"]),
+        ("", ["lora"]),
+        ("--shortcut input", ["reslora"]),
+        ("--shortcut input block", ["reslora"]),
+        ("--pre_num 4", ["reslora"]),
+        ("--head repeat", ["reslora"]),
+        ("--merge auto", ["reslora"]),
+        ("--merge_calibration_samples 64", ["reslora"]),
+        ("--shortcut input --method lora_matched", ["lora_matched"]),
     ],
 )
 def test_who_sets_up_shortcuts_means_reslora(data, model, tmp_path, more, methods):
     """On the command line or in a file, also where what is given is the default."""
     flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data)]
-    assert parse_args([*flags, *more]).flat()["method"] == methods
+    assert parse_args([*flags, *more.split()]).flat()["method"] == methods
     config = tmp_path / "flags.toml"
-    config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in in_pairs(more)))
+    config.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in in_pairs(more.split())))
     assert parse_args([*flags, "--config", str(config)]).flat()["method"] == methods
 
 

@@ -23,13 +23,13 @@ CONFIGURATION = "cpu_two_processes.yaml"
 
 
 @pytest.fixture(scope="module")
-def flags(model, data) -> list[str]:
+def flags(few_flags) -> list[str]:
     return [
-        *("--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--resolution", "32"),
-        *("--max_train_steps", str(STEPS), "--rank", "4", "--learning_rate", "1e-2", "--train_batch_size", "2"),
+        *few_flags,
+        *("--max_train_steps", str(STEPS), "--train_batch_size", "2"),
         *("--validation_prompt", "red disc", "--num_validation_images", "1", "--validation_steps", "2"),
         *("--validation_split", "0.3", "--checkpointing_steps", "2", "--num_inference_steps", "1"),
-        *("--merge_calibration_samples", "2", "--report_to", "none", "--blocks_to_swap", "2"),
+        *("--merge_calibration_samples", "2", "--blocks_to_swap", "2"),
     ]
 
 

@@ -34,17 +34,17 @@ def test_a_negative_number_is_a_value_in_any_notation(text):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--leraning_rate", "1e-4"], "--leraning_rate: unknown option; did you mean --learning_rate?"),
-        (["--leraning_rate=-1e-4"], "--leraning_rate: unknown option; did you mean --learning_rate?"),
-        (["-rank", "4"], "-rank: unknown option; did you mean --rank?"),
-        (["--ran", "4"], "--ran: unknown option; did you mean --rank?"),  # no abbreviations
-        (["--volume", "-11"], "--volume: unknown option"),
-        (["--rnak", "4", "--volume"], "--rnak: unknown option; did you mean --rank?; --volume: unknown option"),
-        (["--rank", "4", "8"], "8: no option takes this; options begin with --"),
+        ("--leraning_rate 1e-4", "--leraning_rate: unknown option; did you mean --learning_rate?"),
+        ("--leraning_rate=-1e-4", "--leraning_rate: unknown option; did you mean --learning_rate?"),
+        ("-rank 4", "-rank: unknown option; did you mean --rank?"),
+        ("--ran 4", "--ran: unknown option; did you mean --rank?"),  # no abbreviations
+        ("--volume -11", "--volume: unknown option"),
+        ("--rnak 4 --volume", "--rnak: unknown option; did you mean --rank?; --volume: unknown option"),
+        ("--rank 4 8", "8: no option takes this; options begin with --"),
     ],
 )
 def test_an_unknown_option_is_refused_with_the_nearest_one(capsys, words, line):
-    assert refusal(capsys, parser().parse_args, *words) == f"script.py: error: {line}"
+    assert refusal(capsys, parser().parse_args, *words.split()) == f"script.py: error: {line}"
 
 
 def parse_conversion(words: list[str]) -> object:

@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
-from conftest import tiny_llama
+from conftest import assert_one_line, tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import train_glue
 import train_llm
+from reslora.errors import InvalidArgument
 from reslora.options.texts import GlueOptions, LlmOptions, MethodOptions
 from reslora.runtime.signals import StopRequest
 from reslora.texts import glue, llm
@@ -36,6 +38,24 @@ def build(method: str = "reslora", shortcut: str = "input", base=None, **flags):
     base = tiny_llama(layers=3).float() if base is None else base
     adapter = adapter_of(method=method, shortcut=shortcut, **flags)
     return attach(base, adapter, STEPS), adapter
+
+
+@torch.no_grad()
+def token_loss(model, rows) -> float:
+    """Mean over all answer tokens, one encoded example at a time."""
+    losses, counts = [], []
+    for row in rows:
+        counts.append(sum(label != -100 for label in row["labels"]))
+        losses.append(model(**{name: torch.tensor([value]) for name, value in row.items()}).loss.item() * counts[-1])
+    return sum(losses) / sum(counts)
+
+
+def assert_not_resumed(folder: Path, named: str, *words: str) -> str:
+    """A run is refused in one line, which has these words, and is returned."""
+    with pytest.raises(InvalidArgument) as error:
+        trainer_for(build()[0], folder).train(resume_from_checkpoint=named)
+    assert_one_line(error, *words)
+    return str(error.value)
 
 
 def adapter_of(method: str = "reslora", **options) -> MethodOptions:

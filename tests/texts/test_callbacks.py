@@ -59,6 +59,14 @@ def test_training_losses_stand_on_the_bar_and_evaluations_get_a_line(tmp_path, c
     assert "loss=" in captured.err
 
 
+def assert_goes_on_as(whole, folder, **flags) -> None:
+    """A stopped run in `folder`/run goes on to the weights and the log of an uninterrupted one in `folder`/whole."""
+    model, _ = build()
+    trainer_for(model, folder / "run", **flags).train(resume_from_checkpoint="latest")
+    assert_same(trained(model), trained(whole))
+    assert read_log(folder / "run") == read_log(folder / "whole")
+
+
 class Signal(TrainerCallback):
     """Sends a signal to this process during a step."""
 
@@ -104,10 +112,7 @@ def test_a_stopped_run_is_saved_and_goes_on_as_if_it_never_was(tmp_path, step, f
     trainer = stopped_at(step, tmp_path / "run", number, **flags)
     assert trainer.state.global_step == step
     assert (tmp_path / "run" / f"checkpoint-{step}" / "checksums.json").is_file()
-    model, _ = build()
-    trainer_for(model, tmp_path / "run", **flags).train(resume_from_checkpoint="latest")
-    assert_same(trained(model), trained(whole))
-    assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
+    assert_goes_on_as(whole, tmp_path, **flags)
 
 
 @pytest.mark.exhaustive
@@ -126,10 +131,7 @@ def test_a_run_that_is_killed_as_it_validates_an_epoch_does_so_when_it_goes_on(t
     trainer.add_callback(Killed())
     with pytest.raises(Killed):
         trainer.train()
-    model, _ = build()
-    trainer_for(model, tmp_path / "run", eval_strategy="epoch").train(resume_from_checkpoint="latest")
-    assert_same(trained(model), trained(whole))
-    assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
+    assert_goes_on_as(whole, tmp_path, eval_strategy="epoch")
     assert (tmp_path / "run" / f"checkpoint-{STEPS}").is_dir()
 
 
@@ -158,10 +160,7 @@ def test_a_stop_that_ends_the_compiler_too_saves_the_steps_before(tmp_path, monk
         with pytest.raises(Stopped, match="stopped after step 3; go on with --resume_from_checkpoint latest"):
             trainer.train()
         assert stop.signal == signal.SIGTERM
-    model, _ = build()
-    trainer_for(model, tmp_path / "run", save_strategy=strategy).train(resume_from_checkpoint="latest")
-    assert_same(trained(model), trained(whole))
-    assert read_log(tmp_path / "run") == read_log(tmp_path / "whole")
+    assert_goes_on_as(whole, tmp_path, save_strategy=strategy)
 
 
 def test_a_stop_that_ends_the_compiler_in_the_first_step_has_nothing_to_save(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from reslora.texts.llm_trainer import Encoder
 from reslora.texts.split import Parts, parts_of
 from reslora.texts.trainer import AdapterTrainer
 
-from .helpers import SCRIPT, write_rows
+from .helpers import SCRIPT, token_loss, write_rows
 from .test_glue import make_rows, write_model
 from .test_glue import write_rows as write_file
 
@@ -171,13 +171,7 @@ def test_test_losses_are_those_of_a_loop_by_hand(common, whole):
         base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
         model = PeftModel.from_pretrained(base, output / arm["folder"] / "peft").eval()
         for example, loss in zip(examples_of(TASKS["svamp"], "test", rows), arm["test"]["losses"], strict=True):
-            encoded = encoder(example)
-            with torch.no_grad():
-                logits = model(input_ids=torch.tensor([encoded["input_ids"]])).logits[0].log_softmax(-1)
-            learnt = [(n, label) for n, label in enumerate(encoded["labels"]) if label != -100]
-            assert loss == pytest.approx(
-                -sum(logits[n - 1, label].item() for n, label in learnt) / len(learnt), rel=1e-5
-            )
+            assert loss == pytest.approx(token_loss(model, [encoder(example)]), rel=1e-5)
         assert arm["test"]["figures"] == {"accuracy": 0.0}
     best = min(judged, key=lambda arm: (found["chosen"][arm["label"]]["loss"], arm["select_by_step"]["2"]))
     assert weights(output / "peft") == weights(output / best["folder"] / "peft")
@@ -315,26 +309,26 @@ def test_an_arm_ends_at_the_first_select_loss_that_is_not_finite(common, tmp_pat
 def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path, capsys):
     output, _ = whole
     for flags, words in (
-        (("--lora_r", "2"), f"--lora_r 2: {output} was begun with 4; use that, or choose another --output_dir"),
-        (("--lora_alpha", "0"), "--lora_alpha 0"),
-        (("--shortcut", "input", "block"), f"--shortcut input block: {output} was begun with input; "),
-        (("--max_steps", "3"), "--max_steps 3"),
-        (("--per_device_eval_batch_size", "3"), "--per_device_eval_batch_size 3"),
-        (("--max_test_samples", "3"), f"--max_test_samples 3: {output} was begun with none; leave it out, or choose"),
-        (("--select_split", "0.2"), "the task has a file for it"),
-        (("--load_best_model_at_end",), "this is an experiment"),
-        (("--save_only_model",), "--save_only_model: this is an experiment"),
-        (("--extend_rates", "--learning_rate", "1e-3"), "one rate says no next one"),
-        (("--extend_rates", "--learning_rate", "0", "1e-3"), "--learning_rate 0: is not a finite number above 0"),
-        (("--extend_rates", "--learning_rate", "1e-3", "1.001e-3"), "give rates further apart"),
-        (("--seed", "3", "3"), "the same one twice"),
+        ("--lora_r 2", f"--lora_r 2: {output} was begun with 4; use that, or choose another --output_dir"),
+        ("--lora_alpha 0", "--lora_alpha 0"),
+        ("--shortcut input block", f"--shortcut input block: {output} was begun with input; "),
+        ("--max_steps 3", "--max_steps 3"),
+        ("--per_device_eval_batch_size 3", "--per_device_eval_batch_size 3"),
+        ("--max_test_samples 3", f"--max_test_samples 3: {output} was begun with none; leave it out, or choose"),
+        ("--select_split 0.2", "the task has a file for it"),
+        ("--load_best_model_at_end", "this is an experiment"),
+        ("--save_only_model", "--save_only_model: this is an experiment"),
+        ("--extend_rates --learning_rate 1e-3", "one rate says no next one"),
+        ("--extend_rates --learning_rate 0 1e-3", "--learning_rate 0: is not a finite number above 0"),
+        ("--extend_rates --learning_rate 1e-3 1.001e-3", "give rates further apart"),
+        ("--seed 3 3", "the same one twice"),
         (
-            ("--method", "lora", "--shortcut", "input", "block"),
+            "--method lora --shortcut input block",
             "input block: nothing of --method lora reads",
         ),
-        (("--lora_r", "2", "999"), "999"),
+        ("--lora_r 2 999", "999"),
     ):
-        status = run(*common, *EXPERIMENT, *flags, "--output_dir", output if "999" not in flags else tmp_path)
+        status = run(*common, *EXPERIMENT, *flags.split(), "--output_dir", output if "999" not in flags else tmp_path)
         assert (status, words in capsys.readouterr().err) == (2, True), words
     assert run(*common, "--output_dir", output) == 2
     assert "holds an experiment" in capsys.readouterr().err

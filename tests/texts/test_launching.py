@@ -12,8 +12,9 @@ from launching import FOLDER, configurations, forked, launch, start, told_by
 from waiting import ended, wait_until
 
 from reslora.errors import InvalidArgument, Stopped
+from reslora.runtime.checkpoint_folders import numbered
 from reslora.runtime.signals import StopRequest
-from reslora.texts.checkpoints import checkpoints_of, damage
+from reslora.texts.checkpoints import damage
 from reslora.texts.training_arguments import AdapterTrainingArguments
 from texts.helpers import run_glue, run_llm
 
@@ -116,6 +117,6 @@ def test_the_trainer_saves_and_ends_with_its_launcher(processes, number, everyon
     ended(launcher)
     wait_until(lambda: not running(output), "the trainers' end")
     printed = (tmp_path / "printed").read_text()
-    (saved,) = checkpoints_of(output)
+    (saved,) = numbered(output)
     assert f"stopped after step {saved.name.removeprefix('checkpoint-')}; go on" in printed, printed[-3000:]
     assert damage(saved, processes) is None

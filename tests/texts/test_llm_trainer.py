@@ -14,7 +14,7 @@ from reslora.texts.llm_trainer import Encoder, calibration_batches, count_right,
 from reslora.texts.trainer import attach
 from texts.helpers import adapter_of, trainer_of
 
-from .helpers import bytes_tokenizer, flags
+from .helpers import bytes_tokenizer, flags, token_loss
 
 
 def test_the_loss_is_on_the_answer_and_the_end_which_is_learnt_though_it_pads():
@@ -139,12 +139,3 @@ def test_a_schedule_free_optimizer_is_measured_by_its_average(tiny, data, tmp_pa
     between = token_loss(trainer.model.eval(), rows)
     loss = trainer.figures("test", accuracy=False)["loss"]
     assert loss == pytest.approx(token_loss(trainer.model.eval(), rows)) != pytest.approx(between)
-
-
-@torch.no_grad()
-def token_loss(model, rows) -> float:
-    losses, counts = [], []
-    for row in rows:
-        counts.append(sum(label != -100 for label in row["labels"]))
-        losses.append(model(**{name: torch.tensor([value]) for name, value in row.items()}).loss.item() * counts[-1])
-    return sum(losses) / sum(counts)

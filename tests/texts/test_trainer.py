@@ -20,16 +20,28 @@ from reslora.errors import EndedElsewhere, InvalidArgument, RunFailed
 from reslora.methods.adapters import load_adapter, rank_allocator, save_adapter
 from reslora.methods.decay import factor_at
 from reslora.model import connection_of
+from reslora.runtime.checkpoint_folders import numbered
 from reslora.runtime.folder_lock import locked
 from reslora.texts.callbacks import DecayShortcuts
-from reslora.texts.checkpoints import checkpoints_of, damage
+from reslora.texts.checkpoints import damage
 from reslora.texts.results import export
 from reslora.texts.resuming import check_resume
 from reslora.texts.trainer import AdapterTrainer, attach, total_steps
 from reslora.texts.training_arguments import AdapterTrainingArguments
 from texts.helpers import adapter_of
 
-from .helpers import METHODS, STEPS, assert_same, build, read_log, rows, trained, trained_parameters, trainer_for
+from .helpers import (
+    METHODS,
+    STEPS,
+    assert_not_resumed,
+    assert_same,
+    build,
+    read_log,
+    rows,
+    trained,
+    trained_parameters,
+    trainer_for,
+)
 
 
 def test_the_adapter_is_what_the_flags_say():
@@ -141,29 +153,27 @@ def test_latest_is_refused_where_no_checkpoint_can_be_used(tmp_path):
     log = read_log(tmp_path)
     for folder in tmp_path.glob("checkpoint-*"):  # what two processes would have written
         (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
-    with pytest.raises(InvalidArgument) as error:
-        trainer_for(build()[0], tmp_path).train(resume_from_checkpoint="latest")
-    assert_one_line(
-        error, "--resume_from_checkpoint latest", f"checkpoint-{STEPS}", "; take as many processes as before"
+    assert_not_resumed(
+        tmp_path,
+        "latest",
+        "--resume_from_checkpoint latest",
+        f"checkpoint-{STEPS}",
+        "; take as many processes as before",
     )
     assert read_log(tmp_path) == log
     for folder in tmp_path.glob("checkpoint-*"):
         (folder / "trainer_state.json").unlink()
-    with pytest.raises(InvalidArgument) as error:
-        trainer_for(build()[0], tmp_path).train(resume_from_checkpoint="latest")
-    assert_one_line(error, "for: no trainer_state.json; remove them to start afresh")
+    assert_not_resumed(tmp_path, "latest", "for: no trainer_state.json; remove them to start afresh")
 
 
 @pytest.mark.parametrize("named", ["checkpoint-9", "true"])
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path, named):
-    with pytest.raises(InvalidArgument) as error:
-        trainer_for(build()[0], tmp_path).train(resume_from_checkpoint=named)
-    assert_one_line(error, f"--resume_from_checkpoint {named}: no such checkpoint; leave it out")
+    assert_not_resumed(tmp_path, named, f"--resume_from_checkpoint {named}: no such checkpoint; leave it out")
     for step in (2, 4):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    with pytest.raises(InvalidArgument) as error:
-        trainer_for(build()[0], tmp_path).train(resume_from_checkpoint=named)
-    assert_one_line(error, f"{named}: no such checkpoint; give latest, or one of checkpoint-4, checkpoint-2")
+    assert_not_resumed(
+        tmp_path, named, f"{named}: no such checkpoint; give latest, or one of checkpoint-4, checkpoint-2"
+    )
 
 
 @pytest.mark.exhaustive
@@ -187,11 +197,11 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path, monkeypatch, told):
         patched.setattr(torch, "save", full)
         trainer.train()
     assert_one_line(error, "checkpoint of step 2", "disk")
-    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-2"]
+    assert [path.name for path in numbered(tmp_path)] == ["checkpoint-2"]
     trainer = trainer_for(build()[0], tmp_path)
     trainer.train(resume_from_checkpoint="latest")
     assert trainer.state.global_step == STEPS and damage(tmp_path / "checkpoint-2") is None
-    for path in checkpoints_of(tmp_path):
+    for path in numbered(tmp_path):
         shutil.rmtree(path)
     assert list(tmp_path.glob("*-checkpoint-2"))
     check_resume(tmp_path, "latest", {}, ())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -100,16 +101,16 @@ def encode_texts(
     encoded = Encoded(
         cache_folder(context.options.model, context.options.output), f"captions-{derive(key, longest):016x}", keys
     )
-    loaded: list[DiffusionPipeline] = []
+    loaded = functools.cache(load_encoders)
 
     def encode(numbers: Sequence[int]) -> Generator[Item]:
         context.status.say("encoding captions")
-        loaded[:] = loaded or [load_encoders()]
+        pipeline = loaded()
         for start in range(0, len(numbers), CAPTIONS_AT_ONCE):
             context.stop.check(NOT_BEGUN)
             captions = [texts[number] for number in numbers[start : start + CAPTIONS_AT_ONCE]]
             with torch.no_grad():
-                states = encode_captions(loaded[0], captions, longest)
+                states = encode_captions(pipeline, captions, longest)
             for position in range(len(captions)):
                 yield [{name: value[position] for name, value in states.items()}]
 

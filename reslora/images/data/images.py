@@ -2,12 +2,9 @@
 
 import errno
 import io
-import os
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import PIL.ExifTags
@@ -21,11 +18,9 @@ from ...errors import first_line
 from ..content_hash import Content
 from .size import Size
 
-ORIENTATION = PIL.ExifTags.Base.Orientation
 UNREADABLE = "cannot be read now"
 NOTHING_COUNTS = "its mask is black or transparent everywhere, so nothing of it would be trained"
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-TEXTS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # PNG chunks that may contain the orientation
 
 SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".tga", ".ppm",
@@ -191,33 +186,10 @@ def _opened(source: Content) -> PIL.ImageFile.ImageFile:
 def _orientation(image: PIL.ImageFile.ImageFile) -> object:
     """Return the EXIF orientation without decoding pixels.
 
-    In a PNG file, the orientation may follow the pixels, and PIL would decode the pixels first.
+    In a PNG file, the orientation may follow the pixels; PIL's own `getexif` of a PNG file would decode them.
     """
-    exif = PIL.Image.Image.getexif(image)
-    if image.format == "PNG" and ORIENTATION not in exif:
-        assert image.fp is not None
-        with PIL.Image.open(_without_pixels(image.fp)) as bare:
-            exif = PIL.Image.Image.getexif(bare)
-    return exif.get(ORIENTATION)
-
-
-def _without_pixels(file: IO[bytes]) -> io.BytesIO:
-    """Return a PNG file with its text chunks and without its pixels."""
-    file.seek(0)
-    content = file.read(8 + 25)  # the signature and the IHDR chunk
-    while len(head := file.read(8)) == 8:
-        length = int.from_bytes(head[:4], "big")
-        if head[4:] in TEXTS:
-            content += _chunk(head[4:], file.read(length))
-            file.seek(4, os.SEEK_CUR)
-        else:
-            file.seek(length + 4, os.SEEK_CUR)
-    return io.BytesIO(content + _chunk(b"IDAT", b""))
-
-
-def _chunk(name: bytes, content: bytes) -> bytes:
-    """Return a PNG chunk with a correct checksum.
-
-    PIL ignores a wrong checksum of a chunk after the pixels, but rejects it in this file without pixels.
-    """
-    return len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")
+    if image.format == "PNG" and "exif" not in image.info:
+        image.load_prepare()
+        with suppress(OSError):  # a truncated file; it fails when it is decoded
+            image.load_end()  # skips the pixels, and reads what follows them
+    return PIL.Image.Image.getexif(image).get(PIL.ExifTags.Base.Orientation)

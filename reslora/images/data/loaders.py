@@ -2,11 +2,13 @@
 
 import multiprocessing
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from ...attributes import override_attributes
 from ...errors import RunFailed, first_line
 from ...runtime.signals import SIGNALS
 
@@ -29,34 +31,17 @@ def stream(loader: DataLoader) -> Generator:
 
     Close the generator if it is not read to its end: the workers ignore SIGTERM, and exit only when it shuts them down.
     """
-    iterator = _iterator(loader)
+    # If a worker dies, torch's SIGCHLD handler raises at an arbitrary place of the program; without this handler,
+    # loading the next item raises.
+    with override_attributes(signal_handling, _set_SIGCHLD_handler=lambda: None):
+        iterator = iter(loader)
     try:
-        while True:
-            try:
-                item = next(iterator)
-            except StopIteration:
-                return
-            except (OSError, EOFError, RuntimeError, SyntaxError, ValueError) as error:
-                raise RunFailed(_what_failed(error, loader.num_workers)) from None
-            yield item
+        yield from iterator
+    except (OSError, EOFError, RuntimeError, SyntaxError, ValueError) as error:
+        raise RunFailed(_what_failed(error, loader.num_workers)) from None
     finally:
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
             iterator._shutdown_workers()  # torch does so in garbage collection, which a stored traceback prevents
-
-
-def _iterator(loader: DataLoader) -> Iterator:
-    """Return the loader's iterator without torch's SIGCHLD handler.
-
-    If a worker dies, that handler raises at an arbitrary place of the program. Without the handler, loading the next
-    item raises.
-    """
-    number = getattr(signal, "SIGCHLD", None) if loader.num_workers else None
-    if number is None:
-        return iter(loader)
-    handler = signal.getsignal(number)
-    iterator = iter(loader)
-    signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    return iterator
 
 
 def _what_failed(error: Exception, processes: int) -> str:

@@ -20,9 +20,7 @@ META = torch.device("meta")
 
 def empty_denoiser(model: Model, dtype: torch.dtype, base_precision: str = "no", blocks_to_swap: int = 0) -> nn.Module:
     """Return the frozen denoiser on the meta device, quantized and swapped like the loaded one."""
-    with torch.device(META):
-        denoiser = model.family.denoiser_class.from_config(model.denoiser_config())
-    denoiser = cast(denoiser, dtype).requires_grad_(False)
+    denoiser = cast(model.empty_denoiser(), dtype).requires_grad_(False)
     pack(denoiser, base_precision, META, blocks_to_swap)
     return denoiser
 

@@ -31,29 +31,20 @@ class Live(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
-        self.watched: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Run one operation, and count the storages of the tensors that it returns."""
         result = function(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor):
-                self._count(value.untyped_storage())
+            if isinstance(value, torch.Tensor) and (storage := value.untyped_storage())._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._dies, storage._cdata)
         self.peak = max(self.peak, self.now + copied(getattr(function, "overloadpacket", function), args, result))
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self.sizes:
-            return
-        self.sizes[key] = storage.nbytes()
-        self.watched[key] = weakref.ref(storage, lambda _: self._dies(key))
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-
     def _dies(self, key: int) -> None:
         self.now -= self.sizes.pop(key)
-        del self.watched[key]
 
     def forget(self, tensor: torch.Tensor) -> None:
         """Stop counting a tensor that is counted elsewhere."""

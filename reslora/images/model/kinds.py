@@ -1,6 +1,5 @@
 """Recognize files that are not a complete model (a LoRA, a text encoder, ...) by the names of their tensors."""
 
-import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from ...errors import InvalidArgument
+from ...io import read_object
 from .families import FAMILIES
 
 
@@ -64,11 +64,10 @@ def read_index(folder: Path, flag: str) -> dict:
 
     Raises `InvalidArgument` if it cannot be read, or if the pipeline's class is not in `FAMILIES`.
     """
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        found = index.get("_class_name")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise InvalidArgument(flag, "no readable model_index.json", "give a pipeline in diffusers format") from None
+    index = read_object(folder / "model_index.json")
+    if not index:
+        raise InvalidArgument(flag, "no readable model_index.json", "give a pipeline in diffusers format")
+    found = index.get("_class_name")
     if not isinstance(found, str) or found not in FAMILIES:
         raise InvalidArgument(flag, f"a {found}", f"give one of {', '.join(FAMILIES)}")
     return index

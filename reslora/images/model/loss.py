@@ -57,16 +57,6 @@ def huber_of(options: TrainingOptions, objective: Objective) -> Huber | None:
     return Huber(objective, options.loss_type, options.huber_schedule, options.huber_c, options.huber_scale)
 
 
-def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the squared difference of each element."""
-    return (prediction - target).square()
-
-
-def loss_per_sample(error: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Return the mean of `error` (batch first) over each sample, times its weight, of shape (batch,)."""
-    return error.flatten(1).mean(dim=1) * weight
-
-
 def masked(error: torch.Tensor, mask: torch.Tensor | None, normalised: bool = False) -> torch.Tensor:
     """Return errors (batch x channels x height x width) multiplied by the mask; a mask of 0 stops the gradient.
 

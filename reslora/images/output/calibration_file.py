@@ -11,10 +11,9 @@ import os
 from collections.abc import Mapping, Sequence
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ...errors import first_line
-from ...io import write_tensors
+from ...io import read_tensors, write_tensors
 
 
 def write_calibration(path: str | os.PathLike, batches: Sequence[Mapping]) -> None:
@@ -28,13 +27,11 @@ def write_calibration(path: str | os.PathLike, batches: Sequence[Mapping]) -> No
 def read_calibration(path: str | os.PathLike) -> list[dict]:
     """Return the batches of a calibration file; raises `ValueError` if the file is damaged or of another kind."""
     try:
-        with safe_open(path, "pt") as file:
-            trees = json.loads(file.metadata()["batches"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        batches = _put_together(trees, tensors)
+        tensors, metadata = read_tensors(path)
+        batches = _put_together(json.loads(metadata["batches"]), tensors)
         if not isinstance(batches, list) or not all(isinstance(batch, dict) for batch in batches):
             raise ValueError("the file has no list of dicts")
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"{path} holds no calibration batches ({reason}): train again") from None
     return batches
@@ -69,9 +66,6 @@ def _put_together(tree: object, tensors: Mapping[str, torch.Tensor]) -> object:
         return [_put_together(item, tensors) for item in tree]
     if not isinstance(tree, dict):
         return tree
-    if tree.keys() == {"tensor", "rows"}:
-        first, end = tree["rows"]
-        return tensors[tree["tensor"]][first:end].clone()
-    if tree.keys() == {"tensor"}:
-        return tensors[tree["tensor"]].clone()
+    if "tensor" in tree:
+        return tensors[tree["tensor"]][slice(*tree["rows"]) if "rows" in tree else ...].clone()
     return {name: _put_together(item, tensors) for name, item in tree.items()}

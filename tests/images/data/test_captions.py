@@ -218,7 +218,7 @@ def test_class_images_keep_their_prompt(of_class, tmp_path, monkeypatch):
     monkeypatch.setattr(making, "latents_of", lambda *_: (None, {}))
     words = ["--pretrained_model_name_or_path", "someone/model", "--train_data_dir", image_folder(tmp_path / "images")]
     flags = parse_args([*map(str, words), "--caption_prefix", "sks", "--caption_suffix", "end"])
-    images = dataclasses.replace(load_images(flags.model, flags.data, flags.training, flags.output), of_class=of_class)
+    images = dataclasses.replace(load_images(flags), of_class=of_class)
     source = source_of(images, [Size(16, 16)] * len(images), None, Context(flags, None, None, None))
     assert source.transform == (VERBATIM if of_class else CaptionTransform(prefix="sks", suffix="end"))
 

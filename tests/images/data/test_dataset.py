@@ -20,25 +20,28 @@ from waiting import join, start_thread
 from images.runs import load_images, only, parts, printed, refused
 from reslora.errors import InvalidArgument, RunFailed
 from reslora.images.data.class_images import missing_class_images
+from reslora.images.data.dataset import ImageDataset
 from reslora.images.data.training_data import print_skipped_images
 from reslora.images.settings import parse_args
 
 
 def gather(folder: Path, *flags: str):
-    return load_images(
-        *parts(parse_args(["--train_data_dir", str(folder), *flags]), "model", "data", "training", "output"),
-    )
+    return load_images(parse_args(["--train_data_dir", str(folder), *flags]))
 
 
 # -- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def assert_are_three(found: ImageDataset) -> None:
+    assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
+    assert all(same_image(found.open(number), random_image(number)) for number in range(3))
 
 
 @pytest.mark.parametrize("layout", ["jsonl", "csv", "txt"])
 def test_every_layout_gives_the_images_and_their_captions(tmp_path, layout):
     found = gather(image_folder(tmp_path / "p", 3, layout=layout), "--cache_dir", str(tmp_path / "cache"))
     assert len(found) == 3 and not found.left_out
-    assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
-    assert all(same_image(found.open(number), random_image(number)) for number in range(3))
+    assert_are_three(found)
 
 
 def test_a_stray_text_does_not_hide_metadata_csv(tmp_path):
@@ -71,17 +74,8 @@ def test_parquet_shards_hold_images_too(tmp_path, flag):
     folder = tmp_path / "p" / "data"
     folder.mkdir(parents=True)
     three_images().to_parquet(folder / "train-00000-of-00001.parquet")
-    found = load_images(
-        *parts(
-            parse_args([flag, str(folder.parent), "--cache_dir", str(tmp_path / "cache")]),
-            "model",
-            "data",
-            "training",
-            "output",
-        ),
-    )
-    assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
-    assert all(same_image(found.open(number), random_image(number)) for number in range(3))
+    found = load_images(parse_args([flag, str(folder.parent), "--cache_dir", str(tmp_path / "cache")]))
+    assert_are_three(found)
 
 
 def png_of(number: int) -> bytes:
@@ -122,7 +116,7 @@ def test_rows_name_no_file_outside_the_folder(tmp_path, flag, layout):
         if content:
             outside.write_bytes(content)
         with pytest.raises(InvalidArgument) as refusal:
-            load_images(*parts(parse_args(words), "model", "data", "training", "output"))
+            load_images(parse_args(words))
         lines.add(str(refusal.value))
     named = "../secret.png" if layout == "below" else outside
     assert lines == {f"{flag} {folder} row 0: names {named}, outside the folder; move the image into it"}
@@ -190,11 +184,8 @@ def test_what_save_to_disk_wrote_is_read(tmp_path, flag, splits):
     if splits:
         rows = datasets.DatasetDict({"test": rows.select([2]), "train": rows})
     rows.with_format("numpy").save_to_disk(tmp_path / "p")
-    found = load_images(
-        *parts(parse_args([flag, str(tmp_path / "p")]), "model", "data", "training", "output"),
-    )
-    assert found.captions == [["red disc"], ["blue box"], ["red disc"]]
-    assert all(same_image(found.open(number), random_image(number)) for number in range(3))
+    found = load_images(parse_args([flag, str(tmp_path / "p")]))
+    assert_are_three(found)
     assert found.notes == (("the split train is trained on, not test",) if splits else ())
 
 
@@ -218,20 +209,7 @@ def test_a_folder_of_several_configurations_is_refused_with_their_names(tmp_path
     line = refused(capsys, flag, folder, *cache, quiet=False)
     fix = f"give --dataset_name {folder} --dataset_config_name NAME, and no --train_data_dir"
     assert line.endswith(f"{flag} {folder}: has the configurations 'a', 'b'; {fix}")
-    assert (
-        len(
-            load_images(
-                *parts(
-                    parse_args(["--dataset_name", str(folder), "--dataset_config_name", "b", *cache]),
-                    "model",
-                    "data",
-                    "training",
-                    "output",
-                ),
-            )
-        )
-        == 3
-    )
+    assert len(load_images(parse_args(["--dataset_name", str(folder), "--dataset_config_name", "b", *cache]))) == 3
 
 
 def test_json_tables_name_images_of_the_folder(tmp_path, capsys):

@@ -260,7 +260,7 @@ def images_encoded(setting: Context, key: object = "vae", size: Size | None = No
     setting = dataclasses.replace(setting, options=setting.options.replace(**flags))
     family, images = (
         setting.model.family,
-        load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output),
+        load_images(setting.options),
     )
     (side,) = setting.options.data.resolution
     variants = encoding.Variants(
@@ -333,7 +333,7 @@ def test_images_are_encoded_anew_when_their_pixels_or_the_autoencoder_are_others
 
 
 def test_all_crops_but_the_centre_are_drawn_by_the_seed(setting):
-    images = load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output)
+    images = load_images(setting.options)
     by_seed = [
         encoding.Variants(
             images,
@@ -349,7 +349,7 @@ def test_all_crops_but_the_centre_are_drawn_by_the_seed(setting):
 def test_a_bucket_that_cuts_much_off_has_random_crops_too(setting):
     """Of the images, 32 high and 32, 40 or 48 wide, the others would never be seen whole."""
     images, flags = (
-        load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output),
+        load_images(setting.options),
         setting.options.replace(use_aspect_ratio_buckets=True),
     )
 
@@ -368,7 +368,7 @@ def test_damaged_images_are_remembered_by_their_content(setting):
     assert len(images_encoded(setting)) == 4
     add_image(folder, 6)
     assert images_encoded(setting) == [1]
-    images = load_images(setting.options.model, setting.options.data, setting.options.training, setting.options.output)
+    images = load_images(setting.options)
     variants = encoding.Variants(images, [Size(16, 16)] * len(images), setting.options.data, setting.options.training)
     _, problems = encoding.encode_images(variants, "vae", VAE, setting)
     assert problems.keys() == {1} and "damaged" in problems[1]
@@ -396,7 +396,7 @@ def test_where_no_latents_are_kept_damaged_images_are_found_once_before_training
 
     def found(**flags) -> ImageDataset:
         flags = setting.options.replace(cache_latents=False, masked_loss=masked, **flags)
-        images = load_images(flags.model, flags.data, flags.training, flags.output)
+        images = load_images(flags)
         context = dataclasses.replace(setting, options=flags)
         return source_of(images, [Size(16, 16)] * len(images), None, context).images
 

@@ -46,11 +46,15 @@ def test_a_hidden_folder_that_is_named_is_read(tmp_path):
     assert found.captions == [["OLD"]] and not found.notes
 
 
+def missing_of_three(folder: Path) -> int:
+    of_class = ["--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3"]
+    return missing_class_images(*parts(parse_args(of_class), "data", "output"))
+
+
 def test_hidden_class_images_are_none(tmp_path):
     """There the caption is that of all, whether there is one beside an image or not."""
     folder = with_hidden(tmp_path / "p", "none")
-    of_class = ["--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3"]
-    assert missing_class_images(*parts(parse_args(of_class), "data", "output")) == 1
+    assert missing_of_three(folder) == 1
     (found,) = gather(folder, caption="a disc")
     assert found.captions == [["a disc"]] * 2 and only(found.notes, *HIDDEN).startswith("2 ")
 
@@ -61,8 +65,7 @@ def test_hidden_files_are_no_images(tmp_path, layout):
     folder = image_folder(tmp_path / "p", 2, layout=layout)
     for path in list(folder.iterdir()):
         path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
-    of_class = ["--class_data_dir", str(folder), "--class_prompt", "a disc", "--num_class_images", "3"]
-    assert missing_class_images(*parts(parse_args(of_class), "data", "output")) == 1
+    assert missing_of_three(folder) == 1
     (found,) = gather(folder, "--strict", caption="a disc")
     assert len(found) == 2 and not found.left_out
     assert only(found.notes, *HIDDEN) == f"2 hidden images are not read (for example {folder}/._0.png)"

@@ -37,7 +37,7 @@ def test_captions_beside_images_are_not_lost_to_metadata_below(tmp_path, capsys,
 def test_images_that_metadata_below_does_not_list_are_counted(tmp_path):
     folder = nested(tmp_path / "p", "none", "jsonl")
     flags = ["--train_data_dir", str(folder), "--cache_dir", str(tmp_path / "cache")]
-    found = load_images(*parts(parse_args(flags), "model", "data", "training", "output"))
+    found = load_images(parse_args(flags))
     assert len(found) == 2 and found.notes[0].startswith("2 images not read")
 
 
@@ -51,6 +51,6 @@ def test_a_part_of_a_folder_is_read_without_a_word_of_the_rest(tmp_path):
     folder = nested(tmp_path / "p", "txt", "jsonl")
     part = ["--dataset_name", str(folder), "--train_data_dir", "below", "--cache_dir", str(tmp_path / "cache")]
     assert (
-        len(found := load_images(*parts(parse_args(part), "model", "data", "training", "output"))),
+        len(found := load_images(parse_args(part))),
         found.notes,
     ) == (2, ())

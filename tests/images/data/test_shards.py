@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pipelines import random_image, same_image
 
-from images.runs import load_images, only, parts, printed, refused
+from images.runs import load_images, only, printed, refused
 from reslora.images.settings import parse_args
 
 from .test_dataset import gather
@@ -52,9 +52,7 @@ def test_a_table_of_something_else_does_not_hide_what_a_readme_names(tmp_path):
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data/*.tar\n---\n")
     (folder / "metadata.csv").write_text("id,license\n0,MIT\n")
     named = ["--dataset_name", str(folder), "--image_column", "png", "--caption_column", "txt"]
-    found = load_images(
-        *parts(parse_args([*named, "--cache_dir", str(tmp_path / "cache")]), "model", "data", "training", "output"),
-    )
+    found = load_images(parse_args([*named, "--cache_dir", str(tmp_path / "cache")]))
     assert found.captions == [["red disc"]] and same_image(found.open(0), random_image(0))
 
 

@@ -60,11 +60,7 @@ def test_one_folder_is_what_it_was_and_what_counts_is_part_of_what_a_run_goes_on
     flags = parse_args(["--train_data_dir", str(folders[0])])
     assert flags.data.train_data_dir == [str(folders[0])]
     (alone,) = load_folders(flags.model, flags.data, flags.training, flags.output)
-    assert (
-        alone.fingerprint == load_images(flags.model, flags.data, flags.training, flags.output).fingerprint
-        and not alone.notes
-        and not alone.label
-    )
+    assert alone.fingerprint == load_images(flags).fingerprint and not alone.notes and not alone.label
     assert alone.fingerprint.startswith("4 images, content ") and alone.fingerprint.count(",") == 1
     others = [("--train_data_repeats", 2), ("--train_data_weight", 2)]
     assert (

@@ -304,7 +304,7 @@ def held_out_of(output: Path, images: Path) -> set[str]:
     """The files that an experiment does not train on, by the split itself."""
     splits = ("--select_split", "0.2", "--test_split", "0.2")
     flags = parse_args(["--train_data_dir", str(images), "--seed", "0", "1", *splits]).base
-    found = load_images(flags.model, flags.data, flags.training, flags.output)
+    found = load_images(flags)
     parts = parts_of({0: found}, flags.data, flags.validation, flags.experiment)
     return {Path(found.rows[number]["image"]["path"]).name for _, number in (*parts.select, *parts.test)}
 
@@ -361,7 +361,7 @@ def test_other_images_are_refused(flags, whole, capsys, tmp_path):
 def test_another_split_of_the_images_is_refused(images, tmp_path):
     grid = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path), "--seed", "0", "1"])
     flags = grid.base
-    found = {0: load_images(flags.model, flags.data, flags.training, flags.output)}
+    found = {0: load_images(flags)}
     parts = parts_of(found, flags.data, flags.validation, flags.experiment)
     fewer, other = dataclasses.replace(parts, train=parts.train[1:]), dataclasses.replace(parts, test=parts.train[:1])
     run.check_same(grid, None, content_of(parts, found))  # there is nothing yet
@@ -377,7 +377,7 @@ def test_another_split_of_the_images_is_refused(images, tmp_path):
 def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, monkeypatch):
     settled = parse_args(["--train_data_dir", str(images), "--output_dir", str(tmp_path)])
     source = Source(
-        load_images(settled.model, settled.data, settled.training, settled.output),
+        load_images(settled),
         object(),
         tuple(range(8)),
         (),

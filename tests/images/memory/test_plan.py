@@ -23,6 +23,12 @@ def large(model, data, tmp_path) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.fixture
+def prepared(large, tmp_path) -> tuple:
+    """The images and the context of that run."""
+    return resolved(large[1], large[3], tmp_path / "out", *large)
+
+
 def give(monkeypatch, free: float) -> None:
     """A device that has so many bytes free."""
     monkeypatch.setattr(planning, "free_memory", lambda device: int(free))
@@ -49,8 +55,8 @@ def test_plan_tells_the_table_and_writes_nothing(large, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_a_run_that_does_not_fit_is_refused_with_a_flag_that_makes_it_fit(large, capsys, monkeypatch, tmp_path):
-    images, context = resolved(large[1], large[3], tmp_path / "out", *large)
+def test_a_run_that_does_not_fit_is_refused_with_a_flag_that_helps(prepared, large, capsys, monkeypatch, tmp_path):
+    images, context = prepared
     plan = plan_of(images, context, None)
     checked = plan_of(images, with_flags(context, gradient_checkpointing=True), None)
     assert checked.peak.total < 0.8 * plan.peak.total
@@ -61,9 +67,9 @@ def test_a_run_that_does_not_fit_is_refused_with_a_flag_that_makes_it_fit(large,
     assert main(*large, "--gradient_checkpointing", "--plan") == 0
 
 
-def test_where_one_flag_is_not_enough_several_are_named(large, monkeypatch, tmp_path):
+def test_where_one_flag_is_not_enough_several_are_named(prepared, monkeypatch):
     """By what a stand-in says of checkpointing (half), a batch of one (half), and the rest (nothing)."""
-    images, context = resolved(large[1], large[3], tmp_path / "out", *large)
+    images, context = prepared
 
     def half(images, context, free) -> Plan:
         flags = context.options
@@ -83,8 +89,8 @@ def test_where_one_flag_is_not_enough_several_are_named(large, monkeypatch, tmp_
 
 
 @pytest.mark.exhaustive
-def test_arms_at_once_share_what_is_free(large, capsys, monkeypatch, tmp_path):
-    images, context = resolved(large[1], large[3], tmp_path / "out", *large)
+def test_arms_at_once_share_what_is_free(prepared, capsys, monkeypatch):
+    images, context = prepared
     context = with_flags(context, arms_at_once=3)
     total = plan_of(images, context, None).peak.total
     give(monkeypatch, 2.9 * total)
@@ -105,8 +111,8 @@ def said(plan, images, context) -> str:
     return str(refusal.value)
 
 
-def test_nothing_is_gone_through_where_it_surely_fits_or_is_not_wanted(large, capsys, monkeypatch, tmp_path):
-    images, context = resolved(large[1], large[3], tmp_path / "out", *large)
+def test_nothing_is_gone_through_where_it_surely_fits_or_is_not_wanted(prepared, capsys, monkeypatch):
+    images, context = prepared
     monkeypatch.setattr(planning, "plan_of", None)
     give(monkeypatch, 2**40)
     check_memory(images, context)
@@ -115,8 +121,8 @@ def test_nothing_is_gone_through_where_it_surely_fits_or_is_not_wanted(large, ca
     assert "planned" not in capsys.readouterr().out
 
 
-def test_a_model_that_is_not_gone_through_is_trained_all_the_same(large, capsys, monkeypatch, tmp_path):
-    images, context = resolved(large[1], large[3], tmp_path / "out", *large)
+def test_a_model_that_is_not_gone_through_is_trained_all_the_same(prepared, capsys, monkeypatch):
+    images, context = prepared
 
     def fail(*_) -> None:
         raise NotImplementedError("no kernel.\nfor shapes alone")

@@ -10,7 +10,6 @@ from diffusers import DDPMScheduler
 
 from images.runs import parts
 from reslora.errors import InvalidArgument
-from reslora.images.model.loss import loss_per_sample, squared_error
 from reslora.images.model.objective import DdpmObjective, between_of, objective_of
 from reslora.images.settings import parse_args
 from reslora.options.images import Options
@@ -97,35 +96,6 @@ def test_min_snr_weights_are_finite_where_nothing_of_the_image_is_left(predictio
     """A schedule that ends in pure noise has snr 0 there; the weight is the formula's limit."""
     objective = DdpmObjective(scheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True), snr_gamma=5.0)
     assert objective.weight(torch.tensor([999])).item() == pytest.approx(last, abs=1e-3)
-
-
-def test_loss_is_the_weighted_mean_square_of_each_sample():
-    prediction, target = tensors()
-    weight = torch.linspace(0.5, 3.0, len(TIMESTEPS), dtype=torch.float64)
-    expected = [
-        float(weight[n]) * float(np.mean((prediction[n].numpy() - target[n].numpy()) ** 2))
-        for n in range(len(TIMESTEPS))
-    ]
-    loss = loss_per_sample(squared_error(prediction, target), weight)
-    assert loss.shape == (len(TIMESTEPS),)
-    assert_equal(loss.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-6)
-
-
-def test_loss_takes_predictions_of_any_shape():
-    """Tokens instead of images: all axes but the first are averaged."""
-    prediction, target = (tensor.flatten(2) for tensor in tensors())
-    weight = torch.ones(len(TIMESTEPS), dtype=torch.float64)
-    expected = (prediction - target).square().flatten(1).mean(1)
-    assert_equal(loss_per_sample(squared_error(prediction, target), weight).double(), expected, rtol=1e-6)
-
-
-def test_half_precision_predictions_are_compared_in_float32():
-    """In bfloat16 the mean of 4096 squares would be off by percents."""
-    target = torch.zeros(1, 4, 32, 32)
-    prediction = torch.full_like(target, 0.1).bfloat16()
-    loss = loss_per_sample(squared_error(prediction, target), torch.ones(1))
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(float(prediction[0, 0, 0, 0]) ** 2, rel=1e-5)
 
 
 @pytest.mark.parametrize(("fraction", "timestep"), [(0.0, 0), (0.25, 250), (0.9999, 999), (1.0, 999)])

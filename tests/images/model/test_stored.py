@@ -1,11 +1,11 @@
 """A denoiser whose weights stay in its files computes, traces and merges as one in memory does."""
 
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ModelMixin
+from live_tensors import reads_at_a_time
 from peft import LoraConfig
 from pipelines import FAMILIES
 from safetensors.torch import load_file, save_file
@@ -64,14 +64,7 @@ def test_it_computes_what_the_one_in_memory_does_and_holds_no_weight_of_a_block(
 
 
 def test_its_weights_are_gone_when_they_are_used(base, both, monkeypatch):
-    alive, most, read = weakref.WeakSet(), [], Stored.read
-
-    def counted(where: Stored, *args) -> torch.Tensor:
-        alive.add(value := read(where, *args))
-        most.append(len(alive))
-        return value
-
-    monkeypatch.setattr(Stored, "read", counted)
+    most = reads_at_a_time(monkeypatch)
     output_of(base[0], both[1])
     assert len(most) > 12 and max(most) == 1
 

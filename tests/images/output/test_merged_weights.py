@@ -1,12 +1,12 @@
 """Merged weights that are written tensor by tensor are those that diffusers writes of the model in memory."""
 
 import json
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from live_tensors import reads_at_a_time
 from peft import LoraConfig, OFTConfig, PeftConfig
 
 from reslora.export import export_merged
@@ -89,14 +89,7 @@ def test_the_same_shards(unet, model, tmp_path, monkeypatch):
 
 
 def test_one_weight_of_the_base_is_in_memory_at_a_time(unet, model, tmp_path, monkeypatch):
-    alive, most, read = weakref.WeakSet(), [], Stored.read
-
-    def counted(where: Stored, *args) -> torch.Tensor:
-        alive.add(value := read(where, *args))
-        most.append(len(alive))
-        return value
-
-    monkeypatch.setattr(Stored, "read", counted)
+    most = reads_at_a_time(monkeypatch)
     write_merged(unet, tmp_path / "files", stored_weights(model / "unet"))
     assert len(most) > 12 and max(most) <= 2  # the one before goes when the next is there
 

@@ -81,14 +81,20 @@ def test_it_ends_when_patience_does_and_exports_the_best(whole):
     only(lines, f"of step {step}, which has the lowest validation loss")
     with safe_open(output / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert file.metadata()["ss_steps"] == str(step)
-    kept = load_file(best_of(output / "lora").path / "adapter.safetensors")
-    exported = load_file(output / "lora" / "peft" / "adapter_model.safetensors")
-    assert_same(exported, {f"base_model.model.{name.replace('.default', '')}": value for name, value in kept.items()})
+    kept = exported_of(output, best_of(output / "lora").path)
     assert [path.name for path in (output / "lora" / "best").iterdir()] == [f"step-{step:06d}"]
     last = load_file(output / "lora" / f"checkpoint-{record['step']}" / "adapter.safetensors")
     assert any(not torch.equal(last[name], kept[name]) for name in kept)
     run = Run(output.name, output)
     assert run.status == "finished" and run.progress == (record["step"], record["step"])
+
+
+def exported_of(output: Path, best: Path) -> dict[str, torch.Tensor]:
+    """The adapter in `best`, after a look whether it is the exported one."""
+    kept = load_file(best / "adapter.safetensors")
+    exported = load_file(output / "lora" / "peft" / "adapter_model.safetensors")
+    assert_same(exported, {f"base_model.model.{name.replace('.default', '')}": value for name, value in kept.items()})
+    return kept
 
 
 @pytest.mark.exhaustive
@@ -109,9 +115,7 @@ def test_a_run_that_diverges_exports_the_best(flags, monkeypatch, capsys, tmp_pa
     only(said.out.splitlines(), "lora: training has diverged; exporting the best adapter, of step 3")
     with safe_open(output / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert file.metadata()["ss_steps"] == "3"
-    kept = load_file(output / "lora" / "best" / "step-000003" / "adapter.safetensors")
-    exported = load_file(output / "lora" / "peft" / "adapter_model.safetensors")
-    assert_same(exported, {f"base_model.model.{name.replace('.default', '')}": value for name, value in kept.items()})
+    exported_of(output, output / "lora" / "best" / "step-000003")
     assert (output / "lora" / "kohya.safetensors").is_file() and not (output / "lora" / "exports.json").exists()
 
 

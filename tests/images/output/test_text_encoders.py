@@ -9,17 +9,16 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from peft import PeftModel
-from pipelines import FAMILIES, image_folder
+from pipelines import FAMILIES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import reslora
-from images.runs import main
+from images.runs import assert_same_merge, train_family
 from images.training.test_text_encoders import ENCODERS, FLAG
 from reslora.images.output.calibration_file import read_calibration
 
 PREFIXES = {"stable_diffusion": ["lora_te_"], "sdxl": ["lora_te1_", "lora_te2_"]}
-CAPTIONS = ["red disc", "blue", "red blue disc box"]
 
 
 @pytest.fixture(scope="module")
@@ -32,15 +31,9 @@ def runs(tmp_path_factory):
             folder = made[family] = tmp_path_factory.mktemp(family)
             FAMILIES[family](folder / "model", **ENCODERS[family])
             with_prefix(folder / "model" / "text_encoder" / "model.safetensors")
-            image_folder(folder / "images", 6, lambda i: CAPTIONS[i % 3])
-            flags = ["--pretrained_model_name_or_path", folder / "model", "--train_data_dir", folder / "images"]
-            flags += ["--output_dir", folder / "out", "--resolution", "32", "--rank", "2", "--train_batch_size", "3"]
-            flags += ["--max_train_steps", "3", "--learning_rate", "0.05", "--validation_prompt", "blue box", FLAG]
-            flags += ["--num_validation_images", "1", "--num_inference_steps", "2", "--guidance_scale", "2"]
-            shortcut = "block" if family == "sdxl" else "middle"  # block raises ranks, layer by layer
-            flags += ["--shortcut", shortcut, "--merge_calibration_samples", "4", "--report_to", "none"]
-            flags += ["--base_precision", "int8"] if family == "flux" else []  # all parts are loaded anew to be merged
-            assert main(*flags) == 0
+            more = ["--shortcut", "block"] if family == "sdxl" else []  # block raises ranks, layer by layer
+            more += ["--base_precision", "int8"] if family == "flux" else []  # all parts are loaded anew to be merged
+            train_family(folder, FLAG, *more)
         return made[family]
 
     return run
@@ -150,8 +143,7 @@ def test_an_encoders_merge_is_repeated_from_the_captions_that_were_kept(runs, fa
     assert [batch["input_ids"].shape for batch in batches] == [(3, 8), (1, 8)]
     report = reslora.merge(model, calibration=batches).to_dict()
     expected = json.loads((out / "merge.json").read_text())[name]
-    errors = [[block.pop("error") for block in found["blocks"]] for found in (report, expected)]
-    assert errors[0] == pytest.approx(errors[1], rel=1e-3, abs=1e-5) and report == expected
+    assert_same_merge(report, expected)
     assert report["method"] == ("exact" if family == "sdxl" else "lstsq")
 
 

@@ -96,20 +96,20 @@ def test_values_of_arguments_are_read_as_python_reads_them():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--optimizer", "sgdd"], ["--optimizer sgdd", "prodigy"]),
-        (["--optimizer", "absent.Class"], ["absent is not installed"]),
-        (["--optimizer", "torch.optim.Absent"], ["--optimizer torch.optim.Absent"]),
-        (["--optimizer", "torch.nn.Linear"], ["no class of torch's optimizers"]),
-        (["--optimizer", "lion", "--optimizer_args", "beta7=1"], ["--optimizer lion beta7=1"]),
-        (["--optimizer_args", "weight_decay"], ["--optimizer_args weight_decay"]),
-        (["--optimizer_args", "lr=None"], ["--optimizer_args lr=None: --learning_rate sets it; leave it out"]),
-        (["--optimizer", "adafactor", "--optimizer_args", "relative_step=True"], ["lr", "another optimizer"]),
-        (["--optimizer", "torch.optim.LBFGS"], ["--optimizer torch.optim.LBFGS", "closure", "another optimizer"]),
-        (["--optimizer", "lion", "--use_8bit_adam"], ["--use_8bit_adam"]),
+        ("--optimizer sgdd", ["--optimizer sgdd", "prodigy"]),
+        ("--optimizer absent.Class", ["absent is not installed"]),
+        ("--optimizer torch.optim.Absent", ["--optimizer torch.optim.Absent"]),
+        ("--optimizer torch.nn.Linear", ["no class of torch's optimizers"]),
+        ("--optimizer lion --optimizer_args beta7=1", ["--optimizer lion beta7=1"]),
+        ("--optimizer_args weight_decay", ["--optimizer_args weight_decay"]),
+        ("--optimizer_args lr=None", ["--optimizer_args lr=None: --learning_rate sets it; leave it out"]),
+        ("--optimizer adafactor --optimizer_args relative_step=True", ["lr", "another optimizer"]),
+        ("--optimizer torch.optim.LBFGS", ["--optimizer torch.optim.LBFGS", "closure", "another optimizer"]),
+        ("--optimizer lion --use_8bit_adam", ["--use_8bit_adam"]),
     ],
 )
 def test_optimizers_that_are_none_are_refused_before_long_work(base_flags, capsys, tmp_path, flags, words):
-    line = refused(capsys, *base_flags, "--output_dir", tmp_path / "out", *flags, quiet=False)
+    line = refused(capsys, *base_flags, "--output_dir", tmp_path / "out", *flags.split(), quiet=False)
     assert all(word in line for word in words)
 
 

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from launching import forked
 from pipelines import FAMILIES, image_folder
 from safetensors.torch import load_file
 from torch.func import functional_call
@@ -18,7 +17,7 @@ from images import exact_steps
 from images.model.families.test_losses import Setting
 from images.runs import RESUME, assert_same, losses, main, only, printed, refused, training_state
 from images.training.test_state import FLAGS
-from images.training.test_training import assert_equal_but_for_rounding, script_of_steps
+from images.training.test_training import assert_equal_but_for_rounding, steps_of_two
 from reslora.images.data.batch import stack_texts
 from reslora.images.data.samples import training_loader
 from reslora.images.denoising import DenoisingLoss
@@ -211,11 +210,7 @@ def test_accumulated_steps_are_those_of_one_batch(model, one_batch):
 
 @pytest.mark.exhaustive
 def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_path):
-    words = [str(model), "2", "1", str(tmp_path / "found"), FLAG]
-    forked(script_of_steps(tmp_path), *words, folder=tmp_path)
-    found = load_file(tmp_path / "found")
-    assert found["processes"] == 2
-    assert_equal_but_for_rounding(found, one_batch)
+    assert_equal_but_for_rounding(steps_of_two(tmp_path, model, 2, 1, FLAG), one_batch)
 
 
 @pytest.fixture(scope="module")

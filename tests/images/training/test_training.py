@@ -111,13 +111,19 @@ def script_of_steps(folder: Path) -> Path:
     return script
 
 
+def steps_of_two(folder: Path, model: Path, batch: int, accumulation: int, *more: str) -> dict[str, torch.Tensor]:
+    """What two processes train."""
+    forked(
+        script_of_steps(folder), str(model), str(batch), str(accumulation), str(folder / "found"), *more, folder=folder
+    )
+    found = load_file(folder / "found")
+    assert found["processes"] == 2
+    return found
+
+
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 1), (1, 2)])
 def test_steps_of_two_processes_are_those_of_one_batch(model, one_batch, tmp_path, batch, accumulation):
-    words = [str(model), str(batch), str(accumulation), str(tmp_path / "found")]
-    forked(script_of_steps(tmp_path), *words, folder=tmp_path)
-    found = load_file(tmp_path / "found")
-    assert found["processes"] == 2
-    assert_equal_but_for_rounding(found, one_batch)
+    assert_equal_but_for_rounding(steps_of_two(tmp_path, model, batch, accumulation), one_batch)
 
 
 def test_a_step_is_that_of_plain_gradient_descent(model, one_batch):
@@ -212,7 +218,7 @@ def test_compiled_steps_are_the_same_steps(run, base_flags, tmp_path, monkeypatc
     assert main(*flags, "--output_dir", tmp_path / "out") == 0
     # The U-Net, once, although samples are drawn between steps; the rest puts the norms of a forward away.
     assert sum(captured) == 1
-    assert_close(final_weights(tmp_path / "out"), final_weights(run))
+    assert_same(final_weights(tmp_path / "out"), final_weights(run), 1e-3, 1e-5)
 
 
 @pytest.mark.parametrize("shortcut", ["input", "middle"])
@@ -232,13 +238,7 @@ def test_checkpointed_steps_are_the_same_steps(brief_flags, tmp_path, shortcut):
     flags = [*brief_flags, "--method", "reslora", "--shortcut", shortcut, "--max_train_steps", "2"]
     for name, more in (("plain", []), ("checkpointed", ["--gradient_checkpointing"])):
         assert main(*flags, *more, "--output_dir", tmp_path / name) == 0
-    assert_close(*(final_weights(tmp_path / name, step=2) for name in ("plain", "checkpointed")))
-
-
-def assert_close(one: dict, other: dict) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-3, atol=1e-5, equal_nan=True, msg=name)
+    assert_same(*(final_weights(tmp_path / name, step=2) for name in ("plain", "checkpointed")), 1e-3, 1e-5)
 
 
 # -- the schedule ----------------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -51,12 +51,6 @@ class Conditions:
     """The guidance scale that models with distilled guidance have as an input."""
 
 
-def in_chat(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], thinking: bool) -> list[str]:
-    """Return each caption as a user's message in the chat template of a language model."""
-    how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
-    return [tokenizer.apply_chat_template([{"role": "user", "content": caption}], **how) for caption in captions]
-
-
 def numbered(name: str) -> tuple[str, list[str]]:
     """Return a layer's name with `{}` in place of its block's number, and a list with that number, or [] if none."""
     number = re.search(r"(?<=\.)\d+(?=\.)", name)
@@ -70,10 +64,10 @@ class Family:
 
     name: str
     pipeline: type[DiffusionPipeline]
-    denoiser: str = "unet"
+    denoiser: str = "transformer"
     """The denoiser's attribute in the pipeline, its folder, and the prefix of its layers in exported files."""
     denoiser_class: type[ModelMixin]
-    objective: str = "ddpm"
+    objective: str = "flow"
     """`ddpm` (epsilon or v) or `flow` (velocity)."""
     text_parts: tuple[str, ...] = ("text_encoder", "tokenizer")
     """Parts of the pipeline that are used only to encode captions."""
@@ -105,6 +99,8 @@ class Family:
     """Text encoders that LoRA files may contain, trainable here or not: the prefixes of kohya's and ComfyUI's names."""
     is_told_guidance: bool = False
     """Whether guidance is an input of the denoiser, so that a negative prompt has no effect."""
+    thinking: bool | None = None
+    """Whether the text encoder thinks, in the chat template that captions are put into; None without a template."""
     patch: int = 0
     """The patch size in latents, if image sizes must be multiples of it."""
     channels: str = "latent_channels"
@@ -161,6 +157,10 @@ class Family:
 
         Tokens of the template count if the denoiser gets their text states.
         """
+        if self.thinking is not None:
+            how = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": self.thinking}
+            messages = [[{"role": "user", "content": caption}] for caption in captions]
+            captions = [tokenizer.apply_chat_template(message, **how) for message in messages]
         return list(map(len, tokenizer(captions).input_ids))
 
     def encode_captions(self, pipeline: DiffusionPipeline, captions: list[str], longest: int | None) -> Text:
@@ -237,6 +237,12 @@ class Family:
         """Return the pipeline's keyword arguments for the prompt and the negative prompt.
 
         `text`: the prompt's text states. `negative`: the negative prompt's text states, with batch size 1. `empty`:
-        whether the negative prompt is the empty caption.
+        whether the negative prompt is the empty caption. Families override this if `states` is not a tensor, or if the
+        pipeline has other arguments.
         """
-        raise NotImplementedError
+        arguments = {"states": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
+        found: dict[str, Any] = {arguments[name]: value for name, value in text.items()}
+        for name, value in dict[str, Any](negative).items():
+            states = found[arguments[name]]
+            found[f"negative_{arguments[name]}"] = value.to(states).expand_as(states)
+        return found

@@ -41,9 +41,7 @@ class Flux(Family):
 
     name = "flux"
     pipeline = FluxPipeline
-    denoiser = "transformer"
     denoiser_class = FluxTransformer2DModel
-    objective = "flow"
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     trainable = (Part("text_encoder"),)
     unused_parts = ("image_encoder", "feature_extractor")

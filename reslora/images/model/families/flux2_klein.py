@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 
-from .base import FLOW, Family, in_chat
+from .base import FLOW, Family
 
 DOUBLE = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 SINGLE = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
@@ -38,13 +38,12 @@ class Flux2Klein(Family):
 
     name = "flux2_klein"
     pipeline = Flux2KleinPipeline
-    denoiser = "transformer"
     denoiser_class = Flux2Transformer2DModel
-    objective = "flow"
     lora_files = ()
     original = ORIGINAL
     patch = 2
     latents_per_token = 1
+    thinking = False
     marks = ("flux2", "flux-2")
     defaults: ClassVar = {
         **FLOW,
@@ -56,10 +55,6 @@ class Flux2Klein(Family):
         """Return the shape in 2 x 2 patches: four times the channels at half the height and width."""
         channels, height, width = super().latent_shape(pipeline, height, width)
         return (channels * 4, height // 2, width // 2)
-
-    def token_counts(self, pipeline, tokenizer, captions):
-        """Return the number of tokens of each caption in the chat template."""
-        return super().token_counts(pipeline, tokenizer, in_chat(tokenizer, captions, thinking=False))
 
     def encode_captions(self, pipeline, captions, longest):
         """Return `states`: three of Qwen3's layers, concatenated (batch x tokens x 3 width)."""
@@ -91,11 +86,6 @@ class Flux2Klein(Family):
     def prediction(self, output, noisy):
         """Return the unpacked velocity."""
         return output[0].transpose(1, 2).reshape(noisy.shape)
-
-    def drawing_inputs(self, pipeline, text, negative, empty):
-        """Return text states of the captions and, for guidance, of the negative prompt."""
-        states = text["states"]
-        return {"prompt_embeds": states, "negative_prompt_embeds": negative["states"].expand_as(states)}
 
     def model_version(self, config, predicts_v):
         """Return the names for the model's size, which follows from its width."""

@@ -12,8 +12,6 @@ from .base import Family
 class WithQwenAutoencoder(Family):
     """A flow on latents of `AutoencoderKLQwenImage`, which has a frame dimension: an image is one frame."""
 
-    denoiser = "transformer"
-    objective = "flow"
     patch = 2
     channels = "z_dim"
 

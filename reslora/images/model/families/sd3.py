@@ -37,9 +37,7 @@ class StableDiffusion3(Family):
 
     name = "sd3"
     pipeline = StableDiffusion3Pipeline
-    denoiser = "transformer"
     denoiser_class = SD3Transformer2DModel
-    objective = "flow"
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     trainable = (Part("text_encoder"), Part("text_encoder_2"))
     unused_parts = ("image_encoder", "feature_extractor")
@@ -91,15 +89,6 @@ class StableDiffusion3(Family):
             "timestep": timesteps,
             "encoder_hidden_states": conditions.text["states"],
             "pooled_projections": conditions.text["pooled"],
-        }
-
-    def drawing_inputs(self, pipeline, text, negative, empty):
-        """Return states and pooled states of the captions and, for guidance, of the negative prompt."""
-        return {
-            "prompt_embeds": text["states"],
-            "pooled_prompt_embeds": text["pooled"],
-            "negative_prompt_embeds": negative["states"].expand_as(text["states"]),
-            "negative_pooled_prompt_embeds": negative["pooled"].expand_as(text["pooled"]),
         }
 
     def model_version(self, config, predicts_v):

@@ -3,18 +3,17 @@
 from typing import ClassVar
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline
 
-from .base import Family, Part
-from .unet import stability_name
+from .base import Part
+from .unet import WithUNet
 
 
-class StableDiffusionXL(Family):
+class StableDiffusionXL(WithUNet):
     """SDXL, trained as in diffusers' train_text_to_image_lora_sdxl.py (Podell et al., 2023)."""
 
     name = "sdxl"
     pipeline = StableDiffusionXLPipeline
-    denoiser_class = UNet2DConditionModel
     text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     trainable = (Part("text_encoder", reads_last=False), Part("text_encoder_2"))
     unused_parts = ("feature_extractor", "image_encoder")
@@ -72,34 +71,17 @@ class StableDiffusionXL(Family):
 
     def denoiser_inputs(self, config, noisy, timesteps, conditions):
         """Return the sample, the timestep, the text states, and the pooled states with the sizes as `time_ids`."""
-        return {
-            "sample": noisy,
-            "timestep": timesteps,
-            "encoder_hidden_states": conditions.text["states"],
-            "added_cond_kwargs": {
-                "text_embeds": conditions.text["pooled"],
-                "time_ids": conditions.sizes.to(noisy.dtype),
-            },
-        }
+        added = {"text_embeds": conditions.text["pooled"], "time_ids": conditions.sizes.to(noisy.dtype)}
+        return {**super().denoiser_inputs(config, noisy, timesteps, conditions), "added_cond_kwargs": added}
 
     def drawing_inputs(self, pipeline, text, negative, empty):
         """Return states and pooled states of prompt and negative prompt.
 
         An empty negative prompt becomes zeros if the pipeline's configuration has `force_zeros_for_empty_prompt`.
         """
-        negative = {name: value.to(text[name]).expand_as(text[name]) for name, value in negative.items()}
         if empty and pipeline.config.force_zeros_for_empty_prompt:
             negative = {name: torch.zeros_like(value) for name, value in text.items()}
-        return {
-            "prompt_embeds": text["states"],
-            "pooled_prompt_embeds": text["pooled"],
-            "negative_prompt_embeds": negative["states"],
-            "negative_pooled_prompt_embeds": negative["pooled"],
-        }
-
-    def original_name(self, config, name):
-        """Return the name in Stability AI's code."""
-        return stability_name(config, name)
+        return super().drawing_inputs(pipeline, text, negative, empty)
 
     def kohya_name(self, config, name):
         """Return the name in Stability AI's code or, for deep U-Nets, in diffusers; kohya's scripts read both."""

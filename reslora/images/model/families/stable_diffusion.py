@@ -2,18 +2,17 @@
 
 from typing import ClassVar
 
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 
-from .base import Family, Part
-from .unet import stability_name
+from .base import Part
+from .unet import WithUNet
 
 
-class StableDiffusion(Family):
+class StableDiffusion(WithUNet):
     """Stable Diffusion, trained as in diffusers' train_text_to_image_lora.py."""
 
     name = "stable_diffusion"
     pipeline = StableDiffusionPipeline
-    denoiser_class = UNet2DConditionModel
     trainable = (Part("text_encoder"),)
     unused_parts = ("safety_checker", "feature_extractor", "image_encoder")
     published: ClassVar = {"cross_attention_dim": 768}
@@ -30,19 +29,6 @@ class StableDiffusion(Family):
         """Return `states` (batch x tokens x width)."""
         states, _ = pipeline.encode_prompt(captions, pipeline.text_encoder.device, 1, False)
         return {"states": states}
-
-    def denoiser_inputs(self, config, noisy, timesteps, conditions):
-        """Return the sample, the timestep and the text states."""
-        return {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": conditions.text["states"]}
-
-    def drawing_inputs(self, pipeline, text, negative, empty):
-        """Return the text states of the captions and, for guidance, of the negative prompt."""
-        states = text["states"]
-        return {"prompt_embeds": states, "negative_prompt_embeds": negative["states"].to(states).expand_as(states)}
-
-    def original_name(self, config, name):
-        """Return the name in Stability AI's code."""
-        return stability_name(config, name)
 
     def kohya_name(self, config, name):
         """Return the name in diffusers: unlike for SDXL, kohya's scripts train diffusers' U-Net."""

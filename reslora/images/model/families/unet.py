@@ -1,7 +1,14 @@
-"""Names of a U-Net's layers in Stability AI's code, used by single-file checkpoints, ComfyUI and kohya's SDXL."""
+"""Base of the families with a U-Net, and the names of its layers in Stability AI's code.
+
+Single-file checkpoints, ComfyUI and kohya's scripts for SDXL have these names.
+"""
 
 import re
 from collections.abc import Mapping
+
+from diffusers import UNet2DConditionModel
+
+from .base import Family
 
 # The layers of a residual block, by their names in diffusers.
 RESIDUAL = {
@@ -12,6 +19,22 @@ OUTSIDE = {
     "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_out": "out.2",
 }  # fmt: skip
+
+
+class WithUNet(Family):
+    """A U-Net that predicts epsilon or v."""
+
+    denoiser = "unet"
+    denoiser_class = UNet2DConditionModel
+    objective = "ddpm"
+
+    def denoiser_inputs(self, config, noisy, timesteps, conditions):
+        """Return the sample, the timestep and the text states."""
+        return {"sample": noisy, "timestep": timesteps, "encoder_hidden_states": conditions.text["states"]}
+
+    def original_name(self, config, name):
+        """Return the name in Stability AI's code."""
+        return stability_name(config, name)
 
 
 def stability_name(config: Mapping, name: str) -> str:

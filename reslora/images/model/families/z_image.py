@@ -6,7 +6,7 @@ import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 
 from ....export import COMFYUI_FILE
-from .base import FLOW, Family, in_chat
+from .base import FLOW, Family
 
 
 class ZImage(Family):
@@ -14,11 +14,10 @@ class ZImage(Family):
 
     name = "z_image"
     pipeline = ZImagePipeline
-    denoiser = "transformer"
     denoiser_class = ZImageTransformer2DModel
-    objective = "flow"
     lora_files = (COMFYUI_FILE,)
     unguided = 0.0
+    thinking = True
     patch = 2
     version = ("z_image", "z-image")
     marks = ("z_image", "zimage", "z-image")
@@ -29,10 +28,6 @@ class ZImage(Family):
         # The refiners before the main layers see only text or only the image, and get no adapter.
         "target_modules": [r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)"],
     }
-
-    def token_counts(self, pipeline, tokenizer, captions):
-        """Return the number of tokens of each caption in the chat template."""
-        return super().token_counts(pipeline, tokenizer, in_chat(tokenizer, captions, thinking=True))
 
     def encode_captions(self, pipeline, captions, longest):
         """Return `states`: a list of (tokens x width), with the caption's tokens."""

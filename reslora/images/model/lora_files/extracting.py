@@ -127,10 +127,11 @@ def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[P
 
 def _others(base: Weights, tuned: Weights, held: set[str]) -> list[str]:
     """Return the names of tensors, except `held`, that differ, and then of those that only one of the models has."""
-    found = []
-    for name in sorted((base.files.keys() & tuned.files.keys()) - held):
-        if base.shape(name) != tuned.shape(name) or not torch.equal(base.read(name), tuned.read(name)):
-            found.append(name)
+    found = [
+        name
+        for name in sorted((base.files.keys() & tuned.files.keys()) - held)
+        if base.shape(name) != tuned.shape(name) or not torch.equal(base.read(name), tuned.read(name))
+    ]
     return found + sorted((base.files.keys() ^ tuned.files.keys()) - held)
 
 

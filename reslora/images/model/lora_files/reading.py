@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 
 from ....checkpoint import PEFT_PREFIX, WEIGHTS_NAME
 from ....errors import InvalidArgument, first_line, refused_as
 from ....export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE, PEFT_CONFIG_FILE, PEFT_FILE, Factors
-from ....io import read_object
+from ....io import read_object, read_tensors
 from ....methods.adapters import ADAPTER_NAME
 from ....ranks import CHANGES_BASE
 from ..families import FAMILIES, load_family
@@ -82,9 +81,8 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
             raise InvalidArgument(flag, "a checkpoint, and no finished LoRA", EXPORTED)
         wanted = "a .safetensors file, or a folder with one of the names that PEFT and diffusers give it"
         raise InvalidArgument(flag, "no LoRA file there", f"give {wanted}")
-    with refused_as(flag, "give a whole .safetensors file"), safe_open(file, "pt") as opened:
-        metadata = opened.metadata() or {}
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    with refused_as(flag, "give a whole .safetensors file"):
+        tensors, metadata = read_tensors(file)
     for name, value in tensors.items():
         if value.is_floating_point() and value.itemsize == 1:
             tensors[name] = value.half()

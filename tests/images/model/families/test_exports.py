@@ -9,13 +9,14 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
-from pipelines import FAMILIES, image_folder
+from pipelines import FAMILIES
 from safetensors import safe_open
 from safetensors.torch import load_file
 from suites import quick
 
 import reslora
 import train_sd
+from images.runs import assert_same_merge, train_family
 from reslora.images.model.families import load_family
 from reslora.images.output.calibration_file import read_calibration
 from reslora.images.output.exports import kohya_metadata
@@ -23,26 +24,17 @@ from reslora.options.images import Options
 from reslora.training.context import Context
 from reslora.training.schedule import Schedule
 
-CAPTIONS = ["red disc", "blue", "red blue disc box"]
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of each family, made when it is first asked for: mixed caption lengths, a large learning rate."""
+    """A run of each family, made when it is first asked for."""
     made: dict[str, Path] = {}
 
     def run(family: str, *more: str, **parts) -> Path:
         if family not in made or more or parts:
             folder = tmp_path_factory.mktemp(family)
             FAMILIES[family](folder / "model", **parts)
-            image_folder(folder / "images", 6, lambda i: CAPTIONS[i % 3])
-            flags = ["--pretrained_model_name_or_path", folder / "model", "--train_data_dir", folder / "images"]
-            flags += ["--output_dir", folder / "out", "--resolution", "32", "--rank", "2", "--train_batch_size", "3"]
-            flags += ["--max_train_steps", "3", "--learning_rate", "0.05", "--validation_prompt", "blue box"]
-            flags += ["--num_validation_images", "1", "--num_inference_steps", "2", "--guidance_scale", "2"]
-            flags += ["--shortcut", "middle", "--merge_calibration_samples", "4", "--report_to", "none"]
-            flags += ["--validation_height", "48"]
-            assert train_sd.main([*map(str, flags), *more]) == 0
+            train_family(folder, "--validation_height", "48", *more)
             if more or parts:
                 return folder
             made[family] = folder
@@ -103,8 +95,7 @@ def test_merge_is_repeated_from_the_kept_samples(runs, family):
     report = reslora.merge(model, calibration=read_calibration(out / "calibration.safetensors")).to_dict()
     expected = json.loads((out / "merge.json").read_text())
     assert report["method"] == "lstsq" and max(block["error"] for block in report["blocks"]) > 1e-3
-    errors = [[block.pop("error") for block in found["blocks"]] for found in (report, expected)]
-    assert errors[0] == pytest.approx(errors[1], rel=1e-3, abs=1e-5) and report == expected
+    assert_same_merge(report, expected)
 
 
 @pytest.mark.exhaustive

@@ -140,15 +140,12 @@ def test_flux_packs_and_is_told_the_guidance_if_it_listens(setting, guided):
     noisy, velocity = flow_parts(one, batch)
     states, pooled, text_ids = one.stock.encode_prompt(CAPTIONS, None, device="cpu", max_sequence_length=512)
     height, width = noisy.shape[2:]
-    # Two by two latents are one token: rows, columns, then channels, upper and lower, left and right.
-    packed = noisy.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     places = [(0, row, column) for row in range(height // 2) for column in range(width // 2)]
     output = one.denoiser(
-        packed, states, pooled, batch.timesteps / 1000, torch.tensor(places).float(), text_ids,
+        patches(noisy), states, pooled, batch.timesteps / 1000, torch.tensor(places).float(), text_ids,
         guidance=torch.tensor([2.5, 2.5]) if guided else None,
     ).sample  # fmt: skip
-    target = velocity.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-    torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(output, target))
+    torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(output, patches(velocity)))
 
 
 @pytest.mark.parametrize("with_t5", [True, False])
