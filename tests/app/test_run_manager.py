@@ -64,7 +64,7 @@ def test_what_is_thrown_away_comes_back_as_it_was(manager, tmp_path):
     (which, one), names = manager.trashed(), [folder.name for folder in manager.trashed().values()]
     assert names == ["which", "one"]
     write_run(tmp_path / "runs" / "one")
-    assert "again" in refused(manager.restore, one)
+    assert "Another run is named one" in refused(manager.restore, one)
     manager.throw_away("one")
     manager.restore(one)
     assert {path: path.read_bytes() for path in before} == before
@@ -93,9 +93,9 @@ def test_nothing_is_restored_in_the_place_of_what_waits(manager):
     with manager.jobs.changing() as entries:
         entries += [Entry("one"), Entry("which", "experiment", state="failed")]
     assert "Another one is in the queue" in refused(manager.restore, one)
-    assert list(manager.trashed()) == [which, one] and manager.restore(which) == "which is back."
+    assert list(manager.trashed()) == [which, one] and manager.restore(which) == "which is restored."
     manager.jobs.remove("one")
-    assert manager.restore(one) == "one is back."
+    assert manager.restore(one) == "one is restored."
 
 
 def test_notes_and_a_deletion_come_one_after_the_other(manager, monkeypatch):
@@ -155,7 +155,9 @@ def test_cards_show_the_newest_sample_and_escape_all_else(manager, tmp_path):
         assert text not in shown, text
     assert shown.count('class="run"') == 4 and shown.count("<img ") == 3 and shown.count("no samples") == 1
     assert shown.count('data-do="trash"') == 3 and "Restore one" in shown and "LoRA, ResLoRA · 8 of 8 steps" in shown
-    assert lists.runs(manager, "TEXTAREA").count('class="run"') == 1 and "No run has this" in lists.runs(manager, "zzz")
+    assert lists.runs(manager, "TEXTAREA").count(
+        'class="run"'
+    ) == 1 and "No name and no notes contain this" in lists.runs(manager, "zzz")
     # What a card shows is what the folder has now.
     assert "no notes" in lists.runs(manager, "two")
     manager.write_notes("two", "", "good")
@@ -178,7 +180,7 @@ def test_the_card_of_a_language_run_says_what_it_is_and_opens_nothing(manager):
 
 
 def test_the_queue_as_it_is_seen(manager):
-    assert "Nothing is lined up" in lists.queue(manager.jobs)
+    assert "Nothing is running or waiting" in lists.queue(manager.jobs)
     states = ("finished", "running", "waiting", "waiting", "failed")
     with manager.jobs.changing() as entries:
         entries += [Entry(f"{state}-{n}<", state=state, line="<b>why</b>") for n, state in enumerate(states)]
@@ -190,4 +192,4 @@ def test_the_queue_as_it_is_seen(manager):
     disabled = [part.split('"')[0] for part in shown.split('aria-label="') if " disabled>" in part]
     assert disabled == ["Move waiting-2&lt; up", "Move waiting-3&lt; down"]
     manager.jobs.path.write_text(json.dumps({"version": 9}))
-    assert "mend or remove queue.json" in lists.queue(manager.jobs)
+    assert "repair or remove queue.json" in lists.queue(manager.jobs)
