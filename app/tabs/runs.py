@@ -51,16 +51,15 @@ class RunsTab(ListTab):
     def act(self, words: str, event: gr.EventData) -> tuple:
         """Handle a button of a card or of the trash."""
         what, name = event._data.get("do"), event._data.get("name")
-        stay = (gr.skip(),) * 4
         if what == "open":
-            return *stay, *self.opened(name)
+            return gr.skip(), gr.skip(), gr.skip(), *self.opened(name)
         if what == "trash":
             line = self.manager.throw_away(name)
         elif what == "restore":
             line = self.manager.restore(name)
         else:
             raise RunError("There is no such button.")
-        return views.notice(line), *self.show(words), *stay
+        return views.notice(line), *self.show(words), *(gr.skip(),) * 4
 
     def opened(self, name: str) -> tuple:
         """Return the tabs to open for a run or experiment, and the new values of the run and experiment selectors."""
