@@ -209,14 +209,14 @@ def table(grid: Grid, sources: dict[tuple[int, int], str]) -> str:
     `sources`: image addresses by row and column.
     """
     header = "".join(f'<th><div class="prompt">{views.escape(label)}</div></th>' for label in grid.x.labels)
-    rows = []
+    rows, scale = [], views.scaled(grid.cells[0].picture.request.width)
     for row, label in enumerate(grid.y.labels):
         tiles = ""
         for column, above in enumerate(grid.x.labels):
             shown = '<div class="empty">not yet</div>'
             if source := sources.get((row, column)):
                 alt = " · ".join(filter(None, (label, above)))
-                shown = views.enlargeable(views.escape(source), alt, (row, column))
+                shown = views.enlargeable(views.escape(source), alt, (row, column), scale)
             tiles += f"<td>{shown}</td>"
         rows.append(f'<tr><th><div class="prompt">{views.escape(label)}</div></th>{tiles}</tr>')
     mark = f'style="--columns:{len(grid.x.values)}"'

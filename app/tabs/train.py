@@ -276,7 +276,7 @@ class TrainTab(ControlTab):
 
     def look(self, name, uploads, _caption, folder, model, *values) -> dict:
         """Return the number of runs and the command of the form, or what is wrong with it, and changed defaults."""
-        settings, shown = self.settings(name, model, values), values[-1]
+        settings, shown = self.settings(name, model, values), values[-1] if isinstance(values[-1], dict) else {}
         wired = gr.update(visible=form.wires(settings["method"]))
         updates = {self.flags[flag]: wired for flag in OF_SHORTCUTS}
         try:
