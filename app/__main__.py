@@ -133,7 +133,7 @@ def listen(demo: Any, args: argparse.Namespace) -> None:
     try:
         demo.launch(
             server_name=args.host, server_port=args.port, share=args.share, auth=args.auth, inbrowser=args.inbrowser,
-            show_error=True, ssr_mode=False, max_file_size=LARGEST_ADAPTER, footer_links=["api"], run_history=False,
+            show_error=True, ssr_mode=False, max_file_size=LARGEST_ADAPTER, footer_links=[], run_history=False,
             **LAUNCH, **look(),
         )  # fmt: skip
     except ValueError:

@@ -120,8 +120,8 @@ def word_of_model(run: str, settings: dict) -> str:
     unnamed = [*path, *(f"--{flag}" for flag in OF_MODEL if settings.get(flag))]
     if unnamed:
         raise RunError(
-            f"{run} was trained with {' and '.join(unnamed)}, which a page cannot name: begin with another "
-            "one, or give its config.json to train_sd.py --config."
+            f"{run} was trained with {' and '.join(unnamed)}, which this page cannot name: choose another "
+            "run, or pass its config.json to train_sd.py --config."
         )
     return word
 

@@ -64,9 +64,9 @@ class Change:
             states = {name: self.state(name) for name in self.files}
             for name in (name for name, state in states.items() if state == "other"):
                 if self.files[name] is None:
-                    raise RunError(f"{name} is there again: move it away first. Nothing was put back.")
+                    raise RunError(f"{name} exists again: move it away first. Nothing was restored.")
                 if "before" not in states.values():
-                    raise RunError(f"{name} was changed meanwhile. Nothing was put back.")
+                    raise RunError(f"{name} has changed. Nothing was restored.")
             for name, state in states.items():
                 if state == "after":
                     put_back(self.place / name, self.folder.path / name)
@@ -127,7 +127,7 @@ def write(path: Path, backup: Path, stamp: tuple[int, ...], content: bytes | Non
     with replacing(path) as temporary:
         temporary.write_bytes(content)
         if stamp_of(path) != stamp:
-            raise RunError(f"{path.name} was changed meanwhile, and nothing was written; look at it anew.")
+            raise RunError(f"{path.name} has changed, and nothing was written; reload it.")
 
 
 def put_back(backup: Path, path: Path) -> None:

@@ -25,6 +25,10 @@ TITLES = {"train": "Training loss (running mean)", "validation": "Loss on held-o
 DASHES = ("", "7 4", "2 3", "10 3 2 3")
 """Line patterns by run; the color shows the method."""
 LARGEST_LOSS = 1e30
+TWO_LOSSES = (
+    "Do not compare the two losses with each other: the training loss is at random timesteps, with the weights of "
+    "--snr_gamma; the validation loss is without weights, at fixed timesteps, of held-out images."
+)
 Cell = tuple[int, int, str]
 """Prompt index, image index and prompt. The noise depends on the indices, so images of one cell are comparable."""
 
@@ -111,12 +115,12 @@ def images(run: Run, step: int, status: str = "") -> str:
     rows = rows_of(shown)
     if not rows:
         if run.config and not run.prompts:
-            return notice("This run draws no samples: it was started without --validation_prompt.")
+            return notice("This run generates no samples: it was started without --validation_prompt.")
         if run.unreadable:
             return notice(f"This run cannot be shown: {NO_CONFIG}.")
         if (status or run.status) == "failed":
             return notice("This run ended before its first samples; its log, under Train, says why.")
-        return notice("No samples yet: the first ones are drawn before the first training step.")
+        return notice("No samples yet: the first ones are generated before the first training step.")
     header, body = "".join(map(heading, shown)), ""
     for row, cell in enumerate(rows):
         prompt, tiles = cell[2], ""
@@ -194,11 +198,15 @@ def numbers(run: Run, step: int) -> str:
             cells += f'<td class="best">{cell}<small>lowest</small></td>' if is_best else f"<td>{cell}</td>"
         behind = f"<small>at step {reached[0]}</small>" if len(at) > 1 and reached[0] is not None else ""
         rows.append(f"<tr><th>{swatch(COLORS[method], dash)}{escape(name)}{behind}</th>{cells}</tr>")
-    header = "<tr><th></th><th>loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
+    header = (
+        "<tr><th></th><th>training loss (last 20)</th><th>validation loss</th><th>learning rate</th><th>time</th></tr>"
+    )
     damaged = {name: count for one, method, name, _ in shown if (count := one.damaged_rows(method))}
     notes = "".join(
         notice(f"{name}: {pluralize(count, 'damaged line')} of its log left out.") for name, count in damaged.items()
     )
+    if any(values[0] is not None and values[1] is not None for _, values in known):
+        notes += notice(TWO_LOSSES)
     return (
         table("numbers several" if run.beside else "numbers", f"Numbers at step {step}", header + "".join(rows)) + notes
     )

@@ -19,7 +19,7 @@ const boxOf = key => texts().find(box => keyOf(box) === key);
 
 function tell() {
   document.querySelectorAll("#picked-count").forEach(line => {
-    line.textContent = `${picked.size.toLocaleString("en")} ticked`;
+    line.textContent = `${picked.size.toLocaleString("en")} selected`;
   });
 }
 

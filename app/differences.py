@@ -23,7 +23,7 @@ IMAGES = ("seed", "base model", "how samples are generated", "resolution")
 """Properties that must agree for images of one prompt to be comparable."""
 LOSSES = ("seed", "base model", "resolution", "held-out images", "how losses are measured")
 """Properties that must agree for losses to be comparable; the seed selects the held-out images and their noise."""
-FIRST = "losses before training, so that images or model have changed since"
+FIRST = "losses before training (images or model have changed)"
 TOLERANCE = 1e-3
 """Maximum relative difference of losses before training that rounding errors explain; a larger difference means that
 images or model differ."""
@@ -74,7 +74,7 @@ def differences(run: Run) -> str:
     if not run.beside:
         return ""
     found = "; ".join(label + in_words(run, flags) for label, flags in differing(run, MATTERS).items())
-    line = f"These runs differ in {found}." if found else "These runs have in common all that matters here."
+    line = f"These runs differ in {found}." if found else "All settings that affect images and losses agree."
     return f'<p class="verdict"><b>{escape(line)}</b> {of_images(run)} {of_losses(run)}</p>'
 
 
@@ -92,14 +92,14 @@ def in_words(run: Run, names: list[str]) -> str:
 def of_images(run: Run) -> str:
     """Return a sentence on whether images are comparable."""
     if found := differing(run, IMAGES):
-        return f"Do not compare their images one to one: {enumerated(found)} would change them without any training."
+        return f"Do not compare their images one to one: {enumerated(found)} changes them even without training."
     return "Images in one row have the same prompt and seed, so they can be compared."
 
 
 def of_losses(run: Run) -> str:
     """Return a sentence on whether validation losses are comparable."""
     if not any(setting(one.config, "validation_split") for one in run.compared):
-        return "No image is held out, so no number compares them."
+        return "No images are held out, so their losses cannot be compared."
     if differing(run, LOSSES):
-        return "Their losses do not compare: they are not known to be of the same held-out images, model and noise."
-    return "Their losses are of the same held-out images; between runs, too, one seed shows no difference."
+        return "Their losses are not comparable: held-out images, model or noise may differ."
+    return "Their losses are of the same held-out images; one seed shows no difference between runs."

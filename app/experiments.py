@@ -2,43 +2,60 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from reslora.experiment.hashed_split import FEW, LEAST
 from reslora.experiment.schedule import ArmSchedule
 from reslora.formatting import pluralize
+from reslora.options.grid import Grid
 
 from .activity import duration, why_ended
+from .folders import UPLOADS
 from .jobs import Jobs
 from .library import Experiment
 from .runs import RunError, number
-from .views import escape, notice, status_line
+from .views import NAMES, enumerated, escape, notice, status_line
 
+NONE = "There is no experiment yet: give several learning rates or seeds under Train."
+
+HEIGHT = """<script>
+new ResizeObserver(() => parent.postMessage({reportHeight: document.documentElement.offsetHeight}, "*"))
+    .observe(document.documentElement);
+</script>"""
+"""Script of the report in its frame: it sends the height of the report to the page."""
 LEAST_SHARE = 1e-6
 """Smallest test fraction used when counting images; it prevents a division by zero."""
 
 
-def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> str:
-    """Return a sentence with the number of runs (arms) of an experiment, or with what is wrong with its settings.
+def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> tuple:
+    """Return a sentence with the number of runs that the settings make, as HTML, and the command's arguments.
 
-    The images (in `folder`, or uploaded) are only counted here; they are checked when the experiment starts.
+    The images (in `folder`, or uploaded) are only counted here; they are checked when training starts. Raises
+    `RunError` for invalid settings.
     """
-    images = None if jobs.begun(name, Experiment) else Path("images")
+    kind = jobs.kind_of(name, settings)
+    begun = jobs.begun(name, kind)
+    images = jobs.images.find(folder).path if folder and not uploads and not begun else None
+    words = jobs.command(name, settings, jobs.library.folder / UPLOADS / name if uploads else images, kind)
+    found = jobs.resolved(words)
+    if not isinstance(found, Grid):
+        titles, steps = enumerated(NAMES[method] for method in found.adapter.method), found.training.max_train_steps
+        each = f", {pluralize(steps, 'step')}{' each' if len(found.adapter.method) > 1 else ''}" if steps else ""
+        return notice(f"1 run: {titles}{each}. Several learning rates or seeds make an experiment."), words
+    schedule = ArmSchedule(found)
     try:
-        schedule = ArmSchedule(jobs.resolved(jobs.command(name, settings, images, Experiment)))
-        advice = [] if images is None else too_few(jobs, schedule.grid.base.experiment.test_split or 0, folder, uploads)
-    except RunError as error:
-        return notice(str(error))
+        advice = [] if begun else too_few(jobs, found.base.experiment.test_split or 0, folder, uploads)
     except OSError as error:
-        return notice(f"The folder of images cannot be read ({error.strerror}).")
+        raise RunError(f"The folder of images cannot be read ({error.strerror}).") from None
     facts = [pluralize(len(schedule.labels), "method"), pluralize(len(schedule.given), "learning rate")]
     facts.append(pluralize(len(schedule.seeds), "seed"))
     if len(schedule.seeds) < 3:
-        advice.append("With fewer than three seeds little can be shown.")
+        advice.append("Fewer than three seeds seldom show a difference.")
     known = {*schedule.labels, *(label.method for label in schedule.labels.values())}
     if schedule.reference not in known:
-        advice.append(f"Nothing to compare with: verdicts need {schedule.reference} among the methods.")
-    return notice(" ".join([f"{pluralize(len(schedule.arms()), 'arm')}: {', '.join(facts)}.", *advice]))
+        advice.append(f"There is nothing to compare with: verdicts need {schedule.reference} among the methods.")
+    return notice(
+        " ".join([f"Experiment of {pluralize(len(schedule.arms()), 'run')}: {', '.join(facts)}.", *advice])
+    ), words
 
 
 def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
@@ -53,8 +70,8 @@ def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) ->
         return []
     spread = math.sqrt(images * share * (1 - share))  # standard deviation: each image is assigned by its content hash
     low, high = (max(least, min(round(share * images + by), images - 2)) for by in (-spread, spread))
-    compare = f"{f'{low} to {high}' if low < high else low} of {pluralize(images, 'image')} will compare"
-    return [f"{compare}: so few seldom show that a difference is real; give more images, or a larger test split."]
+    compare = f"{f'{low} to {high}' if low < high else low} of {pluralize(images, 'image')} are the test split"
+    return [f"{compare}: so few seldom show a difference; use more images or a larger test split."]
 
 
 def summary(experiment: Experiment, status: str, said: str = "") -> str:
@@ -63,17 +80,17 @@ def summary(experiment: Experiment, status: str, said: str = "") -> str:
     `said`: the last line of the log, which is shown if it explains why the experiment failed or stopped early.
     """
     ended, total = experiment.progress
-    facts = [f"{ended} of {pluralize(total, 'arm')} ended"] if total else []
+    facts = [f"{ended} of {pluralize(total, 'run')} finished"] if total else []
     each = experiment.seconds_an_arm
     if status == "running" and each is not None and ended < total:
         at_once = max(1.0, number(experiment.config.get("arms_at_once")) or 1.0)
         facts.append(f"about {duration(each * math.ceil((total - ended) / at_once))} left")
     if status == "stopped" and total:
         over = experiment.time_is_over
-        rest = f"{over} · Go on trains for as long again" if over else "Go on trains the rest"
-        facts.append(rest if ended < total else "Go on compares them")
+        rest = f"{over} · Resume trains for as long again" if over else "Resume trains the rest"
+        facts.append(rest if ended < total else "Resume compares them")
     if status == "failed" and total:
-        facts.append("none of them well, as the report says")
+        facts.append("all of them failed; the report gives the reasons")
     return status_line(experiment, status, escape(" \u00b7 ".join(facts)), why_ended(experiment, status, said))
 
 
@@ -81,6 +98,6 @@ def report(experiment: Experiment) -> str:
     """Return the report in a sandboxed frame, which cannot change the page."""
     content = experiment.report()
     if not content:
-        return notice("The report comes with the first arm.")
+        return notice("The report appears when the first run has finished.")
     title = f"Report of {escape(experiment.name)}"
-    return f'<iframe title="{title}" sandbox="allow-scripts" srcdoc="{escape(content)}"></iframe>'
+    return f'<iframe title="{title}" sandbox="allow-scripts" srcdoc="{escape(content + HEIGHT)}"></iframe>'

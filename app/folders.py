@@ -84,12 +84,15 @@ class Folders:
 
         If the folder is not on the list, return a name that `find` refuses.
         """
-        named = [*run.words("dataset_name"), *run.words("train_data_dir")]
+        return self.of_paths([*run.words("dataset_name"), *run.words("train_data_dir")], run.name)
+
+    def of_paths(self, named: list[str], owner: str) -> str:
+        """Return the same by the paths in the settings of `owner`."""
         if not named or (len(named) == 1 and bundled(named[0], IMAGES)):
             return ""
         paths = [Path(name).resolve() for name in named]
         found = (name for name, folder in self.all().items() if [folder.path.resolve()] == paths)
-        return next(found, f"images of {run.name} (not on the list)")
+        return next(found, f"images of {owner} (not on the list)")
 
 
 def new_place(folder: Path) -> Path:

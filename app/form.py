@@ -2,33 +2,56 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from reslora.images.settings import with_defaults
 from reslora.methods.registry import METHODS
 from reslora.options.images import Options
 from reslora.options.optimizers import OPTIMIZERS
-from reslora.options.option import SAME, Option, in_words
+from reslora.options.option import SAME, Option
+from reslora.options.values import listed
 
-from .bases import PIPELINES
+from .bases import PIPELINES, bundled
+from .library import VARYING
 from .runs import NO_CONFIG, Run, RunError
 
 LABELS = {
     "method": "Methods",
+    "seed": "Seeds",
+    "learning_rate": "Learning rates",
     "max_train_steps": "Steps",
     "train_batch_size": "Batch size",
-    "pre_num": "Blocks before it",
+    "pre_num": "Preceding blocks used",
     "head": "First block of a chain",
     "validation_steps": "Steps between samples",
     "checkpointing_steps": "Steps between checkpoints",
-    "validation_prompt": "Prompts to draw",
-    "test_split": "Share to compare by",
-    "select_split": "Share to choose by",
-    "experiment_minutes": "Minutes at most",
-    "extend_rates": "Try further rates",
-    "arms_at_once": "Arms at once",
+    "validation_prompt": "Sample prompts",
+    "test_split": "Test split",
+    "select_split": "Selection split",
+    "experiment_minutes": "Time limit (minutes)",
+    "extend_rates": "Extend the range of learning rates",
+    "arms_at_once": "Runs at the same time",
     "compare_at": "Compare at equal",
     "claim": "Claimed to be better",
-    "claim_margin": "By more than percent",
+    "claim_margin": "By more than (percent)",
 }
 """Labels that are clearer than the option's name."""
+HELP = {
+    "method": "Several are trained one after the other, on the same images and noise",
+    "learning_rate": "Several, separated by spaces, make an experiment",
+    "seed": "Three or more seeds show whether a difference is chance",
+    "rank": "A higher rank learns more detail and needs more memory",
+    "max_train_steps": "Optimizer steps of each run",
+    "train_batch_size": "Images per step; fewer need less memory",
+    "resolution": "Side of the training images in pixels",
+    "validation_prompt": "One per line; images are generated from them during training",
+    "validation_steps": "Steps from one set of samples to the next",
+}
+"""Help for the options that are always visible, shorter than the trainer's."""
+MODEL = "pretrained_model_name_or_path"
+CONTROLS = [name for name, method in METHODS.items() if method.measured or name in ("lora_x2", "lora_x4")]
+"""Methods that only serve to explain another method's gain."""
+FOLLOWING = [name for name, option in Options.table().items() if option.bundled is not SAME and name != "method"]
+FOLLOWING += ["max_train_steps", "select_split", "test_split"]
+"""Options whose default depends on other options."""
 TEXTS = (
     "caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern", "lr_step_rules", "reference",
     "claim",
@@ -36,15 +59,18 @@ TEXTS = (
 """Text options that name no file, model or code."""
 OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
 """Options that only apply with a folder of class images, which the page must not name."""
-OF_BUNDLED = {name for name, option in Options.table().items() if option.bundled_flow is not SAME}
-"""Options for which a bundled pipeline has its own default."""
 NEVER = ("plan", "local_rank", "push_to_hub", "dataloader_num_workers", *OF_CLASS_IMAGES)
 PRESETS: dict[str, dict[str, object]] = {
-    "the trainer's defaults": {},
-    "a quick look": {"max_train_steps": 50, "validation_steps": 25, "checkpointing_steps": 50},
-    "ResLoRA and what would explain it": {"method": ["lora", "lora_x2", "reslora"], "validation_split": 0.1},
+    "the defaults": {},
+    "a quick test": {"max_train_steps": 50, "validation_steps": 25, "checkpointing_steps": 50},
+    "an experiment: LoRA or ResLoRA": {
+        "method": ["lora", "reslora"], "learning_rate": [1e-4, 3e-4, 1e-3], "seed": [0, 1, 2],
+    },
+    "an experiment: ResLoRA with controls": {
+        "method": ["lora", "reslora", "lora_x2", "is_placebo"], "learning_rate": [1e-4, 3e-4, 1e-3], "seed": [0, 1, 2],
+    },
     "little memory": {"train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": True},
-    "photographs of one thing": {
+    "photographs of one subject": {
         "train_batch_size": 2, "use_aspect_ratio_buckets": True, "caption_dropout": 0.05, "validation_split": 0.1,
     },
 }  # fmt: skip
@@ -89,17 +115,42 @@ def label(option: Option) -> str:
 
 def info(option: Option) -> str:
     """Return the help and name of an option; the default is the placeholder of its text box."""
-    return f"{option.help[:1].upper()}{option.help[1:]} · {option.flag}"
+    text = HELP.get(option.name, option.help)
+    return f"{text[:1].upper()}{text[1:]} · {option.flag}"
 
 
-def default(option: Option, model: str = "") -> str:
-    """Return, as text, the value that an option has if its box is empty; it may depend on the bundled `model`."""
-    otherwise = option.otherwise.partition(";")[0]
-    if option.bundled is not SAME:
-        is_flow = model in PIPELINES and PIPELINES[model].name == "pipeline-flow"
-        bundled = in_words(option.bundled_flow if is_flow and option.bundled_flow is not SAME else option.bundled)
-        return bundled if option.by_family else f"{bundled} (another model: {otherwise})"
-    return in_box(option.fixed_default) if option.fixed_default is not None else otherwise.removeprefix("none")
+def placeholder(option: Option) -> str:
+    """Return the text of an empty box: what the trainer does if the option is not given."""
+    return "" if option.fixed_default is not None else option.otherwise.partition(";")[0].removeprefix("none")
+
+
+def defaults(given: Mapping[str, object]) -> dict[str, object]:
+    """Return the form's values of all options, as they are if only the `given` ones are given.
+
+    The defaults depend on the model, the optimizer and whether it is an experiment. Those that are only known when
+    training starts are empty.
+    """
+    model = given.get(MODEL)
+    named = {MODEL: str(PIPELINES.get(bundled(model), model))} if isinstance(model, str) and model else {}
+    others = {name: value for name, value in given.items() if name in VARYING and isinstance(value, list)}
+    others |= {name: value for name, value in given.items() if name == "optimizer" and isinstance(value, str)}
+    without = with_defaults(named)
+    found = with_defaults(named | others) | {name: without[name] for name in others}
+    for name, option in known().items():  # a number such as the rank is known, though the model's family fills it in
+        if found[name] is None and placeholder(option).isdigit():
+            found[name] = placeholder(option)
+    return {name: widget_value(option, found[name]) for name, option in known().items()}
+
+
+def methods(controls: bool) -> list[tuple[str, str]]:
+    """Return the labels and names of the trainable methods, or of the controls of research."""
+    found = [method for name, method in METHODS.items() if (name in CONTROLS) == controls]
+    return [(f"{method.title}: {method.help}", method.name) for method in found]
+
+
+def without_controls(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the methods without the controls, and the controls."""
+    return [name for name in names if name not in CONTROLS], [name for name in names if name in CONTROLS]
 
 
 def in_box(value: object, between: str = " ") -> str:
@@ -122,8 +173,12 @@ def wires(methods: Iterable[str]) -> bool:
 
 
 def values_of(settings: Mapping[str, object], names: Sequence[str]) -> list[object]:
-    """Return the form's value for each named option: its value in `settings`, else the form's default."""
-    return [widget_value(option, settings.get(name)) for name, option in chosen(names).items()]
+    """Return the form's value for each named option: its value in `settings`, else the default."""
+    otherwise = defaults(settings)
+    return [
+        widget_value(option, settings[name]) if name in settings else otherwise[name]
+        for name, option in chosen(names).items()
+    ]
 
 
 def chosen(names: Sequence[str]) -> dict[str, Option]:
@@ -136,9 +191,9 @@ def widget_value(option: Option, value: object) -> object:
     """Return the value for the option's widget; an invalid value becomes the default."""
     if option.is_switch:
         return bool(option.default if not isinstance(value, bool) else value)
-    if option.name == "method":
-        found = [one for one in value if one in choices(option)] if isinstance(value, list) else []
-        return found or list(option.bundled)
+    if choices(option) and (option.varies or option.name == "method"):
+        found = [one for one in listed(value) if isinstance(one, str) and one in choices(option)]
+        return found or listed(option.bundled if option.name == "method" else option.fixed_default)
     if choices(option):
         return value if value in choices(option) else option.fixed_default or ""
     if isinstance(value, bool | dict) or value is None:
@@ -147,14 +202,14 @@ def widget_value(option: Option, value: object) -> object:
 
 
 def settings_of(name: str, runs: Mapping[str, Run]) -> dict:
-    """Return the settings of the preset or run of that name.
+    """Return the settings of the preset, run or experiment of that name.
 
     Raises `RunError` if there is none, or if the run's config.json is damaged.
     """
     if name in PRESETS:
         return PRESETS[name]
     if name not in runs:
-        raise RunError("There is no run of that name to begin with; choose one from the list.")
+        raise RunError("There is no run or preset of that name; choose one from the list.")
     if runs[name].unreadable:
-        raise RunError(f"{name}: {NO_CONFIG}; begin with another one.")
+        raise RunError(f"{name}: {NO_CONFIG}; choose another run.")
     return runs[name].config

@@ -120,7 +120,7 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
         raise RunError(f"X and Y are both {x.name}: choose two settings.")
     count = len(x.values) * len(y.values)
     if count > MOST:
-        raise RunError(f"{len(x.values)} x {len(y.values)} values are {count} cells: at most {MOST} are drawn.")
+        raise RunError(f"{len(x.values)} x {len(y.values)} values are {count} cells: at most {MOST} are generated.")
     request = replace(request.clamped(), images=1)
     groups: dict[tuple, list[Cell]] = {}  # by weights and strength, in order of first occurrence
     for row, down in enumerate(y.values):
@@ -140,9 +140,9 @@ def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, 
     if not named:
         return start, None
     if run is None or start.kind == "stack" or (start.kind == "file" and not start.method):
-        raise RunError(f"A LoRA file of your own and a stack have no {next(iter(named))}: choose weights of a run.")
+        raise RunError(f"A LoRA file and a stack have no {next(iter(named))}: choose weights of a run.")
     if "method" in named and "merge" in named:
-        raise RunError("Only ResLoRA is merged by a method: choose another setting beside merge than method.")
+        raise RunError("Only ResLoRA is merged by a method: combine merge with a setting other than method.")
     if named.get("method") in ("base", BASE.label):
         return BASE, None
     method = named.get("method", RESLORA if "merge" in named else start.method)
@@ -165,7 +165,7 @@ def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None
     """
     known = {str(weights.step): weights for weights in run.checkpoints(method)}
     if not known:
-        raise RunError(f"{method} keeps no checkpoints in this run.")
+        raise RunError(f"{method} has no checkpoints in this run.")
     found = known.get(str(otherwise), next(iter(known.values()))) if word is None else known.get(word)
     if found is None:
         have = ", ".join(sorted(known, key=int))
@@ -209,14 +209,14 @@ def table(grid: Grid, sources: dict[tuple[int, int], str]) -> str:
     `sources`: image addresses by row and column.
     """
     header = "".join(f'<th><div class="prompt">{views.escape(label)}</div></th>' for label in grid.x.labels)
-    rows = []
+    rows, scale = [], views.scaled(grid.cells[0].picture.request.width)
     for row, label in enumerate(grid.y.labels):
         tiles = ""
         for column, above in enumerate(grid.x.labels):
             shown = '<div class="empty">not yet</div>'
             if source := sources.get((row, column)):
                 alt = " · ".join(filter(None, (label, above)))
-                shown = views.enlargeable(views.escape(source), alt, (row, column))
+                shown = views.enlargeable(views.escape(source), alt, (row, column), scale)
             tiles += f"<td>{shown}</td>"
         rows.append(f'<tr><th><div class="prompt">{views.escape(label)}</div></th>{tiles}</tr>')
     mark = f'style="--columns:{len(grid.x.values)}"'

@@ -85,7 +85,7 @@ def translated(error: Exception) -> gr.Error:
         room = ": make room on the disk that has the system's temporary folder" if own else ""
         return gr.Error(f"A file cannot be written ({error.strerror}){room}.", print_exception=False)
     traceback.print_exception(error, file=sys.stderr)
-    return gr.Error("Something went wrong; the terminal says more.", print_exception=False)
+    return gr.Error("An unexpected error occurred; see the terminal for details.", print_exception=False)
 
 
 def paths_of(payload) -> list[str]:

@@ -14,7 +14,7 @@ from reslora.images.data.size import Size
 
 from .image_edits import ImageEdits, text_of
 from .image_folders import OUTSIDE, Image, Images
-from .views import escape
+from .views import escape, scaled
 
 PER_PAGE = 24
 MOST_NOTES = 8
@@ -49,12 +49,14 @@ def card(image: Image, thumbnail: str, badges: tuple[str, str], fixed: bool) -> 
     `badges`: why training leaves the image out, and which image it is similar to; either may be empty.
     """
     name, text = escape(image.name), escape(text_of(image))
-    picture = f'<img src="{thumbnail}" alt="{name}">' if thumbnail else '<div class="empty">cannot be shown</div>'
+    picture, scale = '<div class="empty">cannot be shown</div>', scaled(image.size[0] if image.size else 0)
+    if thumbnail:
+        picture = f'<img src="{thumbnail}" alt="{name}" {scale}>'
     kinds = zip(("out", "alike"), badges, strict=True)
     lines = "".join(f'<p class="badge {kind}">{escape(line)}</p>' for kind, line in kinds if line)
     return (
         f'<div class="card{" bad" if badges[0] else ""}" role="group" aria-label="{name}" data-name="{name}">'
-        f'<label class="pick"><input type="checkbox" aria-label="tick {name}">{picture}</label>'
+        f'<label class="pick"><input type="checkbox" aria-label="select {name}">{picture}</label>'
         f'<p class="name" title="{name}">{name}</p><p class="sizes">{sizes(image)}</p>{lines}'
         f'<textarea rows="3" aria-label="caption of {name}" data-was="{text}" placeholder="no caption"'
         f'{" readonly" if fixed else ""}>\n{text}</textarea><p class="told" role="status"></p></div>'
@@ -83,17 +85,17 @@ def summary(edits: ImageEdits, images: Images, shown: int) -> str:
         lines.append(f'<b class="bad">Training would refuse this folder:</b> {escape(images.refused)}')
     elif left_out:
         reasons = ", ".join(f"{number:,} {escape(reason)}" for reason, number in problems.most_common(MOST_NOTES))
-        lines.append(f'<b class="bad">Training would leave out {pluralize(left_out, "image")}:</b> {reasons}')
+        lines.append(f'<b class="bad">Training would skip {pluralize(left_out, "image")}:</b> {reasons}')
     else:
-        lines.append("Training would read all of them")
+        lines.append("Training would use all of them")
     alike = len(edits.looks.alike(images))
     if alike:
-        lines.append(f"{pluralize(alike, 'image')} like another one: see the filter Duplicates")
+        lines.append(f"{pluralize(alike, 'image')} with duplicates: see the filter Duplicates")
     elif any(image.size and edits.looks.of(image) is None for image in images.images.values()):
-        lines.append("<i>Check images</i> opens every image, and finds further damaged ones and duplicates")
+        lines.append("<i>Check images</i> opens every image to find more damaged images and duplicates")
     buckets = Counter(size for image in images.images.values() if not image.problem for size in image.buckets)
     if len(buckets) > 1:
         found = (f"{in_words(size)}: {number:,}" for size, number in buckets.most_common())
         lines.append(f"{len(buckets)} buckets (width &times; height: images): {', '.join(found)}")
-    lines += [f"The trainer would say: {escape(note)}" for note in images.notes[:MOST_NOTES]]
+    lines += [f"Message of the trainer: {escape(note)}" for note in images.notes[:MOST_NOTES]]
     return f'<ul class="told-of">{"".join(f"<li>{line}</li>" for line in lines)}</ul>'

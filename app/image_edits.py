@@ -20,7 +20,7 @@ from .runs import RunError, stamp_of
 BETWEEN = "\n\n"
 """Separator between the captions of an image with several captions."""
 REPLACE, BEFORE, AFTER, ADD_TAG, REMOVE_TAG = "Replace", "Put before", "Put after", "Add tag", "Remove tag"
-EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE = "All images", "Left out by training", "Without caption", "Duplicates"
+EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE = "All images", "Skipped by training", "Without caption", "Duplicates"
 FILTERS = (EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE)
 
 
@@ -97,7 +97,7 @@ class ImageEdits:
         if not isinstance(operation, str) or operation not in OPERATIONS:
             raise RunError(f"Choose one of: {', '.join(OPERATIONS)}.")
         if not str(text).strip():
-            raise RunError("Say which words first.")
+            raise RunError("Enter the words first.")
         edits = []
         for image in images.find(names):
             before = image.captions or ("",)

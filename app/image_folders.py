@@ -82,9 +82,9 @@ class Images:
         """Return the images of these names. Raises `RunError` for no names, and for an image that no longer exists."""
         names = list(dict.fromkeys(map(str, names))) if isinstance(names, Iterable) else []
         if gone := [name for name in names if name not in self.images]:
-            raise RunError(f"{gone[0][:80]} is not in this folder any more; look at it anew.")
+            raise RunError(f"{gone[0][:80]} is no longer in this folder; reload it.")
         if not names:
-            raise RunError("Tick some images first.")
+            raise RunError("Select images first.")
         return [self.images[name] for name in names]
 
 

@@ -154,6 +154,10 @@ class Jobs:
         found = self.library.named(name, kind) if kind is Experiment else None
         return found if found and found.config else None
 
+    def kind_of(self, name: str, settings: dict) -> type[Run]:
+        """Return `Experiment` for settings with several values, and for the name of an existing experiment."""
+        return Experiment if self.begun(name, Experiment) or launcher.varies(settings) else Run
+
     def folder_of(self, name: str, kind: type[Run]) -> Path:
         """Return the output folder of the trainer."""
         return self.library.folder / name if self.begun(name, kind) else self.new_folder(name)
@@ -170,7 +174,7 @@ class Jobs:
         if folder.is_symlink() or (folder.exists() and began):
             raise RunError("There is a run of that name already; choose another name, or resume it.")
         if folder.exists() and self.is_active(run):
-            raise RunError(f"{name} is starting already: look at that one, or choose another name.")
+            raise RunError(f"{name} is already starting: choose another name.")
         return folder
 
     def choose_images(
@@ -195,7 +199,7 @@ class Jobs:
         run = self.find(name, kind)
         refuse_language(run)
         if not run.config:
-            raise RunError("This run never got as far as to be resumed; start it anew.")
+            raise RunError("This run has nothing to resume: start a new one.")
         if not run.folder.is_relative_to(self.library.folder):
             raise RunError("The example run cannot be resumed; start a new one.")
         if run.status == "finished":
@@ -211,7 +215,7 @@ class Jobs:
                 env=launcher.environment(), timeout=PLAN_SECONDS,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise RunError(f"No plan was made within {PLAN_SECONDS} seconds.") from None
+            raise RunError(f"The estimate took longer than {PLAN_SECONDS} seconds.") from None
         said = done.stdout if done.returncode == 0 else done.stdout + done.stderr[-2000:]
         return self.without_folders(said.strip())
 
@@ -288,7 +292,7 @@ class Jobs:
         looked_at = self.find(name, kind)
         is_active = self.is_active(looked_at)
         if only and not is_active:
-            raise RunError(f"{name} does not train any more; nothing was stopped.")
+            raise RunError(f"{name} has ended; nothing was stopped.")
         found = [looked_at] if is_active else list(self.all_active())
         if not found:
             return "Nothing is training."
@@ -336,7 +340,7 @@ class Jobs:
             (run.folder / request).touch()
         if not asked:
             return " ".join(why_not.values()) or "Nothing is training."
-        what = {SAVE: "a checkpoint is saved", SAMPLE: "samples are drawn"}[request]
+        what = {SAVE: "a checkpoint is saved", SAMPLE: "samples are generated"}[request]
         return f"{enumerated(run.name for run in asked)}: {what} after this step."
 
     def why_not_asked(self, run: Run, request: str) -> str:
@@ -349,7 +353,7 @@ class Jobs:
         if total and done == total:
             return f"{run.name} has no step to take now."
         if request == SAMPLE and run.config and not run.prompts:
-            return f"{run.name} draws no samples: it has no prompts."
+            return f"{run.name} generates no samples: it has no prompts."
         return ""
 
     def status(self, run: Run) -> str:
@@ -394,9 +398,7 @@ class Jobs:
             why = error.errors()[0]["msg"][:100]
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or str(error)
-        raise RunError(
-            f"The queue cannot be read ({why}): mend or remove {FILE} in the folder of runs. It was left as it is."
-        )
+        raise RunError(f"The queue cannot be read ({why}): repair or remove {FILE} in the folder of runs.")
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[list[Entry]]:
@@ -436,7 +438,7 @@ class Jobs:
             if entry.name in live:
                 raise RunError(f"{entry.name} is in the queue already; choose another name, or remove that one.")
             if len(live) >= MOST:
-                raise RunError(f"At most {MOST} runs can be lined up.")
+                raise RunError(f"At most {MOST} runs can wait in the queue.")
             is_new = not (entry.resume or self.begun(entry.name, KINDS[entry.kind]))
             if is_new and uploads:
                 kept = keep(self.library.folder / UPLOADS / entry.name, uploads, caption)
@@ -456,9 +458,9 @@ class Jobs:
             written = json.dumps(asdict(entry), ensure_ascii=False).encode()
             ENTRY.validate_json(written)
         except (TypeError, ValueError, RecursionError):
-            raise RunError("The settings have something that cannot be written down.") from None
+            raise RunError("The settings contain a value that cannot be stored.") from None
         if len(written) > LONGEST:
-            raise RunError("These settings are too long to be lined up.")
+            raise RunError("These settings are too long for the queue.")
         self.command_of(entry, uploads, caption)
         self.refuse_active(self.run_of(entry))
 
@@ -487,7 +489,7 @@ class Jobs:
         """Ask the trainer of a running entry, and no other trainer, to stop; return a sentence about it."""
         entry = one_of(self.entries(), name)
         if entry.state == RUNNING and not self.run_of(entry).folder.is_dir():
-            raise RunError(f"{name}: {GONE}. Put it back, and stop it then: else it ends before its next checkpoint.")
+            raise RunError(f"{name}: {GONE}. Restore it, then stop it; otherwise the run ends without a checkpoint.")
         return self.stop(name, KINDS[entry.kind], only=True)
 
     def clear(self) -> None:
@@ -553,7 +555,7 @@ class Jobs:
             entry.state, entry.line = FAILED, str(error)
         except Exception as error:
             traceback.print_exception(error, file=sys.stderr)
-            entry.state, entry.line = FAILED, "It could not be started; the terminal says more."
+            entry.state, entry.line = FAILED, "It could not be started; see the terminal for details."
 
     def command_of(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> list[str]:
         """Return the arguments of an entry's command after all checks; empty for a resumed run."""
@@ -613,7 +615,7 @@ def writable() -> Iterator[None]:
     try:
         yield
     except Timeout:
-        raise RunError("The queue is being changed by somebody else for long; try again.") from None
+        raise RunError("The queue is locked by another process; try again.") from None
     except OSError as error:
         raise RunError(f"The queue cannot be written ({error.strerror}); nothing has been changed.") from None
 

@@ -10,14 +10,17 @@ from typing import NoReturn
 import torch
 from accelerate.commands.config.config_args import default_config_file
 
+from reslora.errors import InvalidArgument
 from reslora.images.prompts import SUFFIXES as PROMPT_FILES
 from reslora.images.settings import build_parser
+from reslora.options.files import read_file
+from reslora.options.images import Options
 from reslora.options.option import Option
 from reslora.options.parser import OptionsParser
 from reslora.options.values import listed
 
 from . import form
-from .bases import bundled, model_of
+from .bases import PIPELINES, bundled, model_of
 from .library import refuse_language
 from .runs import Run, RunError
 
@@ -31,7 +34,7 @@ EMPTY = (None, "", [])
 """Form values with which an option is not passed to the trainer."""
 LARGEST_RANK = 512
 """A larger rank gives a warning."""
-ALONE = "Several methods alone are a run: give several learning rates or seeds, or start it under Train."
+ALONE = "Several methods alone are a run, not an experiment: give several learning rates or seeds."
 
 
 def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
@@ -43,7 +46,7 @@ def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
     words = []
     for name, option in form.known().items():
         value = settings.get(name)
-        if value in EMPTY or (str(value) == str(option.fixed_default) and not with_defaults):
+        if value in EMPTY or (form.in_box(value) == form.in_box(option.fixed_default) and not with_defaults):
             continue
         if option.is_switch:
             words.append(f"--{name}" if value else f"--no-{name}")
@@ -59,7 +62,7 @@ def words_of(option: Option, value: object) -> list[str]:
     if option.name == "validation_prompt":
         found = [line.strip() for line in "\n".join(found).replace("\0", "").splitlines() if line.strip()]
         if len(found) == 1 and found[0].lower().endswith(PROMPT_FILES):
-            raise RunError("Files of prompts are read by train_sd.py alone; write the prompts, one a line.")
+            raise RunError("Prompt files work only with train_sd.py; write the prompts here, one a line.")
     elif option.takes_several and isinstance(value, str):  # separated by spaces; numbers also by commas
         found = (value.replace(",", " ") if option.parse is not str else value).split()
     if any(re.match(r"-(?!\d)", word) for word in found):  # it would be parsed as another option
@@ -68,6 +71,26 @@ def words_of(option: Option, value: object) -> list[str]:
     if known and (wrong := [word for word in found if word not in known]):
         raise RunError(f"{option.name} {wrong[0][:80]}: choose from {', '.join(known)}.")
     return found
+
+
+def parsed(settings: dict) -> dict:
+    """Return the given settings with the types of the trainer's options, and the model's path or hub name."""
+    words, model = arguments(settings, True), str(settings.get("model") or "")
+    return vars(trainers_parser().parse_args(words)) | ({form.MODEL: model_of(model, Path())} if model else {})
+
+
+def varies(settings: dict) -> bool:
+    """Return whether several values of an option make the settings an experiment."""
+    given = {name: option for name, option in form.known().items() if option.varies and settings.get(name) not in EMPTY}
+    return any(len(words_of(option, settings[name])) > 1 for name, option in given.items())
+
+
+def read_config(path: Path) -> dict:
+    """Return the settings of a TOML file or a config.json. Raises `RunError` for one that the trainer would refuse."""
+    try:
+        return read_file(path, Options.table(), (), SCRIPT.name)
+    except InvalidArgument as error:
+        raise RunError(str(error).replace(f"--config {path}", path.name)) from None
 
 
 def trainers_parser() -> OptionsParser:
@@ -89,21 +112,23 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
     """
     read = [Path(name).resolve() for name in begun.words("train_data_dir")]
     if images and read != [images.resolve()]:
-        raise RunError(f"{begun.name} was begun with other images: choose another name, or leave the images out.")
-    known, model = form.known(), str(settings.get("model") or "").strip()
+        raise RunError(f"{begun.name} was started with other images: choose another name, or leave the images out.")
+    known, model, otherwise = form.known(), str(settings.get("model") or "").strip(), form.defaults(begun.config)
     fixed = known.keys() - MAY_GROW
     given = {flag: value for flag, value in settings.items() if flag in fixed and value not in EMPTY}
     asked, others = vars(build_parser().parse_args(arguments(given, True))), []
     for flag, value in given.items():
-        was = begun.config.get(flag, known[flag].fixed_default)
+        was = begun.config.get(flag, otherwise[flag])
         # The form cannot show some values of the command line: it shows those options as empty.
         if listed(asked.get(flag, was)) != listed(was) and value != form.widget_value(known[flag], was):
             others.append(form.as_flag(known[flag], was))
     was_model = begun.word("pretrained_model_name_or_path") or ""
     if model and model not in (was_model, bundled(was_model)):
-        others.append(f"the model {bundled(was_model) or was_model}")
+        others.append(f"the model {bundled(was_model) or was_model or next(iter(PIPELINES))}")
     if others:
-        raise RunError(f"{begun.name} was begun with {', '.join(others[:5])}: give that, or choose another name.")
+        raise RunError(
+            f"{begun.name} was started with {', '.join(others[:5])}: start from its settings, or choose another name."
+        )
 
 
 def with_more(begun: Run, settings: dict) -> dict:
@@ -132,7 +157,7 @@ def words_for(folder: Path, settings: dict, images: Path | None, begun: Run | No
         refuse_others(begun, settings, images)
         return [*words, "--config", str(begun.folder / "config.json"), *arguments(with_more(begun, settings), True)]
     if settings.get("method") == []:  # the trainer would use its default
-        raise RunError("Tick at least one method.")
+        raise RunError("Select at least one method.")
     if images:
         words += ["--train_data_dir", str(images)]
     if model := str(settings.get("model") or "").strip():
@@ -146,7 +171,7 @@ def warning(settings: dict) -> str:
     largest = max(ranks, default=0)
     if largest <= LARGEST_RANK:
         return ""
-    return f" warning: {largest} is a larger rank than most layers have room for; 4 to 128 are usual."
+    return f" warning: {largest} is a very high rank; 4 to 128 are usual."
 
 
 def launch_words(device: str | None) -> list[str]:

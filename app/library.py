@@ -157,7 +157,7 @@ class Library:
         if run := self.named(name, Run):
             return run
         if language := self.named(name, LanguageRun):
-            raise RunError(f"{name} was trained by {language_script(language)}, and is listed under Runs alone.")
+            raise RunError(f"{name} was trained by {language_script(language)}, and appears only under Runs.")
         raise RunError("There is no run of that name; choose one from the list.")
 
     def beside(self, run: Run, names: object) -> Run:
@@ -224,7 +224,7 @@ def language_script(run: Run) -> str:
 def refuse_language(begun: Run) -> None:
     """Raise `RunError` for the run of a language model, which the page cannot resume."""
     if script := language_script(begun):
-        raise RunError(f"{begun.name} was begun by {script}: go on with it by that, on the command line.")
+        raise RunError(f"{begun.name} was started by {script}: resume it with this script on the command line.")
 
 
 def last_change(folder: Path) -> float:

@@ -14,12 +14,12 @@ from .jobs import GONE, RUNNING, WAITING, Entry, Jobs
 from .library import Experiment, LanguageRun, language_script, last_change
 from .run_manager import RunManager
 from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError, stamp_of
-from .views import NAMES, bad, data_uri, escape, notice
+from .views import NAMES, bad, data_uri, escape, notice, scaled, width_of
 
 MOST = 48
 """Maximum number of cards; the search field finds the others."""
 NOTHING_QUEUED = (
-    "Nothing is lined up. What you start under Train or Experiment while another run trains waits here for its turn."
+    "Nothing is running or waiting. A training that you start under Train while another one runs waits here."
 )
 
 
@@ -55,7 +55,7 @@ def queue(jobs: Jobs) -> str:
     waiting = [entry for entry in entries if entry.state == WAITING]
     ended = [entry for entry in reversed(entries) if entry.ends]
     rows = [row(jobs, entry, waiting) for entry in (*now, *waiting, *ended)]
-    clear = button("clear", "Clear what has ended", "Clear what has ended") if ended else ""
+    clear = button("clear", "Clear finished entries", "Clear finished entries") if ended else ""
     return f'<ol class="queue" aria-label="Queue">{"".join(rows)}</ol><p class="clear" data-name="">{clear}</p>'
 
 
@@ -85,7 +85,7 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
     """Return an entry's settings and its state, as texts."""
     methods = entry.settings.get("method")
     names = ", ".join(NAMES[name] for name in methods if name in NAMES) if isinstance(methods, list) else ""
-    facts = ["goes on" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
+    facts = ["resume" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
     given = {label: entry.settings.get(name) for name, label in SHOWN.items()}
     facts += [f"{label} {str(value)[:40]}" for label, value in given.items() if value not in (None, "")]
     images = entry.folder if entry.folder in (None, BUNDLED) else f"images: {entry.folder}"
@@ -105,9 +105,9 @@ def runs(manager: RunManager, words: str) -> str:
         run for run in manager.library.everything() if words in run.name.casefold() or words in run.notes.casefold()
     ]
     cards = "".join(card_of(manager, run) for run in everything[:MOST])
-    found = f'<div class="runs">{cards}</div>' if cards else notice("No run has this in its name or notes.")
+    found = f'<div class="runs">{cards}</div>' if cards else notice("No name and no notes contain this.")
     if (more := len(everything) - MOST) > 0:
-        found += notice(f"{more:,} older ones are not shown: write a part of a name or of notes above.")
+        found += notice(f"{more:,} older runs are not shown: search for them above.")
     return found + trash(manager)
 
 
@@ -128,11 +128,11 @@ def card(manager: RunManager, run: Run, status: str, changed: float, stamps: tup
     facts = [
         "experiment" if kind else ", ".join(NAMES[method] for method in run.methods),
         f"a language model, by {script}" if script else "",
-        f"{done:,} of {pluralize(total, 'arm' if kind else 'step')}" if total else "",
+        f"{done:,} of {pluralize(total, 'run' if kind else 'step')}" if total else "",
         NO_CONFIG if run.unreadable else "",
     ]
     why = why_ended(run, status, manager.jobs.last_line(run))
-    opens = f"Open {run.name} under {'Experiment' if kind else 'Compare'}"
+    opens = f"Open {run.name} under Compare"
     buttons = "" if isinstance(run, LanguageRun) else button("open", "Open", opens)
     buttons += button("trash", "Delete", f"Move {run.name} to the trash") if owned else ""
     notes = (
@@ -152,8 +152,9 @@ def picture(run: Run) -> str:
     """Return the newest sample of the last method that has one."""
     for path in newest_samples(run):
         with contextlib.suppress(Exception):  # such as a damaged image
-            source = data_uri(path, stamp_of(path))
-            return f'<img src="{source}" alt="newest sample of {escape(run.name)}">'
+            stamp = stamp_of(path)
+            scale = scaled(width_of(path, stamp))
+            return f'<img src="{data_uri(path, stamp)}" alt="newest sample of {escape(run.name)}" {scale}>'
     return '<div class="empty">no samples</div>'
 
 
@@ -177,7 +178,7 @@ def trash(manager: RunManager) -> str:
     )
     return (
         f'<h4>Trash</h4><ul class="trash" aria-label="Trash">{rows}</ul>'
-        "<p>It takes room on the disk until you remove <code>.trash</code> from the folder of runs.</p>"
+        "<p>Deleted runs use disk space until you remove <code>.trash</code> from the folder of runs.</p>"
     )
 
 

@@ -1,5 +1,6 @@
 """Assemble the page: the run selector, the tabs, and the timer that keeps them up to date."""
 
+import contextlib
 from pathlib import Path
 
 import gradio as gr
@@ -16,6 +17,8 @@ from .tabs import TABS
 from .tabs.base import STATUS, Parts, T, Tab, open_choice
 from .tabs.compare import CompareTab
 
+FIRST = "compare"
+"""The tab that is open when the page is loaded for the first time."""
 EVERY = 2.0
 """Seconds between two polls of the runs folder."""
 RUNS_SEEN = 1
@@ -25,7 +28,7 @@ AT_REST = STATUS
 activity, log) only updates the summary and the `live` components."""
 STYLE, *SCRIPTS = (Path(__file__).with_name(name) for name in ("style.css", "streams.js", "zoom.js"))
 # Gradio selects the first tab when the page loads; `recalled` prevents storing that as the user's choice.
-STORE = "run => { if (window.recalled) sessionStorage.setItem('reslora-%s', %s ?? ''); }"
+STORE = "value => { if (window.recalled) sessionStorage.setItem('reslora-%s', %s ?? ''); }"
 RECALL = """() => {
     window.recalled = true;
     return ['run', 'tab'].map(name => sessionStorage.getItem(`reslora-${name}`));
@@ -33,7 +36,7 @@ RECALL = """() => {
 # Toast messages are outside of the style sheet's scope: place them in a corner, where they cover no button.
 TOASTS = "<style>@media (min-width: 641px) { .toast-wrap { top: auto !important; bottom: 16px; } }</style>"
 EXPLANATION = (
-    "ResLoRA trains LoRA blocks with residual shortcuts between neighbouring layers, then merges them away; "
+    "ResLoRA trains LoRA blocks with residual shortcuts between neighboring layers, then merges them away; "
     "what is left is a plain LoRA. All images in a row have the same caption and seed: only the method differs."
 )
 TITLE = f"<h1>ResLoRA for Stable Diffusion</h1><details><summary>What is this?</summary><p>{EXPLANATION}</p></details>"
@@ -52,17 +55,52 @@ def create_demo(library: Library, jobs: Jobs, studio: Studio) -> gr.Blocks:
     return demo
 
 
+COLORS = {
+    # name: light, dark; contrast of at least 4.5:1
+    "background_fill_primary": ("white", "#16181d"),
+    "body_background_fill": ("white", "#16181d"),
+    "block_background_fill": ("white", "#1d2026"),
+    "input_background_fill": ("white", "#14161a"),
+    "input_border_color": ("*neutral_300", "#3d424d"),
+    "block_border_color": ("*neutral_200", "#343842"),
+    "border_color_primary": ("*neutral_300", "#3d424d"),
+    "block_title_text_color": ("*neutral_700", "*neutral_200"),
+    "block_label_text_color": ("*neutral_700", "*neutral_200"),
+    "block_info_text_color": ("*neutral_600", "*neutral_300"),
+    "input_placeholder_color": ("*neutral_500", "*neutral_400"),
+    "button_primary_background_fill": ("*primary_700", "*primary_700"),
+    "button_primary_background_fill_hover": ("*primary_800", "*primary_800"),
+    "button_primary_border_color": ("*primary_700", "*primary_700"),
+    "button_primary_text_color": ("white", "white"),
+    "button_secondary_background_fill": ("transparent", "transparent"),
+    "button_secondary_background_fill_hover": ("*neutral_100", "#2a2e36"),
+    "button_secondary_border_color": ("*neutral_300", "#4a505c"),
+    "button_secondary_text_color": ("*neutral_800", "*neutral_100"),
+    "button_cancel_background_fill": ("transparent", "transparent"),
+    "button_cancel_background_fill_hover": ("#fdecea", "#3a2022"),
+    "button_cancel_border_color": ("#e0a09a", "#7a3a38"),
+    "button_cancel_text_color": ("#b42318", "#ff9b94"),
+    "slider_color": ("*primary_700", "*primary_600"),
+    "checkbox_background_color_selected": ("*primary_700", "*primary_700"),
+    "checkbox_border_color_selected": ("*primary_700", "*primary_700"),
+}
+"""Colors of the page on light and dark backgrounds: one accent, and a red for what deletes."""
+SIZES = {
+    "block_padding": "12px 14px", "block_title_text_weight": "600", "block_label_text_weight": "600",
+    "layout_gap": "12px", "block_border_width": "1px", "block_shadow": "none", "input_shadow": "none",
+    "input_border_width": "1px",
+    "button_border_width": "1px", "button_large_padding": "9px 16px", "button_large_text_size": "*text_md",
+    "button_large_text_weight": "600", "button_small_padding": "6px 12px", "button_small_text_weight": "500",
+}  # fmt: skip
+
+
 def look() -> dict:
     """Return theme, style and script as arguments of `launch`; only system fonts, so that the page works offline."""
-    theme = gr.themes.Default(
-        primary_hue="orange", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    ).set(  # contrast of at least 4.5:1
-        button_primary_background_fill="*primary_700", button_primary_background_fill_dark="*primary_700",
-        button_primary_background_fill_hover="*primary_800", button_primary_background_fill_hover_dark="*primary_800",
-        button_primary_text_color="white", button_primary_text_color_dark="white",
-        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
-        slider_color="*primary_700", slider_color_dark="*primary_600",
-    )  # fmt: skip
+    sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
+    theme = gr.themes.Base(primary_hue="orange", neutral_hue="zinc", radius_size="md", font=sans, font_mono=mono)
+    for name, (light, dark) in COLORS.items():
+        theme.set(**{name: light, f"{name}_dark": dark})
+    theme.set(**SIZES)
     scripts = TOASTS + "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in SCRIPTS)
     return {"theme": theme, "css_paths": [STYLE], "head": scripts}
 
@@ -79,17 +117,34 @@ class Page:
         self.summary = gr.HTML(elem_id="summary")
         self.tabs: list[Tab] = []
         self.frames: dict[Tab, gr.Tab] = {}
-        with gr.Tabs() as self.all_tabs:
-            for cls in TABS:
-                with gr.Tab(cls.title, id=cls.id) as frame:
-                    self.tabs.append(cls(parts))
-                self.frames[self.tabs[-1]] = frame
+        self.titles: dict[str, gr.Tab] = {}
+        with gr.Tabs(selected=FIRST, elem_id="tabs") as self.all_tabs:
+            for title, views_of in TABS.items():
+                with gr.Tab(title, id=title.lower()) as self.titles[title.lower()]:
+                    if len(views_of) == 1:
+                        self.make(parts, self.titles[title.lower()], *views_of.values())
+                    else:
+                        self.make_views(parts, views_of)
         self.beside = self.tab(CompareTab).beside
         self.choosing = [tab for tab in self.tabs if tab.chosen is not None]
         self.blocks: gr.Blocks
         self.seen = gr.State(None)
         self.timer = gr.Timer(EVERY)
         self.nudge = gr.Button(visible="hidden", elem_id="nudge")  # only clicked by streams.js
+
+    def make_views(self, parts: Parts, classes: dict[str, tuple[type[Tab], ...]]) -> None:
+        """Make tabs inside a tab."""
+        with gr.Tabs(elem_id="views") as self.views:
+            for title, inside in classes.items():
+                with gr.Tab(title, id=title.lower()) as frame:
+                    self.make(parts, frame, inside)
+
+    def make(self, parts: Parts, frame: gr.Tab, classes: tuple[type[Tab], ...]) -> None:
+        """Make the parts of a tab."""
+        for cls in classes:
+            with gr.Accordion(cls.fold, open=False) if cls.fold else contextlib.nullcontext():
+                self.tabs.append(cls(parts))
+            self.frames[self.tabs[-1]] = frame
 
     def tab(self, cls: type[T]) -> T:
         """Return the tab of that class."""
@@ -106,9 +161,9 @@ class Page:
             self.arrive, [self.run, self.summary], [*on_arrival, self.all_tabs],
             js=RECALL, preprocess=False, **QUIET,
         )  # fmt: skip
-        self.run.change(None, self.run, None, js=STORE % ("run", "run"), **QUIET)
-        for tab, frame in self.frames.items():
-            frame.select(None, js=STORE % ("tab", f"'{tab.id}'"), **QUIET)
+        self.run.change(None, self.run, None, js=STORE % ("run", "value"), **QUIET)
+        for name, frame in self.titles.items():
+            frame.select(None, js=STORE % ("tab", f"'{name}'"), **QUIET)
         self.run.change(self.choose, [self.run, self.beside], everything, **QUIET)
         context = [self.run, self.beside, self.seen, *(tab.chosen for tab in self.choosing)]
         # Not queued: if the queue's stream closes, a queued poll is lost, and the page would wait for it forever. Not
@@ -123,7 +178,7 @@ class Page:
         runs = self.library.runs()
         first = next((name for name, run in runs.items() if run.process), next(iter(runs), None))
         values = {self.run: gr.update(choices=list(runs), value=run if run in list(runs) else first)}
-        if tab in [one.id for one in self.tabs]:
+        if isinstance(tab, str) and tab in self.titles:
             values[self.all_tabs] = gr.Tabs(selected=tab)
         for tab in self.tabs:
             values |= tab.arrive()

@@ -92,7 +92,7 @@ class RunManager:
                 raise RunError("There is no such run in the trash; choose one from the list.")
             target = self.library.folder / folder.name
             if target.exists() or target.is_symlink():
-                raise RunError(f"There is a run named {folder.name} again: throw that one away first.")
+                raise RunError(f"Another run is named {folder.name}: delete it first.")
             if any(entry.name == folder.name and not entry.ends for entry in entries):
                 raise RunError(f"Another {folder.name} is in the queue: remove it there first.")
             try:
@@ -100,4 +100,4 @@ class RunManager:
                 folder.parent.rmdir()
             except OSError as error:
                 raise RunError(f"{folder.name} cannot be moved ({error.strerror}).") from None
-        return f"{folder.name} is back."
+        return f"{folder.name} is restored."

@@ -7,10 +7,12 @@ from .runs import Run, Weights, number
 from .views import NAMES, escape, notice
 
 ONE_SEED = "One seed: no difference shown. Run an experiment, which can show one: <code>--seed 0 1 2</code>."
-ALONE = "There is nothing to compare it with: <code>--method lora reslora</code> trains both."
+ALONE = "There is nothing to compare with: <code>--method lora reslora</code> trains both."
 HIGH_ERROR = 0.2
 """Mean relative error of merged blocks above which images are likely to differ."""
-NOTHING_HELD_OUT = "No image is held out, so no number compares the methods; --validation_split 0.1 holds out a tenth."
+NOTHING_HELD_OUT = (
+    "No images are held out, so losses are not comparable the methods; --validation_split 0.1 holds out a tenth."
+)
 
 
 def verdict(run: Run, step: int) -> str:
@@ -28,7 +30,7 @@ def verdict(run: Run, step: int) -> str:
     common = set.intersection(*(set(found) for found in losses.values()))
     at = max((found for found in common if 0 < found <= step), default=None)
     if at is None:
-        return notice("No verdict yet: before training all methods draw what the base model draws.")
+        return notice("No verdict yet: before training, all methods generate what the base model generates.")
     order = sorted(losses, key=lambda method: losses[method][at])
     named = ", ".join(f"{NAMES[method]} {losses[method][at]:.4f}" for method in order)
     named = f"{run.name}: {named}" if run.beside else named
@@ -48,7 +50,7 @@ def merge_warning(report: object) -> str:
     errors = [error for block in rows if (error := number(block.get("error"))) is not None]
     if not errors or sum(errors) / len(errors) <= HIGH_ERROR:
         return ""
-    text = f"Much is lost in this merge: its blocks are {sum(errors) / len(errors):.0%} off on average. "
+    text = f"This merge has a large error: its blocks differ by {sum(errors) / len(errors):.0%} on average. "
     advice = "Compare its images with those of the unmerged checkpoint, or merge that by another method."
     return f'<p class="warning" role="status">{escape(text + advice)}</p>'
 

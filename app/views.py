@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import PIL.Image
 
@@ -23,25 +24,29 @@ from .activity import activity, why_ended
 from .generation_request import Drawn
 from .runs import BASE, NO_CONFIG, Run, number, stamp_of
 
+T = TypeVar("T")
 LARGEST_TILE = 320
+TILE, NARROW_TILE = 144, 72
+"""Pixels that a small image may take in a table or a card, on a wide and on a narrow page."""
 NAMES = {name: method.title for name, method in METHODS.items()}
 COLORS = {name: method.color for name, method in METHODS.items()}
 NOTHING = "&mdash;"
 LINKS = (
-    "An arrow is a shortcut from a layer to the next one of its kind, scissors are a cut, for the reason below; a row "
-    "without arrows has trained plain LoRA, so to give it shortcuts choose other layers with --target_modules."
+    "An arrow is a shortcut from a layer to the next one of its kind. Scissors mark a missing shortcut; the reason is "
+    "below. A row without arrows has trained plain LoRA: to give it shortcuts, choose other layers with "
+    "--target_modules."
 )
 ERRORS = (
-    "How far each merged block is from what was trained, on samples of the run, 0 being exact; where much is orange, "
-    "merge a checkpoint by another method and compare the images of both under Generate."
+    "Relative difference of each merged block from the trained one, on samples of the run; 0 is exact. Where much is "
+    "orange, merge a checkpoint by another method and compare the images of both under Generate."
 )
 ALPHAS = (
-    "How much the merge has added to each block in place of its neighbours, 1 being as much again as the block itself; "
-    "where values are far above 1, compare the images with those of the merge by lstsq."
+    "How much the merge adds to each block in place of its neighbors; 1 is as much as the block itself. Where values "
+    "are far above 1, compare the images with those of the merge by lstsq."
 )
 NORMS = (
-    "Orange blocks were changed more by ResLoRA than by LoRA, blue ones less; where nearly all are orange, train "
-    "lora_x2 too before you credit the shortcuts, for larger steps do the same."
+    "Orange blocks were changed more by ResLoRA than by LoRA, blue ones less. Where nearly all are orange, also train "
+    "lora_x2: larger steps alone have the same effect."
 )
 """Explanations of the pictures, with advice."""
 
@@ -69,6 +74,20 @@ def data_uri(path: Path, stamp: tuple[int, ...]) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
+@functools.lru_cache(maxsize=512)
+def width_of(path: Path, stamp: tuple[int, ...]) -> int:
+    """Return an image's width in pixels; `stamp` is part of the cache key."""
+    with PIL.Image.open(path) as image:
+        return image.width
+
+
+def scaled(width: int) -> str:
+    """Return HTML attributes that show a small image at a multiple of its width, on narrow pages at a smaller one."""
+    if not 0 < width <= TILE:
+        return ""
+    return f'class="small" style="--own:{width}px;--times:{TILE // width};--few:{max(1, NARROW_TILE // width)}"'
+
+
 def table(kind: str, name: str, rows: str, mark: str = "") -> str:
     """Return a table with an accessible name, which scrolls horizontally if it is too wide."""
     name = escape(name)
@@ -80,16 +99,29 @@ def tile(path: Path | None, alt: str, place: tuple[int, int], absent: str = "not
     if path is None:
         return f'<div class="empty">{absent}</div>'
     try:
-        source = data_uri(path, stamp_of(path))
+        stamp = stamp_of(path)
+        source, scale = data_uri(path, stamp), scaled(width_of(path, stamp))
     except Exception:  # exceptions differ by image format
         return '<div class="empty">damaged</div>'
-    return enlargeable(source, alt, place)
+    return enlargeable(source, alt, place, scale)
 
 
-def enlargeable(source: str, alt: str, place: tuple[int, int]) -> str:
-    """Return an image that a click enlarges; `source` is its address in HTML, and `place` is (row, column)."""
-    image = f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}">'
+def enlargeable(source: str, alt: str, place: tuple[int, int], scale: str = "") -> str:
+    """Return an image that a click enlarges.
+
+    `source` is its address in HTML, `place` is (row, column), and `scale` is from `scaled`.
+    """
+    image = f'<img src="{source}" alt="{escape(alt)}" title="{escape(alt)}" {scale}>'
     return f'<button type="button" class="tile" data-row="{place[0]}" data-column="{place[1]}">{image}</button>'
+
+
+def side_by_side(paths: Iterable[Path]) -> str:
+    """Return two images next to each other, without a name. Raises `OSError` for a damaged file."""
+    images = ""
+    for side, path in zip(("left", "right"), paths, strict=True):
+        stamp = stamp_of(path)
+        images += f'<img src="{data_uri(path, stamp)}" alt="{side}" {scaled(width_of(path, stamp))}>'
+    return f'<div class="two">{images}</div>'
 
 
 # -- texts and numbers -------------------------------------------------------------------------------------------------
@@ -148,7 +180,9 @@ def bad(text: str) -> str:
 def log(text: str, status: str) -> str:
     """Return the trainer's output, scrolled to its end, as HTML."""
     starting = status in ("starting", "running")
-    text = text or ("The trainer is starting." if starting else "Only trainings that were started here have a log.")
+    text = text or (
+        "The trainer is starting." if starting else "The log of a training appears here if it was started on this page."
+    )
     return f'<div class="log"><pre>{escape(text)}</pre></div>'
 
 
@@ -211,11 +245,11 @@ def role_of(name: str) -> str:
     return re.sub(r"^(.*transformer_blocks|\w+)\.\d+\.", "", name)
 
 
-def unless_damaged(view: Callable[[dict | None], str]) -> Callable[[dict | None], str]:
+def unless_damaged(view: Callable[[T], str]) -> Callable[[T], str]:
     """Wrap a view of a JSON file so that it returns a notice for invalid content."""
 
     @functools.wraps(view)
-    def shown(content: dict | None) -> str:
+    def shown(content: T) -> str:
         try:
             return view(content)
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
@@ -316,7 +350,7 @@ def merge_report(report: dict | None) -> str:
         text += f"; relative error {sum(known) / len(known):.1%} on average, {max(known):.1%} at most"
     maps = heat_map("Relative error of the merged block: |merged - unmerged| / |unmerged|", ERRORS, errors)
     if None not in alphas.values():
-        maps += heat_map("alpha*: how much of a block its neighbours add", ALPHAS, alphas)
+        maps += heat_map("alpha*: how much of a block its neighbors add", ALPHAS, alphas)
     else:
         maps += "<p>The least-squares merge fits a matrix instead of one alpha* for each block. "
         maps += "Merge by <i>input</i> or <i>weights</i> to see the paper's alpha*.</p>"

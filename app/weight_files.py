@@ -117,7 +117,7 @@ def uploaded(*paths: str | Path) -> Weights:
         raise RunError(f"Give one .safetensors file, and only with one of PEFT's its {PEFT_CONFIG_FILE}.")
     path, label = files[0], files[0].name[:80]
     if path.suffix.lower() != ".safetensors":
-        raise RunError(f"{label}: only .safetensors files are taken; .bin, .ckpt and .pt files can run code.")
+        raise RunError(f"{label}: only .safetensors files are accepted; .bin, .ckpt and .pt files can run code.")
     if not path.is_file():
         raise RunError(f"{label}: there is no such file.")
     of_peft = all(name.startswith(PEFT_PREFIX) for name in check_adapter_file(path, label))
@@ -157,7 +157,7 @@ def unless_replaced(run: Run | None, weights: Weights, check: Callable[[], None]
         if run is None or weights.kind != "merged":
             return
         if files_of(weights) != files or weights not in run.merged(weights.method):
-            raise RunError(f"{weights.label}: others are written in their place; try again once that is done.")
+            raise RunError(f"{weights.label}: they are being replaced; try again later.")
 
     return both
 

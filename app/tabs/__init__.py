@@ -1,16 +1,21 @@
-"""The tabs of the page, one per file: components, events and handlers. `views` renders what they show."""
+"""The tabs of the page and their parts, one class per file: components, events and handlers. `views` renders HTML."""
 
 from .base import Tab
 from .chains import ChainsTab
 from .compare import CompareTab
 from .dataset import DatasetTab
-from .experiment import ExperimentTab
 from .generate import GenerateTab
 from .queue import QueueTab
+from .report import ReportTab
 from .runs import RunsTab
 from .train import TrainTab
+from .votes import VotesTab
 
-TABS: tuple[type[Tab], ...] = (
-    CompareTab, GenerateTab, DatasetTab, TrainTab, ExperimentTab, QueueTab, RunsTab, ChainsTab,
-)  # fmt: skip
-"""The tabs in the order of the page. To add a tab, add a file with its class, and add the class here."""
+TABS: dict[str, dict[str, tuple[type[Tab], ...]]] = {
+    "Images": {"": (DatasetTab,)},
+    "Train": {"": (TrainTab,)},
+    "Compare": {"Run": (CompareTab, ChainsTab), "Experiment": (ReportTab, VotesTab)},
+    "Generate": {"": (GenerateTab,)},
+    "Runs": {"": (QueueTab, RunsTab)},
+}
+"""The tabs in the order of the page; the tabs inside each, if there are several; and the parts of each of these."""

@@ -48,20 +48,23 @@ class TabHost(Protocol):
     seen: gr.State
     """The state of the last poll."""
     all_tabs: gr.Tabs
+    views: gr.Tabs
+    """The tabs inside Compare."""
     frames: dict[Tab, gr.Tab]
+    """The innermost tab of each part."""
 
     def tab(self, cls: type[T]) -> T:
         """Return the tab of that class."""
 
 
 class Tab:
-    """Base class of the tabs. The constructor of a subclass makes the components of the tab.
+    """Base class of the parts of the page. The constructor of a subclass makes the components of the part.
 
     The page only calls the methods of this class; a subclass overrides those that it needs.
     """
 
-    title: ClassVar[str]
-    id: ClassVar[str]
+    fold: ClassVar[str] = ""
+    """Title of the collapsed section that contains the part; empty if it is always visible."""
     chosen: gr.components.Component | None = None
     """The component that selects what is shown of a run, or None."""
 

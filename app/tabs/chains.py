@@ -12,28 +12,29 @@ from .generate import GenerateTab
 
 
 class ChainsTab(Tab):
-    """The tab of chain plan and merge report."""
+    """The linked layers, the merge report, and merging a checkpoint by another method."""
 
-    title, id = "Chains and merge", "chains"
+    fold = "Linked layers and merge"
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         with gr.Row():
             with gr.Column(scale=5, min_width=360):
-                gr.Markdown("### Who is linked to whom")
+                gr.Markdown("### Linked layers")
                 self.plan = gr.HTML(elem_id="plan")
             with gr.Column(scale=2, min_width=300):
                 gr.Markdown("### Merge a checkpoint by another method")
                 self.checkpoint = open_choice("Checkpoint")
                 self.merge_method = gr.Dropdown(MERGE_CHOICES, value=MERGE_CHOICES[0], label="Merge method")
-                self.merge = gr.Button("Merge and export", variant="primary", elem_id="merge")
+                self.merge = gr.Button("Merge and export", elem_id="merge")
                 self.merged = gr.Markdown(
-                    "`lstsq` fits what the neighbours add, from samples the run has kept; `input` and `weights` are "
-                    "the paper's; `none` drops the shortcuts. The result appears under **Generate**."
+                    "`lstsq` fits the shortcut terms by least squares, on samples stored with the run; `input` and "
+                    "`weights` are the paper's merges; `none` drops the shortcuts. The result appears under "
+                    "**Generate**."
                 )
-        gr.Markdown("### What the merge did")
+        gr.Markdown("### Merge report")
         self.report = gr.HTML(elem_id="report")
-        gr.Markdown("### ResLoRA's weights beside LoRA's")
+        gr.Markdown("### Norms of ResLoRA's and LoRA's updates")
         self.norms = gr.HTML(elem_id="norms")
         self.done = gr.State(None)
         self.watched = [self.checkpoint]
@@ -66,7 +67,7 @@ class ChainsTab(Tab):
     def shown(self, run: Run, label: str | None) -> dict:
         """Return the values of `watched`."""
         labels = self.list_checkpoints(run)
-        title = "Checkpoint" if labels else "Checkpoint (this run keeps none; a run of your own does)"
+        title = "Checkpoint" if labels else "Checkpoint (this run has none)"
         return {self.checkpoint: gr.update(choices=labels, value=label, label=title)}
 
     def is_outdated(self, run: Run, seen: tuple | None) -> bool:

@@ -18,8 +18,6 @@ from .base import Parts, Tab, TabHost, open_choice
 class CompareTab(Tab):
     """The tab that compares methods and runs."""
 
-    title, id = "Compare", "compare"
-
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         with gr.Row(equal_height=True, elem_id="pinned"):
@@ -31,7 +29,7 @@ class CompareTab(Tab):
         with gr.Row(elem_id="told"):
             self.verdict = gr.HTML(elem_id="verdict")
             self.beside = open_choice(
-                "Runs beside it", value=[], multiselect=True, max_choices=MOST_BESIDE, elem_id="others", min_width=240
+                "Compare with", value=[], multiselect=True, max_choices=MOST_BESIDE, elem_id="others", min_width=240
             )
         with gr.Row(elem_id="beside"):
             with gr.Column(scale=3):
@@ -40,14 +38,14 @@ class CompareTab(Tab):
                 self.train_curve = gr.HTML(elem_id="train-curve")
                 self.validation_curve = gr.HTML(elem_id="validation-curve")
         self.numbers = gr.HTML(elem_id="numbers")
-        gr.Markdown("### Use it elsewhere")
-        with gr.Row(equal_height=True):
+        gr.Markdown("### Download")
+        with gr.Row(elem_id="take-row"):
             self.file = open_choice("File", elem_id="file", scale=4)
-            self.take = gr.Button("Download", elem_id="take", scale=1, min_width=120)
+            self.take = gr.Button("Download", variant="primary", elem_id="take", scale=1, min_width=120)
             self.taken = gr.DownloadButton("taken", visible="hidden", elem_id="taken")
         common = {"interactive": False, "buttons": ["copy"]}
-        self.place = gr.Textbox(label="Where it is", max_lines=1, elem_id="place", **common)
-        self.use = gr.Textbox(label="How it is loaded", lines=3, max_lines=8, elem_id="use", **common)
+        self.place = gr.Textbox(label="Path", max_lines=1, elem_id="place", **common)
+        self.use = gr.Textbox(label="Load it with", lines=3, max_lines=8, elem_id="use", **common)
         self.at_step = [self.grid, self.train_curve, self.validation_curve, self.numbers, self.verdict]
         # Time of the last change, not the new step: the user may have moved the slider since the page's request.
         self.new = gr.Textbox(visible="hidden", elem_id="new")
@@ -134,7 +132,7 @@ class CompareTab(Tab):
         for other in names:
             self.library.find(other)
         if len(names) > MOST_BESIDE:
-            raise RunError(f"There are {len(names)} runs to look at beside one: choose at most {MOST_BESIDE}.")
+            raise RunError(f"{len(names)} runs are selected: compare with at most {MOST_BESIDE}.")
         return self.compare(name, step, names)
 
     def list_files(self, run: Run) -> list[str]:

@@ -18,7 +18,7 @@ from .base import Parts, Tab, TabHost, answer_line, open_choice
 from .train import TrainTab
 
 SCRIPT = Path(__file__).resolve().parents[1] / "dataset.js"
-CHOOSE = "Choose a folder of images above, or upload some below."
+CHOOSE = "Select a folder of images, or upload images below."
 HOST = "document.getElementById('dataset-images')"
 # Only the browser knows which images are ticked; this script sends their names as the last input of an event.
 WITH_TICKED = f"(...values) => [...values.slice(0, -1), {HOST}.picked()]"
@@ -27,8 +27,6 @@ UNDO = "Undo"
 
 class DatasetTab(Tab):
     """The tab of image folders."""
-
-    title, id = "Dataset", "dataset"
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
@@ -59,39 +57,39 @@ class DatasetTab(Tab):
             self.which = gr.Dropdown(
                 list(image_edits.FILTERS), value=image_edits.EVERYTHING, label="Show", elem_id="which"
             )
-            self.words = gr.Textbox(label="Name or caption has", max_lines=1, elem_id="words")
+            self.words = gr.Textbox(label="Search names and captions", max_lines=1, elem_id="words")
             self.check = gr.Button("Check images", elem_id="check", min_width=120)
 
     def changing_rows(self) -> None:
         """Make the components that change the ticked images."""
-        with gr.Accordion("Change the captions of ticked images", open=False, elem_id="change"), gr.Row():
+        with gr.Accordion("Edit the captions of selected images", open=False, elem_id="change"), gr.Row():
             self.operation = gr.Dropdown(
-                list(image_edits.OPERATIONS), value=image_edits.REPLACE, label="How", elem_id="operation",
+                list(image_edits.OPERATIONS), value=image_edits.REPLACE, label="Change", elem_id="operation",
                 min_width=150,
             )  # fmt: skip
             self.text = gr.Textbox(label="Words or tag", max_lines=1, elem_id="text", min_width=120)
             self.other = gr.Textbox(label="Replace with", max_lines=1, elem_id="other", min_width=120)
-            self.apply = gr.Button("Apply", variant="primary", elem_id="apply", min_width=100)
+            self.apply = gr.Button("Apply", elem_id="apply", min_width=100)
         with gr.Row(elem_classes="actions", elem_id="dataset-actions"):
-            gr.HTML('<p id="picked-count" role="status">0 ticked</p>', min_height=0)
-            self.tick_page = gr.Button("Tick page", elem_id="tick-page", min_width=80)
-            self.tick_all = gr.Button("Tick all", elem_id="tick-all", min_width=80)
-            self.untick = gr.Button("Untick", elem_id="untick", min_width=80)
-            self.trash = gr.Button("To trash", elem_id="trash", min_width=80)
+            gr.HTML('<p id="picked-count" role="status">0 selected</p>', min_height=0)
+            self.tick_page = gr.Button("Select page", elem_id="tick-page", min_width=80)
+            self.tick_all = gr.Button("Select all", elem_id="tick-all", min_width=80)
+            self.untick = gr.Button("Clear", elem_id="untick", min_width=80)
+            self.trash = gr.Button("Move to trash", variant="stop", elem_id="trash", min_width=80)
             self.undo = gr.Button(UNDO, elem_id="undo", min_width=80)
         self.ticked = gr.JSON([], visible="hidden")
 
     def more_rows(self) -> None:
         """Make the components for uploads and for the resolution settings."""
         with gr.Accordion("Upload a folder", open=False, elem_id="upload"):
-            self.name = gr.Textbox(label="Name of the new folder", max_lines=1, elem_id="folder-name")
+            self.name = gr.Textbox(label="Name of the folder", max_lines=1, elem_id="folder-name")
             self.uploads = gr.File(
-                label="Images, with .txt captions if you like", file_count="multiple", file_types=["image", *CAPTIONS],
+                label="Images, optionally with .txt captions", file_count="multiple", file_types=["image", *CAPTIONS],
                 height=150, elem_id="folder-uploads",
             )  # fmt: skip
-            self.caption = gr.Textbox(label="Caption of images without a .txt (empty: words of the file name)")
+            self.caption = gr.Textbox(label="Caption of images without a .txt file (empty: their file name)")
             self.upload = gr.Button("Upload", variant="primary", elem_id="folder-upload")
-        with gr.Accordion("How it would be trained on", open=False):
+        with gr.Accordion("Resolution and buckets for the preview", open=False):
             self.resolution = gr.Textbox(label="Resolution (empty: the trainer's default)", max_lines=1)
             self.buckets = gr.Checkbox(label="Aspect ratio buckets")
             self.column = gr.Textbox(label="Column of captions in metadata (empty: text)", max_lines=1)
@@ -217,7 +215,7 @@ class DatasetTab(Tab):
         folder = self.folders.add(name, paths_of(uploads), str(caption or ""))
         choices = gr.update(choices=self.jobs.folders())
         shown = gr.update(choices=self.list_folders(), value=folder.name)
-        return shown, choices, views.notice(f"{folder.name} is there; it can be trained on as a folder on the server.")
+        return shown, choices, views.notice(f"{folder.name} is stored; select it as the image folder under Train.")
 
     # -- for programs --------------------------------------------------------------------------------------------------
 

@@ -22,8 +22,6 @@ from .stack import StackPart
 class GenerateTab(Tab):
     """The tab that generates images."""
 
-    title, id = "Generate", "generate"
-
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         with gr.Row():
@@ -61,18 +59,18 @@ class GenerateTab(Tab):
             self.width = gr.Slider(32, 1024, 64, step=8, label="Width", min_width=140)
             self.height = gr.Slider(32, 1024, 64, step=8, label="Height", min_width=140)
         self.strength = gr.Slider(0, 2, 1, step=0.05, label="Adapter strength")
-        self.beside = gr.Checkbox(True, label="Same seed with the base model beside it")
+        self.beside = gr.Checkbox(True, label="Also generate with the base model")
         self.stack = StackPart(self)
-        with gr.Accordion("A LoRA file of your own, or settings from an image", open=False):
+        with gr.Accordion("LoRA file, or settings from an image", open=False):
             self.adapter = gr.File(
                 label="LoRA (.safetensors), used instead of the run's weights",
                 file_types=[".safetensors"],
                 height=140,
             )
             self.adapter_config = gr.File(
-                label="If PEFT wrote it: its adapter_config.json", file_types=[".json"], height=140
+                label="adapter_config.json, for a file saved by PEFT", file_types=[".json"], height=140
             )
-            self.recipe = gr.File(label="PNG made here: takes over its settings", file_types=[".png"], height=140)
+            self.recipe = gr.File(label="PNG generated here: load its settings", file_types=[".png"], height=140)
 
     def events(self, page: TabHost) -> None:
         """Connect the components."""
@@ -158,7 +156,7 @@ class GenerateTab(Tab):
         """
         uploaded = [*paths_of(adapter), *paths_of(adapter_config)]
         if uploaded and loras:
-            raise RunError("There are a LoRA file of your own and LoRAs to stack: take one of the two away.")
+            raise RunError("A LoRA file and a stack of LoRAs are both selected: remove one of them.")
         if uploaded:
             return weight_files.uploaded(*uploaded)
         if loras:
@@ -229,4 +227,6 @@ class GenerateTab(Tab):
     def origin(self, path: str) -> str:
         """Return a notice with the run and weights of an uploaded image; its settings do not select them."""
         _, source = generation_request.read_image(path)
-        return views.notice(f"Made with {source['weights'] or 'unknown weights'}, run {source['run'] or 'unknown'}.")
+        return views.notice(
+            f"Generated with {source['weights'] or 'unknown weights'}, run {source['run'] or 'unknown'}."
+        )

@@ -34,13 +34,13 @@ class GridPart:
                 self.axis_row("y", (grids.NONE, *grids.AXES), "seed"),
             ]
             with gr.Row():
-                self.go = gr.Button("Draw grid", elem_id="draw-grid", min_width=100)
+                self.go = gr.Button("Generate grid", elem_id="draw-grid", min_width=100)
                 self.stop = gr.Button("Stop", elem_id="stop-grid", min_width=80)
                 self.sheet = gr.DownloadButton(
                     "Download picture", elem_id="grid-sheet", min_width=120, interactive=False
                 )
             self.status = answer_line(
-                views.notice("All else is as set above; each cell is what Generate draws with these settings."),
+                views.notice("All other settings are those above; each cell is what Generate makes with its settings."),
                 elem_id="xy-status",
             )
             self.table = gr.HTML(elem_id="xy")
@@ -55,7 +55,7 @@ class GridPart:
             )
             values = gr.Textbox(
                 grids.SUGGESTED[first], label=f"Values of {which.upper()}", max_lines=6, min_width=150,
-                placeholder="words or numbers; of prompts one a line (Shift and Enter)", elem_id=f"values-{which}",
+                placeholder="words or numbers; one prompt per line (Shift+Enter)", elem_id=f"values-{which}",
                 scale=3,
             )  # fmt: skip
         return name, values

@@ -14,8 +14,8 @@ EVERY = 3.0
 IN_TURN = {"trigger_mode": "multiple", "concurrency_limit": 1}
 """Event options of row buttons: every click is handled, in order, so that the last answer shows the current list."""
 ABOUT = (
-    "Runs are trained one at a time, or one on each GPU where there are several. One that fails does not stop the "
-    "next, and what waits here goes on after a restart of the application."
+    "Runs are trained one at a time, or one on each GPU. If a run fails, the next one starts. Waiting runs start "
+    "automatically, also after a restart of the application."
 )
 
 
@@ -40,8 +40,6 @@ class ListTab(Tab):
 
 class QueueTab(ListTab):
     """The tab of the queue."""
-
-    title, id = "Queue", "queue"
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)

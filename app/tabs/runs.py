@@ -8,9 +8,8 @@ from ..library import Experiment
 from ..run_manager import RunManager
 from ..runs import RunError
 from .base import Parts, TabHost, answer_line
-from .compare import CompareTab
-from .experiment import ExperimentTab
 from .queue import IN_TURN, SCRIPT, ListTab
+from .report import ReportTab
 
 EVERY = 5.0
 """Seconds between two polls of the runs."""
@@ -19,12 +18,10 @@ EVERY = 5.0
 class RunsTab(ListTab):
     """The tab that lists the runs."""
 
-    title, id = "Runs", "runs"
-
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self.manager = RunManager(self.jobs)
-        self.words = gr.Textbox(label="Name or notes have", max_lines=1, elem_id="runs-words")
+        self.words = gr.Textbox(label="Search names and notes", max_lines=1, elem_id="runs-words")
         self.answer = answer_line(elem_id="runs-answer")
         script = SCRIPT.read_text(encoding="utf-8")
         self.cards = gr.HTML(elem_id="runs", js_on_load=script, server_functions=[server_function(self.save_notes)])
@@ -37,7 +34,7 @@ class RunsTab(ListTab):
         page.frames[self].select(self.open, self.words, [*shown, self.timer], **QUIET)
         self.words.change(self.show, self.words, shown, trigger_mode="always_last", **QUIET)
         self.timer.tick(self.look, [self.words, self.last_look], shown, queue=False, **QUIET)
-        opened = [page.all_tabs, page.run, page.tab(ExperimentTab).which]
+        opened = [page.all_tabs, page.views, page.run, page.tab(ReportTab).which]
         answered = [self.answer, *shown, *opened]
         self.cards.acted(self.act, self.words, answered, **IN_TURN, **QUIET)
         for name, handler in (
@@ -54,23 +51,22 @@ class RunsTab(ListTab):
     def act(self, words: str, event: gr.EventData) -> tuple:
         """Handle a button of a card or of the trash."""
         what, name = event._data.get("do"), event._data.get("name")
-        stay = (gr.skip(), gr.skip(), gr.skip())
         if what == "open":
-            return *stay, *self.opened(name)
+            return gr.skip(), gr.skip(), gr.skip(), *self.opened(name)
         if what == "trash":
             line = self.manager.throw_away(name)
         elif what == "restore":
             line = self.manager.restore(name)
         else:
             raise RunError("There is no such button.")
-        return views.notice(line), *self.show(words), *stay
+        return views.notice(line), *self.show(words), *(gr.skip(),) * 4
 
     def opened(self, name: str) -> tuple:
-        """Return the tab to open for a run or experiment, and the new values of the run and experiment selectors."""
+        """Return the tabs to open for a run or experiment, and the new values of the run and experiment selectors."""
         found = self.library.find_any(name)
         if isinstance(found, Experiment):
-            return gr.Tabs(selected=ExperimentTab.id), gr.skip(), found.name
-        return gr.Tabs(selected=CompareTab.id), self.library.find(name).name, gr.skip()
+            return gr.Tabs(selected="compare"), gr.Tabs(selected="experiment"), gr.skip(), found.name
+        return gr.Tabs(selected="compare"), gr.Tabs(selected="run"), self.library.find(name).name, gr.skip()
 
     def save_notes(self, edit: dict) -> dict:
         """Save notes from the browser, without updating the page: the user may be typing other notes."""

@@ -27,11 +27,15 @@ class StackPart:
         self.tab, self.library, self.studio = tab, tab.library, tab.studio
         with gr.Accordion("Several LoRAs at once, or a full model", open=False, elem_id="stack") as self.frame:
             self.loras = open_choice(
-                "LoRAs of runs of this model, used together instead of the weights above", multiselect=True,
+                "LoRAs from runs of this model, used instead of the weights above", multiselect=True,
                 elem_id="loras",
             )  # fmt: skip
             self.strengths = gr.Textbox(
-                "", label="Strength of each, in their order", placeholder="1 for all", max_lines=1, elem_id="strengths"
+                "",
+                label="Strength of each LoRA, in this order",
+                placeholder="1 for all",
+                max_lines=1,
+                elem_id="strengths",
             )
             self.name = gr.Textbox(
                 "full-model", label="Name of the new model folder", max_lines=1, elem_id="model-name"
@@ -40,13 +44,13 @@ class StackPart:
                 self.write = gr.Button("Merge into a full model folder", elem_id="write-model", scale=3)
                 self.stop = gr.Button("Stop", elem_id="stop-model", scale=1, min_width=80)
             self.status = answer_line(
-                views.notice("The base model with the weights that are chosen, at their strengths, as one folder."),
+                views.notice("Writes the base model with the selected weights merged into it, as one folder."),
                 elem_id="model-status",
             )
             common = {"interactive": False, "buttons": ["copy"], "elem_classes": "code"}
             with gr.Column(visible=False) as self.found:
-                self.place = gr.Textbox(label="Where it is", max_lines=1, elem_id="model-place", **common)
-                self.use = gr.Textbox(label="How it is loaded", lines=3, elem_id="model-use", **common)
+                self.place = gr.Textbox(label="Path", max_lines=1, elem_id="model-place", **common)
+                self.use = gr.Textbox(label="Load it with", lines=3, elem_id="model-use", **common)
         self.inputs = [self.loras, self.strengths]
 
     def events(self, page: TabHost) -> None:

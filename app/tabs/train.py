@@ -1,87 +1,239 @@
-"""Train: start, watch, stop and resume a training, which runs as a separate process."""
+"""Train: a form that becomes the command of a run or an experiment, which is trained as a separate process."""
 
+import json
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import ClassVar
+from pathlib import Path
 
 import gradio as gr
 
-from reslora.images.experiment.requirements import OF_EXPERIMENTS
+from reslora.images.config_file import OF_SHORTCUTS
+from reslora.images.data.caption_files import CAPTIONS
+from reslora.options.option import Option
+from reslora.options.values import listed
 from reslora.training.stopping import SAMPLE, SAVE
 
-from .. import form, views
-from ..bases import word_of_model
-from ..handlers import NO_PROGRESS, QUIET
-from ..library import VARYING
+from .. import experiments, form, launcher, views
+from ..bases import PIPELINES, word_of_model
+from ..handlers import NO_PROGRESS, QUIET, named, paths_of
+from ..jobs import WAITING, Entry
+from ..library import Experiment
 from ..runs import Run, RunError
-from .base import Parts, TabHost, open_choice
-from .launching import LaunchTab
+from ..uploads import store_images
+from .base import Parts, TabHost, answer_line, open_choice
+from .control import ControlTab
+from .report import ReportTab
+
+START = "Start training"
+# The browser stores the form, so that a restart of the server does not clear it. The values are stored by name, because
+# the server may have other options after a restart.
+KEEP = """(...values) => {
+    const form = Object.fromEntries(%(names)s.map((name, place) => [name, values[place]]));
+    localStorage.setItem('reslora-train', JSON.stringify(form));
+}"""
+RECALL = """(...values) => {
+    const kept = JSON.parse(localStorage.getItem('reslora-train') || '{}');
+    return %(names)s.map((name, place) => name in kept ? kept[name] : values[place]);
+}"""
 
 
-class TrainTab(LaunchTab):
-    """The tab that starts runs."""
+class TrainTab(ControlTab):
+    """The tab that starts runs and experiments; several learning rates or seeds make an experiment.
 
-    title, id = "Train", "train"
-    suggested = "my-style"
+    A run that is started while another one trains is queued; the label of Start says so beforehand.
+    """
+
     names = (
-        "method", "learning_rate", "max_train_steps", "train_batch_size", "rank", "resolution", "seed", "shortcut",
-        "pre_num", "head", "merge", "validation_prompt", "validation_steps", "checkpointing_steps",
+        "method", "learning_rate", "seed", "rank", "max_train_steps", "train_batch_size", "resolution",
+        "validation_prompt", "validation_steps",
     )  # fmt: skip
-    left_out = OF_EXPERIMENTS
-    filled: ClassVar = {"method": ["lora", "reslora"]}
+    """Options that are always visible; the others are in collapsed groups."""
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
+        self.flags: dict[str, gr.components.Component] = {}
+        self.defaults = form.defaults({})
         with gr.Row():
-            with gr.Column(scale=2, min_width=340):
-                self.begin = open_choice(
-                    "Begin with the settings of", choices=list(form.PRESETS), value=next(iter(form.PRESETS)),
-                    elem_id="begin",
-                )  # fmt: skip
-                self.begun = gr.State(None)
+            with gr.Column(scale=3, min_width=340):
                 self.settings_column()
-            with gr.Column(scale=3, min_width=360):
-                self.buttons_row()
-                with gr.Row():
-                    self.sample_now = gr.Button("Sample now", elem_id="sample-now", size="sm")
-                    self.save_now = gr.Button("Save now", elem_id="save-now", size="sm")
-                    self.memory_button()
-                self.log = gr.HTML(elem_id="log")
-                gr.Markdown(
-                    "Training is a process of its own: closing this page does not stop it, and reopening finds it "
-                    "again. *Stop* lets it save, *Resume* goes on from there. Its images arrive under **Compare**."
-                )
-        self.live = [self.log]
-        self.on_arrival += [self.begin]
+            with gr.Column(scale=2, min_width=340, elem_id="launch"):
+                self.launch_column()
+        self.form = [
+            self.name, self.caption, self.folder, self.model, *self.flags.values(), self.controls, self.shown_defaults
+        ]  # fmt: skip
+        self.live, self.watched, self.on_arrival = [self.log], [self.start], [self.folder, self.begin]
+
+    @classmethod
+    def all_names(cls) -> tuple[str, ...]:
+        """Return the names of all options of the form, in order."""
+        return *cls.names, *(option.name for group in form.groups(cls.names).values() for option in group)
+
+    @classmethod
+    def parameters(cls) -> tuple[str, ...]:
+        """Return the parameter names of the endpoints, in order."""
+        return "name", "images", "caption", "folder", "model", *cls.all_names(), "controls", "defaults"
+
+    def settings_column(self) -> None:
+        """Make the form: the common options, then all others in collapsed groups."""
+        with gr.Row():
+            self.name = gr.Textbox("my-style", label="Name", max_lines=1, elem_id="name", min_width=160)
+            self.begin = open_choice(
+                "Start from the settings of", choices=list(form.PRESETS), value=next(iter(form.PRESETS)),
+                elem_id="begin", min_width=220,
+            )  # fmt: skip
+        self.begun = gr.State(None)
+        with gr.Row():
+            self.model = open_choice(
+                "Base model", choices=list(PIPELINES), value="", elem_id="model", min_width=220,
+                info=f"Empty: {next(iter(PIPELINES))}. Or a name on the Hugging Face Hub: owner/model",
+            )  # fmt: skip
+            self.folder = open_choice(
+                "Image folder", value="", min_width=220, info="Empty: the bundled images, or those uploaded below"
+            )
+        with gr.Accordion("Upload images", open=False):
+            self.uploads = gr.File(
+                label="Images, optionally with .txt captions", file_count="multiple",
+                file_types=["image", *CAPTIONS], height=150, elem_id="uploads", elem_classes="uploads",
+            )  # fmt: skip
+            self.caption = gr.Textbox("", label="Caption of images without a .txt file (empty: their file name)")
+        self.preview = gr.HTML(elem_id="preview")
+        known = form.known()
+        self.flags["method"] = self.widget(known["method"])
+        with gr.Accordion("Controls for research", open=False):
+            self.controls = gr.CheckboxGroup(
+                form.methods(True), value=[], label="Controls", elem_id="controls",
+                info="They show whether a gain of ResLoRA comes from its shortcuts",
+            )  # fmt: skip
+        self.widgets([known[name] for name in self.names[1:]])
+        for title, group in form.groups(self.names).items():
+            with gr.Accordion(title[:1].upper() + title[1:], open=False):
+                self.widgets(group)
+        self.flags = {name: self.flags[name] for name in self.all_names()}  # independent of their order on the page
+        self.shown_defaults = gr.JSON(self.defaults, visible="hidden")
+
+    def launch_column(self) -> None:
+        """Make the plan, the buttons, the command and the log."""
+        self.plan = gr.HTML(elem_id="train-plan")
+        with gr.Row(elem_classes="actions"):
+            self.start = gr.Button(START, variant="primary", elem_id="start", min_width=130)
+            self.stop = gr.Button("Stop and save", elem_id="stop", min_width=110)
+            self.resume = gr.Button("Resume", elem_id="resume", min_width=80)
+        self.answer = answer_line(elem_id="answer")
+        self.command = gr.Textbox(
+            label="Command", lines=2, max_lines=8, buttons=["copy"], interactive=False, elem_id="command",
+            elem_classes="code",
+        )  # fmt: skip
+        with gr.Row(elem_classes="quiet"):
+            self.memory = gr.Button("Estimate memory", elem_id="memory", size="sm", min_width=120)
+            self.sample_now = gr.Button("Sample now", elem_id="sample-now", size="sm", min_width=100)
+            self.save_now = gr.Button("Save now", elem_id="save-now", size="sm", min_width=90)
+        with gr.Row(elem_classes="quiet"):
+            self.save_config = gr.Button("Save configuration", elem_id="save-config", size="sm", min_width=140)
+            self.config = gr.DownloadButton("config", visible="hidden", elem_id="config-file")
+            self.load_config = gr.UploadButton(
+                "Load configuration", file_types=[".toml", ".json"], elem_id="load-config", size="sm", min_width=140
+            )
+        self.log = gr.HTML(elem_id="log")
+        gr.Markdown(
+            "Training runs as a separate process: you can close this page. **Stop and save** writes a checkpoint, and "
+            "**Resume** continues from it. Samples and losses appear under **Compare**.",
+            elem_classes="hint",
+        )
+
+    def widgets(self, options: Sequence[Option]) -> None:
+        """Make a widget for each option: text boxes and choices first, then checkboxes."""
+        for is_switch in (False, True):
+            with gr.Row(elem_classes="options"):
+                for option in options:
+                    if option.is_switch == is_switch:
+                        self.flags[option.name] = self.widget(option)
+
+    def widget(self, option: Option) -> gr.components.Component:
+        """Return the widget of an option, with its default and the trainer's help."""
+        name = option.name
+        common = {"label": form.label(option), "info": form.info(option), "elem_id": f"flag-{name}"}
+        if name in OF_SHORTCUTS:
+            common["visible"] = form.wires(self.defaults["method"])
+        value = self.defaults[name]
+        if name == "method":
+            return gr.CheckboxGroup(form.methods(False), value=value, **common)
+        if option.is_switch:
+            return gr.Checkbox(value, **common)
+        if found := form.choices(option):
+            by_model = [("by the model", "")] if value == "" else []
+            return gr.Dropdown([*by_model, *found], value=value, multiselect=isinstance(value, list), **common)
+        lines = {"lines": 2} if name == "validation_prompt" else {"max_lines": 1}
+        return gr.Textbox(value, placeholder=form.placeholder(option), **lines, **common)
+
+    # -- events --------------------------------------------------------------------------------------------------------
 
     def arrive(self) -> dict:
-        """Return the image folders, and the presets and runs whose settings can be loaded."""
-        return super().arrive() | {self.begin: gr.update(choices=[*form.PRESETS, *self.library.runs()])}
+        """Return the image folders, and the presets, runs and experiments whose settings can be loaded."""
+        settings = [*form.PRESETS, *self.library.runs(), *self.library.experiments()]
+        return {self.folder: gr.update(choices=self.jobs.folders()), self.begin: gr.update(choices=settings)}
 
     def events(self, page: TabHost) -> None:
         """Connect the components."""
-        self.connect(page, page.run, page.seen)
+        self.control(page.run, page.seen)
+        inputs = [self.name, self.uploads, *self.form[1:]]
+        changes = [*(part.change for part in self.form[:-1]), self.uploads.change]
+        kept = {"names": [name for name in self.parameters() if name != "images"]}
+        page.blocks.load(None, self.form, self.form, js=RECALL % kept, **QUIET)
+        gr.on(changes, None, self.form, None, js=KEEP % kept, **QUIET)
+        following = [self.flags[name] for name in form.FOLLOWING]
+        wired = [self.flags[name] for name in OF_SHORTCUTS]
+        gr.on(
+            [page.frames[self].select, *changes, self.shown_defaults.change], self.look, inputs,
+            [self.plan, self.command, self.shown_defaults, *following, *wired],
+            trigger_mode="always_last", queue=False, preprocess=False, **QUIET,
+        )  # fmt: skip
+        looked = gr.on(
+            [self.folder.change, self.uploads.change], self.show_images, [self.folder, self.uploads],
+            self.preview, preprocess=False, **QUIET,
+        )  # fmt: skip
+        looked.failure(lambda: "", None, self.preview, **QUIET)
+
+        common = {"preprocess": False, **NO_PROGRESS}  # errors are shown once, as a message
+        show, start, plan, save = (
+            named(do, self.parameters()) for do in (self.do_show, self.do_start, self.do_plan, self.do_save)
+        )
+        started = [page.run, page.tab(ReportTab).which, self.command, self.start, self.answer]
+        gr.on([], show, inputs, self.command, api_name="train_command", **common)
+        self.start.click(start, inputs, started, api_name="train_start", **common)
+        self.memory.click(plan, inputs, self.answer, api_name="train_memory", **common)
+        self.save_config.click(save, inputs, self.config, api_name="save_config", **common).success(
+            None, js="() => document.querySelector('#config-file').click()"
+        )
         # Not `input`: it is also triggered when the box loses the focus, and would overwrite the form. `select` is
         # triggered by each selection with the mouse, also of the same item. After it, `change` is triggered if another
         # item was selected, with the mouse or with keys.
-        filled = [self.begun, self.model, self.folder, *self.flags.values()]
+        filled = [self.shown_defaults, self.model, self.folder, *self.flags.values(), self.controls]
         in_turn = {"trigger_mode": "always_last", "concurrency_id": "begin", "concurrency_limit": 1, **QUIET}
-        self.begin.select(self.fill_by_mouse, self.begin, filled, **in_turn)
-        self.begin.change(self.fill_once, [self.begin, self.begun], filled, **in_turn)
+        self.begin.select(self.fill_by_mouse, self.begin, [self.begun, *filled], **in_turn)
+        self.begin.change(self.fill_once, [self.begin, self.begun], [self.begun, *filled], **in_turn)
+        self.load_config.upload(self.do_load, self.load_config, [self.answer, *filled], **QUIET)
         for button, request in ((self.sample_now, SAMPLE), (self.save_now, SAVE)):
-            named = f"train_{request.replace('.', '_')}"
+            api_name = f"train_{request.replace('.', '_')}"
             button.click(
-                partial(self.ask, request), None, self.answer, api_name=named, concurrency_limit=None, **NO_PROGRESS
+                partial(self.ask, request), None, self.answer, api_name=api_name, concurrency_limit=None, **NO_PROGRESS
             )
 
     def fill(self, name: str) -> list:
-        """Return the form with the settings of a preset, or of a run with its images.
+        """Return the form with the settings of a preset, or of a run or experiment with its images.
 
         Raises `RunError` if the page cannot name the run's model.
         """
-        runs = self.library.runs()
+        runs = self.library.runs() | self.library.experiments()
         settings = form.settings_of(name, runs)
         folder = gr.update() if name in form.PRESETS else self.jobs.images.of_run(runs[name])
-        return [word_of_model(name, settings), folder, *form.values_of(settings, self.all_names())]
+        model, (*values, defaults) = word_of_model(name, settings), self.values_of(settings)
+        return [defaults, model, folder, *values]
+
+    def values_of(self, settings: dict) -> list:
+        """Return the form's values for the settings: all options, the controls, and the defaults."""
+        values = dict(zip(self.all_names(), form.values_of(settings, self.all_names()), strict=True))
+        values["method"], controls = form.without_controls(values["method"])
+        return [*values.values(), controls, form.defaults(settings)]
 
     def fill_by_mouse(self, name: str) -> list:
         """Return the name of the selected preset or run, and the form."""
@@ -95,14 +247,121 @@ class TrainTab(LaunchTab):
         """Request a checkpoint or samples from the active run after this step."""
         return views.notice(self.jobs.ask(request))
 
-    def settings(self, values: tuple) -> dict:
-        """Return the options and their values. Raises `RunError` if an option has several values, as in experiments."""
-        settings = super().settings(values)
-        for name in VARYING:
-            value = settings.get(name)
-            if isinstance(value, str) and len(value.replace(",", " ").split()) > 1:
-                raise RunError(f"{name} {value}: several values make an experiment; start it under Experiment.")
-        return settings
+    # -- the form's settings -------------------------------------------------------------------------------------------
+
+    def settings(self, name: object, model: object, values: Sequence) -> dict:
+        """Return the model and the options that differ from the defaults in the form.
+
+        Options that no selected method reads are left out. For an existing experiment defaults are included: they may
+        differ from its settings.
+        """
+        *flags, controls, defaults = values
+        settings = dict(zip(self.all_names(), flags, strict=True)) | {"model": str(model or "").strip()}
+        methods = [*(settings["method"] if isinstance(settings["method"], list) else []), *listed(controls)]
+        left_out = {} if form.wires(methods) else dict.fromkeys(OF_SHORTCUTS)
+        if isinstance(defaults, dict) and not self.jobs.begun(name, Experiment):
+            left_out |= {flag: None for flag, value in settings.items() if value == defaults.get(flag, ())}
+        return {flag: value for flag, value in settings.items() if flag not in left_out} | {"method": methods}
+
+    def entry(self, name, folder, model, values: Sequence) -> Entry:
+        """Return the form as an entry of the queue."""
+        settings = self.settings(name, model, values)
+        given = {flag: value for flag, value in settings.items() if flag == "method" or value not in launcher.EMPTY}
+        kind = self.jobs.kind_of(name, settings)
+        return Entry(name, kind.__name__.lower(), given, folder or None)
+
+    def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
+        """Return the arguments of the trainer's command line."""
+        return self.jobs.command_of(self.entry(name, folder, model, values), paths_of(uploads), str(caption or ""))
+
+    def look(self, name, uploads, _caption, folder, model, *values) -> dict:
+        """Return the number of runs and the command of the form, or what is wrong with it, and changed defaults."""
+        settings, shown = self.settings(name, model, values), values[-1] if isinstance(values[-1], dict) else {}
+        wired = gr.update(visible=form.wires(settings["method"]))
+        updates = {self.flags[flag]: wired for flag in OF_SHORTCUTS}
+        try:
+            told, words = experiments.plan(self.jobs, name, settings, folder, paths_of(uploads))
+            now = form.defaults(launcher.parsed(settings))
+        except RunError as error:
+            return updates | {self.plan: views.bad(str(error)), self.command: ""}
+        flags = dict(zip(self.all_names(), values[:-2], strict=True))
+        for flag in form.FOLLOWING:
+            if now[flag] != shown.get(flag) == flags[flag]:
+                updates[self.flags[flag]] = now[flag]
+        return updates | {self.plan: told, self.command: launcher.in_words(words), self.shown_defaults: now}
+
+    def do_show(self, *inputs) -> str:
+        """Return the command of the form."""
+        return launcher.in_words(self.words(*inputs))
+
+    def do_plan(self, *inputs) -> Iterator[str]:
+        """Yield the trainer's memory estimate; nothing is trained."""
+        yield views.notice("Estimating memory: this takes some seconds.")
+        _, uploads, caption, *_ = inputs
+        words, paths = self.words(*inputs), paths_of(uploads)
+        if paths and "--train_data_dir" in words:  # a resumed experiment keeps its images
+            stored = store_images(self.files.new("images"), paths, str(caption or ""))
+            words[words.index("--train_data_dir") + 1] = str(stored)
+        yield views.printed(self.jobs.plan(words))
+
+    def show_images(self, folder: str, uploads) -> str:
+        """Return thumbnails of the first selected images."""
+        return views.thumbnails(self.jobs.first_images(folder, paths_of(uploads)))
+
+    def do_start(self, *inputs) -> tuple:
+        """Start or queue a training.
+
+        Return the new run, the new experiment, the command, the button's label and a line about it.
+        """
+        name, uploads, caption, folder, model, *values = inputs
+        words, paths = launcher.in_words(self.words(*inputs)), paths_of(uploads)
+        entry = self.entry(name, None if paths else folder, model, values)
+        added = self.jobs.add(entry, paths, str(caption or ""))
+        told = self.outcome_of(added) + launcher.warning(entry.settings)
+        if paths and added.folder not in (None, f"runs/{name}"):
+            told += f" There are others in runs/{name}."
+        run = experiment = gr.update()
+        if entry.kind == "experiment":
+            experiment = gr.update(choices=list(self.library.experiments()), value=name)
+            told += " Its report is under Compare, Experiment."
+        elif added.state != WAITING:
+            run = gr.update(choices=self.list_names(), value=name)
+        return run, experiment, words, self.start_label(), views.notice(told)
+
+    def do_save(self, *inputs) -> str:
+        """Return a TOML file with the form's settings, which `train_sd.py --config` reads."""
+        name, _, _, folder, model, *values = inputs
+        settings = launcher.parsed(self.settings(name, model, values))
+        if folder:
+            settings["train_data_dir"] = str(self.jobs.images.find(folder).path)
+        path = self.files.new(f"{launcher.safe_name(str(name))}.toml")
+        path.write_text("".join(f"{flag} = {json.dumps(value)}\n" for flag, value in settings.items()))
+        return str(path)
+
+    def do_load(self, path: str) -> list:
+        """Return a line about an uploaded configuration file, and the form with its settings."""
+        name, settings = Path(path).name, launcher.read_config(Path(path))
+        images = settings.pop("train_data_dir", None)
+        folder = self.jobs.images.of_paths(listed(images), name) if images else gr.update()
+        told = f"{name} is loaded."
+        if unknown := settings.keys() - {*form.known(), form.MODEL}:
+            told += f" warning: this form cannot set {', '.join(sorted(unknown))}."
+        model, (*values, defaults) = word_of_model(name, settings), self.values_of(settings)
+        return [views.notice(told), defaults, model, folder, *values]
+
+    # -- polls ---------------------------------------------------------------------------------------------------------
+
+    def seen(self, run: Run) -> bool:
+        """Return whether a new run would wait in the queue."""
+        return self.jobs.would_wait()
+
+    def shown(self, run: Run, choice: object) -> dict:
+        """Return the label of the start button."""
+        return {self.start: self.start_label()}
+
+    def start_label(self) -> str:
+        """Return the label of the start button: start or queue."""
+        return "Add to queue" if self.jobs.would_wait() else START
 
     def updates(self, run: Run, status: str) -> dict:
         """Return the trainer's output."""

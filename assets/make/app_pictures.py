@@ -14,6 +14,8 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 SIZE = {"width": 1280, "height": 860}
+TABS = ("Images", "Train", "Compare", "Generate", "Runs", "Experiment")
+"""The tabs of the page; the last one is inside Compare."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,6 +28,8 @@ def parse_args() -> argparse.Namespace:
 
 def show(page: Page, tab: str) -> None:
     """Opens a tab, and does what makes it worth a picture."""
+    if tab == "Experiment":
+        page.get_by_role("tab", name="Compare", exact=True).click()
     page.get_by_role("tab", name=tab, exact=True).click()
     if tab == "Generate":
         page.locator("#generate").click()
@@ -33,7 +37,7 @@ def show(page: Page, tab: str) -> None:
     if tab == "Train":
         page.locator("#memory").click()
         page.locator("#answer .printed").wait_for(timeout=120_000)
-    page.wait_for_load_state("networkidle") if tab == "Chains" else page.wait_for_timeout(4000)
+    page.wait_for_timeout(4000)
 
 
 def main() -> None:
@@ -44,9 +48,9 @@ def main() -> None:
         page = browser.new_page(viewport=SIZE)
         page.goto(args.address, wait_until="domcontentloaded")
         page.locator("#grid img").first.wait_for()
-        for tab in [tab.inner_text() for tab in page.get_by_role("tab").all() if tab.is_visible()]:
+        for tab in TABS:
             show(page, tab)
-            path = args.output / f"{tab.split()[0].lower()}.png"
+            path = args.output / f"{tab.lower()}.png"
             Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(path, optimize=True)
             print(path)
         browser.close()

@@ -99,7 +99,7 @@ def test_a_table_that_is_replaced_while_it_is_rewritten_stays(tmp_path, monkeypa
 
     monkeypatch.setattr(caption_files.Table, "edit", late)
     theirs = table.read_text() + "\n"
-    with pytest.raises(RunError, match=r"metadata\.jsonl was changed meanwhile"):
+    with pytest.raises(RunError, match=r"metadata\.jsonl has changed"):
         write(images, [Edit("0.png", images.images["0.png"].captions, ("mine",))])
     assert table.read_text() == theirs and not list(folder.glob(".*.tmp"))
 
@@ -147,6 +147,6 @@ def test_a_caption_that_is_changed_while_others_are_written_stays_and_so_do_they
         original(path, *rest)
 
     monkeypatch.setattr(folder_changes, "write", meanwhile)
-    with pytest.raises(RunError, match=r"2\.txt was changed meanwhile"):
+    with pytest.raises(RunError, match=r"2\.txt has changed"):
         write(images, [Edit(name, image.captions, ("mine",)) for name, image in images.images.items()])
     assert trained_with(folder) == [*captions[:2], ["theirs, longer"]]

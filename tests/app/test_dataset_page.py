@@ -59,10 +59,7 @@ def visit(browser, address: str, width: int, theme: str):
     page.on("request", lambda request: errors.extend(leaving(request.url, address)))
     page.goto(f"{address}?__theme={theme}", wait_until="domcontentloaded")
     page.wait_for_selector("#grid img")
-    if not (tab := page.get_by_role("tab", name="Dataset")).is_visible():
-        page.locator(".overflow-menu button").first.click()
-        tab = page.locator(".overflow-dropdown").get_by_text("Dataset")
-    tab.click()
+    page.get_by_role("tab", name="Images").click()  # all tabs are in view, on a telephone too
     page.wait_for_selector('#dataset-images .cards[data-folder="set"] .card')
     yield page
     page.close()
@@ -104,7 +101,7 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         page.locator(WORDS).focus()
         tab_to(page, '.card[data-name="0.png"] input')
         page.keyboard.press("Space")
-        page.get_by_text("1 ticked").wait_for()
+        page.get_by_text("1 selected").wait_for()
         tab_to(page, '.card[data-name="0.png"] textarea')
         page.keyboard.press("Control+A")
         page.keyboard.type("a red “disc”")
@@ -125,7 +122,7 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         choose(page, "#operation", "Put before")
         page.locator("#text textarea, #text input").fill("sks, ")
         page.locator("#tick-all").press("Enter")
-        page.get_by_text(f"{COUNT} ticked").wait_for()
+        page.get_by_text(f"{COUNT} selected").wait_for()
         page.locator("#apply").press("Enter")
         page.locator("#dataset-answer [role=status]").get_by_text(f"put before, {COUNT} captions").wait_for()  # said
         assert {caption(number).startswith("sks, ") for number in range(COUNT)} == {True}
@@ -140,7 +137,7 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
         page.locator(".card input").first.press("Space")
         page.locator("#trash").press("Enter")
         page.locator("#dataset-answer").get_by_text("1 image moved to the trash").wait_for()
-        page.get_by_text("0 ticked").wait_for()
+        page.get_by_text("0 selected").wait_for()
         assert len(list(folder.glob("*.png"))) == COUNT - 1
         page.locator("#undo", has_text="1 image moved").press("Enter")  # once it names what has been done
         page.locator("#dataset-answer").get_by_text("Undone: 1 image moved").wait_for()
@@ -148,7 +145,7 @@ def test_captions_are_put_in_order_by_the_keyboard(browser, folder, address, wid
 
         page.locator("#check").press("Enter")
         page.locator("#dataset-answer").get_by_text(f"set: {COUNT} images checked").wait_for()
-        choose(page, "#which", "Left out by training")
+        choose(page, "#which", "Skipped by training")
         page.wait_for_function("document.querySelectorAll('.card').length === 1")
         page.locator(".card .out").get_by_text("damaged").wait_for()
         seen = [".card .name", ".card .sizes", ".card .out", ".card textarea", ".told-of .bad", "#picked-count"]
@@ -277,7 +274,7 @@ def test_what_is_shown_of_one_folder_changes_nothing_in_another(browser, folder,
             page.locator("#trash").click()
             page.get_by_test_id("toast-body").get_by_text(refused).wait_for()
         shows("two")
-        assert box.input_value() == "red disc" and page.locator("#picked-count").inner_text() == "0 ticked"
+        assert box.input_value() == "red disc" and page.locator("#picked-count").inner_text() == "0 selected"
         with locked_file(page, "set"):
             choose(page, "#folder", "set")
             page.locator("#change button").first.click()
@@ -321,7 +318,7 @@ def test_a_program_puts_a_folder_in_order(address, folder, tmp_path):
     client = client_of(address)
     assert client.predict(api_name="/image_folders") == [".", "set", "bundled images"]
     assert client.predict("set", api_name="/check_images") == "30 images checked."
-    (damaged,) = client.predict("set", "Left out by training", "", api_name="/images")
+    (damaged,) = client.predict("set", "Skipped by training", "", api_name="/images")
     assert damaged["name"] == "3.png" and damaged["left_out"].startswith("damaged (")
     assert (damaged["captions"], damaged["size"], damaged["buckets"]) == (["blue box"], [32, 32], [[64, 64]])
     client.predict("set", "0.png", "red disc", "one", api_name="/set_caption")

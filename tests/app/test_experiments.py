@@ -16,7 +16,8 @@ from app.library import Experiment, Library
 from app.runs import EXPERIMENT_LOG, RunError
 from app.studio import Studio
 from app.tabs.base import Parts
-from app.tabs.experiment import ExperimentTab
+from app.tabs.report import ReportTab
+from app.tabs.train import TrainTab
 from app.uploads import keep
 from reslora.experiment.report import write_report
 from reslora.experiment.schedule import ArmSchedule
@@ -73,7 +74,7 @@ def test_what_was_started_here_is_an_experiment_at_once(tmp_path):
     (tmp_path / "new" / EXPERIMENT_LOG).write_text("train_sd.py: error: something\n")
     found = Library(tmp_path).find_experiment("new")
     assert found.status == "failed" and "something" in found.log_tail() and found.report() == ""
-    assert "first arm" in experiments.report(found)
+    assert "first run" in experiments.report(found)
 
 
 @pytest.mark.parametrize("content", [None, [], 5, {"arms": 3}, {"arms": [None, 7, {"status": []}]}, {"chosen": 1}])
@@ -90,8 +91,8 @@ def test_how_far_it_is(library):
     assert found.status == "stopped" and found.progress == (7, 60)
     told = experiments.summary(found, "running")
     each = sum(arm["seconds"] for arm in content["arms"][:7]) / 7
-    assert "7 of 60 arms ended" in told and f"about {each * 53 / 3600:.1f} h left" in told
-    assert "Go on trains the rest" in experiments.summary(found, "stopped")
+    assert "7 of 60 runs finished" in told and f"about {each * 53 / 3600:.1f} h left" in told
+    assert "Resume trains the rest" in experiments.summary(found, "stopped")
     for arm in content["arms"][:7]:  # looks and exports take as long again
         arm["wall_seconds"] = 2 * arm["seconds"]
     write_experiment(found.folder, content)
@@ -106,11 +107,11 @@ def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(li
     config = found.folder / "config.json"
     config.write_text(json.dumps(found.config | {"experiment_minutes": 0.6}))
     write_experiment(found.folder, content | {"notes": [note]})  # stopped in a start after that
-    assert "ended · Go on trains the rest" in experiments.summary(found, found.status)
+    assert "finished · Resume trains the rest" in experiments.summary(found, found.status)
     del content["as_of"]
     write_experiment(found.folder, content | {"notes": [note]})
     said = experiments.summary(found, found.status)
-    assert "no more arms fit into 0.6 minutes · Go on trains for as long again" in said
+    assert "no more arms fit into 0.6 minutes · Resume trains for as long again" in said
     (found.folder / EXPERIMENT_LOG).write_text(f"{note}\n{found.folder}/report.html\n")
     queue, entry = Jobs(library), Entry("which", "experiment", state="running")
     queue.look_after(entry)
@@ -119,7 +120,7 @@ def test_one_whose_minutes_are_over_says_so_and_one_that_was_stopped_does_not(li
     queue.look_after(entry := Entry("which", "experiment", state="running"))
     assert entry.line == "train_sd.py: error: no such folder"
     config.write_text(json.dumps({"learning_rate": [1e-4, 2e-4], "experiment_minutes": "x"}))
-    assert "Go on trains the rest" in experiments.summary(found, found.status)
+    assert "Resume trains the rest" in experiments.summary(found, found.status)
 
 
 def test_one_that_is_stopped_while_methods_are_compared_goes_on_with_that(library, monkeypatch):
@@ -132,7 +133,7 @@ def test_one_that_is_stopped_while_methods_are_compared_goes_on_with_that(librar
         assert trainings.stop("which", Experiment) == f"which was asked to stop {when}; what is trained is saved."
         assert trainings.stop("which", Experiment) == "which was asked to stop already; what is trained is saved."
         trainings.asked.clear()
-    assert "60 of 60 arms ended \u00b7 Go on compares them" in experiments.summary(found, "stopped")
+    assert "60 of 60 runs finished \u00b7 Resume compares them" in experiments.summary(found, "stopped")
 
 
 def test_one_whose_arms_have_all_diverged_has_nothing_to_go_on_with(library):
@@ -141,7 +142,7 @@ def test_one_whose_arms_have_all_diverged_has_nothing_to_go_on_with(library):
         arm |= {"status": "failed", "reason": "the loss is not finite at step 3", "test": None}
     write_experiment(found.folder, content | {"chosen": {}, "verdicts": []})
     told = experiments.summary(found, found.status)
-    assert found.status == "failed" and "60 of 60 arms ended" in told and "none of them well" in told
+    assert found.status == "failed" and "60 of 60 runs finished" in told and "all of them failed" in told
     assert "Go on" not in told and "not finite at step 3" in found.report()
 
 
@@ -159,12 +160,12 @@ def test_the_report_can_do_nothing_to_the_page(library):
 
 def test_a_plan_is_counted_by_the_trainers_own_parser(library):
     form = {"method": ["lora", "reslora"], "learning_rate": "1e-4, 3e-4", "seed": "0 1 2"}
-    assert "8 arms: 2 methods, 2 learning rates, 3 seeds." in plan(library, form)
-    assert "fewer than three seeds" in plan(library, form | {"seed": "0"})
+    assert "8 runs: 2 methods, 2 learning rates, 3 seeds." in plan(library, form)
+    assert "Fewer than three seeds" in plan(library, form | {"seed": "0"})
     wired = form | {"shortcut": ["input", "middle"], "pre_num": "1 4"}
-    assert "16 arms: 4 methods" in plan(library, wired)
-    assert "12 arms" in plan(library, form | {"learning_rate": "1e-4", "seed": "0", "rank": "2 4 8 16 32 64"})
-    assert "8 arms" in plan(library, form | {"model": "owner/model"})  # whose images it gets with Start
+    assert "16 runs: 4 methods" in plan(library, wired)
+    assert "12 runs" in plan(library, form | {"learning_rate": "1e-4", "seed": "0", "rank": "2 4 8 16 32 64"})
+    assert "Another model needs images" in plan(library, form | {"model": "owner/model"})
     for wrong in ({"seed": "x"}, {"learning_rate": "-1"}, {"method": ["none"]}, {"blocks_to_swap": "0.5"}):
         assert "argument" in plan(library, form | wrong)
 
@@ -178,28 +179,38 @@ def test_a_plan_warns_of_what_keeps_differences_from_being_shown(library, tmp_pa
 
     def warned(folder: object = "mine", uploads=(), **settings) -> str:
         trainings = Jobs(library, tmp_path / "data")
-        return experiments.plan(trainings, "new", form | settings, folder, uploads)
+        return told(trainings, "new", form | settings, folder, uploads)
 
-    assert all(word not in warned() for word in ("images", "compare"))  # they may be in tables
+    assert all(word not in warned() for word in ("images", "test split"))  # they may be in tables
     for number in range(55):
         (inside / f"{number}.png").touch()
-    assert "compare" not in warned()  # of 55 about 6
+    assert "test split" not in warned()  # of 55 about 6
     (inside / "0.png").unlink()
-    assert "3 to 8 of 54 images will compare:" in warned() and "compare" not in warned(test_split="0.2")
-    assert "2 of 5 images will compare:" in warned(uploads=[f"{n}.png" for n in range(5)], test_split="0.1")
-    assert "1 of 3 images will compare:" in warned(uploads=["1.png", "2.jpg", "3.png", "3.txt"], test_split="0.3")
-    assert "2 of 54 images will compare:" in warned(test_split="1e-320")  # six by that share are more than any number
-    assert "compare" not in warned("") and "choose one from the list" in warned("other")
+    assert "3 to 8 of 54 images are the test split:" in warned() and "test split" not in warned(test_split="0.2")
+    assert "2 of 5 images are the test split:" in warned(uploads=[f"{n}.png" for n in range(5)], test_split="0.1")
+    assert "1 of 3 images are the test split:" in warned(uploads=["1.png", "2.jpg", "3.png", "3.txt"], test_split="0.3")
+    assert "2 of 54 images are the test split:" in warned(
+        test_split="1e-320"
+    )  # six by that share are more than any number
+    assert "test split" not in warned("") and "choose one from the list" in warned("other")
     assert "verdicts need lora among the methods" in warned("", method=["lora_x2", "reslora"])
-    goes_on = experiments.plan(Jobs(library, tmp_path / "data"), "which", {"seed": "0 1 2"}, "mine")
-    assert "arms" in goes_on and "compare" not in goes_on  # it has images of its own
+    goes_on = told(Jobs(library, tmp_path / "data"), "which", {"seed": "0 1 2"}, "mine")
+    assert "runs" in goes_on and "test split" not in goes_on  # it has images of its own
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("app.folders.all_below", lambda folder: folder.joinpath("gone").iterdir())
         assert "cannot be read (No such file or directory)" in warned()
 
 
 def plan(library: Library, form: dict) -> str:
-    return experiments.plan(Jobs(library), "new", form)
+    return told(Jobs(library), "new", form)
+
+
+def told(*asked) -> str:
+    """What stands next to the button: the number of runs, or what is wrong."""
+    try:
+        return experiments.plan(*asked)[0]
+    except RunError as error:
+        return str(error)
 
 
 def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(library):
@@ -223,9 +234,9 @@ def test_a_new_experiment_has_all_flags_and_one_that_is_there_what_is_added(libr
 
 @pytest.mark.parametrize("given", [{"seed": "3"}, {"learning_rate": "1e-4"}, {"rank": "4,"}])
 def test_methods_alone_are_a_run_and_no_experiment(library, given):
-    """The trainer would train a plain run, which no tab shows."""
+    """As on the command line; an entry of the queue that says otherwise is refused."""
     settings, queue = {"method": ["lora", "reslora"], "shortcut": ["input"], **given}, Jobs(library)
-    assert launcher.ALONE in plan(library, settings)
+    assert "1 run: LoRA and ResLoRA, 200 steps each." in plan(library, settings)
     with pytest.raises(RunError, match=launcher.ALONE):
         queue.add(Entry("new", "experiment", settings))
     assert queue.entries() == [] and not (library.folder / "new").exists()
@@ -250,10 +261,10 @@ REFUSED = {
 def test_what_the_trainer_refuses_at_once_is_told_beforehand(library, why):
     """By the plan, by Show command and by Start; it waited in the queue and failed hours later."""
     form = {"method": ["lora", "reslora"], **OF_SEVERAL, **REFUSED[why]}
-    assert why in plan(library, form) and "arms" not in plan(library, form)
+    assert why in plan(library, form) and "runs" not in plan(library, form)
     with pytest.raises(RunError, match=why.partition(":")[0]):
         Jobs(library).add(Entry("new", "experiment", form))
-    assert "12 arms" in plan(library, {"method": ["lora", "lora_x2", "reslora"], **OF_SEVERAL})
+    assert "12 runs" in plan(library, {"method": ["lora", "lora_x2", "reslora"], **OF_SEVERAL})
 
 
 def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
@@ -267,8 +278,8 @@ def test_what_a_form_adds_to_an_experiment_is_beside_what_is_there(library):
         ({"method": ["lora"], "learning_rate": "0.0001", "seed": ""}, 9, "3 methods, 2 learning rates, 2 seeds"),
         ({"experiment_minutes": "5"}, 9, "3 methods, 2 learning rates, 2 seeds"),
     ):
-        form = dict.fromkeys(ExperimentTab.names, "") | added
-        assert f"{arms} arms: {of_each}." in experiments.plan(trainings, "which", form)
+        form = dict.fromkeys(TrainTab.names, "") | added
+        assert f"{arms} runs: {of_each}." in told(trainings, "which", form)
         flags = parse_args(trainings.command("which", form, kind=Experiment)[1:])
         assert len(ArmSchedule(flags).arms()) == arms
 
@@ -306,11 +317,13 @@ def test_an_experiment_goes_on_with_its_own_images_and_settings_or_not_at_all(li
         "lora_dropout": "0.5", "gradient_checkpointing": True,
     }  # fmt: skip
     for flag, value in others.items():
-        with pytest.raises(RunError, match=f"which was begun with .*{flag.replace('model', 'owner/model')}") as refusal:
+        with pytest.raises(
+            RunError, match=f"which was started with .*{flag.replace('model', 'owner/model')}"
+        ) as refusal:
             queue.add(Entry("which", "experiment", same | {flag: value}))
         assert "another name" in str(refusal.value) and "\n" not in str(refusal.value)
     for folder, sent in (("dogs", []), (None, uploads)):
-        with pytest.raises(RunError, match="which was begun with other images"):
+        with pytest.raises(RunError, match="which was started with other images"):
             queue.add(Entry("which", "experiment", same, folder), sent, "a red disc")
     assert queue.entries() == [] and not (library.folder / ".images").exists()
     # The box still has what it was begun with.
@@ -324,7 +337,7 @@ def test_the_best_arms_lora_is_handed_out(library):
     """The one that most tools read; of methods without any the reason is said."""
     folder = library.folder / "which"
     with gr.Blocks():
-        tab = ExperimentTab(Parts(library, Jobs(library), Studio()))
+        tab = ReportTab(Parts(library, Jobs(library), Studio()))
     assert tab.look("which")[tab.take_best] == gr.update(interactive=False)
     with pytest.raises(RunError, match="There is no LoRA file: "):
         tab.copy_of_best("which")
@@ -352,8 +365,8 @@ def test_the_memory_is_planned_of_a_new_experiment_and_of_one_that_goes_on(libra
     monkeypatch.setattr(trainings, "plan", lambda words: planned.append(words) or "")
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "red disc.png")
     with gr.Blocks():
-        tab = ExperimentTab(Parts(library, trainings, Studio()))
-    values = form.values_of({"seed": [0, 1]}, tab.all_names())
+        tab = TrainTab(Parts(library, trainings, Studio()))
+    values = tab.values_of({"seed": [0, 1]})
     for name, uploads in (("new", [{"path": str(tmp_path / "red disc.png")}]), ("which", None)):
         first, _ = tab.do_plan(name, uploads, "", None, "", *values)
         assert "some seconds" in first

@@ -1,5 +1,7 @@
 """The trainer's flags as a form: what a page may set, what stands in the boxes, and what a form begins with."""
 
+from types import SimpleNamespace
+
 import pytest
 from app_runs import WRONG, write_run
 
@@ -7,9 +9,9 @@ from app import form, launcher
 from app.jobs import Jobs
 from app.library import Library
 from app.runs import RunError
-from app.tabs.experiment import ExperimentTab
 from app.tabs.train import TrainTab
 from reslora.images.settings import build_parser, parse_args
+from reslora.options.grid import Grid
 from reslora.options.images import Options
 from reslora.options.option import Option
 
@@ -26,10 +28,9 @@ def test_no_flag_that_names_a_file_a_model_or_code_is_in_the_form():
 
 
 def test_every_safe_flag_is_in_the_form_once():
-    for tab in (TrainTab, ExperimentTab):
-        names = tab.all_names()
-        assert len(set(names)) == len(names) and {*names, *tab.left_out} == set(form.known())
-    assert tab.names[0] == "method"
+    names = TrainTab.all_names()
+    assert len(set(names)) == len(names) and set(names) == set(form.known())
+    assert TrainTab.names[0] == "method" and set(TrainTab.names) == set(form.HELP)
 
 
 def test_a_flag_that_is_added_to_the_trainer_has_to_be_harmless():
@@ -41,22 +42,25 @@ def test_a_flag_that_is_added_to_the_trainer_has_to_be_harmless():
 
 
 def test_an_untouched_form_is_the_trainers_defaults():
-    for tab in (TrainTab, ExperimentTab):
-        names = tab.all_names()
-        settings = dict(zip(names, form.values_of({}, names), strict=True))
-        assert launcher.arguments(settings) == ["--method", "lora", "reslora"]
+    assert arguments_of({}) == ["--method", "lora", "reslora"]
+    assert arguments_of({"method": ["lora", "lora_x2"]}) == ["--method", "lora", "lora_x2"]
+    of_flow = {form.MODEL: "assets/pipeline-flow"}
+    assert arguments_of(of_flow | {"learning_rate": 0.001}) == arguments_of(of_flow) == arguments_of({})
+    assert arguments_of(of_flow | {"learning_rate": 0.00025})[-2:] == ["--learning_rate", "0.00025"]
+
+
+def arguments_of(settings: dict) -> list[str]:
+    """The command's flags of a form that is filled in with some settings and then left alone."""
+    tab = SimpleNamespace(jobs=SimpleNamespace(begun=lambda *_: None), all_names=TrainTab.all_names)
+    return launcher.arguments(TrainTab.settings(tab, "new", "", TrainTab.values_of(tab, settings)))
 
 
 @pytest.mark.parametrize("name", list(form.PRESETS))
 def test_a_preset_is_what_the_trainer_takes(name):
     settings = form.settings_of(name, {})
-    names = TrainTab.all_names()
-    values = dict(zip(names, form.values_of(settings, names), strict=True))
-    words = launcher.arguments(values)
-    parsed = vars(build_parser().parse_args(words))
-    for flag, value in settings.items():
-        assert parsed[flag] == value, flag
-    parse_args(words)  # which refuses what nothing would read
+    asked = parse_args(arguments_of(settings))  # which refuses what nothing would read
+    values = asked.base.flat() | asked.varied if isinstance(asked, Grid) else asked.flat()
+    assert {flag: values[flag] for flag in settings} == settings
 
 
 def test_the_settings_of_a_run_make_its_command_again(tmp_path):
@@ -73,18 +77,17 @@ def test_the_settings_of_a_run_make_its_command_again(tmp_path):
         num_class_images=7,
         prior_loss_weight=0.5,
     )
-    names = TrainTab.all_names()
     settings = form.settings_of("run", Library(tmp_path).runs())
-    words = launcher.arguments(dict(zip(names, form.values_of(settings, names), strict=True)))
+    words = arguments_of(settings)
     parsed = vars(build_parser().parse_args(words))
     expected = {"shortcut": ["middle"], "pre_num": [2], "random_flip": True, "snr_gamma": 5.0, "max_train_steps": 4}
     assert {name: parsed[name] for name in expected} == expected and parsed["target_modules"] == ["to_q"]
     assert parsed["validation_prompt"] == settings["validation_prompt"]
     parse_args(words)  # which refuses what nothing would read
-    with pytest.raises(RunError, match="no run of that name"):  # not an empty form
+    with pytest.raises(RunError, match="no run or preset of that name"):  # not an empty form
         form.settings_of("gone", Library(tmp_path).runs())
     (tmp_path / "run" / "config.json").write_text("{")
-    with pytest.raises(RunError, match=r"run: its config\.json cannot be read; begin with another one"):
+    with pytest.raises(RunError, match=r"run: its config\.json cannot be read; choose another run"):
         form.settings_of("run", Library(tmp_path).runs())
 
 
@@ -103,14 +106,20 @@ def test_a_damaged_config_fills_in_what_a_form_can_have(wrong):
 
 
 def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
-    known = form.known()
-    assert form.default(known["learning_rate"]) == "0.00025 (another model: 0.0001)"
-    assert form.default(known["snr_gamma"]) == "1.0 (another model: none)"
-    assert form.default(known["rank"]) == "16" and form.default(known["train_batch_size"]) == "16"
-    assert form.default(known["validation_prompt"]) == "cat face, tulip, guitar, red apple (another model: none)"
-    of_flow = {flag: form.default(known[flag], "assets/pipeline-flow") for flag in form.OF_BUNDLED}
-    assert of_flow["learning_rate"] == "0.001 (another model: 0.0001)" and of_flow["guidance_scale"] == "3.0"
-    assert form.default(known["learning_rate"], "owner/model") == form.default(known["learning_rate"])
+    """As they are with the model, the optimizer and the number of runs; what is only known later is a hint."""
+    known, shown = form.known(), form.defaults({})
+    assert {**shown, "learning_rate": "0.00025", "rank": "16", "max_train_steps": "200", "seed": "0"} == shown
+    assert shown["validation_prompt"].splitlines() == ["cat face", "tulip", "guitar", "red apple"]
+    assert shown["lora_alpha"] == "" and form.placeholder(known["lora_alpha"]) == "twice the rank"
+    of_flow = form.defaults({form.MODEL: "assets/pipeline-flow"})
+    assert (of_flow["learning_rate"], of_flow["guidance_scale"]) == ("0.001", "3.0")
+    other = form.defaults({form.MODEL: "owner/model", "optimizer": "prodigy"})
+    assert (other["learning_rate"], other["max_train_steps"], other["validation_steps"]) == ("1.0", "", "")
+    several = form.defaults({"seed": [0, 1]})
+    assert several["test_split"] == "0.1" and several["validation_split"] == "0.0"
+    assert several["seed"] == "0" and form.defaults({"optimizer": "prodigy"})["optimizer"] == "adamw"
+    changed = {name for one in (of_flow, other, several) for name in shown if one[name] != shown[name]}
+    assert changed - {"method"} <= set(form.FOLLOWING)
     for name, option in known.items():
         assert form.info(option).endswith(f"--{name}") and form.label(option)[0].isupper()
     assert "a bucket keeps at least 93% always" in form.info(known["center_crop"])

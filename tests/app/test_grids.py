@@ -159,7 +159,7 @@ def test_an_axis_that_says_nothing_is_refused_in_a_line(name, text, said):
         (("method", "reslora"), ("seed", "1"), "lora: unmerged, step 9", "reslora has no unmerged, step 9 in this run"),
         (("merge", "best"), ("seed", "1"), START, "There is no merge best; choose of lstsq"),
         (("merge", "input"), ("method", "lora"), START, "Only ResLoRA is merged by a method"),
-        (("method", "lora"), ("seed", "1"), "own.safetensors", "A LoRA file of your own and a stack have no method"),
+        (("method", "lora"), ("seed", "1"), "own.safetensors", "A LoRA file and a stack have no method"),
     ],
 )
 def test_a_grid_that_cannot_be_drawn_is_refused_before_anything_is(run, x, y, start, said):

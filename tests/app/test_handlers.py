@@ -26,7 +26,7 @@ from app.runs import RunError
             "A file cannot be written (Read-only file system).",
             "",
         ),
-        (KeyError("secret"), "Something went wrong; the terminal says more.", "KeyError"),
+        (KeyError("secret"), "An unexpected error occurred; see the terminal for details.", "KeyError"),
     ],
 )
 def test_errors_are_sentences_without_paths(raised, told, printed, capsys):

@@ -239,7 +239,7 @@ def test_undo_is_refused_once_and_only_for_what_was_changed_again(edits, tmp_pat
     edits.change_captions(edits.look("set"), ["0.png"], ADD_TAG, "x")
     edits.change_captions(edits.look("set"), ["1.png"], ADD_TAG, "y")
     (folder / "1.txt").write_text("somebody else's")
-    with pytest.raises(RunError, match="changed meanwhile"):
+    with pytest.raises(RunError, match="has changed"):
         edits.undo(edits.look("set"))
     assert "add tag" in edits.undo(edits.look("set"))
     assert trained(folder).captions[:2] == [["red disc"], ["somebody else's"]]
@@ -351,12 +351,12 @@ def test_trash_that_cannot_come_back_stays(edits, tmp_path):
     folder = tmp_path / "data" / "set"
     edits.throw_away(edits.look("set"), ["1.png"])
     (folder / "1.txt").write_text("another one")
-    with pytest.raises(RunError, match=r"1\.txt is there again"):
+    with pytest.raises(RunError, match=r"1\.txt exists again"):
         edits.undo(edits.look("set"))
     assert (folder / "1.txt").read_text() == "another one" and not (folder / "1.png").exists()
     place = next(changes.changes(edits.look("set").folder)).place
     (place / "1.png").rename(folder / "1.png")
-    with pytest.raises(RunError, match=r"1\.txt is there again"):  # though a part has been put back by hand
+    with pytest.raises(RunError, match=r"1\.txt exists again"):  # though a part has been put back by hand
         edits.undo(edits.look("set"))
     (folder / "1.txt").unlink()
     edits.undo(edits.look("set"))
@@ -392,7 +392,7 @@ def test_damaged_images_and_duplicates_are_marked_once_all_are_opened(edits, tmp
         (folder / f"{name}.txt").write_text(name)
     images = edits.look("set")
     assert edits.looks.alike(images) == {} and not edits.shown(images, LEFT_OUT)
-    assert "opens every image, and finds further damaged ones" in image_cards.summary(edits, images, 10)
+    assert "opens every image to find more damaged images" in image_cards.summary(edits, images, 10)
     assert list(edits.check(images)) == [0, 10]
     assert {name: line for name, (_, line) in edits.looks.alike(images).items()} == {
         "copy.png": "the same image as a.png", "near.jpg": "looks like a.png",
@@ -400,7 +400,7 @@ def test_damaged_images_and_duplicates_are_marked_once_all_are_opened(edits, tmp
     assert [image.name for image in edits.shown(images, ALIKE)] == ["a.png", "copy.png", "near.jpg"]
     (damaged,) = edits.shown(images, LEFT_OUT)
     assert damaged.name == "half.png" and edits.looks.problem(damaged).startswith("damaged (")
-    assert "Training would leave out 1 image:" in image_cards.summary(edits, images, 10)
+    assert "Training would skip 1 image:" in image_cards.summary(edits, images, 10)
     shutil.copy(folder / "a.png", folder / "half.png")
     assert edits.looks.problem(edits.look("set").images["half.png"]) == ""
 

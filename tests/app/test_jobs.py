@@ -6,6 +6,7 @@ import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from time import sleep
 
 import gradio as gr
@@ -14,7 +15,7 @@ import pytest
 from app_runs import HOSTILE, with_one_wrong, write_run
 from waiting import LIMIT, ended, wait_until
 
-from app import form, jobs, launcher, lists
+from app import jobs, launcher, lists
 from app.jobs import FAILED, RUNNING, WAITING, Entry, Jobs
 from app.library import Experiment, Library
 from app.run_manager import RunManager
@@ -22,6 +23,7 @@ from app.runs import Run, RunError
 from app.studio import Studio
 from app.tabs.base import Parts
 from app.tabs.train import TrainTab
+from reslora.images.settings import parse_args
 from reslora.io import write_json
 
 # In place of `accelerate launch`: notes that it was started and on which GPU, waits for its turn to end, and fails.
@@ -79,7 +81,7 @@ def test_one_after_the_other_and_what_fails_does_not_stop_the_next(lined, tmp_pa
     assert [add(lined, name).state for name in "ef"] == [WAITING, WAITING]
     assert lined.would_wait()
     lined.move("f", -1)
-    lined.move("e", -1)  # which are neighbours, and change places twice
+    lined.move("e", -1)  # which are neighbors, and change places twice
     lined.move("e", 1)
     lined.move("c", -1)
     lined.move("c", -1)  # it is the first that waits
@@ -136,7 +138,7 @@ def test_who_stops_what_has_just_ended_does_not_stop_the_next(lined):
     add(lined, "b")
     let_end(lined, "a")
     wait_until(lambda: started(lined) == ["a -", "b -"], "the next")
-    with pytest.raises(RunError, match="a does not train any more"):
+    with pytest.raises(RunError, match="a has ended"):
         lined.stop_entry("a")
     assert lined.is_active(lined.find("b"))
     assert "b" in lined.stop_entry("b")
@@ -149,7 +151,7 @@ def test_what_was_renamed_while_it_trains_is_said_to_be_gone(lined):
     lined.path.with_name("a").rename(lined.path.with_name("moved"))
     lined.advance()
     assert states(lined) == {"a": RUNNING} and jobs.GONE in lists.queue(lined)
-    with pytest.raises(RunError, match=r"^a: its folder is gone: it was renamed or removed\. Put it back, and stop"):
+    with pytest.raises(RunError, match=r"^a: its folder is gone: it was renamed or removed\. Restore it, then stop it"):
         lined.stop_entry("a")
     let_end(lined, "a")
     assert [(entry.state, entry.line) for entry in lined.entries()] == [(FAILED, jobs.GONE)]
@@ -189,11 +191,11 @@ def test_which_images_are_trained_on_is_said(lined, tmp_path):
     added = [add(lined, "a"), lined.add(Entry("b", folder="cats")), lined.add(Entry("c"), [str(tmp_path / "x.png")])]
     assert [TrainTab.outcome_of(None, entry) for entry in added] == [
         "a starts with the bundled images.",
-        "b waits in the queue, and starts by itself with the images in cats.",
-        "c waits in the queue, and starts by itself with the images in runs/c.",
+        "b waits in the queue and starts automatically with the images in cats.",
+        "c waits in the queue and starts automatically with the images in runs/c.",
     ]
     assert TrainTab.outcome_of(None, Entry("d", folder=".")).endswith(
-        "starts by itself with the images in the data folder."
+        "starts automatically with the images in the data folder."
     )
     shown = [lists.facts_of(entry, lined.run_of(entry)) for entry in added]
     settings = {"model": "assets/pipeline-flow", "rank": "8", "seed": "5", "max_train_steps": "40"}
@@ -207,11 +209,11 @@ def test_the_form_starts_with_what_stands_in_it_and_warns_of_a_likely_mistake(li
         tab = TrainTab(Parts(lined.library, lined, Studio()))
     told = []
     for name, settings in (("a", {}), ("b", {"rank": 9999})):
-        *_, words, label, answer = tab.do_start(name, None, "", "", "", *form.values_of(settings, tab.all_names()))
+        *_, words, label, answer = tab.do_start(name, None, "", "", "", *tab.values_of(settings))
         assert f"/{name} " in f"{words} " and label == "Add to queue"
         told.append(answer)
     assert "a starts with the bundled images." in told[0] and "warning" not in told[0]
-    assert "b waits in the queue" in told[1] and "warning: 9999 is a larger rank" in told[1]
+    assert "b waits in the queue" in told[1] and "warning: 9999 is a very high rank" in told[1]
 
 
 def test_what_goes_on_keeps_its_images_and_none_are_named(lined, tmp_path):
@@ -219,8 +221,8 @@ def test_what_goes_on_keeps_its_images_and_none_are_named(lined, tmp_path):
     write_run(tmp_path / "runs" / "b", learning_rate=[1e-4, 1e-3])
     added = [lined.add(Entry("a", resume=True)), lined.add(Entry("b", "experiment", {"seed": "0 1"}))]
     assert [entry.folder for entry in added] == [None, None]
-    assert TrainTab.outcome_of(None, added[0]) == "a goes on from its newest checkpoint."
-    assert TrainTab.outcome_of(None, added[1]) == "b waits in the queue, and starts by itself."
+    assert TrainTab.outcome_of(None, added[0]) == "a resumes from its newest checkpoint."
+    assert TrainTab.outcome_of(None, added[1]) == "b waits in the queue and starts automatically."
 
 
 def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_path):
@@ -331,3 +333,28 @@ def test_of_two_visitors_at_once_one_is_first(lined):
         assert sum(pool.map(attempt, range(8))) == 1
     wait_until(lambda: started(lined), "the trainer")
     assert started(lined) == ["a -"] and len(lined.entries()) == 1
+
+
+def test_a_configuration_is_saved_for_the_command_line_and_loaded_again(lined, tmp_path):
+    """With the folder of images; a setting that is its default stays out, so that it follows another model."""
+    with gr.Blocks():
+        tab = TrainTab(Parts(lined.library, lined, Studio()))
+    values = tab.values_of({"seed": [0, 1], "rank": 8, "random_flip": True, "method": ["lora", "lora_x2"]})
+    path = Path(tab.do_save("mine", None, "", "cats", "assets/pipeline-flow", *values))
+    assert path.name == "mine.toml" and "learning_rate" not in path.read_text()
+    asked = parse_args(["--config", str(path)])
+    assert asked.varied["seed"] == [0, 1] and asked.base.adapter.method == ["lora", "lora_x2"]
+    assert asked.base.data.train_data_dir == [str(lined.images.find("cats").path)]
+    said, defaults, model, folder, *loaded = tab.do_load(str(path))
+    found = dict(zip((*tab.all_names(), "controls"), loaded, strict=True))
+    assert (model, folder) == ("assets/pipeline-flow", "cats") and "mine.toml is loaded." in said
+    expected = {"seed": "0 1", "rank": "8", "random_flip": True, "learning_rate": "0.001", "method": ["lora"]}
+    assert {name: found[name] for name in expected} == expected and found["controls"] == ["lora_x2"]
+    assert tab.settings("new", model, [*loaded, defaults]) == {
+        "model": model, "method": ["lora", "lora_x2"], "seed": "0 1", "rank": "8", "random_flip": True
+    }  # fmt: skip
+    (tmp_path / "other.toml").write_text('max_train_steps = 5\noutput_dir = "x"\n')
+    assert "this form cannot set output_dir" in tab.do_load(str(tmp_path / "other.toml"))[0]
+    (tmp_path / "wrong.toml").write_text("nonsense = 5\n")
+    with pytest.raises(RunError, match=r"^wrong\.toml: nonsense is not a flag"):
+        tab.do_load(str(tmp_path / "wrong.toml"))

@@ -1,6 +1,7 @@
 """app/launcher.py and app/jobs.py: commands, uploads, and processes."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -85,7 +86,7 @@ def test_only_flags_that_differ_are_written(trainings):
 
 def test_a_rank_that_is_likely_a_mistake_has_a_warning():
     for rank in ("9999", "4 9999", [9999], 9999):
-        assert launcher.warning({"rank": rank}).startswith(" warning: 9999 is a larger rank")
+        assert launcher.warning({"rank": rank}).startswith(" warning: 9999 is a very high rank")
     for rank in ("512", "", None, [4, 8]):
         assert launcher.warning({"rank": rank}) == ""
 
@@ -136,7 +137,9 @@ def test_a_bundled_pipeline_is_trained_by_its_word(trainings, word):
 
 def form_of(trainings) -> SimpleNamespace:
     """What fills in the form under Train."""
-    return SimpleNamespace(library=trainings.library, jobs=trainings, all_names=TrainTab.all_names)
+    tab = SimpleNamespace(library=trainings.library, jobs=trainings, all_names=TrainTab.all_names)
+    tab.values_of = functools.partial(TrainTab.values_of, tab)
+    return tab
 
 
 def test_a_form_that_begins_with_a_run_has_its_model_or_says_why_not(trainings, tmp_path):
@@ -146,9 +149,9 @@ def test_a_form_that_begins_with_a_run_has_its_model_or_says_why_not(trainings, 
         write_run(runs / name, pretrained_model_name_or_path=model)
     write_run(runs / "vae", pretrained_vae_model_name_or_path="owner/vae")
     for name, model in {"u-net": "assets/pipeline", "flow": "assets/pipeline-flow", "hub": "owner/model"}.items():
-        assert TrainTab.fill(tab, name)[0] == model
+        assert TrainTab.fill(tab, name)[1] == model
     for name in ("none", next(iter(form.PRESETS))):
-        assert TrainTab.fill(tab, name)[0] == ""
+        assert TrainTab.fill(tab, name)[1] == ""
     for name, what in {"folder": "a model in a folder", "damaged": "a model", "vae": "--pretrained_vae"}.items():
         with pytest.raises(RunError, match=f"{name} was trained with {what}.*cannot name") as refusal:
             TrainTab.fill(tab, name)
@@ -165,7 +168,7 @@ def test_a_form_that_begins_with_a_run_has_its_images_or_does_not_start(training
     for name, folder in read.items():
         write_run(runs / name, train_data_dir=folder)
     write_run(runs / "hub", dataset_name="owner/images")
-    filled = {name: TrainTab.fill(tab, name)[1] for name in trainings.library.runs()}
+    filled = {name: TrainTab.fill(tab, name)[2] for name in trainings.library.runs()}
     unlisted = {name: filled.pop(name) for name in ("elsewhere", "two", "hub")}
     uploads, without = {"uploaded": "runs/up"}, dict.fromkeys(("bundled", "example", "none"), "")
     assert filled == {"listed": "cats", "one": "cats"} | uploads | without
@@ -173,7 +176,7 @@ def test_a_form_that_begins_with_a_run_has_its_images_or_does_not_start(training
         assert folder == f"images of {name} (not on the list)"
         with pytest.raises(RunError, match="choose one from the list"):
             trainings.choose_images("new", folder, None)
-    assert TrainTab.fill(tab, next(iter(form.PRESETS)))[1] == gr.update()  # it stays as it is
+    assert TrainTab.fill(tab, next(iter(form.PRESETS)))[2] == gr.update()  # it stays as it is
 
 
 @pytest.mark.parametrize("device", [None, "0"])
@@ -277,7 +280,7 @@ def test_the_name_of_what_is_starting_is_said_to_be_that(trainings):
     folder = trainings.library.folder / "new"
     folder.mkdir()
     with locked_file(folder / EXPERIMENT_LOG):
-        with pytest.raises(RunError, match=r"^new is starting already: look at that one, or"):
+        with pytest.raises(RunError, match=r"^new is already starting: choose another name"):
             trainings.folder_of("new", Experiment)
         write_json(folder / "config.json", {"learning_rate": [1e-4, 1e-3]})
         assert trainings.folder_of("new", Experiment) == folder
@@ -374,7 +377,7 @@ def test_what_stops_is_what_trains_whichever_run_is_looked_at(run):
     trainings.began.clear()
     tab = SimpleNamespace(jobs=trainings, kind=Run)
     for seen in ("starting", "running", "stopping"):  # it has ended since, and the other one has begun
-        with pytest.raises(RunError, match="looked-at does not train any more"):
+        with pytest.raises(RunError, match="looked-at has ended"):
             TrainTab.do_stop(tab, "looked-at", ((), (), (), seen))
     assert "run is stopped" in TrainTab.do_stop(tab, "looked-at", ((), (), (), "finished"))
     ended(launcher)
@@ -416,9 +419,9 @@ def test_a_finished_run_is_not_resumed(run):
 def test_what_a_language_script_has_begun_goes_on_without_the_page(trainings, kind, rates):
     folder = write_language_run(trainings.library.folder / "glue", learning_rate=rates)
     before = sorted(folder.iterdir())
-    with pytest.raises(RunError, match="glue was begun by train_glue"):
+    with pytest.raises(RunError, match="glue was started by train_glue"):
         trainings.add(Entry("glue", kind, resume=True))
-    line = "was begun by" if kind == "experiment" else "a run of that name"
+    line = "was started by" if kind == "experiment" else "a run of that name"
     with pytest.raises(RunError, match=line):
         trainings.command("glue", {"learning_rate": "1e-3 3e-3", "seed": "0 1"}, kind=Experiment)
     assert sorted(folder.iterdir()) == before and trainings.entries() == []

@@ -113,14 +113,14 @@ def test_a_page_that_is_loaded_again_keeps_its_run_and_tab_and_shows_an_error_on
     with gr.Blocks() as demo:
         page = Page(Parts(library, Jobs(library), Studio()))
         page.events(demo)
-    seen = page.arrive("one", "queue")
-    assert seen[page.run]["value"] == "one" and seen[page.all_tabs].selected == "queue"
+    seen = page.arrive("one", "runs")
+    assert seen[page.run]["value"] == "one" and seen[page.all_tabs].selected == "runs"
     for run, tab in ((None, None), ("gone", "nowhere"), (["one"], 7)):
         seen = page.arrive(run, tab)
         assert seen[page.run]["value"] == next(iter(library.runs())) and page.all_tabs not in seen
     quiet = {event.api_name: event.show_progress for event in demo.fns.values()}
-    actions = ("start", "command", "memory", "stop", "resume")
-    assert {quiet[f"{tab}_{action}"] for tab in ("train", "experiment") for action in actions} == {"hidden"}
+    actions = [f"train_{action}" for action in ("start", "command", "memory", "stop", "resume")]
+    assert {quiet[name] for name in (*actions, "experiment_stop", "experiment_resume")} == {"hidden"}
 
 
 def test_weights_say_what_is_used_in_their_place():
@@ -336,7 +336,7 @@ def test_whatever_a_program_sends_it_is_told_something(address, wrong):
     calls |= {"grid": [*GRID.values()], "full_model": [*(MODEL | {"name": "../x"}).values()], "loras": ["tiny"]}
     calls |= {
         "grid_values": ["tiny", "seed"],
-        "train_command": ["new", None, "", None, "", ["lora"], "input", *[""] * 12],
+        "train_command": ["new", None, "", None, "", ["lora"], "1e-4", *[""] * 12],
     }
     calls |= {"move_in_queue": ["tiny", 1], "remove_from_queue": ["tiny"], "set_run_notes": ["tiny", "x", "y"]}
     calls |= {"run_notes": ["tiny"], "restore_run": ["x"]}
@@ -426,7 +426,7 @@ def test_a_program_can_draw_grids_and_stack_and_write_models(client, runs):
         with pytest.raises(AppError, match=said):
             client.predict(*(MODEL | changes).values(), api_name="/full_model")
     upload = handle_file(runs / "tiny" / "lora" / "kohya.safetensors")
-    with pytest.raises(AppError, match="take one of the two away"):
+    with pytest.raises(AppError, match="remove one of them"):
         generated(client, adapter=upload, loras=names[:1])
 
 
@@ -602,7 +602,7 @@ def test_runs_are_looked_at_side_by_side_while_one_trains(page, runs):
     prompts = [settings["validation_prompt"][0], "something else"]
     write_run(runs / "other", methods=("lora",), **(settings | {"method": ["lora"], "validation_prompt": prompts}))
     assert page.locator("#title").bounding_box()["height"] < page.locator("#summary").bounding_box()["height"]
-    page.get_by_label("Runs beside it").focus()
+    page.get_by_label("Compare with").focus()
     page.get_by_role("option", name="other").wait_for()
     page.keyboard.type("other")
     page.keyboard.press("Enter")
@@ -636,7 +636,7 @@ def test_images_with_merged_weights_beside_the_base_and_cancelled(page):
     page.locator("#status").get_by_text("2 of 2 images done").wait_for()
     page.wait_for_function("document.querySelectorAll('#gallery img').length === 2")
     assert "base model" in page.locator("#made").inner_text()
-    page.get_by_label("Same seed with the base model beside it").uncheck()
+    page.get_by_label("Also generate with the base model").uncheck()
     page.locator("#generate").click()
     page.locator("#status").get_by_text("1 of 1 image done").wait_for()
     page.wait_for_function("document.querySelectorAll('#gallery img').length === 1")
@@ -806,12 +806,12 @@ def test_text_can_be_read(page):
     page.locator("#grid button.tile").first.click()
     assert contrast(page.locator("#zoom p")) >= 4.5
     page.keyboard.press("Escape")
-    page.get_by_role("tab", name="Chains and merge").click()
+    page.get_by_role("button", name="Linked layers and merge").click()
     page.locator("#plan .what").wait_for()
     assert [text for text in page.locator(".what").all() if contrast(text) < 4.5] == []
     page.get_by_role("tab", name="Train").click()
     page.locator("#start").wait_for()
-    seen = [page.locator("#start"), page.get_by_text("rank of the update matrices")]
+    seen = [page.locator("#start"), page.get_by_text("A higher rank learns more detail")]
     seen.append(page.get_by_role("tab", name="Train"))
     assert [text for text in seen if contrast(text.first) < 4.5] == []
     page.get_by_text("Output, checkpoints and reports").first.scroll_into_view_if_needed()
@@ -849,7 +849,7 @@ def test_a_form_survives_a_restart(page):
     page.wait_for_function(f"document.querySelector('{STEPS}').value === '50'")
     page.locator(STEPS).fill("7")
     page.locator("#begin input").click()
-    page.get_by_role("option", name="a quick look").click()
+    page.get_by_role("option", name="a quick test").click()
     page.wait_for_function(f"document.querySelector('{STEPS}').value === '50'")
     page.locator(STEPS).fill("7")
     page.wait_for_timeout(1000)  # a choice fills the form once, whatever events it causes
@@ -894,7 +894,7 @@ def press_at_once(page, runs: Path) -> None:
 
 @pytest.mark.exhaustive
 def test_chains_and_merge_are_shown(page, runs):
-    page.get_by_role("tab", name="Chains and merge").click()
+    page.get_by_role("button", name="Linked layers and merge").click()
     page.locator("#plan").get_by_text("links in").wait_for()
     assert page.locator("#plan .what, #report .what, #norms .what").count() == 3
     assert page.locator("#report td").count() > 8
@@ -912,14 +912,14 @@ def merge_and_look_elsewhere(page, runs: Path) -> None:
             page.get_by_label(f"number input for {name}").fill("256")
         page.locator("#generate").click()
         page.locator("#status").get_by_text("Image 1 of 1").wait_for()
-        page.get_by_role("tab", name="Chains and merge").click()
+        page.get_by_role("tab", name="Compare").click()
         page.locator("#merge").click()
         page.locator("#run input").fill("elsewhere")
         page.locator("#run input").press("Enter")
         page.locator("#report td").first.wait_for(state="detached")
         page.get_by_role("tab", name="Generate").click()
         page.locator("#cancel").click()
-        page.get_by_role("tab", name="Chains and merge").click()
+        page.get_by_role("tab", name="Compare").click()
         page.get_by_text("is under Generate, with the run tiny").wait_for()
         page.wait_for_timeout(500)
         assert page.locator("#report td").count() == 0
@@ -936,33 +936,58 @@ def test_an_experiment_is_planned_and_its_report_is_read(page, runs):
     """
     page.get_by_role("tab", name="Experiment").click()
     page.locator("button#take-report:disabled").wait_for()
+    page.locator("#experiment-state").get_by_text("There is no experiment yet").wait_for()
     page.locator("#experiment-stop").click()
     page.get_by_text("There is no experiment of that name").wait_for()
     write_experiment(runs / "which")
     try:
         report = page.frame_locator("#experiment-report iframe")
         report.get_by_role("heading", level=1).get_by_text("best: reslora block(4)").wait_for()
-        page.locator("#experiment-state").get_by_text("60 of 60 arms ended").wait_for()
-        page.locator("#experiment-flag-seed input, #experiment-flag-seed textarea").fill("0 1")
-        page.locator("#experiment-plan").get_by_text("12 arms: 3 methods, 3 learning rates, 2 seeds").wait_for()
-        page.locator("#experiment-name input, #experiment-name textarea").fill("new")
-        page.locator("#experiment-show").click()
-        said = (
-            "document.querySelector('#experiment-command textarea').value.includes('--seed 0 1 --max_train_steps 200')"
-        )
-        page.wait_for_function(said)
+        page.locator("#experiment-state").get_by_text("60 of 60 runs finished").wait_for()
         page.locator("button#take-report:enabled").wait_for()
         take_the_best_along(page, runs)
-        page.locator("#experiment-name input, #experiment-name textarea").fill("no name")
-        page.locator("#experiment-show").click()  # refused: the command of the other name goes
-        page.wait_for_function("document.querySelector('#experiment-command textarea').value === ''")
         report.locator("#slider").focus()
         page.keyboard.press("ArrowRight")
         assert report.locator("#slider").input_value() == "51"
-        for part in ("#experiment-plan .notice", "#experiment-state .summary"):
-            assert contrast(page.locator(part)) >= 4.5
+        page.wait_for_function("document.querySelector('#experiment-report iframe').clientHeight > 1000")
+        assert contrast(page.locator("#experiment-state .summary")) >= 4.5
+        vote(page, runs)
+        plan_one(page)
     finally:
         shutil.rmtree(runs / "which")
+
+
+def vote(page, runs: Path) -> None:
+    """By a key; what is shown tells no method, and the result stands next to the losses."""
+    page.get_by_role("button", name="Blind votes").click()
+    page.locator("#vote-begin").click()
+    page.locator("#vote-images img").nth(1).wait_for()
+    assert "lora" not in page.locator("#vote-images").inner_text()
+    page.keyboard.press("ArrowDown")
+    page.locator("#vote-answer").get_by_text("1 of 6 pairs have a vote").wait_for()
+    assert json.loads((runs / "which" / "votes.jsonl").read_text())["vote"] == "equal"
+    page.locator("#vote-show").click()
+    page.locator("#vote-result").get_by_text("50%; no interval yet").first.wait_for()
+
+
+def plan_one(page) -> None:
+    """Several values make an experiment; the command stands there before anything is pressed."""
+    page.get_by_role("tab", name="Train").click()
+    page.locator("#name input, #name textarea").fill("new")
+    page.locator("#flag-seed input, #flag-seed textarea").fill("0 1")
+    page.locator("#train-plan").get_by_text("4 runs: 2 methods, 1 learning rate, 2 seeds").wait_for()
+    page.wait_for_function("document.querySelector('#command textarea').value.endsWith('--seed 0 1')")
+    page.get_by_role("button", name="Controls for research").click()
+    page.get_by_label("LoRA, doubled alpha").check()
+    page.wait_for_function("document.querySelector('#command textarea').value.includes('lora reslora lora_x2')")
+    page.locator("#model input").fill("assets/pipeline-flow")  # a box that shows a default follows it
+    page.locator("#model input").press("Enter")
+    page.wait_for_function("document.querySelector('#flag-learning_rate :is(input, textarea)').value === '0.001'")
+    page.locator("#name input, #name textarea").fill("no name")  # refused: the command of the other name goes
+    page.locator("#train-plan .bad").wait_for()
+    page.wait_for_function("document.querySelector('#command textarea').value === ''")
+    for part in ("#train-plan .bad", "#command textarea"):
+        assert contrast(page.locator(part)) >= 4.5
 
 
 def take_the_best_along(page, runs: Path) -> None:
@@ -991,13 +1016,13 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
         uploads.append(str(tmp_path / f"{name}.png"))
     page.get_by_role("tab", name="Train").click()
     page.locator("#name textarea, #name input").fill("watched")
+    page.get_by_role("button", name="Upload images").click()
     page.locator("#uploads input[type=file]").set_input_files(uploads)
     page.get_by_text("green leaf").first.wait_for()
-    for flag in ("max_train_steps", "validation_steps", "checkpointing_steps"):  # it cannot end before it is stopped
+    for flag in ("max_train_steps", "validation_steps"):  # it cannot end before it is stopped
         page.locator(f"#flag-{flag} textarea, #flag-{flag} input").fill("5000")
     page.locator("#flag-train_batch_size textarea, #flag-train_batch_size input").fill("1")
     page.locator("#flag-validation_prompt textarea").fill("red disc")
-    page.locator("#show").click()
     page.wait_for_function("document.querySelector('#command textarea').value.includes('--max_train_steps 5000')")
     page.locator("#start").click()
     page.locator("#summary .running").wait_for()
@@ -1039,7 +1064,7 @@ def line_up(page) -> None:
         page.locator("#name textarea, #name input").fill(name)
         page.locator("#start").click()
         page.locator("#answer").get_by_text(f"{name} waits in the queue").wait_for()
-    page.get_by_role("tab", name="Queue").click()
+    page.get_by_role("tab", name="Runs").click()
     rows = "[...document.querySelectorAll('#queue li')].map(row => row.dataset.name).join()"
     page.wait_for_function(f"{rows} === 'watched,second,third'")
     page.get_by_role("button", name="Move third up").focus()
@@ -1070,7 +1095,7 @@ def put_in_order(page, runs: Path) -> None:
     page.locator("#runs-answer").get_by_text("watched is in the trash").wait_for()
     assert not (runs / "watched").exists() and page.get_by_label("notes on tiny").input_value() == "half a sen"
     page.get_by_role("button", name="Restore watched").press("Enter")
-    page.locator("#runs-answer").get_by_text("watched is back").wait_for()
+    page.locator("#runs-answer").get_by_text("watched is restored").wait_for()
     assert page.get_by_label("notes on watched").input_value() == "the best so far"
     page.set_viewport_size({"width": 420, "height": 900})
     assert page.evaluate("document.documentElement.scrollWidth") <= 420

@@ -2,7 +2,9 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 from app_runs import HOSTILE, write_language_run, write_run
 from waiting import join, start_thread, wait_until
@@ -10,8 +12,12 @@ from waiting import join, start_thread, wait_until
 from app import lists
 from app.jobs import Entry, Jobs
 from app.library import Library
+from app.page import Page
 from app.run_manager import RunManager
 from app.runs import EXPERIMENT_LOG, IN_PLACE, LONGEST_NOTES, NO_CONFIG, RunError
+from app.studio import Studio
+from app.tabs.base import Parts
+from app.tabs.report import ReportTab
 from app.tabs.runs import RunsTab
 
 
@@ -64,7 +70,7 @@ def test_what_is_thrown_away_comes_back_as_it_was(manager, tmp_path):
     (which, one), names = manager.trashed(), [folder.name for folder in manager.trashed().values()]
     assert names == ["which", "one"]
     write_run(tmp_path / "runs" / "one")
-    assert "again" in refused(manager.restore, one)
+    assert "Another run is named one" in refused(manager.restore, one)
     manager.throw_away("one")
     manager.restore(one)
     assert {path: path.read_bytes() for path in before} == before
@@ -93,9 +99,9 @@ def test_nothing_is_restored_in_the_place_of_what_waits(manager):
     with manager.jobs.changing() as entries:
         entries += [Entry("one"), Entry("which", "experiment", state="failed")]
     assert "Another one is in the queue" in refused(manager.restore, one)
-    assert list(manager.trashed()) == [which, one] and manager.restore(which) == "which is back."
+    assert list(manager.trashed()) == [which, one] and manager.restore(which) == "which is restored."
     manager.jobs.remove("one")
-    assert manager.restore(one) == "one is back."
+    assert manager.restore(one) == "one is restored."
 
 
 def test_notes_and_a_deletion_come_one_after_the_other(manager, monkeypatch):
@@ -155,7 +161,9 @@ def test_cards_show_the_newest_sample_and_escape_all_else(manager, tmp_path):
         assert text not in shown, text
     assert shown.count('class="run"') == 4 and shown.count("<img ") == 3 and shown.count("no samples") == 1
     assert shown.count('data-do="trash"') == 3 and "Restore one" in shown and "LoRA, ResLoRA · 8 of 8 steps" in shown
-    assert lists.runs(manager, "TEXTAREA").count('class="run"') == 1 and "No run has this" in lists.runs(manager, "zzz")
+    assert lists.runs(manager, "TEXTAREA").count(
+        'class="run"'
+    ) == 1 and "No name and no notes contain this" in lists.runs(manager, "zzz")
     # What a card shows is what the folder has now.
     assert "no notes" in lists.runs(manager, "two")
     manager.write_notes("two", "", "good")
@@ -168,6 +176,22 @@ def test_the_card_of_a_run_whose_config_is_damaged_says_so(manager):
     assert "failed</b>" in lists.runs(manager, "one") and NO_CONFIG in lists.runs(manager, "one")
 
 
+def test_a_card_opens_its_run_or_experiment_under_compare(manager):
+    """In the view for it; what it returns are the values of the event's outputs."""
+    with gr.Blocks() as demo:
+        page = Page(Parts(manager.library, manager.jobs, Studio()))
+        page.events(demo)
+    tab = page.tab(RunsTab)
+    (acted,) = (event for event in demo.fns.values() if event.fn == tab.act)
+    for name, view in (("one", "run"), ("which", "experiment")):
+        found = tab.act("", SimpleNamespace(_data={"do": "open", "name": name}))
+        values = dict(zip(acted.outputs, found, strict=True))
+        assert values[page.all_tabs].selected == "compare" and values[page.views].selected == view
+        assert name in (values[page.run], values[page.tab(ReportTab).which])
+    thrown = tab.act("", SimpleNamespace(_data={"do": "trash", "name": "two"}))
+    assert len(thrown) == len(acted.outputs) and "two is in the trash" in thrown[0]
+
+
 def test_the_card_of_a_language_run_says_what_it_is_and_opens_nothing(manager):
     write_language_run(manager.library.folder / "glue")
     shown = lists.runs(manager, "glue")
@@ -178,7 +202,7 @@ def test_the_card_of_a_language_run_says_what_it_is_and_opens_nothing(manager):
 
 
 def test_the_queue_as_it_is_seen(manager):
-    assert "Nothing is lined up" in lists.queue(manager.jobs)
+    assert "Nothing is running or waiting" in lists.queue(manager.jobs)
     states = ("finished", "running", "waiting", "waiting", "failed")
     with manager.jobs.changing() as entries:
         entries += [Entry(f"{state}-{n}<", state=state, line="<b>why</b>") for n, state in enumerate(states)]
@@ -190,4 +214,4 @@ def test_the_queue_as_it_is_seen(manager):
     disabled = [part.split('"')[0] for part in shown.split('aria-label="') if " disabled>" in part]
     assert disabled == ["Move waiting-2&lt; up", "Move waiting-3&lt; down"]
     manager.jobs.path.write_text(json.dumps({"version": 9}))
-    assert "mend or remove queue.json" in lists.queue(manager.jobs)
+    assert "repair or remove queue.json" in lists.queue(manager.jobs)

@@ -64,7 +64,7 @@ def test_a_run_of_a_language_script_is_listed_and_no_more(tmp_path, script, task
     library = Library(tmp_path)
     assert library.runs() == {} and list(library.experiments()) == ["which"]
     assert {run.name for run in library.everything()} == {"language", "which"}
-    with pytest.raises(RunError, match=f"language was trained by {script}, and is listed under Runs alone"):
+    with pytest.raises(RunError, match=f"language was trained by {script}, and appears only under Runs"):
         library.find("language")
     run = library.named("language", LanguageRun)
     assert run.status == "stopped"

@@ -40,7 +40,7 @@ def test_what_was_not_measured_is_said(run, tmp_path):
     (run.folder / "lora" / "log.jsonl").write_text("")
     assert "--validation_split" in verdict(run, 4)
     alone = Run("alone", write_run(tmp_path / "alone", methods=("lora",)))
-    assert "nothing to compare it with" in verdict(alone, 4) and "difference" not in verdict(alone, 4)
+    assert "nothing to compare with" in verdict(alone, 4) and "difference" not in verdict(alone, 4)
 
 
 def test_the_lowest_of_each_column_is_marked_where_all_are_at_one_step(run):
@@ -56,7 +56,7 @@ def report_of(*errors):
 
 def test_a_merge_that_has_lost_much_is_warned_of(run):
     """Of each merge its own: that of the run, and one by another method."""
-    assert "its blocks are 30% off on average" in merge_warning(report_of(0.5, 0.1, None))
+    assert "its blocks differ by 30% on average" in merge_warning(report_of(0.5, 0.1, None))
     assert merge_warning(report_of(0.3, 0.1)) == merge_warning(report_of(None)) == merge_warning(None) == ""
     for content in with_one_wrong(report_of(0.5, 0.4)):
         assert merge_warning(content) == "" or merge_warning(content).startswith('<p class="warning"')
@@ -65,7 +65,7 @@ def test_a_merge_that_has_lost_much_is_warned_of(run):
     again = merged_by(Weights("", "adapter", "reslora", run.folder / "reslora" / "checkpoint-4", 4), "input")
     again.path.parent.mkdir()
     (again.path.parent / "merge.json").write_text(json.dumps(report_of(0.4)))
-    assert warning_for(run, own) == warning_for(run, BASE) == "" and "40% off" in warning_for(run, again)
+    assert warning_for(run, own) == warning_for(run, BASE) == "" and "by 40%" in warning_for(run, again)
 
 
 def test_the_page_warns_of_the_weights_of_the_run_that_is_chosen_though_the_label_is_the_same(tmp_path):
@@ -81,8 +81,8 @@ def test_the_page_warns_of_the_weights_of_the_run_that_is_chosen_though_the_labe
     tab = page.tab(GenerateTab)
     lossy, near = (page.choose(name, []) for name in ("lossy", "near"))
     assert lossy[tab.weights]["value"] == near[tab.weights]["value"] == "reslora: kohya.safetensors"
-    assert "50% off" in lossy[tab.warning]["value"] and lossy[tab.warning]["visible"]
+    assert "by 50%" in lossy[tab.warning]["value"] and lossy[tab.warning]["visible"]
     assert near[tab.warning]["value"] == "" and not near[tab.warning]["visible"]
     (tmp_path / "near" / "reslora" / "merge.json").write_text(json.dumps(report_of(0.4)))
     seen = page.watch("near", [], near[page.seen], *(near[one.chosen]["value"] for one in page.choosing))
-    assert "40% off" in seen[tab.warning]["value"] and "value" not in seen[tab.weights]
+    assert "by 40%" in seen[tab.warning]["value"] and "value" not in seen[tab.weights]

@@ -1,0 +1,62 @@
+"""Base class of Train and the experiment report: stop and resume a training, which runs as a separate process."""
+
+from typing import ClassVar
+
+import gradio as gr
+
+from .. import views
+from ..folders import BUNDLED
+from ..handlers import NO_PROGRESS
+from ..jobs import RUNNING, Entry
+from ..runs import Run
+from .base import STATUS, Tab
+
+ACTIVE = ("starting", "running", "stopping")
+
+
+class ControlTab(Tab):
+    """A tab with the buttons Stop and Resume. Endpoints are named `<kind>_stop` and so on, but `train_` for a run."""
+
+    kind: ClassVar[type[Run]] = Run
+
+    @property
+    def what(self) -> str:
+        """The kind of the form's result: `run` or `experiment`."""
+        return self.kind.__name__.lower()
+
+    def control(self, which: gr.components.Component, seen: gr.State) -> None:
+        """Connect the buttons. `which` selects the run or experiment; `seen` is the state at the last poll."""
+        prefix = "train" if self.kind is Run else self.what
+        # Queued, although it never has to wait: an unqueued event would not show its error.
+        self.stop.click(
+            self.do_stop, [which, seen], self.answer, api_name=f"{prefix}_stop", concurrency_limit=None, **NO_PROGRESS
+        )
+        self.resume.click(self.do_resume, which, self.answer, api_name=f"{prefix}_resume", **NO_PROGRESS)
+        gr.api(self.list_names, api_name=f"{self.what}s")
+
+    def list_names(self) -> list[str]:
+        """Return the names of the runs or experiments, newest first."""
+        return list(self.library.runs())
+
+    def do_stop(self, name: str, seen: tuple | None = None) -> str:
+        """Stop the active training.
+
+        If the selected run was training in the last poll, only that run is stopped, not one that started after it.
+        """
+        trained = seen is not None and seen[STATUS] in ACTIVE
+        return views.notice(self.jobs.stop(name, self.kind, only=trained))
+
+    def do_resume(self, name: str) -> str:
+        """Resume a stopped run or experiment, or queue it."""
+        run = self.jobs.find(name, self.kind)
+        return views.notice(self.outcome_of(self.jobs.add(Entry(run.name, self.what, resume=True))))
+
+    def outcome_of(self, entry: Entry) -> str:
+        """Return a sentence on the state of an added entry, with its images if it is new."""
+        where = f" on GPU {entry.device}" if entry.device is not None else ""
+        named = {BUNDLED: "the bundled images", ".": "the images in the data folder"}
+        images = f" with {named.get(entry.folder, f'the images in {entry.folder}')}" if entry.folder else ""
+        if entry.state == RUNNING:
+            begins = "resumes from its newest checkpoint" if entry.resume else "starts"
+            return f"{entry.name} {begins}{where}{images}."
+        return f"{entry.name} waits in the queue and starts automatically{images}."

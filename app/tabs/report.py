@@ -1,0 +1,113 @@
+"""The part of Compare about experiments: progress, report and downloads. The report grows with each run."""
+
+import gradio as gr
+
+from .. import experiments, launcher, views
+from ..downloads import Download, packed
+from ..handlers import QUIET
+from ..library import Experiment
+from ..runs import RunError
+from .base import Parts, TabHost, answer_line, open_choice
+from .control import ControlTab
+
+EVERY = 3.0
+"""Seconds between two polls of the experiment."""
+RESIZE = """
+window.addEventListener('message', event => {
+    const frame = element.querySelector('iframe');
+    const height = Number(event.data?.reportHeight);
+    if (event.source === frame?.contentWindow && height > 0) frame.style.height = `${Math.min(height, 50000)}px`;
+});
+"""
+"""Script that gives the report's frame the height of its content, so that only the page scrolls."""
+
+
+class ReportTab(ControlTab):
+    """The report of an experiment."""
+
+    kind = Experiment
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        with gr.Row(elem_id="which-experiment"):
+            self.which = open_choice("Experiment", elem_id="experiment", scale=3)
+            self.stop = gr.Button("Stop and save", elem_id="experiment-stop", min_width=110)
+            self.resume = gr.Button("Resume", elem_id="experiment-resume", min_width=90)
+            self.take = gr.DownloadButton("Download report", interactive=False, elem_id="take-report", min_width=140)
+            self.take_best = gr.Button("Download best LoRA", interactive=False, elem_id="take-best", min_width=140)
+            self.best_taken = gr.DownloadButton("best", visible="hidden", elem_id="best-taken")
+        self.answer = answer_line(elem_id="experiment-answer")
+        self.state = gr.HTML(elem_id="experiment-state")
+        self.report = gr.HTML(elem_id="experiment-report", js_on_load=RESIZE)
+        with gr.Accordion("Log of the trainer", open=False):
+            self.log = gr.HTML(elem_id="experiment-log")
+        self.last_look = gr.State(None)
+        self.timer = gr.Timer(EVERY, active=False)
+        self.on_arrival = [self.which]
+
+    def arrive(self) -> dict:
+        """Return the experiments; select the experiment that is training, else the newest."""
+        found = self.library.experiments()
+        first = next((name for name, one in found.items() if one.process), next(iter(found), None))
+        return {self.which: gr.update(choices=list(found), value=first)}
+
+    def list_names(self) -> list[str]:
+        """Return the names of the experiments, newest first."""
+        return list(self.library.experiments())
+
+    def events(self, page: TabHost) -> None:
+        """Connect the components."""
+        self.control(self.which, self.last_look)
+        shown = [self.last_look, self.which, self.state, self.log, self.report, self.take, self.take_best]
+        self.take_best.click(
+            self.copy_of_best, self.which, self.best_taken, api_name="download_best", preprocess=False
+        ).success(None, js="() => document.querySelector('#best-taken').click()")
+        self.which.change(self.look, self.which, shown, **QUIET)
+        self.timer.tick(self.look, [self.which, self.last_look], shown, queue=False, **QUIET)
+        page.frames[self].select(lambda: gr.Timer(active=True), None, self.timer, **QUIET)
+
+    def look(self, name: str, seen: tuple | None = None):
+        """Return the values that changed since the last poll: state and log, and the report if it changed."""
+        names = self.list_names()
+        if name not in names:
+            # The user may be typing a name; without a selection, or if it was removed, select the newest.
+            gone = not name or (seen is not None and name == seen[0])
+            if names and gone:
+                return {self.which: gr.update(choices=names, value=names[0])}
+            return {self.state: views.notice(experiments.NONE)} if not names and seen is None else gr.skip()
+        found = self.library.find_experiment(name)
+        status = self.jobs.status(found)
+        now = (name, tuple(names), found.fingerprint(), status, found.activity, found.log_tail())
+        if now == seen:
+            return gr.skip()
+        updates = {
+            self.last_look: now,
+            self.state: experiments.summary(found, status, self.jobs.last_line(found)),
+            self.log: views.log(self.jobs.log(found), status),
+        }
+        if seen is None or now[:3] != seen[:3]:
+            updates[self.which] = gr.update(choices=names)
+            updates[self.report] = experiments.report(found)
+            updates[self.take] = gr.update(value=self.copy_of_report(found), interactive=bool(found.report()))
+            updates[self.take_best] = gr.update(interactive=found.lora() is not None)
+        return updates
+
+    def copy_of_report(self, experiment: Experiment) -> str | None:
+        """Return a copy of the report to download, or None until there is one."""
+        content = experiment.report()
+        if not content:
+            return None
+        path = self.files.new(f"{launcher.safe_name(experiment.name)}-report.html")
+        path.write_text(content, encoding="utf-8")
+        return str(path)
+
+    def copy_of_best(self, name: str) -> str:
+        """Return a copy of the best run's LoRA file to download. Raises `RunError` until there is one."""
+        found = self.library.find_experiment(name)
+        path = found.lora()
+        if path is None:
+            raise RunError(
+                "There is no LoRA file: it is written when the runs are compared, and DoRA, LoHa, LoKr and OFT have "
+                "none."
+            )
+        return str(packed(found, Download("best", path, (path,), "", ""), self.files))

@@ -1,0 +1,85 @@
+"""Part of Compare about experiments: blind votes on pairs of samples."""
+
+import random
+
+import gradio as gr
+
+from .. import views, votes
+from ..handlers import QUIET
+from ..runs import RunError
+from .base import Parts, Tab, TabHost, answer_line
+from .report import ReportTab
+
+KEYS = """
+document.addEventListener('keydown', event => {
+    const button = {ArrowLeft: '#vote-left', ArrowDown: '#vote-equal', ArrowRight: '#vote-right'}[event.key];
+    const is_open = button && element.offsetParent && element.querySelector('img');
+    if (!is_open || event.target.closest('input, textarea, select, [role=tab], [role=slider]')) return;
+    event.preventDefault();
+    document.querySelector(button).click();
+});
+"""
+"""Script that lets the arrow keys vote while a pair is shown."""
+
+
+class VotesTab(Tab):
+    """Two samples of the same prompt and seed, on random sides and without names; a key for each answer."""
+
+    fold = "Blind votes"
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        gr.Markdown(
+            "Which image is better? Both have the same prompt and seed; the methods and their sides are hidden. The "
+            "keys ←, ↓ and → vote too.",
+            elem_classes="hint",
+        )
+        self.images = gr.HTML(elem_id="vote-images", js_on_load=KEYS)
+        with gr.Row():
+            self.begin = gr.Button("Show a pair", elem_id="vote-begin", min_width=100)
+            self.left = gr.Button("← Left", elem_id="vote-left", min_width=80)
+            self.equal = gr.Button("↓ Equal", elem_id="vote-equal", min_width=80)
+            self.right = gr.Button("Right →", elem_id="vote-right", min_width=80)
+        self.answer = answer_line(elem_id="vote-answer")
+        self.show = gr.Button("Show the result", elem_id="vote-show", size="sm")
+        self.result = gr.HTML(elem_id="vote-result")
+        self.asked = gr.State(None)  # stays on the server, so that the page does not tell the methods
+
+    def events(self, page: TabHost) -> None:
+        """Connect the components."""
+        which = page.tab(ReportTab).which
+        shown = [self.images, self.asked, self.answer]
+        self.begin.click(self.next, which, shown, **QUIET)
+        for button, side in ((self.left, "left"), (self.equal, "equal"), (self.right, "right")):
+            button.click(
+                lambda name, asked, side=side: self.vote(name, asked, side), [which, self.asked], shown,
+                trigger_mode="once", **QUIET,
+            )  # fmt: skip
+        self.show.click(self.outcome, which, self.result, **QUIET)
+        which.change(lambda: ("", None, "", ""), None, [*shown, self.result], **QUIET)
+
+    def next(self, name: str, before: votes.Pair | None = None) -> tuple:
+        """Return two samples on random sides, the pair with the side of its method, and how many pairs have a vote."""
+        experiment = self.library.find_experiment(name)
+        pair = votes.next_pair(experiment, before)
+        if pair is None:
+            raise RunError("This experiment has no samples of two compared methods with the same prompt and seed.")
+        known, given = votes.pairs(experiment), votes.votes(experiment)
+        swapped = random.random() < 0.5
+        sides = known[pair][::-1] if swapped else known[pair]
+        done = sum(bool(given.get(one)) for one in known)
+        line = views.notice(f"{done} of {len(known)} pairs have a vote.")
+        return views.side_by_side(sides), (name, pair, swapped), line
+
+    def vote(self, name: str, asked: tuple | None, side: str) -> tuple:
+        """Store a vote on the shown pair, and return the next one."""
+        if not asked or asked[0] != name:
+            return self.next(name)
+        _, pair, swapped = asked
+        preferred = "equal" if side == "equal" else "label" if (side == "left") != swapped else "reference"
+        votes.add(self.library.find_experiment(name), pair, preferred)
+        return self.next(name, pair)
+
+    def outcome(self, name: str) -> str:
+        """Return the preferences and the loss verdicts."""
+        return votes.result(self.library.find_experiment(name))

@@ -1,0 +1,180 @@
+"""Blind votes on samples of an experiment: which of two methods people prefer, and whether the losses agree."""
+
+import contextlib
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from reslora.experiment.record import EXPERIMENT
+from reslora.experiment.statistics import LEVEL, half_width, spread_of
+from reslora.formatting import pluralize
+from reslora.images.experiment.gallery import samples_of
+
+from .library import Experiment
+from .runs import IN_PLACE, RunError
+from .views import escape, notice, table, unless_damaged
+
+FILE = "votes.jsonl"
+"""File in the experiment's folder with a vote per line."""
+LONGEST = 2**22
+VALUES = {"label": 1, "equal": 0, "reference": -1}
+"""Values of a vote: for the method, for neither, and for the method that it is compared with."""
+
+
+class Pair(NamedTuple):
+    """Samples of two methods with the same prompt and training seed."""
+
+    label: str
+    reference: str
+    seed: int
+    prompt: int
+    """Number of the prompt."""
+
+    @property
+    def key(self) -> dict:
+        """The pair as stored with a vote."""
+        return self._asdict()
+
+
+def pairs(experiment: Experiment) -> dict[Pair, tuple[Path, Path]]:
+    """Return the samples of each pair: of the method, and of the one that it is compared with.
+
+    The samples are those of the runs and steps that the experiment chose; pairs without both samples are left out.
+    """
+    content, found = experiment.read_json(EXPERIMENT), {}
+    with contextlib.suppress(LookupError, TypeError, ValueError, AttributeError):  # a damaged file
+        prompts = [str(prompt) for prompt in content["settings"].get("validation_prompt") or ()]
+        for verdict in content["verdicts"]:
+            ours, theirs = (samples(experiment, content, str(verdict[end]), prompts) for end in ("label", "reference"))
+            for seed, number in ours.keys() & theirs.keys():
+                pair = Pair(str(verdict["label"]), str(verdict["reference"]), seed, number)
+                found[pair] = ours[seed, number], theirs[seed, number]
+    return dict(sorted(found.items()))
+
+
+def samples(experiment: Experiment, content: dict, label: str, prompts: Sequence[str]) -> dict[tuple[int, int], Path]:
+    """Return the first sample of each seed and prompt of a label, at the step nearest to the chosen one."""
+    choice, found = content["chosen"][label], {}
+    for arm in content["arms"]:
+        is_chosen = arm["label"] == label and arm["learning_rate"] == choice["learning_rate"]
+        if not is_chosen or arm["status"] != "finished" or not experiment.inside(arm["folder"]):
+            continue
+        places = {step: place for step, place in samples_of(arm, experiment.folder, prompts).items() if step}
+        if not places:
+            continue
+        step = min(places, key=lambda step: (abs(step - choice["step"]), step))
+        images = ((number, places[step] / f"{number}-0.png") for number in range(len(prompts)))
+        found |= {(int(arm["seed"]), number): path for number, path in images if path.is_file()}
+    return found
+
+
+# -- votes -------------------------------------------------------------------------------------------------------------
+
+
+def votes(experiment: Experiment) -> dict[Pair, list[int]]:
+    """Return the values of the votes on each pair; damaged lines are skipped."""
+    found: dict[Pair, list[int]] = defaultdict(list)
+    path = experiment.inside(FILE)
+    if path is None or path.stat().st_size > LONGEST:
+        return found
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(LookupError, TypeError, ValueError):
+            row = json.loads(line)
+            found[Pair(*(row[name] for name in Pair._fields))].append(VALUES[row["vote"]])
+    return found
+
+
+def add(experiment: Experiment, pair: Pair, vote: str) -> None:
+    """Append a vote to the file; `vote` is a key of `VALUES`. Raises `RunError` if it cannot be written."""
+    row = {**pair.key, "vote": vote, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    try:
+        with IN_PLACE, (experiment.folder / FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise RunError(f"The vote cannot be stored ({error.strerror}).") from None
+
+
+def next_pair(experiment: Experiment, before: Pair | None = None) -> Pair | None:
+    """Return a random pair among those with the fewest votes, not `before` again if there is another one."""
+    known, given = list(pairs(experiment)), votes(experiment)
+    known = [pair for pair in known if pair != before] or known
+    fewest = min((len(given.get(pair, ())) for pair in known), default=0)
+    return random.choice([pair for pair in known if len(given.get(pair, ())) == fewest]) if known else None
+
+
+# -- the result --------------------------------------------------------------------------------------------------------
+
+
+def preference(known: Sequence[Pair], given: Mapping[Pair, list[int]]) -> tuple[float | None, float | None]:
+    """Return the mean vote on the pairs of a method, from -1 to 1, and half the width of its 95% interval.
+
+    Seeds and prompts are crossed random effects, as seeds and images are in the test of the losses. The half width is
+    None until every pair of at least two seeds and two prompts has a vote, and if all these votes are the same.
+    """
+    values = {pair: sum(given[pair]) / len(given[pair]) for pair in known if given.get(pair)}
+    if not values:
+        return None, None
+    mean = sum(values.values()) / len(values)
+    seeds, prompts = (sorted({getattr(pair, name) for pair in known}) for name in ("seed", "prompt"))
+    by_place = {(pair.seed, pair.prompt): value for pair, value in values.items()}
+    if min(len(seeds), len(prompts)) < 2 or len(by_place) < len(seeds) * len(prompts):
+        return mean, None
+    half = float(half_width(spread_of(np.array([[by_place[s, p] for p in prompts] for s in seeds])), LEVEL))
+    return mean, half or None
+
+
+@unless_damaged
+def result(experiment: Experiment) -> str:
+    """Return as HTML, for each method, the preference with its interval, the loss verdict, and whether they agree."""
+    known, given, rows = pairs(experiment), votes(experiment), ""
+    verdicts = experiment.read_json(EXPERIMENT).get("verdicts") or ()
+    for verdict in verdicts if known else ():
+        label, reference = str(verdict["label"]), str(verdict["reference"])
+        own = [pair for pair in known if (pair.label, pair.reference) == (label, reference)]
+        mean, half = preference(own, given)
+        count = sum(len(given.get(pair, ())) for pair in own)
+        open_pairs = sum(not given.get(pair) for pair in own)
+        cells = (
+            f"{label} or {reference}", pluralize(count, "vote"), in_percent(mean, half, open_pairs),
+            str(verdict["sentence"]), agreement(label, reference, mean, half, str(verdict["conclusion"])),
+        )  # fmt: skip
+        rows += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+    if not rows:
+        return notice("There are no votes: the experiment has no verdicts, or no samples of two methods.")
+    header = "".join(f"<th>{name}</th>" for name in ("methods", "votes", "preference", "loss", "together"))
+    return table("made votes", "Votes and losses", f"<tr>{header}</tr>{rows}")
+
+
+def in_percent(mean: float | None, half: float | None, open_pairs: int) -> str:
+    """Return the fraction of votes for the method, where half of an `equal` counts, with its 95% interval."""
+    if mean is None:
+        return "no votes"
+    told = f"{50 + 50 * mean:.0f}%"
+    if half is not None:
+        low, high = (50 + 50 * max(-1.0, min(1.0, mean + by)) for by in (-half, half))
+        return f"{told} (95% interval {low:.0f} to {high:.0f}%)"
+    if open_pairs:
+        return f"{told}; no interval yet: {pluralize(open_pairs, 'pair')} without a vote"
+    return f"{told}; no interval: all votes are the same, or there are too few seeds or prompts"
+
+
+def agreement(label: str, reference: str, mean: float | None, half: float | None, conclusion: str) -> str:
+    """Return whether people and losses prefer the same method; an interval that contains 50% shows no preference."""
+    liked = 0 if mean is None or half is None or abs(mean) <= half else 1 if mean > 0 else -1
+    lower = {"better": 1, "worse": -1}.get(conclusion, 0)
+    preferred = {1: label, -1: reference}
+    if liked and lower:
+        if liked == lower:
+            return f"People and losses both prefer {preferred[liked]}."
+        return f"They disagree: people prefer {preferred[liked]}, and the loss of {preferred[lower]} is lower."
+    if liked:
+        return f"People prefer {preferred[liked]}; the losses show no difference."
+    if lower:
+        return f"The loss of {preferred[lower]} is lower; the votes show no preference."
+    return "Neither shows a difference."
