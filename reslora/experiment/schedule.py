@@ -99,12 +99,11 @@ class ArmSchedule:
         return new and not self.racing and len(self.given) > 1
 
     def check_racing(self) -> None:
-        """Raise `InvalidArgument` if --racing or --no-racing contradicts the experiment in the directory."""
+        """Raise `InvalidArgument` if --racing contradicts the experiment in the directory."""
         asked, there = self.grid.base.experiment.racing, self.begun_with
         if None not in (asked, there) and asked != there:
-            flags = "--racing" if asked else "--no-racing", "with --racing" if there else "without racing"
-            problem = f"{self.folder} was begun {flags[1]}"
-            raise InvalidArgument(flags[0], problem, "leave it out, or choose another --output_dir")
+            problem = f"{self.folder} was begun {'with' if there else 'without'} racing"
+            raise InvalidArgument("--racing", problem, "leave it out, or choose another --output_dir")
 
     def rates_there(self, label: Label) -> list[float]:
         """Return the learning rates that an earlier start has added, from the names of directories."""

@@ -83,7 +83,7 @@ class SharedExperimentOptions:
         "if the best learning rate is the lowest or highest, try the next one, up to three times")
     racing: bool | None = free(None,
         "stop runs that choose a learning rate as soon as they are clearly worse than the best one, and try further "
-        "rates only in the direction in which the loss gets lower; --no-racing trains every learning rate to its end",
+        "rates only in the direction in which the loss gets lower; otherwise every learning rate is trained to its end",
         or_else="on; off with more --arms_at_once than methods")
     experiment_minutes: float | None = free(None,
         "time limit: start another run only if it, and all tests and exports, are expected to end within this many "

@@ -118,7 +118,7 @@ def test_merged_weights_that_are_replaced_while_they_are_read_are_not_drawn(stud
     draw(studio, run, BASE)
     with monkeypatch.context() as patch:
         patch.setattr(weight_files, "put_merged", put_and_replace)
-        with pytest.raises(RunError, match="lora: merged weights: others are written in their place"):
+        with pytest.raises(RunError, match="lora: merged weights: they are being replaced; try again later"):
             one(studio, run, "lora: merged weights")
     one(studio, run, "lora: merged weights")
 

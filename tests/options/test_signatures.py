@@ -13,7 +13,7 @@ SEE_ALL = {
     "reslora/images/initial_lora.py": "with_start",
     "reslora/images/experiment/requirements.py": "check_batches check_ranks",
     "reslora/texts/arguments.py": "read resolve _checked_llm _checked_glue",
-    "reslora/texts/glue.py": "arguments_of arguments",
+    "reslora/texts/glue.py": "arguments_of",
     "reslora/texts/resuming.py": "free_on_resume",
     # a run, which resumes with the same options or is refused
     "reslora/training/context.py": "Context",

@@ -39,7 +39,7 @@ from .test_glue import write_rows as write_file
 
 MODEL = ASSETS / "tiny-llama"
 RATES = ("1e-3", "5e-3")
-EXPERIMENT = ("--method", "lora", "reslora", "--learning_rate", *RATES, "--no-racing")
+EXPERIMENT = ("--method", "lora", "reslora", "--learning_rate", *RATES, "--racing", "False")
 ARM = Arm("any", 1e-3, 0)
 SPLITS = {"train": 12, "validation": 3, "test": 4}
 
@@ -366,7 +366,7 @@ def test_a_race_stops_a_run_early_and_says_so(common, tmp_path, capsys):
     assert (low["status"], low["steps"]) == ("stopped", 4) and line.endswith(low["reason"])
     before = times(tmp_path / "out")
     assert run(*own) == 0 and times(tmp_path / "out").items() >= before.items()
-    assert run(*own, "--no-racing") == 2 and "was begun with --racing" in capsys.readouterr().err
+    assert run(*own, "--racing", "False") == 2 and "was begun with racing" in capsys.readouterr().err
 
 
 @pytest.mark.exhaustive

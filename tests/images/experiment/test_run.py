@@ -469,7 +469,7 @@ def test_a_race_stops_a_run_early_and_says_so(flags, tmp_path, capsys):
     printed(*own)
     assert {path: path.stat().st_mtime_ns for path in logs} == logs
     refusal = refused(capsys, *own, "--no-racing")
-    assert "--no-racing" in refusal and "was begun with --racing" in refusal
+    assert "--racing" in refusal and "was begun with racing" in refusal
 
 
 @pytest.mark.exhaustive

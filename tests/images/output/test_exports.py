@@ -59,6 +59,7 @@ def test_config_holds_every_resolved_flag(run):
         "config",
         "hub_token",
         "resume_from_checkpoint",
+        "vary",
     }
 
 

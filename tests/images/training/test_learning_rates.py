@@ -82,7 +82,7 @@ def test_without_factors_groups_are_as_before():
         assert all(one is other for one, other in zip(group["params"], trained, strict=True))
 
 
-@pytest.mark.parametrize("name", [*(OPTIMIZERS.keys() - {"prodigy", "adamw8bit"}), "torch.optim.Muon"])
+@pytest.mark.parametrize("name", [*sorted(OPTIMIZERS.keys() - {"prodigy", "adamw8bit"}), "torch.optim.Muon"])
 def test_a_factor_is_a_learning_rate_of_its_own_with_every_optimizer(name):
     """Each parameter goes where it goes alone, at the multiplied rate."""
 
