@@ -33,7 +33,8 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
     refuse_settings(options.method, options.lora_dropout, patterns)
     for name, texts in patterns.items():
         entries(name, texts)
-    if not options.reslora_config.wired and not any(METHODS[name].placebo for name in options.method):
+    methods = [METHODS[name] for name in options.method if METHODS[name].reads_shortcut_flags]
+    if methods and not options.reslora_config.wired and not any(method.placebo for method in methods):
         unwired = "--shortcut none" if options.shortcut == PLAIN else "--pre_num 0"
         for name in ("shortcut_scale", "shortcut_decay"):
             value = getattr(options, name)

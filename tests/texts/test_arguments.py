@@ -152,7 +152,8 @@ def test_amendments_without_effect_are_refused(kind, prog, tmp_path):
                 InvalidArgument, match=f"^{flag}: nothing reads it with {unwired}; leave one of them out$"
             ):
                 options(*flag.split(), *unwired.split())
-        options(*flag.split(), "--shortcut", "none", "--method", "ms_placebo")
+        for method in ("ms_placebo", "lora"):  # as an arm of an experiment, which has no shortcut, is LoRA
+            options(*flag.split(), "--shortcut", "none", "--method", method)
         assert options(*flag.split()).adapter.method == ["reslora"]
     with pytest.raises(InvalidArgument, match=r"^--torch_compile: --shortcut_decay 0\.75 changes the compiled graph"):
         options("--torch_compile", "--shortcut_decay", "0.75")
