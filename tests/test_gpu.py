@@ -45,7 +45,7 @@ def test_miniature_steps_and_memory(results, name):
         assert 0.75 < figures["ratio"] < 1.3, (case, figures)
     bases = {case.split(" ", 2)[2]: figures["planned"]["base"] for case, figures in found.items()}
     assert bases["nf4"] < bases["fp8"] < bases["bf16"] == bases["checkpointing"]
-    assert next(size for case, size in bases.items() if "swapped" in case) < bases["bf16"]
+    assert bases["half swapped"] == pytest.approx(bases["bf16"], rel=0.05)  # here, both memories are one
 
 
 @pytest.mark.exhaustive

@@ -26,6 +26,9 @@ from .phases import ROWS, Phase, Rehearsal
 GIBI = 2**30
 SURELY = 0.5  # no estimate is made if the upper bound is below this fraction of the free memory
 FEW = 3  # most layers whose inputs and outputs a model without gradients holds in memory at a time
+LEFT_OUT = (
+    "left out: what allocators round up to or retain, workspaces of kernels and threads, and the memory of libraries"
+)
 Change = Mapping[str, object]
 
 
@@ -62,7 +65,7 @@ class Plan:
         lines.append(f"{'together':<24}" + "".join(f"{shown(phase.total, unit):>20}" for phase in self.phases))
         free = "" if self.free is None else f" of {self.free / unit:.2f} {name} that {self.where} has free"
         most = f"the most, {shown(self.peak.total, unit)} {name}{free}, while {self.peak.name}"
-        return "\n".join([*lines, *self.unknown, f"{most}; latents and text states are on disk"])
+        return "\n".join([*lines, *self.unknown, LEFT_OUT, f"{most}; latents and text states are on disk"])
 
 
 def shown(size: int | None, unit: int) -> str:

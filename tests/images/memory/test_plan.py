@@ -44,6 +44,7 @@ def test_the_table_has_every_phase_and_the_most():
     assert only(table, "base").split() == ["base", "1.00"]
     assert table[2].split() == ["activations", "3.00", "unknown"]
     assert only(table, "together").split() == ["together", "3.00", "1.00"]
+    assert only(table, "left out: ", "workspaces of kernels", "libraries")
     assert "the most, 3.00 MiB of 4.00 MiB that cpu has free, while encoding images" in table[-1]
 
 
