@@ -96,7 +96,7 @@ def first_line(error: BaseException) -> str:
 def another_ended(error: BaseException) -> str:
     """Return the message for a distributed run in which another process ended, given a collective's error."""
     problem, _, _ = first_line(error).partition(". ")  # without the library's advice, which follows
-    return f"another process of this run has ended ({problem}); go on with --resume_from_checkpoint latest"
+    return f"another process of this run has ended ({problem}); resume with --resume_from_checkpoint latest"
 
 
 def speaks() -> bool:

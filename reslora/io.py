@@ -308,7 +308,7 @@ def _read_checksums(folder: Path) -> dict[str, str]:
         raise Damaged(f"{path} is damaged: {first_line(error)}") from error
     plain = isinstance(sums, dict) and all(isinstance(value, str) for value in sums.values())
     if not plain or any(Path(name).is_absolute() or ".." in Path(name).parts for name in sums):
-        raise Damaged(f"{path} is damaged: it is no list of files and their SHA-256")
+        raise Damaged(f"{path} is damaged: it is not a list of files and their SHA-256")
     return sums
 
 

@@ -34,7 +34,9 @@ def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = f"{error.object[error.start]!a}"
-            raise InvalidArgument(f"{where} line {number}", f"has half of a character, {half}", "correct it") from None
+            raise InvalidArgument(
+                f"{where} line {number}", f"contains half of a surrogate pair, {half}", "correct it"
+            ) from None
         yield number, value
 
 

@@ -34,7 +34,7 @@ def test_data_may_begin_with_a_byte_order_mark(tmp_path, encoding):
         ('{"text": "a"}\n{"text": "caf\u00e9"}'.encode("latin-1"), "rows line 2: is not UTF-8"),
         (ROWS.encode("utf-16"), "rows line 1: is not UTF-8"),
         (b'{"text": "a"}\n\n{"cut', "rows line 3: is not JSON; add it"),
-        (b'{"text": ["a", {"b": "\\ud83d"}]}', "rows line 1: has half of a character, '\\ud83d'"),
+        (b'{"text": ["a", {"b": "\\ud83d"}]}', "rows line 1: contains half of a surrogate pair, '\\ud83d'"),
     ],
     ids=["latin-1", "utf-16", "not JSON", "half of a character"],
 )

@@ -188,7 +188,11 @@ def check_values(grid: Grid) -> None:
     arms = sum(len(rates_of(grid, label)) * choosing + len(seeds) - choosing for label in labels)
     check_at_once(experiment.arms_at_once or 1, arms)
     if experiment.extend_rates and len(grid.rates) == 1:
-        raise InvalidArgument("--extend_rates", "one rate says no next one", "give two or more as --learning_rate")
+        raise InvalidArgument(
+            "--extend_rates",
+            "one learning rate does not determine the next one",
+            "give two or more for --learning_rate",
+        )
     if experiment.extend_rates and any(len(rates_of(grid, label)) == 1 for label in labels):
         problem = "with --vary optimizer, an optimizer with a learning rate of its own has no next one"
         raise InvalidArgument("--extend_rates", problem, "leave it out")

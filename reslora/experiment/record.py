@@ -302,5 +302,5 @@ def as_of_now(experiment: Experiment) -> Experiment:
     experiment = copy.deepcopy(experiment)
     for arm in experiment["arms"]:
         if arm["status"] == "running":
-            arm["status"], arm["reason"] = "waiting", "its process was ended; the same command goes on"
+            arm["status"], arm["reason"] = "waiting", "its process was ended; run the same command to resume"
     return experiment

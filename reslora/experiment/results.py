@@ -250,7 +250,7 @@ class Results:
         if left:
             line = f"{record.UNFINISHED}{left} of {len(arms)} arms {is_or_are(left)} still to be trained"
             limit = f"--experiment_minutes {experiment.experiment_minutes:g}"
-            yield f"{line}, none within {limit}; the same command goes on for as long again"
+            yield f"{line}, none within {limit}; run the same command to resume for as long again"
         there = {path.parent for method in METHODS for path in (schedule.folder / method).glob(f"**/seed-*/{ENDED}")}
         if more := len(there - {schedule.folder_of(arm) for arm in arms}):
             yield f"left out: {pluralize(more, 'arm')} of other methods, rates or seeds, which the folder has as well"

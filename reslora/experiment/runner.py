@@ -55,7 +55,7 @@ def train_and_conclude(study: ExperimentStudy, pool: WorkerPool | None = None) -
         if is_main():  # not a collective: the other processes may have ended in another way
             results.write()
         what, _, _ = str(error).partition("; ")  # otherwise it would name the option that resumes a single run
-        raise Stopped(f"{what}; the same command goes on") from None
+        raise Stopped(f"{what}; run the same command to resume") from None
     broadcast_from_main(results.conclude)
 
 

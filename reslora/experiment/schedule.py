@@ -45,7 +45,7 @@ ENDED = "arm.json"  # how an arm has ended; written last
 
 def reading_adapter(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Convert errors of reading an arm's adapter into an `InvalidArgument` with the fix."""
-    return refused_as(str(folder), f"remove {folder}, and the arm is trained anew", (ValueError,))
+    return refused_as(str(folder), f"remove {folder}, then the run is trained again", (ValueError,))
 
 
 def racing_there(folder: Path) -> bool | None:
@@ -311,7 +311,7 @@ class ArmSchedule:
         lost = [step_of(path) for path in numbered(folder / ADAPTERS, "step") if step_of(path) not in losses]
         if lost or not losses:  # otherwise the remaining losses would decide
             problem = "log.jsonl has no validation loss" + (f" of step {lost[0]}" if lost else "")
-            raise InvalidArgument(str(folder), problem, f"remove {folder}, and the arm is trained anew")
+            raise InvalidArgument(str(folder), problem, f"remove {folder}, then the run is trained again")
         return min(losses.values())
 
     def next_arm(self) -> Arm | None:

@@ -16,7 +16,7 @@ from .record import Facts, Parts, TestLosses
 from .report import About, duration
 from .schedule import ArmSchedule
 
-COMPARING = "stopped while comparing; the same command goes on"
+COMPARING = "stopped while comparing; run the same command to resume"
 TESTED = "test.json"  # test losses of the chosen checkpoint, in an arm's directory
 
 

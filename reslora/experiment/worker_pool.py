@@ -190,7 +190,9 @@ class WorkerPool:
         elif self.stop.signal is None and status > 0:
             raise EndedElsewhere(status)
         elif self.stop.signal is None:
-            raise RunFailed(f"a process of --arms_at_once was killed by signal {-status}; the same command goes on")
+            raise RunFailed(
+                f"a process of --arms_at_once was killed by signal {-status}; run the same command to resume"
+            )
 
 
 def arms_a_device(options: SharedExperimentOptions, device: torch.device) -> int:

@@ -47,7 +47,9 @@ def start_accelerator(options: Options) -> Accelerator:
     share(plugin, accelerator)
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
-            raise InvalidArgument("--mixed_precision fp16", "there is no GPU, and CPUs crawl in fp16", "use bf16 or no")
+            raise InvalidArgument(
+                "--mixed_precision fp16", "there is no GPU, and fp16 is very slow on a CPU", "use bf16 or no"
+            )
         take_cores(int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
         keep_freed_memory()
     if uses_deepspeed(accelerator):

@@ -75,7 +75,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.extract and (args.inputs or args.weight):
         raise InvalidArgument("--extract", "it reads two models and takes no IN", "leave IN or --extract out")
     if args.extract and not args.rank:
-        raise InvalidArgument("--extract", "the difference has any rank", "add --rank N")
+        raise InvalidArgument("--extract", "the difference between two models has no low rank", "add --rank N")
     if not args.extract and not args.inputs:
         raise InvalidArgument("IN", "missing", "give a LoRA file and where to write it")
     named = {"IN": args.inputs, "OUT": [args.output], "--extract": args.extract, "--base": [args.base]}

@@ -93,7 +93,7 @@ def check_pipeline(
     known, multiple = pipeline.scheduler.config.num_train_timesteps, family.pixel_multiple(pipeline)
     if validation.num_inference_steps > known:
         argument = f"--num_inference_steps {validation.num_inference_steps}"
-        raise InvalidArgument(argument, f"the model knows {known} timesteps", "give fewer")
+        raise InvalidArgument(argument, f"the model has {known} timesteps", "give fewer")
     told = family.is_told_guidance or bool(pipeline.config.get("is_distilled"))
     for prompt in prompts_of(validation):
         check_prompt(prompt, known, multiple, f"the guidance of {family.name} is told to it" if told else "")
@@ -162,7 +162,7 @@ def check_methods(adapter: MethodOptions, training: TrainingOptions, context: Co
         except ValueError as error:
             raise InvalidArgument(f"--rank {adapter.rank}", *first_line(error).split(": ", 1)) from None
         argument = f"--method {method}, --target_modules {' '.join(adapter.target_modules)}"
-        with refused_as(argument, "change the flag it is about", (ValueError, RuntimeError)):
+        with refused_as(argument, "change the option that the error names", (ValueError, RuntimeError)):
             try_method(denoiser, method, adapter, training, config)
         if rank_allocator(denoiser) and (unread := model.family.unused_weights(denoiser)):
             problem = f"nothing reads what {' and '.join(unread)} of the last block return, so AdaLoRA cannot rank them"
@@ -216,7 +216,7 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
     for part, method in itertools.product(context.encoders, options.adapter.method):
         encoder = meta_copy(getattr(pipeline, part.name))
         config = config_of(method, options.adapter, total_steps=1000, targets=part.targets_in(encoder))
-        fix = "change the flag it is about, or leave --train_text_encoder out"
+        fix = "change the option that the error names, or leave --train_text_encoder out"
         with refused_as(f"--method {method}, {part.name}", fix, (ValueError, RuntimeError)):
             try_method(encoder, method, options.adapter, options.training, config, part)
     if context.encoders:
@@ -253,7 +253,7 @@ def check_targets(denoiser: nn.Module, options: MethodOptions, tell: Callable[[s
     if not any(counts.values()):
         argument = f"--target_modules {' '.join(options.target_modules)}"
         fix = f"try {' '.join(model_targets(denoiser))}"
-        raise InvalidArgument(argument, "no layer name of the denoiser ends in any of these", fix)
+        raise InvalidArgument(argument, "no layer of the denoiser has a name that ends in one of these", fix)
     for target, count in counts.items():
         if not count:
             tell(f"--target_modules: 0 layers of the denoiser end in {target}")
@@ -269,7 +269,9 @@ def matches(expression: str, name: str) -> bool:
         return re.fullmatch(expression, name) is not None
     except re.error as error:
         problem = f"not a regular expression ({first_line(error)})"
-        raise InvalidArgument(f"--target_modules {expression}", problem, "give the ends of names, or mend it") from None
+        raise InvalidArgument(
+            f"--target_modules {expression}", problem, "give the ends of names, or correct it"
+        ) from None
 
 
 def model_targets(denoiser: nn.Module) -> list[str]:

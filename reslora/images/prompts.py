@@ -59,7 +59,11 @@ def from_file(values: Sequence[str]) -> tuple[list[str], list[str]] | None:
     """Return the prompts and their options if a prompt file is given instead of prompts; otherwise None."""
     files = [value for value in values if value.lower().endswith((*SUFFIXES, ".toml"))]
     if files and len(values) > 1:
-        raise InvalidArgument(f"--validation_prompt {files[0]}", "a file beside other prompts", "give the one or these")
+        raise InvalidArgument(
+            f"--validation_prompt {files[0]}",
+            "a file together with other prompts",
+            "give only the file, or only prompts",
+        )
     if not files:
         return None
     path = Path(values[0])
@@ -83,9 +87,9 @@ def objects_of(text: str, flag: str) -> list[tuple[str, str]]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidArgument(flag, f"is no JSON ({first_line(error)})", "correct it") from None
+        raise InvalidArgument(flag, f"is not JSON ({first_line(error)})", "correct it") from None
     if not isinstance(content, list):
-        raise InvalidArgument(flag, "is no list", "write a list of objects, each with a prompt")
+        raise InvalidArgument(flag, "is not a list", "write a list of objects, each with a prompt")
     found = []
     for number, entry in enumerate(content, 1):
         prompt = entry.get("prompt") if isinstance(entry, dict) else None
@@ -116,7 +120,7 @@ def lines_of(text: str, flag: str) -> list[tuple[str, str]]:
             try:
                 own[name] = read(value.strip())
             except ValueError:
-                raise InvalidArgument(where, f"--{letter} {value} is no number", "correct it") from None
+                raise InvalidArgument(where, f"--{letter} {value} is not a number", "correct it") from None
         found.append((prompt, _checked(own, where)))
     return found
 

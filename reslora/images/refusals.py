@@ -70,7 +70,7 @@ def check_folders(data: DataOptions) -> None:
         raise InvalidArgument(argument, f"{twice} is given twice", "give it once, with --train_data_repeats")
     if dataset and len(folders) > 1:
         problem = f"reads one folder of it, --train_data_dir names {len(folders)}"
-        raise InvalidArgument(f"--dataset_name {dataset}", problem, "give folders alone, or the dataset alone")
+        raise InvalidArgument(f"--dataset_name {dataset}", problem, "give only folders, or only the dataset")
     if dataset and folders:
         check_part(dataset, folders[0])
     for name in ("train_data_repeats", "train_data_weight"):
@@ -180,7 +180,7 @@ def check_schedule(options: OptimizerOptions) -> None:
     rules = options.lr_step_rules or ""
     if options.lr_scheduler == "piecewise_constant" and not is_step_rules(rules):
         problem = "--lr_scheduler piecewise_constant needs factor:step pairs and a last factor"
-        raise InvalidArgument(f"--lr_step_rules {rules}".strip(), problem, "give some, as 1:100,0.1:200,0.01")
+        raise InvalidArgument(f"--lr_step_rules {rules}".strip(), problem, "give rules such as 1:100,0.1:200,0.01")
 
 
 def is_step_rules(text: str) -> bool:

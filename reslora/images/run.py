@@ -174,7 +174,7 @@ def check_folder(options: Options) -> None:
     Status(folder).say("preparing")
     if (folder / EXPERIMENT).exists():
         fix = "give its rates and seeds, or choose another"
-        raise InvalidArgument(f"--output_dir {folder}", "holds an experiment", fix)
+        raise InvalidArgument(f"--output_dir {folder}", "contains an experiment", fix)
     plan_resume(options)
 
 
@@ -277,7 +277,7 @@ def show(context: Context, training_data: TrainingData | None = None) -> None:
             options.adapter, options.validation, options.output, len(training_data.held_out), training_data.learnt
         )
     else:
-        print(f"{context.folder} holds this run already, finished; nothing to do")
+        print(f"{context.folder} contains this run, which is finished; nothing to do")
     print_summary(options.adapter, options.output)
     if options.output.push_to_hub:
         publish(context)

@@ -105,12 +105,12 @@ def values_of_layers(field: str, given: Mapping[str, Any], layers: Iterable[str]
         argument = f"--{field} {pattern}={value}"
         if not fitting:
             fix = f"give the end of an adapted layer's name, or {pattern}.* for all that begins so"
-            problem = f"no adapted layer is called so; the nearest are {', '.join(nearest(pattern, layers))}"
+            problem = f"no adapted layer has this name; the nearest are {', '.join(nearest(pattern, layers))}"
             raise InvalidArgument(argument, problem, fix)
         for name in fitting:
             if found.setdefault(name, value) != value:
                 problem = f"{name} fits {fitted[name]}={found[name]} as well"
-                raise InvalidArgument(argument, problem, "let each layer fit one of them")
+                raise InvalidArgument(argument, problem, "change the patterns so that each layer matches only one")
             fitted.setdefault(name, pattern)
     return found
 

@@ -80,7 +80,7 @@ def check_no_experiment(options: RunOptions) -> None:
         if option.group == "experiment" and options[name]:
             several = ", --".join(name for name, option in options.table().items() if option.varies)
             fix = f"give several values of --{several}, or leave it out"
-            raise InvalidArgument(f"--{name}", "this is no experiment, nothing reads it", fix)
+            raise InvalidArgument(f"--{name}", "it has no effect, because this is not an experiment", fix)
 
 
 def check_experiment(grid: Grid) -> None:
@@ -92,7 +92,7 @@ def check_experiment(grid: Grid) -> None:
     select, test = options.experiment.select_split or 0, options.experiment.test_split or 0
     if select + test >= 1:
         problem = f"with --test_split {test:g} nothing is left to train on"
-        raise InvalidArgument(f"--select_split {select:g}", problem, "give smaller shares")
+        raise InvalidArgument(f"--select_split {select:g}", problem, "give smaller fractions")
     if (place := options["resume_from_checkpoint"]) not in (None, "latest"):
         argument = f"--resume_from_checkpoint {place}"
-        raise InvalidArgument(argument, "an experiment goes on as a whole", "give latest")
+        raise InvalidArgument(argument, "an experiment resumes all of its runs", "give latest")

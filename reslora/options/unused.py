@@ -60,7 +60,7 @@ def report_unread_by_methods(asked: RunOptions | Grid) -> None:
     for name, option in options.table().items():
         read = not option.read_by or any(getattr(method, option.read_by) for method in methods)
         if not read and values[name] not in (None, defaults.get(name, option.default)) and speaks():
-            print(f"{as_option(option, values[name])}: nothing reads it with --method {' '.join(names)}", flush=True)
+            print(f"{as_option(option, values[name])}: it has no effect with --method {' '.join(names)}", flush=True)
     unwired = [method.name for method in methods if values["pre_num"] == 0 and method.reads_shortcut_flags]
     if unwired and values["shortcut"] != PLAIN and speaks():
-        print(f"warning: --pre_num 0: no block takes part in another, so {' and '.join(unwired)} trains as LoRA does")
+        print(f"warning: --pre_num 0: blocks get no shortcut terms, so {' and '.join(unwired)} trains as LoRA does")

@@ -96,7 +96,7 @@ def memory_reported(folder: Path) -> Iterator[None]:
             raise
         there = f"{folder} has no checkpoint yet: start again"
         if newest := next(iter(numbered(folder)), None):
-            there = f"the newest checkpoint is {newest}: go on with --resume_from_checkpoint latest"
+            there = f"the newest checkpoint is {newest}: resume with --resume_from_checkpoint latest"
         problem = f"memory ran out ({first_line(cause)}), and nothing on disk is lost"
         raise RunFailed(f"{problem}; {there} once some is free, or with a smaller batch") from error
 
@@ -109,9 +109,9 @@ def refuse_afresh(output: Path, folder: Path, finished: bool) -> None:
     flag, fix = f"--output_dir {output}", f"choose another, or remove {folder} to start afresh"
     if aside := sorted(folder.glob("set-aside-checkpoint-*"), key=lambda path: path.stat().st_mtime):
         problem = f"{folder} has no checkpoint but {', '.join(path.name for path in aside)}"
-        raise InvalidArgument(flag, problem, f"go on with --resume_from_checkpoint {aside[-1]}, {fix}")
+        raise InvalidArgument(flag, problem, f"resume with --resume_from_checkpoint {aside[-1]}, {fix}")
     if finished:
-        raise InvalidArgument(flag, f"{folder} was trained, and the checkpoint to go on from is gone", fix)
+        raise InvalidArgument(flag, f"{folder} has been trained, but the checkpoint to resume from is missing", fix)
 
 
 def cannot_be_loaded(checkpoint: Path | str, error: Exception) -> str:

@@ -108,7 +108,7 @@ def check_held() -> None:
     for folder, before in _FILLED.items():
         if numbered and not _is_still(folder, before):
             problem = f"{folder} was moved or removed while it was trained, and nothing more is saved"
-            raise RunFailed(f"{problem}; put it back, and go on with --resume_from_checkpoint latest")
+            raise RunFailed(f"{problem}; restore it, and resume with --resume_from_checkpoint latest")
 
 
 before_writing.append(check_held)

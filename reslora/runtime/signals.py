@@ -5,7 +5,7 @@
             step(batch)
             if stop.signal is not None:     # with several processes, `shared` first: all must exit after the same step
                 save()
-                raise Stopped("stopped after step 7; go on with --resume_from_checkpoint latest")
+                raise Stopped("stopped after step 7; resume with --resume_from_checkpoint latest")
 
 The exit status of a stopped script is `128 + stop.signal`. `accelerate launch` does not forward SIGTERM to a
 single process, and SIGKILL cannot be forwarded: without `StopRequest` that process would continue to train.

@@ -51,7 +51,9 @@ def read(kind: type[T], prog: str, argv: Sequence[str] | None, description: str 
     contradictions.check_texts(given | passed_on)
     for name, value in sorted((given | passed_on).items()):
         if "" in listed(value):
-            raise InvalidArgument(f"--{name}", "is empty, as a variable is that is not set", "give it a value")
+            raise InvalidArgument(
+                f"--{name}", "is empty; maybe a variable in the command is not set", "give it a value"
+            )
     return resolve(kind, given, passed_on)
 
 
@@ -155,7 +157,7 @@ def _checked_llm(options: LlmOptions) -> Any:
     if task.load_in_4bit:
         if options.adapter.merge_and_save:
             fix = "leave it out, and merge peft/ into the whole model"
-            raise InvalidArgument("--merge_and_save", "a 4-bit model cannot hold the sum", fix)
+            raise InvalidArgument("--merge_and_save", "merged weights cannot be stored in 4 bits", fix)
         refuse_unable([options.adapter.name], "quantised")
     if best not in ("", "loss", "accuracy"):
         raise InvalidArgument(f"--metric_for_best_model {best}", "unknown", "choose loss or accuracy")

@@ -99,7 +99,7 @@ class StopWhenAsked(TrainerCallback):
 
     def on_prediction_step(self, args, state, control, **kwargs) -> None:
         """Raise `Stopped` if a stop was requested, during an evaluation after training."""
-        self.check("stopped while evaluating; go on with --resume_from_checkpoint latest")
+        self.check("stopped while evaluating; resume with --resume_from_checkpoint latest")
 
     def check(self, message: str) -> None:
         """Raise `Stopped` if a stop was requested, outside of training and in a run with one process.

@@ -31,7 +31,7 @@ def usable_checkpoint(folder: Path, processes: int = 1) -> str | None:
         problem = damage(path, processes)
         if problem is None:
             return str(path)
-        logger.warning(f"{path} cannot be resumed ({problem}), trying the one before")
+        logger.warning(f"{path} cannot be resumed ({problem}), trying the previous one")
     return None
 
 

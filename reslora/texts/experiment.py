@@ -262,7 +262,9 @@ def take_folder(experiment: TextExperiment) -> None:
     there = read_experiment(folder).get("identity") or {}
     schedule.check_racing()
     if not there and (numbered(folder) or (folder / "results.json").exists()):
-        raise InvalidArgument(f"--output_dir {folder}", "holds a run that is no experiment", "choose another")
+        raise InvalidArgument(
+            f"--output_dir {folder}", "contains a single run, which is not an experiment", "choose another"
+        )
     # The evaluation steps follow from other settings, which the message should name first.
     mine = sorted(experiment.identity.items(), key=lambda item: item[0].startswith("eval_"))
     for name, value in mine if there else ():
@@ -270,7 +272,7 @@ def take_folder(experiment: TextExperiment) -> None:
         if not is_same(name, earlier, value):
             if name in ("train", "select", "test"):
                 problem = f"was begun with other {name} examples"
-                raise InvalidArgument(f"--output_dir {folder}", problem, "bring those back, or choose another")
+                raise InvalidArgument(f"--output_dir {folder}", problem, "restore them, or choose another")
             refuse_other_value(f"--{name}", value, f"{folder} was begun with", earlier, "choose another --output_dir")
     for place in map(schedule.folder_of, schedule.arms()):
         remove_leftovers(place)
@@ -399,7 +401,7 @@ class TextExperiment(ExperimentStudy):
         trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
         trainer.add_callback(KeepAdapters(folder, functools.partial(race, arm, self.schedule)))
         trainer.add_callback(TimeSteps(functools.partial(self.timed, arguments.training, time.monotonic() - began)))
-        trainer.stopping.check("stopped between two arms; the same command goes on")
+        trainer.stopping.check("stopped between two arms; run the same command to resume")
         try:
             with memory_reported(folder), contextlib.ExitStack() as stack:
                 broadcast_from_main(lambda: stack.enter_context(writing_into(folder)))

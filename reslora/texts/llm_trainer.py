@@ -159,7 +159,7 @@ class LlmTrainer(AdapterTrainer):
         starts = range(0, len(items), size)
         quiet = self.args.disable_tqdm or self.args.process_index > 0
         for start in tqdm(starts, desc=title, leave=False, disable=quiet, dynamic_ncols=True):
-            self.stopping.check("stopped while evaluating; go on with --resume_from_checkpoint latest")
+            self.stopping.check("stopped while evaluating; resume with --resume_from_checkpoint latest")
             yield items[start : start + size]
 
 

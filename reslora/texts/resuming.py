@@ -40,7 +40,7 @@ def check_resume(output: Path, resume: str | None, current: Mapping[str, object]
     """
     if (output / EXPERIMENT).exists():
         fix = "give its methods, rates and seeds, or choose another"
-        raise InvalidArgument(f"--output_dir {output}", "holds an experiment", fix)
+        raise InvalidArgument(f"--output_dir {output}", "contains an experiment", fix)
     finished, checkpoints = (output / "results.json").exists(), any(output.glob("checkpoint-*"))
     if not checkpoints and resume in (None, "latest"):
         refuse_afresh(output, output, finished)
@@ -49,7 +49,7 @@ def check_resume(output: Path, resume: str | None, current: Mapping[str, object]
             raise InvalidArgument(
                 f"--output_dir {output}",
                 f"holds {'a finished' if finished else 'an unfinished'} run",
-                "go on with --resume_from_checkpoint latest, or choose another",
+                "resume with --resume_from_checkpoint latest, or choose another",
             )
         return
     for run, earlier in _earlier(output, resume):

@@ -107,7 +107,7 @@ def share_of(name: str, own: Sequence, shares: ExperimentOptions) -> float:
     """Return the fraction of the training examples for a part; 0 if the part has a file, whose examples are `own`."""
     given = getattr(shares, name)
     if own and given:
-        raise InvalidArgument(f"--{name} {given:g}", "the task has a file for it", "leave it out")
+        raise InvalidArgument(f"--{name} {given:g}", "the task has a file for this split", "leave it out")
     return 0 if own else given or DEFAULT_SPLIT
 
 

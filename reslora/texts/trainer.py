@@ -201,7 +201,7 @@ class AdapterTrainer(Trainer):
             args._n_gpu = 1
         super().__init__(model, args, **kwargs)
         if args.deepspeed and not self.is_deepspeed_enabled:
-            raise InvalidArgument("--deepspeed", "accelerate leaves it out with --cpu", "give --use_cpu here instead")
+            raise InvalidArgument("--deepspeed", "accelerate ignores it with --cpu", "give --use_cpu here instead")
         if self.pop_callback(ProgressCallback):
             self.add_callback(Progress())
         if checkpointing:
@@ -227,7 +227,7 @@ class AdapterTrainer(Trainer):
         if fsdp or stage == 3:
             raise InvalidArgument(
                 "--fsdp" if fsdp else "--deepspeed",
-                "shards the adapter, whose whole weights the shortcuts and the checkpoints read",
+                "shards the adapter, but shortcuts and checkpoints need its complete weights",
                 "use DDP (accelerate launch) or ZeRO-2",
             )
         if stage is not None and self.allocator is not None:
@@ -252,7 +252,7 @@ class AdapterTrainer(Trainer):
             lines = str(error).splitlines()
             differ = "; ".join(line.removeprefix("- ") for line in lines if line.startswith("- "))
             problem = f"differs from the flags: {differ}"
-            raise InvalidArgument("DeepSpeed's configuration", problem, "say the same in both") from error
+            raise InvalidArgument("DeepSpeed's configuration", problem, "set the same value in both") from error
         except Exception as error:  # raised again if an evaluation failed: a checkpoint is saved only after it
             if self.control.should_evaluate or not self.stopping.ended_the_compiler(error):
                 raise
@@ -262,7 +262,7 @@ class AdapterTrainer(Trainer):
             if self.use_cache is not None:  # `Trainer` sets it to False; a merged model would be saved with that
                 base_model(self.model).config.use_cache = self.use_cache
         if self.stopping.leaving:
-            raise Stopped(f"stopped after step {self.state.global_step}; go on with --resume_from_checkpoint latest")
+            raise Stopped(f"stopped after step {self.state.global_step}; resume with --resume_from_checkpoint latest")
         return result
 
     def _stop_within_a_step(self, error: Exception) -> None:
@@ -289,7 +289,7 @@ class AdapterTrainer(Trainer):
             raise InvalidArgument(
                 "--resume_from_checkpoint latest",
                 f"none of {pluralize(len(found), 'checkpoint')} can be used, {found[0]} for: {problem}",
-                f"take as many processes as before, or {fix}" if "number of processes" in str(problem) else fix,
+                f"use as many processes as before, or {fix}" if "number of processes" in str(problem) else fix,
             )
         logger.warning(f"--resume_from_checkpoint latest: no checkpoint in {self.args.folder}, starting afresh")
         return None

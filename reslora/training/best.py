@@ -110,8 +110,8 @@ def go_on_from(folder: Path, step: int) -> None:
     kept = best_of(folder)
     if before and (kept is None or before["loss"] < kept.loss):
         print(
-            f"{folder}: the adapter of step {before['step']}, the best before step {step}, is gone: --save_best keeps "
-            "the best from here on",
+            f"{folder}: the adapter of step {before['step']}, the best before step {step}, is missing: "
+            "--save_best stores the best one from now on",
             flush=True,
         )
 

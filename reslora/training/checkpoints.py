@@ -117,8 +117,8 @@ def plan_resume(options: Options, identity: Identity | None = None, place: str =
     checkpoints |= {method: [path] for method, path in merge_anew.items()}
     todo = [method for method in options.adapter.method if method not in finished]
     if named is None and any(checkpoints[method] for method in todo if method not in merge_anew):
-        fix = "go on with --resume_from_checkpoint latest, or choose another"
-        raise InvalidArgument(f"--output_dir {output}", "holds an unfinished run", fix)
+        fix = "resume with --resume_from_checkpoint latest, or choose another"
+        raise InvalidArgument(f"--output_dir {output}", "contains an unfinished run", fix)
     if named not in (None, "latest"):
         method, path = _named_checkpoint(options.adapter, options.output, named, todo)
         check_past(options.flat(), path, read_checkpoint(path), identity)
@@ -247,7 +247,7 @@ def refuse_other_content(values: Mapping[str, Any], place: Path, record: dict, i
         there = record.get(name, here)
         if here != there:
             what = f"on {there}, these are {here}" if name == "images" else "from a model with other content"
-            problem, fix = f"{place} was trained {what}", "bring that back, or choose another --output_dir"
+            problem, fix = f"{place} was trained {what}", "restore it, or choose another --output_dir"
             flag = getattr(identity, f"{name}_flag")
             if name == "images" and here.partition(OF_CLASS)[0] == str(there).partition(OF_CLASS)[0]:
                 flag = f"--class_data_dir {values['class_data_dir']}"
@@ -385,7 +385,7 @@ def restore(learner: Learner, candidates: list[Path], options: OutputOptions, ac
         set_others_aside(chosen, [*checkpoints_of(folder), *numbered(folder, MERGED)], place, TOLD)
 
     broadcast_from_main(of_others)
-    accelerator.print(f"{learner.name}: going on from {chosen}")
+    accelerator.print(f"{learner.name}: resuming from {chosen}")
 
 
 def newest_whole(candidates: list[Path], folder: Path, options: OutputOptions) -> Path:
@@ -402,7 +402,7 @@ def newest_whole(candidates: list[Path], folder: Path, options: OutputOptions) -
             if options.resume_from_checkpoint != "latest":
                 flag = f"--resume_from_checkpoint {options.resume_from_checkpoint or checkpoint}"
                 raise InvalidArgument(flag, f"damaged ({first_line(error)})", "use latest") from None
-            print(f"warning: {checkpoint} is damaged ({first_line(error)}), trying the one before", flush=True)
+            print(f"warning: {checkpoint} is damaged ({first_line(error)}), trying the previous one", flush=True)
             continue
         return checkpoint
     problem, fix = f"no checkpoint in {folder} is whole", "remove that folder to start afresh, or choose another"

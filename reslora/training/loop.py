@@ -144,7 +144,7 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
     if learner.over:
         patience = f"--early_stopping_patience {context.options.validation.early_stopping_patience}"
         trained = f"trained for {pluralize(learner.step, 'step')}"
-        accelerator.print(f"{learner.name}: the validation loss gets no lower, {trained}; {patience}")
+        accelerator.print(f"{learner.name}: the validation loss no longer decreases, {trained}; {patience}")
 
 
 def decay_shortcuts(learner: Learner, study: Study) -> None:

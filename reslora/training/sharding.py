@@ -41,7 +41,7 @@ def take_plugin(
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         problem = f"its configuration says FSDP {version}, which cuts the adapter with the base"
         raise InvalidArgument(LAUNCHER, problem, "give fsdp_version: 2, as assets/accelerate/fsdp2.yaml does")
-    with refused_as(LAUNCHER, "mend its fsdp_config"):
+    with refused_as(LAUNCHER, "correct its fsdp_config"):
         plugin = FullyShardedDataParallelPlugin()
     refuse_settings(plugin)
     refuse_flags(model, adapter, training, output)
@@ -69,12 +69,12 @@ def refuse_settings(plugin: FullyShardedDataParallelPlugin) -> None:
 def refuse_flags(model: ModelOptions, adapter: MethodOptions, training: TrainingOptions, output: OutputOptions) -> None:
     """Raise `InvalidArgument` for options that cannot be combined with FSDP2."""
     if training.compile:
-        raise InvalidArgument("--compile", "does not go with FSDP2, which gathers weights in hooks", "leave it out")
+        raise InvalidArgument("--compile", "does not work with FSDP2, which gathers weights in hooks", "leave it out")
     if model.blocks_to_swap:
         problem = "does not go with FSDP2, which gathers blocks itself"
         raise InvalidArgument(f"--blocks_to_swap {model.blocks_to_swap}", problem, "leave it out")
     if output.plan:
-        raise InvalidArgument("--plan", "does not know a base that FSDP2 cuts", "leave it out")
+        raise InvalidArgument("--plan", "cannot plan a base model that FSDP2 shards", "leave it out")
     for name in adapter.method:
         if METHODS[name].measured:
             problem = "is measured on the whole base before its first step, and FSDP2 cuts it"
@@ -84,7 +84,7 @@ def refuse_flags(model: ModelOptions, adapter: MethodOptions, training: Training
 def share(plugin: FullyShardedDataParallelPlugin | None, accelerator: Accelerator) -> None:
     """Store the FSDP2 settings for sharding the base, unless there is only one process."""
     if plugin is not None and accelerator.num_processes == 1:
-        accelerator.print(f"{LAUNCHER}: FSDP2 cuts nothing for one process, which has the whole base")
+        accelerator.print(f"{LAUNCHER}: FSDP2 shards nothing with one process")
     elif plugin is not None:
         accelerator.state.fsdp_plugin = plugin
 

@@ -40,7 +40,7 @@ class Requests:
         save = main and (consume_request(self.folder / SAVE) or time.monotonic() - self.last >= self.seconds)
         sample = main and consume_request(self.folder / SAMPLE)
         if sample and not self.draws:
-            print(f"{SAMPLE}: this run draws no samples; --validation_prompt names what to draw", flush=True)
+            print(f"{SAMPLE}: this run generates no samples; give it --validation_prompt", flush=True)
         asked = any_of_each([self.stop.signal is not None, save, sample and self.draws])
         return self.stop.shared(asked[0]), asked[1], asked[2]
 
@@ -59,4 +59,4 @@ def consume_request(request: Path) -> bool:
 
 def stopped_at(learner: Learner) -> Stopped:
     """Return the exception of a run that was asked to stop."""
-    return Stopped(f"{learner.name} stopped after step {learner.step}; go on with --resume_from_checkpoint latest")
+    return Stopped(f"{learner.name} stopped after step {learner.step}; resume with --resume_from_checkpoint latest")

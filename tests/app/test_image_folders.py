@@ -141,8 +141,8 @@ def test_rows_that_are_wrong_and_images_that_are_not_listed_are_told(edits, tmp_
     assert images.notes == ("1 image not listed in metadata.jsonl",) == trained(folder).notes
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png"')
     images = edits.look("rows")
-    assert "line 1: is no JSON" in images.refused and str(tmp_path) not in images.refused
-    with pytest.raises(RunError, match="line 1: is no JSON"):
+    assert "line 1: is not JSON" in images.refused and str(tmp_path) not in images.refused
+    with pytest.raises(RunError, match="line 1: is not JSON"):
         edits.change_captions(images, ["0.png"], ADD_TAG, "x")
 
 

@@ -470,7 +470,7 @@ def test_a_lora_of_layers_that_the_model_lacks_is_refused_by_name(studio, run, t
         }
 
     path = write_changed(run, tmp_path, rename, name)
-    with pytest.raises(RunError, match=r"changed\.safetensors: .*attn7.to_q is no layer of stable_diffusion"):
+    with pytest.raises(RunError, match=r"changed\.safetensors: .*attn7.to_q is not a layer of stable_diffusion"):
         draw(studio, run, weight_files.uploaded(path))
 
 
@@ -537,7 +537,7 @@ PEFT_A = f"base_model.model.{DOWN}.lora_A.weight"
             f"{DOWN}.weight is not of plain LoRA",
         ),
         (lambda t: without(PEFT_A)(without(PEFT_A.replace("_A.", "_B."))(t)), {}, f"unet.{DOWN} is missing"),
-        (dict, {"peft_type": "LOHA"}, "LOHA, which is no plain LoRA"),
+        (dict, {"peft_type": "LOHA"}, "LOHA, which is not plain LoRA"),
         (dict, {"use_dora": True}, "use_dora"),
         (dict, {"modules_to_save": ["conv_in"]}, "modules_to_save"),
         (dict, {"init_lora_weights": "pissa"}, "pissa"),

@@ -188,7 +188,7 @@ def test_an_arm_whose_process_was_killed_waits(tmp_path):
     killed.kill()
     killed.wait(timeout=LIMIT)
     words = words_of(page(found, tmp_path))
-    assert "in training" not in words and "its process was ended; the same command goes on" in words
+    assert "in training" not in words and "its process was ended; run the same command to resume" in words
     elsewhere = found | {"process": f"00000000-{killed.pid}-1"}  # of another machine nobody can say
     assert "loha: 1 arm in training" in words_of(page(elsewhere, tmp_path))
 

@@ -41,9 +41,9 @@ def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
     monkeypatch.setattr(run, "Results", lambda schedule, study: results)
 
     def stopped(_: str) -> None:
-        raise Stopped("lora/lr-1 stopped after step 3; go on with --resume_from_checkpoint latest")
+        raise Stopped("lora/lr-1 stopped after step 3; resume with --resume_from_checkpoint latest")
 
-    with pytest.raises(Stopped, match=r"^lora/lr-1 stopped after step 3; the same command goes on$"):
+    with pytest.raises(Stopped, match=r"^lora/lr-1 stopped after step 3; run the same command to resume$"):
         results.study = SimpleNamespace(schedule=schedule, train=stopped, device=torch.device("cpu"))
         run.train_and_conclude(results.study)
     assert told == [{"arm"}, set()]

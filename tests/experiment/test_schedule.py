@@ -118,7 +118,7 @@ def test_an_arm_that_ended_well_and_whose_log_is_gone_has_not_diverged(schedule)
     (folder / "log.jsonl").unlink()
     with pytest.raises(InvalidArgument) as error:
         schedule().next_arm()
-    line = f"{folder}: log.jsonl has no validation loss; remove {folder}, and the arm is trained anew"
+    line = f"{folder}: log.jsonl has no validation loss; remove {folder}, then the run is trained again"
     assert str(error.value) == line
     shutil.rmtree(folder)
     assert schedule().next_arm() == arm

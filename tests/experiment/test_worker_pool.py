@@ -114,7 +114,11 @@ def test_arms_are_handed_out_until_none_is_next(tmp_path, capfd):
     ("what", "error", "told"),
     [
         ("refuses", EndedElsewhere(2), "train_sd.py: error: --rank 4: too much; give less\n"),
-        ("is_killed", RunFailed("a process of --arms_at_once was killed by signal 9; the same command goes on"), ""),
+        (
+            "is_killed",
+            RunFailed("a process of --arms_at_once was killed by signal 9; run the same command to resume"),
+            "",
+        ),
         ("is_stopped", Stopped("stopped while arms were trained"), ""),
     ],
 )

@@ -100,7 +100,7 @@ def test_shortcuts_of_the_run_before_are_left_out_where_no_method_reads_them(beg
     assert parse_args([*config, "--method", "lora"]).adapter.shortcut == "input"
     assert parse_args([*config, "--method", "lora", *RESUME]).adapter.shortcut == "block"
     parse_args([*begun("--method", "lora"), "--shortcut", "block"])
-    assert capsys.readouterr().out.splitlines()[-1] == "--shortcut block: nothing reads it with --method lora"
+    assert capsys.readouterr().out.splitlines()[-1] == "--shortcut block: it has no effect with --method lora"
 
 
 def test_a_folder_of_images_takes_the_place_of_a_dataset_and_its_configuration(begun, data):

@@ -265,7 +265,7 @@ def test_a_lora_is_made_of_the_difference_of_two_models(tuned, rank, tmp_path, c
         left = torch.linalg.svdvals(change)
         error = float((found[name] - change).norm() / change.norm())
         assert error == pytest.approx(float(left[rank:].norm() / left.norm()), abs=1e-6)
-    assert "1 more that differ or one model alone has, such as conv_out.bias" in capsys.readouterr().out
+    assert "1 more that differ or exist in only one model, such as conv_out.bias" in capsys.readouterr().out
 
 
 @pytest.mark.exhaustive
@@ -283,7 +283,7 @@ def test_denoisers_folders_say_whose_they_are(family, tmp_path, capsys):
     flags = ["--extract", base, tmp_path / "tuned", "--to", "diffusers", "--rank", 1]
     assert convert(*flags, tmp_path / "difference.safetensors") == 0
     assert len(read(tmp_path / "difference.safetensors", names(family))) == 1
-    assert "1 more that differ or one model alone has, such as extra" in capsys.readouterr().out
+    assert "1 more that differ or exist in only one model, such as extra" in capsys.readouterr().out
 
 
 def test_the_bundled_examples_lora_by_the_denoisers_folder(tmp_path):
@@ -380,14 +380,14 @@ def test_single_files_with_the_original_names_are_told_apart_too(tuned, tmp_path
         ('"" OUT --to kohya', "IN: is empty"),
         ('IN "" --to kohya', "OUT: is empty"),
         ('OUT --to kohya --extract SD "" --rank 2', "--extract: is empty"),
-        ("OUT --to kohya --extract A B", "--extract: the difference has any rank; add --rank N"),
+        ("OUT --to kohya --extract A B", "--extract: the difference between two models has no low rank; add --rank N"),
         ("IN OUT --to kohya --extract A B --rank 2", "--extract: it reads two models"),
         ("nowhere OUT --to kohya", "IN nowhere: no such file or folder"),
         ("OUT --to kohya --extract SD nowhere --rank 2", "--extract nowhere: no such file"),
         ("IN OUT --to kohya --base ./nowhere", "--base ./nowhere: no such folder"),
-        ("IN OUT --to kohya --base IN", "a single file says nothing of the model"),
+        ("IN OUT --to kohya --base IN", "a single file does not describe its model"),
         ("IN OUT --to kohya --base FLUX --family sd3", "--family sd3"),
-        ("IN OUT --to kohya --base FLUX", "is no layer of flux"),
+        ("IN OUT --to kohya --base FLUX", "is not a layer of flux"),
         ("IN OUT.safetensors --to peft --base SD", "--to peft writes a folder"),
         ("IN . --to peft --base SD", "would be replaced"),
         ("OUT --to kohya --extract SD IN --rank 2", "no weights of a stable_diffusion denoiser"),

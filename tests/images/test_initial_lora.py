@@ -229,7 +229,7 @@ def test_a_lora_of_text_encoders_or_another_family_is_refused(flags, capsys, tmp
     write_diffusers(tmp_path / "flux.safetensors", random_lora("flux", lambda name: "attn" in name))
     for name, words in (
         ("text", "layers of text_encoder, and only the denoiser goes on from a LoRA"),
-        ("flux", "is no layer of"),
+        ("flux", "is not a layer of"),
     ):
         given = ["--init_lora", tmp_path / f"{name}.safetensors", "--output_dir", tmp_path / "out"]
         assert words in refused(capsys, *flags, *given)

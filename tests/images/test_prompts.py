@@ -36,11 +36,11 @@ def test_json(tmp_path):
     ("name", "content", "words"),
     [
         ("a.txt", "a --w 6", "line 1: width 6 is not a whole number of 8 to 65536"),
-        ("a.txt", "a --s ten", "line 1: --s ten is no number"),
+        ("a.txt", "a --s ten", "line 1: --s ten is not a number"),
         ("a.txt", "a\nb --ss euler_a", "line 2: --ss is not known"),
         ("a.txt", "\n# b\n", "no prompt in it"),
-        ("a.json", "[", "is no JSON"),
-        ("a.json", "{}", "is no list"),
+        ("a.json", "[", "is not JSON"),
+        ("a.json", "{}", "is not a list"),
         ("a.json", '[{"prompt": "a"}, "b"]', "entry 2: no object with a prompt"),
         ("a.json", '[{"prompt": "a", "steps": 3}]', "entry 1: steps is no option of a prompt"),
         ("a.json", '[{"prompt": "a", "guidance_scale": "7"}]', "entry 1: guidance_scale '7' is not a finite number"),
@@ -60,7 +60,9 @@ def test_what_is_wrong_is_refused_with_its_place(tmp_path, capsys, name, content
 @pytest.mark.parametrize("prompts", [["none.txt", "a red box"], ["a red box", "Prompts.JSON"], ["a red box", "a.toml"]])
 def test_a_file_beside_other_prompts_is_refused(prompts):
     """Its name would be drawn."""
-    with pytest.raises(InvalidArgument, match=r"^--validation_prompt \S+(txt|JSON|toml): a file beside other prompts"):
+    with pytest.raises(
+        InvalidArgument, match=r"^--validation_prompt \S+(txt|JSON|toml): a file together with other prompts"
+    ):
         parse_args(["--validation_prompt", *prompts])
 
 

@@ -86,7 +86,7 @@ WIRED = {
 def test_blocks_without_others_are_warned_of(capsys, words):
     """As one of several it is a control, and meant."""
     parse_args([*words.split(), "--pre_num", "0"])
-    line = f"warning: --pre_num 0: no block takes part in another, so {WIRED[words]} trains as LoRA does\n"
+    line = f"warning: --pre_num 0: blocks get no shortcut terms, so {WIRED[words]} trains as LoRA does\n"
     assert (line in capsys.readouterr().out) is bool(WIRED[words])
     parse_args([*words.split(), "--pre_num", "1"])
     parse_args(["--method", "lora", "reslora", "--shortcut", "block", "--pre_num", "0", "4"])
@@ -286,7 +286,7 @@ OF_SHORTCUTS = {"--shortcut block": "reslora", "--pre_num 2": "ms_placebo", "--h
 def test_what_no_method_reads_is_told(words, model, data, capsys):
     flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), *words.split(), "--method"]
     parse_args([*flags, "lora", "lora_x2"])
-    assert capsys.readouterr().out == f"{words}: nothing reads it with --method lora lora_x2\n"
+    assert capsys.readouterr().out == f"{words}: it has no effect with --method lora lora_x2\n"
     parse_args([*flags, "lora", OF_SHORTCUTS.get(words, "reslora")])
     assert capsys.readouterr().out == ""
 
@@ -294,7 +294,7 @@ def test_what_no_method_reads_is_told(words, model, data, capsys):
 def test_an_alpha_that_no_method_reads_is_told(model, data, capsys):
     flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), "--method", "oft"]
     parse_args([*flags, "--lora_alpha", "4"])
-    assert capsys.readouterr().out == "--lora_alpha 4: nothing reads it with --method oft\n"
+    assert capsys.readouterr().out == "--lora_alpha 4: it has no effect with --method oft\n"
     for read in (["--rank", "3"], ["lora", "--lora_alpha", "4"], ["--rank", "2", "4", "--seed", "1", "2"]):
         parse_args([*flags, *read])
     assert capsys.readouterr().out == ""

@@ -103,7 +103,7 @@ def test_memory_that_runs_out_is_reported_with_the_newest_checkpoint(tmp_path):
     with pytest.raises(RunFailed, match=line), memory_reported(tmp_path):
         torch.empty(2**60)
     folders(tmp_path, 2, 10)
-    line = rf"{tmp_path}/checkpoint-10: go on with --resume_from_checkpoint latest once some is free"
+    line = rf"{tmp_path}/checkpoint-10: resume with --resume_from_checkpoint latest once some is free"
     with pytest.raises(RunFailed, match=line), memory_reported(tmp_path):
         torch.empty(2**60)
 

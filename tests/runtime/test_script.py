@@ -75,7 +75,7 @@ def test_a_signal_is_the_status(capsys, number):
     def main(argv, stop):
         assert argv == ["--flag"]
         os.kill(os.getpid(), number)
-        stop.check("stopped after step 3; go on with --resume_from_checkpoint latest")
+        stop.check("stopped after step 3; resume with --resume_from_checkpoint latest")
         raise AssertionError("not reached")
 
     assert run_script("script.py", main, ["--flag"]) == 128 + number

@@ -57,7 +57,7 @@ def test_a_merge_that_reads_examples_has_some():
 )
 def test_what_the_method_does_not_read_is_told(capsys, flag, value, method, other):
     report_unread_by_methods(resolve(LlmOptions, {"method": [other], flag: value}))
-    assert capsys.readouterr().out == f"--{flag} {value}: nothing reads it with --method {other}\n"
+    assert capsys.readouterr().out == f"--{flag} {value}: it has no effect with --method {other}\n"
     report_unread_by_methods(resolve(LlmOptions, {"method": [method], flag: value}))
     report_unread_by_methods(resolve(LlmOptions, {"method": [other], "lora_r": 3}))
     assert capsys.readouterr().out == ""
@@ -65,7 +65,7 @@ def test_what_the_method_does_not_read_is_told(capsys, flag, value, method, othe
 
 def test_blocks_without_others_are_warned_of(capsys):
     report_unread_by_methods(resolve(LlmOptions, {"pre_num": [0]}))
-    line = "warning: --pre_num 0: no block takes part in another, so reslora trains as LoRA does\n"
+    line = "warning: --pre_num 0: blocks get no shortcut terms, so reslora trains as LoRA does\n"
     assert capsys.readouterr().out == line
     report_unread_by_methods(resolve(LlmOptions, {"pre_num": [0], "shortcut": ["none"]}))
     assert "warning" not in capsys.readouterr().out

@@ -84,7 +84,7 @@ def stopped_at(step: int, folder, number: int = signal.SIGTERM, **flags):
     with StopRequest() as stop:
         trainer = trainer_for(build()[0], folder, stop=stop, **flags)
         trainer.add_callback(Signal(step, number))
-        with pytest.raises(Stopped, match=f"stopped after step {step}; go on with --resume_from_checkpoint latest"):
+        with pytest.raises(Stopped, match=f"stopped after step {step}; resume with --resume_from_checkpoint latest"):
             trainer.train()
     return trainer
 
@@ -157,7 +157,7 @@ def test_a_stop_that_ends_the_compiler_too_saves_the_steps_before(tmp_path, monk
     with StopRequest() as stop, monkeypatch.context() as patched:
         trainer = trainer_for(build()[0], tmp_path / "run", stop=stop, save_strategy=strategy)
         compiler_ended_in(patched, trainer, step=4)
-        with pytest.raises(Stopped, match="stopped after step 3; go on with --resume_from_checkpoint latest"):
+        with pytest.raises(Stopped, match="stopped after step 3; resume with --resume_from_checkpoint latest"):
             trainer.train()
         assert stop.signal == signal.SIGTERM
     assert_goes_on_as(whole, tmp_path, save_strategy=strategy)
@@ -196,7 +196,7 @@ def test_a_stop_at_the_last_step_changes_nothing(tmp_path, strategy):
         trainer.add_callback(Signal(STEPS))
         trainer.train()
         assert trainer.state.global_step == STEPS
-        with pytest.raises(Stopped, match="while evaluating; go on with --resume_from_checkpoint latest"):
+        with pytest.raises(Stopped, match="while evaluating; resume with --resume_from_checkpoint latest"):
             trainer.evaluate()
     model, _ = build()
     trainer_for(model, tmp_path).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS}"))

@@ -41,4 +41,4 @@ def test_flags_that_differ_from_deepspeeds_configuration_are_one_line(tiny, data
 def test_deepspeed_is_not_left_out_silently(tiny, data, tmp_path):
     argv, cpu = flags(tiny, data, tmp_path / "run", "--deepspeed"), {"ACCELERATE_USE_CPU": "true"}  # by --cpu
     assert ended(start_alone(SCRIPT, *argv, printed=tmp_path / "printed", environment=cpu)) == 2
-    assert "error: --deepspeed: accelerate leaves it out with --cpu" in (tmp_path / "printed").read_text()
+    assert "error: --deepspeed: accelerate ignores it with --cpu" in (tmp_path / "printed").read_text()

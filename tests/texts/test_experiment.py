@@ -200,7 +200,7 @@ def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_rem
     shutil.rmtree(folder / "adapters")
     assert run(*command) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
-    assert f"error: {folder}: " in line and line.endswith(f"; remove {folder}, and the arm is trained anew")
+    assert f"error: {folder}: " in line and line.endswith(f"; remove {folder}, then the run is trained again")
     shutil.rmtree(folder)
     before = times(output)
     assert run(*command) == 0 and {path: time for path, time in times(output).items() if path in before} == before
@@ -315,10 +315,10 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
         ("--max_steps 3", "--max_steps 3"),
         ("--per_device_eval_batch_size 3", "--per_device_eval_batch_size 3"),
         ("--max_test_samples 3", f"--max_test_samples 3: {output} was begun with none; leave it out, or choose"),
-        ("--select_split 0.2", "the task has a file for it"),
+        ("--select_split 0.2", "the task has a file for this split"),
         ("--load_best_model_at_end", "this is an experiment"),
         ("--save_only_model", "--save_only_model: this is an experiment"),
-        ("--extend_rates --learning_rate 1e-3", "one rate says no next one"),
+        ("--extend_rates --learning_rate 1e-3", "one learning rate does not determine the next one"),
         ("--extend_rates --learning_rate 0 1e-3", "--learning_rate 0: is not a finite number above 0"),
         ("--extend_rates --learning_rate 1e-3 1.001e-3", "give rates further apart"),
         ("--seed 3 3", "the same one twice"),
@@ -331,7 +331,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
         status = run(*common, *EXPERIMENT, *flags.split(), "--output_dir", output if "999" not in flags else tmp_path)
         assert (status, words in capsys.readouterr().err) == (2, True), words
     assert run(*common, "--output_dir", output) == 2
-    assert "holds an experiment" in capsys.readouterr().err
+    assert "contains an experiment" in capsys.readouterr().err
     assert run(*common, "--experiment_minutes", "3", "--output_dir", tmp_path) == 2
     assert "this is no experiment" in capsys.readouterr().err
     (tmp_path / "checkpoint-2").mkdir()
@@ -494,7 +494,7 @@ def test_a_stop_is_heeded_before_an_arm_is_tested(tmp_path):
     arm, *_ = runner.schedule.arms()
     runner.begins("testing (1 of 4)", arm)
     stop.signal = signal.SIGTERM
-    with pytest.raises(Stopped, match="the same command goes on"):
+    with pytest.raises(Stopped, match="run the same command to resume"):
         runner.begins("testing (2 of 4)", arm)
 
 
@@ -508,7 +508,7 @@ def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monk
         return capsys.readouterr().out
 
     flags = ["--learning_rate", *RATES, "--merge", "weights", "--head", "none", "--lora_alpha", "3"]
-    unread = [f"--{flag}: nothing reads it with --method lora oft" for flag in ("head none", "merge weights")]
+    unread = [f"--{flag}: it has no effect with --method lora oft" for flag in ("head none", "merge weights")]
     assert told("--method", "lora", "oft", *flags).splitlines() == unread
     assert told("--method", "oft", "reslora", *flags) == told("--method", "lora", "oft", "--seed", "0", "1") == ""
 

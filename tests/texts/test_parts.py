@@ -81,7 +81,7 @@ def test_a_limit_takes_the_same_ones_however_the_examples_are_ordered():
         ({"train": ["a", "b"]}, {}, "2 examples to train on"),
         ({"train": ["a 1", "a 2"], "select": ["b"], "test": ["A 7"]}, {}, "0 examples to train on"),
         ({"train": ["a", "c"], "select": ["b"], "test": ["B"]}, {}, "0 to choose by"),
-        ({"train": WORDS, "test": ["b"]}, {"test_split": 0.2}, "--test_split 0.2: the task has a file for it"),
+        ({"train": WORDS, "test": ["b"]}, {"test_split": 0.2}, "--test_split 0.2: the task has a file for this split"),
     ],
 )
 def test_too_few_and_shares_of_files_are_refused(files, shares, words):

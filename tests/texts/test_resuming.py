@@ -39,7 +39,9 @@ def test_runs_are_not_mixed(tmp_path):
     check_resume(tmp_path, "latest", here)
     (tmp_path / "checkpoint-1").rmdir()
     for resume in (None, "latest"):
-        with pytest.raises(InvalidArgument, match=r"was trained, and the checkpoint to go on from is gone; .* remove"):
+        with pytest.raises(
+            InvalidArgument, match=r"has been trained, but the checkpoint to resume from is missing; .* remove"
+        ):
             check_resume(tmp_path, resume, here)
     check_resume(tmp_path, "elsewhere/checkpoint-1", here)
 

@@ -111,11 +111,13 @@ def exclusive_lock(folder: Path, context: Context) -> contextlib.AbstractContext
                 return stack.pop_all()
         except Timeout:
             if not waited:
-                context.accelerator.print(f"another run draws class images into {folder}: waiting for it")
+                context.accelerator.print(f"another run generates class images in {folder}: waiting for it")
                 context.status.say("waiting for the class images of another run")
         context.stop.check(NOT_BEGUN)
         time.sleep(PAUSE.total_seconds())
-    raise RunFailed(f"--class_data_dir {folder}: another run still draws into it; stop that, or choose another folder")
+    raise RunFailed(
+        f"--class_data_dir {folder}: another run still generates images there; stop that, or choose another folder"
+    )
 
 
 def draw(folder: Path, missing: int, context: Context) -> None:
@@ -123,7 +125,7 @@ def draw(folder: Path, missing: int, context: Context) -> None:
     options = context.options
     names = (folder / f"class-{number:05d}.png" for number in range(options.data.num_class_images))
     todo = [path for path in names if not path.exists()][:missing]
-    context.accelerator.print(f"drawing {pluralize(len(todo), 'class image')} into {folder}")
+    context.accelerator.print(f"generating {pluralize(len(todo), 'class image')} in {folder}")
     model, device = context.model, context.accelerator.device
     side = max(options.data.resolution)  # at least as large as every resolution that they are trained at
     pipeline = model.load_pipeline(context.dtype, device, encoders=True)
@@ -144,7 +146,7 @@ def draw(folder: Path, missing: int, context: Context) -> None:
         for path, image in zip(paths, drawn, strict=True):
             with replacing(path) as temporary:
                 image.save(temporary, format="PNG")
-        context.status.count("drawing class image", first + len(paths), len(todo))
+        context.status.count("generating class image", first + len(paths), len(todo))
 
 
 def balanced(training: Sequence[Source], of_class: Sequence[Source], per_forward: int) -> tuple[Source, ...]:

@@ -42,7 +42,7 @@ def check_archives(files: Sequence[Path], argument: str, notes: list[str]) -> No
             unreadable = next((entry.name for entry in archive if _is_other_text(archive, entry)), None)
         if pickled := [name for name in names if name.lower().endswith(PICKLES)]:
             problem = f"{path.name} holds {pickled[0]}, which is pickle"
-            raise InvalidArgument(argument, problem, "leave it out: images and captions alone are read")
+            raise InvalidArgument(argument, problem, "leave it out: only images and captions are read")
         if unreadable:
             problem = f"{path.name} holds {unreadable}, which is not UTF-8"
             raise InvalidArgument(argument, problem, "save its captions as UTF-8")

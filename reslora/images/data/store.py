@@ -155,7 +155,7 @@ def fill(
         wait()
     encoded.look()
     if encoded.missing():
-        raise RunFailed(f"{encoded.folder}: what was written there is gone again; start the run once more")
+        raise RunFailed(f"{encoded.folder}: files written there have disappeared; start the run again")
 
 
 def share(encoded: Encoded, part: int, accelerator: Accelerator, round_: int = 0) -> list[list[int]]:

@@ -40,7 +40,7 @@ def _has_semicolons(first: Sequence[str]) -> bool:
 def _json_rows(text: str, where: str) -> Iterator[tuple[int, object]]:
     for number, row in values_of(text):
         if row is NOT_JSON:
-            raise InvalidArgument(f"{where} line {number}", "is no JSON", "correct it")
+            raise InvalidArgument(f"{where} line {number}", "is not JSON", "correct it")
         yield number, row
 
 

@@ -68,16 +68,14 @@ def note_images(training_data: TrainingData, context: Context, goes_on: bool) ->
     used = "; ".join(source.images.fingerprint for source in training_data.sources)
     left_out = [line for source in training_data.sources for line in source.images.left_out]
     if len(set(all_gather(used))) > 1:
-        raise InvalidArgument(
-            data_flag(options.data), "not the same images are damaged for all processes", "repair them"
-        )
+        raise InvalidArgument(data_flag(options.data), "the processes found different damaged images", "repair them")
 
     def note() -> None:
         there = read_object(path).get("images", used)
         if goes_on and there != used:
             example = f" (left out: {left_out[0]})" if left_out else ""
             problem = f"{context.folder} was trained on {there}, what can be used now is {used}{example}"
-            raise InvalidArgument(data_flag(options.data), problem, "bring that back, or choose another --output_dir")
+            raise InvalidArgument(data_flag(options.data), problem, "restore it, or choose another --output_dir")
         write_json(path, {"images": used, "left_out": left_out})
 
     broadcast_from_main(note)
@@ -109,7 +107,7 @@ def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context
             vars(pipeline).update(vars(whole))  # setting the encoders is not enough: `__init__` reads them
             data = dataclasses.replace(data, cache_text_embeddings=False)
             context.accelerator.print(
-                "captions have too many variants to keep: each step encodes its own, and text encoders stay loaded"
+                "captions have too many variants to cache: each step encodes its captions, text encoders stay loaded"
             )
         wanted += captions or []
     return dataclasses.replace(training_data, texts=encode_texts(wanted, key, load_encoders, context), data=data)

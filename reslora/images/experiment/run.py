@@ -176,7 +176,7 @@ def check_same(grid: Grid[Options], identity: Identity | None = None, parts: str
     if there is None:
         for method in METHODS:
             if checkpoints_of(folder / method) or (folder / method / EXPORTS).exists():
-                problem = "holds a run that is no experiment"
+                problem = "contains a single run, which is not an experiment"
                 raise InvalidArgument(f"--output_dir {folder}", problem, "choose another")
         return
     check_past(values, folder, there, identity)

@@ -46,7 +46,7 @@ def drawing_class_images(rehearsal: Rehearsal) -> Phase | None:
         AUTOENCODER: tensor_bytes(rehearsal.pipeline.vae),
         ACTIVATIONS: rehearsal.known("activations of class images", draw),
     }
-    return Phase("drawing class images", held)
+    return Phase("generating class images", held)
 
 
 def sampling(rehearsal: Rehearsal, step: Phase) -> Phase | None:

@@ -174,7 +174,7 @@ def between_of(options: TrainingOptions, timesteps: int) -> tuple[int, int]:
         raise InvalidArgument(f"--max_timestep {below}", f"the model has {timesteps}", f"give {timesteps} or less")
     if least >= below:
         problem = f"it has to be below --max_timestep, {below}"
-        raise InvalidArgument(f"--min_timestep {least}", problem, "give less of the one, or more of the other")
+        raise InvalidArgument(f"--min_timestep {least}", problem, "lower it, or raise --max_timestep")
     return least, below
 
 

@@ -211,7 +211,7 @@ def exact_parts(learner: Learner, best: Best | None, schedule: Schedule, context
         try:
             check_checksums(saved)
         except Damaged as error:
-            raise RunFailed(f"{first_line(error)}; remove {saved}, and the one before is exported") from None
+            raise RunFailed(f"{first_line(error)}; remove {saved}, then the previous one is exported") from None
     elif options.validation.save_best:
         print(
             f"{learner.name}: no validation loss was measured, the last adapter is exported (--save_best)", flush=True

@@ -72,7 +72,7 @@ def publish(context: Context) -> None:
         huggingface_hub.create_commit(name, added, commit_message="End of training", token=options.output.hub_token)
     except Exception as error:
         problem = f"{name} could not be uploaded ({first_line(error)})"
-        raise RunFailed(f"{problem}; the run is complete, the same command tries again") from None
+        raise RunFailed(f"{problem}; the run is complete; run the same command to try again") from None
     print(f"uploaded to {name}")
 
 

@@ -43,12 +43,12 @@ def test_what_is_missing_is_drawn_by_every_family_and_the_same_again(family, dat
     """An image that went is drawn as it was; one that somebody has put there counts and stays."""
     model = FAMILIES[family](tmp_path / "model")
     flags = flags_for(tmp_path, model, data, "out", "--max_train_steps", 1)
-    assert "drawing 3 class images" in "".join(printed(*flags))
+    assert "generating 3 class images" in "".join(printed(*flags))
     drawn = pictures(tmp_path / "class")
     assert len(drawn) == 3 and not np.array_equal(drawn[0], drawn[1])
     (tmp_path / "class" / "class-00001.png").unlink()
     draw_missing(settle(parse_args([*map(str, flags)]), Accelerator(cpu=True), StopRequest()))
-    assert "drawing 1 class image into" in capsys.readouterr().out
+    assert "generating 1 class image in" in capsys.readouterr().out
     for before, after in zip(drawn, pictures(tmp_path / "class"), strict=True):
         assert np.abs(before - after).max() <= 2  # of 255: another batch rounds otherwise
 
@@ -251,5 +251,5 @@ def test_notes_on_what_is_refused_are_told(model, data, tmp_path, capsys):
 def test_what_is_checked_before_they_are_drawn_and_after_is_told_once(model, data, tmp_path):
     targets = ("--target_modules", "to_q", "to_nothing")
     lines = printed(*flags_for(tmp_path, model, data, "out", "--max_train_steps", 1, "--train_text_encoder", *targets))
-    assert only(lines, "drawing 3 class images")
+    assert only(lines, "generating 3 class images")
     assert only(lines, "0 layers of the denoiser end in to_nothing") and only(lines, "text_encoder beside the unet")

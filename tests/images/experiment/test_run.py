@@ -68,7 +68,7 @@ def small(flags, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("small") / "out"
     lines = printed(*flags, *SMALL, "--output_dir", output, "--experiment_minutes", "0.0001")
     line = "not finished: 1 of 2 arms is still to be trained, none within --experiment_minutes 0.0001"
-    only(lines, f"{line}; the same command goes on for as long again")
+    only(lines, f"{line}; run the same command to resume for as long again")
     assert [a["status"] for a in experiment(output)["arms"]] == ["waiting", "finished"]
     printed(*flags, *SMALL, "--output_dir", output)  # without a limit this time
     chosen = experiment(output)["chosen"]["lora"]
@@ -227,7 +227,7 @@ def test_an_arm_whose_adapter_is_damaged_is_named_and_trained_anew_once_it_is_re
         file.write_bytes(file.read_bytes()[:-4])
     assert main(*own) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"error: {folder}: " in line and line.endswith(f"; remove {folder}, and the arm is trained anew")
+    assert f"error: {folder}: " in line and line.endswith(f"; remove {folder}, then the run is trained again")
     shutil.rmtree(folder)
     assert sum("merging, exporting" in line for line in printed(*own)) == 1
     (anew,), (before,) = (
@@ -343,7 +343,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(flags, whole, capsys):
     line = refused(capsys, *without(flags, "--metric_model"), *WHOLE, "--output_dir", output)
     assert f"--metric_model none: {output} was begun with {begun}; use that" in line
     plain = of_a_plain_run(flags)
-    assert "holds an experiment" in refused(capsys, *plain, "--method", "lora", "--output_dir", output)
+    assert "contains an experiment" in refused(capsys, *plain, "--method", "lora", "--output_dir", output)
 
 
 def test_other_images_are_refused(flags, whole, capsys, tmp_path):
@@ -405,7 +405,7 @@ def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
     experiment.begins("testing (1 of 2)", schedule.arms()[0])
     assert activity(read_object(tmp_path / STATUS)) == "lora/lr-0.01/seed-0, testing (1 of 2)"
     context.stop.signal = signal.SIGTERM
-    with pytest.raises(Stopped, match="the same command goes on"):
+    with pytest.raises(Stopped, match="run the same command to resume"):
         experiment.begins("testing (2 of 2)", schedule.arms()[1])
 
 

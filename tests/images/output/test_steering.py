@@ -147,7 +147,7 @@ def test_the_same_command_has_nothing_to_do_and_more_patience_trains_on(flags, w
     output, _ = whole
     only(printed(*flags, "--output_dir", output), "holds this run already")
     words = [*flags, "--output_dir", output, "--early_stopping_patience", "5"]
-    assert "holds an unfinished run" in refused(capsys, *words)
+    assert "contains an unfinished run" in refused(capsys, *words)
 
 
 @pytest.mark.parametrize("flag", [("--save_best",), ("--early_stopping_patience", "2"), ("--validation_noises", "2")])

@@ -95,4 +95,4 @@ def test_what_cannot_be_is_refused_by_name(flags, capsys):
     line = refused(capsys, "--method", "lora", "--alpha_pattern", "to_k")
     assert "--alpha_pattern to_k: no NAME=VALUE" in line
     line = refused(capsys, *flags, "--method", "lora", "--rank_pattern", "to_z=2", quiet=False)
-    assert "--rank_pattern to_z=2: no adapted layer is called so" in line
+    assert "--rank_pattern to_z=2: no adapted layer has this name" in line

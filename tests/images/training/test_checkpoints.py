@@ -607,7 +607,7 @@ def test_who_is_killed_after_going_back_goes_on_from_there(keep, tmp_path, elsew
     assert plan_resume(flags.replace(resume_from_checkpoint="latest")).checkpoints == {tmp_path.name: [second]}
     assert digests(second, "*") == digests(chosen, "*")
     shutil.rmtree(second)
-    with pytest.raises(InvalidArgument, match=rf"go on with --resume_from_checkpoint {tmp_path}/set-aside"):
+    with pytest.raises(InvalidArgument, match=rf"resume with --resume_from_checkpoint {tmp_path}/set-aside"):
         plan_resume(flags)
 
 

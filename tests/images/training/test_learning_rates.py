@@ -128,7 +128,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_layers():
     with pytest.raises(InvalidArgument) as error:
         factors_of_layers(FLAGS.replace(lr_pattern=["atn2.to_k=2"]).optimizer, layers)
     nearest = "the nearest are up.attn2.to_k, mid_block.attn2.to_k, "
-    assert_one_line(error, "--lr_pattern atn2.to_k=2: no adapted layer is called so", nearest)
+    assert_one_line(error, "--lr_pattern atn2.to_k=2: no adapted layer has this name", nearest)
 
 
 @pytest.mark.exhaustive
@@ -152,7 +152,7 @@ def test_methods_without_b_are_named(capsys):
     without_b = [row.name for row in METHODS.values() if not row.trains_b]
     assert without_b == ["loha", "lokr", "oft"]
     parse_args(["--method", *without_b, "--loraplus_lr_ratio", "4"])
-    assert "--loraplus_lr_ratio 4: nothing reads it with --method loha lokr oft" in capsys.readouterr().out
+    assert "--loraplus_lr_ratio 4: it has no effect with --method loha lokr oft" in capsys.readouterr().out
 
 
 # -- processes and resumed runs ----------------------------------------------------------------------------------------

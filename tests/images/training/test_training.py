@@ -56,7 +56,7 @@ def test_memory_that_runs_out_leaves_the_checkpoints_and_says_which(brief_flags,
     monkeypatch.setattr(loop, "take_step", take_too_much)
     output, steps = tmp_path / "out", ["--max_train_steps", "3", "--checkpointing_steps", "1"]
     line = failed(capsys, *without(brief_flags, "--max_train_steps"), *steps, "--output_dir", output)
-    assert "memory ran out (" in line and f"{output}/lora/checkpoint-2: go on with --resume_from_checkpoint" in line
+    assert "memory ran out (" in line and f"{output}/lora/checkpoint-2: resume with --resume_from_checkpoint" in line
     monkeypatch.undo()
     assert main(*without(brief_flags, "--max_train_steps"), *steps, "--output_dir", output, *RESUME) == 0
 

@@ -78,14 +78,14 @@ def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], 
     one, other = (Weights.of(path, names.family.denoiser, f"--extract {path}") for path in (base, tuned))
     parts, errors, others = extracted(one, other, names, args.rank)
     if not parts[names.family.denoiser]:
-        raise InvalidArgument(other.flag, "no layer of it differs from the base", "give a model that was tuned")
+        raise InvalidArgument(other.flag, "no layer differs from the base model", "give a model that was tuned")
     print(in_words(errors, args.rank))
     for part in names.family.text_names:
         folders = [path / part for path in (base, tuned)]
         if all(folder.is_dir() for folder in folders) and len(set(map(folder_mark, folders))) > 1:
             others.append(part)
     if others:
-        print(f"not in the LoRA: {len(others)} more that differ or one model alone has, such as {others[0]}")
+        print(f"not in the LoRA: {len(others)} more that differ or exist in only one model, such as {others[0]}")
     return parts, names, said, torch.float32
 
 
@@ -99,7 +99,9 @@ def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Na
         return of_base(args.base, family)
     if family is None:
         if not contents:
-            raise InvalidArgument("--extract", "whose weights these are is not certain", "add --base or --family")
+            raise InvalidArgument(
+                "--extract", "the model family of these weights is not known", "add --base or --family"
+            )
         if name := base_of_run(contents[0].path):
             with contextlib.suppress(InvalidArgument):  # it was moved
                 return of_base(name, None)
@@ -123,7 +125,7 @@ def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
     """Return the layer names and file metadata of a model; `name` is its directory or its name on the Hub."""
     flag = f"--base {name}"
     if Path(name).is_file():
-        raise InvalidArgument(flag, "a single file says nothing of the model", "give a folder in diffusers format")
+        raise InvalidArgument(flag, "a single file does not describe its model", "give a folder in diffusers format")
     with refused_as(flag, "give a pipeline's folder in diffusers format, or its name on the hub"):
         alone = (Path(name) / "config.json").is_file() and not (Path(name) / "model_index.json").is_file()
         known = [each for each in map(load_family, FAMILIES) if family in (None, each)]

@@ -45,7 +45,7 @@ class Weights:
             raise InvalidArgument(flag, "no safetensors weights there", "give a file, or a folder in diffusers format")
         files: dict[str, Path] = {}
         for file in found:
-            with refused_as(flag, "give whole files"), safe_open(file, "pt") as opened:
+            with refused_as(flag, "give complete files"), safe_open(file, "pt") as opened:
                 files |= dict.fromkeys(opened.keys(), file)
         if scaled := next(filter(SCALED.fullmatch, files), None):
             problem = f"{scaled}: its weights are in 8 or 4 bits, and to be scaled"
@@ -118,7 +118,7 @@ def extracted(base: Weights, tuned: Weights, names: Names, rank: int) -> tuple[P
             problem = f"{layer} is {tuple(other.shape)} there, and {tuple(one.shape)} in the base"
             raise InvalidArgument(tuned.flag, problem, "give a model of the same kind")
         if not (torch.isfinite(one).all() and torch.isfinite(other).all()):
-            raise InvalidArgument(tuned.flag, f"{layer} is not finite there or in the base", "give whole models")
+            raise InvalidArgument(tuned.flag, f"{layer} is not finite there or in the base", "give complete models")
         if not torch.equal(one, other):
             layers[layer], errors[f"{names.family.denoiser}.{layer}"] = difference(other - one, rank)
     held = {places[layer].name for places in (in_base, in_tuned) for layer in common}

@@ -142,7 +142,7 @@ class Names:
                     left.pop(layer, None)
         if left:
             fix = "write it with --to diffusers or peft"
-            raise InvalidArgument(".".join(next(iter(left))), "that format has no name for this layer", fix)
+            raise InvalidArgument(".".join(next(iter(left))), "this format has no name for the layer", fix)
         for part, (kohya, _) in self.family.text_names.items():
             found |= {spelled(f"{kohya}_", name): factors for name, factors in parts.get(part, {}).items()}
         return found

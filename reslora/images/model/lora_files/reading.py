@@ -78,10 +78,10 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
     refuse_pickles(file, flag)
     if not file.is_file():
         if any((path / name).is_file() for name in (ADAPTER_NAME, WEIGHTS_NAME)):
-            raise InvalidArgument(flag, "a checkpoint, and no finished LoRA", EXPORTED)
+            raise InvalidArgument(flag, "a checkpoint, not a finished LoRA", EXPORTED)
         wanted = "a .safetensors file, or a folder with one of the names that PEFT and diffusers give it"
         raise InvalidArgument(flag, "no LoRA file there", f"give {wanted}")
-    with refused_as(flag, "give a whole .safetensors file"):
+    with refused_as(flag, "give a complete .safetensors file"):
         tensors, metadata = read_tensors(file)
     for name, value in tensors.items():
         if value.is_floating_point() and value.itemsize == 1:
@@ -97,7 +97,9 @@ def read_content(path: Path, flag: str, config: Path | None = None) -> Content:
                 of_parts.setdefault(part + dot, {})[name] = value
             configs |= of_parts
     if config and not configs:
-        raise InvalidArgument(flag, f"no readable {PEFT_CONFIG_FILE}, which says its scale", "give that with it")
+        raise InvalidArgument(
+            flag, f"no readable {PEFT_CONFIG_FILE}, which contains its scale", "give a folder with both files"
+        )
     for said in configs.values():
         _refuse_others(flag, said)
     return Content(path, flag, tensors, {k: v for k, v in metadata.items() if not OF_THE_FORMAT.fullmatch(k)}, configs)
@@ -128,13 +130,13 @@ def _of_parts(path: Path, flag: str, folders: Sequence[Path]) -> Content:
 def _refuse_others(flag: str, config: Mapping) -> None:
     """Raise `InvalidArgument` for PEFT methods other than plain LoRA, and for initializations that change the base."""
     if config.get("peft_type", "LORA") != "LORA":
-        raise InvalidArgument(flag, f"{config['peft_type']}, which is no plain LoRA", "give a LoRA")
+        raise InvalidArgument(flag, f"{config['peft_type']}, which is not plain LoRA", "give a LoRA")
     if str(init := config.get("init_lora_weights")).startswith(CHANGES_BASE):
         problem = f"its init_lora_weights, {init}, has changed the base model, too"
         raise InvalidArgument(flag, problem, "save it with PEFT's path_initial_model_for_weight_conversion")
     for name in NOT_PLAIN:
         if config.get(name):
-            raise InvalidArgument(flag, f"it has {name}, and is no plain LoRA", "give a LoRA without that")
+            raise InvalidArgument(flag, f"it has {name}, so it is not a plain LoRA", "give a LoRA without that")
 
 
 # -- whose it is -------------------------------------------------------------------------------------------------------
@@ -196,18 +198,20 @@ def pairs_of(content: Content) -> dict[str, Factors]:
                 raise InvalidArgument(content.flag, f"{name} is in it twice", "remove one of the two")
             kind[name] = value
         elif key.startswith("reslora."):
-            raise InvalidArgument(content.flag, "an unmerged ResLoRA, with shortcuts that no file has", EXPORTED)
+            raise InvalidArgument(
+                content.flag, "an unmerged ResLoRA, whose shortcuts a LoRA file cannot contain", EXPORTED
+            )
         elif not OLDEST.search(key):
             raise InvalidArgument(content.flag, f"{key} is not of plain LoRA", "give a LoRA without that")
     down, up, alpha = kinds.values()
     if lonely := [*(down.keys() ^ up.keys()), *(alpha.keys() - down.keys())]:
-        raise InvalidArgument(content.flag, f"{lonely[0]} lacks one of its two factors", "give a whole file")
+        raise InvalidArgument(content.flag, f"{lonely[0]} lacks one of its two factors", "give a complete file")
     found = {}
     for name, a in down.items():
         b = up[name]
         fit = a.dim() in (2, 4) and b.shape[1:2] == a.shape[:1] and math.prod(b.shape[2:]) == 1
         if not (fit and a.numel() and b.numel()):
-            raise InvalidArgument(content.flag, f"{name}: shapes of its factors do not fit", "give a whole file")
+            raise InvalidArgument(content.flag, f"{name}: shapes of its factors do not fit", "give a complete file")
         if not (a.is_floating_point() and b.is_floating_point()):
             dtypes = f"{a.dtype} and {b.dtype}".replace("torch.", "")
             raise InvalidArgument(content.flag, f"{name} is {dtypes}", "give a LoRA in floating point")
@@ -253,7 +257,7 @@ def read_parts(content: Content, names: Names) -> Parts:
     parts: Parts = {}
     for name, factors in pairs.items():
         if name not in names.known:
-            raise InvalidArgument(content.flag, f"{name} is no layer of {names.family.name}", _another(names))
+            raise InvalidArgument(content.flag, f"{name} is not a layer of {names.family.name}", _another(names))
         try:
             split = names.known[name].split(factors)
         except ValueError as error:
@@ -263,7 +267,7 @@ def read_parts(content: Content, names: Names) -> Parts:
                 raise InvalidArgument(content.flag, f"{part}.{layer} is in it twice", "remove one of the two")
             parts[part][layer] = _shaped(content.flag, layer, piece, names) if part == names.family.denoiser else piece
     if not parts:
-        raise InvalidArgument(content.flag, "no layer of it changes anything", "give a LoRA that was trained")
+        raise InvalidArgument(content.flag, "all of its layers are zero", "give a LoRA that was trained")
     return parts
 
 
@@ -315,7 +319,9 @@ def _through_diffusers(content: Content, names: Names) -> dict[str, Factors]:
     # A converter may use one tensor as A of several layers, and safetensors refuses to write a tensor twice.
     whole = {key: value.clone() for key, value in _converted(content.tensors, names).items()}
     if unread := [name for name, tensors in layers.items() if not _converted(tensors, names).keys() & whole]:
-        problem = f"{min(unread, key=names.known.__contains__)} is no layer of {names.family.name} that diffusers reads"
+        problem = (
+            f"{min(unread, key=names.known.__contains__)} is not a layer of {names.family.name} that diffusers reads"
+        )
         raise InvalidArgument(content.flag, problem, _another(names))
     return pairs_of(dataclasses.replace(content, tensors=whole))
 

@@ -42,7 +42,7 @@ def output_of(text: str, to: str) -> Path:
         problem = f"the folder also has {others[0].relative_to(path)}, which would be replaced"
         raise InvalidArgument(flag, problem, "give another")
     if path.name in ("", ".."):
-        raise InvalidArgument(flag, "--to peft replaces a folder, and this is no name of one", "give its name")
+        raise InvalidArgument(flag, "--to peft writes a folder, and this is not the name of one", "give its name")
     return path
 
 

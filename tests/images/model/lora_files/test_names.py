@@ -144,7 +144,7 @@ def test_other_norms_keep_their_order():
 
 def test_a_layer_without_a_name_there_is_refused():
     layers = {"norm_out.linear": random_factors(names("flux2_klein").shapes["norm_out.linear"], 1, 1.0, 0)}
-    with pytest.raises(InvalidArgument, match=r"transformer\.norm_out\.linear: that format has no name for this layer"):
+    with pytest.raises(InvalidArgument, match=r"transformer\.norm_out\.linear: this format has no name for the layer"):
         names("flux2_klein").to_kohya({"transformer": layers})
 
 

@@ -224,7 +224,7 @@ def test_a_layer_that_diffusers_leaves_out_is_refused(tmp_path):
         tensors |= {f"{name}.lora_{word}.weight": torch.randn(width, width) for word in ("down", "up")}
     save_file(tensors, tmp_path / "in.safetensors")
     assert len(names("flux").family.pipeline.lora_state_dict(tensors)) == 2
-    with pytest.raises(InvalidArgument, match=f"{lost} is no layer of flux that diffusers reads"):
+    with pytest.raises(InvalidArgument, match=f"{lost} is not a layer of flux that diffusers reads"):
         read(tmp_path / "in.safetensors", names("flux"))
 
 
@@ -258,7 +258,7 @@ def test_weights_of_peft_without_its_configuration_are_refused(tmp_path):
     config = tmp_path / "peft" / "adapter_config.json"
     config.write_text(json.dumps({"prompt": "cat"}))  # any other file
     for _ in range(2):
-        with pytest.raises(InvalidArgument, match=r"no readable adapter_config\.json, which says its scale"):
+        with pytest.raises(InvalidArgument, match=r"no readable adapter_config\.json, which contains its scale"):
             read_content(tmp_path / "peft", "IN")
         config.unlink(missing_ok=True)
 
@@ -274,7 +274,7 @@ def test_what_diffusers_cannot_convert_is_refused_by_its_first_layer(tmp_path):
     save_file(
         {f"{layer}_lora.{word}.weight": torch.ones(32, 32) for word in ("down", "up")}, tmp_path / "in.safetensors"
     )
-    with pytest.raises(InvalidArgument, match=r"q_proj is no layer of \w+ that diffusers reads"):
+    with pytest.raises(InvalidArgument, match=r"q_proj is not a layer of \w+ that diffusers reads"):
         read(tmp_path / "in.safetensors", names("stable_diffusion"))
 
 
