@@ -5,9 +5,9 @@
 The runs of the experiments in `benchmarks/results/why` were trained at every learning rate to the end, and measured two
 to four times. For each method and seed with three or more learning rates, the rules of `reslora/experiment/racing.py`
 choose from these losses as the race would have seen them. `measured` are the results. `ten_measurements` has the same
-runs with ten measurements, interpolated between the measured ones in the logarithm of the step. Before the first one
-only the higher learning rates are compared, so this part of a curve matters little; it starts at a loss 10% above the
-highest measured one.
+runs with ten measurements, interpolated between the measured ones in the logarithm of the step. The part before
+the first one is an assumption: it starts at a loss 10% above the highest measured one. The rules and their thresholds
+were chosen on the same grids.
 
 A choice is good if its loss on the selection split is at most a quarter of the experiment's minimum detectable effect
 above that of the full grid's choice. The effect is the median over the experiment's methods. The result is
