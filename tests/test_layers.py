@@ -26,7 +26,7 @@ LAYERS = {
     "images: memory": "images.memory",
     "images: settings": "images.settings images.config_file images.experiment.requirements images.accelerator",
     "images: runs": "images.study images.run images.experiment",
-    "entries": "convert images.conversion __init__",
+    "entries": "convert caption images.conversion images.captioning __init__",
 }
 ORDER = list(LAYERS)
 EVERYWHERE = {"__init__": "__version__"}

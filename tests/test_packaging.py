@@ -83,6 +83,7 @@ def test_commands_version_and_application_are_those_of_the_wheel(target, tmp_pat
     wanted = {f"reslora-{name.replace('_', '-')}": name for name in ("train_sd", "train_llm", "train_glue")}
     assert commands == wanted | {
         "reslora-app": "reslora_app.__main__",
+        "reslora-caption": "reslora.caption",
         "reslora-convert": "reslora.images.conversion",
     }
     assert version == reslora.__version__

@@ -89,13 +89,15 @@ def commands(script: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-@pytest.mark.parametrize("script", ["train_sd.py", "train_llm.py", "train_glue.py", "reslora-convert"])
+@pytest.mark.parametrize(
+    "script", ["train_sd.py", "train_llm.py", "train_glue.py", "reslora-convert", "reslora-caption"]
+)
 def test_commands_have_flags_that_exist(script, capsys):
     found = commands(script)
     assert found
-    module = importlib.import_module("reslora.convert" if script == "reslora-convert" else script.removesuffix(".py"))
+    module = importlib.import_module(script.replace("-", ".").removesuffix(".py"))
     with pytest.raises(SystemExit):
-        module.main(["--help" if script == "reslora-convert" else "--help-all"])
+        module.main(["--help-all" if script.endswith(".py") else "--help"])
     known = set(re.findall(r"--[a-z0-9_-]+", capsys.readouterr().out))
     for document, words in found:
         unknown = {word for word in words if word.startswith("--")} - known
