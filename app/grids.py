@@ -104,7 +104,7 @@ def number(where: str, name: str, word: str) -> int | float:
     value = bounded(word, whole=whole)
     if not least <= value <= greatest:
         what = "whole number" if whole else "number"
-        raise RunError(f"{where}: {word[:20]} is no {what} from {least} to {greatest}.")
+        raise RunError(f"{where}: {word[:20]} is not a {what} from {least} to {greatest}.")
     return value
 
 

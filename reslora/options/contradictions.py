@@ -39,7 +39,7 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
         for name in ("shortcut_scale", "shortcut_decay"):
             value = getattr(options, name)
             if value not in ("sum", None):
-                raise InvalidArgument(f"--{name} {value}", f"nothing reads it with {unwired}", "leave one of them out")
+                raise InvalidArgument(f"--{name} {value}", f"it has no effect with {unwired}", "leave one of them out")
     if options.merge_calibration_samples:
         return
     reads = [f"--method {name}" for name in options.method if METHODS[name].measured]

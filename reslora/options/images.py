@@ -54,7 +54,7 @@ HUBER = Need(
 )
 ADAM = Need(
     lambda options: options.optimizer.optimizer in ADAMS,
-    "--optimizer_args sets its own", "nothing reads it with --optimizer {optimizer}", refuse=False,
+    "--optimizer_args sets its own", "it has no effect with --optimizer {optimizer}", refuse=False,
 )  # fmt: skip
 CHOSEN_OVER_SEEDS = "leave it out: experiments choose checkpoints over seeds, by eight timesteps of one noise each"
 
@@ -331,7 +331,7 @@ class OptimizerOptions:
         or_else="500, at most a tenth of the run",
         needs=Need(lambda options: options.optimizer.lr_scheduler not in ("constant", "piecewise_constant")
         or not options.optimizer.lr_warmup_steps,
-        "", "nothing reads it with --lr_scheduler {lr_scheduler}", refuse=False))
+        "", "it has no effect with --lr_scheduler {lr_scheduler}", refuse=False))
     lr_step_rules: str | None = option(None,
         "for piecewise_constant: factors with the steps at which they end, then the last factor, such as "
         "1:100,0.1:200,0.01",
@@ -389,7 +389,7 @@ class ValidationOptions:
         "largest number of held-out images for the validation loss, chosen by --seed or, with --validation_noises, "
         "by their content; the other held-out images are not trained on either", COUNT,
         compared_as="held-out images",
-        needs=Need(HELD_OUT.met, "", "nothing reads it without --validation_split", refuse=False))
+        needs=Need(HELD_OUT.met, "", "it has no effect without --validation_split", refuse=False))
     save_best: bool = option(False,
         "save the adapter with the lowest validation loss in <method>/best, and export that one in the end",
         needs=HELD_OUT, in_experiments=CHOSEN_OVER_SEEDS, compared_as="how losses are measured")

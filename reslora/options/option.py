@@ -33,7 +33,7 @@ class Need:
     met: Callable[[Any], object]
     """Return whether the options of a run satisfy the condition."""
     fix: str
-    problem: str = "nothing reads it"
+    problem: str = "it has no effect"
     """Message if the condition is not satisfied; option names in braces are replaced by the options' values."""
     refuse: bool = True
     """Whether to raise an error, or only to print a line, because commands for other scripts may contain the option."""

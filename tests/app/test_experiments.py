@@ -249,7 +249,7 @@ REFUSED = {
     "--learning_rate 0.001 0.001: the same one twice": {"learning_rate": "1e-3 1e-3"},
     "--seed 0 0 1": {"seed": "0 0 1"},
     "--max_train_steps 2: AdaLoRA needs": {"method": ["lora", "adalora"], "max_train_steps": "2"},
-    "--keep_tokens 2: nothing reads it": {"keep_tokens": "2"},
+    "--keep_tokens 2: it has no effect": {"keep_tokens": "2"},
     "--huber_c 0.5: --loss_type l2": {"huber_c": "0.5"},
     "--text_encoder_lr": {"text_encoder_lr": "1e-4"},
     "--rank_pattern": {"rank_pattern": "to_q"},

@@ -44,7 +44,7 @@ def test_the_best_arm_of_an_experiment_is_trained_once_more(begun, capsys):
     again = parse_args([*config, "--seed", "0", "1", "2"])
     experiment = again.base.experiment
     assert (experiment.select_split, experiment.test_split) == (0.2, 0.2) and not capsys.readouterr().out
-    with pytest.raises(InvalidArgument, match=r"^--select_split: this is no experiment"):
+    with pytest.raises(InvalidArgument, match=r"^--select_split: it has no effect, because this is not an experiment"):
         parse_args([*config, "--learning_rate", "2e-3", "--seed", "1", "--select_split", "0.2"])
 
 

@@ -505,7 +505,7 @@ def test_a_damaged_file_leaves_what_was_there(tmp_path, capsys):
     (tmp_path / "in.safetensors").write_bytes(content[: len(content) // 2])
     (tmp_path / "out.safetensors").write_text("before")
     flags = [tmp_path / "in.safetensors", tmp_path / "out.safetensors", "--to", "kohya", "--overwrite"]
-    assert "whole" in refused(capsys, *flags)
+    assert "complete" in refused(capsys, *flags)
     assert (tmp_path / "out.safetensors").read_text() == "before"
 
 

@@ -263,7 +263,7 @@ UNREAD = {  # and with what it is read
 @pytest.mark.parametrize("words", UNREAD)
 def test_what_nothing_reads_is_refused(words, model, data):
     flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), *words.split()]
-    with pytest.raises(InvalidArgument, match=f"^{words.split()[0]}.*: nothing reads it; .*{UNREAD[words].split()[0]}"):
+    with pytest.raises(InvalidArgument, match=f"^{words.split()[0]}.*: it has no effect; .*{UNREAD[words].split()[0]}"):
         parse_args(flags)
     if "--dataset_name" in UNREAD[words]:
         flags = [*flags[:2], *words.split()]  # in place of the folder
@@ -313,7 +313,7 @@ def test_what_the_other_flags_leave_unread_is_told(words, reads, model, data, ca
     """Not refused: commands for diffusers' scripts have them."""
     flags = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data), *words.split()]
     parse_args([*flags, "--optimizer", "torch.optim.SGD", "--validation_split", "0"])
-    assert capsys.readouterr().out.startswith(f"{words}: nothing reads it with")
+    assert capsys.readouterr().out.startswith(f"{words}: it has no effect with")
     parse_args([*flags, *reads.split()])
     assert capsys.readouterr().out == ""
 

@@ -149,7 +149,7 @@ def test_amendments_without_effect_are_refused(kind, prog, tmp_path):
     for flag in ("--shortcut_scale mean", "--shortcut_decay 0.75"):
         for unwired in ("--shortcut none", "--pre_num 0"):
             with pytest.raises(
-                InvalidArgument, match=f"^{flag}: nothing reads it with {unwired}; leave one of them out$"
+                InvalidArgument, match=f"^{flag}: it has no effect with {unwired}; leave one of them out$"
             ):
                 options(*flag.split(), *unwired.split())
         for method in ("ms_placebo", "lora"):  # as an arm of an experiment, which has no shortcut, is LoRA

@@ -333,10 +333,10 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
     assert run(*common, "--output_dir", output) == 2
     assert "contains an experiment" in capsys.readouterr().err
     assert run(*common, "--experiment_minutes", "3", "--output_dir", tmp_path) == 2
-    assert "this is no experiment" in capsys.readouterr().err
+    assert "this is not an experiment" in capsys.readouterr().err
     (tmp_path / "checkpoint-2").mkdir()
     assert run(*common, *EXPERIMENT, "--output_dir", tmp_path) == 2
-    assert "no experiment" in capsys.readouterr().err
+    assert "not an experiment" in capsys.readouterr().err
 
 
 @pytest.mark.exhaustive

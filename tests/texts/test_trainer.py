@@ -158,7 +158,7 @@ def test_latest_is_refused_where_no_checkpoint_can_be_used(tmp_path):
         "latest",
         "--resume_from_checkpoint latest",
         f"checkpoint-{STEPS}",
-        "; take as many processes as before",
+        "; use as many processes as before",
     )
     assert read_log(tmp_path) == log
     for folder in tmp_path.glob("checkpoint-*"):

@@ -393,7 +393,7 @@ def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, 
 def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
     (tmp_path / "out" / "lora").mkdir(parents=True)
     (tmp_path / "out" / "lora" / "exports.json").write_text("{}")
-    assert "no experiment" in refused(capsys, *flags, *SMALL, "--output_dir", tmp_path / "out")
+    assert "not an experiment" in refused(capsys, *flags, *SMALL, "--output_dir", tmp_path / "out")
 
 
 def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):

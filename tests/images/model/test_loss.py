@@ -104,7 +104,7 @@ def test_normalised_it_is_the_mean_over_what_counts_and_nothing_of_nothing():
         ("--huber_schedule constant", "--loss_type l2"),
         ("--huber_scale 2.0 --loss_type huber", "--huber_schedule snr"),
         ("--huber_c 0 --loss_type huber", "above 0"),
-        ("--masked_loss_normalised", "nothing reads it"),
+        ("--masked_loss_normalised", "it has no effect"),
         ("--masked_loss", "no image has an alpha channel or a mask"),
     ],
 )

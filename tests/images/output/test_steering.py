@@ -77,7 +77,7 @@ def test_it_ends_when_patience_does_and_exports_the_best(whole):
     assert record["step"] == 3 * len(losses) < STEPS
     step = 3 * (losses.index(min(losses)) + 1)
     assert record["best"] == {"step": step, "loss": min(losses)} and step < record["step"]
-    only(lines, "gets no lower", f"trained for {record['step']} steps")
+    only(lines, "no longer decreases", f"trained for {record['step']} steps")
     only(lines, f"of step {step}, which has the lowest validation loss")
     with safe_open(output / "lora" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert file.metadata()["ss_steps"] == str(step)
@@ -145,7 +145,7 @@ def digests_of(output: Path, pattern: str) -> dict[str, str]:
 
 def test_the_same_command_has_nothing_to_do_and_more_patience_trains_on(flags, whole, capsys):
     output, _ = whole
-    only(printed(*flags, "--output_dir", output), "holds this run already")
+    only(printed(*flags, "--output_dir", output), "contains this run, which is finished")
     words = [*flags, "--output_dir", output, "--early_stopping_patience", "5"]
     assert "contains an unfinished run" in refused(capsys, *words)
 

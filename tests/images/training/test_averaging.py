@@ -209,7 +209,7 @@ def test_two_processes_average_together(flags, tmp_path):
 def test_what_averages_nothing_is_refused(capsys, model, data):
     words = ["--pretrained_model_name_or_path", model, "--train_data_dir", data, "--average_checkpoints", "last:5"]
     begin = "--average_checkpoints last:5: "
-    assert begin + "nothing reads it; add --save_best" in refused(capsys, *words)
+    assert begin + "it has no effect; add --save_best" in refused(capsys, *words)
     words += ["--save_best", "--validation_split", "0.3", "--max_train_steps", "20"]
     few = "averages 5 or more checkpoints, and --checkpointing_steps 500 saves 1 in 20 steps"
     assert f"{begin}{few}; give --checkpointing_steps 4" in refused(capsys, *words)

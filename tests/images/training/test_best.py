@@ -71,7 +71,7 @@ def test_a_best_adapter_that_is_gone_is_told(tmp_path, capsys):
     go_on_from(tmp_path, 2)
     assert (
         best_of(tmp_path) is None
-        and "the adapter of step 1, the best before step 2, is gone" in capsys.readouterr().out
+        and "the adapter of step 1, the best before step 2, is missing" in capsys.readouterr().out
     )
 
 

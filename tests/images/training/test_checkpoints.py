@@ -138,7 +138,9 @@ def test_a_finished_method_without_its_checkpoints_is_not_trained_over(tmp_path,
     record = {"step": 4, "num_train_epochs": 100, "by_epochs": False, "difference_of_255": {"unet": 0}}
     write_json(tmp_path / "lora" / "exports.json", record)
     flags = parse_args(["--output_dir", str(tmp_path), "--method", "lora", *words, *resume])
-    with pytest.raises(InvalidArgument, match=r"lora was trained, and the checkpoint .* is gone; .* remove .*lora to"):
+    with pytest.raises(
+        InvalidArgument, match=r"lora has been trained, but the checkpoint .* is missing; .* remove .*lora to"
+    ):
         plan_resume(flags)
     there = tmp_path / "lora" / ("unet" if words[1] == "4" else "checkpoint-2")
     write_json(there / "trainer.json", {})  # what was gone

@@ -159,8 +159,8 @@ def test_shortcuts_and_checkpointed_gradients(tmp_path, shortcut):
             FLAGS[:2],
             "--output_preservation_weight 0.7: there is no prompt whose predictions to preserve; add --output_p",
         ),
-        (FLAGS[2:], "--output_preservation_prompt blue box: nothing reads it; add --output_preservation_weight 1"),
-        (["--output_preservation_weight", "0", *FLAGS[2:]], "--output_preservation_prompt blue box: nothing reads it"),
+        (FLAGS[2:], "--output_preservation_prompt blue box: it has no effect; add --output_preservation_weight 1"),
+        (["--output_preservation_weight", "0", *FLAGS[2:]], "--output_preservation_prompt blue box: it has no effect"),
     ],
 )
 def test_weight_and_prompt_go_together(words, line):

@@ -37,7 +37,7 @@ def test_a_request_that_cannot_be_removed_is_none(tmp_path):
 def test_a_run_that_draws_nothing_says_so(tmp_path, capsys):
     (tmp_path / "sample.now").touch()
     assert requests(tmp_path, images=0).after_step() == (False, False, False)
-    assert "this run draws no samples" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert "this run generates no samples" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_a_process_that_is_not_the_main_one_leaves_the_files(tmp_path, monkeypatch):

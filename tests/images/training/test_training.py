@@ -486,7 +486,7 @@ def test_a_method_whose_folder_is_moved_does_not_go_on_into_a_new_one(
     with monkeypatch.context() as patch:
         patch.setattr(place, name, moved_before)
         line = failed(capsys, *flags)
-    assert f"{folder} was moved or removed while it was trained" in line and "put it back" in line
+    assert f"{folder} was moved or removed while it was trained" in line and "restore it" in line
     assert not folder.exists()
     (tmp_path / "moved").rename(folder)
     assert main(*flags, *RESUME) == 0

@@ -169,7 +169,7 @@ def test_a_checkpoints_weights_are_refused_where_diffusers_would_read_them(name,
 def test_a_checkpoint_is_refused_by_what_to_give_in_its_place(name, tmp_path):
     """By what an unmerged ResLoRA has beside its factors, too: without that it would be another adapter."""
     save_file({"reslora.norms": torch.zeros(2, 2), "x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / name)
-    for place, said in ((tmp_path, "a checkpoint, and no finished"), (tmp_path / name, "an unmerged ResLoRA")):
+    for place, said in ((tmp_path, "a checkpoint, not a finished"), (tmp_path / name, "an unmerged ResLoRA")):
         with pytest.raises(InvalidArgument, match=f"{said}.*; give what its run has exported, such as pytorch_lora_we"):
             read(place, names("stable_diffusion"))
     save_file({}, tmp_path / "pytorch_lora_weights.safetensors")  # what may be given is read, whatever is beside it
@@ -240,8 +240,11 @@ def test_a_model_of_another_size_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("field", "words"),
     [
-        *((field, "no plain LoRA") for field in ({"peft_type": "LOHA"}, {"peft_type": "OFT"}, {"use_dora": True})),
-        *((field, "no plain LoRA") for field in ({"lora_bias": True}, {"modules_to_save": ["conv_in"]})),
+        *(
+            (field, "not (a )?plain LoRA")
+            for field in ({"peft_type": "LOHA"}, {"peft_type": "OFT"}, {"use_dora": True})
+        ),
+        *((field, "not (a )?plain LoRA") for field in ({"lora_bias": True}, {"modules_to_save": ["conv_in"]})),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4, has changed the base model"),
     ],
 )
