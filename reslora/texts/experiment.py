@@ -359,7 +359,8 @@ class TextExperiment(ExperimentStudy):
         table, flat = grid.base.table(), grid.flat()
         free = free_on_resume(type(grid.base))
         found = {name: value for name, value in settings.items() if name not in free or name in FIXED}
-        found |= {name: flat[name] for name, option in table.items() if option.can_vary or name == "method"}
+        varying = (name for name, option in table.items() if option.varies or option.attribute in grid.varied)
+        found |= {name: flat[name] for name in (*varying, "method")}
         if "rank" in grid.varied:
             found["lora_alpha"] = flat["lora_alpha"]  # None: twice each rank
         found |= {part: fingerprint(map(repr, getattr(self.parts, part))) for part in ("train", "select", "test")}

@@ -39,7 +39,7 @@ def test_memory_that_runs_out_leaves_the_checkpoints_and_says_which(tiny, data, 
     monkeypatch.setattr(AdapterTrainer, "training_step", take_too_much)
     assert run(flags(tiny, data, tmp_path / "run", "--method", "lora")) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("train_llm.py: memory ran out (") and f"{tmp_path}/run/checkpoint-2: go on with" in line
+    assert line.startswith("train_llm.py: memory ran out (") and f"{tmp_path}/run/checkpoint-2: resume with" in line
 
 
 # -- whole runs --------------------------------------------------------------------------------------------------------
