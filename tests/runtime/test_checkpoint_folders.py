@@ -93,7 +93,8 @@ def test_what_was_set_aside_last_is_named_where_nothing_else_is_left(tmp_path, f
     (made,) = folders(tmp_path, 7)
     refuse_afresh(tmp_path, tmp_path, finished=False)
     set_aside(made)
-    line = rf"no checkpoint but set-aside-checkpoint-7; resume with .* {tmp_path}/set-aside-checkpoint-7, choose another"
+    place = tmp_path / "set-aside-checkpoint-7"
+    line = rf"no checkpoint but {place.name}; resume with .* {place}, choose another"
     with pytest.raises(InvalidArgument, match=line):
         refuse_afresh(tmp_path, tmp_path, finished)
 
