@@ -185,7 +185,7 @@ def _read(directory: Path) -> _Saved:
         lora = LoraConfig(**{key: value for key, value in content["lora"].items() if key != "peft_type"})
         plan = _read_plan(content["chains"])
         names, pushed = content["norms"]["names"], int(content["norms"]["pushed"])
-        scaling, factor = dict(content["scaling"]), float(content.get("factor", 1))  # versions before 0.3 have none
+        scaling, factor = dict(content["scaling"]), float(content.get("factor", 1))  # 0.1.0 has none
         return _Saved(config, lora, plan, scaling, factor, content["peft_model"], names, pushed, tensors, norms)
     except Exception as error:  # a file of another format fails with any kind of exception
         raise ValueError(f"{path} is damaged: {first_line(error)}") from error
