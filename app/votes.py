@@ -43,7 +43,7 @@ class Pair(NamedTuple):
 
 
 def pairs(experiment: Experiment) -> dict[Pair, tuple[Path, Path]]:
-    """Return the samples of each pair: of the method, and of the one that it is compared with.
+    """Return the files of the two samples of each pair: first that of the method, then that of its reference.
 
     The samples are those of the runs and steps that the experiment chose; pairs without both samples are left out.
     """

@@ -90,7 +90,10 @@ class Learner:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Switch to the weights to evaluate inside this context: for validation, samples, checkpoints and exports."""
+        """Use the weights to evaluate inside this context: for validation, samples, checkpoints and exports.
+
+        Has an effect only with a schedule-free optimizer (see `averaging`).
+        """
         if (optimizer := self.averaging) is None:
             yield
             return
