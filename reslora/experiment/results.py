@@ -204,7 +204,8 @@ class Results:
     def beforehand(self) -> list[str]:
         """Return notes that are known before training.
 
-        They are about why no difference can become significant, what runs do not share, and changes of the claim.
+        They are about too few seeds or test items, a missing reference, differences between runs, and changes of the
+        claim.
         """
         schedule, found = self.schedule, self.study.too_few()
         if len(schedule.labels) > 1 and len(schedule.seeds) == 1:

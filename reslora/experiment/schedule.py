@@ -373,8 +373,8 @@ class ArmSchedule:
     def has_time(self) -> bool:
         """Return whether another arm, and tests and exports, are expected to end within --experiment_minutes.
 
-        True without a limit, and until the first arm after the start has ended. An arm is expected to take as long as the
-        longest one that has ended. For an arm that was resumed, this includes the time before the resume.
+        True without a limit, and until the first arm after the start has ended. An arm is expected to take as long as
+        the longest one that has ended. For an arm that was resumed, this includes the time before the resume.
         """
         if not self.grid.base.experiment.experiment_minutes or not self.longest:
             return True
@@ -384,13 +384,13 @@ class ArmSchedule:
         return expected <= 60 * self.grid.base.experiment.experiment_minutes
 
     def seconds_to_conclude(self, arms: int) -> float:
-        """Return the expected time for tests and exports once this many arms have ended."""
+        """Return the expected time, in seconds, of tests and exports once this many arms have ended."""
         known = [self.ended(arm).get("conclusion_seconds", 0.0) for arm in self.arms()]
         compared = min(arms, len(self.labels) * len(self.seeds))
         return compared * max(known, default=0.0)
 
     def minutes_left(self) -> float | None:
-        """Return the expected time of the remaining arms, tests and exports; None before the first arm has ended."""
+        """Return the expected minutes of the remaining arms, tests and exports; None before the first arm has ended."""
         arms = self.arms()
         seconds = [ended["wall_seconds"] for arm in arms if (ended := self.ended(arm))]
         if not seconds:

@@ -105,7 +105,7 @@ class ExperimentStudy(ABC):
         """Return the base model's losses on the test split."""
 
     def seconds_to_conclude(self) -> float:
-        """Return the expected time to test and export one arm; 0 if unknown."""
+        """Return the expected time, in seconds, to test and export one arm; 0 if unknown."""
         return 0.0
 
     def is_exported(self, arm: Arm, step: int) -> bool:

@@ -106,7 +106,7 @@ class Captioner:
 
     @torch.inference_mode()
     def describe(self, images: Sequence[PIL.Image.Image]) -> list[str]:
-        """Return the caption of each image in one line, without the prompt; the most likely tokens are chosen.
+        """Return the caption of each image, in one line and without the prompt, generated without sampling.
 
         Raises `InvalidArgument` if the model cannot read the prompt.
         """

@@ -21,7 +21,7 @@ FOLDER, RECORD = "best", "loss.json"
 
 @dataclass(frozen=True)
 class Best:
-    """A saved adapter with its validation loss: the lowest up to its step, or that of an average of checkpoints."""
+    """A saved adapter and its validation loss: the best adapter up to its step, or an average of checkpoints."""
 
     path: Path
     step: int
