@@ -134,8 +134,8 @@ class ArmSchedule:
     def arms(self) -> list[Arm]:
         """Return all arms: first those whose seeds choose learning rates, then those of the other seeds.
 
-        The former are in order of label, learning rate and seed, and the latter in order of seed and label. Arms at
-        learning rates that a race has ruled out are not included.
+        The former are in order of label, learning rate and seed, and the latter in order of seed and label. Arms
+        that a race has ruled out are not included.
         """
         return [arm for label in self.grids for arm in self.choosing_arms(label)] + self.other_arms()
 

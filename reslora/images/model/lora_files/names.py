@@ -149,7 +149,7 @@ class Names:
 
 
 def names_of(family: Family, config: Mapping | None = None) -> Names:
-    """Return the names of a denoiser's layers, and of its text encoders' layers, in all formats.
+    """Return the names of a denoiser's layers, and of its family's text encoders, in all formats.
 
     `config`: configuration of the denoiser; None stands for the published denoiser of the family.
     """
