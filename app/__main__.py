@@ -94,7 +94,10 @@ def spin_briefly() -> None:
 
 
 def serve(args: argparse.Namespace, neutral: Path) -> int:
-    """Serve the page from the empty folder `neutral`, and return the exit status."""
+    """Serve the page until it is closed, and return the exit status: 1 if the server cannot start, else 0.
+
+    `neutral` is an empty folder. It becomes the working directory, because Gradio serves files from there.
+    """
     from reslora.options.images import Options
 
     from .jobs import Jobs
@@ -148,7 +151,10 @@ def listen(demo: Any, args: argparse.Namespace) -> None:
 
 
 def move_to(neutral: Path) -> None:
-    """Make empty folders the working directory and the temporary folder, because Gradio serves files from both."""
+    """Make the empty folder `neutral` the working directory, and its new folder `tmp` the temporary folder.
+
+    Gradio serves files from both, so they must not contain files of the user.
+    """
     (neutral / "tmp").mkdir()
     os.environ["GRADIO_TEMP_DIR"] = str(neutral / "served")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

@@ -90,7 +90,11 @@ class Draft:
 
 @contextlib.contextmanager
 def changing(folder: Folder, line: str) -> Iterator[Draft]:
-    """Yield a draft, then write all of it, or nothing and raise `RunError`."""
+    """Yield an empty draft, and write its files when the context ends: all of them, or none.
+
+    `line` describes the change on the Undo button. Nothing is written if the context raises an error. Raises `RunError`
+    if a file cannot be written, or has changed since it was read.
+    """
     with WRITING, readable():
         draft = Draft()
         yield draft

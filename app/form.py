@@ -154,7 +154,7 @@ def without_controls(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def in_box(value: object, between: str = " ") -> str:
-    """Return a value as text for a text box."""
+    """Return a value as text for a text box, with `between` between the items of a list; empty for None."""
     if value is None:
         return ""
     return between.join(map(str, value)) if isinstance(value, list) else str(value)

@@ -43,7 +43,7 @@ class Pair(NamedTuple):
 
 
 def pairs(experiment: Experiment) -> dict[Pair, tuple[Path, Path]]:
-    """Return the samples of each pair: of the method, and of the one that it is compared with.
+    """Return the files of the two samples of each pair: first that of the method, then that of its reference.
 
     The samples are those of the runs and steps that the experiment chose; pairs without both samples are left out.
     """
@@ -115,7 +115,8 @@ def preference(known: Sequence[Pair], given: Mapping[Pair, list[int]]) -> tuple[
     """Return the mean vote on the pairs of a method, from -1 to 1, and half the width of its 95% interval.
 
     Seeds and prompts are crossed random effects, as seeds and images are in the test of the losses. The half width is
-    None until every pair of at least two seeds and two prompts has a vote, and if all these votes are the same.
+    None with fewer than two seeds or prompts, while a combination of seed and prompt has no vote, and if all votes are
+    the same.
     """
     values = {pair: sum(given[pair]) / len(given[pair]) for pair in known if given.get(pair)}
     if not values:

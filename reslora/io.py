@@ -136,7 +136,10 @@ def is_running(process: str) -> bool:
 
 @functools.cache
 def _host() -> str:
-    """Return a short hash of this machine and container; elsewhere the same process id is another process."""
+    """Return a short hash that identifies this machine and container.
+
+    A process id is unique only together with it.
+    """
     known: list[str | Path] = [platform.node()]
     for read in (Path("/etc/machine-id").read_text, Path("/proc/self/ns/pid").readlink):
         with suppress(OSError):

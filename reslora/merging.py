@@ -159,9 +159,12 @@ def merge_none(chain: list[Factors]) -> list[Merged]:
 
 
 def merge_input(chain: list[Factors]) -> list[Merged]:
-    """Return A and `B_n (1 + alpha*)` with `alpha* = sum_{k=1..m} f_{n-k} / f_n`: merge_bi.
+    """Return A_n and `B_n (1 + alpha*)` of each block n, with `alpha* = g sum_{k=1..m} f_{n-k} / f_n` (merge_bi).
 
-    Eqs. 6-9 for `input`, Eq. 12 for `middle`.
+    m is the number of earlier blocks in the sum of block n; for `input` it is 1. f_n is the mean norm of x_n for
+    `input` (Eqs. 6-9), and of A_n x_n for `middle` (Eq. 12). g is `factor`, which is 1 in the paper. A head has
+    `alpha_of_head` instead. A ratio with a norm of zero counts as 1, and alpha* is g if f_n is zero. Terms that are
+    averaged multiply B_n by `share`, too.
     """
     merged = []
     for block in chain:

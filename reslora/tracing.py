@@ -196,7 +196,10 @@ class _Watch:
 
 
 def _hidden_states(module: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """Return the floating-point and complex tensors of the first argument, in signature order, that has any."""
+    """Return the floating-point and complex tensors of one argument of `forward`.
+
+    It is the first argument, in signature order, that has such tensors.
+    """
     try:
         arguments = list(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.values())
     except (TypeError, ValueError):

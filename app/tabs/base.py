@@ -84,11 +84,11 @@ class Tab:
         """Connect the components; those of other tabs are found through the page."""
 
     def arrive(self) -> dict:
-        """Return the values of `on_arrival`."""
+        """Return the new values of the components in `on_arrival`, by component."""
         return {}
 
     def seen(self, run: Run) -> object:
-        """Return the tab's part of the polled state."""
+        """Return the tab's part of the polled state: a value that changes if the tab has to be updated."""
         return None
 
     def choice(self, run: Run, chosen: object, seen: object) -> object:
@@ -100,15 +100,18 @@ class Tab:
         return None
 
     def updates(self, run: Run, status: str) -> dict:
-        """Return the values of `live`."""
+        """Return the new values of the components in `live`, by component."""
         return {}
 
     def shown(self, run: Run, choice: object) -> dict:
-        """Return the values of `watched`."""
+        """Return the new values of the components in `watched`, by component.
+
+        `choice`: the new value of the component `self.chosen`.
+        """
         return {}
 
     def filled_in(self, run: Run) -> dict:
-        """Return the values of `of_run`."""
+        """Return the new values of the components in `of_run`, by component."""
         return {}
 
     def is_outdated(self, run: Run, seen: object) -> bool:

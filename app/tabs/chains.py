@@ -65,7 +65,7 @@ class ChainsTab(Tab):
         return [weights.label for weights in run.checkpoints("reslora")]
 
     def shown(self, run: Run, label: str | None) -> dict:
-        """Return the values of `watched`."""
+        """Return the new values of the components in `watched`, by component; `label`: the selected checkpoint."""
         labels = self.list_checkpoints(run)
         title = "Checkpoint" if labels else "Checkpoint (this run has none)"
         return {self.checkpoint: gr.update(choices=labels, value=label, label=title)}
@@ -75,7 +75,7 @@ class ChainsTab(Tab):
         return seen != run.results()
 
     def filled_in(self, run: Run) -> dict:
-        """Return the chain plan, the merge report, and the norms compared with LoRA's."""
+        """Return the chain plan, the merge report, and the norms compared with LoRA's, by component."""
         plan, report = run.read_json("reslora", "chains.json"), run.read_json("reslora", "merge.json")
         merge = merge_warning(report) + views.merge_report(report)
         values = [views.chain_plan(plan), merge, views.norm_difference(run)]

@@ -103,7 +103,7 @@ class CompareTab(Tab):
         return {self.file: gr.update(choices=labels, value=chosen, label=title), self.place: place, self.use: use}
 
     def shown(self, run: Run, step: int) -> dict:
-        """Return the values of `watched` at a step."""
+        """Return the new values of the components in `watched`, by component; `step`: the slider's new step."""
         steps = run.steps()
         slider = gr.update(
             minimum=0, maximum=max(steps, default=1) or 1, step=max(1, math.gcd(*steps)) if steps else 1, value=step
@@ -122,7 +122,7 @@ class CompareTab(Tab):
         return shown, train, validation, compared.numbers(run, step), said
 
     def look(self, name: str, step: float, beside: object) -> tuple:
-        """Return the same for the page, and the selection of runs without invalid names."""
+        """Return the results of `compare` for the page, and the selected runs without invalid names."""
         found = [run.name for run in self.library.beside(self.library.find(name), beside).beside]
         return *self.compare(name, step, beside), gr.skip() if found == (beside or []) else found
 

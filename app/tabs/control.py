@@ -15,13 +15,16 @@ ACTIVE = ("starting", "running", "stopping")
 
 
 class ControlTab(Tab):
-    """A tab with the buttons Stop and Resume. Endpoints are named `<kind>_stop` and so on, but `train_` for a run."""
+    """A tab with the buttons Stop and Resume, for runs or for experiments.
+
+    The endpoints are `train_stop` and `train_resume` for runs, and `experiment_stop` and `experiment_resume`.
+    """
 
     kind: ClassVar[type[Run]] = Run
 
     @property
     def what(self) -> str:
-        """The kind of the form's result: `run` or `experiment`."""
+        """What the buttons stop and resume: `run` or `experiment`."""
         return self.kind.__name__.lower()
 
     def control(self, which: gr.components.Component, seen: gr.State) -> None:

@@ -144,7 +144,7 @@ class DatasetTab(Tab):
     # -- display -------------------------------------------------------------------------------------------------------
 
     def arrive(self) -> dict:
-        """Return the folders on the list; their images are only read when the tab is opened."""
+        """Return the choices of the folder list; images are only read when the tab is opened."""
         return {self.folder: gr.update(choices=self.list_folders())}
 
     def open(self, folder: str | None) -> dict:
@@ -154,7 +154,10 @@ class DatasetTab(Tab):
         return gr.update(choices=names, value=folder)
 
     def show(self, folder, which, words, *rest) -> list:
-        """Return a page of a folder's images, and the summary. `rest`: the settings, and the page's number."""
+        """Return the summary, one page of a folder's images, its number and the Undo button.
+
+        `which` and `words` filter the images. `rest`: the settings, and the number of the wanted page.
+        """
         *settings, page = rest
         if not folder:
             return [views.notice(CHOOSE), "", 1, gr.update()]

@@ -118,7 +118,7 @@ class GenerateTab(Tab):
         return chosen if chosen != best and chosen in self.list_weights(run.name) else run.best_weights()
 
     def shown(self, run: Run, label: str) -> dict:
-        """Return the values of `watched` for the selected weights.
+        """Return the new values of the components in `watched`, by component; `label`: the selected weights.
 
         The warning is computed again, because the same label means other weights in another run.
         """
@@ -143,7 +143,7 @@ class GenerateTab(Tab):
         return gr.update(value=text, visible=bool(text))
 
     def show_used(self, adapter: object, loras: object) -> dict:
-        """Return the label of the weights: whether an uploaded file or a stack replaces them."""
+        """Return the update of the weights' dropdown: its label says if an uploaded file or a stack replaces them."""
         instead = "the file below" if adapter else "the stack below" if loras else ""
         return gr.update(label=f"Weights (not used: {instead} is)" if instead else "Weights", interactive=not instead)
 

@@ -87,7 +87,7 @@ class GridPart:
         return grids.suggestion(self.tab.library.find(run), axis)
 
     def suggest(self, name: str, axis: str) -> str:
-        """Return the same if there may be no run yet."""
+        """Return suggested values of an axis, as `list_values` does, also if no run is selected."""
         return grids.suggestion(self.tab.library.named(name, Run), axis)
 
     def draw_grid(

@@ -75,7 +75,7 @@ class StackPart:
         return gr.update(choices=list(stacks.loras(self.library, run)))
 
     def offer(self, name: str) -> dict:
-        """Return the same by the run's name."""
+        """Return the result of `choices` for the run of that name; change nothing without a name."""
         return self.choices(self.library.find(name)) if name else gr.skip()
 
     def write_whole(

@@ -275,7 +275,11 @@ class TrainTab(ControlTab):
         return self.jobs.command_of(self.entry(name, folder, model, values), paths_of(uploads), str(caption or ""))
 
     def look(self, name, uploads, _caption, folder, model, *values) -> dict:
-        """Return the number of runs and the command of the form, or what is wrong with it, and changed defaults."""
+        """Return updates of the page for the form's values.
+
+        These are the number of runs and the command, or what is wrong with the form; options that are visible only with
+        shortcuts; and defaults that depend on other options.
+        """
         settings, shown = self.settings(name, model, values), values[-1] if isinstance(values[-1], dict) else {}
         wired = gr.update(visible=form.wires(settings["method"]))
         updates = {self.flags[flag]: wired for flag in OF_SHORTCUTS}

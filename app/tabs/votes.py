@@ -23,7 +23,10 @@ document.addEventListener('keydown', event => {
 
 
 class VotesTab(Tab):
-    """Two samples of the same prompt and seed, on random sides and without names; a key for each answer."""
+    """The tab of blind votes: two samples of the same prompt and seed, without the names of their runs.
+
+    Their sides are random. Each answer has a keyboard key.
+    """
 
     fold = "Blind votes"
 
@@ -59,7 +62,11 @@ class VotesTab(Tab):
         which.change(lambda: ("", None, "", ""), None, [*shown, self.result], **QUIET)
 
     def next(self, name: str, before: votes.Pair | None = None) -> tuple:
-        """Return two samples on random sides, the pair with the side of its method, and how many pairs have a vote."""
+        """Return the samples of the next pair on random sides, the pair for `vote`, and how many pairs have a vote.
+
+        `before`: the previous pair, which is not shown again if there is another one. Raises `RunError` if there are no
+        pairs.
+        """
         experiment = self.library.find_experiment(name)
         pair = votes.next_pair(experiment, before)
         if pair is None:
@@ -72,7 +79,11 @@ class VotesTab(Tab):
         return views.side_by_side(sides), (name, pair, swapped), line
 
     def vote(self, name: str, asked: tuple | None, side: str) -> tuple:
-        """Store a vote on the shown pair, and return the next one."""
+        """Store a vote on the shown pair, and return the next one.
+
+        `asked`: name of the experiment, pair, and whether the reference is on the left side. `side`: `left`, `right` or
+        `equal`.
+        """
         if not asked or asked[0] != name:
             return self.next(name)
         _, pair, swapped = asked

@@ -42,7 +42,7 @@ EVERY = 4  # one of this many seeds chooses learning rates, starting with the fi
 
 @dataclass(frozen=True)
 class Label:
-    """What is compared: a method, with the values of the options that vary, but for learning rate and seed."""
+    """What is compared: a method with the values of the options that vary, except learning rate and seed."""
 
     name: str
     method: str
@@ -114,7 +114,8 @@ def in_folder(value: object) -> str:
 def rates_of(grid: Grid, label: Label) -> list[float]:
     """Return a label's learning rates in ascending order.
 
-    If the optimizer varies, one with a learning rate of its own (Prodigy) is trained at that one.
+    If the optimizer varies and the label's optimizer has a learning rate of its own, as Prodigy has, it is the only
+    one.
     """
     own = named(label.values["optimizer"]).learning_rate if "optimizer" in label.values else None
     return sorted(grid.rates) if own is None else [own]
@@ -123,7 +124,7 @@ def rates_of(grid: Grid, label: Label) -> list[float]:
 def reference_of(grid: Grid, labels: Sequence[Label]) -> str:
     """Return the method or label with which the others are compared: --reference, or else LoRA.
 
-    Without LoRA it is the first label if there is a single method.
+    Without --reference, it is the first label if the only method is not LoRA and has several labels.
     """
     if grid.base.experiment.reference:
         return grid.base.experiment.reference
@@ -222,10 +223,10 @@ def place_of(label: Label, arm: Arm) -> str:
 def choosing_of(seeds: Sequence[int], rates: int) -> list[int]:
     """Return the seeds whose losses choose among `rates` learning rates: every fourth one, starting with the first.
 
-    The losses of these seeds at the chosen learning rate are too low, because their seed noise takes part in the
-    choice. With one choosing seed in four, training costs the least, and this bias hardly favors a method. An added
-    seed does not change the roles of the others. With one learning rate there is nothing to choose, and all seeds are
-    returned.
+    The losses of these seeds at the chosen learning rate are biased towards low values, because their seed noise
+    influences the choice. With one choosing seed in four, training costs the least, and this bias hardly favors a
+    method. An added seed does not change the roles of the others. With one learning rate there is nothing to choose,
+    and all seeds are returned.
     """
     return list(seeds[:: EVERY if rates > 1 else 1])
 
@@ -281,10 +282,11 @@ def nearest(losses: Mapping[float, float]) -> list[float]:
 
 
 def grown(grids: Grids, seeds: Sequence[int], losses: Losses) -> dict[str, list[float]]:
-    """Return each label's learning rates, with one more if any label's best learning rate is its lowest or highest.
+    """Return each label's learning rates, extended by one if needed (--extend_rates).
 
-    If some labels have fewer learning rates than others, only those labels get one more. Otherwise, the grids are
-    unchanged if no label's best learning rate is at an end. `losses` contains at least all arms of the first seed.
+    If some labels have fewer learning rates than others, these labels get one more. Otherwise all labels get one more
+    if any label's best learning rate is its lowest or highest, and none if not. `losses` contains at least all arms of
+    the first seed.
     """
     best = {label: best_rate(label, rates, seeds, losses) for label, rates in grids.items()}
     most = max(map(len, grids.values()))

@@ -2,8 +2,9 @@
 
 This is a test of superiority by a margin, as in clinical trials (ICH E9): the claim is confirmed if the 95% interval of
 the improvement lies completely above the margin, refuted if it lies completely below, and otherwise open. The claim is
-one hypothesis, so other pairs of labels need no correction; repeated evaluations on the test split have one, as all
-verdicts. At the margin itself, each wrong answer has a probability of at most 2.5%.
+one hypothesis, so the interval is not corrected for other pairs of labels. Like all verdicts, it is corrected for
+repeated evaluations on the test split. If the true improvement equals the margin, the claim is confirmed with a
+probability of at most 2.5%, and refuted with a probability of at most 2.5%.
 """
 
 import itertools
@@ -30,7 +31,10 @@ MOST_SEEDS = 100
 
 
 def answer(claim: Stated, arms: Iterable[Arm], chosen: Mapping[str, Choice], reading: int = 1) -> Answer:
-    """Return the answer to a claim from the test losses of arms; `reading`: number of this evaluation."""
+    """Return the answer to a claim from the test losses of arms.
+
+    `reading`: number of this evaluation on the test split, from 1.
+    """
     label, reference = claim["label"], claim["reference"]
     arrays = arrays_of(tested(arms, chosen))
     if not {label, reference} <= arrays.keys():
@@ -62,10 +66,11 @@ def decide(improvement: float, half: float, margin: float) -> str:
 
 
 def more_seeds(distance: float, test: Judged, reading: int) -> int | None:
-    """Return about how many more seeds decide a claim with a probability of 80%; None if MOST_SEEDS do not.
+    """Return about how many more seeds decide a claim with a probability of 80%; None if MOST_SEEDS are too few.
 
-    `distance`: from the mean difference to the margin; the true difference is assumed to be the observed one. More
-    seeds reduce the part of the variance that seeds cause, but not the part that images cause.
+    `distance`: distance of the mean difference of losses from the margin, as a loss. The true difference is assumed to
+    be the observed one. More seeds reduce the part of the variance that seeds cause, but not the part that images
+    cause.
     """
     seeds, images = test.pair.differences.shape
     by_seed, by_image, rest = test.spread.squares
@@ -81,7 +86,11 @@ def more_seeds(distance: float, test: Judged, reading: int) -> int | None:
 
 
 def sentence_of(conclusion: str, claim: Stated, sizes: tuple[float, float, float], more: int | None) -> str:
-    """Return the answer as a sentence; `sizes`: the improvement and the ends of its interval, in percent."""
+    """Return the answer as a sentence.
+
+    `sizes`: the improvement and the ends of its interval, in percent. `more`: the number of seeds to add, None if seeds
+    are not enough.
+    """
     size, low, high = (("-" if value < 0 else "") + text for value, text in zip(sizes, percents(*sizes), strict=True))
     claimed = f"{claim['label']} is better than {claim['reference']} by more than {claim['margin']:g}%"
     found = f"(improvement {size}%, 95% interval {low} to {high}%)"
@@ -94,7 +103,7 @@ def sentence_of(conclusion: str, claim: Stated, sizes: tuple[float, float, float
 
 
 def stated_again(before: Iterable[Stated], now: Stated) -> list[Stated]:
-    """Return all claims of an experiment in order, with the present one last if it differs from the latest one."""
+    """Return the claims of earlier starts, followed by the present claim `now` if it differs from the last of them."""
     claims = list(before)
     if claims and all(claims[-1].get(name) == now[name] for name in ("label", "reference", "margin", "sha256")):
         return claims
@@ -102,7 +111,7 @@ def stated_again(before: Iterable[Stated], now: Stated) -> list[Stated]:
 
 
 def changes(claims: Iterable[Stated], total: int) -> list[str]:
-    """Return a sentence for each change of the claim; `total`: number of arms."""
+    """Return a sentence for each change of the claim; `claims`: oldest first; `total`: number of arms."""
     found = []
     for before, now in itertools.pairwise(claims):
         same = all(before[name] == now[name] for name in ("label", "reference", "margin"))

@@ -18,9 +18,10 @@ def seconds_by_step(arms: Iterable[Arm], label: str, seeds: Collection[int]) -> 
 
 
 def at_time(arms: Iterable[Arm], seconds: float, seeds: Collection[int]) -> list[Arm]:
-    """Return the arms with only the loss of the step that is compared: their label's last one within `seconds`.
+    """Return the arms, each with the loss of one step only: the last step that its label reached within `seconds`.
 
-    An arm has no loss if its label was not measured within that time. All arms of a label have the same step.
+    It is the same step for all arms of a label. An arm has no loss if its label was not measured within that time.
+    Unfinished arms are returned unchanged.
     """
     arms, last = list(arms), {}
     for label in {arm["label"] for arm in arms}:

@@ -19,7 +19,7 @@ def remaining(rates: Sequence[float], losses: Mapping[float, float], start: floa
     """Return the learning rates that the race may still train, the next one first; empty if it is decided.
 
     `rates` are in ascending order. `losses`: the lowest loss at each learning rate whose run has ended; infinite if it
-    diverged or was stopped early. Lower ones follow a race in which all have diverged.
+    diverged or was stopped early. If all of them are infinite, only learning rates below the ended ones remain.
     """
     ended = [rate for rate in rates if rate in losses]
     if not ended:
@@ -40,8 +40,9 @@ def near_best(losses: Mapping[float, float]) -> list[float]:
 def stopped_at(curve: Mapping[int, float], best: Mapping[int, float], higher: bool) -> int | None:
     """Return the first step at which a run is stopped early; None if it is not stopped.
 
-    `curve` and `best`: losses by step of the run and of the best finished run; `higher`: whether the run has the higher
-    learning rate of the two. A run is not stopped at the last step, or if one of its losses is the lowest of all.
+    `curve` and `best`: losses by step, of the run and of the best finished run. `higher`: whether the run has the
+    higher learning rate of the two. A run is not stopped at the last step, or after one of its losses was at most the
+    lowest loss of the best run.
     """
     margin, first = (HIGHER, 0) if higher else (LOWER, FROM * max(best))
     lowest, so_far = min(best.values()), math.inf

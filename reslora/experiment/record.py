@@ -21,7 +21,7 @@ UNFINISHED = "not finished: "  # prefix of the note if --experiment_minutes ende
 
 Status = Literal["finished", "running", "waiting", "failed", "stopped"]
 ENDED_AS = ("finished", "failed", "stopped")
-"""Statuses of an arm that has ended; racing has stopped a `stopped` one before its last step."""
+"""Statuses of an arm that has ended; `stopped`: racing has stopped it before its last step."""
 
 
 class Split(TypedDict):
@@ -53,7 +53,7 @@ class Arm(TypedDict):
     """One training run of the experiment: a label with a learning rate and a seed."""
 
     label: str
-    """What is compared: the method, with its rank or shortcut if the experiment has several: `reslora block(4)`."""
+    """What is compared: the method, with its rank or shortcut if several are given, such as `reslora block(4)`."""
     method: str
     learning_rate: float
     seed: int
@@ -176,7 +176,7 @@ class Answer(TypedDict):
 
     conclusion: Literal["confirmed", "refuted", "not enough data"]
     more_seeds: int | None
-    """About how many more seeds are needed; None if it is decided, or if seeds will hardly do."""
+    """About how many more seeds are needed; None if the claim is decided, or if more seeds will hardly decide it."""
     sentence: str
 
 
@@ -256,7 +256,7 @@ class Experiment(Facts):
     base_select: NotRequired[float | None]
     """Loss of the base model on the selection split; None if it is not measured."""
     claims: NotRequired[list[Stated]]
-    """The claim, last, and those that it has replaced."""
+    """The claims, oldest first: the last one is the present claim, which has replaced the others."""
     answer: NotRequired[Answer | None]
     """Answer to the claim; None until the test split is evaluated."""
     references: NotRequired[list[str]]
@@ -268,7 +268,7 @@ class Experiment(Facts):
     notes: list[str]
     """Notes for the reader, as they were printed."""
     beforehand: NotRequired[int]
-    """How many `notes`, from the first on, were known before the first arm; they are those of the latest start."""
+    """How many of `notes`, counted from the first one, the latest start knew before it trained an arm."""
     readings: NotRequired[int]
     """Number of evaluations on the test split."""
     read: NotRequired[list[list]]

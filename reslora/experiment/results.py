@@ -40,7 +40,7 @@ class Results:
     answer: record.Answer | None = None
 
     as_of: int | None = None
-    """Number of arms that had ended at the conclusions of an earlier start; None if this start drew the conclusions."""
+    """Number of arms that had ended when an earlier start drew the conclusions; None if this start drew them."""
 
     def __post_init__(self) -> None:
         there = read_experiment(self.schedule.folder)
@@ -58,9 +58,9 @@ class Results:
             self.keep(there, judged)
 
     def keep(self, there: dict, judged: set[Arm]) -> None:
-        """Load the conclusions of an earlier start from `there`, until this start has new ones.
+        """Load the conclusions of an earlier start about the arms `judged`; they remain until this start draws its own.
 
-        Only conclusions about the arms `judged` are loaded.
+        `there`: content of `experiment.json`.
         """
         labels = {arm.label for arm in judged}
         self.chosen = {label: choice for label, choice in there["chosen"].items() if label in labels}
@@ -147,7 +147,7 @@ class Results:
         return set(self.schedule.references)
 
     def count_reading(self, to_read: Sequence[Arm]) -> None:
-        """Count the evaluation of these arms on the test split; the number is written to disk before it begins.
+        """Count an evaluation of these arms on the test split, and write the count to disk before the evaluation.
 
         If the process is killed during the evaluation, the next start resumes the evaluation and does not count it
         again. An evaluation whose results are all on disk is not counted either.
@@ -202,7 +202,11 @@ class Results:
         return self.chosen[arm.label]["step"]
 
     def beforehand(self) -> list[str]:
-        """Return warnings that are known before training: why a difference cannot become significant."""
+        """Return notes that are known before training.
+
+        They are about too few seeds or test items, a missing reference, differences between runs, and changes of the
+        claim.
+        """
         schedule, found = self.schedule, self.study.too_few()
         if len(schedule.labels) > 1 and len(schedule.seeds) == 1:
             # the given seeds come first, because their arms may be trained already
@@ -214,7 +218,10 @@ class Results:
         return [*found, *self.differences(), *changes(self.claims, len(schedule.arms()))]
 
     def claimed(self, there: dict) -> list[record.Stated]:
-        """Return the claim, after those of earlier starts that it has replaced; `there`: the earlier record."""
+        """Return the claims of all starts, the present one last.
+
+        `there`: content of `experiment.json` from an earlier start.
+        """
         schedule, before = self.schedule, there.get("claims", [])
         experiment = schedule.grid.base.experiment
         if not experiment.claim:
@@ -296,8 +303,8 @@ class Results:
     def export(self, trained: Sequence[Arm]) -> record.Best:
         """Export the best arm and return its record.
 
-        Of the ranking's best labels (of all labels without a ranking), its label has the lowest mean loss on the
-        selection split. Of that label's arms, the best arm has the lowest loss on the selection split.
+        Its label has the lowest mean loss on the selection split of the ranking's best labels, or of all labels if
+        there is no ranking. Of that label's arms, the best arm has the lowest loss on the selection split.
         """
         labels = {arm.label for arm in trained}
         best_labels = labels.intersection(self.ranking["best"]) if self.ranking else set()

@@ -124,7 +124,7 @@ class ArmSchedule:
         return self.folder / self.labels[arm.label].method / self.place_of(arm)
 
     def name_of(self, arm: Arm) -> str:
-        """Return the directory of an arm, relative to that of the experiment: `lora/lr-0.0001/seed-0`."""
+        """Return the directory of an arm, relative to that of the experiment, such as `lora/lr-0.0001/seed-0`."""
         return self.folder_of(arm).relative_to(self.folder).as_posix()
 
     def options_of(self, arm: Arm) -> Any:
@@ -134,13 +134,16 @@ class ArmSchedule:
     def arms(self) -> list[Arm]:
         """Return all arms: first those whose seeds choose learning rates, then those of the other seeds.
 
-        The former are in order of label, learning rate and seed, and the latter in order of seed and label. As a race
-        goes on, learning rates that it leaves out drop out.
+        The former are in order of label, learning rate and seed, and the latter in order of seed and label. Arms
+        that a race has ruled out are not included.
         """
         return [arm for label in self.grids for arm in self.choosing_arms(label)] + self.other_arms()
 
     def choosing_arms(self, label: str) -> list[Arm]:
-        """Return a label's arms that have chosen or may choose its learning rate, in order of rate and seed."""
+        """Return a label's arms of the seeds that choose its learning rate, in order of learning rate and seed.
+
+        In a race these are only the arms that have ended, and those that may still be trained.
+        """
         arms = [Arm(label, rate, seed) for rate in self.grids[label] for seed in self.choosing]
         if not self.is_race:
             return arms
@@ -204,8 +207,8 @@ class ArmSchedule:
     def rate_of(self, label: str) -> float | None:
         """Return a label's chosen learning rate.
 
-        None if a seed failed at every learning rate. Until all arms that choose have ended, it is the middle learning
-        rate.
+        None if at least one seed failed at each of the learning rates. It is the middle one until all arms that choose
+        learning rates have ended.
         """
         rates = self.grids[label]
         failed = [rate for rate in rates for seed in self.others if self.ended(Arm(label, rate, seed)).get("reason")]
@@ -226,7 +229,7 @@ class ArmSchedule:
 
     @property
     def compared_seconds(self) -> float | None:
-        """The training time at which labels are compared: that of the first reference until its last step.
+        """The training time, in seconds, at which labels are compared: that of the first reference at its last step.
 
         None without `--compare_at time`, and until an arm of the reference has ended.
         """
@@ -237,7 +240,7 @@ class ArmSchedule:
         return max(equal_time.seconds_by_step(map(self.record, arms), label, self.choosing).values(), default=None)
 
     def compared(self, arms: Iterable[Arm]) -> list[record.Arm]:
-        """Return the records of arms, with `--compare_at time` only with the loss of the step that is compared."""
+        """Return the records of arms; with `--compare_at time`, each has only the loss of the step to compare."""
         records, seconds = [self.record(arm) for arm in arms], self.compared_seconds
         return records if seconds is None else equal_time.at_time(records, seconds, self.choosing)
 
@@ -246,7 +249,7 @@ class ArmSchedule:
     def ended(self, arm: Arm) -> dict:
         """Return the status, reason, memory and time of an arm that has ended; empty for any other arm.
 
-        Without a race, an arm that an earlier race has stopped early has not ended.
+        An arm that racing has stopped early counts as ended only as long as learning rates race (`is_race`).
         """
         ended = read_object(self.folder_of(arm) / ENDED)
         return ended if self.is_race or ended.get("status") != "stopped" else {}
@@ -275,7 +278,7 @@ class ArmSchedule:
         return {row["step"]: row["loss"] for row in self.validations(arm)}
 
     def validations(self, arm: Arm) -> list[dict]:
-        """Return the rows of an arm's log with its losses on the selection split, but not of the base model."""
+        """Return the rows of an arm's log with losses on the selection split, without that of step 0 (base model)."""
         return [row for row in of_split(read_log(self.folder_of(arm) / "log.jsonl"), "validation") if row["step"]]
 
     def base_select(self) -> float | None:
@@ -317,7 +320,7 @@ class ArmSchedule:
     def next_arm(self) -> Arm | None:
         """Return the next arm to train; None if all have ended or are running, or if the remaining time is too short.
 
-        If learning rates are to be extended, the grids are extended first.
+        With --extend_rates, learning rates are added to the grids first, where they are needed (`grown`).
         """
         losses = self.losses()
         first = [arm for arm in self.arms() if arm.seed == self.seeds[0]]
@@ -334,11 +337,11 @@ class ArmSchedule:
         return todo[0] if todo and self.has_time() else None
 
     def race_order(self, losses: Losses) -> list[Arm]:
-        """Return the arms that choose and can be trained now, in their order.
+        """Return the arms that choose learning rates and may be trained now, in order; some may be running already.
 
-        First the next arm of each label's race, which may be running: its end decides what follows. Labels that have
-        trained fewer arms come first. Once all races are decided, the other choosing seeds follow at each label's best
-        learning rates.
+        Until all races are decided, these are the next arm of each label's race, first those of labels that have
+        trained fewer arms; the result of an arm decides which one is next. Afterwards, these are the arms of the other
+        choosing seeds at each label's best learning rates (`racing.near_best`).
         """
         first = self.seeds[0]
         races = {label: self.rates_to_race(label, self.race(label)) for label in self.grids}
@@ -350,7 +353,7 @@ class ArmSchedule:
         return [arm for seed in self.choosing[1:] for arm in arms_by_rate(near, seed)]
 
     def why_stop(self, arm: Arm) -> str:
-        """Return why racing stops an arm early, from the losses in its log; empty if it goes on or does not race.
+        """Return why racing stops an arm early, from the losses in its log; empty if it continues or does not race.
 
         The arm is compared with the finished arm of its label and seed that has the lowest loss.
         """
@@ -370,8 +373,8 @@ class ArmSchedule:
     def has_time(self) -> bool:
         """Return whether another arm, and tests and exports, are expected to end within --experiment_minutes.
 
-        Always True for the first arm. An arm is expected to take as long as the longest one that has ended, including
-        the time before a resume, which the present process has not measured.
+        True without a limit, and until the first arm after the start has ended. An arm is expected to take as long as
+        the longest one that has ended. For an arm that was resumed, this includes the time before the resume.
         """
         if not self.grid.base.experiment.experiment_minutes or not self.longest:
             return True
@@ -381,13 +384,13 @@ class ArmSchedule:
         return expected <= 60 * self.grid.base.experiment.experiment_minutes
 
     def seconds_to_conclude(self, arms: int) -> float:
-        """Return the expected time for tests and exports once this many arms have ended."""
+        """Return the expected time, in seconds, of tests and exports once this many arms have ended."""
         known = [self.ended(arm).get("conclusion_seconds", 0.0) for arm in self.arms()]
         compared = min(arms, len(self.labels) * len(self.seeds))
         return compared * max(known, default=0.0)
 
     def minutes_left(self) -> float | None:
-        """Return the expected time of the remaining arms, tests and exports; None before the first arm has ended."""
+        """Return the expected minutes of the remaining arms, tests and exports; None before the first arm has ended."""
         arms = self.arms()
         seconds = [ended["wall_seconds"] for arm in arms if (ended := self.ended(arm))]
         if not seconds:

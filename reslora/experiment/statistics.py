@@ -411,7 +411,10 @@ def ranking_in_words(best: Sequence[str], worse: Sequence[Worse]) -> str:
 
 
 def percents(*values: float) -> list[str]:
-    """Return absolute values with one to four decimal places, enough for a nonzero digit of the smallest one."""
+    """Format values without their signs, all with the same number of decimal places, from one to four.
+
+    The number is the smallest with which the smallest nonzero value has a nonzero digit, if four are enough.
+    """
     smallest = min((abs(value) for value in values if value), default=1)
     places = min(4, max(1, -math.floor(math.log10(smallest))))
     return [f"{abs(value):.{places}f}" for value in values]

@@ -60,18 +60,18 @@ class ExperimentStudy(ABC):
         return too_few(len(self.parts.test), self.about.unit, self.parts.enough)
 
     def say(self, phase: str, name: str = "") -> None:  # noqa: B027 - not every run has a status
-        """Write the current phase to the run's status, with the arm named `name`."""
+        """Write the current phase to the run's status; `name`: the arm that it is about, if it is about one."""
 
     def goes_on(self, ended: int, total: int) -> None:
         """Write to the status how many arms have ended, if several are trained at once."""
         self.say(f"training, {ended} of {pluralize(total, 'arm')} ended")
 
     def estimate(self, steps: int, step: float, start: float, measuring: float, test: float) -> None:
-        """Print, once, how long the rest of the experiment takes; for the first arm, after a few steps.
+        """Print an estimate of the experiment's remaining time; only the first call prints it.
 
-        `steps`: their number in an arm; the other arguments are seconds. `step`: of one step. `start`, `measuring` and
-        `test`: of one arm, before its first step, for its measurements on the selection split, and for its test and
-        export.
+        `steps`: number of steps of an arm. The other arguments are in seconds. `step`: time of one step. For one arm,
+        `start`: time before its first step; `measuring`: time of all its measurements on the selection split; `test`:
+        time of its test and export.
         """
         schedule = self.schedule
         if schedule.estimated:
@@ -91,7 +91,7 @@ class ExperimentStudy(ABC):
     def begins(self, phase: str, arm: Arm) -> None:
         """Write the next phase of an arm to the run's status.
 
-        Raises `Stopped` if a stop was requested. Only the main process calls this method and those that follow it.
+        Raises `Stopped` if a stop was requested. Only the main process calls this method and the methods below.
         """
         self.stop.check(COMPARING)
         self.say(phase, self.schedule.name_of(arm))
@@ -105,7 +105,7 @@ class ExperimentStudy(ABC):
         """Return the base model's losses on the test split."""
 
     def seconds_to_conclude(self) -> float:
-        """Return the expected time to test and export one arm; 0 if unknown."""
+        """Return the expected time, in seconds, to test and export one arm; 0 if unknown."""
         return 0.0
 
     def is_exported(self, arm: Arm, step: int) -> bool:

@@ -50,9 +50,10 @@ def caption_folder(args: argparse.Namespace) -> None:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Return the visible images of a folder and its subfolders, one for each caption file.
+    """Return the images of a folder and its subfolders, without hidden ones.
 
-    Raises `InvalidArgument` if there are none, or if the trainer would read captions from a table.
+    Of images that would share a caption file, only the first is returned; a warning names the others. Raises
+    `InvalidArgument` if there are no images, or if the trainer would read captions from a table.
     """
     files = [path for path in sorted(all_below(folder)) if path.is_file() and not path.name.startswith(".")]
     for table in (path for path in files if path.name in METADATA):
@@ -105,7 +106,7 @@ class Captioner:
 
     @torch.inference_mode()
     def describe(self, images: Sequence[PIL.Image.Image]) -> list[str]:
-        """Return the caption of each image in one line, without the prompt; the most likely tokens are chosen.
+        """Return the caption of each image, in one line and without the prompt, generated without sampling.
 
         Raises `InvalidArgument` if the model cannot read the prompt.
         """

@@ -243,7 +243,8 @@ class TrainingOptions:
         "determine details, so these change little. The validation loss uses all timesteps", NATURAL,
         variable=True, unshared=TIMESTEPS)
     max_timestep: int | None = option(None,
-        "train only below this timestep; high timesteps determine the composition, so it changes little", COUNT,
+        "train only on timesteps below this one: the composition of images, which high timesteps determine, then "
+        "changes little", COUNT,
         or_else="all", variable=True, unshared=TIMESTEPS)
     snr_gamma: float | None = option(None, "gamma of the min-SNR loss weights; 5.0 is usual, and 0 gives all "
         "timesteps the same weight",
@@ -276,7 +277,8 @@ class TrainingOptions:
         "multiply the loss of each pixel by the image's mask (1 where it is white and opaque). The mask is the file "
         "named in the column mask of metadata.jsonl or .csv, otherwise the image's alpha channel; images without a "
         "mask count completely. The validation loss is masked too", kohya=("alpha_mask",))
-    masked_loss_normalised: bool = option(False, "average the loss over the masked area instead of the whole image",
+    masked_loss_normalised: bool = option(False,
+        "average the loss over the area that the mask keeps, instead of the whole image",
         needs=Need(lambda options: options.training.masked_loss, "add --masked_loss"))
     timestep_sampling: str | None = option(None,
         "flow matching: how timesteps are sampled. uniform, logit_normal and mode: as in diffusers' scripts, from "

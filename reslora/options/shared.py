@@ -37,11 +37,12 @@ class SharedMethodOptions:
         essential="ResLoRA: how many preceding blocks a block uses, -1 for all", implies="reslora",
         read_by="reads_shortcut_flags")
     head: str = option("repeat",
-        "--shortcut input and is_placebo: what the first block of a chain adds to its input: the same input "
-        "again, or nothing", choices=HEADS, variable=True, implies="reslora", read_by="reads_shortcut_flags")
+        "--shortcut input and is_placebo. repeat: the first block of a chain adds to its input the same input again; "
+        "none: it adds nothing", choices=HEADS, variable=True, implies="reslora", read_by="reads_shortcut_flags")
     shortcut_scale: str = option("sum",
-        "ResLoRA, lora_matched and placebos: add up a block's own term and those of its m neighbors, or divide this "
-        "sum by m + 1", choices=SCALES, variable=True, implies="reslora", read_by="reads_shortcut_flags")
+        "ResLoRA, lora_matched and placebos. sum: add a block's own term and those of the m preceding blocks that "
+        "--pre_num gives; mean: divide this sum by m + 1",
+        choices=SCALES, variable=True, implies="reslora", read_by="reads_shortcut_flags")
     shortcut_decay: float | None = option(None,
         "ResLoRA, lora_matched and placebos: multiply the neighbors' terms by a factor that falls linearly from 1 to 0 "
         "over this fraction of the steps and stays 0, so that plain LoRA remains", PART, or_else="the factor stays 1",

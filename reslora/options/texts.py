@@ -71,8 +71,8 @@ class MethodOptions(SharedMethodOptions):
     rank: int = again(name="lora_r", default=4, parse=COUNT)
     target_modules: list[str] = again(or_else="query and value")
     merge_calibration_samples: int = again(name="calibration_examples",
-        help="training examples that a merge of ResLoRA may read, and that lora_matched and placebos are measured on; "
-        "0 for none")
+        help="number of training examples used for calibration: merges of ResLoRA read them, and lora_matched and "
+        "placebos are computed from them; 0: none")
     merge_and_save: bool = free(False, "write the model with the adapter added, for stock transformers")
 
     @property
@@ -107,7 +107,8 @@ class LlmTaskOptions:
     revision: str | None = option(None, "revision of the model on the hub")
     cache_dir: str | None = free(None, "folder for downloads", metavar="FOLDER")
     dtype: str = option("auto",
-        "of the frozen model, the adapter is float32; auto: float32, or that of --bf16 and --fp16",
+        "data type of the frozen model's weights; the adapter is always float32. auto: bfloat16 with --bf16, float16 "
+        "with --fp16, otherwise float32",
         choices=("auto", "float32", "bfloat16", "float16"))
     load_in_4bit: bool = option(False, "quantize the frozen model to NF4 (QLoRA)")
     max_train_samples: int | None = option(None, "train on that many examples, chosen at random (metamathqa: 40000)",

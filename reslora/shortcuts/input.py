@@ -48,7 +48,7 @@ class InputShortcut(Shortcut):
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
         """Return one variant for each block of a chain.
 
-        Each variant has the name of the previous block and the A of the next block.
+        Each variant has the name of the previous block, whose tensor it adds, and the A of the next block.
         """
         sources = [names[taken[0]] if taken else None for taken in before]
         following = {k: a for taken, (a, _) in zip(before, factors, strict=True) for k in taken}

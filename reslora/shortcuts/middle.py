@@ -35,7 +35,7 @@ class MiddleShortcut(Shortcut):
 
     @classmethod
     def wire(cls, wires: Wires, names: Sequence[str], factors: Sequence[tuple], before: Before, head: str) -> list:
-        """Return one variant for each block of a chain; each has the names of earlier blocks.
+        """Return one variant for each block of a chain; each has the names of the earlier blocks whose tensors it adds.
 
         If the sum of a block starts at the head, the block adds the complete sum of the previous block instead of every
         term: one addition, however long the chain is.

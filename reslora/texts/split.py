@@ -68,9 +68,14 @@ def _fewer(examples: Sequence[T], limit: int | None) -> Sequence[T]:
 def parts_of(files: Mapping[str, Sequence[T]], text: Callable[[T], str], shares: ExperimentOptions) -> Parts[T]:
     """Divide examples into a training, a selection and a test part.
 
-    `files` holds the examples of `train`, and of `select` and `test` if the task has such files. `text` returns the
-    text of an example; examples with equal `normalised` texts are near-duplicates. Raises `InvalidArgument` if too few
-    examples are left, or if --select_split or --test_split is given for a part that has a file.
+    `files` holds the examples of `train`, and of `select` and `test` if the task has such files; a part without a file
+    is split off the training examples. `text` returns the text of an example.
+
+    Examples with equal `normalised` texts are near-duplicates. All of them are in the training part, or one of them is
+    in the selection or test part and the others are left out.
+
+    Raises `InvalidArgument` if a part would be empty when near-duplicates count once, or if --select_split or
+    --test_split is given for a part that has a file.
     """
     keys = {example: normalised(text(example)) for part in files.values() for example in part}
     select, test = (_one_of_each(files.get(part, ()), keys) for part in ("select", "test"))

@@ -53,7 +53,10 @@ def offer_averages(learner: Learner, study: Study) -> None:
 
 
 def offer(average: Average, checkpoints: Sequence[Path], learner: Learner, study: Study) -> None:
-    """Put an average of checkpoints, oldest first, into the learner; measure its loss, print it, and store both."""
+    """Set the learner's adapters to an average of checkpoints, measure and print its loss, and store both.
+
+    `checkpoints`: oldest first. Raises `Stopped` if a stop is requested during the measurement.
+    """
     weights, folder = average.weights(len(checkpoints)), study.context.folder_of(learner.method)
     used = [(path, weight) for path, weight in zip(checkpoints, weights, strict=True) if weight]
     on_all(lambda: put_average(learner.trained, *zip(*used, strict=True)))

@@ -21,13 +21,13 @@ FOLDER, RECORD = "best", "loss.json"
 
 @dataclass(frozen=True)
 class Best:
-    """A saved adapter with its validation loss: the lowest up to its step, or that of an average of checkpoints."""
+    """A saved adapter and its validation loss: the best adapter up to its step, or an average of checkpoints."""
 
     path: Path
     step: int
     loss: float
     average: str = ""
-    """The average of checkpoints that it is, as `Average` formats it; empty for the adapter of a single step."""
+    """Notation of the average of checkpoints, such as `ema:0.99`; empty for the adapter of a single step."""
     checkpoints: tuple[int, ...] = ()
     """Steps of the averaged checkpoints."""
 
@@ -49,7 +49,7 @@ def all_best(folder: Path) -> list[Best]:
 
 
 def averages_at(folder: Path, step: int) -> list[Best]:
-    """Return the saved averages of the checkpoints up to `step`, the last one of a finished training."""
+    """Return the saved averages of checkpoints from a training that finished at `step`."""
     return [best for best in _saved(folder, "[!.]*") if best.average and best.step == step]
 
 
@@ -81,7 +81,10 @@ def keep_if_best(learner: Learner, folder: Path, loss: float) -> None:
 
 
 def keep_adapter(learner: Learner, path: Path, record: dict | None = None) -> None:
-    """Write the adapters of this step, in the format of a checkpoint."""
+    """Write the learner's present adapters to `path`, in the format of a checkpoint.
+
+    `record`: step and loss, which are written to `loss.json`; without it, the folder has no checksums either.
+    """
     with replacing(path) as temporary:
         temporary.mkdir()
         for place, part in learner.trained.places(temporary):
@@ -98,7 +101,7 @@ def forget_beaten(folder: Path) -> None:
 
 
 def go_on_from(folder: Path, step: int) -> None:
-    """Remove the best adapters and averages that were saved after `step`, from which a run resumes.
+    """Remove the best adapters and averages of later steps than `step`, at which a run resumes.
 
     Prints a line if the best adapter up to that step is missing.
     """

@@ -24,10 +24,11 @@ def factors_of_layers(options: OptimizerOptions, layers: Iterable[str]) -> dict[
 
 
 def groups_of(trained: Trained, options: OptimizerOptions) -> tuple[Groups, Groups]:
-    """Return the trained parameters of the denoiser, and of all text encoders, as groups of one factor each.
+    """Return the optimizer's groups of the denoiser's trained parameters, and those of all text encoders' parameters.
 
-    Groups are in the order in which their factors first occur. LoRA+ (Hayou et al., 2024) multiplies the learning rate
-    of B and, as PEFT's `create_loraplus_optimizer` does, of vectors such as DoRA's magnitudes.
+    The parameters of a group have the same factor of the learning rate. Groups are in the order in which their factors
+    first occur. LoRA+ (Hayou et al., 2024) multiplies the learning rate of B and, as PEFT's `create_loraplus_optimizer`
+    does, of vectors such as DoRA's magnitudes.
     """
     prefixes = ["" if part is trained.denoiser else f"{name}." for name, part in trained.parts.items()]
     parts = list(zip(prefixes, trained.parts.values(), strict=True))

@@ -80,7 +80,10 @@ def put_control_on(learner: Learner, study: Study) -> None:
 
 
 def train_and_export(learner: Learner, study: Study) -> None:
-    """Train the remaining steps of a method, and export it."""
+    """Train the remaining steps of a method, and export it.
+
+    If training diverges and --save_best has saved an adapter, exports that one before it raises the error.
+    """
     context = study.context
     options, accelerator, folder = context.options, context.accelerator, context.folder_of(learner.method)
     broadcast_from_main(check_held)
@@ -107,7 +110,7 @@ def train_and_export(learner: Learner, study: Study) -> None:
 def train(learner: Learner, study: Study, reports: Reports) -> None:
     """Train the remaining steps, with checkpoints and validation when due.
 
-    Raises `Stopped` if a stop is requested, after the last step has been saved.
+    If a stop is requested, saves the current step if it is not saved yet, and raises `Stopped`.
     """
     context, schedule = study.context, study.schedule
     accelerator = context.accelerator
@@ -148,9 +151,9 @@ def train(learner: Learner, study: Study, reports: Reports) -> None:
 
 
 def decay_shortcuts(learner: Learner, study: Study) -> None:
-    """Set the factor of the shortcut terms that --shortcut_decay gives to the number of steps taken.
+    """Set the factor of the shortcut terms for the next step, as --shortcut_decay specifies.
 
-    Validation, checkpoints and exports after a step have the factor of the next step, which is 0 after the last one.
+    Validation, checkpoints and exports after a step use the factor of the next step; after the last step it is 0.
     """
     part = study.context.options.adapter.shortcut_decay
     if part and METHODS[learner.method].reads_shortcut_flags:

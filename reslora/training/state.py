@@ -90,7 +90,10 @@ class Learner:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Switch to the weights to evaluate inside this context: for validation, samples, checkpoints and exports."""
+        """Use the weights to evaluate inside this context: for validation, samples, checkpoints and exports.
+
+        Has an effect only with a schedule-free optimizer (see `averaging`).
+        """
         if (optimizer := self.averaging) is None:
             yield
             return
@@ -207,7 +210,7 @@ def new_optimizer(
 def check_optimizer(context: Context) -> None:
     """Raise `InvalidArgument` if the optimizer cannot take a step on small parameters with its arguments.
 
-    With factors of learning rates, there are two parameters with different ones.
+    If the options set factors of learning rates, the step is tried on two parameters with different factors.
     """
     options, device = context.options, context.accelerator.device
     groups: list[dict[str, Any]] = [{}, {FACTOR: 2.0}] if options.optimizer.has_factors else [{}]

@@ -76,5 +76,6 @@ class Study(ABC):
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
         """Write the trained method's files.
 
-        Returns, for each file, the largest difference of any pixel from the merged model's image, of 255.
+        Returns, for each file, the largest difference of a pixel value (0 to 255) between an image generated with the
+        file and the merged model's image.
         """

@@ -108,8 +108,9 @@ def select(name: str, title: str, options: list[tuple[str, str]], chosen: int) -
 
 
 def tile(path: Path, alt: str, cell: str) -> str:
-    """Return an HTML image element with the image as a data URI, scaled down to LARGEST; `cell`: for the slider.
+    """Return an HTML image element with the image as a data URI, scaled down to LARGEST.
 
+    `cell`: the image's row and column, such as `0-1`, by which the slider finds it; empty if it is not for the slider.
     Returns an empty string if the file is missing, and a text if it is damaged.
     """
     try:

@@ -18,7 +18,7 @@ FOLDER = "test_images"
 SIDE = 160
 """Longest edge of a thumbnail, in pixels."""
 SHOWN = 6
-"""Number of images at each end that are shown without unfolding all of them."""
+"""Number of images at each end of the order that are always visible; a collapsed section contains all images."""
 
 
 def write_thumbnails(folder: Path, images: Iterable[tuple[str, Callable[[], PIL.Image.Image]]]) -> None:
@@ -36,15 +36,15 @@ def write_thumbnails(folder: Path, images: Iterable[tuple[str, Callable[[], PIL.
 
 
 def best_verdict(experiment: Experiment) -> Verdict | None:
-    """Return the verdict on the label with the lowest test loss compared with its reference; None without verdicts."""
+    """Return the verdict on the label whose test loss is lowest relative to its reference's; None without verdicts."""
     return min(experiment["verdicts"], key=lambda verdict: verdict["relative"], default=None)
 
 
 def differences(experiment: Experiment) -> list[tuple[str, float]]:
     """Return the hash of each test image and its difference in percent, in ascending order.
 
-    It is the loss of the best label minus the loss of its reference, mean over the seeds that both have, in percent of
-    the reference's loss of this image.
+    The difference is the loss of the label of `best_verdict` minus the loss of its reference, in percent of the
+    reference's loss of this image. Losses are means over the seeds for which all losses of both labels are finite.
     """
     if (verdict := best_verdict(experiment)) is None:
         return []
@@ -57,7 +57,7 @@ def differences(experiment: Experiment) -> list[tuple[str, float]]:
 
 
 def by_image(experiment: Experiment, folder: Path) -> str:
-    """Return HTML with the images of the largest differences in each direction, and a fold with all.
+    """Return HTML with the images of the largest differences in each direction, and a collapsed section with all.
 
     Empty without verdicts.
     """

@@ -339,7 +339,11 @@ class ImageExperiment(ExperimentStudy):
             context.accelerator.free_memory()
 
     def timed(self, began: float, step: float) -> None:
-        """Print the time that the experiment takes, from the start of an arm and the median of its first steps."""
+        """Print the expected time of the experiment.
+
+        `began`: when the arm was started, in seconds of `time.monotonic`. `step`: median time of its first steps, in
+        seconds.
+        """
         options, schedule, shared = self.study.context.options, self.study.schedule, self.study.shared
         # A backward pass takes as long as two forward passes.
         batch = 3 * options.training.train_batch_size * options.training.gradient_accumulation_steps

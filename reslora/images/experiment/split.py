@@ -2,7 +2,7 @@
 
 An image and its near-duplicates (re-encoded, scaled, with another caption) are in the same part. The selection and test
 parts contain only one image of such a group, so that copies do not count as independent images. The part depends only
-on a hash of the image's content, not on the other images: a new image changes the part of its near-duplicates at most.
+on a hash of the image's content: adding an image can only change the part of its near-duplicates, not of other images.
 Exceptions: an empty part, or a test part of one image out of five or more, takes the next image in the order of the
 hash.
 """
@@ -42,7 +42,7 @@ Image = tuple[int, int]
 
 @dataclass(frozen=True)
 class Parts:
-    """The split, in the order of the hash.
+    """The images of each part, in the order of their hashes.
 
     The selection and test parts have one image of each group of near-duplicates.
     """

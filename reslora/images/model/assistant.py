@@ -1,8 +1,9 @@
 """An assistant LoRA (--assistant_lora): frozen, and added to the denoiser's layers in training passes only.
 
 Bases that are distilled to few steps, such as FLUX.1-schnell and Z-Image-Turbo, lose their distillation while an
-adapter is trained on them. An assistant moves such a base back to one that can be trained; without the assistant, the
-trained adapter then fits the distilled base. The format and the use are those of ai-toolkit's `assistant_lora_path`.
+adapter is trained on them. An assistant undoes the distillation while the adapter is trained. The trained adapter is
+then used on the distilled base, without the assistant. The format and the use are those of ai-toolkit's
+`assistant_lora_path`.
 """
 
 from collections.abc import Iterator, Mapping

@@ -93,7 +93,10 @@ def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], 
 
 
 def names_for(args: argparse.Namespace, contents: Sequence[Content]) -> tuple[Names, dict[str, str]]:
-    """Return the layer names of the LoRA's model, and the model's metadata for the header of the output."""
+    """Return the names, in all formats, of the layers of the model that the LoRA is for, and metadata of this model.
+
+    The metadata is written to the header of the output; it is empty if only the model's family is known.
+    """
     family = next((each for each in map(load_family, FAMILIES) if each.name == args.family), None)
     if args.base is not None:
         return of_base(args.base, family)

@@ -149,7 +149,10 @@ class Names:
 
 
 def names_of(family: Family, config: Mapping | None = None) -> Names:
-    """Return the layer names for a denoiser with this configuration; if it is None, for the published denoiser."""
+    """Return the names of a denoiser's layers, and of its family's text encoders, in all formats.
+
+    `config`: configuration of the denoiser; None stands for the published denoiser of the family.
+    """
     return _published(family) if config is None else _names_in(family, config, exact=True)
 
 
