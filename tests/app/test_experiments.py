@@ -143,7 +143,7 @@ def test_one_whose_arms_have_all_diverged_has_nothing_to_go_on_with(library):
     write_experiment(found.folder, content | {"chosen": {}, "verdicts": []})
     told = experiments.summary(found, found.status)
     assert found.status == "failed" and "60 of 60 runs finished" in told and "all of them failed" in told
-    assert "Go on" not in told and "not finite at step 3" in found.report()
+    assert "Resume" not in told and "not finite at step 3" in found.report()
 
 
 def test_the_report_can_do_nothing_to_the_page(library):

@@ -309,7 +309,7 @@ def test_what_was_stopped_while_it_encoded_is_started_anew(trainings, tmp_path, 
     assert kept and (folder / "logs").is_dir()
     (folder / LOG_NAME).touch()
     (folder / SAVE).touch()
-    with pytest.raises(RunError, match="start it anew"):
+    with pytest.raises(RunError, match="start a new one"):
         trainings.resumable("new")
     assert train_sd.main([*trainings.command("new", {"max_train_steps": "1"})[1:], *flags]) == 0
     assert kept.items() <= {path: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}.items()

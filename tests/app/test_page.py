@@ -1050,7 +1050,7 @@ def test_a_training_is_started_watched_and_stopped(page, browser, address, runs,
     assert run.process is None and len(run.checkpoints("lora")) == 1
     page.locator("#resume").click()
     page.locator("#summary .running").wait_for()
-    wait_until(lambda: "going on from" in run.log_tail() or not run.process, "the run to go on")
+    wait_until(lambda: "resuming from" in run.log_tail() or not run.process, "the run to go on")
     assert run.process
     line_up(page)
     page.locator("#summary .stopped").wait_for()

@@ -507,7 +507,7 @@ def test_what_peft_wrote_draws_what_diffusers_file_draws(studio, run, tmp_path):
     assert stacked.kind == "stack" and np.abs(draw(studio, run, stacked)[0] - expected).max() <= 2
     moved = shutil.move(config, tmp_path / "adapter_config.json")
     assert np.abs(draw(studio, run, weight_files.uploaded(file, moved))[0] - expected).max() <= 2
-    with pytest.raises(RunError, match=r"adapter_model\.safetensors: no readable adapter_config\.json, which says its"):
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors: no readable adapter_config\.json, which contains"):
         draw(studio, run, weight_files.uploaded(file))
     content = json.loads(moved.read_text())
     other = tmp_path / "other.json"

@@ -177,7 +177,7 @@ def test_a_finished_run_says_how_it_is_gone_back_in(finished, run, base_flags):
     only(lines, "nothing to do")
     assert digests(finished, "**/*.*") == before
     done.unlink()
-    only(printed(*flags), "lora: going on from", "lora/checkpoint-2")
+    only(printed(*flags), "lora: resuming from", "lora/checkpoint-2")
     one, other = (final_weights(folder, "lora") for folder in (finished, run))
     assert done.is_file() and all(one[name].equal(other[name]) for name in other)
 

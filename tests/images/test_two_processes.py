@@ -85,7 +85,7 @@ def test_a_stop_while_the_first_saves_is_met_by_all(flags, whole, tmp_path, to):
     assert "wait" not in printed and "timeout" not in printed.lower()
     (newest, *_) = numbered(output / "reslora")
     printed = forked(SCRIPT, *flags, "--output_dir", str(output), *RESUME, folder=tmp_path)
-    assert printed.count("going on from") == 1 and "damaged" not in printed
+    assert printed.count("resuming from") == 1 and "damaged" not in printed
     assert newest.name in ("checkpoint-2", "checkpoint-3")
     assert_same(final_weights(output, step=STEPS), final_weights(whole, step=STEPS))
     for pattern in ("reslora/samples/**/*.png", "reslora/peft/*.safetensors", "reslora/unet/*.safetensors"):

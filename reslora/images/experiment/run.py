@@ -92,8 +92,11 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
             context = dataclasses.replace(context, status=Status())
         else:
             broadcast_from_main(lambda: check_folder(asked, identity))
-            most = context.options.replace(train_batch_size=max(asked.values("train_batch_size")))
-            check_before_loading(kinds, dataclasses.replace(context, options=most))
+            widest = context
+            if "train_batch_size" in asked.varied:
+                most = context.options.replace(train_batch_size=max(asked.values("train_batch_size")))
+                widest = dataclasses.replace(context, options=most)
+            check_before_loading(kinds, widest)
         check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain.data)
         on_all(lambda: check_variants(asked, context))
         alone, goes_on = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()

@@ -434,7 +434,8 @@ def test_killed_at_bad_moments(runs, images, tmp_path):
 def same_results(output: Path) -> dict:
     """All of experiment.json that does not tell the time."""
     found = experiment(output)
-    arms = [{k: v for k, v in a.items() if k not in ("seconds", "wall_seconds", "memory_bytes")} for a in found["arms"]]
+    times = ("seconds", "wall_seconds", "seconds_by_step", "memory_bytes")
+    arms = [{key: value for key, value in arm.items() if key not in times} for arm in found["arms"]]
     return {name: found[name] for name in ("split", "chosen", "verdicts", "readings")} | {"arms": arms}
 
 

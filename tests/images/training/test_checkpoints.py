@@ -168,7 +168,7 @@ def test_one_flipped_bit_is_damage(run, base_flags, tmp_path):
     flip_a_bit(output / "lora" / "checkpoint-4" / "adapter.safetensors")
     lines = printed(*base_flags, "--method", "lora", "--output_dir", output, *RESUME)
     only(lines, "warning", "checkpoint-4 is damaged")
-    only(lines, "going on from", "checkpoint-2")
+    only(lines, "resuming from", "checkpoint-2")
     assert_same(final_weights(output, "lora"), final_weights(run, "lora"))
 
 
@@ -184,7 +184,7 @@ def test_one_flipped_bit_is_damage_in_every_file(runs, whole, tmp_path):
     lines = printed(*runs.flags, "--output_dir", output, *RESUME)
     for step in damaged:
         only(lines, "warning", f"checkpoint-{step} is damaged")
-    only(lines, "going on from", "checkpoint-2")
+    only(lines, "resuming from", "checkpoint-2")
     assert_same(final_weights(output, step=STEPS), final_weights(whole, step=STEPS))
 
 
@@ -320,7 +320,7 @@ def test_a_last_checkpoint_that_was_set_aside_is_exported(run, base_flags, tmp_p
     aside = set_aside(output / "lora" / "checkpoint-4")
     flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", aside.name]
     lines = printed(*flags, "--blocks_to_swap", "1")
-    only(lines, "going on from", "set-aside-checkpoint-4")
+    only(lines, "resuming from", "set-aside-checkpoint-4")
     only(lines, "checkpoint-2 is not of this line")
     assert_same(final_weights(output, "lora"), final_weights(run, "lora"))
     one, other = (load_file(folder / "lora" / "kohya.safetensors") for folder in (output, run))
@@ -453,7 +453,7 @@ def test_a_run_goes_on_where_its_model_and_images_have_moved(brief_flags, model,
         steps = 1 if folder == here else 2
         lines = printed(*flags, "--max_train_steps", steps)
         here.exists() and here.rename(there)
-    only(lines, "going on from", "checkpoint-1")
+    only(lines, "resuming from", "checkpoint-1")
     whole = [*brief_flags, "--max_train_steps", "2", "--checkpointing_steps", "1", "--output_dir", tmp_path / "whole"]
     assert main(*whole) == 0
     assert losses(tmp_path / "out", "lora") == losses(tmp_path / "whole", "lora")

@@ -248,7 +248,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, flags, tmp_path):
     shutil.copytree(whole, tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "reslora" / "checkpoint-4")
     (tmp_path / "out" / "reslora" / "exports.json").unlink()
-    assert "going on from" in "\n".join(printed(*flags, *RESUME, "--output_dir", tmp_path / "out"))
+    assert "resuming from" in "\n".join(printed(*flags, *RESUME, "--output_dir", tmp_path / "out"))
     assert losses(tmp_path / "out") == losses(whole)
     assert_same(weights(tmp_path / "out"), weights(whole))
     resumed, expected = (training_state(output, 4)["optimizer"] for output in (tmp_path / "out", whole))

@@ -529,7 +529,7 @@ def test_sigterm_to_the_launcher_ends_and_saves_the_training(brief_flags, tmp_pa
     (checkpoint,) = method.glob("checkpoint-*")
     last = read_log(method / "log.jsonl")[-1]["step"]
     assert last < 400 and checkpoint.name == f"checkpoint-{last}"
-    assert f"lora stopped after step {last}; go on with" in (tmp_path / "printed").read_text()
+    assert f"lora stopped after step {last}; resume with" in (tmp_path / "printed").read_text()
 
 
 # -- half precision ----------------------------------------------------------------------------------------------------
@@ -549,7 +549,7 @@ def test_each_method_starts_with_a_scale_of_its_own(brief_flags, tmp_path, monke
 
     start_accelerator = running.start_accelerator
     monkeypatch.setattr(running, "start_accelerator", start)
-    monkeypatch.setattr("reslora.training.preparing.get_grad_scaler", scaler)
+    monkeypatch.setattr("reslora.training.loop.get_grad_scaler", scaler)
     flags = [*without(brief_flags, "--method"), "--method", "lora", "lora_x2", "--max_train_steps", "2"]
     assert main(*flags, "--output_dir", tmp_path) == 0
     for method in ("lora", "lora_x2"):

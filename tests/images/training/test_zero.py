@@ -45,7 +45,7 @@ def test_a_run_goes_on_as_if_it_never_stopped(run, flags, tmp_path):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     words = [*flags, *RESUME, "--output_dir", str(tmp_path / "out")]
     printed = forked(SCRIPT, *words, folder=tmp_path, **ZERO)
-    assert "going on from" in printed and "checkpoint-2" in printed
+    assert "resuming from" in printed and "checkpoint-2" in printed
     assert losses(tmp_path / "out") == losses(run)
     assert_same(final_weights(tmp_path / "out"), final_weights(run))
     resumed, whole = (training_state(output, 4)["optimizer"] for output in (tmp_path / "out", run))
