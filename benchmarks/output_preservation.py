@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows[name][group] = float(cosine_similarity(drawn(pipeline, prompts), base[group]).mean())
             print(name, rows[name], flush=True)
         seconds = time.monotonic() - started
-    keep("trainer/output_preservation", vars(given) | {"seconds": seconds, "runs": rows})
+    keep("losses/output_preservation", vars(given) | {"seconds": seconds, "runs": rows})
 
 
 if __name__ == "__main__":
