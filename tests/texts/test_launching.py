@@ -118,5 +118,5 @@ def test_the_trainer_saves_and_ends_with_its_launcher(processes, number, everyon
     wait_until(lambda: not running(output), "the trainers' end")
     printed = (tmp_path / "printed").read_text()
     (saved,) = numbered(output)
-    assert f"stopped after step {saved.name.removeprefix('checkpoint-')}; go on" in printed, printed[-3000:]
+    assert f"stopped after step {saved.name.removeprefix('checkpoint-')}; resume" in printed, printed[-3000:]
     assert damage(saved, processes) is None
