@@ -11,9 +11,9 @@ from pathlib import Path
 
 from .checks import is_path
 from .errors import InvalidArgument
-from .formatting import printable
 from .options.argument_parser import Parser
 from .options.option import whole
+from .runtime.script import print_error
 from .runtime.stdio import take_any_file_name
 
 
@@ -30,10 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         caption_folder(args)
     except (InvalidArgument, OSError, RuntimeError) as error:
-        refused = isinstance(error, InvalidArgument)
-        problem = printable(" ".join(str(error).split()))
-        print(f"reslora-caption: {'error: ' if refused else ''}{problem}", file=sys.stderr)
-        return 2 if refused else 1
+        return print_error("reslora-caption", error)
     except KeyboardInterrupt:
         print("reslora-caption: stopped; the same command without --overwrite resumes", file=sys.stderr)
         return 130

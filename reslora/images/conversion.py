@@ -7,15 +7,15 @@ reslora-convert --extract BASE TUNED OUT --to diffusers --rank 32
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..checks import is_path
 from ..errors import InvalidArgument
-from ..formatting import pluralize, printable
+from ..formatting import pluralize
 from ..options.argument_parser import Parser
 from ..options.option import whole
+from ..runtime.script import print_error
 from ..runtime.stdio import take_any_file_name
 from .model.families import FAMILIES
 
@@ -36,10 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         convert(args)
     except (InvalidArgument, OSError) as error:
-        refused = isinstance(error, InvalidArgument)
-        problem = printable(" ".join(str(error).split()))
-        print(f"reslora-convert: {'error: ' if refused else ''}{problem}", file=sys.stderr)
-        return 2 if refused else 1
+        return print_error("reslora-convert", error)
     return 0
 
 

@@ -76,6 +76,13 @@ def run_script(
         return status
 
 
+def print_error(prog: str, error: Exception) -> int:
+    """Print an error as one line on stderr and return the exit status: 2 for `InvalidArgument`, otherwise 1."""
+    refused = isinstance(error, InvalidArgument)
+    _say(f"{prog}: {'error: ' if refused else ''}{error}")
+    return 2 if refused else 1
+
+
 def warning_line(message: Warning | str, *where: object, **more: object) -> str:
     """Return a warning as one line, without the code location that Python adds."""
     return f"warning: {' '.join(str(message).split())}\n"
