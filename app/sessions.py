@@ -39,12 +39,15 @@ waits until one of the 32 has completely ended, with up to eight images or a gri
 
 
 def hears(asked: gr.Request) -> bool:
-    """Return whether the client reads its messages: whether none of them waits to be fetched.
+    """Return whether the client reads its messages: its stream is open, and no message waits to be fetched.
 
     A client that keeps its stream open without reading is only detected when the connection's buffers are full.
     """
-    messages = asked.request.app.get_blocks()._queue.pending_messages_per_session.get(asked.session_hash)
-    return messages is not None and messages.empty()
+    queue = asked.request.app.get_blocks()._queue
+    # Depending on which of its tasks notices a closed stream, Gradio removes the messages or marks the events.
+    events = [each for worker in queue.active_jobs for each in worker or () if each.session_hash == asked.session_hash]
+    messages = queue.pending_messages_per_session.get(asked.session_hash)
+    return messages is not None and messages.empty() and all(event.alive for event in events)
 
 
 class Contents(BlocksConfig):

@@ -104,12 +104,18 @@ def test_who_leaves_ends_what_is_drawn_for_him(server, monkeypatch):
 
 
 @pytest.mark.exhaustive
-def test_who_leaves_while_waiting_loses_his_place(server, monkeypatch):
+@pytest.mark.parametrize("noticed", ["first by either task", "by the one that marks his event"])
+def test_who_leaves_while_waiting_loses_his_place(server, monkeypatch, noticed):
     """Gradio closes his handler when it says something, which it would with his turn; he is given up before."""
     monkeypatch.setattr(studios, "PATIENCE", 10.0 * LIMIT)
     with server.studio.turns.turn():
         with server.begin_to_listen(server.ask(LONG)):
             wait_until(lambda: len(server.studio.turns.waiting) == 2, "a visitor who waits")
+            if noticed == "by the one that marks his event":
+                monkeypatch.setattr(studios, "PATIENCE", 0.0)
+                (event,) = [event for events in server.demo._queue.active_jobs for event in events or ()]
+                event.alive = False
+                wait_until(lambda: len(server.studio.turns.waiting) == 1, "his place to be given up")
         monkeypatch.setattr(studios, "PATIENCE", 0.0)
         wait_until(lambda: len(server.studio.turns.waiting) == 1, "his place to be given up")
 
