@@ -38,6 +38,7 @@ from .io import (
     write_tensors,
 )
 from .ranks import rescale, rescaled
+from .shortcuts.gated import GATES, gates_in
 from .tracing import meta_copy
 from .wiring import attach_wires, connected, connection_of
 
@@ -139,10 +140,10 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         _check(saved, tried, adapter_name, directory)
     check_checksums(directory, [CONFIG_NAME, WEIGHTS_NAME])
     loaded = outer if layers else _attach(outer, saved.lora, adapter_name, saved, directory)
-    _fill(loaded, saved.tensors, adapter_name)
-    rescale(lora_layers(base_model(loaded), adapter_name), saved.scaling, adapter_name)
     if connection is None:
         connection = attach_wires(loaded, saved.config, adapter_name, saved.plan)
+    _fill(loaded, saved.tensors, adapter_name)
+    rescale(lora_layers(base_model(loaded), adapter_name), saved.scaling, adapter_name)
     connection.wires.factor = saved.factor
     norms = connection.wires.norms
     norms.clear()
@@ -262,13 +263,16 @@ def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, 
     LoRA.
     """
     base, tensors = base_model(model), saved.tensors
-    expected = adapter_state(model, adapter_name)
+    expected = {key: tuple(value.shape) for key, value in adapter_state(model, adapter_name).items()}
+    if wirable and saved.config.wired and saved.config.shortcut == "gated":
+        gates = ((block.name, gates_in(chain)) for chain in saved.plan for block in chain)
+        expected |= {f"{name}.{GATES}": (count,) for name, count in gates if count}
     for key in (*expected, *tensors):
         if key not in tensors:
             raise ValueError(f"{directory / WEIGHTS_NAME} has no {key}, which the model's adapter has")
         if key not in expected:
             raise ValueError(f"{directory / WEIGHTS_NAME} has {key}, which the model's adapter does not have")
-        here, there = tuple(expected[key].shape), tuple(tensors[key].shape)
+        here, there = expected[key], tuple(tensors[key].shape)
         if here != there:
             raise ValueError(f"{key} has shape {there} in {directory / WEIGHTS_NAME}, but {here} in the model")
     for name, layer in lora_layers(base, adapter_name).items() if wirable else ():

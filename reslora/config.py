@@ -21,10 +21,16 @@ class ResLoraConfig:
     """
 
     shortcut: str = "input"
-    """`input` (Eq. 2, ResLoRA_is), `block` (Eq. 3, ResLoRA_bs), `middle` (Eq. 4, ResLoRA_ms), `none` (Eq. 1, LoRA)."""
+    """`input` (Eq. 2, ResLoRA_is), `block` (Eq. 3, ResLoRA_bs), `middle` (Eq. 4, ResLoRA_ms), `none` (Eq. 1, LoRA).
+
+    `gated`: RaSA along each chain, the blocks of which share ranks, weighted by trained gates; see `GatedShortcut`.
+    """
 
     pre_num: int = 1
-    """Number of earlier blocks in the sum (`m` of Eqs. 3 and 4); -1: all, 0: plain LoRA. `input` always uses one."""
+    """Number of earlier blocks in the sum (`m` of Eqs. 3 and 4); -1: all, 0: plain LoRA.
+
+    `input` always uses one, and `gated` the complete chain.
+    """
 
     head: str = "repeat"
     """Head of an `input` chain: `repeat` sets x_{n-1} := x_n (text under Eq. 2), `none` adds nothing (Appendix C)."""
@@ -39,6 +45,8 @@ class ResLoraConfig:
         _check_choice("shortcut", self.shortcut, SHORTCUTS)
         _check_choice("head", self.head, HEADS)
         _check_choice("shortcut_scale", self.shortcut_scale, SCALES)
+        if self.shortcut == "gated" and self.shortcut_scale != "sum":
+            raise ValueError(f"shortcut_scale={self.shortcut_scale!r} has no effect with shortcut='gated': use 'sum'")
         _check_integer("pre_num", self.pre_num, least=-1, hint="-1 means all previous blocks, 0 none")
         _check_integer("window", self.window, least=0, hint="0 records no norms")
 

@@ -40,6 +40,8 @@ class Factors:
     """g, by which the shortcut terms are multiplied; see `reslora.set_shortcut_scale`."""
     averaged: int = 0
     """Number of shortcut terms (m) over which the sum is averaged; 0 if it is not."""
+    gates: torch.Tensor | None = None
+    """d_n of `gated`; None without gates."""
     fold: Callable[[Factors, list[float]], Merged] | None = None
     """Return this block as plain LoRA, given the alphas in `x_{n-k} ~ alpha_{n-k} x_n` (see `Shortcut.fold`)."""
 
@@ -150,6 +152,18 @@ def share_of(averaged: int, factor: float) -> float:
     return 1 / (1 + factor * averaged)
 
 
+def shared_rank(rank: int) -> int:
+    """Return k, the number of ranks of each block that `gated` shares with its chain: an eighth, and at least one."""
+    return max(1, rank // 8)
+
+
+def pooled(own: torch.Tensor, chain: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Return a block's own ranks without the shared ones, then the shared ranks of all blocks, along `dim`."""
+    shared = shared_rank(own.shape[dim])
+    kept = own.shape[dim] - shared
+    return torch.cat([own.narrow(dim, 0, kept), *(factor.narrow(dim, kept, shared) for factor in chain)], dim)
+
+
 # -- the merges ------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +257,19 @@ def merge_exact(chain: list[Factors]) -> list[Merged]:
         a = torch.cat([block.a, *(other.a.to(device) for other in others)])
         b = torch.cat([block.b, *(block.factor * other.b.to(device) for other in others)], dim=1)
         merged.append(Merged(a, block.share * b))
+    return merged
+
+
+def merge_gated(chain: list[Factors]) -> list[Merged]:
+    """Return `A* = [A~_n; A_S]` and `B* = [B~_n, B_S] diag(d_n)`, of rank r - k + k L (RaSA; see `GatedShortcut`)."""
+    merged = []
+    for block in chain:
+        if block.gates is None:
+            merged.append(Merged(block.a, block.b))
+            continue
+        a = pooled(block.a, [other.a.to(block.a.device) for other in chain], dim=0)
+        b = pooled(block.b, [other.b.to(block.b.device) for other in chain], dim=1)
+        merged.append(Merged(a, b * block.gates.to(b.device)))
     return merged
 
 

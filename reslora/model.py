@@ -22,6 +22,7 @@ from .formatting import pluralize
 from .merges import Merge
 from .merging import Factors, Merged
 from .shortcuts import shortcut_class
+from .shortcuts.gated import GatedShortcut, gates_of
 from .wiring import Connection, attach_wires, connected, connection_of
 
 
@@ -125,11 +126,14 @@ def set_shortcut_scale(model: nn.Module, value: float, adapter_name: str = "defa
     Eqs. 2-4 have 1. `save` stores the value, `load` restores it, and `merge` merges the sums with it. Do not change it
     between a forward pass and its backward pass: gradient checkpointing would recompute other activations.
 
-    Raises `ValueError` for a negative or non-finite value, or a model that is not connected.
+    Raises `ValueError` for a negative or non-finite value, a model that is not connected, or the shortcut `gated`.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_number(value, 0):
         raise ValueError(f"value={value!r} must be a finite number of at least 0 (0 is plain LoRA)")
-    connected(base_model(model), adapter_name).wires.factor = float(value)
+    connection = connected(base_model(model), adapter_name)
+    if connection.shortcut is GatedShortcut:
+        raise ValueError(f"value={value!r} has no effect with shortcut='gated', whose gates are trained: leave it out")
+    connection.wires.factor = float(value)
 
 
 def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inputs: dict | None) -> Chains:
@@ -285,6 +289,9 @@ def _check_factors(layers: dict[str, LoraLayer], connection: Connection) -> None
     """
     written = {block.name for block in connection.chains.blocks if connection.shortcut}
     for name, layer in layers.items():
+        gates = gates_of(layer, connection.adapter_name)
+        if gates is not None and not bool(torch.isfinite(gates).all()):
+            raise ValueError(f"{name} has NaN or infinity in its gates: resume from an earlier checkpoint")
         for part in ("lora_A", "lora_B"):
             if connection.adapter_name not in getattr(layer, part):
                 continue
@@ -312,6 +319,7 @@ def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection)
             weight=functools.partial(_base_weight, layers[block.name]),
             factor=connection.wires.factor,
             averaged=connection.terms_averaged(taken),
+            gates=gates_of(layers[block.name], adapter),
         )
         for block, taken in zip(chain, before, strict=True)
     ]

@@ -12,6 +12,7 @@ from .chains import Chain, Chains, base_model, before_each, live_connection, lor
 from .config import ResLoraConfig
 from .shortcuts import shortcut_class
 from .shortcuts.base import CastOthers, Shortcut
+from .shortcuts.gated import GatedShortcut, add_gates, remove_gates
 from .shortcuts.shared import SharedProduct
 from .shortcuts.state import Wires
 
@@ -62,6 +63,7 @@ class Connection:
             for adapter, variant in list(module.lora_variant.items()):
                 if isinstance(variant, Shortcut):
                     del module.lora_variant[adapter]
+            remove_gates(module)
             for lora_a in module.lora_A.values():
                 vars(lora_a).pop(_MARK, None)
             if isinstance(module.cast_input_dtype_enabled, CastOthers):
@@ -157,6 +159,8 @@ def _wire(chain: Chain, layers: dict[str, LoraLayer], connection: Connection) ->
     wired = [layers[name] for name in names]
     factors = [(layer.lora_A[adapter], layer.lora_B[adapter]) for layer in wired]
     before = before_each(len(chain), config.reach)
+    if connection.shortcut is GatedShortcut and len(chain) > 1:
+        add_gates(wired, adapter)
     variants = connection.shortcut.wire(connection.wires, names, factors, before, config.head)
     for layer, variant, taken in zip(wired, variants, before, strict=True):
         variant.averaged = connection.terms_averaged(taken)

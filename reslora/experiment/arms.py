@@ -33,7 +33,7 @@ from .statistics import REFERENCE
 
 NEAR = 3  # number of learning rates around the best one at which further seeds are trained first
 # shortcuts for which --pre_num counts blocks
-SEVERAL_BLOCKS = tuple(name for name in NAMES if name not in (PLAIN, "input"))
+SEVERAL_BLOCKS = tuple(name for name in NAMES if name not in (PLAIN, "input", "gated"))
 MOST_EXTENSIONS = 3  # maximum number of extensions of the learning rates by --extend_rates
 LEAST_RATIO = 1.02  # minimum ratio of two learning rates to extend them
 PLACED = ("learning_rate", "seed", "shortcut", "pre_num", "rank")  # options that labels and directories name otherwise

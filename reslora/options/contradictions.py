@@ -33,6 +33,8 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
     refuse_settings(options.method, options.lora_dropout, patterns)
     for name, texts in patterns.items():
         entries(name, texts)
+    if options.shortcut == "gated":
+        refuse_with_gates(options)
     methods = [METHODS[name] for name in options.method if METHODS[name].reads_shortcut_flags]
     if methods and not options.reslora_config.wired and not any(method.placebo for method in methods):
         unwired = "--shortcut none" if options.shortcut == PLAIN else "--pre_num 0"
@@ -48,6 +50,18 @@ def check_method(options: SharedMethodOptions, calibration: str) -> None:
         reads.append(f"--merge {options.merge}")
     for argument in reads:
         raise InvalidArgument(argument, "needs calibration samples", f"give --{calibration} 64, or another one")
+
+
+def refuse_with_gates(options: SharedMethodOptions) -> None:
+    """Raise `InvalidArgument` for what has no meaning with --shortcut gated, whose weights of terms are trained."""
+    for name, default in (("shortcut_scale", "sum"), ("shortcut_decay", None)):
+        if (value := getattr(options, name)) != default:
+            problem = "it has no meaning with --shortcut gated, which trains a gate for each rank"
+            raise InvalidArgument(f"--{name} {value}", problem, "leave one of them out")
+    for name in options.method:
+        if METHODS[name].matched:
+            problem = "--shortcut gated has no scale to match, because its gates are trained"
+            raise InvalidArgument(f"--method {name}", problem, "leave one of them out")
 
 
 def is_wired(options: SharedMethodOptions) -> bool:

@@ -28,12 +28,14 @@ class SharedMethodOptions:
     lora_dropout: float = option(0.0, "dropout on the adapter's input; for loha and lokr, dropout of ranks", FRACTION,
         variable=True)
     target_modules: list[str] = option(None, "layers that get an adapter, by the end of their name", metavar="NAME")
-    shortcut: str = option("input", "ResLoRA and lora_matched: what a block adds from the blocks before it",
-        choices=SHORTCUTS, varies=True, essential="ResLoRA: input, block, middle or none", implies="reslora",
+    shortcut: str = option("input",
+        "ResLoRA and lora_matched: what a block adds from the blocks before it. gated, which also trains a gate for "
+        "each rank, is not for lora_matched",
+        choices=SHORTCUTS, varies=True, essential="ResLoRA: input, block, middle, gated or none", implies="reslora",
         read_by="reads_shortcut")
     pre_num: int = option(DEFAULT_PRE_NUM,
         "ResLoRA, lora_matched and ms_placebo: how many preceding blocks a block uses, -1 for all; with "
-        "--shortcut input any number except 0 means one", whole(-1), varies=True,
+        "--shortcut input any number except 0 means one, with gated the complete chain", whole(-1), varies=True,
         essential="ResLoRA: how many preceding blocks a block uses, -1 for all", implies="reslora",
         read_by="reads_shortcut_flags")
     head: str = option("repeat",

@@ -15,6 +15,7 @@ _CLASSES = {
     "input": "InputShortcut",
     "block": "BlockShortcut",
     "middle": "MiddleShortcut",
+    "gated": "GatedShortcut",
 }
 
 NAMES = (PLAIN, *_CLASSES)

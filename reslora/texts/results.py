@@ -32,6 +32,7 @@ from ..model import (
 from ..options.texts import MethodOptions
 from ..runtime.folder_lock import check_held
 from ..runtime.processes import broadcast_from_main, is_main
+from ..shortcuts.gated import GATES, gates_of
 from .callbacks import LogCallback
 from .trainer import AdapterTrainer
 
@@ -109,6 +110,7 @@ def unmerged_afterwards(model: nn.Module, adapter_name: str = "default") -> Iter
     layers = [layer for layer in lora_layers(base, adapter_name).values() if adapter_name in layer.lora_A]
     entries = [{name: getattr(layer, name)[adapter_name] for name in ENTRIES} for layer in layers]
     weights = [[own[name].weight.detach().clone() for name in FACTORS] for own in entries]
+    gates = [gates_of(layer, adapter_name) for layer in layers]
     checkpointing = bool(getattr(base, "is_activation_checkpointing", False))
     try:
         yield
@@ -123,6 +125,9 @@ def unmerged_afterwards(model: nn.Module, adapter_name: str = "default") -> Iter
         config.rank_pattern, config.alpha_pattern = patterns
         again = attach_wires(model, connection.config, adapter_name, connection.chains)
         again.wires.norms = connection.wires.norms
+        for layer, own_gates in zip(layers, gates, strict=True):
+            if own_gates is not None:
+                getattr(layer, GATES)[adapter_name] = own_gates
         if checkpointing:
             enable_gradient_checkpointing(base)
 

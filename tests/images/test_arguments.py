@@ -79,6 +79,9 @@ def test_amendments_without_effect_are_refused(base_flags, capsys):
     flags = [*base_flags, "--method", "reslora", "--shortcut_decay", "0.75"]
     assert "--shortcut_decay 0.75: it has no effect with --pre_num 0" in refused(capsys, *flags, "--pre_num", "0")
     assert "--compile: --shortcut_decay 0.75 changes the compiled graph" in refused(capsys, *flags, "--compile")
+    assert "--shortcut_decay 0.75: it has no meaning with --shortcut gated" in refused(
+        capsys, *flags, "--shortcut", "gated"
+    )
     assert "--shortcut_decay 1: is not a finite number above 0 and below 1" in refused(capsys, *flags[:-1], "1")
 
 

@@ -161,6 +161,17 @@ def test_both_have_the_factor_of_each_step(flags, tmp_path):
     torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
 
 
+@pytest.mark.exhaustive
+def test_both_have_the_same_gates(flags, tmp_path):
+    """Two processes train gates as one with twice the batch does, and export the same ranks."""
+    words = ["--method", "reslora", "--shortcut", "gated", "--num_validation_images", "0"]
+    forked(SCRIPT, *flags, *words, "--output_dir", str(tmp_path / "two"), folder=tmp_path)
+    assert main(*flags, *words, "--train_batch_size", "4", "--output_dir", tmp_path / "one") == 0
+    two, one = (final_weights(tmp_path / name, "reslora", STEPS) for name in ("two", "one"))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
+    assert any(name.endswith("lora_gates") and value[0] != 1 for name, value in two.items())
+
+
 def processes_of(launcher) -> list[psutil.Process]:
     """The two training processes, by rank."""
     found = [p for p in psutil.Process(launcher.pid).children(recursive=True) if "LOCAL_RANK" in p.environ()]

@@ -155,6 +155,13 @@ def test_amendments_without_effect_are_refused(kind, prog, tmp_path):
         for method in ("ms_placebo", "lora"):  # as an arm of an experiment, which has no shortcut, is LoRA
             options(*flag.split(), "--shortcut", "none", "--method", method)
         assert options(*flag.split()).adapter.method == ["reslora"]
+    for words, start in (
+        ("--shortcut_scale mean", "--shortcut_scale mean: it has no meaning with --shortcut gated"),
+        ("--shortcut_decay 0.75", "--shortcut_decay 0.75: it has no meaning with --shortcut gated"),
+        ("--method lora_matched", "--method lora_matched: --shortcut gated has no scale to match"),
+    ):
+        with pytest.raises(InvalidArgument, match=f"^{start}"):
+            options("--shortcut", "gated", *words.split())
     with pytest.raises(InvalidArgument, match=r"^--torch_compile: --shortcut_decay 0\.75 changes the compiled graph"):
         options("--torch_compile", "--shortcut_decay", "0.75")
     options("--torch_compile", "--shortcut_scale", "mean")

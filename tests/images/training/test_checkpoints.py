@@ -110,6 +110,29 @@ def test_decayed_shortcuts_resume_exactly_and_leave_plain_lora(base_flags, tmp_p
     assert_same(exported, trained)
 
 
+def test_gates_resume_exactly_and_merge_to_plain_lora(base_flags, tmp_path):
+    flags = [*base_flags, "--method", "reslora", "--shortcut", "gated", "--num_validation_images", "0"]
+    flags += ["--rank_pattern", "attn2.to_q=3"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    lines = printed(*flags, "--output_dir", whole)
+    trained = final_weights(whole, "reslora", 4)
+    gates = {name: value for name, value in trained.items() if name.endswith("lora_gates")}
+    added = sum(value.numel() for value in gates.values())
+    assert "whatever --pre_num is" in only(lines, f"--shortcut gated: trains {added} gates in addition to LoRA's")
+    assert all((value != final_weights(whole, "reslora", 2)[name]).any() for name, value in gates.items())
+    killed_after(2, whole, parts, "reslora")
+    assert main(*flags, "--output_dir", parts, *RESUME) == 0
+    weights = "checkpoint-4/*.safetensors"
+    assert digests(whole / "reslora", weights) == digests(parts / "reslora", weights)
+    assert losses(whole, "reslora") == losses(parts, "reslora")
+    exported = load_file(whole / "reslora" / "peft" / "adapter_model.safetensors")
+    ranks = {name: len(value) for name, value in exported.items() if "lora_A" in name}
+    assert ranks == {
+        f"base_model.model.{name.replace('lora_gates', 'lora_A.weight')}": len(value) for name, value in gates.items()
+    }
+    assert not any("gates" in name for name in exported)
+
+
 def factor_of(checkpoint: Path) -> float:
     """The factor of the shortcut terms that a checkpoint stores."""
     if (checkpoint / "reslora_config.json").is_file():
