@@ -316,7 +316,7 @@ def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection)
             a=layers[block.name].lora_A[adapter].weight.detach(),
             b=layers[block.name].lora_B[adapter].weight.detach(),
             scaling=layers[block.name].scaling[adapter],
-            weight=functools.partial(_base_weight, layers[block.name]),
+            weight=functools.partial(base_weight, layers[block.name]),
             factor=connection.wires.factor,
             averaged=connection.terms_averaged(taken),
             gates=gates_of(layers[block.name], adapter),
@@ -327,7 +327,7 @@ def _factors(chain: Chain, layers: dict[str, LoraLayer], connection: Connection)
     return found
 
 
-def _base_weight(layer: LoraLayer) -> torch.Tensor:
+def base_weight(layer: LoraLayer) -> torch.Tensor:
     """Return the frozen weight as q x p, dequantized (`Conv1D` stores p x q)."""
     weight = dequantize_module_weight(layer.get_base_layer()).detach()
     return weight.t() if getattr(layer, "fan_in_fan_out", False) else weight

@@ -122,11 +122,12 @@ def test_gates_start_at_the_mean_and_are_the_only_new_parameters(llama):
     assert dict(model.named_parameters()).keys() == before.keys()
     assert all("lora_gates" not in layer.adapter_layer_names for layer in adapter_layers(model).values())
     reslora.connect(model, GATED)
+    assert len(gates(model)) == len(added) and not any(value.requires_grad for value in gates(model).values())
     model.delete_adapter("default")
     assert not gates(model)
 
 
-def test_ranks_of_layers_cut_the_chains_and_a_chain_of_one_block_stays_plain_lora():
+def test_ranks_of_layers_cut_the_chains_and_a_chain_of_one_block_stays_plain_lora(tmp_path):
     model = lora_stack(Stack(5), r=8, rank_pattern={"layers.[01].proj": 16, "layers.4.proj": 2})
     plain = copy.deepcopy(model)
     reslora.connect(model, GATED, example_inputs=STACK_INPUTS)
@@ -134,6 +135,9 @@ def test_ranks_of_layers_cut_the_chains_and_a_chain_of_one_block_stays_plain_lor
     leaf = find_layer(model, "layers.4.proj")
     x = STACK_INPUTS["x"]
     assert_equal(leaf(x), find_layer(plain, "layers.4.proj")(x))
+    expected = run(model, STACK_INPUTS)
+    reslora.save(model, tmp_path)
+    assert torch.equal(run(reslora.load(plain, tmp_path), STACK_INPUTS), expected)
     assert [block.rank for block in reslora.merge(model).blocks] == [18, 18, 9, 9, 2]
 
 

@@ -42,7 +42,7 @@ from ..config import ResLoraConfig
 from ..errors import Diverged
 from ..io import check_checksums, read_tensors, write_checksums, write_tensors
 from ..model import connect, connection_of
-from . import controls
+from . import controls, pissa
 from .controls import DEFAULT
 
 ADAPTER_NAME = "adapter.safetensors"
@@ -85,6 +85,10 @@ def attach(
     or for a shortcut without a link.
     """
     check_rank(model, config)
+    starts = pissa.is_pissa(config)
+    for name, module in targeted(model, config) if starts else ():
+        if not isinstance(module, (nn.Linear, Conv1D)):
+            raise ValueError(f"{name} is not a linear layer, as PiSSA needs: leave it out, or choose another method")
     # AdaLoRA does not support convolutions. OFT's implementation sums overlapping patches, so that it changes the
     # output even at initialization.
     for name, module in targeted(model, config) if isinstance(config, (AdaLoraConfig, OFTConfig)) else ():
@@ -95,7 +99,9 @@ def attach(
             )
     # Models of transformers have `add_adapter` too, but are wrapped by default.
     in_place = in_place or (hasattr(model, "add_adapter") and not isinstance(model, PreTrainedModel))
-    adapted = _add(model, config, in_place)
+    adapted = _add(model, pissa.plain(config) if starts else config, in_place)
+    if starts:
+        pissa.put_on(adapted)
     if shortcuts is not None:
         connect(adapted, shortcuts, example_inputs=example_inputs)
     return adapted

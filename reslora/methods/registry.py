@@ -122,6 +122,13 @@ def placebo_as_lora(model: nn.Module) -> nn.Module:
     return merged(model)
 
 
+def pissa_as_lora(model: nn.Module) -> nn.Module:
+    """Return PiSSA as plain LoRA of twice the rank; see `pissa.merged`."""
+    from .pissa import merged
+
+    return merged(model)
+
+
 @dataclass(frozen=True)
 class Method:
     """Properties of a method for training, saving, export and display."""
@@ -217,6 +224,10 @@ METHODS = {
         Method(
             "orthogonal", "LoRA, orthogonal start", "LoRA whose A and B start orthogonal, for even ranks", "#3b5bdb",
             partial(lora, init_lora_weights="orthogonal"), quantised=False, packed=False,
+        ),
+        Method(
+            "pissa", "PiSSA", "LoRA that starts from the weights' principal singular vectors", "#846358",
+            partial(lora, init_lora_weights="pissa"), pissa_as_lora, quantised=False, packed=False,
         ),
         Method(
             "dora", "DoRA", "LoRA of directions, with trained magnitudes", "#e64980",

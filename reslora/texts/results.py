@@ -18,6 +18,7 @@ from ..errors import Diverged, RunFailed, first_line
 from ..export import export_peft, merged_state_dict
 from ..io import remove_leftovers, replacing, write_json
 from ..merges import AUTO, MERGES
+from ..methods import pissa
 from ..methods.controls import merged
 from ..methods.registry import METHODS
 from ..model import (
@@ -146,7 +147,7 @@ def as_plain(model: PeftModel, adapter: MethodOptions, calibration: Sequence[Map
     """Merge a model permanently as `export` does, in this process only, without writing files."""
     if connection_of(base_model(model)) is not None:
         _merge(model, adapter.merge, calibration)
-    merged(model)
+    pissa.merged(merged(model))
 
 
 # -- files of a run ----------------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def export(
         if is_main():
             write_json(folder / "chains.json", plan)
             write_json(folder / "merge.json", report.to_dict())
-    merged(model)  # merges the rotations of a placebo
+    pissa.merged(merged(model))  # the rotations of a placebo, or the initial factors of PiSSA
     if is_main():
         remove_leftovers(folder / "peft")  # of a process that was killed while writing
         export_peft(model, folder / "peft")

@@ -13,7 +13,7 @@ from reslora.methods.registry import METHODS, check_steps, refuse_unable
 def test_rows_say_what_each_method_is():
     assert list(METHODS) == [
         *("lora", "lora_x2", "lora_x4", "lora_matched", "reslora", "is_placebo", "ms_placebo"),
-        *("adalora", "rslora", "orthogonal", "dora", "loha", "lokr", "oft"),
+        *("adalora", "rslora", "orthogonal", "pissa", "dora", "loha", "lokr", "oft"),
     ]
     assert [name for name, row in METHODS.items() if row.shortcuts] == ["reslora"]
     plain = ["lora", "lora_x2", "lora_x4", "lora_matched", "reslora", "rslora", "orthogonal"]
@@ -29,8 +29,8 @@ def test_rows_say_what_each_method_is():
     assert [name for name, row in METHODS.items() if not row.of_layers] == ["adalora", "oft"]
     assert [name for name, row in METHODS.items() if not row.dropout] == ["oft"]
     assert [name for name, row in METHODS.items() if not row.deepspeed] == ["adalora"]
-    assert [name for name, row in METHODS.items() if not row.quantised] == ["orthogonal", "loha", "lokr"]
-    assert [name for name, row in METHODS.items() if not row.packed] == ["orthogonal"]
+    assert [name for name, row in METHODS.items() if not row.quantised] == ["orthogonal", "pissa", "loha", "lokr"]
+    assert [name for name, row in METHODS.items() if not row.packed] == ["orthogonal", "pissa"]
     assert all(name == row.name and row.title and row.help and row.color for name, row in METHODS.items())
 
 

@@ -67,7 +67,7 @@ def unfinished(run: Path, output: Path, *methods: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize("method", quick(["lora", "reslora", "adalora"], "reslora"))
+@pytest.mark.parametrize("method", quick(["lora", "reslora", "adalora", "pissa"], "reslora", "pissa"))
 def test_resumed_run_equals_an_uninterrupted_one(base_flags, tmp_path, method):
     flags = [*base_flags, "--method", method, "--lora_dropout", "0.2", "--lr_scheduler", "cosine"]
     flags += ["--lr_warmup_steps", "1", "--num_validation_images", "0"]
@@ -130,6 +130,22 @@ def test_gates_resume_exactly_and_merge_to_plain_lora(base_flags, tmp_path):
         rank = len(gates.get(name.replace("lora_A.weight", "lora_gates"), trained[name]))  # a single block has no gates
         assert len(exported[f"base_model.model.{name}"]) == rank
     assert not any("gates" in name for name in exported)
+
+
+@pytest.mark.exhaustive
+def test_pissa_leaves_the_base_model_to_the_next_method(base_flags, tmp_path):
+    flags = [*base_flags, "--num_validation_images", "0"]
+    assert main(*flags, "--method", "pissa", "lora", "--output_dir", tmp_path / "both") == 0
+    assert main(*flags, "--method", "lora", "--output_dir", tmp_path / "one") == 0
+    assert losses(tmp_path / "both", "lora") == losses(tmp_path / "one", "lora")
+    for pattern in ("checkpoint-4/*.safetensors", "peft/*.safetensors", "unet/*.safetensors"):
+        assert digests(tmp_path / "both" / "lora", pattern) == digests(tmp_path / "one" / "lora", pattern)
+    trained = final_weights(tmp_path / "both", "pissa", 4)
+    exported = load_file(tmp_path / "both" / "pissa" / "peft" / "adapter_model.safetensors")
+    ranks = {name: len(value) for name, value in exported.items() if "lora_A" in name}
+    for name, value in trained.items():
+        if "lora_A" in name:
+            assert ranks[f"base_model.model.{name.replace('.default', '')}"] == min(2 * len(value), value.shape[1])
 
 
 def factor_of(checkpoint: Path) -> float:
