@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from .chains import Block, Chain, Chains, base_model, lora_layers, refused, stays_plain, unwrap
 from .config import ResLoraConfig
 from .errors import first_line
-from .guards import keeping_shortcuts, refuse_inactive, refuse_inner, refuse_merged
+from .guards import keeping_shortcuts, refuse_distributed, refuse_inactive, refuse_inner, refuse_merged
 from .io import (
     check_checksums,
     forget_checksums,
@@ -113,6 +113,8 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
             f"this model is connected already, as {connection.adapter_name!r} with {connection.config}: call "
             f"reslora.disconnect before loading {directory}"
         )
+    if connection is None:
+        refuse_distributed(model, saved.config)
     try:
         layers = lora_layers(base, adapter_name)
     except ValueError:

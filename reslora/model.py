@@ -100,6 +100,7 @@ def connect(
             "reslora.disconnect first"
         )
     guards.refuse_inner(base, adapter_name)
+    guards.refuse_distributed(model, config)
     if config.wired:
         guards.refuse_unknown_peft()
     layers = lora_layers(base, adapter_name)

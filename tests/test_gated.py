@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import (
     ARCHITECTURES,
     STACK_INPUTS,
@@ -14,6 +15,7 @@ from conftest import (
     delta,
     find_layer,
     fix_dropout,
+    gradients,
     gradients_of,
     lora_stack,
     loss_of,
@@ -255,6 +257,35 @@ def test_what_has_no_effect_is_refused(llama):
     model, _ = connected(llama)
     with pytest.raises(ValueError, match="no effect with shortcut='gated'"):
         reslora.set_shortcut_scale(model, 0.5)
+
+
+def test_a_model_that_is_distributed_already_is_refused(llama, tmp_path):
+    """DistributedDataParallel would not average the gradients of gates that come later."""
+    reslora.save(connected(llama)[0], tmp_path)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = llama.lora(r=RANK)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        for add in (lambda: reslora.connect(parallel, GATED), lambda: reslora.load(parallel, tmp_path)):
+            with pytest.raises(ValueError) as error:
+                add()
+            assert_one_line(error, "shortcut='gated'", "DistributedDataParallel", "before")
+            assert not gates(model)
+        reslora.connect(model, GATED)
+        assert reslora.load(nn.parallel.DistributedDataParallel(model), tmp_path) is not None
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.exhaustive
+def test_it_compiles_without_a_graph_break(llama):
+    model, _ = connected(llama)
+    inputs = {**llama.inputs(), "use_cache": False}
+    expected = gradients_of(model, inputs)
+    compiled = torch.compile(model.base_model.model, backend="aot_eager", fullgraph=True)
+    model.zero_grad(set_to_none=True)
+    loss_of(compiled, inputs).backward()
+    assert_equal(gradients(model), expected)
 
 
 def test_gates_that_are_not_finite_are_named(llama):

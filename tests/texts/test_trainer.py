@@ -56,7 +56,7 @@ def test_the_adapter_is_what_the_flags_say():
 # -- resume ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "shortcut"), quick([*METHODS, ("reslora", "gated")], METHODS[0]))
+@pytest.mark.parametrize(("method", "shortcut"), quick(METHODS, METHODS[0]))
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, method, shortcut):
     flags = {"eval_strategy": "steps", "eval_steps": 2, "gradient_accumulation_steps": 2}
     flags |= {"per_device_train_batch_size": 2}
