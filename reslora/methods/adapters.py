@@ -82,7 +82,8 @@ def attach(
     The adapter's initial weights use torch's global random state.
 
     Raises `ValueError` for targets that match nothing or that the method cannot adapt, for a rank larger than a layer,
-    or for a shortcut without a link.
+    or for a shortcut without a link. Raises `RuntimeError` for shortcuts and PiSSA if the installed PEFT does not call
+    the variants of its LoRA layers.
     """
     check_rank(model, config)
     starts = pissa.is_pissa(config)

@@ -3,7 +3,10 @@
 PEFT's `init_lora_weights="pissa"` subtracts the initial product from the frozen weight: `(W - s B_0 A_0) x + s B A x`.
 Here the weight stays as it is, and the layer computes the same function as `W x + s (B A - B_0 A_0) x`, with the
 initial factors frozen. So other methods can share the base model, disabled adapters leave the base model, and the
-trained adapter is plain LoRA of rank 2 r on that base: `[B, -B_0] [A; A_0]`.
+trained adapter is plain LoRA of rank 2 r on that base.
+
+Its factors are `[B - B_0, B_0] [A; A - A_0]`, whose product is that of `[B, -B_0] [A; A_0]`. The latter is a small
+difference of large products, which loses digits in half precision. The former is exactly zero at the start.
 """
 
 import copy
@@ -17,8 +20,10 @@ from torch import nn
 
 from .. import ranks
 from ..chains import base_model, lora_layers
-from ..merging import Merged, truncate
+from ..guards import refuse_unknown_peft
+from ..merging import Merged
 from ..model import base_weight
+from ..shortcuts.base import passes
 from .controls import DEFAULT
 
 INITIAL = ("lora_initial_A", "lora_initial_B")
@@ -26,18 +31,20 @@ INITIAL = ("lora_initial_A", "lora_initial_B")
 
 
 class Pissa(LoraVariant):
-    """LoRA without the product of its initial factors: `W x + s [B, -B_0] [A D(x); A_0 x]`, with dropout D."""
+    """`W x + s (B A D(x) - B_0 A_0 x)`, with dropout D: LoRA without the product of its initial factors."""
 
     @staticmethod
     def forward(
         module: LoraLayer, *, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs: Any
     ) -> torch.Tensor:
         """Return the layer's output (... x q); `x` is its input (... x p), `result` the output of the frozen layer."""
-        a, b = (getattr(module, name)[active_adapter] for name in INITIAL)
-        down = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        # One product: two would each round a large output in half precision, and their difference is small.
-        hidden = module.scaling[active_adapter] * torch.cat([down, F.linear(x, a)], dim=-1)
-        return result + F.linear(hidden, torch.cat([module.lora_B[active_adapter].weight, -b], dim=1))
+        initial_a, initial_b = (getattr(module, name)[active_adapter] for name in INITIAL)
+        lora_a, dropout = module.lora_A[active_adapter], module.lora_dropout[active_adapter]
+        down = lora_a(dropout(x))
+        change = F.linear(x, lora_a.weight - initial_a) if passes(dropout) else down - F.linear(x, initial_a)
+        hidden = module.scaling[active_adapter] * torch.cat([down, change], dim=-1)
+        up = torch.cat([module.lora_B[active_adapter].weight - initial_b, initial_b], dim=1)
+        return result + F.linear(hidden, up)
 
 
 def is_pissa(config: PeftConfig) -> bool:
@@ -58,7 +65,10 @@ def put_on(model: nn.Module) -> None:
 
     `s B_0 A_0` is the best rank-r approximation of W, with equal singular values in both factors, as in PEFT. The
     factors are in float32, or in float64 for weights in float64.
+
+    Raises `RuntimeError` if the installed PEFT does not call the variants of its LoRA layers.
     """
+    refuse_unknown_peft()
     for layer in lora_layers(base_model(model), DEFAULT).values():
         weight, rank = base_weight(layer), layer.r[DEFAULT]
         u, s, v = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
@@ -73,11 +83,7 @@ def put_on(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merged(model: nn.Module) -> nn.Module:
-    """Turn PiSSA into plain LoRA of rank 2 r in place, and return the model; does nothing for another method.
-
-    `[B, -B_0] [A; A_0]` is factored anew by an SVD: these factors nearly cancel, which would lose digits in a program
-    that reads files in half precision.
-    """
+    """Turn PiSSA into plain LoRA of rank 2 r in place, and return the model; does nothing for another method."""
     base = base_model(model)
     found = {
         name: layer
@@ -85,10 +91,10 @@ def merged(model: nn.Module) -> nn.Module:
         if isinstance(layer, LoraLayer) and isinstance(layer.lora_variant.get(DEFAULT), Pissa)
     }
     for layer in found.values():
-        a, b = (getattr(layer, name)[DEFAULT] for name in INITIAL)
-        rows, columns = (layer.lora_A[DEFAULT].weight, a), (layer.lora_B[DEFAULT].weight, -b)
-        down, up, _ = truncate(torch.cat(rows), torch.cat(columns, dim=1), 2 * layer.r[DEFAULT])
-        ranks.write(layer, ranks.prepared(layer, Merged(down, up), DEFAULT), DEFAULT)
+        a, b = layer.lora_A[DEFAULT].weight, layer.lora_B[DEFAULT].weight
+        initial_a, initial_b = (getattr(layer, name)[DEFAULT] for name in INITIAL)
+        factors = Merged(torch.cat([a, a - initial_a]), torch.cat([b - initial_b, initial_b], dim=1))
+        ranks.write(layer, ranks.prepared(layer, factors, DEFAULT), DEFAULT)
         del layer.lora_variant[DEFAULT]
         for name in INITIAL:
             delattr(layer, name)

@@ -162,14 +162,16 @@ def test_both_have_the_factor_of_each_step(flags, tmp_path):
 
 
 @pytest.mark.exhaustive
-def test_both_have_the_same_gates(flags, tmp_path):
-    """Two processes train gates as one with twice the batch does, and export the same ranks."""
-    words = ["--method", "reslora", "--shortcut", "gated", "--num_validation_images", "0"]
+@pytest.mark.parametrize("method, added", [("reslora", "lora_gates"), ("pissa", "lora_initial_A.default")])
+def test_both_have_the_same_gates_or_initial_factors(flags, tmp_path, method, added):
+    """Two processes train as one with twice the batch does."""
+    words = ["--method", method, "--num_validation_images", "0"]
+    words += ["--shortcut", "gated"] if method == "reslora" else []
     forked(SCRIPT, *flags, *words, "--output_dir", str(tmp_path / "two"), folder=tmp_path)
     assert main(*flags, *words, "--train_batch_size", "4", "--output_dir", tmp_path / "one") == 0
-    two, one = (final_weights(tmp_path / name, "reslora", STEPS) for name in ("two", "one"))
+    two, one = (final_weights(tmp_path / name, method, STEPS) for name in ("two", "one"))
     torch.testing.assert_close(two, one, rtol=0, atol=1e-4)
-    assert any(name.endswith("lora_gates") and value[0] != 1 for name, value in two.items())
+    assert any(name.endswith(added) for name in two)
 
 
 def processes_of(launcher) -> list[psutil.Process]:

@@ -219,7 +219,7 @@ def test_exports_load_in_stock_peft_and_transformers_with_the_same_logits(tmp_pa
     assert content["method"] == method and content["steps"] == STEPS and content["train_seconds"] > 0
     assert content["trainable_parameters"] == trainer.trainable_parameters
     assert (tmp_path / "merge.json").exists() == (method == "reslora")
-    assert content["merge"] == {"input": "lstsq", "middle": "lstsq", "block": "exact"}.get(shortcut)
+    assert content["merge"] == {"input": "lstsq", "middle": "lstsq", "block": "exact", "gated": "exact"}.get(shortcut)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
