@@ -620,3 +620,13 @@ def test_a_damaged_record_is_refused_before_anything_is_trained(tmp_path):
     (tmp_path / "experiment.json").write_text('{"format": 1, "readings"')
     with pytest.raises(InvalidArgument, match=rf"^--output_dir {tmp_path}: experiment.json is damaged; "):
         experiment.take_folder(SimpleNamespace(schedule=SimpleNamespace(folder=tmp_path)))
+
+
+@pytest.mark.exhaustive
+def test_pissa_and_gates_are_arms_next_to_lora(common, tmp_path):
+    words = ["--learning_rate", "1e-3", "--seed", "0", "1", "--racing", "False"]
+    methods = ["--method", "pissa", "lora", "reslora", "--shortcut", "block", "gated"]
+    assert run(*common, *words, *methods, "--output_dir", tmp_path) == 0
+    arms = record(tmp_path)["arms"]
+    assert {entry["status"] for entry in arms} == {"finished"} and len(arms) == 8
+    assert {entry["label"] for entry in arms} == {"pissa", "lora", "reslora block(4)", "reslora gated"}

@@ -539,3 +539,20 @@ def test_arms_that_vary_are_trained_with_their_own_values(flags, tmp_path):
         assert all(plain[name].equal(varied[name]) for name in plain) == ((size, gamma) == (1, 5))
     words = ("--vary", "train_batch_size=2,1", "snr_gamma=0,4", "--seed", "0", "1")
     assert main(*own, *words, "--output_dir", tmp_path / "varied") == 2
+
+
+@pytest.mark.exhaustive
+def test_pissa_and_gates_are_arms_next_to_lora(flags, tmp_path):
+    """PiSSA starts as the base model that the arms share, and leaves it to the next arm as it was."""
+    words = ["--learning_rate", "1e-2", "--seed", "0", "1", "--no-racing"]
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    methods = ["--method", "pissa", "lora", "reslora", "--shortcut", "block", "gated"]
+    assert main(*flags, *words, *methods, "--output_dir", together) == 0
+    assert main(*flags, *words, "--method", "lora", "--output_dir", alone) == 0
+    found = experiment(together)
+    assert {entry["status"] for entry in found["arms"]} == {"finished"} and len(found["arms"]) == 8
+    assert {entry["label"] for entry in found["arms"]} == {"pissa", "lora", "reslora block(4)", "reslora gated"}
+    for seed in (0, 1):
+        rows = {folder: read_log(folder / f"lora/lr-0.01/seed-{seed}/log.jsonl") for folder in (together, alone)}
+        losses = [[(row["step"], row["split"], row["loss"]) for row in log] for log in rows.values()]
+        assert losses[0] == losses[1]
