@@ -75,8 +75,8 @@ def put_on(model: nn.Module) -> None:
         root = (s[:rank] / layer.scaling[DEFAULT]).sqrt()
         start = root[:, None] * v[:rank], u[:, :rank] * root
         for part, name, value in zip((layer.lora_A, layer.lora_B), INITIAL, start, strict=True):
-            part[DEFAULT].weight.data = value.contiguous()
-            setattr(layer, name, nn.ParameterDict({DEFAULT: nn.Parameter(value.clone(), requires_grad=False)}))
+            part[DEFAULT].weight.data = value.clone(memory_format=torch.contiguous_format)
+            setattr(layer, name, nn.ParameterDict({DEFAULT: nn.Parameter(value, requires_grad=False)}))
         layer.other_param_names = (*layer.other_param_names, *INITIAL)
         layer.lora_variant[DEFAULT] = Pissa()
 
