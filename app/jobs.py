@@ -69,7 +69,7 @@ class Busy(RunError):
 def folder_name(name: str) -> str:
     """Return the name if it can be that of a visible folder in the runs folder. Raises `ValueError` otherwise."""
     if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
-        raise ValueError("the name of an entry is none of a run")
+        raise ValueError(f"the queue has an entry whose name {name!r} cannot be the name of a run")
     return name
 
 
