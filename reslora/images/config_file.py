@@ -23,7 +23,7 @@ def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, A
     if checkpoint != "latest":
         values.pop("resume_from_checkpoint")
         if "resume_from_checkpoint" not in given and speaks():
-            left_out = "is ignored: that run resumed from it; a new run starts from the beginning unless you give the option"
+            left_out = "is ignored: that run resumed from it; give the option to resume this run from it too"
             print(f"{where}: --resume_from_checkpoint {checkpoint} {left_out}", flush=True)
     several = any(option.can_vary and len(listed(now.get(name))) > 1 for name, option in Options.table().items())
     of_others = OF_RUNS if several else OF_EXPERIMENTS

@@ -141,7 +141,7 @@ def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Optio
     name, least = min(found, key=lambda layer: layer[1])
     rank = int(min(DEFAULT_RANK, least))
     if rank < DEFAULT_RANK:
-        accelerator.print(f"--rank {rank} instead of the default {DEFAULT_RANK}, because {name} has a width of only {rank}")
+        accelerator.print(f"--rank {rank} instead of the default {DEFAULT_RANK}, because {name} is only {rank} wide")
     return options.replace(rank=rank, lora_alpha=options.adapter.lora_alpha or 2 * rank)
 
 

@@ -157,7 +157,7 @@ def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Con
     if file := options.model.assistant_lora:
         base = options.model.pretrained_model_name_or_path
         assistant = on_all(lambda: read_start(file, base, model, "assistant_lora"))
-        accelerator.print(f"--assistant_lora {file}: {in_short({'': assistant.layers})}; active in training passes only")
+        accelerator.print(f"--assistant_lora {file}: {in_short({'': assistant.layers})}; active in training only")
     if lora := options.adapter.init_lora:
         start = on_all(lambda: read_start(lora, options.model.pretrained_model_name_or_path, model))
         options = with_start(options, start)

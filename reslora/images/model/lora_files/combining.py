@@ -77,7 +77,7 @@ def check_finite(parts: Mapping[str, Mapping[str, Factors]], argument: str, fix:
     for part, layers in parts.items():
         for layer, (down, up, scale) in layers.items():
             if not all(torch.isfinite(factor).all() for factor in (down, up * scale)):
-                raise InvalidArgument(argument, f"{part}.{layer} has values beyond the largest number of its dtype", fix)
+                raise InvalidArgument(argument, f"{part}.{layer} has values beyond its dtype's largest number", fix)
 
 
 def cast(parts: Mapping[str, Mapping[str, Factors]], dtype: torch.dtype) -> Parts:

@@ -85,7 +85,7 @@ def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], 
         if all(folder.is_dir() for folder in folders) and len(set(map(folder_mark, folders))) > 1:
             others.append(part)
     if others:
-        print(f"not in the LoRA: {len(others)} other tensors that differ or exist in only one model, such as {others[0]}")
+        print(f"not in the LoRA: {len(others)} other tensors that differ or are in one model only, such as {others[0]}")
     return parts, names, said, torch.float32
 
 
