@@ -668,7 +668,7 @@ def test_a_layer_that_ignores_variants_is_refused(llama, tmp_path):
     layer.__class__ = Ignoring
     with pytest.raises(ValueError) as error:
         reslora.load(model, tmp_path)
-    assert_one_line(error, "model.layers.1.self_attn.q_proj", "ignores LoRA variants")
+    assert_one_line(error, "model.layers.1.self_attn.q_proj", "does not call LoRA variants")
 
 
 def test_norms_of_another_training_are_forgotten(llama, tmp_path):
