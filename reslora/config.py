@@ -52,11 +52,11 @@ class ResLoraConfig:
 
     @property
     def wired(self) -> bool:
-        """Whether there are shortcuts at all: `shortcut="none"` and `pre_num=0` are plain LoRA."""
+        """Whether this configuration has shortcuts; `shortcut="none"` and `pre_num=0` are plain LoRA."""
         return self.shortcut != PLAIN and self.pre_num != 0
 
     def to_dict(self) -> dict:
-        """Return the fields as a dict that `json.dumps` takes and `ResLoraConfig(**fields)` reads back."""
+        """Return the fields as a JSON-serializable dict; `ResLoraConfig(**fields)` restores the configuration."""
         return dataclasses.asdict(self)
 
 

@@ -35,7 +35,7 @@ def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]
         except UnicodeEncodeError as error:
             half = f"{error.object[error.start]!a}"
             raise InvalidArgument(
-                f"{where} line {number}", f"contains half of a surrogate pair, {half}", "correct it"
+                f"{where} line {number}", f"contains half of a surrogate pair, {half}", "remove it"
             ) from None
         yield number, value
 

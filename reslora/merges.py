@@ -1,4 +1,4 @@
-"""Registry of the merge methods: each has a function in `merging.py` and a row here, which does not import torch."""
+"""Registry of the merge methods, importable without torch; their functions are in `merging.py`."""
 
 from __future__ import annotations
 

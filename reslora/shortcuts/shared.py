@@ -57,7 +57,7 @@ class SharedProduct:
 
 
 def _circumstances(x: torch.Tensor) -> tuple:
-    """Return what a product depends on besides its factors: the version of `x`, gradient mode and autocast dtype."""
+    """Return the version of `x`, gradient mode and autocast dtype, which a stored product must have in common."""
     # In a compiled graph, and for tensors created in inference mode, the version is not available.
     version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None

@@ -158,7 +158,7 @@ def test_none_are_drawn_where_they_cannot_be_kept(tmp_path):
     """Not even the model is loaded for them."""
     (tmp_path / "class").write_text("")
     flags = parse_args(["--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a disc"])
-    with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: .* is not a folder that can be written"):
+    with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: .* is not a writable folder"):
         missing_class_images(flags.data, flags.output)
 
 
