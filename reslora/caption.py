@@ -61,7 +61,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if not args.model:  # not argparse's `required`, which would be reported instead of a misspelled option
         raise InvalidArgument("--model", "missing", "give the folder or hub name of an image-text model")
     if is_path(args.model) and not Path(args.model).is_dir():
-        raise InvalidArgument(f"--model {args.model}", "no such folder", "give a model's folder in transformers format")
+        raise InvalidArgument(f"--model {args.model}", "no such folder", "give a model folder in transformers format")
     if not args.folder:  # an empty path is the working directory
         raise InvalidArgument("FOLDER", "is empty", "give the folder of the images")
     if not Path(args.folder).is_dir():

@@ -127,8 +127,8 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_layers():
     layers = ["mid_block.attn1.to_k", "mid_block.attn2.to_k", "up.attn2.to_k", "up.attn2.to_q", "text_encoder.q_proj"]
     with pytest.raises(InvalidArgument) as error:
         factors_of_layers(FLAGS.replace(lr_pattern=["atn2.to_k=2"]).optimizer, layers)
-    nearest = "the nearest are up.attn2.to_k, mid_block.attn2.to_k, "
-    assert_one_line(error, "--lr_pattern atn2.to_k=2: no adapted layer has this name", nearest)
+    nearest = "the most similar are up.attn2.to_k, mid_block.attn2.to_k, "
+    assert_one_line(error, "--lr_pattern atn2.to_k=2: no adapted layer matches", nearest)
 
 
 @pytest.mark.exhaustive
