@@ -41,4 +41,4 @@ def print_links(
         linked = sum(len(chain) > 1 for chain in plan)
         most = f"; the longest has {longest}, so this equals --pre_num {longest - 1}" if longest <= reach else ""
         shorter = f"{len(short)} of {pluralize(linked, 'chain')} {is_or_are(len(short))} shorter"
-        tell(f"{start} {shorter}, down to {pluralize(min(short), 'block')}{most}")
+        tell(f"{start} {shorter} (shortest: {pluralize(min(short), 'block')}){most}")

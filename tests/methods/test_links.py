@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from reslora import ResLoraConfig, connect
 from reslora.methods.links import print_links
 
-SHORTER = "--pre_num {}: 1 of 1 chain is shorter, down to 3 blocks; the longest has 3, so this equals --pre_num 2"
+SHORTER = "--pre_num {}: 1 of 1 chain is shorter (shortest: 3 blocks); the longest has 3, so this equals --pre_num 2"
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def test_an_arm_whose_folder_is_removed_writes_nothing_more(common, tmp_path, mo
 
     monkeypatch.setattr(experiment.KeepAdapters, "on_evaluate", removes)
     assert run(*common, *EXPERIMENT, "--seed", "42", "7", "--output_dir", output) == 1
-    assert "was moved or removed while it was trained" in capsys.readouterr().err
+    assert "was moved or removed during training" in capsys.readouterr().err
     assert not list(output.glob("*/lr-*/seed-*"))
 
 
@@ -516,7 +516,7 @@ def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monk
 @pytest.mark.exhaustive
 def test_numbers_of_blocks_that_mean_the_same_are_told_once(common, tmp_path, capsys, monkeypatch):
     """The chains have five blocks, one for each layer; a plain run says it too."""
-    same = "--pre_num 7: 2 of 2 chains are shorter, down to 5 blocks; the longest has 5, so this equals --pre_num 4"
+    same = "--pre_num 7: 2 of 2 chains are shorter (shortest: 5 blocks); the longest has 5, so this equals --pre_num 4"
     monkeypatch.setattr(experiment_run, "train_and_conclude", lambda *_: None)
     monkeypatch.setattr(AdapterTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(Stopped("enough is seen")))
     shortcut = ["--shortcut", "block", "--pre_num", "7"]
