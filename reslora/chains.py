@@ -21,7 +21,7 @@ from .formatting import pluralize
 from .tracing import Trace, trace
 
 Before = Sequence[Sequence[int]]
-"""For each block n of a chain, the indices n-1, n-2, ... n-m of the earlier blocks whose terms are added in it."""
+"""For each block n of a chain, the indices n-1, n-2, ... n-m of the earlier blocks whose terms block n adds."""
 
 # Classes whose `forward` calls `lora_variant[adapter].forward`. Other classes (AWQ, AQLM, EETQ, TE, tensor parallel)
 # ignore variants: their layers would train plain LoRA, without an error, although they are connected.
@@ -106,7 +106,7 @@ class Chains(Sequence):
         return [] if reach is None else [chain for chain in self.chains if 1 < len(chain) <= reach]
 
     def to_dict(self) -> dict:
-        """Return the chains as JSON-able data, the content of `chains.json`."""
+        """Return the chains as JSON-serializable data, the content of `chains.json`."""
         return {
             "links": self.links,
             "chains": [
@@ -132,7 +132,7 @@ class Chains(Sequence):
 
 
 def before_each(blocks: int, reach: int | None) -> Before:
-    """Return, for each block of a chain of `blocks` blocks, the indices of the earlier blocks whose terms are added.
+    """Return, for each block of a chain with `blocks` blocks, the indices of the earlier blocks whose terms it adds.
 
     Block n (counted from 0) adds the terms of `m = min(reach, n)` earlier blocks, or of all n if `reach` is None.
     """

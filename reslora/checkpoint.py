@@ -281,5 +281,5 @@ def _wiring(plan: Chains) -> list[list[str]]:
 
 
 def jsonable(config: PeftConfig) -> dict:
-    """Return a configuration's fields as JSON-able data; sets are sorted, as their order differs between processes."""
+    """Return a configuration as JSON-serializable data; sets are sorted, because their order differs between runs."""
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}

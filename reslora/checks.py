@@ -15,7 +15,7 @@ def is_whole(value: object, least: int, most: float = math.inf) -> bool:
 
 
 def whole_in_words(least: int, most: float = math.inf) -> str:
-    """Return the constraint of `is_whole` as text."""
+    """Return the condition of `is_whole` as text, such as "a whole number of 1 to 8"."""
     return f"a whole number of at least {least}" if most == math.inf else f"a whole number of {least} to {most}"
 
 
@@ -26,7 +26,7 @@ def is_number(value: float, least: float, below: float = math.inf, exclusive: bo
 
 
 def number_in_words(least: float, below: float = math.inf, exclusive: bool = False) -> str:
-    """Return the constraint of `is_number` as text."""
+    """Return the condition of `is_number` as text, such as "a finite number of at least 0"."""
     if least == -math.inf:
         return "a finite number"
     ends = f" and below {below}" if below < math.inf else ""

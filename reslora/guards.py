@@ -160,7 +160,8 @@ def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
     """Install guards on `model`, its wrappers and its base model.
 
     `wired`: (name, layer) of the blocks with shortcuts. If there are any, `merge` and `unmerge` raise an error on all
-    layers that PEFT would merge. On the layers in `wired`, creating new A and B for the connected adapter raises one.
+    layers that PEFT would merge. On the layers in `wired`, an error is also raised if PEFT would create new A and B for
+    the connected adapter.
     """
     modules, wired = with_wrappers(model), list(wired)
     outer, base = modules[0], modules[-1]

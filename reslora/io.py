@@ -209,7 +209,7 @@ def write_one_by_one(
         for name in names:
             tensor = value(name).detach().cpu().contiguous()
             if (tensor.shape, tensor.dtype) != (like[name].shape, like[name].dtype):
-                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, which differs from `like`")
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, other than in `like`")
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 

@@ -54,7 +54,7 @@ class MergeReport:
     """Notes on zero norms, blocks that `lstsq` merged by `none`, the loss by `max_rank`, and calibration passes."""
 
     def to_dict(self) -> dict:
-        """Return the report as JSON-able data."""
+        """Return the report as JSON-serializable data, the content of `merge.json`."""
         return {
             "method": self.method,
             "shortcut": self.shortcut,

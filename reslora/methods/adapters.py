@@ -111,7 +111,7 @@ def check_rank(model: nn.Module, config: PeftConfig) -> None:
     name, least = narrowest_layer(model, config)
     if rank > least:
         raise ValueError(
-            f"rank {rank} is larger than the smaller dimension of {name}, {least}: give a rank of at most {least}, or "
+            f"rank {rank} is larger than {least}, the smaller dimension of {name}: give a rank of at most {least}, or "
             "do not target this layer"
         )
 

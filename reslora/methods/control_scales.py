@@ -25,7 +25,7 @@ from .registry import METHODS, Method
 def gauged(
     method: str, model: nn.Module, shortcuts: ResLoraConfig, example_inputs: dict | None = None
 ) -> Iterator[Gauge]:
-    """Connect a model with plain LoRA inside this context, and yield a `Gauge` of its forward passes.
+    """Connect a model with plain LoRA inside this context, and yield a `Gauge` that measures its forward passes.
 
     The model is in eval mode and connected by `shortcuts`; if the method is a placebo of a shortcut, that shortcut
     replaces `shortcuts.shortcut`. Raises `ValueError` as `reslora.connect` does.

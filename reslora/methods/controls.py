@@ -17,7 +17,7 @@ all batches. B is zero at initialization, and so is the output.
 | `middle` | `sum_{k=0..m} A_{n-k} x_{n-k}` |
 | `block` | `A_n x_n, ..., A_{n-m} x_n` side by side, which `[B_n, ..., B_{n-m}]` multiplies |
 
-The first gradient of B is `s g h^T`, where g is the gradient of the block's output, and its size is `s |g| |h|`. For
+The first gradient of B is `s d h^T`, where d is the gradient of the block's output, and its size is `s |d| |h|`. For
 `block` this is the gradient of all its B together, about sqrt(m + 1) times LoRA's. So the first step changes the
 block's output as much as with the shortcut. A shared B of `block` also receives gradients from other blocks, which no
 scale can reproduce.
@@ -74,7 +74,7 @@ def put_on(model: nn.Module, settings: Settings) -> None:
 
 
 def set_factor(model: nn.Module, factor: float) -> None:
-    """Multiply the terms by which a control method replaces the shortcut by `factor`; ignore other methods."""
+    """Multiply the terms by which a control method replaces the shortcut by `factor`; do nothing for other methods."""
     base = base_model(model)
     if settings := settings_of(model):
         base._control = settings | {"factor": factor}

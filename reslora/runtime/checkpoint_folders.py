@@ -10,14 +10,14 @@ from ..errors import InvalidArgument, RunFailed, first_line, out_of_memory
 from ..io import remove, replacing, temporary_beside
 
 MERGED = "merged-by-[a-z]+"
-"""Regular expression for the names of a run's folders of merged weights, written by the application; no `-<step>`."""
+"""Regular expression for the names, without `-<step>`, of checkpoints that the application has merged."""
 
 ADAPTERS = "adapters"
 """Subdirectory of an experiment's run for its saved adapters, one per evaluation; training cannot resume from them."""
 
 
 def adapter_folder(folder: Path, step: int) -> Path:
-    """Return the directory in which a run of an experiment saves its adapter of a training step."""
+    """Return the directory in which a run of an experiment saves its adapter after training step `step`."""
     return folder / ADAPTERS / f"step-{step:06d}"
 
 

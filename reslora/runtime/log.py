@@ -29,9 +29,10 @@ def _lines(path: Path) -> list[dict | None]:
 
 
 class LogWriter:
-    """Append rows to the log of a run that resumes from `step` (0: starts).
+    """Append rows to a run's log.
 
-    Existing rows of later steps are removed first, all rows if `step` is 0. The attribute `kept` has the others.
+    If the run resumes from `step`, existing rows of later steps are removed first; if `step` is 0, all existing rows.
+    The attribute `kept` holds the remaining rows.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:

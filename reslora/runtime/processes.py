@@ -117,8 +117,8 @@ def _wait() -> None:
 def leave(everyone: bool) -> None:
     """Destroy the process groups.
 
-    `everyone`: whether all processes call this. If not, the GPU's group is not destroyed, because that would wait for
-    the other processes.
+    `everyone`: whether all processes call this. If not, the process group on GPUs is not destroyed, because destroying
+    it would wait for the other processes.
     """
     patient = list(_PATIENT.values())
     _PATIENT.clear()

@@ -95,12 +95,12 @@ class Shortcut(LoraVariant):
 
     @classmethod
     def reach(cls, pre_num: int) -> int | None:
-        """Return the maximum number of earlier blocks in the sum (m of Eqs. 3 and 4); None: all of them."""
+        """Return the maximum number of earlier blocks whose terms a block adds (m of Eqs. 3 and 4); None: all."""
         return None if pre_num == -1 else pre_num
 
     @classmethod
     def terms(cls, before: Sequence[int], head: str) -> int:
-        """Return m, the number of shortcut terms of a block with the earlier blocks `before`; `head` as configured."""
+        """Return m, the number of shortcut terms of a block with the earlier blocks `before`."""
         return len(before)
 
     @classmethod
@@ -141,7 +141,10 @@ class Shortcut(LoraVariant):
 
     @classmethod
     def moments(cls, block: Factors, merged: Merged | None, needs_moments: bool) -> Moments:
-        """Return new moments of a block, for `measure`; `merged`: its merge result, or None before the calibration."""
+        """Create the moments of a block, to which `measure` adds.
+
+        `merged`: the block's merge result, or None if the merge needs the calibration.
+        """
         if needs_moments and block.before:
             return Moments(block.stand_in())
         changed = merged is not None and merged.a is not block.a
@@ -202,7 +205,7 @@ class Shortcut(LoraVariant):
 
     @property
     def share(self) -> float:
-        """Factor on the sum of all terms: 1, or `1 / (1 + g m)` if the sum is averaged."""
+        """Factor by which the sum of all terms is multiplied: 1, or `1 / (1 + g m)` if the terms are averaged."""
         return share_of(self.averaged, self.wires.factor)
 
     def _products(
@@ -283,7 +286,7 @@ def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def whole_weight(linear: nn.Linear, shape: tuple[int, int], x: torch.Tensor, name: str) -> torch.Tensor:
-    """Return an A or B of `shape` on the device of `x`.
+    """Return the weight of `linear` (an A or B of shape `shape`) on the device of `x`.
 
     Raises `RuntimeError` if the weight is sharded or offloaded. Offloaded weights are on the meta device, where a
     product returns garbage instead of raising an error.

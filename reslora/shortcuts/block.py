@@ -149,12 +149,12 @@ class BlockShortcut(Shortcut):
 
     @classmethod
     def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
-        """Return `exact` for any method."""
+        """Return `exact`, the only merge method besides `none`."""
         return "exact"
 
     @classmethod
     def moments(cls, block: Factors, merged: Merged | None, needs_moments: bool) -> Moments:
-        """Return new moments without a gap, because the exact merge needs no fit."""
+        """Create the moments of a block without a gap, because the exact merge needs no fit."""
         return Moments()
 
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:

@@ -93,5 +93,5 @@ class InputShortcut(Shortcut):
 
     @classmethod
     def fold(cls, block: Factors, alphas: list[float]) -> Merged:
-        """Return A_n and `B_n (1 + alpha*)` (Eqs. 7, 10-11)."""
+        """Return A_n and `share * B_n (1 + alpha*)` (Eqs. 7, 10-11)."""
         return block.scaled(alphas[0] if alphas else block.alpha_of_head)

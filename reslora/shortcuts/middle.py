@@ -89,7 +89,7 @@ class MiddleShortcut(Shortcut):
 
     @classmethod
     def fold(cls, block: Factors, alphas: list[float]) -> Merged:
-        """Return `A_n + sum_k alpha_{n-k} A_{n-k}` (Eq. 13) and B_n, times `share`."""
+        """Return `A_n + sum_k alpha_{n-k} A_{n-k}` (Eq. 13) and `share * B_n`."""
         if not alphas:
             return Merged(block.a, block.b, [])  # a head, whose sum has one term
         total = sum(alpha * part.to(block.a) for alpha, part in zip(alphas, block.parts, strict=True))

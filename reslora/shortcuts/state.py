@@ -211,7 +211,7 @@ class _Recompute:
 def _unfinished(state: State | None) -> State | None:
     """Return the innermost state whose forward pass still runs.
 
-    States of ended forward passes are left over after Ctrl-C, which skips forward hooks, unlike an error.
+    States of ended forward passes are left over after Ctrl-C, which skips the forward hooks that run after errors.
     """
     if state is None or torch.compiler.is_compiling():
         return state
