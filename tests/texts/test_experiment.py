@@ -321,7 +321,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
         ("--extend_rates --learning_rate 1e-3", "one learning rate does not determine the next one"),
         ("--extend_rates --learning_rate 0 1e-3", "--learning_rate 0: is not a finite number above 0"),
         ("--extend_rates --learning_rate 1e-3 1.001e-3", "give rates further apart"),
-        ("--seed 3 3", "the same one twice"),
+        ("--seed 3 3", "one value is given twice"),
         (
             "--method lora --shortcut input block",
             "input block: nothing of --method lora reads",
