@@ -511,7 +511,7 @@ def test_a_model_connected_along_other_chains_is_refused_until_it_is_disconnecte
     before, expected = snapshot(target), run(target, inputs)
     with pytest.raises(ValueError) as error:
         reslora.load(target, tmp_path)
-    assert_one_line(error, "other chains (2 links)", f"{CONFIG} (3)", "reslora.disconnect")
+    assert_one_line(error, "other chains (2 links)", f"{CONFIG} (3 links)", "reslora.disconnect")
     assert_same(target, before)
     assert torch.equal(run(target, inputs), expected)
     reslora.disconnect(target)
