@@ -58,7 +58,7 @@ def test_rates_are_multiplied_by_layer_and_in_text_encoders_of_their_own_rate():
     options = FLAGS.replace(lr_pattern=patterns, loraplus_lr_ratio=3.0, text_encoder_lr=1e-5)
     with pytest.raises(InvalidArgument) as error:  # of both: the middle block's attn2.to_k
         optimizer_of(Trained(made, None), options)
-    assert_one_line(error, "--lr_pattern attn2.to_k=2: ", "fits mid_block.*=0.5")
+    assert_one_line(error, "--lr_pattern attn2.to_k=2: ", "also matches mid_block.*=0.5")
     patterns[1] = "up_blocks.*attn2.to_k=2"
     found, seen = rates(optimizer_of(Trained(made, None), options)), set()
     for part, rate in (("unet", 1e-3), ("text_encoder", 1e-5)):
