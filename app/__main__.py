@@ -37,8 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed options.
 
-    Exits with status 2 and one line on stderr for an invalid value, and for an address that other machines can reach
-    without `--auth`.
+    For an invalid value, print one line to stderr and exit with status 2. An address that other machines can reach is
+    invalid without `--auth`.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -84,10 +84,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def spin_briefly() -> None:
-    """Let idle OpenMP threads sleep early; call this before torch is imported.
+    """Let idle OpenMP threads sleep at once. Call this function before torch is imported.
 
-    By default, an idle thread of GNU OpenMP spins 300,000 times before it sleeps. On cores that other processes use
-    too, this makes computation ten times slower. With 0 spins, a step of a small U-Net takes 50% longer.
+    By default, an idle thread of GNU OpenMP spins 300,000 times before it sleeps. This makes computation ten times
+    slower on cores that other processes also use. With 0 spins, a training step of a small U-Net takes 50% longer.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -96,7 +96,7 @@ def spin_briefly() -> None:
 def serve(args: argparse.Namespace, neutral: Path) -> int:
     """Serve the page until it is closed, and return the exit status: 1 if the server cannot start, else 0.
 
-    `neutral` is an empty folder. It becomes the working directory, because Gradio serves files from there.
+    `neutral`: an empty folder. It becomes the working directory, because Gradio serves files from that directory.
     """
     from reslora.options.images import Options
 
@@ -128,7 +128,7 @@ def serve(args: argparse.Namespace, neutral: Path) -> int:
 
 
 def listen(demo: Any, args: argparse.Namespace) -> None:
-    """Serve the Gradio `Blocks` until they are closed, even if the first answer is slow."""
+    """Serve the Gradio `Blocks` in `demo` until they are closed, even if the server's first response is slow."""
     from .page import look
     from .sessions import LAUNCH
     from .weight_files import LARGEST_ADAPTER
@@ -144,7 +144,7 @@ def listen(demo: Any, args: argparse.Namespace) -> None:
         # nevertheless.
         if not demo.is_running:
             raise
-        print(f"python -m app: {demo.local_url} is slow to answer; it is served all the same", file=sys.stderr)
+        print(f"python -m app: {demo.local_url} is slow to respond; the server keeps running", file=sys.stderr)
         if args.inbrowser:
             webbrowser.open(demo.local_url)
         demo.block_thread()
@@ -153,7 +153,7 @@ def listen(demo: Any, args: argparse.Namespace) -> None:
 def move_to(neutral: Path) -> None:
     """Make the empty folder `neutral` the working directory, and its new folder `tmp` the temporary folder.
 
-    Gradio serves files from both, so they must not contain files of the user.
+    Gradio serves files from both folders, so they must not contain files of the user.
     """
     (neutral / "tmp").mkdir()
     os.environ["GRADIO_TEMP_DIR"] = str(neutral / "served")

@@ -1,4 +1,4 @@
-"""Format the trainer's status file as a sentence. Every value is validated, because the file may hold anything."""
+"""Format the trainer's status file as a sentence. Every value is validated, because the file may be damaged."""
 
 import re
 
@@ -7,11 +7,12 @@ from reslora.methods.registry import METHODS
 from .runs import Run, number
 
 PROBLEM = re.compile(r"train_sd\.py: (?!(\S+ )?stopped )|[\w.]+(Error|Exception)\b")
-"""Pattern of the last log line of a trainer that failed. A trainer that was asked to stop prints "stopped" instead."""
+"""Pattern that matches the last log line of a trainer that failed, but not the line "stopped" of a trainer that was
+asked to stop."""
 
 
 def activity(told: dict) -> str:
-    """Return the trainer's current work as a sentence; `told` is the content of its status file.
+    """Return the trainer's current work as a sentence; `told` is the content of the trainer's status file.
 
     Example: `LoRA, step 60 of 200 · 3.1 steps a second · about 45 s left`.
     """
@@ -34,13 +35,13 @@ def activity(told: dict) -> str:
 
 
 def why_ended(run: Run, status: str, said: str) -> str:
-    """Return the last log line `said` if it explains why a run failed or stopped early, else an empty string."""
+    """Return `said`, the last log line, if it explains why a run failed or stopped early; else an empty string."""
     never_began = status == "failed" and not (run.config or run.unreadable)
     return said if never_began or (status == "stopped" and PROBLEM.match(said)) else ""
 
 
 def duration(seconds: float) -> str:
-    """Return remaining seconds as text, rounded to the precision of the estimate."""
+    """Return a number of remaining seconds as text, such as `45 s`, `12 min` or `1.5 h`."""
     if seconds < 90:
         return f"{max(1, round(seconds)):d} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

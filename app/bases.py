@@ -15,9 +15,9 @@ from .runs import NO_CONFIG, Run, RunError, stamp_of
 
 BUNDLED = ASSETS / "pipeline"
 PIPELINES = {f"{ASSETS.name}/{path.name}": path for path in (BUNDLED, ASSETS / "pipeline-flow")}
-"""The bundled pipelines, by the names that the page offers."""
+"""Paths of the bundled pipelines by the names that the page offers."""
 OF_MODEL = ("pretrained_vae_model_name_or_path", "revision")
-"""Options with which another model than usual is loaded for the same name; the page does not offer them."""
+"""Options that change which weights are loaded for a model name; the page does not offer them."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,10 @@ class Base:
 
 
 def bundled(named: str, known: Mapping[str, Path] = PIPELINES) -> str | None:
-    """Return the key in `known` of a path to a bundled asset, or None.
+    """Return the name (key in `known`) of the bundled asset that the path `named` refers to, or None.
 
-    The path may be from another checkout or another machine; a folder that exists must have the same contents.
+    The path may be from another checkout or another machine. If a folder exists at this path, its contents must be the
+    same as those of the bundled asset.
     """
     word = "/".join(Path(named).parts[-2:])
     if word not in known:
@@ -61,20 +62,20 @@ def mark_of(folder: Path) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _mark(folder: Path, stamps: tuple[tuple[int, ...], ...]) -> str:
-    """Return the content hash; `stamps`, with the `stamp_of` of each file, is part of the cache key."""
+    """Return a folder's content hash; `stamps` (the result of `stamp_of` for each file) is part of the cache key."""
     parts = [path for path in sorted(folder.iterdir()) if path.is_dir()]  # skip files such as README.md
     return " ".join(map(folder_mark, parts or [folder]))
 
 
 def base_of(run: Run | None) -> Base:
-    """Return the pipeline of a run, or the bundled one without a run.
+    """Return the base model of a run, or the bundled pipeline if `run` is None.
 
     Raises `RunError` if the run's config.json is damaged.
     """
     if run is None:
         return Base()
     if run.unreadable:
-        raise RunError(f"{run.name}: {NO_CONFIG}, so its model is not known; restore that file.")
+        raise RunError(f"{run.name}: {NO_CONFIG}, so the run's base model is not known; restore config.json.")
     named = run.word("pretrained_model_name_or_path")
     settings = {name: run.word(name) for name in ("revision", "variant", "cache_dir", "prediction_type")}
     if not named:
@@ -87,7 +88,7 @@ def base_of(run: Run | None) -> Base:
 
 
 def stamps_of(base: Base, model: Model) -> dict[Path, tuple[int, ...]]:
-    """Return the files that a model is loaded from, each with the result of `stamp_of`."""
+    """Return the result of `stamp_of` for each file that a model is loaded from."""
     parts = [model.folder / part for part in model.index] + ([Path(base.vae)] if base.vae else [])
     files = [path for part in parts for path in part.glob("*")]
     single = [Path(base.name)] if base.folder else []
@@ -95,9 +96,9 @@ def stamps_of(base: Base, model: Model) -> dict[Path, tuple[int, ...]]:
 
 
 def model_of(word: str, images: Path | None) -> str:
-    """Return the path or hub name of the model that the page names.
+    """Return the path or hub name of the model whose name on the page is `word`.
 
-    Raises `RunError` for any other path, and for a hub model without images.
+    Raises `RunError` if `word` is neither a bundled pipeline nor a hub name, and for a hub model without images.
     """
     if word in PIPELINES:
         return str(PIPELINES[word])
@@ -105,14 +106,14 @@ def model_of(word: str, images: Path | None) -> str:
     if not is_hub_name(word):
         raise RunError(f"Give the model by its name on the hub, such as owner/model, or one of {', '.join(PIPELINES)}.")
     if images is None:
-        raise RunError("Another model needs images: upload some, or choose a folder.")
+        raise RunError("A model from the hub needs training images: upload some, or choose a folder of images.")
     return word
 
 
 def word_of_model(run: str, settings: dict) -> str:
-    """Return the name by which the page selects the model of a run's settings.
+    """Return the name that selects, on the page, the base model in a run's settings.
 
-    Raises `RunError` if the page cannot name it.
+    Raises `RunError` if the page cannot select this model. `run`: the run's name, for the error message.
     """
     named = settings.get("pretrained_model_name_or_path") or ""
     word = (bundled(named) or named) if isinstance(named, str) else "/"
@@ -120,7 +121,7 @@ def word_of_model(run: str, settings: dict) -> str:
     unnamed = [*path, *(f"--{flag}" for flag in OF_MODEL if settings.get(flag))]
     if unnamed:
         raise RunError(
-            f"{run} was trained with {' and '.join(unnamed)}, which this page cannot name: choose another "
+            f"{run} was trained with {' and '.join(unnamed)}, which this page cannot set: choose another "
             "run, or pass its config.json to train_sd.py --config."
         )
     return word

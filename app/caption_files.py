@@ -1,4 +1,4 @@
-"""Edit captions where the trainer reads them: in a file next to each image, or in rows of a metadata table.
+"""Edit captions in the files from which the trainer reads them: a text file next to each image, or a metadata table.
 
 A file is replaced only if it has not changed since it was read; otherwise the edit raises `RunError`.
 """
@@ -34,17 +34,17 @@ class Edit:
     captions: tuple[str, ...]
 
     def check(self, now: Captions) -> None:
-        """Raise `RunError` unless the captions are unchanged since the user saw them."""
+        """Raise `RunError` if the current captions, `now`, are not the captions that the user saw."""
         if now != self.was:
             text = "\n\n".join(now or ())[:200]
-            raise RunError(f"{self.name} was changed meanwhile, and nothing was written. Its caption is now: {text!r}")
+            raise RunError(f"{self.name} was changed in the meantime; nothing was written. Its caption is now {text!r}")
 
 
 def write(images: Images, edits: Sequence[Edit], line: str = "") -> None:
-    """Write all edits, or none and raise `RunError`.
+    """Write the new captions of all `edits`.
 
-    `line` describes the change on the Undo button. An edit is refused if the captions have changed since the user saw
-    them.
+    `line` describes the change on the Undo button. Raises `RunError`, and writes nothing, if any edit cannot be made,
+    such as an edit of captions that have changed since the user saw them.
     """
     if images.fixed:
         raise RunError(f"Captions cannot be changed here: {images.fixed}.")
@@ -52,7 +52,7 @@ def write(images: Images, edits: Sequence[Edit], line: str = "") -> None:
     with changing(images.folder, line) as draft:
         for edit, image in zip(edits, found, strict=True):
             if leads_out(images.folder, image.path):
-                raise RunError(f"{image.name} leads out of the folder, and its caption stays; nothing was changed.")
+                raise RunError(f"{image.name} is a link to outside of the folder; nothing was changed.")
             if image.metadata is None:
                 write_beside(edit, image, draft)
                 continue
@@ -64,17 +64,17 @@ def write(images: Images, edits: Sequence[Edit], line: str = "") -> None:
 
 
 def write_beside(edit: Edit, image: Image, draft: Draft) -> None:
-    """Add the new content of the caption file next to an image to the draft."""
+    """Add an edit to the draft, as new content of the caption file next to the image."""
     path = next(iter(caption_files(image.path)), image.path.with_suffix(".txt"))
     stamp = stamp_of(path)
     read = read_caption(path) if stamp else None
     if isinstance(read, str):
-        raise RunError(f"{path.name}: {read}; correct the file first.")
+        raise RunError(f"{path.name}: {read}; correct this file first.")
     now = None if read is None else tuple(map(clean, read))
     # An image without a file shows its default caption, so the user saw that one.
     edit.check((image.otherwise,) if now is None and image.otherwise is not None and edit.was else now)
     if len(edit.captions) != 1:
-        raise RunError(f"{edit.name} has one caption, in the file beside it.")
+        raise RunError(f"{edit.name} must have exactly one caption, because a caption file has one.")
     draft.put(path, stamp, clean(edit.captions[0]).strip().encode())
 
 
@@ -82,7 +82,7 @@ def write_beside(edit: Edit, image: Image, draft: Draft) -> None:
 
 
 class Table:
-    """A metadata.jsonl or metadata.csv, stored as the text of each row, so that unchanged rows stay byte for byte.
+    """A metadata.jsonl or metadata.csv, stored as one text per row, so that unedited rows keep exactly their bytes.
 
     The constructor raises `InvalidArgument` if the trainer would refuse the table.
     """
@@ -102,11 +102,11 @@ class Table:
 
     @property
     def is_csv(self) -> bool:
-        """Whether the table is a CSV file; otherwise it is JSON lines."""
+        """Whether the table is a CSV file rather than a JSON lines file."""
         return self.path.suffix == ".csv"
 
     def cut(self, text: str) -> None:
-        """Split the text into one piece per row, a head and a tail."""
+        """Split the file's text into the text before the rows, one piece per row, and the text after the rows."""
         lines = list(io.StringIO(text))  # split at \n only, as the trainer does
         if lines and not lines[-1].endswith("\n"):
             lines[-1] += "\n"
@@ -123,24 +123,24 @@ class Table:
         self.tail = "".join(lines[start:])
 
     def edit(self, edit: Edit) -> None:
-        """Change the row of an image, or add one."""
+        """Set an image's captions in its row; add a row if the table has none for the image."""
         place = self.places.get(edit.name)
         edit.check(None if place is None else self.captions[place])
         captions = tuple(map(clean, edit.captions))
         if self.is_csv and len(captions) > 1:
-            raise RunError(f"{edit.name} has one caption, in {self.path.name}.")
+            raise RunError(f"{edit.name} can have only one caption, because {self.path.name} is a CSV file.")
         if place is None:
             self.pieces.append(self.new_row(edit.name, captions))
         else:
             self.pieces[place] = self.changed(place, captions)
 
     def drop(self, names: Collection[str]) -> None:
-        """Remove the rows of these images."""
+        """Remove the rows of the images with these names."""
         for name in names & self.places.keys():
             self.pieces[self.places[name]] = ""
 
     def changed(self, place: int, captions: tuple[str, ...]) -> str:
-        """Return the text of a row with new captions."""
+        """Return the text of row number `place` with new captions."""
         row, column = self.values[place], self.options.data.caption_column
         if not self.is_csv:
             escaped = self.pieces[place].isascii() and "\\u" in self.pieces[place]
@@ -154,7 +154,7 @@ class Table:
         return csv_line(cells)
 
     def new_row(self, name: str, captions: tuple[str, ...]) -> str:
-        """Return the text of a new row for an image."""
+        """Return the text of a new row for the image with this name."""
         path = os.path.relpath(self.images.images[name].path, self.path.parent)
         column, value = self.options.data.caption_column, next(iter(captions), None)
         values = {"file_name": Path(path).as_posix(), column: value}
@@ -163,14 +163,14 @@ class Table:
         return csv_line([values.get(name) or "" for name in self.columns])
 
     def put(self, draft: Draft) -> None:
-        """Add the table's current text to the draft."""
+        """Add the table, with all edits, to the draft as the file's new content."""
         text = "".join([self.head, *self.pieces, self.tail])
         content = text.replace("\n", self.newline).encode("utf-8-sig" if self.marked else "utf-8")
         draft.put(self.path, self.stamp, content)
 
 
 def csv_line(cells: Sequence[str]) -> str:
-    """Return cells as a line of a CSV file."""
+    """Return the cells of a row as a line of a CSV file."""
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerow(cells)
     return file.getvalue()

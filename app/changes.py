@@ -1,6 +1,6 @@
-"""Write changes to a folder's files so that they can be undone, also after a restart: back up first, then write.
+"""Back up files before changing them, so that changes to a folder can be undone, even after a restart.
 
-Each change has its own folder in `.trash`. It contains the files as they were before the change, and a record of their
+Each change has its own folder in `.trash`, with the files as they were before the change, and a record of the files'
 hashes after the change.
 """
 
@@ -22,31 +22,31 @@ from .runs import RunError, stamp_of
 
 RECORD = "change.json"
 MOST = 50
-"""Number of changes that are stored per folder. Older changes are deleted, except those that moved images to the trash:
-only the user deletes these."""
+"""Maximum number of changes that are stored per folder. Older changes are deleted, except those that removed files (for
+example, images moved to the trash)."""
 WRITING = threading.RLock()
-"""Serializes changes within this process."""
+"""Lock that serializes changes within this process."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change that was made completely, or was interrupted."""
+    """A stored change to the files of a folder; an interrupted change wrote only some of the files."""
 
     folder: Folder
     place: Path
     line: str
-    """Its description on the Undo button."""
+    """Description of the change on the Undo button."""
     files: dict[str, str | None]
     """Content hashes after the change, by file name within the folder; None for a removed file."""
 
     def state(self, name: str) -> str:
-        """Compare the current file with the change.
+        """Return `before` or `after` if the file's content is that from before or after the change, else `other`.
 
-        Return `after` if the file is as the change left it, `before` if it is as before the change, else `other`.
+        Raises `RunError` if `name` is a link to outside of the folder.
         """
         path, backup, after = self.folder.path / name, self.place / name, self.files[name]
         if not self.folder.holds(path):
-            raise RunError(f"{name} leads out of the folder, and stays; nothing was undone.")
+            raise RunError(f"{name} is a link to outside of the folder; nothing was undone.")
         now = mark_of(path)
         if now == after:
             return "after"
@@ -55,18 +55,18 @@ class Change:
         return "before" if None in (now, after) else "other"
 
     def restore(self) -> None:
-        """Restore the files as they were before the change, and delete its record.
+        """Restore the files as they were before the change, and delete the stored change.
 
-        A complete change: raises `RunError` if one of the files was changed since. An interrupted change, which wrote
-        only some of its files: restores those that it wrote and that were not changed since.
+        If the change was complete, raises `RunError` if one of the files was changed later. If it was interrupted,
+        restores the files that it wrote and that were not changed later.
         """
         with WRITING, readable():
             states = {name: self.state(name) for name in self.files}
             for name in (name for name, state in states.items() if state == "other"):
                 if self.files[name] is None:
-                    raise RunError(f"{name} exists again: move it away first. Nothing was restored.")
+                    raise RunError(f"{name} exists again: move this file away first. Nothing was restored.")
                 if "before" not in states.values():
-                    raise RunError(f"{name} has changed. Nothing was restored.")
+                    raise RunError(f"{name} was changed after this change, so nothing was restored.")
             for name, state in states.items():
                 if state == "after":
                     put_back(self.place / name, self.folder.path / name)
@@ -74,25 +74,26 @@ class Change:
 
 
 class Draft:
-    """The files that a change writes."""
+    """New contents of the files that a change will write."""
 
     def __init__(self) -> None:
         self.files: dict[Path, tuple[tuple[int, ...], bytes | None]] = {}
 
     def put(self, path: Path, stamp: tuple[int, ...], content: bytes | None) -> None:
-        """Add the new content of a file; None removes the file. Raises `RunError` for a second, different content.
+        """Add the new content of a file; None removes the file.
 
-        `stamp`: the result of `stamp_of` when the file was read.
+        `stamp`: the result of `stamp_of` when the file was read. Raises `RunError` if the draft already has a different
+        content for the file.
         """
         if self.files.setdefault(Path(os.path.normpath(path)), (stamp, content))[1] != content:
-            raise RunError(f"{path.name} is the caption of several images: give them the same one.")
+            raise RunError(f"{path.name} is the caption file of several images: give these images the same caption.")
 
 
 @contextlib.contextmanager
 def changing(folder: Folder, line: str) -> Iterator[Draft]:
-    """Yield an empty draft, and write its files when the context ends: all of them, or none.
+    """Yield an empty draft; when the `with` block ends, write all files of the draft, or none.
 
-    `line` describes the change on the Undo button. Nothing is written if the context raises an error. Raises `RunError`
+    `line` describes the change on the Undo button. Nothing is written if the block raises an error. Raises `RunError`
     if a file cannot be written, or has changed since it was read.
     """
     with WRITING, readable():
@@ -120,7 +121,7 @@ def changing(folder: Folder, line: str) -> Iterator[Draft]:
 def write(path: Path, backup: Path, stamp: tuple[int, ...], content: bytes | None) -> None:
     """Copy a file to `backup` and replace its content; if `content` is None, move the file to `backup`.
 
-    Raises `RunError` instead of replacing a file that has changed since it was read.
+    `stamp`: the result of `stamp_of` when the file was read. Raises `RunError` if a file to replace has changed since.
     """
     backup.parent.mkdir(parents=True, exist_ok=True)
     if content is None:
@@ -131,7 +132,7 @@ def write(path: Path, backup: Path, stamp: tuple[int, ...], content: bytes | Non
     with replacing(path) as temporary:
         temporary.write_bytes(content)
         if stamp_of(path) != stamp:
-            raise RunError(f"{path.name} has changed, and nothing was written; reload it.")
+            raise RunError(f"{path.name} was changed in the meantime, and nothing was written; reload the folder.")
 
 
 def put_back(backup: Path, path: Path) -> None:
@@ -144,14 +145,14 @@ def put_back(backup: Path, path: Path) -> None:
 
 
 def forget(place: Path) -> None:
-    """Remove a change from the trash."""
+    """Delete a change's folder, `place`, from the trash."""
     with contextlib.suppress(OSError):
         remove(place)
         place.parent.rmdir()  # fails if other changes are there
 
 
 def changes(folder: Folder) -> Iterator[Change]:
-    """Yield the changes of a folder, newest first."""
+    """Yield the stored changes of a folder, newest first."""
     for record in sorted((folder.path / TRASH).glob(f"*/{RECORD}"), reverse=True):
         with contextlib.suppress(OSError):
             content = read_object(record)
@@ -161,7 +162,7 @@ def changes(folder: Folder) -> Iterator[Change]:
 
 
 def is_inside(name: str) -> bool:
-    """Return whether a relative name stays within the folder."""
+    """Return whether `name` is a relative path without `..`."""
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
@@ -172,7 +173,7 @@ def mark_of(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def readable() -> Iterator[None]:
-    """Convert errors of reading and writing files to a `RunError` of one line without paths."""
+    """Convert errors of reading and writing files to a `RunError` with one line that contains no paths."""
     try:
         yield
     except InvalidArgument as error:

@@ -1,4 +1,4 @@
-"""Render images, loss curves and numbers of one or several runs at a step as HTML. As in `views`, names are escaped.
+"""Render images, loss curves and numbers of one or several runs at a training step as HTML. All names are escaped.
 
 Image columns and curves are named by method, or by run and method if several runs are compared.
 """
@@ -18,24 +18,25 @@ from .views import COLORS, NAMES, escape, figure, notice, table, tile
 
 MOST_ROWS = 16
 LONGEST_NAME = 24
-"""Letters of a run's name in a column heading."""
+"""Maximum number of characters of a run's name in a column heading."""
 FEW_COLUMNS = 5
-"""Up to this many columns leave room for the loss curves at their right."""
+"""Maximum number of image columns that leave room for the loss curves to the right of the images."""
 TITLES = {"train": "Training loss (running mean)", "validation": "Loss on held-out images"}
 DASHES = ("", "7 4", "2 3", "10 3 2 3")
-"""Line patterns by run; the color shows the method."""
+"""SVG dash patterns of the curves, one per run; the color of a curve shows the method."""
 LARGEST_LOSS = 1e30
 TWO_LOSSES = (
     "Do not compare the two losses with each other: the training loss is at random timesteps, with the weights of "
     "--snr_gamma; the validation loss is without weights, at fixed timesteps, of held-out images."
 )
 Cell = tuple[int, int, str]
-"""Prompt index, image index and prompt. The noise depends on the indices, so images of one cell are comparable."""
+"""Prompt index, image index and prompt of a sample. The noise depends on the indices, so samples of the same
+cell are comparable."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """Images of the same weights."""
+    """A column of the grid of samples: images generated with the same weights."""
 
     title: str
     subtitle: str
@@ -54,7 +55,7 @@ def named(run: Run, one: Run, name: str) -> str:
 
 
 def columns(run: Run, step: int) -> list[Column]:
-    """Return the columns: base model, then for each run its methods at a step and ResLoRA's merged weights."""
+    """Return the columns: the base model, then for each run its methods at `step` and ResLoRA's merged weights."""
     found = base_columns(run)
     for one in run.compared:
         absent = "not yet" if one.process or step in one.steps() else "not at this step"
@@ -69,7 +70,7 @@ def columns(run: Run, step: int) -> list[Column]:
 
 
 def base_columns(run: Run) -> list[Column]:
-    """Return the columns of images before training; runs with the same sampling options share a column.
+    """Return the columns of samples from before training; runs with the same sampling options share a column.
 
     An adapter adds nothing before its first step, so the samples of step 0 are the base model's.
     """
@@ -89,7 +90,7 @@ def base_columns(run: Run) -> list[Column]:
 
 
 def cells(run: Run, images: dict[tuple[int, int], Path]) -> dict[Cell, Path]:
-    """Return a run's images by cell."""
+    """Return `images`, whose keys are (prompt index, image index), with cells as keys."""
     return {(prompt, image, prompt_of(run, prompt)): path for (prompt, image), path in images.items()}
 
 
@@ -101,7 +102,7 @@ def rows_of(shown: list[Column]) -> list[Cell]:
 
 
 def prompt_of(run: Run, number: int) -> str:
-    """Return the prompt of an index."""
+    """Return the prompt with this index, or a placeholder if the run has fewer prompts."""
     prompts = run.prompts
     return prompts[number] if number < len(prompts) else f"prompt {number}"
 
@@ -142,7 +143,7 @@ def heading(column: Column) -> str:
 
 
 def save_grid(run: Run, step: int, path: Path) -> None:
-    """Save the comparison as one image."""
+    """Save the grid of samples at a step as one image."""
     shown = columns(run, step)
     rows = [(cell[2], [("", [column.images.get(cell) for column in shown])]) for cell in rows_of(shown)]
     figures.comparison(path, [f"{column.title}\n{column.subtitle}" for column in shown], rows)
@@ -152,14 +153,16 @@ def save_grid(run: Run, step: int, path: Path) -> None:
 
 
 def arms(run: Run) -> Iterator[tuple[Run, str, str, str]]:
-    """Yield run, method, name and line pattern of each curve."""
+    """Yield the run, method, name and dash pattern of each curve."""
     for one, dash in zip(run.compared, DASHES, strict=False):
         for method in one.methods:
             yield one, method, named(run, one, NAMES[method]), dash
 
 
 def curves(run: Run, split: str, step: int | None) -> str:
-    """Return the loss curve of each method as a chart with a vertical line at `step`.
+    """Return the loss curves of all methods as a chart with a vertical line at `step`.
+
+    `split`: `train` or `validation`.
 
     The training loss is a running mean over a tenth of the steps, because the loss of single batches is mostly noise.
     """
@@ -203,7 +206,7 @@ def numbers(run: Run, step: int) -> str:
     )
     damaged = {name: count for one, method, name, _ in shown if (count := one.damaged_rows(method))}
     notes = "".join(
-        notice(f"{name}: {pluralize(count, 'damaged line')} of its log left out.") for name, count in damaged.items()
+        notice(f"{name}: {pluralize(count, 'damaged line')} of the log left out.") for name, count in damaged.items()
     )
     if any(values[0] is not None and values[1] is not None for _, values in known):
         notes += notice(TWO_LOSSES)
@@ -213,10 +216,10 @@ def numbers(run: Run, step: int) -> str:
 
 
 def numbers_of(run: Run, method: str, step: int) -> tuple[tuple, tuple]:
-    """Return two tuples: the last logged steps of a method that are at most `step`, and the values at these steps.
+    """Return two tuples: the last logged steps of a method up to `step`, and the values at these steps.
 
-    The steps are the last one with any loss and the last one with a validation loss. The values are the mean of the
-    last 20 training losses, the validation loss, the learning rate and the seconds. Missing values are None.
+    The steps are the last with any loss and the last with a validation loss. The values are the mean of the last 20
+    training losses, the last validation loss, the learning rate and the elapsed seconds. Missing values are None.
     """
     log = [row for row in run.log(method) if row["step"] <= step]
     recent = [row["loss"] for row in of_split(log, "train")[-20:]]
@@ -227,7 +230,9 @@ def numbers_of(run: Run, method: str, step: int) -> tuple[tuple, tuple]:
 
 
 def lowest(rows: list[tuple]) -> dict[int, float]:
-    """Return the lowest value of each loss column, by column index; omit columns without two different values."""
+    """Return the lowest value of each loss column (0: training, 1: validation), by column index.
+
+    Columns without two different values are omitted."""
     found = {}
     for column in (0, 1):
         values = [value for row in rows if (value := number(row[column])) is not None]

@@ -18,15 +18,16 @@ MATTERS = {
         "how losses are measured",
     )
 }  # fmt: skip
-"""The options that determine each property in which runs may differ."""
+"""Names of the options that determine each property in which runs may differ."""
 IMAGES = ("seed", "base model", "how samples are generated", "resolution")
-"""Properties that must agree for images of one prompt to be comparable."""
+"""Properties that must be equal in all runs for their images of the same prompt to be comparable."""
 LOSSES = ("seed", "base model", "resolution", "held-out images", "how losses are measured")
-"""Properties that must agree for losses to be comparable; the seed selects the held-out images and their noise."""
+"""Properties that must be equal in all runs for their losses to be comparable. The seed selects the held-out images and
+their noise."""
 FIRST = "losses before training (images or model have changed)"
 TOLERANCE = 1e-3
-"""Maximum relative difference of losses before training that rounding errors explain; a larger difference means that
-images or model differ."""
+"""Maximum relative difference between validation losses before training that rounding errors can explain. A larger
+difference means that the images or the model differ."""
 LONGEST = 48
 
 
@@ -40,7 +41,7 @@ def setting(config: dict, flag: str) -> str:
 
 
 def same_sampling(run: Run) -> tuple[str, ...]:
-    """Return a key that is equal for runs whose samples before training are the same."""
+    """Return the settings that determine a run's samples before training, as a key to compare runs by."""
     config = run.config
     return tuple(
         setting(config, flag) for flag in ("init_lora", *(flag for label in IMAGES for flag in MATTERS[label]))
@@ -48,7 +49,7 @@ def same_sampling(run: Run) -> tuple[str, ...]:
 
 
 def differing(run: Run, labels: Collection[str]) -> dict[str, list[str]]:
-    """Return which of the properties `labels` differ between the compared runs, each with the options that differ."""
+    """Return the properties among `labels` that differ between the compared runs, each with the options that differ."""
     configs, found = [one.config for one in run.compared], {}
     for label in labels:
         flags = [flag for flag in MATTERS[label] if len({setting(config, flag) for config in configs}) > 1]
@@ -59,9 +60,9 @@ def differing(run: Run, labels: Collection[str]) -> dict[str, list[str]]:
 
 
 def begin_alike(runs: Collection[Run]) -> bool:
-    """Return whether the validation losses before training agree, as far as they are known.
+    """Return whether the known validation losses before training agree within `TOLERANCE`.
 
-    If they do not, the images or the model have changed between two runs, although no option has.
+    If they differ although all options agree, the images or the model were changed between two runs.
     """
     starting = [run for run in runs if not run.config.get("init_lora")]
     first = [held_out(run, method).get(0) for run in starting for method in run.methods[:1]]
@@ -70,7 +71,9 @@ def begin_alike(runs: Collection[Run]) -> bool:
 
 
 def differences(run: Run) -> str:
-    """Return which properties differ and what follows for images and losses; empty for a single run."""
+    """Return as HTML which properties of the compared runs differ, and whether their images and losses are comparable.
+
+    The result is empty for a single run."""
     if not run.beside:
         return ""
     found = "; ".join(label + in_words(run, flags) for label, flags in differing(run, MATTERS).items())
@@ -79,7 +82,9 @@ def differences(run: Run) -> str:
 
 
 def in_words(run: Run, names: list[str]) -> str:
-    """Return the values of a single differing option by run, or an empty string if they are too long."""
+    """Return each run's value of the option in `names`, as text.
+
+    The text is empty if `names` has not exactly one option, or if a value is too long."""
     if len(names) != 1:
         return ""
     given = [(one.name, one.config, one.config.get(names[0])) for one in run.compared]
@@ -90,16 +95,16 @@ def in_words(run: Run, names: list[str]) -> str:
 
 
 def of_images(run: Run) -> str:
-    """Return a sentence on whether images are comparable."""
+    """Return a sentence on whether the compared runs' images are comparable."""
     if found := differing(run, IMAGES):
         return f"Do not compare their images one to one: {enumerated(found)} changes them even without training."
     return "Images in one row have the same prompt and seed, so they can be compared."
 
 
 def of_losses(run: Run) -> str:
-    """Return a sentence on whether validation losses are comparable."""
+    """Return a sentence on whether the compared runs' validation losses are comparable."""
     if not any(setting(one.config, "validation_split") for one in run.compared):
         return "No images are held out, so their losses cannot be compared."
     if differing(run, LOSSES):
         return "Their losses are not comparable: held-out images, model or noise may differ."
-    return "Their losses are of the same held-out images; one seed shows no difference between runs."
+    return "Their losses are of the same held-out images; one seed is not enough to show a difference between runs."

@@ -1,4 +1,4 @@
-"""List the files that a run has made for use elsewhere: each file, its path, and how to load it. No Gradio."""
+"""List the files that a run has exported, and how to load each of them. This module does not import Gradio."""
 
 import shutil
 import zipfile
@@ -32,7 +32,7 @@ class Download:
 
 
 def downloads_of(run: Run) -> list[Download]:
-    """Return all exported files and folders of a run by method; links to outside of the run are left out."""
+    """Return all exported files and folders of a run; links to outside of the run's folder are left out."""
     exported = [weights for weights in run.weights() if weights.kind in ("file", "merged")]
     found = [one for one in (of_weights(run, weights) for weights in exported) if one.files]
     for method in () if run.unreadable else run.methods:
@@ -44,7 +44,7 @@ def downloads_of(run: Run) -> list[Download]:
 
 
 def find(run: Run, label: object) -> Download:
-    """Return the download of that label. Raises `RunError` if this run has none."""
+    """Return the run's download with this label. Raises `RunError` if the run has none."""
     for one in downloads_of(run):
         if one.label == label:
             return one
@@ -52,9 +52,9 @@ def find(run: Run, label: object) -> Download:
 
 
 def packed(run: Run, one: Download, working: WorkingFiles) -> Path:
-    """Return a copy to download: a file as it is, a folder as a zip. Raises `RunError` above `LARGEST` bytes."""
+    """Return the path of a copy to download; a folder becomes a zip file. Raises `RunError` above `LARGEST` bytes."""
     if sum(path.stat().st_size for path in one.files) > LARGEST:
-        raise RunError(f"This is larger than {LARGEST // 2**30} GB: copy it from where it is.")
+        raise RunError(f"This download is larger than {LARGEST // 2**30} GB: copy the files from the path shown above.")
     name = safe_name("-".join(dict.fromkeys([run.name, one.root.parent.name, one.root.name.partition(".")[0]])))
     if one.root.is_dir():
         path = working.new(f"{name}.zip")
@@ -81,7 +81,7 @@ def of_weights(run: Run, weights: Weights) -> Download:
 
 
 def files_below(run: Run, *parts: str) -> tuple[Path, ...]:
-    """Return all files below a folder of the run; none if any of them is outside of the run."""
+    """Return all files below a folder of the run, or no files if any of them is outside of the run's folder."""
     root = run.inside(*parts)
     names = [path.relative_to(root) for path in sorted(root.rglob("[!.]*"))] if root else []
     found = [run.inside(*parts, *name.parts) for name in names]
@@ -89,7 +89,7 @@ def files_below(run: Run, *parts: str) -> tuple[Path, ...]:
 
 
 def place_of(path: Path) -> str:
-    """Return a path relative to the repository, or the absolute path outside of it."""
+    """Return a path relative to the repository, or the absolute path if it is outside of the repository."""
     return (path.relative_to(REPOSITORY) if path.is_relative_to(REPOSITORY) else path).as_posix()
 
 
@@ -97,7 +97,7 @@ def place_of(path: Path) -> str:
 
 
 def pipeline_line(run: Run, more: str = "") -> str:
-    """Return the line of Python that loads the run's pipeline."""
+    """Return the line of Python that loads the run's base pipeline; `more` is appended to the arguments."""
     base = place_of(Path(run.word("pretrained_model_name_or_path") or "assets/pipeline"))
     if base.endswith(".safetensors"):
         return f"pipeline = ...  # made of {base!r}"
@@ -105,7 +105,7 @@ def pipeline_line(run: Run, more: str = "") -> str:
 
 
 def lora_lines(run: Run, place: str) -> str:
-    """Return the lines of Python that load a LoRA file."""
+    """Return the lines of Python that load the LoRA file at `place`."""
     folder, _, name = place.rpartition("/")
     return (
         "from diffusers import DiffusionPipeline\n"
@@ -115,7 +115,7 @@ def lora_lines(run: Run, place: str) -> str:
 
 
 def peft_lines(run: Run, place: str) -> str:
-    """Return the lines of Python that load a PEFT folder."""
+    """Return the lines of Python that load the folder `place`, which PEFT has saved."""
     part = "transformer" if any(run.inside(method, "transformer") for method in run.methods) else "unet"
     return (
         "from diffusers import DiffusionPipeline; from peft import PeftModel\n"
@@ -125,7 +125,7 @@ def peft_lines(run: Run, place: str) -> str:
 
 
 def merged_lines(run: Run, weights: Weights, place: str) -> str:
-    """Return the lines of Python that load merged weights."""
+    """Return the lines of Python that load the merged weights in the folder `place`."""
     part = weights.path.name
     pipeline = pipeline_line(run, f", {part}={part}")
     return (

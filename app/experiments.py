@@ -1,4 +1,4 @@
-"""Render an experiment as HTML: the number of runs that its settings make, its progress, and its report."""
+"""Render an experiment as HTML: how many runs the form's settings make, the progress, and the report."""
 
 import math
 from collections.abc import Sequence
@@ -21,15 +21,15 @@ HEIGHT = """<script>
 new ResizeObserver(() => parent.postMessage({reportHeight: document.documentElement.offsetHeight}, "*"))
     .observe(document.documentElement);
 </script>"""
-"""Script of the report in its frame: it sends the height of the report to the page."""
+"""Script in the report's frame that sends the height of the report to the page."""
 LEAST_SHARE = 1e-6
 """Smallest test fraction used when counting images; it prevents a division by zero."""
 
 
 def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> tuple:
-    """Return a sentence with the number of runs that the settings make, as HTML, and the command's arguments.
+    """Return the number of runs that the settings make, as a sentence in HTML, and the training command's arguments.
 
-    The images (in `folder`, or uploaded) are only counted here; they are checked when training starts. Raises
+    The images, uploaded or in `folder`, are only counted here; they are checked when training starts. Raises
     `RunError` for invalid settings.
     """
     kind = jobs.kind_of(name, settings)
@@ -59,10 +59,10 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
 
 
 def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:
-    """Return a warning if the test split, a fraction `share` of the images, would be small; else an empty list.
+    """Return a list with a warning if the test split, a fraction `share` of the images, would be small; else no items.
 
-    The warning gives a range, because each image is assigned to the split by a hash of its content. Near-duplicates
-    count as one image in the split, but are not detected here.
+    The warning gives a range of sizes, because each image is assigned to the split by a hash of its content. The split
+    counts near-duplicates as one image, but this estimate counts each of them.
     """
     images = jobs.images.count(folder, uploads, math.ceil(FEW / max(share, LEAST_SHARE)))
     least = max(min(LEAST, images - 3), 1)
@@ -77,7 +77,7 @@ def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) ->
 def summary(experiment: Experiment, status: str, said: str = "") -> str:
     """Return an experiment's progress and current work as HTML.
 
-    `said`: the last line of the log, which is shown if it explains why the experiment failed or stopped early.
+    `said`: the last line of the log, shown only if it explains why the experiment failed or stopped early.
     """
     ended, total = experiment.progress
     facts = [f"{ended} of {pluralize(total, 'run')} finished"] if total else []

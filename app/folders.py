@@ -1,6 +1,6 @@
 """List the folders of images that the page may show and train on: folders under the data folder, and uploads.
 
-Names come from a browser and are only compared with a listing, never used as paths.
+Folder names come from a browser. They are only compared with the listed names, never used as paths.
 """
 
 import itertools
@@ -21,22 +21,22 @@ from .bases import bundled
 from .runs import Run, RunError
 
 UPLOADS, SETS = ".images", ".datasets"
-"""Folders below the runs folder: images uploaded to start a run, and image folders uploaded under Dataset."""
+"""Folders below the runs folder: for images uploaded to start a run, and for image folders uploaded under Images."""
 BUNDLED = "bundled images"
 IMAGES = {f"{ASSETS.name}/{BUNDLED_IMAGES.name}": BUNDLED_IMAGES}
-"""Folder of the bundled images, by the last two parts of its path, because the first parts differ between machines."""
+"""Path of the bundled images, by the last two parts of the path; the other parts differ between machines."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """An image folder on the list."""
+    """An image folder that the page may show and train on."""
 
     name: str
     path: Path
     bundled: bool = False
 
     def holds(self, path: Path) -> bool:
-        """Return whether a path is inside the folder after links are resolved."""
+        """Return whether a path, with all links resolved, is inside the folder."""
         if path.parent == self.path and not path.is_symlink():
             return True
         try:
@@ -45,14 +45,14 @@ class Folder:
             return False
 
     def without_path(self, text: str) -> str:
-        """Return a line of the trainer's output without this machine's folders."""
+        """Return a line of the trainer's output with the path of this folder removed."""
         inside = text.replace(f"{self.path}{os.sep}", "").replace(str(self.path), self.name)
         above = self.path.parent
         return inside if above == above.parent else inside.replace(str(above), "the folder above")
 
 
 class Folders:
-    """The current list of image folders."""
+    """The list of image folders that the page may show and train on, read from disk at each call."""
 
     def __init__(self, runs: Path, data: Path | None = None) -> None:
         self.runs, self.data = runs, data and data.resolve()
@@ -67,14 +67,14 @@ class Folders:
         return folders | {BUNDLED: Folder(BUNDLED, BUNDLED_IMAGES.resolve(), bundled=True)}
 
     def find(self, name: object) -> Folder:
-        """Return the folder of that name. Raises `RunError` if it is not on the list."""
+        """Return the folder with this name. Raises `RunError` if no folder on the list has it."""
         folder = self.all().get(name) if isinstance(name, str) else None
         if folder is None:
             raise RunError("There is no such folder of images; choose one from the list.")
         return folder
 
     def count(self, name: object, uploads: Sequence[str], most: int) -> int:
-        """Return the number of uploaded images, else of image files in the named folder; stop counting at `most`."""
+        """Return the number of uploaded images or, without uploads, of images in the named folder; at most `most`."""
         files = map(Path, uploads) if uploads else all_below(self.find(name).path) if name else ()
         found = (path for path in files if is_image(path) and not path.name.startswith("."))
         return sum(1 for _ in itertools.islice(found, most))
@@ -82,12 +82,12 @@ class Folders:
     def of_run(self, run: Run) -> str:
         """Return the name that selects a run's image folder in the form; empty for the bundled images.
 
-        If the folder is not on the list, return a name that `find` refuses.
+        If the folder is not on the list, the result is a name for which `find` raises `RunError`.
         """
         return self.of_paths([*run.words("dataset_name"), *run.words("train_data_dir")], run.name)
 
     def of_paths(self, named: list[str], owner: str) -> str:
-        """Return the same by the paths in the settings of `owner`."""
+        """Return what `of_run` returns, for folder paths in the settings of a run or file named `owner`."""
         if not named or (len(named) == 1 and bundled(named[0], IMAGES)):
             return ""
         paths = [Path(name).resolve() for name in named]
@@ -96,7 +96,7 @@ class Folders:
 
 
 def new_place(folder: Path) -> Path:
-    """Return an unused path in a folder's trash, named by the current time."""
+    """Return a new path in a folder's trash; its name is the current time."""
     return folder / TRASH / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
 
 

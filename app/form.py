@@ -1,4 +1,7 @@
-"""Describe the trainer's options as a form: which ones the page may set, labels, defaults and presets. No Gradio."""
+"""Describe the form of the trainer's options: which options the page may set, labels, defaults and presets.
+
+This module does not import Gradio.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -33,7 +36,7 @@ LABELS = {
     "claim": "Claimed to be better",
     "claim_margin": "By more than (percent)",
 }
-"""Labels that are clearer than the option's name."""
+"""Labels of options whose name alone would be unclear."""
 HELP = {
     "method": "Several are trained one after the other, on the same images and noise",
     "learning_rate": "Several, separated by spaces, make an experiment",
@@ -43,12 +46,12 @@ HELP = {
     "train_batch_size": "Images per step; fewer need less memory",
     "resolution": "Side of the training images in pixels",
     "validation_prompt": "One per line; images are generated from them during training",
-    "validation_steps": "Steps from one set of samples to the next",
+    "validation_steps": "Steps between two sets of samples",
 }
-"""Help for the options that are always visible, shorter than the trainer's."""
+"""Help for the options that are always visible; it is shorter than the help of the trainer's command line."""
 MODEL = "pretrained_model_name_or_path"
 CONTROLS = [name for name, method in METHODS.items() if method.measured or name in ("lora_x2", "lora_x4")]
-"""Methods that only serve to explain another method's gain."""
+"""Names of the control methods, which only serve to explain why another method is better."""
 FOLLOWING = [name for name, option in Options.table().items() if option.bundled is not SAME and name != "method"]
 FOLLOWING += ["max_train_steps", "select_split", "test_split"]
 """Options whose default depends on other options."""
@@ -56,9 +59,9 @@ TEXTS = (
     "caption_prefix", "caption_suffix", "target_modules", "rank_pattern", "alpha_pattern", "lr_step_rules", "reference",
     "claim",
 )  # fmt: skip
-"""Text options that name no file, model or code."""
+"""Text options that are safe to set from a browser, because their values are not paths, models or code."""
 OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
-"""Options that only apply with a folder of class images, which the page must not name."""
+"""Options that only apply with `--class_data_dir`, a path that the page must not set."""
 NEVER = ("plan", "local_rank", "push_to_hub", "dataloader_num_workers", *OF_CLASS_IMAGES)
 PRESETS: dict[str, dict[str, object]] = {
     "the defaults": {},
@@ -83,9 +86,7 @@ def known() -> dict[str, Option]:
 
 
 def groups(without: Sequence[str] = ()) -> dict[str, list[Option]]:
-    """Return the options that the page may set, except `without`, by the groups of `--help`.
-
-    Options that name a file or code of the server are excluded.
+    """Return the options that the page may set, except those in `without`, by the title of their group in `--help`.
     """
     found: dict[str, list[Option]] = {}
     for name, option in Options.table().items():
@@ -95,7 +96,9 @@ def groups(without: Sequence[str] = ()) -> dict[str, list[Option]]:
 
 
 def is_safe(option: Option) -> bool:
-    """Return whether an option is harmless with any value from a browser: a switch, choice, number or safe text."""
+    """Return whether the page may set an option, because no value from a browser can do harm.
+
+    Such options are switches, choices, numbers and the texts in `TEXTS`."""
     if option.name in NEVER:
         return False
     is_number = option.parse is not str and option.name != "validation_prompt_options"
@@ -104,31 +107,31 @@ def is_safe(option: Option) -> bool:
 
 
 def choices(option: Option) -> list[str]:
-    """Return the allowed values of an option; empty if it takes any text."""
+    """Return the values that an option allows; empty if it allows any text."""
     return list(OPTIMIZERS) if option.name == "optimizer" else list(option.choices)
 
 
 def label(option: Option) -> str:
-    """Return the label of an option."""
+    """Return an option's label in the form."""
     return LABELS.get(option.name) or option.name.replace("_", " ").capitalize()
 
 
 def info(option: Option) -> str:
-    """Return the help and name of an option; the default is the placeholder of its text box."""
+    """Return the help text below an option's label: its help and its name on the command line."""
     text = HELP.get(option.name, option.help)
     return f"{text[:1].upper()}{text[1:]} · {option.flag}"
 
 
 def placeholder(option: Option) -> str:
-    """Return the text of an empty box: what the trainer does if the option is not given."""
+    """Return the placeholder of an option's text box: what the trainer does if the option is not given."""
     return "" if option.fixed_default is not None else option.otherwise.partition(";")[0].removeprefix("none")
 
 
 def defaults(given: Mapping[str, object]) -> dict[str, object]:
-    """Return the form's values of all options, as they are if only the `given` ones are given.
+    """Return the default of every option, as a value of the form, by name.
 
-    The defaults depend on the model, the optimizer and whether it is an experiment. Those that are only known when
-    training starts are empty.
+    The defaults depend on the settings in `given`: the model, the optimizer, and whether the settings make an
+    experiment. Defaults that are only known when training starts are empty.
     """
     model = given.get(MODEL)
     named = {MODEL: str(PIPELINES.get(bundled(model), model))} if isinstance(model, str) and model else {}
@@ -143,37 +146,37 @@ def defaults(given: Mapping[str, object]) -> dict[str, object]:
 
 
 def methods(controls: bool) -> list[tuple[str, str]]:
-    """Return the labels and names of the trainable methods, or of the controls of research."""
+    """Return labels and names of the control methods (see `CONTROLS`) or, if not `controls`, of all other methods."""
     found = [method for name, method in METHODS.items() if (name in CONTROLS) == controls]
     return [(f"{method.title}: {method.help}", method.name) for method in found]
 
 
 def without_controls(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the methods without the controls, and the controls."""
+    """Split names of methods in two: those that are not control methods (see `CONTROLS`), and those that are."""
     return [name for name in names if name not in CONTROLS], [name for name in names if name in CONTROLS]
 
 
 def in_box(value: object, between: str = " ") -> str:
-    """Return a value as text for a text box, with `between` between the items of a list; empty for None."""
+    """Return a value as text for a text box; the items of a list are joined by `between`, and None is empty."""
     if value is None:
         return ""
     return between.join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def as_flag(option: Option, value: object) -> str:
-    """Return an option with its value as on a command line."""
+    """Return an option with its value as written on a command line, such as `--rank 4`."""
     if option.is_switch:
         return f"--{'' if value else 'no-'}{option.name}"
     return f"{option.flag} {in_box(value)[:80]}" if in_box(value) else f"no {option.flag}"
 
 
 def wires(methods: Iterable[str]) -> bool:
-    """Return whether any of the methods reads the options of ResLoRA's shortcuts."""
+    """Return whether any of these methods uses the options of ResLoRA's shortcuts."""
     return any(METHODS[name].reads_shortcut_flags for name in methods if name in METHODS)
 
 
 def values_of(settings: Mapping[str, object], names: Sequence[str]) -> list[object]:
-    """Return the form's value for each named option: its value in `settings`, else the default."""
+    """Return the value in the form of each named option: the value in `settings`, else the default."""
     otherwise = defaults(settings)
     return [
         widget_value(option, settings[name]) if name in settings else otherwise[name]
@@ -182,13 +185,13 @@ def values_of(settings: Mapping[str, object], names: Sequence[str]) -> list[obje
 
 
 def chosen(names: Sequence[str]) -> dict[str, Option]:
-    """Return the options of these names, in this order."""
+    """Return the options with these names, in the order of `names`."""
     found = known()
     return {name: found[name] for name in names}
 
 
 def widget_value(option: Option, value: object) -> object:
-    """Return the value for the option's widget; an invalid value becomes the default."""
+    """Convert an option's value to a value of its Gradio component; an invalid value becomes the default."""
     if option.is_switch:
         return bool(option.default if not isinstance(value, bool) else value)
     if choices(option) and (option.varies or option.name == "method"):
@@ -202,9 +205,9 @@ def widget_value(option: Option, value: object) -> object:
 
 
 def settings_of(name: str, runs: Mapping[str, Run]) -> dict:
-    """Return the settings of the preset, run or experiment of that name.
+    """Return the settings of the preset, run or experiment with this name.
 
-    Raises `RunError` if there is none, or if the run's config.json is damaged.
+    Raises `RunError` if none has this name, or if the run's config.json is damaged.
     """
     if name in PRESETS:
         return PRESETS[name]

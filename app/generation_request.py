@@ -1,4 +1,4 @@
-"""Validate image settings from a browser, and store them in image files so that the image can be generated again."""
+"""Validate a browser's settings for generating images, and store them in the images' files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LIMITS = {
     "seed": (0, SEEDS - 1), "steps": (1, 150), "guidance": (0, 30), "strength": (-2, 2), "width": (32, 1024),
     "height": (32, 1024), "images": (1, 8),
 }  # fmt: skip
-"""Minimum and maximum values."""
+"""Minimum and maximum of each setting."""
 MULTIPLES = {"steps": 1, "guidance": None, "strength": None, "width": 8, "height": 8, "images": 1}
-"""A valid value of a setting is a multiple of this number; None: fractions are valid, too. The seed has no entry."""
+"""Number of which each setting must be a multiple; None means that fractions are valid. The seed is not included."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Settings for generating images. `clamped` makes any values from a browser valid for the pipeline."""
+    """Settings for generating images. They may have any values from a browser; `clamped` makes them valid."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -59,7 +59,7 @@ class Request:
 
 
 def of_samples(run: Run) -> Request:
-    """Return the settings of a run's samples, with its first prompt."""
+    """Return the settings with which a run generates samples, with the first of its prompts."""
     config = run.config
     height, width = (config.get(f"validation_{side}") or run.first("resolution") for side in ("height", "width"))
     return Request(
@@ -69,7 +69,9 @@ def of_samples(run: Run) -> Request:
 
 
 def bounded(value, low=-math.inf, high=math.inf, otherwise=math.nan, whole: bool = True):
-    """Return `value` as a number clamped to [low, high], or `otherwise` if it is not a finite number."""
+    """Return `value` as a number clamped to [low, high], or `otherwise` if it is not a finite number.
+
+    `whole`: truncate the number to an integer."""
     try:
         value = float(value) if not whole or isinstance(value, float) else int(value)
         if not math.isfinite(value):
@@ -86,11 +88,13 @@ class Drawn:
     image: PIL.Image.Image
     request: Request
     source: dict
-    """Names of the run and of the weights as the page shows them, with the keys `run` and `weights`."""
+    """The page's names of the run and of the weights, under the keys `run` and `weights`."""
 
 
 def save_image(drawn: Drawn, path: Path) -> Path:
-    """Save a PNG with its settings in the metadata: `reslora` for this page, `parameters` in the format of A1111."""
+    """Save an image as a PNG and return the path.
+
+    Its metadata contains the settings twice: `reslora` for this page, and `parameters` in the format of A1111."""
     info, request = PngInfo(), drawn.request
     info.add_itxt("reslora", json.dumps(asdict(request) | drawn.source, ensure_ascii=False))
     info.add_itxt(
@@ -113,5 +117,5 @@ def read_image(path: str | Path) -> tuple[Request, dict]:
             source = {name: str(settings.get(name, ""))[:200] for name in ("run", "weights")}
             request = Request(**{field.name: settings[field.name] for field in fields(Request)}).clamped()
     except Exception:  # anything may be uploaded
-        raise RunError("This image has no settings of this application in it.") from None
+        raise RunError("This image contains no settings: choose a PNG that this page generated.") from None
     return request, source

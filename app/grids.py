@@ -1,4 +1,4 @@
-"""X/Y grids: one image for each pair of values of two settings. This module does not import Gradio."""
+"""Make X/Y grids: one image for each pair of values of two settings. This module does not import Gradio."""
 
 import itertools
 import textwrap
@@ -22,13 +22,13 @@ SUGGESTED = {"strength": "0 0.5 1", "seed": "0 1 2", "guidance": "1 4 8", "steps
 MOST = 64
 """Maximum number of cells in a grid."""
 LARGEST_CELL = 512
-"""Maximum length in pixels of a cell's longer side in the image of the complete grid."""
+"""Maximum width and height in pixels of a cell in the image of the complete grid."""
 RESLORA = "reslora"
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting and its values."""
+    """A setting that varies along the rows or columns, and its values."""
 
     name: str
     values: tuple[str | int | float, ...]
@@ -54,20 +54,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """The images to generate, ordered so that the weights in the model change as rarely as possible."""
+    """The images of an X/Y grid. The cells are ordered by weights, so that weights are loaded as rarely as possible."""
 
     x: Axis
     y: Axis
     cells: tuple[Cell, ...]
     heading: str
-    """The settings that all cells share."""
+    """Text with the settings that are the same in all cells."""
 
 
 # -- axes --------------------------------------------------------------------------------------------------------------
 
 
 def suggestion(run: Run | None, name: str) -> str:
-    """Return suggested values of a setting, as text for the form."""
+    """Return suggested values of an axis's setting, as text for the form."""
     if run is None or name in SUGGESTED:
         return SUGGESTED.get(name, "")
     checkpoints = {weights.step for method in run.methods for weights in run.checkpoints(method)}
@@ -77,20 +77,22 @@ def suggestion(run: Run | None, name: str) -> str:
 
 
 def axis(which: str, name: object, text: object) -> Axis:
-    """Return an axis from its setting and its values as typed: prompts one per line, other values separated by spaces.
+    """Return the axis `which` (X or Y) for the setting `name`, with the values in the typed `text`.
+
+    Prompts are typed one per line, other values with spaces between them.
 
     Raises `RunError` for an unknown setting, missing values, and numbers that are invalid or outside the limits.
     """
     if which == "Y" and name in (NONE, "", None):
         return Axis(NONE, ("",))
     if name not in AXES:
-        raise RunError(f"{which}: no setting of that name; choose one of {', '.join(AXES)}.")
+        raise RunError(f"{which}: no setting has this name; choose one of {', '.join(AXES)}.")
     typed = str(text or "").replace("\0", "")
     words = [line.strip() for line in typed.splitlines()] if name == "prompt" else typed.replace(",", " ").split()
     words = list(dict.fromkeys(word for word in words if word))
     if not words:
         example = SUGGESTED.get(name, "a line each" if name == "prompt" else "words")
-        raise RunError(f"{which} ({name}): give its values, as in {example}.")
+        raise RunError(f"{which} ({name}): give the values, such as {example}.")
     if len(words) > MOST:
         raise RunError(f"{which} ({name}): {len(words)} values are more than the {MOST} cells that a grid may have.")
     if name in NUMBERS:
@@ -99,7 +101,7 @@ def axis(which: str, name: object, text: object) -> Axis:
 
 
 def number(where: str, name: str, word: str) -> int | float:
-    """Return a typed number. Raises `RunError` outside the setting's limits."""
+    """Return the number typed for the setting `name`. Raises `RunError` if it is outside of the setting's limits."""
     whole, (least, greatest) = name in WHOLE, LIMITS[name]
     value = bounded(word, whole=whole)
     if not least <= value <= greatest:
@@ -112,7 +114,7 @@ def number(where: str, name: str, word: str) -> int | float:
 
 
 def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) -> Grid:
-    """Return the cells of two axes; all other settings are those of `start` and `request`.
+    """Return the grid of two axes; `start` and `request` give the weights and settings that do not vary.
 
     Raises `RunError` for two equal axes, too many cells, and weights that the run does not have.
     """
@@ -135,19 +137,21 @@ def grid(run: Run | None, start: Weights, request: Request, x: Axis, y: Axis) ->
 
 
 def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, tuple[Weights, str] | None]:
-    """Return the weights of a cell, and how to make them: a checkpoint and a merge method, or None if they exist."""
+    """Return the weights of a cell, and the checkpoint and merge method to make them by, or None if they exist.
+
+    `start`: the weights selected in the form. `chosen`: the cell's values by setting."""
     named = {name: value for name, value in chosen.items() if name in OF_WEIGHTS}
     if not named:
         return start, None
     if run is None or start.kind == "stack" or (start.kind == "file" and not start.method):
-        raise RunError(f"A LoRA file and a stack have no {next(iter(named))}: choose weights of a run.")
+        raise RunError(f"An uploaded LoRA file or a stack has no {next(iter(named))}: choose weights of a run.")
     if "method" in named and "merge" in named:
-        raise RunError("Only ResLoRA is merged by a method: combine merge with a setting other than method.")
+        raise RunError("The merge method applies only to ResLoRA: combine merge with another setting than method.")
     if named.get("method") in ("base", BASE.label):
         return BASE, None
     method = named.get("method", RESLORA if "merge" in named else start.method)
     if not method:
-        raise RunError("The base model has no checkpoint: choose weights of a method.")
+        raise RunError("The base model has no checkpoints: choose weights of a trained method.")
     if method not in run.methods:
         raise RunError(f"This run has no method {method[:40]}; it has {', '.join(run.methods)}.")
     if "merge" in named:
@@ -158,10 +162,10 @@ def weights_of(run: Run | None, start: Weights, chosen: dict) -> tuple[Weights, 
 
 
 def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None) -> Weights:
-    """Return a method's checkpoint at the step `word`, as typed.
+    """Return a method's checkpoint at the step `word`, which is text that the user typed.
 
-    If `word` is None, return the checkpoint at the step `otherwise`, or the newest one if that does not exist. Raises
-    `RunError` if there is no checkpoint, or none at the typed step.
+    If `word` is None, return the checkpoint at the step `otherwise`, or the newest checkpoint if none is at this step.
+    Raises `RunError` if there is no checkpoint, or none at the typed step.
     """
     known = {str(weights.step): weights for weights in run.checkpoints(method)}
     if not known:
@@ -169,21 +173,23 @@ def checkpoint_of(run: Run, method: str, word: str | None, otherwise: int | None
     found = known.get(str(otherwise), next(iter(known.values()))) if word is None else known.get(word)
     if found is None:
         have = ", ".join(sorted(known, key=int))
-        raise RunError(f"{method} has no checkpoint of step {word[:20]}; it has {have}.")
+        raise RunError(f"{method} has no checkpoint at step {word[:20]}; it has checkpoints at {have}.")
     return found
 
 
 def merged(run: Run, checkpoint: Weights, method: str) -> tuple[Weights, tuple[Weights, str] | None]:
-    """Return the weights of a checkpoint merged by a method, and how to make them, as `weights_of` does."""
+    """Return what `weights_of` returns, for a checkpoint merged by the merge method `method`."""
     if method not in MERGES:
-        raise RunError(f"There is no merge {method[:40]}; choose of {', '.join(MERGE_CHOICES)}.")
+        raise RunError(f"There is no merge method {method[:40]}; choose from {', '.join(MERGE_CHOICES)}.")
     made = merged_by(checkpoint, method)
     found = next((weights for weights in run.weights() if weights.label == made.label), None)
     return (found, None) if found else (made, (checkpoint, method))
 
 
 def same_form(run: Run, start: Weights, method: str) -> Weights:
-    """Return another method's weights of the same kind: merged, exported file, or checkpoint of the same step."""
+    """Return the weights of `method` that are of the same kind as the weights `start`.
+
+    The kinds are merged weights, an exported file by name, and a checkpoint at a step. Raises `RunError` if none exist."""
     of_method = {weights.label: weights for weights in run.weights() if weights.method == method}
     form = start.label.partition(": ")[2] if start.method else "merged weights"
     if f"{method}: {form}" not in of_method:
@@ -206,7 +212,7 @@ def heading(start: Weights, request: Request, axes: tuple[str, str]) -> str:
 def table(grid: Grid, sources: dict[tuple[int, int], str]) -> str:
     """Return the grid as an HTML table of the images generated so far; a click enlarges an image.
 
-    `sources`: image addresses by row and column.
+    `sources`: the images' URLs by (row, column).
     """
     header = "".join(f'<th><div class="prompt">{views.escape(label)}</div></th>' for label in grid.x.labels)
     rows, scale = [], views.scaled(grid.cells[0].picture.request.width)
@@ -224,7 +230,9 @@ def table(grid: Grid, sources: dict[tuple[int, int], str]) -> str:
 
 
 def save_sheet(grid: Grid, drawn: dict[tuple[int, int], Drawn], path: Path) -> Path:
-    """Save the grid as one image with labels."""
+    """Save the grid, with labels of its rows and columns, as one image; return the path.
+
+    `drawn`: the generated images by (row, column); other cells are empty."""
     images = {place: one.image for place, one in drawn.items()}
     side = max(figures.SMALL, min(max(next(iter(images.values())).size), LARGEST_CELL))
     columns = [textwrap.fill(label, 24, max_lines=4, placeholder=" ...") for label in grid.x.labels]

@@ -1,4 +1,4 @@
-"""Helpers for event handlers: errors as sentences, and paths of uploaded files."""
+"""Helpers for event handlers: convert errors to sentences, and read the paths of uploaded files."""
 
 import contextlib
 import errno
@@ -16,19 +16,19 @@ from reslora.options.prompts import clean
 from .runs import RunError
 
 NO_PROGRESS = {"show_progress": "hidden", "show_progress_on": []}
-"""Event options that disable the progress display. `hidden` is not enough: at the start and end of every event,
-Gradio's page would still update each of the outputs, which took half of the page's loading time."""
+"""Event options that disable the progress display. Without the empty list, Gradio's page would update each output at
+the start and end of every event, which took half of the page's loading time."""
 QUIET = {"api_visibility": "private", **NO_PROGRESS}
-"""Options of an event that only the page itself triggers."""
+"""Options of an event that only the page triggers, not API clients."""
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Error numbers of a disk that accepts no file."""
+"""Error numbers (`errno`) of a disk that is full, read-only or over quota."""
 
 
 def readable_errors(handler: Callable) -> Callable:
-    """Wrap a handler, function or generator, so that errors are one sentence without paths or traceback.
+    """Wrap an event handler, so that the page shows each error as one sentence without paths or traceback.
 
-    Unexpected errors are printed to the terminal.
+    `handler` is a function or a generator. Unexpected errors are printed to stderr.
     """
     if not inspect.isgeneratorfunction(handler):
         return translating()(handler)
@@ -51,9 +51,9 @@ def translating() -> Iterator[None]:
 
 
 def server_function(handler: Callable[[dict], dict]) -> Callable[[dict], dict]:
-    """Wrap a handler that JavaScript calls without an event: if it fails, its answer has a sentence under `error`.
+    """Wrap a handler that JavaScript calls directly, so that it returns an error as a sentence under the key `error`.
 
-    The result is a function, because Gradio sets an attribute on it; methods do not allow that.
+    The result is a function, because Gradio sets an attribute on it, which methods do not allow.
     """
 
     @functools.wraps(handler)
@@ -67,7 +67,7 @@ def server_function(handler: Callable[[dict], dict]) -> Callable[[dict], dict]:
 
 
 def named(handler: Callable, parameters: Sequence[str]) -> Callable:
-    """Return the handler with named parameters, for API clients."""
+    """Return the handler with these parameter names in its signature, which Gradio shows to API clients."""
     found = functools.update_wrapper(functools.partial(handler), handler)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     found.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in parameters])
@@ -75,7 +75,7 @@ def named(handler: Callable, parameters: Sequence[str]) -> Callable:
 
 
 def translated(error: Exception) -> gr.Error:
-    """Return the Gradio error that the page shows; an unexpected exception is printed to stderr."""
+    """Convert an exception to the Gradio error that the page shows; print an unexpected exception to stderr."""
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, RunError):

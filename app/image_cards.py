@@ -1,6 +1,6 @@
-"""Render a folder of images as HTML: cards with thumbnail, sizes and captions, and a summary of the folder.
+"""Render a folder of images as HTML: a card with thumbnail, sizes and caption for each image, and a summary.
 
-As in `views`, every name and caption is escaped.
+Every name and caption is escaped.
 """
 
 import json
@@ -26,7 +26,9 @@ def pages(count: int) -> int:
 
 
 def cards(edits: ImageEdits, images: Images, shown: Sequence[Image], page: int) -> str:
-    """Return one page of image cards as HTML, with the folder's name and the names of all images in `shown`.
+    """Return page number `page` of the cards of the images in `shown` as HTML.
+
+    The attributes `data-folder` and `data-names` have the folder's name, and the names of all images in `shown`.
 
     The attribute `data-drawn` makes each result unique. Otherwise Gradio would not send an unchanged result, and the
     caption boxes would keep what the user has typed.
@@ -44,9 +46,9 @@ def cards(edits: ImageEdits, images: Images, shown: Sequence[Image], page: int) 
 
 
 def card(image: Image, thumbnail: str, badges: tuple[str, str], fixed: bool) -> str:
-    """Return one image card; its caption is read-only if `fixed`.
+    """Return an image's card as HTML; the caption is read-only if `fixed`.
 
-    `badges`: why training leaves the image out, and which image it is similar to; either may be empty.
+    `badges`: why training skips the image, and which image it duplicates or is similar to; either may be empty.
     """
     name, text = escape(image.name), escape(text_of(image))
     picture, scale = '<div class="empty">cannot be shown</div>', scaled(image.size[0] if image.size else 0)
@@ -64,7 +66,7 @@ def card(image: Image, thumbnail: str, badges: tuple[str, str], fixed: bool) -> 
 
 
 def sizes(image: Image) -> str:
-    """Return width and height in pixels, and the training resolutions."""
+    """Return an image's width and height in pixels, and its sizes in training, as HTML."""
     if image.size is None:
         return "&mdash;"
     own = in_words(Size(*image.size))
@@ -72,12 +74,15 @@ def sizes(image: Image) -> str:
 
 
 def in_words(size: Size) -> str:
-    """Return a size as width x height."""
+    """Return a size as `width x height` in HTML."""
     return f"{size.width} &times; {size.height}"
 
 
 def summary(edits: ImageEdits, images: Images, shown: int) -> str:
-    """Return as HTML: the number of images, how many training leaves out and why, and the trainer's warnings."""
+    """Return a folder's summary as HTML.
+
+    It has the number of images, how many training skips and why, duplicates, buckets, and the trainer's warnings.
+    `shown`: number of images that the filter selects."""
     problems = Counter(filter(None, map(edits.looks.problem, images.images.values())))
     count, left_out = len(images.images), sum(problems.values())
     lines = [f"<b>{pluralize(count, 'image')}</b> in {escape(images.folder.name)}, {shown:,} shown"]

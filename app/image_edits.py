@@ -1,4 +1,4 @@
-"""Edit a folder of images: change captions, one or many at once, move images to the trash, and undo."""
+"""Edit a folder of images: change one or many captions, move images to the trash, and undo these changes."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,14 @@ from .looks import Looks
 from .runs import RunError, stamp_of
 
 BETWEEN = "\n\n"
-"""Separator between the captions of an image with several captions."""
+"""Separator between the captions of an image in a text box, if the image has several captions."""
 REPLACE, BEFORE, AFTER, ADD_TAG, REMOVE_TAG = "Replace", "Put before", "Put after", "Add tag", "Remove tag"
 EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE = "All images", "Skipped by training", "Without caption", "Duplicates"
 FILTERS = (EVERYTHING, LEFT_OUT, NO_CAPTION, ALIKE)
 
 
 def with_tag(caption: str, tag: str, _: str) -> str:
-    """Return the caption with a tag appended, unless it has the tag."""
+    """Return the caption with a tag appended; a caption that already has the tag is unchanged."""
     return caption if tag.strip() in tags_of(caption) else f"{SEPARATOR} ".join([*filter(None, [caption]), tag.strip()])
 
 
@@ -50,19 +50,21 @@ OPERATIONS: dict[str, Callable[[str, str, str], str]] = {
 
 
 class ImageEdits:
-    """Edits of the folders on the list, and undo."""
+    """Edit and undo changes of the image folders that the page may show."""
 
     def __init__(self, folders: ImageFolders, jobs: Jobs) -> None:
         self.folders, self.jobs, self.looks = folders, jobs, Looks()
         self.refused: set[Path] = set()
-        """Changes that could not be undone; undo skips them, so that earlier ones can be undone."""
+        """Trash folders of changes that could not be undone. `undo` skips them, to reach earlier changes."""
 
     def look(self, name: object, settings: Sequence = ()) -> Images:
-        """Return the images of a folder. `settings`: resolution, whether buckets are used, caption column."""
+        """Return the images of the folder with this name.
+
+        `settings`: resolution (text), whether aspect ratio buckets are used, and the name of the caption column."""
         return self.folders.images(self.folders.find(name), options_of(*settings))
 
     def shown(self, images: Images, which: str, words: str = "") -> list[Image]:
-        """Return the images that a filter selects and whose name or caption contains `words`."""
+        """Return the images that the filter `which` selects and whose name or caption contains `words`."""
         alike, found = self.looks.alike(images), list(images.images.values())
         if which == LEFT_OUT:
             found = [image for image in found if self.looks.problem(image)]
@@ -76,14 +78,14 @@ class ImageEdits:
         return [image for image in found if words in image.name.casefold() or words in text_of(image).casefold()]
 
     def save_caption(self, images: Images, name: str, was: str, text: str) -> str:
-        """Write the caption of one image and return it as stored.
+        """Write `text` as the caption of one image, and return the caption as stored.
 
-        Raises `RunError` if the caption is not `was`, the one that the user saw.
+        Raises `RunError` if the current caption is not `was`, the caption that the user saw.
         """
         (image,) = images.find([name])
         if in_box(text_of(image)) != in_box(was):
             raise RunError(
-                f"{name} was changed meanwhile, and nothing was written. Its caption is now: {text_of(image)!r}"
+                f"{name} was changed in the meantime; nothing was written. Its caption is now {text_of(image)!r}"
             )
         several = len(image.captions or ()) > 1
         captions = tuple(clean(part).strip() for part in (text.split(BETWEEN) if several else [text]))
@@ -93,11 +95,13 @@ class ImageEdits:
         return BETWEEN.join(captions)
 
     def change_captions(self, images: Images, names: object, operation: object, text: str, other: str = "") -> str:
-        """Apply an operation to the captions of several images, and return a line about it."""
+        """Apply an operation to the captions of several images, and return a sentence that reports the change.
+
+        `operation`: a key of `OPERATIONS`. `text` and `other`: the operation's arguments."""
         if not isinstance(operation, str) or operation not in OPERATIONS:
             raise RunError(f"Choose one of: {', '.join(OPERATIONS)}.")
         if not str(text).strip():
-            raise RunError("Enter the words first.")
+            raise RunError("No words to use: enter words or a tag first.")
         edits = []
         for image in images.find(names):
             before = image.captions or ("",)
@@ -112,14 +116,14 @@ class ImageEdits:
         return f"Changed: {line}."
 
     def throw_away(self, images: Images, names: object) -> str:
-        """Move images, with captions, masks and table rows, into the folder's trash, and return a line about it.
+        """Move images to the folder's trash, and return a sentence that reports the change.
 
-        If a table lists an image twice, both rows are removed. A caption file or a mask is only moved if no remaining
-        image uses it.
+        Their caption files and masks are also moved, unless a remaining image uses them. All their rows in a metadata
+        table are removed.
         """
         refuse_bundled(images.folder)
         if run := self.jobs.reader(images.folder.path):
-            raise RunError(f"{run.name} is training, maybe on these images; wait for it, or stop it first.")
+            raise RunError(f"{run.name} is training, maybe on these images; wait until it ends, or stop it first.")
         picked = images.find(names)
         paths = {os.path.normpath(image.path) for image in picked}
         chosen = [image for image in images.images.values() if os.path.normpath(image.path) in paths]
@@ -131,28 +135,28 @@ class ImageEdits:
                 table.put(draft)  # first, so that no row names a missing image
             for path in files_with(chosen, images):
                 draft.put(path, stamp_of(path), None)
-        return f"{line[0].upper()}{line[1:]} (.trash in the folder, which training passes over)."
+        return f"{line[0].upper()}{line[1:]} (.trash in the folder, which training ignores)."
 
     def last(self, folder: Folder) -> Change | None:
-        """Return the change that `undo` reverts: the folder's last one that is not in `refused`.
+        """Return the change that `undo` reverts: the folder's last change that is not in `refused`.
 
-        If all of them are in `refused`, return the last one; without any change, return None.
+        If all changes are in `refused`, return the last change; if there are no changes, return None.
         """
         found = (change for change in changes(folder) if change.place not in self.refused)
         return next(found, None) or next(changes(folder), None)
 
     def undo(self, images: Images, line: str | None = None) -> str:
-        """Revert the last change of a folder, and return a line about it.
+        """Revert the last change of a folder, and return a sentence that reports it.
 
-        `line`: description of the change that the user wants to revert. Raises `RunError` if the last change is another
-        one by now, or if a file was changed since the change.
+        `line`: description of the change that the user wants to revert. Raises `RunError` if the last change has
+        another description, or if one of its files was changed later.
         """
         refuse_bundled(images.folder)
         change = self.last(images.folder)
         if change is None:
             return "There is nothing to undo."
         if line not in (None, change.line):
-            raise RunError(f"Nothing was undone: the last change is another one by now ({change.line}).")
+            raise RunError(f"Nothing was undone, because the last change is now another one: {change.line}.")
         try:
             change.restore()
         except RunError:
@@ -161,12 +165,12 @@ class ImageEdits:
         return f"Undone: {change.line}."
 
     def check(self, images: Images) -> Iterator[int]:
-        """Open every image of a folder to find damaged ones and duplicates; yield the number done."""
+        """Open every image to find damaged images and duplicates; yield the number of images opened so far."""
         return self.looks.check(list(images.images.values()))
 
 
 def files_with(chosen: Sequence[Image], images: Images) -> list[Path]:
-    """Return the existing files of images, and the masks and caption files that no other image uses."""
+    """Return the files of the images in `chosen`, and the masks and caption files that only these images use."""
     paths = dict.fromkeys(image.path for image in chosen)
     others = [image for image in images.images.values() if image.path not in paths]
     stems = {image.path.with_suffix("") for image in others}
@@ -177,16 +181,16 @@ def files_with(chosen: Sequence[Image], images: Images) -> list[Path]:
 
 
 def text_of(image: Image) -> str:
-    """Return the captions of an image as one text."""
+    """Return all captions of an image as one text, joined by `BETWEEN`."""
     return BETWEEN.join(image.captions or ())
 
 
 def in_box(text: str) -> str:
-    """Return a text with the line ends of an HTML text box."""
+    """Return a text with line feeds as line ends, as an HTML text box has them."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def refuse_bundled(folder: Folder) -> None:
     """Raise `RunError` for the bundled images, which must not change."""
     if folder.bundled:
-        raise RunError("The bundled images stay as they are; upload a folder, or start the application with --data.")
+        raise RunError("The bundled images cannot be changed; upload a folder, or start the application with --data.")

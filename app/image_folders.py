@@ -1,6 +1,6 @@
-"""Read the image folders that the page may show, as the trainer reads them.
+"""Read image folders for the page in the same way as the trainer.
 
-The trainer's own code decides which images are left out, and why. Images and caption files that are links to outside of
+The trainer's own code decides which images are skipped, and why. Images and caption files that are links to outside of
 their folder are never shown.
 """
 
@@ -33,8 +33,8 @@ from .runs import RunError, stamp_of
 from .uploads import store_images
 
 MULTIPLE = 8
-"""Widths and heights are multiples of this number. Models that need multiples of 16 have the same buckets from a
-resolution of 256 on."""
+"""Pixels of which bucket widths and heights are multiples. Models that need multiples of 16 have the same buckets at
+resolutions of 256 and above."""
 OUTSIDE = "leads out of the folder: not shown here"
 KEPT = 8
 """Number of folders whose images are cached."""
@@ -45,7 +45,7 @@ class Image:
     """An image as the trainer reads it."""
 
     name: str
-    """Path of the file within the folder. If a table lists `a.png` twice, the second image is named `a.png (2)`."""
+    """Path of the file in the folder. If a table lists `a.png` twice, the second image is named `a.png (2)`."""
     path: Path
     captions: tuple[str, ...] | None
     """Captions used in training. Empty: the image's table row has no caption. None: the image has no table row, and no
@@ -53,43 +53,43 @@ class Image:
     size: tuple[int, int] | None
     """Width and height in pixels."""
     buckets: tuple[Size, ...] = ()
-    """Size after crop and resize, for each resolution."""
+    """Sizes to which the image is resized and cropped, one for each training resolution."""
     problem: str = ""
-    """Why training leaves it out; empty if it does not."""
+    """Why training skips the image; empty if the image is used."""
     metadata: Path | None = None
-    """The table (metadata.jsonl or .csv) that lists the image; None if the caption is in a file next to the image."""
+    """The metadata table (.jsonl or .csv) that lists the image; None if the caption is in a file next to the image."""
     otherwise: str | None = None
-    """Caption that training uses if the image has no caption file."""
+    """Caption that training uses because the image has no caption file; None if there is no such default."""
     mask: Path | None = None
-    """The mask file of the image; None if the image's table row names none."""
+    """The image's mask file, from the image's table row; None if the row has no mask."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """The contents of a folder."""
+    """The images of a folder, and whether it can be trained on and edited."""
 
     folder: Folder
     options: Options
     images: dict[str, Image]
     notes: tuple[str, ...] = ()
-    """Lines that the trainer would print."""
+    """Messages that the trainer would print about the folder."""
     refused: str = ""
-    """Why training would not start; empty if it would."""
+    """Why training on the folder would not start; empty if it would start."""
     fixed: str = ""
-    """Why captions cannot be edited, such as a table that cannot be read; empty if they can."""
+    """Why captions cannot be edited, such as an unreadable table; empty if they can be edited."""
 
     def find(self, names: object) -> list[Image]:
-        """Return the images of these names. Raises `RunError` for no names, and for an image that no longer exists."""
+        """Return the images with these names. Raises `RunError` if `names` is empty or an image no longer exists."""
         names = list(dict.fromkeys(map(str, names))) if isinstance(names, Iterable) else []
         if gone := [name for name in names if name not in self.images]:
-            raise RunError(f"{gone[0][:80]} is no longer in this folder; reload it.")
+            raise RunError(f"{gone[0][:80]} is no longer in this folder; reload the folder.")
         if not names:
             raise RunError("Select images first.")
         return [self.images[name] for name in names]
 
 
 class ImageFolders(Folders):
-    """The image folders on the list, with cached contents."""
+    """The image folders that the page may show, with cached contents."""
 
     def __init__(self, runs: Path, data: Path | None = None) -> None:
         super().__init__(runs, data)
@@ -97,7 +97,9 @@ class ImageFolders(Folders):
         self.lock, self.adding = threading.Lock(), threading.Lock()
 
     def add(self, name: str, uploads: list[str], caption: str) -> Folder:
-        """Store uploaded images as a new folder. Raises `RunError` for an invalid or existing name."""
+        """Store uploaded images as a new folder, and return it. Raises `RunError` for an invalid or existing name.
+
+        `caption`: the caption of images without a caption file; if empty, the words of the file name."""
         name = name if isinstance(name, str) else ""
         if kind_of(self.runs):
             raise RunError("This page shows a single run; start the application on a folder of runs to upload images.")
@@ -106,7 +108,7 @@ class ImageFolders(Folders):
         path = self.runs / SETS / name
         with self.adding:
             if path.exists():
-                raise RunError("There is a folder of that name already; choose another name.")
+                raise RunError("A folder with this name already exists; choose another name.")
             store_images(path, uploads, caption)
         return self.find(f"uploads/{name}")
 
@@ -124,7 +126,7 @@ class ImageFolders(Folders):
 
 
 def options_of(resolution: object = "", buckets: object = False, column: object = "") -> Options:
-    """Return the trainer's options for these settings.
+    """Return the trainer's options for a resolution, use of aspect ratio buckets, and the caption column of tables.
 
     Raises `RunError` with the trainer's message for an invalid setting.
     """
@@ -133,10 +135,10 @@ def options_of(resolution: object = "", buckets: object = False, column: object 
 
 @functools.lru_cache(maxsize=64)
 def _flags(resolution: str, buckets: bool, column: str) -> Options:
-    """Parse the trainer's options from text, cached."""
+    """Return what `options_of` returns, cached; `resolution` is whole numbers separated by spaces."""
     sides = resolution.split()
     if not all(side.isdecimal() for side in sides):
-        raise RunError("Give the resolution as whole numbers with spaces between them.")
+        raise RunError("Give the resolution as whole numbers with spaces between them, such as 512 768.")
     words = ["--train_data_dir", "images", *(["--resolution", *sides] if sides else [])]
     words += ["--use_aspect_ratio_buckets"] if buckets else []
     words += [f"--caption_column={column}"] if column else []
@@ -144,18 +146,18 @@ def _flags(resolution: str, buckets: bool, column: str) -> Options:
 
 
 def state_of(folder: Folder, options: Options) -> int:
-    """Return a hash that changes with any file of a folder. Raises `RunError` if it cannot be read."""
+    """Return a hash of a folder's files, which changes with any of them. Raises `RunError` if they cannot be read."""
     try:
         return hash(tuple((str(path), stamp_of(path)) for path in files_of(folder.path, options.data, options.output)))
     except OSError:
-        raise RunError("This folder cannot be read just now.") from None
+        raise RunError("This folder cannot be read: check that it exists, then reload it.") from None
 
 
 # -- as the trainer reads a folder -------------------------------------------------------------------------------------
 
 
 def read(folder: Folder, options: Options) -> Images:
-    """Return every image of a folder as the trainer reads it, including those that it skips."""
+    """Read all images of a folder as the trainer reads them, including the images that it skips."""
     options = options.replace(train_data_dir=str(folder.path))
     images: dict[str, Image] = {}
     notes: list[str] = []
@@ -185,9 +187,10 @@ def read(folder: Folder, options: Options) -> Images:
 
 
 def with_masks(folder: Path, options: Options, caption: str | None, deep: bool) -> Found | None:
-    """Read a folder with `--masked_loss`; if its masks are invalid, read it without this option.
+    """Read a folder with `--masked_loss` or, if the masks are invalid, without this option.
 
-    Returns None for a folder that the datasets library has to read.
+    Returns None for a folder that only the datasets library can read. `caption`: caption of images without a caption
+    file. `deep`: whether to read subfolders.
     """
     with contextlib.suppress(InvalidArgument):
         masked = dataclasses.replace(options.training, masked_loss=True)
@@ -196,7 +199,7 @@ def with_masks(folder: Path, options: Options, caption: str | None, deep: bool) 
 
 
 def whole_line(folder: Folder, options: Options) -> str:
-    """Return why a folder that the datasets library reads is not shown."""
+    """Return a sentence on why a folder that only the datasets library can read is not shown."""
     layout = layout_of(files_of(folder.path, options.data, options.output), folder.path) or "metadata in a folder below"
     return f"the datasets library reads this folder as a whole ({layout}): it can be trained on, but is not shown here"
 
@@ -204,7 +207,7 @@ def whole_line(folder: Folder, options: Options) -> str:
 def images_of(found: Found, folder: Folder, options: Options, otherwise: str | None) -> dict[str, Image]:
     """Return the images that the trainer found, by name.
 
-    `otherwise` is the caption of images without a caption file.
+    `otherwise`: the caption of images without a caption file.
     """
     names, images = names_of(found.files, folder.path), {}
     for index, (name, path, row) in enumerate(zip(names, found.files, found.rows, strict=True)):
@@ -226,7 +229,9 @@ def images_of(found: Found, folder: Folder, options: Options, otherwise: str | N
 def skipped_images(
     folder: Folder, options: Options, read: dict[str, Image], why: str, metadata: Path | None
 ) -> dict[str, Image]:
-    """Return by name the images in a folder that the trainer skips, except mask files; `why` is the reason."""
+    """Return the images in a folder that the trainer skips, by name; mask files are left out.
+
+    `read`: the images that the trainer uses. `why`: the reason. `metadata`: the folder's table."""
     known = {os.path.normpath(path) for image in read.values() for path in (image.path, image.mask) if path}
     paths = [
         path
@@ -243,23 +248,23 @@ def skipped_images(
 
 
 def leads_out(folder: Folder, path: Path) -> bool:
-    """Return whether an image, or a caption file next to it, is a link to outside of the folder."""
+    """Return whether the image at `path`, or one of its caption files, is a link to outside of the folder."""
     return not all(map(folder.holds, [path, *caption_files(path)]))
 
 
 def header_of(folder: Folder, path: Path) -> tuple[int, int] | None:
-    """Return width and height of an image in pixels, or None if its header cannot be read."""
+    """Return width and height in pixels from an image's header, or None if the header cannot be read."""
     size = image_size(path) if folder.holds(path) else ""
     return None if isinstance(size, str) else size
 
 
 def buckets_of(size: tuple[int, int], options: Options) -> tuple[Size, ...]:
-    """Return the sizes that an image is cropped and resized to, one per resolution."""
+    """Return the sizes to which an image of this size is resized and cropped, one per training resolution."""
     return tuple(dict.fromkeys(size_of(size, side, MULTIPLE, options.data)[0] for side in options.data.resolution))
 
 
 def names_of(paths: Sequence[Path], folder: Path) -> list[str]:
-    """Return a name for each file, safe for a browser; duplicates are numbered."""
+    """Return a name for each path: the path relative to `folder` as valid UTF-8; duplicates are numbered."""
     met: Counter[str] = Counter()
     names = []
     for path in paths:

@@ -1,8 +1,8 @@
-"""Run trainings and experiments as processes: start, queue, stop and resume them.
+"""Start, queue, stop and resume runs and experiments, each trained by a separate process.
 
-A training continues when the page or the application is closed; its process id is in the run's folder. The queue is a
-file in the runs folder. It is only changed under a lock, so that all threads, and all applications on the same folder,
-agree on what is next.
+Training continues when the page or the application is closed; the trainer's process id is in the run's folder. The
+queue is a file in the runs folder. It is only changed under a lock, so that all threads, and all applications that use
+the same runs folder, agree on the next run.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ FILE, LOCK = "queue.json", ".queue.lock"
 KINDS: dict[str, type[Run]] = {"run": Run, "experiment": Experiment}
 WAITING, RUNNING, FAILED = "waiting", "running", "failed"
 EVERY, FRESH = 2.0, 1.0
-"""Seconds between two polls of the queue, and seconds for which the result of `would_wait` is cached."""
+"""Seconds between two polls of the queue; seconds for which the result of `would_wait` is cached."""
 MOST, MOST_ENDED = 100, 20
 LONGEST = 100_000  # characters of one entry in the file
 GONE = "its folder is gone: it was renamed or removed"
@@ -54,28 +54,28 @@ PATIENCE = 120.0  # seconds to wait for the lock: another change of the queue ma
 FOLDERS = ("train_data_dir", "class_data_dir", "dataset_name")
 """Options that may name a folder of images."""
 BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
-"""Files that may be in a run's folder before training begins; `cache` has encoded images."""
+"""Files and folders that may be in a run's folder before training begins; `cache` contains encoded images."""
 FEW = 8  # images in the preview
 PLAN_SECONDS = 180
 STOP = getattr(signal, "SIGUSR1", signal.SIGTERM)
-"""Signal that asks a trainer to save and exit. Not SIGTERM: if two applications sent it, the second SIGTERM would end
-the trainer before it has saved."""
+"""Signal that asks a trainer to save and exit. SIGTERM is only used where SIGUSR1 does not exist, because a second
+SIGTERM (from another application) would end the trainer before it has saved."""
 
 
 class Busy(RunError):
-    """Raised if another run is training."""
+    """Raised if a run cannot start because another run is training."""
 
 
 def folder_name(name: str) -> str:
-    """Return the name if it can be that of a visible folder in the runs folder. Raises `ValueError` otherwise."""
+    """Return `name` if it is valid as the name of a visible folder in the runs folder, else raise `ValueError`."""
     if not name or Path(name).name != name or name.startswith(".") or "\0" in name:
-        raise ValueError("the name of an entry is none of a run")
+        raise ValueError(f"the queue has an entry whose name {name!r} cannot be the name of a run")
     return name
 
 
 @dataclass
 class Entry:
-    """A run or an experiment in the queue; its command is made from the form's settings when it starts."""
+    """A run or an experiment in the queue; the training command is made from `settings` when the entry starts."""
 
     __pydantic_config__: ClassVar = ConfigDict(strict=True, extra="forbid")
 
@@ -83,14 +83,14 @@ class Entry:
     kind: Literal["run", "experiment"] = "run"
     settings: dict = field(default_factory=dict)
     folder: str | None = None
-    """Name of the image folder on the list; None means the bundled images, or for a resumed run its own images."""
+    """Name of the image folder (see `Folders`); None means the bundled images or, for a resumed run, its own images."""
     resume: bool = False
-    """Whether to resume an existing run from its newest checkpoint, with its own settings."""
+    """Whether to resume the existing run with this name, from its newest checkpoint and with its own settings."""
     state: Literal["waiting", "running", "failed", "finished", "stopped"] = WAITING
     line: str = ""
-    """Why it failed, or the trainer's last line."""
+    """Why the entry failed, or the last line of the trainer's log."""
     device: str | None = None
-    """The GPU assigned to it, if there are several."""
+    """Index or name of the GPU assigned to the entry; None if the machine does not have several GPUs."""
 
     @property
     def ends(self) -> bool:
@@ -112,7 +112,7 @@ ENTRY, CONTENT = TypeAdapter(Entry), TypeAdapter(Content)
 
 
 class Jobs:
-    """The trainings of a runs folder: running, queued and ended."""
+    """The running, queued and ended runs and experiments of a runs folder."""
 
     def __init__(self, library: Library, data: Path | None = None) -> None:
         self.library = library
@@ -129,20 +129,22 @@ class Jobs:
     # -- what may start, and by which command --------------------------------------------------------------------------
 
     def folders(self) -> list[str]:
-        """Return the names of the image folders without the bundled images, which are the default."""
+        """Return the names of all image folders except the bundled images, which are the default."""
         return [name for name, folder in self.images.all().items() if not folder.bundled]
 
     def command(self, name: str, settings: dict, images: Path | None = None, kind: type[Run] = Run) -> list[str]:
-        """Return the arguments after `accelerate launch` for a new run, or for more runs of an existing experiment."""
+        """Return the arguments after `accelerate launch` for a new run, or for more runs in an existing experiment.
+
+        `images`: the folder to train on; None means the default. Raises `RunError` for invalid settings."""
         words = launcher.words_for(self.folder_of(name, kind), settings, images, self.begun(name, kind))
         if not isinstance(self.resolved(words), Grid) and kind is Experiment:
             raise RunError(ALONE)
         return words
 
     def resolved(self, words: list[str]) -> Options | Grid[Options]:
-        """Return a command's options as the trainer resolves them. Raises `RunError` for invalid options.
+        """Return the options of a training command, with defaults, as the trainer resolves them.
 
-        The images need not exist yet.
+        Raises `RunError` for invalid options. The images do not have to exist yet.
         """
         try:
             return resolve(parsed_values(launcher.trainers_parser(), words[1:]))
@@ -150,20 +152,20 @@ class Jobs:
             raise RunError(self.without_folders(str(error))) from None
 
     def begun(self, name: str, kind: type[Run]) -> Run | None:
-        """Return the existing experiment of that name, which gets more runs; None for a new run or experiment."""
+        """Return the existing experiment with this name, to which runs are added; None for a new run or experiment."""
         found = self.library.named(name, kind) if kind is Experiment else None
         return found if found and found.config else None
 
     def kind_of(self, name: str, settings: dict) -> type[Run]:
-        """Return `Experiment` for settings with several values, and for the name of an existing experiment."""
+        """Return `Experiment` if an option has several values or an experiment has this name, else `Run`."""
         return Experiment if self.begun(name, Experiment) or launcher.varies(settings) else Run
 
     def folder_of(self, name: str, kind: type[Run]) -> Path:
-        """Return the output folder of the trainer."""
+        """Return the output folder of a new run or experiment, or of an existing experiment that gets more runs."""
         return self.library.folder / name if self.begun(name, kind) else self.new_folder(name)
 
     def new_folder(self, name: str) -> Path:
-        """Return the folder of a new run. Raises `RunError` for an invalid or existing name."""
+        """Return the folder for a new run or experiment. Raises `RunError` for an invalid or existing name."""
         if self.library.is_single:
             raise RunError("This page shows a single run; start the application on a folder of runs to train here.")
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", name):
@@ -172,7 +174,7 @@ class Jobs:
         run = (kind_of(folder) or Run)(name, folder)
         began = not folder.is_dir() or not BEFORE.issuperset(run.entries())  # a folder without training can be reused
         if folder.is_symlink() or (folder.exists() and began):
-            raise RunError("There is a run of that name already; choose another name, or resume it.")
+            raise RunError("A run with this name already exists; choose another name, or resume this run.")
         if folder.exists() and self.is_active(run):
             raise RunError(f"{name} is already starting: choose another name.")
         return folder
@@ -180,14 +182,14 @@ class Jobs:
     def choose_images(
         self, name: str, folder: str | None, uploads: Sequence[str] | None, caption: str = "", kind: type[Run] = Run
     ) -> Path | None:
-        """Return the folder to train on: that of the uploads, else the named one on the list; None is the default."""
+        """Return the folder to train on: the folder for the uploads, else the named folder, else None (the default)."""
         if uploads:
             of_run = self.library.folder / UPLOADS / self.folder_of(name, kind).name
             return place_of(of_run, contents_of(uploads, caption))
         return self.images.find(folder).path if folder else None
 
     def first_images(self, folder: str | None, uploads: list[str]) -> list[Path]:
-        """Return the first images of a folder on the list, or of the uploads, for the preview."""
+        """Return the first `FEW` images of the uploads, else of the folder with this name, for the preview."""
         found = list(map(Path, uploads))
         if not uploads and folder:
             chosen = self.images.find(folder)
@@ -195,36 +197,39 @@ class Jobs:
         return [path for path in found if path.suffix.lower() in SUFFIXES][:FEW]
 
     def resumable(self, name: str, kind: type[Run] = Run) -> Run:
-        """Return the run or experiment of that name. Raises `RunError` if it cannot be resumed."""
+        """Return the run or experiment with this name. Raises `RunError` if it cannot be resumed."""
         run = self.find(name, kind)
         refuse_language(run)
         if not run.config:
-            raise RunError("This run has nothing to resume: start a new one.")
+            raise RunError("This run has nothing to resume: start a new run.")
         if not run.folder.is_relative_to(self.library.folder):
-            raise RunError("The example run cannot be resumed; start a new one.")
+            raise RunError("The example run cannot be resumed; start a new run.")
         if run.status == "finished":
             raise RunError(f"{run.name} is finished: there is nothing to resume.")
         self.refuse_active(run)
         return run
 
     def plan(self, words: list[str]) -> str:
-        """Return the memory estimate that the trainer prints with `--plan`; nothing is trained."""
+        """Return the memory estimate that the trainer prints with `--plan`; nothing is trained.
+
+        `words`: the arguments of the training command."""
         try:
             done = subprocess.run(
                 [sys.executable, *words, "--plan"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
                 env=launcher.environment(), timeout=PLAN_SECONDS,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise RunError(f"The estimate took longer than {PLAN_SECONDS} seconds.") from None
+            raise RunError(f"The memory estimate took longer than {PLAN_SECONDS} seconds and was stopped.") from None
         said = done.stdout if done.returncode == 0 else done.stdout + done.stderr[-2000:]
         return self.without_folders(said.strip())
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
     def start(self, name: str, words: list[str], kind: type[Run] = Run, device: str | None = None) -> Run:
-        """Start the trainer of a run or experiment that is not resumed, and return the run or experiment.
+        """Start training a new run, a new experiment, or more runs in an experiment; return the run or experiment.
 
-        `device`: a free GPU for the trainer. If `device` is None and another run trains, `Busy` is raised.
+        `words`: the training command's arguments. `device`: a free GPU. Raises `Busy` if `device` is None and another
+        run trains.
         """
         with self.lock:
             self.refuse_second(device)
@@ -235,7 +240,7 @@ class Jobs:
             return self._launch(kind(name, folder), words, device)
 
     def resume(self, name: str, kind: type[Run] = Run, device: str | None = None) -> Run:
-        """Resume a stopped run or experiment with its own settings."""
+        """Resume a stopped run or experiment with its own settings, and return it; `device` is as in `start`."""
         with self.lock:
             self.refuse_second(device)
             run = self.resumable(name, kind)
@@ -243,17 +248,17 @@ class Jobs:
             return self._launch(run, [*words, "--resume_from_checkpoint", "latest"], device)
 
     def refuse_active(self, *runs: Run, error: type[RunError] = RunError) -> None:
-        """Raise `error` for the first of the runs that is training."""
+        """Raise `error` for the first of `runs` that is training, if any."""
         for run in filter(self.is_active, runs):
-            raise error(f"{run.name} is training; wait for it, or stop it first.")
+            raise error(f"{run.name} is training; wait until it ends, or stop it first.")
 
     def refuse_second(self, device: str | None) -> None:
-        """Raise `Busy` if another run trains and `device`, a GPU for the next run, is None."""
+        """Raise `Busy` if any run trains and `device`, a free GPU for the next run, is None."""
         if device is None:
             self.refuse_active(*self.library.everything(), error=Busy)
 
     def _launch(self, run: Run, words: list[str], device: str | None) -> Run:
-        """Start a trainer that writes to the locked log of the run, and return the run."""
+        """Start the trainer of a run with its output in the run's log, which stays locked; return the run."""
         self.asked = {process for process in self.asked if is_trainer(process)}
         self.began.discard(run.name)
         for request in (SAVE, SAMPLE):  # requests that the last training did not handle
@@ -267,7 +272,7 @@ class Jobs:
         return run
 
     def all_active(self) -> Iterator[Run]:
-        """Return the runs and experiments that are training or starting; several only with several GPUs."""
+        """Return the runs and experiments that are training or starting; more than one only with several GPUs."""
         return (run for run in self.library.everything() if self.is_active(run))
 
     def is_active(self, run: Run) -> bool:
@@ -277,7 +282,7 @@ class Jobs:
         return ours or is_held(run.folder / run.log_name) or run.process is not None
 
     def find(self, name: str, kind: type[Run] = Run) -> Run:
-        """Return the run (of any script) or experiment of that name. Raises `RunError` if there is none."""
+        """Return the run (of any trainer) or experiment with this name. Raises `RunError` if there is none."""
         if kind is Experiment:
             return self.library.find_experiment(name)
         return self.library.named(name, LanguageRun) or self.library.find(name)
@@ -285,9 +290,9 @@ class Jobs:
     def stop(self, name: str, kind: type[Run] = Run, only: bool = False) -> str:
         """Ask a trainer to save and exit, and return a sentence about it.
 
-        If the named run is training, its trainer is asked. If it is not:
-        - with `only`, `RunError` is raised, so that a run which has started since is not stopped;
-        - otherwise the only active trainer is asked; if several are active, `RunError` is raised.
+        If the named run is training, its trainer is asked. Otherwise:
+        - if `only`, raise `RunError`, so that a run which has started in the meantime is not stopped;
+        - else, ask the active trainer of another run; raise `RunError` if several trainers are active.
         """
         looked_at = self.find(name, kind)
         is_active = self.is_active(looked_at)
@@ -298,19 +303,19 @@ class Jobs:
             return "Nothing is training."
         if len(found) > 1:
             names = enumerated(run.name for run in found)
-            raise RunError(f"{names} are training; choose the one to stop.")
+            raise RunError(f"{names} are training; choose the run to stop.")
         (run,) = found
         number, process = run.process, self.started.get(run.name)
         if number in self.asked:
-            return f"{run.name} was asked to stop already; what is trained is saved."
+            return f"{run.name} was already asked to stop; the trained steps are saved."
         if number is not None:
             self.asked.add(number)
             os.kill(number, STOP)
             done, total = run.progress
             when = "soon" if total and done == total else "after this step"  # it is merging or comparing
-            return f"{run.name} was asked to stop {when}; what is trained is saved."
+            return f"{run.name} was asked to stop {when}; the trained steps are saved."
         if process is None:  # started by another process of the application
-            return f"{run.name} is starting, or ending; what is at work then can be stopped."
+            return f"{run.name} is starting or ending; if it is training in a moment, stop it then."
         if run.name in self.began:
             return f"{run.name} is ending."
         # Training has not begun, so there is nothing to save: end the complete process group.
@@ -322,9 +327,9 @@ class Jobs:
         return f"{run.name} is stopped before its training began."
 
     def reader(self, folder: Path) -> Run | None:
-        """Return an active run whose images are in the folder, above it or below it; None if there is none.
+        """Return an active run that may train on images in the folder, in its parents or in its subfolders, or None.
 
-        An active run that has no config.json yet is returned, too, because its images are not known.
+        This includes an active run without a config.json, because its images are not known yet.
         """
         for run in self.all_active():
             read = [Path(name).resolve() for flag in FOLDERS for name in run.words(flag)]
@@ -333,7 +338,9 @@ class Jobs:
         return None
 
     def ask(self, request: str) -> str:
-        """Request a checkpoint or samples after this step from all active trainers, and return a sentence."""
+        """Ask all active trainers for a checkpoint (`SAVE`) or samples (`SAMPLE`) after the current step.
+
+        Returns a sentence on which trainers were asked, or why none could be asked."""
         why_not = {run: self.why_not_asked(run, request) for run in self.all_active()}
         asked = [run for run, why in why_not.items() if not why]
         for run in asked:
@@ -344,20 +351,20 @@ class Jobs:
         return f"{enumerated(run.name for run in asked)}: {what} after this step."
 
     def why_not_asked(self, run: Run, request: str) -> str:
-        """Return why a run cannot handle the request now; empty if it can."""
+        """Return a sentence on why a run cannot handle the request now; empty if it can."""
         done, total = run.progress
         if run.process is None:
-            return f"{run.name} is starting, or ending; ask once it trains."
+            return f"{run.name} is starting or ending; try again when it is training."
         if script := language_script(run):
-            return f"{run.name} is of {script}, which cannot be asked for that."
+            return f"{run.name} is trained by {script}, which cannot save or sample on request."
         if total and done == total:
-            return f"{run.name} has no step to take now."
+            return f"{run.name} has finished its training steps."
         if request == SAMPLE and run.config and not run.prompts:
             return f"{run.name} generates no samples: it has no prompts."
         return ""
 
     def status(self, run: Run) -> str:
-        """Return a run's status, including `starting` and `stopping`, which its folder does not show."""
+        """Return a run's status: `run.status`, or `starting` or `stopping`, which the run's folder does not show."""
         status = run.status
         if status == "running":
             self.began.add(run.name)
@@ -365,11 +372,11 @@ class Jobs:
         return ("stopping" if run.name in self.began else "starting") if self.is_active(run) else status
 
     def log(self, run: Run) -> str:
-        """Return the end of a run's log without this machine's folders."""
+        """Return the last lines of a run's log, with this machine's folders replaced by short names."""
         return self.without_folders(run.log_tail())
 
     def last_line(self, run: Run) -> str:
-        """Return the last line of a run's log, which gives the reason if it failed."""
+        """Return the last line of a run's log, which gives the reason if the run failed."""
         return self.without_folders(run.log_tail(1))[:300]
 
     def without_folders(self, text: str) -> str:
@@ -384,9 +391,7 @@ class Jobs:
     # -- the queue: its file -------------------------------------------------------------------------------------------
 
     def entries(self) -> list[Entry]:
-        """Return all entries of the queue in order.
-
-        Raises `RunError` if the file cannot be read; the file is not changed then.
+        """Return all entries of the queue in order. Raises `RunError` if the queue's file cannot be read.
         """
         try:
             if not self.path.is_file():
@@ -402,7 +407,7 @@ class Jobs:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[list[Entry]]:
-        """Lock the queue and yield its entries to be changed; then write them, unless an exception was raised."""
+        """Lock the queue and yield its entries; when the `with` block ends without an exception, write the entries."""
         with writable():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path.with_name(LOCK), timeout=PATIENCE).acquire()
@@ -422,10 +427,10 @@ class Jobs:
     # -- the queue: actions --------------------------------------------------------------------------------------------
 
     def add(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> Entry:
-        """Add an entry to the queue, start the entries that can start now, and return the added entry's new state.
+        """Add an entry to the queue, start the entries that can start now, and return the added entry.
 
-        Uploaded images are stored. Raises `RunError` for settings that the trainer or the launcher would refuse, and if
-        the start of the entry fails.
+        Uploaded images are stored; `caption` is the caption of those without a caption file. Raises `RunError` for
+        invalid settings, and if the entry fails to start.
         """
         if self.library.is_single and entry.resume:  # a single run's folder has no queue
             self.resume(entry.name, KINDS[entry.kind])
@@ -436,9 +441,9 @@ class Jobs:
             self.check(entry, uploads, caption)
             live = [one.name for one in entries if not one.ends]
             if entry.name in live:
-                raise RunError(f"{entry.name} is in the queue already; choose another name, or remove that one.")
+                raise RunError(f"{entry.name} is already in the queue; choose another name, or remove that entry.")
             if len(live) >= MOST:
-                raise RunError(f"At most {MOST} runs can wait in the queue.")
+                raise RunError(f"The queue is full ({MOST} entries): wait until a run ends, or remove an entry.")
             is_new = not (entry.resume or self.begun(entry.name, KINDS[entry.kind]))
             if is_new and uploads:
                 kept = keep(self.library.folder / UPLOADS / entry.name, uploads, caption)
@@ -453,7 +458,7 @@ class Jobs:
         return added
 
     def check(self, entry: Entry, uploads: Sequence[str], caption: str) -> None:
-        """Raise `RunError` for an entry that could not start even if nothing else trained."""
+        """Raise `RunError` for an entry that could not start even if no other run trained."""
         try:
             written = json.dumps(asdict(entry), ensure_ascii=False).encode()
             ENTRY.validate_json(written)
@@ -465,12 +470,12 @@ class Jobs:
         self.refuse_active(self.run_of(entry))
 
     def move(self, name: str, by: int) -> None:
-        """Move a waiting entry up (-1) or down (any other number) among the waiting ones."""
+        """Move a waiting entry up (`by` = -1) or down (any other number) by one place among the waiting entries."""
         with self.changing() as entries:
             waiting = [entry for entry in entries if entry.state == WAITING]
             names = [entry.name for entry in waiting]
             if name not in names:
-                raise RunError("Nothing of that name waits in the queue.")
+                raise RunError("No entry with this name waits in the queue.")
             here = names.index(name)
             there = here + (-1 if by == -1 else 1)
             if 0 <= there < len(waiting):
@@ -501,7 +506,7 @@ class Jobs:
     # -- the queue: automatic start ------------------------------------------------------------------------------------
 
     def would_wait(self) -> bool:
-        """Return whether a new entry would wait; cached for a second, because every open page asks."""
+        """Return whether a new entry would have to wait; cached for `FRESH` seconds, because every open page asks."""
         if time.monotonic() - self.looked > FRESH:
             try:
                 entries = self.entries()
@@ -512,9 +517,9 @@ class Jobs:
         return self.busy
 
     def advance(self) -> None:
-        """Update the states of the entries, and start waiting entries while a device is free.
+        """Update the states of all entries, and start waiting entries while a device is free.
 
-        If a start fails, the next entry is started.
+        If an entry fails to start, the next entry is started.
         """
         if all(entry.ends for entry in self.entries()):
             return
@@ -558,7 +563,9 @@ class Jobs:
             entry.state, entry.line = FAILED, "It could not be started; see the terminal for details."
 
     def command_of(self, entry: Entry, uploads: Sequence[str] = (), caption: str = "") -> list[str]:
-        """Return the arguments of an entry's command after all checks; empty for a resumed run."""
+        """Return the arguments of an entry's training command; empty for a resumed run.
+
+        Raises `RunError` if the entry's settings or images are invalid, or if the run cannot be resumed."""
         kind = KINDS[entry.kind]
         if entry.resume:
             self.resumable(entry.name, kind)
@@ -571,7 +578,7 @@ class Jobs:
         return KINDS[entry.kind](entry.name, self.library.folder / entry.name)
 
     def free(self, entries: Sequence[Entry]) -> list[str | None]:
-        """Return the free devices; a training on an unknown device counts as using all of them."""
+        """Return the devices on which a run can start now; a run on an unknown device counts as using all devices."""
         given = {entry.name: entry.device for entry in entries if entry.state == RUNNING}
         taken = {given.get(run.name) for run in self.all_active()}
         return [] if None in taken else [device for device in devices() if device not in taken]
@@ -580,7 +587,7 @@ class Jobs:
         """Start the thread that polls the queue until `closed` is set, and print how many entries wait."""
         with contextlib.suppress(RunError):
             if waiting := sum(entry.state == WAITING for entry in self.entries()):
-                print(f"python -m app: {waiting} in the queue, which start by themselves", file=sys.stderr)
+                print(f"python -m app: {waiting} waiting in the queue; they start automatically", file=sys.stderr)
         threading.Thread(target=self._look_again, daemon=True).start()
 
     def _look_again(self) -> None:
@@ -593,7 +600,7 @@ class Jobs:
             except RunError as error:
                 problem = str(error)
             except Exception as error:
-                problem = f"The queue stands still: {error!r}"
+                problem = f"The queue cannot start runs: {error!r}"
             if problem not in ("", told):  # print each problem once
                 print(f"python -m app: {problem}", file=sys.stderr)
             told = problem
@@ -602,16 +609,16 @@ class Jobs:
 
 
 def one_of(entries: Sequence[Entry], name: str) -> Entry:
-    """Return the entry of that name. Raises `RunError` if there is none."""
+    """Return the entry with this name. Raises `RunError` if there is none."""
     for entry in entries:
         if entry.name == name:
             return entry
-    raise RunError("There is nothing of that name in the queue.")
+    raise RunError("No entry in the queue has this name.")
 
 
 @contextlib.contextmanager
 def writable() -> Iterator[None]:
-    """Convert errors of the file system to a `RunError` for the page."""
+    """Convert errors of locking or writing the queue's file to a `RunError` for the page."""
     try:
         yield
     except Timeout:
@@ -621,7 +628,7 @@ def writable() -> Iterator[None]:
 
 
 def devices() -> list[str | None]:
-    """Return the devices for trainings that run at the same time: one GPU each, or [None] for a single training."""
+    """Return the GPUs, each of which trains one run at a time; [None] without several GPUs, for one run at a time."""
     count = torch.cuda.device_count()
     if count < 2:
         return [None]

@@ -27,21 +27,21 @@ from .runs import Run, RunError
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_sd.py"
 ADDED_TO = ("method", "learning_rate", "seed")
-"""Options that may get further values in an existing experiment."""
+"""Options to which values can be added in an existing experiment."""
 MAY_GROW = (*ADDED_TO, "experiment_minutes", "arms_at_once")
-"""Options that may change in an existing experiment."""
+"""Options that can be changed in an existing experiment."""
 EMPTY = (None, "", [])
-"""Form values with which an option is not passed to the trainer."""
+"""Values in the form for which the option is not passed to the trainer."""
 LARGEST_RANK = 512
-"""A larger rank gives a warning."""
-ALONE = "Several methods alone are a run, not an experiment: give several learning rates or seeds."
+"""Maximum rank without a warning."""
+ALONE = "Several methods make only one run, not an experiment: give several learning rates or seeds."
 
 
 def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
     """Return command-line arguments for the settings that differ from the trainer's defaults.
 
-    `with_defaults`: also for the settings that are equal to the defaults. Raises `RunError` for a value that the
-    trainer's parser refuses.
+    `with_defaults`: include the settings that are equal to the defaults. Raises `RunError` for a value that the
+    trainer's parser does not accept.
     """
     words = []
     for name, option in form.known().items():
@@ -57,16 +57,16 @@ def arguments(settings: dict, with_defaults: bool = False) -> list[str]:
 
 
 def words_of(option: Option, value: object) -> list[str]:
-    """Return an option's values as command-line arguments. Raises `RunError` for an invalid value."""
+    """Return the values of an option as command-line arguments. Raises `RunError` for an invalid value."""
     found = [str(int(v) if isinstance(v, float) and v.is_integer() else v) for v in listed(value)]
     if option.name == "validation_prompt":
         found = [line.strip() for line in "\n".join(found).replace("\0", "").splitlines() if line.strip()]
         if len(found) == 1 and found[0].lower().endswith(PROMPT_FILES):
-            raise RunError("Prompt files work only with train_sd.py; write the prompts here, one a line.")
+            raise RunError("Prompt files work only on the command line; enter the prompts here, one per line.")
     elif option.takes_several and isinstance(value, str):  # separated by spaces; numbers also by commas
         found = (value.replace(",", " ") if option.parse is not str else value).split()
     if any(re.match(r"-(?!\d)", word) for word in found):  # it would be parsed as another option
-        raise RunError(f"{option.name} cannot begin with a hyphen.")
+        raise RunError(f"{option.name}: a value cannot begin with a hyphen.")
     known = () if option.choices else form.choices(option)  # the trainer would import an optimizer by its path
     if known and (wrong := [word for word in found if word not in known]):
         raise RunError(f"{option.name} {wrong[0][:80]}: choose from {', '.join(known)}.")
@@ -74,19 +74,19 @@ def words_of(option: Option, value: object) -> list[str]:
 
 
 def parsed(settings: dict) -> dict:
-    """Return the given settings with the types of the trainer's options, and the model's path or hub name."""
+    """Convert the form's settings to the types of the trainer's options, and the model to its path or hub name."""
     words, model = arguments(settings, True), str(settings.get("model") or "")
     return vars(trainers_parser().parse_args(words)) | ({form.MODEL: model_of(model, Path())} if model else {})
 
 
 def varies(settings: dict) -> bool:
-    """Return whether several values of an option make the settings an experiment."""
+    """Return whether the settings make an experiment: whether an option that may vary has several values."""
     given = {name: option for name, option in form.known().items() if option.varies and settings.get(name) not in EMPTY}
     return any(len(words_of(option, settings[name])) > 1 for name, option in given.items())
 
 
 def read_config(path: Path) -> dict:
-    """Return the settings of a TOML file or a config.json. Raises `RunError` for one that the trainer would refuse."""
+    """Return the settings in a TOML file or config.json. Raises `RunError` if the trainer does not accept the file."""
     try:
         return read_file(path, Options.table(), (), SCRIPT.name)
     except InvalidArgument as error:
@@ -94,25 +94,25 @@ def read_config(path: Path) -> dict:
 
 
 def trainers_parser() -> OptionsParser:
-    """Return the trainer's parser; its error message is raised as a `RunError`."""
+    """Return the trainer's parser, which here raises `RunError` for an error instead of exiting."""
     parser = build_parser()
     parser.error = refuse  # type: ignore[method-assign] # the original prints the message and exits
     return parser
 
 
 def refuse(message: str) -> NoReturn:
-    """Raise the message as a `RunError`."""
+    """Raise `RunError` with this message."""
     raise RunError(message)
 
 
 def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
-    """Raise `RunError` for settings that differ from those of an existing experiment, `begun`.
+    """Raise `RunError` if settings differ from those of the existing experiment `begun`.
 
-    Options in `MAY_GROW` may differ. An empty value means the experiment's value.
+    Options in `MAY_GROW` may differ, and empty settings stand for the experiment's own.
     """
     read = [Path(name).resolve() for name in begun.words("train_data_dir")]
     if images and read != [images.resolve()]:
-        raise RunError(f"{begun.name} was started with other images: choose another name, or leave the images out.")
+        raise RunError(f"{begun.name} was started with other images: choose another name, or select no images.")
     known, model, otherwise = form.known(), str(settings.get("model") or "").strip(), form.defaults(begun.config)
     fixed = known.keys() - MAY_GROW
     given = {flag: value for flag, value in settings.items() if flag in fixed and value not in EMPTY}
@@ -127,14 +127,14 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
         others.append(f"the model {bundled(was_model) or was_model or next(iter(PIPELINES))}")
     if others:
         raise RunError(
-            f"{begun.name} was started with {', '.join(others[:5])}: start from its settings, or choose another name."
+            f"{begun.name} was started with {', '.join(others[:5])}: load its settings, or choose another name."
         )
 
 
 def with_more(begun: Run, settings: dict) -> dict:
-    """Return new values for the options that may change in an existing experiment.
+    """Return the new values of the options in `MAY_GROW` for the existing experiment `begun`.
 
-    Methods, learning rates and seeds of the form are added to those of the experiment; other values replace the
+    The form's methods, learning rates and seeds are added to those of the experiment; other values replace the
     experiment's. Options that are empty in the form are omitted, so that they do not change.
     """
     more = {flag: settings[flag] for flag in MAY_GROW if settings.get(flag) not in EMPTY}
@@ -146,10 +146,10 @@ def with_more(begun: Run, settings: dict) -> dict:
 
 
 def words_for(folder: Path, settings: dict, images: Path | None, begun: Run | None) -> list[str]:
-    """Return the arguments after `accelerate launch` for a new run. Raises `RunError` for invalid settings.
+    """Return the arguments after `accelerate launch` for training in `folder`. Raises `RunError` for invalid settings.
 
-    `begun`: an existing experiment in the folder, which gets further methods, learning rates and seeds; all other
-    settings must agree with it.
+    `begun`: an existing experiment in the folder, to which methods, learning rates and seeds are added; all other
+    settings must be those of the experiment.
     """
     words = [str(SCRIPT), "--output_dir", str(folder)]
     if begun:
@@ -166,7 +166,7 @@ def words_for(folder: Path, settings: dict, images: Path | None, begun: Run | No
 
 
 def warning(settings: dict) -> str:
-    """Return a warning about likely mistakes in the settings, or an empty string."""
+    """Return a warning if the rank is unusually high, else an empty string."""
     ranks = [int(word) for value in listed(settings.get("rank")) for word in re.findall(r"\d+", str(value))]
     largest = max(ranks, default=0)
     if largest <= LARGEST_RANK:
@@ -175,9 +175,9 @@ def warning(settings: dict) -> str:
 
 
 def launch_words(device: str | None) -> list[str]:
-    """Return the `accelerate launch` command with explicit defaults, to avoid its warnings.
+    """Return the `accelerate launch` command, with explicit defaults so that accelerate does not warn.
 
-    An accelerate config file takes precedence.
+    If the user has an accelerate config file, its values are used instead. `device`: the GPU to train on, or None.
     """
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
     has_file = Path(default_config_file).is_file()
@@ -195,15 +195,15 @@ def environment(device: str | None = None) -> dict[str, str]:
 
 
 def search_path() -> str:
-    """Return a PYTHONPATH with the repository, because the trainer runs in another folder."""
+    """Return a PYTHONPATH that contains the repository, because the trainer's working directory is another folder."""
     return os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def safe_name(name: str) -> str:
-    """Return a run's name as part of a file name."""
+    """Return a run's name in a form that is safe as part of a file name."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name)[:64] or "run"
 
 
 def in_words(words: list[str]) -> str:
-    """Return the command as typed in the repository."""
+    """Return a training command as one would type it in the repository's folder."""
     return "accelerate launch " + shlex.join(word.removeprefix(f"{REPOSITORY}{os.sep}") for word in words)

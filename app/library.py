@@ -1,6 +1,6 @@
-"""List runs and experiments in a folder, and the example run.
+"""List the runs and experiments in a folder, and the example run.
 
-Names come from a browser and are only compared with a listing of the folder, never used as paths.
+Names from a browser are only compared with the names of the listed folders, never used as paths.
 """
 
 import contextlib
@@ -19,25 +19,25 @@ from .runs import EXPERIMENT_LOG, LARGEST_JSON, LOG_NAME, Run, RunError, number,
 VARYING = tuple(name for name, option in Options.table().items() if option.can_vary)
 REPORT = "report.html"
 MOST_BESIDE = 3
-"""Maximum number of further runs that are compared with a run; charts have line patterns for four runs."""
+"""Maximum number of other runs to compare with a run; charts have dash patterns for four runs."""
 
 
 @dataclass(frozen=True)
 class Experiment(Run):
-    """The output folder of an experiment: several runs, and a report that compares them."""
+    """The output folder of an experiment: several arms (trained runs), and a report that compares them."""
 
     log_name: ClassVar[str] = EXPERIMENT_LOG
 
     @property
     def arms(self) -> list[dict]:
-        """The records of the experiment's runs (arms) in its file; their contents are not validated."""
+        """The records of the experiment's arms in the experiment's file; their contents are not validated."""
         arms = self.read_json(EXPERIMENT).get("arms")
         return [arm for arm in arms if isinstance(arm, dict)] if isinstance(arms, list) else []
 
     @property
     def status(self) -> str:
-        """`running`, `finished`, `stopped` (the same command resumes it) or `failed` (all arms failed, or it never
-        began)."""
+        """`running`, `finished`, `stopped` (it can be resumed by the same command) or `failed` (all arms failed, or
+        training never began)."""
         if self.process:
             return "running"
         if self.arms and all(arm.get("status") == "failed" for arm in self.arms):
@@ -49,13 +49,13 @@ class Experiment(Run):
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Number of ended arms, and of all arms."""
+        """Number of arms that have ended, and total number of arms."""
         arms = self.arms
         return sum(arm.get("status") in ENDED_AS for arm in arms), len(arms)
 
     @property
     def time_is_over(self) -> str:
-        """A sentence if the time limit ended the experiment before all arms had ended; otherwise empty."""
+        """A phrase that says so if the time limit ended the experiment before all arms had ended; otherwise empty."""
         content, minutes = self.read_json(EXPERIMENT), number(self.config.get("experiment_minutes"))
         notes = content.get("notes") if "as_of" not in content else None
         told = isinstance(notes, list) and any(str(note).startswith(UNFINISHED) for note in notes)
@@ -82,9 +82,9 @@ class Experiment(Run):
         return ""
 
     def lora(self) -> Path | None:
-        """Return the best arm's LoRA file, preferring the format that most tools read; None until it exists.
+        """Return the best arm's LoRA file, in the format that most tools can load; None until the file exists.
 
-        Files that an earlier best arm left behind are ignored.
+        LoRA files that were exported from an earlier best arm are ignored.
         """
         names, content = [KOHYA_FILE, COMFYUI_FILE, DIFFUSERS_FILE], self.read_json(EXPERIMENT)
         if "best" in content:
@@ -95,16 +95,16 @@ class Experiment(Run):
         return next((path for path in found if path and path.is_file()), None)
 
     def fingerprint(self) -> tuple:
-        """Return a value that changes when there is something new to show."""
+        """Return a value that changes if the page has to show the experiment again."""
         return self.status, stamp_of(self.inside(REPORT))
 
 
 class LanguageRun(Run):
-    """The output folder of `train_llm.py` or `train_glue.py`, which the page only lists."""
+    """The output folder of `train_llm.py` or `train_glue.py`. The page can list such runs, but not open or resume them."""
 
     @property
     def status(self) -> str:
-        """`running`, `finished` (its results are written last) or `stopped`."""
+        """`running`, `finished` (the trainer has written its results) or `stopped`."""
         return "running" if self.process else "finished" if self.inside("results.json") else "stopped"
 
 
@@ -142,33 +142,35 @@ class Library:
         return run.folder.parent == self.folder
 
     def named(self, name: object, kind: type[Run]) -> Run | None:
-        """Return the newest run of that name and class, or None."""
+        """Return the newest run with this name and of exactly this class, or None."""
         return next((run for run in self.everything() if type(run) is kind and run.name == name), None)
 
     def find_any(self, name: object) -> Run:
-        """Return the run or experiment of that name. Raises `RunError` if it is not listed."""
+        """Return the run or experiment with this name. Raises `RunError` if none has it."""
         for run in self.everything():
             if run.name == name:
                 return run
         raise RunError("There is no run of that name; choose one from the list.")
 
     def find(self, name: object) -> Run:
-        """Return the run of `train_sd.py` of that name. Raises `RunError` if it is not listed."""
+        """Return the run of `train_sd.py` with this name. Raises `RunError` if none has it."""
         if run := self.named(name, Run):
             return run
         if language := self.named(name, LanguageRun):
-            raise RunError(f"{name} was trained by {language_script(language)}, and appears only under Runs.")
+            raise RunError(f"{name} was trained by {language_script(language)}, and is listed only under Runs.")
         raise RunError("There is no run of that name; choose one from the list.")
 
     def beside(self, run: Run, names: object) -> Run:
-        """Return a copy of the run that is to be compared with the runs of these names; unknown names are ignored."""
+        """Return a copy of `run` whose field `beside` has the runs with these names, to compare with it.
+
+        Unknown names, and names beyond the first `MOST_BESIDE`, are ignored."""
         wanted = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
         runs = self.runs() if wanted else {}
         found = [runs[name] for name in dict.fromkeys(wanted) if name in runs and name != run.name]
         return replace(run, beside=tuple(found[:MOST_BESIDE]))
 
     def find_experiment(self, name: object) -> Experiment:
-        """Return the experiment of that name. Raises `RunError` if it is not listed."""
+        """Return the experiment with this name. Raises `RunError` if none has it."""
         if experiment := self.named(name, Experiment):
             return experiment
         raise RunError("There is no experiment of that name; choose one from the list.")
@@ -176,7 +178,7 @@ class Library:
     def _folders(self) -> list[Path]:
         """Return the folder itself if it is a run or an experiment, else its subfolders, newest first.
 
-        Names that are not UTF-8 are skipped: they cannot be sent to a browser.
+        Folders whose names are not valid UTF-8 are skipped, because a browser cannot show them.
         """
         if self.is_single:
             return [self.folder]
@@ -190,10 +192,9 @@ class Library:
 
 
 def kind_of(folder: Path) -> type[Run] | None:
-    """Return the class of a run's folder, or None if no trainer has written there.
+    """Return the class (`Run`, `Experiment`, `LanguageRun`) of a folder, or None if no trainer has written in it.
 
-    An experiment that has not started a run yet is recognized by its options: one of them has several values, although
-    a run takes only one.
+    An experiment without arms yet is detected by its settings: an option has several values that a run has only one of.
     """
     if (folder / EXPERIMENT_LOG).is_file() or (folder / EXPERIMENT).is_file():
         return Experiment
@@ -205,7 +206,7 @@ def kind_of(folder: Path) -> type[Run] | None:
 
 @functools.lru_cache(maxsize=256)
 def kind_by_settings(path: Path, stamp: tuple[int, ...]) -> type[Run]:
-    """Return the class of a run by its settings file; `stamp` is part of the cache key."""
+    """Return the class of a run, detected from the settings file `path`; `stamp` is part of the cache key."""
     run = Run(path.parent.name, path.parent)
     several = [value for name in VARYING if isinstance(value := run.config.get(name), list) and len(value) > 1]
     if any(all(isinstance(one, int | float | str) for one in value) for value in several):
@@ -214,7 +215,7 @@ def kind_by_settings(path: Path, stamp: tuple[int, ...]) -> type[Run]:
 
 
 def language_script(run: Run) -> str:
-    """Return the script that trains a language model in this run, or an empty string."""
+    """Return the name of the script that trains this run's language model; empty for other runs."""
     config = run.config
     if "model_name_or_path" not in config:
         return ""
@@ -222,13 +223,13 @@ def language_script(run: Run) -> str:
 
 
 def refuse_language(begun: Run) -> None:
-    """Raise `RunError` for the run of a language model, which the page cannot resume."""
+    """Raise `RunError` if `begun` is the run of a language model, which the page cannot resume."""
     if script := language_script(begun):
         raise RunError(f"{begun.name} was started by {script}: resume it with this script on the command line.")
 
 
 def last_change(folder: Path) -> float:
-    """Return when a run was last written to, in seconds since the epoch."""
+    """Return the time of the last change of a run's files, in seconds since the epoch."""
     times = [0.0]
     files = [folder / name for name in ("config.json", LOG_NAME, EXPERIMENT_LOG, EXPERIMENT)]
     for path in (*files, *folder.glob("*/log.jsonl")):

@@ -1,4 +1,4 @@
-"""Render the queue and the runs as HTML; `rows.js` handles the buttons. All names are escaped."""
+"""Render the queue and the list of runs as HTML; `rows.js` handles the buttons. All names are escaped."""
 
 import contextlib
 import functools
@@ -17,18 +17,20 @@ from .runs import LONGEST_NOTES, NO_CONFIG, NOTES, Run, RunError, stamp_of
 from .views import NAMES, bad, data_uri, escape, notice, scaled, width_of
 
 MOST = 48
-"""Maximum number of cards; the search field finds the others."""
+"""Maximum number of runs' cards on the page; the search field finds the other runs."""
 NOTHING_QUEUED = (
     "Nothing is running or waiting. A training that you start under Train while another one runs waits here."
 )
 
 
 SHOWN = {"model": "model", "rank": "rank", "learning_rate": "learning rate", "seed": "seed", "max_train_steps": "steps"}
-"""Settings in a row of the queue, and their labels."""
+"""Labels of the settings that each row of the queue shows."""
 
 
 def button(what: str, label: str, name: str, enabled: bool = True) -> str:
-    """Return a button of a row; `name` is its accessible label."""
+    """Return a button of a row as HTML.
+
+    `what`: the action that `rows.js` sends. `label`: the visible text. `name`: the accessible label."""
     return (
         f'<button type="button" data-do="{what}" aria-label="{escape(name)}"{"" if enabled else " disabled"}>'
         f"{label}</button>"
@@ -36,7 +38,7 @@ def button(what: str, label: str, name: str, enabled: bool = True) -> str:
 
 
 def badge(status: str) -> str:
-    """Return a status as HTML."""
+    """Return a status, such as `running`, as a badge in HTML."""
     return f'<b class="status {status}">{status}</b>'
 
 
@@ -60,7 +62,7 @@ def queue(jobs: Jobs) -> str:
 
 
 def row(jobs: Jobs, entry: Entry, waiting: list[Entry]) -> str:
-    """Return one entry as HTML; a waiting entry has its position among the waiting ones."""
+    """Return an entry of the queue as HTML; a waiting entry shows its position in `waiting`, all waiting entries."""
     name, place = entry.name, ""
     if entry.state == WAITING:
         place = waiting.index(entry) + 1
@@ -82,7 +84,7 @@ def row(jobs: Jobs, entry: Entry, waiting: list[Entry]) -> str:
 
 
 def facts_of(entry: Entry, run: Run) -> list[str]:
-    """Return an entry's settings and its state, as texts."""
+    """Return the settings and the state of an entry of the queue as short texts, some of which may be empty."""
     methods = entry.settings.get("method")
     names = ", ".join(NAMES[name] for name in methods if name in NAMES) if isinstance(methods, list) else ""
     facts = ["resume" if entry.resume else "", entry.kind if entry.kind != "run" else "", names]
@@ -99,20 +101,20 @@ def facts_of(entry: Entry, run: Run) -> list[str]:
 
 
 def runs(manager: RunManager, words: str) -> str:
-    """Return the newest runs and experiments whose name or notes contain `words`, and the trash."""
+    """Return as HTML the newest runs and experiments whose name or notes contain `words`, and the trash."""
     words = words.casefold()
     everything = [
         run for run in manager.library.everything() if words in run.name.casefold() or words in run.notes.casefold()
     ]
     cards = "".join(card_of(manager, run) for run in everything[:MOST])
-    found = f'<div class="runs">{cards}</div>' if cards else notice("No name and no notes contain this.")
+    found = f'<div class="runs">{cards}</div>' if cards else notice("No run's name or notes contain this text.")
     if (more := len(everything) - MOST) > 0:
-        found += notice(f"{more:,} older runs are not shown: search for them above.")
+        found += notice(f"{more:,} older runs are not shown: find them by the search field above.")
     return found + trash(manager)
 
 
 def card_of(manager: RunManager, run: Run) -> str:
-    """Return a run's card; it is rendered again if a file in its folder changed."""
+    """Return a run's card as HTML, rendered again only if a file in the run's folder has changed."""
     jobs = manager.jobs
     stamps = tuple(stamp_of(run.folder / name) for name in (".", NOTES, *run.methods))
     status = jobs.status(run) if jobs.is_active(run) else ""
@@ -121,7 +123,9 @@ def card_of(manager: RunManager, run: Run) -> str:
 
 @functools.lru_cache(maxsize=4 * MOST)
 def card(manager: RunManager, run: Run, status: str, changed: float, stamps: tuple[tuple[int, ...], ...]) -> str:
-    """Return a card: newest sample, status, time of the last change, notes; `stamps` are part of the cache key."""
+    """Return a run's card as HTML: newest sample, status, time of the last change, and notes.
+
+    `changed`: time of the last change. `stamps`: part of the cache key."""
     name, status, owned = escape(run.name), status or run.status, manager.library.owns(run)
     done, total = run.progress
     kind, script = isinstance(run, Experiment), language_script(run)
@@ -149,7 +153,7 @@ def card(manager: RunManager, run: Run, status: str, changed: float, stamps: tup
 
 
 def picture(run: Run) -> str:
-    """Return the newest sample of the last method that has one."""
+    """Return as HTML the newest sample of the last method that has a readable sample."""
     for path in newest_samples(run):
         with contextlib.suppress(Exception):  # such as a damaged image
             stamp = stamp_of(path)
@@ -159,7 +163,7 @@ def picture(run: Run) -> str:
 
 
 def newest_samples(run: Run) -> Iterator[Path]:
-    """Return one sample per method: the first image of the method's newest step. The last method comes first."""
+    """Yield one sample per method, from the last method to the first: the first image of the method's newest step."""
     steps = list(reversed(run.steps()))
     for method in reversed(run.methods):
         samples = next((images for step in steps if (images := run.samples(method, step))), {})
@@ -167,7 +171,7 @@ def newest_samples(run: Run) -> Iterator[Path]:
 
 
 def trash(manager: RunManager) -> str:
-    """Return the runs in the trash with their restore buttons."""
+    """Return as HTML the runs in the trash, each with a button that restores it."""
     found = manager.trashed()
     if not found:
         return ""
@@ -183,7 +187,7 @@ def trash(manager: RunManager) -> str:
 
 
 def thrown(place: str) -> str:
-    """Return the time at which a run was moved to the trash, from the name of its folder there."""
+    """Return the time when a run was moved to the trash; `place` is the name of the run's folder in the trash."""
     try:
         return time.strftime("%Y-%m-%d %H:%M", time.strptime(place[:15], "%Y%m%d-%H%M%S"))
     except ValueError:

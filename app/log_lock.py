@@ -1,8 +1,8 @@
 """Detect running trainers by a lock on the log file that a trainer writes to.
 
-The launcher and the trainer inherit the open file and its lock. So the lock survives the application, and is released
-when both processes have exited. On a system without such locks, a trainer is only detected by its process id, after it
-has written the id to the run's folder.
+The launcher and the trainer inherit the open file and its lock. So the lock remains if the application exits, and is
+released when both processes have exited. On a system without such locks, a trainer is only detected by its process id,
+after the trainer has written the id to the run's folder.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ except ImportError:  # Windows
     fcntl = None
 
 TRIES, PAUSE = 100, 0.01
-"""Attempts to lock a file, and seconds between them. An attempt can fail because `is_held` takes a shared lock for a
-moment."""
+"""Number of attempts to lock a file, and seconds between attempts. An attempt can fail because `is_held` takes a shared
+lock for a moment."""
 
 
 @contextlib.contextmanager
 def locked_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for appending and lock it, so that a child process can inherit file and lock.
+    """Open a file for appending and lock it, so that a child process can inherit the file and its lock.
 
     Raises `BlockingIOError` if another process holds the lock.
     """
@@ -41,7 +41,7 @@ def locked_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def is_held(path: Path) -> bool:
-    """Return whether a process holds the lock on a file."""
+    """Return whether any process holds the exclusive lock on a file."""
     try:
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # opening a pipe would block
     except OSError:
@@ -56,7 +56,9 @@ def is_held(path: Path) -> bool:
 
 
 def lock(number: int, exclusive: bool) -> None:
-    """Lock a file descriptor or raise `BlockingIOError`; do nothing on a file system without locks."""
+    """Lock the file descriptor `number`; do nothing on a file system without locks.
+
+    Raises `BlockingIOError` if another process holds the lock."""
     if fcntl is not None:
         try:
             fcntl.flock(number, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)

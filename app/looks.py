@@ -1,6 +1,6 @@
-"""Inspect images by opening them: thumbnails, damaged files and duplicates.
+"""Open images to make thumbnails, and to find damaged files and duplicates.
 
-Each image is opened as the trainer opens it, on demand, and the result is cached until its file changes.
+Each image is opened as the trainer opens it, when the page needs it. The result is cached until the file changes.
 """
 
 import base64
@@ -37,7 +37,7 @@ class Look:
     mark: str = ""
     """Hash of the image file's content."""
     seen: bytes = b""
-    """Features to find near-duplicates by, as bytes of a float32 array; an experiment's split uses them as well."""
+    """Features by which an experiment's split finds near-duplicates, as the bytes of a float32 array."""
 
 
 class Looks:
@@ -47,26 +47,28 @@ class Looks:
         self.known: dict[Path, tuple[Stamp, Look]] = {}
 
     def of(self, image: Image) -> Look | None:
-        """Return the cached result of an image, or None if it was not opened or its file changed."""
+        """Return the cached result of an image, or None if the image was not opened or its file has changed since."""
         stamp, look = self.known.get(image.path, ((), None))
         return look if stamp == stamp_of(image.path) else None
 
     def problem(self, image: Image) -> str:
-        """Return why training leaves an image out, as far as that is known; empty if it does not."""
+        """Return the known reason why training skips an image; empty if there is none."""
         if image.problem:
             return image.problem
         look = self.of(image)
         return look.problem if look else ""
 
     def thumbnails(self, images: Sequence[Image]) -> list[str]:
-        """Return thumbnails as data URIs, upright and on white; empty for images that cannot be opened."""
+        """Return the images' thumbnails as data URIs, an empty string for each image that cannot be opened.
+
+        Thumbnails are rotated according to EXIF, and transparency becomes white."""
         with ThreadPoolExecutor(THREADS) as pool:  # PIL decodes in parallel
             return list(pool.map(self._thumbnail, images))
 
     def _thumbnail(self, image: Image) -> str:
-        """Return a thumbnail as a data URI.
+        """Return an image's thumbnail as a data URI.
 
-        If the image cannot be opened, the damage is cached and the result is an empty string.
+        If the image cannot be opened, the result is an empty string, and the reason is cached.
         """
         stamp = stamp_of(image.path)
         if image.size is None or not stamp:
@@ -78,7 +80,7 @@ class Looks:
             return ""
 
     def check(self, images: Sequence[Image]) -> Iterator[int]:
-        """Open all images without a cached result, and yield the number done at intervals."""
+        """Open all images without a cached result; after every `AT_ONCE` images, yield the number of images done."""
         todo = [image for image in images if image.size and self.of(image) is None]
         done = len(images) - len(todo)
         yield done
@@ -90,9 +92,10 @@ class Looks:
                 yield done + start + len(part)
 
     def alike(self, images: Images) -> dict[str, tuple[str, str]]:
-        """Return for each duplicate, by name, the first image of its group and a description.
+        """Return the duplicates and near-duplicates among a folder's images.
 
-        The result is empty until all images have been opened.
+        The result has, by a duplicate's name, the name of the first image of its group, and a description of what it
+        duplicates. It is empty until all images have been opened.
         """
         found = [(image, self.of(image)) for image in images.images.values() if image.size]
         if any(look is None for _, look in found):
@@ -102,7 +105,7 @@ class Looks:
 
 
 def look_at(image: Image) -> tuple[Stamp, Look]:
-    """Open an image, and return its file stamp and the result."""
+    """Open an image, and return the result of `stamp_of` for its file and the result of opening it."""
     stamp = stamp_of(image.path)
     try:
         return stamp, Look("", content_mark(image.path), look_of(open_image(image.path)).tobytes())
@@ -112,9 +115,9 @@ def look_at(image: Image) -> tuple[Stamp, Look]:
 
 @functools.lru_cache(maxsize=8)
 def alike(looks: tuple[tuple[str, Look], ...]) -> dict[str, tuple[str, str]]:
-    """Return for each duplicate, by name, the first image of its group and a description.
+    """Return what `Looks.alike` returns, for names of images and the results of opening them.
 
-    The groups are those of an experiment's split.
+    Images are in one group if an experiment's split treats them as duplicates.
     """
     if not looks:
         return {}

@@ -1,4 +1,4 @@
-"""Assemble the page: the run selector, the tabs, and the timer that keeps them up to date."""
+"""Assemble the page: the run selector, the tabs, and the timer that updates them."""
 
 import contextlib
 from pathlib import Path
@@ -22,10 +22,10 @@ FIRST = "compare"
 EVERY = 2.0
 """Seconds between two polls of the runs folder."""
 RUNS_SEEN = 1
-"""Index of the run names in the polled state."""
+"""Index of the run names in the tuple that `Page.state_of` returns."""
 AT_REST = STATUS
-"""Index in the polled state. A change of an entry before it updates all components; a change of a later entry (status,
-activity, log) only updates the summary and the `live` components."""
+"""Index in the tuple that `Page.state_of` returns. If an entry before this index changes, all components are updated.
+If only later entries (status, activity, log) change, only the summary and the `live` components are updated."""
 STYLE, *SCRIPTS = (Path(__file__).with_name(name) for name in ("style.css", "streams.js", "zoom.js"))
 # Gradio selects the first tab when the page loads; `recalled` prevents storing that as the user's choice.
 STORE = "value => { if (window.recalled) sessionStorage.setItem('reslora-%s', %s ?? ''); }"
@@ -43,7 +43,7 @@ TITLE = f"<h1>ResLoRA for Stable Diffusion</h1><details><summary>What is this?</
 
 
 def create_demo(library: Library, jobs: Jobs, studio: Studio) -> gr.Blocks:
-    """Return the page as Gradio blocks; no model and no run is read before the page is opened."""
+    """Return the page as Gradio `Blocks`. Models and runs are only read after the page is opened."""
     with Blocks(
         title="ResLoRA for Stable Diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as demo:
@@ -84,7 +84,7 @@ COLORS = {
     "checkbox_background_color_selected": ("*primary_700", "*primary_700"),
     "checkbox_border_color_selected": ("*primary_700", "*primary_700"),
 }
-"""Colors of the page on light and dark backgrounds: one accent, and a red for what deletes."""
+"""Gradio theme colors in light and dark mode: one accent color, and red for buttons that delete."""
 SIZES = {
     "block_padding": "12px 14px", "block_title_text_weight": "600", "block_label_text_weight": "600",
     "layout_gap": "12px", "block_border_width": "1px", "block_shadow": "none", "input_shadow": "none",
@@ -95,7 +95,9 @@ SIZES = {
 
 
 def look() -> dict:
-    """Return theme, style and script as arguments of `launch`; only system fonts, so that the page works offline."""
+    """Return the arguments of Gradio's `launch` for theme, style sheet and scripts.
+
+    The theme uses only system fonts, so that the page works offline."""
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="orange", neutral_hue="zinc", radius_size="md", font=sans, font_mono=mono)
     for name, (light, dark) in COLORS.items():
@@ -133,21 +135,21 @@ class Page:
         self.nudge = gr.Button(visible="hidden", elem_id="nudge")  # only clicked by streams.js
 
     def make_views(self, parts: Parts, classes: dict[str, tuple[type[Tab], ...]]) -> None:
-        """Make tabs inside a tab."""
+        """Make tabs inside a tab; `classes` has the parts of each inner tab by title."""
         with gr.Tabs(elem_id="views") as self.views:
             for title, inside in classes.items():
                 with gr.Tab(title, id=title.lower()) as frame:
                     self.make(parts, frame, inside)
 
     def make(self, parts: Parts, frame: gr.Tab, classes: tuple[type[Tab], ...]) -> None:
-        """Make the parts of a tab."""
+        """Make the parts of a tab inside its Gradio component `frame`."""
         for cls in classes:
             with gr.Accordion(cls.fold, open=False) if cls.fold else contextlib.nullcontext():
                 self.tabs.append(cls(parts))
             self.frames[self.tabs[-1]] = frame
 
     def tab(self, cls: type[T]) -> T:
-        """Return the tab of that class."""
+        """Return the tab that is an instance of this class."""
         return next(tab for tab in self.tabs if isinstance(tab, cls))
 
     def events(self, demo: gr.Blocks) -> None:
@@ -174,7 +176,9 @@ class Page:
             tab.events(self)
 
     def arrive(self, run: object = None, tab: object = None) -> dict:
-        """Return the page's initial values: the last run and tab, else the run that trains, else the newest run."""
+        """Return the page's initial values by component.
+
+        `run` and `tab`: the browser's last selection. Without a valid run, select the training run, else the newest."""
         runs = self.library.runs()
         first = next((name for name, run in runs.items() if run.process), next(iter(runs), None))
         values = {self.run: gr.update(choices=list(runs), value=run if run in list(runs) else first)}
@@ -185,7 +189,7 @@ class Page:
         return values
 
     def choose(self, name: str, beside: list[str] | None):
-        """Return all values of the selected run, at its last step."""
+        """Return the values of all components for the newly selected run, at the run's last step."""
         if not name:
             return gr.skip()
         run = self.library.beside(self.library.find(name), beside)
@@ -195,10 +199,11 @@ class Page:
         return values
 
     def watch(self, name: str, beside: list[str] | None, seen: tuple | None, *chosen: object):
-        """Return the values that changed since the last poll.
+        """Return the values that have changed since the last poll, by component.
 
-        Unchanged selections are not sent, because the user may have changed them since. Nothing is sent before `choose`
-        has answered, which sends all values.
+        `seen`: the state at the last poll. `chosen`: current values of the tabs' components `chosen`.
+
+        Unchanged selections are not sent, because the user may have changed them in the meantime.
         """
         runs = self.library.runs()
         if not name or name not in runs:
@@ -225,9 +230,9 @@ class Page:
         return updates
 
     def state_of(self, run: Run) -> tuple:
-        """Return the state that `watch` compares; if it is unchanged, the page is up to date.
+        """Return the state that `watch` compares with the state at the last poll to find out what has changed.
 
-        Its entries are: the states of the tabs, the run names and the run's fingerprint; from index `AT_REST` on, the
+        The entries are the states of the tabs, the run names and the run's fingerprint; then, from index `AT_REST`, the
         run's status, and the trainer's activity and log.
         """
         seen = tuple(tab.seen(run) for tab in self.tabs)
@@ -235,14 +240,14 @@ class Page:
         return *at_rest, self.jobs.status(run), activity(run.activity), run.log_tail()
 
     def updates(self, run: Run, status: str) -> dict:
-        """Return the values that change with every poll: the summary, and the tabs' `live` components."""
+        """Return the values that may change at every poll: the summary, and the tabs' `live` components."""
         values = {self.summary: views.summary(run, status, self.jobs.last_line(run))}
         for tab in self.tabs:
             values |= tab.updates(run, status)
         return values
 
     def shown(self, run: Run, choices: dict[Tab, object]) -> dict:
-        """Return the values of all components that `watch` keeps up to date."""
+        """Return the values of all components that `watch` updates; `choices`: the new value of each tab's `chosen`."""
         state = self.state_of(run)  # read first: a change during rendering is found by the next poll
         values = {self.seen: state, self.run: gr.update(choices=list(self.library.runs()))}
         values |= self.updates(run, state[AT_REST])

@@ -1,7 +1,7 @@
-"""Manage runs and experiments: notes, and a trash from which they can be restored.
+"""Write notes on runs and experiments, delete them, and restore deleted ones.
 
-A deleted run is moved to its own folder in `.trash` of the runs folder. Names come from a browser and are only compared
-with a listing, never used as paths.
+A deleted run is moved to its own folder in `.trash` of the runs folder. Names from a browser are only compared with the
+names of the listed folders, never used as paths.
 """
 
 import contextlib
@@ -16,22 +16,22 @@ from .runs import IN_PLACE, LONGEST_NOTES, NOTES, Run, RunError
 
 
 class RunManager:
-    """The runs and experiments of a folder."""
+    """Changes notes, deletes and restores the runs and experiments of a runs folder."""
 
     def __init__(self, jobs: Jobs) -> None:
         self.jobs, self.library = jobs, jobs.library
 
     def find(self, name: object) -> Run:
-        """Return the run or experiment of that name. Raises `RunError` if it must not be changed."""
+        """Return the run or experiment with this name. Raises `RunError` if it is not in the runs folder."""
         found = self.library.find_any(name)
         if not self.library.owns(found):
-            raise RunError(f"{found.name} is not in the folder of runs, and stays as it is.")
+            raise RunError(f"{found.name} cannot be changed, because it is not in the folder of runs.")
         return found
 
     def write_notes(self, name: str, was: str, notes: str) -> str:
-        """Write the notes on a run and return them.
+        """Write the notes on a run, and return the notes as stored.
 
-        Raises `RunError` if the stored notes are not `was`, the ones that the user saw.
+        Raises `RunError` if the stored notes are not `was`, the notes that the user saw.
         """
         if not isinstance(notes, str) or len(notes := notes.replace("\r\n", "\n").strip()) > LONGEST_NOTES:
             raise RunError(f"Notes are text of at most {LONGEST_NOTES:,} characters; nothing was saved.")
@@ -40,20 +40,22 @@ class RunManager:
             if len(run.notes) > LONGEST_NOTES:
                 raise RunError(f"The notes of {run.name} are too long for the page: edit {NOTES} in its folder.")
             if run.notes != was:
-                raise RunError(f"The notes of {run.name} were changed meanwhile, and nothing was saved.")
+                raise RunError(f"The notes of {run.name} were changed in the meantime, and nothing was saved.")
             try:
                 with replacing(run.folder / NOTES) as temporary:
                     temporary.write_text(notes, encoding="utf-8", newline="\n")
                 if not notes:
                     (run.folder / NOTES).unlink(missing_ok=True)
             except UnicodeEncodeError:
-                raise RunError("Notes are text; nothing was saved.") from None
+                raise RunError("The notes contain characters that are not valid Unicode; nothing was saved.") from None
             except OSError as error:
                 raise RunError(f"The notes cannot be saved ({error.strerror}).") from None
         return notes
 
     def throw_away(self, name: str) -> str:
-        """Move a run to the trash and return a sentence about it. Raises `RunError` while it trains or waits."""
+        """Move a run to the trash, and return a sentence that reports it.
+
+        Raises `RunError` if the run is training or waits in the queue."""
         with self.jobs.changing() as entries, self.jobs.lock, IN_PLACE:
             run = self.find(name)
             self.jobs.refuse_active(run)
@@ -61,7 +63,7 @@ class RunManager:
                 raise RunError(f"{run.name} waits in the queue; remove it there first.")
             trash = self.library.folder / TRASH
             if trash.is_symlink():
-                raise RunError(f"{TRASH} in the folder of runs leads elsewhere; remove the link first.")
+                raise RunError(f"{TRASH} in the folder of runs is a link; remove the link first.")
             place = new_place(self.library.folder)
             try:
                 place.mkdir(parents=True)
@@ -69,11 +71,11 @@ class RunManager:
             except OSError as error:
                 with contextlib.suppress(OSError):
                     place.rmdir()
-                raise RunError(f"{run.name} cannot be moved ({error.strerror}); it is where it was.") from None
+                raise RunError(f"{run.name} cannot be moved ({error.strerror}); it was not changed.") from None
         return f"{run.name} is in the trash ({TRASH} in the folder of runs)."
 
     def trashed(self) -> dict[str, Path]:
-        """Return the runs in the trash by the name of their folder there, newest first."""
+        """Return the folders of the runs in the trash, newest first, by the name of the parent folder in the trash."""
         trash, found = self.library.folder / TRASH, {}
         if self.library.is_single or trash.is_symlink() or not trash.is_dir():
             return {}
@@ -85,19 +87,21 @@ class RunManager:
         return found
 
     def restore(self, place: str) -> str:
-        """Move a run from the trash back to the runs folder, and return a sentence about it."""
+        """Move a run from the trash back to the runs folder, and return a sentence that reports it.
+
+        `place`: the key of the run in `trashed()`."""
         with self.jobs.changing() as entries, self.jobs.lock:
             folder = self.trashed().get(place) if isinstance(place, str) else None
             if folder is None:
                 raise RunError("There is no such run in the trash; choose one from the list.")
             target = self.library.folder / folder.name
             if target.exists() or target.is_symlink():
-                raise RunError(f"Another run is named {folder.name}: delete it first.")
+                raise RunError(f"Another run named {folder.name} exists: delete that run first.")
             if any(entry.name == folder.name and not entry.ends for entry in entries):
-                raise RunError(f"Another {folder.name} is in the queue: remove it there first.")
+                raise RunError(f"Another run named {folder.name} is in the queue: remove it from the queue first.")
             try:
                 folder.rename(target)
                 folder.parent.rmdir()
             except OSError as error:
-                raise RunError(f"{folder.name} cannot be moved ({error.strerror}).") from None
+                raise RunError(f"{folder.name} cannot be restored ({error.strerror}).") from None
         return f"{folder.name} is restored."

@@ -1,7 +1,7 @@
-"""Read the output folders of `train_sd.py`, also while it writes them.
+"""Read the output folders of `train_sd.py`, even while training writes to them.
 
-Names come from a browser and are only compared with a listing of the folder. Every file is resolved before it is
-opened, so no name and no symbolic link leads to a file outside of the run's folder.
+Names from a browser are only compared with the names in a folder. All links are resolved before a file is opened, so
+that no file outside of the run's folder is read.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from reslora.runtime.sample_folders import PROMPTS, is_of
 from reslora.runtime.status import FILE as STATUS
 
 EXAMPLE = Path(__file__).resolve().parent / "example"
-"""A small finished run that is part of the application."""
+"""Folder of the example: a small finished run that is part of the application."""
 LOG_NAME, EXPERIMENT_LOG = "app.log", "experiment.log"
-"""Log files of a trainer that the page started: for a run, and for an experiment."""
+"""Names of the log file of a trainer that the page started: for a run, and for an experiment."""
 NOTES = "notes.txt"
-"""The user's notes on a run."""
+"""Name of the file with the user's notes on a run."""
 LONGEST_NOTES = 2000
 NO_CONFIG = "its config.json cannot be read"
 LORA_FILES = (DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE)
@@ -46,19 +46,19 @@ MOST_STEPS = 10**9
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 IN_PLACE = threading.Lock()
-"""Lock for writing into a run's folder and for moving a run's folder, so that no folder is moved during a write."""
+"""Lock to hold while writing in or moving a run's folder, so that no folder is moved during a write."""
 SCRIPTS = ("train_sd.py", "train_llm.py", "train_glue.py")
-"""The trainers. The page starts the first, for diffusion models; it only detects the others, for language models."""
+"""The trainers. The page starts the first (for diffusion models), and only detects the others (for language models)."""
 TRAINERS = {word for name in SCRIPTS for word in (name, name[:-3], f"reslora-{name[:-3].replace('_', '-')}")}
-"""Names of a trainer on its command line: as a file, as a module, or as an installed command."""
+"""Names of a trainer in a process's command line: as a file, as a module, or as an installed command."""
 
 
 class RunError(ValueError):
-    """An error for the user of the page: one sentence without server paths."""
+    """An error to show on the page; the message is one sentence without paths of the server."""
 
 
 def number(value) -> float | None:
-    """Return a finite number, or None for any other value."""
+    """Return `value` if it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     with contextlib.suppress(OverflowError):
@@ -87,7 +87,7 @@ class Weights:
     path: Path | None = None
     step: int | None = None
     encoders: tuple[tuple[str, Path], ...] = ()
-    """Names and paths of the trained text encoders; empty for a LoRA file, which itself contains their weights."""
+    """Names and paths of the trained text encoders; empty for a LoRA file, which contains the encoders' weights."""
     config: Path | None = None
     """The adapter_config.json of a file saved by PEFT."""
     parts: tuple[tuple[Weights, float], ...] = ()
@@ -98,7 +98,7 @@ BASE = Weights("base model", "base")
 
 
 def merged_by(checkpoint: Weights, method: str) -> Weights:
-    """Return the weights that a merge of an unmerged checkpoint writes; their file may not exist yet."""
+    """Return the weights that result from merging a checkpoint by a merge method; their file may not exist yet."""
     label = f"{checkpoint.method}: step {checkpoint.step} merged by {method}"
     path = checkpoint.path.parent / f"merged-by-{method}-{checkpoint.step}" / DIFFUSERS_FILE
     return Weights(label, "file", checkpoint.method, path, checkpoint.step)
@@ -111,18 +111,18 @@ class Run:
     name: str
     folder: Path
     beside: tuple[Run, ...] = ()
-    """Further runs to compare with this one."""
+    """Other runs to compare with this run."""
     log_name: ClassVar[str] = LOG_NAME
 
     @property
     def compared(self) -> tuple[Run, ...]:
-        """This run and those beside it."""
+        """This run, and the runs to compare it with."""
         return self, *self.beside
 
     def inside(self, *parts: str) -> Path | None:
         """Return the resolved path of a file or folder of this run.
 
-        The result is None if it does not exist or is outside of the run's folder.
+        `parts`: path relative to the run's folder. The result is None if it does not exist or leads out of the folder.
         """
         try:
             path = self.folder.joinpath(*parts).resolve(strict=True)
@@ -133,7 +133,7 @@ class Run:
         return path if regular and path.is_relative_to(self.folder.resolve()) else None
 
     def read_json(self, *parts: str) -> dict:
-        """Return the JSON object of a file of this run; empty if it is missing, damaged or too large."""
+        """Return the JSON object in a file of this run; empty if the file is missing, damaged or too large."""
         path = self.inside(*parts)
         with contextlib.suppress(OSError):
             if path and path.stat().st_size <= LARGEST_JSON:
@@ -141,7 +141,7 @@ class Run:
         return {}
 
     def entries(self, *parts: str) -> list[str]:
-        """Return the names of the visible entries of a folder of this run, sorted."""
+        """Return the sorted names of the files and folders, without hidden ones, in a folder of this run."""
         path = self.inside(*parts)
         with contextlib.suppress(OSError):  # such as a file
             if path:
@@ -149,7 +149,7 @@ class Run:
         return []
 
     def sound(self, *parts: str) -> Path | None:
-        """Return a folder of this run if all of its entries are files or folders inside the run, else None."""
+        """Return the path of a folder of this run, or None if it contains a link to outside of the run's folder."""
         path = self.inside(*parts)
         inside = [self.inside(*parts, name) for name in self.entries(*parts)]
         return path if path and all(entry and (entry.is_file() or entry.is_dir()) for entry in inside) else None
@@ -158,7 +158,7 @@ class Run:
 
     @property
     def config(self) -> dict:
-        """The run's options as stored, not validated; empty until the trainer has written them."""
+        """The run's options in config.json, not validated; empty until the trainer has written the file."""
         return self.read_json("config.json")
 
     @property
@@ -175,12 +175,12 @@ class Run:
         return next(iter(self.words(flag)), None) or None
 
     def first(self, flag: str) -> object:
-        """Return the value of an option, or the first of several; None if it was not given."""
+        """Return the value of an option, or the first of several values; None if the option was not given."""
         return next(iter(listed(self.config.get(flag))), None)
 
     @property
     def methods(self) -> list[str]:
-        """Methods of this run in the order of training."""
+        """Names of this run's methods in the order of training."""
         configured = self.words("method")
         names = dict.fromkeys([*configured, *self.entries()])
         return [name for name in names if name in METHODS and (name in configured or self.inside(name))]
@@ -192,7 +192,7 @@ class Run:
 
     @property
     def process(self) -> int | None:
-        """Process id of the trainer at work in this folder, or None."""
+        """Process id of the trainer that is running in this folder, or None."""
         path = self.inside(".lock")
         with contextlib.suppress(OSError, ValueError, AttributeError):
             number = int(path.read_text().partition("\n")[0][:20])
@@ -201,13 +201,13 @@ class Run:
 
     @property
     def activity(self) -> dict:
-        """The trainer's status file; empty if no trainer is at work or it has not written the file yet."""
+        """The content of the trainer's status file; empty if no trainer is running or the file does not exist yet."""
         told, process = self.read_json(STATUS), self.process
         return told if process and told.get("process") == process else {}
 
     @property
     def status(self) -> str:
-        """`running`, `finished`, `stopped` (it can be resumed) or `failed` (it never began)."""
+        """`running`, `finished`, `stopped` (the run can be resumed) or `failed` (training never began)."""
         if self.process:
             return "running"
         if not self.config:
@@ -224,7 +224,7 @@ class Run:
         return sum(map(min, steps, reached)), sum(steps)
 
     def steps_of(self, method: str) -> int:
-        """Return a method's total number of steps; after early stopping, the number of steps that were done."""
+        """Return a method's total number of steps or, after early stopping, its number of completed steps."""
         steps, record = number(self.config.get("max_train_steps")) or 0, self.record(method)
         steps = int(steps) if 1 <= steps <= MOST_STEPS else 0
         patience = record.get("early_stopping_patience")  # with another patience, training is not over
@@ -232,17 +232,19 @@ class Run:
         return min(steps, int(ended or steps))
 
     def record(self, method: str) -> dict:
-        """Return the record of a method's exports; empty until they are written."""
+        """Return the content of a method's exports.json; empty until the method is exported."""
         return self.read_json(method, "exports.json")
 
     # -- samples and logs ----------------------------------------------------------------------------------------------
 
     def log(self, method: str) -> list[dict]:
-        """Return the rows of `log.jsonl` whose loss is finite: step, split, loss, lr, seconds."""
+        """Return the rows of a method's `log.jsonl` whose loss is finite.
+
+        The keys of a row are step, split, loss, lr and seconds."""
         return list(self._log(method)[0])
 
     def damaged_rows(self, method: str) -> int:
-        """Return the number of unreadable lines of `log.jsonl`; 0 while the trainer may be writing one."""
+        """Return the number of damaged lines of a method's `log.jsonl`; 0 while the trainer is running."""
         return self._log(method)[1] if self.process is None else 0
 
     def _log(self, method: str) -> tuple[tuple[dict, ...], int]:
@@ -253,7 +255,7 @@ class Run:
     def steps(self) -> list[int]:
         """Return the steps at which any method has samples.
 
-        For a run without prompts, they are the steps with a validation loss, and the last step.
+        For a run without prompts, return the steps with a validation loss, and the last step.
         """
         found = set()
         for method in self.methods:
@@ -267,14 +269,15 @@ class Run:
         return sorted(found)
 
     def nearest(self, step: float | None) -> int:
-        """Return the step with samples that is nearest to `step`, or 0 if there is none."""
+        """Return the step among `steps()` that is nearest to `step`, or 0 if there is none."""
         wanted = number(step) or 0
         return min(self.steps(), key=lambda found: abs(found - wanted), default=0)
 
     def samples(self, method: str, step: int | None) -> dict[tuple[int, int], Path]:
-        """Return the complete images of a step by (prompt, image) index; None as step means the merged weights.
+        """Return the paths of the complete sample images at a step, by (prompt, image) index.
 
-        A run may have been resumed with other prompts: images of earlier prompts are left out.
+        If `step` is None, the samples are those of the merged weights. If the run was resumed with other prompts, samples
+        of the earlier prompts are left out.
         """
         folder = (method, "merged") if step is None else (method, "samples", f"step-{step:06d}")
         record, prompts, found = self.read_json(*folder, PROMPTS), dict(enumerate(self.prompts)), {}
@@ -286,7 +289,7 @@ class Run:
         return found
 
     def fingerprint(self) -> tuple:
-        """Return a value that changes when there is something new to show."""
+        """Return a value that changes if the page has to show the run, or a run compared with it, again."""
         names = ("log.jsonl", "merged", "merge.json")
         stamps = [stamp_of(self.inside(method, name)) for method in self.methods for name in names]
         return self.status, tuple(self.steps()), *stamps, *(run.fingerprint() for run in self.beside)
@@ -297,7 +300,7 @@ class Run:
         return tuple(stamp_of(self.inside(method, name)) for method in self.methods for name in names)
 
     def log_tail(self, lines: int = 40) -> str:
-        """Return the last lines of the trainer's output; of a progress bar, its latest state."""
+        """Return the last `lines` lines of the trainer's output; progress bars are reduced to their latest state."""
         path = self.inside(self.log_name)
         if path is None or not path.is_file():
             return ""
@@ -309,7 +312,7 @@ class Run:
 
     @property
     def notes(self) -> str:
-        """The user's notes on the run, cut after `LONGEST_NOTES + 1` characters, which shows that they are too long."""
+        """The user's notes on the run. Notes that are too long are cut to `LONGEST_NOTES + 1` characters."""
         path = self.inside(NOTES)
         with contextlib.suppress(OSError):
             if path:
@@ -327,7 +330,7 @@ class Run:
         return found
 
     def merged(self, method: str) -> list[Weights]:
-        """Return a method's merged weights with its text encoders; empty until all of them are from the same merge."""
+        """Return a method's merged weights, including trained text encoders; empty until a merge has written all of them."""
         if self.config.get("train_text_encoder") and not self.record(method):
             return []
         parts = [part for part in DENOISERS if self.inside(method, part, "config.json")]
@@ -337,7 +340,7 @@ class Run:
         return [Weights(f"{method}: merged weights", "merged", method, path, encoders=encoders) for path in paths]
 
     def lora_files(self, method: str) -> list[Weights]:
-        """Return a method's exported LoRA files, and those of checkpoints merged by another method."""
+        """Return a method's exported LoRA files, and the LoRA files of checkpoints merged by another merge method."""
         found = []
         for name in self.entries(method):
             merged = re.fullmatch(r"merged-by-([a-z]+)-(\d+)", name)
@@ -363,29 +366,31 @@ class Run:
         return sorted(found, key=lambda weights: -weights.step)
 
     def encoders(self, *parts: str) -> tuple[tuple[str, Path], ...] | None:
-        """Return the text encoders in a folder of this run, or None if one of them is outside of the run."""
+        """Return names and paths of the text encoders in a folder of this run.
+
+        The result is None if one of them contains a link to outside of the run's folder."""
         found = tuple((name, self.sound(*parts, name)) for name in self.entries(*parts) if name in ENCODERS)
         return found if all(path for _, path in found) else None
 
     def allows(self, merge: str) -> bool:
-        """Return whether the run has what a merge needs; some merges need the calibration samples."""
+        """Return whether the run has the calibration samples, if the merge method `merge` needs them."""
         return not MERGES[merge].needs_moments or self.inside("reslora", "calibration.safetensors") is not None
 
     def find_weights(self, label: str) -> Weights:
-        """Return the weights of that label. Raises `RunError` if this run has none."""
+        """Return the weights with this label. Raises `RunError` if the run has none."""
         for weights in self.weights():
             if weights.label == label:
                 return weights
-        raise RunError("This run has no such weights; choose from the list.")
+        raise RunError("This run has no such weights; choose weights from the list.")
 
     def best_weights(self) -> str:
-        """Return the label of the default weights: merged ResLoRA, else other merged weights, else the list's last."""
+        """Return the label of the default weights: merged ResLoRA, else other merged weights, else the last weights."""
         labels = [weights.label for weights in self.weights()]
         wanted = ("reslora: merged weights", *(label for label in labels if label.endswith(": merged weights")))
         return next((label for label in wanted if label in labels), labels[-1])
 
     def lora_norms(self, method: str) -> dict[str, float]:
-        """Return the Frobenius norm of the update `s B A` of each block, from the exported (merged) LoRA file."""
+        """Return the Frobenius norm of the update `s B A` by block, computed from a method's exported LoRA file."""
         path = self.inside(method, DIFFUSERS_FILE)
         with contextlib.suppress(OSError, SafetensorError, RuntimeError):
             return norms_of(path, stamp_of(path)) if path else {}
@@ -396,7 +401,7 @@ class Run:
 def norms_of(path: Path, stamp: tuple[int, ...]) -> dict[str, float]:
     """Return the Frobenius norms of the products `B A` in a LoRA file in diffusers' format, by block.
 
-    A is (rank, in), B is (out, rank). `stamp`, by `stamp_of`, is part of the cache key.
+    Shapes: A (rank, in), B (out, rank). `stamp`, the result of `stamp_of`, is part of the cache key.
     """
     tensors, norms = load_file(path), {}
     for key, down in tensors.items():
@@ -413,21 +418,21 @@ def norms_of(path: Path, stamp: tuple[int, ...]) -> dict[str, float]:
 
 @functools.lru_cache(maxsize=64)
 def rows_of(path: Path, stamp: tuple[int, ...]) -> tuple[tuple[dict, ...], int]:
-    """Return the rows of a log that can be shown, and the number of damaged lines.
+    """Return the rows of a log with valid step and loss, and the number of damaged lines.
 
-    Every open page asks, so the result is cached until the file's `stamp` changes.
+    The result is cached until `stamp` (the result of `stamp_of`) changes, because every open page asks for it.
     """
     return tuple(row for row in read_log(path) if can_be_drawn(row)), count_damaged(path)
 
 
 def can_be_drawn(row: dict) -> bool:
-    """Return whether a row has a valid step and a finite loss."""
+    """Return whether a row of a log has a valid step and a finite loss."""
     step = number(row["step"])
     return step is not None and 0 <= step <= MOST_STEPS and number(row.get("loss")) is not None
 
 
 def is_complete_png(path: Path) -> bool:
-    """Return whether a file is a PNG with its last bytes; a file that is still being written does not have them."""
+    """Return whether a file is a PNG that ends with an IEND chunk, so that it is not still being written."""
     try:
         with path.open("rb") as file:
             if file.read(4) != b"\x89PNG":
@@ -439,7 +444,9 @@ def is_complete_png(path: Path) -> bool:
 
 
 def is_trainer(pid: int) -> bool:
-    """Return whether a process is alive and, if its command line is readable, a trainer: process ids are reused."""
+    """Return whether a process is alive and a trainer, unless its command line is unreadable.
+
+    The command line is checked because process ids are reused."""
     if pid <= 1:
         return False
     try:

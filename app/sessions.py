@@ -1,7 +1,7 @@
-"""Adapt Gradio's sessions (one for each open page): limit their memory, and detect clients that do not read.
+"""Adapt Gradio's sessions (one for each open page): limit their memory, and detect clients that do not read messages.
 
-Gradio closes a handler when its response stream breaks. It does not notice a client that never opens its stream:
-without `hears`, all images of this client would be generated while other users wait.
+Gradio stops an event handler when the client's message stream breaks, but not if the client never opens the stream.
+Without `hears`, all images for such a client would be generated while other users wait.
 """
 
 import gradio as gr
@@ -13,9 +13,9 @@ from .handlers import UNWRITABLE
 
 
 async def cannot_store(request: Request, error: OSError) -> PlainTextResponse:
-    """Answer an upload with status 507 if the disk is full or read-only; the page shows the message.
+    """Respond to an upload with status 507 and a message for the page, if the disk is full or read-only.
 
-    Raises any other error again.
+    Other errors are raised again.
     """
     if error.errno not in UNWRITABLE:
         raise error
@@ -30,16 +30,16 @@ LAUNCH = {
 }
 """Arguments of `launch`.
 
-`max_threads`: each of the 32 events in `TURNS` occupies a thread, also while it waits; 32 threads remain for other
-events. `state_session_capacity`: a page that reconnects after a hundred newer sessions starts with a new state.
+`max_threads`: each of the 32 events with the options `TURNS` occupies a thread, even while it waits; 32 threads remain
+for other events. `state_session_capacity`: a page that reconnects after 100 newer sessions starts with a new state.
 """
 TURNS = {"concurrency_id": "turns", "concurrency_limit": 32}
-"""Options of events that take turns on the device, one image at a time. They suffice for thirty users: a 33rd event
-waits until one of the 32 has completely ended, with up to eight images or a grid."""
+"""Options of events that take turns on the device after each image. At most 32 such events run at the same time, enough for
+thirty users: a 33rd event waits until all images or the grid of another event are finished."""
 
 
 def hears(asked: gr.Request) -> bool:
-    """Return whether the client reads its messages: its stream is open, and no message waits to be fetched.
+    """Return whether the client reads its messages: whether its stream is open and no message is waiting in it.
 
     A client that keeps its stream open without reading is only detected when the connection's buffers are full.
     """
@@ -51,13 +51,13 @@ def hears(asked: gr.Request) -> bool:
 
 
 class Contents(BlocksConfig):
-    """The components and events of a page."""
+    """Gradio's record of the components and events of a page, with cheaper copies."""
 
     def __copy__(self) -> BlocksConfig:
-        """Return the copy for a session, without descriptions of the components.
+        """Return a copy for a session, without the configuration of the components.
 
-        Gradio describes all components again with each update, for links to the current state of the page. This page
-        has no such links, and a description needs 0.8 MiB and 0.03 s, during which all users wait.
+        Gradio would build the configuration of all components after each update, for links to the current state of the
+        page. This page has no such links, and each build takes 0.8 MiB and 0.03 s, during which all users wait.
         """
         contents = super().__copy__()
         contents.config_for_block = lambda *_: {}
@@ -65,14 +65,14 @@ class Contents(BlocksConfig):
 
 
 class Blocks(gr.Blocks):
-    """Gradio's blocks for pages that stay open for a long time."""
+    """Gradio's `Blocks`, changed so that pages can stay open for a long time without accumulating memory."""
 
     def __init__(self, **settings) -> None:
         super().__init__(**settings)
         self.default_config = Contents(self)
 
     async def postprocess_data(self, block_fn, predictions, state) -> list:
-        """Return the outputs of an event; do not copy unchanged outputs, and do not accumulate copies of changed ones.
+        """Return the outputs of an event, without accumulating copies of components in the session.
 
         Gradio stores an updated component as a copy with a new id. Each later event that reads the component would add
         another copy to the session: five copies per poll of a page, 30 MiB per minute with thirty users.

@@ -1,4 +1,4 @@
-"""LoRA files as updates of each layer, and stacks of them: weighted sums of the updates. No Gradio."""
+"""Load LoRA files and stacks (weighted sums of several LoRAs) into models. This module does not import Gradio."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,12 +27,14 @@ MOST = 8
 
 
 def loras(library: Library, run: Run | None) -> dict[str, Weights]:
-    """Return the LoRAs of all runs with the same base model as `run`, by run and method."""
+    """Return the LoRAs of all runs with the same base model as `run`.
+
+    The keys name run and method; the page shows them."""
     return {name: weights for name, (owner, weights) in _all_loras(library).items() if same_base(owner, run)}
 
 
 def _all_loras(library: Library) -> dict[str, tuple[Run, Weights]]:
-    """Return the LoRAs of all runs in diffusers' format, each with its run."""
+    """Return the LoRA files in diffusers' format of all runs, each with its run; the keys are those of `loras`."""
     found = {}
     for run in library.runs().values():
         for weights in run.weights():
@@ -50,37 +52,38 @@ def same_base(one: Run | None, other: Run | None) -> bool:
 
 
 def stacked(library: Library, run: Run | None, names: object, strengths: str) -> Weights:
-    """Return the named LoRAs with the typed strengths as one stack.
+    """Return a stack of LoRAs for the base model of `run`.
 
-    Raises `RunError` for an unknown name, a LoRA of another base model, and an invalid strength.
+    `names`: keys of `loras`. `strengths`: text with one number per LoRA. Raises `RunError` for an unknown name, a LoRA of
+    another base model, and an invalid strength.
     """
     if not isinstance(names, list):
-        raise RunError("Give the LoRAs as a list of their names.")
+        raise RunError("The LoRAs are not a list: give a list of their names.")
     if len(names) > MOST:
         raise RunError(f"{len(names)} LoRAs: at most {MOST} can be stacked.")
     known, found = _all_loras(library), []
     for name in names:
         if not isinstance(name, str) or name not in known:
-            raise RunError("There is no LoRA of that name; choose from the list.")
+            raise RunError("There is no LoRA with this name; choose from the list.")
         owner, weights = known[name]
         if not same_base(owner, run):
             mine, theirs = (Path(base_of(one).name).name for one in (run, owner))
-            raise RunError(f"{name} is a LoRA of {theirs}, and this run trains {mine}: choose LoRAs of one model.")
+            raise RunError(f"{name} is a LoRA for {theirs}, but this run trains {mine}: choose LoRAs for {mine}.")
         found.append(Weights(name, weights.kind, weights.method, weights.path))
     return stack(list(zip(found, numbers(strengths, names), strict=True)))
 
 
 def stack(parts: list[tuple[Weights, float]]) -> Weights:
-    """Return LoRA files with their strengths as one stack."""
+    """Return a stack of LoRA files; each part is a LoRA file and its strength."""
     return Weights(" + ".join(f"{part.label} x {s:g}" for part, s in parts), "stack", parts=tuple(parts))
 
 
 def numbers(text: str, names: list[str]) -> list[float]:
-    """Return one strength per LoRA from the typed text; all are 1 if it is empty."""
+    """Return one strength per LoRA from the text that the user typed; if the text is empty, all strengths are 1."""
     words = str(text or "").replace(",", " ").split() or ["1"] * len(names)
     if len(words) != len(names):
         raise RunError(
-            f"{pluralize(len(words), 'strength')} for {pluralize(len(names), 'LoRA')}: give one for each, as in 1 0.5."
+            f"{pluralize(len(words), 'strength')} for {pluralize(len(names), 'LoRA')}: give one strength for each LoRA, such as 1 0.5."
         )
     found, (least, greatest) = [], LIMITS["strength"]
     for name, word in zip(names, words, strict=True):
@@ -92,7 +95,7 @@ def numbers(text: str, names: list[str]) -> list[float]:
 
 
 def to_write(weights: Weights, strength: float) -> Weights:
-    """Return the weights to write as a complete model: a stack with `strength` applied, or merged weights.
+    """Return the weights to write as a complete model: merged weights, or a stack in which `strength` is included.
 
     Raises `RunError` for the base model, for unmerged checkpoints, and for merged weights at a strength other than 1.
     """
@@ -100,11 +103,11 @@ def to_write(weights: Weights, strength: float) -> Weights:
         return stack([(part, own * strength) for part, own in weights.parts])
     if weights.kind == "merged":
         if strength != 1:
-            raise RunError(f"{weights.label}: at another strength than 1, choose the LoRA file of that method instead.")
+            raise RunError(f"{weights.label}: merged weights can only be written at strength 1; for another strength, choose the method's LoRA file.")
         return weights
     if weights.kind != "file":
         reason = "merge it first" if weights.kind == "adapter" else "choose a LoRA or merged weights"
-        raise RunError(f"{weights.label}: no whole model is made of that; {reason}.")
+        raise RunError(f"{weights.label} cannot be written as a complete model; {reason}.")
     return stack([(weights, strength)])
 
 
@@ -123,16 +126,18 @@ def put(models: Mapping[str, nn.Module], family: Family, weights: Weights, stren
 
 
 def factors_of(weights: Weights, family: Family, models: Mapping[str, nn.Module]) -> Parts:
-    """Return the factors of a LoRA file or stack, by model (denoiser or text encoder) and layer.
+    """Return the low-rank factors of a LoRA file or stack, by model (denoiser or text encoder) and layer.
 
-    Raises `RunError` if they do not fit the models.
+    Raises `RunError` if the factors do not fit the models.
     """
     names, files = names_of(family, models[family.denoiser].config), weights.parts or ((weights, 1.0),)
     return summed([read(one, names, models) for one, _ in files], [strength for _, strength in files])
 
 
 def read(file: Weights, names: Names, models: Mapping[str, nn.Module]) -> Parts:
-    """Return the factors of one LoRA file in any supported format. Raises `RunError` if they do not fit the models."""
+    """Return the low-rank factors of a LoRA file in any supported format, by model and layer.
+
+    Raises `RunError` if the file is invalid or does not fit the models."""
     try:
         check_adapter_file(file.path, file.label)
         content = read_content(file.path, file.label, file.config)
@@ -141,7 +146,7 @@ def read(file: Weights, names: Names, models: Mapping[str, nn.Module]) -> Parts:
         raise RunError(f"{without_folders(error, file.path)}.") from None
     for part, layers in parts.items():
         if part not in models:
-            raise RunError(f"{file.label}: it is for the {part} too, which cannot have a LoRA here.")
+            raise RunError(f"{file.label} also has weights for the {part}, which cannot have a LoRA on this page.")
         prefixes = [f"{part}."] + ["", PEFT_PREFIX] * (part == names.family.denoiser)
         said = next((content.configs[prefix] for prefix in prefixes if prefix in content.configs), {})
         refuse_misfits(f"{file.label}: {part}", models[part], in_names_of(models[part], layers), said)
@@ -149,10 +154,10 @@ def read(file: Weights, names: Names, models: Mapping[str, nn.Module]) -> Parts:
 
 
 def add(model: nn.Module, layers: Mapping[str, Factors], strength: float) -> None:
-    """Inject a plain LoRA into a model's layers, in the model's precision.
+    """Inject a plain LoRA into a model's layers, in the model's dtype.
 
-    The factors have the shapes (rank, in, *kernel) for `down` and (out, rank) for `up`. For a stack of LoRAs, the rank
-    is the sum of their ranks.
+    `layers`: factors by layer, of shapes (rank, in, *kernel) for `down` and (out, rank) for `up`. For a stack of LoRAs, the
+    rank is the sum of their ranks. `strength` multiplies each layer's scale.
     """
     folded = {name: Factors(f.down, f.up * (f.scale * strength), 1.0) for name, f in layers.items()}
     folded = in_names_of(model, folded)

@@ -1,11 +1,11 @@
-"""Generate images: load the pipeline, change its weights, and let users take turns, one image at a time.
+"""Generate images: load the pipeline, change its weights, and let users take turns after each image.
 
-Gradio's `cancels` is not enough to stop a handler: it could not return the finished cells of a stopped grid, and would
-not stop while it waits for its turn.
+Requests are stopped here, not by Gradio's `cancels`: a handler that Gradio cancels could not return the finished cells
+of a stopped grid, and would not stop while it waits for its turn.
 
 The base weights never change. Other weights are loaded into a *skeleton*: a second denoiser that shares the base
-tensors and is made on the meta device in a fraction of a second. So the base model need not be loaded again for other
-weights, and if these cannot be loaded, the pipeline stays as it was.
+tensors and is made on the meta device in a fraction of a second. So other weights can be loaded without loading the
+base model again, and if they cannot be loaded, the pipeline is unchanged.
 """
 
 import contextlib
@@ -43,21 +43,21 @@ from .turns import Turns
 from .weight_files import files_of, refuse_gone, unless_replaced, without_folders
 
 MERGE_CHOICES = sorted(MERGES, key=lambda name: (not MERGES[name].needs_moments, name == "none"))
-"""Merge methods, those that retain the most first."""
+"""Names of the merge methods: those that use calibration samples, then the paper's, then `none`."""
 PATIENCE = 15.0
-"""A generation is abandoned if its client has not read its messages for this many seconds."""
+"""Seconds after which a request is stopped if its client does not read its messages."""
 PAUSE = 0.2
 """Minimum seconds between two step messages. A small model may take steps faster than a page shows messages, and the
 page shows all of its queued messages before it handles a click on *Stop*."""
 
 
 class Cancelled(Exception):
-    """Raised if the user cancelled a request, or if its client does not read any more."""
+    """Raised if the user cancelled a request, or if its client has stopped reading messages."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A message: `done` of the `total` denoising steps of an image are completed."""
+    """A message for the client: `done` of the `total` denoising steps of image number `image` are completed."""
 
     image: int
     done: int
@@ -66,7 +66,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Status:
-    """A message: a line about the current work."""
+    """A message for the client: a line about the current work."""
 
     text: str
 
@@ -78,41 +78,41 @@ class Picture:
     weights: Weights
     request: Request
     title: str
-    """Status line while it is generated."""
+    """Status line while the image is generated."""
     merge: tuple[Weights, str] | None = None
-    """The checkpoint and the merge method that make the weights if they do not exist yet."""
+    """The checkpoint and the merge method from which to make the weights if they do not exist yet."""
 
 
 class Visitor:
-    """A request of a client. Messages are sent for it until it is cancelled or the client stops reading."""
+    """A client's request. Messages are sent to the client until the request is cancelled or the client stops reading."""
 
     def __init__(self, session: str, kind: str, listening: Callable[[], bool]) -> None:
         self.session, self.kind, self.listening = session, kind, listening
         self.stopped = threading.Event()
         self.unheard: float | None = time.monotonic()
-        """Time at which a check first found the client not reading; None while it reads."""
+        """Time at which the client was first found not to read messages; None while it reads them."""
         self.events: queue.Queue = queue.Queue(maxsize=1)
         self.told = 0.0
-        """Time of the last step message."""
+        """Time at which the last step message was sent."""
 
     def check(self) -> None:
-        """Raise `Cancelled` if the request was cancelled or its client does not read any more."""
+        """Raise `Cancelled` if the request was cancelled, or if its client has not read messages for `PATIENCE` seconds."""
         self.unheard = None if self.listening() else self.unheard or time.monotonic()
         if self.unheard is not None and time.monotonic() - self.unheard > PATIENCE:
-            print("Gave up a generation that nobody listened to.", file=sys.stderr, flush=True)
+            print("Stopped generating images: the client did not read its messages.", file=sys.stderr, flush=True)
             raise Cancelled
         if self.stopped.is_set():
             raise Cancelled
 
     def wait(self) -> None:
-        """Wait until the client reads, so that an abandoned request does not block the others."""
+        """Wait until the client reads its messages, so that an abandoned request does not block other requests."""
         while not self.listening():
             self.check()
             time.sleep(0.1)
         self.check()
 
     def put(self, event: object) -> None:
-        """Send a message, waiting until there is room. Raises `Cancelled` as `check` does."""
+        """Send a message as soon as the previous message was taken. Raises `Cancelled` as `check` does."""
         while True:
             self.check()
             with contextlib.suppress(queue.Full):
@@ -128,16 +128,16 @@ class Visitor:
 
 
 class Studio:
-    """The pipeline and its weights. Nothing is loaded before the first use."""
+    """The pipeline that generates images, and its weights. Nothing is loaded before the first use."""
 
     def __init__(self) -> None:
         self.turns = Turns()
         self.pipeline: DiffusionPipeline | None = None
         self.family: Family | None = None
         self.model: Model | None = None
-        """The source of the pipeline's files."""
+        """The model from whose files the pipeline was loaded."""
         self.base: Base | None = None
-        """The options that the pipeline was loaded with."""
+        """The base model and the options with which the pipeline was loaded."""
         self.stamps: dict[Path, tuple[int, ...]] = {}
         """The files that the pipeline was loaded from, each with the result of `stamp_of` at that time."""
         self.state = {}
@@ -145,7 +145,7 @@ class Studio:
         self.encoders: dict[str, torch.nn.Module] = {}
         """The base text encoders that a run may have trained, by name."""
         self.current = None
-        """Key of the weights in the pipeline: paths, modification times, strength."""
+        """Key of the weights in the pipeline: paths and stamps of their files, LoRAs of a stack, strength."""
         self.loads = 0
         """Number of times that a pipeline was loaded."""
         self.running: set[Visitor] = set()
@@ -163,8 +163,8 @@ class Studio:
     ) -> Iterator[Status | Step | Drawn]:
         """Yield status messages, step messages and images.
 
-        Image i has the seed `request.seed + i`, so it does not depend on the number of images. With this seed, it is
-        generated once with each of the weights in `choices`.
+        Image i has the seed `request.seed + i`, whatever the number of images. It is generated once with each of the weights
+        in `choices`.
 
         The generation stops within one denoising step
         - if the iterator is closed;
@@ -195,8 +195,8 @@ class Studio:
     ) -> Iterator[Status]:
         """Write the run's complete model with LoRA files or merged weights to a new folder, `target`.
 
-        Stops in the cases in which `generate` stops, within one tensor, and then removes the folder. Raises `RunError`
-        if the model cannot be written.
+        Stops as `generate` does, before the next tensor is written, and then removes the folder. Raises `RunError` if the
+        model cannot be written.
         """
         yield from self._progress(
             lambda visitor: self._write_whole(run, weights, target, visitor), session, "model", listening
@@ -205,7 +205,7 @@ class Studio:
     def _progress(
         self, work: Callable[[Visitor], None], session: str, kind: str, listening: Callable[[], bool]
     ) -> Iterator:
-        """Run `work` in a thread and yield its messages."""
+        """Run `work` in a thread and yield its messages; raise the exception with which it ends."""
         visitor = Visitor(session, kind, listening)
         self.running.add(visitor)
         threading.Thread(target=self._work, args=(work, visitor), daemon=True).start()
@@ -219,7 +219,7 @@ class Studio:
             self.running.remove(visitor)
 
     def cancel(self, session: str, kind: str | None = None) -> bool:
-        """Stop a session's requests within one denoising step, and return whether there were any.
+        """Stop a session's requests within one denoising step, and return whether the session had any.
 
         `kind`: `images`, `grid` or `model` stops only requests of this kind; None stops all.
         """
@@ -235,8 +235,8 @@ class Studio:
             visitor.stopped.set()
 
     def _work(self, work: Callable[[Visitor], None], visitor: Visitor) -> None:
-        """Do the work of a request in its thread, and send the outcome: None at the end, or an exception."""
-        outcome: Exception | None = RunError("This could not be generated.")
+        """Do the work of a request in its thread; at the end, send None or the exception that `work` raised."""
+        outcome: Exception | None = RunError("The request could not be completed.")
         try:
             work(visitor)
             outcome = None
@@ -244,7 +244,7 @@ class Studio:
             outcome = error
         except Exception as error:  # anything that a model or a device raises; the page gets one sentence
             traceback.print_exception(error)
-            outcome = RunError(f"This could not be generated ({type(error).__name__}).")
+            outcome = RunError(f"The request could not be completed ({type(error).__name__}); see the terminal for details.")
         finally:
             if visitor.stopped.is_set():
                 with contextlib.suppress(queue.Empty):
@@ -254,10 +254,10 @@ class Studio:
 
     @contextlib.contextmanager
     def _turn(self, run: Run | None, visitor: Visitor) -> Iterator[None]:
-        """Wait for a turn, load the run's pipeline if necessary, and hold the turn during the `with` block."""
+        """Wait for the request's turn, load the run's pipeline if necessary, and hold the turn during the `with` block."""
         visitor.wait()
         if self.turns.waiting:
-            visitor.put(Status("Waiting for another image to be finished"))
+            visitor.put(Status("Waiting until another request's image is finished"))
         with self.turns.turn(visitor.check):
             if not self._is_loaded(base := base_of(run)):
                 visitor.put(Status("Loading the model: this happens once"))
@@ -283,7 +283,7 @@ class Studio:
 
         def after_step(pipeline, index, timestep, tensors):
             if not tensors["latents"].isfinite().all():
-                raise RunError(f"{picture.weights.label}: step {index + 1} gave values that are not finite.")
+                raise RunError(f"{picture.weights.label}: the latents became infinite or NaN at step {index + 1}.")
             visitor.step(Step(number, index + 1, request.steps))
             return tensors
 
@@ -297,18 +297,18 @@ class Studio:
         return self.pipeline(**{name: value for name, value in wanted.items() if name in taken}).images[0]
 
     def _side(self, pixels: int) -> int:
-        """Round a side in pixels down to one that the model can generate; return at least the smallest such side."""
+        """Round a width or height in pixels down to one that the model can generate, but at least to the smallest one."""
         multiple = self.family.pixel_multiple(self.pipeline)
         return max(multiple, pixels // multiple * multiple)
 
     # -- pipeline and weights ------------------------------------------------------------------------------------------
 
     def _is_loaded(self, base: Base) -> bool:
-        """Return whether the loaded pipeline is `base`, and none of its files has changed since the load."""
+        """Return whether the loaded pipeline is that of `base`, and none of its files has changed since it was loaded."""
         return base == self.base and stamps_of(base, self.model) == self.stamps
 
     def _load(self, base: Base) -> None:
-        """Load the pipeline; if that fails, the previous one stays. Raises `RunError`."""
+        """Load the pipeline of `base`. Raises `RunError` if this fails; then the previous pipeline remains."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             check_model_name(base.name)
@@ -331,7 +331,7 @@ class Studio:
         self.current = None
 
     def _use(self, run: Run | None, weights: Weights, strength: float) -> None:
-        """Load the weights into the pipeline. Raises `RunError` on failure; the previous weights stay then."""
+        """Load the weights into the pipeline. Raises `RunError` if this fails; then the previous weights remain."""
         wanted = (*files_of(weights), weights.parts, 1.0 if weights.kind == "base" else strength)
         if self.current == wanted:
             return
@@ -356,7 +356,7 @@ class Studio:
         self.current = wanted
 
     def _put(self, parts: dict[str, torch.nn.Module], run: Run | None, weights: Weights, strength: float) -> None:
-        """Load the weights into `parts`, a new denoiser and new text encoders by name."""
+        """Load the weights into `parts`: a denoiser and text encoders, by name, from `_parts`."""
         if weights.kind in ("file", "stack"):
             stacks.put(parts, self.family, weights, strength)
         for name, path in ((self.family.denoiser, weights.path), *weights.encoders):
@@ -372,14 +372,14 @@ class Studio:
                 weight_files.put_adapter(parts[name], run.config, targets, one, strength)
 
     def _parts(self) -> dict[str, torch.nn.Module]:
-        """Return a denoiser and text encoders, by name, that share the base tensors instead of copying them."""
+        """Return a new denoiser and new text encoders, by name; they share the tensors of the base model."""
         return {self.family.denoiser: self._skeleton()} | {
             name: copy.deepcopy(encoder, {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())})
             for name, encoder in self.encoders.items()
         }
 
     def _skeleton(self) -> torch.nn.Module:
-        """Return a denoiser that shares the base tensors instead of copying them."""
+        """Return a new denoiser that shares the tensors of the base denoiser."""
         present = getattr(self.pipeline, self.family.denoiser)
         with torch.device("meta"):
             denoiser = type(present).from_config(present.config)
@@ -392,10 +392,10 @@ class Studio:
     # -- merging -------------------------------------------------------------------------------------------------------
 
     def merge(self, run: Run, checkpoint: Weights, method: str) -> dict:
-        """Merge an unmerged ResLoRA checkpoint by another method, with the run's calibration samples.
+        """Merge a ResLoRA checkpoint by a merge method, which may use the run's calibration samples.
 
-        Writes `reslora/merged-by-<method>-<step>/` (plain LoRA files, merge.json) and returns the report. Raises
-        `RunError` for weights or a method that cannot be merged, and if the files cannot be written.
+        Writes `reslora/merged-by-<method>-<step>/` (plain LoRA files, merge.json) and returns the merge report. Raises
+        `RunError` if the checkpoint cannot be merged by this method, or if the files cannot be written.
         """
         if method not in MERGES or checkpoint.kind != "adapter" or checkpoint.method != "reslora":
             raise RunError("Choose one of the run's ResLoRA checkpoints and one of the merge methods.")
@@ -414,12 +414,12 @@ class Studio:
             raise RunError(f"The merged weights cannot be written into the run's folder ({reason}).") from None
         except (ValueError, RuntimeError) as error:
             refuse_gone(run, checkpoint)
-            raise RunError(f"It cannot be merged: {without_folders(error, run.folder)}.") from None
+            raise RunError(f"The checkpoint cannot be merged: {without_folders(error, run.folder)}.") from None
 
     def _write_merged(self, run: Run, checkpoint: Weights, method: str) -> dict:
-        """Merge in float32, write the LoRA files and the report, and return the report."""
+        """Merge a checkpoint in float32, write the LoRA files and the merge report, and return the report."""
         if not run.allows(method):
-            raise RunError(f"{method} needs calibration samples, and this run has kept none; choose another merge")
+            raise RunError(f"{method} needs calibration samples, and this run has none; choose another merge method")
         made, report, parts = self._parts(), {}, {}
         for name, path in ((self.family.denoiser, checkpoint.path), *checkpoint.encoders):
             parts[name] = torch.nn.Module.to(made[name], dtype=torch.float32)
@@ -436,7 +436,7 @@ class Studio:
         return report
 
     def _write_whole(self, run: Run | None, weights: Weights, target: Path, visitor: Visitor) -> None:
-        """Write a complete model in one turn."""
+        """Write a complete model to the folder `target` during one turn."""
         with self._turn(run, visitor):
             visitor.put(Status(f"Writing the model {target.name}"))
             check = unless_replaced(run, weights, visitor.check)
@@ -454,6 +454,8 @@ class Studio:
 
 
 def calibration_of(run: Run, encoder: str | None = None) -> list[dict] | None:
-    """Return the batches of calibration samples of the denoiser or a text encoder; None if the run has none."""
+    """Return a run's batches of calibration samples, or None if the run has none.
+
+    `encoder`: name of the text encoder whose samples to return; None means the denoiser."""
     path = run.inside("reslora", f"calibration{f'-{encoder}' if encoder else ''}.safetensors")
     return None if path is None else read_calibration(path)

@@ -1,7 +1,7 @@
 """Let threads take turns at a resource that only one of them can use at a time.
 
-Gradio's queue (`concurrency_limit=1`) completes an event before it starts the next one: an image that takes half a
-second came after 5.5 s if it waited for a request for eight images.
+Gradio's queue (`concurrency_limit=1`) would complete a request for eight images before starting the next request: an
+image that takes half a second then arrived after 5.5 s.
 """
 
 import contextlib
@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 
 
 class Turns:
-    """A lock that threads get in the order in which they ask for it.
+    """A lock that threads acquire in the order in which they ask for it.
 
-    A request for eight images asks again for each image, so other requests run in between.
+    A request for eight images acquires the lock again for each image, so that other requests run in between.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Turns:
 
     @contextlib.contextmanager
     def turn(self, check: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Wait for a turn and hold it; `check` is called while waiting, and may raise to give up."""
+        """Wait for a turn, and hold it during the `with` block. While waiting, `check` is called; it may raise to stop waiting."""
         ticket = object()
         with self.moved:
             self.waiting.append(ticket)

@@ -16,20 +16,24 @@ from reslora.options.prompts import clean
 from .runs import RunError
 
 RECORD = ".uploaded"
-"""File in a stored folder with the hash of the contents that the folder had when it was stored."""
+"""Name of the file in a stored folder that contains a hash of the folder's contents when it was stored."""
 MOST_IMAGES, MOST_BYTES = 2000, 1024 * 2**20
 Contents = Mapping[str, Path | str]
-"""Contents of a folder by file name: paths of files to copy, and texts of captions to write."""
+"""Contents of a new folder by file name: the path of a file to copy, or the text of a caption file."""
 
 
 def store_images(folder: Path, uploads: Sequence[str], caption: str) -> Path:
-    """Copy uploaded images and captions to a new folder, and return it."""
+    """Copy uploaded images and captions to the new folder `folder`, and return its path.
+
+    `caption`: the caption of images without a caption file; if empty, the words of the file name."""
     write(folder, contents_of(uploads, caption))
     return folder
 
 
 def keep(folder: Path, uploads: Sequence[str], caption: str) -> Path:
-    """Copy uploaded images and captions to the folder from `place_of`, unless they are there; return this folder."""
+    """Copy uploaded images and captions to the folder that `place_of` returns, and return this folder.
+
+    Nothing is copied if the folder already has these contents."""
     contents = contents_of(uploads, caption)
     place = place_of(folder, contents)
     if not place.exists():
@@ -41,8 +45,8 @@ def keep(folder: Path, uploads: Sequence[str], caption: str) -> Path:
 def place_of(folder: Path, contents: Contents) -> Path:
     """Return the folder for these contents: `folder`, or `folder-2` and so on if `folder` has other contents.
 
-    The returned folder does not exist yet, or has exactly these contents; no folder is replaced. Raises `RunError` if
-    these contents were stored before, and the files in their folder have been changed since.
+    The returned folder does not exist yet, or has exactly these contents. Raises `RunError` if these contents were
+    stored before and the files in their folder were changed later.
     """
     mark = mark_of(contents)
     for number in itertools.count(1):
@@ -51,7 +55,7 @@ def place_of(folder: Path, contents: Contents) -> Path:
             return place
         if (place / RECORD).is_file() and (place / RECORD).read_text(encoding="utf-8") == mark:
             what = f"These images were uploaded before, and runs/{place.name} was changed since"
-            raise RunError(f"{what}: choose that folder and take the uploads out, or choose another name.")
+            raise RunError(f"{what}: choose this folder and remove the uploads, or choose another name.")
 
 
 def inside(folder: Path) -> Contents:
@@ -61,33 +65,32 @@ def inside(folder: Path) -> Contents:
 
 
 def mark_of(contents: Contents) -> str:
-    """Return a hash of file names and contents."""
+    """Return a hash of the file names and contents of a folder."""
     marks = {name: content_mark(one.encode() if isinstance(one, str) else one) for name, one in contents.items()}
     return content_mark(repr(sorted(marks.items())).encode())
 
 
 def contents_of(uploads: Sequence[str], caption: str) -> Contents:
-    """Return the contents of a folder for the uploads, which get new names.
+    """Return the contents of a folder for the uploads; the files get new names.
 
-    Raises `RunError` for a file that the trainer would skip or refuse.
-
-    An image's caption is the uploaded text file of the same name, else `caption`, else the words of its file name.
+    An image's caption is the uploaded caption file of the same name, else `caption`, else the words of the image's file
+    name. Raises `RunError` for a file that the trainer would skip or refuse.
     """
     paths = [Path(upload) for upload in uploads]
     images = [path for path in paths if path.suffix.lower() in SUFFIXES]
     texts = [path for path in paths if path.suffix.lower() in CAPTIONS]
     if not images:
-        raise RunError(f"None of these is an image ({', '.join(sorted(SUFFIXES))}).")
+        raise RunError(f"None of the uploaded files is an image: upload files of type {', '.join(sorted(SUFFIXES))}.")
     if len(images) > MOST_IMAGES or sum(path.stat().st_size for path in paths) > MOST_BYTES:
-        raise RunError(f"At most {MOST_IMAGES} images and {MOST_BYTES // 2**20} MB, please.")
+        raise RunError(f"The upload is too large: upload at most {MOST_IMAGES} images and {MOST_BYTES // 2**20} MB.")
     stems, beside = {path.stem for path in images}, {path.stem: path for path in texts}
     names = Counter(path.name for path in paths)  # files from several folders may have the same name
     for path in paths:
         if problem := problem_of(path, stems):
-            raise RunError(f"{path.name[:80]} cannot be used ({problem}): leave it out, or correct it.")
+            raise RunError(f"{path.name[:80]} cannot be used ({problem}): remove this file from the uploads, or correct it.")
         unclear = names[path.name] > 1 or (path in texts and beside[path.stem] != path)
         if unclear and path.stem in beside:
-            raise RunError(f"Several files are named {path.stem[:80]}: whose caption is which is not clear.")
+            raise RunError(f"Several files are named {path.stem[:80]}, so their captions are ambiguous: rename them.")
     found: dict[str, Path | str] = {}
     for number, path in enumerate(images):
         words = re.sub(r"[\W_]+", " ", path.stem).strip()
@@ -98,9 +101,9 @@ def contents_of(uploads: Sequence[str], caption: str) -> Contents:
 
 
 def problem_of(path: Path, stems: Collection[str]) -> str:
-    """Return why an uploaded file cannot be used, or an empty string.
+    """Return why an uploaded file cannot be used; empty if it can be used.
 
-    `stems`: file names, without suffix, of the uploaded images. A caption file must have one of these names.
+    `stems`: file names of the uploaded images, without suffix; a caption file must have one of these names.
     """
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
@@ -115,7 +118,7 @@ def problem_of(path: Path, stems: Collection[str]) -> str:
 
 
 def write(folder: Path, contents: Contents) -> None:
-    """Write a folder with these contents, completely or not at all. Raises `RunError` on a file error."""
+    """Write a new folder with these contents. If a file cannot be written, no folder is left, and `RunError` is raised."""
     try:
         with replacing(folder) as temporary:
             temporary.mkdir()

@@ -1,4 +1,4 @@
-"""Summarize a run in a sentence that claims no more than one run can show, as HTML like `views`."""
+"""Summarize a run in a sentence (HTML) that claims no more than a single run can show."""
 
 from reslora.formatting import pluralize
 from reslora.runtime.log import of_split
@@ -9,16 +9,16 @@ from .views import NAMES, escape, notice
 ONE_SEED = "One seed: no difference shown. Run an experiment, which can show one: <code>--seed 0 1 2</code>."
 ALONE = "There is nothing to compare with: <code>--method lora reslora</code> trains both."
 HIGH_ERROR = 0.2
-"""Mean relative error of merged blocks above which images are likely to differ."""
+"""Mean relative error of the merged blocks above which images of merged and unmerged weights are likely to differ."""
 NOTHING_HELD_OUT = (
     "No images are held out, so losses are not comparable the methods; --validation_split 0.1 holds out a tenth."
 )
 
 
 def verdict(run: Run, step: int) -> str:
-    """Return the validation loss of each method, lowest first.
+    """Return a sentence with the validation loss of each method, lowest first, as HTML.
 
-    The losses are those at the last step, up to `step`, for which all methods have a validation loss.
+    The losses are those at the last step up to `step` at which all methods have a validation loss.
     """
     losses = {method: held_out(run, method) for method in run.methods}
     without = [NAMES[method] for method, found in losses.items() if not found]
@@ -39,12 +39,12 @@ def verdict(run: Run, step: int) -> str:
 
 
 def held_out(run: Run, method: str) -> dict[int, float]:
-    """Return the loss on held-out images by step."""
+    """Return a method's losses on held-out images (validation losses) by step."""
     return {row["step"]: row["loss"] for row in of_split(run.log(method), "validation")}
 
 
 def merge_warning(report: object) -> str:
-    """Return a warning if the mean error of the merged blocks is high, else an empty string."""
+    """Return a warning if a merge report's mean error of the blocks exceeds `HIGH_ERROR`, else an empty string."""
     blocks = report.get("blocks") if isinstance(report, dict) else None
     rows = [block for block in blocks if isinstance(block, dict)] if isinstance(blocks, list) else []
     errors = [error for block in rows if (error := number(block.get("error"))) is not None]
@@ -56,7 +56,7 @@ def merge_warning(report: object) -> str:
 
 
 def warning_for(run: Run, weights: Weights) -> str:
-    """Return the warning about the merge that made these weights, or an empty string."""
+    """Return the warning of `merge_warning` about the merge that produced these weights, or an empty string."""
     if weights.kind not in ("merged", "file"):
         return ""
     return merge_warning(run.read_json(*weights.path.parent.relative_to(run.folder.resolve()).parts, "merge.json"))

@@ -147,7 +147,10 @@ def result(experiment: Experiment) -> str:
         )  # fmt: skip
         rows += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
     if not rows:
-        return notice("There are no votes: the experiment has no verdicts, or no samples of two methods.")
+        return notice(
+            "No votes to show: this experiment has no verdict yet, or fewer than two of its methods have sample images "
+            "(--num_validation_images)."
+        )
     header = "".join(f"<th>{name}</th>" for name in ("methods", "votes", "preference", "loss", "together"))
     return table("made votes", "Votes and losses", f"<tr>{header}</tr>{rows}")
 

@@ -5,7 +5,7 @@ reslora.connect(model, reslora.ResLoraConfig(shortcut="block", pre_num=4))
 ...                                     # train as usual
 report = reslora.merge(model, calibration=batches)  # plain LoRA from here on
 
-Names are imported on first use: a script that only parses its options does not wait for torch and PEFT.
+Names are imported on first use, so that `import reslora` does not import torch and PEFT.
 """
 
 import importlib
@@ -37,7 +37,7 @@ __all__ = sorted(_HOMES)
 
 
 class _Package(types.ModuleType):
-    """Type of the package: `reslora.chains` is always the function, also after `reslora/chains.py` was imported."""
+    """Module type of the package: `reslora.chains` is the function, even after the submodule `chains` is imported."""
 
     @property
     def chains(self) -> Any:
@@ -46,7 +46,7 @@ class _Package(types.ModuleType):
 
     @chains.setter
     def chains(self, module: types.ModuleType) -> None:
-        """Ignore the assignment with which the import system sets a submodule as an attribute of its package."""
+        """Ignore the assignment: the import system sets each imported submodule as an attribute of its package."""
 
 
 sys.modules[__name__].__class__ = _Package
@@ -62,5 +62,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return all names, also those that are not imported yet."""
+    """Return the names of all attributes, including those that are not imported yet."""
     return sorted({*globals(), *__all__, *_MODULES})

@@ -18,13 +18,13 @@ BUDGET = 2**30
 """Maximum memory, in bytes, for the layer inputs that the least-squares merge stores; a single layer may exceed it.
 
 If all layers together need more, the batches run through the model several times, each time for as many layers as fit.
-The widest feed-forward layers of Flux, with 12,288 input features, need 0.6 GB each. Tensors as small as the adapter
-are not counted.
+The widest feed-forward layers of Flux, with 12,288 input features, need 0.6 GB each. Small tensors, such as those of
+the adapter's size, are not counted.
 """
 
 
 class Calibrator:
-    """Record the moments of every block while the unmerged model runs on the calibration batches."""
+    """Record the `Moments` of every block while the unmerged model runs on the calibration batches."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Calibrator:
         self.merged = dict(zip(self.blocks, results, strict=True))
         self.shortcut, self.needs_moments = shortcut, needs_moments
         self.waiting = dict.fromkeys(self.blocks)
-        """Names of the blocks that are still to be measured."""
+        """Names of the blocks whose moments have not been recorded yet."""
         self.leaders: dict[str, str] = {}
         """Block name -> the first block that reads the same input tensor."""
         self.inputs: dict[str, Inputs] = {}
@@ -85,7 +85,7 @@ class Calibrator:
 
     @contextmanager
     def _watching(self, base: nn.Module, wires: Wires) -> Iterator[None]:
-        """Observe all connected blocks inside this context, and record their inputs before PEFT casts the dtype."""
+        """Record the inputs of all connected blocks inside this context, in their dtype before PEFT casts it."""
 
         def enters(module: nn.Module, args: tuple) -> None:
             self.entered = args[0] if args else None
@@ -133,7 +133,8 @@ class Calibrator:
             self.seen.append((weakref.ref(entered), name))
         if self.leaders.setdefault(name, leader) != leader:
             raise ValueError(
-                f"{name} reads another tensor than in the first calibration batch; calibrate in like batches"
+                f"{name} shares its input with other layers than in the first calibration batch; give batches that "
+                "run the model in the same way"
             )
         if name == leader and name not in self.postponed:
             inputs = self.inputs.pop(name, None) or Inputs(tokens)
@@ -156,12 +157,12 @@ class Calibrator:
                     f"{block.name} did not run on the calibration batches: is the adapter active and enabled?"
                 )
             if not block.moments.finite():
-                raise ValueError(f"calibration gives NaN or infinity at the input of {block.name}; check its batches")
+                raise ValueError(f"calibration gives NaN or infinity at the input of {block.name}; check the batches")
             inputs = block.moments.inputs
             if inputs is not None and block.moments.rows != inputs.count:
                 raise ValueError(
                     f"{block.name} did not run on all calibration batches that {self.leaders[block.name]} ran on; "
-                    "calibrate in like batches"
+                    "give batches that run the same layers"
                 )
             block.norm = block.moments.norm
         while self.inputs:

@@ -18,9 +18,9 @@ from .runtime.stdio import take_any_file_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Caption as the options specify and return the exit status.
+    """Write captions as the options specify, and return the exit status.
 
-    Errors that the user can fix are one line on stderr.
+    Errors that the user can fix are printed as one line on stderr.
     """
     take_any_file_name()
     try:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InvalidArgument, OSError, RuntimeError) as error:
         return print_error("reslora-caption", error)
     except KeyboardInterrupt:
-        print("reslora-caption: stopped; the same command without --overwrite resumes", file=sys.stderr)
+        print("reslora-caption: stopped; run the same command without --overwrite to resume", file=sys.stderr)
         return 130
     return 0
 
@@ -46,8 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("folder", metavar="FOLDER", help="folder of images; its subfolders are read too")
     add("--model", metavar="MODEL", help="folder or hub name of an image-text model with safetensors weights; required")
     add("--prompt", metavar="TEXT",
-        help="instruction to a chat model (default: ask for one sentence), or start of a caption of another model; the "
-             "files do not contain it")
+        help="instruction to a chat model (default: ask for one sentence), or, for another model, first words of each "
+             "caption; not written to the caption files")
     add("--prefix", metavar="TEXT", default="", help="text to put before each caption, with a space after it")
     add("--max_new_tokens", type=whole(1), default=75, help="longest caption, in tokens; default: %(default)s")
     add("--batch_size", type=whole(1), default=8, help="number of images captioned together; default: %(default)s")
@@ -61,7 +61,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if not args.model:  # not argparse's `required`, which would be reported instead of a misspelled option
         raise InvalidArgument("--model", "missing", "give the folder or hub name of an image-text model")
     if is_path(args.model) and not Path(args.model).is_dir():
-        raise InvalidArgument(f"--model {args.model}", "no such folder", "give one in transformers format")
+        raise InvalidArgument(f"--model {args.model}", "no such folder", "give a model folder in transformers format")
     if not args.folder:  # an empty path is the working directory
         raise InvalidArgument("FOLDER", "is empty", "give the folder of the images")
     if not Path(args.folder).is_dir():

@@ -21,7 +21,7 @@ from .formatting import pluralize
 from .tracing import Trace, trace
 
 Before = Sequence[Sequence[int]]
-"""For each block of a chain, the indices of the earlier blocks in its sum: n-1, n-2, ... n-m."""
+"""For each block n of a chain, the indices n-1, n-2, ... n-m of the earlier blocks whose terms block n adds."""
 
 # Classes whose `forward` calls `lora_variant[adapter].forward`. Other classes (AWQ, AQLM, EETQ, TE, tensor parallel)
 # ignore variants: their layers would train plain LoRA, without an error, although they are connected.
@@ -50,11 +50,11 @@ class Block:
     tokens: tuple[int, ...]
     """Shape of the layer's input without its first (batch) and last (feature) axis."""
     cut: str = ""
-    """Why the chain is cut before this block; empty if the previous block of its role is its neighbor."""
+    """Why a new chain begins at this block; empty if the block continues the chain of the previous block."""
 
     @property
     def shape(self) -> str:
-        """Features, rank and token shape as one short string."""
+        """Features, rank and token shape as text, such as `320->640 r=4 tokens=4096`."""
         tokens = "x".join(map(str, self.tokens)) or "-"
         return f"{self.in_features}->{self.out_features} r={self.rank} tokens={tokens}"
 
@@ -75,7 +75,7 @@ class Chain(Sequence):
 
 @dataclasses.dataclass(frozen=True)
 class Chains(Sequence):
-    """The chains of a model, the LoRA layers that stay plain, and the layers that cannot be connected."""
+    """The chains of a model, the LoRA layers without shortcuts, and the layers that cannot be connected."""
 
     chains: tuple[Chain, ...]
     unlinked: tuple[tuple[str, str], ...] = ()
@@ -98,15 +98,15 @@ class Chains(Sequence):
 
     @property
     def blocks(self) -> list[Block]:
-        """All blocks, chain after chain."""
+        """Blocks of all chains, in the order of the chains."""
         return [block for chain in self.chains for block in chain]
 
     def clipped(self, reach: int | None) -> list[Chain]:
-        """Return the chains of two or more blocks that are too short for any block to have `reach` earlier blocks."""
+        """Return the chains of at least two blocks in which every block has fewer than `reach` earlier blocks."""
         return [] if reach is None else [chain for chain in self.chains if 1 < len(chain) <= reach]
 
     def to_dict(self) -> dict:
-        """Return the chains as JSON-able data, the content of `chains.json`."""
+        """Return the chains as JSON-serializable data, the content of `chains.json`."""
         return {
             "links": self.links,
             "chains": [
@@ -132,9 +132,9 @@ class Chains(Sequence):
 
 
 def before_each(blocks: int, reach: int | None) -> Before:
-    """Return, for each of `blocks` blocks of a chain, the indices of the earlier blocks in its sum.
+    """Return, for each block of a chain with `blocks` blocks, the indices of the earlier blocks whose terms it adds.
 
-    The sum of block n (from 0) has `m = min(reach, n)` earlier blocks, or all n if `reach` is None.
+    Block n (counted from 0) adds the terms of `m = min(reach, n)` earlier blocks, or of all n if `reach` is None.
     """
     return [range(n - 1, -1 if reach is None else max(0, n - reach) - 1, -1) for n in range(blocks)]
 
@@ -148,7 +148,8 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
     training modes and gradients unchanged. Where two independent streams join, such as those of an image and its
     caption, new chains begin.
 
-    Raises `ValueError` if the model has no LoRA layer of that adapter, or if no inputs to trace with are known.
+    Raises `ValueError` if the model has no LoRA layer of this adapter, has no default inputs and `example_inputs` is
+    missing, or does not run on the inputs.
     """
     base = base_model(model)
     connection = live_connection(base)
@@ -159,11 +160,11 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
     places = {name: _place(base, name) for name in linkable}
     seen = trace(base, {name: holder or name for name, (holder, _) in places.items()}, example_inputs)
     problems += [
-        (name, f"runs {len(shapes)} times in one forward, so its previous block is ambiguous")
+        (name, f"runs {len(shapes)} times in one forward pass, so its previous block is ambiguous; do not adapt it")
         for name, shapes in seen.runs.items()
         if len(shapes) > 1
     ]
-    unlinked += [(name, "did not run in the traced forward") for name in linkable if name not in seen.runs]
+    unlinked += [(name, "did not run in the traced forward pass") for name in linkable if name not in seen.runs]
     by_role: dict[str, list[Block]] = {}
     for name, shapes in seen.runs.items():
         layer, role = linkable[name], places[name][1]
@@ -173,7 +174,7 @@ def chains(model: nn.Module, adapter_name: str = "default", example_inputs: dict
 
     def difference(before: Block, block: Block) -> str:
         one, other = places[before.name][0], places[block.name][0]
-        apart = seen.apart(other, one) if one and other else "one of the two is in no list of equal modules"
+        apart = seen.apart(other, one) if one and other else "one of the two is in no list of modules of one class"
         return apart or _difference(before, block)
 
     found = tuple(chain for role, blocks in by_role.items() for chain in _cut(role, blocks, difference))
@@ -187,7 +188,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises `ValueError` for `nn.DataParallel`, or if `model` is not a module.
     """
     if not isinstance(model, nn.Module):
-        raise ValueError(f"model is a {type(model).__name__}; give a model (of a pipeline, its unet or transformer)")
+        raise ValueError(f"model is a {type(model).__name__}; give an nn.Module, such as a pipeline's unet")
     while True:
         if isinstance(model, nn.DataParallel):
             raise ValueError(
@@ -219,16 +220,16 @@ def with_wrappers(model: nn.Module) -> list[nn.Module]:
 
 
 def live_connection(base: nn.Module) -> Any:
-    """Return the connection of a base model (see `wiring.Connection`); None without one, or if its adapter is gone."""
+    """Return the `wiring.Connection` of a base model; None if it is not connected or the adapter has been removed."""
     connection = vars(base).get("_reslora")
     return connection if connection is not None and connection.alive(base) else None
 
 
 def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
-    """Return the LoRA layers that hold `adapter_name`, by their path in the base model.
+    """Return the LoRA layers that have the adapter `adapter_name`, by their path in the base model.
 
-    AdaLoRA's layers are left out: they derive from PEFT's `LoraLayer` but hold other parameters. Raises `ValueError` if
-    the model has no LoRA layers, or none with that adapter.
+    AdaLoRA's layers are excluded: they derive from PEFT's `LoraLayer` but have other parameters. Raises `ValueError` if
+    the model has no LoRA layers, or none with this adapter.
     """
     layers = {
         name: module
@@ -238,21 +239,24 @@ def lora_layers(base: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     if not layers:
         others = {config.peft_type.value for config in vars(base).get("peft_config", {}).values()} - {"LORA"}
         raise ValueError(
-            f"{type(base).__name__} has no LoRA layers{', only ' * bool(others)}{', '.join(sorted(others))}: call "
-            "get_peft_model(model, LoraConfig(...)) or model.add_adapter(LoraConfig(...)) with target_modules that "
-            "match first"
+            f"{type(base).__name__} has no LoRA layers{', only ' * bool(others)}{', '.join(sorted(others))}: first "
+            "call get_peft_model(model, LoraConfig(...)) or model.add_adapter(LoraConfig(...)), with target_modules "
+            "that match layers of the model"
         )
     chosen = {name: layer for name, layer in layers.items() if adapter_name in (*layer.lora_A, *layer.lora_embedding_A)}
     if not chosen:
         known = sorted({key for layer in layers.values() for key in (*layer.lora_A, *layer.lora_embedding_A)})
-        raise ValueError(f"adapter_name={adapter_name!r} is not on this model; it has {', '.join(map(repr, known))}")
+        raise ValueError(
+            f"adapter_name={adapter_name!r} is not on this model; its adapters: {', '.join(map(repr, known))}"
+        )
     return chosen
 
 
 def _sort_layers(layers: dict[str, LoraLayer], adapter_name: str) -> tuple[dict, list, list]:
-    """Return the layers to link by name, (name, reason) of layers that stay plain, and (name, reason) of problems.
+    """Sort LoRA layers by whether they can have shortcuts.
 
-    Problems are those layers to link for which `connect` raises an error.
+    Returns the layers that can be linked, by name; (name, reason) of the layers that stay plain LoRA; and
+    (name, reason) of those linkable layers for which `connect` raises an error.
     """
     linkable: dict[str, LoraLayer] = {}
     unlinked, problems = [], []
@@ -275,7 +279,7 @@ def stays_plain(name: str, layer: LoraLayer) -> str:
     if "experts" in name.split(".") or type(layer).__name__ == "ParamWrapper":
         return "expert"
     if merges_itself(layer):
-        return "merged into nn.MultiheadAttention for each forward"
+        return "merged into nn.MultiheadAttention in each forward pass"
     return ""
 
 
@@ -288,12 +292,12 @@ def refused(layer: LoraLayer, adapter_name: str) -> str:
     """Return why a LoRA layer cannot be connected; empty if it can."""
     owner = next(cls for cls in type(layer).__mro__ if "forward" in vars(cls))
     if (owner.__module__, owner.__name__) not in _CALLS_VARIANT:
-        return f"is a {type(layer).__module__}.{type(layer).__name__}, which ignores LoRA variants"
+        return f"is a {type(layer).__module__}.{type(layer).__name__}, which does not call LoRA variants"
     variant = layer.lora_variant.get(adapter_name)
     if variant is not None:
-        return f"already has the variant {type(variant).__name__}; ResLoRA takes plain LoRA layers"
+        return f"already has the variant {type(variant).__name__}; ResLoRA needs plain LoRA layers"
     if layer.lora_bias.get(adapter_name):
-        return "has lora_bias=True, which the equations do not have; set it to False"
+        return "has lora_bias=True, which ResLoRA does not support; set it to False"
     for part in ("lora_A", "lora_B"):
         factor = getattr(layer, part)[adapter_name]
         if any(getattr(factor, hooks) for hooks in _HOOKS):
@@ -304,8 +308,8 @@ def refused(layer: LoraLayer, adapter_name: str) -> str:
     rank, weight = layer.r[adapter_name], layer.lora_A[adapter_name].weight
     if weight.dim() == 2 and weight.shape[0] != rank:
         return (
-            f"has rank {rank}, and {weight.shape[0]} rows in its lora_A, as hot-swapping pads it; load the adapter "
-            "anew, and leave prepare_model_for_compiled_hotswap out"
+            f"has rank {rank}, but its lora_A was padded to {weight.shape[0]} rows for hot-swapping; load the adapter "
+            "again, without prepare_model_for_compiled_hotswap"
         )
     return ""
 
@@ -319,7 +323,7 @@ def _tied(layers: dict[str, LoraLayer], adapter_name: str) -> list[tuple[str, st
         for tensor in (registered, layer.lora_A[adapter_name].weight):
             other = owners.setdefault(id(tensor), name) if tensor is not None else name
             if other != name:
-                problems.append((name, f"is tied to {other}: its weight is the same tensor"))
+                problems.append((name, f"is tied to {other} (the weight is the same tensor); adapt only one of them"))
                 break
     return problems
 
@@ -340,7 +344,7 @@ def _place(base: nn.Module, name: str) -> tuple[str, str]:
     """Return the path of a layer's *holder* and its *role*, the path below the holder.
 
     The holder is the layer's deepest ancestor that is an item of a ModuleList whose items share one class. Without such
-    a ModuleList, an `nn.Sequential` with items of one class takes its place (timm's vision transformers). If the items
+    a ModuleList, an `nn.Sequential` with items of one class is used instead (timm's vision transformers). If the items
     are the adapted layers themselves, the layer is its own holder, and its role is the path of the list. Without a
     holder, the first path is empty and the role is the layer's complete path.
     """
@@ -362,7 +366,10 @@ def _repeats(base: nn.Module, path: list[str], containers: Any) -> bool:
 
 
 def _cut(role: str, blocks: list[Block], difference: Callable[[Block, Block], str]) -> Iterator[Chain]:
-    """Yield the chains of one role: its blocks, cut wherever `difference` returns a reason."""
+    """Split the blocks of one role, in execution order, into chains.
+
+    A new chain begins wherever `difference(previous_block, block)` returns a reason instead of an empty string.
+    """
     run: list[Block] = []
     for block in blocks:
         reason = difference(run[-1], block) if run else "first of its role"

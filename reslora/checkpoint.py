@@ -101,7 +101,7 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
 
     - Files are missing or damaged.
     - Layers, ranks, alphas or shapes differ; the message names the first difference.
-    - The model is connected along other chains or with another configuration.
+    - The model is already connected, with other chains or another configuration.
     """
     directory = Path(directory)
     saved = _read(directory)
@@ -123,16 +123,16 @@ def load(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "de
         for field in ("lora_alpha", "use_rslora", "alpha_pattern"):
             here, there = getattr(base.peft_config[adapter_name], field), getattr(saved.lora, field)
             if here != there:
-                raise ValueError(f"{field}={here!r} of the adapter differs from {there!r} in {directory / CONFIG_NAME}")
+                raise ValueError(f"the adapter has {field}={here!r}, but {directory / CONFIG_NAME} has {there!r}")
         if connection is None:
             refuse_merged(layers)
             refuse_inactive(layers, adapter_name)
         _check(saved, outer, adapter_name, directory, wirable=connection is None)
         if connection is not None and connection.config.wired and _wiring(connection.chains) != _wiring(saved.plan):
             raise ValueError(
-                f"this model is connected along other chains ({connection.chains.links} links) than those in "
-                f"{directory / CONFIG_NAME} ({saved.plan.links}): call reslora.disconnect before loading, which then "
-                "connects as saved"
+                f"this model is connected by other chains ({connection.chains.links} links) than those saved in "
+                f"{directory / CONFIG_NAME} ({saved.plan.links} links): call reslora.disconnect before reslora.load, "
+                "which connects the saved chains"
             )
     else:
         # Load into a copy without storage first, so that an error leaves the model unchanged.
@@ -165,7 +165,7 @@ class _Saved:
     lora: LoraConfig
     plan: Chains
     scaling: dict[str, float]
-    """Scaling, by name, of those layers whose scaling differs from what their rank and alpha give."""
+    """Layer name -> scaling, for the layers whose scaling differs from that given by rank and alpha."""
     factor: float
     """The value of `set_shortcut_scale`."""
     wrapped: bool
@@ -261,8 +261,7 @@ def _attach(model: nn.Module, lora: LoraConfig, adapter_name: str, saved: _Saved
 def _check(saved: _Saved, model: nn.Module, adapter_name: str, directory: Path, wirable: bool = True) -> None:
     """Raise `ValueError` for the first key or shape in which the model's adapter and the files differ.
 
-    With `wirable`, also raise for layers that `connect` refuses: a layer that ignores its variant would run as plain
-    LoRA.
+    With `wirable`, also raise for layers that `connect` does not support: they would run as plain LoRA.
     """
     base, tensors = base_model(model), saved.tensors
     expected = {key: tuple(value.shape) for key, value in adapter_state(model, adapter_name).items()}
@@ -288,5 +287,5 @@ def _wiring(plan: Chains) -> list[list[str]]:
 
 
 def jsonable(config: PeftConfig) -> dict:
-    """Return a configuration's fields as JSON-able data; sets are sorted, as their order differs between processes."""
+    """Return a configuration as JSON-serializable data; sets are sorted, because their order differs between runs."""
     return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}

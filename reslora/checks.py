@@ -15,7 +15,7 @@ def is_whole(value: object, least: int, most: float = math.inf) -> bool:
 
 
 def whole_in_words(least: int, most: float = math.inf) -> str:
-    """Return the constraint of `is_whole` as text."""
+    """Return the condition of `is_whole` as text, such as "a whole number of 1 to 8"."""
     return f"a whole number of at least {least}" if most == math.inf else f"a whole number of {least} to {most}"
 
 
@@ -26,7 +26,7 @@ def is_number(value: float, least: float, below: float = math.inf, exclusive: bo
 
 
 def number_in_words(least: float, below: float = math.inf, exclusive: bool = False) -> str:
-    """Return the constraint of `is_number` as text."""
+    """Return the condition of `is_number` as text, such as "a finite number of at least 0"."""
     if least == -math.inf:
         return "a finite number"
     ends = f" and below {below}" if below < math.inf else ""
@@ -36,7 +36,7 @@ def number_in_words(least: float, below: float = math.inf, exclusive: bool = Fal
 def require_package(flag: str, package: str, module: str = "") -> None:
     """Raise `InvalidArgument` naming `flag` unless a package with this module is installed."""
     if importlib.util.find_spec(module or package) is None:
-        raise InvalidArgument(flag, f"{package} is not installed", f"pip install {package}, or leave it out")
+        raise InvalidArgument(flag, f"{package} is not installed", f"pip install {package}, or leave the option out")
 
 
 def is_path(name: str) -> bool:
@@ -48,4 +48,4 @@ def check_writable(folder: Path, argument: str) -> None:
     """Raise `InvalidArgument` naming `argument` unless the directory is writable or can be created."""
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InvalidArgument(argument, f"{parent} is not a folder that can be written", "choose another")
+        raise InvalidArgument(argument, f"{parent} is not a writable folder", "choose another folder")

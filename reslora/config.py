@@ -7,15 +7,15 @@ from .shortcuts import NAMES as SHORTCUTS
 from .shortcuts import PLAIN, shortcut_class
 
 SCALES = ("sum", "mean")
-"""Whether the terms of a block and its neighbors are added up or averaged; see `ResLoraConfig.shortcut_scale`."""
+"""Valid values of `ResLoraConfig.shortcut_scale`."""
 
 HEADS = ("repeat", "none")
-"""How the first block (head) of an `input` chain replaces the missing x_{n-1}; see `ResLoraConfig.head`."""
+"""Valid values of `ResLoraConfig.head`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ResLoraConfig:
-    """How the LoRA blocks of neighboring layers are connected (Shi et al., 2024, Section 3.2).
+    """Configuration of the shortcuts between LoRA blocks of neighboring layers (Shi et al., 2024, Section 3.2).
 
     Raises `ValueError` for an invalid value; the message names the field, the value and the valid values.
     """
@@ -27,13 +27,13 @@ class ResLoraConfig:
     """
 
     pre_num: int = 1
-    """Number of earlier blocks in the sum (`m` of Eqs. 3 and 4); -1: all, 0: plain LoRA.
+    """Number of earlier blocks whose terms a block adds (m of Eqs. 3-4); -1: all, 0: plain LoRA.
 
     `input` always uses one, and `gated` the complete chain.
     """
 
     head: str = "repeat"
-    """Head of an `input` chain: `repeat` sets x_{n-1} := x_n (text under Eq. 2), `none` adds nothing (Appendix C)."""
+    """First block of an `input` chain: `repeat` sets x_{n-1} := x_n (below Eq. 2), `none` adds nothing (Appendix C)."""
 
     window: int = 100
     """Number of latest training forward passes over which the norms f_n of Eqs. 8-9 are averaged; 0 records none."""
@@ -52,7 +52,7 @@ class ResLoraConfig:
 
     @property
     def reach(self) -> int | None:
-        """Maximum number of earlier blocks in the sum, from `pre_num` and the shortcut; None: all.
+        """Maximum number of earlier blocks whose terms a block adds, from `pre_num` and the shortcut; None: all.
 
         The m of Eqs. 3 and 4 is this number, or the number of earlier blocks in the chain if that is smaller.
         """
@@ -60,11 +60,11 @@ class ResLoraConfig:
 
     @property
     def wired(self) -> bool:
-        """Whether there are shortcuts at all: `shortcut="none"` and `pre_num=0` are plain LoRA."""
+        """Whether this configuration has shortcuts; `shortcut="none"` and `pre_num=0` are plain LoRA."""
         return self.shortcut != PLAIN and self.pre_num != 0
 
     def to_dict(self) -> dict:
-        """Return the fields as a dict that `json.dumps` takes and `ResLoraConfig(**fields)` reads back."""
+        """Return the fields as a JSON-serializable dict; `ResLoraConfig(**fields)` restores the configuration."""
         return dataclasses.asdict(self)
 
 

@@ -9,14 +9,14 @@ _MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "Canno
 
 
 class InvalidArgument(ValueError):
-    """Invalid input: one line with the argument, the problem and the fix; exit status 2."""
+    """An argument is invalid; the message has one line: `argument: problem; fix`. The exit status is 2."""
 
     def __init__(self, argument: str, problem: str, fix: str) -> None:
         super().__init__(f"{argument}: {problem}; {fix}")
 
 
 class RunFailed(RuntimeError):
-    """The run failed, for example by a non-finite loss or an export that does not match; exit status 1."""
+    """The run failed, for example because the loss is not finite or the disk is full. The exit status is 1."""
 
 
 class Diverged(RunFailed):
@@ -37,7 +37,10 @@ class Stopped(Exception):
 
 
 class StoppedEarly(Exception):
-    """Racing ended a run of an experiment before its last step; the message says why. The other runs continue."""
+    """A run of an experiment stopped early because its learning rate is clearly worse; the other runs continue.
+
+    The message gives the reason.
+    """
 
 
 class EndedElsewhere(Exception):
@@ -52,10 +55,10 @@ class EndedElsewhere(Exception):
 def refused_as(argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
     """Convert exceptions of the given kinds into an `InvalidArgument` that names `argument` and `fix`.
 
-    By default all exceptions are converted, because a damaged file can raise any. Two cases differ:
+    By default all exceptions are converted, because a damaged file can raise any. Two kinds are handled differently:
 
     - `InvalidArgument` and `RunFailed` are raised unchanged.
-    - Exhausted memory is not the file's fault and becomes a `RunFailed`.
+    - Out-of-memory errors are converted into a `RunFailed`.
     """
     try:
         yield
@@ -63,7 +66,7 @@ def refused_as(argument: str, fix: str, kinds: tuple[type[Exception], ...] = (Ex
         raise
     except kinds as error:
         if cause := out_of_memory(error):
-            advice = "free some, or take something smaller"
+            advice = "free memory, or use a smaller model or file"
             raise RunFailed(f"{argument}: memory ran out ({first_line(cause)}); {advice}") from error
         raise InvalidArgument(argument, first_line(error), fix) from error
 
@@ -80,7 +83,7 @@ def loaded_from_hub(argument: str, fix: str) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException | None) -> BaseException | None:
-    """Return the error, or the exception behind it, that reports exhausted CPU or GPU memory; None without one."""
+    """Return the error, or one of its causes, that reports exhausted CPU or GPU memory; None if there is none."""
     while error is not None:
         if isinstance(error, MemoryError) or any(words in str(error) for words in _MEMORY):
             return error
@@ -94,11 +97,11 @@ def first_line(error: BaseException) -> str:
 
 
 def another_ended(error: BaseException) -> str:
-    """Return the message for a distributed run in which another process ended, given a collective's error."""
+    """Return the message for the error of a collective operation after another process of the run has ended."""
     problem, _, _ = first_line(error).partition(". ")  # without the library's advice, which follows
     return f"another process of this run has ended ({problem}); resume with --resume_from_checkpoint latest"
 
 
 def speaks() -> bool:
-    """Return whether this process has local rank 0, which reports on behalf of all processes of its machine."""
+    """Return whether this process prints messages: local rank 0 does so for all processes of its machine."""
     return os.environ.get("LOCAL_RANK", "0") in ("0", "-1")

@@ -8,7 +8,7 @@
 | `export_comfyui` | one file with `diffusion_model...` keys | ComfyUI, diffusers |
 | `export_merged` | a diffusers model folder | `UNet2DConditionModel.from_pretrained(dir)` |
 
-A connected model is not plain LoRA; merge it first.
+A model connected by `reslora.connect` is not plain LoRA: call `reslora.merge` first.
 """
 
 import copy
@@ -41,21 +41,21 @@ DIFFUSERS_FILE, KOHYA_FILE, COMFYUI_FILE = (
     "kohya.safetensors",
     "comfyui.safetensors",
 )
-"""Names of LoRA files. diffusers loads only its own name; the others are this project's choice."""
+"""File names of exported LoRA. The first is the name that diffusers looks for; the other two are this project's."""
 PEFT_FILE, PEFT_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 OF_A_MODEL = re.compile(
     r"(generation_)?config\.json|(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
 )
-"""Files that `save_pretrained` of diffusers and transformers writes."""
+"""Matches the names of files that `save_pretrained` of diffusers and transformers writes."""
 
 
 class Factors(NamedTuple):
     """LoRA factors of one layer: its weight update is `scale * up @ down`."""
 
     down: torch.Tensor
-    """A: rank x inputs, followed by kernel height and width for a convolution."""
+    """A: rank x inputs; for a convolution, rank x inputs x kernel height x kernel width."""
     up: torch.Tensor
-    """B: outputs x rank, followed by 1 x 1 for a convolution."""
+    """B: outputs x rank; for a convolution, outputs x rank x 1 x 1."""
     scale: float
 
     @property
@@ -65,13 +65,13 @@ class Factors(NamedTuple):
 
 
 def export_peft(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
-    """Write any PEFT adapter of `model` (LoRA, AdaLoRA, LoHa, OFT ...) as PEFT does, and return the directory.
+    """Write any PEFT adapter of `model` (LoRA, AdaLoRA, LoHa, OFT ...) in PEFT's format, and return the directory.
 
-    Works for wrapped models and for models with `add_adapter`; the files load with `PeftModel.from_pretrained`. If
-    `set_adapters` or `set_scale` changed the scale of layers, alpha in the file includes it. Other files in the
-    directory stay.
+    Works for a `PeftModel` and for adapters added by `add_adapter`; the files load with `PeftModel.from_pretrained`. If
+    `set_adapters` or `set_scale` changed the scale of layers, the exported alphas include this scale. Other files in
+    the directory are not changed.
 
-    Raises `ValueError` if the adapter is connected or missing, or has a scale that its configuration cannot hold.
+    Raises `ValueError` if the adapter is connected or missing, or if PEFT's configuration cannot express its scales.
     """
     base = _plain(model, adapter_name)
     state = {PEFT_PREFIX + key: value for key, value in adapter_state(model, adapter_name).items()}
@@ -91,10 +91,10 @@ def export_diffusers(
 ) -> Path:
     """Write `pytorch_lora_weights.safetensors` into `directory` and return its path.
 
-    `prefix` is the denoiser's name in the pipeline. If text encoders were trained too, pass all models by their names
-    in the pipeline instead. `metadata` holds further strings for the file's header, which also gets kohya's hash of the
-    tensors. The scaling is folded into B, and the header has alpha = rank for each layer: programs that use alpha and
-    programs that ignore it get the same weights.
+    `prefix` is the denoiser's name in the pipeline. If text encoders were trained too, pass a dict from the names in
+    the pipeline to the models as `denoiser`; `prefix` is then unused. `metadata` holds strings to add to the file's
+    header, which also contains kohya's hash of the tensors. B is multiplied by the scaling, and the header sets
+    alpha = rank for each layer, so programs that use alpha and programs that ignore it compute the same weights.
 
     Raises `ValueError` if the adapter is connected or not plain LoRA.
     """
@@ -115,9 +115,9 @@ def export_kohya(
 
     All layers get the same alpha a, because diffusers applies the most frequent alpha to every layer. The up-weight of
     layer n, with the scale s_n and the rank r_n, is multiplied by s_n r_n / a. `rename` maps a layer's diffusers name
-    to kohya's name. `metadata` holds further strings for the file's header (`ss_...`), which also gets kohya's hash of
-    the tensors. If text encoders were trained too, pass all models by the prefixes of their layers (`lora_unet`,
-    `lora_te`). Returns the path.
+    to kohya's name. `metadata` holds strings to add to the file's header (`ss_...`), which also contains kohya's hash
+    of the tensors. If text encoders were trained too, pass a dict from key prefixes (`lora_unet`, `lora_te`) to the
+    models as `denoiser`. Returns the path.
 
     Raises `ValueError` if the adapter is connected or not plain LoRA.
     """
@@ -140,8 +140,8 @@ def export_comfyui(
 ) -> Path:
     """Write one file with ComfyUI's keys (`diffusion_model.<layer>.lora_A.weight`, `.lora_B.weight`).
 
-    The scaling is folded into B, so no alpha is needed. `rename` maps a layer's diffusers name to ComfyUI's name.
-    `metadata` holds strings for the file's header. Returns the path.
+    B is multiplied by the scaling, so the file needs no alpha. `rename` maps a layer's diffusers name to ComfyUI's
+    name. `metadata` holds strings to add to the file's header. Returns the path.
 
     Raises `ValueError` if the adapter is connected or not plain LoRA.
     """
@@ -156,9 +156,10 @@ def export_comfyui(
 def write_diffusers(
     path: str | os.PathLike, parts: Mapping[str, Mapping[str, Factors]], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write diffusers' LoRA file for several models of a pipeline, as `export_diffusers` does for one.
+    """Write diffusers' LoRA file for one or several models of a pipeline.
 
-    A text encoder's layer names start with `text_model.` in files, but not in every version of transformers.
+    `parts`: model name in the pipeline -> layer name -> factors. The rank patterns in the header match a text encoder's
+    layers with and without the prefix `text_model.`, which only some versions of transformers use.
     """
     layers: dict[str, Factors] = {}
     packed: dict[str, Any] = {}
@@ -188,9 +189,9 @@ def write_folded(
     metadata: Mapping[str, str] | None = None,
     words: tuple[str, str] = ("lora_A", "lora_B"),
 ) -> None:
-    """Write A and s B of every layer as `<name>.lora_A.weight` and `<name>.lora_B.weight`.
+    """Write A and `scale * B` of every layer as `<name>.lora_A.weight` and `<name>.lora_B.weight`.
 
-    `words` replaces the words `lora_A` and `lora_B`.
+    `words`: strings to use in these keys in place of `lora_A` and `lora_B`.
     """
     tensors, (down, up) = {}, words
     for name, factors in layers.items():
@@ -202,7 +203,7 @@ def write_folded(
 def write_kohya(
     path: str | os.PathLike, layers: Mapping[str, Factors], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a file in kohya's format; `layers` has kohya's names (`lora_unet_...`). See `export_kohya`."""
+    """Write a file in kohya's format; the keys of `layers` are kohya's names (`lora_unet_...`). See `export_kohya`."""
     scaled = {name: factors.scale * factors.rank for name, factors in layers.items()}
     # alpha is float32 whatever the adapter's dtype, and the up-weights are divided by exactly the stored number. The
     # sign goes into the up-weights: some programs do not support a negative alpha.
@@ -225,7 +226,7 @@ def write_kohya(
 
 
 def write_peft(directory: str | os.PathLike, layers: Mapping[str, Factors]) -> None:
-    """Write a PEFT directory of these layers: A and B are unchanged, and rank and alpha give the scale."""
+    """Write `layers` as a PEFT adapter directory; A and B are stored unscaled, and alpha sets each layer's scale."""
     config = lora_config(layers)
     config.inference_mode = True
     config.target_modules = sorted(layers) if all("." in name for name in layers) else config.target_modules
@@ -237,9 +238,9 @@ def write_peft(directory: str | os.PathLike, layers: Mapping[str, Factors]) -> N
 
 
 def _write_both(directory: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> None:
-    """Write PEFT's two files and leave all others.
+    """Write PEFT's configuration and weights file; other files in the directory are not changed.
 
-    If a write fails, the old files stay. If the process is killed, weights may remain without a configuration; no
+    If a write fails, both old files stay. If the process is killed, weights may remain without a configuration; no
     program loads such a directory.
     """
     with replacing_both(directory / PEFT_CONFIG_FILE, directory / PEFT_FILE) as (described, weights):
@@ -248,7 +249,7 @@ def _write_both(directory: Path, config: PeftConfig, tensors: dict[str, torch.Te
 
 
 def lora_config(layers: Mapping[str, Factors]) -> LoraConfig:
-    """Return the `LoraConfig` of exactly these layers, each with its own rank and scale."""
+    """Return a `LoraConfig` that targets exactly these layers, each with its own rank and alpha."""
     ranks = {name: factors.rank for name, factors in layers.items()}
     alphas = {name: whole(factors.scale * factors.rank) for name, factors in layers.items()}
     rank, alpha = commonest(ranks.values()), commonest(alphas.values())
@@ -263,20 +264,20 @@ def lora_config(layers: Mapping[str, Factors]) -> LoraConfig:
 
 
 def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
-    """Return the LoRA factors of every adapted layer, by its name in files.
+    """Return the LoRA factors of every adapted layer, by the layer's name in exported files.
 
-    Raises `ValueError` if the adapter has more parameters than A and B.
+    Raises `ValueError` if the adapter trained parameters other than A and B.
     """
     base = _plain(model, adapter_name)
     config = base.peft_config[adapter_name]
     for setting, without in (("modules_to_save", None), ("trainable_token_indices", None), ("bias", "none")):
         if (value := getattr(config, setting, None) or without) != without:
-            problem = f"{setting}={value!r} has trained what no LoRA file of diffusers, kohya or ComfyUI can hold"
-            raise ValueError(f"{problem}: export it with export_peft, or train without")
+            problem = f"{setting}={value!r} trained weights that LoRA files of diffusers, kohya and ComfyUI cannot hold"
+            raise ValueError(f"{problem}: use export_peft, or train without this setting")
     found = {}
     for name, layer in lora_layers(base, adapter_name).items():
         if adapter_name not in layer.lora_A or not _adds(layer, adapter_name):
-            raise ValueError(f"{name} is not plain LoRA on a linear or convolution layer; export it with export_peft")
+            raise ValueError(f"{name} is not plain LoRA on a linear or convolution layer; use export_peft")
         if type(base).__name__ == "CLIPTextModel" and not name.startswith("text_model."):
             name = f"text_model.{name}"  # newer transformers drop this prefix, which files have
         down, up = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
@@ -285,23 +286,23 @@ def _factors_of(model: nn.Module, adapter_name: str) -> dict[str, Factors]:
 
 
 def _tensors_hash(tensors: dict[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of a safetensors file without its header, by which model managers identify a LoRA."""
+    """Return the SHA-256 of a safetensors file without its header; model managers identify LoRA files by this hash."""
     return hashlib.sha256(serialized(tensors)[1]).hexdigest()
 
 
 def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: str = "default") -> Path:
     """Write the base model with the adapter merged into its weights, and return the directory.
 
-    Works for models of diffusers and transformers, with any PEFT adapter that can be merged. Sums are computed in at
-    least float32 and cast to the dtype of the weights. `model` itself is unchanged.
+    Works for models of diffusers and transformers, with any PEFT adapter that can be merged. Merged weights are
+    computed in at least float32 and cast to the dtype of the base weights. `model` itself is unchanged.
 
-    Raises `ValueError` if the directory has files other than a model's, which would be lost, or if PEFT has merged an
-    adapter already.
+    Raises `ValueError` if PEFT has merged an adapter already, or if the directory has files that do not belong to a
+    model: the new directory replaces it, so these files would be lost.
     """
     base = _plain(model, adapter_name)
     found = sorted(path.relative_to(directory) for path in Path(directory).rglob("*") if not path.is_dir())
     if others := [str(path) for path in found if not OF_A_MODEL.fullmatch(str(path))]:
-        raise ValueError(f"{directory} also has {others[0]}, which a merged model would replace: give another folder")
+        raise ValueError(f"{directory} has {others[0]}, which the merged model would delete: give another folder")
     state = merged_state_dict(base, adapter_name)
     if hasattr(type(base), "from_config"):
         with torch.device("meta"):
@@ -320,7 +321,7 @@ def export_merged(model: nn.Module, directory: str | os.PathLike, adapter_name: 
 
 @torch.no_grad()
 def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[str, torch.Tensor]:
-    """Return the state dict of the base model with the adapter's update added to the adapted layers."""
+    """Return the state dict of the base model with the adapter merged into the adapted layers."""
     owners = {f"{name}.": module for name, module in _unmerged(base).items()}
     state = {}
     for key, value in base.state_dict().items():
@@ -342,7 +343,10 @@ def merged_state_dict(base: nn.Module, adapter_name: str = "default") -> dict[st
 
 
 def tuned_layers(model: nn.Module, adapter_name: str = "default") -> tuple[nn.Module, dict[str, BaseTunerLayer]]:
-    """Return the base model and its layers with the adapter, by name; raises `ValueError` as the exports do."""
+    """Return the base model, and its layers that have the adapter, by name.
+
+    Raises `ValueError` if the model is connected or has no such adapter, or if PEFT has merged an adapter.
+    """
     base = _plain(model, adapter_name)
     return base, {name: layer for name, layer in _unmerged(base).items() if adapter_name in _adapters(layer)}
 
@@ -350,7 +354,7 @@ def tuned_layers(model: nn.Module, adapter_name: str = "default") -> tuple[nn.Mo
 def _unmerged(base: nn.Module) -> dict[str, BaseTunerLayer]:
     """Return the layers with adapters, by name.
 
-    Raises `ValueError` if PEFT has merged an adapter, which an export would then add twice.
+    Raises `ValueError` if PEFT has merged an adapter, because an export would add it a second time.
     """
     tuned = {name: module for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     refuse_merged(tuned)
@@ -361,9 +365,10 @@ def _unmerged(base: nn.Module) -> dict[str, BaseTunerLayer]:
 def merged_value(
     layer: BaseTunerLayer, parameter: str, value: torch.Tensor, adapter_name: str = "default"
 ) -> torch.Tensor:
-    """Return a layer's frozen weight or bias with the adapter merged, in the shape and dtype of `value`.
+    """Return `value`, the frozen weight or bias of a layer, with the adapter merged; shape and dtype stay.
 
-    The sum is computed in at least float32. `value` may come from a file and be on another device than the layer.
+    `parameter` is "weight" or "bias". The merged value is computed in at least float32. `value` may come from a file
+    and be on another device than the layer.
     """
     if _adds(layer, adapter_name):
         return _summed(layer, value, adapter_name) if parameter == "weight" else value
@@ -412,6 +417,6 @@ def _plain(model: nn.Module, adapter_name: str) -> nn.Module:
     known = getattr(base, "peft_config", {})
     if adapter_name not in known:
         raise ValueError(
-            f"adapter_name={adapter_name!r} is not on this model; it has {', '.join(map(repr, known)) or 'none'}"
+            f"adapter_name={adapter_name!r} is not on this model; its adapters: {', '.join(map(repr, known)) or 'none'}"
         )
     return base

@@ -12,7 +12,7 @@ def pluralize(number: int, what: str) -> str:
 
 
 def is_or_are(number: int) -> str:
-    """Return the verb for a number: 1 of 3 images is read, 2 of them are."""
+    """Return "is" for 1 and "are" for other numbers, as in "1 of 3 images is read"."""
     return "is" if number == 1 else "are"
 
 

@@ -1,6 +1,6 @@
 """Guards against calls that would silently drop the shortcuts of a model, before and while it is connected.
 
-A guard replaces a method on the instance. It passes calls on if they do not concern the connected adapter. `disconnect`
+A guard replaces a method on the instance, and forwards calls that do not concern the connected adapter. `disconnect`
 removes all guards.
 """
 
@@ -75,8 +75,8 @@ def refuse_unknown_peft() -> None:
         calls_variant = False
     if not calls_variant:
         raise RuntimeError(
-            f"the LoRA layers of peft {peft.__version__} do not call their variants as ResLoRA needs it: install "
-            "another version (0.21 does)"
+            f"the LoRA layers of peft {peft.__version__} do not call their variants, which ResLoRA needs: install "
+            "another version, such as 0.21"
         )
 
 
@@ -86,7 +86,7 @@ def refuse_inner(base: nn.Module, adapter_name: str) -> None:
         return
     for name, module in base.named_modules():
         if adapter_name in (getattr(module, "peft_config", None) or ()):
-            raise ValueError(f"{type(base).__name__} holds the model that has the adapter as `{name}`: give that one")
+            raise ValueError(f"the adapter is on the submodule `{name}` of {type(base).__name__}: give that submodule")
 
 
 def refuse_merged(layers: Mapping[str, BaseTunerLayer]) -> None:
@@ -114,10 +114,10 @@ def refuse_inactive(layers: dict[str, LoraLayer], adapter_name: str) -> None:
 
 
 def refuse_changed_base(config: LoraConfig) -> None:
-    """Raise `ValueError` if the adapter's initialization changes the frozen weights depending on the rank.
+    """Raise `ValueError` if the adapter's initialization changes the frozen weights, and differently for each rank.
 
     PEFT repeats such an initialization when it loads an adapter. After a merge that raises the rank, the loaded model
-    would have other frozen weights.
+    would have different frozen weights.
     """
     if ranks.changes_base(config):
         raise ValueError(
@@ -149,7 +149,7 @@ class _Guard:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method, or raise `RuntimeError` if the call concerns the connected adapter.
 
-        Before a method that unloads adapters, remove the shortcuts.
+        Methods that unload adapters are always called, after the shortcuts are removed.
         """
         method = self.previous or functools.partial(getattr(type(self.module), self.verb), self.module)
         connection = live_connection(base_model(self.module))
@@ -170,8 +170,9 @@ class _Guard:
 def install(model: nn.Module, wired: Iterable[tuple[str, LoraLayer]]) -> None:
     """Install guards on `model`, its wrappers and its base model.
 
-    `wired` holds name and layer of the blocks with shortcuts. If there are any, all layers that PEFT would merge get a
-    guard against merging. The layers in `wired` also get a guard against new A and B.
+    `wired`: (name, layer) of the blocks with shortcuts. If there are any, `merge` and `unmerge` raise an error on all
+    layers that PEFT would merge. On the layers in `wired`, an error is also raised if PEFT would create new A and B for
+    the connected adapter.
     """
     modules, wired = with_wrappers(model), list(wired)
     outer, base = modules[0], modules[-1]
@@ -205,7 +206,7 @@ def remove(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def keeping_shortcuts() -> Iterator[None]:
-    """Let PEFT's functions get and set a connected adapter's weights inside this context."""
+    """Allow PEFT's functions to get and set the weights of a connected adapter inside this context."""
     token = _keeps_shortcuts.set(True)
     try:
         yield
@@ -214,9 +215,10 @@ def keeping_shortcuts() -> Iterator[None]:
 
 
 def _refuse(connected: str, arguments: dict, verb: str, does: str, default: str | None = None) -> None:
-    """Raise `RuntimeError` if a call applies to the connected adapter.
+    """Raise `RuntimeError` if a call of the method `verb` with `arguments` applies to the connected adapter.
 
-    A call that names no adapter applies to the adapter `default`, or to the connected one if `default` is None.
+    `does`: what the call would do, for the message. A call that names no adapter applies to the adapter `default`, or
+    to the connected one if `default` is None.
     """
     arguments = {**arguments, **arguments.get("kwargs", {})}
     found = [arguments[key] for key in _NAMING if arguments.get(key) is not None]
@@ -239,17 +241,17 @@ def _refuse_update(name: str, layer: LoraLayer, adapter_name: str, *args: object
     """
     if getattr(layer.lora_variant.get(adapter_name), "wires", None) is not None:
         raise RuntimeError(
-            f"{name} is wired by ResLoRA, and a new A and B would not be: call reslora.disconnect, initialize the "
-            f"adapter {adapter_name!r} (EVA), and call reslora.connect after that"
+            f"{name} is connected by ResLoRA, and new A and B would have no shortcuts: call reslora.disconnect, "
+            f"initialize the adapter {adapter_name!r} (EVA), and then call reslora.connect"
         )
     type(layer).update_layer(layer, adapter_name, *args, **kwargs)
 
 
 def watch_peft() -> None:
-    """Guard the functions and classes of PEFT that bypass the methods of a connected base model, in this process.
+    """Guard, in this process, functions of PEFT that do not call the guarded methods of a connected model.
 
-    - Hot-swapping is a function, and so is its preparation.
-    - `add_weighted_adapter` and `load_adapter` are methods of wrappers.
+    - Hot-swapping and its preparation are functions.
+    - `add_weighted_adapter` and `load_adapter` are methods of PEFT's wrappers.
     - The functions that get and set an adapter's weights are imported by name into other modules. Therefore the
       functions that they call for LoRA are guarded.
     """
@@ -267,7 +269,10 @@ def watch_peft() -> None:
 
 
 def _asking(original: Any, verb: str, does: str) -> Any:
-    """Wrap `original` so that it raises `RuntimeError` if a call names the model's connected adapter, or no adapter."""
+    """Wrap `original` so that it raises `RuntimeError` if a call names the model's connected adapter, or no adapter.
+
+    `verb` and `does`: name and effect of the call, for the message.
+    """
     if hasattr(original, "asks_reslora"):
         return original
     signature = inspect.signature(original)

@@ -33,16 +33,16 @@ _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8}-\d+-\d+)-[0-9a-f]{8}(?:\.old)?\.tmp
 
 
 class Damaged(ValueError):
-    """A file is missing, or its content is not what was written; a file that cannot be read raises `OSError`."""
+    """A file is missing or its content is damaged; an existing file that cannot be read raises `OSError` instead."""
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path next to `path`; the file or directory created there becomes `path` afterwards.
+    """Yield a temporary path next to `path`, and rename the file or directory created there to `path` at the end.
 
-    Calls all functions in `before_writing` first. If the body raises, `path` is unchanged and the temporary is removed;
-    an `OSError` then names `path` instead of the temporary. Several processes, also on several machines, may write the
-    same path: the last one wins. `remove_leftovers` removes the temporaries of killed processes.
+    Calls all functions in `before_writing` first. If the body raises an error, `path` is unchanged and the temporary
+    file is removed; an `OSError` then names `path` instead of the temporary path. Several processes, also on several
+    machines, may write the same path: the last one wins. `remove_leftovers` removes the files of killed processes.
     """
     for check in before_writing:
         check()
@@ -70,7 +70,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def replacing_both(description: Path, weights: Path) -> Iterator[tuple[Path, Path]]:
-    """Replace weights and the file that describes them, as `replacing` does.
+    """Yield temporary paths for a weights file and the file that describes it; both are replaced as in `replacing`.
 
     If the process is killed between the two replacements, weights without a description remain.
     """
@@ -80,10 +80,10 @@ def replacing_both(description: Path, weights: Path) -> Iterator[tuple[Path, Pat
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Remove the temporaries that killed processes left directly in a directory.
+    """Remove the temporary files that killed processes left directly in a directory.
 
-    A temporary of this machine is removed once its process has ended. The processes of other machines and containers
-    cannot be checked, so their temporaries are removed if nothing was written to them for `ABANDONED` seconds.
+    A temporary file of this machine is removed if its process has ended. Processes of other machines and containers
+    cannot be checked, so their temporary files are removed if they have not been written to for `ABANDONED` seconds.
     """
     for path in Path(folder).glob(".*.tmp"):
         if found := _TEMPORARY.fullmatch(path.name):
@@ -105,9 +105,9 @@ def this_process() -> str:
 
 
 def has_ended(process: str) -> bool:
-    """Return whether a process identified by `this_process` has ended, even if another process has its id now.
+    """Return whether the process with this identifier from `this_process` has ended.
 
-    Returns False for a process of another machine.
+    Also works if another process has the same process id now. Returns False for a process of another machine.
     """
     _, number, start = process.split("-")
     if not _can_be_checked(process):
@@ -136,10 +136,7 @@ def is_running(process: str) -> bool:
 
 @functools.cache
 def _host() -> str:
-    """Return a short hash that identifies this machine and container.
-
-    A process id is unique only together with it.
-    """
+    """Return a short hash that identifies this machine and container, within which process ids are unique."""
     known: list[str | Path] = [platform.node()]
     for read in (Path("/etc/machine-id").read_text, Path("/proc/self/ns/pid").readlink):
         with suppress(OSError):
@@ -159,7 +156,7 @@ def _start_of(process: int) -> str:
 def write_tensors(path: str | os.PathLike, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file atomically; the same tensors and metadata give the same bytes.
 
-    safetensors itself writes metadata in random order, and makes the file readable by its owner only.
+    safetensors' own `save_file` writes metadata in random order, and makes the file readable by its owner only.
     """
     header, content = serialized(tensors, metadata)
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -212,7 +209,7 @@ def write_one_by_one(
         for name in names:
             tensor = value(name).detach().cpu().contiguous()
             if (tensor.shape, tensor.dtype) != (like[name].shape, like[name].dtype):
-                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not as announced")
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, other than in `like`")
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -225,7 +222,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _header(header: dict) -> bytes:
-    """Return the header of a safetensors file, padded and preceded by its length."""
+    """Return the first bytes of a safetensors file: the header's length, and the header as padded JSON."""
     written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     written += b" " * (-len(written) % 8)
     return len(written).to_bytes(8, "little") + written
@@ -241,7 +238,7 @@ def write_json(path: str | os.PathLike, content: object) -> None:
 def read_object(path: str | os.PathLike) -> dict:
     """Return the JSON object of a file; empty if the file is missing or damaged.
 
-    Raises `OSError` if the file cannot be read at the moment.
+    Raises `OSError` if the file exists but cannot be read.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -253,8 +250,8 @@ def read_object(path: str | os.PathLike) -> dict:
 def write_checksums(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
     """Write `checksums.json`, the list of SHA-256 checksums of every file below `folder`.
 
-    With `names`, compute only the checksums of these files; other entries of the present list stay. Call this last, and
-    again after every change: a file that is not listed is not checked.
+    With `names`, compute only the checksums of these files, and keep the other entries of the existing list. Call this
+    after all files are written, and again after every change: a file that is not listed is not checked.
     """
     folder = Path(folder)
     known = {} if names is None else _listed(folder)
@@ -294,7 +291,7 @@ def check_checksums(folder: str | os.PathLike, names: Iterable[str] | None = Non
 
 
 def _listed(folder: Path) -> dict[str, str]:
-    """Return the entries of `checksums.json`, for changing them; empty if the file is missing or damaged."""
+    """Return file name -> SHA-256 from `checksums.json`; empty if the file is missing or damaged."""
     try:
         return _read_checksums(folder)
     except ValueError:
@@ -321,7 +318,7 @@ def _sha256(path: Path) -> str:
 
 
 def all_below(folder: Path) -> Iterator[Path]:
-    """Yield every file and directory below a directory, except hidden directories and the targets of links.
+    """Yield every file and directory below a directory; skip hidden directories, and do not follow links.
 
     Raises `OSError` for a directory that cannot be listed; `rglob` would skip it. The only exception is a file system's
     `lost+found`, which only root can read and which is skipped.

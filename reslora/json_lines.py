@@ -18,8 +18,8 @@ def json_lines(path: Path) -> Iterator[tuple[int, object]]:
 def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]:
     """Yield line number and value of each non-blank line of a training file; any invalid line is an error.
 
-    Raises `InvalidArgument` naming the line if it is not JSON (`fix` is the advice), is not UTF-8, or contains half of
-    a surrogate pair.
+    Raises `InvalidArgument` for a line that is not JSON, is not UTF-8, or contains half of a surrogate pair. `where`:
+    name of the file in the message. `fix`: advice for lines that are not JSON.
     """
     content = path.read_bytes()
     try:
@@ -35,7 +35,7 @@ def data_lines(path: Path, where: str, fix: str) -> Iterator[tuple[int, object]]
         except UnicodeEncodeError as error:
             half = f"{error.object[error.start]!a}"
             raise InvalidArgument(
-                f"{where} line {number}", f"contains half of a surrogate pair, {half}", "correct it"
+                f"{where} line {number}", f"contains half of a surrogate pair, {half}", "remove it"
             ) from None
         yield number, value
 

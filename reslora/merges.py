@@ -1,4 +1,4 @@
-"""Registry of the merge methods: each has a function in `merging.py` and a row here, which does not import torch."""
+"""Registry of the merge methods, importable without torch; their functions are in `merging.py`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Merge:
     function: str
     """Name of the function in `merging.py`; it takes the blocks of a chain and returns a `Merged` for each."""
     needs_norms: bool = False
-    """Whether it needs the norm f_n of every block."""
+    """Whether the method needs the norm f_n of every block."""
     needs_moments: bool = False
-    """Whether it needs calibration, with the second moments of every block's input."""
+    """Whether the method needs calibration, with the second moments of every block's input."""
     max_rank: int | None = None
     """Maximum rank of merged blocks; None: no limit."""
 

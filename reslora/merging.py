@@ -1,7 +1,8 @@
-"""Merge methods: functions from a trained chain to plain LoRA factors; `merges.py` lists them by name.
+"""Merge methods: functions that turn a trained chain into plain LoRA factors; `merges.py` lists them by name.
 
 A chain is a list of `Factors`, front to back, and the result a list of `Merged`, one for each block. Notation of the
-paper: A (r x p), B (q x r), the frozen W (q x p), f_n a norm, alpha* the factor with `x_{n-1} ~ alpha* x_n`.
+paper: A (r x p), B (q x r), the frozen weight W (q x p), the norm f_n of x_n or of A_n x_n, and alpha*, the factor in
+the approximation `x_{n-1} ~ alpha* x_n`.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from .regression import Inputs
 
 @dataclasses.dataclass
 class Factors:
-    """Factors and statistics of one block, the input of a merge."""
+    """LoRA factors and statistics of one block: the input of the merge methods."""
 
     name: str
     a: torch.Tensor
     b: torch.Tensor
     scaling: float
     weight: Callable[[], torch.Tensor]
-    """Return the frozen weight (q x p), dequantized."""
+    """Function that returns the frozen weight (q x p), dequantized."""
     norm: float | None = None
-    """f_n of Eqs. 8-9 (`input`: of x_n; `middle`: of A_n x_n), averaged over forward passes."""
+    """f_n of Eqs. 8-9: the norm of x_n (`input`) or of A_n x_n (`middle`), averaged over forward passes."""
     moments: Moments | None = None
     """Second moments collected in calibration."""
     before: Sequence[int] = ()
-    """Indices of the earlier blocks of the chain in this block's sum: n-1, n-2, ... n-m; empty for a head."""
+    """Indices n-1, n-2, ... n-m of the earlier blocks of the chain whose terms this block adds; empty for a head."""
     parts: Sequence[torch.Tensor] = ()
     """Matrices (r x p) that multiply x_{n-1}, x_{n-2}, ...: A_n (`input`), or A_{n-1}, A_{n-2}, ... (`middle`)."""
     alpha_of_head: float = 0.0
@@ -39,29 +40,29 @@ class Factors:
     factor: float = 1.0
     """g, by which the shortcut terms are multiplied; see `reslora.set_shortcut_scale`."""
     averaged: int = 0
-    """Number of shortcut terms (m) over which the sum is averaged; 0 if it is not."""
+    """Number of shortcut terms (m) if own and shortcut terms are averaged; 0 if they are summed."""
     gates: torch.Tensor | None = None
     """d_n of `gated`; None without gates."""
     fold: Callable[[Factors, list[float]], Merged] | None = None
-    """Return this block as plain LoRA, given the alphas in `x_{n-k} ~ alpha_{n-k} x_n` (see `Shortcut.fold`)."""
+    """Function that returns a block as plain LoRA, given the alphas in `x_{n-k} ~ alpha_{n-k} x_n`."""
 
     def stand_in(self) -> torch.Tensor:
-        """Return S = g (sum of `parts`) (r x p): if all blocks had the input x, the shortcut terms would be S x."""
+        """Return S = g (sum of `parts`), r x p: S x are the shortcut terms if all blocks have the same input x."""
         return self.factor * sum(part.to(self.a) for part in reversed(self.parts))  # type: ignore[return-value] # no head
 
     @property
     def share(self) -> float:
-        """Factor on the sum of all terms: 1, or `1 / (1 + g m)` if the sum is averaged."""
+        """Factor by which the sum of all terms is multiplied: 1, or `1 / (1 + g m)` if the terms are averaged."""
         return share_of(self.averaged, self.factor)
 
     def scaled(self, alpha: float, notes: tuple[str, ...] = ()) -> Merged:
-        """Return A and `B_n (1 + alpha*)` (Eq. 7), times `share`."""
+        """Return the block as plain LoRA: A_n and `share * B_n (1 + alpha*)` (Eq. 7)."""
         return Merged(self.a, self.b * (self.share * (1 + alpha)), alpha, notes)
 
 
 @dataclasses.dataclass
 class Merged:
-    """One block as plain LoRA: the new A and B, the alphas that gave them, and notes for the report."""
+    """One block as plain LoRA: the new A and B, the alphas used to compute them, and notes for the report."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -74,15 +75,15 @@ class Moments:
     """Second moments of one block over the calibration batches, from which fits and merge errors are computed.
 
     Rows are tokens: `x` (T x p) is the block's input, `own` = A_n x (T x r), and `handed` (T x r) the shortcut terms.
-    `gap` = handed - S x, where `stand_in` S (r x p) estimates the shortcut terms from x. The gap is fitted and measured
-    instead of `handed`: if S is exact, the gap is exactly zero, however ill-conditioned x is.
+    `gap` = handed - S x, where `stand_in` S (r x p) estimates the shortcut terms from x. The gap is used for the fit
+    and the merge error instead of `handed`: if S is exact, the gap is exactly zero, however ill-conditioned x is.
     """
 
     stand_in: torch.Tensor | None = None
     inputs: Inputs | None = None
-    """Stores x for the regression, if the gap of this block is to be fitted."""
+    """Collects x for the regression; None if the gap of this block is not fitted."""
     fitted: torch.Tensor | None = None
-    """D of the regression (r x p), after `fit`: S + D is the C of `merge_lstsq`."""
+    """Solution D (r x p) of the regression, set by `fit`; S + D is the C of `merge_lstsq`."""
     # 0.0 at first, and tensors after a forward pass was added.
     norm_sum: Any = 0.0
     own_own: Any = 0.0
@@ -97,9 +98,9 @@ class Moments:
     miss: float = 0.0
 
     def add(self, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None, norm: torch.Tensor) -> None:
-        """Add one forward pass: `x` (T x p), `own` and `handed` (T x r).
+        """Add the moments of one forward pass with the input `x` (T x p).
 
-        `norm` is the Frobenius norm that Eqs. 8-9 or 12 use. `handed` is None for a head.
+        `own` and `handed` are T x r; `handed` is None for a head. `norm` is the Frobenius norm in Eqs. 8-9 or 12.
         """
         self.norm_sum = self.norm_sum + norm
         self.forwards += 1
@@ -119,7 +120,10 @@ class Moments:
                 self.gaps = [*self.gaps, gap] if self.inputs.dual else ()
 
     def fit(self) -> None:
-        """Fit the gap, `argmin_D |gap - D x|^2 + ridge |D|^2`, and free x; the residual becomes the new gap."""
+        """Set `fitted` to `argmin_D |gap - D x|^2 + ridge |D|^2`.
+
+        The residual replaces the gap, and the memory of x is released.
+        """
         self.fitted = self.inputs.fit(self.gap_x, self.gaps).to(self.stand_in)
         fitted = _precise(self.fitted)
         cross = self.gap_x.to(fitted) @ fitted.t()
@@ -127,7 +131,7 @@ class Moments:
         self.inputs, self.gap_x, self.gaps = None, 0.0, ()
 
     def measure(self, output: torch.Tensor, miss: torch.Tensor) -> None:
-        """Add the squared norms of one forward pass: of the unmerged output, and of the merge error `miss`."""
+        """Add the squared norms of the unmerged output and of the merge error `miss` in one forward pass."""
         self.output += float(output.double().square().sum())
         self.miss += float(miss.double().square().sum())
 
@@ -143,12 +147,15 @@ class Moments:
 
 
 def _precise(x: torch.Tensor) -> torch.Tensor:
-    """Return `x` in float64, because close moments are subtracted from each other; in float32 on MPS."""
+    """Return `x` in float64 (on MPS: float32), because moments of similar size are subtracted from each other."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
 def share_of(averaged: int, factor: float) -> float:
-    """Return the factor on a sum of a block's own term and `averaged` terms with the weight `factor`, to average it."""
+    """Return the factor that turns the sum of an own term and `averaged` shortcut terms into their weighted mean.
+
+    `factor` (g) is the weight of each shortcut term; the own term has the weight 1.
+    """
     return 1 / (1 + factor * averaged)
 
 
@@ -168,7 +175,7 @@ def pooled(own: torch.Tensor, chain: Sequence[torch.Tensor], dim: int) -> torch.
 
 
 def merge_none(chain: list[Factors]) -> list[Merged]:
-    """Return A and B unchanged, without the shortcuts (merge_no of Table 3)."""
+    """Return A_n and B_n without the shortcut terms (merge_no of Table 3); averaging multiplies B_n by `share`."""
     return [block.scaled(0.0) for block in chain]
 
 
@@ -177,8 +184,8 @@ def merge_input(chain: list[Factors]) -> list[Merged]:
 
     m is the number of earlier blocks in the sum of block n; for `input` it is 1. f_n is the mean norm of x_n for
     `input` (Eqs. 6-9), and of A_n x_n for `middle` (Eq. 12). g is `factor`, which is 1 in the paper. A head has
-    `alpha_of_head` instead. A ratio with a norm of zero counts as 1, and alpha* is g if f_n is zero. Terms that are
-    averaged multiply B_n by `share`, too.
+    `alpha_of_head` instead. A ratio with a norm of zero counts as 1, and alpha* is g if f_n is zero. If the terms are
+    averaged, B_n is also multiplied by `share`.
     """
     merged = []
     for block in chain:
@@ -195,13 +202,13 @@ def merge_input(chain: list[Factors]) -> list[Merged]:
 
 
 def merge_weights(chain: list[Factors]) -> list[Merged]:
-    """Merge from the first block to the last, by the norms of merged weights (the paper's merge_bw).
+    """Merge a chain from its first block to its last, with alphas from the norms of merged weights (merge_bw).
 
     f*_j is the Frobenius norm of the *merged* weight of block j, and `alpha_{n-k} = f*_{n-k-1} / f*_{n-1}` estimates
     `x_{n-k} ~ alpha_{n-k} x_n` (Eqs. 10-11, for `input`). If the chain has no block n-k-1, alpha_{n-k} is 1.
 
-    `middle` uses this ratio for each earlier block, and not the formula under Eq. 13: that formula contains f*_n, which
-    is known only after block n is merged.
+    `middle` also uses this ratio for each earlier block. The formula under Eq. 13 would need f*_n, which is known only
+    after block n is merged.
 
     Raises `ValueError` for a frozen weight with NaN or infinity.
     """
@@ -231,7 +238,7 @@ def merge_lstsq(chain: list[Factors]) -> list[Merged]:
     (`middle`), and T is A_n or `sum_{k>=1} A_{n-k}`. If all blocks have the same input, the merge is exact.
 
     The ridge pulls C toward T. A block whose input is far larger than those of earlier blocks may therefore have a
-    smaller error with `none`; such a block keeps A and B, and a note reports it.
+    smaller error with the method `none`; such a block is merged by `none`, and a note reports it.
     """
     merged = []
     for block in chain:
@@ -277,11 +284,11 @@ def merge_gated(chain: list[Factors]) -> list[Merged]:
 
 
 def cut(block: Factors, merged: Merged, rank: int) -> Merged:
-    """Return `merged` truncated to `rank`, with a note of the loss; a block that the merge did not change is kept."""
+    """Return `merged` truncated to `rank`, with a note of the loss; a block with unchanged A is returned as it is."""
     if merged.a is block.a or merged.a.shape[0] <= rank:
         return merged
     a, b, loss = truncate(merged.a, merged.b, rank)
-    note = f"{block.name}: rank {merged.a.shape[0]} cut to {rank} loses {loss:.3%}"
+    note = f"{block.name}: rank {merged.a.shape[0]} truncated to {rank} loses {loss:.3%} of the norm"
     return Merged(a, b, merged.alpha, (*merged.notes, note))
 
 
@@ -302,7 +309,7 @@ def truncate(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor,
 def relative_error(block: Factors, merged: Merged) -> float:
     """Return `|merged - unmerged| / |unmerged LoRA output|` on the calibration batches, from the block's moments.
 
-    Both outputs are B times an r-wide vector. Each norm is therefore a trace: of moments times the Gram matrix of B.
+    Both outputs are B times an r-wide vector, so each squared norm is the trace of moments times the Gram matrix of B.
     """
     moments = block.moments
     if isinstance(moments.handed_handed, float):
@@ -324,7 +331,7 @@ def _trace(left: torch.Tensor, right: torch.Tensor) -> float:
 
 
 def _ratio(numerator: float, denominator: float) -> float:
-    """Return numerator / denominator, or 1 if one of the norms is zero."""
+    """Return the ratio of two norms, or 1 if one of them is zero."""
     return numerator / denominator if numerator > 0 and denominator > 0 else 1.0
 
 

@@ -48,14 +48,14 @@ class MergeReport:
     """Result of a merge, the content of `merge.json`."""
 
     method: str
-    """`none`, `input`, `weights`, `lstsq`, or `exact` (block-shortcuts)."""
+    """Merge method that was used: `none`, `input`, `weights`, `lstsq`, or `exact` (block-shortcuts)."""
     shortcut: str
     blocks: tuple[BlockReport, ...]
     notes: tuple[str, ...] = ()
-    """Notes on zero norms, blocks that `lstsq` merged by `none`, the loss by `max_rank`, and repeated calibration."""
+    """Notes on zero norms, blocks that `lstsq` merged by `none`, the loss by `max_rank`, and calibration passes."""
 
     def to_dict(self) -> dict:
-        """Return the report as JSON-able data."""
+        """Return the report as JSON-serializable data, the content of `merge.json`."""
         return {
             "method": self.method,
             "shortcut": self.shortcut,
@@ -87,8 +87,8 @@ def connect(
     these modules. Hooks on the adapted layers are called.
 
     Raises `ValueError` if the model has no such LoRA adapter, is connected or merged already, has a layer that cannot
-    be connected, or has no links for the shortcut. The model is then unchanged. Raises `RuntimeError` if the installed
-    PEFT does not call the variants of its LoRA layers.
+    be connected, or has no neighboring layers to link. The model is then unchanged. Raises `RuntimeError` if the
+    installed PEFT does not support LoRA variants.
     """
     if not isinstance(config, ResLoraConfig):
         raise ValueError(f"config is a {type(config).__name__}; give a reslora.ResLoraConfig")
@@ -124,8 +124,9 @@ def disconnect(model: nn.Module, adapter_name: str = "default") -> None:
 def set_shortcut_scale(model: nn.Module, value: float, adapter_name: str = "default") -> None:
     """Multiply the shortcut terms of a connected model by `value` from the next forward pass on; 0 is plain LoRA.
 
-    Eqs. 2-4 have 1. `save` stores the value, `load` restores it, and `merge` merges the sums with it. Do not change it
-    between a forward pass and its backward pass: gradient checkpointing would recompute other activations.
+    The paper's equations (2-4) use 1. `save` stores the value, `load` restores it, and `merge` includes it in the
+    merged weights. Do not change it between a forward pass and its backward pass: gradient checkpointing would
+    recompute different activations.
 
     Raises `ValueError` for a negative or non-finite value, a model that is not connected, or the shortcut `gated`.
     """
@@ -154,7 +155,7 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
         listed = ", ".join(shapes + [f"{name} ({reason}, stays plain)" for name, reason in plan.unlinked[:8]])
         raise ValueError(
             f"shortcut={config.shortcut!r} finds no link among the {len(plan.blocks)} LoRA blocks (neighbors must "
-            f"have one role and one shape): {listed}; adapt layers that repeat, or take shortcut='none'"
+            f"have the same role and shape): {listed}; adapt layers of repeated modules, or use shortcut='none'"
         )
     return plan
 
@@ -165,11 +166,11 @@ def _plan(base: nn.Module, config: ResLoraConfig, adapter_name: str, example_inp
 def enable_gradient_checkpointing(model: nn.Module) -> None:
     """Enable non-reentrant gradient checkpointing that preserves the shortcuts of a connected model.
 
-    Works for models of transformers and diffusers. Leave a trainer's own option for gradient checkpointing off: it
-    would enable reentrant checkpointing again. With the shortcuts `input` and `middle`, use either gradient
+    Works for models of transformers and diffusers. Turn the trainer's own option for gradient checkpointing off,
+    because it would enable reentrant checkpointing. With the shortcuts `input` and `middle`, use either gradient
     checkpointing or `torch.compile`; with `block` the two can be combined.
 
-    Raises `ValueError` for a model without support for checkpointing.
+    Raises `ValueError` for a model without a method that enables gradient checkpointing.
     """
     base = base_model(model)
     connection = connection_of(base)
@@ -184,8 +185,8 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
         base.enable_gradient_checkpointing(functools.partial(_checkpoint, kwargs))
     else:
         raise ValueError(
-            f"{type(base).__name__} has no gradient checkpointing to enable: where its own code calls "
-            "torch.utils.checkpoint, use shortcut='block', or let it checkpoint what has no connected layers"
+            f"{type(base).__name__} has no method to enable gradient checkpointing: if its own code calls "
+            "torch.utils.checkpoint, use shortcut='block', or checkpoint only modules without connected layers"
         )
 
 
@@ -211,15 +212,15 @@ def merge(
       to `max_rank` by truncation.
     - For other shortcuts, `auto` is `lstsq` with calibration, else `input` if training recorded norms, else `weights`.
 
-    `calibration`: dicts of keyword arguments of the base model. They are read once and run through the unmerged model
-    in eval mode without gradients. `lstsq` also stores them, and runs them several times if the inputs of all layers
-    need more memory than `reslora.calibration.BUDGET`.
+    `calibration`: batches, as dicts of keyword arguments of the base model. They are read once and run through the
+    unmerged model in eval mode without gradients. `lstsq` also stores the batches, and runs them several times if the
+    inputs of all layers need more memory than `reslora.calibration.BUDGET`.
 
-    dtype, device and requires_grad of the adapter stay. With several processes, merge on rank 0 and broadcast the
+    The adapter keeps its dtype, device and requires_grad. With several processes, merge on rank 0 and broadcast the
     result; only the norms that rank 0 recorded are used.
 
     Raises `ValueError` for an unknown method, missing calibration or norms, non-finite values, or parametrized A or B.
-    The model is then unchanged, and also if memory runs out.
+    The model is unchanged after such an error, and also if memory runs out.
     """
     base = base_model(model)
     connection = connected(base, adapter_name)
@@ -263,7 +264,7 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
             raise ValueError(f"max_rank={max_rank!r} must be an integer of at least 1")
         if shortcut is None or not shortcut.raises_rank:
             kept = connection.config.shortcut
-            raise ValueError(f"max_rank={max_rank} is for block-shortcuts; a {kept!r} merge keeps the rank")
+            raise ValueError(f"max_rank={max_rank} is only for shortcut='block'; merging {kept!r} keeps the rank")
     if shortcut is None or name == "none":
         return "none"
     means = connection.wires.norms.means().values()
@@ -271,7 +272,7 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
     resolved = shortcut.resolve(name, calibration is not None, recorded)
     row = shortcut.merges[resolved]
     if name == merges.AUTO and calibration is None and any(each.needs_moments for each in shortcut.merges.values()):
-        message = f"without calibration samples blocks are merged by {resolved!r}; 'lstsq', which reads some, is closer"
+        message = f"merging by {resolved!r} because calibration= is missing; the more accurate 'lstsq' needs it"
         warnings.warn(message, stacklevel=3)  # attributed to the caller of `merge`
     if row.needs_moments and calibration is None:
         raise ValueError(f"method={name!r} needs calibration=, an iterable of dicts of the base model's arguments")
@@ -284,9 +285,9 @@ def _resolve(name: str, connection: Connection, calibration: object, max_rank: i
 
 
 def _check_factors(layers: dict[str, LoraLayer], connection: Connection) -> None:
-    """Raise `ValueError` if an A or B is on the meta device or not finite, or if it is to be written and parametrized.
+    """Raise `ValueError` if an A or B is on the meta device or not finite, or if the merge cannot write to it.
 
-    A parametrization computes the weight each time it is read, so written values would be lost.
+    Parametrized weights cannot be written: they are computed each time they are read.
     """
     written = {block.name for block in connection.chains.blocks if connection.shortcut}
     for name, layer in layers.items():
@@ -298,13 +299,13 @@ def _check_factors(layers: dict[str, LoraLayer], connection: Connection) -> None
                 continue
             factor = getattr(layer, part)[connection.adapter_name]
             if factor.weight.is_meta:
-                raise ValueError(f"{name} has its {part} on the meta device: load or un-offload the weights first")
+                raise ValueError(f"{name} has its {part} on the meta device: load it, or disable offloading, first")
             if not bool(torch.isfinite(factor.weight).all()):
                 raise ValueError(f"{name} has NaN or infinity in its {part}: resume from an earlier checkpoint")
             if name in written and "weight" not in factor._parameters:
                 raise ValueError(
-                    f"{name} makes the weight of its {part} when it is read, so it cannot be written: call "
-                    "torch.nn.utils.parametrize.remove_parametrizations (or prune.remove, remove_weight_norm) first"
+                    f"{name} computes the weight of its {part} from other tensors, so the merge cannot set it: first "
+                    "call torch.nn.utils.parametrize.remove_parametrizations (or prune.remove, remove_weight_norm)"
                 )
 
 

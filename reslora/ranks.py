@@ -26,9 +26,9 @@ def changes_base(config: LoraConfig) -> bool:
 
 
 def prepared(layer: LoraLayer, merged: Merged, adapter_name: str) -> Merged:
-    """Return the merged factors on the device and in the dtype of the layer's present factors.
+    """Return the merged factors on the device and in the dtype of the layer's current factors.
 
-    This allocates the memory of a merge's result, so that `write` allocates none.
+    This allocates the memory for the merged factors, so that `write` allocates none.
     """
     factors = []
     with torch.inference_mode(False):  # tensors created in a caller's inference mode can never be trained
@@ -58,8 +58,8 @@ def declare(config: LoraConfig, layers: dict[str, LoraLayer], adapter_name: str)
     """Write changed ranks and alphas into the layers and, by full name, into PEFT's configuration.
 
     PEFT uses the first pattern that matches a layer, and sorts the patterns when it writes the file. Therefore, if the
-    configuration already has patterns, each layer gets its own entry. An older pattern stays only if it sorts after all
-    of the new entries.
+    configuration already has patterns, each layer gets its own entry. An older pattern is kept only if it follows all
+    new entries in the sorted order.
     """
     changed = {
         name: layer.lora_A[adapter_name].weight.shape[0]
@@ -93,7 +93,7 @@ def nominal(layer: LoraLayer | LycorisLayer, adapter_name: str) -> float:
 
 
 def rescaled(layers: Mapping[str, LoraLayer | LycorisLayer], adapter_name: str) -> dict[str, float]:
-    """Return, by name, the scaling of those layers whose scaling differs from what their rank and alpha give."""
+    """Return layer name -> scaling, for the layers whose scaling differs from that given by rank and alpha."""
     found = {name: float(layer.scaling[adapter_name]) for name, layer in layers.items()}
     return {name: scale for name, scale in found.items() if not _close(scale, nominal(layers[name], adapter_name))}
 
@@ -110,9 +110,9 @@ def rescale(layers: Mapping[str, LoraLayer], scaling: Mapping[str, float], adapt
 
 
 def declare_scaling(config: PeftConfig, base: nn.Module, adapter_name: str) -> None:
-    """Set the alphas in a configuration that is about to be saved, so that they include changed scalings.
+    """Set the alphas in a configuration that will be saved, so that they include scalings changed by `set_scale`.
 
-    Raises `ValueError` if the configuration cannot express the scalings, so that loading it would give another model.
+    Raises `ValueError` if the configuration cannot express the scalings: loading it would give another model.
     """
     layers = {
         name: module
@@ -137,7 +137,7 @@ def declare_scaling(config: PeftConfig, base: nn.Module, adapter_name: str) -> N
         if "base_layer" in name.split(".") or type(layers[name]).__name__ == "ParamWrapper"
     }  # fmt: skip
     if len(fixed) > 1:
-        raise _not_in_files(scaled, "layers inside of others, which all have one alpha")
+        raise _not_in_files(scaled, "nested layers, which all have one alpha")
     common = fixed.pop() if fixed else commonest(alphas.values())
     config.alpha_pattern = _patterns(alphas, {}, common, config.alpha_pattern)
     config.lora_alpha = common
@@ -146,8 +146,8 @@ def declare_scaling(config: PeftConfig, base: nn.Module, adapter_name: str) -> N
 def _not_in_files(scaled: Mapping[str, float], where: str) -> ValueError:
     name, scale = next(iter(scaled.items()))
     return ValueError(
-        f"{name} has the scale {scale:g}, which is not what its alpha says, and PEFT's files cannot hold that with "
-        f"{where}: set the scale back (set_adapters, set_scale), or use export_merged"
+        f"{name} has the scale {scale:g}, which differs from that of its alpha, and PEFT's files cannot store it with "
+        f"{where}: reset the scale (set_adapters, set_scale), or use export_merged"
     )
 
 

@@ -21,7 +21,7 @@ PANEL = 256
 
 
 class Gram:
-    """A symmetric matrix (n x n): first the sum of x^T x, and after `factorise` the Cholesky factor of that sum.
+    """Gram matrix (n x n), the sum of x^T x over batches, which `factorise` replaces by a Cholesky factor.
 
     Only the lower triangle is stored, in panels of PANEL columns that begin at the diagonal. The sum has the dtype of
     x, and the factor is float64. For float32 inputs, the sum takes half the memory of a full float32 matrix, and the
@@ -39,7 +39,7 @@ class Gram:
         return sum(itemsize * (size - first) * min(PANEL, size - first) for first in range(0, size, PANEL))
 
     def add(self, x: torch.Tensor) -> None:
-        """Add the rows of `x` (T x n)."""
+        """Add x^T x of the rows `x` (T x n) to the sum."""
         for columns, panel in zip(x.split(PANEL, dim=1), self.panels, strict=True):
             panel.addmm_(x[:, -len(panel) :].t(), columns)
 
@@ -137,7 +137,7 @@ class Inputs:
         self.gram.factorise(ridge if ridge > 0 else 1.0)
 
     def fit(self, gap_x: torch.Tensor, gaps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return D (r x p, float64).
+        """Return the solution D of the ridge regression (r x p, float64).
 
         The primal form uses `gap_x`, which is G^T X (r x p); the dual form uses `gaps`, the batches of G (T x r).
         """

@@ -25,30 +25,30 @@ class Trace:
     """Result of a traced forward pass. *Holders* are the repeated modules that contain the traced layers."""
 
     runs: dict[str, list[tuple[int, ...]]]
-    """Layer -> token shape of its input for each call, in execution order."""
+    """Layer, in execution order -> token shape of its input in each of its calls."""
     reads: dict[str, set[str]]
-    """Holder -> the holders on whose outputs its hidden states (its first argument with tensors) depend."""
+    """Holder -> the holders on whose outputs its input depends (its first argument that contains tensors)."""
     inner: dict[str, set[str]]
     """Holder -> the holders inside it on whose outputs its own output depends."""
     readers: list[list[str]] = dataclasses.field(default_factory=list)
     """Groups of layers that read the same tensor, in execution order."""
 
     def apart(self, holder: str, before: str) -> str:
-        """Return why `holder` does not continue the stream of the holder `before`; empty if it does."""
+        """Return why `holder` does not continue the hidden states of the holder `before`; empty if it does."""
         if before.startswith(holder + "."):  # `before` is inside `holder`, and a layer of `holder` follows
             return ""
         if before in self._back_from(self._stream(holder), self._stream):
             return ""
         if before in self._back_from(self.reads[holder], self.reads.__getitem__):
-            return f"another stream: {holder} joins what {' and '.join(sorted(self.reads[holder]))} returned"
-        return f"another stream: {holder} does not read what {before} returned"
+            return f"another stream: {holder} combines the outputs of {' and '.join(sorted(self.reads[holder]))}"
+        return f"another stream: {holder} does not read the output of {before}"
 
     def _stream(self, holder: str) -> set[str]:
-        """Return the holders whose stream `holder` continues, among those whose outputs it reads.
+        """Return those of the holders in `reads[holder]` whose hidden states `holder` continues.
 
-        - If one of these holders depends on all the others, they are one stream, and `holder` continues all of them.
-        - Else independent streams join, such as those of an image and its caption. Then `holder` continues only the
-          holders of its own list of modules; if there are none, a new stream begins.
+        - If one of these holders depends on all the others, they form one stream, and all of them are returned.
+        - Otherwise `holder` joins independent streams, such as those of an image and its caption. Then only holders in
+          the same list of modules as `holder` are returned; if there are none, a new stream begins.
         """
         sources = self.reads[holder]
         if any(sources <= self._back_from({source}, self.reads.__getitem__) for source in sources):
@@ -56,7 +56,7 @@ class Trace:
         return {source for source in sources if source.rpartition(".")[0] == holder.rpartition(".")[0]}
 
     def _back_from(self, holders: set[str], step: Callable[[str], set[str]]) -> set[str]:
-        """Return `holders`, and all holders that precede them by `step` or are inside them (see `inner`)."""
+        """Return `holders` and all holders that can be reached from them: by `step`, or because they are inside one."""
         found, left = set(holders), list(holders)
         while left:
             holder = left.pop()
@@ -73,7 +73,8 @@ def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | No
     `example_inputs` are keyword arguments of `base` (default: made from its configuration, or its `dummy_inputs`).
     Random states, training modes and gradients are restored.
 
-    Raises `ValueError` if no inputs to trace with are known, or the model does not run on them.
+    Raises `ValueError` if the model has no default inputs and `example_inputs` is missing, or if the model does not run
+    on the inputs.
     """
     inputs = _default_inputs(base) if example_inputs is None else example_inputs
     if not isinstance(inputs, Mapping):
@@ -90,15 +91,15 @@ def trace(base: nn.Module, holders: Mapping[str, str], example_inputs: dict | No
             with _undisturbed(base):
                 return _run(base, holders, to_device(inputs, device))
     except Exception as error:
-        problem = f"does not run on example_inputs ({first_line(error)})"
+        problem = f"does not run on the example inputs ({first_line(error)})"
         raise ValueError(f"{type(base).__name__} {problem}; pass example_inputs= that fit its forward") from error
 
 
 def meta_copy(base: nn.Module, adapters: bool = True) -> nn.Module:
     """Return a copy of `base` on the meta device, in eval mode and without hooks; the original is unchanged.
 
-    Norm layers of the copy return their input. Without `adapters`, PEFT's layers are replaced by their base layers and
-    linear layers have no bias, which makes a forward pass of the copy faster.
+    To make a forward pass faster, norm layers of the copy return a copy of their input. Without `adapters`, PEFT's
+    layers are replaced by their base layers, and linear layers have no bias.
     """
     memo: dict[int, object] = {}
     tensors = [*base.parameters(), *base.buffers()]
@@ -152,8 +153,8 @@ def _run(base: nn.Module, holders: Mapping[str, str], inputs: dict) -> Trace:
 class _Watch:
     """Hooks that record which modules run, and mark the output of every holder in the autograd graph.
 
-    A holder may be a container that is never called itself. Then the calls of modules inside it that contain the layer,
-    and of the layer, count as calls of the holder.
+    A holder may be a container whose `forward` is never called. Then a call of the traced layer, or of a module between
+    the holder and this layer, counts as a call of the holder.
     """
 
     def __init__(self, holders: Mapping[str, str]) -> None:
@@ -196,9 +197,9 @@ class _Watch:
 
 
 def _hidden_states(module: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
-    """Return the floating-point and complex tensors of one argument of `forward`.
+    """Return the floating-point and complex tensors in the first argument of `forward` that has any.
 
-    It is the first argument, in signature order, that has such tensors.
+    Arguments are in the order of the signature, also if they are passed by keyword.
     """
     try:
         arguments = list(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.values())
@@ -217,7 +218,7 @@ def _differentiable(value: object) -> bool:
 
 
 def _fresh(holder: str, value: Any) -> Any:
-    """Return a tensor's values without their autograd history, marked as an output of `holder`; else `value` itself."""
+    """Return a detached copy of a tensor, marked as an output of `holder`; return any other `value` unchanged."""
     if not _differentiable(value):
         return value
     with torch.enable_grad():
@@ -245,7 +246,7 @@ def _origins(tensors: list[torch.Tensor]) -> set[str]:
 
 @contextmanager
 def _undisturbed(base: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode without gradient checkpointing; restore both afterwards."""
+    """Use eval mode and no gradient checkpointing inside this context; restore both, and random states, at the end."""
     with _same_random(base), evaluating(base), ExitStack() as restored:
         for module in base.modules():
             if getattr(module, "gradient_checkpointing", False):
@@ -254,14 +255,14 @@ def _undisturbed(base: nn.Module) -> Iterator[None]:
 
 
 def _same_random(base: nn.Module) -> AbstractContextManager[None]:
-    """Restore the random states afterwards; a model may use random numbers in eval mode too."""
+    """Return a context that restores torch's random states at its end: models may use random numbers in eval mode."""
     devices = sorted({tensor.device.index for tensor in base.parameters() if tensor.device.type == "cuda"})
     return torch.random.fork_rng(devices=devices)
 
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put every module of the models into eval mode, and restore each module's own mode afterwards."""
+    """Put the models into eval mode inside this context, and restore the mode of each of their modules at the end."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -284,7 +285,7 @@ def _default_inputs(base: nn.Module) -> dict:
     inputs = getattr(base, "dummy_inputs", None)
     if inputs is None:
         raise ValueError(
-            f"{type(base).__name__} does not say what its inputs look like: pass example_inputs= (keyword arguments)"
+            f"{type(base).__name__} has no default inputs to trace with: pass example_inputs=, a dict of its arguments"
         )
     inputs = dict(inputs)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False) and "input_ids" in inputs:
@@ -293,7 +294,7 @@ def _default_inputs(base: nn.Module) -> dict:
 
 
 def _dtype(base: nn.Module) -> torch.dtype:
-    """Return the dtype that the model computes in; its `dtype` attribute comes first, as weights may be quantized."""
+    """Return the dtype that the model computes in: its attribute `dtype`, else the dtype of its first parameter."""
     return getattr(base, "dtype", None) or next(base.parameters()).dtype
 
 

@@ -31,17 +31,17 @@ class Connection:
     handles: list = dataclasses.field(default_factory=list)
 
     def __setstate__(self, state: dict) -> None:
-        """Guard PEFT's functions also in a process that unpickles a connected model."""
+        """Restore an unpickled connection, and guard PEFT's functions in this process."""
         vars(self).update(state)
         guards.watch_peft()
 
     @property
     def shortcut(self) -> type[Shortcut] | None:
-        """Class of the connected blocks; None if the configuration is plain LoRA."""
+        """Class of the configured shortcut; None if the configuration is plain LoRA."""
         return shortcut_class(self.config.shortcut) if self.config.wired else None
 
     def terms_averaged(self, before: Sequence[int]) -> int:
-        """Return the m of `Shortcut.averaged` for a block with the earlier blocks `before` in its sum."""
+        """Return the value of `Shortcut.averaged` for a block that adds the terms of the earlier blocks `before`."""
         mean = self.shortcut is not None and self.config.shortcut_scale == "mean"
         return self.shortcut.terms(before, self.config.head) if mean else 0
 
@@ -74,7 +74,7 @@ class Connection:
 
 
 def connection_of(base: nn.Module) -> Connection | None:
-    """Return the connection of a base model; None without one.
+    """Return the connection of a base model; None if it is not connected.
 
     If the connected adapter was removed, remove the connection and return None.
     """
@@ -86,7 +86,7 @@ def connection_of(base: nn.Module) -> Connection | None:
 def connected(base: nn.Module, adapter_name: str) -> Connection:
     """Return the connection of a base model for this adapter.
 
-    Raises `ValueError` if the model is not connected, or another adapter is.
+    Raises `ValueError` if the model is not connected, or if another of its adapters is connected.
     """
     connection = connection_of(base)
     if connection is None:
@@ -102,7 +102,7 @@ def connected(base: nn.Module, adapter_name: str) -> Connection:
 
 
 def attach_wires(model: nn.Module, config: ResLoraConfig, adapter_name: str, plan: Chains) -> Connection:
-    """Connect the layers of a model along `plan`, chains that have been validated, and return the connection."""
+    """Connect the layers of a model by the validated chains in `plan`, and return the connection."""
     base = base_model(model)
     layers = lora_layers(base, adapter_name)
     carries = config.wired and shortcut_class(config.shortcut).carries
@@ -140,7 +140,7 @@ def _hook(base: nn.Module, plan: Chains, wires: Wires) -> list:
 
 
 def _parts(plan: Chains) -> list[str]:
-    """Return the paths of modules that contain complete chains, and no part of another chain.
+    """Return the paths of modules that contain one or more complete chains, and no part of other chains.
 
     Such a module can run separately from the base model, as an encoder does in `generate`.
     """

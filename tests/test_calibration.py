@@ -190,7 +190,7 @@ def test_a_layer_that_runs_on_some_batches_only_is_an_error(first):
     batches = [{"x": x, "both": first}, {"x": x, "both": not first}]
     with pytest.raises(ValueError) as error:
         merged(model, batches, example_inputs={"x": x})
-    assert_one_line(error, "layers.1.other", "like batches")
+    assert_one_line(error, "layers.1.other", "give batches that run")
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

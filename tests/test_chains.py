@@ -260,17 +260,17 @@ TRANSFORMERS = {
 
 CUTS = {
     "z_image": {
-        "context_refiner.0": "another stream: context_refiner.0 does not read what noise_refiner.1 returned",
-        "layers.0": "another stream: layers.0 joins what context_refiner.1 and noise_refiner.1 returned",
+        "context_refiner.0": "another stream: context_refiner.0 does not read the output of noise_refiner.1",
+        "layers.0": "another stream: layers.0 combines the outputs of context_refiner.1 and noise_refiner.1",
     },
     "flux_dev": {
         "single_transformer_blocks.0": "88 follows 64 tokens",
-        "proj_out": "one of the two is in no list of equal modules",
+        "proj_out": "one of the two is in no list of modules of one class",
     },
     "krea2": {
         "text_fusion.refiner_blocks.0": "24 follows 12 tokens",
         "transformer_blocks.0": (
-            "another stream: transformer_blocks.0 joins what img_in and text_fusion.refiner_blocks.1 returned"
+            "another stream: transformer_blocks.0 combines the outputs of img_in and text_fusion.refiner_blocks.1"
         ),
     },
 }
@@ -464,7 +464,7 @@ def test_encoders_and_decoders_and_two_towers_are_two_streams(name, lengths):
     assert {block.role for block in cut} == streams.roles
     for block in cut:
         assert block.name.startswith(streams.second + ".")
-        assert block.cut.startswith(f"another stream: {streams.second} does not read what ")
+        assert block.cut.startswith(f"another stream: {streams.second} does not read the output of ")
 
 
 def test_cross_attention_reads_the_encoder_in_every_layer_and_stays_linked():

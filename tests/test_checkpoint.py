@@ -511,7 +511,7 @@ def test_a_model_connected_along_other_chains_is_refused_until_it_is_disconnecte
     before, expected = snapshot(target), run(target, inputs)
     with pytest.raises(ValueError) as error:
         reslora.load(target, tmp_path)
-    assert_one_line(error, "other chains (2 links)", f"{CONFIG} (3)", "reslora.disconnect")
+    assert_one_line(error, "other chains (2 links)", f"{CONFIG} (3 links)", "reslora.disconnect")
     assert_same(target, before)
     assert torch.equal(run(target, inputs), expected)
     reslora.disconnect(target)
@@ -668,7 +668,7 @@ def test_a_layer_that_ignores_variants_is_refused(llama, tmp_path):
     layer.__class__ = Ignoring
     with pytest.raises(ValueError) as error:
         reslora.load(model, tmp_path)
-    assert_one_line(error, "model.layers.1.self_attn.q_proj", "ignores LoRA variants")
+    assert_one_line(error, "model.layers.1.self_attn.q_proj", "does not call LoRA variants")
 
 
 def test_norms_of_another_training_are_forgotten(llama, tmp_path):

@@ -245,7 +245,7 @@ def test_an_adapter_that_is_switched_off_in_the_middle_of_a_chain_is_named_with_
     layer.enable_adapters(False)
     with pytest.raises(RuntimeError) as error:
         run(model, STACK_INPUTS)
-    assert_one_line(error, "neighbor layers.1.proj, or that one's adapter is switched off", "enable_adapters(True)")
+    assert_one_line(error, "neighbor layers.1.proj, or the neighbor's adapter is disabled", "enable_adapters(True)")
     layer.enable_adapters(True)
     assert_equal(run(model, STACK_INPUTS), expected)
 

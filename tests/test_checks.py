@@ -48,4 +48,4 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, folder):
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidArgument) as error:
         check_writable(Path(tmp_path / folder), "--output_dir x")
-    assert_one_line(error, "--output_dir x", "not a folder that can be written")
+    assert_one_line(error, "--output_dir x", "not a writable folder")

@@ -30,7 +30,7 @@ def load_too_much() -> None:
 
 
 def test_memory_that_runs_out_is_no_fault_of_the_files():
-    line = r"^--model x: memory ran out \(.*allocate memory.*\); free some, or take something smaller$"
+    line = r"^--model x: memory ran out \(.*allocate memory.*\); free memory, or use a smaller model or file$"
     with pytest.raises(RunFailed, match=line), refused_as("--model x", "repair the folder"):
         load_too_much()
 

@@ -49,5 +49,5 @@ def test_a_merged_model_replaces_no_folder_but_a_models(tmp_path):
     for folder, first in ((tmp_path / "unet", DIFFUSERS_FILE), (tmp_path, "unet/config.json")):
         with pytest.raises(ValueError) as error:
             export_merged(unet, folder)
-        assert_one_line(error, f"{folder} also has {first}", "give another folder")
+        assert_one_line(error, f"{folder} has {first}", "give another folder")
     assert len(list((tmp_path / "unet").iterdir())) == 3

@@ -607,7 +607,8 @@ def test_max_rank_is_the_best_approximation_of_that_rank(llama, max_rank):
             assert layer.r["default"] == min(max_rank, rank)
             assert_equal(delta(layer), best, rtol=1e-6, atol=1e-6)
             if rank > max_rank:
-                notes.add(f"{name}: rank {rank} cut to {max_rank} loses {S[max_rank:].norm() / S.norm():.3%}")
+                loss = S[max_rank:].norm() / S.norm()
+                notes.add(f"{name}: rank {rank} truncated to {max_rank} loses {loss:.3%} of the norm")
     assert set(report.notes) == notes
 
 
@@ -699,7 +700,7 @@ def test_auto_takes_the_best_method_there_is_data_for(llama, shortcut, steps, wi
         automatic = reslora.merge(cases[0].model, calibration=calibration)
         reslora.merge(cases[1].model, method=chosen, calibration=calibration)  # who names it knows
     assert automatic.method == chosen
-    line = f"without calibration samples blocks are merged by {chosen!r}; 'lstsq', which reads some, is closer"
+    line = f"merging by {chosen!r} because calibration= is missing; the more accurate 'lstsq' needs it"
     assert [str(each.message) for each in warned] == ([] if calibrated else [line])
     assert all(each.filename == __file__ for each in warned)
     for chain in llama.blocks:

@@ -393,7 +393,7 @@ def test_a_layer_with_a_variant_is_named(llama, shortcut):
 def test_other_adapters_are_named(config):
     with pytest.raises(ValueError) as error:
         reslora.connect(get_peft_model(tiny_llama(), config), ResLoraConfig())
-    assert_one_line(error, f"has no LoRA layers, only {config.peft_type.value}: call get_peft_model")
+    assert_one_line(error, f"has no LoRA layers, only {config.peft_type.value}: first call get_peft_model")
 
 
 @shortcuts
@@ -502,7 +502,7 @@ def test_a_module_that_holds_the_model_with_the_adapter_is_refused(llama, wrappe
     ):
         with pytest.raises(ValueError) as error:
             verb()
-        assert_one_line(error, "Holder holds the model that has the adapter as `llm`: give that one")
+        assert_one_line(error, "the adapter is on the submodule `llm` of Holder: give that submodule")
         assert_plain(inner, llama)
     reslora.connect(holder.llm, config)
 
@@ -595,7 +595,7 @@ def test_a_model_that_checkpoints_by_itself_works_as_the_error_says(shortcut, wh
     reslora.connect(model, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)
     with pytest.raises(ValueError) as error:
         reslora.enable_gradient_checkpointing(model)
-    assert_one_line(error, "shortcut='block', or let it checkpoint what has no connected layers")
+    assert_one_line(error, "shortcut='block', or checkpoint only modules without connected layers")
     plain = lora_stack(Stack())
     plain.load_state_dict(model.state_dict())
     reslora.connect(plain, ResLoraConfig(shortcut, 2), example_inputs=STACK_INPUTS)

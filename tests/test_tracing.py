@@ -124,7 +124,7 @@ def test_the_table_says_why_in_words():
     model = get_peft_model(Streams(CUT["as_a_context_only"]).double(), LoraConfig(r=2, target_modules=["proj"]))
     rows = str(reslora.chains(model, example_inputs=X)).splitlines()
     (row,) = [row for row in rows if "second.0" in row]
-    assert row.endswith("another stream: second.0 does not read what first.1 returned")
+    assert row.endswith("another stream: second.0 does not read the output of first.1")
 
 
 class OneName(Layer):
@@ -319,7 +319,7 @@ def test_a_layer_that_no_list_holds_is_not_linked_to_one_whose_role_is_its_name(
     model.proj = nn.Linear(6, 6)
     chains = reslora.chains(get_peft_model(model.double(), LoraConfig(r=2, target_modules=["proj"])), example_inputs=X)
     assert [[block.name for block in chain] for chain in chains] == [["first.0.proj", "first.1.proj"], ["proj"]]
-    assert chains[1][0].cut == "one of the two is in no list of equal modules"
+    assert chains[1][0].cut == "one of the two is in no list of modules of one class"
 
 
 def test_where_two_streams_meet_a_new_one_begins():
@@ -329,7 +329,7 @@ def test_where_two_streams_meet_a_new_one_begins():
     assert links(meeting) == {*WITHIN, ("third.0.proj", "third.1.proj")}
     model = get_peft_model(Streams(meeting).double(), LoraConfig(r=2, target_modules=["proj"]))
     table = str(reslora.chains(model, example_inputs=X))
-    assert "another stream: third.0 joins what first.1 and second.1 returned" in table
+    assert "another stream: third.0 combines the outputs of first.1 and second.1" in table
 
 
 def test_a_stream_that_takes_in_others_on_its_way_goes_on():
@@ -358,7 +358,7 @@ def test_the_stream_of_a_trace_written_by_hand():
     assert not seen.apart("b.0", "a.0")
     assert not seen.apart("a.1", "a.0")
     assert seen.apart("a.0", "a.1")
-    assert seen.apart("c.0", "b.0") == "another stream: c.0 does not read what b.0 returned"
+    assert seen.apart("c.0", "b.0") == "another stream: c.0 does not read the output of b.0"
 
 
 # -- inputs made from a configuration --------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ EVERY = 4  # one of this many seeds chooses learning rates, starting with the fi
 
 @dataclass(frozen=True)
 class Label:
-    """What is compared: a method with the values of the options that vary, except learning rate and seed."""
+    """A compared setting: a method with values of the options that vary, except learning rate and seed."""
 
     name: str
     method: str
@@ -161,7 +161,7 @@ def check_values(grid: Grid) -> None:
     for name, given in grid.varied.items():
         values = [in_folder(value) for value in given]
         if len(set(values)) < len(values):
-            raise InvalidArgument(f"{grid.flag(name)} {' '.join(values)}", "the same one twice", "give each once")
+            raise InvalidArgument(f"{grid.flag(name)} {' '.join(values)}", "one value is given twice", "give each once")
     labels = labels_of(grid)
     used = {name for label in labels for name in label.values} | {"learning_rate", "seed", "rank"}
     used |= {name for name in ("shortcut", "pre_num") for label in labels if getattr(label, name) is not None}
@@ -209,10 +209,10 @@ def check_at_once(processes: int, arms: int) -> None:
     """Raise `InvalidArgument` for more processes than arms, and for several processes in a distributed launch."""
     flag = f"--arms_at_once {processes}"
     if processes > 1 and arms < processes:
-        raise InvalidArgument(flag, f"these are {arms} arms", f"give {arms} at most")
+        raise InvalidArgument(flag, f"the experiment has only {arms} runs", f"give {arms} at most")
     if processes > 1 and "RANK" in os.environ:
         problem = "each arm is trained by all processes that the launcher starts"
-        raise InvalidArgument(flag, problem, "start one by python, or leave it out")
+        raise InvalidArgument(flag, problem, "start the script with python, or leave it out")
 
 
 def place_of(label: Label, arm: Arm) -> str:
@@ -323,9 +323,9 @@ def rounded(rate: float) -> float:
 
 
 def continued(rates: Sequence[float], there: Sequence[float]) -> list[float]:
-    """Return the learning rates with those that an earlier start has added to their geometric series.
+    """Return `rates`, extended by those that earlier starts of the experiment have added to their geometric series.
 
-    `there` are the learning rates for which a directory exists.
+    `there`: the learning rates for which a directory exists.
     """
     found = list(rates)
     for _ in range(MOST_EXTENSIONS if len(rates) > 1 else 0):

@@ -53,7 +53,7 @@ class Arm(TypedDict):
     """One training run of the experiment: a label with a learning rate and a seed."""
 
     label: str
-    """What is compared: the method, with its rank or shortcut if several are given, such as `reslora block(4)`."""
+    """Name of the compared setting: the method, with its rank or shortcut if these vary, such as `reslora block(4)`."""
     method: str
     learning_rate: float
     seed: int

@@ -49,7 +49,7 @@ def reading_adapter(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def racing_there(folder: Path) -> bool | None:
-    """Return whether the experiment in a directory races its learning rates; None without an experiment."""
+    """Return whether the experiment in a directory uses racing (`racing.py`); None without an experiment."""
     identity = read_object(folder / record.EXPERIMENT).get("identity")
     return bool(identity.get("racing")) if isinstance(identity, dict) else None
 
@@ -87,7 +87,7 @@ class ArmSchedule:
         return Path(self.grid.base["output_dir"])
 
     def races(self) -> bool:
-        """Return whether a new experiment with these options races its learning rates."""
+        """Return whether a new experiment with these options stops clearly worse learning rates early (`racing.py`)."""
         experiment = self.grid.base.experiment
         fits = (experiment.arms_at_once or 1) <= len(self.labels)
         return fits if experiment.racing is None else experiment.racing
@@ -106,7 +106,7 @@ class ArmSchedule:
             raise InvalidArgument("--racing", problem, "leave it out, or choose another --output_dir")
 
     def rates_there(self, label: Label) -> list[float]:
-        """Return the learning rates that an earlier start has added, from the names of directories."""
+        """Return the learning rates that earlier starts have added, from the names of directories."""
         if not self.grid.base.experiment.extend_rates:
             return []
         found = []

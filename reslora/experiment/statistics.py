@@ -202,7 +202,7 @@ def counts_of(pairs: int, labels: int) -> list[int]:
 
 
 class Pair(NamedTuple):
-    """A label and its reference, on the seeds that both have."""
+    """A label and the reference that it is compared with, restricted to the seeds that both have."""
 
     label: str
     reference: str
@@ -303,7 +303,7 @@ def arrays_of(losses: Mapping[str, ArrayLike]) -> dict[str, np.ndarray]:
         if values.shape != shape or values.ndim != 2 or 0 in shape:
             raise ValueError(f"{label} has losses of shape {values.shape}, not seeds x images alike for all: {shape}")
         if (values <= 0).any():
-            raise ValueError(f"{label} has a test loss of {np.nanmin(values):g}, and a loss is above zero")
+            raise ValueError(f"{label} has a test loss of {np.nanmin(values):g}, but losses must be above zero")
     return arrays
 
 
@@ -479,7 +479,7 @@ def tested(arms: Iterable[Arm], chosen: Mapping[str, Choice]) -> dict[str, np.nd
             tests.setdefault(arm["label"], {})[arm["seed"]] = test
     all_tests = [test for by_seed in tests.values() for test in by_seed.values()]
     if any(test["images"] != all_tests[0]["images"] for test in all_tests):
-        raise ValueError("arms were measured on different test images, which cannot be compared")
+        raise ValueError("runs were evaluated on different test images, so they cannot be compared")
     seeds = sorted({seed for by_seed in tests.values() for seed in by_seed})
     found = {}
     for label, by_seed in tests.items():

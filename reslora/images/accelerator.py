@@ -71,7 +71,7 @@ def precision_of(options: ModelOptions) -> str | None:
     if not cpu_has_bf16():
         return None
     if int(os.environ.get("RANK", 0)) == 0:
-        print("training in bf16, for which this processor has instructions; --mixed_precision no: float32", flush=True)
+        print("training in bf16, for which this CPU has instructions; --mixed_precision no: float32", flush=True)
     return "bf16"
 
 
@@ -103,8 +103,8 @@ def take_cores(local_processes: int) -> None:
         torch.set_num_threads(threads)
         if chosen and threads > 1 and int(os.environ.get("RANK", 0)) == 0:
             print(
-                f"using {threads} threads a process: launchers set OMP_NUM_THREADS=1 by themselves; give them 2 or "
-                "more, or for one thread as many cores as processes (taskset)",
+                f"using {threads} threads per process, because launchers set OMP_NUM_THREADS=1 by default; set it to 2 "
+                "or more to choose the number; for one thread, limit the cores to the number of processes (taskset)",
                 flush=True,
             )
 

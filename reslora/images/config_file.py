@@ -23,13 +23,13 @@ def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, A
     if checkpoint != "latest":
         values.pop("resume_from_checkpoint")
         if "resume_from_checkpoint" not in given and speaks():
-            left_out = "is left out: that run went on from there, and another one starts afresh unless it is given"
+            left_out = "is ignored: that run resumed from it; give the option to resume this run from it too"
             print(f"{where}: --resume_from_checkpoint {checkpoint} {left_out}", flush=True)
     several = any(option.can_vary and len(listed(now.get(name))) > 1 for name, option in Options.table().items())
     of_others = OF_RUNS if several else OF_EXPERIMENTS
     if (told := [name for name in of_others if values.get(name) and name not in given]) and speaks():
-        kind = "an experiment" if several else "no experiment"
-        print(f"{where}: without --{', --'.join(told)}, as this is {kind}", flush=True)
+        kind = "an experiment" if several else "not an experiment"
+        print(f"{where}: --{', --'.join(told)} ignored, because this is {kind}", flush=True)
     gone = {*of_others, *_of_other_methods(now), *_of_other_optimizer(values, given)}
     if now.get("validation_split") == 0:
         gone.add("validation_noises")

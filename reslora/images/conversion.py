@@ -70,7 +70,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.to is None:  # not argparse's `required`, which would be reported instead of a misspelled option
         raise InvalidArgument("--to", "missing", f"give one of {', '.join(FORMATS)}")
     if args.extract and (args.inputs or args.weight):
-        raise InvalidArgument("--extract", "it reads two models and takes no IN", "leave IN or --extract out")
+        raise InvalidArgument("--extract", "it reads two models, and no IN", "leave out IN or --extract")
     if args.extract and not args.rank:
         raise InvalidArgument("--extract", "the difference between two models has no low rank", "add --rank N")
     if not args.extract and not args.inputs:

@@ -100,12 +100,12 @@ def check_pipeline(
     for size in named_buckets(data.aspect_ratio_buckets or ""):
         if any(side % multiple or not side for side in (size.height, size.width)):
             argument = f"--aspect_ratio_buckets {size.height},{size.width}"
-            raise InvalidArgument(argument, f"the pipeline takes multiples of {multiple}", "give sides that are")
+            raise InvalidArgument(argument, f"height and width must be multiples of {multiple}", "give such sides")
     sides = [("resolution", pixels) for pixels in data.resolution]
     sides += [(name, getattr(validation, name) or 0) for name in ("validation_height", "validation_width")]
     for name, pixels in sides:
         if pixels % multiple:
-            argument, problem = f"--{name} {pixels}", f"the pipeline takes multiples of {multiple}"
+            argument, problem = f"--{name} {pixels}", f"height and width must be multiples of {multiple}"
             raise InvalidArgument(argument, problem, f"give {max(1, pixels // multiple) * multiple}")
 
 
@@ -120,7 +120,7 @@ def check_prompt(prompt: Prompt, timesteps: int, multiple: int, told: str) -> No
         raise InvalidArgument(where, problem, "give fewer")
     for side in (prompt.width or multiple, prompt.height or multiple):
         if side % multiple:
-            problem = f"{side} pixels, and the pipeline takes multiples of {multiple}"
+            problem = f"{side} pixels; height and width must be multiples of {multiple}"
             raise InvalidArgument(where, problem, f"give {max(1, side // multiple) * multiple}")
     if told and (prompt.negative_prompt or prompt.cfg_scale not in (None, 1)):
         what = "a negative prompt (--n)" if prompt.negative_prompt else "guidance by one (--l, cfg_scale)"
@@ -141,7 +141,7 @@ def with_rank(options: Options, model: Model, accelerator: Accelerator) -> Optio
     name, least = min(found, key=lambda layer: layer[1])
     rank = int(min(DEFAULT_RANK, least))
     if rank < DEFAULT_RANK:
-        accelerator.print(f"--rank {rank} and not {DEFAULT_RANK}, since none is given and {name} is no wider")
+        accelerator.print(f"--rank {rank} instead of the default {DEFAULT_RANK}, because {name} is only {rank} wide")
     return options.replace(rank=rank, lora_alpha=options.adapter.lora_alpha or 2 * rank)
 
 
@@ -223,7 +223,7 @@ def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:
         stays = [name for name in family.frozen_text_parts if name.startswith("text_encoder")]
         trains = " and ".join(part.name for part in context.encoders)
         left = f"; {', '.join(stays)} stays as it is" if stays else ""
-        context.accelerator.print(f"--train_text_encoder: {trains} beside the {family.denoiser}{left}")
+        context.accelerator.print(f"--train_text_encoder: {trains} in addition to the {family.denoiser}{left}")
 
 
 def check_learning_rates(pipeline: DiffusionPipeline, context: Context) -> None:

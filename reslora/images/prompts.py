@@ -76,9 +76,9 @@ def from_file(values: Sequence[str]) -> tuple[list[str], list[str]] | None:
         found = objects_of(text, flag) if path.suffix.lower() == ".json" else lines_of(text, flag)
     except (OSError, UnicodeDecodeError) as error:
         problem = f"cannot be read ({first_line(error)})"
-        raise InvalidArgument(flag, problem, "give a file with a prompt a line, a JSON list, or prompts") from None
+        raise InvalidArgument(flag, problem, "give a file with one prompt per line, a JSON list, or prompts") from None
     if not found:
-        raise InvalidArgument(flag, "no prompt in it", "write one a line")
+        raise InvalidArgument(flag, "contains no prompt", "write one prompt per line")
     return [prompt for prompt, _ in found], [options for _, options in found]
 
 
@@ -94,7 +94,7 @@ def objects_of(text: str, flag: str) -> list[tuple[str, str]]:
     for number, entry in enumerate(content, 1):
         prompt = entry.get("prompt") if isinstance(entry, dict) else None
         if not isinstance(prompt, str):
-            raise InvalidArgument(f"{flag}, entry {number}", "no object with a prompt", "correct it")
+            raise InvalidArgument(f"{flag}, entry {number}", "is not an object with a prompt", "correct it")
         own = {name: value for name, value in entry.items() if name != "prompt" and value is not None}
         found.append((prompt, _checked(own, f"{flag}, entry {number}")))
     return found
@@ -115,7 +115,7 @@ def lines_of(text: str, flag: str) -> list[tuple[str, str]]:
             letter, _, value = part.strip().partition(" ")
             if letter.lower() not in KOHYA:
                 known = ", ".join(f"--{name}" for name in KOHYA)
-                raise InvalidArgument(where, f"--{letter} is not known", f"remove it; {known} are")
+                raise InvalidArgument(where, f"--{letter} is unknown", f"remove it; the options are {known}")
             name, read = KOHYA[letter.lower()]
             try:
                 own[name] = read(value.strip())

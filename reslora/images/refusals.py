@@ -83,7 +83,7 @@ def check_folders(data: DataOptions) -> None:
         raise InvalidArgument(missing, "missing", "give --class_data_dir and --class_prompt together, or neither")
     if data.aspect_ratio_buckets and len(data.resolution) > 1:
         argument = f"--resolution {as_typed(data.resolution)}"
-        raise InvalidArgument(argument, "--aspect_ratio_buckets names all sizes", "give one side")
+        raise InvalidArgument(argument, "the buckets of --aspect_ratio_buckets determine all sizes", "give one side")
 
 
 def check_part(dataset: str, folder: str) -> None:

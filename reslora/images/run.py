@@ -157,7 +157,7 @@ def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Con
     if file := options.model.assistant_lora:
         base = options.model.pretrained_model_name_or_path
         assistant = on_all(lambda: read_start(file, base, model, "assistant_lora"))
-        accelerator.print(f"--assistant_lora {file}: {in_short({'': assistant.layers})}, only in training passes")
+        accelerator.print(f"--assistant_lora {file}: {in_short({'': assistant.layers})}; active in training only")
     if lora := options.adapter.init_lora:
         start = on_all(lambda: read_start(lora, options.model.pretrained_model_name_or_path, model))
         options = with_start(options, start)
@@ -268,7 +268,7 @@ def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
 def show(context: Context, training_data: TrainingData | None = None) -> None:
     """Write figures and a summary, and upload the run if --push_to_hub is given.
 
-    `material` is None for a run that was already finished.
+    `training_data`: None for a run that was already finished.
     """
     options = context.options
     if training_data:

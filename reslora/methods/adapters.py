@@ -2,7 +2,7 @@
 
 settings = AdapterSettings(r=4, alpha=8, dropout=0.0, targets=["to_q", "to_v"], total_steps=1000)
 config = adapter_config("reslora", settings)
-model = attach(unet, config, ResLoraConfig(shortcut="input"))     # ResLoRA is LoRA's configuration with shortcuts
+model = attach(unet, config, ResLoraConfig(shortcut="input"))     # `config` is a LoraConfig
 save_adapter(model, "checkpoint"), load_adapter(model, "checkpoint")
 """
 
@@ -77,13 +77,13 @@ def attach(
 ) -> nn.Module:
     """Add the adapter of `config` to a bare `model`, connect it by `shortcuts`, and return the model to train.
 
-    Models of diffusers get the adapter in place (`add_adapter`); others are wrapped (`get_peft_model`) unless
-    `in_place` is set. With an adapter in place, `model` itself is returned. `example_inputs` as in `reslora.connect`.
-    The adapter's initial weights use torch's global random state.
+    Models of diffusers get the adapter in place (`add_adapter`), and `model` itself is returned; others are wrapped
+    (`get_peft_model`) unless `in_place` is set. `example_inputs` are those of `reslora.connect`. The adapter's initial
+    weights are drawn from torch's global random state.
 
-    Raises `ValueError` for targets that match nothing or that the method cannot adapt, for a rank larger than a layer,
-    or for a shortcut without a link. Raises `RuntimeError` for shortcuts and PiSSA if the installed PEFT does not call
-    the variants of its LoRA layers.
+    Raises `ValueError` for targets that match no layer or that the method cannot adapt, for a rank larger than a
+    layer's smaller dimension, or if the shortcut finds no neighboring layers to link. Raises `RuntimeError` for
+    shortcuts and PiSSA if the installed PEFT does not call the variants of its LoRA layers.
     """
     check_rank(model, config)
     starts = pissa.is_pissa(config)
@@ -96,7 +96,7 @@ def attach(
         if isinstance(module, _ConvNd):
             title = "OFT" if isinstance(config, OFTConfig) else "AdaLoRA"
             raise ValueError(
-                f"{name} is a convolution, which {title} cannot adapt: leave it out, or choose another method"
+                f"{name} is a convolution, which {title} cannot adapt: do not target it, or choose another method"
             )
     # Models of transformers have `add_adapter` too, but are wrapped by default.
     in_place = in_place or (hasattr(model, "add_adapter") and not isinstance(model, PreTrainedModel))
@@ -111,22 +111,22 @@ def attach(
 def check_rank(model: nn.Module, config: PeftConfig) -> None:
     """Raise `ValueError` if the rank exceeds the smaller dimension of an adapted layer, naming the narrowest layer.
 
-    A higher rank would cost memory, but the update of the weight cannot have it. LoKr and OFT accept any rank: theirs
-    is not the rank of the update, and a large value means full factors or blocks.
+    A higher rank would only cost memory, because the rank of the weight's update cannot exceed this dimension. LoKr and
+    OFT accept any rank: it is not the rank of the update, and a large value means full factors or blocks.
     """
     rank = config.target_r if isinstance(config, AdaLoraConfig) else config.r
     name, least = narrowest_layer(model, config)
     if rank > least:
         raise ValueError(
-            f"rank {rank} is larger than {name} allows, whose smaller side is {least}: give a rank of at most "
-            f"{least}, or leave that layer out"
+            f"rank {rank} is larger than {least}, the smaller dimension of {name}: give a rank of at most {least}, or "
+            "do not target this layer"
         )
 
 
 def narrowest_layer(model: nn.Module, config: PeftConfig) -> tuple[str, float]:
     """Return the name of the adapted layer with the smallest dimension, and that dimension, the maximum useful rank.
 
-    The maximum is infinite for LoKr and OFT, and if no layer is adapted. Layers in `rank_pattern` are left out.
+    The maximum is infinite for LoKr and OFT, and if no layer is adapted. Layers in `rank_pattern` are not considered.
     """
     if isinstance(config, (LoKrConfig, OFTConfig)):
         return "", math.inf
@@ -144,7 +144,7 @@ def smaller_side(module: nn.Module) -> int:
 
 
 def targeted(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the layers that PEFT will adapt, without those in `modules_to_save`, which are trained in full."""
+    """Yield (name, layer) for the layers that PEFT will adapt; `modules_to_save`, trained in full, are excluded."""
     whole = [f".{part}." for part in config.modules_to_save or ()]
     for name, module in model.named_modules():
         if any(part in f".{name}." for part in whole):
@@ -212,9 +212,9 @@ class RankAllocator:
             factor.grad = gradient if factor.grad is None else factor.grad.add_(gradient)
 
     def silenced(self) -> AbstractContextManager[None]:
-        """Return a context in which a wrapped model's forward pass omits the penalty.
+        """Return a context in which a wrapped model's forward pass does not add the penalty to the loss.
 
-        PEFT would add it in evaluation too.
+        Without it, PEFT adds the penalty in evaluation too.
         """
         return override_attributes(self._config, orth_reg_weight=0.0)
 
@@ -249,7 +249,7 @@ class RankAllocator:
             elif kind in averages and found is not None and found.shape == value.shape:
                 averages[kind][name] = value.to(found.device)
             else:
-                raise ValueError(f"AdaLoRA's state does not fit the model, first at {key}")
+                raise ValueError(f"AdaLoRA's saved state does not fit the model; the first difference is {key}")
         vars(self.tuner.rankallocator).update(averages)
         self._config.rank_pattern = pattern or None
 
@@ -281,7 +281,7 @@ def as_plain_lora(model: nn.Module) -> nn.Module:
         if hasattr(layer, "lora_E")
     }
     if not factors:
-        raise ValueError(f"{type(base).__name__} has no AdaLoRA to turn into plain LoRA")
+        raise ValueError(f"{type(base).__name__} has no AdaLoRA layers to convert to plain LoRA")
     ada, training = base.peft_config[DEFAULT], base.training
     saved = {name: value for name, value in trained_state(base).items() if ".modules_to_save." in name}
     config = LoraConfig(
@@ -342,7 +342,7 @@ def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the parameters and buffers that PEFT added to a model, by name, without the frozen base layers.
 
     The tensors share their storage with the model. Names are relative to the model inside DDP and `torch.compile`, and
-    do not depend on a placebo's rotations.
+    are the same with and without a placebo's rotations (see `controls`).
     """
     outer = unwrap(model)
     prefixes = tuple(
@@ -368,7 +368,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     state = trained_state(model)
     for name, value in state.items():
         if not bool(torch.isfinite(value).all()):
-            raise Diverged(f"{name} is not finite", "lower --learning_rate; what was saved before is intact")
+            raise Diverged(f"{name} is not finite", "lower --learning_rate; earlier checkpoints are intact")
     if connection_of(base_model(model)) is not None:
         checkpoint.save(model, directory)
     else:
@@ -388,13 +388,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         return
     path = Path(directory) / ADAPTER_NAME
     if not path.is_file():
-        raise ValueError(f"{path} is missing: the checkpoint is of another method, or incomplete")
+        raise ValueError(f"{path} is missing: the checkpoint is incomplete, or of another method")
     check_checksums(directory, [ADAPTER_NAME])
     saved, metadata = read_tensors(path)
     state = trained_state(model)
     for name in (*state, *saved):
         if name not in saved or name not in state or saved[name].shape != state[name].shape:
-            raise ValueError(f"{path} does not fit the model's adapter, first at {name}")
+            raise ValueError(f"{path} does not fit the model's adapter; the first difference is {name}")
     if _CONTROL in metadata:
         controls.put_on(model, json.loads(metadata[_CONTROL]))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Measure the scale of shortcut terms at initialization, for the controls in `controls`."""
+"""Measure the scale of shortcut terms at initialization, to calibrate the control methods (see `controls`)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from .registry import METHODS, Method
 def gauged(
     method: str, model: nn.Module, shortcuts: ResLoraConfig, example_inputs: dict | None = None
 ) -> Iterator[Gauge]:
-    """Connect a model with plain LoRA in this context, in eval mode, and yield a gauge of the input of each B.
+    """Connect a model with plain LoRA inside this context, and yield a `Gauge` that measures its forward passes.
 
-    The gauge measures all forward passes in the context. The model is connected by `shortcuts`; if the method is a
-    placebo of a shortcut, that shortcut replaces `shortcuts.shortcut`. Raises `ValueError` as `reslora.connect` does.
+    The model is in eval mode and connected by `shortcuts`; if the method is a placebo of a shortcut, that shortcut
+    replaces `shortcuts.shortcut`. Raises `ValueError` as `reslora.connect` does.
     """
     row = METHODS[method]
     shortcuts = replace(shortcuts, shortcut=row.placebo or shortcuts.shortcut)
@@ -50,15 +50,15 @@ def gauged(
 class Gauge:
     """Sums of squares for each block: of h (the input of its B), of the shortcut terms in h, and of A_n x_n.
 
-    With the scale `mean`, h is divided as the sum of the shortcut is.
+    With `shortcut_scale="mean"`, h is divided like the shortcut's sum.
     """
 
     method: Method
     base: nn.Module
     mean: bool
-    """Whether the sum of a block's own and its neighbors' terms is averaged."""
+    """Whether a block's own and shortcut terms are averaged instead of summed."""
     neighbours: dict[str, int]
-    """Number of earlier blocks in each block's sum."""
+    """Block name -> number of earlier blocks whose terms it adds."""
     squares: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
 
     def __call__(self, variant: Shortcut, x: torch.Tensor, own: torch.Tensor, handed: torch.Tensor | None) -> None:
@@ -74,7 +74,7 @@ class Gauge:
             self.squares[variant.name][place] += torch.linalg.vector_norm(value, dtype=dtype).item() ** 2
 
     def settings(self, seed: int) -> Settings:
-        """Return the settings for `put_on`; rotations depend on the seed and the block's name."""
+        """Return the matched alphas or the rotations, for `put_on`; rotations depend on `seed` and the block's name."""
         layers = lora_layers(self.base, DEFAULT)
         if self.method.matched:
             plain = {name: layers[name].lora_alpha[DEFAULT] for name in self.squares}

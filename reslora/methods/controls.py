@@ -4,12 +4,12 @@ with gauged("lora_matched", model, ResLoraConfig(shortcut="middle", pre_num=4)) 
     for batch in batches:
         model(**batch)
 put_on(model, gauge.settings(seed=0))             # `save_adapter` stores them in the file header
-merged(model)                                     # plain LoRA, once it is trained
+merged(model)                                     # after training: convert to plain LoRA
 
 A block's B has the input h (r wide), and the block's output is s B h. |.| is the root mean square over all tokens of
 all batches. B is zero at initialization, and so is the output.
 
-`lora_matched`: a layer's alpha is multiplied by `|h| / |A_n x_n|`, where h is that of the shortcut:
+`lora_matched`: a layer's alpha is multiplied by `|h| / |A_n x_n|`, where h is the input of B with the shortcut:
 
 | shortcut | h |
 |---|---|
@@ -17,21 +17,21 @@ all batches. B is zero at initialization, and so is the output.
 | `middle` | `sum_{k=0..m} A_{n-k} x_{n-k}` |
 | `block` | `A_n x_n, ..., A_{n-m} x_n` side by side, which `[B_n, ..., B_{n-m}]` multiplies |
 
-The first gradient of B is `s g h^T`, where g is the gradient of the block's output, and its size is `s |g| |h|`. For
+The first gradient of B is `s d h^T`, where d is the gradient of the block's output, and its size is `s |d| |h|`. For
 `block` this is the gradient of all its B together, about sqrt(m + 1) times LoRA's. So the first step changes the
 block's output as much as with the shortcut. A shared B of `block` also receives gradients from other blocks, which no
 scale can reproduce.
 
 Placebos: rotations of the block's own input replace the shortcut terms of its m earlier blocks. h is
-`A_n (x_n + c sum_{k=1..m} R_k x_n)`, with `c = |shortcut terms in h| / (sqrt(m) |A_n x_n|)`. This adds as much as the
-shortcut, because a random A maps a rotated input to the same norm as the input. In the bundled U-Net the ratio in c
-varies from 0.4 to 4 within a chain, so it is measured. A head has the same h as with the shortcut. With
+`A_n (x_n + c sum_{k=1..m} R_k x_n)`, with `c = |shortcut terms in h| / (sqrt(m) |A_n x_n|)`. The added terms are as
+large as the shortcut's, because a random A maps a rotated input to the same norm as the input. In the bundled U-Net the
+ratio in c varies from 0.4 to 4 within a chain, so it is measured. A head has the same h as with the shortcut. With
 `shortcut_scale="mean"`, h is divided by 1 + m, and by 2 in a head that repeats its input.
 
-`set_factor` multiplies the shortcut terms by a factor g, as `reslora.set_shortcut_scale` does (--shortcut_decay): a
-placebo's c becomes g c, and the divisor of `mean` 1 + g m. The alpha of `lora_matched` becomes
-`alpha + g (matched alpha - alpha)`. So LoRA's scale falls as the shortcut does: linearly, from the shortcut's to that
-of plain LoRA.
+For --shortcut_decay, `set_factor` multiplies the terms that replace the shortcut by a factor g, as
+`reslora.set_shortcut_scale` does for shortcuts. A placebo's c becomes g c, and the divisor of `mean` becomes 1 + g m.
+The alpha of `lora_matched` becomes `alpha + g (matched alpha - alpha)`, so its scale falls linearly with g from that of
+the shortcut to that of plain LoRA.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ROTATED = ".parametrizations.weight.original"
 Settings = dict[str, Any]
 """`{"alphas": {layer: matched alpha}, "plain": {layer: alpha}}`, or `{"seed": seed, "rotations": {layer: [m, c]}}`.
 
-With m = 0, x_n itself is added. Further keys are "mean", true if h is averaged, and "factor", that of `set_factor`.
+m and c are those of `Rotations`. Optional keys: "mean", true if h is averaged, and "factor", the g of `set_factor`.
 """
 
 
@@ -74,7 +74,7 @@ def put_on(model: nn.Module, settings: Settings) -> None:
 
 
 def set_factor(model: nn.Module, factor: float) -> None:
-    """Multiply what a control has in place of shortcut terms by `factor`; does nothing for another method."""
+    """Multiply the terms by which a control method replaces the shortcut by `factor`; do nothing for other methods."""
     base = base_model(model)
     if settings := settings_of(model):
         base._control = settings | {"factor": factor}
@@ -99,7 +99,7 @@ def settings_of(model: nn.Module) -> Settings | None:
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """Fold rotations into plain LoRA in place, as `A (I + g c sum_k R_k)` and B, and return the model."""
+    """Convert a placebo to plain LoRA in place, by writing the rotated A (see `Rotations`), and return the model."""
     _take_off(base_model(model), keep=True)
     return model
 
@@ -113,11 +113,11 @@ def _take_off(base: nn.Module, keep: bool) -> None:
 
 
 class Rotations(nn.Module):
-    """Parametrization of A (r x p) as `A (I + g c sum_{k=1..m} R_k)`, so that B A reads `x + g c sum_k R_k x`.
+    """Parametrization of A (r x p) as `A (I + g c sum_{k=1..m} R_k)`, so that A multiplies `x + g c sum_k R_k x`.
 
-    g is the factor of `set_factor`, at first 1. With `mean` the result is divided by 1 + g m.
-    Each R_k is a random signed permutation. It is orthogonal and takes only two vectors of p values, and on average
-    over seeds R_k x is uncorrelated with x. With m = 0 there is one R, the identity.
+    g is set by `set_factor` and is 1 by default. With `mean` the result is divided by 1 + g m. Each R_k is a random
+    signed permutation: it is orthogonal, two vectors of p values store it, and R_k x is uncorrelated with x on average
+    over seeds. For m = 0, R is a single identity, and the divisor is 1 + g.
     """
 
     def __init__(self, weight: torch.Tensor, count: int, scale: float, key: str, mean: bool = False) -> None:

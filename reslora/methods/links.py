@@ -19,10 +19,10 @@ def print_links(
     tell: Callable[[str], object],
     example_inputs: dict | None = None,
 ) -> None:
-    """Report the layers that stay plain LoRA, and the chains too short for --pre_num.
+    """Report, by calling `tell`, the layers that stay plain LoRA and the chains that are too short for --pre_num.
 
-    On such a chain several values of --pre_num are equivalent. Nothing is reported for a method without chains.
-    `model` must have the method's adapter; `example_inputs` are those of `reslora.chains`.
+    On a chain of n blocks, all values of --pre_num from n - 1 are equivalent. Nothing is reported for a method without
+    chains. `model` must have the method's adapter; `example_inputs` are those of `reslora.chains`.
     """
     row = METHODS[method]
     shortcuts = replace(shortcuts, shortcut=row.placebo or shortcuts.shortcut)
@@ -43,9 +43,9 @@ def print_links(
     if reach is not None and reach < shortcuts.pre_num:  # a shortcut that always uses one block
         if row.reads_shortcut and shortcuts.pre_num > max(longest - 1, DEFAULT_PRE_NUM):
             most = pluralize(longest, "block")
-            tell(f"{start} the longest chain has {most}, and --shortcut {shortcuts.shortcut} reads one")
+            tell(f"{start} the longest chain has {most}, and --shortcut {shortcuts.shortcut} uses only one")
     elif reach is not None and (short := [len(chain) for chain in plan.clipped(reach)]):
         linked = sum(len(chain) > 1 for chain in plan)
-        most = f"; the longest has {longest}: the same as --pre_num {longest - 1}" if longest <= reach else ""
+        most = f"; the longest has {longest}, so this equals --pre_num {longest - 1}" if longest <= reach else ""
         shorter = f"{len(short)} of {pluralize(linked, 'chain')} {is_or_are(len(short))} shorter"
-        tell(f"{start} {shorter}, down to {pluralize(min(short), 'block')}{most}")
+        tell(f"{start} {shorter} (shortest: {pluralize(min(short), 'block')}){most}")

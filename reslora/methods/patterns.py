@@ -25,7 +25,7 @@ FIELDS = ("rank_pattern", "alpha_pattern")
 LEARNING_RATES = "lr_pattern"
 HELP = {
     "rank_pattern": "ranks of single layers, such as attn2.to_k=4 or mid_block.*=16; NAME is the end of a layer's name "
-    "as a regular expression. Alpha stays as it is, so the scale grows where the rank is lower",
+    "as a regular expression. Alpha is unchanged, so a lower rank gives a larger scale",
     "alpha_pattern": "alphas of single layers, such as attn2.to_k=8; lora_x2 and lora_x4 multiply these as well",
     LEARNING_RATES: "factors of the learning rates of single layers, such as mid_block.*=0.5 or attn2.to_k=2; NAME as "
     "in --rank_pattern. Layers of trained text encoders have their encoder's name in front, as in text_encoder.*=2",
@@ -43,7 +43,7 @@ def entries(field: str, texts: Iterable[str] | None) -> dict[str, Any]:
         name, _, value = text.rpartition("=")
         argument, fix = f"--{field} {text}", "give NAME=VALUE, such as attn2.to_k=4"
         if not name:
-            raise InvalidArgument(argument, "no NAME=VALUE", fix)
+            raise InvalidArgument(argument, "not NAME=VALUE", fix)
         try:
             re.compile(name)
         except re.error as error:
@@ -85,14 +85,14 @@ def spell_out(model: nn.Module, config: PeftConfig) -> None:
     for name, module in layers.items() if config.peft_type != "LOKR" else ():
         rank, least = ranks.get(_whole(name), 0), smaller_side(module)
         if rank > least:
-            problem = f"{name} has {least} features on its smaller side"
+            problem = f"the smaller dimension of {name} is {least}"
             raise InvalidArgument(f"--rank_pattern {rank}", problem, f"give a rank of at most {least}")
 
 
 def values_of_layers(field: str, given: Mapping[str, Any], layers: Iterable[str]) -> dict[str, Any]:
-    """Return the value of each layer that a pattern of --`field` matches, by the layer's complete name.
+    """Return complete layer name -> value, for each layer that a pattern of the option --`field` matches.
 
-    Raises `InvalidArgument` if a pattern matches none of `layers`, naming the nearest layers, or if two patterns with
+    Raises `InvalidArgument` if a pattern matches none of `layers`, with the most similar names, or if two patterns with
     different values match the same layer.
     """
     from peft.utils.other import get_pattern_key
@@ -104,19 +104,22 @@ def values_of_layers(field: str, given: Mapping[str, Any], layers: Iterable[str]
         fitting = [name for name in layers if name == pattern or get_pattern_key([pattern], name) != name]
         argument = f"--{field} {pattern}={value}"
         if not fitting:
-            fix = f"give the end of an adapted layer's name, or {pattern}.* for all that begins so"
-            problem = f"no adapted layer has this name; the nearest are {', '.join(nearest(pattern, layers))}"
+            fix = f"give the end of an adapted layer's name, or {pattern}.* for all layers inside it"
+            problem = f"no adapted layer matches; the most similar are {', '.join(nearest(pattern, layers))}"
             raise InvalidArgument(argument, problem, fix)
         for name in fitting:
             if found.setdefault(name, value) != value:
-                problem = f"{name} fits {fitted[name]}={found[name]} as well"
+                problem = f"{name} also matches {fitted[name]}={found[name]}"
                 raise InvalidArgument(argument, problem, "change the patterns so that each layer matches only one")
             fitted.setdefault(name, pattern)
     return found
 
 
 def nearest(pattern: str, layers: Iterable[str], count: int = 3) -> list[str]:
-    """Return the `count` layers in whose names most characters of a pattern appear in order; shorter names first."""
+    """Return the `count` layer names most similar to a pattern.
+
+    Similarity is the number of characters of the pattern that appear in the name in order; ties prefer shorter names.
+    """
 
     def likeness(name: str) -> tuple[int, int]:
         blocks = SequenceMatcher(None, pattern, name, autojunk=False).get_matching_blocks()

@@ -26,7 +26,7 @@ class AdapterSettings:
     r: int
     alpha: float
     dropout: float
-    """Dropout probability: of the adapter's input, or of ranks with LoHa and LoKr."""
+    """Dropout probability of the adapter's input; for LoHa and LoKr, that of single ranks."""
     targets: Sequence[str] | str
     """PEFT's `target_modules`."""
     total_steps: int
@@ -34,14 +34,14 @@ class AdapterSettings:
     task_type: str | None = None
     modules_to_save: Sequence[str] | None = None
     init_lora_weights: bool | str = True
-    """Only for LoRA; diffusers' scripts use "gaussian"."""
+    """PEFT's `init_lora_weights`, only for LoRA; diffusers' scripts use "gaussian"."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """PEFT's `rank_pattern`; see the module `patterns` for this field and `alpha_pattern`."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def shared(self) -> dict[str, Any]:
-        """Keyword arguments of every PEFT configuration."""
+        """Keyword arguments that the PEFT configurations of all methods have."""
         return {
             "target_modules": self.targets if isinstance(self.targets, str) else list(self.targets),
             "task_type": self.task_type,
@@ -55,8 +55,8 @@ def lora(settings: AdapterSettings, times: float = 1, **variant: Any) -> PeftCon
     Every alpha is multiplied by `times`. `variant` holds options of PEFT's `LoraConfig`, such as `use_dora`.
 
     rsLoRA is rank-stabilized LoRA (Kalajdzievski, 2023). DoRA trains `m (W + s B A) / |W + s B A|`, with a magnitude m
-    of each row (Liu et al., 2024). With `init_lora_weights="orthogonal"`, neither A nor B starts at zero, but B A does:
-    they use the odd and the even rows of one orthogonal matrix.
+    of each row (Liu et al., 2024). With `init_lora_weights="orthogonal"`, A and B start nonzero, and their product B A
+    is zero: they use the odd and the even rows of one orthogonal matrix.
     """
     from peft import LoraConfig
 
@@ -71,7 +71,7 @@ def lora(settings: AdapterSettings, times: float = 1, **variant: Any) -> PeftCon
 def adalora(settings: AdapterSettings) -> PeftConfig:
     """Return the configuration of AdaLoRA (Zhang et al., 2023).
 
-    The initial rank is 1.5 `r`. From a tenth to a half of all steps, ranks are reduced, to `r` on average over layers.
+    The initial rank is 1.5 `r`. Between 10% and 50% of all steps, ranks are reduced to `r` on average over layers.
     """
     from peft import AdaLoraConfig
 
@@ -84,7 +84,7 @@ def adalora(settings: AdapterSettings) -> PeftConfig:
 
 
 def lycoris(settings: AdapterSettings, kind: str) -> PeftConfig:
-    """Return the configuration of LoHa or LoKr; their dropout drops ranks."""
+    """Return the configuration of LoHa or LoKr: `kind` is its class in PEFT, and dropout is `rank_dropout`."""
     import peft
 
     return getattr(peft, kind)(
@@ -96,7 +96,8 @@ def lycoris(settings: AdapterSettings, kind: str) -> PeftConfig:
 def oft(settings: AdapterSettings) -> PeftConfig:
     """Return the configuration of OFT (Qiu et al., 2023): block rotations of a layer's input, with blocks of 4 `r`.
 
-    In a square layer this has as many weights as LoRA of rank `r`. PEFT uses the nearest divisor of the width.
+    In a square layer this has as many weights as LoRA of rank `r`. PEFT uses the block size's nearest divisor of the
+    width.
     """
     from peft import OFTConfig
 
@@ -142,34 +143,34 @@ class Method:
     color: str
     """Color of its curve on the application's page."""
     config: Callable[[AdapterSettings], PeftConfig]
-    """Return PEFT's configuration."""
+    """Function that returns PEFT's configuration for the settings."""
     plain_lora: Callable[[nn.Module], nn.Module] | None = itself
-    """Convert the trained (and merged) model to plain LoRA, for the files of diffusers, kohya and ComfyUI.
+    """Function that converts the trained (and merged) model to plain LoRA, for the files of diffusers and kohya.
 
-    None without an equivalent plain LoRA: then only PEFT's format and merged weights can be exported.
+    None if there is no equivalent plain LoRA: then only PEFT's format and merged weights can be exported.
     """
     shortcuts: bool = False
-    """Whether it connects blocks by shortcuts, which are merged after training."""
+    """Whether the method connects blocks by shortcuts, which are merged after training."""
     matched: bool = False
     """Whether each layer's alpha matches the scale of the shortcut; see `controls`."""
     placebo: str = ""
     """Shortcut whose terms from earlier blocks are replaced by rotations of the block's own input; see `controls`."""
     deepspeed: bool = True
-    """Whether DeepSpeed can train it."""
+    """Whether the method can be trained with DeepSpeed."""
     quantised: bool = True
-    """Whether PEFT supports it on 4-bit base weights."""
+    """Whether PEFT supports the method on 4-bit base weights."""
     packed: bool = True
-    """Whether its initialization is independent of how the base weights are stored (--base_precision)."""
+    """Whether the method's initialization works with quantized base weights (--base_precision)."""
     parts: bool = True
-    """Whether it can train several models together, such as a denoiser and its text encoders."""
+    """Whether the method can train several models together, such as a denoiser and its text encoders."""
     of_layers: bool = True
     """Whether single layers can have their own rank and alpha."""
     dropout: bool = True
-    """Whether PEFT supports dropout for it."""
+    """Whether PEFT supports dropout for the method."""
     alpha: bool = True
-    """Whether its scale depends on an alpha."""
+    """Whether the method's scale depends on an alpha."""
     trains_b: bool = True
-    """Whether it trains LoRA's matrices A and B, so that LoRA+ can give B its own learning rate."""
+    """Whether the method trains LoRA's matrices A and B, so that LoRA+ can give B its own learning rate."""
     least_steps: int = 1
     """Minimum number of steps, for methods that reallocate ranks."""
 
@@ -180,17 +181,17 @@ class Method:
 
     @property
     def reads_shortcut(self) -> bool:
-        """Whether it depends on --shortcut."""
+        """Whether the method depends on --shortcut."""
         return self.shortcuts or self.matched
 
     @property
     def reads_shortcut_flags(self) -> bool:
-        """Whether it depends on --pre_num or --head."""
+        """Whether the method depends on --pre_num or --head."""
         return self.shortcuts or self.measured
 
     @property
     def measured(self) -> bool:
-        """Whether it is calibrated on a few batches before its first step."""
+        """Whether the method is calibrated on a few batches before its first training step."""
         return self.matched or bool(self.placebo)
 
 
@@ -204,17 +205,17 @@ METHODS = {
         ),
         Method("lora_x4", "LoRA, fourfold alpha", "LoRA with alpha times four", "#74a9d8", partial(lora, times=4)),
         Method(
-            "lora_matched", "LoRA, matched alpha", "LoRA with each layer's alpha as the shortcut would scale it",
+            "lora_matched", "LoRA, matched alpha", "LoRA with each layer's alpha matched to the shortcut's scale",
             "#1098ad", lora, matched=True,
         ),
         Method("reslora", "ResLoRA", "LoRA with shortcuts", "#e8590c", lora, shortcuts=True),
         Method(
-            "is_placebo", "Input placebo", "input-shortcuts from rotations in place of neighbors", "#f08c00", lora,
+            "is_placebo", "Input placebo", "input-shortcuts with rotated inputs instead of neighbors", "#f08c00", lora,
             placebo_as_lora, placebo="input",
         ),
         Method(
-            "ms_placebo", "Middle placebo", "middle-shortcuts from rotations in place of neighbors", "#c2255c", lora,
-            placebo_as_lora, placebo="middle",
+            "ms_placebo", "Middle placebo", "middle-shortcuts with rotated inputs instead of neighbors", "#c2255c",
+            lora, placebo_as_lora, placebo="middle",
         ),
         Method(
             "adalora", "AdaLoRA", "LoRA that moves ranks between layers", "#2f9e44", adalora,
@@ -230,15 +231,15 @@ METHODS = {
             partial(lora, init_lora_weights="pissa"), pissa_as_lora, quantised=False, packed=False,
         ),
         Method(
-            "dora", "DoRA", "LoRA of directions, with trained magnitudes", "#e64980",
+            "dora", "DoRA", "LoRA of weight directions, with trained magnitudes", "#e64980",
             partial(lora, use_dora=True), None,
         ),
         Method(
-            "loha", "LoHa", "Hadamard products of two", "#9c36b5",
+            "loha", "LoHa", "Hadamard product of two low-rank updates", "#9c36b5",
             partial(lycoris, kind="LoHaConfig"), None, quantised=False, trains_b=False,
         ),
         Method(
-            "lokr", "LoKr", "Kronecker products", "#0c8599",
+            "lokr", "LoKr", "Kronecker product of two factors", "#0c8599",
             partial(lycoris, kind="LoKrConfig"), None, quantised=False, trains_b=False,
         ),
         Method(
@@ -260,10 +261,10 @@ IN_WORDS = "; ".join(f"{row.name}: {row.help}" for row in METHODS.values())
 
 
 _UNABLE = {
-    "deepspeed": ("reads gradients that DeepSpeed keeps to itself", "train it without DeepSpeed"),
-    "parts": ("moves ranks within one model, and --train_text_encoder trains several", "leave one out"),
-    "packed": ("it starts from whole weights, and --base_precision packs them", "leave one of the two out"),
-    "quantised": ("PEFT has it for whole weights only", "leave --load_in_4bit out"),
+    "deepspeed": ("needs gradients that DeepSpeed does not expose", "train it without DeepSpeed"),
+    "parts": ("moves ranks within one model, but --train_text_encoder trains several", "leave one of the two out"),
+    "packed": ("needs unquantized base weights, but --base_precision quantizes them", "leave one of the two out"),
+    "quantised": ("PEFT supports it only on unquantized weights", "leave --load_in_4bit out"),
 }
 """Problem and fix for each ability that a method can lack."""
 
@@ -278,22 +279,22 @@ def refuse_unable(names: Iterable[str], ability: str) -> None:
 def refuse_settings(names: Iterable[str], dropout: float, patterns: Mapping[str, Sequence[str] | None]) -> None:
     """Raise `InvalidArgument` for the first method that does not support a given option.
 
-    The options are `dropout`, if it is not zero, and ranks and alphas of single layers: `patterns` holds the values
-    that the user gave, by the name of the option.
+    The options are `dropout`, unless it is zero, and `patterns`: option name (`rank_pattern` or `alpha_pattern`) ->
+    values that the user gave.
     """
     for method in (METHODS[name] for name in names):
         if dropout and not method.dropout:
-            problem = f"PEFT has none for --method {method.name}"
+            problem = f"PEFT has no dropout for --method {method.name}"
             raise InvalidArgument(f"--lora_dropout {dropout:g}", problem, "leave one of the two out")
         for flag, given in patterns.items():
             if given and not method.of_layers:
-                problem = f"--method {method.name} has none of single layers"
+                problem = f"--method {method.name} does not support this option"
                 raise InvalidArgument(f"--{flag} {' '.join(given)}", problem, "leave one of the two out")
 
 
 def check_steps(names: Iterable[str], steps: int | None, argument: str) -> None:
-    """Raise `InvalidArgument` naming `argument` if a method needs more steps than there are."""
+    """Raise `InvalidArgument` naming `argument` if a method needs more training steps than `steps`."""
     for method in (METHODS[name] for name in names):
         if steps and steps < method.least_steps:
-            problem = f"{method.title} needs {method.least_steps} to move ranks"
+            problem = f"{method.title} needs at least {method.least_steps} steps to move ranks"
             raise InvalidArgument(argument, problem, "give more steps or epochs, or another method")

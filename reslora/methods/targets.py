@@ -1,4 +1,4 @@
-"""Explain which target modules cannot be adapted, such as a list of layers, and suggest others; PEFT does neither."""
+"""Report target modules that cannot be adapted, such as a list of layers, and suggest others; PEFT does neither."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -16,7 +16,7 @@ MOST_NAMED = 8  # maximum number of layers of a module that a message suggests
 def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence[str] = ()) -> None:
     """Raise `InvalidArgument` for --target_modules that match a norm or a module with submodules, and suggest layers.
 
-    `targets` is PEFT's `target_modules`: suffixes of names, or a regular expression. `whole` is its `modules_to_save`.
+    `targets` is PEFT's `target_modules`: suffixes of names, or a regular expression. `whole`: PEFT's `modules_to_save`.
     """
     if targets == "all-linear":
         return
@@ -30,13 +30,13 @@ def check_layers(model: nn.Module, targets: Sequence[str] | str, whole: Sequence
     problem = f"{wrong} cannot be adapted ({type(fitted[wrong]).__name__})"
     if isinstance(targets, str):
         such = f", such as {layers[0]}" if layers else ""
-        raise InvalidArgument(f"--target_modules {targets}", problem, f"let it match only layers{such}")
+        raise InvalidArgument(f"--target_modules {targets}", problem, f"match only layers{such}")
     target = next(target for target in targets if _ends(wrong, target))
     inside = [f"{target}.{rest}" for rest, part in fitted[wrong].named_modules() if isinstance(part, LAYERS)]
     names = " ".join(inside[:MOST_NAMED]) + (" or the like" if len(inside) > MOST_NAMED else "")
     if alone := next((name for name in layers if _ends(name, target)), None):
-        problem += f", and {alone} can"
-        names = ", and ".join(filter(None, [names, f"{alone} and the like by their whole names"]))
+        problem += f", but {alone} can"
+        names = ", and ".join(filter(None, [names, f"the complete names of layers such as {alone}"]))
     raise InvalidArgument(f"--target_modules {target}", problem, f"give {names}" if names else "leave it out")
 
 

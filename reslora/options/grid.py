@@ -51,7 +51,7 @@ class Grid(Generic[O]):
         return [self.run(**dict(zip(names, own, strict=True))) for own in itertools.product(*values)]
 
     def variants(self) -> list[O]:
-        """Return the options of runs with every combination of the values but those of learning rates and seeds."""
+        """Return the options of a run for each combination of the varied values, without learning rates and seeds."""
         return self.runs(*(name for name in self.varied if name not in ("learning_rate", "seed")))
 
     def run(self, method: str = "", **values: Any) -> O:

@@ -135,7 +135,7 @@ class DataOptions:
 
     dataset_name: str | None = by_content(None, "dataset on the hub, or a folder", path="absolute",
         yields_to="train_data_dir", compared_as="held-out images")
-    dataset_config_name: str | None = by_content(None, "configuration of that dataset", yields_to="train_data_dir",
+    dataset_config_name: str | None = by_content(None, "configuration of --dataset_name", yields_to="train_data_dir",
         compared_as="held-out images",
         needs=Need(lambda options: options.data.dataset_name, "add --dataset_name, or leave it out"))
     train_data_dir: list[str] = by_content([],
@@ -318,7 +318,8 @@ class TrainingOptions:
 class OptimizerOptions:
     """Optimizer and learning rate."""
 
-    learning_rate: float = option(1e-4, "highest learning rate; with --optimizer prodigy the default is 1", POSITIVE,
+    learning_rate: float = option(1e-4,
+        "learning rate after warmup; with --optimizer prodigy the default is 1", POSITIVE,
         varies=True, short="lr", essential="highest learning rate", bundled=2.5e-4, bundled_flow=1e-3,
         kohya=("unet_lr",))
     text_encoder_lr: float | None = option(None, "learning rate of the text encoders. The schedule is the same",
@@ -329,7 +330,8 @@ class OptimizerOptions:
         variable=True, read_by="trains_b")
     scale_lr: bool = option(False, "multiply learning rates by batch size, accumulation steps and processes")
     lr_scheduler: str = option("constant", "how the learning rate changes", choices=SCHEDULES, variable=True)
-    lr_warmup_steps: int | None = option(None, "steps in which the learning rate rises (none with constant)", NATURAL,
+    lr_warmup_steps: int | None = option(None,
+        "warmup steps, in which the learning rate rises; none with --lr_scheduler constant", NATURAL,
         or_else="500, at most a tenth of the run",
         needs=Need(lambda options: options.optimizer.lr_scheduler not in ("constant", "piecewise_constant")
         or not options.optimizer.lr_warmup_steps,
@@ -458,7 +460,7 @@ class OutputOptions:
     push_to_hub: bool = free(False,
         "upload LoRA files, samples, losses, figures and a model card when done; the card is the README.md in the "
         "run's folder, where there is one",
-        in_experiments="leave it out, and upload the folder of the arm that you like")
+        in_experiments="leave it out, and upload the folder of the run that you choose")
     hub_token: str | None = free(None, "token for the hub", secret=True)
     hub_model_id: str | None = free(None, "repository on the hub", or_else="the folder's name")
 # fmt: on

@@ -70,23 +70,23 @@ class SharedExperimentOptions:
     test_split: float | None = option(None, "fraction of the training data by which methods are compared", PART,
         or_else="0.1")
     reference: str | None = free(None,
-        "method or label with which the others are compared; a label is a method with the values that vary, as in the "
-        "report", or_else="lora; without it, of a single method the first label", metavar="LABEL")
+        "baseline with which the others are compared: a method, or a label of the report (a method with the values "
+        "that vary)", or_else="lora; without it, of a single method the first label", metavar="LABEL")
     claim: str | None = free(None,
-        "label that is claimed to have a lower test loss than --reference, stated before the experiment; in a file of "
-        "--config, whose hash the report shows", metavar="LABEL")
+        "label of the report that is claimed to have a lower test loss than --reference; state it before the "
+        "experiment, in a file for --config, whose hash the report shows", metavar="LABEL")
     claim_margin: float | None = free(None,
         "smallest improvement that matters for --claim, in percent of the reference's test loss", NOT_NEGATIVE,
         or_else="0")
     compare_at: str | None = free(None,
-        "time: compare every label at the training time of the reference, that is at the last step measured until "
-        "then. steps: after the same number of steps at most, at the best measured step", or_else="steps",
+        "steps: compare every method at its best evaluated step, within the same number of steps. time: compare every "
+        "method at the last step that it evaluated within the training time of the reference", or_else="steps",
         choices=("steps", "time"))
     extend_rates: bool = free(False,
         "if the best learning rate is the lowest or highest, try the next one, up to three times")
     racing: bool | None = free(None,
-        "stop runs that choose a learning rate as soon as they are clearly worse than the best one, and try further "
-        "rates only in the direction in which the loss gets lower; otherwise every learning rate is trained to its end",
+        "end a run early if its learning rate is clearly worse than the best one, and try further learning rates only "
+        "in the direction in which the loss falls; without it, every learning rate is trained to its end",
         or_else="on; off with more --arms_at_once than methods")
     experiment_minutes: float | None = free(None,
         "time limit: start another run only if it, and all tests and exports, are expected to end within this many "

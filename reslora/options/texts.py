@@ -111,13 +111,15 @@ class LlmTaskOptions:
         "with --fp16, otherwise float32",
         choices=("auto", "float32", "bfloat16", "float16"))
     load_in_4bit: bool = option(False, "quantize the frozen model to NF4 (QLoRA)")
-    max_train_samples: int | None = option(None, "train on that many examples, chosen at random (metamathqa: 40000)",
+    max_train_samples: int | None = option(None, "train on this many examples, chosen at random (metamathqa: 40000)",
         COUNT)
     max_eval_samples: int | None = free(None,
-        "maximum number of validation examples, the first; in experiments: of the selection split", COUNT)
+        "use only this many validation examples, from the start of the file; in experiments: of the selection split",
+        COUNT)
     max_test_samples: int | None = free(None,
-        "maximum number of test examples, the first; in experiments: of the test split", COUNT)
-    max_length: int = option(512, "training examples of more tokens, prompt and answer, are left out", whole(2))
+        "use only this many test examples, from the start of the file; in experiments: of the test split", COUNT)
+    max_length: int = option(512,
+        "largest number of tokens of prompt and answer; longer training examples are left out", whole(2))
     max_new_tokens: int = free(256, "longest answer generated", COUNT, bundled=24)
     eval_accuracy: bool = free(False, "generate answers in validation too, not only in the final test")
 
@@ -128,19 +130,21 @@ class GlueDataOptions:
 
     task_name: str | None = option(None, "task of GLUE", choices=GLUE_TASKS, essential=True)
     data_dir: str | None = by_content(None,
-        "folder with train.jsonl, validation.jsonl and maybe test.jsonl (mnli: train.jsonl, and of the two others one "
-        "each for _matched and _mismatched, as validation_matched.jsonl)", or_else="the hub's GLUE", short="data",
-        metavar="FOLDER", essential="folder with train.jsonl, validation.jsonl and maybe test.jsonl")
+        "folder with train.jsonl, validation.jsonl and optionally test.jsonl (mnli: validation_matched.jsonl, "
+        "validation_mismatched.jsonl, and test files named likewise)", or_else="the hub's GLUE", short="data",
+        metavar="FOLDER", essential="folder with train.jsonl, validation.jsonl and optionally test.jsonl")
     dataset_name: str = by_content("nyu-mll/glue", "data set on the hub, or a folder")
-    dataset_config_name: str | None = by_content(None, "configuration of that data set", or_else="the task's name")
-    max_seq_length: int = option(128, "longer inputs are cut to that many tokens", whole(4))
+    dataset_config_name: str | None = by_content(None, "configuration of this data set", or_else="the task's name")
+    max_seq_length: int = option(128, "largest number of tokens of an input; longer inputs are truncated", whole(4))
     pad_to_max_length: bool = option(False,
         "pad every input to --max_seq_length, instead of each batch to its longest input")
-    max_train_samples: int | None = option(None, "maximum number of training examples, the first", COUNT)
+    max_train_samples: int | None = option(None,
+        "use only this many training examples, from the start of the file", COUNT)
     max_eval_samples: int | None = free(None,
-        "maximum number of validation examples, the first; in experiments: of the selection split", COUNT)
+        "use only this many validation examples, from the start of the file; in experiments: of the selection split",
+        COUNT)
     max_predict_samples: int | None = free(None,
-        "maximum number of examples to predict, the first; in experiments: of the test split", COUNT)
+        "predict only this many examples, from the start of the file; in experiments: of the test split", COUNT)
 
 
 @group
@@ -149,12 +153,13 @@ class GlueModelOptions:
 
     model_name_or_path: str = option(str(GLUE_MODEL), "encoder model: folder or name on the hub", short="model",
         or_else="the bundled one", essential="encoder model, folder or name on the hub", metavar="MODEL")
-    config_name: str | None = option(None, "configuration, if it is not the model's")
-    tokenizer_name: str | None = option(None, "tokenizer, if it is not the model's")
+    config_name: str | None = option(None, "configuration (name or folder), if it differs from the model's")
+    tokenizer_name: str | None = option(None, "tokenizer (name or folder), if it differs from the model's")
     cache_dir: str | None = free(None, "folder for downloaded models and data", metavar="FOLDER")
     model_revision: str = option("main", "revision of the model on the hub")
     token: str | None = free(None, "token for the hub", secret=True)
-    ignore_mismatched_sizes: bool = option(False, "replace a classification head that has another number of labels")
+    ignore_mismatched_sizes: bool = option(False,
+        "replace the model's classification head if it has another number of labels than the task")
 
 
 @group
@@ -169,17 +174,17 @@ class TrainingOptions:
     num_train_epochs: float = free(3.0, "passes over the training examples", POSITIVE, essential=True)
     per_device_train_batch_size: int = option(8, "examples per process and forward pass", COUNT, essential=True,
         variable=True, unshared=BATCHES)
-    per_device_eval_batch_size: int = free(8, "the same of evaluations", COUNT)
+    per_device_eval_batch_size: int = free(8, "examples per process and forward pass of evaluations", COUNT)
     gradient_accumulation_steps: int = option(1, "forward passes per step", COUNT, variable=True, unshared=BATCHES)
     learning_rate: float = option(5e-5, "highest learning rate", POSITIVE, varies=True, short="lr", essential=True)
     weight_decay: float = option(0.0, "weight decay", NOT_NEGATIVE, variable=True)
     adam_beta1: float = option(0.9, "decay of the mean of the gradient", FRACTION, variable=True)
     adam_beta2: float = option(0.999, "decay of the mean of the squared gradient", FRACTION, variable=True)
     adam_epsilon: float = option(1e-8, "added to the denominator", POSITIVE, variable=True)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not", NOT_NEGATIVE,
+    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 turns clipping off", NOT_NEGATIVE,
         variable=True)
     lr_scheduler_type: str = option("linear", "how the learning rate changes", choices=SCHEDULES, variable=True)
-    warmup_steps: float = option(0, "steps in which the learning rate rises; below 1: their fraction of all",
+    warmup_steps: float = option(0, "warmup steps; a value below 1 is a fraction of all training steps",
         NOT_NEGATIVE, variable=True)
     optim: str = option("adamw_torch_fused", "optimizer, by transformers' name", variable=True)
     bf16: bool = option(False, "train in bfloat16", essential=True)
@@ -189,9 +194,11 @@ class TrainingOptions:
     torch_compile: bool = free(False, "compile the model by torch.compile")
     eval_strategy: str = free("no", "when to evaluate", choices=("no", "steps", "epoch"),
         essential="when to evaluate: no, steps or epoch")
-    eval_steps: float | None = free(None, "steps between evaluations; below 1: their fraction of all", POSITIVE)
+    eval_steps: float | None = free(None,
+        "steps between evaluations; a value below 1 is a fraction of all training steps", POSITIVE)
     save_strategy: str = free("steps", "when to write a checkpoint", choices=("no", "steps", "epoch", "best"))
-    save_steps: float = free(500, "steps between checkpoints; below 1: their fraction of all", POSITIVE)
+    save_steps: float = free(500,
+        "steps between checkpoints; a value below 1 is a fraction of all training steps", POSITIVE)
     save_total_limit: int | None = free(None, "checkpoints to retain", COUNT)
     logging_steps: float = free(1, "steps between rows of log.jsonl", POSITIVE)
     report_to: list[str] = free(["tensorboard"], "trackers to report to, all, or none")

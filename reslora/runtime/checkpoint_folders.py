@@ -10,14 +10,14 @@ from ..errors import InvalidArgument, RunFailed, first_line, out_of_memory
 from ..io import remove, replacing, temporary_beside
 
 MERGED = "merged-by-[a-z]+"
-"""Regular expression for the names of checkpoints that the application has merged, without `-<step>`."""
+"""Regular expression for the names, without `-<step>`, of checkpoints that the application has merged."""
 
 ADAPTERS = "adapters"
-"""Directory of the adapters among which an experiment chooses; training cannot resume from them."""
+"""Subdirectory of an experiment's run for its saved adapters, one per evaluation; training cannot resume from them."""
 
 
 def adapter_folder(folder: Path, step: int) -> Path:
-    """Return the directory for the adapter that a run of an experiment saves at a step."""
+    """Return the directory in which a run of an experiment saves its adapter after training step `step`."""
     return folder / ADAPTERS / f"step-{step:06d}"
 
 
@@ -32,22 +32,22 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def set_aside(checkpoint: Path, why: str = "is not of this line of training", mark: str = "set-aside") -> Path:
-    """Rename a checkpoint, or another file at its path, instead of removing it; return the new path.
+def set_aside(checkpoint: Path, why: str = "is not part of this training", mark: str = "set-aside") -> Path:
+    """Rename a checkpoint, or another file at its path, to `<mark>-<name>`, print `why`, and return the new path.
 
-    transformers removes older checkpoints, but does not recognize the new name as that of a checkpoint.
+    It is not removed: transformers removes old checkpoints, but does not recognize this name as that of a checkpoint.
     """
     number, there = 1, checkpoint.with_name(f"{mark}-{checkpoint.name}")
     while there.exists():
         number += 1
         there = checkpoint.with_name(f"{mark}-{checkpoint.name}-{number}")
     checkpoint.rename(there)
-    print(f"{checkpoint} {why}: it is {there.name} now", flush=True)
+    print(f"{checkpoint} {why}: renamed to {there.name}", flush=True)
     return there
 
 
 def discard(old: Path) -> None:
-    """Remove a path that is no longer needed; if that fails, print a line and continue.
+    """Remove a file or directory that is no longer needed; if that fails, print a line and continue.
 
     The path is renamed first, so that a killed process does not leave an incomplete checkpoint under the old name.
     """
@@ -57,15 +57,15 @@ def discard(old: Path) -> None:
         remove(there)
     except OSError as error:
         name = "" if there == old else f" (it was {old.name})"
-        print(f"{there}{name} cannot be removed, and nothing needs it: {first_line(error)}", flush=True)
+        print(f"{there}{name} is no longer needed, but cannot be removed: {first_line(error)}", flush=True)
 
 
 def set_others_aside(chosen: Path, found: Iterable[Path], place: Path, beside: Iterable[str] = ()) -> None:
     """Rename the checkpoints that do not belong to the training history of `chosen`, from which training resumes.
 
-    Afterwards all checkpoints belong to one training history, so that a limit on their number removes the right ones.
-    `found`: the paths in the run's directory that are named `checkpoint-<step>`, and merged ones. `place`: the path in
-    that directory of a checkpoint with the same step as `chosen`. There are two cases:
+    Afterwards all checkpoints belong to one training history, so that a limit on their number removes the oldest ones.
+    `found`: the run's checkpoints (`checkpoint-<step>`) and merged weights. `place`: the path in the run's directory
+    for a checkpoint of the same step as `chosen`. There are two cases:
 
     - `chosen` is `place`: checkpoints of later steps are renamed.
     - `chosen` is elsewhere or has another name: all paths in `found`, and the files named in `beside`, are renamed.
@@ -98,17 +98,17 @@ def memory_reported(folder: Path) -> Iterator[None]:
         if newest := next(iter(numbered(folder)), None):
             there = f"the newest checkpoint is {newest}: resume with --resume_from_checkpoint latest"
         problem = f"memory ran out ({first_line(cause)}), and nothing on disk is lost"
-        raise RunFailed(f"{problem}; {there} once some is free, or with a smaller batch") from error
+        raise RunFailed(f"{problem}; {there} once memory is free, or with a smaller batch") from error
 
 
 def refuse_afresh(output: Path, folder: Path, finished: bool) -> None:
-    """Raise `InvalidArgument` if training from zero in `folder` would overwrite the results of earlier training.
+    """Raise `InvalidArgument` if training from the first step in `folder` would overwrite results of earlier training.
 
     Call this only if `folder` has no checkpoint to resume from. `folder` is --output_dir or a directory in it.
     """
-    flag, fix = f"--output_dir {output}", f"choose another, or remove {folder} to start afresh"
+    flag, fix = f"--output_dir {output}", f"choose another folder, or remove {folder} to start again"
     if aside := sorted(folder.glob("set-aside-checkpoint-*"), key=lambda path: path.stat().st_mtime):
-        problem = f"{folder} has no checkpoint but {', '.join(path.name for path in aside)}"
+        problem = f"{folder} has no checkpoint other than {', '.join(path.name for path in aside)}"
         raise InvalidArgument(flag, problem, f"resume with --resume_from_checkpoint {aside[-1]}, {fix}")
     if finished:
         raise InvalidArgument(flag, f"{folder} has been trained, but the checkpoint to resume from is missing", fix)
@@ -116,5 +116,5 @@ def refuse_afresh(output: Path, folder: Path, finished: bool) -> None:
 
 def cannot_be_loaded(checkpoint: Path | str, error: Exception) -> str:
     """Return the message for a checkpoint that is complete but cannot be loaded."""
-    problem = f"{checkpoint} is whole, but cannot be loaded ({first_line(error)})"
-    return f"{problem}; nothing on disk was changed: the same command tries again"
+    problem = f"{checkpoint} is complete, but cannot be loaded ({first_line(error)})"
+    return f"{problem}; nothing on disk was changed: run the same command to try again"

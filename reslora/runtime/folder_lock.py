@@ -17,9 +17,9 @@ from .status import FILE
 # File with the process id and identifier of the owner. The lock itself is a file in the system's temporary directory.
 OWNER = ".lock"
 _HELD: dict[Path, os.stat_result] = {}
-"""Directories locked by this process, or for it by the process that started it, with their `stat` at that time."""
+"""Directories that this process, or the process that started it, has locked, with their `stat` at that time."""
 _LENDERS: dict[Path, str] = {}
-"""Directories that another process has locked for this one, with the identifier of that process."""
+"""Directories whose lock this process shares, with the identifier of the process that holds the lock."""
 _FILLED: dict[Path, os.stat_result] = {}
 """Directories inside the locked ones to which this process writes, with their `stat`."""
 
@@ -61,7 +61,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def share_lock(folder: Path) -> Iterator[None]:
-    """Use, inside this context, the lock of the process that started this one; see `check_held`."""
+    """Let `check_held` accept, inside this context, that the process that started this one holds the lock."""
     _LENDERS[folder] = _owner(folder)[1]
     try:
         with _noted(folder, _HELD):
@@ -107,7 +107,7 @@ def check_held() -> None:
     numbered = all(_is_still(folder, before) for folder, before in _HELD.items())
     for folder, before in _FILLED.items():
         if numbered and not _is_still(folder, before):
-            problem = f"{folder} was moved or removed while it was trained, and nothing more is saved"
+            problem = f"{folder} was moved or removed during training, and nothing more is saved"
             raise RunFailed(f"{problem}; restore it, and resume with --resume_from_checkpoint latest")
 
 
@@ -133,14 +133,14 @@ def _lost(folder: Path) -> str:
     if process == _LENDERS.get(folder, this_process()):
         return ""
     if not _is_still(folder, _HELD[folder]):
-        fix = "if it is elsewhere, go on with --output_dir PLACE --resume_from_checkpoint latest"
-        return f"was moved or removed while it trained, and nothing more is saved; {fix}"
+        fix = "if you moved it, resume with --output_dir NEW_FOLDER --resume_from_checkpoint latest"
+        return f"was moved or removed during training, and nothing more is saved; {fix}"
     # Runs on other machines or in other containers do not see this process, and may have taken its directory.
-    return f"is another run's by now (process {number}), and nothing more is saved; choose another" if process else ""
+    return f"is now used by another run (process {number}): nothing more is saved; choose another" if process else ""
 
 
 def guard_of(folder: Path) -> FileLock:
-    """Return the file lock of a directory, which only runs on this machine respect.
+    """Return the file lock of a directory, which locks only against runs on the same machine.
 
     The operating system releases it when the process ends.
     """
@@ -167,7 +167,7 @@ def guarded(folder: Path) -> Iterator[None]:
 
 def _busy(folder: Path) -> InvalidArgument:
     problem = f"process {_owner(folder)[0] or '?'} is training in it"
-    return InvalidArgument(f"--output_dir {folder}", problem, "wait for it, or choose another folder")
+    return InvalidArgument(f"--output_dir {folder}", problem, "wait until it ends, or choose another folder")
 
 
 def _owner(folder: Path) -> tuple[str, str]:

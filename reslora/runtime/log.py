@@ -10,7 +10,7 @@ from ..json_lines import json_lines
 
 
 def read_log(path: Path) -> list[dict]:
-    """Return the valid rows of a log; empty without a file. A killed process may have left an incomplete last line."""
+    """Return the valid rows of a log; empty if there is no file. A killed process may leave an incomplete last line."""
     return [row for row in _lines(path) if row is not None]
 
 
@@ -29,10 +29,10 @@ def _lines(path: Path) -> list[dict | None]:
 
 
 class LogWriter:
-    """Appends rows to a log.
+    """Append rows to a run's log.
 
-    Rows after `step`, from which the run resumes, are removed first; if `step` is 0, all rows. `kept` has the remaining
-    ones.
+    If the run resumes from `step`, existing rows of later steps are removed first; if `step` is 0, all existing rows.
+    The attribute `kept` holds the remaining rows.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:
@@ -48,13 +48,13 @@ class LogWriter:
             self.file.flush()
 
     def close(self) -> None:
-        """Close the file. A row that could not be written earlier is written now, or its error is raised again."""
+        """Close the file; raise an `OSError` if rows that could not be written earlier still cannot be written."""
         with self._named():
             self.file.close()
 
     @contextmanager
     def _named(self) -> Iterator[None]:
-        """Add the log's path to an `OSError` inside this context; for example, that of a full disk has no path."""
+        """Add the log's path to an `OSError` raised inside this context; the error for a full disk has no path."""
         try:
             yield
         except OSError as error:

@@ -9,7 +9,7 @@ import torch
 
 
 def forget_peak(device: torch.device) -> None:
-    """Reset the peak that `peak_memory` returns; on a CPU, this works only on Linux."""
+    """Reset the peak that `peak_memory` returns; for a CPU device, this works only on Linux."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -28,7 +28,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return the free memory in bytes, on a CPU divided by the number of processes; None if unknown."""
+    """Return the free memory in bytes (CPU: divided by the number of processes of this machine); None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu":

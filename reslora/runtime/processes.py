@@ -1,8 +1,8 @@
 """Coordinate the processes of a distributed run: the main process decides and broadcasts, and the others wait for it.
 
 One process must make every decision that leads to a collective operation. If each process asked its own disk, clock or
-signal handler, they could enter different collective operations and wait forever. In a run with a single process, the
-functions of this module only call their arguments.
+signal handler, they could enter different collective operations and wait forever. In a run with a single process, no
+function of this module communicates.
 """
 
 import gc
@@ -60,9 +60,9 @@ def broadcast_from_main(decide: Callable[[], T]) -> T:
 
 
 def on_all(do: Callable[[], T]) -> T:
-    """Call `do` in every process, and return this process's result; if `do` fails in one process, all end.
+    """Call `do` in every process, and return this process's result.
 
-    A process in which `do` fails raises that error; the others raise `EndedElsewhere`.
+    If `do` raises an error in a process, this process raises the error, and all others raise `EndedElsewhere`.
     """
     if is_single_process():
         return do()
@@ -96,7 +96,7 @@ def any_of_each(conditions: Sequence[bool]) -> list[bool]:
 
 
 def stop_requested(stop: StopRequest) -> bool:
-    """Return whether any process was asked to stop; all processes must call it together and use its result."""
+    """Return whether any process was asked to stop; all processes must call this together and use its result."""
     return stop.shared(any_of(stop.signal is not None))
 
 
@@ -117,8 +117,8 @@ def _wait() -> None:
 def leave(everyone: bool) -> None:
     """Destroy the process groups.
 
-    `everyone`: whether all processes call this. If not, the GPU's group is not destroyed, because that would wait for
-    the other processes.
+    `everyone`: whether all processes call this. If not, the process group on GPUs is not destroyed, because destroying
+    it would wait for the other processes.
     """
     patient = list(_PATIENT.values())
     _PATIENT.clear()
@@ -136,7 +136,7 @@ _PATIENT: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
 
 
 def _patient() -> dist.ProcessGroup:
-    """Return a gloo group of all processes; it may wait longer than the ten minutes of groups on GPUs."""
+    """Return a gloo group of all processes with the timeout `LONGEST_WAIT`; that of groups on GPUs is ten minutes."""
     world = dist.group.WORLD
     if world not in _PATIENT:
         _PATIENT[world] = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
@@ -144,7 +144,7 @@ def _patient() -> dist.ProcessGroup:
 
 
 def _by_itself(decide: Callable[[], T]) -> T:
-    """Return what `decide` returns; raise an error if `decide` tries to enter a collective operation."""
+    """Call `decide` and return its result; raise `AssertionError` if it enters a collective operation."""
     _refuse_to_meet()
     token = _DECIDING.set(True)
     try:
@@ -154,7 +154,7 @@ def _by_itself(decide: Callable[[], T]) -> T:
 
 
 def _refuse_to_meet() -> None:
-    assert not _DECIDING.get(), "a decision meets the other processes, which wait for its end"
+    assert not _DECIDING.get(), "`decide` enters a collective operation, but the other processes wait for its result"
 
 
 def _tried(do: Callable[[], T]) -> tuple[T | None, Exception | None]:

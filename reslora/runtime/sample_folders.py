@@ -5,11 +5,11 @@ from pathlib import Path
 from ..io import read_object
 
 PROMPTS = "prompts.json"
-"""File next to the samples with their prompts, as `{"prompts": [...]}`."""
+"""Name of the file in a samples directory that stores their prompts, as `{"prompts": [...]}`."""
 
 
 def is_of(record: object, number: int, prompt: str | None) -> bool:
-    """Return whether prompt number `number` of a record is `prompt`; True without a record.
+    """Return whether prompt number `number` (from 0) in `record` is `prompt`; True if `record` has no prompts.
 
     `record`: the content of the file `PROMPTS`.
     """
@@ -18,10 +18,10 @@ def is_of(record: object, number: int, prompt: str | None) -> bool:
 
 
 def shows(samples: Path, number: int, prompt: str) -> bool:
-    """Return whether the samples of prompt number `number` in a directory were generated from `prompt`."""
+    """Return whether the samples of prompt number `number` (from 0) in a directory were generated from `prompt`."""
     return is_of(read_object(samples / PROMPTS), number, prompt)
 
 
 def by_step(samples: Path) -> dict[int, Path]:
-    """Return the directories in `samples` by their training step."""
+    """Return training step -> directory, for the directories `step-<number>` in `samples`."""
     return {int(path.name[5:]): path for path in samples.glob("step-*") if path.name[5:].isdigit()}

@@ -28,7 +28,7 @@ _GONE = ("Connection closed by peer", "Connection reset by peer", "remote proces
 def run_script(
     prog: str, main: Callable[[Sequence[str] | None, StopRequest], None], argv: Sequence[str] | None = None
 ) -> int:
-    """Run `main(argv, stop)` and return the exit status; errors that the user can fix are one line on stderr.
+    """Run `main(argv, stop)` and return the exit status; print errors that the user can fix as one line on stderr.
 
     The exit status is:
 
@@ -56,7 +56,7 @@ def run_script(
             status = 1
         except (RuntimeError, MemoryError) as error:
             if cause := out_of_memory(error):
-                _say(f"{prog}: memory ran out ({first_line(cause)}); free some, or take a smaller model or batch")
+                _say(f"{prog}: memory ran out ({first_line(cause)}); free memory, or use a smaller model or batch")
             elif any(words in str(error) for words in _GONE):
                 _say(f"{prog}: {another_ended(error)}")
             else:
@@ -91,9 +91,9 @@ def warning_line(message: Warning | str, *where: object, **more: object) -> str:
 def shares_the_cpu() -> bool:
     """Return whether several processes run on a machine without an accelerator.
 
-    In that case accelerate must be created with `cpu=True`. Otherwise it finds no backend and treats each process as
-    the only one, because its launcher does not pass `use_cpu` to several processes. With DeepSpeed this returns False,
-    because `cpu=True` would disable DeepSpeed.
+    In this case `Accelerator` needs `cpu=True`: accelerate's launcher does not pass `use_cpu` to several processes, so
+    without it each process would find no backend and run as the only one. With DeepSpeed this returns False, because
+    `cpu=True` would disable DeepSpeed.
     """
     import torch  # slow, and therefore imported only after the options are validated
 

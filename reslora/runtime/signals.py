@@ -3,7 +3,7 @@
     with StopRequest() as stop:
         for batch in batches:
             step(batch)
-            if stop.signal is not None:     # with several processes, `shared` first: all must exit after the same step
+            if stop.signal is not None:     # with several processes: `if processes.stop_requested(stop):`
                 save()
                 raise Stopped("stopped after step 7; resume with --resume_from_checkpoint latest")
 
@@ -37,14 +37,14 @@ _PR_SET_PDEATHSIG = 1
 SIGNALS = {number for number in (signal.SIGINT, signal.SIGTERM, _HUNG_UP, _TOLD) if number is not None}
 """Signals that a script handles as a request to stop."""
 NOT_BEGUN = "stopped before training began"
-"""Message of `StopRequest.check` before there is anything to save."""
+"""Message for `StopRequest.check` before training begins."""
 
 
 class StopRequest:
-    """Inside this context, store the first SIGINT or SIGTERM in `signal`; the second one ends the process immediately.
+    """Inside this context, store the first SIGINT or SIGTERM in `signal`; the second ends the process immediately.
 
-    In a process that torch's launcher has started, the third one ends it, because this launcher repeats signals that
-    the terminal has already sent.
+    In a process started by torch's launcher, only the third ends it, because this launcher repeats signals that the
+    terminal has already sent.
 
     `signal` also becomes SIGTERM in three other cases:
 
@@ -52,8 +52,8 @@ class StopRequest:
     - SIGHUP arrived, and `nohup` does not ignore it;
     - SIGUSR1 arrived, which batch systems and the application send.
 
-    However often these occur, they do not end the process immediately, except inside `at_once`. They do not count as
-    the first SIGINT or SIGTERM.
+    These cases never end the process immediately, except inside `at_once`, and do not count as the first SIGINT or
+    SIGTERM.
 
     Handlers are installed even if signals are ignored on entry (`nohup` and background shells ignore SIGINT). The
     earlier handlers are restored at the end. Use this class only in the main thread.
@@ -78,17 +78,17 @@ class StopRequest:
         self._signal = number
 
     def shared(self, asked: bool) -> bool:
-        """Note the processes' common answer, and return it unchanged.
+        """Store whether any process was asked to stop (`asked`), and return `asked`.
 
-        `asked`: whether any process was asked to stop. If so, `signal` becomes SIGTERM, so that all processes exit with
-        the status of a stopped run.
+        If it is true, `signal` becomes SIGTERM in this process too, so that all processes exit with the status of a
+        stopped run.
         """
         if asked and self.signal is None:
             self.signal = signal.SIGTERM
         return asked
 
     def check(self, message: str) -> None:
-        """Raise `Stopped` with the message if a stop was requested. For long work that has nothing to save."""
+        """Raise `Stopped` with the message if a stop was requested; call this during long work with nothing to save."""
         if self.signal is not None:
             raise Stopped(message)
 
@@ -130,7 +130,7 @@ class StopRequest:
     def _asked(self, number: int, frame: object) -> None:
         if self._heard == 0:
             self._signal = self._signal or number
-            _write_line("stopping after this step; once more to stop at once")
+            _write_line("stopping after this step; send the signal again to stop immediately")
         elif self._heard == self._before_leaving:
             os._exit(128 + number)
         self._heard += 1
@@ -138,12 +138,12 @@ class StopRequest:
     def _handle(self, number: int, frame: object) -> None:
         if self._signal is None:
             self._signal = signal.SIGTERM
-            _write_line("stopping after this step: it was asked to stop, or its terminal or launcher is gone")
+            _write_line("stopping after this step: a stop was requested, or the terminal or launcher has ended")
 
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Block `SIGNALS` inside this context: a process started in it receives none before it has handlers."""
+    """Block `SIGNALS` inside this context, so that a process started in it receives none before it has handlers."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if os.name == "posix" else set()
     try:
         yield

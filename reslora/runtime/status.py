@@ -34,7 +34,7 @@ class Status:
     phase: tuple[str, str] = ("", "")
     told: float = 0.0
     first: tuple[float, int] = (0.0, 0)
-    """Time and number of the phase's first item, which may take longer and is not included in the rate."""
+    """Time and `done` of the phase's first report: the items until then may be slow and do not count in the rate."""
 
     def say(self, phase: str, name: str = "") -> None:
         """Begin a phase and write it immediately, because the next update may come only after minutes."""
@@ -42,7 +42,7 @@ class Status:
         self._write()
 
     def count(self, phase: str, done: int, total: int, name: str = "") -> None:
-        """Report that `done` of `total` items are done; `phase` ends with the kind of item: `encoding image`."""
+        """Report that `done` of `total` items are done; `phase` ends with the kind of item, as in `encoding image`."""
         now = time.monotonic()
         if self.phase != (phase, name):
             self.phase, self.first = (phase, name), (now, done)

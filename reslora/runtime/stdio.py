@@ -1,6 +1,6 @@
 """Ignore EPIPE and EIO on stdout and stderr, so that a closed terminal or pipe does not end training.
 
-Also print file names that cannot be encoded, so that they do not end it either.
+Also escape characters of file names that these streams cannot encode, so that printing them does not end training.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ _GONE = (errno.EIO, errno.EPIPE)  # errors when writing to a closed terminal (EI
 def ignore_broken_pipes() -> Iterator[None]:
     """Discard output inside this context once its terminal or pipe is closed.
 
-    Otherwise an error would end training before it has saved.
+    Otherwise writing would raise an error, which would end training without saving.
     """
     streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
     for stream in streams:
@@ -33,7 +33,7 @@ def ignore_broken_pipes() -> Iterator[None]:
 
 
 def take_any_file_name() -> None:
-    """Print file names with backslash escapes if they are not valid text."""
+    """Let stdout and stderr escape characters that they cannot encode, so that any file name can be printed."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

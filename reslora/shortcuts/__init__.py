@@ -1,4 +1,4 @@
-"""Registry of the shortcuts. One file implements each shortcut; a new shortcut needs a file and a row here."""
+"""Registry of the shortcuts. Each shortcut is implemented in its own file and has a row here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .base import Shortcut
 
 PLAIN = "none"
-"""Plain LoRA without a shortcut (Eq. 1)."""
+"""Name for plain LoRA, without a shortcut (Eq. 1)."""
 
 _CLASSES = {
     "input": "InputShortcut",
@@ -22,5 +22,5 @@ NAMES = (PLAIN, *_CLASSES)
 
 
 def shortcut_class(name: str) -> type[Shortcut]:
-    """Return the class of a shortcut; the first use imports its file, and torch."""
+    """Return the class of a shortcut; the first call imports its module, and torch."""
     return getattr(importlib.import_module(f".{name}", __name__), _CLASSES[name])

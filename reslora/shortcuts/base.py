@@ -4,15 +4,16 @@ PEFT computes the frozen layer and calls the layer's *variant*, which adds the l
 equations. Notation of the paper: block n has A_n (r x p), B_n (q x r) and the scaling s_n; x_n (batch x tokens x p) is
 its input.
 
-Amendments to the equations, which have their terms a block's own term and m shortcut terms, those of its neighbors:
+Each equation adds m shortcut terms, which come from neighboring blocks, to a block's own term. This implementation
+extends the equations by a factor g and by averaging:
 
     own term + g (sum of the m shortcut terms)                              `shortcut_scale="sum"`
     (own term + g (sum of the m shortcut terms)) / (1 + g m)                `shortcut_scale="mean"`
 
-g is the factor of `set_shortcut_scale`, at first 1. So `mean` divides both kinds of terms by m + 1, and by the sum of
-their weights if g is smaller: g = 0 is plain LoRA with either scale. `terms` says how a shortcut counts m.
+g is set by `set_shortcut_scale` and is 1 by default, so that `mean` divides the sum by the number of its terms. With
+g = 0, both scales are plain LoRA. `Shortcut.terms` returns m.
 
-The product with B includes s_n and is added in place to the frozen layer's output, which avoids q-wide temporaries.
+The product with B is scaled by s_n and added in place to the frozen layer's output, without a q-wide temporary tensor.
 """
 
 import math
@@ -32,16 +33,14 @@ from .shared import SharedProduct, autocasts, sharded
 from .state import State, Wires
 
 OWN = "A x"
-"""Key of the tensor that a block passes on by default.
+"""Key in `State.handed` of the tensor `A x_n` that a block passes to later blocks.
 
-It is `A x_n`, where x_n is the block's input, and A its own A (`middle`) or the A of the next block (`input`).
+x_n is the block's input, and A is its own A (`middle`) or the A of the next block (`input`).
 """
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
-_CHECKPOINTING = (
-    "call reslora.enable_gradient_checkpointing(model), and leave gradient checkpointing of the trainer off"
-)
+_CHECKPOINTING = "call reslora.enable_gradient_checkpointing(model), and turn the trainer's gradient checkpointing off"
 
 
 class CastOthers:
@@ -49,7 +48,7 @@ class CastOthers:
 
     - With only the connected adapter active: false, because the variant casts the input itself. If PEFT cast it for
       each layer, no two layers would read the same tensor.
-    - With another adapter active: the previous value; but false under autocast, as matrix products cast inputs there.
+    - With other adapters active: the previous value; under autocast false, because matrix products cast their inputs.
     """
 
     def __init__(self, previous: bool, layer: LoraLayer, adapter: str) -> None:
@@ -74,14 +73,14 @@ class Shortcut(LoraVariant):
     """
 
     carries: ClassVar[bool] = True
-    """Whether blocks pass on activations; this needs a `State` for each forward pass, and recorded norms to merge."""
+    """Whether blocks pass activations to later blocks and record norms, which needs a `State` for each forward pass."""
     raises_rank: ClassVar[bool] = False
-    """Whether a merge changes ranks."""
+    """Whether a merge raises the rank of blocks."""
     merges: ClassVar[Mapping[str, Merge]] = MERGES
-    """The merge methods of this shortcut, by the name that the report shows."""
+    """The merge methods of this shortcut, by their names in the merge report."""
 
     averaged = 0
-    """Number of shortcut terms (m) over which the sum is averaged; 0 if it is not."""
+    """Number of shortcut terms (m) if own and shortcut terms are averaged; 0 if they are summed."""
 
     def __init__(self, wires: Wires, name: str) -> None:
         self.wires = wires
@@ -90,18 +89,18 @@ class Shortcut(LoraVariant):
         self.most_rows = math.inf
         """Maximum number of rows of x for which `A x` is computed; for more rows, `block` sums B A first."""
         self.shared: SharedProduct | None = None
-        """Computes the product of this block together with other blocks that read the same tensor."""
+        """Computes `A x` of this block together with other blocks that read the same tensor; None: separately."""
 
     # -- connections: defined by a subclass for a complete chain -------------------------------------------------------
 
     @classmethod
     def reach(cls, pre_num: int) -> int | None:
-        """Return the maximum number of earlier blocks in the sum (m of Eqs. 3 and 4); None: all of them."""
+        """Return the maximum number of earlier blocks whose terms a block adds (m of Eqs. 3 and 4); None: all."""
         return None if pre_num == -1 else pre_num
 
     @classmethod
     def terms(cls, before: Sequence[int], head: str) -> int:
-        """Return m, the number of shortcut terms of a block with the earlier blocks `before` in its sum."""
+        """Return m, the number of shortcut terms of a block with the earlier blocks `before`."""
         return len(before)
 
     @classmethod
@@ -121,14 +120,17 @@ class Shortcut(LoraVariant):
 
     @classmethod
     def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
-        """Return the merge method for `method` (any but `none`), given whether batches and recorded norms exist."""
+        """Return the merge method that the option `method` (not `none`) selects.
+
+        `calibrated`: whether calibration batches are given. `recorded`: whether norms were recorded during training.
+        """
         if method == AUTO:
             return "lstsq" if calibrated else "input" if recorded else "weights"
         return method
 
     @classmethod
     def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """Set `before` (the earlier blocks in the sum) and `fold` of every block of a chain; subclasses set `parts`."""
+        """Set the fields `before` and `fold` of every block of a chain; subclasses also set `parts`."""
         for block, taken in zip(chain, before, strict=True):
             block.before, block.fold = taken, cls.fold
 
@@ -139,14 +141,20 @@ class Shortcut(LoraVariant):
 
     @classmethod
     def moments(cls, block: Factors, merged: Merged | None, needs_moments: bool) -> Moments:
-        """Return empty moments of a block; `merged` is its merge result, or None if the method needs calibration."""
+        """Create the moments of a block, to which `measure` adds.
+
+        `merged`: the block's merge result, or None if the merge needs the calibration.
+        """
         if needs_moments and block.before:
             return Moments(block.stand_in())
         changed = merged is not None and merged.a is not block.a
         return Moments(merged.a - block.a if changed else None)
 
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
-        """Add one forward pass: the input `x` (tokens x p), `own` = A_n x, and the shortcut terms `handed`."""
+        """Add one forward pass to the block's moments.
+
+        `x` is the input (tokens x p), `own` is A_n x, and `handed` are the shortcut terms.
+        """
         block.moments.add(x, own, handed, torch.linalg.vector_norm(self.normed(x, own)))
 
     def normed(self, x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -161,11 +169,11 @@ class Shortcut(LoraVariant):
     # -- what PEFT calls -----------------------------------------------------------------------------------------------
 
     def supports_lora_conversion(self) -> bool:
-        """Return False: the output of a connected block depends on other layers too, so it is not a weight update."""
+        """Return False: the output of a connected block also depends on other layers, so no weight update equals it."""
         return False
 
     def merge_safe(self, *args: object, **kwargs: object) -> Any:
-        """Raise `RuntimeError`: PEFT's merge would drop the shortcuts, so there is nothing to unmerge either."""
+        """Raise `RuntimeError` for PEFT's merging and unmerging, because a merge would drop the shortcuts."""
         raise merge_refused(self.name)
 
     merge_unsafe = unmerge = merge_safe
@@ -180,24 +188,24 @@ class Shortcut(LoraVariant):
         state = self.wires.threads.slot.state
         if state is None:
             raise RuntimeError(
-                f"{self.name} ran outside a forward of the connected model, which must be called as a whole; "
-                f"if this is gradient checkpointing, {_CHECKPOINTING}"
+                f"{self.name} ran outside a forward pass of the connected model: call the complete model; "
+                f"with gradient checkpointing, {_CHECKPOINTING}"
             )
         if torch.compiler.is_compiling():
             return state
         grad = torch.is_grad_enabled()
         if state.grad and not grad:
             raise RuntimeError(
-                f"{self.name} ran without gradients inside a forward with gradients, as reentrant gradient "
-                f"checkpointing does; {_CHECKPOINTING}"
+                f"{self.name} ran without gradients inside a forward pass with gradients, as in reentrant gradient "
+                f"checkpointing; {_CHECKPOINTING}"
             )
         if grad and not state.segments and inside_checkpoint() is not None:
-            raise RuntimeError(f"{self.name} is in a checkpoint that would lose its shortcut; {_CHECKPOINTING}")
+            raise RuntimeError(f"{self.name} runs in a checkpoint that drops its shortcut; {_CHECKPOINTING}")
         return state
 
     @property
     def share(self) -> float:
-        """Factor on the sum of all terms: 1, or `1 / (1 + g m)` if the sum is averaged."""
+        """Factor by which the sum of all terms is multiplied: 1, or `1 / (1 + g m)` if the terms are averaged."""
         return share_of(self.averaged, self.wires.factor)
 
     def _products(
@@ -218,32 +226,35 @@ class Shortcut(LoraVariant):
         return self._multiply(lora_a, rows(dropout(cast(x, lora_a.weight))))
 
     def _multiply(self, lora_a: nn.Linear, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return what `_products` returns, from a product for this block only; `x` is rows x p."""
+        """Compute the result of `_products` for this block only; `x` is rows x p."""
         stack = self._stack(lora_a, self.others(), x)
         return F.linear(cast(x, stack), stack).split(self.widths(lora_a.out_features), dim=1)
 
     def _stack(self, own: nn.Linear, others: Sequence[nn.Linear], x: torch.Tensor, dim: int = 0) -> torch.Tensor:
-        """Return the A (or B) of several blocks as one matrix, on the device of `x`, in the widest of their dtypes."""
+        """Return the A (`dim=0`) or B (`dim=1`) of several blocks as one matrix, on the device of `x`.
+
+        The dtype is the widest of their dtypes.
+        """
         shape = own.out_features, own.in_features
         weights = [whole_weight(linear, shape, x, self.name) for linear in (own, *others)]
         return torch.cat(weights, dim) if len(weights) > 1 else weights[0]
 
     def _take(self, state: State, source: str, x: torch.Tensor, what: str = OWN) -> torch.Tensor:
-        """Return what `source` passed on (batch * tokens x r), on the device of `x` (batch x tokens x p).
+        """Return the tensor (batch * tokens x r) that `source` passed on with the key `what`, on the device of `x`.
 
         Raises `RuntimeError` if `source` did not run in this forward pass, or ran on another number of tokens.
         """
         handed, leading = state.handed.get((source, what), (None, None))
         if handed is None:
             raise RuntimeError(
-                f"{self.name} ran before its neighbor {source}, or that one's adapter is switched off: call its "
-                "enable_adapters(True), or connect again with example_inputs= that run the layers in the order of "
-                'training; if layers are skipped at random (layerdrop), set that to 0 or use shortcut="block"'
+                f"{self.name} ran before its neighbor {source}, or the neighbor's adapter is disabled: call the "
+                "neighbor's enable_adapters(True), or connect again with example_inputs= that run the layers in the "
+                'same order as training; if layers are skipped at random, set layerdrop to 0 or use shortcut="block"'
             )
         if leading != x.shape[:-1]:
             raise RuntimeError(
                 f"{self.name} has {tuple(x.shape[:-1])} tokens where its neighbor {source} had {tuple(leading)}; "
-                "connect again with example_inputs= of the sizes trained on"
+                "connect again with example_inputs= of the sizes used in training"
             )
         return handed if handed.device == x.device else handed.to(x.device)
 
@@ -275,7 +286,7 @@ def cast(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def whole_weight(linear: nn.Linear, shape: tuple[int, int], x: torch.Tensor, name: str) -> torch.Tensor:
-    """Return an A or B of `shape` on the device of `x`.
+    """Return the weight of `linear` (an A or B of shape `shape`) on the device of `x`.
 
     Raises `RuntimeError` if the weight is sharded or offloaded. Offloaded weights are on the meta device, where a
     product returns garbage instead of raising an error.
@@ -283,15 +294,15 @@ def whole_weight(linear: nn.Linear, shape: tuple[int, int], x: torch.Tensor, nam
     weight = linear.weight
     if weight.shape != shape or weight.is_meta != x.is_meta or sharded(weight):
         raise RuntimeError(
-            f"{name} cannot read a LoRA weight of shape {tuple(weight.shape)} (wanted {tuple(shape)}): it is sharded "
-            'or offloaded away; use DDP or ZeRO-2 without offloading the adapter, or shortcut="middle", which needs no '
-            "neighbor's weight"
+            f"{name} cannot read a LoRA weight: its shape is {tuple(weight.shape)} instead of {tuple(shape)}, or it is "
+            "sharded or offloaded; use DDP or ZeRO-2 without offloading the adapter, or "
+            'shortcut="middle", which needs no neighbor\'s weight'
         )
     return weight if weight.device == x.device else weight.to(x.device)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """Return (… x p) as (rows x p): one view here saves a view around every product."""
+    """Return `x` (… x p) as (rows x p); one reshape here replaces one around every product."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
@@ -330,9 +341,10 @@ def add_scaled(
 
 
 def _unheld(result: torch.Tensor, module: LoraLayer) -> bool:
-    """Return whether `result` can be changed in place: it is the new output of a plain linear layer.
+    """Return whether `result`, the output of the frozen layer, can be changed in place.
 
-    Nothing else needs such an output: no hook, no other adapter, and not the backward pass of the layer.
+    It can if the layer is an `nn.Linear`, whose backward pass does not need its output, and if neither a hook nor
+    another adapter can use this output.
     """
     base = module.base_layer
     if type(base) is not nn.Linear or base._forward_hooks or base._backward_hooks or "forward" in vars(base):
@@ -345,9 +357,9 @@ def _unheld(result: torch.Tensor, module: LoraLayer) -> bool:
 
 
 def merge_refused(name: str) -> RuntimeError:
-    """Return the error of PEFT's merge methods on a connected model."""
+    """Return the error that PEFT's merge methods raise on a connected model."""
     return RuntimeError(
-        f"{name} is wired by ResLoRA, and PEFT's own merge would drop the residual paths: call reslora.merge first "
+        f"{name} is connected by ResLoRA, and PEFT's own merge would drop the shortcuts: call reslora.merge first "
         "(or reslora.disconnect)"
     )
 

@@ -17,7 +17,7 @@ from .shared import autocasts
 from .state import State, Wires, refuse_replica
 
 SUM = "sum of B A"
-"""Key of the sum of B A that a block passes on, if its sum and that of the next block both start at the head."""
+"""Key in `State.handed` of the sum of B A that a block passes to the next block, if both sums start at the head."""
 
 
 class BlockShortcut(Shortcut):
@@ -26,9 +26,9 @@ class BlockShortcut(Shortcut):
     Computed as two matrix products for any m: `[B_n, ..., B_{n-m}] [A_n; ...; A_{n-m}] x_n`. No `State` is required; if
     there is one, blocks that read the same tensor share the first product.
 
-    With the factor g of `set_shortcut_scale`, the terms with k >= 1 are multiplied by g. With the scale `mean` all
-    terms are divided by 1 + g m, which is m + 1 at first. Both are factors on the B: the merge is exact with
-    `B* = [B_n, g B_{n-1}, ..., g B_{n-m}] / (1 + g m)`, and of rank r if g is 0.
+    With the factor g of `set_shortcut_scale`, the terms with k >= 1 are multiplied by g. With the scale `mean`, all
+    terms are divided by 1 + g m. Both only multiply the B, so the merge stays exact, with
+    `B* = [B_n, g B_{n-1}, ..., g B_{n-m}] / (1 + g m)`. If g is 0, its rank is r.
 
     With many blocks and rows it is cheaper to sum the matrices B A (q x p) first and to multiply x once. If the sum of
     a block starts at the head, the block adds its own B A to the sum of the previous block.
@@ -90,7 +90,10 @@ class BlockShortcut(Shortcut):
         return self._stack(lora_b, [b for _, b in self.before], x, dim=1)
 
     def _weighted(self, stacked: torch.Tensor, rank: int) -> torch.Tensor:
-        """Return stacked B with those of the earlier blocks multiplied by g; `rank` is the width of each."""
+        """Return `stacked`, the B of all blocks, with the B of the earlier blocks multiplied by g.
+
+        `rank`: number of columns of each B.
+        """
         if self.wires.factor == 1 or not self.before:
             return stacked
         own, others = stacked.tensor_split([rank], dim=1)
@@ -99,8 +102,8 @@ class BlockShortcut(Shortcut):
     def _change(self, state: State | None, lora_a: nn.Linear, lora_b: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         """Return `B_n A_n + g sum_{k=1..m} B_{n-k} A_{n-k}` (q x p).
 
-        The dtype is at least float32, because the sum is rounded once for each block. The sum that is passed on is
-        without g, which each block applies once.
+        The dtype is at least float32, because the sum is rounded once for each block. The sum that is passed to the
+        next block does not include g, because each block multiplies by g itself.
         """
         grad, factor, rank = torch.is_grad_enabled(), self.wires.factor, lora_a.out_features
         given, recorded = (None, None) if state is None else state.handed.pop((self.sum_from, SUM), (None, None))
@@ -146,16 +149,16 @@ class BlockShortcut(Shortcut):
 
     @classmethod
     def resolve(cls, method: str, calibrated: bool, recorded: bool) -> str:
-        """Return `exact` for any method."""
+        """Return `exact`, the only merge method besides `none`."""
         return "exact"
 
     @classmethod
     def moments(cls, block: Factors, merged: Merged | None, needs_moments: bool) -> Moments:
-        """Return empty moments, without a gap: the exact merge fits nothing."""
+        """Create the moments of a block without a gap, because the exact merge needs no fit."""
         return Moments()
 
     def measure(self, block: Factors, merged: Merged | None, x: Any, own: Any, handed: Any) -> None:
-        """Add one forward pass: the error of a merge that was truncated; `own` and `handed` are the stacked A and B."""
+        """Add the error of a truncated merge in one forward pass; `own` and `handed` are the stacked A and B."""
         block.moments.add(x, x @ own[:1].to(x).t(), None, torch.linalg.vector_norm(x))
         if merged.a.shape != own.shape:
             whole = block.share * (x @ own.to(x).t() @ handed.to(x).t())
@@ -164,7 +167,7 @@ class BlockShortcut(Shortcut):
 
     @classmethod
     def error(cls, block: Factors, merged: Merged) -> float:
-        """Return the relative error of a truncation; 0 without one."""
+        """Return the relative error of the truncation; 0 if the merge was not truncated."""
         moments = block.moments
         return (moments.miss / moments.output) ** 0.5 if moments.output > 0 else 0.0
 
@@ -180,5 +183,5 @@ def rows_for_a_first(lora_a: nn.Linear, lora_b: nn.Linear, blocks: int) -> float
 
 
 def at_least_float32(weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight itself in float32 or float64, else a copy in float32."""
+    """Return `weight` itself if it is float32 or float64, else a float32 copy."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32))

@@ -15,9 +15,9 @@ from .state import Wires
 class InputShortcut(Shortcut):
     """ResLoRA_is: `W_n x_n + s_n B_n A_n (x_n + x_{n-1})` (Eq. 2).
 
-    With the factor g of `set_shortcut_scale`: `s_n B_n A_n (x_n + g x_{n-1})`. With the scale `mean` both terms are
-    divided by 1 + g, which is 2 at first, also in a head that repeats its input: such a head is plain LoRA. A head that
-    repeats nothing has one term and is not divided.
+    With the factor g of `set_shortcut_scale`: `s_n B_n A_n (x_n + g x_{n-1})`. With the scale `mean`, both terms are
+    divided by 1 + g. This includes a head that repeats its input, which is then plain LoRA. A head that repeats nothing
+    has only one term and is not divided.
 
     x_{n-1} is not stored: block n-1 computes `[A_{n-1}; A_n] x_{n-1}` in one product and passes on the r-wide second
     half.
@@ -36,12 +36,12 @@ class InputShortcut(Shortcut):
 
     @classmethod
     def reach(cls, pre_num: int) -> int:
-        """Return 1: one block, whatever `pre_num` is."""
+        """Return 1: the input-shortcut uses one earlier block for any `pre_num`."""
         return 1
 
     @classmethod
     def terms(cls, before: Sequence[int], head: str) -> int:
-        """Return 1; 0 for a head that repeats nothing."""
+        """Return the number of shortcut terms: 0 for a head that repeats nothing, else 1."""
         return 1 if before or head == "repeat" else 0
 
     @classmethod
@@ -77,12 +77,15 @@ class InputShortcut(Shortcut):
         return add_product(result, hidden, module, active_adapter, scaling)
 
     def others(self) -> Sequence[nn.Linear]:
-        """Return the A module of the next block."""
+        """Return the A module of the next block; empty for the last block."""
         return () if self.following is None else (self.following,)
 
     @classmethod
     def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """Set A_n as the factor of x_{n-1}; a head that repeats its input merges exactly with alpha* = g."""
+        """Set `parts` (A_n, which multiplies x_{n-1}) and `alpha_of_head` of every block.
+
+        A head that repeats its input is merged exactly with alpha* = g.
+        """
         super().relate(chain, before, head)
         for block in chain:
             block.parts = [block.a for _ in block.before]
@@ -90,5 +93,5 @@ class InputShortcut(Shortcut):
 
     @classmethod
     def fold(cls, block: Factors, alphas: list[float]) -> Merged:
-        """Return A_n and `B_n (1 + alpha*)` (Eqs. 7, 10-11)."""
+        """Return A_n and `share * B_n (1 + alpha*)` (Eqs. 7, 10-11)."""
         return block.scaled(alphas[0] if alphas else block.alpha_of_head)

@@ -12,21 +12,21 @@ from .base import OWN, Shortcut, add_product, cast, passes, rows
 from .state import Wires
 
 SUM = "sum of A x"
-"""Key of the sum of A x that a block passes on, if its sum and that of the next block both start at the head."""
+"""Key in `State.handed` of the sum of A x that a block passes to the next block, if both sums start at the head."""
 
 
 class MiddleShortcut(Shortcut):
     """ResLoRA_ms: `W_n x_n + s_n B_n (sum_{k=0..m} A_{n-k} x_{n-k})` (Eq. 4); only r-wide vectors are added.
 
-    With the factor g of `set_shortcut_scale`, the terms with k >= 1 are multiplied by g. With the scale `mean` all
-    terms are divided by 1 + g m, which is m + 1 at first. m is smaller near the front of a chain, and 0 in its head.
+    With the factor g of `set_shortcut_scale`, the terms with k >= 1 are multiplied by g. With the scale `mean`, all
+    terms are divided by 1 + g m. Block n of a chain has at most n earlier blocks, so m is 0 in the head.
     """
 
     def __init__(self, wires: Wires, name: str, sources: list[str], takes_sum: bool, gives: Sequence[str]) -> None:
         """Initialize the variant of one block.
 
         `sources`: names of the blocks whose tensors this block adds. `takes_sum`: whether it adds SUM (of the previous
-        block, its only source) or OWN of each source. `gives`: keys of the tensors that it passes on, OWN and SUM.
+        block, its only source) or OWN of each source. `gives`: keys of the tensors that it passes on: OWN, SUM or both.
         """
         super().__init__(wires, name)
         self.sources = sources
@@ -82,14 +82,14 @@ class MiddleShortcut(Shortcut):
 
     @classmethod
     def relate(cls, chain: list[Factors], before: Before, head: str) -> None:
-        """Set A_{n-k} as the factor of x_{n-k}."""
+        """Set `parts` of every block: A_{n-1}, A_{n-2}, ..., which multiply x_{n-1}, x_{n-2}, ..."""
         super().relate(chain, before, head)
         for block in chain:
             block.parts = [chain[k].a for k in block.before]
 
     @classmethod
     def fold(cls, block: Factors, alphas: list[float]) -> Merged:
-        """Return `A_n + sum_k alpha_{n-k} A_{n-k}` (Eq. 13) and B_n, times `share`."""
+        """Return `A_n + sum_k alpha_{n-k} A_{n-k}` (Eq. 13) and `share * B_n`."""
         if not alphas:
             return Merged(block.a, block.b, [])  # a head, whose sum has one term
         total = sum(alpha * part.to(block.a) for alpha, part in zip(alphas, block.parts, strict=True))

@@ -57,7 +57,7 @@ class SharedProduct:
 
 
 def _circumstances(x: torch.Tensor) -> tuple:
-    """Return what a product depends on besides its factors: the version of `x`, gradient mode and autocast dtype."""
+    """Return the version of `x`, gradient mode and autocast dtype: a stored product is reused only if all are equal."""
     # In a compiled graph, and for tensors created in inference mode, the version is not available.
     version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device) else None
@@ -77,7 +77,7 @@ def _usable(weights: list[torch.Tensor], rows: torch.Tensor) -> bool:
 
 
 def autocasts(device: torch.device) -> bool:
-    """Return whether autocast is enabled for a device; the meta device has none."""
+    """Return whether autocast is enabled for a device; False for the meta device."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 

@@ -111,7 +111,7 @@ class NormWindow:
 
 
 class Wires:
-    """States of running forward passes, and recorded norms, which the connected blocks of one model share.
+    """Data that the connected blocks of one model share: states of running forward passes, and recorded norms.
 
     Every thread has its own state. On CUDA the backward pass runs on another thread, and with it the recomputation of a
     checkpointed segment. Therefore the recomputation gets its state from `contexts`.
@@ -124,7 +124,7 @@ class Wires:
         self.factor = 1.0  # g: the shortcut terms are multiplied by it; see `reslora.set_shortcut_scale`
 
     def begin(self, module: nn.Module, args: tuple) -> None:
-        """Create a state for a forward pass, which may run inside another; a forward pre-hook of the base model."""
+        """Create a state for a forward pass, which may be a nested one; a forward pre-hook of the base model."""
         refuse_replica(module)
         recording = self.norms.window > 0 and bool(self.norms.names) and module.training and torch.is_grad_enabled()
         frame = None if torch.compiler.is_compiling() else sys._getframe(1)
@@ -145,7 +145,7 @@ class Wires:
             self.norms.push(state.norms)
 
     def begin_part(self, module: nn.Module, args: tuple) -> None:
-        """Create a state if a module with complete chains runs separately, as in `generate`; a forward pre-hook."""
+        """Create a state if a module with complete chains runs outside the model, as in `generate`; a pre-hook."""
         slot = self.threads.slot
         state = slot.state = _unfinished(slot.state)
         if state is None:
@@ -211,7 +211,7 @@ class _Recompute:
 def _unfinished(state: State | None) -> State | None:
     """Return the innermost state whose forward pass still runs.
 
-    States of ended forward passes are left over after Ctrl-C, which skips forward hooks, unlike an error.
+    States of ended forward passes are left over after Ctrl-C, which skips the forward hooks that run after errors.
     """
     if state is None or torch.compiler.is_compiling():
         return state

@@ -246,7 +246,7 @@ def test_methods_alone_are_a_run_and_no_experiment(library, given):
 OF_SEVERAL = {"learning_rate": "1e-4 1e-3", "seed": "0 1 2"}
 REFUSED = {
     "--extend_rates": {"extend_rates": True, "learning_rate": "1e-3"},
-    "--learning_rate 0.001 0.001: the same one twice": {"learning_rate": "1e-3 1e-3"},
+    "--learning_rate 0.001 0.001: one value is given twice": {"learning_rate": "1e-3 1e-3"},
     "--seed 0 0 1": {"seed": "0 0 1"},
     "--max_train_steps 2: AdaLoRA needs": {"method": ["lora", "adalora"], "max_train_steps": "2"},
     "--keep_tokens 2: it has no effect": {"keep_tokens": "2"},

@@ -116,7 +116,7 @@ def test_the_side_of_a_method_is_random_and_the_page_does_not_tell_it(experiment
     (experiment.folder / "experiment.json").write_text("{}")
     with pytest.raises(RunError, match="no samples of two"):
         tab.next("which")
-    assert "There are no votes" in tab.outcome("which")
+    assert "No votes to show" in tab.outcome("which")
 
 
 def test_a_damaged_record_has_no_pairs_and_leads_nowhere(experiment):

@@ -311,7 +311,7 @@ def test_missing_seeds_are_left_out_and_told():
         (losses_of(0, seeds=2), r"reslora has losses of shape \(2, 12\)"),
         (losses_of(0, images=3), r"reslora has losses of shape \(3, 3\)"),
         (losses_of(0)[0], r"reslora has losses of shape \(12,\)"),
-        (losses_of(0) - 0.5, r"reslora has a test loss of -0\.2\d+, and a loss is above zero"),
+        (losses_of(0) - 0.5, r"reslora has a test loss of -0\.2\d+, but losses must be above zero"),
     ],
 )
 def test_what_is_no_table_of_losses_is_refused(ours, words):

@@ -170,7 +170,7 @@ def test_what_cannot_be_captioned_is_refused_in_one_line(model, folder, tmp_path
     assert refused(capsys, folder) == "--model: missing; give the folder or hub name of an image-text model"
     assert refused(capsys, folder, "--modle", "x").startswith("--modle: unknown option; did you mean --model?")
     assert refused(capsys, folder, "--model", "x", "--batch_size", 0).startswith("--batch_size 0: is not")
-    assert refused(capsys, folder, "--model", tmp_path / "none").endswith("give one in transformers format")
+    assert refused(capsys, folder, "--model", tmp_path / "none").endswith("give a model folder in transformers format")
     assert refused(capsys, tmp_path / "none", "--model", "x").endswith("no such folder; check the name")
     assert refused(capsys, empty, "--model", model()) == f"FOLDER {empty}: no images; give a folder with images"
     (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n')

@@ -24,7 +24,7 @@ def test_a_clipped_pre_num_and_names_that_match_nothing_are_said(brief_flags, tm
 
 
 @pytest.mark.parametrize(
-    ("target", "fix"), [("to_out", "give to_out.0"), (".*attn1.*", "let it match only layers, such as down_blocks.0.")]
+    ("target", "fix"), [("to_out", "give to_out.0"), (".*attn1.*", "match only layers, such as down_blocks.0.")]
 )
 def test_targets_that_fit_a_list_of_layers_are_refused_by_what_would_do(brief_flags, capsys, tmp_path, target, fix):
     flags = [*brief_flags, "--target_modules", target, "--output_dir", tmp_path / "out"]
@@ -62,7 +62,7 @@ def test_a_pre_num_beyond_all_chains_is_said_of_input_shortcuts_too(brief_flags,
 @pytest.mark.parametrize("shortcut", ["block", "middle"])
 def test_which_pre_num_is_the_same_is_said(brief_flags, tmp_path, shortcut):
     flags = [*brief_flags, "--method", "reslora", "--shortcut", shortcut, "--pre_num", "999"]
-    assert "the same as --pre_num 1" in only(printed(*flags, "--output_dir", tmp_path / "out"), "--pre_num 999")
+    assert "so this equals --pre_num 1" in only(printed(*flags, "--output_dir", tmp_path / "out"), "--pre_num 999")
 
 
 # -- what the model does not read --------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def test_the_best_arm_of_an_experiment_is_trained_once_more(begun, capsys):
         and flags.experiment.test_split is None
         and flags.experiment.experiment_minutes is None
     )
-    line = "without --select_split, --test_split, --experiment_minutes, as this is no experiment"
+    line = "--select_split, --test_split, --experiment_minutes ignored, because this is not an experiment"
     assert only(capsys.readouterr().out.splitlines(), line)
     again = parse_args([*config, "--seed", "0", "1", "2"])
     experiment = again.base.experiment

@@ -475,7 +475,7 @@ def test_what_is_no_plain_lora_is_refused_by_name(key, words, tmp_path, capsys):
 
 def test_a_file_without_a_layer_is_refused_whosever_it_is(tmp_path, capsys):
     save_file({}, tmp_path / "in.safetensors")
-    assert "there is no layer in it" in refused(capsys, tmp_path / "in.safetensors", tmp_path / "out", "--to", "kohya")
+    assert "has no LoRA layer" in refused(capsys, tmp_path / "in.safetensors", tmp_path / "out", "--to", "kohya")
 
 
 def test_a_model_that_is_not_finite_is_no_lora(tmp_path, capsys):

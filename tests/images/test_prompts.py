@@ -37,11 +37,11 @@ def test_json(tmp_path):
     [
         ("a.txt", "a --w 6", "line 1: width 6 is not a whole number of 8 to 65536"),
         ("a.txt", "a --s ten", "line 1: --s ten is not a number"),
-        ("a.txt", "a\nb --ss euler_a", "line 2: --ss is not known"),
-        ("a.txt", "\n# b\n", "no prompt in it"),
+        ("a.txt", "a\nb --ss euler_a", "line 2: --ss is unknown"),
+        ("a.txt", "\n# b\n", "contains no prompt"),
         ("a.json", "[", "is not JSON"),
         ("a.json", "{}", "is not a list"),
-        ("a.json", '[{"prompt": "a"}, "b"]', "entry 2: no object with a prompt"),
+        ("a.json", '[{"prompt": "a"}, "b"]', "entry 2: is not an object with a prompt"),
         ("a.json", '[{"prompt": "a", "steps": 3}]', "entry 1: steps is no option of a prompt"),
         ("a.json", '[{"prompt": "a", "guidance_scale": "7"}]', "entry 1: guidance_scale '7' is not a finite number"),
         ("a.json", f'[{{"prompt": "a", "cfg_scale": 1{"0" * 309}}}]', "0 is not a finite number"),
@@ -84,7 +84,7 @@ def test_a_run_repeats_the_options_by_its_own_flags(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("prompt", "told", "words"),
     [
-        (Prompt("a", width=40), "", "40 pixels, and the pipeline takes multiples of 16; give 32"),
+        (Prompt("a", width=40), "", "40 pixels; height and width must be multiples of 16; give 32"),
         (Prompt("a", num_inference_steps=11), "", "11 steps, and the model knows 10"),
         (Prompt("a", "b"), "it is told", "a negative prompt"),
         (Prompt("a", cfg_scale=7), "it is told", "guidance by one"),

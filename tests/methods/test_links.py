@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from reslora import ResLoraConfig, connect
 from reslora.methods.links import print_links
 
-SHORTER = "--pre_num {}: 1 of 1 chain is shorter, down to 3 blocks; the longest has 3: the same as --pre_num 2"
+SHORTER = "--pre_num {}: 1 of 1 chain is shorter (shortest: 3 blocks); the longest has 3, so this equals --pre_num 2"
 
 
 @pytest.mark.parametrize(
@@ -16,8 +16,8 @@ SHORTER = "--pre_num {}: 1 of 1 chain is shorter, down to 3 blocks; the longest 
         ("reslora", "block", 3, [SHORTER.format(3)]),
         ("lora_matched", "middle", 3, [SHORTER.format(3)]),
         ("ms_placebo", "input", 4, [SHORTER.format(4)]),
-        ("reslora", "input", 5, ["--pre_num 5: the longest chain has 3 blocks, and --shortcut input reads one"]),
-        ("reslora", "input", 4, []),  # the default, of which input reads one as well
+        ("reslora", "input", 5, ["--pre_num 5: the longest chain has 3 blocks, and --shortcut input uses only one"]),
+        ("reslora", "input", 4, []),  # the default, of which input uses one as well
         ("reslora", "block", 2, []),
         ("reslora", "block", -1, []),
         ("reslora", "none", 9, []),

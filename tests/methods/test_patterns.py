@@ -45,7 +45,7 @@ def test_entries_are_names_and_numbers():
 @pytest.mark.parametrize(
     ("field", "texts", "words"),
     [
-        ("rank_pattern", ["to_k"], "no NAME=VALUE"),
+        ("rank_pattern", ["to_k"], "not NAME=VALUE"),
         ("rank_pattern", ["to_k=0"], "'0' is not a whole number"),
         ("rank_pattern", ["to_k=2.5"], "'2.5' is not a whole number"),
         ("alpha_pattern", ["to_k=-1"], "'-1' is not a finite number above 0"),
@@ -95,8 +95,8 @@ def test_a_configuration_is_left_with_whole_names():
         ({"rank_pattern": {"attn9": 2}}, ["--rank_pattern attn9=2", "no adapted layer"]),
         ({"alpha_pattern": {"mid_block": 2}}, ["--alpha_pattern mid_block=2", "mid_block.*"]),  # PEFT wants the end
         ({"alpha_pattern": {"conv_in": 2}}, ["--alpha_pattern conv_in=2", "no adapted layer"]),
-        ({"rank_pattern": {"to_k": 2, "attn2.to_k": 3}}, ["--rank_pattern attn2.to_k=3", "fits to_k=2 as well"]),
-        ({"rank_pattern": {"attn1.to_k": 900}}, ["--rank_pattern 900", "attn1.to_k has", "give a rank of at most"]),
+        ({"rank_pattern": {"to_k": 2, "attn2.to_k": 3}}, ["--rank_pattern attn2.to_k=3", "also matches to_k=2"]),
+        ({"rank_pattern": {"attn1.to_k": 900}}, ["--rank_pattern 900", "attn1.to_k is 8", "give a rank of at most"]),
     ],
 )
 def test_what_fits_no_layer_or_two_ways_is_refused(patterns, words):

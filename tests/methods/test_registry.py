@@ -50,7 +50,7 @@ def test_too_few_steps_are_refused_where_a_method_needs_more():
     check_steps(["lora"], 1, "--max_train_steps 1")
     with pytest.raises(InvalidArgument) as error:
         check_steps(["lora", "adalora"], 2, "--max_train_steps 2")
-    assert_one_line(error, "--max_train_steps 2", "AdaLoRA needs 3")
+    assert_one_line(error, "--max_train_steps 2", "AdaLoRA needs at least 3")
 
 
 def test_a_new_baseline_is_a_row(monkeypatch):

@@ -50,7 +50,7 @@ def test_what_has_no_layer_inside_is_to_be_left_out():
 
 def test_an_expression_is_to_fit_layers_alone():
     assert refused(tiny_unet(), ".*attn1.*", "attn1 cannot be adapted (Attention)").endswith("attn1.to_q")
-    assert refused(tiny_unet(), ".*dropout", "(Dropout)").endswith("; let it match only layers")
+    assert refused(tiny_unet(), ".*dropout", "(Dropout)").endswith("; match only layers")
 
 
 def test_a_linear_layer_that_holds_modules_is_a_layer():

@@ -77,7 +77,7 @@ def test_what_cannot_vary_is_named(capsys, word, why):
 
 
 def test_other_refusals(capsys):
-    assert "--lora_dropout 0 0: the same one twice" in refused(capsys, "--vary", "lora_dropout=0,0.0")
+    assert "--lora_dropout 0 0: one value is given twice" in refused(capsys, "--vary", "lora_dropout=0,0.0")
     assert "--head none repeat: nothing of --method lora" in refused(
         capsys, "--vary", "head=none,repeat", "--method", "lora"
     )

@@ -71,13 +71,13 @@ def test_training_goes_on_where_an_old_one_cannot_be_removed(tmp_path, monkeypat
         discard(old)
     (rest,) = tmp_path.iterdir()
     problem = PermissionError(errno.EPERM, "Operation not permitted", "optimizer.pt")
-    said = f"{rest} (it was checkpoint-2) cannot be removed, and nothing needs it: {problem}\n"
+    said = f"{rest} (it was checkpoint-2) is no longer needed, but cannot be removed: {problem}\n"
     assert capsys.readouterr().out == said
     (old,) = folders(tmp_path, 2)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", refused)
         discard(old)
-    assert old.is_dir() and capsys.readouterr().out.startswith(f"{old} cannot be removed, and")
+    assert old.is_dir() and capsys.readouterr().out.startswith(f"{old} is no longer needed, but")
 
 
 def refused(*_: object) -> None:
@@ -94,7 +94,7 @@ def test_what_was_set_aside_last_is_named_where_nothing_else_is_left(tmp_path, f
     refuse_afresh(tmp_path, tmp_path, finished=False)
     set_aside(made)
     place = tmp_path / "set-aside-checkpoint-7"
-    line = rf"no checkpoint but {place.name}; resume with .* {place}, choose another"
+    line = rf"no checkpoint other than {place.name}; resume with .* {place}, choose another"
     with pytest.raises(InvalidArgument, match=line):
         refuse_afresh(tmp_path, tmp_path, finished)
 
@@ -104,7 +104,7 @@ def test_memory_that_runs_out_is_reported_with_the_newest_checkpoint(tmp_path):
     with pytest.raises(RunFailed, match=line), memory_reported(tmp_path):
         torch.empty(2**60)
     folders(tmp_path, 2, 10)
-    line = rf"{tmp_path}/checkpoint-10: resume with --resume_from_checkpoint latest once some is free"
+    line = rf"{tmp_path}/checkpoint-10: resume with --resume_from_checkpoint latest once memory is free"
     with pytest.raises(RunFailed, match=line), memory_reported(tmp_path):
         torch.empty(2**60)
 

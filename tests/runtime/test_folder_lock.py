@@ -108,7 +108,7 @@ def test_a_folder_that_is_not_there_any_more_ends_the_run(tmp_path, then):
             folder.mkdir()
         if then == "another's":
             (folder / ".lock").write_text("1\nffffffff-1-1")
-        with pytest.raises(RunFailed, match=f"^--output_dir {folder} was moved or removed while it trained, "):
+        with pytest.raises(RunFailed, match=f"^--output_dir {folder} was moved or removed during training, "):
             check_held()
     check_held()
     assert (folder / ".lock").exists() == (then == "another's")
@@ -137,7 +137,9 @@ def test_a_folder_that_is_removed_and_made_anew_at_once_is_another(tmp_path):
             take(folder)
         assert not folder.exists()  # nor does who is refused make it
         folder.mkdir()
-        with pytest.raises(RunFailed, match=r"was moved .* with --output_dir PLACE --resume_from_checkpoint latest$"):
+        with pytest.raises(
+            RunFailed, match=r"was moved .* with --output_dir NEW_FOLDER --resume_from_checkpoint latest$"
+        ):
             check_held()
 
 
@@ -145,7 +147,7 @@ def test_a_folder_that_another_machine_has_taken_is_not_called_moved(tmp_path):
     lock = tmp_path / ".lock"
     with locked(tmp_path):
         lock.write_text("7\nffffffff-7-1")
-        with pytest.raises(RunFailed, match=rf"^--output_dir {tmp_path} is another run's by now \(process 7\)"):
+        with pytest.raises(RunFailed, match=rf"^--output_dir {tmp_path} is now used by another run \(process 7\)"):
             check_held()
     assert lock.read_text() == "7\nffffffff-7-1"
 
@@ -180,8 +182,8 @@ def test_a_disk_that_gives_its_folders_new_numbers_ends_nothing(tmp_path, monkey
             patch.setattr(os.path, "samestat", lambda *_: False)
             check_held()
         inner.rename(tmp_path / "moved")
-        with pytest.raises(RunFailed, match="lora was moved or removed while it was trained"):
+        with pytest.raises(RunFailed, match="lora was moved or removed during training"):
             check_held()
         inner.mkdir()
-        with pytest.raises(RunFailed, match="lora was moved or removed while it was trained"):
+        with pytest.raises(RunFailed, match="lora was moved or removed during training"):
             check_held()

@@ -94,7 +94,7 @@ def test_a_batch_system_or_a_person_may_ask_after_the_application_or_the_termina
     process.send_signal(first)
     _, errors = output_of(process)
     assert (tmp_path / "kept").exists() and process.returncode == 128 + signal.SIGTERM
-    assert errors.count("once more to stop at once") == 1
+    assert errors.count("send the signal again to stop immediately") == 1
 
 
 @pytest.mark.parametrize("ignored", [False, True])  # True: as nohup leaves it

@@ -284,7 +284,7 @@ def test_several_values_make_an_experiment():
     assert isinstance(grid, Grid) and dict(grid.varied) == {"rank": [2, 4]} and grid.methods == ["lora", "reslora"]
     assert isinstance(read(LlmOptions, "x", ["--method", "lora", "reslora"]), Grid)
     assert isinstance(read(LlmOptions, "x", ["--method", "lora"]), LlmOptions)
-    with pytest.raises(InvalidArgument, match=r"^--lora_r 4 4: the same one twice"):
+    with pytest.raises(InvalidArgument, match=r"^--lora_r 4 4: one value is given twice"):
         read(LlmOptions, "x", ["--lora_r", "4", "4"])
 
 

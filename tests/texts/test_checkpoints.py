@@ -102,7 +102,7 @@ def test_one_that_cannot_be_removed_ends_no_training(tmp_path, monkeypatch, caps
         patched.setattr(shutil, "rmtree", refused)
         one._remove_older()
     assert [path.name for path in numbered(tmp_path)] == ["checkpoint-4"]
-    assert "(it was checkpoint-2) cannot be removed, and nothing needs it" in capsys.readouterr().out
+    assert "(it was checkpoint-2) is no longer needed, but cannot be removed" in capsys.readouterr().out
 
 
 @pytest.mark.exhaustive
@@ -183,7 +183,7 @@ def test_an_unfinished_one_steps_aside_where_it_is_alone(tmp_path, capsys):
     (tmp_path / "results.json").unlink()
     set_unfinished_aside(tmp_path)
     assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["unfinished-checkpoint-2"]
-    assert f"{early} was not finished: it is unfinished-checkpoint-2 now" in capsys.readouterr().out
+    assert f"{early} was not finished: renamed to unfinished-checkpoint-2" in capsys.readouterr().out
 
 
 def test_a_checkpoint_without_checksums_is_read_as_before(tmp_path):

@@ -242,7 +242,7 @@ def test_an_arm_whose_folder_is_removed_writes_nothing_more(common, tmp_path, mo
 
     monkeypatch.setattr(experiment.KeepAdapters, "on_evaluate", removes)
     assert run(*common, *EXPERIMENT, "--seed", "42", "7", "--output_dir", output) == 1
-    assert "was moved or removed while it was trained" in capsys.readouterr().err
+    assert "was moved or removed during training" in capsys.readouterr().err
     assert not list(output.glob("*/lr-*/seed-*"))
 
 
@@ -321,7 +321,7 @@ def test_nothing_but_methods_rates_and_seeds_may_change(common, whole, tmp_path,
         ("--extend_rates --learning_rate 1e-3", "one learning rate does not determine the next one"),
         ("--extend_rates --learning_rate 0 1e-3", "--learning_rate 0: is not a finite number above 0"),
         ("--extend_rates --learning_rate 1e-3 1.001e-3", "give rates further apart"),
-        ("--seed 3 3", "the same one twice"),
+        ("--seed 3 3", "one value is given twice"),
         (
             "--method lora --shortcut input block",
             "input block: nothing of --method lora reads",
@@ -516,7 +516,7 @@ def test_what_nothing_of_an_experiment_reads_is_told_once(tmp_path, capsys, monk
 @pytest.mark.exhaustive
 def test_numbers_of_blocks_that_mean_the_same_are_told_once(common, tmp_path, capsys, monkeypatch):
     """The chains have five blocks, one for each layer; a plain run says it too."""
-    same = "--pre_num 7: 2 of 2 chains are shorter, down to 5 blocks; the longest has 5: the same as --pre_num 4"
+    same = "--pre_num 7: 2 of 2 chains are shorter (shortest: 5 blocks); the longest has 5, so this equals --pre_num 4"
     monkeypatch.setattr(experiment_run, "train_and_conclude", lambda *_: None)
     monkeypatch.setattr(AdapterTrainer, "train", lambda *_, **__: (_ for _ in ()).throw(Stopped("enough is seen")))
     shortcut = ["--shortcut", "block", "--pre_num", "7"]

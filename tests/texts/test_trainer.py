@@ -390,7 +390,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         next(iter(trained_parameters(model))).fill_(torch.inf)
     with pytest.raises(RunFailed) as error:
         save_adapter(model, tmp_path / "adapter")
-    assert_one_line(error, "lora_A", "not finite", "what was saved before is intact")
+    assert_one_line(error, "lora_A", "not finite", "earlier checkpoints are intact")
     assert not (tmp_path / "adapter").exists()
 
 
@@ -487,7 +487,7 @@ def test_a_rank_larger_than_a_layer_is_refused(method):
 def test_adalora_needs_steps_to_move_ranks():
     with pytest.raises(InvalidArgument) as error:
         attach(tiny_llama(layers=3), adapter_of(method="adalora"), total_steps=2)
-    assert_one_line(error, "--method adalora with 2 steps", "3 to move ranks")
+    assert_one_line(error, "--method adalora with 2 steps", "3 steps to move ranks")
     attach(tiny_llama(layers=3), adapter_of(method="adalora"), total_steps=3)
 
 

@@ -242,8 +242,8 @@ def print_uneven_buckets(plan: Plan, context: Context) -> None:
         often, seldom = (f"{size.height}x{size.width} {uses[size]:.3g} times" for size in (most, least))
         smaller = "a smaller --train_batch_size" if context.options.training.train_batch_size > 1 else "fewer processes"
         context.accelerator.print(
-            f"a bucket's last batch is filled from the same bucket: an epoch meets images of {often} as often as asked "
-            f"for, of {seldom}; {smaller} with more --gradient_accumulation_steps evens that out"
+            "the last batch of each bucket is filled with more images of that bucket, so an epoch uses images of "
+            f"{often}, and images of {seldom}; use {smaller} and more --gradient_accumulation_steps to even this out"
         )
 
 

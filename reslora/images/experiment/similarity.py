@@ -16,11 +16,14 @@ from ..study import ImageStudy as Setting
 from .split import Image
 
 MEANINGS = {
-    "image_similarity": ("To test images", "what it draws of a test image's caption, to that image"),
-    "caption_similarity": ("To captions", "the same, to the caption"),
-    "nearest_training": ("Nearest training image", "the same, to the training image that is nearest; 1 is a copy"),
-    "unrelated_similarity": ("Base kept", "what it draws of unrelated prompts, to what the base model draws"),
-    "diversity": ("Diversity", "mean distance (1 - similarity) between drawings of one prompt"),
+    "image_similarity": ("To test images", "samples of the test captions, compared with the test images"),
+    "caption_similarity": ("To captions", "the same samples, compared with the captions"),
+    "nearest_training": (
+        "Nearest training image",
+        "the same samples, each compared with the most similar training image; 1 is a copy",
+    ),
+    "unrelated_similarity": ("Base kept", "samples of unrelated prompts, compared with those of the base model"),
+    "diversity": ("Diversity", "mean distance (1 - similarity) between samples of one prompt"),
 }
 """Title in the report and description of each similarity."""
 

@@ -113,7 +113,7 @@ def check_memory(kinds: Sequence[ImageDataset], context: Context) -> None:
         reason = f"this model is not gone through without weights ({first_line(error)})"
         if asked:
             raise InvalidArgument("--plan", reason, "leave it out") from None
-        print(f"memory is not planned: {reason}", flush=True)
+        print(f"the memory is not estimated: {reason}", flush=True)
         return
     print(plan, flush=True)
     refuse(plan, kinds, context)
@@ -128,7 +128,7 @@ def refuse(plan: Plan, kinds: Sequence[ImageDataset], context: Context) -> None:
     problem = f"{plan.peak.name} takes {taken}, {plan.where} has {free} free"
     arms = arms_a_device(options.experiment, context.accelerator.device)
     if plan.peak.total <= arms * plan.free:
-        raise InvalidArgument(f"--arms_at_once {options.experiment.arms_at_once}", problem, "give a smaller one")
+        raise InvalidArgument(f"--arms_at_once {options.experiment.arms_at_once}", problem, "give a smaller number")
     sides = " ".join(map(str, options.data.resolution))
     argument = f"--train_batch_size {options.training.train_batch_size}, --resolution {sides}"
     raise InvalidArgument(argument, problem, advice(kinds, context, plan))

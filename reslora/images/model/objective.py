@@ -171,7 +171,8 @@ def between_of(options: TrainingOptions, timesteps: int) -> tuple[int, int]:
     """
     least, below = options.min_timestep, timesteps if options.max_timestep is None else options.max_timestep
     if below > timesteps:
-        raise InvalidArgument(f"--max_timestep {below}", f"the model has {timesteps}", f"give {timesteps} or less")
+        problem = f"the model has {timesteps} timesteps"
+        raise InvalidArgument(f"--max_timestep {below}", problem, f"give {timesteps} or less")
     if least >= below:
         problem = f"it has to be below --max_timestep, {below}"
         raise InvalidArgument(f"--min_timestep {least}", problem, "lower it, or raise --max_timestep")

@@ -158,7 +158,7 @@ def test_none_are_drawn_where_they_cannot_be_kept(tmp_path):
     """Not even the model is loaded for them."""
     (tmp_path / "class").write_text("")
     flags = parse_args(["--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a disc"])
-    with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: .* is not a folder that can be written"):
+    with pytest.raises(InvalidArgument, match=r"^--class_data_dir \S+/class: .* is not a writable folder"):
         missing_class_images(flags.data, flags.output)
 
 
@@ -252,4 +252,5 @@ def test_what_is_checked_before_they_are_drawn_and_after_is_told_once(model, dat
     targets = ("--target_modules", "to_q", "to_nothing")
     lines = printed(*flags_for(tmp_path, model, data, "out", "--max_train_steps", 1, "--train_text_encoder", *targets))
     assert only(lines, "generating 3 class images")
-    assert only(lines, "0 layers of the denoiser end in to_nothing") and only(lines, "text_encoder beside the unet")
+    assert only(lines, "0 layers of the denoiser end in to_nothing")
+    assert only(lines, "text_encoder in addition to the unet")

@@ -143,7 +143,7 @@ def flags(data) -> list:
 def run(flags, file, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "out"
     lines = printed(*flags, "--assistant_lora", file, "--output_dir", output)
-    assert only(lines, f"--assistant_lora {file}: ", "only in training passes")
+    assert only(lines, f"--assistant_lora {file}: ", "active in training only")
     return output
 
 

@@ -140,7 +140,7 @@ def test_gamma_and_the_timesteps_are_those_of_the_flags():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--max_timestep", "1001"], "--max_timestep 1001: the model has 1000; give 1000 or less"),
+        (["--max_timestep", "1001"], "--max_timestep 1001: the model has 1000 timesteps; give 1000 or less"),
         (["--min_timestep", "1000"], "--min_timestep 1000: it has to be below --max_timestep, 1000"),
         (["--min_timestep", "500", "--max_timestep", "500"], "--min_timestep 500: it has to be below"),
     ],

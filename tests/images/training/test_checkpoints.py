@@ -333,7 +333,7 @@ def test_going_back_keeps_what_was_trained_from_there_before(run, base_flags, tm
     before = digests(output, "lora/checkpoint-4/*")
     flags = [*base_flags, "--method", "lora", "--output_dir", output, "--checkpoints_total_limit", "1"]
     flags += ["--max_train_steps", "6", "--resume_from_checkpoint", "checkpoint-2"]
-    only(printed(*flags), "checkpoint-4 is not of this line", "set-aside-checkpoint-4")
+    only(printed(*flags), "checkpoint-4 is not part of this training", "set-aside-checkpoint-4")
     kept = {path.name for path in (output / "lora").glob("*checkpoint-*")}
     assert kept == {"checkpoint-6", "set-aside-checkpoint-4", "set-aside-checkpoint-6"}
     after = digests(output, "lora/set-aside-checkpoint-4/*")
@@ -359,7 +359,7 @@ def test_a_last_checkpoint_that_was_set_aside_is_exported(run, base_flags, tmp_p
     flags = [*base_flags, "--method", "lora", "--output_dir", output, "--resume_from_checkpoint", aside.name]
     lines = printed(*flags, "--blocks_to_swap", "1")
     only(lines, "resuming from", "set-aside-checkpoint-4")
-    only(lines, "checkpoint-2 is not of this line")
+    only(lines, "checkpoint-2 is not part of this training")
     assert_same(final_weights(output, "lora"), final_weights(run, "lora"))
     one, other = (load_file(folder / "lora" / "kohya.safetensors") for folder in (output, run))
     assert all(one[name].equal(other[name]) for name in other)
@@ -700,7 +700,7 @@ def test_one_that_cannot_be_removed_ends_no_training(keep, tmp_path, monkeypatch
         for step in (1, 2):
             keep(step, checkpoints_total_limit=1)
     assert [step_of(path) for path in checkpoints_of(tmp_path)] == [2]
-    assert "(it was checkpoint-1) cannot be removed, and nothing needs it" in capsys.readouterr().out
+    assert "(it was checkpoint-1) is no longer needed, but cannot be removed" in capsys.readouterr().out
 
 
 def test_checkpoints_of_an_earlier_try_are_neither_counted_nor_removed(keep, tmp_path):

@@ -58,7 +58,7 @@ def test_rates_are_multiplied_by_layer_and_in_text_encoders_of_their_own_rate():
     options = FLAGS.replace(lr_pattern=patterns, loraplus_lr_ratio=3.0, text_encoder_lr=1e-5)
     with pytest.raises(InvalidArgument) as error:  # of both: the middle block's attn2.to_k
         optimizer_of(Trained(made, None), options)
-    assert_one_line(error, "--lr_pattern attn2.to_k=2: ", "fits mid_block.*=0.5")
+    assert_one_line(error, "--lr_pattern attn2.to_k=2: ", "also matches mid_block.*=0.5")
     patterns[1] = "up_blocks.*attn2.to_k=2"
     found, seen = rates(optimizer_of(Trained(made, None), options)), set()
     for part, rate in (("unet", 1e-3), ("text_encoder", 1e-5)):
@@ -127,8 +127,8 @@ def test_a_pattern_that_matches_nothing_names_the_nearest_layers():
     layers = ["mid_block.attn1.to_k", "mid_block.attn2.to_k", "up.attn2.to_k", "up.attn2.to_q", "text_encoder.q_proj"]
     with pytest.raises(InvalidArgument) as error:
         factors_of_layers(FLAGS.replace(lr_pattern=["atn2.to_k=2"]).optimizer, layers)
-    nearest = "the nearest are up.attn2.to_k, mid_block.attn2.to_k, "
-    assert_one_line(error, "--lr_pattern atn2.to_k=2: no adapted layer has this name", nearest)
+    nearest = "the most similar are up.attn2.to_k, mid_block.attn2.to_k, "
+    assert_one_line(error, "--lr_pattern atn2.to_k=2: no adapted layer matches", nearest)
 
 
 @pytest.mark.exhaustive

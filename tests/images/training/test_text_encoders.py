@@ -300,7 +300,8 @@ def test_captions_are_kept_of_frozen_encoders_alone(whole, tmp_path):
     words += ["--max_train_steps", "1", "--train_batch_size", "2", "--num_inference_steps", "1", FLAG]
     words += ["--method", "lora", "--num_validation_images", "1", "--report_to", "none", "--max_sequence_length", "16"]
     lines = printed(*words, "--output_dir", tmp_path / "kept")
-    assert "text_encoder and text_encoder_2 beside the transformer" in only(lines, f"{FLAG}: ", "text_encoder_3 stays")
+    line = only(lines, f"{FLAG}: ", "text_encoder_3 stays")
+    assert "text_encoder and text_encoder_2 in addition to the transformer" in line
     (kept,) = (tmp_path / "kept" / "cache").glob("captions-*")
     content = kept.read_bytes()
     assert b'"t5"' in content and b"pooled" not in content and b'"states"' not in content

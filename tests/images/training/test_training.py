@@ -457,7 +457,7 @@ def test_a_folder_that_is_moved_is_not_made_anew(base_flags, tmp_path, monkeypat
             patch.setattr(loop, "take_step", moved_in_step)
         else:
             patch.setattr(running, "material_of", moved_while_it_prepares)
-        assert f"--output_dir {output} was moved or removed while it trained" in failed(capsys, *flags, output)
+        assert f"--output_dir {output} was moved or removed during training" in failed(capsys, *flags, output)
     assert not output.exists() and (moved / "lora" / "checkpoint-2").is_dir() == (moment == "step")
     assert main(*flags, moved, *RESUME) == 0
     assert not output.exists() and (moved / "lora" / "exports.json").is_file()
@@ -486,7 +486,7 @@ def test_a_method_whose_folder_is_moved_does_not_go_on_into_a_new_one(
     with monkeypatch.context() as patch:
         patch.setattr(place, name, moved_before)
         line = failed(capsys, *flags)
-    assert f"{folder} was moved or removed while it was trained" in line and "restore it" in line
+    assert f"{folder} was moved or removed during training" in line and "restore it" in line
     assert not folder.exists()
     (tmp_path / "moved").rename(folder)
     assert main(*flags, *RESUME) == 0

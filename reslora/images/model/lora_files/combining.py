@@ -31,7 +31,7 @@ def summed(loras: Sequence[Parts], weights: Sequence[float]) -> Parts:
                 up = torch.cat([each.up * each.scale for each in every], dim=1)
                 factors = Factors(torch.cat([each.down for each in every]), up, 1.0)
             except RuntimeError:
-                raise ValueError(f"{part}.{layer} has other shapes in one of them") from None
+                raise ValueError(f"{part}.{layer} has different shapes in the LoRAs") from None
         found.setdefault(part, {})[layer] = factors
     return found
 
@@ -77,7 +77,7 @@ def check_finite(parts: Mapping[str, Mapping[str, Factors]], argument: str, fix:
     for part, layers in parts.items():
         for layer, (down, up, scale) in layers.items():
             if not all(torch.isfinite(factor).all() for factor in (down, up * scale)):
-                raise InvalidArgument(argument, f"{part}.{layer} is beyond the largest number", fix)
+                raise InvalidArgument(argument, f"{part}.{layer} has values beyond its dtype's largest number", fix)
 
 
 def cast(parts: Mapping[str, Mapping[str, Factors]], dtype: torch.dtype) -> Parts:

@@ -47,7 +47,7 @@ def check_overwrite(path: Path, args: argparse.Namespace) -> None:
         read = Path(text).resolve()
         nested = place.is_relative_to(read) or read.is_relative_to(place)
         if nested or (read.exists() and read.samefile(place)):
-            raise InvalidArgument(flag, f"would replace the input {text}, or what is in it", "give another name")
+            raise InvalidArgument(flag, f"would replace the input {text}, or a file inside it", "give another name")
     if not args.overwrite:
         raise InvalidArgument(flag, f"{path} exists", "give another name, or add --overwrite")
 
@@ -78,14 +78,14 @@ def extraction(args: argparse.Namespace) -> tuple[Parts, Names, dict[str, str], 
     one, other = (Weights.of(path, names.family.denoiser, f"--extract {path}") for path in (base, tuned))
     parts, errors, others = extracted(one, other, names, args.rank)
     if not parts[names.family.denoiser]:
-        raise InvalidArgument(other.flag, "no layer differs from the base model", "give a model that was tuned")
+        raise InvalidArgument(other.flag, "no layer differs from the base model", "give a fine-tuned model")
     print(in_words(errors, args.rank))
     for part in names.family.text_names:
         folders = [path / part for path in (base, tuned)]
         if all(folder.is_dir() for folder in folders) and len(set(map(folder_mark, folders))) > 1:
             others.append(part)
     if others:
-        print(f"not in the LoRA: {len(others)} more that differ or exist in only one model, such as {others[0]}")
+        print(f"not in the LoRA: {len(others)} other tensors that differ or are in one model only, such as {others[0]}")
     return parts, names, said, torch.float32
 
 

@@ -189,13 +189,13 @@ def pairs_of(content: Content) -> dict[str, Factors]:
     Raises `InvalidArgument` for anything that is not a plain LoRA.
     """
     if not content.tensors:
-        raise InvalidArgument(content.flag, "there is no layer in it", "give a LoRA that was trained")
+        raise InvalidArgument(content.flag, "has no LoRA layer", "give a LoRA that was trained")
     kinds: dict[str | None, dict[str, torch.Tensor]] = {"down": {}, "up": {}, "alpha": {}}
     for key, value in content.tensors.items():
         if match := ENDING.search(key):
             kind, name = kinds[match.lastgroup], key[: match.start()]
             if name in kind:
-                raise InvalidArgument(content.flag, f"{name} is in it twice", "remove one of the two")
+                raise InvalidArgument(content.flag, f"{name} is in the file twice", "remove one of the two")
             kind[name] = value
         elif key.startswith("reslora."):
             raise InvalidArgument(
@@ -264,7 +264,7 @@ def read_parts(content: Content, names: Names) -> Parts:
             raise InvalidArgument(content.flag, f"{name}: {first_line(error)}", _another(names)) from None
         for (part, layer), piece in split.items():
             if layer in parts.setdefault(part, {}):
-                raise InvalidArgument(content.flag, f"{part}.{layer} is in it twice", "remove one of the two")
+                raise InvalidArgument(content.flag, f"{part}.{layer} is in the file twice", "remove one of the two")
             parts[part][layer] = _shaped(content.flag, layer, piece, names) if part == names.family.denoiser else piece
     if not parts:
         raise InvalidArgument(content.flag, "all of its layers are zero", "give a LoRA that was trained")

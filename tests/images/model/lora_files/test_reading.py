@@ -317,7 +317,7 @@ def test_a_factor_that_is_there_twice_is_refused(word, tmp_path):
     tensors = load_file(tmp_path / "in.safetensors")
     tensors[f"unet.conv_in.{word}.weight"] = 2 * tensors["unet.conv_in.lora_A.weight"]
     save_file(tensors, tmp_path / "in.safetensors")
-    with pytest.raises(InvalidArgument, match=r"unet\.conv_in is in it twice; remove one of the two"):
+    with pytest.raises(InvalidArgument, match=r"unet\.conv_in is in the file twice; remove one of the two"):
         read(tmp_path / "in.safetensors", names("stable_diffusion"))
 
 
