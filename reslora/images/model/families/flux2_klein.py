@@ -44,7 +44,13 @@ class Flux2Klein(Family):
     patch = 2
     latents_per_token = 1
     thinking = False
-    marks = ("flux2", "flux-2")
+    published: ClassVar = {  # 9B's
+        "num_single_layers": 24,
+        "num_attention_heads": 32,
+        "joint_attention_dim": 12288,
+        "guidance_embeds": False,
+    }
+    marks = ("flux2_klein", "flux-2-klein")
     defaults: ClassVar = {
         **FLOW,
         "guidance_scale": 4.0,
