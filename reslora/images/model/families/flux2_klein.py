@@ -43,7 +43,7 @@ class Flux2Klein(Family):
     original = ORIGINAL
     patch = 2
     latents_per_token = 1
-    thinking = False
+    thinking: bool | None = False
     published: ClassVar = {  # 9B's
         "num_single_layers": 24,
         "num_attention_heads": 32,
