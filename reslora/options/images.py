@@ -66,12 +66,16 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str = by_content("",
         "a model of any family in docs/models.md: a folder in diffusers' format or a name on the hub; for Stable "
-        "Diffusion 1, 2 and SDXL also a .safetensors file",
+        "Diffusion, SDXL and Flux.1 also a .safetensors file with the complete model",
         or_else="the bundled pipeline", metavar="MODEL", short="model",
         essential="model to fine-tune: a folder, a .safetensors file or a name on the hub", path="absolute",
         compared_as="base model")
     pretrained_vae_model_name_or_path: str | None = by_content(None,
         "another autoencoder: a folder in diffusers' format or a name on the hub", metavar="VAE", path="absolute",
+        compared_as="base model")
+    pretrained_transformer_file: str | None = by_content(None,
+        ".safetensors file with the transformer, in the model's own layout, ComfyUI's or diffusers'; the configuration "
+        "and all other parts are those of --pretrained_model_name_or_path", metavar="FILE", path="absolute",
         compared_as="base model")
     assistant_lora: str | None = by_content(None,
         "LoRA file that is active in training and absent from samples, merges and exports, as ai-toolkit's assistants "
