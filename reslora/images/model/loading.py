@@ -242,7 +242,7 @@ def check_prediction(options: ModelOptions, folder: Path) -> None:
 def downloaded(options: ModelOptions, flag: str) -> Path:
     """Download a model from the Hub, and return its folder in the Hub's cache."""
     check_hub(options, flag)
-    where = {"revision": options.revision, "cache_dir": options.cache_dir}
+    where: dict[str, Any] = {"revision": options.revision, "cache_dir": options.cache_dir}
     given: dict[str, Any] = {"transformer": None} if options.pretrained_transformer_file else {}
     with refused_as(flag, "check the name and the connection"):
         for part in given:  # its weights are in the file, and are not downloaded

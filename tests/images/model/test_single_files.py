@@ -11,7 +11,7 @@ from pipelines import FAMILIES, image_folder
 from safetensors.torch import load_file, save_file
 
 from images.model.lora_files.loras import PIPELINE_OF, names, tiny
-from images.runs import final_weights, losses, main, refused
+from images.runs import assert_same, final_weights, losses, main, refused
 from reslora.errors import InvalidArgument
 from reslora.images.model.families import load_family
 from reslora.images.model.lora_files.names import names_of
@@ -156,12 +156,9 @@ def test_a_run_from_a_file_is_the_run_from_the_folder_and_goes_on_in_it(family, 
     flags[flags.index(path)] = moved
     assert main(*flags, "--resume_from_checkpoint", "latest") == 0
     assert losses(tmp_path / "file") == losses(tmp_path / "folder")
-    one, other = (final_weights(tmp_path / name, step=2) for name in ("file", "folder"))
-    assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-    merged = [
-        load_file(next((tmp_path / n / "lora" / "transformer").glob("*.safetensors"))) for n in ("file", "folder")
-    ]
-    assert all(torch.equal(value, merged[1][name]) for name, value in merged[0].items())
+    assert_same(*(final_weights(tmp_path / name, step=2) for name in ("file", "folder")))
+    merged = (tmp_path / name / "reslora" / "transformer" for name in ("file", "folder"))
+    assert_same(*(load_file(next(folder.glob("*.safetensors"))) for folder in merged))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
