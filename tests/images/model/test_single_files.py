@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from pipelines import FAMILIES, image_folder
 from safetensors.torch import load_file, save_file
 
@@ -159,6 +160,25 @@ def test_a_run_from_a_file_is_the_run_from_the_folder_and_goes_on_in_it(family, 
     assert_same(*(final_weights(tmp_path / name, step=2) for name in ("file", "folder")))
     merged = (tmp_path / name / "reslora" / "transformer" for name in ("file", "folder"))
     assert_same(*(load_file(next(folder.glob("*.safetensors"))) for folder in merged))
+
+
+def test_of_a_pipeline_on_the_hub_the_transformers_weights_are_not_downloaded(images, tmp_path, monkeypatch):
+    """Its configuration is."""
+    folder, asked = tiny("sd3"), []
+    base = shutil.copytree(folder, tmp_path / "base")
+    next((base / "transformer").glob("*.safetensors")).unlink()
+
+    def download(name: str, **how: object) -> str:
+        asked.append((name, {key: value for key, value in how.items() if value is not None or key == "transformer"}))
+        return str(base)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *what, **how: asked.append(what))
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    path = file_of("sd3", folder, tmp_path / "in.safetensors")
+    flags = flags_of("owner/model", images, "--pretrained_transformer_file", path, "--max_train_steps", 1)
+    assert main(*flags, "--output_dir", tmp_path / "out") == 0
+    whole = {"use_safetensors": True, "transformer": None}
+    assert asked == [("owner/model", "transformer/config.json"), ("owner/model", whole)]
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
