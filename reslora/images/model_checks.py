@@ -191,8 +191,7 @@ def try_method(
 def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model) -> None:
     """Raise `InvalidArgument` for options that the model's family does not support or use.
 
-    The checked options are --train_text_encoder, --max_sequence_length, --gradient_checkpointing and
-    --guidance_scale_train.
+    The checked options are --train_text_encoder, --max_sequence_length and --guidance_scale_train.
     """
     family, longest, guidance = model.family, training.max_sequence_length, training.guidance_scale_train
     if adapter.train_text_encoder and not family.trainable:
@@ -202,9 +201,6 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
     if longest is not None and "max_sequence_length" not in family.defaults:
         problem = f"{family.name} reads as many tokens as its text encoder can"
         raise InvalidArgument(f"--max_sequence_length {longest}", problem, "leave it out")
-    if training.gradient_checkpointing and training.train_batch_size > 1 and not family.checkpoints_mask:
-        problem = f"diffusers' {family.denoiser_class.__name__} drops the mask of shorter captions in a batch"
-        raise InvalidArgument("--gradient_checkpointing", problem, "leave it out, or give --train_batch_size 1")
     default = Options.table()["guidance_scale_train"].default
     if guidance != default and not (family.is_told_guidance and model.denoiser_config().get("guidance_embeds")):
         problem = f"the denoiser of this {family.name} is told no guidance"

@@ -1,6 +1,5 @@
 """What is said of targets, ranks and shortcuts before anything is encoded; most refusals are in test_arguments.py."""
 
-import contextlib
 import json
 from types import SimpleNamespace
 
@@ -96,16 +95,6 @@ def test_what_the_model_reads_is_taken(pipeline):
         flags.training,
         SimpleNamespace(family=load_family(pipeline), denoiser_config=lambda: {"guidance_embeds": 1}),
     )
-
-
-def test_gradient_checkpointing_would_drop_chromas_mask():
-    """One caption has no padding; and others of diffusers' denoisers pass the mask."""
-    flags = ["--gradient_checkpointing", "--train_batch_size"]
-    for pipeline, size in (("ChromaPipeline", "2"), ("ChromaPipeline", "1"), ("QwenImagePipeline", "2")):
-        model = SimpleNamespace(family=load_family(pipeline), denoiser_config=dict)
-        refusal = pytest.raises(InvalidArgument, match=r"^--gradient_checkpointing: .*ChromaTransformer2DModel")
-        with refusal if (pipeline, size) == ("ChromaPipeline", "2") else contextlib.nullcontext():
-            check_family(*parts(parse_args([*flags, size]), "adapter", "training"), model)
 
 
 # -- the images --------------------------------------------------------------------------------------------------------

@@ -109,8 +109,6 @@ class Family:
     """The number of latent positions per token of the denoiser."""
     one_size: bool = False
     """Whether all its denoisers have the published size, so that layers of another size belong to another family."""
-    checkpoints_mask: bool = True
-    """Whether diffusers passes the mask of padded text states to all blocks under gradient checkpointing."""
     derived: bool = False
     """Whether another family has layers of the same names and sizes, to which LoRA files without metadata belong."""
     unguided: float = 1.0

@@ -37,7 +37,6 @@ class Chroma(Flux):
     }
     published: ClassVar = {}
     derived = True
-    checkpoints_mask = False
     version = ("chroma", "chroma")
     marks = ("chroma",)
     text_names: ClassVar = {}
