@@ -16,7 +16,7 @@ from .runs import NO_CONFIG, Run, RunError, stamp_of
 BUNDLED = ASSETS / "pipeline"
 PIPELINES = {f"{ASSETS.name}/{path.name}": path for path in (BUNDLED, ASSETS / "pipeline-flow")}
 """Paths of the bundled pipelines by the names that the page offers."""
-OF_MODEL = ("pretrained_vae_model_name_or_path", "revision")
+OF_MODEL = ("pretrained_vae_model_name_or_path", "pretrained_transformer_file", "revision")
 """Options that change which weights are loaded for a model name; the page does not offer them."""
 
 
@@ -26,19 +26,20 @@ class Base:
 
     name: str = str(BUNDLED)
     vae: str | None = None
+    transformer: str | None = None
     revision: str | None = None
     variant: str | None = None
     cache_dir: str | None = None
     prediction_type: str | None = None
     folder: str = ""
-    """The run's folder, in which the trainer stores a single-file checkpoint converted to a folder."""
+    """The run's folder, in which the trainer stores a single file converted to a folder."""
 
     def options(self) -> Options:
         """Return the trainer's options for this pipeline."""
         return Options.of(
             pretrained_model_name_or_path=self.name, pretrained_vae_model_name_or_path=self.vae,
-            revision=self.revision, variant=self.variant, cache_dir=self.cache_dir, output_dir=self.folder,
-            prediction_type=self.prediction_type,
+            pretrained_transformer_file=self.transformer, revision=self.revision, variant=self.variant,
+            cache_dir=self.cache_dir, output_dir=self.folder, prediction_type=self.prediction_type,
         )  # fmt: skip
 
 
@@ -82,16 +83,16 @@ def base_of(run: Run | None) -> Base:
         return Base(prediction_type=settings["prediction_type"])
     if word := bundled(named):
         named = str(PIPELINES[word])
-    is_file = named.endswith(".safetensors")
-    vae = run.word("pretrained_vae_model_name_or_path")
-    return Base(named, vae, **settings, folder=str(run.folder) if is_file else "")
+    vae, transformer = (run.word(f"pretrained_{name}") for name in ("vae_model_name_or_path", "transformer_file"))
+    is_file = transformer or named.endswith(".safetensors")
+    return Base(named, vae, transformer, **settings, folder=str(run.folder) if is_file else "")
 
 
 def stamps_of(base: Base, model: Model) -> dict[Path, tuple[int, ...]]:
     """Return the result of `stamp_of` for each file that a model is loaded from."""
     parts = [model.folder / part for part in model.index] + ([Path(base.vae)] if base.vae else [])
     files = [path for part in parts for path in part.glob("*")]
-    single = [Path(base.name)] if base.folder else []
+    single = [path for path in map(Path, (base.name, base.transformer or base.name)) if base.folder and path.is_file()]
     return {path: stamp_of(path) for path in (*single, model.folder / "model_index.json", *files)}
 
 

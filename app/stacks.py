@@ -48,7 +48,8 @@ def same_base(one: Run | None, other: Run | None) -> bool:
     if any(run and run.unreadable for run in (one, other)):
         return False
     mine, theirs = base_of(one), base_of(other)
-    return (mine.name, mine.revision, mine.variant) == (theirs.name, theirs.revision, theirs.variant)
+    names = ("name", "transformer", "revision", "variant")
+    return all(getattr(mine, name) == getattr(theirs, name) for name in names)
 
 
 def stacked(library: Library, run: Run | None, names: object, strengths: str) -> Weights:

@@ -384,9 +384,13 @@ class Studio:
         with torch.device("meta"):
             denoiser = type(present).from_config(present.config)
         denoiser.load_state_dict(self.state, assign=True)
-        for name, module in denoiser.named_modules():  # plain tensor attributes, such as Qwen-Image's frequencies
-            own = vars(present.get_submodule(name))
-            vars(module).update({key: own[key] for key, value in vars(module).items() if torch.is_tensor(value)})
+        for name, module in denoiser.named_modules():
+            own = present.get_submodule(name)
+            # plain tensor attributes, such as Qwen-Image's frequencies
+            vars(module).update({key: vars(own)[key] for key, value in vars(module).items() if torch.is_tensor(value)})
+            for key, value in list(module.named_buffers(recurse=False)):
+                if value.is_meta:  # not in the state, such as Chroma's positions of modulations
+                    setattr(module, key, getattr(own, key))
         return denoiser.requires_grad_(False).eval()
 
     # -- merging -------------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import math
+import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -182,12 +183,32 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
     elif hasattr(base, "gradient_checkpointing_enable"):
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
     elif hasattr(base, "enable_gradient_checkpointing"):
-        base.enable_gradient_checkpointing(functools.partial(_checkpoint, kwargs))
+        call = functools.partial(_checkpoint, kwargs)
+        base.enable_gradient_checkpointing(_with_mask(base, call) if type(base).__name__ == MASKED else call)
     else:
         raise ValueError(
             f"{type(base).__name__} has no method to enable gradient checkpointing: if its own code calls "
             "torch.utils.checkpoint, use shortcut='block', or checkpoint only modules without connected layers"
         )
+
+
+MASKED = "ChromaTransformer2DModel"
+"""A model of diffusers that does not pass the attention mask to its single blocks under gradient checkpointing."""
+
+
+def _with_mask(model: nn.Module, call: Callable) -> Callable:
+    """Return the checkpointing function `call`, but with the mask of the forward pass for blocks that get none."""
+    current = threading.local()  # one forward pass per thread; a recomputed block has the mask among its arguments
+
+    def remember(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        current.mask = kwargs.get("attention_mask")
+
+    def masked(module: nn.Module, *args: object) -> Any:
+        without = len(args) == 3  # hidden states, modulation, positions
+        return call(module, *args, *([current.mask] if without else []))
+
+    model.register_forward_pre_hook(remember, with_kwargs=True)
+    return masked
 
 
 def _checkpoint(kwargs: dict, module: nn.Module, *args: object) -> Any:

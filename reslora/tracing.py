@@ -347,9 +347,9 @@ def _flux_inputs(config: Any, zeros: Callable) -> dict:
         "img_ids": zeros(64, axes)[0],
         "txt_ids": zeros(24, axes)[0],
     }
-    if config.guidance_embeds:
+    if config.get("guidance_embeds"):  # not in Chroma
         inputs["guidance"] = zeros()
-    if "pooled_projection_dim" in config:  # not in FLUX.2
+    if "pooled_projection_dim" in config:  # not in FLUX.2 and Chroma
         inputs["pooled_projections"] = zeros(config.pooled_projection_dim)
     return inputs
 
@@ -390,6 +390,7 @@ _INPUTS = {
     "ZImageTransformer2DModel": _z_image_inputs,
     "FluxTransformer2DModel": _flux_inputs,
     "Flux2Transformer2DModel": _flux_inputs,
+    "ChromaTransformer2DModel": _flux_inputs,
     "SD3Transformer2DModel": _sd3_inputs,
     "QwenImageTransformer2DModel": _qwen_image_inputs,
     "Krea2Transformer2DModel": _krea2_inputs,

@@ -17,10 +17,13 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -47,6 +50,10 @@ from transformers import (
     CLIPTextModelWithProjection,
     Dinov2Config,
     Dinov2Model,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -248,16 +255,28 @@ def sd3(
     return folder
 
 
-def flux2_klein(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
-    """FLUX.2 klein: Qwen3, of whose 28 layers three are read; latents in patches that the autoencoder normalises."""
+def chroma(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
+    """Chroma: T5's states alone, packed latents, double and single blocks that an approximator modulates."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        **{
-            "vocab_size": len(WORDS), "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 28,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 512,
-            **(text_encoder or {}),
-        }
-    )  # fmt: skip
+    ChromaPipeline(
+        text_encoder=tiny_t5(text_encoder),
+        tokenizer=tiny_tokenizer(16),
+        transformer=ChromaTransformer2DModel(
+            **{
+                "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
+                "num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6),
+                "approximator_num_channels": 16, "approximator_hidden_dim": 24, "approximator_layers": 2,
+                **(transformer or {}),
+            }
+        ),
+        vae=tiny_vae(FLOW_VAE | (vae or {})),
+        scheduler=FlowMatchEulerDiscreteScheduler(**{"use_dynamic_shifting": True, **(scheduler or {})}),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def tiny_flux2_parts(transformer: dict | None, vae: dict | None, scheduler: dict | None) -> dict:
+    """FLUX.2's parts but for the text encoder: latents in patches that the autoencoder normalises."""
     made_vae = AutoencoderKLFlux2(
         **{
             "block_out_channels": (8, 8, 8), "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -267,19 +286,59 @@ def flux2_klein(folder: Path, text_encoder=None, transformer=None, vae=None, sch
     )  # fmt: skip
     made_vae.bn.running_mean.uniform_(-0.5, 0.5)
     made_vae.bn.running_var.uniform_(0.5, 2.0)
-    Flux2KleinPipeline(
-        text_encoder=Qwen3ForCausalLM(config),
-        tokenizer=tiny_tokenizer(16, chat=True),
-        transformer=Flux2Transformer2DModel(
+    return {
+        "transformer": Flux2Transformer2DModel(
             **{
                 "in_channels": 16, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 16,
                 "num_attention_heads": 2, "joint_attention_dim": 24, "timestep_guidance_channels": 16,
-                "axes_dims_rope": (4, 4, 4, 4), "guidance_embeds": False, **(transformer or {}),
+                "axes_dims_rope": (4, 4, 4, 4), **(transformer or {}),
             }
         ),
-        vae=made_vae,
-        scheduler=FlowMatchEulerDiscreteScheduler(**{"use_dynamic_shifting": True, **(scheduler or {})}),
-    ).save_pretrained(folder)  # fmt: skip
+        "vae": made_vae,
+        "scheduler": FlowMatchEulerDiscreteScheduler(**{"use_dynamic_shifting": True, **(scheduler or {})}),
+    }  # fmt: skip
+
+
+def flux2(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
+    """FLUX.2 dev: Mistral reads captions after a system message, three of its layers are read; guidance is embedded."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": len(WORDS) + 3, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 30,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 1024,
+        "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    }  # fmt: skip
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    tokenizer = tiny_tokenizer(1024)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[IMG]", "[IMG_BREAK]", "[IMG_END]"]})
+    template = "{% for one in messages %}{% for part in one['content'] %}{{ part['text'] }} {% endfor %}{% endfor %}"
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **text, **(text_encoder or {})},
+        vision_config={"model_type": "pixtral", "image_size": 32, "patch_size": 16, **vision},
+        image_token_index=len(WORDS),
+    )
+    Flux2Pipeline(
+        text_encoder=Mistral3ForConditionalGeneration(config),
+        tokenizer=PixtralProcessor(PixtralImageProcessor(), tokenizer, chat_template=template),
+        **tiny_flux2_parts(transformer, vae, scheduler),
+    ).save_pretrained(folder)
+    return folder
+
+
+def flux2_klein(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
+    """FLUX.2 klein: Qwen3, of whose 28 layers three are read."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        **{
+            "vocab_size": len(WORDS), "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 28,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 512,
+            **(text_encoder or {}),
+        }
+    )  # fmt: skip
+    Flux2KleinPipeline(
+        text_encoder=Qwen3ForCausalLM(config),
+        tokenizer=tiny_tokenizer(16, chat=True),
+        **tiny_flux2_parts({"guidance_embeds": False, **(transformer or {})}, vae, scheduler),
+    ).save_pretrained(folder)
     return folder
 
 
@@ -350,7 +409,7 @@ def krea2(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler
 
 FAMILIES: dict[str, Callable[..., Path]] = {
     "stable_diffusion": stable_diffusion, "sdxl": sdxl, "z_image": z_image, "flux": flux, "sd3": sd3,
-    "flux2_klein": flux2_klein, "qwen_image": qwen_image, "krea2": krea2,
+    "flux2": flux2, "flux2_klein": flux2_klein, "chroma": chroma, "qwen_image": qwen_image, "krea2": krea2,
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from conftest import (
     token_inputs,
 )
 from diffusers import (
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
@@ -240,6 +241,20 @@ TRANSFORMERS = {
             **dict.fromkeys([f"attn.{role}" for role in ("to_q", "to_k", "to_v", *CAPTION, "to_add_out")], (5, 4)),
             "attn.to_qkv_mlp_proj": (20, 19),
         },
+    ),
+    # 8 and 48.
+    "flux2_dev": (
+        Flux2Transformer2DModel,
+        {},
+        ["to_q", "to_add_out", "to_qkv_mlp_proj"],
+        {"attn.to_q": (8, 7), "attn.to_add_out": (8, 7), "attn.to_qkv_mlp_proj": (48, 47)},
+    ),
+    # As Flux.1.
+    "chroma": (
+        ChromaTransformer2DModel,
+        {},
+        ["to_q", "to_add_out", "proj_mlp"],
+        {"attn.to_q": (19 + 38, 18 + 37), "attn.to_add_out": (19, 18), "proj_mlp": (38, 37)},
     ),
     # 60 blocks of two streams; nothing is cut.
     "qwen_image": (
@@ -487,10 +502,10 @@ def test_z_images_refiners_are_linked_neither_to_each_other_nor_to_the_layers(im
 
 
 @pytest.mark.parametrize("lengths", [(16, 5), (16, 16)])
-@pytest.mark.parametrize("name", ["flux", "flux2"])
+@pytest.mark.parametrize("name", ["flux", "flux2", "chroma"])
 def test_image_and_caption_of_joint_attention_have_roles_of_their_own(name, lengths):
     build = getattr(tiny_models, name)
-    kinds = {"flux": {}, "flux2": {"pooled": None, "axes": 4}}
+    kinds = {"flux": {}, "flux2": {"pooled": None, "axes": 4}, "chroma": {"pooled": None}}
     model = get_peft_model(build(), LoraConfig(r=2, target_modules=["to_q", "add_q_proj", "to_add_out"]))
     chains = reslora.chains(model, example_inputs=tiny_models.flux_inputs(*lengths, **kinds[name]))
     both = [f"transformer_blocks.{n}.attn." for n in range(3)]
@@ -499,7 +514,7 @@ def test_image_and_caption_of_joint_attention_have_roles_of_their_own(name, leng
         "attn.add_q_proj": [[name + "add_q_proj" for name in both]],
         "attn.to_add_out": [[name + "to_add_out" for name in both]],
     }
-    if name == "flux":
+    if name != "flux2":
         expected["attn.to_q"].append([f"single_transformer_blocks.{n}.attn.to_q" for n in range(4)])
     assert_chains(chains, expected)
 
@@ -517,6 +532,10 @@ RUNS_AT = {
     "flux2": (
         tiny_models.flux2,
         [tiny_models.flux_inputs(*lengths, pooled=None, axes=4) for lengths in ((9, 4), (24, 24), (30, 64))],
+    ),
+    "chroma": (
+        tiny_models.chroma,
+        [tiny_models.flux_inputs(*lengths, pooled=None) for lengths in ((9, 4), (24, 24), (30, 64))],
     ),
     "sd3": (
         lambda: tiny_models.sd3(dual_attention_layers=(0, 1), qk_norm="rms_norm"),

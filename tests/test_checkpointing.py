@@ -1,6 +1,7 @@
 """Forwards that are computed twice, repeated, interrupted or of another size follow the equations all the same."""
 
 import pytest
+import tiny_models
 import torch
 from conftest import (
     ARCHITECTURES,
@@ -18,6 +19,7 @@ from conftest import (
     run,
     stack_chain,
 )
+from peft import LoraConfig
 from suites import quick
 from torch.utils.checkpoint import checkpoint
 from waiting import join, start_thread
@@ -42,6 +44,39 @@ def steps_with_and_without_dropout(model, inputs) -> list[tuple[dict, int]]:
         steps.append((gradients_of(model, inputs), len(calls)))
     handle.remove()
     return steps
+
+
+@pytest.mark.parametrize("shortcut", ["input", "block"])
+def test_chromas_mask_reaches_the_blocks_that_are_checkpointed(shortcut):
+    """diffusers passes it to those of two streams alone. Two forwards before the backwards have masks of their own."""
+    torch.manual_seed(0)
+    model = tiny_models.chroma().double()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    reslora.connect(model, ResLoraConfig(shortcut, -1))
+    model.train()
+    inputs = {
+        name: value.double() if value.is_floating_point() else value
+        for name, value in tiny_models.flux_inputs(9, 4, pooled=None).items()
+    }
+    masks = [torch.arange(13) != hidden for hidden in (3, 13)]
+
+    def gradients_of_both(padding: float) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        states = inputs["encoder_hidden_states"].clone()
+        states[:, 3] += padding  # which the first mask hides
+        outputs = [
+            model(**inputs | {"encoder_hidden_states": states, "attention_mask": mask.expand(2, -1)}).sample
+            for mask in masks
+        ]
+        (outputs[0].square().sum() + (outputs[1].square().sum() if not padding else 0)).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    plain, hidden = gradients_of_both(0.0), gradients_of_both(3.0)
+    reslora.enable_gradient_checkpointing(model)
+    for padding, expected in ((0.0, plain), (3.0, hidden)):
+        found = gradients_of_both(padding)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", quick(["llama", "unet", "bert"], "unet"))

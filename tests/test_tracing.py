@@ -369,6 +369,7 @@ TRANSFORMERS = {
     "flux": (tiny_models.flux, {}, (64, 24, 88)),
     "flux_guided": (tiny_models.flux, {"guidance_embeds": True}, (64, 24, 88)),
     "flux2": (tiny_models.flux2, {}, (64, 24, 88)),
+    "chroma": (tiny_models.chroma, {}, (64, 24, 88)),
     "sd3": (tiny_models.sd3, {}, (16, 77, None)),
     "sd3_large": (tiny_models.sd3, {"sample_size": 128, "pos_embed_max_size": 96}, (256, 77, None)),
     "qwen_image": (tiny_models.qwen_image, {}, (64, 24, None)),

@@ -2,6 +2,7 @@
 
 import torch
 from diffusers import (
+    ChromaTransformer2DModel,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     Krea2Transformer2DModel,
@@ -92,6 +93,15 @@ def flux2(**overrides) -> nn.Module:
     return Flux2Transformer2DModel(**config | overrides)
 
 
+def chroma(**overrides) -> nn.Module:
+    config = {
+        "patch_size": 1, "in_channels": 8, "num_layers": 3, "num_single_layers": 4, "attention_head_dim": 12,
+        "num_attention_heads": 2, "joint_attention_dim": 10, "axes_dims_rope": (4, 4, 4),
+        "approximator_num_channels": 16, "approximator_hidden_dim": 20, "approximator_layers": 2,
+    }  # fmt: skip
+    return ChromaTransformer2DModel(**config | overrides)
+
+
 def sd3(**overrides) -> nn.Module:
     config = {
         "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 4,
@@ -150,7 +160,7 @@ def z_image_inputs(sides: list[tuple[int, int]], captions: list[int]) -> dict:
 
 
 def flux_inputs(image: int, caption: int, pooled: int | None = 6, axes: int = 3) -> dict:
-    """Inputs of `flux`, or of `flux2` with `pooled=None, axes=4`."""
+    """Inputs of `flux`, of `flux2` with `pooled=None, axes=4`, or of `chroma` with `pooled=None`."""
     generator = torch.Generator().manual_seed(0)
     inputs = {
         "hidden_states": torch.randn(2, image, 8, generator=generator),
@@ -159,9 +169,9 @@ def flux_inputs(image: int, caption: int, pooled: int | None = 6, axes: int = 3)
         "img_ids": torch.zeros(image, axes),
         "txt_ids": torch.zeros(caption, axes),
     }
-    if pooled is None:
+    if axes == 4:
         return inputs | {"guidance": torch.ones(2)}
-    return inputs | {"pooled_projections": torch.randn(2, pooled, generator=generator)}
+    return inputs | ({"pooled_projections": torch.randn(2, pooled, generator=generator)} if pooled else {})
 
 
 def sd3_inputs(height: int, width: int, caption: int) -> dict:

@@ -25,7 +25,7 @@ from ..options.unused import refuse_unused
 from ..options.values import as_typed
 from ..shortcuts import PLAIN
 from .cache_folder import cache_folder
-from .model.kinds import read_index, refuse_parts
+from .model.kinds import read_index, refuse_others, refuse_parts, refuse_quantized
 
 PRODIGY = named("prodigy").path
 POLYNOMIAL_END = 1e-7  # final learning rate of diffusers' polynomial schedule
@@ -236,6 +236,8 @@ def check_places(options: Options) -> None:
     if vae and (Path(vae).exists() or is_path(vae)) and not (Path(vae) / "config.json").is_file():
         fix = "give an autoencoder's folder in diffusers format, or its name on the hub"
         raise InvalidArgument(f"--pretrained_vae_model_name_or_path {vae}", "no folder with a config.json", fix)
+    if file := model.pretrained_transformer_file:
+        refuse_others(Path(file), f"--pretrained_transformer_file {file}")
     if model.assistant_lora and not Path(model.assistant_lora).exists():
         fix = "give a LoRA file, or a folder with one"
         raise InvalidArgument(f"--assistant_lora {model.assistant_lora}", "no such file or folder", fix)
@@ -264,6 +266,7 @@ def check_model_name(name: str) -> None:
     """Raise `InvalidArgument` for a local path that is neither a pipeline of a known family nor a safetensors file."""
     path, flag = Path(name), f"--pretrained_model_name_or_path {name}"
     if path.is_file():
+        refuse_quantized(path, flag)
         if path.suffix != ".safetensors":
             raise InvalidArgument(flag, "not a .safetensors file", "give a folder in diffusers format, or such a file")
         refuse_parts(path, flag)

@@ -66,12 +66,16 @@ class ModelOptions:
 
     pretrained_model_name_or_path: str = by_content("",
         "a model of any family in docs/models.md: a folder in diffusers' format or a name on the hub; for Stable "
-        "Diffusion 1, 2 and SDXL also a .safetensors file",
+        "Diffusion, SDXL and Flux.1 also a .safetensors file with the complete model",
         or_else="the bundled pipeline", metavar="MODEL", short="model",
         essential="model to fine-tune: a folder, a .safetensors file or a name on the hub", path="absolute",
         compared_as="base model")
     pretrained_vae_model_name_or_path: str | None = by_content(None,
         "another autoencoder: a folder in diffusers' format or a name on the hub", metavar="VAE", path="absolute",
+        compared_as="base model")
+    pretrained_transformer_file: str | None = by_content(None,
+        ".safetensors file with the transformer, in the model's own layout, ComfyUI's or diffusers'; the configuration "
+        "and all other parts are those of --pretrained_model_name_or_path", metavar="FILE", path="absolute",
         compared_as="base model")
     assistant_lora: str | None = by_content(None,
         "LoRA file that is active in training and absent from samples, merges and exports, as ai-toolkit's assistants "
@@ -120,7 +124,7 @@ class MethodOptions(SharedMethodOptions):
         help="layers of the denoiser that get an adapter, by the end of their name; or one regular expression of "
         "their whole names",
         by_family="as in diffusers' script for the model, to_q, to_k, to_v, to_out.0 of U-Nets; but not Z-Image's "
-        "refiners and Krea 2's text_fusion.projector, and FLUX.2 klein's add_*_proj and to_add_out as well")
+        "refiners and Krea 2's text_fusion.projector, and FLUX.2's add_*_proj and to_add_out as well")
     train_text_encoder: bool = option(False,
         "also train the CLIP text encoders (Stable Diffusion, SDXL, SD 3, Flux.1): their attention gets the same "
         "adapter, with shortcuts between its own layers. T5 is not trained")
@@ -190,7 +194,7 @@ class DataOptions:
         "side of the square that images are cropped and scaled to; with several, each image is trained at all of "
         "them, and samples and the validation loss take the first", whole(8, LONGEST_SIDE), metavar="SIDE",
         collapses=True, essential="side of the images in pixels", compared_as="resolution", bundled=64,
-        by_family="Stable Diffusion 1 and 2, Flux.1, FLUX.2 klein, Qwen-Image, Krea 2 512; others 1024")
+        by_family="Stable Diffusion 1 and 2, Flux.1, FLUX.2, Chroma, Qwen-Image, Krea 2 512; others 1024")
     use_aspect_ratio_buckets: bool = option(False,
         "train each image near its own aspect ratio, at about the area of a --resolution square, without enlarging "
         "it",
@@ -301,7 +305,7 @@ class TrainingOptions:
         or_else="the scheduler's; 3 with shift", objective="flow",
         samplings=("uniform", "logit_normal", "mode", "shift"), compared_as="how losses are measured")
     guidance_scale_train: float = option(1.0,
-        "guidance scale that a guidance-distilled denoiser gets as input in training: only for Flux.1 dev "
+        "guidance scale that a guidance-distilled denoiser gets as input in training: only for Flux.1 and FLUX.2 dev "
         "(diffusers' script has 3.5)", NOT_NEGATIVE, compared_as="how losses are measured")
     max_sequence_length: int = option(None, "tokens of a caption that T5 or Qwen reads", COUNT,
         compared_as="how losses are measured", by_family="SD 3 77, others with T5 or Qwen 512")
@@ -418,10 +422,10 @@ class ValidationOptions:
         "add --validation_prompt and --num_validation_images 1, or leave it out"))
     num_inference_steps: int = shown(None, "denoising steps of a sample", COUNT,
         compared_as="how samples are generated", bundled=20,
-        by_family="Stable Diffusion 1 and 2, SDXL 30; Qwen-Image 50; others 28")
+        by_family="Stable Diffusion 1 and 2, SDXL 30; Chroma 35; Qwen-Image 50; others 28")
     guidance_scale: float = shown(None, "classifier-free guidance of a sample", NOT_NEGATIVE,
         compared_as="how samples are generated", bundled=4.0, bundled_flow=3.0,
-        by_family="Stable Diffusion 1 and 2 7.5; SDXL, Z-Image 5; SD 3 7; Flux.1 3.5; FLUX.2 klein, Qwen-Image 4; "
+        by_family="Stable Diffusion 1 and 2 7.5; SDXL, Z-Image, Chroma 5; SD 3 7; Flux.1 3.5; FLUX.2, Qwen-Image 4; "
         "Krea 2 4.5")
 
 

@@ -6,11 +6,13 @@ import shutil
 import pytest
 from app_runs import write_run
 
-from app.bases import PIPELINES, Base, base_of, word_of_model
+from app.bases import PIPELINES, Base, base_of, stamps_of, word_of_model
 from app.differences import setting
 from app.library import Library
 from app.runs import Run, RunError
 from reslora.bundled import ASSETS
+from reslora.images.model.families import load_family
+from reslora.images.model.loading import Model
 
 
 def base_with(folder, named: str) -> Base:
@@ -55,3 +57,20 @@ def test_another_folder_is_itself(tmp_path):
     there.mkdir(parents=True)
     for named in (str(there), "/elsewhere/assets/other", "owner/model"):
         assert base_with(tmp_path, named) == Base(named)
+
+
+def test_a_transformers_file_is_loaded_from_the_runs_own_cache(tmp_path):
+    """The trainer has converted it there; the option reaches what loads the model."""
+    file = tmp_path / "transformer.safetensors"
+    run = write_run(
+        tmp_path / "run", pretrained_model_name_or_path="owner/model", pretrained_transformer_file=str(file)
+    )
+    base = base_of(Library(tmp_path).find(run.name))
+    assert base == Base("owner/model", transformer=str(file), folder=str(run))
+    options = base.options()
+    assert options.model.pretrained_transformer_file == str(file) and options.output.output_dir == str(run)
+    model = Model(tmp_path / "model", load_family("FluxPipeline"), "--model")
+    file.touch()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").touch()
+    assert set(stamps_of(base, model)) == {file, tmp_path / "model" / "model_index.json"}

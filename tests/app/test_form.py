@@ -20,6 +20,7 @@ def test_no_flag_that_names_a_file_a_model_or_code_is_in_the_form():
     paths = {
         *("config", "output_dir", "logging_dir", "cache_dir", "train_data_dir", "class_data_dir", "init_lora"),
         *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "metric_model", "dataset_name"),
+        *("pretrained_transformer_file", "assistant_lora"),
         *("resume_from_checkpoint", "hub_token", "hub_model_id", "push_to_hub", "report_to", "optimizer_args"),
     }
     known = Options.table().keys() | {"config"}

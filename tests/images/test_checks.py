@@ -76,6 +76,7 @@ def test_which_pre_num_is_the_same_is_said(brief_flags, tmp_path, shortcut):
         ("ZImagePipeline", {}, "--guidance_scale_train 3.5"),
         ("Flux2KleinPipeline", {"guidance_embeds": True}, "--guidance_scale_train 3.5"),
         ("FluxPipeline", {"guidance_embeds": False}, "--guidance_scale_train 3.5"),
+        ("ChromaPipeline", {}, "--guidance_scale_train 3.5"),
     ],
 )
 def test_what_the_model_does_not_read_is_refused(pipeline, config, words):
@@ -86,12 +87,13 @@ def test_what_the_model_does_not_read_is_refused(pipeline, config, words):
     check_family(*parts(parse_args(["--guidance_scale_train", "1"]), "adapter", "training"), model)
 
 
-def test_what_the_model_reads_is_taken():
+@pytest.mark.parametrize("pipeline", ["FluxPipeline", "Flux2Pipeline"])
+def test_what_the_model_reads_is_taken(pipeline):
     flags = parse_args(["--max_sequence_length", "64", "--guidance_scale_train", "3.5"])
     check_family(
         flags.adapter,
         flags.training,
-        SimpleNamespace(family=load_family("FluxPipeline"), denoiser_config=lambda: {"guidance_embeds": 1}),
+        SimpleNamespace(family=load_family(pipeline), denoiser_config=lambda: {"guidance_embeds": 1}),
     )
 
 

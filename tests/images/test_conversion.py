@@ -72,18 +72,18 @@ def test_every_format_from_every_other_with_the_same_updates(family, tmp_path):
 
 
 # Stock diffusers reads no SD 3 or Krea 2 names of kohya's, no Stable Diffusion names of ComfyUI's, and Flux's first
-# single layer in the real model's size alone.
+# single layer, which is Chroma's, too, in the real model's size alone.
 STOCK = [(family, "diffusers") for family in FAMILIES]
 STOCK += [(family, "kohya") for family in FAMILIES if family not in ("sd3", "krea2")]
-STOCK += [(family, "comfyui") for family in ("z_image", "flux", "flux2_klein", "krea2")]
+STOCK += [(family, "comfyui") for family in ("z_image", "flux", "flux2", "flux2_klein", "chroma", "krea2")]
 LINEAR1 = re.compile(r"single_transformer_blocks\.\d+\.(attn\.to_.|proj_mlp)|.*embed.*|proj_out|norm_out.*")
 
 
 def stock_knows(family: str, to: str, layer: str) -> bool:
-    if family == "flux" and to != "diffusers":
-        return not LINEAR1.fullmatch(layer)
-    if to == "kohya" and family == "flux2_klein":
-        return "modulation" not in layer
+    if family in ("flux", "chroma") and to != "diffusers":
+        return not (LINEAR1.fullmatch(layer) or "distilled_guidance" in layer)
+    if to == "kohya" and family in ("flux2", "flux2_klein"):
+        return "modulation" not in layer and "guidance_embedder" not in layer
     if to == "kohya" and family in ("stable_diffusion", "sdxl"):
         return "attentions" in layer
     return True
@@ -269,7 +269,7 @@ def test_a_lora_is_made_of_the_difference_of_two_models(tuned, rank, tmp_path, c
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "z_image"])
+@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "z_image", "flux2", "flux2_klein"])
 def test_denoisers_folders_say_whose_they_are(family, tmp_path, capsys):
     """As the base of a conversion, and as both models of a difference."""
     base, layer = tiny(family) / names(family).family.denoiser, next(iter(names(family).shapes))

@@ -21,6 +21,8 @@ class Kind(NamedTuple):
     fix: str = "give a whole model, with text encoder and autoencoder"
 
 
+WIDE = ("BF16", "F16", "F32", "F64")
+TRANSFORMER = r"(diffusion_model\.|transformer\.)?"
 KINDS = (
     Kind(
         r".*(lora_|\.lora\.|_lora\.|hada_w|lokr_w|oft_)",
@@ -35,9 +37,50 @@ KINDS = (
     ),
     Kind(r"(text_model\.)?(encoder\.(layers|block)|embeddings)\.", "a text encoder alone"),
     Kind(r"(down_blocks|input_blocks)\.\d", "a U-Net alone"),
-    Kind(r"(\w*blocks|layers)\.\d", "a transformer alone"),
+    Kind(
+        rf"{TRANSFORMER}(\w*blocks|layers)\.\d",
+        "a transformer alone",
+        "give its pipeline's folder or name on the hub, and this with --pretrained_transformer_file",
+    ),
 )
 """The known kinds; the first kind that matches counts."""
+
+
+QUANTIZED = (
+    (r".*(\.(absmax|quant_map|nested_absmax)$|\.quant_state\.)", "bitsandbytes' 4 or 8 bits"),
+    (r".*(\.(scale_weight|scale_input|weight_scale(_2)?|weight_scale_inv|input_scale)$|scaled_fp8$)", "scaled fp8"),
+    (r".*\.(qweight|qzeros|wscales|comfy_quant)$", "integers with scales"),
+)
+"""Names of tensors that only quantized files have, and what the file is quantized to."""
+
+
+def refuse_quantized(path: Path, flag: str) -> None:
+    """Raise `InvalidArgument` for a GGUF file, and for a safetensors file with quantized weights."""
+    found = "GGUF" if path.suffix.lower() == ".gguf" else None
+    if found is None:
+        names = tensor_names(path)
+        found = next((what for pattern, what in QUANTIZED if any(re.match(pattern, name) for name in names)), None)
+    if found is None and names:
+        with safe_open(path, "pt") as file:
+            dtypes = {file.get_slice(name).get_dtype() for name in names if name.endswith(".weight")}
+        found = next((f"dtype {dtype}" for dtype in sorted(dtypes) if dtype not in WIDE), None)
+    if found:
+        fix = "give its bf16 or fp16 version; --base_precision quantizes that"
+        raise InvalidArgument(flag, f"its weights are quantized ({found})", fix)
+
+
+def refuse_others(path: Path, flag: str) -> None:
+    """Raise `InvalidArgument` if a file is neither a transformer nor a complete model, or if it is quantized."""
+    if not path.is_file():
+        raise InvalidArgument(flag, "no such file", "give a .safetensors file")
+    refuse_quantized(path, flag)
+    if path.suffix != ".safetensors":
+        raise InvalidArgument(flag, "not a .safetensors file", "give such a file")
+    names = tensor_names(path)
+    kind = next((kind for kind in KINDS if any(re.match(kind.names, name) for name in names)), None)
+    if kind is None or kind.what not in ("", KINDS[-1].what):
+        what = kind.what if kind else "no known transformer"
+        raise InvalidArgument(flag, f"it is {what}", "give a transformer, or a file that contains one")
 
 
 def refuse_parts(path: Path, flag: str) -> None:

@@ -1,6 +1,6 @@
 """Find the model as a local diffusers folder, and load its parts when they are needed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,31 +13,23 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
-from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
 from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 from huggingface_hub import constants
 from safetensors import safe_open
 from torch import nn
 
 from ...errors import InvalidArgument, first_line, refused_as
-from ...io import read_object, replacing
+from ...io import read_object
 from ...options.images import ModelOptions, OutputOptions
 from ...runtime.processes import on_all
-from ..cache_folder import cache_folder
-from ..content_hash import content_mark, folder_mark
+from ..content_hash import folder_mark
 from ..generators import derive
 from .families import load_family
 from .families.base import Family, Part
 from .kinds import read_index
 from .quantising import pack
+from .single_files import unpacked, with_transformer
 from .stored import Stored, load_exact, stored_weights
-
-# diffusers' names of the models in single files, and their pipelines; others cannot be trained from a single file.
-SINGLE_FILES = {
-    "v1": "StableDiffusionPipeline",
-    "v2": "StableDiffusionPipeline",
-    "xl_base": "StableDiffusionXLPipeline",
-}
 
 
 @dataclass(frozen=True)
@@ -185,16 +177,16 @@ def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: 
     name = model_options.pretrained_model_name_or_path
     flag, path = f"--pretrained_model_name_or_path {name}", Path(name)
     if path.is_file():
-        # The main process converts it, then the first process of each other machine, unless they share a disk.
-        on_all(lambda: unpacked(path, model_options, output) if accelerator.is_main_process else None)
-        on_all(lambda: unpacked(path, model_options, output) if accelerator.is_local_main_process else None)
-        folder = unpacked(path, model_options, output)
+        folder = on_each_machine(lambda: unpacked(path, model_options, output), accelerator)
     elif path.is_dir():
         folder = path
     else:
         folder = downloaded(model_options, flag)
     index = read_index(folder, flag)
     family = load_family(index["_class_name"])
+    if model_options.pretrained_transformer_file:
+        base = folder
+        folder = on_each_machine(lambda: with_transformer(base, family, model_options, output), accelerator)
     configs = {}
     for part, kind in index.items():
         # A part is a pair of library and class; other lists are settings of the pipeline.
@@ -216,6 +208,16 @@ def find_model(model_options: ModelOptions, output: OutputOptions, accelerator: 
     )  # fmt: skip
     check_vae(model)
     return model
+
+
+def on_each_machine(make: Callable[[], Path], accelerator: Accelerator) -> Path:
+    """Call `make`, which makes a folder once, in the main process, then in the first process of each machine.
+
+    The machines may share a disk. Returns the folder in every process.
+    """
+    on_all(lambda: make() if accelerator.is_main_process else None)
+    on_all(lambda: make() if accelerator.is_local_main_process else None)
+    return make()
 
 
 def check_vae(model: Model) -> None:
@@ -240,13 +242,16 @@ def check_prediction(options: ModelOptions, folder: Path) -> None:
 def downloaded(options: ModelOptions, flag: str) -> Path:
     """Download a model from the Hub, and return its folder in the Hub's cache."""
     check_hub(options, flag)
+    where: dict[str, Any] = {"revision": options.revision, "cache_dir": options.cache_dir}
+    given: dict[str, Any] = {"transformer": None} if options.pretrained_transformer_file else {}
     with refused_as(flag, "check the name and the connection"):
+        for part in given:  # its weights are in the file, and are not downloaded
+            huggingface_hub.hf_hub_download(options.pretrained_model_name_or_path, f"{part}/config.json", **where)
         return Path(
             DiffusionPipeline.download(
-                options.pretrained_model_name_or_path, revision=options.revision, variant=options.variant,
-                cache_dir=options.cache_dir, use_safetensors=True,
+                options.pretrained_model_name_or_path, variant=options.variant, use_safetensors=True, **where, **given
             )
-        )  # fmt: skip
+        )
 
 
 def check_hub(options: ModelOptions, flag: str) -> None:
@@ -265,25 +270,6 @@ def check_hub(options: ModelOptions, flag: str) -> None:
     except Exception as error:  # requests' or httpx's, depending on the version of huggingface_hub
         problem = f"no such folder, and {constants.ENDPOINT} cannot be reached ({first_line(error)})"
         raise InvalidArgument(flag, problem, "give a folder in diffusers format, or check the connection") from None
-
-
-def unpacked(path: Path, model: ModelOptions, output: OutputOptions) -> Path:
-    """Convert a single-file checkpoint to a diffusers folder in the cache, once; return the folder."""
-    flag = f"--pretrained_model_name_or_path {path}"
-    folder = cache_folder(model, output) / f"model-{path.stem}-{content_mark(path).replace(':', '-')}"
-    if (folder / "model_index.json").is_file():
-        return folder
-    with refused_as(flag, "give a checkpoint of Stable Diffusion 1.x, 2.x or SDXL"):
-        kind = infer_diffusers_model_type(load_single_file_checkpoint(str(path), disable_mmap=False))
-    if kind not in SINGLE_FILES:
-        raise InvalidArgument(flag, f"a single file of kind {kind!r}", "give a pipeline's folder in diffusers format")
-    family = load_family(SINGLE_FILES[kind])
-    convert = f"{family.pipeline.__name__}.from_single_file({str(path)!r}).save_pretrained('folder')"
-    with refused_as(flag, f"make a folder of it where the hub can be reached: {convert}"):
-        pipeline = family.pipeline.from_single_file(str(path), cache_dir=model.cache_dir)
-        with replacing(folder) as temporary:
-            pipeline.save_pretrained(temporary)
-    return folder
 
 
 def check_weights(folder: Path, variant: str | None, denoiser: nn.Module, flag: str) -> None:

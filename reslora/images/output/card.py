@@ -76,8 +76,17 @@ def example(method: str, repository: str, context: Context) -> list[str]:
 
 def loading_base(context: Context) -> list[str]:
     """Return the lines of Python code that load the base model."""
-    base = context.options.model.pretrained_model_name_or_path
+    base, file = context.options.model.pretrained_model_name_or_path, context.options.model.pretrained_transformer_file
     pipeline, load = "DiffusionPipeline", "from_pretrained"
+    if file:
+        kind, name = context.model.family.denoiser_class.__name__, name_of(base)
+        place = f'"{name_of(file)}", config="{name}", subfolder="transformer"'
+        return [
+            f"from diffusers import {kind}, {pipeline}",
+            "",
+            f"transformer = {kind}.from_single_file({place})",
+            f'pipeline = {pipeline}.{load}("{name}", transformer=transformer)',
+        ]
     if Path(base).is_file():
         pipeline, load = context.model.family.pipeline.__name__, "from_single_file"
     return [f"from diffusers import {pipeline}", "", f'pipeline = {pipeline}.{load}("{name_of(base)}")']

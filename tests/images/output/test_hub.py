@@ -198,6 +198,11 @@ def test_folders_are_called_by_their_names_and_the_hubs_by_theirs(hub, tmp_path,
     card = described(hub, "base.safetensors", dataset_name="someone/emoji")
     assert "trained on someone/emoji." in card and 'StableDiffusionPipeline.from_single_file("base.saf' in card
 
+    file = tmp_path / "cats" / "base.safetensors"
+    card = described(hub, "./base", pretrained_transformer_file=str(file), dataset_name="someone/emoji")
+    loaded = 'UNet2DConditionModel.from_single_file("base.safetensors", config="base", subfolder="transformer")'
+    assert f"transformer = {loaded}" in card and 'from_pretrained("base", transformer=transformer)' in card
+
 
 def test_a_readme_of_the_users_is_uploaded_as_it_is(run, base_flags, hub, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "out")

@@ -324,7 +324,7 @@ def test_what_cannot_work_is_refused(flags, capsys, tmp_path, words, expected):
     assert all(word in line for word in expected), line
 
 
-@pytest.mark.parametrize("family", ["z_image", "flux2_klein"])
+@pytest.mark.parametrize("family", ["z_image", "flux2_klein", "chroma"])
 def test_families_whose_encoders_do_not_train_are_refused(capsys, tmp_path, data, family):
     model = FAMILIES[family](tmp_path / "model")
     words = ["--pretrained_model_name_or_path", model, "--train_data_dir", data, "--output_dir", tmp_path / "out"]

@@ -18,7 +18,9 @@ FAMILIES = {
     "ZImagePipeline": "z_image",
     "FluxPipeline": "flux",
     "StableDiffusion3Pipeline": "sd3",
+    "Flux2Pipeline": "flux2",
     "Flux2KleinPipeline": "flux2_klein",
+    "ChromaPipeline": "chroma",
     "QwenImagePipeline": "qwen_image",
     "Krea2Pipeline": "krea2",
 }

@@ -109,6 +109,8 @@ class Family:
     """The number of latent positions per token of the denoiser."""
     one_size: bool = False
     """Whether all its denoisers have the published size, so that layers of another size belong to another family."""
+    derived: bool = False
+    """Whether another family has layers of the same names and sizes, to which LoRA files without metadata belong."""
     unguided: float = 1.0
     """The guidance scale g with which the pipeline applies no guidance: 1 if the pipeline computes `negative + g
     (positive - negative)`, 0 if it computes `positive + g (positive - negative)`."""

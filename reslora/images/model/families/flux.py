@@ -42,15 +42,15 @@ class Flux(Family):
     name = "flux"
     pipeline = FluxPipeline
     denoiser_class = FluxTransformer2DModel
-    text_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    trainable = (Part("text_encoder"),)
+    text_parts: tuple[str, ...] = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    trainable: tuple[Part, ...] = (Part("text_encoder"),)
     unused_parts = ("image_encoder", "feature_extractor")
     lora_files = ()
     is_told_guidance = True
     patch = 2
     original = ORIGINAL
     published: ClassVar = {"guidance_embeds": True}
-    marks = ("flux1", "flux-1")
+    marks: tuple[str, ...] = ("flux1", "flux-1")
     comfyui_words = ("lora_down", "lora_up")
     text_names: ClassVar = {
         "text_encoder": ("lora_te1", "text_encoders.clip_l.transformer"),

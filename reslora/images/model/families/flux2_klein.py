@@ -43,8 +43,14 @@ class Flux2Klein(Family):
     original = ORIGINAL
     patch = 2
     latents_per_token = 1
-    thinking = False
-    marks = ("flux2", "flux-2")
+    thinking: bool | None = False
+    published: ClassVar = {  # 9B's
+        "num_single_layers": 24,
+        "num_attention_heads": 32,
+        "joint_attention_dim": 12288,
+        "guidance_embeds": False,
+    }
+    marks = ("flux2_klein", "flux-2-klein")
     defaults: ClassVar = {
         **FLOW,
         "guidance_scale": 4.0,

@@ -20,6 +20,9 @@ from .names import Names, Parts, names_of
 from .reading import Content, family_of, read_content, read_parts
 from .writing import output_of, write
 
+APART = ("addition_embed_type", "guidance_embeds")
+"""Fields of a denoiser's configuration that distinguish families with the same class of denoiser."""
+
 
 def convert(args: argparse.Namespace) -> None:
     """Read, add, reduce and write LoRAs, and print a summary line."""
@@ -131,15 +134,17 @@ def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
         raise InvalidArgument(flag, "a single file does not describe its model", "give a folder in diffusers format")
     with refused_as(flag, "give a pipeline's folder in diffusers format, or its name on the hub"):
         alone = (Path(name) / "config.json").is_file() and not (Path(name) / "model_index.json").is_file()
-        known = [each for each in map(load_family, FAMILIES) if family in (None, each)]
+        known = list(map(load_family, FAMILIES))
         if alone:
             config = read_object(Path(name) / "config.json")
             kind = config.get("_class_name", "model without _class_name")
             fitting = [each for each in known if each.denoiser_class.__name__ == kind]
-            fitting = [each for each in fitting if is_sdxls(each.published) == is_sdxls(config)]
+            if len(fitting) > 1:  # the class is shared
+                fitting = [each for each in fitting if all(each.published.get(k) == config.get(k) for k in APART)]
         else:
             kind = DiffusionPipeline.load_config(name)["_class_name"]
             fitting = [each for each in known if each.pipeline.__name__ == kind]
+        fitting = [each for each in fitting if family in (None, each)]
         if len(fitting) != 1:
             problem = f"a {kind}" + (f", and --family {family.name}" if family else "")
             raise InvalidArgument(flag, problem, f"give one of {', '.join(FAMILIES)}, or its denoiser")
@@ -148,8 +153,3 @@ def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
         names = names_of(family, config)
         scheduler: Mapping = {} if alone else DDIMScheduler.load_config(name, subfolder="scheduler")
         return names, family.metadata(names.config, scheduler.get("prediction_type") == "v_prediction")
-
-
-def is_sdxls(config: Mapping) -> bool:
-    """Return whether a U-Net is SDXL's, by its configuration; its class is shared with other families."""
-    return config.get("addition_embed_type") == "text_time"

@@ -145,8 +145,8 @@ def _refuse_others(flag: str, config: Mapping) -> None:
 def family_of(content: Content) -> Family:
     """Return the family that the metadata names or, if that family is unknown, the only one that has all layers.
 
-    If several families have all layers, the proportions of the layers' shapes decide. Raises `InvalidArgument` if no
-    single family remains.
+    If several families have all layers, the proportions of the layers' shapes decide, and a derived family is left
+    out. Raises `InvalidArgument` if no single family remains.
     """
     said = [content.metadata.get(key, "").lower() for key in ("ss_base_model_version", "modelspec.architecture")]
     families = [load_family(pipeline) for pipeline in FAMILIES]
@@ -156,7 +156,7 @@ def family_of(content: Content) -> Family:
     pairs = pairs_of(content)
     fitting = [names for names in map(names_of, families) if all(name in names.known for name in pairs)]
     if len(fitting) > 1:
-        fitting = [names for names in fitting if _in_proportion(pairs, names)]
+        fitting = [names for names in fitting if _in_proportion(pairs, names) and not names.family.derived]
     if len(fitting) == 1:
         return fitting[0].family
     problem = "its layers are in several families" if fitting else "no single family is certain by its layers' names"

@@ -181,7 +181,7 @@ def test_what_a_model_predicts_is_in_kohyas_and_stability_ais_names(width, predi
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("family", ["z_image", "flux", "sd3", "sdxl"])
+@pytest.mark.parametrize("family", ["z_image", "flux", "sd3", "sdxl", "chroma", "flux2"])
 def test_gradient_checkpointing_changes_nothing(runs, family, tmp_path):
     folder = runs(family)
     config = json.loads((folder / "out" / "config.json").read_text())

@@ -161,10 +161,51 @@ def test_sd3(setting, with_t5):
     torch.testing.assert_close(one.loss(one.denoiser, batch), mean_square(prediction, velocity))
 
 
-@pytest.mark.exhaustive
+@pytest.mark.parametrize(("captions", "width"), [(CAPTIONS, 32), (MIXED, 48)], ids=["equal", "mixed"])
 @torch.no_grad()
-def test_flux2_klein_trains_on_patches_that_the_autoencoder_normalises(setting):
-    one = setting("flux2_klein")
+def test_chroma_reads_a_caption_and_one_token_of_padding_as_if_it_were_alone(setting, captions, width):
+    """T5 sees no padding, the denoiser one token of it, and nothing else: no mask, for alone none is needed."""
+    one = setting("chroma")
+    batch = one.batch(captions, width)
+    noisy, velocity = flow_parts(one, batch)
+    places = [(0, row, column) for row in range(noisy.shape[2] // 2) for column in range(width // 8)]
+    expected = []
+    for number, caption in enumerate(captions):
+        tokens = one.stock.tokenizer([caption], padding="max_length", max_length=16, return_tensors="pt")
+        states = one.stock.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        states = states[:, : tokens.attention_mask.sum() + 1]
+        output = one.denoiser(
+            patches(noisy[number : number + 1]), states, batch.timesteps[number : number + 1] / 1000,
+            torch.tensor(places).float(), torch.zeros(states.shape[1], 3),
+        ).sample  # fmt: skip
+        expected.append(mean_square(output, patches(velocity[number : number + 1])))
+    torch.testing.assert_close(one.loss(one.denoiser, batch), torch.cat(expected))
+
+
+@torch.no_grad()
+def test_chromas_states_are_those_that_its_pipelines_mask_keeps(setting):
+    """Of any number of padded tokens, all behind the first are masked; a caption of all tokens has no padding."""
+    one = setting("chroma")
+    states, _, mask, *_ = one.stock.encode_prompt(MIXED, do_classifier_free_guidance=False, max_sequence_length=512)
+    kept = one.family.encode_captions(one.stock, MIXED, 512)["states"]
+    assert states.shape[1] == 512 and [len(own) for own in kept] == mask.sum(dim=1).tolist() == [3 + 1, 6 + 1]
+    denoiser, noisy = one.denoiser.double(), one.batch().noise.double()
+    mask = torch.cat([mask.bool(), torch.ones(2, 16, dtype=torch.bool)], dim=1)
+    conditions = Conditions({"states": [own.double() for own in kept]}, SIZES)
+    inputs = one.family.denoiser_inputs(denoiser.config, noisy, torch.tensor([3, 800]), conditions)
+    own = denoiser(**inputs, return_dict=False)[0]
+    longer = {"encoder_hidden_states": states.double(), "attention_mask": mask, "txt_ids": torch.zeros(512, 3)}
+    torch.testing.assert_close(denoiser(**inputs | longer, return_dict=False)[0], own, rtol=1e-10, atol=1e-10)
+    assert len(one.family.encode_captions(one.stock, ["red " * 20], 12)["states"][0]) == 12
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ["flux2_klein", "flux2"])
+@torch.no_grad()
+def test_flux2_trains_on_patches_that_the_autoencoder_normalises(setting, family):
+    """Dev is told the guidance."""
+    words = ("--guidance_scale_train", "2.5") if family == "flux2" else ()
+    one = setting(family, *words)
     batch = one.batch(width=48)
     bn, s = one.stock.vae.bn, (batch.timesteps / 1000).view(2, 1, 1, 1)
     mean, std = batch.moments.unbind(1)
@@ -176,7 +217,8 @@ def test_flux2_klein_trains_on_patches_that_the_autoencoder_normalises(setting):
     height, width = x.shape[2:]
     places = torch.tensor([(0, row, column, 0) for row in range(height) for column in range(width)])
     flat = ((1 - s) * x + s * e).flatten(2).transpose(1, 2)
-    output = one.denoiser(flat, states, batch.timesteps / 1000, places.expand(2, -1, -1), text_ids).sample
+    told = torch.tensor([2.5, 2.5]) if words else None
+    output = one.denoiser(flat, states, batch.timesteps / 1000, places.expand(2, -1, -1), text_ids, told).sample
     expected = mean_square(output, (e - x).flatten(2).transpose(1, 2))
     torch.testing.assert_close(one.loss(one.denoiser, batch), expected)
 
@@ -254,7 +296,7 @@ def test_the_moments_of_qwen_images_autoencoder_are_those_of_the_only_frame(sett
     torch.testing.assert_close(moments[:, 1], posterior.std[:, :, 0])
 
 
-@pytest.mark.parametrize("name", ["qwen_image", "krea2"])
+@pytest.mark.parametrize("name", ["qwen_image", "krea2", "chroma"])
 @torch.no_grad()
 def test_padding_beside_a_longer_caption_changes_no_loss(setting, name):
     """Float64, where this is as exact as it can be: the mask keeps what is padding out of every product."""

@@ -1,0 +1,87 @@
+"""Chroma: Flux.1 schnell without CLIP and with an approximator of all modulations; T5's padding is masked."""
+
+from typing import ClassVar
+
+import torch
+from diffusers import ChromaPipeline, ChromaTransformer2DModel
+
+from .flux import ORIGINAL, Flux
+from .qwen_autoencoder import padded_inputs, side_by_side, without_padding
+
+APPROXIMATED = ("time_text_embed", "norm")
+
+
+class Chroma(Flux):
+    """Chroma, trained on the layers of diffusers' train_dreambooth_lora_flux.py; diffusers has no script for it.
+
+    The denoiser reads the tokens of a caption and one token of padding. diffusers' pipeline passes the mask of the
+    other padding as floating point, which attention adds to its logits instead of masking. Here, as in the model's own
+    code, padding has no effect: states are not padded, which is equivalent, because text has no positions.
+    """
+
+    name = "chroma"
+    pipeline = ChromaPipeline
+    denoiser_class = ChromaTransformer2DModel
+    text_parts = ("text_encoder", "tokenizer")
+    trainable = ()
+    is_told_guidance = False
+    original: ClassVar = {
+        ours: theirs
+        for ours, theirs in ORIGINAL.items()
+        if not any(part.startswith(APPROXIMATED) for part in ours.split("."))
+    } | {
+        "distilled_guidance_layer.in_proj": "distilled_guidance_layer.in_proj",
+        "distilled_guidance_layer.layers.{}.linear_1": "distilled_guidance_layer.layers.{}.in_layer",
+        "distilled_guidance_layer.layers.{}.linear_2": "distilled_guidance_layer.layers.{}.out_layer",
+        "distilled_guidance_layer.out_proj": "distilled_guidance_layer.out_proj",
+    }
+    published: ClassVar = {}
+    derived = True
+    version = ("chroma", "chroma")
+    marks = ("chroma",)
+    text_names: ClassVar = {}
+    defaults: ClassVar = {**Flux.defaults, "guidance_scale": 5.0, "num_inference_steps": 35}
+
+    def encode_captions(self, pipeline, captions, longest):
+        """Return `states`: a list of (tokens x width), with the caption's tokens and at most one token of padding."""
+        device = pipeline.text_encoder.device
+        states, mask = pipeline._get_t5_prompt_embeds(captions, max_sequence_length=longest, device=device)
+        return {"states": without_padding(states, mask)}
+
+    def denoiser_inputs(self, config, noisy, timesteps, conditions):
+        """Return packed latents, timesteps in [0, 1], text states, position ids, and the mask of text and image.
+
+        The mask is None if nothing is padded.
+        """
+        batch, _, height, width = noisy.shape
+        states, mask = padded_inputs(conditions.text["states"])
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(batch, height * width // self.latents_per_token)], dim=1)
+        return {
+            "hidden_states": ChromaPipeline._pack_latents(noisy, *noisy.shape),
+            "timestep": timesteps / 1000,
+            "encoder_hidden_states": states,
+            "txt_ids": torch.zeros(states.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
+            "img_ids": ChromaPipeline._prepare_latent_image_ids(
+                batch, height // 2, width // 2, noisy.device, noisy.dtype
+            ),
+            "attention_mask": mask,
+        }  # fmt: skip
+
+    def drawing_inputs(self, pipeline, text, negative, empty):
+        """Return text states of the captions and of the negative prompt, with boolean masks, which really mask."""
+        states, mask = side_by_side(text["states"])
+        others, others_mask = side_by_side([negative["states"][0]] * len(states))
+        return {
+            "prompt_embeds": states,
+            "prompt_attention_mask": mask,
+            "negative_prompt_embeds": others,
+            "negative_prompt_attention_mask": others_mask,
+        }
+
+    def model_version(self, config, predicts_v):
+        """Return the names of Chroma."""
+        return self.version
+
+
+FAMILY = Chroma()
