@@ -221,6 +221,13 @@ def flux(folder: Path, text_encoder=None, text_encoder_2=None, transformer=None,
     return folder
 
 
+def flux_kontext(folder: Path, **parts) -> Path:
+    """FLUX.1 Kontext: the parts of Flux.1 in the pipeline that reads a reference image."""
+    index = flux(folder, **parts) / "model_index.json"
+    index.write_text(index.read_text().replace('"FluxPipeline"', '"FluxKontextPipeline"'))
+    return folder
+
+
 def sd3(
     folder: Path, with_t5: bool = True, text_encoder=None, text_encoder_2=None, text_encoder_3=None,
     transformer=None, vae=None, scheduler=None,
@@ -352,6 +359,10 @@ FAMILIES: dict[str, Callable[..., Path]] = {
     "stable_diffusion": stable_diffusion, "sdxl": sdxl, "z_image": z_image, "flux": flux, "sd3": sd3,
     "flux2_klein": flux2_klein, "qwen_image": qwen_image, "krea2": krea2,
 }  # fmt: skip
+
+
+# Families that need a reference image for each image.
+EDITS: dict[str, Callable[..., Path]] = {"flux_kontext": flux_kontext}
 
 
 def tiny_clip_of_images(folder: Path) -> Path:

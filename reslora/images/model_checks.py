@@ -31,7 +31,7 @@ from ..tracing import meta_copy
 from ..training.context import Context
 from ..training.learning_rates import factors_of_layers
 from .data.buckets import named_buckets
-from .data.dataset import ImageDataset
+from .data.dataset import ImageDataset, data_flag
 from .initial_lora import add_adapter, config_of, targets_of
 from .model.families import FAMILIES, load_family
 from .model.families.base import Family, Part
@@ -205,6 +205,19 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
     if guidance != default and not (family.is_told_guidance and model.denoiser_config().get("guidance_embeds")):
         problem = f"the denoiser of this {family.name} is told no guidance"
         raise InvalidArgument(f"--guidance_scale_train {guidance}", problem, f"leave it at {default}")
+
+
+def check_reads_references(data: DataOptions, validation: ValidationOptions, model: Model) -> None:
+    """Raise `InvalidArgument` for an edit model without reference images, and for these with another model."""
+    family, argument = model.family, data.reference_flag
+    if family.edits and not argument:
+        problem = f"{family.name} edits reference images, and none are named"
+        fix = "give --conditioning_data_dir FOLDER with files of the same names, or --conditioning_image_column NAME"
+        raise InvalidArgument(data_flag(data), problem, fix)
+    if not family.edits and (argument or validation.validation_image):
+        argument = argument or f"--validation_image {' '.join(validation.validation_image)}"
+        names = ", ".join(other.name for other in map(load_family, FAMILIES) if other.edits)
+        raise InvalidArgument(argument, f"{family.name} edits no images", f"leave it out, or give a model of {names}")
 
 
 def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:

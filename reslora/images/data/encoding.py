@@ -72,7 +72,10 @@ class Latents:
     """The position of each image among the encoded images."""
 
     def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
-        """Return a variant: `moments` (2 x channels x height x width), `sizes` (6) and, with --masked_loss, `mask`."""
+        """Return a variant: `moments` (2 x channels x height x width), `sizes` (6) and, where given, `mask`.
+
+        With reference images, also `reference`: the mean of their latents (channels x height x width).
+        """
         return self.encoded.read(self.images[index], variant)
 
     def select(self, indices: Sequence[int]) -> Latents:
@@ -124,8 +127,9 @@ def encode_texts(
 class Variants(TorchDataset):
     """Dataset that maps an image's number to the tensors of all variants (crops and flips) of the image.
 
-    The tensors are pixels (variants x 3 x height x width), sizes (variants x 6) and, with --masked_loss, masks
-    (variants x 1 x height x width). For an image that cannot be trained on, the item is a string with the reason.
+    The tensors are pixels (variants x 3 x height x width), sizes (variants x 6) and masks (variants x 1 x height x
+    width; None without --masked_loss). With reference images, their pixels follow: the same crops and flips. For an
+    image that cannot be trained on, the item is a string with the reason.
     """
 
     def __init__(
@@ -157,20 +161,24 @@ class Variants(TorchDataset):
         pixels = (size.height, size.width, self.data.image_interpolation_mode, crops, self.flips, seed)
         return (self.images.marks[index], *pixels, *([MASKED] if self.training.masked_loss else []))
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...] | str:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, ...] | str:
         found = opened(self.images, index, self.training.masked_loss)
         if isinstance(found, str):
             return found
-        image, mask = found
+        image, mask, reference = found
         # Seeded by content, so that the crops do not depend on the image's position in the data.
         random = generator(self.training.seed, "crops", self.images.marks[index])
         draws = torch.rand(self.crops(index) - 1, 2, generator=random).tolist()
         how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
         size, interpolation = self.sizes[index], self.data.image_interpolation_mode
-        pixels = torch.stack([crop_and_scale(image, crop, flip, size, interpolation) for crop, flip in how])
+        pixels, *references = (
+            torch.stack([crop_and_scale(each, crop, flip, size, interpolation) for crop, flip in how])
+            for each in (image, reference)
+            if each is not None
+        )
         sizes = torch.tensor([crop_sizes(image.size, crop, flip, size) for crop, flip in how])
-        masks = [] if mask is None else [torch.stack([crop_mask(mask, crop, flip, size) for crop, flip in how])]
-        return pixels, sizes, *masks
+        masks = None if mask is None else torch.stack([crop_mask(mask, crop, flip, size) for crop, flip in how])
+        return pixels, sizes, masks, *references
 
 
 @dataclass
@@ -185,18 +193,20 @@ class Damages(TorchDataset):
         return found if isinstance(found, str) else ()
 
 
-def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image | None] | str:
-    """Return an image and its mask, or a string with the reason why the image cannot be trained on.
+def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image | None, Image | None] | str:
+    """Return an image, its mask and its reference image, or the reason why the image cannot be trained on.
 
-    The mask is None if `masked` is false. Raises `RunFailed` if the file may be intact but cannot be read at present.
+    The mask is None if `masked` is false; the reference image is None if there are none. Raises `RunFailed` if a file
+    may be intact but cannot be read at present.
     """
     try:
         image, mask = images.open_masked(index) if masked else (images.open(index), None)
+        reference = images.open_reference(index) if images.paired else None
     except Exception as error:
         if passes(error):
             raise RunFailed(f"{images.name(index)} {damage(error)}") from None
         return damage(error)
-    return NOTHING_COUNTS if mask is not None and mask.getbbox() is None else (image, mask)
+    return NOTHING_COUNTS if mask is not None and mask.getbbox() is None else (image, mask, reference)
 
 
 def encode_images(variants: Variants, key: object, vae: nn.Module, context: Context) -> tuple[Latents, dict[int, str]]:
@@ -253,12 +263,19 @@ def _filled(found: Encoded, part: int, make: Callable[[Sequence[int]], Generator
 
 
 def encoded(
-    family: Family, vae: nn.Module, pixels: torch.Tensor, sizes: torch.Tensor, masks: torch.Tensor | None = None
+    family: Family,
+    vae: nn.Module,
+    pixels: torch.Tensor,
+    sizes: torch.Tensor,
+    masks: torch.Tensor | None = None,
+    references: torch.Tensor | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Encode an image, and return the tensors to store for each of its variants."""
+    """Encode an image and its reference image, and return the tensors to store for each of its variants."""
     with torch.no_grad():
         moments = family.encode_images(vae, pixels.to(vae.device, vae.dtype))
-    kept = {"moments": moments, "sizes": sizes}
+        kept = {"moments": moments, "sizes": sizes}
+        if references is not None:
+            kept["reference"] = family.encode_images(vae, references.to(vae.device, vae.dtype))[:, 0]
     if masks is not None:
         kept["mask"] = interpolate(masks, moments.shape[-2:], mode="area")
     return [dict(zip(kept, values, strict=True)) for values in zip(*kept.values(), strict=True)]

@@ -17,7 +17,7 @@ from ..model.objective import Objective
 from .batch import Batch, collate
 from .captions import choose
 from .encoding import Texts, opened
-from .images import crop_and_scale, crop_mask, crop_sizes
+from .images import crop_and_scale, crop_mask, crop_sizes, open_image
 from .loaders import worker_options
 from .plan import Draw, Plan
 from .size import Size
@@ -68,6 +68,11 @@ class TrainingData:
         return source.transform.sampled(source.images.captions[draw.image], draws)
 
     @property
+    def paired(self) -> bool:
+        """Whether the images have reference images."""
+        return self.sources[0].images.paired
+
+    @property
     def held_out(self) -> list[tuple[int, int]]:
         """The number of the source, and of the image in it, for every held-out image."""
         return [(number, image) for number, source in enumerate(self.sources) for image in source.held_out]
@@ -87,6 +92,17 @@ class TrainingData:
                 opened.thumbnail((SHOWN, SHOWN))
                 found.append(opened)
         return found
+
+    def references(self) -> list[PIL.Image.Image]:
+        """Return the reference images of the samples: those of the options, or else of the first held-out images.
+
+        Without held-out images, those of the first training images; [] if there are no reference images at all.
+        """
+        if files := self.validation.validation_image:
+            return [open_image(file) for file in files]
+        places = self.held_out or [(0, image) for image in self.sources[0].train]
+        places = places[: max(1, len(self.validation.validation_prompt))]
+        return [self.sources[source].images.open_reference(image) for source, image in places if self.paired]
 
 
 class TrainingSamples(Dataset):
@@ -139,13 +155,15 @@ class TrainingSamples(Dataset):
         found = opened(source.images, draw.image, self.training_data.training.masked_loss)
         if isinstance(found, str):
             raise RunFailed(f"{source.images.name(draw.image)}: {found}")
-        image, mask = found
+        image, mask, reference = found
         crop = (0.5, 0.5) if data.center_crop else torch.rand(2, generator=draws).tolist()
         flip = data.random_flip and bool(torch.rand((), generator=draws) < 0.5)
         sizes = torch.tensor(crop_sizes(image.size, crop, flip, draw.size))
         pixels = crop_and_scale(image, crop, flip, draw.size, data.image_interpolation_mode)
-        masked = {} if mask is None else {"mask": crop_mask(mask, crop, flip, draw.size)}
-        return {"pixels": pixels, "sizes": sizes} | masked
+        more = {} if mask is None else {"mask": crop_mask(mask, crop, flip, draw.size)}
+        if reference is not None:
+            more["reference_pixels"] = crop_and_scale(reference, crop, flip, draw.size, data.image_interpolation_mode)
+        return {"pixels": pixels, "sizes": sizes} | more
 
     def batched(self, draws: Sequence[Draw], batch_size: int) -> Iterator[Batch]:
         """Yield the samples of `draws`, all of one size, in batches."""

@@ -153,7 +153,8 @@ def denoising(rehearsal: Rehearsal, denoiser: Any, count: int, size: Size, dtype
         text = rehearsal.text(count, dtype)
         if rehearsal.trainable:
             text = family.encode_trained(rehearsal.pipeline, rehearsal.captions(count), text)
-        conditions = Conditions(text, stage.empty(count, 6))
+        reference = stage.empty(count, *shape, dtype=dtype) if family.edits else None
+        conditions = Conditions(text, stage.empty(count, 6), reference=reference)
         denoiser(**family.denoiser_inputs(denoiser.config, noisy, timesteps, conditions), return_dict=False)
     return live.peak
 

@@ -178,6 +178,9 @@ class Rehearsal:
         pixels = {"pixels": empty(count, 3, size.height, size.width)}
         moments = {"moments": empty(count, 2, *shape, dtype=self.pipeline.vae.dtype)}
         mask = {"mask": empty(count, 1, *shape[1:])} if options.training.masked_loss else {}
+        if self.family.edits:
+            moments["reference"] = empty(count, *shape, dtype=self.pipeline.vae.dtype)
+            pixels["reference_pixels"] = empty(count, 3, size.height, size.width)
         return Batch(
             empty(count, dtype=self.objective.at(0.5).dtype), empty(count, *shape), empty(count, *shape),
             sizes=empty(count, 6), weight=empty(count), caption=self.captions(count), text=self.text(count),
@@ -207,8 +210,8 @@ class Rehearsal:
 
     def autoencoder(self, times: int = 1) -> int:
         """Return the bytes of the autoencoder that stay after encoding; `times` scales the bytes of each value."""
-        vae = self.pipeline.vae
-        return times * (tensor_bytes(vae) - (tensor_bytes(vae.encoder) if self.options.data.cache_latents else 0))
+        vae, forgotten = self.pipeline.vae, self.options.data.cache_latents and not self.family.edits
+        return times * (tensor_bytes(vae) - (tensor_bytes(vae.encoder) if forgotten else 0))
 
     def base(self) -> nn.Module:
         """Return the denoiser that will be trained, on the meta device and without an adapter."""

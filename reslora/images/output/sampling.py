@@ -18,6 +18,8 @@ from ...options.images import DataOptions, TrainingOptions, ValidationOptions
 from ...tracing import evaluating
 from ..data.batch import stack_texts
 from ..data.encoding import Texts
+from ..data.images import crop_and_scale
+from ..data.size import Size
 from ..generators import derive
 from ..model.assistant import without_assistant
 from ..model.families.base import Family, Part, Text
@@ -36,6 +38,8 @@ class Sampler:
     validation: ValidationOptions
     encoders: Sequence[Part] = ()
     """The pipeline's text encoders that are trained."""
+    references: Sequence[Image.Image] = ()
+    """The reference images of an edit model: the prompts use them in turn."""
 
     def draw(
         self,
@@ -68,6 +72,8 @@ class Sampler:
         for number, given in enumerate(prompts):
             prompt = Prompt(given) if isinstance(given, str) else given
             prompt = resolved(prompt, self.data, self.validation, self.family)
+            if self.references:
+                prompt = dataclasses.replace(prompt, reference=number % len(self.references))
             for image in range(images):
                 drawn = derive(self.training.seed, "sample", number, image)
                 found.append((prompt, drawn if prompt.seed is None else prompt.seed + image))
@@ -82,12 +88,25 @@ class Sampler:
         text, negative = self._text([one.prompt for one, _ in wanted]), self._text([first.negative_prompt])
         drawn = self.pipeline(
             **self.family.drawing_inputs(self.pipeline, text, negative, not first.negative_prompt),
+            **self._reference([one for one, _ in wanted]),
             generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
             num_inference_steps=first.num_inference_steps, **{self.family.guidance: first.guidance_scale},
             height=first.height, width=first.width,
             callback_on_step_end=callback, output_type="np",
         )  # fmt: skip
         return list(drawn.images)
+
+    def _reference(self, prompts: Sequence[Prompt]) -> dict:
+        """Return the pipeline's arguments for the prompts' reference images, cropped to the samples' size."""
+        if not self.references:
+            return {}
+        vae, size = self.pipeline.vae, Size(prompts[0].height or 0, prompts[0].width or 0)
+        how = (0.5, 0.5), False, size, self.data.image_interpolation_mode
+        pixels = torch.stack([crop_and_scale(self.references[one.reference or 0], *how) for one in prompts])
+        with torch.no_grad():
+            mean = self.family.encode_images(vae, pixels.to(vae.device, vae.dtype))[:, 0]
+        latents = self.family.scale_latents(vae, mean.float()).to(vae.dtype)
+        return self.family.reference_inputs(self.pipeline, latents)
 
     def _text(self, captions: list[str]) -> Text:
         # The pipeline's dtype, because some pipelines create latents in the dtype of the text states.
@@ -114,7 +133,7 @@ class Sampler:
 
 def shared(wanted: tuple[Prompt, int]) -> Prompt:
     """Return the options of a prompt that must be equal for all images of a batch."""
-    return dataclasses.replace(wanted[0], prompt="", seed=None)
+    return dataclasses.replace(wanted[0], prompt="", seed=None, reference=None)
 
 
 def as_bytes(drawn: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ FAMILIES = {
     "StableDiffusionXLPipeline": "sdxl",
     "ZImagePipeline": "z_image",
     "FluxPipeline": "flux",
+    "FluxKontextPipeline": "flux_kontext",
     "StableDiffusion3Pipeline": "sd3",
     "Flux2KleinPipeline": "flux2_klein",
     "QwenImagePipeline": "qwen_image",

@@ -49,6 +49,8 @@ class Conditions:
     """Batch x 6: height and width of the original image, top and left of the crop, height and width of the crop."""
     guidance: float = 1.0
     """The guidance scale that models with distilled guidance have as an input."""
+    reference: torch.Tensor | None = None
+    """The latents of the reference images that an edit model reads, in the shape of the noisy latents."""
 
 
 def numbered(name: str) -> tuple[str, list[str]]:
@@ -115,6 +117,8 @@ class Family:
     guidance: str = "guidance_scale"
     """The pipeline's argument for classifier-free guidance. A pipeline with an argument of another name than
     `guidance_scale` applies guidance only if it also gets a negative prompt."""
+    edits: bool = False
+    """Whether it edits a reference image. Its layers have the names and shapes of another family's layers."""
     encodes_in_float32: bool = False
     """Whether the autoencoder overflows in half precision if its configuration has `force_upcast`."""
 
@@ -246,3 +250,7 @@ class Family:
             states = found[arguments[name]]
             found[f"negative_{arguments[name]}"] = value.to(states).expand_as(states)
         return found
+
+    def reference_inputs(self, pipeline: DiffusionPipeline, reference: torch.Tensor) -> dict:
+        """Return the pipeline's keyword arguments for the latents of reference images, in the shape of the sample's."""
+        raise NotImplementedError

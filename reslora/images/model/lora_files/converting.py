@@ -135,7 +135,7 @@ def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
         if alone:
             config = read_object(Path(name) / "config.json")
             kind = config.get("_class_name", "model without _class_name")
-            fitting = [each for each in known if each.denoiser_class.__name__ == kind]
+            fitting = [each for each in known if each.denoiser_class.__name__ == kind and not each.edits]
             fitting = [each for each in fitting if is_sdxls(each.published) == is_sdxls(config)]
         else:
             kind = DiffusionPipeline.load_config(name)["_class_name"]
