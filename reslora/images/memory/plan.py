@@ -216,6 +216,7 @@ def guess(context: Context) -> float:
     pixels, texts = most_pixels(context), 64 * (options.training.max_sequence_length or 77)
     images = max(options.training.train_batch_size, 8)  # at most 8 crops and flips are encoded together
     passes = 2 if options.training.preserved_prompts else 1  # whose activations are kept at a time
+    passes *= 2 if model.family.edits else 1  # the reference image has as many tokens as the image
     # No supported autoencoder has more latents per pixel.
     at_work = 16.0 * passes * images * pixels / 16 * sum(widths(denoiser))
     for name, part in parts.items():

@@ -18,7 +18,7 @@ from ...options.images import DataOptions, TrainingOptions, ValidationOptions
 from ...tracing import evaluating
 from ..data.batch import stack_texts
 from ..data.encoding import Texts
-from ..data.images import crop_and_scale
+from ..data.images import cropped
 from ..data.size import Size
 from ..generators import derive
 from ..model.assistant import without_assistant
@@ -100,13 +100,8 @@ class Sampler:
         """Return the pipeline's arguments for the prompts' reference images, cropped to the samples' size."""
         if not self.references:
             return {}
-        vae, size = self.pipeline.vae, Size(prompts[0].height or 0, prompts[0].width or 0)
-        how = (0.5, 0.5), False, size, self.data.image_interpolation_mode
-        pixels = torch.stack([crop_and_scale(self.references[one.reference or 0], *how) for one in prompts])
-        with torch.no_grad():
-            mean = self.family.encode_images(vae, pixels.to(vae.device, vae.dtype))[:, 0]
-        latents = self.family.scale_latents(vae, mean.float()).to(vae.dtype)
-        return self.family.reference_inputs(self.pipeline, latents)
+        how = (0.5, 0.5), Size(prompts[0].height or 0, prompts[0].width or 0), self.data.image_interpolation_mode
+        return self.family.reference_inputs([cropped(self.references[one.reference or 0], *how) for one in prompts])
 
     def _text(self, captions: list[str]) -> Text:
         # The pipeline's dtype, because some pipelines create latents in the dtype of the text states.

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from PIL.Image import Image
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -251,6 +252,6 @@ class Family:
             found[f"negative_{arguments[name]}"] = value.to(states).expand_as(states)
         return found
 
-    def reference_inputs(self, pipeline: DiffusionPipeline, reference: torch.Tensor) -> dict:
-        """Return the pipeline's keyword arguments for the latents of reference images, in the shape of the sample's."""
+    def reference_inputs(self, references: list[Image]) -> dict:
+        """Return the pipeline's keyword arguments for the samples' reference images, which have the samples' size."""
         raise NotImplementedError

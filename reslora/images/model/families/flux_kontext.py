@@ -31,9 +31,9 @@ class FluxKontext(Flux):
         tokens = math.prod(noisy.shape[2:]) // self.latents_per_token
         return super().prediction((output[0][:, :tokens],), noisy)
 
-    def reference_inputs(self, pipeline, reference):
-        """Return the latents, and the sample's number of pixels as the area to which the pipeline scales its size."""
-        return {"image": reference, "max_area": math.prod(reference.shape[2:]) * pipeline.vae_scale_factor**2}
+    def reference_inputs(self, references):
+        """Return the images, and arguments with which the pipeline scales neither them nor the samples."""
+        return {"image": references, "max_area": math.prod(references[0].size), "_auto_resize": False}
 
 
 FAMILY = FluxKontext()
