@@ -32,6 +32,7 @@ from ..training.context import Context
 from ..training.learning_rates import factors_of_layers
 from .data.buckets import named_buckets
 from .data.dataset import ImageDataset, data_flag
+from .data.images import image_size
 from .initial_lora import add_adapter, config_of, targets_of
 from .model.families import FAMILIES, load_family
 from .model.families.base import Family, Part
@@ -208,7 +209,10 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
 
 
 def check_reads_references(data: DataOptions, validation: ValidationOptions, model: Model) -> None:
-    """Raise `InvalidArgument` for an edit model without reference images, and for these with another model."""
+    """Raise `InvalidArgument` for an edit model without reference images, and for these with another model.
+
+    Raise it also for a file of --validation_image that is no image.
+    """
     family, argument = model.family, data.reference_flag
     if family.edits and not argument:
         problem = f"{family.name} edits reference images, and none are named"
@@ -218,6 +222,9 @@ def check_reads_references(data: DataOptions, validation: ValidationOptions, mod
         argument = argument or f"--validation_image {' '.join(validation.validation_image)}"
         names = ", ".join(other.name for other in map(load_family, FAMILIES) if other.edits)
         raise InvalidArgument(argument, f"{family.name} edits no images", f"leave it out, or give a model of {names}")
+    for file in validation.validation_image:
+        if isinstance(problem := image_size(file), str):
+            raise InvalidArgument(f"--validation_image {file}", problem, "give an image")
 
 
 def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:

@@ -25,7 +25,6 @@ from ..options.unused import refuse_unused
 from ..options.values import as_typed
 from ..shortcuts import PLAIN
 from .cache_folder import cache_folder
-from .data.images import image_size
 from .model.kinds import read_index, refuse_parts
 
 PRODIGY = named("prodigy").path
@@ -265,9 +264,6 @@ def check_places(options: Options) -> None:
     for folder in data.conditioning_data_dir:
         if not Path(folder).is_dir():
             raise InvalidArgument(f"--conditioning_data_dir {folder}", "no such folder", "give one of reference images")
-    for file in options.validation.validation_image:
-        if isinstance(problem := image_size(file), str):
-            raise InvalidArgument(f"--validation_image {file}", problem, "give an image")
     check_writable(Path(options.output.output_dir), f"--output_dir {options.output.output_dir}")
     cache = cache_folder(model, options.output)
     if model.cache_dir and not cache.is_dir():  # an existing cache may be complete, and then it may be read-only
