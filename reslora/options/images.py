@@ -157,7 +157,7 @@ class DataOptions:
     conditioning_data_dir: list[str] = by_content([],
         "reference images of an edit model (Flux.1 Kontext): for each --train_data_dir a folder with a file of the "
         "same name for each image; the caption is the instruction that turns it into the image",
-        metavar="FOLDER", collapses=True, path="absolute", compared_as="held-out images",
+        metavar="FOLDER", path="absolute", compared_as="held-out images",
         kohya=("conditioning_data_dir",))
     conditioning_image_column: str | None = by_content(None,
         "column with the reference image of an edit model, or its file name", compared_as="held-out images",
@@ -391,7 +391,7 @@ class ValidationOptions:
     validation_image: list[str] = shown([],
         "reference images of the samples of an edit model: one for each prompt, or one for all", metavar="FILE",
         or_else="those of the first held-out images or, without these, of the first images", path="absolute",
-        collapses=True, compared_as="how samples are generated")
+        compared_as="how samples are generated")
     num_validation_images: int = shown(4, "samples per prompt; 0 generates none while training", NATURAL, bundled=1)
     validation_height: int | None = shown(None, "height of a sample in pixels", whole(8),
         or_else="the first --resolution", compared_as="how samples are generated")
