@@ -208,10 +208,13 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
         raise InvalidArgument(f"--guidance_scale_train {guidance}", problem, f"leave it at {default}")
 
 
-def check_reads_references(data: DataOptions, validation: ValidationOptions, model: Model) -> None:
+def check_reads_references(
+    data: DataOptions, training: TrainingOptions, validation: ValidationOptions, model: Model
+) -> None:
     """Raise `InvalidArgument` for an edit model without reference images, and for these with another model.
 
-    Raise it also for a file of --validation_image that is no image.
+    Raise it also for a file of --validation_image that is no image, and for options that need text states of captions
+    that are not encoded beforehand, if the text encoder reads reference images.
     """
     family, argument = model.family, data.reference_flag
     if family.edits and not argument:
@@ -222,9 +225,17 @@ def check_reads_references(data: DataOptions, validation: ValidationOptions, mod
         argument = argument or f"--validation_image {' '.join(validation.validation_image)}"
         names = ", ".join(other.name for other in map(load_family, FAMILIES) if other.edits)
         raise InvalidArgument(argument, f"{family.name} edits no images", f"leave it out, or give a model of {names}")
+    if family.reads_references:
+        problem = f"the text encoder of {family.name} reads each caption once, with its reference image as it is"
+        unable = ("random_flip", "enable_wildcard", "shuffle_caption", "caption_tag_dropout_rate")
+        given = [f"--{name}" for name in unable if getattr(data, name)]
+        given += [] if data.cache_text_embeddings else ["--no-cache_text_embeddings"]
+        given += ["--output_preservation_weight"] if training.preserved_prompts else []
+        if given:
+            raise InvalidArgument(given[0], problem, "leave it out")
     for file in validation.validation_image:
-        if isinstance(problem := image_size(file), str):
-            raise InvalidArgument(f"--validation_image {file}", problem, "give an image")
+        if isinstance(found := image_size(file), str):
+            raise InvalidArgument(f"--validation_image {file}", found, "give an image")
 
 
 def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:

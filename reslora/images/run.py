@@ -154,7 +154,7 @@ def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Con
     """
     model = find_model(options.model, options.output, accelerator)
     check_family(options.adapter, options.training, model)
-    check_reads_references(options.data, options.validation, model)
+    check_reads_references(options.data, options.training, options.validation, model)
     start = assistant = None
     if file := options.model.assistant_lora:
         base = options.model.pretrained_model_name_or_path

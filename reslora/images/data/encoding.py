@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ from .buckets import kept
 from .dataset import ImageDataset, data_flag
 from .images import NOTHING_COUNTS, crop_and_scale, crop_mask, crop_sizes, damage, passes
 from .loaders import stream, worker_options
-from .size import Size
+from .size import Size, same_size
 from .store import Encoded, Item, fill, share
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
@@ -43,15 +43,19 @@ RANDOM_CROPS = 4  # crops that are cached of an image that must be cut: the cent
 FITS = 0.93  # if a bucket keeps at least this fraction of an image, only the center crop is cached
 
 
+Instruction = str | tuple[str, str]
+"""A caption or, if the text encoder reads reference images, a caption and the hash of its reference image's content."""
+
+
 @dataclass(frozen=True)
 class Texts:
     """Text states by caption, read from disk on access."""
 
     encoded: Encoded | None
     """None if all text encoders are trained, so that nothing can be stored."""
-    places: dict[str, int]
+    places: dict[Instruction, int]
 
-    def __getitem__(self, caption: str) -> dict[str, torch.Tensor]:
+    def __getitem__(self, caption: Instruction) -> dict[str, torch.Tensor]:
         return self.encoded.read(self.places[caption]) if self.encoded else {}
 
 
@@ -87,12 +91,16 @@ class Latents:
 
 
 def encode_texts(
-    texts: Sequence[str], key: object, load_encoders: Callable[[], DiffusionPipeline], context: Context
+    texts: Sequence[Instruction],
+    key: object,
+    load_encoders: Callable[[], DiffusionPipeline],
+    context: Context,
+    references: Mapping[str, Callable[[], Image]] | None = None,
 ) -> Texts:
     """Return the text states of each distinct caption; the encoders are loaded only if states are missing on disk.
 
     `key` identifies the encoders' weights and precision. If some encoders are trained, only the output of the frozen
-    ones is stored.
+    ones is stored. `references`: functions that open reference images, by the hash in `texts`.
     """
     family, longest = context.model.family, context.options.training.max_sequence_length
     texts = list(dict.fromkeys(texts))
@@ -109,12 +117,17 @@ def encode_texts(
     def encode(numbers: Sequence[int]) -> Generator[Item]:
         context.status.say("encoding captions")
         pipeline = loaded()
-        for start in range(0, len(numbers), CAPTIONS_AT_ONCE):
+        at_once = CAPTIONS_AT_ONCE if references is None else 1  # an image has more than a thousand tokens
+        for start in range(0, len(numbers), at_once):
             context.stop.check(NOT_BEGUN)
-            captions = [texts[number] for number in numbers[start : start + CAPTIONS_AT_ONCE]]
+            some = [texts[number] for number in numbers[start : start + at_once]]
             with torch.no_grad():
-                states = encode_captions(pipeline, captions, longest)
-            for position in range(len(captions)):
+                if references is None:
+                    states = encode_captions(pipeline, [text for text in some if isinstance(text, str)], longest)
+                else:
+                    ((caption, mark),) = (text for text in some if isinstance(text, tuple))
+                    states = family.encode_with_reference(pipeline, caption, references[mark]())
+            for position in range(len(some)):
                 yield [{name: value[position] for name, value in states.items()}]
 
     _filled(encoded, PART_OF_CAPTIONS, encode, context)
@@ -133,9 +146,15 @@ class Variants(TorchDataset):
     """
 
     def __init__(
-        self, images: ImageDataset, sizes: Sequence[Size], data: DataOptions, training: TrainingOptions
+        self,
+        images: ImageDataset,
+        sizes: Sequence[Size],
+        data: DataOptions,
+        training: TrainingOptions,
+        reference_size: Callable[[int, int], tuple[int, int]] = same_size,
     ) -> None:
         self.images, self.sizes, self.data, self.training = images, sizes, data, training
+        self.reference_size = reference_size  # of the model's family
         self.flips = (False, True) if data.random_flip else (False,)
 
     def __len__(self) -> int:
@@ -171,9 +190,10 @@ class Variants(TorchDataset):
         draws = torch.rand(self.crops(index) - 1, 2, generator=random).tolist()
         how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
         size, interpolation = self.sizes[index], self.data.image_interpolation_mode
+        wanted = [(image, size), (reference, Size(*self.reference_size(size.height, size.width)))]
         pixels, *references = (
-            torch.stack([crop_and_scale(each, crop, flip, size, interpolation) for crop, flip in how])
-            for each in (image, reference)
+            torch.stack([crop_and_scale(each, crop, flip, side, interpolation) for crop, flip in how])
+            for each, side in wanted
             if each is not None
         )
         sizes = torch.tensor([crop_sizes(image.size, crop, flip, size) for crop, flip in how])

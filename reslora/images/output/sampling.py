@@ -38,8 +38,8 @@ class Sampler:
     validation: ValidationOptions
     encoders: Sequence[Part] = ()
     """The pipeline's text encoders that are trained."""
-    references: Sequence[Image.Image] = ()
-    """The reference images of an edit model: the prompts use them in turn."""
+    references: Sequence[tuple[str, Image.Image]] = ()
+    """The hashes and reference images of an edit model: the prompts use them in turn."""
 
     def draw(
         self,
@@ -85,7 +85,9 @@ class Sampler:
             return tensors
 
         first, _ = wanted[0]
-        text, negative = self._text([one.prompt for one, _ in wanted]), self._text([first.negative_prompt])
+        text = self._text([(one.prompt, one.reference) for one, _ in wanted])
+        negatives = wanted if self.references and self.family.reads_references else wanted[:1]
+        negative = self._text([(one.negative_prompt, one.reference) for one, _ in negatives])
         drawn = self.pipeline(
             **self.family.drawing_inputs(self.pipeline, text, negative, not first.negative_prompt),
             **self._reference([one for one, _ in wanted]),
@@ -100,16 +102,21 @@ class Sampler:
         """Return the pipeline's arguments for the prompts' reference images, cropped to the samples' size."""
         if not self.references:
             return {}
-        how = (0.5, 0.5), Size(prompts[0].height or 0, prompts[0].width or 0), self.data.image_interpolation_mode
-        return self.family.reference_inputs([cropped(self.references[one.reference or 0], *how) for one in prompts])
+        size = Size(*self.family.reference_size(prompts[0].height or 0, prompts[0].width or 0))
+        images = [self.references[one.reference or 0][1] for one in prompts]
+        how = (0.5, 0.5), size, self.data.image_interpolation_mode
+        return self.family.reference_inputs([cropped(image, *how) for image in images])
 
-    def _text(self, captions: list[str]) -> Text:
+    def _text(self, prompts: list[tuple[str, int | None]]) -> Text:
         # The pipeline's dtype, because some pipelines create latents in the dtype of the text states.
         vae = self.pipeline.vae
 
         def ready(text: Text) -> Text:
             return tree_map(lambda value: value.to(vae.device, vae.dtype, non_blocking=True), text)
 
+        if self.references and self.family.reads_references:
+            return ready(stack_texts([self.texts[text, self.references[number or 0][0]] for text, number in prompts]))
+        captions = [caption for caption, _ in prompts]
         states = ready(stack_texts([self._states(caption) for caption in captions]))
         if not self.encoders:
             return states

@@ -51,7 +51,7 @@ class Sampler:
 
 def setting() -> SimpleNamespace:
     known = dict(captions=[["red"], ["blue"], ["red"], ["red"]], marks=["a", "b", "c", "d"])
-    learnt = SimpleNamespace(angles=IMAGES[:4], of_class=False, **known)
+    learnt = SimpleNamespace(angles=IMAGES[:4], of_class=False, paired=False, **known)
     of_class = SimpleNamespace(angles=IMAGES[4:], of_class=True, marks=["e"], captions=[["red"]])
     sources = (
         SimpleNamespace(

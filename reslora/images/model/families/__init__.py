@@ -21,6 +21,7 @@ FAMILIES = {
     "StableDiffusion3Pipeline": "sd3",
     "Flux2KleinPipeline": "flux2_klein",
     "QwenImagePipeline": "qwen_image",
+    "QwenImageEditPipeline": "qwen_image_edit",
     "Krea2Pipeline": "krea2",
 }
 

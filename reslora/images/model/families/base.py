@@ -51,7 +51,7 @@ class Conditions:
     guidance: float = 1.0
     """The guidance scale that models with distilled guidance have as an input."""
     reference: torch.Tensor | None = None
-    """The latents of the reference images that an edit model reads, in the shape of the noisy latents."""
+    """The latents of the reference images that an edit model reads: batch x channels x height x width."""
 
 
 def numbered(name: str) -> tuple[str, list[str]]:
@@ -120,6 +120,8 @@ class Family:
     `guidance_scale` applies guidance only if it also gets a negative prompt."""
     edits: bool = False
     """Whether it edits a reference image. Its layers have the names and shapes of another family's layers."""
+    reads_references: bool = False
+    """Whether the text encoder reads the reference image together with the caption."""
     encodes_in_float32: bool = False
     """Whether the autoencoder overflows in half precision if its configuration has `force_upcast`."""
 
@@ -252,6 +254,14 @@ class Family:
             found[f"negative_{arguments[name]}"] = value.to(states).expand_as(states)
         return found
 
+    def reference_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width of the reference image of an image of that height and width."""
+        return height, width
+
+    def encode_with_reference(self, pipeline: DiffusionPipeline, caption: str, reference: Image) -> Text:
+        """Return the text states of a caption and its reference image, if `reads_references`."""
+        raise NotImplementedError
+
     def reference_inputs(self, references: list[Image]) -> dict:
-        """Return the pipeline's keyword arguments for the samples' reference images, which have the samples' size."""
+        """Return the pipeline's keyword arguments for the samples' reference images, of `reference_size`."""
         raise NotImplementedError
