@@ -153,31 +153,31 @@ def trained(place) -> Path:
     return out
 
 
-def drawn(place: SimpleNamespace, weights: Path | None, reference: PIL.Image.Image) -> np.ndarray:
+def drawn(place: SimpleNamespace, weights: Path | None, reference: PIL.Image.Image, number: int = 0) -> np.ndarray:
     pipe = FluxKontextPipeline.from_pretrained(place.model, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     if weights:
         pipe.load_lora_weights(weights.parent, weight_name=weights.name)
-    seed = torch.Generator().manual_seed(derive(0, "sample", 0, 0))
+    seed, prompt = torch.Generator().manual_seed(derive(0, "sample", number, 0)), ["blue box", "red disc"][number]
     size = {"height": 32, "width": 32, "max_area": 32 * 32, "_auto_resize": False}
-    return pipe(reference, "blue box", generator=seed, num_inference_steps=2, output_type="np", **size).images[0]
+    return pipe(reference, prompt, generator=seed, num_inference_steps=2, output_type="np", **size).images[0]
 
 
 def test_samples_are_those_of_the_stock_pipeline_with_the_exported_lora(place, trained):
-    """The reference of the first prompt is that of the first held-out image: here it has the size of the sample."""
+    """The references of the prompts are those of the first held-out images; here they have the size of the sample."""
     files = json.loads((trained / "reslora" / "exports.json").read_text())["difference_of_255"]
     assert {"pytorch_lora_weights.safetensors", "peft", "transformer"} <= files.keys() and max(files.values()) <= 2
     one = training_data_of([*place.flags, "--validation_split", "0.4", "--validation_prompt", "a", "b"])
-    (_, first), (_, second) = one.data.held_out[:2]
-    assert same_image(one.data.references()[1][1], random_image(second + 300))
-    reference = random_image(first + 300)
-    middle = (reference.width - 32) // 2
-    reference = reference.crop((middle, 0, middle + 32, 32))
-    sample = np.asarray(PIL.Image.open(trained / "reslora" / "merged" / "0-0.png")) / 255
     weights = trained / "reslora" / "pytorch_lora_weights.safetensors"
-    assert np.abs(drawn(place, weights, reference) - sample).max() <= 2 / 255
-    assert np.abs(drawn(place, None, reference) - sample).max() > 4 / 255
-    assert np.abs(drawn(place, weights, PIL.Image.new("RGB", (32, 32), "red")) - sample).max() > 4 / 255
+    for number, (_, image) in enumerate(one.data.held_out[:2]):
+        reference = random_image(image + 300)
+        assert same_image(one.data.references()[number][1], reference)
+        middle = (reference.width - 32) // 2
+        reference = reference.crop((middle, 0, middle + 32, 32))
+        sample = np.asarray(PIL.Image.open(trained / "reslora" / "merged" / f"{number}-0.png")) / 255
+        assert np.abs(drawn(place, weights, reference, number) - sample).max() <= 2 / 255
+        assert np.abs(drawn(place, None, reference, number) - sample).max() > 4 / 255
+        assert np.abs(drawn(place, weights, PIL.Image.new("RGB", (32, 32), "red"), number) - sample).max() > 4 / 255
 
 
 @pytest.mark.exhaustive
