@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import gradio as gr
 
@@ -10,7 +9,7 @@ from reslora.formatting import pluralize
 
 from .. import generation_request, stacks, views, weight_files
 from ..generation_request import Drawn, Request
-from ..handlers import NO_PROGRESS, QUIET, paths_of
+from ..handlers import NO_PROGRESS, QUIET, path_of, paths_of
 from ..runs import BASE, Run, RunError, Weights
 from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
@@ -168,10 +167,6 @@ class GenerateTab(Tab):
             return stacks.stacked(self.library, run, loras, strengths)
         return run.find_weights(label) if run else BASE
 
-    def reference_of(self, payload) -> Path | None:
-        """Return the path of the uploaded reference image; None without one."""
-        return next(map(Path, paths_of(payload)), None)
-
     # -- generation ----------------------------------------------------------------------------------------------------
 
     def draw(
@@ -189,7 +184,7 @@ class GenerateTab(Tab):
         done, files, text, wanted = [], [], "Starting", request.images * len(choices)
         yield [], views.progress(text, 0), request.seed, ""
         try:
-            given = self.reference_of(reference)
+            given = path_of(reference)
             for event in self.studio.generate(run, choices, request, session, lambda: hears(asked), given):
                 text = event.text if isinstance(event, Status) else text
                 share = event.done / event.total if isinstance(event, Step) else 0.0

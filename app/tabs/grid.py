@@ -13,7 +13,7 @@ from reslora.formatting import pluralize
 
 from .. import grids, views
 from ..generation_request import Drawn, Request
-from ..handlers import NO_PROGRESS, QUIET
+from ..handlers import NO_PROGRESS, QUIET, path_of
 from ..launcher import safe_name
 from ..runs import Run, RunError
 from ..sessions import TURNS, hears
@@ -105,7 +105,7 @@ class GridPart:
         grid = grids.grid(run, weights, request, *axes)
         drawn, files, shown, text, session = {}, {}, {}, "Starting", asked.session_hash or ""
         yield grids.table(grid, shown), views.progress(text, 0), None, None
-        given = self.tab.reference_of(reference)
+        given = path_of(reference)
         cells, pictures = iter(grid.cells), [replace(cell.picture, reference=given) for cell in grid.cells]
         try:
             for event in self.tab.studio.draw_grid(run, pictures, session, lambda: hears(asked)):
