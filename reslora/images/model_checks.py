@@ -32,7 +32,7 @@ from ..training.context import Context
 from ..training.learning_rates import factors_of_layers
 from .data.buckets import named_buckets
 from .data.dataset import ImageDataset, data_flag
-from .data.images import image_size
+from .data.images import image_size, open_image
 from .initial_lora import add_adapter, config_of, targets_of
 from .model.families import FAMILIES, load_family
 from .model.families.base import Family, Part
@@ -236,6 +236,8 @@ def check_reads_references(
     for file in validation.validation_image:
         if isinstance(found := image_size(file), str):
             raise InvalidArgument(f"--validation_image {file}", found, "give an image")
+        with refused_as(f"--validation_image {file}", "give an image"):
+            open_image(file)
 
 
 def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:

@@ -342,6 +342,7 @@ REFUSALS = [
     (["--conditioning_data_dir", "{before}", "--class_data_dir", "c", "--class_prompt", "a"], "class images have no"),
     (["--conditioning_image_column", "a"], "has the columns 'file_name', 'text'; name one of these"),
     (["--conditioning_data_dir", "{before}", "--validation_image", "a.png"], "no such file; give an image"),
+    (["--conditioning_data_dir", "{before}", "--validation_image", "{half}"], "truncated"),
     (["--validation_image", "{one}", "{one}", "--validation_prompt", "a", "b", "c"], "2 images for 3 prompts"),
     ([], "flux_kontext edits reference images, and none are named; give --conditioning_data_dir FOLDER"),
 ]
@@ -350,7 +351,9 @@ REFUSALS = [
 @pytest.mark.parametrize(("flags", "words"), REFUSALS, ids=[words for _, words in REFUSALS])
 def test_refusals(place, tmp_path, capsys, flags, words):
     before = place.folder / "before"
-    given = [flag.format(before=before, one=before / "1.png") for flag in flags]
+    half = tmp_path / "half.png"
+    half.write_bytes((before / "1.png").read_bytes()[:1500])
+    given = [flag.format(before=before, one=before / "1.png", half=half) for flag in flags]
     common = ["--pretrained_model_name_or_path", place.model, "--train_data_dir", place.folder / "images"]
     assert words in refused(capsys, *common, "--resolution", "32", "--output_dir", tmp_path / "out", *given)
 
