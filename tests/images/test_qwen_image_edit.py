@@ -141,12 +141,16 @@ def test_a_stopped_run_resumes_to_the_same_weights(place, trained, tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("more", [[], ["--no-cache_latents"]])
 def test_a_step_takes_what_is_planned(place, tmp_path, more):
-    flags = [*place.pairs[2:], "--validation_prompt", "red disc", "--num_validation_images", "1", *more]
+    flags = [*place.pairs[2:], "--resolution", "32", "--validation_prompt", "red disc", "--num_validation_images", "1"]
+    flags += more
     images, context = resolved(place.model, place.folder / "images", tmp_path / "out", *flags)
     plan = plan_of(images, context, None)
     assert len(plan.unknown) == 1 and "text encoder: unknown" in plan.unknown[0]
     assert plan.peak.total < guess(context)
-    compare(next(phase for phase in plan.phases if phase.name == "training"), Rehearsal(images, context), context)
+    rehearsal = Rehearsal(images, context)
+    batch = rehearsal.batch(2)
+    assert (batch.reference_pixels if more else batch.reference).shape == ((2, 3, 64, 64) if more else (2, 4, 16, 16))
+    compare(next(phase for phase in plan.phases if phase.name == "training"), rehearsal, context)
 
 
 def test_text_states_belong_to_caption_and_reference(place, tmp_path):
