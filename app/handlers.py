@@ -8,6 +8,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import gradio as gr
 
@@ -95,3 +96,8 @@ def paths_of(payload) -> list[str]:
     """
     files = payload if isinstance(payload, list) else [payload] if payload else []
     return [file["path"] for file in files]
+
+
+def path_of(payload) -> Path | None:
+    """Return the path of an uploaded file from such a payload; None without a file."""
+    return next(map(Path, paths_of(payload)), None)

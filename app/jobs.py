@@ -51,7 +51,7 @@ MOST, MOST_ENDED = 100, 20
 LONGEST = 100_000  # characters of one entry in the file
 GONE = "its folder is gone: it was renamed or removed"
 PATIENCE = 120.0  # seconds to wait for the lock: another change of the queue may copy a thousand images
-FOLDERS = ("train_data_dir", "class_data_dir", "dataset_name")
+FOLDERS = ("train_data_dir", "conditioning_data_dir", "class_data_dir", "dataset_name")
 """Options that may name a folder of images."""
 BEFORE = {LOG_NAME, EXPERIMENT_LOG, NOTES, SAVE, SAMPLE, "cache", "images.json", "logs"}
 """Files and folders that may be in a run's folder before training begins; `cache` contains encoded images."""

@@ -27,6 +27,8 @@ from diffusers import DiffusionPipeline
 import reslora
 from reslora import io as files
 from reslora.errors import InvalidArgument, RunFailed
+from reslora.images.data.images import cropped, image_size, open_image
+from reslora.images.data.size import Size
 from reslora.images.initial_lora import targets_of
 from reslora.images.model.families.base import Family
 from reslora.images.model.loading import Model, find_model
@@ -81,6 +83,8 @@ class Picture:
     """Status line while the image is generated."""
     merge: tuple[Weights, str] | None = None
     """The checkpoint and the merge method from which to make the weights if they do not exist yet."""
+    reference: Path | None = None
+    """The reference image of an edit model."""
 
 
 class Visitor:
@@ -160,8 +164,9 @@ class Studio:
         request: Request,
         session: str = "",
         listening: Callable[[], bool] = lambda: True,
+        reference: Path | None = None,
     ) -> Iterator[Status | Step | Drawn]:
-        """Yield status messages, step messages and images.
+        """Yield status messages, step messages and images; `reference` is the image that an edit model changes.
 
         Image i has the seed `request.seed + i`, whatever the number of images. It is generated once with each of the weights
         in `choices`.
@@ -177,7 +182,7 @@ class Studio:
         for number in range(request.images):
             one = replace(request, seed=(request.seed + number) % SEEDS, images=1)
             title = f"Image {number + 1} of {request.images}"
-            pictures += [Picture(choice, one, f"{title}, {choice.label}") for choice in choices]
+            pictures += [Picture(choice, one, f"{title}, {choice.label}", None, reference) for choice in choices]
         yield from self._progress(lambda visitor: self._draw_all(run, pictures, visitor), session, "images", listening)
 
     def draw_grid(
@@ -293,8 +298,22 @@ class Studio:
             self.family.guidance: request.guidance, "height": self._side(request.height),
             "width": self._side(request.width), "callback_on_step_end": after_step,
         }  # fmt: skip
+        wanted |= self._reference_inputs(picture)
         taken = inspect.signature(self.pipeline.__call__).parameters  # some pipelines take no negative prompt
         return self.pipeline(**{name: value for name, value in wanted.items() if name in taken}).images[0]
+
+    def _reference_inputs(self, picture: Picture) -> dict:
+        """Return the pipeline's arguments for the reference image. Raises `RunError` for a wrong or missing image."""
+        if (picture.reference is not None) != self.family.edits:
+            wrong = "changes an image: give a reference image" if self.family.edits else "takes no reference image"
+            raise RunError(f"This model {wrong}.")
+        if picture.reference is None:
+            return {}
+        if isinstance(problem := image_size(picture.reference), str):
+            raise RunError(f"The reference image cannot be used: {problem}.")
+        size = Size(*self.family.reference_size(*map(self._side, (picture.request.height, picture.request.width))))
+        image = cropped(open_image(picture.reference), (0.5, 0.5), size, "lanczos")
+        return self.family.reference_inputs([image])
 
     def _side(self, pixels: int) -> int:
         """Round a width or height in pixels down to one that the model can generate, but at least to the smallest one."""

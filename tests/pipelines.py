@@ -29,6 +29,7 @@ from diffusers import (
     FluxTransformer2DModel,
     Krea2Pipeline,
     Krea2Transformer2DModel,
+    QwenImageEditPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -57,6 +58,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
@@ -228,6 +232,13 @@ def flux(folder: Path, text_encoder=None, text_encoder_2=None, transformer=None,
     return folder
 
 
+def flux_kontext(folder: Path, **parts) -> Path:
+    """FLUX.1 Kontext: the parts of Flux.1 in the pipeline that reads a reference image."""
+    index = flux(folder, **parts) / "model_index.json"
+    index.write_text(index.read_text().replace('"FluxPipeline"', '"FluxKontextPipeline"'))
+    return folder
+
+
 def sd3(
     folder: Path, with_t5: bool = True, text_encoder=None, text_encoder_2=None, text_encoder_3=None,
     transformer=None, vae=None, scheduler=None,
@@ -380,6 +391,27 @@ def qwen_image(folder: Path, text_encoder=None, transformer=None, vae=None, sche
     return folder
 
 
+def qwen_image_edit(folder: Path, vae=None) -> Path:
+    """Qwen-Image-Edit: the parts of Qwen-Image, and a processor of reference images for Qwen2.5-VL."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(1100)
+    tokens = [f"<|{name}|>" for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ids = dict(zip(names, tokenizer.convert_tokens_to_ids(tokens), strict=True))
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1000000.0}
+    text = QWEN_TEXT | {"rope_scaling": rope, "vocab_size": len(tokenizer)}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=QWEN_VISION, **ids)
+    pipeline = QwenImagePipeline.from_pretrained(qwen_image(folder / "base", vae=vae))
+    QwenImageEditPipeline(
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=tokenizer,
+        processor=Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor()),
+        **{name: getattr(pipeline, name) for name in ("transformer", "vae", "scheduler")},
+    ).save_pretrained(folder / "model")
+    return folder / "model"
+
+
 def krea2(folder: Path, text_encoder=None, transformer=None, vae=None, scheduler=None) -> Path:
     """Krea 2: three layers of Qwen3-VL a token, fused; one stream whose keys and values are half as wide."""
     torch.manual_seed(0)
@@ -411,6 +443,10 @@ FAMILIES: dict[str, Callable[..., Path]] = {
     "stable_diffusion": stable_diffusion, "sdxl": sdxl, "z_image": z_image, "flux": flux, "sd3": sd3,
     "flux2": flux2, "flux2_klein": flux2_klein, "chroma": chroma, "qwen_image": qwen_image, "krea2": krea2,
 }  # fmt: skip
+
+
+# Families that need a reference image for each image.
+EDITS: dict[str, Callable[..., Path]] = {"flux_kontext": flux_kontext, "qwen_image_edit": qwen_image_edit}
 
 
 def tiny_clip_of_images(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from reslora.formatting import pluralize
 
 from .. import generation_request, stacks, views, weight_files
 from ..generation_request import Drawn, Request
-from ..handlers import NO_PROGRESS, QUIET, paths_of
+from ..handlers import NO_PROGRESS, QUIET, path_of, paths_of
 from ..runs import BASE, Run, RunError, Weights
 from ..sessions import TURNS, hears
 from ..studio import Cancelled, Status, Step
@@ -61,6 +61,10 @@ class GenerateTab(Tab):
         self.strength = gr.Slider(0, 2, 1, step=0.05, label="Adapter strength")
         self.beside = gr.Checkbox(True, label="Also generate with the base model")
         self.stack = StackPart(self)
+        with gr.Accordion("Reference image, for edit models", open=False):
+            self.reference = gr.File(
+                label="Image that the prompt changes: Flux.1 Kontext, Qwen-Image-Edit", file_types=["image"], height=140
+            )
         with gr.Accordion("LoRA file, or settings from an image", open=False):
             self.adapter = gr.File(
                 label="LoRA (.safetensors), used instead of the run's weights",
@@ -80,7 +84,7 @@ class GenerateTab(Tab):
             [self.go.click, self.prompt.submit], self.draw,
             [
                 page.run, self.weights, self.adapter, self.beside, self.random, *settings, self.adapter_config,
-                *self.stack.inputs,
+                *self.stack.inputs, self.reference,
             ],
             [self.gallery, self.status, self.seed, self.made],
             api_name="generate", preprocess=False, **NO_PROGRESS, **TURNS,
@@ -167,7 +171,7 @@ class GenerateTab(Tab):
 
     def draw(
         self, name, label, adapter, beside, random, prompt, negative, seed, steps, guidance, width, height, images,
-        strength, adapter_config=None, loras=None, strengths="", asked: gr.Request = None,
+        strength, adapter_config=None, loras=None, strengths="", reference=None, asked: gr.Request = None,
     ) -> Iterator[tuple | dict]:  # fmt: skip
         """Yield the images one by one, with the progress of the current one; `beside` adds the base model's images."""
         run = self.library.find(name) if name else None
@@ -180,7 +184,8 @@ class GenerateTab(Tab):
         done, files, text, wanted = [], [], "Starting", request.images * len(choices)
         yield [], views.progress(text, 0), request.seed, ""
         try:
-            for event in self.studio.generate(run, choices, request, session, lambda: hears(asked)):
+            given = path_of(reference)
+            for event in self.studio.generate(run, choices, request, session, lambda: hears(asked), given):
                 text = event.text if isinstance(event, Status) else text
                 share = event.done / event.total if isinstance(event, Step) else 0.0
                 shown = {}

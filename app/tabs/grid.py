@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import urllib.parse
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import gradio as gr
@@ -12,7 +13,7 @@ from reslora.formatting import pluralize
 
 from .. import grids, views
 from ..generation_request import Drawn, Request
-from ..handlers import NO_PROGRESS, QUIET
+from ..handlers import NO_PROGRESS, QUIET, path_of
 from ..launcher import safe_name
 from ..runs import Run, RunError
 from ..sessions import TURNS, hears
@@ -69,6 +70,7 @@ class GridPart:
             [
                 page.run, tab.weights, tab.adapter, tab.prompt, tab.negative, *numbers,
                 *(part for axis in self.axes for part in axis), tab.adapter_config, *tab.stack.inputs,
+                tab.reference,
             ],
             [self.table, self.status, self.sheet, self.cells],
             api_name="grid", preprocess=False, **NO_PROGRESS, **TURNS,
@@ -92,7 +94,7 @@ class GridPart:
 
     def draw_grid(
         self, name, label, adapter, prompt, negative, seed, steps, guidance, width, height, strength, x, x_values, y,
-        y_values, adapter_config=None, loras=None, strengths="", asked: gr.Request = None,
+        y_values, adapter_config=None, loras=None, strengths="", reference=None, asked: gr.Request = None,
     ) -> Iterator[tuple | dict]:  # fmt: skip
         """Yield the grid as its images are generated; at the end, or when stopped, also the sheet and all files."""
         run = self.tab.library.find(name) if name else None
@@ -103,7 +105,8 @@ class GridPart:
         grid = grids.grid(run, weights, request, *axes)
         drawn, files, shown, text, session = {}, {}, {}, "Starting", asked.session_hash or ""
         yield grids.table(grid, shown), views.progress(text, 0), None, None
-        cells, pictures = iter(grid.cells), [cell.picture for cell in grid.cells]
+        given = path_of(reference)
+        cells, pictures = iter(grid.cells), [replace(cell.picture, reference=given) for cell in grid.cells]
         try:
             for event in self.tab.studio.draw_grid(run, pictures, session, lambda: hears(asked)):
                 text = event.text if isinstance(event, Status) else text

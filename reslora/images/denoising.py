@@ -115,7 +115,7 @@ class DenoisingLoss:
 
         The target has the shape of the latents: batch x channels x height x width.
         """
-        batch = batch.to(self.pipeline.vae.device)
+        batch = self._with_moments(batch.to(self.pipeline.vae.device))
         latents = self._latents(batch)
         noisy = self.objective.noisy(latents, batch.noise, batch.timesteps).to(self.dtype)
         text = batch.text
@@ -123,7 +123,10 @@ class DenoisingLoss:
             longest = self.training_options.max_sequence_length
             with torch.no_grad():
                 text = self.family.encode_captions(self.pipeline, list(batch.caption), longest)
-        conditions = Conditions(text, batch.sizes, self.training_options.guidance_scale_train)
+        reference = batch.reference
+        if reference is not None:
+            reference = self.family.scale_latents(self.pipeline.vae, reference.float()).to(self.dtype)
+        conditions = Conditions(text, batch.sizes, self.training_options.guidance_scale_train, reference)
         inputs = self.family.denoiser_inputs(self.config, noisy, batch.timesteps, conditions)
         return inputs, self.objective.target(latents, batch.noise, batch.timesteps), batch.timesteps
 
@@ -132,13 +135,14 @@ class DenoisingLoss:
         if batch.moments is not None:
             return batch
         assert batch.pixels is not None
-        vae = self.pipeline.vae
+        vae, reference = self.pipeline.vae, batch.reference_pixels
         with torch.no_grad(), wide_enough(self.family, vae):
             moments = self.family.encode_images(vae, batch.pixels.to(vae.device, vae.dtype))
-        return dataclasses.replace(batch, moments=moments)
+            if reference is not None:
+                reference = self.family.encode_images(vae, reference.to(vae.device, vae.dtype))[:, 0]
+        return dataclasses.replace(batch, moments=moments, reference=reference)
 
     def _latents(self, batch: Batch) -> torch.Tensor:
-        moments = self._with_moments(batch).moments
-        assert moments is not None
-        mean, std = moments.float().unbind(1)
+        assert batch.moments is not None
+        mean, std = batch.moments.float().unbind(1)
         return self.family.scale_latents(self.pipeline.vae, mean + std * batch.posterior_noise)

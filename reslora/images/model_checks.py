@@ -31,7 +31,8 @@ from ..tracing import meta_copy
 from ..training.context import Context
 from ..training.learning_rates import factors_of_layers
 from .data.buckets import named_buckets
-from .data.dataset import ImageDataset
+from .data.dataset import ImageDataset, data_flag
+from .data.images import image_size, open_image
 from .initial_lora import add_adapter, config_of, targets_of
 from .model.families import FAMILIES, load_family
 from .model.families.base import Family, Part
@@ -205,6 +206,38 @@ def check_family(adapter: MethodOptions, training: TrainingOptions, model: Model
     if guidance != default and not (family.is_told_guidance and model.denoiser_config().get("guidance_embeds")):
         problem = f"the denoiser of this {family.name} is told no guidance"
         raise InvalidArgument(f"--guidance_scale_train {guidance}", problem, f"leave it at {default}")
+
+
+def check_reads_references(
+    data: DataOptions, training: TrainingOptions, validation: ValidationOptions, model: Model
+) -> None:
+    """Raise `InvalidArgument` for an edit model without reference images, and for these with another model.
+
+    Raise it also for a file of --validation_image that is no image, and for options that need text states of captions
+    that are not encoded beforehand, if the text encoder reads reference images.
+    """
+    family, argument = model.family, data.reference_flag
+    if family.edits and not argument:
+        problem = f"{family.name} edits reference images, and none are named"
+        fix = "give --conditioning_data_dir FOLDER with files of the same names, or --conditioning_image_column NAME"
+        raise InvalidArgument(data_flag(data), problem, fix)
+    if not family.edits and (argument or validation.validation_image):
+        argument = argument or f"--validation_image {' '.join(validation.validation_image)}"
+        names = ", ".join(other.name for other in map(load_family, FAMILIES) if other.edits)
+        raise InvalidArgument(argument, f"{family.name} edits no images", f"leave it out, or give a model of {names}")
+    if family.reads_references:
+        problem = f"the text encoder of {family.name} reads each caption once, with its reference image as it is"
+        unable = ("random_flip", "enable_wildcard", "shuffle_caption", "caption_tag_dropout_rate")
+        given = [f"--{name}" for name in unable if getattr(data, name)]
+        given += [] if data.cache_text_embeddings else ["--no-cache_text_embeddings"]
+        given += ["--output_preservation_weight"] if training.preserved_prompts else []
+        if given:
+            raise InvalidArgument(given[0], problem, "leave it out")
+    for file in validation.validation_image:
+        if isinstance(found := image_size(file), str):
+            raise InvalidArgument(f"--validation_image {file}", found, "give an image")
+        with refused_as(f"--validation_image {file}", "give an image"):
+            open_image(file)
 
 
 def check_encoders(pipeline: DiffusionPipeline, context: Context) -> None:

@@ -47,6 +47,8 @@ class Prompt:
 
     It overrides `guidance_scale`, except for models with embedded guidance.
     """
+    reference: int | None = None
+    """The number of the sample's reference image; only edit models have one."""
 
 
 def prompts_of(options: ValidationOptions) -> list[Prompt]:

@@ -81,9 +81,24 @@ def check_folders(data: DataOptions) -> None:
     if (data.class_data_dir is None) != (data.class_prompt is None):
         missing = "--class_prompt" if data.class_prompt is None else "--class_data_dir"
         raise InvalidArgument(missing, "missing", "give --class_data_dir and --class_prompt together, or neither")
+    check_references(data)
     if data.aspect_ratio_buckets and len(data.resolution) > 1:
         argument = f"--resolution {as_typed(data.resolution)}"
         raise InvalidArgument(argument, "the buckets of --aspect_ratio_buckets determine all sizes", "give one side")
+
+
+def check_references(data: DataOptions) -> None:
+    """Raise `InvalidArgument` for reference images that are named twice, in another number of folders, or in none."""
+    partners, folders, argument = data.conditioning_data_dir, data.train_data_dir, data.reference_flag
+    if partners and (data.conditioning_image_column or data.dataset_name):
+        other = "--dataset_name" if data.dataset_name else "--conditioning_image_column"
+        fix = "name a column with --conditioning_image_column" if data.dataset_name else "give one of the two"
+        raise InvalidArgument(argument, f"cannot be used with {other}", fix)
+    if partners and len(partners) != len(folders):
+        problem = f"{pluralize(len(partners), 'folder')} for {len(folders)} of --train_data_dir"
+        raise InvalidArgument(argument, problem, "give one for each")
+    if argument and data.class_data_dir:
+        raise InvalidArgument("--class_data_dir", "class images have no reference images", "leave it out")
 
 
 def check_part(dataset: str, folder: str) -> None:
@@ -109,11 +124,15 @@ def check_text_encoder(adapter: MethodOptions, optimizer: OptimizerOptions) -> N
 
 
 def check_prompts(validation: ValidationOptions) -> None:
-    """Raise `InvalidArgument` if --validation_prompt_options is given, but not once for each prompt."""
+    """Raise `InvalidArgument` for another number of --validation_prompt_options or --validation_image than prompts."""
     options, prompts = validation.validation_prompt_options, validation.validation_prompt
     if options and len(options) != len(prompts):
         problem = f"{len(options)} for {pluralize(len(prompts), 'prompt')}"
         raise InvalidArgument("--validation_prompt_options", problem, "give one for each, '{}' where there are none")
+    images = validation.validation_image
+    if len(images) not in (0, 1, len(prompts)):
+        problem = f"{pluralize(len(images), 'image')} for {pluralize(len(prompts), 'prompt')}"
+        raise InvalidArgument(f"--validation_image {as_typed(images)}", problem, "give one, or one for each prompt")
 
 
 def check_averages(validation: ValidationOptions, output: OutputOptions, steps: int | None) -> None:
@@ -244,6 +263,9 @@ def check_places(options: Options) -> None:
     for folder in () if data.dataset_name else data.train_data_dir:
         if not Path(folder).is_dir():
             raise InvalidArgument(f"--train_data_dir {folder}", "no such folder", "give one with images and captions")
+    for folder in data.conditioning_data_dir:
+        if not Path(folder).is_dir():
+            raise InvalidArgument(f"--conditioning_data_dir {folder}", "no such folder", "give one of reference images")
     check_writable(Path(options.output.output_dir), f"--output_dir {options.output.output_dir}")
     cache = cache_folder(model, options.output)
     if model.cache_dir and not cache.is_dir():  # an existing cache may be complete, and then it may be read-only

@@ -46,6 +46,7 @@ from .model_checks import (
     check_learning_rates,
     check_methods,
     check_pipeline,
+    check_reads_references,
     with_rank,
 )
 from .output.hub import check_upload, publish
@@ -153,6 +154,7 @@ def settle(options: Options, accelerator: Accelerator, stop: StopRequest) -> Con
     """
     model = find_model(options.model, options.output, accelerator)
     check_family(options.adapter, options.training, model)
+    check_reads_references(options.data, options.training, options.validation, model)
     start = assistant = None
     if file := options.model.assistant_lora:
         base = options.model.pretrained_model_name_or_path
@@ -259,8 +261,8 @@ def load_and_check(context: Context) -> tuple[DiffusionPipeline, Objective]:
 
 
 def forget_encoder(pipeline: DiffusionPipeline, context: Context) -> None:
-    """Free the image encoder once all images are encoded: samples need only the decoder."""
-    if context.options.data.cache_latents:
+    """Free the image encoder once all images are encoded: samples need only the decoder, except of an edit model."""
+    if context.options.data.cache_latents and not context.model.family.edits:
         # not None: Qwen-Image's autoencoder reads `encoder` to count its layers even when it decodes
         pipeline.vae.encoder = nn.Identity()
 

@@ -40,7 +40,7 @@ class ImageStudy(Study):
         context, options = self.context, self.context.options
         return Sampler(
             self.pipeline, context.model.family, self.training_data.texts, options.data, options.training,
-            options.validation, context.encoders,
+            options.validation, context.encoders, self.training_data.references(),
         )  # fmt: skip
 
     def learner(self, method: str) -> Learner:

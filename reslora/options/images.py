@@ -158,6 +158,13 @@ class DataOptions:
     image_column: str = by_content("image", "column with the image", compared_as="held-out images")
     caption_column: str = by_content("text", "column with the caption, or a list of captions to choose from",
         compared_as="held-out images")
+    conditioning_data_dir: list[str] = by_content([],
+        "reference images of an edit model (Flux.1 Kontext, Qwen-Image-Edit): for each --train_data_dir a folder with "
+        "a file of the same name for each image; the caption is the instruction that turns it into the image",
+        metavar="FOLDER", path="absolute", compared_as="held-out images")
+    conditioning_image_column: str | None = by_content(None,
+        "column with the reference image of an edit model, or its file name", compared_as="held-out images",
+        diffusers=("cond_image_column",))
     caption_prefix: str | None = option(None, "trigger word, put before every caption except those of class images",
         metavar="TEXT", compared_as="held-out images")
     caption_suffix: str | None = option(None, "put after every caption except those of class images", metavar="TEXT",
@@ -218,6 +225,13 @@ class DataOptions:
         "encode every caption once and store it on disk, then free the text encoder; it stays if captions have "
         "more than 1000 variants in a run, and more than four each")
     dataloader_num_workers: int = free(0, "processes that read images", NATURAL)
+
+    @property
+    def reference_flag(self) -> str:
+        """The option that names the reference images, with its value; empty if there are none."""
+        if self.conditioning_data_dir:
+            return f"--conditioning_data_dir {' '.join(self.conditioning_data_dir)}"
+        return f"--conditioning_image_column {self.conditioning_image_column}" if self.conditioning_image_column else ""
 
 
 @group
@@ -379,6 +393,10 @@ class ValidationOptions:
         "options of each prompt, as such a file has them: negative_prompt, width, height, seed, "
         "num_inference_steps, guidance_scale, cfg_scale; {} for none", options_text, metavar="JSON",
         yields_to="validation_prompt", compared_as="how samples are generated")
+    validation_image: list[str] = shown([],
+        "reference images of the samples of an edit model: one for each prompt, or one for all", metavar="FILE",
+        or_else="those of the first held-out images or, without these, of the first images", path="absolute",
+        compared_as="how samples are generated")
     num_validation_images: int = shown(4, "samples per prompt; 0 generates none while training", NATURAL, bundled=1)
     validation_height: int | None = shown(None, "height of a sample in pixels", whole(8),
         or_else="the first --resolution", compared_as="how samples are generated")

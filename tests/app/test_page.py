@@ -255,12 +255,12 @@ def client(address):
 GENERATE = {
     "run": "tiny", "weights": "reslora: merged weights", "adapter": None, "beside": True, "random": False,
     "prompt": "red disc", "negative": "", "seed": 3, "steps": 3, "guidance": 2, "width": 64, "height": 64, "images": 1,
-    "strength": 1, "adapter_config": None, "loras": [], "strengths": "",
+    "strength": 1, "adapter_config": None, "loras": [], "strengths": "", "reference": None,
 }  # fmt: skip
 GRID = {
     "run": "tiny", "weights": "lora: merged weights", "adapter": None, "prompt": "red disc", "negative": "", "seed": 3,
     "steps": 1, "guidance": 2, "width": 32, "height": 32, "strength": 1, "x": "strength", "x_values": "0 1",
-    "y": "none", "y_values": "", "adapter_config": None, "loras": [], "strengths": "",
+    "y": "none", "y_values": "", "adapter_config": None, "loras": [], "strengths": "", "reference": None,
 }  # fmt: skip
 MODEL = {
     "run": "tiny", "weights": "lora: merged weights", "adapter": None, "strength": 1, "name": "full",

@@ -70,7 +70,7 @@ def test_all_of_a_request_is_told_to_the_pipeline_by_the_names_that_it_knows():
     studio, sizes = Studio(), []
     request = Request("red disc", "blue box", seed=9, steps=2, guidance=3.5, width=72, height=40)
     for studio.pipeline, name, multiple in ((Guided(), "guidance_scale", 8), (Plain(), "true_cfg_scale", 16)):
-        studio.family = SimpleNamespace(guidance=name, pixel_multiple=lambda pipeline, sides=multiple: sides)
+        studio.family = SimpleNamespace(guidance=name, edits=False, pixel_multiple=lambda *_, sides=multiple: sides)
         sizes.append(studio._draw(studios.Picture(BASE, request, ""), 0, None))
     assert told == [("red disc", "blue box", 9, 2, 3.5), ("red disc", 2, 3.5)] and sizes == [(40, 72), (32, 64)]
 

@@ -34,6 +34,9 @@ class Batch:
     moments: torch.Tensor | None = None
     """Mean and standard deviation of the latents; None if the forward pass encodes the pixels."""
     pixels: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+    """Mean of the latents of the reference images that an edit model reads; None as long as they are not encoded."""
+    reference_pixels: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     """The weight of the loss at each position, 0 to 1, in the shape batch x 1 x height x width.
 

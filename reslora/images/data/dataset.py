@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,20 +14,24 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from ...errors import InvalidArgument, RunFailed, first_line
 from ...formatting import pluralize
+from ...io import all_below
 from ...options.images import DataOptions, ModelOptions, OutputOptions, TrainingOptions
 from ...options.prompts import clean
 from ..content_hash import Content, content_mark
 from ..generators import derive, shuffled
+from .buckets import kept
 from .caption_files import CAPTIONS, caption_files, caption_in, read_caption
 from .images import UNREADABLE, image_size, is_image, is_masked, mask_problem, open_image, open_masked
 from .listing import files_of, hidden_images, hidden_images_line
 from .shards import check_archives, training_files, training_split
-from .tables import ROWS, check_inside, file_inside, has_file_names, names_files, unlisted
+from .size import Size
+from .tables import REFERENCE, ROWS, check_inside, file_inside, has_file_names, names_files, unlisted
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SAVED = ("dataset_dict.json", "state.json")  # `save_to_disk` writes one of them into the folder
 REPEATED = re.compile(r"(\d+)_(.*)")  # kohya's folder names: repeats per epoch, and the caption
 MOST_REPEATS = 1000  # in a folder's name; a larger number is probably a year or a date
+ALIKE = 0.98  # least fraction of a reference image that a crop to its image's aspect ratio keeps, without a warning
 LEAST_SIDE = 8  # in pixels: an autoencoder encodes 8 x 8 pixels into one latent
 ONE_BY_ONE = "name the folders one by one with --train_data_dir, none inside another"
 FEATURES = datasets.Features(
@@ -40,7 +44,10 @@ class ImageDataset:
     """Images and their captions. The random choices of a run depend on the order of the images."""
 
     rows: datasets.Dataset
-    """Columns `image`, `{"bytes", "path"}`; `captions`, a list of strings; with --masked_loss, `mask`, like `image`."""
+    """Columns `image`, `{"bytes", "path"}`; `captions`, a list of strings.
+
+    With --masked_loss also `mask`, and with reference images also REFERENCE, both like `image`.
+    """
     captions: Sequence[Sequence[str]]
     """The captions of each image, in memory, because reading a row would read its image too."""
     left_out: tuple[str, ...] = ()
@@ -64,6 +71,11 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def paired(self) -> bool:
+        """Whether each image has a reference image, which an edit model changes into the image."""
+        return REFERENCE in self.rows.column_names
 
     @property
     def fingerprint(self) -> str:
@@ -92,6 +104,10 @@ class ImageDataset:
         row = self.rows[index]
         return open_masked(_source(row), _source(row, "mask"))
 
+    def open_reference(self, index: int) -> PIL.Image.Image:
+        """Return the reference image of an image as 8-bit RGB."""
+        return open_image(_source(self.rows[index], REFERENCE))
+
     def name(self, index: int) -> str:
         """Return the path of an image's file, or `image N`."""
         return self.rows[index]["image"]["path"] or f"image {index}"
@@ -103,7 +119,7 @@ class Found:
 
     rows: datasets.Dataset
     problems: dict[int, str]
-    """What is wrong with the caption of a row, by the row's number."""
+    """What is wrong with the caption or the reference image of a row, by the row's number."""
     notes: list[str]
     metadata: Path | None = None
     """The metadata file that the rows were read from, in the same order; None if the captions were not in one."""
@@ -122,7 +138,14 @@ class Found:
             return problem or size
         if min(size) < LEAST_SIDE:
             return f"{size[0]} x {size[1]} pixels, less than a latent ({LEAST_SIDE} x {LEAST_SIDE})"
-        return mask_problem(_source(row, "mask"), size) or size
+        return mask_problem(_source(row, "mask"), size) or reference_problem(row) or size
+
+
+def reference_problem(row: dict) -> str:
+    """Return why the reference image of a row cannot be used; "" if it can, or if there are no reference images."""
+    source = _source(row, REFERENCE)
+    size = image_size(source) if source else "missing" if REFERENCE in row else (0, 0)
+    return f"its reference image: {size}" if isinstance(size, str) else ""
 
 
 def usable(
@@ -143,7 +166,9 @@ def usable(
     found = (read_folder(folder, data, training, output, caption, deep) if folder.is_dir() else None) or read_dataset(
         model, data, training, output
     )
-    keep, left_out, sizes, masked = [], [], [], []
+    for partners in data.conditioning_data_dir:
+        found = with_partners(found, folder, Path(partners))
+    keep, left_out, sizes, masked, others = [], [], [], [], []
     for index, row in enumerate(found.rows):
         check_inside(row, found.places, f"{data_flag(data)} row {index}")
         source, size = _source(row), found.size(index, row)
@@ -158,10 +183,17 @@ def usable(
         keep.append(index)
         sizes.append(size)
         masked += [is_masked(source, _source(row, "mask"))] if training.masked_loss else []
+        reference = _source(row, REFERENCE)
+        other = image_size(reference) if reference else size
+        others += [source] if isinstance(other, tuple) and kept(other, Size(size[1], size[0])) < ALIKE else []
     if not keep:
         example = f" (for example {left_out[0]})" if left_out else ""
         fix = "add a metadata.jsonl, or .txt captions beside the images"
         raise InvalidArgument(data_flag(data), f"no image with a caption in it{example}", fix)
+    if others:
+        example = others[0] if isinstance(others[0], str) else "the first of them"
+        what = f"{pluralize(len(others), 'reference image')} with another aspect ratio than the image"
+        found.notes.append(f"warning: {what}, such as that of {example}: it is cropped to that of the image")
     rows = found.rows.select(keep)
     return ImageDataset(rows, list(rows["captions"]), tuple(left_out), tuple(found.notes), sizes, masked=masked)
 
@@ -179,8 +211,8 @@ def sample(folders: Sequence[ImageDataset], data: DataOptions, training: Trainin
         folders = [images.select([i for of, i in places if of == number]) for number, images in enumerate(folders)]
     found = []
     for images in folders:
-        both = [[_source(row), _source(row, "mask")] for row in images.rows]
-        marks = ["+".join(content_mark(source) for source in sources if source) for sources in both]
+        all_sources = [[_source(row, column) for column in ("image", "mask", REFERENCE)] for row in images.rows]
+        marks = ["+".join(content_mark(source) for source in sources if source) for sources in all_sources]
         found.append(dataclasses.replace(images, marks=marks))
     return found
 
@@ -254,28 +286,64 @@ def _with_folder_notes(found: Found, folder: Path, options: DataOptions, everyth
     return found
 
 
+def with_partners(found: Found, folder: Path, partners: Path) -> Found:
+    """Return the rows with the images of the same names in the folder `partners` as reference images.
+
+    Suffixes may differ. Raises `InvalidArgument` if the rows are no files.
+    """
+    if not found.files:
+        fix = "name a column with --conditioning_image_column instead"
+        raise InvalidArgument(f"--conditioning_data_dir {partners}", f"{folder} has no image files", fix)
+    files = sorted(filter(is_image, all_below(partners))) if partners.is_dir() else []
+    there = {path.relative_to(partners).with_suffix(""): path for path in files}
+    names = [path.relative_to(folder).with_suffix("") for path in found.files]
+    lacking = {number: name for number, name in enumerate(names) if name not in there}
+    problems = {
+        number: f"no reference image {partners / name} (.png, .jpg, ...): add it, or remove the image"
+        for number, name in lacking.items()
+    }
+    notes = list(found.notes)
+    if alone := [str(path) for name, path in there.items() if name not in set(names)]:
+        notes.append(
+            f"warning: {pluralize(len(alone), 'reference image')} without an image of the same name in {folder}: "
+            f"remove {alone[0]}, or add its image"
+        )
+    column, unnamed = _files_column([there.get(name) for name in names])
+    rows = found.rows.add_column(REFERENCE, column, feature=FEATURES["image"])
+    return dataclasses.replace(found, rows=rows, problems=unnamed | problems | found.problems, notes=notes)
+
+
 def above_repeated(files: Sequence[Path]) -> list[Path]:
     """Return, for each image in one of kohya's folders (10_name), the folder that contains this folder."""
     named = [(path, REPEATED.fullmatch(path.parent.name)) for path in files]
     return [path.parent.parent for path, match in named if match and 0 < int(match[1]) <= MOST_REPEATS]
 
 
-def _as_found(files: Sequence[Path], captions: Sequence[list | str], masks: Sequence[Path | None] = ()) -> Found:
-    """Return one row per file; a string in place of a list of captions is the reason why they cannot be used."""
+def _as_found(
+    files: Sequence[Path], captions: Sequence[list | str], others: Mapping[str, Sequence[Path | None]] | None = None
+) -> Found:
+    """Return one row per file; a string in place of a list of captions is the reason why they cannot be used.
+
+    `others`: the files of further columns, such as masks; a column without any file is left out.
+    """
     problems, texts = _sorted_out(captions)
-
-    def column(paths: Sequence[Path | None]) -> list[dict | None]:
-        names = [path and clean(str(path)) for path in paths]  # Arrow needs valid UTF-8
-        for index, name in enumerate(names):
-            if name and name != str(paths[index]):
-                problems[index] = "its path is not UTF-8"
-        return [{"path": name, "bytes": None} if name else None for name in names]
-
-    columns: dict[str, list] = {"image": column(files), "captions": texts}
-    features = dict(FEATURES)
-    if any(masks):
-        columns["mask"], features["mask"] = column(masks), FEATURES["image"]
+    columns: dict[str, list] = {"captions": texts}
+    features = {"captions": FEATURES["captions"]}
+    for name, paths in ({"image": files} | dict(others or {})).items():
+        if any(paths) or name != "mask":
+            columns[name], unnamed = _files_column(paths)
+            features[name] = FEATURES["image"]
+            problems |= unnamed
     return Found(datasets.Dataset.from_dict(columns, datasets.Features(features)), problems, [], files=files)
+
+
+def _files_column(paths: Sequence[Path | None]) -> tuple[list[dict | None], dict[int, str]]:
+    """Return the column of these files, and the problems of those whose path is not UTF-8, which Arrow needs."""
+    names = [path and clean(str(path)) for path in paths]
+    problems = {
+        index: "its path is not UTF-8" for index, name in enumerate(names) if name and name != str(paths[index])
+    }
+    return [{"path": name, "bytes": None} if name else None for name in names], problems
 
 
 def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> Found:
@@ -283,7 +351,8 @@ def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> F
 
     `datasets` reads these layouts too, but its errors do not name the line.
     """
-    files, captions, masks, where = [], [], [], f"{data_flag(data)}, {path.name}"
+    files, captions, where = [], [], f"{data_flag(data)}, {path.name}"
+    others: dict[str, list[Path | None]] = {ours: [] for ours in others_of(data, training)}
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -291,15 +360,23 @@ def read_metadata(path: Path, data: DataOptions, training: TrainingOptions) -> F
     for line, row in ROWS[path.suffix](text, where):
         place, row = f"{where} line {line}", row if isinstance(row, dict) else {}
         files.append(file_inside(path.parent, row.get("file_name"), place, "file_name"))
-        if data.caption_column not in row:
-            problem = f"{place} has the columns {', '.join(map(repr, sorted(row)))}"
-            raise InvalidArgument(f"--caption_column {data.caption_column}", problem, "name one of these")
+        for flag, column in (("caption", data.caption_column), ("conditioning_image", data.conditioning_image_column)):
+            if column is not None and column not in row:
+                problem = f"{place} has the columns {', '.join(map(repr, sorted(row)))}"
+                raise InvalidArgument(f"--{flag}_column {column}", problem, "name one of these")
         caption = row[data.caption_column]
         texts = caption if isinstance(caption, list) else [caption]
         captions.append(texts if all(isinstance(text, str) for text in texts) else [])
-        named = row.get("mask") if training.masked_loss else None
-        masks.append(file_inside(path.parent, named, place, "mask") if named else None)
-    return _as_found(files, captions, masks)
+        for ours, column in others_of(data, training).items():
+            named = row.get(column)
+            others[ours].append(file_inside(path.parent, named, place, column) if named else None)
+    return _as_found(files, captions, others)
+
+
+def others_of(data: DataOptions, training: TrainingOptions) -> dict[str, str]:
+    """Return the columns of further images: their names in `Found.rows`, and in the data."""
+    masks = {"mask": "mask"} if training.masked_loss else {}
+    return masks | ({REFERENCE: data.conditioning_image_column} if data.conditioning_image_column else {})
 
 
 # -- the datasets library ----------------------------------------------------------------------------------------------
@@ -337,19 +414,21 @@ def read_dataset(model: ModelOptions, data: DataOptions, training: TrainingOptio
     if texts and not any(texts):
         fix = "name another column" + (", or write captions into .txt files" if layout == "webdataset" else "")
         raise InvalidArgument(f"--caption_column {caption}", "holds no text", fix)
-    masks = ["mask"] if training.masked_loss and "mask" in rows.column_names else []
+    others = {ours: name for ours, name in others_of(data, training).items() if name in rows.column_names}
     if folder.is_dir() and (layout == "json" or names_files(rows, image)):
 
         def file(number: int, column: str) -> Path:
             return file_inside(folder, rows[number][column], f"{data_flag(data)} row {number}", column)
 
         files = [file(number, image) for number in range(len(rows))]
-        named = [file(number, "mask") if name else None for number, name in enumerate(rows["mask"] if masks else ())]
+        named = {
+            ours: [file(number, column) if name else None for number, name in enumerate(rows[column])]
+            for ours, column in others.items()
+        }
         return dataclasses.replace(_as_found(files, texts, named), notes=notes)
     try:
-        images = rows.select_columns([image, *masks])
-        if image != "image":
-            images = images.rename_column(image, "image")
+        images = rows.select_columns([image, *others.values()])
+        images = images.rename_columns({image: "image"} | {column: ours for ours, column in others.items()})
         for name in images.column_names:  # `open_image` decodes them, with rotation, transparency and 16 bits
             images = images.cast_column(name, datasets.Image(decode=False))
     except Exception as error:  # Arrow raises many types
@@ -411,8 +490,10 @@ def _columns(rows: datasets.Dataset, layout: str | None, options: DataOptions, n
         texts = [suffix[1:] for suffix in CAPTIONS if suffix[1:] in known]
         caption = texts[0] if caption not in known and texts else caption
         notes.append(f"the images are {image} of the .tar files, the captions {caption}")
-    for flag, column in (("--image_column", image), ("--caption_column", caption)):
-        if column not in known:
+    reference = options.conditioning_image_column
+    columns = (("--image_column", image), ("--caption_column", caption), ("--conditioning_image_column", reference))
+    for flag, column in columns:
+        if column is not None and column not in known:
             more = f" and {len(known) - 20} more" if len(known) > 20 else ""
             problem = f"the columns are {', '.join(known[:20])}{more}"
             raise InvalidArgument(f"{flag} {column}", problem, "name one of these")

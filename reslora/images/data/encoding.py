@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ from .buckets import kept
 from .dataset import ImageDataset, data_flag
 from .images import NOTHING_COUNTS, crop_and_scale, crop_mask, crop_sizes, damage, passes
 from .loaders import stream, worker_options
-from .size import Size
+from .size import Size, same_size
 from .store import Encoded, Item, fill, share
 
 PART_OF_IMAGES, PART_OF_CAPTIONS, CAPTIONS_AT_ONCE = 256, 4096, 64
@@ -43,15 +43,19 @@ RANDOM_CROPS = 4  # crops that are cached of an image that must be cut: the cent
 FITS = 0.93  # if a bucket keeps at least this fraction of an image, only the center crop is cached
 
 
+Instruction = str | tuple[str, str]
+"""A caption or, if the text encoder reads reference images, a caption and the hash of its reference image's content."""
+
+
 @dataclass(frozen=True)
 class Texts:
     """Text states by caption, read from disk on access."""
 
     encoded: Encoded | None
     """None if all text encoders are trained, so that nothing can be stored."""
-    places: dict[str, int]
+    places: dict[Instruction, int]
 
-    def __getitem__(self, caption: str) -> dict[str, torch.Tensor]:
+    def __getitem__(self, caption: Instruction) -> dict[str, torch.Tensor]:
         return self.encoded.read(self.places[caption]) if self.encoded else {}
 
 
@@ -72,7 +76,10 @@ class Latents:
     """The position of each image among the encoded images."""
 
     def of(self, index: int, variant: int) -> dict[str, torch.Tensor]:
-        """Return a variant: `moments` (2 x channels x height x width), `sizes` (6) and, with --masked_loss, `mask`."""
+        """Return a variant: `moments` (2 x channels x height x width), `sizes` (6) and, where given, `mask`.
+
+        With reference images, also `reference`: the mean of their latents (channels x height x width).
+        """
         return self.encoded.read(self.images[index], variant)
 
     def select(self, indices: Sequence[int]) -> Latents:
@@ -84,12 +91,16 @@ class Latents:
 
 
 def encode_texts(
-    texts: Sequence[str], key: object, load_encoders: Callable[[], DiffusionPipeline], context: Context
+    texts: Sequence[Instruction],
+    key: object,
+    load_encoders: Callable[[], DiffusionPipeline],
+    context: Context,
+    references: Mapping[str, Callable[[], Image]] | None = None,
 ) -> Texts:
     """Return the text states of each distinct caption; the encoders are loaded only if states are missing on disk.
 
     `key` identifies the encoders' weights and precision. If some encoders are trained, only the output of the frozen
-    ones is stored.
+    ones is stored. `references`: functions that open reference images, by the hash in `texts`.
     """
     family, longest = context.model.family, context.options.training.max_sequence_length
     texts = list(dict.fromkeys(texts))
@@ -106,12 +117,17 @@ def encode_texts(
     def encode(numbers: Sequence[int]) -> Generator[Item]:
         context.status.say("encoding captions")
         pipeline = loaded()
-        for start in range(0, len(numbers), CAPTIONS_AT_ONCE):
+        at_once = CAPTIONS_AT_ONCE if references is None else 1  # an image has more than a thousand tokens
+        for start in range(0, len(numbers), at_once):
             context.stop.check(NOT_BEGUN)
-            captions = [texts[number] for number in numbers[start : start + CAPTIONS_AT_ONCE]]
+            some = [texts[number] for number in numbers[start : start + at_once]]
             with torch.no_grad():
-                states = encode_captions(pipeline, captions, longest)
-            for position in range(len(captions)):
+                if references is None:
+                    states = encode_captions(pipeline, [text for text in some if isinstance(text, str)], longest)
+                else:
+                    ((caption, mark),) = (text for text in some if isinstance(text, tuple))
+                    states = family.encode_with_reference(pipeline, caption, references[mark]())
+            for position in range(len(some)):
                 yield [{name: value[position] for name, value in states.items()}]
 
     _filled(encoded, PART_OF_CAPTIONS, encode, context)
@@ -124,14 +140,21 @@ def encode_texts(
 class Variants(TorchDataset):
     """Dataset that maps an image's number to the tensors of all variants (crops and flips) of the image.
 
-    The tensors are pixels (variants x 3 x height x width), sizes (variants x 6) and, with --masked_loss, masks
-    (variants x 1 x height x width). For an image that cannot be trained on, the item is a string with the reason.
+    The tensors are pixels (variants x 3 x height x width), sizes (variants x 6) and masks (variants x 1 x height x
+    width; None without --masked_loss). With reference images, their pixels follow: the same crops and flips. For an
+    image that cannot be trained on, the item is a string with the reason.
     """
 
     def __init__(
-        self, images: ImageDataset, sizes: Sequence[Size], data: DataOptions, training: TrainingOptions
+        self,
+        images: ImageDataset,
+        sizes: Sequence[Size],
+        data: DataOptions,
+        training: TrainingOptions,
+        reference_size: Callable[[int, int], tuple[int, int]] = same_size,
     ) -> None:
         self.images, self.sizes, self.data, self.training = images, sizes, data, training
+        self.reference_size = reference_size  # of the model's family
         self.flips = (False, True) if data.random_flip else (False,)
 
     def __len__(self) -> int:
@@ -157,20 +180,25 @@ class Variants(TorchDataset):
         pixels = (size.height, size.width, self.data.image_interpolation_mode, crops, self.flips, seed)
         return (self.images.marks[index], *pixels, *([MASKED] if self.training.masked_loss else []))
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...] | str:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, ...] | str:
         found = opened(self.images, index, self.training.masked_loss)
         if isinstance(found, str):
             return found
-        image, mask = found
+        image, mask, reference = found
         # Seeded by content, so that the crops do not depend on the image's position in the data.
         random = generator(self.training.seed, "crops", self.images.marks[index])
         draws = torch.rand(self.crops(index) - 1, 2, generator=random).tolist()
         how = [(crop, flip) for crop in [(0.5, 0.5), *draws] for flip in self.flips]
         size, interpolation = self.sizes[index], self.data.image_interpolation_mode
-        pixels = torch.stack([crop_and_scale(image, crop, flip, size, interpolation) for crop, flip in how])
+        wanted = [(image, size), (reference, Size(*self.reference_size(size.height, size.width)))]
+        pixels, *references = (
+            torch.stack([crop_and_scale(each, crop, flip, side, interpolation) for crop, flip in how])
+            for each, side in wanted
+            if each is not None
+        )
         sizes = torch.tensor([crop_sizes(image.size, crop, flip, size) for crop, flip in how])
-        masks = [] if mask is None else [torch.stack([crop_mask(mask, crop, flip, size) for crop, flip in how])]
-        return pixels, sizes, *masks
+        masks = None if mask is None else torch.stack([crop_mask(mask, crop, flip, size) for crop, flip in how])
+        return pixels, sizes, masks, *references
 
 
 @dataclass
@@ -185,18 +213,20 @@ class Damages(TorchDataset):
         return found if isinstance(found, str) else ()
 
 
-def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image | None] | str:
-    """Return an image and its mask, or a string with the reason why the image cannot be trained on.
+def opened(images: ImageDataset, index: int, masked: bool) -> tuple[Image, Image | None, Image | None] | str:
+    """Return an image, its mask and its reference image, or the reason why the image cannot be trained on.
 
-    The mask is None if `masked` is false. Raises `RunFailed` if the file may be intact but cannot be read at present.
+    The mask is None if `masked` is false; the reference image is None if there are none. Raises `RunFailed` if a file
+    may be intact but cannot be read at present.
     """
     try:
         image, mask = images.open_masked(index) if masked else (images.open(index), None)
+        reference = images.open_reference(index) if images.paired else None
     except Exception as error:
         if passes(error):
             raise RunFailed(f"{images.name(index)} {damage(error)}") from None
         return damage(error)
-    return NOTHING_COUNTS if mask is not None and mask.getbbox() is None else (image, mask)
+    return NOTHING_COUNTS if mask is not None and mask.getbbox() is None else (image, mask, reference)
 
 
 def encode_images(variants: Variants, key: object, vae: nn.Module, context: Context) -> tuple[Latents, dict[int, str]]:
@@ -253,12 +283,19 @@ def _filled(found: Encoded, part: int, make: Callable[[Sequence[int]], Generator
 
 
 def encoded(
-    family: Family, vae: nn.Module, pixels: torch.Tensor, sizes: torch.Tensor, masks: torch.Tensor | None = None
+    family: Family,
+    vae: nn.Module,
+    pixels: torch.Tensor,
+    sizes: torch.Tensor,
+    masks: torch.Tensor | None = None,
+    references: torch.Tensor | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Encode an image, and return the tensors to store for each of its variants."""
+    """Encode an image and its reference image, and return the tensors to store for each of its variants."""
     with torch.no_grad():
         moments = family.encode_images(vae, pixels.to(vae.device, vae.dtype))
-    kept = {"moments": moments, "sizes": sizes}
+        kept = {"moments": moments, "sizes": sizes}
+        if references is not None:
+            kept["reference"] = family.encode_images(vae, references.to(vae.device, vae.dtype))[:, 0]
     if masks is not None:
         kept["mask"] = interpolate(masks, moments.shape[-2:], mode="area")
     return [dict(zip(kept, values, strict=True)) for values in zip(*kept.values(), strict=True)]

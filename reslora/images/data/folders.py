@@ -26,11 +26,15 @@ def load_folders(
     repeats, weights = data.train_data_repeats, data.train_data_weight  # one value per folder, or one for all
     repeats, weights = repeats * (len(names) // len(repeats)), weights * (len(names) // len(weights))
     found, labels, lines = [], [], []
-    for name, times, weight in zip(names, repeats, weights, strict=True):
+    partners: list[str] | list[None] = data.conditioning_data_dir or [None] * len(names)
+    for name, partner, times, weight in zip(names, partners, repeats, weights, strict=True):
         kohyas, notes = ([], []) if data.dataset_name else kohyas_folders(Path(name), data, output)
         lines += notes
         for path, own, text in kohyas or [(name, 1, caption)]:
-            own_data = dataclasses.replace(data, train_data_dir=[str(path)] if data.train_data_dir else [])
+            own_data = dataclasses.replace(
+                data, train_data_dir=[str(path)] if data.train_data_dir else [],
+                conditioning_data_dir=[str(Path(partner) / Path(path).relative_to(name))] if partner else [],
+            )  # fmt: skip
             images = usable(model, own_data, training, output, text, deep=not kohyas)
             found.append(dataclasses.replace(images, repeats=times * own, weight=weight))
             labels.append((str(path), text if kohyas else None))

@@ -139,20 +139,24 @@ def _upright(source: Content) -> PIL.Image.Image:
 def crop_and_scale(
     image: PIL.Image.Image, crop: Sequence[float], flip: bool, size: Size, interpolation: str
 ) -> torch.Tensor:
-    """Return the crop as a [3, height, width] tensor in [-1, 1]; one channel for a grayscale image.
+    """Return the crop as a [3, height, width] tensor in [-1, 1]; one channel for a grayscale image."""
+    image = cropped(image, crop, size, interpolation)
+    pixels = torch.from_numpy(np.array(image)).view(size.height, size.width, -1).permute(2, 0, 1).float() / 127.5 - 1
+    return pixels.flip(2) if flip else pixels
 
-    The crop is the largest part of the image with the aspect ratio of `size`. `crop` is its position across and down,
-    each from 0 to 1. The image is cropped before it is scaled. The result is the same as in the reverse order, which
-    would first scale a 1 x 5000 image to a huge one.
+
+def cropped(image: PIL.Image.Image, crop: Sequence[float], size: Size, interpolation: str) -> PIL.Image.Image:
+    """Return the largest part of an image with the aspect ratio of `size`, scaled to that size.
+
+    `crop` is its position across and down, each from 0 to 1. The image is cropped before it is scaled. The result is
+    the same as in the reverse order, which would first scale a 1 x 5000 image to a huge one.
     """
     width, height = image.size
     kept = (min(width, height * size.width / size.height), min(height, width * size.height / size.width))
     left, top = (fraction * (length - part) for fraction, length, part in zip(crop, image.size, kept, strict=True))
     name = interpolation.upper().replace("NEAREST_EXACT", "NEAREST")
     box = (left, top, left + kept[0], top + kept[1])
-    image = image.resize((size.width, size.height), PIL.Image.Resampling[name], box=box)
-    pixels = torch.from_numpy(np.array(image)).view(size.height, size.width, -1).permute(2, 0, 1).float() / 127.5 - 1
-    return pixels.flip(2) if flip else pixels
+    return image.resize((size.width, size.height), PIL.Image.Resampling[name], box=box)
 
 
 def crop_mask(mask: PIL.Image.Image, crop: Sequence[float], flip: bool, size: Size) -> torch.Tensor:

@@ -12,15 +12,15 @@ TRASH = ".trash"  # the hidden folder into which the application moves deleted i
 
 
 def files_of(folder: Path, data: DataOptions, output: OutputOptions, deep: bool = True) -> list[Path]:
-    """Return the visible content of a folder, without the class images and this run's own output.
+    """Return the visible content of a folder, without the class images, reference images and this run's own output.
 
-    If `folder` itself lies inside the folder of class images or the output folder, it is read nevertheless. With
-    `deep`, subfolders are read too.
+    If `folder` itself lies inside one of these folders, it is read nevertheless. With `deep`, subfolders are read too.
     """
     there = all_below(folder) if deep else folder.iterdir()
     everything = [path for path in sorted(there) if not path.name.startswith(".")]
     root = folder.resolve()
-    others = [place for name in (output.output_dir, data.class_data_dir) if name for place in _places(Path(name))]
+    names = (output.output_dir, data.class_data_dir, *data.conditioning_data_dir)
+    others = [place for name in names if name for place in _places(Path(name))]
     inside = [other.relative_to(root) for other in others if root in other.parents]
     return [path for path in everything if not any(path.relative_to(folder).is_relative_to(other) for other in inside)]
 

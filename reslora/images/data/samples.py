@@ -12,15 +12,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from ...errors import RunFailed
 from ...options.images import NOISES, DataOptions, MethodOptions, TrainingOptions, ValidationOptions
+from ..content_hash import content_mark
 from ..generators import derive, generator, shuffled
 from ..model.objective import Objective
 from .batch import Batch, collate
 from .captions import choose
-from .encoding import Texts, opened
-from .images import crop_and_scale, crop_mask, crop_sizes
+from .encoding import Instruction, Texts, opened
+from .images import crop_and_scale, crop_mask, crop_sizes, open_image
 from .loaders import worker_options
 from .plan import Draw, Plan
-from .size import Size
+from .size import Size, same_size
 from .sources import Source
 
 TIMESTEPS = 8  # number of timesteps at which the losses of each image are compared
@@ -44,6 +45,10 @@ class TrainingData:
     validation: ValidationOptions
     latents_per_token: int = 4
     """The number of latent positions per token of the denoiser."""
+    reads_references: bool = False
+    """Whether text states belong to a caption and its reference image."""
+    reference_size: Callable[[int, int], tuple[int, int]] = same_size
+    """Height and width of an image's reference image, by those of the image."""
 
     @property
     def class_text(self) -> Mapping[str, torch.Tensor] | None:
@@ -68,6 +73,11 @@ class TrainingData:
         return source.transform.sampled(source.images.captions[draw.image], draws)
 
     @property
+    def paired(self) -> bool:
+        """Whether the images have reference images."""
+        return self.sources[0].images.paired
+
+    @property
     def held_out(self) -> list[tuple[int, int]]:
         """The number of the source, and of the image in it, for every held-out image."""
         return [(number, image) for number, source in enumerate(self.sources) for image in source.held_out]
@@ -87,6 +97,19 @@ class TrainingData:
                 opened.thumbnail((SHOWN, SHOWN))
                 found.append(opened)
         return found
+
+    def references(self) -> list[tuple[str, PIL.Image.Image]]:
+        """Return the reference images of the samples: those of the options, or else of the first held-out images.
+
+        Without held-out images, those of the first training images; [] if there are no reference images at all. Each
+        follows the hash of its content.
+        """
+        if files := self.validation.validation_image:
+            return [(content_mark(file), open_image(file)) for file in files]
+        places = self.held_out or [(0, image) for image in self.sources[0].train]
+        places = places[: max(1, len(self.validation.validation_prompt))] if self.paired else []
+        images = [(self.sources[source].images, image) for source, image in places]
+        return [(found.marks[image], found.open_reference(image)) for found, image in images]
 
 
 class TrainingSamples(Dataset):
@@ -127,25 +150,32 @@ class TrainingSamples(Dataset):
         latents = source.latents
         return Batch(
             timestep, noise, posterior_noise, weight=torch.tensor(source.weight), caption=caption,
-            text=training_data.texts[caption] if training_data.data.cache_text_embeddings else None,
+            text=training_data.texts[self._instruction(caption, source, draw.image)]
+            if training_data.data.cache_text_embeddings else None,
             **(
                 self._fresh(source, draw, draws) if latents is None
                 else latents.of(draw.image, 0 if self.centered else choose(latents.variants, draws))
             ),
         )  # fmt: skip
 
+    def _instruction(self, caption: str, source: Source, image: int) -> Instruction:
+        return (caption, source.images.marks[image]) if self.training_data.reads_references else caption
+
     def _fresh(self, source: Source, draw: Draw, draws: torch.Generator) -> dict[str, torch.Tensor]:
         data = self.training_data.data
         found = opened(source.images, draw.image, self.training_data.training.masked_loss)
         if isinstance(found, str):
             raise RunFailed(f"{source.images.name(draw.image)}: {found}")
-        image, mask = found
+        image, mask, reference = found
         crop = (0.5, 0.5) if data.center_crop else torch.rand(2, generator=draws).tolist()
         flip = data.random_flip and bool(torch.rand((), generator=draws) < 0.5)
         sizes = torch.tensor(crop_sizes(image.size, crop, flip, draw.size))
         pixels = crop_and_scale(image, crop, flip, draw.size, data.image_interpolation_mode)
-        masked = {} if mask is None else {"mask": crop_mask(mask, crop, flip, draw.size)}
-        return {"pixels": pixels, "sizes": sizes} | masked
+        more = {} if mask is None else {"mask": crop_mask(mask, crop, flip, draw.size)}
+        if reference is not None:
+            size = Size(*self.training_data.reference_size(draw.size.height, draw.size.width))
+            more["reference_pixels"] = crop_and_scale(reference, crop, flip, size, data.image_interpolation_mode)
+        return {"pixels": pixels, "sizes": sizes} | more
 
     def batched(self, draws: Sequence[Draw], batch_size: int) -> Iterator[Batch]:
         """Yield the samples of `draws`, all of one size, in batches."""

@@ -12,6 +12,8 @@ import datasets
 from ...errors import InvalidArgument
 from ...json_lines import NOT_JSON, values_of
 
+REFERENCE = "conditioning_image"  # the column of the reference images, whatever its name in the data is
+
 
 def has_file_names(metadata: Path, layout: str | None) -> bool:
     """Return whether this module, and not `datasets`, reads a metadata file.
@@ -103,8 +105,8 @@ def file_inside(folder: Path, name: object, where: str, column: str) -> Path:
 
 
 def check_inside(row: Mapping, places: Sequence[Path], where: str) -> None:
-    """Raise `InvalidArgument` if the path of a row's image or mask, existing or not, is outside of `places`."""
-    for column in ("image", "mask") if places else ():
+    """Raise `InvalidArgument` if a path in a row, existing or not, is outside of `places`."""
+    for column in ("image", "mask", REFERENCE) if places else ():
         image = row.get(column)
         if image and image["path"] and image["bytes"] is None:
             path = Path(image["path"]).resolve()
@@ -113,7 +115,7 @@ def check_inside(row: Mapping, places: Sequence[Path], where: str) -> None:
 
 
 def unlisted(rows: datasets.Dataset, files: Sequence[Path]) -> list[Path]:
-    """Return the image files that no row names as image or mask."""
+    """Return the image files that no row names as image, mask or reference image."""
     if not files:
         return []  # without reading all rows
     named = [image for column in rows.column_names if column != "captions" for image in rows[column]]

@@ -1,10 +1,12 @@
 """Prepare the training data: encode images and captions that are not cached, assign images to buckets, split them."""
 
 import dataclasses
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from diffusers import DiffusionPipeline
+from PIL.Image import Image
 
 from ...errors import InvalidArgument
 from ...formatting import is_or_are, pluralize, printable
@@ -19,7 +21,16 @@ from .buckets import bucket_of, ladder, named_buckets, own_bucket
 from .captions import VERBATIM, recipe_of
 from .class_images import balanced
 from .dataset import ImageDataset, data_flag
-from .encoding import Latents, Texts, Variants, damaged_images, encode_images, encode_texts, without_damaged
+from .encoding import (
+    Instruction,
+    Latents,
+    Texts,
+    Variants,
+    damaged_images,
+    encode_images,
+    encode_texts,
+    without_damaged,
+)
 from .lengths import print_long_captions
 from .plan import Plan
 from .samples import TrainingData
@@ -53,7 +64,8 @@ def material_of(
     sizes = {size for source in sources for size in source.buckets}
     shapes = {size: family.latent_shape(pipeline, size.height, size.width) for size in sizes}
     parts = options.adapter, options.data, options.training, options.validation
-    training_data = TrainingData(sources, Texts(None, {}), objective, shapes, *parts, family.latents_per_token)
+    of_family = family.latents_per_token, family.reads_references, family.reference_size
+    training_data = TrainingData(sources, Texts(None, {}), objective, shapes, *parts, *of_family)
     print_long_captions(training_data, pipeline, context)
     return with_texts(training_data, pipeline, context)
 
@@ -90,17 +102,21 @@ def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context
     data, validation, model = training_data.data, training_data.validation, context.model
     parts = model.family.frozen_text_parts if context.encoders else model.family.text_parts
     key = (model.family.name, model.fingerprint(*parts), str(context.dtype))
-    wanted = ["", *(validation.validation_prompt or training_data.sources[0].images.captions[0][:1])]
-    wanted += [prompt.negative_prompt for prompt in prompts_of(validation)]
-    wanted += UNRELATED if validation.metric_model else ()
-    wanted += training_data.training.preserved_prompts
+    prompts = ["", *(validation.validation_prompt or training_data.sources[0].images.captions[0][:1])]
+    prompts += [prompt.negative_prompt for prompt in prompts_of(validation)]
+    prompts += UNRELATED if validation.metric_model else ()
+    prompts += training_data.training.preserved_prompts
+    wanted: list[Instruction] = list(prompts)
+    references = None
+    if training_data.reads_references:
+        wanted, references = with_references(prompts, training_data)
 
     def load_encoders() -> DiffusionPipeline:
         if not data.cache_text_embeddings:
             return pipeline
         return model.load_pipeline(context.dtype, context.accelerator.device, encoders=True, vae=False)
 
-    if data.cache_text_embeddings and parts:
+    if data.cache_text_embeddings and parts and references is None:
         captions = captions_of(training_data, context.accelerator.num_processes)
         if captions is None:
             whole = model.load_pipeline(context.dtype, context.accelerator.device, encoders=True)
@@ -110,7 +126,27 @@ def with_texts(training_data: TrainingData, pipeline: DiffusionPipeline, context
                 "captions have too many variants to cache: each step encodes its captions, text encoders stay loaded"
             )
         wanted += captions or []
-    return dataclasses.replace(training_data, texts=encode_texts(wanted, key, load_encoders, context), data=data)
+    texts = encode_texts(wanted, key, load_encoders, context, references)
+    return dataclasses.replace(training_data, texts=texts, data=data)
+
+
+def with_references(
+    prompts: Sequence[str], training_data: TrainingData
+) -> tuple[list[Instruction], dict[str, Callable[[], Image]]]:
+    """Return every caption and prompt with the hash of each of its reference images, and functions that open these."""
+    found: dict[Instruction, None] = {}
+    opened: dict[str, Callable[[], Image]] = {}
+    for mark, image in training_data.references():
+        opened[mark] = image.copy
+        found |= dict.fromkeys((prompt, mark) for prompt in prompts)
+    for source in training_data.sources:
+        images = source.images
+        # --metric_model also generates from test images, with the empty negative prompt.
+        empty = [""] if source.transform.dropout or training_data.validation.metric_model else []
+        for index, (mark, texts) in enumerate(zip(images.marks, images.captions, strict=True)):
+            opened[mark] = functools.partial(images.open_reference, index)
+            found |= dict.fromkeys((text, mark) for text in [*map(source.transform.plain, texts), *empty])
+    return list(found), opened
 
 
 def captions_of(training_data: TrainingData, processes: int) -> list[str] | None:
@@ -264,7 +300,9 @@ def latents_of(
     vae, model = pipeline.vae, context.model
     key = (model.family.name, model.fingerprint("vae"), str(vae.dtype))
     with wide_enough(model.family, vae):
-        return encode_images(Variants(images, sizes, context.options.data, context.options.training), key, vae, context)
+        options = context.options
+        variants = Variants(images, sizes, options.data, options.training, model.family.reference_size)
+        return encode_images(variants, key, vae, context)
 
 
 def print_skipped_images(images: ImageDataset, context: Context) -> None:

@@ -245,11 +245,9 @@ def of_seed(training_data: TrainingData, seed: int, pipeline: DiffusionPipeline,
             source = dataclasses.replace(source, latents=latents)
         sources.append(source)
     training_data = dataclasses.replace(training_data, sources=tuple(sources), training=options.training)
-    return (
-        with_texts(training_data, pipeline, context)
-        if any(source.transform.rewrites for source in sources)
-        else training_data
-    )
+    # If text encoders read reference images: samples use those of the selection split, which was unknown before.
+    anew = training_data.reads_references or any(source.transform.rewrites for source in sources)
+    return with_texts(training_data, pipeline, context) if anew else training_data
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Similarities of a chosen run's samples by --metric_model: cosine similarities of embeddings."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,7 +11,7 @@ from ...methods.adapters import without_adapters
 from ..denoising import DenoisingLoss
 from ..generators import derive
 from ..output.metric import load_metric
-from ..output.sampling import as_image
+from ..output.sampling import Sampler, as_image
 from ..prompts import UNRELATED
 from ..study import ImageStudy as Setting
 from .split import Image
@@ -35,21 +36,27 @@ def similarities(
 ) -> dict[str, float]:
     """Return the similarities listed in `MEANINGS`; the similarity to captions needs CLIP.
 
-    The samples are generated from UNRELATED prompts and from the captions of the first MOST_TEST test images.
+    The samples are generated from UNRELATED prompts and from the captions of the first MOST_TEST test images, with the
+    reference images of these test images if there are any.
     """
     context, sources = setting.context, setting.training_data.sources
     metric = load_metric(context.options.validation.metric_model, str(context.accelerator.device))
     denoiser = next(iter(parts.values()))
 
-    def draw(prompts: Sequence[str], count: int = 1) -> torch.Tensor:
-        drawn = setting.sampler.draw(denoiser, prompts, count, lambda: context.stop.check(COMPARING))
+    def draw(prompts: Sequence[str], count: int = 1, sampler: Sampler = setting.sampler) -> torch.Tensor:
+        drawn = sampler.draw(denoiser, prompts, count, lambda: context.stop.check(COMPARING))
         return metric.images([as_image(image) for image in drawn])
 
-    tested = images[:MOST_TEST]
+    tested, of_tested = images[:MOST_TEST], setting.sampler
+    if sources[0].images.paired:
+        pairs = [(sources[source].images, number) for source, number in tested]
+        references = [(found.marks[number], found.open_reference(number)) for found, number in pairs]
+        of_tested = dataclasses.replace(setting.sampler, references=references)
     captions = [
         sources[source].transform.plain(sources[source].images.captions[number][0]) for source, number in tested
     ]
-    drawn, again, kept = draw(captions), draw(captions[:1], DRAWINGS), draw(UNRELATED)
+    drawn, again = draw(captions, 1, of_tested), draw(captions[:1], DRAWINGS, of_tested)
+    kept = draw(UNRELATED)
     with without_adapters(*parts.values()):
         base = draw(UNRELATED)
     apart = 1 - again @ again.T

@@ -153,7 +153,11 @@ def denoising(rehearsal: Rehearsal, denoiser: Any, count: int, size: Size, dtype
         text = rehearsal.text(count, dtype)
         if rehearsal.trainable:
             text = family.encode_trained(rehearsal.pipeline, rehearsal.captions(count), text)
-        conditions = Conditions(text, stage.empty(count, 6))
+        reference = None
+        if family.edits:
+            of_reference = family.latent_shape(rehearsal.pipeline, *family.reference_size(size.height, size.width))
+            reference = stage.empty(count, *of_reference, dtype=dtype)
+        conditions = Conditions(text, stage.empty(count, 6), reference=reference)
         denoiser(**family.denoiser_inputs(denoiser.config, noisy, timesteps, conditions), return_dict=False)
     return live.peak
 

@@ -1,6 +1,7 @@
 """The memory of a run in each of its phases, in bytes: weights from their shapes, activations from fake tensors."""
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -71,8 +72,8 @@ class Rehearsal:
         found = {size for by_resolution in self.sizes for sizes in by_resolution for size in sizes if size}
         self.size = max(found, key=lambda size: size.height * size.width)
         self.peak_of_encoders = 0
-        self.texts = self._read()
         self.unknown: list[str] = []
+        self.texts = self._read()
 
     def known(self, what: str, trace: Callable[[], int]) -> int | None:
         """Return the result of `trace`; if it fails, return None and add the reason to `unknown`.
@@ -99,7 +100,16 @@ class Rehearsal:
         with torch.no_grad():
             states = [encode(self.pipeline, [text], longest) for text in (captions[-1], captions[0])]
         self.peak_of_encoders = reader.peak
-        return [{name: (value[0].shape, value[0].dtype) for name, value in text.items()} for text in states]
+        more = 0
+        if self.family.reads_references:
+            self.unknown.append("activations of the text encoder: unknown, these are without the reference image's")
+            reader = self.pipeline.processor.image_processor
+            area = math.prod(self.family.reference_size(self.size.height, self.size.width))
+            more = area // (reader.patch_size * reader.merge_size) ** 2
+        return [
+            {name: (torch.Size([len(own[0]) + more, *own[0].shape[1:]]), own[0].dtype) for name, own in text.items()}
+            for text in states
+        ]
 
     def _modules(self, names: Iterable[str]) -> list[nn.Module]:
         """Return the pipeline components with these names, without those that are missing or have no weights."""
@@ -136,6 +146,9 @@ class Rehearsal:
         with torch.no_grad(), self.stage(vae) as live:
             pixels = self.stage.empty(count, 3, self.size.height, self.size.width).to(vae.dtype)
             self.family.encode_images(vae, pixels)
+            if self.family.edits:
+                of_reference = self.family.reference_size(self.size.height, self.size.width)
+                self.family.encode_images(vae, self.stage.empty(count, 3, *of_reference).to(vae.dtype))
         return live.peak
 
     def autoencoder_in(self, dtype: torch.dtype) -> Any:
@@ -178,6 +191,11 @@ class Rehearsal:
         pixels = {"pixels": empty(count, 3, size.height, size.width)}
         moments = {"moments": empty(count, 2, *shape, dtype=self.pipeline.vae.dtype)}
         mask = {"mask": empty(count, 1, *shape[1:])} if options.training.masked_loss else {}
+        if self.family.edits:
+            of_reference = self.family.reference_size(size.height, size.width)
+            latents = self.family.latent_shape(self.pipeline, *of_reference)
+            moments["reference"] = empty(count, *latents, dtype=self.pipeline.vae.dtype)
+            pixels["reference_pixels"] = empty(count, 3, *of_reference)
         return Batch(
             empty(count, dtype=self.objective.at(0.5).dtype), empty(count, *shape), empty(count, *shape),
             sizes=empty(count, 6), weight=empty(count), caption=self.captions(count), text=self.text(count),
@@ -207,8 +225,8 @@ class Rehearsal:
 
     def autoencoder(self, times: int = 1) -> int:
         """Return the bytes of the autoencoder that stay after encoding; `times` scales the bytes of each value."""
-        vae = self.pipeline.vae
-        return times * (tensor_bytes(vae) - (tensor_bytes(vae.encoder) if self.options.data.cache_latents else 0))
+        vae, forgotten = self.pipeline.vae, self.options.data.cache_latents and not self.family.edits
+        return times * (tensor_bytes(vae) - (tensor_bytes(vae.encoder) if forgotten else 0))
 
     def base(self) -> nn.Module:
         """Return the denoiser that will be trained, on the meta device and without an adapter."""

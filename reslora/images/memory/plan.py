@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -213,7 +214,9 @@ def guess(context: Context) -> float:
     weights = sum(value.nbytes for part in (denoiser, *filter(None, parts.values())) for value in part.parameters())
     assistant = context.assistant.layers.values() if context.assistant else ()
     weights += sum(4 * (down.numel() + up.numel()) for down, up, _ in assistant)
-    pixels, texts = most_pixels(context), 64 * (options.training.max_sequence_length or 77)
+    pixels, side = most_pixels(context), math.isqrt(most_pixels(context))
+    pixels += math.prod(model.family.reference_size(side, side)) if model.family.edits else 0
+    texts = 64 * (options.training.max_sequence_length or 77)
     images = max(options.training.train_batch_size, 8)  # at most 8 crops and flips are encoded together
     passes = 2 if options.training.preserved_prompts else 1  # whose activations are kept at a time
     # No supported autoencoder has more latents per pixel.

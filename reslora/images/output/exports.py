@@ -109,7 +109,8 @@ def export_parts(
     prompts, images = prompts_of(options.validation), options.validation.num_validation_images
     shown = bool(prompts and images)
     if not shown:
-        prompts, images = [Prompt(next((text for text in training_data.texts.places if text), ""))], 1
+        texts = (text if isinstance(text, str) else text[0] for text in training_data.texts.places)
+        prompts, images = [Prompt(next(filter(None, texts), ""))], 1
     parts, merged = as_plain_lora(parts, method, loss, training_data)
     denoiser = next(iter(parts.values()))
     drawn = sampler.draw(denoiser.eval(), prompts, images)

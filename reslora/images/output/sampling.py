@@ -18,6 +18,8 @@ from ...options.images import DataOptions, TrainingOptions, ValidationOptions
 from ...tracing import evaluating
 from ..data.batch import stack_texts
 from ..data.encoding import Texts
+from ..data.images import cropped
+from ..data.size import Size
 from ..generators import derive
 from ..model.assistant import without_assistant
 from ..model.families.base import Family, Part, Text
@@ -36,6 +38,8 @@ class Sampler:
     validation: ValidationOptions
     encoders: Sequence[Part] = ()
     """The pipeline's text encoders that are trained."""
+    references: Sequence[tuple[str, Image.Image]] = ()
+    """The hashes and reference images of an edit model: the prompts use them in turn."""
 
     def draw(
         self,
@@ -68,6 +72,8 @@ class Sampler:
         for number, given in enumerate(prompts):
             prompt = Prompt(given) if isinstance(given, str) else given
             prompt = resolved(prompt, self.data, self.validation, self.family)
+            if self.references:
+                prompt = dataclasses.replace(prompt, reference=number % len(self.references))
             for image in range(images):
                 drawn = derive(self.training.seed, "sample", number, image)
                 found.append((prompt, drawn if prompt.seed is None else prompt.seed + image))
@@ -79,9 +85,12 @@ class Sampler:
             return tensors
 
         first, _ = wanted[0]
-        text, negative = self._text([one.prompt for one, _ in wanted]), self._text([first.negative_prompt])
+        text = self._text([(one.prompt, one.reference) for one, _ in wanted])
+        negatives = wanted if self.references and self.family.reads_references else wanted[:1]
+        negative = self._text([(one.negative_prompt, one.reference) for one, _ in negatives])
         drawn = self.pipeline(
             **self.family.drawing_inputs(self.pipeline, text, negative, not first.negative_prompt),
+            **self._reference([one for one, _ in wanted]),
             generator=[torch.Generator().manual_seed(seed) for _, seed in wanted],
             num_inference_steps=first.num_inference_steps, **{self.family.guidance: first.guidance_scale},
             height=first.height, width=first.width,
@@ -89,13 +98,25 @@ class Sampler:
         )  # fmt: skip
         return list(drawn.images)
 
-    def _text(self, captions: list[str]) -> Text:
+    def _reference(self, prompts: Sequence[Prompt]) -> dict:
+        """Return the pipeline's arguments for the prompts' reference images, cropped to the samples' size."""
+        if not self.references:
+            return {}
+        size = Size(*self.family.reference_size(prompts[0].height or 0, prompts[0].width or 0))
+        images = [self.references[one.reference or 0][1] for one in prompts]
+        how = (0.5, 0.5), size, self.data.image_interpolation_mode
+        return self.family.reference_inputs([cropped(image, *how) for image in images])
+
+    def _text(self, prompts: list[tuple[str, int | None]]) -> Text:
         # The pipeline's dtype, because some pipelines create latents in the dtype of the text states.
         vae = self.pipeline.vae
 
         def ready(text: Text) -> Text:
             return tree_map(lambda value: value.to(vae.device, vae.dtype, non_blocking=True), text)
 
+        if self.references and self.family.reads_references:
+            return ready(stack_texts([self.texts[text, self.references[number or 0][0]] for text, number in prompts]))
+        captions = [caption for caption, _ in prompts]
         states = ready(stack_texts([self._states(caption) for caption in captions]))
         if not self.encoders:
             return states
@@ -114,7 +135,7 @@ class Sampler:
 
 def shared(wanted: tuple[Prompt, int]) -> Prompt:
     """Return the options of a prompt that must be equal for all images of a batch."""
-    return dataclasses.replace(wanted[0], prompt="", seed=None)
+    return dataclasses.replace(wanted[0], prompt="", seed=None, reference=None)
 
 
 def as_bytes(drawn: np.ndarray) -> np.ndarray:

@@ -269,8 +269,8 @@ def images_encoded(setting: Context, key: object = "vae", size: Size | None = No
     family.images.clear()
     latents, problems = encoding.encode_images(variants, key, VAE, setting)
     made = {index: variants[index] for index in set(range(len(images))) - problems.keys()}
-    assert latents.variants == max(len(pixels) for pixels, _ in made.values())
-    for index, (pixels, sizes) in made.items():
+    assert latents.variants == max(len(pixels) for pixels, *_ in made.values())
+    for index, (pixels, sizes, *_) in made.items():
         for variant in range(latents.variants):
             found = latents.of(index, variant)
             assert torch.equal(found["moments"][0], pixels[variant % len(pixels)])

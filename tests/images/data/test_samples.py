@@ -224,7 +224,7 @@ def test_every_variant_that_is_kept_is_trained():
 def test_without_kept_latents_every_sample_has_a_crop_of_its_own_and_half_are_mirrored():
     """The image is dark on the left, and twice as wide as what is cropped from it: 0 to 16 pixels lie left of that."""
     image = PIL.Image.linear_gradient("L").transpose(PIL.Image.Transpose.TRANSPOSE).resize((64, 32)).convert("RGB")
-    samples = one_image(None, SimpleNamespace(captions=[["box"]], open=lambda index: image))
+    samples = one_image(None, SimpleNamespace(captions=[["box"]], open=lambda index: image, paired=False))
     assert 70 < sum(bool(sample.pixels[0, 0, 0] > sample.pixels[0, 0, -1]) for sample in samples) < 130
     assert {int(sample.sizes[3]) for sample in samples} == set(range(17))
 

@@ -17,11 +17,13 @@ FAMILIES = {
     "StableDiffusionXLPipeline": "sdxl",
     "ZImagePipeline": "z_image",
     "FluxPipeline": "flux",
+    "FluxKontextPipeline": "flux_kontext",
     "StableDiffusion3Pipeline": "sd3",
     "Flux2Pipeline": "flux2",
     "Flux2KleinPipeline": "flux2_klein",
     "ChromaPipeline": "chroma",
     "QwenImagePipeline": "qwen_image",
+    "QwenImageEditPipeline": "qwen_image_edit",
     "Krea2Pipeline": "krea2",
 }
 

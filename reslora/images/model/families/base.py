@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from PIL.Image import Image
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -49,6 +50,8 @@ class Conditions:
     """Batch x 6: height and width of the original image, top and left of the crop, height and width of the crop."""
     guidance: float = 1.0
     """The guidance scale that models with distilled guidance have as an input."""
+    reference: torch.Tensor | None = None
+    """The latents of the reference images that an edit model reads: batch x channels x height x width."""
 
 
 def numbered(name: str) -> tuple[str, list[str]]:
@@ -117,6 +120,10 @@ class Family:
     guidance: str = "guidance_scale"
     """The pipeline's argument for classifier-free guidance. A pipeline with an argument of another name than
     `guidance_scale` applies guidance only if it also gets a negative prompt."""
+    edits: bool = False
+    """Whether it edits a reference image. Its layers have the names and shapes of another family's layers."""
+    reads_references: bool = False
+    """Whether the text encoder reads the reference image together with the caption."""
     encodes_in_float32: bool = False
     """Whether the autoencoder overflows in half precision if its configuration has `force_upcast`."""
 
@@ -248,3 +255,15 @@ class Family:
             states = found[arguments[name]]
             found[f"negative_{arguments[name]}"] = value.to(states).expand_as(states)
         return found
+
+    def reference_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width of the reference image of an image of that height and width."""
+        return height, width
+
+    def encode_with_reference(self, pipeline: DiffusionPipeline, caption: str, reference: Image) -> Text:
+        """Return the text states of a caption and its reference image, if `reads_references`."""
+        raise NotImplementedError
+
+    def reference_inputs(self, references: list[Image]) -> dict:
+        """Return the pipeline's keyword arguments for the samples' reference images, of `reference_size`."""
+        raise NotImplementedError

@@ -138,7 +138,7 @@ def of_base(name: str, family: Family | None) -> tuple[Names, dict[str, str]]:
         if alone:
             config = read_object(Path(name) / "config.json")
             kind = config.get("_class_name", "model without _class_name")
-            fitting = [each for each in known if each.denoiser_class.__name__ == kind]
+            fitting = [each for each in known if each.denoiser_class.__name__ == kind and not each.edits]
             if len(fitting) > 1:  # the class is shared
                 fitting = [each for each in fitting if all(each.published.get(k) == config.get(k) for k in APART)]
         else:

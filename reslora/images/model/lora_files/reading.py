@@ -149,7 +149,7 @@ def family_of(content: Content) -> Family:
     out. Raises `InvalidArgument` if no single family remains.
     """
     said = [content.metadata.get(key, "").lower() for key in ("ss_base_model_version", "modelspec.architecture")]
-    families = [load_family(pipeline) for pipeline in FAMILIES]
+    families = [family for family in map(load_family, FAMILIES) if not family.edits]  # names are those of the base
     marked = [family for family in families if any(text.startswith(family.marks) for text in said if family.marks)]
     if len(marked) == 1:
         return marked[0]

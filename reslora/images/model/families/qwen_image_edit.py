@@ -1,0 +1,72 @@
+"""Qwen-Image-Edit: Qwen-Image, whose text encoder and transformer both read a reference image."""
+
+import math
+from typing import ClassVar
+
+import torch
+from diffusers import QwenImageEditPipeline, QwenImagePipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+
+from .qwen_autoencoder import packed, side_by_side, without_padding
+from .qwen_image import QwenImage
+
+AREA = 1024 * 1024  # of the reference image in pixels, whatever the size of the sample: the pipeline's own
+
+
+class QwenImageEdit(QwenImage):
+    """Qwen-Image-Edit, trained as Qwen-Image is; the reference image as in the pipeline.
+
+    The reference image has about a million pixels. Its latents are the mean, not a sample. The text encoder reads the
+    complete image with each caption.
+    """
+
+    name = "qwen_image_edit"
+    pipeline = QwenImageEditPipeline
+    text_parts = ("text_encoder", "tokenizer", "processor")
+    edits = True
+    reads_references = True
+    defaults: ClassVar = {name: value for name, value in QwenImage.defaults.items() if name != "max_sequence_length"}
+
+    def reference_size(self, height, width):
+        """Return the pipeline's height and width for a reference image of the sample's aspect ratio."""
+        width, height, _ = pipeline_qwenimage_edit.calculate_dimensions(AREA, width / height)
+        return height, width
+
+    def encode_captions(self, pipeline, captions, longest):
+        """Return `states` of the captions without reference images, in which only the memory plan is interested."""
+        states, mask = QwenImagePipeline._get_qwen_prompt_embeds(pipeline, captions, pipeline.text_encoder.device)
+        return {"states": without_padding(states, mask)}
+
+    def encode_with_reference(self, pipeline, caption, reference):
+        """Return `states` of the caption and the reference image: tokens x width."""
+        height, width = self.reference_size(reference.height, reference.width)
+        image = pipeline.image_processor.resize(reference, height, width)
+        states, mask = pipeline.encode_prompt([caption], [image], device=pipeline.text_encoder.device)
+        return {"states": without_padding(states, mask)}
+
+    def denoiser_inputs(self, config, noisy, timesteps, conditions):
+        """Return Qwen-Image's inputs, with the reference's tokens and shape after those of the image."""
+        inputs, reference = super().denoiser_inputs(config, noisy, timesteps, conditions), conditions.reference
+        shape = (1, reference.shape[2] // 2, reference.shape[3] // 2)
+        return inputs | {
+            "hidden_states": torch.cat([inputs["hidden_states"], packed(reference)], 1),
+            "img_shapes": [[*shapes, shape] for shapes in inputs["img_shapes"]],
+        }
+
+    def prediction(self, output, noisy):
+        """Return the unpacked velocity of the image's tokens, without those of the reference."""
+        tokens = math.prod(noisy.shape[2:]) // self.latents_per_token
+        return super().prediction((output[0][:, :tokens],), noisy)
+
+    def reference_inputs(self, references):
+        """Return the images, which the pipeline scales to their own size."""
+        return {"image": references}
+
+    def drawing_inputs(self, pipeline, text, negative, empty):
+        """Return text states of the captions, and of the negative prompt with each caption's reference image."""
+        inputs = super().drawing_inputs(pipeline, text, negative, empty)
+        others, others_mask = side_by_side(negative["states"])
+        return inputs | {"negative_prompt_embeds": others, "negative_prompt_embeds_mask": others_mask}
+
+
+FAMILY = QwenImageEdit()

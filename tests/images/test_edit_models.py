@@ -1,0 +1,373 @@
+"""Edit models: a reference image for each image, in the loss, the cache, samples, exports and the data's layouts."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline, FluxKontextPipeline
+from launching import forked
+from pipelines import flux, flux_kontext, image_folder, random_image, same_image
+
+from images.memory.rehearsed import resolved
+from images.memory.test_phases import compare
+from images.runs import RESUME, SCRIPT, assert_same, final_weights, main, refused
+from reslora.images.data.batch import collate
+from reslora.images.data.folders import load_folders
+from reslora.images.data.samples import TrainingSamples
+from reslora.images.data.training_data import material_of
+from reslora.images.denoising import DenoisingLoss
+from reslora.images.memory.phases import Rehearsal
+from reslora.images.memory.plan import guess, plan_of
+from reslora.images.run import load_and_check, settle
+from reslora.images.settings import parse_args
+from reslora.runtime.signals import StopRequest
+from reslora.seeds import derive
+
+
+def pair_folders(folder: Path, count: int = 6, reference=lambda number: random_image(number + 300)) -> list[str]:
+    """Images and their reference images, of the same sizes and names, as options."""
+    image_folder(folder / "images", count)
+    (folder / "before").mkdir()
+    for number in range(count):
+        reference(number).save(folder / "before" / f"{number}.png")
+    return ["--train_data_dir", str(folder / "images"), "--conditioning_data_dir", str(folder / "before")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> SimpleNamespace:
+    """A tiny Kontext and pairs, and the flags of short runs."""
+    folder = tmp_path_factory.mktemp("kontext")
+    model, pairs = stirred(flux_kontext(folder / "model", vae={"scaling_factor": 3.0})), pair_folders(folder)
+    flags = ["--pretrained_model_name_or_path", str(model), *pairs, "--resolution", "32", "--rank", "2"]
+    flags += ["--train_batch_size", "2", "--learning_rate", "0.02", "--report_to", "none"]
+    flags += ["--num_inference_steps", "2", "--num_validation_images", "1", "--merge_calibration_samples", "2"]
+    return SimpleNamespace(folder=folder, model=model, pairs=pairs, flags=flags)
+
+
+@torch.no_grad()
+def stirred(model: Path, scale: float = 0.1) -> Path:
+    """The pipeline whose transformer has larger random weights, so that its images depend on the reference."""
+    transformer, draws = DiffusionPipeline.from_pretrained(model).transformer, torch.Generator().manual_seed(3)
+    for parameter in transformer.parameters():
+        parameter += scale * torch.randn(parameter.shape, generator=draws)
+    transformer.save_pretrained(model / "transformer")
+    return model
+
+
+def training_data_of(flags: list[str]) -> SimpleNamespace:
+    options = parse_args(flags)
+    context = settle(options, Accelerator(cpu=True), StopRequest())
+    pipeline, objective = load_and_check(context)
+    images = load_folders(options.model, options.data, options.training, options.output)
+    found = material_of(images, pipeline, objective, context)
+    return SimpleNamespace(data=found, pipeline=pipeline, objective=objective, context=context)
+
+
+def packed(latents: torch.Tensor) -> torch.Tensor:
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, height * width // 4, 4 * channels)
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-cache_latents", "--use_aspect_ratio_buckets"]], ids=["cached", "fresh"])
+@torch.no_grad()
+def test_loss_by_hand(place, tmp_path, flags):
+    """Tokens of the reference's mean latents follow, at 1 in the first coordinate, and are not predicted."""
+    one = training_data_of([*place.flags, "--output_dir", str(tmp_path / "out"), *flags])
+    stock = FluxKontextPipeline.from_pretrained(place.model, torch_dtype=torch.float64)
+    denoiser, vae, draws = stock.transformer, stock.vae.config, torch.Generator().manual_seed(5)
+    for parameter in denoiser.parameters():  # zero-initialised parts would hide what flows through them
+        parameter += 0.05 * torch.randn(parameter.shape, generator=draws)
+    loss = DenoisingLoss(one.context, one.objective, one.pipeline, denoiser.config)
+    loss.dtype = torch.float64
+    one.pipeline.vae.double()
+    batch = collate([TrainingSamples(one.data)[draw] for draw in one.data.plan(1).forward(0)])
+    batch.text = text = {name: value.double() for name, value in batch.text.items()}
+    found = loss(denoiser, batch)
+    moments, reference = batch.moments, batch.reference
+    if flags:
+        image, other = (stock.vae.encode(pixels.double()) for pixels in (batch.pixels, batch.reference_pixels))
+        moments = torch.stack([image.latent_dist.mean, image.latent_dist.std], 1)
+        reference = other.latent_dist.mean
+
+    mean, std = moments.double().unbind(1)
+    x = (mean + std * batch.posterior_noise - vae.shift_factor) * vae.scaling_factor
+    r, e = (reference.double() - vae.shift_factor) * vae.scaling_factor, batch.noise.double()
+    s = (batch.timesteps / 1000).double().view(-1, 1, 1, 1)
+    rows, columns = torch.meshgrid(torch.arange(x.shape[2] // 2), torch.arange(x.shape[3] // 2), indexing="ij")
+    ids = torch.cat([torch.stack([torch.full_like(rows, k), rows, columns], 2).view(-1, 3) for k in (0, 1)]).double()
+    tokens = torch.cat([packed((1 - s) * x + s * e), packed(r)], 1)
+    states, no_ids, guidance = text["states"], torch.zeros(text["states"].shape[1], 3), torch.ones(2)
+    output = denoiser(tokens, states, text["pooled"], s.flatten(), ids, no_ids, guidance).sample
+    expected = (output[:, : rows.numel()] - packed(e - x)).square().flatten(1).mean(1)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=0)
+
+    name = "reference_pixels" if flags else "reference"
+    setattr(batch, name, torch.zeros_like(getattr(batch, name)))
+    assert (loss(denoiser, batch) - found).abs().min() > 1e-5
+
+
+@pytest.mark.parametrize("flags", [["--random_flip"], ["--random_flip", "--use_aspect_ratio_buckets"]])
+def test_a_reference_is_cropped_and_flipped_as_its_image(place, tmp_path, flags):
+    """If both are the same file, all crops and flips agree, with latents on disk and without."""
+    pairs = pair_folders(tmp_path, reference=random_image)
+    for cache in ("--cache_latents", "--no-cache_latents"):
+        one = training_data_of([*place.flags, *pairs, *flags, "--output_dir", str(tmp_path / "out"), cache])
+        samples, (source,) = TrainingSamples(one.data), one.data.sources
+        found = [samples[draw] for forward in range(9) for draw in one.data.plan(1).forward(forward)]
+        if cache == "--cache_latents":
+            assert all(sample.reference.equal(sample.moments[0]) for sample in found)
+        else:
+            assert all(sample.reference_pixels.equal(sample.pixels) for sample in found)
+        assert len(source.buckets) == len(flags)
+
+
+def test_a_reference_that_was_edited_is_encoded_anew(place, tmp_path):
+    """The cache and a resumed run are keyed by the content of both images."""
+    pairs = pair_folders(tmp_path)
+    flags = [*place.flags, *pairs, "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")]
+    before = training_data_of(flags).data.sources[0]
+    PIL.Image.new("RGB", (32, 32), "red").save(tmp_path / "before" / "0.png")
+    after = training_data_of(flags).data.sources[0]
+    assert before.images.fingerprint != after.images.fingerprint
+    changed = [not before.latents.of(i, 0)["reference"].equal(after.latents.of(i, 0)["reference"]) for i in range(6)]
+    assert changed == [True, *[False] * 5]
+    assert all(before.latents.of(i, 0)["moments"].equal(after.latents.of(i, 0)["moments"]) for i in range(6))
+
+
+@pytest.fixture(scope="module")
+def trained(place) -> Path:
+    """Four steps of ResLoRA with two prompts, whose references are those of the first held-out images."""
+    out = place.folder / "out"
+    flags = [*place.flags, "--output_dir", out, "--method", "reslora", "--shortcut", "middle", "--max_train_steps", "4"]
+    flags += ["--checkpointing_steps", "2", "--validation_prompt", "blue box", "red disc", "--validation_steps", "2"]
+    assert main(*flags, "--validation_split", "0.4") == 0
+    return out
+
+
+def drawn(place: SimpleNamespace, weights: Path | None, reference: PIL.Image.Image, number: int = 0) -> np.ndarray:
+    pipe = FluxKontextPipeline.from_pretrained(place.model, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if weights:
+        pipe.load_lora_weights(weights.parent, weight_name=weights.name)
+    seed, prompt = torch.Generator().manual_seed(derive(0, "sample", number, 0)), ["blue box", "red disc"][number]
+    size = {"height": 32, "width": 32, "max_area": 32 * 32, "_auto_resize": False}
+    return pipe(reference, prompt, generator=seed, num_inference_steps=2, output_type="np", **size).images[0]
+
+
+def test_samples_are_those_of_the_stock_pipeline_with_the_exported_lora(place, trained):
+    """The references of the prompts are those of the first held-out images; here they have the size of the sample."""
+    files = json.loads((trained / "reslora" / "exports.json").read_text())["difference_of_255"]
+    assert {"pytorch_lora_weights.safetensors", "peft", "transformer"} <= files.keys() and max(files.values()) <= 2
+    one = training_data_of([*place.flags, "--validation_split", "0.4", "--validation_prompt", "a", "b"])
+    weights = trained / "reslora" / "pytorch_lora_weights.safetensors"
+    for number, (_, image) in enumerate(one.data.held_out[:2]):
+        reference = random_image(image + 300)
+        assert same_image(one.data.references()[number][1], reference)
+        middle = (reference.width - 32) // 2
+        reference = reference.crop((middle, 0, middle + 32, 32))
+        sample = np.asarray(PIL.Image.open(trained / "reslora" / "merged" / f"{number}-0.png")) / 255
+        assert np.abs(drawn(place, weights, reference, number) - sample).max() <= 2 / 255
+        assert np.abs(drawn(place, None, reference, number) - sample).max() > 4 / 255
+        assert np.abs(drawn(place, weights, PIL.Image.new("RGB", (32, 32), "red"), number) - sample).max() > 4 / 255
+
+
+@pytest.mark.exhaustive
+def test_a_stopped_run_resumes_to_the_same_weights(place, trained, tmp_path):
+    flags = [*place.flags, "--method", "reslora", "--shortcut", "middle", "--checkpointing_steps", "2"]
+    flags += ["--validation_prompt", "blue box", "red disc", "--validation_steps", "2", "--validation_split", "0.4"]
+    for steps, more in ((2, ()), (4, RESUME)):
+        assert main(*flags, "--max_train_steps", steps, "--output_dir", tmp_path / "out", *more) == 0
+    assert_same(final_weights(tmp_path / "out"), final_weights(trained))
+
+
+@pytest.mark.exhaustive
+def test_two_processes_train_what_one_with_twice_the_batch_trains(place, tmp_path):
+    flags = [*place.flags, "--method", "lora", "--max_train_steps", "2", "--random_flip", "--checkpointing_steps", "2"]
+    forked(SCRIPT, *flags, "--output_dir", str(tmp_path / "two"), folder=tmp_path)
+    assert main(*flags, "--train_batch_size", "4", "--output_dir", tmp_path / "one") == 0
+    two, one = (final_weights(tmp_path / name, "lora", 2) for name in ("two", "one"))
+    assert_same(two, one, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("more", [[], ["--no-cache_latents", "--output_preservation_weight", "1"]])
+def test_a_step_takes_what_is_planned(place, tmp_path, more):
+    if more:
+        more = [*more, "--output_preservation_prompt", "a disc"]
+    flags = [*place.pairs[2:], "--validation_prompt", "red disc", "--num_validation_images", "1", *more]
+    images, context = resolved(place.model, place.folder / "images", tmp_path / "out", *flags)
+    plan = plan_of(images, context, None)
+    assert plan.unknown == () and plan.peak.total < guess(context)
+    compare(next(phase for phase in plan.phases if phase.name == "training"), Rehearsal(images, context), context)
+
+
+@pytest.mark.exhaustive
+def test_an_experiment_compares_losses_with_references(place, tmp_path):
+    """The test losses are measured with the references of the test images: with others they differ."""
+    flags = [*place.flags, "--method", "lora", "reslora", "--seed", "0", "1", "--max_train_steps", "2"]
+    flags += ["--validation_prompt", "blue box", "--test_split", "0.3", "--select_split", "0.3"]
+    assert main(*flags, "--output_dir", tmp_path / "one") == 0
+    record = json.loads((tmp_path / "one" / "experiment.json").read_text())
+    others = pair_folders(tmp_path, reference=lambda number: random_image(number + 600))
+    words = [*without_pairs(flags), *others]
+    assert main(*words, "--output_dir", tmp_path / "two") == 0
+    other = json.loads((tmp_path / "two" / "experiment.json").read_text())
+    assert record["base"] != other["base"]
+
+
+def without_pairs(flags: list[str]) -> list[str]:
+    at = flags.index("--train_data_dir")
+    return [*flags[:at], *flags[at + 4 :]]
+
+
+@pytest.mark.exhaustive
+def test_the_command_of_the_documentation(place, tmp_path, monkeypatch):
+    """With the tiny model, and with pairs in the folders of these names."""
+    monkeypatch.chdir(tmp_path)
+    pair_folders(tmp_path, 3)
+    (tmp_path / "images").rename("after")
+    random_image(7).save("park.png")
+    (code,) = blocks_of("Edit models")
+    words = shlex.split(code.replace("\\\n", " ").replace("black-forest-labs/FLUX.1-Kontext-dev", str(place.model)))
+    assert words[:2] == ["python", "train_sd.py"] and words[words.index("--resolution") + 1] == "512"
+    small = ["--resolution", "32", "--rank", "2", "--max_train_steps", "1", "--num_inference_steps", "1"]
+    assert main(*words[2:], *small, "--num_validation_images", "1", "--report_to", "none") == 0
+    assert (tmp_path / "runs" / "night" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def blocks_of(heading: str) -> list[str]:
+    """The commands below a heading of docs/models.md."""
+    text = (SCRIPT.parent / "docs" / "models.md").read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^```bash\n(.*?)^```", text, flags=re.DOTALL | re.M)
+
+
+# -- layouts ---------------------------------------------------------------------------------------------------------
+
+
+def images_of(*flags) -> object:
+    options = parse_args(["--pretrained_model_name_or_path", "someone/model", "--resolution", "16", *map(str, flags)])
+    return load_folders(options.model, options.data, options.training, options.output)
+
+
+def assert_paired(images) -> None:
+    for number in range(len(images)):
+        assert same_image(images.open(number), random_image(number))
+        assert same_image(images.open_reference(number), random_image(number + 300))
+
+
+def test_files_of_the_same_names_are_partners_in_kohyas_folders_too(tmp_path):
+    """Whatever their suffixes; the folder of the references may be inside that of the images."""
+    pair_folders(tmp_path / "a", 3)
+    for name in ("3_red disc", "1_blue box"):
+        image_folder(tmp_path / "a" / "kohya" / name, 3, layout="none")
+        for number in range(3):
+            place = tmp_path / "a" / "kohya" / "before" / name
+            place.mkdir(parents=True, exist_ok=True)
+            random_image(number + 300).save(place / f"{number}.webp", lossless=True)
+    folders = [tmp_path / "a" / name for name in ("images", "kohya")]
+    partners = [tmp_path / "a" / "before", tmp_path / "a" / "kohya" / "before"]
+    found = images_of("--train_data_dir", *folders, "--conditioning_data_dir", *partners)
+    assert [len(images) for images in found] == [3, 3, 3] and all(images.paired for images in found)
+    for images in found:
+        assert_paired(images)
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "csv", "parquet", "saved"])
+def test_a_column_names_the_reference(tmp_path, layout):
+    """As a file's name, or the image itself: here under names that are exchanged, as in InstructPix2Pix' data."""
+    (tmp_path / "p").mkdir()
+    columns = {"image": [random_image(number + 300) for number in range(3)]}
+    columns |= {"edited": [random_image(number) for number in range(3)], "text": ["red disc"] * 3}
+    flags = ["--train_data_dir", tmp_path / "p", "--cache_dir", tmp_path / "cache"]
+    if layout in ("jsonl", "csv"):
+        names = [(f"{number}.png", f"before-{number}.png") for number in range(3)]
+        for (name, before), image, reference in zip(names, columns["edited"], columns["image"], strict=True):
+            image.save(tmp_path / "p" / name)
+            reference.save(tmp_path / "p" / before)
+        rows = [{"file_name": name, "text": "red disc", "conditioning_image": before} for name, before in names]
+        lines = list(map(json.dumps, rows))
+        if layout == "csv":
+            lines = ["file_name,text,conditioning_image", *(f"{name},red disc,{before}" for name, before in names)]
+        (tmp_path / "p" / f"metadata.{layout}").write_text("\n".join(lines))
+        (found,) = images_of(*flags, "--conditioning_image_column", "conditioning_image")
+        assert found.notes == ()
+    else:
+        features = {"image": datasets.Image(), "edited": datasets.Image(), "text": datasets.Value("string")}
+        made = datasets.Dataset.from_dict(columns, datasets.Features(features))
+        if layout == "parquet":
+            made.to_parquet(tmp_path / "p" / "train.parquet")
+        else:
+            made.save_to_disk(tmp_path / "p")
+        (found,) = images_of(*flags, "--image_column", "edited", "--conditioning_image_column", "image")
+    assert_paired(found)
+    (plain,) = images_of(*flags, *(() if layout in ("jsonl", "csv") else ("--image_column", "edited")))
+    assert len(plain) == 3 and not plain.paired and plain.fingerprint != found.fingerprint
+
+
+def test_what_has_no_partner_is_named_with_the_fix(place, tmp_path, capsys):
+    pairs = pair_folders(tmp_path)
+    before = tmp_path / "before"
+    (before / "0.png").unlink()
+    (before / "1.png").write_bytes(b"no image")
+    random_image(9).save(before / "nine.png")
+    random_image(2).resize((32, 64)).save(before / "2.png")
+    (found,) = images_of(*pairs)
+    assert list(found.left_out) == [
+        f"{tmp_path}/images/0.png: no reference image {before}/0 (.png, .jpg, ...): add it, or remove the image",
+        f"{tmp_path}/images/1.png: its reference image: not an image",
+    ]
+    one, other = found.notes
+    assert one == (
+        f"warning: 1 reference image without an image of the same name in {tmp_path}/images: remove "
+        f"{before}/nine.png, or add its image"
+    )
+    assert other.startswith("warning: 1 reference image with another aspect ratio") and "images/2.png" in other
+    flags = [*without_pairs(place.flags), *pairs, "--strict", "--output_dir", tmp_path / "out"]
+    assert f"no reference image {before}/0" in refused(capsys, *flags)
+
+
+REFUSALS = [
+    (["--conditioning_data_dir", "{before}", "{before}"], "2 folders for 1 of --train_data_dir; give one for each"),
+    (["--conditioning_data_dir", "nowhere"], "no such folder"),
+    (["--conditioning_data_dir", "{before}", "--conditioning_image_column", "a"], "give one of the two"),
+    (["--conditioning_data_dir", "{before}", "--class_data_dir", "c", "--class_prompt", "a"], "class images have no"),
+    (["--conditioning_image_column", "a"], "has the columns 'file_name', 'text'; name one of these"),
+    (["--conditioning_data_dir", "{before}", "--validation_image", "a.png"], "no such file; give an image"),
+    (["--conditioning_data_dir", "{before}", "--validation_image", "{half}"], "truncated"),
+    (["--validation_image", "{one}", "{one}", "--validation_prompt", "a", "b", "c"], "2 images for 3 prompts"),
+    ([], "flux_kontext edits reference images, and none are named; give --conditioning_data_dir FOLDER"),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), REFUSALS, ids=[words for _, words in REFUSALS])
+def test_refusals(place, tmp_path, capsys, flags, words):
+    before = place.folder / "before"
+    half = tmp_path / "half.png"
+    half.write_bytes((before / "1.png").read_bytes()[:1500])
+    given = [flag.format(before=before, one=before / "1.png", half=half) for flag in flags]
+    common = ["--pretrained_model_name_or_path", place.model, "--train_data_dir", place.folder / "images"]
+    assert words in refused(capsys, *common, "--resolution", "32", "--output_dir", tmp_path / "out", *given)
+
+
+def test_another_model_has_no_use_for_references(place, tmp_path, capsys):
+    model = flux(tmp_path / "model")
+    common = ["--pretrained_model_name_or_path", model, "--output_dir", tmp_path / "out", "--resolution", "32"]
+    for flags in (place.pairs, [*place.pairs[:2], "--validation_image", place.folder / "before" / "1.png"]):
+        line = refused(capsys, *common, *flags)
+        assert line.endswith("flux edits no images; leave it out, or give a model of flux_kontext, qwen_image_edit")
+
+
+def test_given_references_are_those_of_the_prompts_in_turn(place, tmp_path):
+    files = [str(place.folder / "before" / f"{number}.png") for number in (4, 1)]
+    words = [*place.flags, "--validation_prompt", "a", "b", "--validation_image", *files]
+    found = training_data_of([*words, "--output_dir", str(tmp_path / "out")]).data.references()
+    assert [same_image(image, random_image(n + 300)) for (_, image), n in zip(found, (4, 1), strict=True)] == [True] * 2

@@ -1,0 +1,192 @@
+"""Qwen-Image-Edit: the reference image in the text states, in the loss, and in samples; smaller than the real one's."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import QwenImageEditPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from pipelines import qwen_image_edit, random_image, tiny_clip_of_images
+
+from images.memory.rehearsed import resolved
+from images.memory.test_phases import compare
+from images.runs import RESUME, assert_same, final_weights, main, refused
+from images.test_edit_models import packed, pair_folders, stirred, training_data_of, without_pairs
+from reslora.images.data.batch import collate
+from reslora.images.data.samples import TrainingSamples
+from reslora.images.denoising import DenoisingLoss
+from reslora.images.memory.phases import Rehearsal
+from reslora.images.memory.plan import guess, plan_of
+from reslora.seeds import derive
+
+VAE = {"latents_std": [14.0, 7.0, 11.0, 9.0]}  # large latents, on which images depend
+calculate_dimensions = pipeline_qwenimage_edit.calculate_dimensions
+
+
+@pytest.fixture(autouse=True)
+def small_references(monkeypatch):
+    """References of 64 x 64 pixels instead of a million, in the stock pipeline too."""
+    small = lambda area, ratio: calculate_dimensions(area // 256, ratio)  # noqa: E731
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", small)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("qwen")
+    model, pairs = stirred(qwen_image_edit(folder / "qwen", vae=VAE), 0.5), pair_folders(folder)
+    flags = ["--pretrained_model_name_or_path", str(model), *pairs, "--resolution", "32", "--rank", "2"]
+    flags += ["--train_batch_size", "2", "--learning_rate", "0.1", "--report_to", "none"]
+    flags += ["--num_inference_steps", "2", "--num_validation_images", "1", "--merge_calibration_samples", "2"]
+    return SimpleNamespace(folder=folder, model=model, pairs=pairs, flags=flags)
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-cache_latents", "--use_aspect_ratio_buckets"]], ids=["cached", "fresh"])
+@torch.no_grad()
+def test_loss_by_hand(place, tmp_path, flags):
+    """Text states of caption and reference as the pipeline's; the reference's tokens follow, and are not predicted."""
+    one = training_data_of([*place.flags, "--output_dir", str(tmp_path / "out"), *flags])
+    stock = QwenImageEditPipeline.from_pretrained(place.model, torch_dtype=torch.float32)
+    draws_of = one.data.plan(1).forward(0)
+    batch = collate([TrainingSamples(one.data)[draw] for draw in draws_of])
+    images, states = one.data.sources[0].images, []
+    for draw in draws_of:
+        reference = images.open_reference(draw.image)
+        width, height, _ = pipeline_qwenimage_edit.calculate_dimensions(1024**2, reference.width / reference.height)
+        image = stock.image_processor.resize(reference, height, width)
+        states.append(stock.encode_prompt(images.captions[draw.image], [image], device="cpu")[0][0])
+    assert all(len(state) > 16 for state in states)  # tokens of the image, beside those of the caption
+    stock.to(torch.float64)
+    denoiser, vae, draws = stock.transformer, stock.vae, torch.Generator().manual_seed(5)
+    for parameter in denoiser.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=draws)
+    loss = DenoisingLoss(one.context, one.objective, one.pipeline, denoiser.config)
+    loss.dtype = torch.float64
+    one.pipeline.vae.double()
+    batch.text = {"states": [state.double() for state in batch.text["states"]]}
+    found = loss(denoiser, batch)
+    moments, reference = batch.moments, batch.reference
+    if flags:
+        image, other = (vae.encode(pixels.double()[:, :, None]) for pixels in (batch.pixels, batch.reference_pixels))
+        moments = torch.stack([image.latent_dist.mean, image.latent_dist.std], 1)[:, :, :, 0]
+        reference = other.latent_dist.mean[:, :, 0]
+
+    mean, std = moments.double().unbind(1)
+    centre, spread = (
+        torch.tensor(v).double().view(1, -1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    x, r = (mean + std * batch.posterior_noise - centre) / spread, (reference.double() - centre) / spread
+    e, s = batch.noise.double(), (batch.timesteps / 1000).double().view(-1, 1, 1, 1)
+    shapes = [(1, side.shape[2] // 2, side.shape[3] // 2) for side in (x, r)]
+    tokens, own = torch.cat([packed((1 - s) * x + s * e), packed(r)], 1), shapes[0][1] * shapes[0][2]
+    expected = []
+    for number, state in enumerate(states):
+        one_by_one = {"encoder_hidden_states": state[None].double(), "img_shapes": [shapes]}
+        output = denoiser(tokens[number][None], timestep=s[number].flatten(), **one_by_one).sample[:, :own]
+        expected.append((output - packed(e - x)[number]).square().mean())
+    assert shapes[0] != shapes[1]
+    torch.testing.assert_close(found, torch.stack(expected).float(), rtol=1e-4, atol=0)
+
+
+@pytest.fixture(scope="module")
+def trained(place) -> Path:
+    """Four steps of ResLoRA with two prompts of different lengths, whose references are given."""
+    out, before = place.folder / "out", place.folder / "before"
+    flags = [*place.flags, "--output_dir", out, "--method", "reslora", "--shortcut", "middle", "--max_train_steps", "4"]
+    flags += ["--checkpointing_steps", "2", "--validation_prompt", "blue box", "red", "--validation_steps", "2"]
+    flags += ["--validation_image", before / "3.png", before / "0.png", "--guidance_scale", "2"]
+    with pytest.MonkeyPatch.context() as patch:
+        small = lambda area, ratio: calculate_dimensions(area // 256, ratio)  # noqa: E731
+        patch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", small)
+        assert main(*flags, "--validation_split", "0.4") == 0
+    return out
+
+
+def drawn(place: SimpleNamespace, weights: Path | None, reference: PIL.Image.Image) -> np.ndarray:
+    pipe = QwenImageEditPipeline.from_pretrained(place.model, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if weights:
+        pipe.load_lora_weights(weights.parent, weight_name=weights.name)
+    seed = torch.Generator().manual_seed(derive(0, "sample", 0, 0))
+    more = {"height": 32, "width": 32, "true_cfg_scale": 2.0, "negative_prompt": ""}
+    return pipe(reference, "blue box", generator=seed, num_inference_steps=2, output_type="np", **more).images[0]
+
+
+def test_samples_are_those_of_the_stock_pipeline_with_the_exported_lora(place, trained):
+    """The stock pipeline's text encoder reads prompt, negative prompt and reference by itself."""
+    files = json.loads((trained / "reslora" / "exports.json").read_text())["difference_of_255"]
+    names = {"pytorch_lora_weights.safetensors", "kohya.safetensors", "peft", "transformer"}
+    assert names <= files.keys() and max(files.values()) <= 2
+    sample = np.asarray(PIL.Image.open(trained / "reslora" / "merged" / "0-0.png")) / 255
+    reference = random_image(303)
+    for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors"):
+        assert np.abs(drawn(place, trained / "reslora" / name, reference) - sample).max() <= 1 / 255
+    assert np.abs(drawn(place, None, reference) - sample).max() > 3 / 255
+    other = drawn(place, trained / "reslora" / "kohya.safetensors", PIL.Image.new("RGB", (32, 32), "red"))
+    assert np.abs(other - sample).max() > 3 / 255
+
+
+@pytest.mark.exhaustive
+def test_a_stopped_run_resumes_to_the_same_weights(place, trained, tmp_path):
+    flags = [*place.flags, "--method", "reslora", "--shortcut", "middle", "--checkpointing_steps", "2"]
+    flags += ["--validation_split", "0.4", "--guidance_scale", "2"]
+    for steps, more in ((2, ()), (4, RESUME)):
+        assert main(*flags, "--max_train_steps", steps, "--output_dir", tmp_path / "out", *more) == 0
+    assert_same(final_weights(tmp_path / "out"), final_weights(trained))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("more", [[], ["--no-cache_latents"]])
+def test_a_step_takes_what_is_planned(place, tmp_path, more):
+    flags = [*place.pairs[2:], "--resolution", "32", "--validation_prompt", "red disc", "--num_validation_images", "1"]
+    flags += more
+    images, context = resolved(place.model, place.folder / "images", tmp_path / "out", *flags)
+    plan = plan_of(images, context, None)
+    assert len(plan.unknown) == 1 and "text encoder: unknown" in plan.unknown[0]
+    assert plan.peak.total < guess(context)
+    rehearsal = Rehearsal(images, context)
+    batch = rehearsal.batch(2)
+    assert (batch.reference_pixels if more else batch.reference).shape == ((2, 3, 64, 64) if more else (2, 4, 16, 16))
+    compare(next(phase for phase in plan.phases if phase.name == "training"), rehearsal, context)
+
+
+def test_text_states_belong_to_caption_and_reference(place, tmp_path):
+    """An edited reference has other text states, and the empty caption of dropped ones is read with each reference."""
+    pairs = pair_folders(tmp_path)
+    flags = [*without_pairs(place.flags), *pairs, "--output_dir", str(tmp_path / "out"), "--caption_dropout", "0.5"]
+    flags += ["--cache_dir", str(tmp_path / "cache")]
+    before = training_data_of(flags).data
+    PIL.Image.new("RGB", (32, 32), "red").save(tmp_path / "before" / "0.png")
+    after = training_data_of(flags).data
+    marks = [data.sources[0].images.marks for data in (before, after)]
+    for caption in ("red disc", ""):
+        one, other = (data.texts[caption, mark[0]]["states"] for data, mark in zip((before, after), marks, strict=True))
+        assert one.shape != other.shape or not one.equal(other)
+    assert marks[0][1:] == marks[1][1:]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--random_flip"],
+        ["--shuffle_caption"],
+        ["--no-cache_text_embeddings"],
+        ["--output_preservation_weight", "1", "--output_preservation_prompt", "a"],
+    ],
+)
+def test_captions_are_encoded_once_with_their_references(place, tmp_path, capsys, flags):
+    line = refused(capsys, *place.flags, "--output_dir", tmp_path / "out", *flags)
+    assert f"{flags[0]}: the text encoder of qwen_image_edit reads each caption once" in line
+
+
+@pytest.mark.exhaustive
+def test_an_experiment_measures_samples_of_test_images_with_their_references(place, tmp_path):
+    """Of the selection split, of the test split and of unrelated prompts: all have their text states."""
+    flags = [*place.flags, "--method", "lora", "reslora", "--seed", "0", "1", "--max_train_steps", "2"]
+    flags += ["--validation_prompt", "blue box", "--test_split", "0.3", "--select_split", "0.3"]
+    flags += ["--metric_model", tiny_clip_of_images(tmp_path / "clip"), "--validation_prompt", "red", "blue box"]
+    assert main(*flags, "--output_dir", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "experiment.json").read_text())["verdicts"]
