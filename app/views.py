@@ -206,6 +206,20 @@ def progress(text: str, share: float) -> str:
     return f'<div class="summary">{escape(text)}{bar}</div>'
 
 
+def facts(values: dict[str, str]) -> str:
+    """Return short facts with their names; an empty value is shown as being computed."""
+    cells = (
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value) if value else skeleton()}</dd></div>"
+        for name, value in values.items()
+    )
+    return f'<dl class="facts" aria-live="polite">{"".join(cells)}</dl>'
+
+
+def skeleton() -> str:
+    """Return a placeholder for a value that is being computed."""
+    return '<span class="skeleton" role="img" aria-label="computing"></span>'
+
+
 def notice(text: str) -> str:
     """Return a text in a box."""
     return f'<div class="notice">{escape(text)}</div>'

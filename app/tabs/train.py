@@ -1,5 +1,6 @@
 """Train: a form that becomes the command of a run or an experiment, which is trained as a separate process."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from reslora.training.stopping import SAMPLE, SAVE
 
 from .. import experiments, form, launcher, views
 from ..bases import PIPELINES, word_of_model
+from ..estimates import MemoryEstimates, number_of_runs, training_time
 from ..handlers import NO_PROGRESS, QUIET, named, paths_of
 from ..jobs import WAITING, Entry
 from ..library import Experiment
@@ -25,6 +27,10 @@ from .control import ControlTab
 from .report import ReportTab
 
 START = "Start training"
+EVERY = 1.0
+"""Seconds between two polls of the memory estimate."""
+IF_SHOWN = "key => [document.querySelector('#start')?.offsetParent ? key : '']"
+"""Nothing is estimated while the tab is closed."""
 # The browser stores the form, so that a restart of the server does not clear it. The values are stored by name, because
 # the server may have other options after a restart.
 KEEP = """(...values) => {
@@ -51,6 +57,7 @@ class TrainTab(ControlTab):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
+        self.memory_estimates = MemoryEstimates(self.jobs)
         self.flags: dict[str, gr.components.Component] = {}
         self.defaults = form.defaults({})
         with gr.Row():
@@ -115,16 +122,20 @@ class TrainTab(ControlTab):
         """Make the plan, the buttons, the command and the log."""
         self.plan = gr.HTML(elem_id="train-plan")
         with gr.Row(elem_classes="actions"):
+            self.facts = gr.HTML(elem_id="facts")
+            self.needs = gr.HTML(elem_id="needs")
             self.start = gr.Button(START, variant="primary", elem_id="start", min_width=130)
             self.stop = gr.Button("Stop and save", elem_id="stop", min_width=110)
             self.resume = gr.Button("Resume", elem_id="resume", min_width=80)
+        self.asked = gr.Textbox(visible="hidden")  # key of the memory estimate
+        self.waiting = gr.Timer(EVERY, active=False)
         self.answer = answer_line(elem_id="answer")
         self.command = gr.Textbox(
             label="Command", lines=2, max_lines=8, buttons=["copy"], interactive=False, elem_id="command",
             elem_classes="code",
         )  # fmt: skip
         with gr.Row(elem_classes="quiet"):
-            self.memory = gr.Button("Estimate memory", elem_id="memory", size="sm", min_width=120)
+            self.memory = gr.Button("Memory in detail", elem_id="memory", size="sm", min_width=120)
             self.sample_now = gr.Button("Sample now", elem_id="sample-now", size="sm", min_width=100)
             self.save_now = gr.Button("Save now", elem_id="save-now", size="sm", min_width=90)
         with gr.Row(elem_classes="quiet"):
@@ -184,9 +195,15 @@ class TrainTab(ControlTab):
         wired = [self.flags[name] for name in OF_SHORTCUTS]
         gr.on(
             [page.frames[self].select, *changes, self.shown_defaults.change], self.look, inputs,
-            [self.plan, self.command, self.shown_defaults, *following, *wired],
+            [
+                self.plan, self.facts, self.needs, self.asked, self.waiting, self.command, self.shown_defaults,
+                *following, *wired,
+            ],
             trigger_mode="always_last", queue=False, preprocess=False, **QUIET,
         )  # fmt: skip
+        self.waiting.tick(
+            self.look_again, self.asked, [self.needs, self.waiting], js=IF_SHOWN, queue=False, **QUIET
+        )
         looked = gr.on(
             [self.folder.change, self.uploads.change], self.show_images, [self.folder, self.uploads],
             self.preview, preprocess=False, **QUIET,
@@ -277,22 +294,43 @@ class TrainTab(ControlTab):
     def look(self, name, uploads, _caption, folder, model, *values) -> dict:
         """Return updates of the page for the form's values.
 
-        These are the number of runs and the command, or what is wrong with the form; options that are visible only with
-        shortcuts; and defaults that depend on other options.
+        These are the number of runs, their time and memory, and the command, or what is wrong with the form; options
+        that are visible only with shortcuts; and defaults that depend on other options.
         """
         settings, shown = self.settings(name, model, values), values[-1] if isinstance(values[-1], dict) else {}
         wired = gr.update(visible=form.wires(settings["method"]))
         updates = {self.flags[flag]: wired for flag in OF_SHORTCUTS}
+        paths = paths_of(uploads)
         try:
-            told, words = experiments.plan(self.jobs, name, settings, folder, paths_of(uploads))
+            told, words, found = experiments.plan(self.jobs, name, settings, folder, paths)
             now = form.defaults(launcher.parsed(settings))
         except RunError as error:
-            return updates | {self.plan: views.bad(str(error)), self.command: ""}
+            empty = dict.fromkeys((self.facts, self.needs, self.asked, self.command), "")
+            return updates | empty | {self.waiting: gr.Timer(active=False), self.plan: views.bad(str(error))}
         flags = dict(zip(self.all_names(), values[:-2], strict=True))
         for flag in form.FOLLOWING:
             if now[flag] != shown.get(flag) == flags[flag]:
                 updates[self.flags[flag]] = now[flag]
-        return updates | {self.plan: told, self.command: launcher.in_words(words), self.shown_defaults: now}
+        key = hashlib.sha256(json.dumps([words, paths]).encode()).hexdigest()
+        memory = self.memory_estimates.known(key, lambda: self.with_uploads(words, paths))
+        facts = {"Runs": f"{number_of_runs(found):,}", "Time": training_time(self.library, found)}
+        return updates | {
+            self.plan: told, self.facts: views.facts(facts), self.needs: views.facts({"Memory": memory}),
+            self.asked: key, self.waiting: gr.Timer(active=not memory), self.command: launcher.in_words(words),
+            self.shown_defaults: now,
+        }  # fmt: skip
+
+    def look_again(self, key: str):
+        """Return the memory estimate when it has been computed, and stop the timer then."""
+        memory = self.memory_estimates.ask(key)
+        return (views.facts({"Memory": memory}), gr.Timer(active=False)) if memory else gr.skip()
+
+    def with_uploads(self, words: list[str], paths: list[str], caption: str = "") -> list[str]:
+        """Return the arguments of a command, with uploaded images in a temporary folder."""
+        if not paths or "--train_data_dir" not in words:  # a resumed experiment keeps its images
+            return words
+        stored, place = store_images(self.files.new("images"), paths, caption), words.index("--train_data_dir") + 1
+        return [*words[:place], str(stored), *words[place + 1 :]]
 
     def do_show(self, *inputs) -> str:
         """Return the command of the form."""
@@ -302,10 +340,7 @@ class TrainTab(ControlTab):
         """Yield the trainer's memory estimate; nothing is trained."""
         yield views.notice("Estimating memory: this takes some seconds.")
         _, uploads, caption, *_ = inputs
-        words, paths = self.words(*inputs), paths_of(uploads)
-        if paths and "--train_data_dir" in words:  # a resumed experiment keeps its images
-            stored = store_images(self.files.new("images"), paths, str(caption or ""))
-            words[words.index("--train_data_dir") + 1] = str(stored)
+        words = self.with_uploads(self.words(*inputs), paths_of(uploads), str(caption or ""))
         yield views.printed(self.jobs.plan(words))
 
     def show_images(self, folder: str, uploads) -> str:
