@@ -60,6 +60,8 @@ TEXTS = (
 OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
 """Options that only apply with a folder of class images, which the page must not name."""
 NEVER = ("plan", "local_rank", "push_to_hub", "dataloader_num_workers", *OF_CLASS_IMAGES)
+GROUP = "options-%d"
+"""Name of the page's element of a group of options, by the number of the group."""
 PRESETS: dict[str, dict[str, object]] = {
     "the defaults": {},
     "a quick test": {"max_train_steps": 50, "validation_steps": 25, "checkpointing_steps": 50},
@@ -92,6 +94,21 @@ def groups(without: Sequence[str] = ()) -> dict[str, list[Option]]:
         if is_safe(option) and name not in without:
             found.setdefault(Options.titles[option.group], []).append(option)
     return found
+
+
+def index(without: Sequence[str]) -> list[dict[str, str]]:
+    """Return what a search of the options compares: name, label, help and group of each; `without`: not in a group."""
+    found = [("", known()[name]) for name in without]
+    found += [(GROUP % number, one) for number, group in enumerate(groups(without).values()) for one in group]
+    return [
+        {
+            "name": one.name,
+            "label": label(one),
+            "group": group,
+            "text": f"{one.name} {label(one)} {info(one)} {one.help}".lower(),
+        }
+        for group, one in found
+    ]
 
 
 def is_safe(option: Option) -> bool:

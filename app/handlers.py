@@ -25,25 +25,9 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Error numbers of a disk that accepts no file."""
 
 
-def readable_errors(handler: Callable) -> Callable:
-    """Wrap a handler, function or generator, so that errors are one sentence without paths or traceback.
-
-    Unexpected errors are printed to the terminal.
-    """
-    if not inspect.isgeneratorfunction(handler):
-        return translating()(handler)
-
-    @functools.wraps(handler)
-    def wrapped(*args, **kwargs):
-        with translating():
-            yield from handler(*args, **kwargs)
-
-    return wrapped
-
-
 @contextlib.contextmanager
 def translating() -> Iterator[None]:
-    """Convert any exception to a Gradio error; use this in a `with` statement, or as a decorator of a function."""
+    """Convert any exception to a Gradio error of one sentence; unexpected exceptions are printed to the terminal."""
     try:
         yield
     except Exception as error:

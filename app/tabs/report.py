@@ -38,7 +38,7 @@ class ReportTab(ControlTab):
             self.best_taken = gr.DownloadButton("best", visible="hidden", elem_id="best-taken")
         self.answer = answer_line(elem_id="experiment-answer")
         self.state = gr.HTML(elem_id="experiment-state")
-        self.report = gr.HTML(elem_id="experiment-report", js_on_load=RESIZE)
+        self.report = gr.HTML(views.skeleton("tall"), elem_id="experiment-report", js_on_load=RESIZE)
         with gr.Accordion("Log of the trainer", open=False):
             self.log = gr.HTML(elem_id="experiment-log")
         self.last_look = gr.State(None)

@@ -26,6 +26,7 @@ from .base import Parts, TabHost, answer_line, open_choice
 from .control import ControlTab
 from .report import ReportTab
 
+SEARCH = Path(__file__).resolve().parents[1] / "search.js"
 START = "Start training"
 EVERY = 1.0
 """Seconds between two polls of the memory estimate."""
@@ -112,8 +113,9 @@ class TrainTab(ControlTab):
                 info="They show whether a gain of ResLoRA comes from its shortcuts",
             )  # fmt: skip
         self.widgets([known[name] for name in self.names[1:]])
-        for title, group in form.groups(self.names).items():
-            with gr.Accordion(title[:1].upper() + title[1:], open=False):
+        gr.HTML(views.search(form.index(self.names)), elem_id="search", js_on_load=SEARCH.read_text(encoding="utf-8"))
+        for number, (title, group) in enumerate(form.groups(self.names).items()):
+            with gr.Accordion(title[:1].upper() + title[1:], open=False, elem_id=form.GROUP % number):
                 self.widgets(group)
         self.flags = {name: self.flags[name] for name in self.all_names()}  # independent of their order on the page
         self.shown_defaults = gr.JSON(self.defaults, visible="hidden")
