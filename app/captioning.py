@@ -65,8 +65,8 @@ class Captioning:
         word = str(self.models().get(named, named))
         if word == named and not is_hub_name(named):
             raise RunError(
-                f"Give an image-text model by its name on the hub, such as owner/model, or put its folder into {FOLDER} "
-                "in the folder of runs and choose it from the list."
+                "Give an image-text model by its name on the hub, such as owner/model, or put its folder into "
+                f"{FOLDER} in the folder of runs and choose it from the list."
             )
         refuse_bundled(images.folder)
         if images.fixed:
@@ -75,7 +75,8 @@ class Captioning:
         waiting = [image for image in waiting if image.problem != OUTSIDE and image.path.is_file()]
         if not waiting:
             raise RunError("Every image has a caption; check Replace existing captions to write new ones.")
-        texts = [f"--{name}={text}" for name, text in (("prompt", prompt), ("prefix", prefix)) if str(text or "").strip()]
+        given = {"prompt": str(prompt or ""), "prefix": str(prefix or "")}
+        texts = [f"--{name}={text}" for name, text in given.items() if text.strip()]
         with self.lock:
             if self.job and not self.job.line and not self.job.error:
                 raise RunError(f"The captions of {self.job.folder} are being written; wait for them, or stop it first.")
@@ -117,8 +118,9 @@ class Captioning:
         command = [sys.executable, "-m", "reslora.caption", str(images), f"--model={model}", *others]
         with log.open("w") as output:
             job.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment(), cwd=folder
-            )
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=folder,
+                env=environment(),
+            )  # fmt: skip
             while job.process.poll() is None:
                 job.done = sum(1 for _ in images.glob("*.txt"))
                 if self.jobs.closed.is_set() or job.stopped:
@@ -143,10 +145,10 @@ class Captioning:
         rest = f" {pluralize(left, 'image')} left as they were." if left else ""
         return f"{images.folder.name}: {pluralize(len(same), 'caption')} written.{rest}"
 
-    def follow(self, job: Job) -> Iterator[Job]:
-        """Yield the job whenever its progress may have changed, until it has ended; raise its error."""
+    def follow(self, job: Job) -> Iterator[int]:
+        """Yield the number of captions until the job has ended; raise its error."""
         while not job.line and job.error is None:
-            yield job
+            yield job.done
             time.sleep(EVERY)
         if job.error:
             raise job.error

@@ -7,7 +7,7 @@ process, because it takes seconds; only one estimate is computed at a time, and 
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from reslora.experiment.schedule import ArmSchedule
@@ -80,7 +80,7 @@ def seconds_a_step(run: Run, options: Options) -> tuple[str, dict[str, float]] |
 
 
 def peak_memory(printed: str) -> str:
-    """Return the peak in the output of `--plan` as a short text, or the output's last line, which says what is wrong."""
+    """Return the peak in the output of `--plan` as a short text, or the last line, which says what is wrong."""
     found = PEAK.search(printed)
     if not found:
         return next(reversed(printed.splitlines()), "unknown")
@@ -137,12 +137,16 @@ class MemoryEstimates:
     def work(self) -> None:
         """Compute the estimates that pages ask for, the newest first."""
         for question in self.wanted():
-            try:
-                question.answer = peak_memory(self.jobs.plan(question.words(), lambda: self.is_wanted(question)))
-            except RunError as error:
-                question.answer = str(error) if self.is_wanted(question) else ""
-            except Exception as error:  # such as a full disk when uploads are stored
-                question.answer = f"unknown ({type(error).__name__})"
+            question.answer = self.answer(question)
+
+    def answer(self, question: Question) -> str:
+        """Compute an estimate; return an empty string if it has been given up."""
+        try:
+            return peak_memory(self.jobs.plan(question.words(), lambda: self.is_wanted(question)))
+        except RunError as error:
+            return str(error) if self.is_wanted(question) else ""
+        except Exception as error:  # such as a full disk when uploads are stored
+            return f"unknown ({type(error).__name__})"
 
     def wanted(self) -> Iterator[Question]:
         """Yield the question that was asked last, until there is none."""

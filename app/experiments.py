@@ -54,9 +54,8 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
     known = {*schedule.labels, *(label.method for label in schedule.labels.values())}
     if schedule.reference not in known:
         advice.append(f"There is nothing to compare with: verdicts need {schedule.reference} among the methods.")
-    return notice(
-        " ".join([f"Experiment of {pluralize(len(schedule.arms()), 'run')}: {', '.join(facts)}.", *advice])
-    ), words, found
+    told = " ".join([f"Experiment of {pluralize(len(schedule.arms()), 'run')}: {', '.join(facts)}.", *advice])
+    return notice(told), words, found
 
 
 def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:

@@ -95,7 +95,9 @@ def look() -> dict:
     """Return theme, style and script as arguments of `launch`; only system fonts, so that the page works offline."""
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="orange", neutral_hue="zinc", radius_size="md", font=sans, font_mono=mono)
-    colors = {f"{name}{mode}": color for name, both in COLORS.items() for mode, color in zip(("", "_dark"), both)}
+    colors = {
+        f"{name}{mode}": color for name, both in COLORS.items() for mode, color in zip(("", "_dark"), both, strict=True)
+    }
     theme.set(**colors, **SIZES)  # in one call: each call resets some of the colors of the last one
     scripts = TOASTS + "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in SCRIPTS)
     return {"theme": theme, "css_paths": [STYLE], "head": scripts}

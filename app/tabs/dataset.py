@@ -48,6 +48,7 @@ class DatasetTab(Tab):
             self.next = gr.Button("Next", min_width=80, elem_id="next")
         self.more_rows()
         self.on_arrival = [self.folder, self.model]
+        self.of_model = [self.model, self.instruction, self.prefix, self.overwrite]
         self.settings = [self.resolution, self.buckets, self.column]
         self.asked = [self.folder, self.which, self.words, *self.settings, self.page]
         self.shown_parts = [self.status, self.images, self.page, self.undo]
@@ -139,8 +140,7 @@ class DatasetTab(Tab):
             self.undo.click(self.do_undo, undo, self.answer, js=WITH_TICKED, **QUIET),
             self.check.click(self.do_check, self.asked, self.answer, concurrency_limit=1, **QUIET),
             self.write.click(
-                self.do_caption, [*self.asked, self.model, self.instruction, self.prefix, self.overwrite], self.answer,
-                concurrency_limit=None, **QUIET,
+                self.do_caption, [*self.asked, *self.of_model], self.answer, concurrency_limit=None, **QUIET
             ),
             page.frames[self].select(self.open, self.folder, self.folder, **QUIET),
         ]
@@ -244,9 +244,9 @@ class DatasetTab(Tab):
         """Write captions with a model, and yield the progress."""
         *asked, model, instruction, prefix, overwrite = inputs
         job = self.captioning.start(self.look(*asked), model, instruction, prefix, overwrite)
-        for job in self.captioning.follow(job):
-            told = f"{job.folder}: {job.done:,} of {pluralize(job.total, 'caption')}"
-            yield views.progress(told if job.done else f"{job.folder}: the model is loaded", job.done / job.total)
+        for done in self.captioning.follow(job):
+            told = f"{done:,} of {pluralize(job.total, 'caption')}" if done else "loading the model"
+            yield views.progress(f"{job.folder}: {told}", done / job.total)
         yield views.notice(job.line)
 
     def do_upload(self, name, uploads, caption) -> tuple:

@@ -203,9 +203,7 @@ class TrainTab(ControlTab):
             ],
             trigger_mode="always_last", queue=False, preprocess=False, **QUIET,
         )  # fmt: skip
-        self.waiting.tick(
-            self.look_again, self.asked, [self.needs, self.waiting], js=IF_SHOWN, queue=False, **QUIET
-        )
+        self.waiting.tick(self.look_again, self.asked, [self.needs, self.waiting], js=IF_SHOWN, queue=False, **QUIET)
         looked = gr.on(
             [self.folder.change, self.uploads.change], self.show_images, [self.folder, self.uploads],
             self.preview, preprocess=False, **QUIET,
