@@ -47,7 +47,7 @@ def training_time(library: Library, found: Options | Grid[Options]) -> str:
         total /= max(1, base.experiment.arms_at_once or 1)
     if minutes and total > 60 * minutes:
         return limit
-    return f"about {duration(total)}, as {name}"
+    return f"about {duration(total)}, like the run {name}"
 
 
 def number_of_runs(found: Options | Grid[Options]) -> int:
@@ -65,10 +65,11 @@ def methods_of(found: Options | Grid[Options]) -> list[str]:
 
 def seconds_a_step(run: Run, options: Options) -> tuple[str, dict[str, float]] | None:
     """Return a run's name and its seconds per step by method, or None if it cannot be compared with the options."""
-    config, model = run.config, options.model.pretrained_model_name_or_path
-    named = run.word("pretrained_model_name_or_path")
-    same = not named if model is None else named in (model, bundled(model)) or bundled(named or "") == bundled(model)
-    if not config or not same or any(listed(config.get(name)) != listed(options[name]) for name in SAME):
+    config, model = run.config, options.model.pretrained_model_name_or_path or ""
+    named = run.word("pretrained_model_name_or_path") or ""
+    if not config or (bundled(named) or named) != (bundled(model) or model):
+        return None
+    if any(listed(config.get(name)) != listed(options[name]) for name in SAME):
         return None
     if isinstance(run, Experiment):
         each, steps = run.seconds_an_arm, number(config.get("max_train_steps"))

@@ -62,6 +62,8 @@ OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
 NEVER = ("plan", "local_rank", "push_to_hub", "dataloader_num_workers", *OF_CLASS_IMAGES)
 GROUP = "options-%d"
 """Name of the page's element of a group of options, by the number of the group."""
+LARGE = {"train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+"""Settings of large models, as in the commands of diffusers' examples; their other defaults follow from the family."""
 PRESETS: dict[str, dict[str, object]] = {
     "the defaults": {},
     "a quick test": {"max_train_steps": 50, "validation_steps": 25, "checkpointing_steps": 50},
@@ -75,6 +77,13 @@ PRESETS: dict[str, dict[str, object]] = {
     "photographs of one subject": {
         "train_batch_size": 2, "use_aspect_ratio_buckets": True, "caption_dropout": 0.05, "validation_split": 0.1,
     },
+    "Stable Diffusion 1.5": {MODEL: "stable-diffusion-v1-5/stable-diffusion-v1-5", "train_batch_size": 4},
+    "SDXL": {MODEL: "stabilityai/stable-diffusion-xl-base-1.0", **LARGE},
+    "Stable Diffusion 3.5 medium": {MODEL: "stabilityai/stable-diffusion-3.5-medium", **LARGE},
+    "Flux.1 dev": {MODEL: "black-forest-labs/FLUX.1-dev", **LARGE},
+    "FLUX.2 klein": {MODEL: "black-forest-labs/FLUX.2-klein-base-4B", **LARGE},
+    "Z-Image": {MODEL: "Tongyi-MAI/Z-Image", **LARGE},
+    "Qwen-Image": {MODEL: "Qwen/Qwen-Image", **LARGE},
 }  # fmt: skip
 """Initial settings of the form; options that are not listed have the trainer's default."""
 

@@ -67,7 +67,7 @@ def sizes(image: Image) -> str:
     """Return width and height in pixels, and the training resolutions."""
     if image.size is None:
         return "&mdash;"
-    own = in_words(Size(*image.size))
+    own = in_words(Size(height=image.size[1], width=image.size[0]))
     return f"{own} &rarr; {', '.join(map(in_words, image.buckets))}" if image.buckets else own
 
 

@@ -10,6 +10,7 @@ from reslora.images.data.caption_files import CAPTIONS
 
 from .. import image_cards, image_edits, views
 from ..captioning import Captioning
+from ..folders import BUNDLED
 from ..generation_request import bounded
 from ..handlers import NO_PROGRESS, QUIET, paths_of, server_function
 from ..image_edits import ImageEdits
@@ -252,7 +253,7 @@ class DatasetTab(Tab):
     def do_upload(self, name, uploads, caption) -> tuple:
         """Store uploaded images as a new folder, and select it."""
         folder = self.folders.add(name, paths_of(uploads), str(caption or ""))
-        choices = gr.update(choices=self.jobs.folders())
+        choices = gr.update(choices=[BUNDLED, *self.jobs.folders()])
         shown = gr.update(choices=self.list_folders(), value=folder.name)
         return shown, choices, views.notice(f"{folder.name} is stored; select it as the image folder under Train.")
 

@@ -15,8 +15,9 @@ from reslora.options.values import listed
 from reslora.training.stopping import SAMPLE, SAVE
 
 from .. import experiments, form, launcher, views
-from ..bases import PIPELINES, word_of_model
+from ..bases import DEFAULT, PIPELINES, word_of_model
 from ..estimates import MemoryEstimates, number_of_runs, training_time
+from ..folders import BUNDLED
 from ..handlers import NO_PROGRESS, QUIET, named, paths_of
 from ..jobs import WAITING, Entry
 from ..library import Experiment
@@ -92,11 +93,15 @@ class TrainTab(ControlTab):
         self.begun = gr.State(None)
         with gr.Row():
             self.model = open_choice(
-                "Base model", choices=list(PIPELINES), value="", elem_id="model", min_width=220,
-                info=f"Empty: {next(iter(PIPELINES))}. Or a name on the Hugging Face Hub: owner/model",
+                "Base model", choices=list(PIPELINES), value=DEFAULT, elem_id="model", min_width=220,
+                info="A small bundled model, or a name on the Hugging Face Hub: owner/model",
             )  # fmt: skip
             self.folder = open_choice(
-                "Image folder", value="", min_width=220, info="Empty: the bundled images, or those uploaded below"
+                "Image folder",
+                choices=[BUNDLED],
+                value=BUNDLED,
+                min_width=220,
+                info="Images that are uploaded below are used instead",
             )
         with gr.Accordion("Upload images", open=False):
             self.uploads = gr.File(
@@ -183,7 +188,8 @@ class TrainTab(ControlTab):
     def arrive(self) -> dict:
         """Return the image folders, and the presets, runs and experiments whose settings can be loaded."""
         settings = [*form.PRESETS, *self.library.runs(), *self.library.experiments()]
-        return {self.folder: gr.update(choices=self.jobs.folders()), self.begin: gr.update(choices=settings)}
+        folders = gr.update(choices=[BUNDLED, *self.jobs.folders()])
+        return {self.folder: folders, self.begin: gr.update(choices=settings)}
 
     def events(self, page: TabHost) -> None:
         """Connect the components."""
@@ -242,9 +248,9 @@ class TrainTab(ControlTab):
         """
         runs = self.library.runs() | self.library.experiments()
         settings = form.settings_of(name, runs)
-        folder = gr.update() if name in form.PRESETS else self.jobs.images.of_run(runs[name])
+        folder = gr.update() if name in form.PRESETS else self.jobs.images.of_run(runs[name]) or BUNDLED
         model, (*values, defaults) = word_of_model(name, settings), self.values_of(settings)
-        return [defaults, model, folder, *values]
+        return [defaults, model or DEFAULT, folder, *values]
 
     def values_of(self, settings: dict) -> list:
         """Return the form's values for the settings: all options, the controls, and the defaults."""
@@ -273,10 +279,12 @@ class TrainTab(ControlTab):
         differ from its settings.
         """
         *flags, controls, defaults = values
-        settings = dict(zip(self.all_names(), flags, strict=True)) | {"model": str(model or "").strip()}
+        begun, model = self.jobs.begun(name, Experiment), str(model or "").strip()
+        model = "" if model == DEFAULT and not begun else model
+        settings = dict(zip(self.all_names(), flags, strict=True)) | {"model": model}
         methods = [*(settings["method"] if isinstance(settings["method"], list) else []), *listed(controls)]
         left_out = {} if form.wires(methods) else dict.fromkeys(OF_SHORTCUTS)
-        if isinstance(defaults, dict) and not self.jobs.begun(name, Experiment):
+        if isinstance(defaults, dict) and not begun:
             left_out |= {flag: None for flag, value in settings.items() if value == defaults.get(flag, ())}
         return {flag: value for flag, value in settings.items() if flag not in left_out} | {"method": methods}
 
@@ -285,7 +293,7 @@ class TrainTab(ControlTab):
         settings = self.settings(name, model, values)
         given = {flag: value for flag, value in settings.items() if flag == "method" or value not in launcher.EMPTY}
         kind = self.jobs.kind_of(name, settings)
-        return Entry(name, kind.__name__.lower(), given, folder or None)
+        return Entry(name, kind.__name__.lower(), given, without_bundled(folder))
 
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
         """Return the arguments of the trainer's command line."""
@@ -302,7 +310,7 @@ class TrainTab(ControlTab):
         updates = {self.flags[flag]: wired for flag in OF_SHORTCUTS}
         paths = paths_of(uploads)
         try:
-            told, words, found = experiments.plan(self.jobs, name, settings, folder, paths)
+            told, words, found = experiments.plan(self.jobs, name, settings, without_bundled(folder), paths)
             now = form.defaults(launcher.parsed(settings))
         except RunError as error:
             empty = dict.fromkeys((self.facts, self.needs, self.asked, self.command), "")
@@ -371,7 +379,7 @@ class TrainTab(ControlTab):
         """Return a TOML file with the form's settings, which `train_sd.py --config` reads."""
         name, _, _, folder, model, *values = inputs
         settings = launcher.parsed(self.settings(name, model, values))
-        if folder:
+        if folder := without_bundled(folder):
             settings["train_data_dir"] = str(self.jobs.images.find(folder).path)
         path = self.files.new(f"{launcher.safe_name(str(name))}.toml")
         path.write_text("".join(f"{flag} = {json.dumps(value)}\n" for flag, value in settings.items()))
@@ -381,12 +389,12 @@ class TrainTab(ControlTab):
         """Return a line about an uploaded configuration file, and the form with its settings."""
         name, settings = Path(path).name, launcher.read_config(Path(path))
         images = settings.pop("train_data_dir", None)
-        folder = self.jobs.images.of_paths(listed(images), name) if images else gr.update()
+        folder = self.jobs.images.of_paths(listed(images), name) or BUNDLED if images else gr.update()
         told = f"{name} is loaded."
         if unknown := settings.keys() - {*form.known(), form.MODEL}:
             told += f" warning: this form cannot set {', '.join(sorted(unknown))}."
         model, (*values, defaults) = word_of_model(name, settings), self.values_of(settings)
-        return [views.notice(told), defaults, model, folder, *values]
+        return [views.notice(told), defaults, model or DEFAULT, folder, *values]
 
     # -- polls ---------------------------------------------------------------------------------------------------------
 
@@ -405,3 +413,8 @@ class TrainTab(ControlTab):
     def updates(self, run: Run, status: str) -> dict:
         """Return the trainer's output."""
         return {self.log: views.log(self.jobs.log(run), status)}
+
+
+def without_bundled(folder: object) -> object:
+    """Return the name of an image folder, or None for the bundled images, with which their other defaults apply."""
+    return None if folder in ("", BUNDLED) else folder

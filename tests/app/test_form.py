@@ -6,6 +6,7 @@ import pytest
 from app_runs import WRONG, write_run
 
 from app import form, launcher
+from app.bases import is_hub_name
 from app.jobs import Jobs
 from app.library import Library
 from app.runs import RunError
@@ -57,7 +58,9 @@ def arguments_of(settings: dict) -> list[str]:
 
 @pytest.mark.parametrize("name", list(form.PRESETS))
 def test_a_preset_is_what_the_trainer_takes(name):
-    settings = form.settings_of(name, {})
+    settings = dict(form.settings_of(name, {}))
+    model = settings.pop(form.MODEL, None)
+    assert model is None or is_hub_name(model)
     asked = parse_args(arguments_of(settings))  # which refuses what nothing would read
     values = asked.base.flat() | asked.varied if isinstance(asked, Grid) else asked.flat()
     assert {flag: values[flag] for flag in settings} == settings
