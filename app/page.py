@@ -64,6 +64,7 @@ COLORS = {
     "block_title_text_color": ("*neutral_700", "*neutral_200"),
     "block_label_text_color": ("*neutral_700", "*neutral_200"),
     "block_info_text_color": ("*neutral_600", "*neutral_300"),
+    "body_text_color_subdued": ("*neutral_600", "*neutral_300"),
     "input_placeholder_color": ("*neutral_500", "*neutral_400"),
     "button_primary_background_fill": ("*primary_700", "*primary_700"),
     "button_primary_background_fill_hover": ("*primary_800", "*primary_800"),

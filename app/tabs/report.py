@@ -74,7 +74,8 @@ class ReportTab(ControlTab):
             gone = not name or (seen is not None and name == seen[0])
             if names and gone:
                 return {self.which: gr.update(choices=names, value=names[0])}
-            return {self.state: views.notice(experiments.NONE)} if not names and seen is None else gr.skip()
+            nothing = {self.state: views.notice(experiments.NONE), self.report: ""}
+            return nothing if not names and seen is None else gr.skip()
         found = self.library.find_experiment(name)
         status = self.jobs.status(found)
         now = (name, tuple(names), found.fingerprint(), status, found.activity, found.log_tail())

@@ -322,6 +322,8 @@ class TrainTab(ControlTab):
         key = hashlib.sha256(json.dumps([words, paths]).encode()).hexdigest()
         memory = self.memory_estimates.known(key, lambda: self.with_uploads(words, paths))
         facts = {"Runs": f"{number_of_runs(found):,}", "Time": training_time(self.library, found)}
+        if unlikely := launcher.warning(settings):
+            told += f'<p class="warning">{views.escape(unlikely.strip())}</p>'
         return updates | {
             self.plan: told, self.facts: views.facts(facts), self.needs: views.facts({"Memory": memory}),
             self.asked: key, self.waiting: gr.Timer(active=not memory), self.command: launcher.in_words(words),
