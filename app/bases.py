@@ -16,6 +16,8 @@ from .runs import NO_CONFIG, Run, RunError, stamp_of
 BUNDLED = ASSETS / "pipeline"
 PIPELINES = {f"{ASSETS.name}/{path.name}": path for path in (BUNDLED, ASSETS / "pipeline-flow")}
 """Paths of the bundled pipelines by the names that the page offers."""
+DEFAULT = next(iter(PIPELINES))
+"""The model that is trained if none is given."""
 OF_MODEL = ("pretrained_vae_model_name_or_path", "pretrained_transformer_file", "revision")
 """Options that change which weights are loaded for a model name; the page does not offer them."""
 

@@ -27,7 +27,8 @@ LEAST_SHARE = 1e-6
 
 
 def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: Sequence[str] = ()) -> tuple:
-    """Return the number of runs that the settings make, as a sentence in HTML, and the training command's arguments.
+    """Return a sentence with the number of runs that the settings make, as HTML, the command's arguments, and the
+    options as the trainer resolves them.
 
     The images, uploaded or in `folder`, are only counted here; they are checked when training starts. Raises
     `RunError` for invalid settings.
@@ -40,7 +41,7 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
     if not isinstance(found, Grid):
         titles, steps = enumerated(NAMES[method] for method in found.adapter.method), found.training.max_train_steps
         each = f", {pluralize(steps, 'step')}{' each' if len(found.adapter.method) > 1 else ''}" if steps else ""
-        return notice(f"1 run: {titles}{each}. Several learning rates or seeds make an experiment."), words
+        return notice(f"1 run: {titles}{each}. Several learning rates or seeds make an experiment."), words, found
     schedule = ArmSchedule(found)
     try:
         advice = [] if begun else too_few(jobs, found.base.experiment.test_split or 0, folder, uploads)
@@ -53,9 +54,8 @@ def plan(jobs: Jobs, name: str, settings: dict, folder: object = None, uploads: 
     known = {*schedule.labels, *(label.method for label in schedule.labels.values())}
     if schedule.reference not in known:
         advice.append(f"There is nothing to compare with: verdicts need {schedule.reference} among the methods.")
-    return notice(
-        " ".join([f"Experiment of {pluralize(len(schedule.arms()), 'run')}: {', '.join(facts)}.", *advice])
-    ), words
+    told = " ".join([f"Experiment of {pluralize(len(schedule.arms()), 'run')}: {', '.join(facts)}.", *advice])
+    return notice(told), words, found
 
 
 def too_few(jobs: Jobs, share: float, folder: object, uploads: Sequence[str]) -> list[str]:

@@ -63,6 +63,10 @@ TEXTS = (
 OF_CLASS_IMAGES = ("class_prompt", "num_class_images", "prior_loss_weight")
 """Options that only apply with `--class_data_dir`, a path that the page must not set."""
 NEVER = ("plan", "local_rank", "push_to_hub", "dataloader_num_workers", *OF_CLASS_IMAGES)
+GROUP = "options-%d"
+"""Name of the page's element of a group of options, by the number of the group."""
+LARGE = {"train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+"""Settings of large models, as in the commands of diffusers' examples; their other defaults follow from the family."""
 PRESETS: dict[str, dict[str, object]] = {
     "the defaults": {},
     "a quick test": {"max_train_steps": 50, "validation_steps": 25, "checkpointing_steps": 50},
@@ -76,6 +80,13 @@ PRESETS: dict[str, dict[str, object]] = {
     "photographs of one subject": {
         "train_batch_size": 2, "use_aspect_ratio_buckets": True, "caption_dropout": 0.05, "validation_split": 0.1,
     },
+    "Stable Diffusion 1.5": {MODEL: "stable-diffusion-v1-5/stable-diffusion-v1-5", "train_batch_size": 4},
+    "SDXL": {MODEL: "stabilityai/stable-diffusion-xl-base-1.0", **LARGE},
+    "Stable Diffusion 3.5 medium": {MODEL: "stabilityai/stable-diffusion-3.5-medium", **LARGE},
+    "Flux.1 dev": {MODEL: "black-forest-labs/FLUX.1-dev", **LARGE},
+    "FLUX.2 klein": {MODEL: "black-forest-labs/FLUX.2-klein-base-4B", **LARGE},
+    "Z-Image": {MODEL: "Tongyi-MAI/Z-Image", **LARGE},
+    "Qwen-Image": {MODEL: "Qwen/Qwen-Image", **LARGE},
 }  # fmt: skip
 """Initial settings of the form; options that are not listed have the trainer's default."""
 
@@ -93,6 +104,21 @@ def groups(without: Sequence[str] = ()) -> dict[str, list[Option]]:
         if is_safe(option) and name not in without:
             found.setdefault(Options.titles[option.group], []).append(option)
     return found
+
+
+def index(without: Sequence[str]) -> list[dict[str, str]]:
+    """Return what a search of the options compares: name, label, help and group of each; `without`: not in a group."""
+    found = [("", known()[name]) for name in without]
+    found += [(GROUP % number, one) for number, group in enumerate(groups(without).values()) for one in group]
+    return [
+        {
+            "name": one.name,
+            "label": label(one),
+            "group": group,
+            "text": f"{one.name} {label(one)} {info(one)} {one.help}".lower(),
+        }
+        for group, one in found
+    ]
 
 
 def is_safe(option: Option) -> bool:

@@ -26,25 +26,9 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Error numbers (`errno`) of a disk that is full, read-only or over quota."""
 
 
-def readable_errors(handler: Callable) -> Callable:
-    """Wrap an event handler, so that the page shows each error as one sentence without paths or traceback.
-
-    `handler` is a function or a generator. Unexpected errors are printed to stderr.
-    """
-    if not inspect.isgeneratorfunction(handler):
-        return translating()(handler)
-
-    @functools.wraps(handler)
-    def wrapped(*args, **kwargs):
-        with translating():
-            yield from handler(*args, **kwargs)
-
-    return wrapped
-
-
 @contextlib.contextmanager
 def translating() -> Iterator[None]:
-    """Convert any exception to a Gradio error; use this in a `with` statement, or as a decorator of a function."""
+    """Convert any exception to a Gradio error of one sentence; unexpected exceptions are printed to the terminal."""
     try:
         yield
     except Exception as error:

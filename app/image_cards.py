@@ -69,7 +69,7 @@ def sizes(image: Image) -> str:
     """Return an image's width and height in pixels, and its sizes in training, as HTML."""
     if image.size is None:
         return "&mdash;"
-    own = in_words(Size(*image.size))
+    own = in_words(Size(height=image.size[1], width=image.size[0]))
     return f"{own} &rarr; {', '.join(map(in_words, image.buckets))}" if image.buckets else own
 
 

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -209,19 +209,26 @@ class Jobs:
         self.refuse_active(run)
         return run
 
-    def plan(self, words: list[str]) -> str:
+    def plan(self, words: list[str], wanted: Callable[[], bool] = lambda: True) -> str:
         """Return the memory estimate that the trainer prints with `--plan`; nothing is trained.
 
-        `words`: the arguments of the training command."""
-        try:
-            done = subprocess.run(
-                [sys.executable, *words, "--plan"], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                env=launcher.environment(), timeout=PLAN_SECONDS,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise RunError(f"The memory estimate took longer than {PLAN_SECONDS} seconds and was stopped.") from None
-        said = done.stdout if done.returncode == 0 else done.stdout + done.stderr[-2000:]
-        return self.without_folders(said.strip())
+        Raises `RunError` if it takes longer than `PLAN_SECONDS`, or as soon as `wanted` returns False.
+        """
+        process = subprocess.Popen(
+            [sys.executable, *words, "--plan"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env=launcher.environment(),
+        )  # fmt: skip
+        latest = time.monotonic() + PLAN_SECONDS
+        with process:
+            while True:
+                try:
+                    out, errors = process.communicate(timeout=1)
+                    break
+                except subprocess.TimeoutExpired:
+                    if time.monotonic() > latest or not wanted():
+                        process.kill()
+                        raise RunError(f"The estimate took longer than {PLAN_SECONDS} seconds.") from None
+        return self.without_folders((out if process.returncode == 0 else out + errors[-2000:]).strip())
 
     # -- processes -----------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from reslora.options.parser import OptionsParser
 from reslora.options.values import listed
 
 from . import form
-from .bases import PIPELINES, bundled, model_of
+from .bases import DEFAULT, bundled, model_of
 from .library import refuse_language
 from .runs import Run, RunError
 
@@ -123,8 +123,8 @@ def refuse_others(begun: Run, settings: dict, images: Path | None) -> None:
         if listed(asked.get(flag, was)) != listed(was) and value != form.widget_value(known[flag], was):
             others.append(form.as_flag(known[flag], was))
     was_model = begun.word("pretrained_model_name_or_path") or ""
-    if model and model not in (was_model, bundled(was_model)):
-        others.append(f"the model {bundled(was_model) or was_model or next(iter(PIPELINES))}")
+    if model and model not in (was_model, bundled(was_model) or was_model or DEFAULT):
+        others.append(f"the model {bundled(was_model) or was_model or DEFAULT}")
     if others:
         raise RunError(
             f"{begun.name} was started with {', '.join(others[:5])}: load its settings, or choose another name."

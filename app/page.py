@@ -7,7 +7,7 @@ import gradio as gr
 
 from . import views
 from .activity import activity
-from .handlers import QUIET, readable_errors
+from .handlers import QUIET
 from .jobs import Jobs
 from .library import Library
 from .runs import Run
@@ -48,9 +48,6 @@ def create_demo(library: Library, jobs: Jobs, studio: Studio) -> gr.Blocks:
         title="ResLoRA for Stable Diffusion", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
     ) as demo:
         Page(Parts(library, jobs, studio)).events(demo)
-    for event in demo.fns.values():
-        if event.fn:
-            event.fn = readable_errors(event.fn)
     demo.queue(max_size=32, default_concurrency_limit=4)
     return demo
 
@@ -67,6 +64,7 @@ COLORS = {
     "block_title_text_color": ("*neutral_700", "*neutral_200"),
     "block_label_text_color": ("*neutral_700", "*neutral_200"),
     "block_info_text_color": ("*neutral_600", "*neutral_300"),
+    "body_text_color_subdued": ("*neutral_600", "*neutral_300"),
     "input_placeholder_color": ("*neutral_500", "*neutral_400"),
     "button_primary_background_fill": ("*primary_700", "*primary_700"),
     "button_primary_background_fill_hover": ("*primary_800", "*primary_800"),
@@ -100,9 +98,10 @@ def look() -> dict:
     The theme uses only system fonts, so that the page works offline."""
     sans, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
     theme = gr.themes.Base(primary_hue="orange", neutral_hue="zinc", radius_size="md", font=sans, font_mono=mono)
-    for name, (light, dark) in COLORS.items():
-        theme.set(**{name: light, f"{name}_dark": dark})
-    theme.set(**SIZES)
+    colors = {
+        f"{name}{mode}": color for name, both in COLORS.items() for mode, color in zip(("", "_dark"), both, strict=True)
+    }
+    theme.set(**colors, **SIZES)  # in one call: each call resets some of the colors of the last one
     scripts = TOASTS + "".join(f"<script>{path.read_text(encoding='utf-8')}</script>" for path in SCRIPTS)
     return {"theme": theme, "css_paths": [STYLE], "head": scripts}
 
@@ -116,7 +115,7 @@ class Page:
             gr.HTML(TITLE, elem_id="title")
             # It accepts any name, because a run may have begun after the page was loaded.
             self.run = open_choice("Run", elem_id="run", min_width=240)
-        self.summary = gr.HTML(elem_id="summary")
+        self.summary = gr.HTML(views.skeleton(), elem_id="summary")
         self.tabs: list[Tab] = []
         self.frames: dict[Tab, gr.Tab] = {}
         self.titles: dict[str, gr.Tab] = {}

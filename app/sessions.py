@@ -9,7 +9,7 @@ from fastapi import Request
 from fastapi.responses import PlainTextResponse
 from gradio.blocks import BlocksConfig
 
-from .handlers import UNWRITABLE
+from .handlers import UNWRITABLE, translating
 
 
 async def cannot_store(request: Request, error: OSError) -> PlainTextResponse:
@@ -70,6 +70,11 @@ class Blocks(gr.Blocks):
     def __init__(self, **settings) -> None:
         super().__init__(**settings)
         self.default_config = Contents(self)
+
+    async def call_function(self, *args, **kwargs) -> dict:
+        """Call a handler. Its errors become one sentence without paths or traceback."""
+        with translating():
+            return await super().call_function(*args, **kwargs)
 
     async def postprocess_data(self, block_fn, predictions, state) -> list:
         """Return the outputs of an event, without accumulating copies of components in the session.

@@ -8,10 +8,11 @@ from .views import NAMES, escape, notice
 
 ONE_SEED = "One seed: no difference shown. Run an experiment, which can show one: <code>--seed 0 1 2</code>."
 ALONE = "There is nothing to compare with: <code>--method lora reslora</code> trains both."
+LOSS = "loss on held-out images (lower is better)"
 HIGH_ERROR = 0.2
 """Mean relative error of the merged blocks above which images of merged and unmerged weights are likely to differ."""
 NOTHING_HELD_OUT = (
-    "No images are held out, so losses are not comparable the methods; --validation_split 0.1 holds out a tenth."
+    "No images are held out, so their losses do not compare the methods; --validation_split 0.1 holds out a tenth."
 )
 
 
@@ -35,7 +36,7 @@ def verdict(run: Run, step: int) -> str:
     named = ", ".join(f"{NAMES[method]} {losses[method][at]:.4f}" for method in order)
     named = f"{run.name}: {named}" if run.beside else named
     claim, steps = ONE_SEED if len(order) > 1 else ALONE, pluralize(at, "step")
-    return f'<p class="verdict"><b>{escape(named)}</b> on held-out images after {steps}. {claim}</p>'
+    return f'<p class="verdict"><b>{escape(named)}</b>: {LOSS} after {steps}. {claim}</p>'
 
 
 def held_out(run: Run, method: str) -> dict[int, float]:

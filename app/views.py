@@ -9,6 +9,7 @@ import contextlib
 import functools
 import html
 import io
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -196,7 +197,8 @@ def thumbnails(paths: list[Path]) -> str:
     found = []
     for path in paths:
         with contextlib.suppress(Exception):  # exceptions of damaged files differ by image format
-            found.append(f'<img src="{data_uri(path, stamp_of(path))}" alt="">')
+            stamp = stamp_of(path)
+            found.append(f'<img src="{data_uri(path, stamp)}" alt="" {scaled(width_of(path, stamp))}>')
     return f'<div class="thumbnails">{"".join(found)}</div>' if found else ""
 
 
@@ -204,6 +206,29 @@ def progress(text: str, share: float) -> str:
     """Return a text with a progress bar; `share` is from 0 to 1."""
     bar = f'<div class="bar"><div style="width:{100 * share:.0f}%"></div></div>'
     return f'<div class="summary">{escape(text)}{bar}</div>'
+
+
+def search(index: list[dict[str, str]]) -> str:
+    """Return the search box of the options; `index` is what `search.js` searches."""
+    content = escape(json.dumps(index))
+    return (
+        f'<div data-options="{content}"><input type="search" placeholder="Search all options" '
+        'aria-label="Search all options"><p role="status"></p></div>'
+    )
+
+
+def facts(values: dict[str, str]) -> str:
+    """Return short facts with their names; an empty value is shown as being computed."""
+    cells = (
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value) if value else skeleton()}</dd></div>"
+        for name, value in values.items()
+    )
+    return f'<dl class="facts" aria-live="polite">{"".join(cells)}</dl>'
+
+
+def skeleton(kind: str = "") -> str:
+    """Return a placeholder for a value that is being computed; `kind` is `tall` for images and lists."""
+    return f'<span class="skeleton {kind}" role="img" aria-label="computing"></span>'
 
 
 def notice(text: str) -> str:

@@ -22,6 +22,33 @@
     document.body.append(dialog);
   }
 
+  // A small image at a whole multiple of its size, with clear edges; a large one as it fits.
+  function fit(image, width, height) {
+    const { naturalWidth, naturalHeight } = image;
+    if (!naturalWidth) return;
+    const times = Math.floor(Math.min(width / naturalWidth, height / naturalHeight));
+    image.style.width = times >= 1 ? `${times * naturalWidth}px` : "";
+    image.style.height = times >= 1 ? `${times * naturalHeight}px` : "";
+    image.style.imageRendering = times > 1 ? "pixelated" : "";
+  }
+
+  const LARGEST = 512;
+  function fitAll() {
+    document.querySelectorAll("#gallery :is(.thumbnail-item, .preview) img").forEach(image => {
+      const width = image.closest("#gallery").clientWidth / (image.closest(".thumbnail-lg") ? columns() : 1) - 24;
+      fit(image, Math.min(width, LARGEST), LARGEST);
+    });
+    document.querySelectorAll("#zoom img").forEach(image => fit(image, Math.min(innerWidth * .9, 768), innerHeight * .7));
+  }
+  const columns = () => {
+    const grid = document.querySelector("#gallery .grid-container");
+    return grid ? getComputedStyle(grid).gridTemplateColumns.split(" ").length : 1;
+  };
+  document.addEventListener("load", event => {
+    if (event.target.matches?.("#zoom img, #gallery img")) requestAnimationFrame(fitAll);
+  }, true);
+  addEventListener("resize", fitAll);
+
   function show(tile) {
     const image = tile.querySelector("img"), step = tile.closest("table").dataset.step;
     at = [Number(tile.dataset.row), Number(tile.dataset.column)];

@@ -5,7 +5,7 @@ import time
 
 import gradio as gr
 
-from .. import compared, downloads
+from .. import compared, downloads, views
 from ..differences import differences
 from ..handlers import NO_PROGRESS, QUIET
 from ..launcher import safe_name
@@ -33,7 +33,7 @@ class CompareTab(Tab):
             )
         with gr.Row(elem_id="beside"):
             with gr.Column(scale=3):
-                self.grid = gr.HTML(elem_id="grid")
+                self.grid = gr.HTML(views.skeleton("tall"), elem_id="grid")
             with gr.Column(scale=2, elem_id="curves"):
                 self.train_curve = gr.HTML(elem_id="train-curve")
                 self.validation_curve = gr.HTML(elem_id="validation-curve")

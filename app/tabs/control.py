@@ -1,16 +1,20 @@
 """Base class of Train and the experiment report: stop and resume a training, which runs as a separate process."""
 
+import time
+from collections.abc import Iterator
 from typing import ClassVar
 
 import gradio as gr
 
 from .. import views
 from ..folders import BUNDLED
-from ..handlers import NO_PROGRESS
+from ..handlers import NO_PROGRESS, QUIET
 from ..jobs import RUNNING, Entry
 from ..runs import Run
 from .base import STATUS, Tab
 
+EVERY, PATIENCE = 1.0, 300.0
+"""Seconds between two polls of a trainer that was asked to stop, and seconds after which they end."""
 ACTIVE = ("starting", "running", "stopping")
 
 
@@ -33,7 +37,7 @@ class ControlTab(Tab):
         # Queued, although it never has to wait: an unqueued event would not show its error.
         self.stop.click(
             self.do_stop, [which, seen], self.answer, api_name=f"{prefix}_stop", concurrency_limit=None, **NO_PROGRESS
-        )
+        ).success(self.wait_for_end, None, self.answer, concurrency_limit=None, **QUIET)
         self.resume.click(self.do_resume, which, self.answer, api_name=f"{prefix}_resume", **NO_PROGRESS)
         gr.api(self.list_names, api_name=f"{self.what}s")
 
@@ -48,6 +52,15 @@ class ControlTab(Tab):
         """
         trained = seen is not None and seen[STATUS] in ACTIVE
         return views.notice(self.jobs.stop(name, self.kind, only=trained))
+
+    def wait_for_end(self) -> Iterator[str]:
+        """Yield that the trainers which were asked to stop have ended; give up after `PATIENCE` seconds."""
+        asked = [run for run in self.jobs.all_active() if run.process in self.jobs.asked]
+        latest = time.monotonic() + PATIENCE
+        while any(map(self.jobs.is_active, asked)) and time.monotonic() < latest:
+            time.sleep(EVERY)
+        if asked and not any(map(self.jobs.is_active, asked)):
+            yield views.notice(f"{views.enumerated(run.name for run in asked)} has ended; Resume continues it.")
 
     def do_resume(self, name: str) -> str:
         """Resume a stopped run or experiment, or queue it."""

@@ -9,8 +9,10 @@ from reslora.formatting import pluralize
 from reslora.images.data.caption_files import CAPTIONS
 
 from .. import image_cards, image_edits, views
+from ..captioning import Captioning
+from ..folders import BUNDLED
 from ..generation_request import bounded
-from ..handlers import QUIET, paths_of, server_function
+from ..handlers import NO_PROGRESS, QUIET, paths_of, server_function
 from ..image_edits import ImageEdits
 from ..image_folders import ImageFolders
 from ..runs import RunError
@@ -32,6 +34,7 @@ class DatasetTab(Tab):
         super().__init__(parts)
         self.folders = ImageFolders(self.library.folder, self.jobs.data)
         self.edits = ImageEdits(self.folders, self.jobs)
+        self.captioning = Captioning(self.edits)
         self.choosing_rows()
         self.status = gr.HTML(views.notice(CHOOSE), elem_id="dataset-status")
         self.changing_rows()
@@ -45,7 +48,8 @@ class DatasetTab(Tab):
             self.page = gr.Number(1, label="Page", precision=0, minimum=1, min_width=100, elem_id="page")
             self.next = gr.Button("Next", min_width=80, elem_id="next")
         self.more_rows()
-        self.on_arrival = [self.folder]
+        self.on_arrival = [self.folder, self.model]
+        self.of_model = [self.model, self.instruction, self.prefix, self.overwrite]
         self.settings = [self.resolution, self.buckets, self.column]
         self.asked = [self.folder, self.which, self.words, *self.settings, self.page]
         self.shown_parts = [self.status, self.images, self.page, self.undo]
@@ -70,6 +74,24 @@ class DatasetTab(Tab):
             self.text = gr.Textbox(label="Words or tag", max_lines=1, elem_id="text", min_width=120)
             self.other = gr.Textbox(label="Replace with", max_lines=1, elem_id="other", min_width=120)
             self.apply = gr.Button("Apply", elem_id="apply", min_width=100)
+        with gr.Accordion("Write captions with a model", open=False, elem_id="write-captions"):
+            with gr.Row():
+                self.model = open_choice(
+                    "Image-text model", value="", elem_id="caption-model", min_width=220,
+                    info="A name on the Hugging Face Hub, owner/model, or a folder in models of the runs folder",
+                )  # fmt: skip
+                self.instruction = gr.Textbox(
+                    label="Instruction", max_lines=1, min_width=220, elem_id="caption-prompt",
+                    info="Empty: one sentence about the image; some models read none",
+                )  # fmt: skip
+                self.prefix = gr.Textbox(
+                    label="Text before each caption", max_lines=1, min_width=160, elem_id="caption-prefix",
+                    info="For example a trigger word",
+                )  # fmt: skip
+            self.overwrite = gr.Checkbox(False, label="Replace existing captions", elem_id="caption-overwrite")
+            with gr.Row(elem_classes="quiet"):
+                self.write = gr.Button("Caption", elem_id="caption", min_width=100)
+                self.stop = gr.Button("Stop", elem_id="caption-stop", min_width=80)
         with gr.Row(elem_classes="actions", elem_id="dataset-actions"):
             gr.HTML('<p id="picked-count" role="status">0 selected</p>', min_height=0)
             self.tick_page = gr.Button("Select page", elem_id="tick-page", min_width=80)
@@ -118,8 +140,13 @@ class DatasetTab(Tab):
             self.trash.click(self.do_throw_away, throw, self.answer, js=WITH_TICKED, **QUIET),
             self.undo.click(self.do_undo, undo, self.answer, js=WITH_TICKED, **QUIET),
             self.check.click(self.do_check, self.asked, self.answer, concurrency_limit=1, **QUIET),
+            self.write.click(
+                self.do_caption, [*self.asked, *self.of_model], self.answer, concurrency_limit=None, **QUIET
+            ),
             page.frames[self].select(self.open, self.folder, self.folder, **QUIET),
         ]
+        self.stop.click(lambda: views.notice(self.captioning.stop()), None, self.answer, api_name="stop_captions",
+                        concurrency_limit=None, **NO_PROGRESS)  # fmt: skip
         done[1].success(None, js=f"() => {HOST}.pick('none')")
         for event in done:  # `then` does not run after a failure
             for outcome in (event.success, event.failure):
@@ -145,7 +172,8 @@ class DatasetTab(Tab):
 
     def arrive(self) -> dict:
         """Return the choices of the folder list; images are only read when the tab is opened."""
-        return {self.folder: gr.update(choices=self.list_folders())}
+        models = gr.update(choices=list(self.captioning.models()))
+        return {self.folder: gr.update(choices=self.list_folders()), self.model: models}
 
     def open(self, folder: str | None) -> dict:
         """Return the selected folder, else the first one, when the tab is opened."""
@@ -213,10 +241,19 @@ class DatasetTab(Tab):
             yield views.progress(f"{name}: {done:,} of {pluralize(total, 'image')} checked", done / max(1, total))
         yield views.notice(f"{name}: {pluralize(total, 'image')} checked.")
 
+    def do_caption(self, *inputs) -> Iterator[str]:
+        """Write captions with a model, and yield the progress."""
+        *asked, model, instruction, prefix, overwrite = inputs
+        job = self.captioning.start(self.look(*asked), model, instruction, prefix, overwrite)
+        for done in self.captioning.follow(job):
+            told = f"{done:,} of {pluralize(job.total, 'caption')}" if done else "loading the model"
+            yield views.progress(f"{job.folder}: {told}", done / job.total)
+        yield views.notice(job.line)
+
     def do_upload(self, name, uploads, caption) -> tuple:
         """Store uploaded images as a new folder, and select it."""
         folder = self.folders.add(name, paths_of(uploads), str(caption or ""))
-        choices = gr.update(choices=self.jobs.folders())
+        choices = gr.update(choices=[BUNDLED, *self.jobs.folders()])
         shown = gr.update(choices=self.list_folders(), value=folder.name)
         return shown, choices, views.notice(f"{folder.name} is stored; select it as the image folder under Train.")
 
@@ -228,6 +265,7 @@ class DatasetTab(Tab):
             ("image_folders", self.list_folders), ("images", self.list_images), ("set_caption", self.set_caption),
             ("change_captions", self.change_captions), ("trash_images", self.trash_images),
             ("undo_images", self.undo_images), ("check_images", self.check_images),
+            ("caption_images", self.caption_images),
         ):  # fmt: skip
             gr.api(handler, api_name=name)
 
@@ -272,6 +310,15 @@ class DatasetTab(Tab):
         for _ in self.edits.check(images):
             pass
         return f"{pluralize(len(images.images), 'image')} checked."
+
+    def caption_images(
+        self, folder: str, model: str, prompt: str = "", prefix: str = "", overwrite: bool = False
+    ) -> str:
+        """Write captions with an image-text model, as `reslora-caption` does, and return a line about them."""
+        job = self.captioning.start(self.edits.look(folder), model, prompt, prefix, overwrite)
+        for _ in self.captioning.follow(job):
+            pass
+        return job.line
 
 
 def refuse_other(shown: object, chosen: object) -> None:

@@ -44,7 +44,7 @@ class QueueTab(ListTab):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         gr.Markdown(ABOUT)
-        self.rows = gr.HTML(elem_id="queue", js_on_load=SCRIPT.read_text(encoding="utf-8"))
+        self.rows = gr.HTML(views.skeleton(), elem_id="queue", js_on_load=SCRIPT.read_text(encoding="utf-8"))
         self.answer = answer_line(elem_id="queue-answer")
         self.last_look = gr.State(None)
         self.timer = gr.Timer(EVERY, active=False)

@@ -38,7 +38,7 @@ class ReportTab(ControlTab):
             self.best_taken = gr.DownloadButton("best", visible="hidden", elem_id="best-taken")
         self.answer = answer_line(elem_id="experiment-answer")
         self.state = gr.HTML(elem_id="experiment-state")
-        self.report = gr.HTML(elem_id="experiment-report", js_on_load=RESIZE)
+        self.report = gr.HTML(views.skeleton("tall"), elem_id="experiment-report", js_on_load=RESIZE)
         with gr.Accordion("Log of the trainer", open=False):
             self.log = gr.HTML(elem_id="experiment-log")
         self.last_look = gr.State(None)
@@ -74,7 +74,8 @@ class ReportTab(ControlTab):
             gone = not name or (seen is not None and name == seen[0])
             if names and gone:
                 return {self.which: gr.update(choices=names, value=names[0])}
-            return {self.state: views.notice(experiments.NONE)} if not names and seen is None else gr.skip()
+            nothing = {self.state: views.notice(experiments.NONE), self.report: ""}
+            return nothing if not names and seen is None else gr.skip()
         found = self.library.find_experiment(name)
         status = self.jobs.status(found)
         now = (name, tuple(names), found.fingerprint(), status, found.activity, found.log_tail())

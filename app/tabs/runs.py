@@ -24,7 +24,12 @@ class RunsTab(ListTab):
         self.words = gr.Textbox(label="Search names and notes", max_lines=1, elem_id="runs-words")
         self.answer = answer_line(elem_id="runs-answer")
         script = SCRIPT.read_text(encoding="utf-8")
-        self.cards = gr.HTML(elem_id="runs", js_on_load=script, server_functions=[server_function(self.save_notes)])
+        self.cards = gr.HTML(
+            views.skeleton("tall"),
+            elem_id="runs",
+            js_on_load=script,
+            server_functions=[server_function(self.save_notes)],
+        )
         self.last_look = gr.State(None)
         self.timer = gr.Timer(EVERY, active=False)
 

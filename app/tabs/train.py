@@ -1,5 +1,6 @@
 """Train: a form that becomes the command of a run or an experiment, which is trained as a separate process."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -14,7 +15,9 @@ from reslora.options.values import listed
 from reslora.training.stopping import SAMPLE, SAVE
 
 from .. import experiments, form, launcher, views
-from ..bases import PIPELINES, word_of_model
+from ..bases import DEFAULT, PIPELINES, word_of_model
+from ..estimates import MemoryEstimates, number_of_runs, training_time
+from ..folders import BUNDLED
 from ..handlers import NO_PROGRESS, QUIET, named, paths_of
 from ..jobs import WAITING, Entry
 from ..library import Experiment
@@ -24,7 +27,12 @@ from .base import Parts, TabHost, answer_line, open_choice
 from .control import ControlTab
 from .report import ReportTab
 
+SEARCH = Path(__file__).resolve().parents[1] / "search.js"
 START = "Start training"
+EVERY = 1.0
+"""Seconds between two polls of the memory estimate."""
+IF_SHOWN = "key => [document.querySelector('#start')?.offsetParent ? key : '']"
+"""Nothing is estimated while the tab is closed."""
 # The browser stores the form, so that a restart of the server does not clear it. The values are stored by name, because
 # the server may have other options after a restart.
 KEEP = """(...values) => {
@@ -51,6 +59,7 @@ class TrainTab(ControlTab):
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
+        self.memory_estimates = MemoryEstimates(self.jobs)
         self.flags: dict[str, gr.components.Component] = {}
         self.defaults = form.defaults({})
         with gr.Row():
@@ -84,11 +93,15 @@ class TrainTab(ControlTab):
         self.begun = gr.State(None)
         with gr.Row():
             self.model = open_choice(
-                "Base model", choices=list(PIPELINES), value="", elem_id="model", min_width=220,
-                info=f"Empty: {next(iter(PIPELINES))}. Or a name on the Hugging Face Hub: owner/model",
+                "Base model", choices=list(PIPELINES), value=DEFAULT, elem_id="model", min_width=220,
+                info="A small bundled model, or a name on the Hugging Face Hub: owner/model",
             )  # fmt: skip
             self.folder = open_choice(
-                "Image folder", value="", min_width=220, info="Empty: the bundled images, or those uploaded below"
+                "Image folder",
+                choices=[BUNDLED],
+                value=BUNDLED,
+                min_width=220,
+                info="Images that are uploaded below are used instead",
             )
         with gr.Accordion("Upload images", open=False):
             self.uploads = gr.File(
@@ -105,8 +118,9 @@ class TrainTab(ControlTab):
                 info="They show whether a gain of ResLoRA comes from its shortcuts",
             )  # fmt: skip
         self.widgets([known[name] for name in self.names[1:]])
-        for title, group in form.groups(self.names).items():
-            with gr.Accordion(title[:1].upper() + title[1:], open=False):
+        gr.HTML(views.search(form.index(self.names)), elem_id="search", js_on_load=SEARCH.read_text(encoding="utf-8"))
+        for number, (title, group) in enumerate(form.groups(self.names).items()):
+            with gr.Accordion(title[:1].upper() + title[1:], open=False, elem_id=form.GROUP % number):
                 self.widgets(group)
         self.flags = {name: self.flags[name] for name in self.all_names()}  # independent of their order on the page
         self.shown_defaults = gr.JSON(self.defaults, visible="hidden")
@@ -115,16 +129,20 @@ class TrainTab(ControlTab):
         """Make the plan, the buttons, the command and the log."""
         self.plan = gr.HTML(elem_id="train-plan")
         with gr.Row(elem_classes="actions"):
+            self.facts = gr.HTML(elem_id="facts")
+            self.needs = gr.HTML(elem_id="needs")
             self.start = gr.Button(START, variant="primary", elem_id="start", min_width=130)
             self.stop = gr.Button("Stop and save", elem_id="stop", min_width=110)
             self.resume = gr.Button("Resume", elem_id="resume", min_width=80)
+        self.asked = gr.Textbox(visible="hidden")  # key of the memory estimate
+        self.waiting = gr.Timer(EVERY, active=False)
         self.answer = answer_line(elem_id="answer")
         self.command = gr.Textbox(
             label="Command", lines=2, max_lines=8, buttons=["copy"], interactive=False, elem_id="command",
             elem_classes="code",
         )  # fmt: skip
         with gr.Row(elem_classes="quiet"):
-            self.memory = gr.Button("Estimate memory", elem_id="memory", size="sm", min_width=120)
+            self.memory = gr.Button("Memory in detail", elem_id="memory", size="sm", min_width=120)
             self.sample_now = gr.Button("Sample now", elem_id="sample-now", size="sm", min_width=100)
             self.save_now = gr.Button("Save now", elem_id="save-now", size="sm", min_width=90)
         with gr.Row(elem_classes="quiet"):
@@ -170,7 +188,8 @@ class TrainTab(ControlTab):
     def arrive(self) -> dict:
         """Return the image folders, and the presets, runs and experiments whose settings can be loaded."""
         settings = [*form.PRESETS, *self.library.runs(), *self.library.experiments()]
-        return {self.folder: gr.update(choices=self.jobs.folders()), self.begin: gr.update(choices=settings)}
+        folders = gr.update(choices=[BUNDLED, *self.jobs.folders()])
+        return {self.folder: folders, self.begin: gr.update(choices=settings)}
 
     def events(self, page: TabHost) -> None:
         """Connect the components."""
@@ -184,9 +203,13 @@ class TrainTab(ControlTab):
         wired = [self.flags[name] for name in OF_SHORTCUTS]
         gr.on(
             [page.frames[self].select, *changes, self.shown_defaults.change], self.look, inputs,
-            [self.plan, self.command, self.shown_defaults, *following, *wired],
+            [
+                self.plan, self.facts, self.needs, self.asked, self.waiting, self.command, self.shown_defaults,
+                *following, *wired,
+            ],
             trigger_mode="always_last", queue=False, preprocess=False, **QUIET,
         )  # fmt: skip
+        self.waiting.tick(self.look_again, self.asked, [self.needs, self.waiting], js=IF_SHOWN, queue=False, **QUIET)
         looked = gr.on(
             [self.folder.change, self.uploads.change], self.show_images, [self.folder, self.uploads],
             self.preview, preprocess=False, **QUIET,
@@ -225,9 +248,9 @@ class TrainTab(ControlTab):
         """
         runs = self.library.runs() | self.library.experiments()
         settings = form.settings_of(name, runs)
-        folder = gr.update() if name in form.PRESETS else self.jobs.images.of_run(runs[name])
+        folder = gr.update() if name in form.PRESETS else self.jobs.images.of_run(runs[name]) or BUNDLED
         model, (*values, defaults) = word_of_model(name, settings), self.values_of(settings)
-        return [defaults, model, folder, *values]
+        return [defaults, model or DEFAULT, folder, *values]
 
     def values_of(self, settings: dict) -> list:
         """Return the form's values for the settings: all options, the controls, and the defaults."""
@@ -256,10 +279,12 @@ class TrainTab(ControlTab):
         differ from its settings.
         """
         *flags, controls, defaults = values
-        settings = dict(zip(self.all_names(), flags, strict=True)) | {"model": str(model or "").strip()}
+        begun, model = self.jobs.begun(name, Experiment), str(model or "").strip()
+        model = "" if model == DEFAULT and not begun else model
+        settings = dict(zip(self.all_names(), flags, strict=True)) | {"model": model}
         methods = [*(settings["method"] if isinstance(settings["method"], list) else []), *listed(controls)]
         left_out = {} if form.wires(methods) else dict.fromkeys(OF_SHORTCUTS)
-        if isinstance(defaults, dict) and not self.jobs.begun(name, Experiment):
+        if isinstance(defaults, dict) and not begun:
             left_out |= {flag: None for flag, value in settings.items() if value == defaults.get(flag, ())}
         return {flag: value for flag, value in settings.items() if flag not in left_out} | {"method": methods}
 
@@ -268,7 +293,7 @@ class TrainTab(ControlTab):
         settings = self.settings(name, model, values)
         given = {flag: value for flag, value in settings.items() if flag == "method" or value not in launcher.EMPTY}
         kind = self.jobs.kind_of(name, settings)
-        return Entry(name, kind.__name__.lower(), given, folder or None)
+        return Entry(name, kind.__name__.lower(), given, without_bundled(folder))
 
     def words(self, name, uploads, caption, folder, model, *values) -> list[str]:
         """Return the arguments of the trainer's command line."""
@@ -277,22 +302,45 @@ class TrainTab(ControlTab):
     def look(self, name, uploads, _caption, folder, model, *values) -> dict:
         """Return updates of the page for the form's values.
 
-        These are the number of runs and the command, or what is wrong with the form; options that are visible only with
-        shortcuts; and defaults that depend on other options.
+        These are the number of runs, their time and memory, and the command, or what is wrong with the form; options
+        that are visible only with shortcuts; and defaults that depend on other options.
         """
         settings, shown = self.settings(name, model, values), values[-1] if isinstance(values[-1], dict) else {}
         wired = gr.update(visible=form.wires(settings["method"]))
         updates = {self.flags[flag]: wired for flag in OF_SHORTCUTS}
+        paths = paths_of(uploads)
         try:
-            told, words = experiments.plan(self.jobs, name, settings, folder, paths_of(uploads))
+            told, words, found = experiments.plan(self.jobs, name, settings, without_bundled(folder), paths)
             now = form.defaults(launcher.parsed(settings))
         except RunError as error:
-            return updates | {self.plan: views.bad(str(error)), self.command: ""}
+            empty = dict.fromkeys((self.facts, self.needs, self.asked, self.command), "")
+            return updates | empty | {self.waiting: gr.Timer(active=False), self.plan: views.bad(str(error))}
         flags = dict(zip(self.all_names(), values[:-2], strict=True))
         for flag in form.FOLLOWING:
             if now[flag] != shown.get(flag) == flags[flag]:
                 updates[self.flags[flag]] = now[flag]
-        return updates | {self.plan: told, self.command: launcher.in_words(words), self.shown_defaults: now}
+        key = hashlib.sha256(json.dumps([words, paths]).encode()).hexdigest()
+        memory = self.memory_estimates.known(key, lambda: self.with_uploads(words, paths))
+        facts = {"Runs": f"{number_of_runs(found):,}", "Time": training_time(self.library, found)}
+        if unlikely := launcher.warning(settings):
+            told += f'<p class="warning">{views.escape(unlikely.strip())}</p>'
+        return updates | {
+            self.plan: told, self.facts: views.facts(facts), self.needs: views.facts({"Memory": memory}),
+            self.asked: key, self.waiting: gr.Timer(active=not memory), self.command: launcher.in_words(words),
+            self.shown_defaults: now,
+        }  # fmt: skip
+
+    def look_again(self, key: str):
+        """Return the memory estimate when it has been computed, and stop the timer then."""
+        memory = self.memory_estimates.ask(key)
+        return (views.facts({"Memory": memory}), gr.Timer(active=False)) if memory else gr.skip()
+
+    def with_uploads(self, words: list[str], paths: list[str], caption: str = "") -> list[str]:
+        """Return the arguments of a command, with uploaded images in a temporary folder."""
+        if not paths or "--train_data_dir" not in words:  # a resumed experiment keeps its images
+            return words
+        stored, place = store_images(self.files.new("images"), paths, caption), words.index("--train_data_dir") + 1
+        return [*words[:place], str(stored), *words[place + 1 :]]
 
     def do_show(self, *inputs) -> str:
         """Return the command of the form."""
@@ -302,10 +350,7 @@ class TrainTab(ControlTab):
         """Yield the trainer's memory estimate; nothing is trained."""
         yield views.notice("Estimating memory: this takes some seconds.")
         _, uploads, caption, *_ = inputs
-        words, paths = self.words(*inputs), paths_of(uploads)
-        if paths and "--train_data_dir" in words:  # a resumed experiment keeps its images
-            stored = store_images(self.files.new("images"), paths, str(caption or ""))
-            words[words.index("--train_data_dir") + 1] = str(stored)
+        words = self.with_uploads(self.words(*inputs), paths_of(uploads), str(caption or ""))
         yield views.printed(self.jobs.plan(words))
 
     def show_images(self, folder: str, uploads) -> str:
@@ -336,7 +381,7 @@ class TrainTab(ControlTab):
         """Return a TOML file with the form's settings, which `train_sd.py --config` reads."""
         name, _, _, folder, model, *values = inputs
         settings = launcher.parsed(self.settings(name, model, values))
-        if folder:
+        if folder := without_bundled(folder):
             settings["train_data_dir"] = str(self.jobs.images.find(folder).path)
         path = self.files.new(f"{launcher.safe_name(str(name))}.toml")
         path.write_text("".join(f"{flag} = {json.dumps(value)}\n" for flag, value in settings.items()))
@@ -346,12 +391,12 @@ class TrainTab(ControlTab):
         """Return a line about an uploaded configuration file, and the form with its settings."""
         name, settings = Path(path).name, launcher.read_config(Path(path))
         images = settings.pop("train_data_dir", None)
-        folder = self.jobs.images.of_paths(listed(images), name) if images else gr.update()
+        folder = self.jobs.images.of_paths(listed(images), name) or BUNDLED if images else gr.update()
         told = f"{name} is loaded."
         if unknown := settings.keys() - {*form.known(), form.MODEL}:
             told += f" warning: this form cannot set {', '.join(sorted(unknown))}."
         model, (*values, defaults) = word_of_model(name, settings), self.values_of(settings)
-        return [views.notice(told), defaults, model, folder, *values]
+        return [views.notice(told), defaults, model or DEFAULT, folder, *values]
 
     # -- polls ---------------------------------------------------------------------------------------------------------
 
@@ -370,3 +415,8 @@ class TrainTab(ControlTab):
     def updates(self, run: Run, status: str) -> dict:
         """Return the trainer's output."""
         return {self.log: views.log(self.jobs.log(run), status)}
+
+
+def without_bundled(folder: object) -> object:
+    """Return the name of an image folder, or None for the bundled images, with which their other defaults apply."""
+    return None if folder in ("", BUNDLED) else folder

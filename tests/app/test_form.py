@@ -6,6 +6,7 @@ import pytest
 from app_runs import WRONG, write_run
 
 from app import form, launcher
+from app.bases import is_hub_name
 from app.jobs import Jobs
 from app.library import Library
 from app.runs import RunError
@@ -56,9 +57,19 @@ def arguments_of(settings: dict) -> list[str]:
     return launcher.arguments(TrainTab.settings(tab, "new", "", TrainTab.values_of(tab, settings)))
 
 
+def test_a_search_knows_each_option_by_name_label_help_and_group():
+    found = {one["name"]: one for one in form.index(TrainTab.names)}
+    assert list(found) == list(TrainTab.all_names()) and found["rank"]["group"] == ""
+    assert "learning rate" in found["lr_warmup_steps"]["text"] and "lr_warmup_steps" in found["lr_warmup_steps"]["text"]
+    titles = list(form.groups(TrainTab.names))
+    assert found["noise_offset"]["group"] == form.GROUP % titles.index("training")
+
+
 @pytest.mark.parametrize("name", list(form.PRESETS))
 def test_a_preset_is_what_the_trainer_takes(name):
-    settings = form.settings_of(name, {})
+    settings = dict(form.settings_of(name, {}))
+    model = settings.pop(form.MODEL, None)
+    assert model is None or is_hub_name(model)
     asked = parse_args(arguments_of(settings))  # which refuses what nothing would read
     values = asked.base.flat() | asked.varied if isinstance(asked, Grid) else asked.flat()
     assert {flag: values[flag] for flag in settings} == settings

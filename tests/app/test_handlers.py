@@ -7,7 +7,7 @@ import tempfile
 import gradio as gr
 import pytest
 
-from app.handlers import readable_errors
+from app.handlers import translating
 from app.runs import RunError
 
 
@@ -30,17 +30,7 @@ from app.runs import RunError
     ],
 )
 def test_errors_are_sentences_without_paths(raised, told, printed, capsys):
-    @readable_errors
-    def handler():
+    with pytest.raises(gr.Error) as caught, translating():
         raise raised
-
-    @readable_errors
-    def generator():
-        yield 1
-        raise raised
-
-    for call in (handler, lambda: list(generator())):
-        with pytest.raises(gr.Error) as caught:
-            call()
-        assert caught.value.message == told
-        assert printed in (said := capsys.readouterr().err) and bool(said) == bool(printed)
+    assert caught.value.message == told
+    assert printed in (said := capsys.readouterr().err) and bool(said) == bool(printed)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from time import sleep
+from types import SimpleNamespace
 
 import gradio as gr
 import PIL.Image
@@ -21,6 +22,7 @@ from app.library import Experiment, Library
 from app.run_manager import RunManager
 from app.runs import Run, RunError
 from app.studio import Studio
+from app.tabs import control
 from app.tabs.base import Parts
 from app.tabs.train import TrainTab
 from reslora.images.settings import parse_args
@@ -223,6 +225,20 @@ def test_what_goes_on_keeps_its_images_and_none_are_named(lined, tmp_path):
     assert [entry.folder for entry in added] == [None, None]
     assert TrainTab.outcome_of(None, added[0]) == "a resumes from its newest checkpoint."
     assert TrainTab.outcome_of(None, added[1]) == "b waits in the queue and starts automatically."
+
+
+def test_a_run_that_was_asked_to_stop_is_said_to_have_ended(monkeypatch):
+    """Not one that nobody asked, and not one that still trains when patience ends."""
+    monkeypatch.setattr(control, "EVERY", 0)
+    for asked, polls, told in (({5}, [True, True, False, False], ["one has ended"]), ({6}, [], []), ({5}, [True], [])):
+        states = iter(polls)
+        monkeypatch.setattr(control, "PATIENCE", 60 if told else -1)
+        found = SimpleNamespace(name="one", process=5)
+        run_states = SimpleNamespace(
+            all_active=lambda found=found: [found], asked=asked, is_active=lambda _, states=states: next(states, True)
+        )
+        said = list(TrainTab.wait_for_end(SimpleNamespace(jobs=run_states)))
+        assert [line in one for line, one in zip(told, said, strict=True)] == [True] * len(told)
 
 
 def test_a_killed_application_leaves_a_queue_that_goes_on_once_each(lined, tmp_path):

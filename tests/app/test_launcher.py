@@ -22,6 +22,7 @@ from waiting import LIMIT, ended, wait_until
 import train_sd
 from app import experiments, form, launcher, lists, views
 from app.bases import PIPELINES
+from app.folders import BUNDLED
 from app.jobs import SAMPLE, SAVE, Entry, Jobs
 from app.library import Experiment, Library
 from app.log_lock import locked_file
@@ -151,7 +152,7 @@ def test_a_form_that_begins_with_a_run_has_its_model_or_says_why_not(trainings, 
     for name, model in {"u-net": "assets/pipeline", "flow": "assets/pipeline-flow", "hub": "owner/model"}.items():
         assert TrainTab.fill(tab, name)[1] == model
     for name in ("none", next(iter(form.PRESETS))):
-        assert TrainTab.fill(tab, name)[1] == ""
+        assert TrainTab.fill(tab, name)[1] == "assets/pipeline"
     write_run(runs / "file", pretrained_transformer_file="/elsewhere/transformer.safetensors")
     unnamed = {"folder": "a model in a folder", "damaged": "a model", "vae": "--pretrained_vae"}
     for name, what in (unnamed | {"file": "--pretrained_transformer_file"}).items():
@@ -172,7 +173,7 @@ def test_a_form_that_begins_with_a_run_has_its_images_or_does_not_start(training
     write_run(runs / "hub", dataset_name="owner/images")
     filled = {name: TrainTab.fill(tab, name)[2] for name in trainings.library.runs()}
     unlisted = {name: filled.pop(name) for name in ("elsewhere", "two", "hub")}
-    uploads, without = {"uploaded": "runs/up"}, dict.fromkeys(("bundled", "example", "none"), "")
+    uploads, without = {"uploaded": "runs/up"}, dict.fromkeys(("bundled", "example", "none"), BUNDLED)
     assert filled == {"listed": "cats", "one": "cats"} | uploads | without
     for name, folder in unlisted.items():
         assert folder == f"images of {name} (not on the list)"

@@ -30,7 +30,8 @@ def run(tmp_path):
 
 def test_the_lowest_first_at_the_last_step_that_all_have(run):
     for step in (2, 3, 4):
-        assert "<b>ResLoRA 0.6567, LoRA 0.6667</b> on held-out images after 2 steps" in verdict(run, step)
+        told = "<b>ResLoRA 0.6567, LoRA 0.6667</b>: loss on held-out images (lower is better) after 2 steps"
+        assert told in verdict(run, step)
     assert "no difference shown" in verdict(run, 4) and "before training" in verdict(run, 1)
 
 

@@ -1,0 +1,162 @@
+"""Write captions with an image-text model: run `reslora-caption` on links to a folder's images, then store its texts.
+
+The texts are stored like edits on the page: a text file or a table row is backed up first, and *Undo* restores it.
+"""
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from reslora.formatting import pluralize
+
+from .bases import is_hub_name
+from .caption_files import Edit, write
+from .image_edits import ImageEdits, refuse_bundled
+from .image_folders import OUTSIDE, Image, Images
+from .launcher import environment
+from .runs import RunError
+from .whole_models import FOLDER
+
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+EVERY = 0.5
+"""Seconds between two counts of the written captions."""
+
+
+@dataclass
+class Job:
+    """The captions of a folder that are being written."""
+
+    folder: str
+    total: int
+    process: subprocess.Popen | None = None
+    done: int = 0
+    stopped: bool = False
+    line: str = ""
+    """What was done, once it has ended."""
+    error: RunError | None = None
+
+
+class Captioning:
+    """Writes the captions of one folder at a time; a page that is closed does not end it."""
+
+    def __init__(self, edits: ImageEdits) -> None:
+        self.edits, self.jobs = edits, edits.jobs
+        self.lock = threading.Lock()
+        self.job: Job | None = None
+
+    def models(self) -> dict[str, Path]:
+        """Return the image-text models in the folder `models` of the runs folder, by name."""
+        place = self.jobs.library.folder / FOLDER
+        found = {path.name: path for path in sorted(place.glob("[!.]*")) if (path / "config.json").is_file()}
+        return {name: path for name, path in found.items() if any((path / file).is_file() for file in PROCESSORS)}
+
+    def start(self, images: Images, model: object, prompt: str, prefix: str, overwrite: bool) -> Job:
+        """Start to write captions, and return the job.
+
+        Images with a caption are left out unless `overwrite`. Raises `RunError` for an invalid model, if no image needs
+        a caption, and while another folder is captioned.
+        """
+        named = str(model or "").strip()
+        word = str(self.models().get(named, named))
+        if word == named and not is_hub_name(named):
+            raise RunError(
+                "Give an image-text model by its name on the hub, such as owner/model, or put its folder into "
+                f"{FOLDER} in the folder of runs and choose it from the list."
+            )
+        refuse_bundled(images.folder)
+        if images.fixed:
+            raise RunError(f"Captions cannot be changed here: {images.fixed}.")
+        waiting = [image for image in images.images.values() if overwrite or not any(image.captions or ())]
+        waiting = [image for image in waiting if image.problem != OUTSIDE and image.path.is_file()]
+        if not waiting:
+            raise RunError("Every image has a caption; check Replace existing captions to write new ones.")
+        given = {"prompt": str(prompt or ""), "prefix": str(prefix or "")}
+        texts = [f"--{name}={text}" for name, text in given.items() if text.strip()]
+        with self.lock:
+            if self.job and not self.job.line and not self.job.error:
+                raise RunError(f"The captions of {self.job.folder} are being written; wait for them, or stop it first.")
+            self.job = job = Job(images.folder.name, len(waiting))
+        threading.Thread(target=self.work, args=(job, images, waiting, word, texts), daemon=True).start()
+        return job
+
+    def work(self, job: Job, images: Images, waiting: Sequence[Image], model: str, texts: Sequence[str]) -> None:
+        """Run the command in a temporary folder, and store what it wrote."""
+        line, error = "", None
+        try:
+            with tempfile.TemporaryDirectory(prefix="captions-") as place:
+                folder = Path(place)
+                (folder / "images").mkdir()
+                for number, image in enumerate(waiting):
+                    (folder / "images" / f"{number:06d}{image.path.suffix}").symlink_to(image.path.resolve())
+                reason = self.caption(job, folder, [model, *texts])
+                found = {
+                    image.name: text.read_text(encoding="utf-8").strip()
+                    for number, image in enumerate(waiting)
+                    if (text := folder / "images" / f"{number:06d}.txt").is_file()
+                }
+            line = self.store(images, waiting, found)
+            if reason and not job.stopped:
+                error = RunError(f"{reason} {line}" if found else reason)
+            elif job.stopped:
+                line = f"Stopped. {line}"
+        except RunError as refused:
+            error = refused
+        except OSError as failed:
+            error = RunError(f"The captions cannot be written ({failed.strerror}).")
+        finally:
+            job.error, job.line = error or (None if line else RunError("The captions could not be written.")), line
+
+    def caption(self, job: Job, folder: Path, words: Sequence[str]) -> str:
+        """Run `reslora-caption` on the folder `images` in `folder`; return why it failed, or an empty string."""
+        images, log = folder / "images", folder / "log"
+        model, *others = words
+        command = [sys.executable, "-m", "reslora.caption", str(images), f"--model={model}", *others]
+        with log.open("w") as output:
+            job.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, cwd=folder,
+                env=environment(),
+            )  # fmt: skip
+            while job.process.poll() is None:
+                job.done = sum(1 for _ in images.glob("*.txt"))
+                if self.jobs.closed.is_set() or job.stopped:
+                    job.process.terminate()
+                time.sleep(EVERY)
+        if job.process.returncode == 0:
+            return ""
+        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        return self.jobs.without_folders((said or ["The captions could not be written."])[-1])[:300]
+
+    def store(self, images: Images, waiting: Sequence[Image], found: dict[str, str]) -> str:
+        """Store the captions of images whose captions are as they were, and return a line about them."""
+        now = self.edits.folders.images(images.folder, images.options)
+        same = [
+            image for image in waiting
+            if image.name in found and image.name in now.images and now.images[image.name].captions == image.captions
+        ]  # fmt: skip
+        if same:
+            edits = [Edit(image.name, image.captions, (found[image.name],)) for image in same]
+            write(now, edits, f"{pluralize(len(edits), 'caption')} by a model")
+        left = len(waiting) - len(same)
+        rest = f" {pluralize(left, 'image')} left as they were." if left else ""
+        return f"{images.folder.name}: {pluralize(len(same), 'caption')} written.{rest}"
+
+    def follow(self, job: Job) -> Iterator[int]:
+        """Yield the number of captions until the job has ended; raise its error."""
+        while not job.line and job.error is None:
+            yield job.done
+            time.sleep(EVERY)
+        if job.error:
+            raise job.error
+
+    def stop(self) -> str:
+        """Stop the job after the captions that are written, and return a sentence about it."""
+        job = self.job
+        if job is None or job.line or job.error:
+            return "No captions are being written."
+        job.stopped = True
+        return f"{job.folder}: the captions that are written so far are stored."

@@ -1,0 +1,75 @@
+"""Captions by an image-text model: what is captioned, what stays, and that it can be undone."""
+
+import json
+
+import pytest
+from images.test_captioning import blip
+from pipelines import image_folder
+
+from app.captioning import Captioning
+from app.folders import BUNDLED
+from app.image_edits import ImageEdits
+from app.image_folders import ImageFolders
+from app.jobs import Jobs
+from app.library import Library
+from app.runs import RunError
+
+
+@pytest.fixture
+def captioning(tmp_path):
+    """On a folder `set` of six images with captions, one of which is removed."""
+    (tmp_path / "runs").mkdir()
+    image_folder(tmp_path / "data" / "set", layout="txt")
+    min((tmp_path / "data" / "set").glob("*.txt")).unlink()
+    library = Library(tmp_path / "runs")
+    return Captioning(ImageEdits(ImageFolders(library.folder, tmp_path / "data"), Jobs(library, tmp_path / "data")))
+
+
+def captions(captioning, name="set") -> dict:
+    return {image.name: image.captions for image in captioning.edits.look(name).images.values()}
+
+
+def written(captioning, name="set", overwrite=False, model="blip") -> str:
+    job = captioning.start(captioning.edits.look(name), model, "", "sks", overwrite)
+    for _ in captioning.follow(job):
+        pass
+    return job.line
+
+
+@pytest.mark.exhaustive
+def test_a_model_writes_the_captions_that_are_missing_and_all_of_them_when_asked(captioning, tmp_path):
+    """Of a table, too; both can be undone."""
+    for part in blip():
+        part.save_pretrained(tmp_path / "runs" / "models" / "blip")
+    before = captions(captioning)
+    assert written(captioning) == "set: 1 caption written."
+    after = captions(captioning)
+    changed = [name for name in before if before[name] != after[name]]
+    assert [before[name] for name in changed] == [None] and after[changed[0]][0].startswith("sks ")
+    with pytest.raises(RunError, match="Every image has a caption"):
+        written(captioning)
+    assert written(captioning, overwrite=True) == "set: 6 captions written."
+    assert all(text.startswith("sks ") for (text,) in captions(captioning).values())
+    for expected in (after, before):
+        captioning.edits.undo(captioning.edits.look("set"))
+        assert captions(captioning) == expected
+    folder = image_folder(tmp_path / "data" / "table")
+    assert written(captioning, "table", overwrite=True) == "table: 6 captions written."
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and all(row["text"].startswith("sks ") for row in rows)
+    with pytest.raises(RunError, match=r"^reslora-caption: .*owner/none"):
+        written(captioning, overwrite=True, model="owner/none")
+
+
+def test_only_listed_models_and_folders_that_may_change_are_captioned(captioning, monkeypatch):
+    images = captioning.edits.look("set")
+    for model in ("", "/etc", "../models/blip", "blip", None, 7):
+        with pytest.raises(RunError, match="Give an image-text model"):
+            captioning.start(images, model, "", "", False)
+    with pytest.raises(RunError, match="bundled images stay"):
+        captioning.start(captioning.edits.look(BUNDLED), "owner/model", "", "", True)
+    monkeypatch.setattr(captioning, "work", lambda *_: None)  # it goes on
+    captioning.start(images, "owner/model", "--prefix", "", False)
+    with pytest.raises(RunError, match="captions of set are being written"):
+        captioning.start(images, "owner/model", "", "", False)
+    assert "stored" in captioning.stop() and captioning.job.stopped

@@ -1,0 +1,93 @@
+"""Time and memory before a run starts: from a run of the same model and batch, and from the trainer's plan."""
+
+import threading
+
+import pytest
+from app_runs import write_run
+from waiting import wait_until
+
+from app import estimates, experiments
+from app.estimates import UNKNOWN, MemoryEstimates
+from app.jobs import Jobs
+from app.library import Library
+from app.runs import RunError
+
+LIKE = {
+    "pretrained_model_name_or_path": "/elsewhere/assets/pipeline",
+    "resolution": 64, "train_batch_size": 16, "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
+    "base_precision": "no",
+}  # fmt: skip
+"""Defaults of the bundled model, on which the time of a step depends."""
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    """On a folder with a run of one second a step."""
+    write_run(tmp_path / "before", **LIKE)
+    return Jobs(Library(tmp_path))
+
+
+def planned(jobs: Jobs, **settings) -> tuple:
+    return experiments.plan(jobs, "new", {"method": ["lora"], **settings})[1:]
+
+
+@pytest.mark.parametrize(
+    ("settings", "runs", "time"),
+    [
+        ({"max_train_steps": "30"}, 1, "about 30 s, like the run before"),
+        ({"max_train_steps": "30", "method": ["lora", "dora"]}, 1, "about 60 s, like the run before"),
+        ({"max_train_steps": "30", "seed": "0 1"}, 2, "about 60 s, like the run before"),
+        ({"max_train_steps": "30", "seed": "0 1", "arms_at_once": "2"}, 2, "about 30 s, like the run before"),
+        ({"max_train_steps": "900", "seed": "0 1", "experiment_minutes": "5"}, 2, "at most 5 min"),
+        ({"train_batch_size": "4"}, 1, UNKNOWN),
+        ({"model": "assets/pipeline-flow"}, 1, None),
+    ],
+)
+def test_the_time_is_that_of_a_run_of_the_same_model_and_batch(jobs, settings, runs, time):
+    if time is None:
+        with pytest.raises(RunError, match="needs images"):
+            experiments.plan(jobs, "new", {"method": ["lora"], "model": "owner/model"})
+        time = UNKNOWN
+    _, found = planned(jobs, **settings)
+    assert (estimates.number_of_runs(found), estimates.training_time(jobs.library, found)) == (runs, time)
+
+
+@pytest.mark.parametrize(
+    ("printed", "told"),
+    [
+        ("x\nthe most, 129.38 MiB of 21856.98 MiB that cpu has free, while exporting; latents",
+         "129 MiB of 21.3 GiB free, while exporting"),
+        ("the most, 9.38 GiB of 7.00 GiB that each of 2 arms on a cuda has free, while training; latents",
+         "9.38 GiB of 7 GiB free, while training"),
+        ("the most, 1.50 GiB, while sampling; latents", "1.5 GiB, while sampling"),
+        ("a\n--train_batch_size 16: training takes 9 GiB", "--train_batch_size 16: training takes 9 GiB"),
+        ("", "unknown"),
+    ],
+)  # fmt: skip
+def test_the_plan_is_told_in_a_few_words(printed, told):
+    assert estimates.peak_memory(printed) == told
+
+
+def test_memory_is_estimated_in_the_background_for_the_last_question_only(jobs, monkeypatch):
+    """What no page asks for any more is given up; an answer is kept."""
+    held, planned = threading.Event(), []
+
+    def plan(words, wanted):
+        planned.append(words)
+        held.wait()
+        if not wanted():
+            raise RunError("given up")
+        return "the most, 1.00 GiB, while training; "
+
+    monkeypatch.setattr(jobs, "plan", plan)
+    memory = MemoryEstimates(jobs)
+    for key in ("a", "b", "c"):
+        assert memory.known(key, lambda key=key: [key]) == ""
+    assert memory.ask("a") == memory.ask("nothing of the kind") == ""
+    wait_until(lambda: planned, "the first estimate")
+    memory.questions["a"].asked -= 10  # the form has changed
+    memory.ask("c")
+    held.set()
+    wait_until(lambda: memory.ask("c"), "the second estimate")
+    assert planned == [["a"], ["c"]] and memory.ask("c") == "1 GiB, while training"
+    assert memory.known("c", list) == memory.ask("c") and memory.known("a", list) == ""
