@@ -387,7 +387,8 @@ class ArmSchedule:
         """Return the expected time, in seconds, of tests and exports once this many arms have ended."""
         known = [self.ended(arm).get("conclusion_seconds", 0.0) for arm in self.arms()]
         compared = min(arms, len(self.labels) * len(self.seeds))
-        return compared * max(known, default=0.0)
+        at_once = min(compared, self.grid.base.experiment.arms_at_once or 1) or 1
+        return compared * max(known, default=0.0) / at_once
 
     def minutes_left(self) -> float | None:
         """Return the expected minutes of the remaining arms, tests and exports; None before the first arm has ended."""

@@ -450,9 +450,10 @@ class TextExperiment(ExperimentStudy):
         as_plain(model, arguments.method, self.study.calibration(arguments))
         return model.eval()
 
-    def measured(self, arm: Arm, step: int) -> dict:
-        """Return losses and metrics on the test split, with the merged adapter that an arm has saved at a step."""
-        return self.losses_of(self.restored(arm, step), self.arguments_of(arm))
+    def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, export: bool) -> None:
+        """Test the adapter that an arm has saved at a step, merged; training has exported the arm's files."""
+        if keep:
+            keep(self.losses_of(self.restored(arm, step), self.arguments_of(arm)))
 
     def base_losses(self) -> dict:
         """Return the base model's losses and metrics on the test split."""

@@ -58,7 +58,7 @@ from ..study import ImageStudy
 from .losses_by_image import write_thumbnails
 from .report_sections import IMAGES
 from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
-from .test_split_losses import EXPORTED, base_losses, export_chosen, export_compared, measured
+from .test_split_losses import base_losses, export_chosen, is_exported, test_and_export
 
 MOST_LOOKS = 10
 TIMED_STEPS = 5  # steps of the first arm from which the time of the experiment is estimated
@@ -373,10 +373,6 @@ class ImageExperiment(ExperimentStudy):
             | {"parts": self.content, "noises": self.noises, "racing": self.schedule.racing},
         }
 
-    def measured(self, arm: Arm, step: int) -> dict:
-        """Return the losses and similarities of an arm's checkpoint on the test split."""
-        return measured(step, self.parts.test, self.study_of(arm))
-
     def base_losses(self) -> dict:
         """Return the base model's losses on the test split, and write the thumbnails that the report shows."""
         images = [(self.study.training_data.sources[source].images, number) for source, number in self.parts.test]
@@ -401,14 +397,12 @@ class ImageExperiment(ExperimentStudy):
 
     def is_exported(self, arm: Arm, step: int) -> bool:
         """Return whether the arm's exported files exist and are those of its checkpoint at this step."""
-        folder = self.schedule.folder_of(arm)
-        record = read_object(folder / EXPORTS)
-        return record.get(EXPORTED) == step and all((folder / name).exists() for name in record["difference_of_255"])
+        return is_exported(self.schedule.folder_of(arm), step)
 
-    def export_compared(self, arm: Arm, step: int) -> None:
-        """Write an arm's LoRA files, read them back and compare their images, as a single run does."""
-        export_compared(step, self.study_of(arm))
+    def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, export: bool) -> None:
+        """Test an arm's checkpoint, and export it into the arm's directory as a single run does."""
+        test_and_export(step, self.parts.test, self.study_of(arm), keep, export)
 
     def export(self, arm: Arm, step: int) -> list[str]:
-        """Export an arm's checkpoint into the experiment's directory, and return the names of the files."""
+        """Write the files of an arm's checkpoint into the experiment's directory, and return their names."""
         return export_chosen(step, self.study_of(arm))

@@ -79,6 +79,8 @@ def small(flags, tmp_path_factory) -> Path:
 
 EXPORTED: list[tuple[int, ImageStudy]] = []
 """The step and the study of the arm that `whole` has exported."""
+MERGES: list[str] = []
+"""The methods of the arms that `whole` has merged, one for each merge."""
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +91,15 @@ def whole(flags, small, tmp_path_factory) -> tuple[Path, list[str]]:
         EXPORTED.append((step, study))
         return export_chosen(step, study)
 
+    def merge(parts, method, *given):
+        MERGES.append(method)
+        return plain(parts, method, *given)
+
+    plain = judging.as_plain_lora
     output = shutil.copytree(small, tmp_path_factory.mktemp("whole") / "out", copy_function=shutil.copy2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "export_chosen", export)
+        patch.setattr(judging, "as_plain_lora", merge)
         return output, printed(*flags, *WHOLE, "--output_dir", output)
 
 
@@ -195,6 +203,17 @@ def test_the_test_losses_are_those_of_the_file_in_stock_diffusers(whole, model):
     assert base.mean(0).tolist() != pytest.approx(record["by_timestep"], rel=1e-4)
 
 
+def test_an_arm_is_merged_once_for_its_test_its_samples_and_its_exports(whole):
+    """The files on top are copies of the best arm's."""
+    output, _ = whole
+    assert sorted(MERGES) == ["lora", "lora", "reslora", "reslora"]
+    best = experiment(output)["best"]
+    for name in best["files"]:
+        for path in [output / name] if (output / name).is_file() else (output / name).iterdir():
+            copied = output / best["folder"] / path.relative_to(output)
+            assert path.read_bytes() == copied.read_bytes()
+
+
 def test_added_methods_and_seeds_train_the_new_arms_alone(small, whole):
     output, lines = whole
     for rate in ("0.01", "0.03"):
@@ -229,7 +248,7 @@ def test_an_arm_whose_adapter_is_damaged_is_named_and_trained_anew_once_it_is_re
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"error: {folder}: " in line and line.endswith(f"; remove {folder}, then the run is trained again")
     shutil.rmtree(folder)
-    assert sum("merging, exporting" in line for line in printed(*own)) == 1
+    assert sum("testing and exporting (" in line for line in printed(*own)) == 1
     (anew,), (before,) = (
         place.glob("adapters/step-000002/*.safetensors") for place in (folder, arm(whole[0], "reslora", seed=1))
     )
@@ -243,8 +262,7 @@ def test_an_experiment_whose_folder_is_moved_while_it_compares_does_not_make_it_
     flags, whole, tmp_path, monkeypatch, capsys, moment
 ):
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
-    if moment == "test":
-        (arm(output, "reslora", seed=1) / "test.json").unlink()
+    (arm(output, "reslora", seed=1) / ("test.json" if moment == "test" else "exports.json")).unlink()
 
     def moved(*given):
         output.rename(tmp_path / "moved")
@@ -447,7 +465,7 @@ def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
     assert [(a["status"], bool(a["reason"])) for a in found["arms"]] == [("finished", False), ("failed", True)]
     assert found["chosen"]["lora"]["learning_rate"] == 0.01
     assert "--output_dir" not in only(lines, "loss", "at step", "lr-1e+30")
-    assert not any("lr-1e+30" in line for line in printed(*own) if "merging" in line)
+    assert not any("lr-1e+30" in line for line in printed(*own) if "exporting" in line)
 
 
 RACE = ("--method", "lora", "--learning_rate", "1e-4", "0.3", "--max_train_steps", "8", "--validation_steps", "2")
@@ -474,19 +492,28 @@ def test_a_race_stops_a_run_early_and_says_so(flags, tmp_path, capsys):
 
 
 @pytest.mark.exhaustive
-def test_arms_at_once_are_those_of_one_after_the_other(flags, small, tmp_path, monkeypatch):
-    """To the last bit: each process has as many threads as the tests have."""
+def test_arms_at_once_are_those_of_one_after_the_other(flags, small, whole, tmp_path, monkeypatch, capfd):
+    """To the last bit, also tests and exports: each process has as many threads as the tests have."""
     told, threads = [], torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2 * threads)  # of which each process has half
     monkeypatch.setattr(Status, "say", lambda self, what, name="": told.append(what))
-    lines = printed(*flags, *SMALL, "--arms_at_once", "2", "--output_dir", tmp_path / "out")
-    ended = [f"training, {number} of 2 arms ended" for number in range(2)]
+    monkeypatch.setattr(judging, "trained_parts", None)  # the main process loads no arm
+    output = shutil.copytree(small, tmp_path / "out", copy_function=shutil.copy2)
+    assert main(*flags, *WHOLE, "--arms_at_once", "2", "--output_dir", output) == 0
+    ended = [f"training, {number} of 4 arms ended" for number in range(1, 4)]
     assert [what for what in told if what.startswith("training,")] == ended
-    only(lines, "do better", "lora: the best learning rate")
-    one, two = same_results(small), same_results(tmp_path / "out")
-    assert one["arms"] == two["arms"] and one["chosen"] == two["chosen"]
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["arms_at_once"] == 2 and config["learning_rate"] == [0.01, 0.03]
+    phases = [f"testing and exporting ({number} of 4)" for number in range(1, 5)]
+    assert [what for what in told if what.startswith("testing")] == phases
+    out = capfd.readouterr().out
+    assert "base model: testing" in out and out.count(" of 4)\n") == 4
+    assert same_results(whole[0]) == same_results(output)
+    assert experiment(whole[0])["best"] == experiment(output)["best"]
+    written = [path.relative_to(output) for path in output.rglob("*.safetensors") if "checkpoint" not in str(path)]
+    written += [path.relative_to(output) for name in ("test.json", "merge.json") for path in output.rglob(name)]
+    assert len(written) > 4 * 4
+    for path in written:
+        if "cache" not in path.parts:
+            assert (output / path).read_bytes() == (whole[0] / path).read_bytes(), path
 
 
 @pytest.mark.exhaustive
