@@ -1,6 +1,7 @@
 """Write `experiment.json` and the report after every arm; at the end choose, test, compare and export."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Results:
         self.read: list[list] = there.get("read") or (noted[-1].get("read") if noted else None) or []
         self.base = there.get("base")
         self.claims = self.claimed(there)
+        self.test_seconds: float = there.get("test_seconds", 0.0)
         arms, chosen = set(self.schedule.arms()), there.get("chosen", {})
         judged = {arm for arm in arms if arm.label in chosen and chosen[arm.label]["learning_rate"] == arm.rate}
         if judged:
@@ -101,6 +103,7 @@ class Results:
             "beforehand": len(self.beforehand()),
             "readings": self.readings,
             "read": self.read,
+            "test_seconds": round(self.test_seconds, 3),
             "process": this_process(),
         }
         if self.as_of is not None:
@@ -186,8 +189,10 @@ class Results:
             todo += [Job("evaluate", (arm, step, *work))] if any(work) else []
         is_base_new = bool(to_read) and (self.base is None or self.base["images"] != study.test_ids)
         jobs, notes = [Job("base")] * is_base_new + todo, []
+        began: dict[Job, float] = {}
 
         def begins(job: Job) -> None:
+            began[job] = time.monotonic()
             if job.name == "base":
                 print("base model: testing", flush=True)
                 return
@@ -197,12 +202,14 @@ class Results:
 
         try:
             for job, found in pool.each(jobs, self.schedule.grids, begins) if pool else self.each(jobs, begins):
+                self.test_seconds += time.monotonic() - began[job]
                 if job.name == "base":
                     self.base = found
                     self.amend(base=found)
                 else:
                     notes += [found] if found else []
         except Stopped:
+            self.amend(test_seconds=round(self.test_seconds, 3))
             raise Stopped(COMPARING) from None
         return notes
 

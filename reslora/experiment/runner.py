@@ -106,7 +106,7 @@ def train(arm: Arm, study: ExperimentStudy) -> float:
 
     An arm that diverged or that racing stopped early counts as ended.
     """
-    started, reason, stopped = time.monotonic(), "", False
+    started, measured, reason, stopped = time.monotonic(), study.schedule.measuring, "", False
     forget_peak(study.device)
     try:
         race(arm, study.schedule)  # a process that was killed may have measured what stops it
@@ -120,6 +120,6 @@ def train(arm: Arm, study: ExperimentStudy) -> float:
             raise
         reason = getattr(error, "problem", "")  # known only to the main process
     memory, seconds = peak_memory(study.device), time.monotonic() - started
-    to_conclude = study.seconds_to_conclude()
-    broadcast_from_main(lambda: study.schedule.end(arm, reason, memory, seconds, to_conclude, stopped))
+    to_conclude, measuring = study.seconds_to_conclude(), study.schedule.measuring - measured
+    broadcast_from_main(lambda: study.schedule.end(arm, reason, memory, seconds, to_conclude, stopped, measuring))
     return seconds

@@ -27,6 +27,31 @@ def race(arm: Arm, schedule: ArmSchedule) -> None:
         raise StoppedEarly(reason)
 
 
+def print_estimate(
+    schedule: ArmSchedule,
+    device: torch.device,
+    steps: int,
+    step: float,
+    start: float,
+    measuring: float,
+    test: float,
+) -> None:
+    """Print an estimate of the experiment's remaining time; the arguments are those of `ExperimentStudy.estimate`."""
+    left = sum(not schedule.ended(arm) for arm in schedule.arms())
+    compared = min(len(schedule.arms()), len(schedule.labels) * len(schedule.seeds))
+    at_once = min(left, schedule.grid.base.experiment.arms_at_once or 1)
+    times = [
+        count * seconds / at_once
+        for count, seconds in ((left, start + steps * step), (left, measuring), (compared, test))
+    ]
+    training, measured, tested = map(duration, times)
+    parts = f"{training} of training, {measured} of measurements, {tested} of tests and exports"
+    memory = peak_memory(device)
+    used = f"; so far {memory / 2**30:.2f} GiB" if memory else ""
+    most = "at most " * schedule.is_race
+    print(f"estimate: {most}{duration(sum(times))} for {pluralize(left, 'run')} ({parts}){used}", flush=True)
+
+
 class ExperimentStudy(ABC):
     """Interface for training and evaluating the arms of an experiment."""
 
@@ -74,23 +99,9 @@ class ExperimentStudy(ABC):
         `start`: time before its first step; `measuring`: time of all its measurements on the selection split; `test`:
         time of its test and export.
         """
-        schedule = self.schedule
-        if schedule.estimated:
-            return
-        schedule.estimated = True
-        left = sum(not schedule.ended(arm) for arm in schedule.arms())
-        compared = min(len(schedule.arms()), len(schedule.labels) * len(schedule.seeds))
-        at_once = min(left, schedule.grid.base.experiment.arms_at_once or 1)
-        times = [
-            count * seconds / at_once
-            for count, seconds in ((left, start + steps * step), (left, measuring), (compared, test))
-        ]
-        training, measured, tested = map(duration, times)
-        parts = f"{training} of training, {measured} of measurements, {tested} of tests and exports"
-        memory = peak_memory(self.device)
-        used = f"; so far {memory / 2**30:.2f} GiB" if memory else ""
-        most = "at most " * schedule.is_race
-        print(f"estimate: {most}{duration(sum(times))} for {pluralize(left, 'run')} ({parts}){used}", flush=True)
+        if not self.schedule.estimated:
+            self.schedule.estimated = True
+            print_estimate(self.schedule, self.device, steps, step, start, measuring, test)
 
     def begins(self, phase: str, arm: Arm) -> None:
         """Write the next phase of an arm to the run's status.

@@ -290,12 +290,15 @@ class KeepAdapters(TrainerCallback):
 
     folder: Path
     race: Callable[[], None]
+    took: Callable[[float], None]
+    """Function that receives the time of an evaluation, in seconds."""
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
         """Save the adapter atomically.
 
         Raises `Diverged` for a non-finite loss.
         """
+        self.took(metrics.get("eval_runtime", 0.0))
         if not math.isfinite(loss := metrics["eval_loss"]):
             raise Diverged(f"loss {loss} on the selection split at step {state.global_step}")
         if state.global_step == 0:  # by --eval_on_start
@@ -400,7 +403,7 @@ class TextExperiment(ExperimentStudy):
         if arguments.training.torch_compile:
             torch.compiler.reset()  # torch stops compiling after a limited number of models
         trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
-        trainer.add_callback(KeepAdapters(folder, functools.partial(race, arm, self.schedule)))
+        trainer.add_callback(KeepAdapters(folder, functools.partial(race, arm, self.schedule), self.schedule.measured))
         trainer.add_callback(TimeSteps(functools.partial(self.timed, arguments.training, time.monotonic() - began)))
         trainer.stopping.check("stopped between two arms; run the same command to resume")
         try:

@@ -34,6 +34,7 @@ def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
             name_of=str,
             why_stop=lambda _: "",
             total_in_words="1",
+            measuring=0.0,
         ),
         [],
     )

@@ -17,10 +17,10 @@ from ...experiment.study import COMPARING
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...io import read_object, replacing, write_json
 from ...methods.registry import METHODS
-from ...runtime.checkpoint_folders import adapter_folder
+from ...runtime.checkpoint_folders import EXPORTED, EXPORTS, adapter_folder
 from ...runtime.folder_lock import check_held, writing_into
 from ...tracing import evaluating
-from ...training.checkpoints import EXPORTS, write_exports
+from ...training.checkpoints import write_exports
 from ..data.batch import Batch
 from ..data.samples import losses_of
 from ..denoising import DenoisingLoss
@@ -40,16 +40,20 @@ from ..study import ImageStudy as Setting
 from .similarity import similarities
 from .split import Image
 
-EXPORTED = "exported_step"  # key in an arm's exports.json: the step of the exported checkpoint
-
 
 def test_and_export(
-    step: int, images: Sequence[Image], setting: Setting, keep: Callable[[dict], None] | None, export: bool
+    step: int,
+    images: Sequence[Image],
+    setting: Setting,
+    keep: Callable[[dict], None] | None,
+    export: bool,
+    noises: int,
 ) -> None:
     """Merge an arm's checkpoint once, to test it and, if `export`, to export it into the arm's folder.
 
     `step`: the step of the checkpoint. `keep` takes the losses on the test `images` and, with --metric_model, the
-    similarities; None: do not test. The exports are compared as those of a single run; `exports.json` is written last.
+    similarities; None: do not test. `noises`: number of noises per timestep and image. The exports are
+    compared as those of a single run; `exports.json` is written last.
     """
     context, (method,) = setting.context, setting.context.options.adapter.method
     folder = context.folder_of(method)
@@ -57,7 +61,7 @@ def test_and_export(
         parts, merged = as_plain_lora(trained, method, loss, setting.training_data)
         if keep:
             with evaluating(*parts.values()):
-                keep(measured(parts, loss, images, setting))
+                keep(measured(parts, loss, images, setting, noises))
         if export:
             until = dataclasses.replace(setting.schedule, steps=step)
             found = export_merged(parts, merged, method, setting.training_data, setting.sampler, until, context)
@@ -71,24 +75,24 @@ def is_exported(folder: Path, step: int) -> bool:
     return record.get(EXPORTED) == step and all((folder / name).exists() for name in record["difference_of_255"])
 
 
-def measured(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], setting: Setting) -> dict:
+def measured(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], setting: Setting, noises: int) -> dict:
     """Return the losses of an arm's merged modules on the test images and, with --metric_model, their similarities."""
-    losses = image_losses(parts, loss, images, setting)
+    losses = image_losses(parts, loss, images, setting, noises)
     found = similarities(parts, loss, images, setting) if setting.context.options.validation.metric_model else {}
     return losses | {"similarities": found}
 
 
-def base_losses(images: Sequence[Image], setting: Setting) -> dict:
+def base_losses(images: Sequence[Image], setting: Setting, noises: int) -> dict:
     """Return the base model's losses on the test images."""
     context, pipeline = setting.context, setting.pipeline
     with in_float32(pipeline):
         loss = DenoisingLoss(context, setting.training_data.objective, pipeline, context.model.empty_denoiser().config)
         parts = base_parts(loss, context)
         with evaluating(*parts.values()):
-            return image_losses(parts, loss, images, setting)
+            return image_losses(parts, loss, images, setting, noises)
 
 
-def image_losses(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], setting: Setting) -> dict:
+def image_losses(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], setting: Setting, noises: int) -> dict:
     """Return the mean loss of each test image, and the mean loss of all test images at each timestep."""
     denoiser = next(iter(parts.values()))
 
@@ -96,7 +100,7 @@ def image_losses(parts: Parts, loss: DenoisingLoss, images: Sequence[Image], set
         setting.context.stop.check(COMPARING)
         return exact_loss(loss, denoiser, batch)
 
-    losses = losses_of(check_and_measure, setting.training_data, images)
+    losses = losses_of(check_and_measure, setting.training_data, images, noises)
     return {"losses": numbers(losses.mean(1)), "by_timestep": numbers(losses.mean(0))}
 
 

@@ -24,10 +24,10 @@ from ...io import Damaged, check_checksums, remove, replacing, write_json
 from ...methods.adapters import load_adapter, remove_adapters
 from ...methods.registry import METHODS
 from ...model import MergeReport, merge
+from ...runtime.checkpoint_folders import EXPORTS
 from ...runtime.folder_lock import check_held
 from ...tracing import evaluating
 from ...training.best import Best, to_export
-from ...training.checkpoints import EXPORTS
 from ...training.context import Context
 from ...training.schedule import Schedule
 from ...training.sharding import cuts_base
