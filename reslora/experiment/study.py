@@ -112,8 +112,8 @@ class ExperimentStudy(ABC):
         self.say(phase, self.schedule.name_of(arm))
 
     @abstractmethod
-    def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, export: bool) -> None:
-        """Merge an arm's checkpoint once, to test it and, if `export`, to write the arm's files.
+    def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, to_export: bool) -> None:
+        """Merge an arm's checkpoint once, to test it and, if `to_export`, to write the arm's files.
 
         `keep` takes the losses and other metrics on the test split; None: do not test. Raises `Diverged`.
         """

@@ -43,6 +43,7 @@ def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context
     select, test = (
         math.ceil(count * (part or 0)) for part in (grid.base.experiment.select_split, grid.base.experiment.test_split)
     )
+    select = min(select, options.validation.max_validation_images)
     batch = options.training.train_batch_size * options.training.gradient_accumulation_steps
     per_step = batch * context.accelerator.num_processes
     trained = sum(len(images) * images.repeats for images in kinds) * len(options.data.resolution)
@@ -58,7 +59,7 @@ def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context
     own = options.replace(output_dir=folder, cache_dir=None, metric_model=None, method=options.adapter.method[:1])
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            start, step, a_sample = timed(images, dataclasses.replace(context, options=own, status=Status()))
+            start, step, a_sample = timed(images, schedule, dataclasses.replace(context, options=own, status=Status()))
         wait()
     finally:
         if is_main():
@@ -69,8 +70,8 @@ def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context
         print_estimate(arms, context.accelerator.device, steps, step, start, measuring, test_time)
 
 
-def timed(images: ImageDataset, context: Context) -> tuple[float, float, float]:
-    """Train a few steps on these images.
+def timed(images: ImageDataset, schedule: Schedule, context: Context) -> tuple[float, float, float]:
+    """Train a few steps of the schedule on these images.
 
     Returns times in seconds: to load the model, of a step (median, without the first one, which may compile), and to
     measure a sample.
@@ -78,9 +79,7 @@ def timed(images: ImageDataset, context: Context) -> tuple[float, float, float]:
     (method,), accelerator = context.options.adapter.method, context.accelerator
     pipeline, objective = load_and_check(context)
     training_data = material_of([images], pipeline, objective, context)
-    study = ImageStudy(
-        Schedule(2 + TIMED_STEPS, 1, 0, by_epochs=False), Identity("", "", "", ""), context, pipeline, training_data
-    )
+    study = ImageStudy(schedule, Identity("", "", "", ""), context, pipeline, training_data)
     began = time.monotonic()
     learner = study.learner(method)
     prepare(learner, context)

@@ -93,15 +93,14 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         check, lock = (lambda: None, share_lock) if orders else (lambda: take_folder(given), locked)
         kinds, context, identity = begin(plain, stop, stack, check, lock)
         asked = with_varied(context.options, given)
-        # any of its arms may train the text encoders
-        trains_encoder = any(asked.values("train_text_encoder"))
-        widest = dataclasses.replace(context, options=context.options.replace(train_text_encoder=trains_encoder))
         if orders:
-            context, widest = (dataclasses.replace(one, status=Status()) for one in (context, widest))
-        else:
+            context = dataclasses.replace(context, status=Status())
+        # any of its arms may train the text encoders
+        widest = with_options(context, train_text_encoder=any(asked.values("train_text_encoder")))
+        if not orders:
             broadcast_from_main(lambda: check_folder(asked, identity))
-            most = widest.options.replace(train_batch_size=max(asked.values("train_batch_size")))
-            check_before_loading(kinds, dataclasses.replace(context, options=most))
+            largest = max(asked.values("train_batch_size"))
+            check_before_loading(kinds, with_options(widest, train_batch_size=largest))
         check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain.data)
         on_all(lambda: check_variants(asked, context))
         alone, goes_on = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()
@@ -143,6 +142,12 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
             context.accelerator.device,
         )  # fmt: skip
         context.accelerator.end_training()
+
+
+def with_options(context: Context, **values: Any) -> Context:
+    """Return the context with some options replaced: itself if these are its values, so that it prints lines once."""
+    options = context.options.replace(**values)
+    return context if options == context.options else dataclasses.replace(context, options=options)
 
 
 def there_of(folder: Path) -> dict:
@@ -480,9 +485,9 @@ class ImageExperiment(ExperimentStudy):
         """Return whether the arm's exported files exist and are those of its checkpoint at this step."""
         return is_exported(self.schedule.folder_of(arm), step)
 
-    def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, export: bool) -> None:
+    def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, to_export: bool) -> None:
         """Test an arm's checkpoint, and export it into the arm's directory as a single run does."""
-        test_and_export(step, self.parts.test, self.study_of(arm), keep, export, self.test_noises)
+        test_and_export(step, self.parts.test, self.study_of(arm), keep, to_export, self.test_noises)
 
     def export(self, arm: Arm, step: int) -> list[str]:
         """Write the files of an arm's checkpoint into the experiment's directory, and return their names."""
