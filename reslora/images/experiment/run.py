@@ -66,7 +66,7 @@ MEASURING = 1 / 8  # at most this fraction of the time of training, unless that 
 FORWARDS = 3  # forward passes that take as long as a training pass: its backward pass counts as two
 TIMED_STEPS = 5  # steps of the first arm from which the time of the experiment is estimated
 # Noises per timestep and image of the selection and test splits; earlier versions took NOISES for both.
-SELECT_NOISES, TEST_NOISES = 1, 2
+SELECT_NOISES, TEST_NOISES = 1, 1
 ENCODED = ("random_flip", "train_text_encoder")  # options that vary with which images or captions are encoded anew
 CHANGING = ("learning_rate", "seed")  # more values of these may be added to an existing experiment, like methods
 FIXED = (

@@ -201,7 +201,9 @@ def test_the_test_losses_are_those_of_the_file_in_stock_diffusers(whole, model):
     images = [(0, marks.index(mark)) for mark in record["images"]]
 
     def measured() -> torch.Tensor:
-        return losses_of(lambda batch: loss(pipeline.unet, batch, weighted=False), study.training_data, images, 2)
+        return losses_of(
+            lambda batch: loss(pipeline.unet, batch, weighted=False), study.training_data, images, run.TEST_NOISES
+        )
 
     base = measured()
     assert base.mean(1).tolist() == pytest.approx(experiment(output)["base"]["losses"], rel=1e-4)
