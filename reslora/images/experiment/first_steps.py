@@ -67,7 +67,7 @@ def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context
     if is_main():
         calibration = options.adapter.merge_calibration_samples
         measuring, test_time = expected_times(options.validation, calibration, schedule, select, test, a_sample)
-        print_estimate(arms, context.accelerator.device, steps, step, start, measuring, test_time)
+        print_estimate(arms, context.accelerator.device, steps, step, start, measuring, start + test_time)
 
 
 def timed(images: ImageDataset, schedule: Schedule, context: Context) -> tuple[float, float, float]:

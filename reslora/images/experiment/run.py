@@ -438,7 +438,7 @@ class ImageExperiment(ExperimentStudy):
             self.noises, self.test_noises,
         )  # fmt: skip
         start = max(0.0, time.monotonic() - began - shared.seconds - (1 + TIMED_STEPS) * step)
-        self.estimate(schedule.steps, step, start, measuring, to_conclude)
+        self.estimate(schedule.steps, step, start, measuring, start + to_conclude)  # a test loads the model, too
 
     @functools.cached_property
     def test_ids(self) -> list[str]:
