@@ -161,7 +161,10 @@ def defaults(given: Mapping[str, object]) -> dict[str, object]:
     """
     model = given.get(MODEL)
     named = {MODEL: str(PIPELINES.get(bundled(model), model))} if isinstance(model, str) and model else {}
-    others = {name: value for name, value in given.items() if name in VARYING and isinstance(value, list)}
+    table = Options.table()
+    others = {
+        name: value for name, value in given.items() if name in VARYING and table[name].several(value) is not None
+    }
     others |= {name: value for name, value in given.items() if name == "optimizer" and isinstance(value, str)}
     without = with_defaults(named)
     found = with_defaults(named | others) | {name: without[name] for name in others}

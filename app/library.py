@@ -208,8 +208,9 @@ def kind_of(folder: Path) -> type[Run] | None:
 def kind_by_settings(path: Path, stamp: tuple[int, ...]) -> type[Run]:
     """Return the class of a run, detected from the settings file `path`; `stamp` is part of the cache key."""
     run = Run(path.parent.name, path.parent)
-    several = [value for name in VARYING if isinstance(value := run.config.get(name), list) and len(value) > 1]
-    if any(all(isinstance(one, int | float | str) for one in value) for value in several):
+    options = (Options.table()[name] for name in VARYING)
+    several = [value for option in options if len(value := option.several(run.config.get(option.name)) or ()) > 1]
+    if any(all(isinstance(one, int | float | str | list) for one in value) for value in several):
         return Experiment
     return LanguageRun if language_script(run) else Run
 

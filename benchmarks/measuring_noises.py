@@ -39,7 +39,7 @@ def losses(experiment: ImageExperiment, arm: Arm, step: int, images: Sequence[Im
     with chosen_parts(step, study) as (parts, loss):
         denoiser = next(iter(parts.values()))
         found = [
-            torch.cat([exact_loss(loss, denoiser, batch) for batch in samples.batches(image, TIMESTEPS * NOISES)])
+            torch.cat([exact_loss(loss, denoiser, batch) for batch in samples.batches([image], TIMESTEPS * NOISES)])
             for image in images
         ]
     return torch.stack(found).view(len(images), TIMESTEPS, NOISES).double().numpy()

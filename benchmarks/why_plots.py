@@ -30,7 +30,7 @@ def color_of(label: str) -> str:
 
 
 def forest() -> Figure:
-    """Plot difference to LoRA, 95% interval and minimum detectable effect of every label of every experiment."""
+    """Plot difference to LoRA, confidence interval and minimum detectable effect of every label of every experiment."""
     columns: list[list[Kept]] = [[], []]
     for each in records():
         columns["transformer" not in each.title].append(each)
@@ -52,7 +52,7 @@ def forest() -> Figure:
         Patch(color="#e9ecef", label="below the minimum detectable effect"),
     ]
     figure.legend(handles=shown, loc="outside upper center", ncols=4, frameon=False)
-    figure.supxlabel("test loss compared with LoRA's, in percent (95% confidence interval); left is better")
+    figure.supxlabel("test loss compared with LoRA's, in percent (confidence interval); left is better")
     return figure
 
 

@@ -14,7 +14,15 @@ from measured import ROOT
 from why import EXPERIMENTS, KEPT, Experiment
 
 from reslora.experiment.record import Verdict
-from reslora.experiment.statistics import arrays_of, judge, rerun, tested, verdict_of
+from reslora.experiment.statistics import (
+    arrays_of,
+    coverage_in_words,
+    judge,
+    level_of,
+    rerun,
+    tested,
+    verdict_of,
+)
 from reslora.images.model.families import load_family
 from reslora.images.model.loading import Model
 from reslora.images.refusals import read_index
@@ -73,10 +81,11 @@ def summary_table() -> str:
         for which in ("better", "worse"):
             cells.append(f"{sum(verdict['conclusion'] == which for verdict in found)} of {len(found)}")
         difference, interval, _, detectable = compared(lowest)
+        interval += f" ({coverage(record)})" * bool(interval)
         cells += [lowest["label"] if lowest else "", difference, interval, detectable]
         rows.append("| " + " | ".join(cells) + " |")
     head = ["experiment", "runs", "hours", "test evaluations", "seeds", "below LoRA", "above LoRA"]
-    head += ["lowest shortcut", "difference", "95% CI", "MDE"]
+    head += ["lowest shortcut", "difference", "CI", "MDE"]
     return "\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows]) if rows else NOT_RUN
 
 
@@ -160,7 +169,8 @@ def section(title: str, record: dict, unit: str = "images") -> str:
 def label_table(record: dict, tests: dict[str, np.ndarray]) -> str:
     """Return a table: each label's chosen learning rate and checkpoint, its test loss and its difference to LoRA."""
     found = {verdict["label"]: verdict for verdict in to_lora(record)}
-    rows = ["| | learning rate | step | seeds | test loss | 95% PI | difference to LoRA | 95% CI | 95% PI | MDE |"]
+    head = f"difference to LoRA | {coverage(record)} CI | 95% PI | MDE"
+    rows = [f"| | learning rate | step | seeds | test loss | 95% PI | {head} |"]
     rows.append("|---" * 10 + "|")
     for label, losses in sorted(tests.items(), key=lambda item: np.nanmean(item[1])):
         choice, verdict = record["chosen"][label], found.get(label)
@@ -196,6 +206,11 @@ def rerun_line(tests: dict[str, np.ndarray]) -> str:
     )
 
 
+def coverage(record: Mapping) -> str:
+    """Return the coverage of an experiment's confidence intervals as text; the number of its evaluations sets it."""
+    return coverage_in_words(level_of(record["readings"]))
+
+
 def within(value: float, stated: tuple[float, float]) -> bool:
     """Return whether an interval contains a value."""
     return bool(stated[0] <= value <= stated[1])
@@ -227,5 +242,5 @@ def pair_table(record: dict, tests: dict[str, np.ndarray]) -> str:
             )
     if not rows:
         return ""
-    head = "| question | method | compared with | difference | 95% CI | 95% PI | MDE |"
+    head = f"| question | method | compared with | difference | {coverage(record)} CI | 95% PI | MDE |"
     return "\n".join([head, "|---" * 7 + "|", *rows])

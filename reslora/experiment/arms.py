@@ -18,6 +18,7 @@ If the learning rates race (`racing.py`), `ArmSchedule.race_order` takes the pla
 import itertools
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from ..options.argument_parser import did_you_mean
 from ..options.grid import Grid, O
 from ..options.optimizers import named
 from ..options.values import as_typed
+from ..seeds import derive
 from ..shortcuts import NAMES, PLAIN
 from .statistics import REFERENCE
 
@@ -37,6 +39,7 @@ SEVERAL_BLOCKS = tuple(name for name in NAMES if name not in (PLAIN, "input", "g
 MOST_EXTENSIONS = 3  # maximum number of extensions of the learning rates by --extend_rates
 LEAST_RATIO = 1.02  # minimum ratio of two learning rates to extend them
 PLACED = ("learning_rate", "seed", "shortcut", "pre_num", "rank")  # options that labels and directories name otherwise
+LONGEST_VALUE = 40  # characters of a list in names of directories
 EVERY = 4  # one of this many seeds chooses learning rates, starting with the first
 
 
@@ -80,12 +83,16 @@ def labels_of(grid: Grid) -> list[Label]:
     A method that does not use an option has one label for all its values.
     """
     found, shared, varied = [], grid.base.adapter, grid.varied
+    # values that vary are in the name anyway
+    scale = "sum" if "shortcut_scale" in varied else shared.shortcut_scale
+    decay = None if "shortcut_decay" in varied else shared.shortcut_decay
     for method in grid.methods:
         row = METHODS[method]
         for shortcut in varied.get("shortcut", [None]) if row.reads_shortcut else [None]:
             kind = shortcut or (shared.shortcut if row.reads_shortcut else row.placebo)
             for pre_num in varied.get("pre_num", [None]) if kind in SEVERAL_BLOCKS else [None]:
-                told = shortcut_in_words(shortcut, shared.pre_num) if pre_num is None else f"{kind}({pre_num})"
+                named, blocks = (shortcut, shared.pre_num) if pre_num is None else (kind, pre_num)
+                told = shortcut_in_words(named, blocks, scale, decay)
                 folder = (f"{shortcut}/" if shortcut else "") + (f"pre_num-{pre_num}/" if pre_num is not None else "")
                 for rank in varied.get("rank", [None]):
                     name = " ".join(filter(None, [method, told, f"rank {rank}" if rank else ""]))
@@ -107,8 +114,15 @@ def others_of(grid: Grid, method: str) -> list[dict[str, Any]]:
 
 
 def in_folder(value: object) -> str:
-    """Return an option's value as in labels and names of directories."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """Return an option's value as in labels and names of directories.
+
+    A list that is long or contains characters that a file system may not accept is shortened, with a hash.
+    """
+    if isinstance(value, list):
+        text = "+".join(map(str, value))
+        plain = re.sub(r"[^\w.+-]", "_", text)[:LONGEST_VALUE]
+        return text if plain == text else f"{plain}-{derive('value', text) % 16**6:06x}"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def rates_of(grid: Grid, label: Label) -> list[float]:
@@ -139,9 +153,15 @@ def references_of(grid: Grid, labels: Sequence[Label]) -> list[str]:
     return own or [label.name for label in labels if label.method == reference]
 
 
-def shortcut_in_words(shortcut: str | None, pre_num: int) -> str:
-    """Return a shortcut in the paper's notation: `block(4)`; `input` always uses one block."""
-    return f"{shortcut}({pre_num})" if shortcut in SEVERAL_BLOCKS else shortcut or ""
+def shortcut_in_words(shortcut: str | None, pre_num: int, scale: str = "sum", decay: float | None = None) -> str:
+    """Return a shortcut in the paper's notation, with scale and decay unless they are the defaults.
+
+    Examples: `block(4)`, `middle(4) mean decay 0.75`; `input` always uses one block. Empty without a shortcut.
+    """
+    if not shortcut:
+        return ""
+    name = f"{shortcut}({pre_num})" if shortcut in SEVERAL_BLOCKS else shortcut
+    return " ".join([name, *[scale] * (scale != "sum"), *([f"decay {decay:g}"] if decay else [])])
 
 
 def options_of(grid: Grid[O], label: Label, rate: float, seed: int) -> O:

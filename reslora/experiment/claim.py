@@ -1,10 +1,11 @@
 """Answer a claim that was stated before an experiment: is a label better than its reference by more than a margin?
 
-This is a test of superiority by a margin, as in clinical trials (ICH E9): the claim is confirmed if the 95% interval of
-the improvement lies completely above the margin, refuted if it lies completely below, and otherwise open. The claim is
-one hypothesis, so the interval is not corrected for other pairs of labels. Like all verdicts, it is corrected for
-repeated evaluations on the test split. If the true improvement equals the margin, the claim is confirmed with a
-probability of at most 2.5%, and refuted with a probability of at most 2.5%.
+This is a test of superiority by a margin, as in clinical trials (ICH E9): the claim is confirmed if the confidence
+interval of the improvement lies completely above the margin, refuted if it lies completely below, and otherwise open.
+The claim is one hypothesis, so the interval is not corrected for other pairs of labels. Like all verdicts, it is
+corrected for repeated evaluations on the test split: its coverage is 97% at the first one. If the true improvement
+equals the margin, the claim is confirmed with a probability of at most 2.5%, and refuted with a probability of at most
+2.5%.
 """
 
 import itertools
@@ -19,6 +20,7 @@ from .statistics import (
     Judged,
     Spread,
     arrays_of,
+    coverage_in_words,
     half_width,
     judge,
     level_of,
@@ -56,7 +58,9 @@ def answer(claim: Stated, arms: Iterable[Arm], chosen: Mapping[str, Choice], rea
     return Answer(
         conclusion="not enough data" if conclusion == "open" else conclusion,  # type: ignore[typeddict-item]
         more_seeds=more,
-        sentence=sentence_of(conclusion, claim, (improvement, improvement - half, improvement + half), more),
+        sentence=sentence_of(
+            conclusion, claim, (improvement, improvement - half, improvement + half), test.reading_level, more
+        ),
     )
 
 
@@ -85,15 +89,17 @@ def more_seeds(distance: float, test: Judged, reading: int) -> int | None:
     return None
 
 
-def sentence_of(conclusion: str, claim: Stated, sizes: tuple[float, float, float], more: int | None) -> str:
+def sentence_of(
+    conclusion: str, claim: Stated, sizes: tuple[float, float, float], level: float, more: int | None
+) -> str:
     """Return the answer as a sentence.
 
-    `sizes`: the improvement and the ends of its interval, in percent. `more`: the number of seeds to add, None if seeds
-    are not enough.
+    `sizes`: the improvement and the ends of its interval at `level`, in percent. `more`: the number of seeds to add,
+    None if seeds are not enough.
     """
     size, low, high = (("-" if value < 0 else "") + text for value, text in zip(sizes, percents(*sizes), strict=True))
     claimed = f"{claim['label']} is better than {claim['reference']} by more than {claim['margin']:g}%"
-    found = f"(improvement {size}%, 95% interval {low} to {high}%)"
+    found = f"(improvement {size}%, {coverage_in_words(level)} interval {low} to {high}%)"
     if conclusion != "open":
         return f"{conclusion}: {claimed} {found}"
     advice = f"about {more} more seed{'s' * (more != 1)}"

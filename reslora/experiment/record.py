@@ -73,6 +73,8 @@ class Arm(TypedDict):
     """Training time."""
     wall_seconds: NotRequired[float | None]
     """Time from the arm's last start or resume to its end; None if it has not ended."""
+    measuring_seconds: NotRequired[float | None]
+    """Time of the measurements on the selection split, and of samples, since the arm's last start or resume."""
     memory_bytes: int | None
     """Peak memory; None if it is not measured."""
     file_bytes: NotRequired[int | None]
@@ -119,7 +121,9 @@ class Verdict(TypedDict):
     `interval`, `rerun`, `detectable` and `expected` are in percent of the reference's loss, too.
     """
     interval: tuple[float, float] | None
-    """95% confidence interval for the mean over new seeds and new images; None with one seed or image."""
+    """Confidence interval for the mean over new seeds and new images, at `level`; None with one seed or image."""
+    level: NotRequired[float | None]
+    """Significance level of `interval`: 0.0304 at the first evaluation on the test split, which is 97% coverage."""
     rerun: tuple[float, float] | None
     """95% prediction interval for the difference of one more seed on the same images; None with one seed."""
     p: float | None
@@ -145,7 +149,7 @@ class Worse(TypedDict):
     relative: float
     """Difference in percent of the reference's loss."""
     interval: tuple[float, float]
-    """95% confidence interval."""
+    """Confidence interval, at the level of the verdicts."""
 
 
 class Ranking(TypedDict):
@@ -273,6 +277,8 @@ class Experiment(Facts):
     """Number of evaluations on the test split."""
     read: NotRequired[list[list]]
     """Arms of the latest evaluation on the test split, each as [label, learning rate, seed, step]."""
+    test_seconds: NotRequired[float]
+    """Time of all tests and exports, in seconds; with several processes, the sum over these."""
     as_of: NotRequired[int]
     """Number of arms that had ended when an earlier start drew the conclusions stored here.
 

@@ -12,10 +12,11 @@ import numpy as np
 
 from ..formatting import pluralize
 from ..io import replacing
+from ..options.values import listed
 from ..plots.charts import MINUS, Axes, Row, Series, chart, escape, forest
 from .claim import changes
 from .record import ENDED_AS, Arm, Best, Experiment, Verdict, as_of_now
-from .statistics import REFERENCE, is_chosen, mean_of, percents, rerun, tested
+from .statistics import REFERENCE, coverage_in_words, is_chosen, level_of, mean_of, percents, rerun, tested
 from .theme import SCRIPT, STYLE
 
 NOTHING = "&mdash;"
@@ -23,14 +24,15 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 BASE = "base model"
 READING = (
     "A difference is a method's loss minus its reference's on {unit}s that neither was trained on nor chosen by, with "
-    "the same seeds and {unit}s for both; lower is better. The 95% interval holds the mean difference of new seeds and "
-    "new {unit}s of this kind. A single new seed, on these {unit}s, differs more: in 19 of 20 cases it is within the "
-    "range under <i>One more seed</i>. A method is better or worse if p is below 0.05; p is corrected for all pairs "
-    "of methods (Holm, Shaffer) and for how often the test split was read. If a difference is not significant there "
-    "may still be one within the interval: one as large as the minimum detectable effect (MDE) is found in 4 of 5 such "
-    "experiments. What is claimed is on average too large, as only large differences get significant: <i>Expected</i> "
-    "is what new experiments will find. <i>Of the gain</i> is the difference as a part of what training gains over the "
-    "base model."
+    "the same seeds and {unit}s for both; lower is better. The {coverage} interval contains the mean difference of new "
+    "seeds and new {unit}s of this kind in {coverage} of experiments; however often seeds are added, all intervals of "
+    "a method together do so in 95%. A single new seed, on these {unit}s, differs more: in 19 of 20 cases it is within "
+    "the range under <i>One more seed</i>. A method is better or worse if p is below 0.05; p is corrected for all "
+    "pairs of methods (Holm, Shaffer) and for how often the test split was read. If a difference is not significant "
+    "there may still be one within the interval: one as large as the minimum detectable effect (MDE) is found in 4 of "
+    "5 such experiments. What is claimed is on average too large, as only large differences get significant: "
+    "<i>Expected</i> is what new experiments will find. <i>Of the gain</i> is the difference as a part of what "
+    "training gains over the base model."
 )
 UNCERTAIN = {
     "better": "It is better than {reference}: chance makes such a difference in at most 5 of 100 experiments.",
@@ -165,11 +167,21 @@ def verdict_table(experiment: Experiment, unit: str) -> str:
                 f"{verdict['seeds']} &times; {verdict['images']}",
             ]
         )
-    names = ["Method", "Verdict", "Difference", "95% interval", "Expected", "Of the gain", "One more seed"]
+    coverage = coverage_of(experiment)
+    names = ["Method", "Verdict", "Difference", f"{coverage} interval", "Expected", "Of the gain", "One more seed"]
     names += ["p (corrected)", "MDE", f"Seeds &times; {unit}s"]
-    sentences, reading = in_lines(verdict["sentence"] for verdict in verdicts), READING.format(unit=unit)
+    sentences, reading = (
+        in_lines(verdict["sentence"] for verdict in verdicts),
+        READING.format(unit=unit, coverage=coverage),
+    )
     explained = f"<details><summary>How to read this</summary><p>{reading}</p></details>" if verdicts else ""
     return sentences + verdict_plot(experiment) + explained + table("Verdicts", names, rows)
+
+
+def coverage_of(experiment: Experiment) -> str:
+    """Return the coverage of the verdicts' intervals as text; earlier versions did not store it with the verdicts."""
+    levels = (verdict.get("level") for verdict in experiment["verdicts"])
+    return coverage_in_words(next(filter(None, levels), level_of(max(1, experiment.get("readings", 1)))))
 
 
 def verdict_plot(experiment: Experiment) -> str:
@@ -187,7 +199,7 @@ def verdict_plot(experiment: Experiment) -> str:
     if rows and base is not None and references[0] in losses:
         more = 100 * (base / np.nanmean(losses[references[0]]) - 1)
         rows.append(Row(f"{BASE}, before training", len(places), more, None, f"{with_signs(more)[0]}%"))
-    title = f"Test loss compared with {' and '.join(references)}, with 95% intervals"
+    title = f"Test loss compared with {' and '.join(references)}, with {coverage_of(experiment)} intervals"
     return f'<div class="charts">{forest(title, rows, "percent; left of 0 is better")}</div>' if rows else ""
 
 
@@ -253,7 +265,8 @@ def command_of(best: Best, folder: Path, about: About) -> str:
         return ""
     words = ["accelerate", "launch", about.script, "--config", str(folder / "config.json")]
     for name, value in best["options"].items():
-        words += [f"--{name}", str(value)]
+        switch = isinstance(value, bool)
+        words += [f"--no-{name}" if value is False else f"--{name}"] + ([] if switch else list(map(str, listed(value))))
     words += [about.steps, str(best["step"]), "--output_dir", f"{folder}-all"]
     return shlex.join(words)
 
@@ -359,7 +372,17 @@ def arm_table(experiment: Experiment, about: About) -> str:
     meanings = in_lines(f"{title}: {meaning}" for title, meaning in (about.columns[name] for name in shown))
     shaded = " Shaded: at the chosen rate." if marked else ""
     note = f"<p>An arm is one training: a method with one learning rate and one seed.{shaded}</p>"
-    return (note if rows else "") + found + meanings
+    return (note + times_of(experiment) if rows else "") + found + meanings
+
+
+def times_of(experiment: Experiment) -> str:
+    """Return a paragraph with the time of training, measurements, tests and exports; empty until known; HTML."""
+    known = [arm for arm in experiment["arms"] if arm.get("measuring_seconds") is not None]
+    if not known:
+        return ""
+    training, measuring = (sum(arm[name] or 0 for arm in known) for name in ("seconds", "measuring_seconds"))
+    times = [("training", training), ("measuring", measuring), ("tests and exports", experiment.get("test_seconds", 0))]
+    return f"<p>Time: {', '.join(f'{name} {duration(seconds)}' for name, seconds in times)}.</p>"
 
 
 def beside_loss(arm: Arm) -> dict[str, float]:

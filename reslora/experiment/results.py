@@ -1,11 +1,13 @@
 """Write `experiment.json` and the report after every arm; at the end choose, test, compare and export."""
 
 import json
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..errors import Diverged
+from ..errors import Stopped
 from ..formatting import is_or_are, pluralize
 from ..io import read_object, this_process, write_json
 from ..json_lines import json_lines
@@ -18,7 +20,8 @@ from .record import EXPERIMENT, READINGS, read_experiment
 from .report import best_in_words, write_report
 from .schedule import ENDED, ArmSchedule
 from .statistics import choose, compare, level_of, partner_of
-from .study import ExperimentStudy
+from .study import COMPARING, ExperimentStudy
+from .worker_pool import Job, WorkerPool
 
 REPORT = "report.html"
 
@@ -52,6 +55,7 @@ class Results:
         self.read: list[list] = there.get("read") or (noted[-1].get("read") if noted else None) or []
         self.base = there.get("base")
         self.claims = self.claimed(there)
+        self.test_seconds: float = there.get("test_seconds", 0.0)
         arms, chosen = set(self.schedule.arms()), there.get("chosen", {})
         judged = {arm for arm in arms if arm.label in chosen and chosen[arm.label]["learning_rate"] == arm.rate}
         if judged:
@@ -99,6 +103,7 @@ class Results:
             "beforehand": len(self.beforehand()),
             "readings": self.readings,
             "read": self.read,
+            "test_seconds": round(self.test_seconds, 3),
             "process": this_process(),
         }
         if self.as_of is not None:
@@ -106,11 +111,11 @@ class Results:
         write_json(self.schedule.folder / EXPERIMENT, content)
         write_report(content, self.schedule.folder, self.study.about)
 
-    def conclude(self) -> None:
+    def conclude(self, pool: WorkerPool | None = None) -> None:
         """Choose on the selection split, evaluate on the test split, compare, export, and print the conclusions.
 
         The test split is evaluated only if `can_compare` allows it. Test results that are already on disk are reported
-        in any case.
+        in any case. With `pool`, its workers test and export.
         """
         schedule, self.as_of = self.schedule, None
         losses = schedule.losses()
@@ -124,14 +129,15 @@ class Results:
         if not can_compare:
             to_read = [arm for arm in trained if self.study.is_tested(arm, self.step_of(arm))]
         self.count_reading(to_read)
-        self.tests = self.tested(to_read)
+        diverged = self.evaluate(to_read, trained, pool)
+        self.tests = {arm: self.study.test_losses(arm) for arm in to_read}
         records = [schedule.record(arm, test) for arm, test in self.tests.items()]
         unit = self.study.about.unit
         reading, reference = max(1, self.readings), schedule.reference
         self.verdicts, self.ranking = compare(records, self.chosen, unit, reading, self.base, reference)
         if self.claims and self.tests:
             self.answer = answer(self.claims[-1], records, self.chosen, reading)
-        self.notes = [*self.beforehand(), *self.afterwards(losses, trained), *self.export_compared(trained)]
+        self.notes = [*self.beforehand(), *self.afterwards(losses, trained), *diverged]
         self.best = self.export(trained) if trained else None
         self.write()
         taken = [best_in_words(self.best, self.study.about)] if self.best else []
@@ -170,21 +176,48 @@ class Results:
         write_json(path, content)
         write_report(content, self.schedule.folder, self.study.about)  # type: ignore[arg-type] # as `write` wrote it
 
-    def tested(self, judged: Sequence[Arm]) -> dict[Arm, record.TestLosses]:
-        """Return each arm's test losses, which are measured if they are not on disk.
+    def evaluate(self, to_read: Sequence[Arm], trained: Sequence[Arm], pool: WorkerPool | None = None) -> list[str]:
+        """Test the base model and the arms `to_read`, and export the arms `trained`; skip what is on disk.
 
-        Raises `Stopped` if a stop was requested; the next start measures the remaining arms.
+        Returns a note for each arm whose export has diverged. Raises `Stopped` if a stop was requested; the next start
+        evaluates the remaining arms.
         """
-        found = {}
-        if judged and (self.base is None or self.base["images"] != self.study.test_ids):
-            print("base model: testing", flush=True)
-            self.base = self.study.base()
-            self.amend(base=self.base)
-        for number, arm in enumerate(judged, 1):
-            if not self.study.is_tested(arm, self.step_of(arm)):
-                self.begins(f"testing ({number} of {len(judged)})", arm)
-            found[arm] = self.study.tested(arm, self.step_of(arm))
-        return found
+        study, todo = self.study, []
+        for arm in trained:
+            step = self.step_of(arm)
+            work = arm in to_read and not study.is_tested(arm, step), not study.is_exported(arm, step)
+            todo += [Job("evaluate", (arm, step, *work))] if any(work) else []
+        is_base_new = bool(to_read) and (self.base is None or self.base["images"] != study.test_ids)
+        jobs, notes = [Job("base")] * is_base_new + todo, []
+        began: dict[Job, float] = {}
+
+        def begins(job: Job) -> None:
+            began[job] = time.monotonic()
+            if job.name == "base":
+                print("base model: testing", flush=True)
+                return
+            arm, _, test, export = job.arguments
+            phase = " and ".join(["testing"] * test + ["exporting"] * export)
+            self.begins(f"{phase} ({todo.index(job) + 1} of {len(todo)})", arm)
+
+        try:
+            for job, found in pool.each(jobs, self.schedule.grids, begins) if pool else self.each(jobs, begins):
+                self.test_seconds += time.monotonic() - began[job]
+                if job.name == "base":
+                    self.base = found
+                    self.amend(base=found)
+                else:
+                    notes += [found] if found else []
+        except Stopped:
+            self.amend(test_seconds=round(self.test_seconds, 3))
+            raise Stopped(COMPARING) from None
+        return notes
+
+    def each(self, jobs: Sequence[Job], begins: Callable[[Job], object]) -> Iterator[tuple[Job, Any]]:
+        """Do the jobs in this process, one after the other, as `WorkerPool.each` does in its workers."""
+        for job in jobs:
+            begins(job)
+            yield job, getattr(self.study, job.name)(*job.arguments)
 
     def begins(self, phase: str, arm: Arm) -> None:
         """Report the next phase of an arm, which may take minutes; raises `Stopped` if a stop was requested."""
@@ -287,18 +320,6 @@ class Results:
             read = f"the test {self.study.about.unit}s were read {self.readings} times, as arms came in"
             level = f"{100 * level_of(self.readings):.2g}%"
             yield f"{read}: this reading is judged at {level}, so that chance claims a difference in 5% at most of all"
-
-    def export_compared(self, trained: Sequence[Arm]) -> list[str]:
-        """Export the arms at the chosen learning rates; return a note for each that has diverged."""
-        notes = []
-        todo = [arm for arm in trained if not self.study.is_exported(arm, self.step_of(arm))]
-        for number, arm in enumerate(todo, 1):
-            self.begins(f"exporting ({number} of {len(todo)})", arm)
-            try:
-                self.study.export_compared(arm, self.step_of(arm))
-            except Diverged as error:
-                notes.append(str(error))
-        return notes
 
     def export(self, trained: Sequence[Arm]) -> record.Best:
         """Export the best arm and return its record.

@@ -1,9 +1,10 @@
-"""Train an experiment's arms, one after the other or several at once, and write its results."""
+"""Train and compare an experiment's arms, one after the other or several at once, and write its results."""
 
 import contextlib
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -15,7 +16,7 @@ from ..runtime.signals import StopRequest
 from .arms import Arm
 from .results import Results
 from .study import ExperimentStudy, race
-from .worker_pool import Orders, WorkerPool, print_workers
+from .worker_pool import Job, Orders, WorkerPool, print_workers
 
 USE_RACING = "use --racing, or at most as many --arms_at_once as methods"
 
@@ -29,13 +30,14 @@ In a worker process, the function shares the lock that the main process has. It 
 def run_experiment(opened: Open, grid: Grid, stop: StopRequest, orders: Orders | None = None) -> None:
     """Train the arms that have not ended, and report which method is best.
 
-    With `orders`, this process is a worker of --arms_at_once: it trains only the arms that the main process assigns.
+    With `orders`, this process is a worker of --arms_at_once: it does only the jobs that the main process assigns.
     """
     with opened(grid, stop, orders) as study:
         if orders:
-            for arm in orders.arms(study.schedule):
+            for job in orders.jobs(study.schedule):
                 with print_workers():
-                    train(arm, study)
+                    result = do(job, study)
+                orders.report(result)
             return
         if is_main() and study.schedule.is_race_off:
             print(f"racing is off, because it trains one learning rate of a method at a time: {USE_RACING}")
@@ -44,19 +46,25 @@ def run_experiment(opened: Open, grid: Grid, stop: StopRequest, orders: Orders |
 
 
 def train_and_conclude(study: ExperimentStudy, pool: WorkerPool | None = None) -> None:
-    """Train the remaining arms, and write the results."""
+    """Train the remaining arms, and write the results; with `pool`, its workers train, test and export."""
     schedule, results = study.schedule, Results(study.schedule, study)
     for line in results.beforehand() if is_main() else ():
         print(line, flush=True)
-    try:
-        train_arms(results, pool)
-    except Stopped as error:
-        schedule.running = set()
-        if is_main():  # not a collective: the other processes may have ended in another way
-            results.write()
-        what, _, _ = str(error).partition("; ")  # otherwise it would name the option that resumes a single run
-        raise Stopped(f"{what}; run the same command to resume") from None
-    broadcast_from_main(results.conclude)
+    with pool.working() if pool else contextlib.nullcontext():
+        try:
+            train_arms(results, pool)
+        except Stopped as error:
+            schedule.running = set()
+            if is_main():  # not a collective: the other processes may have ended in another way
+                results.write()
+            what, _, _ = str(error).partition("; ")  # otherwise it would name the option that resumes a single run
+            raise Stopped(f"{what}; run the same command to resume") from None
+        broadcast_from_main(lambda: results.conclude(pool))
+
+
+def do(job: Job, study: ExperimentStudy) -> Any:
+    """Do a job in a worker, and return its result."""
+    return train(job.arguments[0], study) if job.name == "train" else getattr(study, job.name)(*job.arguments)
 
 
 def train_arms(results: Results, pool: WorkerPool | None = None) -> None:
@@ -65,19 +73,20 @@ def train_arms(results: Results, pool: WorkerPool | None = None) -> None:
     broadcast_from_main(schedule.next_arm)  # adds arms by --extend_rates
     ended, total = sum(bool(schedule.ended(arm)) for arm in schedule.arms()), len(schedule.arms())
     bar = tqdm(desc="arms", total=total, initial=ended, dynamic_ncols=True, disable=pool is None)
-    with bar, pool.working(total - ended) if pool else contextlib.nullcontext(1) as size:
+    with bar:
         while True:
-            while len(schedule.running) < size and (arm := broadcast_from_main(schedule.next_arm)):
+            while len(schedule.running) < (pool.size if pool else 1):
+                if (arm := broadcast_from_main(schedule.next_arm)) is None:
+                    break
                 schedule.running.add(arm)
                 if pool:
-                    pool.give(arm, schedule.grids)
+                    pool.give(Job("train", (arm,)), schedule.grids)
             broadcast_from_main(results.write)
             if not schedule.running:
                 return
             if pool:
                 study.goes_on(ended, total)
-                arm = pool.ended()
-                seconds = schedule.ended(arm)["wall_seconds"]
+                ((_, (arm,)), seconds) = pool.ended()
             else:
                 (arm,) = schedule.running
                 if is_main():
@@ -97,7 +106,7 @@ def train(arm: Arm, study: ExperimentStudy) -> float:
 
     An arm that diverged or that racing stopped early counts as ended.
     """
-    started, reason, stopped = time.monotonic(), "", False
+    started, measured, reason, stopped = time.monotonic(), study.schedule.measuring, "", False
     forget_peak(study.device)
     try:
         race(arm, study.schedule)  # a process that was killed may have measured what stops it
@@ -111,6 +120,6 @@ def train(arm: Arm, study: ExperimentStudy) -> float:
             raise
         reason = getattr(error, "problem", "")  # known only to the main process
     memory, seconds = peak_memory(study.device), time.monotonic() - started
-    to_conclude = study.seconds_to_conclude()
-    broadcast_from_main(lambda: study.schedule.end(arm, reason, memory, seconds, to_conclude, stopped))
+    to_conclude, measuring = study.seconds_to_conclude(), study.schedule.measuring - measured
+    broadcast_from_main(lambda: study.schedule.end(arm, reason, memory, seconds, to_conclude, stopped, measuring))
     return seconds

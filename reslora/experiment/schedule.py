@@ -64,6 +64,8 @@ class ArmSchedule:
     longest: float = 0.0
     """Seconds of the longest arm trained in this process."""
     running: set[Arm] = field(default_factory=set)
+    measuring: float = 0.0
+    """Seconds that measurements of arms took in this process."""
     estimated: bool = False
     """Whether `ExperimentStudy.estimate` has printed the expected time, or another process does so."""
 
@@ -254,6 +256,10 @@ class ArmSchedule:
         ended = read_object(self.folder_of(arm) / ENDED)
         return ended if self.is_race or ended.get("status") != "stopped" else {}
 
+    def measured(self, seconds: float) -> None:
+        """Add the time of a measurement."""
+        self.measuring += seconds
+
     def end(
         self,
         arm: Arm,
@@ -262,15 +268,17 @@ class ArmSchedule:
         seconds: float,
         to_conclude: float = 0.0,
         stopped: bool = False,
+        measuring: float = 0.0,
     ) -> None:
         """Record that an arm has ended after `seconds` in this process.
 
         `reason`: why it failed or, if `stopped`, was stopped early; empty if it has finished. `memory`: its peak memory
-        in bytes. `to_conclude`: expected seconds to test and export it.
+        in bytes. `to_conclude`: expected seconds to test and export it. `measuring`: seconds of its measurements.
         """
         status = "stopped" if stopped else "failed" if reason else "finished"
         known = {"status": status, "reason": reason, "memory_bytes": memory}
         times = {"wall_seconds": round(seconds, 3), "conclusion_seconds": round(to_conclude, 3)}
+        times["measuring_seconds"] = round(measuring, 3)
         write_json(self.folder_of(arm) / ENDED, known | times)
 
     def select_losses(self, arm: Arm) -> dict[int, float]:
@@ -387,7 +395,8 @@ class ArmSchedule:
         """Return the expected time, in seconds, of tests and exports once this many arms have ended."""
         known = [self.ended(arm).get("conclusion_seconds", 0.0) for arm in self.arms()]
         compared = min(arms, len(self.labels) * len(self.seeds))
-        return compared * max(known, default=0.0)
+        at_once = min(compared, self.grid.base.experiment.arms_at_once or 1) or 1
+        return compared * max(known, default=0.0) / at_once
 
     def minutes_left(self) -> float | None:
         """Return the expected minutes of the remaining arms, tests and exports; None before the first arm has ended."""
@@ -414,7 +423,9 @@ class ArmSchedule:
             "values": {
                 self.grid.base.option(name).name: value for name, value in self.labels[arm.label].values.items()
             },
-            "shortcut": shortcut_in_words(adapter.shortcut, adapter.pre_num)
+            "shortcut": shortcut_in_words(
+                adapter.shortcut, adapter.pre_num, adapter.shortcut_scale, adapter.shortcut_decay
+            )
             if METHODS[method].reads_shortcut
             else None,
             "folder": self.name_of(arm),
@@ -423,6 +434,7 @@ class ArmSchedule:
             "steps": last["step"],
             "seconds": last["seconds"],
             "wall_seconds": ended.get("wall_seconds"),
+            "measuring_seconds": ended.get("measuring_seconds"),
             "memory_bytes": ended.get("memory_bytes"),
             "file_bytes": sum(path.stat().st_size for path in (folder / "peft").rglob("*.safetensors")) or None,
             "seconds_by_step": {str(row["step"]): row["seconds"] for row in self.validations(arm)},

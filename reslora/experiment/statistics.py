@@ -44,6 +44,12 @@ def level_of(reading: int) -> float:
     return LEVEL * 6 / (math.pi * reading) ** 2
 
 
+def coverage_in_words(level: float) -> str:
+    """Return the coverage of intervals at a significance level: 97% at the first evaluation, 99.2% at the second."""
+    percent = 100 * level
+    return f"{100 - percent:.{max(0, -math.floor(math.log10(percent)))}f}%"
+
+
 # -- two methods -------------------------------------------------------------------------------------------------------
 
 
@@ -315,12 +321,13 @@ def verdict_of(pair: Pair, test: Judged | None, unit: str = "image", base: float
     found = Verdict(
         label=pair.label, reference=pair.reference, seeds=seeds, images=images, conclusion="cannot tell", sentence="",
         difference=mean, relative=percent * mean, interval=None, rerun=rerun(percent * pair.differences.mean(1)),
-        p=None, p_holm=None, detectable=None, expected=None, of_gain=100 * mean / gain if gain > 0 else None,
+        level=None, p=None, p_holm=None, detectable=None, expected=None,
+        of_gain=100 * mean / gain if gain > 0 else None,
     )  # fmt: skip
     if test:
         half = float(half_width(test.spread, test.reading_level))
         found["interval"] = percent * (mean - half), percent * (mean + half)
-        found["p"], found["p_holm"] = test.p, test.corrected
+        found["level"], found["p"], found["p_holm"] = test.reading_level, test.p, test.corrected
         found["conclusion"] = "not shown" if not test.significant else "better" if mean < 0 else "worse"
         if seeds > 2:  # with two seeds the estimate would vary by a factor of ten
             found["detectable"] = percent * detectable(test.spread, test.level)
@@ -334,7 +341,7 @@ def sentence_of(verdict: Verdict, pair: Pair, unit: str) -> str:
     """Return the verdict as a sentence."""
     label, reference, relative = verdict["label"], verdict["reference"], verdict["relative"]
     towards = "lower" if relative < 0 else "higher"
-    if verdict["interval"] is None or verdict["p"] is None:
+    if verdict["interval"] is None or verdict["p"] is None or verdict["level"] is None:
         few = "one seed" if verdict["seeds"] == 1 else f"one test {unit}"
         (size,) = percents(relative)
         sentence = f"{few} cannot tell {label} from {reference}: test loss {size}% {towards}, which may be seed noise"
@@ -351,7 +358,7 @@ def sentence_of(verdict: Verdict, pair: Pair, unit: str) -> str:
         part = f", {percents(gain)[0]}% of what training gains" if gain is not None else ""
         sentence = (
             f"{label} is {verdict['conclusion']} than {reference}: test loss {size}% {towards} "
-            f"(95% interval {least} to {most}%){part}; expect about {further}%"
+            f"({coverage_in_words(verdict['level'])} interval {least} to {most}%){part}; expect about {further}%"
         )
     if pair.missing:
         missing = pair.missing

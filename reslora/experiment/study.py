@@ -1,10 +1,11 @@
 """The interface by which an experiment trains and evaluates its arms, implemented for images and for texts."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 
-from ..errors import StoppedEarly
+from ..errors import Diverged, StoppedEarly
 from ..formatting import pluralize
 from ..io import read_object, write_json
 from ..runtime.peak_memory import peak_memory
@@ -24,6 +25,31 @@ def race(arm: Arm, schedule: ArmSchedule) -> None:
     """Raise `StoppedEarly` in every process if an arm's measurements show that another learning rate is better."""
     if reason := broadcast_from_main(lambda: schedule.why_stop(arm)):
         raise StoppedEarly(reason)
+
+
+def print_estimate(
+    schedule: ArmSchedule,
+    device: torch.device,
+    steps: int,
+    step: float,
+    start: float,
+    measuring: float,
+    test: float,
+) -> None:
+    """Print an estimate of the experiment's remaining time; the arguments are those of `ExperimentStudy.estimate`."""
+    left = sum(not schedule.ended(arm) for arm in schedule.arms())
+    compared = min(len(schedule.arms()), len(schedule.labels) * len(schedule.seeds))
+    at_once = min(left, schedule.grid.base.experiment.arms_at_once or 1)
+    times = [
+        count * seconds / at_once
+        for count, seconds in ((left, start + steps * step), (left, measuring), (compared, test))
+    ]
+    training, measured, tested = map(duration, times)
+    parts = f"{training} of training, {measured} of measurements, {tested} of tests and exports"
+    memory = peak_memory(device)
+    used = f"; so far {memory / 2**30:.2f} GiB" if memory else ""
+    most = "at most " * schedule.is_race
+    print(f"estimate: {most}{duration(sum(times))} for {pluralize(left, 'run')} ({parts}){used}", flush=True)
 
 
 class ExperimentStudy(ABC):
@@ -73,20 +99,9 @@ class ExperimentStudy(ABC):
         `start`: time before its first step; `measuring`: time of all its measurements on the selection split; `test`:
         time of its test and export.
         """
-        schedule = self.schedule
-        if schedule.estimated:
-            return
-        schedule.estimated = True
-        left = sum(not schedule.ended(arm) for arm in schedule.arms())
-        compared = min(len(schedule.arms()), len(schedule.labels) * len(schedule.seeds))
-        at_once = min(left, schedule.grid.base.experiment.arms_at_once or 1)
-        times = [left * (start + steps * step) / at_once, left * measuring / at_once, compared * test]
-        training, measured, tested = map(duration, times)
-        parts = f"{training} of training, {measured} of measurements, {tested} of tests and exports"
-        memory = peak_memory(self.device)
-        used = f"; so far {memory / 2**30:.2f} GiB" if memory else ""
-        most = "at most " * schedule.is_race
-        print(f"estimate: {most}{duration(sum(times))} for {pluralize(left, 'run')} ({parts}){used}", flush=True)
+        if not self.schedule.estimated:
+            self.schedule.estimated = True
+            print_estimate(self.schedule, self.device, steps, step, start, measuring, test)
 
     def begins(self, phase: str, arm: Arm) -> None:
         """Write the next phase of an arm to the run's status.
@@ -97,8 +112,11 @@ class ExperimentStudy(ABC):
         self.say(phase, self.schedule.name_of(arm))
 
     @abstractmethod
-    def measured(self, arm: Arm, step: int) -> dict:
-        """Return the losses and other metrics of an arm's checkpoint on the test split."""
+    def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, to_export: bool) -> None:
+        """Merge an arm's checkpoint once, to test it and, if `to_export`, to write the arm's files.
+
+        `keep` takes the losses and other metrics on the test split; None: do not test. Raises `Diverged`.
+        """
 
     @abstractmethod
     def base_losses(self) -> dict:
@@ -111,9 +129,6 @@ class ExperimentStudy(ABC):
     def is_exported(self, arm: Arm, step: int) -> bool:
         """Return whether the files of a compared arm are written; True for studies that write none."""
         return True
-
-    def export_compared(self, arm: Arm, step: int) -> None:  # noqa: B027 - not every study writes files of its arms
-        """Write the files of a compared arm into its directory."""
 
     @abstractmethod
     def export(self, arm: Arm, step: int) -> list[str]:
@@ -128,12 +143,26 @@ class ExperimentStudy(ABC):
         """Return the base model's losses with the identifiers of the images or examples."""
         return {"images": self.test_ids} | self.base_losses()  # type: ignore[return-value]
 
-    def tested(self, arm: Arm, step: int) -> TestLosses:
-        """Return the test losses of an arm's checkpoint, measured once and then read from `test.json`."""
+    def evaluate(self, arm: Arm, step: int, test: bool, export: bool) -> str:
+        """Test and export a compared arm, and return a note if its export has diverged; empty otherwise.
+
+        The test losses are written to `test.json`.
+        """
         path = self.schedule.folder_of(arm) / TESTED
-        if not self.is_tested(arm, step):
-            measured = self.measured(arm, step)
+
+        def keep(measured: dict) -> None:
             write_json(path, {"step": step, "images": self.test_ids} | measured)
-        there = read_object(path)
+
+        try:
+            self.test_and_export(arm, step, keep if test else None, export)
+        except Diverged as error:
+            if test and not self.is_tested(arm, step):
+                raise
+            return str(error)
+        return ""
+
+    def test_losses(self, arm: Arm) -> TestLosses:
+        """Return the test losses of an arm that is tested."""
+        there = read_object(self.schedule.folder_of(arm) / TESTED)
         del there["step"]
         return there  # type: ignore[return-value] # as it was written

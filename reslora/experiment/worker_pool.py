@@ -1,7 +1,7 @@
-"""Train several arms in parallel, each in a worker process.
+"""Train, test and export several arms in parallel, each in a worker process.
 
-The main process trains no arm: it locks the directory, encodes the data, assigns arms to workers and waits for them. A
-worker repeats this preparation without output, using the cached encodings, and then trains the arms assigned to it.
+The main process locks the directory, encodes the data, assigns jobs to workers and waits for them. A worker repeats
+this preparation without output, using the cached encodings, and then does the jobs assigned to it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate.utils import patch_environment
@@ -27,7 +28,7 @@ from ..errors import EndedElsewhere, RunFailed, Stopped
 from ..options.shared import SharedExperimentOptions
 from ..runtime.script import run_script
 from ..runtime.signals import SIGNALS, StopRequest, signals_blocked
-from .arms import Arm, Grids
+from .arms import Grids
 
 if TYPE_CHECKING:
     from .schedule import ArmSchedule
@@ -37,8 +38,16 @@ STOP = "stop"
 POSIX = os.name == "posix"
 
 
+class Job(NamedTuple):
+    """A call that a worker makes: `runner.train` with an arm, or another method of the study."""
+
+    name: str
+    """`train`, or the name of a method of `ExperimentStudy`."""
+    arguments: tuple = ()
+
+
 class Orders:
-    """A worker's connection to the main process, which assigns arms to the worker.
+    """A worker's connection to the main process, which assigns jobs to the worker.
 
     The worker exits if the main process ends: the directory is then no longer locked, and must not be written to.
     """
@@ -46,7 +55,7 @@ class Orders:
     def __init__(self, number: int, connection: Connection, stop: StopRequest) -> None:
         self.number = number
         self._connection, self._stop = connection, stop
-        self._arms: queue.SimpleQueue[tuple[Arm, dict[str, list[float]]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Job, dict[str, list[float]]] | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -57,17 +66,17 @@ class Orders:
                 os._exit(1)
             if told == STOP:
                 self._stop.signal, told = signal.SIGTERM, None
-            self._arms.put(told)
+            self._jobs.put(told)
 
-    def arms(self, schedule: ArmSchedule) -> Iterator[Arm]:
-        """Yield the arms to train as they arrive, until a stop.
+    def jobs(self, schedule: ArmSchedule) -> Iterator[Job]:
+        """Yield the jobs as they arrive, until a stop; `report` each one's result before the next."""
+        while (told := self._jobs.get()) is not None and self._stop.signal is None:
+            job, schedule.grids = told  # learning rates may have been added since the start
+            yield job
 
-        Requesting the next arm reports to the main process that the previous one has ended.
-        """
-        while (told := self._arms.get()) is not None and self._stop.signal is None:
-            arm, schedule.grids = told  # learning rates may have been added since the start
-            yield arm
-            self._connection.send(arm)
+    def report(self, result: object) -> None:
+        """Report to the main process that the job has ended with this (picklable) result."""
+        self._connection.send(result)
 
 
 def print_workers() -> contextlib.AbstractContextManager:
@@ -100,11 +109,11 @@ def serve(number: int, connection: Connection, prog: str, work: Work) -> None:
 
 @dataclass
 class Member:
-    """A worker process and the arm that it trains."""
+    """A worker process and its present job."""
 
     process: BaseProcess
     connection: Connection
-    arm: Arm | None = None
+    job: Job | None = None
 
     def send(self, what: object) -> None:
         """Send an object to the worker; does nothing if the worker has ended, which `WorkerPool.ended` detects."""
@@ -114,7 +123,10 @@ class Member:
 
 @dataclass
 class WorkerPool:
-    """The pool of at most `size` worker processes that run `work` until a stop is requested."""
+    """The pool of at most `size` worker processes that run `work` until a stop is requested.
+
+    A worker is started when a job is assigned and no other worker is idle.
+    """
 
     size: int
     prog: str
@@ -123,21 +135,13 @@ class WorkerPool:
     members: list[Member] = field(default_factory=list)
 
     @contextlib.contextmanager
-    def working(self, arms: int) -> Iterator[int]:
-        """Start `size` workers, but not more than `arms`, and yield their number.
+    def working(self) -> Iterator[WorkerPool]:
+        """Assign jobs inside this context.
 
-        At the end of the context, wait until the workers have exited; after an error, they exit immediately.
+        At its end, wait until the workers have exited; after an error, they exit immediately.
         """
-        context, size = multiprocessing.get_context("spawn"), min(self.size, arms)
         try:
-            for number in range(size):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=serve, args=(number, theirs, self.prog, self.work))
-                with patch_environment(**share_of(number, size)), signals_blocked():
-                    process.start()
-                theirs.close()  # so that the main process detects the worker's end
-                self.members.append(Member(process, ours))
-            yield size
+            yield self
             for member in self.members:
                 member.send(None)
                 member.process.join()
@@ -147,14 +151,35 @@ class WorkerPool:
             for member in self.members:
                 member.process.join()
 
-    def give(self, arm: Arm, grids: Grids) -> None:
-        """Assign an arm to an idle worker, together with the present grids."""
-        member = next(member for member in self.members if member.arm is None)
-        member.arm = arm
-        member.send((arm, grids))
+    @property
+    def is_full(self) -> bool:
+        """Whether all workers are busy and no further one may be started."""
+        return len(self.busy) == self.size
 
-    def ended(self) -> Arm:
-        """Wait for an arm to end, and return it.
+    @property
+    def busy(self) -> list[Member]:
+        """The workers that have a job."""
+        return [member for member in self.members if member.job is not None]
+
+    def give(self, job: Job, grids: Grids) -> None:
+        """Assign a job to a worker, together with the present grids."""
+        member = next((member for member in self.members if member.job is None), None) or self.start()
+        member.job = job
+        member.send((job, grids))
+
+    def start(self) -> Member:
+        """Start another worker."""
+        context, number = multiprocessing.get_context("spawn"), len(self.members)
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(number, theirs, self.prog, self.work))
+        with patch_environment(**share_of(number, self.size)), signals_blocked():
+            process.start()
+        theirs.close()  # so that the main process detects the worker's end
+        self.members.append(Member(process, ours))
+        return self.members[-1]
+
+    def ended(self) -> tuple[Job, Any]:
+        """Wait for a job to end, and return it with its result.
 
         Raises `Stopped` if a stop is requested, and `RunFailed` if a worker has ended.
         """
@@ -163,11 +188,21 @@ class WorkerPool:
             for member in self.members:
                 if member.connection in ready:
                     with contextlib.suppress(EOFError, OSError):
-                        arm, member.arm = member.connection.recv(), None
-                        return arm
+                        result, job, member.job = member.connection.recv(), member.job, None
+                        assert job is not None
+                        return job, result
                     self.fail(member)
         self.end()
         raise Stopped("stopped while arms were trained")
+
+    def each(self, jobs: Iterable[Job], grids: Grids, begins: Callable[[Job], object]) -> Iterator[tuple[Job, Any]]:
+        """Do the jobs, and yield each with its result as it ends; `begins` is called before a job is assigned."""
+        todo = deque(jobs)
+        while todo or self.busy:
+            while todo and not self.is_full:
+                begins(todo[0])
+                self.give(todo.popleft(), grids)
+            yield self.ended()
 
     def end(self) -> None:
         """Ask all workers to save and exit, and wait; a second signal ends this process, and thereby the workers."""

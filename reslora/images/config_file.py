@@ -25,7 +25,7 @@ def of_this_run(values: dict[str, Any], given: Given, path: Path) -> dict[str, A
         if "resume_from_checkpoint" not in given and speaks():
             left_out = "is ignored: that run resumed from it; give the option to resume this run from it too"
             print(f"{where}: --resume_from_checkpoint {checkpoint} {left_out}", flush=True)
-    several = any(option.can_vary and len(listed(now.get(name))) > 1 for name, option in Options.table().items())
+    several = any(len(option.several(now.get(name)) or ()) > 1 for name, option in Options.table().items())
     of_others = OF_RUNS if several else OF_EXPERIMENTS
     if (told := [name for name in of_others if values.get(name) and name not in given]) and speaks():
         kind = "an experiment" if several else "not an experiment"

@@ -124,7 +124,7 @@ def with_defaults(given: Given) -> dict[str, Any]:
     values["local_rank"] = int(os.environ.get("LOCAL_RANK", values["local_rank"]))
     for name in ("resolution", "method"):
         values[name] = list(dict.fromkeys(listed(values[name])))
-    if any(table[name].can_vary and len(listed(value)) > 1 for name, value in values.items()):
+    if any(len(table[name].several(value) or ()) > 1 for name, value in values.items()):
         values |= {name: DEFAULT_SPLIT for name in ("select_split", "test_split") if values[name] is None}
         values["validation_split"] = given.get("validation_split", 0.0)
     if (found := from_file(values["validation_prompt"])) is not None:

@@ -81,9 +81,10 @@ class ImageStudy(Study):
     def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
         """Measure the validation loss, generate samples, and set `learner.over`.
 
-        `parts`: which of "loss" and "samples" to compute; both if None.
+        `parts`: which of "loss" and "samples" to compute; if None, those that are due.
         """
-        self._validation(learner)(learner, reports, parts or VALIDATION_PARTS)
+        due = VALIDATION_PARTS if self.schedule.is_sampled(learner.step) else ("loss",)
+        self._validation(learner)(learner, reports, parts or due)
 
     def validation_loss(self, learner: Learner) -> float | None:
         """Return the mean loss on the held-out images with the learner's present weights, in every process.

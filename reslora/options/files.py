@@ -63,7 +63,9 @@ def checked(option: Option, value: object, where: str) -> Any:
 
     Raises `InvalidArgument` for an invalid value.
     """
-    name = option.name
+    name, several = option.name, option.several(value)
+    if several is not None and (option.is_switch or option.is_list):
+        return [checked(option, one, where) for one in several]
     if isinstance(value, list) and not (option.takes_several or option.variable):
         raise InvalidArgument(where, f"{name} = {value} is a list", "give one value")
     if isinstance(value, bool) != option.is_switch:

@@ -72,8 +72,8 @@ def first_of(kind: type[O], values: dict[str, Any]) -> tuple[O, dict[str, list]]
     """Return the options of the first run, and all values of the options that have several values."""
     varied: dict[str, list] = {}
     for name, option in kind.table().items():
-        if option.can_vary and isinstance(values[name], list):
-            several, values[name] = values[name], values[name][0]
+        if (several := option.several(values[name])) is not None:
+            values[name] = several[0]
             varied |= {option.attribute: several} if len(several) > 1 else {}
     return kind.of(**values), varied
 

@@ -127,7 +127,7 @@ class MethodOptions(SharedMethodOptions):
         "refiners and Krea 2's text_fusion.projector, and FLUX.2's add_*_proj and to_add_out as well")
     train_text_encoder: bool = option(False,
         "also train the CLIP text encoders (Stable Diffusion, SDXL, SD 3, Flux.1): their attention gets the same "
-        "adapter, with shortcuts between its own layers. T5 is not trained")
+        "adapter, with shortcuts between its own layers. T5 is not trained", variable=True)
     merge_calibration_samples: int = again(
         help="number of training images that ResLoRA's merge and the controls read; with 0, --merge input uses norms "
         "recorded in training")
@@ -216,7 +216,8 @@ class DataOptions:
     center_crop: bool = option(False,
         "crop the center instead of a random place; with --cache_latents, images of which a bucket keeps at least "
         "93% always get the center crop", compared_as="resolution")
-    random_flip: bool = option(False, "mirror each image with a probability of one half", kohya=("flip_aug",))
+    random_flip: bool = option(False, "mirror each image with a probability of one half", variable=True,
+        unshared="the mirrored images of a step", kohya=("flip_aug",))
     image_interpolation_mode: str = option("lanczos", "how images are scaled", choices=INTERPOLATIONS)
     strict: bool = free(False, "refuse images that cannot be read or have no caption, instead of leaving them out")
     cache_latents: bool = free(True,

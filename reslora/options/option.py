@@ -122,6 +122,16 @@ class Option:
         return bool in (self.kind, *get_args(self.kind))
 
     @property
+    def is_list(self) -> bool:
+        """Whether its value in one run is a list."""
+        return any(get_origin(kind) is list for kind in (self.kind, *get_args(self.kind)))
+
+    def several(self, value: Any) -> list | None:
+        """Return the values of an option that may vary, from the list of them; None for the value of one run."""
+        given = isinstance(value, list) and (not self.is_list or any(isinstance(one, list) for one in value))
+        return value if self.can_vary and given else None
+
+    @property
     def can_vary(self) -> bool:
         """Whether it may have several values in an experiment."""
         return self.varies or self.variable
@@ -141,7 +151,7 @@ class Option:
     @property
     def takes_several(self) -> bool:
         """Whether several words may follow it."""
-        return self.varies or any(get_origin(kind) is list for kind in (self.kind, *get_args(self.kind)))
+        return self.varies or self.is_list
 
 
 def option(

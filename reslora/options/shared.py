@@ -27,7 +27,8 @@ class SharedMethodOptions:
     alpha_pattern: list[str] | None = option(None, PATTERNS["alpha_pattern"], metavar="NAME=VALUE")
     lora_dropout: float = option(0.0, "dropout on the adapter's input; for loha and lokr, dropout of ranks", FRACTION,
         variable=True)
-    target_modules: list[str] = option(None, "layers that get an adapter, by the end of their name", metavar="NAME")
+    target_modules: list[str] = option(None, "layers that get an adapter, by the end of their name", metavar="NAME",
+        variable=True)
     shortcut: str = option("input",
         "ResLoRA and lora_matched: what a block adds from the blocks before it. gated, which also trains a gate for "
         "each rank, is not for lora_matched",

@@ -12,6 +12,10 @@ from ..io import remove, replacing, temporary_beside
 MERGED = "merged-by-[a-z]+"
 """Regular expression for the names, without `-<step>`, of checkpoints that the application has merged."""
 
+EXPORTS = "exports.json"
+"""File that says which files a finished method has exported."""
+EXPORTED = "exported_step"
+"""Key in that file of a run of an experiment: the step of the exported checkpoint."""
 ADAPTERS = "adapters"
 """Subdirectory of an experiment's run for its saved adapters, one per evaluation; training cannot resume from them."""
 

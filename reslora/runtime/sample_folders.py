@@ -4,6 +4,8 @@ from pathlib import Path
 
 from ..io import read_object
 
+MERGED = "merged"
+"""Directory of the merged model's samples."""
 PROMPTS = "prompts.json"
 """Name of the file in a samples directory that stores their prompts, as `{"prompts": [...]}`."""
 

@@ -13,6 +13,7 @@ import functools
 import gc
 import json
 import math
+import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -33,7 +34,7 @@ from ..experiment.runner import run_experiment
 from ..experiment.schedule import ArmSchedule, reading_adapter
 from ..experiment.study import COMPARING, ExperimentStudy, race
 from ..experiment.worker_pool import Orders
-from ..io import remove, remove_leftovers, replacing, write_json
+from ..io import read_object, remove, remove_leftovers, replacing, write_json
 from ..methods.adapters import load_adapter, save_adapter
 from ..methods.links import print_links
 from ..methods.registry import METHODS
@@ -41,7 +42,7 @@ from ..options.grid import Grid
 from ..options.texts import ExperimentOptions, MethodOptions, T, TrainingOptions
 from ..options.unused import report_unread_by_methods
 from ..options.values import refuse_other_value
-from ..runtime.checkpoint_folders import ADAPTERS, adapter_folder, memory_reported, numbered
+from ..runtime.checkpoint_folders import ADAPTERS, EXPORTED, EXPORTS, adapter_folder, memory_reported, numbered
 from ..runtime.folder_lock import check_held, locked, share_lock, writing_into
 from ..runtime.processes import broadcast_from_main, say
 from ..runtime.signals import NOT_BEGUN, StopRequest
@@ -290,12 +291,15 @@ class KeepAdapters(TrainerCallback):
 
     folder: Path
     race: Callable[[], None]
+    took: Callable[[float], None]
+    """Function that receives the time of an evaluation, in seconds."""
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
         """Save the adapter atomically.
 
         Raises `Diverged` for a non-finite loss.
         """
+        self.took(metrics.get("eval_runtime", 0.0))
         if not math.isfinite(loss := metrics["eval_loss"]):
             raise Diverged(f"loss {loss} on the selection split at step {state.global_step}")
         if state.global_step == 0:  # by --eval_on_start
@@ -391,7 +395,7 @@ class TextExperiment(ExperimentStudy):
         return {**facts_of(self.parts, LIBRARIES), "identity": identity}
 
     def train(self, arm: Arm) -> None:
-        """Train an arm, from its latest checkpoint if it has one, and export it.
+        """Train an arm, from its latest checkpoint if it has one.
 
         Raises `Diverged` if a loss is not finite.
         """
@@ -400,7 +404,7 @@ class TextExperiment(ExperimentStudy):
         if arguments.training.torch_compile:
             torch.compiler.reset()  # torch stops compiling after a limited number of models
         trainer = self.study.trainer(arguments, self.study.adapted(arguments), self.stop)
-        trainer.add_callback(KeepAdapters(folder, functools.partial(race, arm, self.schedule)))
+        trainer.add_callback(KeepAdapters(folder, functools.partial(race, arm, self.schedule), self.schedule.measured))
         trainer.add_callback(TimeSteps(functools.partial(self.timed, arguments.training, time.monotonic() - began)))
         trainer.stopping.check("stopped between two arms; run the same command to resume")
         try:
@@ -436,23 +440,37 @@ class TextExperiment(ExperimentStudy):
         # A step can be chosen once its loss and then its adapter were written.
         if broadcast_from_main(lambda: not adapter.is_dir() or step not in self.schedule.select_losses(arm)):
             trainer.evaluate()
-        method = dataclasses.replace(arguments.method, merge_and_save=False)  # merged/ is written only for the best arm
-        broadcast_from_main(check_held)
-        export(trainer.model, folder, method, self.study.calibration(arguments))
 
-    def restored(self, arm: Arm, step: int) -> PeftModel:
-        """Return the model with the adapter that an arm has saved at a step, merged as for an export."""
+    def restored(self, arm: Arm, step: int, into: Path | None = None) -> PeftModel:
+        """Return the model with the adapter that an arm has saved at a step, merged as for an export.
+
+        `into`: directory for `chains.json` and `merge.json`; None: do not write them.
+        """
         arguments = self.arguments_of(arm)
         model = self.study.adapted(arguments).to(arguments.training.device)
         folder = self.schedule.folder_of(arm)
         with reading_adapter(folder):
             load_adapter(model, adapter_folder(folder, step))
-        as_plain(model, arguments.method, self.study.calibration(arguments))
+        as_plain(model, arguments.method, self.study.calibration(arguments), into)
         return model.eval()
 
-    def measured(self, arm: Arm, step: int) -> dict:
-        """Return losses and metrics on the test split, with the merged adapter that an arm has saved at a step."""
-        return self.losses_of(self.restored(arm, step), self.arguments_of(arm))
+    def is_exported(self, arm: Arm, step: int) -> bool:
+        """Return whether the arm's directory has the adapter of its checkpoint at this step."""
+        folder = self.schedule.folder_of(arm)
+        return read_object(folder / EXPORTS).get(EXPORTED) == step and (folder / "peft").is_dir()
+
+    def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, to_export: bool) -> None:
+        """Merge the adapter that an arm has saved at a step, test it, and export it into the arm's directory."""
+        arguments, folder = self.arguments_of(arm), self.schedule.folder_of(arm)
+        with writing_into(folder):
+            model = self.restored(arm, step, folder if to_export else None)
+            if keep:
+                keep(self.losses_of(model, arguments))
+            if to_export:
+                check_held()
+                # merged/ is written only for the best arm
+                export(model, folder, dataclasses.replace(arguments.method, merge_and_save=False))
+                write_json(folder / EXPORTS, {EXPORTED: step})
 
     def base_losses(self) -> dict:
         """Return the base model's losses and metrics on the test split."""
@@ -472,7 +490,13 @@ class TextExperiment(ExperimentStudy):
 
         Without --merge_and_save, a `merged/` of an earlier export is removed.
         """
-        model, method = self.restored(arm, step), self.arguments_of(arm).method
+        folder, method = self.schedule.folder, self.arguments_of(arm).method
+        if not method.merge_and_save and self.is_exported(arm, step):
+            remove(folder / "merged")
+            with replacing(folder / "peft") as temporary:
+                shutil.copytree(self.schedule.folder_of(arm) / "peft", temporary)
+            return ["peft"]
+        model = self.restored(arm, step)
         check_held()
         if not method.merge_and_save:
             remove(self.schedule.folder / "merged")

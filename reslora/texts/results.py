@@ -143,10 +143,22 @@ def _share_norms(connection: Connection) -> None:
         norms.restore(values, count)
 
 
-def as_plain(model: PeftModel, adapter: MethodOptions, calibration: Sequence[Mapping] | None = None) -> None:
-    """Merge a model permanently as `export` does, in this process only, without writing files."""
-    if connection_of(base_model(model)) is not None:
-        _merge(model, adapter.merge, calibration)
+def as_plain(
+    model: PeftModel,
+    adapter: MethodOptions,
+    calibration: Sequence[Mapping] | None = None,
+    folder: Path | None = None,
+) -> None:
+    """Merge a model permanently as `export` does, in this process only.
+
+    `folder`: directory for `chains.json` and `merge.json`; None: write nothing.
+    """
+    if (connection := connection_of(base_model(model))) is not None:
+        plan = connection.chains.to_dict()
+        report = _merge(model, adapter.merge, calibration)
+        if folder:
+            write_json(folder / "chains.json", plan)
+            write_json(folder / "merge.json", report.to_dict())
     pissa.merged(merged(model))
 
 

@@ -19,6 +19,7 @@ from ..options.images import NOISES, MethodOptions, Options, OutputOptions, Trai
 from ..options.option import in_words
 from ..options.values import listed, refuse_other_value
 from ..runtime.checkpoint_folders import (
+    EXPORTS,
     MERGED,
     cannot_be_loaded,
     discard,
@@ -35,7 +36,7 @@ from .state import Learner
 from .study import Identity, Study
 
 OF_CLASS = "; class images: "  # separates the content hashes of training images and class images
-STATE, RECORD, EXPORTS = "trainer.pt", "trainer.json", "exports.json"
+STATE, RECORD = "trainer.pt", "trainer.json"
 
 # files in a method's directory that belong to the same training history as its checkpoints
 TOLD = ("log.jsonl", FOLDER, "samples")

@@ -22,10 +22,16 @@ class Schedule:
     """Whether the number of steps follows from --num_train_epochs."""
     is_over: bool = False
     """Whether --early_stopping_patience ended training after these steps."""
+    sampled: tuple[int, ...] | None = None
+    """Steps after which samples are generated; None: after every validation."""
 
     def is_due(self, step: int) -> bool:
         """Return whether validation loss and samples are due after that step."""
         return step % self.validation_steps == 0 or step == self.steps
+
+    def is_sampled(self, step: int) -> bool:
+        """Return whether samples are due after that step."""
+        return self.is_due(step) if self.sampled is None else step in self.sampled
 
 
 def schedule_of(updates: int, context: Context) -> Schedule:

@@ -53,7 +53,7 @@ def test_the_interval_is_that_of_the_verdict_by_hand():
         assert answer(stated(margin), losses, chosen)["conclusion"] == conclusion
     found = answer(stated(1.0), losses, chosen)
     assert found["sentence"].startswith("confirmed: reslora is better than lora by more than 1% (improvement ")
-    assert found["more_seeds"] is None and f"interval {low:.1f} to " in found["sentence"]
+    assert found["more_seeds"] is None and f"%, 97% interval {low:.1f} to " in found["sentence"]
     assert answer(stated(5.0), losses, chosen)["conclusion"] == "refuted"
     later = answer(stated(low - 1e-6), losses, chosen, reading=5)  # a stricter level
     assert later["conclusion"] == "not enough data"

@@ -82,6 +82,17 @@ def test_all_of_it_in_order(text, experiment):
     assert "Losses in this report are squared errors without weights" in words
 
 
+def test_intervals_say_their_coverage(experiment, folder):
+    """Of an older record, the number of readings says it."""
+    found = words_of(page(experiment, folder))
+    assert found.count("97% interval") == 5 and "95% interval" not in found
+    older = copy.deepcopy(experiment) | {"readings": 2}
+    for verdict in older["verdicts"]:
+        del verdict["level"]
+    found = page(older, folder)
+    assert "with 99.2% intervals" in found and ">99.2% interval</th>" in found
+
+
 def test_a_loss_of_one_more_seed_is_not_below_zero(experiment, folder):
     """Of two seeds, far apart, even where Student's t goes on below."""
     found = copy.deepcopy(experiment)

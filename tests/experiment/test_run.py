@@ -34,6 +34,7 @@ def test_a_stopped_arm_says_that_the_same_command_goes_on(monkeypatch):
             name_of=str,
             why_stop=lambda _: "",
             total_in_words="1",
+            measuring=0.0,
         ),
         [],
     )
@@ -88,10 +89,18 @@ class Untrained:
             raise Stopped(COMPARING)
         self.begun.append(f"{self.schedule.name_of(arm)}: {phase}")
 
-    def tested(self, arm: Arm, step: int) -> dict:
-        if self.stopped == "tested":
+    def evaluate(self, arm: Arm, step: int, test: bool, export: bool) -> str:
+        if test and self.stopped == "tested":
             raise Stopped(COMPARING)
-        (self.schedule.folder_of(arm) / "tested").touch()
+        if test:
+            (self.schedule.folder_of(arm) / "tested").touch()
+        if export and (arm.label, -1) in self.diverging:
+            return f"{arm.label}: it draws NaN; start again"
+        if export:
+            (self.schedule.folder_of(arm) / "exported").touch()
+        return ""
+
+    def test_losses(self, arm: Arm) -> dict:
         luck = np.random.default_rng([arm.seed, len(arm.label)]).normal(size=4)
         losses = 1 + 0.1 * (arm.label != "lora") + 0.001 * luck
         return {"images": list("abcd"), "losses": losses.tolist(), "by_timestep": [1.0]}
@@ -104,11 +113,6 @@ class Untrained:
 
     def is_exported(self, arm: Arm, step: int) -> bool:
         return (self.schedule.folder_of(arm) / "exported").exists()
-
-    def export_compared(self, arm: Arm, step: int) -> None:
-        if (arm.label, -1) in self.diverging:
-            raise Diverged(f"{arm.label}: it draws NaN", "start again")
-        (self.schedule.folder_of(arm) / "exported").touch()
 
     def export(self, arm: Arm, step: int) -> list[str]:
         if self.stopped == "export":
@@ -147,7 +151,7 @@ def test_only_what_is_compared_is_exported_and_once(tmp_path, capsys):
     record, _ = go(tmp_path / "out", methods="lora lora_x2")
     chosen = [f"{label}/lr-0.0002/seed-{seed}" for label in ("lora", "lora_x2") for seed in (0, 1)]
     assert exported(tmp_path / "out") == chosen and len(record["arms"]) == 8
-    assert "lora/lr-0.0002/seed-0: exporting (1 of 4)" in capsys.readouterr().out
+    assert "lora/lr-0.0002/seed-0: testing and exporting (1 of 4)" in capsys.readouterr().out
     go(tmp_path / "out", "--seed", "0", "1", "2", methods="lora lora_x2")
     assert len(exported(tmp_path / "out")) == 6 and "exporting (1 of 2)" in capsys.readouterr().out
 
@@ -316,12 +320,12 @@ def test_a_stop_is_heeded_between_two_arms_that_are_tested(tmp_path, capsys):
     folder = tmp_path / "out"
     go(folder, stopped="begins")
     (tested,) = folder.glob("**/tested")
-    first, *_ = (line for line in capsys.readouterr().out.splitlines() if "testing (" in line)
-    assert first == f"{tested.parent.relative_to(folder).as_posix()}: testing (1 of 6)"
+    first, *_ = (line for line in capsys.readouterr().out.splitlines() if "testing and" in line)
+    assert first == f"{tested.parent.relative_to(folder).as_posix()}: testing and exporting (1 of 6)"
     assert Experiment("out", folder).progress == (12, 12)
     go(folder)
-    said = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines() if "testing (" in line]
-    assert said == [f"testing ({number} of 6)" for number in range(2, 7)]
+    said = [line.partition(": ")[2] for line in capsys.readouterr().out.splitlines() if "testing and" in line]
+    assert said == [f"testing and exporting ({number} of 5)" for number in range(1, 6)]
 
 
 def test_of_what_was_concluded_only_labels_that_are_still_there_stay(tmp_path):

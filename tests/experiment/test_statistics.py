@@ -15,6 +15,7 @@ from reslora.experiment.statistics import (
     choose,
     compare,
     counts_of,
+    coverage_in_words,
     detectable,
     equal_pairs,
     expected,
@@ -225,13 +226,19 @@ def test_a_better_and_a_worse_method():
     )
     assert found["rerun"] == pytest.approx(rerun(100 * difference.mean(1) / losses_of(0).mean()))
     size, least, most = percents(found["relative"], high, low)
-    words = f"reslora is better than lora: test loss {size}% lower (95% interval {least} to {most}%); expect about "
+    words = f"reslora is better than lora: test loss {size}% lower (97% interval {least} to {most}%); expect about "
     assert found["sentence"] == f"{words}{percents(found['expected'])[0]}%" and float(least) < float(size) < float(most)
     assert found["relative"] < found["expected"] < 0 and found["of_gain"] is None
     found = verdict(losses_of(0), losses_of(1.2))
     assert found["conclusion"] == "worse" and "reslora is worse than lora: test loss 1" in found["sentence"]
     least, most = found["sentence"].split("interval ")[1].partition("%)")[0].split(" to ")
-    assert "% higher (95%" in found["sentence"] and float(least) < float(most)
+    assert "% higher (97%" in found["sentence"] and float(least) < float(most)
+
+
+def test_an_interval_says_its_true_coverage():
+    """The k-th evaluation spends 0.05 x 6 / (pi k)^2."""
+    words = [coverage_in_words(level_of(reading)) for reading in (1, 2, 3, 6, 20)]
+    assert words == ["97%", "99.2%", "99.7%", "99.92%", "99.992%"] and coverage_in_words(0.05) == "95%"
 
 
 def test_sizes_have_as_many_places_as_the_smallest_needs_and_at_most_four():

@@ -35,7 +35,8 @@ def grid(folder: Path, *flags: str) -> list[str]:
 def work(argv: list[str], what: dict[float, str], stop: StopRequest, orders: Orders) -> None:
     """Arms leave losses that fall with the rate, and who had them; an arm of a rate may do something else instead."""
     schedule = ArmSchedule(parse_args(argv))
-    for arm in orders.arms(schedule):
+    for job in orders.jobs(schedule):
+        (arm,) = job.arguments
         folder = schedule.folder_of(arm)
         folder.mkdir(parents=True)
         (folder / "who").write_text(this_process())
@@ -45,6 +46,7 @@ def work(argv: list[str], what: dict[float, str], stop: StopRequest, orders: Ord
         if (name := what.get(arm.rate)) is not None:
             globals()[name](folder, stop)
         leave(schedule, arm, best=1)
+        orders.report(schedule.ended(arm)["wall_seconds"])
 
 
 def waits(folder: Path, stop: StopRequest) -> None:
@@ -85,7 +87,8 @@ def train(
     study = SimpleNamespace(goes_on=lambda ended, total: None)
     results = SimpleNamespace(schedule=schedule, write=lambda: told.append(set(schedule.running)), study=study)
     pool = WorkerPool(size, "train_sd.py", functools.partial(work, argv, what or {}), stop or StopRequest())
-    train_arms(results, pool)
+    with pool.working():
+        train_arms(results, pool)
     return schedule, told
 
 

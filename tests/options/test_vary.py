@@ -36,6 +36,27 @@ def test_a_config_may_hold_several_values_and_a_method_without_an_option_has_one
     assert not isinstance(one, Grid) and one["snr_gamma"] == 1
 
 
+def test_switches_and_lists_vary(tmp_path):
+    """Folders of long lists, and of regular expressions, are short and stable."""
+    long = "+".join(f"down_blocks.{number}.attn" for number in range(9))
+    words = ["random_flip=true,no", f"target_modules=to_q,to_q+to_k,{long},.*attn1"]
+    grid = parse_args(["--method", "lora", "--vary", *words, "--seed", "0", "1"])
+    found = labels_of(grid)
+    places = list(dict.fromkeys(label.place.split("/")[0] for label in found))
+    assert places[:2] == ["target_modules-to_q", "target_modules-to_q+to_k"] and len(found) == 8
+    assert places[2] == f"target_modules-{long[:40]}-c02466" and places[3].startswith("target_modules-._attn1-")
+    assert found[3].name == "lora target_modules=to_q+to_k random_flip=false"
+    own = options_of(grid, found[3], 1e-4, 0)
+    assert own["target_modules"] == ["to_q", "to_k"] and own["random_flip"] is False
+    (tmp_path / "config.json").write_text(json.dumps(grid.flat() | {"output_dir": str(tmp_path)}))
+    assert parse_args(["--config", str(tmp_path / "config.json")]).varied == grid.varied
+    (tmp_path / "own.toml").write_text('target_modules = [["to_q"], ["to_q", "to_k"]]\nrandom_flip = [true, false]\n')
+    grid = parse_args(["--config", str(tmp_path / "own.toml"), "--method", "lora"])
+    assert grid.varied == {"target_modules": [["to_q"], ["to_q", "to_k"]], "random_flip": [True, False]}
+    one = parse_args(["--target_modules", "to_q", "to_k", "--random_flip"])
+    assert not isinstance(one, Grid) and one["target_modules"] == ["to_q", "to_k"]
+
+
 def test_an_optimizer_with_a_rate_of_its_own_is_trained_at_it():
     schedule = ArmSchedule(parse_args(["--method", "lora", "--vary", "optimizer=prodigy,adamw"]))
     assert schedule.grids == {"lora optimizer=prodigy": [1.0], "lora optimizer=adamw": [2.5e-4]}
@@ -68,6 +89,8 @@ def test_the_reference_is_lora_or_the_first_value_or_the_given_one(words, refere
         ("lora_dropout=0,", "needs two or more values"),
         ("lora_dropout=0", "needs two or more values"),
         ("seed=1,2", "--seed is given twice"),
+        ("random_flip=true,maybe", "'maybe' is neither true nor false"),
+        ("target_modules=to_q,to_k+", "an item is empty"),
         ("lr_scheduler=cosine,cosin", "'cosin' is not a choice"),
     ],
 )  # fmt: skip

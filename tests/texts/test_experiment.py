@@ -127,6 +127,10 @@ def test_what_an_experiment_leaves(whole):
     (verdict,) = found["verdicts"]
     assert (verdict["label"], verdict["seeds"], verdict["images"]) == ("reslora", 2, 4) and verdict["interval"]
     text = (output / "report.html").read_text()
+    compared = {arm["folder"] for arm in found["arms"] if arm["test"]}
+    for name in ("peft", "exports.json"):
+        assert {path.parent.relative_to(output).as_posix() for path in output.rglob(name)} - {"."} == compared
+    assert {path.parent.parent.parent.name for path in output.rglob("merge.json")} == {"reslora"}
     assert found["best"]["files"] == ["peft", "merged"] and "out/merged" in text.partition("What to use")[2]
     assert verdict["sentence"] in text and "Accuracy" in text and "the select examples" in text
     assert "image" not in text.partition("<body>")[2].partition("<script>")[0]
@@ -212,17 +216,16 @@ def test_an_arm_whose_adapters_are_gone_is_named_and_trained_anew_once_it_is_rem
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("moment", ["measured", "restored"])
 def test_an_experiment_whose_folder_is_moved_writes_nothing_more(common, whole, tmp_path, monkeypatch, capsys, moment):
-    """In the test of an arm, or before the adapter of the best is exported."""
+    """In the test of an arm, or before its adapter is exported."""
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
     found = next(arm for arm in record(output)["arms"] if arm["test"])
-    (output / found["folder"] / "test.json").unlink()
+    (output / found["folder"] / ("test.json" if moment == "measured" else "exports.json")).unlink()
     owner = llm.LlmStudy if moment == "measured" else experiment.TextExperiment
     original = getattr(owner, moment)
 
     def moves(self, *given, **more):
         value = original(self, *given, **more)
-        if moment != "restored" or self.is_tested(*given):
-            output.rename(tmp_path / "moved")
+        output.rename(tmp_path / "moved")
         return value
 
     monkeypatch.setattr(owner, moment, moves)

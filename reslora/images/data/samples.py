@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -238,8 +239,7 @@ class ValidationSamples(TrainingSamples):
 class FixedSamples(TrainingSamples):
     """TIMESTEPS x `noises` samples of each image: the unflipped center crop, with noise seeded by the image's content.
 
-    The samples of an image are the same in all runs, whatever the seed and the other images are. A batch has samples of
-    one image only, so that other images do not change even the rounding.
+    The samples of an image are the same in all runs, whatever the seed and the other images are.
     """
 
     varies = False
@@ -259,11 +259,14 @@ class FixedSamples(TrainingSamples):
         """Return the timestep in the middle of the stratum that the sample's position determines."""
         return self.timesteps[position // self.noises]
 
-    def batches(self, image: tuple[int, int], batch_size: int) -> Iterator[Batch]:
-        """Yield all samples of an image in batches; `image` is the source's number, and the image's number in it."""
-        source, number = image
-        size = self.training_data.sources[source].size(number)
-        draws = [Draw(source, number, size, position) for position in range(TIMESTEPS * self.noises)]
+    def size(self, image: tuple[int, int]) -> Size:
+        """Return the size of an image, given by the source's number, and the image's number in it."""
+        return self.training_data.sources[image[0]].size(image[1])
+
+    def batches(self, images: Sequence[tuple[int, int]], batch_size: int) -> Iterator[Batch]:
+        """Yield all samples of images of one size in batches."""
+        positions = range(TIMESTEPS * self.noises)
+        draws = [Draw(*image, self.size(image), position) for image in images for position in positions]
         return self.batched(draws, batch_size)
 
 
@@ -278,17 +281,26 @@ def losses_of(
     training_data: TrainingData,
     images: Sequence[tuple[int, int]],
     noises: int = NOISES,
+    most: int = 0,
 ) -> torch.Tensor:
     """Return the loss of each image at each timestep, averaged over the noises (images x TIMESTEPS).
 
     `loss` maps a batch to one loss per sample. `images`: number of the source, and of the image in it. All samples of
-    an image are one batch, or several smaller ones if that batch does not fit into memory.
+    an image are one batch, so that other images do not change even the rounding. If such a batch has at most half of
+    `most` samples, a batch has several images, and at most `most` samples. Batches that do not fit into memory are
+    divided.
     """
-    samples, batch_size = FixedSamples(training_data, noises), TIMESTEPS * noises
+    samples, each = FixedSamples(training_data, noises), TIMESTEPS * noises
+    count = max(1, most // each)
+    order = sorted(range(len(images)), key=lambda place: samples.size(images[place]) if count > 1 else place)
+    groups = itertools.groupby(order, lambda place: samples.size(images[place]) if count > 1 else place)
+    together = [[images[place] for place in group] for _, group in groups]
+    batch_size = count * each
     while True:
         try:
-            found = [torch.cat([loss(batch) for batch in samples.batches(image, batch_size)]) for image in images]
-            return torch.stack(found).view(len(images), TIMESTEPS, noises).mean(2).cpu()
+            found = [loss(batch) for group in together for batch in samples.batches(group, batch_size)]
+            losses = torch.cat(found).view(len(images), TIMESTEPS, noises).mean(2).cpu()
+            return losses[torch.argsort(torch.tensor(order))]
         except RuntimeError as error:
             if batch_size == 1 or not should_reduce_batch_size(error):
                 raise

@@ -9,8 +9,10 @@ from PIL import Image
 
 from ...errors import first_line
 from ...experiment.record import Arm, Experiment
+from ...io import read_object
 from ...plots.charts import escape
-from ...runtime.sample_folders import by_step, shows
+from ...runtime.checkpoint_folders import EXPORTED, EXPORTS
+from ...runtime.sample_folders import MERGED, by_step, shows
 
 LARGEST = 512
 """Length of the longer edge of an image in the page, in pixels."""
@@ -67,9 +69,15 @@ def columns_of(experiment: Experiment, folder: Path, prompts: Sequence[str]) -> 
 
 
 def samples_of(arm: Arm, folder: Path, prompts: Sequence[str]) -> dict[int, Path]:
-    """Return, by step, the run's folders with samples that were generated from any of these prompts."""
-    found = by_step(folder / arm["folder"] / "samples").items()
-    return {step: place for step, place in found if any(shows(place, *prompt) for prompt in enumerate(prompts))}
+    """Return, by step, the run's folders with samples that were generated from any of these prompts.
+
+    If the run is exported, those of the merged model are included.
+    """
+    own = folder / arm["folder"]
+    found = by_step(own / "samples")
+    if (step := read_object(own / EXPORTS).get(EXPORTED)) and (own / MERGED).is_dir():
+        found[step] = own / MERGED
+    return {step: place for step, place in found.items() if any(shows(place, *prompt) for prompt in enumerate(prompts))}
 
 
 def best_of(experiment: Experiment) -> str | None:

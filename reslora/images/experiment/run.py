@@ -33,14 +33,15 @@ from ...formatting import pluralize
 from ...io import read_object, remove_leftovers
 from ...methods.registry import METHODS
 from ...options.grid import Grid
-from ...options.images import NOISES, Options, ValidationOptions
+from ...options.images import NOISES, Options, TrainingOptions, ValidationOptions
 from ...options.option import in_words
-from ...runtime.checkpoint_folders import ADAPTERS
+from ...runtime.checkpoint_folders import ADAPTERS, EXPORTS
 from ...runtime.folder_lock import locked, share_lock
 from ...runtime.processes import broadcast_from_main, on_all
+from ...runtime.sample_folders import by_step
 from ...runtime.signals import StopRequest
 from ...runtime.status import Status
-from ...training.checkpoints import EXPORTS, MERGING, Identity, check_past, checkpoints_of, past_of, plan_resume
+from ...training.checkpoints import MERGING, Identity, check_past, checkpoints_of, past_of, plan_resume
 from ...training.context import Context
 from ...training.loop import train_method
 from ...training.schedule import Schedule, schedule_of
@@ -50,7 +51,7 @@ from ..data.batch import Batch
 from ..data.samples import TIMESTEPS, TrainingData, measured_at
 from ..data.training_data import latents_of, print_folder_counts, with_texts
 from ..model.objective import check_objective, objective_of
-from ..model_checks import check_methods
+from ..model_checks import check_family, check_methods
 from ..output.reports import Reports
 from ..output.trackers import note_settings
 from ..run import begin, check_before_loading, encode, forget_encoder
@@ -58,11 +59,15 @@ from ..study import ImageStudy
 from .losses_by_image import write_thumbnails
 from .report_sections import IMAGES
 from .split import Parts, check_count, content_of, learnt, parts_of, with_parts
-from .test_split_losses import EXPORTED, base_losses, export_chosen, export_compared, measured
+from .test_split_losses import base_losses, export_chosen, is_exported, test_and_export
 
-MOST_LOOKS = 10
+LEAST_LOOKS, MOST_LOOKS = 4, 10  # default number of measurements of a run on the selection split
+MEASURING = 1 / 8  # at most this fraction of the time of training, unless that is less than LEAST_LOOKS measurements
+FORWARDS = 3  # forward passes that take as long as a training pass: its backward pass counts as two
 TIMED_STEPS = 5  # steps of the first arm from which the time of the experiment is estimated
-SELECT_NOISES = 1  # noises per timestep and image of the selection split; for the test split it is NOISES
+# Noises per timestep and image of the selection and test splits; earlier versions took NOISES for both.
+SELECT_NOISES, TEST_NOISES = 1, 1
+ENCODED = ("random_flip", "train_text_encoder")  # options that vary with which images or captions are encoded anew
 CHANGING = ("learning_rate", "seed")  # more values of these may be added to an existing experiment, like methods
 FIXED = (
     *MERGING,
@@ -90,17 +95,16 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         asked = with_varied(context.options, given)
         if orders:
             context = dataclasses.replace(context, status=Status())
-        else:
+        # any of its arms may train the text encoders
+        widest = with_options(context, train_text_encoder=any(asked.values("train_text_encoder")))
+        if not orders:
             broadcast_from_main(lambda: check_folder(asked, identity))
-            widest = context
-            if "train_batch_size" in asked.varied:
-                most = context.options.replace(train_batch_size=max(asked.values("train_batch_size")))
-                widest = dataclasses.replace(context, options=most)
-            check_before_loading(kinds, widest)
+            largest = max(asked.values("train_batch_size"))
+            check_before_loading(kinds, with_options(widest, train_batch_size=largest))
         check_count(len({mark for images in kinds if not images.of_class for mark in images.marks}), plain.data)
         on_all(lambda: check_variants(asked, context))
         alone, goes_on = (plain.experiment.arms_at_once or 1) == 1, (folder / EXPERIMENT).exists()
-        pipeline, training_data = encode(kinds, context, goes_on, track=bool(orders) or alone)
+        pipeline, training_data = encode(kinds, widest, goes_on, track=bool(orders) or alone)
         for each in asked.variants():
             objective_of(each.model, each.training, context.model.family, pipeline)
         parts = broadcast_from_main(
@@ -111,12 +115,16 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         processes = context.accelerator.num_processes
         training_data = with_parts(training_data, parts, processes)
         print_folder_counts(training_data, context)
-        training_data_of_seeds = {
-            seed: of_seed(training_data, seed, pipeline, context) for seed in asked.values("seed")
-        }
+        variants = {data_key(options): options for options in asked.runs("seed", *ENCODED)}
+        data_of = {key: data_of_variant(training_data, options, pipeline, context) for key, options in variants.items()}
         forget_encoder(pipeline, context)
         racing = broadcast_from_main(lambda: ArmSchedule(asked).is_race)
-        schedule = with_few_looks(schedule_of(training_data.updates(processes), context), plain.validation, racing)
+        schedule = schedule_of(training_data.updates(processes), context)
+        if not plain.validation.validation_steps:
+            before = broadcast_from_main(lambda: there_of(folder).get("validation_steps"))
+            samples = len(parts.select) * TIMESTEPS * SELECT_NOISES
+            schedule = with_few_looks(schedule, plain.training, racing, samples, before)
+        schedule = dataclasses.replace(schedule, sampled=(0, schedule.steps))
         asked = asked.replace(max_train_steps=schedule.steps, validation_steps=schedule.validation_steps)
         broadcast_from_main(lambda: check_same(asked, identity, content))
         note_settings(asked.flat(), schedule, context.accelerator, write=not orders)
@@ -126,12 +134,25 @@ def open_study(given: Grid[Options], stop: StopRequest, orders: Orders | None = 
         context.accelerator.print(
             f"{arm_schedule.runs_in_words()}; {pluralize(schedule.steps, 'step')}, measured {measured}; {parts}"
         )
-        there = read_experiment(folder).get("identity")
+        there = there_of(folder)
         noises = there.get("noises", NOISES) if there else SELECT_NOISES
+        test_noises = there.get("test_noises", NOISES) if there else TEST_NOISES
         yield ImageExperiment(
-            arm_schedule, study, training_data_of_seeds, parts, content, noises, stop, context.accelerator.device
-        )
+            arm_schedule, study, data_of, parts, content, noises, test_noises, stop,
+            context.accelerator.device,
+        )  # fmt: skip
         context.accelerator.end_training()
+
+
+def with_options(context: Context, **values: Any) -> Context:
+    """Return the context with some options replaced: itself if these are its values, so that it prints lines once."""
+    options = context.options.replace(**values)
+    return context if options == context.options else dataclasses.replace(context, options=options)
+
+
+def there_of(folder: Path) -> dict:
+    """Return the identity of the experiment in a folder; empty for a new one."""
+    return read_experiment(folder).get("identity") or {}
 
 
 def take_folder(grid: Grid[Options]) -> None:
@@ -201,15 +222,19 @@ def identity_record(values: Mapping[str, Any], identity: Identity) -> dict:
     return past | {"settings": settings} | {name: values[name] for name in FIXED}
 
 
-def with_few_looks(schedule: Schedule, options: ValidationOptions, racing: bool) -> Schedule:
-    """Limit the default number of validations to MOST_LOOKS, which is also the number with racing.
+def with_few_looks(
+    schedule: Schedule, options: TrainingOptions, racing: bool, samples: int, before: int | None = None
+) -> Schedule:
+    """Return the schedule with the default number of measurements: MOST_LOOKS, or as many as MEASURING permits.
 
-    The default is one validation per epoch, but an epoch may be a single step, or half of a run.
+    Without racing, there is at most one in each epoch, but an epoch may be a single step, or half of a run. `samples`:
+    number of samples of a measurement. `before`: steps between measurements of the experiment in the folder, if any.
     """
-    if options.validation_steps:
-        return schedule
-    least = math.ceil(schedule.steps / MOST_LOOKS)
-    return dataclasses.replace(schedule, validation_steps=least if racing else max(schedule.validation_steps, least))
+    trained = schedule.steps * options.gradient_accumulation_steps * options.train_batch_size
+    looks = min(MOST_LOOKS, max(LEAST_LOOKS, int(MEASURING * FORWARDS * trained / samples)))
+    least = math.ceil(schedule.steps / looks)
+    every = before or (least if racing else max(schedule.validation_steps, least))
+    return dataclasses.replace(schedule, validation_steps=every)
 
 
 def with_varied(resolved: Options, given: Grid[Options]) -> Grid[Options]:
@@ -226,15 +251,26 @@ def check_variants(grid: Grid[Options], context: Context) -> None:
     tried = [context.options.adapter]
     for options in grid.variants():
         check_objective(options.model, options.training, context.model.family)
+        check_family(options.adapter, options.training, context.model)
         if options.adapter not in tried:
             check_methods(options.adapter, options.training, context)
             tried.append(options.adapter)
 
 
-def of_seed(training_data: TrainingData, seed: int, pipeline: DiffusionPipeline, context: Context) -> TrainingData:
-    """Return the training data for another seed: encode the random crops and caption variants of that seed."""
-    options = context.options.replace(seed=seed)
-    context, sources = dataclasses.replace(context, options=options), []
+def data_key(options: Options) -> tuple:
+    """Return the values of the options with which images and captions are encoded anew: the seed, and ENCODED."""
+    return (options.training.seed, *(options[name] for name in ENCODED))
+
+
+def data_of_variant(
+    training_data: TrainingData, options: Options, pipeline: DiffusionPipeline, context: Context
+) -> TrainingData:
+    """Return the training data of arms with these options.
+
+    Encodes random crops, mirrored images and caption variants of the seed, and the captions for the text encoders that
+    are trained.
+    """
+    context, sources, seed = dataclasses.replace(context, options=options), [], options.training.seed
     for source in training_data.sources:
         if source.latents is not None:
             sizes = [source.size(image) for image in range(len(source.images))]
@@ -244,9 +280,11 @@ def of_seed(training_data: TrainingData, seed: int, pipeline: DiffusionPipeline,
                 raise InvalidArgument(f"--seed {seed}, {where}", f"{problem}, and not with other seeds", fix)
             source = dataclasses.replace(source, latents=latents)
         sources.append(source)
-    training_data = dataclasses.replace(training_data, sources=tuple(sources), training=options.training)
+    own = dataclasses.replace(options.data, cache_text_embeddings=training_data.data.cache_text_embeddings)
+    training_data = dataclasses.replace(training_data, sources=tuple(sources), training=options.training, data=own)
+    anew = options.adapter.train_text_encoder != training_data.adapter.train_text_encoder
     # If text encoders read reference images: samples use those of the selection split, which was unknown before.
-    anew = training_data.reads_references or any(source.transform.rewrites for source in sources)
+    anew = anew or training_data.reads_references or any(source.transform.rewrites for source in sources)
     return with_texts(training_data, pipeline, context) if anew else training_data
 
 
@@ -258,6 +296,8 @@ class ArmStudy(ImageStudy):
     """Function that raises `StoppedEarly` in every process if another learning rate is better."""
     timed: Callable[[float], None] = lambda _: None
     """Function that receives the median time in seconds of a few of the first steps."""
+    took: Callable[[float], None] = lambda _: None
+    """Function that receives the time of a measurement and its samples, in seconds."""
 
     def batches(self, steps: range) -> Generator[Batch, None, None]:
         """Yield batches as a single run does, and time the steps after the first one, which may compile."""
@@ -274,12 +314,39 @@ class ArmStudy(ImageStudy):
 
     def validate(self, learner: Learner, reports: Reports, parts: Sequence[str] | None = None) -> None:
         """Measure and sample as a single run does, and end the arm if another learning rate is better."""
+        started = time.monotonic()
         super().validate(learner, reports, parts)
+        self.took(time.monotonic() - started)
         self.race()
 
     def export(self, learner: Learner, schedule: Schedule) -> dict[str, int]:
         """Write nothing, and return no differences."""
         return {}
+
+
+def expected_times(
+    validation: ValidationOptions,
+    calibration: int,
+    schedule: Schedule,
+    select: int,
+    test: int,
+    a_sample: float,
+    noises: int = SELECT_NOISES,
+    test_noises: int = TEST_NOISES,
+) -> tuple[float, float]:
+    """Return the expected seconds of all measurements of an arm, and of its test and export.
+
+    `calibration`: number of samples that a merge reads. `select`, `test`: number of images in the splits. `a_sample`:
+    seconds to measure a sample.
+    """
+    prompts = len(validation.validation_prompt or []) * validation.num_validation_images
+    # two passes with guidance
+    samples = select * TIMESTEPS * noises * math.ceil(schedule.steps / schedule.validation_steps)
+    measuring = samples + 2 * validation.num_inference_steps * prompts
+    # likewise, by the merged model, and a single image by each of three formats
+    drawn = 2 * validation.num_inference_steps * (max(1, prompts) + 3)
+    tested = test * TIMESTEPS * test_noises + drawn + FORWARDS * calibration
+    return a_sample * measuring, a_sample * tested
 
 
 @dataclass(frozen=True)
@@ -288,13 +355,15 @@ class ImageExperiment(ExperimentStudy):
 
     schedule: ArmSchedule
     study: ArmStudy
-    training_data_of_seeds: Mapping[int, TrainingData]
-    """Training data by seed."""
+    data_of: Mapping[tuple, TrainingData]
+    """Training data by `data_key`."""
     parts: Parts
     content: str
     """Hash of the content of `parts`."""
     noises: int
     """Number of noises per timestep and image for the losses on the selection split."""
+    test_noises: int
+    """Likewise on the test split."""
     stop: StopRequest
     device: torch.device
     prog: str = "train_sd.py"
@@ -314,7 +383,7 @@ class ImageExperiment(ExperimentStudy):
         before = self.schedule.arms().index(arm) if arm in self.schedule.arms() else 0
         place = self.schedule.place_of(arm)
         context = dataclasses.replace(self.study.context, options=options, place=place, before=before)
-        training_data = self.training_data_of_seeds[arm.seed]
+        training_data = self.data_of[data_key(options)]
         data = dataclasses.replace(options.data, cache_text_embeddings=training_data.data.cache_text_embeddings)
         validation = dataclasses.replace(options.validation, validation_noises=self.noises)
         objective = objective_of(options.model, options.training, context.model.family, self.study.pipeline)
@@ -324,11 +393,22 @@ class ImageExperiment(ExperimentStudy):
         )  # fmt: skip
         ends = functools.partial(race, arm, self.schedule)
         timed = functools.partial(self.timed, time.monotonic())
-        return dataclasses.replace(self.study, training_data=training_data, context=context, race=ends, timed=timed)
+        return dataclasses.replace(
+            self.study,
+            training_data=training_data,
+            context=context,
+            race=ends,
+            timed=timed,
+            took=self.schedule.measured,
+        )
 
     def train(self, arm: Arm) -> None:
         """Train an arm from its latest checkpoint, in every process."""
         study = self.study_of(arm)
+        if broadcast_from_main(lambda: self.has_base_samples(arm)):
+            study = dataclasses.replace(
+                study, schedule=dataclasses.replace(study.schedule, sampled=(study.schedule.steps,))
+            )
         context, (method,) = study.context, study.context.options.adapter.method
         resume = broadcast_from_main(lambda: plan_resume(context.options, study.identity, context.place))
         if context.options.training.compile:
@@ -339,6 +419,11 @@ class ImageExperiment(ExperimentStudy):
         finally:
             context.accelerator.free_memory()
 
+    def has_base_samples(self, arm: Arm) -> bool:
+        """Return whether another arm has samples of the base model: those from before its first step."""
+        others = (self.schedule.folder_of(other) for other in self.schedule.arms() if other != arm)
+        return any(0 in by_step(folder / "samples") for folder in others)
+
     def timed(self, began: float, step: float) -> None:
         """Print the expected time of the experiment.
 
@@ -346,15 +431,15 @@ class ImageExperiment(ExperimentStudy):
         seconds.
         """
         options, schedule, shared = self.study.context.options, self.study.schedule, self.study.shared
-        # A backward pass takes as long as two forward passes.
-        batch = 3 * options.training.train_batch_size * options.training.gradient_accumulation_steps
+        batch = FORWARDS * options.training.train_batch_size * options.training.gradient_accumulation_steps
         a_sample = shared.seconds / shared.samples if shared.samples else step / batch
-        samples = len(self.study.training_data.held_out) * TIMESTEPS * self.noises
-        prompts = len(options.validation.validation_prompt or []) * options.validation.num_validation_images
-        measurement = a_sample * (samples + 2 * options.validation.num_inference_steps * prompts)
-        measuring = measurement * math.ceil(schedule.steps / schedule.validation_steps)
+        select, test = len(self.study.training_data.held_out), len(self.parts.test)
+        measuring, to_conclude = expected_times(
+            options.validation, options.adapter.merge_calibration_samples, schedule, select, test, a_sample,
+            self.noises, self.test_noises,
+        )  # fmt: skip
         start = max(0.0, time.monotonic() - began - shared.seconds - (1 + TIMED_STEPS) * step)
-        self.estimate(schedule.steps, step, start, measuring, self.seconds_to_conclude())
+        self.estimate(schedule.steps, step, start, measuring, start + to_conclude)  # a test loads the model, too
 
     @functools.cached_property
     def test_ids(self) -> list[str]:
@@ -368,12 +453,13 @@ class ImageExperiment(ExperimentStudy):
             **facts_of(self.parts, LIBRARIES),
             "timesteps": [float(timestep) / objective.timesteps for timestep in measured_at(objective)],
             "identity": identity_record(self.schedule.grid.flat(), self.study.identity)
-            | {"parts": self.content, "noises": self.noises, "racing": self.schedule.racing},
+            | {
+                "parts": self.content,
+                "noises": self.noises,
+                "test_noises": self.test_noises,
+                "racing": self.schedule.racing,
+            },
         }
-
-    def measured(self, arm: Arm, step: int) -> dict:
-        """Return the losses and similarities of an arm's checkpoint on the test split."""
-        return measured(step, self.parts.test, self.study_of(arm))
 
     def base_losses(self) -> dict:
         """Return the base model's losses on the test split, and write the thumbnails that the report shows."""
@@ -381,7 +467,7 @@ class ImageExperiment(ExperimentStudy):
         pairs = zip(self.test_ids, images, strict=True)
         opened = ((name, functools.partial(found.open, number)) for name, (found, number) in pairs)
         write_thumbnails(self.schedule.folder, opened)
-        return base_losses(self.parts.test, self.study_of(self.schedule.arms()[0]))
+        return base_losses(self.parts.test, self.study_of(self.schedule.arms()[0]), self.test_noises)
 
     def seconds_to_conclude(self) -> float:
         """Return the expected time to test and export one arm, in seconds.
@@ -391,22 +477,19 @@ class ImageExperiment(ExperimentStudy):
         shared, options = self.study.shared, self.study.context.options
         if not shared.samples:
             return 0.0
-        tested = len(self.parts.test) * TIMESTEPS * NOISES
-        # 8: two passes with guidance, times four models (the merged model and three formats). 3, below: a backward pass
-        # takes as long as two forward passes.
-        drawn = 8 * options.validation.num_inference_steps * max(1, options.validation.num_validation_images)
-        return (tested + drawn + 3 * options.adapter.merge_calibration_samples) * shared.seconds / shared.samples
+        a_sample, select = shared.seconds / shared.samples, len(self.parts.select)
+        test, noises = len(self.parts.test), (self.noises, self.test_noises)
+        calibration = options.adapter.merge_calibration_samples
+        return expected_times(options.validation, calibration, self.study.schedule, select, test, a_sample, *noises)[1]
 
     def is_exported(self, arm: Arm, step: int) -> bool:
         """Return whether the arm's exported files exist and are those of its checkpoint at this step."""
-        folder = self.schedule.folder_of(arm)
-        record = read_object(folder / EXPORTS)
-        return record.get(EXPORTED) == step and all((folder / name).exists() for name in record["difference_of_255"])
+        return is_exported(self.schedule.folder_of(arm), step)
 
-    def export_compared(self, arm: Arm, step: int) -> None:
-        """Write an arm's LoRA files, read them back and compare their images, as a single run does."""
-        export_compared(step, self.study_of(arm))
+    def test_and_export(self, arm: Arm, step: int, keep: Callable[[dict], None] | None, to_export: bool) -> None:
+        """Test an arm's checkpoint, and export it into the arm's directory as a single run does."""
+        test_and_export(step, self.parts.test, self.study_of(arm), keep, to_export, self.test_noises)
 
     def export(self, arm: Arm, step: int) -> list[str]:
-        """Export an arm's checkpoint into the experiment's directory, and return the names of the files."""
+        """Write the files of an arm's checkpoint into the experiment's directory, and return their names."""
         return export_chosen(step, self.study_of(arm))

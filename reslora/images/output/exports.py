@@ -24,10 +24,10 @@ from ...io import Damaged, check_checksums, remove, replacing, write_json
 from ...methods.adapters import load_adapter, remove_adapters
 from ...methods.registry import METHODS
 from ...model import MergeReport, merge
+from ...runtime.checkpoint_folders import EXPORTS
 from ...runtime.folder_lock import check_held
 from ...tracing import evaluating
 from ...training.best import Best, to_export
-from ...training.checkpoints import EXPORTS
 from ...training.context import Context
 from ...training.schedule import Schedule
 from ...training.sharding import cuts_base
@@ -66,39 +66,36 @@ class Merged:
 def export_method(
     learner: Learner, training_data: TrainingData, sampler: Sampler, schedule: Schedule, context: Context
 ) -> dict[str, int]:
-    """Export the adapter that the learner has trained; see `export_parts`.
+    """Merge the adapter that the learner has trained, and export it; see `export_merged`.
 
     With --save_best, export the best adapter or average of checkpoints instead, if there is one.
     """
     method = learner.method
     save_best, folder = context.options.validation.save_best, context.folder_of(method)
     best = to_export(folder, schedule.steps) if save_best else None
-    begin_export(method, context)
+    context.accelerator.print(f"{context.name_of(method)}: merging, exporting and comparing")
+    context.status.say("merging", context.name_of(method))
     with in_float32(sampler.pipeline):
         parts = exact_parts(learner, best, schedule, context)
         trained = dataclasses.replace(schedule, steps=best.step) if best else schedule
-        return export_parts(parts, method, learner.trained.loss, training_data, sampler, trained, context)
+        parts, merged = as_plain_lora(parts, method, learner.trained.loss, training_data)
+        return export_merged(parts, merged, method, training_data, sampler, trained, context)
 
 
-def begin_export(method: str, context: Context) -> None:
-    """Print, and write to the run's status, that the method is being merged and exported."""
-    context.accelerator.print(f"{context.name_of(method)}: merging, exporting and comparing")
-    context.status.say("merging", context.name_of(method))
-
-
-def export_parts(
+def export_merged(
     parts: Parts,
+    merged: Mapping[str, Merged],
     method: str,
-    loss: DenoisingLoss,
     training_data: TrainingData,
     sampler: Sampler,
     schedule: Schedule,
     context: Context,
 ) -> dict[str, int]:
-    """Merge in float32, write every format, read each back, and compare the images that the pipeline generates.
+    """Write every format, read each back, and compare the images that the pipeline generates.
 
-    `schedule`: its last step is the step of the adapter. Returns, for each file, the largest difference of any pixel
-    from the merged model's image, of 255.
+    `parts` and `merged` are from `as_plain_lora`; afterwards the parts have no adapters. `schedule`: its last step is
+    the step of the adapter. Returns, for each file, the largest difference of any pixel from the merged model's image,
+    of 255.
 
     Raises `Diverged`, without exporting, if training has diverged. Raises `RunFailed` if the image of an export differs
     from the merged model's by more than TOLERANCE. The comparison is not conclusive if rounding errors change the image
@@ -111,7 +108,6 @@ def export_parts(
     if not shown:
         texts = (text if isinstance(text, str) else text[0] for text in training_data.texts.places)
         prompts, images = [Prompt(next(filter(None, texts), ""))], 1
-    parts, merged = as_plain_lora(parts, method, loss, training_data)
     denoiser = next(iter(parts.values()))
     drawn = sampler.draw(denoiser.eval(), prompts, images)
     reference, *_ = [finite(image, name) for image in drawn]

@@ -11,7 +11,7 @@ from ...errors import InvalidArgument, RunFailed, first_line
 from ...export import COMFYUI_FILE, DIFFUSERS_FILE, KOHYA_FILE
 from ...io import read_object
 from ...options.images import MethodOptions, OutputOptions, ValidationOptions
-from ...training.checkpoints import EXPORTS
+from ...runtime.checkpoint_folders import EXPORTS
 from ...training.context import Context
 from ..refusals import repository_of
 from .card import card_of

@@ -16,14 +16,14 @@ from torch import nn
 
 from ...errors import Diverged, Stopped
 from ...io import remove, replacing, write_json
-from ...runtime.checkpoint_folders import adapter_folder
+from ...runtime.checkpoint_folders import EXPORTS, adapter_folder
 from ...runtime.log import LogWriter, of_split, read_log
 from ...runtime.processes import broadcast_from_main, stop_requested
-from ...runtime.sample_folders import PROMPTS, by_step
+from ...runtime.sample_folders import MERGED, PROMPTS, by_step
 from ...runtime.signals import StopRequest
 from ...tracing import evaluating
 from ...training.best import is_over, keep_adapter, keep_if_best
-from ...training.checkpoints import EXPORTS, checkpoints_of
+from ...training.checkpoints import checkpoints_of
 from ...training.schedule import Schedule
 from ...training.sharding import by_main, cuts_base
 from ...training.state import Learner
@@ -37,7 +37,6 @@ from .sampling import Sampler, as_image
 T = TypeVar("T")
 U = TypeVar("U")
 VALIDATION_PARTS = ("loss", "samples")
-MERGED = "merged"  # the folder of the merged model's samples
 FINISHED = "loss.png"  # written last: it marks a run as finished
 
 
@@ -143,11 +142,11 @@ class Reports:
         """
         step = self.learner.step
         if step == 0:
-            return list(VALIDATION_PARTS)
+            return list(VALIDATION_PARTS if schedule.is_sampled(0) else ("loss",))
         rows = of_split(read_log(self.folder / "log.jsonl"), "validation")
         done = {
             "loss": any(row["step"] == step for row in rows),
-            "samples": (self.folder / "samples" / f"step-{step:06d}").is_dir(),
+            "samples": not schedule.is_sampled(step) or (self.folder / "samples" / f"step-{step:06d}").is_dir(),
         }
         return [part for part in VALIDATION_PARTS if not done[part]] if schedule.is_due(step) else []
 
@@ -237,9 +236,9 @@ class Validation:
         noises = self.training_data.validation.validation_noises
         with evaluating(denoiser, *self.loss.encoders), torch.no_grad(), self.accelerator.autocast():
             if noises:
-                return losses_of(
-                    partial(self._loss, denoiser), self.training_data, measured(self.training_data), noises
-                )
+                most = 2 * self.training_data.training.train_batch_size  # without gradients it takes less memory
+                images = measured(self.training_data)
+                return losses_of(partial(self._loss, denoiser), self.training_data, images, noises, most)
             return torch.cat([self._loss(denoiser, batch) for batch in ValidationSamples(self.training_data).batches()])
 
     def _loss(self, denoiser: nn.Module, batch: Batch) -> torch.Tensor:

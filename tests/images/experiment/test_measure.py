@@ -26,7 +26,7 @@ def setting(model):
 
 def samples(training_data, image: int = 0, batch_size: int = TIMESTEPS * NOISES) -> list:
     """All that is measured of an image, in one batch by default."""
-    return list(FixedSamples(training_data).batches((0, image), batch_size))
+    return list(FixedSamples(training_data).batches([(0, image)], batch_size))
 
 
 def test_timesteps_are_in_the_middle_of_their_strata(setting):
@@ -111,6 +111,29 @@ def test_where_memory_ends_batches_are_smaller_and_losses_the_same(setting):
     small = losses_of(lambda batch: losses(batch, 7), training_data, [(0, 2)], 2)
     assert sizes == [16, 16, 8, 4, 4, 4, 4]
     torch.testing.assert_close(small, whole, rtol=1e-9, atol=0)
+
+
+def test_small_batches_have_several_images_of_one_size_and_losses_are_the_same(setting):
+    """Each image keeps its place, also where images of other sizes are between."""
+    training_data, loss, denoiser = setting
+    (source,) = training_data.sources
+    sizes = (source.buckets[0], dataclasses.replace(source.buckets[0], width=source.buckets[0].width + 1))
+    bucket = tuple(number % 2 for number in range(exact_steps.IMAGES))
+    other = dataclasses.replace(source, buckets=sizes, bucket=bucket)
+    shapes = {size: shape for size in sizes for shape in training_data.shapes.values()}  # so that all batches fit
+    mixed = dataclasses.replace(training_data, sources=(other,), shapes=shapes)
+    lengths, images = [], [(0, number) for number in (3, 0, 4, 1, 2)]
+
+    def losses(batch) -> torch.Tensor:
+        lengths.append(len(batch.timesteps))
+        return loss(denoiser, batch, weighted=False)
+
+    alone = losses_of(losses, mixed, images, 1)
+    assert lengths == [8] * 5
+    lengths.clear()
+    together = losses_of(losses, mixed, images, 1, most=20)
+    assert lengths == [16, 8, 16]
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=0)
 
 
 def test_the_losses_before_the_first_step_are_measured_once_for_all_arms(setting):

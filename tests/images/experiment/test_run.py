@@ -27,17 +27,21 @@ from reslora.images.data.sources import Source
 from reslora.images.denoising import DenoisingLoss
 from reslora.images.experiment import run
 from reslora.images.experiment import test_split_losses as judging
+from reslora.images.experiment.gallery import samples_of
 from reslora.images.experiment.split import content_of, parts_of
 from reslora.images.experiment.test_split_losses import export_chosen
 from reslora.images.settings import parse_args
 from reslora.images.study import ImageStudy
 from reslora.io import read_object
+from reslora.options.images import TrainingOptions
 from reslora.runtime.log import read_log
+from reslora.runtime.sample_folders import by_step
 from reslora.runtime.signals import StopRequest
 from reslora.runtime.status import FILE as STATUS
 from reslora.runtime.status import Status
 from reslora.training.checkpoints import Identity
 from reslora.training.context import Context
+from reslora.training.schedule import Schedule
 
 SMALL = ("--method", "lora", "--learning_rate", "1e-2", "3e-2", "--no-racing")
 WHOLE = ("--method", "lora", "reslora", "--learning_rate", "1e-2", "--seed", "0", "1")
@@ -79,6 +83,8 @@ def small(flags, tmp_path_factory) -> Path:
 
 EXPORTED: list[tuple[int, ImageStudy]] = []
 """The step and the study of the arm that `whole` has exported."""
+MERGES: list[str] = []
+"""The methods of the arms that `whole` has merged, one for each merge."""
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +95,15 @@ def whole(flags, small, tmp_path_factory) -> tuple[Path, list[str]]:
         EXPORTED.append((step, study))
         return export_chosen(step, study)
 
+    def merge(parts, method, *given):
+        MERGES.append(method)
+        return plain(parts, method, *given)
+
+    plain = judging.as_plain_lora
     output = shutil.copytree(small, tmp_path_factory.mktemp("whole") / "out", copy_function=shutil.copy2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "export_chosen", export)
+        patch.setattr(judging, "as_plain_lora", merge)
         return output, printed(*flags, *WHOLE, "--output_dir", output)
 
 
@@ -137,7 +149,12 @@ def test_what_an_experiment_leaves(whole):
         assert (folder / "kohya.safetensors").is_file() and not (folder / "unet").exists()
         assert one["file_bytes"] > 0 and list(one["seconds_by_step"]) == ["1", "2"] and one["values"] == {}
     assert {path.stem for path in (output / "test_images").iterdir()} == set(found["base"]["images"])
-    assert (output / "report.html").read_text().count('alt="test image ') == split["test"]
+    report = (output / "report.html").read_text()
+    assert report.count('alt="test image ') == split["test"]
+    assert (
+        all(0 < one["measuring_seconds"] < one["wall_seconds"] for one in found["arms"]) and found["test_seconds"] > 0
+    )
+    assert re.search(r"<p>Time: training \d+ s, measuring \d+ s, tests and exports \d+ s\.</p>", report)
     assert [verdict["label"] for verdict in found["verdicts"]] == ["reslora"]
     only(lines, found["verdicts"][0]["sentence"])
     assert lines[-1] == str(output / "report.html") and (output / "report.html").is_file()
@@ -184,7 +201,9 @@ def test_the_test_losses_are_those_of_the_file_in_stock_diffusers(whole, model):
     images = [(0, marks.index(mark)) for mark in record["images"]]
 
     def measured() -> torch.Tensor:
-        return losses_of(lambda batch: loss(pipeline.unet, batch, weighted=False), study.training_data, images)
+        return losses_of(
+            lambda batch: loss(pipeline.unet, batch, weighted=False), study.training_data, images, run.TEST_NOISES
+        )
 
     base = measured()
     assert base.mean(1).tolist() == pytest.approx(experiment(output)["base"]["losses"], rel=1e-4)
@@ -193,6 +212,17 @@ def test_the_test_losses_are_those_of_the_file_in_stock_diffusers(whole, model):
     assert found.mean(1).tolist() == pytest.approx(record["losses"], rel=1e-4)
     assert found.mean(0).tolist() == pytest.approx(record["by_timestep"], rel=1e-4)
     assert base.mean(0).tolist() != pytest.approx(record["by_timestep"], rel=1e-4)
+
+
+def test_an_arm_is_merged_once_for_its_test_its_samples_and_its_exports(whole):
+    """The files on top are copies of the best arm's."""
+    output, _ = whole
+    assert sorted(MERGES) == ["lora", "lora", "reslora", "reslora"]
+    best = experiment(output)["best"]
+    for name in best["files"]:
+        for path in [output / name] if (output / name).is_file() else (output / name).iterdir():
+            copied = output / best["folder"] / path.relative_to(output)
+            assert path.read_bytes() == copied.read_bytes()
 
 
 def test_added_methods_and_seeds_train_the_new_arms_alone(small, whole):
@@ -229,7 +259,7 @@ def test_an_arm_whose_adapter_is_damaged_is_named_and_trained_anew_once_it_is_re
     line = capsys.readouterr().err.splitlines()[-1]
     assert f"error: {folder}: " in line and line.endswith(f"; remove {folder}, then the run is trained again")
     shutil.rmtree(folder)
-    assert sum("merging, exporting" in line for line in printed(*own)) == 1
+    assert sum("testing and exporting (" in line for line in printed(*own)) == 1
     (anew,), (before,) = (
         place.glob("adapters/step-000002/*.safetensors") for place in (folder, arm(whole[0], "reslora", seed=1))
     )
@@ -243,8 +273,7 @@ def test_an_experiment_whose_folder_is_moved_while_it_compares_does_not_make_it_
     flags, whole, tmp_path, monkeypatch, capsys, moment
 ):
     output = shutil.copytree(whole[0], tmp_path / "out", copy_function=shutil.copy2)
-    if moment == "test":
-        (arm(output, "reslora", seed=1) / "test.json").unlink()
+    (arm(output, "reslora", seed=1) / ("test.json" if moment == "test" else "exports.json")).unlink()
 
     def moved(*given):
         output.rename(tmp_path / "moved")
@@ -387,7 +416,7 @@ def test_an_image_that_is_damaged_for_one_seed_alone_is_named(images, tmp_path, 
     training_data = TrainingData((source,), Texts(None, {}), None, {}, **read_by(settled))
     monkeypatch.setattr(run, "latents_of", lambda *_: (object(), {3: "damaged (truncated)"}))
     with pytest.raises(InvalidArgument, match=r"--seed 7, .*/3\.png: damaged"):
-        run.of_seed(training_data, 7, None, Context(settled, None, None, StopRequest()))
+        run.data_of_variant(training_data, settled.replace(seed=7), None, Context(settled, None, None, StopRequest()))
 
 
 def test_a_plain_run_does_not_become_an_experiment(flags, capsys, tmp_path):
@@ -400,7 +429,7 @@ def test_what_is_tested_is_said_and_a_stop_is_heeded_before_it(tmp_path):
     schedule = ArmSchedule(parse_args([*SMALL, "--output_dir", str(tmp_path)]))
     context = SimpleNamespace(stop=StopRequest(), status=Status(tmp_path))
     experiment = run.ImageExperiment(
-        schedule, SimpleNamespace(context=context), {}, SimpleNamespace(), "", 1, context.stop, None
+        schedule, SimpleNamespace(context=context), {}, SimpleNamespace(), "", 1, 2, context.stop, None
     )
     experiment.begins("testing (1 of 2)", schedule.arms()[0])
     assert activity(read_object(tmp_path / STATUS)) == "lora/lr-0.01/seed-0, testing (1 of 2)"
@@ -434,7 +463,7 @@ def test_killed_at_bad_moments(runs, images, tmp_path):
 def same_results(output: Path) -> dict:
     """All of experiment.json that does not tell the time."""
     found = experiment(output)
-    times = ("seconds", "wall_seconds", "seconds_by_step", "memory_bytes")
+    times = ("seconds", "wall_seconds", "measuring_seconds", "seconds_by_step", "memory_bytes")
     arms = [{key: value for key, value in arm.items() if key not in times} for arm in found["arms"]]
     return {name: found[name] for name in ("split", "chosen", "verdicts", "readings")} | {"arms": arms}
 
@@ -447,7 +476,71 @@ def test_an_arm_that_diverges_has_ended_and_the_others_go_on(flags, tmp_path):
     assert [(a["status"], bool(a["reason"])) for a in found["arms"]] == [("finished", False), ("failed", True)]
     assert found["chosen"]["lora"]["learning_rate"] == 0.01
     assert "--output_dir" not in only(lines, "loss", "at step", "lr-1e+30")
-    assert not any("lr-1e+30" in line for line in printed(*own) if "merging" in line)
+    assert not any("lr-1e+30" in line for line in printed(*own) if "exporting" in line)
+
+
+@pytest.mark.exhaustive
+def test_switches_and_lists_vary(flags, tmp_path):
+    """Each arm is the same run alone, also where text encoders are trained and images are mirrored."""
+    own = [*flags, "--method", "lora", "--learning_rate", "1e-2", "--seed", "0", "1"]
+    vary = ("train_text_encoder=false,true", "random_flip=true,false", "target_modules=to_q,to_q+to_k")
+    printed(*own, "--vary", *vary, "--output_dir", tmp_path / "varied")
+    found = experiment(tmp_path / "varied")
+    assert len(found["arms"]) == 16 and {arm["status"] for arm in found["arms"]} == {"finished"}
+    assert len(found["verdicts"]) == 7 and found["arms"][0]["label"].startswith("lora target_modules=to_q train_text_e")
+    assert found["settings"]["random_flip"] == [True, False]
+    assert found["settings"]["target_modules"] == [["to_q"], ["to_q", "to_k"]]
+    words = ("--train_text_encoder", "--no-random_flip", "--target_modules", "to_q", "to_k")
+    printed(*own, *words, "--output_dir", tmp_path / "plain")
+    place = "seed-1/adapters/step-000002"
+    parts = sorted(path.name for path in (tmp_path / "plain" / "lora" / "lr-0.01" / place).rglob("*.safetensors"))
+    for encoder, flip, same in (("true", "false", True), ("true", "true", False)):
+        folder = f"target_modules-to_q+to_k/train_text_encoder-{encoder}/random_flip-{flip}"
+        varied = tmp_path / "varied" / "lora" / folder / "lr-0.01" / place
+        assert sorted(path.name for path in varied.rglob("*.safetensors")) == parts and len(parts) == 2
+        for path in varied.rglob("*.safetensors"):
+            plain = load_file(tmp_path / "plain" / "lora" / "lr-0.01" / place / path.relative_to(varied))
+            assert all(plain[name].equal(value) for name, value in load_file(path).items()) == same
+    config = ("--config", str(tmp_path / "varied" / "config.json"))
+    again = parse_args([*config, "--output_dir", str(tmp_path / "again")])
+    assert again.varied["target_modules"] == [["to_q"], ["to_q", "to_k"]] and again.varied["random_flip"] == [
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "batch", "racing", "before", "every"),
+    [
+        (200, 16, True, None, 40),  # 1200 samples in five measurements
+        (20, 16, True, None, 5),  # not fewer than four
+        (2000, 16, True, None, 200),  # not more than ten
+        (2000, 16, False, None, 500),  # an epoch
+        (200, 16, True, 20, 20),  # as the experiment was begun
+    ],
+)
+def test_measuring_takes_a_part_of_the_time_of_training(steps, batch, racing, before, every):
+    schedule = Schedule(steps, 500 if steps > 500 else 1, 0, by_epochs=False)
+    options = TrainingOptions(train_batch_size=batch)
+    assert run.with_few_looks(schedule, options, racing, 240, before).validation_steps == every
+
+
+def test_samples_are_generated_at_the_ends_of_an_arm():
+    schedule = Schedule(8, 2, 0, by_epochs=False, sampled=(0, 8))
+    assert [step for step in range(9) if schedule.is_sampled(step)] == [0, 8]
+    every = dataclasses.replace(schedule, sampled=None)
+    assert [step for step in range(9) if every.is_sampled(step)] == [0, 2, 4, 6, 8]
+
+
+def test_the_base_model_is_sampled_by_the_first_arm_alone(flags, tmp_path):
+    """The gallery shows the merged model of the chosen step in the others' columns."""
+    own = [*flags, *SMALL, "--num_validation_images", "1", "--seed", "0", "1", "--max_train_steps", "3"]
+    printed(*own, "--output_dir", tmp_path)
+    found = {arm.parent.relative_to(tmp_path).as_posix(): by_step(arm) for arm in tmp_path.rglob("samples")}
+    assert len(found) == 3 and sorted(map(sorted, found.values())) == [[0, 3], [3], [3]]
+    chosen = experiment(tmp_path)["chosen"]["lora"]
+    arms = [arm for arm in experiment(tmp_path)["arms"] if arm["learning_rate"] == chosen["learning_rate"]]
+    assert all(samples_of(arm, tmp_path, ["a disc"])[chosen["step"]].name == "merged" for arm in arms)
 
 
 RACE = ("--method", "lora", "--learning_rate", "1e-4", "0.3", "--max_train_steps", "8", "--validation_steps", "2")
@@ -474,19 +567,42 @@ def test_a_race_stops_a_run_early_and_says_so(flags, tmp_path, capsys):
 
 
 @pytest.mark.exhaustive
-def test_arms_at_once_are_those_of_one_after_the_other(flags, small, tmp_path, monkeypatch):
-    """To the last bit: each process has as many threads as the tests have."""
+def test_arms_at_once_are_those_of_one_after_the_other(flags, small, whole, tmp_path, monkeypatch, capfd):
+    """To the last bit, also tests and exports: each process has as many threads as the tests have."""
     told, threads = [], torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2 * threads)  # of which each process has half
     monkeypatch.setattr(Status, "say", lambda self, what, name="": told.append(what))
-    lines = printed(*flags, *SMALL, "--arms_at_once", "2", "--output_dir", tmp_path / "out")
-    ended = [f"training, {number} of 2 arms ended" for number in range(2)]
+    monkeypatch.setattr(judging, "trained_parts", None)  # the main process loads no arm
+    output = shutil.copytree(small, tmp_path / "out", copy_function=shutil.copy2)
+    assert main(*flags, *WHOLE, "--arms_at_once", "2", "--output_dir", output) == 0
+    ended = [f"training, {number} of 4 arms ended" for number in range(1, 4)]
     assert [what for what in told if what.startswith("training,")] == ended
-    only(lines, "do better", "lora: the best learning rate")
-    one, two = same_results(small), same_results(tmp_path / "out")
-    assert one["arms"] == two["arms"] and one["chosen"] == two["chosen"]
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["arms_at_once"] == 2 and config["learning_rate"] == [0.01, 0.03]
+    phases = [f"testing and exporting ({number} of 4)" for number in range(1, 5)]
+    assert [what for what in told if what.startswith("testing")] == phases
+    out = capfd.readouterr().out
+    assert "base model: testing" in out and out.count(" of 4)\n") == 4
+    assert same_results(whole[0]) == same_results(output)
+    assert experiment(whole[0])["best"] == experiment(output)["best"]
+    written = [path.relative_to(output) for path in output.rglob("*.safetensors") if "checkpoint" not in str(path)]
+    written += [path.relative_to(output) for name in ("test.json", "merge.json") for path in output.rglob(name)]
+    assert len(written) > 4 * 4
+    for path in written:
+        if "cache" not in path.parts:
+            assert (output / path).read_bytes() == (whole[0] / path).read_bytes(), path
+
+
+def test_a_plan_times_the_first_steps_and_leaves_no_files(flags, tmp_path, monkeypatch):
+    """It prints what the experiment itself does, by the same function."""
+    places = tmp_path / "temporary"
+    places.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(places))
+    cache = Path(flags[flags.index("--cache_dir") + 1])
+    before = files(cache)
+    lines = printed(*flags, *WHOLE, "--output_dir", tmp_path / "out", "--plan")
+    only(lines, "4 arms; 2 steps each") and only(lines, "planned memory in ")
+    line = only(lines, "estimate: ", " for 4 runs (", " of training, ", " of measurements, ", " of tests and exports)")
+    assert line == lines[-1]
+    assert files(cache) == before and list(tmp_path.iterdir()) == [places] and not list(places.iterdir())
 
 
 @pytest.mark.exhaustive

@@ -1,0 +1,106 @@
+"""Time the first steps of an experiment for --plan: with a few images, in a folder that is removed afterwards."""
+
+import contextlib
+import dataclasses
+import io
+import math
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+
+import torch
+
+from ...experiment.schedule import ArmSchedule
+from ...experiment.study import print_estimate
+from ...options.grid import Grid
+from ...options.images import Options
+from ...runtime.processes import broadcast_from_main, is_main, wait
+from ...runtime.status import Status
+from ...tracing import evaluating
+from ...training.checkpoints import Identity
+from ...training.context import Context
+from ...training.loop import take_step
+from ...training.preparing import attention_of, prepare
+from ...training.schedule import Schedule
+from ..data.dataset import ImageDataset
+from ..data.samples import TIMESTEPS, losses_of
+from ..data.training_data import material_of
+from ..run import load_and_check
+from ..study import ImageStudy
+from .run import SELECT_NOISES, TIMED_STEPS, expected_times, there_of, with_few_looks
+
+
+def time_first_steps(grid: Grid[Options], kinds: Sequence[ImageDataset], context: Context) -> None:
+    """Train the first steps of the first method, and print how long the experiment takes; leave no files.
+
+    `kinds`: all images of the experiment, of which one batch is encoded. The context's options are those of the arm
+    with the highest rank and the largest batch.
+    """
+    options, arms = context.options, ArmSchedule(grid)
+    count = sum(len(images) for images in kinds)
+    select, test = (
+        math.ceil(count * (part or 0)) for part in (grid.base.experiment.select_split, grid.base.experiment.test_split)
+    )
+    select = min(select, options.validation.max_validation_images)
+    batch = options.training.train_batch_size * options.training.gradient_accumulation_steps
+    per_step = batch * context.accelerator.num_processes
+    trained = sum(len(images) * images.repeats for images in kinds) * len(options.data.resolution)
+    epoch = max(1, math.ceil(trained * (1 - (select + test) / count) / per_step))
+    steps = options.training.max_train_steps or options.training.num_train_epochs * epoch
+    schedule = Schedule(steps, options.validation.validation_steps or epoch, 0, by_epochs=False)
+    if not options.validation.validation_steps:
+        before = there_of(arms.folder).get("validation_steps")
+        samples = select * TIMESTEPS * SELECT_NOISES
+        schedule = with_few_looks(schedule, options.training, arms.is_race, samples, before)
+    images = kinds[0].select(range(min(len(kinds[0]), options.training.train_batch_size)))
+    folder = broadcast_from_main(tempfile.mkdtemp)
+    own = options.replace(output_dir=folder, cache_dir=None, metric_model=None, method=options.adapter.method[:1])
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            start, step, a_sample = timed(images, schedule, dataclasses.replace(context, options=own, status=Status()))
+        wait()
+    finally:
+        if is_main():
+            shutil.rmtree(folder, ignore_errors=True)
+    if is_main():
+        calibration = options.adapter.merge_calibration_samples
+        measuring, test_time = expected_times(options.validation, calibration, schedule, select, test, a_sample)
+        print_estimate(arms, context.accelerator.device, steps, step, start, measuring, start + test_time)
+
+
+def timed(images: ImageDataset, schedule: Schedule, context: Context) -> tuple[float, float, float]:
+    """Train a few steps of the schedule on these images.
+
+    Returns times in seconds: to load the model, of a step (median, without the first one, which may compile), and to
+    measure a sample.
+    """
+    (method,), accelerator = context.options.adapter.method, context.accelerator
+    pipeline, objective = load_and_check(context)
+    training_data = material_of([images], pipeline, objective, context)
+    study = ImageStudy(schedule, Identity("", "", "", ""), context, pipeline, training_data)
+    began = time.monotonic()
+    learner = study.learner(method)
+    prepare(learner, context)
+    start, times = time.monotonic() - began, []
+    with attention_of(accelerator, training_data.shapes.values()):
+        batches = study.batches(range(2 + TIMED_STEPS))
+        for _ in range(1 + TIMED_STEPS):
+            began = time.monotonic()
+            take_step(learner, batches, context).item()
+            times.append(time.monotonic() - began)
+        began, measured = time.monotonic(), [(0, number) for number in range(min(4, len(images)))]
+        with evaluating(learner.denoiser, *learner.trained.loss.encoders), torch.no_grad(), accelerator.autocast():
+            most = 2 * context.options.training.train_batch_size
+            losses_of(
+                lambda batch: learner.trained.loss(learner.denoiser, batch, weighted=False),
+                training_data,
+                measured,
+                SELECT_NOISES,
+                most,
+            )
+        a_sample = (time.monotonic() - began) / (len(measured) * TIMESTEPS * SELECT_NOISES)
+        batches.close()
+    accelerator.free_memory()
+    return start, statistics.median(times[1:]), a_sample
