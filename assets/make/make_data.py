@@ -2,7 +2,7 @@
 
     pip install resvg-py                       # draws vector images
     python assets/make/make_data.py            # needs npm; writes assets/build/noto, assets/build/noto-128 and so on
-    python assets/make/make_data.py --select assets/twemoji    # afterwards: the fine-tuning set, 260 images
+    python assets/make/make_data.py --select assets/twemoji    # then: the fine-tuning set, 260 images
 
 All sets show the same emoji under the same file names and captions, the CLDR short names in lower case; skin tones,
 flags and components are left out. Noto has them all, the others what they draw. Their licences are in assets/README.md.
