@@ -2,9 +2,10 @@
 
     python assets/make/fine_tuned.py runs/sd-model-finetuned-lora --data assets/build/twemoji
 
-Adds the run to benchmarks/results/bundled/fine_tuned.json: its losses on held-out images, and the samples compared with the images of the same prompts in --data,
-and with what the autoencoder makes of these, as in sharpness.py. --sheets writes the samples, one sheet for each method
-and seed, in random order and without names, and key.txt, which has the prompts.
+Adds the run to benchmarks/results/bundled/fine_tuned.json: its losses on held-out images, and the sharpness of its
+samples compared with the images of the same prompts in --data, and with what the autoencoder makes of these, as in
+sharpness.py. --sheets writes the samples, one sheet for each method and seed, in random order and without names, and
+key.txt, which has the prompts.
 """
 
 import argparse
