@@ -105,6 +105,7 @@ def llm(task: str, steps: int, shows: str, variants=MAIN, longest: int = 256, **
 
 
 IMAGES = (
+    *("--train_data_dir", ROOT / "assets" / "openmoji"),
     *("--max_train_steps", 200, "--checkpointing_steps", 200, "--validation_steps", 20, "--validation_split", 0.2),
     *("--validation_prompt", "sailboat", "--num_inference_steps", 4, "--report_to", "none", "--snr_gamma", 0),
 )

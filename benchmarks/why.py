@@ -76,7 +76,7 @@ class Experiment:
 # Steps of few images: a run takes half a minute of one core, and there are hundreds.
 IMAGE_FLAGS = (
     *("--train_batch_size", "4", "--validation_steps", "100", "--max_validation_images", "16", "--test_split", "0.2"),
-    *("--num_validation_images", "0", "--report_to", "none"),
+    *("--num_validation_images", "0", "--report_to", "none", "--train_data_dir", "assets/openmoji"),
     *("--snr_gamma", "0"),  # train on what is measured: all timesteps have the same weight in the held-out loss
 )
 TEXT_FLAGS = (
@@ -96,7 +96,7 @@ DEPTH = {
 }  # fmt: skip
 """The methods that hypothesis 4 requires: a step of 24 layers takes four times as long as one of 6."""
 # The defaults of train_sd.py for the bundled pipelines.
-BUNDLED = ("--train_data_dir", "assets/openmoji", "--resolution", "64", "--max_train_steps", "200")
+BUNDLED = ("--resolution", "64", "--max_train_steps", "200")
 GLUE_FLAGS = (
     *("--model_name_or_path", "{encoder}", "--task_name", "sst2", "--data_dir", "{text}/sst2", "--report_to", "none"),
     *("--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "64", "--max_seq_length", "128"),

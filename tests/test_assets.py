@@ -117,10 +117,10 @@ def test_validation_prompts_are_those_of_the_file():
 
 
 def test_fine_tuning_set_has_known_captions_and_none_of_the_prompts():
-    rows = [json.loads(line) for line in (ASSETS / "openmoji" / "metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (ASSETS / "twemoji" / "metadata.jsonl").read_text().splitlines()]
     captions = {row["text"] for row in rows}
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "pipeline" / "tokenizer")
     assert len(captions) == 260 and not captions & set(VALIDATION_PROMPTS)
     assert all(is_known(row | {"category": "Objects", "subcategory": ""}) for row in rows)
     assert not [caption for caption in captions if tokenizer.unk_token_id in tokenizer(caption).input_ids]
-    assert {row["file_name"] for row in rows} == {path.name for path in (ASSETS / "openmoji").glob("*.png")}
+    assert {row["file_name"] for row in rows} == {path.name for path in (ASSETS / "twemoji").glob("*.png")}

@@ -44,7 +44,7 @@ def test_the_notebook_trains_and_shows_the_verdict_and_the_plots(tmp_path, monke
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "examples").mkdir()
     (tmp_path / "few").mkdir()
-    bundled = ROOT / "assets" / "openmoji"
+    bundled = ROOT / "assets" / "twemoji"
     rows = (bundled / "metadata.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:IMAGES]
     (tmp_path / "few" / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
     for row in rows:

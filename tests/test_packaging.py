@@ -14,7 +14,7 @@ import reslora
 from reslora.bundled import ASSETS
 
 ROOT = Path(__file__).resolve().parents[1]
-IN_THE_WHEEL = ("accelerate", "deepspeed", "openmoji", "pipeline", "pipeline-flow", "tiny-llama", "tiny-roberta")
+IN_THE_WHEEL = ("accelerate", "deepspeed", "pipeline", "pipeline-flow", "tiny-llama", "tiny-roberta", "twemoji")
 QUICK = ["--method", "lora", "--rank", "2", "--max_train_steps", "1", "--max_train_samples", "4"]
 QUICK += ["--train_batch_size", "2", "--validation_split", "0", "--num_validation_images", "0", "--report_to", "none"]
 COMMANDS = """

@@ -2,7 +2,7 @@
 
 All pictures are float tensors (N, 3, side, side) in [-1, 1] on a white (+1) ground. A change of style comes with a
 caption word ("outlined red apple"), so that a plain caption keeps meaning the plain style; the set that a picture is
-of is named behind ("red apple, noto style"). OpenMoji is what fine-tunings learn and Twemoji and Fluent are for outside
+of is named behind ("red apple, noto style"). Fine-tuning learns Twemoji or OpenMoji, and Fluent is for external
 checks: no denoiser or text encoder sees them.
 """
 

@@ -2,7 +2,7 @@
 
     pip install resvg-py                       # draws vector images
     python assets/make/make_data.py            # needs npm; writes assets/build/noto, assets/build/noto-128 and so on
-    python assets/make/make_data.py --select assets/openmoji   # afterwards: the fine-tuning set, 260 images
+    python assets/make/make_data.py --select assets/twemoji    # then: the fine-tuning set, 260 images
 
 All sets show the same emoji under the same file names and captions, the CLDR short names in lower case; skin tones,
 flags and components are left out. Noto has them all, the others what they draw. Their licences are in assets/README.md.
@@ -41,7 +41,7 @@ SIDE = 64
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="assets/build", help="gets a folder for each set, and packages/")
-    parser.add_argument("--select", metavar="FOLDER", help="copy the images of the fine-tuning set there instead")
+    parser.add_argument("--select", metavar="FOLDER", help="copy 260 images of the set that FOLDER is named after")
     return parser.parse_args()
 
 
@@ -134,18 +134,18 @@ def write_set(folder: Path, side: int, rows: list[dict], svgs: list[str | None])
     print(f"{len(lines)} of {len(rows)} emoji in {folder}")
 
 
-def select(openmoji: Path, target: Path, count: int = 260) -> None:
-    """Copy `count` images, spread over the captions that the base knows but for the validation prompts."""
-    if not (openmoji / "metadata.jsonl").is_file():
-        raise SystemExit(f"{openmoji}: no metadata.jsonl there; run make_data.py without --select first")
-    rows = [json.loads(line) for line in (openmoji / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+def select(source: Path, target: Path, count: int = 260) -> None:
+    """Copy `count` images of a set, spread over the captions that the base knows except the validation prompts."""
+    if not (source / "metadata.jsonl").is_file():
+        raise SystemExit(f"{source}: no metadata.jsonl there; run make_data.py without --select first")
+    rows = [json.loads(line) for line in (source / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if is_known(row) and row["text"] not in VALIDATION_PROMPTS]
     chosen = [rows[i * len(rows) // count] for i in range(count)]
     target.mkdir(parents=True, exist_ok=True)
     for old in target.glob("*.png"):
         old.unlink()
     for row in chosen:
-        shutil.copyfile(openmoji / row["file_name"], target / row["file_name"])
+        shutil.copyfile(source / row["file_name"], target / row["file_name"])
     lines = [json.dumps({key: row[key] for key in ("file_name", "text")}, ensure_ascii=False) + "\n" for row in chosen]
     (target / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
     print(f"{len(chosen)} of {len(rows)} images in {target}")
@@ -155,7 +155,7 @@ def main() -> None:
     args = parse_args()
     output = Path(args.output)
     if args.select:
-        select(output / "openmoji", Path(args.select))
+        select(output / Path(args.select).resolve().name, Path(args.select))
         return
     keys, openmoji = (fetch(package, output / "packages") for package in PACKAGES.values())
     rows, names = zip(*chosen(keys, openmoji), strict=True)

@@ -339,7 +339,7 @@ class OptimizerOptions:
 
     learning_rate: float = option(1e-4,
         "learning rate after warmup; with --optimizer prodigy the default is 1", POSITIVE,
-        varies=True, short="lr", essential="highest learning rate", bundled=2.5e-4, bundled_flow=1e-3,
+        varies=True, short="lr", essential="highest learning rate", bundled=5e-4, bundled_flow=1e-3,
         kohya=("unet_lr",))
     text_encoder_lr: float | None = option(None, "learning rate of the text encoders. The schedule is the same",
         POSITIVE, or_else="--learning_rate", needs=Need(lambda options: options.adapter.train_text_encoder,

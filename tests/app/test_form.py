@@ -48,7 +48,7 @@ def test_an_untouched_form_is_the_trainers_defaults():
     assert arguments_of({"method": ["lora", "lora_x2"]}) == ["--method", "lora", "lora_x2"]
     of_flow = {form.MODEL: "assets/pipeline-flow"}
     assert arguments_of(of_flow | {"learning_rate": 0.001}) == arguments_of(of_flow) == arguments_of({})
-    assert arguments_of(of_flow | {"learning_rate": 0.00025})[-2:] == ["--learning_rate", "0.00025"]
+    assert arguments_of(of_flow | {"learning_rate": 0.0005})[-2:] == ["--learning_rate", "0.0005"]
 
 
 def arguments_of(settings: dict) -> list[str]:
@@ -120,7 +120,7 @@ def test_a_damaged_config_fills_in_what_a_form_can_have(wrong):
 def test_the_boxes_show_the_defaults_and_the_help_names_the_flag():
     """As they are with the model, the optimizer and the number of runs; what is only known later is a hint."""
     known, shown = form.known(), form.defaults({})
-    assert {**shown, "learning_rate": "0.00025", "rank": "16", "max_train_steps": "200", "seed": "0"} == shown
+    assert {**shown, "learning_rate": "0.0005", "rank": "16", "max_train_steps": "200", "seed": "0"} == shown
     assert shown["validation_prompt"].splitlines() == ["cat face", "tulip", "guitar", "red apple"]
     assert shown["lora_alpha"] == "" and form.placeholder(known["lora_alpha"]) == "twice the rank"
     of_flow = form.defaults({form.MODEL: "assets/pipeline-flow"})

@@ -167,7 +167,7 @@ def test_a_form_that_begins_with_a_run_has_its_images_or_does_not_start(training
     uploaded = runs / ".images" / "up"
     uploaded.mkdir(parents=True)
     read = {"listed": cats, "one": [cats], "uploaded": str(uploaded), "bundled": str(BUNDLED_IMAGES), "none": None}
-    read |= {"example": "assets/openmoji", "elsewhere": str(tmp_path), "two": [cats, str(uploaded)]}
+    read |= {"example": "assets/twemoji", "elsewhere": str(tmp_path), "two": [cats, str(uploaded)]}
     for name, folder in read.items():
         write_run(runs / name, train_data_dir=folder)
     write_run(runs / "hub", dataset_name="owner/images")

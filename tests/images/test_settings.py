@@ -22,7 +22,7 @@ def test_the_bundled_pipeline_has_defaults_of_its_own(data):
         [64],
         200,
     )
-    assert Path(*bundled.data.train_data_dir).name == "openmoji" and bundled.validation.validation_prompt
+    assert Path(*bundled.data.train_data_dir).name == "twemoji" and bundled.validation.validation_prompt
     assert parse_args(["--pretrained_model_name_or_path", bundled.model.pretrained_model_name_or_path]) == bundled
     named = parse_args(["--pretrained_model_name_or_path", "somebody/model", "--train_data_dir", str(data)])
     assert (named.adapter.method, named.data.resolution, named.training.max_train_steps) == (["lora"], [], None)
@@ -209,7 +209,7 @@ def test_malformed_config_values_are_refused(tmp_path, capsys, content):
 
 def test_the_bundled_transformer_has_a_learning_rate_and_a_guidance_of_its_own():
     """Its pipeline adds guidance to 1, so that 3 is what other pipelines call 4; a flow has no weights by SNR."""
-    for name, expected in (("pipeline", (2.5e-4, 1.0, 4.0)), ("pipeline-flow", (1e-3, None, 3.0))):
+    for name, expected in (("pipeline", (5e-4, 1.0, 4.0)), ("pipeline-flow", (1e-3, None, 3.0))):
         flags = parse_args(["--pretrained_model_name_or_path", str(ASSETS / name)])
         assert (flags.optimizer.learning_rate, flags.training.snr_gamma, flags.validation.guidance_scale) == expected
 

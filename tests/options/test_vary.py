@@ -59,7 +59,7 @@ def test_switches_and_lists_vary(tmp_path):
 
 def test_an_optimizer_with_a_rate_of_its_own_is_trained_at_it():
     schedule = ArmSchedule(parse_args(["--method", "lora", "--vary", "optimizer=prodigy,adamw"]))
-    assert schedule.grids == {"lora optimizer=prodigy": [1.0], "lora optimizer=adamw": [2.5e-4]}
+    assert schedule.grids == {"lora optimizer=prodigy": [1.0], "lora optimizer=adamw": [5e-4]}
 
 
 @pytest.mark.parametrize(
